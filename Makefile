@@ -1,0 +1,73 @@
+# Everything a newcomer needs on a fresh Debian: `make demo` to see it, `make test` to check it, `make install` to
+# have it. Each target does its own set-up; run them as root.
+
+PYTHON ?= /usr/bin/python3
+PREFIX ?= /usr/local
+LIBRARY = $(PREFIX)/lib/calicoctl
+VENV = .venv
+
+# what the demo and the tests run beside calicoctl
+PACKAGES = python3 python3-venv iproute2 util-linux iputils-ping etcd-server etcd-client docker.io busybox-static \
+	iptables openssl
+BENCH_PACKAGES = containernetworking-plugins
+
+.PHONY: help packages lint types unit system test tox bench demo demo-clean install uninstall clean
+
+help:
+	@echo 'make demo         run the four lines of the README for real; make demo-clean removes all of it'
+	@echo 'make test         lint, types, unit and system tests'
+	@echo 'make unit         unit tests alone (no root needed once $(VENV) is there)'
+	@echo 'make system       system tests alone; ARGS="-k name" chooses'
+	@echo 'make tox          unit tests on Python 3.9 to 3.13'
+	@echo 'make bench        speed, as ratios'
+	@echo 'make install      calicoctl in a virtual environment of its own, on the path; make uninstall removes it'
+
+packages:
+	@demo/packages $(PACKAGES)
+
+$(VENV)/ready: setup.py pyproject.toml | packages
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --editable '.[test,lint]'
+	touch $@
+
+lint: $(VENV)/ready
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+types: $(VENV)/ready
+	$(VENV)/bin/mypy
+
+unit: $(VENV)/ready
+	$(VENV)/bin/pytest tests/unit $(ARGS)
+
+system: $(VENV)/ready
+	tests/sandbox $(VENV)/bin/pytest tests/system $(ARGS)
+
+test: lint types unit system
+
+tox: $(VENV)/ready
+	$(VENV)/bin/pip install --quiet tox
+	$(VENV)/bin/tox
+
+bench: $(VENV)/ready
+	@demo/packages $(BENCH_PACKAGES)
+	tests/sandbox $(VENV)/bin/python bench/bench.py $(ARGS)
+
+demo: $(VENV)/ready
+	demo/demo
+
+demo-clean:
+	demo/clean
+
+install: packages
+	$(PYTHON) -m venv --clear $(LIBRARY)
+	$(LIBRARY)/bin/pip install --quiet .
+	mkdir -p $(PREFIX)/bin
+	ln -sf $(LIBRARY)/bin/calicoctl $(PREFIX)/bin/calicoctl
+	$(PREFIX)/bin/calicoctl version
+
+uninstall:
+	rm -rf $(LIBRARY) $(PREFIX)/bin/calicoctl
+
+clean:
+	rm -rf $(VENV) build .tox *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,142 @@
+"""The entry point: finds the command, runs it, and turns what goes wrong into one line and an exit status."""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import os
+import signal
+import sys
+from types import FrameType
+from typing import Any, NoReturn
+
+from calicoctl import __version__, slim
+from calicoctl.errors import CalicoError, NotRoot, UsageError
+
+USAGE = """Connect containers to a Calico network.
+
+Usage:
+  calicoctl [--debug] <command> [<args>...]
+  calicoctl <command> --help
+  calicoctl --help
+  calicoctl --version
+
+Commands:
+  container   connect Docker containers and network namespaces, and change what they have
+  node        register this host
+  pool        show the ranges that addresses come from
+  profile     make profiles, the policy of the network, and change their tags and rules
+  version     show the version
+
+Options:
+  --debug     show where in the program an error comes from (also: CALICO_DEBUG=1)
+
+Where etcd is, and Docker, is read from the environment: ETCD_AUTHORITY, ETCD_ENDPOINTS, DOCKER_HOST and others.
+"""
+
+COMMANDS = ("container", "node", "pool", "profile", "version")
+
+
+class Interrupted(BaseException):
+    """A signal asked the process to end. What was done so far is undone on the way out."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def entry() -> NoReturn:
+    """Run the command line of this process, and end it with its exit status."""
+    slim.install()
+    gc.set_threshold(50_000)  # importing makes many objects, and none of them is garbage
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _interrupt)
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    status = main(sys.argv[1:])
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        pass  # who reads the output has seen enough
+    except OSError as error:
+        print(f"cannot write the output: {error.strerror}", file=sys.stderr)
+        status = status or 1
+    sys.stderr.flush()
+    os._exit(status)  # tearing the interpreter down takes longer than many a command, and does nothing for us
+
+
+def main(argv: list[str]) -> int:
+    """Run one command line; return its exit status. Errors are printed as one line; no exception gets out."""
+    debug = os.environ.get("CALICO_DEBUG", "") not in ("", "0")
+    if argv and argv[0] == "--debug":
+        debug, argv = True, argv[1:]
+    try:
+        _run(argv)
+        return 0
+    except CalicoError as error:
+        _complain(str(error), debug)
+        if isinstance(error, UsageError) and error.usage:
+            print(error.usage, file=sys.stderr)
+        return error.exit_status
+    except Interrupted as interrupted:
+        _complain("Interrupted; what was begun has been undone.", debug)
+        return 128 + interrupted.number
+    except BrokenPipeError:
+        return 0
+    except OSError as error:
+        _complain(f"The system refused: {error}.", debug)
+        return 1
+    except MemoryError:
+        _complain("There is not enough memory.", debug)
+        return 1
+    except Exception as error:
+        _complain(f"calicoctl has a defect ({type(error).__name__}: {error}). Run it with --debug to see where.", debug)
+        return 1
+
+
+def _run(argv: list[str]) -> None:
+    command = argv[0] if argv else "--help"
+    if command in ("--help", "-h"):
+        print(USAGE, end="")
+    elif command == "--version":
+        print(__version__)
+    elif command in COMMANDS:
+        module = importlib.import_module(f"calicoctl.commands.{command}")
+        if "--help" in argv or "-h" in argv:
+            print(str(module.__doc__).strip())
+        else:
+            module.run(argv)
+    else:
+        raise UsageError(f"'{command}' is not a calicoctl command; the commands are {', '.join(COMMANDS)}")
+
+
+def parse(grammar: str, argv: list[str]) -> dict[str, Any]:
+    """Return what docopt makes of `argv` by a command's docstring; raise UsageError when it does not fit."""
+    import docopt
+
+    try:
+        return dict(docopt.docopt(grammar, argv, help=False))
+    except docopt.DocoptExit as error:
+        usage = error.usage.strip()
+        why = str(error).replace(usage, "").strip() or "The arguments do not fit the grammar of this command"
+        raise UsageError(why, usage) from None
+
+
+def require_root() -> None:
+    """Raise NotRoot unless the process may do anything to the kernel's network."""
+    if os.geteuid() != 0:
+        raise NotRoot("This command must be run as root (with sudo, say).")
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    for other in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(other, signal.SIG_IGN)  # undoing must not be interrupted
+    raise Interrupted(number)
+
+
+def _complain(sentence: str, debug: bool) -> None:
+    if debug:
+        import traceback
+
+        traceback.print_exc()
+    print(" ".join(sentence.split()), file=sys.stderr)

@@ -1,0 +1,1 @@
+"""One module per word after `calicoctl`: its docstring is its grammar, `run` does what was asked."""

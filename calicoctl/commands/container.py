@@ -1,0 +1,174 @@
+"""Connect containers to the network, and change their addresses and profiles.
+
+Usage:
+  calicoctl container add <CONTAINER> <IP> [--interface=<INTERFACE>]
+  calicoctl container remove <CONTAINER>
+  calicoctl container <CONTAINER> ip (add|remove) <IP> [--interface=<INTERFACE>]
+  calicoctl container <CONTAINER> endpoint show [--output=<FORMAT>]
+  calicoctl container <CONTAINER> profile (append|remove|set) [<PROFILES>...]
+
+Options:
+  <CONTAINER>              a Docker container's name, id or unique part of the id's beginning, or the absolute path of
+                           a network namespace (/proc/1234/ns/net, /var/run/netns/blue)
+  <IP>                     an IPv4 or IPv6 address out of a pool; ipv4 or ipv6 for any free one of that version; or
+                           the CIDR of a pool for any free one of that pool
+  --interface=<INTERFACE>  the name of the interface in the container; default: eth1
+  --output=<FORMAT>        json: an array of the container's endpoints with their fields as in etcd
+
+The container runs on this host. It should have no other default route: run it with --net=none. `add`, `remove` and
+`ip` must be run as root. Profiles are asked in the order they have; `set` without any takes all away.
+
+Examples:
+  sudo calicoctl container add workload 192.168.0.1
+  calicoctl container workload profile append PROFILE
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from calicoctl.cli import parse, require_root
+from calicoctl.datastore.client import DatastoreClient
+from calicoctl.datastore.model import Endpoint
+from calicoctl.errors import CalicoError, NotThere, UsageError
+from calicoctl.output import print_json, print_table, wants_json
+from calicoctl.rules import check_name
+from calicoctl.workload import endpoints_of, find, find_connected
+
+
+def run(argv: list[str]) -> None:
+    arguments = parse(str(__doc__), argv)
+    if arguments["profile"]:
+        _profile(arguments)
+    elif arguments["endpoint"]:
+        _endpoint_show(arguments)
+    else:
+        require_root()
+        if arguments["ip"]:
+            _ip(arguments)
+        elif arguments["add"]:
+            _add(arguments)
+        else:
+            _remove(arguments)
+
+
+def _add(arguments: dict[str, Any]) -> None:
+    from calicoctl import wiring
+
+    wish, interface = _wish_and_interface(arguments)
+    datastore = DatastoreClient.from_environment()
+    workload = find(arguments["<CONTAINER>"])
+    address = wiring.connect(datastore, workload, wish, interface)
+    print(f"IP {address} added to {workload.name}")
+
+
+def _remove(arguments: dict[str, Any]) -> None:
+    from calicoctl import wiring
+
+    datastore = DatastoreClient.from_environment()
+    workload = find_connected(arguments["<CONTAINER>"], datastore)
+    wiring.disconnect(datastore, workload)
+    print(f"Removed Calico from {workload.name}")
+
+
+def _ip(arguments: dict[str, Any]) -> None:
+    from calicoctl import wiring
+
+    wish, interface = _wish_and_interface(arguments)
+    datastore = DatastoreClient.from_environment()
+    if arguments["add"]:
+        workload = find(arguments["<CONTAINER>"])
+        address = wiring.add_address(datastore, workload, wish, interface)
+        print(f"IP {address} added to {workload.name}")
+    else:
+        workload = find_connected(arguments["<CONTAINER>"], datastore)
+        address = wiring.remove_address(datastore, workload, wish, interface)
+        print(f"IP {address} removed from {workload.name}")
+
+
+def _wish_and_interface(arguments: dict[str, Any]) -> tuple[Any, str | None]:
+    """Return what is asked for, checked before anything else is looked at."""
+    from calicoctl import wiring
+
+    interface = arguments["--interface"]
+    if interface is not None:
+        wiring.check_interface_name(interface)
+    return wiring.Wish.parse(arguments["<IP>"]), interface
+
+
+def _endpoint_show(arguments: dict[str, Any]) -> None:
+    as_json = wants_json(arguments)
+    endpoints = _endpoints(DatastoreClient.from_environment(), arguments["<CONTAINER>"])
+    if as_json:
+        print_json([_as_json(endpoint) for endpoint in endpoints])
+        return
+    columns = ["Hostname", "Orchestrator ID", "Workload ID", "Endpoint ID", "Addresses", "MAC", "Profiles", "State"]
+    rows = [
+        [
+            endpoint.id.host,
+            endpoint.id.orchestrator,
+            endpoint.id.workload,
+            endpoint.id.endpoint,
+            "\n".join(endpoint.nets),
+            endpoint.mac,
+            "\n".join(endpoint.profile_ids),
+            endpoint.state,
+        ]
+        for endpoint in endpoints
+    ]
+    print_table(columns, rows)
+
+
+def _as_json(endpoint: Endpoint) -> dict[str, Any]:
+    return {
+        "host": endpoint.id.host,
+        "orchestrator": endpoint.id.orchestrator,
+        "workload": endpoint.id.workload,
+        "endpoint": endpoint.id.endpoint,
+        **endpoint.to_dict(),
+    }
+
+
+def _profile(arguments: dict[str, Any]) -> None:
+    names = [check_name(name, "profile") for name in dict.fromkeys(arguments["<PROFILES>"])]
+    if not names and not arguments["set"]:
+        raise UsageError("Say which profiles")
+    datastore = DatastoreClient.from_environment()
+    endpoints = _endpoints(datastore, arguments["<CONTAINER>"])
+    if len(endpoints) > 1:
+        ids = ", ".join(endpoint.id.endpoint for endpoint in endpoints)
+        raise CalicoError(f"{arguments['<CONTAINER>']} has several endpoints ({ids}), where this command knows one.")
+    if not arguments["remove"]:
+        for name in names:
+            if not datastore.profile_exists(name):
+                raise NotThere(f"Profile {name} does not exist. Create it with 'calicoctl profile add {name}'.")
+
+    def change(endpoint: Endpoint) -> bool:
+        old = endpoint.profile_ids
+        if arguments["append"]:
+            endpoint.profile_ids = old + [name for name in names if name not in old]
+        elif arguments["set"]:
+            endpoint.profile_ids = names
+        else:
+            endpoint.profile_ids = [name for name in old if name not in names]
+        return endpoint.profile_ids != old
+
+    if arguments["remove"]:
+        missing = [name for name in names if name not in endpoints[0].profile_ids]
+        if missing:
+            raise NotThere(
+                f"Profile {missing[0]} is not in the list of {arguments['<CONTAINER>']}; nothing is removed."
+            )
+    datastore.modify_endpoint(endpoints[0].id, change)
+    if arguments["append"]:
+        print(f"Profiles {', '.join(names)} appended")
+    else:
+        print(f"Profiles {', '.join(names) or 'none'} {'set' if arguments['set'] else 'removed'}.")
+
+
+def _endpoints(datastore: DatastoreClient, name: str) -> list[Endpoint]:
+    """Return the endpoints of what the user calls `name`; raise NotThere when it has none."""
+    endpoints = endpoints_of(datastore, find_connected(name, datastore))
+    if not endpoints:
+        raise NotThere(f"{name} is not connected to Calico. Connect it with 'calicoctl container add {name} ipv4'.")
+    return endpoints

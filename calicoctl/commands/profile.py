@@ -1,0 +1,244 @@
+"""Make profiles, the policy of the network, and change their tags and rules.
+
+Usage:
+  calicoctl profile show [--detailed] [--output=<FORMAT>]
+  calicoctl profile add <PROFILE>
+  calicoctl profile remove <PROFILE> [--no-check]
+  calicoctl profile <PROFILE> tag show [--output=<FORMAT>]
+  calicoctl profile <PROFILE> tag (add|remove) <TAG>
+  calicoctl profile <PROFILE> rule add (inbound|outbound) [--at=<POSITION>] <RULE>...
+  calicoctl profile <PROFILE> rule remove (inbound|outbound) (--at=<POSITION> | <RULE>...)
+  calicoctl profile <PROFILE> rule show [--output=<FORMAT>]
+  calicoctl profile <PROFILE> rule json
+  calicoctl profile <PROFILE> rule update
+
+Options:
+  --detailed         list the endpoints that have each profile, too
+  --no-check         remove the profile even where endpoints still have it; they let nothing through then
+  --at=<POSITION>    a rule's place, counted from 1; default: behind the last one
+  --output=<FORMAT>  json, for scripts
+
+A rule is one of
+
+  (allow|deny) (tcp|udp) [from [ports P] [tag T] [cidr C]] [to [ports P] [tag T] [cidr C]]
+  (allow|deny) (icmp|icmpv6) [type N [code N]] [from [tag T] [cidr C]] [to [tag T] [cidr C]]
+  (allow|deny) protocol N [from [tag T] [cidr C]] [to [tag T] [cidr C]]
+  (allow|deny) [from [tag T] [cidr C]] [to [tag T] [cidr C]]
+
+where P is a list such as 80,443,8000:8010. Inbound rules see the packets to an endpoint, outbound rules those from it;
+the first rule that matches decides. `rule json` prints a profile's rules, and `rule update` reads them from standard
+input. A new profile has its own name as tag, lets in what comes from that tag, and lets everything out.
+
+Examples:
+  calicoctl profile add web
+  calicoctl profile web rule add inbound --at=1 allow tcp from tag lb to ports 80,443
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from calicoctl.cli import parse
+from calicoctl.datastore.client import DatastoreClient
+from calicoctl.datastore.model import Endpoint, Rule, Rules
+from calicoctl.errors import CalicoError, NotThere
+from calicoctl.output import print_json, print_table, wants_json
+from calicoctl.rules import check_name
+
+
+def run(argv: list[str]) -> None:
+    arguments = parse(str(__doc__), argv)
+    profile = arguments["<PROFILE>"]
+    if profile is not None:
+        check_name(profile, "profile")
+    if arguments["tag"]:
+        _tag(profile, arguments)
+    elif arguments["rule"]:
+        _rule(profile, arguments)
+    elif arguments["show"]:
+        _show(arguments)
+    elif arguments["add"]:
+        created = DatastoreClient.from_environment().create_profile(profile)
+        print(f"Created profile {profile}" if created else f"Profile {profile} already exists.")
+    else:
+        _remove(profile, arguments)
+
+
+def _show(arguments: dict[str, Any]) -> None:
+    as_json = wants_json(arguments)
+    datastore = DatastoreClient.from_environment()
+    names = datastore.profile_names()
+    if not arguments["--detailed"]:
+        if as_json:
+            print_json([{"name": name} for name in names])
+        else:
+            print_table(["Name"], [[name] for name in names])
+        return
+    endpoints = datastore.endpoints()
+    if as_json:
+        print_json([_as_json(datastore, name, endpoints) for name in names])
+        return
+    rows: list[list[str]] = []
+    for name in names:
+        members = [endpoint for endpoint in endpoints if name in endpoint.profile_ids]
+        rows += [
+            [name, member.id.host, member.id.orchestrator, member.id.workload, member.id.endpoint, member.state]
+            for member in members
+        ] or [[name, "None", "None", "None", "None", "None"]]
+    print_table(["Name", "Host", "Orchestrator ID", "Workload ID", "Endpoint ID", "State"], rows)
+
+
+def _as_json(datastore: DatastoreClient, name: str, endpoints: list[Endpoint]) -> dict[str, Any]:
+    return {
+        "name": name,
+        "tags": datastore.tags(name),
+        "rules": datastore.rules(name).to_dict(),
+        "endpoints": [
+            {
+                "host": endpoint.id.host,
+                "orchestrator": endpoint.id.orchestrator,
+                "workload": endpoint.id.workload,
+                "endpoint": endpoint.id.endpoint,
+                "state": endpoint.state,
+            }
+            for endpoint in endpoints
+            if name in endpoint.profile_ids
+        ],
+    }
+
+
+def _remove(profile: str, arguments: dict[str, Any]) -> None:
+    datastore = DatastoreClient.from_environment()
+    if not datastore.profile_exists(profile):
+        raise NotThere(f"Profile {profile} does not exist.")
+    if not arguments["--no-check"]:
+        users = [endpoint.id for endpoint in datastore.endpoints() if profile in endpoint.profile_ids]
+        if users:
+            some = ", ".join(f"{user.endpoint} on {user.host}" for user in users[:3]) + (", …" if users[3:] else "")
+            raise CalicoError(
+                f"Profile {profile} is in use by {len(users)} endpoint{'s' if users[1:] else ''} ({some}). Take it "
+                "from them first, or use --no-check."
+            )
+    datastore.remove_profile(profile)
+    print(f"Deleted profile {profile}")
+
+
+def _tag(profile: str, arguments: dict[str, Any]) -> None:
+    if arguments["show"]:
+        as_json = wants_json(arguments)
+        tags = DatastoreClient.from_environment().tags(profile)
+        if as_json:
+            print_json(tags)
+        else:
+            print("".join(f"{tag}\n" for tag in tags), end="")
+        return
+    tag = check_name(arguments["<TAG>"], "tag")
+
+    def change(tags: list[str]) -> bool:
+        if (tag in tags) == arguments["add"]:
+            return False
+        if arguments["add"]:
+            tags.append(tag)
+        else:
+            tags[:] = [other for other in tags if other != tag]
+        return True
+
+    changed = DatastoreClient.from_environment().modify_tags(profile, change)
+    if arguments["add"]:
+        print(f"Tag {tag} added to profile {profile}" if changed else f"Tag {tag} is on profile {profile} already.")
+    elif changed:
+        print(f"Tag {tag} removed from profile {profile}")
+    else:
+        raise NotThere(f"Tag {tag} is not on profile {profile}.")
+
+
+def _rule(profile: str, arguments: dict[str, Any]) -> None:
+    if arguments["show"]:
+        _rule_show(profile, wants_json(arguments))
+    elif arguments["json"]:
+        print_json(DatastoreClient.from_environment().rules(profile).to_dict())
+    elif arguments["update"]:
+        _rule_update(profile)
+    else:
+        position = None if arguments["--at"] is None else _position(arguments["--at"])
+        rule = _parse_rule(arguments["<RULE>"]) if arguments["<RULE>"] else None
+        direction = "inbound" if arguments["inbound"] else "outbound"
+        if arguments["add"]:
+            assert rule is not None, "the grammar asks for a rule"
+            _rule_add(profile, direction, position, rule)
+        else:
+            _rule_remove(profile, direction, position, rule)
+
+
+def _rule_show(profile: str, as_json: bool) -> None:
+    from calicoctl.rules import text
+
+    rules = DatastoreClient.from_environment().rules(profile)
+    if as_json:
+        print_json([rules.to_dict()])
+        return
+    for heading, some in (("Inbound rules:", rules.inbound), ("Outbound rules:", rules.outbound)):
+        print(heading)
+        for position, rule in enumerate(some, start=1):
+            print(f" {position:3d} {text(rule)}")
+
+
+def _rule_update(profile: str) -> None:
+    from calicoctl.rules import check_rules
+
+    try:
+        rules = check_rules(profile, sys.stdin.read())
+    except UnicodeDecodeError:
+        raise CalicoError("the rules are no JSON: they are not UTF-8 text") from None
+    DatastoreClient.from_environment().replace_rules(rules)
+    print(f"Successfully updated rules on profile {profile}")
+
+
+def _rule_add(profile: str, direction: str, position: int | None, rule: Rule) -> None:
+    from calicoctl.rules import text
+
+    def change(rules: Rules) -> bool:
+        some = getattr(rules, direction)
+        if text(rule) in map(text, some):
+            return False
+        if position is not None and position > len(some) + 1:
+            raise CalicoError(f"Position {position} is out of range: the new rule's can be 1 to {len(some) + 1}.")
+        some.insert(len(some) if position is None else position - 1, rule)
+        return True
+
+    changed = DatastoreClient.from_environment().modify_rules(profile, change)
+    print(f"Successfully updated rules on profile {profile}" if changed else "Rule already present, skipping.")
+
+
+def _rule_remove(profile: str, direction: str, position: int | None, rule: Rule | None) -> None:
+    from calicoctl.rules import text
+
+    def change(rules: Rules) -> bool:
+        some = getattr(rules, direction)
+        if rule is not None:
+            places = [place for place, other in enumerate(some) if text(other) == text(rule)]
+            if not places:
+                return False
+            del some[places[0]]
+        elif position is not None:
+            if position > len(some):
+                raise NotThere(f"Position {position} is out of range: there are {len(some)} {direction} rules.")
+            del some[position - 1]
+        return True
+
+    if not DatastoreClient.from_environment().modify_rules(profile, change):
+        raise NotThere(f"Profile {profile} has no such {direction} rule.")
+    print(f"Successfully updated rules on profile {profile}")
+
+
+def _parse_rule(words: list[str]) -> Rule:
+    from calicoctl.rules import parse as parse_rule
+
+    return parse_rule(words)
+
+
+def _position(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text[:9]) > 0):
+        raise CalicoError(f"--at={text}: a position is a number, counted from 1")
+    return int(text[:9])

@@ -1,0 +1,1 @@
+"""Everything Calico knows, in etcd: use `DatastoreClient` from `client`."""

@@ -1,0 +1,241 @@
+"""The one door to everything Calico knows: endpoints, profiles, pools, hosts, and IPAM. Knows no netlink.
+
+Each method is one thing that a command or the agent wants; errors say which key is at fault and what is missing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+from functools import cached_property
+from typing import TYPE_CHECKING, Callable
+
+from calicoctl.datastore import keys
+from calicoctl.datastore.keys import EndpointId
+from calicoctl.datastore.model import Endpoint, Pool, Rules, load_strings
+from calicoctl.datastore.store import (
+    Entry,
+    EtcdSettings,
+    EtcdStore,
+    Store,
+    create_if_missing,
+    modify,
+    set_value,
+)
+from calicoctl.errors import CalicoError, InvalidValue, NotThere
+
+if TYPE_CHECKING:
+    from calicoctl.datastore.ipam import Ipam
+
+DEFAULT_AS_NUMBER = "64511"
+DEFAULT_POOLS = {4: "192.168.0.0/16", 6: "fd80:24e2:f998:72d6::/64"}
+DEFAULT_CONFIG = {
+    "InterfacePrefix": "cali",
+    "LogSeverityFile": "none",
+    "LogSeverityScreen": "info",
+    "LogFilePath": "none",
+    "IpInIpEnabled": "false",
+}
+
+
+def hostname() -> str:
+    """Return the name this host is registered under: $HOSTNAME, else the system's; raise CalicoError for no name."""
+    name = os.environ.get("HOSTNAME") or socket.gethostname()
+    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,252}", name, re.ASCII):
+        raise CalicoError(f"the host name '{name}' cannot be used: set HOSTNAME to letters, digits, '_', '.' and '-'")
+    return name
+
+
+class DatastoreClient:
+    """What this host may ask of, and change in, the store that all hosts share."""
+
+    def __init__(self, store: Store, host: str) -> None:
+        self.host = host
+        self._store = store
+
+    @classmethod
+    def from_environment(cls) -> DatastoreClient:
+        """Use the etcd that the environment names, and this host's name. Nothing is sent yet."""
+        return cls(EtcdStore(EtcdSettings.from_environment()), hostname())
+
+    @cached_property
+    def ipam(self) -> Ipam:
+        from calicoctl.datastore.ipam import Ipam
+
+        return Ipam(self._store, self.host)
+
+    # Hosts
+
+    def register_host(self, ipv4: str | None, ipv6: str | None, as_num: str | None) -> None:
+        """Write the global configuration where it is missing, and this host's keys as given; the marker comes last."""
+        for name, value in DEFAULT_CONFIG.items():
+            create_if_missing(self._store, keys.config(name), value)
+        create_if_missing(self._store, keys.BGP_AS_NUM, DEFAULT_AS_NUMBER)
+        create_if_missing(self._store, keys.BGP_NODE_MESH, json.dumps({"enabled": True}))
+        for version, cidr in DEFAULT_POOLS.items():
+            if not self._store.names(keys.pools(version)):
+                create_if_missing(self._store, keys.pool(version, cidr), Pool(cidr).to_json())
+        set_value(self._store, keys.READY, "true")
+        set_value(self._store, keys.host_bird_ip(self.host), ipv4 or "")
+        create_if_missing(self._store, keys.host_config(self.host, "DefaultEndpointToHostAction"), "RETURN")
+        set_value(self._store, keys.bgp_host_address(self.host, 4), ipv4 or "")
+        set_value(self._store, keys.bgp_host_address(self.host, 6), ipv6 or "")
+        set_value(self._store, keys.bgp_host_as_num(self.host), as_num)
+        set_value(self._store, keys.host_config(self.host, "marker"), "created")
+
+    def next_hop(self, version: int) -> str:
+        """Return this host's address, which its workloads use as next hop.
+
+        Raises CalicoError when the host is not registered for that IP version, or the address is garbage.
+        """
+        from calicoctl.addresses import parse_address
+
+        key = keys.bgp_host_address(self.host, version)
+        entry = self._store.get(key)
+        if entry is None or not entry.value:
+            option = "--ip" if version == 4 else "--ip6"
+            raise CalicoError(
+                f"This node is not configured for IPv{version}. Register it with 'calicoctl node {option}=ADDRESS'."
+            )
+        try:
+            address = parse_address(entry.value)
+            if address.version != version:
+                raise CalicoError(f"'{entry.value}' is not an IPv{version} address")
+        except CalicoError as error:
+            raise InvalidValue(key, str(error)) from None
+        return str(address)
+
+    # Pools
+
+    def pools(self, version: int) -> list[Pool]:
+        """Return the pools of an IP version, in order of address."""
+        from netaddr.ip import IPNetwork
+
+        pools = [Pool.from_json(entry.value, entry.key) for entry in self._store.tree(keys.pools(version))]
+        return sorted(pools, key=lambda pool: IPNetwork(pool.cidr))
+
+    # Profiles
+
+    def profile_names(self) -> list[str]:
+        return sorted(self._store.names(keys.PROFILES))
+
+    def profile_exists(self, name: str) -> bool:
+        return bool(self._store.names(keys.profile(name)))
+
+    def create_profile(self, name: str) -> bool:
+        """Make a profile with the default tag and rules; tell whether anything of it was missing."""
+        tags = create_if_missing(self._store, keys.profile_tags(name), json.dumps([name]))
+        rules = create_if_missing(self._store, keys.profile_rules(name), Rules.default(name).to_json())
+        return tags or rules
+
+    def remove_profile(self, name: str) -> None:
+        """Remove all there is of a profile; raise NotThere when there is nothing."""
+        entries = self._store.tree(keys.profile(name))
+        if not entries:
+            raise NotThere(_no_profile(name))
+        for entry in entries:
+            set_value(self._store, entry.key, None)
+        self._store.prune(keys.profile(name))
+
+    def tags(self, name: str) -> list[str]:
+        """Return a profile's tags; raise NotThere when there is no such profile."""
+        entry = self._profile_entry(keys.profile_tags(name), name)
+        return [] if entry is None else load_strings(entry.value, entry.key)
+
+    def modify_tags(self, name: str, change: Callable[[list[str]], bool]) -> bool:
+        """Let `change` alter a profile's tags in place and tell whether it did; tell whether they were written."""
+        key = keys.profile_tags(name)
+
+        def text_of(old: str) -> str | None:
+            tags = load_strings(old, key)
+            return json.dumps(tags) if change(tags) else None
+
+        self._complete(key, name, "[]")
+        return modify(self._store, key, _no_profile(name), text_of)
+
+    def rules(self, name: str) -> Rules:
+        """Return a profile's rules; raise NotThere when there is no such profile."""
+        entry = self._profile_entry(keys.profile_rules(name), name)
+        return Rules(name) if entry is None else Rules.from_json(name, entry.value, entry.key)
+
+    def modify_rules(self, name: str, change: Callable[[Rules], bool]) -> bool:
+        """Let `change` alter a profile's rules in place and tell whether it did; tell whether they were written."""
+        key = keys.profile_rules(name)
+
+        def text_of(old: str) -> str | None:
+            rules = Rules.from_json(name, old, key)
+            return rules.to_json() if change(rules) else None
+
+        self._complete(key, name, Rules(name).to_json())
+        return modify(self._store, key, _no_profile(name), text_of)
+
+    def replace_rules(self, rules: Rules) -> None:
+        """Write rules, whatever the old ones hold; raise NotThere when there is no such profile."""
+        key = keys.profile_rules(rules.id)
+        self._complete(key, rules.id, rules.to_json())
+        modify(self._store, key, _no_profile(rules.id), lambda old: rules.to_json())
+
+    def _profile_entry(self, key: str, name: str) -> Entry | None:
+        """Return one key of a profile, None where only others of its keys are there."""
+        entry = self._store.get(key)
+        if entry is None and not self.profile_exists(name):
+            raise NotThere(_no_profile(name))
+        return entry
+
+    def _complete(self, key: str, name: str, value: str) -> None:
+        """Write a key that an existing profile lacks."""
+        if self._profile_entry(key, name) is None:
+            create_if_missing(self._store, key, value)
+
+    # Endpoints
+
+    def endpoints(self, host: str | None = None) -> list[Endpoint]:
+        """Return all endpoints of a host, or of all hosts. Reads every one of them."""
+        directory = keys.HOSTS if host is None else f"{keys.HOSTS}/{host}/workload"
+        return self._endpoints(directory)
+
+    def workload_endpoints(self, orchestrator: str, workload: str) -> list[Endpoint]:
+        """Return the endpoints of one workload on this host; reads its folder alone."""
+        return self._endpoints(keys.endpoints(self.host, orchestrator, workload))
+
+    def workload_ids(self, orchestrator: str) -> list[str]:
+        """Return the ids of this host's workloads under an orchestrator."""
+        return self._store.names(keys.workloads(self.host, orchestrator))
+
+    def create_endpoint(self, endpoint: Endpoint) -> None:
+        """Write a new endpoint; raise KeyExists when there is one of that id."""
+        self._store.create(keys.endpoint(endpoint.id), endpoint.to_json())
+
+    def modify_endpoint(self, id: EndpointId, change: Callable[[Endpoint], bool]) -> bool:
+        """Let `change` alter an endpoint in place and tell whether it did; tell whether it was written."""
+        key = keys.endpoint(id)
+
+        def text_of(old: str) -> str | None:
+            endpoint = Endpoint.from_json(id, old, key)
+            return endpoint.to_json() if change(endpoint) else None
+
+        return modify(self._store, key, f"endpoint {id.endpoint} does not exist any more", text_of)
+
+    def remove_endpoint(self, id: EndpointId) -> None:
+        """Remove an endpoint, whatever it holds, and its folders where they are empty then."""
+        set_value(self._store, keys.endpoint(id), None)
+        self.prune_workload(id.orchestrator, id.workload)
+
+    def prune_workload(self, orchestrator: str, workload: str) -> None:
+        """Remove the folders of a workload of this host where nothing is in them."""
+        self._store.prune(keys.endpoints(self.host, orchestrator, workload))
+        self._store.prune(keys.workload(self.host, orchestrator, workload))
+
+    def _endpoints(self, directory: str) -> list[Endpoint]:
+        found = []
+        for entry in self._store.tree(directory):
+            id = keys.parse_endpoint(entry.key)
+            if id is not None:
+                found.append(Endpoint.from_json(id, entry.value, entry.key))
+        return found
+
+
+def _no_profile(name: str) -> str:
+    return f"Profile {name} does not exist. Create it with 'calicoctl profile add {name}'."

@@ -1,0 +1,420 @@
+"""Which address belongs to whom: blocks of 64 addresses, the hosts' affinity to them, and handles that name owners.
+
+Every change of a key is a compare-and-swap on what was read, repeated a bounded number of times. The order of writes
+is such that a cut at any point loses no address: a handle's count goes up before the block is written and down after
+an address is given back, and it is counted anew from the blocks before it is changed.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from calicoctl.datastore import keys
+from calicoctl.datastore.model import Pool, load_object
+from calicoctl.datastore.store import Entry, Store, create_if_missing
+from calicoctl.errors import AddressTaken, CalicoError, CompareFailed, Conflict, InvalidValue, KeyExists
+
+if TYPE_CHECKING:
+    from netaddr import IPAddress
+
+BLOCK_SIZE = 64
+"""Addresses in a block: a /26 in IPv4, a /122 in IPv6."""
+
+ATTEMPTS = 200
+"""How often a change of a block that others change too is tried."""
+
+
+@dataclass
+class Owner:
+    """Who holds an address: a handle, or None, and free-form facts about the owner (`secondary` in the store)."""
+
+    handle: str | None
+    secondary: dict[str, Any]
+
+
+@dataclass
+class Block:
+    """64 addresses from `first` on. `allocations[i]` is None or an index into `owners`."""
+
+    version: int
+    first: int
+    affinity: str | None
+    allocations: list[int | None]
+    owners: list[dict[str, Any]] = field(default_factory=list)
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def empty(cls, version: int, first: int, host: str) -> Block:
+        return cls(version, first, f"host:{host}", [None] * BLOCK_SIZE)
+
+    @classmethod
+    def from_entry(cls, entry: Entry) -> Block:
+        """Read a block's key; raise InvalidValue when block or key are not well formed."""
+        from calicoctl.addresses import parse_cidr
+
+        data = load_object(entry.value, entry.key)
+        try:
+            cidr = parse_cidr(keys.undashed(keys.last(entry.key)))
+        except CalicoError:
+            raise InvalidValue(entry.key, "its name is not a block's CIDR") from None
+        if cidr.size != BLOCK_SIZE or data.pop("cidr", None) != str(cidr):
+            raise InvalidValue(entry.key, f"it is not a block of {BLOCK_SIZE} addresses with the CIDR of its key")
+        affinity, allocations, owners = (data.pop(name, None) for name in ("affinity", "allocations", "attributes"))
+        if not (affinity is None or isinstance(affinity, str)):
+            raise InvalidValue(entry.key, '"affinity" should be a string or null')
+        if not isinstance(owners, list) or not all(isinstance(owner, dict) for owner in owners):
+            raise InvalidValue(entry.key, '"attributes" should be a list of objects')
+        if (
+            not isinstance(allocations, list)
+            or len(allocations) != BLOCK_SIZE
+            or not all(index is None or (type(index) is int and 0 <= index < len(owners)) for index in allocations)
+        ):
+            raise InvalidValue(entry.key, f'"allocations" should be {BLOCK_SIZE} nulls or indices of "attributes"')
+        return cls(cidr.version, cidr.first, affinity, allocations, owners, data)
+
+    def to_json(self) -> str:
+        return json.dumps(
+            {
+                "cidr": self.cidr,
+                "affinity": self.affinity,
+                "allocations": self.allocations,
+                "attributes": self.owners,
+                **self.extra,
+            }
+        )
+
+    @property
+    def cidr(self) -> str:
+        return _cidr(self.version, self.first)
+
+    @property
+    def key(self) -> str:
+        return keys.ipam_block(self.version, self.cidr)
+
+    def owner(self, ordinal: int) -> Owner | None:
+        """Return who holds the address `first + ordinal`, or None when it is free."""
+        index = self.allocations[ordinal]
+        if index is None:
+            return None
+        owner = self.owners[index]
+        handle, secondary = owner.get("handle_id"), owner.get("secondary")
+        return Owner(
+            handle if isinstance(handle, str) else None,
+            secondary if isinstance(secondary, dict) else {},
+        )
+
+    def held(self) -> Iterator[tuple[int, Owner]]:
+        """Yield the ordinals that are taken, with their owners."""
+        for ordinal in range(BLOCK_SIZE):
+            owner = self.owner(ordinal)
+            if owner is not None:
+                yield ordinal, owner
+
+    def count(self, handle: str) -> int:
+        return sum(owner.handle == handle for _, owner in self.held())
+
+    def take(self, ordinal: int, owner: Owner) -> None:
+        """Give a free address to `owner`."""
+        attributes = {"handle_id": owner.handle, "secondary": owner.secondary}
+        if attributes not in self.owners:
+            self.owners.append(attributes)
+        self.allocations[ordinal] = self.owners.index(attributes)
+
+    def give_back(self, ordinal: int) -> None:
+        """Free an address; drop the attributes that nobody uses then."""
+        self.allocations[ordinal] = None
+        used = sorted({index for index in self.allocations if index is not None})
+        self.owners = [self.owners[index] for index in used]
+        self.allocations = [None if index is None else used.index(index) for index in self.allocations]
+
+    def address(self, ordinal: int) -> IPAddress:
+        from netaddr.ip import IPAddress
+
+        return IPAddress(self.first + ordinal, self.version)
+
+
+class Ipam:
+    """Takes and gives back addresses on behalf of one host."""
+
+    def __init__(self, store: Store, host: str) -> None:
+        self._store = store
+        self._host = host
+
+    def owner(self, address: IPAddress) -> Owner | None:
+        """Return who holds `address`, or None when it is free."""
+        entry = self._store.get(_block_key(address))
+        return None if entry is None else Block.from_entry(entry).owner(int(address) % BLOCK_SIZE)
+
+    def held_by(self, handle: str) -> dict[IPAddress, Owner] | None:
+        """Return the addresses that `handle` holds, or None when there is no such handle."""
+        entry = self._store.get(keys.ipam_handle(handle))
+        if entry is None:
+            return None
+        held = {}
+        for cidr in _handle_counts(entry):
+            block_entry = self._store.get(keys.ipam_block(_version(cidr), cidr))
+            if block_entry is not None:
+                block = Block.from_entry(block_entry)
+                held.update(
+                    {block.address(ordinal): owner for ordinal, owner in block.held() if owner.handle == handle}
+                )
+        return held
+
+    def assign(self, address: IPAddress, owner: Owner) -> None:
+        """Give `address` to `owner`. An address that exactly this owner has already is left with it.
+
+        Raises AddressTaken when somebody else has it, Conflict when others change its block all the time.
+        """
+        version, first, ordinal = _place(address)
+        taken = self._take(version, first, owner, [ordinal], count=1, claim=True, exact=True)
+        if not taken:
+            raise AddressTaken(f"IP {address} is already assigned")
+
+    def auto_assign(self, count: int, pools: list[Pool], owner: Owner) -> list[IPAddress]:
+        """Give `count` free addresses out of `pools` (of one IP version) to `owner`; return those that could be found.
+
+        First from blocks this host has affinity to, then from blocks nobody has, then from other hosts' blocks.
+        """
+        ranges = [_range(pool) for pool in pools]
+        found: list[IPAddress] = []
+        for version, first, claim in self._candidates(ranges):
+            ordinals = [o for o in range(BLOCK_SIZE) if any(low <= first + o <= high for _, low, high in ranges)]
+            found += self._take(version, first, owner, ordinals, count - len(found), claim)
+            if len(found) >= count:
+                break
+        return found
+
+    def release(self, addresses: Iterable[IPAddress], holders: set[str | None] | None = None) -> list[IPAddress]:
+        """Give addresses back; return those that were not assigned.
+
+        With `holders`, give back only what one of these handles holds; what is somebody else's counts as not assigned.
+        """
+        by_block: dict[tuple[int, int], set[int]] = {}
+        for address in addresses:
+            version, first, ordinal = _place(address)
+            by_block.setdefault((version, first), set()).add(ordinal)
+        missing: list[IPAddress] = []
+        for (version, first), ordinals in by_block.items():
+            released, handles = self._give_back(version, first, ordinals, holders)
+            missing += [_address(version, first + ordinal) for ordinal in sorted(ordinals - released)]
+            for handle in handles:
+                self._recount(handle)
+        return missing
+
+    def release_by_handle(self, handle: str) -> list[IPAddress]:
+        """Give back all that `handle` holds, and drop the handle; return the addresses."""
+        held = list(self.held_by(handle) or ())
+        self.release(held, {handle})
+        self._recount(handle)
+        return held
+
+    def _candidates(self, ranges: list[tuple[int, int, int]]) -> Iterator[tuple[int, int, bool]]:
+        """Yield (version, first address, may be claimed) of the blocks to take addresses from, best first."""
+        version = ranges[0][0] if ranges else 4
+
+        def wanted(first: int) -> bool:
+            return any(low <= first + BLOCK_SIZE - 1 and first <= high for _, low, high in ranges)
+
+        affine = sorted(_firsts(self._store.names(keys.ipam_affinities(self._host, version))))
+        for first in affine:
+            if wanted(first):
+                yield version, first, True
+        blocks = keys.ipam_blocks(version)
+        existing = set(_firsts(self._store.names(blocks)))
+        for _, low, high in ranges:
+            for first in range(low - low % BLOCK_SIZE, high + 1, BLOCK_SIZE):
+                if first not in existing:
+                    yield version, first, True
+        borrowed = [first for first in set(_firsts(self._store.names(blocks))).difference(affine) if wanted(first)]
+        random.shuffle(borrowed)
+        for first in borrowed:
+            yield version, first, False
+
+    def _take(
+        self, version: int, first: int, owner: Owner, ordinals: list[int], count: int, claim: bool, exact: bool = False
+    ) -> list[IPAddress]:
+        """Take up to `count` free addresses of a block, of these ordinals; return them, none when there are none.
+
+        A block that does not exist is made, with this host's affinity, where `claim` is true. With `exact`, what this
+        owner has already counts as taken, and a block of another host will do; else a block to claim that turns out to
+        be another host's is left alone.
+        """
+        cidr = _cidr(version, first)
+        key = keys.ipam_block(version, cidr)
+        before: set[int] | None = set() if exact else None
+        counted = False
+        for attempt in range(ATTEMPTS):
+            entry = self._store.get(key)
+            if entry is not None:
+                block = Block.from_entry(entry)
+                if claim and block.affinity != f"host:{self._host}":
+                    self._drop_affinity(version, cidr)
+                    if not exact:
+                        break
+            elif claim:
+                create_if_missing(self._store, keys.ipam_affinity(self._host, version, cidr), "")
+                block = Block.empty(version, first, self._host)
+            else:
+                break
+            mine = {ordinal for ordinal in ordinals if block.owner(ordinal) == owner}
+            before = mine if before is None else before
+            # an earlier write of this loop may have been applied without an answer: what is new and ours is from it
+            taken = sorted(mine - before)[:count]
+            free = [ordinal for ordinal in ordinals if block.allocations[ordinal] is None][: count - len(taken)]
+            if free:
+                if owner.handle is not None:
+                    self._recount(owner.handle, {cidr: block.count(owner.handle) + len(free)})
+                    counted = True
+                for ordinal in free:
+                    block.take(ordinal, owner)
+                try:
+                    if entry is None:
+                        self._store.create(key, block.to_json())
+                    else:
+                        self._store.update(entry, block.to_json())
+                except (KeyExists, CompareFailed):
+                    _pause(attempt)
+                    continue
+            if taken or free:
+                return [_address(version, first + ordinal) for ordinal in sorted(taken + free)]
+            break
+        else:
+            raise Conflict(f"block {cidr} is being changed by too many others; try again")
+        if counted and owner.handle is not None:
+            self._recount(owner.handle)
+        return []
+
+    def _drop_affinity(self, version: int, cidr: str) -> None:
+        """Forget this host's affinity to a block that turned out to be another's."""
+        entry = self._store.get(keys.ipam_affinity(self._host, version, cidr))
+        if entry is not None:
+            # written anew by another command of this host? that will find the same out
+            with suppress(CompareFailed):
+                self._store.delete(entry)
+
+    def _give_back(
+        self, version: int, first: int, ordinals: set[int], holders: set[str | None] | None
+    ) -> tuple[set[int], set[str]]:
+        """Free addresses of one block; return the ordinals that were freed and the handles that had held them."""
+        key = keys.ipam_block(version, _cidr(version, first))
+        released: set[int] = set()
+        handles: set[str] = set()
+        for attempt in range(ATTEMPTS):
+            entry = self._store.get(key)
+            if entry is None:
+                return released, handles
+            block = Block.from_entry(entry)
+            now = set()
+            for ordinal, owner in block.held():
+                if ordinal in ordinals and (holders is None or owner.handle in holders):
+                    now.add(ordinal)
+                    handles.update({owner.handle} - {None})  # type: ignore[arg-type]
+            if not now:
+                return released, handles
+            for ordinal in now:
+                block.give_back(ordinal)
+            try:
+                self._store.update(entry, block.to_json())
+                return released | now, handles
+            except CompareFailed as failed:
+                if failed.maybe_applied:
+                    released |= now
+                _pause(attempt)
+        raise Conflict(f"block {_cidr(version, first)} is being changed by too many others; try again")
+
+    def _recount(self, handle: str, planned: dict[str, int] | None = None) -> None:
+        """Make a handle's counts equal to what the blocks it names hold, or to what is `planned` for some of them.
+
+        `planned` maps a block's CIDR to the count it is about to have. A handle that counts nothing is removed.
+        """
+        key = keys.ipam_handle(handle)
+        for attempt in range(ATTEMPTS):
+            entry = self._store.get(key)
+            data = load_object(entry.value, key) if entry is not None else {"id": handle}
+            counts = _handle_counts(entry) if entry is not None else {}
+            actual = {}
+            for cidr in {**counts, **(planned or {})}:
+                count = planned[cidr] if planned and cidr in planned else self._count(handle, cidr)
+                if count:
+                    actual[cidr] = count
+            value = json.dumps({**data, "block": actual})
+            try:
+                if entry is None:
+                    if actual:
+                        self._store.create(key, value)
+                elif not actual:
+                    self._store.delete(entry)
+                elif actual != counts:
+                    self._store.update(entry, value)
+                return
+            except (KeyExists, CompareFailed):
+                _pause(attempt)
+        raise Conflict(f"IPAM handle {handle} is being changed by too many others; try again")
+
+    def _count(self, handle: str, cidr: str) -> int:
+        entry = self._store.get(keys.ipam_block(_version(cidr), cidr))
+        return 0 if entry is None else Block.from_entry(entry).count(handle)
+
+
+def _pause(attempt: int) -> None:
+    """Wait a random while, longer after more conflicts, so that many writers get their turn."""
+    time.sleep(random.uniform(0, min(0.2, 0.004 * (attempt + 1))))
+
+
+def _handle_counts(entry: Entry) -> dict[str, int]:
+    counts = load_object(entry.value, entry.key).get("block")
+    if not isinstance(counts, dict) or not all(type(count) is int for count in counts.values()):
+        raise InvalidValue(entry.key, '"block" should be an object of numbers')
+    return counts
+
+
+def _version(cidr: str) -> int:
+    return 6 if ":" in cidr else 4
+
+
+def _address(version: int, value: int) -> IPAddress:
+    from netaddr.ip import IPAddress
+
+    return IPAddress(value, version)
+
+
+def _cidr(version: int, first: int) -> str:
+    return f"{_address(version, first)}/{122 if version == 6 else 26}"
+
+
+def _place(address: IPAddress) -> tuple[int, int, int]:
+    """Return the version, the first address and the ordinal: where an address is in its block."""
+    value = int(address)
+    return address.version, value - value % BLOCK_SIZE, value % BLOCK_SIZE
+
+
+def _block_key(address: IPAddress) -> str:
+    version, first, _ = _place(address)
+    return keys.ipam_block(version, _cidr(version, first))
+
+
+def _range(pool: Pool) -> tuple[int, int, int]:
+    """Return version, first and last address of a pool."""
+    from netaddr.ip import IPNetwork
+
+    network = IPNetwork(pool.cidr)
+    return network.version, network.first, network.last
+
+
+def _firsts(names: Iterable[str]) -> Iterator[int]:
+    """Yield the first addresses of the blocks whose names these are; pass over what is no block's name."""
+    from calicoctl.addresses import parse_cidr
+
+    for name in names:
+        try:
+            network = parse_cidr(keys.undashed(name))
+        except CalicoError:
+            continue
+        if network.size == BLOCK_SIZE:
+            yield network.first

@@ -1,0 +1,130 @@
+"""Every path of the store, and back from a path to what it names. Knows no values and no etcd.
+
+The layout is a wire contract with the Calico programs of 2015: see docs/datamodel.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+READY = "/calico/v1/Ready"
+CONFIG = "/calico/v1/config"
+HOSTS = "/calico/v1/host"
+PROFILES = "/calico/v1/policy/profile"
+BGP_AS_NUM = "/calico/bgp/v1/global/as_num"
+BGP_NODE_MESH = "/calico/bgp/v1/global/node_mesh"
+
+
+@dataclass(frozen=True)
+class EndpointId:
+    """What names one endpoint: its host, its orchestrator, its workload, and its own id of 32 hex digits."""
+
+    host: str
+    orchestrator: str
+    workload: str
+    endpoint: str
+
+    @property
+    def interface(self) -> str:
+        """The name of the host's end of the endpoint's veth pair."""
+        return "cali" + self.endpoint[:11]
+
+
+def config(name: str) -> str:
+    return f"{CONFIG}/{name}"
+
+
+def host_bird_ip(host: str) -> str:
+    return f"{HOSTS}/{host}/bird_ip"
+
+
+def host_config(host: str, name: str) -> str:
+    return f"{HOSTS}/{host}/config/{name}"
+
+
+def workloads(host: str, orchestrator: str) -> str:
+    return f"{HOSTS}/{host}/workload/{orchestrator}"
+
+
+def workload(host: str, orchestrator: str, workload: str) -> str:
+    return f"{workloads(host, orchestrator)}/{workload}"
+
+
+def endpoints(host: str, orchestrator: str, workload_id: str) -> str:
+    return f"{workload(host, orchestrator, workload_id)}/endpoint"
+
+
+def endpoint(id: EndpointId) -> str:
+    return f"{endpoints(id.host, id.orchestrator, id.workload)}/{id.endpoint}"
+
+
+def parse_endpoint(key: str) -> EndpointId | None:
+    """Return what an endpoint's key names, or None for any other key below the hosts."""
+    parts = key.split("/")
+    if len(parts) == 10 and key.startswith(HOSTS + "/") and parts[5] == "workload" and parts[8] == "endpoint":
+        return EndpointId(host=parts[4], orchestrator=parts[6], workload=parts[7], endpoint=parts[9])
+    return None
+
+
+def profile(name: str) -> str:
+    return f"{PROFILES}/{name}"
+
+
+def profile_tags(name: str) -> str:
+    return f"{PROFILES}/{name}/tags"
+
+
+def profile_rules(name: str) -> str:
+    return f"{PROFILES}/{name}/rules"
+
+
+def pools(version: int) -> str:
+    return f"/calico/v1/ipam/v{version}/pool"
+
+
+def pool(version: int, cidr: str) -> str:
+    return f"{pools(version)}/{dashed(cidr)}"
+
+
+def bgp_host_address(host: str, version: int) -> str:
+    return f"/calico/bgp/v1/host/{host}/ip_addr_v{version}"
+
+
+def bgp_host_as_num(host: str) -> str:
+    return f"/calico/bgp/v1/host/{host}/as_num"
+
+
+def ipam_blocks(version: int) -> str:
+    return f"/calico/ipam/v2/assignment/ipv{version}/block"
+
+
+def ipam_block(version: int, cidr: str) -> str:
+    return f"{ipam_blocks(version)}/{dashed(cidr)}"
+
+
+def ipam_affinities(host: str, version: int) -> str:
+    return f"/calico/ipam/v2/host/{host}/ipv{version}/block"
+
+
+def ipam_affinity(host: str, version: int, cidr: str) -> str:
+    return f"{ipam_affinities(host, version)}/{dashed(cidr)}"
+
+
+def ipam_handle(handle: str) -> str:
+    return f"/calico/ipam/v2/handle/{handle}"
+
+
+def dashed(cidr: str) -> str:
+    """Return a CIDR as it stands in a key: `192.168.0.0/26` is `192.168.0.0-26`."""
+    return cidr.replace("/", "-")
+
+
+def undashed(name: str) -> str:
+    """Return the CIDR that the last part of a key stands for."""
+    address, _, prefix = name.rpartition("-")
+    return f"{address}/{prefix}"
+
+
+def last(key: str) -> str:
+    """Return the last part of a key."""
+    return key.rpartition("/")[2]

@@ -1,0 +1,233 @@
+"""Endpoints, rules, profiles and pools as plain data, to and from the JSON of the store. Knows no etcd.
+
+Reading is liberal: a missing optional field gets its default, and a field that is not known is kept in `extra` and
+written back. What cannot be understood raises InvalidValue, which names the key.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from calicoctl.datastore.keys import EndpointId
+from calicoctl.errors import InvalidValue
+
+
+def load_object(text: str, key: str) -> dict[str, Any]:
+    """Return the JSON object that `text`, the value of `key`, holds; raise InvalidValue when it holds none."""
+    value = _load(text, key)
+    if not isinstance(value, dict):
+        raise InvalidValue(key, f"it should hold a JSON object, and holds {_excerpt(text)}")
+    return value
+
+
+def load_strings(text: str, key: str) -> list[str]:
+    """Return the JSON list of strings that `text` holds, for tags; raise InvalidValue when it holds none."""
+    value = _load(text, key)
+    if not _is_strings(value):
+        raise InvalidValue(key, f"it should hold a JSON list of strings, and holds {_excerpt(text)}")
+    return list(value)
+
+
+def _load(text: str, key: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise InvalidValue(key, f"it holds no JSON but {_excerpt(text)}") from None
+
+
+def _excerpt(text: str) -> str:
+    return repr(text if len(text) <= 40 else text[:40] + "…")
+
+
+def _is_strings(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+@dataclass
+class Endpoint:
+    """One interface of a workload, as the agents of all hosts see it.
+
+    `name` is the host's end of the veth pair; nets are `address/32` or `address/128`; gateways are the host's
+    addresses, the workload's next hops. `profile_ids` is in order of evaluation.
+    """
+
+    id: EndpointId
+    state: str = "active"
+    name: str = ""
+    mac: str | None = None
+    profile_ids: list[str] = field(default_factory=list)
+    ipv4_nets: list[str] = field(default_factory=list)
+    ipv6_nets: list[str] = field(default_factory=list)
+    ipv4_gateway: str | None = None
+    ipv6_gateway: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, id: EndpointId, text: str, key: str) -> Endpoint:
+        """Read the value of `key`; raise InvalidValue."""
+        data = load_object(text, key)
+        profile = data.pop("profile_id", None)
+        if profile is not None and "profile_ids" not in data:
+            data["profile_ids"] = [profile]
+        known: dict[str, Any] = {}
+        for name in ("profile_ids", "ipv4_nets", "ipv6_nets"):
+            value = data.pop(name, None)
+            known[name] = [] if value is None else value
+            if not _is_strings(known[name]):
+                raise InvalidValue(key, f'"{name}" should be a list of strings')
+        for name in ("mac", "ipv4_gateway", "ipv6_gateway", "state", "name"):
+            known[name] = data.pop(name, None)
+            if not (known[name] is None or isinstance(known[name], str)):
+                raise InvalidValue(key, f'"{name}" should be a string')
+        known["state"] = known["state"] or "active"
+        known["name"] = known["name"] or id.interface
+        return cls(id=id, extra=data, **known)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the record as it stands in the store."""
+        return {
+            "state": self.state,
+            "name": self.name,
+            "mac": self.mac,
+            "profile_ids": self.profile_ids,
+            "ipv4_nets": self.ipv4_nets,
+            "ipv6_nets": self.ipv6_nets,
+            "ipv4_gateway": self.ipv4_gateway,
+            "ipv6_gateway": self.ipv6_gateway,
+            **self.extra,
+        }
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict())
+
+    @property
+    def nets(self) -> list[str]:
+        return self.ipv4_nets + self.ipv6_nets
+
+    @property
+    def addresses(self) -> list[str]:
+        """The endpoint's addresses, without prefix length."""
+        return [net.partition("/")[0] for net in self.nets]
+
+    def nets_of(self, version: int) -> list[str]:
+        """The list, not a copy, of the nets of an IP version."""
+        return self.ipv6_nets if version == 6 else self.ipv4_nets
+
+    def gateway(self, version: int) -> str | None:
+        return self.ipv6_gateway if version == 6 else self.ipv4_gateway
+
+    def set_gateway(self, version: int, address: str | None) -> None:
+        if version == 6:
+            self.ipv6_gateway = address
+        else:
+            self.ipv4_gateway = address
+
+
+@dataclass
+class Rule:
+    """One rule of a profile. All conditions are optional and and-ed; see docs/datamodel.md for what they mean.
+
+    Ports are numbers or `"first:last"`. `extra` keeps what this program has no name for.
+    """
+
+    action: str = "allow"
+    protocol: str | int | None = None
+    ip_version: int | None = None
+    src_net: str | None = None
+    src_tag: str | None = None
+    src_ports: list[int | str] | None = None
+    dst_net: str | None = None
+    dst_tag: str | None = None
+    dst_ports: list[int | str] | None = None
+    icmp_type: int | None = None
+    icmp_code: int | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Rule:
+        known = {name: data[name] for name in RULE_FIELDS if data.get(name) is not None}
+        extra = {name: value for name, value in data.items() if name not in RULE_FIELDS}
+        return cls(extra=extra, **known)
+
+    def to_dict(self) -> dict[str, Any]:
+        known = {name: getattr(self, name) for name in RULE_FIELDS}
+        return {**{name: value for name, value in known.items() if value is not None}, **self.extra}
+
+
+RULE_FIELDS = tuple(name for name in Rule.__dataclass_fields__ if name != "extra")
+
+
+@dataclass
+class Rules:
+    """A profile's rules for packets to its endpoints (inbound) and from them (outbound), in order."""
+
+    id: str
+    inbound: list[Rule] = field(default_factory=list)
+    outbound: list[Rule] = field(default_factory=list)
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def default(cls, profile: str) -> Rules:
+        """What a new profile gets: its own members may send to each other and anywhere."""
+        return cls(profile, inbound=[Rule(src_tag=profile)], outbound=[Rule()])
+
+    @classmethod
+    def from_json(cls, profile: str, text: str, key: str) -> Rules:
+        """Read the value of `key`; raise InvalidValue."""
+        data = load_object(text, key)
+        lists = []
+        for name in ("inbound_rules", "outbound_rules"):
+            value = data.pop(name, None) or []
+            if not (isinstance(value, list) and all(isinstance(rule, dict) for rule in value)):
+                raise InvalidValue(key, f'"{name}" should be a list of objects')
+            lists.append([Rule.from_dict(rule) for rule in value])
+        data.pop("id", None)
+        return cls(profile, inbound=lists[0], outbound=lists[1], extra=data)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "inbound_rules": [rule.to_dict() for rule in self.inbound],
+            "outbound_rules": [rule.to_dict() for rule in self.outbound],
+            **self.extra,
+        }
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict())
+
+
+@dataclass
+class Pool:
+    """A range that addresses are taken from. `cidr` is its text; `ipip` names the tunnel device, if any."""
+
+    cidr: str
+    ipip: str | None = None
+    masquerade: bool = False
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, text: str, key: str) -> Pool:
+        """Read the value of `key`; raise InvalidValue."""
+        from calicoctl.addresses import parse_cidr
+        from calicoctl.errors import CalicoError
+
+        data = load_object(text, key)
+        try:
+            cidr = str(parse_cidr(str(data.pop("cidr", None))))
+        except CalicoError as error:
+            raise InvalidValue(key, str(error)) from None
+        return cls(cidr, data.pop("ipip", None) or None, bool(data.pop("masquerade", False)), data)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the pool as it stands in the store: what is off is left out."""
+        options: dict[str, Any] = {}
+        if self.ipip:
+            options["ipip"] = self.ipip
+        if self.masquerade:
+            options["masquerade"] = True
+        return {"cidr": self.cidr, **options, **self.extra}
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict())

@@ -1,0 +1,425 @@
+"""The narrow seam over etcd's v2 API: get, tree, create, compare-and-swap, delete, prune. Knows no Calico.
+
+`EtcdStore` asks the members of the cluster in turn, so one dead member stops nothing, and never sends a write again
+that may have been applied without looking first: see `_judge`. One python-etcd client per member is used, without its
+own reconnecting, which repeats unanswered writes blindly.
+
+Source: https://github.com/etcd-io/etcd/blob/release-3.4/Documentation/v2/api.md and …/v2/errorcode.md
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Callable, Mapping, Protocol, TypeVar
+from urllib.parse import quote, urlsplit
+
+from calicoctl.errors import CompareFailed, InvalidValue, KeyExists, NotThere, StoreError, StoreUnavailable
+
+if TYPE_CHECKING:
+    import etcd
+
+T = TypeVar("T")
+
+READ_TIMEOUT = 4.0
+"""Seconds to wait for one member's answer. A member that hangs costs this once a command."""
+
+PATIENCE = 20.0
+"""Seconds for which a cluster that answers, but can do nothing (it elects a leader, say), is asked again."""
+
+_NOT_SENT = ("NewConnectionError", "ConnectTimeoutError", "NameResolutionError", "SSLError", "LocationParseError")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A key with its value and the index of its last change, which a compare-and-swap names."""
+
+    key: str
+    value: str
+    index: int
+
+
+class Store(Protocol):
+    """What the layers above need of a store; reads see all writes that were answered before (quorum)."""
+
+    def get(self, key: str) -> Entry | None:
+        """Return the entry of `key`, or None."""
+
+    def tree(self, directory: str) -> list[Entry]:
+        """Return all entries below `directory`, at any depth; an empty list when there are none."""
+
+    def names(self, directory: str) -> list[str]:
+        """Return the last parts of the keys and directories directly below `directory`."""
+
+    def create(self, key: str, value: str) -> Entry:
+        """Write `key`, which must not exist; raise KeyExists when it does."""
+
+    def update(self, entry: Entry, value: str) -> Entry:
+        """Write a new value over `entry`, as it was read; raise CompareFailed when it has changed or gone."""
+
+    def delete(self, entry: Entry) -> None:
+        """Remove `entry`, as it was read; nothing happens when it is gone; raise CompareFailed when it has changed."""
+
+    def prune(self, directory: str) -> None:
+        """Remove `directory` if it is there and empty."""
+
+
+@dataclass(frozen=True)
+class EtcdSettings:
+    """Where the members are and how to speak with them. `hosts` are (name, port) pairs."""
+
+    scheme: str
+    hosts: tuple[tuple[str, int], ...]
+    ca_cert: str | None = None
+    cert: str | None = None
+    key: str | None = None
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> EtcdSettings:
+        """Read ETCD_ENDPOINTS, else ETCD_AUTHORITY and ETCD_SCHEME, and the files for TLS; raise StoreError."""
+        if environment.get("ETCD_ENDPOINTS"):
+            scheme, hosts = _parse_endpoints(environment["ETCD_ENDPOINTS"])
+            source = "ETCD_ENDPOINTS"
+        else:
+            scheme = environment.get("ETCD_SCHEME") or "http"
+            if scheme not in ("http", "https"):
+                raise StoreError(f"ETCD_SCHEME is '{scheme}': it must be http or https")
+            authority = environment.get("ETCD_AUTHORITY") or "127.0.0.1:2379"
+            hosts = (_parse_authority("ETCD_AUTHORITY", authority),)
+            source = "ETCD_SCHEME"
+        files = {}
+        for name in ("ETCD_CA_CERT_FILE", "ETCD_CERT_FILE", "ETCD_KEY_FILE"):
+            path = files[name] = environment.get(name) or None
+            if path is None:
+                continue
+            if scheme == "http":
+                raise StoreError(f"{name} is set, but {source} says http: TLS files go with https")
+            try:
+                with open(path, "rb"):
+                    pass
+            except OSError as error:
+                raise StoreError(f"{name}: cannot read {path}: {error.strerror}") from None
+        for one, other in (("ETCD_CERT_FILE", "ETCD_KEY_FILE"), ("ETCD_KEY_FILE", "ETCD_CERT_FILE")):
+            if files[one] and not files[other]:
+                raise StoreError(f"{one} is set without {other}: a client certificate needs both")
+        return cls(scheme, hosts, files["ETCD_CA_CERT_FILE"], files["ETCD_CERT_FILE"], files["ETCD_KEY_FILE"])
+
+    def url(self, host: tuple[str, int]) -> str:
+        return f"{self.scheme}://{host[0]}:{host[1]}"
+
+
+def _parse_endpoints(text: str) -> tuple[str, tuple[tuple[str, int], ...]]:
+    scheme = ""
+    hosts = []
+    for url in (part.strip() for part in text.split(",")):
+        its_scheme, separator, rest = url.partition("://")
+        if not separator or its_scheme not in ("http", "https"):
+            raise StoreError(f"ETCD_ENDPOINTS: '{url}' is not a URL such as http://192.0.2.1:2379")
+        if scheme and its_scheme != scheme:
+            raise StoreError("ETCD_ENDPOINTS mixes http and https: all endpoints must have the same scheme")
+        scheme = its_scheme
+        hosts.append(_parse_authority("ETCD_ENDPOINTS", rest.rstrip("/")))
+    return scheme, tuple(hosts)
+
+
+def _parse_authority(variable: str, text: str) -> tuple[str, int]:
+    try:
+        parts = urlsplit("//" + text)
+        if parts.hostname and parts.port and parts.netloc == text and "@" not in text and not set(text) & set(" \t%"):
+            return (f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname, parts.port)
+    except ValueError:
+        pass
+    raise StoreError(f"{variable}: '{text}' is not an address such as 192.0.2.1:2379 (host and port)")
+
+
+class _Unanswered(Exception):
+    """A request was sent, or may have been, and its outcome is not known."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(why)
+        self.why = why
+
+
+class EtcdStore:
+    """`Store` over the v2 API of an etcd cluster."""
+
+    def __init__(self, settings: EtcdSettings) -> None:
+        self._settings = settings
+        self._members = list(settings.hosts)
+        self._clients: dict[tuple[str, int], etcd.Client] = {}
+
+    def get(self, key: str) -> Entry | None:
+        import etcd
+
+        try:
+            result = self._read(key)
+        except etcd.EtcdKeyNotFound:
+            return None
+        return _entry(result)
+
+    def tree(self, directory: str) -> list[Entry]:
+        import etcd
+
+        try:
+            result = self._read(directory, recursive=True)
+        except etcd.EtcdKeyNotFound:
+            return []
+        return [_entry(leaf) for leaf in result.leaves if not leaf.dir]
+
+    def names(self, directory: str) -> list[str]:
+        import etcd
+
+        try:
+            result = self._read(directory)
+        except etcd.EtcdKeyNotFound:
+            return []
+        return [child.key.rpartition("/")[2] for child in result.children if child.key != result.key]
+
+    def create(self, key: str, value: str) -> Entry:
+        import etcd
+
+        def judge(now: Entry | None) -> Entry | None:
+            if now is not None and now.value != value:
+                raise KeyExists(f"etcd key {key} exists already")
+            return now
+
+        try:
+            return self._write(key, judge, lambda client, path: _entry(client.write(path, value, prevExist=False)))
+        except etcd.EtcdAlreadyExist:
+            raise KeyExists(f"etcd key {key} exists already") from None
+
+    def update(self, entry: Entry, value: str) -> Entry:
+        import etcd
+
+        def judge(now: Entry | None) -> Entry | None:
+            if now is not None and now.index == entry.index:
+                return None
+            if now is not None and now.value == value:
+                return now
+            raise CompareFailed(entry.key, maybe_applied=True)
+
+        try:
+            return self._write(
+                entry.key,
+                judge,
+                lambda client, path: _entry(client.write(path, value, prevIndex=entry.index)),
+            )
+        except (etcd.EtcdCompareFailed, etcd.EtcdKeyNotFound):
+            raise CompareFailed(entry.key) from None
+
+    def delete(self, entry: Entry) -> None:
+        import etcd
+
+        def judge(now: Entry | None) -> Entry | None:
+            if now is None:
+                return entry
+            if now.index == entry.index:
+                return None
+            raise CompareFailed(entry.key, maybe_applied=True)
+
+        def delete(client: etcd.Client, path: str) -> Entry:
+            client.delete(path, prevIndex=entry.index)
+            return entry
+
+        try:
+            self._write(entry.key, judge, delete)
+        except etcd.EtcdKeyNotFound:
+            pass
+        except etcd.EtcdCompareFailed:
+            raise CompareFailed(entry.key) from None
+
+    def prune(self, directory: str) -> None:
+        import etcd
+
+        # leaving an empty directory does no harm: it means nothing
+        with suppress(etcd.EtcdKeyNotFound, etcd.EtcdDirNotEmpty, InvalidValue, _Unanswered):
+            self._answer(directory, lambda client, path: client.delete(path, dir=True))
+
+    def _read(self, key: str, recursive: bool = False) -> etcd.EtcdResult:
+        """Read from the first member that answers; raise what python-etcd raises for a definite answer."""
+        give_up = time.monotonic() + PATIENCE
+        while True:
+            try:
+                return self._answer(key, lambda client, path: client.read(path, recursive=recursive, quorum=True))
+            except _Unanswered as unanswered:
+                self._wait(unanswered, give_up)
+
+    def _write(
+        self,
+        key: str,
+        judge: Callable[[Entry | None], Entry | None],
+        send: Callable[[etcd.Client, str], Entry],
+    ) -> Entry:
+        """Send a write until its outcome is known.
+
+        After an attempt that was not answered, or that was refused although an earlier one may have been applied,
+        the key is read again and `judge` decides: it returns the entry when the write was applied, returns None when
+        it was not and may be sent again, and raises when somebody else has changed the key.
+        """
+        import etcd
+
+        give_up = time.monotonic() + PATIENCE
+        doubtful = False
+        while True:
+            try:
+                return self._answer(key, send)
+            except (etcd.EtcdCompareFailed, etcd.EtcdAlreadyExist, etcd.EtcdKeyNotFound):
+                if not doubtful:
+                    raise
+                applied = judge(self.get(key))
+                if applied is not None:
+                    return applied
+                raise
+            except _Unanswered as unanswered:
+                doubtful = True
+                self._wait(unanswered, give_up)
+                applied = judge(self.get(key))
+                if applied is not None:
+                    return applied
+
+    def _answer(self, key: str, send: Callable[[etcd.Client, str], T]) -> T:
+        """Send a request to the first member that can be reached, and return its answer.
+
+        Raises what python-etcd raises for an answer that the caller can use (no such key, compare failed, …),
+        StoreError for one that nobody can, _Unanswered when the outcome is unknown, StoreUnavailable when the request
+        could be sent to nobody.
+        """
+        import etcd
+
+        path = quote(key)
+        reasons = []
+        for member in tuple(self._members):
+            url = self._settings.url(member)
+            try:
+                return send(self._client(member), path)
+            except etcd.EtcdConnectionFailed as error:
+                self._members.remove(member)
+                self._members.append(member)
+                if type(_cause(error)).__name__ not in _NOT_SENT:
+                    raise _Unanswered(f"{url} did not answer ({_reason(error)})") from None
+                reasons.append(f"{url} ({_reason(error)})")
+            except etcd.EtcdException as error:
+                raise self._translate(error, url, key) from None
+        raise StoreUnavailable(
+            f"etcd cannot be reached at {', '.join(reasons)}: start it, or say with ETCD_AUTHORITY or ETCD_ENDPOINTS "
+            "where it is"
+        )
+
+    def _translate(self, error: Any, url: str, key: str) -> Any:
+        """Return what to raise for an answer that is an error: itself, when the caller knows what it means."""
+        import etcd
+
+        payload = error.payload if isinstance(error.payload, dict) else {}
+        cause = str(payload.get("cause", ""))
+        if isinstance(error, etcd.EtcdKeyNotFound) and "errorCode" not in payload:
+            return StoreError(f"etcd at {url} does not serve its v2 API: start it with --enable-v2")
+        if isinstance(error, etcd.EtcdInsufficientPermissions):
+            return StoreError(f"etcd at {url} does not permit this user to use {key}")
+        if isinstance(error, etcd.EtcdNotDir):
+            return InvalidValue(cause or key, "it is a key, where a directory is expected")
+        if isinstance(error, etcd.EtcdNotFile):
+            return InvalidValue(cause or key, "it is a directory, where a key is expected")
+        if type(error) is not etcd.EtcdException and not isinstance(error, etcd.EtcdLeaderElectionInProgress):
+            return error
+        if payload.get("errorCode") in (300, 301) or payload.get("status") in (500, 503):
+            return _Unanswered(f"{url} says: {cause or payload.get('message')}")
+        if "404 page not found" in cause:
+            return StoreError(f"etcd at {url} does not serve its v2 API: start it with --enable-v2")
+        return StoreError(f"{url} does not answer as etcd does: {' '.join(str(error).split())[:120]}")
+
+    @staticmethod
+    def _wait(unanswered: _Unanswered, give_up: float) -> None:
+        if time.monotonic() > give_up:
+            raise StoreUnavailable(f"etcd cannot do what was asked: {unanswered.why}; try again later")
+        time.sleep(random.uniform(0.1, 0.3))
+
+    def _client(self, member: tuple[str, int]) -> etcd.Client:
+        if member not in self._clients:
+            import etcd
+
+            settings = self._settings
+            client = etcd.Client(
+                host=member[0],
+                port=member[1],
+                protocol=settings.scheme,
+                ca_cert=settings.ca_cert,
+                cert=(settings.cert, settings.key) if settings.cert else None,
+                read_timeout=READ_TIMEOUT,
+                allow_reconnect=False,
+            )
+            # urllib3 would send a PUT three times before it reports that none was answered
+            client.http.connection_pool_kw["retries"] = False
+            self._clients[member] = client
+        return self._clients[member]
+
+
+def _entry(result: etcd.EtcdResult) -> Entry:
+    if result.dir:
+        raise InvalidValue(result.key, "it is a directory, where a key is expected")
+    return Entry(result.key, result.value or "", result.modifiedIndex)
+
+
+def _cause(error: etcd.EtcdConnectionFailed) -> BaseException | None:
+    """Return the library error behind a failed connection."""
+    cause = error.cause
+    return getattr(cause, "reason", None) if isinstance(getattr(cause, "reason", None), BaseException) else cause
+
+
+def _reason(error: etcd.EtcdConnectionFailed) -> str:
+    """Return a few words for a person: why a member could not be reached."""
+    text = str(_cause(error))
+    for words in ("Connection refused", "timed out", "No route to host", "Network is unreachable"):
+        if words in text:
+            return words.lower()
+    if "resolve" in text or "Name or service" in text:
+        return "unknown host name"
+    return text.rpartition(": ")[2].strip("()'\" ,") or type(_cause(error)).__name__
+
+
+def create_if_missing(store: Store, key: str, value: str) -> bool:
+    """Write `key` unless it exists; tell whether it was written."""
+    try:
+        store.create(key, value)
+    except KeyExists:
+        return False
+    return True
+
+
+def set_value(store: Store, key: str, value: str | None) -> None:
+    """Make `key` hold `value`, or be absent for None, whatever it holds now. Does nothing where that is so already."""
+    while True:
+        entry = store.get(key)
+        try:
+            if entry is None and value is not None:
+                store.create(key, value)
+            elif entry is not None and value is None:
+                store.delete(entry)
+            elif entry is not None and value is not None and entry.value != value:
+                store.update(entry, value)
+            return
+        except (KeyExists, CompareFailed):
+            continue
+
+
+def modify(store: Store, key: str, missing: str, change: Callable[[str], str | None]) -> bool:
+    """Change a value by compare-and-swap: read it, let `change` compute the new one, write it; again on a conflict.
+
+    `change` returns None where there is nothing to change. Returns whether something was changed, by this call.
+    Raises NotThere with the sentence `missing` when there is no such key.
+    """
+    done = False
+    while True:
+        entry = store.get(key)
+        if entry is None:
+            raise NotThere(missing)
+        value = change(entry.value)
+        if value is None:
+            return done
+        try:
+            store.update(entry, value)
+            return True
+        except CompareFailed as failed:
+            done = done or failed.maybe_applied

@@ -1,0 +1,88 @@
+"""The errors of this program. Each carries the sentence that the user reads; only `cli.py` prints them.
+
+A library's error becomes one of these at the place that calls the library, where it is known what was wanted and
+what the user can do about it.
+"""
+
+from __future__ import annotations
+
+
+class CalicoError(Exception):
+    """The root of all errors that a user may meet: the text is one line for them.
+
+    `exit_status` is what the process ends with: 1, "not done", unless a kind says otherwise.
+    """
+
+    exit_status = 1
+
+
+class UsageError(CalicoError):
+    """The words on the command line do not fit the grammar, which `usage` shows."""
+
+    exit_status = 2
+
+    def __init__(self, why: str, usage: str = "") -> None:
+        super().__init__(why)
+        self.usage = usage
+
+
+class NotRoot(CalicoError):
+    """The command needs root."""
+
+    exit_status = 2
+
+
+class NotThere(CalicoError):
+    """What was to be removed, shown or changed does not exist."""
+
+
+class Conflict(CalicoError):
+    """Somebody else changed the same thing again and again, or holds what was asked for."""
+
+
+class InvalidValue(CalicoError):
+    """A key of the store holds something that cannot be understood. Names the key."""
+
+    def __init__(self, key: str, why: str) -> None:
+        super().__init__(f"etcd key {key} cannot be understood: {why}; put it right or remove it")
+        self.key = key
+
+
+class StoreError(CalicoError):
+    """The store refused a request, or is configured wrongly."""
+
+
+class StoreUnavailable(StoreError):
+    """No member of the store answered."""
+
+
+class KeyExists(CalicoError):
+    """A create-only write met a key that is there already."""
+
+
+class CompareFailed(CalicoError):
+    """A compare-and-swap found another value than the one that was read.
+
+    `maybe_applied` is true when an earlier, unanswered attempt of the same write may have been applied before
+    somebody else's write came on top of it.
+    """
+
+    def __init__(self, key: str, maybe_applied: bool = False) -> None:
+        super().__init__(f"etcd key {key} was changed by somebody else at the same time; try again")
+        self.maybe_applied = maybe_applied
+
+
+class AddressTaken(CalicoError):
+    """The address asked for belongs to somebody else."""
+
+
+class DockerUnavailable(CalicoError):
+    """The Docker Engine could not be asked."""
+
+
+class NoSuchContainer(NotThere):
+    """The Docker Engine knows no container of that name."""
+
+
+class NamespaceError(CalicoError):
+    """The kernel refused what was to be done to an interface or a namespace."""

@@ -1,0 +1,329 @@
+"""Network namespaces, veth pairs, addresses and routes in the kernel: pyroute2 and nothing else. Knows no etcd.
+
+A namespace is entered by a thread that ends there, never by the main thread: whatever fails, no other part of the
+process finds itself in the wrong namespace.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+import threading
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Callable, Iterator, TypeVar
+
+from calicoctl.addresses import version_of
+from calicoctl.errors import CalicoError, NamespaceError
+
+if TYPE_CHECKING:
+    from pyroute2.iproute.linux import IPRoute
+
+T = TypeVar("T")
+
+_NS_GET_NSTYPE = 0xB703
+"""ioctl that tells a namespace's kind: ioctl_ns(2)."""
+
+_CLONE_NEWNET = 0x40000000
+
+_SCOPE_LINK = 253
+_TABLE_MAIN = 254
+_NODAD = 0x02
+_LOOPBACK = 0x8
+_FAMILIES = {4: 2, 6: 10}
+
+
+@dataclass
+class Interface:
+    """What a namespace says of one of its interfaces. `peer_index` is the index of a veth's other end."""
+
+    name: str
+    index: int
+    mac: str
+    up: bool
+    peer_index: int | None = None
+    kind: str | None = None
+
+
+@dataclass
+class Inspection:
+    """A namespace's interfaces by name, and per IP version a default route, told as `via A dev B`, if there is one."""
+
+    interfaces: dict[str, Interface] = field(default_factory=dict)
+    default_routes: dict[int, str] = field(default_factory=dict)
+
+
+class Namespace:
+    """A network namespace that is kept open, so that it stays the same whatever becomes of its path."""
+
+    def __init__(self, path: str, name: str) -> None:
+        """Open the namespace at `path`, called `name` in messages; raise NamespaceError."""
+        self.name = name
+        try:
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError as error:
+            raise NamespaceError(f"{name}: its network namespace {path} cannot be opened: {error.strerror}") from None
+        try:
+            if not stat.S_ISREG(os.fstat(self._fd).st_mode) or fcntl.ioctl(self._fd, _NS_GET_NSTYPE) != _CLONE_NEWNET:
+                raise OSError
+        except OSError:
+            os.close(self._fd)
+            raise NamespaceError(f"{path} is not a network namespace") from None
+
+    def __enter__(self) -> Namespace:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._fd)
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def is_own(self) -> bool:
+        """Tell whether this process, and so the host, is in this namespace."""
+        here, there = os.stat("/proc/self/ns/net"), os.fstat(self._fd)
+        return (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino)
+
+    def run(self, work: Callable[[IPRoute], T]) -> T:
+        """Call `work` with a netlink socket of this namespace, in a thread that has entered it; return its result.
+
+        What the thread reads and writes under /proc/sys/net is this namespace's too. Raises what `work` raises.
+        """
+        from pyroute2 import netns as pyroute2_netns
+        from pyroute2.iproute.linux import IPRoute
+
+        outcome: dict[str, Any] = {}
+
+        def body() -> None:
+            try:
+                pyroute2_netns.setns(self._fd)
+                with IPRoute() as netlink:
+                    outcome["result"] = work(netlink)
+            except BaseException as error:
+                outcome["error"] = error
+
+        thread = threading.Thread(target=body, name=f"namespace of {self.name}")
+        thread.start()
+        try:
+            thread.join()
+        except BaseException:
+            thread.join()  # interrupted: what the thread does must be over before it is undone
+            raise
+        if "error" in outcome:
+            raise outcome["error"]
+        return outcome["result"]  # type: ignore[no-any-return]
+
+    def inspect(self) -> Inspection:
+        """Return the interfaces and default routes of this namespace."""
+        with _explained(f"{self.name}: reading its interfaces"):
+            return self.run(inspect)
+
+    def configure(self, interface: str, nets: list[str], next_hops: dict[int, str]) -> str:
+        """Bring `interface` up, give it addresses and, per IP version, a default route through a next hop.
+
+        `nets` are `address/32` or `address/128`; a next hop is reached on-link. What is there already stays. Returns
+        the interface's MAC.
+        """
+
+        def work(netlink: IPRoute) -> str:
+            index = _index(netlink, interface)
+            netlink.link("set", index=index, state="up")
+            if any(version_of(net) == 6 for net in nets):
+                # Docker switches IPv6 off for every interface of a container
+                _write_sysctl(f"net/ipv6/conf/{interface}/disable_ipv6", "0")
+            for net in nets:
+                address, _, length = net.partition("/")
+                # without NODAD an IPv6 address could not be used for a second or more
+                flags = {"flags": _NODAD} if version_of(net) == 6 else {}
+                netlink.addr("replace", index=index, address=address, prefixlen=int(length), **flags)
+            for version, next_hop in next_hops.items():
+                routes = _routes(version, next_hop, index)
+                for route in routes:
+                    netlink.route("replace", **route)
+            return _interface(netlink.get_links(index)[0]).mac
+
+        with _explained(f"{self.name}: setting up {interface}"):
+            return self.run(work)
+
+    def unconfigure(self, interface: str, nets: list[str], next_hops: dict[int, str]) -> None:
+        """Undo `configure`, but for leaving the interface up. What is not there is passed over."""
+
+        def work(netlink: IPRoute) -> None:
+            index = _index(netlink, interface)
+            for version, next_hop in next_hops.items():
+                for route in reversed(_routes(version, next_hop, index)):
+                    with _ignoring(errno.ESRCH, errno.ENODEV):
+                        netlink.route("del", **route)
+            for net in nets:
+                address, _, length = net.partition("/")
+                with _ignoring(errno.EADDRNOTAVAIL):
+                    netlink.addr("delete", index=index, address=address, prefixlen=int(length))
+
+        with _explained(f"{self.name}: undoing what was set up on {interface}"):
+            self.run(work)
+
+
+def create_veth(name: str, namespace: Namespace, interface: str, mac: str | None = None) -> None:
+    """Make a veth pair, both ends down: `name` here, and `interface` directly inside `namespace`.
+
+    With `mac`, the inner end gets that one. Raises NamespaceError; then there is no such pair.
+    """
+    from pyroute2.iproute.linux import IPRoute
+
+    peer: dict[str, Any] = {"ifname": interface, "net_ns_fd": namespace.fileno()}
+    if mac is not None:
+        peer["address"] = mac
+    with _explained(f"{namespace.name}: making the interface pair {name} and {interface}"), IPRoute() as netlink:
+        netlink.link("add", ifname=name, kind="veth", peer=peer)
+
+
+def set_up(name: str) -> None:
+    """Bring an interface of this host's up."""
+    from pyroute2.iproute.linux import IPRoute
+
+    with _explained(f"bringing interface {name} up"), IPRoute() as netlink:
+        netlink.link("set", index=_index(netlink, name), state="up")
+
+
+def find_interface(name: str) -> Interface | None:
+    """Return what this host's namespace says of an interface, or None where there is none of that name."""
+    from pyroute2.iproute.linux import IPRoute
+
+    with _explained(f"reading interface {name}"), IPRoute() as netlink:
+        found = netlink.link_lookup(ifname=name)
+        return _interface(netlink.get_links(found[0])[0]) if found else None
+
+
+def delete_interface(name: str) -> bool:
+    """Delete an interface of this host's, and with it the other end of its pair; tell whether it was there."""
+    from pyroute2.iproute.linux import IPRoute
+
+    with _explained(f"deleting interface {name}"), IPRoute() as netlink:
+        found = netlink.link_lookup(ifname=name)
+        if not found:
+            return False
+        with _ignoring(errno.ENODEV):
+            netlink.link("del", index=found[0])
+        return True
+
+
+def inspect(netlink: IPRoute) -> Inspection:
+    """Return the interfaces and default routes of the namespace that `netlink` is in."""
+    found = Inspection()
+    for link in netlink.get_links():
+        interface = _interface(link)
+        found.interfaces[interface.name] = interface
+    names = {interface.index: interface.name for interface in found.interfaces.values()}
+    for version, family in _FAMILIES.items():
+        for route in netlink.get_default_routes(family=family, table=_TABLE_MAIN):
+            via, index = route.get_attr("RTA_GATEWAY"), route.get_attr("RTA_OIF")
+            where = [f"via {via}"] if via else []
+            where += [f"dev {names.get(index, index)}"] if index else []
+            found.default_routes.setdefault(version, " ".join(where) or "of another kind")
+    return found
+
+
+def host_addresses() -> tuple[dict[int, str | None], set[str]]:
+    """Return, per IP version, the address that others reach this host under, and all addresses it has.
+
+    That is the first global address of the interface that the default route uses first (its preferred source, if it
+    names one), passing over loopback, Docker's and all other bridges, and Calico's own; without a default route, of
+    the first other interface.
+    """
+    from pyroute2.iproute.linux import IPRoute
+
+    with _explained("reading this host's addresses"), IPRoute() as netlink:
+        links = {link["index"]: link for link in netlink.get_links()}
+        chosen: dict[int, str | None] = {}
+        every: set[str] = set()
+        for version, family in _FAMILIES.items():
+            addresses: dict[int, list[str]] = {}
+            for address in netlink.get_addr(family=family):
+                text = address.get_attr("IFA_LOCAL") or address.get_attr("IFA_ADDRESS")
+                every.add(text)
+                if address["scope"] == 0:
+                    addresses.setdefault(address["index"], []).append(text)
+            routes = sorted(
+                netlink.get_default_routes(family=family, table=_TABLE_MAIN),
+                key=lambda route: route.get_attr("RTA_PRIORITY") or 0,
+            )
+            candidates = [(route.get_attr("RTA_OIF"), route.get_attr("RTA_PREFSRC")) for route in routes]
+            candidates += [(index, None) for index in sorted(addresses)]
+            chosen[version] = next(
+                (
+                    source if source in addresses[index] else addresses[index][0]
+                    for index, source in candidates
+                    if index in addresses and index in links and _faces_outside(links[index])
+                ),
+                None,
+            )
+        return chosen, every
+
+
+def _faces_outside(link: Any) -> bool:
+    interface = _interface(link)
+    inside = ("docker", "br-", "virbr", "cali", "veth")
+    return not (link["flags"] & _LOOPBACK or interface.kind == "bridge" or interface.name.startswith(inside))
+
+
+def _interface(link: Any) -> Interface:
+    info = link.get_attr("IFLA_LINKINFO")
+    return Interface(
+        name=link.get_attr("IFLA_IFNAME"),
+        index=link["index"],
+        mac=link.get_attr("IFLA_ADDRESS") or "",
+        up=link["flags"] & 1 == 1,
+        peer_index=link.get_attr("IFLA_LINK"),
+        kind=info.get_attr("IFLA_INFO_KIND") if info is not None else None,
+    )
+
+
+def _index(netlink: IPRoute, name: str) -> int:
+    found = netlink.link_lookup(ifname=name)
+    if not found:
+        raise CalicoError(f"there is no interface {name}")
+    return int(found[0])
+
+
+def _routes(version: int, next_hop: str, index: int) -> list[dict[str, Any]]:
+    """Return the two routes that a workload needs, in the order they are made: to the next hop, and through it."""
+    family = _FAMILIES[version]
+    length = 128 if version == 6 else 32
+    on_link: dict[str, Any] = {"family": family, "dst": f"{next_hop}/{length}", "oif": index}
+    if version == 4:
+        on_link["scope"] = _SCOPE_LINK
+    return [on_link, {"family": family, "dst": "default", "gateway": next_hop, "oif": index}]
+
+
+def _write_sysctl(path: str, value: str) -> None:
+    with open(f"/proc/sys/{path}", "w") as file:
+        file.write(value)
+
+
+@contextmanager
+def _ignoring(*codes: int) -> Iterator[None]:
+    """Pass over the kernel's refusals that only say: it is not there."""
+    from pyroute2.netlink.exceptions import NetlinkError
+
+    try:
+        yield
+    except NetlinkError as error:
+        if error.code not in codes:
+            raise
+
+
+@contextmanager
+def _explained(doing: str) -> Iterator[None]:
+    """Turn what the kernel says into a sentence that names what was being done."""
+    from pyroute2.netlink.exceptions import NetlinkError
+
+    try:
+        yield
+    except NetlinkError as error:
+        raise NamespaceError(f"{doing} failed: {os.strerror(error.code)}") from error
+    except OSError as error:
+        raise NamespaceError(f"{doing} failed: {error.strerror or error}") from error
+    except CalicoError as error:
+        raise NamespaceError(f"{doing} failed: {error}") from error

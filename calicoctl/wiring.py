@@ -1,0 +1,535 @@
+"""What it means to connect a workload to the network, and to undo it: address, veth pair, record, as one transaction.
+
+Each function reads top to bottom as its list of steps, with the undo of a step beside it; any failure, an interrupt
+included, runs the undos in reverse. A process that is killed can undo nothing, so the order of the steps, and what
+each leaves behind, lets the next command for the same workload find all of it:
+
+* an address is taken first. Its handle names the workload, its attributes the endpoint, and so the veth pair's name;
+* the veth pair's host end is brought up last of what is done in the kernel: while it is down, the pair is half made;
+* the record is written last, and on the way back removed before the addresses it lists are given back.
+
+Whoever changes a workload holds its lock from before the first look to the end. Used by the container command.
+"""
+
+from __future__ import annotations
+
+import uuid
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Callable, Iterator
+
+from calicoctl import netns
+from calicoctl.addresses import host_net, parse_address, parse_cidr, version_of
+from calicoctl.datastore.keys import EndpointId
+from calicoctl.datastore.model import Endpoint, Pool
+from calicoctl.errors import AddressTaken, CalicoError, NotThere
+from calicoctl.locks import WorkloadLock
+from calicoctl.workload import Workload, endpoints_of
+
+if TYPE_CHECKING:
+    from netaddr import IPAddress
+
+    from calicoctl.datastore.client import DatastoreClient
+    from calicoctl.datastore.ipam import Owner
+
+DEFAULT_INTERFACE = "eth1"
+
+
+@dataclass(frozen=True)
+class Wish:
+    """Which address is asked for: this one, or any of the pool with this CIDR, or any of this IP version."""
+
+    version: int
+    address: IPAddress | None = None
+    cidr: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Wish:
+        """Read an address, `ipv4`, `ipv6`, or a CIDR; raise CalicoError."""
+        if text.lower() in ("ipv4", "ipv6"):
+            return cls(int(text[-1]))
+        if "/" in text:
+            cidr = str(parse_cidr(text))
+            return cls(version_of(cidr), cidr=cidr)
+        try:
+            address = parse_address(text)
+        except CalicoError:
+            raise CalicoError(
+                f"'{text}' is not a valid IP address; give an address, 'ipv4', 'ipv6', or the CIDR of a pool"
+            ) from None
+        return cls(address.version, address=address)
+
+    def pools(self, datastore: DatastoreClient) -> list[Pool]:
+        """Return the pools that the address may come from; raise CalicoError when there is none."""
+        from netaddr.ip import IPNetwork
+
+        pools = datastore.pools(self.version)
+        if self.cidr is not None:
+            chosen = [pool for pool in pools if pool.cidr == self.cidr]
+            missing = f"{self.cidr} is not the CIDR of a pool"
+        elif self.address is not None:
+            chosen = [pool for pool in pools if self.address in IPNetwork(pool.cidr)]
+            missing = f"IP {self.address} is in no pool"
+        else:
+            chosen = pools
+            missing = f"There is no IPv{self.version} pool"
+        if not chosen:
+            known = ", ".join(pool.cidr for pool in pools) or "none"
+            raise CalicoError(f"{missing}. IPv{self.version} pools: {known}.")
+        return chosen
+
+    def fits(self, address: IPAddress, pools: list[Pool]) -> bool:
+        """Tell whether `address` is one that was asked for, of the pools that `pools()` returned."""
+        from netaddr.ip import IPNetwork
+
+        if self.address is not None:
+            return bool(address == self.address)
+        return any(address in IPNetwork(pool.cidr) for pool in pools)
+
+
+def check_interface_name(name: str) -> None:
+    """Raise CalicoError for a name that the kernel takes for no interface.
+
+    Source: dev_valid_name() in the kernel's net/core/dev.c; '%' would make a pattern of it.
+    """
+    legal = 0 < len(name.encode()) <= 15 and name not in (".", "..") and name.isprintable()
+    if not legal or any(character in "/:%" or character.isspace() for character in name):
+        raise CalicoError(
+            f"'{name}' is not a valid interface name: it must have 1 to 15 bytes, and no '/', ':', '%' or blanks"
+        )
+
+
+def connect(datastore: DatastoreClient, workload: Workload, wish: Wish, interface: str | None = None) -> IPAddress:
+    """Connect a workload that is not connected, or wire one again that has lost its interface; return its address.
+
+    `interface` is the name in the workload; None stands for what it was before, else for the default. Raises
+    CalicoError, and then nothing has changed.
+    """
+    with _Scene.enter(datastore, workload) as scene:
+        pools = wish.pools(datastore)
+        if scene.record is None:
+            address = _wire(scene, wish, pools, interface or DEFAULT_INTERFACE)
+        else:
+            address = _rewire(scene, scene.record, wish, pools, interface)
+        scene.lock.remember(workload.docker_name)
+    return address
+
+
+def _wire(scene: _Scene, wish: Wish, pools: list[Pool], interface: str) -> IPAddress:
+    """Connect a workload that has no record, taking over, or clearing away, what a cut command has left of one."""
+    datastore, workload, version = scene.datastore, scene.workload, wish.version
+    next_hop = datastore.next_hop(version)
+    _refuse_next_hop(wish, next_hop)
+    scene.remove_half_made()
+    scene.refuse_default_route(version)
+    scene.refuse_interface(interface)
+
+    with _undoing(workload) as undo:
+        undo(datastore.ipam.release_by_handle, workload.handle)
+        address, id = _adopt(scene, wish, pools, interface)
+        if address is None:
+            address = _take(datastore, _owner(workload, id, interface), wish, pools)
+
+        mac = _plug(scene, id.interface, interface, [host_net(address)], {version: next_hop}, None, undo)
+
+        endpoint = Endpoint(id, name=id.interface, mac=mac)
+        endpoint.nets_of(version).append(host_net(address))
+        endpoint.set_gateway(version, next_hop)
+        undo(datastore.remove_endpoint, id)
+        datastore.create_endpoint(endpoint)
+    return address
+
+
+def _rewire(scene: _Scene, record: Endpoint, wish: Wish, pools: list[Pool], interface: str | None) -> IPAddress:
+    """Give a workload with a record its interface back: same addresses, MAC, name and profiles."""
+    datastore, workload = scene.datastore, scene.workload
+    if scene.plugged() is not None:
+        raise CalicoError(f"{workload.name} has already been configured with Calico Networking.")
+    addresses = [parse_address(address) for address in record.addresses]
+    address = next((address for address in addresses if wish.fits(address, pools)), None)
+    if address is None:
+        raise CalicoError(
+            f"{workload.name} has lost its interface, and its address is {', '.join(record.addresses) or 'none'}. Run "
+            f"'calicoctl container add {workload.name} {record.addresses[0] if addresses else 'ADDRESS'}' to wire it "
+            f"again, then 'calicoctl container {workload.name} ip add' for another address."
+        )
+    before = next((str(owner.secondary["interface"]) for owner in scene.held.values()), DEFAULT_INTERFACE)
+    if interface not in (None, before) and scene.held:
+        raise CalicoError(f"{workload.name} is to be wired again with its interface {before}, not {interface}.")
+    interface = before if scene.held else interface or before
+    next_hops = {version: datastore.next_hop(version) for version in (4, 6) if record.nets_of(version)}
+    if netns.delete_interface(record.id.interface):
+        scene.look_again()
+    for version in next_hops:
+        scene.refuse_default_route(version)
+    scene.refuse_interface(interface)
+
+    with _undoing(workload) as undo:
+        for own in addresses:
+            if own not in scene.held:
+                _regain(scene, own, _owner(workload, record.id, interface), undo)
+        mac = _plug(scene, record.id.interface, interface, record.nets, next_hops, record.mac, undo)
+
+        def bring_up_to_date(endpoint: Endpoint) -> bool:
+            old = endpoint.to_dict()
+            endpoint.state, endpoint.name, endpoint.mac = "active", record.id.interface, mac
+            for version, next_hop in next_hops.items():
+                endpoint.set_gateway(version, next_hop)
+            return endpoint.to_dict() != old
+
+        datastore.modify_endpoint(record.id, bring_up_to_date)
+    return address
+
+
+def disconnect(datastore: DatastoreClient, workload: Workload) -> None:
+    """Remove all that a workload has on the network, of whatever is still there; raise NotThere when it has nothing.
+
+    Needs neither the container nor its namespace. The order is such that no record lists an address that is free.
+    """
+    with WorkloadLock(datastore.host, workload.orchestrator, workload.id) as lock:
+        records = endpoints_of(datastore, workload)
+        held = datastore.ipam.held_by(workload.handle)
+        _refuse_other_path(workload, held or {})
+        if not records and held is None:
+            datastore.prune_workload(workload.orchestrator, workload.id)
+            lock.forget()
+            raise NotThere(f"{workload.name} is not connected to Calico.")
+        for name in {record.id.interface for record in records} | _interfaces_of(held or {}):
+            netns.delete_interface(name)
+        for record in records:
+            # an old tool's addresses have no handle: once the record is gone, nothing would tell whose they are
+            datastore.ipam.release(map(parse_address, record.addresses), {None})
+            datastore.remove_endpoint(record.id)
+        datastore.ipam.release_by_handle(workload.handle)
+        datastore.prune_workload(workload.orchestrator, workload.id)
+        lock.forget()
+
+
+def add_address(datastore: DatastoreClient, workload: Workload, wish: Wish, interface: str | None) -> IPAddress:
+    """Give a connected workload one more address; return it. Raises CalicoError, and then nothing has changed.
+
+    The first address of an IP version brings that version's next hop and default route along. An address that the
+    workload has already is set up in the kernel again, should it be missing there.
+    """
+    with _Scene.enter(datastore, workload) as scene:
+        pools = wish.pools(datastore)
+        record, plugged = scene.connected(interface)
+        version = wish.version
+        next_hop = datastore.next_hop(version)
+        _refuse_next_hop(wish, next_hop)
+        nets = record.nets_of(version)
+        if wish.address is not None and host_net(wish.address) in nets:
+            scene.namespace.configure(plugged, [host_net(wish.address)], {})
+            return wish.address
+        next_hops = {} if nets else {version: next_hop}
+        if next_hops:
+            scene.refuse_default_route(version, but_through=plugged)
+
+        with _undoing(workload) as undo:
+            owner = _owner(workload, record.id, plugged)
+            left = [a for a in scene.held if host_net(a) not in record.nets and wish.fits(a, pools)]
+            address = left[0] if left else _take(datastore, owner, wish, pools)
+            undo(datastore.ipam.release, [address], {workload.handle})
+
+            net = host_net(address)
+            undo(scene.namespace.unconfigure, plugged, [net], next_hops)
+            scene.namespace.configure(plugged, [net], next_hops)
+
+            def add(endpoint: Endpoint) -> bool:
+                if net in endpoint.nets_of(version):
+                    return False
+                endpoint.nets_of(version).append(net)
+                endpoint.set_gateway(version, next_hop)
+                return True
+
+            undo(datastore.modify_endpoint, record.id, _without(net))
+            datastore.modify_endpoint(record.id, add)
+        return address
+
+
+def remove_address(datastore: DatastoreClient, workload: Workload, wish: Wish, interface: str | None) -> IPAddress:
+    """Take an address from a workload; return it. Raises NotThere when the workload does not have it.
+
+    The last address of an IP version takes that version's next hop and default route along. Works on a workload that
+    does not run, too.
+    """
+    address = wish.address
+    if address is None:
+        raise CalicoError("say which IP address to remove: 'ipv4', 'ipv6' and a CIDR name none")
+    with _Scene.enter(datastore, workload, must_run=False) as scene:
+        record = scene.only_record()
+        net = host_net(address)
+        if net not in record.nets and address not in scene.held:
+            raise NotThere(f"IP {address} is not assigned to {workload.name}.")
+        plugged = scene.plugged()
+        if plugged is not None:
+            scene.refuse_other_interface(plugged, interface)
+        gateway = record.gateway(wish.version)
+        others = [other for other in record.nets_of(wish.version) if other != net]
+
+        datastore.modify_endpoint(record.id, _without(net))
+        if plugged is not None:
+            next_hops = {} if others or gateway is None else {wish.version: gateway}
+            scene.namespace.unconfigure(plugged, [net], next_hops)
+        datastore.ipam.release([address], {workload.handle, None})
+    return address
+
+
+def _without(net: str) -> Callable[[Endpoint], bool]:
+    """Return a change of an endpoint that takes a net out, and the next hop with the last net of its version."""
+
+    def change(endpoint: Endpoint) -> bool:
+        version = version_of(net)
+        if net not in endpoint.nets_of(version):
+            return False
+        endpoint.nets_of(version).remove(net)
+        if not endpoint.nets_of(version):
+            endpoint.set_gateway(version, None)
+        return True
+
+    return change
+
+
+class _Scene:
+    """A workload under its lock, with its namespace open, and what store and kernel know of it at the start.
+
+    `held` are the addresses its handle holds; `record` is its endpoint, None where it has none.
+    """
+
+    def __init__(
+        self,
+        datastore: DatastoreClient,
+        workload: Workload,
+        lock: WorkloadLock,
+        namespace: netns.Namespace | None,
+    ) -> None:
+        self.datastore = datastore
+        self.workload = workload
+        self.lock = lock
+        self._namespace = namespace
+        records = endpoints_of(datastore, workload)
+        if len(records) > 1:
+            raise CalicoError(
+                f"{workload.name} has {len(records)} endpoints, where this command knows one: "
+                + ", ".join(record.id.endpoint for record in records)
+            )
+        self.record = records[0] if records else None
+        self.held = datastore.ipam.held_by(workload.handle) or {}
+        _refuse_other_path(workload, self.held)
+        self.look_again()
+
+    @classmethod
+    @contextmanager
+    def enter(cls, datastore: DatastoreClient, workload: Workload, must_run: bool = True) -> Iterator[_Scene]:
+        """Lock the workload, open its namespace and look around. Without `must_run`, it may have no namespace."""
+        with ExitStack() as stack:
+            lock = stack.enter_context(WorkloadLock(datastore.host, workload.orchestrator, workload.id))
+            namespace = None
+            try:
+                namespace = stack.enter_context(netns.Namespace(workload.namespace_path(), workload.name))
+            except CalicoError:
+                if must_run:
+                    raise
+            if namespace is not None and namespace.is_own():
+                raise CalicoError(f"{workload.name} cannot be connected: its network namespace is the host's own.")
+            yield cls(datastore, workload, lock, namespace)
+
+    @property
+    def namespace(self) -> netns.Namespace:
+        assert self._namespace is not None, "a scene without a namespace is not plugged"
+        return self._namespace
+
+    def look_again(self) -> None:
+        """Read the namespace's interfaces and routes."""
+        self._inspection = netns.Inspection() if self._namespace is None else self._namespace.inspect()
+
+    def plugged(self) -> str | None:
+        """Return the name of the workload's Calico interface, or None while it has none that is complete."""
+        host_end = netns.find_interface(self.record.id.interface) if self.record is not None else None
+        if host_end is None or not host_end.up:
+            return None
+        for interface in self._inspection.interfaces.values():
+            if (interface.index, interface.peer_index) == (host_end.peer_index, host_end.index):
+                return interface.name
+        return None
+
+    def only_record(self) -> Endpoint:
+        """Return the workload's endpoint; raise NotThere when it has none."""
+        if self.record is None:
+            name = self.workload.name
+            raise NotThere(f"{name} is not connected to Calico. Connect it with 'calicoctl container add {name} ipv4'.")
+        return self.record
+
+    def connected(self, interface: str | None) -> tuple[Endpoint, str]:
+        """Return the endpoint and the name of its interface; raise CalicoError where one of them is missing."""
+        record, plugged = self.only_record(), self.plugged()
+        if plugged is None:
+            raise CalicoError(
+                f"{self.workload.name} has lost its interface. Wire it again with 'calicoctl container add "
+                f"{self.workload.name} {(record.addresses or ['ipv4'])[0]}'."
+            )
+        self.refuse_other_interface(plugged, interface)
+        return record, plugged
+
+    def remove_half_made(self) -> None:
+        """Delete veth pairs that a cut command has made for this workload."""
+        for name in _interfaces_of(self.held):
+            if netns.delete_interface(name):
+                self.look_again()
+
+    def refuse_default_route(self, version: int, but_through: str | None = None) -> None:
+        route = self._inspection.default_routes.get(version)
+        if route is not None and not (but_through and route.endswith(f"dev {but_through}")):
+            raise CalicoError(
+                f"{self.workload.name} has an IPv{version} default route already ({route}), and Calico's cannot be set "
+                "beside it. Run the container with --net=none."
+            )
+
+    def refuse_interface(self, name: str) -> None:
+        if name in self._inspection.interfaces:
+            raise CalicoError(
+                f"{self.workload.name} has an interface {name} already. Choose another name with --interface."
+            )
+
+    def refuse_other_interface(self, plugged: str, wanted: str | None) -> None:
+        if wanted not in (None, plugged):
+            raise CalicoError(f"{self.workload.name} is connected through its interface {plugged}, not {wanted}.")
+
+
+@contextmanager
+def _undoing(workload: Workload) -> Iterator[Callable[..., object]]:
+    """Give a function that remembers an undo; run them all, last first, when what is inside `with` fails.
+
+    Each undo is one that does no harm where its step was not done. An undo that fails does not keep the others from
+    running: the error names it, and what to do.
+    """
+    failures: list[str] = []
+
+    def attempt(function: Callable[..., object], *arguments: object) -> None:
+        try:
+            function(*arguments)
+        except CalicoError as error:
+            failures.append(str(error))
+
+    try:
+        with ExitStack() as stack:
+            yield lambda function, *arguments: stack.callback(attempt, function, *arguments)
+            stack.pop_all()
+    except CalicoError as error:
+        if failures:
+            raise CalicoError(
+                f"{error} Not all of it could be undone ({'; '.join(failures)}): run 'calicoctl container remove "
+                f"{workload.name}' when that works again."
+            ) from error
+        raise
+
+
+def _plug(
+    scene: _Scene,
+    name: str,
+    interface: str,
+    nets: list[str],
+    next_hops: dict[int, str],
+    mac: str | None,
+    undo: Callable[..., object],
+) -> str:
+    """Make a veth pair and set it up at both ends, the host's last; return the MAC of the workload's end."""
+    netns.create_veth(name, scene.namespace, interface, mac)
+    undo(netns.delete_interface, name)
+    mac = scene.namespace.configure(interface, nets, next_hops)
+    netns.set_up(name)
+    return mac
+
+
+def _adopt(scene: _Scene, wish: Wish, pools: list[Pool], interface: str) -> tuple[IPAddress | None, EndpointId]:
+    """Find an address that a cut command has taken, and give all others back; return it with its endpoint's id.
+
+    Without one that fits, the address is None and the id a new one.
+    """
+    workload = scene.workload
+    kept, kept_id = None, EndpointId(scene.datastore.host, workload.orchestrator, workload.id, uuid.uuid1().hex)
+    for address, owner in scene.held.items():
+        id = EndpointId(scene.datastore.host, workload.orchestrator, workload.id, _endpoint_of(owner) or "")
+        if kept is None and id.endpoint and wish.fits(address, pools) and owner == _owner(workload, id, interface):
+            kept, kept_id = address, id
+        else:
+            scene.datastore.ipam.release([address], {workload.handle})
+    return kept, kept_id
+
+
+def _take(datastore: DatastoreClient, owner: Owner, wish: Wish, pools: list[Pool]) -> IPAddress:
+    """Take an address that was asked for; raise CalicoError when there is none to have."""
+    if wish.address is None:
+        taken = datastore.ipam.auto_assign(1, pools, owner)
+        if not taken:
+            raise CalicoError(f"There is no free IP address in {', '.join(pool.cidr for pool in pools)}.")
+        return taken[0]
+    try:
+        datastore.ipam.assign(wish.address, owner)
+    except AddressTaken as error:
+        holder = datastore.ipam.owner(wish.address)
+        raise AddressTaken(f"{error}{_told(holder)}. Give it another, or 'ipv{wish.version}' for any.") from None
+    return wish.address
+
+
+def _regain(scene: _Scene, address: IPAddress, owner: Owner, undo: Callable[..., object]) -> None:
+    """Make sure that an address of a record belongs to its workload; one without a handle (an old tool's) does."""
+    ipam = scene.datastore.ipam
+    holder = ipam.owner(address)
+    if holder is None:
+        undo(ipam.release, [address], {owner.handle})
+        ipam.assign(address, owner)
+    elif holder.handle is not None:
+        raise AddressTaken(
+            f"{scene.workload.name}'s address {address} has been given to another{_told(holder)}. Run 'calicoctl "
+            f"container remove {scene.workload.name}' and add it anew."
+        )
+
+
+def _told(owner: Owner | None) -> str:
+    """Return what a message says of an address's owner."""
+    facts = owner.secondary if owner is not None else {}
+    name = facts.get("namespace") or (str(facts["workload"])[:12] if facts.get("workload") else None)
+    return f" ({name} on host {facts.get('host')})" if name else ""
+
+
+def _owner(workload: Workload, id: EndpointId, interface: str) -> Owner:
+    """Return what is written beside an address: enough to tell its owner, and to wire the workload again."""
+    from calicoctl.datastore.ipam import Owner
+
+    return Owner(
+        workload.handle,
+        {
+            "host": id.host,
+            "orchestrator": id.orchestrator,
+            "workload": id.workload,
+            "endpoint": id.endpoint,
+            "interface": interface,
+            "namespace": workload.path,
+        },
+    )
+
+
+def _endpoint_of(owner: Owner) -> str | None:
+    """Return the endpoint id beside an address, or None where there is none that looks like one."""
+    id = owner.secondary.get("endpoint")
+    return id if isinstance(id, str) and len(id) == 32 and set(id) <= set("0123456789abcdef") else None
+
+
+def _interfaces_of(held: dict[IPAddress, Owner]) -> set[str]:
+    """Return the host ends of the veth pairs of the endpoints that hold these addresses."""
+    ids = {_endpoint_of(owner) for owner in held.values()} - {None}
+    return {EndpointId("", "", "", str(id)).interface for id in ids}
+
+
+def _refuse_other_path(workload: Workload, held: dict[IPAddress, Owner]) -> None:
+    """Raise CalicoError when the workload's id stands for another path: `/a-b` and `/a/b` have the same."""
+    for owner in held.values():
+        path = owner.secondary.get("namespace")
+        if workload.path is not None and path not in (None, workload.path):
+            raise CalicoError(f"{workload.name} cannot be told from {path}, which is connected already: rename one.")
+
+
+def _refuse_next_hop(wish: Wish, next_hop: str) -> None:
+    if wish.address is not None and str(wish.address) == next_hop:
+        raise CalicoError(f"IP {next_hop} is this host's own address.")

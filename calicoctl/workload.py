@@ -1,0 +1,152 @@
+"""From what a user calls a container, a Docker name or a namespace path, to a Workload."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from calicoctl import locks
+from calicoctl.errors import CalicoError, DockerUnavailable, NoSuchContainer
+
+if TYPE_CHECKING:
+    from calicoctl.datastore.client import DatastoreClient
+    from calicoctl.datastore.model import Endpoint
+
+DOCKER = "docker"
+NAMESPACE = "namespace"
+
+DOCKER_TIMEOUT = 20
+"""Seconds to wait for an answer of the Docker Engine."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A container or a namespace that is, or is to be, on the network.
+
+    `name` is what the user calls it, `id` what the store does. `path` is the namespace's path, None for a Docker
+    container, whose own name is `docker_name` then; `pid` is that of its first process while it runs.
+    """
+
+    orchestrator: str
+    id: str
+    name: str
+    path: str | None = None
+    docker_name: str = ""
+    pid: int | None = None
+    network_mode: str = ""
+
+    @property
+    def handle(self) -> str:
+        """The IPAM handle of the workload's addresses."""
+        return f"{self.orchestrator}.{self.id}"
+
+    def namespace_path(self) -> str:
+        """Return the path of the network namespace; raise CalicoError where there is none that is its own."""
+        if self.path is not None:
+            return self.path
+        if self.pid is None:
+            raise CalicoError(f"{self.name} is not running. Start it with 'docker start {self.name}'.")
+        if self.network_mode == "host":
+            raise CalicoError(
+                f"{self.name} cannot be connected: it runs in the host's network (--net=host). Run it with --net=none."
+            )
+        if self.network_mode.startswith("container:"):
+            owner = self.network_mode.partition(":")[2]
+            raise CalicoError(
+                f"{self.name} cannot be connected: it shares the network of container {owner}. Connect that one."
+            )
+        return f"/proc/{self.pid}/ns/net"
+
+
+def find(name: str) -> Workload:
+    """Return the workload that a user calls `name`.
+
+    An absolute path is a namespace, which is not opened here, and Docker is not asked. Raises NoSuchContainer, or
+    DockerUnavailable where the engine could not be asked.
+    """
+    if name.startswith("/"):
+        path = "/" + os.path.normpath(name).lstrip("/")
+        if path == "/":
+            raise CalicoError(f"'{name}' is not the path of a network namespace")
+        return Workload(NAMESPACE, path.replace("/", "-"), name, path=path)
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name, re.ASCII):
+        raise CalicoError(
+            f"'{name}' is neither a Docker container's name or id, nor the absolute path of a network namespace"
+        )
+    container = _inspect(name)
+    state = container["State"]
+    mode = container["HostConfig"]["NetworkMode"]
+    if mode.startswith("container:"):
+        mode = "container:" + _name_of(mode.partition(":")[2])
+    return Workload(
+        DOCKER,
+        container["Id"],
+        name,
+        docker_name=container["Name"].lstrip("/"),
+        pid=state["Pid"] if state["Running"] and state["Pid"] else None,
+        network_mode=mode,
+    )
+
+
+def find_connected(name: str, datastore: DatastoreClient) -> Workload:
+    """Return the workload that a user calls `name`, also when Docker does not know it any more.
+
+    Then it is looked for among those connected on this host: by the name it was connected under, or by a unique
+    prefix of its id. Raises what `find` raises where there is none.
+    """
+    try:
+        return find(name)
+    except (NoSuchContainer, DockerUnavailable):
+        id = locks.remembered(datastore.host, DOCKER, name)
+        if id is None and re.fullmatch(r"[0-9a-f]{64}", name):
+            id = name
+        if id is None and re.fullmatch(r"[0-9a-f]{4,63}", name):
+            matches = [known for known in datastore.workload_ids(DOCKER) if known.startswith(name)]
+            id = matches[0] if len(matches) == 1 else None
+        if id is None:
+            raise
+        return Workload(DOCKER, id, name)
+
+
+def endpoints_of(datastore: DatastoreClient, workload: Workload) -> list[Endpoint]:
+    """Return a workload's endpoints on this host. An old tool stored those of a namespace under `docker`."""
+    found = datastore.workload_endpoints(workload.orchestrator, workload.id)
+    if not found and workload.orchestrator == NAMESPACE:
+        found = datastore.workload_endpoints(DOCKER, workload.id)
+    return found
+
+
+def _name_of(id: str) -> str:
+    """Return the name of a container, or its id where Docker does not tell."""
+    try:
+        return str(_inspect(id)["Name"]).lstrip("/")
+    except CalicoError:
+        return id
+
+
+def _inspect(name: str) -> dict[str, Any]:
+    """Ask the Docker Engine, found as its own tools find it, about a container."""
+    from docker.api.client import APIClient
+    from docker.errors import APIError, DockerException, NotFound
+    from docker.utils import kwargs_from_env
+    from requests.exceptions import RequestException
+
+    try:
+        with APIClient(timeout=DOCKER_TIMEOUT, **kwargs_from_env()) as docker:
+            return docker.inspect_container(name)  # type: ignore[no-any-return]
+    except NotFound:
+        raise NoSuchContainer(f"No such container: {name}") from None
+    except APIError as error:
+        raise DockerUnavailable(f"Docker refused to inspect {name}: {error.explanation or error}") from None
+    except (DockerException, RequestException, OSError) as error:
+        where = os.environ.get("DOCKER_HOST") or "unix:///var/run/docker.sock"
+        text = str(error)
+        if "Permission denied" in text:
+            hint = f"no permission on {where}; run this as root or as a member of the docker group"
+        elif "Connection refused" in text or "No such file" in text:
+            hint = f"nothing listens at {where}; start Docker, or set DOCKER_HOST"
+        else:
+            hint = f"{where}: {' '.join(text.split())[:160]}"
+        raise DockerUnavailable(f"Cannot ask Docker about {name}: {hint}.") from None

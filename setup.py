@@ -1,0 +1,34 @@
+"""What calicoctl is made of and needs. Settings of the tools around it are in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+version = re.search(r'__version__ = "(.+)"', (here / "calicoctl/__init__.py").read_text()).group(1)
+
+setup(
+    name="calicoctl",
+    version=version,
+    description="Connects containers to a Calico network: flat, routed, policy-controlled",
+    long_description=(here / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["calicoctl", "calicoctl.*"]),
+    python_requires=">=3.9",
+    install_requires=[
+        "docopt>=0.6.2,<0.7",
+        "python-etcd>=0.4.5,<0.5",
+        "urllib3>=1.26,<3",
+        "netaddr>=1.0,<2",
+        "pyroute2>=0.9.1,<0.10",
+        "docker>=7.0,<8",
+        "prettytable>=3.0,<4",
+    ],
+    extras_require={
+        "test": ["pytest>=7", "hypothesis>=6"],
+        "lint": ["ruff>=0.6,<1", "mypy>=1.8"],
+    },
+    entry_points={"console_scripts": ["calicoctl=calicoctl.cli:entry"]},
+)
