@@ -11,6 +11,7 @@ import fcntl
 import os
 import stat
 import threading
+from collections.abc import Collection
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Callable, Iterator, TypeVar
@@ -32,7 +33,9 @@ _SCOPE_LINK = 253
 _TABLE_MAIN = 254
 _NODAD = 0x02
 _LOOPBACK = 0x8
+_PROTOCOL_STATIC = 4
 _FAMILIES = {4: 2, 6: 10}
+_LENGTHS = {4: 32, 6: 128}
 
 
 @dataclass
@@ -139,23 +142,28 @@ class Namespace:
                 flags = {"flags": _NODAD} if version_of(net) == 6 else {}
                 netlink.addr("replace", index=index, address=address, prefixlen=int(length), **flags)
             for version, next_hop in next_hops.items():
-                routes = _routes(version, next_hop, index)
-                for route in routes:
-                    netlink.route("replace", **route)
+                scope = {"scope": _SCOPE_LINK} if version == 4 else {}
+                netlink.route("replace", **_route(version, next_hop, index), **scope)
+                netlink.route("replace", **_route(version, None, index), gateway=next_hop)
             return _interface(netlink.get_links(index)[0]).mac
 
         with _explained(f"{self.name}: setting up {interface}"):
             return self.run(work)
 
-    def unconfigure(self, interface: str, nets: list[str], next_hops: dict[int, str]) -> None:
-        """Undo `configure`, but for leaving the interface up. What is not there is passed over."""
+    def unconfigure(self, interface: str, nets: list[str], versions: Collection[int]) -> None:
+        """Take addresses from `interface`, and for these IP versions the routes that `configure` made.
+
+        What is not there is passed over. The interface stays up.
+        """
 
         def work(netlink: IPRoute) -> None:
             index = _index(netlink, interface)
-            for version, next_hop in next_hops.items():
-                for route in reversed(_routes(version, next_hop, index)):
-                    with _ignoring(errno.ESRCH, errno.ENODEV):
-                        netlink.route("del", **route)
+            for version in versions:
+                family, length = _FAMILIES[version], _LENGTHS[version]
+                for route in netlink.get_routes(family=family, table=_TABLE_MAIN, oif=index):
+                    if route["proto"] == _PROTOCOL_STATIC and route["dst_len"] in (0, length):
+                        with _ignoring(errno.ESRCH):
+                            netlink.route("del", **_route(version, route.get_attr("RTA_DST"), index))
             for net in nets:
                 address, _, length = net.partition("/")
                 with _ignoring(errno.EADDRNOTAVAIL):
@@ -287,14 +295,10 @@ def _index(netlink: IPRoute, name: str) -> int:
     return int(found[0])
 
 
-def _routes(version: int, next_hop: str, index: int) -> list[dict[str, Any]]:
-    """Return the two routes that a workload needs, in the order they are made: to the next hop, and through it."""
-    family = _FAMILIES[version]
-    length = 128 if version == 6 else 32
-    on_link: dict[str, Any] = {"family": family, "dst": f"{next_hop}/{length}", "oif": index}
-    if version == 4:
-        on_link["scope"] = _SCOPE_LINK
-    return [on_link, {"family": family, "dst": "default", "gateway": next_hop, "oif": index}]
+def _route(version: int, address: str | None, index: int) -> dict[str, Any]:
+    """Return the route to one address, or for None the default route, through an interface."""
+    destination = "default" if address is None else f"{address}/{_LENGTHS[version]}"
+    return {"family": _FAMILIES[version], "dst": destination, "oif": index, "proto": _PROTOCOL_STATIC}
 
 
 def _write_sysctl(path: str, value: str) -> None:

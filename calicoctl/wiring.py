@@ -264,13 +264,11 @@ def remove_address(datastore: DatastoreClient, workload: Workload, wish: Wish, i
         plugged = scene.plugged()
         if plugged is not None:
             scene.refuse_other_interface(plugged, interface)
-        gateway = record.gateway(wish.version)
         others = [other for other in record.nets_of(wish.version) if other != net]
 
         datastore.modify_endpoint(record.id, _without(net))
         if plugged is not None:
-            next_hops = {} if others or gateway is None else {wish.version: gateway}
-            scene.namespace.unconfigure(plugged, [net], next_hops)
+            scene.namespace.unconfigure(plugged, [net], [] if others else [wish.version])
         datastore.ipam.release([address], {workload.handle, None})
     return address
 

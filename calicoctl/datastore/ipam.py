@@ -11,10 +11,11 @@ import json
 import random
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from calicoctl.addresses import version_of
 from calicoctl.datastore import keys
 from calicoctl.datastore.model import Pool, load_object
 from calicoctl.datastore.store import Entry, Store, create_if_missing
@@ -152,18 +153,24 @@ class Ipam:
         return None if entry is None else Block.from_entry(entry).owner(int(address) % BLOCK_SIZE)
 
     def held_by(self, handle: str) -> dict[IPAddress, Owner] | None:
-        """Return the addresses that `handle` holds, or None when there is no such handle."""
+        """Return the addresses that `handle` holds, or None when there is no such handle.
+
+        A handle that a cut command has left with wrong counts is put right; so call this with the owner's lock held.
+        """
         entry = self._store.get(keys.ipam_handle(handle))
         if entry is None:
             return None
-        held = {}
-        for cidr in _handle_counts(entry):
-            block_entry = self._store.get(keys.ipam_block(_version(cidr), cidr))
+        counts, actual = _handle_counts(entry), {}
+        held: dict[IPAddress, Owner] = {}
+        for cidr in counts:
+            block_entry = self._store.get(keys.ipam_block(version_of(cidr), cidr))
             if block_entry is not None:
                 block = Block.from_entry(block_entry)
-                held.update(
-                    {block.address(ordinal): owner for ordinal, owner in block.held() if owner.handle == handle}
-                )
+                mine = {block.address(o): owner for o, owner in block.held() if owner.handle == handle}
+                actual[cidr] = len(mine)
+                held.update(mine)
+        if counts != actual or not held:
+            self._recount(handle)
         return held
 
     def assign(self, address: IPAddress, owner: Owner) -> None:
@@ -172,9 +179,9 @@ class Ipam:
         Raises AddressTaken when somebody else has it, Conflict when others change its block all the time.
         """
         version, first, ordinal = _place(address)
-        taken = self._take(version, first, owner, [ordinal], count=1, claim=True, exact=True)
-        if not taken:
-            raise AddressTaken(f"IP {address} is already assigned")
+        with self._counted_right(owner):
+            if not self._take(version, first, owner, [ordinal], count=1, claim=True, exact=True):
+                raise AddressTaken(f"IP {address} is already assigned")
 
     def auto_assign(self, count: int, pools: list[Pool], owner: Owner) -> list[IPAddress]:
         """Give `count` free addresses out of `pools` (of one IP version) to `owner`; return those that could be found.
@@ -183,11 +190,14 @@ class Ipam:
         """
         ranges = [_range(pool) for pool in pools]
         found: list[IPAddress] = []
-        for version, first, claim in self._candidates(ranges):
-            ordinals = [o for o in range(BLOCK_SIZE) if any(low <= first + o <= high for _, low, high in ranges)]
-            found += self._take(version, first, owner, ordinals, count - len(found), claim)
-            if len(found) >= count:
-                break
+        with self._counted_right(owner):
+            for version, first, claim in self._candidates(ranges):
+                ordinals = [o for o in range(BLOCK_SIZE) if any(low <= first + o <= high for _, low, high in ranges)]
+                found += self._take(version, first, owner, ordinals, count - len(found), claim)
+                if len(found) >= count:
+                    return found
+        if owner.handle is not None:
+            self._recount(owner.handle)
         return found
 
     def release(self, addresses: Iterable[IPAddress], holders: set[str | None] | None = None) -> list[IPAddress]:
@@ -248,7 +258,6 @@ class Ipam:
         cidr = _cidr(version, first)
         key = keys.ipam_block(version, cidr)
         before: set[int] | None = set() if exact else None
-        counted = False
         for attempt in range(ATTEMPTS):
             entry = self._store.get(key)
             if entry is not None:
@@ -270,7 +279,6 @@ class Ipam:
             if free:
                 if owner.handle is not None:
                     self._recount(owner.handle, {cidr: block.count(owner.handle) + len(free)})
-                    counted = True
                 for ordinal in free:
                     block.take(ordinal, owner)
                 try:
@@ -286,9 +294,18 @@ class Ipam:
             break
         else:
             raise Conflict(f"block {cidr} is being changed by too many others; try again")
-        if counted and owner.handle is not None:
-            self._recount(owner.handle)
         return []
+
+    @contextmanager
+    def _counted_right(self, owner: Owner) -> Iterator[None]:
+        """Put the owner's handle right when what is inside `with` fails: it may have been counted up already."""
+        try:
+            yield
+        except CalicoError:
+            if owner.handle is not None:
+                with suppress(CalicoError):
+                    self._recount(owner.handle)
+            raise
 
     def _drop_affinity(self, version: int, cidr: str) -> None:
         """Forget this host's affinity to a block that turned out to be another's."""
@@ -358,7 +375,7 @@ class Ipam:
         raise Conflict(f"IPAM handle {handle} is being changed by too many others; try again")
 
     def _count(self, handle: str, cidr: str) -> int:
-        entry = self._store.get(keys.ipam_block(_version(cidr), cidr))
+        entry = self._store.get(keys.ipam_block(version_of(cidr), cidr))
         return 0 if entry is None else Block.from_entry(entry).count(handle)
 
 
@@ -372,10 +389,6 @@ def _handle_counts(entry: Entry) -> dict[str, int]:
     if not isinstance(counts, dict) or not all(type(count) is int for count in counts.values()):
         raise InvalidValue(entry.key, '"block" should be an object of numbers')
     return counts
-
-
-def _version(cidr: str) -> int:
-    return 6 if ":" in cidr else 4
 
 
 def _address(version: int, value: int) -> IPAddress:

@@ -1,0 +1,91 @@
+"""Real parts for the system tests: one etcd and one Docker Engine a session, on a host of their own (tests/sandbox)."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.system.support import (
+    HOST_IP,
+    HOST_IP6,
+    Etcd,
+    Host,
+    calico_links,
+    import_busybox,
+    run,
+    start_docker,
+    wait_for,
+)
+
+HOME = Path("/run/calico-tests")
+
+
+def pytest_configure() -> None:
+    if os.getpid() > 100 or Path("/run/systemd").exists():
+        pytest.exit("system tests need a host of their own: run them with 'make system'", returncode=3)
+    missing = [tool for tool in ("etcd", "dockerd", "docker", "ip", "busybox", "openssl") if not shutil.which(tool)]
+    if missing:
+        pytest.exit(f"system tests need {', '.join(missing)}: 'make packages' installs them", returncode=3)
+
+
+@pytest.fixture(scope="session")
+def etcd() -> Iterator[Etcd]:
+    server = Etcd(HOME / "etcd", port=2379)
+    server.start()
+    server.await_ready()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def bare_host(etcd: Etcd) -> Iterator[Host]:
+    """A host that is not registered, in an empty store. Whatever a test leaves behind is removed, and fails it."""
+    etcd.delete("/calico")
+    yield Host(etcd)
+    spaces = [line.split()[0] for line in run("ip", "netns", "list").out.splitlines()]
+    for space in spaces:
+        run("ip", "netns", "delete", space)
+    with contextlib.suppress(AssertionError):  # the kernel takes a while to tear a namespace down
+        wait_for(lambda: not calico_links(), "namespaces", 5)
+    left = calico_links()
+    for name in left:
+        run("ip", "link", "delete", name)
+    shutil.rmtree("/run/calico", ignore_errors=True)
+    assert not left, f"interfaces without a namespace: {left}"
+
+
+@pytest.fixture
+def host(bare_host: Host) -> Host:
+    """A host that is registered with an IPv4 and an IPv6 address."""
+    bare_host.ctl("node", f"--ip={HOST_IP}", f"--ip6={HOST_IP6}")
+    return bare_host
+
+
+@pytest.fixture
+def blue(bare_host: Host) -> str:
+    """The path of a network namespace."""
+    run("ip", "netns", "add", "blue")
+    return "/var/run/netns/blue"
+
+
+@pytest.fixture(scope="session")
+def engine() -> Iterator[None]:
+    """A Docker Engine with an image `busybox`."""
+    process = start_docker(HOME / "docker")
+    import_busybox(HOME / "busybox")
+    yield
+    process.terminate()
+    process.wait()
+
+
+@pytest.fixture
+def workload(engine: None) -> Iterator[str]:
+    """The name of a container that runs without a network."""
+    run("docker", "run", "--net=none", "--name", "workload", "-tid", "busybox")
+    yield "workload"
+    run("docker", "rm", "-f", "workload", check=False)

@@ -1,0 +1,113 @@
+"""calicoctl with a fault in what it stands on. Takes calicoctl's arguments; the environment says which fault.
+
+FAULT=fail:N    the N-th change of etcd or the kernel (from 0) is refused
+FAULT=kill:N    the process is killed with -9 right after the N-th change
+FAULT=lost:N    the N-th change is made, and, if it is one of etcd's, its answer is lost
+FAULT=dead:N    etcd is gone from the N-th change on
+FAULT=none:0    no fault
+FAULT_LOG=FILE  gets a line for each change
+
+The seams are the calls of the two libraries that change something, so no step of the program can be missed.
+"""
+
+import os
+import signal
+import sys
+
+from calicoctl import cli, netns, slim
+
+slim.install()
+
+import etcd  # noqa: E402
+import urllib3.exceptions  # noqa: E402
+from pyroute2.iproute import linux  # noqa: E402
+from pyroute2.netlink.exceptions import NetlinkError  # noqa: E402
+
+MODE, _, NUMBER = os.environ["FAULT"].partition(":")
+changes = 0
+
+
+def count(what):
+    """Note a change; tell whether it is the one with the fault."""
+    global changes
+    with open(os.environ["FAULT_LOG"], "a") as log:
+        print(what, file=log)
+    changes += 1
+    return changes - 1 == int(NUMBER)
+
+
+def unreachable():
+    return etcd.EtcdConnectionFailed(cause=urllib3.exceptions.NewConnectionError(None, "Connection refused"))
+
+
+def faulty_etcd(name):
+    original = getattr(etcd.Client, name)
+
+    def call(self, key, *arguments, **options):
+        hit = count(f"etcd {name} {key}")
+        if MODE == "dead" and changes > int(NUMBER):
+            raise unreachable()
+        if hit and MODE == "fail":
+            raise etcd.EtcdInsufficientPermissions("The request requires user authentication", {"errorCode": 110})
+        try:
+            result = original(self, key, *arguments, **options)
+        finally:
+            if hit and MODE == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+        if hit and MODE == "lost":
+            raise etcd.EtcdConnectionFailed(cause=urllib3.exceptions.ProtocolError("Connection aborted"))
+        return result
+
+    setattr(etcd.Client, name, call)
+
+
+def faulty_read():
+    original = etcd.Client.read
+
+    def call(self, *arguments, **options):
+        if MODE == "dead" and changes > int(NUMBER):
+            raise unreachable()
+        return original(self, *arguments, **options)
+
+    etcd.Client.read = call
+
+
+def faulty_netlink(name):
+    original = getattr(linux.RTNL_API, name)
+
+    async def call(self, command, **options):
+        if command not in ("add", "set", "replace", "del", "delete"):
+            return await original(self, command, **options)
+        hit = count(f"netlink {name} {command}")
+        if hit and MODE == "fail":
+            raise NetlinkError(105)
+        result = await original(self, command, **options)
+        if hit and MODE == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(linux.RTNL_API, name, call)
+
+
+def faulty_sysctl():
+    original = netns._write_sysctl
+
+    def call(path, value):
+        hit = count(f"sysctl {path}")
+        if hit and MODE == "fail":
+            raise OSError(30, "Read-only file system")
+        original(path, value)
+        if hit and MODE == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    netns._write_sysctl = call
+
+
+faulty_etcd("write")
+faulty_etcd("delete")
+faulty_read()
+for request in ("link", "addr", "route"):
+    faulty_netlink(request)
+faulty_sysctl()
+sys.argv = ["calicoctl", *sys.argv[1:]]
+cli.entry()

@@ -1,0 +1,292 @@
+"""What the system tests look at the world with: etcd over plain HTTP, the kernel through `ip`, calicoctl as a command.
+
+Nothing here uses the code under test.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+
+CALICOCTL = str(Path(sys.executable).parent / "calicoctl")
+FAULTY = str(Path(__file__).parent / "faulty.py")
+HOST = "host1"
+HOST_IP, HOST_IP6 = "192.0.2.2", "2001:db8::2"
+
+
+@dataclass
+class Result:
+    """What a command ended with."""
+
+    status: int
+    out: str
+    err: str
+
+
+def run(*command: str, check: bool = True, **options) -> Result:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+    result = Result(done.returncode, done.stdout, done.stderr)
+    if check and result.status != 0:
+        raise AssertionError(f"{' '.join(command)}: {result}")
+    return result
+
+
+def wait_for(condition, what: str, seconds: float = 30):
+    """Return the first true value of `condition`, asked again and again; fail when it takes too long."""
+    give_up = time.monotonic() + seconds
+    while True:
+        value = condition()
+        if value:
+            return value
+        assert time.monotonic() < give_up, f"{what}: not within {seconds} s"
+        time.sleep(0.02)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+class Etcd:
+    """An etcd server on loopback, and a small client of its v2 API."""
+
+    def __init__(self, directory: Path, name: str = "m0", port: int | None = None, peer: int | None = None) -> None:
+        self.name, self.directory = name, directory
+        self.port, self.peer = port or free_port(), peer or free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.process: subprocess.Popen | None = None
+
+    def start(self, cluster: str | None = None, *options: str) -> None:
+        peer = f"http://127.0.0.1:{self.peer}"
+        self.directory.mkdir(parents=True, exist_ok=True)
+        command = [
+            *("etcd", "--name", self.name, "--data-dir", str(self.directory / "data"), "--log-outputs", "stderr"),
+            *("--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer),
+            *("--initial-cluster", cluster or f"{self.name}={peer}"),
+        ]
+        if not any(option.startswith("--listen-client-urls") for option in options):
+            command += ["--listen-client-urls", self.url, "--advertise-client-urls", self.url]
+        if not any(option.startswith("--enable-v2") for option in options):
+            command.append("--enable-v2")
+        with (self.directory / "log").open("ab") as log:
+            self.process = subprocess.Popen([*command, *options], stdout=log, stderr=log)
+
+    def await_ready(self) -> None:
+        def healthy() -> bool:
+            assert self.process is None or self.process.poll() is None, (self.directory / "log").read_text()[-2000:]
+            try:
+                with urllib.request.urlopen(f"{self.url}/health", timeout=2) as answer:
+                    return json.load(answer)["health"] == "true"
+            except (OSError, ValueError, http.client.HTTPException):
+                return False
+
+        wait_for(healthy, f"etcd {self.name}")
+
+    def stop(self, signal: int = 15) -> None:
+        if self.process is not None and self.process.poll() is None:
+            self.process.send_signal(18)
+            self.process.send_signal(signal)
+            self.process.wait()
+        self.process = None
+
+    def _request(self, method: str, key: str, query: str = "", **form: str) -> dict | None:
+        data = urllib.parse.urlencode(form).encode() if form else None
+        url = f"{self.url}/v2/keys{urllib.parse.quote(key)}{query}"
+        request = urllib.request.Request(url, data, method=method)
+        try:
+            with urllib.request.urlopen(request, timeout=20) as answer:
+                return json.load(answer)
+        except urllib.error.HTTPError as error:
+            if error.code == 404:
+                return None
+            raise
+
+    def get(self, key: str) -> str | None:
+        answer = self._request("GET", key, "?quorum=true")
+        return None if answer is None else answer["node"].get("value")
+
+    def put(self, key: str, value) -> None:
+        self._request("PUT", key, value=value if isinstance(value, str) else json.dumps(value))
+
+    def delete(self, key: str) -> None:
+        self._request("DELETE", key, "?recursive=true")
+
+    def tree(self, directory: str = "/calico") -> dict[str, str]:
+        """Return all keys below a directory with their values."""
+        answer = self._request("GET", directory, "?recursive=true&quorum=true")
+        leaves, nodes = {}, [answer["node"]] if answer else []
+        while nodes:
+            node = nodes.pop()
+            if node.get("dir"):
+                nodes += node.get("nodes", [])
+            else:
+                leaves[node["key"]] = node["value"]
+        return leaves
+
+
+def links(namespace: str | None = None) -> dict[str, dict]:
+    """Return the interfaces of the host, or of a namespace, by name, but for loopback."""
+    prefix = ["ip", "-n", namespace] if namespace else ["ip"]
+    found = json.loads(run(*prefix, "-details", "-json", "address", "show").out or "[]")
+    return {link["ifname"]: link for link in found if link.get("ifname") not in (None, "lo")}
+
+
+def calico_links() -> set[str]:
+    """Return the host ends of all veth pairs of Calico's."""
+    return {name for name in links() if name.startswith("cali")}
+
+
+def addresses(namespace: str, interface: str) -> set[str]:
+    """Return the global addresses of an interface, as address/length."""
+    info = links(namespace)[interface]["addr_info"]
+    return {f"{a['local']}/{a['prefixlen']}" for a in info if a["scope"] == "global"}
+
+
+def routes(namespace: str, version: int = 4) -> list[str]:
+    return [line.strip() for line in run("ip", "-n", namespace, f"-{version}", "route").out.splitlines()]
+
+
+@dataclass
+class Host:
+    """A host with an etcd: what a test types on it, and what it finds there afterwards."""
+
+    etcd: Etcd
+    name: str = HOST
+    endpoints: str = ""
+
+    def environment(self, **extra: str) -> dict[str, str]:
+        kept = {
+            name: value for name, value in os.environ.items() if not name.startswith(("ETCD_", "DOCKER_", "CALICO"))
+        }
+        kept["PATH"] = f"{Path(CALICOCTL).parent}:{kept['PATH']}"
+        etcd = (
+            {"ETCD_ENDPOINTS": self.endpoints} if self.endpoints else {"ETCD_AUTHORITY": f"127.0.0.1:{self.etcd.port}"}
+        )
+        return {**kept, "HOSTNAME": self.name, **etcd, **extra}
+
+    def ctl(self, *arguments: str, status: int | None = 0, env: dict[str, str] | None = None, **options) -> Result:
+        """Run calicoctl; check its exit status, and that no traceback came out."""
+        command = options.pop("command", [CALICOCTL])
+        result = run(*command, *arguments, check=False, env=self.environment(**(env or {})), **options)
+        assert "Traceback" not in result.err, result.err
+        assert "defect" not in result.err, result.err
+        if status is not None:
+            assert result.status == status, result
+        return result
+
+    def start(self, *arguments: str) -> subprocess.Popen:
+        return subprocess.Popen(
+            [CALICOCTL, *arguments],
+            env=self.environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    # what etcd says
+
+    def records(self) -> dict[str, dict]:
+        """Return the endpoint records of all hosts by key."""
+        tree = self.etcd.tree("/calico/v1/host")
+        return {key: json.loads(value) for key, value in tree.items() if "/endpoint/" in key}
+
+    def record(self) -> dict:
+        (record,) = self.records().values()
+        return record
+
+    def allocations(self) -> dict[str, dict]:
+        """Return what is assigned: address -> {"handle_id", "secondary"}. Fails for a block that is not well formed."""
+        import ipaddress
+
+        found: dict[str, dict] = {}
+        for key, value in self.etcd.tree("/calico/ipam/v2/assignment").items():
+            block = json.loads(value)
+            assert key.rpartition("/")[2] == block["cidr"].replace("/", "-")
+            assert len(block["allocations"]) == 64
+            used = {index for index in block["allocations"] if index is not None}
+            assert used == set(range(len(block["attributes"]))), f"unused attributes in {value}"
+            first = ipaddress.ip_network(block["cidr"])[0]
+            for ordinal, index in enumerate(block["allocations"]):
+                if index is not None:
+                    found[str(first + ordinal)] = block["attributes"][index]
+        return found
+
+    def handles(self) -> dict[str, dict[str, int]]:
+        tree = self.etcd.tree("/calico/ipam/v2/handle")
+        return {key.rpartition("/")[2]: json.loads(value)["block"] for key, value in tree.items()}
+
+    # what must be true whenever no command is under way
+
+    def check_consistent(self) -> None:
+        """Fail when an address has no owner, a veth pair no record, a record no interface, or a handle miscounts."""
+        records = self.records()
+        owned = {
+            net.partition("/")[0] for record in records.values() for net in record["ipv4_nets"] + record["ipv6_nets"]
+        }
+        allocations = self.allocations()
+        assert owned == set(allocations), "addresses in records and in blocks differ"
+        ours = calico_links()
+        assert {record["name"] for record in records.values()} == ours, "records and interfaces differ"
+        assert all("UP" in links()[name]["flags"] for name in ours)
+        counted: dict[str, int] = {}
+        for attributes in allocations.values():
+            if attributes["handle_id"] is not None:
+                counted[attributes["handle_id"]] = counted.get(attributes["handle_id"], 0) + 1
+        assert {handle: sum(blocks.values()) for handle, blocks in self.handles().items()} == counted
+
+    def check_nothing_left(self) -> None:
+        """Fail when any workload has left anything behind."""
+        assert self.records() == {}
+        assert self.allocations() == {}
+        assert self.handles() == {}
+        assert calico_links() == set()
+        assert not list(Path("/run/calico").glob("*/*"))
+        leftover = self.etcd._request("GET", f"/calico/v1/host/{self.name}/workload", "?recursive=true")
+        folders = [node for top in (leftover or {"node": {}})["node"].get("nodes", []) for node in top.get("nodes", [])]
+        assert folders == [], "a workload's folder is still there"
+
+
+def start_docker(directory: Path) -> subprocess.Popen:
+    """Start a Docker Engine of our own at the default socket, without bridge or firewall; wait until it answers."""
+    directory.mkdir(parents=True)
+    with (directory / "log").open("wb") as log:
+        engine = subprocess.Popen(
+            [
+                *("dockerd", "--data-root", str(directory / "data"), "--exec-root", str(directory / "exec")),
+                *("--pidfile", str(directory / "pid"), "--bridge=none", "--iptables=false", "--ip-forward=false"),
+            ],
+            stdout=log,
+            stderr=log,
+        )
+
+    def up() -> bool:
+        assert engine.poll() is None, (directory / "log").read_text()[-2000:]
+        return run("docker", "info", check=False).status == 0
+
+    wait_for(up, "Docker Engine", 60)
+    return engine
+
+
+def import_busybox(directory: Path) -> None:
+    """Make the image `busybox` out of Debian's busybox-static."""
+    tools = directory / "bin"
+    tools.mkdir(parents=True)
+    shutil.copy("/bin/busybox", tools / "busybox")
+    for name in ("sh", "ip", "ping", "sleep", "cat", "nc"):
+        (tools / name).symlink_to("busybox")
+    tar = subprocess.run(["tar", "-C", str(directory), "-c", "bin"], check=True, capture_output=True).stdout
+    subprocess.run(
+        ["docker", "import", "--change", 'CMD ["sh"]', "-", "busybox"], input=tar, check=True, capture_output=True
+    )
