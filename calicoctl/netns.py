@@ -159,9 +159,8 @@ class Namespace:
         def work(netlink: IPRoute) -> None:
             index = _index(netlink, interface)
             for version in versions:
-                family, length = _FAMILIES[version], _LENGTHS[version]
-                for route in netlink.get_routes(family=family, table=_TABLE_MAIN, oif=index):
-                    if route["proto"] == _PROTOCOL_STATIC and route["dst_len"] in (0, length):
+                for route in netlink.get_routes(family=_FAMILIES[version], table=_TABLE_MAIN, oif=index):
+                    if route["proto"] == _PROTOCOL_STATIC and route["dst_len"] in (0, _LENGTHS[version]):
                         with _ignoring(errno.ESRCH):
                             netlink.route("del", **_route(version, route.get_attr("RTA_DST"), index))
             for net in nets:

@@ -231,17 +231,21 @@ class Ipam:
         def wanted(first: int) -> bool:
             return any(low <= first + BLOCK_SIZE - 1 and first <= high for _, low, high in ranges)
 
-        affine = sorted(_firsts(self._store.names(keys.ipam_affinities(self._host, version))))
-        for first in affine:
-            if wanted(first):
-                yield version, first, True
-        blocks = keys.ipam_blocks(version)
-        existing = set(_firsts(self._store.names(blocks)))
+        def affine() -> set[int]:
+            return set(_firsts(self._store.names(keys.ipam_affinities(self._host, version))))
+
+        def existing() -> set[int]:
+            return set(_firsts(self._store.names(keys.ipam_blocks(version))))
+
+        for first in sorted(filter(wanted, affine())):
+            yield version, first, True
+        known = existing()
         for _, low, high in ranges:
             for first in range(low - low % BLOCK_SIZE, high + 1, BLOCK_SIZE):
-                if first not in existing:
+                if first not in known:
                     yield version, first, True
-        borrowed = [first for first in set(_firsts(self._store.names(blocks))).difference(affine) if wanted(first)]
+        # looked at again: a block that was to be claimed may have turned out to be another host's
+        borrowed = list(filter(wanted, existing() - affine()))
         random.shuffle(borrowed)
         for first in borrowed:
             yield version, first, False

@@ -1,0 +1,282 @@
+"""IPAM under any sequence of calls, with conflicts and lost answers: blocks well formed, handles exact, one owner."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from netaddr import IPAddress
+
+from calicoctl.datastore import ipam as ipam_module
+from calicoctl.datastore.ipam import Block, Ipam, Owner
+from calicoctl.datastore.model import Pool
+from calicoctl.errors import AddressTaken, InvalidValue, StoreUnavailable
+from tests.unit.memory_store import MemoryStore
+
+HOSTS = ("host1", "host2", "host3")
+POOLS = {4: [Pool("10.0.0.0/25"), Pool("10.0.1.32/27")], 6: [Pool("fd00::/121")]}
+OUTSIDE_BLOCKS = ("10.0.1.0", "10.0.1.31")
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ipam_module, "_pause", lambda attempt: None)
+
+
+def raw_allocations(store: MemoryStore) -> dict[str, dict]:
+    """Read all blocks without the code under test, checking that each is well formed: address -> attributes."""
+    found = {}
+    for key, entry in store.entries.items():
+        if "/assignment/" not in key:
+            continue
+        block = json.loads(entry.value)
+        network = ipaddress.ip_network(block["cidr"])
+        assert network.num_addresses == len(block["allocations"]) == 64
+        assert key.rpartition("/")[2] == str(network).replace("/", "-")
+        assert block["affinity"] in {f"host:{host}" for host in HOSTS}
+        used = {index for index in block["allocations"] if index is not None}
+        assert used == set(range(len(block["attributes"])))
+        for ordinal, index in enumerate(block["allocations"]):
+            if index is not None:
+                found[str(network[ordinal])] = block["attributes"][index]
+    return found
+
+
+def raw_handles(store: MemoryStore) -> dict[str, dict[str, int]]:
+    prefix = "/calico/ipam/v2/handle/"
+    return {
+        key[len(prefix) :]: json.loads(e.value)["block"] for key, e in store.entries.items() if key.startswith(prefix)
+    }
+
+
+def addresses_in(version: int) -> st.SearchStrategy[IPAddress]:
+    starts = {4: ["10.0.0.0", "10.0.1.32"], 6: ["fd00::"]}[version]
+    return st.builds(lambda start, n: IPAddress(start) + n, st.sampled_from(starts), st.integers(0, 31))
+
+
+ANY_ADDRESS = addresses_in(4) | addresses_in(6)
+HANDLES = st.sampled_from(["h1", "h2", "h3", None])
+TROUBLE = st.lists(st.sampled_from([None, None, None, "conflict", "lost"]), max_size=6)
+
+
+class IpamMachine(RuleBasedStateMachine):
+    """Three hosts assign and release; `model` is what must be: address -> handle."""
+
+    @initialize()
+    def start(self) -> None:
+        self.store = MemoryStore()
+        self.hosts = {host: Ipam(self.store, host) for host in HOSTS}
+        self.model: dict[str, str | None] = {}
+        self.calls = 0
+
+    def trouble(self, sequence: list[str | None]) -> None:
+        left = list(sequence)
+        self.store.trouble = lambda: left.pop() if left else None
+
+    def owner(self, handle: str | None) -> Owner:
+        self.calls += 1
+        return Owner(handle, {"endpoint": str(self.calls)})
+
+    @rule(host=st.sampled_from(HOSTS), address=ANY_ADDRESS, handle=HANDLES, trouble=TROUBLE)
+    def assign(self, host: str, address: IPAddress, handle: str | None, trouble: list) -> None:
+        self.trouble(trouble)
+        try:
+            self.hosts[host].assign(address, self.owner(handle))
+        except AddressTaken:
+            assert str(address) in self.model
+        else:
+            assert str(address) not in self.model
+            self.model[str(address)] = handle
+
+    @rule(
+        host=st.sampled_from(HOSTS),
+        count=st.integers(1, 70),
+        version=st.sampled_from([4, 6]),
+        handle=HANDLES,
+        trouble=TROUBLE,
+    )
+    def auto_assign(self, host: str, count: int, version: int, handle: str | None, trouble: list) -> None:
+        self.trouble(trouble)
+        found = self.hosts[host].auto_assign(count, POOLS[version], self.owner(handle))
+        assert len(set(found)) == len(found)
+        networks = [ipaddress.ip_network(pool.cidr) for pool in POOLS[version]]
+        assert all(any(ipaddress.ip_address(str(a)) in network for network in networks) for a in found)
+        assert not {str(address) for address in found} & set(self.model), "an address got a second owner"
+        free = sum(n.num_addresses for n in networks) - sum(
+            any(ipaddress.ip_address(a) in network for network in networks) for a in self.model
+        )
+        assert len(found) == min(count, free), "free addresses were not found"
+        self.model.update({str(address): handle for address in found})
+
+    @rule(host=st.sampled_from(HOSTS), addresses=st.lists(ANY_ADDRESS, max_size=20), trouble=TROUBLE)
+    def release(self, host: str, addresses: list[IPAddress], trouble: list) -> None:
+        self.trouble(trouble)
+        missing = self.hosts[host].release(addresses)
+        assert {str(a) for a in missing} == {str(a) for a in addresses} - set(self.model)
+        for address in addresses:
+            self.model.pop(str(address), None)
+
+    @rule(host=st.sampled_from(HOSTS), addresses=st.lists(ANY_ADDRESS, max_size=20), handle=HANDLES)
+    def release_only_if_held(self, host: str, addresses: list[IPAddress], handle: str | None) -> None:
+        self.trouble([])
+        self.hosts[host].release(addresses, {handle})
+        for address in addresses:
+            if str(address) in self.model and self.model[str(address)] == handle:
+                del self.model[str(address)]
+
+    @rule(host=st.sampled_from(HOSTS), handle=st.sampled_from(["h1", "h2", "h3"]), trouble=TROUBLE)
+    def release_by_handle(self, host: str, handle: str, trouble: list) -> None:
+        self.trouble(trouble)
+        released = self.hosts[host].release_by_handle(handle)
+        assert {str(a) for a in released} == {a for a, other in self.model.items() if other == handle}
+        self.model = {a: other for a, other in self.model.items() if other != handle}
+
+    @rule(host=st.sampled_from(HOSTS), after=st.integers(0, 4), handle=HANDLES, version=st.sampled_from([4, 6]))
+    def cut_off(self, host: str, after: int, handle: str | None, version: int) -> None:
+        """etcd goes away in the middle of an assignment; the next one with the handle puts its counts right."""
+        left = [None] * after
+        self.store.trouble = lambda: left.pop() if left else "down"
+        owner = self.owner(handle)
+        try:
+            found = self.hosts[host].auto_assign(1, POOLS[version], owner)
+        except StoreUnavailable:
+            found = [
+                IPAddress(a)
+                for a, attributes in raw_allocations(self.store).items()
+                if attributes["secondary"] == owner.secondary
+            ]
+        self.model.update({str(address): handle for address in found})
+        self.trouble([])
+        if handle is not None:
+            self.hosts[host].held_by(handle)
+
+    @rule(handle=st.sampled_from(["h1", "h2", "h3"]))
+    def held_by(self, handle: str) -> None:
+        held = self.hosts["host1"].held_by(handle)
+        mine = {a for a, other in self.model.items() if other == handle}
+        assert {str(a) for a in held or ()} == mine
+        assert (held is None) == (not mine)
+
+    @invariant()
+    def store_says_what_the_model_says(self) -> None:
+        if not hasattr(self, "store"):
+            return
+        allocations = raw_allocations(self.store)
+        assert {a: attributes["handle_id"] for a, attributes in allocations.items()} == self.model
+        counts: dict[str, dict[str, int]] = {}
+        for address, handle in self.model.items():
+            if handle is not None:
+                length = 122 if ":" in address else 26
+                block = str(ipaddress.ip_network(f"{address}/{length}", strict=False))
+                counts.setdefault(handle, {})
+                counts[handle][block] = counts[handle].get(block, 0) + 1
+        assert raw_handles(self.store) == counts
+
+
+IpamMachine.TestCase.settings = settings(
+    max_examples=60, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
+)
+TestIpam = IpamMachine.TestCase
+
+
+def test_a_hosts_first_addresses_are_the_lowest_of_a_block_it_claims() -> None:
+    store = MemoryStore()
+    pools = [Pool("10.0.0.0/24")]
+    first = Ipam(store, "host1").auto_assign(2, pools, Owner("h1", {}))
+    second = Ipam(store, "host2").auto_assign(1, pools, Owner("h2", {}))
+    assert [str(a) for a in first + second] == ["10.0.0.0", "10.0.0.1", "10.0.0.64"]
+    assert "/calico/ipam/v2/host/host1/ipv4/block/10.0.0.0-26" in store.entries
+    assert "/calico/ipam/v2/host/host2/ipv4/block/10.0.0.64-26" in store.entries
+
+
+def test_a_given_address_makes_its_block_with_affinity_to_this_host() -> None:
+    store = MemoryStore()
+    Ipam(store, "host1").assign(IPAddress("192.168.0.1"), Owner("h1", {"node": "vm"}))
+    block = json.loads(store.entries["/calico/ipam/v2/assignment/ipv4/block/192.168.0.0-26"].value)
+    assert block == {
+        "cidr": "192.168.0.0/26",
+        "affinity": "host:host1",
+        "allocations": [None, 0] + [None] * 62,
+        "attributes": [{"handle_id": "h1", "secondary": {"node": "vm"}}],
+    }
+    assert json.loads(store.entries["/calico/ipam/v2/handle/h1"].value) == {"id": "h1", "block": {"192.168.0.0/26": 1}}
+
+
+def test_when_the_pool_is_used_up_addresses_are_borrowed_and_then_there_are_none() -> None:
+    store = MemoryStore()
+    pools = [Pool("10.0.0.0/26")]
+    assert len(Ipam(store, "host1").auto_assign(60, pools, Owner("h1", {}))) == 60
+    assert len(Ipam(store, "host2").auto_assign(10, pools, Owner("h2", {}))) == 4
+    assert Ipam(store, "host2").auto_assign(1, pools, Owner("h3", {})) == []
+    assert raw_handles(store) == {"h1": {"10.0.0.0/26": 60}, "h2": {"10.0.0.0/26": 4}}
+    assert not [key for key in store.entries if "/host/host2/" in key], "affinity to another host's block was kept"
+
+
+def test_finding_a_free_block_in_a_large_pool_takes_few_requests() -> None:
+    store = MemoryStore()
+    for second in range(40):
+        Ipam(store, "host1").assign(IPAddress(f"10.0.{second}.0"), Owner(None, {}))
+    for key in [key for key in store.entries if "/ipam/v2/host/" in key]:
+        del store.entries[key]
+    requests = []
+    original = store.get
+    store.get = lambda key: requests.append(key) or original(key)  # type: ignore[method-assign]
+    assert len(Ipam(store, "host2").auto_assign(1, [Pool("10.0.0.0/8")], Owner("h", {}))) == 1
+    assert len(requests) < 5
+
+
+def test_unknown_fields_of_a_block_are_kept() -> None:
+    store = MemoryStore()
+    ipam = Ipam(store, "host1")
+    ipam.assign(IPAddress("10.0.0.1"), Owner("h1", {}))
+    key = "/calico/ipam/v2/assignment/ipv4/block/10.0.0.0-26"
+    store._put(key, json.dumps({**json.loads(store.entries[key].value), "strict": True}))
+    ipam.assign(IPAddress("10.0.0.2"), Owner("h1", {}))
+    assert json.loads(store.entries[key].value)["strict"] is True
+
+
+GOOD_BLOCK = {
+    "cidr": "10.0.0.0/26",
+    "affinity": None,
+    "allocations": [None] * 64,
+    "attributes": [],
+}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"cidr": "10.0.0.64/26"},
+        {"cidr": None},
+        {"allocations": [None] * 63},
+        {"allocations": [0] + [None] * 63},
+        {"allocations": [True] + [None] * 63},
+        {"allocations": None},
+        {"attributes": {}},
+        {"attributes": [1]},
+        {"affinity": 7},
+    ],
+    ids=str,
+)
+def test_a_block_that_is_not_well_formed_is_refused_by_name(change: dict) -> None:
+    store = MemoryStore()
+    key = "/calico/ipam/v2/assignment/ipv4/block/10.0.0.0-26"
+    Block.from_entry(store._put(key, json.dumps(GOOD_BLOCK)))
+    entry = store._put(key, json.dumps({**GOOD_BLOCK, **change}))
+    with pytest.raises(InvalidValue, match=key):
+        Block.from_entry(entry)
+
+
+@pytest.mark.parametrize("trouble", ["conflict", "lost"])
+def test_a_second_address_for_the_same_owner_is_another_one_whatever_goes_wrong(trouble: str) -> None:
+    store = MemoryStore()
+    ipam, owner, pools = Ipam(store, "host1"), Owner("h1", {"endpoint": "e"}), [Pool("10.0.0.0/26")]
+    assert [str(a) for a in ipam.auto_assign(1, pools, owner)] == ["10.0.0.0"]
+    left = [trouble, trouble]
+    store.trouble = lambda: left.pop() if left else None
+    assert [str(a) for a in ipam.auto_assign(1, pools, owner)] == ["10.0.0.1"]
+    assert raw_handles(store) == {"h1": {"10.0.0.0/26": 2}}

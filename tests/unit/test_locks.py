@@ -1,0 +1,81 @@
+"""Locks of workloads: exclusive, gone with their holder, and with no file left."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from calicoctl import locks
+from calicoctl.errors import Conflict
+from calicoctl.locks import WorkloadLock, remembered
+
+
+@pytest.fixture(autouse=True)
+def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(locks, "DIRECTORY", tmp_path)
+    return tmp_path
+
+
+def test_a_lock_leaves_no_file(directory: Path) -> None:
+    with WorkloadLock("vm", "namespace", "-var-run-netns-blue"):
+        assert [file.name for file in (directory / "vm").iterdir()] == ["namespace.-var-run-netns-blue"]
+    assert list((directory / "vm").iterdir()) == []
+
+
+def test_a_second_holder_gives_up_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locks, "PATIENCE", 0.1)
+    with WorkloadLock("vm", "docker", "c"):
+        with pytest.raises(Conflict, match="another command"), WorkloadLock("vm", "docker", "c"):
+            pass
+        with WorkloadLock("vm", "docker", "d"):
+            pass
+
+
+def test_holders_take_turns() -> None:
+    inside, most = 0, 0
+
+    def work() -> None:
+        nonlocal inside, most
+        for _ in range(20):
+            with WorkloadLock("vm", "docker", "c"):
+                inside += 1
+                most = max(most, inside)
+                inside -= 1
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == 1
+
+
+def test_a_holder_that_dies_lets_go(directory: Path) -> None:
+    code = (
+        "import os, pathlib; from calicoctl import locks; locks.DIRECTORY = pathlib.Path(os.environ['D'])\n"
+        "locks.WorkloadLock('vm', 'docker', 'c').__enter__(); os.kill(os.getpid(), 9)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env={"D": str(directory)}, check=False)
+    assert done.returncode == -9
+    with WorkloadLock("vm", "docker", "c"):
+        pass
+
+
+def test_names_are_remembered_until_forgotten() -> None:
+    with WorkloadLock("vm", "docker", "a" * 64) as lock:
+        lock.remember("web")
+    assert remembered("vm", "docker", "web") == "a" * 64
+    assert remembered("vm", "docker", "we") is None
+    assert remembered("other", "docker", "web") is None
+    with WorkloadLock("vm", "docker", "a" * 64) as lock:
+        lock.forget()
+    assert remembered("vm", "docker", "web") is None
+
+
+def test_a_very_long_path_can_be_locked(directory: Path) -> None:
+    with WorkloadLock("vm", "namespace", "-x" * 2000):
+        assert len(list((directory / "vm").iterdir())) == 1
