@@ -43,10 +43,10 @@ def run(argv: list[str]) -> None:
     ipv4 = given[4] or detected[4]
     if ipv4 is None and given[6] is None:
         raise CalicoError("No IPv4 address of this host could be detected. Say which one to use with --ip.")
+    datastore.register_host(ipv4, given[6], as_num)
     for address in filter(None, given.values()):
         if address not in every:
             warn(f"Warning: {address} is not an address of this host, as far as can be seen.")
-    datastore.register_host(ipv4, given[6], as_num)
     if ipv4 is not None and given[4] is None:
         print(f"Detected IPv4 address {ipv4}.")
     addresses = " and ".join(address for address in (ipv4, given[6]) if address)

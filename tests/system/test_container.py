@@ -1,0 +1,323 @@
+"""Every form of `container`, on Docker containers and namespaces, seen in the kernel and in etcd."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+
+import pytest
+
+from tests.system.support import Host, addresses, calico_links, links, routes, run, wait_for
+
+V6 = "fd80:24e2:f998:72d6::"
+
+
+def inside(container: str, *command: str) -> str:
+    return run("docker", "exec", container, *command).out
+
+
+def test_the_four_lines_of_the_readme(host: Host, workload: str) -> None:
+    added = host.ctl("container", "add", "workload", "192.168.0.1")
+    assert (added.out, added.err) == ("IP 192.168.0.1 added to workload\n", "")
+    assert host.ctl("profile", "add", "PROFILE").out == "Created profile PROFILE\n"
+    assert host.ctl("container", "workload", "profile", "append", "PROFILE").out == "Profiles PROFILE appended\n"
+
+    id = run("docker", "inspect", "-f", "{{.Id}}", "workload").out.strip()
+    shown = inside("workload", "ip", "address", "show", "eth1")
+    assert "inet 192.168.0.1/32 scope global eth1" in shown and ",UP" in shown
+    assert sorted(line.strip() for line in inside("workload", "ip", "route").splitlines()) == [
+        "192.0.2.2 dev eth1 scope link",
+        "default via 192.0.2.2 dev eth1",
+    ]
+    ((key, record),) = host.records().items()
+    match = re.fullmatch(rf"/calico/v1/host/host1/workload/docker/{id}/endpoint/([0-9a-f]{{32}})", key)
+    assert match
+    mac = re.search("link/ether (..:..:..:..:..:..)", shown)[1]
+    assert record == {
+        "state": "active",
+        "name": "cali" + match[1][:11],
+        "mac": mac,
+        "profile_ids": ["PROFILE"],
+        "ipv4_nets": ["192.168.0.1/32"],
+        "ipv6_nets": [],
+        "ipv4_gateway": "192.0.2.2",
+        "ipv6_gateway": None,
+    }
+    assert "UP" in links()[record["name"]]["flags"]
+    assert host.allocations() == {
+        "192.168.0.1": {
+            "handle_id": f"docker.{id}",
+            "secondary": {
+                "host": "host1",
+                "orchestrator": "docker",
+                "workload": id,
+                "endpoint": match[1],
+                "interface": "eth1",
+                "namespace": None,
+            },
+        }
+    }
+    assert host.handles() == {f"docker.{id}": {"192.168.0.0/26": 1}}
+    assert host.etcd.get("/calico/ipam/v2/host/host1/ipv4/block/192.168.0.0-26") == ""
+    assert json.loads(host.etcd.get("/calico/v1/policy/profile/PROFILE/tags")) == ["PROFILE"]
+    assert json.loads(host.etcd.get("/calico/v1/policy/profile/PROFILE/rules")) == {
+        "id": "PROFILE",
+        "inbound_rules": [{"action": "allow", "src_tag": "PROFILE"}],
+        "outbound_rules": [{"action": "allow"}],
+    }
+
+    assert host.ctl("container", "remove", "workload").out == "Removed Calico from workload\n"
+    host.check_nothing_left()
+    assert "eth1" not in inside("workload", "ip", "link")
+
+
+def test_a_docker_container_gets_ipv6_although_docker_switches_it_off(host: Host, workload: str) -> None:
+    assert inside("workload", "cat", "/proc/sys/net/ipv6/conf/default/disable_ipv6").strip() == "1"
+    host.ctl("container", "add", "workload", f"{V6}1")
+    shown = inside("workload", "ip", "address", "show", "eth1")
+    assert f"inet6 {V6}1/128 scope global" in shown
+    assert "tentative" not in next(line for line in shown.splitlines() if f"{V6}1" in line)
+    assert "default via 2001:db8::2 dev eth1" in inside("workload", "ip", "-6", "route")
+    record = host.record()
+    assert (record["ipv4_nets"], record["ipv4_gateway"]) == ([], None)
+    assert (record["ipv6_nets"], record["ipv6_gateway"]) == ([f"{V6}1/128"], "2001:db8::2")
+    host.ctl("container", "workload", "ip", "add", "ipv4")
+    assert "default via 192.0.2.2 dev eth1" in inside("workload", "ip", "route")
+    assert host.record()["ipv4_gateway"] == "192.0.2.2"
+    host.check_consistent()
+
+
+@pytest.mark.parametrize("by", ["name", "id", "prefix"])
+def test_a_container_can_be_called_by_name_id_and_prefix(host: Host, workload: str, by: str) -> None:
+    id = run("docker", "inspect", "-f", "{{.Id}}", "workload").out.strip()
+    called = {"name": "workload", "id": id, "prefix": id[:12]}[by]
+    assert host.ctl("container", "add", called, "ipv4").out == f"IP 192.168.0.0 added to {called}\n"
+    host.ctl("container", called, "endpoint", "show")
+    host.ctl("container", "remove", called)
+    host.check_nothing_left()
+
+
+def test_a_restarted_container_is_wired_again_as_it_was(host: Host, workload: str) -> None:
+    host.ctl("profile", "add", "web")
+    host.ctl("container", "add", "workload", "192.168.0.1", "--interface=net0")
+    host.ctl("container", "workload", "ip", "add", f"{V6}1")
+    host.ctl("container", "workload", "profile", "append", "web")
+    before = host.records()
+    run("docker", "restart", "-t", "0", "workload")
+    refused = host.ctl("container", "add", "workload", "192.168.0.9", status=1)
+    assert "ip add" in refused.err and "192.168.0.1" in refused.err
+    assert host.ctl("container", "add", "workload", "192.168.0.1").out == "IP 192.168.0.1 added to workload\n"
+    assert host.records() == before
+    shown = inside("workload", "ip", "address", "show", "net0")
+    assert "192.168.0.1/32" in shown and f"{V6}1/128" in shown and next(iter(before.values()))["mac"] in shown
+    host.check_consistent()
+    again = host.ctl("container", "add", "workload", "192.168.0.1", status=1)
+    assert again.err == "workload has already been configured with Calico Networking.\n"
+
+
+def test_a_container_that_docker_has_forgotten_is_removed_by_its_name(host: Host, workload: str) -> None:
+    host.ctl("container", "add", "workload", "ipv4")
+    run("docker", "rm", "-f", "workload")
+    host.ctl("container", "remove", "workload")
+    host.check_nothing_left()
+    gone = host.ctl("container", "remove", "workload", status=1)
+    assert gone.err == "No such container: workload\n"
+
+
+@pytest.mark.parametrize("digits", [64, 12])
+def test_a_container_that_docker_has_forgotten_is_removed_by_its_id(host: Host, workload: str, digits: int) -> None:
+    id = run("docker", "inspect", "-f", "{{.Id}}", "workload").out.strip()
+    host.ctl("container", "add", "workload", "ipv4")
+    run("docker", "rm", "-f", "workload")
+    host.ctl("container", "remove", id[:digits])
+    host.check_nothing_left()
+
+
+def test_a_stopped_container_keeps_its_record_and_can_be_changed(host: Host, workload: str) -> None:
+    host.ctl("profile", "add", "web")
+    host.ctl("container", "add", "workload", "192.168.0.1")
+    host.ctl("container", "workload", "ip", "add", "192.168.0.2")
+    run("docker", "stop", "-t", "0", "workload")
+    host.ctl("container", "workload", "profile", "set", "web")
+    host.ctl("container", "workload", "ip", "remove", "192.168.0.2")
+    assert (host.record()["profile_ids"], host.record()["ipv4_nets"]) == (["web"], ["192.168.0.1/32"])
+    host.ctl("container", "remove", "workload")
+    host.check_nothing_left()
+
+
+def test_namespaces_by_path(host: Host, blue: str) -> None:
+    sleeper = subprocess.Popen(["ip", "netns", "exec", "blue", "sleep", "1000"])
+    try:
+        host_netns = run("readlink", "/proc/self/ns/net").out
+        wait_for(lambda: run("readlink", f"/proc/{sleeper.pid}/ns/net").out != host_netns, "sleeper in its namespace")
+        by_process = f"/proc/{sleeper.pid}/ns/net"
+        host.ctl(
+            "container", "add", by_process, "192.168.0.7", "--interface=cali7", env={"DOCKER_HOST": "tcp://127.0.0.1:1"}
+        )
+        assert addresses("blue", "cali7") == {"192.168.0.7/32"}
+        assert routes("blue") == [
+            "default via 192.0.2.2 dev cali7 proto static",
+            "192.0.2.2 dev cali7 proto static scope link",
+        ]
+        (key,) = host.records()
+        assert f"/workload/namespace/-proc-{sleeper.pid}-ns-net/endpoint/" in key
+        (attributes,) = host.allocations().values()
+        assert attributes["secondary"]["namespace"] == by_process
+    finally:
+        sleeper.kill()
+        sleeper.wait()
+    run("ip", "netns", "delete", "blue")
+    host.ctl("container", "remove", by_process)
+    host.check_nothing_left()
+
+
+def test_addresses_out_of_a_pool_that_is_named(host: Host, blue: str) -> None:
+    host.etcd.put("/calico/v1/ipam/v4/pool/10.1.0.0-16", {"cidr": "10.1.0.0/16", "ipip": "tunl0"})
+    assert host.ctl("container", "add", blue, "10.1.0.0/16").out == f"IP 10.1.0.0 added to {blue}\n"
+    assert host.ctl("container", blue, "ip", "add", "192.168.0.0/16").out == f"IP 192.168.0.0 added to {blue}\n"
+    refused = host.ctl("container", blue, "ip", "add", "10.1.0.0/17", status=1)
+    assert refused.err == "10.1.0.0/17 is not the CIDR of a pool. IPv4 pools: 10.1.0.0/16, 192.168.0.0/16.\n"
+    host.check_consistent()
+
+
+def test_ip_add_and_remove(host: Host, blue: str) -> None:
+    host.ctl("container", "add", blue, "192.168.0.1")
+    assert host.ctl("container", blue, "ip", "add", "192.168.0.2").out == f"IP 192.168.0.2 added to {blue}\n"
+    assert host.ctl("container", blue, "ip", "add", "192.168.0.2").out == f"IP 192.168.0.2 added to {blue}\n"
+    assert host.ctl("container", blue, "ip", "add", "ipv6").out == f"IP {V6} added to {blue}\n"
+    assert addresses("blue", "eth1") == {"192.168.0.1/32", "192.168.0.2/32", f"{V6}/128"}
+    assert any(route.startswith("default via 2001:db8::2 dev eth1") for route in routes("blue", 6))
+    assert host.record()["ipv6_gateway"] == "2001:db8::2"
+    host.check_consistent()
+    assert host.ctl("container", blue, "ip", "remove", "192.168.0.1").out == f"IP 192.168.0.1 removed from {blue}\n"
+    assert any(route.startswith("default via 192.0.2.2") for route in routes("blue"))
+    host.ctl("container", blue, "ip", "remove", V6)
+    assert host.record()["ipv6_gateway"] is None
+    assert not [route for route in routes("blue", 6) if "2001:db8::2" in route]
+    assert addresses("blue", "eth1") == {"192.168.0.2/32"}
+    missing = host.ctl("container", blue, "ip", "remove", V6, status=1)
+    assert missing.err == f"IP {V6} is not assigned to {blue}.\n"
+    host.check_consistent()
+    host.ctl("container", "remove", blue)
+    host.check_nothing_left()
+
+
+def test_profiles_of_a_container_keep_their_order(host: Host, blue: str) -> None:
+    for name in ("a", "b", "c"):
+        host.ctl("profile", "add", name)
+    host.ctl("container", "add", blue, "ipv4")
+
+    def change(*words: str, status: int = 0) -> str:
+        result = host.ctl("container", blue, "profile", *words, status=status)
+        return result.out + result.err
+
+    assert change("append", "b", "a") == "Profiles b, a appended\n"
+    assert host.record()["profile_ids"] == ["b", "a"]
+    assert change("append", "a", "c") == "Profiles a, c appended\n"
+    assert host.record()["profile_ids"] == ["b", "a", "c"]
+    assert change("remove", "a") == "Profiles a removed.\n"
+    assert "not in the list" in change("remove", "b", "a", status=1)
+    assert host.record()["profile_ids"] == ["b", "c"]
+    assert "does not exist" in change("append", "nosuch", status=1)
+    assert change("set", "c", "a") == "Profiles c, a set.\n"
+    assert host.record()["profile_ids"] == ["c", "a"]
+    assert change("set") == "Profiles none set.\n"
+    assert host.record()["profile_ids"] == []
+    change("append", status=2)
+
+
+def test_endpoint_show(host: Host, blue: str) -> None:
+    host.ctl("container", "add", blue, "192.168.0.1")
+    lines = host.ctl("container", blue, "endpoint", "show").out.splitlines()
+    cells = [[cell.strip() for cell in lines[number].strip("|").split("|")] for number in (1, 3)]
+    (key,), record = host.records(), host.record()
+    assert cells[0] == [
+        *("Hostname", "Orchestrator ID", "Workload ID", "Endpoint ID", "Addresses", "MAC", "Profiles", "State"),
+    ]
+    endpoint = key.rpartition("/")[2]
+    workload = "-var-run-netns-blue"
+    assert cells[1] == ["host1", "namespace", workload, endpoint, "192.168.0.1/32", record["mac"], "", "active"]
+    shown = json.loads(host.ctl("container", blue, "endpoint", "show", "--output=json").out)
+    names = {"host": "host1", "orchestrator": "namespace", "workload": workload, "endpoint": endpoint}
+    assert shown == [{**names, **record}]
+
+
+def test_two_paths_with_the_same_workload_id_are_told_apart(host: Host, blue: str) -> None:
+    run("mkdir", "-p", "/run/netns-x")
+    run("touch", "/run/netns-x/y", "/run/netns-x-y")
+    for path, space in (("/run/netns-x/y", "blue"), ("/run/netns-x-y", "blue")):
+        run("mount", "--bind", f"/run/netns/{space}", path)
+    host.ctl("container", "add", "/run/netns-x/y", "ipv4")
+    before = host.records()
+    for words in (("add", "/run/netns-x-y", "ipv4"), ("remove", "/run/netns-x-y")):
+        assert "/run/netns-x/y" in host.ctl("container", *words, status=1).err
+    assert host.records() == before
+    host.ctl("container", "remove", "/run/netns-x/y")
+    run("umount", "/run/netns-x/y", "/run/netns-x-y")
+    host.check_nothing_left()
+
+
+def test_what_an_old_tool_left_is_found_and_removed(host: Host, blue: str) -> None:
+    """The 2015 tool: namespaces under `docker`, one `profile_id`, addresses with null handles."""
+    endpoint = "8573cd44e78311f19d30c39e984a4bc1"
+    folder = "/calico/v1/host/host1/workload/docker/-var-run-netns-blue"
+    key = f"{folder}/endpoint/{endpoint}"
+    old = {
+        "state": "active",
+        "name": "cali8573cd44e78",
+        "mac": "aa:bb:cc:dd:ee:01",
+        "profile_id": "old",
+        "ipv4_nets": ["192.168.0.1/32"],
+        "ipv6_nets": [],
+        "ipv4_gateway": "192.0.2.2",
+        "ipv6_gateway": None,
+        "colour": "red",
+    }
+    host.etcd.put(key, old)
+    block = {
+        "cidr": "192.168.0.0/26",
+        "affinity": "host:host1",
+        "allocations": [None, 0, 0] + [None] * 61,
+        "attributes": [{"handle_id": None, "secondary": {}}],
+    }
+    host.etcd.put("/calico/ipam/v2/assignment/ipv4/block/192.168.0.0-26", block)
+    host.ctl("profile", "add", "web")
+    host.ctl("container", blue, "profile", "append", "web")
+    record = host.records()[key]
+    assert (record["profile_ids"], record["colour"], "profile_id" in record) == (["old", "web"], "red", False)
+    host.ctl("container", "add", blue, "ipv4")
+    assert addresses("blue", "eth1") == {"192.168.0.1/32"}
+    assert links("blue")["eth1"]["address"] == "aa:bb:cc:dd:ee:01"
+    assert list(host.records()) == [key]
+    host.ctl("container", blue, "ip", "add", "192.168.0.3")
+    host.ctl("container", "remove", blue)
+    assert host.records() == {} and calico_links() == set()
+    assert host.allocations() == {"192.168.0.2": {"handle_id": None, "secondary": {}}}, "not ours, and kept"
+
+
+def test_a_record_cannot_make_us_delete_somebody_elses_interface(host: Host, blue: str) -> None:
+    host.ctl("container", "add", blue, "192.168.0.1")
+    run("ip", "link", "add", "precious", "type", "bridge")
+    (key,) = host.records()
+    host.etcd.put(key, {**host.record(), "name": "precious"})
+    host.ctl("container", "remove", blue)
+    assert "precious" in links()
+    run("ip", "link", "delete", "precious")
+    host.check_nothing_left()
+
+
+def test_an_interrupt_undoes_what_was_begun(host: Host, blue: str) -> None:
+    """SIGTERM while the command waits for etcd, which hangs, in the middle of its work."""
+    host.etcd.process.send_signal(19)
+    command = host.start("container", "add", blue, "ipv4")
+    try:
+        wait_for(lambda: "namespace.-var-run-netns-blue" in run("ls", "/run/calico/host1", check=False).out, "lock")
+        command.terminate()
+        out, err = command.communicate(timeout=60)
+    finally:
+        host.etcd.process.send_signal(18)
+    assert command.returncode == 128 + 15
+    assert err == "Interrupted; what was begun has been undone.\n" and out == ""
+    host.etcd.await_ready()
+    host.check_nothing_left()

@@ -1,0 +1,90 @@
+"""What `node` writes, and which address it finds."""
+
+from __future__ import annotations
+
+import json
+
+from tests.system.support import Host, run
+
+
+def test_registering_writes_global_config_pools_and_the_hosts_keys(bare_host: Host) -> None:
+    said = bare_host.ctl("node", "--ip=192.0.2.2", "--ip6=2001:db8::2", "--as=1.10")
+    assert "Host host1 is registered with 192.0.2.2 and 2001:db8::2." in said.out
+    assert "agent is not part of this version" in said.out
+    tree = bare_host.etcd.tree()
+    for key, value in tree.items():
+        if value.startswith("{"):
+            tree[key] = json.loads(value)
+    assert tree == {
+        "/calico/v1/Ready": "true",
+        "/calico/v1/config/InterfacePrefix": "cali",
+        "/calico/v1/config/LogSeverityFile": "none",
+        "/calico/v1/config/LogSeverityScreen": "info",
+        "/calico/v1/config/LogFilePath": "none",
+        "/calico/v1/config/IpInIpEnabled": "false",
+        "/calico/v1/ipam/v4/pool/192.168.0.0-16": {"cidr": "192.168.0.0/16"},
+        "/calico/v1/ipam/v6/pool/fd80:24e2:f998:72d6::-64": {"cidr": "fd80:24e2:f998:72d6::/64"},
+        "/calico/v1/host/host1/bird_ip": "192.0.2.2",
+        "/calico/v1/host/host1/config/marker": "created",
+        "/calico/v1/host/host1/config/DefaultEndpointToHostAction": "RETURN",
+        "/calico/bgp/v1/global/as_num": "64511",
+        "/calico/bgp/v1/global/node_mesh": {"enabled": True},
+        "/calico/bgp/v1/host/host1/ip_addr_v4": "192.0.2.2",
+        "/calico/bgp/v1/host/host1/ip_addr_v6": "2001:db8::2",
+        "/calico/bgp/v1/host/host1/as_num": "65546",
+    }
+
+
+def test_registering_again_changes_what_is_given_and_keeps_what_others_set(bare_host: Host) -> None:
+    bare_host.ctl("node", "--ip=192.0.2.2", "--ip6=2001:db8::2", "--as=64512")
+    mine = {
+        "/calico/v1/config/LogSeverityScreen": "debug",
+        "/calico/bgp/v1/global/as_num": "65000",
+        "/calico/bgp/v1/global/node_mesh": '{"enabled": false}',
+        "/calico/v1/host/host1/config/DefaultEndpointToHostAction": "DROP",
+        "/calico/v1/ipam/v4/pool/10.0.0.0-8": '{"cidr": "10.0.0.0/8"}',
+    }
+    for key, value in mine.items():
+        bare_host.etcd.put(key, value)
+    bare_host.etcd.delete("/calico/v1/ipam/v4/pool/192.168.0.0-16")
+    bare_host.ctl("node", "--ip=192.0.2.3")
+    tree = bare_host.etcd.tree()
+    assert {key: tree[key] for key in mine} == mine
+    assert "/calico/v1/ipam/v4/pool/192.168.0.0-16" not in tree, "there is a pool of that version"
+    assert tree["/calico/bgp/v1/host/host1/ip_addr_v4"] == "192.0.2.3"
+    assert tree["/calico/bgp/v1/host/host1/ip_addr_v6"] == ""
+    assert "/calico/bgp/v1/host/host1/as_num" not in tree
+
+
+def test_the_address_is_that_of_the_default_routes_interface(bare_host: Host) -> None:
+    try:
+        for name, kind, address in (
+            ("aaa", "bridge", "198.51.100.1/24"),
+            ("docker0", "bridge", "172.17.0.1/16"),
+            ("ens1", "veth", "203.0.113.1/24"),
+            ("ens2", "veth", "192.0.2.20/24"),
+        ):
+            run("ip", "link", "add", name, "type", kind)
+            run("ip", "address", "add", address, "dev", name)
+            run("ip", "link", "set", name, "up")
+        run("ip", "address", "add", "192.0.2.21/24", "dev", "ens2")
+        said = bare_host.ctl("node").out
+        assert "Detected IPv4 address 203.0.113.1." in said, "without a default route, the first that faces outside"
+        run("ip", "route", "add", "default", "via", "198.51.100.9", "metric", "10")
+        run("ip", "route", "add", "default", "via", "203.0.113.9", "metric", "300")
+        run("ip", "route", "add", "default", "via", "192.0.2.1", "metric", "200", "src", "192.0.2.21")
+        assert "Detected IPv4 address 192.0.2.21." in bare_host.ctl("node").out
+        assert bare_host.etcd.get("/calico/v1/host/host1/bird_ip") == "192.0.2.21"
+        given = bare_host.ctl("node", "--ip=192.0.2.20")
+        assert "Detected" not in given.out and given.err == ""
+        assert "Warning: 192.0.2.99 is not an address of this host" in bare_host.ctl("node", "--ip=192.0.2.99").err
+    finally:
+        for name in ("aaa", "docker0", "ens1", "ens2"):
+            run("ip", "link", "delete", name, check=False)
+
+
+def test_without_any_address_the_user_is_told_to_give_one(bare_host: Host) -> None:
+    assert "--ip" in bare_host.ctl("node", status=1).err
+    assert bare_host.etcd.tree() == {}
+    assert "registered with 2001:db8::2" in bare_host.ctl("node", "--ip6=2001:db8::2").out
+    assert bare_host.etcd.get("/calico/bgp/v1/host/host1/ip_addr_v4") == ""
