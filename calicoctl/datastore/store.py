@@ -9,8 +9,10 @@ Source: https://github.com/etcd-io/etcd/blob/release-3.4/Documentation/v2/api.md
 
 from __future__ import annotations
 
+import json
 import os
 import random
+import re
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -172,11 +174,15 @@ class EtcdStore:
     def names(self, directory: str) -> list[str]:
         import etcd
 
-        try:
-            result = self._read(directory)
-        except etcd.EtcdKeyNotFound:
-            return []
-        return [child.key.rpartition("/")[2] for child in result.children if child.key != result.key]
+        give_up = time.monotonic() + PATIENCE
+        while True:
+            try:
+                keys = self._answer(directory, _child_keys)
+                return [key.rpartition("/")[2] for key in keys if key != directory]
+            except etcd.EtcdKeyNotFound:
+                return []
+            except _Unanswered as unanswered:
+                self._wait(unanswered, give_up)
 
     def create(self, key: str, value: str) -> Entry:
         import etcd
@@ -354,6 +360,33 @@ class EtcdStore:
             client.http.connection_pool_kw["retries"] = False
             self._clients[member] = client
         return self._clients[member]
+
+
+def _child_keys(client: etcd.Client, path: str) -> list[str]:
+    """Return the keys of a directory and what is directly in it.
+
+    etcd sends the values along; the blocks of a /16 would fill some 80 MiB if read as one document. So the answer is
+    searched for its keys as it comes. Inside a value every quote has a backslash before it, which a key's name has not.
+    """
+    import etcd
+    import urllib3.exceptions
+
+    url = f"{client.base_uri}{client.key_endpoint}{path}?quorum=true"
+    try:
+        answer = client.http.request("GET", url, timeout=READ_TIMEOUT, preload_content=False)
+        if answer.status != 200:
+            client.read(path, quorum=True)  # raises what this status means
+        found, rest = [], b""
+        for chunk in answer.stream(2**16):
+            rest += chunk
+            end = 0
+            for match in re.finditer(rb'"key":("(?:[^"\\]|\\.)*")', rest):
+                found.append(json.loads(match[1]))
+                end = match.end()
+            rest = rest[max(end, len(rest) - 2**13) :]
+        return found
+    except (urllib3.exceptions.HTTPError, OSError) as error:
+        raise etcd.EtcdConnectionFailed(cause=error) from error
 
 
 def _entry(result: etcd.EtcdResult) -> Entry:

@@ -12,6 +12,7 @@ import pytest
 
 from tests.system.support import Etcd, Host, run
 
+KEY = ("-newkey", "rsa:2048", "-nodes")
 HOME = Path("/run/calico-tests/cluster")
 
 
@@ -82,7 +83,7 @@ def test_etcd_over_tls(bare_host: Host, tmp_path: Path) -> None:
     def openssl(*arguments: str) -> None:
         run("openssl", *arguments, cwd=tmp_path)
 
-    openssl(*["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", "ca.key", "-out", "ca.pem", "-days", "2", "-subj"], "/CN=ca")
+    openssl("req", "-x509", *KEY, "-days", "2", "-subj", "/CN=ca", "-keyout", "ca.key", "-out", "ca.pem")
     (tmp_path / "san").write_text("subjectAltName=IP:127.0.0.1\nextendedKeyUsage=serverAuth,clientAuth\n")
     for name in ("server", "client"):
         openssl(*f"req -newkey rsa:2048 -nodes -keyout {name}.key -out {name}.csr -subj /CN={name}".split())

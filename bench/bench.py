@@ -1,0 +1,217 @@
+"""Prints how fast commands are, as ratios of things measured side by side in one run.
+
+Seconds mean little on a shared machine, so every figure is the median of the ratios of pairs that ran one right after
+the other. Run it with `make bench`; an argument is the number of pairs (10).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Callable
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from tests.system.support import Etcd, Host, import_busybox, run, start_docker
+
+HOME = Path("/run/calico-bench")
+PTP = "/usr/lib/cni/ptp"
+PYTHON = sys.executable
+IMPORT_ALL = (PYTHON, "-c", "import docopt, etcd, netaddr, pyroute2, docker")
+
+KERNEL_WORK = """
+import sys, time
+from calicoctl import slim
+slim.install()
+from pyroute2 import netns as _
+from pyroute2.iproute.linux import IPRoute
+from calicoctl import netns
+with netns.Namespace("/var/run/netns/bench", "bench") as space:
+    start = time.perf_counter()
+    netns.create_veth("calibench", space, "eth1")
+    space.configure("eth1", ["192.168.0.1/32"], {4: "192.0.2.2"})
+    netns.set_up("calibench")
+    print(time.perf_counter() - start)
+netns.delete_interface("calibench")
+"""
+
+Measure = Callable[[], float]
+
+
+def timed(*command: str, env: dict[str, str] | None = None, text: str = "") -> float:
+    start = time.perf_counter()
+    done = subprocess.run(command, env=env, input=text, capture_output=True, text=True)
+    taken = time.perf_counter() - start
+    if done.returncode != 0:
+        raise SystemExit(f"{' '.join(command)}: {done.stdout}{done.stderr}")
+    return taken
+
+
+def compare(title: str, bound: str, one: Measure, other: Measure, pairs: int) -> None:
+    """Measure two things in turn, after a pair that does not count; print the median of the ratios."""
+    one(), other()
+    results = [(one(), other()) for _ in range(pairs)]
+    ratios = [a / b for a, b in results]
+    seconds = [statistics.median(column) for column in zip(*results)]
+    print(
+        f"{title:68} {statistics.median(ratios):6.2f}  ({min(ratios):.2f} to {max(ratios):.2f})  {bound:20}"
+        f"  {seconds[0] * 1000:6.1f} ms / {seconds[1] * 1000:6.1f} ms",
+        flush=True,
+    )
+
+
+def main(pairs: int) -> None:
+    etcd = Etcd(HOME / "etcd", port=2379)
+    etcd.start()
+    etcd.await_ready()
+    engine = start_docker(HOME / "docker")
+    try:
+        import_busybox(HOME / "busybox")
+        run_all(Host(etcd, "bench"), pairs)
+    finally:
+        run("docker", "rm", "-f", "workload", check=False)
+        engine.terminate()
+        engine.wait()
+        etcd.stop()
+
+
+def run_all(host: Host, pairs: int) -> None:
+    environment = host.environment()
+
+    def ctl(*words: str) -> float:
+        return timed("calicoctl", *words, env=environment)
+
+    ctl("node", "--ip=192.0.2.2")
+    run("docker", "run", "--net=none", "--name", "workload", "-tid", "busybox")
+    run("ip", "netns", "add", "bench")
+    path = "/var/run/netns/bench"
+    count = iter(range(10**6))
+
+    def add(*words: str) -> Measure:
+        def measure() -> float:
+            taken = ctl("container", "add", *words)
+            ctl("container", "remove", words[0])
+            return taken
+
+        return measure
+
+    def all_imports() -> float:
+        return timed(*IMPORT_ALL)
+
+    def bare_python() -> float:
+        return timed(PYTHON, "-c", "pass")
+
+    def profile_add() -> float:
+        return ctl("profile", "add", f"p{next(count)}")
+
+    print(
+        f"Median of the ratios of {pairs} pairs (lowest to highest); L is a process that imports all five libraries\n"
+    )
+    compare(
+        "container add of a Docker container / L", "at most 1.0, aim 0.8", add("workload", "ipv4"), all_imports, pairs
+    )
+    compare("container add of a namespace path / L", "at most 0.8", add(path, "ipv4"), all_imports, pairs)
+    compare("profile add / L", "at most 0.5, aim 0.4", profile_add, all_imports, pairs)
+    compare("version / python3 -c pass", "at most 3", lambda: ctl("version"), bare_python, pairs)
+
+    run("docker", "network", "create", "bridged")
+    run("docker", "run", "--net=bridged", "--name", "bridged", "-tid", "busybox")
+    run("docker", "network", "create", "second")
+
+    def network_connect() -> float:
+        taken = timed("docker", "network", "connect", "second", "bridged")
+        run("docker", "network", "disconnect", "second", "bridged")
+        return taken
+
+    compare("container add / docker network connect", "no bound yet", add("workload", "ipv4"), network_connect, pairs)
+    run("docker", "rm", "-f", "bridged")
+    run("docker", "network", "rm", "bridged", "second")
+
+    compare("kernel work inside container add / CNI ptp", "at most 1.5", kernel_work, cni_ptp, pairs)
+
+    ctl("profile", "add", "web")
+    ctl("container", "add", path, "ipv4")
+    few = Host(host.etcd, "bench")
+    fill(host, 10)
+
+    def append() -> float:
+        taken = ctl("container", path, "profile", "append", "web")
+        ctl("container", path, "profile", "set")
+        return taken
+
+    crowded = Etcd(HOME / "crowded")
+    crowded.start()
+    crowded.await_ready()
+    try:
+        for key, value in host.etcd.tree().items():
+            crowded.put(key, value)
+        fill(Host(crowded), 10_000)
+        many = few.environment(ETCD_AUTHORITY=f"127.0.0.1:{crowded.port}")
+
+        def append_to_many() -> float:
+            taken = timed("calicoctl", "container", path, "profile", "append", "web", env=many)
+            timed("calicoctl", "container", path, "profile", "set", env=many)
+            return taken
+
+        compare("profile append with 10,000 endpoints / with 10", "at most 1.2", append_to_many, append, pairs)
+    finally:
+        crowded.stop()
+    ctl("container", "remove", path)
+    run("ip", "netns", "delete", "bench")
+
+
+def kernel_work() -> float:
+    return float(run(PYTHON, "-c", KERNEL_WORK).out)
+
+
+def cni_ptp() -> float:
+    """Let CNI's ptp plugin make the same: a pair, an address, routes. It is timed from its start to its end."""
+    network = {
+        "cniVersion": "0.4.0",
+        "name": "bench",
+        "type": "ptp",
+        "ipam": {"type": "static", "addresses": [{"address": "192.168.0.1/32"}], "routes": [{"dst": "0.0.0.0/0"}]},
+    }
+    network["ipam"]["addresses"][0]["gateway"] = "192.0.2.2"
+    environment = {
+        "CNI_CONTAINERID": "bench",
+        "CNI_NETNS": "/var/run/netns/bench",
+        "CNI_IFNAME": "eth1",
+        "CNI_PATH": str(Path(PTP).parent),
+        "PATH": os.environ["PATH"],
+    }
+    taken = timed(PTP, env={**environment, "CNI_COMMAND": "ADD"}, text=json.dumps(network))
+    timed(PTP, env={**environment, "CNI_COMMAND": "DEL"}, text=json.dumps(network))
+    return taken
+
+
+def fill(host: Host, count: int) -> None:
+    """Write endpoints of the same host, of other workloads."""
+
+    def write(number: int) -> None:
+        folder = f"/calico/v1/host/bench/workload/docker/{number:064x}"
+        record = {
+            "state": "active",
+            "name": f"cali{number:011x}",
+            "mac": "86:32:73:fd:c6:86",
+            "profile_ids": ["web"],
+            "ipv4_nets": [f"10.0.{number // 256}.{number % 256}/32"],
+            "ipv6_nets": [],
+            "ipv4_gateway": "192.0.2.2",
+            "ipv6_gateway": None,
+        }
+        host.etcd.put(f"{folder}/endpoint/{number:032x}", record)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write, range(count)))
+
+
+if __name__ == "__main__":
+    os.environ["PATH"] = f"{Path(PYTHON).parent}:{os.environ['PATH']}"
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 10)
