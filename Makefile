@@ -11,7 +11,7 @@ PACKAGES = python3 python3-venv iproute2 util-linux iputils-ping etcd-server etc
 	iptables openssl
 BENCH_PACKAGES = containernetworking-plugins
 
-.PHONY: help packages lint types unit system test tox bench demo demo-clean install uninstall clean
+.PHONY: help packages lint types unit system installed test tox bench demo demo-clean install uninstall clean
 
 help:
 	@echo 'make demo         run the four lines of the README for real; make demo-clean removes all of it'
@@ -43,7 +43,14 @@ unit: $(VENV)/ready
 system: $(VENV)/ready
 	tests/sandbox $(VENV)/bin/pytest tests/system $(ARGS)
 
-test: lint types unit system
+# what `make install` does, in a place of its own, and taken away again
+installed: packages
+	@place=$$(mktemp -d) && trap 'rm -rf "$$place"' EXIT && \
+	$(MAKE) --no-print-directory install PREFIX="$$place" && cd / && \
+	"$$place/bin/calicoctl" container --help | grep 'container add' && \
+	$(MAKE) --no-print-directory -C "$(CURDIR)" uninstall PREFIX="$$place" && test -z "$$(find "$$place" -type f)"
+
+test: lint types unit installed system
 
 tox: $(VENV)/ready
 	$(VENV)/bin/pip install --quiet tox

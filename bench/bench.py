@@ -176,9 +176,13 @@ def cni_ptp() -> float:
         "cniVersion": "0.4.0",
         "name": "bench",
         "type": "ptp",
-        "ipam": {"type": "static", "addresses": [{"address": "192.168.0.1/32"}], "routes": [{"dst": "0.0.0.0/0"}]},
+        "ipam": {
+            "type": "host-local",
+            "subnet": "192.168.0.0/24",
+            "routes": [{"dst": "0.0.0.0/0"}],
+            "dataDir": str(HOME / "cni"),
+        },
     }
-    network["ipam"]["addresses"][0]["gateway"] = "192.0.2.2"
     environment = {
         "CNI_CONTAINERID": "bench",
         "CNI_NETNS": "/var/run/netns/bench",

@@ -1,0 +1,56 @@
+"""The demo, as a newcomer runs it: it works, and it leaves no trace."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.system.support import CALICOCTL, free_port, run
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def traces() -> dict[str, str]:
+    """All that a demo could leave behind on a host."""
+    return {
+        "links": run("ip", "-br", "link").out,
+        "namespaces": run("ip", "netns", "list").out,
+        "firewall": run("iptables-save", check=False).out,
+        "mounts": run("cat", "/proc/mounts").out,
+        "processes": run("sh", "-c", "ps -eo comm= | grep -E 'etcd|dockerd|containerd' | sort", check=False).out,
+        "run": run("ls", "/run").out,
+        "containers": run("docker", "ps", "-aq").out,
+        "images": run("docker", "images", "-q").out,
+    }
+
+
+@pytest.mark.parametrize("which", ["engine that runs", "engine of its own"])
+def test_the_demo_works_and_leaves_no_trace(engine: None, which: str) -> None:
+    environment = {**os.environ, "CALICOCTL_BIN": str(Path(CALICOCTL).parent)}
+    if which == "engine of its own":
+        environment["DOCKER_HOST"] = f"tcp://127.0.0.1:{free_port()}"
+    run(
+        "docker", "run", "--rm", "--net=none", "busybox", "sh", "-c", ":"
+    )  # what an engine makes once is not the demo's
+    before = traces()
+    done = run(str(ROOT / "demo/demo"), check=False, env=environment)
+    try:
+        assert done.status == 0, done
+        for line in (
+            "IP 192.168.0.1 added to workload",
+            "Created profile PROFILE",
+            "Profiles PROFILE appended",
+            "inet 192.168.0.1/32 scope global eth1",
+            "default via 192.0.2.2 dev eth1",
+            "/calico/v1/policy/profile/PROFILE/rules",
+            '"profile_ids": ["PROFILE"]',
+        ):
+            assert line in done.out, line
+        assert ("of our own, without bridge" in done.out) == (which == "engine of its own")
+        again = run(str(ROOT / "demo/demo"), check=False, env=environment)
+        assert again.status == 1 and "make demo-clean" in again.err
+    finally:
+        run(str(ROOT / "demo/clean"), env=environment)
+    assert traces() == before
