@@ -52,9 +52,14 @@ installed: packages
 
 test: lint types unit installed system
 
+# interpreters are found on the path and, where there is a pyenv, among its versions
+PYENV_BINS = $(wildcard $(HOME)/.pyenv/versions/3.*/bin)
+empty =
+space = $(empty) $(empty)
+
 tox: $(VENV)/ready
 	$(VENV)/bin/pip install --quiet tox
-	$(VENV)/bin/tox
+	PATH="$(subst $(space),:,$(PYENV_BINS)):$$PATH" $(VENV)/bin/tox
 
 bench: $(VENV)/ready
 	@demo/packages $(BENCH_PACKAGES)
