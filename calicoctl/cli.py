@@ -95,7 +95,9 @@ def main(argv: list[str]) -> int:
 
 
 def _run(argv: list[str]) -> None:
-    command = argv[0] if argv else "--help"
+    if not argv:
+        raise UsageError("Which command?", USAGE.partition("\n\n")[2].partition("\n\nOptions")[0])
+    command = argv[0]
     if command in ("--help", "-h"):
         print(USAGE, end="")
     elif command == "--version":

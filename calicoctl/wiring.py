@@ -87,13 +87,19 @@ class Wish:
         return any(address in IPNetwork(pool.cidr) for pool in pools)
 
 
-def check_interface_name(name: str) -> None:
-    """Raise CalicoError for a name that the kernel takes for no interface.
+def is_interface_name(name: object) -> bool:
+    """Tell whether the kernel would take a name for an interface.
 
     Source: dev_valid_name() in the kernel's net/core/dev.c; '%' would make a pattern of it.
     """
-    legal = 0 < len(name.encode()) <= 15 and name not in (".", "..") and name.isprintable()
-    if not legal or any(character in "/:%" or character.isspace() for character in name):
+    if not isinstance(name, str) or not name.isprintable() or name in (".", ".."):
+        return False
+    return 0 < len(name.encode()) <= 15 and not any(c in "/:%" or c.isspace() for c in name)
+
+
+def check_interface_name(name: str) -> None:
+    """Raise CalicoError for a name that the kernel takes for no interface."""
+    if not is_interface_name(name):
         raise CalicoError(
             f"'{name}' is not a valid interface name: it must have 1 to 15 bytes, and no '/', ':', '%' or blanks"
         )
@@ -106,20 +112,22 @@ def connect(datastore: DatastoreClient, workload: Workload, wish: Wish, interfac
     CalicoError, and then nothing has changed.
     """
     with _Scene.enter(datastore, workload) as scene:
-        pools = wish.pools(datastore)
         if scene.record is None:
-            address = _wire(scene, wish, pools, interface or DEFAULT_INTERFACE)
+            address = _wire(scene, wish, interface or DEFAULT_INTERFACE)
+        elif scene.plugged() is None:
+            address = _rewire(scene, scene.record, wish, interface)
         else:
-            address = _rewire(scene, scene.record, wish, pools, interface)
+            raise CalicoError(f"{workload.name} has already been configured with Calico Networking.")
         scene.lock.remember(workload.docker_name)
     return address
 
 
-def _wire(scene: _Scene, wish: Wish, pools: list[Pool], interface: str) -> IPAddress:
+def _wire(scene: _Scene, wish: Wish, interface: str) -> IPAddress:
     """Connect a workload that has no record, taking over, or clearing away, what a cut command has left of one."""
     datastore, workload, version = scene.datastore, scene.workload, wish.version
     next_hop = datastore.next_hop(version)
     _refuse_next_hop(wish, next_hop)
+    pools = wish.pools(datastore)
     scene.remove_half_made()
     scene.refuse_default_route(version)
     scene.refuse_interface(interface)
@@ -140,11 +148,10 @@ def _wire(scene: _Scene, wish: Wish, pools: list[Pool], interface: str) -> IPAdd
     return address
 
 
-def _rewire(scene: _Scene, record: Endpoint, wish: Wish, pools: list[Pool], interface: str | None) -> IPAddress:
+def _rewire(scene: _Scene, record: Endpoint, wish: Wish, interface: str | None) -> IPAddress:
     """Give a workload with a record its interface back: same addresses, MAC, name and profiles."""
     datastore, workload = scene.datastore, scene.workload
-    if scene.plugged() is not None:
-        raise CalicoError(f"{workload.name} has already been configured with Calico Networking.")
+    pools = wish.pools(datastore)
     addresses = [parse_address(address) for address in record.addresses]
     address = next((address for address in addresses if wish.fits(address, pools)), None)
     if address is None:
@@ -153,10 +160,11 @@ def _rewire(scene: _Scene, record: Endpoint, wish: Wish, pools: list[Pool], inte
             f"'calicoctl container add {workload.name} {record.addresses[0] if addresses else 'ADDRESS'}' to wire it "
             f"again, then 'calicoctl container {workload.name} ip add' for another address."
         )
-    before = next((str(owner.secondary["interface"]) for owner in scene.held.values()), DEFAULT_INTERFACE)
-    if interface not in (None, before) and scene.held:
+    known = [owner.secondary.get("interface") for owner in scene.held.values()]
+    before = next((name for name in known if is_interface_name(name)), None)
+    if before is not None and interface not in (None, before):
         raise CalicoError(f"{workload.name} is to be wired again with its interface {before}, not {interface}.")
-    interface = before if scene.held else interface or before
+    interface = before or interface or DEFAULT_INTERFACE
     next_hops = {version: datastore.next_hop(version) for version in (4, 6) if record.nets_of(version)}
     if netns.delete_interface(record.id.interface):
         scene.look_again()
@@ -212,11 +220,11 @@ def add_address(datastore: DatastoreClient, workload: Workload, wish: Wish, inte
     workload has already is set up in the kernel again, should it be missing there.
     """
     with _Scene.enter(datastore, workload) as scene:
-        pools = wish.pools(datastore)
         record, plugged = scene.connected(interface)
         version = wish.version
         next_hop = datastore.next_hop(version)
         _refuse_next_hop(wish, next_hop)
+        pools = wish.pools(datastore)
         nets = record.nets_of(version)
         if wish.address is not None and host_net(wish.address) in nets:
             scene.namespace.configure(plugged, [host_net(wish.address)], {})

@@ -7,6 +7,8 @@ written back. What cannot be understood raises InvalidValue, which names the key
 from __future__ import annotations
 
 import json
+import re
+import socket
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,6 +41,16 @@ def _load(text: str, key: str) -> Any:
 
 def _excerpt(text: str) -> str:
     return repr(text if len(text) <= 40 else text[:40] + "…")
+
+
+def _is_net(text: str, version: int) -> bool:
+    """Tell whether a text is an address with prefix length; netaddr would take longer to load than to ask."""
+    address, _, length = text.partition("/")
+    try:
+        socket.inet_pton(socket.AF_INET6 if version == 6 else socket.AF_INET, address)
+    except (OSError, ValueError):
+        return False
+    return re.fullmatch("[0-9]{1,3}", length) is not None and int(length) <= (128 if version == 6 else 32)
 
 
 def _is_strings(value: Any) -> bool:
@@ -81,6 +93,14 @@ class Endpoint:
             known[name] = data.pop(name, None)
             if not (known[name] is None or isinstance(known[name], str)):
                 raise InvalidValue(key, f'"{name}" should be a string')
+        for name, version in (("ipv4_nets", 4), ("ipv6_nets", 6)):
+            for net in known[name]:
+                if not _is_net(net, version):
+                    raise InvalidValue(
+                        key, f'"{name}" has {_excerpt(net)}, which is no IPv{version} address with prefix'
+                    )
+        if known["mac"] is not None and not re.fullmatch("([0-9A-Fa-f]{2}:){5}[0-9A-Fa-f]{2}", known["mac"]):
+            raise InvalidValue(key, f'"mac" is {_excerpt(known["mac"])}, which is no MAC address')
         known["state"] = known["state"] or "active"
         known["name"] = known["name"] or id.interface
         return cls(id=id, extra=data, **known)

@@ -321,3 +321,30 @@ def test_an_interrupt_undoes_what_was_begun(host: Host, blue: str) -> None:
     assert err == "Interrupted; what was begun has been undone.\n" and out == ""
     host.etcd.await_ready()
     host.check_nothing_left()
+
+
+def test_hostile_attributes_beside_an_address_are_not_believed(host: Host, blue: str) -> None:
+    """What wires a workload again is read from etcd: it must not become a path, or another's interface."""
+    host.ctl("container", "add", blue, "192.168.0.1")
+    (victim,) = calico_links()
+    key = "/calico/ipam/v2/assignment/ipv4/block/192.168.0.0-26"
+    run("ip", "netns", "add", "green")
+    host.ctl("container", "add", "/var/run/netns/green", "192.168.0.2")
+    block = json.loads(host.etcd.get(key))
+    for attributes in block["attributes"]:
+        if attributes["secondary"]["namespace"] == "/var/run/netns/green":
+            attributes["secondary"].update({"interface": "../../../../../tmp/x", "endpoint": "../" + victim})
+    host.etcd.put(key, block)
+    run("ip", "netns", "delete", "green")
+    run("ip", "netns", "add", "green")
+    host.ctl("container", "add", "/var/run/netns/green", "192.168.0.2")
+    assert addresses("green", "eth1") == {"192.168.0.2/32"}
+    host.ctl("container", "remove", "/var/run/netns/green")
+    assert calico_links() == {victim}
+
+
+def test_a_connected_container_is_refused_whatever_is_asked_for(host: Host, blue: str) -> None:
+    host.ctl("container", "add", blue, "192.168.0.1")
+    for wish in ("192.168.0.1", "192.168.0.9", "ipv6", "203.0.113.1", "10.0.0.0/8"):
+        refused = host.ctl("container", "add", blue, wish, status=1)
+        assert refused.err == f"{blue} has already been configured with Calico Networking.\n"

@@ -55,7 +55,8 @@ def test_missing_fields_of_an_endpoint_get_their_defaults() -> None:
 
 @pytest.mark.parametrize(
     "value",
-    ["", "{", "[]", "7", '{"ipv4_nets": "x"}', '{"profile_ids": [1]}', '{"mac": 1}', '{"state": []}', "[" * 99_999],
+    ["", "{", "[]", "7", '{"ipv4_nets": "x"}', '{"profile_ids": [1]}', '{"mac": 1}', '{"state": []}', "[" * 99_999]
+    + ['{"ipv4_nets": ["fd00::1/128"]}', '{"ipv6_nets": ["::1"]}', '{"ipv4_nets": ["10.0.0.1/33"]}', '{"mac": "x"}'],
 )
 def test_garbage_is_refused_with_its_key(value: str) -> None:
     with pytest.raises(InvalidValue, match=KEY):
