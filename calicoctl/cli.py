@@ -11,7 +11,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from calicoctl import __version__, slim
-from calicoctl.errors import CalicoError, NotRoot, UsageError
+from calicoctl.errors import CalicoError, NotRoot, UsageError, printable
 
 USAGE = """Connect containers to a Calico network.
 
@@ -47,6 +47,7 @@ class Interrupted(BaseException):
 
 def entry() -> NoReturn:
     """Run the command line of this process, and end it with its exit status."""
+    _open_standard_streams()
     slim.install()
     gc.set_threshold(50_000)  # importing makes many objects, and none of them is garbage
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -65,11 +66,22 @@ def entry() -> NoReturn:
     os._exit(status)  # tearing the interpreter down takes longer than many a command, and does nothing for us
 
 
+def _open_standard_streams() -> None:
+    """Make those of the three streams that are closed lead nowhere: the next file opened would take their place."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        if getattr(sys, name) is None:
+            fd = os.open(os.devnull, os.O_RDWR)
+            if fd != number:
+                os.dup2(fd, number)
+                os.close(fd)
+            setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115
+
+
 def main(argv: list[str]) -> int:
     """Run one command line; return its exit status. Errors are printed as one line; no exception gets out."""
     debug = os.environ.get("CALICO_DEBUG", "") not in ("", "0")
-    if argv and argv[0] == "--debug":
-        debug, argv = True, argv[1:]
+    if "--debug" in argv:
+        debug, argv = True, [word for word in argv if word != "--debug"]
     try:
         _run(argv)
         return 0
@@ -141,4 +153,4 @@ def _complain(sentence: str, debug: bool) -> None:
         import traceback
 
         traceback.print_exc()
-    print(" ".join(sentence.split()), file=sys.stderr)
+    print(printable(" ".join(sentence.split())), file=sys.stderr)

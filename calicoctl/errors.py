@@ -7,6 +7,11 @@ what the user can do about it.
 from __future__ import annotations
 
 
+def printable(text: str) -> str:
+    """Return a text that is safe on a terminal: control characters, which etcd may hold, are spelled out."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
 class CalicoError(Exception):
     """The root of all errors that a user may meet: the text is one line for them.
 

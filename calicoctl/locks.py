@@ -1,7 +1,8 @@
 """One lock a workload, so that only one command, or the agent, changes it at a time.
 
-The locks are files under /run/calico/<host name>/, held with flock(2), so a process that dies lets go. While a Docker
-container is connected, its lock file holds the name it had, by which it can be found when Docker has forgotten it.
+The locks are files under /run/calico/<host name>/, held with flock(2), so a process that dies lets go. While a workload
+is connected, its lock file holds its name: that of a Docker container, by which it can be found when Docker has
+forgotten it, or the path of a namespace, which cannot be told from the workload's id.
 """
 
 from __future__ import annotations
@@ -56,6 +57,10 @@ class WorkloadLock:
         """Keep the workload's name until it is forgotten."""
         os.ftruncate(self._fd, 0)
         os.pwrite(self._fd, name.encode(), 0)
+
+    def name(self) -> str:
+        """Return what is remembered, or an empty text."""
+        return os.pread(self._fd, 2**16, 0).decode(errors="replace")
 
     def forget(self) -> None:
         os.ftruncate(self._fd, 0)

@@ -123,6 +123,15 @@ class Namespace:
         with _explained(f"{self.name}: reading its interfaces"):
             return self.run(inspect)
 
+    def ipv6_is_off(self, interface: str) -> bool:
+        """Tell whether IPv6 is switched off for an interface, as Docker does for all of a container's."""
+        with _explained(f"{self.name}: reading whether {interface} has IPv6"):
+            return self.run(lambda _: _read_sysctl(f"net/ipv6/conf/{interface}/disable_ipv6")) == "1"
+
+    def switch_ipv6_off(self, interface: str) -> None:
+        with _explained(f"{self.name}: switching IPv6 off on {interface}"):
+            self.run(lambda _: _write_sysctl(f"net/ipv6/conf/{interface}/disable_ipv6", "1"))
+
     def configure(self, interface: str, nets: list[str], next_hops: dict[int, str]) -> str:
         """Bring `interface` up, give it addresses and, per IP version, a default route through a next hop.
 
@@ -203,6 +212,21 @@ def find_interface(name: str) -> Interface | None:
         return _interface(netlink.get_links(found[0])[0]) if found else None
 
 
+def other_end(interface: Interface) -> str | None:
+    """Return the name of the host's interface that one in a namespace is paired with, or None where it is elsewhere."""
+    from pyroute2.iproute.linux import IPRoute
+    from pyroute2.netlink.exceptions import NetlinkError
+
+    if interface.peer_index is None:
+        return None
+    with _explained("reading this host's interfaces"), IPRoute() as netlink:
+        try:
+            host_end = _interface(netlink.get_links(interface.peer_index)[0])
+        except (NetlinkError, IndexError):
+            return None
+        return host_end.name if host_end.peer_index == interface.index else None
+
+
 def delete_interface(name: str) -> bool:
     """Delete an interface of this host's, and with it the other end of its pair; tell whether it was there."""
     from pyroute2.iproute.linux import IPRoute
@@ -271,7 +295,7 @@ def host_addresses() -> tuple[dict[int, str | None], set[str]]:
 
 def _faces_outside(link: Any) -> bool:
     interface = _interface(link)
-    inside = ("docker", "br-", "virbr", "cali", "veth")
+    inside = ("docker", "br-", "virbr", "cali")
     return not (link["flags"] & _LOOPBACK or interface.kind == "bridge" or interface.name.startswith(inside))
 
 
@@ -298,6 +322,11 @@ def _route(version: int, address: str | None, index: int) -> dict[str, Any]:
     """Return the route to one address, or for None the default route, through an interface."""
     destination = "default" if address is None else f"{address}/{_LENGTHS[version]}"
     return {"family": _FAMILIES[version], "dst": destination, "oif": index, "proto": _PROTOCOL_STATIC}
+
+
+def _read_sysctl(path: str) -> str:
+    with open(f"/proc/sys/{path}") as file:
+        return file.read().strip()
 
 
 def _write_sysctl(path: str, value: str) -> None:

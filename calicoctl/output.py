@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from calicoctl.errors import UsageError
+from calicoctl.errors import UsageError, printable
 
 
 def wants_json(arguments: dict[str, Any]) -> bool:
@@ -28,7 +28,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Non
 
     table = PrettyTable(list(columns))
     table.align = "l"
-    table.add_rows([["" if cell is None else cell for cell in row] for row in rows])
+    table.add_rows([["" if cell is None else printable(str(cell)) for cell in row] for row in rows])
     print(table)
 
 

@@ -21,11 +21,15 @@ ICMP_PROTOCOLS = ("icmp", "icmpv6")
 OTHER_PROTOCOLS = ("sctp", "udplite")
 
 _NAME = r"[A-Za-z0-9_.-]{1,39}"
-_WORDS = {"tag", "cidr", "ports", "from", "to", "type", "code"}
 
 
 def check_name(name: str, what: str) -> str:
-    """Return the name of a profile or a tag; raise CalicoError when it is not allowed."""
+    """Return the name of a profile or a tag; raise CalicoError when it is not allowed.
+
+    A profile's name must not begin with '_': etcd hides such keys, and nothing would list it.
+    """
+    if what == "profile" and name.startswith("_"):
+        raise CalicoError(f"'{name}' is not a valid profile name: etcd hides what begins with '_'")
     if not re.fullmatch(_NAME, name, re.ASCII) or name in (".", ".."):
         raise CalicoError(
             f"'{name}' is not a valid {what} name: it must have 1 to 39 letters, digits, '_', '.' and '-'"
@@ -98,7 +102,7 @@ def _out_of_place(rule: Rule, word: str) -> str:
 
 
 def _value(left: deque[str], word: str) -> str:
-    if not left or left[0] in _WORDS:
+    if not left:
         raise UsageError(f"'{word}' needs a value behind it")
     return left.popleft()
 

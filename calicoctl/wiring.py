@@ -24,7 +24,7 @@ from calicoctl.datastore.keys import EndpointId
 from calicoctl.datastore.model import Endpoint, Pool
 from calicoctl.errors import AddressTaken, CalicoError, NotThere
 from calicoctl.locks import WorkloadLock
-from calicoctl.workload import Workload, endpoints_of
+from calicoctl.workload import Workload, endpoints_of, refuse_other_path
 
 if TYPE_CHECKING:
     from netaddr import IPAddress
@@ -49,8 +49,12 @@ class Wish:
         if text.lower() in ("ipv4", "ipv6"):
             return cls(int(text[-1]))
         if "/" in text:
-            cidr = str(parse_cidr(text))
-            return cls(version_of(cidr), cidr=cidr)
+            network = parse_cidr(text)
+            if parse_address(text.partition("/")[0]) != network.network:
+                raise CalicoError(
+                    f"'{text}' is not the CIDR of a pool: it has bits behind its prefix; {network} has not"
+                )
+            return cls(network.version, cidr=str(network))
         try:
             address = parse_address(text)
         except CalicoError:
@@ -78,13 +82,15 @@ class Wish:
             raise CalicoError(f"{missing}. IPv{self.version} pools: {known}.")
         return chosen
 
-    def fits(self, address: IPAddress, pools: list[Pool]) -> bool:
-        """Tell whether `address` is one that was asked for, of the pools that `pools()` returned."""
+    def fits(self, address: IPAddress) -> bool:
+        """Tell whether `address` is one that was asked for."""
         from netaddr.ip import IPNetwork
 
         if self.address is not None:
             return bool(address == self.address)
-        return any(address in IPNetwork(pool.cidr) for pool in pools)
+        if self.cidr is not None:
+            return address in IPNetwork(self.cidr)
+        return bool(address.version == self.version)
 
 
 def is_interface_name(name: object) -> bool:
@@ -117,8 +123,8 @@ def connect(datastore: DatastoreClient, workload: Workload, wish: Wish, interfac
         elif scene.plugged() is None:
             address = _rewire(scene, scene.record, wish, interface)
         else:
+            scene.remember()
             raise CalicoError(f"{workload.name} has already been configured with Calico Networking.")
-        scene.lock.remember(workload.docker_name)
     return address
 
 
@@ -129,14 +135,17 @@ def _wire(scene: _Scene, wish: Wish, interface: str) -> IPAddress:
     _refuse_next_hop(wish, next_hop)
     pools = wish.pools(datastore)
     scene.remove_half_made()
+    scene.refuse_other_endpoint()
     scene.refuse_default_route(version)
     scene.refuse_interface(interface)
 
     with _undoing(workload) as undo:
+        undo(scene.lock.forget)
+        scene.remember()
         undo(datastore.ipam.release_by_handle, workload.handle)
-        address, id = _adopt(scene, wish, pools, interface)
+        address, id = _adopt(scene, wish, interface)
         if address is None:
-            address = _take(datastore, _owner(workload, id, interface), wish, pools)
+            address = _take(datastore, _owner(workload, id, interface), wish, pools, next_hop)
 
         mac = _plug(scene, id.interface, interface, [host_net(address)], {version: next_hop}, None, undo)
 
@@ -151,13 +160,12 @@ def _wire(scene: _Scene, wish: Wish, interface: str) -> IPAddress:
 def _rewire(scene: _Scene, record: Endpoint, wish: Wish, interface: str | None) -> IPAddress:
     """Give a workload with a record its interface back: same addresses, MAC, name and profiles."""
     datastore, workload = scene.datastore, scene.workload
-    pools = wish.pools(datastore)
     addresses = [parse_address(address) for address in record.addresses]
-    address = next((address for address in addresses if wish.fits(address, pools)), None)
-    if address is None:
+    address = next((address for address in addresses if wish.fits(address)), None)
+    if address is None and addresses:
         raise CalicoError(
-            f"{workload.name} has lost its interface, and its address is {', '.join(record.addresses) or 'none'}. Run "
-            f"'calicoctl container add {workload.name} {record.addresses[0] if addresses else 'ADDRESS'}' to wire it "
+            f"{workload.name} has lost its interface, and its address is {', '.join(record.addresses)}. Run "
+            f"'calicoctl container add {workload.name} {record.addresses[0]}' to wire it "
             f"again, then 'calicoctl container {workload.name} ip add' for another address."
         )
     known = [owner.secondary.get("interface") for owner in scene.held.values()]
@@ -165,24 +173,37 @@ def _rewire(scene: _Scene, record: Endpoint, wish: Wish, interface: str | None) 
     if before is not None and interface not in (None, before):
         raise CalicoError(f"{workload.name} is to be wired again with its interface {before}, not {interface}.")
     interface = before or interface or DEFAULT_INTERFACE
-    next_hops = {version: datastore.next_hop(version) for version in (4, 6) if record.nets_of(version)}
+    versions = {version_of(net) for net in record.nets} or {wish.version}
+    next_hops = {version: datastore.next_hop(version) for version in versions}
+    pools = [] if addresses else wish.pools(datastore)
     if netns.delete_interface(record.id.interface):
         scene.look_again()
     for version in next_hops:
         scene.refuse_default_route(version)
+    scene.refuse_other_endpoint()
     scene.refuse_interface(interface)
 
     with _undoing(workload) as undo:
+        scene.remember()
+        nets = list(record.nets)
+        if address is None:
+            # its last address was taken away before it lost its interface
+            owner = _owner(workload, record.id, interface)
+            address = _take(datastore, owner, wish, pools, next_hops[wish.version])
+            undo(datastore.ipam.release, [address], {workload.handle})
+            nets.append(host_net(address))
         for own in addresses:
             if own not in scene.held:
                 _regain(scene, own, _owner(workload, record.id, interface), undo)
-        mac = _plug(scene, record.id.interface, interface, record.nets, next_hops, record.mac, undo)
+        mac = _plug(scene, record.id.interface, interface, nets, next_hops, record.mac, undo)
 
         def bring_up_to_date(endpoint: Endpoint) -> bool:
             old = endpoint.to_dict()
             endpoint.state, endpoint.name, endpoint.mac = "active", record.id.interface, mac
             for version, next_hop in next_hops.items():
                 endpoint.set_gateway(version, next_hop)
+            if not endpoint.nets:
+                endpoint.nets_of(wish.version).extend(nets)
             return endpoint.to_dict() != old
 
         datastore.modify_endpoint(record.id, bring_up_to_date)
@@ -197,7 +218,7 @@ def disconnect(datastore: DatastoreClient, workload: Workload) -> None:
     with WorkloadLock(datastore.host, workload.orchestrator, workload.id) as lock:
         records = endpoints_of(datastore, workload)
         held = datastore.ipam.held_by(workload.handle)
-        _refuse_other_path(workload, held or {})
+        refuse_other_path(workload, lock.name(), *_paths_of(held or {}))
         if not records and held is None:
             datastore.prune_workload(workload.orchestrator, workload.id)
             lock.forget()
@@ -235,11 +256,13 @@ def add_address(datastore: DatastoreClient, workload: Workload, wish: Wish, inte
 
         with _undoing(workload) as undo:
             owner = _owner(workload, record.id, plugged)
-            left = [a for a in scene.held if host_net(a) not in record.nets and wish.fits(a, pools)]
-            address = left[0] if left else _take(datastore, owner, wish, pools)
+            left = [a for a in scene.held if host_net(a) not in record.nets and wish.fits(a)]
+            address = left[0] if left else _take(datastore, owner, wish, pools, next_hop)
             undo(datastore.ipam.release, [address], {workload.handle})
 
             net = host_net(address)
+            if version == 6 and scene.namespace.ipv6_is_off(plugged):
+                undo(scene.namespace.switch_ipv6_off, plugged)
             undo(scene.namespace.unconfigure, plugged, [net], next_hops)
             scene.namespace.configure(plugged, [net], next_hops)
 
@@ -247,7 +270,8 @@ def add_address(datastore: DatastoreClient, workload: Workload, wish: Wish, inte
                 if net in endpoint.nets_of(version):
                     return False
                 endpoint.nets_of(version).append(net)
-                endpoint.set_gateway(version, next_hop)
+                if next_hops:
+                    endpoint.set_gateway(version, next_hop)
                 return True
 
             undo(datastore.modify_endpoint, record.id, _without(net))
@@ -274,10 +298,13 @@ def remove_address(datastore: DatastoreClient, workload: Workload, wish: Wish, i
             scene.refuse_other_interface(plugged, interface)
         others = [other for other in record.nets_of(wish.version) if other != net]
 
+        if address not in scene.held:
+            # an old tool's, without a handle: only the record tells whose it is, so it is given back before
+            datastore.ipam.release([address], {None})
         datastore.modify_endpoint(record.id, _without(net))
         if plugged is not None:
             scene.namespace.unconfigure(plugged, [net], [] if others else [wish.version])
-        datastore.ipam.release([address], {workload.handle, None})
+        datastore.ipam.release([address], {workload.handle})
     return address
 
 
@@ -321,7 +348,7 @@ class _Scene:
             )
         self.record = records[0] if records else None
         self.held = datastore.ipam.held_by(workload.handle) or {}
-        _refuse_other_path(workload, self.held)
+        refuse_other_path(workload, lock.name(), *_paths_of(self.held))
         self.look_again()
 
     @classmethod
@@ -383,6 +410,20 @@ class _Scene:
             if netns.delete_interface(name):
                 self.look_again()
 
+    def remember(self) -> None:
+        """Keep the workload's name beside its lock while it is connected."""
+        self.lock.remember(self.workload.docker_name or self.workload.path or "")
+
+    def refuse_other_endpoint(self) -> None:
+        """Raise CalicoError when the namespace is connected already, as another workload: by another path, say."""
+        for interface in self._inspection.interfaces.values():
+            host_end = netns.other_end(interface)
+            if host_end is not None and host_end.startswith("cali"):
+                raise CalicoError(
+                    f"{self.workload.name} has already been configured with Calico Networking: its interface "
+                    f"{interface.name} is that of the endpoint with {host_end}."
+                )
+
     def refuse_default_route(self, version: int, but_through: str | None = None) -> None:
         route = self._inspection.default_routes.get(version)
         if route is not None and not (but_through and route.endswith(f"dev {but_through}")):
@@ -440,14 +481,16 @@ def _plug(
     undo: Callable[..., object],
 ) -> str:
     """Make a veth pair and set it up at both ends, the host's last; return the MAC of the workload's end."""
-    netns.create_veth(name, scene.namespace, interface, mac)
+    if netns.find_interface(name) is not None:
+        raise CalicoError(f"this host has an interface {name} already, of another endpoint; try again")
     undo(netns.delete_interface, name)
+    netns.create_veth(name, scene.namespace, interface, mac)
     mac = scene.namespace.configure(interface, nets, next_hops)
     netns.set_up(name)
     return mac
 
 
-def _adopt(scene: _Scene, wish: Wish, pools: list[Pool], interface: str) -> tuple[IPAddress | None, EndpointId]:
+def _adopt(scene: _Scene, wish: Wish, interface: str) -> tuple[IPAddress | None, EndpointId]:
     """Find an address that a cut command has taken, and give all others back; return it with its endpoint's id.
 
     Without one that fits, the address is None and the id a new one.
@@ -456,17 +499,17 @@ def _adopt(scene: _Scene, wish: Wish, pools: list[Pool], interface: str) -> tupl
     kept, kept_id = None, EndpointId(scene.datastore.host, workload.orchestrator, workload.id, uuid.uuid1().hex)
     for address, owner in scene.held.items():
         id = EndpointId(scene.datastore.host, workload.orchestrator, workload.id, _endpoint_of(owner) or "")
-        if kept is None and id.endpoint and wish.fits(address, pools) and owner == _owner(workload, id, interface):
+        if kept is None and id.endpoint and wish.fits(address) and owner == _owner(workload, id, interface):
             kept, kept_id = address, id
         else:
             scene.datastore.ipam.release([address], {workload.handle})
     return kept, kept_id
 
 
-def _take(datastore: DatastoreClient, owner: Owner, wish: Wish, pools: list[Pool]) -> IPAddress:
-    """Take an address that was asked for; raise CalicoError when there is none to have."""
+def _take(datastore: DatastoreClient, owner: Owner, wish: Wish, pools: list[Pool], next_hop: str) -> IPAddress:
+    """Take an address that was asked for, but not the host's own; raise CalicoError when there is none to have."""
     if wish.address is None:
-        taken = datastore.ipam.auto_assign(1, pools, owner)
+        taken = datastore.ipam.auto_assign(1, pools, owner, reserved=[parse_address(next_hop)])
         if not taken:
             raise CalicoError(f"There is no free IP address in {', '.join(pool.cidr for pool in pools)}.")
         return taken[0]
@@ -528,12 +571,9 @@ def _interfaces_of(held: dict[IPAddress, Owner]) -> set[str]:
     return {EndpointId("", "", "", str(id)).interface for id in ids}
 
 
-def _refuse_other_path(workload: Workload, held: dict[IPAddress, Owner]) -> None:
-    """Raise CalicoError when the workload's id stands for another path: `/a-b` and `/a/b` have the same."""
-    for owner in held.values():
-        path = owner.secondary.get("namespace")
-        if workload.path is not None and path not in (None, workload.path):
-            raise CalicoError(f"{workload.name} cannot be told from {path}, which is connected already: rename one.")
+def _paths_of(held: dict[IPAddress, Owner]) -> list[object]:
+    """Return the namespace paths beside these addresses."""
+    return [owner.secondary.get("namespace") for owner in held.values()]
 
 
 def _refuse_next_hop(wish: Wish, next_hop: str) -> None:

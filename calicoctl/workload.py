@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from calicoctl import locks
+from calicoctl.addresses import parse_address
 from calicoctl.errors import CalicoError, DockerUnavailable, NoSuchContainer
 
 if TYPE_CHECKING:
@@ -67,6 +68,10 @@ def find(name: str) -> Workload:
     DockerUnavailable where the engine could not be asked.
     """
     if name.startswith("/"):
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise CalicoError(f"the path {name!a} cannot be used: it is not UTF-8 text") from None
         path = "/" + os.path.normpath(name).lstrip("/")
         if path == "/":
             raise CalicoError(f"'{name}' is not the path of a network namespace")
@@ -93,21 +98,49 @@ def find(name: str) -> Workload:
 def find_connected(name: str, datastore: DatastoreClient) -> Workload:
     """Return the workload that a user calls `name`, also when Docker does not know it any more.
 
-    Then it is looked for among those connected on this host: by the name it was connected under, or by a unique
-    prefix of its id. Raises what `find` raises where there is none.
+    Then it is looked for by its id, or a unique beginning of it, among those that have something on this host, and,
+    when Docker says that it is gone, by the name it was connected under. Raises what `find` raises where there is none.
     """
     try:
         return find(name)
-    except (NoSuchContainer, DockerUnavailable):
-        id = locks.remembered(datastore.host, DOCKER, name)
-        if id is None and re.fullmatch(r"[0-9a-f]{64}", name):
-            id = name
-        if id is None and re.fullmatch(r"[0-9a-f]{4,63}", name):
-            matches = [known for known in datastore.workload_ids(DOCKER) if known.startswith(name)]
+    except (NoSuchContainer, DockerUnavailable) as error:
+        id = None
+        if re.fullmatch(r"[0-9a-f]{4,64}", name):
+            prefix = f"{DOCKER}."
+            known = set(datastore.workload_ids(DOCKER))
+            known |= {h[len(prefix) :] for h in datastore.ipam.handles() if h.startswith(prefix)}
+            matches = [other for other in known if other.startswith(name)]
             id = matches[0] if len(matches) == 1 else None
+        if id is None and isinstance(error, NoSuchContainer):
+            id = locks.remembered(datastore.host, DOCKER, name)
+            if id is not None and _exists(id):
+                id = None  # it is there, under another name
         if id is None:
             raise
         return Workload(DOCKER, id, name)
+
+
+def _exists(id: str) -> bool:
+    try:
+        _inspect(id)
+    except NoSuchContainer:
+        return False
+    return True
+
+
+def refuse_other_path(workload: Workload, *paths: object) -> None:
+    """Raise CalicoError when a namespace's id stands for another of these paths: `/a-b` and `/a/b` have the same id."""
+    for path in paths:
+        if workload.path is not None and path not in (None, "", workload.path):
+            raise CalicoError(f"{workload.name} cannot be told from {path}, which is connected already: rename one.")
+
+
+def refuse_others_endpoint(datastore: DatastoreClient, workload: Workload, endpoint: Endpoint) -> None:
+    """Raise CalicoError when an endpoint is that of another path with the same id. Its address's attributes tell."""
+    if workload.path is not None and endpoint.addresses:
+        owner = datastore.ipam.owner(parse_address(endpoint.addresses[0]))
+        if owner is not None and owner.handle == workload.handle:
+            refuse_other_path(workload, owner.secondary.get("namespace"))
 
 
 def endpoints_of(datastore: DatastoreClient, workload: Workload) -> list[Endpoint]:

@@ -33,7 +33,7 @@ from calicoctl.datastore.model import Endpoint
 from calicoctl.errors import CalicoError, NotThere, UsageError
 from calicoctl.output import print_json, print_table, wants_json
 from calicoctl.rules import check_name
-from calicoctl.workload import endpoints_of, find, find_connected
+from calicoctl.workload import endpoints_of, find, find_connected, refuse_others_endpoint
 
 
 def run(argv: list[str]) -> None:
@@ -168,7 +168,10 @@ def _profile(arguments: dict[str, Any]) -> None:
 
 def _endpoints(datastore: DatastoreClient, name: str) -> list[Endpoint]:
     """Return the endpoints of what the user calls `name`; raise NotThere when it has none."""
-    endpoints = endpoints_of(datastore, find_connected(name, datastore))
+    workload = find_connected(name, datastore)
+    endpoints = endpoints_of(datastore, workload)
+    for endpoint in endpoints:
+        refuse_others_endpoint(datastore, workload, endpoint)
     if not endpoints:
         raise NotThere(f"{name} is not connected to Calico. Connect it with 'calicoctl container add {name} ipv4'.")
     return endpoints

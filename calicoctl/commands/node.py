@@ -1,13 +1,15 @@
 """Register this host, so that workloads can be connected on it.
 
 Usage:
-  calicoctl node [--ip=<IP>] [--ip6=<IP6>] [--as=<AS_NUM>]
+  calicoctl node [--ip=<IP>] [--ip6=<IP6>] [--as=<AS_NUM>] [--log-dir=<DIR>] [--detach=<DETACH>]
 
 Options:
-  --ip=<IP>      the IPv4 address that other hosts reach this host under, and that its workloads use as next hop;
-                 default: the one that the host's default route uses
-  --ip6=<IP6>    the same for IPv6; default: none, and workloads here get no IPv6
-  --as=<AS_NUM>  this host's AS number, as 64512 or as 0.64512, where it is not the global one
+  --ip=<IP>            the IPv4 address that other hosts reach this host under, and that its workloads use as next hop;
+                       default: the one that the host's default route uses
+  --ip6=<IP6>          the same for IPv6; default: none, and workloads here get no IPv6
+  --as=<AS_NUM>        this host's AS number, as 64512 or as 0.64512, where it is not the global one
+  --log-dir=<DIR>      for the host agent; has no effect as long as there is none
+  --detach=<DETACH>    true or false; for the host agent, likewise
 
 What is not given is unset, should it be set from an earlier call. The first host registered also gets the global
 configuration and the default pools (192.168.0.0/16 and fd80:24e2:f998:72d6::/64) written. Must be run as root.
@@ -35,6 +37,8 @@ def run(argv: list[str]) -> None:
         version: _host_address(arguments[option], version, option) for version, option in ((4, "--ip"), (6, "--ip6"))
     }
     as_num = None if arguments["--as"] is None else parse_as_number(arguments["--as"])
+    if arguments["--detach"] not in (None, "true", "false"):
+        raise CalicoError(f"--detach={arguments['--detach']}: it must be true or false")
     datastore = DatastoreClient.from_environment()
 
     from calicoctl.netns import host_addresses
@@ -66,7 +70,8 @@ def _host_address(text: str | None, version: int, option: str) -> str | None:
         raise CalicoError(f"{option}: {error}") from None
     if address.version != version:
         raise CalicoError(f"{option}: {text} is not an IPv{version} address")
-    if int(address) == 0 or address.is_loopback() or address.is_multicast() or address.is_link_local():
+    unusable = address.is_loopback() or address.is_multicast() or address.is_link_local() or int(address) == 0
+    if unusable or address.is_ipv4_mapped() or (version == 4 and int(address) >> 24 in (0, *range(240, 256))):
         raise CalicoError(f"{option}: {text} is not an address that other hosts can reach this one under")
     return str(address)
 

@@ -42,7 +42,7 @@ from typing import Any
 from calicoctl.cli import parse
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.model import Endpoint, Rule, Rules
-from calicoctl.errors import CalicoError, NotThere
+from calicoctl.errors import CalicoError, NotThere, printable
 from calicoctl.output import print_json, print_table, wants_json
 from calicoctl.rules import check_name
 
@@ -131,7 +131,7 @@ def _tag(profile: str, arguments: dict[str, Any]) -> None:
         if as_json:
             print_json(tags)
         else:
-            print("".join(f"{tag}\n" for tag in tags), end="")
+            print("".join(f"{printable(tag)}\n" for tag in tags), end="")
         return
     tag = check_name(arguments["<TAG>"], "tag")
 

@@ -12,6 +12,7 @@ import socket
 from functools import cached_property
 from typing import TYPE_CHECKING, Callable
 
+from calicoctl.addresses import version_of
 from calicoctl.datastore import keys
 from calicoctl.datastore.keys import EndpointId
 from calicoctl.datastore.model import Endpoint, Pool, Rules, load_strings
@@ -43,8 +44,11 @@ DEFAULT_CONFIG = {
 def hostname() -> str:
     """Return the name this host is registered under: $HOSTNAME, else the system's; raise CalicoError for no name."""
     name = os.environ.get("HOSTNAME") or socket.gethostname()
-    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,252}", name, re.ASCII):
-        raise CalicoError(f"the host name '{name}' cannot be used: set HOSTNAME to letters, digits, '_', '.' and '-'")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,252}", name, re.ASCII):
+        raise CalicoError(
+            f"the host name '{name}' cannot be used: set HOSTNAME to letters, digits, '_', '.' and '-', with a "
+            "letter or digit first"
+        )
     return name
 
 
@@ -113,7 +117,12 @@ class DatastoreClient:
         """Return the pools of an IP version, in order of address."""
         from netaddr.ip import IPNetwork
 
-        pools = [Pool.from_json(entry.value, entry.key) for entry in self._store.tree(keys.pools(version))]
+        pools = []
+        for entry in self._store.tree(keys.pools(version)):
+            pool = Pool.from_json(entry.value, entry.key)
+            if version_of(pool.cidr) != version:
+                raise InvalidValue(entry.key, f"{pool.cidr} is not an IPv{version} CIDR")
+            pools.append(pool)
         return sorted(pools, key=lambda pool: IPNetwork(pool.cidr))
 
     # Profiles

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import json
 import random
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from calicoctl.addresses import version_of
 from calicoctl.datastore import keys
 from calicoctl.datastore.model import Pool, load_object
-from calicoctl.datastore.store import Entry, Store, create_if_missing
+from calicoctl.datastore.store import ATTEMPTS, Entry, Store, create_if_missing, pause
 from calicoctl.errors import AddressTaken, CalicoError, CompareFailed, Conflict, InvalidValue, KeyExists
 
 if TYPE_CHECKING:
@@ -26,9 +25,6 @@ if TYPE_CHECKING:
 
 BLOCK_SIZE = 64
 """Addresses in a block: a /26 in IPv4, a /122 in IPv6."""
-
-ATTEMPTS = 200
-"""How often a change of a block that others change too is tried."""
 
 
 @dataclass
@@ -153,7 +149,9 @@ class Ipam:
         return None if entry is None else Block.from_entry(entry).owner(int(address) % BLOCK_SIZE)
 
     def held_by(self, handle: str) -> dict[IPAddress, Owner] | None:
-        """Return the addresses that `handle` holds, or None when there is no such handle.
+        """Return the addresses that `handle` holds on this host, or None when there is no such handle.
+
+        Two hosts may have namespaces of the same path, and so the same handle; the attributes say whose an address is.
 
         A handle that a cut command has left with wrong counts is put right; so call this with the owner's lock held.
         """
@@ -168,10 +166,18 @@ class Ipam:
                 block = Block.from_entry(block_entry)
                 mine = {block.address(o): owner for o, owner in block.held() if owner.handle == handle}
                 actual[cidr] = len(mine)
-                held.update(mine)
-        if counts != actual or not held:
+                held.update(
+                    {a: owner for a, owner in mine.items() if owner.secondary.get("host", self._host) == self._host}
+                )
+        if counts != actual or not counts:
             self._recount(handle)
-        return held
+            if not any(actual.values()):
+                return {}
+        return held or None
+
+    def handles(self) -> list[str]:
+        """Return all handles, of all hosts."""
+        return self._store.names(keys.ipam_handles())
 
     def assign(self, address: IPAddress, owner: Owner) -> None:
         """Give `address` to `owner`. An address that exactly this owner has already is left with it.
@@ -183,16 +189,22 @@ class Ipam:
             if not self._take(version, first, owner, [ordinal], count=1, claim=True, exact=True):
                 raise AddressTaken(f"IP {address} is already assigned")
 
-    def auto_assign(self, count: int, pools: list[Pool], owner: Owner) -> list[IPAddress]:
+    def auto_assign(
+        self, count: int, pools: list[Pool], owner: Owner, reserved: Collection[IPAddress] = ()
+    ) -> list[IPAddress]:
         """Give `count` free addresses out of `pools` (of one IP version) to `owner`; return those that could be found.
+
+        None of the `reserved` ones is given.
 
         First from blocks this host has affinity to, then from blocks nobody has, then from other hosts' blocks.
         """
         ranges = [_range(pool) for pool in pools]
+        kept = {int(address) for address in reserved}
         found: list[IPAddress] = []
         with self._counted_right(owner):
             for version, first, claim in self._candidates(ranges):
                 ordinals = [o for o in range(BLOCK_SIZE) if any(low <= first + o <= high for _, low, high in ranges)]
+                ordinals = [o for o in ordinals if first + o not in kept]
                 found += self._take(version, first, owner, ordinals, count - len(found), claim)
                 if len(found) >= count:
                     return found
@@ -218,7 +230,7 @@ class Ipam:
         return missing
 
     def release_by_handle(self, handle: str) -> list[IPAddress]:
-        """Give back all that `handle` holds, and drop the handle; return the addresses."""
+        """Give back all that `handle` holds on this host, and drop it when nothing is left; return the addresses."""
         held = list(self.held_by(handle) or ())
         self.release(held, {handle})
         self._recount(handle)
@@ -281,8 +293,9 @@ class Ipam:
             taken = sorted(mine - before)[:count]
             free = [ordinal for ordinal in ordinals if block.allocations[ordinal] is None][: count - len(taken)]
             if free:
+                counted = None
                 if owner.handle is not None:
-                    self._recount(owner.handle, {cidr: block.count(owner.handle) + len(free)})
+                    counted = self._recount(owner.handle, {cidr: block.count(owner.handle) + len(free)})
                 for ordinal in free:
                     block.take(ordinal, owner)
                 try:
@@ -291,8 +304,11 @@ class Ipam:
                     else:
                         self._store.update(entry, block.to_json())
                 except (KeyExists, CompareFailed):
-                    _pause(attempt)
+                    pause(attempt)
                     continue
+                if counted is not None and self._store.get(counted.key) != counted:
+                    # another host with the same handle has counted it in the meantime, without this address
+                    self._recount(str(owner.handle))
             if taken or free:
                 return [_address(version, first + ordinal) for ordinal in sorted(taken + free)]
             break
@@ -346,13 +362,14 @@ class Ipam:
             except CompareFailed as failed:
                 if failed.maybe_applied:
                     released |= now
-                _pause(attempt)
+                pause(attempt)
         raise Conflict(f"block {_cidr(version, first)} is being changed by too many others; try again")
 
-    def _recount(self, handle: str, planned: dict[str, int] | None = None) -> None:
+    def _recount(self, handle: str, planned: dict[str, int] | None = None) -> Entry | None:
         """Make a handle's counts equal to what the blocks it names hold, or to what is `planned` for some of them.
 
-        `planned` maps a block's CIDR to the count it is about to have. A handle that counts nothing is removed.
+        `planned` maps a block's CIDR to the count it is about to have. A handle that counts nothing is removed. Returns
+        the handle as it stands in the store now.
         """
         key = keys.ipam_handle(handle)
         for attempt in range(ATTEMPTS):
@@ -367,25 +384,18 @@ class Ipam:
             value = json.dumps({**data, "block": actual})
             try:
                 if entry is None:
-                    if actual:
-                        self._store.create(key, value)
-                elif not actual:
+                    return self._store.create(key, value) if actual else None
+                if not actual:
                     self._store.delete(entry)
-                elif actual != counts:
-                    self._store.update(entry, value)
-                return
+                    return None
+                return entry if actual == counts else self._store.update(entry, value)
             except (KeyExists, CompareFailed):
-                _pause(attempt)
+                pause(attempt)
         raise Conflict(f"IPAM handle {handle} is being changed by too many others; try again")
 
     def _count(self, handle: str, cidr: str) -> int:
         entry = self._store.get(keys.ipam_block(version_of(cidr), cidr))
         return 0 if entry is None else Block.from_entry(entry).count(handle)
-
-
-def _pause(attempt: int) -> None:
-    """Wait a random while, longer after more conflicts, so that many writers get their turn."""
-    time.sleep(random.uniform(0, min(0.2, 0.004 * (attempt + 1))))
 
 
 def _handle_counts(entry: Entry) -> dict[str, int]:

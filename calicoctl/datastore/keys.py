@@ -110,8 +110,12 @@ def ipam_affinity(host: str, version: int, cidr: str) -> str:
     return f"{ipam_affinities(host, version)}/{dashed(cidr)}"
 
 
+def ipam_handles() -> str:
+    return "/calico/ipam/v2/handle"
+
+
 def ipam_handle(handle: str) -> str:
-    return f"/calico/ipam/v2/handle/{handle}"
+    return f"{ipam_handles()}/{handle}"
 
 
 def dashed(cidr: str) -> str:

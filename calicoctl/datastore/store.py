@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Callable, Mapping, Protocol, TypeVar
 from urllib.parse import quote, urlsplit
 
-from calicoctl.errors import CompareFailed, InvalidValue, KeyExists, NotThere, StoreError, StoreUnavailable
+from calicoctl.errors import CompareFailed, Conflict, InvalidValue, KeyExists, NotThere, StoreError, StoreUnavailable
 
 if TYPE_CHECKING:
     import etcd
@@ -31,6 +31,9 @@ READ_TIMEOUT = 4.0
 
 PATIENCE = 20.0
 """Seconds for which a cluster that answers, but can do nothing (it elects a leader, say), is asked again."""
+
+ATTEMPTS = 200
+"""How often a change of a key that others change too is tried."""
 
 _NOT_SENT = ("NewConnectionError", "ConnectTimeoutError", "NameResolutionError", "SSLError", "LocationParseError")
 
@@ -107,10 +110,32 @@ class EtcdSettings:
         for one, other in (("ETCD_CERT_FILE", "ETCD_KEY_FILE"), ("ETCD_KEY_FILE", "ETCD_CERT_FILE")):
             if files[one] and not files[other]:
                 raise StoreError(f"{one} is set without {other}: a client certificate needs both")
+        if scheme == "https":
+            _check_tls_files(files["ETCD_CA_CERT_FILE"], files["ETCD_CERT_FILE"], files["ETCD_KEY_FILE"])
         return cls(scheme, hosts, files["ETCD_CA_CERT_FILE"], files["ETCD_CERT_FILE"], files["ETCD_KEY_FILE"])
 
     def url(self, host: tuple[str, int]) -> str:
         return f"{self.scheme}://{host[0]}:{host[1]}"
+
+
+def _check_tls_files(ca_cert: str | None, cert: str | None, key: str | None) -> None:
+    """Raise StoreError for a file that is not what its variable says."""
+    import ssl
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    if ca_cert is not None:
+        try:
+            context.load_verify_locations(ca_cert)
+        except (OSError, ValueError):
+            raise StoreError(f"ETCD_CA_CERT_FILE: {ca_cert} holds no certificate in PEM format") from None
+    if cert is not None:
+        try:
+            context.load_cert_chain(cert, key, password=lambda: b"")
+        except (OSError, ValueError):
+            raise StoreError(
+                f"ETCD_CERT_FILE and ETCD_KEY_FILE: {cert} and {key} are not a certificate and its key, without a "
+                "password, in PEM format"
+            ) from None
 
 
 def _parse_endpoints(text: str) -> tuple[str, tuple[tuple[str, int], ...]]:
@@ -157,32 +182,26 @@ class EtcdStore:
         import etcd
 
         try:
-            result = self._read(key)
+            return self._read(key, lambda client, path: _entry(client.read(path, quorum=True)))
         except etcd.EtcdKeyNotFound:
             return None
-        return _entry(result)
 
     def tree(self, directory: str) -> list[Entry]:
         import etcd
 
         try:
-            result = self._read(directory, recursive=True)
+            return self._read(directory, _leaves)
         except etcd.EtcdKeyNotFound:
             return []
-        return [_entry(leaf) for leaf in result.leaves if not leaf.dir]
 
     def names(self, directory: str) -> list[str]:
         import etcd
 
-        give_up = time.monotonic() + PATIENCE
-        while True:
-            try:
-                keys = self._answer(directory, _child_keys)
-                return [key.rpartition("/")[2] for key in keys if key != directory]
-            except etcd.EtcdKeyNotFound:
-                return []
-            except _Unanswered as unanswered:
-                self._wait(unanswered, give_up)
+        try:
+            keys = self._read(directory, _child_keys)
+        except etcd.EtcdKeyNotFound:
+            return []
+        return [key.rpartition("/")[2] for key in keys if key != directory]
 
     def create(self, key: str, value: str) -> Entry:
         import etcd
@@ -244,12 +263,12 @@ class EtcdStore:
         with suppress(etcd.EtcdKeyNotFound, etcd.EtcdDirNotEmpty, InvalidValue, _Unanswered):
             self._answer(directory, lambda client, path: client.delete(path, dir=True))
 
-    def _read(self, key: str, recursive: bool = False) -> etcd.EtcdResult:
+    def _read(self, key: str, read: Callable[[etcd.Client, str], T]) -> T:
         """Read from the first member that answers; raise what python-etcd raises for a definite answer."""
         give_up = time.monotonic() + PATIENCE
         while True:
             try:
-                return self._answer(key, lambda client, path: client.read(path, recursive=recursive, quorum=True))
+                return self._answer(key, read)
             except _Unanswered as unanswered:
                 self._wait(unanswered, give_up)
 
@@ -309,6 +328,8 @@ class EtcdStore:
                 reasons.append(f"{url} ({_reason(error)})")
             except etcd.EtcdException as error:
                 raise self._translate(error, url, key) from None
+            except (AttributeError, KeyError, TypeError) as error:
+                raise _no_etcd(url, error) from error  # the library's, about JSON of another shape than etcd's
         raise StoreUnavailable(
             f"etcd cannot be reached at {', '.join(reasons)}: start it, or say with ETCD_AUTHORITY or ETCD_ENDPOINTS "
             "where it is"
@@ -334,7 +355,7 @@ class EtcdStore:
             return _Unanswered(f"{url} says: {cause or payload.get('message')}")
         if "404 page not found" in cause:
             return StoreError(f"etcd at {url} does not serve its v2 API: start it with --enable-v2")
-        return StoreError(f"{url} does not answer as etcd does: {' '.join(str(error).split())[:120]}")
+        return _no_etcd(url, error)
 
     @staticmethod
     def _wait(unanswered: _Unanswered, give_up: float) -> None:
@@ -375,10 +396,15 @@ def _child_keys(client: etcd.Client, path: str) -> list[str]:
     try:
         answer = client.http.request("GET", url, timeout=READ_TIMEOUT, preload_content=False)
         if answer.status != 200:
-            client.read(path, quorum=True)  # raises what this status means
-        found, rest = [], b""
+            return [child.key for child in client.read(path, quorum=True).children]  # raises what the status means
+        if "x-etcd-index" not in answer.headers:
+            raise etcd.EtcdException("there is no etcd index in the answer")
+        found: list[str] = []
+        rest = b""
         for chunk in answer.stream(2**16):
             rest += chunk
+            if not found and b'"dir":true' not in rest.partition(b'"nodes":')[0]:
+                raise etcd.EtcdNotDir("Not a directory")
             end = 0
             for match in re.finditer(rb'"key":("(?:[^"\\]|\\.)*")', rest):
                 found.append(json.loads(match[1]))
@@ -387,6 +413,15 @@ def _child_keys(client: etcd.Client, path: str) -> list[str]:
         return found
     except (urllib3.exceptions.HTTPError, OSError) as error:
         raise etcd.EtcdConnectionFailed(cause=error) from error
+
+
+def _leaves(client: etcd.Client, path: str) -> list[Entry]:
+    """Return all entries below a directory."""
+    return [_entry(leaf) for leaf in client.read(path, recursive=True, quorum=True).leaves if not leaf.dir]
+
+
+def _no_etcd(url: str, error: Exception) -> StoreError:
+    return StoreError(f"{url} does not answer as etcd does: {' '.join(str(error).split())[:120]}")
 
 
 def _entry(result: etcd.EtcdResult) -> Entry:
@@ -423,7 +458,7 @@ def create_if_missing(store: Store, key: str, value: str) -> bool:
 
 def set_value(store: Store, key: str, value: str | None) -> None:
     """Make `key` hold `value`, or be absent for None, whatever it holds now. Does nothing where that is so already."""
-    while True:
+    for attempt in range(ATTEMPTS):
         entry = store.get(key)
         try:
             if entry is None and value is not None:
@@ -434,7 +469,8 @@ def set_value(store: Store, key: str, value: str | None) -> None:
                 store.update(entry, value)
             return
         except (KeyExists, CompareFailed):
-            continue
+            pause(attempt)
+    raise _contended(key)
 
 
 def modify(store: Store, key: str, missing: str, change: Callable[[str], str | None]) -> bool:
@@ -444,7 +480,7 @@ def modify(store: Store, key: str, missing: str, change: Callable[[str], str | N
     Raises NotThere with the sentence `missing` when there is no such key.
     """
     done = False
-    while True:
+    for attempt in range(ATTEMPTS):
         entry = store.get(key)
         if entry is None:
             raise NotThere(missing)
@@ -456,3 +492,14 @@ def modify(store: Store, key: str, missing: str, change: Callable[[str], str | N
             return True
         except CompareFailed as failed:
             done = done or failed.maybe_applied
+            pause(attempt)
+    raise _contended(key)
+
+
+def pause(attempt: int) -> None:
+    """Wait a random while, longer after more conflicts, so that many writers get their turn."""
+    time.sleep(random.uniform(0, min(0.2, 0.004 * (attempt + 1))))
+
+
+def _contended(key: str) -> Conflict:
+    return Conflict(f"etcd key {key} is being changed by too many others; try again")

@@ -24,7 +24,7 @@ OUTSIDE_BLOCKS = ("10.0.1.0", "10.0.1.31")
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ipam_module, "_pause", lambda attempt: None)
+    monkeypatch.setattr(ipam_module, "pause", lambda attempt: None)
 
 
 def raw_allocations(store: MemoryStore) -> dict[str, dict]:

@@ -54,6 +54,7 @@ def test_the_grammar(words: str, stored: dict) -> None:
         ("allow from ports 80", "'ports' goes with tcp and udp"),
         ("allow tcp from", "'from' needs"),
         ("allow tcp from tag", "'tag' needs a value"),
+        ("allow tcp from tag to tag b", "there twice"),
         ("allow tcp to tag a from tag b", "'from' is out of place"),
         ("allow tcp from tag a tag b", "there twice"),
         ("allow tcp type 8", "'type' goes with icmp"),
@@ -209,7 +210,7 @@ def test_no_words_make_anything_but_a_sentence(words: list[str]) -> None:
     assert parse(text(rule).split(" ")) == rule or text(rule).startswith("{")
 
 
-@pytest.mark.parametrize("name", ["", "a/b", "a b", ".", "..", "x" * 40, "é", "a\n"])
+@pytest.mark.parametrize("name", ["", "a/b", "a b", ".", "..", "x" * 40, "é", "a\n", "_a"])
 def test_names_that_are_not_allowed(name: str) -> None:
     with pytest.raises(CalicoError, match="not a valid profile name"):
         check_name(name, "profile")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
+import certifi
 import pytest
 
 from calicoctl.addresses import parse_address, parse_cidr
@@ -19,7 +21,7 @@ def test_the_default_is_etcd_on_this_host() -> None:
 
 
 def test_endpoints_go_before_authority(tmp_path: Path) -> None:
-    (tmp_path / "ca").write_text("x")
+    shutil.copy(certifi.where(), tmp_path / "ca")
     settings = EtcdSettings.from_environment(
         {
             "ETCD_ENDPOINTS": "https://a.example:2379, https://[2001:db8::1]:4001/",
@@ -47,6 +49,14 @@ def test_endpoints_go_before_authority(tmp_path: Path) -> None:
         ({"ETCD_SCHEME": "https", "ETCD_CERT_FILE": "/dev/null"}, "without ETCD_KEY_FILE"),
         ({"ETCD_SCHEME": "https", "ETCD_KEY_FILE": "/dev/null"}, "without ETCD_CERT_FILE"),
         ({"ETCD_SCHEME": "https", "ETCD_CA_CERT_FILE": "/nonexistent"}, "ETCD_CA_CERT_FILE: cannot read /nonexistent"),
+        (
+            {"ETCD_SCHEME": "https", "ETCD_CA_CERT_FILE": "/dev/null"},
+            "ETCD_CA_CERT_FILE: /dev/null holds no certificate",
+        ),
+        (
+            {"ETCD_SCHEME": "https", "ETCD_CERT_FILE": "/dev/null", "ETCD_KEY_FILE": "/dev/null"},
+            "ETCD_CERT_FILE and ETCD_KEY_FILE: /dev/null",
+        ),
     ],
 )
 def test_what_is_wrong_in_the_environment_is_named(environment: dict, why: str) -> None:
@@ -57,7 +67,7 @@ def test_what_is_wrong_in_the_environment_is_named(environment: dict, why: str) 
 def test_the_host_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOSTNAME", "host-1.example")
     assert hostname() == "host-1.example"
-    for bad in ("a/b", "..", "a b", "."):
+    for bad in ("a/b", "..", "a b", ".", "_a"):
         monkeypatch.setenv("HOSTNAME", bad)
         with pytest.raises(CalicoError, match="host name"):
             hostname()
