@@ -3,6 +3,7 @@
 FAULT=fail:N    the N-th change of etcd or the kernel (from 0) is refused
 FAULT=kill:N    the process is killed with -9 right after the N-th change
 FAULT=lost:N    the N-th change is made, and, if it is one of etcd's, its answer is lost
+FAULT=term:N    the process gets a SIGTERM right after the N-th change
 FAULT=dead:N    etcd is gone from the N-th change on
 FAULT=none:0    no fault
 FAULT_LOG=FILE  gets a line for each change
@@ -24,6 +25,7 @@ from pyroute2.iproute import linux  # noqa: E402
 from pyroute2.netlink.exceptions import NetlinkError  # noqa: E402
 
 MODE, _, NUMBER = os.environ["FAULT"].partition(":")
+SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM}
 changes = 0
 
 
@@ -52,8 +54,8 @@ def faulty_etcd(name):
         try:
             result = original(self, key, *arguments, **options)
         finally:
-            if hit and MODE == "kill":
-                os.kill(os.getpid(), signal.SIGKILL)
+            if hit and MODE in SIGNALS:
+                os.kill(os.getpid(), SIGNALS[MODE])
         if hit and MODE == "lost":
             raise etcd.EtcdConnectionFailed(cause=urllib3.exceptions.ProtocolError("Connection aborted"))
         return result
@@ -82,8 +84,8 @@ def faulty_netlink(name):
         if hit and MODE == "fail":
             raise NetlinkError(105)
         result = await original(self, command, **options)
-        if hit and MODE == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
+        if hit and MODE in SIGNALS:
+            os.kill(os.getpid(), SIGNALS[MODE])
         return result
 
     setattr(linux.RTNL_API, name, call)
@@ -97,8 +99,8 @@ def faulty_sysctl():
         if hit and MODE == "fail":
             raise OSError(30, "Read-only file system")
         original(path, value)
-        if hit and MODE == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
+        if hit and MODE in SIGNALS:
+            os.kill(os.getpid(), SIGNALS[MODE])
 
     netns._write_sysctl = call
 

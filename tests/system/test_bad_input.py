@@ -33,6 +33,13 @@ def refused(host: Host, *words: str, says: str, status: int = 1, **options) -> R
     [
         (f"container add {BLUE} 203.0.113.1", "IP 203.0.113.1 is in no pool. IPv4 pools: 192.168.0.0/16."),
         (f"container add {BLUE} 10.9.0.0/16", "10.9.0.0/16 is not the CIDR of a pool"),
+        (f"container add {BLUE} 192.168.77.5/16", "it has bits behind its prefix; 192.168.0.0/16 has not"),
+        ("container 0123 endpoint show", "0123"),
+        ("profile add _web", "etcd hides what begins with '_'"),
+        ("node --ip=255.255.255.255", "not an address that other hosts can reach"),
+        ("node --ip=0.1.2.3", "not an address that other hosts can reach"),
+        ("node --ip6=::ffff:192.0.2.1", "not an address that other hosts can reach"),
+        ("node --ip=192.0.2.2 --detach=maybe", "--detach=maybe"),
         (f"container add {BLUE} 192.168.0.256", "'192.168.0.256' is not a valid IP address"),
         (f"container add {BLUE} 192.168", "'192.168' is not a valid IP address"),
         (f"container add {BLUE} ipv5", "'ipv5' is not a valid IP address"),
@@ -82,6 +89,7 @@ def test_values(host: Host, blue: str, words: str, says: str) -> None:
     ("words", "says"),
     [
         ("frobnicate", "'frobnicate' is not a calicoctl command"),
+        ("", "Which command?"),
         ("container", "do not fit"),
         (f"container add {BLUE}", "do not fit"),
         (f"container {BLUE} profile append", "Say which profiles"),
@@ -105,6 +113,8 @@ def test_names_with_blanks_and_odd_bytes(host: Host, blue: str) -> None:
     refused(host, "container", "add", BLUE, "ipv4", "--interface=a b", says="not a valid interface name")
     refused(host, "container", "add", BLUE, "ipv4", "--interface=", says="not a valid interface name")
     refused(host, "container", "add", "/no\nsuch", "ipv4", says="cannot be opened")
+    refused(host, "container", "add", b"/run/netns/\xff", "ipv4", says="not UTF-8")
+    refused(host, "container", "remove", b"/run/netns/\xff", says="not UTF-8")
     refused(host, "profile", "add", "a b\nc", says="not a valid profile name")
     refused(host, "profile", "add", b"\xff\xfe", says="not a valid profile name")
     refused(host, "profile", "add", "", says="not a valid profile name")
@@ -267,6 +277,7 @@ def web_server() -> Iterator[str]:
 def test_something_that_is_not_etcd(host: Host, web_server: str) -> None:
     without_etcd(host, "pool", "show", says="does not answer as etcd does", ETCD_AUTHORITY=web_server)
     without_etcd(host, "profile", "add", "web", says="does not answer as etcd does", ETCD_AUTHORITY=web_server)
+    without_etcd(host, "profile", "show", says="does not answer as etcd does", ETCD_AUTHORITY=web_server)
 
 
 BLOCK = "/calico/ipam/v2/assignment/ipv4/block/192.168.0.0-26"
@@ -309,6 +320,32 @@ def test_a_directory_where_a_key_should_be(host: Host) -> None:
     refused(host, "profile", "web", "tag", "show", says="/calico/v1/policy/profile/web/tags")
     host.etcd.put("/calico/v1/policy/profile/db", "x")
     refused(host, "profile", "add", "db", says="/calico/v1/policy/profile/db")
+    refused(host, "profile", "remove", "db", says="/calico/v1/policy/profile/db")
+
+
+def test_a_pool_of_the_other_version(host: Host, blue: str) -> None:
+    key = "/calico/v1/ipam/v4/pool/10.0.0.0-8"
+    host.etcd.put(key, {"cidr": "fd00::/64"})
+    refused(host, "container", "add", BLUE, "ipv4", says=f"etcd key {key} cannot be understood")
+    refused(host, "pool", "show", says="fd00::/64 is not an IPv4 CIDR")
+
+
+@pytest.mark.parametrize("nets", [["garbage"], ["192.168.0.1"], ["fd00::1/128"], ["192.168.0.1/33"]])
+def test_garbage_among_the_addresses_of_an_endpoint(host: Host, blue: str, nets: list[str]) -> None:
+    host.ctl("profile", "add", "web")
+    host.ctl("container", "add", BLUE, "192.168.0.1")
+    ((key, record),) = host.records().items()
+    host.etcd.put(key, {**record, "ipv4_nets": nets})
+    for words in ("remove {}", "{} endpoint show", "{} profile append web", "{} ip add ipv4", "add {} ipv4"):
+        refused(host, "container", *words.format(BLUE).split(), says=f"etcd key {key} cannot be understood")
+
+
+def test_control_characters_from_etcd_do_not_reach_the_terminal(host: Host, blue: str) -> None:
+    host.etcd.put("/calico/v1/policy/profile/a\x1b[31mb/tags", [])
+    assert "a\\x1b[31mb" in host.ctl("profile", "show").out
+    host.etcd.put("/calico/v1/policy/profile/web/tags", ["\x1b[31m"])
+    assert host.ctl("profile", "web", "tag", "show").out == "\\x1b[31m\n"
+    refused(host, "profile", "web", "rule", "add", "inbound", "permit\x1b", says="permit\\x1b", status=2)
 
 
 def test_debug_shows_where_an_error_comes_from(host: Host) -> None:
@@ -319,6 +356,21 @@ def test_debug_shows_where_an_error_comes_from(host: Host) -> None:
         result = run(CALICOCTL, *words, check=False, env=host.environment(**environment))
         assert result.status == 1
         assert "Traceback" in result.err and "not a valid profile name" in result.err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_streams_that_are_closed(host: Host, closed: str) -> None:
+    for words, status in (
+        ("profile add web", 0),
+        ("version", 0),
+        ("profile web rule update", 1),
+        ("profile add a/b", 1),
+    ):
+        stdin = closed if "<" in closed else "</dev/null"
+        done = run("sh", "-c", f"{CALICOCTL} {words} {stdin} {closed}", check=False, env=host.environment())
+        assert done.status == status, (words, done)
+        assert "Traceback" not in done.err and "defect" not in done.err
+    assert host.etcd.get("/calico/v1/policy/profile/web/tags") == '["web"]'
 
 
 def test_output_that_nobody_reads(host: Host) -> None:

@@ -52,11 +52,11 @@ def test_a_member_that_stops_in_a_row_of_commands_makes_none_fail(
     rest = [server for server in members if server is not victim]
     clustered.endpoints = ",".join(server.url for server in [victim, *rest])
     clustered.etcd = rest[0]
-    row = clustered.start("profile", "add", "before")
-    assert row.wait() == 0
-    running = [clustered.start("profile", "add", f"during{number}") for number in range(3)]
+    clustered.ctl("profile", "add", "before")
+    running = [clustered.start("profile", "add", f"during{number}") for number in range(12)]
+    running[0].wait()  # the others are under way by now
     victim.process.send_signal(signal)
-    assert [command.wait() for command in running] == [0, 0, 0]
+    assert [command.wait() for command in running] == [0] * 12
     assert clustered.ctl("container", "add", blue, "192.168.0.1").out.startswith("IP 192.168.0.1 added")
     clustered.ctl("profile", "add", "after")
     clustered.ctl("container", blue, "profile", "append", "before", "after", "during0", "during1", "during2")

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-from tests.system.support import Host, addresses, calico_links, links, routes, run, wait_for
+from tests.system.support import FAULTY, Host, addresses, calico_links, links, routes, run, wait_for
 
 V6 = "fd80:24e2:f998:72d6::"
 
@@ -348,3 +350,108 @@ def test_a_connected_container_is_refused_whatever_is_asked_for(host: Host, blue
     for wish in ("192.168.0.1", "192.168.0.9", "ipv6", "203.0.113.1", "10.0.0.0/8"):
         refused = host.ctl("container", "add", blue, wish, status=1)
         assert refused.err == f"{blue} has already been configured with Calico Networking.\n"
+
+
+def test_a_renamed_container_is_not_taken_for_another(host: Host, workload: str) -> None:
+    host.ctl("container", "add", "workload", "192.168.0.1")
+    before = host.records()
+    run("docker", "rename", "workload", "renamed")
+    try:
+        for words in ("remove workload", "workload profile set", "workload ip remove 192.168.0.1"):
+            assert host.ctl("container", *words.split(), status=1).err == "No such container: workload\n"
+        assert host.records() == before
+        assert "eth1" in inside("renamed", "ip", "link")
+        host.ctl("container", "remove", "renamed")
+        host.check_nothing_left()
+    finally:
+        run("docker", "rm", "-f", "renamed", check=False)
+
+
+def test_namespaces_of_the_same_path_on_two_hosts_are_two_workloads(host: Host) -> None:
+    hosts = [host, Host(host.etcd, "host2")]
+    hosts[1].ctl("node", "--ip=192.0.2.2")
+    run("touch", "/run/space")
+    for number, one in enumerate(hosts):
+        run("ip", "netns", "add", f"s{number}")
+        run("mount", "--bind", f"/run/netns/s{number}", "/run/space")
+        one.ctl("container", "add", "/run/space", "192.168.0.0/16")
+        run("umount", "/run/space")
+    host.check_consistent()
+    assert host.handles() == {"namespace.-run-space": {"192.168.0.0/26": 1, "192.168.0.64/26": 1}}
+    host.ctl("container", "remove", "/run/space")
+    assert list(host.allocations()) == ["192.168.0.64"]
+    host.check_consistent()
+    host.ctl("container", "remove", "/run/space", status=1)
+    hosts[1].ctl("container", "remove", "/run/space")
+    hosts[1].check_nothing_left()
+
+
+def test_the_same_namespace_by_another_path_is_refused(host: Host, blue: str) -> None:
+    host.ctl("container", "add", blue, "ipv4")
+    refused = host.ctl("container", "add", "/run/netns/blue", "ipv6", "--interface=eth2", status=1)
+    assert "already been configured with Calico Networking" in refused.err
+    host.check_consistent()
+
+
+def test_profiles_of_another_path_with_the_same_id_are_not_changed(host: Host) -> None:
+    run("ip", "netns", "add", "a-b")
+    host.ctl("profile", "add", "web")
+    host.ctl("container", "add", "/run/netns/a-b", "ipv4")
+    for words in ("endpoint show", "profile append web"):
+        assert "/run/netns/a-b" in host.ctl("container", "/run/netns/a/b", *words.split(), status=1).err
+    host.ctl("container", "/run/netns/a-b", "ip", "remove", "192.168.0.0")
+    assert "/run/netns/a-b" in host.ctl("container", "remove", "/run/netns/a/b", status=1).err
+    assert host.record()["profile_ids"] == []
+
+
+def test_a_workload_without_addresses_can_be_wired_again(host: Host, blue: str) -> None:
+    host.ctl("profile", "add", "web")
+    host.ctl("container", "add", blue, "192.168.0.9")
+    host.ctl("container", blue, "profile", "append", "web")
+    host.ctl("container", blue, "ip", "remove", "192.168.0.9")
+    run("ip", "netns", "delete", "blue")
+    run("ip", "netns", "add", "blue")
+    host.ctl("container", "add", blue, "192.168.0.10")
+    assert addresses("blue", "eth1") == {"192.168.0.10/32"}
+    assert (host.record()["ipv4_nets"], host.record()["profile_ids"]) == (["192.168.0.10/32"], ["web"])
+    assert host.record()["ipv4_gateway"] == "192.0.2.2"
+    host.check_consistent()
+
+
+def test_a_restarted_workload_is_wired_again_although_its_pool_has_gone(host: Host, blue: str) -> None:
+    host.ctl("container", "add", blue, "192.168.0.9")
+    host.etcd.delete("/calico/v1/ipam/v4/pool/192.168.0.0-16")
+    run("ip", "netns", "delete", "blue")
+    run("ip", "netns", "add", "blue")
+    host.ctl("container", "add", blue, "192.168.0.9")
+    host.check_consistent()
+
+
+def test_a_new_next_hop_is_for_new_wiring(host: Host, blue: str) -> None:
+    host.ctl("container", "add", blue, "192.168.0.1")
+    host.ctl("node", "--ip=192.0.2.3")
+    host.ctl("container", blue, "ip", "add", "192.168.0.2")
+    assert host.record()["ipv4_gateway"] == "192.0.2.2", "that is what the container still has"
+    assert "default via 192.0.2.2 dev eth1 proto static" in routes("blue")
+
+
+def test_the_hosts_own_address_is_not_given_away(host: Host, blue: str) -> None:
+    host.ctl("node", "--ip=192.168.0.0")
+    assert host.ctl("container", "add", blue, "ipv4").out == f"IP 192.168.0.1 added to {blue}\n"
+    assert "this host's own address" in host.ctl("container", blue, "ip", "add", "192.168.0.0", status=1).err
+
+
+def test_an_old_address_is_not_lost_when_ip_remove_is_killed(host: Host, blue: str, tmp_path: Path) -> None:
+    host.ctl("container", "add", blue, "192.168.0.1")
+    host.ctl("container", blue, "ip", "add", "192.168.0.2")
+    key = "/calico/ipam/v2/assignment/ipv4/block/192.168.0.0-26"
+    block = json.loads(host.etcd.get(key))
+    block["attributes"].append({"handle_id": None, "secondary": {}})
+    block["allocations"][2] = 1
+    host.etcd.put(key, block)
+    for number in range(2):
+        fault = {"FAULT": f"kill:{number}", "FAULT_LOG": str(tmp_path / "log")}
+        words = ("container", blue, "ip", "remove", "192.168.0.2")
+        host.ctl(*words, status=-9, command=[sys.executable, FAULTY], env=fault)
+    host.ctl("container", "remove", blue)
+    host.check_nothing_left()

@@ -61,7 +61,7 @@ def test_the_address_is_that_of_the_default_routes_interface(bare_host: Host) ->
         for name, kind, address in (
             ("aaa", "bridge", "198.51.100.1/24"),
             ("docker0", "bridge", "172.17.0.1/16"),
-            ("ens1", "veth", "203.0.113.1/24"),
+            ("veth1", "veth", "203.0.113.1/24"),
             ("ens2", "veth", "192.0.2.20/24"),
         ):
             run("ip", "link", "add", name, "type", kind)
@@ -79,7 +79,7 @@ def test_the_address_is_that_of_the_default_routes_interface(bare_host: Host) ->
         assert "Detected" not in given.out and given.err == ""
         assert "Warning: 192.0.2.99 is not an address of this host" in bare_host.ctl("node", "--ip=192.0.2.99").err
     finally:
-        for name in ("aaa", "docker0", "ens1", "ens2"):
+        for name in ("aaa", "docker0", "veth1", "ens2"):
             run("ip", "link", "delete", name, check=False)
 
 
