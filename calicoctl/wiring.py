@@ -188,9 +188,9 @@ def _rewire(scene: _Scene, record: Endpoint, wish: Wish, interface: str | None) 
         nets = list(record.nets)
         if address is None:
             # its last address was taken away before it lost its interface
+            undo(_release_unlisted, datastore, workload, record)
             owner = _owner(workload, record.id, interface)
             address = _take(datastore, owner, wish, pools, next_hops[wish.version])
-            undo(datastore.ipam.release, [address], {workload.handle})
             nets.append(host_net(address))
         for own in addresses:
             if own not in scene.held:
@@ -257,8 +257,8 @@ def add_address(datastore: DatastoreClient, workload: Workload, wish: Wish, inte
         with _undoing(workload) as undo:
             owner = _owner(workload, record.id, plugged)
             left = [a for a in scene.held if host_net(a) not in record.nets and wish.fits(a)]
+            undo(_release_unlisted, datastore, workload, record)
             address = left[0] if left else _take(datastore, owner, wish, pools, next_hop)
-            undo(datastore.ipam.release, [address], {workload.handle})
 
             net = host_net(address)
             if version == 6 and scene.namespace.ipv6_is_off(plugged):
@@ -519,6 +519,12 @@ def _take(datastore: DatastoreClient, owner: Owner, wish: Wish, pools: list[Pool
         holder = datastore.ipam.owner(wish.address)
         raise AddressTaken(f"{error}{_told(holder)}. Give it another, or 'ipv{wish.version}' for any.") from None
     return wish.address
+
+
+def _release_unlisted(datastore: DatastoreClient, workload: Workload, record: Endpoint) -> None:
+    """Give back what a workload holds beside the addresses of its record, as it was read."""
+    held = datastore.ipam.held_by(workload.handle) or {}
+    datastore.ipam.release([a for a in held if host_net(a) not in record.nets], {workload.handle})
 
 
 def _regain(scene: _Scene, address: IPAddress, owner: Owner, undo: Callable[..., object]) -> None:

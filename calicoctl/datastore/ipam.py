@@ -321,7 +321,7 @@ class Ipam:
         """Put the owner's handle right when what is inside `with` fails: it may have been counted up already."""
         try:
             yield
-        except CalicoError:
+        except BaseException:  # an interrupt, too
             if owner.handle is not None:
                 with suppress(CalicoError):
                     self._recount(owner.handle)
