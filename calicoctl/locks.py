@@ -43,7 +43,7 @@ class WorkloadLock:
                         f"another command has been working on this workload for {PATIENCE:.0f} s ({self._path} is "
                         "locked); try again when it is done"
                     )
-                time.sleep(0.02)
+                time.sleep(0.02)  # flock(2) waits for ever or not at all
         except OSError as error:
             raise CalicoError(f"cannot lock {self._path}: {error.strerror}") from None
         return self

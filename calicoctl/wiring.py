@@ -24,7 +24,7 @@ from calicoctl.datastore.keys import EndpointId
 from calicoctl.datastore.model import Endpoint, Pool
 from calicoctl.errors import AddressTaken, CalicoError, NotThere
 from calicoctl.locks import WorkloadLock
-from calicoctl.workload import Workload, endpoints_of, refuse_other_path
+from calicoctl.workload import Workload, endpoints_of, not_connected, refuse_other_path
 
 if TYPE_CHECKING:
     from netaddr import IPAddress
@@ -389,8 +389,7 @@ class _Scene:
     def only_record(self) -> Endpoint:
         """Return the workload's endpoint; raise NotThere when it has none."""
         if self.record is None:
-            name = self.workload.name
-            raise NotThere(f"{name} is not connected to Calico. Connect it with 'calicoctl container add {name} ipv4'.")
+            raise not_connected(self.workload.name)
         return self.record
 
     def connected(self, interface: str | None) -> tuple[Endpoint, str]:

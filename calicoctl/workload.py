@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from calicoctl import locks
 from calicoctl.addresses import parse_address
-from calicoctl.errors import CalicoError, DockerUnavailable, NoSuchContainer
+from calicoctl.errors import CalicoError, DockerUnavailable, NoSuchContainer, NotThere
 
 if TYPE_CHECKING:
     from calicoctl.datastore.client import DatastoreClient
@@ -126,6 +126,11 @@ def _exists(id: str) -> bool:
     except NoSuchContainer:
         return False
     return True
+
+
+def not_connected(name: str) -> NotThere:
+    """Return the error about a workload that has no endpoint."""
+    return NotThere(f"{name} is not connected to Calico. Connect it with 'calicoctl container add {name} ipv4'.")
 
 
 def refuse_other_path(workload: Workload, *paths: object) -> None:

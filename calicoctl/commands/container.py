@@ -25,6 +25,7 @@ Examples:
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from calicoctl.cli import parse, require_root
@@ -33,7 +34,7 @@ from calicoctl.datastore.model import Endpoint
 from calicoctl.errors import CalicoError, NotThere, UsageError
 from calicoctl.output import print_json, print_table, wants_json
 from calicoctl.rules import check_name
-from calicoctl.workload import endpoints_of, find, find_connected, refuse_others_endpoint
+from calicoctl.workload import endpoints_of, find, find_connected, not_connected, refuse_others_endpoint
 
 
 def run(argv: list[str]) -> None:
@@ -120,13 +121,7 @@ def _endpoint_show(arguments: dict[str, Any]) -> None:
 
 
 def _as_json(endpoint: Endpoint) -> dict[str, Any]:
-    return {
-        "host": endpoint.id.host,
-        "orchestrator": endpoint.id.orchestrator,
-        "workload": endpoint.id.workload,
-        "endpoint": endpoint.id.endpoint,
-        **endpoint.to_dict(),
-    }
+    return {**asdict(endpoint.id), **endpoint.to_dict()}
 
 
 def _profile(arguments: dict[str, Any]) -> None:
@@ -140,8 +135,7 @@ def _profile(arguments: dict[str, Any]) -> None:
         raise CalicoError(f"{arguments['<CONTAINER>']} has several endpoints ({ids}), where this command knows one.")
     if not arguments["remove"]:
         for name in names:
-            if not datastore.profile_exists(name):
-                raise NotThere(f"Profile {name} does not exist. Create it with 'calicoctl profile add {name}'.")
+            datastore.require_profile(name)
 
     def change(endpoint: Endpoint) -> bool:
         old = endpoint.profile_ids
@@ -173,5 +167,5 @@ def _endpoints(datastore: DatastoreClient, name: str) -> list[Endpoint]:
     for endpoint in endpoints:
         refuse_others_endpoint(datastore, workload, endpoint)
     if not endpoints:
-        raise NotThere(f"{name} is not connected to Calico. Connect it with 'calicoctl container add {name} ipv4'.")
+        raise not_connected(name)
     return endpoints

@@ -37,6 +37,7 @@ Examples:
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from typing import Any
 
 from calicoctl.cli import parse
@@ -95,15 +96,7 @@ def _as_json(datastore: DatastoreClient, name: str, endpoints: list[Endpoint]) -
         "tags": datastore.tags(name),
         "rules": datastore.rules(name).to_dict(),
         "endpoints": [
-            {
-                "host": endpoint.id.host,
-                "orchestrator": endpoint.id.orchestrator,
-                "workload": endpoint.id.workload,
-                "endpoint": endpoint.id.endpoint,
-                "state": endpoint.state,
-            }
-            for endpoint in endpoints
-            if name in endpoint.profile_ids
+            {**asdict(endpoint.id), "state": endpoint.state} for endpoint in endpoints if name in endpoint.profile_ids
         ],
     }
 

@@ -133,6 +133,11 @@ class DatastoreClient:
     def profile_exists(self, name: str) -> bool:
         return bool(self._store.names(keys.profile(name)))
 
+    def require_profile(self, name: str) -> None:
+        """Raise NotThere unless there is such a profile."""
+        if not self.profile_exists(name):
+            raise NotThere(_no_profile(name))
+
     def create_profile(self, name: str) -> bool:
         """Make a profile with the default tag and rules; tell whether anything of it was missing."""
         tags = create_if_missing(self._store, keys.profile_tags(name), json.dumps([name]))
@@ -189,8 +194,8 @@ class DatastoreClient:
     def _profile_entry(self, key: str, name: str) -> Entry | None:
         """Return one key of a profile, None where only others of its keys are there."""
         entry = self._store.get(key)
-        if entry is None and not self.profile_exists(name):
-            raise NotThere(_no_profile(name))
+        if entry is None:
+            self.require_profile(name)
         return entry
 
     def _complete(self, key: str, name: str, value: str) -> None:

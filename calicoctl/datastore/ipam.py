@@ -131,9 +131,7 @@ class Block:
         self.allocations = [None if index is None else used.index(index) for index in self.allocations]
 
     def address(self, ordinal: int) -> IPAddress:
-        from netaddr.ip import IPAddress
-
-        return IPAddress(self.first + ordinal, self.version)
+        return _address(self.version, self.first + ordinal)
 
 
 class Ipam:

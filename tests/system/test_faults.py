@@ -199,20 +199,13 @@ def test_a_step_that_fails_leaves_nothing_behind(stage: Stage) -> None:
         stage.remove()
 
 
-def test_after_kill_9_a_repeated_command_brings_everything_in_order(stage: Stage) -> None:
+@pytest.mark.parametrize("command", [Stage.again, Stage.remove], ids=["repeated", "remove"])
+def test_after_kill_9_one_command_brings_everything_in_order(stage: Stage, command: Callable[[Stage], None]) -> None:
     for number, step in enumerate(stage.steps()):
         stage.prepare()
         result = stage.play(f"kill:{number}")
         assert result.status == -9, f"step {number}: {step}: {result}"
-        stage.again()
-
-
-def test_after_kill_9_remove_brings_everything_in_order(stage: Stage) -> None:
-    for number, step in enumerate(stage.steps()):
-        stage.prepare()
-        result = stage.play(f"kill:{number}")
-        assert result.status == -9, f"step {number}: {step}: {result}"
-        stage.remove()
+        command(stage)
 
 
 def test_an_interrupt_at_any_step_leaves_nothing_behind(stage: Stage) -> None:
