@@ -8,7 +8,7 @@ VENV = .venv
 
 # what the demo and the tests run beside calicoctl
 PACKAGES = python3 python3-venv iproute2 util-linux iputils-ping etcd-server etcd-client docker.io busybox-static \
-	iptables openssl procps curl
+	nftables iptables conntrack openssl procps curl
 BENCH_PACKAGES = containernetworking-plugins
 
 .PHONY: help packages lint types unit system installed test tox bench demo demo-clean install uninstall clean

@@ -25,6 +25,8 @@ setup(
         "pyroute2>=0.9.1,<0.10",
         "docker>=7.0,<8",
         "prettytable>=3.0,<4",
+        "sdnotify>=0.3.2,<0.4",
+        "prometheus_client>=0.16,<1",
     ],
     extras_require={
         "test": ["pytest>=7", "hypothesis>=6"],

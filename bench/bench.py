@@ -89,7 +89,7 @@ def run_all(host: Host, pairs: int) -> None:
     def ctl(*words: str) -> float:
         return timed("calicoctl", *words, env=environment)
 
-    ctl("node", "--ip=192.0.2.2")
+    host.register()
     run("docker", "run", "--net=none", "--name", "workload", "-tid", "busybox")
     run("ip", "netns", "add", "bench")
     path = "/var/run/netns/bench"

@@ -23,9 +23,10 @@ Usage:
 
 Commands:
   container   connect Docker containers and network namespaces, and change what they have
-  node        register this host
+  node        register this host, and run its agent
   pool        show the ranges that addresses come from
   profile     make profiles, the policy of the network, and change their tags and rules
+  status      show what this host's agent says
   version     show the version
 
 Options:
@@ -34,7 +35,7 @@ Options:
 Where etcd is, and Docker, is read from the environment: ETCD_AUTHORITY, ETCD_ENDPOINTS, DOCKER_HOST and others.
 """
 
-COMMANDS = ("container", "node", "pool", "profile", "version")
+COMMANDS = ("container", "node", "pool", "profile", "status", "version")
 
 
 class Interrupted(BaseException):

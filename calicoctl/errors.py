@@ -61,6 +61,10 @@ class StoreUnavailable(StoreError):
     """No member of the store answered."""
 
 
+class HistoryLost(StoreError):
+    """A watch asked for changes from so long ago that the store does not remember them: read all anew."""
+
+
 class KeyExists(CalicoError):
     """A create-only write met a key that is there already."""
 

@@ -12,7 +12,7 @@ import os
 import stat
 import threading
 from collections.abc import Collection
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Callable, Iterator, TypeVar
 
@@ -196,10 +196,13 @@ def create_veth(name: str, namespace: Namespace, interface: str, mac: str | None
 
 
 def set_up(name: str) -> None:
-    """Bring an interface of this host's up."""
+    """Bring the host's end of a pair up, so that IPv6 packets can come through it at once."""
     from pyroute2.iproute.linux import IPRoute
 
     with _explained(f"bringing interface {name} up"), IPRoute() as netlink:
+        with suppress(FileNotFoundError):  # a kernel without IPv6
+            # for a second or two it would check its own address before it answers anything
+            _write_sysctl(f"net/ipv6/conf/{name}/accept_dad", "0")
         netlink.link("set", index=_index(netlink, name), state="up")
 
 

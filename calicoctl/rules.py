@@ -70,6 +70,7 @@ def parse(words: Sequence[str]) -> Rule:
     if left:
         raise UsageError(_out_of_place(rule, left[0]))
     _check_sense(rule)
+    _check_versions(rule)
     return rule
 
 
@@ -133,8 +134,11 @@ def _ports(text: str) -> list[int | str]:
     return ports
 
 
-def check_rule(data: Any) -> Rule:
-    """Return the rule that a JSON object spells; raise CalicoError when it has unknown fields or bad values."""
+def check_rule(data: Any, must_match: bool = True) -> Rule:
+    """Return the rule that a JSON object spells; raise CalicoError when it has unknown fields or bad values.
+
+    With `must_match`, one whose conditions no packet can meet is bad, too: a user would have meant something else.
+    """
     if not isinstance(data, dict):
         raise CalicoError(f"a rule must be a JSON object, not {json.dumps(data)[:60]}")
     unknown = sorted(set(data) - set(RULE_FIELDS))
@@ -160,10 +164,12 @@ def check_rule(data: Any) -> Rule:
         ports = getattr(rule, name)
         if ports is None:
             continue
-        if not isinstance(ports, list):
+        if not isinstance(ports, list) or not ports:
             raise CalicoError(f'a rule\'s {name} must be a list, such as [80, "8000:8010"]')
         setattr(rule, name, [port for part in ports for port in _ports(_text(part, name))])
     _check_sense(rule)
+    if must_match:
+        _check_versions(rule)
     return rule
 
 
@@ -206,13 +212,17 @@ def check_rules(profile: str, text: str) -> Rules:
 
 
 def _check_sense(rule: Rule) -> None:
-    """Raise CalicoError for a rule that no packet can ever match, or whose conditions do not go together."""
+    """Raise CalicoError for a rule whose conditions do not go together."""
     if rule.icmp_code is not None and rule.icmp_type is None:
         raise CalicoError("an ICMP code needs an ICMP type")
     if rule.icmp_type is not None and rule.protocol not in (*ICMP_PROTOCOLS, 1, 58):
         raise CalicoError("an ICMP type goes with the protocols icmp and icmpv6 only")
     if (rule.src_ports or rule.dst_ports) and rule.protocol not in (*PORT_PROTOCOLS, *OTHER_PROTOCOLS, 6, 17, 132, 136):
         raise CalicoError("ports go with a protocol that has ports only, such as tcp and udp")
+
+
+def _check_versions(rule: Rule) -> None:
+    """Raise CalicoError for a rule that no packet can ever match, being of another IP version."""
     versions = {version_of(net) for net in (rule.src_net, rule.dst_net) if net is not None}
     versions |= {version for version in (rule.ip_version,) if version is not None}
     versions |= {4} if rule.protocol in ("icmp", 1) else {6} if rule.protocol in ("icmpv6", 58) else set()

@@ -1,7 +1,7 @@
 """Connect containers to the network, and change their addresses and profiles.
 
 Usage:
-  calicoctl container add <CONTAINER> <IP> [--interface=<INTERFACE>]
+  calicoctl container add <CONTAINER> <IP> [--interface=<INTERFACE>] [--wait=<SECONDS>]
   calicoctl container remove <CONTAINER>
   calicoctl container <CONTAINER> ip (add|remove) <IP> [--interface=<INTERFACE>]
   calicoctl container <CONTAINER> endpoint show [--output=<FORMAT>]
@@ -13,6 +13,8 @@ Options:
   <IP>                     an IPv4 or IPv6 address out of a pool; ipv4 or ipv6 for any free one of that version; or
                            the CIDR of a pool for any free one of that pool
   --interface=<INTERFACE>  the name of the interface in the container; default: eth1
+  --wait=<SECONDS>         return only when this host's agent has set up the connection, and with an error when that
+                           takes longer; default: do not wait
   --output=<FORMAT>        json: an array of the container's endpoints with their fields as in etcd
 
 The container runs on this host. It should have no other default route: run it with --net=none. `add`, `remove` and
@@ -25,6 +27,8 @@ Examples:
 
 from __future__ import annotations
 
+import re
+import time
 from dataclasses import asdict
 from typing import Any
 
@@ -34,7 +38,14 @@ from calicoctl.datastore.model import Endpoint
 from calicoctl.errors import CalicoError, NotThere, UsageError
 from calicoctl.output import print_json, print_table, wants_json
 from calicoctl.rules import check_name
-from calicoctl.workload import endpoints_of, find, find_connected, not_connected, refuse_others_endpoint
+from calicoctl.workload import (
+    Workload,
+    endpoints_of,
+    find,
+    find_connected,
+    not_connected,
+    refuse_others_endpoint,
+)
 
 
 def run(argv: list[str]) -> None:
@@ -57,10 +68,49 @@ def _add(arguments: dict[str, Any]) -> None:
     from calicoctl import wiring
 
     wish, interface = _wish_and_interface(arguments)
+    patience = _seconds(arguments["--wait"])
     datastore = DatastoreClient.from_environment()
     workload = find(arguments["<CONTAINER>"])
     address = wiring.connect(datastore, workload, wish, interface)
-    print(f"IP {address} added to {workload.name}")
+    print(f"IP {address} added to {workload.name}", flush=True)
+    if patience is not None:
+        _await_agent(datastore, workload, patience)
+
+
+def _seconds(text: str | None) -> float | None:
+    if text is None:
+        return None
+    if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", text, re.ASCII):
+        raise CalicoError(f"--wait={text}: it must be a number of seconds, such as 10 or 0.5")
+    return float(text)
+
+
+def _await_agent(datastore: DatastoreClient, workload: Workload, patience: float) -> None:
+    """Wait until the agent says that a workload's endpoint, as it is written now, is up; raise CalicoError."""
+    from calicoctl.felix import process
+
+    give_up = time.monotonic() + patience
+    said: dict[str, Any] | None = None
+    while True:
+        endpoints = endpoints_of(datastore, workload)
+        if not endpoints:
+            raise CalicoError(f"{workload.name} has been disconnected by somebody else.")
+        id = endpoints[0].id
+        index = datastore.endpoint_index(id)
+        said = datastore.reported(id)
+        current = said is not None and said.get("index") == index
+        if current and said is not None and said.get("status") == "up":
+            return
+        if time.monotonic() > give_up:
+            break
+        time.sleep(0.02)  # one small read of etcd; a watch would need one more to begin with
+    if said is not None and current:
+        why = f"this host's agent says that it is {said.get('status')}: {said.get('reason')}"
+    elif process.running(datastore.host):
+        why = "this host's agent has not set it up yet"
+    else:
+        why = "the agent of this host is not running. Start it with 'calicoctl node'"
+    raise CalicoError(f"{workload.name} stays connected, but after {patience:g} s {why}.")
 
 
 def _remove(arguments: dict[str, Any]) -> None:

@@ -1,44 +1,77 @@
-"""Register this host, so that workloads can be connected on it.
+"""Make this host part of the network: register it, and run the host agent.
 
 Usage:
-  calicoctl node [--ip=<IP>] [--ip6=<IP6>] [--as=<AS_NUM>] [--log-dir=<DIR>] [--detach=<DETACH>]
+  calicoctl node [--ip=<IP>] [--ip6=<IP6>] [--as=<AS_NUM>] [--log-dir=<DIR>] [--detach=<DETACH>] [--local-etcd]
+                 [--metrics-port=<PORT>]
+  calicoctl node stop [--force]
+  calicoctl node remove [--hostname=<HOST>] [--remove-endpoints]
 
 Options:
-  --ip=<IP>            the IPv4 address that other hosts reach this host under, and that its workloads use as next hop;
-                       default: the one that the host's default route uses
-  --ip6=<IP6>          the same for IPv6; default: none, and workloads here get no IPv6
-  --as=<AS_NUM>        this host's AS number, as 64512 or as 0.64512, where it is not the global one
-  --log-dir=<DIR>      for the host agent; has no effect as long as there is none
-  --detach=<DETACH>    true or false; for the host agent, likewise
+  --ip=<IP>              the IPv4 address that other hosts reach this host under, and that its workloads use as next
+                         hop; default: the one that the host's default route uses
+  --ip6=<IP6>            the same for IPv6; default: none, and workloads here get no IPv6
+  --as=<AS_NUM>          this host's AS number, as 64512 or as 0.64512, where it is not the global one
+  --log-dir=<DIR>        where the agent logs to, in felix.log; default: /var/log/calico, and standard error when
+                         it does not detach
+  --detach=<DETACH>      true: run the agent in the background, and return when it has set up what etcd wants (the
+                         default); false: be the agent, until a signal comes (for systemd)
+  --local-etcd           start an etcd on this host's loopback interface, too, with its data under
+                         /var/lib/calico/etcd, and keep it running: for a single host without an etcd
+  --metrics-port=<PORT>  a port of 127.0.0.1 for Prometheus to ask; default: none
+  --force                stop although endpoints are active
+  --hostname=<HOST>      remove that host, which is gone for good, and not this one
+  --remove-endpoints     remove the host's endpoints, too; without it, a host that has some is not removed
 
-What is not given is unset, should it be set from an earlier call. The first host registered also gets the global
-configuration and the default pools (192.168.0.0/16 and fd80:24e2:f998:72d6::/64) written. Must be run as root.
+Addresses and AS number that are not given are unset, should they be set from an earlier call. The first host registered
+also gets the global configuration and the default pools (192.168.0.0/16 and fd80:24e2:f998:72d6::/64) written.
+`stop` ends the agent, and the local etcd; what they have set up stays, and packets go on being routed and checked.
+`remove` ends the agent, takes everything it has set up out of the kernel, and the host out of etcd. All must be run as
+root.
 
 Examples:
   sudo calicoctl node --ip=192.0.2.2
-  sudo calicoctl node --ip=192.0.2.2 --ip6=2001:db8::2 --as=64512
+  sudo calicoctl node --local-etcd
+  sudo calicoctl node remove --remove-endpoints
 """
 
 from __future__ import annotations
 
 import re
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
 
 from calicoctl.addresses import parse_address
 from calicoctl.cli import parse, require_root
-from calicoctl.datastore.client import DatastoreClient
-from calicoctl.errors import CalicoError
+from calicoctl.datastore.client import DatastoreClient, check_hostname, hostname
+from calicoctl.errors import CalicoError, NotThere, StoreError
+from calicoctl.felix import process
+from calicoctl.felix.local_etcd import LocalEtcd
 from calicoctl.output import warn
 
 
 def run(argv: list[str]) -> None:
     arguments = parse(str(__doc__), argv)
     require_root()
+    if arguments["stop"]:
+        _stop(arguments["--force"])
+    elif arguments["remove"]:
+        _remove(arguments["--hostname"], arguments["--remove-endpoints"])
+    else:
+        _start(arguments)
+
+
+def _start(arguments: dict[str, Any]) -> None:
     given = {
         version: _host_address(arguments[option], version, option) for version, option in ((4, "--ip"), (6, "--ip6"))
     }
     as_num = None if arguments["--as"] is None else parse_as_number(arguments["--as"])
     if arguments["--detach"] not in (None, "true", "false"):
         raise CalicoError(f"--detach={arguments['--detach']}: it must be true or false")
+    in_background = arguments["--detach"] != "false"
+    metrics_port = _port(arguments["--metrics-port"])
+    log_dir = _log_dir(arguments["--log-dir"] or (process.DEFAULT_LOG_DIR if in_background else None))
+    options = process.Options(log_dir, metrics_port, arguments["--local-etcd"])
     datastore = DatastoreClient.from_environment()
 
     from calicoctl.netns import host_addresses
@@ -47,6 +80,10 @@ def run(argv: list[str]) -> None:
     ipv4 = given[4] or detected[4]
     if ipv4 is None and given[6] is None:
         raise CalicoError("No IPv4 address of this host could be detected. Say which one to use with --ip.")
+    if options.local_etcd:
+        etcd = LocalEtcd(datastore.host, _log_dir(log_dir or process.DEFAULT_LOG_DIR) or "")
+        if etcd.start():
+            print(f"A local etcd is running at {etcd.url}.")
     datastore.register_host(ipv4, given[6], as_num)
     for address in filter(None, given.values()):
         if address not in every:
@@ -54,10 +91,114 @@ def run(argv: list[str]) -> None:
     if ipv4 is not None and given[4] is None:
         print(f"Detected IPv4 address {ipv4}.")
     addresses = " and ".join(address for address in (ipv4, given[6]) if address)
-    print(f"Host {datastore.host} is registered with {addresses}.")
-    print(
-        "The host agent is not part of this version: workloads get interfaces and addresses, but no packet is routed."
-    )
+    print(f"Host {datastore.host} is registered with {addresses}.", flush=True)
+
+    if not in_background:
+        process.run(datastore.host, options)
+        return
+    pid = process.running(datastore.host)
+    if pid:
+        print(f"The host agent is running already (process {pid}).")
+    else:
+        print(f"The host agent is running (process {process.start(datastore.host, options)}).")
+
+
+def _stop(force: bool) -> None:
+    host = hostname()
+    pid = process.running(host)
+    if pid and not force:
+        try:
+            active = [e for e in DatastoreClient.from_environment().endpoints(host) if e.state == "active"]
+        except StoreError as error:
+            raise CalicoError(f"Whether endpoints are active cannot be told; stop with --force. {error}") from None
+        if active:
+            raise CalicoError(
+                f"There are {len(active)} active endpoints on {host}, which no agent would look after. Remove them, or "
+                "stop with --force: they stay connected as they are."
+            )
+    stopped = process.stop(host)
+    etcd_stopped = _local_etcd_stopped(host)
+    if stopped:
+        print(f"The host agent (process {stopped}) has ended; what it has set up stays.")
+    if etcd_stopped:
+        print("The local etcd has ended.")
+    if not (stopped or etcd_stopped):
+        raise NotThere("The host agent is not running.")
+
+
+def _remove(other: str | None, remove_endpoints: bool) -> None:
+    host = hostname()
+    if other is not None:
+        check_hostname(other)
+    this_one = other in (None, host)
+    with ExitStack() as stack:
+        if this_one:
+            etcd = _local_etcd(host)
+            if etcd is not None:
+                stack.enter_context(etcd.borrowed())
+        datastore = DatastoreClient.from_environment().for_host(other or host)
+        ids = datastore.endpoint_ids()
+        if ids and not remove_endpoints:
+            raise CalicoError(
+                f"Host {datastore.host} has {len(ids)} endpoints. Remove them first, or with --remove-endpoints."
+            )
+        _remove_endpoints(datastore, {(id.orchestrator, id.workload) for id in ids})
+        stopped = None
+        if this_one:
+            from calicoctl.felix.removal import remove_all
+
+            stopped = process.stop(host)
+            remove_all(host)
+        registered = datastore.is_registered()
+        datastore.unregister_host()
+    if this_one:
+        _local_etcd_stopped(host)
+    if not registered and not ids and stopped is None:
+        raise NotThere(f"Host {datastore.host} is not registered.")
+    print(f"Host {datastore.host} is removed.")
+
+
+def _remove_endpoints(datastore: DatastoreClient, workloads: set[tuple[str, str]]) -> None:
+    """Disconnect workloads by what the store calls them."""
+    from calicoctl import wiring
+    from calicoctl.workload import Workload
+
+    for orchestrator, id in sorted(workloads):
+        with suppress(NotThere):  # somebody else has done so
+            wiring.disconnect(datastore, Workload(orchestrator, id, id))
+        print(f"Removed Calico from {id}")
+
+
+def _local_etcd(host: str) -> LocalEtcd | None:
+    try:
+        return LocalEtcd(host, process.DEFAULT_LOG_DIR)
+    except CalicoError:
+        return None  # the environment names another store
+
+
+def _local_etcd_stopped(host: str) -> bool:
+    etcd = _local_etcd(host)
+    return etcd is not None and etcd.stop()
+
+
+def _log_dir(text: str | None) -> str | None:
+    """Return the absolute path of a directory, which is made if need be; raise CalicoError."""
+    if text is None:
+        return None
+    path = Path(text).absolute()
+    try:
+        path.mkdir(mode=0o755, parents=True, exist_ok=True)
+    except OSError as error:
+        raise CalicoError(f"--log-dir={text}: it cannot be made: {error.strerror}") from None
+    return str(path)
+
+
+def _port(text: str | None) -> int | None:
+    if text is None:
+        return None
+    if not re.fullmatch("[0-9]{1,5}", text, re.ASCII) or not 0 < int(text) < 65536:
+        raise CalicoError(f"--metrics-port={text}: it must be a port, a number from 1 to 65535")
+    return int(text)
 
 
 def _host_address(text: str | None, version: int, option: str) -> str | None:

@@ -10,13 +10,14 @@ import os
 import re
 import socket
 from functools import cached_property
-from typing import TYPE_CHECKING, Callable
+from typing import TYPE_CHECKING, Any, Callable
 
 from calicoctl.addresses import version_of
 from calicoctl.datastore import keys
 from calicoctl.datastore.keys import EndpointId
-from calicoctl.datastore.model import Endpoint, Pool, Rules, load_strings
+from calicoctl.datastore.model import Endpoint, Pool, Rules, load_object, load_strings
 from calicoctl.datastore.store import (
+    Change,
     Entry,
     EtcdSettings,
     EtcdStore,
@@ -44,10 +45,18 @@ DEFAULT_CONFIG = {
 def hostname() -> str:
     """Return the name this host is registered under: $HOSTNAME, else the system's; raise CalicoError for no name."""
     name = os.environ.get("HOSTNAME") or socket.gethostname()
+    try:
+        return check_hostname(name)
+    except CalicoError as error:
+        raise CalicoError(f"{error}; set HOSTNAME") from None
+
+
+def check_hostname(name: str) -> str:
+    """Return a host's name; raise CalicoError when it cannot be one."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,252}", name, re.ASCII):
         raise CalicoError(
-            f"the host name '{name}' cannot be used: set HOSTNAME to letters, digits, '_', '.' and '-', with a "
-            "letter or digit first"
+            f"the host name '{name}' cannot be used: it must have letters, digits, '_', '.' and '-', with a letter or "
+            "digit first"
         )
     return name
 
@@ -70,7 +79,27 @@ class DatastoreClient:
 
         return Ipam(self._store, self.host)
 
+    def for_host(self, host: str) -> DatastoreClient:
+        """Return a client of the same store that speaks for another host."""
+        return DatastoreClient(self._store, host)
+
     # Hosts
+
+    def is_registered(self) -> bool:
+        """Tell whether this host has anything in the store."""
+        directories = (keys.host(self.host), keys.bgp_host(self.host))
+        return any(self._store.names(directory) for directory in directories)
+
+    def unregister_host(self) -> None:
+        """Remove what the store has of this host, its claims to blocks among it, but no address in use."""
+        self.ipam.release_affinities()
+        for directory in (
+            keys.felix_host(self.host),
+            keys.bgp_host(self.host),
+            keys.ipam_host(self.host),
+            keys.host(self.host),
+        ):
+            self._store.remove_tree(directory)
 
     def register_host(self, ipv4: str | None, ipv6: str | None, as_num: str | None) -> None:
         """Write the global configuration where it is missing, and this host's keys as given; the marker comes last."""
@@ -207,8 +236,18 @@ class DatastoreClient:
 
     def endpoints(self, host: str | None = None) -> list[Endpoint]:
         """Return all endpoints of a host, or of all hosts. Reads every one of them."""
-        directory = keys.HOSTS if host is None else f"{keys.HOSTS}/{host}/workload"
+        directory = keys.HOSTS if host is None else f"{keys.host(host)}/workload"
         return self._endpoints(directory)
+
+    def endpoint_ids(self) -> list[EndpointId]:
+        """Return this host's endpoints, also those whose records cannot be read."""
+        ids = (keys.parse_endpoint(entry.key) for entry in self._store.tree(f"{keys.host(self.host)}/workload"))
+        return [id for id in ids if id is not None]
+
+    def endpoint_index(self, id: EndpointId) -> int | None:
+        """Return the index of an endpoint's record as it is now, None where there is none."""
+        entry = self._store.get(keys.endpoint(id))
+        return None if entry is None else entry.index
 
     def workload_endpoints(self, orchestrator: str, workload: str) -> list[Endpoint]:
         """Return the endpoints of one workload on this host; reads its folder alone."""
@@ -241,6 +280,56 @@ class DatastoreClient:
         """Remove the folders of a workload of this host where nothing is in them."""
         self._store.prune(keys.endpoints(self.host, orchestrator, workload))
         self._store.prune(keys.workload(self.host, orchestrator, workload))
+
+    # The host agent
+
+    def followed(self) -> list[str]:
+        """Return the directories in which all is that this host's agent has to know."""
+        return [keys.POLICY_AND_HOSTS, keys.bgp_host(self.host)]
+
+    def snapshot(self, directory: str) -> tuple[list[Entry], int]:
+        """Return all entries below a directory, and the index to watch it from."""
+        return self._store.snapshot(directory)
+
+    def watch(self, directory: str, index: int, seconds: float) -> tuple[list[Change], int]:
+        """Wait for a change below a directory; see Store.watch."""
+        return self._store.watch(directory, index, seconds)
+
+    def report_host(self, status: dict[str, object] | None, ttl: int | None = None) -> None:
+        """Write this host's sign of life, which expires after `ttl` seconds, or remove it for None."""
+        key = keys.felix_status(self.host)
+        if status is None:
+            set_value(self._store, key, None)
+        else:
+            self._store.put(key, json.dumps(status), ttl)
+
+    def report_endpoint(self, id: EndpointId, status: str | None) -> None:
+        """Write what became of an endpoint of this host (JSON), or remove that for None, with its folders if empty."""
+        key = keys.felix_endpoint(id)
+        if status is not None:
+            self._store.put(key, status)
+            return
+        set_value(self._store, key, None)
+        folder = key
+        for _ in range(3):
+            folder = folder.rpartition("/")[0]
+            if not folder.endswith("/workload"):
+                self._store.prune(folder)
+
+    def endpoint_statuses(self) -> dict[EndpointId, str]:
+        """Return what the agent has reported of this host's endpoints, as it stands there."""
+        entries = self._store.tree(keys.felix_host(self.host))
+        found = ((keys.parse_felix_endpoint(entry.key), entry.value) for entry in entries)
+        return {id: value for id, value in found if id is not None}
+
+    def reported(self, id: EndpointId) -> dict[str, Any] | None:
+        """Return what the agent has reported of an endpoint, None for nothing that can be read."""
+        key = keys.felix_endpoint(id)
+        entry = self._store.get(key)
+        try:
+            return None if entry is None else load_object(entry.value, key)
+        except InvalidValue:
+            return None
 
     def _endpoints(self, directory: str) -> list[Endpoint]:
         found = []

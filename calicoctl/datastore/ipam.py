@@ -234,6 +234,33 @@ class Ipam:
         self._recount(handle)
         return held
 
+    def release_affinities(self) -> None:
+        """Give up this host's claim to its blocks: those without addresses go, the others are nobody's then."""
+        for version in (4, 6):
+            for first in list(_firsts(self._store.names(keys.ipam_affinities(self._host, version)))):
+                cidr = _cidr(version, first)
+                self._disown(keys.ipam_block(version, cidr))
+                self._drop_affinity(version, cidr)
+
+    def _disown(self, key: str) -> None:
+        for attempt in range(ATTEMPTS):
+            entry = self._store.get(key)
+            if entry is None:
+                return
+            block = Block.from_entry(entry)
+            if block.affinity != f"host:{self._host}":
+                return
+            block.affinity = None
+            try:
+                if any(index is not None for index in block.allocations):
+                    self._store.update(entry, block.to_json())
+                else:
+                    self._store.delete(entry)
+                return
+            except CompareFailed:
+                pause(attempt)
+        raise Conflict(f"etcd key {key} is being changed by too many others; try again")
+
     def _candidates(self, ranges: list[tuple[int, int, int]]) -> Iterator[tuple[int, int, bool]]:
         """Yield (version, first address, may be claimed) of the blocks to take addresses from, best first."""
         version = ranges[0][0] if ranges else 4

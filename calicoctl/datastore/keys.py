@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+POLICY_AND_HOSTS = "/calico/v1"
 READY = "/calico/v1/Ready"
 CONFIG = "/calico/v1/config"
 HOSTS = "/calico/v1/host"
 PROFILES = "/calico/v1/policy/profile"
+FELIX_HOSTS = "/calico/felix/v1/host"
 BGP_AS_NUM = "/calico/bgp/v1/global/as_num"
 BGP_NODE_MESH = "/calico/bgp/v1/global/node_mesh"
 
@@ -32,6 +34,10 @@ class EndpointId:
 
 def config(name: str) -> str:
     return f"{CONFIG}/{name}"
+
+
+def host(host: str) -> str:
+    return f"{HOSTS}/{host}"
 
 
 def host_bird_ip(host: str) -> str:
@@ -60,10 +66,17 @@ def endpoint(id: EndpointId) -> str:
 
 def parse_endpoint(key: str) -> EndpointId | None:
     """Return what an endpoint's key names, or None for any other key below the hosts."""
-    parts = key.split("/")
-    if len(parts) == 10 and key.startswith(HOSTS + "/") and parts[5] == "workload" and parts[8] == "endpoint":
-        return EndpointId(host=parts[4], orchestrator=parts[6], workload=parts[7], endpoint=parts[9])
+    if not key.startswith(HOSTS + "/"):
+        return None
+    parts = key[len(HOSTS) + 1 :].split("/")
+    if len(parts) == 6 and parts[1] == "workload" and parts[4] == "endpoint":
+        return EndpointId(host=parts[0], orchestrator=parts[2], workload=parts[3], endpoint=parts[5])
     return None
+
+
+def parse_felix_endpoint(key: str) -> EndpointId | None:
+    """Return the endpoint that a key of an agent's report is about, or None for any other key."""
+    return parse_endpoint(key.replace(FELIX_HOSTS, HOSTS, 1)) if key.startswith(FELIX_HOSTS + "/") else None
 
 
 def profile(name: str) -> str:
@@ -78,6 +91,12 @@ def profile_rules(name: str) -> str:
     return f"{PROFILES}/{name}/rules"
 
 
+def parse_profile(key: str) -> str | None:
+    """Return the name of the profile whose tags or rules a key holds, or None for any other key below the profiles."""
+    parts = key.split("/")
+    return parts[5] if len(parts) == 7 and parts[6] in ("tags", "rules") and key.startswith(PROFILES + "/") else None
+
+
 def pools(version: int) -> str:
     return f"/calico/v1/ipam/v{version}/pool"
 
@@ -86,12 +105,16 @@ def pool(version: int, cidr: str) -> str:
     return f"{pools(version)}/{dashed(cidr)}"
 
 
+def bgp_host(host: str) -> str:
+    return f"/calico/bgp/v1/host/{host}"
+
+
 def bgp_host_address(host: str, version: int) -> str:
-    return f"/calico/bgp/v1/host/{host}/ip_addr_v{version}"
+    return f"{bgp_host(host)}/ip_addr_v{version}"
 
 
 def bgp_host_as_num(host: str) -> str:
-    return f"/calico/bgp/v1/host/{host}/as_num"
+    return f"{bgp_host(host)}/as_num"
 
 
 def ipam_blocks(version: int) -> str:
@@ -102,8 +125,12 @@ def ipam_block(version: int, cidr: str) -> str:
     return f"{ipam_blocks(version)}/{dashed(cidr)}"
 
 
+def ipam_host(host: str) -> str:
+    return f"/calico/ipam/v2/host/{host}"
+
+
 def ipam_affinities(host: str, version: int) -> str:
-    return f"/calico/ipam/v2/host/{host}/ipv{version}/block"
+    return f"{ipam_host(host)}/ipv{version}/block"
 
 
 def ipam_affinity(host: str, version: int, cidr: str) -> str:
@@ -116,6 +143,19 @@ def ipam_handles() -> str:
 
 def ipam_handle(handle: str) -> str:
     return f"{ipam_handles()}/{handle}"
+
+
+def felix_host(host: str) -> str:
+    """The folder of what a host's agent reports."""
+    return f"{FELIX_HOSTS}/{host}"
+
+
+def felix_status(host: str) -> str:
+    return f"{felix_host(host)}/status"
+
+
+def felix_endpoint(id: EndpointId) -> str:
+    return endpoint(id).replace(HOSTS, FELIX_HOSTS, 1)
 
 
 def dashed(cidr: str) -> str:

@@ -1,4 +1,4 @@
-"""The narrow seam over etcd's v2 API: get, tree, create, compare-and-swap, delete, prune. Knows no Calico.
+"""The narrow seam over etcd's v2 API: get, tree, create, compare-and-swap, delete, prune, watch. Knows no Calico.
 
 `EtcdStore` asks the members of the cluster in turn, so one dead member stops nothing, and never sends a write again
 that may have been applied without looking first: see `_judge`. One python-etcd client per member is used, without its
@@ -19,7 +19,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Callable, Mapping, Protocol, TypeVar
 from urllib.parse import quote, urlsplit
 
-from calicoctl.errors import CompareFailed, Conflict, InvalidValue, KeyExists, NotThere, StoreError, StoreUnavailable
+from calicoctl.errors import (
+    CompareFailed,
+    Conflict,
+    HistoryLost,
+    InvalidValue,
+    KeyExists,
+    NotThere,
+    StoreError,
+    StoreUnavailable,
+)
 
 if TYPE_CHECKING:
     import etcd
@@ -34,6 +43,10 @@ PATIENCE = 20.0
 
 ATTEMPTS = 200
 """How often a change of a key that others change too is tried."""
+
+DEFAULT_HOSTS = (("127.0.0.1", 2379),)
+
+_ONE_HOST_ALONE = "; for a single host, 'calicoctl node --local-etcd' brings one"
 
 _NOT_SENT = ("NewConnectionError", "ConnectTimeoutError", "NameResolutionError", "SSLError", "LocationParseError")
 
@@ -70,6 +83,30 @@ class Store(Protocol):
 
     def prune(self, directory: str) -> None:
         """Remove `directory` if it is there and empty."""
+
+    def remove_tree(self, directory: str) -> None:
+        """Remove `directory` with all that is below it, whatever it holds."""
+
+    def put(self, key: str, value: str, ttl: int | None = None) -> None:
+        """Write `key`, whatever it holds; with `ttl`, it goes away after so many seconds."""
+
+    def snapshot(self, directory: str) -> tuple[list[Entry], int]:
+        """Return all entries below `directory`, and the index from which a watch sees what comes after them."""
+
+    def watch(self, directory: str, index: int, seconds: float) -> tuple[list[Change], int]:
+        """Wait for the first change below `directory` that has `index` or a later one.
+
+        Returns it, or nothing after `seconds`, and the index to go on from. Raises HistoryLost when the store does not
+        remember that far back.
+        """
+
+
+@dataclass(frozen=True)
+class Change:
+    """What has happened to a key: its new value and index, or that it is gone, with all that was below it (None)."""
+
+    key: str
+    entry: Entry | None
 
 
 @dataclass(frozen=True)
@@ -187,12 +224,7 @@ class EtcdStore:
             return None
 
     def tree(self, directory: str) -> list[Entry]:
-        import etcd
-
-        try:
-            return self._read(directory, _leaves)
-        except etcd.EtcdKeyNotFound:
-            return []
+        return self.snapshot(directory)[0]
 
     def names(self, directory: str) -> list[str]:
         import etcd
@@ -263,6 +295,31 @@ class EtcdStore:
         with suppress(etcd.EtcdKeyNotFound, etcd.EtcdDirNotEmpty, InvalidValue, _Unanswered):
             self._answer(directory, lambda client, path: client.delete(path, dir=True))
 
+    def remove_tree(self, directory: str) -> None:
+        import etcd
+
+        # sending it twice does no harm
+        with suppress(etcd.EtcdKeyNotFound):
+            self._read(directory, lambda client, path: client.delete(path, recursive=True, dir=True))
+
+    def put(self, key: str, value: str, ttl: int | None = None) -> None:
+        self._read(key, lambda client, path: client.write(path, value, ttl=ttl))  # twice does no harm, either
+
+    def snapshot(self, directory: str) -> tuple[list[Entry], int]:
+        import etcd
+
+        def read(client: etcd.Client, path: str) -> tuple[list[Entry], int]:
+            result = client.read(path, recursive=True, quorum=True)
+            return [_entry(leaf) for leaf in result.leaves if not leaf.dir], result.etcd_index + 1
+
+        try:
+            return self._read(directory, read)
+        except etcd.EtcdKeyNotFound as error:
+            return [], int(error.payload["index"]) + 1
+
+    def watch(self, directory: str, index: int, seconds: float) -> tuple[list[Change], int]:
+        return self._read(directory, lambda client, path: _await_change(client, path, index, seconds))
+
     def _read(self, key: str, read: Callable[[etcd.Client, str], T]) -> T:
         """Read from the first member that answers; raise what python-etcd raises for a definite answer."""
         give_up = time.monotonic() + PATIENCE
@@ -332,7 +389,7 @@ class EtcdStore:
                 raise _no_etcd(url, error) from error  # the library's, about JSON of another shape than etcd's
         raise StoreUnavailable(
             f"etcd cannot be reached at {', '.join(reasons)}: start it, or say with ETCD_AUTHORITY or ETCD_ENDPOINTS "
-            "where it is"
+            f"where it is{_ONE_HOST_ALONE if self._settings.hosts == DEFAULT_HOSTS else ''}"
         )
 
     def _translate(self, error: Any, url: str, key: str) -> Any:
@@ -345,6 +402,8 @@ class EtcdStore:
             return StoreError(f"etcd at {url} does not serve its v2 API: start it with --enable-v2")
         if isinstance(error, etcd.EtcdInsufficientPermissions):
             return StoreError(f"etcd at {url} does not permit this user to use {key}")
+        if isinstance(error, etcd.EtcdEventIndexCleared):
+            return HistoryLost(f"etcd at {url} has forgotten the changes that are asked for")
         if isinstance(error, etcd.EtcdNotDir):
             return InvalidValue(cause or key, "it is a key, where a directory is expected")
         if isinstance(error, etcd.EtcdNotFile):
@@ -415,9 +474,35 @@ def _child_keys(client: etcd.Client, path: str) -> list[str]:
         raise etcd.EtcdConnectionFailed(cause=error) from error
 
 
-def _leaves(client: etcd.Client, path: str) -> list[Entry]:
-    """Return all entries below a directory."""
-    return [_entry(leaf) for leaf in client.read(path, recursive=True, quorum=True).leaves if not leaf.dir]
+def _await_change(client: etcd.Client, path: str, index: int, seconds: float) -> tuple[list[Change], int]:
+    """Do one long poll, as python-etcd does, but read the headers, which come at once, before the change.
+
+    They tell the index up to which nothing has happened here; without it, a watch of a quiet directory would fall
+    behind what the store remembers of the busy ones.
+    """
+    import etcd
+    import urllib3.exceptions
+
+    url = f"{client.base_uri}{client.key_endpoint}{path}?wait=true&recursive=true&waitIndex={index}"
+    try:
+        answer = client.http.request("GET", url, timeout=seconds, preload_content=False)
+        if answer.status != 200:
+            client.read(path, wait=True, recursive=True, waitIndex=index, timeout=READ_TIMEOUT)  # raises what it means
+            return [], index
+        reached = int(answer.headers["x-etcd-index"])
+        try:
+            event = json.loads(answer.read())
+        except (urllib3.exceptions.ReadTimeoutError, ValueError):
+            # nothing has happened, or the server has ended
+            return [], max(index, reached + 1)
+        finally:
+            answer.release_conn()
+    except (urllib3.exceptions.HTTPError, OSError) as error:
+        raise etcd.EtcdConnectionFailed(cause=error) from error
+    node = event["node"]
+    gone = node.get("dir") or event["action"] in ("delete", "expire", "compareAndDelete")
+    entry = None if gone else Entry(node["key"], node.get("value", ""), node["modifiedIndex"])
+    return [Change(node["key"], entry)], node["modifiedIndex"] + 1
 
 
 def _no_etcd(url: str, error: Exception) -> StoreError:

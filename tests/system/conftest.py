@@ -16,6 +16,7 @@ from tests.system.support import (
     Etcd,
     Host,
     calico_links,
+    end_process,
     import_busybox,
     run,
     start_docker,
@@ -47,6 +48,17 @@ def bare_host(etcd: Etcd) -> Iterator[Host]:
     """A host that is not registered, in an empty store. Whatever a test leaves behind is removed, and fails it."""
     etcd.delete("/calico")
     yield Host(etcd)
+    clear_host()
+
+
+def clear_host() -> None:
+    """Remove what agents, namespaces and interfaces are left; fail for an interface that no namespace took along."""
+    for file in Path("/run/calico").glob("*/felix.pid"):
+        end_process(file)
+    for family in ("inet", "arp"):
+        run("nft", f"add table {family} calico; delete table {family} calico")
+    for version in ("-4", "-6"):
+        run("ip", version, "route", "flush", "proto", "80")
     spaces = [line.split()[0] for line in run("ip", "netns", "list").out.splitlines()]
     for space in spaces:
         run("ip", "netns", "delete", space)
@@ -62,7 +74,7 @@ def bare_host(etcd: Etcd) -> Iterator[Host]:
 @pytest.fixture
 def host(bare_host: Host) -> Host:
     """A host that is registered with an IPv4 and an IPv6 address."""
-    bare_host.ctl("node", f"--ip={HOST_IP}", f"--ip6={HOST_IP6}")
+    bare_host.register(HOST_IP, HOST_IP6)
     return bare_host
 
 

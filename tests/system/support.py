@@ -5,6 +5,7 @@ Nothing here uses the code under test.
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
@@ -57,6 +58,23 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
+
+
+def end_process(pid_file: Path) -> None:
+    """Kill the process that a pid file names, and wait until it is gone. Works for those of others, too."""
+    text = pid_file.read_text().strip()
+    if text and Path(f"/proc/{text}").exists():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(text), 9)
+        wait_for(lambda: gone(int(text)), f"the end of process {text}")
+
+
+def gone(pid: int) -> bool:
+    """Tell whether a process has ended, even if nobody has asked for its exit status yet."""
+    try:
+        return "\nState:\tZ" in Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return True
 
 
 class Etcd:
@@ -185,6 +203,20 @@ class Host:
         if status is not None:
             assert result.status == status, result
         return result
+
+    def register(self, ipv4: str = HOST_IP, ipv6: str = "") -> None:
+        """Write what `calicoctl node` writes, without it, and without an agent."""
+        for key, value in {
+            "/calico/v1/Ready": "true",
+            "/calico/v1/ipam/v4/pool/192.168.0.0-16": {"cidr": "192.168.0.0/16"},
+            "/calico/v1/ipam/v6/pool/fd80:24e2:f998:72d6::-64": {"cidr": "fd80:24e2:f998:72d6::/64"},
+            f"/calico/v1/host/{self.name}/bird_ip": ipv4,
+            f"/calico/v1/host/{self.name}/config/DefaultEndpointToHostAction": "RETURN",
+            f"/calico/v1/host/{self.name}/config/marker": "created",
+            f"/calico/bgp/v1/host/{self.name}/ip_addr_v4": ipv4,
+            f"/calico/bgp/v1/host/{self.name}/ip_addr_v6": ipv6,
+        }.items():
+            self.etcd.put(key, value)
 
     def start(self, *arguments: str) -> subprocess.Popen:
         return subprocess.Popen(

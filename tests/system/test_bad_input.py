@@ -164,7 +164,7 @@ def test_a_pool_that_is_used_up(host: Host, blue: str) -> None:
 def test_a_host_that_is_not_registered_for_the_version(bare_host: Host, blue: str) -> None:
     bare_host.etcd.put("/calico/v1/ipam/v4/pool/192.168.0.0-16", {"cidr": "192.168.0.0/16"})
     refused(bare_host, "container", "add", BLUE, "ipv4", says="This node is not configured for IPv4.")
-    bare_host.ctl("node", "--ip=192.0.2.2")
+    bare_host.register()
     refused(bare_host, "container", "add", BLUE, "ipv6", says="This node is not configured for IPv6.")
     bare_host.ctl("container", "add", BLUE, "ipv4")
     refused(bare_host, "container", BLUE, "ip", "add", "ipv6", says="This node is not configured for IPv6.")

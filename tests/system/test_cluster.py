@@ -33,7 +33,7 @@ def members() -> Iterator[list[Etcd]]:
 @pytest.fixture
 def clustered(bare_host: Host, members: list[Etcd]) -> Host:
     host = Host(members[0], endpoints=",".join(server.url for server in members))
-    host.ctl("node", "--ip=192.0.2.2")
+    host.register()
     return host
 
 

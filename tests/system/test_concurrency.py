@@ -8,7 +8,7 @@ from tests.system.support import Host, links, run
 def test_fifty_processes_on_three_hosts_get_fifty_addresses(host: Host) -> None:
     hosts = [Host(host.etcd, f"host{number}") for number in (1, 2, 3)]
     for one in hosts:
-        one.ctl("node", "--ip=192.0.2.2")
+        one.register()
     spaces = [f"space{number}" for number in range(50)]
     for space in spaces:
         run("ip", "netns", "add", space)

@@ -369,7 +369,7 @@ def test_a_renamed_container_is_not_taken_for_another(host: Host, workload: str)
 
 def test_namespaces_of_the_same_path_on_two_hosts_are_two_workloads(host: Host) -> None:
     hosts = [host, Host(host.etcd, "host2")]
-    hosts[1].ctl("node", "--ip=192.0.2.2")
+    hosts[1].register()
     run("touch", "/run/space")
     for number, one in enumerate(hosts):
         run("ip", "netns", "add", f"s{number}")
@@ -429,14 +429,14 @@ def test_a_restarted_workload_is_wired_again_although_its_pool_has_gone(host: Ho
 
 def test_a_new_next_hop_is_for_new_wiring(host: Host, blue: str) -> None:
     host.ctl("container", "add", blue, "192.168.0.1")
-    host.ctl("node", "--ip=192.0.2.3")
+    host.register("192.0.2.3")
     host.ctl("container", blue, "ip", "add", "192.168.0.2")
     assert host.record()["ipv4_gateway"] == "192.0.2.2", "that is what the container still has"
     assert "default via 192.0.2.2 dev eth1 proto static" in routes("blue")
 
 
 def test_the_hosts_own_address_is_not_given_away(host: Host, blue: str) -> None:
-    host.ctl("node", "--ip=192.168.0.0")
+    host.register("192.168.0.0")
     assert host.ctl("container", "add", blue, "ipv4").out == f"IP 192.168.0.1 added to {blue}\n"
     assert "this host's own address" in host.ctl("container", blue, "ip", "add", "192.168.0.0", status=1).err
 

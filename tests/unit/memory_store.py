@@ -60,6 +60,12 @@ class MemoryStore:
     def prune(self, directory: str) -> None:
         pass
 
+    def remove_tree(self, directory: str) -> None:
+        self.entries = {key: entry for key, entry in self.entries.items() if not key.startswith(directory + "/")}
+
+    def put(self, key: str, value: str, ttl: int | None = None) -> None:
+        self._put(key, value)
+
     def _put(self, key: str, value: str) -> Entry:
         self.index += 1
         self.entries[key] = Entry(key, value, self.index)

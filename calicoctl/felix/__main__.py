@@ -1,0 +1,17 @@
+"""The agent's process in the background: `python -m calicoctl.felix OPTIONS`, started by process.start() alone."""
+
+import json
+import sys
+
+from calicoctl import slim
+
+slim.install()
+
+from calicoctl.datastore.client import hostname  # noqa: E402
+from calicoctl.errors import CalicoError  # noqa: E402
+from calicoctl.felix import process  # noqa: E402
+
+try:
+    process.run(hostname(), process.Options(**json.loads(sys.argv[1])))
+except CalicoError as error:
+    sys.exit(str(error))

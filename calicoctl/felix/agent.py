@@ -1,0 +1,386 @@
+"""The agent's loop: what the store wants of this host, and what the kernel has, are kept the same.
+
+Level-triggered: an event only says what to look at again; what to do follows from the snapshot of the store and from
+what the kernel has. Order, so that no packet passes that policy denies: first the tables, in one transaction; then
+forwarding and routes; then the connections that are open already; last the report. See docs/agent.md.
+
+Everything here happens in one thread. Others only wait (events.py) and report (report.py).
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import time
+from queue import Empty, SimpleQueue
+from types import FrameType
+from typing import Any, Callable
+
+from calicoctl import __version__, netns
+from calicoctl.datastore.client import DatastoreClient
+from calicoctl.datastore.keys import EndpointId
+from calicoctl.errors import CalicoError
+from calicoctl.felix import connections, docker_firewall, events, process, report
+from calicoctl.felix.metrics import Metrics
+from calicoctl.felix.nft import Nft
+from calicoctl.felix.report import Health, ReportFile, Status, StoreReporter
+from calicoctl.felix.routes import PREFIX, Link, Routes
+from calicoctl.felix.ruleset import Ruleset
+from calicoctl.felix.snapshot import Snapshot
+from calicoctl.felix.sysctls import HostSettings
+
+log = logging.getLogger("calico.felix")
+
+TICK = 10.0
+"""Seconds between two looks at what nothing tells of: what failed before, kernel settings."""
+
+FIREWALL_DELAY = 0.3
+"""Seconds from a change of the host's firewall to our look at it: Docker makes many changes at a time."""
+
+FIREWALL_INTERVAL = 5.0
+"""Seconds between two looks at a firewall of iptables-legacy, which tells nobody of its changes."""
+
+LOG_LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
+LOG_LEVELS |= {"critical": logging.CRITICAL, "none": logging.CRITICAL + 10}
+
+
+class Agent:
+    """The agent of one host. `run` returns when the process is asked to end."""
+
+    def __init__(self, datastore: Callable[[], DatastoreClient], ready: Callable[[], None], metrics_port: int | None):
+        """`datastore` makes a client, one a thread; `ready` is called when the first snapshot is in the kernel."""
+        self._host = datastore().host
+        self._events: events.Events[Any] = SimpleQueue()
+        self._snapshot = Snapshot(self._host)
+        self._health = Health(self._host, __version__)
+        self._ready = ready
+        self._metrics = Metrics(self._health, metrics_port)
+        self._reporter = StoreReporter(datastore(), self._health)
+        self._file = ReportFile(process.report_file(self._host))
+        self._settings = HostSettings(process.settings_file(self._host))
+        self._nft = Nft()
+        self._ruleset: Ruleset | None = None
+        """What is in our tables; None while that is not known."""
+        self._links: dict[str, Link] = {}
+        self._unread: set[str] = set(datastore().followed())
+        """Directories of the store that have not been read yet."""
+        self._dirty: set[EndpointId] = set()
+        """Local endpoints whose routes are to be looked at."""
+        self._failed: set[EndpointId] = set()
+        """Local endpoints that could not be programmed; tried again at the next tick."""
+        self._readable: set[str] = set()
+        """Profiles that exist and whose rules can be read."""
+        self._touched: set[str] = set()
+        """Addresses whose connections are to be looked at."""
+        self._clean_up = True
+        self._retry_at = 0.0
+        self._tick_at = 0.0
+        self._firewall_at = 0.0
+        self._firewall_polled = not docker_firewall.sends_events()
+        self._stores = [(datastore(), directory) for directory in sorted(self._unread)]
+
+    def run(self) -> None:
+        """Start the threads, and keep the kernel like the store until a signal comes. Raises CalicoError."""
+        from pyroute2.iproute.linux import IPRoute
+
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, self._stop)
+        log.info("the agent of host %s starts, version %s, process %d", self._host, __version__, self._health.pid)
+        # listen before reading, so that nothing falls between the two
+        events.KernelEvents(self._events).start()
+        events.FirewallEvents(self._events).start()
+        with IPRoute() as netlink:
+            self._netlink = netlink
+            self._routes = Routes(netlink)
+            self._read_links()
+            for datastore, directory in self._stores:
+                events.StoreEvents(datastore, directory, self._events).start()
+            self._reporter.start()
+            try:
+                self._loop()
+            finally:
+                self._reporter.end()
+        log.info("the agent ends; what it has set up stays")
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        self._events.put(events.Stop())
+
+    def _loop(self) -> None:
+        while True:
+            for event in self._wait():
+                if isinstance(event, events.Stop):
+                    return
+                self._handle(event)
+            now = time.monotonic()
+            if now >= self._tick_at:
+                self._tick_at = now + TICK
+                self._tick()
+            if not self._unread and self._snapshot.ready:
+                try:
+                    self._apply(now)
+                except Exception as error:
+                    # what cannot be foreseen must not end the agent: it begins anew with what store and kernel say
+                    log.debug("where it comes from", exc_info=True)
+                    self._health.error(f"the agent has a defect ({type(error).__name__}: {error})")
+                    self._ruleset, self._retry_at = None, now + TICK
+                    self._read_links()
+                if now >= self._firewall_at:
+                    self._check_firewall(now)
+            self._health.waiting_for = self._waiting_for()
+            self._health.problems = self._snapshot.problems
+            self._file.write(self._health)
+
+    def _wait(self) -> list[Any]:
+        """Return the events that have come, all of a burst together; none when it is time for something."""
+        until = min(self._tick_at, self._firewall_at)
+        if self._ruleset is None and self._retry_at:
+            until = min(until, self._retry_at)
+        if self._unread or not self._snapshot.ready:
+            until = self._tick_at
+        found: list[Any] = []
+        try:
+            found.append(self._events.get(timeout=max(0.0, until - time.monotonic())))
+            while True:
+                found.append(self._events.get_nowait())
+        except Empty:
+            return found
+
+    def _waiting_for(self) -> str | None:
+        if self._unread:
+            return "the store to be read"
+        return None if self._snapshot.ready else "the store to be ready (/calico/v1/Ready is not true)"
+
+    # Events
+
+    def _handle(self, event: Any) -> None:
+        if isinstance(event, events.StoreChanged):
+            self._snapshot.change(event.change)
+        elif isinstance(event, events.StoreRead):
+            self._store_read(event)
+        elif isinstance(event, events.StoreAway):
+            self._health.store_away[event.directory] = event.why
+            self._health.store_since = report.now()
+            self._health.error(f"{event.why}; what is set up stays as it is")
+        elif isinstance(event, events.StoreBack):
+            if self._health.store_away.pop(event.directory, None) is not None and not self._health.store_away:
+                self._health.store_since = report.now()
+                self._reporter.read_again()
+                log.info("the store can be followed again")
+        elif isinstance(event, events.LinkChanged):
+            self._link_changed(event)
+        elif isinstance(event, events.RouteGone):
+            if self._routes.forget_route(event.index, event.address):
+                log.warning("the route to %s has been removed by somebody else; it is set again", event.address)
+                self._look_at({link.name for link in self._links.values() if link.index == event.index})
+        elif isinstance(event, events.LinksMissed):
+            log.warning("events of the kernel were missed: looking at all interfaces")
+            self._read_links()
+        elif isinstance(event, events.TablesChanged):
+            self._tables_changed(event.names)
+        elif isinstance(event, events.Failed):
+            raise CalicoError(event.why)
+
+    def _store_read(self, event: events.StoreRead) -> None:
+        first = event.directory in self._unread
+        self._unread.discard(event.directory)
+        if not first:
+            self._health.resyncs += 1
+            log.info("read the store below %s anew", event.directory)
+        self._snapshot.replace(event.directory, event.entries)
+
+    def _link_changed(self, event: events.LinkChanged) -> None:
+        link = event.link
+        before = self._links.get(link.name)
+        if event.gone:
+            if before is not None and before.index == link.index:
+                del self._links[link.name]
+            self._routes.forget(link.index)
+        elif before == link:
+            return
+        else:
+            self._links[link.name] = link
+            if not link.up:
+                self._routes.forget(link.index)
+        self._look_at({link.name})
+
+    def _tables_changed(self, names: frozenset[str]) -> None:
+        if names & {"calico", ""} and self._ruleset is not None:
+            log.warning("somebody else has changed our nftables tables; they are made anew")
+            self._ruleset = None
+        if names & {"filter", ""}:
+            self._firewall_at = min(self._firewall_at, time.monotonic() + FIREWALL_DELAY)
+
+    def _look_at(self, interfaces: set[str]) -> None:
+        self._dirty |= {id for id, endpoint in self._snapshot.local.items() if endpoint.interface in interfaces}
+
+    def _read_links(self) -> None:
+        found = [events.link_of(message) for message in self._netlink.get_links()]
+        self._links = {link.name: link for link in found if link.name.startswith(PREFIX)}
+        self._routes.read(self._links.values())
+        self._dirty |= set(self._snapshot.local)
+        self._clean_up = True
+
+    def _tick(self) -> None:
+        self._dirty |= self._failed
+        if self._health.first_update:
+            self._forward()
+
+    # Applying
+
+    def _apply(self, now: float) -> None:
+        """Bring the kernel to what the snapshot wants, as far as they may differ."""
+        dirty = self._snapshot.take_dirty()
+        self._dirty |= {id for id in dirty.endpoints if id.host == self._host}
+        if dirty.settings:
+            logging.getLogger("calico").setLevel(LOG_LEVELS.get(self._snapshot.log_level, logging.INFO))
+        self._note_readable(dirty.profiles)
+        if self._ruleset is None and now < self._retry_at:
+            return
+        if self._ruleset is not None and not (dirty or self._dirty or self._touched):
+            return
+        with self._metrics.apply_time.time():
+            if not self._apply_tables(dirty, now):
+                return
+            first = not self._health.first_update
+            if first or dirty.settings:
+                self._forward()
+            statuses = self._apply_routes(dirty.settings)
+            self._end_denied_connections()
+            self._set_statuses(statuses)
+        if first:
+            self._health.first_update = True
+            self._check_firewall(now)
+            self._reporter.sign_of_life()
+            log.info("the first snapshot is in the kernel: %d endpoints of this host", len(self._snapshot.local))
+            self._ready()
+
+    def _note_readable(self, profiles: set[str]) -> None:
+        """Look again at the endpoints of profiles that have become readable, or unreadable: their status says so."""
+        now = {name for name in profiles if self._snapshot.is_readable(name)}
+        flipped = (now - self._readable) | ((profiles - now) & self._readable)
+        self._readable = (self._readable - profiles) | now
+        if flipped:
+            self._dirty |= {id for id, e in self._snapshot.local.items() if flipped.intersection(e.profiles)}
+
+    def _apply_tables(self, dirty: Any, now: float) -> bool:
+        """Bring our tables up to date; tell whether that could be done."""
+        update = None
+        if self._ruleset is not None:
+            ruleset, self._ruleset = self._ruleset, None
+            try:
+                update = ruleset.update(self._snapshot, dirty)
+                if update.commands:
+                    self._nft.run(update.commands)
+                self._ruleset = ruleset
+            except CalicoError as error:
+                log.warning("%s; making all of our tables anew", error)
+        if self._ruleset is None:
+            ruleset = Ruleset()
+            try:
+                update = ruleset.load(self._snapshot)
+                self._nft.run(update.commands)
+                self._ruleset = ruleset
+            except CalicoError as error:
+                self._retry_at = now + TICK / 2
+                self._health.error(str(error))
+                self._set_statuses({id: Status("error", e.index, str(error)) for id, e in self._snapshot.local.items()})
+                self._dirty |= set(self._snapshot.local)
+                return False
+        self._retry_at = 0.0
+        assert update is not None, "one of the two has been done"
+        self._touched |= update.touched
+        return True
+
+    def _forward(self) -> None:
+        try:
+            self._settings.forward(self._snapshot.ipv6_address is not None)
+        except CalicoError as error:
+            self._health.error(str(error))
+
+    def _apply_routes(self, all_of_them: bool) -> dict[EndpointId, Status | None]:
+        """Set up, or take down, the interfaces of the endpoints that are to be looked at; return what came of it."""
+        ids = self._dirty | set(self._snapshot.local) if all_of_them or self._clean_up else self._dirty
+        self._dirty = set()
+        statuses: dict[EndpointId, Status | None] = {}
+        if not (ids or self._clean_up):
+            return statuses
+        wanted = {endpoint.interface for endpoint in self._snapshot.local.values()}
+        unwanted = self._routes.indices() - {link.index for link in self._links.values() if link.name in wanted}
+        for index in unwanted:
+            try:
+                self._routes.clear(index)
+            except CalicoError as error:
+                self._health.error(str(error))
+        self._clean_up = False
+        for id in ids:
+            status = statuses[id] = self._apply_endpoint(id)
+            if status is not None and status.status == "error" and id in self._snapshot.local:
+                self._failed.add(id)
+            else:
+                self._failed.discard(id)
+        return statuses
+
+    def _apply_endpoint(self, id: EndpointId) -> Status | None:
+        endpoint = self._snapshot.local.get(id)
+        if endpoint is None:
+            unusable = self._snapshot.unusable.get(id)
+            if unusable is None:
+                return None
+            index, reason = unusable
+            inactive = reason == "it is inactive"
+            return Status("down" if inactive else "error", index, reason)
+        link = self._links.get(endpoint.interface)
+        if link is None:
+            return Status("down", endpoint.index, f"there is no interface {endpoint.interface}")
+        if not link.up:
+            return Status("down", endpoint.index, f"the interface {endpoint.interface} is down")
+        try:
+            self._routes.apply(endpoint, link, endpoint.ipv6_next_hop or self._snapshot.ipv6_address)
+        except CalicoError as error:
+            return Status("error", endpoint.index, str(error))
+        unreadable = [name for name in endpoint.profiles if not self._snapshot.is_readable(name)]
+        if unreadable:
+            return Status("up", endpoint.index, f"profile {unreadable[0]} does not exist or cannot be read, and denies")
+        return Status("up", endpoint.index)
+
+    def _set_statuses(self, statuses: dict[EndpointId, Status | None]) -> None:
+        changed: dict[EndpointId, Status | None] = {}
+        for id, status in statuses.items():
+            before = self._health.endpoints.get(id)
+            if status == before:
+                continue
+            changed[id] = status
+            if status is None:
+                self._health.endpoints.pop(id, None)
+                log.info("endpoint %s is gone", id.endpoint)
+                continue
+            self._health.endpoints[id] = status
+            if before is None or (before.status, before.reason) != (status.status, status.reason):
+                text = f"endpoint {id.endpoint} of {id.orchestrator} {id.workload} is {status.status}"
+                text += f": {status.reason}" if status.reason else ""
+                if status.status == "error":
+                    self._health.error(text)
+                else:
+                    log.info("%s", text)
+        if changed:
+            self._reporter.set(changed)
+
+    def _end_denied_connections(self) -> None:
+        touched, self._touched = self._touched, set()
+        assert self._ruleset is not None, "tables come first"
+        try:
+            ended = connections.prune(self._snapshot, touched, self._ruleset.tagged, lambda: netns.host_addresses()[1])
+        except CalicoError as error:
+            self._health.error(str(error))
+            return
+        if ended:
+            log.info("%d open connections that policy denies now have been ended", ended)
+
+    def _check_firewall(self, now: float) -> None:
+        self._firewall_at = now + (FIREWALL_INTERVAL if self._firewall_polled else 1e9)
+        try:
+            for line in docker_firewall.ensure():
+                log.info("%s", line)
+        except CalicoError as error:
+            self._firewall_at = now + TICK
+            self._health.error(str(error))

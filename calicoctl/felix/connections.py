@@ -1,0 +1,179 @@
+"""Ends connections that policy no longer allows: deletes their entries of the kernel's connection tracking.
+
+The packets of an established connection pass without a look at the rules, so a new rule alone would never reach them.
+An entry is judged by its first packet as the forward hook saw it: from its source, to its destination after any
+destination NAT. Deleting is enough, because our tables let no TCP packet in that starts no connection.
+
+`conntrack` lists (a dump through pyroute2 takes a hundred times longer), pyroute2 deletes.
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+import subprocess
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable
+
+from calicoctl.datastore.model import Rules
+from calicoctl.errors import CalicoError
+from calicoctl.felix.snapshot import LocalEndpoint, Snapshot
+from calicoctl.policy import ICMP, ICMPV6, Packet, Tagged, decide, is_host_service
+
+_COUNT = Path("/proc/sys/net/netfilter/nf_conntrack_count")
+_FIELD = re.compile(r"(\w+)=(\S+)")
+
+
+@dataclass(frozen=True)
+class Connection:
+    """An entry: the first packet as it was sent (`original`), and as the forward hook saw it; `id` for ICMP."""
+
+    original: Packet
+    forwarded: Packet
+    id: int | None
+
+
+def prune(
+    snapshot: Snapshot, touched: Collection[str], tagged: Tagged, host_addresses: Callable[[], Collection[str]]
+) -> int:
+    """Delete the connections of these addresses that policy denies now; return how many there were.
+
+    Raises CalicoError when the entries cannot be read or deleted.
+    """
+    if not touched or _nothing_tracked():
+        return 0
+    local = {address: endpoint for endpoint in snapshot.local.values() for address in endpoint.addresses}
+    judged = [
+        connection
+        for version in sorted({6 if ":" in address else 4 for address in touched})
+        for connection in _connections(version)
+        if connection.forwarded.source in touched or connection.forwarded.destination in touched
+    ]
+    if not judged:
+        return 0
+    host = host_addresses()
+    denied = [c for c in judged if not allowed(c.forwarded, snapshot, local, host, tagged)]
+    _delete(denied)
+    return len(denied)
+
+
+def allowed(
+    packet: Packet,
+    snapshot: Snapshot,
+    local: dict[str, LocalEndpoint],
+    host_addresses: Collection[str],
+    tagged: Tagged,
+) -> bool:
+    """Tell whether policy lets a packet through here: out of its source's endpoint, and into its destination's."""
+    source, destination = local.get(packet.source), local.get(packet.destination)
+    if source is not None and not (packet.destination in host_addresses and is_host_service(packet)):
+        rules = {name: rules.outbound for name, rules in _rules(source, snapshot)}
+        if not decide(source.profiles, rules, packet, tagged).allowed:
+            return False
+    if destination is not None and packet.source not in host_addresses:
+        rules = {name: rules.inbound for name, rules in _rules(destination, snapshot)}
+        if not decide(destination.profiles, rules, packet, tagged).allowed:
+            return False
+    return True
+
+
+def _rules(endpoint: LocalEndpoint, snapshot: Snapshot) -> Iterator[tuple[str, Rules]]:
+    """Give the rules of those of an endpoint's profiles that can be read."""
+    for name in endpoint.profiles:
+        profile = snapshot.profiles.get(name)
+        if profile is not None and profile.rules is not None:
+            yield name, profile.rules
+
+
+def _nothing_tracked() -> bool:
+    try:
+        return int(_COUNT.read_text()) == 0
+    except (OSError, ValueError):
+        return False
+
+
+def _connections(version: int) -> Iterator[Connection]:
+    try:
+        done = subprocess.run(
+            ["conntrack", "-L", "-f", f"ipv{version}"], capture_output=True, text=True, errors="replace", timeout=60
+        )
+    except FileNotFoundError:
+        raise CalicoError("conntrack is missing, so open connections cannot be ended: install that package") from None
+    except subprocess.TimeoutExpired:
+        raise CalicoError("conntrack did not list the connections within a minute") from None
+    if done.returncode != 0:
+        raise CalicoError(f"conntrack could not list the connections: {' '.join(done.stderr.split())[:200]}")
+    for line in done.stdout.splitlines():
+        connection = parse(line)
+        if connection is not None:
+            yield connection
+
+
+def parse(line: str) -> Connection | None:
+    """Read a line that `conntrack -L` prints, or return None: the original direction's fields, then the reply's."""
+    words = line.split()
+    fields = _FIELD.findall(line)
+    first = dict(reversed(fields))  # of fields that come twice, the one that stands first
+    last = {}
+    for name, value in fields:
+        if name in ("src", "dst", "sport", "dport"):
+            last[name] = value
+    try:
+        protocol = int(words[1])
+        numbers = {name: int(first[name]) if name in first else None for name in ("sport", "dport", "type", "code")}
+        original = Packet(
+            _canonical(first["src"]),
+            _canonical(first["dst"]),
+            protocol,
+            numbers["sport"],
+            numbers["dport"],
+            numbers["type"],
+            numbers["code"],
+        )
+        port = int(last["sport"]) if "sport" in last else None
+        forwarded = Packet(
+            original.source,
+            _canonical(last["src"]),
+            protocol,
+            original.source_port,
+            port,
+            original.icmp_type,
+            original.icmp_code,
+        )
+        return Connection(original, forwarded, int(first["id"]) if "id" in first else None)
+    except (IndexError, KeyError, ValueError, OSError):
+        return None
+
+
+def _canonical(address: str) -> str:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    return socket.inet_ntop(family, socket.inet_pton(family, address))
+
+
+def _delete(connections: list[Connection]) -> None:
+    from pyroute2.conntrack import Conntrack, NFCTAttrTuple
+    from pyroute2.netlink.exceptions import NetlinkError
+
+    for family in (socket.AF_INET, socket.AF_INET6):
+        chosen = [c for c in connections if (c.original.version == 6) == (family == socket.AF_INET6)]
+        if not chosen:
+            continue
+        with Conntrack(nfgen_family=family) as netlink:
+            for connection in chosen:
+                packet = connection.original
+                fields = {"saddr": packet.source, "daddr": packet.destination, "proto": packet.protocol}
+                if packet.protocol in (ICMP, ICMPV6):
+                    fields |= {
+                        "icmp_id": connection.id,
+                        "icmp_type": packet.icmp_type,
+                        "icmp_code": packet.icmp_code,
+                    }
+                elif packet.source_port is not None:
+                    fields |= {"sport": packet.source_port, "dport": packet.destination_port}
+                try:
+                    netlink.entry("del", tuple_orig=NFCTAttrTuple(family=family, **fields))
+                except NetlinkError as error:
+                    if error.code != 2:  # ENOENT: it has ended by itself
+                        raise CalicoError(f"a connection could not be ended: {error}") from None

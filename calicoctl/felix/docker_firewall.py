@@ -1,0 +1,117 @@
+"""Lets Calico's packets through the host's own iptables firewall, where that would drop them.
+
+Docker Engine sets the policy of the chain FORWARD to DROP, and an accept in our own table does not override that. Our
+tables have dropped what policy denies before, because they hook in earlier. Docker keeps its hands off DOCKER-USER,
+which it asks first, so ours go there where it exists. Source: Docker's documentation, "Packet filtering and firewalls".
+
+The host's `iptables` command is used, so that the rules go where the host's own are, be that nf_tables or legacy.
+"""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+from collections import defaultdict
+
+from calicoctl.errors import CalicoError
+
+COMMANDS = ("iptables", "ip6tables")
+
+_COMMENT = "calico"
+_RULES = (
+    ("-i", "cali+", "-m", "comment", "--comment", _COMMENT, "-j", "ACCEPT"),
+    ("-o", "cali+", "-m", "comment", "--comment", _COMMENT, "-j", "ACCEPT"),
+)
+_CHAINS = ("DOCKER-USER", "FORWARD")
+
+
+class Filter:
+    """What `iptables-save` says of the table `filter`: policies by chain, and rules by chain, as lists of words."""
+
+    def __init__(self, text: str) -> None:
+        self.policies: dict[str, str] = {}
+        self.rules: dict[str, list[tuple[str, ...]]] = defaultdict(list)
+        for line in text.splitlines():
+            if line.startswith(":"):
+                chain, policy = line[1:].split()[:2]
+                self.policies[chain] = policy
+            elif line.startswith("-A "):
+                words = shlex.split(line)
+                self.rules[words[1]].append(tuple(words[2:]))
+
+    def wanted_chain(self) -> str | None:
+        """Return the chain that our rules belong to, None where nothing would drop what is forwarded."""
+        if "DOCKER-USER" in self.policies:
+            return "DOCKER-USER"
+        return "FORWARD" if self.policies.get("FORWARD") == "DROP" or self._drops("FORWARD", set()) else None
+
+    def _drops(self, chain: str, seen: set[str]) -> bool:
+        """Tell whether a rule of a chain, but for ours, drops anything, or one of a chain that it jumps to."""
+        seen.add(chain)
+        for rule in self.rules.get(chain, ()):
+            for flag, target in zip(rule, rule[1:]):
+                if flag in ("-j", "-g") and (
+                    target in ("DROP", "REJECT") or (target not in seen and self._drops(target, seen))
+                ):
+                    return True
+        return False
+
+
+def ensure() -> list[str]:
+    """Put our rules where they belong, and take them away elsewhere; return a line for each change made.
+
+    Raises CalicoError when iptables fails. A host without the command has no such firewall.
+    """
+    return [line for command in COMMANDS for line in _bring(command, remove=False)]
+
+
+def remove() -> None:
+    """Take our rules away; raise CalicoError."""
+    for command in COMMANDS:
+        _bring(command, remove=True)
+
+
+def sends_events() -> bool:
+    """Tell whether changes of the host's iptables show as nftables events, which those of iptables-legacy do not."""
+    try:
+        return "nf_tables" in _run("iptables", "--version")
+    except FileNotFoundError:
+        return True
+
+
+def _bring(command: str, remove: bool) -> list[str]:
+    try:
+        current = Filter(_run(f"{command}-save", "-t", "filter"))
+    except FileNotFoundError:
+        return []
+    done = []
+    wanted = None if remove else current.wanted_chain()
+    for chain in _CHAINS:
+        rules = current.rules.get(chain, [])
+        ours = [rule for rule in rules if set(_RULES[0][2:]) <= set(rule) and "cali+" in rule]
+        if chain == wanted:
+            # behind a rule without conditions nothing is reached; otherwise the place is the operator's choice
+            end = next((number for number, rule in enumerate(rules) if rule[0] == "-j"), len(rules))
+            if sorted(ours) == sorted(_RULES) and all(rules.index(rule) < end for rule in ours):
+                continue
+        elif not ours:
+            continue
+        for rule in ours:
+            _run(command, "-w", "10", "-t", "filter", "-D", chain, *rule)
+        if chain == wanted:
+            for rule in reversed(_RULES):
+                _run(command, "-w", "10", "-t", "filter", "-I", chain, "1", *rule)
+            done.append(f"{command}: accepting cali+ in chain {chain}, which would drop it otherwise")
+        else:
+            done.append(f"{command}: no longer accepting cali+ in chain {chain}")
+    return done
+
+
+def _run(*command: str) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except subprocess.TimeoutExpired:
+        raise CalicoError(f"{command[0]} did not answer within 30 s") from None
+    if done.returncode != 0:
+        raise CalicoError(f"'{' '.join(command)}' failed: {' '.join(done.stderr.split())[:200]}")
+    return done.stdout

@@ -1,0 +1,226 @@
+"""What wakes the agent: threads that wait, each for one source, and put what came into one queue.
+
+They know no policy and change nothing; what an event means is decided where the queue is read.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import random
+import socket
+import struct
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any
+
+from calicoctl.datastore.store import Change, Entry
+from calicoctl.errors import CalicoError, HistoryLost
+from calicoctl.felix.nft import TableEvents, own_ports
+from calicoctl.felix.routes import PREFIX, PROTOCOL, Link
+
+if TYPE_CHECKING:
+    from calicoctl.datastore.client import DatastoreClient
+
+log = logging.getLogger("calico.felix")
+
+LONG_POLL = 10.0
+"""Seconds that one wait for a change of the store takes at most; a member that hangs is noticed after as long."""
+
+LONGEST_PAUSE = 10.0
+"""Seconds between two attempts to reach the store, at most."""
+
+_RTMGRP_LINK = 0x1
+_RTMGRP_IPV4_ROUTE = 0x40
+_RTMGRP_IPV6_ROUTE = 0x400
+_RTM_NEWLINK, _RTM_DELLINK, _RTM_DELROUTE = 16, 17, 25
+_IFF_UP = 1
+
+
+@dataclass(frozen=True)
+class StoreRead:
+    """All that is below a directory of the store."""
+
+    directory: str
+    entries: list[Entry]
+
+
+@dataclass(frozen=True)
+class StoreChanged:
+    change: Change
+
+
+@dataclass(frozen=True)
+class StoreAway:
+    """A directory of the store cannot be followed at the moment."""
+
+    directory: str
+    why: str
+
+
+@dataclass(frozen=True)
+class StoreBack:
+    """A directory of the store can be followed again, and nothing was missed."""
+
+    directory: str
+
+
+@dataclass(frozen=True)
+class LinkChanged:
+    """An interface has come, or changed; with `gone`, it has gone."""
+
+    link: Link
+    gone: bool = False
+
+
+@dataclass(frozen=True)
+class RouteGone:
+    """A route of ours has been removed, by whomever."""
+
+    index: int
+    address: str
+
+
+@dataclass(frozen=True)
+class LinksMissed:
+    """There were more events of the kernel's than it could keep."""
+
+
+@dataclass(frozen=True)
+class TablesChanged:
+    """Somebody else has changed nftables tables of these names; the empty name stands for any."""
+
+    names: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Stop:
+    """The agent was asked to end."""
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A thread has ended that must not: the agent cannot go on."""
+
+    why: str
+
+
+Events = SimpleQueue  # of the classes above
+
+
+class _Source(threading.Thread):
+    """A thread that calls `follow`, which never returns, and reports when it does."""
+
+    def __init__(self, name: str, events: Events[Any]) -> None:
+        super().__init__(name=name, daemon=True)
+        self._events = events
+
+    def run(self) -> None:
+        try:
+            self.follow()
+        except Exception as error:
+            log.exception("%s failed", self.name)
+            self._events.put(Failed(f"{self.name} failed: {error}"))
+
+    def follow(self) -> None:
+        raise NotImplementedError
+
+
+class StoreEvents(_Source):
+    """Reads a directory of the store, then waits for one change after the other; reads again where some were missed."""
+
+    def __init__(self, datastore: DatastoreClient, directory: str, events: Events[Any]) -> None:
+        super().__init__(f"following {directory}", events)
+        self._datastore = datastore
+        self._directory = directory
+
+    def follow(self) -> None:
+        index: int | None = None
+        pause, away = 0.0, False
+        while True:
+            try:
+                if index is None:
+                    entries, index = self._datastore.snapshot(self._directory)
+                    self._events.put(StoreRead(self._directory, entries))
+                    del entries
+                    changes: list[Change] = []
+                else:
+                    changes, index = self._datastore.watch(self._directory, index, LONG_POLL)
+                if away:
+                    self._events.put(StoreBack(self._directory))
+                    pause, away = 0.0, False
+                for change in changes:
+                    self._events.put(StoreChanged(change))
+            except HistoryLost:
+                log.info("the store has forgotten changes below %s: reading all of it", self._directory)
+                index = None
+            except CalicoError as error:
+                if not away:
+                    self._events.put(StoreAway(self._directory, str(error)))
+                away = True
+                pause = min(LONGEST_PAUSE, max(0.2, pause * 2))
+                time.sleep(pause * random.uniform(0.5, 1))
+
+
+class KernelEvents(_Source):
+    """Waits for changes of this host's `cali…` interfaces, and for the loss of our routes."""
+
+    def __init__(self, events: Events[Any]) -> None:
+        super().__init__("following the kernel's interfaces", events)
+        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**21)
+        self._socket.bind((0, _RTMGRP_LINK | _RTMGRP_IPV4_ROUTE | _RTMGRP_IPV6_ROUTE))
+
+    def follow(self) -> None:
+        from pyroute2.netlink.rtnl.marshal import MarshalRtnl
+
+        marshal = MarshalRtnl()
+        while True:
+            try:
+                data = self._socket.recv(2**18)
+            except OSError as error:
+                if error.errno != errno.ENOBUFS:
+                    raise
+                self._events.put(LinksMissed())
+                continue
+            for kind, message in _messages(data):
+                if kind in (_RTM_NEWLINK, _RTM_DELLINK):
+                    for parsed in marshal.parse(message):
+                        link = link_of(parsed)
+                        if link.name.startswith(PREFIX):
+                            self._events.put(LinkChanged(link, gone=kind == _RTM_DELLINK))
+                # struct rtmsg: family, dst_len, src_len, tos, table, protocol. A busy host has many routes not ours
+                elif kind == _RTM_DELROUTE and message[21] == PROTOCOL:
+                    for parsed in marshal.parse(message):
+                        self._events.put(RouteGone(parsed.get_attr("RTA_OIF"), parsed.get_attr("RTA_DST")))
+
+
+def _messages(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Give the netlink messages in a datagram, with their types."""
+    at = 0
+    while at + 16 <= len(data):
+        length, kind = struct.unpack_from("=IH", data, at)
+        yield kind, data[at : at + length]
+        at += max(16, (length + 3) & ~3)
+
+
+def link_of(message: Any) -> Link:
+    """Return the interface that one of pyroute2's link messages tells of."""
+    return Link(message.get_attr("IFLA_IFNAME") or "", message["index"], message["flags"] & _IFF_UP != 0)
+
+
+class FirewallEvents(_Source):
+    """Waits for changes of nftables, and so of iptables-nft, that are not this process's."""
+
+    def __init__(self, events: Events[Any]) -> None:
+        super().__init__("following nftables", events)
+        self._tables = TableEvents()
+
+    def follow(self) -> None:
+        while True:
+            names, port = self._tables.wait()
+            if names & {"", "calico", "filter"} and port not in own_ports():
+                self._events.put(TablesChanged(frozenset(names)))

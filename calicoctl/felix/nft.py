@@ -1,0 +1,118 @@
+"""Runs nftables transactions in this process, through libnftables, and tells who changed the kernel's tables.
+
+Knows no Calico. Source: libnftables(3); include/uapi/linux/netfilter/nf_tables.h for the events.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import re
+import socket
+import struct
+from pathlib import Path
+
+from calicoctl.errors import CalicoError
+
+LIBRARY = "libnftables.so.1"
+
+_SOL_NETLINK = 270
+_NETLINK_ADD_MEMBERSHIP = 1
+_NETLINK_NETFILTER = 12
+_NFNLGRP_NFTABLES = 7
+_SUBSYSTEM_NFTABLES = 10
+_NEWGEN = 15
+
+
+class NftError(CalicoError):
+    """The kernel, or the library, refused a transaction; nothing of it was done."""
+
+
+class Nft:
+    """A handle of libnftables in this process's network namespace. Not for several threads at once."""
+
+    def __init__(self) -> None:
+        try:
+            library = ctypes.CDLL(LIBRARY)
+        except OSError:
+            raise NftError(f"{LIBRARY} cannot be loaded: install the package nftables") from None
+        library.nft_ctx_new.restype = ctypes.c_void_p
+        library.nft_ctx_new.argtypes = [ctypes.c_uint32]
+        library.nft_run_cmd_from_buffer.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
+        for name in ("nft_ctx_get_output_buffer", "nft_ctx_get_error_buffer"):
+            getattr(library, name).restype = ctypes.c_char_p
+            getattr(library, name).argtypes = [ctypes.c_void_p]
+        for name in ("nft_ctx_buffer_output", "nft_ctx_buffer_error"):
+            getattr(library, name).argtypes = [ctypes.c_void_p]
+        self._library = library
+        self._context = library.nft_ctx_new(0)
+        if not self._context:
+            raise NftError("libnftables cannot be used here: it needs root, and a kernel with nf_tables")
+        library.nft_ctx_buffer_output(self._context)
+        library.nft_ctx_buffer_error(self._context)
+
+    def run(self, commands: str) -> str:
+        """Do all commands, in nft's syntax, as one transaction, or none; return what they print. Raises NftError."""
+        if self._library.nft_run_cmd_from_buffer(self._context, commands.encode()) != 0:
+            said = (self._library.nft_ctx_get_error_buffer(self._context) or b"").decode(errors="replace")
+            raise NftError(f"nftables refused a change: {' '.join(said.split())[:300]}")
+        return str((self._library.nft_ctx_get_output_buffer(self._context) or b"").decode(errors="replace"))
+
+
+def own_ports() -> set[int]:
+    """Return the netlink addresses of this process's sockets to netfilter, which its changes bear."""
+    sockets = set()
+    for file in Path("/proc/self/fd").iterdir():
+        try:
+            match = re.fullmatch(r"socket:\[(\d+)\]", str(file.readlink()))
+        except OSError:
+            continue
+        if match:
+            sockets.add(match[1])
+    with open("/proc/net/netlink") as table:
+        next(table)
+        rows = [line.split() for line in table]
+    return {int(row[2]) for row in rows if row[1] == str(_NETLINK_NETFILTER) and row[-1] in sockets}
+
+
+class TableEvents:
+    """The kernel's notices of changes to nftables tables, those of iptables-nft among them."""
+
+    def __init__(self) -> None:
+        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_NETFILTER)
+        self._socket.bind((0, 0))
+        self._socket.setsockopt(_SOL_NETLINK, _NETLINK_ADD_MEMBERSHIP, _NFNLGRP_NFTABLES)
+        self._tables: set[str] = set()
+        self._unread = b""
+
+    def wait(self) -> tuple[set[str], int]:
+        """Wait for a transaction's end; return the names of the tables it changed, and who did it (netlink address).
+
+        When there were more notices than the kernel could keep, the set has the empty name alone.
+        """
+        while True:
+            while len(self._unread) >= 20:
+                length, kind, _, _, port = struct.unpack_from("=IHHII", self._unread)
+                message, self._unread = self._unread[20:length], self._unread[max(20, (length + 3) & ~3) :]
+                if kind == (_SUBSYSTEM_NFTABLES << 8) | _NEWGEN:
+                    tables, self._tables = self._tables, set()
+                    return tables, port
+                self._tables.add(_table(message))
+            try:
+                self._unread = self._socket.recv(2**18)
+            except OSError as error:
+                if error.errno != errno.ENOBUFS:
+                    raise
+                self._tables = set()
+                return {""}, 0
+
+
+def _table(attributes: bytes) -> str:
+    """Return the table that a message is about: attribute 1 of every kind of message."""
+    at = 0
+    while at + 4 <= len(attributes):
+        length, kind = struct.unpack_from("=HH", attributes, at)
+        if kind & 0x3FFF == 1:
+            return attributes[at + 4 : at + length].rstrip(b"\0").decode(errors="replace")
+        at += max(4, (length + 3) & ~3)
+    return ""

@@ -1,0 +1,219 @@
+"""The agent as a process: starting it in the background or in the foreground, finding it, ending it.
+
+Its files are under /run/calico/<host name>/: the pid file, on which the agent holds a lock as long as it lives, so that
+a stale one fools nobody; what it reports (report.py); and what it remembers (sysctls.py).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import logging.handlers
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TextIO
+
+from calicoctl.errors import CalicoError
+from calicoctl.locks import DIRECTORY
+
+DEFAULT_LOG_DIR = "/var/log/calico"
+
+START_PATIENCE = 60.0
+"""Seconds to wait for the agent's first snapshot to be in the kernel."""
+
+STOP_PATIENCE = 15.0
+"""Seconds to wait for the agent to end by itself."""
+
+_LOG_SIZE = 10 * 2**20
+
+
+@dataclass(frozen=True)
+class Options:
+    """How the agent is to run. `log_dir` is None for standard error."""
+
+    log_dir: str | None = None
+    metrics_port: int | None = None
+    local_etcd: bool = False
+
+
+def _file(host: str, name: str) -> Path:
+    return DIRECTORY / host / name
+
+
+def report_file(host: str) -> Path:
+    return _file(host, "felix.json")
+
+
+def settings_file(host: str) -> Path:
+    return _file(host, "felix.sysctls")
+
+
+def files(host: str) -> list[Path]:
+    """Return the files that an agent leaves when it has ended."""
+    return [_file(host, "felix.pid"), report_file(host), settings_file(host)]
+
+
+def running(host: str) -> int | None:
+    """Return the process id of the host's agent, None while none runs."""
+    try:
+        with open(_file(host, "felix.pid")) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return int(file.read().strip() or 0)
+    except (OSError, ValueError):
+        pass
+    return None
+
+
+def report(host: str) -> dict[str, object] | None:
+    """Return what the host's agent has reported last, whether it still runs or not; None for nothing."""
+    try:
+        value = json.loads(report_file(host).read_text())
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+@contextmanager
+def only_one(host: str) -> Iterator[None]:
+    """Be the host's agent: hold the pid file's lock. Raises CalicoError when there is one already."""
+    path = _file(host, "felix.pid")
+    try:
+        path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        path.parent.chmod(0o755)  # the report is for everybody; locks in here are files of mode 0600
+        with open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644), "r+") as file:
+            _lock(file, host)
+            file.truncate(0)
+            file.write(f"{os.getpid()}\n")
+            file.flush()
+            yield
+            file.truncate(0)
+    except OSError as error:
+        raise CalicoError(f"{error.filename or path}: {error.strerror}") from None
+
+
+def _lock(file: TextIO, host: str) -> None:
+    give_up = time.monotonic() + 1
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            # somebody may only be looking whether there is an agent
+            if time.monotonic() > give_up:
+                pid = file.read().strip()
+                raise CalicoError(f"the agent of host {host} runs already (process {pid})") from None
+            time.sleep(0.02)
+
+
+def run(host: str, options: Options) -> None:
+    """Be the host's agent until a signal comes. Raises CalicoError."""
+    from calicoctl.datastore.client import DatastoreClient
+    from calicoctl.felix.agent import Agent
+    from calicoctl.felix.local_etcd import LocalEtcd
+
+    with only_one(host):
+        _log_to(options.log_dir)
+        if options.local_etcd:
+            LocalEtcd(host, options.log_dir or DEFAULT_LOG_DIR).supervise()
+        agent = Agent(DatastoreClient.from_environment, _tell_ready, options.metrics_port)
+        agent.run()
+
+
+def _tell_ready() -> None:
+    """Tell who started this process that it is ready. Source: sd_notify(3)."""
+    import sdnotify
+
+    sdnotify.SystemdNotifier().notify("READY=1")
+
+
+def _log_to(directory: str | None) -> None:
+    """Log to a file in a directory, which is kept from growing without end, or to standard error."""
+    handler: logging.Handler = logging.StreamHandler()
+    text = "%(levelname)s: %(message)s"
+    if directory is not None:
+        handler = logging.handlers.RotatingFileHandler(Path(directory) / "felix.log", maxBytes=_LOG_SIZE, backupCount=4)
+        text = "%(asctime)s %(levelname)s: %(message)s"
+    handler.setFormatter(logging.Formatter(text))
+    logger = logging.getLogger("calico")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+
+
+def start(host: str, options: Options) -> int:
+    """Start the host's agent in the background, wait until its first snapshot is in the kernel; return its process id.
+
+    Raises CalicoError when it ends before; one that is only slow goes on.
+    """
+    assert options.log_dir is not None, "nobody reads the standard error of a process in the background"
+    with tempfile.TemporaryDirectory(prefix="calico-") as directory, tempfile.TemporaryFile("w+") as complaints:
+        told = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        told.bind(f"{directory}/notify")
+        told.settimeout(0.1)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "calicoctl.felix", json.dumps(asdict(options))],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=complaints,
+            start_new_session=True,
+            cwd="/",
+            env=_absolute(os.environ) | {"NOTIFY_SOCKET": f"{directory}/notify"},
+        )
+        give_up = time.monotonic() + START_PATIENCE
+        while True:
+            try:
+                if b"READY=1" in told.recv(4096):
+                    return process.pid
+            except socket.timeout:
+                pass
+            if process.poll() is not None:
+                complaints.seek(0)
+                why = " ".join(complaints.read().split())[-300:]
+                raise CalicoError(f"The host agent did not start: {why or 'see ' + options.log_dir + '/felix.log'}")
+            if time.monotonic() > give_up:
+                waiting_for = (report(host) or {}).get("waiting_for")
+                waits = f" waits for {waiting_for}" if waiting_for else " has not set everything up yet"
+                raise CalicoError(
+                    f"The host agent (process {process.pid}) is running, but{waits} after {START_PATIENCE:.0f} s; "
+                    "'calicoctl status' tells more."
+                )
+
+
+def _absolute(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment for a process of another working directory."""
+    files = ("ETCD_CA_CERT_FILE", "ETCD_CERT_FILE", "ETCD_KEY_FILE")
+    return {
+        name: str(Path(value).absolute()) if name in files and value else value for name, value in environment.items()
+    }
+
+
+def stop(host: str) -> int | None:
+    """End the host's agent, and wait until it has; return the process id it had, None where none was running."""
+    pid = running(host)
+    if not pid:
+        return None
+    try:
+        os.kill(pid, signal.SIGTERM)
+    except ProcessLookupError:
+        return pid
+    except PermissionError:
+        raise CalicoError(f"the agent (process {pid}) cannot be ended: it is another user's") from None
+    give_up = time.monotonic() + STOP_PATIENCE
+    while running(host) == pid:
+        if time.monotonic() > give_up:
+            raise CalicoError(
+                f"the agent (process {pid}) does not end; 'kill -9 {pid}' does no harm to what it has set up"
+            )
+        time.sleep(0.05)
+    return pid

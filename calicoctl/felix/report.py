@@ -1,0 +1,234 @@
+"""What the agent says of itself: to the store, for all hosts; to a file, for this one; to Prometheus, if asked to.
+
+The store gets the status of each endpoint, and a sign of life that expires. The file has all of that and the reasons,
+and can be read when the store is away. Statuses are written by a thread of their own: a slow store holds nothing up.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+import time
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from calicoctl.datastore.keys import EndpointId
+from calicoctl.errors import CalicoError
+
+if TYPE_CHECKING:
+    from calicoctl.datastore.client import DatastoreClient
+
+log = logging.getLogger("calico.felix")
+
+INTERVAL = 10.0
+"""Seconds between two signs of life."""
+
+TIME_TO_LIVE = 30
+"""Seconds after which a sign of life expires."""
+
+
+@dataclass(frozen=True)
+class Status:
+    """What became of an endpoint: "up", "down" or "error", of which record (its index in the store), and why."""
+
+    status: str
+    index: int
+    reason: str | None = None
+
+    def to_json(self) -> str:
+        reason = {} if self.reason is None else {"reason": self.reason}
+        return json.dumps({"status": self.status, "index": self.index, **reason})
+
+
+def now() -> str:
+    """Return the time, as ISO 8601 has it, in UTC."""
+    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+@dataclass
+class Health:
+    """What the agent knows of itself."""
+
+    host: str
+    version: str
+    pid: int = field(default_factory=os.getpid)
+    since: str = field(default_factory=now)
+    started: float = field(default_factory=time.monotonic)
+    first_update: bool = False
+    store_away: dict[str, str] = field(default_factory=dict)
+    """Why the store cannot be followed, by directory; empty while it can."""
+    store_since: str = field(default_factory=now)
+    waiting_for: str | None = None
+    endpoints: dict[EndpointId, Status] = field(default_factory=dict)
+    problems: dict[str, str] = field(default_factory=dict)
+    last_error: dict[str, str] | None = None
+    resyncs: int = 0
+
+    def error(self, sentence: str) -> None:
+        """Remember what went wrong last, and log it."""
+        log.error("%s", sentence)
+        self.last_error = {"time": now(), "error": sentence}
+
+    def counts(self) -> dict[str, int]:
+        counts = {"up": 0, "down": 0, "error": 0}
+        for status in self.endpoints.values():
+            counts[status.status] += 1
+        return counts
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what `calicoctl status` tells."""
+        return {
+            "host": self.host,
+            "version": self.version,
+            "pid": self.pid,
+            "running_since": self.since,
+            "first_update": self.first_update,
+            "waiting_for": self.waiting_for,
+            "etcd": {
+                "reachable": not self.store_away,
+                "since": self.store_since,
+                "error": next(iter(self.store_away.values()), None),
+            },
+            "endpoints": self.counts(),
+            "endpoints_in_trouble": [
+                {
+                    "orchestrator": id.orchestrator,
+                    "workload": id.workload,
+                    "endpoint": id.endpoint,
+                    "status": status.status,
+                    "reason": status.reason,
+                }
+                for id, status in sorted(self.endpoints.items(), key=lambda item: item[0].endpoint)
+                if status.reason is not None
+            ],
+            "problems": [{"key": key, "problem": self.problems[key]} for key in sorted(self.problems)],
+            "last_error": self.last_error,
+            "resyncs": self.resyncs,
+            "bgp_sessions": [],
+        }
+
+
+class ReportFile:
+    """The file that `calicoctl status` reads. Anybody may."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._written = ""
+
+    def write(self, health: Health) -> None:
+        """Bring the file up to date; a disk that is full is logged, and nothing more."""
+        text = json.dumps(health.to_dict())
+        if text == self._written:
+            return
+        new = self._path.with_suffix(".new")
+        try:
+            with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o644), "w") as file:
+                file.write(text)
+            new.rename(self._path)
+            self._written = text
+        except OSError as error:
+            log.error("%s cannot be written: %s", self._path, error.strerror)
+
+
+class StoreReporter(threading.Thread):
+    """Keeps the statuses in the store like those it was given last."""
+
+    def __init__(self, datastore: DatastoreClient, health: Health) -> None:
+        super().__init__(name="reporting", daemon=True)
+        self._datastore = datastore
+        self._health = health
+        self._lock = threading.Lock()
+        self._wanted: dict[EndpointId, str] = {}
+        self._changed: set[EndpointId] = set()
+        self._written: dict[EndpointId, str] | None = None
+        self._wake = threading.Event()
+        self._alive = True
+
+    def set(self, statuses: dict[EndpointId, Status | None]) -> None:
+        """Take in new statuses; None for an endpoint that is no more."""
+        with self._lock:
+            for id, status in statuses.items():
+                if status is None:
+                    self._wanted.pop(id, None)
+                else:
+                    self._wanted[id] = status.to_json()
+                self._changed.add(id)
+        self._wake.set()
+
+    def read_again(self) -> None:
+        """Compare with what the store has, which may not be what was written: it has been away."""
+        with self._lock:
+            self._written = None
+        self._wake.set()
+
+    def sign_of_life(self) -> None:
+        """Say soon that the agent is alive."""
+        self._signed = 0.0
+        self._wake.set()
+
+    def run(self) -> None:
+        self._signed = 0.0
+        failed = False
+        while self._alive:
+            self._wake.wait(max(0.1, min(INTERVAL, self._signed + INTERVAL - time.monotonic())))
+            self._wake.clear()
+            try:
+                if self._health.first_update:
+                    self._write_endpoints()
+                if time.monotonic() >= self._signed + INTERVAL:
+                    self._datastore.report_host(
+                        {
+                            "time": now(),
+                            "uptime": round(time.monotonic() - self._health.started, 1),
+                            "first_update": self._health.first_update,
+                        },
+                        TIME_TO_LIVE,
+                    )
+                    self._signed = time.monotonic()
+                failed = False
+            except CalicoError as error:
+                if not failed:
+                    log.warning("statuses cannot be written: %s", error)
+                failed = True
+                time.sleep(1)  # and again, with what has changed meanwhile
+                self._wake.set()
+
+    def end(self) -> None:
+        """Write what there is to write, take the sign of life away, and stop; at most for a few seconds."""
+        self._alive = False
+        self._wake.set()
+        self.join(2)
+        try:
+            self._datastore.report_host(None)
+        except CalicoError as error:
+            log.warning("the agent's sign of life cannot be removed: %s", error)
+
+    def _write_endpoints(self) -> None:
+        with self._lock:
+            written = self._written
+        if written is None:
+            written = self._datastore.endpoint_statuses()
+            with self._lock:
+                self._written = written
+                self._changed = set(self._wanted) | set(written)
+        while True:
+            with self._lock:
+                if not self._changed:
+                    return
+                id = self._changed.pop()
+                status = self._wanted.get(id)
+            try:
+                if status is None and id in written:
+                    self._datastore.report_endpoint(id, None)
+                    written.pop(id, None)
+                elif status is not None and written.get(id) != status:
+                    self._datastore.report_endpoint(id, status)
+                    written[id] = status
+            except CalicoError:
+                with self._lock:
+                    self._changed.add(id)
+                raise

@@ -1,0 +1,317 @@
+"""The store as this host sees it: what was read, understood and found sound, kept current change by change.
+
+One key that cannot be understood affects what it names alone: it is left out, and `problems` tells why. Whoever makes
+use of the snapshot takes `dirty`, the names of all that changed since it was taken last. Knows no kernel.
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Callable
+
+from calicoctl.datastore import keys
+from calicoctl.datastore.keys import EndpointId
+from calicoctl.datastore.model import Endpoint, Pool, Rules, load_strings
+from calicoctl.datastore.store import Change, Entry
+from calicoctl.errors import CalicoError
+from calicoctl.policy import readable
+
+HOST_ACTIONS = ("RETURN", "DROP", "ACCEPT")
+
+_INTERFACE = re.compile(r"cali[A-Za-z0-9_.-]{1,11}", re.ASCII)
+
+
+@dataclass(frozen=True)
+class LocalEndpoint:
+    """An active endpoint of this host, every value checked; `index` is that of its record in the store."""
+
+    id: EndpointId
+    index: int
+    interface: str
+    mac: str
+    addresses: tuple[str, ...]
+    profiles: tuple[str, ...]
+    ipv6_next_hop: str | None
+
+    def addresses_of(self, version: int) -> list[str]:
+        return [address for address in self.addresses if (":" in address) == (version == 6)]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A profile's tags, and its rules, None where they cannot be read."""
+
+    tags: tuple[str, ...]
+    rules: Rules | None
+
+
+@dataclass
+class Dirty:
+    """What has changed: endpoints of all hosts, profiles, and whether pools or settings have."""
+
+    endpoints: set[EndpointId] = field(default_factory=set)
+    profiles: set[str] = field(default_factory=set)
+    pools: bool = False
+    settings: bool = False
+
+    def __bool__(self) -> bool:
+        return bool(self.endpoints or self.profiles or self.pools or self.settings)
+
+
+class Snapshot:
+    """The store as `host` sees it."""
+
+    def __init__(self, host: str) -> None:
+        self.host = host
+        self.ready = False
+        self.endpoints: dict[EndpointId, Endpoint] = {}
+        self.local: dict[EndpointId, LocalEndpoint] = {}
+        self.unusable: dict[EndpointId, tuple[int, str]] = {}
+        """This host's endpoints that are not in `local`: the index of the record, and why."""
+        self.profiles: dict[str, Profile] = {}
+        self.pools: dict[str, Pool] = {}
+        self.host_action = "RETURN"
+        self.log_level = "info"
+        self.ipv6_address: str | None = None
+        self.problems: dict[str, str] = {}
+        self.dirty = Dirty(pools=True, settings=True)
+        self._entries: dict[str, Entry] = {}
+        self._claims: dict[str, set[EndpointId]] = {}
+        self._claimed: dict[EndpointId, tuple[str, ...]] = {}
+        self._unchecked: set[EndpointId] = set()
+
+    def replace(self, directory: str, entries: Iterable[Entry]) -> None:
+        """Take in all that is below a directory now."""
+        now = {entry.key: entry for entry in entries}
+        for key in [key for key in self._entries if key.startswith(directory + "/") and key not in now]:
+            self._set(key, None)
+        for key, entry in now.items():
+            if self._entries.get(key) != entry:
+                self._set(key, entry)
+        self._check_local()
+
+    def change(self, change: Change) -> None:
+        """Take in one change."""
+        if change.entry is not None or change.key in self._entries:
+            self._set(change.key, change.entry)
+        else:
+            for key in [key for key in self._entries if key.startswith(change.key + "/")]:
+                self._set(key, None)
+        self._check_local()
+
+    def is_readable(self, profile: str) -> bool:
+        """Tell whether a profile exists and its rules can be read."""
+        known = self.profiles.get(profile)
+        return known is not None and known.rules is not None
+
+    def take_dirty(self) -> Dirty:
+        """Return what has changed since the last call."""
+        dirty, self.dirty = self.dirty, Dirty()
+        return dirty
+
+    def all_dirty(self) -> None:
+        """Mark all there is as changed."""
+        self.dirty = Dirty(set(self.endpoints), set(self.profiles), True, True)
+
+    def _set(self, key: str, entry: Entry | None) -> None:
+        """Keep a key's entry, or None, and what it means."""
+        handle = self._handler(key)
+        if handle is None:
+            return
+        if entry is None:
+            self._entries.pop(key, None)
+        else:
+            self._entries[key] = entry
+        self.problems.pop(key, None)
+        try:
+            handle(key, entry)
+        except CalicoError as error:
+            self.problems[key] = str(error)
+
+    def _handler(self, key: str) -> Callable[[str, Entry | None], None] | None:
+        """Return the method that understands a key, None for one that means nothing to an agent."""
+        if key.startswith(keys.HOSTS + "/"):
+            if keys.parse_endpoint(key) is not None:
+                return self._set_endpoint
+            return self._set_setting if key == keys.host_config(self.host, "DefaultEndpointToHostAction") else None
+        if key.startswith(keys.PROFILES + "/"):
+            return self._set_profile if keys.parse_profile(key) is not None else None
+        if key.startswith((keys.pools(4) + "/", keys.pools(6) + "/")):
+            return self._set_pool
+        settings = (keys.READY, keys.config("LogSeverityScreen"), keys.bgp_host_address(self.host, 6))
+        return self._set_setting if key in settings else None
+
+    def _set_endpoint(self, key: str, entry: Entry | None) -> None:
+        id = keys.parse_endpoint(key)
+        assert id is not None, "only endpoints' keys come here"
+        self.endpoints.pop(id, None)
+        self.dirty.endpoints.add(id)
+        if id.host == self.host:
+            self._unchecked.add(id)
+        if entry is not None:
+            self.endpoints[id] = Endpoint.from_json(id, entry.value, key)
+
+    def _set_profile(self, key: str, entry: Entry | None) -> None:
+        name = keys.parse_profile(key)
+        assert name is not None, "only profiles' keys come here"
+        self.dirty.profiles.add(name)
+        tags_key, rules_key = keys.profile_tags(name), keys.profile_rules(name)
+        tags_entry, rules_entry = self._entries.get(tags_key), self._entries.get(rules_key)
+        if tags_entry is None and rules_entry is None:
+            self.profiles.pop(name, None)
+            return
+        tags: tuple[str, ...] = ()
+        rules: Rules | None = Rules(name)
+        self.problems.pop(tags_key, None)
+        self.problems.pop(rules_key, None)
+        if tags_entry is not None:
+            try:
+                tags = tuple(dict.fromkeys(load_strings(tags_entry.value, tags_key)))
+            except CalicoError as error:
+                self.problems[tags_key] = str(error)
+        if rules_entry is not None:
+            try:
+                rules = readable(Rules.from_json(name, rules_entry.value, rules_key))
+            except CalicoError as error:
+                rules = None
+                self.problems[rules_key] = f"profile {name} denies everything: {error}"
+        self.profiles[name] = Profile(tags, rules)
+
+    def _set_pool(self, key: str, entry: Entry | None) -> None:
+        self.pools.pop(key, None)
+        self.dirty.pools = True
+        if entry is not None:
+            self.pools[key] = Pool.from_json(entry.value, key)
+
+    def _set_setting(self, key: str, entry: Entry | None) -> None:
+        value = "" if entry is None else entry.value
+        self.dirty.settings = True
+        if key == keys.READY:
+            self.ready = value == "true"
+        elif key == keys.config("LogSeverityScreen"):
+            self.log_level = (value or "info").lower()
+        elif key == keys.bgp_host_address(self.host, 6):
+            self.ipv6_address = None
+            if value:
+                self.ipv6_address = _canonical(value, 6)
+        else:
+            # a word that is not known closes rather than opens
+            self.host_action = (value or "RETURN").upper()
+            if self.host_action not in HOST_ACTIONS:
+                self.host_action = "DROP"
+                raise CalicoError(f"'{value}' is none of {', '.join(HOST_ACTIONS)}; DROP is used")
+
+    # This host's endpoints: what the kernel can be given
+
+    def _check_local(self) -> None:
+        """Sort the local endpoints that changed, and those that they got in the way of, into usable and not."""
+        while self._unchecked:
+            id = self._unchecked.pop()
+            self.dirty.endpoints.add(id)
+            self.local.pop(id, None)
+            self.unusable.pop(id, None)
+            key = keys.endpoint(id)
+            self._disclaim(id)
+            entry = self._entries.get(key)
+            if entry is None:
+                continue
+            try:
+                endpoint = self.endpoints.get(id)
+                if endpoint is None:
+                    raise CalicoError(self.problems.get(key, ""))
+                self.problems.pop(key, None)
+                if endpoint.state == "inactive":
+                    self.unusable[id] = (entry.index, "it is inactive")
+                    continue
+                local = _checked(endpoint, entry.index)
+                self._claim(local)
+                self.local[id] = local
+            except CalicoError as error:
+                self.problems[key] = str(error)
+                self.unusable[id] = (entry.index, str(error))
+
+    def _claim(self, local: LocalEndpoint) -> None:
+        """Let an endpoint have its interface and addresses, each of which is one endpoint's only: the first's by id.
+
+        Raises CalicoError when another one comes before; it keeps its place in the queue then.
+        """
+        things = self._claimed[local.id] = (local.interface, *local.addresses)
+        for thing in things:
+            self._claims.setdefault(thing, set()).add(local.id)
+        for thing in things:
+            first = min(self._claims[thing], key=_order)
+            if first != local.id:
+                raise CalicoError(f"its {thing} is that of endpoint {first.endpoint} already")
+            self._unchecked |= {id for id in self._claims[thing] if id != local.id and id in self.local}
+
+    def _disclaim(self, id: EndpointId) -> None:
+        for thing in self._claimed.pop(id, ()):
+            claimants = self._claims[thing]
+            if min(claimants, key=_order) == id:
+                self._unchecked |= claimants - {id}
+            claimants.discard(id)
+            if not claimants:
+                del self._claims[thing]
+
+
+def _order(id: EndpointId) -> tuple[str, str, str]:
+    return id.orchestrator, id.workload, id.endpoint
+
+
+def _checked(endpoint: Endpoint, index: int) -> LocalEndpoint:
+    """Return what the kernel can be given of an endpoint; raise CalicoError where something is not sound."""
+    if not _INTERFACE.fullmatch(endpoint.name):
+        raise CalicoError(f"its interface {endpoint.name!r} is not a name of ours (cali and up to 11 characters)")
+    if endpoint.mac is None:
+        raise CalicoError("it has no MAC")
+    addresses = []
+    for version in (4, 6):
+        for net in endpoint.nets_of(version):
+            address, _, length = net.partition("/")
+            if int(length) != (32 if version == 4 else 128):
+                raise CalicoError(f"its {net} is not a single address")
+            addresses.append(_canonical(address, version))
+    next_hop = None if endpoint.ipv6_gateway is None else _canonical(endpoint.ipv6_gateway, 6)
+    return LocalEndpoint(
+        endpoint.id,
+        index,
+        endpoint.name,
+        endpoint.mac.lower(),
+        tuple(dict.fromkeys(addresses)),
+        tuple(endpoint.profile_ids),
+        next_hop,
+    )
+
+
+def usable_addresses(endpoint: Endpoint) -> tuple[str, ...]:
+    """Return those of an endpoint's nets that are single addresses, in their usual form, for the sets of tags."""
+    found: dict[str, None] = {}
+    for version, length in ((4, "32"), (6, "128")):
+        for net in endpoint.nets_of(version):
+            address, _, prefix = net.partition("/")
+            with suppress(CalicoError):
+                if prefix == length:
+                    found[_canonical(address, version)] = None
+    return tuple(found)
+
+
+def _canonical(address: str, version: int) -> str:
+    """Return an address in its usual form; raise CalicoError for one that no endpoint or host can have."""
+    family = socket.AF_INET6 if version == 6 else socket.AF_INET
+    try:
+        packed = socket.inet_pton(family, address)
+    except (OSError, ValueError):
+        raise CalicoError(f"'{address}' is not an IPv{version} address") from None
+    number = int.from_bytes(packed, "big")
+    if version == 4:
+        unusable = number >> 24 in (0, 127) or number >> 28 >= 14
+    else:
+        # ::/96, ::ffff:0:0/96, multicast, link-local
+        unusable = number >> 48 == 0 or packed[0] == 0xFF or number >> 118 == 0xFE80 >> 6
+    if unusable:
+        raise CalicoError(f"{address} is not an address that an endpoint can have")
+    return socket.inet_ntop(family, packed)

@@ -1,0 +1,126 @@
+"""Kernel settings under /proc/sys/net, and what those of the whole host were before the agent changed them.
+
+The values found are kept in a file until they are put back; like the settings, it does not outlive a reboot.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+from calicoctl.errors import CalicoError
+
+ROOT = Path("/proc/sys/net")
+
+IPV4_FORWARDING = "ipv4/ip_forward"
+IPV6_FORWARDING = "ipv6/conf/all/forwarding"
+
+
+def interface_settings(interface: str, ipv6: bool) -> dict[str, str]:
+    """Return what the host's end of an endpoint has to have, by path; `ipv6` where the endpoint has such an address.
+
+    Source: the kernel's Documentation/networking/ip-sysctl.rst. A host answers a neighbour solicitation only for an
+    address of the receiving interface, hence proxy_ndp; proxy_delay would hold the answer back by up to 0.8 s, and
+    accept_dad keep the interface's own address from use for a second or two.
+    """
+    settings = {
+        f"ipv4/conf/{interface}/proxy_arp": "1",
+        f"ipv4/neigh/{interface}/proxy_delay": "0",
+        f"ipv4/conf/{interface}/route_localnet": "0",
+        f"ipv4/conf/{interface}/rp_filter": "1",
+    }
+    if ipv6:
+        settings[f"ipv6/conf/{interface}/disable_ipv6"] = "0"
+    if (ROOT / "ipv6/conf" / interface).exists():
+        settings |= {
+            f"ipv6/conf/{interface}/accept_dad": "0",
+            f"ipv6/conf/{interface}/accept_ra": "0",
+            f"ipv6/conf/{interface}/proxy_ndp": "1",
+            f"ipv6/neigh/{interface}/proxy_delay": "0",
+        }
+    return settings
+
+
+def read(path: str) -> str | None:
+    """Return a setting, None where the kernel has no such."""
+    try:
+        return (ROOT / path).read_text().strip()
+    except OSError:
+        return None
+
+
+def write(path: str, value: str) -> None:
+    """Write a setting unless it is so already; raise CalicoError."""
+    if read(path) == value:
+        return
+    try:
+        (ROOT / path).write_text(value)
+    except OSError as error:
+        raise CalicoError(f"the kernel setting net/{path} cannot be set to {value}: {error.strerror}") from None
+
+
+class HostSettings:
+    """The settings of the whole host that the agent changes, and the file that remembers what they were."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._found: dict[str, list[str]] = {}
+        """By path: the value found, and ours."""
+        try:
+            self._found = json.loads(file.read_text())
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError) as error:
+            raise CalicoError(f"{file} cannot be read: {error}; remove it") from None
+
+    def forward(self, ipv6: bool) -> None:
+        """Make this host forward IPv4 and, with `ipv6`, IPv6, without losing routes that it learns from routers."""
+        self._set(IPV4_FORWARDING, "1")
+        if not ipv6:
+            self.restore(lambda path: path.startswith("ipv6/"))
+        elif read(IPV6_FORWARDING) != "1":
+            # a host that forwards ignores router advertisements but where this is 2
+            for path in sorted(ROOT.glob("ipv6/conf/*/accept_ra")):
+                name = path.parent.name
+                if name not in ("all", "default") and not name.startswith("cali") and read_path(path) == "1":
+                    self._set(str(path.relative_to(ROOT)), "2")
+            self._set(IPV6_FORWARDING, "1")
+
+    def restore(self, chosen: Callable[[str], bool], needed: Collection[str] = ()) -> None:
+        """Put back the values found, where the value still is ours and nobody else needs it."""
+        paths = [path for path in self._found if chosen(path)]
+        # forwarding before what depends on it
+        for path in sorted(paths, key=lambda path: path not in (IPV4_FORWARDING, IPV6_FORWARDING)):
+            before, ours = self._found[path]
+            if path not in needed and read(path) == ours:
+                write(path, before)
+            del self._found[path]
+        if paths:
+            self._keep()
+
+    def _set(self, path: str, value: str) -> None:
+        now = read(path)
+        if now == value:
+            return
+        if path not in self._found and now is not None:
+            self._found[path] = [now, value]
+            self._keep()
+        write(path, value)
+
+    def _keep(self) -> None:
+        try:
+            if not self._found:
+                self._file.unlink(missing_ok=True)
+                return
+            new = self._file.with_suffix(".new")
+            with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+                json.dump(self._found, file)
+            new.rename(self._file)
+        except OSError as error:
+            raise CalicoError(f"{self._file} cannot be written: {error.strerror}") from None
+
+
+def read_path(path: Path) -> str | None:
+    return read(str(path.relative_to(ROOT)))

@@ -1,0 +1,119 @@
+"""A host with its agent, and namespaces on it: what the tests of the agent set up, and how they wait for it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.system.support import HOST_IP, HOST_IP6, Host, links, run, wait_for
+
+LOG_DIR = Path("/run/calico-tests/log")
+
+_fences = itertools.count()
+
+
+class AgentHost(Host):
+    """A host whose agent runs, started the way an operator does."""
+
+    def start_agent(self, *options: str, **env: str) -> None:
+        self.ctl("node", f"--ip={HOST_IP}", f"--ip6={HOST_IP6}", f"--log-dir={LOG_DIR}", *options, env=env)
+
+    @property
+    def pid(self) -> int:
+        return int(Path(f"/run/calico/{self.name}/felix.pid").read_text())
+
+    def kill_agent(self) -> None:
+        """Kill the agent with -9, and wait until it is gone."""
+        pid = self.pid
+        os.kill(pid, 9)
+        wait_for(lambda: not self.agent_runs(pid), "the agent's end")
+
+    @staticmethod
+    def agent_runs(pid: int) -> bool:
+        try:
+            return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+        except (FileNotFoundError, ProcessLookupError):
+            return False
+
+    def log(self) -> str:
+        return (LOG_DIR / "felix.log").read_text()
+
+    def status(self) -> dict:
+        return json.loads(self.ctl("status", "--output=json", status=None).out)
+
+    def endpoint_status(self, key: str) -> dict | None:
+        """Return what the agent has reported of the endpoint with this key."""
+        value = self.etcd.get(key.replace("/calico/v1", "/calico/felix/v1", 1))
+        return None if value is None else json.loads(value)
+
+    def sync(self) -> None:
+        """Wait until the agent has applied all that was written before: it reports changes in their order."""
+        key = f"/calico/v1/host/{self.name}/workload/test/fence/endpoint/fence{next(_fences)}"
+        self.etcd.put(key, {"state": "inactive", "ipv4_nets": []})
+        wait_for(lambda: self.endpoint_status(key), f"the agent\n{self.log()}", 20)
+        self.etcd.delete(key)
+
+    def profile(self, name: str, inbound: list | None = None, outbound: list | None = None, tags: list | None = None):
+        """Write a profile: by default, all may go out, and nothing come in."""
+        rules = {"id": name, "inbound_rules": inbound or [], "outbound_rules": outbound or [{"action": "allow"}]}
+        self.etcd.put(f"/calico/v1/policy/profile/{name}/rules", rules)
+        self.etcd.put(f"/calico/v1/policy/profile/{name}/tags", [name] if tags is None else tags)
+
+    def set_profiles(self, namespace: str, *profiles: str) -> None:
+        key = self.key(namespace)
+        record = json.loads(self.etcd.get(key))
+        self.etcd.put(key, {**record, "profile_ids": list(profiles)})
+
+    def key(self, namespace: str) -> str:
+        """Return the key of a namespace's endpoint."""
+        (key,) = [key for key in self.records() if f"/-var-run-netns-{namespace}/" in key]
+        return key
+
+    def add(self, namespace: str, *addresses: str) -> None:
+        """Make a namespace and connect it."""
+        run("ip", "netns", "add", namespace)
+        run("ip", "-n", namespace, "link", "set", "lo", "up")
+        path = f"/var/run/netns/{namespace}"
+        self.ctl("container", "add", path, addresses[0])
+        for address in addresses[1:]:
+            self.ctl("container", path, "ip", "add", address)
+
+    def interface(self, namespace: str) -> str:
+        """Return the host's end of a namespace's pair."""
+        return json.loads(self.etcd.get(self.key(namespace)))["name"]
+
+    def mac(self, namespace: str) -> str:
+        return links(namespace)["eth1"]["address"]
+
+
+@contextmanager
+def outside_host(name: str = "outside", network: str = "198.51.100", network6: str = "2001:db8:1::") -> Iterator[str]:
+    """A machine beyond the host, in a namespace: it routes everything through the host."""
+    run("ip", "netns", "add", name)
+    run("ip", "link", "add", "uplink", "type", "veth", "peer", "name", "eth0", "netns", name)
+    for prefix, device, number in ((["ip"], "uplink", 1), (["ip", "-n", name], "eth0", 2)):
+        run(*prefix, "address", "add", f"{network}.{number}/24", "dev", device)
+        run(*prefix, "address", "add", f"{network6}{number}/64", "dev", device, "nodad")
+        run(*prefix, "link", "set", device, "up")
+    run("ip", "-n", name, "link", "set", "lo", "up")
+    run("ip", "-n", name, "route", "add", "default", "via", f"{network}.1")
+    run("ip", "-n", name, "-6", "route", "add", "default", "via", f"{network6}1")
+    try:
+        yield name
+    finally:
+        run("ip", "link", "delete", "uplink", check=False)
+        run("ip", "netns", "delete", name, check=False)
+
+
+def holds(condition, seconds: float) -> bool:
+    """Tell whether a condition holds all the time for so long."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if not condition():
+            return False
+    return True

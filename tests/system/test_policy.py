@@ -1,0 +1,592 @@
+"""What profiles let through, with real packets between namespaces, the host, and a machine beyond it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import select
+import socket
+import struct
+from collections.abc import Iterator
+
+import pytest
+
+from tests.system.agent import AgentHost, outside_host
+from tests.system.conftest import clear_host
+from tests.system.support import Etcd, links, run, wait_for
+from tests.system.traffic import (
+    QUICK,
+    checksum,
+    connect,
+    connection,
+    flows,
+    inside,
+    listener,
+    mac_bytes,
+    ping,
+    send_frame,
+    tcp,
+    udp,
+    udp_frame,
+)
+
+A4, B4, C4 = "192.168.0.1", "192.168.0.2", "192.168.0.3"
+A6, B6, C6 = "fd80:24e2:f998:72d6::1", "fd80:24e2:f998:72d6::2", "fd80:24e2:f998:72d6::3"
+A = {4: A4, 6: A6}
+B = {4: B4, 6: B6}
+HOST = {4: "192.0.2.2", 6: "2001:db8::2"}
+OUTSIDE = {4: "198.51.100.2", 6: "2001:db8:1::2"}
+ALLOW = {"action": "allow"}
+BOTH = pytest.mark.parametrize("version", [4, 6])
+
+
+@pytest.fixture(scope="module")
+def network(etcd: Etcd) -> Iterator[AgentHost]:
+    """A host with an agent and the namespaces a, b, and c, and a machine beyond it, `outside`."""
+    etcd.delete("/calico")
+    host = AgentHost(etcd)
+    with outside_host():
+        try:
+            host.start_agent()
+            for name, addresses in (("a", (A4, A6)), ("b", (B4, B6)), ("c", (C4, C6))):
+                host.add(name, *addresses)
+            yield host
+        finally:
+            clear_host()
+
+
+@pytest.fixture
+def net(network: AgentHost) -> Iterator[AgentHost]:
+    """The network, with the profiles `a`, `b` and `c`, one each: all may go out, and nothing come in."""
+    for name in "abc":
+        network.profile(name)
+        network.set_profiles(name, name)
+    yield network
+    network.etcd.delete("/calico/v1/policy")
+    network.etcd.put("/calico/v1/host/host1/config/DefaultEndpointToHostAction", "RETURN")
+    network.etcd.put("/calico/v1/ipam/v4/pool/192.168.0.0-16", {"cidr": "192.168.0.0/16"})
+    network.etcd.put("/calico/v1/ipam/v6/pool/fd80:24e2:f998:72d6::-64", {"cidr": "fd80:24e2:f998:72d6::/64"})
+
+
+def inbound(net: AgentHost, *rules: dict) -> None:
+    """Let these rules decide what comes in to b."""
+    net.profile("b", inbound=list(rules))
+    net.sync()
+
+
+def outbound(net: AgentHost, *rules: dict) -> None:
+    """Let these rules decide what a may send; b takes anything."""
+    net.profile("a", outbound=list(rules) or [{"action": "deny"}])
+    net.profile("b", inbound=[ALLOW])
+    net.sync()
+
+
+@BOTH
+def test_what_no_rule_matches_is_dropped(net: AgentHost, version: int) -> None:
+    inbound(net)
+    assert not ping("a", B[version])
+    assert not tcp("a", "b", B[version])
+    assert not udp("a", "b", B[version], 80)
+    inbound(net, ALLOW)
+    assert ping("a", B[version])
+    assert tcp("a", "b", B[version])
+    assert udp("a", "b", B[version], 80)
+
+
+@BOTH
+def test_outbound_rules_are_asked_as_well(net: AgentHost, version: int) -> None:
+    outbound(net)
+    assert not ping("a", B[version])
+    assert not tcp("a", "b", B[version])
+    assert not udp("a", "b", B[version], 80)
+    outbound(net, {"action": "allow", "protocol": "tcp"})
+    assert tcp("a", "b", B[version])
+    assert not udp("a", "b", B[version], 80)
+
+
+@BOTH
+def test_without_a_profile_nothing_passes(net: AgentHost, version: int) -> None:
+    inbound(net, ALLOW)
+    assert ping("a", B[version])
+    net.set_profiles("a")
+    net.sync()
+    assert not ping("a", B[version])
+    net.set_profiles("a", "a")
+    net.set_profiles("b")
+    net.sync()
+    assert not ping("a", B[version])
+
+
+@BOTH
+@pytest.mark.parametrize("protocol", ["tcp", "udp"])
+def test_protocols_ports_and_ranges(net: AgentHost, version: int, protocol: str) -> None:
+    passes, other = (tcp, udp) if protocol == "tcp" else (udp, tcp)
+    inbound(net, {"action": "allow", "protocol": protocol, "dst_ports": [80, "8000:8010", 8005, 8011]})
+    for port, allowed in ((80, True), (81, False), (7999, False), (8000, True), (8011, True), (8012, False)):
+        assert passes("a", "b", B[version], port) == allowed, port
+    assert not other("a", "b", B[version], 80)
+    assert not ping("a", B[version])
+    inbound(net, {"action": "allow", "protocol": protocol, "src_ports": ["3000:3010"]})
+    assert passes("a", "b", B[version], 80, source_port=3010)
+    assert not passes("a", "b", B[version], 80, source_port=3011)
+    number = 6 if protocol == "tcp" else 17
+    inbound(net, {"action": "allow", "protocol": number})
+    assert passes("a", "b", B[version], 80)
+    assert not other("a", "b", B[version], 80)
+
+
+@BOTH
+def test_cidrs(net: AgentHost, version: int) -> None:
+    own, others = (f"{A4}/32", f"{C4}/32") if version == 4 else (f"{A6}/128", f"{C6}/128")
+    inbound(net, {"action": "allow", "src_net": own})
+    assert ping("a", B[version])
+    assert not ping("c", B[version])
+    assert not ping("a", B[10 - version]), "a CIDR of one IP version says nothing about the other"
+    inbound(net, {"action": "allow", "src_net": others})
+    assert not ping("a", B[version])
+    outbound(net, {"action": "allow", "dst_net": "192.168.0.2/31" if version == 4 else f"{B6}/127"})
+    assert ping("a", B[version])
+    assert not ping("a", HOST[version])
+    inbound(net, {"action": "allow", "src_net": "0.0.0.0/0" if version == 4 else "::/0"})
+    net.profile("a")
+    net.sync()
+    assert ping("a", B[version])
+    assert not ping("a", B[10 - version])
+
+
+def test_icmp_is_for_ipv4_and_icmpv6_for_ipv6(net: AgentHost) -> None:
+    for rule, four, six in (
+        ({"protocol": "icmp"}, True, False),
+        ({"protocol": "icmpv6"}, False, True),
+        ({"protocol": "icmp", "icmp_type": 8}, True, False),
+        ({"protocol": "icmp", "icmp_type": 8, "icmp_code": 0}, True, False),
+        ({"protocol": "icmp", "icmp_type": 8, "icmp_code": 1}, False, False),
+        ({"protocol": "icmp", "icmp_type": 13}, False, False),
+        ({"protocol": "icmpv6", "icmp_type": 128}, False, True),
+        ({"protocol": "icmpv6", "icmp_type": 129}, False, False),
+        ({"protocol": 1}, True, False),
+        ({"protocol": 58}, False, True),
+        ({"ip_version": 4}, True, False),
+        ({"ip_version": 6}, False, True),
+    ):
+        inbound(net, {"action": "allow", **rule})
+        assert (ping("a", B4), ping("a", B6)) == (four, six), rule
+        assert tcp("a", "b", B4) == ("ip_version" in rule and four), rule
+
+
+@BOTH
+def test_a_tag_is_all_addresses_of_all_endpoints_with_it(net: AgentHost, version: int) -> None:
+    net.profile("a", tags=["friends", "a"])
+    inbound(net, {"action": "allow", "src_tag": "friends"})
+    assert ping("a", B[version])
+    assert not ping("c", B[version])
+    net.profile("c", tags=["friends"])
+    net.sync()
+    assert ping("c", B[version])
+    net.profile("a", tags=[])
+    net.sync()
+    assert not ping("a", B[version])
+    # an endpoint of another host
+    assert not ping("outside", B[version])
+    remote = "/calico/v1/host/elsewhere/workload/docker/x/endpoint/y"
+    nets = {"ipv4_nets": ["198.51.100.2/32"], "ipv6_nets": ["2001:db8:1::2/128"]}
+    net.etcd.put(remote, {"state": "active", "profile_ids": ["c"], **nets})
+    net.sync()
+    assert ping("outside", B[version])
+    net.etcd.delete(remote)
+    net.sync()
+    assert not ping("outside", B[version])
+
+
+@BOTH
+def test_a_tag_as_destination(net: AgentHost, version: int) -> None:
+    net.profile("c", inbound=[ALLOW])
+    outbound(net, {"action": "allow", "dst_tag": "b"})
+    assert ping("a", B[version])
+    assert not ping("a", C4 if version == 4 else C6)
+
+
+@BOTH
+def test_profiles_and_rules_are_asked_in_order(net: AgentHost, version: int) -> None:
+    deny = {"action": "deny", "protocol": "tcp", "dst_ports": [81]}
+    inbound(net, deny, {"action": "allow", "protocol": "tcp"})
+    assert tcp("a", "b", B[version], 80)
+    assert not tcp("a", "b", B[version], 81)
+    inbound(net, {"action": "allow", "protocol": "tcp"}, deny)
+    assert tcp("a", "b", B[version], 81)
+    net.profile("first", inbound=[deny])
+    net.set_profiles("b", "first", "b")
+    net.sync()
+    assert not tcp("a", "b", B[version], 81)
+    assert tcp("a", "b", B[version], 80), "what the first does not decide, the second does"
+    net.set_profiles("b", "b", "first")
+    net.sync()
+    assert tcp("a", "b", B[version], 81)
+
+
+@BOTH
+def test_a_profile_that_is_not_there_or_cannot_be_read_denies(net: AgentHost, version: int) -> None:
+    inbound(net, ALLOW)
+    net.profile("bad", inbound=[ALLOW])
+    net.set_profiles("b", "b", "bad")
+    net.sync()
+    for text in (
+        "{",
+        '{"inbound_rules": [{"action": "allow", "!src_tag": "x"}]}',
+        '{"inbound_rules": [{"action": 1}]}',
+    ):
+        net.etcd.put("/calico/v1/policy/profile/bad/rules", text)
+        net.sync()
+        assert ping("a", B[version]), "an earlier profile has decided"
+        net.set_profiles("b", "bad", "b")
+        net.sync()
+        assert not ping("a", B[version]), "a later profile is not asked"
+        status = net.status()
+        assert [p["key"] for p in status["problems"]] == ["/calico/v1/policy/profile/bad/rules"]
+        assert "profile bad" in status["endpoints_in_trouble"][0]["reason"]
+        net.set_profiles("b", "b", "bad")
+        net.sync()
+    net.set_profiles("b", "nowhere", "b")
+    net.sync()
+    assert not ping("a", B[version])
+    assert "profile nowhere" in net.status()["endpoints_in_trouble"][0]["reason"]
+    net.profile("nowhere", inbound=[ALLOW])
+    net.sync()
+    assert ping("a", B[version])
+    assert net.status()["endpoints_in_trouble"] == []
+
+
+def test_rules_that_only_a_human_would_write(net: AgentHost) -> None:
+    inbound(net, {"action": "log"}, {"protocol": "icmp", "src_tag": None})
+    assert ping("a", B4), "log goes on to the next rule; a missing action means allow"
+    inbound(net, {"action": "allow", "src_net": "fd00::/8", "dst_net": "10.0.0.0/8"})
+    assert not ping("a", B4) and net.status()["problems"] == [], "it matches nothing, and is no error"
+    strange = 'x"; drop\n\u0000-%s/../' + "é" * 60
+    net.profile("a", tags=[strange])
+    inbound(net, {"action": "allow", "src_tag": strange})
+    assert net.status()["problems"][0]["key"] == "/calico/v1/policy/profile/b/rules"
+    net.profile("b", inbound=[ALLOW], tags=[strange])
+    for name in ("with-dash", "with.dot", "with_underscore", "a" * 39, "Ünïcode", "with blank"):
+        net.etcd.put(f"/calico/v1/policy/profile/{name}/rules", {"inbound_rules": [ALLOW], "outbound_rules": [ALLOW]})
+        net.set_profiles("b", name)
+        net.sync()
+        assert ping("a", B4), name
+
+
+# Addresses and MACs that are not the sender's
+
+
+@contextlib.contextmanager
+def udp_server(namespace: str | None, address: str, port: int) -> Iterator[socket.socket]:
+    def make() -> socket.socket:
+        server = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM)
+        server.bind((address, port))
+        return server
+
+    with inside(namespace, make) as server:
+        yield server
+
+
+def arrives(server: socket.socket) -> bool:
+    if not select.select([server], [], [], QUICK)[0]:
+        return False
+    server.recv(100)
+    return True
+
+
+@BOTH
+@pytest.mark.parametrize("target", ["b", "host"])
+def test_a_spoofed_source_is_dropped(net: AgentHost, version: int, target: str) -> None:
+    inbound(net, ALLOW)
+    destination = B[version] if target == "b" else HOST[version]
+    own_mac, host_mac = net.mac("a"), links()[net.interface("a")]["address"]
+    foreign = {4: C4, 6: C6}[version]
+    with udp_server("b" if target == "b" else None, destination, 7777) as server:
+        for source_mac, source, allowed in (
+            (own_mac, A[version], True),
+            (own_mac, foreign, False),
+            ("02:00:00:00:00:99", A[version], False),
+            (net.mac("b"), B[version], False),
+            (own_mac, OUTSIDE[version], False),
+            (own_mac, A[version], True),
+        ):
+            send_frame("a", "eth1", udp_frame(source_mac, host_mac, source, destination, 7777))
+            assert arrives(server) == allowed, (source_mac, source)
+
+
+def test_a_spoofed_packet_of_a_live_flow_is_dropped(net: AgentHost) -> None:
+    """c sends into a flow of a's, whose packets pass without a look at the rules."""
+    inbound(net, {"action": "allow", "src_net": f"{A4}/32"})
+    with udp_server("b", B4, 7777) as server, udp_server("a", A4, 4000) as client:
+        client.sendto(b"x", (B4, 7777))
+        assert arrives(server)
+        server.sendto(b"y", (A4, 4000))
+        assert arrives(client)
+        host_mac = links()[net.interface("c")]["address"]
+        send_frame("c", "eth1", udp_frame(net.mac("c"), host_mac, A4, B4, 7777, source_port=4000))
+        assert not arrives(server)
+        client.sendto(b"x", (B4, 7777))
+        assert arrives(server)
+
+
+def arp(operation: int, sender_mac: str, sender: str, target_mac: str, target: str) -> bytes:
+    body = struct.pack("!HHBBH", 1, 0x0800, 6, 4, operation)
+    return body + mac_bytes(sender_mac) + socket.inet_aton(sender) + mac_bytes(target_mac) + socket.inet_aton(target)
+
+
+def neighbours(interface: str) -> dict[str, str]:
+    entries = json.loads(run("ip", "-j", "neigh", "show", "dev", interface).out or "[]")
+    return {entry["dst"]: entry.get("lladdr", "") for entry in entries}
+
+
+def test_a_spoofed_arp_packet_is_dropped(net: AgentHost) -> None:
+    interface, own = net.interface("a"), net.mac("a")
+    host_mac = links()[interface]["address"]
+    zero, broadcast = "00:00:00:00:00:00", "ff:ff:ff:ff:ff:ff"
+    run("sysctl", "-q", "-w", f"net.ipv4.conf.{interface}.arp_accept=1")
+    before = neighbours(interface)
+
+    def send(source_mac: str, *fields) -> None:
+        send_frame("a", "eth1", mac_bytes(host_mac) + mac_bytes(source_mac) + b"\x08\x06" + arp(*fields))
+
+    # answers and requests that claim another's address, or another MAC
+    for operation in (1, 2):
+        send(own, operation, own, C4, host_mac, "192.0.2.2")
+        send(own, operation, own, "198.51.100.2", host_mac, "192.0.2.2")
+        send(own, operation, "02:00:00:00:00:99", A4, host_mac, "192.0.2.2")
+        send("02:00:00:00:00:99", operation, own, A4, broadcast, "192.0.2.2")
+        send(own, operation, own, C4, zero, C4)  # gratuitous
+    assert neighbours(interface) == before
+
+    # its own is answered
+    def ask() -> bool:
+        with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x0806)) as raw:
+            raw.bind(("eth1", 0x0806))
+            raw.send(mac_bytes(broadcast) + mac_bytes(own) + b"\x08\x06" + arp(1, own, A4, zero, "192.0.2.2"))
+            return bool(select.select([raw], [], [], QUICK)[0])
+
+    assert inside("a", ask)
+
+
+def test_a_spoofed_neighbour_advertisement_is_dropped(net: AgentHost) -> None:
+    interface, own = net.interface("a"), net.mac("a")
+    host_mac = links()[interface]["address"]
+
+    def advertise(source: str, target: str) -> None:
+        packed = socket.inet_pton(socket.AF_INET6, source) + socket.inet_pton(socket.AF_INET6, HOST[6])
+        body = struct.pack("!BBHI", 136, 0, 0, 0x60000000) + socket.inet_pton(socket.AF_INET6, target)
+        body += b"\x02\x01" + mac_bytes(own)
+        check = checksum(packed + struct.pack("!IHBB", len(body), 0, 0, 58) + body)
+        body = body[:2] + struct.pack("!H", check) + body[4:]
+        header = struct.pack("!IHBB", 0x60000000, len(body), 58, 255) + packed
+        send_frame("a", "eth1", mac_bytes(host_mac) + mac_bytes(own) + b"\x86\xdd" + header + body)
+
+    def packets() -> dict[str, int]:
+        chain = json.loads(run("nft", "-j", "list", "chain", "inet", "watch", "in").out)
+        rules = [item["rule"] for item in chain["nftables"] if "rule" in item]
+        return {rule["comment"]: rule["expr"][-1]["counter"]["packets"] for rule in rules}
+
+    run(
+        "nft",
+        "add table inet watch; add chain inet watch in { type filter hook input priority 0; };"
+        f'add rule inet watch in iifname {interface} icmpv6 type 136 counter comment "seen"',
+    )
+    try:
+        advertise(A6, A6)
+        wait_for(lambda: packets()["seen"] == 1, "the advertisement of its own address")
+        advertise(A6, C6)
+        advertise(C6, C6)
+        advertise(A6, OUTSIDE[6])
+        advertise(A6, A6)
+        wait_for(lambda: packets()["seen"] >= 2, "the second advertisement of its own address")
+        assert packets()["seen"] == 2
+    finally:
+        run("nft", "delete table inet watch")
+
+
+def test_an_interface_that_the_table_does_not_know_passes_nothing(net: AgentHost) -> None:
+    inbound(net, ALLOW)
+    run("ip", "netns", "add", "stranger")
+    run("ip", "link", "add", "calistranger", "type", "veth", "peer", "name", "eth1", "netns", "stranger")
+    try:
+        run("ip", "link", "set", "calistranger", "up")
+        run("ip", "-n", "stranger", "link", "set", "eth1", "up")
+        run("ip", "-n", "stranger", "address", "add", "192.168.0.9/32", "dev", "eth1")
+        run("ip", "-n", "stranger", "route", "add", "default", "dev", "eth1")
+        run("ip", "route", "add", "192.168.0.9/32", "dev", "calistranger")
+        for address in (B4, HOST[4], OUTSIDE[4]):
+            assert not ping("stranger", address)
+    finally:
+        run("ip", "link", "delete", "calistranger")
+        run("ip", "netns", "delete", "stranger")
+
+
+# The host, and what lies beyond
+
+
+@BOTH
+def test_from_the_host_everything_is_allowed(net: AgentHost, version: int) -> None:
+    inbound(net)
+    assert ping(None, B[version])
+    assert tcp(None, "b", B[version])
+    assert udp(None, "b", B[version], 80)
+    net.set_profiles("b")
+    net.sync()
+    assert ping(None, B[version])
+
+
+@BOTH
+def test_to_the_host_the_outbound_rules_and_the_hosts_action_decide(net: AgentHost, version: int) -> None:
+    net.sync()
+    assert tcp("a", None, HOST[version])
+    outbound(net, {"action": "deny"})
+    assert not tcp("a", None, HOST[version])
+    assert not ping("a", HOST[version])
+    assert udp("a", None, HOST[version], 53), "DNS is always allowed"
+    assert not tcp("a", None, HOST[version], 53)
+    assert not udp("a", None, HOST[version], 54)
+    outbound(net, ALLOW)
+    for action, allowed in (("DROP", False), ("ACCEPT", True), ("nonsense", False), ("RETURN", True)):
+        net.etcd.put("/calico/v1/host/host1/config/DefaultEndpointToHostAction", action)
+        net.sync()
+        assert tcp("a", None, HOST[version]) == allowed, action
+        assert udp("a", None, HOST[version], 53), action
+    net.etcd.put("/calico/v1/host/host1/config/DefaultEndpointToHostAction", "DROP")
+    net.sync()
+    assert tcp(None, "b", B[version]), "answers to the host are not the endpoint's packets to it"
+
+
+@BOTH
+def test_the_hosts_own_firewall_has_the_last_word_about_the_host(net: AgentHost, version: int) -> None:
+    run(
+        "nft",
+        "add table inet hosts; add chain inet hosts in { type filter hook input priority 0; };"
+        "add rule inet hosts in tcp dport 81 drop",
+    )
+    try:
+        net.sync()
+        assert tcp("a", None, HOST[version], 80)
+        assert not tcp("a", None, HOST[version], 81)
+    finally:
+        run("nft", "delete table inet hosts")
+
+
+@BOTH
+def test_beyond_the_host(net: AgentHost, version: int) -> None:
+    net.sync()
+    assert ping("a", OUTSIDE[version])
+    assert tcp("a", "outside", OUTSIDE[version])
+    assert not tcp("outside", "b", B[version])
+    inbound(net, {"action": "allow", "src_net": "198.51.100.0/24" if version == 4 else "2001:db8:1::/64"})
+    assert tcp("outside", "b", B[version])
+    assert not tcp("a", "b", B[version])
+
+
+@BOTH
+def test_masquerade(net: AgentHost, version: int) -> None:
+    def seen_as(source: str, target: str, address: str) -> str:
+        with listener(target, address, 80) as server:
+            client = connect(source, address, 80)
+            assert client is not None
+            with client:
+                accepted, peer = server.accept()
+                accepted.close()
+                return peer[0]
+
+    inbound(net, ALLOW)
+    key = {4: "/calico/v1/ipam/v4/pool/192.168.0.0-16", 6: "/calico/v1/ipam/v6/pool/fd80:24e2:f998:72d6::-64"}[version]
+    pool = json.loads(net.etcd.get(key))
+    assert seen_as("a", "outside", OUTSIDE[version]) == A[version]
+    net.etcd.put(key, {**pool, "masquerade": True})
+    net.sync()
+    assert seen_as("a", "outside", OUTSIDE[version]) == {4: "198.51.100.1", 6: "2001:db8:1::1"}[version]
+    assert seen_as("a", "b", B[version]) == A[version], "not between pools"
+    if version == 4:
+        other = "/calico/v1/ipam/v4/pool/198.51.100.0-24"
+        net.etcd.put(other, {"cidr": "198.51.100.0/24"})
+        net.sync()
+        assert seen_as("a", "outside", OUTSIDE[version]) == A[version], "the destination is in a pool now"
+        net.etcd.delete(other)
+    net.etcd.put(key, pool)
+    net.sync()
+    assert seen_as("a", "outside", OUTSIDE[version]) == A[version]
+
+
+# What is connected already
+
+
+@BOTH
+def test_a_change_takes_effect_on_open_connections_that_it_denies_and_no_others(net: AgentHost, version: int) -> None:
+    allow_80, allow_81 = ({"action": "allow", "protocol": "tcp", "dst_ports": [port]} for port in (80, 81))
+    inbound(net, allow_80, allow_81)
+    with connection("a", "b", B[version], 80) as kept, connection("a", "b", B[version], 81) as ended:
+        assert flows(*kept) and flows(*ended)
+        inbound(net, allow_80)
+        assert not flows(*ended)
+        assert flows(*kept)
+        inbound(net, allow_80, allow_81)
+        assert flows(*kept)
+    with connection("a", "b", B[version], 80) as ended:
+        net.set_profiles("b", "c")
+        net.sync()
+        assert not flows(*ended)
+    net.set_profiles("b", "b")
+
+
+@BOTH
+def test_a_tag_that_is_lost_ends_connections(net: AgentHost, version: int) -> None:
+    net.profile("a", tags=["friends"])
+    net.profile("c", tags=["friends"])
+    inbound(net, {"action": "allow", "src_tag": "friends"})
+    with connection("a", "b", B[version], 80) as ended, connection("c", "b", B[version], 81) as kept:
+        assert flows(*ended) and flows(*kept)
+        net.profile("a", tags=[])
+        net.sync()
+        assert not flows(*ended)
+        assert flows(*kept)
+
+
+@BOTH
+def test_an_outbound_rule_ends_connections(net: AgentHost, version: int) -> None:
+    outbound(net, ALLOW)
+    with connection("a", "b", B[version], 80) as ended, connection("a", None, HOST[version], 81) as host:
+        assert flows(*ended) and flows(*host)
+        with connection(None, "a", A[version], 82) as from_host:
+            outbound(net, {"action": "deny"})
+            assert not flows(*ended)
+            assert not flows(*host)
+            assert flows(*from_host), "the host may always connect"
+
+
+def test_udp_and_icmp_flows_end_too(net: AgentHost) -> None:
+    inbound(net, ALLOW)
+    with udp_server("b", B4, 7777) as server, udp_server("a", A4, 4000) as client:
+        client.sendto(b"x", (B4, 7777))
+        assert arrives(server)
+        server.sendto(b"y", (A4, 4000))
+        assert arrives(client)
+        inbound(net)
+        client.sendto(b"x", (B4, 7777))
+        assert not arrives(server)
+        server.sendto(b"y", (A4, 4000))
+        assert not arrives(client), "it is no answer any more, and a takes nothing in"
+
+
+def test_errors_of_established_connections_pass(net: AgentHost) -> None:
+    """A port that is closed answers a UDP packet with an ICMP error, which is related to it."""
+    inbound(net, {"action": "allow", "protocol": "udp"})
+    with udp_server("a", A4, 4000) as client:
+        client.connect((B4, 9))
+        client.send(b"x")
+        with pytest.raises(ConnectionRefusedError):
+            client.settimeout(QUICK)
+            client.recv(10)
+
+
+def test_a_tcp_packet_that_starts_no_connection_is_dropped(net: AgentHost) -> None:
+    inbound(net, ALLOW)
+    run("sysctl", "-q", "-w", "net.netfilter.nf_conntrack_tcp_loose=1")
+    with connection("a", "b", B4, 80) as pair:
+        assert flows(*pair)
+        run("conntrack", "-D", "-s", A4, "-d", B4, "-p", "tcp", "--dport", "80")
+        assert not flows(*pair)
