@@ -18,8 +18,12 @@ def traces() -> dict[str, str]:
         "links": run("ip", "-br", "link").out,
         "namespaces": run("ip", "netns", "list").out,
         "firewall": run("iptables-save", check=False).out,
+        "tables": run("nft", "list", "ruleset").out,
+        "routes": run("sh", "-c", "ip route; ip -6 route; ip address show lo").out,
+        "settings": run("sh", "-c", "sysctl -a 2>/dev/null | grep -E '^net.ipv[46].(conf|ip_forward)'").out,
+        "files": run("sh", "-c", "find /var/lib/calico /var/log/calico 2>/dev/null", check=False).out,
         "mounts": run("cat", "/proc/mounts").out,
-        "processes": run("sh", "-c", "ps -eo comm= | grep -E 'etcd|dockerd|containerd' | sort", check=False).out,
+        "processes": run("sh", "-c", "ps -eo comm= | grep -E 'etcd|dockerd|containerd|python' | sort", check=False).out,
         "run": run("ls", "/run").out,
         "containers": run("docker", "ps", "-aq").out,
         "images": run("docker", "images", "-q").out,
@@ -40,12 +44,15 @@ def test_the_demo_works_and_leaves_no_trace(engine: None, which: str) -> None:
         assert done.status == 0, done
         for line in (
             "IP 192.168.0.1 added to workload",
-            "Created profile PROFILE",
-            "Profiles PROFILE appended",
+            "Created profile web",
+            "Profiles web appended",
+            "1 packets transmitted, 1 packets received, 0% packet loss",
+            "1 packets transmitted, 0 packets received, 100% packet loss",
             "inet 192.168.0.1/32 scope global eth1",
             "default via 192.0.2.2 dev eth1",
-            "/calico/v1/policy/profile/PROFILE/rules",
-            '"profile_ids": ["PROFILE"]',
+            "Endpoints:  3 up, 0 down, 0 in error",
+            "/calico/v1/policy/profile/web/rules",
+            '"profile_ids": ["web"]',
         ):
             assert line in done.out, line
         assert ("of our own, without bridge" in done.out) == (which == "engine of its own")
