@@ -153,6 +153,7 @@ def _remove(other: str | None, remove_endpoints: bool) -> None:
         datastore.unregister_host()
     if this_one:
         _local_etcd_stopped(host)
+    process.remove_directory(datastore.host)
     if not registered and not ids and stopped is None:
         raise NotThere(f"Host {datastore.host} is not registered.")
     print(f"Host {datastore.host} is removed.")

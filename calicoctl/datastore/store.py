@@ -53,11 +53,12 @@ _NOT_SENT = ("NewConnectionError", "ConnectTimeoutError", "NameResolutionError",
 
 @dataclass(frozen=True)
 class Entry:
-    """A key with its value and the index of its last change, which a compare-and-swap names."""
+    """A key with its value, the index of its last change, which a compare-and-swap names, and that of its creation."""
 
     key: str
     value: str
     index: int
+    created: int = 0
 
 
 class Store(Protocol):
@@ -501,7 +502,7 @@ def _await_change(client: etcd.Client, path: str, index: int, seconds: float) ->
         raise etcd.EtcdConnectionFailed(cause=error) from error
     node = event["node"]
     gone = node.get("dir") or event["action"] in ("delete", "expire", "compareAndDelete")
-    entry = None if gone else Entry(node["key"], node.get("value", ""), node["modifiedIndex"])
+    entry = None if gone else Entry(node["key"], node.get("value", ""), node["modifiedIndex"], node["createdIndex"])
     return [Change(node["key"], entry)], node["modifiedIndex"] + 1
 
 
@@ -512,7 +513,7 @@ def _no_etcd(url: str, error: Exception) -> StoreError:
 def _entry(result: etcd.EtcdResult) -> Entry:
     if result.dir:
         raise InvalidValue(result.key, "it is a directory, where a key is expected")
-    return Entry(result.key, result.value or "", result.modifiedIndex)
+    return Entry(result.key, result.value or "", result.modifiedIndex, result.createdIndex)
 
 
 def _cause(error: etcd.EtcdConnectionFailed) -> BaseException | None:

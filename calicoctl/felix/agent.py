@@ -26,7 +26,7 @@ from calicoctl.felix.nft import Nft
 from calicoctl.felix.report import Health, ReportFile, Status, StoreReporter
 from calicoctl.felix.routes import PREFIX, Link, Routes
 from calicoctl.felix.ruleset import Ruleset
-from calicoctl.felix.snapshot import Snapshot
+from calicoctl.felix.snapshot import INACTIVE, Snapshot
 from calicoctl.felix.sysctls import HostSettings
 
 log = logging.getLogger("calico.felix")
@@ -327,8 +327,7 @@ class Agent:
             if unusable is None:
                 return None
             index, reason = unusable
-            inactive = reason == "it is inactive"
-            return Status("down" if inactive else "error", index, reason)
+            return Status("down" if reason == INACTIVE else "error", index, reason)
         link = self._links.get(endpoint.interface)
         if link is None:
             return Status("down", endpoint.index, f"there is no interface {endpoint.interface}")

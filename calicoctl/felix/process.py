@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TextIO
@@ -61,6 +61,12 @@ def settings_file(host: str) -> Path:
 def files(host: str) -> list[Path]:
     """Return the files that an agent leaves when it has ended."""
     return [_file(host, "felix.pid"), report_file(host), settings_file(host)]
+
+
+def remove_directory(host: str) -> None:
+    """Remove the folder of a host's files, if it is empty."""
+    with suppress(OSError):
+        (DIRECTORY / host).rmdir()
 
 
 def running(host: str) -> int | None:

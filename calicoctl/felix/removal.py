@@ -5,8 +5,6 @@ Interfaces are not touched: they belong to the endpoints, and have gone with the
 
 from __future__ import annotations
 
-from contextlib import suppress
-
 from calicoctl.errors import CalicoError
 from calicoctl.felix import docker_firewall, process, sysctls
 from calicoctl.felix.events import link_of
@@ -38,8 +36,6 @@ def remove_all(host: str) -> None:
     Nft().run(remove_commands())
     for file in process.files(host):
         file.unlink(missing_ok=True)
-    with suppress(OSError):
-        process.report_file(host).parent.rmdir()
 
 
 def _docker_needs(ipv6: bool) -> bool:

@@ -20,6 +20,8 @@ from calicoctl.datastore.store import Change, Entry
 from calicoctl.errors import CalicoError
 from calicoctl.policy import readable
 
+INACTIVE = "it is inactive"
+
 HOST_ACTIONS = ("RETURN", "DROP", "ACCEPT")
 
 _INTERFACE = re.compile(r"cali[A-Za-z0-9_.-]{1,11}", re.ASCII)
@@ -80,8 +82,9 @@ class Snapshot:
         self.problems: dict[str, str] = {}
         self.dirty = Dirty(pools=True, settings=True)
         self._entries: dict[str, Entry] = {}
+        self._candidates: dict[EndpointId, LocalEndpoint] = {}
+        """This host's endpoints whose records are sound; which of them may claim what they claim is another matter."""
         self._claims: dict[str, set[EndpointId]] = {}
-        self._claimed: dict[EndpointId, tuple[str, ...]] = {}
         self._unchecked: set[EndpointId] = set()
 
     def replace(self, directory: str, entries: Iterable[Entry]) -> None:
@@ -208,58 +211,81 @@ class Snapshot:
     # This host's endpoints: what the kernel can be given
 
     def _check_local(self) -> None:
-        """Sort the local endpoints that changed, and those that they got in the way of, into usable and not."""
-        while self._unchecked:
-            id = self._unchecked.pop()
-            self.dirty.endpoints.add(id)
-            self.local.pop(id, None)
-            self.unusable.pop(id, None)
-            key = keys.endpoint(id)
-            self._disclaim(id)
-            entry = self._entries.get(key)
-            if entry is None:
-                continue
+        """Sort the local endpoints that changed, and those that claim the same things, into usable and not."""
+        changed, self._unchecked = self._unchecked, set()
+        rivals = set(changed)
+        for id in changed:
+            rivals |= self._give_up(id)
             try:
-                endpoint = self.endpoints.get(id)
-                if endpoint is None:
-                    raise CalicoError(self.problems.get(key, ""))
-                self.problems.pop(key, None)
-                if endpoint.state == "inactive":
-                    self.unusable[id] = (entry.index, "it is inactive")
-                    continue
-                local = _checked(endpoint, entry.index)
-                self._claim(local)
-                self.local[id] = local
+                self._examine(id)
             except CalicoError as error:
-                self.problems[key] = str(error)
-                self.unusable[id] = (entry.index, str(error))
+                self._refuse(id, str(error))
+        # all that hang together by what they claim
+        unseen = set(rivals)
+        while unseen:
+            id = unseen.pop()
+            for thing in self._things(id):
+                unseen |= self._claims[thing] - rivals
+                rivals |= self._claims[thing]
+        owners: dict[str, EndpointId] = {}
+        for id in sorted(rivals & set(self._candidates), key=self._order):
+            candidate = self._candidates[id]
+            owner = next((owners[thing] for thing in self._things(id) if thing in owners), None)
+            if owner is not None:
+                if id in self.local or id not in self.unusable:
+                    self.local.pop(id, None)
+                    self._refuse(id, f"its interface or an address is that of endpoint {owner.endpoint} already")
+                continue
+            owners.update(dict.fromkeys(self._things(id), id))
+            if self.local.get(id) != candidate:
+                self.local[id] = candidate
+                self.unusable.pop(id, None)
+                self.problems.pop(keys.endpoint(id), None)
+                self.dirty.endpoints.add(id)
 
-    def _claim(self, local: LocalEndpoint) -> None:
-        """Let an endpoint have its interface and addresses, each of which is one endpoint's only: the first's by id.
+    def _examine(self, id: EndpointId) -> None:
+        """Make an endpoint a candidate, if its record is sound; raise CalicoError where it is not."""
+        key = keys.endpoint(id)
+        entry = self._entries.get(key)
+        if entry is None:
+            return
+        endpoint = self.endpoints.get(id)
+        if endpoint is None:
+            raise CalicoError(self.problems[key])
+        if endpoint.state == "inactive":
+            self.unusable[id] = (entry.index, INACTIVE)
+            return
+        self._candidates[id] = _checked(endpoint, entry.index)
+        for thing in self._things(id):
+            self._claims.setdefault(thing, set()).add(id)
 
-        Raises CalicoError when another one comes before; it keeps its place in the queue then.
-        """
-        things = self._claimed[local.id] = (local.interface, *local.addresses)
-        for thing in things:
-            self._claims.setdefault(thing, set()).add(local.id)
-        for thing in things:
-            first = min(self._claims[thing], key=_order)
-            if first != local.id:
-                raise CalicoError(f"its {thing} is that of endpoint {first.endpoint} already")
-            self._unchecked |= {id for id in self._claims[thing] if id != local.id and id in self.local}
+    def _refuse(self, id: EndpointId, why: str) -> None:
+        key = keys.endpoint(id)
+        self.problems[key] = why
+        self.unusable[id] = (self._entries[key].index, why)
+        self.dirty.endpoints.add(id)
 
-    def _disclaim(self, id: EndpointId) -> None:
-        for thing in self._claimed.pop(id, ()):
-            claimants = self._claims[thing]
-            if min(claimants, key=_order) == id:
-                self._unchecked |= claimants - {id}
-            claimants.discard(id)
-            if not claimants:
+    def _give_up(self, id: EndpointId) -> set[EndpointId]:
+        """Forget what was thought of an endpoint; return the others that claim what it had claimed."""
+        rivals = set()
+        for thing in self._things(id):
+            self._claims[thing].discard(id)
+            rivals |= self._claims[thing]
+            if not self._claims[thing]:
                 del self._claims[thing]
+        self._candidates.pop(id, None)
+        self.local.pop(id, None)
+        self.unusable.pop(id, None)
+        return rivals
 
+    def _things(self, id: EndpointId) -> tuple[str, ...]:
+        """Return what a candidate claims for itself, each of which can be one endpoint's only."""
+        candidate = self._candidates.get(id)
+        return () if candidate is None else (candidate.interface, *candidate.addresses)
 
-def _order(id: EndpointId) -> tuple[str, str, str]:
-    return id.orchestrator, id.workload, id.endpoint
+    def _order(self, id: EndpointId) -> tuple[int, str]:
+        """Older records come first."""
+        return self._entries[keys.endpoint(id)].created, id.endpoint
 
 
 def _checked(endpoint: Endpoint, index: int) -> LocalEndpoint:

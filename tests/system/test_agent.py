@@ -1,0 +1,636 @@
+"""The agent's life on a real host: started, stopped, killed, cut off from etcd; and what it makes of what it finds."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.system.agent import LOG_DIR, AgentHost, holds, outside_host
+from tests.system.support import (
+    CALICOCTL,
+    Etcd,
+    Host,
+    calico_links,
+    end_process,
+    free_port,
+    gone,
+    run,
+    wait_for,
+)
+from tests.system.traffic import connection, flows, ping
+
+A4, B4, C4 = "192.168.0.1", "192.168.0.2", "192.168.0.3"
+B6 = "fd80:24e2:f998:72d6::2"
+ALLOW = {"action": "allow"}
+
+
+@pytest.fixture
+def node(bare_host: Host) -> Iterator[AgentHost]:
+    """A host with a running agent."""
+    host = AgentHost(bare_host.etcd)
+    host.start_agent()
+    yield host
+
+
+@pytest.fixture
+def pair(node: AgentHost) -> AgentHost:
+    """A host with the namespaces a and b, which may talk to each other."""
+    node.add("a", A4)
+    node.add("b", B4)
+    node.profile("web", inbound=[ALLOW])
+    node.set_profiles("a", "web")
+    node.set_profiles("b", "web")
+    node.sync()
+    return node
+
+
+@pytest.fixture
+def own_etcd(bare_host: Host, tmp_path: Path) -> Iterator[Etcd]:
+    """An etcd that a test may stop and start."""
+    etcd = Etcd(tmp_path / "etcd")
+    etcd.start()
+    etcd.await_ready()
+    yield etcd
+    for file in Path("/run/calico").glob("*/felix.pid"):
+        end_process(file)
+    etcd.stop(9)
+
+
+def kernel() -> dict[str, str]:
+    """All that an agent may change in the kernel, as text."""
+    settings = run("sh", "-c", "sysctl -a 2>/dev/null | grep -E '^net.ipv[46]' | grep -v 'neigh.*gc'").out
+    return {
+        "tables": run("nft", "list", "ruleset").out,
+        "iptables": re.sub("#.*", "", run("sh", "-c", "iptables-save; ip6tables-save").out),
+        "routes": run("sh", "-c", "ip route show table all; ip -6 route show table all").out,
+        "neighbours": run("sh", "-c", "ip neigh show nud all; ip neigh show proxy; ip -6 neigh show proxy").out,
+        "settings": "\n".join(line for line in settings.splitlines() if "cali" not in line),
+    }
+
+
+def test_starting_twice_stopping_and_removing(bare_host: Host) -> None:
+    host = AgentHost(bare_host.etcd)
+    run("iptables", "-P", "FORWARD", "DROP")
+    run("iptables", "-A", "FORWARD", "-s", "203.0.113.0/24", "-j", "ACCEPT")
+    run("nft", "add table inet others; add chain inet others c; add rule inet others c tcp dport 80 accept")
+    run("ip", "route", "add", "203.0.113.0/24", "dev", "lo", "proto", "static")
+    try:
+        before = kernel()
+        said = host.ctl("node", "--ip=192.0.2.2", "--ip6=2001:db8::2", f"--log-dir={LOG_DIR}")
+        pid = host.pid
+        assert f"The host agent is running (process {pid})." in said.out and said.err == ""
+        again = host.ctl("node", "--ip=192.0.2.2", "--ip6=2001:db8::2")
+        assert f"The host agent is running already (process {pid})." in again.out
+        assert "already" in host.ctl("node", "--ip=192.0.2.2", "--ip6=2001:db8::2", "--detach=false", status=1).err
+        host.add("a", A4, "ipv6")
+        host.add("b", B4)
+        host.profile("web", inbound=[ALLOW])
+        host.set_profiles("a", "web")
+        host.set_profiles("b", "web")
+        host.sync()
+        assert ping("a", B4)
+        assert "2 active endpoints" in host.ctl("node", "stop", status=1).err
+        assert host.agent_runs(pid)
+        assert f"(process {pid}) has ended" in host.ctl("node", "stop", "--force").out
+        assert not host.agent_runs(pid)
+        assert ping("a", B4), "what it has set up stays"
+        assert "not running" in host.ctl("node", "stop", status=1).err
+        assert "has 2 endpoints" in host.ctl("node", "remove", status=1).err
+        assert ping("a", B4)
+        host.ctl("node", "remove", "--remove-endpoints")
+        assert kernel() == before
+        assert not calico_links()
+        kept = [key for key in bare_host.etcd.tree() if "host1" in key]
+        assert kept == []
+        assert host.allocations() == {} and host.handles() == {}
+        assert not Path("/run/calico/host1").exists()
+        assert "not registered" in host.ctl("node", "remove", status=1).err
+    finally:
+        run("nft", "delete table inet others", check=False)
+        run("iptables", "-F")
+        run("iptables", "-P", "FORWARD", "ACCEPT")
+        run("ip", "route", "delete", "203.0.113.0/24", check=False)
+
+
+def test_removing_a_host_with_a_running_agent(pair: AgentHost) -> None:
+    pid = pair.pid
+    pair.ctl("node", "remove", "--remove-endpoints")
+    assert not pair.agent_runs(pid)
+    assert "calico" not in run("nft", "list", "ruleset").out
+    assert not calico_links()
+
+
+def test_removing_another_host_touches_nothing_here(pair: AgentHost) -> None:
+    far = "/calico/v1/host/far/workload/docker/x/endpoint/0123456789abcdef0123456789abcdef"
+    far_host = Host(pair.etcd, "far")
+    far_host.register("192.0.2.3")
+    pair.etcd.put(far, {"state": "active", "ipv4_nets": ["192.168.0.200/32"]})
+    before = kernel()
+    assert "has 1 endpoints" in pair.ctl("node", "remove", "--hostname=far", status=1).err
+    pair.ctl("node", "remove", "--hostname=far", "--remove-endpoints")
+    assert not [key for key in pair.etcd.tree() if "/far/" in key]
+    assert kernel() == before and ping("a", B4)
+    assert "not registered" in pair.ctl("node", "remove", "--hostname=far", status=1).err
+    assert "host name" in pair.ctl("node", "remove", "--hostname=a/b", status=1).err
+
+
+def test_a_stream_runs_through_restart_and_kill(pair: AgentHost) -> None:
+    with connection("a", "b", B4, 80) as stream:
+        routes = run("ip", "route").out
+        reported = pair.etcd.tree("/calico/felix/v1/host/host1/workload")
+        for _ in range(2):
+            pair.kill_agent()
+            assert flows(*stream)
+            pair.start_agent()
+            assert flows(*stream)
+        pair.ctl("node", "stop", "--force")
+        assert flows(*stream)
+        pair.start_agent()
+        assert flows(*stream)
+        assert run("ip", "route").out == routes
+        assert pair.etcd.tree("/calico/felix/v1/host/host1/workload") == reported
+
+
+def test_no_packet_is_lost_or_let_through_while_the_agent_starts(pair: AgentHost) -> None:
+    """A table that is replaced as a whole is so at once: allowed packets pass, others do not, at every instant."""
+    pair.add("c", C4)
+    allowed = subprocess.Popen(
+        ["ip", "netns", "exec", "a", "ping", "-q", "-i", "0.002", "-W", "1", B4], stdout=subprocess.PIPE, text=True
+    )
+    denied = subprocess.Popen(
+        ["ip", "netns", "exec", "c", "ping", "-q", "-i", "0.002", "-W", "1", B4], stdout=subprocess.PIPE, text=True
+    )
+    for _ in range(5):
+        pair.kill_agent()
+        pair.start_agent()
+        pair.profile("web", inbound=[ALLOW, {"action": "deny", "src_tag": "nobody"}])
+        pair.sync()
+        pair.profile("web", inbound=[ALLOW])
+        pair.sync()
+    results = []
+    for process in (allowed, denied):
+        process.send_signal(signal.SIGINT)
+        results.append(process.communicate()[0])
+    sent, received = map(int, re.search(r"(\d+) packets transmitted, (\d+) received", results[0]).groups())
+    assert sent > 500 and received >= sent - 1, results[0]
+    assert re.search(r"[1-9]\d+ packets transmitted, 0 received", results[1]), results[1]
+
+
+def test_etcd_away_and_back(own_etcd: Etcd) -> None:
+    host = AgentHost(own_etcd)
+    host.start_agent()
+    host.add("a", A4)
+    host.add("b", B4)
+    host.profile("web", inbound=[ALLOW])
+    host.set_profiles("a", "web")
+    host.set_profiles("b", "web")
+    host.sync()
+    own_etcd.stop()
+    away = wait_for(lambda: not host.status()["etcd"]["reachable"] and host.status(), "the agent to notice")
+    assert "cannot be reached" in away["etcd"]["error"]
+    assert away["last_error"]["error"].startswith("etcd cannot be reached")
+    assert "not reachable since" in host.ctl("status").out
+    assert ping("a", B4)
+    # what it knows, it goes on to keep
+    run("ip", "route", "delete", f"{B4}/32")
+    wait_for(lambda: ping("a", B4), "the route")
+    own_etcd.start()
+    own_etcd.await_ready()
+    host.profile("web", inbound=[])
+    wait_for(lambda: not ping("a", B4), "the change")
+    wait_for(lambda: host.status()["etcd"]["reachable"], "the agent to say so")
+    wait_for(lambda: own_etcd.get("/calico/felix/v1/host/host1/status"), "the sign of life")
+
+
+def test_changes_that_etcd_has_forgotten(pair: AgentHost) -> None:
+    """etcd's v2 API remembers 1,000 events: an agent that was held up for longer reads all anew."""
+    pair.add("c", C4)
+    pair.profile("c", inbound=[ALLOW])
+    os.kill(pair.pid, signal.SIGSTOP)
+    try:
+        pair.profile("web", inbound=[])
+        for number in range(2000):
+            pair.etcd.put(f"/calico/v1/policy/profile/p{number % 50}/tags", [str(number)])
+        pair.set_profiles("c", "c")
+    finally:
+        os.kill(pair.pid, signal.SIGCONT)
+    wait_for(lambda: pair.status()["resyncs"] > 0, "reading anew")
+    pair.sync()
+    assert not ping("a", B4)
+    assert ping("a", C4)
+    pair.kill_agent()
+    for number in range(2000):
+        pair.etcd.put(f"/calico/v1/policy/profile/p{number % 50}/tags", [str(number)])
+    pair.profile("web", inbound=[ALLOW])
+    pair.start_agent()
+    assert ping("a", B4)
+
+
+def test_a_change_while_the_agent_is_down_ends_connections_when_it_starts(pair: AgentHost) -> None:
+    with connection("a", "b", B4, 80) as stream:
+        pair.kill_agent()
+        pair.profile("web", inbound=[])
+        assert flows(*stream)
+        pair.start_agent()
+        assert not flows(*stream)
+
+
+def test_a_store_that_is_not_ready(bare_host: Host) -> None:
+    host = AgentHost(bare_host.etcd)
+    host.register("192.0.2.2")
+    host.etcd.put("/calico/v1/Ready", "false")
+    host.add("a", A4)
+    host.add("b", B4)
+    host.profile("web", inbound=[ALLOW])
+    host.set_profiles("a", "web")
+    host.set_profiles("b", "web")
+    before = kernel()
+    agent = subprocess.Popen(
+        [sys.executable, "-m", "calicoctl.felix", '{"log_dir": null}'], env=host.environment(), stderr=subprocess.PIPE
+    )
+    try:
+        waiting = wait_for(lambda: "Ready" in str(host.status().get("waiting_for")) and host.status(), "the agent")
+        assert not waiting["first_update"]
+        assert holds(lambda: kernel() == before, 1)
+        assert "not looked at yet" in host.ctl("status").out
+        host.etcd.put("/calico/v1/Ready", "true")
+        wait_for(lambda: ping("a", B4), "the network")
+        # a store that is emptied takes nothing down
+        host.etcd.delete("/calico")
+        wait_for(lambda: host.status()["waiting_for"], "the agent to notice")
+        assert ping("a", B4)
+    finally:
+        agent.terminate()
+        agent.communicate()
+
+
+def test_what_cannot_be_understood_affects_what_it_names_alone(pair: AgentHost) -> None:
+    pair.add("c", C4)
+    pair.set_profiles("c", "web")
+    folder = "/calico/v1/host/host1/workload/docker/x/endpoint"
+    sound = {"state": "active", "mac": "02:00:00:00:00:09", "profile_ids": ["web"], "ipv4_nets": ["192.168.0.9/32"]}
+    bad = {
+        f"{folder}/1": "{",
+        f"{folder}/2": json.dumps({**sound, "name": "eth0"}),
+        f"{folder}/3": json.dumps({**sound, "name": "cali/../x"}),
+        f"{folder}/4": json.dumps({**sound, "name": "cali4", "mac": None}),
+        f"{folder}/5": json.dumps({**sound, "name": "cali5", "ipv4_nets": ["192.168.0.0/24"]}),
+        f"{folder}/6": json.dumps({**sound, "name": "cali6", "ipv4_nets": ["127.0.0.1/32"]}),
+        f"{folder}/7": json.dumps({**sound, "name": pair.interface("a")}),
+        f"{folder}/8": json.dumps({**sound, "name": "cali8", "ipv4_nets": [f"{A4}/32"]}),
+        f"{folder}/9": json.dumps({**sound, "name": "calitoolongforthekernel"}),
+        "/calico/v1/policy/profile/other/rules": "[]",
+        "/calico/v1/policy/profile/third/tags": '{"no": "list"}',
+        "/calico/v1/ipam/v4/pool/nonsense": "{}",
+        "/calico/v1/policy/profile/deep/er/rules": "x",
+        "/calico/v1/host/host1/workload/odd": "x",
+    }
+    for key, value in bad.items():
+        pair.etcd.put(key, value)
+    pair.sync()
+    assert ping("a", B4) and ping("b", A4) and ping("c", A4)
+    status = pair.status()
+    named = {problem["key"] for problem in status["problems"]}
+    assert named == {key for key in bad if "deep" not in key and "odd" not in key}
+    assert status["endpoints"] == {"up": 3, "down": 0, "error": 9}
+    for number in "123456789":
+        assert pair.endpoint_status(f"{folder}/{number}")["status"] == "error", number
+    shown = pair.ctl("status").out
+    assert "/calico/v1/policy/profile/third/tags" in shown and f"{folder}/1" in shown
+    for key in bad:
+        pair.etcd.delete(key)
+    pair.sync()
+    assert pair.status()["problems"] == [] and pair.status()["endpoints"] == {"up": 3, "down": 0, "error": 0}
+    assert pair.endpoint_status(f"{folder}/1") is None
+    assert ping("a", B4)
+
+
+def test_what_the_tool_of_2015_wrote(node: AgentHost) -> None:
+    """A namespace's endpoint under `docker`, one profile_id, addresses without a handle, fields we do not know."""
+    run("ip", "netns", "add", "old")
+    node.add("b", B4)
+    node.profile("web", inbound=[ALLOW])
+    node.set_profiles("b", "web")
+    id = "b7bfd19ee7611e59cafe0800279bba2e"
+    name = f"cali{id[:11]}"
+    run("ip", "link", "add", name, "type", "veth", "peer", "name", "eth1", "netns", "old")
+    run("ip", "link", "set", name, "up")
+    run("ip", "-n", "old", "link", "set", "eth1", "up")
+    run("ip", "-n", "old", "address", "add", "192.168.0.7/32", "dev", "eth1")
+    run("ip", "-n", "old", "route", "add", "192.0.2.2", "dev", "eth1")
+    run("ip", "-n", "old", "route", "add", "default", "via", "192.0.2.2", "dev", "eth1")
+    record = {
+        "state": "active",
+        "name": name,
+        "mac": node.mac("old").upper(),
+        "profile_id": "web",
+        "ipv4_nets": ["192.168.0.7/32"],
+        "ipv6_nets": [],
+        "ipv4_gateway": "192.0.2.2",
+        "ipv6_gateway": None,
+        "labels": {"new": "field"},
+    }
+    node.etcd.put(f"/calico/v1/host/host1/workload/docker/-var-run-netns-old/endpoint/{id}", record)
+    node.sync()
+    assert ping("old", B4) and ping("b", "192.168.0.7")
+
+
+def test_interface_and_record_come_in_any_order_and_go(pair: AgentHost) -> None:
+    key, name, mac = pair.key("b"), pair.interface("b"), pair.mac("b")
+    assert pair.endpoint_status(key)["status"] == "up"
+    run("ip", "link", "set", name, "down")
+    wait_for(lambda: pair.endpoint_status(key)["status"] == "down", "down")
+    assert "is down" in pair.status()["endpoints_in_trouble"][0]["reason"]
+    run("ip", "link", "set", name, "up")
+    wait_for(lambda: pair.endpoint_status(key)["status"] == "up", "up")
+    assert ping("a", B4)
+    run("ip", "link", "delete", name)
+    wait_for(lambda: pair.endpoint_status(key)["status"] == "down", "down")
+    assert "there is no interface" in pair.endpoint_status(key)["reason"]
+    run("ip", "link", "add", name, "type", "veth", "peer", "name", "eth1", "netns", "b", "address", mac)
+    for prefix, device in ((["ip"], name), (["ip", "-n", "b"], "eth1")):
+        run(*prefix, "link", "set", device, "up")
+    run("ip", "-n", "b", "address", "add", f"{B4}/32", "dev", "eth1")
+    run("ip", "-n", "b", "route", "add", "192.0.2.2", "dev", "eth1")
+    run("ip", "-n", "b", "route", "add", "default", "via", "192.0.2.2", "dev", "eth1")
+    wait_for(lambda: pair.endpoint_status(key)["status"] == "up", "up")
+    assert ping("a", B4)
+    record = pair.etcd.get(key)
+    pair.etcd.delete(key)
+    pair.sync()
+    assert name not in run("ip", "route").out and name not in run("ip", "neigh", "show", "nud", "permanent").out
+    assert pair.endpoint_status(key) is None
+    assert name not in run("nft", "list", "ruleset").out
+    pair.etcd.put(key, record)
+    pair.sync()
+    assert ping("a", B4)
+    pair.etcd.put(key, {**json.loads(record), "state": "inactive"})
+    pair.sync()
+    assert pair.endpoint_status(key)["status"] == "down" and not ping("a", B4)
+    # a route of ours that no endpoint wants, found at the start
+    pair.kill_agent()
+    run("ip", "route", "add", "192.168.0.99/32", "dev", name, "proto", "80")
+    pair.start_agent()
+    assert "192.168.0.99" not in run("ip", "route").out
+
+
+def test_the_kernels_side_of_an_endpoint(node: AgentHost) -> None:
+    node.add("b", B4, B6)
+    node.sync()
+    name = node.interface("b")
+    assert f"{B4} dev {name} proto 80 scope link" in run("ip", "route").out
+    assert f"{B6} dev {name} proto 80" in run("ip", "-6", "route").out
+    permanent = run("ip", "neigh", "show", "nud", "permanent").out
+    for address in (B4, B6):
+        assert f"{address} dev {name} lladdr {node.mac('b')} PERMANENT" in permanent
+    assert f"2001:db8::2 dev {name}" in run("ip", "-6", "neigh", "show", "proxy").out
+    for setting, value in {
+        f"ipv4.conf.{name}.proxy_arp": "1",
+        f"ipv4.neigh.{name}.proxy_delay": "0",
+        f"ipv4.conf.{name}.route_localnet": "0",
+        f"ipv4.conf.{name}.rp_filter": "1",
+        f"ipv6.conf.{name}.accept_dad": "0",
+        f"ipv6.conf.{name}.accept_ra": "0",
+        f"ipv6.conf.{name}.proxy_ndp": "1",
+        f"ipv6.neigh.{name}.proxy_delay": "0",
+        "ipv4.ip_forward": "1",
+        "ipv6.conf.all.forwarding": "1",
+    }.items():
+        assert run("sysctl", "-n", f"net.{setting}").out.strip() == value, setting
+
+
+def test_settings_of_the_host_are_put_back(bare_host: Host) -> None:
+    host = AgentHost(bare_host.etcd)
+    with outside_host():
+        for name, value in (("ipv4.ip_forward", "0"), ("ipv6.conf.all.forwarding", "0")):
+            run("sysctl", "-qw", f"net.{name}={value}")
+        run("sysctl", "-qw", "net.ipv6.conf.uplink.accept_ra=1")
+
+        def settings() -> list[str]:
+            names = ("ipv4.ip_forward", "ipv6.conf.all.forwarding", "ipv6.conf.uplink.accept_ra")
+            return [run("sysctl", "-n", f"net.{name}").out.strip() for name in names]
+
+        host.ctl("node", "--ip=192.0.2.2", f"--log-dir={LOG_DIR}")
+        assert settings() == ["1", "0", "1"], "a host without an IPv6 address does not forward IPv6"
+        host.start_agent()
+        wait_for(lambda: settings() == ["1", "1", "2"], "forwarding of IPv6")
+        host.kill_agent()
+        host.start_agent()
+        assert settings() == ["1", "1", "2"]
+        run("sysctl", "-qw", "net.ipv6.conf.uplink.accept_ra=0")
+        host.ctl("node", "remove")
+        assert settings() == ["0", "0", "0"], "what somebody else has set since stays"
+
+
+def test_what_somebody_else_removes_comes_back(pair: AgentHost) -> None:
+    pair.add("c", C4)
+    run("ip", "route", "delete", f"{B4}/32")
+    wait_for(lambda: ping("a", B4), "the route")
+    assert "has been removed by somebody else" in pair.log()
+    for command in ("flush ruleset", "delete table inet calico", "flush chain inet calico inbound-forward"):
+        run("nft", command)
+        wait_for(lambda: "oifname vmap @to" in run("nft", "list", "ruleset").out, command)
+        assert ping("a", B4) and not ping("c", B4)
+    made = pair.log().count("made anew")
+    pair.profile("web", inbound=[ALLOW, ALLOW])
+    pair.sync()
+    assert pair.log().count("made anew") == made, "its own changes are not somebody else's"
+
+
+def test_two_containers_talk_ipv6(node: AgentHost, engine: None) -> None:
+    names = ("workload", "other")
+    try:
+        for name, address in zip(names, (A4, B4)):
+            run("docker", "run", "--net=none", "--name", name, "-tid", "busybox")
+            node.ctl("container", "add", name, address)
+            node.ctl("container", name, "ip", "add", "ipv6")
+        node.ctl("profile", "add", "web")
+        for name in names:
+            node.ctl("container", name, "profile", "append", "web")
+        node.sync()
+        shown = run("docker", "exec", "other", "ip", "-6", "address", "show", "eth1").out
+        address = re.search(r"inet6 (fd80:\S+)/128", shown)[1]
+        assert run("docker", "exec", "workload", "ping", "-c", "1", "-W", "1", address, check=False).status == 0
+        assert run("docker", "exec", "workload", "ping", "-c", "1", "-W", "1", B4, check=False).status == 0
+    finally:
+        for name in names:
+            run("docker", "rm", "-f", name, check=False)
+
+
+def test_wait_returns_when_the_next_line_can_ping(node: AgentHost) -> None:
+    node.profile("web", inbound=[ALLOW])
+    for name, address in (("a", "ipv4"), ("b", "ipv6")):
+        run("ip", "netns", "add", name)
+        node.ctl("container", "add", f"/var/run/netns/{name}", address, "--wait=20")
+        own = next(iter(json.loads(node.etcd.get(node.key(name)))[f"{address}_nets"])).partition("/")[0]
+        assert ping(None, own), "the very next packet"
+    os.kill(node.pid, signal.SIGSTOP)
+    run("ip", "netns", "add", "c")
+    late = node.ctl("container", "add", "/var/run/netns/c", "ipv4", "--wait=0.5", status=1)
+    assert late.out.startswith("IP 192.168.0.1 added") and "stays connected" in late.err
+    os.kill(node.pid, signal.SIGCONT)
+    wait_for(lambda: ping(None, "192.168.0.1"), "the late one")
+    node.kill_agent()
+    run("ip", "netns", "add", "d")
+    without = node.ctl("container", "add", "/var/run/netns/d", "ipv4", "--wait=0.1", status=1)
+    assert "is not running" in without.err and len(without.err.splitlines()) == 1
+    assert node.ctl("container", "/var/run/netns/d", "endpoint", "show").out
+    for bad in ("x", "-1", "1e3", ""):
+        assert "--wait" in node.ctl("container", "add", "/var/run/netns/e", "ipv4", f"--wait={bad}", status=1).err
+
+
+def test_wait_is_not_fooled_by_an_old_report(pair: AgentHost) -> None:
+    """A report about the record as it was before says nothing about the record as it is."""
+    run("ip", "link", "delete", pair.interface("a"))
+    os.kill(pair.pid, signal.SIGSTOP)
+    try:
+        assert pair.endpoint_status(pair.key("a"))["status"] in ("up", "down")
+        pair.etcd.put(pair.key("a"), {**json.loads(pair.etcd.get(pair.key("a"))), "note": "written again"})
+        late = pair.ctl("container", "add", "/var/run/netns/a", A4, "--wait=0.5", status=1)
+        assert "has not set it up yet" in late.err
+    finally:
+        os.kill(pair.pid, signal.SIGCONT)
+
+
+def test_an_etcd_of_its_own(bare_host: Host) -> None:
+    port = free_port()
+    host = AgentHost(bare_host.etcd)
+    env = {"ETCD_AUTHORITY": f"127.0.0.1:{port}"}
+    assert "etcd answers" in host.ctl("node", "--ip=192.0.2.2", "--local-etcd", status=1).err
+    wrong = {"ETCD_AUTHORITY": "192.0.2.9:2379"}
+    assert "--local-etcd" in host.ctl("node", "--ip=192.0.2.2", "--local-etcd", status=1, env=wrong).err
+    try:
+        said = host.ctl("node", "--ip=192.0.2.2", "--local-etcd", f"--log-dir={LOG_DIR}", env=env)
+        assert f"A local etcd is running at http://127.0.0.1:{port}." in said.out
+        pid_file = Path("/run/calico/host1/etcd.pid")
+        pid = int(pid_file.read_text())
+        listening = run("ss", "-ltnpH").out
+        assert {line.split()[3].rpartition(":")[0] for line in listening.splitlines() if f"pid={pid}," in line} == {
+            "127.0.0.1"
+        }
+        assert Path("/var/lib/calico/etcd").stat().st_mode & 0o777 == 0o700
+        run("ip", "netns", "add", "a")
+        host.ctl("container", "add", "/var/run/netns/a", A4, "--wait=20", env=env)
+        os.kill(pid, 9)
+        wait_for(lambda: pid_file.read_text().strip() != str(pid), "another etcd")
+        wait_for(lambda: host.ctl("pool", "show", status=None, env=env).status == 0, "the store")
+        host.kill_agent()
+        host.ctl("node", "--ip=192.0.2.2", "--local-etcd", f"--log-dir={LOG_DIR}", env=env)
+        assert ping(None, A4)
+        pid = int(pid_file.read_text())
+        assert "local etcd has ended" in host.ctl("node", "stop", "--force", env=env).out
+        assert gone(pid)
+        host.ctl("node", "remove", "--remove-endpoints", env=env)
+        assert not Path("/run/calico/host1").exists() and not calico_links()
+        assert "calico" not in run("nft", "list", "ruleset").out
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            end_process(pid_file)
+        run("rm", "-rf", "/var/lib/calico")
+
+
+def test_without_an_etcd_the_error_names_a_way(bare_host: Host, tmp_path: Path) -> None:
+    bare_host.etcd.stop()
+    try:
+        said = bare_host.ctl("node", "--ip=192.0.2.2", status=1).err
+        assert "127.0.0.1:2379" in said and "--local-etcd" in said
+    finally:
+        bare_host.etcd.start()
+        bare_host.etcd.await_ready()
+
+
+def test_metrics_are_on_loopback_and_off_by_default(bare_host: Host) -> None:
+    host = AgentHost(bare_host.etcd)
+    port = free_port()
+    for bad in ("0", "65536", "x"):
+        assert "--metrics-port" in host.ctl("node", "--ip=192.0.2.2", f"--metrics-port={bad}", status=1).err
+    host.start_agent()
+    assert f"pid={host.pid}," not in run("ss", "-ltnpH").out
+    host.kill_agent()
+    host.start_agent(f"--metrics-port={port}")
+    ours = [line for line in run("ss", "-ltnpH").out.splitlines() if f"pid={host.pid}," in line]
+    assert [line.split()[3] for line in ours] == [f"127.0.0.1:{port}"]
+    host.add("a", A4)
+    host.sync()
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+        text = answer.read().decode()
+    assert 'calico_felix_endpoints{status="up"} 1.0' in text
+    for name in ("apply_seconds_count", "resyncs_total", "last_error_timestamp_seconds", "store_reachable"):
+        assert re.search(rf"^calico_felix_{name} ", text, re.MULTILINE), name
+    host.kill_agent()
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        taken.bind(("127.0.0.1", port))
+        taken.listen()
+        said = host.ctl("node", "--ip=192.0.2.2", f"--log-dir={LOG_DIR}", f"--metrics-port={port}", status=1)
+        assert "--metrics-port" in said.err
+
+
+def test_in_the_foreground_it_tells_systemd_when_it_is_ready(bare_host: Host, tmp_path: Path) -> None:
+    host = AgentHost(bare_host.etcd)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as told:
+        told.bind(str(tmp_path / "notify"))
+        told.settimeout(20)
+        agent = subprocess.Popen(
+            [CALICOCTL, "node", "--ip=192.0.2.2", "--detach=false"],
+            env=host.environment(NOTIFY_SOCKET=str(tmp_path / "notify")),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert told.recv(100) == b"READY=1"
+    assert host.pid == agent.pid
+    assert host.status()["first_update"]
+    agent.terminate()
+    out, err = agent.communicate(timeout=20)
+    assert agent.returncode == 0 and "is registered" in out
+    assert "INFO: the first snapshot is in the kernel" in err and "Traceback" not in err
+    assert host.etcd.get("/calico/felix/v1/host/host1/status") is None
+
+
+def test_status_is_for_everybody(node: AgentHost) -> None:
+    nobody = {"command": ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", CALICOCTL]}
+    if run(*nobody["command"], "version", check=False).status != 0:
+        nobody["command"][4:4] = ["--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"]
+    assert "0 up, 0 down, 0 in error" in node.ctl("status", **nobody).out
+    assert "must be run as root" in node.ctl("node", "stop", status=2, **nobody).err
+    life = json.loads(node.etcd.get("/calico/felix/v1/host/host1/status"))
+    assert set(life) == {"time", "uptime", "first_update"} and life["first_update"] is True
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", life["time"])
+    answer = node.etcd._request("GET", "/calico/felix/v1/host/host1/status")
+    assert 0 < answer["node"]["ttl"] <= 30
+    node.kill_agent()
+    dead = node.ctl("status", status=1, **nobody)
+    assert "not running" in dead.out and "not running" in dead.err
+    assert node.status()["running"] is False
+    assert "--output" in node.ctl("status", "--output=xml", status=2).err
+
+
+def test_endpoints_that_claim_the_same(pair: AgentHost) -> None:
+    """An address, or an interface, belongs to the endpoint whose record is older; the other one is told."""
+    key = pair.key("b")
+    record = pair.etcd.get(key)
+    other = "/calico/v1/host/host1/workload/docker/a/endpoint/00000000000000000000000000000000"
+    claim = {"state": "active", "mac": "02:00:00:00:00:09", "profile_ids": ["web"], "ipv4_nets": [f"{B4}/32"]}
+    pair.etcd.delete(key)
+    pair.etcd.put(other, claim)
+    pair.etcd.put(key, record)
+    pair.sync()
+    assert pair.endpoint_status(key)["status"] == "error" and "already" in pair.endpoint_status(key)["reason"]
+    assert pair.endpoint_status(other)["status"] == "down"
+    assert not ping("a", B4)
+    pair.etcd.delete(other)
+    pair.sync()
+    assert pair.endpoint_status(key)["status"] == "up"
+    assert ping("a", B4)

@@ -1,0 +1,91 @@
+"""Changes of the tables, as real transactions: each is accepted, and together they come to what a fresh start gives."""
+
+from __future__ import annotations
+
+import json
+import random
+
+from calicoctl.datastore.store import Change, Entry
+from calicoctl.felix.nft import Nft
+from calicoctl.felix.ruleset import Ruleset, remove_commands
+from calicoctl.felix.snapshot import Snapshot
+from tests.system.support import run
+
+TAGS = ("web", "db", "a-b.c_d", "weird tag; drop")
+
+
+def tables() -> list[str]:
+    """Return what the kernel has, in an order that does not depend on how it came about."""
+    text = run("nft", "-j", "list", "ruleset").out
+    found = []
+    for item in json.loads(text)["nftables"]:
+        (kind, body), *_ = item.items()
+        if kind == "metainfo":
+            continue
+        body.pop("handle", None)
+        if "elem" in body:
+            body["elem"] = sorted(body["elem"], key=json.dumps)
+        found.append(json.dumps({kind: body}, sort_keys=True))
+    # rules of a chain keep their order, objects have none
+    rules = [line for line in found if line.startswith('{"rule"')]
+    others = sorted(line for line in found if not line.startswith('{"rule"'))
+    return others + sorted(
+        rules, key=lambda line: (json.loads(line)["rule"]["family"], json.loads(line)["rule"]["chain"])
+    )
+
+
+def random_change(chance: random.Random, index: int) -> Change:
+    """Write or remove an endpoint, a profile's tags or rules, a pool, or a setting."""
+    kind = chance.randrange(10)
+    number = chance.randrange(6)
+    profile = f"p{number}" if number else "un safe"
+    value: object
+    if kind < 4:
+        host = "h" if number < 4 else "elsewhere"
+        key = f"/calico/v1/host/{host}/workload/docker/{number}/endpoint/{number}"
+        value = {
+            "name": f"cali{chance.choice([number, number, 'x'])}",
+            "mac": f"02:00:00:00:00:0{chance.randrange(3)}",
+            "profile_ids": chance.sample(["p1", "p2", "p3", "un safe"], chance.randrange(4)),
+            "ipv4_nets": [f"192.168.0.{n}/32" for n in chance.sample(range(number, number + 3), chance.randrange(3))],
+            "ipv6_nets": [f"fd00::{n}/128" for n in chance.sample(range(number, number + 3), chance.randrange(3))],
+            "state": chance.choice(["active", "active", "active", "inactive"]),
+        }
+    elif kind < 6:
+        key, value = f"/calico/v1/policy/profile/{profile}/tags", chance.sample(TAGS, chance.randrange(4))
+    elif kind < 8:
+        rules = [
+            {"action": chance.choice(["allow", "deny", "log"]), "src_tag": chance.choice(TAGS[:3])}
+            for _ in range(chance.randrange(3))
+        ]
+        ports = [{"protocol": "tcp", "dst_ports": [80, "70:90", 91]}, {"dst_net": "::/0", "dst_tag": "db"}]
+        key, value = f"/calico/v1/policy/profile/{profile}/rules", {"inbound_rules": rules, "outbound_rules": ports}
+        value = chance.choice([value, value, value, "broken"])
+    elif kind < 9:
+        cidr = chance.choice(["10.0.0.0/8", "10.1.0.0/16", "192.168.0.0/16", "fd00::/64"])
+        key = f"/calico/v1/ipam/v{6 if ':' in cidr else 4}/pool/{cidr.replace('/', '-')}"
+        value = {"cidr": cidr, "masquerade": chance.random() < 0.5}
+    else:
+        key = "/calico/v1/host/h/config/DefaultEndpointToHostAction"
+        return Change(key, Entry(key, chance.choice(["DROP", "ACCEPT", "RETURN"]), index, index))
+    if chance.random() < 0.25:
+        return Change(key, None)
+    return Change(key, Entry(key, json.dumps(value), index, index))
+
+
+def test_any_order_of_changes_comes_to_what_a_fresh_start_gives() -> None:
+    nft = Nft()
+    try:
+        for seed in range(12):
+            chance = random.Random(seed)
+            snapshot, ruleset = Snapshot("h"), Ruleset()
+            nft.run(ruleset.load(snapshot).commands)
+            for index in range(60):
+                for _ in range(chance.choice([1, 1, 1, 5])):
+                    snapshot.change(random_change(chance, index))
+                nft.run(ruleset.update(snapshot, snapshot.take_dirty()).commands)
+            changed = tables()
+            nft.run(Ruleset().load(snapshot).commands)
+            assert changed == tables(), f"seed {seed}"
+    finally:
+        nft.run(remove_commands())

@@ -1,0 +1,103 @@
+"""What the agent makes of the store: one key at a time, each affecting what it names alone."""
+
+from __future__ import annotations
+
+import json
+import random
+
+from calicoctl.datastore.keys import EndpointId
+from calicoctl.datastore.store import Change, Entry
+from calicoctl.felix.snapshot import Snapshot
+
+FOLDER = "/calico/v1/host/h/workload/docker"
+RECORD = {"state": "active", "mac": "02:00:00:00:00:01", "profile_ids": ["web"], "ipv4_nets": ["192.168.0.1/32"]}
+
+
+def entry(key: str, value: object, index: int = 1, created: int = 1) -> Entry:
+    return Entry(key, value if isinstance(value, str) else json.dumps(value), index, created)
+
+
+def endpoint_entry(which: str, index: int = 1, created: int = 1, **fields: object) -> Entry:
+    return entry(f"{FOLDER}/{which}/endpoint/{which}", {**RECORD, "name": f"cali{which}", **fields}, index, created)
+
+
+def id_of(name: str) -> EndpointId:
+    return EndpointId("h", "docker", name, name)
+
+
+def snapshot_of(*entries: Entry) -> Snapshot:
+    snapshot = Snapshot("h")
+    snapshot.replace("/calico/v1", entries)
+    return snapshot
+
+
+def test_replacing_marks_what_differs_alone() -> None:
+    one, two = endpoint_entry("1"), endpoint_entry("2", ipv4_nets=["192.168.0.2/32"])
+    profile = entry("/calico/v1/policy/profile/web/tags", ["web"])
+    snapshot = snapshot_of(one, two, profile)
+    snapshot.take_dirty()
+    snapshot.replace("/calico/v1", [one, two, profile])
+    assert not snapshot.take_dirty()
+    snapshot.replace("/calico/v1", [one, endpoint_entry("2", 7, ipv4_nets=["192.168.0.3/32"])])
+    dirty = snapshot.take_dirty()
+    assert dirty.endpoints == {id_of("2")} and dirty.profiles == {"web"} and not dirty.pools
+    assert snapshot.local[id_of("2")].addresses == ("192.168.0.3",)
+    assert snapshot.profiles == {}
+
+
+def test_a_directory_that_goes_takes_all_along() -> None:
+    snapshot = snapshot_of(endpoint_entry("1"), endpoint_entry("2", ipv4_nets=[]), entry("/calico/v1/Ready", "true"))
+    snapshot.change(Change(f"{FOLDER}/1", None))
+    assert set(snapshot.local) == {id_of("2")} and snapshot.ready
+    snapshot.change(Change("/calico", None))
+    assert not snapshot.local and not snapshot.ready
+
+
+def test_of_two_that_claim_the_same_the_older_has_it_whatever_the_order_of_events() -> None:
+    def outcome(snapshot: Snapshot) -> set[str]:
+        return {id.endpoint for id in snapshot.local}
+
+    shared = ["192.168.0.1/32"]
+    entries = [
+        endpoint_entry("1", created=5, ipv4_nets=shared),
+        endpoint_entry("2", created=3, ipv4_nets=[*shared, "192.168.0.2/32"]),
+        endpoint_entry("3", created=7, ipv4_nets=["192.168.0.2/32"]),
+        endpoint_entry("4", created=9, ipv4_nets=["192.168.0.4/32"], name="cali3"),
+    ]
+    chance = random.Random(1)
+    for _ in range(50):
+        snapshot = Snapshot("h")
+        now: dict[str, Entry] = {}
+        for index in range(30):
+            chosen = chance.choice(entries)
+            if chance.random() < 0.3:
+                now.pop(chosen.key, None)
+                snapshot.change(Change(chosen.key, None))
+            else:
+                # written anew, so it may be younger than another now
+                created = chance.choice([chosen.created, 100 + index])
+                now[chosen.key] = Entry(chosen.key, chosen.value, index, created)
+                snapshot.change(Change(chosen.key, now[chosen.key]))
+            assert outcome(snapshot) == outcome(snapshot_of(*now.values()))
+            assert set(snapshot.local) | set(snapshot.unusable) == {id for id in snapshot.endpoints if id.host == "h"}
+
+
+def test_problems_come_and_go_with_their_keys() -> None:
+    key = "/calico/v1/policy/profile/web/rules"
+    snapshot = snapshot_of(entry(key, "{"), entry("/calico/v1/policy/profile/web/tags", "3"))
+    assert set(snapshot.problems) == {key, "/calico/v1/policy/profile/web/tags"}
+    assert not snapshot.is_readable("web")
+    snapshot.change(Change("/calico/v1/policy/profile/web/tags", entry("x", [])))
+    assert set(snapshot.problems) == {key}
+    snapshot.change(Change(key, entry(key, {"inbound_rules": []})))
+    assert snapshot.problems == {} and snapshot.is_readable("web")
+
+
+def test_an_unknown_action_for_packets_to_the_host_closes() -> None:
+    key = "/calico/v1/host/h/config/DefaultEndpointToHostAction"
+    snapshot = snapshot_of(entry(key, "allow"))
+    assert snapshot.host_action == "DROP" and key in snapshot.problems
+    snapshot.change(Change(key, entry(key, "accept")))
+    assert snapshot.host_action == "ACCEPT" and not snapshot.problems
+    snapshot.change(Change(key, None))
+    assert snapshot.host_action == "RETURN"
