@@ -290,14 +290,15 @@ class Host:
         assert folders == [], "a workload's folder is still there"
 
 
-def start_docker(directory: Path) -> subprocess.Popen:
-    """Start a Docker Engine of our own at the default socket, without bridge or firewall; wait until it answers."""
+def start_docker(directory: Path, *options: str, host: str = "unix:///var/run/docker.sock") -> subprocess.Popen:
+    """Start a Docker Engine of our own, wait until it answers. Without `options`, it has no bridge and no firewall."""
     directory.mkdir(parents=True)
     with (directory / "log").open("wb") as log:
         engine = subprocess.Popen(
             [
                 *("dockerd", "--data-root", str(directory / "data"), "--exec-root", str(directory / "exec")),
-                *("--pidfile", str(directory / "pid"), "--bridge=none", "--iptables=false", "--ip-forward=false"),
+                *("--pidfile", str(directory / "pid"), "--host", host),
+                *(options or ("--bridge=none", "--iptables=false", "--ip-forward=false")),
             ],
             stdout=log,
             stderr=log,
@@ -305,7 +306,7 @@ def start_docker(directory: Path) -> subprocess.Popen:
 
     def up() -> bool:
         assert engine.poll() is None, (directory / "log").read_text()[-2000:]
-        return run("docker", "info", check=False).status == 0
+        return run("docker", "--host", host, "info", check=False).status == 0
 
     wait_for(up, "Docker Engine", 60)
     return engine

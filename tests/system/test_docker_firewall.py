@@ -1,0 +1,109 @@
+"""Next to a Docker Engine with its firewall: our packets pass, Docker's own networks go on working."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.system.agent import AgentHost, outside_host
+from tests.system.support import Host, import_busybox, run, start_docker, wait_for
+from tests.system.traffic import ping, tcp
+
+A4, B4, C4 = "192.168.0.1", "192.168.0.2", "192.168.0.3"
+ALLOW = {"action": "allow"}
+FOLDER = Path("/run/calico-tests/firewall")
+SOCKET = f"unix://{FOLDER}/docker.sock"
+WITH_FIREWALL = ("--iptables=true", "--ip-forward=true", "--bip=172.17.0.1/16")
+
+
+@pytest.fixture
+def pair(bare_host: Host) -> Iterator[AgentHost]:
+    host = AgentHost(bare_host.etcd)
+    with outside_host():
+        host.start_agent()
+        for name, address in (("a", A4), ("b", B4), ("c", C4)):
+            host.add(name, address)
+        host.profile("web", inbound=[{"action": "allow", "src_tag": "web"}])
+        host.profile("none")
+        for name, profile in (("a", "web"), ("b", "web"), ("c", "none")):
+            host.set_profiles(name, profile)
+        host.sync()
+        yield host
+    run("iptables", "-P", "FORWARD", "ACCEPT")
+    for command in ("iptables", "ip6tables"):
+        run(command, "-F", check=False)
+        run(command, "-X", check=False)
+    run("iptables", "-t", "nat", "-F", check=False)
+    run("ip", "link", "delete", "docker0", check=False)
+
+
+@pytest.fixture
+def docker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[subprocess.Popen]:
+    """A second engine, with bridge and firewall, at a socket of its own."""
+    monkeypatch.setenv("DOCKER_HOST", SOCKET)
+    process = start_docker(FOLDER / "first", *WITH_FIREWALL, host=SOCKET)
+    import_busybox(tmp_path / "busybox")
+    yield process
+    run("sh", "-c", "docker ps -aq | xargs -r docker rm -f", check=False)
+    process.terminate()
+    process.wait()
+    shutil.rmtree(FOLDER, ignore_errors=True)
+
+
+def ours(chain: str, command: str = "iptables") -> list[str]:
+    return [line for line in run(command, "-S", chain, check=False).out.splitlines() if "cali+" in line]
+
+
+def test_nothing_is_added_where_nothing_would_drop(pair: AgentHost) -> None:
+    assert ping("a", B4)
+    assert "cali" not in run("sh", "-c", "iptables-save; ip6tables-save").out
+    run("iptables", "-P", "FORWARD", "DROP")
+    wait_for(lambda: len(ours("FORWARD")) == 2, "the rules")
+    assert ping("a", B4) and not ping("a", C4)
+    run("iptables", "-P", "FORWARD", "ACCEPT")
+    wait_for(lambda: not ours("FORWARD"), "the rules' end")
+    run("ip6tables", "-A", "FORWARD", "-j", "REJECT")
+    wait_for(lambda: len(ours("FORWARD", "ip6tables")) == 2, "the rules")
+    assert not ours("FORWARD")
+
+
+def test_beside_a_docker_engine_that_comes_and_goes(pair: AgentHost, docker: subprocess.Popen) -> None:
+    # what an engine does that is there first, and switches forwarding on itself
+    run("iptables", "-P", "FORWARD", "DROP")
+    wait_for(lambda: len(ours("DOCKER-USER")) == 2, "the rules", 10)
+    assert ping("a", B4) and tcp("a", "b", B4)
+    assert not ping("c", B4) and not ping("a", C4)
+    assert ping("a", "198.51.100.2")
+
+    run("docker", "run", "--name", "own", "-tid", "busybox")
+    address = run("docker", "inspect", "-f", "{{.NetworkSettings.IPAddress}}", "own").out.strip()
+    assert ping(None, address)
+    assert run("docker", "exec", "own", "ping", "-c", "1", "-W", "1", "198.51.100.2", check=False).status == 0
+
+    run("iptables", "-F", "DOCKER-USER")
+    wait_for(lambda: len(ours("DOCKER-USER")) == 2 and ping("a", B4), "the repair", 10)
+    mine = ["-s", "203.0.113.0/24", "-j", "DROP"]
+    run("iptables", "-I", "DOCKER-USER", *mine)
+
+    docker.terminate()
+    docker.wait()
+    assert ping("a", B4)
+    again = start_docker(FOLDER / "second", *WITH_FIREWALL, host=SOCKET)
+    try:
+        wait_for(lambda: len(ours("DOCKER-USER")) == 2 and ping("a", B4), "the rules", 10)
+        assert not ping("c", B4)
+        assert "203.0.113.0/24" in run("iptables", "-S", "DOCKER-USER").out, "an operator's own rules stay"
+        before = run("iptables", "-S").out
+        pair.ctl("node", "remove", "--remove-endpoints", env={"DOCKER_HOST": SOCKET})
+        after = run("iptables", "-S").out
+        assert [line for line in before.splitlines() if "cali" not in line] == after.splitlines()
+        assert run("sysctl", "-n", "net.ipv4.ip_forward").out.strip() == "1", "the engine needs it"
+        assert re.search("-A FORWARD -o docker0", after)
+    finally:
+        again.terminate()
+        again.wait()
