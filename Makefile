@@ -4,6 +4,7 @@
 PYTHON ?= /usr/bin/python3
 PREFIX ?= /usr/local
 LIBRARY = $(PREFIX)/lib/calicoctl
+UNIT = $(PREFIX)/lib/systemd/system/calico-node.service
 VENV = .venv
 
 # what the demo and the tests run beside calicoctl
@@ -20,7 +21,8 @@ help:
 	@echo 'make system       system tests alone; ARGS="-k name" chooses'
 	@echo 'make tox          unit tests on Python 3.9 to 3.13'
 	@echo 'make bench        speed, as ratios'
-	@echo 'make install      calicoctl in a virtual environment of its own, on the path; make uninstall removes it'
+	@echo 'make install      calicoctl in a virtual environment of its own, on the path, and a systemd unit that is not'
+	@echo '                  enabled; make uninstall removes them'
 
 packages:
 	@demo/packages $(PACKAGES)
@@ -48,6 +50,7 @@ installed: packages
 	@place=$$(mktemp -d) && trap 'rm -rf "$$place"' EXIT && \
 	$(MAKE) --no-print-directory install PREFIX="$$place" && cd / && \
 	"$$place/bin/calicoctl" container --help | grep 'container add' && \
+	grep "^ExecStart=$$place/bin/calicoctl node --detach=false" "$$place/lib/systemd/system/calico-node.service" && \
 	$(MAKE) --no-print-directory -C "$(CURDIR)" uninstall PREFIX="$$place" && test -z "$$(find "$$place" -type f)"
 
 test: lint types unit installed system
@@ -76,10 +79,12 @@ install: packages
 	$(LIBRARY)/bin/pip install --quiet .
 	mkdir -p $(PREFIX)/bin
 	ln -sf $(LIBRARY)/bin/calicoctl $(PREFIX)/bin/calicoctl
+	mkdir -p $(PREFIX)/lib/systemd/system
+	sed 's,@PREFIX@,$(PREFIX),' systemd/calico-node.service.in >$(UNIT)
 	$(PREFIX)/bin/calicoctl version
 
 uninstall:
-	rm -rf $(LIBRARY) $(PREFIX)/bin/calicoctl
+	rm -rf $(LIBRARY) $(PREFIX)/bin/calicoctl $(UNIT)
 
 clean:
 	rm -rf $(VENV) build .tox *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
