@@ -274,9 +274,13 @@ class Ipam:
         def existing() -> set[int]:
             return set(_firsts(self._store.names(keys.ipam_blocks(version))))
 
-        for first in sorted(filter(wanted, affine())):
+        ours = affine()
+        for first in sorted(filter(wanted, ours)):
             yield version, first, True
         known = existing()
+        # another command of this host may have claimed one meanwhile: one block will do for both
+        for first in sorted(filter(wanted, (affine() - ours) & known)):
+            yield version, first, True
         for _, low, high in ranges:
             for first in range(low - low % BLOCK_SIZE, high + 1, BLOCK_SIZE):
                 if first not in known:
