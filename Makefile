@@ -67,6 +67,7 @@ tox: $(VENV)/ready
 bench: $(VENV)/ready
 	@demo/packages $(BENCH_PACKAGES)
 	tests/sandbox $(VENV)/bin/python bench/bench.py $(ARGS)
+	tests/sandbox $(VENV)/bin/python bench/agent.py $(ARGS)
 
 demo: $(VENV)/ready
 	demo/demo

@@ -1,0 +1,240 @@
+"""Prints how the agent fares with many endpoints, as ratios of things measured side by side in one run.
+
+The endpoints are interfaces of the host whose other ends lie in one namespace; two of them are real workloads, in
+namespaces of their own. `make bench` runs it; an argument is the number of repetitions (10).
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import statistics
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from tests.system.agent import AgentHost
+from tests.system.conftest import clear_host
+from tests.system.support import Etcd, run, wait_for
+from tests.system.traffic import connect, inside, listener, ping
+
+HOME = Path("/run/calico-bench")
+MANY = 1000
+ALLOW = {"action": "allow"}
+
+
+def report(title: str, bound: str, value: float, detail: str = "") -> None:
+    print(f"{title:76} {value:8.3f}  {bound:18} {detail}", flush=True)
+
+
+def crowd_record(number: int, profile: str) -> tuple[str, dict]:
+    id = f"{number:011x}".ljust(32, "0")
+    record = {
+        "state": "active",
+        "name": f"cali{id[:11]}",
+        "mac": f"02:00:00:00:{number // 256:02x}:{number % 256:02x}",
+        "profile_ids": [profile],
+        "ipv4_nets": [f"10.1.{number // 256}.{number % 256}/32"],
+        "ipv6_nets": [],
+        "ipv4_gateway": "192.0.2.2",
+        "ipv6_gateway": None,
+    }
+    return f"/calico/v1/host/host1/workload/docker/{number:064x}/endpoint/{id}", record
+
+
+def crowd(host: AgentHost, count: int, profiles: int) -> None:
+    """Make interfaces and records of so many endpoints, spread over profiles."""
+    run("ip", "netns", "add", "crowd")
+    pairs = [crowd_record(number, f"crowd{number % profiles}") for number in range(count)]
+    lines = []
+    for number, (_, record) in enumerate(pairs):
+        lines.append(f"link add {record['name']} type veth peer name c{number} netns crowd")
+        lines.append(f"link set {record['name']} up")
+    run("ip", "-batch", "-", input="\n".join(lines))
+    for number in range(profiles):
+        host.profile(f"crowd{number}", inbound=[{"action": "allow", "src_tag": f"crowd{number}"}])
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda pair: host.etcd.put(*pair), pairs))
+
+
+def clear_crowd(host: AgentHost, count: int) -> None:
+    host.etcd.delete("/calico/v1/host/host1/workload/docker")
+    run("ip", "netns", "delete", "crowd")
+    wait_for(lambda: len(run("ip", "-br", "link").out.splitlines()) < 20, "the crowd's end", 120)
+    host.sync()
+
+
+def first_ping(host: AgentHost, repetitions: int) -> list[float]:
+    """Return the seconds from the write of an endpoint's record to the first answered ping from another's namespace."""
+    key = host.key("b")
+    record = host.etcd.get(key)
+    taken = []
+    for _ in range(repetitions):
+        host.etcd.delete(key)
+        host.sync()
+        start = time.perf_counter()
+        host.etcd.put(key, record)
+        inside("a", lambda: _until_answered("192.168.0.2"))
+        taken.append(time.perf_counter() - start)
+    return taken
+
+
+def _until_answered(address: str) -> None:
+    """Send a UDP packet each millisecond until the port's answer, an ICMP error, comes."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+        client.connect((address, 9))
+        client.settimeout(0.001)
+        while True:
+            try:
+                client.send(b"x")
+                client.recv(10)
+            except ConnectionRefusedError:
+                return
+            except (TimeoutError, socket.timeout, OSError):
+                continue
+
+
+def agent_start(host: AgentHost) -> float:
+    """Return the seconds that a start of the agent takes."""
+    host.ctl("node", "stop", "--force")
+    start = time.perf_counter()
+    host.start_agent()
+    return time.perf_counter() - start
+
+
+def profile_change(host: AgentHost, name: str, repetitions: int) -> list[float]:
+    """Return the seconds from the write of a profile's rules until the agent has applied it, by the table's text."""
+    taken = []
+    for number in range(repetitions):
+        rule = {"action": "allow", "protocol": "tcp", "dst_ports": [1000 + number]}
+        start = time.perf_counter()
+        host.etcd.put(f"/calico/v1/policy/profile/{name}/rules", {"inbound_rules": [rule], "outbound_rules": [ALLOW]})
+        host.sync()
+        taken.append(time.perf_counter() - start)
+    return taken
+
+
+def throughput(seconds: float = 2.0) -> float:
+    """Return the bytes a second of one TCP stream from a to b."""
+    total = 0
+    with listener("b", "192.168.0.2", 5001) as server:
+        client = connect("a", "192.168.0.2", 5001)
+        assert client is not None
+        accepted, _ = server.accept()
+        stop = time.perf_counter() + seconds
+        chunk = b"x" * 2**18
+
+        def send() -> None:
+            with client:
+                client.settimeout(5)
+                while time.perf_counter() < stop:
+                    client.send(chunk)
+
+        sender = threading.Thread(target=send)
+        sender.start()
+        start = time.perf_counter()
+        with accepted:
+            while data := accepted.recv(2**18):
+                total += len(data)
+        sender.join()
+        return total / (time.perf_counter() - start)
+
+
+def cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def percentile(values: list[float], share: float) -> float:
+    return sorted(values)[min(len(values) - 1, int(len(values) * share))]
+
+
+def main(repetitions: int) -> None:
+    etcd = Etcd(HOME / "etcd", port=2379)
+    etcd.start()
+    etcd.await_ready()
+    host = AgentHost(etcd)
+    try:
+        host.start_agent()
+        host.add("a", "192.168.0.1")
+        host.add("b", "192.168.0.2")
+        host.profile("web", inbound=[ALLOW])
+        for name in "ab":
+            host.set_profiles(name, "web")
+        host.sync()
+        assert ping("a", "192.168.0.2")
+        run_all(host, repetitions)
+    finally:
+        clear_host()
+        etcd.stop()
+
+
+def run_all(host: AgentHost, repetitions: int) -> None:
+    print(f"Medians of {repetitions}; times are shown as what they are ratios of\n")
+    alone = first_ping(host, repetitions)
+    crowd(host, 10, 10)
+    host.sync()
+    small_start = statistics.median(agent_start(host) for _ in range(3))
+    clear_crowd(host, 10)
+
+    crowd(host, MANY, 100)
+    host.sync()
+    among = first_ping(host, repetitions)
+    for share, name in ((0.5, "p50"), (0.95, "p95")):
+        one, other = percentile(among, share), percentile(alone, share)
+        title = f"record to first answer, {name}: {MANY} other endpoints / none"
+        report(title, "at most 1.5", one / other, f"{one * 1000:.1f} ms / {other * 1000:.1f} ms")
+    big_start = statistics.median(agent_start(host) for _ in range(3))
+    report(
+        "start of the agent: 1,000 endpoints, 100 profiles / 10, 10",
+        "at most 100",
+        big_start / small_start,
+        f"{big_start:.2f} s / {small_start:.2f} s",
+    )
+
+    # what touches all endpoints, against what touches one
+    host.profile("all", inbound=[ALLOW])
+    host.profile("one", inbound=[ALLOW])
+    for number in range(MANY):
+        key, record = crowd_record(number, f"crowd{number % 100}")
+        host.etcd.put(key, {**record, "profile_ids": ["all"] if number else ["all", "one"]})
+    host.sync()
+    of_one, of_all = profile_change(host, "one", repetitions), profile_change(host, "all", repetitions)
+    one, other = statistics.median(of_all), statistics.median(of_one)
+    report(
+        "change of a profile: of 1,000 endpoints / of one",
+        "at most 2",
+        one / other,
+        f"{one * 1000:.1f} ms / {other * 1000:.1f} ms",
+    )
+
+    crowded = [throughput() for _ in range(3)]
+    pid = host.pid
+    rss = int(next(line.split()[1] for line in Path(f"/proc/{pid}/status").read_text().splitlines() if "VmRSS" in line))
+    report("memory of the agent with 1,000 endpoints, MiB", "under 128", rss / 1024)
+    before = cpu_seconds(pid)
+    time.sleep(60)
+    report(
+        "CPU of the idle agent with 1,000 endpoints, % of a core", "under 0.5", (cpu_seconds(pid) - before) / 60 * 100
+    )
+    clear_crowd(host, MANY)
+    few = [throughput() for _ in range(3)]
+    host.ctl("node", "stop", "--force")
+    run("nft", "delete table inet calico; delete table arp calico")
+    bare = [throughput() for _ in range(3)]
+    report("TCP throughput: 1,000 endpoints / 1", "at least 0.95", statistics.median(crowded) / statistics.median(few))
+    report(
+        "TCP throughput: with our tables / with none",
+        "at least 0.9",
+        statistics.median(few) / statistics.median(bare),
+        f"{statistics.median(few) / 2**30:.2f} GiB/s / {statistics.median(bare) / 2**30:.2f} GiB/s",
+    )
+
+
+if __name__ == "__main__":
+    os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 10)

@@ -1,0 +1,31 @@
+"""Where our rules belong in the host's own firewall, read from what `iptables-save` prints."""
+
+from __future__ import annotations
+
+import pytest
+
+from calicoctl.felix.docker_firewall import Filter
+
+HEAD = ":INPUT ACCEPT [0:0]\n:FORWARD %s [0:0]\n:OUTPUT ACCEPT [0:0]\n"
+
+
+@pytest.mark.parametrize(
+    ("policy", "rest", "chain"),
+    [
+        ("ACCEPT", "", None),
+        ("DROP", "", "FORWARD"),
+        ("ACCEPT", ":DOCKER-USER - [0:0]\n-A FORWARD -j DOCKER-USER\n", "DOCKER-USER"),
+        ("ACCEPT", "-A FORWARD -i x -j ACCEPT\n", None),
+        ("ACCEPT", "-A FORWARD -j REJECT --reject-with icmp-host-prohibited\n", "FORWARD"),
+        ("ACCEPT", ":ONE - [0:0]\n:TWO - [0:0]\n-A FORWARD -j ONE\n-A ONE -g TWO\n-A TWO -j DROP\n", "FORWARD"),
+        ("ACCEPT", ":ONE - [0:0]\n-A ONE -j DROP\n-A INPUT -j ONE\n", None),
+        ("ACCEPT", ":ONE - [0:0]\n-A FORWARD -j ONE\n-A ONE -j ONE\n", None),
+        ("ACCEPT", '-A FORWARD -m comment --comment "we -j DROP nothing" -j ACCEPT\n', None),
+    ],
+)
+def test_the_chain_that_our_rules_belong_to(policy: str, rest: str, chain: str | None) -> None:
+    assert Filter(HEAD % policy + rest).wanted_chain() == chain
+
+
+def test_without_any_table_nothing_drops() -> None:
+    assert Filter("").wanted_chain() is None
