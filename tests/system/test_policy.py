@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import json
+import random
 import select
 import socket
 import struct
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from calicoctl.policy import Packet, decide
+from calicoctl.rules import check_rule
 from tests.system.agent import AgentHost, outside_host
 from tests.system.conftest import clear_host
 from tests.system.support import Etcd, links, run, wait_for
@@ -271,6 +276,69 @@ def test_rules_that_only_a_human_would_write(net: AgentHost) -> None:
         net.set_profiles("b", name)
         net.sync()
         assert ping("a", B4), name
+
+
+def random_rule(chance: random.Random) -> dict:
+    """Return a rule that meets some of the packets below."""
+    rule: dict = {"action": chance.choice(["allow", "allow", "deny"])}
+    protocol = chance.choice([None, "tcp", "udp", "icmp", "icmpv6", 6])
+    if protocol is not None:
+        rule["protocol"] = protocol
+    if protocol in ("tcp", "udp", 6) and chance.random() < 0.6:
+        rule["dst_ports"] = chance.choice([[80], [81], ["80:82"], [79, "81:90"]])
+    if protocol in ("tcp", "udp", 6) and chance.random() < 0.2:
+        rule["src_ports"] = chance.choice([["3000:3500"], ["3400:4000"]])
+    if chance.random() < 0.3:
+        rule["src_tag"] = chance.choice(["a", "b", "c", "nobody"])
+    if chance.random() < 0.3:
+        rule["dst_tag"] = chance.choice(["a", "b"])
+    if chance.random() < 0.3:
+        rule["src_net"] = chance.choice([f"{A4}/32", "192.168.0.2/31", "0.0.0.0/0", f"{A6}/128", "::/0", f"{C6}/127"])
+    if chance.random() < 0.1:
+        rule["ip_version"] = chance.choice([4, 6])
+    if protocol in ("icmp", "icmpv6") and chance.random() < 0.5:
+        rule["icmp_type"] = chance.choice([8, 128])
+    return rule
+
+
+def test_the_verdict_and_the_data_plane_agree(net: AgentHost) -> None:
+    """What policy.py says of a packet is what becomes of it, for random profiles."""
+    tags = {("a", A4), ("a", A6), ("b", B4), ("b", B6), ("c", C4), ("c", C6)}
+
+    def tagged(tag: str, address: str) -> bool:
+        return (tag, address) in tags
+
+    probes = [
+        (Packet(A4, B4, 6, 3333, 80), lambda: tcp("a", "b", B4, 80, 3333)),
+        (Packet(A4, B4, 6, 3600, 81), lambda: tcp("a", "b", B4, 81, 3600)),
+        (Packet(A6, B6, 6, 3333, 82), lambda: tcp("a", "b", B6, 82, 3333)),
+        (Packet(A4, B4, 17, 3333, 80), lambda: udp("a", "b", B4, 80, 3333)),
+        (Packet(A6, B6, 17, 3450, 81), lambda: udp("a", "b", B6, 81, 3450)),
+        (Packet(A4, B4, 1, icmp_type=8, icmp_code=0), lambda: ping("a", B4)),
+        (Packet(A6, B6, 58, icmp_type=128, icmp_code=0), lambda: ping("a", B6)),
+    ]
+    chance = random.Random(2015)
+    seen: Counter[bool] = Counter()
+    with ThreadPoolExecutor(len(probes)) as pool:
+        for _ in range(40):
+            rules = {name: [random_rule(chance) for _ in range(chance.randrange(4))] for name in ("one", "two", "out")}
+            net.profile("one", inbound=rules["one"])
+            rules["two"] += [ALLOW] * chance.randrange(2)
+            net.profile("two", inbound=rules["two"], tags=["b"])
+            net.profile("a", outbound=[*rules["out"], ALLOW])
+            net.set_profiles("b", "one", "two")
+            net.sync()
+            inbound_rules = {
+                name: [check_rule(rule, must_match=False) for rule in rules[name]] for name in ("one", "two")
+            }
+            outbound_rules = {"a": [check_rule(rule, must_match=False) for rule in [*rules["out"], ALLOW]]}
+            real = list(pool.map(lambda probe: probe[1](), probes))
+            for (packet, _), passed in zip(probes, real):
+                out = decide(["a"], outbound_rules, packet, tagged)
+                into = decide(["one", "two"], inbound_rules, packet, tagged)
+                assert passed == (out.allowed and into.allowed), (rules, packet, out, into)
+                seen[passed] += 1
+    assert min(seen[True], seen[False]) > 50, "both must come up"
 
 
 # Addresses and MACs that are not the sender's
