@@ -6,6 +6,7 @@ namespaces of their own. `make bench` runs it; an argument is the number of repe
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import statistics
@@ -84,18 +85,34 @@ def first_ping(host: AgentHost, repetitions: int) -> list[float]:
 
 
 def _until_answered(address: str) -> None:
-    """Send a UDP packet each millisecond until the port's answer, an ICMP error, comes."""
+    """Send a packet each millisecond until an echo server answers one."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
-        client.connect((address, 9))
+        client.connect((address, 7))
         client.settimeout(0.001)
         while True:
             try:
                 client.send(b"x")
                 client.recv(10)
-            except ConnectionRefusedError:
                 return
-            except (TimeoutError, socket.timeout, OSError):
+            except OSError:
                 continue
+
+
+def echo(namespace: str, address: str) -> None:
+    """Answer UDP packets in a namespace, from a thread of its own."""
+
+    def make() -> socket.socket:
+        server = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        server.bind((address, 7))
+        return server
+
+    def serve(server: socket.socket) -> None:
+        while True:
+            data, sender = server.recvfrom(100)
+            with contextlib.suppress(OSError):
+                server.sendto(data, sender)
+
+    threading.Thread(target=serve, args=(inside(namespace, make),), daemon=True).start()
 
 
 def agent_start(host: AgentHost) -> float:
@@ -167,6 +184,7 @@ def main(repetitions: int) -> None:
             host.set_profiles(name, "web")
         host.sync()
         assert ping("a", "192.168.0.2")
+        echo("b", "192.168.0.2")
         run_all(host, repetitions)
     finally:
         clear_host()

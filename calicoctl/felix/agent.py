@@ -204,11 +204,18 @@ class Agent:
         self._look_at({link.name})
 
     def _tables_changed(self, names: frozenset[str]) -> None:
-        if names & {"calico", ""} and self._ruleset is not None:
+        # where notices were lost (the empty name), they may well have been those of our own changes
+        if self._ruleset is not None and ("calico" in names or ("" in names and not self._tables_are_there())):
             log.warning("somebody else has changed our nftables tables; they are made anew")
             self._ruleset = None
         if names & {"filter", ""}:
             self._firewall_at = min(self._firewall_at, time.monotonic() + FIREWALL_DELAY)
+
+    def _tables_are_there(self) -> bool:
+        try:
+            return "drop" in self._nft.run("list chain inet calico inbound-forward")
+        except CalicoError:
+            return False
 
     def _look_at(self, interfaces: set[str]) -> None:
         self._dirty |= {id for id, endpoint in self._snapshot.local.items() if endpoint.interface in interfaces}

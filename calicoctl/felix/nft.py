@@ -16,6 +16,7 @@ from calicoctl.errors import CalicoError
 
 LIBRARY = "libnftables.so.1"
 
+_SO_RCVBUFFORCE = 33
 _SOL_NETLINK = 270
 _NETLINK_ADD_MEMBERSHIP = 1
 _NETLINK_NETFILTER = 12
@@ -80,6 +81,8 @@ class TableEvents:
 
     def __init__(self) -> None:
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_NETFILTER)
+        # one of our own transactions may bring a notice for each of thousands of elements
+        self._socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, 2**24)
         self._socket.bind((0, 0))
         self._socket.setsockopt(_SOL_NETLINK, _NETLINK_ADD_MEMBERSHIP, _NFNLGRP_NFTABLES)
         self._tables: set[str] = set()
