@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from tests.system.agent import AgentHost
 from tests.system.conftest import clear_host
-from tests.system.support import Etcd, run, wait_for
+from tests.system.support import Etcd, calico_links, run, wait_for
 from tests.system.traffic import connect, inside, listener, ping
 
 HOME = Path("/run/calico-bench")
@@ -187,6 +187,8 @@ def main(repetitions: int) -> None:
         echo("b", "192.168.0.2")
         run_all(host, repetitions)
     finally:
+        for name in calico_links():  # the echo server keeps its namespace alive
+            run("ip", "link", "delete", name)
         clear_host()
         etcd.stop()
 
