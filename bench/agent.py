@@ -244,14 +244,20 @@ def run_all(host: AgentHost, repetitions: int) -> None:
     clear_crowd(host, MANY)
     few = [throughput() for _ in range(3)]
     host.ctl("node", "stop", "--force")
-    run("nft", "delete table inet calico; delete table arp calico")
-    bare = [throughput() for _ in range(3)]
+    tables = "".join(run("nft", "list", "table", family, "calico").out for family in ("inet", "arp"))
+    pairs = []
+    for _ in range(repetitions):
+        with_tables = throughput(1)
+        run("nft", "delete table inet calico; delete table arp calico")
+        pairs.append((with_tables, throughput(1)))
+        run("nft", "-f", "-", input=tables)
     report("TCP throughput: 1,000 endpoints / 1", "at least 0.95", statistics.median(crowded) / statistics.median(few))
+    with_tables, bare = (statistics.median(values) for values in zip(*pairs))
     report(
         "TCP throughput: with our tables / with none",
         "at least 0.9",
-        statistics.median(few) / statistics.median(bare),
-        f"{statistics.median(few) / 2**30:.2f} GiB/s / {statistics.median(bare) / 2**30:.2f} GiB/s",
+        with_tables / bare,
+        f"{with_tables / 2**30:.2f} GiB/s / {bare / 2**30:.2f} GiB/s",
     )
 
 

@@ -4,7 +4,7 @@ Level-triggered: an event only says what to look at again; what to do follows fr
 what the kernel has. Order, so that no packet passes that policy denies: first the tables, in one transaction; then
 forwarding and routes; then the connections that are open already; last the report. See docs/agent.md.
 
-Everything here happens in one thread. Others only wait (events.py) and report (report.py).
+Everything here happens in one thread. Others only wait (events.py), list (connections.py) and report (report.py).
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from __future__ import annotations
 import logging
 import signal
 import time
+from collections.abc import Iterable
 from queue import Empty, SimpleQueue
 from types import FrameType
 from typing import Any, Callable
 
-from calicoctl import __version__, netns
+from calicoctl import __version__
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.keys import EndpointId
 from calicoctl.errors import CalicoError
@@ -70,8 +71,9 @@ class Agent:
         """Local endpoints that could not be programmed; tried again at the next tick."""
         self._readable: set[str] = set()
         """Profiles that exist and whose rules can be read."""
-        self._touched: set[str] = set()
-        """Addresses whose connections are to be looked at."""
+        self._released: set[str] = set()
+        """Interfaces that an endpoint has given up."""
+        self._lister = connections.Lister(self._events.put)
         self._clean_up = True
         self._retry_at = 0.0
         self._tick_at = 0.0
@@ -89,6 +91,7 @@ class Agent:
         # listen before reading, so that nothing falls between the two
         events.KernelEvents(self._events).start()
         events.FirewallEvents(self._events).start()
+        self._lister.start()
         with IPRoute() as netlink:
             self._netlink = netlink
             self._routes = Routes(netlink)
@@ -128,7 +131,8 @@ class Agent:
                     self._check_firewall(now)
             self._health.waiting_for = self._waiting_for()
             self._health.problems = self._snapshot.problems
-            self._file.write(self._health)
+            if self._events.empty():
+                self._file.write(self._health)
 
     def _wait(self) -> list[Any]:
         """Return the events that have come, all of a burst together; none when it is time for something."""
@@ -171,12 +175,16 @@ class Agent:
         elif isinstance(event, events.RouteGone):
             if self._routes.forget_route(event.index, event.address):
                 log.warning("the route to %s has been removed by somebody else; it is set again", event.address)
-                self._look_at({link.name for link in self._links.values() if link.index == event.index})
+                for link in self._links.values():
+                    if link.index == event.index:
+                        self._look_at(link.name)
         elif isinstance(event, events.LinksMissed):
             log.warning("events of the kernel were missed: looking at all interfaces")
             self._read_links()
         elif isinstance(event, events.TablesChanged):
             self._tables_changed(event.names)
+        elif isinstance(event, connections.Listed):
+            self._end_denied_connections(event)
         elif isinstance(event, events.Failed):
             raise CalicoError(event.why)
 
@@ -201,7 +209,7 @@ class Agent:
             self._links[link.name] = link
             if not link.up:
                 self._routes.forget(link.index)
-        self._look_at({link.name})
+        self._look_at(link.name)
 
     def _tables_changed(self, names: frozenset[str]) -> None:
         # where notices were lost (the empty name), they may well have been those of our own changes
@@ -217,8 +225,10 @@ class Agent:
         except CalicoError:
             return False
 
-    def _look_at(self, interfaces: set[str]) -> None:
-        self._dirty |= {id for id, endpoint in self._snapshot.local.items() if endpoint.interface in interfaces}
+    def _look_at(self, interface: str) -> None:
+        endpoint = self._snapshot.owner(interface)
+        if endpoint is not None:
+            self._dirty.add(endpoint.id)
 
     def _read_links(self) -> None:
         found = [events.link_of(message) for message in self._netlink.get_links()]
@@ -238,23 +248,26 @@ class Agent:
         """Bring the kernel to what the snapshot wants, as far as they may differ."""
         dirty = self._snapshot.take_dirty()
         self._dirty |= {id for id in dirty.endpoints if id.host == self._host}
+        self._released |= dirty.interfaces
         if dirty.settings:
             logging.getLogger("calico").setLevel(LOG_LEVELS.get(self._snapshot.log_level, logging.INFO))
         self._note_readable(dirty.profiles)
         if self._ruleset is None and now < self._retry_at:
             return
-        if self._ruleset is not None and not (dirty or self._dirty or self._touched):
+        if self._ruleset is not None and not (dirty or self._dirty):
             return
         with self._metrics.apply_time.time():
-            if not self._apply_tables(dirty, now):
+            touched = self._apply_tables(dirty, now)
+            if touched is None:
                 return
             first = not self._health.first_update
             if first or dirty.settings:
                 self._forward()
-            statuses = self._apply_routes(dirty.settings)
-            self._end_denied_connections()
-            self._set_statuses(statuses)
-        if first:
+            self._set_statuses(self._apply_routes(dirty.settings))
+        if not first:
+            self._lister.ask(touched)
+        else:
+            self._end_denied_connections(connections.listed(touched))
             self._health.first_update = True
             self._check_firewall(now)
             self._reporter.sign_of_life()
@@ -269,8 +282,8 @@ class Agent:
         if flipped:
             self._dirty |= {id for id, e in self._snapshot.local.items() if flipped.intersection(e.profiles)}
 
-    def _apply_tables(self, dirty: Any, now: float) -> bool:
-        """Bring our tables up to date; tell whether that could be done."""
+    def _apply_tables(self, dirty: Any, now: float) -> set[str] | None:
+        """Bring our tables up to date; return the addresses that it may matter to; None when it failed."""
         update = None
         if self._ruleset is not None:
             ruleset, self._ruleset = self._ruleset, None
@@ -292,11 +305,10 @@ class Agent:
                 self._health.error(str(error))
                 self._set_statuses({id: Status("error", e.index, str(error)) for id, e in self._snapshot.local.items()})
                 self._dirty |= set(self._snapshot.local)
-                return False
+                return None
         self._retry_at = 0.0
         assert update is not None, "one of the two has been done"
-        self._touched |= update.touched
-        return True
+        return update.touched
 
     def _forward(self) -> None:
         try:
@@ -308,17 +320,19 @@ class Agent:
         """Set up, or take down, the interfaces of the endpoints that are to be looked at; return what came of it."""
         ids = self._dirty | set(self._snapshot.local) if all_of_them or self._clean_up else self._dirty
         self._dirty = set()
-        statuses: dict[EndpointId, Status | None] = {}
-        if not (ids or self._clean_up):
-            return statuses
-        wanted = {endpoint.interface for endpoint in self._snapshot.local.values()}
-        unwanted = self._routes.indices() - {link.index for link in self._links.values() if link.name in wanted}
+        unwanted = {self._links[name].index for name in self._unowned(self._released) if name in self._links}
+        self._released = set()
+        if self._clean_up:
+            unowned = self._unowned(self._links)
+            unwanted |= self._routes.indices() - {self._links[name].index for name in self._links.keys() - unowned}
+            self._clean_up = False
         for index in unwanted:
             try:
                 self._routes.clear(index)
             except CalicoError as error:
+                self._clean_up = True
                 self._health.error(str(error))
-        self._clean_up = False
+        statuses: dict[EndpointId, Status | None] = {}
         for id in ids:
             status = statuses[id] = self._apply_endpoint(id)
             if status is not None and status.status == "error" and id in self._snapshot.local:
@@ -326,6 +340,10 @@ class Agent:
             else:
                 self._failed.discard(id)
         return statuses
+
+    def _unowned(self, interfaces: Iterable[str]) -> set[str]:
+        """Return those interfaces that are no endpoint's."""
+        return {name for name in interfaces if self._snapshot.owner(name) is None}
 
     def _apply_endpoint(self, id: EndpointId) -> Status | None:
         endpoint = self._snapshot.local.get(id)
@@ -371,11 +389,13 @@ class Agent:
         if changed:
             self._reporter.set(changed)
 
-    def _end_denied_connections(self) -> None:
-        touched, self._touched = self._touched, set()
-        assert self._ruleset is not None, "tables come first"
+    def _end_denied_connections(self, listed: connections.Listed) -> None:
+        if listed.error is not None:
+            self._health.error(listed.error)
+        if self._ruleset is None:
+            return  # the tables are about to be made anew, and all connections looked at then
         try:
-            ended = connections.prune(self._snapshot, touched, self._ruleset.tagged, lambda: netns.host_addresses()[1])
+            ended = connections.end_denied(listed, self._snapshot, self._ruleset.tagged)
         except CalicoError as error:
             self._health.error(str(error))
             return

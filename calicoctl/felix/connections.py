@@ -4,7 +4,8 @@ The packets of an established connection pass without a look at the rules, so a 
 An entry is judged by its first packet as the forward hook saw it: from its source, to its destination after any
 destination NAT. Deleting is enough, because our tables let no TCP packet in that starts no connection.
 
-`conntrack` lists (a dump through pyroute2 takes a hundred times longer), pyroute2 deletes.
+`conntrack` lists (a dump through pyroute2 takes a hundred times longer), pyroute2 deletes. A host may have hundreds of
+thousands of entries: listing them is left to a thread of its own, judging what came of it is the agent's.
 """
 
 from __future__ import annotations
@@ -12,11 +13,15 @@ from __future__ import annotations
 import re
 import socket
 import subprocess
+import threading
 from collections.abc import Collection, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Callable
 
+from calicoctl import netns
 from calicoctl.datastore.model import Rules
 from calicoctl.errors import CalicoError
 from calicoctl.felix.snapshot import LocalEndpoint, Snapshot
@@ -24,6 +29,16 @@ from calicoctl.policy import ICMP, ICMPV6, Packet, Tagged, decide, is_host_servi
 
 _COUNT = Path("/proc/sys/net/netfilter/nf_conntrack_count")
 _FIELD = re.compile(r"(\w+)=(\S+)")
+_SOURCES = re.compile(r"^.*? src=(\S+) .*? src=(\S+) .*$", re.MULTILINE)
+
+
+@dataclass
+class Listed:
+    """What came of a listing: the connections, and this host's own addresses; or why there are none."""
+
+    connections: list[Connection]
+    host_addresses: Collection[str]
+    error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -35,39 +50,53 @@ class Connection:
     id: int | None
 
 
-def prune(
-    snapshot: Snapshot, touched: Collection[str], tagged: Tagged, host_addresses: Callable[[], Collection[str]]
-) -> int:
-    """Delete the connections of these addresses that policy denies now; return how many there were.
+class Lister(threading.Thread):
+    """Lists connections, for the agent not to wait where a host has very many. `ask` for those of some addresses."""
 
-    Raises CalicoError when the entries cannot be read or deleted.
-    """
-    if not touched or _nothing_tracked():
-        return 0
-    local = {address: endpoint for endpoint in snapshot.local.values() for address in endpoint.addresses}
-    judged = [
-        connection
-        for version in sorted({6 if ":" in address else 4 for address in touched})
-        for connection in _connections(version)
-        if connection.forwarded.source in touched or connection.forwarded.destination in touched
-    ]
-    if not judged:
-        return 0
-    host = host_addresses()
-    denied = [c for c in judged if not allowed(c.forwarded, snapshot, local, host, tagged)]
+    def __init__(self, put: Callable[[Listed], None]) -> None:
+        """`put` is called, in this thread, with what came of each listing."""
+        super().__init__(name="listing connections", daemon=True)
+        self._put = put
+        self._asked: SimpleQueue[frozenset[str]] = SimpleQueue()
+
+    def ask(self, addresses: Collection[str]) -> None:
+        """Have the connections listed that come from, or go to, one of these addresses."""
+        if addresses:
+            self._asked.put(frozenset(addresses))
+
+    def run(self) -> None:
+        while True:
+            addresses = set(self._asked.get())
+            with suppress(Empty):
+                while True:
+                    addresses |= self._asked.get_nowait()
+            try:
+                what = listed(addresses)
+            except Exception as error:  # the next listing may do better
+                what = Listed([], (), f"connections could not be listed ({type(error).__name__}: {error})")
+            if what.connections or what.error is not None:
+                self._put(what)
+
+
+def listed(addresses: Collection[str]) -> Listed:
+    """List the connections that come from, or go to, one of these addresses."""
+    try:
+        found = _connections_of(addresses) if addresses and not _nothing_tracked() else []
+        return Listed(found, netns.own_addresses() if found else ())
+    except CalicoError as error:
+        return Listed([], (), str(error))
+
+
+def end_denied(listed: Listed, snapshot: Snapshot, tagged: Tagged) -> int:
+    """Delete those connections that policy denies now; return how many. Raises CalicoError when that fails."""
+    denied = [c for c in listed.connections if not allowed(c.forwarded, snapshot, tagged, listed.host_addresses)]
     _delete(denied)
     return len(denied)
 
 
-def allowed(
-    packet: Packet,
-    snapshot: Snapshot,
-    local: dict[str, LocalEndpoint],
-    host_addresses: Collection[str],
-    tagged: Tagged,
-) -> bool:
+def allowed(packet: Packet, snapshot: Snapshot, tagged: Tagged, host_addresses: Collection[str]) -> bool:
     """Tell whether policy lets a packet through here: out of its source's endpoint, and into its destination's."""
-    source, destination = local.get(packet.source), local.get(packet.destination)
+    source, destination = snapshot.owner(packet.source), snapshot.owner(packet.destination)
     if source is not None and not (packet.destination in host_addresses and is_host_service(packet)):
         rules = {name: rules.outbound for name, rules in _rules(source, snapshot)}
         if not decide(source.profiles, rules, packet, tagged).allowed:
@@ -94,21 +123,27 @@ def _nothing_tracked() -> bool:
         return False
 
 
-def _connections(version: int) -> Iterator[Connection]:
-    try:
-        done = subprocess.run(
-            ["conntrack", "-L", "-f", f"ipv{version}"], capture_output=True, text=True, errors="replace", timeout=60
-        )
-    except FileNotFoundError:
-        raise CalicoError("conntrack is missing, so open connections cannot be ended: install that package") from None
-    except subprocess.TimeoutExpired:
-        raise CalicoError("conntrack did not list the connections within a minute") from None
-    if done.returncode != 0:
-        raise CalicoError(f"conntrack could not list the connections: {' '.join(done.stderr.split())[:200]}")
-    for line in done.stdout.splitlines():
-        connection = parse(line)
-        if connection is not None:
-            yield connection
+def _connections_of(addresses: Collection[str]) -> list[Connection]:
+    found = []
+    for version in sorted({6 if ":" in address else 4 for address in addresses}):
+        try:
+            done = subprocess.run(
+                ["conntrack", "-L", "-f", f"ipv{version}"], capture_output=True, text=True, errors="replace", timeout=60
+            )
+        except FileNotFoundError:
+            why = "conntrack is missing, so open connections cannot be ended: install that package"
+            raise CalicoError(why) from None
+        except subprocess.TimeoutExpired:
+            raise CalicoError("conntrack did not list the connections within a minute") from None
+        if done.returncode != 0:
+            raise CalicoError(f"conntrack could not list the connections: {' '.join(done.stderr.split())[:200]}")
+        # where an entry comes from, and who answers: of very many entries, few are read further
+        for match in _SOURCES.finditer(done.stdout):
+            if match[1] in addresses or match[2] in addresses:
+                connection = parse(match[0])
+                if connection is not None:
+                    found.append(connection)
+    return found
 
 
 def parse(line: str) -> Connection | None:

@@ -102,8 +102,10 @@ class Health:
                     "status": status.status,
                     "reason": status.reason,
                 }
-                for id, status in sorted(self.endpoints.items(), key=lambda item: item[0].endpoint)
-                if status.reason is not None
+                for id, status in sorted(
+                    (item for item in self.endpoints.items() if item[1].reason is not None),
+                    key=lambda item: item[0].endpoint,
+                )
             ],
             "problems": [{"key": key, "problem": self.problems[key]} for key in sorted(self.problems)],
             "last_error": self.last_error,

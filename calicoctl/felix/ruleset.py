@@ -39,25 +39,26 @@ _SKELETON = """
 add map inet calico from { type ifname : verdict; }
 add map inet calico to { type ifname : verdict; }
 add set inet calico macs { type ifname . ether_addr; }
-add set inet calico senders4 { type ifname . ipv4_addr; }
-add set inet calico senders6 { type ifname . ipv6_addr; }
+add set inet calico senders4 { type ifname . ether_addr . ipv4_addr; }
+add set inet calico senders6 { type ifname . ether_addr . ipv6_addr; }
 add set inet calico targets6 { typeof iifname . @th,64,128; }
 add set inet calico pools4 { type ipv4_addr; flags interval; }
 add set inet calico pools6 { type ipv6_addr; flags interval; }
 add set inet calico masquerade4 { type ipv4_addr; flags interval; }
 add set inet calico masquerade6 { type ipv6_addr; flags interval; }
 
-add chain inet calico sender
-add rule inet calico sender iifname . ether saddr != @macs drop
-add rule inet calico sender ip saddr 0.0.0.0 ip daddr 255.255.255.255 udp sport 68 udp dport 67 accept
-add rule inet calico sender meta nfproto ipv4 iifname . ip saddr != @senders4 drop
-add rule inet calico sender icmpv6 type nd-neighbor-advert iifname . @th,64,128 != @targets6 drop
-add rule inet calico sender ip6 saddr :: icmpv6 type { 131, 132, 133, 135, 143 } accept
-add rule inet calico sender meta nfproto ipv6 iifname . ip6 saddr != @senders6 drop
+add chain inet calico sender4
+add rule inet calico sender4 iifname . ether saddr . ip saddr @senders4 accept
+add rule inet calico sender4 iifname . ether saddr != @macs drop
+add rule inet calico sender4 ip saddr 0.0.0.0 ip daddr 255.255.255.255 udp sport 68 udp dport 67 accept
+add rule inet calico sender4 drop
 
-add chain inet calico known
-add rule inet calico known ct state established,related accept
-add rule inet calico known ct state invalid drop
+add chain inet calico sender6
+add rule inet calico sender6 icmpv6 type nd-neighbor-advert iifname . @th,64,128 != @targets6 drop
+add rule inet calico sender6 iifname . ether saddr . ip6 saddr @senders6 accept
+add rule inet calico sender6 iifname . ether saddr != @macs drop
+add rule inet calico sender6 ip6 saddr :: icmpv6 type { 131, 132, 133, 135, 143 } accept
+add rule inet calico sender6 drop
 
 add chain inet calico starts
 add rule inet calico starts tcp flags & (fin | syn | rst | ack) != syn drop
@@ -71,39 +72,39 @@ add rule inet calico host-services icmpv6 type { 130, 131, 132, 133, 135, 136 } 
 add chain inet calico host-action
 
 add chain inet calico anti-spoofing { type filter hook prerouting priority raw; policy accept; }
-add rule inet calico anti-spoofing iifname "cali*" jump sender
+add rule inet calico anti-spoofing iifname "cali*" meta protocol vmap { ip : goto sender4, ip6 : goto sender6 }
 
 add chain inet calico outbound-forward { type filter hook forward priority filter - 11; policy accept; }
+add rule inet calico outbound-forward ct state established,related accept
 add rule inet calico outbound-forward iifname != "cali*" accept
-add rule inet calico outbound-forward jump known
+add rule inet calico outbound-forward ct state invalid drop
 add rule inet calico outbound-forward jump starts
 add rule inet calico outbound-forward iifname vmap @from
 add rule inet calico outbound-forward drop
 
 add chain inet calico inbound-forward { type filter hook forward priority filter - 10; policy accept; }
+add rule inet calico inbound-forward ct state established,related accept
 add rule inet calico inbound-forward oifname != "cali*" accept
-add rule inet calico inbound-forward jump known
+add rule inet calico inbound-forward ct state invalid drop
 add rule inet calico inbound-forward jump starts
 add rule inet calico inbound-forward oifname vmap @to
 add rule inet calico inbound-forward drop
 
 add chain inet calico outbound-to-host { type filter hook input priority filter - 11; policy accept; }
+add rule inet calico outbound-to-host ct state established,related accept
 add rule inet calico outbound-to-host iifname != "cali*" accept
-add rule inet calico outbound-to-host jump known
+add rule inet calico outbound-to-host ct state invalid drop
 add rule inet calico outbound-to-host jump host-services
 add rule inet calico outbound-to-host jump starts
 add rule inet calico outbound-to-host iifname vmap @from
 add rule inet calico outbound-to-host drop
 
 add chain inet calico to-host { type filter hook input priority filter - 10; policy accept; }
+add rule inet calico to-host ct state established,related accept
 add rule inet calico to-host iifname != "cali*" accept
-add rule inet calico to-host jump known
+add rule inet calico to-host ct state invalid drop
 add rule inet calico to-host jump host-services
 add rule inet calico to-host jump host-action
-
-add chain inet calico outgoing { type nat hook postrouting priority srcnat; policy accept; }
-add rule inet calico outgoing ip saddr @masquerade4 ip daddr != @pools4 masquerade
-add rule inet calico outgoing ip6 saddr @masquerade6 ip6 daddr != @pools6 masquerade
 
 add set arp calico macs { type ifname . ether_addr; }
 add set arp calico senders { type ifname . ether_addr . ipv4_addr; }
@@ -148,7 +149,7 @@ class Ruleset:
 
     def load(self, snapshot: Snapshot) -> Update:
         """Return the commands that make the tables anew, in place of whatever they hold. For a new Ruleset."""
-        everything = Dirty(set(snapshot.endpoints), set(snapshot.profiles), True, True)
+        everything = Dirty(set(snapshot.endpoints), profiles=set(snapshot.profiles), pools=True, settings=True)
         update = self.update(snapshot, everything)
         tables = "".join(f"add table {family} {name}\n" for family, name in TABLES)
         return Update(remove_commands() + tables + _SKELETON + update.commands, update.touched)
@@ -407,7 +408,7 @@ class _Change:
         for name, type in self._created.items():
             lines.append(f"add set inet calico {name} {{ type {type}; }}")
         kept = sorted(name for name in changed if name in self._chains)
-        lines += [f"add chain inet calico {name}" for name in kept]
+        lines += [f"add chain inet calico {name} {_BASE_CHAINS.get(name, '')}" for name in kept]
         lines += [f"flush chain inet calico {name}" for name in sorted(changed) if self._old_chains[name] is not None]
         # an element of a map that is removed is named by its key alone
         lines += self._element_lines("delete", self._removed, lambda element: element.partition(" : ")[0])
@@ -435,6 +436,9 @@ class _Change:
 
 _PROFILE_CHAINS = ("inbound/", "outbound/")
 
+_BASE_CHAINS = {"outgoing": "{ type nat hook postrouting priority srcnat; policy accept; }"}
+"""Those that are not always there."""
+
 
 def _elements(endpoint: LocalEndpoint) -> list[tuple[tuple[str, str], str]]:
     """Return what an endpoint has in which set or map."""
@@ -447,10 +451,10 @@ def _elements(endpoint: LocalEndpoint) -> list[tuple[tuple[str, str], str]]:
         (("arp", "macs"), f"{name} . {mac}"),
     ]
     for address in endpoint.addresses_of(4):
-        elements.append((("inet", "senders4"), f"{name} . {address}"))
+        elements.append((("inet", "senders4"), f"{name} . {mac} . {address}"))
         elements.append((("arp", "senders"), f"{name} . {mac} . {address}"))
     for address in [*endpoint.addresses_of(6), link_local(mac)]:
-        elements.append((("inet", "senders6"), f"{name} . {address}"))
+        elements.append((("inet", "senders6"), f"{name} . {mac} . {address}"))
         number = int.from_bytes(socket.inet_pton(socket.AF_INET6, address), "big")
         elements.append((("inet", "targets6"), f"{name} . {number:#034x}"))
     return elements
@@ -470,11 +474,16 @@ def _policy_of(endpoint: LocalEndpoint) -> tuple[object, ...]:
 def _update_pools(snapshot: Snapshot, change: _Change) -> None:
     from netaddr.ip import IPNetwork, cidr_merge
 
-    for version in (4, 6):
+    translations = []
+    for version, family in ((4, "ip"), (6, "ip6")):
         pools = [pool for pool in snapshot.pools.values() if (":" in pool.cidr) == (version == 6)]
         for name, chosen in (("pools", pools), ("masquerade", [pool for pool in pools if pool.masquerade])):
             merged = cidr_merge([IPNetwork(pool.cidr) for pool in chosen])
             change.replace(("inet", f"{name}{version}"), (str(network) for network in merged))
+        if any(pool.masquerade for pool in pools):
+            translations.append(f"{family} saddr @masquerade{version} {family} daddr != @pools{version} masquerade")
+    # only where it is needed: its being there costs every packet of the host
+    change.set_chain("outgoing", tuple(translations) or None)
 
 
 def _part(name: str) -> str:

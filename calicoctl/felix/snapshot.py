@@ -53,9 +53,13 @@ class Profile:
 
 @dataclass
 class Dirty:
-    """What has changed: endpoints of all hosts, profiles, and whether pools or settings have."""
+    """What has changed: endpoints of all hosts, profiles, and whether pools or settings have.
+
+    `interfaces` are those of this host that an endpoint has given up.
+    """
 
     endpoints: set[EndpointId] = field(default_factory=set)
+    interfaces: set[str] = field(default_factory=set)
     profiles: set[str] = field(default_factory=set)
     pools: bool = False
     settings: bool = False
@@ -85,6 +89,8 @@ class Snapshot:
         self._candidates: dict[EndpointId, LocalEndpoint] = {}
         """This host's endpoints whose records are sound; which of them may claim what they claim is another matter."""
         self._claims: dict[str, set[EndpointId]] = {}
+        self._owners: dict[str, LocalEndpoint] = {}
+        """Those of `local`, by all that is theirs: interface and addresses."""
         self._unchecked: set[EndpointId] = set()
 
     def replace(self, directory: str, entries: Iterable[Entry]) -> None:
@@ -106,6 +112,10 @@ class Snapshot:
                 self._set(key, None)
         self._check_local()
 
+    def owner(self, thing: str) -> LocalEndpoint | None:
+        """Return the endpoint of this host that an interface, or an address, belongs to."""
+        return self._owners.get(thing)
+
     def is_readable(self, profile: str) -> bool:
         """Tell whether a profile exists and its rules can be read."""
         known = self.profiles.get(profile)
@@ -115,10 +125,6 @@ class Snapshot:
         """Return what has changed since the last call."""
         dirty, self.dirty = self.dirty, Dirty()
         return dirty
-
-    def all_dirty(self) -> None:
-        """Mark all there is as changed."""
-        self.dirty = Dirty(set(self.endpoints), set(self.profiles), True, True)
 
     def _set(self, key: str, entry: Entry | None) -> None:
         """Keep a key's entry, or None, and what it means."""
@@ -233,12 +239,14 @@ class Snapshot:
             owner = next((owners[thing] for thing in self._things(id) if thing in owners), None)
             if owner is not None:
                 if id in self.local or id not in self.unusable:
-                    self.local.pop(id, None)
+                    self._drop(id)
                     self._refuse(id, f"its interface or an address is that of endpoint {owner.endpoint} already")
                 continue
             owners.update(dict.fromkeys(self._things(id), id))
             if self.local.get(id) != candidate:
+                self._drop(id)
                 self.local[id] = candidate
+                self._owners.update(dict.fromkeys(self._things(id), candidate))
                 self.unusable.pop(id, None)
                 self.problems.pop(keys.endpoint(id), None)
                 self.dirty.endpoints.add(id)
@@ -273,10 +281,20 @@ class Snapshot:
             rivals |= self._claims[thing]
             if not self._claims[thing]:
                 del self._claims[thing]
+        self._drop(id)
         self._candidates.pop(id, None)
-        self.local.pop(id, None)
         self.unusable.pop(id, None)
         return rivals
+
+    def _drop(self, id: EndpointId) -> None:
+        """Take an endpoint from those that the kernel is given."""
+        endpoint = self.local.pop(id, None)
+        if endpoint is None:
+            return
+        self.dirty.interfaces.add(endpoint.interface)
+        for thing in (endpoint.interface, *endpoint.addresses):
+            if self._owners.get(thing) is endpoint:
+                del self._owners[thing]
 
     def _things(self, id: EndpointId) -> tuple[str, ...]:
         """Return what a candidate claims for itself, each of which can be one endpoint's only."""

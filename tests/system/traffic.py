@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-from tests.system.support import run
+from tests.system.support import run, wait_for
 
 T = TypeVar("T")
 
@@ -145,6 +145,11 @@ def flows(client: socket.socket, server: socket.socket) -> bool:
         except OSError:
             return False
     return True
+
+
+def ends(client: socket.socket, server: socket.socket) -> None:
+    """Wait until a connection carries nothing any more."""
+    wait_for(lambda: not flows(client, server), "the connection's end", 10)
 
 
 @contextlib.contextmanager
