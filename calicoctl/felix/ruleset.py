@@ -48,7 +48,6 @@ add set inet calico masquerade4 { type ipv4_addr; flags interval; }
 add set inet calico masquerade6 { type ipv6_addr; flags interval; }
 
 add chain inet calico sender4
-add rule inet calico sender4 iifname . ether saddr . ip saddr @senders4 accept
 add rule inet calico sender4 iifname . ether saddr != @macs drop
 add rule inet calico sender4 ip saddr 0.0.0.0 ip daddr 255.255.255.255 udp sport 68 udp dport 67 accept
 add rule inet calico sender4 drop
@@ -72,7 +71,9 @@ add rule inet calico host-services icmpv6 type { 130, 131, 132, 133, 135, 136 } 
 add chain inet calico host-action
 
 add chain inet calico anti-spoofing { type filter hook prerouting priority raw; policy accept; }
-add rule inet calico anti-spoofing iifname "cali*" meta protocol vmap { ip : goto sender4, ip6 : goto sender6 }
+add rule inet calico anti-spoofing iifname != "cali*" accept
+add rule inet calico anti-spoofing iifname . ether saddr . ip saddr @senders4 accept
+add rule inet calico anti-spoofing meta protocol vmap { ip : goto sender4, ip6 : goto sender6 }
 
 add chain inet calico outbound-forward { type filter hook forward priority filter - 11; policy accept; }
 add rule inet calico outbound-forward ct state established,related accept

@@ -57,6 +57,7 @@ class AgentHost(Host):
         self.etcd.put(key, {"state": "inactive", "ipv4_nets": []})
         wait_for(lambda: self.endpoint_status(key), f"the agent\n{self.log()}", 20)
         self.etcd.delete(key)
+        wait_for(lambda: not self.endpoint_status(key), f"the agent\n{self.log()}", 20)
 
     def profile(self, name: str, inbound: list | None = None, outbound: list | None = None, tags: list | None = None):
         """Write a profile: by default, all may go out, and nothing come in."""

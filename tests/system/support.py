@@ -46,12 +46,14 @@ def run(*command: str, check: bool = True, **options) -> Result:
 def wait_for(condition, what: str, seconds: float = 30):
     """Return the first true value of `condition`, asked again and again; fail when it takes too long."""
     give_up = time.monotonic() + seconds
+    pause = 0.001
     while True:
         value = condition()
         if value:
             return value
         assert time.monotonic() < give_up, f"{what}: not within {seconds} s"
-        time.sleep(0.02)
+        time.sleep(pause)
+        pause = min(0.02, pause * 1.5)
 
 
 def free_port() -> int:
