@@ -163,6 +163,26 @@ def links(namespace: str | None = None) -> dict[str, dict]:
     return {link["ifname"]: link for link in found if link.get("ifname") not in (None, "lo")}
 
 
+def tables() -> list[str]:
+    """Return all that nftables has, in an order that does not depend on how it came about."""
+    text = run("nft", "-j", "list", "ruleset").out
+    found = []
+    for item in json.loads(text)["nftables"]:
+        (kind, body), *_ = item.items()
+        if kind == "metainfo":
+            continue
+        body.pop("handle", None)
+        if "elem" in body:
+            body["elem"] = sorted(body["elem"], key=json.dumps)
+        found.append(json.dumps({kind: body}, sort_keys=True))
+    # rules of a chain keep their order, objects have none
+    rules = [line for line in found if line.startswith('{"rule"')]
+    others = sorted(line for line in found if not line.startswith('{"rule"'))
+    return others + sorted(
+        rules, key=lambda line: (json.loads(line)["rule"]["family"], json.loads(line)["rule"]["chain"])
+    )
+
+
 def calico_links() -> set[str]:
     """Return the host ends of all veth pairs of Calico's."""
     return {name for name in links() if name.startswith("cali")}

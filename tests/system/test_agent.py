@@ -26,6 +26,7 @@ from tests.system.support import (
     free_port,
     gone,
     run,
+    tables,
     wait_for,
 )
 from tests.system.traffic import connection, flows, ping
@@ -160,6 +161,34 @@ def test_a_stream_runs_through_restart_and_kill(pair: AgentHost) -> None:
         assert flows(*stream)
         assert run("ip", "route").out == routes
         assert pair.etcd.tree("/calico/felix/v1/host/host1/workload") == reported
+
+
+def test_a_stream_runs_through_an_upgrade(pair: AgentHost) -> None:
+    """Another version of the agent may have left tables of another shape, and routes that nobody wants any more."""
+    interface = pair.interface("b")
+    with connection("a", "b", B4, 80) as stream:
+        before = tables()
+        pair.kill_agent()
+        of_another_version = f"""
+            table inet calico
+            delete table inet calico
+            table inet calico {{
+                map to {{ type ifname : verdict; elements = {{ "{interface}" : goto to-b }}; }}
+                set senders4 {{ type ipv4_addr; flags interval; elements = {{ 192.168.0.0/24 }}; }}
+                chain to-b {{ ct state established,related accept; drop; }}
+                chain fw {{ type filter hook forward priority filter; oifname vmap @to; ip saddr != @senders4 drop; }}
+                chain raw {{ type filter hook prerouting priority raw; policy accept; }}
+            }}
+            table arp calico
+            delete table arp calico
+        """
+        run("nft", "-f", "-", input=of_another_version)
+        run("ip", "route", "add", "192.168.0.77/32", "dev", interface, "scope", "link", "proto", "80")
+        assert flows(*stream)
+        pair.start_agent()
+        assert flows(*stream)
+        assert tables() == before
+        assert "192.168.0.77" not in run("ip", "route").out
 
 
 def test_no_packet_is_lost_or_let_through_while_the_agent_starts(pair: AgentHost) -> None:

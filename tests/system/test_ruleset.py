@@ -9,29 +9,9 @@ from calicoctl.datastore.store import Change, Entry
 from calicoctl.felix.nft import Nft
 from calicoctl.felix.ruleset import Ruleset, remove_commands
 from calicoctl.felix.snapshot import Snapshot
-from tests.system.support import run
+from tests.system.support import tables
 
 TAGS = ("web", "db", "a-b.c_d", "weird tag; drop")
-
-
-def tables() -> list[str]:
-    """Return what the kernel has, in an order that does not depend on how it came about."""
-    text = run("nft", "-j", "list", "ruleset").out
-    found = []
-    for item in json.loads(text)["nftables"]:
-        (kind, body), *_ = item.items()
-        if kind == "metainfo":
-            continue
-        body.pop("handle", None)
-        if "elem" in body:
-            body["elem"] = sorted(body["elem"], key=json.dumps)
-        found.append(json.dumps({kind: body}, sort_keys=True))
-    # rules of a chain keep their order, objects have none
-    rules = [line for line in found if line.startswith('{"rule"')]
-    others = sorted(line for line in found if not line.startswith('{"rule"'))
-    return others + sorted(
-        rules, key=lambda line: (json.loads(line)["rule"]["family"], json.loads(line)["rule"]["chain"])
-    )
 
 
 def random_change(chance: random.Random, index: int) -> Change:
