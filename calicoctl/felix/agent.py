@@ -162,9 +162,10 @@ class Agent:
         elif isinstance(event, events.StoreRead):
             self._store_read(event)
         elif isinstance(event, events.StoreAway):
+            if not self._health.store_away:
+                self._health.store_since = report.now()
+                self._health.error(f"{event.why}; what is set up stays as it is")
             self._health.store_away[event.directory] = event.why
-            self._health.store_since = report.now()
-            self._health.error(f"{event.why}; what is set up stays as it is")
         elif isinstance(event, events.StoreBack):
             if self._health.store_away.pop(event.directory, None) is not None and not self._health.store_away:
                 self._health.store_since = report.now()

@@ -30,7 +30,7 @@ log = logging.getLogger("calico.felix")
 LONG_POLL = 10.0
 """Seconds that one wait for a change of the store takes at most; a member that hangs is noticed after as long."""
 
-LONGEST_PAUSE = 10.0
+LONGEST_PAUSE = 5.0
 """Seconds between two attempts to reach the store, at most."""
 
 _RTMGRP_LINK = 0x1
