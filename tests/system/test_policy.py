@@ -365,17 +365,17 @@ def arrives(server: socket.socket) -> bool:
 
 
 @pytest.fixture
-def loose() -> Iterator[None]:
-    """The kernel's own filter of sources lets all pass that have a route anywhere, as many distributions have it."""
-    before = run("sysctl", "-n", "net.ipv4.conf.all.rp_filter").out.strip()
-    run("sysctl", "-q", "-w", "net.ipv4.conf.all.rp_filter=2")
+def tables_alone(net: AgentHost) -> Iterator[None]:
+    """Without the kernel's own filter of sources."""
+    settings = [f"net.ipv4.conf.{net.interface(name)}.rp_filter" for name in "abc"]
+    run("sysctl", "-q", "-w", *(f"{setting}=0" for setting in settings))
     yield
-    run("sysctl", "-q", "-w", f"net.ipv4.conf.all.rp_filter={before}")
+    run("sysctl", "-q", "-w", *(f"{setting}=1" for setting in settings))
 
 
 @BOTH
 @pytest.mark.parametrize("target", ["b", "host"])
-def test_a_spoofed_source_is_dropped(net: AgentHost, version: int, target: str, loose: None) -> None:
+def test_a_spoofed_source_is_dropped(net: AgentHost, version: int, target: str, tables_alone: None) -> None:
     inbound(net, ALLOW)
     destination = B[version] if target == "b" else HOST[version]
     own_mac, host_mac = net.mac("a"), links()[net.interface("a")]["address"]
@@ -393,7 +393,7 @@ def test_a_spoofed_source_is_dropped(net: AgentHost, version: int, target: str, 
             assert arrives(server) == allowed, (source_mac, source)
 
 
-def test_a_spoofed_packet_of_a_live_flow_is_dropped(net: AgentHost, loose: None) -> None:
+def test_a_spoofed_packet_of_a_live_flow_is_dropped(net: AgentHost, tables_alone: None) -> None:
     """c sends into a flow of a's, whose packets pass without a look at the rules."""
     inbound(net, {"action": "allow", "src_net": f"{A4}/32"})
     with udp_server("b", B4, 7777) as server, udp_server("a", A4, 4000) as client:
@@ -631,7 +631,11 @@ def test_a_tag_that_an_endpoint_elsewhere_loses_ends_connections(net: AgentHost,
     nets = {"ipv4_nets": [f"{OUTSIDE[4]}/32"], "ipv6_nets": [f"{OUTSIDE[6]}/128"]}
     net.profile("friends")
     net.etcd.put(key, {"state": "active", "name": "cali1", "mac": None, "profile_ids": ["friends"], **nets})
-    inbound(net, {"action": "allow", "src_tag": "friends"})
+    friends = {"action": "allow", "src_tag": "friends"}
+    inbound(net, friends, ALLOW)
+    with connection("a", "b", B[version], 81) as stranger:
+        inbound(net, friends)
+        ends(*stranger)  # and with it what these changes made the agent look at
     with connection("outside", "b", B[version], 80) as ended:
         assert flows(*ended)
         net.etcd.delete(key)
