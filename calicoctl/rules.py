@@ -149,7 +149,7 @@ def check_rule(data: Any, must_match: bool = True) -> Rule:
         raise CalicoError(f"a rule's action is {rule.action!r}; it must be 'allow', 'deny' or 'log'")
     if rule.protocol is not None:
         rule.protocol = _protocol(_text(rule.protocol, "protocol"))
-    if rule.ip_version not in (None, 4, 6) or isinstance(rule.ip_version, bool):
+    if rule.ip_version is not None and (type(rule.ip_version) is not int or rule.ip_version not in (4, 6)):
         raise CalicoError(f"a rule's ip_version is {rule.ip_version!r}; it must be 4 or 6")
     for name in ("icmp_type", "icmp_code"):
         if getattr(rule, name) is not None:

@@ -70,7 +70,7 @@ def _start(arguments: dict[str, Any]) -> None:
         raise CalicoError(f"--detach={arguments['--detach']}: it must be true or false")
     in_background = arguments["--detach"] != "false"
     metrics_port = _port(arguments["--metrics-port"])
-    log_dir = _log_dir(arguments["--log-dir"] or (process.DEFAULT_LOG_DIR if in_background else None))
+    log_dir = _log_dir(arguments["--log-dir"], process.DEFAULT_LOG_DIR if in_background else None)
     options = process.Options(log_dir, metrics_port, arguments["--local-etcd"])
     datastore = DatastoreClient.from_environment()
 
@@ -81,7 +81,7 @@ def _start(arguments: dict[str, Any]) -> None:
     if ipv4 is None and given[6] is None:
         raise CalicoError("No IPv4 address of this host could be detected. Say which one to use with --ip.")
     if options.local_etcd:
-        etcd = LocalEtcd(datastore.host, _log_dir(log_dir or process.DEFAULT_LOG_DIR) or "")
+        etcd = LocalEtcd(datastore.host, _log_dir(log_dir, process.DEFAULT_LOG_DIR) or "")
         if etcd.start():
             print(f"A local etcd is running at {etcd.url}.")
     datastore.register_host(ipv4, given[6], as_num)
@@ -182,10 +182,14 @@ def _local_etcd_stopped(host: str) -> bool:
     return etcd is not None and etcd.stop()
 
 
-def _log_dir(text: str | None) -> str | None:
+def _log_dir(text: str | None, default: str | None) -> str | None:
     """Return the absolute path of a directory, which is made if need be; raise CalicoError."""
     if text is None:
+        text = default
+    if text is None:
         return None
+    if not text:
+        raise CalicoError("--log-dir: it must be a directory, and is empty")
     path = Path(text).absolute()
     try:
         path.mkdir(mode=0o755, parents=True, exist_ok=True)

@@ -38,6 +38,9 @@ T = TypeVar("T")
 READ_TIMEOUT = 4.0
 """Seconds to wait for one member's answer. A member that hangs costs this once a command."""
 
+CONFIRMATION = 0.5
+"""Seconds that a watch which saw nothing is asked again, before what happened elsewhere is passed over."""
+
 PATIENCE = 20.0
 """Seconds for which a cluster that answers, but can do nothing (it elects a leader, say), is asked again."""
 
@@ -316,10 +319,18 @@ class EtcdStore:
         try:
             return self._read(directory, read)
         except etcd.EtcdKeyNotFound as error:
-            return [], int(error.payload["index"]) + 1
+            reached = error.payload.get("index")
+            if not isinstance(reached, int):
+                raise StoreError("the store does not answer as etcd does: it has no index") from None
+            return [], reached + 1
 
     def watch(self, directory: str, index: int, seconds: float) -> tuple[list[Change], int]:
-        return self._read(directory, lambda client, path: _await_change(client, path, index, seconds))
+        import etcd
+
+        try:
+            return self._read(directory, lambda client, path: _await_change(client, path, index, seconds))
+        except etcd.EtcdKeyNotFound:
+            raise StoreError(f"the store does not answer as etcd does: it cannot watch {directory}") from None
 
     def _read(self, key: str, read: Callable[[etcd.Client, str], T]) -> T:
         """Read from the first member that answers; raise what python-etcd raises for a definite answer."""
@@ -386,7 +397,7 @@ class EtcdStore:
                 reasons.append(f"{url} ({_reason(error)})")
             except etcd.EtcdException as error:
                 raise self._translate(error, url, key) from None
-            except (AttributeError, KeyError, TypeError) as error:
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
                 raise _no_etcd(url, error) from error  # the library's, about JSON of another shape than etcd's
         raise StoreUnavailable(
             f"etcd cannot be reached at {', '.join(reasons)}: start it, or say with ETCD_AUTHORITY or ETCD_ENDPOINTS "
@@ -476,34 +487,55 @@ def _child_keys(client: etcd.Client, path: str) -> list[str]:
 
 
 def _await_change(client: etcd.Client, path: str, index: int, seconds: float) -> tuple[list[Change], int]:
-    """Do one long poll, as python-etcd does, but read the headers, which come at once, before the change.
+    """Wait for a change as python-etcd does, but read the headers, which come at once, before the change.
 
     They tell the index up to which nothing has happened here; without it, a watch of a quiet directory would fall
     behind what the store remembers of the busy ones.
     """
+    event, reached = _poll(client, path, index, seconds)
+    if reached + 1 < index:
+        # another store than the one that gave the index, or one set back
+        raise HistoryLost(f"the store has reached {reached} only, where {index - 1} had been reached before")
+    if event is None and reached >= index:
+        # a change may have got stuck on its way: ask again before it is taken for none
+        event, _ = _poll(client, path, index, CONFIRMATION)
+    if event is None:
+        return [], max(index, reached + 1)
+    node = event["node"]
+    if node.get("dir") and event["action"] == "update":
+        return [], node["modifiedIndex"] + 1  # of its time to live; what is in it stays
+    gone = node.get("dir") or event["action"] in ("delete", "expire", "compareAndDelete")
+    value = node.get("value", "")
+    if not (isinstance(node["key"], str) and isinstance(value, str) and isinstance(node["modifiedIndex"], int)):
+        raise TypeError("a change of another shape")
+    entry = None if gone else Entry(node["key"], value, node["modifiedIndex"], node["createdIndex"])
+    return [Change(node["key"], entry)], node["modifiedIndex"] + 1
+
+
+def _poll(client: etcd.Client, path: str, index: int, seconds: float) -> tuple[Any, int]:
+    """Do one long poll; return the event, None for none, and the index that the store had reached at its start."""
     import etcd
     import urllib3.exceptions
 
     url = f"{client.base_uri}{client.key_endpoint}{path}?wait=true&recursive=true&waitIndex={index}"
     try:
         answer = client.http.request("GET", url, timeout=seconds, preload_content=False)
-        if answer.status != 200:
-            client.read(path, wait=True, recursive=True, waitIndex=index, timeout=READ_TIMEOUT)  # raises what it means
-            return [], index
-        reached = int(answer.headers["x-etcd-index"])
         try:
-            event = json.loads(answer.read())
-        except (urllib3.exceptions.ReadTimeoutError, ValueError):
-            # nothing has happened, or the server has ended
-            return [], max(index, reached + 1)
+            if answer.status != 200:
+                client.read(path, wait=True, recursive=True, waitIndex=index, timeout=READ_TIMEOUT)  # raises its reason
+                raise TypeError(f"status {answer.status}")
+            reached = int(answer.headers["x-etcd-index"])
+            try:
+                body = answer.read()
+            except urllib3.exceptions.ReadTimeoutError:
+                return None, reached
+            if not body:
+                raise etcd.EtcdConnectionFailed(cause=ConnectionError("the watch was ended"))
+            return json.loads(body), reached
         finally:
             answer.release_conn()
     except (urllib3.exceptions.HTTPError, OSError) as error:
         raise etcd.EtcdConnectionFailed(cause=error) from error
-    node = event["node"]
-    gone = node.get("dir") or event["action"] in ("delete", "expire", "compareAndDelete")
-    entry = None if gone else Entry(node["key"], node.get("value", ""), node["modifiedIndex"], node["createdIndex"])
-    return [Change(node["key"], entry)], node["modifiedIndex"] + 1
 
 
 def _no_etcd(url: str, error: Exception) -> StoreError:
@@ -513,7 +545,10 @@ def _no_etcd(url: str, error: Exception) -> StoreError:
 def _entry(result: etcd.EtcdResult) -> Entry:
     if result.dir:
         raise InvalidValue(result.key, "it is a directory, where a key is expected")
-    return Entry(result.key, result.value or "", result.modifiedIndex, result.createdIndex)
+    value = result.value or ""
+    if not (isinstance(value, str) and isinstance(result.modifiedIndex, int)):
+        raise TypeError(f"{result.key} is no key of etcd's")
+    return Entry(result.key, value, result.modifiedIndex, result.createdIndex)
 
 
 def _cause(error: etcd.EtcdConnectionFailed) -> BaseException | None:

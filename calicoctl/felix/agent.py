@@ -199,6 +199,13 @@ class Agent:
 
     def _link_changed(self, event: events.LinkChanged) -> None:
         link = event.link
+        for other in [other for other in self._links.values() if other.index == link.index and other.name != link.name]:
+            log.warning("the interface %s is called %s now", other.name, link.name)
+            del self._links[other.name]
+            self._clean_up = True  # what leads to it must not stay
+            self._look_at(other.name)
+        if not link.name.startswith(PREFIX):
+            return
         before = self._links.get(link.name)
         if event.gone:
             if before is not None and before.index == link.index:

@@ -10,6 +10,8 @@ thousands of entries: listing them is left to a thread of its own, judging what 
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 import socket
 import subprocess
@@ -43,11 +45,14 @@ class Listed:
 
 @dataclass(frozen=True)
 class Connection:
-    """An entry: the first packet as it was sent (`original`), and as the forward hook saw it; `id` for ICMP."""
+    """An entry: the first packet as it was sent (`original`), and as the forward hook saw it.
+
+    `selectors` is what tells it from others of its protocol between the same addresses, by pyroute2's names.
+    """
 
     original: Packet
     forwarded: Packet
-    id: int | None
+    selectors: dict[str, int | None]
 
 
 class Lister(threading.Thread):
@@ -177,7 +182,14 @@ def parse(line: str) -> Connection | None:
             original.icmp_type,
             original.icmp_code,
         )
-        return Connection(original, forwarded, int(first["id"]) if "id" in first else None)
+        selectors: dict[str, int | None] = {}
+        if protocol in (ICMP, ICMPV6):
+            selectors = {"icmp_id": int(first["id"]), "icmp_type": numbers["type"], "icmp_code": numbers["code"]}
+        elif "sport" in first:
+            selectors = {"sport": numbers["sport"], "dport": numbers["dport"]}
+        elif "srckey" in first:  # GRE, whose keys the kernel takes for ports
+            selectors = {"sport": int(first["srckey"], 16), "dport": int(first["dstkey"], 16)}
+        return Connection(original, forwarded, selectors)
     except (IndexError, KeyError, ValueError, OSError):
         return None
 
@@ -191,6 +203,7 @@ def _delete(connections: list[Connection]) -> None:
     from pyroute2.conntrack import Conntrack, NFCTAttrTuple
     from pyroute2.netlink.exceptions import NetlinkError
 
+    failed: list[str] = []
     for family in (socket.AF_INET, socket.AF_INET6):
         chosen = [c for c in connections if (c.original.version == 6) == (family == socket.AF_INET6)]
         if not chosen:
@@ -198,17 +211,17 @@ def _delete(connections: list[Connection]) -> None:
         with Conntrack(nfgen_family=family) as netlink:
             for connection in chosen:
                 packet = connection.original
-                fields = {"saddr": packet.source, "daddr": packet.destination, "proto": packet.protocol}
-                if packet.protocol in (ICMP, ICMPV6):
-                    fields |= {
-                        "icmp_id": connection.id,
-                        "icmp_type": packet.icmp_type,
-                        "icmp_code": packet.icmp_code,
-                    }
-                elif packet.source_port is not None:
-                    fields |= {"sport": packet.source_port, "dport": packet.destination_port}
+                which = NFCTAttrTuple(
+                    family=family,
+                    saddr=packet.source,
+                    daddr=packet.destination,
+                    proto=packet.protocol,
+                    **connection.selectors,
+                )
                 try:
-                    netlink.entry("del", tuple_orig=NFCTAttrTuple(family=family, **fields))
+                    netlink.entry("del", tuple_orig=which)
                 except NetlinkError as error:
-                    if error.code != 2:  # ENOENT: it has ended by itself
-                        raise CalicoError(f"a connection could not be ended: {error}") from None
+                    if error.code != errno.ENOENT:  # it has ended by itself
+                        failed.append(f"{packet}: {os.strerror(error.code)}")
+    if failed:
+        raise CalicoError(f"{len(failed)} connections could not be ended, such as {failed[0]}")

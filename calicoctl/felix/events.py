@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from calicoctl.datastore.store import Change, Entry
 from calicoctl.errors import CalicoError, HistoryLost
 from calicoctl.felix.nft import TableEvents, own_ports
-from calicoctl.felix.routes import PREFIX, PROTOCOL, Link
+from calicoctl.felix.routes import PROTOCOL, Link
 
 if TYPE_CHECKING:
     from calicoctl.datastore.client import DatastoreClient
@@ -140,9 +140,11 @@ class StoreEvents(_Source):
     def follow(self) -> None:
         index: int | None = None
         pause, away = 0.0, False
+        read_at = 0.0
         while True:
             try:
                 if index is None:
+                    read_at = time.monotonic()
                     entries, index = self._datastore.snapshot(self._directory)
                     self._events.put(StoreRead(self._directory, entries))
                     del entries
@@ -157,16 +159,19 @@ class StoreEvents(_Source):
             except HistoryLost:
                 log.info("the store has forgotten changes below %s: reading all of it", self._directory)
                 index = None
-            except CalicoError as error:
+                if time.monotonic() - read_at < 1:
+                    time.sleep(1)
+            except Exception as error:  # of whatever kind: to end would leave the host without an agent
                 if not away:
-                    self._events.put(StoreAway(self._directory, str(error)))
+                    why = str(error) if isinstance(error, CalicoError) else f"the store cannot be followed: {error!r}"
+                    self._events.put(StoreAway(self._directory, why))
                 away = True
                 pause = min(LONGEST_PAUSE, max(0.2, pause * 2))
                 time.sleep(pause * random.uniform(0.5, 1))
 
 
 class KernelEvents(_Source):
-    """Waits for changes of this host's `cali…` interfaces, and for the loss of our routes."""
+    """Waits for changes of this host's interfaces, and for the loss of our routes."""
 
     def __init__(self, events: Events[Any]) -> None:
         super().__init__("following the kernel's interfaces", events)
@@ -189,9 +194,7 @@ class KernelEvents(_Source):
             for kind, message in _messages(data):
                 if kind in (_RTM_NEWLINK, _RTM_DELLINK):
                     for parsed in marshal.parse(message):
-                        link = link_of(parsed)
-                        if link.name.startswith(PREFIX):
-                            self._events.put(LinkChanged(link, gone=kind == _RTM_DELLINK))
+                        self._events.put(LinkChanged(link_of(parsed), gone=kind == _RTM_DELLINK))
                 # struct rtmsg: family, dst_len, src_len, tos, table, protocol. A busy host has many routes not ours
                 elif kind == _RTM_DELROUTE and message[21] == PROTOCOL:
                     for parsed in marshal.parse(message):

@@ -64,9 +64,10 @@ def files(host: str) -> list[Path]:
 
 
 def remove_directory(host: str) -> None:
-    """Remove the folder of a host's files, if it is empty."""
+    """Remove the folder of a host's files, and that of all hosts, if they are empty."""
     with suppress(OSError):
         (DIRECTORY / host).rmdir()
+        DIRECTORY.rmdir()
 
 
 def running(host: str) -> int | None:
@@ -88,7 +89,7 @@ def report(host: str) -> dict[str, object] | None:
         value = json.loads(report_file(host).read_text())
     except (OSError, ValueError):
         return None
-    return value if isinstance(value, dict) else None
+    return value if isinstance(value, dict) and value.get("host") == host and "resyncs" in value else None
 
 
 @contextmanager
@@ -160,7 +161,8 @@ def _log_to(directory: str | None) -> None:
 def start(host: str, options: Options) -> int:
     """Start the host's agent in the background, wait until its first snapshot is in the kernel; return its process id.
 
-    Raises CalicoError when it ends before; one that is only slow goes on.
+    That of another process, where somebody else was quicker. Raises CalicoError when it ends before; one that is only
+    slow goes on.
     """
     assert options.log_dir is not None, "nobody reads the standard error of a process in the background"
     with tempfile.TemporaryDirectory(prefix="calico-") as directory, tempfile.TemporaryFile("w+") as complaints:
@@ -183,7 +185,17 @@ def start(host: str, options: Options) -> int:
                     return process.pid
             except socket.timeout:
                 pass
-            if process.poll() is not None:
+            except BaseException:  # the user has thought better of it
+                process.terminate()
+                process.wait()
+                raise
+            ended = process.poll() is not None
+            pid = running(host) if ended else process.pid
+            if pid and ended:
+                told_by = report(host) or {}
+                if told_by.get("pid") == pid and told_by.get("first_update"):
+                    return pid
+            elif ended:
                 complaints.seek(0)
                 why = " ".join(complaints.read().split())[-300:]
                 raise CalicoError(f"The host agent did not start: {why or 'see ' + options.log_dir + '/felix.log'}")
@@ -191,7 +203,7 @@ def start(host: str, options: Options) -> int:
                 waiting_for = (report(host) or {}).get("waiting_for")
                 waits = f" waits for {waiting_for}" if waiting_for else " has not set everything up yet"
                 raise CalicoError(
-                    f"The host agent (process {process.pid}) is running, but{waits} after {START_PATIENCE:.0f} s; "
+                    f"The host agent (process {pid}) is running, but{waits} after {START_PATIENCE:.0f} s; "
                     "'calicoctl status' tells more."
                 )
 

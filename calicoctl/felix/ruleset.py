@@ -164,9 +164,14 @@ class Ruleset:
         change = _Change(self._elements, self._chains)
         touched = self._update_members(snapshot, dirty, change)
         profiles = set(dirty.profiles)
-        for id in dirty.endpoints:
-            if id.host == snapshot.host:
-                self._update_endpoint(id, snapshot.local.get(id), change, profiles, touched)
+        ids = [id for id in dirty.endpoints if id.host == snapshot.host]
+        # all that goes before all that comes: an interface may have passed from one endpoint to another
+        for id in ids:
+            before = self._endpoints.get(id)
+            for where, element in _elements(before) if before is not None else ():
+                change.remove(where, element)
+        for id in ids:
+            self._update_endpoint(id, snapshot.local.get(id), change, profiles, touched)
         for profile in sorted(profiles):
             self._update_profile(profile, snapshot, change)
             if profile in dirty.profiles:
@@ -236,10 +241,8 @@ class Ruleset:
         before = self._endpoints.pop(id, None)
         if now is not None:
             self._endpoints[id] = now
-        for endpoint, put in ((before, change.remove), (now, change.add)):
-            if endpoint is not None:
-                for where, element in _elements(endpoint):
-                    put(where, element)
+            for where, element in _elements(now):
+                change.add(where, element)
         if before is not None and (now is None or now.profiles != before.profiles):
             users = self._endpoints_of_list[before.profiles]
             users.discard(id)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Collection
 from pathlib import Path
 
@@ -16,6 +17,9 @@ ROOT = Path("/proc/sys/net")
 
 IPV4_FORWARDING = "ipv4/ip_forward"
 IPV6_FORWARDING = "ipv6/conf/all/forwarding"
+
+
+_SETTING = re.compile(r"ipv4/ip_forward|ipv6/conf/all/forwarding|ipv6/conf/(?!\.\.?/)[^/]+/accept_ra")
 
 
 def interface_settings(interface: str, ipv6: bool) -> dict[str, str]:
@@ -61,6 +65,13 @@ def write(path: str, value: str) -> None:
         raise CalicoError(f"the kernel setting net/{path} cannot be set to {value}: {error.strerror}") from None
 
 
+def _is_sound(found: object) -> bool:
+    return isinstance(found, dict) and all(
+        _SETTING.fullmatch(path) and isinstance(values, list) and list(map(type, values)) == [str, str]
+        for path, values in found.items()
+    )
+
+
 class HostSettings:
     """The settings of the whole host that the agent changes, and the file that remembers what they were."""
 
@@ -70,9 +81,11 @@ class HostSettings:
         """By path: the value found, and ours."""
         try:
             self._found = json.loads(file.read_text())
+            if not _is_sound(self._found):
+                raise ValueError("it does not hold what an agent writes")
         except FileNotFoundError:
             pass
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise CalicoError(f"{file} cannot be read: {error}; remove it") from None
 
     def forward(self, ipv6: bool) -> None:

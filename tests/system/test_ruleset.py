@@ -24,7 +24,7 @@ def random_change(chance: random.Random, index: int) -> Change:
         host = "h" if number < 4 else "elsewhere"
         key = f"/calico/v1/host/{host}/workload/docker/{number}/endpoint/{number}"
         value = {
-            "name": f"cali{chance.choice([number, number, 'x'])}",
+            "name": f"cali{chance.choice([number, 'x', 'y'])}",
             "mac": f"02:00:00:00:00:0{chance.randrange(3)}",
             "profile_ids": chance.sample(["p1", "p2", "p3", "un safe"], chance.randrange(4)),
             "ipv4_nets": [f"192.168.0.{n}/32" for n in chance.sample(range(number, number + 3), chance.randrange(3))],

@@ -28,11 +28,20 @@ def test_icmp_and_protocols_without_ports() -> None:
     found = parse(
         "icmpv6 58 29 src=fd00::1 dst=fd00:0::2 type=128 code=0 id=7 src=fd00::2 dst=fd00::1 type=129 code=0 id=7"
     )
-    assert found.original == Packet("fd00::1", "fd00::2", 58, None, None, 128, 0) and found.id == 7
+    assert found.original == Packet("fd00::1", "fd00::2", 58, None, None, 128, 0) and found.selectors["icmp_id"] == 7
     found = parse(
         "unknown  47 597 src=192.168.0.1 dst=192.168.0.2 [UNREPLIED] src=192.168.0.2 dst=192.168.0.1 mark=0 use=1"
     )
     assert found.forwarded == Packet("192.168.0.1", "192.168.0.2", 47)
+
+
+def test_the_keys_of_gre_stand_for_ports() -> None:
+    found = parse(
+        "gre      47 29 timeout=30, stream_timeout=180 src=192.168.0.1 dst=192.168.0.2 srckey=0x0 dstkey=0x1a "
+        "[UNREPLIED] src=192.168.0.2 dst=192.168.0.1 srckey=0x1a dstkey=0x0 mark=0 use=1"
+    )
+    assert found.forwarded == Packet("192.168.0.1", "192.168.0.2", 47)
+    assert found.selectors == {"sport": 0, "dport": 26}
 
 
 def test_what_is_no_connection() -> None:
