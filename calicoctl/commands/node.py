@@ -47,6 +47,7 @@ from calicoctl.datastore.client import DatastoreClient, check_hostname, hostname
 from calicoctl.errors import CalicoError, NotThere, StoreError
 from calicoctl.felix import process
 from calicoctl.felix.local_etcd import LocalEtcd
+from calicoctl.felix.sysctls import HostSettings
 from calicoctl.output import warn
 
 
@@ -142,6 +143,8 @@ def _remove(other: str | None, remove_endpoints: bool) -> None:
             raise CalicoError(
                 f"Host {datastore.host} has {len(ids)} endpoints. Remove them first, or with --remove-endpoints."
             )
+        if this_one:
+            HostSettings(process.settings_file(host))  # a damaged one is refused before anything is changed
         _remove_endpoints(datastore, {(id.orchestrator, id.workload) for id in ids})
         stopped = None
         if this_one:

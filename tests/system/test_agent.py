@@ -132,6 +132,47 @@ def test_removing_a_host_with_a_running_agent(pair: AgentHost) -> None:
     assert not calico_links()
 
 
+@pytest.mark.parametrize("text", ["{", "[]", '{"ipv4/ip_forward": 1}', '{"../../../tmp/x": ["0", "1"]}'])
+def test_damaged_memory_of_settings_is_named_and_nothing_is_removed(pair: AgentHost, text: str) -> None:
+    file = Path("/run/calico/host1/felix.sysctls")
+    pair.ctl("node", "stop", "--force")
+    found = file.read_text() if file.exists() else None
+    before = kernel()
+    file.write_text(text)
+    try:
+        assert str(file) in pair.ctl("node", "--ip=192.0.2.2", status=1).err
+        assert str(file) in pair.ctl("node", "remove", "--remove-endpoints", status=1).err
+        now = kernel()
+        assert (now["tables"], now["settings"]) == (before["tables"], before["settings"])
+        assert len(pair.records()) == 2
+        assert ping("a", B4)
+    finally:
+        file.unlink() if found is None else file.write_text(found)
+
+
+def test_an_interface_that_is_renamed_passes_nothing(pair: AgentHost) -> None:
+    interface = pair.interface("b")
+    assert ping("a", B4)
+    run("ip", "link", "set", interface, "name", "other0")
+    try:
+        wait_for(lambda: pair.endpoint_status(pair.key("b"))["status"] == "down", "the agent to notice")
+        wait_for(lambda: B4 not in run("ip", "route", "show", "proto", "80").out, "the route to go")
+        assert not ping("a", B4)
+    finally:
+        run("ip", "link", "set", "other0", "name", interface)
+    wait_for(lambda: pair.endpoint_status(pair.key("b"))["status"] == "up", "the agent to notice")
+    assert ping("a", B4)
+
+
+def test_racing_starts_come_to_one_agent(bare_host: Host) -> None:
+    host = AgentHost(bare_host.etcd)
+    starts = [host.start("node", "--ip=192.0.2.2", f"--log-dir={LOG_DIR}") for _ in range(4)]
+    said = [start.communicate() for start in starts]
+    assert [start.returncode for start in starts] == [0] * 4, said
+    assert {int(re.search(r"process (\d+)", out)[1]) for out, _ in said} == {host.pid}
+    assert host.agent_runs(host.pid)
+
+
 def test_removing_another_host_touches_nothing_here(pair: AgentHost) -> None:
     far = "/calico/v1/host/far/workload/docker/x/endpoint/0123456789abcdef0123456789abcdef"
     far_host = Host(pair.etcd, "far")
