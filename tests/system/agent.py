@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ from pathlib import Path
 from tests.system.support import HOST_IP, HOST_IP6, Host, links, run, wait_for
 
 LOG_DIR = Path("/run/calico-tests/log")
+A4, B4, C4 = "192.168.0.1", "192.168.0.2", "192.168.0.3"
+ALLOW = {"action": "allow"}
 
 _fences = itertools.count()
 
@@ -84,6 +87,14 @@ class AgentHost(Host):
         for address in addresses[1:]:
             self.ctl("container", path, "ip", "add", address)
 
+    def add_pair(self) -> None:
+        """Connect two namespaces, a and b, that may talk to each other."""
+        self.add("a", A4)
+        self.add("b", B4)
+        self.profile("web", inbound=[ALLOW])
+        self.set_profiles("a", "web")
+        self.set_profiles("b", "web")
+
     def interface(self, namespace: str) -> str:
         """Return the host's end of a namespace's pair."""
         return json.loads(self.etcd.get(self.key(namespace)))["name"]
@@ -109,6 +120,18 @@ def outside_host(name: str = "outside", network: str = "198.51.100", network6: s
     finally:
         run("ip", "link", "delete", "uplink", check=False)
         run("ip", "netns", "delete", name, check=False)
+
+
+def kernel() -> dict[str, str]:
+    """All that an agent may change in the kernel, as text."""
+    settings = run("sh", "-c", "sysctl -a 2>/dev/null | grep -E '^net.ipv[46]' | grep -v 'neigh.*gc'").out
+    return {
+        "tables": run("nft", "list", "ruleset").out,
+        "iptables": re.sub("#.*", "", run("sh", "-c", "iptables-save; ip6tables-save").out),
+        "routes": run("sh", "-c", "ip route show table all; ip -6 route show table all").out,
+        "neighbours": run("sh", "-c", "ip neigh show nud permanent; ip neigh show proxy; ip -6 neigh show proxy").out,
+        "settings": "\n".join(line for line in settings.splitlines() if "cali" not in line),
+    }
 
 
 def holds(condition, seconds: float) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.system.agent import AgentHost
 from tests.system.support import (
     HOST_IP,
     HOST_IP6,
@@ -76,6 +77,34 @@ def host(bare_host: Host) -> Host:
     """A host that is registered with an IPv4 and an IPv6 address."""
     bare_host.register(HOST_IP, HOST_IP6)
     return bare_host
+
+
+@pytest.fixture
+def node(bare_host: Host) -> Iterator[AgentHost]:
+    """A host with a running agent."""
+    host = AgentHost(bare_host.etcd)
+    host.start_agent()
+    yield host
+
+
+@pytest.fixture
+def pair(node: AgentHost) -> AgentHost:
+    """A host with the namespaces a and b, which may talk to each other."""
+    node.add_pair()
+    node.sync()
+    return node
+
+
+@pytest.fixture
+def own_etcd(bare_host: Host, tmp_path: Path) -> Iterator[Etcd]:
+    """An etcd that a test may stop and start."""
+    etcd = Etcd(tmp_path / "etcd")
+    etcd.start()
+    etcd.await_ready()
+    yield etcd
+    for file in Path("/run/calico").glob("*/felix.pid"):
+        end_process(file)
+    etcd.stop(9)
 
 
 @pytest.fixture

@@ -9,17 +9,15 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.system.agent import LOG_DIR, AgentHost, holds, outside_host
+from tests.system.agent import A4, ALLOW, B4, C4, LOG_DIR, AgentHost, kernel, outside_host
 from tests.system.support import (
     CALICOCTL,
-    Etcd,
+    HOST_IP,
     Host,
     calico_links,
     end_process,
@@ -31,53 +29,7 @@ from tests.system.support import (
 )
 from tests.system.traffic import connection, flows, ping
 
-A4, B4, C4 = "192.168.0.1", "192.168.0.2", "192.168.0.3"
 B6 = "fd80:24e2:f998:72d6::2"
-ALLOW = {"action": "allow"}
-
-
-@pytest.fixture
-def node(bare_host: Host) -> Iterator[AgentHost]:
-    """A host with a running agent."""
-    host = AgentHost(bare_host.etcd)
-    host.start_agent()
-    yield host
-
-
-@pytest.fixture
-def pair(node: AgentHost) -> AgentHost:
-    """A host with the namespaces a and b, which may talk to each other."""
-    node.add("a", A4)
-    node.add("b", B4)
-    node.profile("web", inbound=[ALLOW])
-    node.set_profiles("a", "web")
-    node.set_profiles("b", "web")
-    node.sync()
-    return node
-
-
-@pytest.fixture
-def own_etcd(bare_host: Host, tmp_path: Path) -> Iterator[Etcd]:
-    """An etcd that a test may stop and start."""
-    etcd = Etcd(tmp_path / "etcd")
-    etcd.start()
-    etcd.await_ready()
-    yield etcd
-    for file in Path("/run/calico").glob("*/felix.pid"):
-        end_process(file)
-    etcd.stop(9)
-
-
-def kernel() -> dict[str, str]:
-    """All that an agent may change in the kernel, as text."""
-    settings = run("sh", "-c", "sysctl -a 2>/dev/null | grep -E '^net.ipv[46]' | grep -v 'neigh.*gc'").out
-    return {
-        "tables": run("nft", "list", "ruleset").out,
-        "iptables": re.sub("#.*", "", run("sh", "-c", "iptables-save; ip6tables-save").out),
-        "routes": run("sh", "-c", "ip route show table all; ip -6 route show table all").out,
-        "neighbours": run("sh", "-c", "ip neigh show nud permanent; ip neigh show proxy; ip -6 neigh show proxy").out,
-        "settings": "\n".join(line for line in settings.splitlines() if "cali" not in line),
-    }
 
 
 def test_starting_twice_stopping_and_removing(bare_host: Host) -> None:
@@ -162,6 +114,37 @@ def test_an_interface_that_is_renamed_passes_nothing(pair: AgentHost) -> None:
         run("ip", "link", "set", "other0", "name", interface)
     wait_for(lambda: pair.endpoint_status(pair.key("b"))["status"] == "up", "the agent to notice")
     assert ping("a", B4)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_start_leaves_no_agent(bare_host: Host, number: signal.Signals, status: int) -> None:
+    host = AgentHost(bare_host.etcd)
+    command = host.start("node", f"--ip={HOST_IP}", f"--log-dir={LOG_DIR}")
+    wait_for(lambda: "is registered" in command.stdout.readline(), "the registration")
+    bare_host.etcd.put("/calico/v1/Ready", "false")
+    pid = wait_for(lambda: host.status().get("waiting_for") and host.pid, "the agent to wait for the store")
+    command.send_signal(number)
+    out, err = command.communicate(timeout=20)
+    assert command.returncode == status, (out, err)
+    assert "Traceback" not in err
+    assert not host.agent_runs(pid)
+    assert host.status()["running"] is False
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"host": 1}', "\0" * 100], ids=range(5))
+def test_a_damaged_report_ends_nothing(pair: AgentHost, text: str) -> None:
+    """A report that a full disk, say, has cut: commands say what is so, and the agent's next one is whole again."""
+    file = Path(f"/run/calico/{pair.name}/felix.json")
+    pair.kill_agent()
+    file.write_text(text)
+    assert "not running" in pair.ctl("status", status=1).err
+    assert pair.status()["running"] is False
+    pair.start_agent()
+    file.write_text(text)
+    pair.ctl("status", status=None)
+    pair.set_profiles("b", "web", "other")
+    wait_for(lambda: pair.status().get("first_update"), "the next report")
+    assert pair.ctl("status").err == ""
 
 
 def test_racing_starts_come_to_one_agent(bare_host: Host) -> None:
@@ -257,56 +240,6 @@ def test_no_packet_is_lost_or_let_through_while_the_agent_starts(pair: AgentHost
     assert re.search(r"[1-9]\d+ packets transmitted, 0 received", results[1]), results[1]
 
 
-def test_etcd_away_and_back(own_etcd: Etcd) -> None:
-    host = AgentHost(own_etcd)
-    host.start_agent()
-    host.add("a", A4)
-    host.add("b", B4)
-    host.profile("web", inbound=[ALLOW])
-    host.set_profiles("a", "web")
-    host.set_profiles("b", "web")
-    host.sync()
-    own_etcd.stop()
-    away = wait_for(lambda: not host.status()["etcd"]["reachable"] and host.status(), "the agent to notice")
-    assert "cannot be reached" in away["etcd"]["error"]
-    assert away["last_error"]["error"].startswith("etcd cannot be reached")
-    assert "not reachable since" in host.ctl("status").out
-    assert ping("a", B4)
-    # what it knows, it goes on to keep
-    run("ip", "route", "delete", f"{B4}/32")
-    wait_for(lambda: ping("a", B4), "the route")
-    own_etcd.start()
-    own_etcd.await_ready()
-    host.profile("web", inbound=[])
-    wait_for(lambda: not ping("a", B4), "the change")
-    wait_for(lambda: host.status()["etcd"]["reachable"], "the agent to say so")
-    wait_for(lambda: own_etcd.get("/calico/felix/v1/host/host1/status"), "the sign of life")
-
-
-def test_changes_that_etcd_has_forgotten(pair: AgentHost) -> None:
-    """etcd's v2 API remembers 1,000 events: an agent that was held up for longer reads all anew."""
-    pair.add("c", C4)
-    pair.profile("c", inbound=[ALLOW])
-    os.kill(pair.pid, signal.SIGSTOP)
-    try:
-        pair.profile("web", inbound=[])
-        for number in range(2000):
-            pair.etcd.put(f"/calico/v1/policy/profile/p{number % 50}/tags", [str(number)])
-        pair.set_profiles("c", "c")
-    finally:
-        os.kill(pair.pid, signal.SIGCONT)
-    wait_for(lambda: pair.status()["resyncs"] > 0, "reading anew")
-    pair.sync()
-    assert not ping("a", B4)
-    assert ping("a", C4)
-    pair.kill_agent()
-    for number in range(2000):
-        pair.etcd.put(f"/calico/v1/policy/profile/p{number % 50}/tags", [str(number)])
-    pair.profile("web", inbound=[ALLOW])
-    pair.start_agent()
-    assert ping("a", B4)
-
-
 def test_a_change_while_the_agent_is_down_ends_connections_when_it_starts(pair: AgentHost) -> None:
     with connection("a", "b", B4, 80) as stream:
         pair.kill_agent()
@@ -314,40 +247,6 @@ def test_a_change_while_the_agent_is_down_ends_connections_when_it_starts(pair: 
         assert flows(*stream)
         pair.start_agent()
         assert not flows(*stream)
-
-
-def test_a_store_that_is_not_ready(bare_host: Host) -> None:
-    host = AgentHost(bare_host.etcd)
-    host.register("192.0.2.2")
-    host.etcd.put("/calico/v1/Ready", "false")
-    host.add("a", A4)
-    host.add("b", B4)
-    host.profile("web", inbound=[ALLOW])
-    host.set_profiles("a", "web")
-    host.set_profiles("b", "web")
-
-    def made() -> dict[str, str]:
-        # the kernel's own routes come when it has checked an interface's address
-        return {**kernel(), "routes": run("sh", "-c", "ip route show proto 80; ip -6 route show proto 80").out}
-
-    before = made()
-    agent = subprocess.Popen(
-        [sys.executable, "-m", "calicoctl.felix", '{"log_dir": null}'], env=host.environment(), stderr=subprocess.PIPE
-    )
-    try:
-        waiting = wait_for(lambda: "Ready" in str(host.status().get("waiting_for")) and host.status(), "the agent")
-        assert not waiting["first_update"]
-        assert holds(lambda: made() == before, 1)
-        assert "not looked at yet" in host.ctl("status").out
-        host.etcd.put("/calico/v1/Ready", "true")
-        wait_for(lambda: ping("a", B4), "the network")
-        # a store that is emptied takes nothing down
-        host.etcd.delete("/calico")
-        wait_for(lambda: host.status()["waiting_for"], "the agent to notice")
-        assert ping("a", B4)
-    finally:
-        agent.terminate()
-        agent.communicate()
 
 
 def test_what_cannot_be_understood_affects_what_it_names_alone(pair: AgentHost) -> None:

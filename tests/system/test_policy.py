@@ -16,7 +16,7 @@ import pytest
 
 from calicoctl.policy import Packet, decide
 from calicoctl.rules import check_rule
-from tests.system.agent import AgentHost, outside_host
+from tests.system.agent import A4, ALLOW, B4, C4, AgentHost, outside_host
 from tests.system.conftest import clear_host
 from tests.system.support import Etcd, links, run, wait_for
 from tests.system.traffic import (
@@ -36,13 +36,11 @@ from tests.system.traffic import (
     udp_frame,
 )
 
-A4, B4, C4 = "192.168.0.1", "192.168.0.2", "192.168.0.3"
 A6, B6, C6 = "fd80:24e2:f998:72d6::1", "fd80:24e2:f998:72d6::2", "fd80:24e2:f998:72d6::3"
 A = {4: A4, 6: A6}
 B = {4: B4, 6: B6}
 HOST = {4: "192.0.2.2", 6: "2001:db8::2"}
 OUTSIDE = {4: "198.51.100.2", 6: "2001:db8:1::2"}
-ALLOW = {"action": "allow"}
 BOTH = pytest.mark.parametrize("version", [4, 6])
 
 
@@ -669,6 +667,25 @@ def test_udp_and_icmp_flows_end_too(net: AgentHost) -> None:
 
         wait_for(lambda: not gets_through(client, (B4, 7777), server), "the flow's end")
         assert not gets_through(server, (A4, 4000), client), "it is no answer any more, and a takes nothing in"
+
+
+def test_gre_tunnels_end_and_hold_up_no_others(net: AgentHost) -> None:
+    """GRE has keys where other protocols have ports; the kernel's module for it may be there or not."""
+    inbound(net, ALLOW)
+
+    def send() -> None:
+        with socket.socket(socket.AF_INET, socket.SOCK_RAW, 47) as raw:
+            raw.sendto(struct.pack("!HHI", 0x2000, 0x0800, 77), (B4, 0))
+
+    def tunnels() -> list[str]:
+        return [line for line in run("conntrack", "-L", "-f", "ipv4").out.splitlines() if line.split()[1] == "47"]
+
+    with connection("a", "b", B4, 80) as stream:
+        inside("a", send)
+        assert tunnels()
+        inbound(net)
+        ends(*stream)
+        wait_for(lambda: not tunnels(), "the tunnel's end", 10)
 
 
 def test_errors_of_established_connections_pass(net: AgentHost) -> None:

@@ -1,0 +1,109 @@
+"""A proxy before etcd that gives answers etcd would not give on demand: late ones, and ones that make no sense."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import http.server
+import socketserver
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer in place of etcd's."""
+
+    status: int
+    body: str
+    index: str | None = "5000"
+
+
+@dataclass
+class Proxy:
+    """What a test sees of the proxy, and tells it to do. Writes always go through to etcd."""
+
+    etcd_port: int
+    port: int = 0
+    instead: Answer | None = None
+    """What every reading request is answered with."""
+    answered: int = 0
+    """How many requests have been answered so."""
+    hold: threading.Event = field(default_factory=threading.Event)
+    """When set, the next watch is `held` back until `passed`; the headers of its answer get through, its body does not
+    until `mended`."""
+    held: threading.Event = field(default_factory=threading.Event)
+    passed: threading.Event = field(default_factory=threading.Event)
+    mended: threading.Event = field(default_factory=threading.Event)
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    proxy: Proxy
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+    def _pass_on(self) -> None:
+        proxy = self.proxy
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if proxy.instead is not None and self.command == "GET":
+            self._answer(proxy.instead)
+            proxy.answered += 1
+            return
+        self.close_connection = True
+        hold = "wait=true" in self.path and "/calico/v1?" in self.path and proxy.hold.is_set()
+        if hold:
+            proxy.hold.clear()
+            proxy.held.set()
+            proxy.passed.wait(60)
+        etcd = http.client.HTTPConnection("127.0.0.1", proxy.etcd_port, timeout=60)
+        with contextlib.closing(etcd), contextlib.suppress(OSError, http.client.HTTPException):
+            kind = self.headers.get("Content-Type")
+            etcd.request(self.command, self.path, body, {"Content-Type": kind} if kind else {})
+            answer = etcd.getresponse()
+            self.send_response(answer.status)
+            for name in ("Content-Type", "X-Etcd-Index"):
+                if answer.getheader(name):
+                    self.send_header(name, answer.getheader(name))
+            self.send_header("Connection", "close")
+            self.end_headers()
+            self.wfile.flush()
+            text = answer.read()
+            if hold:
+                proxy.mended.wait(60)
+            self.wfile.write(text)
+
+    do_GET = do_PUT = do_POST = do_DELETE = _pass_on
+
+    def _answer(self, answer: Answer) -> None:
+        body = answer.body.encode()
+        self.send_response(answer.status)
+        if answer.index is not None:
+            self.send_header("X-Etcd-Index", answer.index)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+class _Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
+    daemon_threads = True
+    request_queue_size = 100
+
+
+@contextlib.contextmanager
+def proxy_before(etcd_port: int) -> Iterator[Proxy]:
+    """A proxy on a free port of loopback."""
+    proxy = Proxy(etcd_port)
+    server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"proxy": proxy}))
+    proxy.port = server.server_address[1]
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield proxy
+    finally:
+        proxy.passed.set()
+        proxy.mended.set()
+        server.shutdown()
+        server.server_close()

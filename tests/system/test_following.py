@@ -1,0 +1,221 @@
+"""The agent and the store: one that is away, that forgets, is set back, or answers as no etcd should."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from tests.system.agent import ALLOW, B4, C4, AgentHost, holds, kernel
+from tests.system.proxy import Answer, Proxy, proxy_before
+from tests.system.support import Etcd, Host, run, wait_for
+from tests.system.traffic import ping
+
+
+def test_etcd_away_and_back(own_etcd: Etcd) -> None:
+    host = AgentHost(own_etcd)
+    host.start_agent()
+    host.add_pair()
+    host.sync()
+    own_etcd.stop()
+    away = wait_for(lambda: not host.status()["etcd"]["reachable"] and host.status(), "the agent to notice")
+    assert "cannot be reached" in away["etcd"]["error"]
+    assert away["last_error"]["error"].startswith("etcd cannot be reached")
+    assert "not reachable since" in host.ctl("status").out
+    assert ping("a", B4)
+    # what it knows, it goes on to keep
+    run("ip", "route", "delete", f"{B4}/32")
+    wait_for(lambda: ping("a", B4), "the route")
+    own_etcd.start()
+    own_etcd.await_ready()
+    host.profile("web", inbound=[])
+    wait_for(lambda: not ping("a", B4), "the change")
+    wait_for(lambda: host.status()["etcd"]["reachable"], "the agent to say so")
+    wait_for(lambda: own_etcd.get("/calico/felix/v1/host/host1/status"), "the sign of life")
+
+
+def test_changes_that_etcd_has_forgotten(pair: AgentHost) -> None:
+    """etcd's v2 API remembers 1,000 events: an agent that was held up for longer reads all anew."""
+    pair.add("c", C4)
+    pair.profile("c", inbound=[ALLOW])
+    os.kill(pair.pid, signal.SIGSTOP)
+    try:
+        pair.profile("web", inbound=[])
+        for number in range(2000):
+            pair.etcd.put(f"/calico/v1/policy/profile/p{number % 50}/tags", [str(number)])
+        pair.set_profiles("c", "c")
+    finally:
+        os.kill(pair.pid, signal.SIGCONT)
+    wait_for(lambda: pair.status()["resyncs"] > 0, "reading anew")
+    pair.sync()
+    assert not ping("a", B4)
+    assert ping("a", C4)
+    pair.kill_agent()
+    for number in range(2000):
+        pair.etcd.put(f"/calico/v1/policy/profile/p{number % 50}/tags", [str(number)])
+    pair.profile("web", inbound=[ALLOW])
+    pair.start_agent()
+    assert ping("a", B4)
+
+
+def test_a_store_that_is_not_ready(bare_host: Host) -> None:
+    host = AgentHost(bare_host.etcd)
+    host.register("192.0.2.2")
+    host.etcd.put("/calico/v1/Ready", "false")
+    host.add_pair()
+
+    def made() -> dict[str, str]:
+        # the kernel's own routes come when it has checked an interface's address
+        return {**kernel(), "routes": run("sh", "-c", "ip route show proto 80; ip -6 route show proto 80").out}
+
+    before = made()
+    agent = subprocess.Popen(
+        [sys.executable, "-m", "calicoctl.felix", '{"log_dir": null}'], env=host.environment(), stderr=subprocess.PIPE
+    )
+    try:
+        waiting = wait_for(lambda: "Ready" in str(host.status().get("waiting_for")) and host.status(), "the agent")
+        assert not waiting["first_update"]
+        assert holds(lambda: made() == before, 1)
+        assert "not looked at yet" in host.ctl("status").out
+        host.etcd.put("/calico/v1/Ready", "true")
+        wait_for(lambda: ping("a", B4), "the network")
+        # a store that is emptied takes nothing down
+        host.etcd.delete("/calico")
+        wait_for(lambda: host.status()["waiting_for"], "the agent to notice")
+        assert ping("a", B4)
+    finally:
+        agent.terminate()
+        agent.communicate()
+
+
+def test_a_store_that_is_set_back(own_etcd: Etcd) -> None:
+    """A store restored from a copy counts anew from a lower index: what the agent had seen since is no more."""
+    host = AgentHost(own_etcd)
+    host.start_agent()
+    host.add_pair()
+    host.sync()
+    data = own_etcd.directory / "data"
+    own_etcd.stop()
+    shutil.copytree(data, f"{data}.copy")
+    own_etcd.start()
+    own_etcd.await_ready()
+    for _ in range(20):
+        host.set_profiles("b")
+    wait_for(lambda: not ping("a", B4), "the change")
+    own_etcd.stop()
+    shutil.rmtree(data)
+    shutil.copytree(f"{data}.copy", data)
+    own_etcd.start()
+    own_etcd.await_ready()
+    wait_for(lambda: ping("a", B4), "what the copy says")
+    host.set_profiles("b")
+    wait_for(lambda: not ping("a", B4), "a change after it")
+
+
+def test_a_directory_with_a_time_to_live(pair: AgentHost) -> None:
+    """A new time to live changes nothing of what is in a directory; its end removes it."""
+    directory = pair.key("b").rpartition("/endpoint/")[0]
+    pair.etcd._request("PUT", directory, dir="true", prevExist="true", ttl="1000")
+    pair.sync()
+    assert ping("a", B4)
+    pair.etcd._request("PUT", directory, dir="true", prevExist="true", ttl="1")
+    wait_for(lambda: not pair.etcd.tree(directory), "its end")
+    pair.sync()
+    assert not ping("a", B4)
+    assert B4 not in run("ip", "route", "show", "proto", "80").out
+
+
+@pytest.mark.parametrize("order", ["new first", "old first"])
+def test_a_record_that_moves_to_another_id(pair: AgentHost, order: str) -> None:
+    """The interface of a running container goes over to another endpoint."""
+    old = pair.key("b")
+    new = old.rpartition("/")[0] + "/00000000000000000000000000000001"
+    record = pair.etcd.get(old)
+    if order == "new first":
+        pair.etcd.put(new, record)
+        pair.sync()
+        assert pair.endpoint_status(new)["status"] == "error"
+        pair.etcd.delete(old)
+    else:
+        pair.etcd.delete(old)
+        pair.etcd.put(new, record)
+    pair.sync()
+    assert pair.endpoint_status(new)["status"] == "up" and pair.endpoint_status(old) is None
+    assert ping("a", B4)
+
+
+@contextmanager
+def behind_proxy(etcd: Etcd) -> Iterator[tuple[AgentHost, Proxy]]:
+    """A host whose agent alone talks to etcd through a proxy, with two namespaces that may talk to each other."""
+    host = AgentHost(etcd)
+    with proxy_before(etcd.port) as proxy:
+        host.start_agent(ETCD_AUTHORITY=f"127.0.0.1:{proxy.port}")
+        host.add_pair()
+        host.sync()
+        yield host, proxy
+
+
+def test_an_answer_that_gets_stuck_loses_no_change(bare_host: Host) -> None:
+    """The headers of a watch's answer come, and tell of a change that does not come: it is asked for again."""
+    with behind_proxy(bare_host.etcd) as (host, proxy):
+        proxy.hold.set()
+        wait_for(proxy.held.is_set, "the next watch")
+        host.set_profiles("b")
+        proxy.passed.set()
+        wait_for(lambda: not ping("a", B4), "the change", 40)
+        assert not proxy.mended.is_set() and host.status()["resyncs"] == 0
+
+
+def event(**node: object) -> str:
+    return json.dumps({"action": "set", "node": node})
+
+
+NONSENSE = {
+    "no JSON": Answer(200, "garbage"),
+    "nothing": Answer(200, ""),
+    "an index that is none": Answer(200, "{}", index="abc"),
+    "no index": Answer(
+        200, event(key="/calico/v1/Ready", value="true", modifiedIndex=5001, createdIndex=1), index=None
+    ),
+    "a list": Answer(200, "[]"),
+    "a value that is no text": Answer(
+        200, event(key="/calico/v1/host/host1/workload/o/w/endpoint/e", value=5, modifiedIndex=5001, createdIndex=1)
+    ),
+    "a directory of numbers": Answer(
+        200,
+        event(
+            key="/calico/v1",
+            dir=True,
+            modifiedIndex=1,
+            createdIndex=1,
+            nodes=[{"key": "/calico/v1/Ready", "value": 7, "modifiedIndex": 1, "createdIndex": 1}],
+        ),
+    ),
+    "no directory, and no index": Answer(404, '{"errorCode": 100, "message": "Key not found", "cause": "/x"}', None),
+    "not permitted": Answer(401, "x"),
+    "a web page": Answer(500, "<html>"),
+    "a history that is always gone": Answer(400, '{"errorCode": 401, "message": "cleared", "cause": "x", "index": 5}'),
+}
+
+
+def test_answers_that_make_no_sense_end_nothing(bare_host: Host) -> None:
+    with behind_proxy(bare_host.etcd) as (host, proxy):
+        pid = host.pid
+        for what, answer in NONSENSE.items():
+            proxy.instead, proxy.answered = answer, 0
+            host.etcd.put("/calico/v1/wake", what)
+            wait_for(lambda: proxy.answered > 4, f"questions, answered with {what}")
+            assert ping("a", B4) and host.agent_runs(pid), f"{what}\n{host.log()}"
+            proxy.instead = None
+            host.set_profiles("b")
+            wait_for(lambda: not ping("a", B4), f"the change after {what}\n{host.log()}")
+            host.set_profiles("b", "web")
+            wait_for(lambda: ping("a", B4), "the change back")
+        assert host.pid == pid and "Traceback" not in host.log()
