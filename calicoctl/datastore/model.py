@@ -199,7 +199,8 @@ class Rules:
         data = load_object(text, key)
         lists = []
         for name in ("inbound_rules", "outbound_rules"):
-            value = data.pop(name, None) or []
+            value = data.pop(name, None)
+            value = [] if value is None else value
             if not (isinstance(value, list) and all(isinstance(rule, dict) for rule in value)):
                 raise InvalidValue(key, f'"{name}" should be a list of objects')
             lists.append([Rule.from_dict(rule) for rule in value])

@@ -170,24 +170,24 @@ class Snapshot:
         self.dirty.profiles.add(name)
         tags_key, rules_key = keys.profile_tags(name), keys.profile_rules(name)
         tags_entry, rules_entry = self._entries.get(tags_key), self._entries.get(rules_key)
+        self.problems.pop(tags_key, None)
+        self.problems.pop(rules_key, None)
         if tags_entry is None and rules_entry is None:
             self.profiles.pop(name, None)
             return
         tags: tuple[str, ...] = ()
-        rules: Rules | None = Rules(name)
-        self.problems.pop(tags_key, None)
-        self.problems.pop(rules_key, None)
+        rules: Rules | None = None
         if tags_entry is not None:
             try:
                 tags = tuple(dict.fromkeys(load_strings(tags_entry.value, tags_key)))
             except CalicoError as error:
                 self.problems[tags_key] = str(error)
-        if rules_entry is not None:
-            try:
-                rules = readable(Rules.from_json(name, rules_entry.value, rules_key))
-            except CalicoError as error:
-                rules = None
-                self.problems[rules_key] = f"profile {name} denies everything: {error}"
+        try:
+            if rules_entry is None:
+                raise CalicoError("it has no rules")
+            rules = readable(Rules.from_json(name, rules_entry.value, rules_key))
+        except CalicoError as error:
+            self.problems[rules_key] = f"profile {name} denies everything: {error}"
         self.profiles[name] = Profile(tags, rules)
 
     def _set_pool(self, key: str, entry: Entry | None) -> None:

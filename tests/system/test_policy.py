@@ -238,8 +238,13 @@ def test_a_profile_that_is_not_there_or_cannot_be_read_denies(net: AgentHost, ve
         "{",
         '{"inbound_rules": [{"action": "allow", "!src_tag": "x"}]}',
         '{"inbound_rules": [{"action": 1}]}',
+        '{"inbound_rules": {}}',
+        None,
     ):
-        net.etcd.put("/calico/v1/policy/profile/bad/rules", text)
+        if text is None:
+            net.etcd.delete("/calico/v1/policy/profile/bad/rules")
+        else:
+            net.etcd.put("/calico/v1/policy/profile/bad/rules", text)
         net.sync()
         assert ping("a", B[version]), "an earlier profile has decided"
         net.set_profiles("b", "bad", "b")
@@ -250,8 +255,10 @@ def test_a_profile_that_is_not_there_or_cannot_be_read_denies(net: AgentHost, ve
         assert "profile bad" in status["endpoints_in_trouble"][0]["reason"]
         net.set_profiles("b", "b", "bad")
         net.sync()
+    net.etcd.delete("/calico/v1/policy/profile/bad")
     net.set_profiles("b", "nowhere", "b")
     net.sync()
+    assert net.status()["problems"] == []
     assert not ping("a", B[version])
     assert "profile nowhere" in net.status()["endpoints_in_trouble"][0]["reason"]
     net.profile("nowhere", inbound=[ALLOW])
