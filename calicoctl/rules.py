@@ -156,7 +156,7 @@ def check_rule(data: Any, must_match: bool = True) -> Rule:
             setattr(rule, name, _number(_text(getattr(rule, name), name), 255, name))
     for name in ("src_tag", "dst_tag"):
         if getattr(rule, name) is not None:
-            check_name(_text(getattr(rule, name), name), "tag")
+            setattr(rule, name, check_name(_text(getattr(rule, name), name), "tag"))
     for name in ("src_net", "dst_net"):
         if getattr(rule, name) is not None:
             setattr(rule, name, str(parse_cidr(_text(getattr(rule, name), name))))

@@ -1,8 +1,9 @@
 """The agent's loop: what the store wants of this host, and what the kernel has, are kept the same.
 
 Level-triggered: an event only says what to look at again; what to do follows from the snapshot of the store and from
-what the kernel has. Order, so that no packet passes that policy denies: first the tables, in one transaction; then
-forwarding and routes; then the connections that are open already; last the report. See docs/agent.md.
+what the kernel has. Order, so that no packet passes that policy denies: for an address that is new here, what
+connections it had before; then the tables, in one transaction; then forwarding and routes; then the connections that a
+change denies; last the report. See docs/agent.md.
 
 Everything here happens in one thread. Others only wait (events.py), list (connections.py) and report (report.py).
 """
@@ -69,6 +70,10 @@ class Agent:
         """Local endpoints whose routes are to be looked at."""
         self._failed: set[EndpointId] = set()
         """Local endpoints that could not be programmed; tried again at the next tick."""
+        self._newcomers: dict[EndpointId, set[str]] = {}
+        """Local endpoints that wait until nobody else's connections are left of addresses that are new to them."""
+        self._admitted: set[EndpointId] = set()
+        """Those that have waited long enough."""
         self._readable: set[str] = set()
         """Profiles that exist and whose rules can be read."""
         self._released: set[str] = set()
@@ -186,6 +191,9 @@ class Agent:
             self._tables_changed(event.names)
         elif isinstance(event, connections.Listed):
             self._end_denied_connections(event)
+            for id in [id for id, new in self._newcomers.items() if new <= set(event.addresses)]:
+                del self._newcomers[id]
+                self._admitted.add(id)
         elif isinstance(event, events.Failed):
             raise CalicoError(event.why)
 
@@ -255,6 +263,7 @@ class Agent:
     def _apply(self, now: float) -> None:
         """Bring the kernel to what the snapshot wants, as far as they may differ."""
         dirty = self._snapshot.take_dirty()
+        self._hold_back(dirty.endpoints)
         self._dirty |= {id for id in dirty.endpoints if id.host == self._host}
         self._released |= dirty.interfaces
         if dirty.settings:
@@ -269,18 +278,40 @@ class Agent:
             if touched is None:
                 return
             first = not self._health.first_update
+            if first:
+                self._end_denied_connections(connections.listed(touched))
             if first or dirty.settings:
                 self._forward()
             self._set_statuses(self._apply_routes(dirty.settings))
         if not first:
             self._lister.ask(touched)
         else:
-            self._end_denied_connections(connections.listed(touched))
             self._health.first_update = True
             self._check_firewall(now)
             self._reporter.sign_of_life()
             log.info("the first snapshot is in the kernel: %d endpoints of this host", len(self._snapshot.local))
             self._ready()
+
+    def _hold_back(self, changed: set[EndpointId]) -> None:
+        """Take the endpoints with an address that is new to them out of `changed`, and put those admitted in.
+
+        Somebody else may have had that address, and left connections, whose packets would pass unasked.
+        """
+        if self._ruleset is None:  # all is made anew, and all connections looked at then
+            self._newcomers.clear()
+            self._admitted.clear()
+            return
+        for id in [id for id in changed if id.host == self._host]:
+            self._newcomers.pop(id, None)
+            self._admitted.discard(id)
+            endpoint = self._snapshot.local.get(id)
+            new = set(endpoint.addresses if endpoint else ()).difference(self._ruleset.addresses_of(id))
+            if new:
+                changed.discard(id)
+                self._newcomers[id] = new
+                self._lister.ask(new)
+        changed |= self._admitted
+        self._admitted.clear()
 
     def _note_readable(self, profiles: set[str]) -> None:
         """Look again at the endpoints of profiles that have become readable, or unreadable: their status says so."""
@@ -327,6 +358,7 @@ class Agent:
     def _apply_routes(self, all_of_them: bool) -> dict[EndpointId, Status | None]:
         """Set up, or take down, the interfaces of the endpoints that are to be looked at; return what came of it."""
         ids = self._dirty | set(self._snapshot.local) if all_of_them or self._clean_up else self._dirty
+        ids -= self._newcomers.keys()
         self._dirty = set()
         unwanted = {self._links[name].index for name in self._unowned(self._released) if name in self._links}
         self._released = set()

@@ -36,8 +36,9 @@ _SOURCES = re.compile(r"^.*? src=(\S+) .*? src=(\S+) .*$", re.MULTILINE)
 
 @dataclass
 class Listed:
-    """What came of a listing: the connections, and this host's own addresses; or why there are none."""
+    """What came of a listing for some addresses: the connections, and this host's own addresses; or why it has none."""
 
+    addresses: Collection[str]
     connections: list[Connection]
     host_addresses: Collection[str]
     error: str | None = None
@@ -59,7 +60,7 @@ class Lister(threading.Thread):
     """Lists connections, for the agent not to wait where a host has very many. `ask` for those of some addresses."""
 
     def __init__(self, put: Callable[[Listed], None]) -> None:
-        """`put` is called, in this thread, with what came of each listing."""
+        """`put` is called, in this thread, with what came of each listing, be it nothing."""
         super().__init__(name="listing connections", daemon=True)
         self._put = put
         self._asked: SimpleQueue[frozenset[str]] = SimpleQueue()
@@ -78,18 +79,18 @@ class Lister(threading.Thread):
             try:
                 what = listed(addresses)
             except Exception as error:  # the next listing may do better
-                what = Listed([], (), f"connections could not be listed ({type(error).__name__}: {error})")
-            if what.connections or what.error is not None:
-                self._put(what)
+                why = f"connections could not be listed ({type(error).__name__}: {error})"
+                what = Listed(addresses, [], (), why)
+            self._put(what)
 
 
 def listed(addresses: Collection[str]) -> Listed:
     """List the connections that come from, or go to, one of these addresses."""
     try:
         found = _connections_of(addresses) if addresses and not _nothing_tracked() else []
-        return Listed(found, netns.own_addresses() if found else ())
+        return Listed(addresses, found, netns.own_addresses() if found else ())
     except CalicoError as error:
-        return Listed([], (), str(error))
+        return Listed(addresses, [], (), str(error))
 
 
 def end_denied(listed: Listed, snapshot: Snapshot, tagged: Tagged) -> int:
@@ -102,7 +103,10 @@ def end_denied(listed: Listed, snapshot: Snapshot, tagged: Tagged) -> int:
 def allowed(packet: Packet, snapshot: Snapshot, tagged: Tagged, host_addresses: Collection[str]) -> bool:
     """Tell whether policy lets a packet through here: out of its source's endpoint, and into its destination's."""
     source, destination = snapshot.owner(packet.source), snapshot.owner(packet.destination)
-    if source is not None and not (packet.destination in host_addresses and is_host_service(packet)):
+    to_host = packet.destination in host_addresses
+    if source is not None and not (to_host and is_host_service(packet)):
+        if to_host and snapshot.host_action == "DROP":
+            return False
         rules = {name: rules.outbound for name, rules in _rules(source, snapshot)}
         if not decide(source.profiles, rules, packet, tagged).allowed:
             return False

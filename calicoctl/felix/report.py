@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calicoctl.datastore.keys import EndpointId
-from calicoctl.errors import CalicoError
+from calicoctl.errors import CalicoError, StoreUnavailable
 
 if TYPE_CHECKING:
     from calicoctl.datastore.client import DatastoreClient
@@ -179,8 +179,6 @@ class StoreReporter(threading.Thread):
             self._wake.wait(max(0.1, min(INTERVAL, self._signed + INTERVAL - time.monotonic())))
             self._wake.clear()
             try:
-                if self._health.first_update:
-                    self._write_endpoints()
                 if time.monotonic() >= self._signed + INTERVAL:
                     self._datastore.report_host(
                         {
@@ -191,10 +189,12 @@ class StoreReporter(threading.Thread):
                         TIME_TO_LIVE,
                     )
                     self._signed = time.monotonic()
+                if self._health.first_update:
+                    self._write_endpoints()
                 failed = False
             except CalicoError as error:
                 if not failed:
-                    log.warning("statuses cannot be written: %s", error)
+                    self._health.error(f"statuses cannot be written: {error}")
                 failed = True
                 time.sleep(1)  # and again, with what has changed meanwhile
                 self._wake.set()
@@ -210,6 +210,8 @@ class StoreReporter(threading.Thread):
             log.warning("the agent's sign of life cannot be removed: %s", error)
 
     def _write_endpoints(self) -> None:
+        """Write what has changed; raise what went wrong last, but for a store that is away, after all were tried."""
+        refused: dict[EndpointId, CalicoError] = {}
         with self._lock:
             written = self._written
         if written is None:
@@ -220,7 +222,7 @@ class StoreReporter(threading.Thread):
         while True:
             with self._lock:
                 if not self._changed:
-                    return
+                    break
                 id = self._changed.pop()
                 status = self._wanted.get(id)
             try:
@@ -230,7 +232,13 @@ class StoreReporter(threading.Thread):
                 elif status is not None and written.get(id) != status:
                     self._datastore.report_endpoint(id, status)
                     written[id] = status
-            except CalicoError:
+            except StoreUnavailable:
                 with self._lock:
-                    self._changed.add(id)
+                    self._changed |= {id, *refused}
                 raise
+            except CalicoError as error:
+                refused[id] = error
+        if refused:
+            with self._lock:
+                self._changed |= refused.keys()
+            raise next(iter(refused.values()))

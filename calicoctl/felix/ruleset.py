@@ -159,6 +159,11 @@ class Ruleset:
         """Tell whether an address is one of a tag's."""
         return address in self._addresses.get(tag, ())
 
+    def addresses_of(self, id: EndpointId) -> tuple[str, ...]:
+        """Return the addresses that the tables know an endpoint of this host by."""
+        endpoint = self._endpoints.get(id)
+        return () if endpoint is None else endpoint.addresses
+
     def update(self, snapshot: Snapshot, dirty: Dirty) -> Update:
         """Return the commands for what has changed, and take them for done."""
         change = _Change(self._elements, self._chains)
@@ -181,7 +186,11 @@ class Ruleset:
         if dirty.pools:
             _update_pools(snapshot, change)
         if dirty.settings:
-            change.set_chain("host-action", ("drop" if snapshot.host_action == "DROP" else "accept",))
+            action = ("drop" if snapshot.host_action == "DROP" else "accept",)
+            if self._chains.get("host-action") != action:
+                change.set_chain("host-action", action)
+                for endpoint in self._endpoints.values():
+                    touched.update(endpoint.addresses)
         return Update(change.commands(), touched)
 
     # A tag's addresses: those of all endpoints, of all hosts, that have a profile with that tag

@@ -55,9 +55,18 @@ class AgentHost(Host):
         return None if value is None else json.loads(value)
 
     def sync(self) -> None:
-        """Wait until the agent has applied all that was written before: it reports changes in their order."""
-        key = f"/calico/v1/host/{self.name}/workload/test/fence/endpoint/fence{next(_fences)}"
-        self.etcd.put(key, {"state": "inactive", "ipv4_nets": []})
+        """Wait until the agent has applied all that was written before.
+
+        It reports changes in their order, but for endpoints with a new address, which have theirs among themselves.
+        """
+        number = next(_fences)
+        key = f"/calico/v1/host/{self.name}/workload/test/fence/endpoint/fence{number}"
+        fence = {
+            "name": f"calif{number}",
+            "mac": "02:00:00:00:00:ff",
+            "ipv4_nets": [f"203.0.113.{number % 250 + 1}/32"],
+        }
+        self.etcd.put(key, fence)
         wait_for(lambda: self.endpoint_status(key), f"the agent\n{self.log()}", 20)
         self.etcd.delete(key)
         wait_for(lambda: not self.endpoint_status(key), f"the agent\n{self.log()}", 20)
