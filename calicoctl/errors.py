@@ -12,6 +12,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
+def one_line(text: str) -> str:
+    """Return a text that is safe on a terminal, and one line whatever is in it."""
+    return printable(text).replace("\n", "\\n")
+
+
 class CalicoError(Exception):
     """The root of all errors that a user may meet: the text is one line for them.
 

@@ -205,6 +205,8 @@ def set_up(name: str) -> None:
         with suppress(FileNotFoundError):  # a kernel without IPv6
             # for a second or two it would check its own address before it answers anything
             _write_sysctl(f"net/ipv6/conf/{name}/accept_dad", "0")
+            # and whoever is at the other end is no router of this host's
+            _write_sysctl(f"net/ipv6/conf/{name}/accept_ra", "0")
         netlink.link("set", index=_index(netlink, name), state="up")
 
 

@@ -91,6 +91,7 @@ def _await_agent(datastore: DatastoreClient, workload: Workload, patience: float
 
     give_up = time.monotonic() + patience
     said: dict[str, Any] | None = None
+    asked = False
     while True:
         endpoints = endpoints_of(datastore, workload)
         if not endpoints:
@@ -100,7 +101,11 @@ def _await_agent(datastore: DatastoreClient, workload: Workload, patience: float
         said = datastore.reported(id)
         current = said is not None and said.get("index") == index
         if current and said is not None and said.get("status") == "up":
-            return
+            if asked:
+                return
+            # of a container that was there before, this may be about its last interface, or a dead agent's word
+            datastore.touch_endpoint(id)
+        asked = True
         if time.monotonic() > give_up:
             break
         time.sleep(0.02)  # one small read of etcd; a watch would need one more to begin with

@@ -81,10 +81,9 @@ def _start(arguments: dict[str, Any]) -> None:
     ipv4 = given[4] or detected[4]
     if ipv4 is None and given[6] is None:
         raise CalicoError("No IPv4 address of this host could be detected. Say which one to use with --ip.")
+    etcd = None
     if options.local_etcd:
-        etcd = LocalEtcd(datastore.host, _log_dir(log_dir, process.DEFAULT_LOG_DIR) or "")
-        if etcd.start():
-            print(f"A local etcd is running at {etcd.url}.")
+        etcd = _started_etcd(datastore.host, _log_dir(log_dir, process.DEFAULT_LOG_DIR) or "")
     datastore.register_host(ipv4, given[6], as_num)
     for address in filter(None, given.values()):
         if address not in every:
@@ -100,8 +99,29 @@ def _start(arguments: dict[str, Any]) -> None:
     pid = process.running(datastore.host)
     if pid:
         print(f"The host agent is running already (process {pid}).")
-    else:
-        print(f"The host agent is running (process {process.start(datastore.host, options)}).")
+        return
+    try:
+        pid = process.start(datastore.host, options)
+    except CalicoError:
+        if etcd is not None and not process.running(datastore.host):
+            etcd.stop()
+        raise
+    print(f"The host agent is running (process {pid}).")
+
+
+def _started_etcd(host: str, log_dir: str) -> LocalEtcd | None:
+    """Start the local etcd, and return it, or None where it runs already; raise CalicoError."""
+    pid = process.running(host)
+    if pid and (process.report(host) or {}).get("local_etcd") is False:
+        raise CalicoError(
+            f"The host agent (process {pid}) was started without --local-etcd, and would not look after an etcd. "
+            "End it with 'calicoctl node stop --force', which disturbs no packets, and repeat this."
+        )
+    etcd = LocalEtcd(host, log_dir)
+    if not etcd.start():
+        return None
+    print(f"A local etcd is running at {etcd.url}.")
+    return etcd
 
 
 def _stop(force: bool) -> None:

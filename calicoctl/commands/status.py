@@ -21,7 +21,7 @@ from typing import Any
 
 from calicoctl.cli import parse
 from calicoctl.datastore.client import hostname
-from calicoctl.errors import NotThere, printable
+from calicoctl.errors import NotThere, one_line
 from calicoctl.felix import process
 from calicoctl.output import print_json, wants_json
 
@@ -36,7 +36,7 @@ def run(argv: list[str]) -> None:
         print_json({"host": host, **(report or {}), "running": running})
     elif report is not None:
         for line in _lines(report, running):
-            print(printable(line))
+            print(one_line(line))
     if not running:
         raise NotThere(f"The agent of host {host} is not running. Start it with 'calicoctl node'.")
 

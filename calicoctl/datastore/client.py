@@ -9,6 +9,7 @@ import json
 import os
 import re
 import socket
+from contextlib import suppress
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Callable
 
@@ -26,7 +27,7 @@ from calicoctl.datastore.store import (
     modify,
     set_value,
 )
-from calicoctl.errors import CalicoError, InvalidValue, NotThere
+from calicoctl.errors import CalicoError, CompareFailed, InvalidValue, NotThere
 
 if TYPE_CHECKING:
     from calicoctl.datastore.ipam import Ipam
@@ -321,6 +322,13 @@ class DatastoreClient:
         entries = self._store.tree(keys.felix_host(self.host))
         found = ((keys.parse_felix_endpoint(entry.key), entry.value) for entry in entries)
         return {id: value for id, value in found if id is not None}
+
+    def touch_endpoint(self, id: EndpointId) -> None:
+        """Write an endpoint's record as it is, for its agent to look at it again, and report on the new index."""
+        entry = self._store.get(keys.endpoint(id))
+        if entry is not None:
+            with suppress(CompareFailed):  # somebody else has written it
+                self._store.update(entry, entry.value)
 
     def reported(self, id: EndpointId) -> dict[str, Any] | None:
         """Return what the agent has reported of an endpoint, None for nothing that can be read."""

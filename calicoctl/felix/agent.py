@@ -25,6 +25,7 @@ from calicoctl.errors import CalicoError
 from calicoctl.felix import connections, docker_firewall, events, process, report
 from calicoctl.felix.metrics import Metrics
 from calicoctl.felix.nft import Nft
+from calicoctl.felix.process import Options
 from calicoctl.felix.report import Health, ReportFile, Status, StoreReporter
 from calicoctl.felix.routes import PREFIX, Link, Routes
 from calicoctl.felix.ruleset import Ruleset
@@ -34,7 +35,10 @@ from calicoctl.felix.sysctls import HostSettings
 log = logging.getLogger("calico.felix")
 
 TICK = 10.0
-"""Seconds between two looks at what nothing tells of: what failed before, kernel settings."""
+"""Seconds between two looks at what nothing tells of: what failed before, kernel settings of the whole host."""
+
+REVIEW_INTERVAL = 300.0
+"""Seconds between two looks at all that the kernel has of every endpoint."""
 
 FIREWALL_DELAY = 0.3
 """Seconds from a change of the host's firewall to our look at it: Docker makes many changes at a time."""
@@ -49,14 +53,14 @@ LOG_LEVELS |= {"critical": logging.CRITICAL, "none": logging.CRITICAL + 10}
 class Agent:
     """The agent of one host. `run` returns when the process is asked to end."""
 
-    def __init__(self, datastore: Callable[[], DatastoreClient], ready: Callable[[], None], metrics_port: int | None):
+    def __init__(self, datastore: Callable[[], DatastoreClient], ready: Callable[[], None], options: Options):
         """`datastore` makes a client, one a thread; `ready` is called when the first snapshot is in the kernel."""
         self._host = datastore().host
         self._events: events.Events[Any] = SimpleQueue()
         self._snapshot = Snapshot(self._host)
-        self._health = Health(self._host, __version__)
+        self._health = Health(self._host, __version__, options.local_etcd)
         self._ready = ready
-        self._metrics = Metrics(self._health, metrics_port)
+        self._metrics = Metrics(self._health, options.metrics_port)
         self._reporter = StoreReporter(datastore(), self._health)
         self._file = ReportFile(process.report_file(self._host))
         self._settings = HostSettings(process.settings_file(self._host))
@@ -82,6 +86,7 @@ class Agent:
         self._clean_up = True
         self._retry_at = 0.0
         self._tick_at = 0.0
+        self._review_at = time.monotonic() + REVIEW_INTERVAL
         self._firewall_at = 0.0
         self._firewall_polled = not docker_firewall.sends_events()
         self._stores = [(datastore(), directory) for directory in sorted(self._unread)]
@@ -179,10 +184,11 @@ class Agent:
         elif isinstance(event, events.LinkChanged):
             self._link_changed(event)
         elif isinstance(event, events.RouteGone):
-            if self._routes.forget_route(event.index, event.address):
-                log.warning("the route to %s has been removed by somebody else; it is set again", event.address)
+            index = self._routes.forget_route(event.address)
+            if index is not None:
+                log.warning("somebody else has removed, or replaced, the route to %s; it is set again", event.address)
                 for link in self._links.values():
-                    if link.index == event.index:
+                    if link.index == index:
                         self._look_at(link.name)
         elif isinstance(event, events.LinksMissed):
             log.warning("events of the kernel were missed: looking at all interfaces")
@@ -257,6 +263,9 @@ class Agent:
         self._dirty |= self._failed
         if self._health.first_update:
             self._forward()
+        if time.monotonic() >= self._review_at:
+            self._review_at = time.monotonic() + REVIEW_INTERVAL
+            self._read_links()
 
     # Applying
 

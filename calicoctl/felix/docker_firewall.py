@@ -115,3 +115,19 @@ def _run(*command: str) -> str:
     if done.returncode != 0:
         raise CalicoError(f"'{' '.join(command)}' failed: {' '.join(done.stderr.split())[:200]}")
     return done.stdout
+
+
+def engine_forwards(ipv6: bool) -> bool:
+    """Tell whether a Docker Engine runs here that forwards for networks of its own."""
+    from docker.api.client import APIClient
+    from docker.errors import DockerException
+    from docker.utils import kwargs_from_env
+    from requests.exceptions import RequestException
+
+    try:
+        with APIClient(timeout=5, **kwargs_from_env()) as docker:
+            networks = docker.networks()
+    except (DockerException, RequestException, OSError, CalicoError):
+        return False
+    of_its_own = [network for network in networks if network.get("Driver") not in ("host", "null")]
+    return any(network.get("EnableIPv6") for network in of_its_own) if ipv6 else bool(of_its_own)

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("calico.felix")
 
 LONG_POLL = 10.0
-"""Seconds that one wait for a change of the store takes at most; a member that hangs is noticed after as long."""
+"""Seconds that one wait for a change of the store takes at most. A member that hangs costs as long, before others are
+asked; a store that hangs as a whole is found away after this and the store client's own patience."""
 
 LONGEST_PAUSE = 5.0
 """Seconds between two attempts to reach the store, at most."""
@@ -36,7 +37,8 @@ LONGEST_PAUSE = 5.0
 _RTMGRP_LINK = 0x1
 _RTMGRP_IPV4_ROUTE = 0x40
 _RTMGRP_IPV6_ROUTE = 0x400
-_RTM_NEWLINK, _RTM_DELLINK, _RTM_DELROUTE = 16, 17, 25
+_RTM_NEWLINK, _RTM_DELLINK, _RTM_NEWROUTE, _RTM_DELROUTE = 16, 17, 24, 25
+_TABLE_MAIN = 254
 _IFF_UP = 1
 
 
@@ -78,9 +80,8 @@ class LinkChanged:
 
 @dataclass(frozen=True)
 class RouteGone:
-    """A route of ours has been removed, by whomever."""
+    """A route of ours has been removed, by whomever, or another's has come in its place."""
 
-    index: int
     address: str
 
 
@@ -195,10 +196,19 @@ class KernelEvents(_Source):
                 if kind in (_RTM_NEWLINK, _RTM_DELLINK):
                     for parsed in marshal.parse(message):
                         self._events.put(LinkChanged(link_of(parsed), gone=kind == _RTM_DELLINK))
-                # struct rtmsg: family, dst_len, src_len, tos, table, protocol. A busy host has many routes not ours
-                elif kind == _RTM_DELROUTE and message[21] == PROTOCOL:
+                elif _is_loss(kind, message):
                     for parsed in marshal.parse(message):
-                        self._events.put(RouteGone(parsed.get_attr("RTA_OIF"), parsed.get_attr("RTA_DST")))
+                        self._events.put(RouteGone(parsed.get_attr("RTA_DST")))
+
+
+def _is_loss(kind: int, message: bytes) -> bool:
+    """Tell whether a message may be of the loss of a route of ours; of the many others of a busy host, most are not.
+
+    struct rtmsg is: family, dst_len, src_len, tos, table, protocol. A route that replaces one is told of as a new one.
+    """
+    if kind == _RTM_DELROUTE:
+        return message[21] == PROTOCOL
+    return kind == _RTM_NEWROUTE and message[17] in (32, 128) and message[20] == _TABLE_MAIN and message[21] != PROTOCOL
 
 
 def _messages(data: bytes) -> Iterator[tuple[int, bytes]]:

@@ -72,6 +72,7 @@ class LocalEtcd:
             DATA.mkdir(mode=0o700, parents=True, exist_ok=True)
             DATA.chmod(0o700)
             self._pid_file.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+            self._log_file.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
             with self._log_file.open("ab") as output:
                 self._child = subprocess.Popen(
                     [
@@ -93,9 +94,9 @@ class LocalEtcd:
                     cwd="/",
                 )
             self._pid_file.write_text(f"{self._child.pid}\n")
-        except FileNotFoundError:
-            raise CalicoError("--local-etcd: there is no etcd here: install the package etcd-server") from None
         except OSError as error:
+            if error.filename == "etcd":
+                raise CalicoError("--local-etcd: there is no etcd here: install the package etcd-server") from None
             raise CalicoError(f"--local-etcd: {error.filename}: {error.strerror}") from None
         self._await_health()
         return True

@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TextIO
 
-from calicoctl.errors import CalicoError
+from calicoctl.errors import CalicoError, one_line
 from calicoctl.locks import DIRECTORY
 
 DEFAULT_LOG_DIR = "/var/log/calico"
@@ -134,7 +134,7 @@ def run(host: str, options: Options) -> None:
         _log_to(options.log_dir)
         if options.local_etcd:
             LocalEtcd(host, options.log_dir or DEFAULT_LOG_DIR).supervise()
-        agent = Agent(DatastoreClient.from_environment, _tell_ready, options.metrics_port)
+        agent = Agent(DatastoreClient.from_environment, _tell_ready, options)
         agent.run()
 
 
@@ -145,6 +145,13 @@ def _tell_ready() -> None:
     sdnotify.SystemdNotifier().notify("READY=1")
 
 
+class _OneLine(logging.Formatter):
+    """Keeps each event on its line, whatever names from etcd are in it."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return one_line(super().formatMessage(record))
+
+
 def _log_to(directory: str | None) -> None:
     """Log to a file in a directory, which is kept from growing without end, or to standard error."""
     handler: logging.Handler = logging.StreamHandler()
@@ -152,7 +159,7 @@ def _log_to(directory: str | None) -> None:
     if directory is not None:
         handler = logging.handlers.RotatingFileHandler(Path(directory) / "felix.log", maxBytes=_LOG_SIZE, backupCount=4)
         text = "%(asctime)s %(levelname)s: %(message)s"
-    handler.setFormatter(logging.Formatter(text))
+    handler.setFormatter(_OneLine(text))
     logger = logging.getLogger("calico")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)

@@ -31,6 +31,10 @@ TIME_TO_LIVE = 30
 """Seconds after which a sign of life expires."""
 
 
+END_PATIENCE = 5.0
+"""Seconds that the last of the reports may take; the sign of life expires in any case."""
+
+
 @dataclass(frozen=True)
 class Status:
     """What became of an endpoint: "up", "down" or "error", of which record (its index in the store), and why."""
@@ -55,6 +59,8 @@ class Health:
 
     host: str
     version: str
+    local_etcd: bool = False
+    """Whether this agent looks after an etcd of this host's own."""
     pid: int = field(default_factory=os.getpid)
     since: str = field(default_factory=now)
     started: float = field(default_factory=time.monotonic)
@@ -86,6 +92,7 @@ class Health:
             "version": self.version,
             "pid": self.pid,
             "running_since": self.since,
+            "local_etcd": self.local_etcd,
             "first_update": self.first_update,
             "waiting_for": self.waiting_for,
             "etcd": {
@@ -175,9 +182,11 @@ class StoreReporter(threading.Thread):
     def run(self) -> None:
         self._signed = 0.0
         failed = False
-        while self._alive:
+        ending = False
+        while not ending:
             self._wake.wait(max(0.1, min(INTERVAL, self._signed + INTERVAL - time.monotonic())))
             self._wake.clear()
+            ending = not self._alive
             try:
                 if time.monotonic() >= self._signed + INTERVAL:
                     self._datastore.report_host(
@@ -198,16 +207,16 @@ class StoreReporter(threading.Thread):
                 failed = True
                 time.sleep(1)  # and again, with what has changed meanwhile
                 self._wake.set()
-
-    def end(self) -> None:
-        """Write what there is to write, take the sign of life away, and stop; at most for a few seconds."""
-        self._alive = False
-        self._wake.set()
-        self.join(2)
         try:
             self._datastore.report_host(None)
         except CalicoError as error:
             log.warning("the agent's sign of life cannot be removed: %s", error)
+
+    def end(self) -> None:
+        """Write what there is to write, and take the sign of life away, if the store is not too slow for that."""
+        self._alive = False
+        self._wake.set()
+        self.join(END_PATIENCE)
 
     def _write_endpoints(self) -> None:
         """Write what has changed; raise what went wrong last, but for a store that is away, after all were tried."""

@@ -7,8 +7,10 @@ on a `cali…` interface.
 from __future__ import annotations
 
 import errno
+import json
 import os
 import socket
+import subprocess
 from collections import defaultdict
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -52,10 +54,7 @@ class Routes:
         self._have: dict[int, set[Item]] = defaultdict(set)
 
     def read(self, links: Collection[Link]) -> None:
-        """Learn what of ours the kernel has.
-
-        But for the proxy entries, which pyroute2 cannot list: they are made again, and go with their interface.
-        """
+        """Learn what of ours the kernel has. Raises CalicoError."""
         self._have.clear()
         indices = {link.index for link in links}
         for family in (socket.AF_INET, socket.AF_INET6):
@@ -67,17 +66,22 @@ class Routes:
                     mac = entry.get_attr("NDA_LLADDR")
                     if mac is not None:
                         self._have[entry["ifindex"]].add(("neighbour", entry.get_attr("NDA_DST"), mac))
+        names = {link.name: link.index for link in links}
+        for address, name in _proxies():
+            if name in names:
+                self._have[names[name]].add(("proxy", address))
 
     def forget(self, index: int) -> None:
         """Take it that the kernel has nothing of an interface: it has gone, or down."""
         self._have.pop(index, None)
 
-    def forget_route(self, index: int, address: str) -> bool:
-        """Take it that a route is gone; tell whether it was one that should be there."""
-        if ("route", address) not in self._have.get(index, ()):
-            return False
-        self._have[index].discard(("route", address))
-        return True
+    def forget_route(self, address: str) -> int | None:
+        """Take it that the route to an address is gone; return its interface, None where none should be there."""
+        for index, items in self._have.items():
+            if ("route", address) in items:
+                items.discard(("route", address))
+                return index
+        return None
 
     def indices(self) -> set[int]:
         """Return the interfaces that the kernel has something of ours for."""
@@ -144,3 +148,18 @@ class Routes:
                 raise CalicoError(
                     f"the kernel refused to {verb} a {kind} for {address}: {os.strerror(error.code)}"
                 ) from None
+
+
+def _proxies() -> list[tuple[str, str]]:
+    """Return the IPv6 addresses that this host answers for in others' place, each with its interface.
+
+    pyroute2 cannot list them.
+    """
+    command = ["ip", "-json", "-6", "neighbour", "show", "proxy"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        return [(entry["dst"], entry["dev"]) for entry in json.loads(done.stdout or "[]")]
+    except FileNotFoundError:
+        raise CalicoError("ip is missing, so neighbour entries cannot be listed: install iproute2") from None
+    except (subprocess.SubprocessError, ValueError, KeyError, TypeError) as error:
+        raise CalicoError(f"ip could not list the neighbour entries: {error}") from None

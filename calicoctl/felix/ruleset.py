@@ -53,6 +53,7 @@ add rule inet calico sender4 ip saddr 0.0.0.0 ip daddr 255.255.255.255 udp sport
 add rule inet calico sender4 drop
 
 add chain inet calico sender6
+add rule inet calico sender6 icmpv6 type { nd-router-advert, nd-redirect } drop
 add rule inet calico sender6 icmpv6 type nd-neighbor-advert iifname . @th,64,128 != @targets6 drop
 add rule inet calico sender6 iifname . ether saddr . ip6 saddr @senders6 accept
 add rule inet calico sender6 iifname . ether saddr != @macs drop
@@ -106,6 +107,9 @@ add rule inet calico to-host iifname != "cali*" accept
 add rule inet calico to-host ct state invalid drop
 add rule inet calico to-host jump host-services
 add rule inet calico to-host jump host-action
+
+add chain inet calico from-host { type filter hook output priority filter - 10; policy accept; }
+add rule inet calico from-host oifname "cali*" ct state new jump starts
 
 add set arp calico macs { type ifname . ether_addr; }
 add set arp calico senders { type ifname . ether_addr . ipv4_addr; }

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 from calicoctl.errors import CalicoError
+from calicoctl.felix.docker_firewall import engine_forwards
 
 ROOT = Path("/proc/sys/net")
 
@@ -45,6 +46,14 @@ def interface_settings(interface: str, ipv6: bool) -> dict[str, str]:
             f"ipv6/neigh/{interface}/proxy_delay": "0",
         }
     return settings
+
+
+def reset_interface(interface: str) -> None:
+    """Give an interface that no endpoint has any more the settings of a new one; raise CalicoError."""
+    for path in interface_settings(interface, True):
+        default = read(path.replace(f"/{interface}/", "/default/"))
+        if default is not None and read(path) is not None:
+            write(path, default)
 
 
 def read(path: str) -> str | None:
@@ -92,7 +101,9 @@ class HostSettings:
         """Make this host forward IPv4 and, with `ipv6`, IPv6, without losing routes that it learns from routers."""
         self._set(IPV4_FORWARDING, "1")
         if not ipv6:
-            self.restore(lambda path: path.startswith("ipv6/"))
+            if IPV6_FORWARDING in self._found:
+                needed = {IPV6_FORWARDING} if engine_forwards(ipv6=True) else set()
+                self.restore(lambda path: path.startswith("ipv6/"), needed)
         elif read(IPV6_FORWARDING) != "1":
             # a host that forwards ignores router advertisements but where this is 2
             for path in sorted(ROOT.glob("ipv6/conf/*/accept_ra")):
@@ -103,6 +114,8 @@ class HostSettings:
 
     def restore(self, chosen: Callable[[str], bool], needed: Collection[str] = ()) -> None:
         """Put back the values found, where the value still is ours and nobody else needs it."""
+        if IPV6_FORWARDING in needed:  # routes learned from routers would go, too, as long as this host forwards
+            needed = {*needed, *(path for path in self._found if path.endswith("/accept_ra"))}
         paths = [path for path in self._found if chosen(path)]
         # forwarding before what depends on it
         for path in sorted(paths, key=lambda path: path not in (IPV4_FORWARDING, IPV6_FORWARDING)):

@@ -9,6 +9,7 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 import urllib.request
 from pathlib import Path
 
@@ -145,6 +146,68 @@ def test_a_damaged_report_ends_nothing(pair: AgentHost, text: str) -> None:
     pair.set_profiles("b", "web", "other")
     wait_for(lambda: pair.status().get("first_update"), "the next report")
     assert pair.ctl("status").err == ""
+
+
+def test_removing_takes_ours_off_an_interface_that_lost_its_record(node: AgentHost) -> None:
+    node.add("a", A4, "ipv6")
+    node.sync()
+    name = node.interface("a")
+    node.ctl("node", "stop", "--force")
+    node.etcd.delete(node.key("a"))
+    assert "2001:db8::2" in kernel()["neighbours"]
+    node.ctl("node", "remove")
+    after = kernel()
+    assert (
+        after["neighbours"] == ""
+        and name not in run("sh", "-c", "ip route show proto 80; ip -6 route show proto 80").out
+    )
+    assert run("sysctl", "-n", f"net.ipv4.conf.{name}.proxy_arp", f"net.ipv6.conf.{name}.proxy_ndp").out == "0\n0\n"
+    assert "calico" not in after["tables"]
+
+
+def test_names_with_line_breaks_forge_no_lines(pair: AgentHost) -> None:
+    key = "/calico/v1/host/host1/workload/docker/x\n2026-01-01 ERROR: forged/endpoint/y\nforged"
+    pair.etcd.put(key, {"state": "active", "name": "califorged", "mac": None})
+    pair.sync()
+    assert "forged" in pair.log() and "forged" in pair.ctl("status").out
+    for line in (pair.log() + pair.ctl("status").out).splitlines():
+        assert not re.match("forged|2026-01-01 ERROR", line), line
+
+
+def test_a_status_that_etcd_refuses_holds_up_no_other(pair: AgentHost) -> None:
+    folder = "/calico/v1/host/host1/workload/test/w/endpoint"
+    pair.etcd.put(f"{folder.replace('/v1', '/felix/v1', 1)}/e1/somebody", "else's")
+    for name in ("e1", "e2", "e3"):
+        pair.etcd.put(f"{folder}/{name}", {"state": "inactive"})
+    wait_for(lambda: pair.endpoint_status(f"{folder}/e2") and pair.endpoint_status(f"{folder}/e3"), "the others")
+    wait_for(lambda: "e1" in str(pair.status()["last_error"]), "the error to be shown")
+    sign = "/calico/felix/v1/host/host1/status"
+    pair.etcd.delete(sign)
+    wait_for(lambda: pair.etcd.get(sign), "the next sign of life", 15)
+
+
+HASTY_AGENT = """
+from calicoctl.felix import agent, process
+agent.TICK = agent.REVIEW_INTERVAL = 0.5
+process.run("host1", process.Options())
+"""
+
+
+def test_a_review_puts_back_what_nothing_tells_of(bare_host: Host) -> None:
+    host = AgentHost(bare_host.etcd)
+    host.register("192.0.2.2")
+    host.add_pair()
+    agent = subprocess.Popen([sys.executable, "-c", HASTY_AGENT], env=host.environment(), stderr=subprocess.PIPE)
+    try:
+        wait_for(lambda: ping("a", B4), "the network")
+        name = host.interface("b")
+        run("sysctl", "-w", f"net.ipv4.conf.{name}.proxy_arp=0")
+        run("ip", "neighbour", "delete", B4, "dev", name)
+        wait_for(lambda: "PERMANENT" in run("ip", "neighbour", "show", B4).out, "the neighbour")
+        wait_for(lambda: run("sysctl", "-n", f"net.ipv4.conf.{name}.proxy_arp").out == "1\n", "the setting")
+    finally:
+        agent.terminate()
+        agent.communicate()
 
 
 def test_racing_starts_come_to_one_agent(bare_host: Host) -> None:
@@ -412,7 +475,9 @@ def test_what_somebody_else_removes_comes_back(pair: AgentHost) -> None:
     pair.add("c", C4)
     run("ip", "route", "delete", f"{B4}/32")
     wait_for(lambda: ping("a", B4), "the route")
-    assert "has been removed by somebody else" in pair.log()
+    run("ip", "route", "replace", f"{B4}/32", "dev", "lo")
+    wait_for(lambda: ping("a", B4), "the route, replaced")
+    assert "somebody else has removed" in pair.log()
     for command in ("flush ruleset", "delete table inet calico", "flush chain inet calico inbound-forward"):
         run("nft", command)
         wait_for(lambda: "oifname vmap @to" in run("nft", "list", "ruleset").out, command)
@@ -478,11 +543,31 @@ def test_wait_is_not_fooled_by_an_old_report(pair: AgentHost) -> None:
         os.kill(pair.pid, signal.SIGCONT)
 
 
+def test_wait_is_not_fooled_by_a_dead_agent(pair: AgentHost) -> None:
+    """A container that is connected again has the record it had, and a dead agent's word about it."""
+    pair.kill_agent()
+    run("ip", "netns", "delete", "a")
+    wait_for(lambda: len(calico_links()) == 1, "the old interface's end")
+    run("ip", "netns", "add", "a")
+    late = pair.ctl("container", "add", "/var/run/netns/a", A4, "--wait=0.5", status=1)
+    assert "is not running" in late.err
+    assert run("sysctl", "-n", f"net.ipv6.conf.{pair.interface('a')}.accept_ra").out == "0\n"
+    pair.start_agent()
+    run("ip", "netns", "delete", "a")
+    wait_for(lambda: len(calico_links()) == 1, "the old interface's end")
+    run("ip", "netns", "add", "a")
+    pair.ctl("container", "add", "/var/run/netns/a", A4, "--wait=20")
+    assert ping("a", B4)
+
+
 def test_an_etcd_of_its_own(bare_host: Host) -> None:
     port = free_port()
     host = AgentHost(bare_host.etcd)
     env = {"ETCD_AUTHORITY": f"127.0.0.1:{port}"}
     assert "etcd answers" in host.ctl("node", "--ip=192.0.2.2", "--local-etcd", status=1).err
+    host.start_agent()
+    assert "without --local-etcd" in host.ctl("node", "--ip=192.0.2.2", "--local-etcd", status=1).err
+    host.ctl("node", "remove")
     wrong = {"ETCD_AUTHORITY": "192.0.2.9:2379"}
     assert "--local-etcd" in host.ctl("node", "--ip=192.0.2.2", "--local-etcd", status=1, env=wrong).err
     try:
@@ -506,6 +591,13 @@ def test_an_etcd_of_its_own(bare_host: Host) -> None:
         pid = int(pid_file.read_text())
         assert "local etcd has ended" in host.ctl("node", "stop", "--force", env=env).out
         assert gone(pid)
+        with socket.socket() as other:
+            other.bind(("127.0.0.1", 0))
+            other.listen()
+            busy = f"--metrics-port={other.getsockname()[1]}"
+            assert "etcd" in host.ctl("node", "--ip=192.0.2.2", "--local-etcd", busy, status=1, env=env).out
+        assert not pid_file.exists(), "an etcd that nobody looks after"
+        run("rm", "-rf", "/var/log/calico")
         host.ctl("node", "remove", "--remove-endpoints", env=env)
         assert not Path("/run/calico/host1").exists() and not calico_links()
         assert "calico" not in run("nft", "list", "ruleset").out

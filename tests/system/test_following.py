@@ -41,6 +41,15 @@ def test_etcd_away_and_back(own_etcd: Etcd) -> None:
     wait_for(lambda: own_etcd.get("/calico/felix/v1/host/host1/status"), "the sign of life")
 
 
+def test_an_etcd_that_hangs_keeps_no_agent_from_ending(own_etcd: Etcd) -> None:
+    host = AgentHost(own_etcd)
+    host.start_agent()
+    pid = host.pid
+    own_etcd.process.send_signal(signal.SIGSTOP)
+    assert f"(process {pid}) has ended" in host.ctl("node", "stop", "--force").out
+    assert not host.agent_runs(pid)
+
+
 def test_changes_that_etcd_has_forgotten(pair: AgentHost) -> None:
     """etcd's v2 API remembers 1,000 events: an agent that was held up for longer reads all anew."""
     pair.add("c", C4)

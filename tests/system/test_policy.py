@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import random
+import re
 import select
 import socket
 import struct
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +18,7 @@ import pytest
 
 from calicoctl.policy import Packet, decide
 from calicoctl.rules import check_rule
-from tests.system.agent import A4, ALLOW, B4, C4, AgentHost, outside_host
+from tests.system.agent import A4, ALLOW, B4, C4, AgentHost, holds, outside_host
 from tests.system.conftest import clear_host
 from tests.system.support import Etcd, links, run, wait_for
 from tests.system.traffic import (
@@ -200,6 +202,12 @@ def test_a_tag_is_all_addresses_of_all_endpoints_with_it(net: AgentHost, version
     net.etcd.delete(remote)
     net.sync()
     assert not ping("outside", B[version])
+
+
+def test_a_tag_that_is_a_number(net: AgentHost) -> None:
+    net.profile("a", tags=["1"])
+    inbound(net, {"action": "allow", "src_tag": 1})
+    assert tcp("a", "b", B4) and not tcp("c", "b", B4)
 
 
 @BOTH
@@ -488,6 +496,33 @@ def test_a_spoofed_neighbour_advertisement_is_dropped(net: AgentHost) -> None:
         run("nft", "delete table inet watch")
 
 
+def test_a_container_is_no_router_of_the_host(net: AgentHost) -> None:
+    """Not even where the interface would take its word: a router advertisement from a container gets nowhere."""
+    interface, own = net.interface("a"), net.mac("a")
+    octets = mac_bytes(own)
+    source = b"\xfe\x80" + bytes(6) + bytes([octets[0] ^ 2]) + octets[1:3] + b"\xff\xfe" + octets[3:]
+    addresses = source + socket.inet_pton(socket.AF_INET6, "ff02::1")
+    body = struct.pack("!BBHBBHII", 134, 0, 0, 64, 0, 1800, 0, 0)
+    check = checksum(addresses + struct.pack("!IHBB", len(body), 0, 0, 58) + body)
+    body = body[:2] + struct.pack("!H", check) + body[4:]
+    header = struct.pack("!IHBB", 0x60000000, len(body), 58, 255) + addresses
+    frame = mac_bytes("33:33:00:00:00:01") + octets + b"\x86\xdd" + header + body
+
+    def is_router() -> bool:
+        return interface in run("ip", "-6", "route", "show", "default").out
+
+    run("sysctl", "-w", f"net.ipv6.conf.{interface}.accept_ra=2")
+    try:
+        send_frame("a", "eth1", frame)
+        assert holds(lambda: not is_router(), QUICK)
+        run("nft", "insert rule inet calico anti-spoofing accept")
+        wait_for(lambda: send_frame("a", "eth1", frame) or is_router(), "what would have come of it", 5)
+    finally:
+        run("sysctl", "-w", f"net.ipv6.conf.{interface}.accept_ra=0")
+        run("ip", "-6", "route", "flush", "proto", "ra")
+        net.sync()
+
+
 def test_an_interface_that_the_table_does_not_know_passes_nothing(net: AgentHost) -> None:
     inbound(net, ALLOW)
     run("ip", "netns", "add", "stranger")
@@ -657,6 +692,58 @@ def test_an_outbound_rule_ends_connections(net: AgentHost, version: int) -> None
             ends(*ended)
             ends(*host)
             assert flows(*from_host), "the host may always connect"
+
+
+def test_the_hosts_action_ends_connections(net: AgentHost) -> None:
+    net.sync()
+    with connection("a", None, HOST[4], 81) as ended, connection(None, "a", A4, 82) as kept:
+        net.etcd.put("/calico/v1/host/host1/config/DefaultEndpointToHostAction", "DROP")
+        ends(*ended)
+        assert flows(*kept)
+
+
+def test_an_address_that_another_endpoint_takes_over_brings_no_connections_along(net: AgentHost) -> None:
+    """a goes on sending on a flow that the old endpoint allowed; the new one, which denies it, gets no packet."""
+    address, port = "192.168.0.50", 6666
+    net.profile("open", inbound=[ALLOW])
+    stop = threading.Event()
+
+    def send_all_the_time() -> None:
+        while not stop.wait(0.0003):
+            with contextlib.suppress(OSError):
+                client.sendto(b"x", (address, port))
+
+    sender = threading.Thread(target=send_all_the_time)
+    net.add("x", address)
+    try:
+        net.set_profiles("x", "open")
+        net.sync()
+        with udp_server("a", A4, 4000) as client:
+            with udp_server("x", address, port) as server:
+                client.sendto(b"x", (address, port))
+                assert arrives(server)
+                server.sendto(b"y", (A4, 4000))
+                assert arrives(client)
+            for _ in range(3):
+                net.ctl("container", "remove", "/var/run/netns/x")
+                if not sender.is_alive():
+                    sender.start()
+                net.ctl("container", "add", "/var/run/netns/x", address, "--wait=20")
+                with udp_server("x", address, port) as server:
+                    assert not arrives(server)
+            counters = run("ip", "netns", "exec", "x", "cat", "/proc/net/snmp").out
+            received, no_port = re.findall(r"Udp: (\d+) (\d+)", counters)[0]
+            assert (received, no_port) == ("1", "0"), "one packet came, at the beginning"
+            net.set_profiles("x", "open")
+            net.sync()
+            with udp_server("x", address, port) as server:
+                assert arrives(server), "it is policy that kept them away"
+    finally:
+        stop.set()
+        if sender.is_alive():
+            sender.join()
+        net.ctl("container", "remove", "/var/run/netns/x")
+        run("ip", "netns", "delete", "x")
 
 
 def test_udp_and_icmp_flows_end_too(net: AgentHost) -> None:

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calicoctl.datastore.model import Rule
+from calicoctl.datastore.model import RULE_FIELDS, Rule
 from calicoctl.errors import CalicoError, UsageError
-from calicoctl.rules import check_name, check_rules, parse, text
+from calicoctl.felix.ruleset import rule_lines
+from calicoctl.rules import check_name, check_rule, check_rules, parse, text
 
 
 @pytest.mark.parametrize(
@@ -214,3 +215,16 @@ def test_no_words_make_anything_but_a_sentence(words: list[str]) -> None:
 def test_names_that_are_not_allowed(name: str) -> None:
     with pytest.raises(CalicoError, match="not a valid profile name"):
         check_name(name, "profile")
+
+
+ANYTHING = st.none() | st.booleans() | st.integers(-1, 300) | st.sampled_from(["tcp", "allow", "1", "10.0.0.0/8", "x"])
+
+
+@given(st.dictionaries(st.sampled_from(RULE_FIELDS), ANYTHING | st.lists(ANYTHING, max_size=2)))
+def test_what_is_taken_for_a_rule_can_be_said_to_the_kernel(fields: dict) -> None:
+    try:
+        rule = check_rule({"action": "allow", **fields}, must_match=False)
+    except CalicoError:
+        return
+    assert all(isinstance(line, str) for line in rule_lines(rule))
+    assert rule.src_tag is None or isinstance(rule.src_tag, str)
