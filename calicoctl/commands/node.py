@@ -102,7 +102,7 @@ def _start(arguments: dict[str, Any]) -> None:
         return
     try:
         pid = process.start(datastore.host, options)
-    except CalicoError:
+    except BaseException:  # an interrupt, too
         if etcd is not None and not process.running(datastore.host):
             etcd.stop()
         raise

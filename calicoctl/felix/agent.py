@@ -136,7 +136,7 @@ class Agent:
                     log.debug("where it comes from", exc_info=True)
                     self._health.error(f"the agent has a defect ({type(error).__name__}: {error})")
                     self._ruleset, self._retry_at = None, now + TICK
-                    self._read_links()
+                    self._review()
                 if now >= self._firewall_at:
                     self._check_firewall(now)
             self._health.waiting_for = self._waiting_for()
@@ -192,7 +192,7 @@ class Agent:
                         self._look_at(link.name)
         elif isinstance(event, events.LinksMissed):
             log.warning("events of the kernel were missed: looking at all interfaces")
-            self._read_links()
+            self._review()
         elif isinstance(event, events.TablesChanged):
             self._tables_changed(event.names)
         elif isinstance(event, connections.Listed):
@@ -264,8 +264,16 @@ class Agent:
         if self._health.first_update:
             self._forward()
         if time.monotonic() >= self._review_at:
-            self._review_at = time.monotonic() + REVIEW_INTERVAL
+            self._review()
+
+    def _review(self) -> None:
+        """Look at all that the kernel has; if that fails, as a listing that something changes meanwhile may, again."""
+        self._review_at = time.monotonic() + REVIEW_INTERVAL
+        try:
             self._read_links()
+        except Exception as error:  # the library's, of several kinds
+            self._review_at = 0.0
+            self._health.error(f"what the kernel has could not be listed ({type(error).__name__}: {error})")
 
     # Applying
 

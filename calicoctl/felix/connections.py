@@ -219,14 +219,17 @@ def _canonical(address: str) -> str:
 def _delete(connections: list[Connection]) -> None:
     """Delete entries, many in one message to the kernel, as one at a time takes it a hundred times longer."""
     failed: list[str] = []
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_NETFILTER) as netlink:
-        netlink.bind((0, 0))
-        for first in range(0, len(connections), _BATCH):
-            batch = connections[first : first + _BATCH]
-            netlink.send(b"".join(_deletion(connection, number) for number, connection in enumerate(batch)))
-            for number, code in _refusals(netlink):
-                if code != errno.ENOENT:  # it has ended by itself
-                    failed.append(f"{batch[number].original}: {os.strerror(code)}")
+    try:
+        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_NETFILTER) as netlink:
+            netlink.bind((0, 0))
+            for first in range(0, len(connections), _BATCH):
+                batch = connections[first : first + _BATCH]
+                netlink.send(b"".join(_deletion(connection, number) for number, connection in enumerate(batch)))
+                for number, code in _refusals(netlink):
+                    if code != errno.ENOENT:  # it has ended by itself
+                        failed.append(f"{batch[number].original}: {os.strerror(code)}")
+    except OSError as error:
+        raise CalicoError(f"connections could not be ended: {error.strerror}") from None
     if failed:
         raise CalicoError(f"{len(failed)} connections could not be ended, such as {failed[0]}")
 
