@@ -95,7 +95,7 @@ def _start(arguments: dict[str, Any]) -> None:
 
     if not in_background:
         process.run(datastore.host, options)
-        return
+        process.leave(0)
     pid = process.running(datastore.host)
     if pid:
         print(f"The host agent is running already (process {pid}).")

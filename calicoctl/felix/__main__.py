@@ -14,4 +14,6 @@ from calicoctl.felix import process  # noqa: E402
 try:
     process.run(hostname(), process.Options(**json.loads(sys.argv[1])))
 except CalicoError as error:
-    sys.exit(str(error))
+    print(error, file=sys.stderr)
+    process.leave(1)
+process.leave(0)

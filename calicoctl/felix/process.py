@@ -138,6 +138,18 @@ def run(host: str, options: Options) -> None:
         agent.run()
 
 
+def leave(status: int) -> None:
+    """End this process, which has been an agent, at once.
+
+    Its threads may be anywhere, at an import even, with a lock that the interpreter's own way out would wait for.
+    """
+    logging.shutdown()
+    with suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(status)
+
+
 def _tell_ready() -> None:
     """Tell who started this process that it is ready. Source: sd_notify(3)."""
     import sdnotify
@@ -185,34 +197,46 @@ def start(host: str, options: Options) -> int:
             cwd="/",
             env=_absolute(os.environ) | {"NOTIFY_SOCKET": f"{directory}/notify"},
         )
-        give_up = time.monotonic() + START_PATIENCE
-        while True:
-            try:
-                if b"READY=1" in told.recv(4096):
-                    return process.pid
-            except socket.timeout:
-                pass
-            except BaseException:  # the user has thought better of it
-                process.terminate()
-                process.wait()
-                raise
-            ended = process.poll() is not None
-            pid = running(host) if ended else process.pid
-            if pid and ended:
-                told_by = report(host) or {}
-                if told_by.get("pid") == pid and told_by.get("first_update"):
-                    return pid
-            elif ended:
-                complaints.seek(0)
-                why = " ".join(complaints.read().split())[-300:]
-                raise CalicoError(f"The host agent did not start: {why or 'see ' + options.log_dir + '/felix.log'}")
-            if time.monotonic() > give_up:
-                waiting_for = (report(host) or {}).get("waiting_for")
-                waits = f" waits for {waiting_for}" if waiting_for else " has not set everything up yet"
-                raise CalicoError(
-                    f"The host agent (process {pid}) is running, but{waits} after {START_PATIENCE:.0f} s; "
-                    "'calicoctl status' tells more."
-                )
+        try:
+            pid = _await_ready(process, told, host)
+        except CalicoError:
+            raise
+        except BaseException:  # the user has thought better of it
+            process.terminate()
+            process.wait()
+            raise
+        if pid is None:
+            complaints.seek(0)
+            why = " ".join(complaints.read().split())[-300:]
+            raise CalicoError(f"The host agent did not start: {why or 'see ' + options.log_dir + '/felix.log'}")
+        return pid
+
+
+def _await_ready(process: subprocess.Popen[bytes], told: socket.socket, host: str) -> int | None:
+    """Wait until the host's agent is ready, and return its process id; None when `process` ends and none is there.
+
+    Raises CalicoError when it takes too long.
+    """
+    give_up = time.monotonic() + START_PATIENCE
+    while True:
+        with suppress(socket.timeout):
+            if b"READY=1" in told.recv(4096):
+                return process.pid
+        ended = process.poll() is not None
+        pid = running(host) if ended else process.pid
+        if pid and ended:
+            told_by = report(host) or {}
+            if told_by.get("pid") == pid and told_by.get("first_update"):
+                return pid
+        elif ended:
+            return None
+        if time.monotonic() > give_up:
+            waiting_for = (report(host) or {}).get("waiting_for")
+            waits = f" waits for {waiting_for}" if waiting_for else " has not set everything up yet"
+            raise CalicoError(
+                f"The host agent (process {pid}) is running, but{waits} after {START_PATIENCE:.0f} s; "
+                "'calicoctl status' tells more."
+            )
 
 
 def _absolute(environment: Mapping[str, str]) -> dict[str, str]:
