@@ -314,7 +314,8 @@ class Agent:
 
         Somebody else may have had that address, and left connections, whose packets would pass unasked.
         """
-        if self._ruleset is None:  # all is made anew, and all connections looked at then
+        if self._ruleset is None:  # all is made anew, and all connections looked at then: nobody waits
+            changed |= self._admitted | self._newcomers.keys()
             self._newcomers.clear()
             self._admitted.clear()
             return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,6 +29,8 @@ HOME = Path("/run/calico-tests")
 
 
 def pytest_configure() -> None:
+    # where the shell has started us in the background, it is ignored, and commands would inherit that
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if os.getpid() > 100 or Path("/run/systemd").exists():
         pytest.exit("system tests need a host of their own: run them with 'make system'", returncode=3)
     missing = [tool for tool in ("etcd", "dockerd", "docker", "ip", "busybox", "openssl") if not shutil.which(tool)]

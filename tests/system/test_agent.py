@@ -488,6 +488,30 @@ def test_what_somebody_else_removes_comes_back(pair: AgentHost) -> None:
     assert pair.log().count("made anew") == made, "its own changes are not somebody else's"
 
 
+def test_an_endpoint_that_waits_for_a_listing_comes_up_when_the_tables_go(bare_host: Host, tmp_path: Path) -> None:
+    """Its address's old connections are listed first; while that takes its time, the tables are made anew."""
+    busy, go_on = tmp_path / "busy", tmp_path / "go-on"
+    slow = tmp_path / "conntrack"
+    slow.write_text(f"#!/bin/sh\ntouch {busy}\nuntil [ -e {go_on} ]; do sleep 0.1; done\n")
+    slow.chmod(0o755)
+    host = AgentHost(bare_host.etcd)
+    go_on.touch()
+    host.start_agent(PATH=f"{tmp_path}:{os.environ['PATH']}")
+    host.add_pair()
+    host.sync()
+    assert ping("a", B4)
+    go_on.unlink()
+    busy.unlink()
+    host.add("c", C4)
+    wait_for(busy.exists, "the listing")
+    host.set_profiles("c", "web")
+    run("nft", "flush", "ruleset")
+    wait_for(lambda: "made anew" in host.log(), "the agent to notice")
+    go_on.touch()
+    wait_for(lambda: (host.endpoint_status(host.key("c")) or {}).get("status") == "up", "the endpoint", 10)
+    wait_for(lambda: ping("c", B4), "the way")
+
+
 def test_two_containers_talk_ipv6(node: AgentHost, engine: None) -> None:
     names = ("workload", "other")
     try:

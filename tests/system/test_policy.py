@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import random
 import re
 import select
+import signal
 import socket
 import struct
 import threading
@@ -511,6 +513,8 @@ def test_a_container_is_no_router_of_the_host(net: AgentHost) -> None:
     def is_router() -> bool:
         return interface in run("ip", "-6", "route", "show", "default").out
 
+    net.sync()
+    os.kill(net.pid, signal.SIGSTOP)  # it would put back what is changed here
     run("sysctl", "-w", f"net.ipv6.conf.{interface}.accept_ra=2")
     try:
         send_frame("a", "eth1", frame)
@@ -518,6 +522,7 @@ def test_a_container_is_no_router_of_the_host(net: AgentHost) -> None:
         run("nft", "insert rule inet calico anti-spoofing accept")
         wait_for(lambda: send_frame("a", "eth1", frame) or is_router(), "what would have come of it", 5)
     finally:
+        os.kill(net.pid, signal.SIGCONT)
         run("sysctl", "-w", f"net.ipv6.conf.{interface}.accept_ra=0")
         run("ip", "-6", "route", "flush", "proto", "ra")
         net.sync()
@@ -761,6 +766,19 @@ def test_udp_and_icmp_flows_end_too(net: AgentHost) -> None:
 
         wait_for(lambda: not gets_through(client, (B4, 7777), server), "the flow's end")
         assert not gets_through(server, (A4, 4000), client), "it is no answer any more, and a takes nothing in"
+
+
+@BOTH
+def test_what_answers_pings_is_forgotten(net: AgentHost, version: int) -> None:
+    def flows_to_b() -> list[str]:
+        listing = run("conntrack", "-L", "-f", f"ipv{version}").out
+        return [line for line in listing.splitlines() if line.startswith("icmp") and f"dst={B[version]} " in line]
+
+    inbound(net, ALLOW)
+    assert ping("a", B[version])
+    assert flows_to_b()
+    inbound(net)
+    wait_for(lambda: not flows_to_b(), "the flow's end", 10)
 
 
 def test_gre_tunnels_end_and_hold_up_no_others(net: AgentHost) -> None:
