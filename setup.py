@@ -27,6 +27,7 @@ setup(
         "prettytable>=3.0,<4",
         "sdnotify>=0.3.2,<0.4",
         "prometheus_client>=0.16,<1",
+        "tqdm>=4.60,<5",
     ],
     extras_require={
         "test": ["pytest>=7", "hypothesis>=6"],

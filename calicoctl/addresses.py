@@ -1,10 +1,11 @@
-"""Reading addresses as people type them: strict, with a sentence for what is wrong.
+"""Reading addresses, and numbers of autonomous systems, as people type them: strict, with a sentence for what is wrong.
 
 netaddr alone would take `1.2` for 1.0.0.2 and `10` for 10.0.0.0/8; nobody who types an address means that.
 """
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from calicoctl.errors import CalicoError
@@ -42,6 +43,33 @@ def parse_cidr(text: str) -> IPNetwork:
         return IPNetwork((int(address), int(prefix)), version=address.version).cidr
     except (CalicoError, AddrFormatError, ValueError):
         raise CalicoError(f"'{text}' is not a valid CIDR (such as 10.0.0.0/8 or fd00::/64)") from None
+
+
+_NOT_UNICAST = {
+    4: ("0.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/3"),
+    6: ("::/96", "::ffff:0:0/96", "fe80::/10", "ff00::/8"),
+}
+"""What no host or workload can be reached under by others. Source: IANA's special-purpose address registries."""
+
+
+def check_unicast(network: IPAddress | IPNetwork) -> None:
+    """Raise CalicoError for an address, or a network with one, that others cannot reach a host or a workload under."""
+    from netaddr.ip import IPNetwork
+
+    own = IPNetwork(network)
+    for special in map(IPNetwork, _NOT_UNICAST[own.version]):
+        if own in special or special in own:
+            raise CalicoError(f"{network} cannot be used: addresses of {special} are not for hosts and workloads")
+
+
+def parse_as_number(text: str) -> str:
+    """Return an AS number in decimal (asplain), from that notation or from asdot (RFC 5396); raise CalicoError."""
+    match = re.fullmatch(r"(?:(\d{1,5})\.)?(\d{1,10})", text, re.ASCII)
+    if match:
+        high, low = (int(part or 0) for part in match.groups())
+        if high < 65536 and low < (65536 if match[1] else 2**32) and high * 65536 + low > 0:
+            return str(high * 65536 + low)
+    raise CalicoError(f"'{text}' is not a valid AS number: it must be 1 to 4294967295, or like 1.10")
 
 
 def host_net(address: IPAddress | str) -> str:

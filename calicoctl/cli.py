@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 import importlib
+import io
 import os
 import signal
 import sys
+from contextlib import nullcontext, redirect_stdout
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -16,26 +18,46 @@ from calicoctl.errors import CalicoError, NotRoot, UsageError, printable
 USAGE = """Connect containers to a Calico network.
 
 Usage:
-  calicoctl [--debug] <command> [<args>...]
+  calicoctl [--debug] [--quiet] <command> [<args>...]
   calicoctl <command> --help
   calicoctl --help
   calicoctl --version
 
 Commands:
+  batch       run many commands, one a line, in one process
+  bgp         what all hosts know of BGP: peers, the mesh between hosts, the AS number
+  checksystem tell whether this host has what it needs
+  config      settings of the host agents and of the routing daemons
   container   connect Docker containers and network namespaces, and change what they have
+  endpoint    show the endpoints of all hosts, and change their profiles
+  ipam        show who has which address, give addresses back, find lost ones
   node        register this host, and run its agent
-  pool        show the ranges that addresses come from
+  pool        show and change the ranges that addresses come from
   profile     make profiles, the policy of the network, and change their tags and rules
   status      show what this host's agent says
   version     show the version
 
 Options:
+  --quiet     print no results, for scripts that look at the exit status alone; errors are printed all the same
   --debug     show where in the program an error comes from (also: CALICO_DEBUG=1)
 
 Where etcd is, and Docker, is read from the environment: ETCD_AUTHORITY, ETCD_ENDPOINTS, DOCKER_HOST and others.
 """
 
-COMMANDS = ("container", "node", "pool", "profile", "status", "version")
+COMMANDS = (
+    "batch",
+    "bgp",
+    "checksystem",
+    "config",
+    "container",
+    "endpoint",
+    "ipam",
+    "node",
+    "pool",
+    "profile",
+    "status",
+    "version",
+)
 
 
 class Interrupted(BaseException):
@@ -78,32 +100,37 @@ def _open_standard_streams() -> None:
             setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115
 
 
-def main(argv: list[str]) -> int:
-    """Run one command line; return its exit status. Errors are printed as one line; no exception gets out."""
-    debug = os.environ.get("CALICO_DEBUG", "") not in ("", "0")
-    if "--debug" in argv:
-        debug, argv = True, [word for word in argv if word != "--debug"]
+def main(argv: list[str], where: str = "") -> int:
+    """Run one command line; return its exit status. Errors are printed as one line, behind `where`; none gets out."""
+    debug = "--debug" in argv or os.environ.get("CALICO_DEBUG", "") not in ("", "0")
+    quiet = "--quiet" in argv
+    argv = [word for word in argv if word not in ("--debug", "--quiet")]
+
+    def complain(sentence: str) -> None:
+        _complain(where + sentence, debug)
+
     try:
-        _run(argv)
+        with redirect_stdout(io.StringIO()) if quiet else nullcontext():
+            _run(argv)
         return 0
     except CalicoError as error:
-        _complain(str(error), debug)
+        complain(str(error))
         if isinstance(error, UsageError) and error.usage:
             print(error.usage, file=sys.stderr)
         return error.exit_status
     except Interrupted as interrupted:
-        _complain("Interrupted; what was begun has been undone.", debug)
+        complain("Interrupted; what was begun has been undone.")
         return 128 + interrupted.number
     except BrokenPipeError:
         return 0
     except OSError as error:
-        _complain(f"The system refused: {error}.", debug)
+        complain(f"The system refused: {error}.")
         return 1
     except MemoryError:
-        _complain("There is not enough memory.", debug)
+        complain("There is not enough memory.")
         return 1
     except Exception as error:
-        _complain(f"calicoctl has a defect ({type(error).__name__}: {error}). Run it with --debug to see where.", debug)
+        complain(f"calicoctl has a defect ({type(error).__name__}: {error}). Run it with --debug to see where.")
         return 1
 
 

@@ -42,6 +42,14 @@ class NotRoot(CalicoError):
     exit_status = 2
 
 
+class Failed(CalicoError):
+    """Something that was asked to be run failed, with this exit status."""
+
+    def __init__(self, why: str, exit_status: int) -> None:
+        super().__init__(why)
+        self.exit_status = exit_status
+
+
 class NotThere(CalicoError):
     """What was to be removed, shown or changed does not exist."""
 
@@ -56,6 +64,7 @@ class InvalidValue(CalicoError):
     def __init__(self, key: str, why: str) -> None:
         super().__init__(f"etcd key {key} cannot be understood: {why}; put it right or remove it")
         self.key = key
+        self.why = why
 
 
 class StoreError(CalicoError):

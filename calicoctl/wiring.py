@@ -24,7 +24,7 @@ from calicoctl.datastore.keys import EndpointId
 from calicoctl.datastore.model import Endpoint, Pool
 from calicoctl.errors import AddressTaken, CalicoError, NotThere
 from calicoctl.locks import WorkloadLock
-from calicoctl.workload import Workload, endpoints_of, not_connected, refuse_other_path
+from calicoctl.workload import DOCKER, Workload, endpoints_of, not_connected, refuse_other_path
 
 if TYPE_CHECKING:
     from netaddr import IPAddress
@@ -111,24 +111,34 @@ def check_interface_name(name: str) -> None:
         )
 
 
-def connect(datastore: DatastoreClient, workload: Workload, wish: Wish, interface: str | None = None) -> IPAddress:
-    """Connect a workload that is not connected, or wire one again that has lost its interface; return its address.
+@dataclass(frozen=True)
+class Connection:
+    """What a workload that was connected has now: an address, and the name and MAC of its interface."""
+
+    id: EndpointId
+    address: IPAddress
+    interface: str
+    mac: str | None
+
+
+def connect(datastore: DatastoreClient, workload: Workload, wish: Wish, interface: str | None = None) -> Connection:
+    """Connect a workload that is not connected, or wire one again that has lost its interface.
 
     `interface` is the name in the workload; None stands for what it was before, else for the default. Raises
     CalicoError, and then nothing has changed.
     """
     with _Scene.enter(datastore, workload) as scene:
         if scene.record is None:
-            address = _wire(scene, wish, interface or DEFAULT_INTERFACE)
+            made = _wire(scene, wish, interface or DEFAULT_INTERFACE)
         elif scene.plugged() is None:
-            address = _rewire(scene, scene.record, wish, interface)
+            made = _rewire(scene, scene.record, wish, interface)
         else:
             scene.remember()
             raise CalicoError(f"{workload.name} has already been configured with Calico Networking.")
-    return address
+    return made
 
 
-def _wire(scene: _Scene, wish: Wish, interface: str) -> IPAddress:
+def _wire(scene: _Scene, wish: Wish, interface: str) -> Connection:
     """Connect a workload that has no record, taking over, or clearing away, what a cut command has left of one."""
     datastore, workload, version = scene.datastore, scene.workload, wish.version
     next_hop = datastore.next_hop(version)
@@ -154,10 +164,10 @@ def _wire(scene: _Scene, wish: Wish, interface: str) -> IPAddress:
         endpoint.set_gateway(version, next_hop)
         undo(datastore.remove_endpoint, id)
         datastore.create_endpoint(endpoint)
-    return address
+    return Connection(id, address, interface, mac)
 
 
-def _rewire(scene: _Scene, record: Endpoint, wish: Wish, interface: str | None) -> IPAddress:
+def _rewire(scene: _Scene, record: Endpoint, wish: Wish, interface: str | None) -> Connection:
     """Give a workload with a record its interface back: same addresses, MAC, name and profiles."""
     datastore, workload = scene.datastore, scene.workload
     addresses = [parse_address(address) for address in record.addresses]
@@ -207,7 +217,7 @@ def _rewire(scene: _Scene, record: Endpoint, wish: Wish, interface: str | None) 
             return endpoint.to_dict() != old
 
         datastore.modify_endpoint(record.id, bring_up_to_date)
-    return address
+    return Connection(record.id, address, interface, mac)
 
 
 def disconnect(datastore: DatastoreClient, workload: Workload) -> None:
@@ -232,6 +242,49 @@ def disconnect(datastore: DatastoreClient, workload: Workload) -> None:
         datastore.ipam.release_by_handle(workload.handle)
         datastore.prune_workload(workload.orchestrator, workload.id)
         lock.forget()
+
+
+def tidy(datastore: DatastoreClient, workload: Workload) -> list[IPAddress]:
+    """Give back what a cut command has left of a workload: addresses, and half-made pairs, that no record lists.
+
+    Returns the addresses. Looks at all of it under the workload's lock, so it never disturbs a command under way.
+    """
+    with WorkloadLock(datastore.host, workload.orchestrator, workload.id) as lock:
+        records = endpoints_of(datastore, workload)
+        listed = {address for record in records for address in record.addresses}
+        held = datastore.ipam.held_by(workload.handle) or {}
+        left = {address: owner for address, owner in held.items() if str(address) not in listed}
+        for name in _interfaces_of(left) - {record.id.interface for record in records}:
+            netns.delete_interface(name)
+        datastore.ipam.release(left, {workload.handle})
+        if not records:
+            datastore.prune_workload(workload.orchestrator, workload.id)
+            lock.forget()
+    return sorted(left)
+
+
+def restore_address(datastore: DatastoreClient, id: EndpointId, address: str) -> bool:
+    """Take an address that an endpoint of this host lists, and nobody holds, for it; tell whether that was done.
+
+    Looks at it again under the workload's lock.
+    """
+    from calicoctl.datastore.ipam import Owner
+
+    with WorkloadLock(datastore.host, id.orchestrator, id.workload) as lock:
+        workload = Workload(id.orchestrator, id.workload, id.workload, path=lock.name() or None)
+        listed = [a for record in endpoints_of(datastore, workload) if record.id == id for a in record.addresses]
+        if address not in listed:
+            return False
+        owners = (datastore.ipam.held_by(workload.handle) or {}).values()
+        if id.orchestrator == DOCKER and id.workload.startswith("-"):
+            owner = Owner(None, {})  # an old tool's namespace, whose addresses have no handle
+        else:
+            owner = next(iter(owners), _owner(workload, id, DEFAULT_INTERFACE))
+        try:
+            datastore.ipam.assign(parse_address(address), owner)
+        except AddressTaken:
+            return False
+    return True
 
 
 def add_address(datastore: DatastoreClient, workload: Workload, wish: Wish, interface: str | None) -> IPAddress:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Callable
 
 from calicoctl import locks
 from calicoctl.addresses import parse_address
@@ -165,7 +165,22 @@ def _name_of(id: str) -> str:
 
 
 def _inspect(name: str) -> dict[str, Any]:
-    """Ask the Docker Engine, found as its own tools find it, about a container."""
+    """Ask the Docker Engine about a container; raise NoSuchContainer, or DockerUnavailable."""
+    return _ask(f"about {name}", lambda docker: docker.inspect_container(name))  # type: ignore[no-any-return]
+
+
+def docker_info() -> dict[str, Any]:
+    """Return what the Docker Engine says of itself; raise DockerUnavailable."""
+    return _ask("about itself", lambda docker: docker.info())  # type: ignore[no-any-return]
+
+
+def docker_containers() -> list[dict[str, Any]]:
+    """Return what the Docker Engine lists of its containers, running or not; raise DockerUnavailable."""
+    return _ask("for its containers", lambda docker: docker.containers(all=True))  # type: ignore[no-any-return]
+
+
+def _ask(what: str, ask: Callable[[Any], Any]) -> Any:
+    """Ask the Docker Engine, found as its own tools find it."""
     from docker.api.client import APIClient
     from docker.errors import APIError, DockerException, NotFound
     from docker.utils import kwargs_from_env
@@ -173,11 +188,11 @@ def _inspect(name: str) -> dict[str, Any]:
 
     try:
         with APIClient(timeout=DOCKER_TIMEOUT, **kwargs_from_env()) as docker:
-            return docker.inspect_container(name)  # type: ignore[no-any-return]
+            return ask(docker)
     except NotFound:
-        raise NoSuchContainer(f"No such container: {name}") from None
+        raise NoSuchContainer(f"No such container: {what.partition(' ')[2]}") from None
     except APIError as error:
-        raise DockerUnavailable(f"Docker refused to inspect {name}: {error.explanation or error}") from None
+        raise DockerUnavailable(f"Docker refused to be asked {what}: {error.explanation or error}") from None
     except (DockerException, RequestException, OSError) as error:
         where = os.environ.get("DOCKER_HOST") or "unix:///var/run/docker.sock"
         text = str(error)
@@ -187,4 +202,4 @@ def _inspect(name: str) -> dict[str, Any]:
             hint = f"nothing listens at {where}; start Docker, or set DOCKER_HOST"
         else:
             hint = f"{where}: {' '.join(text.split())[:160]}"
-        raise DockerUnavailable(f"Cannot ask Docker about {name}: {hint}.") from None
+        raise DockerUnavailable(f"Cannot ask Docker {what}: {hint}.") from None

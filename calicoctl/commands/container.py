@@ -1,7 +1,7 @@
 """Connect containers to the network, and change their addresses and profiles.
 
 Usage:
-  calicoctl container add <CONTAINER> <IP> [--interface=<INTERFACE>] [--wait=<SECONDS>]
+  calicoctl container add <CONTAINER> <IP> [--interface=<INTERFACE>] [--wait=<SECONDS>] [--output=<FORMAT>]
   calicoctl container remove <CONTAINER>
   calicoctl container <CONTAINER> ip (add|remove) <IP> [--interface=<INTERFACE>]
   calicoctl container <CONTAINER> endpoint show [--output=<FORMAT>]
@@ -15,7 +15,8 @@ Options:
   --interface=<INTERFACE>  the name of the interface in the container; default: eth1
   --wait=<SECONDS>         return only when this host's agent has set up the connection, and with an error when that
                            takes longer; default: do not wait
-  --output=<FORMAT>        json: an array of the container's endpoints with their fields as in etcd
+  --output=<FORMAT>        json: of `add`, an object with address, interface, mac, endpoint and host; of `show`, an
+                           array of the container's endpoints with their fields as in etcd; default: text
 
 The container runs on this host. It should have no other default route: run it with --net=none. `add`, `remove` and
 `ip` must be run as root. Profiles are asked in the order they have; `set` without any takes all away.
@@ -28,16 +29,17 @@ Examples:
 from __future__ import annotations
 
 import re
+import sys
 import time
 from dataclasses import asdict
 from typing import Any
 
 from calicoctl.cli import parse, require_root
+from calicoctl.commands.endpoint import change_profiles, profile_names, show_endpoints
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.model import Endpoint
-from calicoctl.errors import CalicoError, NotThere, UsageError
-from calicoctl.output import print_json, print_table, wants_json
-from calicoctl.rules import check_name
+from calicoctl.errors import CalicoError
+from calicoctl.output import print_json, wants_json
 from calicoctl.workload import (
     Workload,
     endpoints_of,
@@ -69,10 +71,23 @@ def _add(arguments: dict[str, Any]) -> None:
 
     wish, interface = _wish_and_interface(arguments)
     patience = _seconds(arguments["--wait"])
+    as_json = wants_json(arguments)
     datastore = DatastoreClient.from_environment()
     workload = find(arguments["<CONTAINER>"])
-    address = wiring.connect(datastore, workload, wish, interface)
-    print(f"IP {address} added to {workload.name}", flush=True)
+    made = wiring.connect(datastore, workload, wish, interface)
+    if as_json:
+        print_json(
+            {
+                "address": str(made.address),
+                "interface": made.interface,
+                "mac": made.mac,
+                **asdict(made.id),
+                "host_interface": made.id.interface,
+            }
+        )
+    else:
+        print(f"IP {made.address} added to {workload.name}")
+    sys.stdout.flush()
     if patience is not None:
         _await_agent(datastore, workload, patience)
 
@@ -154,65 +169,18 @@ def _wish_and_interface(arguments: dict[str, Any]) -> tuple[Any, str | None]:
 
 def _endpoint_show(arguments: dict[str, Any]) -> None:
     as_json = wants_json(arguments)
-    endpoints = _endpoints(DatastoreClient.from_environment(), arguments["<CONTAINER>"])
-    if as_json:
-        print_json([_as_json(endpoint) for endpoint in endpoints])
-        return
-    columns = ["Hostname", "Orchestrator ID", "Workload ID", "Endpoint ID", "Addresses", "MAC", "Profiles", "State"]
-    rows = [
-        [
-            endpoint.id.host,
-            endpoint.id.orchestrator,
-            endpoint.id.workload,
-            endpoint.id.endpoint,
-            "\n".join(endpoint.nets),
-            endpoint.mac,
-            "\n".join(endpoint.profile_ids),
-            endpoint.state,
-        ]
-        for endpoint in endpoints
-    ]
-    print_table(columns, rows)
-
-
-def _as_json(endpoint: Endpoint) -> dict[str, Any]:
-    return {**asdict(endpoint.id), **endpoint.to_dict()}
+    show_endpoints(_endpoints(DatastoreClient.from_environment(), arguments["<CONTAINER>"]), as_json)
 
 
 def _profile(arguments: dict[str, Any]) -> None:
-    names = [check_name(name, "profile") for name in dict.fromkeys(arguments["<PROFILES>"])]
-    if not names and not arguments["set"]:
-        raise UsageError("Say which profiles")
+    name = arguments["<CONTAINER>"]
+    profiles = profile_names(arguments)
     datastore = DatastoreClient.from_environment()
-    endpoints = _endpoints(datastore, arguments["<CONTAINER>"])
+    endpoints = _endpoints(datastore, name)
     if len(endpoints) > 1:
         ids = ", ".join(endpoint.id.endpoint for endpoint in endpoints)
-        raise CalicoError(f"{arguments['<CONTAINER>']} has several endpoints ({ids}), where this command knows one.")
-    if not arguments["remove"]:
-        for name in names:
-            datastore.require_profile(name)
-
-    def change(endpoint: Endpoint) -> bool:
-        old = endpoint.profile_ids
-        if arguments["append"]:
-            endpoint.profile_ids = old + [name for name in names if name not in old]
-        elif arguments["set"]:
-            endpoint.profile_ids = names
-        else:
-            endpoint.profile_ids = [name for name in old if name not in names]
-        return endpoint.profile_ids != old
-
-    if arguments["remove"]:
-        missing = [name for name in names if name not in endpoints[0].profile_ids]
-        if missing:
-            raise NotThere(
-                f"Profile {missing[0]} is not in the list of {arguments['<CONTAINER>']}; nothing is removed."
-            )
-    datastore.modify_endpoint(endpoints[0].id, change)
-    if arguments["append"]:
-        print(f"Profiles {', '.join(names)} appended")
-    else:
-        print(f"Profiles {', '.join(names) or 'none'} {'set' if arguments['set'] else 'removed'}.")
+        raise CalicoError(f"{name} has several endpoints ({ids}): use 'calicoctl endpoint ENDPOINT_ID profile'.")
+    change_profiles(datastore, endpoints[0], name, arguments, profiles)
 
 
 def _endpoints(datastore: DatastoreClient, name: str) -> list[Endpoint]:

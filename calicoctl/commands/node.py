@@ -5,6 +5,9 @@ Usage:
                  [--metrics-port=<PORT>]
   calicoctl node stop [--force]
   calicoctl node remove [--hostname=<HOST>] [--remove-endpoints]
+  calicoctl node bgp peer add <PEER_IP> as <AS_NUM>
+  calicoctl node bgp peer remove <PEER_IP>
+  calicoctl node bgp peer show [--ipv4 | --ipv6] [--output=<FORMAT>]
 
 Options:
   --ip=<IP>              the IPv4 address that other hosts reach this host under, and that its workloads use as next
@@ -20,13 +23,18 @@ Options:
   --metrics-port=<PORT>  a port of 127.0.0.1 for Prometheus to ask; default: none
   --force                stop although endpoints are active
   --hostname=<HOST>      remove that host, which is gone for good, and not this one
+  <PEER_IP>              the address of a router
+  <AS_NUM>               its AS number, as 64512 or as 0.64512
+  --ipv4, --ipv6         show IPv4, or IPv6, peers only
+  --output=<FORMAT>      json: an array of the peers as they stand in etcd; default: a table
   --remove-endpoints     remove the host's endpoints, too; without it, a host that has some is not removed
 
 Addresses and AS number that are not given are unset, should they be set from an earlier call. The first host registered
 also gets the global configuration and the default pools (192.168.0.0/16 and fd80:24e2:f998:72d6::/64) written.
 `stop` ends the agent, and the local etcd; what they have set up stays, and packets go on being routed and checked.
-`remove` ends the agent, takes everything it has set up out of the kernel, and the host out of etcd. All must be run as
-root.
+`remove` ends the agent, takes everything it has set up out of the kernel, and the host out of etcd. `bgp peer` is about
+the routers that this host alone peers with; for those of all hosts, see calicoctl bgp --help. All but `bgp` must be run
+as root.
 
 Examples:
   sudo calicoctl node --ip=192.0.2.2
@@ -41,8 +49,9 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
-from calicoctl.addresses import parse_address
+from calicoctl.addresses import check_unicast, parse_address, parse_as_number
 from calicoctl.cli import parse, require_root
+from calicoctl.commands import bgp
 from calicoctl.datastore.client import DatastoreClient, check_hostname, hostname
 from calicoctl.errors import CalicoError, NotThere, StoreError
 from calicoctl.felix import process
@@ -53,6 +62,9 @@ from calicoctl.output import warn
 
 def run(argv: list[str]) -> None:
     arguments = parse(str(__doc__), argv)
+    if arguments["bgp"]:
+        bgp.peers(arguments, hostname())
+        return
     require_root()
     if arguments["stop"]:
         _stop(arguments["--force"])
@@ -239,17 +251,8 @@ def _host_address(text: str | None, version: int, option: str) -> str | None:
         raise CalicoError(f"{option}: {error}") from None
     if address.version != version:
         raise CalicoError(f"{option}: {text} is not an IPv{version} address")
-    unusable = address.is_loopback() or address.is_multicast() or address.is_link_local() or int(address) == 0
-    if unusable or address.is_ipv4_mapped() or (version == 4 and int(address) >> 24 in (0, *range(240, 256))):
-        raise CalicoError(f"{option}: {text} is not an address that other hosts can reach this one under")
+    try:
+        check_unicast(address)
+    except CalicoError as error:
+        raise CalicoError(f"{option}: {error}") from None
     return str(address)
-
-
-def parse_as_number(text: str) -> str:
-    """Return an AS number in decimal (asplain), from that notation or from asdot (RFC 5396); raise CalicoError."""
-    match = re.fullmatch(r"(?:(\d{1,5})\.)?(\d{1,10})", text, re.ASCII)
-    if match:
-        high, low = (int(part or 0) for part in match.groups())
-        if high < 65536 and low < (65536 if match[1] else 2**32) and high * 65536 + low > 0:
-            return str(high * 65536 + low)
-    raise CalicoError(f"'{text}' is not a valid AS number: it must be 1 to 4294967295, or like 1.10")

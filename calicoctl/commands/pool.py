@@ -1,27 +1,130 @@
-"""Show the ranges (pools) that addresses come from.
+"""Show and change the ranges (pools) that addresses come from.
 
 Usage:
+  calicoctl pool add <CIDRS>... [--ipip] [--nat-outgoing]
+  calicoctl pool remove <CIDRS>... [--force]
+  calicoctl pool range add <START_IP> <END_IP> [--ipip] [--nat-outgoing]
   calicoctl pool show [--ipv4 | --ipv6] [--output=<FORMAT>]
 
 Options:
+  <CIDRS>            ranges such as 10.1.0.0/16 or fd00:1::/64: whole blocks of 64 addresses, so at most /26 or /122
+  <START_IP>         the first address of a range, and of a block of 64
+  <END_IP>           the last address of the range, and of a block
+  --ipip             carry packets between hosts in IP-in-IP (IPv4 only); default: as they are
+  --nat-outgoing     give packets to addresses in no pool the host's address as source; default: as they are
+  --force            remove the pool even where addresses of it are in use; they stay in use
   --ipv4             show IPv4 pools only
   --ipv6             show IPv6 pools only
-  --output=<FORMAT>  json: an array of the pools as they stand in etcd
+  --output=<FORMAT>  json: an array of the pools as they stand in etcd; default: a table
+
+A pool that is there already gets the options given, and loses the others. Pools do not overlap. A range is added as the
+fewest CIDRs that make exactly it. Nothing is changed unless all that was given is in order.
 
 Examples:
-  calicoctl pool show
-  calicoctl pool show --ipv4 --output=json
+  calicoctl pool add 10.1.0.0/16 --nat-outgoing
+  calicoctl pool range add 10.2.0.64 10.2.1.127
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
+from calicoctl.addresses import check_unicast, parse_address, parse_cidr
 from calicoctl.cli import parse
 from calicoctl.datastore.client import DatastoreClient
+from calicoctl.datastore.model import Pool
+from calicoctl.errors import CalicoError, NotThere
 from calicoctl.output import print_json, print_table, wants_json
+
+if TYPE_CHECKING:
+    from netaddr import IPNetwork
 
 
 def run(argv: list[str]) -> None:
     arguments = parse(str(__doc__), argv)
+    if arguments["range"]:
+        _add(_networks_of_range(arguments["<START_IP>"], arguments["<END_IP>"]), arguments)
+    elif arguments["add"]:
+        _add([_network(text) for text in dict.fromkeys(arguments["<CIDRS>"])], arguments)
+    elif arguments["remove"]:
+        _remove([_network(text) for text in dict.fromkeys(arguments["<CIDRS>"])], arguments["--force"])
+    else:
+        _show(arguments)
+
+
+def _add(networks: list[IPNetwork], arguments: dict[str, Any]) -> None:
+    from calicoctl.datastore.ipam import BLOCK_SIZE
+
+    for network in networks:
+        if network.size < BLOCK_SIZE:
+            raise CalicoError(
+                f"{network} is smaller than a block of {BLOCK_SIZE} addresses: the smallest pool is a /26, or a /122 "
+                "in IPv6"
+            )
+        check_unicast(network)
+        if arguments["--ipip"] and network.version == 6:
+            raise CalicoError(f"--ipip is for IPv4 alone, and {network} is IPv6")
+    datastore = DatastoreClient.from_environment()
+    known = [parse_cidr(pool.cidr) for version in (4, 6) for pool in datastore.pools(version)]
+    for number, network in enumerate(networks):
+        for other in [*known, *networks[:number]]:
+            if network != other and (network in other or other in network):
+                raise CalicoError(f"{network} overlaps with {other}; nothing is added.")
+    for network in networks:
+        pool = Pool(str(network), "tunl0" if arguments["--ipip"] else None, arguments["--nat-outgoing"])
+        if not datastore.put_pool(pool):
+            print(f"Pool {network} is there already.")
+        elif network in known:
+            print(f"Pool {network} has new options.")
+        else:
+            print(f"Added pool {network}")
+
+
+def _networks_of_range(start: str, end: str) -> list[IPNetwork]:
+    """Return the CIDRs that make exactly the range from one address to another; raise CalicoError."""
+    from netaddr.ip import IPAddress, iprange_to_cidrs
+
+    from calicoctl.datastore.ipam import BLOCK_SIZE
+
+    first, last = parse_address(start), parse_address(end)
+    if first.version != last.version:
+        raise CalicoError(f"{start} and {end} are of different IP versions")
+    if first > last:
+        raise CalicoError(f"The range ends before it begins: {end} is below {start}")
+    wider = [int(first) // BLOCK_SIZE * BLOCK_SIZE, int(last) // BLOCK_SIZE * BLOCK_SIZE + BLOCK_SIZE - 1]
+    if wider != [int(first), int(last)]:
+        low, high = (IPAddress(value, first.version) for value in wider)
+        raise CalicoError(f"The range is no whole number of blocks of {BLOCK_SIZE} addresses; {low} to {high} is")
+    return list(iprange_to_cidrs(first, last))
+
+
+def _network(text: str) -> IPNetwork:
+    """Return the network that is meant; raise CalicoError where it has bits behind its prefix."""
+    network = parse_cidr(text)
+    if "/" not in text or parse_address(text.partition("/")[0]) != network.network:
+        raise CalicoError(f"'{text}' is not the CIDR of a pool: it must be a network such as {network.cidr}")
+    return network
+
+
+def _remove(networks: list[IPNetwork], force: bool) -> None:
+    datastore = DatastoreClient.from_environment()
+    known = {pool.cidr for version in (4, 6) for pool in datastore.pools(version)}
+    for network in networks:
+        if str(network) not in known:
+            raise NotThere(f"Pool {network} does not exist{'; nothing is removed' if networks[1:] else ''}.")
+        used = [] if force else datastore.ipam.used_in(network)
+        if used:
+            some = ", ".join(str(address) for address in used[:3]) + (", …" if used[3:] else "")
+            raise CalicoError(
+                f"Pool {network} has {len(used)} address{'es' if used[1:] else ''} in use ({some}). Remove what uses "
+                "them first, or use --force."
+            )
+    for network in networks:
+        datastore.remove_pool(str(network))
+        print(f"Removed pool {network}")
+
+
+def _show(arguments: dict[str, Any]) -> None:
     as_json = wants_json(arguments)
     datastore = DatastoreClient.from_environment()
     versions = [v for v, other in ((4, "--ipv6"), (6, "--ipv4")) if not arguments[other]]

@@ -11,12 +11,16 @@ Usage:
   calicoctl profile <PROFILE> rule show [--output=<FORMAT>]
   calicoctl profile <PROFILE> rule json
   calicoctl profile <PROFILE> rule update
+  calicoctl profile trace <FROM> <TO> (tcp|udp|icmp|icmpv6) [<PORT>] [--from-port=<PORT>] [--output=<FORMAT>]
 
 Options:
+  <FROM>, <TO>       a container's name or id, a namespace's path, an endpoint's id, or an IP address
+  <PORT>             the port that a tcp or udp packet goes to, 1 to 65535
+  --from-port=<PORT> the port it comes from; default: 40000, for one that the sender's system chooses
   --detailed         list the endpoints that have each profile, too
   --no-check         remove the profile even where endpoints still have it; they let nothing through then
   --at=<POSITION>    a rule's place, counted from 1; default: behind the last one
-  --output=<FORMAT>  json, for scripts
+  --output=<FORMAT>  json, for scripts; default: text
 
 A rule is one of
 
@@ -29,9 +33,14 @@ where P is a list such as 80,443,8000:8010. Inbound rules see the packets to an 
 the first rule that matches decides. `rule json` prints a profile's rules, and `rule update` reads them from standard
 input. A new profile has its own name as tag, lets in what comes from that tag, and lets everything out.
 
+`trace` tells whether a packet would pass (a connection's first one, or an echo request), and which rule of which
+profile decides, from what is in etcd; the exit status is 0 when it passes, and 1 when it does not. IPv4 is looked at
+where both sides have it, and no address says otherwise.
+
 Examples:
   calicoctl profile add web
   calicoctl profile web rule add inbound --at=1 allow tcp from tag lb to ports 80,443
+  calicoctl profile trace workload 192.168.0.2 tcp 80
 """
 
 from __future__ import annotations
@@ -43,7 +52,7 @@ from typing import Any
 from calicoctl.cli import parse
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.model import Endpoint, Rule, Rules
-from calicoctl.errors import CalicoError, NotThere, printable
+from calicoctl.errors import CalicoError, Failed, NotThere, UsageError, one_line, printable
 from calicoctl.output import print_json, print_table, wants_json
 from calicoctl.rules import check_name
 
@@ -57,6 +66,8 @@ def run(argv: list[str]) -> None:
         _tag(profile, arguments)
     elif arguments["rule"]:
         _rule(profile, arguments)
+    elif arguments["trace"]:
+        _trace(arguments)
     elif arguments["show"]:
         _show(arguments)
     elif arguments["add"]:
@@ -223,6 +234,43 @@ def _rule_remove(profile: str, direction: str, position: int | None, rule: Rule 
     if not DatastoreClient.from_environment().modify_rules(profile, change):
         raise NotThere(f"Profile {profile} has no such {direction} rule.")
     print(f"Successfully updated rules on profile {profile}")
+
+
+def _trace(arguments: dict[str, Any]) -> None:
+    from calicoctl import trace
+
+    as_json = wants_json(arguments)
+    protocol = next(word for word in ("tcp", "udp", "icmp", "icmpv6") if arguments[word])
+    port = _port("<PORT>", arguments["<PORT>"])
+    source_port = _port("--from-port", arguments["--from-port"])
+    if protocol.startswith("icmp"):
+        if port is not None or source_port is not None:
+            raise UsageError(f"{protocol} has no ports")
+    elif port is None:
+        raise UsageError(f"Say to which port: {protocol} 80, for example")
+    datastore = DatastoreClient.from_environment()
+    found = trace.trace(datastore, arguments["<FROM>"], arguments["<TO>"], protocol, port, source_port)
+    last = found.decisions[-1]
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        for decision in found.decisions:
+            place, word = (found.source, "From") if decision.direction == "outbound" else (found.destination, "To")
+            name = place.name if place.name == place.address else f"{place.name} ({place.address})"
+            verdict = "passes" if decision.allowed else "is denied"
+            print(one_line(f"{word} {name}, {decision.direction}: {verdict} ({decision.why})"))
+        if found.allowed:
+            print("The packet passes.")
+    if not found.allowed:
+        raise Failed(one_line(f"The packet does not pass: {last.direction}, {last.why}."), 1)
+
+
+def _port(name: str, text: str | None) -> int | None:
+    if text is None:
+        return None
+    if not (text.isascii() and text.isdigit() and 0 < int(text[:6]) < 65536):
+        raise CalicoError(f"{name} is '{text}': it must be a port, 1 to 65535")
+    return int(text)
 
 
 def _parse_rule(words: list[str]) -> Rule:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Callable
 from calicoctl.addresses import version_of
 from calicoctl.datastore import keys
 from calicoctl.datastore.keys import EndpointId
-from calicoctl.datastore.model import Endpoint, Pool, Rules, load_object, load_strings
+from calicoctl.datastore.model import Endpoint, Peer, Pool, Rules, load_object, load_strings
 from calicoctl.datastore.store import (
     Change,
     Entry,
@@ -30,6 +30,8 @@ from calicoctl.datastore.store import (
 from calicoctl.errors import CalicoError, CompareFailed, InvalidValue, NotThere
 
 if TYPE_CHECKING:
+    from netaddr import IPAddress
+
     from calicoctl.datastore.ipam import Ipam
 
 DEFAULT_AS_NUMBER = "64511"
@@ -80,6 +82,11 @@ class DatastoreClient:
 
         return Ipam(self._store, self.host)
 
+    def store_version(self) -> str:
+        """Return the version of a store that can be used; raise StoreError."""
+        self._store.names(keys.ROOT)
+        return self._store.version()
+
     def for_host(self, host: str) -> DatastoreClient:
         """Return a client of the same store that speaks for another host."""
         return DatastoreClient(self._store, host)
@@ -90,6 +97,10 @@ class DatastoreClient:
         """Tell whether this host has anything in the store."""
         directories = (keys.host(self.host), keys.bgp_host(self.host))
         return any(self._store.names(directory) for directory in directories)
+
+    def registered_hosts(self) -> list[str]:
+        """Return the hosts whose registration was finished, or that have their addresses for BGP from an old tool."""
+        return sorted(set(self._store.names(keys.BGP_HOSTS)))
 
     def unregister_host(self) -> None:
         """Remove what the store has of this host, its claims to blocks among it, but no address in use."""
@@ -118,6 +129,16 @@ class DatastoreClient:
         set_value(self._store, keys.bgp_host_address(self.host, 6), ipv6 or "")
         set_value(self._store, keys.bgp_host_as_num(self.host), as_num)
         set_value(self._store, keys.host_config(self.host, "marker"), "created")
+
+    def host_addresses(self) -> set[str]:
+        """Return the addresses that this host is registered with, in their usual form; what is none is left out."""
+        from calicoctl.addresses import parse_address
+
+        found = set()
+        for key in (keys.host_bird_ip(self.host), *(keys.bgp_host_address(self.host, version) for version in (4, 6))):
+            with suppress(CalicoError):
+                found.add(str(parse_address(self.setting(key) or "")))
+        return found
 
     def next_hop(self, version: int) -> str:
         """Return this host's address, which its workloads use as next hop.
@@ -154,6 +175,86 @@ class DatastoreClient:
                 raise InvalidValue(entry.key, f"{pool.cidr} is not an IPv{version} CIDR")
             pools.append(pool)
         return sorted(pools, key=lambda pool: IPNetwork(pool.cidr))
+
+    def put_pool(self, pool: Pool) -> bool:
+        """Write a pool; tell whether it was missing, or had other options. Keeps fields that are not known."""
+        version = version_of(pool.cidr)
+        if pool.ipip:
+            set_value(self._store, keys.config("IpInIpEnabled"), "true")
+        if create_if_missing(self._store, keys.pool(version, pool.cidr), pool.to_json()):
+            return True
+        key = keys.pool(version, pool.cidr)
+
+        def text_of(old: str) -> str | None:
+            before = Pool.from_json(old, key)
+            now = Pool(pool.cidr, pool.ipip, pool.masquerade, before.extra)
+            return None if now == before else now.to_json()
+
+        return modify(self._store, key, f"Pool {pool.cidr} has been removed by somebody else", text_of)
+
+    def remove_pool(self, cidr: str) -> None:
+        """Remove the pool with this CIDR, whatever its key is called; raise NotThere when there is none."""
+        version = version_of(cidr)
+        found = [e for e in self._store.tree(keys.pools(version)) if Pool.from_json(e.value, e.key).cidr == cidr]
+        if not found:
+            raise NotThere(f"Pool {cidr} does not exist.")
+        for entry in found:
+            set_value(self._store, entry.key, None)
+
+    # BGP
+
+    def bgp_peers(self, version: int, host: str | None = None) -> list[Peer]:
+        """Return the BGP peers of all hosts, or of one host alone, in order of address."""
+        from calicoctl.addresses import parse_address
+
+        peers = [Peer.from_json(e.value, e.key) for e in self._store.tree(keys.bgp_peers(version, host))]
+        return sorted(peers, key=lambda peer: parse_address(peer.ip))
+
+    def put_bgp_peer(self, peer: Peer, host: str | None = None) -> bool:
+        """Write a BGP peer; tell whether it was missing, or had another AS number."""
+        key = keys.bgp_peer(version_of(peer.ip), peer.ip, host)
+        if create_if_missing(self._store, key, peer.to_json()):
+            return True
+
+        def text_of(old: str) -> str | None:
+            before = Peer.from_json(old, key)
+            now = Peer(peer.ip, peer.as_num, before.extra)
+            return None if now == before else now.to_json()
+
+        return modify(self._store, key, f"BGP peer {peer.ip} has been removed by somebody else", text_of)
+
+    def remove_bgp_peer(self, ip: str, host: str | None = None) -> bool:
+        """Remove a BGP peer; tell whether it was there."""
+        return self.unset(keys.bgp_peer(version_of(ip), ip, host))
+
+    def node_mesh(self) -> bool:
+        """Tell whether all hosts peer with each other."""
+        entry = self._store.get(keys.BGP_NODE_MESH)
+        if entry is None:
+            return True
+        enabled = load_object(entry.value, keys.BGP_NODE_MESH).get("enabled")
+        if not isinstance(enabled, bool):
+            raise InvalidValue(keys.BGP_NODE_MESH, '"enabled" should be true or false')
+        return enabled
+
+    def set_node_mesh(self, enabled: bool) -> None:
+        self.set(keys.BGP_NODE_MESH, json.dumps({"enabled": enabled}))
+
+    # Settings: keys with a plain text
+
+    def setting(self, key: str) -> str | None:
+        """Return the value of a key, None where it is not set."""
+        entry = self._store.get(key)
+        return None if entry is None else entry.value
+
+    def set(self, key: str, value: str) -> None:
+        set_value(self._store, key, value)
+
+    def unset(self, key: str) -> bool:
+        """Remove a key; tell whether it was there."""
+        there = self._store.get(key) is not None
+        set_value(self._store, key, None)
+        return there
 
     # Profiles
 
@@ -239,6 +340,33 @@ class DatastoreClient:
         """Return all endpoints of a host, or of all hosts. Reads every one of them."""
         directory = keys.HOSTS if host is None else f"{keys.host(host)}/workload"
         return self._endpoints(directory)
+
+    def readable_endpoints(self, host: str | None = None) -> tuple[list[Endpoint], list[InvalidValue]]:
+        """Return all endpoints of a host, or of all hosts, that can be read, and what is wrong with the others."""
+        found: list[Endpoint] = []
+        problems: list[InvalidValue] = []
+        for entry in self._store.tree(keys.HOSTS if host is None else f"{keys.host(host)}/workload"):
+            id = keys.parse_endpoint(entry.key)
+            try:
+                if id is not None:
+                    found.append(Endpoint.from_json(id, entry.value, entry.key))
+            except InvalidValue as problem:
+                problems.append(problem)
+        return found, problems
+
+    def endpoints_with(self, address: IPAddress) -> list[EndpointId]:
+        """Return the endpoints, of whatever host, that list an address."""
+        text = str(address)
+        owner = self.ipam.owner(address)
+        if owner is not None:
+            id = EndpointId(
+                *(str(owner.secondary.get(part)) for part in ("host", "orchestrator", "workload", "endpoint"))
+            )
+            if keys.parse_endpoint(keys.endpoint(id)) == id:
+                entry = self._store.get(keys.endpoint(id))
+                if entry is not None and text in Endpoint.from_json(id, entry.value, entry.key).addresses:
+                    return [id]
+        return [endpoint.id for endpoint in self.readable_endpoints()[0] if text in endpoint.addresses]
 
     def endpoint_ids(self) -> list[EndpointId]:
         """Return this host's endpoints, also those whose records cannot be read."""

@@ -21,7 +21,7 @@ from calicoctl.datastore.store import ATTEMPTS, Entry, Store, create_if_missing,
 from calicoctl.errors import AddressTaken, CalicoError, CompareFailed, Conflict, InvalidValue, KeyExists
 
 if TYPE_CHECKING:
-    from netaddr import IPAddress
+    from netaddr import IPAddress, IPNetwork
 
 BLOCK_SIZE = 64
 """Addresses in a block: a /26 in IPv4, a /122 in IPv6."""
@@ -143,8 +143,33 @@ class Ipam:
 
     def owner(self, address: IPAddress) -> Owner | None:
         """Return who holds `address`, or None when it is free."""
+        block = self.block_of(address)
+        return None if block is None else block.owner(int(address) % BLOCK_SIZE)
+
+    def blocks(self, version: int, network: IPNetwork | None = None) -> Iterator[Block]:
+        """Yield the blocks of an IP version, or those with addresses of a network, one after the other.
+
+        A /16 has a thousand blocks: they are never held all at a time. Raises InvalidValue for one that is not sound.
+        """
+        for first in sorted(_firsts(self._store.names(keys.ipam_blocks(version)))):
+            if network is None or (first <= network.last and first + BLOCK_SIZE > network.first):
+                entry = self._store.get(keys.ipam_block(version, _cidr(version, first)))
+                if entry is not None:
+                    yield Block.from_entry(entry)
+
+    def block_of(self, address: IPAddress) -> Block | None:
+        """Return the block that an address is in, None where there is none."""
         entry = self._store.get(_block_key(address))
-        return None if entry is None else Block.from_entry(entry).owner(int(address) % BLOCK_SIZE)
+        return None if entry is None else Block.from_entry(entry)
+
+    def used_in(self, network: IPNetwork) -> list[IPAddress]:
+        """Return the addresses of a network that somebody holds, in order."""
+        return [
+            block.address(ordinal)
+            for block in self.blocks(network.version, network)
+            for ordinal, _ in block.held()
+            if network.first <= block.first + ordinal <= network.last
+        ]
 
     def held_by(self, handle: str) -> dict[IPAddress, Owner] | None:
         """Return the addresses that `handle` holds on this host, or None when there is no such handle.
@@ -176,6 +201,14 @@ class Ipam:
     def handles(self) -> list[str]:
         """Return all handles, of all hosts."""
         return self._store.names(keys.ipam_handles())
+
+    def handle_counts(self) -> dict[str, dict[str, int]]:
+        """Return what all handles say they hold: how many addresses, by block. Raises InvalidValue."""
+        return {keys.last(entry.key): _handle_counts(entry) for entry in self._store.tree(keys.ipam_handles())}
+
+    def recount(self, handle: str, blocks: Iterable[str]) -> None:
+        """Make a handle's counts equal to what is held: in the blocks it names, and in these (their CIDRs)."""
+        self._recount(handle, {cidr: self._count(handle, cidr) for cidr in blocks})
 
     def assign(self, address: IPAddress, owner: Owner) -> None:
         """Give `address` to `owner`. An address that exactly this owner has already is left with it.

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+ROOT = "/calico"
 POLICY_AND_HOSTS = "/calico/v1"
 READY = "/calico/v1/Ready"
 CONFIG = "/calico/v1/config"
 HOSTS = "/calico/v1/host"
 PROFILES = "/calico/v1/policy/profile"
 FELIX_HOSTS = "/calico/felix/v1/host"
-BGP_AS_NUM = "/calico/bgp/v1/global/as_num"
-BGP_NODE_MESH = "/calico/bgp/v1/global/node_mesh"
+BGP_HOSTS = "/calico/bgp/v1/host"
+BGP_GLOBAL = "/calico/bgp/v1/global"
+BGP_AS_NUM = f"{BGP_GLOBAL}/as_num"
+BGP_NODE_MESH = f"{BGP_GLOBAL}/node_mesh"
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,20 @@ def pool(version: int, cidr: str) -> str:
 
 
 def bgp_host(host: str) -> str:
-    return f"/calico/bgp/v1/host/{host}"
+    return f"{BGP_HOSTS}/{host}"
+
+
+def bgp_peers(version: int, host: str | None = None) -> str:
+    """The folder of the BGP peers of all hosts, or of one host alone."""
+    return f"{BGP_GLOBAL if host is None else bgp_host(host)}/peer_v{version}"
+
+
+def bgp_peer(version: int, ip: str, host: str | None = None) -> str:
+    return f"{bgp_peers(version, host)}/{ip}"
+
+
+def bgp_setting(name: str, host: str | None = None) -> str:
+    return f"{BGP_GLOBAL if host is None else bgp_host(host)}/{name}"
 
 
 def bgp_host_address(host: str, version: int) -> str:

@@ -53,6 +53,11 @@ def _is_net(text: str, version: int) -> bool:
     return re.fullmatch("[0-9]{1,3}", length) is not None and int(length) <= (128 if version == 6 else 32)
 
 
+def _canonical(address: str) -> str:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    return socket.inet_ntop(family, socket.inet_pton(family, address))
+
+
 def _is_strings(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
@@ -128,8 +133,8 @@ class Endpoint:
 
     @property
     def addresses(self) -> list[str]:
-        """The endpoint's addresses, without prefix length."""
-        return [net.partition("/")[0] for net in self.nets]
+        """The endpoint's addresses in their usual form, without prefix length."""
+        return [_canonical(net.partition("/")[0]) for net in self.nets]
 
     def nets_of(self, version: int) -> list[str]:
         """The list, not a copy, of the nets of an IP version."""
@@ -249,6 +254,38 @@ class Pool:
         if self.masquerade:
             options["masquerade"] = True
         return {"cidr": self.cidr, **options, **self.extra}
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict())
+
+
+@dataclass
+class Peer:
+    """A router that hosts speak BGP with. `as_num` is in decimal (asplain)."""
+
+    ip: str
+    as_num: str
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, text: str, key: str) -> Peer:
+        """Read the value of `key`; raise InvalidValue."""
+        from calicoctl.addresses import parse_address
+        from calicoctl.errors import CalicoError
+
+        data = load_object(text, key)
+        try:
+            ip = str(parse_address(str(data.pop("ip", None))))
+        except CalicoError as error:
+            raise InvalidValue(key, str(error)) from None
+        as_num = data.pop("as_num", None)
+        if not isinstance(as_num, (str, int)):
+            raise InvalidValue(key, '"as_num" should be a string')
+        return cls(ip, str(as_num), data)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the peer as it stands in the store."""
+        return {"ip": self.ip, "as_num": self.as_num, **self.extra}
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict())

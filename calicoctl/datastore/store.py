@@ -94,6 +94,9 @@ class Store(Protocol):
     def put(self, key: str, value: str, ttl: int | None = None) -> None:
         """Write `key`, whatever it holds; with `ttl`, it goes away after so many seconds."""
 
+    def version(self) -> str:
+        """Return the version of the program that is the store."""
+
     def snapshot(self, directory: str) -> tuple[list[Entry], int]:
         """Return all entries below `directory`, and the index from which a watch sees what comes after them."""
 
@@ -308,6 +311,13 @@ class EtcdStore:
 
     def put(self, key: str, value: str, ttl: int | None = None) -> None:
         self._read(key, lambda client, path: client.write(path, value, ttl=ttl))  # twice does no harm, either
+
+    def version(self) -> str:
+        def read(client: etcd.Client, path: str) -> str:
+            answer = client.http.request("GET", f"{client.base_uri}/version", timeout=READ_TIMEOUT)
+            return str(json.loads(answer.data)["etcdserver"])
+
+        return self._read("", read)
 
     def snapshot(self, directory: str) -> tuple[list[Entry], int]:
         import etcd

@@ -29,8 +29,8 @@ from calicoctl.felix.process import Options
 from calicoctl.felix.report import Health, ReportFile, Status, StoreReporter
 from calicoctl.felix.routes import PREFIX, Link, Routes
 from calicoctl.felix.ruleset import Ruleset
-from calicoctl.felix.snapshot import INACTIVE, Snapshot
 from calicoctl.felix.sysctls import HostSettings
+from calicoctl.snapshot import INACTIVE, Snapshot
 
 log = logging.getLogger("calico.felix")
 
@@ -78,6 +78,8 @@ class Agent:
         """Local endpoints that wait until nobody else's connections are left of addresses that are new to them."""
         self._admitted: set[EndpointId] = set()
         """Those that have waited long enough."""
+        self._unlisted: set[str] = set()
+        """Addresses whose connections could not be listed, or ended; tried again at the next tick."""
         self._readable: set[str] = set()
         """Profiles that exist and whose rules can be read."""
         self._released: set[str] = set()
@@ -196,10 +198,15 @@ class Agent:
         elif isinstance(event, events.TablesChanged):
             self._tables_changed(event.names)
         elif isinstance(event, connections.Listed):
-            self._end_denied_connections(event)
-            for id in [id for id, new in self._newcomers.items() if new <= set(event.addresses)]:
-                del self._newcomers[id]
-                self._admitted.add(id)
+            why = self._end_denied_connections(event)
+            looked_at = [id for id, new in self._newcomers.items() if new <= set(event.addresses)]
+            for id in looked_at:
+                if why is None:
+                    del self._newcomers[id]
+                    self._admitted.add(id)
+            if why is not None:  # nobody may come in by a connection that somebody else had
+                now = {id: self._snapshot.local[id] for id in looked_at if id in self._snapshot.local}
+                self._set_statuses({id: Status("error", endpoint.index, why) for id, endpoint in now.items()})
         elif isinstance(event, events.Failed):
             raise CalicoError(event.why)
 
@@ -237,9 +244,19 @@ class Agent:
         # where notices were lost (the empty name), they may well have been those of our own changes
         if self._ruleset is not None and ("calico" in names or ("" in names and not self._tables_are_there())):
             log.warning("somebody else has changed our nftables tables; they are made anew")
-            self._ruleset = None
+            if self._snapshot.ready:
+                self._ruleset = None
+            else:
+                self._restore_tables(self._ruleset)
         if names & {"filter", ""}:
             self._firewall_at = min(self._firewall_at, time.monotonic() + FIREWALL_DELAY)
+
+    def _restore_tables(self, ruleset: Ruleset) -> None:
+        """Make the tables anew as they were: the store is not ready, and what it has now must not be made use of."""
+        try:
+            self._nft.run(ruleset.again())
+        except CalicoError as error:
+            self._health.error(str(error))
 
     def _tables_are_there(self) -> bool:
         try:
@@ -261,6 +278,8 @@ class Agent:
 
     def _tick(self) -> None:
         self._dirty |= self._failed
+        self._lister.ask(self._unlisted)
+        self._unlisted = set()
         if self._health.first_update:
             self._forward()
         if time.monotonic() >= self._review_at:
@@ -269,6 +288,7 @@ class Agent:
     def _review(self) -> None:
         """Look at all that the kernel has; if that fails, as a listing that something changes meanwhile may, again."""
         self._review_at = time.monotonic() + REVIEW_INTERVAL
+        self._reporter.read_again()
         try:
             self._read_links()
         except Exception as error:  # the library's, of several kinds
@@ -447,18 +467,21 @@ class Agent:
         if changed:
             self._reporter.set(changed)
 
-    def _end_denied_connections(self, listed: connections.Listed) -> None:
-        if listed.error is not None:
-            self._health.error(listed.error)
+    def _end_denied_connections(self, listed: connections.Listed) -> str | None:
+        """End those of the connections that policy denies; return why that could not be done, and is to be repeated."""
         if self._ruleset is None:
-            return  # the tables are about to be made anew, and all connections looked at then
+            return None  # the tables are about to be made anew, and all connections looked at then
         try:
+            if listed.error is not None:
+                raise CalicoError(listed.error)
             ended = connections.end_denied(listed, self._snapshot, self._ruleset.tagged)
         except CalicoError as error:
             self._health.error(str(error))
-            return
+            self._unlisted.update(listed.addresses)
+            return str(error)
         if ended:
             log.info("%d open connections that policy denies now have been ended", ended)
+        return None
 
     def _check_firewall(self, now: float) -> None:
         self._firewall_at = now + (FIREWALL_INTERVAL if self._firewall_polled else 1e9)

@@ -28,8 +28,8 @@ from typing import Callable
 from calicoctl import netns
 from calicoctl.datastore.model import Rules
 from calicoctl.errors import CalicoError
-from calicoctl.felix.snapshot import LocalEndpoint, Snapshot
 from calicoctl.policy import ICMP, ICMPV6, Packet, Tagged, decide, is_host_service
+from calicoctl.snapshot import LocalEndpoint, Snapshot
 
 _COUNT = Path("/proc/sys/net/netfilter/nf_conntrack_count")
 _NETLINK_NETFILTER = 12
@@ -158,7 +158,8 @@ def _connections_of(addresses: Collection[str]) -> list[Connection]:
         except subprocess.TimeoutExpired:
             raise CalicoError("conntrack did not list the connections within a minute") from None
         if done.returncode != 0:
-            raise CalicoError(f"conntrack could not list the connections: {' '.join(done.stderr.split())[:200]}")
+            why = " ".join(done.stderr.split())[:200] or f"exit status {done.returncode}"
+            raise CalicoError(f"conntrack could not list the connections: {why}")
         # where an entry comes from, and who answers: of very many entries, few are read further
         for match in _SOURCES.finditer(done.stdout):
             if match[1] in addresses or match[2] in addresses:

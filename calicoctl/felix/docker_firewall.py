@@ -12,6 +12,7 @@ from __future__ import annotations
 import shlex
 import subprocess
 from collections import defaultdict
+from contextlib import suppress
 
 from calicoctl.errors import CalicoError
 
@@ -43,7 +44,11 @@ class Filter:
         """Return the chain that our rules belong to, None where nothing would drop what is forwarded."""
         if "DOCKER-USER" in self.policies:
             return "DOCKER-USER"
-        return "FORWARD" if self.policies.get("FORWARD") == "DROP" or self._drops("FORWARD", set()) else None
+        return "FORWARD" if self.would_drop() else None
+
+    def would_drop(self) -> bool:
+        """Tell whether something that is forwarded may be dropped."""
+        return self.policies.get("FORWARD") == "DROP" or self._drops("FORWARD", set())
 
     def _drops(self, chain: str, seen: set[str]) -> bool:
         """Tell whether a rule of a chain, but for ours, drops anything, or one of a chain that it jumps to."""
@@ -69,6 +74,18 @@ def remove() -> None:
     """Take our rules away; raise CalicoError."""
     for command in COMMANDS:
         _bring(command, remove=True)
+
+
+def missing() -> list[str]:
+    """Return the chains that would drop what is ours, and where nothing accepts it before; raise CalicoError."""
+    found = []
+    for command in COMMANDS:
+        with suppress(FileNotFoundError):
+            current = Filter(_run(f"{command}-save", "-t", "filter"))
+            chain = current.wanted_chain()
+            if chain is not None and current.would_drop() and not set(_RULES) <= set(current.rules.get(chain, ())):
+                found.append(f"{command} chain FORWARD")
+    return found
 
 
 def sends_events() -> bool:

@@ -196,7 +196,7 @@ class KernelEvents(_Source):
                 if kind in (_RTM_NEWLINK, _RTM_DELLINK):
                     for parsed in marshal.parse(message):
                         self._events.put(LinkChanged(link_of(parsed), gone=kind == _RTM_DELLINK))
-                elif _is_loss(kind, message):
+                elif _is_loss(kind, message) and _sender(message) not in own_ports(socket.NETLINK_ROUTE):
                     for parsed in marshal.parse(message):
                         self._events.put(RouteGone(parsed.get_attr("RTA_DST")))
 
@@ -209,6 +209,11 @@ def _is_loss(kind: int, message: bytes) -> bool:
     if kind == _RTM_DELROUTE:
         return message[21] == PROTOCOL
     return kind == _RTM_NEWROUTE and message[17] in (32, 128) and message[20] == _TABLE_MAIN and message[21] != PROTOCOL
+
+
+def _sender(message: bytes) -> int:
+    """Return the netlink address of who asked for the change that a message tells of."""
+    return int(struct.unpack_from("=I", message, 12)[0])
 
 
 def _messages(data: bytes) -> Iterator[tuple[int, bytes]]:

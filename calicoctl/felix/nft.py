@@ -60,8 +60,8 @@ class Nft:
         return str((self._library.nft_ctx_get_output_buffer(self._context) or b"").decode(errors="replace"))
 
 
-def own_ports() -> set[int]:
-    """Return the netlink addresses of this process's sockets to netfilter, which its changes bear."""
+def own_ports(protocol: int = _NETLINK_NETFILTER) -> set[int]:
+    """Return the netlink addresses of this process's sockets to a part of the kernel, which its changes bear."""
     sockets = set()
     for file in Path("/proc/self/fd").iterdir():
         try:
@@ -73,7 +73,7 @@ def own_ports() -> set[int]:
     with open("/proc/net/netlink") as table:
         next(table)
         rows = [line.split() for line in table]
-    return {int(row[2]) for row in rows if row[1] == str(_NETLINK_NETFILTER) and row[-1] in sockets}
+    return {int(row[2]) for row in rows if row[1] == str(protocol) and row[-1] in sockets}
 
 
 class TableEvents:

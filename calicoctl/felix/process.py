@@ -77,7 +77,7 @@ def running(host: str) -> int | None:
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
-                return int(file.read().strip() or 0)
+                return int(file.read().strip() or 0) or None
     except (OSError, ValueError):
         pass
     return None
@@ -95,32 +95,56 @@ def report(host: str) -> dict[str, object] | None:
 @contextmanager
 def only_one(host: str) -> Iterator[None]:
     """Be the host's agent: hold the pid file's lock. Raises CalicoError when there is one already."""
+    with _held(host) as file:
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
+        file.truncate(0)
+
+
+@contextmanager
+def none_starts(host: str) -> Iterator[None]:
+    """See to it that no agent of the host's runs, or begins to, inside `with`. Raises CalicoError."""
+    with _held(host) as file:
+        file.truncate(0)
+        yield
+
+
+@contextmanager
+def _held(host: str) -> Iterator[TextIO]:
+    """Hold the lock of the pid file, and give the file; raise CalicoError."""
     path = _file(host, "felix.pid")
     try:
         path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
         path.parent.chmod(0o755)  # the report is for everybody; locks in here are files of mode 0600
-        with open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644), "r+") as file:
-            _lock(file, host)
-            file.truncate(0)
-            file.write(f"{os.getpid()}\n")
-            file.flush()
-            yield
-            file.truncate(0)
+        began = time.monotonic()
+        is_it = False
+        while True:
+            with open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644), "r+") as file:
+                _lock(file, host, began)
+                # the holder before us may have removed the file: then somebody else may hold a new one
+                with suppress(FileNotFoundError):
+                    is_it = path.stat().st_ino == os.fstat(file.fileno()).st_ino
+                if is_it:
+                    yield file
+                    return
     except OSError as error:
         raise CalicoError(f"{error.filename or path}: {error.strerror}") from None
 
 
-def _lock(file: TextIO, host: str) -> None:
-    give_up = time.monotonic() + 1
+def _lock(file: TextIO, host: str, began: float) -> None:
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return
         except BlockingIOError:
-            # somebody may only be looking whether there is an agent
-            if time.monotonic() > give_up:
-                pid = file.read().strip()
-                raise CalicoError(f"the agent of host {host} runs already (process {pid})") from None
+            # without a process id, somebody is only looking, or removing what an agent has set up
+            file.seek(0)
+            pid = file.read().strip()
+            if time.monotonic() - began > (1 if pid else START_PATIENCE):
+                who = f"process {pid}" if pid else "or somebody is removing it"
+                raise CalicoError(f"the agent of host {host} runs already ({who})") from None
             time.sleep(0.02)
 
 
@@ -184,7 +208,10 @@ def start(host: str, options: Options) -> int:
     slow goes on.
     """
     assert options.log_dir is not None, "nobody reads the standard error of a process in the background"
-    with tempfile.TemporaryDirectory(prefix="calico-") as directory, tempfile.TemporaryFile("w+") as complaints:
+    DIRECTORY.mkdir(mode=0o755, parents=True, exist_ok=True)
+    # the path of a socket must be short, as that of a folder for temporary files may not be
+    short = tempfile.TemporaryDirectory(dir=DIRECTORY, prefix="start-")
+    with short as directory, tempfile.TemporaryFile("w+") as complaints:
         told = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         told.bind(f"{directory}/notify")
         told.settimeout(0.1)

@@ -17,6 +17,13 @@ def remove_all(host: str) -> None:
 
     The tables go last, so that nothing is forwarded that they would have dropped. Raises CalicoError.
     """
+    with process.none_starts(host):
+        _remove_from_kernel(host)
+        for file in process.files(host):
+            file.unlink(missing_ok=True)
+
+
+def _remove_from_kernel(host: str) -> None:
     from pyroute2.iproute.linux import IPRoute
 
     with IPRoute() as netlink:
@@ -35,5 +42,3 @@ def remove_all(host: str) -> None:
         needed.add(sysctls.IPV6_FORWARDING)
     sysctls.HostSettings(process.settings_file(host)).restore(lambda path: True, needed)
     Nft().run(remove_commands())
-    for file in process.files(host):
-        file.unlink(missing_ok=True)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from calicoctl.errors import CalicoError
 from calicoctl.felix import sysctls
-from calicoctl.felix.snapshot import LocalEndpoint
+from calicoctl.snapshot import LocalEndpoint
 
 if TYPE_CHECKING:
     from pyroute2.iproute.linux import IPRoute

@@ -25,8 +25,8 @@ from typing import Callable
 
 from calicoctl.datastore.keys import EndpointId
 from calicoctl.datastore.model import Rule
-from calicoctl.felix.snapshot import Dirty, LocalEndpoint, Snapshot, usable_addresses
 from calicoctl.policy import ICMP, ICMPV6, port_ranges, protocol_number, versions
+from calicoctl.snapshot import Dirty, LocalEndpoint, Snapshot, usable_addresses
 
 TABLES = (("inet", "calico"), ("arp", "calico"))
 
@@ -127,6 +127,12 @@ def remove_commands() -> str:
     return "".join(f"add table {family} {name}\ndelete table {family} {name}\n" for family, name in TABLES)
 
 
+def _anew(commands: str) -> str:
+    """Return commands that make the tables, in place of whatever they hold, and then do what `commands` do."""
+    tables = "".join(f"add table {family} {name}\n" for family, name in TABLES)
+    return remove_commands() + tables + _SKELETON + commands
+
+
 @dataclass
 class Update:
     """The commands of one transaction, and the addresses whose connections it may deny from now on."""
@@ -139,7 +145,8 @@ class Ruleset:
     """What our tables hold, as far as it changes: sets' elements, and chains with their rules."""
 
     def __init__(self) -> None:
-        self._elements: dict[tuple[str, str], set[str]] = defaultdict(set)
+        self._elements: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
+        """How often each is wanted: one endpoint may get what another, which waits, has not given up yet."""
         self._chains: dict[str, tuple[str, ...]] = {}
         # who makes use of what, so that what is used by nobody can go
         self._endpoints: dict[EndpointId, LocalEndpoint] = {}
@@ -156,8 +163,20 @@ class Ruleset:
         """Return the commands that make the tables anew, in place of whatever they hold. For a new Ruleset."""
         everything = Dirty(set(snapshot.endpoints), profiles=set(snapshot.profiles), pools=True, settings=True)
         update = self.update(snapshot, everything)
-        tables = "".join(f"add table {family} {name}\n" for family, name in TABLES)
-        return Update(remove_commands() + tables + _SKELETON + update.commands, update.touched)
+        return Update(_anew(update.commands), update.touched)
+
+    def again(self) -> str:
+        """Return the commands that make the tables anew with what they hold already, should they have gone."""
+        change = _Change(defaultdict(Counter), {})
+        for tag in self._profiles_of_tag:
+            for version in (4, 6):
+                change.create_set(set_of_tag(tag, version), _TYPES[version])
+        for where, elements in self._elements.items():
+            for element in elements:
+                change.add(where, element)
+        for name, rules in self._chains.items():
+            change.set_chain(name, rules)
+        return _anew(change.commands())
 
     def tagged(self, tag: str, address: str) -> bool:
         """Tell whether an address is one of a tag's."""
@@ -363,7 +382,7 @@ class _Change:
     again. What is added and removed in one change, or the other way round, is not mentioned.
     """
 
-    def __init__(self, elements: dict[tuple[str, str], set[str]], chains: dict[str, tuple[str, ...]]) -> None:
+    def __init__(self, elements: dict[tuple[str, str], Counter[str]], chains: dict[str, tuple[str, ...]]) -> None:
         self._elements = elements
         self._chains = chains
         self._old_chains: dict[str, tuple[str, ...] | None] = {}
@@ -374,25 +393,30 @@ class _Change:
 
     def add(self, where: tuple[str, str], element: str) -> None:
         """Put an element into the set, or map, of a (family, name)."""
+        self._elements[where][element] += 1
+        if self._elements[where][element] > 1:
+            return
         if element in self._removed[where]:
             del self._removed[where][element]
-        elif element not in self._elements[where]:
+        else:
             self._added[where][element] = None
-        self._elements[where].add(element)
 
     def remove(self, where: tuple[str, str], element: str) -> None:
+        self._elements[where][element] -= 1
+        if self._elements[where][element] > 0:
+            return
+        del self._elements[where][element]
         if element in self._added[where]:
             del self._added[where][element]
-        elif element in self._elements[where]:
+        else:
             self._removed[where][element] = None
-        self._elements[where].discard(element)
 
     def replace(self, where: tuple[str, str], elements: Iterable[str]) -> None:
         """Make a set hold these elements."""
         wanted = set(elements)
-        for element in sorted(self._elements[where] - wanted):
+        for element in sorted(self._elements[where].keys() - wanted):
             self.remove(where, element)
-        for element in sorted(wanted - self._elements[where]):
+        for element in sorted(wanted - self._elements[where].keys()):
             self.add(where, element)
 
     def create_set(self, name: str, type: str) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -205,9 +206,73 @@ def test_a_review_puts_back_what_nothing_tells_of(bare_host: Host) -> None:
         run("ip", "neighbour", "delete", B4, "dev", name)
         wait_for(lambda: "PERMANENT" in run("ip", "neighbour", "show", B4).out, "the neighbour")
         wait_for(lambda: run("sysctl", "-n", f"net.ipv4.conf.{name}.proxy_arp").out == "1\n", "the setting")
+        host.etcd.delete("/calico/felix")
+        wait_for(lambda: host.endpoint_status(host.key("b")), "the status")
     finally:
         agent.terminate()
         agent.communicate()
+
+
+def test_starts_and_removals_at_once_come_to_one_agent_or_none(bare_host: Host) -> None:
+    host = AgentHost(bare_host.etcd)
+
+    def agents() -> list[str]:
+        return [line for line in run("ps", "-eo", "pid,args").out.splitlines() if "calicoctl.felix" in line]
+
+    for _ in range(6):
+        host.ctl("node", "--ip=192.0.2.2", f"--log-dir={LOG_DIR}")
+        removal = host.start("node", "remove", "--remove-endpoints")
+        host.ctl("node", "--ip=192.0.2.2", f"--log-dir={LOG_DIR}", status=None)
+        removal.communicate(timeout=60)
+        running = host.status()["running"]
+        assert len(agents()) == (1 if running else 0), (agents(), running)
+    host.ctl("node", "remove", status=None)
+    assert agents() == []
+
+
+def test_a_long_folder_for_temporary_files(bare_host: Host, tmp_path: Path) -> None:
+    long = tmp_path / ("x" * 120)
+    long.mkdir()
+    AgentHost(bare_host.etcd).start_agent(TMPDIR=str(long))
+
+
+def test_a_record_that_moves_to_another_interface(node: AgentHost) -> None:
+    """Its route there is the agent's own doing, and nobody else is blamed."""
+    node.add_pair()
+    node.sync()
+    a, b = node.key("a"), node.key("b")
+    record = json.loads(node.etcd.get(a))
+    interface = node.interface("b")
+    node.etcd.delete(b)
+    node.sync()
+    node.etcd.put(a, {**record, "name": interface})
+    wait_for(lambda: interface in run("ip", "route", "show", A4).out, "the route")
+    node.sync()
+    assert "somebody else" not in node.log()
+
+
+def test_connections_that_could_not_be_listed_are_listed_again(bare_host: Host, tmp_path: Path) -> None:
+    """Those that a change denies end then, and an address that is new to its endpoint waits until then."""
+    broken = tmp_path / "broken"
+    command = tmp_path / "conntrack"
+    command.write_text(f'#!/bin/sh\n[ -e {broken} ] && exit 1\nexec {shutil.which("conntrack")} "$@"\n')
+    command.chmod(0o755)
+    host = AgentHost(bare_host.etcd)
+    host.start_agent(PATH=f"{tmp_path}:{os.environ['PATH']}")
+    host.add_pair()
+    host.sync()
+    with connection("a", "b", B4, 80) as stream:
+        broken.touch()
+        host.profile("web")
+        wait_for(lambda: "exit status 1" in host.log(), "the failure")
+        assert flows(*stream)
+        host.add("c", C4)
+        key = host.key("c")
+        wait_for(lambda: (host.endpoint_status(key) or {}).get("status") == "error", "the failure")
+        assert "conntrack" in host.status()["endpoints_in_trouble"][0]["reason"]
+        broken.unlink()
+        wait_for(lambda: not flows(*stream), "the connection's end")
+    wait_for(lambda: (host.endpoint_status(key) or {}).get("status") == "up", "the endpoint")
 
 
 def test_racing_starts_come_to_one_agent(bare_host: Host) -> None:

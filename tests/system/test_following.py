@@ -99,6 +99,11 @@ def test_a_store_that_is_not_ready(bare_host: Host) -> None:
         host.etcd.delete("/calico")
         wait_for(lambda: host.status()["waiting_for"], "the agent to notice")
         assert ping("a", B4)
+        # nor does it open anything when the tables go meanwhile
+        tables = run("nft", "list", "ruleset").out
+        run("nft", "flush", "ruleset")
+        wait_for(lambda: sorted(run("nft", "list", "ruleset").out) == sorted(tables), "the tables, made anew")
+        assert ping("a", B4)
     finally:
         agent.terminate()
         agent.communicate()

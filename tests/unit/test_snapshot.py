@@ -7,7 +7,7 @@ import random
 
 from calicoctl.datastore.keys import EndpointId
 from calicoctl.datastore.store import Change, Entry
-from calicoctl.felix.snapshot import Snapshot
+from calicoctl.snapshot import Snapshot
 
 FOLDER = "/calico/v1/host/h/workload/docker"
 RECORD = {"state": "active", "mac": "02:00:00:00:00:01", "profile_ids": ["web"], "ipv4_nets": ["192.168.0.1/32"]}
@@ -29,6 +29,15 @@ def snapshot_of(*entries: Entry) -> Snapshot:
     snapshot = Snapshot("h")
     snapshot.replace("/calico/v1", entries)
     return snapshot
+
+
+def test_why_an_endpoint_is_refused_is_kept_up_to_date() -> None:
+    shared = ["192.168.0.9/32"]
+    snapshot = snapshot_of(*(endpoint_entry(name, created=int(name), ipv4_nets=shared) for name in "123"))
+    assert "endpoint 1 already" in snapshot.unusable[id_of("3")][1]
+    snapshot.change(Change(f"{FOLDER}/1/endpoint/1", None))
+    assert set(snapshot.local) == {id_of("2")}
+    assert "endpoint 2 already" in snapshot.unusable[id_of("3")][1]
 
 
 def test_replacing_marks_what_differs_alone() -> None:

@@ -238,9 +238,10 @@ class Snapshot:
             candidate = self._candidates[id]
             owner = next((owners[thing] for thing in self._things(id) if thing in owners), None)
             if owner is not None:
-                if id in self.local or id not in self.unusable:
+                why = f"its interface or an address is that of endpoint {owner.endpoint} already"
+                if self.unusable.get(id, (0, ""))[1] != why:
                     self._drop(id)
-                    self._refuse(id, f"its interface or an address is that of endpoint {owner.endpoint} already")
+                    self._refuse(id, why)
                 continue
             owners.update(dict.fromkeys(self._things(id), id))
             if self.local.get(id) != candidate:

@@ -1,0 +1,100 @@
+"""Show and change what all hosts know of BGP: their peers, whether they peer with each other, and their AS number.
+
+Usage:
+  calicoctl bgp peer add <PEER_IP> as <AS_NUM>
+  calicoctl bgp peer remove <PEER_IP>
+  calicoctl bgp peer show [--ipv4 | --ipv6] [--output=<FORMAT>]
+  calicoctl bgp node-mesh [on | off] [--output=<FORMAT>]
+  calicoctl bgp default-node-as [<AS_NUM>] [--output=<FORMAT>]
+
+Options:
+  <PEER_IP>          the address of a router that every host is to peer with
+  <AS_NUM>           an AS number, 1 to 4294967295, as 64512 or as 0.64512; it is stored as 64512
+  --ipv4, --ipv6     show IPv4, or IPv6, peers only
+  --output=<FORMAT>  json; default: a table, or the value alone
+
+`node-mesh` and `default-node-as` tell what is so where they are not told what to be: on, and 64511, unless set. Peers
+of one host alone: see calicoctl node --help. These are settings in etcd for a routing daemon (BIRD) on each host; the
+host agent runs none.
+
+Examples:
+  calicoctl bgp peer add 192.0.2.254 as 64512
+  calicoctl bgp node-mesh off
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from calicoctl.addresses import check_unicast, parse_address, parse_as_number
+from calicoctl.cli import parse
+from calicoctl.datastore import keys
+from calicoctl.datastore.client import DEFAULT_AS_NUMBER, DatastoreClient
+from calicoctl.datastore.model import Peer
+from calicoctl.errors import NotThere
+from calicoctl.output import print_json, print_table, wants_json
+
+
+def run(argv: list[str]) -> None:
+    arguments = parse(str(__doc__), argv)
+    if arguments["peer"]:
+        peers(arguments, None)
+    elif arguments["node-mesh"]:
+        _node_mesh(arguments)
+    else:
+        _default_node_as(arguments)
+
+
+def peers(arguments: dict[str, Any], host: str | None) -> None:
+    """Add, remove or show the peers of all hosts, or of one host alone."""
+    if arguments["show"]:
+        _show(arguments, host)
+        return
+    address = parse_address(arguments["<PEER_IP>"])
+    check_unicast(address)
+    as_num = parse_as_number(arguments["<AS_NUM>"]) if arguments["add"] else None
+    datastore = DatastoreClient.from_environment()
+    if as_num is None:
+        if not datastore.remove_bgp_peer(str(address), host):
+            raise NotThere(f"There is no BGP peer {address}{f' of host {host}' if host else ''}.")
+        print(f"Removed BGP peer {address}")
+    elif datastore.put_bgp_peer(Peer(str(address), as_num), host):
+        print(f"BGP peer {address} with AS number {as_num} is set")
+    else:
+        print(f"BGP peer {address} with AS number {as_num} is there already.")
+
+
+def _show(arguments: dict[str, Any], host: str | None) -> None:
+    as_json = wants_json(arguments)
+    datastore = DatastoreClient.from_environment()
+    versions = [v for v, other in ((4, "--ipv6"), (6, "--ipv4")) if not arguments[other]]
+    found = [peer for version in versions for peer in datastore.bgp_peers(version, host)]
+    if as_json:
+        print_json([peer.to_dict() for peer in found])
+    else:
+        print_table(["Current BGP peers' address", "AS number"], [[peer.ip, peer.as_num] for peer in found])
+
+
+def _node_mesh(arguments: dict[str, Any]) -> None:
+    as_json = wants_json(arguments)
+    datastore = DatastoreClient.from_environment()
+    if arguments["on"] or arguments["off"]:
+        datastore.set_node_mesh(arguments["on"])
+    enabled = datastore.node_mesh()
+    if as_json:
+        print_json({"enabled": enabled})
+    else:
+        print("on" if enabled else "off")
+
+
+def _default_node_as(arguments: dict[str, Any]) -> None:
+    as_json = wants_json(arguments)
+    as_num = None if arguments["<AS_NUM>"] is None else parse_as_number(arguments["<AS_NUM>"])
+    datastore = DatastoreClient.from_environment()
+    if as_num is not None:
+        datastore.set(keys.BGP_AS_NUM, as_num)
+    now = datastore.setting(keys.BGP_AS_NUM) or DEFAULT_AS_NUMBER
+    if as_json:
+        print_json({"as_num": now})
+    else:
+        print(now)

@@ -1,0 +1,46 @@
+"""Tell whether this host has what it needs to be part of the network.
+
+Usage:
+  calicoctl checksystem [--fix] [--libnetwork] [--output=<FORMAT>]
+
+Options:
+  --fix              load kernel modules that are missing, first (as root)
+  --libnetwork       Docker is needed, too, in version 1.9 or later; default: it is not, for network namespaces
+  --output=<FORMAT>  json: an array of objects with name, ok, needed, found and advice; default: a table
+
+Looks at the kernel, by trying what is needed in a network namespace that is gone afterwards, at settings, at tools and
+their versions, at Docker and its firewall, and at etcd. Run it as root to have all of it looked at. The exit status is
+1 when something that is needed is missing.
+
+Examples:
+  sudo calicoctl checksystem
+  sudo calicoctl checksystem --output=json
+"""
+
+from __future__ import annotations
+
+from calicoctl import checks
+from calicoctl.cli import parse, require_root
+from calicoctl.errors import CalicoError
+from calicoctl.output import print_json, print_table, wants_json, warn
+
+
+def run(argv: list[str]) -> None:
+    arguments = parse(str(__doc__), argv)
+    as_json = wants_json(arguments)
+    if arguments["--fix"]:
+        require_root()
+        for why in checks.load_modules():
+            warn(f"Warning: {why}")
+    found = list(checks.check(arguments["--libnetwork"]))
+    if as_json:
+        print_json([check.to_dict() for check in found])
+    else:
+        rows = []
+        for check in found:
+            state = "ok" if check.ok else ("missing" if check.needed else "not there")
+            rows.append([check.name, state, check.found, "" if check.ok else check.advice])
+        print_table(["What", "State", "Found", "What to do"], rows, widest=50)
+    missing = [check.name for check in found if check.needed and not check.ok]
+    if missing:
+        raise CalicoError(f"This host lacks what is needed: {'; '.join(missing)}.")

@@ -1,0 +1,108 @@
+"""Show and change settings of the host agents (felix), and of the routing daemons (bgp).
+
+Usage:
+  calicoctl config felix <NAME> [<VALUE> | --remove] [--force] [--output=<FORMAT>]
+  calicoctl config node felix <NAME> [<VALUE> | --remove] [--force] [--output=<FORMAT>]
+  calicoctl config bgp <NAME> [<VALUE> | --remove] [--force] [--output=<FORMAT>]
+  calicoctl config node bgp <NAME> [<VALUE> | --remove] [--force] [--output=<FORMAT>]
+
+Options:
+  <NAME>             a setting's name, see below
+  <VALUE>            what it is to be; default: show what it is
+  --remove           unset it, so that the default is in force
+  --force            take a name or a value that is not known here, too, for other programs
+  --output=<FORMAT>  json: an object with the setting's key in etcd, and its value; default: the value alone
+
+  felix               loglevel                     none, debug, info, warning, error, critical; default: info
+                      LogSeverityScreen            the same setting under the name that it has in etcd
+                      LogSeverityFile, LogFilePath, InterfacePrefix, IpInIpEnabled
+                                                   for agents of 2015; ours does not ask them
+  node felix          DefaultEndpointToHostAction  RETURN, DROP, ACCEPT: what becomes of packets from a container to
+                                                   this host that the rules allow; default: RETURN, the host's own
+                                                   firewall decides
+  bgp, node bgp       loglevel                     none, debug, info; default: none
+
+`node` is for this host alone, without it all hosts. Agents take a change on at once. The exit status is 1 for a setting
+that has no value and no default.
+
+Examples:
+  calicoctl config felix loglevel debug
+  calicoctl config node felix DefaultEndpointToHostAction DROP
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from calicoctl.cli import parse
+from calicoctl.datastore import keys
+from calicoctl.datastore.client import DEFAULT_CONFIG, DatastoreClient
+from calicoctl.errors import CalicoError, NotThere, printable
+from calicoctl.output import print_json, wants_json
+
+LEVELS = ("none", "debug", "info", "warning", "error", "critical")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A setting's name in etcd, its values, None for any text, and what holds where it is not set."""
+
+    name: str
+    values: tuple[str, ...] | None = None
+    default: str | None = None
+
+
+FELIX = {
+    "loglevel": Setting("LogSeverityScreen", LEVELS, DEFAULT_CONFIG["LogSeverityScreen"]),
+    "LogSeverityScreen": Setting("LogSeverityScreen", LEVELS, DEFAULT_CONFIG["LogSeverityScreen"]),
+    "LogSeverityFile": Setting("LogSeverityFile", LEVELS, DEFAULT_CONFIG["LogSeverityFile"]),
+    "LogFilePath": Setting("LogFilePath", None, DEFAULT_CONFIG["LogFilePath"]),
+    "InterfacePrefix": Setting("InterfacePrefix", ("cali",), DEFAULT_CONFIG["InterfacePrefix"]),
+    "IpInIpEnabled": Setting("IpInIpEnabled", ("true", "false"), DEFAULT_CONFIG["IpInIpEnabled"]),
+}
+NODE_FELIX = {
+    "DefaultEndpointToHostAction": Setting("DefaultEndpointToHostAction", ("RETURN", "DROP", "ACCEPT"), "RETURN")
+}
+BGP = {"loglevel": Setting("loglevel", ("none", "debug", "info"), "none")}
+
+
+def run(argv: list[str]) -> None:
+    arguments = parse(str(__doc__), argv)
+    as_json = wants_json(arguments)
+    name, value, force = arguments["<NAME>"], arguments["<VALUE>"], arguments["--force"]
+    of_node, felix = arguments["node"], arguments["felix"]
+    known = (NODE_FELIX if of_node else FELIX) if felix else BGP
+    setting = known.get(name)
+    if setting is None:
+        if not force:
+            raise CalicoError(f"'{name}' is none of the settings {', '.join(known)}; --force takes any name")
+        setting = Setting(_checked_name(name))
+    if value is not None and setting.values is not None and value not in setting.values and not force:
+        raise CalicoError(f"'{value}' is no value for {name}: it must be one of {', '.join(setting.values)}")
+    datastore = DatastoreClient.from_environment()
+    if felix:
+        key = keys.host_config(datastore.host, setting.name) if of_node else keys.config(setting.name)
+    else:
+        key = keys.bgp_setting(setting.name, datastore.host if of_node else None)
+    if arguments["--remove"]:
+        if not datastore.unset(key):
+            raise NotThere(f"{name} is not set.")
+    elif value is not None:
+        datastore.set(key, value)
+    now = datastore.setting(key)
+    if now is None:
+        now = setting.default
+    if as_json:
+        print_json({"key": key, "value": now})
+    elif now is not None:
+        print(printable(now))
+    if now is None and not arguments["--remove"]:
+        raise NotThere(f"{name} is not set.")
+
+
+def _checked_name(name: str) -> str:
+    """Return a name that can be part of a key; raise CalicoError. etcd hides keys that begin with an underscore."""
+    if not re.fullmatch("[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", name, re.ASCII):
+        raise CalicoError(f"'{name}' cannot be a setting: it must have up to 64 letters, digits, '_', '.' and '-'")
+    return name

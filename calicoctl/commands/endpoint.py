@@ -1,0 +1,168 @@
+"""Show the endpoints of all hosts, and change their profiles.
+
+Usage:
+  calicoctl endpoint show [--host=<HOST>] [--orchestrator=<ORCHESTRATOR>] [--workload=<WORKLOAD>]
+                          [--endpoint=<ENDPOINT>] [--detailed] [--output=<FORMAT>]
+  calicoctl endpoint <ENDPOINT_ID> profile (append|remove|set) [--host=<HOST>] [--orchestrator=<ORCHESTRATOR>]
+                          [--workload=<WORKLOAD>] [<PROFILES>...]
+  calicoctl endpoint <ENDPOINT_ID> profile show [--host=<HOST>] [--orchestrator=<ORCHESTRATOR>]
+                          [--workload=<WORKLOAD>] [--output=<FORMAT>]
+
+Options:
+  <ENDPOINT_ID>                  an endpoint's id, or the beginning of it
+  --host=<HOST>                  of this host only; default: of all hosts
+  --orchestrator=<ORCHESTRATOR>  of this orchestrator only: docker, or namespace; default: of all
+  --workload=<WORKLOAD>          of the workload with this id, or this beginning of it; default: of all
+  --endpoint=<ENDPOINT>          the endpoint with this id, or this beginning of it; default: all
+  --detailed                     one line an endpoint; default: how many each host has
+  --output=<FORMAT>              json: an array, with the fields of the endpoints as in etcd; default: a table
+
+A workload's id is that of its Docker container, or the path of its namespace with every / as -. Profiles are asked in
+the order they have; `set` without any takes all away. This needs no root, and works for the endpoints of any host.
+
+Examples:
+  calicoctl endpoint show --detailed
+  calicoctl endpoint show --host=host1 --output=json
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from calicoctl.cli import parse
+from calicoctl.datastore.client import DatastoreClient
+from calicoctl.datastore.model import Endpoint
+from calicoctl.errors import CalicoError, NotThere, UsageError, printable
+from calicoctl.output import print_json, print_table, wants_json, warn
+from calicoctl.rules import check_name
+
+COLUMNS = ["Hostname", "Orchestrator ID", "Workload ID", "Endpoint ID", "Addresses", "MAC", "Profiles", "State"]
+
+
+def run(argv: list[str]) -> None:
+    arguments = parse(str(__doc__), argv)
+    if arguments["profile"]:
+        _profile(arguments)
+    else:
+        _show(arguments)
+
+
+def _show(arguments: dict[str, Any]) -> None:
+    as_json = wants_json(arguments)
+    endpoints = _matching(DatastoreClient.from_environment(), arguments, arguments["--endpoint"])
+    filters = [f for f in ("--host", "--orchestrator", "--workload", "--endpoint") if arguments[f] is not None]
+    if not endpoints and filters:
+        raise NotThere(f"There is no endpoint with {' and '.join(f'{name}={arguments[name]}' for name in filters)}.")
+    if arguments["--detailed"]:
+        show_endpoints(endpoints, as_json)
+        return
+    counts: dict[tuple[str, str], list[Endpoint]] = {}
+    for endpoint in endpoints:
+        counts.setdefault((endpoint.id.host, endpoint.id.orchestrator), []).append(endpoint)
+    rows = [
+        (host, orchestrator, len({endpoint.id.workload for endpoint in some}), len(some))
+        for (host, orchestrator), some in sorted(counts.items())
+    ]
+    if as_json:
+        print_json([dict(zip(("host", "orchestrator", "workloads", "endpoints"), row)) for row in rows])
+    else:
+        print_table(["Hostname", "Orchestrator ID", "Number of Workloads", "Number of Endpoints"], rows)
+
+
+def _matching(datastore: DatastoreClient, arguments: dict[str, Any], endpoint_id: str | None) -> list[Endpoint]:
+    """Return the endpoints that the options ask for, and that can be read; warn of the others."""
+    endpoints, problems = datastore.readable_endpoints(arguments["--host"])
+    for problem in problems:
+        warn(f"Warning: {problem}")
+    return [
+        endpoint
+        for endpoint in endpoints
+        if arguments["--host"] in (None, endpoint.id.host)
+        and arguments["--orchestrator"] in (None, endpoint.id.orchestrator)
+        and endpoint.id.workload.startswith(arguments["--workload"] or "")
+        and endpoint.id.endpoint.startswith(endpoint_id or "")
+    ]
+
+
+def _profile(arguments: dict[str, Any]) -> None:
+    as_json = wants_json(arguments)
+    names = profile_names(arguments)
+    datastore = DatastoreClient.from_environment()
+    id = arguments["<ENDPOINT_ID>"]
+    found = _matching(datastore, arguments, id)
+    found = [endpoint for endpoint in found if endpoint.id.endpoint == id] or found
+    if not found:
+        raise NotThere(f"Endpoint {id} does not exist.")
+    if len(found) > 1:
+        some = ", ".join(f"{e.id.endpoint} of {e.id.workload[:12]} on {e.id.host}" for e in found[:3])
+        raise CalicoError(f"{id} can be several endpoints ({some}{', …' if found[3:] else ''}): say more of its id.")
+    endpoint = found[0]
+    if not arguments["show"]:
+        change_profiles(datastore, endpoint, id, arguments, names)
+    elif as_json:
+        print_json(endpoint.profile_ids)
+    else:
+        print("".join(f"{printable(name)}\n" for name in endpoint.profile_ids), end="")
+
+
+# What `container` does, too
+
+
+def show_endpoints(endpoints: Sequence[Endpoint], as_json: bool) -> None:
+    """Print endpoints with all that their records hold."""
+    if as_json:
+        print_json([{**asdict(endpoint.id), **endpoint.to_dict()} for endpoint in endpoints])
+        return
+    rows = [
+        [
+            endpoint.id.host,
+            endpoint.id.orchestrator,
+            endpoint.id.workload,
+            endpoint.id.endpoint,
+            "\n".join(endpoint.nets),
+            endpoint.mac,
+            "\n".join(endpoint.profile_ids),
+            endpoint.state,
+        ]
+        for endpoint in endpoints
+    ]
+    print_table(COLUMNS, rows)
+
+
+def profile_names(arguments: dict[str, Any]) -> list[str]:
+    """Return the profiles on the command line, each once; raise CalicoError for what is no name, or for none."""
+    names = [check_name(name, "profile") for name in dict.fromkeys(arguments["<PROFILES>"])]
+    if not names and (arguments["append"] or arguments["remove"]):
+        raise UsageError("Say which profiles")
+    return names
+
+
+def change_profiles(
+    datastore: DatastoreClient, endpoint: Endpoint, name: str, arguments: dict[str, Any], profiles: list[str]
+) -> None:
+    """Append profiles to an endpoint's list, remove them, or set the list; `name` is what the user calls it."""
+    if arguments["remove"]:
+        missing = [profile for profile in profiles if profile not in endpoint.profile_ids]
+        if missing:
+            raise NotThere(f"Profile {missing[0]} is not in the list of {name}; nothing is removed.")
+    else:
+        for profile in profiles:
+            datastore.require_profile(profile)
+
+    def change(endpoint: Endpoint) -> bool:
+        old = endpoint.profile_ids
+        if arguments["append"]:
+            endpoint.profile_ids = old + [profile for profile in profiles if profile not in old]
+        elif arguments["set"]:
+            endpoint.profile_ids = profiles
+        else:
+            endpoint.profile_ids = [profile for profile in old if profile not in profiles]
+        return endpoint.profile_ids != old
+
+    datastore.modify_endpoint(endpoint.id, change)
+    if arguments["append"]:
+        print(f"Profiles {', '.join(profiles)} appended")
+    else:
+        print(f"Profiles {', '.join(profiles) or 'none'} {'set' if arguments['set'] else 'removed'}.")

@@ -1,0 +1,179 @@
+"""Show who has which address, give addresses back, and find those that are lost.
+
+Usage:
+  calicoctl ipam info <IP> [--output=<FORMAT>]
+  calicoctl ipam release <IP> [--force]
+  calicoctl ipam show [--output=<FORMAT>]
+  calicoctl ipam check [--fix] [--output=<FORMAT>]
+
+Options:
+  <IP>               an IPv4 or IPv6 address
+  --force            give the address back even where an endpoint uses it
+  --fix              put right what can be put right safely, on this host (as root)
+  --output=<FORMAT>  json; default: text, or a table
+
+`info` tells who has an address, and the block of 64 that it is in; its exit status is 1 where nobody has it. `show`
+counts each pool's addresses: used, free, and of the used ones those that a host has borrowed from another's block.
+`check` compares blocks, handles and endpoints of the whole store, and lists addresses that no endpoint has, addresses
+that an endpoint has but are not assigned to it, handles that miscount, and endpoints whose host is not registered. Its
+exit status is 1 when anything is left to be put right.
+
+Examples:
+  calicoctl ipam info 192.168.0.1
+  calicoctl ipam check --output=json
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from calicoctl import audit
+from calicoctl.addresses import parse_address
+from calicoctl.cli import parse
+from calicoctl.datastore.client import DatastoreClient
+from calicoctl.datastore.keys import EndpointId
+from calicoctl.errors import CalicoError, NotThere, one_line
+from calicoctl.output import print_json, print_table, wants_json
+
+if TYPE_CHECKING:
+    from netaddr import IPAddress
+
+
+def run(argv: list[str]) -> None:
+    arguments = parse(str(__doc__), argv)
+    if arguments["info"]:
+        _info(arguments)
+    elif arguments["release"]:
+        _release(arguments)
+    elif arguments["show"]:
+        _show(arguments)
+    else:
+        _check(arguments)
+
+
+def _info(arguments: dict[str, Any]) -> None:
+    from netaddr.ip import IPNetwork
+
+    as_json = wants_json(arguments)
+    address = parse_address(arguments["<IP>"])
+    datastore = DatastoreClient.from_environment()
+    block = datastore.ipam.block_of(address)
+    owner = None if block is None else block.owner(int(address) - block.first)
+    users = datastore.endpoints_with(address)
+    pool = next((pool.cidr for pool in datastore.pools(address.version) if address in IPNetwork(pool.cidr)), None)
+    facts = owner.secondary if owner is not None else {}
+    user = users[0] if users else None
+    told = {
+        "ip": str(address),
+        "assigned": owner is not None,
+        "pool": pool,
+        "block": None if block is None else block.cidr,
+        "affinity": None if block is None or block.affinity is None else block.affinity.partition(":")[2],
+        "handle": None if owner is None else owner.handle,
+        "host": user.host if user else facts.get("host"),
+        "orchestrator": user.orchestrator if user else facts.get("orchestrator"),
+        "workload": user.workload if user else facts.get("workload"),
+        "endpoint": user.endpoint if user else facts.get("endpoint"),
+        "interface": facts.get("interface"),
+        "namespace": facts.get("namespace"),
+        "in_use": user is not None,
+    }
+    if as_json:
+        print_json(told)
+    elif owner is not None or user is not None:
+        print(f"IP {address} is {'in use' if user else 'assigned, but no endpoint has it'}.")
+        for name, value in (
+            ("Pool", pool or "none"),
+            ("Block", f"{told['block'] or 'none'}{', of host ' + str(told['affinity']) if told['affinity'] else ''}"),
+            *((name.capitalize(), told[name]) for name in ("handle", "host", "orchestrator", "workload")),
+            *((name.capitalize(), told[name]) for name in ("endpoint", "interface", "namespace")),
+        ):
+            if value is not None:
+                print(one_line(f"  {name + ':':13} {value}"))
+    if owner is None:
+        where = f"in pool {pool}" if pool else "in no pool"
+        listed = f", although endpoint {user.endpoint} lists it: see 'calicoctl ipam check'" if user else ""
+        raise NotThere(f"IP {address} is not assigned{listed}; it is {where}.")
+
+
+def _release(arguments: dict[str, Any]) -> None:
+    address = parse_address(arguments["<IP>"])
+    datastore = DatastoreClient.from_environment()
+    if not arguments["--force"]:
+        users = datastore.endpoints_with(address)
+        if users:
+            raise CalicoError(
+                f"IP {address} is used by endpoint {users[0].endpoint} of {_named(users[0])}. Remove it from there "
+                "with 'calicoctl container', or use --force."
+            )
+    if datastore.ipam.release([address]):
+        raise NotThere(f"IP {address} is not assigned.")
+    print(f"IP {address} is released")
+
+
+def _named(id: EndpointId) -> str:
+    return f"{id.orchestrator} {id.workload[:12] if id.orchestrator == 'docker' else id.workload} on {id.host}"
+
+
+def _show(arguments: dict[str, Any]) -> None:
+    as_json = wants_json(arguments)
+    usages = _usages(DatastoreClient.from_environment())
+    if as_json:
+        print_json(usages)
+    else:
+        rows = [[usage["pool"] or "(in no pool)", *list(usage.values())[1:]] for usage in usages]
+        print_table(["Pool", "Addresses", "Used", "Free", "Borrowed"], rows)
+
+
+def _usages(datastore: DatastoreClient) -> list[dict[str, Any]]:
+    """Return how many addresses each pool has, and how many of them are what; at last, what is in no pool."""
+    from netaddr.ip import IPNetwork
+
+    usages = []
+    for version in (4, 6):
+        networks = [IPNetwork(pool.cidr) for pool in datastore.pools(version)]
+        used: dict[IPNetwork | None, int] = dict.fromkeys([*networks, None], 0)
+        borrowed = dict(used)
+        for block in datastore.ipam.blocks(version):
+            for ordinal, owner in block.held():
+                address: IPAddress = block.address(ordinal)
+                network = next((network for network in networks if address in network), None)
+                used[network] += 1
+                host = owner.secondary.get("host")
+                borrowed[network] += host is not None and block.affinity != f"host:{host}"
+        for network in networks:
+            free = network.size - used[network]
+            usages.append(_usage(str(network), network.size, used[network], free, borrowed[network]))
+        if used[None]:
+            usages.append(_usage(None, None, used[None], None, borrowed[None]))
+    return usages
+
+
+def _usage(pool: str | None, addresses: int | None, used: int, free: int | None, borrowed: int) -> dict[str, Any]:
+    return {"pool": pool, "addresses": addresses, "used": used, "free": free, "borrowed": borrowed}
+
+
+def _check(arguments: dict[str, Any]) -> None:
+    as_json = wants_json(arguments)
+    findings = audit.check(DatastoreClient.from_environment())
+    left = 0
+    told = []
+    for finding in findings:
+        why_not = audit.put_right(finding) if arguments["--fix"] else finding.advice
+        fixed = arguments["--fix"] and why_not is None
+        left += not fixed
+        told.append({**finding.to_dict(), "fixed": fixed})
+        if not as_json:
+            if fixed:
+                ending = "put right"
+            elif arguments["--fix"]:
+                ending = f"not put right: {why_not}"
+            else:
+                ending = "--fix puts it right" if finding.fix else str(why_not)
+            print(one_line(f"{finding.kind} {finding.subject}: {finding.problem} ({ending})"))
+    if as_json:
+        print_json(told)
+    elif not findings:
+        print("Blocks, handles and endpoints agree.")
+    if left:
+        raise CalicoError(f"{left} of {len(findings)} findings are left to be put right.")
