@@ -29,6 +29,7 @@ Commands:
   checksystem tell whether this host has what it needs
   config      settings of the host agents and of the routing daemons
   container   connect Docker containers and network namespaces, and change what they have
+  diags       collect what one needs to find out why a packet does not arrive
   endpoint    show the endpoints of all hosts, and change their profiles
   ipam        show who has which address, give addresses back, find lost ones
   node        register this host, and run its agent
@@ -50,6 +51,7 @@ COMMANDS = (
     "checksystem",
     "config",
     "container",
+    "diags",
     "endpoint",
     "ipam",
     "node",

@@ -82,6 +82,10 @@ class DatastoreClient:
 
         return Ipam(self._store, self.host)
 
+    def everything(self) -> list[Entry]:
+        """Return all that Calico has in the store."""
+        return self._store.tree(keys.ROOT)
+
     def store_version(self) -> str:
         """Return the version of a store that can be used; raise StoreError."""
         self._store.names(keys.ROOT)

@@ -1,0 +1,40 @@
+"""Collect what one needs to find out why a packet does not arrive, into one archive.
+
+Usage:
+  calicoctl diags [--log-dir=<DIR>] [--output=<FORMAT>]
+
+Options:
+  --log-dir=<DIR>    where the host agent's logs are; default: /var/log/calico
+  --output=<FORMAT>  json: an object with the archive's path; default: a sentence
+
+The archive, a .tar.gz that only its owner can read, is written to the folder for temporary files (TMPDIR, else /tmp).
+It has this host's nftables and iptables rules, routes, neighbours, links, network settings, connections, the agent's
+logs and status, Calico's keys in etcd, versions, and what Docker says of its containers and their networks; what cannot
+be had is left out. TLS keys, passwords and the containers' environment do not get in. Run it as root to have all of it.
+
+Examples:
+  sudo calicoctl diags
+  sudo calicoctl diags --log-dir=/var/log/calico --output=json
+"""
+
+from __future__ import annotations
+
+from calicoctl import diagnostics
+from calicoctl.cli import parse
+from calicoctl.errors import CalicoError
+from calicoctl.felix.process import DEFAULT_LOG_DIR
+from calicoctl.output import print_json, wants_json, with_progress
+
+
+def run(argv: list[str]) -> None:
+    arguments = parse(str(__doc__), argv)
+    as_json = wants_json(arguments)
+    log_dir = arguments["--log-dir"] or DEFAULT_LOG_DIR
+    if "\0" in log_dir:
+        raise CalicoError("--log-dir: it must be the path of a folder")
+    found = list(diagnostics.sources(log_dir).items())
+    path = diagnostics.collect(with_progress(found, "collecting"))
+    if as_json:
+        print_json({"file": str(path)})
+    else:
+        print(f"Diagnostics are in {path}")

@@ -1,0 +1,182 @@
+"""Collects what one needs to find out why a packet does not arrive, into one archive, without secrets.
+
+Nothing is changed. What cannot be had is left out, and the reason stands in its place. Only what is listed here gets
+in; of Docker's containers, that is never their environment. Then everything is searched for what looks like a secret.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import platform
+import re
+import subprocess
+import tarfile
+import tempfile
+import time
+from collections.abc import Iterable
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Callable
+
+from calicoctl import __version__, checks
+from calicoctl.datastore.client import DatastoreClient, hostname
+from calicoctl.errors import CalicoError
+from calicoctl.felix import process
+from calicoctl.workload import docker_containers, docker_info
+
+Source = Callable[[], str]
+
+LOG_SIZE = 4 * 2**20
+"""Octets of the end of each log that are kept."""
+
+_COMMANDS = {
+    "nftables.txt": ("nft", "list", "ruleset"),
+    "iptables.txt": ("iptables-save",),
+    "ip6tables.txt": ("ip6tables-save",),
+    "routes-ipv4.txt": ("ip", "-4", "route", "show", "table", "all"),
+    "routes-ipv6.txt": ("ip", "-6", "route", "show", "table", "all"),
+    "routing-rules.txt": ("ip", "rule", "show"),
+    "neighbours.txt": ("ip", "neighbour", "show", "nud", "all"),
+    "neighbours-proxied.txt": ("ip", "neighbour", "show", "proxy"),
+    "links.txt": ("ip", "-details", "-statistics", "link", "show"),
+    "addresses.txt": ("ip", "address", "show"),
+    "namespaces.txt": ("ip", "netns", "list"),
+    "connections.txt": ("conntrack", "-L"),
+}
+
+_SETTINGS = ("net/ipv4/ip_forward", "net/ipv4/conf/*/*", "net/ipv6/conf/*/*", "net/netfilter/nf_conntrack_*")
+_DOCKER_INFO = ("ServerVersion", "OperatingSystem", "KernelVersion", "Driver", "CgroupVersion", "Warnings", "Plugins")
+_CONTAINER = ("Id", "Names", "Image", "State", "Status", "NetworkSettings")
+
+_HIDDEN = "(left out)"
+_NAMES = r"[\w.-]*(?:password|passwd|passphrase|secret|token|credential|private[_-]?key|api[_-]?key)[\w.-]*"
+_SECRETS = (
+    (re.compile(r"-----BEGIN [A-Z0-9 ]+-----.*?(?:-----END [A-Z0-9 ]+-----|\Z)", re.DOTALL), _HIDDEN),
+    (re.compile(r"(://)[^/\s@\"']+@"), rf"\1{_HIDDEN}@"),
+    (re.compile(r"(\bauthorization\b\\?[\"']?\s*[:=]\s*\\?[\"']?)[^\"'\n\\]+", re.IGNORECASE), rf"\1{_HIDDEN}"),
+    (re.compile(rf"({_NAMES}\\?[\"']?\s*[:=]\s*\\?[\"'])[^\"'\n]*", re.IGNORECASE), rf"\1{_HIDDEN}"),
+    (re.compile(rf"({_NAMES}\s*[:=]\s*)[^\s\"'\\]\S*", re.IGNORECASE), rf"\1{_HIDDEN}"),
+)
+
+
+def sources(log_dir: str) -> dict[str, Source]:
+    """Return what is collected: how to get the text of each of the archive's files."""
+    found: dict[str, Source] = {"versions.txt": _versions, "environment.txt": _environment, "checksystem.json": _checks}
+    for name, command in _COMMANDS.items():
+        found[name] = lambda command=command: _output(command)  # type: ignore[misc]
+    found["settings.txt"] = _settings
+    found["status.json"] = _status
+    found["etcd.json"] = _store
+    found["docker.json"] = _docker
+    for log in ("felix.log", "felix.log.1", "etcd.log"):
+        found[log] = lambda log=log: _end_of(Path(log_dir) / log)  # type: ignore[misc]
+    return found
+
+
+def collect(found: Iterable[tuple[str, Source]]) -> Path:
+    """Write an archive that only its owner can read, with a file for each source; return its path.
+
+    Raises CalicoError where it cannot be written.
+    """
+    name = f"calico-diags-{time.strftime('%Y%m%d-%H%M%S')}-"
+    path = None
+    try:
+        fd, file = tempfile.mkstemp(prefix=name, suffix=".tar.gz")
+        path = Path(file)
+        with os.fdopen(fd, "wb") as stream, tarfile.open(fileobj=stream, mode="w:gz") as archive:
+            for member, source in found:
+                data = without_secrets(_text_of(source)).encode(errors="backslashreplace")
+                info = tarfile.TarInfo(f"{name.rstrip('-')}/{member}")
+                info.size, info.mtime, info.mode = len(data), int(time.time()), 0o600
+                archive.addfile(info, io.BytesIO(data))
+        return path
+    except BaseException as error:
+        if path is not None:
+            path.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise CalicoError(f"The archive cannot be written to {tempfile.gettempdir()}: {error.strerror}") from None
+        raise
+
+
+def without_secrets(text: str) -> str:
+    """Return a text with what looks like a password, a token or a key left out."""
+    for pattern, instead in _SECRETS:
+        text = pattern.sub(instead, text)
+    return text
+
+
+def _text_of(source: Source) -> str:
+    try:
+        return source()
+    except Exception as error:  # of whatever kind: the other files are worth having
+        return f"This could not be had: {error}\n"
+
+
+def _output(command: tuple[str, ...]) -> str:
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", timeout=60
+    )
+    return done.stdout if done.returncode == 0 else f"{done.stdout}(exit status {done.returncode})\n"
+
+
+def _versions() -> str:
+    lines = [f"calicoctl {__version__}", f"Python {platform.python_version()}", " ".join(platform.uname())]
+    for package in ("docopt", "python-etcd", "urllib3", "netaddr", "pyroute2", "docker"):
+        lines.append(f"{package} {metadata.version(package)}")
+    return "\n".join([*lines, _end_of(Path("/etc/os-release"))])
+
+
+def _environment() -> str:
+    names = sorted(
+        name for name in os.environ if name.startswith(("ETCD_", "DOCKER_", "CALICO_")) or name == "HOSTNAME"
+    )
+    return "".join(f"{name}={os.environ[name]}\n" for name in names)
+
+
+def _checks() -> str:
+    return json.dumps([check.to_dict() for check in checks.check()], indent=2)
+
+
+def _settings() -> str:
+    root = Path("/proc/sys")
+    lines = []
+    for pattern in _SETTINGS:
+        for path in sorted(root.glob(pattern)):
+            try:
+                lines.append(f"{path.relative_to(root)} = {path.read_text().strip()}\n")
+            except OSError as error:
+                lines.append(f"{path.relative_to(root)}: {error.strerror}\n")
+    return "".join(lines)
+
+
+def _status() -> str:
+    host = hostname()
+    return json.dumps({"running": process.running(host) is not None, **(process.report(host) or {})}, indent=2)
+
+
+def _store() -> str:
+    """Return all of Calico's keys; the value of one that is named like a secret is left out."""
+    datastore = DatastoreClient.from_environment()
+    secret = re.compile(_NAMES, re.IGNORECASE)
+    values = {entry.key: entry.value for entry in datastore.everything()}
+    return json.dumps({key: _HIDDEN if secret.search(key) else value for key, value in values.items()}, indent=1)
+
+
+def _docker() -> str:
+    info = docker_info()
+    told: dict[str, Any] = {name: info.get(name) for name in _DOCKER_INFO}
+    told["Containers"] = [
+        {name: container.get(name) for name in _CONTAINER}
+        | {"NetworkMode": (container.get("HostConfig") or {}).get("NetworkMode")}
+        for container in docker_containers()
+    ]
+    return json.dumps(told, indent=1)
+
+
+def _end_of(path: Path) -> str:
+    with open(path, "rb") as file:
+        file.seek(0, os.SEEK_END)
+        file.seek(max(0, file.tell() - LOG_SIZE))
+        return file.read().decode(errors="replace")
