@@ -176,7 +176,7 @@ def _tools() -> Iterator[Check]:
     for command, package, needed, use in (
         ("nft", "nftables", False, "to look at the tables"),
         ("ip", "iproute2", True, ""),
-        ("conntrack", "conntrack", True, ""),
+        ("conntrack", "conntrack", False, "to look at connections"),
         ("iptables", "iptables", False, "needed beside Docker's firewall"),
         ("ip6tables", "iptables", False, "needed beside Docker's firewall"),
         ("etcd", "etcd-server", False, "for 'calicoctl node --local-etcd'"),

@@ -27,6 +27,7 @@ Commands:
   batch       run many commands, one a line, in one process
   bgp         what all hosts know of BGP: peers, the mesh between hosts, the AS number
   checksystem tell whether this host has what it needs
+  completion  print what a shell needs to complete command lines
   config      settings of the host agents and of the routing daemons
   container   connect Docker containers and network namespaces, and change what they have
   diags       collect what one needs to find out why a packet does not arrive
@@ -49,6 +50,7 @@ COMMANDS = (
     "batch",
     "bgp",
     "checksystem",
+    "completion",
     "config",
     "container",
     "diags",

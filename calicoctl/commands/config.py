@@ -67,16 +67,21 @@ NODE_FELIX = {
 BGP = {"loglevel": Setting("loglevel", ("none", "debug", "info"), "none")}
 
 
+def known(of_node: bool, felix: bool) -> dict[str, Setting]:
+    """Return the settings of host agents, or of routing daemons; of this host, or of all."""
+    return (NODE_FELIX if of_node else FELIX) if felix else BGP
+
+
 def run(argv: list[str]) -> None:
     arguments = parse(str(__doc__), argv)
     as_json = wants_json(arguments)
     name, value, force = arguments["<NAME>"], arguments["<VALUE>"], arguments["--force"]
     of_node, felix = arguments["node"], arguments["felix"]
-    known = (NODE_FELIX if of_node else FELIX) if felix else BGP
-    setting = known.get(name)
+    settings = known(of_node, felix)
+    setting = settings.get(name)
     if setting is None:
         if not force:
-            raise CalicoError(f"'{name}' is none of the settings {', '.join(known)}; --force takes any name")
+            raise CalicoError(f"'{name}' is none of the settings {', '.join(settings)}; --force takes any name")
         setting = Setting(_checked_name(name))
     if value is not None and setting.values is not None and value not in setting.values and not force:
         raise CalicoError(f"'{value}' is no value for {name}: it must be one of {', '.join(setting.values)}")

@@ -4,19 +4,18 @@ The packets of an established connection pass without a look at the rules, so a 
 An entry is judged by its first packet as the forward hook saw it: from its source, to its destination after any
 destination NAT. Deleting is enough, because our tables let no TCP packet in that starts no connection.
 
-`conntrack` lists (a dump through pyroute2 takes a hundred times longer); deletions go to the kernel many at a time. A
-host may have hundreds of thousands of entries: listing them is left to a thread of its own, judging what came of it is
-the agent's.
+The kernel is asked in its own words (pyroute2 takes a hundred times longer to list, and to delete). A host may have
+hundreds of thousands of entries: listing them is left to a thread of its own, judging what came of it is the agent's.
+
+Source: the kernel's uapi/linux/netfilter/nfnetlink_conntrack.h.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-import re
 import socket
 import struct
-import subprocess
 import threading
 from collections.abc import Collection, Iterator
 from contextlib import suppress
@@ -28,23 +27,31 @@ from typing import Callable
 from calicoctl import netns
 from calicoctl.datastore.model import Rules
 from calicoctl.errors import CalicoError
-from calicoctl.policy import ICMP, ICMPV6, Packet, Tagged, decide, is_host_service
+from calicoctl.policy import ICMP, ICMPV6, PROTOCOLS, Packet, Tagged, decide, is_host_service
 from calicoctl.snapshot import LocalEndpoint, Snapshot
 
 _COUNT = Path("/proc/sys/net/netfilter/nf_conntrack_count")
 _NETLINK_NETFILTER = 12
-_NLM_F_REQUEST, _NLMSG_ERROR = 1, 2
-_DELETE = 1 << 8 | 2
+_NLM_F_REQUEST, _NLM_F_DUMP = 1, 0x300
+_NLMSG_ERROR, _NLMSG_DONE = 2, 3
+_GET, _DELETE = 1 << 8 | 1, 1 << 8 | 2
+_TUPLE_ORIG, _TUPLE_REPLY, _ZONE = 1, 2, 18
+_TUPLE_IP, _TUPLE_PROTO = 1, 2
+_IPV4_SRC, _IPV6_SRC = 1, 3
+_NUMBER, _SOURCE_PORT = 1, 2
+_ICMP_TYPE, _ICMP_CODE, _ICMPV6_TYPE, _ICMPV6_CODE = 5, 6, 8, 9
 _NESTED = 0x8000
-_TUPLE_ORIG = _NESTED | 1
+_KIND = 0x3FFF
+"""The bits of an attribute's kind that are not flags."""
+
+_PATIENCE = 60.0
+"""Seconds to wait for the kernel."""
+
 _BATCH = 64
 """Deletions in one message: the answers to them all must fit into a socket's buffer."""
 
-_SELECTORS = {"sport": (2, 2), "dport": (3, 2), "icmp_id": (4, 2), "icmp_type": (5, 1), "icmp_code": (6, 1)}
-"""Attributes of the protocol's part: their kinds, and how many octets they have."""
-
-_FIELD = re.compile(r"(\w+)=(\S+)")
-_SOURCES = re.compile(r"^.*? src=(\S+) .*? src=(\S+) .*$", re.MULTILINE)
+_WITH_PORTS = {PROTOCOLS[name] for name in ("tcp", "udp", "sctp", "udplite")}
+"""Others use the same attributes for what is no port: GRE, for its keys."""
 
 
 @dataclass
@@ -59,14 +66,10 @@ class Listed:
 
 @dataclass(frozen=True)
 class Connection:
-    """An entry: the first packet as it was sent (`original`), and as the forward hook saw it.
+    """An entry: its first packet as the forward hook saw it, and the attributes by which the kernel knows the entry."""
 
-    `selectors` is what tells it from others of its protocol between the same addresses.
-    """
-
-    original: Packet
     forwarded: Packet
-    selectors: dict[str, int | None]
+    entry: bytes
 
 
 class Lister(threading.Thread):
@@ -146,75 +149,96 @@ def _nothing_tracked() -> bool:
 
 
 def _connections_of(addresses: Collection[str]) -> list[Connection]:
+    """List the connections that come from, or are answered by, one of these addresses."""
     found = []
-    for version in sorted({6 if ":" in address else 4 for address in addresses}):
+    for version, family in ((4, socket.AF_INET), (6, socket.AF_INET6)):
+        wanted = {socket.inet_pton(family, address) for address in addresses if (":" in address) == (version == 6)}
+        if not wanted:
+            continue
         try:
-            done = subprocess.run(
-                ["conntrack", "-L", "-f", f"ipv{version}"], capture_output=True, text=True, errors="replace", timeout=60
-            )
-        except FileNotFoundError:
-            why = "conntrack is missing, so open connections cannot be ended: install that package"
-            raise CalicoError(why) from None
-        except subprocess.TimeoutExpired:
-            raise CalicoError("conntrack did not list the connections within a minute") from None
-        if done.returncode != 0:
-            why = " ".join(done.stderr.split())[:200] or f"exit status {done.returncode}"
-            raise CalicoError(f"conntrack could not list the connections: {why}")
-        # where an entry comes from, and who answers: of very many entries, few are read further
-        for match in _SOURCES.finditer(done.stdout):
-            if match[1] in addresses or match[2] in addresses:
-                connection = parse(match[0])
+            for message in _dump(family):
+                connection = parse(message, wanted)
                 if connection is not None:
                     found.append(connection)
+        except OSError as error:
+            raise CalicoError(f"open connections cannot be listed: {error.strerror or error}") from None
     return found
 
 
-def parse(line: str) -> Connection | None:
-    """Read a line that `conntrack -L` prints, or return None: the original direction's fields, then the reply's."""
-    words = line.split()
-    fields = _FIELD.findall(line)
-    first = dict(reversed(fields))  # of fields that come twice, the one that stands first
-    last = {}
-    for name, value in fields:
-        if name in ("src", "dst", "sport", "dport"):
-            last[name] = value
+def _dump(family: int) -> Iterator[bytes]:
+    """Give all entries of an IP version, each as the attributes of a message. Raises OSError."""
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_NETFILTER) as netlink:
+        netlink.settimeout(_PATIENCE)
+        netlink.bind((0, 0))
+        netlink.send(_message(_GET, _NLM_F_REQUEST | _NLM_F_DUMP, 0, family, b""))
+        while True:
+            data = netlink.recv(2**18)
+            at = 0
+            while at + 16 <= len(data):
+                length, kind = struct.unpack_from("=IH", data, at)
+                if kind == _NLMSG_DONE:
+                    return
+                if kind == _NLMSG_ERROR:
+                    code = -struct.unpack_from("=i", data, at + 16)[0]
+                    raise OSError(code, os.strerror(code))
+                yield data[at + 20 : at + length]
+                at += max(16, (length + 3) & ~3)
+
+
+def parse(message: bytes, addresses: Collection[bytes]) -> Connection | None:
+    """Read an entry's attributes; return None for one that does not come from, and is not answered by, these addresses.
+
+    None, too, for what cannot be understood.
+    """
     try:
-        protocol = int(words[1])
-        numbers = {name: int(first[name]) if name in first else None for name in ("sport", "dport", "type", "code")}
-        original = Packet(
-            _canonical(first["src"]),
-            _canonical(first["dst"]),
-            protocol,
-            numbers["sport"],
-            numbers["dport"],
-            numbers["type"],
-            numbers["code"],
-        )
-        port = int(last["sport"]) if "sport" in last else None
-        forwarded = Packet(
-            original.source,
-            _canonical(last["src"]),
-            protocol,
-            original.source_port,
-            port,
-            original.icmp_type,
-            original.icmp_code,
-        )
-        selectors: dict[str, int | None] = {}
-        if protocol in (ICMP, ICMPV6):
-            selectors = {"icmp_id": int(first["id"]), "icmp_type": numbers["type"], "icmp_code": numbers["code"]}
-        elif "sport" in first:
-            selectors = {"sport": numbers["sport"], "dport": numbers["dport"]}
-        elif "srckey" in first:  # GRE, whose keys the kernel takes for ports
-            selectors = {"sport": int(first["srckey"], 16), "dport": int(first["dstkey"], 16)}
-        return Connection(original, forwarded, selectors)
-    except (IndexError, KeyError, ValueError, OSError):
+        entry = _attributes(message)
+        original = _attributes(entry[_TUPLE_ORIG])
+        reply = _attributes(entry[_TUPLE_REPLY])
+        source = _source(original)
+        answerer = _source(reply)
+        if source not in addresses and answerer not in addresses:
+            return None
+        first, answer = _attributes(original[_TUPLE_PROTO]), _attributes(reply[_TUPLE_PROTO])
+        number = first[_NUMBER][0]
+        ports: tuple[int | None, int | None] = (None, None)
+        icmp: tuple[int | None, int | None] = (None, None)
+        if number in _WITH_PORTS:
+            # what answers, and from where, is what it was sent to after any translation
+            ports = _port(first[_SOURCE_PORT]), _port(answer[_SOURCE_PORT])
+        elif number in (ICMP, ICMPV6):
+            kinds = (_ICMP_TYPE, _ICMP_CODE) if number == ICMP else (_ICMPV6_TYPE, _ICMPV6_CODE)
+            icmp = first[kinds[0]][0], first[kinds[1]][0]
+        packet = Packet(_text(source), _text(answerer), number, *ports, *icmp)
+    except (KeyError, IndexError, ValueError, struct.error):
         return None
+    named = _attribute(_NESTED | _TUPLE_ORIG, entry[_TUPLE_ORIG])
+    if _ZONE in entry:
+        named += _attribute(_ZONE, entry[_ZONE])
+    return Connection(packet, named)
 
 
-def _canonical(address: str) -> str:
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    return socket.inet_ntop(family, socket.inet_pton(family, address))
+def _source(of_tuple: dict[int, bytes]) -> bytes:
+    addresses = _attributes(of_tuple[_TUPLE_IP])
+    return addresses[_IPV4_SRC] if _IPV4_SRC in addresses else addresses[_IPV6_SRC]
+
+
+def _port(value: bytes) -> int:
+    return int.from_bytes(value, "big")
+
+
+def _text(address: bytes) -> str:
+    return socket.inet_ntop(socket.AF_INET if len(address) == 4 else socket.AF_INET6, address)
+
+
+def _attributes(data: bytes) -> dict[int, bytes]:
+    """Return the attributes in a message, or in one of its attributes, by their kinds."""
+    found = {}
+    at = 0
+    while at + 4 <= len(data):
+        length, kind = struct.unpack_from("=HH", data, at)
+        found[kind & _KIND] = data[at + 4 : at + length]
+        at += max(4, (length + 3) & ~3)
+    return found
 
 
 def _delete(connections: list[Connection]) -> None:
@@ -228,7 +252,7 @@ def _delete(connections: list[Connection]) -> None:
                 netlink.send(b"".join(_deletion(connection, number) for number, connection in enumerate(batch)))
                 for number, code in _refusals(netlink):
                     if code != errno.ENOENT:  # it has ended by itself
-                        failed.append(f"{batch[number].original}: {os.strerror(code)}")
+                        failed.append(f"{batch[number].forwarded}: {os.strerror(code)}")
     except OSError as error:
         raise CalicoError(f"connections could not be ended: {error.strerror}") from None
     if failed:
@@ -236,20 +260,13 @@ def _delete(connections: list[Connection]) -> None:
 
 
 def _deletion(connection: Connection, number: int) -> bytes:
-    """Return the message that deletes an entry. Source: the kernel's uapi/linux/netfilter/nfnetlink_conntrack.h."""
-    packet, selectors = connection.original, connection.selectors
-    family, first = (socket.AF_INET6, 3) if packet.version == 6 else (socket.AF_INET, 1)
-    addresses = _attribute(first, socket.inet_pton(family, packet.source))
-    addresses += _attribute(first + 1, socket.inet_pton(family, packet.destination))
-    protocol = _attribute(1, bytes([packet.protocol]))
-    for name, value in selectors.items():
-        kind, size = _SELECTORS[name]
-        # ICMPv6 has its own kinds, behind those of ICMP
-        kind += 3 if name.startswith("icmp") and packet.version == 6 else 0
-        protocol += _attribute(kind, (value or 0).to_bytes(size, "big"))
-    which = _attribute(_TUPLE_ORIG, _attribute(_NESTED | 1, addresses) + _attribute(_NESTED | 2, protocol))
-    header = struct.pack("=IHHII", 20 + len(which), _DELETE, _NLM_F_REQUEST, number, 0)
-    return header + struct.pack("=BBH", family, 0, 0) + which
+    family = socket.AF_INET6 if connection.forwarded.version == 6 else socket.AF_INET
+    return _message(_DELETE, _NLM_F_REQUEST, number, family, connection.entry)
+
+
+def _message(kind: int, flags: int, number: int, family: int, attributes: bytes) -> bytes:
+    header = struct.pack("=IHHII", 20 + len(attributes), kind, flags, number, 0)
+    return header + struct.pack("=BBH", family, 0, 0) + attributes
 
 
 def _attribute(kind: int, value: bytes) -> bytes:

@@ -6,12 +6,12 @@ import contextlib
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
 import sys
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -254,25 +254,23 @@ def test_a_record_that_moves_to_another_interface(node: AgentHost) -> None:
 def test_connections_that_could_not_be_listed_are_listed_again(bare_host: Host, tmp_path: Path) -> None:
     """Those that a change denies end then, and an address that is new to its endpoint waits until then."""
     broken = tmp_path / "broken"
-    command = tmp_path / "conntrack"
-    command.write_text(f'#!/bin/sh\n[ -e {broken} ] && exit 1\nexec {shutil.which("conntrack")} "$@"\n')
-    command.chmod(0o755)
     host = AgentHost(bare_host.etcd)
-    host.start_agent(PATH=f"{tmp_path}:{os.environ['PATH']}")
-    host.add_pair()
-    host.sync()
-    with connection("a", "b", B4, 80) as stream:
-        broken.touch()
-        host.profile("web")
-        wait_for(lambda: "exit status 1" in host.log(), "the failure")
-        assert flows(*stream)
-        host.add("c", C4)
-        key = host.key("c")
-        wait_for(lambda: (host.endpoint_status(key) or {}).get("status") == "error", "the failure")
-        assert "conntrack" in host.status()["endpoints_in_trouble"][0]["reason"]
-        broken.unlink()
-        wait_for(lambda: not flows(*stream), "the connection's end")
-    wait_for(lambda: (host.endpoint_status(key) or {}).get("status") == "up", "the endpoint")
+    host.register(HOST_IP)
+    with agent_with(host, f"if os.path.exists({str(broken)!r}): raise OSError(12, 'out of memory')") as log:
+        host.add_pair()
+        wait_for(lambda: ping("a", B4), "the network")
+        with connection("a", "b", B4, 80) as stream:
+            broken.touch()
+            host.profile("web")
+            wait_for(lambda: "out of memory" in log.read_text(), "the failure")
+            assert flows(*stream)
+            host.add("c", C4)
+            key = host.key("c")
+            wait_for(lambda: (host.endpoint_status(key) or {}).get("status") == "error", "the failure")
+            assert "out of memory" in host.status()["endpoints_in_trouble"][0]["reason"]
+            broken.unlink()
+            wait_for(lambda: not flows(*stream), "the connection's end")
+        wait_for(lambda: (host.endpoint_status(key) or {}).get("status") == "up", "the endpoint")
 
 
 def test_racing_starts_come_to_one_agent(bare_host: Host) -> None:
@@ -553,28 +551,51 @@ def test_what_somebody_else_removes_comes_back(pair: AgentHost) -> None:
     assert pair.log().count("made anew") == made, "its own changes are not somebody else's"
 
 
+@contextlib.contextmanager
+def agent_with(host: AgentHost, code: str) -> Iterator[Path]:
+    """An agent whose listing of connections runs `code` first, and what it logs."""
+    log = LOG_DIR / "patched.log"
+    LOG_DIR.mkdir(parents=True, exist_ok=True)
+    text = PATCHED_AGENT.replace("CODE", code)
+    with log.open("w") as stream:
+        agent = subprocess.Popen([sys.executable, "-c", text], env=host.environment(), stderr=stream)
+    try:
+        yield log
+    finally:
+        agent.terminate()
+        agent.wait()
+
+
+PATCHED_AGENT = """
+import os, time
+from calicoctl.felix import connections, process
+listed = connections._dump
+def patched(family):
+    CODE
+    yield from listed(family)
+connections._dump = patched
+process.run("host1", process.Options())
+"""
+
+
 def test_an_endpoint_that_waits_for_a_listing_comes_up_when_the_tables_go(bare_host: Host, tmp_path: Path) -> None:
     """Its address's old connections are listed first; while that takes its time, the tables are made anew."""
-    busy, go_on = tmp_path / "busy", tmp_path / "go-on"
-    slow = tmp_path / "conntrack"
-    slow.write_text(f"#!/bin/sh\ntouch {busy}\nuntil [ -e {go_on} ]; do sleep 0.1; done\n")
-    slow.chmod(0o755)
+    hold, busy = tmp_path / "hold", tmp_path / "busy"
     host = AgentHost(bare_host.etcd)
-    go_on.touch()
-    host.start_agent(PATH=f"{tmp_path}:{os.environ['PATH']}")
-    host.add_pair()
-    host.sync()
-    assert ping("a", B4)
-    go_on.unlink()
-    busy.unlink()
-    host.add("c", C4)
-    wait_for(busy.exists, "the listing")
-    host.set_profiles("c", "web")
-    run("nft", "flush", "ruleset")
-    wait_for(lambda: "made anew" in host.log(), "the agent to notice")
-    go_on.touch()
-    wait_for(lambda: (host.endpoint_status(host.key("c")) or {}).get("status") == "up", "the endpoint", 10)
-    wait_for(lambda: ping("c", B4), "the way")
+    host.register(HOST_IP)
+    code = f"while os.path.exists({str(hold)!r}): open({str(busy)!r}, 'w').close(); time.sleep(0.05)"
+    with agent_with(host, code) as log:
+        host.add_pair()
+        wait_for(lambda: ping("a", B4), "the network")
+        hold.touch()
+        host.add("c", C4)
+        host.set_profiles("c", "web")
+        wait_for(busy.exists, "the listing")
+        run("nft", "flush", "ruleset")
+        wait_for(lambda: "made anew" in log.read_text(), "the agent to notice")
+        hold.unlink()
+        wait_for(lambda: (host.endpoint_status(host.key("c")) or {}).get("status") == "up", "the endpoint", 10)
+        wait_for(lambda: ping("c", B4), "the way")
 
 
 def test_two_containers_talk_ipv6(node: AgentHost, engine: None) -> None:
