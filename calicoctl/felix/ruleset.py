@@ -296,7 +296,8 @@ class Ruleset:
                 for profile in now.profiles:
                     self._lists_of_profile[profile].add(now.profiles)
                     profiles.add(profile)
-        if before is None or now is None or _policy_of(before) != _policy_of(now):
+        # what comes from an endpoint that has gone is dropped for its address alone, connections and all
+        if now is not None and (before is None or _policy_of(before) != _policy_of(now)):
             for endpoint in (before, now):
                 touched.update(endpoint.addresses if endpoint is not None else ())
 
