@@ -107,7 +107,7 @@ class Agent:
         with IPRoute() as netlink:
             self._netlink = netlink
             self._routes = Routes(netlink)
-            self._read_links()
+            self._read_kernel(links=True)
             for datastore, directory in self._stores:
                 events.StoreEvents(datastore, directory, self._events).start()
             self._reporter.start()
@@ -269,9 +269,11 @@ class Agent:
         if endpoint is not None:
             self._dirty.add(endpoint.id)
 
-    def _read_links(self) -> None:
-        found = [events.link_of(message) for message in self._netlink.get_links()]
-        self._links = {link.name: link for link in found if link.name.startswith(PREFIX)}
+    def _read_kernel(self, links: bool) -> None:
+        """Learn what the kernel has of ours: routes and neighbours, and `links`, which takes longer."""
+        if links:
+            found = [events.link_of(message) for message in self._netlink.get_links()]
+            self._links = {link.name: link for link in found if link.name.startswith(PREFIX)}
         self._routes.read(self._links.values())
         self._dirty |= set(self._snapshot.local)
         self._clean_up = True
@@ -283,14 +285,14 @@ class Agent:
         if self._health.first_update:
             self._forward()
         if time.monotonic() >= self._review_at:
-            self._review()
+            self._review(links=False)  # interfaces tell of themselves
 
-    def _review(self) -> None:
+    def _review(self, links: bool = True) -> None:
         """Look at all that the kernel has; if that fails, as a listing that something changes meanwhile may, again."""
         self._review_at = time.monotonic() + REVIEW_INTERVAL
         self._reporter.read_again()
         try:
-            self._read_links()
+            self._read_kernel(links)
         except Exception as error:  # the library's, of several kinds
             self._review_at = 0.0
             self._health.error(f"what the kernel has could not be listed ({type(error).__name__}: {error})")
