@@ -5,20 +5,24 @@ PYTHON ?= /usr/bin/python3
 PREFIX ?= /usr/local
 LIBRARY = $(PREFIX)/lib/calicoctl
 UNIT = $(PREFIX)/lib/systemd/system/calico-node.service
+MAN = $(PREFIX)/share/man/man1/calicoctl.1
+BASH_COMPLETION = $(PREFIX)/share/bash-completion/completions/calicoctl
+ZSH_COMPLETION = $(PREFIX)/share/zsh/site-functions/_calicoctl
 VENV = .venv
 
 # what the demo and the tests run beside calicoctl
 PACKAGES = python3 python3-venv iproute2 util-linux iputils-ping etcd-server etcd-client docker.io busybox-static \
-	nftables iptables conntrack openssl procps curl
+	nftables iptables conntrack openssl procps curl man-db zsh
 BENCH_PACKAGES = containernetworking-plugins
 
-.PHONY: help packages lint types unit system installed test tox bench demo demo-clean install uninstall clean
+.PHONY: help packages lint types docs unit system installed test tox bench demo demo-clean install uninstall clean
 
 help:
 	@echo 'make demo         run the four lines of the README for real; make demo-clean removes all of it'
 	@echo 'make test         lint, types, unit and system tests'
 	@echo 'make unit         unit tests alone (no root needed once $(VENV) is there)'
 	@echo 'make system       system tests alone; ARGS="-k name" chooses'
+	@echo 'make docs         write the pages of the commands and the man page anew'
 	@echo 'make tox          unit tests on Python 3.9 to 3.13'
 	@echo 'make bench        speed, as ratios'
 	@echo 'make install      calicoctl in a virtual environment of its own, on the path, and a systemd unit that is not'
@@ -39,6 +43,10 @@ lint: $(VENV)/ready
 types: $(VENV)/ready
 	$(VENV)/bin/mypy
 
+# the pages of the commands, and the man page, from what --help shows
+docs: $(VENV)/ready
+	$(VENV)/bin/python docs/generate.py
+
 unit: $(VENV)/ready
 	$(VENV)/bin/pytest tests/unit $(ARGS)
 
@@ -50,6 +58,9 @@ installed: packages
 	@place=$$(mktemp -d) && trap 'rm -rf "$$place"' EXIT && \
 	$(MAKE) --no-print-directory install PREFIX="$$place" && cd / && \
 	"$$place/bin/calicoctl" container --help | grep 'container add' && \
+	man -l "$$place/share/man/man1/calicoctl.1" | grep -q 'calicoctl container add' && \
+	bash -c ". $$place/share/bash-completion/completions/calicoctl && complete -p calicoctl" && \
+	grep -q '^#compdef calicoctl' "$$place/share/zsh/site-functions/_calicoctl" && \
 	grep "^ExecStart=$$place/bin/calicoctl node --detach=false" "$$place/lib/systemd/system/calico-node.service" && \
 	$(MAKE) --no-print-directory -C "$(CURDIR)" uninstall PREFIX="$$place" && test -z "$$(find "$$place" -type f)"
 
@@ -82,10 +93,14 @@ install: packages
 	ln -sf $(LIBRARY)/bin/calicoctl $(PREFIX)/bin/calicoctl
 	mkdir -p $(PREFIX)/lib/systemd/system
 	sed 's,@PREFIX@,$(PREFIX),' systemd/calico-node.service.in >$(UNIT)
+	install -D -m 644 docs/calicoctl.1 $(MAN)
+	mkdir -p $(dir $(BASH_COMPLETION)) $(dir $(ZSH_COMPLETION))
+	$(PREFIX)/bin/calicoctl completion bash >$(BASH_COMPLETION)
+	$(PREFIX)/bin/calicoctl completion zsh >$(ZSH_COMPLETION)
 	$(PREFIX)/bin/calicoctl version
 
 uninstall:
-	rm -rf $(LIBRARY) $(PREFIX)/bin/calicoctl $(UNIT)
+	rm -rf $(LIBRARY) $(PREFIX)/bin/calicoctl $(UNIT) $(MAN) $(BASH_COMPLETION) $(ZSH_COMPLETION)
 
 clean:
 	rm -rf $(VENV) build .tox *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -38,7 +38,7 @@ as root.
 
 Examples:
   sudo calicoctl node --ip=192.0.2.2
-  sudo calicoctl node --local-etcd
+  sudo calicoctl node --ip=192.0.2.2 --local-etcd
   sudo calicoctl node remove --remove-endpoints
 """
 

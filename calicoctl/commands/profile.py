@@ -16,7 +16,8 @@ Usage:
 Options:
   <FROM>, <TO>       a container's name or id, a namespace's path, an endpoint's id, or an IP address
   <PORT>             the port that a tcp or udp packet goes to, 1 to 65535
-  --from-port=<PORT> the port it comes from; default: 40000, for one that the sender's system chooses
+  --from-port=<PORT>
+                     the port it comes from; default: 40000, for one that the sender's system chooses
   --detailed         list the endpoints that have each profile, too
   --no-check         remove the profile even where endpoints still have it; they let nothing through then
   --at=<POSITION>    a rule's place, counted from 1; default: behind the last one

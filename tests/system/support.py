@@ -339,7 +339,7 @@ def import_busybox(directory: Path) -> None:
     tools = directory / "bin"
     tools.mkdir(parents=True)
     shutil.copy("/bin/busybox", tools / "busybox")
-    for name in ("sh", "ip", "ping", "sleep", "cat", "nc"):
+    for name in ("sh", "ip", "ping", "sleep", "cat", "nc", "netstat"):
         (tools / name).symlink_to("busybox")
     tar = subprocess.run(["tar", "-C", str(directory), "-c", "bin"], check=True, capture_output=True).stdout
     subprocess.run(

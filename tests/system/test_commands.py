@@ -1,0 +1,293 @@
+"""Pools, BGP, settings, endpoints and batches: what is typed, what is printed, and what is in etcd then."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.system.support import CALICOCTL, HOST_IP, Host, run
+
+POOLS = "/calico/v1/ipam/v4/pool"
+
+
+@pytest.fixture
+def host(bare_host: Host) -> Host:
+    bare_host.register(HOST_IP)
+    return bare_host
+
+
+def pools(host: Host) -> dict[str, dict]:
+    return {json.loads(value)["cidr"]: json.loads(value) for value in host.etcd.tree(POOLS).values()}
+
+
+def refused(host: Host, *words: str, because: str, status: int = 1) -> None:
+    """Check that a command is refused in one line that says why, and changes nothing."""
+    before = host.etcd.tree()
+    said = host.ctl(*words, status=status)
+    assert because in said.err and said.out == "", said
+    assert status == 2 or len(said.err.splitlines()) == 1
+    assert host.etcd.tree() == before
+
+
+# Pools
+
+
+def test_pools_come_get_other_options_and_go(host: Host) -> None:
+    assert host.ctl("pool", "add", "10.1.0.0/16", "10.2.0.0/26", "--nat-outgoing").out.count("Added") == 2
+    assert pools(host)["10.1.0.0/16"] == {"cidr": "10.1.0.0/16", "masquerade": True}
+    assert "already" in host.ctl("pool", "add", "10.1.0.0/16", "--nat-outgoing").out
+    assert host.etcd.get("/calico/v1/config/IpInIpEnabled") == "false"
+    key = f"{POOLS}/10.1.0.0-16"
+    host.etcd.put(key, {"cidr": "10.1.0.0/16", "masquerade": True, "x": [1]})
+    assert "new options" in host.ctl("pool", "add", "10.1.0.0/16", "--ipip").out
+    assert json.loads(host.etcd.get(key)) == {"cidr": "10.1.0.0/16", "ipip": "tunl0", "x": [1]}
+    assert host.etcd.get("/calico/v1/config/IpInIpEnabled") == "true"
+    host.ctl("pool", "add", "fd00:1::/64")
+    shown = json.loads(host.ctl("pool", "show", "--ipv6", "--output=json").out)
+    assert {"cidr": "fd00:1::/64"} in shown and all(":" in pool["cidr"] for pool in shown)
+    host.ctl("pool", "remove", "10.1.0.0/16", "10.2.0.0/26")
+    assert set(pools(host)) == {"192.168.0.0/16"}
+
+
+@pytest.mark.parametrize(
+    ("words", "because"),
+    [
+        ("192.168.1.0/24", "overlaps with 192.168.0.0/16"),
+        ("192.0.0.0/8", "overlaps with 192.168.0.0/16"),
+        ("10.0.0.0/8 10.1.0.0/16", "overlaps with 10.0.0.0/8"),
+        ("10.0.0.0/27", "smaller than a block"),
+        ("fd00:1::/123", "smaller than a block"),
+        ("10.0.0.1/24", "must be a network such as 10.0.0.0/24"),
+        ("10.0.0.0", "must be a network"),
+        ("10.0.0.0/33", "not a valid CIDR"),
+        ("fd00:1::/64 --ipip", "--ipip is for IPv4 alone"),
+        ("127.0.0.0/16", "not for hosts"),
+        ("0.0.0.0/0", "not for hosts"),
+        ("10.3.0.0/24 nonsense", "'nonsense' is not a valid CIDR"),
+    ],
+)
+def test_pools_that_are_refused(host: Host, words: str, because: str) -> None:
+    refused(host, "pool", "add", *words.split(), because=because)
+
+
+def test_a_pool_whose_addresses_are_in_use(host: Host) -> None:
+    run("ip", "netns", "add", "a")
+    host.ctl("container", "add", "/var/run/netns/a", "192.168.0.7")
+    refused(host, "pool", "remove", "192.168.0.0/16", because="1 address in use (192.168.0.7)")
+    refused(host, "pool", "remove", "10.0.0.0/8", because="does not exist")
+    host.ctl("pool", "remove", "192.168.0.0/16", "--force")
+    assert pools(host) == {} and host.allocations().keys() == {"192.168.0.7"}
+    used = json.loads(host.ctl("ipam", "show", "--output=json").out)
+    assert {"pool": None, "addresses": None, "used": 1, "free": None, "borrowed": 0} in used
+    host.ctl("container", "remove", "/var/run/netns/a")
+
+
+def test_a_range_is_covered_exactly(host: Host) -> None:
+    host.ctl("pool", "range", "add", "10.9.9.192", "10.10.0.127")
+    import ipaddress
+
+    networks = [ipaddress.ip_network(cidr) for cidr in pools(host) if cidr.startswith("10.")]
+    covered = sorted(int(address) for network in networks for address in network)
+    first, last = (int(ipaddress.ip_address(text)) for text in ("10.9.9.192", "10.10.0.127"))
+    assert covered == list(range(first, last + 1))
+    host.ctl("pool", "range", "add", "fd00:9::", "fd00:9::3f")
+    assert json.loads(host.etcd.get("/calico/v1/ipam/v6/pool/fd00:9::-122")) == {"cidr": "fd00:9::/122"}
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "because"),
+    [
+        ("10.9.10.0", "10.9.9.255", "ends before it begins"),
+        ("10.9.9.0", "10.9.9.200", "10.9.9.0 to 10.9.9.255 is"),
+        ("10.9.9.1", "10.9.9.255", "10.9.9.0 to 10.9.9.255 is"),
+        ("255.255.255.192", "255.255.255.255", "not for hosts"),
+        ("10.9.9.0", "fd00::3f", "different IP versions"),
+        ("10.9.9.0", "10.9.9", "not a valid IP address"),
+        ("192.168.3.0", "192.168.3.63", "overlaps"),
+    ],
+)
+def test_ranges_that_are_refused(host: Host, start: str, end: str, because: str) -> None:
+    refused(host, "pool", "range", "add", start, end, because=because)
+
+
+# BGP and settings
+
+
+@pytest.mark.parametrize("words", [("bgp",), ("node", "bgp")])
+def test_bgp_peers(host: Host, words: tuple[str, ...]) -> None:
+    folder = f"/calico/bgp/v1/{'host/host1' if words[0] == 'node' else 'global'}"
+    host.ctl(*words, "peer", "add", "192.0.2.254", "as", "1.10")
+    host.ctl(*words, "peer", "add", "2001:DB8:0::9", "as", "64512")
+    assert json.loads(host.etcd.get(f"{folder}/peer_v4/192.0.2.254")) == {"ip": "192.0.2.254", "as_num": "65546"}
+    assert json.loads(host.etcd.get(f"{folder}/peer_v6/2001:db8::9")) == {"ip": "2001:db8::9", "as_num": "64512"}
+    assert "already" in host.ctl(*words, "peer", "add", "192.0.2.254", "as", "65546").out
+    host.etcd.put(f"{folder}/peer_v4/192.0.2.254", {"ip": "192.0.2.254", "as_num": "3", "x": 1})
+    host.ctl(*words, "peer", "add", "192.0.2.254", "as", "4")
+    assert json.loads(host.etcd.get(f"{folder}/peer_v4/192.0.2.254")) == {"ip": "192.0.2.254", "as_num": "4", "x": 1}
+    shown = json.loads(host.ctl(*words, "peer", "show", "--output=json").out)
+    assert [peer["as_num"] for peer in shown] == ["4", "64512"]
+    assert "192.0.2.254" not in host.ctl(*words, "peer", "show", "--ipv6").out
+    host.ctl(*words, "peer", "remove", "2001:db8::9")
+    refused(host, *words, "peer", "remove", "2001:db8::9", because="no BGP peer 2001:db8::9")
+    refused(host, *words, "peer", "add", "192.0.2.3", "as", "65536.1", because="AS number")
+    refused(host, *words, "peer", "add", "224.0.0.5", "as", "1", because="not for hosts")
+    refused(host, *words, "peer", "add", "192.0.2", "as", "1", because="IP address")
+
+
+def test_the_mesh_and_the_default_as_number(host: Host) -> None:
+    assert host.ctl("bgp", "node-mesh").out == "on\n"
+    host.ctl("bgp", "node-mesh", "off")
+    assert json.loads(host.etcd.get("/calico/bgp/v1/global/node_mesh")) == {"enabled": False}
+    assert host.ctl("bgp", "node-mesh").out == "off\n"
+    host.ctl("bgp", "default-node-as", "1.0")
+    assert host.etcd.get("/calico/bgp/v1/global/as_num") == "65536"
+    assert json.loads(host.ctl("bgp", "default-node-as", "--output=json").out) == {"as_num": "65536"}
+    refused(host, "bgp", "default-node-as", "0", because="AS number")
+
+
+def test_settings(host: Host) -> None:
+    assert host.ctl("config", "felix", "loglevel").out == "info\n"
+    host.ctl("config", "felix", "loglevel", "debug")
+    assert host.etcd.get("/calico/v1/config/LogSeverityScreen") == "debug"
+    host.ctl("config", "node", "felix", "DefaultEndpointToHostAction", "DROP")
+    assert host.etcd.get("/calico/v1/host/host1/config/DefaultEndpointToHostAction") == "DROP"
+    host.ctl("config", "bgp", "loglevel", "debug")
+    host.ctl("config", "node", "bgp", "loglevel", "info")
+    assert host.etcd.get("/calico/bgp/v1/global/loglevel") == "debug"
+    assert host.etcd.get("/calico/bgp/v1/host/host1/loglevel") == "info"
+    host.ctl("config", "node", "bgp", "loglevel", "--remove")
+    assert host.etcd.get("/calico/bgp/v1/host/host1/loglevel") is None
+    refused(host, "config", "node", "bgp", "loglevel", "--remove", because="not set")
+    refused(host, "config", "felix", "loglevel", "loud", because="one of none, debug")
+    refused(host, "config", "felix", "Colour", "red", because="--force")
+    refused(host, "config", "felix", "a/b", "red", "--force", because="cannot be a setting")
+    host.ctl("config", "felix", "Colour", "red", "--force")
+    assert json.loads(host.ctl("config", "felix", "Colour", "--force", "--output=json").out) == {
+        "key": "/calico/v1/config/Colour",
+        "value": "red",
+    }
+
+
+# Endpoints
+
+
+def test_endpoints_of_all_hosts(host: Host) -> None:
+    for name, address in (("a", "192.168.0.1"), ("b", "192.168.0.2")):
+        run("ip", "netns", "add", name)
+        host.ctl("container", "add", f"/var/run/netns/{name}", address)
+    elsewhere = "/calico/v1/host/host2/workload/docker/0123456789ab/endpoint/ffffffff"
+    host.etcd.put(elsewhere, {"state": "active", "mac": None, "ipv4_nets": ["192.168.1.1/32"], "profile_id": "old"})
+    broken = "/calico/v1/host/host3/workload/docker/x/endpoint/y"
+    host.etcd.put(broken, "{")
+    said = host.ctl("endpoint", "show", "--output=json")
+    assert json.loads(said.out) == [
+        {"host": "host1", "orchestrator": "namespace", "workloads": 2, "endpoints": 2},
+        {"host": "host2", "orchestrator": "docker", "workloads": 1, "endpoints": 1},
+    ]
+    assert broken in said.err
+    host.etcd.delete(broken)
+    detailed = json.loads(host.ctl("endpoint", "show", "--detailed", "--output=json").out)
+    assert sorted(address for one in detailed for address in one["ipv4_nets"]) == [
+        "192.168.0.1/32",
+        "192.168.0.2/32",
+        "192.168.1.1/32",
+    ]
+    (one,) = json.loads(host.ctl("endpoint", "show", "--workload=0123", "--detailed", "--output=json").out)
+    assert one["endpoint"] == "ffffffff" and one["profile_ids"] == ["old"]
+    refused(host, "endpoint", "show", "--host=nobody", because="no endpoint with --host=nobody")
+
+    host.ctl("profile", "add", "web")
+    host.ctl("endpoint", "ffff", "profile", "append", "web")
+    assert json.loads(host.etcd.get(elsewhere))["profile_ids"] == ["old", "web"]
+    assert host.ctl("endpoint", "ffff", "profile", "show").out == "old\nweb\n"
+    host.ctl("endpoint", "ffff", "profile", "remove", "old")
+    host.ctl("endpoint", "ffff", "profile", "set")
+    assert json.loads(host.etcd.get(elsewhere))["profile_ids"] == []
+    refused(host, "endpoint", "ffff", "profile", "append", "nope", because="does not exist")
+    refused(host, "endpoint", "ffff", "profile", "remove", "web", because="not in the list")
+    refused(host, "endpoint", "ffff", "profile", "append", because="Say which", status=2)
+    refused(host, "endpoint", "eeee", "profile", "show", because="eeee does not exist")
+    refused(host, "endpoint", "ffff", "profile", "show", "--host=host1", because="does not exist")
+    host.etcd.put(elsewhere.replace("ffffffff", "fffffff0"), {})
+    refused(host, "endpoint", "ffff", "profile", "show", because="can be several")
+    assert host.ctl("endpoint", "ffffffff", "profile", "show").out == ""
+    for name in "ab":
+        host.ctl("container", "remove", f"/var/run/netns/{name}")
+
+
+def test_what_add_tells_as_json(host: Host) -> None:
+    run("ip", "netns", "add", "a")
+    told = json.loads(host.ctl("container", "add", "/var/run/netns/a", "192.168.0.9", "--output=json").out)
+    ((key, record),) = host.records().items()
+    assert told == {
+        "address": "192.168.0.9",
+        "interface": "eth1",
+        "mac": record["mac"],
+        "host": "host1",
+        "orchestrator": "namespace",
+        "workload": "-var-run-netns-a",
+        "endpoint": key.rpartition("/")[2],
+        "host_interface": record["name"],
+    }
+    host.ctl("container", "remove", "/var/run/netns/a")
+
+
+# Many commands, and none of their output
+
+
+def test_a_batch(host: Host, tmp_path: Path) -> None:
+    file = tmp_path / "commands"
+    file.write_text(
+        "# two profiles\nprofile add web\n\ncalicoctl profile add 'db' # the other\n"
+        "profile remove nope\nprofile add z\n"
+    )
+    said = host.ctl("batch", str(file), status=1)
+    assert said.out == "Created profile web\nCreated profile db\n"
+    assert f"{file}, line 5: Profile nope does not exist." in said.err and "1 not run" in said.err
+    assert host.ctl("profile", "show", "--output=json").out.count("name") == 2
+    said = host.ctl("batch", "--keep-going", "-", status=1, input=file.read_text())
+    assert "Created profile z" in said.out and "standard input, line 5" in said.err
+    assert host.ctl("--quiet", "batch", input="profile show\n").out == ""
+    usage = host.ctl("batch", status=2, input="profile add\n")
+    assert "line 1" in usage.err
+    before = host.etcd.tree()
+    for text, because in (
+        ("profile add q\nfoo bar\n", "line 2: 'foo' is not"),
+        ("profile add q\nprofile add 'r\n", "line 2: No closing quotation"),
+        ("profile add q\nbatch x\n", "cannot be part of a batch"),
+        ("profile add q\nnode --detach=false\n", "cannot be part of a batch"),
+    ):
+        said = host.ctl("batch", status=1, input=text)
+        assert because in said.err and "nothing has been run" in said.err
+    assert "No such file" in host.ctl("batch", "/nowhere", status=1).err
+    assert host.etcd.tree() == before
+    # a line cannot read what the lines come from
+    assert "line 1: the rules are no JSON" in host.ctl("batch", status=1, input="profile web rule update\n").err
+
+
+def test_a_batch_shows_its_progress_on_a_terminal(host: Host) -> None:
+    ours, theirs = pty.openpty()
+    done = subprocess.run(
+        [CALICOCTL, "batch"],
+        input="profile add a\nprofile add b\n",
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+        env=host.environment(),
+        text=True,
+    )
+    os.close(theirs)
+    assert done.returncode == 0 and "Created profile b" in done.stdout
+    assert b"/2" in os.read(ours, 10000)
+    os.close(ours)
+
+
+def test_quiet_prints_errors_alone(host: Host) -> None:
+    said = host.ctl("--quiet", "pool", "show")
+    assert (said.out, said.err) == ("", "")
+    said = host.ctl("profile", "remove", "nope", "--quiet", status=1)
+    assert said.out == "" and "does not exist" in said.err
