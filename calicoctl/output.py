@@ -49,6 +49,7 @@ def with_progress(items: Sequence[T], what: str) -> Iterator[T]:
             yield item
             sys.stdout.flush()
             bar.update()
+            bar.refresh()
 
 
 def warn(sentence: str) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import pty
+import struct
 import subprocess
+import termios
 from pathlib import Path
 
 import pytest
@@ -41,7 +44,7 @@ def test_pools_come_get_other_options_and_go(host: Host) -> None:
     assert host.ctl("pool", "add", "10.1.0.0/16", "10.2.0.0/26", "--nat-outgoing").out.count("Added") == 2
     assert pools(host)["10.1.0.0/16"] == {"cidr": "10.1.0.0/16", "masquerade": True}
     assert "already" in host.ctl("pool", "add", "10.1.0.0/16", "--nat-outgoing").out
-    assert host.etcd.get("/calico/v1/config/IpInIpEnabled") == "false"
+    assert host.etcd.get("/calico/v1/config/IpInIpEnabled") != "true"
     key = f"{POOLS}/10.1.0.0-16"
     host.etcd.put(key, {"cidr": "10.1.0.0/16", "masquerade": True, "x": [1]})
     assert "new options" in host.ctl("pool", "add", "10.1.0.0/16", "--ipip").out
@@ -272,6 +275,7 @@ def test_a_batch(host: Host, tmp_path: Path) -> None:
 
 def test_a_batch_shows_its_progress_on_a_terminal(host: Host) -> None:
     ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
     done = subprocess.run(
         [CALICOCTL, "batch"],
         input="profile add a\nprofile add b\n",
@@ -280,10 +284,11 @@ def test_a_batch_shows_its_progress_on_a_terminal(host: Host) -> None:
         env=host.environment(),
         text=True,
     )
+    shown = os.read(ours, 10000)
     os.close(theirs)
-    assert done.returncode == 0 and "Created profile b" in done.stdout
-    assert b"/2" in os.read(ours, 10000)
     os.close(ours)
+    assert done.returncode == 0 and "Created profile b" in done.stdout
+    assert b"batch" in shown and b"/2" in shown
 
 
 def test_quiet_prints_errors_alone(host: Host) -> None:

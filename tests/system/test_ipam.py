@@ -1,0 +1,202 @@
+"""Who has which address, as told, and what `ipam check` finds and puts right."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from tests.system.support import HOST_IP, Host, run
+
+A, B = "/var/run/netns/a", "/var/run/netns/b"
+BLOCK = "/calico/ipam/v2/assignment/ipv4/block/192.168.0.0-26"
+
+
+@pytest.fixture
+def host(bare_host: Host) -> Iterator[Host]:
+    """A host with two namespaces, a and b, that are connected."""
+    bare_host.register(HOST_IP)
+    for name, address in (("a", "192.168.0.1"), ("b", "192.168.0.2")):
+        run("ip", "netns", "add", name)
+        bare_host.ctl("container", "add", f"/var/run/netns/{name}", address)
+    yield bare_host
+    for name in "ab":
+        bare_host.ctl("container", "remove", f"/var/run/netns/{name}", status=None)
+
+
+def key_of(host: Host, name: str) -> str:
+    (key,) = [key for key in host.records() if f"-netns-{name}/" in key]
+    return key
+
+
+def check(host: Host, *options: str, status: int = 1) -> list[dict]:
+    return json.loads(host.ctl("ipam", "check", "--output=json", *options, status=status).out)
+
+
+def change_block(host: Host, change) -> None:
+    block = json.loads(host.etcd.get(BLOCK))
+    change(block)
+    host.etcd.put(BLOCK, block)
+
+
+def test_info_names_the_owner_and_the_block(host: Host) -> None:
+    told = json.loads(host.ctl("ipam", "info", "192.168.0.1", "--output=json").out)
+    assert told == {
+        "ip": "192.168.0.1",
+        "assigned": True,
+        "pool": "192.168.0.0/16",
+        "block": "192.168.0.0/26",
+        "affinity": "host1",
+        "handle": "namespace.-var-run-netns-a",
+        "host": "host1",
+        "orchestrator": "namespace",
+        "workload": "-var-run-netns-a",
+        "endpoint": key_of(host, "a").rpartition("/")[2],
+        "interface": "eth1",
+        "namespace": A,
+        "in_use": True,
+    }
+    text = host.ctl("ipam", "info", "192.168.0.1").out
+    assert all(word in text for word in ("is in use", "192.168.0.0/26", "host1", told["endpoint"], A))
+    free = host.ctl("ipam", "info", "192.168.0.3", "--output=json", status=1)
+    assert json.loads(free.out)["assigned"] is False and "not assigned" in free.err
+    assert "in no pool" in host.ctl("ipam", "info", "203.0.113.1", status=1).err
+    assert "not a valid IP address" in host.ctl("ipam", "info", "192.168.0", status=1).err
+
+
+def test_info_and_release_of_what_an_old_tool_took(host: Host) -> None:
+    """Its addresses name nobody; the endpoint that lists one tells."""
+    change_block(host, lambda block: block["attributes"].__setitem__(0, {"handle_id": None, "secondary": {}}))
+    told = json.loads(host.ctl("ipam", "info", "192.168.0.1", "--output=json").out)
+    assert told["handle"] is None and told["endpoint"] == key_of(host, "a").rpartition("/")[2]
+    assert "is used by endpoint" in host.ctl("ipam", "release", "192.168.0.1", status=1).err
+
+
+def test_release(host: Host) -> None:
+    said = host.ctl("ipam", "release", "192.168.0.1", status=1)
+    assert "is used by endpoint" in said.err and "192.168.0.1" in host.allocations()
+    assert "not assigned" in host.ctl("ipam", "release", "192.168.0.9", status=1).err
+    host.ctl("ipam", "release", "192.168.0.1", "--force")
+    assert host.allocations().keys() == {"192.168.0.2"} and host.handles().keys() == {"namespace.-var-run-netns-b"}
+    (found,) = check(host)
+    assert found["subject"] == "192.168.0.1" and "not assigned" in found["problem"] and found["fixable"]
+    (found,) = check(host, "--fix", status=0)
+    assert found["fixed"]
+    host.check_consistent()
+    assert host.allocations()["192.168.0.1"]["secondary"]["endpoint"] == key_of(host, "a").rpartition("/")[2]
+
+
+def test_show_counts_used_free_and_borrowed(host: Host) -> None:
+    change_block(host, lambda block: block["attributes"][0]["secondary"].__setitem__("host", "host2"))
+    host.etcd.put("/calico/v1/ipam/v4/pool/192.168.0.0-16", {"cidr": "192.168.0.0/25"})
+    used = json.loads(host.ctl("ipam", "show", "--output=json").out)
+    assert {"pool": "192.168.0.0/25", "addresses": 128, "used": 2, "free": 126, "borrowed": 1} in used
+    assert "| 192.168.0.0/25" in host.ctl("ipam", "show").out
+
+
+def test_check_finds_nothing_where_all_is_well(host: Host) -> None:
+    assert check(host, status=0) == []
+    assert "agree" in host.ctl("ipam", "check").out
+
+
+def test_an_address_that_no_endpoint_has(host: Host) -> None:
+    host.etcd.delete(key_of(host, "a"))
+    (found,) = check(host)
+    assert found["subject"] == "192.168.0.1" and "no endpoint has it" in found["problem"] and not found["fixed"]
+    assert "192.168.0.1" in host.allocations(), "looking changes nothing"
+    (found,) = check(host, "--fix", status=0)
+    assert found["fixed"]
+    host.check_consistent()
+
+
+def test_what_is_not_this_hosts_is_left_alone(host: Host) -> None:
+    def elsewhere(block: dict) -> None:
+        for number, (handle, facts) in enumerate(
+            [
+                ("namespace.-x", {"host": "host2"}),
+                ("docker.123", {"host": "host2"}),
+                ("cni.123", {"host": "host1"}),
+                (None, {}),
+            ]
+        ):
+            block["allocations"][10 + number] = len(block["attributes"])
+            block["attributes"].append({"handle_id": handle, "secondary": facts})
+
+    change_block(host, elsewhere)
+    for handle in ("namespace.-x", "docker.123", "cni.123"):
+        host.etcd.put(f"/calico/ipam/v2/handle/{handle}", {"id": handle, "block": {"192.168.0.0/26": 1}})
+    before = host.etcd.tree()
+    found = check(host, "--fix")
+    assert [one["subject"] for one in found] == [f"192.168.0.{number}" for number in (10, 11, 12, 13)]
+    assert not any(one["fixed"] for one in found)
+    assert "on host2" in found[0]["advice"] and "ipam release 192.168.0.13" in found[3]["advice"]
+    assert host.etcd.tree() == before
+
+
+def test_a_handle_that_miscounts(host: Host) -> None:
+    handle = "/calico/ipam/v2/handle/namespace.-var-run-netns-a"
+    host.etcd.put(
+        handle, {"id": "namespace.-var-run-netns-a", "block": {"192.168.0.0/26": 3, "10.0.0.0/26": 1}, "x": 1}
+    )
+    host.etcd.put("/calico/ipam/v2/handle/docker.gone", {"id": "docker.gone", "block": {"192.168.0.0/26": 1}})
+    host.etcd.delete("/calico/ipam/v2/handle/namespace.-var-run-netns-b")
+    found = check(host)
+    assert [(one["kind"], one["subject"]) for one in found] == [
+        ("handle", "docker.gone"),
+        ("handle", "namespace.-var-run-netns-a"),
+        ("handle", "namespace.-var-run-netns-b"),
+    ]
+    assert "counts 4 addresses and holds 1" in found[1]["problem"]
+    assert all(one["fixed"] for one in check(host, "--fix", status=0))
+    host.check_consistent()
+    assert json.loads(host.etcd.get(handle))["x"] == 1
+
+
+def test_endpoints_that_claim_what_is_not_theirs(host: Host) -> None:
+    key = key_of(host, "b")
+    host.etcd.put(key, {**json.loads(host.etcd.get(key)), "ipv4_nets": ["192.168.0.2/32", "192.168.0.1/32"]})
+    problems = [one["problem"] for one in check(host, "--fix")]
+    assert any("both list it" in problem for problem in problems)
+    host.etcd.delete(key_of(host, "a"))
+    (found,) = check(host, "--fix")
+    assert "assigned to namespace.-var-run-netns-a" in found["problem"] and not found["fixed"]
+
+
+def test_hosts_that_are_not_registered_and_what_cannot_be_read(host: Host) -> None:
+    host.etcd.put("/calico/v1/host/gone/workload/docker/x/endpoint/y", {"ipv4_nets": []})
+    (found,) = check(host)
+    assert (found["kind"], found["subject"]) == ("endpoint", "y") and "gone is not registered" in found["problem"]
+    host.etcd.put("/calico/v1/host/gone/workload/docker/x/endpoint/y", "{")
+    (found,) = check(host, "--fix")
+    assert found["kind"] == "unreadable"
+    host.etcd.delete("/calico/v1/host/gone")
+    host.etcd.put("/calico/ipam/v2/assignment/ipv4/block/192.168.1.0-26", "{")
+    (found,) = check(host, "--fix")
+    assert found["kind"] == "unreadable" and "192.168.1.0-26" in found["subject"]
+
+
+HOLDER = """
+import fcntl, sys
+file = open("/run/calico/host1/namespace.-var-run-netns-a")
+fcntl.flock(file, fcntl.LOCK_EX)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_command_under_way_is_not_disturbed(host: Host) -> None:
+    """Its lock is held: what it has not finished yet is not taken for lost."""
+    host.etcd.delete(key_of(host, "a"))
+    with subprocess.Popen([sys.executable, "-c", HOLDER], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        fixing = host.start("ipam", "check", "--fix")
+        with pytest.raises(subprocess.TimeoutExpired):
+            fixing.wait(4)
+        assert "192.168.0.1" in host.allocations()
+        process.stdin.close()
+        fixing.communicate(timeout=20)
+    assert fixing.returncode == 0
+    host.check_consistent()
