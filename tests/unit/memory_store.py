@@ -28,6 +28,9 @@ class MemoryStore:
     def tree(self, directory: str) -> list[Entry]:
         return [entry for key, entry in sorted(self.entries.items()) if key.startswith(directory + "/")]
 
+    def snapshot(self, directory: str) -> tuple[list[Entry], int]:
+        return self.tree(directory), self.index + 1
+
     def names(self, directory: str) -> list[str]:
         below = [key[len(directory) + 1 :] for key in self.entries if key.startswith(directory + "/")]
         return sorted({name.partition("/")[0] for name in below})

@@ -1,0 +1,33 @@
+"""The pages of the commands and the man page say what `--help` says."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from calicoctl.cli import COMMANDS, USAGE
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def test_the_pages_are_up_to_date(tmp_path: Path) -> None:
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs/generate.py")
+    generate = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generate)
+    generate.main(tmp_path)
+    for made in [*tmp_path.glob("commands/*.md"), tmp_path / "calicoctl.1"]:
+        kept = ROOT / "docs" / made.relative_to(tmp_path)
+        assert kept.read_text() == made.read_text(), f"{kept.name} is out of date: run 'make docs'"
+    assert {page.stem for page in (ROOT / "docs/commands").glob("*.md")} == set(COMMANDS)
+
+
+def test_every_command_is_listed_and_has_its_help() -> None:
+    for command in COMMANDS:
+        assert f"\n  {command} " in USAGE
+        text = importlib.import_module(f"calicoctl.commands.{command}").__doc__
+        assert "\nUsage:\n" in text
+        examples = text.partition("\nExamples:\n")[2].strip().splitlines()
+        assert len(examples) >= 2, f"{command} has no two examples"
+        options = text.partition("\nOptions:\n")[2].partition("\n\n")[0]
+        for option in {word.strip("[]|()=") for word in text.split("Options:")[0].split() if word.startswith("[--")}:
+            assert option.partition("=")[0] in options, f"{command} does not explain {option}"
