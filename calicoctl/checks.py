@@ -151,6 +151,7 @@ def _settings() -> Iterator[Check]:
         "setting net.ipv4.ip_forward",
         value == "1" or writable,
         f"{value}, {'which the agent sets to 1' if value != '1' else 'as it must be'}",
+        needed=os.geteuid() == 0,  # for others than root, it cannot be told
         advice="set it to 1, or let this run where /proc/sys can be written",
     )
     off = _read(Path("/proc/sys/net/ipv6/conf/all/disable_ipv6"))

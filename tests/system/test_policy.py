@@ -13,13 +13,14 @@ import socket
 import struct
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from calicoctl.policy import Packet, decide
-from calicoctl.rules import check_rule
+from calicoctl.datastore.client import DatastoreClient
+from calicoctl.datastore.store import EtcdSettings, EtcdStore
+from calicoctl.trace import trace
 from tests.system.agent import A4, ALLOW, B4, C4, AgentHost, holds, outside_host
 from tests.system.conftest import clear_host
 from tests.system.support import Etcd, links, run, wait_for
@@ -317,45 +318,94 @@ def random_rule(chance: random.Random) -> dict:
     return rule
 
 
-def test_the_verdict_and_the_data_plane_agree(net: AgentHost) -> None:
-    """What policy.py says of a packet is what becomes of it, for random profiles."""
-    tags = {("a", A4), ("a", A6), ("b", B4), ("b", B6), ("c", C4), ("c", C6)}
+def probes_of(source: str, target: str, odd: int) -> list[tuple[str, int | None, int | None, str, str, Callable]]:
+    """Return packets from one namespace to another: protocol, ports, addresses, and what tells whether it passes.
 
-    def tagged(tag: str, address: str) -> bool:
-        return (tag, address) in tags
-
-    probes = [
-        (Packet(A4, B4, 6, 3333, 80), lambda: tcp("a", "b", B4, 80, 3333)),
-        (Packet(A4, B4, 6, 3600, 81), lambda: tcp("a", "b", B4, 81, 3600)),
-        (Packet(A6, B6, 6, 3333, 82), lambda: tcp("a", "b", B6, 82, 3333)),
-        (Packet(A4, B4, 17, 3333, 80), lambda: udp("a", "b", B4, 80, 3333)),
-        (Packet(A6, B6, 17, 3450, 81), lambda: udp("a", "b", B6, 81, 3450)),
-        (Packet(A4, B4, 1, icmp_type=8, icmp_code=0), lambda: ping("a", B4)),
-        (Packet(A6, B6, 58, icmp_type=128, icmp_code=0), lambda: ping("a", B6)),
+    `odd` tells apart the two that send to one target at the same time.
+    """
+    (source4, source6), (target4, target6) = ADDRESSES[source], ADDRESSES[target]
+    own = ord(target) - ord("a")  # for the two that one sends at the same time
+    return [
+        ("tcp", 80 + odd, 3333 + own, source4, target4, lambda: tcp(source, target, target4, 80 + odd, 3333 + own)),
+        ("tcp", 81 + odd, 3600 + own, source6, target6, lambda: tcp(source, target, target6, 81 + odd, 3600 + own)),
+        ("udp", 80 + odd, 3450 + own, source4, target4, lambda: udp(source, target, target4, 80 + odd, 3450 + own)),
+        ("udp", 81 + odd, 3333 + own, source6, target6, lambda: udp(source, target, target6, 81 + odd, 3333 + own)),
+        ("icmp", None, None, source4, target4, lambda: ping(source, target4)),
+        ("icmpv6", None, None, source6, target6, lambda: ping(source, target6)),
     ]
+
+
+ADDRESSES = {"a": (A4, A6), "b": (B4, B6), "c": (C4, C6)}
+
+
+def test_trace_and_the_data_plane_agree(net: AgentHost) -> None:
+    """What `profile trace` computes from the store is what becomes of the packets, for random profiles."""
+    datastore = DatastoreClient(EtcdStore(EtcdSettings.from_environment({})), net.name)
+    pairs = [(source, target) for target in "abc" for source in "abc" if source != target]
     chance = random.Random(2015)
-    seen: Counter[bool] = Counter()
-    with ThreadPoolExecutor(len(probes)) as pool:
-        for _ in range(40):
-            rules = {name: [random_rule(chance) for _ in range(chance.randrange(4))] for name in ("one", "two", "out")}
-            net.profile("one", inbound=rules["one"])
-            rules["two"] += [ALLOW] * chance.randrange(2)
-            net.profile("two", inbound=rules["two"], tags=["b"])
-            net.profile("a", outbound=[*rules["out"], ALLOW])
-            net.set_profiles("b", "one", "two")
+    seen: Counter[tuple[bool, ...]] = Counter()
+    with ThreadPoolExecutor(len(pairs) * 3) as pool:
+        for number in range(70):
+            for name in "abc":
+                rules = [[random_rule(chance) for _ in range(chance.randrange(4))] for _ in range(3)]
+                net.profile(f"{name}1", inbound=rules[0], outbound=[*rules[1], ALLOW], tags=[name])
+                net.profile(f"{name}2", inbound=rules[2] + [ALLOW] * chance.randrange(2), tags=[])
+                names = [f"{name}1", f"{name}2", *(["missing"] if chance.random() < 0.05 else [])]
+                net.set_profiles(name, *chance.sample(names, len(names)))
             net.sync()
             run("conntrack", "-F")
-            inbound_rules = {
-                name: [check_rule(rule, must_match=False) for rule in rules[name]] for name in ("one", "two")
-            }
-            outbound_rules = {"a": [check_rule(rule, must_match=False) for rule in [*rules["out"], ALLOW]]}
-            real = list(pool.map(lambda probe: probe[1](), probes))
-            for (packet, _), passed in zip(probes, real):
-                out = decide(["a"], outbound_rules, packet, tagged)
-                into = decide(["one", "two"], inbound_rules, packet, tagged)
-                assert passed == (out.allowed and into.allowed), (rules, packet, out, into)
-                seen[passed] += 1
-    assert min(seen[True], seen[False]) > 50, "both must come up"
+            probes = []
+            for index, (source, target) in enumerate(pairs):
+                probes += chance.sample(probes_of(source, target, 2 * (index % 2)), 3)
+            real = list(pool.map(lambda probe: probe[-1](), probes))
+            for (protocol, port, source_port, source, target, _), passed in zip(probes, real):
+                found = trace(datastore, source, target, protocol, port, source_port)
+                assert found.allowed == passed, (number, found)
+                seen[tuple(decision.allowed for decision in found.decisions)] += 1
+    assert min(seen[True, True], seen[True, False], seen[False,]) > 50, "all three must come up"
+
+
+def test_what_trace_tells(net: AgentHost) -> None:
+    inbound(net, {"action": "deny", "protocol": "icmp"}, {"action": "allow", "src_tag": "a"})
+    a, b = (f"/var/run/netns/{name}" for name in "ab")
+    found = json.loads(net.ctl("profile", "trace", a, B4, "tcp", "80", "--output=json").out)
+    assert found["allowed"] and [(d["direction"], d["profile"], d["rule"]) for d in found["decisions"]] == [
+        ("outbound", "a", 1),
+        ("inbound", "b", 2),
+    ]
+    denied = net.ctl("profile", "trace", a, b, "icmp", status=1)
+    assert "rule 1 of profile b: deny icmp" in denied.out and "does not pass" in denied.err
+    assert "no rule of b matches" in net.ctl("profile", "trace", C4, b, "udp", "53", status=1).err
+    endpoint = net.key("b").rpartition("/")[2]
+    assert net.ctl("profile", "trace", A6, endpoint, "icmpv6").out.endswith("The packet passes.\n")
+    # beyond endpoints: the host, its services, and elsewhere
+    net.etcd.put("/calico/v1/host/host1/config/DefaultEndpointToHostAction", "DROP")
+    assert "is DROP" in net.ctl("profile", "trace", a, HOST[4], "tcp", "80", status=1).err
+    net.ctl("profile", "trace", a, HOST[4], "udp", "53")
+    net.ctl("profile", "trace", HOST[4], b, "icmp")
+    net.ctl("profile", "trace", a, "198.51.100.9", "tcp", "80")
+    net.ctl("profile", "trace", "198.51.100.9", b, "tcp", "80", status=1)
+    # what is not set up denies
+    record = json.loads(net.etcd.get(net.key("b")))
+    net.etcd.put(net.key("b"), {**record, "state": "inactive"})
+    assert "not set up: it is inactive" in net.ctl("profile", "trace", a, b, "tcp", "80", status=1).err
+    net.etcd.put(net.key("b"), record)
+    net.set_profiles("b", "missing", "b")
+    assert "missing does not exist" in net.ctl("profile", "trace", a, b, "tcp", "80", status=1).err
+    net.set_profiles("b")
+    assert "it has no profile" in net.ctl("profile", "trace", a, b, "tcp", "80", status=1).err
+    for words, status, because in (
+        (("198.51.100.9", "198.51.100.8", "tcp", "80"), 1, "no profile decides"),
+        ((A4, B6, "tcp", "80"), 1, "address of the same IP version"),
+        ((A4, B4, "icmpv6"), 1, "IPv6 address"),
+        ((A4, B4, "tcp"), 2, "to which port"),
+        ((A4, B4, "tcp", "0"), 1, "1 to 65535"),
+        ((A4, B4, "tcp", "http"), 1, "1 to 65535"),
+        ((A4, B4, "icmp", "80"), 2, "icmp has no ports"),
+        ((A4, B4, "tcp", "80", "--from-port=x"), 1, "--from-port"),
+        ((A4, "/var/run/netns/none", "tcp", "80"), 1, "not connected"),
+    ):
+        assert because in net.ctl("profile", "trace", *words, status=status).err, words
 
 
 # Addresses and MACs that are not the sender's
