@@ -172,6 +172,32 @@ def run_all(host: Host, pairs: int) -> None:
         crowded.stop()
     ctl("container", "remove", path)
     run("ip", "netns", "delete", "bench")
+    batches(host)
+
+
+def batches(host: Host) -> None:
+    """Connect a hundred namespaces, one by one and in a batch."""
+    names = [f"bench{number}" for number in range(100)]
+    for name in names:
+        run("ip", "netns", "add", name)
+    environment = host.environment()
+
+    def lines(words: str, more: str = "") -> str:
+        return "".join(f"container {words} /var/run/netns/{name} {more}\n" for name in names)
+
+    def in_a_batch() -> float:
+        taken = timed("calicoctl", "batch", env=environment, text=lines("add", "ipv4"))
+        timed("calicoctl", "batch", env=environment, text=lines("remove"))
+        return taken
+
+    def one_by_one() -> float:
+        taken = sum(timed("calicoctl", *line.split(), env=environment) for line in lines("add", "ipv4").splitlines())
+        timed("calicoctl", "batch", env=environment, text=lines("remove"))
+        return taken
+
+    compare("100 container add in a batch / one by one", "at most 0.2", in_a_batch, one_by_one, 3)
+    for name in names:
+        run("ip", "netns", "delete", name)
 
 
 def kernel_work() -> float:

@@ -260,6 +260,8 @@ def test_connections_that_could_not_be_listed_are_listed_again(bare_host: Host, 
         host.add_pair()
         wait_for(lambda: ping("a", B4), "the network")
         with connection("a", "b", B4, 80) as stream:
+            host.sync()  # no listing is under way any more when this has come to its end
+            assert flows(*stream)
             broken.touch()
             host.profile("web")
             wait_for(lambda: "out of memory" in log.read_text(), "the failure")

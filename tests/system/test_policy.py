@@ -345,7 +345,7 @@ def test_trace_and_the_data_plane_agree(net: AgentHost) -> None:
     chance = random.Random(2015)
     seen: Counter[tuple[bool, ...]] = Counter()
     with ThreadPoolExecutor(len(pairs) * 3) as pool:
-        for number in range(70):
+        for number in range(50):
             for name in "abc":
                 rules = [[random_rule(chance) for _ in range(chance.randrange(4))] for _ in range(3)]
                 net.profile(f"{name}1", inbound=rules[0], outbound=[*rules[1], ALLOW], tags=[name])
