@@ -46,6 +46,7 @@ BEFORE = {
 }
 """What a page takes for granted."""
 
+
 def examples(page: Path) -> list[tuple[str, bool]]:
     """Return a page's command lines, and whether each is said to fail."""
     blocks = re.findall(r"```sh\n(.*?)```", page.read_text(), re.DOTALL)
