@@ -6,6 +6,9 @@ what the user can do about it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 def printable(text: str) -> str:
     """Return a text that is safe on a terminal: control characters, which etcd may hold, are spelled out."""
@@ -24,6 +27,15 @@ class CalicoError(Exception):
     """
 
     exit_status = 1
+
+
+@contextmanager
+def about(option: str) -> Iterator[None]:
+    """Put the name of the option that a sentence is about before it."""
+    try:
+        yield
+    except CalicoError as error:
+        raise CalicoError(f"{option}: {error}") from None
 
 
 class UsageError(CalicoError):

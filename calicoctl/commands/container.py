@@ -38,7 +38,7 @@ from calicoctl.cli import parse, require_root
 from calicoctl.commands.endpoint import change_profiles, profile_names, show_endpoints
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.model import Endpoint
-from calicoctl.errors import CalicoError
+from calicoctl.errors import CalicoError, about
 from calicoctl.output import print_json, wants_json
 from calicoctl.workload import (
     Workload,
@@ -163,7 +163,8 @@ def _wish_and_interface(arguments: dict[str, Any]) -> tuple[Any, str | None]:
 
     interface = arguments["--interface"]
     if interface is not None:
-        wiring.check_interface_name(interface)
+        with about("--interface"):
+            wiring.check_interface_name(interface)
     return wiring.Wish.parse(arguments["<IP>"]), interface
 
 

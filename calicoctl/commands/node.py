@@ -53,7 +53,7 @@ from calicoctl.addresses import check_unicast, parse_address, parse_as_number
 from calicoctl.cli import parse, require_root
 from calicoctl.commands import bgp
 from calicoctl.datastore.client import DatastoreClient, check_hostname, hostname
-from calicoctl.errors import CalicoError, NotThere, StoreError
+from calicoctl.errors import CalicoError, NotThere, StoreError, about
 from calicoctl.felix import process
 from calicoctl.felix.local_etcd import LocalEtcd
 from calicoctl.felix.sysctls import HostSettings
@@ -78,7 +78,8 @@ def _start(arguments: dict[str, Any]) -> None:
     given = {
         version: _host_address(arguments[option], version, option) for version, option in ((4, "--ip"), (6, "--ip6"))
     }
-    as_num = None if arguments["--as"] is None else parse_as_number(arguments["--as"])
+    with about("--as"):
+        as_num = None if arguments["--as"] is None else parse_as_number(arguments["--as"])
     if arguments["--detach"] not in (None, "true", "false"):
         raise CalicoError(f"--detach={arguments['--detach']}: it must be true or false")
     in_background = arguments["--detach"] != "false"
@@ -162,7 +163,8 @@ def _stop(force: bool) -> None:
 def _remove(other: str | None, remove_endpoints: bool) -> None:
     host = hostname()
     if other is not None:
-        check_hostname(other)
+        with about("--hostname"):
+            check_hostname(other)
     this_one = other in (None, host)
     with ExitStack() as stack:
         if this_one:
@@ -245,14 +247,9 @@ def _host_address(text: str | None, version: int, option: str) -> str | None:
     """Return an option's address; raise CalicoError when it is none of that version that a host can have."""
     if text is None:
         return None
-    try:
+    with about(option):
         address = parse_address(text)
-    except CalicoError as error:
-        raise CalicoError(f"{option}: {error}") from None
-    if address.version != version:
-        raise CalicoError(f"{option}: {text} is not an IPv{version} address")
-    try:
+        if address.version != version:
+            raise CalicoError(f"{text} is not an IPv{version} address")
         check_unicast(address)
-    except CalicoError as error:
-        raise CalicoError(f"{option}: {error}") from None
     return str(address)
