@@ -169,7 +169,7 @@ def test_diags_where_little_can_be_had(bare_host: Host, tmp_path: Path) -> None:
         "PATH": str(tmp_path / "bin"),
         "TMPDIR": str(tmp_path),
     }
-    said = bare_host.ctl("diags", env=env)
+    said = bare_host.ctl("diags", f"--log-dir={tmp_path}", env=env)
     file = Path(said.out.split()[-1])
     with tarfile.open(file) as archive:
         texts = {member.name.rpartition("/")[2]: archive.extractfile(member).read().decode() for member in archive}
