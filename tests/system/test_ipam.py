@@ -112,6 +112,21 @@ def test_an_address_that_no_endpoint_has(host: Host) -> None:
     host.check_consistent()
 
 
+def test_an_address_beside_those_that_an_endpoint_has(host: Host) -> None:
+    """What a command that was cut has left: the endpoint keeps what is its own."""
+
+    def take_another(block: dict) -> None:
+        block["allocations"][5] = block["allocations"][1]
+
+    change_block(host, take_another)
+    handle = "namespace.-var-run-netns-a"
+    host.etcd.put(f"/calico/ipam/v2/handle/{handle}", {"id": handle, "block": {"192.168.0.0/26": 2}})
+    (found,) = check(host, "--fix", status=0)
+    assert found["subject"] == "192.168.0.5" and found["fixed"]
+    assert host.allocations().keys() == {"192.168.0.1", "192.168.0.2"}
+    host.check_consistent()
+
+
 def test_what_is_not_this_hosts_is_left_alone(host: Host) -> None:
     def elsewhere(block: dict) -> None:
         for number, (handle, facts) in enumerate(

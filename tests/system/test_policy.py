@@ -378,6 +378,7 @@ def test_what_trace_tells(net: AgentHost) -> None:
     assert "no rule of b matches" in net.ctl("profile", "trace", C4, b, "udp", "53", status=1).err
     endpoint = net.key("b").rpartition("/")[2]
     assert net.ctl("profile", "trace", A6, endpoint, "icmpv6").out.endswith("The packet passes.\n")
+    assert "stays within" in net.ctl("profile", "trace", b, B4, "icmp").out
     # beyond endpoints: the host, its services, and elsewhere
     net.etcd.put("/calico/v1/host/host1/config/DefaultEndpointToHostAction", "DROP")
     assert "is DROP" in net.ctl("profile", "trace", a, HOST[4], "tcp", "80", status=1).err
