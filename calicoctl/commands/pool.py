@@ -2,7 +2,7 @@
 
 Usage:
   calicoctl pool add <CIDRS>... [--ipip] [--nat-outgoing]
-  calicoctl pool remove <CIDRS>... [--force]
+  calicoctl pool remove <CIDRS>... [--force] [--ipip] [--nat-outgoing]
   calicoctl pool range add <START_IP> <END_IP> [--ipip] [--nat-outgoing]
   calicoctl pool show [--ipv4 | --ipv6] [--output=<FORMAT>]
 
@@ -18,7 +18,8 @@ Options:
   --output=<FORMAT>  json: an array of the pools as they stand in etcd; default: a table
 
 A pool that is there already gets the options given, and loses the others. Pools do not overlap. A range is added as the
-fewest CIDRs that make exactly it. Nothing is changed unless all that was given is in order.
+fewest CIDRs that make exactly it. Nothing is changed unless all that was given is in order. `remove` takes the options
+of `add`, too, and pays no attention to them.
 
 Examples:
   calicoctl pool add 10.1.0.0/16 --nat-outgoing
