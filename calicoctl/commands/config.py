@@ -64,6 +64,9 @@ FELIX = {
 NODE_FELIX = {
     "DefaultEndpointToHostAction": Setting("DefaultEndpointToHostAction", ("RETURN", "DROP", "ACCEPT"), "RETURN")
 }
+RESERVED = ("marker", "as_num", "node_mesh", "peer_v4", "peer_v6", "ip_addr_v4", "ip_addr_v6")
+"""What stands beside the settings in etcd, and other commands write."""
+
 BGP = {"loglevel": Setting("loglevel", ("none", "debug", "info"), "none")}
 
 
@@ -85,6 +88,8 @@ def run(argv: list[str]) -> None:
         setting = Setting(_checked_name(name))
     if value is not None and setting.values is not None and value not in setting.values and not force:
         raise CalicoError(f"'{value}' is no value for {name}: it must be one of {', '.join(setting.values)}")
+    if value is not None and not value.isprintable():
+        raise CalicoError(f"{value!a} is no value for {name}: it must be one line of text")
     datastore = DatastoreClient.from_environment()
     if felix:
         key = keys.host_config(datastore.host, setting.name) if of_node else keys.config(setting.name)
@@ -108,6 +113,8 @@ def run(argv: list[str]) -> None:
 
 def _checked_name(name: str) -> str:
     """Return a name that can be part of a key; raise CalicoError. etcd hides keys that begin with an underscore."""
+    if name in RESERVED:
+        raise CalicoError(f"'{name}' is no setting: other commands write it")
     if not re.fullmatch("[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", name, re.ASCII):
         raise CalicoError(f"'{name}' cannot be a setting: it must have up to 64 letters, digits, '_', '.' and '-'")
     return name

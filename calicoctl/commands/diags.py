@@ -29,9 +29,9 @@ from calicoctl.output import print_json, wants_json, with_progress
 def run(argv: list[str]) -> None:
     arguments = parse(str(__doc__), argv)
     as_json = wants_json(arguments)
-    log_dir = arguments["--log-dir"] or DEFAULT_LOG_DIR
-    if "\0" in log_dir:
-        raise CalicoError("--log-dir: it must be the path of a folder")
+    log_dir = DEFAULT_LOG_DIR if arguments["--log-dir"] is None else arguments["--log-dir"]
+    if not log_dir:
+        raise CalicoError("--log-dir: it must be a directory, and is empty")
     found = list(diagnostics.sources(log_dir).items())
     path = diagnostics.collect(with_progress(found, "collecting"))
     if as_json:

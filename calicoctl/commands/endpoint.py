@@ -89,8 +89,10 @@ def _matching(datastore: DatastoreClient, arguments: dict[str, Any], endpoint_id
 def _profile(arguments: dict[str, Any]) -> None:
     as_json = wants_json(arguments)
     names = profile_names(arguments)
-    datastore = DatastoreClient.from_environment()
     id = arguments["<ENDPOINT_ID>"]
+    if not id:  # as an unset variable of a script would be, and the beginning of every id
+        raise UsageError("Say which endpoint")
+    datastore = DatastoreClient.from_environment()
     found = _matching(datastore, arguments, id)
     found = [endpoint for endpoint in found if endpoint.id.endpoint == id] or found
     if not found:

@@ -169,6 +169,8 @@ def test_settings(host: Host) -> None:
     refused(host, "config", "felix", "loglevel", "loud", because="one of none, debug")
     refused(host, "config", "felix", "Colour", "red", because="--force")
     refused(host, "config", "felix", "a/b", "red", "--force", because="cannot be a setting")
+    refused(host, "config", "bgp", "peer_v4", "x", "--force", because="is no setting")
+    refused(host, "config", "felix", "LogFilePath", "a\nb", because="one line of text")
     host.ctl("config", "felix", "Colour", "red", "--force")
     assert json.loads(host.ctl("config", "felix", "Colour", "--force", "--output=json").out) == {
         "key": "/calico/v1/config/Colour",
@@ -214,6 +216,7 @@ def test_endpoints_of_all_hosts(host: Host) -> None:
     refused(host, "endpoint", "ffff", "profile", "append", "nope", because="does not exist")
     refused(host, "endpoint", "ffff", "profile", "remove", "web", because="not in the list")
     refused(host, "endpoint", "ffff", "profile", "append", because="Say which", status=2)
+    refused(host, "endpoint", "", "profile", "set", because="Say which endpoint", status=2)
     refused(host, "endpoint", "eeee", "profile", "show", because="eeee does not exist")
     refused(host, "endpoint", "ffff", "profile", "show", "--host=host1", because="does not exist")
     host.etcd.put(elsewhere.replace("ffffffff", "fffffff0"), {})
