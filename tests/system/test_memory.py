@@ -82,6 +82,9 @@ def test_no_command_needs_64_mib(full_store: Host, blue: str, workload: str) -> 
         ("container", "remove", blue),
         ("container", "remove", "workload"),
         ("pool", "show"),
+        ("endpoint", "show", "--detailed"),
+        ("ipam", "show"),
+        ("ipam", "info", "192.168.0.1"),
     ]
     peaks = {" ".join(command): peak(host, *command) for command in commands}
     assert {command: used for command, used in peaks.items() if used > LIMIT} == {}, json.dumps(peaks, indent=1)
