@@ -59,7 +59,7 @@ class Routes:
         indices = {link.index for link in links}
         for family in (socket.AF_INET, socket.AF_INET6):
             for route in self._netlink.get_routes(family=family, table=_TABLE_MAIN, proto=PROTOCOL):
-                if route["proto"] == PROTOCOL:
+                if route["proto"] == PROTOCOL and route.get_attr("RTA_DST") is not None:  # a default route is not ours
                     self._have[route.get_attr("RTA_OIF")].add(("route", route.get_attr("RTA_DST")))
             for entry in self._netlink.get_neighbours(family=family):
                 if entry["ifindex"] in indices and entry["state"] & _NUD_PERMANENT:
