@@ -100,6 +100,7 @@ class Namespace:
         from pyroute2.iproute.linux import IPRoute
 
         outcome: dict[str, Any] = {}
+        done = threading.Event()
 
         def body() -> None:
             try:
@@ -108,13 +109,14 @@ class Namespace:
                     outcome["result"] = work(netlink)
             except BaseException as error:
                 outcome["error"] = error
+            finally:
+                done.set()
 
-        thread = threading.Thread(target=body, name=f"namespace of {self.name}")
-        thread.start()
+        threading.Thread(target=body, name=f"namespace of {self.name}").start()
         try:
-            thread.join()
+            done.wait()  # a join that is interrupted takes the thread for ended (bugs.python.org/issue45274)
         except BaseException:
-            thread.join()  # interrupted: what the thread does must be over before it is undone
+            done.wait()  # what the thread does must be over before it is undone
             raise
         if "error" in outcome:
             raise outcome["error"]

@@ -1,0 +1,40 @@
+"""What no command can be made to show on demand: an interrupt while something is being done in a namespace."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from types import FrameType
+
+import pytest
+from pyroute2.iproute.linux import IPRoute
+
+from calicoctl.netns import Namespace
+
+
+class Interrupt(BaseException):
+    pass
+
+
+def test_an_interrupt_waits_for_what_is_being_done_in_the_namespace() -> None:
+    interrupted, returned, done = threading.Event(), threading.Event(), threading.Event()
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        interrupted.set()
+        raise Interrupt
+
+    def work(netlink: IPRoute) -> None:
+        os.kill(os.getpid(), signal.SIGUSR1)  # the process gets it, and the main thread handles it
+        assert interrupted.wait(10)
+        if not returned.wait(0.2):
+            done.set()
+
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    try:
+        with Namespace("/proc/self/ns/net", "this one") as namespace, pytest.raises(Interrupt):
+            namespace.run(work)
+        returned.set()
+        assert done.is_set()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
