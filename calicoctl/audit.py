@@ -155,16 +155,16 @@ def _unassigned(datastore: DatastoreClient, address: str, id: EndpointId) -> Fin
 
 
 def _tidy(datastore: DatastoreClient, orchestrator: str, workload: str, address: str) -> bool:
-    from calicoctl import wiring
+    from calicoctl import upkeep
 
-    wiring.tidy(datastore, Workload(orchestrator, workload, workload))
+    upkeep.tidy(datastore, Workload(orchestrator, workload, workload))
     return datastore.ipam.owner(parse_address(address)) is None
 
 
 def _restore(datastore: DatastoreClient, id: EndpointId, address: str) -> bool:
-    from calicoctl import wiring
+    from calicoctl import upkeep
 
-    return wiring.restore_address(datastore, id, address)
+    return upkeep.restore_address(datastore, id, address)
 
 
 def _recount(datastore: DatastoreClient, handle: str, blocks: list[str]) -> bool:

@@ -2,7 +2,10 @@
 
 The locks are files under /run/calico/<host name>/, held with flock(2), so a process that dies lets go. While a workload
 is connected, its lock file holds its name: that of a Docker container, by which it can be found when Docker has
-forgotten it, or the path of a namespace, which cannot be told from the workload's id.
+forgotten it, or the path of a namespace, which cannot be told from the workload's id; and, for the path of a process,
+when that process was started.
+
+While a change is under way, there is a second file, which tells of one that was cut.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import fcntl
 import hashlib
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from calicoctl.errors import CalicoError, Conflict
@@ -20,57 +24,91 @@ DIRECTORY = Path("/run/calico")
 PATIENCE = 30.0
 """Seconds to wait for a lock that somebody else holds."""
 
+_CUT = "unfinished."
+"""What the name of the second file begins with."""
+
 
 class WorkloadLock:
     """Held inside `with`. A file that remembers no name is removed on leaving."""
 
-    def __init__(self, host: str, orchestrator: str, workload: str) -> None:
+    def __init__(self, host: str, orchestrator: str, workload: str, wait: bool = True) -> None:
+        """Without `wait`, a lock that somebody else holds is not waited for."""
         self._directory = DIRECTORY / host
         name = f"{orchestrator}.{workload}"
         if len(os.fsencode(name)) > 200:
             name = f"{orchestrator}.{hashlib.sha256(os.fsencode(workload)).hexdigest()}"
-        self._path = self._directory / name
+        self.path = self._directory / name
+        self.mark = self._directory / f"{_CUT}{name}"
+        self._wait = wait
         self._fd = -1
+        self.was_cut = False
 
     def __enter__(self) -> WorkloadLock:
-        """Wait for the lock; raise Conflict after PATIENCE seconds."""
-        give_up = time.monotonic() + PATIENCE
+        """Wait for the lock; raise Conflict when somebody else keeps it.
+
+        `was_cut` tells then whether an earlier change of the workload was cut short.
+        """
+        give_up = time.monotonic() + (PATIENCE if self._wait else 0)
         try:
             self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             while not self._acquired():
                 if time.monotonic() > give_up:
                     raise Conflict(
-                        f"another command has been working on this workload for {PATIENCE:.0f} s ({self._path} is "
+                        f"another command has been working on this workload for {PATIENCE:.0f} s ({self.path} is "
                         "locked); try again when it is done"
                     )
                 time.sleep(0.02)  # flock(2) waits for ever or not at all
+            self.was_cut = self.mark.exists()
         except OSError as error:
-            raise CalicoError(f"cannot lock {self._path}: {error.strerror}") from None
+            raise CalicoError(f"cannot lock {self.path}: {error.strerror}") from None
         return self
 
     def __exit__(self, *_: object) -> None:
         if os.fstat(self._fd).st_size == 0:
-            self._path.unlink(missing_ok=True)
+            self.path.unlink(missing_ok=True)
         os.close(self._fd)
 
-    def remember(self, name: str) -> None:
-        """Keep the workload's name until it is forgotten."""
+    def remember(self, name: str, started: str | None = None) -> None:
+        """Keep the workload's name, and for that of a process when it was started, until it is forgotten."""
         os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, name.encode(), 0)
+        os.pwrite(self._fd, "\0".join([name, started] if started else [name]).encode(), 0)
 
     def name(self) -> str:
-        """Return what is remembered, or an empty text."""
-        return os.pread(self._fd, 2**16, 0).decode(errors="replace")
+        """Return the name that is remembered, or an empty text."""
+        return self._content()[0]
+
+    def started(self) -> str | None:
+        """Return when the process was started that the name is of, if that is remembered."""
+        return self._content()[2] or None
 
     def forget(self) -> None:
+        """Forget the workload's name: it has nothing any more."""
         os.ftruncate(self._fd, 0)
+        self.settled()
+
+    def begin(self) -> None:
+        """Note that a change is under way: should it be cut short, that can be told."""
+        os.close(os.open(self.mark, os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
+
+    def end(self) -> None:
+        """Note that the change is done or undone. What an earlier one has left may still be there."""
+        if not self.was_cut:
+            self.mark.unlink(missing_ok=True)
+
+    def settled(self) -> None:
+        """Note that nothing is left of any change that was cut short."""
+        self.mark.unlink(missing_ok=True)
+        self.was_cut = False
+
+    def _content(self) -> tuple[str, str, str]:
+        return os.pread(self._fd, 2**16, 0).decode(errors="replace").partition("\0")
 
     def _acquired(self) -> bool:
-        fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # the holder before us may have removed the file: then somebody else may hold a new one
-            if os.fstat(fd).st_ino == os.stat(self._path).st_ino:
+            if os.fstat(fd).st_ino == os.stat(self.path).st_ino:
                 self._fd = fd
                 return True
         except (BlockingIOError, FileNotFoundError):
@@ -87,3 +125,48 @@ def remembered(host: str, orchestrator: str, name: str) -> str | None:
         return next((file.name[len(prefix) :] for file in files if file.read_text() == name), None)
     except OSError:
         return None  # nobody but root may look there
+
+
+def exists(host: str, orchestrator: str, workload: str) -> bool:
+    """Tell whether there is a lock of a workload, whether somebody holds it or not, or a change that was cut short."""
+    lock = WorkloadLock(host, orchestrator, workload)
+    return lock.path.exists() or lock.mark.exists()
+
+
+def cut(host: str, orchestrator: str) -> list[str]:
+    """Return the ids of the workloads whose last change is under way, or was cut short."""
+    prefix = f"{_CUT}{orchestrator}."
+    ids = (_id(host, orchestrator, name[len(prefix) :]) for name in _names(host) if name.startswith(prefix))
+    return [id for id in ids if id]
+
+
+def names(host: str, orchestrator: str, known: Mapping[str, str]) -> dict[str, str]:
+    """Return the names that are remembered of workloads, by id. Of those that are `known`, no file is read."""
+    prefix = f"{orchestrator}."
+    found = {}
+    for name in _names(host):
+        if name.startswith(prefix):
+            id = _id(host, orchestrator, name[len(prefix) :])
+            found[id] = known.get(id) or _remembered_in(DIRECTORY / host / name)
+    return {id: name for id, name in found.items() if id and name}
+
+
+def _names(host: str) -> list[str]:
+    try:
+        return [file.name for file in (DIRECTORY / host).iterdir()]
+    except FileNotFoundError:
+        return []
+
+
+def _remembered_in(file: Path) -> str:
+    try:
+        return file.read_text(errors="replace").partition("\0")[0]
+    except OSError:
+        return ""
+
+
+def _id(host: str, orchestrator: str, name: str) -> str:
+    """Return the id of the workload that part of a file's name stands for; a long one's is the hash of its path."""
+    if orchestrator == "namespace" and not name.startswith("-"):
+        return _remembered_in(DIRECTORY / host / f"{orchestrator}.{name}").replace("/", "-")
+    return name

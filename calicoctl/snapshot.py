@@ -22,6 +22,8 @@ from calicoctl.policy import readable
 
 INACTIVE = "it is inactive"
 
+GRACE_TIME = 60
+
 HOST_ACTIONS = ("RETURN", "DROP", "ACCEPT")
 
 _INTERFACE = re.compile(r"cali[A-Za-z0-9_.-]{1,11}", re.ASCII)
@@ -82,6 +84,8 @@ class Snapshot:
         self.pools: dict[str, Pool] = {}
         self.host_action = "RETURN"
         self.log_level = "info"
+        self.grace_time = GRACE_TIME
+        """Seconds for which to keep what belongs to a workload that is away or could not be asked about."""
         self.ipv6_address: str | None = None
         self.problems: dict[str, str] = {}
         self.dirty = Dirty(pools=True, settings=True)
@@ -115,6 +119,14 @@ class Snapshot:
     def owner(self, thing: str) -> LocalEndpoint | None:
         """Return the endpoint of this host that an interface, or an address, belongs to."""
         return self._owners.get(thing)
+
+    def addresses_listed(self) -> dict[tuple[str, str], int]:
+        """Return how many addresses the endpoints of all hosts list, by orchestrator and workload."""
+        counts: dict[tuple[str, str], int] = {}
+        for id, endpoint in self.endpoints.items():
+            key = (id.orchestrator, id.workload)
+            counts[key] = counts.get(key, 0) + len(endpoint.nets)
+        return counts
 
     def is_readable(self, profile: str) -> bool:
         """Tell whether a profile exists and its rules can be read."""
@@ -151,7 +163,12 @@ class Snapshot:
             return self._set_profile if keys.parse_profile(key) is not None else None
         if key.startswith((keys.pools(4) + "/", keys.pools(6) + "/")):
             return self._set_pool
-        settings = (keys.READY, keys.config("LogSeverityScreen"), keys.bgp_host_address(self.host, 6))
+        settings = (
+            keys.READY,
+            keys.config("LogSeverityScreen"),
+            keys.config("GraceTime"),
+            keys.bgp_host_address(self.host, 6),
+        )
         return self._set_setting if key in settings else None
 
     def _set_endpoint(self, key: str, entry: Entry | None) -> None:
@@ -203,6 +220,11 @@ class Snapshot:
             self.ready = value == "true"
         elif key == keys.config("LogSeverityScreen"):
             self.log_level = (value or "info").lower()
+        elif key == keys.config("GraceTime"):
+            self.grace_time = GRACE_TIME
+            if value and not re.fullmatch("[0-9]{1,9}", value, re.ASCII):
+                raise CalicoError(f"'{value}' is no number of seconds; {GRACE_TIME} is used")
+            self.grace_time = int(value or GRACE_TIME)
         elif key == keys.bgp_host_address(self.host, 6):
             self.ipv6_address = None
             if value:

@@ -8,7 +8,8 @@ each leaves behind, lets the next command for the same workload find all of it:
 * the veth pair's host end is brought up last of what is done in the kernel: while it is down, the pair is half made;
 * the record is written last, and on the way back removed before the addresses it lists are given back.
 
-Whoever changes a workload holds its lock from before the first look to the end. Used by the container command.
+Whoever changes a workload holds its lock from before the first look to the end. Used by the container command, and by
+upkeep.py.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from calicoctl.datastore.keys import EndpointId
 from calicoctl.datastore.model import Endpoint, Pool
 from calicoctl.errors import AddressTaken, CalicoError, NotThere
 from calicoctl.locks import WorkloadLock
-from calicoctl.workload import DOCKER, Workload, endpoints_of, not_connected, refuse_other_path
+from calicoctl.workload import Workload, endpoints_of, not_connected, process_started, refuse_other_path
 
 if TYPE_CHECKING:
     from netaddr import IPAddress
@@ -127,18 +128,20 @@ def connect(datastore: DatastoreClient, workload: Workload, wish: Wish, interfac
     `interface` is the name in the workload; None stands for what it was before, else for the default. Raises
     CalicoError, and then nothing has changed.
     """
-    with _Scene.enter(datastore, workload) as scene:
+    with Scene.enter(datastore, workload) as scene:
         if scene.record is None:
             made = _wire(scene, wish, interface or DEFAULT_INTERFACE)
         elif scene.plugged() is None:
-            made = _rewire(scene, scene.record, wish, interface)
+            again = rewire(scene, scene.record, wish, interface)
+            assert again is not None, "an address was wished for"
+            made = again
         else:
             scene.remember()
             raise CalicoError(f"{workload.name} has already been configured with Calico Networking.")
     return made
 
 
-def _wire(scene: _Scene, wish: Wish, interface: str) -> Connection:
+def _wire(scene: Scene, wish: Wish, interface: str) -> Connection:
     """Connect a workload that has no record, taking over, or clearing away, what a cut command has left of one."""
     datastore, workload, version = scene.datastore, scene.workload, wish.version
     next_hop = datastore.next_hop(version)
@@ -149,13 +152,13 @@ def _wire(scene: _Scene, wish: Wish, interface: str) -> Connection:
     scene.refuse_default_route(version)
     scene.refuse_interface(interface)
 
-    with _undoing(workload) as undo:
+    with _undoing(scene) as undo:
         undo(scene.lock.forget)
         scene.remember()
         undo(datastore.ipam.release_by_handle, workload.handle)
         address, id = _adopt(scene, wish, interface)
         if address is None:
-            address = _take(datastore, _owner(workload, id, interface), wish, pools, next_hop)
+            address = _take(datastore, owner_of(workload, id, interface), wish, pools, next_hop)
 
         mac = _plug(scene, id.interface, interface, [host_net(address)], {version: next_hop}, None, undo)
 
@@ -164,14 +167,19 @@ def _wire(scene: _Scene, wish: Wish, interface: str) -> Connection:
         endpoint.set_gateway(version, next_hop)
         undo(datastore.remove_endpoint, id)
         datastore.create_endpoint(endpoint)
+        scene.lock.settled()  # and nothing is left of what was cut before
     return Connection(id, address, interface, mac)
 
 
-def _rewire(scene: _Scene, record: Endpoint, wish: Wish, interface: str | None) -> Connection:
-    """Give a workload with a record its interface back: same addresses, MAC, name and profiles."""
+def rewire(scene: Scene, record: Endpoint, wish: Wish | None = None, interface: str | None = None) -> Connection | None:
+    """Give a workload with a record its interface back: same addresses, MAC, name and profiles.
+
+    Without a `wish`, it stays without an address where it has none; nothing is returned then. Raises CalicoError, and
+    then nothing has changed.
+    """
     datastore, workload = scene.datastore, scene.workload
     addresses = [parse_address(address) for address in record.addresses]
-    address = next((address for address in addresses if wish.fits(address)), None)
+    address = next((address for address in addresses if wish is None or wish.fits(address)), None)
     if address is None and addresses:
         raise CalicoError(
             f"{workload.name} has lost its interface, and its address is {', '.join(record.addresses)}. Run "
@@ -183,9 +191,11 @@ def _rewire(scene: _Scene, record: Endpoint, wish: Wish, interface: str | None) 
     if before is not None and interface not in (None, before):
         raise CalicoError(f"{workload.name} is to be wired again with its interface {before}, not {interface}.")
     interface = before or interface or DEFAULT_INTERFACE
-    versions = {version_of(net) for net in record.nets} or {wish.version}
+    versions = {version_of(net) for net in record.nets}
+    if wish is not None and not addresses:
+        versions = {wish.version}
     next_hops = {version: datastore.next_hop(version) for version in versions}
-    pools = [] if addresses else wish.pools(datastore)
+    pools = wish.pools(datastore) if wish is not None and not addresses else []
     if netns.delete_interface(record.id.interface):
         scene.look_again()
     for version in next_hops:
@@ -193,31 +203,32 @@ def _rewire(scene: _Scene, record: Endpoint, wish: Wish, interface: str | None) 
     scene.refuse_other_endpoint()
     scene.refuse_interface(interface)
 
-    with _undoing(workload) as undo:
+    with _undoing(scene) as undo:
         scene.remember()
         nets = list(record.nets)
-        if address is None:
+        if address is None and wish is not None:
             # its last address was taken away before it lost its interface
             undo(_release_unlisted, datastore, workload, record)
-            owner = _owner(workload, record.id, interface)
+            owner = owner_of(workload, record.id, interface)
             address = _take(datastore, owner, wish, pools, next_hops[wish.version])
             nets.append(host_net(address))
         for own in addresses:
             if own not in scene.held:
-                _regain(scene, own, _owner(workload, record.id, interface), undo)
+                _regain(scene, own, owner_of(workload, record.id, interface), undo)
         mac = _plug(scene, record.id.interface, interface, nets, next_hops, record.mac, undo)
 
         def bring_up_to_date(endpoint: Endpoint) -> bool:
             old = endpoint.to_dict()
             endpoint.state, endpoint.name, endpoint.mac = "active", record.id.interface, mac
+            endpoint.inactive_since = None
             for version, next_hop in next_hops.items():
                 endpoint.set_gateway(version, next_hop)
-            if not endpoint.nets:
-                endpoint.nets_of(wish.version).extend(nets)
+            if not endpoint.nets and address is not None:
+                endpoint.nets_of(address.version).extend(nets)
             return endpoint.to_dict() != old
 
         datastore.modify_endpoint(record.id, bring_up_to_date)
-    return Connection(record.id, address, interface, mac)
+    return None if address is None else Connection(record.id, address, interface, mac)
 
 
 def disconnect(datastore: DatastoreClient, workload: Workload) -> None:
@@ -228,12 +239,13 @@ def disconnect(datastore: DatastoreClient, workload: Workload) -> None:
     with WorkloadLock(datastore.host, workload.orchestrator, workload.id) as lock:
         records = endpoints_of(datastore, workload)
         held = datastore.ipam.held_by(workload.handle)
-        refuse_other_path(workload, lock.name(), *_paths_of(held or {}))
+        refuse_other_path(workload, lock.name(), *paths_of(held or {}))
         if not records and held is None:
             datastore.prune_workload(workload.orchestrator, workload.id)
             lock.forget()
             raise NotThere(f"{workload.name} is not connected to Calico.")
-        for name in {record.id.interface for record in records} | _interfaces_of(held or {}):
+        lock.begin()
+        for name in {record.id.interface for record in records} | interfaces_of(held or {}):
             netns.delete_interface(name)
         for record in records:
             # an old tool's addresses have no handle: once the record is gone, nothing would tell whose they are
@@ -244,56 +256,13 @@ def disconnect(datastore: DatastoreClient, workload: Workload) -> None:
         lock.forget()
 
 
-def tidy(datastore: DatastoreClient, workload: Workload) -> list[IPAddress]:
-    """Give back what a cut command has left of a workload: addresses, and half-made pairs, that no record lists.
-
-    Returns the addresses. Looks at all of it under the workload's lock, so it never disturbs a command under way.
-    """
-    with WorkloadLock(datastore.host, workload.orchestrator, workload.id) as lock:
-        records = endpoints_of(datastore, workload)
-        listed = {address for record in records for address in record.addresses}
-        held = datastore.ipam.held_by(workload.handle) or {}
-        left = {address: owner for address, owner in held.items() if str(address) not in listed}
-        for name in _interfaces_of(left) - {record.id.interface for record in records}:
-            netns.delete_interface(name)
-        datastore.ipam.release(left, {workload.handle})
-        if not records:
-            datastore.prune_workload(workload.orchestrator, workload.id)
-            lock.forget()
-    return sorted(left)
-
-
-def restore_address(datastore: DatastoreClient, id: EndpointId, address: str) -> bool:
-    """Take an address that an endpoint of this host lists, and nobody holds, for it; tell whether that was done.
-
-    Looks at it again under the workload's lock.
-    """
-    from calicoctl.datastore.ipam import Owner
-
-    with WorkloadLock(datastore.host, id.orchestrator, id.workload) as lock:
-        workload = Workload(id.orchestrator, id.workload, id.workload, path=lock.name() or None)
-        listed = [a for record in endpoints_of(datastore, workload) if record.id == id for a in record.addresses]
-        if address not in listed:
-            return False
-        owners = (datastore.ipam.held_by(workload.handle) or {}).values()
-        if id.orchestrator == DOCKER and id.workload.startswith("-"):
-            owner = Owner(None, {})  # an old tool's namespace, whose addresses have no handle
-        else:
-            owner = next(iter(owners), _owner(workload, id, DEFAULT_INTERFACE))
-        try:
-            datastore.ipam.assign(parse_address(address), owner)
-        except AddressTaken:
-            return False
-    return True
-
-
 def add_address(datastore: DatastoreClient, workload: Workload, wish: Wish, interface: str | None) -> IPAddress:
     """Give a connected workload one more address; return it. Raises CalicoError, and then nothing has changed.
 
     The first address of an IP version brings that version's next hop and default route along. An address that the
     workload has already is set up in the kernel again, should it be missing there.
     """
-    with _Scene.enter(datastore, workload) as scene:
+    with Scene.enter(datastore, workload) as scene:
         record, plugged = scene.connected(interface)
         version = wish.version
         next_hop = datastore.next_hop(version)
@@ -307,8 +276,8 @@ def add_address(datastore: DatastoreClient, workload: Workload, wish: Wish, inte
         if next_hops:
             scene.refuse_default_route(version, but_through=plugged)
 
-        with _undoing(workload) as undo:
-            owner = _owner(workload, record.id, plugged)
+        with _undoing(scene) as undo:
+            owner = owner_of(workload, record.id, plugged)
             left = [a for a in scene.held if host_net(a) not in record.nets and wish.fits(a)]
             undo(_release_unlisted, datastore, workload, record)
             address = left[0] if left else _take(datastore, owner, wish, pools, next_hop)
@@ -341,7 +310,7 @@ def remove_address(datastore: DatastoreClient, workload: Workload, wish: Wish, i
     address = wish.address
     if address is None:
         raise CalicoError("say which IP address to remove: 'ipv4', 'ipv6' and a CIDR name none")
-    with _Scene.enter(datastore, workload, must_run=False) as scene:
+    with Scene.enter(datastore, workload, must_run=False) as scene:
         record = scene.only_record()
         net = host_net(address)
         if net not in record.nets and address not in scene.held:
@@ -351,6 +320,7 @@ def remove_address(datastore: DatastoreClient, workload: Workload, wish: Wish, i
             scene.refuse_other_interface(plugged, interface)
         others = [other for other in record.nets_of(wish.version) if other != net]
 
+        scene.lock.begin()
         if address not in scene.held:
             # an old tool's, without a handle: only the record tells whose it is, so it is given back before
             datastore.ipam.release([address], {None})
@@ -358,6 +328,7 @@ def remove_address(datastore: DatastoreClient, workload: Workload, wish: Wish, i
         if plugged is not None:
             scene.namespace.unconfigure(plugged, [net], [] if others else [wish.version])
         datastore.ipam.release([address], {workload.handle})
+        scene.lock.end()
     return address
 
 
@@ -376,7 +347,7 @@ def _without(net: str) -> Callable[[Endpoint], bool]:
     return change
 
 
-class _Scene:
+class Scene:
     """A workload under its lock, with its namespace open, and what store and kernel know of it at the start.
 
     `held` are the addresses its handle holds; `record` is its endpoint, None where it has none.
@@ -401,12 +372,12 @@ class _Scene:
             )
         self.record = records[0] if records else None
         self.held = datastore.ipam.held_by(workload.handle) or {}
-        refuse_other_path(workload, lock.name(), *_paths_of(self.held))
+        refuse_other_path(workload, lock.name(), *paths_of(self.held))
         self.look_again()
 
     @classmethod
     @contextmanager
-    def enter(cls, datastore: DatastoreClient, workload: Workload, must_run: bool = True) -> Iterator[_Scene]:
+    def enter(cls, datastore: DatastoreClient, workload: Workload, must_run: bool = True) -> Iterator[Scene]:
         """Lock the workload, open its namespace and look around. Without `must_run`, it may have no namespace."""
         with ExitStack() as stack:
             lock = stack.enter_context(WorkloadLock(datastore.host, workload.orchestrator, workload.id))
@@ -429,10 +400,13 @@ class _Scene:
         """Read the namespace's interfaces and routes."""
         self._inspection = netns.Inspection() if self._namespace is None else self._namespace.inspect()
 
-    def plugged(self) -> str | None:
-        """Return the name of the workload's Calico interface, or None while it has none that is complete."""
+    def plugged(self, also_down: bool = False) -> str | None:
+        """Return the name of the workload's Calico interface, or None while it has none that is complete.
+
+        With `also_down`, also one whose host end is down.
+        """
         host_end = netns.find_interface(self.record.id.interface) if self.record is not None else None
-        if host_end is None or not host_end.up:
+        if host_end is None or not (host_end.up or also_down):
             return None
         for interface in self._inspection.interfaces.values():
             if (interface.index, interface.peer_index) == (host_end.peer_index, host_end.index):
@@ -458,13 +432,14 @@ class _Scene:
 
     def remove_half_made(self) -> None:
         """Delete veth pairs that a cut command has made for this workload."""
-        for name in _interfaces_of(self.held):
+        for name in interfaces_of(self.held):
             if netns.delete_interface(name):
                 self.look_again()
 
     def remember(self) -> None:
         """Keep the workload's name beside its lock while it is connected."""
-        self.lock.remember(self.workload.docker_name or self.workload.path or "")
+        path = self.workload.path or ""
+        self.lock.remember(self.workload.docker_name or path, process_started(path))
 
     def refuse_other_endpoint(self) -> None:
         """Raise CalicoError when the namespace is connected already, as another workload: by another path, say."""
@@ -496,7 +471,7 @@ class _Scene:
 
 
 @contextmanager
-def _undoing(workload: Workload) -> Iterator[Callable[..., object]]:
+def _undoing(scene: Scene) -> Iterator[Callable[..., object]]:
     """Give a function that remembers an undo; run them all, last first, when what is inside `with` fails.
 
     Each undo is one that does no harm where its step was not done. An undo that fails does not keep the others from
@@ -510,6 +485,7 @@ def _undoing(workload: Workload) -> Iterator[Callable[..., object]]:
         except CalicoError as error:
             failures.append(str(error))
 
+    scene.lock.begin()
     try:
         with ExitStack() as stack:
             yield lambda function, *arguments: stack.callback(attempt, function, *arguments)
@@ -518,13 +494,18 @@ def _undoing(workload: Workload) -> Iterator[Callable[..., object]]:
         if failures:
             raise CalicoError(
                 f"{error} Not all of it could be undone ({'; '.join(failures)}): run 'calicoctl container remove "
-                f"{workload.name}' when that works again."
+                f"{scene.workload.name}' when that works again."
             ) from error
         raise
+    finally:
+        if failures:
+            scene.lock.begin()  # where it has been forgotten
+        else:
+            scene.lock.end()
 
 
 def _plug(
-    scene: _Scene,
+    scene: Scene,
     name: str,
     interface: str,
     nets: list[str],
@@ -542,7 +523,7 @@ def _plug(
     return mac
 
 
-def _adopt(scene: _Scene, wish: Wish, interface: str) -> tuple[IPAddress | None, EndpointId]:
+def _adopt(scene: Scene, wish: Wish, interface: str) -> tuple[IPAddress | None, EndpointId]:
     """Find an address that a cut command has taken, and give all others back; return it with its endpoint's id.
 
     Without one that fits, the address is None and the id a new one.
@@ -551,7 +532,7 @@ def _adopt(scene: _Scene, wish: Wish, interface: str) -> tuple[IPAddress | None,
     kept, kept_id = None, EndpointId(scene.datastore.host, workload.orchestrator, workload.id, uuid.uuid1().hex)
     for address, owner in scene.held.items():
         id = EndpointId(scene.datastore.host, workload.orchestrator, workload.id, _endpoint_of(owner) or "")
-        if kept is None and id.endpoint and wish.fits(address) and owner == _owner(workload, id, interface):
+        if kept is None and id.endpoint and wish.fits(address) and owner == owner_of(workload, id, interface):
             kept, kept_id = address, id
         else:
             scene.datastore.ipam.release([address], {workload.handle})
@@ -579,7 +560,7 @@ def _release_unlisted(datastore: DatastoreClient, workload: Workload, record: En
     datastore.ipam.release([a for a in held if host_net(a) not in record.nets], {workload.handle})
 
 
-def _regain(scene: _Scene, address: IPAddress, owner: Owner, undo: Callable[..., object]) -> None:
+def _regain(scene: Scene, address: IPAddress, owner: Owner, undo: Callable[..., object]) -> None:
     """Make sure that an address of a record belongs to its workload; one without a handle (an old tool's) does."""
     ipam = scene.datastore.ipam
     holder = ipam.owner(address)
@@ -600,7 +581,7 @@ def _told(owner: Owner | None) -> str:
     return f" ({name} on host {facts.get('host')})" if name else ""
 
 
-def _owner(workload: Workload, id: EndpointId, interface: str) -> Owner:
+def owner_of(workload: Workload, id: EndpointId, interface: str) -> Owner:
     """Return what is written beside an address: enough to tell its owner, and to wire the workload again."""
     from calicoctl.datastore.ipam import Owner
 
@@ -623,13 +604,13 @@ def _endpoint_of(owner: Owner) -> str | None:
     return id if isinstance(id, str) and len(id) == 32 and set(id) <= set("0123456789abcdef") else None
 
 
-def _interfaces_of(held: dict[IPAddress, Owner]) -> set[str]:
+def interfaces_of(held: dict[IPAddress, Owner]) -> set[str]:
     """Return the host ends of the veth pairs of the endpoints that hold these addresses."""
     ids = {_endpoint_of(owner) for owner in held.values()} - {None}
     return {EndpointId("", "", "", str(id)).interface for id in ids}
 
 
-def _paths_of(held: dict[IPAddress, Owner]) -> list[object]:
+def paths_of(held: dict[IPAddress, Owner]) -> list[object]:
     """Return the namespace paths beside these addresses."""
     return [owner.secondary.get("namespace") for owner in held.values()]
 

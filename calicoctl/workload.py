@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Callable
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from calicoctl import locks
 from calicoctl.addresses import parse_address
-from calicoctl.errors import CalicoError, DockerUnavailable, NoSuchContainer, NotThere
+from calicoctl.errors import CalicoError, DockerUnavailable, NamespaceError, NoSuchContainer, NotThere
 
 if TYPE_CHECKING:
     from calicoctl.datastore.client import DatastoreClient
@@ -59,6 +63,67 @@ class Workload:
                 f"{self.name} cannot be connected: it shares the network of container {owner}. Connect that one."
             )
         return f"/proc/{self.pid}/ns/net"
+
+
+class Standing(Enum):
+    """What has become of a workload."""
+
+    RUNS = "runs"
+    STOPPED = "has stopped"
+    AWAY = "is away"
+    """The name of its namespace leads nowhere at the moment, and may come back."""
+    GONE = "is gone"
+
+
+def look_up(orchestrator: str, id: str, path: str, started: str | None) -> tuple[Standing, Workload]:
+    """Return what has become of a workload of this host.
+
+    For a namespace, `path` is its path, and `started` when the process was started that the path is of, where that is
+    known. Raises DockerUnavailable, or NamespaceError, where that could not be asked.
+    """
+    if orchestrator == DOCKER:
+        try:
+            workload = find(id)
+        except NoSuchContainer:
+            return Standing.GONE, Workload(DOCKER, id, id)
+        return (Standing.STOPPED if workload.pid is None else Standing.RUNS), workload
+    workload = Workload(NAMESPACE, id, path, path=path)
+    if namespace_at(path) is not None and started == process_started(path):
+        return Standing.RUNS, workload
+    return (Standing.GONE if is_of_process(path) else Standing.AWAY), workload
+
+
+def namespace_at(path: str) -> tuple[int, int] | None:
+    """Return what tells the network namespace at a path from others; None where there is none.
+
+    Raises NamespaceError where that cannot be told.
+    """
+    try:
+        here, there = os.stat("/proc/self/ns/net"), os.stat(path)
+    except (FileNotFoundError, NotADirectoryError, ProcessLookupError):
+        return None
+    except (OSError, ValueError) as error:
+        raise NamespaceError(f"{path} cannot be looked at: {error}") from None
+    return (there.st_dev, there.st_ino) if there.st_dev == here.st_dev else None
+
+
+def is_of_process(path: str) -> bool:
+    """Tell whether a namespace's path is that of a process, and may be another process's some day."""
+    return re.match("/proc/[0-9]+/", path) is not None
+
+
+def process_started(path: str) -> str | None:
+    """Return when the process was started that a path is of, in clock ticks since boot; None for no process's path.
+
+    Source: the 22nd field of /proc/PID/stat, proc(5).
+    """
+    if not is_of_process(path):
+        return None
+    try:
+        text = Path(*Path(path).parts[:3], "stat").read_text(errors="replace")
+        return text.rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return None
 
 
 def find(name: str) -> Workload:
@@ -166,21 +231,28 @@ def _name_of(id: str) -> str:
 
 def _inspect(name: str) -> dict[str, Any]:
     """Ask the Docker Engine about a container; raise NoSuchContainer, or DockerUnavailable."""
-    return _ask(f"about {name}", lambda docker: docker.inspect_container(name))  # type: ignore[no-any-return]
+    with docker_engine(f"about {name}") as docker:
+        return docker.inspect_container(name)  # type: ignore[no-any-return]
 
 
 def docker_info() -> dict[str, Any]:
     """Return what the Docker Engine says of itself; raise DockerUnavailable."""
-    return _ask("about itself", lambda docker: docker.info())  # type: ignore[no-any-return]
+    with docker_engine("about itself") as docker:
+        return docker.info()  # type: ignore[no-any-return]
 
 
 def docker_containers() -> list[dict[str, Any]]:
     """Return what the Docker Engine lists of its containers, running or not; raise DockerUnavailable."""
-    return _ask("for its containers", lambda docker: docker.containers(all=True))  # type: ignore[no-any-return]
+    with docker_engine("for its containers") as docker:
+        return docker.containers(all=True)  # type: ignore[no-any-return]
 
 
-def _ask(what: str, ask: Callable[[Any], Any]) -> Any:
-    """Ask the Docker Engine, found as its own tools find it."""
+@contextmanager
+def docker_engine(what: str) -> Iterator[Any]:
+    """Give a client of the Docker Engine, found as its own tools find it, to ask it `what`.
+
+    What it answers with instead becomes NoSuchContainer, or DockerUnavailable.
+    """
     from docker.api.client import APIClient
     from docker.errors import APIError, DockerException, NotFound
     from docker.utils import kwargs_from_env
@@ -188,7 +260,7 @@ def _ask(what: str, ask: Callable[[Any], Any]) -> Any:
 
     try:
         with APIClient(timeout=DOCKER_TIMEOUT, **kwargs_from_env()) as docker:
-            return ask(docker)
+            yield docker
     except NotFound:
         raise NoSuchContainer(f"No such container: {what.partition(' ')[2]}") from None
     except APIError as error:

@@ -15,6 +15,8 @@ Options:
 
   felix               loglevel                     none, debug, info, warning, error, critical; default: info
                       LogSeverityScreen            the same setting under the name that it has in etcd
+                      GraceTime                    seconds, 0 to 86400, for which the agents keep what belongs to a
+                                                   workload that is away or could not be asked about; default: 60
                       LogSeverityFile, LogFilePath, InterfacePrefix, IpInIpEnabled
                                                    for agents of 2015; ours does not ask them
   node felix          DefaultEndpointToHostAction  RETURN, DROP, ACCEPT: what becomes of packets from a container to
@@ -38,7 +40,7 @@ from dataclasses import dataclass
 from calicoctl.cli import parse
 from calicoctl.datastore import keys
 from calicoctl.datastore.client import DEFAULT_CONFIG, DatastoreClient
-from calicoctl.errors import CalicoError, NotThere, printable
+from calicoctl.errors import CalicoError, NotThere, about, printable
 from calicoctl.output import print_json, wants_json
 
 LEVELS = ("none", "debug", "info", "warning", "error", "critical")
@@ -46,11 +48,26 @@ LEVELS = ("none", "debug", "info", "warning", "error", "critical")
 
 @dataclass(frozen=True)
 class Setting:
-    """A setting's name in etcd, its values, None for any text, and what holds where it is not set."""
+    """A setting's name in etcd, its values, None for any text, and what holds where it is not set.
+
+    One with a `largest` is a whole number from 0 to that.
+    """
 
     name: str
     values: tuple[str, ...] | None = None
     default: str | None = None
+    largest: int | None = None
+
+    def check(self, value: str) -> None:
+        """Raise CalicoError for a value that is not allowed."""
+        allowed = None
+        if self.largest is not None:
+            if not re.fullmatch("[0-9]{1,9}", value, re.ASCII) or int(value) > self.largest:
+                allowed = f"a whole number from 0 to {self.largest}"
+        elif self.values is not None and value not in self.values:
+            allowed = f"one of {', '.join(self.values)}"
+        if allowed is not None:
+            raise CalicoError(f"it must be {allowed}")
 
 
 FELIX = {
@@ -59,6 +76,7 @@ FELIX = {
     "LogSeverityFile": Setting("LogSeverityFile", LEVELS, DEFAULT_CONFIG["LogSeverityFile"]),
     "LogFilePath": Setting("LogFilePath", None, DEFAULT_CONFIG["LogFilePath"]),
     "InterfacePrefix": Setting("InterfacePrefix", ("cali",), DEFAULT_CONFIG["InterfacePrefix"]),
+    "GraceTime": Setting("GraceTime", None, "60", largest=86400),
     "IpInIpEnabled": Setting("IpInIpEnabled", ("true", "false"), DEFAULT_CONFIG["IpInIpEnabled"]),
 }
 NODE_FELIX = {
@@ -86,8 +104,9 @@ def run(argv: list[str]) -> None:
         if not force:
             raise CalicoError(f"'{name}' is none of the settings {', '.join(settings)}; --force takes any name")
         setting = Setting(_checked_name(name))
-    if value is not None and setting.values is not None and value not in setting.values and not force:
-        raise CalicoError(f"'{value}' is no value for {name}: it must be one of {', '.join(setting.values)}")
+    if value is not None and not force:
+        with about(f"'{value}' is no value for {name}"):
+            setting.check(value)
     if value is not None and not value.isprintable():
         raise CalicoError(f"{value!a} is no value for {name}: it must be one line of text")
     datastore = DatastoreClient.from_environment()

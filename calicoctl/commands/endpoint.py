@@ -126,7 +126,7 @@ def show_endpoints(endpoints: Sequence[Endpoint], as_json: bool) -> None:
             "\n".join(endpoint.nets),
             endpoint.mac,
             "\n".join(endpoint.profile_ids),
-            endpoint.state,
+            f"{endpoint.state} since {endpoint.inactive_since}" if endpoint.inactive_since else endpoint.state,
         ]
         for endpoint in endpoints
     ]

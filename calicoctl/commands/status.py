@@ -6,7 +6,9 @@ Usage:
 Options:
   --output=<FORMAT>  json: an object with all that the agent reports
 
-The agent tells: since when it runs, whether etcd can be reached, how many endpoints are up, down, or in error, which
+The agent tells: since when it runs, whether etcd can be reached, how many endpoints are up, down, or in error, how
+many containers and namespaces it has given their interface back since, how many that are no more it has forgotten or
+cleared leftovers of, which endpoints
 are in trouble and why, which keys of etcd cannot be understood, and what went wrong last. The exit status is 0 when the
 agent is running, and 1 when it is not; what it said last is shown then.
 
@@ -52,6 +54,9 @@ def _lines(report: dict[str, Any], running: bool) -> list[str]:
         f"Endpoints:  {counts['up']} up, {counts['down']} down, {counts['error']} in error"
         + ("" if report["first_update"] else " (not looked at yet)"),
     ]
+    lines.append(
+        f"Workloads:  {report.get('healed', 0)} given their interface back, {report.get('collected', 0)} cleared away"
+    )
     if report["waiting_for"]:
         lines.append(f"Waiting:    for {report['waiting_for']}")
     for trouble in report["endpoints_in_trouble"]:

@@ -198,6 +198,10 @@ class Ipam:
                 return {}
         return held or None
 
+    def knows(self, handle: str) -> bool:
+        """Tell whether there is such a handle."""
+        return self._store.get(keys.ipam_handle(handle)) is not None
+
     def handles(self) -> list[str]:
         """Return all handles, of all hosts."""
         return self._store.names(keys.ipam_handles())
@@ -205,6 +209,16 @@ class Ipam:
     def handle_counts(self) -> dict[str, dict[str, int]]:
         """Return what all handles say they hold: how many addresses, by block. Raises InvalidValue."""
         return {keys.last(entry.key): _handle_counts(entry) for entry in self._store.tree(keys.ipam_handles())}
+
+    def handle_totals(self) -> dict[str, int | None]:
+        """Return how many addresses all handles say they hold; None for one that cannot be read."""
+        totals: dict[str, int | None] = {}
+        for entry in self._store.tree(keys.ipam_handles()):
+            try:
+                totals[keys.last(entry.key)] = sum(_handle_counts(entry).values())
+            except InvalidValue:
+                totals[keys.last(entry.key)] = None
+        return totals
 
     def recount(self, handle: str, blocks: Iterable[str]) -> None:
         """Make a handle's counts equal to what is held: in the blocks it names, and in these (their CIDRs)."""

@@ -67,7 +67,8 @@ class Endpoint:
     """One interface of a workload, as the agents of all hosts see it.
 
     `name` is the host's end of the veth pair; nets are `address/32` or `address/128`; gateways are the host's
-    addresses, the workload's next hops. `profile_ids` is in order of evaluation.
+    addresses, the workload's next hops. `profile_ids` is in order of evaluation. `inactive_since` is when the workload
+    was found not to run (ISO 8601, UTC); an old tool may have dropped it.
     """
 
     id: EndpointId
@@ -79,6 +80,7 @@ class Endpoint:
     ipv6_nets: list[str] = field(default_factory=list)
     ipv4_gateway: str | None = None
     ipv6_gateway: str | None = None
+    inactive_since: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -108,6 +110,8 @@ class Endpoint:
             raise InvalidValue(key, f'"mac" is {_excerpt(known["mac"])}, which is no MAC address')
         known["state"] = known["state"] or "active"
         known["name"] = known["name"] or id.interface
+        since = data.pop("inactive_since", None)
+        known["inactive_since"] = since if isinstance(since, str) else None
         return cls(id=id, extra=data, **known)
 
     def to_dict(self) -> dict[str, Any]:
@@ -121,6 +125,7 @@ class Endpoint:
             "ipv6_nets": self.ipv6_nets,
             "ipv4_gateway": self.ipv4_gateway,
             "ipv6_gateway": self.ipv6_gateway,
+            **({} if self.inactive_since is None else {"inactive_since": self.inactive_since}),
             **self.extra,
         }
 

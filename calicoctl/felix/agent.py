@@ -5,7 +5,8 @@ what the kernel has. Order, so that no packet passes that policy denies: for an 
 connections it had before; then the tables, in one transaction; then forwarding and routes; then the connections that a
 change denies; last the report. See docs/agent.md.
 
-Everything here happens in one thread. Others only wait (events.py), list (connections.py) and report (report.py).
+Everything here happens in one thread. Others only wait (events.py), list (connections.py) and report (report.py); but
+one, which looks after workloads (keeper.py), changes the store and the workloads' interfaces, as a command would.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.keys import EndpointId
 from calicoctl.errors import CalicoError
 from calicoctl.felix import connections, docker_firewall, events, process, report
+from calicoctl.felix.keeper import Keeper
 from calicoctl.felix.metrics import Metrics
 from calicoctl.felix.nft import Nft
 from calicoctl.felix.process import Options
@@ -31,6 +33,7 @@ from calicoctl.felix.routes import PREFIX, Link, Routes
 from calicoctl.felix.ruleset import Ruleset
 from calicoctl.felix.sysctls import HostSettings
 from calicoctl.snapshot import INACTIVE, Snapshot
+from calicoctl.upkeep import Act
 
 log = logging.getLogger("calico.felix")
 
@@ -85,6 +88,7 @@ class Agent:
         self._released: set[str] = set()
         """Interfaces that an endpoint has given up."""
         self._lister = connections.Lister(self._events.put)
+        self._keeper = Keeper(datastore(), self._events.put)
         self._clean_up = True
         self._retry_at = 0.0
         self._tick_at = 0.0
@@ -114,6 +118,7 @@ class Agent:
             try:
                 self._loop()
             finally:
+                self._keeper.end()
                 self._reporter.end()
         log.info("the agent ends; what it has set up stays")
 
@@ -141,6 +146,7 @@ class Agent:
                     self._review()
                 if now >= self._firewall_at:
                     self._check_firewall(now)
+            self._keeper.ready = self._snapshot.ready
             self._health.waiting_for = self._waiting_for()
             self._health.problems = self._snapshot.problems
             if self._events.empty():
@@ -207,6 +213,11 @@ class Agent:
             if why is not None:  # nobody may come in by a connection that somebody else had
                 now = {id: self._snapshot.local[id] for id in looked_at if id in self._snapshot.local}
                 self._set_statuses({id: Status("error", endpoint.index, why) for id, endpoint in now.items()})
+        elif isinstance(event, Act):
+            self._health.count(event)
+            log.info("%s", event.text)
+        elif isinstance(event, events.Trouble):
+            self._health.error(event.why)
         elif isinstance(event, events.Failed):
             raise CalicoError(event.why)
 
@@ -306,6 +317,7 @@ class Agent:
         self._dirty |= {id for id in dirty.endpoints if id.host == self._host}
         self._released |= dirty.interfaces
         if dirty.settings:
+            self._keeper.grace_time = self._snapshot.grace_time
             logging.getLogger("calico").setLevel(LOG_LEVELS.get(self._snapshot.log_level, logging.INFO))
         self._note_readable(dirty.profiles)
         if self._ruleset is None and now < self._retry_at:
@@ -326,6 +338,7 @@ class Agent:
             self._lister.ask(touched)
         else:
             self._health.first_update = True
+            self._keeper.begin(self._snapshot.addresses_listed())
             self._check_firewall(now)
             self._reporter.sign_of_life()
             log.info("the first snapshot is in the kernel: %d endpoints of this host", len(self._snapshot.local))
@@ -435,6 +448,7 @@ class Agent:
             return Status("down" if reason == INACTIVE else "error", index, reason)
         link = self._links.get(endpoint.interface)
         if link is None:
+            self._keeper.look_at(id)
             return Status("down", endpoint.index, f"there is no interface {endpoint.interface}")
         if not link.up:
             return Status("down", endpoint.index, f"the interface {endpoint.interface} is down")
@@ -457,6 +471,7 @@ class Agent:
             if status is None:
                 self._health.endpoints.pop(id, None)
                 log.info("endpoint %s is gone", id.endpoint)
+                self._keeper.look_at(id)
                 continue
             self._health.endpoints[id] = status
             if before is None or (before.status, before.reason) != (status.status, status.reason):

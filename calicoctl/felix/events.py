@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import logging
 import random
+import select
 import socket
 import struct
 import threading
@@ -21,6 +22,7 @@ from calicoctl.datastore.store import Change, Entry
 from calicoctl.errors import CalicoError, HistoryLost
 from calicoctl.felix.nft import TableEvents, own_ports
 from calicoctl.felix.routes import PROTOCOL, Link
+from calicoctl.workload import docker_engine
 
 if TYPE_CHECKING:
     from calicoctl.datastore.client import DatastoreClient
@@ -33,6 +35,11 @@ asked; a store that hangs as a whole is found away after this and the store clie
 
 LONGEST_PAUSE = 5.0
 """Seconds between two attempts to reach the store, at most."""
+
+ENGINE_PAUSE = 0.5
+"""Seconds between two attempts to reach the Docker Engine, which starts containers as soon as it is there."""
+
+_CONTAINER_CHANGES = {"type": "container", "event": ["start", "die", "destroy"]}
 
 _RTMGRP_LINK = 0x1
 _RTMGRP_IPV4_ROUTE = 0x40
@@ -95,6 +102,40 @@ class TablesChanged:
     """Somebody else has changed nftables tables of these names; the empty name stands for any."""
 
     names: frozenset[str]
+
+
+@dataclass(frozen=True)
+class EngineListed:
+    """The Docker Engine's containers, and whether they run; from now on it tells of changes."""
+
+    containers: dict[str, bool]
+
+
+@dataclass(frozen=True)
+class EngineAway:
+    """The Docker Engine, which could be asked before, cannot be now."""
+
+    why: str
+
+
+@dataclass(frozen=True)
+class ContainerChanged:
+    """A container of the Docker Engine's has started, has ended, or, with `removed`, is no more."""
+
+    id: str
+    removed: bool
+
+
+@dataclass(frozen=True)
+class MountsChanged:
+    """Something was mounted or unmounted on this host: a namespace may have got, or lost, its name."""
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """Something could not be done for a workload."""
+
+    why: str
 
 
 @dataclass(frozen=True)
@@ -199,6 +240,48 @@ class KernelEvents(_Source):
                 elif _is_loss(kind, message) and _sender(message) not in own_ports(socket.NETLINK_ROUTE):
                     for parsed in marshal.parse(message):
                         self._events.put(RouteGone(parsed.get_attr("RTA_DST")))
+
+
+class EngineEvents(_Source):
+    """Lists the Docker Engine's containers, then waits for one to start, end or go; begins anew when it cannot."""
+
+    def __init__(self, events: Events[Any]) -> None:
+        super().__init__("following the Docker Engine", events)
+
+    def follow(self) -> None:
+        away = False
+        while True:
+            try:
+                with docker_engine("for its events") as docker:
+                    # from a moment ago, so that nothing falls between events and list
+                    changes = docker.events(since=int(time.time()) - 1, filters=_CONTAINER_CHANGES, decode=True)
+                    listed = docker.containers(all=True)
+                    self._events.put(EngineListed({c["Id"]: c["State"] in ("running", "paused") for c in listed}))
+                    away = False
+                    for change in changes:
+                        self._events.put(ContainerChanged(change["id"], removed=change["Action"] == "destroy"))
+                why = "the Docker Engine has ended"
+            except Exception as error:  # of whatever kind: to end would leave the host's containers alone
+                why = str(error) if isinstance(error, CalicoError) else f"Docker cannot be followed: {error!r}"
+            if not away:
+                self._events.put(EngineAway(why))
+            away = True
+            time.sleep(ENGINE_PAUSE)
+
+
+class MountEvents(_Source):
+    """Waits for changes of what is mounted where. Source: /proc/PID/mountinfo in proc(5), which can be polled."""
+
+    def __init__(self, events: Events[Any]) -> None:
+        super().__init__("following the mounts", events)
+
+    def follow(self) -> None:
+        with open("/proc/self/mountinfo") as mounts:
+            poll = select.poll()
+            poll.register(mounts, select.POLLPRI | select.POLLERR)
+            while True:
+                poll.poll()
+                self._events.put(MountsChanged())
 
 
 def _is_loss(kind: int, message: bytes) -> bool:

@@ -56,6 +56,12 @@ class _HealthCollector:
         yield CounterMetricFamily(
             "calico_felix_resyncs", "Times that the store was read anew after the start.", self._health.resyncs
         )
+        yield CounterMetricFamily(
+            "calico_felix_healed", "Interfaces given back to workloads that had lost theirs.", self._health.healed
+        )
+        yield CounterMetricFamily(
+            "calico_felix_collected", "Workloads forgotten, and leftovers of cut commands.", self._health.collected
+        )
         yield GaugeMetricFamily(
             "calico_felix_store_reachable", "1 while the store can be followed.", 0 if self._health.store_away else 1
         )

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from calicoctl.datastore.keys import EndpointId
 from calicoctl.errors import CalicoError, StoreUnavailable
+from calicoctl.upkeep import COLLECTED, HEALED, Act
 
 if TYPE_CHECKING:
     from calicoctl.datastore.client import DatastoreClient
@@ -73,6 +74,15 @@ class Health:
     problems: dict[str, str] = field(default_factory=dict)
     last_error: dict[str, str] | None = None
     resyncs: int = 0
+    healed: int = 0
+    """Interfaces given back to workloads that had lost theirs."""
+    collected: int = 0
+    """Workloads forgotten, and leftovers of commands that were cut short."""
+
+    def count(self, act: Act) -> None:
+        """Count something that was done for a workload."""
+        self.healed += act.kind == HEALED
+        self.collected += act.kind == COLLECTED
 
     def error(self, sentence: str) -> None:
         """Remember what went wrong last, and log it."""
@@ -117,6 +127,8 @@ class Health:
             "problems": [{"key": key, "problem": self.problems[key]} for key in sorted(self.problems)],
             "last_error": self.last_error,
             "resyncs": self.resyncs,
+            "healed": self.healed,
+            "collected": self.collected,
             "bgp_sessions": [],
         }
 

@@ -1,0 +1,259 @@
+"""Puts right what restarts, removals, crashes and cut commands have left of a workload of this host.
+
+Each function holds the workload's lock, and has read all it decides on under it, so it never gets in the way of a
+command under way. Nothing here touches what is another host's, what bears no handle, or a workload that is neither a
+Docker container nor a namespace of a known path. Used by the agent, and by `ipam check --fix`.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING, Callable
+
+from calicoctl import locks, netns
+from calicoctl.addresses import parse_address, version_of
+from calicoctl.errors import AddressTaken, CalicoError
+from calicoctl.locks import WorkloadLock
+from calicoctl.wiring import DEFAULT_INTERFACE, Scene, interfaces_of, owner_of, paths_of, rewire
+from calicoctl.workload import (
+    DOCKER,
+    NAMESPACE,
+    Standing,
+    Workload,
+    endpoints_of,
+    is_of_process,
+    look_up,
+    process_started,
+)
+
+if TYPE_CHECKING:
+    from netaddr import IPAddress
+
+    from calicoctl.datastore.client import DatastoreClient
+    from calicoctl.datastore.ipam import Owner
+    from calicoctl.datastore.keys import EndpointId
+    from calicoctl.datastore.model import Endpoint
+
+HEALED, COLLECTED, CHANGED = "healed", "collected", "changed"
+
+
+@dataclass(frozen=True)
+class Act:
+    """Something that was done for a workload: HEALED, COLLECTED or CHANGED, and a sentence that says what and why."""
+
+    kind: str
+    text: str
+
+
+def is_looked_after(orchestrator: str, workload: str) -> bool:
+    """Tell whether a workload is of a kind whose coming and going can be told: not one of another tool's."""
+    if orchestrator == DOCKER:
+        return re.fullmatch("[0-9a-f]{64}", workload) is not None
+    return orchestrator == NAMESPACE and workload.startswith("-")
+
+
+def look_after(
+    datastore: DatastoreClient, orchestrator: str, id: str, may_forget: Callable[[Standing], bool]
+) -> list[Act]:
+    """Bring what a workload has on the network in line with what has become of the workload; return what was done.
+
+    `may_forget` is asked whether one that is away or gone is to be forgotten now; else it is inactive meanwhile.
+
+    Raises Conflict when somebody else is changing the workload, DockerUnavailable or NamespaceError when it could not
+    be found out what has become of it, and CalicoError when something could not be done.
+    """
+    if not is_looked_after(orchestrator, id) or not _has_anything(datastore, orchestrator, id):
+        return []
+    with WorkloadLock(datastore.host, orchestrator, id, wait=False) as lock:
+        records, held = _read(datastore, Workload(orchestrator, id, id))
+        paths = [lock.name(), *paths_of(held)]
+        path = next((path for path in paths if isinstance(path, str) and path.startswith("/")), "")
+        if not records:
+            acts = _tidy(datastore, Workload(orchestrator, id, path or id), lock, records, held)
+            lock.settled()
+            return acts
+        if orchestrator == NAMESPACE and not path:
+            return []  # an old tool's, say: nobody knows where it is
+        standing, workload = look_up(orchestrator, id, path, _started(lock, path, records))
+        if standing in (Standing.AWAY, Standing.GONE):
+            if may_forget(standing):
+                return _forget(datastore, workload, lock, records, held)
+            acts = _set_inactive(datastore, workload, records, standing)
+            if not lock.name():  # after a reboot
+                lock.remember(path)
+        elif standing is Standing.STOPPED:
+            acts = _set_inactive(datastore, workload, records, standing)
+            for record in records:
+                netns.delete_interface(record.id.interface)
+            acts += _tidy(datastore, workload, lock, records, held)
+        else:
+            with netns.Namespace(workload.namespace_path(), workload.name) as namespace:
+                acts = _connect(Scene(datastore, workload, lock, namespace), held)
+        lock.settled()
+    return acts
+
+
+def _has_anything(datastore: DatastoreClient, orchestrator: str, id: str) -> bool:
+    """Tell whether there may be anything of a workload, without its lock: most containers have nothing."""
+    workload = Workload(orchestrator, id, id)
+    return (
+        locks.exists(datastore.host, orchestrator, id)
+        or bool(endpoints_of(datastore, workload))
+        or datastore.ipam.knows(workload.handle)
+    )
+
+
+def _read(datastore: DatastoreClient, workload: Workload) -> tuple[list[Endpoint], dict[IPAddress, Owner]]:
+    """Return a workload's endpoints, and the addresses that are, beyond doubt, this host's and the workload's."""
+    held = datastore.ipam.held_by(workload.handle) or {}
+    return endpoints_of(datastore, workload), {
+        address: owner for address, owner in held.items() if owner.secondary.get("host") == datastore.host
+    }
+
+
+def _started(lock: WorkloadLock, path: str, records: list[Endpoint]) -> str | None:
+    """Return when the process was started that a path was of when it was connected."""
+    started = lock.started()
+    if started is None and any(netns.find_interface(record.id.interface) for record in records):
+        return process_started(path)  # not remembered, by an older version, but still connected
+    return started
+
+
+def _connect(scene: Scene, held: dict[IPAddress, Owner]) -> list[Act]:
+    """See to it that a workload that runs has its interface, and nothing beyond its record."""
+    datastore, workload, record = scene.datastore, scene.workload, scene.only_record()
+    if scene.namespace.is_own():
+        raise CalicoError(f"{workload.name} cannot be connected: its network namespace is the host's own.")
+    plugged = scene.plugged(also_down=True)
+    if plugged is not None and scene.plugged() is None and scene.lock.was_cut:
+        plugged = None  # half made
+    acts: list[Act] = []
+    if plugged is None:
+        if is_of_process(workload.path or ""):
+            return []  # whatever has taken its interface away
+        rewire(scene, record)
+        why = f"it runs again, after {record.inactive_since}" if record.inactive_since else "it had none"
+        addresses = ", ".join(record.addresses) or "no address"
+        text = f"{_called(workload)} has its interface {record.id.interface} back, with {addresses}: {why}"
+        acts.append(Act(HEALED, text))
+    elif record.inactive_since is not None:
+        datastore.modify_endpoint(record.id, _active)
+        acts.append(Act(CHANGED, f"{_called(workload)} is active: it is there again, after {record.inactive_since}"))
+    left = [f"{address}/{128 if address.version == 6 else 32}" for address in _unlisted([record], held)]
+    if plugged is not None and left:
+        versions = {version_of(net) for net in left} - {version_of(net) for net in record.nets}
+        scene.namespace.unconfigure(plugged, left, versions)
+    return acts + _tidy(datastore, workload, scene.lock, [record], held)
+
+
+def _active(endpoint: Endpoint) -> bool:
+    endpoint.state, endpoint.inactive_since = "active", None
+    return True
+
+
+def _set_inactive(
+    datastore: DatastoreClient, workload: Workload, records: list[Endpoint], standing: Standing
+) -> list[Act]:
+    """Note, at those of a workload's endpoints that are active, that it does not run."""
+    now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+    def change(endpoint: Endpoint) -> bool:
+        if endpoint.state != "active":
+            return False
+        endpoint.state, endpoint.inactive_since = "inactive", now
+        return True
+
+    changed = [record for record in records if datastore.modify_endpoint(record.id, change)]
+    return [Act(CHANGED, f"{_called(workload)} is inactive: it {standing.value}")] if changed else []
+
+
+def _forget(
+    datastore: DatastoreClient,
+    workload: Workload,
+    lock: WorkloadLock,
+    records: list[Endpoint],
+    held: dict[IPAddress, Owner],
+) -> list[Act]:
+    """Remove all that a workload has that does not exist any more, but for addresses that bear no handle."""
+    lock.begin()
+    listed = {address for record in records for address in record.addresses}
+    kept = sorted(listed - set(map(str, held)))
+    for name in {record.id.interface for record in records} | interfaces_of(held):
+        netns.delete_interface(name)
+    for record in records:
+        datastore.remove_endpoint(record.id)
+    datastore.ipam.release(held, {workload.handle})
+    datastore.prune_workload(workload.orchestrator, workload.id)
+    lock.forget()
+    text = f"{_called(workload)} is forgotten, for it does not exist any more: {len(records)} endpoint"
+    text += f" and {', '.join(map(str, sorted(held)))}" if held else ""
+    if kept:
+        text += f"; not {', '.join(kept)}, without a handle: 'calicoctl ipam release' gives back what is in use no more"
+    return [Act(COLLECTED, text)]
+
+
+def _tidy(
+    datastore: DatastoreClient,
+    workload: Workload,
+    lock: WorkloadLock,
+    records: list[Endpoint],
+    held: dict[IPAddress, Owner],
+) -> list[Act]:
+    """Give back the addresses that no record of a workload lists, and delete half-made pairs that they were for."""
+    left = _unlisted(records, held)
+    pairs = interfaces_of(left) - {record.id.interface for record in records}
+    pairs = {name for name in pairs if netns.delete_interface(name)}
+    datastore.ipam.release(left, {workload.handle})
+    if not records:
+        datastore.prune_workload(workload.orchestrator, workload.id)
+        lock.forget()
+    if not left:
+        return []
+    text = f"{_called(workload)} had {', '.join(map(str, sorted(left)))} of a command that was cut short"
+    text += f", and the interface {', '.join(sorted(pairs))}" if pairs else ""
+    return [Act(COLLECTED, f"{text}: given back")]
+
+
+def _unlisted(records: list[Endpoint], held: dict[IPAddress, Owner]) -> dict[IPAddress, Owner]:
+    listed = {address for record in records for address in record.addresses}
+    return {address: owner for address, owner in held.items() if str(address) not in listed}
+
+
+def _called(workload: Workload) -> str:
+    """Return what a log line calls a workload."""
+    if workload.orchestrator == DOCKER:
+        name = f" ({workload.docker_name})" if workload.docker_name else ""
+        return f"container {workload.id[:12]}{name}"
+    return f"namespace {workload.name}"
+
+
+# What `ipam check --fix` puts right
+
+
+def tidy(datastore: DatastoreClient, workload: Workload) -> list[Act]:
+    """Give back what a cut command has left of a workload: addresses, and half-made pairs, that no record lists."""
+    with WorkloadLock(datastore.host, workload.orchestrator, workload.id) as lock:
+        return _tidy(datastore, workload, lock, *_read(datastore, workload))
+
+
+def restore_address(datastore: DatastoreClient, id: EndpointId, address: str) -> bool:
+    """Take an address that an endpoint of this host lists, and nobody holds, for it; tell whether that was done."""
+    from calicoctl.datastore.ipam import Owner
+
+    with WorkloadLock(datastore.host, id.orchestrator, id.workload) as lock:
+        workload = Workload(id.orchestrator, id.workload, id.workload, path=lock.name() or None)
+        listed = [a for record in endpoints_of(datastore, workload) if record.id == id for a in record.addresses]
+        if address not in listed:
+            return False
+        owners = (datastore.ipam.held_by(workload.handle) or {}).values()
+        if id.orchestrator == DOCKER and id.workload.startswith("-"):
+            owner = Owner(None, {})  # an old tool's namespace, whose addresses have no handle
+        else:
+            owner = next(iter(owners), owner_of(workload, id, DEFAULT_INTERFACE))
+        try:
+            datastore.ipam.assign(parse_address(address), owner)
+        except AddressTaken:
+            return False
+    return True

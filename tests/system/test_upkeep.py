@@ -1,0 +1,446 @@
+"""Containers and namespaces keep their network: restarts, removals, crashes, reboots. With a running agent."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.system.agent import A4, ALLOW, B4, AgentHost, holds
+from tests.system.conftest import HOME
+from tests.system.support import (
+    FAULTY,
+    Host,
+    addresses,
+    calico_links,
+    gone,
+    links,
+    run,
+    start_docker,
+    wait_for,
+)
+
+A6 = "fd80:24e2:f998:72d6::1"
+
+
+def container_links(name: str) -> dict[str, dict]:
+    """Return the interfaces in a container, by name."""
+    pid = run("docker", "inspect", "--format", "{{.State.Pid}}", name).out.strip()
+    found = json.loads(run("nsenter", "-t", pid, "-n", "ip", "-json", "address", "show").out)
+    return {link["ifname"]: link for link in found if link["ifname"] != "lo"}
+
+
+def connected(host: AgentHost, key: str) -> bool:
+    """Tell whether the agent says that the endpoint, as its record is now, is up."""
+    answer = host.etcd._request("GET", key, "?quorum=true")
+    status = host.endpoint_status(key)
+    return bool(answer and status and status["status"] == "up" and status["index"] >= answer["node"]["modifiedIndex"])
+
+
+def record(host: Host, workload: str) -> dict | None:
+    """Return the record of a workload's endpoint; its id may be part of `workload`."""
+    found = [value for key, value in host.records().items() if workload in key]
+    return found[0] if found else None
+
+
+def is_clean(host: Host) -> bool:
+    """Tell whether no workload has anything left, but for what the agent keeps of itself."""
+    files = [file.name for file in Path(f"/run/calico/{host.name}").glob("*.*")]
+    return (
+        host.records() == {}
+        and host.allocations() == {}
+        and host.handles() == {}
+        and calico_links() == set()
+        and not [name for name in files if name.startswith(("docker.", "namespace.", "unfinished."))]
+    )
+
+
+def look_now() -> None:
+    """Have the agent look at once at what it looks at every ten seconds otherwise: something has been mounted."""
+    run("ip", "netns", "add", "nudge")
+    run("ip", "netns", "delete", "nudge")
+
+
+@pytest.fixture
+def containers(node: AgentHost, engine: None) -> Iterator[AgentHost]:
+    """A host with an agent, and the containers workload and peer, which may talk to each other."""
+    node.profile("web", inbound=[ALLOW])
+    for name, address in (("workload", A4), ("peer", B4)):
+        run("docker", "run", "--net=none", "--name", name, "-tid", "busybox")
+        node.ctl("container", "add", name, address)
+        node.ctl("container", name, "profile", "set", "web")
+    node.ctl("container", "workload", "ip", "add", A6)
+    yield node
+    run("docker", "rm", "-f", "workload", "peer", check=False)
+
+
+def id_of(name: str) -> str:
+    return run("docker", "inspect", "--format", "{{.Id}}", name).out.strip()
+
+
+def key_of(host: Host, name: str) -> str:
+    (key,) = [key for key in host.records() if f"/docker/{id_of(name)}/" in key]
+    return key
+
+
+def answers(name: str, address: str) -> bool:
+    return run("docker", "exec", name, "ping", "-c", "1", "-W", "1", address, check=False).status == 0
+
+
+# 1. starts again
+
+
+@pytest.mark.parametrize("how", ["restart", "kill and start"])
+def test_a_container_that_starts_again_gets_its_interface_back(containers: AgentHost, how: str) -> None:
+    key = key_of(containers, "workload")
+    before, inside = containers.records()[key], container_links("workload")["eth1"]
+    if how == "restart":
+        run("docker", "restart", "--time=0", "workload")
+    else:
+        run("docker", "kill", "workload")
+        run("docker", "start", "workload")
+    wait_for(lambda: connected(containers, key) and links().get(before["name"]), containers.log())
+    assert containers.records()[key] == before
+    now = container_links("workload")["eth1"]
+    assert now["address"] == inside["address"] == before["mac"]
+    assert {a["local"] for a in now["addr_info"]} >= {A4, A6}
+    wait_for(lambda: answers("workload", B4) and answers("peer", A4), "an answer")
+    assert containers.status()["healed"] >= 1
+    (line,) = [line for line in containers.log().splitlines() if "has its interface" in line]
+    assert "(workload)" in line and A4 in line
+
+
+def test_while_a_container_is_stopped_its_endpoint_is_inactive(containers: AgentHost) -> None:
+    key = key_of(containers, "workload")
+    before = containers.records()[key]
+    run("docker", "stop", "--time=0", "workload")
+    wait_for(lambda: containers.records()[key]["state"] == "inactive", containers.log())
+    now = containers.records()[key]
+    since = now.pop("inactive_since")
+    assert now == {**before, "state": "inactive"}
+    assert {A4, A6} <= set(containers.allocations())
+    containers.ctl("container", "add", "peer2", A4, status=1)
+    shown = containers.ctl("endpoint", "show", "--detailed").out
+    assert f"inactive since {since}" in shown and since.startswith("20") and since.endswith("Z")
+    wait_for(lambda: before["name"] not in calico_links(), "the interface's end")
+    # an old tool that rewrites the record drops what it does not know
+    containers.etcd.put(key, {**before, "state": "inactive"})
+    run("docker", "start", "workload")
+    wait_for(lambda: containers.records()[key] == before and connected(containers, key), containers.log())
+
+
+def test_an_interface_that_is_deleted_comes_back(containers: AgentHost) -> None:
+    key = key_of(containers, "workload")
+    before = containers.records()[key]
+    index = links()[before["name"]]["ifindex"]
+    run("ip", "link", "delete", before["name"])
+    wait_for(lambda: links().get(before["name"], {}).get("ifindex", index) != index, containers.log())
+    wait_for(lambda: connected(containers, key) and answers("peer", A4), containers.log())
+    assert containers.records()[key] == before
+
+
+# 2. removed
+
+
+def test_a_container_that_is_removed_is_forgotten(containers: AgentHost) -> None:
+    run("docker", "rm", "-f", "workload")
+    wait_for(lambda: set(containers.allocations()) == {B4} and len(containers.records()) == 1, containers.log())
+    run("docker", "stop", "--time=0", "peer")
+    wait_for(lambda: record(containers, "docker")["state"] == "inactive", containers.log())
+    run("docker", "rm", "peer")
+    wait_for(lambda: is_clean(containers), containers.log())
+    assert containers.status()["collected"] == 2
+    assert containers.log().count("is forgotten, for it does not exist any more") == 2
+    assert containers.ctl("ipam", "check").err == ""
+
+
+def test_one_that_was_removed_while_no_agent_ran_is_forgotten_at_its_start(containers: AgentHost) -> None:
+    containers.kill_agent()
+    run("docker", "rm", "-f", "workload")
+    run("docker", "restart", "--time=0", "peer")
+    key = key_of(containers, "peer")
+    containers.start_agent()
+    wait_for(lambda: set(containers.allocations()) == {B4} and len(containers.records()) == 1, containers.log())
+    wait_for(lambda: connected(containers, key), containers.log())
+
+
+def test_what_is_not_known_to_be_this_hosts_is_not_touched(node: AgentHost, engine: None) -> None:
+    gone_id, other, mine = "ab" * 32, "cd" * 32, "ef" * 32
+    node.kill_agent()
+    owner = {"orchestrator": "docker", "interface": "eth1", "namespace": None, "endpoint": "1" * 32}
+    attributes = [
+        {"handle_id": None, "secondary": {}},
+        {"handle_id": f"docker.{other}", "secondary": {**owner, "host": "elsewhere", "workload": other}},
+        {"handle_id": f"k8s.{gone_id}", "secondary": {**owner, "host": node.name, "workload": gone_id}},
+        {"handle_id": f"docker.{other}", "secondary": {}},
+        {"handle_id": f"docker.{mine}", "secondary": {**owner, "host": node.name, "workload": mine}},
+    ]
+    block = {"cidr": "192.168.0.0/26", "affinity": f"host:{node.name}", "attributes": attributes}
+    node.etcd.put(
+        "/calico/ipam/v2/assignment/ipv4/block/192.168.0.0-26",
+        {**block, "allocations": [None, 0, 1, 2, 3, 4] + [None] * 58},
+    )
+    for handle, count in ((f"docker.{other}", 2), (f"k8s.{gone_id}", 1), (f"docker.{mine}", 1)):
+        value = {"id": handle, "block": {"192.168.0.0/26": count}}
+        node.etcd.put(f"/calico/ipam/v2/handle/{handle}", value)
+
+    def endpoint(host: str, orchestrator: str, workload: str, number: int) -> str:
+        key = f"/calico/v1/host/{host}/workload/{orchestrator}/{workload}/endpoint/{number:032x}"
+        net = {"name": f"cali{number:011x}", "mac": "02:00:00:00:00:01", "ipv4_nets": [f"192.168.0.{number}/32"]}
+        node.etcd.put(key, net)
+        return key
+
+    kept = {
+        endpoint("elsewhere", "docker", other, 2),
+        endpoint(node.name, "k8s", gone_id, 3),
+        endpoint(node.name, "docker", "-var-run-netns-old", 9),
+    }
+    endpoint(node.name, "docker", gone_id, 1)  # an old tool's: its address has no handle
+    node.start_agent()
+    wait_for(lambda: set(node.records()) == kept, node.log())
+    wait_for(lambda: set(node.allocations()) == {f"192.168.0.{n}" for n in (1, 2, 3, 4)}, node.log())
+    look_now()
+    node.sync()
+    assert set(node.records()) == kept
+    assert "not 192.168.0.1, without a handle" in node.log()
+
+
+# an engine that cannot be asked
+
+
+@pytest.fixture
+def own_engine(node: AgentHost, engine: None, tmp_path: Path) -> Iterator[str]:
+    """The address of an engine of its own, which a test may stop and start, and whose containers are removed."""
+    yield f"unix://{HOME}/own.sock"
+
+
+def test_an_engine_that_is_away_is_not_taken_for_one_without_containers(
+    bare_host: Host, engine: None, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    home = HOME / "own"
+    socket = f"unix://{HOME}/own.sock"
+    docker = ("docker", "--host", socket)
+    host = AgentHost(bare_host.etcd)
+    process = start_docker(home, host=socket)
+    try:
+        host.start_agent(DOCKER_HOST=socket)
+        host.ctl("config", "felix", "GraceTime", "1")
+        image = subprocess.Popen(["docker", "save", "busybox"], stdout=subprocess.PIPE)
+        subprocess.run([*docker, "load"], stdin=image.stdout, check=True, capture_output=True)
+        for name, address in (("workload", A4), ("peer", B4)):
+            run(*docker, "run", "--net=none", "--restart=always", "--name", name, "-tid", "busybox")
+            host.ctl("container", "add", name, address, env={"DOCKER_HOST": socket})
+        before = host.records()
+        # it hangs: whoever asks it waits
+        process.send_signal(signal.SIGSTOP)
+        run("ip", "link", "delete", before[sorted(before)[0]]["name"])
+        assert holds(lambda: len(host.records()) == 2 and len(host.allocations()) == 2, 4), host.log()
+        process.send_signal(signal.SIGCONT)
+        wait_for(lambda: all(connected(host, key) for key in before), host.log(), 60)
+        # it ends, and all containers with it; a container goes while it is away
+        process.terminate()
+        process.wait()
+        assert holds(lambda: len(host.records()) == 2 and len(host.allocations()) == 2, 3), host.log()
+        (home / "pid").unlink(missing_ok=True)
+        process = start_docker(home / "again", "--data-root", str(home / "data"), *PLAIN, host=socket)
+        wait_for(lambda: all(connected(host, key) for key in before), host.log(), 60)
+        assert host.records() == before
+        assert "the Docker Engine can be asked again" in host.log()
+    finally:
+        process.send_signal(signal.SIGCONT)
+        run(*docker, "rm", "-f", "workload", "peer", check=False)
+        process.terminate()
+        process.wait()
+
+
+PLAIN = ("--bridge=none", "--iptables=false", "--ip-forward=false")
+
+
+# 3. namespaces
+
+
+def test_a_namespace_that_comes_back_gets_its_interface_back(pair: AgentHost) -> None:
+    key = pair.key("a")
+    before = pair.records()[key]
+    pair.ctl("container", "/var/run/netns/a", "ip", "add", A6)
+    before = pair.records()[key]
+    run("ip", "netns", "delete", "a")
+    wait_for(lambda: pair.records()[key]["state"] == "inactive", pair.log())
+    assert {A4, A6} <= set(pair.allocations())
+    run("ip", "netns", "add", "a")
+    wait_for(lambda: pair.records()[key] == before and connected(pair, key), pair.log())
+    assert links("a")["eth1"]["address"] == before["mac"]
+    assert addresses("a", "eth1") == {f"{A4}/32", f"{A6}/128"}
+    assert run("ip", "netns", "exec", "b", "ping", "-c", "1", "-W", "2", A4).status == 0
+
+
+def test_a_namespace_that_stays_away_is_forgotten(pair: AgentHost) -> None:
+    pair.ctl("config", "felix", "GraceTime", "2")
+    run("ip", "netns", "delete", "a")
+    wait_for(lambda: record(pair, "-a/")["state"] == "inactive", pair.log())
+    wait_for(lambda: record(pair, "-a/") is None and set(pair.allocations()) == {B4}, pair.log())
+    # though something still runs in it
+    sleeper = subprocess.Popen(["ip", "netns", "exec", "b", "sleep", "1000"])
+    try:
+        wait_for(lambda: os.readlink(f"/proc/{sleeper.pid}/ns/net") != os.readlink("/proc/self/ns/net"), "sleep")
+        run("ip", "netns", "delete", "b")
+        wait_for(lambda: is_clean(pair), pair.log())
+    finally:
+        sleeper.kill()
+        sleeper.wait()
+
+
+def unshared(process: subprocess.Popen) -> bool:
+    return os.readlink(f"/proc/{process.pid}/ns/net") != os.readlink("/proc/self/ns/net")
+
+
+def test_a_process_that_has_ended_is_forgotten_at_once_and_another_of_its_id_gets_nothing(node: AgentHost) -> None:
+    first = subprocess.Popen(["unshare", "-n", "sleep", "1000"])
+    wait_for(lambda: unshared(first), "unshare")
+    path = f"/proc/{first.pid}/ns/net"
+    node.ctl("container", "add", path, A4)
+    node.kill_agent()
+    first.kill()
+    first.wait()
+    # another process gets the same id
+    Path("/proc/sys/kernel/ns_last_pid").write_text(str(first.pid - 1))
+    second = subprocess.Popen(["unshare", "-n", "sleep", "1000"])
+    try:
+        assert second.pid == first.pid
+        wait_for(lambda: unshared(second), "unshare")
+        node.start_agent()
+        wait_for(lambda: is_clean(node), node.log())
+        inside = run("nsenter", f"--net={path}", "ip", "-json", "link", "show")
+        assert [link["ifname"] for link in json.loads(inside.out)] == ["lo"]
+        node.ctl("container", "add", path, A4)
+        node.sync()
+    finally:
+        second.kill()
+        second.wait()
+    wait_for(lambda: is_clean(node), node.log())
+
+
+# 4. reboot
+
+
+@pytest.mark.parametrize("first", ["engine", "agent"])
+def test_after_a_reboot_everything_is_connected_again(bare_host: Host, engine: None, first: str) -> None:
+    home, socket = HOME / f"boot-{first}", f"unix://{HOME}/boot.sock"
+    docker = ("docker", "--host", socket)
+    host = AgentHost(bare_host.etcd)
+    process = start_docker(home, host=socket)
+    try:
+        host.start_agent(DOCKER_HOST=socket)
+        image = subprocess.Popen(["docker", "save", "busybox"], stdout=subprocess.PIPE)
+        subprocess.run([*docker, "load"], stdin=image.stdout, check=True, capture_output=True)
+        for name, address in (("workload", A4), ("peer", B4)):
+            run(*docker, "run", "--net=none", "--restart=always", "--name", name, "-tid", "busybox")
+            host.ctl("container", "add", name, address, env={"DOCKER_HOST": socket})
+        host.add("space", "192.168.0.3")
+        before = host.records()
+        # the host goes down: no interface, no table, no file below /run is left
+        host.kill_agent()
+        process.terminate()
+        process.wait()
+        run("ip", "netns", "delete", "space")
+        run("nft", "flush", "ruleset")
+        wait_for(lambda: not calico_links(), "the interfaces' end")
+        run("rm", "-rf", "/run/calico")
+        if first == "agent":
+            host.start_agent(DOCKER_HOST=socket)
+        process = start_docker(home / "again", "--data-root", str(home / "data"), *PLAIN, host=socket)
+        if first == "engine":
+            host.start_agent(DOCKER_HOST=socket)
+        run("ip", "netns", "add", "space")
+        wait_for(lambda: all(connected(host, key) for key in before), host.log(), 60)
+        assert host.records() == before
+    finally:
+        run(*docker, "rm", "-f", "workload", "peer", check=False)
+        process.terminate()
+        process.wait()
+
+
+# 5. only under the lock
+
+
+def test_a_command_under_way_is_not_disturbed(pair: AgentHost) -> None:
+    lock = f"/run/calico/{pair.name}/namespace.-var-run-netns-a"
+    holder = subprocess.Popen(
+        ["flock", lock, "sh", "-c", "echo; read end"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    try:
+        assert holder.stdout and holder.stdout.readline()
+        before = pair.records()
+        run("ip", "link", "delete", pair.interface("a"))
+        wait_for(lambda: pair.endpoint_status(pair.key("a"))["status"] == "down", pair.log())
+        look_now()
+        assert holds(lambda: pair.records() == before and len(calico_links()) == 1, 2)
+    finally:
+        holder.communicate(b"\n")
+    wait_for(lambda: len(calico_links()) == 2 and connected(pair, pair.key("a")), pair.log())
+
+
+PATH = "/var/run/netns/blue"
+CUT = {
+    "add": (("container", "add", PATH, A4), ()),
+    "remove": (("container", "remove", PATH), (("container", "add", PATH, A4),)),
+    "ip add": (("container", PATH, "ip", "add", A6), (("container", "add", PATH, A4),)),
+    "ip remove": (
+        ("container", PATH, "ip", "remove", A6),
+        (("container", "add", PATH, A4), ("container", PATH, "ip", "add", A6)),
+    ),
+}
+
+
+def is_consistent(host: Host) -> bool:
+    try:
+        host.check_consistent()
+        inside = links("blue")
+        recorded = {net for r in host.records().values() for net in r["ipv4_nets"] + r["ipv6_nets"]}
+        assert {net for name in inside for net in addresses("blue", name)} == recorded
+        assert not list(Path(f"/run/calico/{host.name}").glob("unfinished.*"))
+    except AssertionError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("command", CUT)
+def test_what_kill_9_leaves_is_put_right(node: AgentHost, blue: str, tmp_path: Path, command: str) -> None:
+    words, before = CUT[command]
+    log = tmp_path / "steps"
+    number, ended = 0, False
+    while not ended:
+        log.write_text("")
+        for line in before:
+            node.ctl(*line)
+        fault = {"FAULT": f"kill:{number}", "FAULT_LOG": str(log)}
+        result = node.ctl(*words, status=None, command=[sys.executable, FAULTY], env=fault)
+        ended = result.status != -9
+        look_now()
+        wait_for(lambda: is_consistent(node), f"step {number}: {log.read_text()}\n{node.log()}", 40)
+        node.ctl("container", "remove", PATH, status=None)
+        wait_for(lambda: is_clean(node), f"step {number}: {log.read_text()}\n{node.log()}", 40)
+        number += 1
+    assert number > 3
+
+
+# 6. without an agent
+
+
+def test_container_add_heals_a_restarted_container_without_an_agent(containers: AgentHost) -> None:
+    key = key_of(containers, "workload")
+    before = containers.records()[key]
+    run("docker", "stop", "--time=0", "workload")
+    wait_for(lambda: "inactive_since" in containers.records()[key], containers.log())
+    containers.ctl("node", "stop", "--force")
+    run("docker", "start", "workload")
+    containers.ctl("container", "add", "workload", A4)
+    assert containers.records()[key] == before
+    assert container_links("workload")["eth1"]["address"] == before["mac"]
+    assert gone(containers.pid) if Path(f"/run/calico/{containers.name}/felix.pid").read_text().strip() else True
