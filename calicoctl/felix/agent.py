@@ -471,7 +471,7 @@ class Agent:
             if status is None:
                 self._health.endpoints.pop(id, None)
                 log.info("endpoint %s is gone", id.endpoint)
-                self._keeper.look_at(id)
+                self._keeper.look_at(id, gone=True)
                 continue
             self._health.endpoints[id] = status
             if before is None or (before.status, before.reason) != (status.status, status.reason):

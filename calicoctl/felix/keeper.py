@@ -34,6 +34,9 @@ INTERVAL = 10.0
 LOCK_PAUSE = 0.5
 """Seconds until a workload that somebody else is changing is looked at again."""
 
+GONE_PAUSE = 30.0
+"""Seconds from the removal of an endpoint to a look at what it may have left: another tool may write it anew."""
+
 REST = 10.0
 """Seconds from a workload's getting its interface back to the next time, if it only has lost it again."""
 
@@ -46,9 +49,10 @@ Key = tuple[str, str]
 
 @dataclass(frozen=True)
 class Look:
-    """A workload's endpoint has no interface, or has gone from the store."""
+    """A workload's endpoint has no interface, or, with `gone`, has gone from the store."""
 
     key: Key
+    gone: bool
 
 
 class Keeper(threading.Thread):
@@ -81,10 +85,10 @@ class Keeper(threading.Thread):
         self._sweep_at = 0.0
         self._alive = True
 
-    def look_at(self, id: EndpointId) -> None:
-        """Have an endpoint's workload looked at, if it is one that is looked after."""
+    def look_at(self, id: EndpointId, gone: bool = False) -> None:
+        """Have the workload of an endpoint looked at that has no interface, or has `gone` from the store."""
         if upkeep.is_looked_after(id.orchestrator, id.workload):
-            self.inbox.put(Look((id.orchestrator, id.workload)))
+            self.inbox.put(Look((id.orchestrator, id.workload), gone))
 
     def begin(self, expected: dict[Key, int]) -> None:
         """Start, and compare what workloads hold with what is `expected`: how many addresses their endpoints list."""
@@ -127,7 +131,9 @@ class Keeper(threading.Thread):
 
     def _take(self, item: Any) -> None:
         now = time.monotonic()
-        if isinstance(item, Look):
+        if isinstance(item, Look) and item.gone:
+            self._due[item.key] = now + GONE_PAUSE
+        elif isinstance(item, Look):
             # a workload may take its interface away again and again
             self._look(item.key, max(now, self._healed.get(item.key, float("-inf")) + REST))
         elif isinstance(item, events.ContainerChanged):

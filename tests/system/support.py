@@ -314,8 +314,8 @@ class Host:
 
 def start_docker(directory: Path, *options: str, host: str = "unix:///var/run/docker.sock") -> subprocess.Popen:
     """Start a Docker Engine of our own, wait until it answers. Without `options`, it has no bridge and no firewall."""
-    directory.mkdir(parents=True)
-    with (directory / "log").open("wb") as log:
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / "log").open("ab") as log:
         engine = subprocess.Popen(
             [
                 *("dockerd", "--data-root", str(directory / "data"), "--exec-root", str(directory / "exec")),
@@ -334,7 +334,7 @@ def start_docker(directory: Path, *options: str, host: str = "unix:///var/run/do
     return engine
 
 
-def import_busybox(directory: Path) -> None:
+def import_busybox(directory: Path, host: str = "unix:///var/run/docker.sock") -> None:
     """Make the image `busybox` out of Debian's busybox-static."""
     tools = directory / "bin"
     tools.mkdir(parents=True)
@@ -343,5 +343,8 @@ def import_busybox(directory: Path) -> None:
         (tools / name).symlink_to("busybox")
     tar = subprocess.run(["tar", "-C", str(directory), "-c", "bin"], check=True, capture_output=True).stdout
     subprocess.run(
-        ["docker", "import", "--change", 'CMD ["sh"]', "-", "busybox"], input=tar, check=True, capture_output=True
+        ["docker", "--host", host, "import", "--change", 'CMD ["sh"]', "-", "busybox"],
+        input=tar,
+        check=True,
+        capture_output=True,
     )

@@ -19,6 +19,7 @@ from tests.system.support import (
     Host,
     addresses,
     calico_links,
+    import_busybox,
     links,
     run,
     start_docker,
@@ -225,8 +226,7 @@ def test_an_engine_that_is_away_is_not_taken_for_one_without_containers(bare_hos
     try:
         host.start_agent(DOCKER_HOST=socket)
         host.ctl("config", "felix", "GraceTime", "1")
-        image = subprocess.Popen(["docker", "save", "busybox"], stdout=subprocess.PIPE)
-        subprocess.run([*docker, "load"], stdin=image.stdout, check=True, capture_output=True)
+        import_busybox(home / "busybox", socket)
         for name, address in (("workload", A4), ("peer", B4)):
             run(
                 *docker,
@@ -251,8 +251,7 @@ def test_an_engine_that_is_away_is_not_taken_for_one_without_containers(bare_hos
         process.terminate()
         process.wait()
         assert holds(lambda: len(host.records()) == 2 and len(host.allocations()) == 2, 3), host.log()
-        (home / "pid").unlink(missing_ok=True)
-        process = start_docker(home / "again", "--data-root", str(home / "data"), *PLAIN, host=socket)
+        process = start_docker(home, host=socket)
         wait_for(lambda: all(connected(host, key) for key in before), host.log(), 60)
         assert host.records() == before
         wait_for(lambda: "the Docker Engine can be asked again" in host.log(), host.log())
@@ -261,9 +260,6 @@ def test_an_engine_that_is_away_is_not_taken_for_one_without_containers(bare_hos
         run(*docker, "rm", "-f", "workload", "peer", check=False)
         process.terminate()
         process.wait()
-
-
-PLAIN = ("--bridge=none", "--iptables=false", "--ip-forward=false")
 
 
 # 3. namespaces
@@ -334,15 +330,14 @@ def test_a_process_that_has_ended_is_forgotten_at_once_and_another_of_its_id_get
 
 
 @pytest.mark.parametrize("first", ["engine", "agent"])
-def test_after_a_reboot_everything_is_connected_again(bare_host: Host, engine: None, first: str) -> None:
+def test_after_a_reboot_everything_is_connected_again(bare_host: Host, first: str) -> None:
     home, socket = HOME / f"boot-{first}", f"unix://{HOME}/boot.sock"
     docker = ("docker", "--host", socket)
     host = AgentHost(bare_host.etcd)
     process = start_docker(home, host=socket)
     try:
         host.start_agent(DOCKER_HOST=socket)
-        image = subprocess.Popen(["docker", "save", "busybox"], stdout=subprocess.PIPE)
-        subprocess.run([*docker, "load"], stdin=image.stdout, check=True, capture_output=True)
+        import_busybox(home / "busybox", socket)
         for name, address in (("workload", A4), ("peer", B4)):
             run(
                 *docker,
@@ -368,7 +363,7 @@ def test_after_a_reboot_everything_is_connected_again(bare_host: Host, engine: N
         run("rm", "-rf", "/run/calico")
         if first == "agent":
             host.start_agent(DOCKER_HOST=socket)
-        process = start_docker(home / "again", "--data-root", str(home / "data"), *PLAIN, host=socket)
+        process = start_docker(home, host=socket)
         if first == "engine":
             host.start_agent(DOCKER_HOST=socket)
         run("ip", "netns", "add", "space")
