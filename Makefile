@@ -15,7 +15,7 @@ PACKAGES = python3 python3-venv iproute2 util-linux iputils-ping etcd-server etc
 	nftables iptables conntrack openssl procps curl man-db zsh
 BENCH_PACKAGES = containernetworking-plugins
 
-.PHONY: help packages lint types docs unit system installed test tox bench demo demo-clean install uninstall clean
+.PHONY: help packages lint types docs unit system installed test soak tox bench demo demo-clean install uninstall clean
 
 help:
 	@echo 'make demo         run the four lines of the README for real; make demo-clean removes all of it'
@@ -24,6 +24,7 @@ help:
 	@echo 'make system       system tests alone; ARGS="-k name" chooses'
 	@echo 'make docs         write the pages of the commands and the man page anew'
 	@echo 'make tox          unit tests on Python 3.9 to 3.13'
+	@echo 'make soak         five minutes of restarts, removals and crashes at random'
 	@echo 'make bench        speed, as ratios'
 	@echo 'make install      calicoctl in a virtual environment of its own, on the path, and a systemd unit that is not'
 	@echo '                  enabled; make uninstall removes them'
@@ -79,6 +80,11 @@ bench: $(VENV)/ready
 	@demo/packages $(BENCH_PACKAGES)
 	tests/sandbox $(VENV)/bin/python bench/bench.py $(ARGS)
 	tests/sandbox $(VENV)/bin/python bench/agent.py $(ARGS)
+	tests/sandbox $(VENV)/bin/python bench/restart.py $(ARGS)
+
+# five minutes of everything that can happen to containers and to what they stand on; `make test` has a short form
+soak: $(VENV)/ready
+	SOAK_SECONDS=300 SOAK_CONTAINERS=20 tests/sandbox $(VENV)/bin/pytest -s tests/system/test_soak.py $(ARGS)
 
 demo: $(VENV)/ready
 	demo/demo

@@ -55,11 +55,16 @@ def is_looked_after(orchestrator: str, workload: str) -> bool:
 
 
 def look_after(
-    datastore: DatastoreClient, orchestrator: str, id: str, may_forget: Callable[[Standing], bool]
+    datastore: DatastoreClient,
+    orchestrator: str,
+    id: str,
+    may_forget: Callable[[Standing], bool],
+    removed: bool = False,
 ) -> list[Act]:
     """Bring what a workload has on the network in line with what has become of the workload; return what was done.
 
     `may_forget` is asked whether one that is away or gone is to be forgotten now; else it is inactive meanwhile.
+    `removed` tells that the engine has told of the removal of this very container.
 
     Raises Conflict when somebody else is changing the workload, DockerUnavailable or NamespaceError when it could not
     be found out what has become of it, and CalicoError when something could not be done.
@@ -77,6 +82,8 @@ def look_after(
         if orchestrator == NAMESPACE and not path:
             return []  # an old tool's, say: nobody knows where it is
         standing, workload = look_up(orchestrator, id, path, _started(lock, path, records))
+        if standing is Standing.GONE and not removed:
+            _refuse_alive(workload, records)
         if standing in (Standing.AWAY, Standing.GONE):
             if may_forget(standing):
                 return _forget(datastore, workload, lock, records, held)
@@ -119,6 +126,17 @@ def _started(lock: WorkloadLock, path: str, records: list[Endpoint]) -> str | No
     if started is None and any(netns.find_interface(record.id.interface) for record in records):
         return process_started(path)  # not remembered, by an older version, but still connected
     return started
+
+
+def _refuse_alive(workload: Workload, records: list[Endpoint]) -> None:
+    """Raise CalicoError for a container that the engine does not know, but whose network is there: another engine's."""
+    for record in records:
+        interface = netns.find_interface(record.id.interface)
+        if workload.orchestrator == DOCKER and interface is not None and interface.up:
+            raise CalicoError(
+                f"Docker knows no container {workload.id[:12]}, but its interface {interface.name} is there: is it "
+                "another Docker Engine's? What belongs to it is kept"
+            )
 
 
 def _connect(scene: Scene, held: dict[IPAddress, Owner]) -> list[Act]:

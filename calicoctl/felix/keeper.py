@@ -73,6 +73,8 @@ class Keeper(threading.Thread):
         """When to look at which workloads."""
         self._kept: dict[Key, float] = {}
         """Since when workloads have been away, or could not be asked about."""
+        self._removed: set[Key] = set()
+        """Containers of whose removal the engine has told."""
         self._healed: dict[Key, float] = {}
         self._troubles: dict[Key, str] = {}
         self._paths: dict[str, str] = {}
@@ -137,9 +139,11 @@ class Keeper(threading.Thread):
             # a workload may take its interface away again and again
             self._look(item.key, max(now, self._healed.get(item.key, float("-inf")) + REST))
         elif isinstance(item, events.ContainerChanged):
-            if item.removed:
-                self._kept.pop((DOCKER, item.id), None)
-            self._look((DOCKER, item.id), now)
+            key = (DOCKER, item.id)
+            if item.removed and upkeep.is_looked_after(*key):
+                self._removed.add(key)
+                self._kept.pop(key, None)
+            self._look(key, now)
         elif isinstance(item, events.EngineListed):
             if self._engine_away:
                 self._engine_away, self._engine_back = False, now
@@ -241,7 +245,7 @@ class Keeper(threading.Thread):
             return not kept
 
         try:
-            acts = upkeep.look_after(self._datastore, *key, may_forget)
+            acts = upkeep.look_after(self._datastore, *key, may_forget, key in self._removed)
         except Conflict:
             self._due[key] = time.monotonic() + LOCK_PAUSE
             return
@@ -261,6 +265,7 @@ class Keeper(threading.Thread):
             self._due[key] = self._kept[key] + self.grace_time
         else:
             self._kept.pop(key, None)
+            self._removed.discard(key)
         self._troubles.pop(key, None)
         for act in acts:
             if act.kind == upkeep.HEALED:

@@ -262,6 +262,23 @@ def test_an_engine_that_is_away_is_not_taken_for_one_without_containers(bare_hos
         process.wait()
 
 
+def test_a_container_of_another_engine_is_left_alone(containers: AgentHost, tmp_path: Path) -> None:
+    containers.kill_agent()
+    socket = f"unix://{HOME}/other.sock"
+    other = start_docker(HOME / "other", host=socket)
+    try:
+        before, held = containers.records(), set(containers.allocations())
+        containers.start_agent(DOCKER_HOST=socket)
+        wait_for(lambda: "is it another Docker Engine's?" in containers.log(), containers.log())
+        look_now()
+        containers.sync()
+        assert (containers.records(), set(containers.allocations())) == (before, held)
+        assert answers("peer", A4)
+    finally:
+        other.terminate()
+        other.wait()
+
+
 # 3. namespaces
 
 
