@@ -286,6 +286,8 @@ class Snapshot:
         if endpoint.state == "inactive":
             self.unusable[id] = (entry.index, INACTIVE)
             return
+        if endpoint.state != "active":
+            raise CalicoError(f"its state is {endpoint.state!a:.40}, neither active nor inactive")
         self._candidates[id] = _checked(endpoint, entry.index)
         for thing in self._things(id):
             self._claims.setdefault(thing, set()).add(id)

@@ -79,3 +79,43 @@ def test_names_are_remembered_until_forgotten() -> None:
 def test_a_very_long_path_can_be_locked(directory: Path) -> None:
     with WorkloadLock("vm", "namespace", "-x" * 2000):
         assert len(list((directory / "vm").iterdir())) == 1
+
+
+def test_a_change_that_is_cut_short_can_be_told() -> None:
+    assert locks.cut("vm", "docker") == []
+    with WorkloadLock("vm", "docker", "c") as lock:
+        lock.begin()
+        assert locks.cut("vm", "docker") == ["c"]
+        lock.end()
+        assert locks.cut("vm", "docker") == []
+        lock.begin()
+    assert locks.cut("vm", "docker") == ["c"]
+    with WorkloadLock("vm", "docker", "c") as lock:
+        assert lock.was_cut
+        lock.begin()
+        lock.end()  # this one is done; what the other has left may be there still
+        assert locks.cut("vm", "docker") == ["c"]
+        lock.settled()
+    assert locks.cut("vm", "docker") == []
+    assert not locks.exists("vm", "docker", "c")
+
+
+@pytest.mark.parametrize("path", ["/var/run/netns/blue", "/proc/7/ns/net", "/x" * 300])
+def test_the_paths_of_namespaces_are_remembered(path: str) -> None:
+    id = path.replace("/", "-")
+    with WorkloadLock("vm", "namespace", id) as lock:
+        lock.remember(path, "4711" if path.startswith("/proc") else None)
+        lock.begin()
+    assert locks.names("vm", "namespace", {}) == {id: path}
+    assert locks.names("vm", "namespace", {id: "known"}) == {id: "known"}
+    assert locks.cut("vm", "namespace") == [id]
+    assert locks.names("vm", "docker", {}) == locks.names("elsewhere", "namespace", {}) == {}
+    with WorkloadLock("vm", "namespace", id) as lock:
+        assert (lock.name(), lock.started()) == (path, "4711" if path.startswith("/proc") else None)
+        lock.forget()
+    assert locks.names("vm", "namespace", {}) == {}
+
+
+def test_a_lock_that_is_held_need_not_be_waited_for() -> None:
+    with WorkloadLock("vm", "docker", "c"), pytest.raises(Conflict), WorkloadLock("vm", "docker", "c", wait=False):
+        pass

@@ -110,3 +110,22 @@ def test_an_unknown_action_for_packets_to_the_host_closes() -> None:
     assert snapshot.host_action == "ACCEPT" and not snapshot.problems
     snapshot.change(Change(key, None))
     assert snapshot.host_action == "RETURN"
+
+
+def test_a_state_that_is_not_known_does_not_count_as_active() -> None:
+    snapshot = snapshot_of(endpoint_entry("1", state="paused"), endpoint_entry("2", ipv4_nets=["192.168.0.2/32"]))
+    assert set(snapshot.local) == {id_of("2")}
+    assert "'paused'" in snapshot.unusable[id_of("1")][1]
+
+
+def test_the_grace_time_is_a_number_of_seconds() -> None:
+    key = "/calico/v1/config/GraceTime"
+    snapshot = snapshot_of(entry(key, "5"))
+    assert snapshot.grace_time == 5
+    snapshot.change(Change(key, entry(key, "soon")))
+    assert snapshot.grace_time == 60
+    assert "'soon'" in snapshot.problems[key]
+    snapshot.change(Change(key, entry(key, "0")))
+    assert (snapshot.grace_time, snapshot.problems) == (0, {})
+    snapshot.change(Change(key, None))
+    assert snapshot.grace_time == 60
