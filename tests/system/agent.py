@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import re
+import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -110,6 +111,19 @@ class AgentHost(Host):
 
     def mac(self, namespace: str) -> str:
         return links(namespace)["eth1"]["address"]
+
+
+@contextmanager
+def locked(host: Host, namespace: str) -> Iterator[None]:
+    """Hold the lock of a namespace's workload, as a command does."""
+    lock = f"/run/calico/{host.name}/namespace.-var-run-netns-{namespace}"
+    command = ["flock", lock, "sh", "-c", "echo; read end"]
+    holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert holder.stdout and holder.stdout.readline()
+        yield
+    finally:
+        holder.communicate(b"\n")
 
 
 @contextmanager

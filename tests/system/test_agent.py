@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.system.agent import A4, ALLOW, B4, C4, LOG_DIR, AgentHost, kernel, outside_host
+from tests.system.agent import A4, ALLOW, B4, C4, LOG_DIR, AgentHost, kernel, locked, outside_host
 from tests.system.support import (
     CALICOCTL,
     HOST_IP,
@@ -458,15 +458,16 @@ def test_interface_and_record_come_in_any_order_and_go(pair: AgentHost) -> None:
     run("ip", "link", "set", name, "up")
     wait_for(lambda: pair.endpoint_status(key)["status"] == "up", "up")
     assert ping("a", B4)
-    run("ip", "link", "delete", name)
-    wait_for(lambda: pair.endpoint_status(key)["status"] == "down", "down")
-    assert "there is no interface" in pair.endpoint_status(key)["reason"]
-    run("ip", "link", "add", name, "type", "veth", "peer", "name", "eth1", "netns", "b", "address", mac)
-    for prefix, device in ((["ip"], name), (["ip", "-n", "b"], "eth1")):
-        run(*prefix, "link", "set", device, "up")
-    run("ip", "-n", "b", "address", "add", f"{B4}/32", "dev", "eth1")
-    run("ip", "-n", "b", "route", "add", "192.0.2.2", "dev", "eth1")
-    run("ip", "-n", "b", "route", "add", "default", "via", "192.0.2.2", "dev", "eth1")
+    with locked(pair, "b"):  # or the agent would make the interface again
+        run("ip", "link", "delete", name)
+        wait_for(lambda: pair.endpoint_status(key)["status"] == "down", "down")
+        assert "there is no interface" in pair.endpoint_status(key)["reason"]
+        run("ip", "link", "add", name, "type", "veth", "peer", "name", "eth1", "netns", "b", "address", mac)
+        for prefix, device in ((["ip"], name), (["ip", "-n", "b"], "eth1")):
+            run(*prefix, "link", "set", device, "up")
+        run("ip", "-n", "b", "address", "add", f"{B4}/32", "dev", "eth1")
+        run("ip", "-n", "b", "route", "add", "192.0.2.2", "dev", "eth1")
+        run("ip", "-n", "b", "route", "add", "default", "via", "192.0.2.2", "dev", "eth1")
     wait_for(lambda: pair.endpoint_status(key)["status"] == "up", "up")
     assert ping("a", B4)
     record = pair.etcd.get(key)
@@ -644,9 +645,9 @@ def test_wait_returns_when_the_next_line_can_ping(node: AgentHost) -> None:
 
 def test_wait_is_not_fooled_by_an_old_report(pair: AgentHost) -> None:
     """A report about the record as it was before says nothing about the record as it is."""
-    run("ip", "link", "delete", pair.interface("a"))
     os.kill(pair.pid, signal.SIGSTOP)
     try:
+        run("ip", "link", "delete", pair.interface("a"))
         assert pair.endpoint_status(pair.key("a"))["status"] in ("up", "down")
         pair.etcd.put(pair.key("a"), {**json.loads(pair.etcd.get(pair.key("a"))), "note": "written again"})
         late = pair.ctl("container", "add", "/var/run/netns/a", A4, "--wait=0.5", status=1)
@@ -668,8 +669,7 @@ def test_wait_is_not_fooled_by_a_dead_agent(pair: AgentHost) -> None:
     run("ip", "netns", "delete", "a")
     wait_for(lambda: len(calico_links()) == 1, "the old interface's end")
     run("ip", "netns", "add", "a")
-    pair.ctl("container", "add", "/var/run/netns/a", A4, "--wait=20")
-    assert ping("a", B4)
+    wait_for(lambda: ping("a", B4), "the network")
 
 
 def test_an_etcd_of_its_own(bare_host: Host) -> None:

@@ -167,6 +167,11 @@ def test_settings(host: Host) -> None:
     assert host.etcd.get("/calico/bgp/v1/host/host1/loglevel") is None
     refused(host, "config", "node", "bgp", "loglevel", "--remove", because="not set")
     refused(host, "config", "felix", "loglevel", "loud", because="one of none, debug")
+    assert host.ctl("config", "felix", "GraceTime").out == "60\n"
+    host.ctl("config", "felix", "GraceTime", "5")
+    assert host.etcd.get("/calico/v1/config/GraceTime") == "5"
+    for value in ("86401", "1.5", "soon", ""):
+        refused(host, "config", "felix", "GraceTime", value, because="a whole number from 0 to 86400")
     refused(host, "config", "felix", "Colour", "red", because="--force")
     refused(host, "config", "felix", "a/b", "red", "--force", because="cannot be a setting")
     refused(host, "config", "bgp", "peer_v4", "x", "--force", because="is no setting")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.system.agent import A4, ALLOW, B4, AgentHost, holds
+from tests.system.agent import A4, ALLOW, B4, AgentHost, holds, locked
 from tests.system.conftest import HOME
 from tests.system.support import (
     FAULTY,
@@ -396,19 +396,12 @@ def test_after_a_reboot_everything_is_connected_again(bare_host: Host, first: st
 
 
 def test_a_command_under_way_is_not_disturbed(pair: AgentHost) -> None:
-    lock = f"/run/calico/{pair.name}/namespace.-var-run-netns-a"
-    holder = subprocess.Popen(
-        ["flock", lock, "sh", "-c", "echo; read end"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
-    try:
-        assert holder.stdout and holder.stdout.readline()
-        before = pair.records()
+    before = pair.records()
+    with locked(pair, "a"):
         run("ip", "link", "delete", pair.interface("a"))
         wait_for(lambda: pair.endpoint_status(pair.key("a"))["status"] == "down", pair.log())
         look_now()
         assert holds(lambda: pair.records() == before and len(calico_links()) == 1, 2)
-    finally:
-        holder.communicate(b"\n")
     wait_for(lambda: len(calico_links()) == 2 and connected(pair, pair.key("a")), pair.log())
 
 
