@@ -34,6 +34,9 @@ INTERVAL = 10.0
 LOCK_PAUSE = 0.5
 """Seconds until a workload that somebody else is changing is looked at again."""
 
+STORE_PAUSE = 1.0
+"""Seconds until the store, which could not be asked, is asked again."""
+
 GONE_PAUSE = 30.0
 """Seconds from the removal of an endpoint to a look at what it may have left: another tool may write it anew."""
 
@@ -77,6 +80,7 @@ class Keeper(threading.Thread):
         """Containers of whose removal the engine has told."""
         self._healed: dict[Key, float] = {}
         self._troubles: dict[Key, str] = {}
+        """Workloads that something failed for, and what was told of that."""
         self._paths: dict[str, str] = {}
         self._namespaces: dict[str, tuple[int, int] | None] = {}
         """What was last seen at the paths of namespaces, by workload."""
@@ -85,6 +89,7 @@ class Keeper(threading.Thread):
         self._engine_away = False
         self._engine_back = float("-inf")
         self._sweep_at = 0.0
+        self._rest_until = 0.0
         self._alive = True
 
     def look_at(self, id: EndpointId, gone: bool = False) -> None:
@@ -110,20 +115,22 @@ class Keeper(threading.Thread):
         while self._alive:
             for item in self._wait():
                 self._take(item)
+            if not self.ready or time.monotonic() < self._rest_until:
+                continue
             try:
-                if self.ready:
-                    self._go_round()
+                self._go_round()
             except StoreUnavailable as error:
                 log.debug("%s; workloads are looked at when it is back", error)
-                self._sweep_at = time.monotonic() + INTERVAL
+                self._rest_until = time.monotonic() + STORE_PAUSE
             except Exception as error:  # to end would leave the host's containers alone
-                log.exception("looking after workloads failed")
+                log.debug("where it comes from", exc_info=True)
                 self._tell(events.Trouble(f"looking after workloads failed ({type(error).__name__}: {error})"))
-                self._sweep_at = time.monotonic() + INTERVAL
+                self._rest_until = time.monotonic() + INTERVAL
 
     def _wait(self) -> list[Any]:
         """Return what has come; nothing when it is time for something."""
         until = min([self._sweep_at, *self._due.values()]) if self.ready else time.monotonic() + INTERVAL
+        until = max(until, self._rest_until)
         found: list[Any] = []
         with suppress(Empty):
             found.append(self.inbox.get(timeout=max(0.0, until - time.monotonic())))
@@ -273,8 +280,16 @@ class Keeper(threading.Thread):
             self._tell(act)
 
     def _fail(self, key: Key, error: CalicoError) -> None:
-        """Tell once what could not be done for a workload, and try it again."""
-        if self._troubles.get(key) != str(error):
+        """Try again what could not be done for a workload, soon; tell of it once, when it fails again.
+
+        The first time, the workload may just have ended.
+        """
+        told = self._troubles.get(key)
+        if told is None:
+            self._troubles[key] = ""
+            self._due[key] = time.monotonic() + LOCK_PAUSE
+            return
+        if told != str(error):
             self._tell(events.Trouble(str(error)))
         self._troubles[key] = str(error)
         self._put_off(key)
