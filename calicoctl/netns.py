@@ -100,9 +100,13 @@ class Namespace:
         from pyroute2.iproute.linux import IPRoute
 
         outcome: dict[str, Any] = {}
-        done = threading.Event()
+        wanted = True
+        begin, done = threading.Event(), threading.Event()
 
         def body() -> None:
+            begin.wait()
+            if not wanted:
+                return
             try:
                 pyroute2_netns.setns(self._fd)
                 with IPRoute() as netlink:
@@ -112,11 +116,15 @@ class Namespace:
             finally:
                 done.set()
 
-        threading.Thread(target=body, name=f"namespace of {self.name}").start()
         try:
+            threading.Thread(target=body, name=f"namespace of {self.name}").start()
+            begin.set()
             done.wait()  # a join that is interrupted takes the thread for ended (bugs.python.org/issue45274)
         except BaseException:
-            done.wait()  # what the thread does must be over before it is undone
+            if begin.is_set():
+                done.wait()  # what the thread does must be over before it is undone
+            wanted = False
+            begin.set()
             raise
         if "error" in outcome:
             raise outcome["error"]

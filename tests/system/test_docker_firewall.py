@@ -47,7 +47,7 @@ def docker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[subproce
     """A second engine, with bridge and firewall, at a socket of its own."""
     monkeypatch.setenv("DOCKER_HOST", SOCKET)
     process = start_docker(FOLDER / "first", *WITH_FIREWALL, host=SOCKET)
-    import_busybox(tmp_path / "busybox")
+    import_busybox(tmp_path / "busybox", SOCKET)
     yield process
     run("sh", "-c", "docker ps -aq | xargs -r docker rm -f", check=False)
     process.terminate()
