@@ -14,6 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Callable
 
 from calicoctl.addresses import parse_address
+from calicoctl.datastore import keys
 from calicoctl.datastore.keys import EndpointId
 from calicoctl.datastore.model import Endpoint
 from calicoctl.errors import CalicoError, InvalidValue
@@ -60,12 +61,10 @@ def check(datastore: DatastoreClient) -> list[Finding]:
 
 def _look(datastore: DatastoreClient) -> Iterator[Finding]:
     endpoints, problems = datastore.readable_endpoints()
-    for problem in problems:
-        yield Finding("unreadable", problem.key, problem.why, "put it right or remove it")
     registered = set(datastore.registered_hosts())
     listed: dict[str, list[Endpoint]] = defaultdict(list)
     for endpoint in endpoints:
-        for address in endpoint.addresses:
+        for address in dict.fromkeys(endpoint.addresses):
             listed[address].append(endpoint)
         host = endpoint.id.host
         if host not in registered:
@@ -75,45 +74,61 @@ def _look(datastore: DatastoreClient) -> Iterator[Finding]:
                 f"its host {host} is not registered",
                 f"run 'calicoctl node' there, or 'calicoctl node remove --hostname={host} --remove-endpoints'",
             )
+    sound = not problems  # else an address may well be one of theirs
     unseen = set(listed)
+    unread: set[str] = set()
     counted: dict[str, Counter[str]] = defaultdict(Counter)
-    sound = not problems
     for version in (4, 6):
-        try:
-            for block in datastore.ipam.blocks(version):
-                for ordinal, owner in block.held():
-                    address = str(block.address(ordinal))
-                    unseen.discard(address)
-                    if owner.handle is not None:
-                        counted[owner.handle][block.cidr] += 1
-                    yield from _of_address(datastore, address, owner, listed.get(address, []), sound)
-        except InvalidValue as problem:
-            yield Finding("unreadable", problem.key, problem.why, "put it right or remove it")
-            return  # what would be said of the others might be wrong
+        for block in datastore.ipam.all_blocks(version):
+            if isinstance(block, InvalidValue):
+                problems.append(block)
+                unread.add(keys.undashed(keys.last(block.key)))
+                continue
+            for ordinal, owner in block.held():
+                address = str(block.address(ordinal))
+                unseen.discard(address)
+                if owner.handle is not None:
+                    counted[owner.handle][block.cidr] += 1
+                yield from _of_address(
+                    datastore, block.cidr, address, owner, listed.get(address, []), sound, registered
+                )
     for address in sorted(unseen):
-        for endpoint in listed[address]:
-            yield _unassigned(datastore, address, endpoint.id)
-    try:
-        handles = datastore.ipam.handle_counts()
-    except InvalidValue as problem:
+        if datastore.ipam.cidr_of(parse_address(address)) not in unread:
+            for endpoint in listed[address]:
+                yield _unassigned(datastore, address, endpoint.id)
+    handles, unsound = datastore.ipam.handle_counts()
+    problems += unsound
+    strange = {keys.last(problem.key) for problem in unsound}
+    for handle in sorted(handles.keys() | {handle for handle in counted if _is_key(handle)}):
+        says, holds = handles.get(handle, {}), dict(counted[handle])
+        if handle in strange or not unread.isdisjoint(says) or (says == holds and says):
+            continue
+        much, held = sum(says.values()), sum(holds.values())
+        what = f"it counts {much} addresses and holds {held}" if much != held else "it counts other blocks' addresses"
+        yield Finding("handle", handle, what, fix=partial(_recount, datastore, handle, list(holds)))
+    for problem in problems:
         yield Finding("unreadable", problem.key, problem.why, "put it right or remove it")
-        return
-    for handle in sorted(handles.keys() | counted.keys()):
-        if handles.get(handle) != dict(counted[handle]):
-            says, holds = sum(handles.get(handle, {}).values()), sum(counted[handle].values())
-            what = (
-                f"it counts {says} addresses and holds {holds}"
-                if says != holds
-                else "it counts other blocks' addresses"
-            )
-            blocks = list(counted[handle])
-            yield Finding("handle", handle, what, fix=partial(_recount, datastore, handle, blocks))
+
+
+def _is_key(handle: str) -> bool:
+    """Tell whether a handle can be a key of the store, which hides those that begin with an underscore."""
+    return bool(handle) and "/" not in handle and not handle.startswith("_")
 
 
 def _of_address(
-    datastore: DatastoreClient, address: str, owner: Owner, listing: list[Endpoint], sound: bool
+    datastore: DatastoreClient,
+    block: str,
+    address: str,
+    owner: Owner,
+    listing: list[Endpoint],
+    sound: bool,
+    registered: set[str],
 ) -> Iterator[Finding]:
     """Look at an address that is assigned, with the endpoints that list it."""
+    release = f"'calicoctl ipam release {address}' gives it back"
+    if owner.handle is not None and not _is_key(owner.handle):
+        yield Finding("address", address, f"it is assigned to '{owner.handle}', which no handle can be called", release)
+        return
     for endpoint in listing[1:]:
         yield Finding(
             "address",
@@ -121,30 +136,35 @@ def _of_address(
             f"endpoints {listing[0].id.endpoint} and {endpoint.id.endpoint} both list it",
             "remove one of the two containers from the network",
         )
-    orchestrator, _, workload = (owner.handle or "").partition(".")
+    host = owner.secondary.get("host")
+    whose = f"{owner.handle or 'nobody that is named'}{f' on host {host}' if isinstance(host, str) else ''}"
     if listing:
-        ids = {endpoint.id for endpoint in listing}
-        if owner.handle is not None and not any(
-            (id.orchestrator, id.workload) == (orchestrator, workload) for id in ids
-        ):
+        if owner.handle is not None and not any(_holds(owner, endpoint.id) for endpoint in listing):
+            id = listing[0].id
             yield Finding(
                 "address",
                 address,
-                f"endpoint {listing[0].id.endpoint} lists it, but it is assigned to {owner.handle}",
+                f"endpoint {id.endpoint} of host {id.host} lists it, but it is assigned to {whose}",
                 "remove that endpoint's container from the network, and connect it again",
             )
         return
-    host = owner.secondary.get("host")
-    whose = f"it is assigned to {owner.handle or 'nobody that is named'}, and no endpoint has it"
-    release = f"'calicoctl ipam release {address}' gives it back"
+    problem = f"it is assigned to {whose}, and no endpoint has it"
+    orchestrator, _, workload = (owner.handle or "").partition(".")
     if orchestrator not in (DOCKER, NAMESPACE) or not workload:
-        yield Finding("address", address, whose, release)
+        yield Finding("address", address, problem, release)
     elif host != datastore.host:
-        advice = f"run 'calicoctl ipam check --fix' on {host}" if isinstance(host, str) else release
-        yield Finding("address", address, whose, advice)
+        there = isinstance(host, str) and host in registered
+        yield Finding("address", address, problem, f"run 'calicoctl ipam check --fix' on {host}" if there else release)
     else:
-        fix = partial(_tidy, datastore, orchestrator, workload, address) if sound else None
-        yield Finding("address", address, whose, release, fix)
+        fix = partial(_tidy, datastore, orchestrator, workload, block, address) if sound else None
+        yield Finding("address", address, problem, release, fix)
+
+
+def _holds(owner: Owner, id: EndpointId) -> bool:
+    """Tell whether an address's owner is an endpoint's workload. An old tool stored a namespace's under `docker`."""
+    orchestrator = NAMESPACE if id.orchestrator == DOCKER and id.workload.startswith("-") else id.orchestrator
+    its = owner.handle in (f"{id.orchestrator}.{id.workload}", f"{orchestrator}.{id.workload}")
+    return its and owner.secondary.get("host", id.host) == id.host
 
 
 def _unassigned(datastore: DatastoreClient, address: str, id: EndpointId) -> Finding:
@@ -154,9 +174,10 @@ def _unassigned(datastore: DatastoreClient, address: str, id: EndpointId) -> Fin
     return Finding("address", address, problem, fix=partial(_restore, datastore, id, address))
 
 
-def _tidy(datastore: DatastoreClient, orchestrator: str, workload: str, address: str) -> bool:
+def _tidy(datastore: DatastoreClient, orchestrator: str, workload: str, block: str, address: str) -> bool:
     from calicoctl import upkeep
 
+    datastore.ipam.recount(f"{orchestrator}.{workload}", [block])  # it may not know of the address
     upkeep.tidy(datastore, Workload(orchestrator, workload, workload))
     return datastore.ipam.owner(parse_address(address)) is None
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 from calicoctl.datastore.client import DatastoreClient, hostname
-from calicoctl.errors import CalicoError, DockerUnavailable, StoreError
+from calicoctl.errors import CalicoError, DockerUnavailable
 from calicoctl.felix import docker_firewall, process
 from calicoctl.felix.nft import Nft
 from calicoctl.workload import docker_info
@@ -72,8 +72,8 @@ def check(libnetwork: bool = False) -> Iterator[Check]:
     yield _root()
     yield from _kernel()
     yield from _settings()
-    yield from _tools()
     docker = _docker(libnetwork)
+    yield from _tools(docker.ok)
     yield docker
     yield _firewall(docker.ok)
     yield from _etcd()
@@ -173,13 +173,13 @@ def _settings() -> Iterator[Check]:
     )
 
 
-def _tools() -> Iterator[Check]:
+def _tools(docker_runs: bool) -> Iterator[Check]:
     for command, package, needed, use in (
         ("nft", "nftables", False, "to look at the tables"),
         ("ip", "iproute2", True, ""),
         ("conntrack", "conntrack", False, "to look at connections"),
-        ("iptables", "iptables", False, "needed beside Docker's firewall"),
-        ("ip6tables", "iptables", False, "needed beside Docker's firewall"),
+        ("iptables", "iptables", docker_runs, "needed beside Docker's firewall"),
+        ("ip6tables", "iptables", docker_runs, "needed beside Docker's firewall"),
         ("etcd", "etcd-server", False, "for 'calicoctl node --local-etcd'"),
     ):
         version = _version(command)
@@ -226,7 +226,7 @@ def _firewall(docker_runs: bool) -> Check:
         return Check(name, False, str(error), docker_runs, "put the host's iptables in order")
     if not missing:
         return Check(name, True, "nothing drops what comes from containers, or goes to them", False)
-    running = process.running(hostname()) is not None
+    running = _agent() is not None
     agent = "should accept it there, and does not" if running else "will accept it there"
     return Check(
         name,
@@ -238,16 +238,25 @@ def _firewall(docker_runs: bool) -> Check:
 
 
 def _etcd() -> Iterator[Check]:
+    name, there = "etcd with its v2 API", True
     try:
-        version = DatastoreClient.from_environment().store_version()
-    except StoreError as error:
-        yield Check("etcd with its v2 API", False, str(error), advice="start one, or use 'calicoctl node --local-etcd'")
-        for port in LOCAL_ETCD_PORTS:
-            free = _is_free(port)
-            found = "free for a local etcd" if free else "somebody else's"
-            yield Check(f"port {port} of 127.0.0.1", free, found, False, "end what listens there, for --local-etcd")
-        return
-    yield Check("etcd with its v2 API", True, f"version {version}")
+        yield Check(name, True, f"version {DatastoreClient.from_environment().store_version()}")
+    except CalicoError as error:
+        there = False
+        yield Check(name, False, str(error), advice="start one, or use 'calicoctl node --local-etcd'")
+    for port in LOCAL_ETCD_PORTS:
+        free = _is_free(port)
+        found = "free for a local etcd" if free else "in use" if there else "somebody else's"
+        yield Check(
+            f"port {port} of 127.0.0.1", free or there, found, False, "end what listens there, for --local-etcd"
+        )
+
+
+def _agent() -> int | None:
+    """Return the process id of this host's agent, None where none runs, or the host has no name."""
+    with suppress(CalicoError):
+        return process.running(hostname())
+    return None
 
 
 def _is_free(port: int) -> bool:
@@ -267,7 +276,7 @@ def _host() -> Iterator[Check]:
         yield Check("host name", False, str(error), advice="set HOSTNAME")
         return
     yield Check("host name", True, host)
-    pid = process.running(host)
+    pid = _agent()
     found = f"runs (process {pid})" if pid else "does not run"
     yield Check("host agent", pid is not None, found, False, "start it with 'calicoctl node'")
 

@@ -64,12 +64,33 @@ COMMANDS = (
 )
 
 
+GLOBAL_OPTIONS = ("--debug", "--quiet")
+"""Those that may stand anywhere."""
+
+
 class Interrupted(BaseException):
     """A signal asked the process to end. What was done so far is undone on the way out."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
         self.number = number
+
+
+class _Output(io.FileIO):
+    """A standard stream that goes on when its reader has seen enough: what is to be done is done all the same."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data) or 0
+        except BrokenPipeError:
+            return len(data)
+
+    @classmethod
+    def over(cls, stream: Any) -> io.TextIOWrapper:
+        """Return a stream over the same file, which spells out what its encoding has no character for."""
+        binary = io.BufferedWriter(cls(stream.fileno(), "w", closefd=False))
+        lines = stream is sys.stderr or stream.isatty()
+        return io.TextIOWrapper(binary, stream.encoding, "backslashreplace", line_buffering=lines)
 
 
 def entry() -> NoReturn:
@@ -80,12 +101,10 @@ def entry() -> NoReturn:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _interrupt)
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    sys.stdout, sys.stderr = _Output.over(sys.stdout), _Output.over(sys.stderr)
     status = main(sys.argv[1:])
     try:
         sys.stdout.flush()
-    except BrokenPipeError:
-        pass  # who reads the output has seen enough
     except OSError as error:
         print(f"cannot write the output: {error.strerror}", file=sys.stderr)
         status = status or 1
@@ -108,12 +127,13 @@ def main(argv: list[str], where: str = "") -> int:
     """Run one command line; return its exit status. Errors are printed as one line, behind `where`; none gets out."""
     debug = "--debug" in argv or os.environ.get("CALICO_DEBUG", "") not in ("", "0")
     quiet = "--quiet" in argv
-    argv = [word for word in argv if word not in ("--debug", "--quiet")]
+    argv = [word for word in argv if word not in GLOBAL_OPTIONS]
 
     def complain(sentence: str) -> None:
         _complain(where + sentence, debug)
 
     try:
+        _refuse_odd(argv)
         with redirect_stdout(io.StringIO()) if quiet else nullcontext():
             _run(argv)
         return 0
@@ -123,10 +143,8 @@ def main(argv: list[str], where: str = "") -> int:
             print(error.usage, file=sys.stderr)
         return error.exit_status
     except Interrupted as interrupted:
-        complain("Interrupted; what was begun has been undone.")
+        complain("Interrupted; no container is left half connected. Repeat the command to have all of it done.")
         return 128 + interrupted.number
-    except BrokenPipeError:
-        return 0
     except OSError as error:
         complain(f"The system refused: {error}.")
         return 1
@@ -136,6 +154,13 @@ def main(argv: list[str], where: str = "") -> int:
     except Exception as error:
         complain(f"calicoctl has a defect ({type(error).__name__}: {error}). Run it with --debug to see where.")
         return 1
+
+
+def _refuse_odd(argv: list[str]) -> None:
+    """Raise CalicoError for a word that neither etcd nor Docker nor the kernel could be told."""
+    for word in argv:
+        if "\0" in word or any("\ud800" <= c <= "\udfff" for c in word):
+            raise CalicoError(f"{word!a} cannot be used: it is not UTF-8 text")
 
 
 def _run(argv: list[str]) -> None:

@@ -13,14 +13,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Callable
 
-from calicoctl.cli import COMMANDS
+from calicoctl.cli import COMMANDS, GLOBAL_OPTIONS
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.errors import CalicoError
 
 Node = Any
 """A node of docopt's tree of a grammar: it has `name`, or `children`, or both options' names."""
-
-GLOBAL_OPTIONS = ("--help", "--quiet", "--debug")
 
 _HARMLESS = re.compile(r"[A-Za-z0-9_./:=@%+,-]+", re.ASCII)
 """What a shell takes for a plain word. Names come from etcd and Docker, and end on somebody's command line."""
@@ -30,7 +28,7 @@ def candidates(line: str) -> list[str]:
     """Return what the last word of a command line may become; the line ends where the cursor is."""
     words, partial = _split(line)
     if not words:
-        found: Iterable[str] = (*COMMANDS, "--help", "--version", "--quiet", "--debug")
+        found: Iterable[str] = (*COMMANDS, "--help", "--version", *GLOBAL_OPTIONS)
     elif words[0] not in COMMANDS:
         found = ()
     else:
@@ -49,7 +47,7 @@ def _split(line: str) -> tuple[list[str], str]:
     start = next((number for number, word in enumerate(words) if word.rpartition("/")[2] == "calicoctl"), 0)
     words = words[start + 1 :]
     partial = words.pop() if words else ""
-    return [word for word in words if word not in ("--debug", "--quiet")], partial
+    return [word for word in words if word not in GLOBAL_OPTIONS], partial
 
 
 def _of_command(words: list[str], partial: str) -> set[str]:
@@ -130,7 +128,7 @@ def _options(usages: list[Node], words: list[str], partial: str) -> set[str]:
     """Return the options of those usages that the words fit."""
     taken = _taken(usages, words)
     name, equals, _ = partial.partition("=")
-    found = set(GLOBAL_OPTIONS)
+    found = {"--help", *GLOBAL_OPTIONS}
     for usage in usages:
         reached: set[Node] = set()
         ends = _walk(usage, words, {0}, reached, taken)
@@ -159,7 +157,7 @@ def _values(name: str, words: list[str]) -> Iterable[str]:
     """Return what an argument, or an option, may be; nothing where that cannot be told."""
     try:
         return _SOURCES[name](words) if name in _SOURCES else ()
-    except CalicoError:
+    except (CalicoError, TimeoutError):
         return ()
 
 
@@ -167,7 +165,7 @@ def _containers(words: list[str]) -> list[str]:
     from calicoctl.workload import docker_containers
 
     found = [f"/var/run/netns/{path.name}" for path in Path("/var/run/netns").glob("*")]
-    with suppress(CalicoError):  # a host may have no Docker
+    with suppress(CalicoError, TimeoutError):  # a host may have no Docker
         found += [name.lstrip("/") for container in docker_containers() for name in container.get("Names") or ()]
     return found
 

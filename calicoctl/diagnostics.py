@@ -1,7 +1,8 @@
 """Collects what one needs to find out why a packet does not arrive, into one archive, without secrets.
 
 Nothing is changed. What cannot be had is left out, and the reason stands in its place. Only what is listed here gets
-in; of Docker's containers, that is never their environment. Then everything is searched for what looks like a secret.
+in: of the environment and of etcd, the values of what this program knows by name; of Docker's containers, never their
+environment. Then everything is searched for what looks like a secret, which may stand in a log.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ from pathlib import Path
 from typing import Any, Callable
 
 from calicoctl import __version__, checks
-from calicoctl.datastore.client import DatastoreClient, hostname
+from calicoctl.datastore import keys
+from calicoctl.datastore.client import DEFAULT_CONFIG, DatastoreClient, hostname
+from calicoctl.datastore.model import Endpoint, Peer, Pool, Rule
+from calicoctl.datastore.store import Entry
 from calicoctl.errors import CalicoError
 from calicoctl.felix import process
 from calicoctl.workload import docker_containers, docker_info
@@ -51,13 +55,30 @@ _DOCKER_INFO = ("ServerVersion", "OperatingSystem", "KernelVersion", "Driver", "
 _CONTAINER = ("Id", "Names", "Image", "State", "Status", "NetworkSettings")
 
 _HIDDEN = "(left out)"
-_NAMES = r"[\w.-]*(?:password|passwd|passphrase|secret|token|credential|private[_-]?key|api[_-]?key)[\w.-]*"
+
+_VARIABLES = (
+    *("ETCD_ENDPOINTS", "ETCD_AUTHORITY", "ETCD_SCHEME", "ETCD_CA_CERT_FILE", "ETCD_CERT_FILE", "ETCD_KEY_FILE"),
+    *("DOCKER_HOST", "DOCKER_TLS_VERIFY", "DOCKER_CERT_PATH", "HOSTNAME", "CALICO_DEBUG"),
+)
+"""Those of the environment whose values get in, but for what stands before an @; of others like them, the names."""
+
+_FIELDS = {
+    *(name for kind in (Endpoint, Rule, Pool, Peer) for name in kind.__dataclass_fields__ if name != "extra"),
+    *("profile_id", "inbound_rules", "outbound_rules", "cidr", "affinity", "allocations", "attributes", "handle_id"),
+    *("secondary", "host", "orchestrator", "workload", "endpoint", "interface", "namespace", "node", "block"),
+    *("enabled", "time", "uptime", "first_update", "status", "index", "reason"),
+    *("Ready", "GraceTime", "DefaultEndpointToHostAction", "marker", "loglevel", "bird_ip", "ip_addr_v4", "ip_addr_v6"),
+    *DEFAULT_CONFIG,
+}
+"""Fields of JSON values in etcd, and keys with plain values, that are the data model's: the others are left out."""
+
+_NAMES = r"[\w.-]*(?:passw|passphrase|\bpass\b|_pass\b|pwd|secret|token|credential|(?:private|api)[_-]?key|md5)[\w.-]*"
 _SECRETS = (
     (re.compile(r"-----BEGIN [A-Z0-9 ]+-----.*?(?:-----END [A-Z0-9 ]+-----|\Z)", re.DOTALL), _HIDDEN),
-    (re.compile(r"(://)[^/\s@\"']+@"), rf"\1{_HIDDEN}@"),
-    (re.compile(r"(\bauthorization\b\\?[\"']?\s*[:=]\s*\\?[\"']?)[^\"'\n\\]+", re.IGNORECASE), rf"\1{_HIDDEN}"),
-    (re.compile(rf"({_NAMES}\\?[\"']?\s*[:=]\s*\\?[\"'])[^\"'\n]*", re.IGNORECASE), rf"\1{_HIDDEN}"),
-    (re.compile(rf"({_NAMES}\s*[:=]\s*)[^\s\"'\\]\S*", re.IGNORECASE), rf"\1{_HIDDEN}"),
+    (re.compile(r"(://)[^\s\"']*@"), rf"\1{_HIDDEN}@"),
+    (re.compile(r"(^|[\s\"'(=])[^\s\"'(=@]+:[^\s\"'@]+@", re.MULTILINE), rf"\1{_HIDDEN}@"),
+    (re.compile(r"(\bauthorization\b\\?[\"']?\s*[:=]).*", re.IGNORECASE), rf"\1 {_HIDDEN}"),
+    (re.compile(rf"({_NAMES}\\?[\"']?\s*[:=]).*", re.IGNORECASE), rf"\1 {_HIDDEN}"),
 )
 
 
@@ -102,6 +123,9 @@ def collect(found: Iterable[tuple[str, Source]]) -> Path:
 
 def without_secrets(text: str) -> str:
     """Return a text with what looks like a password, a token or a key left out."""
+    begin, end = text.find("-----BEGIN "), text.find("-----END ")
+    if end >= 0 and not 0 <= begin < end:  # the end of a log may begin inside a key
+        text = _HIDDEN + text[end:]
     for pattern, instead in _SECRETS:
         text = pattern.sub(instead, text)
     return text
@@ -129,10 +153,13 @@ def _versions() -> str:
 
 
 def _environment() -> str:
-    names = sorted(
-        name for name in os.environ if name.startswith(("ETCD_", "DOCKER_", "CALICO_")) or name == "HOSTNAME"
-    )
-    return "".join(f"{name}={os.environ[name]}\n" for name in names)
+    lines = []
+    for name in sorted(os.environ):
+        if name in _VARIABLES:
+            lines.append(f"{name}={re.sub('[^,]*@', _HIDDEN + '@', os.environ[name])}\n")
+        elif name.startswith(("ETCD_", "DOCKER_", "CALICO_")):
+            lines.append(f"{name} is set\n")
+    return "".join(lines)
 
 
 def _checks() -> str:
@@ -157,11 +184,31 @@ def _status() -> str:
 
 
 def _store() -> str:
-    """Return all of Calico's keys; the value of one that is named like a secret is left out."""
+    """Return all of Calico's keys, and of their values what the data model names."""
     datastore = DatastoreClient.from_environment()
-    secret = re.compile(_NAMES, re.IGNORECASE)
-    values = {entry.key: entry.value for entry in datastore.everything()}
-    return json.dumps({key: _HIDDEN if secret.search(key) else value for key, value in values.items()}, indent=1)
+    return json.dumps({entry.key: _known_value(entry) for entry in datastore.everything()}, indent=1)
+
+
+def _known_value(entry: Entry) -> Any:
+    try:
+        value = json.loads(entry.value)
+    except (ValueError, RecursionError):
+        value = entry.value
+    if isinstance(value, (dict, list)):
+        return _known_fields(value)
+    return entry.value if not entry.value or keys.last(entry.key) in _FIELDS else _HIDDEN
+
+
+def _known_fields(value: Any) -> Any:
+    """Return a JSON value without the fields that are not known; a handle's are blocks."""
+    if isinstance(value, list):
+        return [_known_fields(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    return {
+        name: _known_fields(item) if name in _FIELDS or re.fullmatch(r"[0-9a-f.:]+/[0-9]+", name) else _HIDDEN
+        for name, item in value.items()
+    }
 
 
 def _docker() -> str:

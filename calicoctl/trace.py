@@ -6,16 +6,16 @@ Each side's endpoint is seen as its host's agent sees it (snapshot.py), and judg
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from calicoctl.addresses import parse_address, version_of
+from calicoctl.addresses import check_unicast, parse_address, version_of
 from calicoctl.datastore.keys import EndpointId
 from calicoctl.datastore.model import Endpoint, Rule
-from calicoctl.errors import CalicoError, NotThere
+from calicoctl.errors import CalicoError, DockerUnavailable, NotThere
 from calicoctl.policy import ICMP, ICMPV6, PROTOCOLS, Packet, Verdict, decide, is_host_service
 from calicoctl.snapshot import Snapshot, usable_addresses
-from calicoctl.workload import endpoints_of, find_connected
+from calicoctl.workload import endpoints_of, find_connected, refuse_others_endpoint
 
 if TYPE_CHECKING:
     from calicoctl.datastore.client import DatastoreClient
@@ -134,6 +134,7 @@ class _Store:
         except CalicoError:
             pass
         else:
+            check_unicast(parse_address(name))
             owners = [id for id, endpoint in self._endpoints.items() if address in usable_addresses(endpoint)]
             usable = [id for id in owners if id in self._seen_by(id.host).local]
             return [Place(name, address, next(iter(usable or owners), None))]
@@ -148,10 +149,14 @@ class _Store:
             found = [endpoint for id, endpoint in self._endpoints.items() if id.endpoint.startswith(name)]
             if len(found) == 1:
                 return found[0]
-        workload = find_connected(name, self._datastore)
+        try:
+            workload = find_connected(name, self._datastore)
+        except DockerUnavailable as error:
+            raise NotThere(f"{name} is no endpoint's id. {error}") from None
         endpoints = endpoints_of(self._datastore, workload)
         if not endpoints:
             raise NotThere(f"{name} is not connected to Calico, and is no endpoint's id.")
+        refuse_others_endpoint(self._datastore, workload, endpoints[0])
         return endpoints[0]
 
     # What decides
@@ -181,10 +186,24 @@ class _Store:
         return decision
 
     def _inbound(self, source: Place, id: EndpointId, packet: Packet) -> Decision:
+        if source.endpoint is not None and source.endpoint.host != id.host:
+            packet = self._as_sent(source.endpoint.host, packet)
         from_host = source.endpoint is None and source.address in self._addresses_of(id.host)
         if from_host and id in self._seen_by(id.host).local:
             return Decision("inbound", True, "from its host everything passes")
         return self._decide("inbound", id, packet)
+
+    def _as_sent(self, host: str, packet: Packet) -> Packet:
+        """Return a packet as it leaves a host: from a pool with masquerade, to what is in no pool, it is the host's."""
+        from netaddr.ip import IPNetwork
+
+        pools = self._seen_by(host).pools.values()
+        of_source = any(pool.masquerade and packet.source in IPNetwork(pool.cidr) for pool in pools)
+        if not of_source or any(packet.destination in IPNetwork(pool.cidr) for pool in pools):
+            return packet
+        version = version_of(packet.source)
+        addresses = [a for a in self._datastore.for_host(host).host_addresses() if version_of(a) == version]
+        return replace(packet, source=addresses[0]) if addresses else packet
 
     def _decide(self, direction: str, id: EndpointId, packet: Packet) -> Decision:
         snapshot = self._seen_by(id.host)
@@ -210,8 +229,11 @@ class _Store:
         return address in self._members[tag]
 
     def _addresses_of(self, host: str) -> set[str]:
-        """Return the addresses that a host is registered with."""
-        return self._datastore.for_host(host).host_addresses()
+        """Return the addresses that a host is registered with, and, of this host, all that it has."""
+        from calicoctl import netns
+
+        own = netns.own_addresses() if host == self._datastore.host else set()
+        return self._datastore.for_host(host).host_addresses() | set(own)
 
 
 def _why(verdict: Verdict, rules: Mapping[str, Sequence[Rule] | None], profiles: Sequence[str]) -> str:

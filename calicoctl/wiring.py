@@ -68,7 +68,7 @@ class Wish:
         """Return the pools that the address may come from; raise CalicoError when there is none."""
         from netaddr.ip import IPNetwork
 
-        pools = datastore.pools(self.version)
+        pools, problems = datastore.readable_pools(self.version)
         if self.cidr is not None:
             chosen = [pool for pool in pools if pool.cidr == self.cidr]
             missing = f"{self.cidr} is not the CIDR of a pool"
@@ -78,6 +78,8 @@ class Wish:
         else:
             chosen = pools
             missing = f"There is no IPv{self.version} pool"
+        if not chosen and problems:  # which may be the one that is meant
+            raise problems[0]
         if not chosen:
             known = ", ".join(pool.cidr for pool in pools) or "none"
             raise CalicoError(f"{missing}. IPv{self.version} pools: {known}.")

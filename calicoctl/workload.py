@@ -133,10 +133,6 @@ def find(name: str) -> Workload:
     DockerUnavailable where the engine could not be asked.
     """
     if name.startswith("/"):
-        try:
-            name.encode()
-        except UnicodeEncodeError:
-            raise CalicoError(f"the path {name!a} cannot be used: it is not UTF-8 text") from None
         path = "/" + os.path.normpath(name).lstrip("/")
         if path == "/":
             raise CalicoError(f"'{name}' is not the path of a network namespace")
@@ -248,7 +244,7 @@ def docker_containers() -> list[dict[str, Any]]:
 
 
 @contextmanager
-def docker_engine(what: str) -> Iterator[Any]:
+def docker_engine(what: str, timeout: int = DOCKER_TIMEOUT) -> Iterator[Any]:
     """Give a client of the Docker Engine, found as its own tools find it, to ask it `what`.
 
     What it answers with instead becomes NoSuchContainer, or DockerUnavailable.
@@ -259,13 +255,13 @@ def docker_engine(what: str) -> Iterator[Any]:
     from requests.exceptions import RequestException
 
     try:
-        with APIClient(timeout=DOCKER_TIMEOUT, **kwargs_from_env()) as docker:
+        with APIClient(timeout=timeout, **kwargs_from_env()) as docker:
             yield docker
     except NotFound:
         raise NoSuchContainer(f"No such container: {what.partition(' ')[2]}") from None
     except APIError as error:
         raise DockerUnavailable(f"Docker refused to be asked {what}: {error.explanation or error}") from None
-    except (DockerException, RequestException, OSError) as error:
+    except (DockerException, RequestException, OSError, ValueError) as error:  # the last for an odd DOCKER_HOST
         where = os.environ.get("DOCKER_HOST") or "unix:///var/run/docker.sock"
         text = str(error)
         if "Permission denied" in text:

@@ -18,9 +18,12 @@ Examples:
 
 from __future__ import annotations
 
+import gc
+import importlib
 import io
 import shlex
 import sys
+from contextlib import suppress
 
 from calicoctl import cli
 from calicoctl.errors import CalicoError, Failed
@@ -34,6 +37,8 @@ def run(argv: list[str]) -> None:
     lines = _lines(_read(file), name)
     if file in (None, "-"):
         sys.stdin = io.StringIO()  # which has been read: no command of a line may wait for more
+    gc.freeze()  # what is there stays, and need not be looked at for the garbage of each line, which may hold sockets
+    gc.set_threshold(1000)
     first = done = failures = 0
     for number, words in with_progress(lines, "batch"):
         status = cli.main(words, f"{name}, line {number}: ")
@@ -50,8 +55,8 @@ def run(argv: list[str]) -> None:
 def _read(file: str | None) -> str:
     try:
         if file in (None, "-"):
-            return sys.stdin.read()
-        with open(str(file), encoding="utf-8") as stream:
+            return sys.stdin.read().removeprefix("\ufeff")
+        with open(str(file), encoding="utf-8-sig") as stream:
             return stream.read()
     except UnicodeDecodeError:
         raise CalicoError(f"{file or 'standard input'} is not UTF-8 text") from None
@@ -62,21 +67,49 @@ def _read(file: str | None) -> str:
 def _lines(text: str, name: str) -> list[tuple[int, list[str]]]:
     """Return the commands, as words, with the numbers of their lines; raise CalicoError for a line that is none."""
     lines = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         try:
-            words = shlex.split(line, comments=True)
+            words = shlex.split(_without_comment(line))
         except ValueError as error:
             raise CalicoError(f"{name}, line {number}: {error}; nothing has been run") from None
         if words[:1] == ["calicoctl"]:
             del words[0]
         elif not words:
             continue
-        why = None
-        if not words or words[0] not in cli.COMMANDS:
-            why = f"'{words[0] if words else 'calicoctl'}' is not a calicoctl command"
-        elif words[0] == "batch" or (words[0] == "node" and "--detach=false" in words):
-            why = f"'{' '.join(words)}' cannot be part of a batch"
+        why = _why_not(words)
         if why:
             raise CalicoError(f"{name}, line {number}: {why}; nothing has been run")
         lines.append((number, words))
     return lines
+
+
+def _without_comment(line: str) -> str:
+    """Return a line without what follows a # at the beginning of a word, where a shell sees a comment."""
+    quote = ""
+    before = " "
+    for place, c in enumerate(line):
+        if before == "\\" and quote != "'":
+            before = ""
+            continue
+        if quote:
+            quote = "" if c == quote else quote
+        elif c == "#" and before.isspace():
+            return line[:place]
+        elif c in "\"'":
+            quote = c
+        before = c
+    return line
+
+
+def _why_not(words: list[str]) -> str:
+    """Return why words cannot be a line of a batch, or an empty text."""
+    words = [word for word in words if word not in cli.GLOBAL_OPTIONS]
+    command = words[0] if words else "calicoctl"
+    if command not in cli.COMMANDS:
+        return f"'{command}' is not a calicoctl command"
+    forbidden = command == "batch" or words[:2] == ["completion", "candidates"]
+    if command == "node":
+        grammar = str(importlib.import_module("calicoctl.commands.node").__doc__)
+        with suppress(CalicoError):  # which running it will tell
+            forbidden = cli.parse(grammar, words)["--detach"] == "false"
+    return f"'{' '.join(words)}' cannot be part of a batch" if forbidden else ""

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 import signal
+from types import FrameType
 
 from calicoctl.cli import parse
 
@@ -38,7 +39,7 @@ ZSH = """\
 # zsh completion for calicoctl
 _calicoctl() {
     local -a found
-    found=(${(f)"$(calicoctl completion candidates zsh "$LBUFFER" 2>/dev/null)"})
+    found=(${(f)"$(calicoctl completion candidates zsh "${(j: :)words[1,CURRENT-1]} $PREFIX" 2>/dev/null)"})
     if (( ! $#found )); then
         _files
     else
@@ -62,10 +63,17 @@ def run(argv: list[str]) -> None:
     print(BASH if arguments["bash"] else ZSH, end="")
 
 
+def _out_of_time(number: int, frame: FrameType | None) -> None:
+    """Give up waiting for the one that is being asked; a second time, for all."""
+    signal.signal(signal.SIGALRM, lambda number, frame: os._exit(0))
+    signal.alarm(1)
+    raise TimeoutError
+
+
 def _candidates(shell: str, line: str) -> None:
     from calicoctl import completion
 
-    signal.signal(signal.SIGALRM, lambda number, frame: os._exit(0))
+    signal.signal(signal.SIGALRM, _out_of_time)
     signal.alarm(PATIENCE)
     words = completion.candidates(line)
     # bash looks at what is behind the last of these alone

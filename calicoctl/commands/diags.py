@@ -4,7 +4,7 @@ Usage:
   calicoctl diags [--log-dir=<DIR>] [--output=<FORMAT>]
 
 Options:
-  --log-dir=<DIR>    where the host agent's logs are; default: /var/log/calico
+  --log-dir=<DIR>    where the host agent's logs are; default: where it says that it logs to, else /var/log/calico
   --output=<FORMAT>  json: an object with the archive's path; default: a sentence
 
 The archive, a .tar.gz that only its owner can read, is written to the folder for temporary files (TMPDIR, else /tmp).
@@ -19,22 +19,36 @@ Examples:
 
 from __future__ import annotations
 
+from contextlib import suppress
+from pathlib import Path
+
 from calicoctl import diagnostics
 from calicoctl.cli import parse
+from calicoctl.datastore.client import hostname
 from calicoctl.errors import CalicoError
-from calicoctl.felix.process import DEFAULT_LOG_DIR
+from calicoctl.felix import process
 from calicoctl.output import print_json, wants_json, with_progress
 
 
 def run(argv: list[str]) -> None:
     arguments = parse(str(__doc__), argv)
     as_json = wants_json(arguments)
-    log_dir = DEFAULT_LOG_DIR if arguments["--log-dir"] is None else arguments["--log-dir"]
-    if not log_dir:
-        raise CalicoError("--log-dir: it must be a directory, and is empty")
+    log_dir = arguments["--log-dir"]
+    if log_dir is None:
+        log_dir = _log_dir()
+    elif not log_dir or not Path(log_dir).is_dir():
+        raise CalicoError(f"--log-dir={log_dir}: it is no directory")
     found = list(diagnostics.sources(log_dir).items())
     path = diagnostics.collect(with_progress(found, "collecting"))
     if as_json:
         print_json({"file": str(path)})
     else:
         print(f"Diagnostics are in {path}")
+
+
+def _log_dir() -> str:
+    """Return where this host's agent says that it logs to, else where agents do."""
+    told = None
+    with suppress(CalicoError):  # a host that has no name has no agent
+        told = (process.report(hostname()) or {}).get("log_dir")
+    return told if isinstance(told, str) else process.DEFAULT_LOG_DIR

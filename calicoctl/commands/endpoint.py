@@ -32,9 +32,9 @@ from dataclasses import asdict
 from typing import Any
 
 from calicoctl.cli import parse
-from calicoctl.datastore.client import DatastoreClient
+from calicoctl.datastore.client import DatastoreClient, check_hostname
 from calicoctl.datastore.model import Endpoint
-from calicoctl.errors import CalicoError, NotThere, UsageError, printable
+from calicoctl.errors import CalicoError, NotThere, UsageError, about, printable
 from calicoctl.output import print_json, print_table, wants_json, warn
 from calicoctl.rules import check_name
 
@@ -73,12 +73,12 @@ def _show(arguments: dict[str, Any]) -> None:
 
 def _matching(datastore: DatastoreClient, arguments: dict[str, Any], endpoint_id: str | None) -> list[Endpoint]:
     """Return the endpoints that the options ask for, and that can be read; warn of the others."""
-    endpoints, problems = datastore.readable_endpoints(arguments["--host"])
-    for problem in problems:
-        warn(f"Warning: {problem}")
+    if arguments["--host"] is not None:
+        with about("--host"):
+            check_hostname(arguments["--host"])
     return [
         endpoint
-        for endpoint in endpoints
+        for endpoint in readable_endpoints(datastore, arguments["--host"])
         if arguments["--host"] in (None, endpoint.id.host)
         and arguments["--orchestrator"] in (None, endpoint.id.orchestrator)
         and endpoint.id.workload.startswith(arguments["--workload"] or "")
@@ -109,7 +109,15 @@ def _profile(arguments: dict[str, Any]) -> None:
         print("".join(f"{printable(name)}\n" for name in endpoint.profile_ids), end="")
 
 
-# What `container` does, too
+# What `container` and `profile` do, too
+
+
+def readable_endpoints(datastore: DatastoreClient, host: str | None = None) -> list[Endpoint]:
+    """Return the endpoints, of all hosts or of one, that can be read; warn of the others."""
+    endpoints, problems = datastore.readable_endpoints(host)
+    for problem in problems:
+        warn(f"Warning: {problem}")
+    return endpoints
 
 
 def show_endpoints(endpoints: Sequence[Endpoint], as_json: bool) -> None:

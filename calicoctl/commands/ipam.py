@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 from calicoctl import audit
 from calicoctl.addresses import parse_address
 from calicoctl.cli import parse
+from calicoctl.commands.pool import readable_pools
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.keys import EndpointId
 from calicoctl.errors import CalicoError, NotThere, one_line
@@ -60,7 +61,8 @@ def _info(arguments: dict[str, Any]) -> None:
     block = datastore.ipam.block_of(address)
     owner = None if block is None else block.owner(int(address) - block.first)
     users = datastore.endpoints_with(address)
-    pool = next((pool.cidr for pool in datastore.pools(address.version) if address in IPNetwork(pool.cidr)), None)
+    pools = readable_pools(datastore, address.version)
+    pool = next((pool.cidr for pool in pools if address in IPNetwork(pool.cidr)), None)
     facts = owner.secondary if owner is not None else {}
     user = users[0] if users else None
     told = {
@@ -99,14 +101,17 @@ def _info(arguments: dict[str, Any]) -> None:
 def _release(arguments: dict[str, Any]) -> None:
     address = parse_address(arguments["<IP>"])
     datastore = DatastoreClient.from_environment()
+    holders: set[str | None] | None = None
     if not arguments["--force"]:
+        owner = datastore.ipam.owner(address)
+        holders = set() if owner is None else {owner.handle}  # not what somebody takes meanwhile
         users = datastore.endpoints_with(address)
         if users:
             raise CalicoError(
                 f"IP {address} is used by endpoint {users[0].endpoint} of {_named(users[0])}. Remove it from there "
                 "with 'calicoctl container', or use --force."
             )
-    if datastore.ipam.release([address]):
+    if datastore.ipam.release([address], holders):
         raise NotThere(f"IP {address} is not assigned.")
     print(f"IP {address} is released")
 
@@ -131,7 +136,7 @@ def _usages(datastore: DatastoreClient) -> list[dict[str, Any]]:
 
     usages = []
     for version in (4, 6):
-        networks = [IPNetwork(pool.cidr) for pool in datastore.pools(version)]
+        networks = [IPNetwork(pool.cidr) for pool in readable_pools(datastore, version)]
         used: dict[IPNetwork | None, int] = dict.fromkeys([*networks, None], 0)
         borrowed = dict(used)
         for block in datastore.ipam.blocks(version):
@@ -140,7 +145,7 @@ def _usages(datastore: DatastoreClient) -> list[dict[str, Any]]:
                 network = next((network for network in networks if address in network), None)
                 used[network] += 1
                 host = owner.secondary.get("host")
-                borrowed[network] += host is not None and block.affinity != f"host:{host}"
+                borrowed[network] += host is not None and block.affinity not in (None, f"host:{host}")
         for network in networks:
             free = network.size - used[network]
             usages.append(_usage(str(network), network.size, used[network], free, borrowed[network]))

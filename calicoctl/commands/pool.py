@@ -35,7 +35,7 @@ from calicoctl.cli import parse
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.model import Pool
 from calicoctl.errors import CalicoError, NotThere
-from calicoctl.output import print_json, print_table, wants_json
+from calicoctl.output import print_json, print_table, wants_json, warn
 
 if TYPE_CHECKING:
     from netaddr import IPNetwork
@@ -46,9 +46,9 @@ def run(argv: list[str]) -> None:
     if arguments["range"]:
         _add(_networks_of_range(arguments["<START_IP>"], arguments["<END_IP>"]), arguments)
     elif arguments["add"]:
-        _add([_network(text) for text in dict.fromkeys(arguments["<CIDRS>"])], arguments)
+        _add(list(dict.fromkeys(map(_network, arguments["<CIDRS>"]))), arguments)
     elif arguments["remove"]:
-        _remove([_network(text) for text in dict.fromkeys(arguments["<CIDRS>"])], arguments["--force"])
+        _remove(list(dict.fromkeys(map(_network, arguments["<CIDRS>"]))), arguments["--force"])
     else:
         _show(arguments)
 
@@ -109,7 +109,7 @@ def _network(text: str) -> IPNetwork:
 
 def _remove(networks: list[IPNetwork], force: bool) -> None:
     datastore = DatastoreClient.from_environment()
-    known = {pool.cidr for version in (4, 6) for pool in datastore.pools(version)}
+    known = {pool.cidr for version in (4, 6) for pool in datastore.readable_pools(version)[0]}
     for network in networks:
         if str(network) not in known:
             raise NotThere(f"Pool {network} does not exist{'; nothing is removed' if networks[1:] else ''}.")
@@ -129,7 +129,7 @@ def _show(arguments: dict[str, Any]) -> None:
     as_json = wants_json(arguments)
     datastore = DatastoreClient.from_environment()
     versions = [v for v, other in ((4, "--ipv6"), (6, "--ipv4")) if not arguments[other]]
-    pools = {version: datastore.pools(version) for version in versions}
+    pools = {version: readable_pools(datastore, version) for version in versions}
     if as_json:
         print_json([pool.to_dict() for version in versions for pool in pools[version]])
         return
@@ -139,3 +139,11 @@ def _show(arguments: dict[str, Any]) -> None:
             options = (["ipip"] if pool.ipip else []) + (["nat-outgoing"] if pool.masquerade else [])
             rows.append([pool.cidr, ",".join(options)])
         print_table([f"IPv{version} CIDR", "Options"], rows)
+
+
+def readable_pools(datastore: DatastoreClient, version: int) -> list[Pool]:
+    """Return the pools of an IP version that can be read; warn of the others."""
+    pools, problems = datastore.readable_pools(version)
+    for problem in problems:
+        warn(f"Warning: {problem}")
+    return pools

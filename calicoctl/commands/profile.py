@@ -46,11 +46,13 @@ Examples:
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import asdict
 from typing import Any
 
 from calicoctl.cli import parse
+from calicoctl.commands.endpoint import readable_endpoints
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.model import Endpoint, Rule, Rules
 from calicoctl.errors import CalicoError, Failed, NotThere, UsageError, one_line, printable
@@ -88,7 +90,7 @@ def _show(arguments: dict[str, Any]) -> None:
         else:
             print_table(["Name"], [[name] for name in names])
         return
-    endpoints = datastore.endpoints()
+    endpoints = readable_endpoints(datastore)
     if as_json:
         print_json([_as_json(datastore, name, endpoints) for name in names])
         return
@@ -118,7 +120,7 @@ def _remove(profile: str, arguments: dict[str, Any]) -> None:
     if not datastore.profile_exists(profile):
         raise NotThere(f"Profile {profile} does not exist.")
     if not arguments["--no-check"]:
-        users = [endpoint.id for endpoint in datastore.endpoints() if profile in endpoint.profile_ids]
+        users = [endpoint.id for endpoint in readable_endpoints(datastore) if profile in endpoint.profile_ids]
         if users:
             some = ", ".join(f"{user.endpoint} on {user.host}" for user in users[:3]) + (", …" if users[3:] else "")
             raise CalicoError(
@@ -269,7 +271,7 @@ def _trace(arguments: dict[str, Any]) -> None:
 def _port(name: str, text: str | None) -> int | None:
     if text is None:
         return None
-    if not (text.isascii() and text.isdigit() and 0 < int(text[:6]) < 65536):
+    if not re.fullmatch("[0-9]{1,5}", text, re.ASCII) or not 0 < int(text) < 65536:
         raise CalicoError(f"{name} is '{text}': it must be a port, 1 to 65535")
     return int(text)
 
@@ -281,6 +283,6 @@ def _parse_rule(words: list[str]) -> Rule:
 
 
 def _position(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and int(text[:9]) > 0):
+    if not re.fullmatch("[0-9]{1,9}", text, re.ASCII) or int(text) == 0:
         raise CalicoError(f"--at={text}: a position is a number, counted from 1")
-    return int(text[:9])
+    return int(text)

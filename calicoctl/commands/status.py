@@ -4,13 +4,12 @@ Usage:
   calicoctl status [--output=<FORMAT>]
 
 Options:
-  --output=<FORMAT>  json: an object with all that the agent reports
+  --output=<FORMAT>  json: an object with all that the agent reports; default: text
 
 The agent tells: since when it runs, whether etcd can be reached, how many endpoints are up, down, or in error, how
 many containers and namespaces it has given their interface back since, how many that are no more it has forgotten or
-cleared leftovers of, which endpoints
-are in trouble and why, which keys of etcd cannot be understood, and what went wrong last. The exit status is 0 when the
-agent is running, and 1 when it is not; what it said last is shown then.
+cleared leftovers of, which endpoints are in trouble and why, which keys of etcd cannot be understood, and what went
+wrong last. The exit status is 0 when the agent is running, and 1 when it is not; what it said last is shown then.
 
 Examples:
   calicoctl status
@@ -23,7 +22,7 @@ from typing import Any
 
 from calicoctl.cli import parse
 from calicoctl.datastore.client import hostname
-from calicoctl.errors import NotThere, one_line
+from calicoctl.errors import CalicoError, NotThere, one_line
 from calicoctl.felix import process
 from calicoctl.output import print_json, wants_json
 
@@ -37,7 +36,14 @@ def run(argv: list[str]) -> None:
     if as_json:
         print_json({"host": host, **(report or {}), "running": running})
     elif report is not None:
-        for line in _lines(report, running):
+        try:
+            lines = _lines(report, running)
+        except (KeyError, TypeError):
+            raise CalicoError(
+                f"What the agent of host {host} reports cannot be read: it is of another version. Start it anew with "
+                "'calicoctl node stop --force' and 'calicoctl node'."
+            ) from None
+        for line in lines:
             print(one_line(line))
     if not running:
         raise NotThere(f"The agent of host {host} is not running. Start it with 'calicoctl node'.")

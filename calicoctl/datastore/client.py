@@ -103,8 +103,9 @@ class DatastoreClient:
         return any(self._store.names(directory) for directory in directories)
 
     def registered_hosts(self) -> list[str]:
-        """Return the hosts whose registration was finished, or that have their addresses for BGP from an old tool."""
-        return sorted(set(self._store.names(keys.BGP_HOSTS)))
+        """Return the hosts that have their addresses for BGP: settings alone make none."""
+        entries = self._store.tree(keys.BGP_HOSTS)
+        return sorted({host for host in map(keys.parse_bgp_host_address, (e.key for e in entries)) if host is not None})
 
     def unregister_host(self) -> None:
         """Remove what the store has of this host, its claims to blocks among it, but no address in use."""
@@ -169,25 +170,35 @@ class DatastoreClient:
     # Pools
 
     def pools(self, version: int) -> list[Pool]:
-        """Return the pools of an IP version, in order of address."""
+        """Return the pools of an IP version, in order of address; raise InvalidValue for one that cannot be read."""
+        pools, problems = self.readable_pools(version)
+        for problem in problems:
+            raise problem
+        return pools
+
+    def readable_pools(self, version: int) -> tuple[list[Pool], list[InvalidValue]]:
+        """Return the pools of an IP version that can be read, in order of address, and what is wrong with others."""
         from netaddr.ip import IPNetwork
 
-        pools = []
-        for entry in self._store.tree(keys.pools(version)):
-            pool = Pool.from_json(entry.value, entry.key)
-            if version_of(pool.cidr) != version:
-                raise InvalidValue(entry.key, f"{pool.cidr} is not an IPv{version} CIDR")
-            pools.append(pool)
-        return sorted(pools, key=lambda pool: IPNetwork(pool.cidr))
+        entries, problems = self._pool_entries(version)
+        return sorted((pool for _, pool in entries), key=lambda pool: IPNetwork(pool.cidr)), problems
 
     def put_pool(self, pool: Pool) -> bool:
-        """Write a pool; tell whether it was missing, or had other options. Keeps fields that are not known."""
+        """Write a pool; tell whether it was missing, or had other options. Keeps fields that are not known.
+
+        Raises CalicoError when somebody else has added one that overlaps at the same time.
+        """
         version = version_of(pool.cidr)
         if pool.ipip:
             set_value(self._store, keys.config("IpInIpEnabled"), "true")
-        if create_if_missing(self._store, keys.pool(version, pool.cidr), pool.to_json()):
+        # an old tool, or a person, may have called its key something else
+        key = next(
+            (entry.key for entry, other in self._pool_entries(version)[0] if other.cidr == pool.cidr),
+            keys.pool(version, pool.cidr),
+        )
+        if create_if_missing(self._store, key, pool.to_json()):
+            self._refuse_overlap(key, pool)
             return True
-        key = keys.pool(version, pool.cidr)
 
         def text_of(old: str) -> str | None:
             before = Pool.from_json(old, key)
@@ -196,10 +207,32 @@ class DatastoreClient:
 
         return modify(self._store, key, f"Pool {pool.cidr} has been removed by somebody else", text_of)
 
+    def _refuse_overlap(self, key: str, pool: Pool) -> None:
+        """Remove a pool that was just written, and raise CalicoError, where one that overlaps was written before."""
+        from netaddr.ip import IPNetwork
+
+        own, mine = IPNetwork(pool.cidr), self._store.get(key)
+        for entry, other in self._pool_entries(own.version)[0]:
+            network = IPNetwork(other.cidr)
+            overlaps = entry.key != key and (network in own or own in network)
+            if overlaps and mine is not None and entry.created < mine.created:
+                set_value(self._store, key, None)
+                raise CalicoError(f"{pool.cidr} overlaps with {other.cidr}, which somebody else has just added.")
+
+    def _pool_entries(self, version: int) -> tuple[list[tuple[Entry, Pool]], list[InvalidValue]]:
+        """Return the pools that can be read, with what they stand in, and what is wrong with the others."""
+        found: list[tuple[Entry, Pool]] = []
+        problems: list[InvalidValue] = []
+        for entry in self._store.tree(keys.pools(version)):
+            try:
+                found.append((entry, _pool(entry, version)))
+            except InvalidValue as problem:
+                problems.append(problem)
+        return found, problems
+
     def remove_pool(self, cidr: str) -> None:
         """Remove the pool with this CIDR, whatever its key is called; raise NotThere when there is none."""
-        version = version_of(cidr)
-        found = [e for e in self._store.tree(keys.pools(version)) if Pool.from_json(e.value, e.key).cidr == cidr]
+        found = [entry for entry, pool in self._pool_entries(version_of(cidr))[0] if pool.cidr == cidr]
         if not found:
             raise NotThere(f"Pool {cidr} does not exist.")
         for entry in found:
@@ -359,7 +392,7 @@ class DatastoreClient:
         return found, problems
 
     def endpoints_with(self, address: IPAddress) -> list[EndpointId]:
-        """Return the endpoints, of whatever host, that list an address."""
+        """Return the endpoints, of whatever host, that list an address; also those whose records cannot be read."""
         text = str(address)
         owner = self.ipam.owner(address)
         if owner is not None:
@@ -368,9 +401,10 @@ class DatastoreClient:
             )
             if keys.parse_endpoint(keys.endpoint(id)) == id:
                 entry = self._store.get(keys.endpoint(id))
-                if entry is not None and text in Endpoint.from_json(id, entry.value, entry.key).addresses:
+                if entry is not None and _lists(entry, id, text):
                     return [id]
-        return [endpoint.id for endpoint in self.readable_endpoints()[0] if text in endpoint.addresses]
+        entries = ((entry, keys.parse_endpoint(entry.key)) for entry in self._store.tree(keys.HOSTS))
+        return [id for entry, id in entries if id is not None and _lists(entry, id, text)]
 
     def endpoint_ids(self) -> list[EndpointId]:
         """Return this host's endpoints, also those whose records cannot be read."""
@@ -478,6 +512,21 @@ class DatastoreClient:
             if id is not None:
                 found.append(Endpoint.from_json(id, entry.value, entry.key))
         return found
+
+
+def _pool(entry: Entry, version: int) -> Pool:
+    pool = Pool.from_json(entry.value, entry.key)
+    if version_of(pool.cidr) != version:
+        raise InvalidValue(entry.key, f"{pool.cidr} is not an IPv{version} CIDR")
+    return pool
+
+
+def _lists(entry: Entry, id: EndpointId, address: str) -> bool:
+    """Tell whether an endpoint's record lists an address; one that cannot be read does where its text has it."""
+    try:
+        return address in Endpoint.from_json(id, entry.value, entry.key).addresses
+    except InvalidValue:
+        return re.search(rf'"{re.escape(address)}["/]', entry.value) is not None
 
 
 def _no_profile(name: str) -> str:

@@ -157,10 +157,29 @@ class Ipam:
                 if entry is not None:
                     yield Block.from_entry(entry)
 
+    def all_blocks(self, version: int) -> Iterator[Block | InvalidValue]:
+        """Yield the blocks of an IP version, and what is wrong with those that are not sound, one after the other."""
+        for name in self._store.names(keys.ipam_blocks(version)):
+            try:
+                entry = self._store.get(f"{keys.ipam_blocks(version)}/{name}")
+                if entry is not None:
+                    block = Block.from_entry(entry)
+                    if block.key != entry.key:
+                        raise InvalidValue(entry.key, "its name is not a block's CIDR")
+                    yield block
+            except InvalidValue as problem:
+                yield problem
+
     def block_of(self, address: IPAddress) -> Block | None:
         """Return the block that an address is in, None where there is none."""
         entry = self._store.get(_block_key(address))
         return None if entry is None else Block.from_entry(entry)
+
+    @staticmethod
+    def cidr_of(address: IPAddress) -> str:
+        """Return the CIDR of the block that an address belongs to, whether there is one or not."""
+        version, first, _ = _place(address)
+        return _cidr(version, first)
 
     def used_in(self, network: IPNetwork) -> list[IPAddress]:
         """Return the addresses of a network that somebody holds, in order."""
@@ -206,19 +225,22 @@ class Ipam:
         """Return all handles, of all hosts."""
         return self._store.names(keys.ipam_handles())
 
-    def handle_counts(self) -> dict[str, dict[str, int]]:
-        """Return what all handles say they hold: how many addresses, by block. Raises InvalidValue."""
-        return {keys.last(entry.key): _handle_counts(entry) for entry in self._store.tree(keys.ipam_handles())}
+    def handle_counts(self) -> tuple[dict[str, dict[str, int]], list[InvalidValue]]:
+        """Return what handles say they hold, how many addresses by block, and what is wrong with those not sound."""
+        counts: dict[str, dict[str, int]] = {}
+        problems: list[InvalidValue] = []
+        for entry in self._store.tree(keys.ipam_handles()):
+            try:
+                counts[keys.last(entry.key)] = _handle_counts(entry)
+            except InvalidValue as problem:
+                problems.append(problem)
+        return counts, problems
 
     def handle_totals(self) -> dict[str, int | None]:
         """Return how many addresses all handles say they hold; None for one that cannot be read."""
-        totals: dict[str, int | None] = {}
-        for entry in self._store.tree(keys.ipam_handles()):
-            try:
-                totals[keys.last(entry.key)] = sum(_handle_counts(entry).values())
-            except InvalidValue:
-                totals[keys.last(entry.key)] = None
-        return totals
+        counts, problems = self.handle_counts()
+        totals: dict[str, int | None] = {handle: sum(blocks.values()) for handle, blocks in counts.items()}
+        return {**totals, **{keys.last(problem.key): None for problem in problems}}
 
     def recount(self, handle: str, blocks: Iterable[str]) -> None:
         """Make a handle's counts equal to what is held: in the blocks it names, and in these (their CIDRs)."""

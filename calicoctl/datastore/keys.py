@@ -129,6 +129,13 @@ def bgp_host_address(host: str, version: int) -> str:
     return f"{bgp_host(host)}/ip_addr_v{version}"
 
 
+def parse_bgp_host_address(key: str) -> str | None:
+    """Return the host whose address for BGP a key holds, or None for any other key below the hosts."""
+    parts = key.split("/")
+    of_host = len(parts) == 7 and key.startswith(BGP_HOSTS + "/")
+    return parts[5] if of_host and parts[6] in ("ip_addr_v4", "ip_addr_v6") else None
+
+
 def bgp_host_as_num(host: str) -> str:
     return f"{bgp_host(host)}/as_num"
 

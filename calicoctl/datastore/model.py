@@ -34,7 +34,10 @@ def load_strings(text: str, key: str) -> list[str]:
 
 def _load(text: str, key: str) -> Any:
     try:
-        return json.loads(text)
+        value = json.loads(text)
+        if "\\ud" in text or "\\uD" in text:  # half a character may be spelled out, and could be written nowhere
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except (ValueError, RecursionError):
         raise InvalidValue(key, f"it holds no JSON but {_excerpt(text)}") from None
 
@@ -284,7 +287,7 @@ class Peer:
         except CalicoError as error:
             raise InvalidValue(key, str(error)) from None
         as_num = data.pop("as_num", None)
-        if not isinstance(as_num, (str, int)):
+        if not isinstance(as_num, (str, int)) or isinstance(as_num, bool):
             raise InvalidValue(key, '"as_num" should be a string')
         return cls(ip, str(as_num), data)
 

@@ -188,7 +188,7 @@ def _parse_endpoints(text: str) -> tuple[str, tuple[tuple[str, int], ...]]:
     for url in (part.strip() for part in text.split(",")):
         its_scheme, separator, rest = url.partition("://")
         if not separator or its_scheme not in ("http", "https"):
-            raise StoreError(f"ETCD_ENDPOINTS: '{url}' is not a URL such as http://192.0.2.1:2379")
+            raise StoreError(f"ETCD_ENDPOINTS: '{_without_user(url)}' is not a URL such as http://192.0.2.1:2379")
         if scheme and its_scheme != scheme:
             raise StoreError("ETCD_ENDPOINTS mixes http and https: all endpoints must have the same scheme")
         scheme = its_scheme
@@ -203,7 +203,15 @@ def _parse_authority(variable: str, text: str) -> tuple[str, int]:
             return (f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname, parts.port)
     except ValueError:
         pass
-    raise StoreError(f"{variable}: '{text}' is not an address such as 192.0.2.1:2379 (host and port)")
+    why = "; a user and a password are not supported" if "@" in text else ""
+    raise StoreError(
+        f"{variable}: '{_without_user(text)}' is not an address such as 192.0.2.1:2379 (host and port){why}"
+    )
+
+
+def _without_user(text: str) -> str:
+    """Return an address without what stands before an @: messages end in logs."""
+    return "…@" + text.rpartition("@")[2] if "@" in text else text
 
 
 class _Unanswered(Exception):

@@ -61,7 +61,7 @@ class Agent:
         self._host = datastore().host
         self._events: events.Events[Any] = SimpleQueue()
         self._snapshot = Snapshot(self._host)
-        self._health = Health(self._host, __version__, options.local_etcd)
+        self._health = Health(self._host, __version__, options.local_etcd, options.log_dir)
         self._ready = ready
         self._metrics = Metrics(self._health, options.metrics_port)
         self._reporter = StoreReporter(datastore(), self._health)

@@ -12,9 +12,9 @@ from __future__ import annotations
 import shlex
 import subprocess
 from collections import defaultdict
-from contextlib import suppress
 
 from calicoctl.errors import CalicoError
+from calicoctl.workload import docker_engine
 
 COMMANDS = ("iptables", "ip6tables")
 
@@ -77,14 +77,19 @@ def remove() -> None:
 
 
 def missing() -> list[str]:
-    """Return the chains that would drop what is ours, and where nothing accepts it before; raise CalicoError."""
+    """Return the chains that would drop what is ours, and where nothing accepts it before.
+
+    Raises CalicoError where that cannot be told.
+    """
     found = []
     for command in COMMANDS:
-        with suppress(FileNotFoundError):
+        try:
             current = Filter(_run(f"{command}-save", "-t", "filter"))
-            chain = current.wanted_chain()
-            if chain is not None and current.would_drop() and not set(_RULES) <= set(current.rules.get(chain, ())):
-                found.append(f"{command} chain FORWARD")
+        except FileNotFoundError:
+            raise CalicoError(f"there is no {command}, so what it would drop cannot be told") from None
+        chain = current.wanted_chain()
+        if chain is not None and current.would_drop() and not set(_RULES) <= set(current.rules.get(chain, ())):
+            found.append(f"{command} chain FORWARD")
     return found
 
 
@@ -136,15 +141,10 @@ def _run(*command: str) -> str:
 
 def engine_forwards(ipv6: bool) -> bool:
     """Tell whether a Docker Engine runs here that forwards for networks of its own."""
-    from docker.api.client import APIClient
-    from docker.errors import DockerException
-    from docker.utils import kwargs_from_env
-    from requests.exceptions import RequestException
-
     try:
-        with APIClient(timeout=5, **kwargs_from_env()) as docker:
+        with docker_engine("for its networks", timeout=5) as docker:
             networks = docker.networks()
-    except (DockerException, RequestException, OSError, CalicoError):
+    except CalicoError:
         return False
     of_its_own = [network for network in networks if network.get("Driver") not in ("host", "null")]
     return any(network.get("EnableIPv6") for network in of_its_own) if ipv6 else bool(of_its_own)

@@ -62,6 +62,8 @@ class Health:
     version: str
     local_etcd: bool = False
     """Whether this agent looks after an etcd of this host's own."""
+    log_dir: str | None = None
+    """Where it logs to; None for standard error."""
     pid: int = field(default_factory=os.getpid)
     since: str = field(default_factory=now)
     started: float = field(default_factory=time.monotonic)
@@ -103,6 +105,7 @@ class Health:
             "pid": self.pid,
             "running_since": self.since,
             "local_etcd": self.local_etcd,
+            "log_dir": self.log_dir,
             "first_update": self.first_update,
             "waiting_for": self.waiting_for,
             "etcd": {

@@ -116,7 +116,7 @@ def test_names_with_blanks_and_odd_bytes(host: Host, blue: str) -> None:
     refused(host, "container", "add", b"/run/netns/\xff", "ipv4", says="not UTF-8")
     refused(host, "container", "remove", b"/run/netns/\xff", says="not UTF-8")
     refused(host, "profile", "add", "a b\nc", says="not a valid profile name")
-    refused(host, "profile", "add", b"\xff\xfe", says="not a valid profile name")
+    refused(host, "profile", "add", b"\xff\xfe", says="not UTF-8")
     refused(host, "profile", "add", "", says="not a valid profile name")
     refused(host, "container", "add", "", "ipv4", says="neither a Docker container's name")
     refused(host, "node", says="HOSTNAME", env={"HOSTNAME": "a/b"}, status=1)
@@ -289,7 +289,7 @@ BLOCK = "/calico/ipam/v2/assignment/ipv4/block/192.168.0.0-26"
         ("/calico/v1/policy/profile/web/tags", "profile web tag add x"),
         ("/calico/v1/policy/profile/web/rules", "profile web rule show"),
         ("/calico/v1/policy/profile/web/rules", "profile web rule add inbound allow"),
-        ("/calico/v1/ipam/v4/pool/192.168.0.0-16", "pool show"),
+        ("/calico/v1/ipam/v4/pool/192.168.0.0-16", "pool add 10.0.0.0/8"),
         ("/calico/v1/ipam/v4/pool/192.168.0.0-16", f"container add {BLUE} ipv4"),
         ("/calico/bgp/v1/host/host1/ip_addr_v4", f"container add {BLUE} ipv4"),
         (BLOCK, f"container add {BLUE} 192.168.0.1"),
@@ -302,7 +302,6 @@ BLOCK = "/calico/ipam/v2/assignment/ipv4/block/192.168.0.0-26"
             "/calico/v1/host/host1/workload/namespace/-var-run-netns-blue/endpoint/" + "a" * 32,
             f"container {BLUE} endpoint show",
         ),
-        ("/calico/v1/host/host1/workload/docker/x/endpoint/" + "a" * 32, "profile show --detailed"),
     ],
 )
 @pytest.mark.parametrize("garbage", ["gar bage", "[7]", json.dumps({"cidr": 7, "block": 7, "mac": 7})])
@@ -313,6 +312,23 @@ def test_garbage_in_a_key_is_named(host: Host, blue: str, key: str, words: str, 
         garbage = '{"inbound_rules": 7}'
         host.etcd.put(key, garbage)
     refused(host, *words.split(), says=f"etcd key {key} cannot be understood")
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("/calico/v1/host/host1/workload/docker/x/endpoint/" + "a" * 32, "profile show --detailed"),
+        ("/calico/v1/host/host1/workload/docker/x/endpoint/" + "a" * 32, "profile remove web"),
+        ("/calico/v1/ipam/v4/pool/10.0.0.0-8", "pool show"),
+        ("/calico/v1/ipam/v4/pool/10.0.0.0-8", "ipam show"),
+    ],
+)
+def test_garbage_in_a_key_does_not_hide_the_others(host: Host, key: str, words: str) -> None:
+    host.ctl("profile", "add", "web")
+    host.etcd.put(key, "gar bage")
+    said = host.ctl(*words.split())
+    assert said.err.startswith(f"Warning: etcd key {key} cannot be understood")
+    assert "web" in said.out or "192.168.0.0/16" in said.out
 
 
 def test_a_directory_where_a_key_should_be(host: Host) -> None:
@@ -326,8 +342,10 @@ def test_a_directory_where_a_key_should_be(host: Host) -> None:
 def test_a_pool_of_the_other_version(host: Host, blue: str) -> None:
     key = "/calico/v1/ipam/v4/pool/10.0.0.0-8"
     host.etcd.put(key, {"cidr": "fd00::/64"})
-    refused(host, "container", "add", BLUE, "ipv4", says=f"etcd key {key} cannot be understood")
-    refused(host, "pool", "show", says="fd00::/64 is not an IPv4 CIDR")
+    refused(host, "container", "add", BLUE, "10.0.0.1", says=f"etcd key {key} cannot be understood")
+    assert "fd00::/64 is not an IPv4 CIDR" in host.ctl("pool", "show").err
+    host.ctl("container", "add", BLUE, "ipv4")
+    host.ctl("container", "remove", BLUE)
 
 
 @pytest.mark.parametrize("nets", [["garbage"], ["192.168.0.1"], ["fd00::1/128"], ["192.168.0.1/33"]])

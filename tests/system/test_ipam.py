@@ -141,6 +141,7 @@ def test_what_is_not_this_hosts_is_left_alone(host: Host) -> None:
             block["attributes"].append({"handle_id": handle, "secondary": facts})
 
     change_block(host, elsewhere)
+    host.etcd.put("/calico/bgp/v1/host/host2/ip_addr_v4", "192.0.2.3")
     for handle in ("namespace.-x", "docker.123", "cni.123"):
         host.etcd.put(f"/calico/ipam/v2/handle/{handle}", {"id": handle, "block": {"192.168.0.0/26": 1}})
     before = host.etcd.tree()

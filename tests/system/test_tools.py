@@ -26,7 +26,7 @@ autoload -Uz compinit && compinit -u -d /tmp/zcompdump-$$; rm -f /tmp/zcompdump-
 source <(calicoctl completion zsh)
 compadd() { while [[ $1 == -* && $1 != -- ]]; do [[ $1 == -S ]] && shift; shift; done; shift; print -l -- "$@" }
 _files() { print files }
-LBUFFER=$1
+words=("${(@s: :)1}") CURRENT=${#words} PREFIX=${words[-1]}
 _calicoctl
 """
 
