@@ -15,6 +15,7 @@ import hashlib
 import os
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from calicoctl.errors import CalicoError, Conflict
@@ -34,6 +35,7 @@ class WorkloadLock:
     def __init__(self, host: str, orchestrator: str, workload: str, wait: bool = True) -> None:
         """Without `wait`, a lock that somebody else holds is not waited for."""
         self._directory = DIRECTORY / host
+        self._workload = workload
         name = f"{orchestrator}.{workload}"
         if len(os.fsencode(name)) > 200:
             name = f"{orchestrator}.{hashlib.sha256(os.fsencode(workload)).hexdigest()}"
@@ -88,7 +90,8 @@ class WorkloadLock:
 
     def begin(self) -> None:
         """Note that a change is under way: should it be cut short, that can be told."""
-        os.close(os.open(self.mark, os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
+        with open(os.open(self.mark, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600), "w") as mark:
+            mark.write(self._workload)
 
     def end(self) -> None:
         """Note that the change is done or undone. What an earlier one has left may still be there."""
@@ -136,8 +139,26 @@ def exists(host: str, orchestrator: str, workload: str) -> bool:
 def cut(host: str, orchestrator: str) -> list[str]:
     """Return the ids of the workloads whose last change is under way, or was cut short."""
     prefix = f"{_CUT}{orchestrator}."
-    ids = (_id(host, orchestrator, name[len(prefix) :]) for name in _names(host) if name.startswith(prefix))
-    return [id for id in ids if id]
+    marks = ((name[len(prefix) :], DIRECTORY / host / name) for name in _names(host) if name.startswith(prefix))
+    # a mark has the workload's id in it, but one that was cut short itself
+    return [_content_of(file) or id for id, file in marks]
+
+
+def clear(host: str, orchestrator: str) -> None:
+    """Remove the locks that remember nothing, and that nobody holds: of commands that were killed as they began."""
+    with suppress(FileNotFoundError), os.scandir(DIRECTORY / host) as files:
+        empty = [file.path for file in files if file.name.startswith(f"{orchestrator}.") and not file.stat().st_size]
+        for path in empty:
+            # somebody may have begun to use it, or have removed it
+            with suppress(BlockingIOError, FileNotFoundError), open(path, "r+", opener=_no_link) as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                found = os.fstat(file.fileno())
+                if not found.st_size and found.st_ino == os.stat(path).st_ino:
+                    Path(path).unlink()
+
+
+def _no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW)
 
 
 def names(host: str, orchestrator: str, known: Mapping[str, str]) -> dict[str, str]:
@@ -147,7 +168,7 @@ def names(host: str, orchestrator: str, known: Mapping[str, str]) -> dict[str, s
     for name in _names(host):
         if name.startswith(prefix):
             id = _id(host, orchestrator, name[len(prefix) :])
-            found[id] = known.get(id) or _remembered_in(DIRECTORY / host / name)
+            found[id] = known.get(id) or _content_of(DIRECTORY / host / name)
     return {id: name for id, name in found.items() if id and name}
 
 
@@ -158,7 +179,8 @@ def _names(host: str) -> list[str]:
         return []
 
 
-def _remembered_in(file: Path) -> str:
+def _content_of(file: Path) -> str:
+    """Return the name that a lock remembers, or the id in a mark."""
     try:
         return file.read_text(errors="replace").partition("\0")[0]
     except OSError:
@@ -168,5 +190,5 @@ def _remembered_in(file: Path) -> str:
 def _id(host: str, orchestrator: str, name: str) -> str:
     """Return the id of the workload that part of a file's name stands for; a long one's is the hash of its path."""
     if orchestrator == "namespace" and not name.startswith("-"):
-        return _remembered_in(DIRECTORY / host / f"{orchestrator}.{name}").replace("/", "-")
+        return _content_of(DIRECTORY / host / f"{orchestrator}.{name}").replace("/", "-")
     return name

@@ -12,11 +12,11 @@ import os
 import socket
 import stat
 import threading
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Iterator, TypeVar
+from typing import TYPE_CHECKING, Any, Callable, TypeVar
 
 from calicoctl.addresses import version_of
 from calicoctl.errors import CalicoError, NamespaceError
@@ -227,6 +227,22 @@ def find_interface(name: str) -> Interface | None:
     with _explained(f"reading interface {name}"), IPRoute() as netlink:
         found = netlink.link_lookup(ifname=name)
         return _interface(netlink.get_links(found[0])[0]) if found else None
+
+
+def placed(namespaces: Mapping[str, str]) -> dict[str, bool]:
+    """Tell of the host's interfaces whether their other end is in the namespace with the path given for each.
+
+    Nothing is told of one that does not exist, or whose path leads to no namespace. Raises NamespaceError.
+    """
+    from pyroute2.iproute.linux import IPRoute
+
+    found = {}
+    with _explained("reading this host's interfaces"), IPRoute() as netlink:
+        ids = {link.get_attr("IFLA_IFNAME"): link.get_attr("IFLA_LINK_NETNSID") for link in netlink.get_links()}
+        for interface in namespaces.keys() & ids.keys():
+            with suppress(OSError), open(namespaces[interface], "rb") as file:
+                found[interface] = netlink.get_netnsid(fd=file.fileno())["nsid"] == ids[interface]
+    return found
 
 
 def other_end(interface: Interface) -> str | None:

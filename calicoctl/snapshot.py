@@ -41,6 +41,18 @@ class LocalEndpoint:
     profiles: tuple[str, ...]
     ipv6_next_hop: str | None
 
+    @property
+    def link_local(self) -> str:
+        """The IPv6 address that its interface gives itself by its MAC. Source: RFC 4291, appendix A."""
+        octets = bytes(int(part, 16) for part in self.mac.split(":"))
+        identifier = bytes([octets[0] ^ 2]) + octets[1:3] + b"\xff\xfe" + octets[3:]
+        return socket.inet_ntop(socket.AF_INET6, b"\xfe\x80" + bytes(6) + identifier)
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """All addresses that it may send from."""
+        return (*self.addresses, self.link_local)
+
     def addresses_of(self, version: int) -> list[str]:
         return [address for address in self.addresses if (":" in address) == (version == 6)]
 
@@ -119,6 +131,15 @@ class Snapshot:
     def owner(self, thing: str) -> LocalEndpoint | None:
         """Return the endpoint of this host that an interface, or an address, belongs to."""
         return self._owners.get(thing)
+
+    def senders(self, address: str) -> list[LocalEndpoint]:
+        """Return the endpoints of this host that may send from an address: one, or those that share a MAC."""
+        owner = self._owners.get(address)
+        if owner is not None:
+            return [owner]
+        if not address.startswith("fe80:"):
+            return []
+        return [endpoint for endpoint in self.local.values() if endpoint.link_local == address]
 
     def addresses_listed(self) -> dict[tuple[str, str], int]:
         """Return how many addresses the endpoints of all hosts list, by orchestrator and workload."""

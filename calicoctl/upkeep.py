@@ -22,8 +22,9 @@ from calicoctl.workload import (
     NAMESPACE,
     Standing,
     Workload,
+    container_pids,
+    docker_containers,
     endpoints_of,
-    is_of_process,
     look_up,
     process_started,
 )
@@ -71,13 +72,17 @@ def look_after(
     """
     if not is_looked_after(orchestrator, id) or not _has_anything(datastore, orchestrator, id):
         return []
+    with_handle = datastore.ipam.knows(f"{orchestrator}.{id}")
     with WorkloadLock(datastore.host, orchestrator, id, wait=False) as lock:
         records, held = _read(datastore, Workload(orchestrator, id, id))
         paths = [lock.name(), *paths_of(held)]
         path = next((path for path in paths if isinstance(path, str) and path.startswith("/")), "")
         if not records:
-            acts = _tidy(datastore, Workload(orchestrator, id, path or id), lock, records, held)
+            workload = Workload(orchestrator, id, path or id)
+            acts = _tidy(datastore, workload, lock, records, held)
             lock.settled()
+            if with_handle and not acts and not datastore.ipam.knows(workload.handle):
+                acts.append(Act(COLLECTED, f"{_called(workload)} had a handle that held nothing: removed"))
             return acts
         if orchestrator == NAMESPACE and not path:
             return []  # an old tool's, say: nobody knows where it is
@@ -132,11 +137,27 @@ def _refuse_alive(workload: Workload, records: list[Endpoint]) -> None:
     """Raise CalicoError for a container that the engine does not know, but whose network is there: another engine's."""
     for record in records:
         interface = netns.find_interface(record.id.interface)
-        if workload.orchestrator == DOCKER and interface is not None and interface.up:
+        if workload.orchestrator == DOCKER and interface is not None and interface.up and not _is_shared(interface):
             raise CalicoError(
                 f"Docker knows no container {workload.id[:12]}, but its interface {interface.name} is there: is it "
                 "another Docker Engine's? What belongs to it is kept"
             )
+
+
+def _is_shared(interface: netns.Interface) -> bool:
+    """Tell whether an interface is in the namespace of one of the engine's containers, which has outlived another's."""
+    running = [container["Id"] for container in docker_containers() if container["State"] == "running"]
+    paths = (f"/proc/{pid}/ns/net" for pid in container_pids(running).values())
+    return any(netns.placed({interface.name: path}).get(interface.name) for path in paths)
+
+
+def misplaced(paths: dict[EndpointId, str]) -> list[EndpointId]:
+    """Return those endpoints whose interface leads elsewhere than into the namespace with the path given for each.
+
+    They have been there before: a namespace goes on as long as a process is in it, whatever becomes of its name.
+    """
+    placed = netns.placed({id.interface: path for id, path in paths.items()})
+    return [id for id in paths if placed.get(id.interface) is False]
 
 
 def _connect(scene: Scene, held: dict[IPAddress, Owner]) -> list[Act]:
@@ -149,16 +170,15 @@ def _connect(scene: Scene, held: dict[IPAddress, Owner]) -> list[Act]:
         plugged = None  # half made
     acts: list[Act] = []
     if plugged is None:
-        if is_of_process(workload.path or ""):
-            return []  # whatever has taken its interface away
         rewire(scene, record)
         why = f"it runs again, after {record.inactive_since}" if record.inactive_since else "it had none"
         addresses = ", ".join(record.addresses) or "no address"
         text = f"{_called(workload)} has its interface {record.id.interface} back, with {addresses}: {why}"
         acts.append(Act(HEALED, text))
-    elif record.inactive_since is not None:
+    elif record.state == "inactive":
         datastore.modify_endpoint(record.id, _active)
-        acts.append(Act(CHANGED, f"{_called(workload)} is active: it is there again, after {record.inactive_since}"))
+        since = f", after {record.inactive_since}" if record.inactive_since else ""
+        acts.append(Act(CHANGED, f"{_called(workload)} is active: it is there{since}"))
     left = [f"{address}/{128 if address.version == 6 else 32}" for address in _unlisted([record], held)]
     if plugged is not None and left:
         versions = {version_of(net) for net in left} - {version_of(net) for net in record.nets}
@@ -197,7 +217,8 @@ def _forget(
     """Remove all that a workload has that does not exist any more, but for addresses that bear no handle."""
     lock.begin()
     listed = {address for record in records for address in record.addresses}
-    kept = sorted(listed - set(map(str, held)))
+    owners = {address: datastore.ipam.owner(parse_address(address)) for address in sorted(listed - set(map(str, held)))}
+    kept = [address for address, owner in owners.items() if owner is not None and owner.handle is None]
     for name in {record.id.interface for record in records} | interfaces_of(held):
         netns.delete_interface(name)
     for record in records:

@@ -25,7 +25,14 @@ from calicoctl.datastore.keys import EndpointId
 from calicoctl.datastore.model import Endpoint, Pool
 from calicoctl.errors import AddressTaken, CalicoError, NotThere
 from calicoctl.locks import WorkloadLock
-from calicoctl.workload import Workload, endpoints_of, not_connected, process_started, refuse_other_path
+from calicoctl.workload import (
+    Workload,
+    endpoint_ids_of,
+    endpoints_of,
+    not_connected,
+    process_started,
+    refuse_other_path,
+)
 
 if TYPE_CHECKING:
     from netaddr import IPAddress
@@ -131,6 +138,7 @@ def connect(datastore: DatastoreClient, workload: Workload, wish: Wish, interfac
     CalicoError, and then nothing has changed.
     """
     with Scene.enter(datastore, workload) as scene:
+        scene.clear_after_another_process()
         if scene.record is None:
             made = _wire(scene, wish, interface or DEFAULT_INTERFACE)
         elif scene.plugged() is None:
@@ -150,6 +158,7 @@ def _wire(scene: Scene, wish: Wish, interface: str) -> Connection:
     _refuse_next_hop(wish, next_hop)
     pools = wish.pools(datastore)
     scene.remove_half_made()
+    scene.remove_orphans()
     scene.refuse_other_endpoint()
     scene.refuse_default_route(version)
     scene.refuse_interface(interface)
@@ -196,7 +205,7 @@ def rewire(scene: Scene, record: Endpoint, wish: Wish | None = None, interface: 
     versions = {version_of(net) for net in record.nets}
     if wish is not None and not addresses:
         versions = {wish.version}
-    next_hops = {version: datastore.next_hop(version) for version in versions}
+    next_hops = {version: _next_hop(datastore, record, version) for version in versions}
     pools = wish.pools(datastore) if wish is not None and not addresses else []
     if netns.delete_interface(record.id.interface):
         scene.look_again()
@@ -239,23 +248,35 @@ def disconnect(datastore: DatastoreClient, workload: Workload) -> None:
     Needs neither the container nor its namespace. The order is such that no record lists an address that is free.
     """
     with WorkloadLock(datastore.host, workload.orchestrator, workload.id) as lock:
-        records = endpoints_of(datastore, workload)
+        ids = endpoint_ids_of(datastore, workload)
         held = datastore.ipam.held_by(workload.handle)
         refuse_other_path(workload, lock.name(), *paths_of(held or {}))
-        if not records and held is None:
+        if not ids and held is None:
             datastore.prune_workload(workload.orchestrator, workload.id)
             lock.forget()
             raise NotThere(f"{workload.name} is not connected to Calico.")
-        lock.begin()
-        for name in {record.id.interface for record in records} | interfaces_of(held or {}):
-            netns.delete_interface(name)
-        for record in records:
-            # an old tool's addresses have no handle: once the record is gone, nothing would tell whose they are
-            datastore.ipam.release(map(parse_address, record.addresses), {None})
-            datastore.remove_endpoint(record.id)
-        datastore.ipam.release_by_handle(workload.handle)
-        datastore.prune_workload(workload.orchestrator, workload.id)
-        lock.forget()
+        _clear(datastore, workload, lock, ids, held or {})
+
+
+def _clear(
+    datastore: DatastoreClient,
+    workload: Workload,
+    lock: WorkloadLock,
+    ids: list[EndpointId],
+    held: dict[IPAddress, Owner],
+) -> None:
+    """Remove a workload's endpoints, with all that they have, and all that it holds; its lock is held."""
+    lock.begin()
+    for name in {id.interface for id in ids} | interfaces_of(held):
+        netns.delete_interface(name)
+    for id in ids:
+        # an old tool's addresses have no handle: once the record is gone, nothing would tell whose they are
+        record = datastore.readable(id)
+        datastore.ipam.release(map(parse_address, record.addresses if record is not None else ()), {None})
+        datastore.remove_endpoint(id)
+    datastore.ipam.release_by_handle(workload.handle)
+    datastore.prune_workload(workload.orchestrator, workload.id)
+    lock.forget()
 
 
 def add_address(datastore: DatastoreClient, workload: Workload, wish: Wish, interface: str | None) -> IPAddress:
@@ -438,6 +459,23 @@ class Scene:
             if netns.delete_interface(name):
                 self.look_again()
 
+    def remove_orphans(self) -> None:
+        """Delete pairs of endpoints that nobody knows of any more: the store has been emptied, or set back."""
+        for interface in list(self._inspection.interfaces.values()):
+            name = netns.other_end(interface) or ""
+            host_end = netns.find_interface(name) if name.startswith("cali") else None
+            # one that is down may be another command's, which has got no further
+            if host_end is not None and host_end.up and not self.datastore.knows_interface(name):
+                netns.delete_interface(name)
+                self.look_again()
+
+    def clear_after_another_process(self) -> None:
+        """Remove all there is of a process that has ended, where the path has become another process's."""
+        now = process_started(self.workload.path or "")
+        if self.record is not None and now not in (None, self.lock.started()) and self.plugged(also_down=True) is None:
+            _clear(self.datastore, self.workload, self.lock, [self.record.id], self.held)
+            self.record, self.held = None, {}
+
     def remember(self) -> None:
         """Keep the workload's name beside its lock while it is connected."""
         path = self.workload.path or ""
@@ -560,6 +598,17 @@ def _release_unlisted(datastore: DatastoreClient, workload: Workload, record: En
     """Give back what a workload holds beside the addresses of its record, as it was read."""
     held = datastore.ipam.held_by(workload.handle) or {}
     datastore.ipam.release([a for a in held if host_net(a) not in record.nets], {workload.handle})
+
+
+def _next_hop(datastore: DatastoreClient, record: Endpoint, version: int) -> str:
+    """Return this host's next hop, or what it was where it has none of that version any more; raise CalicoError."""
+    try:
+        return datastore.next_hop(version)
+    except CalicoError:
+        before = record.gateway(version)
+        if before is None:
+            raise
+        return str(parse_address(before))
 
 
 def _regain(scene: Scene, address: IPAddress, owner: Owner, undo: Callable[..., object]) -> None:

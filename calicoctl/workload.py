@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -17,10 +17,13 @@ from calicoctl.errors import CalicoError, DockerUnavailable, NamespaceError, NoS
 
 if TYPE_CHECKING:
     from calicoctl.datastore.client import DatastoreClient
+    from calicoctl.datastore.keys import EndpointId
     from calicoctl.datastore.model import Endpoint
 
 DOCKER = "docker"
 NAMESPACE = "namespace"
+
+DOCKER_SOCKET = "unix:///var/run/docker.sock"
 
 DOCKER_TIMEOUT = 20
 """Seconds to wait for an answer of the Docker Engine."""
@@ -88,9 +91,11 @@ def look_up(orchestrator: str, id: str, path: str, started: str | None) -> tuple
             return Standing.GONE, Workload(DOCKER, id, id)
         return (Standing.STOPPED if workload.pid is None else Standing.RUNS), workload
     workload = Workload(NAMESPACE, id, path, path=path)
-    if namespace_at(path) is not None and started == process_started(path):
+    now = process_started(path)
+    if namespace_at(path) is not None and started == now:
         return Standing.RUNS, workload
-    return (Standing.GONE if is_of_process(path) else Standing.AWAY), workload
+    of_process = started is not None or now is not None or re.match("/proc/[0-9]+/", path)
+    return (Standing.GONE if of_process else Standing.AWAY), workload
 
 
 def namespace_at(path: str) -> tuple[int, int] | None:
@@ -107,23 +112,24 @@ def namespace_at(path: str) -> tuple[int, int] | None:
     return (there.st_dev, there.st_ino) if there.st_dev == here.st_dev else None
 
 
-def is_of_process(path: str) -> bool:
-    """Tell whether a namespace's path is that of a process, and may be another process's some day."""
-    return re.match("/proc/[0-9]+/", path) is not None
-
-
 def process_started(path: str) -> str | None:
-    """Return when the process was started that a path is of, in clock ticks since boot; None for no process's path.
+    """Return when the process was started whose namespace a path is, in clock ticks since boot.
 
-    Source: the 22nd field of /proc/PID/stat, proc(5).
+    None for a path that is no process's, as one of `ip netns` is not. One that is, whether it is below /proc or a
+    symbolic link to that, may be another process's some day. Source: namespaces(7), and the 22nd field of
+    /proc/PID/stat, proc(5).
     """
-    if not is_of_process(path):
-        return None
-    try:
-        text = Path(*Path(path).parts[:3], "stat").read_text(errors="replace")
-        return text.rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        return None
+    place = Path(path)
+    for _ in range(40):  # as many links as the kernel would follow
+        try:
+            target = place.readlink()
+            if re.fullmatch(r"net:\[[0-9]+\]", str(target)):
+                text = place.parent.parent.joinpath("stat").read_text(errors="replace")
+                return text.rpartition(")")[2].split()[19]
+        except (OSError, IndexError, ValueError):
+            return None
+        place = place.parent / target
+    return None
 
 
 def find(name: str) -> Workload:
@@ -209,6 +215,14 @@ def refuse_others_endpoint(datastore: DatastoreClient, workload: Workload, endpo
             refuse_other_path(workload, owner.secondary.get("namespace"))
 
 
+def endpoint_ids_of(datastore: DatastoreClient, workload: Workload) -> list[EndpointId]:
+    """Return a workload's endpoints on this host, also those whose records cannot be read; see endpoints_of."""
+    found = datastore.workload_endpoint_ids(workload.orchestrator, workload.id)
+    if not found and workload.orchestrator == NAMESPACE:
+        found = datastore.workload_endpoint_ids(DOCKER, workload.id)
+    return found
+
+
 def endpoints_of(datastore: DatastoreClient, workload: Workload) -> list[Endpoint]:
     """Return a workload's endpoints on this host. An old tool stored those of a namespace under `docker`."""
     found = datastore.workload_endpoints(workload.orchestrator, workload.id)
@@ -231,6 +245,12 @@ def _inspect(name: str) -> dict[str, Any]:
         return docker.inspect_container(name)  # type: ignore[no-any-return]
 
 
+def engine_may_be_there() -> bool:
+    """Tell whether it may make sense to ask the Docker Engine: a socket that does not exist takes no asking."""
+    where = os.environ.get("DOCKER_HOST") or DOCKER_SOCKET
+    return not where.startswith("unix://") or os.path.exists(where[len("unix://") :])
+
+
 def docker_info() -> dict[str, Any]:
     """Return what the Docker Engine says of itself; raise DockerUnavailable."""
     with docker_engine("about itself") as docker:
@@ -241,6 +261,20 @@ def docker_containers() -> list[dict[str, Any]]:
     """Return what the Docker Engine lists of its containers, running or not; raise DockerUnavailable."""
     with docker_engine("for its containers") as docker:
         return docker.containers(all=True)  # type: ignore[no-any-return]
+
+
+def container_pids(ids: Iterable[str]) -> dict[str, int]:
+    """Return the process ids of those of these containers that run; raise DockerUnavailable."""
+    from docker.errors import NotFound
+
+    found = {}
+    with docker_engine("about its containers") as docker:
+        for id in ids:
+            with suppress(NotFound):  # it has just gone
+                state = docker.inspect_container(id)["State"]
+                if state["Running"] and state["Pid"]:
+                    found[id] = int(state["Pid"])
+    return found
 
 
 @contextmanager
@@ -257,12 +291,13 @@ def docker_engine(what: str, timeout: int = DOCKER_TIMEOUT) -> Iterator[Any]:
     try:
         with APIClient(timeout=timeout, **kwargs_from_env()) as docker:
             yield docker
-    except NotFound:
-        raise NoSuchContainer(f"No such container: {what.partition(' ')[2]}") from None
     except APIError as error:
+        # not whatever is not found: somebody else may answer in the engine's place
+        if isinstance(error, NotFound) and "no such container" in str(error.explanation).lower():
+            raise NoSuchContainer(f"No such container: {what.partition(' ')[2]}") from None
         raise DockerUnavailable(f"Docker refused to be asked {what}: {error.explanation or error}") from None
     except (DockerException, RequestException, OSError, ValueError) as error:  # the last for an odd DOCKER_HOST
-        where = os.environ.get("DOCKER_HOST") or "unix:///var/run/docker.sock"
+        where = os.environ.get("DOCKER_HOST") or DOCKER_SOCKET
         text = str(error)
         if "Permission denied" in text:
             hint = f"no permission on {where}; run this as root or as a member of the docker group"

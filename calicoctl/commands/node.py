@@ -49,6 +49,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
+from calicoctl import locks
 from calicoctl.addresses import check_unicast, parse_address, parse_as_number
 from calicoctl.cli import parse, require_root
 from calicoctl.commands import bgp
@@ -58,6 +59,7 @@ from calicoctl.felix import process
 from calicoctl.felix.local_etcd import LocalEtcd
 from calicoctl.felix.sysctls import HostSettings
 from calicoctl.output import warn
+from calicoctl.workload import DOCKER, NAMESPACE
 
 
 def run(argv: list[str]) -> None:
@@ -94,9 +96,26 @@ def _start(arguments: dict[str, Any]) -> None:
     ipv4 = given[4] or detected[4]
     if ipv4 is None and given[6] is None:
         raise CalicoError("No IPv4 address of this host could be detected. Say which one to use with --ip.")
-    etcd = None
-    if options.local_etcd:
-        etcd = _started_etcd(datastore.host, _log_dir(log_dir, process.DEFAULT_LOG_DIR) or "")
+    process.refuse_other(datastore.host)
+    with ExitStack() as undo:
+        if options.local_etcd:
+            started = _started_etcd(datastore.host, _log_dir(log_dir, process.DEFAULT_LOG_DIR) or "")
+            if started or not in_background:
+                undo.callback(lambda: process.running(datastore.host) or _local_etcd_stopped(datastore.host))
+        _register(datastore, ipv4, given, every, as_num)
+        if in_background:
+            _start_agent(datastore.host, options)
+            undo.pop_all()
+        else:
+            process.run(datastore.host, options)
+    if not in_background:
+        process.leave(0)
+
+
+def _register(
+    datastore: DatastoreClient, ipv4: str | None, given: dict[int, str | None], every: set[str], as_num: str | None
+) -> None:
+    """Register this host, and say with which addresses."""
     datastore.register_host(ipv4, given[6], as_num)
     for address in filter(None, given.values()):
         if address not in every:
@@ -106,24 +125,23 @@ def _start(arguments: dict[str, Any]) -> None:
     addresses = " and ".join(address for address in (ipv4, given[6]) if address)
     print(f"Host {datastore.host} is registered with {addresses}.", flush=True)
 
-    if not in_background:
-        process.run(datastore.host, options)
-        process.leave(0)
-    pid = process.running(datastore.host)
-    if pid:
-        print(f"The host agent is running already (process {pid}).")
+
+def _start_agent(host: str, options: process.Options) -> None:
+    """Start the host's agent in the background, unless it runs."""
+    pid = process.running(host)
+    if not pid:
+        print(f"The host agent is running (process {process.start(host, options)}).")
         return
-    try:
-        pid = process.start(datastore.host, options)
-    except BaseException:  # an interrupt, too
-        if etcd is not None and not process.running(datastore.host):
-            etcd.stop()
-        raise
-    print(f"The host agent is running (process {pid}).")
+    print(f"The host agent is running already (process {pid}).")
+    if options.metrics_port not in (None, (process.report(host) or {}).get("metrics_port")):
+        warn(
+            "Warning: --metrics-port has no effect on it. End it with 'calicoctl node stop --force', which disturbs no "
+            "packets, and repeat this."
+        )
 
 
-def _started_etcd(host: str, log_dir: str) -> LocalEtcd | None:
-    """Start the local etcd, and return it, or None where it runs already; raise CalicoError."""
+def _started_etcd(host: str, log_dir: str) -> bool:
+    """Start the local etcd, unless it runs; tell whether it was started. Raises CalicoError."""
     pid = process.running(host)
     if pid and (process.report(host) or {}).get("local_etcd") is False:
         raise CalicoError(
@@ -131,18 +149,20 @@ def _started_etcd(host: str, log_dir: str) -> LocalEtcd | None:
             "End it with 'calicoctl node stop --force', which disturbs no packets, and repeat this."
         )
     etcd = LocalEtcd(host, log_dir)
-    if not etcd.start():
-        return None
-    print(f"A local etcd is running at {etcd.url}.")
-    return etcd
+    started = etcd.start()
+    if started:
+        print(f"A local etcd is running at {etcd.url}.")
+    return started
 
 
 def _stop(force: bool) -> None:
     host = hostname()
-    pid = process.running(host)
-    if pid and not force:
+    etcd = _local_etcd(host)
+    runs = process.running(host) or (etcd is not None and etcd.running())
+    if runs and not force:
         try:
-            active = [e for e in DatastoreClient.from_environment().endpoints(host) if e.state == "active"]
+            endpoints, _ = DatastoreClient.from_environment().readable_endpoints(host)
+            active = [endpoint for endpoint in endpoints if endpoint.state == "active"]
         except StoreError as error:
             raise CalicoError(f"Whether endpoints are active cannot be told; stop with --force. {error}") from None
         if active:
@@ -168,8 +188,10 @@ def _remove(other: str | None, remove_endpoints: bool) -> None:
     this_one = other in (None, host)
     with ExitStack() as stack:
         if this_one:
+            process.refuse_other(host)
             etcd = _local_etcd(host)
-            if etcd is not None:
+            # after a reboot there is no report, but there may well be the data
+            if etcd is not None and (process.report(host) or {}).get("local_etcd") is not False:
                 stack.enter_context(etcd.borrowed())
         datastore = DatastoreClient.from_environment().for_host(other or host)
         ids = datastore.endpoint_ids()
@@ -179,7 +201,13 @@ def _remove(other: str | None, remove_endpoints: bool) -> None:
             )
         if this_one:
             HostSettings(process.settings_file(host))  # a damaged one is refused before anything is changed
-        _remove_endpoints(datastore, {(id.orchestrator, id.workload) for id in ids})
+        # some may have no endpoint any more: what a command that was cut short has left
+        workloads = {(id.orchestrator, id.workload) for id in ids} | datastore.ipam.workloads()
+        if this_one:
+            for orchestrator in (DOCKER, NAMESPACE):
+                left = {*locks.cut(host, orchestrator), *locks.names(host, orchestrator, {})}
+                workloads |= {(orchestrator, id) for id in left}
+        _disconnect(datastore, workloads)
         stopped = None
         if this_one:
             from calicoctl.felix.removal import remove_all
@@ -196,7 +224,7 @@ def _remove(other: str | None, remove_endpoints: bool) -> None:
     print(f"Host {datastore.host} is removed.")
 
 
-def _remove_endpoints(datastore: DatastoreClient, workloads: set[tuple[str, str]]) -> None:
+def _disconnect(datastore: DatastoreClient, workloads: set[tuple[str, str]]) -> None:
     """Disconnect workloads by what the store calls them."""
     from calicoctl import wiring
     from calicoctl.workload import Workload
@@ -204,7 +232,7 @@ def _remove_endpoints(datastore: DatastoreClient, workloads: set[tuple[str, str]
     for orchestrator, id in sorted(workloads):
         with suppress(NotThere):  # somebody else has done so
             wiring.disconnect(datastore, Workload(orchestrator, id, id))
-        print(f"Removed Calico from {id}")
+            print(f"Removed Calico from {id}")
 
 
 def _local_etcd(host: str) -> LocalEtcd | None:

@@ -373,11 +373,6 @@ class DatastoreClient:
 
     # Endpoints
 
-    def endpoints(self, host: str | None = None) -> list[Endpoint]:
-        """Return all endpoints of a host, or of all hosts. Reads every one of them."""
-        directory = keys.HOSTS if host is None else f"{keys.host(host)}/workload"
-        return self._endpoints(directory)
-
     def readable_endpoints(self, host: str | None = None) -> tuple[list[Endpoint], list[InvalidValue]]:
         """Return all endpoints of a host, or of all hosts, that can be read, and what is wrong with the others."""
         found: list[Endpoint] = []
@@ -418,11 +413,35 @@ class DatastoreClient:
 
     def workload_endpoints(self, orchestrator: str, workload: str) -> list[Endpoint]:
         """Return the endpoints of one workload on this host; reads its folder alone."""
-        return self._endpoints(keys.endpoints(self.host, orchestrator, workload))
+        found = []
+        for entry in self._store.tree(keys.endpoints(self.host, orchestrator, workload)):
+            id = keys.parse_endpoint(entry.key)
+            if id is not None:
+                found.append(Endpoint.from_json(id, entry.value, entry.key))
+        return found
+
+    def workload_endpoint_ids(self, orchestrator: str, workload: str) -> list[EndpointId]:
+        """Return the endpoints of one workload on this host, also those whose records cannot be read."""
+        found = self._store.names(keys.endpoints(self.host, orchestrator, workload))
+        return [EndpointId(self.host, orchestrator, workload, endpoint) for endpoint in found]
+
+    def readable(self, id: EndpointId) -> Endpoint | None:
+        """Return an endpoint, or None where it is not there, or its record cannot be read."""
+        entry = self._store.get(keys.endpoint(id))
+        with suppress(InvalidValue):
+            return None if entry is None else Endpoint.from_json(id, entry.value, entry.key)
+        return None
 
     def workload_ids(self, orchestrator: str) -> list[str]:
         """Return the ids of this host's workloads under an orchestrator."""
         return self._store.names(keys.workloads(self.host, orchestrator))
+
+    def knows_interface(self, name: str) -> bool:
+        """Tell whether an interface of this host is an endpoint's, or may be, or is to become one's."""
+        endpoints, problems = self.readable_endpoints(self.host)
+        if problems or any(name in (endpoint.name, endpoint.id.interface) for endpoint in endpoints):
+            return True
+        return name in self.ipam.interfaces()
 
     def create_endpoint(self, endpoint: Endpoint) -> None:
         """Write a new endpoint; raise KeyExists when there is one of that id."""
@@ -504,14 +523,6 @@ class DatastoreClient:
             return None if entry is None else load_object(entry.value, key)
         except InvalidValue:
             return None
-
-    def _endpoints(self, directory: str) -> list[Endpoint]:
-        found = []
-        for entry in self._store.tree(directory):
-            id = keys.parse_endpoint(entry.key)
-            if id is not None:
-                found.append(Endpoint.from_json(id, entry.value, entry.key))
-        return found
 
 
 def _pool(entry: Entry, version: int) -> Pool:

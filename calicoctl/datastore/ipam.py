@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from calicoctl.addresses import version_of
 from calicoctl.datastore import keys
+from calicoctl.datastore.keys import EndpointId
 from calicoctl.datastore.model import Pool, load_object
 from calicoctl.datastore.store import ATTEMPTS, Entry, Store, create_if_missing, pause
 from calicoctl.errors import AddressTaken, CalicoError, CompareFailed, Conflict, InvalidValue, KeyExists
@@ -302,6 +303,28 @@ class Ipam:
         self.release(held, {handle})
         self._recount(handle)
         return held
+
+    def workloads(self) -> set[tuple[str, str]]:
+        """Return the workloads, as (orchestrator, id), that hold addresses on this host by a handle of their own."""
+        found = set()
+        for _, owner in self._held():
+            facts = owner.secondary
+            named = (str(facts.get("orchestrator")), str(facts.get("workload")))
+            if facts.get("host") == self._host and owner.handle == ".".join(named):
+                found.add(named)
+        return found
+
+    def interfaces(self) -> set[str]:
+        """Return the interfaces of this host's endpoints that hold addresses, whether they have a record or not."""
+        owners = [owner.secondary for _, owner in self._held() if owner.secondary.get("host") == self._host]
+        return {EndpointId("", "", "", str(facts.get("endpoint"))).interface for facts in owners}
+
+    def _held(self) -> Iterator[tuple[IPAddress, Owner]]:
+        """Give all addresses that are assigned, with their owners, out of all blocks that can be read."""
+        for version in (4, 6):
+            for block in self.all_blocks(version):
+                if isinstance(block, Block):
+                    yield from ((block.address(ordinal), owner) for ordinal, owner in block.held())
 
     def release_affinities(self) -> None:
         """Give up this host's claim to its blocks: those without addresses go, the others are nobody's then."""

@@ -91,7 +91,7 @@ class Endpoint:
         """Read the value of `key`; raise InvalidValue."""
         data = load_object(text, key)
         profile = data.pop("profile_id", None)
-        if profile is not None and "profile_ids" not in data:
+        if profile is not None and data.get("profile_ids") is None:
             data["profile_ids"] = [profile]
         known: dict[str, Any] = {}
         for name in ("profile_ids", "ipv4_nets", "ipv6_nets"):

@@ -61,7 +61,7 @@ class Agent:
         self._host = datastore().host
         self._events: events.Events[Any] = SimpleQueue()
         self._snapshot = Snapshot(self._host)
-        self._health = Health(self._host, __version__, options.local_etcd, options.log_dir)
+        self._health = Health(self._host, __version__, options)
         self._ready = ready
         self._metrics = Metrics(self._health, options.metrics_port)
         self._reporter = StoreReporter(datastore(), self._health)
@@ -94,6 +94,8 @@ class Agent:
         self._tick_at = 0.0
         self._review_at = time.monotonic() + REVIEW_INTERVAL
         self._firewall_at = 0.0
+        self._firewall_trouble = ""
+        """Why the host's firewall could not be looked at last time."""
         self._firewall_polled = not docker_firewall.sends_events()
         self._stores = [(datastore(), directory) for directory in sorted(self._unread)]
 
@@ -228,6 +230,8 @@ class Agent:
             self._health.resyncs += 1
             log.info("read the store below %s anew", event.directory)
         self._snapshot.replace(event.directory, event.entries)
+        if self._health.first_update:
+            self._keeper.compare(self._snapshot.addresses_listed())
 
     def _link_changed(self, event: events.LinkChanged) -> None:
         link = event.link
@@ -345,13 +349,14 @@ class Agent:
             self._ready()
 
     def _hold_back(self, changed: set[EndpointId]) -> None:
-        """Take the endpoints with an address that is new to them out of `changed`, and put those admitted in.
+        """Note which addresses are new to endpoints: these wait. Put endpoints that have waited into `changed`.
 
-        Somebody else may have had that address, and left connections, whose packets would pass unasked.
+        Somebody else may have had such an address, and left connections, whose packets would pass unasked. An endpoint
+        that is new as a whole waits as a whole; for others, all but their new addresses is brought up to date.
         """
-        if self._ruleset is None:  # all is made anew, and all connections looked at then: nobody waits
-            changed |= self._admitted | self._newcomers.keys()
-            self._newcomers.clear()
+        if self._ruleset is None:  # all is made anew
+            if not self._health.first_update:  # and all connections are looked at before any route is set
+                self._newcomers.clear()
             self._admitted.clear()
             return
         for id in [id for id in changed if id.host == self._host]:
@@ -360,7 +365,8 @@ class Agent:
             endpoint = self._snapshot.local.get(id)
             new = set(endpoint.addresses if endpoint else ()).difference(self._ruleset.addresses_of(id))
             if new:
-                changed.discard(id)
+                if not self._ruleset.has(id):
+                    changed.discard(id)
                 self._newcomers[id] = new
                 self._lister.ask(new)
         changed |= self._admitted
@@ -380,7 +386,7 @@ class Agent:
         if self._ruleset is not None:
             ruleset, self._ruleset = self._ruleset, None
             try:
-                update = ruleset.update(self._snapshot, dirty)
+                update = ruleset.update(self._snapshot, dirty, self._newcomers)
                 if update.commands:
                     self._nft.run(update.commands)
                 self._ruleset = ruleset
@@ -389,7 +395,7 @@ class Agent:
         if self._ruleset is None:
             ruleset = Ruleset()
             try:
-                update = ruleset.load(self._snapshot)
+                update = ruleset.load(self._snapshot, self._newcomers)
                 self._nft.run(update.commands)
                 self._ruleset = ruleset
             except CalicoError as error:
@@ -502,9 +508,13 @@ class Agent:
 
     def _check_firewall(self, now: float) -> None:
         self._firewall_at = now + (FIREWALL_INTERVAL if self._firewall_polled else 1e9)
+        why = ""
         try:
             for line in docker_firewall.ensure():
                 log.info("%s", line)
         except CalicoError as error:
             self._firewall_at = now + TICK
-            self._health.error(str(error))
+            why = str(error)
+            if why != self._firewall_trouble:
+                self._health.error(why)
+        self._firewall_trouble = why

@@ -27,25 +27,18 @@ from typing import Callable
 from calicoctl import netns
 from calicoctl.datastore.model import Rules
 from calicoctl.errors import CalicoError
+from calicoctl.felix import netlink
 from calicoctl.policy import ICMP, ICMPV6, PROTOCOLS, Packet, Tagged, decide, is_host_service
 from calicoctl.snapshot import LocalEndpoint, Snapshot
 
 _COUNT = Path("/proc/sys/net/netfilter/nf_conntrack_count")
 _NETLINK_NETFILTER = 12
-_NLM_F_REQUEST, _NLM_F_DUMP = 1, 0x300
-_NLMSG_ERROR, _NLMSG_DONE = 2, 3
 _GET, _DELETE = 1 << 8 | 1, 1 << 8 | 2
 _TUPLE_ORIG, _TUPLE_REPLY, _ZONE = 1, 2, 18
 _TUPLE_IP, _TUPLE_PROTO = 1, 2
 _IPV4_SRC, _IPV6_SRC = 1, 3
 _NUMBER, _SOURCE_PORT = 1, 2
 _ICMP_TYPE, _ICMP_CODE, _ICMPV6_TYPE, _ICMPV6_CODE = 5, 6, 8, 9
-_NESTED = 0x8000
-_KIND = 0x3FFF
-"""The bits of an attribute's kind that are not flags."""
-
-_PATIENCE = 60.0
-"""Seconds to wait for the kernel."""
 
 _BATCH = 64
 """Deletions in one message: the answers to them all must fit into a socket's buffer."""
@@ -118,9 +111,9 @@ def end_denied(listed: Listed, snapshot: Snapshot, tagged: Tagged) -> int:
 
 def allowed(packet: Packet, snapshot: Snapshot, tagged: Tagged, host_addresses: Collection[str]) -> bool:
     """Tell whether policy lets a packet through here: out of its source's endpoint, and into its destination's."""
-    source, destination = snapshot.owner(packet.source), snapshot.owner(packet.destination)
+    destination = snapshot.owner(packet.destination)
     to_host = packet.destination in host_addresses
-    if source is not None and not (to_host and is_host_service(packet)):
+    for source in snapshot.senders(packet.source) if not (to_host and is_host_service(packet)) else ():
         if to_host and snapshot.host_action == "DROP":
             return False
         rules = {name: rules.outbound for name, rules in _rules(source, snapshot)}
@@ -157,7 +150,8 @@ def _connections_of(addresses: Collection[str]) -> list[Connection]:
             continue
         few = len(wanted) < 16
         try:
-            for message in _dump(family):
+            for body in netlink.dump(_NETLINK_NETFILTER, _GET, _header(family)):
+                message = body[4:]
                 if few and not any(address in message for address in wanted):
                     continue  # of very many entries, few are read
                 connection = parse(message, wanted)
@@ -168,40 +162,20 @@ def _connections_of(addresses: Collection[str]) -> list[Connection]:
     return found
 
 
-def _dump(family: int) -> Iterator[bytes]:
-    """Give all entries of an IP version, each as the attributes of a message. Raises OSError."""
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_NETFILTER) as netlink:
-        netlink.settimeout(_PATIENCE)
-        netlink.bind((0, 0))
-        netlink.send(_message(_GET, _NLM_F_REQUEST | _NLM_F_DUMP, 0, family, b""))
-        while True:
-            data = netlink.recv(2**18)
-            at = 0
-            while at + 16 <= len(data):
-                length, kind = struct.unpack_from("=IH", data, at)
-                if kind == _NLMSG_DONE:
-                    return
-                if kind == _NLMSG_ERROR:
-                    code = -struct.unpack_from("=i", data, at + 16)[0]
-                    raise OSError(code, os.strerror(code))
-                yield data[at + 20 : at + length]
-                at += max(16, (length + 3) & ~3)
-
-
 def parse(message: bytes, addresses: Collection[bytes]) -> Connection | None:
     """Read an entry's attributes; return None for one that does not come from, and is not answered by, these addresses.
 
     None, too, for what cannot be understood.
     """
     try:
-        entry = _attributes(message)
-        original = _attributes(entry[_TUPLE_ORIG])
-        reply = _attributes(entry[_TUPLE_REPLY])
+        entry = netlink.attributes(message)
+        original = netlink.attributes(entry[_TUPLE_ORIG])
+        reply = netlink.attributes(entry[_TUPLE_REPLY])
         source = _source(original)
         answerer = _source(reply)
         if source not in addresses and answerer not in addresses:
             return None
-        first, answer = _attributes(original[_TUPLE_PROTO]), _attributes(reply[_TUPLE_PROTO])
+        first, answer = netlink.attributes(original[_TUPLE_PROTO]), netlink.attributes(reply[_TUPLE_PROTO])
         number = first[_NUMBER][0]
         ports: tuple[int | None, int | None] = (None, None)
         icmp: tuple[int | None, int | None] = (None, None)
@@ -214,14 +188,14 @@ def parse(message: bytes, addresses: Collection[bytes]) -> Connection | None:
         packet = Packet(_text(source), _text(answerer), number, *ports, *icmp)
     except (KeyError, IndexError, ValueError, struct.error):
         return None
-    named = _attribute(_NESTED | _TUPLE_ORIG, entry[_TUPLE_ORIG])
+    named = netlink.attribute(netlink.NESTED | _TUPLE_ORIG, entry[_TUPLE_ORIG])
     if _ZONE in entry:
-        named += _attribute(_ZONE, entry[_ZONE])
+        named += netlink.attribute(_ZONE, entry[_ZONE])
     return Connection(packet, named)
 
 
 def _source(of_tuple: dict[int, bytes]) -> bytes:
-    addresses = _attributes(of_tuple[_TUPLE_IP])
+    addresses = netlink.attributes(of_tuple[_TUPLE_IP])
     return addresses[_IPV4_SRC] if _IPV4_SRC in addresses else addresses[_IPV6_SRC]
 
 
@@ -233,27 +207,16 @@ def _text(address: bytes) -> str:
     return socket.inet_ntop(socket.AF_INET if len(address) == 4 else socket.AF_INET6, address)
 
 
-def _attributes(data: bytes) -> dict[int, bytes]:
-    """Return the attributes in a message, or in one of its attributes, by their kinds."""
-    found = {}
-    at = 0
-    while at + 4 <= len(data):
-        length, kind = struct.unpack_from("=HH", data, at)
-        found[kind & _KIND] = data[at + 4 : at + length]
-        at += max(4, (length + 3) & ~3)
-    return found
-
-
 def _delete(connections: list[Connection]) -> None:
     """Delete entries, many in one message to the kernel, as one at a time takes it a hundred times longer."""
     failed: list[str] = []
     try:
-        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_NETFILTER) as netlink:
-            netlink.bind((0, 0))
+        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_NETFILTER) as kernel:
+            kernel.bind((0, 0))
             for first in range(0, len(connections), _BATCH):
                 batch = connections[first : first + _BATCH]
-                netlink.send(b"".join(_deletion(connection, number) for number, connection in enumerate(batch)))
-                for number, code in _refusals(netlink):
+                kernel.send(b"".join(_deletion(connection, number) for number, connection in enumerate(batch)))
+                for number, code in _refusals(kernel):
                     if code != errno.ENOENT:  # it has ended by itself
                         failed.append(f"{batch[number].forwarded}: {os.strerror(code)}")
     except OSError as error:
@@ -264,23 +227,17 @@ def _delete(connections: list[Connection]) -> None:
 
 def _deletion(connection: Connection, number: int) -> bytes:
     family = socket.AF_INET6 if connection.forwarded.version == 6 else socket.AF_INET
-    return _message(_DELETE, _NLM_F_REQUEST, number, family, connection.entry)
+    return netlink.message(_DELETE, netlink.REQUEST, number, _header(family) + connection.entry)
 
 
-def _message(kind: int, flags: int, number: int, family: int, attributes: bytes) -> bytes:
-    header = struct.pack("=IHHII", 20 + len(attributes), kind, flags, number, 0)
-    return header + struct.pack("=BBH", family, 0, 0) + attributes
+def _header(family: int) -> bytes:
+    return struct.pack("=BBH", family, 0, 0)
 
 
-def _attribute(kind: int, value: bytes) -> bytes:
-    return struct.pack("=HH", 4 + len(value), kind) + value + bytes(-len(value) % 4)
-
-
-def _refusals(netlink: socket.socket) -> Iterator[tuple[int, int]]:
+def _refusals(kernel: socket.socket) -> Iterator[tuple[int, int]]:
     """Give the numbers of the messages that the kernel has refused, each with its errno. It answers at once."""
     with suppress(BlockingIOError):
         while True:
-            data = netlink.recv(2**16, socket.MSG_DONTWAIT)
-            _, kind, _, number, _ = struct.unpack_from("=IHHII", data)
-            if kind == _NLMSG_ERROR:
-                yield number, -struct.unpack_from("=i", data, 16)[0]
+            for kind, answer in netlink.messages(kernel.recv(2**16, socket.MSG_DONTWAIT)):
+                if netlink.is_refusal(kind):
+                    yield netlink.refusal(answer)

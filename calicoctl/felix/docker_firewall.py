@@ -18,6 +18,9 @@ from calicoctl.workload import docker_engine
 
 COMMANDS = ("iptables", "ip6tables")
 
+PATIENCE = 15.0
+"""Seconds to wait for iptables, which itself waits up to ten for somebody else who holds its lock."""
+
 _COMMENT = "calico"
 _RULES = (
     ("-i", "cali+", "-m", "comment", "--comment", _COMMENT, "-j", "ACCEPT"),
@@ -41,8 +44,11 @@ class Filter:
                 self.rules[words[1]].append(tuple(words[2:]))
 
     def wanted_chain(self) -> str | None:
-        """Return the chain that our rules belong to, None where nothing would drop what is forwarded."""
-        if "DOCKER-USER" in self.policies:
+        """Return the chain that our rules belong to, None where nothing would drop what is forwarded.
+
+        That is DOCKER-USER where FORWARD asks it; after `iptables -F`, it does not.
+        """
+        if any(("-j", "DOCKER-USER") in zip(rule, rule[1:]) for rule in self.rules.get("FORWARD", ())):
             return "DOCKER-USER"
         return "FORWARD" if self.would_drop() else None
 
@@ -131,9 +137,9 @@ def _bring(command: str, remove: bool) -> list[str]:
 
 def _run(*command: str) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     except subprocess.TimeoutExpired:
-        raise CalicoError(f"{command[0]} did not answer within 30 s") from None
+        raise CalicoError(f"{command[0]} did not answer within {PATIENCE:.0f} s") from None
     if done.returncode != 0:
         raise CalicoError(f"'{' '.join(command)}' failed: {' '.join(done.stderr.split())[:200]}")
     return done.stdout

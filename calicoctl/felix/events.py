@@ -13,16 +13,16 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from calicoctl.datastore.store import Change, Entry
 from calicoctl.errors import CalicoError, HistoryLost
+from calicoctl.felix import netlink
 from calicoctl.felix.nft import TableEvents, own_ports
 from calicoctl.felix.routes import PROTOCOL, Link
-from calicoctl.workload import docker_engine
+from calicoctl.workload import docker_containers, docker_engine, engine_may_be_there
 
 if TYPE_CHECKING:
     from calicoctl.datastore.client import DatastoreClient
@@ -233,7 +233,7 @@ class KernelEvents(_Source):
                     raise
                 self._events.put(LinksMissed())
                 continue
-            for kind, message in _messages(data):
+            for kind, message in netlink.messages(data):
                 if kind in (_RTM_NEWLINK, _RTM_DELLINK):
                     for parsed in marshal.parse(message):
                         self._events.put(LinkChanged(link_of(parsed), gone=kind == _RTM_DELLINK))
@@ -255,8 +255,7 @@ class EngineEvents(_Source):
                 with docker_engine("for its events") as docker:
                     # from a moment ago, so that nothing falls between events and list
                     changes = docker.events(since=int(time.time()) - 1, filters=_CONTAINER_CHANGES, decode=True)
-                    listed = docker.containers(all=True)
-                    self._events.put(EngineListed({c["Id"]: c["State"] in ("running", "paused") for c in listed}))
+                    self._events.put(EngineListed(_which_run(docker.containers(all=True))))
                     away = False
                     for change in changes:
                         self._events.put(ContainerChanged(change["id"], removed=change["Action"] == "destroy"))
@@ -267,6 +266,17 @@ class EngineEvents(_Source):
                 self._events.put(EngineAway(why))
             away = True
             time.sleep(ENGINE_PAUSE)
+            while not engine_may_be_there():  # many hosts have none
+                time.sleep(ENGINE_PAUSE)
+
+
+def list_containers() -> dict[str, bool]:
+    """Return the engine's containers, and whether they run; raise DockerUnavailable."""
+    return _which_run(docker_containers())
+
+
+def _which_run(listed: list[dict[str, Any]]) -> dict[str, bool]:
+    return {container["Id"]: container["State"] in ("running", "paused") for container in listed}
 
 
 class MountEvents(_Source):
@@ -297,15 +307,6 @@ def _is_loss(kind: int, message: bytes) -> bool:
 def _sender(message: bytes) -> int:
     """Return the netlink address of who asked for the change that a message tells of."""
     return int(struct.unpack_from("=I", message, 12)[0])
-
-
-def _messages(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Give the netlink messages in a datagram, with their types."""
-    at = 0
-    while at + 16 <= len(data):
-        length, kind = struct.unpack_from("=IH", data, at)
-        yield kind, data[at : at + length]
-        at += max(16, (length + 3) & ~3)
 
 
 def link_of(message: Any) -> Link:

@@ -20,7 +20,7 @@ from calicoctl import locks, upkeep
 from calicoctl.errors import CalicoError, Conflict, DockerUnavailable, NamespaceError, StoreUnavailable
 from calicoctl.felix import events
 from calicoctl.snapshot import GRACE_TIME
-from calicoctl.workload import DOCKER, NAMESPACE, Standing, namespace_at
+from calicoctl.workload import DOCKER, NAMESPACE, Standing, container_pids, namespace_at
 
 if TYPE_CHECKING:
     from calicoctl.datastore.client import DatastoreClient
@@ -48,6 +48,16 @@ END_PATIENCE = 5.0
 
 Key = tuple[str, str]
 """A workload: its orchestrator and its id."""
+
+
+@dataclass(frozen=True)
+class Compare:
+    """The store has been read as a whole: compare what workloads hold with what is `expected`.
+
+    That is how many addresses their endpoints list.
+    """
+
+    expected: dict[Key, int]
 
 
 @dataclass(frozen=True)
@@ -94,11 +104,16 @@ class Keeper(threading.Thread):
 
     def look_at(self, id: EndpointId, gone: bool = False) -> None:
         """Have the workload of an endpoint looked at that has no interface, or has `gone` from the store."""
-        if upkeep.is_looked_after(id.orchestrator, id.workload):
-            self.inbox.put(Look((id.orchestrator, id.workload), gone))
+        key = _workload_of(id)
+        if upkeep.is_looked_after(*key):
+            self.inbox.put(Look(key, gone))
+
+    def compare(self, expected: dict[Key, int]) -> None:
+        """Have all workloads compared with the store, which has been read as a whole; see Compare."""
+        self.inbox.put(Compare(expected))
 
     def begin(self, expected: dict[Key, int]) -> None:
-        """Start, and compare what workloads hold with what is `expected`: how many addresses their endpoints list."""
+        """Start, and compare all workloads with the store; see Compare. The engine will list its containers."""
         self._expected = expected
         events.EngineEvents(self.inbox).start()
         events.MountEvents(self.inbox).start()
@@ -141,7 +156,7 @@ class Keeper(threading.Thread):
     def _take(self, item: Any) -> None:
         now = time.monotonic()
         if isinstance(item, Look) and item.gone:
-            self._due[item.key] = now + GONE_PAUSE
+            self._look(item.key, now + GONE_PAUSE)
         elif isinstance(item, Look):
             # a workload may take its interface away again and again
             self._look(item.key, max(now, self._healed.get(item.key, float("-inf")) + REST))
@@ -161,6 +176,12 @@ class Keeper(threading.Thread):
             log.info("%s; what belongs to containers is kept", item.why)
         elif isinstance(item, events.MountsChanged):
             self._sweep_at = now
+        elif isinstance(item, Compare):
+            self._expected = item.expected
+            with suppress(DockerUnavailable):  # it will list them when it is back
+                self._containers = events.list_containers()
+        elif isinstance(item, events.Failed):
+            self._tell(item)
 
     def _look(self, key: Key, at: float) -> None:
         if upkeep.is_looked_after(*key):
@@ -178,7 +199,9 @@ class Keeper(threading.Thread):
             self._sweep_at = now + INTERVAL
             self._sweep()
         engine_answers = True
-        for key in sorted((key for key, at in self._due.items() if at <= now), key=self._due.__getitem__):
+        due = [key for key, at in self._due.items() if at <= now]
+        # an engine that hangs keeps nobody waiting but its containers
+        for key in sorted(due, key=lambda key: (key[0] == DOCKER, self._due[key])):
             if not self._alive:
                 return
             if key[0] == DOCKER and not engine_answers:
@@ -190,6 +213,11 @@ class Keeper(threading.Thread):
                 engine_answers = False
                 log.debug("%s", error)
                 self._put_off(key)
+            except StoreUnavailable:
+                raise
+            except Exception:
+                self._put_off(key)  # and the others have their turn
+                raise
 
     # What is to be looked at
 
@@ -202,29 +230,51 @@ class Keeper(threading.Thread):
             if total != expected.get((orchestrator, workload), 0):
                 self._look((orchestrator, workload), now)
         remembered = locks.names(self._datastore.host, NAMESPACE, {})
+        connected = {}
         for endpoint in self._datastore.readable_endpoints(self._datastore.host)[0]:
-            id = endpoint.id
-            if id.orchestrator == NAMESPACE and (endpoint.state != "active" or id.workload not in remembered):
-                self._look((NAMESPACE, id.workload), now)
+            orchestrator, workload = _workload_of(endpoint.id)
+            if orchestrator != NAMESPACE:
+                continue
+            if endpoint.state == "active" and workload in remembered:
+                connected[endpoint.id] = remembered[workload]
+            else:
+                self._look((NAMESPACE, workload), now)
+        self._look_at_misplaced(connected)
 
     def _compare(self, containers: dict[str, bool]) -> None:
         """Look at the endpoints of this host that do not go together with what the engine lists."""
         now = time.monotonic()
         interfaces = {name for _, name in socket.if_nameindex()}
+        connected = []
         for endpoint in self._datastore.readable_endpoints(self._datastore.host)[0]:
+            if endpoint.id.orchestrator != DOCKER:
+                continue
             runs = containers.get(endpoint.id.workload)
-            connected = endpoint.state == "active" and endpoint.id.interface in interfaces
-            if endpoint.id.orchestrator == DOCKER and (runs is None or runs != connected):
+            is_connected = endpoint.state == "active" and endpoint.id.interface in interfaces
+            if runs is None or runs != is_connected:
                 self._look((DOCKER, endpoint.id.workload), now)
+            elif runs:
+                connected.append(endpoint.id)
+        with suppress(DockerUnavailable):  # it will list them anew when it is back
+            pids = container_pids(id.workload for id in connected)
+            self._look_at_misplaced(
+                {id: f"/proc/{pids[id.workload]}/ns/net" for id in connected if id.workload in pids}
+            )
         for key in self._due:
             if key[0] == DOCKER:
                 self._due[key] = now
+
+    def _look_at_misplaced(self, paths: dict[EndpointId, str]) -> None:
+        """Look at those endpoints whose interface is not in their namespace, whose path is given for each."""
+        for id in upkeep.misplaced(paths):
+            self._look(_workload_of(id), time.monotonic())
 
     def _sweep(self) -> None:
         """Find changes that were cut short, and namespaces that have come or gone."""
         now = time.monotonic()
         host = self._datastore.host
         for orchestrator in (DOCKER, NAMESPACE):
+            locks.clear(host, orchestrator)
             for id in locks.cut(host, orchestrator):
                 self._look((orchestrator, id), now)
         self._paths = locks.names(host, NAMESPACE, self._paths)
@@ -290,7 +340,7 @@ class Keeper(threading.Thread):
             self._due[key] = time.monotonic() + LOCK_PAUSE
             return
         if told != str(error):
-            self._tell(events.Trouble(str(error)))
+            self._tell(events.Trouble(f"{key[0]} {key[1][:64]}: {error}"))
         self._troubles[key] = str(error)
         self._put_off(key)
 
@@ -303,9 +353,17 @@ class Keeper(threading.Thread):
         One that the engine itself says is gone is not kept at all, unless it could not be asked before.
         """
         now = time.monotonic()
-        if standing is Standing.AWAY:
+        if key in self._removed:
+            return True
+        if standing is Standing.AWAY or (key[0] == DOCKER and self._engine_away):
             since = self._kept.setdefault(key, now)
         else:
             since = self._kept.get(key, self._engine_back if key[0] == DOCKER else float("-inf"))
         self._kept[key] = since
         return now >= since + self.grace_time
+
+
+def _workload_of(id: EndpointId) -> Key:
+    """Return the workload of an endpoint. An old tool stored those of a namespace under `docker`."""
+    is_path = id.orchestrator == DOCKER and id.workload.startswith("-")
+    return (NAMESPACE if is_path else id.orchestrator), id.workload

@@ -87,6 +87,8 @@ class LocalEtcd:
                         f"--initial-cluster=local={self._peer_url}",
                         "--log-outputs=stderr",
                     ],
+                    # etcd reads settings from its environment that would clash with these
+                    env={name: value for name, value in os.environ.items() if not name.startswith("ETCD_")},
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=output,

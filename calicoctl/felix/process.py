@@ -1,7 +1,8 @@
 """The agent as a process: starting it in the background or in the foreground, finding it, ending it.
 
-Its files are under /run/calico/<host name>/: the pid file, on which the agent holds a lock as long as it lives, so that
-a stale one fools nobody; what it reports (report.py); and what it remembers (sysctls.py).
+Its files are under /run/calico/<host name>/: the pid file, which anybody may read, and which says when the process was
+started, so that a stale one fools nobody; a lock that the agent holds as long as it lives; what it reports (report.py);
+and what it remembers (sysctls.py). Another lock, of the network namespace, keeps agents of two names from one kernel.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import Callable, TextIO
 
 from calicoctl.errors import CalicoError, one_line
 from calicoctl.locks import DIRECTORY
@@ -60,7 +61,7 @@ def settings_file(host: str) -> Path:
 
 def files(host: str) -> list[Path]:
     """Return the files that an agent leaves when it has ended."""
-    return [_file(host, "felix.pid"), report_file(host), settings_file(host)]
+    return [_file(host, "felix.pid"), _file(host, "felix.lock"), report_file(host), settings_file(host)]
 
 
 def remove_directory(host: str) -> None:
@@ -73,14 +74,19 @@ def remove_directory(host: str) -> None:
 def running(host: str) -> int | None:
     """Return the process id of the host's agent, None while none runs."""
     try:
-        with open(_file(host, "felix.pid")) as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return int(file.read().strip() or 0) or None
+        pid, started = _file(host, "felix.pid").read_text().split()
+        return int(pid) if _started(int(pid)) == started else None
     except (OSError, ValueError):
-        pass
-    return None
+        return None
+
+
+def _started(pid: int) -> str | None:
+    """Return when a process was started, in clock ticks since boot; None when it has ended. Source: proc(5)."""
+    try:
+        state, *fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+    except (OSError, ValueError):
+        return None
+    return None if state in "ZX" else fields[18]
 
 
 def report(host: str) -> dict[str, object] | None:
@@ -94,58 +100,102 @@ def report(host: str) -> dict[str, object] | None:
 
 @contextmanager
 def only_one(host: str) -> Iterator[None]:
-    """Be the host's agent: hold the pid file's lock. Raises CalicoError when there is one already."""
-    with _held(host) as file:
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
+    """Be the host's agent: hold its locks. Raises CalicoError when there is one already."""
+    pid_file = _file(host, "felix.pid")
+    with _held(host):
+        with _explained(pid_file), open(_open(pid_file, 0o644), "w") as file:
+            os.fchmod(file.fileno(), 0o644)
+            file.write(f"{os.getpid()} {_started(os.getpid())}\n")
         yield
-        file.truncate(0)
+        pid_file.unlink(missing_ok=True)
 
 
 @contextmanager
 def none_starts(host: str) -> Iterator[None]:
     """See to it that no agent of the host's runs, or begins to, inside `with`. Raises CalicoError."""
-    with _held(host) as file:
-        file.truncate(0)
+    with _held(host):
         yield
 
 
-@contextmanager
-def _held(host: str) -> Iterator[TextIO]:
-    """Hold the lock of the pid file, and give the file; raise CalicoError."""
-    path = _file(host, "felix.pid")
+def refuse_other(host: str) -> None:
+    """Raise CalicoError when an agent under another host name runs in this network namespace."""
     try:
-        path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-        path.parent.chmod(0o755)  # the report is for everybody; locks in here are files of mode 0600
+        other = _namespace_file().read_text().strip()
+    except OSError:
+        return
+    if other != host and running(other):
+        raise CalicoError(
+            f"An agent runs here already, for the host name {other} (process {running(other)}), and HOSTNAME, or the "
+            f"system, says {host}: use one name, or end that agent first with 'HOSTNAME={other} calicoctl node stop'"
+        )
+
+
+def _namespace_file() -> Path:
+    return DIRECTORY / f"agent.{os.stat('/proc/self/ns/net').st_ino}"
+
+
+@contextmanager
+def _held(host: str) -> Iterator[None]:
+    """Hold the locks of the host's agent, and of this network namespace's; raise CalicoError."""
+    lock, namespace = _file(host, "felix.lock"), _namespace_file()
+    with _explained(lock), ExitStack() as stack:
+        lock.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        for folder in (DIRECTORY, lock.parent):
+            folder.chmod(0o755)  # the report is for everybody; locks in here are files of mode 0600
         began = time.monotonic()
-        is_it = False
-        while True:
-            with open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644), "r+") as file:
-                _lock(file, host, began)
-                # the holder before us may have removed the file: then somebody else may hold a new one
-                with suppress(FileNotFoundError):
-                    is_it = path.stat().st_ino == os.fstat(file.fileno()).st_ino
-                if is_it:
-                    yield file
-                    return
+        stack.enter_context(_locked(lock, lambda: _refuse_running(host, began)))
+        file = stack.enter_context(_locked(namespace, lambda: _refuse_running_here(host, began)))
+        file.truncate(0)
+        file.write(host)
+        file.flush()
+        stack.callback(namespace.unlink, missing_ok=True)
+        yield
+
+
+def _refuse_running(host: str, began: float) -> None:
+    """Raise CalicoError unless whoever holds the lock, since `began` at least, may be about to let go of it."""
+    pid = running(host)
+    # without a process id, somebody is removing what an agent has set up
+    if time.monotonic() - began > (1 if pid else START_PATIENCE):
+        who = f"process {pid}" if pid else "or somebody is removing it"
+        raise CalicoError(f"the agent of host {host} runs already ({who})")
+
+
+def _refuse_running_here(host: str, began: float) -> None:
+    refuse_other(host)
+    _refuse_running(host, began)
+
+
+@contextmanager
+def _locked(path: Path, refuse: Callable[[], None]) -> Iterator[TextIO]:
+    """Hold the lock of a file, and give the file; while somebody else has it, `refuse` may raise."""
+    while True:
+        with open(_open(path, 0o600), "r+") as file:
+            if _acquired(path, file):
+                yield file
+                return
+        refuse()
+        time.sleep(0.02)
+
+
+def _acquired(path: Path, file: TextIO) -> bool:
+    with suppress(BlockingIOError, FileNotFoundError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # the holder before us may have removed the file: then somebody else may hold a new one
+        return path.stat().st_ino == os.fstat(file.fileno()).st_ino
+    return False
+
+
+def _open(path: Path, mode: int) -> int:
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise CalicoError(f"{error.filename or path}: {error.strerror}") from None
-
-
-def _lock(file: TextIO, host: str, began: float) -> None:
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            # without a process id, somebody is only looking, or removing what an agent has set up
-            file.seek(0)
-            pid = file.read().strip()
-            if time.monotonic() - began > (1 if pid else START_PATIENCE):
-                who = f"process {pid}" if pid else "or somebody is removing it"
-                raise CalicoError(f"the agent of host {host} runs already ({who})") from None
-            time.sleep(0.02)
 
 
 def run(host: str, options: Options) -> None:

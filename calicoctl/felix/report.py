@@ -11,13 +11,14 @@ import logging
 import os
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calicoctl.datastore.keys import EndpointId
 from calicoctl.errors import CalicoError, StoreUnavailable
+from calicoctl.felix.process import Options
 from calicoctl.upkeep import COLLECTED, HEALED, Act
 
 if TYPE_CHECKING:
@@ -60,10 +61,7 @@ class Health:
 
     host: str
     version: str
-    local_etcd: bool = False
-    """Whether this agent looks after an etcd of this host's own."""
-    log_dir: str | None = None
-    """Where it logs to; None for standard error."""
+    options: Options = field(default_factory=Options)
     pid: int = field(default_factory=os.getpid)
     since: str = field(default_factory=now)
     started: float = field(default_factory=time.monotonic)
@@ -93,7 +91,7 @@ class Health:
 
     def counts(self) -> dict[str, int]:
         counts = {"up": 0, "down": 0, "error": 0}
-        for status in self.endpoints.values():
+        for status in list(self.endpoints.values()):  # a thread of the metrics' asks, too
             counts[status.status] += 1
         return counts
 
@@ -104,8 +102,7 @@ class Health:
             "version": self.version,
             "pid": self.pid,
             "running_since": self.since,
-            "local_etcd": self.local_etcd,
-            "log_dir": self.log_dir,
+            **asdict(self.options),
             "first_update": self.first_update,
             "waiting_for": self.waiting_for,
             "etcd": {
@@ -151,6 +148,7 @@ class ReportFile:
         new = self._path.with_suffix(".new")
         try:
             with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o644), "w") as file:
+                os.fchmod(file.fileno(), 0o644)  # for everybody, whatever the umask
                 file.write(text)
             new.rename(self._path)
             self._written = text

@@ -7,17 +7,17 @@ on a `cali…` interface.
 from __future__ import annotations
 
 import errno
-import json
 import os
 import socket
-import subprocess
+import struct
 from collections import defaultdict
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from calicoctl.errors import CalicoError
-from calicoctl.felix import sysctls
+from calicoctl.felix import netlink, sysctls
 from calicoctl.snapshot import LocalEndpoint
 
 if TYPE_CHECKING:
@@ -32,6 +32,11 @@ _SCOPE_LINK = 253
 _TABLE_MAIN = 254
 _NUD_PERMANENT = 0x80
 _NTF_PROXY = 0x08
+_RTM_NEWROUTE, _RTM_GETNEIGH = 24, 30
+_RTN_UNICAST = 1
+_RTA_DST, _RTA_OIF, _RTA_PRIORITY, _NDA_DST = 1, 4, 6, 1
+_METRIC6 = 1
+"""The smallest, for IPv6, where 0 stands for 1024."""
 
 Item = tuple[str, ...]
 """("route", address), ("neighbour", address, MAC), or ("proxy", address)."""
@@ -66,10 +71,9 @@ class Routes:
                     mac = entry.get_attr("NDA_LLADDR")
                     if mac is not None:
                         self._have[entry["ifindex"]].add(("neighbour", entry.get_attr("NDA_DST"), mac))
-        names = {link.name: link.index for link in links}
-        for address, name in _proxies():
-            if name in names:
-                self._have[names[name]].add(("proxy", address))
+        for index, address in _proxies():
+            if index in indices:
+                self._have[index].add(("proxy", address))
 
     def forget(self, index: int) -> None:
         """Take it that the kernel has nothing of an interface: it has gone, or down."""
@@ -130,36 +134,54 @@ class Routes:
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         command = "replace" if verb == "add" else "del"
         try:
-            if kind == "route":
+            if kind == "route" and verb == "add":
+                _add_route(family, address, index)
+            elif kind == "route":
                 net = f"{address}/{128 if family == socket.AF_INET6 else 32}"
-                fields: dict[str, Any] = {"family": family, "dst": net, "oif": index, "proto": PROTOCOL}
-                if family == socket.AF_INET:
-                    fields["scope"] = _SCOPE_LINK
-                self._netlink.route(command, **fields)
+                scope = {"scope": _SCOPE_LINK} if family == socket.AF_INET else {}
+                self._netlink.route("del", family=family, dst=net, oif=index, proto=PROTOCOL, **scope)
             elif kind == "neighbour":
-                fields = {"family": family, "dst": address, "ifindex": index}
+                fields: dict[str, Any] = {"family": family, "dst": address, "ifindex": index}
                 if verb == "add":
                     fields |= {"lladdr": item[2], "state": _NUD_PERMANENT}
                 self._netlink.neigh(command, **fields)
             else:
                 self._netlink.neigh(command, family=family, dst=address, ifindex=index, flags=_NTF_PROXY)
-        except NetlinkError as error:
-            if error.code not in ignored:
-                raise CalicoError(
-                    f"the kernel refused to {verb} a {kind} for {address}: {os.strerror(error.code)}"
-                ) from None
+        except (NetlinkError, OSError) as error:
+            code = int(error.code if isinstance(error, NetlinkError) else error.errno or 0)
+            if code not in ignored:
+                raise CalicoError(f"the kernel refused to {verb} a {kind} for {address}: {os.strerror(code)}") from None
 
 
-def _proxies() -> list[tuple[str, str]]:
-    """Return the IPv6 addresses that this host answers for in others' place, each with its interface.
+def _add_route(family: int, address: str, index: int) -> None:
+    """Add a route in front of any other to the same address, which stays; raise OSError.
 
-    pyroute2 cannot list them.
+    pyroute2 would replace the other, or refuse. Source: the kernel's uapi/linux/rtnetlink.h, and fib_table_insert() of
+    its net/ipv4/fib_trie.c: without a flag that says what to do with routes that are there, the new one goes first.
     """
-    command = ["ip", "-json", "-6", "neighbour", "show", "proxy"]
+    packed = socket.inet_pton(family, address)
+    scope = _SCOPE_LINK if family == socket.AF_INET else 0
+    body = struct.pack("=8BI", family, 8 * len(packed), 0, 0, _TABLE_MAIN, PROTOCOL, scope, _RTN_UNICAST, 0)
+    body += netlink.attribute(_RTA_DST, packed) + netlink.attribute(_RTA_OIF, struct.pack("=I", index))
+    if family == socket.AF_INET6:
+        body += netlink.attribute(_RTA_PRIORITY, struct.pack("=I", _METRIC6))
+    with suppress(FileExistsError):  # this very route is there
+        netlink.do(socket.NETLINK_ROUTE, _RTM_NEWROUTE, netlink.CREATE, body)
+
+
+def _proxies() -> list[tuple[int, str]]:
+    """Return the IPv6 addresses that this host answers for in others' place, each with its interface's index.
+
+    pyroute2 cannot ask for them. Source: neigh_dump_info() of the kernel's net/core/neighbour.c. Raises CalicoError.
+    """
+    body = struct.pack("=BBHiHBB", socket.AF_INET6, 0, 0, 0, 0, _NTF_PROXY, 0)
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-        return [(entry["dst"], entry["dev"]) for entry in json.loads(done.stdout or "[]")]
-    except FileNotFoundError:
-        raise CalicoError("ip is missing, so neighbour entries cannot be listed: install iproute2") from None
-    except (subprocess.SubprocessError, ValueError, KeyError, TypeError) as error:
-        raise CalicoError(f"ip could not list the neighbour entries: {error}") from None
+        answers = list(netlink.dump(socket.NETLINK_ROUTE, _RTM_GETNEIGH, body))
+    except OSError as error:
+        raise CalicoError(f"neighbour entries cannot be listed: {error.strerror}") from None
+    found = []
+    for answer in answers:
+        address = netlink.attributes(answer[12:]).get(_NDA_DST, b"")
+        if len(address) == 16:
+            found.append((struct.unpack_from("=i", answer, 4)[0], socket.inet_ntop(socket.AF_INET6, address)))
+    return found

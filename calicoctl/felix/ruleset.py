@@ -19,8 +19,8 @@ import hashlib
 import re
 import socket
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Callable
 
 from calicoctl.datastore.keys import EndpointId
@@ -38,6 +38,7 @@ _SAFE = re.compile(r"[A-Za-z0-9_.-]{1,39}", re.ASCII)
 _SKELETON = """
 add map inet calico from { type ifname : verdict; }
 add map inet calico to { type ifname : verdict; }
+add set inet calico interfaces { type ifname; }
 add set inet calico macs { type ifname . ether_addr; }
 add set inet calico senders4 { type ifname . ether_addr . ipv4_addr; }
 add set inet calico senders6 { type ifname . ether_addr . ipv6_addr; }
@@ -64,7 +65,7 @@ add chain inet calico starts
 add rule inet calico starts tcp flags & (fin | syn | rst | ack) != syn drop
 
 add chain inet calico host-services
-add rule inet calico host-services udp sport 68 udp dport 67 accept
+add rule inet calico host-services meta nfproto ipv4 udp sport 68 udp dport 67 accept
 add rule inet calico host-services meta nfproto ipv6 udp sport 546 udp dport 547 accept
 add rule inet calico host-services udp dport 53 accept
 add rule inet calico host-services icmpv6 type { 130, 131, 132, 133, 135, 136 } accept
@@ -109,7 +110,9 @@ add rule inet calico to-host jump host-services
 add rule inet calico to-host jump host-action
 
 add chain inet calico from-host { type filter hook output priority filter - 10; policy accept; }
-add rule inet calico from-host oifname "cali*" ct state new jump starts
+add rule inet calico from-host oifname != "cali*" accept
+add rule inet calico from-host oifname != @interfaces drop
+add rule inet calico from-host ct state new jump starts
 
 add set arp calico macs { type ifname . ether_addr; }
 add set arp calico senders { type ifname . ether_addr . ipv4_addr; }
@@ -159,10 +162,10 @@ class Ruleset:
         self._profiles_of_tag: dict[str, set[str]] = defaultdict(set)
         self._tags_used: dict[str, set[str]] = {}
 
-    def load(self, snapshot: Snapshot) -> Update:
+    def load(self, snapshot: Snapshot, withheld: Mapping[EndpointId, Collection[str]] | None = None) -> Update:
         """Return the commands that make the tables anew, in place of whatever they hold. For a new Ruleset."""
         everything = Dirty(set(snapshot.endpoints), profiles=set(snapshot.profiles), pools=True, settings=True)
-        update = self.update(snapshot, everything)
+        update = self.update(snapshot, everything, withheld)
         return Update(_anew(update.commands), update.touched)
 
     def again(self) -> str:
@@ -182,13 +185,22 @@ class Ruleset:
         """Tell whether an address is one of a tag's."""
         return address in self._addresses.get(tag, ())
 
+    def has(self, id: EndpointId) -> bool:
+        """Tell whether the tables know an endpoint of this host."""
+        return id in self._endpoints
+
     def addresses_of(self, id: EndpointId) -> tuple[str, ...]:
         """Return the addresses that the tables know an endpoint of this host by."""
         endpoint = self._endpoints.get(id)
         return () if endpoint is None else endpoint.addresses
 
-    def update(self, snapshot: Snapshot, dirty: Dirty) -> Update:
-        """Return the commands for what has changed, and take them for done."""
+    def update(
+        self, snapshot: Snapshot, dirty: Dirty, withheld: Mapping[EndpointId, Collection[str]] | None = None
+    ) -> Update:
+        """Return the commands for what has changed, and take them for done.
+
+        `withheld` are addresses that endpoints of this host are not to send from, or be sent to at, yet.
+        """
         change = _Change(self._elements, self._chains)
         touched = self._update_members(snapshot, dirty, change)
         profiles = set(dirty.profiles)
@@ -199,13 +211,17 @@ class Ruleset:
             for where, element in _elements(before) if before is not None else ():
                 change.remove(where, element)
         for id in ids:
-            self._update_endpoint(id, snapshot.local.get(id), change, profiles, touched)
+            endpoint = snapshot.local.get(id)
+            not_yet = (withheld or {}).get(id)
+            if endpoint is not None and not_yet:
+                endpoint = replace(endpoint, addresses=tuple(a for a in endpoint.addresses if a not in not_yet))
+            self._update_endpoint(id, endpoint, change, profiles, touched)
         for profile in sorted(profiles):
             self._update_profile(profile, snapshot, change)
             if profile in dirty.profiles:
                 for list_of in self._lists_of_profile.get(profile, ()):
                     for id in self._endpoints_of_list[list_of]:
-                        touched.update(self._endpoints[id].addresses)
+                        touched.update(self._endpoints[id].sources)
         if dirty.pools:
             _update_pools(snapshot, change)
         if dirty.settings:
@@ -213,7 +229,7 @@ class Ruleset:
             if self._chains.get("host-action") != action:
                 change.set_chain("host-action", action)
                 for endpoint in self._endpoints.values():
-                    touched.update(endpoint.addresses)
+                    touched.update(endpoint.sources)
         return Update(change.commands(), touched)
 
     # A tag's addresses: those of all endpoints, of all hosts, that have a profile with that tag
@@ -299,7 +315,7 @@ class Ruleset:
         # what comes from an endpoint that has gone is dropped for its address alone, connections and all
         if now is not None and (before is None or _policy_of(before) != _policy_of(now)):
             for endpoint in (before, now):
-                touched.update(endpoint.addresses if endpoint is not None else ())
+                touched.update(endpoint.sources if endpoint is not None else ())
 
     # Profiles that endpoints of this host have
 
@@ -489,24 +505,18 @@ def _elements(endpoint: LocalEndpoint) -> list[tuple[tuple[str, str], str]]:
     elements = [
         (("inet", "from"), f"{name} : goto {outbound}"),
         (("inet", "to"), f"{name} : goto {inbound}"),
+        (("inet", "interfaces"), name),
         (("inet", "macs"), f"{name} . {mac}"),
         (("arp", "macs"), f"{name} . {mac}"),
     ]
     for address in endpoint.addresses_of(4):
         elements.append((("inet", "senders4"), f"{name} . {mac} . {address}"))
         elements.append((("arp", "senders"), f"{name} . {mac} . {address}"))
-    for address in [*endpoint.addresses_of(6), link_local(mac)]:
+    for address in [*endpoint.addresses_of(6), endpoint.link_local]:
         elements.append((("inet", "senders6"), f"{name} . {mac} . {address}"))
         number = int.from_bytes(socket.inet_pton(socket.AF_INET6, address), "big")
         elements.append((("inet", "targets6"), f"{name} . {number:#034x}"))
     return elements
-
-
-def link_local(mac: str) -> str:
-    """Return the IPv6 address that an interface gives itself by its MAC. Source: RFC 4291, appendix A."""
-    octets = bytes(int(part, 16) for part in mac.split(":"))
-    identifier = bytes([octets[0] ^ 2]) + octets[1:3] + b"\xff\xfe" + octets[3:]
-    return socket.inet_ntop(socket.AF_INET6, b"\xfe\x80" + bytes(6) + identifier)
 
 
 def _policy_of(endpoint: LocalEndpoint) -> tuple[object, ...]:

@@ -104,12 +104,12 @@ class HostSettings:
             if IPV6_FORWARDING in self._found:
                 needed = {IPV6_FORWARDING} if engine_forwards(ipv6=True) else set()
                 self.restore(lambda path: path.startswith("ipv6/"), needed)
-        elif read(IPV6_FORWARDING) != "1":
-            # a host that forwards ignores router advertisements but where this is 2
-            for path in sorted(ROOT.glob("ipv6/conf/*/accept_ra")):
-                name = path.parent.name
-                if name not in ("all", "default") and not name.startswith("cali") and read_path(path) == "1":
-                    self._set(str(path.relative_to(ROOT)), "2")
+        elif read(IPV6_FORWARDING) != "1" or IPV6_FORWARDING in self._found:
+            # a host that forwards ignores router advertisements but where this is 2; interfaces come later, too
+            for name in sorted(folder.name for folder in (ROOT / "ipv6/conf").iterdir()):
+                path = f"ipv6/conf/{name}/accept_ra"
+                if name not in ("all", "default") and not name.startswith("cali") and read(path) == "1":
+                    self._set(path, "2")
             self._set(IPV6_FORWARDING, "1")
 
     def restore(self, chosen: Callable[[str], bool], needed: Collection[str] = ()) -> None:
@@ -146,7 +146,3 @@ class HostSettings:
             new.rename(self._file)
         except OSError as error:
             raise CalicoError(f"{self._file} cannot be written: {error.strerror}") from None
-
-
-def read_path(path: Path) -> str | None:
-    return read(str(path.relative_to(ROOT)))

@@ -29,7 +29,7 @@ class AgentHost(Host):
 
     @property
     def pid(self) -> int:
-        return int(Path(f"/run/calico/{self.name}/felix.pid").read_text())
+        return int(Path(f"/run/calico/{self.name}/felix.pid").read_text().split()[0])
 
     def kill_agent(self) -> None:
         """Kill the agent with -9, and wait until it is gone."""

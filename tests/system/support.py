@@ -64,7 +64,7 @@ def free_port() -> int:
 
 def end_process(pid_file: Path) -> None:
     """Kill the process that a pid file names, and wait until it is gone. Works for those of others, too."""
-    text = pid_file.read_text().strip()
+    text = next(iter(pid_file.read_text().split()), "")
     if text and Path(f"/proc/{text}").exists():
         with contextlib.suppress(ProcessLookupError):
             os.kill(int(text), 9)

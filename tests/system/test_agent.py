@@ -155,6 +155,8 @@ def test_removing_takes_ours_off_an_interface_that_lost_its_record(node: AgentHo
     name = node.interface("a")
     node.ctl("node", "stop", "--force")
     node.etcd.delete(node.key("a"))
+    for address in node.allocations():
+        node.ctl("ipam", "release", address)
     assert "2001:db8::2" in kernel()["neighbours"]
     node.ctl("node", "remove")
     after = kernel()
@@ -571,12 +573,13 @@ def agent_with(host: AgentHost, code: str) -> Iterator[Path]:
 
 PATCHED_AGENT = """
 import os, time
-from calicoctl.felix import connections, process
-listed = connections._dump
-def patched(family):
-    CODE
-    yield from listed(family)
-connections._dump = patched
+from calicoctl.felix import netlink, process
+dump = netlink.dump
+def patched(protocol, kind, body):
+    if protocol == 12:  # NETLINK_NETFILTER
+        CODE
+    yield from dump(protocol, kind, body)
+netlink.dump = patched
 process.run("host1", process.Options())
 """
 

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import fcntl
+import http.server
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.system.agent import A4, ALLOW, B4, AgentHost, holds, locked
+from tests.system.agent import A4, ALLOW, B4, LOG_DIR, AgentHost, holds, locked
 from tests.system.conftest import HOME
 from tests.system.support import (
     FAULTY,
+    HOST_IP,
+    HOST_IP6,
+    Etcd,
     Host,
     addresses,
     calico_links,
@@ -462,3 +470,279 @@ def test_container_add_heals_a_restarted_container_without_an_agent(containers: 
     containers.ctl("container", "add", "workload", A4)
     assert containers.records()[key] == before
     assert container_links("workload")["eth1"]["address"] == before["mac"]
+
+
+# what a path leads to, and what may be another's
+
+
+class Process:
+    """A process in a network namespace of its own; another may get its id."""
+
+    def __init__(self, pid: int | None = None) -> None:
+        if pid is not None:
+            Path("/proc/sys/kernel/ns_last_pid").write_text(str(pid - 1))
+        self.process = subprocess.Popen(["unshare", "-n", "sleep", "1000"])
+        assert pid in (None, self.process.pid)
+        wait_for(lambda: unshared(self.process), "unshare")
+        self.path = f"/proc/{self.process.pid}/ns/net"
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def interfaces(self) -> list[str]:
+        inside = run("nsenter", f"--net={self.path}", "ip", "-json", "link", "show").out
+        return [link["ifname"] for link in json.loads(inside) if link["ifname"] != "lo"]
+
+
+def test_a_link_to_a_process_is_not_taken_for_a_name(node: AgentHost) -> None:
+    first = Process()
+    link = Path("/var/run/netns/web")
+    link.symlink_to(first.path)
+    node.ctl("container", "add", str(link), A4)
+    node.sync()
+    first.end()
+    second = Process(first.process.pid)
+    try:
+        look_now()
+        wait_for(lambda: is_clean(node), node.log())
+        assert second.interfaces() == []
+    finally:
+        link.unlink()
+        second.end()
+
+
+def test_another_process_of_the_same_id_is_connected_anew(node: AgentHost) -> None:
+    first = Process()
+    node.ctl("container", "add", first.path, A4)
+    node.profile("secret")
+    node.ctl("container", first.path, "profile", "set", "secret")
+    before = node.record()
+    node.ctl("node", "stop", "--force")
+    first.end()
+    second = Process(first.process.pid)
+    try:
+        node.ctl("container", "add", first.path, "ipv4")
+        now = node.record()
+        assert now["profile_ids"] == [] and now["mac"] != before["mac"] and second.interfaces() == ["eth1"]
+        node.check_consistent()
+        node.ctl("container", "remove", first.path)
+    finally:
+        second.end()
+
+
+def test_a_process_gets_back_what_was_taken_from_it(node: AgentHost) -> None:
+    process = Process()
+    try:
+        node.ctl("container", "add", process.path, A4)
+        name = node.record()["name"]
+        node.sync()
+        run("ip", "link", "delete", name)
+        wait_for(lambda: process.interfaces() == ["eth1"] and node.endpoint_status(*node.records()), node.log())
+        fault = {"FAULT": "kill:0"}
+        killed = node.ctl("container", "remove", process.path, status=None, command=[sys.executable, FAULTY], env=fault)
+        assert killed.status == -9 and name not in calico_links()
+        look_now()
+        wait_for(lambda: process.interfaces() == ["eth1"], node.log())
+        node.check_consistent()
+    finally:
+        process.end()
+    wait_for(lambda: is_clean(node), node.log())
+
+
+@pytest.mark.parametrize("how", ["restart", "rm"])
+def test_a_namespace_that_outlives_its_container(containers: AgentHost, how: str) -> None:
+    """While no agent runs; another container shares it."""
+    key, inside = key_of(containers, "workload"), run("docker", "inspect", "-f", "{{.State.Pid}}", "workload").out
+    run("docker", "run", "--net=container:workload", "--name", "sidecar", "-tid", "busybox")
+    containers.kill_agent()
+    try:
+        run("docker", how, *(["--time=0"] if how == "restart" else ["-f"]), "workload")
+        # the engine tells of what has happened in the last second to whoever begins to listen
+        started = time.monotonic()
+        wait_for(lambda: time.monotonic() > started + 2.5, "the events to be old")
+        containers.start_agent()
+        if how == "rm":
+            wait_for(
+                lambda: key not in containers.records() and set(containers.allocations()) == {B4}, containers.log()
+            )
+        else:
+            wait_for(lambda: "eth1" in container_links("workload"), containers.log())
+            wait_for(lambda: connected(containers, key) and answers("peer", A4), containers.log())
+            assert run("docker", "inspect", "-f", "{{.State.Pid}}", "workload").out != inside
+        assert "eth1" not in container_links("sidecar")
+    finally:
+        run("docker", "rm", "-f", "sidecar")
+
+
+def test_a_namespace_that_outlives_its_name(pair: AgentHost) -> None:
+    """While no agent runs; a process is in it still."""
+    sleeper = subprocess.Popen(["ip", "netns", "exec", "a", "sleep", "1000"])
+    wait_for(lambda: unshared(sleeper), "sleep")
+    try:
+        pair.kill_agent()
+        run("ip", "netns", "delete", "a")
+        run("ip", "netns", "add", "a")
+        pair.start_agent()
+        wait_for(lambda: "eth1" in links("a") and connected(pair, pair.key("a")), pair.log())
+        # the old one gets its name back, while an old tool has rewritten the record
+        run("ip", "netns", "delete", "a")
+        wait_for(lambda: record(pair, "-a/")["state"] == "inactive", pair.log())
+        run("ip", "netns", "attach", "a", str(sleeper.pid))
+        wait_for(lambda: "eth1" in links("a") and connected(pair, pair.key("a")), pair.log())
+        run("ip", "netns", "delete", "a")
+        wait_for(lambda: record(pair, "-a/")["state"] == "inactive", pair.log())
+        old = record(pair, "-a/")
+        del old["inactive_since"]
+        pair.etcd.put(pair.key("a"), old)
+        run("ip", "netns", "attach", "a", str(sleeper.pid))
+        wait_for(lambda: record(pair, "-a/")["state"] == "active" and connected(pair, pair.key("a")), pair.log())
+    finally:
+        sleeper.kill()
+        sleeper.wait()
+
+
+def test_an_old_tools_namespace_is_looked_after_once_its_path_is_known(node: AgentHost, blue: str) -> None:
+    key = f"/calico/v1/host/{node.name}/workload/docker/-var-run-netns-blue/endpoint/{'1' * 32}"
+    node.etcd.put(key, {"name": "cali11111111111", "mac": "02:00:00:00:00:01", "ipv4_nets": [f"{A4}/32"]})
+    node.ctl("container", "add", blue, A4)
+    wait_for(lambda: connected(node, key), node.log())
+    run("ip", "netns", "delete", "blue")
+    wait_for(lambda: node.records()[key]["state"] == "inactive", node.log())
+    run("ip", "netns", "add", "blue")
+    wait_for(lambda: "eth1" in links("blue") and connected(node, key), node.log())
+
+
+def test_without_a_next_hop_of_one_version_the_old_one_serves(node: AgentHost, blue: str) -> None:
+    node.ctl("container", "add", blue, A4)
+    node.ctl("container", blue, "ip", "add", A6)
+    node.etcd.put(f"/calico/bgp/v1/host/{node.name}/ip_addr_v6", "")
+    (key,) = node.records()
+    before = node.records()[key]
+    run("ip", "netns", "delete", "blue")
+    wait_for(lambda: node.records()[key]["state"] == "inactive", node.log())
+    run("ip", "netns", "add", "blue")
+    wait_for(lambda: connected(node, key), node.log())
+    assert node.records()[key] == before and addresses("blue", "eth1") == {f"{A4}/32", f"{A6}/128"}
+
+
+# the store, set back
+
+
+def test_a_store_that_is_set_back(bare_host: Host, own_etcd: Etcd, engine: None, tmp_path: Path) -> None:
+    host = AgentHost(own_etcd)
+    host.start_agent()
+    run("docker", "run", "--net=none", "--name", "workload", "-tid", "busybox")
+    try:
+        host.ctl("container", "add", "workload", A4)
+        (key,) = host.records()
+        run("docker", "stop", "--time=0", "workload")
+        wait_for(lambda: host.records()[key]["state"] == "inactive", host.log())
+        own_etcd.stop()
+        shutil.copytree(own_etcd.directory, tmp_path / "backup")
+        own_etcd.start()
+        own_etcd.await_ready()
+        run("docker", "start", "workload")
+        wait_for(lambda: connected(host, key), host.log())
+        for number in range(20):  # so that the index is seen to have gone back
+            own_etcd.put("/calico/v1/other", str(number))
+        own_etcd.stop()
+        shutil.rmtree(own_etcd.directory)
+        shutil.copytree(tmp_path / "backup", own_etcd.directory)
+        own_etcd.start()
+        own_etcd.await_ready()
+        wait_for(lambda: host.records()[key]["state"] == "active" and connected(host, key), host.log(), 40)
+        # emptied: what runs keeps its network, and can be connected anew
+        own_etcd.delete("/calico")
+        wait_for(
+            lambda: "waits" in host.ctl("status", status=None).out or not host.endpoint_status(key), host.log(), 40
+        )
+        host.ctl("node", f"--ip={HOST_IP}", f"--ip6={HOST_IP6}", f"--log-dir={LOG_DIR}")
+        host.ctl("container", "add", "workload", A4, "--wait=20")
+        assert len(calico_links()) == 1
+        host.check_consistent()
+        host.ctl("container", "remove", "workload")
+    finally:
+        run("docker", "rm", "-f", "workload")
+
+
+def test_a_removal_after_the_engine_was_away_is_acted_on_at_once(bare_host: Host) -> None:
+    home, socket = HOME / "again", f"unix://{HOME}/again.sock"
+    docker = ("docker", "--host", socket)
+    host = AgentHost(bare_host.etcd)
+    process = start_docker(home, host=socket)
+    try:
+        host.start_agent(DOCKER_HOST=socket)
+        import_busybox(home / "busybox", socket)
+        run(*docker, "run", "--net=none", "--restart=always", "--name", "workload", "-tid", "busybox")
+        host.ctl("container", "add", "workload", A4, env={"DOCKER_HOST": socket})
+        (key,) = host.records()
+        process.kill()
+        process.wait()
+        process = start_docker(home, host=socket)
+        wait_for(lambda: "the Docker Engine can be asked again" in host.log(), host.log())
+        wait_for(lambda: connected(host, key), host.log(), 60)
+        run(*docker, "rm", "-f", "workload")
+        wait_for(lambda: is_clean(host), host.log(), 20)
+    finally:
+        run(*docker, "rm", "-f", "workload", check=False)
+        process.terminate()
+        process.wait()
+
+
+def test_what_answers_in_the_engines_place_is_not_believed(containers: AgentHost) -> None:
+    """All that it has are pages that are not found."""
+    containers.kill_agent()
+    before = containers.records()
+
+    class NotFound(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(404, "page not found")
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), NotFound) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        containers.ctl("config", "felix", "GraceTime", "0")
+        containers.start_agent(DOCKER_HOST=f"tcp://127.0.0.1:{server.server_address[1]}")
+        run("ip", "link", "delete", next(iter(before.values()))["name"])
+        assert holds(lambda: containers.records() == before, 4), containers.log()
+        containers.kill_agent()
+        server.shutdown()
+
+
+# what is left where no agent looks
+
+
+def test_removing_a_host_removes_what_cut_commands_have_left(node: AgentHost, blue: str) -> None:
+    node.ctl("node", "stop")
+    for step in (2, 5):
+        fault = {"FAULT": f"kill:{step}"}
+        node.ctl("container", "add", PATH, A4, status=-9, command=[sys.executable, FAULTY], env=fault)
+        assert node.allocations() or step == 2
+        node.ctl("node", "remove")
+        assert node.allocations() == {} and node.handles() == {} and calico_links() == set()
+        assert not list(Path("/run/calico").glob("*/*"))
+        node.register(HOST_IP)
+
+
+def test_an_empty_lock_is_cleared_away(node: AgentHost) -> None:
+    lock = Path(f"/run/calico/{node.name}/docker.{'ab' * 32}")
+    lock.touch()
+    look_now()
+    wait_for(lambda: not lock.exists(), "the lock's end")
+    held = Path(f"/run/calico/{node.name}/namespace.-x")
+    with held.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        lock.touch()
+        look_now()
+        wait_for(lambda: not lock.exists(), "the lock's end")
+        assert held.exists()
+    wait_for(lambda: look_now() or not held.exists(), "the lock's end")
+
+
+def test_a_handle_that_holds_nothing_is_removed_and_told_of(node: AgentHost) -> None:
+    node.kill_agent()
+    id = "cd" * 32
+    node.etcd.put(f"/calico/ipam/v2/handle/docker.{id}", {"id": f"docker.{id}", "block": {"192.168.0.0/26": 1}})
+    node.start_agent()
+    wait_for(lambda: node.handles() == {}, node.log())
+    wait_for(lambda: node.status()["collected"] == 1 and "a handle that held nothing" in node.log(), node.log())
