@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from calicoctl.addresses import check_unicast, parse_address, version_of
 from calicoctl.datastore.keys import EndpointId
 from calicoctl.datastore.model import Endpoint, Rule
-from calicoctl.errors import CalicoError, DockerUnavailable, NotThere
+from calicoctl.errors import CalicoError, DockerUnavailable, NoSuchContainer, NotThere
 from calicoctl.policy import ICMP, ICMPV6, PROTOCOLS, Packet, Verdict, decide, is_host_service
 from calicoctl.snapshot import Snapshot, usable_addresses
 from calicoctl.workload import endpoints_of, find_connected, refuse_others_endpoint
@@ -145,13 +145,16 @@ class _Store:
         return [Place(name, address, endpoint.id) for address in addresses]
 
     def _endpoint(self, name: str) -> Endpoint:
-        if len(name) >= 8 and set(name) <= set("0123456789abcdef-"):
+        may_be_id = len(name) >= 8 and set(name) <= set("0123456789abcdef-")
+        if may_be_id:
             found = [endpoint for id, endpoint in self._endpoints.items() if id.endpoint.startswith(name)]
             if len(found) == 1:
                 return found[0]
         try:
             workload = find_connected(name, self._datastore)
-        except DockerUnavailable as error:
+        except (NoSuchContainer, DockerUnavailable) as error:
+            if not may_be_id:
+                raise
             raise NotThere(f"{name} is no endpoint's id. {error}") from None
         endpoints = endpoints_of(self._datastore, workload)
         if not endpoints:

@@ -29,7 +29,7 @@ from tests.system.support import (
     tables,
     wait_for,
 )
-from tests.system.traffic import connection, flows, ping
+from tests.system.traffic import connection, flows, ping, tcp
 
 B6 = "fd80:24e2:f998:72d6::2"
 
@@ -275,6 +275,34 @@ def test_connections_that_could_not_be_listed_are_listed_again(bare_host: Host, 
             broken.unlink()
             wait_for(lambda: not flows(*stream), "the connection's end")
         wait_for(lambda: (host.endpoint_status(key) or {}).get("status") == "up", "the endpoint")
+
+
+def test_a_change_does_not_wait_for_what_an_added_address_waits_for(bare_host: Host, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    host = AgentHost(bare_host.etcd)
+    host.register(HOST_IP)
+    with agent_with(host, f"if os.path.exists({str(broken)!r}): raise OSError(12, 'out of memory')") as log:
+        host.add_pair()
+        host.profile("none")
+        wait_for(lambda: ping("a", B4), "the network")
+        with connection("a", "b", B4, 80):  # else there is nothing to list
+            broken.touch()
+            key = host.key("b")
+            record = json.loads(host.etcd.get(key))
+            nets = [*record["ipv4_nets"], f"{C4}/32"]
+            host.etcd.put(key, {**record, "ipv4_nets": nets, "profile_ids": ["none"]})
+            wait_for(lambda: not tcp("a", "b", B4, 81), "the change")
+            assert host.endpoint_status(key)["status"] != "up"
+            host.etcd.put(key, {**record, "ipv4_nets": nets})
+            wait_for(lambda: tcp("a", "b", B4, 81), "the change")
+            run("ip", "-n", "b", "address", "add", f"{C4}/32", "dev", "eth1")
+            assert not tcp("a", "b", C4, 81)
+            run("nft", "flush", "ruleset")  # and it goes on waiting when the tables are made anew
+            wait_for(lambda: "made anew" in log.read_text() and tcp("a", "b", B4, 81), "the tables")
+            wait_for(lambda: "calico" in run("nft", "list", "tables").out, "the tables")
+            assert not tcp("a", "b", C4, 81)
+            broken.unlink()
+            wait_for(lambda: tcp("a", "b", C4, 81), "the address")
 
 
 def test_racing_starts_come_to_one_agent(bare_host: Host) -> None:

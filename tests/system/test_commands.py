@@ -304,3 +304,92 @@ def test_quiet_prints_errors_alone(host: Host) -> None:
     assert (said.out, said.err) == ("", "")
     said = host.ctl("profile", "remove", "nope", "--quiet", status=1)
     assert said.out == "" and "does not exist" in said.err
+
+
+# who reads the output, and what a batch takes
+
+
+def with_closed_reader(host: Host, *words: str) -> int:
+    """Run a command whose standard output nobody reads any more."""
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        return subprocess.run([CALICOCTL, *words], stdout=write, env=host.environment(), timeout=60).returncode
+    finally:
+        os.close(write)
+
+
+def test_a_reader_that_has_seen_enough_stops_nothing(host: Host, tmp_path: Path) -> None:
+    lines = tmp_path / "lines"
+    lines.write_text("pool show\n" * 3 + "pool add 10.5.0.0/24 10.6.0.0/24\nprofile add web\n")
+    assert with_closed_reader(host, "batch", str(lines)) == 0
+    assert {"10.5.0.0/24", "10.6.0.0/24"} <= {pool["cidr"] for pool in shown(host, "pool")}
+    assert shown(host, "profile") == [{"name": "web"}]
+    run("ip", "netns", "add", "blue")
+    assert with_closed_reader(host, "container", "add", "/var/run/netns/blue", "ipv4", "--wait=0") == 1
+    host.ctl("container", "remove", "/var/run/netns/blue")
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([CALICOCTL, "pool", "show"], stdout=full, stderr=subprocess.PIPE, env=host.environment())
+    assert done.returncode == 1 and b"cannot write the output" in done.stderr
+
+
+def shown(host: Host, what: str) -> list[dict]:
+    return json.loads(host.ctl(what, "show", "--output=json").out)
+
+
+def test_what_a_line_of_a_batch_may_be(host: Host, tmp_path: Path) -> None:
+    lines = tmp_path / "lines"
+
+    def batch(text: str, status: int = 0) -> str:
+        lines.write_text(text)
+        return host.ctl("batch", str(lines), status=status).err
+
+    batch("\ufeff--quiet profile add one # a comment\r\ncalicoctl --debug profile add 'two' #another\r\n#\n")
+    assert shown(host, "profile") == [{"name": "one"}, {"name": "two"}]
+    assert "'a#b' is not a valid profile name" in batch("profile add a#b\n", 1)
+    for word in ("'# no comment'", '"# no comment"', "\\#no", "'a'#b"):
+        assert "is not a valid profile name" in batch(f"profile add {word}\n", 1), word
+    for line in ("node --ip=192.0.2.2 --detach false", "node --det=false", "batch x", "completion candidates bash x"):
+        assert "cannot be part of a batch; nothing has been run" in batch(f"profile add three\n{line}\n", 1), line
+    assert "cannot be used" in batch('container add "/x\0" ipv4\n', 1)
+    assert len(shown(host, "profile")) == 2
+
+
+def test_a_batch_holds_no_connections(host: Host, tmp_path: Path) -> None:
+    lines = tmp_path / "lines"
+    lines.write_text("pool show\nipam show\n" * 60)
+    limited = ["/usr/bin/prlimit", "--nofile=40", CALICOCTL]
+    assert host.ctl("batch", str(lines), command=limited).err == ""
+
+
+def test_pools_that_overlap_are_refused_also_when_added_at_once(host: Host) -> None:
+    for number in range(6):
+        wide, narrow = f"10.{number * 16}.0.0/12", f"10.{number * 16 + 1}.0.0/16"
+        commands = [host.start("pool", "add", cidr) for cidr in (wide, narrow)]
+        said = [command.communicate()[1] for command in commands]
+        assert sorted(command.returncode for command in commands) == [0, 1], said
+        assert "overlaps" in "".join(said)
+        assert len({wide, narrow} & {pool["cidr"] for pool in shown(host, "pool")}) == 1
+
+
+def test_pools_under_odd_keys_and_names(host: Host) -> None:
+    host.etcd.put("/calico/v1/ipam/v4/pool/mine", {"cidr": "10.0.0.0/8", "x": 1})
+    host.ctl("pool", "add", "10.0.0.0/8", "--nat-outgoing")
+    assert pools(host)["10.0.0.0/8"] == {"cidr": "10.0.0.0/8", "masquerade": True, "x": 1}
+    assert f"{POOLS}/mine" in host.etcd.tree() and f"{POOLS}/10.0.0.0-8" not in host.etcd.tree()
+    host.ctl("pool", "add", "fd00:1::/64", "FD00:1::/64")
+    host.ctl("pool", "remove", "fd00:1::/64", "FD00:1::0/64")
+    assert "fd00:1::/64" not in str(shown(host, "pool"))
+
+
+def test_odd_words_and_settings(host: Host) -> None:
+    assert host.ctl("endpoint", "show", "--host=", status=1).err.startswith("--host: ")
+    assert "not UTF-8" in host.ctl("endpoint", "show", b"--host=\xff", status=1).err
+    for where in ("tcp://1.2.3.4:abc", "tcp://1.2.3.4:99999", "http://[::1", "tcp://[::1]:x"):
+        said = host.ctl("container", "x", "endpoint", "show", status=1, env={"DOCKER_HOST": where}).err
+        assert said.startswith("Cannot ask Docker about x"), said
+    for port in ("0" * 5 + "1" + "0" * 5000, "00000800000", "65536", "-1", "x"):
+        assert "<PORT>" in host.ctl("profile", "trace", "10.0.0.1", "10.0.0.2", "tcp", port, status=None).err
+    (Path("/run/calico") / host.name).mkdir(parents=True)
+    Path(f"/run/calico/{host.name}/felix.json").write_text(json.dumps({"host": host.name, "resyncs": 0}))
+    assert "of another version" in host.ctl("status", status=1).err

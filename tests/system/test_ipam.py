@@ -12,6 +12,7 @@ import pytest
 from tests.system.support import HOST_IP, Host, run
 
 A, B = "/var/run/netns/a", "/var/run/netns/b"
+BLUE = "/var/run/netns/blue"
 BLOCK = "/calico/ipam/v2/assignment/ipv4/block/192.168.0.0-26"
 
 
@@ -216,3 +217,93 @@ def test_a_command_under_way_is_not_disturbed(host: Host) -> None:
         fixing.communicate(timeout=20)
     assert fixing.returncode == 0
     host.check_consistent()
+
+
+def test_an_address_of_a_record_that_cannot_be_read_is_not_given_away(host: Host) -> None:
+    key = f"/calico/v1/host/host1/workload/docker/x/endpoint/{'a' * 32}"
+    host.etcd.put(key, {"mac": "zz", "ipv4_nets": ["192.168.0.9/32"]})
+
+    def take(block: dict) -> None:
+        block["allocations"][9] = len(block["attributes"])
+        block["attributes"].append({"handle_id": None, "secondary": {}})
+
+    change_block(host, take)
+    assert "is used by endpoint aaaa" in host.ctl("ipam", "release", "192.168.0.9", status=1).err
+    assert "in use" in host.ctl("ipam", "info", "192.168.0.9").out
+    host.ctl("ipam", "release", "192.168.0.9", "--force")
+
+
+def test_an_old_tools_endpoint_with_a_new_address_is_in_order(bare_host: Host) -> None:
+    bare_host.register(HOST_IP)
+    run("ip", "netns", "add", "blue")
+    bare_host.ctl("container", "add", BLUE, "192.168.0.1")
+    ((key, record),) = bare_host.records().items()
+    bare_host.etcd.delete(key)
+    bare_host.etcd.put(key.replace("/namespace/", "/docker/"), record)
+    assert check(bare_host, status=0) == []
+    bare_host.ctl("container", "remove", BLUE)
+
+
+def test_check_finds_what_hides(host: Host) -> None:
+    etcd = host.etcd
+    block = "/calico/ipam/v2/assignment/ipv4/block"
+    # a host with settings alone is not registered
+    key = f"/calico/v1/host/gone/workload/docker/{'c' * 64}/endpoint/{'c' * 32}"
+    etcd.put(key, {"name": "caliccccccccccc"})
+    etcd.put("/calico/bgp/v1/host/gone/loglevel", "info")
+    # blocks that are none, one that cannot be read, and an orphan behind it
+    for name in ("garbage", "10.0.0.0-24", "10.0.0.5-26"):
+        etcd.put(f"{block}/{name}", "{}")
+    etcd.put(f"{block}/10.0.0.64-26", "no JSON")
+    far = {"cidr": "fd80:24e2:f998:72d6::/122", "affinity": None, "allocations": [0] + [None] * 63}
+    orphan = {"handle_id": "docker.far", "secondary": {"host": "gone"}}
+    etcd.put(f"{block.replace('v4', 'v6')}/fd80:24e2:f998:72d6::-122", {**far, "attributes": [orphan]})
+    # handles that count nothing, that count what cannot be read, and one that can be no key
+    etcd.put("/calico/ipam/v2/handle/docker.empty", {"id": "docker.empty", "block": {}})
+    etcd.put("/calico/ipam/v2/handle/docker.unread", {"id": "docker.unread", "block": {"10.0.0.64/26": 1}})
+
+    def take(block: dict) -> None:
+        block["allocations"][20] = len(block["attributes"])
+        block["attributes"].append({"handle_id": "docker.a/b", "secondary": {"host": "host1"}})
+
+    change_block(host, take)
+    # an endpoint of another host with an address that is this host's, twice
+    twice = f"/calico/v1/host/host2/workload/namespace/-var-run-netns-a/endpoint/{'d' * 32}"
+    etcd.put("/calico/bgp/v1/host/host2/ip_addr_v4", "192.0.2.3")
+    mine = "192.168.0.1"
+    etcd.put(twice, {"ipv4_nets": ["10.0.0.70/32", "10.0.0.70/32"]})
+
+    found = {(one["kind"], one["subject"]): one for one in check(host)}
+    assert set(found) == {
+        ("endpoint", "c" * 32),
+        *(("unreadable", f"{block}/{name}") for name in ("garbage", "10.0.0.0-24", "10.0.0.5-26", "10.0.0.64-26")),
+        ("address", "fd80:24e2:f998:72d6::"),
+        ("handle", "docker.far"),
+        ("handle", "docker.empty"),
+        ("address", "192.168.0.20"),
+    }
+    assert "ipam release fd80:24e2:f998:72d6::" in found["address", "fd80:24e2:f998:72d6::"]["advice"]
+    # what two hosts' namespaces of the same path would be taken for each other's
+    (key,) = [key for key in host.records() if "-var-run-netns-a" in key and "/host1/" in key]
+    record = host.records()[key]
+    etcd.delete(key)
+    etcd.put(twice, {**record, "name": "calidddddddddddd"[:15]})
+    found = {(one["kind"], one["subject"]): one for one in check(host)}
+    assert (
+        "host host2 lists it, but it is assigned to namespace.-var-run-netns-a on host host1"
+        in (found["address", mine]["problem"])
+    )
+    etcd.put(key, record)
+
+
+def test_what_fix_puts_right_is_right_at_once(host: Host) -> None:
+    """An orphan whose handle does not know of it."""
+
+    def take(block: dict) -> None:
+        block["allocations"][30] = len(block["attributes"])
+        facts = {"host": "host1", "orchestrator": "docker", "workload": "f" * 64}
+        block["attributes"].append({"handle_id": f"docker.{'f' * 64}", "secondary": facts})
+
+    change_block(host, take)
+    assert all(one["fixed"] for one in check(host, "--fix", status=0))
+    assert check(host, status=0) == []

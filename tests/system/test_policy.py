@@ -382,6 +382,10 @@ def test_what_trace_tells(net: AgentHost) -> None:
     # beyond endpoints: the host, its services, and elsewhere
     net.etcd.put("/calico/v1/host/host1/config/DefaultEndpointToHostAction", "DROP")
     assert "is DROP" in net.ctl("profile", "trace", a, HOST[4], "tcp", "80", status=1).err
+    run("ip", "address", "add", "203.0.113.77/32", "dev", "lo")  # of which the store knows nothing
+    assert "is DROP" in net.ctl("profile", "trace", a, "203.0.113.77", "tcp", "80", status=1).err
+    assert "from its host" in net.ctl("profile", "trace", "203.0.113.77", b, "icmp").out
+    run("ip", "address", "del", "203.0.113.77/32", "dev", "lo")
     net.ctl("profile", "trace", a, HOST[4], "udp", "53")
     net.ctl("profile", "trace", HOST[4], b, "icmp")
     net.ctl("profile", "trace", a, "198.51.100.9", "tcp", "80")
@@ -405,8 +409,28 @@ def test_what_trace_tells(net: AgentHost) -> None:
         ((A4, B4, "icmp", "80"), 2, "icmp has no ports"),
         ((A4, B4, "tcp", "80", "--from-port=x"), 1, "--from-port"),
         ((A4, "/var/run/netns/none", "tcp", "80"), 1, "not connected"),
+        ((A4, "/var/run-netns/b", "tcp", "80"), 1, "cannot be told from /var/run/netns/b"),
+        ((A4, "127.0.0.1", "tcp", "80"), 1, "127.0.0.1 cannot be used"),
+        (("0.0.0.0", B4, "tcp", "80"), 1, "0.0.0.0 cannot be used"),
+        ((A4, "f" * 32, "tcp", "80"), 1, "is no endpoint's id"),
     ):
         assert because in net.ctl("profile", "trace", *words, status=status).err, words
+
+
+def test_trace_knows_that_hosts_translate(net: AgentHost) -> None:
+    """A packet from a pool with masquerade, to an endpoint of another host whose address is in no pool."""
+    far = f"/calico/v1/host/far/workload/docker/{'f' * 64}/endpoint/{'f' * 32}"
+    net.etcd.put("/calico/bgp/v1/host/far/ip_addr_v4", "192.0.2.3")
+    net.etcd.put(far, {"mac": "02:00:00:00:00:01", "ipv4_nets": ["10.9.9.9/32"], "profile_ids": ["far"]})
+    net.profile("far", inbound=[{"action": "allow", "src_tag": "a"}])
+    words = ("profile", "trace", "/var/run/netns/a", "10.9.9.9", "tcp", "80")
+    net.ctl(*words)
+    net.etcd.put("/calico/v1/ipam/v4/pool/192.168.0.0-16", {"cidr": "192.168.0.0/16", "masquerade": True})
+    assert "no rule of far matches" in net.ctl(*words, status=1).err
+    net.profile("far", inbound=[{"action": "allow", "src_net": f"{HOST[4]}/32"}])
+    net.ctl(*words)
+    net.etcd.put("/calico/v1/ipam/v4/pool/10.9.0.0-16", {"cidr": "10.9.0.0/16"})
+    assert "no rule of far matches" in net.ctl(*words, status=1).err
 
 
 # Addresses and MACs that are not the sender's

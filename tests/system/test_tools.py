@@ -104,6 +104,21 @@ def test_checksystem_without_what_is_needed(bare_host: Host, tmp_path: Path) -> 
     assert "lacks what is needed: root." in said.err
 
 
+def test_checksystem_where_nothing_is_as_it_should_be(bare_host: Host, engine: None, tmp_path: Path) -> None:
+    """Each check fails for itself alone."""
+    found = checks(bare_host, status=1, HOSTNAME="-x")
+    assert "host name" in found["host name"]["found"] and not found["etcd with its v2 API"]["ok"]
+    assert "1.2.3.4:abc" in checks(bare_host, DOCKER_HOST="tcp://1.2.3.4:abc")["Docker Engine"]["found"]
+    (tmp_path / "ip").symlink_to(run("which", "ip").out.strip())
+    found = checks(bare_host, status=1, PATH=str(tmp_path))
+    assert found["iptables"]["needed"] and "there is no iptables" in found["Docker's firewall"]["found"]
+    bare_host.etcd.put("/calico", "x")
+    try:
+        assert "a key, where a directory is expected" in checks(bare_host, status=1)["etcd with its v2 API"]["found"]
+    finally:
+        bare_host.etcd._request("DELETE", "/calico")
+
+
 def test_checksystem_and_a_firewall(bare_host: Host) -> None:
     run("iptables", "-P", "FORWARD", "DROP")
     try:
@@ -114,7 +129,7 @@ def test_checksystem_and_a_firewall(bare_host: Host) -> None:
         run("iptables", "-P", "FORWARD", "ACCEPT")
 
 
-SECRETS = ("hunter2", "s3cr3t", "MIIEvQIBADANB", "swordfish")
+SECRETS = ("hunter2", "s3cr3t", "MIIEvQIBADANB", "swordfish", "horse")
 
 
 def test_diags_have_what_is_needed_and_no_secrets(bare_host: Host, engine: None, tmp_path: Path) -> None:
@@ -124,14 +139,24 @@ def test_diags_have_what_is_needed_and_no_secrets(bare_host: Host, engine: None,
     run("docker", "run", "--net=none", "--name", "workload", "-e", "DB_PASSWORD=hunter2", "-tid", "busybox")
     host.etcd.put("/calico/v1/config/BgpPassword", "hunter2")
     host.etcd.put("/calico/v1/config/Odd", {"token": "s3cr3t", "x": 1})
+    host.etcd.put("/calico/v1/config/pw", "hunter2")
+    peer = {"ip": "192.0.2.9", "as_num": "1", "md5": "s3cr3t", "password": 'correct "horse'}
+    host.etcd.put("/calico/bgp/v1/global/peer_v4/192.0.2.9", peer)
     with (LOG_DIR / "felix.log").open("a") as log:
         log.write("-----BEGIN PRIVATE KEY-----\nMIIEvQIBADANB\n-----END PRIVATE KEY-----\nurl https://u:swordfish@h/\n")
         log.write("Authorization: Basic s3cr3t\nclient_secret=s3cr3t password: 'hunter2 swordfish'\n")
-    proxy = "http://user:swordfish@127.0.0.1:9"
-    try:
-        said = host.ctl(
-            "diags", f"--log-dir={LOG_DIR}", "--output=json", env={"TMPDIR": str(tmp_path), "ETCD_PROXY": proxy}
+        log.write(
+            "password = correct horse\nroot:hunter2@127.0.0.1:2379 is no address\nhttp://u:hun/ter2@h:1 neither\n"
         )
+    secrets = {
+        "ETCD_PROXY": "http://user:swordfish@127.0.0.1:9",
+        "DOCKER_PASS": "hunter2",
+        "DOCKER_PASSWORD": "correct horse",
+        "DOCKER_AUTH_CONFIG": '{"auths": {"x": {"auth": "s3cr3t"}}}',
+        "CALICO_KEY": "hunter2",
+    }
+    try:
+        said = host.ctl("diags", f"--log-dir={LOG_DIR}", "--output=json", env={"TMPDIR": str(tmp_path), **secrets})
         file = Path(json.loads(said.out)["file"])
         assert file.parent == tmp_path and file.stat().st_mode & 0o777 == 0o600 and said.err == ""
         with tarfile.open(file) as archive:
@@ -150,6 +175,9 @@ def test_diags_have_what_is_needed_and_no_secrets(bare_host: Host, engine: None,
             ("status.json", '"up": 1'),
             ("etcd.json", "/calico/v1/host/host1/workload/namespace"),
             ("etcd.json", "/calico/v1/config/BgpPassword"),
+            ("etcd.json", "192.0.2.9"),
+            ("etcd.json", '"/calico/v1/config/LogSeverityScreen": "info"'),
+            ("environment.txt", "DOCKER_PASS is set"),
             ("docker.json", "workload"),
             ("versions.txt", "pyroute2"),
             ("checksystem.json", "nftables"),
@@ -159,6 +187,21 @@ def test_diags_have_what_is_needed_and_no_secrets(bare_host: Host, engine: None,
     finally:
         run("docker", "rm", "-f", "workload")
         host.ctl("container", "remove", "/var/run/netns/a")
+
+
+def test_diags_of_an_address_with_a_password(bare_host: Host, tmp_path: Path) -> None:
+    for name, value in (
+        ("ETCD_ENDPOINTS", "http://root:hunter2@127.0.0.1:2379"),
+        ("ETCD_ENDPOINTS", "http://root:hun/ter2@127.0.0.1:2379,x:hunter2@y"),
+        ("ETCD_AUTHORITY", "root:hunter2@127.0.0.1:2379"),
+        ("DOCKER_HOST", "tcp://root:hunter2@127.0.0.1:1"),
+    ):
+        file = Path(bare_host.ctl("diags", env={name: value, "TMPDIR": str(tmp_path)}).out.split()[-1])
+        with tarfile.open(file) as archive:
+            for member in archive:
+                text = archive.extractfile(member).read().decode()
+                assert "hunter2" not in text and "ter2" not in text, (name, member.name)
+        assert "hunter2" not in bare_host.ctl("pool", "show", status=None, env={name: value}).err
 
 
 def test_diags_where_little_can_be_had(bare_host: Host, tmp_path: Path) -> None:

@@ -531,7 +531,7 @@ def test_another_process_of_the_same_id_is_connected_anew(node: AgentHost) -> No
         second.end()
 
 
-def test_a_process_gets_back_what_was_taken_from_it(node: AgentHost) -> None:
+def test_a_process_gets_back_what_was_taken_from_it(node: AgentHost, tmp_path: Path) -> None:
     process = Process()
     try:
         node.ctl("container", "add", process.path, A4)
@@ -539,7 +539,7 @@ def test_a_process_gets_back_what_was_taken_from_it(node: AgentHost) -> None:
         node.sync()
         run("ip", "link", "delete", name)
         wait_for(lambda: process.interfaces() == ["eth1"] and node.endpoint_status(*node.records()), node.log())
-        fault = {"FAULT": "kill:0"}
+        fault = {"FAULT": "kill:0", "FAULT_LOG": str(tmp_path / "steps")}
         killed = node.ctl("container", "remove", process.path, status=None, command=[sys.executable, FAULTY], env=fault)
         assert killed.status == -9 and name not in calico_links()
         look_now()
@@ -674,7 +674,8 @@ def test_a_removal_after_the_engine_was_away_is_acted_on_at_once(bare_host: Host
     try:
         host.start_agent(DOCKER_HOST=socket)
         import_busybox(home / "busybox", socket)
-        run(*docker, "run", "--net=none", "--restart=always", "--name", "workload", "-tid", "busybox")
+        always = ("--restart=always", "--stop-signal=KILL")
+        run(*docker, "run", "--net=none", *always, "--name", "workload", "-tid", "busybox")
         host.ctl("container", "add", "workload", A4, env={"DOCKER_HOST": socket})
         (key,) = host.records()
         process.kill()
@@ -712,10 +713,10 @@ def test_what_answers_in_the_engines_place_is_not_believed(containers: AgentHost
 # what is left where no agent looks
 
 
-def test_removing_a_host_removes_what_cut_commands_have_left(node: AgentHost, blue: str) -> None:
+def test_removing_a_host_removes_what_cut_commands_have_left(node: AgentHost, blue: str, tmp_path: Path) -> None:
     node.ctl("node", "stop")
     for step in (2, 5):
-        fault = {"FAULT": f"kill:{step}"}
+        fault = {"FAULT": f"kill:{step}", "FAULT_LOG": str(tmp_path / "steps")}
         node.ctl("container", "add", PATH, A4, status=-9, command=[sys.executable, FAULTY], env=fault)
         assert node.allocations() or step == 2
         node.ctl("node", "remove")
