@@ -1,6 +1,6 @@
 """Prints how soon a container that starts again is connected, beside what the engine itself takes to restart it.
 
-`make bench` runs it; an argument is the number of repetitions (30).
+`make bench` runs it; an argument is the number of repetitions (30). Then ten containers start again at a time.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import socket
 import statistics
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
 
@@ -49,6 +50,27 @@ def await_answer(address: str) -> float:
                 time.sleep(0.001)
 
 
+def at_once(host: AgentHost, count: int, repetitions: int) -> list[float]:
+    """Return the seconds from the starts of so many containers, restarted at once, until each answers."""
+    names = {f"crowd{number}": f"192.168.0.{100 + number}" for number in range(count)}
+    taken = []
+    try:
+        for name, address in names.items():
+            run("docker", "run", "--net=none", "--name", name, "-tid", "busybox")
+            host.ctl("container", "add", name, address)
+            host.ctl("container", name, "profile", "set", "web")
+        for _ in range(repetitions):
+            with ThreadPoolExecutor(2 * count) as pool:
+                restarts = [pool.submit(restart, name) for name in names]
+                for each in restarts:
+                    each.result()
+                answered = list(pool.map(await_answer, names.values()))
+            taken += [at - started_at(name) for name, at in zip(names, answered)]
+    finally:
+        run("docker", "rm", "-f", *names, check=False)
+    return taken
+
+
 def main(repetitions: int) -> None:
     etcd = Etcd(HOME / "etcd", port=2379)
     etcd.start()
@@ -79,6 +101,8 @@ def main(repetitions: int) -> None:
             f"{one * 1000:.0f} ms / {other * 1000:.0f} ms",
         )
         report("start of a container until it answers, p95, seconds", "at most 1", percentile(connected, 0.95))
+        crowd = at_once(host, 10, max(1, repetitions // 10))
+        report("the same for ten that are restarted at once, p95, seconds", "at most 1", percentile(crowd, 0.95))
     finally:
         run("docker", "rm", "-f", "workload", "plain", check=False)
         engine.terminate()

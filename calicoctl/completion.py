@@ -17,6 +17,11 @@ from calicoctl.cli import COMMANDS, GLOBAL_OPTIONS
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.errors import CalicoError
 
+
+class OutOfTime(BaseException):
+    """Who presses the tab key has waited long enough for the one that is being asked."""
+
+
 Node = Any
 """A node of docopt's tree of a grammar: it has `name`, or `children`, or both options' names."""
 
@@ -157,7 +162,7 @@ def _values(name: str, words: list[str]) -> Iterable[str]:
     """Return what an argument, or an option, may be; nothing where that cannot be told."""
     try:
         return _SOURCES[name](words) if name in _SOURCES else ()
-    except (CalicoError, TimeoutError):
+    except (CalicoError, OutOfTime):
         return ()
 
 
@@ -165,7 +170,7 @@ def _containers(words: list[str]) -> list[str]:
     from calicoctl.workload import docker_containers
 
     found = [f"/var/run/netns/{path.name}" for path in Path("/var/run/netns").glob("*")]
-    with suppress(CalicoError, TimeoutError):  # a host may have no Docker
+    with suppress(CalicoError, OutOfTime):  # a host may have no Docker
         found += [name.lstrip("/") for container in docker_containers() for name in container.get("Names") or ()]
     return found
 

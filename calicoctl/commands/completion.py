@@ -65,9 +65,11 @@ def run(argv: list[str]) -> None:
 
 def _out_of_time(number: int, frame: FrameType | None) -> None:
     """Give up waiting for the one that is being asked; a second time, for all."""
+    from calicoctl.completion import OutOfTime
+
     signal.signal(signal.SIGALRM, lambda number, frame: os._exit(0))
     signal.alarm(1)
-    raise TimeoutError
+    raise OutOfTime
 
 
 def _candidates(shell: str, line: str) -> None:

@@ -36,7 +36,8 @@ input. A new profile has its own name as tag, lets in what comes from that tag, 
 
 `trace` tells whether a packet would pass (a connection's first one, or an echo request), and which rule of which
 profile decides, from what is in etcd; the exit status is 0 when it passes, and 1 when it does not. IPv4 is looked at
-where both sides have it, and no address says otherwise.
+where both sides have it, and no address says otherwise. Of this host, all addresses are known; of others, those that
+they are registered with.
 
 Examples:
   calicoctl profile add web

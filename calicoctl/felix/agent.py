@@ -81,6 +81,8 @@ class Agent:
         """Local endpoints that wait until nobody else's connections are left of addresses that are new to them."""
         self._admitted: set[EndpointId] = set()
         """Those that have waited long enough."""
+        self._unsettled: dict[str, int] = {}
+        """Addresses whose connections a change may deny, with the number of the listing that is to be looked at."""
         self._unlisted: set[str] = set()
         """Addresses whose connections could not be listed, or ended; tried again at the next tick."""
         self._readable: set[str] = set()
@@ -295,7 +297,8 @@ class Agent:
 
     def _tick(self) -> None:
         self._dirty |= self._failed
-        self._lister.ask(self._unlisted)
+        number = self._lister.ask(self._unlisted)
+        self._unsettled.update({address: number for address in self._unlisted if address in self._unsettled})
         self._unlisted = set()
         if self._health.first_update:
             self._forward()
@@ -333,13 +336,14 @@ class Agent:
             if touched is None:
                 return
             first = not self._health.first_update
+            self._unsettled.update(dict.fromkeys(touched, 0))
             if first:
                 self._end_denied_connections(connections.listed(touched))
             if first or dirty.settings:
                 self._forward()
             self._set_statuses(self._apply_routes(dirty.settings))
         if not first:
-            self._lister.ask(touched)
+            self._unsettled.update(dict.fromkeys(touched, self._lister.ask(touched)))
         else:
             self._health.first_update = True
             self._keeper.begin(self._snapshot.addresses_listed())
@@ -504,7 +508,22 @@ class Agent:
             return str(error)
         if ended:
             log.info("%d open connections that policy denies now have been ended", ended)
+        self._settle(listed)
         return None
+
+    def _settle(self, listed: connections.Listed) -> None:
+        """Note that a listing has been looked at; when all have, packets of established connections need no look."""
+        if not self._unsettled or self._ruleset is None:
+            return
+        for address in listed.addresses:
+            if self._unsettled.get(address, listed.asked + 1) <= listed.asked:
+                del self._unsettled[address]
+        if not self._unsettled:
+            try:
+                self._nft.run(self._ruleset.settle())
+            except CalicoError as error:
+                log.warning("%s; making all of our tables anew", error)
+                self._ruleset = None
 
     def _check_firewall(self, now: float) -> None:
         self._firewall_at = now + (FIREWALL_INTERVAL if self._firewall_polled else 1e9)

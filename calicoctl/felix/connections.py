@@ -49,12 +49,16 @@ _WITH_PORTS = {PROTOCOLS[name] for name in ("tcp", "udp", "sctp", "udplite")}
 
 @dataclass
 class Listed:
-    """What came of a listing for some addresses: the connections, and this host's own addresses; or why it has none."""
+    """What came of a listing for some addresses: the connections, and this host's own addresses; or why it has none.
+
+    `asked` is the number of the last question that it answers.
+    """
 
     addresses: Collection[str]
     connections: list[Connection]
     host_addresses: Collection[str]
     error: str | None = None
+    asked: int = 0
 
 
 @dataclass(frozen=True)
@@ -72,24 +76,30 @@ class Lister(threading.Thread):
         """`put` is called, in this thread, with what came of each listing, be it nothing."""
         super().__init__(name="listing connections", daemon=True)
         self._put = put
-        self._asked: SimpleQueue[frozenset[str]] = SimpleQueue()
+        self._asked: SimpleQueue[tuple[int, frozenset[str]]] = SimpleQueue()
+        self._count = 0
 
-    def ask(self, addresses: Collection[str]) -> None:
-        """Have the connections listed that come from, or go to, one of these addresses."""
+    def ask(self, addresses: Collection[str]) -> int:
+        """Have the connections listed that come from, or go to, one of these addresses; number the question."""
         if addresses:
-            self._asked.put(frozenset(addresses))
+            self._count += 1
+            self._asked.put((self._count, frozenset(addresses)))
+        return self._count
 
     def run(self) -> None:
         while True:
-            addresses = set(self._asked.get())
+            number, asked = self._asked.get()
+            addresses = set(asked)
             with suppress(Empty):
                 while True:
-                    addresses |= self._asked.get_nowait()
+                    number, asked = self._asked.get_nowait()
+                    addresses |= asked
             try:
                 what = listed(addresses)
             except Exception as error:  # the next listing may do better
                 why = f"connections could not be listed ({type(error).__name__}: {error})"
                 what = Listed(addresses, [], (), why)
+            what.asked = number
             self._put(what)
 
 

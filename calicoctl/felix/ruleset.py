@@ -8,6 +8,8 @@ The tables (docs/agent.md has a picture):
 * Endpoints with the same list of profiles share a pair of chains, `from/…` and `to/…`, which ask the chains of the
   profiles, `outbound/…` and `inbound/…`, in order. A profile's rules stand once, a tag's addresses are one set.
 * The two directions are two base chains, one behind the other. So `accept` ends one of them alone, whoever called.
+* Packets of established connections pass without a look at the rules, but for the time from a change until the
+  connections that it denies have been ended: then those in a connection's first direction are looked at like new ones.
 
 `Ruleset` remembers what it has put into the tables and gives the commands for what differs: their number grows with
 the change, not with the host. All commands of one call are meant for one transaction.
@@ -62,7 +64,7 @@ add rule inet calico sender6 ip6 saddr :: icmpv6 type { 131, 132, 133, 135, 143 
 add rule inet calico sender6 drop
 
 add chain inet calico starts
-add rule inet calico starts tcp flags & (fin | syn | rst | ack) != syn drop
+add rule inet calico starts ct state new tcp flags & (fin | syn | rst | ack) != syn drop
 
 add chain inet calico host-services
 add rule inet calico host-services meta nfproto ipv4 udp sport 68 udp dport 67 accept
@@ -77,42 +79,10 @@ add rule inet calico anti-spoofing iifname != "cali*" accept
 add rule inet calico anti-spoofing iifname . ether saddr . ip saddr @senders4 accept
 add rule inet calico anti-spoofing meta protocol vmap { ip : goto sender4, ip6 : goto sender6 }
 
-add chain inet calico outbound-forward { type filter hook forward priority filter - 11; policy accept; }
-add rule inet calico outbound-forward ct state established,related accept
-add rule inet calico outbound-forward iifname != "cali*" accept
-add rule inet calico outbound-forward ct state invalid drop
-add rule inet calico outbound-forward jump starts
-add rule inet calico outbound-forward iifname vmap @from
-add rule inet calico outbound-forward drop
-
-add chain inet calico inbound-forward { type filter hook forward priority filter - 10; policy accept; }
-add rule inet calico inbound-forward ct state established,related accept
-add rule inet calico inbound-forward oifname != "cali*" accept
-add rule inet calico inbound-forward ct state invalid drop
-add rule inet calico inbound-forward jump starts
-add rule inet calico inbound-forward oifname vmap @to
-add rule inet calico inbound-forward drop
-
-add chain inet calico outbound-to-host { type filter hook input priority filter - 11; policy accept; }
-add rule inet calico outbound-to-host ct state established,related accept
-add rule inet calico outbound-to-host iifname != "cali*" accept
-add rule inet calico outbound-to-host ct state invalid drop
-add rule inet calico outbound-to-host jump host-services
-add rule inet calico outbound-to-host jump starts
-add rule inet calico outbound-to-host iifname vmap @from
-add rule inet calico outbound-to-host drop
-
-add chain inet calico to-host { type filter hook input priority filter - 10; policy accept; }
-add rule inet calico to-host ct state established,related accept
-add rule inet calico to-host iifname != "cali*" accept
-add rule inet calico to-host ct state invalid drop
-add rule inet calico to-host jump host-services
-add rule inet calico to-host jump host-action
-
 add chain inet calico from-host { type filter hook output priority filter - 10; policy accept; }
 add rule inet calico from-host oifname != "cali*" accept
 add rule inet calico from-host oifname != @interfaces drop
-add rule inet calico from-host ct state new jump starts
+add rule inet calico from-host jump starts
 
 add set arp calico macs { type ifname . ether_addr; }
 add set arp calico senders { type ifname . ether_addr . ipv4_addr; }
@@ -199,7 +169,8 @@ class Ruleset:
     ) -> Update:
         """Return the commands for what has changed, and take them for done.
 
-        `withheld` are addresses that endpoints of this host are not to send from, or be sent to at, yet.
+        `withheld` are addresses that endpoints of this host are not to send from, or be sent to at, yet. Call `settle`
+        when the connections of the touched addresses have been looked at.
         """
         change = _Change(self._elements, self._chains)
         touched = self._update_members(snapshot, dirty, change)
@@ -230,7 +201,19 @@ class Ruleset:
                 change.set_chain("host-action", action)
                 for endpoint in self._endpoints.values():
                     touched.update(endpoint.sources)
+        if touched or "to-host" not in self._chains:
+            self._set_gates(change, settled=not touched)
         return Update(change.commands(), touched)
+
+    def settle(self) -> str:
+        """Return the commands after which packets of established connections pass without a look at the rules."""
+        change = _Change(self._elements, self._chains)
+        self._set_gates(change, settled=True)
+        return change.commands()
+
+    def _set_gates(self, change: _Change, settled: bool) -> None:
+        for name in _GATES:
+            change.set_chain(name, _gate(name, settled))
 
     # A tag's addresses: those of all endpoints, of all hosts, that have a profile with that tag
 
@@ -494,8 +477,27 @@ class _Change:
 
 _PROFILE_CHAINS = ("inbound/", "outbound/")
 
-_BASE_CHAINS = {"outgoing": "{ type nat hook postrouting priority srcnat; policy accept; }"}
-"""Those that are not always there."""
+_GATES = {
+    "outbound-forward": ("forward", -11, "iifname", ("jump starts", "iifname vmap @from", "drop")),
+    "inbound-forward": ("forward", -10, "oifname", ("jump starts", "oifname vmap @to", "drop")),
+    "outbound-to-host": ("input", -11, "iifname", ("jump host-services", "jump starts", "iifname vmap @from", "drop")),
+    "to-host": ("input", -10, "iifname", ("jump host-services", "jump host-action")),
+}
+"""The base chains that ask the rules: hook, priority behind that of `filter`, whose packets, and how they ask."""
+
+_BASE_CHAINS = {"outgoing": "{ type nat hook postrouting priority srcnat; policy accept; }"} | {
+    name: f"{{ type filter hook {hook} priority filter - {-priority}; policy accept; }}"
+    for name, (hook, priority, _, _) in _GATES.items()
+}
+"""Those whose rules change, or that are not always there."""
+
+
+def _gate(name: str, settled: bool) -> tuple[str, ...]:
+    """Return the rules of a base chain that asks the rules."""
+    _, _, side, ask = _GATES[name]
+    known = "ct state established,related accept" if settled else "ct state established ct direction reply accept"
+    related = () if settled else ("ct state related accept",)
+    return known, *related, f'{side} != "cali*" accept', "ct state invalid drop", *ask
 
 
 def _elements(endpoint: LocalEndpoint) -> list[tuple[tuple[str, str], str]]:

@@ -64,10 +64,12 @@ def test_any_order_of_changes_comes_to_what_a_fresh_start_gives() -> None:
                 for _ in range(chance.choice([1, 1, 1, 5])):
                     snapshot.change(random_change(chance, index))
                 nft.run(ruleset.update(snapshot, snapshot.take_dirty()).commands)
+            nft.run(ruleset.settle())
             changed = tables()
             nft.run(ruleset.again())
             assert changed == tables(), f"seed {seed}, made again"
-            nft.run(Ruleset().load(snapshot).commands)
+            fresh = Ruleset()
+            nft.run(fresh.load(snapshot).commands + fresh.settle())
             assert changed == tables(), f"seed {seed}"
     finally:
         nft.run(remove_commands())

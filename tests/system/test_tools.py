@@ -6,7 +6,6 @@ import json
 import socket
 import subprocess
 import tarfile
-import threading
 from pathlib import Path
 
 import pytest
@@ -60,13 +59,15 @@ def test_completion(bare_host: Host, workload: str, shell: str) -> None:
 
 
 def test_completion_keeps_nobody_waiting(bare_host: Host) -> None:
-    """An etcd that hangs."""
+    """An etcd, or a Docker Engine, that hangs; what needs neither is told."""
+    run("ip", "netns", "add", "blue")
     with socket.create_server(("127.0.0.1", 0)) as server:
-        threading.Thread(target=lambda: server.accept(), daemon=True).start()
-        port = server.getsockname()[1]
-        env = bare_host.environment(ETCD_AUTHORITY=f"127.0.0.1:{port}")
-        command = [CALICOCTL, "completion", "candidates", "bash", "calicoctl profile "]
-        assert subprocess.run(command, env=env, timeout=10, capture_output=True).returncode == 0
+        where = f"127.0.0.1:{server.getsockname()[1]}"
+        for line, words in (("profile ", {"add", "show"}), ("container ", {"add", "/var/run/netns/blue"})):
+            env = bare_host.environment(ETCD_AUTHORITY=where, DOCKER_HOST=f"tcp://{where}")
+            command = [CALICOCTL, "completion", "candidates", "bash", f"calicoctl {line}"]
+            done = subprocess.run(command, env=env, timeout=10, capture_output=True, text=True)
+            assert done.returncode == 0 and words <= set(done.stdout.splitlines()), line
 
 
 def checks(host: Host, *options: str, status: int = 0, **env: str) -> dict[str, dict]:
