@@ -107,7 +107,9 @@ def _start(arguments: dict[str, Any]) -> None:
             _start_agent(datastore.host, options)
             undo.pop_all()
         else:
-            process.run(datastore.host, options)
+            from calicoctl.felix import agent
+
+            agent.run(datastore.host, options)
     if not in_background:
         process.leave(0)
 

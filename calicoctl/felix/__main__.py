@@ -9,10 +9,10 @@ slim.install()
 
 from calicoctl.datastore.client import hostname  # noqa: E402
 from calicoctl.errors import CalicoError  # noqa: E402
-from calicoctl.felix import process  # noqa: E402
+from calicoctl.felix import agent, process  # noqa: E402
 
 try:
-    process.run(hostname(), process.Options(**json.loads(sys.argv[1])))
+    agent.run(hostname(), process.Options(**json.loads(sys.argv[1])))
 except CalicoError as error:
     print(error, file=sys.stderr)
     process.leave(1)

@@ -15,6 +15,7 @@ import logging
 import signal
 import time
 from collections.abc import Iterable
+from dataclasses import asdict
 from queue import Empty, SimpleQueue
 from types import FrameType
 from typing import Any, Callable
@@ -25,6 +26,7 @@ from calicoctl.datastore.keys import EndpointId
 from calicoctl.errors import CalicoError
 from calicoctl.felix import connections, docker_firewall, events, process, report
 from calicoctl.felix.keeper import Keeper
+from calicoctl.felix.local_etcd import LocalEtcd
 from calicoctl.felix.metrics import Metrics
 from calicoctl.felix.nft import Nft
 from calicoctl.felix.process import Options
@@ -53,6 +55,15 @@ LOG_LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.W
 LOG_LEVELS |= {"critical": logging.CRITICAL, "none": logging.CRITICAL + 10}
 
 
+def run(host: str, options: Options) -> None:
+    """Be the host's agent until a signal comes. Raises CalicoError."""
+    with process.only_one(host):
+        process.log_to(options.log_dir)
+        if options.local_etcd:
+            LocalEtcd(host, options.log_dir or process.DEFAULT_LOG_DIR).supervise()
+        Agent(DatastoreClient.from_environment, process.tell_ready, options).run()
+
+
 class Agent:
     """The agent of one host. `run` returns when the process is asked to end."""
 
@@ -61,7 +72,7 @@ class Agent:
         self._host = datastore().host
         self._events: events.Events[Any] = SimpleQueue()
         self._snapshot = Snapshot(self._host)
-        self._health = Health(self._host, __version__, options)
+        self._health = Health(self._host, __version__, asdict(options))
         self._ready = ready
         self._metrics = Metrics(self._health, options.metrics_port)
         self._reporter = StoreReporter(datastore(), self._health)

@@ -249,5 +249,5 @@ def _refusals(kernel: socket.socket) -> Iterator[tuple[int, int]]:
     with suppress(BlockingIOError):
         while True:
             for kind, answer in netlink.messages(kernel.recv(2**16, socket.MSG_DONTWAIT)):
-                if netlink.is_refusal(kind):
+                if kind == netlink.ERROR:
                     yield netlink.refusal(answer)

@@ -14,7 +14,7 @@ REQUEST, ACK, DUMP, CREATE = 0x1, 0x4, 0x300, 0x400
 
 NESTED = 0x8000
 
-_ERROR, _DONE = 2, 3
+ERROR, _DONE = 2, 3
 _KIND = 0x3FFF
 """The bits of an attribute's kind that are not flags."""
 
@@ -56,10 +56,6 @@ def refusal(message: bytes) -> tuple[int, int]:
     return struct.unpack_from("=I", message, 8)[0], -struct.unpack_from("=i", message, 16)[0]
 
 
-def is_refusal(kind: int) -> bool:
-    return kind == _ERROR
-
-
 def dump(protocol: int, kind: int, body: bytes) -> Iterator[bytes]:
     """Give the bodies of all messages that the kernel answers a dump with. Raises OSError."""
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, protocol) as netlink:
@@ -70,7 +66,7 @@ def dump(protocol: int, kind: int, body: bytes) -> Iterator[bytes]:
             for type, answer in messages(netlink.recv(2**18)):
                 if type == _DONE:
                     return
-                if type == _ERROR:
+                if type == ERROR:
                     code = refusal(answer)[1]
                     raise OSError(code, os.strerror(code))
                 yield answer[16:]
@@ -83,6 +79,6 @@ def do(protocol: int, kind: int, flags: int, body: bytes) -> None:
         netlink.bind((0, 0))
         netlink.send(message(kind, REQUEST | ACK | flags, 0, body))
         for type, answer in messages(netlink.recv(2**16)):
-            code = refusal(answer)[1] if type == _ERROR else 0
+            code = refusal(answer)[1] if type == ERROR else 0
             if code:
                 raise OSError(code, os.strerror(code))

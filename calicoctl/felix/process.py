@@ -198,20 +198,6 @@ def _explained(path: Path) -> Iterator[None]:
         raise CalicoError(f"{error.filename or path}: {error.strerror}") from None
 
 
-def run(host: str, options: Options) -> None:
-    """Be the host's agent until a signal comes. Raises CalicoError."""
-    from calicoctl.datastore.client import DatastoreClient
-    from calicoctl.felix.agent import Agent
-    from calicoctl.felix.local_etcd import LocalEtcd
-
-    with only_one(host):
-        _log_to(options.log_dir)
-        if options.local_etcd:
-            LocalEtcd(host, options.log_dir or DEFAULT_LOG_DIR).supervise()
-        agent = Agent(DatastoreClient.from_environment, _tell_ready, options)
-        agent.run()
-
-
 def leave(status: int) -> None:
     """End this process, which has been an agent, at once.
 
@@ -224,7 +210,7 @@ def leave(status: int) -> None:
     os._exit(status)
 
 
-def _tell_ready() -> None:
+def tell_ready() -> None:
     """Tell who started this process that it is ready. Source: sd_notify(3)."""
     import sdnotify
 
@@ -238,7 +224,7 @@ class _OneLine(logging.Formatter):
         return one_line(super().formatMessage(record))
 
 
-def _log_to(directory: str | None) -> None:
+def log_to(directory: str | None) -> None:
     """Log to a file in a directory, which is kept from growing without end, or to standard error."""
     handler: logging.Handler = logging.StreamHandler()
     text = "%(levelname)s: %(message)s"

@@ -11,14 +11,13 @@ import logging
 import os
 import threading
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calicoctl.datastore.keys import EndpointId
 from calicoctl.errors import CalicoError, StoreUnavailable
-from calicoctl.felix.process import Options
 from calicoctl.upkeep import COLLECTED, HEALED, Act
 
 if TYPE_CHECKING:
@@ -61,7 +60,8 @@ class Health:
 
     host: str
     version: str
-    options: Options = field(default_factory=Options)
+    options: dict[str, Any] = field(default_factory=dict)
+    """How it was started: where it logs to, its port for Prometheus, whether it looks after an etcd of the host's."""
     pid: int = field(default_factory=os.getpid)
     since: str = field(default_factory=now)
     started: float = field(default_factory=time.monotonic)
@@ -102,7 +102,7 @@ class Health:
             "version": self.version,
             "pid": self.pid,
             "running_since": self.since,
-            **asdict(self.options),
+            **self.options,
             "first_update": self.first_update,
             "waiting_for": self.waiting_for,
             "etcd": {

@@ -192,7 +192,7 @@ def test_a_status_that_etcd_refuses_holds_up_no_other(pair: AgentHost) -> None:
 HASTY_AGENT = """
 from calicoctl.felix import agent, process
 agent.TICK = agent.REVIEW_INTERVAL = 0.5
-process.run("host1", process.Options())
+agent.run("host1", process.Options())
 """
 
 
@@ -626,14 +626,14 @@ def agent_with(host: AgentHost, code: str) -> Iterator[Path]:
 
 PATCHED_AGENT = """
 import os, time
-from calicoctl.felix import netlink, process
+from calicoctl.felix import agent, netlink, process
 dump = netlink.dump
 def patched(protocol, kind, body):
     if protocol == 12:  # NETLINK_NETFILTER
         CODE
     yield from dump(protocol, kind, body)
 netlink.dump = patched
-process.run("host1", process.Options())
+agent.run("host1", process.Options())
 """
 
 

@@ -354,8 +354,10 @@ def test_garbage_among_the_addresses_of_an_endpoint(host: Host, blue: str, nets:
     host.ctl("container", "add", BLUE, "192.168.0.1")
     ((key, record),) = host.records().items()
     host.etcd.put(key, {**record, "ipv4_nets": nets})
-    for words in ("remove {}", "{} endpoint show", "{} profile append web", "{} ip add ipv4", "add {} ipv4"):
+    for words in ("{} endpoint show", "{} profile append web", "{} ip add ipv4", "add {} ipv4"):
         refused(host, "container", *words.format(BLUE).split(), says=f"etcd key {key} cannot be understood")
+    host.ctl("container", "remove", BLUE)
+    host.check_nothing_left()
 
 
 def test_control_characters_from_etcd_do_not_reach_the_terminal(host: Host, blue: str) -> None:

@@ -536,14 +536,15 @@ def test_a_process_gets_back_what_was_taken_from_it(node: AgentHost, tmp_path: P
     try:
         node.ctl("container", "add", process.path, A4)
         name = node.record()["name"]
-        node.sync()
+        (key,) = node.records()
+        wait_for(lambda: connected(node, key), node.log())
         run("ip", "link", "delete", name)
-        wait_for(lambda: process.interfaces() == ["eth1"] and node.endpoint_status(*node.records()), node.log())
+        wait_for(lambda: process.interfaces() == ["eth1"] and connected(node, key), node.log())
         fault = {"FAULT": "kill:0", "FAULT_LOG": str(tmp_path / "steps")}
         killed = node.ctl("container", "remove", process.path, status=None, command=[sys.executable, FAULTY], env=fault)
         assert killed.status == -9 and name not in calico_links()
         look_now()
-        wait_for(lambda: process.interfaces() == ["eth1"], node.log())
+        wait_for(lambda: process.interfaces() == ["eth1"] and connected(node, key), node.log())
         node.check_consistent()
     finally:
         process.end()
