@@ -58,8 +58,9 @@ def test_a_member_that_stops_in_a_row_of_commands_makes_none_fail(
     victim.process.send_signal(signal)
     assert [command.wait() for command in running] == [0] * 12
     assert clustered.ctl("container", "add", blue, "192.168.0.1").out.startswith("IP 192.168.0.1 added")
-    clustered.ctl("profile", "add", "after")
-    clustered.ctl("container", blue, "profile", "append", "before", "after", "during0", "during1", "during2")
+    if signal == 9:  # one that hangs costs every command a few seconds
+        clustered.ctl("profile", "add", "after")
+        clustered.ctl("container", blue, "profile", "append", "before", "after", "during0", "during1", "during2")
     clustered.check_consistent()
     clustered.ctl("container", "remove", blue)
     clustered.check_nothing_left()

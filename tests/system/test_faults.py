@@ -160,9 +160,19 @@ class Stage:
 
 
 @pytest.fixture(params=SCENARIOS, ids=lambda name: name.replace(" ", "-"))
+def any_stage(request: pytest.FixtureRequest, host: Host, tmp_path: Path) -> Stage:
+    return made_stage(host, request.param, tmp_path)
+
+
+@pytest.fixture(params=[name for name in SCENARIOS if name != "add any"], ids=lambda name: name.replace(" ", "-"))
 def stage(request: pytest.FixtureRequest, host: Host, tmp_path: Path) -> Stage:
+    """Without the scenario whose steps are those of another."""
+    return made_stage(host, request.param, tmp_path)
+
+
+def made_stage(host: Host, scenario: str, tmp_path: Path) -> Stage:
     host.ctl("profile", "add", "web")
-    return Stage(host, SCENARIOS[request.param], tmp_path / "steps")
+    return Stage(host, SCENARIOS[scenario], tmp_path / "steps")
 
 
 def snapshot(host: Host) -> tuple:
@@ -202,7 +212,8 @@ def without_fresh_names(state: tuple) -> str:
     )
 
 
-def test_a_step_that_fails_leaves_nothing_behind(stage: Stage) -> None:
+def test_a_step_that_fails_leaves_nothing_behind(any_stage: Stage) -> None:
+    stage = any_stage
     steps = stage.steps()
     removing = "remove" in stage.scenario.arguments
     for number, step in enumerate(steps):
@@ -247,7 +258,8 @@ def test_an_interrupt_at_any_step_leaves_nothing_behind(stage: Stage) -> None:
         stage.clear()
 
 
-def test_a_lost_answer_is_recognised_as_ones_own(stage: Stage) -> None:
+def test_a_lost_answer_is_recognised_as_ones_own(any_stage: Stage) -> None:
+    stage = any_stage
     for number, step in enumerate(stage.steps()):
         stage.prepare()
         result = stage.play(f"lost:{number}")
