@@ -394,6 +394,7 @@ def test_a_stream_runs_through_an_upgrade(pair: AgentHost) -> None:
         assert flows(*stream)
         pair.start_agent()
         assert flows(*stream)
+        wait_for(pair.is_settled, "all connections to have been looked at")
         assert tables() == before
         assert "192.168.0.77" not in run("ip", "route").out
 

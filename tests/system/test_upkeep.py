@@ -655,9 +655,7 @@ def test_a_store_that_is_set_back(bare_host: Host, own_etcd: Etcd, engine: None,
         wait_for(lambda: host.records()[key]["state"] == "active" and connected(host, key), host.log(), 40)
         # emptied: what runs keeps its network, and can be connected anew
         own_etcd.delete("/calico")
-        wait_for(
-            lambda: "waits" in host.ctl("status", status=None).out or not host.endpoint_status(key), host.log(), 40
-        )
+        wait_for(lambda: host.status()["waiting_for"], host.log(), 40)
         host.ctl("node", f"--ip={HOST_IP}", f"--ip6={HOST_IP6}", f"--log-dir={LOG_DIR}")
         host.ctl("container", "add", "workload", A4, "--wait=20")
         assert len(calico_links()) == 1
