@@ -18,6 +18,7 @@ from calicoctl.datastore import keys
 from calicoctl.datastore.keys import EndpointId
 from calicoctl.datastore.model import Endpoint
 from calicoctl.errors import CalicoError, InvalidValue
+from calicoctl.snapshot import usable_addresses
 from calicoctl.workload import DOCKER, NAMESPACE, Workload
 
 if TYPE_CHECKING:
@@ -95,7 +96,8 @@ def _look(datastore: DatastoreClient) -> Iterator[Finding]:
     for address in sorted(unseen):
         if datastore.ipam.cidr_of(parse_address(address)) not in unread:
             for endpoint in listed[address]:
-                yield _unassigned(datastore, address, endpoint.id)
+                alone = len(listed[address]) == 1 and address in usable_addresses(endpoint)
+                yield _unassigned(datastore, address, endpoint.id, alone)
     handles, unsound = datastore.ipam.handle_counts()
     problems += unsound
     strange = {keys.last(problem.key) for problem in unsound}
@@ -150,13 +152,15 @@ def _of_address(
         return
     problem = f"it is assigned to {whose}, and no endpoint has it"
     orchestrator, _, workload = (owner.handle or "").partition(".")
-    if orchestrator not in (DOCKER, NAMESPACE) or not workload:
+    if not sound:
+        yield Finding("address", address, problem, "put right first what cannot be read: it may be an endpoint's")
+    elif orchestrator not in (DOCKER, NAMESPACE) or not workload:
         yield Finding("address", address, problem, release)
     elif host != datastore.host:
         there = isinstance(host, str) and host in registered
         yield Finding("address", address, problem, f"run 'calicoctl ipam check --fix' on {host}" if there else release)
     else:
-        fix = partial(_tidy, datastore, orchestrator, workload, block, address) if sound else None
+        fix = partial(_tidy, datastore, orchestrator, workload, block, address)
         yield Finding("address", address, problem, release, fix)
 
 
@@ -167,10 +171,13 @@ def _holds(owner: Owner, id: EndpointId) -> bool:
     return its and owner.secondary.get("host", id.host) == id.host
 
 
-def _unassigned(datastore: DatastoreClient, address: str, id: EndpointId) -> Finding:
+def _unassigned(datastore: DatastoreClient, address: str, id: EndpointId, alone: bool) -> Finding:
+    """Return what there is to say of an address that only an endpoint's record has, or, not `alone`, several have."""
     problem = f"endpoint {id.endpoint} of host {id.host} lists it, but it is not assigned"
     if id.host != datastore.host:
         return Finding("address", address, problem, f"run 'calicoctl ipam check --fix' on {id.host}")
+    if not alone:
+        return Finding("address", address, problem, "others list it, too, or it is no single address: connect it anew")
     return Finding("address", address, problem, fix=partial(_restore, datastore, id, address))
 
 

@@ -8,7 +8,7 @@ import io
 import os
 import signal
 import sys
-from contextlib import nullcontext, redirect_stdout
+from contextlib import nullcontext, redirect_stdout, suppress
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -93,6 +93,15 @@ class _Output(io.FileIO):
         return io.TextIOWrapper(binary, stream.encoding, "backslashreplace", line_buffering=lines)
 
 
+class _Complaints(_Output):
+    """Standard error: where that cannot be written, nobody can be told."""
+
+    def write(self, data: Any) -> int:
+        with suppress(OSError):
+            return super().write(data)
+        return len(data)
+
+
 def entry() -> NoReturn:
     """Run the command line of this process, and end it with its exit status."""
     _open_standard_streams()
@@ -101,7 +110,7 @@ def entry() -> NoReturn:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _interrupt)
-    sys.stdout, sys.stderr = _Output.over(sys.stdout), _Output.over(sys.stderr)
+    sys.stdout, sys.stderr = _Output.over(sys.stdout), _Complaints.over(sys.stderr)
     status = main(sys.argv[1:])
     try:
         sys.stdout.flush()

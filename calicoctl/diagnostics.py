@@ -26,7 +26,7 @@ from calicoctl.datastore import keys
 from calicoctl.datastore.client import DEFAULT_CONFIG, DatastoreClient, hostname
 from calicoctl.datastore.model import Endpoint, Peer, Pool, Rule
 from calicoctl.datastore.store import Entry
-from calicoctl.errors import CalicoError
+from calicoctl.errors import CalicoError, without_user
 from calicoctl.felix import process
 from calicoctl.workload import docker_containers, docker_info
 
@@ -67,16 +67,27 @@ _FIELDS = {
     *("profile_id", "inbound_rules", "outbound_rules", "cidr", "affinity", "allocations", "attributes", "handle_id"),
     *("secondary", "host", "orchestrator", "workload", "endpoint", "interface", "namespace", "node", "block"),
     *("enabled", "time", "uptime", "first_update", "status", "index", "reason"),
-    *("Ready", "GraceTime", "DefaultEndpointToHostAction", "marker", "loglevel", "bird_ip", "ip_addr_v4", "ip_addr_v6"),
-    *DEFAULT_CONFIG,
 }
-"""Fields of JSON values in etcd, and keys with plain values, that are the data model's: the others are left out."""
+"""Fields of JSON values in etcd that are the data model's: the others are left out."""
+
+_JSON_KEYS = re.compile(
+    "/calico/v1/host/[^/]+/workload/|/calico/v1/policy/profile/[^/]+/(tags|rules)$|/calico/v1/ipam/v[46]/pool/"
+    "|/calico/ipam/v2/|/calico/felix/v1/|/calico/bgp/v1/(global|host/[^/]+)/(peer_v[46]/|node_mesh$)"
+)
+"""Keys that hold such values."""
+
+_PLAIN = {
+    *("Ready", "GraceTime", "DefaultEndpointToHostAction", "marker", "loglevel", "bird_ip", "ip_addr_v4", "ip_addr_v6"),
+    *("as_num", *DEFAULT_CONFIG),
+}
+"""Keys with plain values that are the data model's."""
 
 _NAMES = r"[\w.-]*(?:passw|passphrase|\bpass\b|_pass\b|pwd|secret|token|credential|(?:private|api)[_-]?key|md5)[\w.-]*"
 _SECRETS = (
     (re.compile(r"-----BEGIN [A-Z0-9 ]+-----.*?(?:-----END [A-Z0-9 ]+-----|\Z)", re.DOTALL), _HIDDEN),
     (re.compile(r"(://)[^\s\"']*@"), rf"\1{_HIDDEN}@"),
-    (re.compile(r"(^|[\s\"'(=])[^\s\"'(=@]+:[^\s\"'@]+@", re.MULTILINE), rf"\1{_HIDDEN}@"),
+    (re.compile(r"(^|[\s\"'(=])[^\s\"'(=@:]*:[^\s\"'@]*@", re.MULTILINE), rf"\1{_HIDDEN}@"),
+    (re.compile(r"(\bbearer\s+)\S+", re.IGNORECASE), rf"\1{_HIDDEN}"),
     (re.compile(r"(\bauthorization\b\\?[\"']?\s*[:=]).*", re.IGNORECASE), rf"\1 {_HIDDEN}"),
     (re.compile(rf"({_NAMES}\\?[\"']?\s*[:=]).*", re.IGNORECASE), rf"\1 {_HIDDEN}"),
 )
@@ -156,7 +167,7 @@ def _environment() -> str:
     lines = []
     for name in sorted(os.environ):
         if name in _VARIABLES:
-            lines.append(f"{name}={re.sub('[^,]*@', _HIDDEN + '@', os.environ[name])}\n")
+            lines.append(f"{name}={without_user(os.environ[name])}\n")
         elif name.startswith(("ETCD_", "DOCKER_", "CALICO_")):
             lines.append(f"{name} is set\n")
     return "".join(lines)
@@ -190,23 +201,29 @@ def _store() -> str:
 
 
 def _known_value(entry: Entry) -> Any:
+    """Return what is known of a key's value: all of a plain one that is known by name, fields of JSON."""
+    if keys.last(entry.key) in _PLAIN or not entry.value:
+        return entry.value
     try:
         value = json.loads(entry.value)
     except (ValueError, RecursionError):
-        value = entry.value
-    if isinstance(value, (dict, list)):
-        return _known_fields(value)
-    return entry.value if not entry.value or keys.last(entry.key) in _FIELDS else _HIDDEN
+        return _HIDDEN
+    return _known_fields(value) if _JSON_KEYS.match(entry.key) and isinstance(value, (dict, list)) else _HIDDEN
 
 
-def _known_fields(value: Any) -> Any:
-    """Return a JSON value without the fields that are not known; a handle's are blocks."""
+def _known_fields(value: Any, objects: bool = False) -> Any:
+    """Return a JSON value without the fields that are not known (a handle's are blocks).
+
+    In a list that is one of `objects`, nothing else is known.
+    """
     if isinstance(value, list):
-        return [_known_fields(item) for item in value]
+        return [_known_fields(item) if isinstance(item, dict) or not objects else _HIDDEN for item in value]
     if not isinstance(value, dict):
         return value
     return {
-        name: _known_fields(item) if name in _FIELDS or re.fullmatch(r"[0-9a-f.:]+/[0-9]+", name) else _HIDDEN
+        name: _known_fields(item, name in ("inbound_rules", "outbound_rules", "attributes"))
+        if name in _FIELDS or re.fullmatch(r"[0-9a-f.:]+/[0-9]+", name)
+        else _HIDDEN
         for name, item in value.items()
     }
 

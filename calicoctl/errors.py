@@ -20,6 +20,11 @@ def one_line(text: str) -> str:
     return printable(text).replace("\n", "\\n")
 
 
+def without_user(text: str) -> str:
+    """Return an address without what stands before an @, a password perhaps: messages end in logs."""
+    return "…@" + text.rpartition("@")[2] if "@" in text else text
+
+
 class CalicoError(Exception):
     """The root of all errors that a user may meet: the text is one line for them.
 

@@ -327,11 +327,15 @@ def host_addresses() -> tuple[dict[int, str | None], set[str]]:
 
 
 def own_addresses() -> set[str]:
-    """Return all addresses of this host; quick also where it has very many interfaces. Raises NetnsError."""
+    """Return all addresses of this host, those of broadcasts among them. Raises NamespaceError.
+
+    Quick also where it has very many interfaces.
+    """
     from pyroute2.iproute.linux import IPRoute
 
     with _explained("reading this host's addresses"), IPRoute() as netlink:
-        found = {address.get_attr("IFA_LOCAL") for address in netlink.get_addr(family=socket.AF_INET)}
+        addresses = list(netlink.get_addr(family=socket.AF_INET))
+        found = {address.get_attr(kind) for kind in ("IFA_LOCAL", "IFA_BROADCAST") for address in addresses} - {None}
     # each interface has one of IPv6, which pyroute2 takes long to read. Source: if_inet6 in proc(5)
     with suppress(OSError):
         for line in Path("/proc/net/if_inet6").read_text().splitlines():

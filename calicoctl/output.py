@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
-from calicoctl.errors import UsageError, printable
+from calicoctl.errors import UsageError, one_line, printable
 
 T = TypeVar("T")
 
@@ -54,4 +54,4 @@ def with_progress(items: Sequence[T], what: str) -> Iterator[T]:
 
 def warn(sentence: str) -> None:
     """Print something that the user should know, and that is not the result, to standard error."""
-    print(sentence, file=sys.stderr)
+    print(one_line(sentence), file=sys.stderr)

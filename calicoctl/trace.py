@@ -136,6 +136,10 @@ class _Store:
         else:
             check_unicast(parse_address(name))
             owners = [id for id, endpoint in self._endpoints.items() if address in usable_addresses(endpoint)]
+            if not owners and (unreadable := self._datastore.endpoints_with(parse_address(name))):
+                raise CalicoError(
+                    f"{name} is of endpoint {unreadable[0].endpoint}, whose record cannot be read: see 'endpoint show'."
+                )
             usable = [id for id in owners if id in self._seen_by(id.host).local]
             return [Place(name, address, next(iter(usable or owners), None))]
         endpoint = self._endpoint(name)

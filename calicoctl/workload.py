@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from calicoctl import locks
 from calicoctl.addresses import parse_address
-from calicoctl.errors import CalicoError, DockerUnavailable, NamespaceError, NoSuchContainer, NotThere
+from calicoctl.errors import CalicoError, DockerUnavailable, NamespaceError, NoSuchContainer, NotThere, without_user
 
 if TYPE_CHECKING:
     from calicoctl.datastore.client import DatastoreClient
@@ -124,7 +124,7 @@ def process_started(path: str) -> str | None:
         try:
             target = place.readlink()
             if re.fullmatch(r"net:\[[0-9]+\]", str(target)):
-                text = place.parent.parent.joinpath("stat").read_text(errors="replace")
+                text = place.parent.resolve().parent.joinpath("stat").read_text(errors="replace")
                 return text.rpartition(")")[2].split()[19]
         except (OSError, IndexError, ValueError):
             return None
@@ -299,6 +299,8 @@ def docker_engine(what: str, timeout: int = DOCKER_TIMEOUT) -> Iterator[Any]:
     except (DockerException, RequestException, OSError, ValueError) as error:  # the last for an odd DOCKER_HOST
         where = os.environ.get("DOCKER_HOST") or DOCKER_SOCKET
         text = str(error)
+        if "@" in where:
+            text = where = without_user(where)  # with a password, perhaps
         if "Permission denied" in text:
             hint = f"no permission on {where}; run this as root or as a member of the docker group"
         elif "Connection refused" in text or "No such file" in text:

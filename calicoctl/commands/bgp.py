@@ -31,7 +31,7 @@ from calicoctl.cli import parse
 from calicoctl.datastore import keys
 from calicoctl.datastore.client import DEFAULT_AS_NUMBER, DatastoreClient
 from calicoctl.datastore.model import Peer
-from calicoctl.errors import NotThere
+from calicoctl.errors import NotThere, printable
 from calicoctl.output import print_json, print_table, wants_json
 
 
@@ -97,4 +97,4 @@ def _default_node_as(arguments: dict[str, Any]) -> None:
     if as_json:
         print_json({"as_num": now})
     else:
-        print(now)
+        print(printable(now))

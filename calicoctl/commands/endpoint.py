@@ -73,6 +73,9 @@ def _show(arguments: dict[str, Any]) -> None:
 
 def _matching(datastore: DatastoreClient, arguments: dict[str, Any], endpoint_id: str | None) -> list[Endpoint]:
     """Return the endpoints that the options ask for, and that can be read; warn of the others."""
+    for option in ("--orchestrator", "--workload", "--endpoint"):
+        if arguments[option] == "":  # as an unset variable of a script would be
+            raise CalicoError(f"{option}: it must not be empty")
     if arguments["--host"] is not None:
         with about("--host"):
             check_hostname(arguments["--host"])

@@ -33,8 +33,8 @@ from calicoctl.cli import parse
 from calicoctl.commands.pool import readable_pools
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.keys import EndpointId
-from calicoctl.errors import CalicoError, NotThere, one_line
-from calicoctl.output import print_json, print_table, wants_json
+from calicoctl.errors import CalicoError, InvalidValue, NotThere, one_line
+from calicoctl.output import print_json, print_table, wants_json, warn
 
 if TYPE_CHECKING:
     from netaddr import IPAddress
@@ -139,7 +139,10 @@ def _usages(datastore: DatastoreClient) -> list[dict[str, Any]]:
         networks = [IPNetwork(pool.cidr) for pool in readable_pools(datastore, version)]
         used: dict[IPNetwork | None, int] = dict.fromkeys([*networks, None], 0)
         borrowed = dict(used)
-        for block in datastore.ipam.blocks(version):
+        for block in datastore.ipam.all_blocks(version):
+            if isinstance(block, InvalidValue):
+                warn(f"Warning: {block}")
+                continue
             for ordinal, owner in block.held():
                 address: IPAddress = block.address(ordinal)
                 network = next((network for network in networks if address in network), None)

@@ -56,8 +56,8 @@ from calicoctl.cli import parse
 from calicoctl.commands.endpoint import readable_endpoints
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.model import Endpoint, Rule, Rules
-from calicoctl.errors import CalicoError, Failed, NotThere, UsageError, one_line, printable
-from calicoctl.output import print_json, print_table, wants_json
+from calicoctl.errors import CalicoError, Failed, InvalidValue, NotThere, UsageError, one_line, printable
+from calicoctl.output import print_json, print_table, wants_json, warn
 from calicoctl.rules import check_name
 
 
@@ -93,7 +93,13 @@ def _show(arguments: dict[str, Any]) -> None:
         return
     endpoints = readable_endpoints(datastore)
     if as_json:
-        print_json([_as_json(datastore, name, endpoints) for name in names])
+        found = []
+        for name in names:
+            try:
+                found.append(_as_json(datastore, name, endpoints))
+            except InvalidValue as problem:
+                warn(f"Warning: {problem}")
+        print_json(found)
         return
     rows: list[list[str]] = []
     for name in names:

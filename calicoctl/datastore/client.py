@@ -396,7 +396,7 @@ class DatastoreClient:
             )
             if keys.parse_endpoint(keys.endpoint(id)) == id:
                 entry = self._store.get(keys.endpoint(id))
-                if entry is not None and _lists(entry, id, text):
+                if entry is not None and _lists(entry, id, text, owned=True):
                     return [id]
         entries = ((entry, keys.parse_endpoint(entry.key)) for entry in self._store.tree(keys.HOSTS))
         return [id for entry, id in entries if id is not None and _lists(entry, id, text)]
@@ -532,12 +532,15 @@ def _pool(entry: Entry, version: int) -> Pool:
     return pool
 
 
-def _lists(entry: Entry, id: EndpointId, address: str) -> bool:
-    """Tell whether an endpoint's record lists an address; one that cannot be read does where its text has it."""
+def _lists(entry: Entry, id: EndpointId, address: str, owned: bool = False) -> bool:
+    """Tell whether an endpoint's record lists an address.
+
+    One that cannot be read does where its text has it, or the address is `owned` by this very endpoint.
+    """
     try:
         return address in Endpoint.from_json(id, entry.value, entry.key).addresses
     except InvalidValue:
-        return re.search(rf'"{re.escape(address)}["/]', entry.value) is not None
+        return owned or re.search(rf'"{re.escape(address)}["/]', entry.value) is not None
 
 
 def _no_profile(name: str) -> str:

@@ -232,6 +232,8 @@ class Ipam:
         problems: list[InvalidValue] = []
         for entry in self._store.tree(keys.ipam_handles()):
             try:
+                if "/" in entry.key[len(keys.ipam_handles()) + 1 :]:
+                    raise InvalidValue(entry.key, "it is below a folder, where no handle is")
                 counts[keys.last(entry.key)] = _handle_counts(entry)
             except InvalidValue as problem:
                 problems.append(problem)

@@ -28,6 +28,7 @@ from calicoctl.errors import (
     NotThere,
     StoreError,
     StoreUnavailable,
+    without_user,
 )
 
 if TYPE_CHECKING:
@@ -183,12 +184,14 @@ def _check_tls_files(ca_cert: str | None, cert: str | None, key: str | None) -> 
 
 
 def _parse_endpoints(text: str) -> tuple[str, tuple[tuple[str, int], ...]]:
+    if "@" in text:  # before it is taken apart: a password may have anything in it
+        raise StoreError(f"ETCD_ENDPOINTS: '{without_user(text)}': a user and a password are not supported")
     scheme = ""
     hosts = []
     for url in (part.strip() for part in text.split(",")):
         its_scheme, separator, rest = url.partition("://")
         if not separator or its_scheme not in ("http", "https"):
-            raise StoreError(f"ETCD_ENDPOINTS: '{_without_user(url)}' is not a URL such as http://192.0.2.1:2379")
+            raise StoreError(f"ETCD_ENDPOINTS: '{without_user(url)}' is not a URL such as http://192.0.2.1:2379")
         if scheme and its_scheme != scheme:
             raise StoreError("ETCD_ENDPOINTS mixes http and https: all endpoints must have the same scheme")
         scheme = its_scheme
@@ -205,13 +208,8 @@ def _parse_authority(variable: str, text: str) -> tuple[str, int]:
         pass
     why = "; a user and a password are not supported" if "@" in text else ""
     raise StoreError(
-        f"{variable}: '{_without_user(text)}' is not an address such as 192.0.2.1:2379 (host and port){why}"
+        f"{variable}: '{without_user(text)}' is not an address such as 192.0.2.1:2379 (host and port){why}"
     )
-
-
-def _without_user(text: str) -> str:
-    """Return an address without what stands before an @: messages end in logs."""
-    return "…@" + text.rpartition("@")[2] if "@" in text else text
 
 
 class _Unanswered(Exception):

@@ -81,6 +81,8 @@ class Agent:
         self._nft = Nft()
         self._ruleset: Ruleset | None = None
         """What is in our tables; None while that is not known."""
+        self._last = Ruleset()
+        """What was in them when that was known last."""
         self._links: dict[str, Link] = {}
         self._unread: set[str] = set(datastore().followed())
         """Directories of the store that have not been read yet."""
@@ -218,6 +220,8 @@ class Agent:
             self._review()
         elif isinstance(event, events.TablesChanged):
             self._tables_changed(event.names)
+        elif isinstance(event, connections.Listed) and self._ruleset is None:
+            self._unlisted.update(event.addresses)  # to be listed again when the tables are known again
         elif isinstance(event, connections.Listed):
             why = self._end_denied_connections(event)
             looked_at = [id for id, new in self._newcomers.items() if new <= set(event.addresses)]
@@ -342,10 +346,14 @@ class Agent:
             return
         if self._ruleset is not None and not (dirty or self._dirty):
             return
+        anew = self._ruleset is None
         with self._metrics.apply_time.time():
             touched = self._apply_tables(dirty, now)
             if touched is None:
                 return
+            if anew:  # whatever was being looked at is looked at again
+                touched |= self._unlisted.union(self._unsettled, *self._newcomers.values())
+                self._unlisted = set()
             first = not self._health.first_update
             self._unsettled.update(dict.fromkeys(touched, 0))
             if first:
@@ -369,18 +377,15 @@ class Agent:
         Somebody else may have had such an address, and left connections, whose packets would pass unasked. An endpoint
         that is new as a whole waits as a whole; for others, all but their new addresses is brought up to date.
         """
-        if self._ruleset is None:  # all is made anew
-            if not self._health.first_update:  # and all connections are looked at before any route is set
-                self._newcomers.clear()
-            self._admitted.clear()
+        if not self._health.first_update:  # all connections are looked at before any route is set
             return
         for id in [id for id in changed if id.host == self._host]:
             self._newcomers.pop(id, None)
             self._admitted.discard(id)
             endpoint = self._snapshot.local.get(id)
-            new = set(endpoint.addresses if endpoint else ()).difference(self._ruleset.addresses_of(id))
+            new = set(endpoint.addresses if endpoint else ()).difference(self._last.addresses_of(id))
             if new:
-                if not self._ruleset.has(id):
+                if self._ruleset is not None and not self._last.has(id):
                     changed.discard(id)
                 self._newcomers[id] = new
                 self._lister.ask(new)
@@ -420,6 +425,8 @@ class Agent:
                 self._dirty |= set(self._snapshot.local)
                 return None
         self._retry_at = 0.0
+        assert self._ruleset is not None, "one of the two has been done"
+        self._last = self._ruleset
         assert update is not None, "one of the two has been done"
         return update.touched
 
@@ -507,8 +514,7 @@ class Agent:
 
     def _end_denied_connections(self, listed: connections.Listed) -> str | None:
         """End those of the connections that policy denies; return why that could not be done, and is to be repeated."""
-        if self._ruleset is None:
-            return None  # the tables are about to be made anew, and all connections looked at then
+        assert self._ruleset is not None, "the caller makes sure"
         try:
             if listed.error is not None:
                 raise CalicoError(listed.error)
@@ -542,9 +548,9 @@ class Agent:
         try:
             for line in docker_firewall.ensure():
                 log.info("%s", line)
-        except CalicoError as error:
+        except Exception as error:  # whatever is in somebody else's firewall, it must not end the agent
             self._firewall_at = now + TICK
-            why = str(error)
+            why = str(error) if isinstance(error, CalicoError) else f"the host's firewall cannot be read: {error!r}"
             if why != self._firewall_trouble:
                 self._health.error(why)
         self._firewall_trouble = why

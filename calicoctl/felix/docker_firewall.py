@@ -119,7 +119,7 @@ def _bring(command: str, remove: bool) -> list[str]:
         ours = [rule for rule in rules if set(_RULES[0][2:]) <= set(rule) and "cali+" in rule]
         if chain == wanted:
             # behind a rule without conditions nothing is reached; otherwise the place is the operator's choice
-            end = next((number for number, rule in enumerate(rules) if rule[0] == "-j"), len(rules))
+            end = next((number for number, rule in enumerate(rules) if rule[:1] == ("-j",)), len(rules))
             if sorted(ours) == sorted(_RULES) and all(rules.index(rule) < end for rule in ours):
                 continue
         elif not ours:

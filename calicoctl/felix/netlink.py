@@ -64,6 +64,8 @@ def dump(protocol: int, kind: int, body: bytes) -> Iterator[bytes]:
         netlink.send(message(kind, REQUEST | DUMP, 0, body))
         while True:
             for type, answer in messages(netlink.recv(2**18)):
+                if type == _DONE and len(answer) >= 20 and (code := -struct.unpack_from("=i", answer, 16)[0]) > 0:
+                    raise OSError(code, os.strerror(code))
                 if type == _DONE:
                     return
                 if type == ERROR:

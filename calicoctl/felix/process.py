@@ -105,6 +105,7 @@ def only_one(host: str) -> Iterator[None]:
     with _held(host):
         with _explained(pid_file), open(_open(pid_file, 0o644), "w") as file:
             os.fchmod(file.fileno(), 0o644)
+            file.truncate()
             file.write(f"{os.getpid()} {_started(os.getpid())}\n")
         yield
         pid_file.unlink(missing_ok=True)
@@ -120,7 +121,12 @@ def none_starts(host: str) -> Iterator[None]:
 def refuse_other(host: str) -> None:
     """Raise CalicoError when an agent under another host name runs in this network namespace."""
     try:
-        other = _namespace_file().read_text().strip()
+        with _namespace_file().open() as file:
+            other = file.read().strip()
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return  # nobody holds it: it was left by an agent that was killed
+    except BlockingIOError:
+        pass
     except OSError:
         return
     if other != host and running(other):

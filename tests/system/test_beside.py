@@ -35,6 +35,8 @@ def test_an_agent_of_another_name_is_refused(pair: AgentHost) -> None:
     after = pair.etcd.tree()
     assert before.keys() == after.keys() and ping("a", B4)
     pair.kill_agent()
+    mark = Path(f"/run/calico/agent.{Path('/proc/self/ns/net').stat().st_ino}")
+    assert mark.read_text() == "host1"  # which nobody holds any more
     other.ctl("node", "--ip=192.0.2.2", f"--log-dir={LOG_DIR}")
     assert "for the host name host1.example.com" in pair.ctl("node", f"--ip={HOST_IP}", status=1).err
     other.ctl("node", "remove")
@@ -45,7 +47,10 @@ def test_options_that_a_running_agent_does_not_take_on(node: AgentHost) -> None:
     said = node.ctl("node", f"--ip={HOST_IP}", f"--metrics-port={port}", f"--log-dir={LOG_DIR}")
     assert "running already" in said.out and "--metrics-port has no effect" in said.err
     node.ctl("node", "stop")
+    pid_file = Path(f"/run/calico/{node.name}/felix.pid")
+    pid_file.write_text("4194200 123456789012345678\n")  # of one that was killed
     node.ctl("node", f"--ip={HOST_IP}", f"--metrics-port={port}", f"--log-dir={LOG_DIR}")
+    assert len(pid_file.read_text().split()) == 2
     assert node.ctl("node", f"--ip={HOST_IP}", f"--metrics-port={port}", f"--log-dir={LOG_DIR}").err == ""
 
 
@@ -149,6 +154,7 @@ def forward_drops() -> Iterator[None]:
     """A firewall like Docker's."""
     run("iptables", "-N", "DOCKER-USER")
     run("iptables", "-A", "FORWARD", "-j", "DOCKER-USER")
+    run("iptables", "-A", "DOCKER-USER")  # which only counts
     run("iptables", "-P", "FORWARD", "DROP")
     yield
     run("iptables", "-P", "FORWARD", "ACCEPT")

@@ -330,7 +330,11 @@ def test_a_reader_that_has_seen_enough_stops_nothing(host: Host, tmp_path: Path)
     host.ctl("container", "remove", "/var/run/netns/blue")
     with open("/dev/full", "w") as full:
         done = subprocess.run([CALICOCTL, "pool", "show"], stdout=full, stderr=subprocess.PIPE, env=host.environment())
-    assert done.returncode == 1 and b"cannot write the output" in done.stderr
+        assert done.returncode == 1 and b"cannot write the output" in done.stderr
+        lines.write_text("profile nope rule show\nprofile add late\n")
+        command = [CALICOCTL, "batch", "--keep-going", str(lines)]
+        assert subprocess.run(command, stderr=full, env=host.environment()).returncode == 1
+    assert {"name": "late"} in shown(host, "profile")
 
 
 def shown(host: Host, what: str) -> list[dict]:

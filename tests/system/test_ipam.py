@@ -230,6 +230,13 @@ def test_an_address_of_a_record_that_cannot_be_read_is_not_given_away(host: Host
     change_block(host, take)
     assert "is used by endpoint aaaa" in host.ctl("ipam", "release", "192.168.0.9", status=1).err
     assert "in use" in host.ctl("ipam", "info", "192.168.0.9").out
+    # one that has nothing to read at all, but owns the address
+    key, record = key_of(host, "a"), host.records()[key_of(host, "a")]
+    host.etcd.put(key, '{"state": "act')
+    assert "is used by endpoint" in host.ctl("ipam", "release", "192.168.0.1", status=1).err
+    found = {one["subject"]: one for one in check(host)}
+    assert "put right first" in found["192.168.0.1"]["advice"] and not found["192.168.0.1"]["fixable"]
+    host.etcd.put(key, record)
     host.ctl("ipam", "release", "192.168.0.9", "--force")
 
 
@@ -260,6 +267,7 @@ def test_check_finds_what_hides(host: Host) -> None:
     etcd.put(f"{block.replace('v4', 'v6')}/fd80:24e2:f998:72d6::-122", {**far, "attributes": [orphan]})
     # handles that count nothing, that count what cannot be read, and one that can be no key
     etcd.put("/calico/ipam/v2/handle/docker.empty", {"id": "docker.empty", "block": {}})
+    etcd.put("/calico/ipam/v2/handle/a/b", {"id": "a/b", "block": {"192.168.0.0/26": 1}})
     etcd.put("/calico/ipam/v2/handle/docker.unread", {"id": "docker.unread", "block": {"10.0.0.64/26": 1}})
 
     def take(block: dict) -> None:
@@ -280,6 +288,7 @@ def test_check_finds_what_hides(host: Host) -> None:
         ("address", "fd80:24e2:f998:72d6::"),
         ("handle", "docker.far"),
         ("handle", "docker.empty"),
+        ("unreadable", "/calico/ipam/v2/handle/a/b"),
         ("address", "192.168.0.20"),
     }
     assert "ipam release fd80:24e2:f998:72d6::" in found["address", "fd80:24e2:f998:72d6::"]["advice"]

@@ -395,6 +395,9 @@ def test_what_trace_tells(net: AgentHost) -> None:
     net.etcd.put(net.key("b"), {**record, "state": "inactive"})
     assert "not set up: it is inactive" in net.ctl("profile", "trace", a, b, "tcp", "80", status=1).err
     net.etcd.put(net.key("b"), record)
+    net.etcd.put(net.key("b"), {**record, "mac": "bad"})
+    assert "whose record cannot be read" in net.ctl("profile", "trace", a, B4, "tcp", "80", status=1).err
+    net.etcd.put(net.key("b"), record)
     net.set_profiles("b", "missing", "b")
     assert "missing does not exist" in net.ctl("profile", "trace", a, b, "tcp", "80", status=1).err
     net.set_profiles("b")

@@ -141,6 +141,10 @@ def test_diags_have_what_is_needed_and_no_secrets(bare_host: Host, engine: None,
     host.etcd.put("/calico/v1/config/BgpPassword", "hunter2")
     host.etcd.put("/calico/v1/config/Odd", {"token": "s3cr3t", "x": 1})
     host.etcd.put("/calico/v1/config/pw", "hunter2")
+    host.etcd.put("/calico/v1/config/passwords", ["hunter2"])
+    host.etcd.put("/calico/v1/other/creds", {"name": "hunter2", "status": {"reason": "s3cr3t"}})
+    host.etcd.put("/calico/v1/policy/profile/odd/rules", {"inbound_rules": ["hunter2"]})
+    host.etcd.put("/calico/v1/policy/profile/odd/tags", ["a" * 30000])  # which takes no time
     peer = {"ip": "192.0.2.9", "as_num": "1", "md5": "s3cr3t", "password": 'correct "horse'}
     host.etcd.put("/calico/bgp/v1/global/peer_v4/192.0.2.9", peer)
     with (LOG_DIR / "felix.log").open("a") as log:
@@ -195,7 +199,10 @@ def test_diags_of_an_address_with_a_password(bare_host: Host, tmp_path: Path) ->
         ("ETCD_ENDPOINTS", "http://root:hunter2@127.0.0.1:2379"),
         ("ETCD_ENDPOINTS", "http://root:hun/ter2@127.0.0.1:2379,x:hunter2@y"),
         ("ETCD_AUTHORITY", "root:hunter2@127.0.0.1:2379"),
+        ("ETCD_AUTHORITY", "root:hunter2,y@127.0.0.1:2379"),
+        ("ETCD_ENDPOINTS", "http://root:hunter2,y@127.0.0.1:2379"),
         ("DOCKER_HOST", "tcp://root:hunter2@127.0.0.1:1"),
+        ("DOCKER_HOST", "tcp://root:hun'ter2@127.0.0.1:1"),
     ):
         file = Path(bare_host.ctl("diags", env={name: value, "TMPDIR": str(tmp_path)}).out.split()[-1])
         with tarfile.open(file) as archive:
