@@ -82,7 +82,10 @@ _PLAIN = {
 }
 """Keys with plain values that are the data model's."""
 
-_NAMES = r"[\w.-]*(?:passw|passphrase|\bpass\b|_pass\b|pwd|secret|token|credential|(?:private|api)[_-]?key|md5)[\w.-]*"
+_NAMES = (
+    r"(?<![\w.-])[\w.-]*(?:passw|passphrase|\bpass\b|_pass\b|pwd|secret|token|credential|cookie|psk|md5"
+    r"|(?:private|api|access)[_-]?key|\bauth\b)[\w.-]*"
+)
 _SECRETS = (
     (re.compile(r"-----BEGIN [A-Z0-9 ]+-----.*?(?:-----END [A-Z0-9 ]+-----|\Z)", re.DOTALL), _HIDDEN),
     (re.compile(r"(://)[^\s\"']*@"), rf"\1{_HIDDEN}@"),

@@ -120,7 +120,8 @@ def test_a_container_that_starts_again_gets_its_interface_back(containers: Agent
     assert {a["local"] for a in now["addr_info"]} >= {A4, A6}
     wait_for(lambda: answers("workload", B4) and answers("peer", A4), "an answer")
     assert containers.status()["healed"] >= 1
-    lines = [line for line in containers.log().splitlines() if id_of("workload")[:12] in line]
+    id = id_of("workload")[:12]
+    lines = [line for line in containers.log().splitlines() if id in line]
     (line,) = [line for line in lines if "has its interface" in line]
     assert "(workload)" in line and A4 in line
 
