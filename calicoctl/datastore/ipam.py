@@ -379,8 +379,8 @@ class Ipam:
             for first in range(low - low % BLOCK_SIZE, high + 1, BLOCK_SIZE):
                 if first not in known:
                     yield version, first, True
-        # looked at again: a block that was to be claimed may have turned out to be another host's
-        borrowed = list(filter(wanted, existing() - affine()))
+        # all of them: one that was to be claimed, or that there is a stale affinity to, may be another host's
+        borrowed = list(filter(wanted, existing()))
         random.shuffle(borrowed)
         for first in borrowed:
             yield version, first, False

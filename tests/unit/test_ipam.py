@@ -280,3 +280,14 @@ def test_a_second_address_for_the_same_owner_is_another_one_whatever_goes_wrong(
     store.trouble = lambda: left.pop() if left else None
     assert [str(a) for a in ipam.auto_assign(1, pools, owner)] == ["10.0.0.1"]
     assert raw_handles(store) == {"h1": {"10.0.0.0/26": 2}}
+
+
+def test_a_stale_affinity_hides_no_free_address() -> None:
+    """To a block that is another host's; it could not be removed, as somebody else wrote it at that moment."""
+    store = MemoryStore()
+    pools = [Pool("10.0.0.0/26")]
+    assert len(Ipam(store, "host1").auto_assign(1, pools, Owner("h1", {}))) == 1
+    store._put("/calico/ipam/v2/host/host2/ipv4/block/10.0.0.0-26", "")
+    left = ["conflict"]
+    store.trouble = lambda: left.pop() if left else None
+    assert len(Ipam(store, "host2").auto_assign(1, pools, Owner("h2", {}))) == 1
