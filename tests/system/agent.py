@@ -76,7 +76,7 @@ class AgentHost(Host):
     @staticmethod
     def is_settled() -> bool:
         """Tell whether the agent has looked at all connections that a change may have denied."""
-        return "direction reply" not in run("nft", "list", "table", "inet", "calico", check=False).out
+        return "direction reply" not in run("nft", "list", "chain", "inet", "calico", "to-host", check=False).out
 
     def profile(self, name: str, inbound: list | None = None, outbound: list | None = None, tags: list | None = None):
         """Write a profile: by default, all may go out, and nothing come in."""
