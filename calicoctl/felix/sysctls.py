@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 from collections.abc import Callable, Collection
 from pathlib import Path
 
@@ -106,9 +107,9 @@ class HostSettings:
                 self.restore(lambda path: path.startswith("ipv6/"), needed)
         elif read(IPV6_FORWARDING) != "1" or IPV6_FORWARDING in self._found:
             # a host that forwards ignores router advertisements but where this is 2; interfaces come later, too
-            for name in sorted(folder.name for folder in (ROOT / "ipv6/conf").iterdir()):
+            for _, name in socket.if_nameindex():
                 path = f"ipv6/conf/{name}/accept_ra"
-                if name not in ("all", "default") and not name.startswith("cali") and read(path) == "1":
+                if not name.startswith("cali") and read(path) == "1":
                     self._set(path, "2")
             self._set(IPV6_FORWARDING, "1")
 
