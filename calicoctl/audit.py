@@ -19,7 +19,7 @@ from calicoctl.datastore.keys import EndpointId
 from calicoctl.datastore.model import Endpoint
 from calicoctl.errors import CalicoError, InvalidValue
 from calicoctl.snapshot import usable_addresses
-from calicoctl.workload import DOCKER, NAMESPACE, Workload
+from calicoctl.workload import DOCKER, NAMESPACE, Workload, workload_of
 
 if TYPE_CHECKING:
     from calicoctl.datastore.client import DatastoreClient
@@ -165,9 +165,8 @@ def _of_address(
 
 
 def _holds(owner: Owner, id: EndpointId) -> bool:
-    """Tell whether an address's owner is an endpoint's workload. An old tool stored a namespace's under `docker`."""
-    orchestrator = NAMESPACE if id.orchestrator == DOCKER and id.workload.startswith("-") else id.orchestrator
-    its = owner.handle in (f"{id.orchestrator}.{id.workload}", f"{orchestrator}.{id.workload}")
+    """Tell whether an address's owner is an endpoint's workload, by whichever name it is stored."""
+    its = owner.handle in (f"{id.orchestrator}.{id.workload}", ".".join(workload_of(id)))
     return its and owner.secondary.get("host", id.host) == id.host
 
 

@@ -215,6 +215,12 @@ def refuse_others_endpoint(datastore: DatastoreClient, workload: Workload, endpo
             refuse_other_path(workload, owner.secondary.get("namespace"))
 
 
+def workload_of(id: EndpointId) -> tuple[str, str]:
+    """Return the orchestrator and id of an endpoint's workload. An old tool stored a namespace's under `docker`."""
+    is_path = id.orchestrator == DOCKER and id.workload.startswith("-")
+    return (NAMESPACE if is_path else id.orchestrator), id.workload
+
+
 def endpoint_ids_of(datastore: DatastoreClient, workload: Workload) -> list[EndpointId]:
     """Return a workload's endpoints on this host, also those whose records cannot be read; see endpoints_of."""
     found = datastore.workload_endpoint_ids(workload.orchestrator, workload.id)

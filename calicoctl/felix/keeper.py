@@ -20,7 +20,7 @@ from calicoctl import locks, upkeep
 from calicoctl.errors import CalicoError, Conflict, DockerUnavailable, NamespaceError, StoreUnavailable
 from calicoctl.felix import events
 from calicoctl.snapshot import GRACE_TIME
-from calicoctl.workload import DOCKER, NAMESPACE, Standing, container_pids, namespace_at
+from calicoctl.workload import DOCKER, NAMESPACE, Standing, container_pids, namespace_at, workload_of
 
 if TYPE_CHECKING:
     from calicoctl.datastore.client import DatastoreClient
@@ -104,7 +104,7 @@ class Keeper(threading.Thread):
 
     def look_at(self, id: EndpointId, gone: bool = False) -> None:
         """Have the workload of an endpoint looked at that has no interface, or has `gone` from the store."""
-        key = _workload_of(id)
+        key = workload_of(id)
         if upkeep.is_looked_after(*key):
             self.inbox.put(Look(key, gone))
 
@@ -232,7 +232,7 @@ class Keeper(threading.Thread):
         remembered = locks.names(self._datastore.host, NAMESPACE, {})
         connected = {}
         for endpoint in self._datastore.readable_endpoints(self._datastore.host)[0]:
-            orchestrator, workload = _workload_of(endpoint.id)
+            orchestrator, workload = workload_of(endpoint.id)
             if orchestrator != NAMESPACE:
                 continue
             if endpoint.state == "active" and workload in remembered:
@@ -267,7 +267,7 @@ class Keeper(threading.Thread):
     def _look_at_misplaced(self, paths: dict[EndpointId, str]) -> None:
         """Look at those endpoints whose interface is not in their namespace, whose path is given for each."""
         for id in upkeep.misplaced(paths):
-            self._look(_workload_of(id), time.monotonic())
+            self._look(workload_of(id), time.monotonic())
 
     def _sweep(self) -> None:
         """Find changes that were cut short, and namespaces that have come or gone."""
@@ -361,9 +361,3 @@ class Keeper(threading.Thread):
             since = self._kept.get(key, self._engine_back if key[0] == DOCKER else float("-inf"))
         self._kept[key] = since
         return now >= since + self.grace_time
-
-
-def _workload_of(id: EndpointId) -> Key:
-    """Return the workload of an endpoint. An old tool stored those of a namespace under `docker`."""
-    is_path = id.orchestrator == DOCKER and id.workload.startswith("-")
-    return (NAMESPACE if is_path else id.orchestrator), id.workload

@@ -181,7 +181,7 @@ def _locked(path: Path, refuse: Callable[[], None]) -> Iterator[TextIO]:
                 yield file
                 return
         refuse()
-        time.sleep(0.02)
+        time.sleep(0.02)  # flock(2) waits for ever or not at all
 
 
 def _acquired(path: Path, file: TextIO) -> bool:
