@@ -23,7 +23,7 @@ from calicoctl import netns
 from calicoctl.addresses import host_net, parse_address, parse_cidr, version_of
 from calicoctl.datastore.keys import EndpointId
 from calicoctl.datastore.model import Endpoint, Pool
-from calicoctl.errors import AddressTaken, CalicoError, NotThere
+from calicoctl.errors import AddressTaken, CalicoError, Conflict, NotThere
 from calicoctl.locks import WorkloadLock
 from calicoctl.workload import (
     Workload,
@@ -207,8 +207,7 @@ def rewire(scene: Scene, record: Endpoint, wish: Wish | None = None, interface: 
         versions = {wish.version}
     next_hops = {version: _next_hop(datastore, record, version) for version in versions}
     pools = wish.pools(datastore) if wish is not None and not addresses else []
-    if netns.delete_interface(record.id.interface):
-        scene.look_again()
+    scene.remove_remains(record)
     for version in next_hops:
         scene.refuse_default_route(version)
     scene.refuse_other_endpoint()
@@ -467,6 +466,19 @@ class Scene:
             # one that is down may be another command's, which has got no further
             if host_end is not None and host_end.up and not self.datastore.knows_interface(name):
                 netns.delete_interface(name)
+                self.look_again()
+
+    def remove_remains(self, record: Endpoint) -> None:
+        """Delete what an endpoint has of an interface that is not complete, or that was renamed at the host's end.
+
+        Raises Conflict where it is complete after all.
+        """
+        if self.plugged() is not None:  # whoever renamed it has named it back just now
+            raise Conflict(f"{self.workload.name} has its interface back; look again")
+        names = [netns.other_end(own) or "" for own in self._inspection.interfaces.values() if own.mac == record.mac]
+        renamed = [name for name in names if name and not name.startswith("cali")]  # such would be another endpoint's
+        for name in (record.id.interface, *renamed):
+            if netns.delete_interface(name):
                 self.look_again()
 
     def clear_after_another_process(self) -> None:

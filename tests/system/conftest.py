@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.system.agent import AgentHost
+from tests.system.agent import LOG_DIR, AgentHost
 from tests.system.support import (
     HOST_IP,
     HOST_IP6,
@@ -72,6 +72,7 @@ def clear_host() -> None:
     for name in left:
         run("ip", "link", "delete", name)
     shutil.rmtree("/run/calico", ignore_errors=True)
+    shutil.rmtree(LOG_DIR, ignore_errors=True)
     assert not left, f"interfaces without a namespace: {left}"
 
 

@@ -16,6 +16,11 @@ from pathlib import Path
 
 import pytest
 
+from calicoctl.datastore.client import DatastoreClient
+from calicoctl.datastore.store import EtcdSettings, EtcdStore
+from calicoctl.errors import Conflict
+from calicoctl.wiring import Scene, rewire
+from calicoctl.workload import Workload
 from tests.system.agent import A4, ALLOW, B4, C4, LOG_DIR, AgentHost, kernel, locked, outside_host
 from tests.system.support import (
     CALICOCTL,
@@ -29,7 +34,7 @@ from tests.system.support import (
     tables,
     wait_for,
 )
-from tests.system.traffic import connection, flows, ping, tcp
+from tests.system.traffic import PATIENT, connection, flows, ping, tcp
 
 B6 = "fd80:24e2:f998:72d6::2"
 
@@ -54,15 +59,15 @@ def test_starting_twice_stopping_and_removing(bare_host: Host) -> None:
         host.set_profiles("a", "web")
         host.set_profiles("b", "web")
         host.sync()
-        assert ping("a", B4)
+        assert ping("a", B4, patience=PATIENT)
         assert "2 active endpoints" in host.ctl("node", "stop", status=1).err
         assert host.agent_runs(pid)
         assert f"(process {pid}) has ended" in host.ctl("node", "stop", "--force").out
         assert not host.agent_runs(pid)
-        assert ping("a", B4), "what it has set up stays"
+        assert ping("a", B4, patience=PATIENT), "what it has set up stays"
         assert "not running" in host.ctl("node", "stop", status=1).err
         assert "has 2 endpoints" in host.ctl("node", "remove", status=1).err
-        assert ping("a", B4)
+        assert ping("a", B4, patience=PATIENT)
         host.ctl("node", "remove", "--remove-endpoints")
         assert kernel() == before
         assert not calico_links()
@@ -99,23 +104,40 @@ def test_damaged_memory_of_settings_is_named_and_nothing_is_removed(pair: AgentH
         now = kernel()
         assert (now["tables"], now["settings"]) == (before["tables"], before["settings"])
         assert len(pair.records()) == 2
-        assert ping("a", B4)
+        assert ping("a", B4, patience=PATIENT)
     finally:
         file.unlink() if found is None else file.write_text(found)
 
 
-def test_an_interface_that_is_renamed_passes_nothing(pair: AgentHost) -> None:
+def test_an_interface_that_is_renamed_passes_nothing_until_it_is_made_anew(pair: AgentHost) -> None:
     interface = pair.interface("b")
-    assert ping("a", B4)
-    run("ip", "link", "set", interface, "name", "other0")
-    try:
+    assert ping("a", B4, patience=PATIENT)
+    with locked(pair, "b"):  # so that nobody heals it
+        run("ip", "link", "set", interface, "name", "other0")
         wait_for(lambda: pair.endpoint_status(pair.key("b"))["status"] == "down", "the agent to notice")
         wait_for(lambda: B4 not in run("ip", "route", "show", "proto", "80").out, "the route to go")
         assert not ping("a", B4)
-    finally:
         run("ip", "link", "set", "other0", "name", interface)
+        wait_for(lambda: pair.endpoint_status(pair.key("b"))["status"] == "up", "the agent to notice")
+        assert ping("a", B4, patience=PATIENT)
+        run("ip", "link", "set", interface, "name", "other0")
+        wait_for(lambda: pair.endpoint_status(pair.key("b"))["status"] == "down", "the agent to notice")
+    wait_for(lambda: f"has its interface {interface} back" in pair.log(), "the repair")
     wait_for(lambda: pair.endpoint_status(pair.key("b"))["status"] == "up", "the agent to notice")
-    assert ping("a", B4)
+    assert ping("a", B4, patience=PATIENT)
+    assert "other0" not in run("ip", "link").out
+
+
+def test_an_interface_that_is_back_just_now_is_not_made_anew(pair: AgentHost) -> None:
+    """Between the look that has not found it and the repair, it may have been named back."""
+    datastore = DatastoreClient(EtcdStore(EtcdSettings.from_environment({})), pair.name)
+    path = "/var/run/netns/b"
+    before = run("ip", "link", "show", pair.interface("b")).out
+    workload = Workload("namespace", "-var-run-netns-b", path, path=path)
+    with Scene.enter(datastore, workload) as scene, pytest.raises(Conflict):
+        rewire(scene, scene.record)
+    assert run("ip", "link", "show", pair.interface("b")).out == before
+    assert ping("a", B4, patience=PATIENT)
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -263,7 +285,7 @@ def test_connections_that_could_not_be_listed_are_listed_again(bare_host: Host, 
         wait_for(lambda: ping("a", B4), "the network")
         with connection("a", "b", B4, 80) as stream:
             host.sync()  # no listing is under way any more when this has come to its end
-            assert flows(*stream)
+            assert flows(*stream, patience=PATIENT)
             broken.touch()
             host.profile("web")
             wait_for(lambda: "out of memory" in log.read_text(), "the failure")
@@ -290,16 +312,16 @@ def test_what_a_change_denies_stops_at_once(bare_host: Host, tmp_path: Path) -> 
         host.add_pair()
         wait_for(lambda: ping("a", B4) and "established,related accept" in gate(), "the network")
         with connection("a", "b", B4, 80) as denied, connection("a", "b", B4, 81) as allowed:
-            assert flows(*denied) and flows(*allowed)
+            assert flows(*denied, patience=PATIENT) and flows(*allowed, patience=PATIENT)
             hold.touch()
             host.profile("web", inbound=[{"action": "allow", "protocol": "tcp", "dst_ports": [81]}])
             wait_for(lambda: not tcp("a", "b", B4, 82), "the change")
-            assert not flows(*denied) and flows(*allowed)
+            assert not flows(*denied) and flows(*allowed, patience=PATIENT)
             assert "dport=80 " in run("conntrack", "-L", "-p", "tcp").out and "direction reply" in gate()
             hold.unlink()
             wait_for(lambda: "dport=80 " not in run("conntrack", "-L", "-p", "tcp").out, "the connection's end")
             wait_for(lambda: "established,related accept" in gate(), "the end of looking")
-            assert not flows(*denied) and flows(*allowed)
+            assert not flows(*denied) and flows(*allowed, patience=PATIENT)
 
 
 def test_a_change_does_not_wait_for_what_an_added_address_waits_for(bare_host: Host, tmp_path: Path) -> None:
@@ -348,7 +370,7 @@ def test_removing_another_host_touches_nothing_here(pair: AgentHost) -> None:
     assert "has 1 endpoints" in pair.ctl("node", "remove", "--hostname=far", status=1).err
     pair.ctl("node", "remove", "--hostname=far", "--remove-endpoints")
     assert not [key for key in pair.etcd.tree() if "/far/" in key]
-    assert kernel() == before and ping("a", B4)
+    assert kernel() == before and ping("a", B4, patience=PATIENT)
     assert "not registered" in pair.ctl("node", "remove", "--hostname=far", status=1).err
     assert "host name" in pair.ctl("node", "remove", "--hostname=a/b", status=1).err
 
@@ -359,13 +381,13 @@ def test_a_stream_runs_through_restart_and_kill(pair: AgentHost) -> None:
         reported = pair.etcd.tree("/calico/felix/v1/host/host1/workload")
         for _ in range(2):
             pair.kill_agent()
-            assert flows(*stream)
+            assert flows(*stream, patience=PATIENT)
             pair.start_agent()
-            assert flows(*stream)
+            assert flows(*stream, patience=PATIENT)
         pair.ctl("node", "stop", "--force")
-        assert flows(*stream)
+        assert flows(*stream, patience=PATIENT)
         pair.start_agent()
-        assert flows(*stream)
+        assert flows(*stream, patience=PATIENT)
         assert run("ip", "route").out == routes
         assert pair.etcd.tree("/calico/felix/v1/host/host1/workload") == reported
 
@@ -391,9 +413,9 @@ def test_a_stream_runs_through_an_upgrade(pair: AgentHost) -> None:
         """
         run("nft", "-f", "-", input=of_another_version)
         run("ip", "route", "add", "192.168.0.77/32", "dev", interface, "scope", "link", "proto", "80")
-        assert flows(*stream)
+        assert flows(*stream, patience=PATIENT)
         pair.start_agent()
-        assert flows(*stream)
+        assert flows(*stream, patience=PATIENT)
         wait_for(pair.is_settled, "all connections to have been looked at")
         assert tables() == before
         assert "192.168.0.77" not in run("ip", "route").out
@@ -428,7 +450,7 @@ def test_a_change_while_the_agent_is_down_ends_connections_when_it_starts(pair: 
     with connection("a", "b", B4, 80) as stream:
         pair.kill_agent()
         pair.profile("web", inbound=[])
-        assert flows(*stream)
+        assert flows(*stream, patience=PATIENT)
         pair.start_agent()
         assert not flows(*stream)
 
@@ -457,7 +479,7 @@ def test_what_cannot_be_understood_affects_what_it_names_alone(pair: AgentHost) 
     for key, value in bad.items():
         pair.etcd.put(key, value)
     pair.sync()
-    assert ping("a", B4) and ping("b", A4) and ping("c", A4)
+    assert ping("a", B4, patience=PATIENT) and ping("b", A4, patience=PATIENT) and ping("c", A4, patience=PATIENT)
     status = pair.status()
     named = {problem["key"] for problem in status["problems"]}
     lacking = {"/calico/v1/policy/profile/third/rules"}
@@ -472,7 +494,7 @@ def test_what_cannot_be_understood_affects_what_it_names_alone(pair: AgentHost) 
     pair.sync()
     assert pair.status()["problems"] == [] and pair.status()["endpoints"] == {"up": 3, "down": 0, "error": 0}
     assert pair.endpoint_status(f"{folder}/1") is None
-    assert ping("a", B4)
+    assert ping("a", B4, patience=PATIENT)
 
 
 def test_what_the_tool_of_2015_wrote(node: AgentHost) -> None:
@@ -502,7 +524,7 @@ def test_what_the_tool_of_2015_wrote(node: AgentHost) -> None:
     }
     node.etcd.put(f"/calico/v1/host/host1/workload/docker/-var-run-netns-old/endpoint/{id}", record)
     node.sync()
-    assert ping("old", B4) and ping("b", "192.168.0.7")
+    assert ping("old", B4, patience=PATIENT) and ping("b", "192.168.0.7", patience=PATIENT)
 
 
 def test_interface_and_record_come_in_any_order_and_go(pair: AgentHost) -> None:
@@ -513,7 +535,7 @@ def test_interface_and_record_come_in_any_order_and_go(pair: AgentHost) -> None:
     assert "is down" in pair.status()["endpoints_in_trouble"][0]["reason"]
     run("ip", "link", "set", name, "up")
     wait_for(lambda: pair.endpoint_status(key)["status"] == "up", "up")
-    assert ping("a", B4)
+    assert ping("a", B4, patience=PATIENT)
     with locked(pair, "b"):  # or the agent would make the interface again
         run("ip", "link", "delete", name)
         wait_for(lambda: pair.endpoint_status(key)["status"] == "down", "down")
@@ -525,7 +547,7 @@ def test_interface_and_record_come_in_any_order_and_go(pair: AgentHost) -> None:
         run("ip", "-n", "b", "route", "add", "192.0.2.2", "dev", "eth1")
         run("ip", "-n", "b", "route", "add", "default", "via", "192.0.2.2", "dev", "eth1")
     wait_for(lambda: pair.endpoint_status(key)["status"] == "up", "up")
-    assert ping("a", B4)
+    assert ping("a", B4, patience=PATIENT)
     record = pair.etcd.get(key)
     pair.etcd.delete(key)
     pair.sync()
@@ -534,7 +556,7 @@ def test_interface_and_record_come_in_any_order_and_go(pair: AgentHost) -> None:
     assert name not in run("nft", "list", "ruleset").out
     pair.etcd.put(key, record)
     pair.sync()
-    assert ping("a", B4)
+    assert ping("a", B4, patience=PATIENT)
     pair.etcd.put(key, {**json.loads(record), "state": "inactive"})
     pair.sync()
     assert pair.endpoint_status(key)["status"] == "down" and not ping("a", B4)
@@ -603,7 +625,7 @@ def test_what_somebody_else_removes_comes_back(pair: AgentHost) -> None:
     for command in ("flush ruleset", "delete table inet calico", "flush chain inet calico inbound-forward"):
         run("nft", command)
         wait_for(lambda: "oifname vmap @to" in run("nft", "list", "ruleset").out, command)
-        assert ping("a", B4) and not ping("c", B4)
+        assert ping("a", B4, patience=PATIENT) and not ping("c", B4)
     made = pair.log().count("made anew")
     pair.profile("web", inbound=[ALLOW, ALLOW])
     pair.sync()
@@ -613,7 +635,7 @@ def test_what_somebody_else_removes_comes_back(pair: AgentHost) -> None:
 @contextlib.contextmanager
 def agent_with(host: AgentHost, code: str) -> Iterator[Path]:
     """An agent whose listing of connections runs `code` first, and what it logs."""
-    log = LOG_DIR / "patched.log"
+    log = LOG_DIR / "felix.log"
     LOG_DIR.mkdir(parents=True, exist_ok=True)
     text = PATCHED_AGENT.replace("CODE", code)
     with log.open("w") as stream:
@@ -684,7 +706,7 @@ def test_wait_returns_when_the_next_line_can_ping(node: AgentHost) -> None:
         run("ip", "netns", "add", name)
         node.ctl("container", "add", f"/var/run/netns/{name}", address, "--wait=20")
         own = next(iter(json.loads(node.etcd.get(node.key(name)))[f"{address}_nets"])).partition("/")[0]
-        assert ping(None, own), "the very next packet"
+        assert ping(None, own, patience=PATIENT), "the very next packet"
     os.kill(node.pid, signal.SIGSTOP)
     run("ip", "netns", "add", "c")
     late = node.ctl("container", "add", "/var/run/netns/c", "ipv4", "--wait=0.5", status=1)
@@ -756,7 +778,7 @@ def test_an_etcd_of_its_own(bare_host: Host) -> None:
         wait_for(lambda: host.ctl("pool", "show", status=None, env=env).status == 0, "the store")
         host.kill_agent()
         host.ctl("node", "--ip=192.0.2.2", "--local-etcd", f"--log-dir={LOG_DIR}", env=env)
-        assert ping(None, A4)
+        assert ping(None, A4, patience=PATIENT)
         pid = int(pid_file.read_text())
         assert "local etcd has ended" in host.ctl("node", "stop", "--force", env=env).out
         assert gone(pid)
@@ -876,4 +898,4 @@ def test_endpoints_that_claim_the_same(pair: AgentHost) -> None:
     pair.etcd.delete(other)
     pair.sync()
     assert pair.endpoint_status(key)["status"] == "up"
-    assert ping("a", B4)
+    assert ping("a", B4, patience=PATIENT)

@@ -13,7 +13,7 @@ import pytest
 
 from tests.system.agent import A4, ALLOW, B4, LOG_DIR, AgentHost, kernel, outside_host
 from tests.system.support import CALICOCTL, HOST_IP, Etcd, Host, calico_links, free_port, gone, links, run, wait_for
-from tests.system.traffic import ends, flows, inside, listener, ping, reset_on_close, udp
+from tests.system.traffic import PATIENT, ends, flows, inside, listener, ping, reset_on_close, udp
 
 
 def as_nobody(host: Host, *words: str, status: int = 0) -> str:
@@ -33,7 +33,7 @@ def test_an_agent_of_another_name_is_refused(pair: AgentHost) -> None:
     foreground = other.ctl("node", "--ip=192.0.2.2", "--detach=false", status=1).err
     assert "for the host name host1" in foreground
     after = pair.etcd.tree()
-    assert before.keys() == after.keys() and ping("a", B4)
+    assert before.keys() == after.keys() and ping("a", B4, patience=PATIENT)
     pair.kill_agent()
     mark = Path(f"/run/calico/agent.{Path('/proc/self/ns/net').stat().st_ino}")
     assert mark.read_text() == "host1"  # which nobody holds any more
@@ -96,11 +96,15 @@ def test_others_routes_to_an_endpoint_stay(bare_host: Host) -> None:
         host.add_pair()
         host.ctl("container", "/var/run/netns/a", "ip", "add", "fd80:24e2:f998:72d6::1")
         host.sync()
-        assert ping("b", A4) and ping(None, A4) and ping(None, "fd80:24e2:f998:72d6::1")
+        assert (
+            ping("b", A4, patience=PATIENT)
+            and ping(None, A4, patience=PATIENT)
+            and ping(None, "fd80:24e2:f998:72d6::1", patience=PATIENT)
+        )
         host.ctl("node", "stop", "--force")
         host.start_agent()
         host.sync()
-        assert ping("b", A4) and ping(None, "fd80:24e2:f998:72d6::1")
+        assert ping("b", A4, patience=PATIENT) and ping(None, "fd80:24e2:f998:72d6::1", patience=PATIENT)
         host.ctl("node", "remove", "--remove-endpoints")
         after = kernel()
         for route in theirs:
@@ -141,7 +145,7 @@ def test_what_the_host_sends_to_an_interface_that_is_not_known(node: AgentHost) 
         assert not udp(None, "u", "203.0.113.9", 99)
         node.kill_agent()
         run("nft", "flush", "ruleset")
-        assert udp(None, "u", "203.0.113.9", 99)
+        assert udp(None, "u", "203.0.113.9", 99, patience=PATIENT)
     finally:
         run("ip", "link", "delete", "caliunknown")
 
@@ -171,7 +175,7 @@ def test_a_chain_that_is_not_asked_any_more(bare_host: Host, forward_drops: None
     host.start_agent()
     host.add_pair()
     host.sync()
-    assert rules("DOCKER-USER").count("cali+") == 2 and ping("a", B4)
+    assert rules("DOCKER-USER").count("cali+") == 2 and ping("a", B4, patience=PATIENT)
     run("iptables", "-F")
     wait_for(lambda: ping("a", B4), host.log(), 10)
     assert rules("FORWARD").count("cali+") == 2 and "cali+" not in rules("DOCKER-USER")
@@ -201,7 +205,7 @@ def test_removing_a_host_asks_its_own_store(bare_host: Host, tmp_path: Path) -> 
         host.sync()
         moved.stop()
         said = host.ctl("node", "remove", "--remove-endpoints", status=1).err
-        assert "etcd cannot be reached" in said and len(calico_links()) == 2 and ping("a", B4)
+        assert "etcd cannot be reached" in said and len(calico_links()) == 2 and ping("a", B4, patience=PATIENT)
         moved.start()
         moved.await_ready()
         host.ctl("node", "remove", "--remove-endpoints")
@@ -281,7 +285,7 @@ def test_connections_from_a_link_local_address_end_too(pair: AgentHost) -> None:
             client = wait_for(lambda: inside("a", connected), "the connection")
             accepted, _ = server.accept()
             with client, accepted:
-                assert flows(client, accepted), change
+                assert flows(client, accepted, patience=PATIENT), change
                 make()
                 ends(client, accepted)
                 assert inside("a", connected) is None

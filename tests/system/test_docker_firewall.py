@@ -12,7 +12,7 @@ import pytest
 
 from tests.system.agent import LOG_DIR, AgentHost, outside_host
 from tests.system.support import Host, import_busybox, run, start_docker, wait_for
-from tests.system.traffic import ping, tcp
+from tests.system.traffic import PATIENT, ping, tcp
 
 A4, B4, C4 = "192.168.0.1", "192.168.0.2", "192.168.0.3"
 ALLOW = {"action": "allow"}
@@ -60,11 +60,11 @@ def ours(chain: str, command: str = "iptables") -> list[str]:
 
 
 def test_nothing_is_added_where_nothing_would_drop(pair: AgentHost) -> None:
-    assert ping("a", B4)
+    assert ping("a", B4, patience=PATIENT)
     assert "cali" not in run("sh", "-c", "iptables-save; ip6tables-save").out
     run("iptables", "-P", "FORWARD", "DROP")
     wait_for(lambda: len(ours("FORWARD")) == 2, "the rules")
-    assert ping("a", B4) and not ping("a", C4)
+    assert ping("a", B4, patience=PATIENT) and not ping("a", C4)
     run("iptables", "-P", "FORWARD", "ACCEPT")
     wait_for(lambda: not ours("FORWARD"), "the rules' end")
     run("ip6tables", "-A", "FORWARD", "-j", "REJECT")
@@ -112,13 +112,13 @@ def test_beside_a_docker_engine_that_comes_and_goes(pair: AgentHost, docker: sub
     # what an engine does that is there first, and switches forwarding on itself
     run("iptables", "-P", "FORWARD", "DROP")
     wait_for(lambda: len(ours("DOCKER-USER")) == 2, "the rules", 10)
-    assert ping("a", B4) and tcp("a", "b", B4)
+    assert ping("a", B4, patience=PATIENT) and tcp("a", "b", B4, patience=PATIENT)
     assert not ping("c", B4) and not ping("a", C4)
-    assert ping("a", "198.51.100.2")
+    assert ping("a", "198.51.100.2", patience=PATIENT)
 
     run("docker", "run", "--name", "own", "-tid", "busybox")
     address = run("docker", "inspect", "-f", "{{.NetworkSettings.IPAddress}}", "own").out.strip()
-    assert ping(None, address)
+    assert ping(None, address, patience=PATIENT)
     assert run("docker", "exec", "own", "ping", "-c", "1", "-W", "1", "198.51.100.2", check=False).status == 0
 
     run("iptables", "-F", "DOCKER-USER")
@@ -128,7 +128,7 @@ def test_beside_a_docker_engine_that_comes_and_goes(pair: AgentHost, docker: sub
 
     docker.terminate()
     docker.wait()
-    assert ping("a", B4)
+    assert ping("a", B4, patience=PATIENT)
     again = start_docker(FOLDER / "second", *WITH_FIREWALL, host=SOCKET)
     try:
         wait_for(lambda: len(ours("DOCKER-USER")) == 2 and ping("a", B4), "the rules", 10)

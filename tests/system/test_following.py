@@ -16,7 +16,7 @@ import pytest
 from tests.system.agent import ALLOW, B4, C4, AgentHost, holds, kernel
 from tests.system.proxy import Answer, Proxy, proxy_before
 from tests.system.support import Etcd, Host, run, wait_for
-from tests.system.traffic import ping
+from tests.system.traffic import PATIENT, ping
 
 
 def test_etcd_away_and_back(own_etcd: Etcd) -> None:
@@ -29,7 +29,7 @@ def test_etcd_away_and_back(own_etcd: Etcd) -> None:
     assert "cannot be reached" in away["etcd"]["error"]
     assert away["last_error"]["error"].startswith("etcd cannot be reached")
     assert "not reachable since" in host.ctl("status").out
-    assert ping("a", B4)
+    assert ping("a", B4, patience=PATIENT)
     # what it knows, it goes on to keep
     run("ip", "route", "delete", f"{B4}/32")
     wait_for(lambda: ping("a", B4), "the route")
@@ -65,13 +65,13 @@ def test_changes_that_etcd_has_forgotten(pair: AgentHost) -> None:
     wait_for(lambda: pair.status()["resyncs"] > 0, "reading anew")
     pair.sync()
     assert not ping("a", B4)
-    assert ping("a", C4)
+    assert ping("a", C4, patience=PATIENT)
     pair.kill_agent()
     for number in range(2000):
         pair.etcd.put(f"/calico/v1/policy/profile/p{number % 50}/tags", [str(number)])
     pair.profile("web", inbound=[ALLOW])
     pair.start_agent()
-    assert ping("a", B4)
+    assert ping("a", B4, patience=PATIENT)
 
 
 def test_a_store_that_is_not_ready(bare_host: Host) -> None:
@@ -98,13 +98,13 @@ def test_a_store_that_is_not_ready(bare_host: Host) -> None:
         # a store that is emptied takes nothing down
         host.etcd.delete("/calico")
         wait_for(lambda: host.status()["waiting_for"], "the agent to notice")
-        assert ping("a", B4)
+        assert ping("a", B4, patience=PATIENT)
         # nor does it open anything when the tables go meanwhile
         before = sorted(run("nft", "list", "table", "inet", "calico").out)
         run("nft", "flush", "ruleset")
         listing = ("nft", "list", "table", "inet", "calico")
         wait_for(lambda: sorted(run(*listing, check=False).out) == before, "the tables, made anew")
-        assert ping("a", B4)
+        assert ping("a", B4, patience=PATIENT)
     finally:
         agent.terminate()
         agent.communicate()
@@ -139,7 +139,7 @@ def test_a_directory_with_a_time_to_live(pair: AgentHost) -> None:
     directory = pair.key("b").rpartition("/endpoint/")[0]
     pair.etcd._request("PUT", directory, dir="true", prevExist="true", ttl="1000")
     pair.sync()
-    assert ping("a", B4)
+    assert ping("a", B4, patience=PATIENT)
     pair.etcd._request("PUT", directory, dir="true", prevExist="true", ttl="1")
     wait_for(lambda: not pair.etcd.tree(directory), "its end")
     pair.sync()
@@ -163,7 +163,7 @@ def test_a_record_that_moves_to_another_id(pair: AgentHost, order: str) -> None:
         pair.etcd.put(new, record)
     pair.sync()
     assert pair.endpoint_status(new)["status"] == "up" and pair.endpoint_status(old) is None
-    assert ping("a", B4)
+    assert ping("a", B4, patience=PATIENT)
 
 
 @contextmanager
@@ -227,7 +227,7 @@ def test_answers_that_make_no_sense_end_nothing(bare_host: Host) -> None:
             proxy.instead, proxy.answered = answer, 0
             host.etcd.put("/calico/v1/wake", what)
             wait_for(lambda: proxy.answered > 2, f"questions, answered with {what}")
-            assert ping("a", B4) and host.agent_runs(pid), f"{what}\n{host.log()}"
+            assert ping("a", B4, patience=PATIENT) and host.agent_runs(pid), f"{what}\n{host.log()}"
             proxy.instead = None
             host.set_profiles("b")
             wait_for(lambda: not ping("a", B4), f"the change after {what}\n{host.log()}")

@@ -15,6 +15,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 
@@ -25,6 +26,7 @@ from tests.system.agent import A4, ALLOW, B4, C4, AgentHost, holds, outside_host
 from tests.system.conftest import clear_host
 from tests.system.support import Etcd, links, run, wait_for
 from tests.system.traffic import (
+    PATIENT,
     QUICK,
     checksum,
     connect,
@@ -97,9 +99,9 @@ def test_what_no_rule_matches_is_dropped(net: AgentHost, version: int) -> None:
     assert not tcp("a", "b", B[version])
     assert not udp("a", "b", B[version], 80)
     inbound(net, ALLOW)
-    assert ping("a", B[version])
-    assert tcp("a", "b", B[version])
-    assert udp("a", "b", B[version], 80)
+    assert ping("a", B[version], patience=PATIENT)
+    assert tcp("a", "b", B[version], patience=PATIENT)
+    assert udp("a", "b", B[version], 80, patience=PATIENT)
 
 
 @BOTH
@@ -109,14 +111,14 @@ def test_outbound_rules_are_asked_as_well(net: AgentHost, version: int) -> None:
     assert not tcp("a", "b", B[version])
     assert not udp("a", "b", B[version], 80)
     outbound(net, {"action": "allow", "protocol": "tcp"})
-    assert tcp("a", "b", B[version])
+    assert tcp("a", "b", B[version], patience=PATIENT)
     assert not udp("a", "b", B[version], 80)
 
 
 @BOTH
 def test_without_a_profile_nothing_passes(net: AgentHost, version: int) -> None:
     inbound(net, ALLOW)
-    assert ping("a", B[version])
+    assert ping("a", B[version], patience=PATIENT)
     net.set_profiles("a")
     net.sync()
     assert not ping("a", B[version])
@@ -148,18 +150,18 @@ def test_protocols_ports_and_ranges(net: AgentHost, version: int, protocol: str)
 def test_cidrs(net: AgentHost, version: int) -> None:
     own, others = (f"{A4}/32", f"{C4}/32") if version == 4 else (f"{A6}/128", f"{C6}/128")
     inbound(net, {"action": "allow", "src_net": own})
-    assert ping("a", B[version])
+    assert ping("a", B[version], patience=PATIENT)
     assert not ping("c", B[version])
     assert not ping("a", B[10 - version]), "a CIDR of one IP version says nothing about the other"
     inbound(net, {"action": "allow", "src_net": others})
     assert not ping("a", B[version])
     outbound(net, {"action": "allow", "dst_net": "192.168.0.2/31" if version == 4 else f"{B6}/127"})
-    assert ping("a", B[version])
+    assert ping("a", B[version], patience=PATIENT)
     assert not ping("a", HOST[version])
     inbound(net, {"action": "allow", "src_net": "0.0.0.0/0" if version == 4 else "::/0"})
     net.profile("a")
     net.sync()
-    assert ping("a", B[version])
+    assert ping("a", B[version], patience=PATIENT)
     assert not ping("a", B[10 - version])
 
 
@@ -187,11 +189,11 @@ def test_icmp_is_for_ipv4_and_icmpv6_for_ipv6(net: AgentHost) -> None:
 def test_a_tag_is_all_addresses_of_all_endpoints_with_it(net: AgentHost, version: int) -> None:
     net.profile("a", tags=["friends", "a"])
     inbound(net, {"action": "allow", "src_tag": "friends"})
-    assert ping("a", B[version])
+    assert ping("a", B[version], patience=PATIENT)
     assert not ping("c", B[version])
     net.profile("c", tags=["friends"])
     net.sync()
-    assert ping("c", B[version])
+    assert ping("c", B[version], patience=PATIENT)
     net.profile("a", tags=[])
     net.sync()
     assert not ping("a", B[version])
@@ -201,7 +203,7 @@ def test_a_tag_is_all_addresses_of_all_endpoints_with_it(net: AgentHost, version
     nets = {"ipv4_nets": ["198.51.100.2/32"], "ipv6_nets": ["2001:db8:1::2/128"]}
     net.etcd.put(remote, {"state": "active", "profile_ids": ["c"], **nets})
     net.sync()
-    assert ping("outside", B[version])
+    assert ping("outside", B[version], patience=PATIENT)
     net.etcd.delete(remote)
     net.sync()
     assert not ping("outside", B[version])
@@ -210,14 +212,14 @@ def test_a_tag_is_all_addresses_of_all_endpoints_with_it(net: AgentHost, version
 def test_a_tag_that_is_a_number(net: AgentHost) -> None:
     net.profile("a", tags=["1"])
     inbound(net, {"action": "allow", "src_tag": 1})
-    assert tcp("a", "b", B4) and not tcp("c", "b", B4)
+    assert tcp("a", "b", B4, patience=PATIENT) and not tcp("c", "b", B4)
 
 
 @BOTH
 def test_a_tag_as_destination(net: AgentHost, version: int) -> None:
     net.profile("c", inbound=[ALLOW])
     outbound(net, {"action": "allow", "dst_tag": "b"})
-    assert ping("a", B[version])
+    assert ping("a", B[version], patience=PATIENT)
     assert not ping("a", C4 if version == 4 else C6)
 
 
@@ -225,18 +227,18 @@ def test_a_tag_as_destination(net: AgentHost, version: int) -> None:
 def test_profiles_and_rules_are_asked_in_order(net: AgentHost, version: int) -> None:
     deny = {"action": "deny", "protocol": "tcp", "dst_ports": [81]}
     inbound(net, deny, {"action": "allow", "protocol": "tcp"})
-    assert tcp("a", "b", B[version], 80)
+    assert tcp("a", "b", B[version], 80, patience=PATIENT)
     assert not tcp("a", "b", B[version], 81)
     inbound(net, {"action": "allow", "protocol": "tcp"}, deny)
-    assert tcp("a", "b", B[version], 81)
+    assert tcp("a", "b", B[version], 81, patience=PATIENT)
     net.profile("first", inbound=[deny])
     net.set_profiles("b", "first", "b")
     net.sync()
     assert not tcp("a", "b", B[version], 81)
-    assert tcp("a", "b", B[version], 80), "what the first does not decide, the second does"
+    assert tcp("a", "b", B[version], 80, patience=PATIENT), "what the first does not decide, the second does"
     net.set_profiles("b", "b", "first")
     net.sync()
-    assert tcp("a", "b", B[version], 81)
+    assert tcp("a", "b", B[version], 81, patience=PATIENT)
 
 
 @BOTH
@@ -257,7 +259,7 @@ def test_a_profile_that_is_not_there_or_cannot_be_read_denies(net: AgentHost, ve
         else:
             net.etcd.put("/calico/v1/policy/profile/bad/rules", text)
         net.sync()
-        assert ping("a", B[version]), "an earlier profile has decided"
+        assert ping("a", B[version], patience=PATIENT), "an earlier profile has decided"
         net.set_profiles("b", "bad", "b")
         net.sync()
         assert not ping("a", B[version]), "a later profile is not asked"
@@ -274,13 +276,13 @@ def test_a_profile_that_is_not_there_or_cannot_be_read_denies(net: AgentHost, ve
     assert "profile nowhere" in net.status()["endpoints_in_trouble"][0]["reason"]
     net.profile("nowhere", inbound=[ALLOW])
     net.sync()
-    assert ping("a", B[version])
+    assert ping("a", B[version], patience=PATIENT)
     assert net.status()["endpoints_in_trouble"] == []
 
 
 def test_rules_that_only_a_human_would_write(net: AgentHost) -> None:
     inbound(net, {"action": "log"}, {"protocol": "icmp", "src_tag": None})
-    assert ping("a", B4), "log goes on to the next rule; a missing action means allow"
+    assert ping("a", B4, patience=PATIENT), "log goes on to the next rule; a missing action means allow"
     inbound(net, {"action": "allow", "src_net": "fd00::/8", "dst_net": "10.0.0.0/8"})
     assert not ping("a", B4) and net.status()["problems"] == [], "it matches nothing, and is no error"
     strange = 'x"; drop\n\u0000-%s/../' + "é" * 60
@@ -292,7 +294,7 @@ def test_rules_that_only_a_human_would_write(net: AgentHost) -> None:
         net.etcd.put(f"/calico/v1/policy/profile/{name}/rules", {"inbound_rules": [ALLOW], "outbound_rules": [ALLOW]})
         net.set_profiles("b", name)
         net.sync()
-        assert ping("a", B4), name
+        assert ping("a", B4, patience=PATIENT), name
 
 
 def random_rule(chance: random.Random) -> dict:
@@ -321,17 +323,19 @@ def random_rule(chance: random.Random) -> dict:
 def probes_of(source: str, target: str, odd: int) -> list[tuple[str, int | None, int | None, str, str, Callable]]:
     """Return packets from one namespace to another: protocol, ports, addresses, and what tells whether it passes.
 
+    That one is given the patience with which to wait for an answer.
+
     `odd` tells apart the two that send to one target at the same time.
     """
     (source4, source6), (target4, target6) = ADDRESSES[source], ADDRESSES[target]
     own = ord(target) - ord("a")  # for the two that one sends at the same time
     return [
-        ("tcp", 80 + odd, 3333 + own, source4, target4, lambda: tcp(source, target, target4, 80 + odd, 3333 + own)),
-        ("tcp", 81 + odd, 3600 + own, source6, target6, lambda: tcp(source, target, target6, 81 + odd, 3600 + own)),
-        ("udp", 80 + odd, 3450 + own, source4, target4, lambda: udp(source, target, target4, 80 + odd, 3450 + own)),
-        ("udp", 81 + odd, 3333 + own, source6, target6, lambda: udp(source, target, target6, 81 + odd, 3333 + own)),
-        ("icmp", None, None, source4, target4, lambda: ping(source, target4)),
-        ("icmpv6", None, None, source6, target6, lambda: ping(source, target6)),
+        ("tcp", 80 + odd, 3333 + own, source4, target4, partial(tcp, source, target, target4, 80 + odd, 3333 + own)),
+        ("tcp", 81 + odd, 3600 + own, source6, target6, partial(tcp, source, target, target6, 81 + odd, 3600 + own)),
+        ("udp", 80 + odd, 3450 + own, source4, target4, partial(udp, source, target, target4, 80 + odd, 3450 + own)),
+        ("udp", 81 + odd, 3333 + own, source6, target6, partial(udp, source, target, target6, 81 + odd, 3333 + own)),
+        ("icmp", None, None, source4, target4, partial(ping, source, target4)),
+        ("icmpv6", None, None, source6, target6, partial(ping, source, target6)),
     ]
 
 
@@ -357,9 +361,13 @@ def test_trace_and_the_data_plane_agree(net: AgentHost) -> None:
             probes = []
             for index, (source, target) in enumerate(pairs):
                 probes += chance.sample(probes_of(source, target, 2 * (index % 2)), 3)
-            real = list(pool.map(lambda probe: probe[-1](), probes))
-            for (protocol, port, source_port, source, target, _), passed in zip(probes, real):
-                found = trace(datastore, source, target, protocol, port, source_port)
+            computed = [
+                trace(datastore, source, target, protocol, port, source_port)
+                for protocol, port, source_port, source, target, _ in probes
+            ]
+            patience = [PATIENT if found.allowed else QUICK for found in computed]
+            real = list(pool.map(lambda probe, patience: probe[-1](patience=patience), probes, patience))
+            for found, passed in zip(computed, real):
                 assert found.allowed == passed, (number, found)
                 seen[tuple(decision.allowed for decision in found.decisions)] += 1
     assert min(seen[True, True], seen[True, False], seen[False,]) > 50, "all three must come up"
@@ -629,22 +637,22 @@ def test_an_interface_that_the_table_does_not_know_passes_nothing(net: AgentHost
 @BOTH
 def test_from_the_host_everything_is_allowed(net: AgentHost, version: int) -> None:
     inbound(net)
-    assert ping(None, B[version])
-    assert tcp(None, "b", B[version])
-    assert udp(None, "b", B[version], 80)
+    assert ping(None, B[version], patience=PATIENT)
+    assert tcp(None, "b", B[version], patience=PATIENT)
+    assert udp(None, "b", B[version], 80, patience=PATIENT)
     net.set_profiles("b")
     net.sync()
-    assert ping(None, B[version])
+    assert ping(None, B[version], patience=PATIENT)
 
 
 @BOTH
 def test_to_the_host_the_outbound_rules_and_the_hosts_action_decide(net: AgentHost, version: int) -> None:
     net.sync()
-    assert tcp("a", None, HOST[version])
+    assert tcp("a", None, HOST[version], patience=PATIENT)
     outbound(net, {"action": "deny"})
     assert not tcp("a", None, HOST[version])
     assert not ping("a", HOST[version])
-    assert udp("a", None, HOST[version], 53), "DNS is always allowed"
+    assert udp("a", None, HOST[version], 53, patience=PATIENT), "DNS is always allowed"
     assert not tcp("a", None, HOST[version], 53)
     assert not udp("a", None, HOST[version], 54)
     outbound(net, ALLOW)
@@ -652,10 +660,10 @@ def test_to_the_host_the_outbound_rules_and_the_hosts_action_decide(net: AgentHo
         net.etcd.put("/calico/v1/host/host1/config/DefaultEndpointToHostAction", action)
         net.sync()
         assert tcp("a", None, HOST[version]) == allowed, action
-        assert udp("a", None, HOST[version], 53), action
+        assert udp("a", None, HOST[version], 53, patience=PATIENT), action
     net.etcd.put("/calico/v1/host/host1/config/DefaultEndpointToHostAction", "DROP")
     net.sync()
-    assert tcp(None, "b", B[version]), "answers to the host are not the endpoint's packets to it"
+    assert tcp(None, "b", B[version], patience=PATIENT), "answers to the host are not the endpoint's packets to it"
 
 
 @BOTH
@@ -667,7 +675,7 @@ def test_the_hosts_own_firewall_has_the_last_word_about_the_host(net: AgentHost,
     )
     try:
         net.sync()
-        assert tcp("a", None, HOST[version], 80)
+        assert tcp("a", None, HOST[version], 80, patience=PATIENT)
         assert not tcp("a", None, HOST[version], 81)
     finally:
         run("nft", "delete table inet hosts")
@@ -676,11 +684,11 @@ def test_the_hosts_own_firewall_has_the_last_word_about_the_host(net: AgentHost,
 @BOTH
 def test_beyond_the_host(net: AgentHost, version: int) -> None:
     net.sync()
-    assert ping("a", OUTSIDE[version])
-    assert tcp("a", "outside", OUTSIDE[version])
+    assert ping("a", OUTSIDE[version], patience=PATIENT)
+    assert tcp("a", "outside", OUTSIDE[version], patience=PATIENT)
     assert not tcp("outside", "b", B[version])
     inbound(net, {"action": "allow", "src_net": "198.51.100.0/24" if version == 4 else "2001:db8:1::/64"})
-    assert tcp("outside", "b", B[version])
+    assert tcp("outside", "b", B[version], patience=PATIENT)
     assert not tcp("a", "b", B[version])
 
 
@@ -722,12 +730,12 @@ def test_a_change_takes_effect_on_open_connections_that_it_denies_and_no_others(
     allow_80, allow_81 = ({"action": "allow", "protocol": "tcp", "dst_ports": [port]} for port in (80, 81))
     inbound(net, allow_80, allow_81)
     with connection("a", "b", B[version], 80) as kept, connection("a", "b", B[version], 81) as ended:
-        assert flows(*kept) and flows(*ended)
+        assert flows(*kept, patience=PATIENT) and flows(*ended, patience=PATIENT)
         inbound(net, allow_80)
         ends(*ended)
-        assert flows(*kept)
+        assert flows(*kept, patience=PATIENT)
         inbound(net, allow_80, allow_81)
-        assert flows(*kept)
+        assert flows(*kept, patience=PATIENT)
     with connection("a", "b", B[version], 80) as ended:
         net.set_profiles("b", "c")
         net.sync()
@@ -741,11 +749,11 @@ def test_a_tag_that_is_lost_ends_connections(net: AgentHost, version: int) -> No
     net.profile("c", tags=["friends"])
     inbound(net, {"action": "allow", "src_tag": "friends"})
     with connection("a", "b", B[version], 80) as ended, connection("c", "b", B[version], 81) as kept:
-        assert flows(*ended) and flows(*kept)
+        assert flows(*ended, patience=PATIENT) and flows(*kept, patience=PATIENT)
         net.profile("a", tags=[])
         net.sync()
         ends(*ended)
-        assert flows(*kept)
+        assert flows(*kept, patience=PATIENT)
 
 
 @BOTH
@@ -760,7 +768,7 @@ def test_a_tag_that_an_endpoint_elsewhere_loses_ends_connections(net: AgentHost,
         inbound(net, friends)
         ends(*stranger)  # and with it what these changes made the agent look at
     with connection("outside", "b", B[version], 80) as ended:
-        assert flows(*ended)
+        assert flows(*ended, patience=PATIENT)
         net.etcd.delete(key)
         ends(*ended)
 
@@ -769,12 +777,12 @@ def test_a_tag_that_an_endpoint_elsewhere_loses_ends_connections(net: AgentHost,
 def test_an_outbound_rule_ends_connections(net: AgentHost, version: int) -> None:
     outbound(net, ALLOW)
     with connection("a", "b", B[version], 80) as ended, connection("a", None, HOST[version], 81) as host:
-        assert flows(*ended) and flows(*host)
+        assert flows(*ended, patience=PATIENT) and flows(*host, patience=PATIENT)
         with connection(None, "a", A[version], 82) as from_host:
             outbound(net, {"action": "deny"})
             ends(*ended)
             ends(*host)
-            assert flows(*from_host), "the host may always connect"
+            assert flows(*from_host, patience=PATIENT), "the host may always connect"
 
 
 def test_the_hosts_action_ends_connections(net: AgentHost) -> None:
@@ -782,7 +790,7 @@ def test_the_hosts_action_ends_connections(net: AgentHost) -> None:
     with connection("a", None, HOST[4], 81) as ended, connection(None, "a", A4, 82) as kept:
         net.etcd.put("/calico/v1/host/host1/config/DefaultEndpointToHostAction", "DROP")
         ends(*ended)
-        assert flows(*kept)
+        assert flows(*kept, patience=PATIENT)
 
 
 def test_an_address_that_another_endpoint_takes_over_brings_no_connections_along(net: AgentHost) -> None:
@@ -853,7 +861,7 @@ def test_what_answers_pings_is_forgotten(net: AgentHost, version: int) -> None:
         return [line for line in listing.splitlines() if line.startswith("icmp") and f"dst={B[version]} " in line]
 
     inbound(net, ALLOW)
-    assert ping("a", B[version])
+    assert ping("a", B[version], patience=PATIENT)
     assert flows_to_b()
     inbound(net)
     wait_for(lambda: not flows_to_b(), "the flow's end", 10)
@@ -893,6 +901,6 @@ def test_a_tcp_packet_that_starts_no_connection_is_dropped(net: AgentHost) -> No
     inbound(net, ALLOW)
     run("sysctl", "-q", "-w", "net.netfilter.nf_conntrack_tcp_loose=1")
     with connection("a", "b", B4, 80) as pair:
-        assert flows(*pair)
+        assert flows(*pair, patience=PATIENT)
         run("conntrack", "-D", "-s", A4, "-d", B4, "-p", "tcp", "--dport", "80")
         assert not flows(*pair)

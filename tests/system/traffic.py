@@ -20,7 +20,10 @@ from tests.system.support import run, wait_for
 T = TypeVar("T")
 
 QUICK = 0.4
-"""Seconds in which a packet that passes has long been answered."""
+"""Seconds in which a packet that passes has long been answered, but on a machine that stalls."""
+
+PATIENT = 3.0
+"""Seconds to wait for an answer to a packet that must pass. Only one is sent: nothing makes up for one that is lost."""
 
 
 def inside(namespace: str | None, work: Callable[[], T]) -> T:
@@ -66,12 +69,14 @@ def listener(namespace: str | None, address: str, port: int) -> Iterator[socket.
         yield server
 
 
-def connect(namespace: str | None, address: str, port: int, source_port: int = 0) -> socket.socket | None:
+def connect(
+    namespace: str | None, address: str, port: int, source_port: int = 0, patience: float = QUICK
+) -> socket.socket | None:
     """Return a TCP connection from a namespace, or None when nothing came back."""
 
     def make() -> socket.socket | None:
         client = socket.socket(family_of(address), socket.SOCK_STREAM)
-        client.settimeout(QUICK)
+        client.settimeout(patience)
         client.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if source_port:
             client.bind(("", source_port))
@@ -85,10 +90,17 @@ def connect(namespace: str | None, address: str, port: int, source_port: int = 0
     return inside(namespace, make)
 
 
-def tcp(source: str | None, target: str | None, address: str, port: int = 80, source_port: int = 0) -> bool:
+def tcp(
+    source: str | None,
+    target: str | None,
+    address: str,
+    port: int = 80,
+    source_port: int = 0,
+    patience: float = QUICK,
+) -> bool:
     """Tell whether a TCP connection from one namespace to an address of another can be made."""
     with listener(target, address, port):
-        client = connect(source, address, port, source_port)
+        client = connect(source, address, port, source_port, patience)
         if client is None:
             return False
         reset_on_close(client)  # so that the port can be used again at once
@@ -101,7 +113,14 @@ def reset_on_close(connected: socket.socket) -> None:
     connected.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
 
-def udp(source: str | None, target: str | None, address: str, port: int = 53, source_port: int = 0) -> bool:
+def udp(
+    source: str | None,
+    target: str | None,
+    address: str,
+    port: int = 53,
+    source_port: int = 0,
+    patience: float = QUICK,
+) -> bool:
     """Tell whether a UDP packet gets there, and its answer back."""
 
     def make(bound: tuple[str, int] | None) -> socket.socket:
@@ -117,27 +136,27 @@ def udp(source: str | None, target: str | None, address: str, port: int = 53, so
     ):
         with contextlib.suppress(PermissionError):
             client.sendto(b"ping", (address, port))
-        if not select.select([server], [], [], QUICK)[0]:
+        if not select.select([server], [], [], patience)[0]:
             return False
         _, sender = server.recvfrom(100)
         server.sendto(b"pong", sender)
-        return bool(select.select([client], [], [], QUICK)[0])
+        return bool(select.select([client], [], [], patience)[0])
 
 
-def ping(source: str | None, address: str) -> bool:
+def ping(source: str | None, address: str, patience: float = QUICK) -> bool:
     """Tell whether an echo request is answered."""
     prefix = ["ip", "netns", "exec", source] if source else []
-    return run(*prefix, "ping", "-n", "-c", "1", "-W", str(QUICK), address, check=False).status == 0
+    return run(*prefix, "ping", "-n", "-c", "1", "-W", str(patience), address, check=False).status == 0
 
 
-def flows(client: socket.socket, server: socket.socket) -> bool:
+def flows(client: socket.socket, server: socket.socket, patience: float = QUICK) -> bool:
     """Tell whether a connection still carries data, in both directions."""
     for one, other in ((client, server), (server, client)):
         try:
             one.send(b"x")
         except OSError:
             return False
-        if not select.select([other], [], [], QUICK)[0]:
+        if not select.select([other], [], [], patience)[0]:
             return False
         try:
             if not other.recv(100):
@@ -158,7 +177,7 @@ def connection(
 ) -> Iterator[tuple[socket.socket, socket.socket]]:
     """An open TCP connection: the client's socket, and the server's."""
     with listener(target, address, port) as server:
-        client = connect(source, address, port)
+        client = connect(source, address, port, patience=PATIENT)
         assert client is not None, "the connection could not be made"
         accepted, _ = server.accept()
         with client, accepted:
