@@ -14,6 +14,7 @@ upkeep.py.
 
 from __future__ import annotations
 
+import os
 import uuid
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -581,7 +582,7 @@ def _adopt(scene: Scene, wish: Wish, interface: str) -> tuple[IPAddress | None, 
     Without one that fits, the address is None and the id a new one.
     """
     workload = scene.workload
-    kept, kept_id = None, EndpointId(scene.datastore.host, workload.orchestrator, workload.id, uuid.uuid1().hex)
+    kept, kept_id = None, EndpointId(scene.datastore.host, workload.orchestrator, workload.id, _new_endpoint())
     for address, owner in scene.held.items():
         id = EndpointId(scene.datastore.host, workload.orchestrator, workload.id, _endpoint_of(owner) or "")
         if kept is None and id.endpoint and wish.fits(address) and owner == owner_of(workload, id, interface):
@@ -659,6 +660,14 @@ def owner_of(workload: Workload, id: EndpointId, interface: str) -> Owner:
             "namespace": workload.path,
         },
     )
+
+
+def _new_endpoint() -> str:
+    """Return a new endpoint id, which has the form of a UUID of version 1.
+
+    Its first digits, which name the interface, would be the time in a real one, and the same for two commands at once.
+    """
+    return uuid.UUID(bytes=os.urandom(16), version=1).hex
 
 
 def _endpoint_of(owner: Owner) -> str | None:

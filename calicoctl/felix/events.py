@@ -33,6 +33,9 @@ LONG_POLL = 10.0
 """Seconds that one wait for a change of the store takes at most. A member that hangs costs as long, before others are
 asked; a store that hangs as a whole is found away after this and the store client's own patience."""
 
+AWAY_POLL = 2.0
+"""Seconds that such a wait takes while the store could not be reached before."""
+
 LONGEST_PAUSE = 5.0
 """Seconds between two attempts to reach the store, at most."""
 
@@ -192,7 +195,9 @@ class StoreEvents(_Source):
                     del entries
                     changes: list[Change] = []
                 else:
-                    changes, index = self._datastore.watch(self._directory, index, LONG_POLL)
+                    # a short one to find out whether the store is back, and then say so
+                    seconds = AWAY_POLL if away else LONG_POLL
+                    changes, index = self._datastore.watch(self._directory, index, seconds)
                 if away:
                     self._events.put(StoreBack(self._directory))
                     pause, away = 0.0, False
