@@ -51,8 +51,9 @@ docs: $(VENV)/ready
 unit: $(VENV)/ready
 	$(VENV)/bin/pytest tests/unit $(ARGS)
 
+# two hosts at a time: most of the time, tests wait
 system: $(VENV)/ready
-	tests/sandbox $(VENV)/bin/pytest tests/system $(ARGS)
+	$(VENV)/bin/pytest --tx '2*popen//python=tests/sandboxed-python' --dist loadfile tests/system $(ARGS)
 
 # what `make install` does, in a place of its own, and taken away again
 installed: packages

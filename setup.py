@@ -30,7 +30,7 @@ setup(
         "tqdm>=4.60,<5",
     ],
     extras_require={
-        "test": ["pytest>=7", "hypothesis>=6"],
+        "test": ["pytest>=7", "pytest-xdist>=3", "hypothesis>=6"],
         "lint": ["ruff>=0.6,<1", "mypy>=1.8"],
     },
     entry_points={"console_scripts": ["calicoctl=calicoctl.cli:entry"]},

@@ -199,7 +199,7 @@ def _hosts(words: list[str]) -> list[str]:
 def _peers(words: list[str]) -> list[str]:
     datastore = DatastoreClient.from_environment()
     host = datastore.host if words[0] == "node" else None
-    return [peer.ip for version in (4, 6) for peer in datastore.bgp_peers(version, host)]
+    return [peer.ip for version in (4, 6) for peer in datastore.readable_bgp_peers(version, host)[0]]
 
 
 def _tags(words: list[str]) -> list[str]:

@@ -32,7 +32,7 @@ from calicoctl.datastore import keys
 from calicoctl.datastore.client import DEFAULT_AS_NUMBER, DatastoreClient
 from calicoctl.datastore.model import Peer
 from calicoctl.errors import NotThere, printable
-from calicoctl.output import print_json, print_table, wants_json
+from calicoctl.output import print_json, print_table, wants_json, warn
 
 
 def run(argv: list[str]) -> None:
@@ -68,7 +68,12 @@ def _show(arguments: dict[str, Any], host: str | None) -> None:
     as_json = wants_json(arguments)
     datastore = DatastoreClient.from_environment()
     versions = [v for v, other in ((4, "--ipv6"), (6, "--ipv4")) if not arguments[other]]
-    found = [peer for version in versions for peer in datastore.bgp_peers(version, host)]
+    found: list[Peer] = []
+    for version in versions:
+        peers, problems = datastore.readable_bgp_peers(version, host)
+        found += peers
+        for problem in problems:
+            warn(f"Warning: {problem}")
     if as_json:
         print_json([peer.to_dict() for peer in found])
     else:

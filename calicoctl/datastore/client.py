@@ -240,12 +240,17 @@ class DatastoreClient:
 
     # BGP
 
-    def bgp_peers(self, version: int, host: str | None = None) -> list[Peer]:
-        """Return the BGP peers of all hosts, or of one host alone, in order of address."""
+    def readable_bgp_peers(self, version: int, host: str | None = None) -> tuple[list[Peer], list[InvalidValue]]:
+        """Return the BGP peers of all hosts, or of one alone, in order of address, and what is wrong with others."""
         from calicoctl.addresses import parse_address
 
-        peers = [Peer.from_json(e.value, e.key) for e in self._store.tree(keys.bgp_peers(version, host))]
-        return sorted(peers, key=lambda peer: parse_address(peer.ip))
+        peers, problems = [], []
+        for entry in self._store.tree(keys.bgp_peers(version, host)):
+            try:
+                peers.append(Peer.from_json(entry.value, entry.key))
+            except InvalidValue as problem:
+                problems.append(problem)
+        return sorted(peers, key=lambda peer: parse_address(peer.ip)), problems
 
     def put_bgp_peer(self, peer: Peer, host: str | None = None) -> bool:
         """Write a BGP peer; tell whether it was missing, or had another AS number."""

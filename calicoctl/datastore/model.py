@@ -278,18 +278,16 @@ class Peer:
     @classmethod
     def from_json(cls, text: str, key: str) -> Peer:
         """Read the value of `key`; raise InvalidValue."""
-        from calicoctl.addresses import parse_address
+        from calicoctl.addresses import parse_address, parse_as_number
         from calicoctl.errors import CalicoError
 
         data = load_object(text, key)
         try:
             ip = str(parse_address(str(data.pop("ip", None))))
+            as_num = parse_as_number(str(data.pop("as_num", None)))
         except CalicoError as error:
             raise InvalidValue(key, str(error)) from None
-        as_num = data.pop("as_num", None)
-        if not isinstance(as_num, (str, int)) or isinstance(as_num, bool):
-            raise InvalidValue(key, '"as_num" should be a string')
-        return cls(ip, str(as_num), data)
+        return cls(ip, as_num, data)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the peer as it stands in the store."""

@@ -28,7 +28,9 @@ from tests.system.support import (
 HOME = Path("/run/calico-tests")
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("dist", "no") != "no":
+        return  # this process only hands the tests out, to others on hosts of their own
     # where the shell has started us in the background, it is ignored, and commands would inherit that
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if os.getpid() > 100 or Path("/run/systemd").exists():
