@@ -135,6 +135,25 @@ class Namespace:
         with _explained(f"{self.name}: reading its interfaces"):
             return self.run(inspect)
 
+    def other_end(self, own: Interface) -> Interface | None:
+        """Return the host's interface that one of this namespace is paired with, or None where it is elsewhere.
+
+        Indices alone do not tell: whoever is in the namespace may choose them.
+        """
+        from pyroute2.iproute.linux import IPRoute
+        from pyroute2.netlink.exceptions import NetlinkError
+
+        if own.peer_index is None:
+            return None
+        with _explained("reading this host's interfaces"), IPRoute() as netlink:
+            try:
+                link = netlink.get_links(own.peer_index)[0]
+            except (NetlinkError, IndexError):
+                return None
+            host_end = _interface(link)
+            is_pair = host_end.kind == "veth" and host_end.peer_index == own.index
+            return host_end if is_pair and _leads_to(netlink, link, self._fd) else None
+
     def ipv6_is_off(self, interface: str) -> bool:
         """Tell whether IPv6 is switched off for an interface, as Docker does for all of a container's."""
         with _explained(f"{self.name}: reading whether {interface} has IPv6"):
@@ -238,26 +257,11 @@ def placed(namespaces: Mapping[str, str]) -> dict[str, bool]:
 
     found = {}
     with _explained("reading this host's interfaces"), IPRoute() as netlink:
-        ids = {link.get_attr("IFLA_IFNAME"): link.get_attr("IFLA_LINK_NETNSID") for link in netlink.get_links()}
-        for interface in namespaces.keys() & ids.keys():
-            with suppress(OSError), open(namespaces[interface], "rb") as file:
-                found[interface] = netlink.get_netnsid(fd=file.fileno())["nsid"] == ids[interface]
+        links = {link.get_attr("IFLA_IFNAME"): link for link in netlink.get_links()}
+        for interface in namespaces.keys() & links.keys():
+            with suppress(NamespaceError), Namespace(namespaces[interface], interface) as namespace:
+                found[interface] = _leads_to(netlink, links[interface], namespace.fileno())
     return found
-
-
-def other_end(interface: Interface) -> str | None:
-    """Return the name of the host's interface that one in a namespace is paired with, or None where it is elsewhere."""
-    from pyroute2.iproute.linux import IPRoute
-    from pyroute2.netlink.exceptions import NetlinkError
-
-    if interface.peer_index is None:
-        return None
-    with _explained("reading this host's interfaces"), IPRoute() as netlink:
-        try:
-            host_end = _interface(netlink.get_links(interface.peer_index)[0])
-        except (NetlinkError, IndexError):
-            return None
-        return host_end.name if host_end.peer_index == interface.index else None
 
 
 def delete_interface(name: str) -> bool:
@@ -347,6 +351,12 @@ def _faces_outside(link: Any) -> bool:
     interface = _interface(link)
     inside = ("docker", "br-", "virbr", "cali")
     return not (link["flags"] & _LOOPBACK or interface.kind == "bridge" or interface.name.startswith(inside))
+
+
+def _leads_to(netlink: IPRoute, link: Any, namespace: int) -> bool:
+    """Tell whether the other end of a link of this namespace's, read before, is in one that a descriptor is open of."""
+    id = link.get_attr("IFLA_LINK_NETNSID")
+    return id is not None and bool(netlink.get_netnsid(fd=namespace)["nsid"] == id)
 
 
 def _interface(link: Any) -> Interface:

@@ -52,7 +52,7 @@ def is_looked_after(orchestrator: str, workload: str) -> bool:
     """Tell whether a workload is of a kind whose coming and going can be told: not one of another tool's."""
     if orchestrator == DOCKER:
         return re.fullmatch("[0-9a-f]{64}", workload) is not None
-    return orchestrator == NAMESPACE and workload.startswith("-")
+    return orchestrator == NAMESPACE and workload.startswith("-") and "\0" not in workload
 
 
 def look_after(
@@ -64,7 +64,8 @@ def look_after(
 ) -> list[Act]:
     """Bring what a workload has on the network in line with what has become of the workload; return what was done.
 
-    `may_forget` is asked whether one that is away or gone is to be forgotten now; else it is inactive meanwhile.
+    `may_forget` is told what has become of the workload, and says whether one that is away or gone is to be forgotten
+    now; else it is inactive meanwhile.
     `removed` tells that the engine has told of the removal of this very container.
 
     Raises Conflict when somebody else is changing the workload, DockerUnavailable or NamespaceError when it could not
@@ -89,8 +90,9 @@ def look_after(
         standing, workload = look_up(orchestrator, id, path, _started(lock, path, records))
         if standing is Standing.GONE and not removed:
             _refuse_alive(workload, records)
+        forget = may_forget(standing)
         if standing in (Standing.AWAY, Standing.GONE):
-            if may_forget(standing):
+            if forget:
                 return _forget(datastore, workload, lock, records, held)
             acts = _set_inactive(datastore, workload, records, standing)
             if not lock.name():  # after a reboot

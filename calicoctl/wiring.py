@@ -431,10 +431,17 @@ class Scene:
         host_end = netns.find_interface(self.record.id.interface) if self.record is not None else None
         if host_end is None or not (host_end.up or also_down):
             return None
-        for interface in self._inspection.interfaces.values():
-            if (interface.index, interface.peer_index) == (host_end.peer_index, host_end.index):
+        for interface, other_end in self._pairs():
+            if other_end.index == host_end.index:
                 return interface.name
         return None
+
+    def _pairs(self) -> Iterator[tuple[netns.Interface, netns.Interface]]:
+        """Give the interfaces of the namespace that are paired with one of the host's, and that one."""
+        for interface in list(self._inspection.interfaces.values()):
+            other_end = self.namespace.other_end(interface)
+            if other_end is not None:
+                yield interface, other_end
 
     def only_record(self) -> Endpoint:
         """Return the workload's endpoint; raise NotThere when it has none."""
@@ -461,12 +468,10 @@ class Scene:
 
     def remove_orphans(self) -> None:
         """Delete pairs of endpoints that nobody knows of any more: the store has been emptied, or set back."""
-        for interface in list(self._inspection.interfaces.values()):
-            name = netns.other_end(interface) or ""
-            host_end = netns.find_interface(name) if name.startswith("cali") else None
+        for _, host_end in self._pairs():
             # one that is down may be another command's, which has got no further
-            if host_end is not None and host_end.up and not self.datastore.knows_interface(name):
-                netns.delete_interface(name)
+            if host_end.name.startswith("cali") and host_end.up and not self.datastore.knows_interface(host_end.name):
+                netns.delete_interface(host_end.name)
                 self.look_again()
 
     def remove_remains(self, record: Endpoint) -> None:
@@ -476,8 +481,8 @@ class Scene:
         """
         if self.plugged() is not None:  # whoever renamed it has named it back just now
             raise Conflict(f"{self.workload.name} has its interface back; look again")
-        names = [netns.other_end(own) or "" for own in self._inspection.interfaces.values() if own.mac == record.mac]
-        renamed = [name for name in names if name and not name.startswith("cali")]  # such would be another endpoint's
+        names = [host_end.name for own, host_end in self._pairs() if own.mac == record.mac]
+        renamed = [name for name in names if not name.startswith("cali")]  # such would be another endpoint's
         for name in (record.id.interface, *renamed):
             if netns.delete_interface(name):
                 self.look_again()
@@ -496,12 +501,11 @@ class Scene:
 
     def refuse_other_endpoint(self) -> None:
         """Raise CalicoError when the namespace is connected already, as another workload: by another path, say."""
-        for interface in self._inspection.interfaces.values():
-            host_end = netns.other_end(interface)
-            if host_end is not None and host_end.startswith("cali"):
+        for interface, host_end in self._pairs():
+            if host_end.name.startswith("cali"):
                 raise CalicoError(
                     f"{self.workload.name} has already been configured with Calico Networking: its interface "
-                    f"{interface.name} is that of the endpoint with {host_end}."
+                    f"{interface.name} is that of the endpoint with {host_end.name}."
                 )
 
     def refuse_default_route(self, version: int, but_through: str | None = None) -> None:

@@ -120,6 +120,7 @@ def _await_agent(datastore: DatastoreClient, workload: Workload, patience: float
                 return
             # of a container that was there before, this may be about its last interface, or a dead agent's word
             datastore.touch_endpoint(id)
+            current = False
         asked = True
         if time.monotonic() > give_up:
             break

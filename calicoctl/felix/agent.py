@@ -103,7 +103,7 @@ class Agent:
         self._released: set[str] = set()
         """Interfaces that an endpoint has given up."""
         self._lister = connections.Lister(self._events.put)
-        self._keeper = Keeper(datastore(), self._events.put)
+        self._keeper = Keeper(datastore, self._events.put)
         self._clean_up = True
         self._retry_at = 0.0
         self._tick_at = 0.0

@@ -1,8 +1,11 @@
 """Looks after workloads: those that start again, stop, are removed, and what commands that were cut short have left.
 
-A thread of its own, since it waits: for locks, for the Docker Engine, for the store. What tells of a workload, the
-engine's events, a namespace's name that comes or goes, an interface that an endpoint lacks, only makes it look; what
-is to be done follows from what it finds then, under the workload's lock (upkeep.py). The agent's loop is told.
+What tells of a workload, the engine's events, a namespace's name that comes or goes, an interface that an endpoint
+lacks, only makes it be looked at; what is to be done follows from what is found then, under the workload's lock
+(upkeep.py). The agent's loop is told.
+
+One thread decides what is looked at and when. The looking is done by a few others, since they wait: for the store, for
+the Docker Engine. An engine that hangs, or does so for one container, keeps no namespace waiting.
 """
 
 from __future__ import annotations
@@ -13,13 +16,15 @@ import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, Callable
 
 from calicoctl import locks, upkeep
-from calicoctl.errors import CalicoError, Conflict, DockerUnavailable, NamespaceError, StoreUnavailable
+from calicoctl.errors import CalicoError, Conflict, DockerUnavailable, NamespaceError, StoreUnavailable, printable
 from calicoctl.felix import events
 from calicoctl.snapshot import GRACE_TIME
+from calicoctl.upkeep import Act
 from calicoctl.workload import DOCKER, NAMESPACE, Standing, container_pids, namespace_at, workload_of
 
 if TYPE_CHECKING:
@@ -39,6 +44,9 @@ STORE_PAUSE = 1.0
 
 GONE_PAUSE = 30.0
 """Seconds from the removal of an endpoint to a look at what it may have left: another tool may write it anew."""
+
+LANES = {DOCKER: 3, NAMESPACE: 1}
+"""How many workloads of an orchestrator are looked at at a time."""
 
 REST = 10.0
 """Seconds from a workload's getting its interface back to the next time, if it only has lost it again."""
@@ -68,22 +76,80 @@ class Look:
     gone: bool
 
 
+@dataclass(frozen=True)
+class Compared:
+    """These containers' endpoints do not go together with what the engine says; or it could not be found out."""
+
+    keys: list[Key]
+    error: Exception | None = None
+
+
+@dataclass(frozen=True)
+class Order:
+    """A workload to look after, and since when it is `away`, or `gone`, if it is; `removed`: the engine said so."""
+
+    key: Key
+    removed: bool
+    away_since: float
+    gone_since: float
+
+
+@dataclass(frozen=True)
+class Looked:
+    """A workload has been looked after: what was done, or why it could not be.
+
+    `standing` is what has become of it, None where that could not be found out; `kept_since` since when it is kept
+    although it is away or gone; `taken` the seconds it took.
+    """
+
+    key: Key
+    acts: list[Act]
+    error: Exception | None
+    standing: Standing | None
+    kept_since: float | None
+    taken: float
+
+
+class _Lane(threading.Thread):
+    """Does one task after the other, each given a client of the store, and passes on what comes of it."""
+
+    def __init__(self, datastore: DatastoreClient, tasks: SimpleQueue[Any], tell: Callable[[Any], None]) -> None:
+        super().__init__(name="looking at workloads", daemon=True)
+        self._datastore = datastore
+        self._tasks = tasks
+        self._tell = tell
+
+    def run(self) -> None:
+        while True:
+            self._tell(self._tasks.get()(self._datastore))
+
+
 class Keeper(threading.Thread):
     """Keeps this host's workloads connected, and forgets those that are no more."""
 
-    def __init__(self, datastore: DatastoreClient, tell: Callable[[Any], None]) -> None:
-        """`tell` takes what was done (Act), and what could not be (Trouble)."""
+    def __init__(self, datastore: Callable[[], DatastoreClient], tell: Callable[[Any], None]) -> None:
+        """`datastore` makes a client, one a thread; `tell` takes what was done (Act), and what could not (Trouble)."""
         super().__init__(name="looking after workloads", daemon=True)
         self.inbox: events.Events[Any] = SimpleQueue()
         self.grace_time: float = GRACE_TIME
         """Seconds for which to keep what belongs to a workload that is away, or could not be asked about."""
         self.ready = True
         """Whether the store may be made use of."""
-        self._datastore = datastore
+        self._datastore = datastore()
         self._tell = tell
-        self._expected: dict[Key, int] | None = None
+        self._tasks: dict[str, SimpleQueue[Any]] = {orchestrator: SimpleQueue() for orchestrator in LANES}
+        self._lanes = [
+            _Lane(datastore(), self._tasks[orchestrator], self.inbox.put)
+            for orchestrator, count in LANES.items()
+            for _ in range(count)
+        ]
+        self._jobs: dict[Callable[[], None], float] = {self._sweep: 0.0}
+        """When to look for what is to be looked at, and how."""
+        self._expected: dict[Key, int] = {}
         self._due: dict[Key, float] = {}
         """When to look at which workloads."""
+        self._busy: set[Key] = set()
+        """Those that are being looked at."""
         self._kept: dict[Key, float] = {}
         """Since when workloads have been away, or could not be asked about."""
         self._removed: set[Key] = set()
@@ -95,10 +161,9 @@ class Keeper(threading.Thread):
         self._namespaces: dict[str, tuple[int, int] | None] = {}
         """What was last seen at the paths of namespaces, by workload."""
         self._containers: dict[str, bool] | None = None
-        """A list of the engine's, not looked at yet: which containers there are, and whether they run."""
+        """The engine's last list: which containers there are, and whether they run. None: it is to be asked."""
         self._engine_away = False
         self._engine_back = float("-inf")
-        self._sweep_at = 0.0
         self._rest_until = 0.0
         self._alive = True
 
@@ -115,8 +180,11 @@ class Keeper(threading.Thread):
     def begin(self, expected: dict[Key, int]) -> None:
         """Start, and compare all workloads with the store; see Compare. The engine will list its containers."""
         self._expected = expected
+        self._jobs[self._scan] = 0.0
         events.EngineEvents(self.inbox).start()
         events.MountEvents(self.inbox).start()
+        for lane in self._lanes:
+            lane.start()
         self.start()
 
     def end(self) -> None:
@@ -127,25 +195,29 @@ class Keeper(threading.Thread):
             self.join(END_PATIENCE)
 
     def run(self) -> None:
-        while self._alive:
+        while self._alive or self._busy:
             for item in self._wait():
-                self._take(item)
-            if not self.ready or time.monotonic() < self._rest_until:
-                continue
-            try:
-                self._go_round()
-            except StoreUnavailable as error:
-                log.debug("%s; workloads are looked at when it is back", error)
-                self._rest_until = time.monotonic() + STORE_PAUSE
-            except Exception as error:  # to end would leave the host's containers alone
-                log.debug("where it comes from", exc_info=True)
-                self._tell(events.Trouble(f"looking after workloads failed ({type(error).__name__}: {error})"))
-                self._rest_until = time.monotonic() + INTERVAL
+                self._safely(partial(self._take, item))
+            if self._alive and self.ready and time.monotonic() >= self._rest_until:
+                self._safely(self._go_round)
+
+    def _safely(self, work: Callable[[], None]) -> None:
+        """Do something; whatever fails, go on: to end would leave the host's containers alone."""
+        try:
+            work()
+        except StoreUnavailable as error:
+            log.debug("%s; workloads are looked at when it is back", error)
+            self._rest_until = time.monotonic() + STORE_PAUSE
+        except Exception as error:
+            log.debug("where it comes from", exc_info=True)
+            self._tell(events.Trouble(f"looking after workloads failed ({type(error).__name__}: {error})"))
 
     def _wait(self) -> list[Any]:
         """Return what has come; nothing when it is time for something."""
-        until = min([self._sweep_at, *self._due.values()]) if self.ready else time.monotonic() + INTERVAL
-        until = max(until, self._rest_until)
+        until = time.monotonic() + INTERVAL
+        if self._alive and self.ready:
+            startable = (at for key, at in self._due.items() if self._has_lane(key))
+            until = max(self._rest_until, min(until, *self._jobs.values(), *startable))
         found: list[Any] = []
         with suppress(Empty):
             found.append(self.inbox.get(timeout=max(0.0, until - time.monotonic())))
@@ -155,7 +227,9 @@ class Keeper(threading.Thread):
 
     def _take(self, item: Any) -> None:
         now = time.monotonic()
-        if isinstance(item, Look) and item.gone:
+        if isinstance(item, Looked):
+            self._looked(item)
+        elif isinstance(item, Look) and item.gone:
             self._look(item.key, now + GONE_PAUSE)
         elif isinstance(item, Look):
             # a workload may take its interface away again and again
@@ -171,15 +245,17 @@ class Keeper(threading.Thread):
                 self._engine_away, self._engine_back = False, now
                 log.info("the Docker Engine can be asked again")
             self._containers = item.containers
+            self._jobs[self._compare] = now
         elif isinstance(item, events.EngineAway):
             self._engine_away = True
             log.info("%s; what belongs to containers is kept", item.why)
         elif isinstance(item, events.MountsChanged):
-            self._sweep_at = now
+            self._jobs[self._sweep] = now
         elif isinstance(item, Compare):
-            self._expected = item.expected
-            with suppress(DockerUnavailable):  # it will list them when it is back
-                self._containers = events.list_containers()
+            self._expected, self._containers = item.expected, None
+            self._jobs |= {self._scan: now, self._compare: now}
+        elif isinstance(item, Compared):
+            self._compared(item)
         elif isinstance(item, events.Failed):
             self._tell(item)
 
@@ -188,46 +264,36 @@ class Keeper(threading.Thread):
             self._due[key] = min(at, self._due.get(key, at))
 
     def _go_round(self) -> None:
+        """Do what it is time for. Raises StoreUnavailable."""
         now = time.monotonic()
-        if self._expected is not None:
-            self._scan(self._expected)
-            self._expected = None
-        if self._containers is not None:
-            self._compare(self._containers)
-            self._containers = None
-        if now >= self._sweep_at:
-            self._sweep_at = now + INTERVAL
-            self._sweep()
-        engine_answers = True
-        due = [key for key, at in self._due.items() if at <= now]
-        # an engine that hangs keeps nobody waiting but its containers
-        for key in sorted(due, key=lambda key: (key[0] == DOCKER, self._due[key])):
-            if not self._alive:
-                return
-            if key[0] == DOCKER and not engine_answers:
-                self._put_off(key)
+        for job, at in list(self._jobs.items()):
+            if at > now:
                 continue
+            self._jobs[job] = now + INTERVAL  # again then, should it fail
             try:
-                self._look_after(key)
-            except DockerUnavailable as error:
-                engine_answers = False
-                log.debug("%s", error)
-                self._put_off(key)
+                job()
             except StoreUnavailable:
+                self._jobs[job] = now
                 raise
-            except Exception:
-                self._put_off(key)  # and the others have their turn
-                raise
+        for key, at in sorted(self._due.items(), key=lambda item: item[1]):
+            if at <= now and self._has_lane(key):
+                del self._due[key]
+                self._busy.add(key)
+                self._tasks[key[0]].put(partial(self._look_after, self._order(key)))
+
+    def _has_lane(self, key: Key) -> bool:
+        """Tell whether a workload can be looked at now: not while it is already, or as many as may be are."""
+        return key not in self._busy and sum(busy[0] == key[0] for busy in self._busy) < LANES[key[0]]
 
     # What is to be looked at
 
-    def _scan(self, expected: dict[Key, int]) -> None:
+    def _scan(self) -> None:
         """Find what may be wrong in the store when the agent starts: nobody has told of it."""
         now = time.monotonic()
         totals = self._datastore.ipam.handle_totals()
         for handle, total in totals.items():
             orchestrator, _, workload = handle.partition(".")
-            if total != expected.get((orchestrator, workload), 0):
+            if total != self._expected.get((orchestrator, workload), 0):
                 self._look((orchestrator, workload), now)
         remembered = locks.names(self._datastore.host, NAMESPACE, {})
         connected = {}
@@ -239,35 +305,28 @@ class Keeper(threading.Thread):
                 connected[endpoint.id] = remembered[workload]
             else:
                 self._look((NAMESPACE, workload), now)
-        self._look_at_misplaced(connected)
+        for id in upkeep.misplaced(connected):
+            self._look(workload_of(id), now)
+        del self._jobs[self._scan]
 
-    def _compare(self, containers: dict[str, bool]) -> None:
-        """Look at the endpoints of this host that do not go together with what the engine lists."""
+    def _compare(self) -> None:
+        """Have the endpoints of this host's containers compared with what the engine says."""
+        self._tasks[DOCKER].put(partial(_compare, self._containers))
+        del self._jobs[self._compare]
+
+    def _compared(self, item: Compared) -> None:
         now = time.monotonic()
-        interfaces = {name for _, name in socket.if_nameindex()}
-        connected = []
-        for endpoint in self._datastore.readable_endpoints(self._datastore.host)[0]:
-            if endpoint.id.orchestrator != DOCKER:
-                continue
-            runs = containers.get(endpoint.id.workload)
-            is_connected = endpoint.state == "active" and endpoint.id.interface in interfaces
-            if runs is None or runs != is_connected:
-                self._look((DOCKER, endpoint.id.workload), now)
-            elif runs:
-                connected.append(endpoint.id)
-        with suppress(DockerUnavailable):  # it will list them anew when it is back
-            pids = container_pids(id.workload for id in connected)
-            self._look_at_misplaced(
-                {id: f"/proc/{pids[id.workload]}/ns/net" for id in connected if id.workload in pids}
-            )
+        for key in item.keys:
+            self._look(key, now)
+        if isinstance(item.error, DockerUnavailable):
+            return  # it lists them anew when it is back
         for key in self._due:
             if key[0] == DOCKER:
                 self._due[key] = now
-
-    def _look_at_misplaced(self, paths: dict[EndpointId, str]) -> None:
-        """Look at those endpoints whose interface is not in their namespace, whose path is given for each."""
-        for id in upkeep.misplaced(paths):
-            self._look(workload_of(id), time.monotonic())
+        if item.error is None:
+            return
+        self._jobs[self._compare] = now + (STORE_PAUSE if isinstance(item.error, StoreUnavailable) else INTERVAL)
+        raise item.error
 
     def _sweep(self) -> None:
         """Find changes that were cut short, and namespaces that have come or gone."""
@@ -292,72 +351,108 @@ class Keeper(threading.Thread):
 
     # One workload
 
-    def _look_after(self, key: Key) -> None:
-        """Look at a workload now, and note when to do so again. Raises DockerUnavailable and StoreUnavailable."""
-        kept = False
-
-        def may_forget(standing: Standing) -> bool:
-            nonlocal kept
-            kept = not self._is_over(key, standing)
-            return not kept
-
-        try:
-            acts = upkeep.look_after(self._datastore, *key, may_forget, key in self._removed)
-        except Conflict:
-            self._due[key] = time.monotonic() + LOCK_PAUSE
-            return
-        except (DockerUnavailable, NamespaceError) as error:
-            self._kept.setdefault(key, time.monotonic())
-            if isinstance(error, DockerUnavailable):
-                raise
-            self._fail(key, error)
-            return
-        except StoreUnavailable:
-            raise
-        except CalicoError as error:
-            self._fail(key, error)
-            return
-        del self._due[key]
-        if kept:
-            self._due[key] = self._kept[key] + self.grace_time
-        else:
-            self._kept.pop(key, None)
-            self._removed.discard(key)
-        self._troubles.pop(key, None)
-        for act in acts:
-            if act.kind == upkeep.HEALED:
-                self._healed[key] = time.monotonic()
-            self._tell(act)
-
-    def _fail(self, key: Key, error: CalicoError) -> None:
-        """Try again what could not be done for a workload, soon; tell of it once, when it fails again.
-
-        The first time, the workload may just have ended.
-        """
-        told = self._troubles.get(key)
-        if told is None:
-            self._troubles[key] = ""
-            self._due[key] = time.monotonic() + LOCK_PAUSE
-            return
-        if told != str(error):
-            self._tell(events.Trouble(f"{key[0]} {key[1][:64]}: {error}"))
-        self._troubles[key] = str(error)
-        self._put_off(key)
-
-    def _put_off(self, key: Key) -> None:
-        self._due[key] = time.monotonic() + INTERVAL
-
-    def _is_over(self, key: Key, standing: Standing) -> bool:
-        """Tell whether the time is over for which a workload that is away or gone is kept.
+    def _order(self, key: Key) -> Order:
+        """Return what is to be known to look after a workload.
 
         One that the engine itself says is gone is not kept at all, unless it could not be asked before.
         """
         now = time.monotonic()
-        if key in self._removed:
-            return True
-        if standing is Standing.AWAY or (key[0] == DOCKER and self._engine_away):
-            since = self._kept.setdefault(key, now)
+        gone_since = float("-inf")
+        if key[0] == DOCKER:
+            gone_since = now if self._engine_away else self._engine_back
+        return Order(key, key in self._removed, self._kept.get(key, now), self._kept.get(key, gone_since))
+
+    def _look_after(self, order: Order, datastore: DatastoreClient) -> Looked:
+        """Look after a workload; for a lane."""
+        found: Standing | None = None
+        kept_since: float | None = None
+
+        def may_forget(standing: Standing) -> bool:
+            nonlocal found, kept_since
+            found = standing
+            if standing in (Standing.AWAY, Standing.GONE):
+                since = order.away_since if standing is Standing.AWAY else order.gone_since
+                is_over = order.removed or time.monotonic() >= since + self.grace_time
+                kept_since = None if is_over else since
+            return kept_since is None
+
+        started = time.monotonic()
+        acts: list[Act] = []
+        failure: Exception | None = None
+        try:
+            acts = upkeep.look_after(datastore, *order.key, may_forget, order.removed)
+        except Exception as error:
+            log.debug("where it comes from", exc_info=not isinstance(error, CalicoError))
+            failure = error
+        return Looked(order.key, acts, failure, found, kept_since, time.monotonic() - started)
+
+    def _looked(self, item: Looked) -> None:
+        """Note when to look at a workload again, and tell what was done."""
+        key, now = item.key, time.monotonic()
+        self._busy.discard(key)
+        if item.kept_since is not None:
+            self._kept[key] = item.kept_since
+            self._look(key, item.kept_since + self.grace_time)
+        elif item.error is None or item.standing in (Standing.RUNS, Standing.STOPPED):
+            self._kept.pop(key, None)
+        elif isinstance(item.error, (DockerUnavailable, NamespaceError)):
+            self._kept.setdefault(key, now)
+        if isinstance(item.error, Conflict):
+            self._look(key, now + LOCK_PAUSE)
+        elif isinstance(item.error, StoreUnavailable):
+            self._look(key, now)
+            raise item.error
+        elif item.error is not None:
+            self._fail(key, item.error, item.taken)
         else:
-            since = self._kept.get(key, self._engine_back if key[0] == DOCKER else float("-inf"))
-        self._kept[key] = since
-        return now >= since + self.grace_time
+            self._troubles.pop(key, None)
+            if item.kept_since is None and key not in self._due:
+                self._removed.discard(key)
+        for act in item.acts:
+            if act.kind == upkeep.HEALED:
+                self._healed[key] = now
+            self._tell(act)
+
+    def _fail(self, key: Key, error: Exception, taken: float) -> None:
+        """Try again later what could not be done for a workload, the later the longer it took; tell of it once.
+
+        What fails at once may be because the workload has just ended: it is tried again before it is told of.
+        """
+        pause = max(INTERVAL, 3 * taken)
+        told = self._troubles.get(key)
+        if isinstance(error, DockerUnavailable) and self._engine_away:  # which was told of
+            log.debug("%s", error)
+        elif told is None and taken < LOCK_PAUSE:
+            self._troubles[key] = ""
+            pause = LOCK_PAUSE
+        else:
+            text = str(error) if isinstance(error, CalicoError) else f"{type(error).__name__}: {error}"
+            if told != text:
+                self._tell(events.Trouble(f"{key[0]} {printable(key[1][:64])}: {text}"))
+            self._troubles[key] = text
+        self._look(key, time.monotonic() + pause)
+
+
+def _compare(containers: dict[str, bool] | None, datastore: DatastoreClient) -> Compared:
+    """Compare the endpoints of this host's containers with the engine's list, or with a new one; for a lane."""
+    found: list[Key] = []
+    try:
+        if containers is None:
+            containers = events.list_containers()
+        interfaces = {name for _, name in socket.if_nameindex()}
+        connected = []
+        for endpoint in datastore.readable_endpoints(datastore.host)[0]:
+            if endpoint.id.orchestrator != DOCKER:
+                continue
+            runs = containers.get(endpoint.id.workload)
+            is_connected = endpoint.state == "active" and endpoint.id.interface in interfaces
+            if runs is None or runs != is_connected:
+                found.append((DOCKER, endpoint.id.workload))
+            elif runs:
+                connected.append(endpoint.id)
+        pids = container_pids(id.workload for id in connected)
+        paths = {id: f"/proc/{pids[id.workload]}/ns/net" for id in connected if id.workload in pids}
+        found += map(workload_of, upkeep.misplaced(paths))
+    except Exception as error:
+        return Compared(found, error)
+    return Compared(found)
