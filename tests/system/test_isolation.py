@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.system.agent import A4, B4, C4, AgentHost, holds
+from tests.system.agent import A4, B4, C4, AgentHost, holds, locked
 from tests.system.conftest import HOME
 from tests.system.support import Host, links, run, wait_for
 from tests.system.test_upkeep import container_links, id_of, record
@@ -62,8 +62,9 @@ def test_whoever_is_in_a_namespace_cannot_have_the_hosts_interfaces_deleted(node
         victim, index, peer = "victim1", links()["victim1"]["ifindex"], index
     mac = links("a")["eth1"]["address"]
     before = links("a")["eth1"]["ifindex"]
-    run("ip", "-n", "a", "link", "delete", "eth1")
-    forge("a", peer, index, mac)
+    with locked(node, "a"):  # so that it is forged before the repair
+        run("ip", "-n", "a", "link", "delete", "eth1")
+        forge("a", peer, index, mac)
     wait_for(lambda: links("a").get("eth1", {}).get("ifindex", before) != before, node.log())
     assert victim in links()
     # nor does what it has made keep others from knowing its own interface
