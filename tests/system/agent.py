@@ -156,7 +156,7 @@ def kernel() -> dict[str, str]:
     settings = run("sh", "-c", "sysctl -a 2>/dev/null | grep -E '^net.ipv[46]' | grep -v 'neigh.*gc'").out
     return {
         "tables": run("nft", "list", "ruleset").out,
-        "iptables": re.sub("#.*", "", run("sh", "-c", "iptables-save; ip6tables-save").out),
+        "iptables": re.sub(r"#.*|\[\d+:\d+\]", "", run("sh", "-c", "iptables-save; ip6tables-save").out),
         "routes": run("sh", "-c", "ip route show table all; ip -6 route show table all").out,
         "neighbours": run("sh", "-c", "ip neigh show nud permanent; ip neigh show proxy; ip -6 neigh show proxy").out,
         "settings": "\n".join(line for line in settings.splitlines() if "cali" not in line),

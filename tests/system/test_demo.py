@@ -17,7 +17,7 @@ def traces() -> dict[str, str]:
     return {
         "links": run("ip", "-br", "link").out,
         "namespaces": run("ip", "netns", "list").out,
-        "firewall": run("sh", "-c", "iptables-save | grep -v '^#'", check=False).out,
+        "firewall": run("sh", "-c", "iptables-save | sed '/^#/d; s/\\[[0-9:]*]//'", check=False).out,
         "tables": run("nft", "list", "ruleset").out,
         "routes": run("sh", "-c", "ip route; ip -6 route; ip address show lo").out,
         "settings": run("sh", "-c", "sysctl -a 2>/dev/null | grep -E '^net.ipv[46].(conf|ip_forward)'").out,
