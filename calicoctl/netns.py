@@ -143,7 +143,7 @@ class Namespace:
         from pyroute2.iproute.linux import IPRoute
         from pyroute2.netlink.exceptions import NetlinkError
 
-        if own.peer_index is None:
+        if own.kind != "veth" or not own.peer_index:
             return None
         with _explained("reading this host's interfaces"), IPRoute() as netlink:
             try:

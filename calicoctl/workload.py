@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -270,16 +270,24 @@ def docker_containers() -> list[dict[str, Any]]:
 
 
 def container_pids(ids: Iterable[str]) -> dict[str, int]:
-    """Return the process ids of those of these containers that run; raise DockerUnavailable."""
-    from docker.errors import NotFound
+    """Return the process ids of those of these containers that run.
 
-    found = {}
-    with docker_engine("about its containers") as docker:
-        for id in ids:
-            with suppress(NotFound):  # it has just gone
-                state = docker.inspect_container(id)["State"]
-                if state["Running"] and state["Pid"]:
-                    found[id] = int(state["Pid"])
+    Passes over one that the engine does not answer about; raises DockerUnavailable when there are several.
+    """
+    found: dict[str, int] = {}
+    failures = 0
+    for id in ids:
+        try:
+            pid = find(id).pid
+        except NoSuchContainer:  # it has just gone
+            continue
+        except DockerUnavailable:
+            failures += 1
+            if failures > 1:
+                raise
+            continue
+        if pid is not None:
+            found[id] = pid
     return found
 
 

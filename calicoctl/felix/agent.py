@@ -15,6 +15,7 @@ import logging
 import signal
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict
 from queue import Empty, SimpleQueue
 from types import FrameType
@@ -136,8 +137,17 @@ class Agent:
                 self._loop()
             finally:
                 self._keeper.end()
+                self._note_last_acts()
                 self._reporter.end()
         log.info("the agent ends; what it has set up stays")
+
+    def _note_last_acts(self) -> None:
+        """Note what has been done for workloads since the agent was asked to end."""
+        with suppress(Empty):
+            while True:
+                event = self._events.get_nowait()
+                if isinstance(event, Act):
+                    self._handle(event)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         self._events.put(events.Stop())
@@ -163,7 +173,7 @@ class Agent:
                     self._review()
                 if now >= self._firewall_at:
                     self._check_firewall(now)
-            self._keeper.ready = self._snapshot.ready
+            self._keeper.set_ready(self._snapshot.ready)
             self._health.waiting_for = self._waiting_for()
             self._health.problems = self._snapshot.problems
             if self._events.empty():

@@ -263,7 +263,7 @@ class EngineEvents(_Source):
                     self._events.put(EngineListed(_which_run(docker.containers(all=True))))
                     away = False
                     for change in changes:
-                        self._events.put(ContainerChanged(change["id"], removed=change["Action"] == "destroy"))
+                        self._events.put(container_changed(change))
                 why = "the Docker Engine has ended"
             except Exception as error:  # of whatever kind: to end would leave the host's containers alone
                 why = str(error) if isinstance(error, CalicoError) else f"Docker cannot be followed: {error!r}"
@@ -273,6 +273,14 @@ class EngineEvents(_Source):
             time.sleep(ENGINE_PAUSE)
             while not engine_may_be_there():  # many hosts have none
                 time.sleep(ENGINE_PAUSE)
+
+
+def container_changed(change: dict[str, Any]) -> ContainerChanged:
+    """Return what one of the engine's events tells. Source: Docker Engine API, GET /events, versions 1.22 to 1.52.
+
+    Before 1.52, the container's id stood beside `Actor`, too.
+    """
+    return ContainerChanged(change["Actor"]["ID"], removed=change["Action"] == "destroy")
 
 
 def list_containers() -> dict[str, bool]:

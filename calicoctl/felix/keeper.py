@@ -42,6 +42,9 @@ LOCK_PAUSE = 0.5
 STORE_PAUSE = 1.0
 """Seconds until the store, which could not be asked, is asked again."""
 
+COMPARE_PAUSE = 60.0
+"""Seconds until containers are compared with the engine's list again, when that failed."""
+
 GONE_PAUSE = 30.0
 """Seconds from the removal of an endpoint to a look at what it may have left: another tool may write it anew."""
 
@@ -78,9 +81,13 @@ class Look:
 
 @dataclass(frozen=True)
 class Compared:
-    """These containers' endpoints do not go together with what the engine says; or it could not be found out."""
+    """These containers' endpoints do not go together with what the engine says; or it could not be found out.
+
+    `connected` are those that seem to, whose interfaces may be elsewhere than in the containers.
+    """
 
     keys: list[Key]
+    connected: list[EndpointId]
     error: Exception | None = None
 
 
@@ -133,7 +140,7 @@ class Keeper(threading.Thread):
         self.inbox: events.Events[Any] = SimpleQueue()
         self.grace_time: float = GRACE_TIME
         """Seconds for which to keep what belongs to a workload that is away, or could not be asked about."""
-        self.ready = True
+        self._ready = True
         """Whether the store may be made use of."""
         self._datastore = datastore()
         self._tell = tell
@@ -151,12 +158,17 @@ class Keeper(threading.Thread):
         self._busy: set[Key] = set()
         """Those that are being looked at."""
         self._kept: dict[Key, float] = {}
-        """Since when workloads have been away, or could not be asked about."""
+        """Since when workloads that are away or gone are kept."""
+        self._unasked: dict[Key, float] = {}
+        """When it could not be found out last what has become of a workload."""
+        self._put_off: dict[Key, float] = {}
+        """Workloads that something failed for, and when to try again unless something new is told of them."""
         self._removed: set[Key] = set()
         """Containers of whose removal the engine has told."""
         self._healed: dict[Key, float] = {}
         self._troubles: dict[Key, str] = {}
         """Workloads that something failed for, and what was told of that."""
+        self._swept_for: float = self.grace_time
         self._paths: dict[str, str] = {}
         self._namespaces: dict[str, tuple[int, int] | None] = {}
         """What was last seen at the paths of namespaces, by workload."""
@@ -172,6 +184,12 @@ class Keeper(threading.Thread):
         key = workload_of(id)
         if upkeep.is_looked_after(*key):
             self.inbox.put(Look(key, gone))
+
+    def set_ready(self, ready: bool) -> None:
+        """Say whether the store may be made use of."""
+        if ready != self._ready:
+            self._ready = ready
+            self.inbox.put(None)
 
     def compare(self, expected: dict[Key, int]) -> None:
         """Have all workloads compared with the store, which has been read as a whole; see Compare."""
@@ -198,7 +216,7 @@ class Keeper(threading.Thread):
         while self._alive or self._busy:
             for item in self._wait():
                 self._safely(partial(self._take, item))
-            if self._alive and self.ready and time.monotonic() >= self._rest_until:
+            if self._alive and self._ready and time.monotonic() >= self._rest_until:
                 self._safely(self._go_round)
 
     def _safely(self, work: Callable[[], None]) -> None:
@@ -215,7 +233,7 @@ class Keeper(threading.Thread):
     def _wait(self) -> list[Any]:
         """Return what has come; nothing when it is time for something."""
         until = time.monotonic() + INTERVAL
-        if self._alive and self.ready:
+        if self._alive and self._ready:
             startable = (at for key, at in self._due.items() if self._has_lane(key))
             until = max(self._rest_until, min(until, *self._jobs.values(), *startable))
         found: list[Any] = []
@@ -260,8 +278,13 @@ class Keeper(threading.Thread):
             self._tell(item)
 
     def _look(self, key: Key, at: float) -> None:
+        """Have a workload looked at, since something new was told of it."""
         if upkeep.is_looked_after(*key):
             self._due[key] = min(at, self._due.get(key, at))
+
+    def _look_again(self, key: Key, at: float) -> None:
+        """Have a workload looked at, but not before it is to be tried again."""
+        self._look(key, max(at, self._put_off.get(key, at)))
 
     def _go_round(self) -> None:
         """Do what it is time for. Raises StoreUnavailable."""
@@ -275,15 +298,21 @@ class Keeper(threading.Thread):
             except StoreUnavailable:
                 self._jobs[job] = now
                 raise
-        for key, at in sorted(self._due.items(), key=lambda item: item[1]):
+        # those that failed before do not keep others waiting
+        for key, at in sorted(self._due.items(), key=lambda item: (item[0] in self._put_off, item[1])):
             if at <= now and self._has_lane(key):
                 del self._due[key]
                 self._busy.add(key)
                 self._tasks[key[0]].put(partial(self._look_after, self._order(key)))
 
     def _has_lane(self, key: Key) -> bool:
-        """Tell whether a workload can be looked at now: not while it is already, or as many as may be are."""
-        return key not in self._busy and sum(busy[0] == key[0] for busy in self._busy) < LANES[key[0]]
+        """Tell whether a workload can be looked at now: not while it is already, or as many as may be are.
+
+        Nor does it make sense to ask an engine that is away; when it is back, it lists all containers.
+        """
+        if key in self._busy or (key[0] == DOCKER and self._engine_away):
+            return False
+        return sum(busy[0] == key[0] for busy in self._busy) < LANES[key[0]]
 
     # What is to be looked at
 
@@ -318,15 +347,17 @@ class Keeper(threading.Thread):
         now = time.monotonic()
         for key in item.keys:
             self._look(key, now)
-        if isinstance(item.error, DockerUnavailable):
-            return  # it lists them anew when it is back
-        for key in self._due:
-            if key[0] == DOCKER:
-                self._due[key] = now
+        if item.connected:
+            self._tasks[DOCKER].put(partial(_compare_places, item.connected))
         if item.error is None:
-            return
-        self._jobs[self._compare] = now + (STORE_PAUSE if isinstance(item.error, StoreUnavailable) else INTERVAL)
-        raise item.error
+            for key in self._due:
+                if key[0] == DOCKER:
+                    self._due[key] = now
+        elif isinstance(item.error, StoreUnavailable):
+            self._jobs[self._compare] = now + STORE_PAUSE
+        elif not self._engine_away:  # else it will list them anew
+            self._jobs[self._compare] = now + COMPARE_PAUSE
+            raise item.error
 
     def _sweep(self) -> None:
         """Find changes that were cut short, and namespaces that have come or gone."""
@@ -335,18 +366,24 @@ class Keeper(threading.Thread):
         for orchestrator in (DOCKER, NAMESPACE):
             locks.clear(host, orchestrator)
             for id in locks.cut(host, orchestrator):
-                self._look((orchestrator, id), now)
+                self._look_again((orchestrator, id), now)
         self._paths = locks.names(host, NAMESPACE, self._paths)
         before, self._namespaces = self._namespaces, {}
         for id, path in self._paths.items():
             try:
                 seen = self._namespaces[id] = namespace_at(path)
             except NamespaceError:
+                if id in before:
+                    self._namespaces[id] = before[id]
                 continue
-            if seen != before.get(id, seen) or seen is None:
+            if seen != before.get(id, seen):
                 self._look((NAMESPACE, id), now)
-        for key, since in self._kept.items():
-            self._look(key, since + self.grace_time)  # which may have become shorter
+            elif seen is None:
+                self._look_again((NAMESPACE, id), now)
+        if self.grace_time != self._swept_for:
+            self._swept_for = self.grace_time
+            for key, since in self._kept.items():
+                self._look_again(key, since + self.grace_time)
         self._healed = {key: at for key, at in self._healed.items() if now < at + REST}
 
     # One workload
@@ -357,10 +394,11 @@ class Keeper(threading.Thread):
         One that the engine itself says is gone is not kept at all, unless it could not be asked before.
         """
         now = time.monotonic()
-        gone_since = float("-inf")
+        unasked = self._unasked.get(key, float("-inf"))
+        gone_since = max(unasked, self._kept.get(key, float("-inf")))
         if key[0] == DOCKER:
-            gone_since = now if self._engine_away else self._engine_back
-        return Order(key, key in self._removed, self._kept.get(key, now), self._kept.get(key, gone_since))
+            gone_since = max(gone_since, self._engine_back)
+        return Order(key, key in self._removed, max(unasked, self._kept.get(key, now)), gone_since)
 
     def _look_after(self, order: Order, datastore: DatastoreClient) -> Looked:
         """Look after a workload; for a lane."""
@@ -390,13 +428,16 @@ class Keeper(threading.Thread):
         """Note when to look at a workload again, and tell what was done."""
         key, now = item.key, time.monotonic()
         self._busy.discard(key)
+        self._put_off.pop(key, None)
         if item.kept_since is not None:
             self._kept[key] = item.kept_since
             self._look(key, item.kept_since + self.grace_time)
         elif item.error is None or item.standing in (Standing.RUNS, Standing.STOPPED):
             self._kept.pop(key, None)
+        if item.error is None or item.standing is not None:
+            self._unasked.pop(key, None)
         elif isinstance(item.error, (DockerUnavailable, NamespaceError)):
-            self._kept.setdefault(key, now)
+            self._unasked[key] = now
         if isinstance(item.error, Conflict):
             self._look(key, now + LOCK_PAUSE)
         elif isinstance(item.error, StoreUnavailable):
@@ -430,17 +471,18 @@ class Keeper(threading.Thread):
             if told != text:
                 self._tell(events.Trouble(f"{key[0]} {printable(key[1][:64])}: {text}"))
             self._troubles[key] = text
-        self._look(key, time.monotonic() + pause)
+        self._put_off[key] = time.monotonic() + pause
+        self._look(key, self._put_off[key])
 
 
 def _compare(containers: dict[str, bool] | None, datastore: DatastoreClient) -> Compared:
     """Compare the endpoints of this host's containers with the engine's list, or with a new one; for a lane."""
     found: list[Key] = []
+    connected: list[EndpointId] = []
     try:
         if containers is None:
             containers = events.list_containers()
         interfaces = {name for _, name in socket.if_nameindex()}
-        connected = []
         for endpoint in datastore.readable_endpoints(datastore.host)[0]:
             if endpoint.id.orchestrator != DOCKER:
                 continue
@@ -450,9 +492,16 @@ def _compare(containers: dict[str, bool] | None, datastore: DatastoreClient) -> 
                 found.append((DOCKER, endpoint.id.workload))
             elif runs:
                 connected.append(endpoint.id)
+    except Exception as error:
+        return Compared([], [], error)
+    return Compared(found, connected)
+
+
+def _compare_places(connected: list[EndpointId], datastore: DatastoreClient) -> Compared:
+    """Find, of containers that run and have their interfaces, those that do not have them inside; for a lane."""
+    try:
         pids = container_pids(id.workload for id in connected)
         paths = {id: f"/proc/{pids[id.workload]}/ns/net" for id in connected if id.workload in pids}
-        found += map(workload_of, upkeep.misplaced(paths))
+        return Compared([workload_of(id) for id in upkeep.misplaced(paths)], [])
     except Exception as error:
-        return Compared(found, error)
-    return Compared(found)
+        return Compared([], [], error)

@@ -104,9 +104,10 @@ def test_a_mended_namespace_is_kept_for_the_grace_time_again(pair: AgentHost) ->
     pair.sync()
     run("ip", "netns", "delete", "a")
     wait_for(lambda: record(pair, "-netns-a/")["state"] == "inactive", pair.log())
-    run("ip", "netns", "add", "a")
-    run("ip", "-n", "a", "link", "set", "lo", "up")
-    run("ip", "-n", "a", "route", "add", "default", "dev", "lo")
+    with locked(pair, "a"):  # so that it cannot be connected before that
+        run("ip", "netns", "add", "a")
+        run("ip", "-n", "a", "link", "set", "lo", "up")
+        run("ip", "-n", "a", "route", "add", "default", "dev", "lo")
     wait_for(lambda: "has an IPv4 default route already" in pair.log(), pair.log())
     assert holds(lambda: record(pair, "-netns-a/") is not None, 4), "and longer than the grace time"
     run("ip", "netns", "delete", "a")
