@@ -8,6 +8,7 @@ Docker container nor a namespace of a known path. Used by the agent, and by `ipa
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Callable
@@ -61,8 +62,8 @@ def look_after(
     id: str,
     may_forget: Callable[[Standing], bool],
     removed: bool = False,
-) -> list[Act]:
-    """Bring what a workload has on the network in line with what has become of the workload; return what was done.
+) -> Iterator[Act]:
+    """Bring what a workload has on the network in line with what has become of the workload; give each act when done.
 
     `may_forget` is told what has become of the workload, and says whether one that is away or gone is to be forgotten
     now; else it is inactive meanwhile.
@@ -72,7 +73,7 @@ def look_after(
     be found out what has become of it, and CalicoError when something could not be done.
     """
     if not is_looked_after(orchestrator, id) or not _has_anything(datastore, orchestrator, id):
-        return []
+        return
     with_handle = datastore.ipam.knows(f"{orchestrator}.{id}")
     with WorkloadLock(datastore.host, orchestrator, id, wait=False) as lock:
         records, held = _read(datastore, Workload(orchestrator, id, id))
@@ -80,33 +81,33 @@ def look_after(
         path = next((path for path in paths if isinstance(path, str) and path.startswith("/")), "")
         if not records:
             workload = Workload(orchestrator, id, path or id)
-            acts = _tidy(datastore, workload, lock, records, held)
+            yield from _tidy(datastore, workload, lock, records, held)
             lock.settled()
-            if with_handle and not acts and not datastore.ipam.knows(workload.handle):
-                acts.append(Act(COLLECTED, f"{_called(workload)} had a handle that held nothing: removed"))
-            return acts
+            if with_handle and not held and not datastore.ipam.knows(workload.handle):
+                yield Act(COLLECTED, f"{_called(workload)} had a handle that held nothing: removed")
+            return
         if orchestrator == NAMESPACE and not path:
-            return []  # an old tool's, say: nobody knows where it is
+            return  # an old tool's, say: nobody knows where it is
         standing, workload = look_up(orchestrator, id, path, _started(lock, path, records))
         if standing is Standing.GONE and not removed:
             _refuse_alive(workload, records)
         forget = may_forget(standing)
         if standing in (Standing.AWAY, Standing.GONE):
             if forget:
-                return _forget(datastore, workload, lock, records, held)
-            acts = _set_inactive(datastore, workload, records, standing)
+                yield _forget(datastore, workload, lock, records, held)
+                return
+            yield from _set_inactive(datastore, workload, records, standing)
             if not lock.name():  # after a reboot
                 lock.remember(path)
         elif standing is Standing.STOPPED:
-            acts = _set_inactive(datastore, workload, records, standing)
+            yield from _set_inactive(datastore, workload, records, standing)
             for record in records:
                 netns.delete_interface(record.id.interface)
-            acts += _tidy(datastore, workload, lock, records, held)
+            yield from _tidy(datastore, workload, lock, records, held)
         else:
             with netns.Namespace(workload.namespace_path(), workload.name) as namespace:
-                acts = _connect(Scene(datastore, workload, lock, namespace), held)
+                yield from _connect(Scene(datastore, workload, lock, namespace), held)
         lock.settled()
-    return acts
 
 
 def _has_anything(datastore: DatastoreClient, orchestrator: str, id: str) -> bool:
@@ -162,7 +163,7 @@ def misplaced(paths: dict[EndpointId, str]) -> list[EndpointId]:
     return [id for id in paths if placed.get(id.interface) is False]
 
 
-def _connect(scene: Scene, held: dict[IPAddress, Owner]) -> list[Act]:
+def _connect(scene: Scene, held: dict[IPAddress, Owner]) -> Iterator[Act]:
     """See to it that a workload that runs has its interface, and nothing beyond its record."""
     datastore, workload, record = scene.datastore, scene.workload, scene.only_record()
     if scene.namespace.is_own():
@@ -170,22 +171,21 @@ def _connect(scene: Scene, held: dict[IPAddress, Owner]) -> list[Act]:
     plugged = scene.plugged(also_down=True)
     if plugged is not None and scene.plugged() is None and scene.lock.was_cut:
         plugged = None  # half made
-    acts: list[Act] = []
     if plugged is None:
         rewire(scene, record)
         why = f"it runs again, after {record.inactive_since}" if record.inactive_since else "it had none"
         addresses = ", ".join(record.addresses) or "no address"
         text = f"{_called(workload)} has its interface {record.id.interface} back, with {addresses}: {why}"
-        acts.append(Act(HEALED, text))
+        yield Act(HEALED, text)
     elif record.state == "inactive":
         datastore.modify_endpoint(record.id, _active)
         since = f", after {record.inactive_since}" if record.inactive_since else ""
-        acts.append(Act(CHANGED, f"{_called(workload)} is active: it is there{since}"))
+        yield Act(CHANGED, f"{_called(workload)} is active: it is there{since}")
     left = [f"{address}/{128 if address.version == 6 else 32}" for address in _unlisted([record], held)]
     if plugged is not None and left:
         versions = {version_of(net) for net in left} - {version_of(net) for net in record.nets}
         scene.namespace.unconfigure(plugged, left, versions)
-    return acts + _tidy(datastore, workload, scene.lock, [record], held)
+    yield from _tidy(datastore, workload, scene.lock, [record], held)
 
 
 def _active(endpoint: Endpoint) -> bool:
@@ -195,7 +195,7 @@ def _active(endpoint: Endpoint) -> bool:
 
 def _set_inactive(
     datastore: DatastoreClient, workload: Workload, records: list[Endpoint], standing: Standing
-) -> list[Act]:
+) -> Iterator[Act]:
     """Note, at those of a workload's endpoints that are active, that it does not run."""
     now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
 
@@ -206,7 +206,8 @@ def _set_inactive(
         return True
 
     changed = [record for record in records if datastore.modify_endpoint(record.id, change)]
-    return [Act(CHANGED, f"{_called(workload)} is inactive: it {standing.value}")] if changed else []
+    if changed:
+        yield Act(CHANGED, f"{_called(workload)} is inactive: it {standing.value}")
 
 
 def _forget(
@@ -215,7 +216,7 @@ def _forget(
     lock: WorkloadLock,
     records: list[Endpoint],
     held: dict[IPAddress, Owner],
-) -> list[Act]:
+) -> Act:
     """Remove all that a workload has that does not exist any more, but for addresses that bear no handle."""
     lock.begin()
     listed = {address for record in records for address in record.addresses}
@@ -232,7 +233,7 @@ def _forget(
     text += f" and {', '.join(map(str, sorted(held)))}" if held else ""
     if kept:
         text += f"; not {', '.join(kept)}, without a handle: 'calicoctl ipam release' gives back what is in use no more"
-    return [Act(COLLECTED, text)]
+    return Act(COLLECTED, text)
 
 
 def _tidy(
@@ -241,7 +242,7 @@ def _tidy(
     lock: WorkloadLock,
     records: list[Endpoint],
     held: dict[IPAddress, Owner],
-) -> list[Act]:
+) -> Iterator[Act]:
     """Give back the addresses that no record of a workload lists, and delete half-made pairs that they were for."""
     left = _unlisted(records, held)
     pairs = interfaces_of(left) - {record.id.interface for record in records}
@@ -250,11 +251,10 @@ def _tidy(
     if not records:
         datastore.prune_workload(workload.orchestrator, workload.id)
         lock.forget()
-    if not left:
-        return []
-    text = f"{_called(workload)} had {', '.join(map(str, sorted(left)))} of a command that was cut short"
-    text += f", and the interface {', '.join(sorted(pairs))}" if pairs else ""
-    return [Act(COLLECTED, f"{text}: given back")]
+    if left:
+        text = f"{_called(workload)} had {', '.join(map(str, sorted(left)))} of a command that was cut short"
+        text += f", and the interface {', '.join(sorted(pairs))}" if pairs else ""
+        yield Act(COLLECTED, f"{text}: given back")
 
 
 def _unlisted(records: list[Endpoint], held: dict[IPAddress, Owner]) -> dict[IPAddress, Owner]:
@@ -276,7 +276,7 @@ def _called(workload: Workload) -> str:
 def tidy(datastore: DatastoreClient, workload: Workload) -> list[Act]:
     """Give back what a cut command has left of a workload: addresses, and half-made pairs, that no record lists."""
     with WorkloadLock(datastore.host, workload.orchestrator, workload.id) as lock:
-        return _tidy(datastore, workload, lock, *_read(datastore, workload))
+        return list(_tidy(datastore, workload, lock, *_read(datastore, workload)))
 
 
 def restore_address(datastore: DatastoreClient, id: EndpointId, address: str) -> bool:

@@ -163,6 +163,8 @@ class Keeper(threading.Thread):
         """When it could not be found out last what has become of a workload."""
         self._put_off: dict[Key, float] = {}
         """Workloads that something failed for, and when to try again unless something new is told of them."""
+        self._locked: dict[Key, float] = {}
+        """Since when somebody else has been changing workloads that are to be looked at."""
         self._removed: set[Key] = set()
         """Containers of whose removal the engine has told."""
         self._healed: dict[Key, float] = {}
@@ -418,7 +420,8 @@ class Keeper(threading.Thread):
         acts: list[Act] = []
         failure: Exception | None = None
         try:
-            acts = upkeep.look_after(datastore, *order.key, may_forget, order.removed)
+            for act in upkeep.look_after(datastore, *order.key, may_forget, order.removed):
+                acts.append(act)  # one by one: also those before something fails
         except Exception as error:
             log.debug("where it comes from", exc_info=not isinstance(error, CalicoError))
             failure = error
@@ -438,7 +441,9 @@ class Keeper(threading.Thread):
             self._unasked.pop(key, None)
         elif isinstance(item.error, (DockerUnavailable, NamespaceError)):
             self._unasked[key] = now
-        if isinstance(item.error, Conflict):
+        if not isinstance(item.error, Conflict):
+            self._locked.pop(key, None)
+        if isinstance(item.error, Conflict) and now < self._locked.setdefault(key, now) + locks.PATIENCE:
             self._look(key, now + LOCK_PAUSE)
         elif isinstance(item.error, StoreUnavailable):
             self._look(key, now)

@@ -1,4 +1,4 @@
-"""A proxy before etcd that gives answers etcd would not give on demand: late ones, and ones that make no sense."""
+"""A proxy before etcd that gives answers etcd would not give on demand: late ones, refusals, nonsense."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Answer:
 
 @dataclass
 class Proxy:
-    """What a test sees of the proxy, and tells it to do. Writes always go through to etcd."""
+    """What a test sees of the proxy, and tells it to do."""
 
     etcd_port: int
     port: int = 0
@@ -30,6 +30,8 @@ class Proxy:
     """What every reading request is answered with."""
     answered: int = 0
     """How many requests have been answered so."""
+    refused: str | None = None
+    """The part of a key that tells which writes are refused; all others go through to etcd."""
     hold: threading.Event = field(default_factory=threading.Event)
     """When set, the next watch is `held` back until `passed`; the headers of its answer get through, its body does not
     until `mended`."""
@@ -51,6 +53,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if proxy.instead is not None and self.command == "GET":
             self._answer(proxy.instead)
             proxy.answered += 1
+            return
+        if proxy.refused is not None and self.command != "GET" and proxy.refused in self.path:
+            self._answer(Answer(401, '{"errorCode":110,"message":"The request requires user authentication"}'))
             return
         self.close_connection = True
         hold = "wait=true" in self.path and "/calico/v1?" in self.path and proxy.hold.is_set()

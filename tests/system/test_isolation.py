@@ -22,6 +22,7 @@ import pytest
 from tests.system.agent import A4, B4, C4, AgentHost, holds, locked
 from tests.system.conftest import HOME
 from tests.system.support import Host, links, run, wait_for
+from tests.system.test_following import behind_proxy
 from tests.system.test_upkeep import container_links, id_of, record
 
 ENGINE = "/var/run/docker.sock"
@@ -116,6 +117,25 @@ def test_a_mended_namespace_is_kept_for_the_grace_time_again(pair: AgentHost) ->
 
 
 # the store
+
+
+def test_what_is_done_before_something_fails_is_told_of(bare_host: Host) -> None:
+    with behind_proxy(bare_host.etcd) as (host, proxy):
+        host.ctl("container", "/var/run/netns/a", "ip", "add", C4)
+        host.sync()
+        healed = host.status()["healed"]
+        with locked(host, "a"):
+            # as if a command had been cut short when it took the address away
+            key = host.key("a")
+            host.etcd.put(key, {**json.loads(host.etcd.get(key)), "ipv4_nets": [f"{A4}/32"]})
+            proxy.refused = "/ipam/"
+            run("ip", "-n", "a", "link", "delete", "eth1")
+        wait_for(lambda: "does not permit" in host.log(), host.log())
+        assert C4 in host.allocations()
+        assert f"has its interface {host.interface('a')} back" in host.log()
+        wait_for(lambda: host.status()["healed"] == healed + 1, host.log())
+        proxy.refused = None
+        wait_for(lambda: C4 not in host.allocations(), host.log())
 
 
 def test_an_endpoint_whose_workload_no_path_can_name_keeps_nobody_waiting(pair: AgentHost) -> None:

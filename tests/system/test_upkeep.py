@@ -438,6 +438,15 @@ def is_consistent(host: Host) -> bool:
     return True
 
 
+def test_a_command_that_never_ends_is_told_of(pair: AgentHost) -> None:
+    with locked(pair, "a"):
+        run("ip", "-n", "a", "link", "delete", "eth1")
+        wait_for(lambda: "another command has been working on this workload" in pair.log(), pair.log(), 60)
+        last = pair.status()["last_error"]["error"]
+        assert "-var-run-netns-a: another command" in last and "is locked" in last
+    wait_for(lambda: "eth1" in links("a"), pair.log())
+
+
 @pytest.mark.parametrize("command", CUT)
 def test_what_kill_9_leaves_is_put_right(node: AgentHost, blue: str, tmp_path: Path, command: str) -> None:
     words, before = CUT[command]
