@@ -93,7 +93,7 @@ class StoreUnavailable(StoreError):
 
 
 class HistoryLost(StoreError):
-    """A watch asked for changes from so long ago that the store does not remember them: read all anew."""
+    """A watch cannot tell all changes any more, such as those the store does not remember: read all anew."""
 
 
 class KeyExists(CalicoError):

@@ -105,7 +105,7 @@ class Store(Protocol):
         """Wait for the first change below `directory` that has `index` or a later one.
 
         Returns it, or nothing after `seconds`, and the index to go on from. Raises HistoryLost when the store does not
-        remember that far back.
+        remember that far back, and when the connection was lost: it may be another store that answers the next time.
         """
 
 
@@ -330,7 +330,11 @@ class EtcdStore:
 
         def read(client: etcd.Client, path: str) -> tuple[list[Entry], int]:
             result = client.read(path, recursive=True, quorum=True)
-            return [_entry(leaf) for leaf in result.leaves if not leaf.dir], result.etcd_index + 1
+            entries = [_entry(leaf) for leaf in result.leaves if not leaf.dir]
+            reached = result.etcd_index  # the library makes up one that is missing
+            if not (result.dir or result.key == directory) or any(entry.index > reached for entry in entries):
+                raise TypeError("something else than what was asked for")
+            return entries, reached + 1
 
         try:
             return self._read(directory, read)
@@ -344,7 +348,9 @@ class EtcdStore:
         import etcd
 
         try:
-            return self._read(directory, lambda client, path: _await_change(client, path, index, seconds))
+            return self._answer(directory, lambda client, path: _await_change(client, path, index, seconds))
+        except _Unanswered as unanswered:
+            raise HistoryLost(f"a wait for changes was cut short: {unanswered.why}") from None
         except etcd.EtcdKeyNotFound:
             raise StoreError(f"the store does not answer as etcd does: it cannot watch {directory}") from None
 

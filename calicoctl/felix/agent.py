@@ -211,11 +211,6 @@ class Agent:
                 self._health.store_since = report.now()
                 self._health.error(f"{event.why}; what is set up stays as it is")
             self._health.store_away[event.directory] = event.why
-        elif isinstance(event, events.StoreBack):
-            if self._health.store_away.pop(event.directory, None) is not None and not self._health.store_away:
-                self._health.store_since = report.now()
-                self._reporter.read_again()
-                log.info("the store can be followed again")
         elif isinstance(event, events.LinkChanged):
             self._link_changed(event)
         elif isinstance(event, events.RouteGone):
@@ -256,6 +251,10 @@ class Agent:
         if not first:
             self._health.resyncs += 1
             log.info("read the store below %s anew", event.directory)
+        if self._health.store_away.pop(event.directory, None) is not None and not self._health.store_away:
+            self._health.store_since = report.now()
+            self._reporter.read_again()
+            log.info("the store can be followed again")
         self._snapshot.replace(event.directory, event.entries)
         if self._health.first_update:
             self._keeper.compare(self._snapshot.addresses_listed())

@@ -33,9 +33,6 @@ LONG_POLL = 10.0
 """Seconds that one wait for a change of the store takes at most. A member that hangs costs as long, before others are
 asked; a store that hangs as a whole is found away after this and the store client's own patience."""
 
-AWAY_POLL = 2.0
-"""Seconds that such a wait takes while the store could not be reached before."""
-
 LONGEST_PAUSE = 5.0
 """Seconds between two attempts to reach the store, at most."""
 
@@ -71,13 +68,6 @@ class StoreAway:
 
     directory: str
     why: str
-
-
-@dataclass(frozen=True)
-class StoreBack:
-    """A directory of the store can be followed again, and nothing was missed."""
-
-    directory: str
 
 
 @dataclass(frozen=True)
@@ -175,7 +165,10 @@ class _Source(threading.Thread):
 
 
 class StoreEvents(_Source):
-    """Reads a directory of the store, then waits for one change after the other; reads again where some were missed."""
+    """Reads a directory of the store, then waits for one change after the other; reads again where some were missed.
+
+    So it does, too, when the store was away: it may be another that is back, which has counted past the index by then.
+    """
 
     def __init__(self, datastore: DatastoreClient, directory: str, events: Events[Any]) -> None:
         super().__init__(f"following {directory}", events)
@@ -184,8 +177,8 @@ class StoreEvents(_Source):
 
     def follow(self) -> None:
         index: int | None = None
-        pause, away = 0.0, False
-        read_at = 0.0
+        pause = read_at = 0.0
+        away = False
         while True:
             try:
                 if index is None:
@@ -193,18 +186,13 @@ class StoreEvents(_Source):
                     entries, index = self._datastore.snapshot(self._directory)
                     self._events.put(StoreRead(self._directory, entries))
                     del entries
-                    changes: list[Change] = []
-                else:
-                    # a short one to find out whether the store is back, and then say so
-                    seconds = AWAY_POLL if away else LONG_POLL
-                    changes, index = self._datastore.watch(self._directory, index, seconds)
-                if away:
-                    self._events.put(StoreBack(self._directory))
-                    pause, away = 0.0, False
+                    away = False
+                changes, index = self._datastore.watch(self._directory, index, LONG_POLL)
+                pause = 0.0
                 for change in changes:
                     self._events.put(StoreChanged(change))
-            except HistoryLost:
-                log.info("the store has forgotten changes below %s: reading all of it", self._directory)
+            except HistoryLost as lost:
+                log.info("%s; reading all below %s", lost, self._directory)
                 index = None
                 if time.monotonic() - read_at < 1:
                     time.sleep(1)
@@ -212,7 +200,7 @@ class StoreEvents(_Source):
                 if not away:
                     why = str(error) if isinstance(error, CalicoError) else f"the store cannot be followed: {error!r}"
                     self._events.put(StoreAway(self._directory, why))
-                away = True
+                index, away = None, True
                 pause = min(LONGEST_PAUSE, max(0.2, pause * 2))
                 time.sleep(pause * random.uniform(0.5, 1))
 

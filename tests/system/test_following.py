@@ -134,6 +134,34 @@ def test_a_store_that_is_set_back(own_etcd: Etcd) -> None:
     wait_for(lambda: not ping("a", B4), "a change after it")
 
 
+@pytest.mark.parametrize("how", ["away for long", "back at once"])
+def test_another_store_that_has_counted_past_the_old_one(own_etcd: Etcd, how: str) -> None:
+    """Its index alone does not tell that it is another."""
+    host = AgentHost(own_etcd)
+    host.start_agent()
+    host.add_pair()
+    host.sync()
+    wanted = own_etcd.tree("/calico/v1") | own_etcd.tree("/calico/bgp")
+    rules = "/calico/v1/policy/profile/web/rules"
+    assert ping("a", B4, patience=PATIENT)
+    if how == "back at once":
+        os.kill(host.pid, signal.SIGSTOP)  # so that it does not see the store away
+    own_etcd.stop()
+    shutil.rmtree(own_etcd.directory / "data")
+    if how == "away for long":
+        wait_for(lambda: not host.status()["etcd"]["reachable"], "the agent to notice")
+        os.kill(host.pid, signal.SIGSTOP)
+    own_etcd.start()
+    own_etcd.await_ready()
+    for key, value in {**wanted, rules: json.dumps({**json.loads(wanted[rules]), "inbound_rules": []})}.items():
+        own_etcd.put(key, value)
+    for number in range(300):
+        own_etcd.put("/calico/v1/other", str(number))
+    os.kill(host.pid, signal.SIGCONT)
+    wait_for(lambda: not ping("a", B4), host.log())
+    wait_for(lambda: host.status()["etcd"]["reachable"], host.log())
+
+
 def test_a_directory_with_a_time_to_live(pair: AgentHost) -> None:
     """A new time to live changes nothing of what is in a directory; its end removes it."""
     directory = pair.key("b").rpartition("/endpoint/")[0]
