@@ -1,7 +1,8 @@
 """The store as this host sees it: what was read, understood and found sound, kept current change by change.
 
-One key that cannot be understood affects what it names alone: it is left out, and `problems` tells why. Whoever makes
-use of the snapshot takes `dirty`, the names of all that changed since it was taken last. Knows no kernel.
+One key that cannot be understood affects what it names alone: it is left out, and `problems` tells why. Only who bears
+which tag stays as it was read last, since others' rules may deny by that. Whoever makes use of the snapshot takes
+`dirty`, the names of all that changed since it was taken last. Knows no kernel.
 """
 
 from __future__ import annotations
@@ -89,6 +90,7 @@ class Snapshot:
         self.host = host
         self.ready = False
         self.endpoints: dict[EndpointId, Endpoint] = {}
+        """Those of all hosts, as their records could be read last."""
         self.local: dict[EndpointId, LocalEndpoint] = {}
         self.unusable: dict[EndpointId, tuple[int, str]] = {}
         """This host's endpoints that are not in `local`: the index of the record, and why."""
@@ -195,11 +197,12 @@ class Snapshot:
     def _set_endpoint(self, key: str, entry: Entry | None) -> None:
         id = keys.parse_endpoint(key)
         assert id is not None, "only endpoints' keys come here"
-        self.endpoints.pop(id, None)
         self.dirty.endpoints.add(id)
         if id.host == self.host:
             self._unchecked.add(id)
-        if entry is not None:
+        if entry is None:
+            self.endpoints.pop(id, None)
+        else:
             self.endpoints[id] = Endpoint.from_json(id, entry.value, key)
 
     def _set_profile(self, key: str, entry: Entry | None) -> None:
@@ -213,13 +216,15 @@ class Snapshot:
         if tags_entry is None and rules_entry is None:
             self.profiles.pop(name, None)
             return
+        before = self.profiles.get(name)
         tags: tuple[str, ...] = ()
         rules: Rules | None = None
         if tags_entry is not None:
             try:
                 tags = tuple(dict.fromkeys(load_strings(tags_entry.value, tags_key)))
             except CalicoError as error:
-                self.problems[tags_key] = str(error)
+                tags = () if before is None else before.tags
+                self.problems[tags_key] = f"{error}; the tags that profile {name} had before are used"
         try:
             if rules_entry is None:
                 raise CalicoError("it has no rules")
@@ -301,9 +306,9 @@ class Snapshot:
         entry = self._entries.get(key)
         if entry is None:
             return
-        endpoint = self.endpoints.get(id)
-        if endpoint is None:
+        if key in self.problems:
             raise CalicoError(self.problems[key])
+        endpoint = self.endpoints[id]
         if endpoint.state == "inactive":
             self.unusable[id] = (entry.index, INACTIVE)
             return

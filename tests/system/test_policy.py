@@ -209,6 +209,24 @@ def test_a_tag_is_all_addresses_of_all_endpoints_with_it(net: AgentHost, version
     assert not ping("outside", B[version])
 
 
+def test_what_is_denied_by_a_tag_stays_so_while_it_cannot_be_read_who_bears_it(net: AgentHost) -> None:
+    net.profile("a", tags=["evil"])
+    inbound(net, {"action": "deny", "src_tag": "evil"}, ALLOW)
+    remote = "/calico/v1/host/elsewhere/workload/docker/x/endpoint/y"
+    record = {"state": "active", "profile_ids": ["a"], "ipv4_nets": ["198.51.100.2/32"]}
+    net.etcd.put(remote, record)
+    net.sync()
+    assert not ping("a", B4) and not ping("outside", B4)
+    net.etcd.put("/calico/v1/policy/profile/a/tags", "{not json")
+    net.etcd.put(remote, {**record, "mac": "none"})
+    net.sync()
+    assert not ping("a", B4) and not ping("outside", B4)
+    net.etcd.delete(remote)
+    net.profile("a")
+    net.sync()
+    assert ping("a", B4, patience=PATIENT) and ping("outside", B4, patience=PATIENT)
+
+
 def test_a_tag_that_is_a_number(net: AgentHost) -> None:
     net.profile("a", tags=["1"])
     inbound(net, {"action": "allow", "src_tag": 1})

@@ -102,6 +102,18 @@ def test_problems_come_and_go_with_their_keys() -> None:
     assert snapshot.problems == {} and snapshot.is_readable("web")
 
 
+def test_who_bears_which_tag_stays_as_it_could_be_read_last() -> None:
+    tags, record = "/calico/v1/policy/profile/web/tags", f"{FOLDER}/1/endpoint/1"
+    snapshot = snapshot_of(endpoint_entry("1"), entry(tags, ["evil"]))
+    snapshot.change(Change(tags, entry(tags, "{not json", 2)))
+    snapshot.change(Change(record, entry(record, {**RECORD, "name": "cali1", "mac": "no MAC"}, 3)))
+    assert snapshot.profiles["web"].tags == ("evil",) and snapshot.endpoints[id_of("1")].nets == ["192.168.0.1/32"]
+    assert set(snapshot.problems) >= {tags, record} and not snapshot.local, "but it is not connected"
+    snapshot.change(Change(record, None))
+    snapshot.change(Change(tags, None))
+    assert not snapshot.endpoints and not snapshot.profiles
+
+
 def test_an_unknown_action_for_packets_to_the_host_closes() -> None:
     key = "/calico/v1/host/h/config/DefaultEndpointToHostAction"
     snapshot = snapshot_of(entry(key, "allow"))
