@@ -14,8 +14,8 @@ import fcntl
 import hashlib
 import os
 import time
-from collections.abc import Mapping
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 
 from calicoctl.errors import CalicoError, Conflict
@@ -90,8 +90,11 @@ class WorkloadLock:
 
     def begin(self) -> None:
         """Note that a change is under way: should it be cut short, that can be told."""
-        with open(os.open(self.mark, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600), "w") as mark:
-            mark.write(self._workload)
+        try:
+            with open(self.mark, "w", opener=_no_link) as mark:
+                mark.write(self._workload)
+        except OSError as error:
+            raise CalicoError(f"cannot write {self.mark}: {error.strerror}") from None
 
     def end(self) -> None:
         """Note that the change is done or undone. What an earlier one has left may still be there."""
@@ -158,18 +161,27 @@ def clear(host: str, orchestrator: str) -> None:
 
 
 def _no_link(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW)
+    return os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
 
 
-def names(host: str, orchestrator: str, known: Mapping[str, str]) -> dict[str, str]:
-    """Return the names that are remembered of workloads, by id. Of those that are `known`, no file is read."""
+def names(host: str, orchestrator: str) -> dict[str, str]:
+    """Return the names that are remembered of workloads, by id."""
     prefix = f"{orchestrator}."
     found = {}
-    for name in _names(host):
-        if name.startswith(prefix):
-            id = _id(host, orchestrator, name[len(prefix) :])
-            found[id] = known.get(id) or _content_of(DIRECTORY / host / name)
+    with suppress(FileNotFoundError), os.scandir(DIRECTORY / host) as files:
+        for file in files:
+            if file.name.startswith(prefix):
+                with suppress(FileNotFoundError):
+                    status = file.stat(follow_symlinks=False)
+                    name = _read_once(file.path, (status.st_ino, status.st_size, status.st_mtime_ns))
+                    found[_id(orchestrator, file.name[len(prefix) :], name)] = name
     return {id: name for id, name in found.items() if id and name}
+
+
+@lru_cache(maxsize=4096)
+def _read_once(path: str, version: tuple[int, ...]) -> str:
+    """Return the name that a lock remembers; for one version of the file, it is read once only."""
+    return _content_of(Path(path))
 
 
 def _names(host: str) -> list[str]:
@@ -187,8 +199,6 @@ def _content_of(file: Path) -> str:
         return ""
 
 
-def _id(host: str, orchestrator: str, name: str) -> str:
-    """Return the id of the workload that part of a file's name stands for; a long one's is the hash of its path."""
-    if orchestrator == "namespace" and not name.startswith("-"):
-        return _content_of(DIRECTORY / host / f"{orchestrator}.{name}").replace("/", "-")
-    return name
+def _id(orchestrator: str, part: str, name: str) -> str:
+    """Return the id of the workload that a part of a file's name stands for; a long one's is the hash of its path."""
+    return name.replace("/", "-") if orchestrator == "namespace" and not part.startswith("-") else part

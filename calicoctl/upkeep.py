@@ -23,9 +23,9 @@ from calicoctl.workload import (
     NAMESPACE,
     Standing,
     Workload,
-    container_pids,
-    docker_containers,
+    endpoint_ids_of,
     endpoints_of,
+    has_processes,
     look_up,
     process_started,
 )
@@ -76,30 +76,32 @@ def look_after(
         return
     with_handle = datastore.ipam.knows(f"{orchestrator}.{id}")
     with WorkloadLock(datastore.host, orchestrator, id, wait=False) as lock:
-        records, held = _read(datastore, Workload(orchestrator, id, id))
+        ids, held = _read(datastore, Workload(orchestrator, id, id))
         paths = [lock.name(), *paths_of(held)]
         path = next((path for path in paths if isinstance(path, str) and path.startswith("/")), "")
-        if not records:
+        if not ids:
             workload = Workload(orchestrator, id, path or id)
-            yield from _tidy(datastore, workload, lock, records, held)
+            yield from _tidy(datastore, workload, lock, [], held)
             lock.settled()
             if with_handle and not held and not datastore.ipam.knows(workload.handle):
                 yield Act(COLLECTED, f"{_called(workload)} had a handle that held nothing: removed")
             return
         if orchestrator == NAMESPACE and not path:
             return  # an old tool's, say: nobody knows where it is
-        standing, workload = look_up(orchestrator, id, path, _started(lock, path, records))
+        standing, workload = look_up(orchestrator, id, path, _started(lock, path, ids))
         if standing is Standing.GONE and not removed:
-            _refuse_alive(workload, records)
-        forget = may_forget(standing)
-        if standing in (Standing.AWAY, Standing.GONE):
-            if forget:
-                yield _forget(datastore, workload, lock, records, held)
-                return
+            _refuse_alive(workload, ids)
+        is_away = standing in (Standing.AWAY, Standing.GONE)
+        if may_forget(standing) and is_away:
+            yield _forget(datastore, workload, lock, ids, held)
+            return
+        records = endpoints_of(datastore, workload)
+        if is_away:
             yield from _set_inactive(datastore, workload, records, standing)
             if not lock.name():  # after a reboot
                 lock.remember(path)
         elif standing is Standing.STOPPED:
+            lock.begin()
             yield from _set_inactive(datastore, workload, records, standing)
             for record in records:
                 netns.delete_interface(record.id.interface)
@@ -115,43 +117,38 @@ def _has_anything(datastore: DatastoreClient, orchestrator: str, id: str) -> boo
     workload = Workload(orchestrator, id, id)
     return (
         locks.exists(datastore.host, orchestrator, id)
-        or bool(endpoints_of(datastore, workload))
+        or bool(endpoint_ids_of(datastore, workload))
         or datastore.ipam.knows(workload.handle)
     )
 
 
-def _read(datastore: DatastoreClient, workload: Workload) -> tuple[list[Endpoint], dict[IPAddress, Owner]]:
+def _read(datastore: DatastoreClient, workload: Workload) -> tuple[list[EndpointId], dict[IPAddress, Owner]]:
     """Return a workload's endpoints, and the addresses that are, beyond doubt, this host's and the workload's."""
     held = datastore.ipam.held_by(workload.handle) or {}
-    return endpoints_of(datastore, workload), {
+    return endpoint_ids_of(datastore, workload), {
         address: owner for address, owner in held.items() if owner.secondary.get("host") == datastore.host
     }
 
 
-def _started(lock: WorkloadLock, path: str, records: list[Endpoint]) -> str | None:
+def _started(lock: WorkloadLock, path: str, ids: list[EndpointId]) -> str | None:
     """Return when the process was started that a path was of when it was connected."""
     started = lock.started()
-    if started is None and any(netns.find_interface(record.id.interface) for record in records):
+    if started is None and any(netns.find_interface(id.interface) for id in ids):
         return process_started(path)  # not remembered, by an older version, but still connected
     return started
 
 
-def _refuse_alive(workload: Workload, records: list[Endpoint]) -> None:
-    """Raise CalicoError for a container that the engine does not know, but whose network is there: another engine's."""
-    for record in records:
-        interface = netns.find_interface(record.id.interface)
-        if workload.orchestrator == DOCKER and interface is not None and interface.up and not _is_shared(interface):
-            raise CalicoError(
-                f"Docker knows no container {workload.id[:12]}, but its interface {interface.name} is there: is it "
-                "another Docker Engine's? What belongs to it is kept"
-            )
-
-
-def _is_shared(interface: netns.Interface) -> bool:
-    """Tell whether an interface is in the namespace of one of the engine's containers, which has outlived another's."""
-    running = [container["Id"] for container in docker_containers() if container["State"] == "running"]
-    paths = (f"/proc/{pid}/ns/net" for pid in container_pids(running).values())
-    return any(netns.placed({interface.name: path}).get(interface.name) for path in paths)
+def _refuse_alive(workload: Workload, ids: list[EndpointId]) -> None:
+    """Raise CalicoError for a container that the engine does not know, but that is there: another engine's."""
+    if (
+        workload.orchestrator == DOCKER
+        and any(netns.find_interface(id.interface) for id in ids)
+        and has_processes(workload.id)
+    ):
+        raise CalicoError(
+            f"Docker knows no container {workload.id[:12]}, but it runs: is it another Docker Engine's? What belongs "
+            "to it is kept"
+        )
 
 
 def misplaced(paths: dict[EndpointId, str]) -> list[EndpointId]:
@@ -214,22 +211,23 @@ def _forget(
     datastore: DatastoreClient,
     workload: Workload,
     lock: WorkloadLock,
-    records: list[Endpoint],
+    ids: list[EndpointId],
     held: dict[IPAddress, Owner],
 ) -> Act:
     """Remove all that a workload has that does not exist any more, but for addresses that bear no handle."""
     lock.begin()
+    records = filter(None, map(datastore.readable, ids))
     listed = {address for record in records for address in record.addresses}
     owners = {address: datastore.ipam.owner(parse_address(address)) for address in sorted(listed - set(map(str, held)))}
     kept = [address for address, owner in owners.items() if owner is not None and owner.handle is None]
-    for name in {record.id.interface for record in records} | interfaces_of(held):
+    for name in {id.interface for id in ids} | interfaces_of(held):
         netns.delete_interface(name)
-    for record in records:
-        datastore.remove_endpoint(record.id)
+    for id in ids:
+        datastore.remove_endpoint(id)
     datastore.ipam.release(held, {workload.handle})
     datastore.prune_workload(workload.orchestrator, workload.id)
     lock.forget()
-    text = f"{_called(workload)} is forgotten, for it does not exist any more: {len(records)} endpoint"
+    text = f"{_called(workload)} is forgotten, for it does not exist any more: {len(ids)} endpoint"
     text += f" and {', '.join(map(str, sorted(held)))}" if held else ""
     if kept:
         text += f"; not {', '.join(kept)}, without a handle: 'calicoctl ipam release' gives back what is in use no more"
@@ -276,7 +274,7 @@ def _called(workload: Workload) -> str:
 def tidy(datastore: DatastoreClient, workload: Workload) -> list[Act]:
     """Give back what a cut command has left of a workload: addresses, and half-made pairs, that no record lists."""
     with WorkloadLock(datastore.host, workload.orchestrator, workload.id) as lock:
-        return list(_tidy(datastore, workload, lock, *_read(datastore, workload)))
+        return list(_tidy(datastore, workload, lock, endpoints_of(datastore, workload), _read(datastore, workload)[1]))
 
 
 def restore_address(datastore: DatastoreClient, id: EndpointId, address: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -113,23 +113,39 @@ def namespace_at(path: str) -> tuple[int, int] | None:
 
 
 def process_started(path: str) -> str | None:
-    """Return when the process was started whose namespace a path is, in clock ticks since boot.
+    """Return when the process, or thread, was started that a path leads through, in clock ticks since boot.
 
-    None for a path that is no process's, as one of `ip netns` is not. One that is, whether it is below /proc or a
-    symbolic link to that, may be another process's some day. Source: namespaces(7), and the 22nd field of
-    /proc/PID/stat, proc(5).
+    None for a path that is no process's, as one of `ip netns` is not, and where there is no such process. A path that
+    is one's, be it below /proc or by a symbolic link, may be another's some day. Raises NamespaceError where that is
+    not to be told. Source: namespaces(7), and the 22nd field of /proc/PID/stat, proc(5).
     """
-    place = Path(path)
-    for _ in range(40):  # as many links as the kernel would follow
-        try:
+    place, left, links = Path("/"), [*reversed(Path(path).parts[1:])], 0
+    try:
+        while left:
+            place = place.parent if left[-1] == ".." else place / left[-1]
+            left.pop()
+            if re.fullmatch("/proc/[0-9]+", str(place)):
+                thread = place.joinpath(*reversed(left[-2:]))
+                return _started(thread if thread.parent.name == "task" else place)
+            if not place.is_symlink():
+                continue
             target = place.readlink()
-            if re.fullmatch(r"net:\[[0-9]+\]", str(target)):
-                text = place.parent.resolve().parent.joinpath("stat").read_text(errors="replace")
-                return text.rpartition(")")[2].split()[19]
-        except (OSError, IndexError, ValueError):
-            return None
-        place = place.parent / target
+            if re.fullmatch(r"net:\[[0-9]+\]", str(target)):  # /proc under another name
+                return _started(place.parent.parent)
+            links += 1
+            if links > 40:  # as many as the kernel would follow
+                return None
+            place = Path("/") if target.is_absolute() else place.parent
+            left += reversed([part for part in target.parts if part != "/"])
+    except (FileNotFoundError, NotADirectoryError, ProcessLookupError):
+        return None
+    except (OSError, ValueError) as error:
+        raise NamespaceError(f"{path} cannot be looked at: {error}") from None
     return None
+
+
+def _started(process: Path) -> str:
+    return (process / "stat").read_text(errors="replace").rpartition(")")[2].split()[19]
 
 
 def find(name: str) -> Workload:
@@ -249,6 +265,18 @@ def _inspect(name: str) -> dict[str, Any]:
     """Ask the Docker Engine about a container; raise NoSuchContainer, or DockerUnavailable."""
     with docker_engine(f"about {name}") as docker:
         return docker.inspect_container(name)  # type: ignore[no-any-return]
+
+
+def has_processes(id: str) -> bool:
+    """Tell whether a container runs, whosever it is: its id is in the names of its processes' control groups.
+
+    Source: cgroups(7), /proc/PID/cgroup; Docker names a container's group by its id, as podman and Kubernetes do.
+    """
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if id in (process / "cgroup").read_text(errors="replace"):
+                return True
+    return False
 
 
 def engine_may_be_there() -> bool:

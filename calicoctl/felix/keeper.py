@@ -21,6 +21,7 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, Callable
 
 from calicoctl import locks, upkeep
+from calicoctl.datastore.keys import parse_endpoint
 from calicoctl.errors import CalicoError, Conflict, DockerUnavailable, NamespaceError, StoreUnavailable, printable
 from calicoctl.felix import events
 from calicoctl.snapshot import GRACE_TIME
@@ -45,10 +46,13 @@ STORE_PAUSE = 1.0
 COMPARE_PAUSE = 60.0
 """Seconds until containers are compared with the engine's list again, when that failed."""
 
+COMPARE_INTERVAL = 300.0
+"""Seconds between two comparisons: a connection that has died silently brings no event."""
+
 GONE_PAUSE = 30.0
 """Seconds from the removal of an endpoint to a look at what it may have left: another tool may write it anew."""
 
-LANES = {DOCKER: 3, NAMESPACE: 1}
+LANES = {DOCKER: 8, NAMESPACE: 1}
 """How many workloads of an orchestrator are looked at at a time."""
 
 REST = 10.0
@@ -171,13 +175,14 @@ class Keeper(threading.Thread):
         self._troubles: dict[Key, str] = {}
         """Workloads that something failed for, and what was told of that."""
         self._swept_for: float = self.grace_time
-        self._paths: dict[str, str] = {}
         self._namespaces: dict[str, tuple[int, int] | None] = {}
         """What was last seen at the paths of namespaces, by workload."""
         self._containers: dict[str, bool] | None = None
         """The engine's last list: which containers there are, and whether they run. None: it is to be asked."""
-        self._engine_away = False
+        self._engine_away: bool | None = None
+        """Whether the engine cannot be asked; None: it has not told of its containers yet."""
         self._engine_back = float("-inf")
+        """Since when the engine can be asked; long ago, unless containers may have been unknown to it before."""
         self._rest_until = 0.0
         self._alive = True
 
@@ -262,8 +267,11 @@ class Keeper(threading.Thread):
             self._look(key, now)
         elif isinstance(item, events.EngineListed):
             if self._engine_away:
-                self._engine_away, self._engine_back = False, now
                 log.info("the Docker Engine can be asked again")
+            # one that knows none of ours may have been started before its data was there
+            if self._engine_away or not any((DOCKER, id) in self._expected for id in item.containers):
+                self._engine_back = now
+            self._engine_away = False
             self._containers = item.containers
             self._jobs[self._compare] = now
         elif isinstance(item, events.EngineAway):
@@ -310,9 +318,9 @@ class Keeper(threading.Thread):
     def _has_lane(self, key: Key) -> bool:
         """Tell whether a workload can be looked at now: not while it is already, or as many as may be are.
 
-        Nor does it make sense to ask an engine that is away; when it is back, it lists all containers.
+        Nor does it make sense to ask an engine that is away; when it is there, it lists all containers.
         """
-        if key in self._busy or (key[0] == DOCKER and self._engine_away):
+        if key in self._busy or (key[0] == DOCKER and self._engine_away is not False):
             return False
         return sum(busy[0] == key[0] for busy in self._busy) < LANES[key[0]]
 
@@ -326,7 +334,7 @@ class Keeper(threading.Thread):
             orchestrator, _, workload = handle.partition(".")
             if total != self._expected.get((orchestrator, workload), 0):
                 self._look((orchestrator, workload), now)
-        remembered = locks.names(self._datastore.host, NAMESPACE, {})
+        remembered = locks.names(self._datastore.host, NAMESPACE)
         connected = {}
         for endpoint in self._datastore.readable_endpoints(self._datastore.host)[0]:
             orchestrator, workload = workload_of(endpoint.id)
@@ -342,8 +350,10 @@ class Keeper(threading.Thread):
 
     def _compare(self) -> None:
         """Have the endpoints of this host's containers compared with what the engine says."""
-        self._tasks[DOCKER].put(partial(_compare, self._containers))
-        del self._jobs[self._compare]
+        if self._engine_away is False:  # else it will list them anew
+            self._tasks[DOCKER].put(partial(_compare, self._containers))
+        self._containers = None
+        self._jobs[self._compare] = time.monotonic() + COMPARE_INTERVAL
 
     def _compared(self, item: Compared) -> None:
         now = time.monotonic()
@@ -357,7 +367,7 @@ class Keeper(threading.Thread):
                     self._due[key] = now
         elif isinstance(item.error, StoreUnavailable):
             self._jobs[self._compare] = now + STORE_PAUSE
-        elif not self._engine_away:  # else it will list them anew
+        elif not self._engine_away:
             self._jobs[self._compare] = now + COMPARE_PAUSE
             raise item.error
 
@@ -369,9 +379,8 @@ class Keeper(threading.Thread):
             locks.clear(host, orchestrator)
             for id in locks.cut(host, orchestrator):
                 self._look_again((orchestrator, id), now)
-        self._paths = locks.names(host, NAMESPACE, self._paths)
         before, self._namespaces = self._namespaces, {}
-        for id, path in self._paths.items():
+        for id, path in locks.names(host, NAMESPACE).items():
             try:
                 seen = self._namespaces[id] = namespace_at(path)
             except NamespaceError:
@@ -438,7 +447,8 @@ class Keeper(threading.Thread):
         elif item.error is None or item.standing in (Standing.RUNS, Standing.STOPPED):
             self._kept.pop(key, None)
         if item.error is None or item.standing is not None:
-            self._unasked.pop(key, None)
+            if self._unasked.pop(key, None) is not None and key[0] == DOCKER:
+                self._try_others(now)
         elif isinstance(item.error, (DockerUnavailable, NamespaceError)):
             self._unasked[key] = now
         if not isinstance(item.error, Conflict):
@@ -459,12 +469,19 @@ class Keeper(threading.Thread):
                 self._healed[key] = now
             self._tell(act)
 
+    def _try_others(self, now: float) -> None:
+        """Look at the containers that could not be asked about: for one of them, the engine has answered now."""
+        for key in self._unasked:
+            if key[0] == DOCKER and key not in self._busy:
+                self._put_off.pop(key, None)
+                self._look(key, now)
+
     def _fail(self, key: Key, error: Exception, taken: float) -> None:
         """Try again later what could not be done for a workload, the later the longer it took; tell of it once.
 
         What fails at once may be because the workload has just ended: it is tried again before it is told of.
         """
-        pause = max(INTERVAL, 3 * taken)
+        pause = max(INTERVAL, taken)
         told = self._troubles.get(key)
         if isinstance(error, DockerUnavailable) and self._engine_away:  # which was told of
             log.debug("%s", error)
@@ -488,7 +505,11 @@ def _compare(containers: dict[str, bool] | None, datastore: DatastoreClient) -> 
         if containers is None:
             containers = events.list_containers()
         interfaces = {name for _, name in socket.if_nameindex()}
-        for endpoint in datastore.readable_endpoints(datastore.host)[0]:
+        endpoints, unreadable = datastore.readable_endpoints(datastore.host)
+        for id in filter(None, (parse_endpoint(problem.key) for problem in unreadable)):
+            if id.orchestrator == DOCKER and id.workload not in containers:
+                found.append((DOCKER, id.workload))
+        for endpoint in endpoints:
             if endpoint.id.orchestrator != DOCKER:
                 continue
             runs = containers.get(endpoint.id.workload)

@@ -214,7 +214,11 @@ def test_what_is_not_known_to_be_this_hosts_is_not_touched(node: AgentHost, engi
         endpoint(node.name, "docker", "-var-run-netns-old", 9),
     }
     endpoint(node.name, "docker", gone_id, 1)  # an old tool's: its address has no handle
+    # an engine that knows none of them may have been started before its data was there
     node.start_agent()
+    wait_for(lambda: (record(node, f"docker/{gone_id}") or {}).get("state") == "inactive", node.log())
+    assert holds(lambda: len(node.records()) == len(kept) + 1, 2), node.log()
+    node.ctl("config", "felix", "GraceTime", "1")
     wait_for(lambda: set(node.records()) == kept, node.log())
     wait_for(lambda: set(node.allocations()) == {f"192.168.0.{n}" for n in (1, 2, 3, 4)}, node.log())
     look_now()
@@ -561,19 +565,44 @@ def test_a_process_gets_back_what_was_taken_from_it(node: AgentHost, tmp_path: P
     wait_for(lambda: is_clean(node), node.log())
 
 
-@pytest.mark.parametrize("how", ["restart", "rm"])
-def test_a_namespace_that_outlives_its_container(containers: AgentHost, how: str) -> None:
-    """While no agent runs; another container shares it."""
+def test_a_container_whose_record_cannot_be_read_is_forgotten_when_it_is_removed(containers: AgentHost) -> None:
+    workload, peer = key_of(containers, "workload"), key_of(containers, "peer")
+    containers.etcd.put(workload, "{not json")
+    containers.sync()
+    run("docker", "rm", "-f", "workload")
+    wait_for(lambda: workload not in containers.etcd.tree() and set(containers.allocations()) == {B4}, containers.log())
+    run("docker", "run", "--net=none", "--name", "workload", "-tid", "busybox")
+    containers.ctl("container", "add", "workload", A4)
+    containers.etcd.put(peer, "{not json")
+    containers.kill_agent()
+    run("docker", "rm", "-f", "peer")
+    containers.start_agent()
+    wait_for(lambda: peer not in containers.etcd.tree() and set(containers.allocations()) == {A4}, containers.log())
+
+
+HOLDERS = ["a container", "a paused container", "a process"]
+
+
+@pytest.mark.parametrize(("how", "holder"), [("restart", HOLDERS[0]), *(("rm", holder) for holder in HOLDERS)])
+def test_a_namespace_that_outlives_its_container(containers: AgentHost, how: str, holder: str) -> None:
+    """While no agent runs; another container shares it, or a process of the host's is in it."""
     key, inside = key_of(containers, "workload"), run("docker", "inspect", "-f", "{{.State.Pid}}", "workload").out
     run("docker", "run", "--net=container:workload", "--name", "sidecar", "-tid", "busybox")
+    process = None
+    if holder == "a process":
+        process = subprocess.Popen(["nsenter", "-t", inside.strip(), "-n", "sleep", "1000"])
+        wait_for(lambda: unshared(process), "nsenter")
+        run("docker", "rm", "-f", "sidecar")
     containers.kill_agent()
     try:
         run("docker", how, *(["--time=0"] if how == "restart" else ["-f"]), "workload")
+        if holder == "a paused container":
+            run("docker", "pause", "sidecar")
         # the engine tells of what has happened in the last second to whoever begins to listen
         started = time.monotonic()
         wait_for(lambda: time.monotonic() > started + 2.5, "the events to be old")
         containers.start_agent()
-        if how == "rm":
+        if how != "restart":
             wait_for(
                 lambda: key not in containers.records() and set(containers.allocations()) == {B4}, containers.log()
             )
@@ -581,9 +610,12 @@ def test_a_namespace_that_outlives_its_container(containers: AgentHost, how: str
             wait_for(lambda: "eth1" in container_links("workload"), containers.log())
             wait_for(lambda: connected(containers, key) and answers("peer", A4), containers.log())
             assert run("docker", "inspect", "-f", "{{.State.Pid}}", "workload").out != inside
-        assert "eth1" not in container_links("sidecar")
+        assert process is not None or "eth1" not in container_links("sidecar")
     finally:
-        run("docker", "rm", "-f", "sidecar")
+        run("docker", "rm", "-f", "sidecar", check=False)
+        if process is not None:
+            process.kill()
+            process.wait()
 
 
 def test_a_namespace_that_outlives_its_name(pair: AgentHost) -> None:

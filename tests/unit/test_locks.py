@@ -106,14 +106,20 @@ def test_the_paths_of_namespaces_are_remembered(path: str) -> None:
     with WorkloadLock("vm", "namespace", id) as lock:
         lock.remember(path, "4711" if path.startswith("/proc") else None)
         lock.begin()
-    assert locks.names("vm", "namespace", {}) == {id: path}
-    assert locks.names("vm", "namespace", {id: "known"}) == {id: "known"}
+    assert locks.names("vm", "namespace") == {id: path}
     assert locks.cut("vm", "namespace") == [id]
-    assert locks.names("vm", "docker", {}) == locks.names("elsewhere", "namespace", {}) == {}
+    assert locks.names("vm", "docker") == locks.names("elsewhere", "namespace") == {}
     with WorkloadLock("vm", "namespace", id) as lock:
         assert (lock.name(), lock.started()) == (path, "4711" if path.startswith("/proc") else None)
         lock.forget()
-    assert locks.names("vm", "namespace", {}) == {}
+    assert locks.names("vm", "namespace") == {}
+
+
+def test_another_path_with_the_same_id_takes_the_place_of_the_first() -> None:
+    for path in ("/x/a-b", "/x/a/b"):
+        with WorkloadLock("vm", "namespace", "-x-a-b") as lock:
+            lock.remember(path)
+        assert locks.names("vm", "namespace") == {"-x-a-b": path}
 
 
 def test_a_lock_that_is_held_need_not_be_waited_for() -> None:
