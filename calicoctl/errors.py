@@ -120,6 +120,10 @@ class DockerUnavailable(CalicoError):
     """The Docker Engine could not be asked."""
 
 
+class DockerNotRunning(DockerUnavailable):
+    """Nothing listens where the Docker Engine would."""
+
+
 class NoSuchContainer(NotThere):
     """The Docker Engine knows no container of that name."""
 

@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 from calicoctl import locks
 from calicoctl.addresses import parse_address
-from calicoctl.errors import CalicoError, DockerUnavailable, NamespaceError, NoSuchContainer, NotThere, without_user
+from calicoctl.errors import (
+    CalicoError,
+    DockerNotRunning,
+    DockerUnavailable,
+    NamespaceError,
+    NoSuchContainer,
+    NotThere,
+    without_user,
+)
 
 if TYPE_CHECKING:
     from calicoctl.datastore.client import DatastoreClient
@@ -347,6 +355,7 @@ def docker_engine(what: str, timeout: int = DOCKER_TIMEOUT) -> Iterator[Any]:
             hint = f"no permission on {where}; run this as root or as a member of the docker group"
         elif "Connection refused" in text or "No such file" in text:
             hint = f"nothing listens at {where}; start Docker, or set DOCKER_HOST"
+            raise DockerNotRunning(f"Cannot ask Docker {what}: {hint}.") from None
         else:
             hint = f"{where}: {' '.join(text.split())[:160]}"
         raise DockerUnavailable(f"Cannot ask Docker {what}: {hint}.") from None

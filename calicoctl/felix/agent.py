@@ -6,7 +6,8 @@ connections it had before; then the tables, in one transaction; then forwarding 
 change denies; last the report. See docs/agent.md.
 
 Everything here happens in one thread. Others only wait (events.py), list (connections.py) and report (report.py); but
-one, which looks after workloads (keeper.py), changes the store and the workloads' interfaces, as a command would.
+one, which looks after workloads (keeper.py), changes the store and the workloads' interfaces, as a command would, and
+another the host's own firewall and settings (host.py).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import signal
 import time
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from queue import Empty, SimpleQueue
 from types import FrameType
 from typing import Any, Callable
@@ -25,7 +26,8 @@ from calicoctl import __version__
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.keys import EndpointId
 from calicoctl.errors import CalicoError
-from calicoctl.felix import connections, docker_firewall, events, process, report
+from calicoctl.felix import connections, events, process, report
+from calicoctl.felix.host import HostKeeper
 from calicoctl.felix.keeper import Keeper
 from calicoctl.felix.local_etcd import LocalEtcd
 from calicoctl.felix.metrics import Metrics
@@ -41,16 +43,10 @@ from calicoctl.upkeep import Act
 log = logging.getLogger("calico.felix")
 
 TICK = 10.0
-"""Seconds between two looks at what nothing tells of: what failed before, kernel settings of the whole host."""
+"""Seconds between two looks at what failed before."""
 
 REVIEW_INTERVAL = 300.0
 """Seconds between two looks at all that the kernel has of every endpoint."""
-
-FIREWALL_DELAY = 0.3
-"""Seconds from a change of the host's firewall to our look at it: Docker makes many changes at a time."""
-
-FIREWALL_INTERVAL = 5.0
-"""Seconds between two looks at a firewall of iptables-legacy, which tells nobody of its changes."""
 
 LOG_LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 LOG_LEVELS |= {"critical": logging.CRITICAL, "none": logging.CRITICAL + 10}
@@ -63,6 +59,14 @@ def run(host: str, options: Options) -> None:
         if options.local_etcd:
             LocalEtcd(host, options.log_dir or process.DEFAULT_LOG_DIR).supervise()
         Agent(DatastoreClient.from_environment, process.tell_ready, options).run()
+
+
+@dataclass(frozen=True)
+class Newcomer:
+    """What is new to an endpoint: addresses, and the number of the question whether connections of them are left."""
+
+    addresses: set[str]
+    asked: int
 
 
 class Agent:
@@ -78,7 +82,6 @@ class Agent:
         self._metrics = Metrics(self._health, options.metrics_port)
         self._reporter = StoreReporter(datastore(), self._health)
         self._file = ReportFile(process.report_file(self._host))
-        self._settings = HostSettings(process.settings_file(self._host))
         self._nft = Nft()
         self._ruleset: Ruleset | None = None
         """What is in our tables; None while that is not known."""
@@ -91,7 +94,7 @@ class Agent:
         """Local endpoints whose routes are to be looked at."""
         self._failed: set[EndpointId] = set()
         """Local endpoints that could not be programmed; tried again at the next tick."""
-        self._newcomers: dict[EndpointId, set[str]] = {}
+        self._newcomers: dict[EndpointId, Newcomer] = {}
         """Local endpoints that wait until nobody else's connections are left of addresses that are new to them."""
         self._admitted: set[EndpointId] = set()
         """Those that have waited long enough."""
@@ -105,14 +108,14 @@ class Agent:
         """Interfaces that an endpoint has given up."""
         self._lister = connections.Lister(self._events.put)
         self._keeper = Keeper(datastore, self._events.put)
+        self._host_keeper = HostKeeper(HostSettings(process.settings_file(self._host)), self._events.put)
         self._clean_up = True
+        """Whether to look for what no endpoint wants."""
+        self._unclean = False
+        """Whether something of that could not be removed; tried again at the next tick."""
         self._retry_at = 0.0
         self._tick_at = 0.0
         self._review_at = time.monotonic() + REVIEW_INTERVAL
-        self._firewall_at = 0.0
-        self._firewall_trouble = ""
-        """Why the host's firewall could not be looked at last time."""
-        self._firewall_polled = not docker_firewall.sends_events()
         self._stores = [(datastore(), directory) for directory in sorted(self._unread)]
 
     def run(self) -> None:
@@ -137,6 +140,7 @@ class Agent:
                 self._loop()
             finally:
                 self._keeper.end()
+                self._host_keeper.end()
                 self._note_last_acts()
                 self._reporter.end()
         log.info("the agent ends; what it has set up stays")
@@ -154,10 +158,14 @@ class Agent:
 
     def _loop(self) -> None:
         while True:
+            listings = []
             for event in self._wait():
                 if isinstance(event, events.Stop):
                     return
-                self._handle(event)
+                if isinstance(event, connections.Listed):
+                    listings.append(event)  # judged by what the tables hold when all other events are taken in
+                else:
+                    self._handle(event)
             now = time.monotonic()
             if now >= self._tick_at:
                 self._tick_at = now + TICK
@@ -165,14 +173,19 @@ class Agent:
             if not self._unread and self._snapshot.ready:
                 try:
                     self._apply(now)
+                    if listings:
+                        for listing in listings:
+                            self._judge(listing)
+                        self._apply(now)  # those that have waited for that
                 except Exception as error:
                     # what cannot be foreseen must not end the agent: it begins anew with what store and kernel say
                     log.debug("where it comes from", exc_info=True)
                     self._health.error(f"the agent has a defect ({type(error).__name__}: {error})")
                     self._ruleset, self._retry_at = None, now + TICK
                     self._review()
-                if now >= self._firewall_at:
-                    self._check_firewall(now)
+            else:
+                for listing in listings:
+                    self._unlisted.update(listing.addresses)
             self._keeper.set_ready(self._snapshot.ready)
             self._health.waiting_for = self._waiting_for()
             self._health.problems = self._snapshot.problems
@@ -181,11 +194,9 @@ class Agent:
 
     def _wait(self) -> list[Any]:
         """Return the events that have come, all of a burst together; none when it is time for something."""
-        until = min(self._tick_at, self._firewall_at)
-        if self._ruleset is None and self._retry_at:
+        until = self._tick_at
+        if self._ruleset is None and self._retry_at and not self._unread and self._snapshot.ready:
             until = min(until, self._retry_at)
-        if self._unread or not self._snapshot.ready:
-            until = self._tick_at
         found: list[Any] = []
         try:
             found.append(self._events.get(timeout=max(0.0, until - time.monotonic())))
@@ -225,18 +236,6 @@ class Agent:
             self._review()
         elif isinstance(event, events.TablesChanged):
             self._tables_changed(event.names)
-        elif isinstance(event, connections.Listed) and self._ruleset is None:
-            self._unlisted.update(event.addresses)  # to be listed again when the tables are known again
-        elif isinstance(event, connections.Listed):
-            why = self._end_denied_connections(event)
-            looked_at = [id for id, new in self._newcomers.items() if new <= set(event.addresses)]
-            for id in looked_at:
-                if why is None:
-                    del self._newcomers[id]
-                    self._admitted.add(id)
-            if why is not None:  # nobody may come in by a connection that somebody else had
-                now = {id: self._snapshot.local[id] for id in looked_at if id in self._snapshot.local}
-                self._set_statuses({id: Status("error", endpoint.index, why) for id, endpoint in now.items()})
         elif isinstance(event, Act):
             self._health.count(event)
             log.info("%s", event.text)
@@ -244,6 +243,25 @@ class Agent:
             self._health.error(event.why)
         elif isinstance(event, events.Failed):
             raise CalicoError(event.why)
+
+    def _judge(self, listing: connections.Listed) -> None:
+        """End the connections of a listing that policy denies, and admit the newcomers that have waited for it."""
+        if self._ruleset is None:
+            self._unlisted.update(listing.addresses)  # to be listed again when the tables are known again
+            return
+        why = self._end_denied_connections(listing)
+        looked_at = [
+            id
+            for id, newcomer in self._newcomers.items()
+            if newcomer.asked <= listing.asked and newcomer.addresses <= set(listing.addresses)
+        ]
+        for id in looked_at:
+            if why is None:
+                del self._newcomers[id]
+                self._admitted.add(id)
+        if why is not None:  # nobody may come in by a connection that somebody else had
+            now = {id: self._snapshot.local[id] for id in looked_at if id in self._snapshot.local}
+            self._set_statuses({id: Status("error", endpoint.index, why) for id, endpoint in now.items()})
 
     def _store_read(self, event: events.StoreRead) -> None:
         first = event.directory in self._unread
@@ -290,7 +308,7 @@ class Agent:
             else:
                 self._restore_tables(self._ruleset)
         if names & {"filter", ""}:
-            self._firewall_at = min(self._firewall_at, time.monotonic() + FIREWALL_DELAY)
+            self._host_keeper.firewall_changed()
 
     def _restore_tables(self, ruleset: Ruleset) -> None:
         """Make the tables anew as they were: the store is not ready, and what it has now must not be made use of."""
@@ -321,11 +339,10 @@ class Agent:
 
     def _tick(self) -> None:
         self._dirty |= self._failed
+        self._clean_up, self._unclean = self._clean_up or self._unclean, False
         number = self._lister.ask(self._unlisted)
         self._unsettled.update({address: number for address in self._unlisted if address in self._unsettled})
         self._unlisted = set()
-        if self._health.first_update:
-            self._forward()
         if time.monotonic() >= self._review_at:
             self._review(links=False)  # interfaces tell of themselves
 
@@ -353,7 +370,7 @@ class Agent:
         self._note_readable(dirty.profiles)
         if self._ruleset is None and now < self._retry_at:
             return
-        if self._ruleset is not None and not (dirty or self._dirty):
+        if self._ruleset is not None and not (dirty or self._dirty or self._clean_up):
             return
         anew = self._ruleset is None
         with self._metrics.apply_time.time():
@@ -361,21 +378,23 @@ class Agent:
             if touched is None:
                 return
             if anew:  # whatever was being looked at is looked at again
-                touched |= self._unlisted.union(self._unsettled, *self._newcomers.values())
+                touched |= self._unlisted.union(self._unsettled, *(one.addresses for one in self._newcomers.values()))
                 self._unlisted = set()
             first = not self._health.first_update
             self._unsettled.update(dict.fromkeys(touched, 0))
             if first:
                 self._end_denied_connections(connections.listed(touched))
-            if first or dirty.settings:
-                self._forward()
+                self._host_keeper.forward(self._snapshot.ipv6_address is not None)
+            elif dirty.settings:
+                self._host_keeper.set_ipv6(self._snapshot.ipv6_address is not None)
             self._set_statuses(self._apply_routes(dirty.settings))
         if not first:
             self._unsettled.update(dict.fromkeys(touched, self._lister.ask(touched)))
         else:
             self._health.first_update = True
             self._keeper.begin(self._snapshot.addresses_listed())
-            self._check_firewall(now)
+            self._host_keeper.check_firewall()
+            self._host_keeper.start()
             self._reporter.sign_of_life()
             log.info("the first snapshot is in the kernel: %d endpoints of this host", len(self._snapshot.local))
             self._ready()
@@ -396,10 +415,13 @@ class Agent:
             if new:
                 if self._ruleset is not None and not self._last.has(id):
                     changed.discard(id)
-                self._newcomers[id] = new
-                self._lister.ask(new)
+                self._newcomers[id] = Newcomer(new, self._lister.ask(new))
         changed |= self._admitted
         self._admitted.clear()
+
+    def _withheld(self) -> dict[EndpointId, set[str]]:
+        """Return the addresses that endpoints are not to make use of yet."""
+        return {id: newcomer.addresses for id, newcomer in self._newcomers.items()}
 
     def _note_readable(self, profiles: set[str]) -> None:
         """Look again at the endpoints of profiles that have become readable, or unreadable: their status says so."""
@@ -415,7 +437,7 @@ class Agent:
         if self._ruleset is not None:
             ruleset, self._ruleset = self._ruleset, None
             try:
-                update = ruleset.update(self._snapshot, dirty, self._newcomers)
+                update = ruleset.update(self._snapshot, dirty, self._withheld())
                 if update.commands:
                     self._nft.run(update.commands)
                 self._ruleset = ruleset
@@ -424,7 +446,7 @@ class Agent:
         if self._ruleset is None:
             ruleset = Ruleset()
             try:
-                update = ruleset.load(self._snapshot, self._newcomers)
+                update = ruleset.load(self._snapshot, self._withheld())
                 self._nft.run(update.commands)
                 self._ruleset = ruleset
             except CalicoError as error:
@@ -438,12 +460,6 @@ class Agent:
         self._last = self._ruleset
         assert update is not None, "one of the two has been done"
         return update.touched
-
-    def _forward(self) -> None:
-        try:
-            self._settings.forward(self._snapshot.ipv6_address is not None)
-        except CalicoError as error:
-            self._health.error(str(error))
 
     def _apply_routes(self, all_of_them: bool) -> dict[EndpointId, Status | None]:
         """Set up, or take down, the interfaces of the endpoints that are to be looked at; return what came of it."""
@@ -460,7 +476,7 @@ class Agent:
             try:
                 self._routes.clear(index)
             except CalicoError as error:
-                self._clean_up = True
+                self._unclean = True
                 self._health.error(str(error))
         statuses: dict[EndpointId, Status | None] = {}
         for id in ids:
@@ -550,16 +566,3 @@ class Agent:
             except CalicoError as error:
                 log.warning("%s; making all of our tables anew", error)
                 self._ruleset = None
-
-    def _check_firewall(self, now: float) -> None:
-        self._firewall_at = now + (FIREWALL_INTERVAL if self._firewall_polled else 1e9)
-        why = ""
-        try:
-            for line in docker_firewall.ensure():
-                log.info("%s", line)
-        except Exception as error:  # whatever is in somebody else's firewall, it must not end the agent
-            self._firewall_at = now + TICK
-            why = str(error) if isinstance(error, CalicoError) else f"the host's firewall cannot be read: {error!r}"
-            if why != self._firewall_trouble:
-                self._health.error(why)
-        self._firewall_trouble = why

@@ -13,7 +13,7 @@ import shlex
 import subprocess
 from collections import defaultdict
 
-from calicoctl.errors import CalicoError
+from calicoctl.errors import CalicoError, DockerNotRunning
 from calicoctl.workload import docker_engine
 
 COMMANDS = ("iptables", "ip6tables")
@@ -146,11 +146,14 @@ def _run(*command: str) -> str:
 
 
 def engine_forwards(ipv6: bool) -> bool:
-    """Tell whether a Docker Engine runs here that forwards for networks of its own."""
+    """Tell whether a Docker Engine runs here that forwards for networks of its own.
+
+    Raises DockerUnavailable where there is one that does not say.
+    """
     try:
         with docker_engine("for its networks", timeout=5) as docker:
             networks = docker.networks()
-    except CalicoError:
+    except DockerNotRunning:
         return False
     of_its_own = [network for network in networks if network.get("Driver") not in ("host", "null")]
     return any(network.get("EnableIPv6") for network in of_its_own) if ipv6 else bool(of_its_own)

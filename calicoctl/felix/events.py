@@ -126,7 +126,7 @@ class MountsChanged:
 
 @dataclass(frozen=True)
 class Trouble:
-    """Something could not be done for a workload."""
+    """Something could not be done for a workload, or for the host as a whole."""
 
     why: str
 

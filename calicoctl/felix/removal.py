@@ -5,11 +5,13 @@ Interfaces belong to the endpoints, and have gone with them; one that is left, i
 
 from __future__ import annotations
 
+from calicoctl.errors import DockerUnavailable
 from calicoctl.felix import docker_firewall, process, sysctls
 from calicoctl.felix.events import link_of
 from calicoctl.felix.nft import Nft
 from calicoctl.felix.routes import PREFIX, Routes
 from calicoctl.felix.ruleset import remove_commands
+from calicoctl.output import warn
 
 
 def remove_all(host: str) -> None:
@@ -35,10 +37,15 @@ def _remove_from_kernel(host: str) -> None:
     for link in links:
         sysctls.reset_interface(link.name)
     docker_firewall.remove()
-    needed = set()
-    if docker_firewall.engine_forwards(ipv6=False):
-        needed.add(sysctls.IPV4_FORWARDING)
-    if docker_firewall.engine_forwards(ipv6=True):
-        needed.add(sysctls.IPV6_FORWARDING)
-    sysctls.HostSettings(process.settings_file(host)).restore(lambda path: True, needed)
+    sysctls.HostSettings(process.settings_file(host)).restore(lambda path: True, _needed_by_engine())
     Nft().run(remove_commands())
+
+
+def _needed_by_engine() -> set[str]:
+    """Return the settings that a Docker Engine here needs, or may need."""
+    settings = {sysctls.IPV4_FORWARDING: False, sysctls.IPV6_FORWARDING: True}
+    try:
+        return {path for path, ipv6 in settings.items() if docker_firewall.engine_forwards(ipv6)}
+    except DockerUnavailable as error:
+        warn(f"Warning: {error} The host goes on forwarding, which that engine may need.")
+        return set(settings)

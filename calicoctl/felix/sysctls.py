@@ -21,7 +21,10 @@ IPV4_FORWARDING = "ipv4/ip_forward"
 IPV6_FORWARDING = "ipv6/conf/all/forwarding"
 
 
-_SETTING = re.compile(r"ipv4/ip_forward|ipv6/conf/all/forwarding|ipv6/conf/(?!\.\.?/)[^/]+/accept_ra")
+_SETTING = re.compile(
+    r"ipv4/ip_forward|ipv4/conf/all/accept_redirects|ipv[46]/conf/(?!\.\.?/)[^/]+/forwarding"
+    r"|ipv6/conf/(?!\.\.?/)[^/]+/accept_ra"
+)
 
 
 def interface_settings(interface: str, ipv6: bool) -> dict[str, str]:
@@ -88,7 +91,7 @@ class HostSettings:
     def __init__(self, file: Path) -> None:
         self._file = file
         self._found: dict[str, list[str]] = {}
-        """By path: the value found, and ours."""
+        """By path: the value found, and ours, or that which comes with ours."""
         try:
             self._found = json.loads(file.read_text())
             if not _is_sound(self._found):
@@ -100,7 +103,7 @@ class HostSettings:
 
     def forward(self, ipv6: bool) -> None:
         """Make this host forward IPv4 and, with `ipv6`, IPv6, without losing routes that it learns from routers."""
-        self._set(IPV4_FORWARDING, "1")
+        self._switch_on(IPV4_FORWARDING)
         if not ipv6:
             if IPV6_FORWARDING in self._found:
                 needed = {IPV6_FORWARDING} if engine_forwards(ipv6=True) else set()
@@ -111,7 +114,7 @@ class HostSettings:
                 path = f"ipv6/conf/{name}/accept_ra"
                 if not name.startswith("cali") and read(path) == "1":
                     self._set(path, "2")
-            self._set(IPV6_FORWARDING, "1")
+            self._switch_on(IPV6_FORWARDING)
 
     def restore(self, chosen: Callable[[str], bool], needed: Collection[str] = ()) -> None:
         """Put back the values found, where the value still is ours and nobody else needs it."""
@@ -126,6 +129,23 @@ class HostSettings:
             del self._found[path]
         if paths:
             self._keep()
+
+    def _switch_on(self, path: str) -> None:
+        """Switch forwarding on, and remember what the kernel will change besides when it is switched off again.
+
+        That is the setting of each interface, and whether IPv4's redirects are accepted. Source: inet_forward_change in
+        the kernel's net/ipv4/devinet.c, addrconf_fixup_forwarding in net/ipv6/addrconf.c.
+        """
+        if read(path) == "0" and path not in self._found:
+            names = ["default", *(name for _, name in socket.if_nameindex() if not name.startswith("cali"))]
+            after = {f"{path[:4]}/conf/{name}/forwarding": "0" for name in names}
+            if path == IPV4_FORWARDING:
+                after["ipv4/conf/all/accept_redirects"] = "1"
+            for other, value in after.items():
+                now = read(other)
+                if now not in (None, value):
+                    self._found[other] = [str(now), value]
+        self._set(path, "1")
 
     def _set(self, path: str, value: str) -> None:
         now = read(path)

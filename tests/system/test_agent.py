@@ -595,7 +595,11 @@ def test_the_kernels_side_of_an_endpoint(node: AgentHost) -> None:
 def test_settings_of_the_host_are_put_back(bare_host: Host) -> None:
     host = AgentHost(bare_host.etcd)
     with outside_host():
-        for name, value in (("ipv4.ip_forward", "0"), ("ipv6.conf.all.forwarding", "0")):
+        # the kernel changes the others with the first two
+        along = {"ipv4.conf.all.accept_redirects": "0"}
+        for name in ("uplink", "default"):
+            along |= {f"ipv4.conf.{name}.forwarding": "1", f"ipv6.conf.{name}.forwarding": "1"}
+        for name, value in {"ipv4.ip_forward": "0", "ipv6.conf.all.forwarding": "0", **along}.items():
             run("sysctl", "-qw", f"net.{name}={value}")
         run("sysctl", "-qw", "net.ipv6.conf.uplink.accept_ra=1")
 
@@ -613,6 +617,8 @@ def test_settings_of_the_host_are_put_back(bare_host: Host) -> None:
         run("sysctl", "-qw", "net.ipv6.conf.uplink.accept_ra=0")
         host.ctl("node", "remove")
         assert settings() == ["0", "0", "0"], "what somebody else has set since stays"
+        assert {name: run("sysctl", "-n", f"net.{name}").out.strip() for name in along} == along
+        run("sysctl", "-qw", "net.ipv4.ip_forward=1", "net.ipv4.ip_forward=0", "net.ipv6.conf.default.forwarding=0")
 
 
 def test_what_somebody_else_removes_comes_back(pair: AgentHost) -> None:

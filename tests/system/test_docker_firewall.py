@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -106,6 +108,50 @@ def test_ipv6_forwarding_stays_on_where_an_engine_needs_it(bare_host: Host) -> N
         run("sysctl", "-w", "net.ipv6.conf.all.forwarding=0")
         for command in (("-P", "FORWARD", "ACCEPT"), ("-F",), ("-X",), ("-t", "nat", "-F")):
             run("iptables", *command)
+
+
+def test_an_engine_that_hangs_when_the_host_is_removed_keeps_its_forwarding(pair: AgentHost) -> None:
+    def forwards() -> str:
+        return run("sysctl", "-n", "net.ipv4.ip_forward").out.strip()
+
+    pair.ctl("node", "remove", "--remove-endpoints")
+    run("sysctl", "-qw", "net.ipv4.ip_forward=0")
+    pair.start_agent()
+    engine = start_docker(FOLDER / "hangs", *WITH_FIREWALL, host=SOCKET)
+    try:
+        engine.send_signal(signal.SIGSTOP)
+        said = pair.ctl("node", "remove", env={"DOCKER_HOST": SOCKET})
+        assert "Cannot ask Docker for its networks" in said.err and "may need" in said.err and forwards() == "1"
+    finally:
+        engine.send_signal(signal.SIGCONT)
+        engine.terminate()
+        engine.wait()
+        shutil.rmtree(FOLDER, ignore_errors=True)
+
+
+def test_an_iptables_that_takes_its_time_keeps_no_policy_waiting(pair: AgentHost, tmp_path: Path) -> None:
+    held = tmp_path / "held"
+    waiting = tmp_path / "waiting"
+    for name in ("iptables-save", "ip6tables-save"):
+        script = (
+            f'#!/bin/sh\nwhile [ -e {held} ]; do touch {waiting}; sleep 0.05; done\nexec {shutil.which(name)} "$@"\n'
+        )
+        (tmp_path / name).write_text(script)
+        (tmp_path / name).chmod(0o755)
+    pair.ctl("node", "stop", "--force")
+    pair.start_agent(PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert ping("a", B4, patience=PATIENT)
+    held.touch()
+    run("iptables", "-P", "FORWARD", "DROP")
+    wait_for(waiting.exists, "iptables to be asked")
+    pair.profile("web")
+    wait_for(lambda: not pair.status()["last_error"] and not tcp("a", "b", B4), pair.log(), 5)
+    pair.profile("web", inbound=[ALLOW])
+    pair.sync()
+    assert not ours("FORWARD")
+    held.unlink()
+    wait_for(lambda: len(ours("FORWARD")) == 2, pair.log())
+    assert ping("a", B4, patience=PATIENT)
 
 
 def test_beside_a_docker_engine_that_comes_and_goes(pair: AgentHost, docker: subprocess.Popen) -> None:
