@@ -6,6 +6,7 @@ process it is, a pid file tells, and the data folder among that process's argume
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
@@ -16,7 +17,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from calicoctl.datastore.store import EtcdSettings
@@ -27,8 +28,11 @@ log = logging.getLogger("calico.felix")
 
 DATA = Path("/var/lib/calico/etcd")
 
-PATIENCE = 30.0
-"""Seconds to wait for etcd to serve, or to end."""
+START_PATIENCE = 60.0
+"""Seconds to wait for etcd to serve."""
+
+END_PATIENCE = 30.0
+"""Seconds to wait for it to end."""
 
 LONGEST_PAUSE = 30.0
 """Seconds between two starts of an etcd that keeps ending, at most."""
@@ -68,6 +72,7 @@ class LocalEtcd:
             return False
         if self._healthy():
             raise CalicoError(f"an etcd answers at {self.url} already: leave --local-etcd out to use that one")
+        self._refuse_shared_data()
         try:
             DATA.mkdir(mode=0o700, parents=True, exist_ok=True)
             DATA.chmod(0o700)
@@ -100,16 +105,33 @@ class LocalEtcd:
             if error.filename == "etcd":
                 raise CalicoError("--local-etcd: there is no etcd here: install the package etcd-server") from None
             raise CalicoError(f"--local-etcd: {error.filename}: {error.strerror}") from None
-        self._await_health()
+        try:
+            self._await_health()
+        except CalicoError:
+            self.stop()  # it might come to serve when nobody looks after it
+            raise
         return True
+
+    @staticmethod
+    def _refuse_shared_data() -> None:
+        """Raise CalicoError where another etcd uses the data: that has an exclusive flock(2) on its database."""
+        with suppress(FileNotFoundError), (DATA / "member/snap/db").open("rb") as database:
+            try:
+                fcntl.flock(database, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise CalicoError(
+                    f"--local-etcd: another etcd uses {DATA}; end that one, or leave --local-etcd out and say with "
+                    "ETCD_AUTHORITY where it is"
+                ) from None
 
     def stop(self) -> bool:
         """End it, and wait until it has; tell whether it ran. Raises CalicoError."""
         pid = self.running()
         if pid is None:
+            self._pid_file.unlink(missing_ok=True)
             return False
         os.kill(pid, signal.SIGTERM)
-        give_up = time.monotonic() + PATIENCE
+        give_up = time.monotonic() + END_PATIENCE
         while self.running() is not None and not self._reaped():
             if time.monotonic() > give_up:
                 raise CalicoError(f"the local etcd (process {pid}) does not end")
@@ -169,7 +191,7 @@ class LocalEtcd:
             return False
 
     def _await_health(self) -> None:
-        give_up = time.monotonic() + PATIENCE
+        give_up = time.monotonic() + START_PATIENCE
         while not self._healthy():
             if self._reaped() or time.monotonic() > give_up:
                 raise CalicoError(f"the local etcd does not serve; {self._log_file} ends with: {self._log_end()}")

@@ -18,7 +18,9 @@ import pytest
 
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.store import EtcdSettings, EtcdStore
-from calicoctl.errors import Conflict
+from calicoctl.errors import CalicoError, Conflict
+from calicoctl.felix import local_etcd
+from calicoctl.felix.local_etcd import LocalEtcd
 from calicoctl.wiring import Scene, rewire
 from calicoctl.workload import Workload
 from tests.system.agent import A4, ALLOW, B4, C4, LOG_DIR, AgentHost, kernel, locked, outside_host
@@ -757,7 +759,7 @@ def test_wait_is_not_fooled_by_a_dead_agent(pair: AgentHost) -> None:
     wait_for(lambda: ping("a", B4), "the network")
 
 
-def test_an_etcd_of_its_own(bare_host: Host) -> None:
+def test_an_etcd_of_its_own(bare_host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     port = free_port()
     host = AgentHost(bare_host.etcd)
     env = {"ETCD_AUTHORITY": f"127.0.0.1:{port}"}
@@ -779,6 +781,9 @@ def test_an_etcd_of_its_own(bare_host: Host) -> None:
         assert Path("/var/lib/calico/etcd").stat().st_mode & 0o777 == 0o700
         run("ip", "netns", "add", "a")
         host.ctl("container", "add", "/var/run/netns/a", A4, "--wait=20", env=env)
+        monkeypatch.setenv("ETCD_AUTHORITY", f"127.0.0.1:{free_port()}")
+        with pytest.raises(CalicoError, match="another etcd uses /var/lib/calico/etcd"):
+            LocalEtcd("host2", str(LOG_DIR)).start()
         os.kill(pid, 9)
         wait_for(lambda: pid_file.read_text().strip() != str(pid), "another etcd")
         wait_for(lambda: host.ctl("pool", "show", status=None, env=env).status == 0, "the store")
@@ -801,6 +806,23 @@ def test_an_etcd_of_its_own(bare_host: Host) -> None:
     finally:
         with contextlib.suppress(FileNotFoundError):
             end_process(pid_file)
+        run("rm", "-rf", "/var/lib/calico")
+
+
+def test_an_etcd_that_never_serves_is_ended(bare_host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local_etcd, "START_PATIENCE", 1.0)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setenv("ETCD_AUTHORITY", f"127.0.0.1:{free_port()}")
+    started = tmp_path / "started"
+    (tmp_path / "etcd").write_text(f"#!/bin/sh\necho $$ >{started}\nwhile :; do sleep 0.1; done\n")
+    (tmp_path / "etcd").chmod(0o755)
+    etcd = LocalEtcd("host1", str(tmp_path))
+    try:
+        with pytest.raises(CalicoError, match="does not serve"):
+            etcd.start()
+        assert gone(int(started.read_text())) and not Path("/run/calico/host1/etcd.pid").exists()
+    finally:
+        etcd.stop()
         run("rm", "-rf", "/var/lib/calico")
 
 
