@@ -171,7 +171,7 @@ def names(host: str, orchestrator: str) -> dict[str, str]:
     with suppress(FileNotFoundError), os.scandir(DIRECTORY / host) as files:
         for file in files:
             if file.name.startswith(prefix):
-                with suppress(FileNotFoundError):
+                with suppress(OSError):  # such as one that has just gone
                     status = file.stat(follow_symlinks=False)
                     name = _read_once(file.path, (status.st_ino, status.st_size, status.st_mtime_ns))
                     found[_id(orchestrator, file.name[len(prefix) :], name)] = name
@@ -181,7 +181,7 @@ def names(host: str, orchestrator: str) -> dict[str, str]:
 @lru_cache(maxsize=4096)
 def _read_once(path: str, version: tuple[int, ...]) -> str:
     """Return the name that a lock remembers; for one version of the file, it is read once only."""
-    return _content_of(Path(path))
+    return Path(path).read_text(errors="replace").partition("\0")[0]
 
 
 def _names(host: str) -> list[str]:

@@ -224,7 +224,9 @@ class Snapshot:
                 tags = tuple(dict.fromkeys(load_strings(tags_entry.value, tags_key)))
             except CalicoError as error:
                 tags = () if before is None else before.tags
-                self.problems[tags_key] = f"{error}; the tags that profile {name} had before are used"
+                self.problems[tags_key] = (
+                    f"{error}; until then, profile {name} has the tags {', '.join(tags) or '(none)'}"
+                )
         try:
             if rules_entry is None:
                 raise CalicoError("it has no rules")

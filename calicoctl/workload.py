@@ -132,6 +132,8 @@ def process_started(path: str) -> str | None:
         while left:
             place = place.parent if left[-1] == ".." else place / left[-1]
             left.pop()
+            if str(place) in ("/proc/1", "/proc/self", "/proc/thread-self"):
+                return None  # which are never another's: a way to the host's own files
             if re.fullmatch("/proc/[0-9]+", str(place)):
                 thread = place.joinpath(*reversed(left[-2:]))
                 return _started(thread if thread.parent.name == "task" else place)

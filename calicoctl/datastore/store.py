@@ -220,6 +220,10 @@ class _Unanswered(Exception):
         self.why = why
 
 
+class _Cut(_Unanswered):
+    """The connection was lost before the answer came."""
+
+
 class EtcdStore:
     """`Store` over the v2 API of an etcd cluster."""
 
@@ -347,10 +351,15 @@ class EtcdStore:
     def watch(self, directory: str, index: int, seconds: float) -> tuple[list[Change], int]:
         import etcd
 
+        give_up = time.monotonic() + PATIENCE
         try:
-            return self._answer(directory, lambda client, path: _await_change(client, path, index, seconds))
-        except _Unanswered as unanswered:
-            raise HistoryLost(f"a wait for changes was cut short: {unanswered.why}") from None
+            while True:
+                try:
+                    return self._answer(directory, lambda client, path: _await_change(client, path, index, seconds))
+                except _Cut as cut:
+                    raise HistoryLost(f"a wait for changes was cut short: {cut.why}") from None
+                except _Unanswered as unanswered:
+                    self._wait(unanswered, give_up)
         except etcd.EtcdKeyNotFound:
             raise StoreError(f"the store does not answer as etcd does: it cannot watch {directory}") from None
 
@@ -415,7 +424,8 @@ class EtcdStore:
                 self._members.remove(member)
                 self._members.append(member)
                 if type(_cause(error)).__name__ not in _NOT_SENT:
-                    raise _Unanswered(f"{url} did not answer ({_reason(error)})") from None
+                    kind = _Unanswered if "Timeout" in type(_cause(error)).__name__ else _Cut
+                    raise kind(f"{url} did not answer ({_reason(error)})") from None
                 reasons.append(f"{url} ({_reason(error)})")
             except etcd.EtcdException as error:
                 raise self._translate(error, url, key) from None
@@ -514,13 +524,20 @@ def _await_change(client: etcd.Client, path: str, index: int, seconds: float) ->
     They tell the index up to which nothing has happened here; without it, a watch of a quiet directory would fall
     behind what the store remembers of the busy ones.
     """
+    import etcd
+
     event, reached = _poll(client, path, index, seconds)
     if reached + 1 < index:
         # another store than the one that gave the index, or one set back
         raise HistoryLost(f"the store has reached {reached} only, where {index - 1} had been reached before")
     if event is None and reached >= index:
         # a change may have got stuck on its way: ask again before it is taken for none
-        event, _ = _poll(client, path, index, CONFIRMATION)
+        try:
+            event, _ = _poll(client, path, index, CONFIRMATION)
+        except etcd.EtcdConnectionFailed as error:
+            if "Timeout" not in type(_cause(error)).__name__:
+                raise
+            return [], index  # who answers late is to be asked again
     if event is None:
         return [], max(index, reached + 1)
     node = event["node"]

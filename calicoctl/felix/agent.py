@@ -366,6 +366,8 @@ class Agent:
         self._released |= dirty.interfaces
         if dirty.settings:
             self._keeper.grace_time = self._snapshot.grace_time
+            if self._health.first_update:
+                self._host_keeper.set_ipv6(self._snapshot.ipv6_address is not None)
             logging.getLogger("calico").setLevel(LOG_LEVELS.get(self._snapshot.log_level, logging.INFO))
         self._note_readable(dirty.profiles)
         if self._ruleset is None and now < self._retry_at:
@@ -385,8 +387,6 @@ class Agent:
             if first:
                 self._end_denied_connections(connections.listed(touched))
                 self._host_keeper.forward(self._snapshot.ipv6_address is not None)
-            elif dirty.settings:
-                self._host_keeper.set_ipv6(self._snapshot.ipv6_address is not None)
             self._set_statuses(self._apply_routes(dirty.settings))
         if not first:
             self._unsettled.update(dict.fromkeys(touched, self._lister.ask(touched)))

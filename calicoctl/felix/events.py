@@ -177,12 +177,10 @@ class StoreEvents(_Source):
 
     def follow(self) -> None:
         index: int | None = None
-        pause = read_at = 0.0
-        away = False
+        pause, away = 0.0, False
         while True:
             try:
                 if index is None:
-                    read_at = time.monotonic()
                     entries, index = self._datastore.snapshot(self._directory)
                     self._events.put(StoreRead(self._directory, entries))
                     del entries
@@ -194,8 +192,8 @@ class StoreEvents(_Source):
             except HistoryLost as lost:
                 log.info("%s; reading all below %s", lost, self._directory)
                 index = None
-                if time.monotonic() - read_at < 1:
-                    time.sleep(1)
+                pause = min(LONGEST_PAUSE, max(0.2, pause * 2))
+                time.sleep(pause * random.uniform(0.5, 1))
             except Exception as error:  # of whatever kind: to end would leave the host without an agent
                 if not away:
                     why = str(error) if isinstance(error, CalicoError) else f"the store cannot be followed: {error!r}"

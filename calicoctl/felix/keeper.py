@@ -363,7 +363,7 @@ class Keeper(threading.Thread):
             self._tasks[DOCKER].put(partial(_compare_places, item.connected))
         if item.error is None:
             for key in self._due:
-                if key[0] == DOCKER:
+                if key[0] == DOCKER and key in self._put_off:
                     self._due[key] = now
         elif isinstance(item.error, StoreUnavailable):
             self._jobs[self._compare] = now + STORE_PAUSE
@@ -441,6 +441,10 @@ class Keeper(threading.Thread):
         key, now = item.key, time.monotonic()
         self._busy.discard(key)
         self._put_off.pop(key, None)
+        for act in item.acts:
+            if act.kind == upkeep.HEALED:
+                self._healed[key] = now
+            self._tell(act)
         if item.kept_since is not None:
             self._kept[key] = item.kept_since
             self._look(key, item.kept_since + self.grace_time)
@@ -464,10 +468,6 @@ class Keeper(threading.Thread):
             self._troubles.pop(key, None)
             if item.kept_since is None and key not in self._due:
                 self._removed.discard(key)
-        for act in item.acts:
-            if act.kind == upkeep.HEALED:
-                self._healed[key] = now
-            self._tell(act)
 
     def _try_others(self, now: float) -> None:
         """Look at the containers that could not be asked about: for one of them, the engine has answered now."""
@@ -502,10 +502,10 @@ def _compare(containers: dict[str, bool] | None, datastore: DatastoreClient) -> 
     found: list[Key] = []
     connected: list[EndpointId] = []
     try:
+        endpoints, unreadable = datastore.readable_endpoints(datastore.host)
         if containers is None:
             containers = events.list_containers()
         interfaces = {name for _, name in socket.if_nameindex()}
-        endpoints, unreadable = datastore.readable_endpoints(datastore.host)
         for id in filter(None, (parse_endpoint(problem.key) for problem in unreadable)):
             if id.orchestrator == DOCKER and id.workload not in containers:
                 found.append((DOCKER, id.workload))

@@ -66,14 +66,27 @@ class LocalEtcd:
         return pid if f"--data-dir={DATA}".encode() in arguments else None
 
     def start(self) -> bool:
-        """Start it unless it runs, and wait until it serves; tell whether it was started. Raises CalicoError."""
+        """Start it unless it runs, and wait until it serves; tell whether it was started. Raises CalicoError.
+
+        One that does not come to serve is ended: it might do so later, when nobody looks after it.
+        """
         if self.running() is not None:
             self._await_health()
             return False
+        try:
+            self._launch()
+            self._await_health()
+        except BaseException:  # also when the command is interrupted
+            self._end_child()
+            raise
+        return True
+
+    def _launch(self) -> None:
+        """Start it. Raises CalicoError."""
         if self._healthy():
             raise CalicoError(f"an etcd answers at {self.url} already: leave --local-etcd out to use that one")
-        self._refuse_shared_data()
         try:
+            self._refuse_shared_data()
             DATA.mkdir(mode=0o700, parents=True, exist_ok=True)
             DATA.chmod(0o700)
             self._pid_file.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
@@ -105,12 +118,6 @@ class LocalEtcd:
             if error.filename == "etcd":
                 raise CalicoError("--local-etcd: there is no etcd here: install the package etcd-server") from None
             raise CalicoError(f"--local-etcd: {error.filename}: {error.strerror}") from None
-        try:
-            self._await_health()
-        except CalicoError:
-            self.stop()  # it might come to serve when nobody looks after it
-            raise
-        return True
 
     @staticmethod
     def _refuse_shared_data() -> None:
@@ -124,11 +131,24 @@ class LocalEtcd:
                     "ETCD_AUTHORITY where it is"
                 ) from None
 
+    def _end_child(self) -> None:
+        """End what was started here, and nothing that somebody else has started meanwhile."""
+        if self._child is None:
+            return
+        runs_as = self.running()
+        self._child.terminate()
+        try:
+            self._child.wait(END_PATIENCE)
+        except subprocess.TimeoutExpired:
+            self._child.kill()
+            self._child.wait()
+        if runs_as in (None, self._child.pid):
+            self._pid_file.unlink(missing_ok=True)
+
     def stop(self) -> bool:
         """End it, and wait until it has; tell whether it ran. Raises CalicoError."""
         pid = self.running()
         if pid is None:
-            self._pid_file.unlink(missing_ok=True)
             return False
         os.kill(pid, signal.SIGTERM)
         give_up = time.monotonic() + END_PATIENCE
@@ -157,7 +177,9 @@ class LocalEtcd:
         pause = 1.0
         while True:
             try:
-                self.start()
+                if self.running() is None:
+                    self._launch()
+                self._await_health()  # one that takes long goes on
                 pid, since = self.running(), time.monotonic()
                 if pid is not None:
                     self._await_end(pid)

@@ -32,7 +32,7 @@ DEFAULT_LOG_DIR = "/var/log/calico"
 START_PATIENCE = 60.0
 """Seconds to wait for the agent's first snapshot to be in the kernel."""
 
-STOP_PATIENCE = 15.0
+STOP_PATIENCE = 25.0
 """Seconds to wait for the agent to end by itself."""
 
 _LOG_SIZE = 10 * 2**20

@@ -23,7 +23,15 @@ def test_a_path_that_leads_through_a_process_is_that_ones(tmp_path: Path) -> Non
         assert process_started(path) == started, path
     for name in ("root/etc", "relative/x", "net"):
         assert process_started(str(tmp_path / name)) == started, name
-    for path in ("", "/etc/passwd", "/proc/1234567890/ns/net", "/nowhere/at/all", str(tmp_path / "round/x")):
+    for path in (
+        "",
+        "/etc/passwd",
+        "/proc/1234567890/ns/net",
+        "/proc/self/root/etc",
+        "/proc/1/root/etc",
+        "/nowhere/at/all",
+        str(tmp_path / "round/x"),
+    ):
         assert process_started(path) is None, path
 
 
