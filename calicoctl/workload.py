@@ -102,7 +102,7 @@ def look_up(orchestrator: str, id: str, path: str, started: str | None) -> tuple
     now = process_started(path)
     if namespace_at(path) is not None and started == now:
         return Standing.RUNS, workload
-    of_process = started is not None or now is not None or re.match("/proc/[0-9]+/", path)
+    of_process = started is not None or now is not None or re.match("/proc/(?!1/)[0-9]+/", path)
     return (Standing.GONE if of_process else Standing.AWAY), workload
 
 

@@ -159,13 +159,15 @@ class Agent:
     def _loop(self) -> None:
         while True:
             listings = []
+            ends = False
             for event in self._wait():
-                if isinstance(event, events.Stop):
-                    return
                 if isinstance(event, connections.Listed):
                     listings.append(event)  # judged by what the tables hold when all other events are taken in
                 else:
+                    ends = ends or isinstance(event, events.Stop)
                     self._handle(event)
+            if ends:
+                return
             now = time.monotonic()
             if now >= self._tick_at:
                 self._tick_at = now + TICK
@@ -306,14 +308,16 @@ class Agent:
             if self._snapshot.ready:
                 self._ruleset = None
             else:
-                self._restore_tables(self._ruleset)
+                self._restore_tables()
         if names & {"filter", ""}:
             self._host_keeper.firewall_changed()
 
-    def _restore_tables(self, ruleset: Ruleset) -> None:
+    def _restore_tables(self) -> None:
         """Make the tables anew as they were: the store is not ready, and what it has now must not be made use of."""
         try:
-            self._nft.run(ruleset.again())
+            self._ruleset = None
+            self._nft.run(self._last.again())
+            self._ruleset = self._last
         except CalicoError as error:
             self._health.error(str(error))
 
@@ -343,6 +347,8 @@ class Agent:
         number = self._lister.ask(self._unlisted)
         self._unsettled.update({address: number for address in self._unlisted if address in self._unsettled})
         self._unlisted = set()
+        if self._ruleset is None and self._health.first_update and not self._snapshot.ready:
+            self._restore_tables()
         if time.monotonic() >= self._review_at:
             self._review(links=False)  # interfaces tell of themselves
 

@@ -48,7 +48,7 @@ class HostKeeper(threading.Thread):
         self._ipv6 = False
         self._forward_at = 0.0
         self._firewall_at = 0.0
-        self._polls = not docker_firewall.sends_events()
+        self._polls = False
         self._troubles: dict[str, str] = {}
         """What was told last of each of the two."""
         self._alive = True
@@ -96,8 +96,8 @@ class HostKeeper(threading.Thread):
         pause = (FIREWALL_INTERVAL if self._polls else float("inf")) if done else INTERVAL
         self._firewall_at = time.monotonic() + pause
 
-    @staticmethod
-    def _ensure() -> None:
+    def _ensure(self) -> None:
+        self._polls = not docker_firewall.sends_events()
         for line in docker_firewall.ensure():
             log.info("%s", line)
 

@@ -7,6 +7,7 @@ process it is, a pid file tells, and the data folder among that process's argume
 from __future__ import annotations
 
 import fcntl
+import http.client
 import json
 import logging
 import os
@@ -70,25 +71,36 @@ class LocalEtcd:
 
         One that does not come to serve is ended: it might do so later, when nobody looks after it.
         """
-        if self.running() is not None:
-            self._await_health()
-            return False
         try:
-            self._launch()
+            started = self._launch()
             self._await_health()
         except BaseException:  # also when the command is interrupted
             self._end_child()
             raise
-        return True
+        return started
 
-    def _launch(self) -> None:
-        """Start it. Raises CalicoError."""
-        if self._healthy():
+    def _launch(self) -> bool:
+        """Start it unless it runs; tell whether it was started. Raises CalicoError."""
+        if self.running() is None and self._healthy():
             raise CalicoError(f"an etcd answers at {self.url} already: leave --local-etcd out to use that one")
         try:
-            self._refuse_shared_data()
             DATA.mkdir(mode=0o700, parents=True, exist_ok=True)
             DATA.chmod(0o700)
+            folder = os.open(DATA, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as error:
+            raise CalicoError(f"--local-etcd: {error.filename}: {error.strerror}") from None
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)  # not two at once
+            if self.running() is not None:
+                return False
+            self._launch_alone()
+            return True
+        finally:
+            os.close(folder)
+
+    def _launch_alone(self) -> None:
+        try:
+            self._refuse_shared_data()
             self._pid_file.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
             self._log_file.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
             with self._log_file.open("ab") as output:
@@ -114,6 +126,8 @@ class LocalEtcd:
                     cwd="/",
                 )
             self._pid_file.write_text(f"{self._child.pid}\n")
+            while self.running() is None and not self._reaped():
+                time.sleep(0.001)  # its arguments are to be seen a moment after it has begun
         except OSError as error:
             if error.filename == "etcd":
                 raise CalicoError("--local-etcd: there is no etcd here: install the package etcd-server") from None
@@ -150,7 +164,8 @@ class LocalEtcd:
         pid = self.running()
         if pid is None:
             return False
-        os.kill(pid, signal.SIGTERM)
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
         give_up = time.monotonic() + END_PATIENCE
         while self.running() is not None and not self._reaped():
             if time.monotonic() > give_up:
@@ -177,8 +192,7 @@ class LocalEtcd:
         pause = 1.0
         while True:
             try:
-                if self.running() is None:
-                    self._launch()
+                self._launch()
                 self._await_health()  # one that takes long goes on
                 pid, since = self.running(), time.monotonic()
                 if pid is not None:
@@ -186,7 +200,7 @@ class LocalEtcd:
                     log.warning("the local etcd has ended; starting it again")
                     if time.monotonic() - since > LONGEST_PAUSE:
                         pause = 1.0
-            except CalicoError as error:
+            except Exception as error:  # whatever it is: nobody else would start it again
                 log.error("the local etcd: %s", error)
             time.sleep(pause)
             pause = min(LONGEST_PAUSE, pause * 2)
@@ -197,7 +211,9 @@ class LocalEtcd:
         except ProcessLookupError:
             return
         try:
-            select.select([fd], [], [])
+            poll = select.poll()
+            poll.register(fd, select.POLLIN)
+            poll.poll()
         finally:
             os.close(fd)
         self._reaped()
@@ -207,15 +223,17 @@ class LocalEtcd:
 
     def _healthy(self) -> bool:
         try:
-            with urllib.request.urlopen(f"{self.url}/health", timeout=2) as answer:  # noqa: S310 - our own, http
+            # not by way of a proxy that the environment may name
+            opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+            with opener.open(f"{self.url}/health", timeout=2) as answer:
                 return bool(json.load(answer).get("health") == "true")
-        except (OSError, ValueError, AttributeError):
+        except (OSError, http.client.HTTPException, ValueError, AttributeError):
             return False
 
     def _await_health(self) -> None:
         give_up = time.monotonic() + START_PATIENCE
         while not self._healthy():
-            if self._reaped() or time.monotonic() > give_up:
+            if self._reaped() or self.running() is None or time.monotonic() > give_up:
                 raise CalicoError(f"the local etcd does not serve; {self._log_file} ends with: {self._log_end()}")
             time.sleep(0.05)
 

@@ -92,6 +92,8 @@ class HostSettings:
         self._file = file
         self._found: dict[str, list[str]] = {}
         """By path: the value found, and ours, or that which comes with ours."""
+        self._kept = True
+        """Whether the file holds that."""
         try:
             self._found = json.loads(file.read_text())
             if not _is_sound(self._found):
@@ -144,7 +146,7 @@ class HostSettings:
             for other, value in after.items():
                 now = read(other)
                 if now not in (None, value):
-                    self._found[other] = [str(now), value]
+                    self._found[other], self._kept = [str(now), value], False
         self._set(path, "1")
 
     def _set(self, path: str, value: str) -> None:
@@ -152,7 +154,8 @@ class HostSettings:
         if now == value:
             return
         if path not in self._found and now is not None:
-            self._found[path] = [now, value]
+            self._found[path], self._kept = [now, value], False
+        if not self._kept:
             self._keep()
         write(path, value)
 
@@ -160,10 +163,12 @@ class HostSettings:
         try:
             if not self._found:
                 self._file.unlink(missing_ok=True)
+                self._kept = True
                 return
             new = self._file.with_suffix(".new")
             with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
                 json.dump(self._found, file)
             new.rename(self._file)
+            self._kept = True
         except OSError as error:
             raise CalicoError(f"{self._file} cannot be written: {error.strerror}") from None

@@ -762,7 +762,7 @@ def test_wait_is_not_fooled_by_a_dead_agent(pair: AgentHost) -> None:
 def test_an_etcd_of_its_own(bare_host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     port = free_port()
     host = AgentHost(bare_host.etcd)
-    env = {"ETCD_AUTHORITY": f"127.0.0.1:{port}"}
+    env = {"ETCD_AUTHORITY": f"127.0.0.1:{port}", "http_proxy": "http://127.0.0.1:9"}
     assert "etcd answers" in host.ctl("node", "--ip=192.0.2.2", "--local-etcd", status=1).err
     host.start_agent()
     assert "without --local-etcd" in host.ctl("node", "--ip=192.0.2.2", "--local-etcd", status=1).err
