@@ -24,7 +24,7 @@ from typing import Any, Callable
 
 from calicoctl import __version__
 from calicoctl.datastore.client import DatastoreClient
-from calicoctl.datastore.keys import EndpointId
+from calicoctl.datastore.keys import HOSTS, EndpointId
 from calicoctl.errors import CalicoError
 from calicoctl.felix import connections, events, process, report
 from calicoctl.felix.host import HostKeeper
@@ -276,7 +276,7 @@ class Agent:
             self._reporter.read_again()
             log.info("the store can be followed again")
         self._snapshot.replace(event.directory, event.entries)
-        if self._health.first_update:
+        if self._health.first_update and HOSTS.startswith(event.directory):
             self._keeper.compare(self._snapshot.addresses_listed())
 
     def _link_changed(self, event: events.LinkChanged) -> None:
