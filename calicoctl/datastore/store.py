@@ -424,7 +424,7 @@ class EtcdStore:
                 self._members.remove(member)
                 self._members.append(member)
                 if type(_cause(error)).__name__ not in _NOT_SENT:
-                    kind = _Unanswered if "Timeout" in type(_cause(error)).__name__ else _Cut
+                    kind = _Unanswered if _timed_out(error) else _Cut
                     raise kind(f"{url} did not answer ({_reason(error)})") from None
                 reasons.append(f"{url} ({_reason(error)})")
             except etcd.EtcdException as error:
@@ -535,7 +535,7 @@ def _await_change(client: etcd.Client, path: str, index: int, seconds: float) ->
         try:
             event, _ = _poll(client, path, index, CONFIRMATION)
         except etcd.EtcdConnectionFailed as error:
-            if "Timeout" not in type(_cause(error)).__name__:
+            if not _timed_out(error):
                 raise
             return [], index  # who answers late is to be asked again
     if event is None:
@@ -594,6 +594,11 @@ def _cause(error: etcd.EtcdConnectionFailed) -> BaseException | None:
     """Return the library error behind a failed connection."""
     cause = error.cause
     return getattr(cause, "reason", None) if isinstance(getattr(cause, "reason", None), BaseException) else cause
+
+
+def _timed_out(error: etcd.EtcdConnectionFailed) -> bool:
+    """Tell whether a connection failed because the answer took too long, and not because it was lost."""
+    return "Timeout" in type(_cause(error)).__name__
 
 
 def _reason(error: etcd.EtcdConnectionFailed) -> str:

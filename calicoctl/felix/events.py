@@ -192,6 +192,7 @@ class StoreEvents(_Source):
             except HistoryLost as lost:
                 log.info("%s; reading all below %s", lost, self._directory)
                 index = None
+                # not at once, and not all hosts together: reading all of it costs the store most
                 pause = min(LONGEST_PAUSE, max(0.2, pause * 2))
                 time.sleep(pause * random.uniform(0.5, 1))
             except Exception as error:  # of whatever kind: to end would leave the host without an agent
