@@ -10,10 +10,11 @@ BASH_COMPLETION = $(PREFIX)/share/bash-completion/completions/calicoctl
 ZSH_COMPLETION = $(PREFIX)/share/zsh/site-functions/_calicoctl
 VENV = .venv
 
-# what the demo and the tests run beside calicoctl
-PACKAGES = python3 python3-venv iproute2 util-linux iputils-ping etcd-server etcd-client docker.io busybox-static \
-	nftables iptables conntrack openssl procps curl man-db zsh
-BENCH_PACKAGES = containernetworking-plugins
+# what must be there, as demo/packages takes it: COMMAND:PACKAGE, or a package
+RUN = python3-venv nft:nftables iptables:iptables
+DEMO = $(RUN) ip:iproute2 ping:iputils-ping etcd:etcd-server etcdctl:etcd-client docker:docker-cli,docker.io busybox:busybox-static
+TEST = $(DEMO) dockerd:docker.io conntrack:conntrack openssl:openssl sysctl:procps curl:curl man:man-db zsh:zsh
+BENCH = $(TEST) containernetworking-plugins
 
 .PHONY: help packages lint types docs unit system installed test soak tox bench demo demo-clean install uninstall clean
 
@@ -29,10 +30,12 @@ help:
 	@echo 'make install      calicoctl in a virtual environment of its own, on the path, and a systemd unit that is not'
 	@echo '                  enabled; make uninstall removes them'
 
+# of all that the tests use
 packages:
-	@demo/packages $(PACKAGES)
+	@demo/packages $(TEST)
 
-$(VENV)/ready: setup.py pyproject.toml | packages
+$(VENV)/ready: setup.py pyproject.toml
+	@demo/packages $(RUN)
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --editable '.[test,lint]'
 	touch $@
@@ -52,7 +55,7 @@ unit: $(VENV)/ready
 	$(VENV)/bin/pytest tests/unit $(ARGS)
 
 # two hosts at a time: most of the time, tests wait
-system: $(VENV)/ready
+system: $(VENV)/ready | packages
 	$(VENV)/bin/pytest --tx '2*popen//python=tests/sandboxed-python' --dist loadfile tests/system $(ARGS)
 
 # what `make install` does, in a place of its own, and taken away again
@@ -78,22 +81,25 @@ tox: $(VENV)/ready
 	PATH="$(subst $(space),:,$(PYENV_BINS)):$$PATH" $(VENV)/bin/tox
 
 bench: $(VENV)/ready
-	@demo/packages $(BENCH_PACKAGES)
+	@demo/packages $(BENCH)
 	tests/sandbox $(VENV)/bin/python bench/bench.py $(ARGS)
 	tests/sandbox $(VENV)/bin/python bench/agent.py $(ARGS)
 	tests/sandbox $(VENV)/bin/python bench/restart.py $(ARGS)
 
 # five minutes of everything that can happen to containers and to what they stand on; `make test` has a short form
-soak: $(VENV)/ready
+soak: $(VENV)/ready | packages
 	SOAK_SECONDS=300 SOAK_CONTAINERS=20 tests/sandbox $(VENV)/bin/pytest -s tests/system/test_soak.py $(ARGS)
 
+# an engine that answers is used; it may be another's than Debian's
 demo: $(VENV)/ready
+	@demo/packages $(DEMO) $$(docker info >/dev/null 2>&1 || echo dockerd:docker.io)
 	demo/demo
 
 demo-clean:
 	demo/clean
 
-install: packages
+install:
+	@demo/packages $(RUN)
 	$(PYTHON) -m venv --clear $(LIBRARY)
 	$(LIBRARY)/bin/pip install --quiet .
 	mkdir -p $(PREFIX)/bin

@@ -9,6 +9,7 @@ import contextlib
 import http.client
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -335,13 +336,17 @@ def start_docker(directory: Path, *options: str, host: str = "unix:///var/run/do
 
 
 def import_busybox(directory: Path, host: str = "unix:///var/run/docker.sock") -> None:
-    """Make the image `busybox` out of Debian's busybox-static."""
+    """Make the image `busybox` out of the host's busybox, and of the libraries it is linked with, if any."""
     tools = directory / "bin"
     tools.mkdir(parents=True)
-    shutil.copy("/bin/busybox", tools / "busybox")
+    busybox = shutil.which("busybox") or "/bin/busybox"
+    shutil.copy(busybox, tools / "busybox")
+    for library in re.findall(r"/\S+", run("ldd", busybox, check=False).out):
+        (directory / library[1:]).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(library, directory / library[1:])
     for name in ("sh", "ip", "ping", "sleep", "cat", "nc", "netstat"):
         (tools / name).symlink_to("busybox")
-    tar = subprocess.run(["tar", "-C", str(directory), "-c", "bin"], check=True, capture_output=True).stdout
+    tar = subprocess.run(["tar", "-C", str(directory), "-c", "."], check=True, capture_output=True).stdout
     subprocess.run(
         ["docker", "--host", host, "import", "--change", 'CMD ["sh"]', "-", "busybox"],
         input=tar,
