@@ -1,4 +1,4 @@
-"""Network namespaces, veth pairs, addresses and routes in the kernel: pyroute2 and nothing else. Knows no etcd.
+"""Network namespaces, veth pairs, addresses and routes in the kernel. Knows no etcd.
 
 A namespace is entered by a thread that ends there, never by the main thread: whatever fails, no other part of the
 process finds itself in the wrong namespace.
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Callable, TypeVar
 
 from calicoctl.addresses import version_of
 from calicoctl.errors import CalicoError, NamespaceError
+from calicoctl.netlink import routes
 
 if TYPE_CHECKING:
     from pyroute2.iproute.linux import IPRoute
@@ -32,7 +33,6 @@ _NS_GET_NSTYPE = 0xB703
 _CLONE_NEWNET = 0x40000000
 
 _SCOPE_LINK = 253
-_TABLE_MAIN = 254
 _NODAD = 0x02
 _LOOPBACK = 0x8
 _PROTOCOL_STATIC = 4
@@ -199,10 +199,11 @@ class Namespace:
         def work(netlink: IPRoute) -> None:
             index = _index(netlink, interface)
             for version in versions:
-                for route in netlink.get_routes(family=_FAMILIES[version], table=_TABLE_MAIN, oif=index):
-                    if route["proto"] == _PROTOCOL_STATIC and route["dst_len"] in (0, _LENGTHS[version]):
+                lengths = (0, _LENGTHS[version])
+                for route in list(routes(_FAMILIES[version], lengths=lengths, protocol=_PROTOCOL_STATIC)):
+                    if route.index == index:
                         with _ignoring(errno.ESRCH):
-                            netlink.route("del", **_route(version, route.get_attr("RTA_DST"), index))
+                            netlink.route("del", **_route(version, route.destination, index))
             for net in nets:
                 address, _, length = net.partition("/")
                 with _ignoring(errno.EADDRNOTAVAIL):
@@ -285,10 +286,9 @@ def inspect(netlink: IPRoute) -> Inspection:
         found.interfaces[interface.name] = interface
     names = {interface.index: interface.name for interface in found.interfaces.values()}
     for version, family in _FAMILIES.items():
-        for route in netlink.get_default_routes(family=family, table=_TABLE_MAIN):
-            via, index = route.get_attr("RTA_GATEWAY"), route.get_attr("RTA_OIF")
-            where = [f"via {via}"] if via else []
-            where += [f"dev {names.get(index, index)}"] if index else []
+        for route in routes(family, lengths=(0,)):
+            where = [f"via {route.gateway}"] if route.gateway else []
+            where += [f"dev {names.get(route.index, route.index)}"] if route.index else []
             found.default_routes.setdefault(version, " ".join(where) or "of another kind")
     return found
 
@@ -313,11 +313,8 @@ def host_addresses() -> tuple[dict[int, str | None], set[str]]:
                 every.add(text)
                 if address["scope"] == 0:
                     addresses.setdefault(address["index"], []).append(text)
-            routes = sorted(
-                netlink.get_default_routes(family=family, table=_TABLE_MAIN),
-                key=lambda route: route.get_attr("RTA_PRIORITY") or 0,
-            )
-            candidates = [(route.get_attr("RTA_OIF"), route.get_attr("RTA_PREFSRC")) for route in routes]
+            defaults = sorted(routes(family, lengths=(0,)), key=lambda route: route.metric)
+            candidates = [(route.index, route.source) for route in defaults]
             candidates += [(index, None) for index in sorted(addresses)]
             chosen[version] = next(
                 (

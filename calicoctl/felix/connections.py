@@ -24,10 +24,9 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Callable
 
-from calicoctl import netns
+from calicoctl import netlink, netns
 from calicoctl.datastore.model import Rules
 from calicoctl.errors import CalicoError
-from calicoctl.felix import netlink
 from calicoctl.policy import ICMP, ICMPV6, PROTOCOLS, Packet, Tagged, decide, is_host_service
 from calicoctl.snapshot import LocalEndpoint, Snapshot
 

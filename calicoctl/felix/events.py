@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
+from calicoctl import netlink
 from calicoctl.datastore.store import Change, Entry
 from calicoctl.errors import CalicoError, HistoryLost
-from calicoctl.felix import netlink
 from calicoctl.felix.nft import TableEvents, own_ports
 from calicoctl.felix.routes import PROTOCOL, Link
 from calicoctl.workload import docker_containers, docker_engine, engine_may_be_there

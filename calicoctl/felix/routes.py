@@ -11,17 +11,20 @@ import os
 import socket
 import struct
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from calicoctl import netlink
 from calicoctl.errors import CalicoError
-from calicoctl.felix import netlink, sysctls
+from calicoctl.felix import sysctls
 from calicoctl.snapshot import LocalEndpoint
 
 if TYPE_CHECKING:
     from pyroute2.iproute.linux import IPRoute
+
+T = TypeVar("T")
 
 PROTOCOL = 80
 """The protocol number of our routes (`ip route show proto 80`). Source: numbers from 5 up are free, rtnetlink(7)."""
@@ -63,9 +66,9 @@ class Routes:
         self._have.clear()
         indices = {link.index for link in links}
         for family in (socket.AF_INET, socket.AF_INET6):
-            for route in self._netlink.get_routes(family=family, table=_TABLE_MAIN, proto=PROTOCOL):
-                if route["proto"] == PROTOCOL and route.get_attr("RTA_DST") is not None:  # a default route is not ours
-                    self._have[route.get_attr("RTA_OIF")].add(("route", route.get_attr("RTA_DST")))
+            for route in _listed("routes", netlink.routes(family, protocol=PROTOCOL)):
+                if route.destination is not None and route.index is not None:  # a default route is not ours
+                    self._have[route.index].add(("route", route.destination))
             for entry in self._netlink.get_neighbours(family=family):
                 if entry["ifindex"] in indices and entry["state"] & _NUD_PERMANENT:
                     mac = entry.get_attr("NDA_LLADDR")
@@ -169,18 +172,21 @@ def _add_route(family: int, address: str, index: int) -> None:
         netlink.do(socket.NETLINK_ROUTE, _RTM_NEWROUTE, netlink.CREATE, body)
 
 
+def _listed(what: str, answers: Iterator[T]) -> list[T]:
+    try:
+        return list(answers)
+    except OSError as error:
+        raise CalicoError(f"{what} cannot be listed: {error.strerror or error}") from None
+
+
 def _proxies() -> list[tuple[int, str]]:
     """Return the IPv6 addresses that this host answers for in others' place, each with its interface's index.
 
     pyroute2 cannot ask for them. Source: neigh_dump_info() of the kernel's net/core/neighbour.c. Raises CalicoError.
     """
     body = struct.pack("=BBHiHBB", socket.AF_INET6, 0, 0, 0, 0, _NTF_PROXY, 0)
-    try:
-        answers = list(netlink.dump(socket.NETLINK_ROUTE, _RTM_GETNEIGH, body))
-    except OSError as error:
-        raise CalicoError(f"neighbour entries cannot be listed: {error.strerror}") from None
     found = []
-    for answer in answers:
+    for answer in _listed("neighbour entries", netlink.dump(socket.NETLINK_ROUTE, _RTM_GETNEIGH, body)):
         address = netlink.attributes(answer[12:]).get(_NDA_DST, b"")
         if len(address) == 16:
             found.append((struct.unpack_from("=i", answer, 4)[0], socket.inet_ntop(socket.AF_INET6, address)))

@@ -657,7 +657,8 @@ def agent_with(host: AgentHost, code: str) -> Iterator[Path]:
 
 PATCHED_AGENT = """
 import os, time
-from calicoctl.felix import agent, netlink, process
+from calicoctl import netlink
+from calicoctl.felix import agent, process
 dump = netlink.dump
 def patched(protocol, kind, body):
     if protocol == 12:  # NETLINK_NETFILTER

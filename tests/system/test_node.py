@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
+from tests.system.agent import A4, LOG_DIR, AgentHost, outside_host
 from tests.system.support import Host, run
 
 
@@ -81,6 +83,41 @@ def test_the_address_is_that_of_the_default_routes_interface(bare_host: Host) ->
     finally:
         for name in ("aaa", "docker0", "veth1", "ens2"):
             run("ip", "link", "delete", name, check=False)
+
+
+def test_many_routes_are_no_hindrance(bare_host: Host, tmp_path: Path) -> None:
+    """A host of a fabric that speaks BGP, and a namespace, each with thousands of routes besides their own."""
+    host = AgentHost(bare_host.etcd)
+    many = tmp_path / "routes"
+    many.write_text(
+        "".join(
+            f"route add 10.{number // 256}.{number % 256}.0/24 via 198.51.100.9\n"
+            f"route add 2001:db8:2:{number:x}::/64 via 2001:db8:1::9\n"
+            for number in range(5000)
+        )
+    )
+    with outside_host("fabric"):
+        for prefix in (["ip"], ["ip", "-n", "fabric"]):
+            run(*prefix, "-batch", str(many))
+        run("ip", "route", "add", "default", "src", "192.0.2.2", "nexthop", "via", "198.51.100.2", "dev", "uplink")
+        run("ip", "route", "add", "default", "metric", "9", "table", "7", "dev", "lo")
+        run("ip", "-6", "route", "add", "default", "via", "2001:db8:1::2")
+        said = host.ctl("node", "--ip6=2001:db8:1::1", f"--log-dir={LOG_DIR}").out
+        assert "Detected IPv4 address 198.51.100.1." in said
+        path = "/var/run/netns/fabric"
+        refused = host.ctl("container", "add", path, A4, status=1).err
+        assert "default route already (via 198.51.100.1 dev eth0)" in refused, "behind all those others"
+        run("ip", "-n", "fabric", "route", "delete", "default")
+        run("ip", "-n", "fabric", "-6", "route", "delete", "default")
+        host.ctl("container", "add", path, A4, "--wait=10")
+        host.ctl("container", path, "ip", "add", "fd80:24e2:f998:72d6::1")
+        assert run("ip", "-n", "fabric", "route", "show", "default").out.startswith("default via 198.51.100.1 dev eth1")
+        assert run("ping", "-c", "1", "-W", "2", A4).status == 0
+        before = run("ip", "-n", "fabric", "-6", "route").out.count("\n")
+        host.ctl("container", path, "ip", "remove", "fd80:24e2:f998:72d6::1")
+        left = run("ip", "-n", "fabric", "-6", "route").out
+        assert "default" not in left and left.count("\n") < before
+        host.ctl("container", "remove", path)
 
 
 def test_without_any_address_the_user_is_told_to_give_one(bare_host: Host) -> None:
