@@ -1,7 +1,7 @@
 """The text of a rule, as people type and read it, and the check of a rule that comes as JSON.
 
-`parse` and `text` are each other's inverse. A rule that the words cannot express (a `log` action, say) has its JSON
-as text, and `parse` takes that, too.
+`parse` and `text` are each other's inverse, for every rule that an agent can enforce. One that it cannot has a text
+that says why, which `parse` does not take.
 """
 
 from __future__ import annotations
@@ -19,6 +19,12 @@ from calicoctl.errors import CalicoError, UsageError
 PORT_PROTOCOLS = ("tcp", "udp")
 ICMP_PROTOCOLS = ("icmp", "icmpv6")
 OTHER_PROTOCOLS = ("sctp", "udplite")
+
+ACTIONS = ("allow", "deny", "log")
+
+_WITH_PORTS = (*PORT_PROTOCOLS, *OTHER_PROTOCOLS, 6, 17, 132, 136)
+_WITH_ICMP_TYPE = (*ICMP_PROTOCOLS, 1, 58)
+_VERSIONS = {"ipv4": 4, "ipv6": 6}
 
 _NAME = r"[A-Za-z0-9_.-]{1,39}"
 
@@ -49,15 +55,17 @@ def parse(words: Sequence[str]) -> Rule:
             raise CalicoError(f"'{words[0]}' is no JSON object") from None
     left = deque(words)
     action = left.popleft() if left else ""
-    if action not in ("allow", "deny"):
-        raise UsageError(f"a rule begins with 'allow' or 'deny', not '{action}'")
+    if action not in ACTIONS:
+        raise UsageError(f"a rule begins with 'allow', 'deny' or 'log', not '{action}'")
     rule = Rule(action)
+    if left and left[0] in _VERSIONS:
+        rule.ip_version = _VERSIONS[left.popleft()]
     if left and left[0] in PORT_PROTOCOLS + ICMP_PROTOCOLS:
         rule.protocol = left.popleft()
     elif left and left[0] == "protocol":
         left.popleft()
         rule.protocol = _protocol(_value(left, "protocol"))
-    if rule.protocol in ICMP_PROTOCOLS and left and left[0] == "type":
+    if rule.protocol in _WITH_ICMP_TYPE and left and left[0] == "type":
         left.popleft()
         rule.icmp_type = _number(_value(left, "type"), 255, "ICMP type")
         if left and left[0] == "code":
@@ -79,7 +87,7 @@ def _parse_side(rule: Rule, left: deque[str], word: str, side: str) -> None:
     seen = False
     while left and left[0] not in ("from", "to"):
         kind = left.popleft()
-        if kind == "ports" and rule.protocol in PORT_PROTOCOLS and getattr(rule, f"{side}_ports") is None:
+        if kind == "ports" and rule.protocol in _WITH_PORTS and getattr(rule, f"{side}_ports") is None:
             setattr(rule, f"{side}_ports", _ports(_value(left, "ports")))
         elif kind == "tag" and getattr(rule, f"{side}_tag") is None:
             setattr(rule, f"{side}_tag", check_name(_value(left, "tag"), "tag"))
@@ -145,7 +153,7 @@ def check_rule(data: Any, must_match: bool = True) -> Rule:
     if unknown:
         raise CalicoError(f"a rule has an unknown field '{unknown[0]}'; known are {', '.join(RULE_FIELDS)}")
     rule = Rule.from_dict(data)
-    if rule.action not in ("allow", "deny", "log"):
+    if rule.action not in ACTIONS:
         raise CalicoError(f"a rule's action is {rule.action!r}; it must be 'allow', 'deny' or 'log'")
     if rule.protocol is not None:
         rule.protocol = _protocol(_text(rule.protocol, "protocol"))
@@ -215,9 +223,9 @@ def _check_sense(rule: Rule) -> None:
     """Raise CalicoError for a rule whose conditions do not go together."""
     if rule.icmp_code is not None and rule.icmp_type is None:
         raise CalicoError("an ICMP code needs an ICMP type")
-    if rule.icmp_type is not None and rule.protocol not in (*ICMP_PROTOCOLS, 1, 58):
+    if rule.icmp_type is not None and rule.protocol not in _WITH_ICMP_TYPE:
         raise CalicoError("an ICMP type goes with the protocols icmp and icmpv6 only")
-    if (rule.src_ports or rule.dst_ports) and rule.protocol not in (*PORT_PROTOCOLS, *OTHER_PROTOCOLS, 6, 17, 132, 136):
+    if (rule.src_ports or rule.dst_ports) and rule.protocol not in _WITH_PORTS:
         raise CalicoError("ports go with a protocol that has ports only, such as tcp and udp")
 
 
@@ -231,18 +239,24 @@ def _check_versions(rule: Rule) -> None:
 
 
 def text(rule: Rule) -> str:
-    """Return a rule's text, which `parse` takes."""
-    spelled = _spell(rule)
+    """Return a rule's text, which `parse` takes.
+
+    That of a rule which an agent cannot enforce, or which no packet can match, ends with why, in brackets.
+    """
     try:
-        if parse(spelled.split(" ")) == rule:
-            return spelled
+        sound = check_rule(rule.to_dict(), must_match=False)
+    except CalicoError as error:
+        return f"{_spell(rule)} [cannot be enforced, so the profile denies: {error}]"
+    try:
+        _check_versions(sound)
     except CalicoError:
-        pass
-    return json.dumps(rule.to_dict())
+        return f"{_spell(sound)} [matches no packet: it mixes IPv4 and IPv6]"
+    return _spell(sound)
 
 
 def _spell(rule: Rule) -> str:
     words: list[object] = [rule.action]
+    words += [word for word, version in _VERSIONS.items() if version == rule.ip_version]
     if rule.protocol in PORT_PROTOCOLS + ICMP_PROTOCOLS:
         words.append(rule.protocol)
     elif rule.protocol is not None:

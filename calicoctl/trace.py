@@ -49,7 +49,10 @@ class Decision:
 
 @dataclass(frozen=True)
 class Trace:
-    """The way of a packet: both sides, and what decides on it, in order; one that denies ends it."""
+    """The way of a packet: both sides, and what decides at each that is an endpoint, in order.
+
+    What the destination would decide is told also of a packet that the source does not let out.
+    """
 
     source: Place
     destination: Place
@@ -58,7 +61,12 @@ class Trace:
 
     @property
     def allowed(self) -> bool:
-        return all(decision.allowed for decision in self.decisions)
+        return self.denied_by is None
+
+    @property
+    def denied_by(self) -> Decision | None:
+        """The decision that ends the packet's way, None where it arrives."""
+        return next((decision for decision in self.decisions if not decision.allowed), None)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -169,13 +177,13 @@ class _Store:
     # What decides
 
     def decisions(self, source: Place, destination: Place, packet: Packet) -> list[Decision]:
-        """Return what decides on a packet, as far as it gets."""
+        """Return what decides on a packet in both directions, as far as they are endpoints'."""
         if source.endpoint is not None and source.endpoint == destination.endpoint:
             return [Decision("outbound", True, "it stays within the endpoint, where no profile is asked")]
         made: list[Decision] = []
         if source.endpoint is not None:
             made.append(self._outbound(source.endpoint, destination, packet))
-        if destination.endpoint is not None and all(decision.allowed for decision in made):
+        if destination.endpoint is not None:
             made.append(self._inbound(source, destination.endpoint, packet))
         return made
 

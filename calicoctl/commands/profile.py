@@ -25,19 +25,25 @@ Options:
 
 A rule is one of
 
-  (allow|deny) (tcp|udp) [from [ports P] [tag T] [cidr C]] [to [ports P] [tag T] [cidr C]]
-  (allow|deny) (icmp|icmpv6) [type N [code N]] [from [tag T] [cidr C]] [to [tag T] [cidr C]]
-  (allow|deny) protocol N [from [tag T] [cidr C]] [to [tag T] [cidr C]]
-  (allow|deny) [from [tag T] [cidr C]] [to [tag T] [cidr C]]
+  ACTION [ipv4|ipv6] (tcp|udp) [from [ports P] SIDE] [to [ports P] SIDE]
+  ACTION [ipv4|ipv6] (icmp|icmpv6) [type N [code N]] [from SIDE] [to SIDE]
+  ACTION [ipv4|ipv6] protocol N [from SIDE] [to SIDE]
+  ACTION [ipv4|ipv6] [from SIDE] [to SIDE]
 
-where P is a list such as 80,443,8000:8010. Inbound rules see the packets to an endpoint, outbound rules those from it;
-the first rule that matches decides. `rule json` prints a profile's rules, and `rule update` reads them from standard
-input. A new profile has its own name as tag, lets in what comes from that tag, and lets everything out.
+where ACTION is allow, deny or log, SIDE is [tag T] [cidr C], and P is a list
+such as 80,443,8000:8010. Inbound rules see the packets to an endpoint,
+outbound rules those from it. The first rule that allows or denies a packet
+decides; `log` writes a line to the kernel's log and goes on to the next rule.
+`rule json` prints a profile's rules, and `rule update` reads them from
+standard input. A new profile has its own name as tag, lets in what comes from
+that tag, and lets everything out.
 
-`trace` tells whether a packet would pass (a connection's first one, or an echo request), and which rule of which
-profile decides, from what is in etcd; the exit status is 0 when it passes, and 1 when it does not. IPv4 is looked at
-where both sides have it, and no address says otherwise. Of this host, all addresses are known; of others, those that
-they are registered with.
+`trace` tells whether a packet would pass (a connection's first one, or an echo
+request), and which rule of which profile decides, on its way out of <FROM> and
+into <TO>, from what is in etcd; the exit status is 0 when it passes, and 1 when
+it does not. IPv4 is looked at where both sides have it, and no address says
+otherwise. Of this host, all addresses are known; of others, those that they are
+registered with.
 
 Examples:
   calicoctl profile add web
@@ -195,7 +201,7 @@ def _rule_show(profile: str, as_json: bool) -> None:
     for heading, some in (("Inbound rules:", rules.inbound), ("Outbound rules:", rules.outbound)):
         print(heading)
         for position, rule in enumerate(some, start=1):
-            print(f" {position:3d} {text(rule)}")
+            print(one_line(f" {position:3d} {text(rule)}"))
 
 
 def _rule_update(profile: str) -> None:
@@ -260,7 +266,7 @@ def _trace(arguments: dict[str, Any]) -> None:
         raise UsageError(f"Say to which port: {protocol} 80, for example")
     datastore = DatastoreClient.from_environment()
     found = trace.trace(datastore, arguments["<FROM>"], arguments["<TO>"], protocol, port, source_port)
-    last = found.decisions[-1]
+    denied_by = found.denied_by
     if as_json:
         print_json(found.to_dict())
     else:
@@ -268,11 +274,13 @@ def _trace(arguments: dict[str, Any]) -> None:
             place, word = (found.source, "From") if decision.direction == "outbound" else (found.destination, "To")
             name = place.name if place.name == place.address else f"{place.name} ({place.address})"
             verdict = "passes" if decision.allowed else "is denied"
+            if denied_by is not None and decision.direction != denied_by.direction == "outbound":
+                verdict = "would pass" if decision.allowed else "would be denied"
             print(one_line(f"{word} {name}, {decision.direction}: {verdict} ({decision.why})"))
-        if found.allowed:
+        if denied_by is None:
             print("The packet passes.")
-    if not found.allowed:
-        raise Failed(one_line(f"The packet does not pass: {last.direction}, {last.why}."), 1)
+    if denied_by is not None:
+        raise Failed(one_line(f"The packet does not pass: {denied_by.direction}, {denied_by.why}."), 1)
 
 
 def _port(name: str, text: str | None) -> int | None:

@@ -34,6 +34,9 @@ TABLES = (("inet", "calico"), ("arp", "calico"))
 
 LOG_PREFIX = "calico-packet: "
 
+_LOG = f'limit rate 10/second burst 50 packets log prefix "{LOG_PREFIX}" level warn'
+"""What a log rule does. Without the limit, a container could fill the host's disk with one line a packet."""
+
 _TYPES = {4: "ipv4_addr", 6: "ipv6_addr"}
 _SAFE = re.compile(r"[A-Za-z0-9_.-]{1,39}", re.ASCII)
 
@@ -348,7 +351,7 @@ def rule_lines(rule: Rule) -> list[str]:
     by_version = (
         number in (ICMP, ICMPV6) or rule.ip_version or rule.src_tag or rule.dst_tag or rule.src_net or rule.dst_net
     )
-    verdict = {"allow": "accept", "deny": "drop", "log": f'log prefix "{LOG_PREFIX}" level warn'}[rule.action]
+    verdict = {"allow": "accept", "deny": "drop", "log": _LOG}[rule.action]
     lines = []
     for version in versions(rule) if by_version else (None,):
         parts = []

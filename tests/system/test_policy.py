@@ -315,9 +315,26 @@ def test_rules_that_only_a_human_would_write(net: AgentHost) -> None:
         assert ping("a", B4, patience=PATIENT), name
 
 
+def test_log_rules_are_typed_and_packets_go_on_to_the_next_rule(net: AgentHost) -> None:
+    for rule in ("log icmp from tag a", "deny ipv6", "allow from tag a"):
+        net.ctl("profile", "b", "rule", "add", "inbound", *rule.split())
+    shown = net.ctl("profile", "b", "rule", "show").out.splitlines()
+    assert shown[1:4] == ["   1 log icmp from tag a", "   2 deny ipv6", "   3 allow from tag a"]
+    net.sync()
+    assert ping("a", B4, patience=PATIENT) and not ping("a", B6)
+    lines = [line.strip() for line in run("nft", "list", "chain", "inet", "calico", "inbound/b").out.splitlines()]
+    (line,) = [line for line in lines if " log prefix " in line]
+    assert "ip saddr @tag4/a" in line.replace('"', "") and "limit rate 10/second" in line
+    traced = net.ctl("profile", "trace", A4, B4, "icmp").out
+    assert "rule 3 of profile b: allow from tag a" in traced
+    net.ctl("profile", "b", "rule", "remove", "inbound", *shown[1].split()[1:])
+    net.sync()
+    assert "log prefix" not in run("nft", "list", "table", "inet", "calico").out
+
+
 def random_rule(chance: random.Random) -> dict:
     """Return a rule that meets some of the packets below."""
-    rule: dict = {"action": chance.choice(["allow", "allow", "deny"])}
+    rule: dict = {"action": chance.choice(["allow", "allow", "deny", "log"])}
     protocol = chance.choice([None, "tcp", "udp", "icmp", "icmpv6", 6])
     if protocol is not None:
         rule["protocol"] = protocol
@@ -388,7 +405,7 @@ def test_trace_and_the_data_plane_agree(net: AgentHost) -> None:
             for found, passed in zip(computed, real):
                 assert found.allowed == passed, (number, found)
                 seen[tuple(decision.allowed for decision in found.decisions)] += 1
-    assert min(seen[True, True], seen[True, False], seen[False,]) > 50, "all three must come up"
+    assert min(seen[outward, inward] for outward in (True, False) for inward in (True, False)) > 10, "all must come up"
 
 
 def test_what_trace_tells(net: AgentHost) -> None:
@@ -401,6 +418,19 @@ def test_what_trace_tells(net: AgentHost) -> None:
     ]
     denied = net.ctl("profile", "trace", a, b, "icmp", status=1)
     assert "rule 1 of profile b: deny icmp" in denied.out and "does not pass" in denied.err
+    net.profile("a", outbound=[{"action": "deny", "protocol": "icmp"}, ALLOW], tags=["a"])
+    both = net.ctl("profile", "trace", a, b, "icmp", status=1)
+    assert both.out.splitlines() == [
+        f"From {a} ({A4}), outbound: is denied (rule 1 of profile a: deny icmp)",
+        f"To {b} ({B4}), inbound: would be denied (rule 1 of profile b: deny icmp)",
+    ]
+    assert both.err == "The packet does not pass: outbound, rule 1 of profile a: deny icmp.\n"
+    net.profile("b", inbound=[ALLOW])
+    found = json.loads(net.ctl("profile", "trace", a, b, "icmp", "--output=json", status=1).out)
+    assert [(d["direction"], d["allowed"]) for d in found["decisions"]] == [("outbound", False), ("inbound", True)]
+    assert "inbound: would pass (rule 1 of profile b: allow)" in net.ctl("profile", "trace", a, b, "icmp", status=1).out
+    net.profile("a", tags=["a"])
+    inbound(net, {"action": "deny", "protocol": "icmp"}, {"action": "allow", "src_tag": "a"})
     assert "no rule of b matches" in net.ctl("profile", "trace", C4, b, "udp", "53", status=1).err
     endpoint = net.key("b").rpartition("/")[2]
     assert net.ctl("profile", "trace", A6, endpoint, "icmpv6").out.endswith("The packet passes.\n")

@@ -121,8 +121,8 @@ def test_rules_from_json(web: Host) -> None:
     assert json.loads(web.etcd.get(RULES)) == rules
     shown = web.ctl("profile", "web", "rule", "show").out.splitlines()[1]
     text = shown.split(maxsplit=1)[1]
-    assert json.loads(text) == rules["inbound_rules"][0]
-    web.ctl("profile", "web", "rule", "remove", "inbound", text)
+    assert text == "log ipv6 protocol udplite"
+    web.ctl("profile", "web", "rule", "remove", "inbound", *text.split())
     assert json.loads(web.etcd.get(RULES))["inbound_rules"] == []
 
 
@@ -136,6 +136,16 @@ def test_rules_by_hand_are_kept_as_they_are(web: Host) -> None:
         "outbound_rules": [{"action": "allow"}],
         "z": None,
     }
+
+
+def test_what_cannot_be_enforced_is_shown_without_json_and_removed_by_its_place(web: Host) -> None:
+    rules = [{"action": "allow", "colour": "red\n"}, {"action": "deny", "src_ports": "80"}]
+    web.etcd.put(RULES, {"inbound_rules": rules, "outbound_rules": []})
+    shown = web.ctl("profile", "web", "rule", "show").out.splitlines()
+    assert shown[1].startswith("   1 allow [cannot be enforced, so the profile denies: a rule has an unknown field")
+    assert shown[2].startswith("   2 deny from ports 80 [cannot be enforced") and len(shown) == 4
+    web.ctl("profile", "web", "rule", "remove", "inbound", "--at=1")
+    assert json.loads(web.etcd.get(RULES))["inbound_rules"] == rules[1:]
 
 
 def test_two_writers_do_not_lose_each_others_change(web: Host) -> None:
