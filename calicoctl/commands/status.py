@@ -1,4 +1,4 @@
-"""Show what this host's agent says of itself and of the host's endpoints.
+"""Show what this host's agent says of itself and of the host's endpoints, and what is wrong.
 
 Usage:
   calicoctl status [--output=<FORMAT>]
@@ -6,10 +6,14 @@ Usage:
 Options:
   --output=<FORMAT>  json: an object with all that the agent reports; default: text
 
-The agent tells: since when it runs, whether etcd can be reached, how many endpoints are up, down, or in error, how
-many containers and namespaces it has given their interface back since, how many that are no more it has forgotten or
-cleared leftovers of, which endpoints are in trouble and why, which keys of etcd cannot be understood, and what went
-wrong last. The exit status is 0 when the agent is running, and 1 when it is not; what it said last is shown then.
+Shown are: since when the agent runs, and how old its report is; since when reading etcd, writing it and following its
+changes work, each; how many endpoints are up, down and in error (those of stopped containers are down, and nothing is
+wrong with them); how many containers and namespaces it has given their interface back since, how many that are no more
+it has forgotten or cleared leftovers of; what went wrong last; then what is wrong now, worst first, ten lines at most.
+
+The exit status is 1 when etcd cannot be read, written or followed, when an endpoint is in error, and when the agent
+cannot vouch for any of that: it is not running, or its report is older than half a minute, when it ought to be ten
+seconds old at most. For everything else it is 0.
 
 Examples:
   calicoctl status
@@ -20,60 +24,76 @@ from __future__ import annotations
 
 from typing import Any
 
+from calicoctl import hoststatus
 from calicoctl.cli import parse
 from calicoctl.datastore.client import hostname
-from calicoctl.errors import CalicoError, NotThere, one_line
-from calicoctl.felix import process
+from calicoctl.errors import CalicoError, one_line
+from calicoctl.hoststatus import AGENT, ENDPOINT, STORE, Issue
 from calicoctl.output import print_json, wants_json
+
+MOST_LINES = 10
+"""How many lines of what is wrong a person is shown."""
 
 
 def run(argv: list[str]) -> None:
     arguments = parse(str(__doc__), argv)
     as_json = wants_json(arguments)
-    host = hostname()
-    running = process.running(host) is not None
-    report = process.report(host)
+    status = hoststatus.read(hostname())
+    issues = hoststatus.issues(status)
     if as_json:
-        print_json({"host": host, **(report or {}), "running": running})
-    elif report is not None:
-        try:
-            lines = _lines(report, running)
-        except (KeyError, TypeError):
-            raise CalicoError(
-                f"What the agent of host {host} reports cannot be read: it is of another version. Start it anew with "
-                "'calicoctl node stop --force' and 'calicoctl node'."
-            ) from None
-        for line in lines:
+        print_json(status)
+    elif status["report"]["time"] is not None:
+        for line in [*_lines(status), *_issue_lines(issues)]:
             print(one_line(line))
-    if not running:
-        raise NotThere(f"The agent of host {host} is not running. Start it with 'calicoctl node'.")
+    failures = [issue for issue in issues if issue.fails]
+    if failures:
+        raise CalicoError(_summary(failures))
 
 
-def _lines(report: dict[str, Any], running: bool) -> list[str]:
-    etcd, counts, error = report["etcd"], report["endpoints"], report["last_error"]
-    lines = [
-        f"Host:       {report['host']}",
-        f"Agent:      version {report['version']}, process {report['pid']}, "
-        + (f"running since {report['running_since']}" if running else "not running; it said last:"),
-        f"etcd:       {'reachable' if etcd['reachable'] else 'not reachable'} since {etcd['since']}"
-        + (f" ({etcd['error']})" if etcd["error"] else ""),
-        f"Endpoints:  {counts['up']} up, {counts['down']} down, {counts['error']} in error"
-        + ("" if report["first_update"] else " (not looked at yet)"),
+def _lines(status: dict[str, Any]) -> list[str]:
+    counts, error, age = status["endpoints"], status["last_error"], status["report"]["age"]
+    stopped = f" ({counts['stopped']} of them stopped)" if counts["stopped"] else ""
+    reported = "" if age is None else f", reported {age:.0f} s ago"
+    return [
+        f"Host:       {status['host']}",
+        f"Agent:      version {status['version']}, process {status['pid']}, "
+        + (f"running since {status['running_since']}" if status["running"] else "not running; it said last:")
+        + (reported if status["running"] else ""),
+        *(
+            f"{label}{'works' if ability['works'] else 'fails'} since {ability['since']}"
+            for label, ability in (
+                ("etcd:       reading ", status["etcd"]["reads"]),
+                ("            writing ", status["etcd"]["writes"]),
+                ("            following changes ", status["etcd"]["watch"]),
+            )
+        ),
+        f"Endpoints:  {counts['up']} up, {counts['down']} down{stopped}, {counts['error']} in error"
+        + ("" if status["first_update"] else " (not looked at yet)"),
+        f"Workloads:  {status['healed']} given their interface back, {status['collected']} cleared away",
+        f"Last error: {error['time'] + ' ' + error['error'] if error else 'none'}",
+        "BGP:        no sessions; this agent runs no routing daemon",
     ]
-    lines.append(
-        f"Workloads:  {report.get('healed', 0)} given their interface back, {report.get('collected', 0)} cleared away"
-    )
-    if report["waiting_for"]:
-        lines.append(f"Waiting:    for {report['waiting_for']}")
-    for trouble in report["endpoints_in_trouble"]:
-        lines.append(
-            f"  endpoint {trouble['endpoint']} of {trouble['orchestrator']} {trouble['workload'][:64]} is "
-            f"{trouble['status']}: {trouble['reason']}"
-        )
-    if report["problems"]:
-        lines.append("Problems:")
-    for problem in report["problems"]:
-        lines.append(f"  {problem['key']}: {problem['problem']}")
-    lines.append(f"Last error: {error['time'] + ' ' + error['error'] if error else 'none'}")
-    lines.append("BGP:        no sessions; this agent runs no routing daemon")
+
+
+def _issue_lines(issues: list[Issue]) -> list[str]:
+    """Return what is wrong, cut after some lines."""
+    if not issues:
+        return ["Problems:   none"]
+    lines = [f"Problems:   {len(issues)}", *(f"  {issue}" for issue in issues[:MOST_LINES])]
+    if len(issues) > MOST_LINES:
+        lines.append(f"  … and {len(issues) - MOST_LINES} more (calicoctl status --output=json shows all)")
     return lines
+
+
+def _summary(failures: list[Issue]) -> str:
+    """Return in one sentence why the exit status is not 0."""
+    for issue in failures:
+        if issue.kind == AGENT:
+            return f"{issue}."
+    parts = []
+    if any(issue.kind == STORE for issue in failures):
+        parts.append("its agent cannot make full use of etcd")
+    in_error = sum(issue.kind == ENDPOINT for issue in failures)
+    if in_error:
+        parts.append(f"{in_error} endpoint{'s are' if in_error > 1 else ' is'} in error")
+    return f"Not all is well with this host: {', and '.join(parts)}."

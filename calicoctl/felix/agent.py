@@ -26,7 +26,7 @@ from calicoctl import __version__
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.keys import HOSTS, EndpointId
 from calicoctl.errors import CalicoError
-from calicoctl.felix import connections, events, process, report
+from calicoctl.felix import connections, events, process
 from calicoctl.felix.host import HostKeeper
 from calicoctl.felix.keeper import Keeper
 from calicoctl.felix.local_etcd import LocalEtcd
@@ -77,10 +77,12 @@ class Agent:
         self._host = datastore().host
         self._events: events.Events[Any] = SimpleQueue()
         self._snapshot = Snapshot(self._host)
-        self._health = Health(self._host, __version__, asdict(options))
+        self._unread: set[str] = set(datastore().followed())
+        """Directories of the store that have not been read yet."""
+        self._health = Health(self._host, __version__, asdict(options), frozenset(self._unread))
         self._ready = ready
         self._metrics = Metrics(self._health, options.metrics_port)
-        self._reporter = StoreReporter(datastore(), self._health)
+        self._reporter = StoreReporter(datastore(), self._health, self._events.put)
         self._file = ReportFile(process.report_file(self._host))
         self._nft = Nft()
         self._ruleset: Ruleset | None = None
@@ -88,8 +90,6 @@ class Agent:
         self._last = Ruleset()
         """What was in them when that was known last."""
         self._links: dict[str, Link] = {}
-        self._unread: set[str] = set(datastore().followed())
-        """Directories of the store that have not been read yet."""
         self._dirty: set[EndpointId] = set()
         """Local endpoints whose routes are to be looked at."""
         self._failed: set[EndpointId] = set()
@@ -191,7 +191,7 @@ class Agent:
             self._keeper.set_ready(self._snapshot.ready)
             self._health.waiting_for = self._waiting_for()
             self._health.problems = self._snapshot.problems
-            if self._events.empty():
+            if self._events.empty() or self._file.is_due:
                 self._file.write(self._health)
 
     def _wait(self) -> list[Any]:
@@ -219,11 +219,19 @@ class Agent:
             self._snapshot.change(event.change)
         elif isinstance(event, events.StoreRead):
             self._store_read(event)
+        elif isinstance(event, events.StoreFollowed):
+            if self._health.watch.succeeded(event.directory) and self._health.first_update:
+                log.info("the store can be followed again")
         elif isinstance(event, events.StoreAway):
-            if not self._health.store_away:
-                self._health.store_since = report.now()
+            if self._health.watch.failed(event.directory, event.why, event.since):
                 self._health.error(f"{event.why}; what is set up stays as it is")
-            self._health.store_away[event.directory] = event.why
+            if not event.read:
+                self._health.reads.failed(event.directory, event.why, event.since)
+        elif isinstance(event, events.StoreWritten):
+            self._health.writes.succeeded("statuses")
+        elif isinstance(event, events.StoreNotWritten):
+            if self._health.writes.failed("statuses", event.why, event.since):
+                self._health.error(f"statuses cannot be written: {event.why}")
         elif isinstance(event, events.LinkChanged):
             self._link_changed(event)
         elif isinstance(event, events.RouteGone):
@@ -242,7 +250,7 @@ class Agent:
             self._health.count(event)
             log.info("%s", event.text)
         elif isinstance(event, events.Trouble):
-            self._health.error(event.why)
+            self._health.trouble(event)
         elif isinstance(event, events.Failed):
             raise CalicoError(event.why)
 
@@ -271,10 +279,8 @@ class Agent:
         if not first:
             self._health.resyncs += 1
             log.info("read the store below %s anew", event.directory)
-        if self._health.store_away.pop(event.directory, None) is not None and not self._health.store_away:
-            self._health.store_since = report.now()
+        if self._health.reads.succeeded(event.directory) and not first:
             self._reporter.read_again()
-            log.info("the store can be followed again")
         self._snapshot.replace(event.directory, event.entries)
         if self._health.first_update and HOSTS.startswith(event.directory):
             self._keeper.compare(self._snapshot.addresses_listed())
@@ -457,11 +463,12 @@ class Agent:
                 self._ruleset = ruleset
             except CalicoError as error:
                 self._retry_at = now + TICK / 2
-                self._health.error(str(error))
+                self._health.trouble(events.Trouble(str(error), "tables"))
                 self._set_statuses({id: Status("error", e.index, str(error)) for id, e in self._snapshot.local.items()})
                 self._dirty |= set(self._snapshot.local)
                 return None
         self._retry_at = 0.0
+        self._health.trouble(events.Trouble(None, "tables"))
         assert self._ruleset is not None, "one of the two has been done"
         self._last = self._ruleset
         assert update is not None, "one of the two has been done"

@@ -13,7 +13,8 @@ import socket
 import struct
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,12 @@ if TYPE_CHECKING:
     from calicoctl.datastore.client import DatastoreClient
 
 log = logging.getLogger("calico.felix")
+
+
+def now() -> str:
+    """Return the time, as ISO 8601 has it, in UTC."""
+    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+
 
 LONG_POLL = 10.0
 """Seconds that one wait for a change of the store takes at most. A member that hangs costs as long, before others are
@@ -63,11 +70,33 @@ class StoreChanged:
 
 
 @dataclass(frozen=True)
+class StoreFollowed:
+    """Changes below a directory of the store arrive, which they did not before."""
+
+    directory: str
+
+
+@dataclass(frozen=True)
 class StoreAway:
-    """A directory of the store cannot be followed at the moment."""
+    """A directory of the store cannot be followed at the moment, nor be `read`; `since` when (ISO 8601) at most."""
 
     directory: str
     why: str
+    since: str
+    read: bool = False
+
+
+@dataclass(frozen=True)
+class StoreWritten:
+    """The store can be written, which it could not before."""
+
+
+@dataclass(frozen=True)
+class StoreNotWritten:
+    """The store cannot be written; `since` when (ISO 8601) at most."""
+
+    why: str
+    since: str
 
 
 @dataclass(frozen=True)
@@ -126,9 +155,13 @@ class MountsChanged:
 
 @dataclass(frozen=True)
 class Trouble:
-    """Something could not be done for a workload, or for the host as a whole."""
+    """Something could not be done for a workload, or for the host as a whole.
 
-    why: str
+    With a `subject`, it lasts until another one tells why something else is wrong with that, or that nothing is (None).
+    """
+
+    why: str | None
+    subject: str | None = None
 
 
 @dataclass(frozen=True)
@@ -174,34 +207,60 @@ class StoreEvents(_Source):
         super().__init__(f"following {directory}", events)
         self._datastore = datastore
         self._directory = directory
+        self._away: StoreAway | None = StoreAway(directory, "it has not been read yet", "")
+        """What was told last that does not work."""
+        self._worked = now()
+        """When the store did last what it was asked for."""
 
     def follow(self) -> None:
         index: int | None = None
-        pause, away = 0.0, False
+        pause = 0.0
+        failed = 0  # so many waits since one ended well
         while True:
+            reading = index is None
             try:
                 if index is None:
                     entries, index = self._datastore.snapshot(self._directory)
                     self._events.put(StoreRead(self._directory, entries))
                     del entries
-                    away = False
+                    self._worked = now()
+                    if failed < 2:
+                        self._tell_followed()
+                    elif self._away is not None:
+                        self._away = replace(self._away, read=True)
+                    reading = False
                 changes, index = self._datastore.watch(self._directory, index, LONG_POLL)
-                pause = 0.0
+                pause, failed = 0.0, 0
+                self._worked = now()
+                self._tell_followed()
                 for change in changes:
                     self._events.put(StoreChanged(change))
             except HistoryLost as lost:
                 log.info("%s; reading all below %s", lost, self._directory)
                 index = None
+                failed += 1
+                if failed > 1:
+                    self._tell_away(str(lost), read=True)
                 # not at once, and not all hosts together: reading all of it costs the store most
                 pause = min(LONGEST_PAUSE, max(0.2, pause * 2))
                 time.sleep(pause * random.uniform(0.5, 1))
             except Exception as error:  # of whatever kind: to end would leave the host without an agent
-                if not away:
-                    why = str(error) if isinstance(error, CalicoError) else f"the store cannot be followed: {error!r}"
-                    self._events.put(StoreAway(self._directory, why))
-                index, away = None, True
+                why = str(error) if isinstance(error, CalicoError) else f"the store cannot be followed: {error!r}"
+                self._tell_away(why, read=False)
+                index = None
+                failed += not reading
                 pause = min(LONGEST_PAUSE, max(0.2, pause * 2))
                 time.sleep(pause * random.uniform(0.5, 1))
+
+    def _tell_followed(self) -> None:
+        if self._away is not None:
+            self._events.put(StoreFollowed(self._directory))
+        self._away = None
+
+    def _tell_away(self, why: str, read: bool) -> None:
+        if self._away is None or (self._away.read and not read) or not self._away.since:
+            self._away = StoreAway(self._directory, why, self._worked, read)
+            self._events.put(self._away)
 
 
 class KernelEvents(_Source):

@@ -49,7 +49,7 @@ class HostKeeper(threading.Thread):
         self._forward_at = 0.0
         self._firewall_at = 0.0
         self._polls = False
-        self._troubles: dict[str, str] = {}
+        self._troubles: dict[str, str | None] = {}
         """What was told last of each of the two."""
         self._alive = True
 
@@ -103,12 +103,12 @@ class HostKeeper(threading.Thread):
 
     def _try(self, what: str, work: Callable[[], None]) -> bool:
         """Do something, and tell why it failed, once; tell whether it was done."""
-        why = ""
+        why = None
         try:
             work()
         except Exception as error:  # whatever is in somebody else's firewall, it must not end the thread
             why = str(error) if isinstance(error, CalicoError) else f"{what} cannot be looked after: {error!r}"
-            if why != self._troubles.get(what):
-                self._tell(Trouble(why))
+        if why != self._troubles.get(what):
+            self._tell(Trouble(why, what))
         self._troubles[what] = why
-        return not why
+        return why is None

@@ -63,7 +63,9 @@ class _HealthCollector:
             "calico_felix_collected", "Workloads forgotten, and leftovers of cut commands.", self._health.collected
         )
         yield GaugeMetricFamily(
-            "calico_felix_store_reachable", "1 while the store can be followed.", 0 if self._health.store_away else 1
+            "calico_felix_store_reachable",
+            "1 while the store can be read, written and followed.",
+            int(self._health.store_works),
         )
         last = self._health.last_error
         yield GaugeMetricFamily(

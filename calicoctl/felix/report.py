@@ -12,15 +12,19 @@ import os
 import threading
 import time
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calicoctl.datastore.keys import EndpointId
-from calicoctl.errors import CalicoError, StoreUnavailable
+from calicoctl.errors import CalicoError, StoreError, StoreUnavailable
+from calicoctl.felix import events
+from calicoctl.felix.events import now
+from calicoctl.snapshot import INACTIVE
 from calicoctl.upkeep import COLLECTED, HEALED, Act
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
     from calicoctl.datastore.client import DatastoreClient
 
 log = logging.getLogger("calico.felix")
@@ -31,6 +35,8 @@ INTERVAL = 10.0
 TIME_TO_LIVE = 30
 """Seconds after which a sign of life expires."""
 
+FILE_INTERVAL = 10.0
+"""Seconds after which the report is written anew although nothing has changed: its age tells that the agent works."""
 
 END_PATIENCE = 5.0
 """Seconds that the last of the reports may take; the sign of life expires in any case."""
@@ -44,14 +50,50 @@ class Status:
     index: int
     reason: str | None = None
 
+    @property
+    def is_stopped(self) -> bool:
+        """Whether its workload is stopped, which is nothing wrong."""
+        return self.reason == INACTIVE
+
     def to_json(self) -> str:
         reason = {} if self.reason is None else {"reason": self.reason}
         return json.dumps({"status": self.status, "index": self.index, **reason})
 
 
-def now() -> str:
-    """Return the time, as ISO 8601 has it, in UTC."""
-    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+class Ability:
+    """Whether the store can be read, say: since when, and why not. It can when none of its users says otherwise."""
+
+    def __init__(self, users: Iterable[str]) -> None:
+        self._failing = dict.fromkeys(users, "it has not been tried yet")
+        self._tried = False
+        self.since = now()
+
+    @property
+    def works(self) -> bool:
+        return not self._failing
+
+    @property
+    def error(self) -> str | None:
+        return next(iter(self._failing.values()), None)
+
+    def succeeded(self, user: str) -> bool:
+        """Note that it works for a user; tell whether that makes it work."""
+        if self._failing.pop(user, None) is None or self._failing:
+            return False
+        self._tried, self.since = True, now()
+        return True
+
+    def failed(self, user: str, why: str, since: str) -> bool:
+        """Note that it does not work for a user since a time; tell whether that is news."""
+        news = self.works or not self._tried
+        self._failing.pop(user, None)
+        self._failing = {user: why, **self._failing}  # the newest reason is shown
+        if news:
+            self._tried, self.since = True, since
+        return news
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"works": self.works, "since": self.since, "error": self.error}
 
 
 @dataclass
@@ -62,22 +104,34 @@ class Health:
     version: str
     options: dict[str, Any] = field(default_factory=dict)
     """How it was started: where it logs to, its port for Prometheus, whether it looks after an etcd of the host's."""
+    followed: frozenset[str] = frozenset()
+    """The directories of the store that it reads and watches."""
     pid: int = field(default_factory=os.getpid)
     since: str = field(default_factory=now)
     started: float = field(default_factory=time.monotonic)
     first_update: bool = False
-    store_away: dict[str, str] = field(default_factory=dict)
-    """Why the store cannot be followed, by directory; empty while it can."""
-    store_since: str = field(default_factory=now)
     waiting_for: str | None = None
     endpoints: dict[EndpointId, Status] = field(default_factory=dict)
     problems: dict[str, str] = field(default_factory=dict)
+    """What is wrong with keys of the store."""
+    troubles: dict[str, dict[str, str]] = field(default_factory=dict)
+    """What is wrong with the host, by subject, until it is put right: since when, and why."""
     last_error: dict[str, str] | None = None
     resyncs: int = 0
     healed: int = 0
     """Interfaces given back to workloads that had lost theirs."""
     collected: int = 0
     """Workloads forgotten, and leftovers of commands that were cut short."""
+
+    def __post_init__(self) -> None:
+        self.reads = Ability(self.followed)
+        self.watch = Ability(self.followed)
+        self.writes = Ability(["statuses"])
+
+    @property
+    def store_works(self) -> bool:
+        """Whether the store can be read, written and followed."""
+        return self.reads.works and self.writes.works and self.watch.works
 
     def count(self, act: Act) -> None:
         """Count something that was done for a workload."""
@@ -89,10 +143,24 @@ class Health:
         log.error("%s", sentence)
         self.last_error = {"time": now(), "error": sentence}
 
+    def trouble(self, trouble: events.Trouble) -> None:
+        """Note what could not be done; one with a subject until it is told that it is put right."""
+        if trouble.subject is None:
+            self.error(trouble.why or "")
+            return
+        before = self.troubles.get(trouble.subject)
+        if trouble.why is None:
+            self.troubles.pop(trouble.subject, None)
+        elif before is None or before["error"] != trouble.why:
+            self.troubles[trouble.subject] = {"since": before["since"] if before else now(), "error": trouble.why}
+            self.error(trouble.why)
+
     def counts(self) -> dict[str, int]:
-        counts = {"up": 0, "down": 0, "error": 0}
+        """Return how many endpoints are in which state; those that are stopped are down, too."""
+        counts = {"up": 0, "down": 0, "error": 0, "stopped": 0}
         for status in list(self.endpoints.values()):  # a thread of the metrics' asks, too
             counts[status.status] += 1
+            counts["stopped"] += status.is_stopped
         return counts
 
     def to_dict(self) -> dict[str, Any]:
@@ -106,9 +174,12 @@ class Health:
             "first_update": self.first_update,
             "waiting_for": self.waiting_for,
             "etcd": {
-                "reachable": not self.store_away,
-                "since": self.store_since,
-                "error": next(iter(self.store_away.values()), None),
+                "reachable": self.store_works,
+                "since": max(ability.since for ability in (self.reads, self.writes, self.watch)),
+                "error": self.reads.error or self.watch.error or self.writes.error,
+                "reads": self.reads.to_dict(),
+                "writes": self.writes.to_dict(),
+                "watch": self.watch.to_dict(),
             },
             "endpoints": self.counts(),
             "endpoints_in_trouble": [
@@ -120,11 +191,12 @@ class Health:
                     "reason": status.reason,
                 }
                 for id, status in sorted(
-                    (item for item in self.endpoints.items() if item[1].reason is not None),
+                    (item for item in self.endpoints.items() if item[1].reason and not item[1].is_stopped),
                     key=lambda item: item[0].endpoint,
                 )
             ],
             "problems": [{"key": key, "problem": self.problems[key]} for key in sorted(self.problems)],
+            "troubles": [{"subject": subject, **self.troubles[subject]} for subject in sorted(self.troubles)],
             "last_error": self.last_error,
             "resyncs": self.resyncs,
             "healed": self.healed,
@@ -138,20 +210,28 @@ class ReportFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._written = ""
+        self._written: dict[str, Any] = {}
+        self._written_at = float("-inf")
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it is to be written even if nothing has changed."""
+        return time.monotonic() >= self._written_at + FILE_INTERVAL
 
     def write(self, health: Health) -> None:
         """Bring the file up to date; a disk that is full is logged, and nothing more."""
-        text = json.dumps(health.to_dict())
-        if text == self._written:
+        report = health.to_dict()
+        if report == self._written and not self.is_due:
             return
+        # the clock of the time since boot: that of the day may jump
+        text = json.dumps({**report, "report": {"time": now(), "clock": time.clock_gettime(time.CLOCK_MONOTONIC)}})
         new = self._path.with_suffix(".new")
         try:
             with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o644), "w") as file:
                 os.fchmod(file.fileno(), 0o644)  # for everybody, whatever the umask
                 file.write(text)
             new.rename(self._path)
-            self._written = text
+            self._written, self._written_at = report, time.monotonic()
         except OSError as error:
             log.error("%s cannot be written: %s", self._path, error.strerror)
 
@@ -159,16 +239,21 @@ class ReportFile:
 class StoreReporter(threading.Thread):
     """Keeps the statuses in the store like those it was given last."""
 
-    def __init__(self, datastore: DatastoreClient, health: Health) -> None:
+    def __init__(self, datastore: DatastoreClient, health: Health, tell: Callable[[Any], None]) -> None:
+        """`tell` takes whether they could be written (StoreWritten, StoreNotWritten), and other trouble (Trouble)."""
         super().__init__(name="reporting", daemon=True)
         self._datastore = datastore
         self._health = health
+        self._tell = tell
         self._lock = threading.Lock()
         self._wanted: dict[EndpointId, str] = {}
         self._changed: set[EndpointId] = set()
         self._written: dict[EndpointId, str] | None = None
         self._wake = threading.Event()
         self._alive = True
+        self._written_last = now()
+        self._away: events.StoreNotWritten | None = events.StoreNotWritten("nothing has been written yet", "")
+        self._refused: str | None = None
 
     def set(self, statuses: dict[EndpointId, Status | None]) -> None:
         """Take in new statuses; None for an endpoint that is no more."""
@@ -194,7 +279,6 @@ class StoreReporter(threading.Thread):
 
     def run(self) -> None:
         self._signed = 0.0
-        failed = False
         ending = False
         while not ending:
             self._wake.wait(max(0.1, min(INTERVAL, self._signed + INTERVAL - time.monotonic())))
@@ -213,17 +297,29 @@ class StoreReporter(threading.Thread):
                     self._signed = time.monotonic()
                 if self._health.first_update:
                     self._write_endpoints()
-                failed = False
+                self._note(None)
             except CalicoError as error:
-                if not failed:
-                    self._health.error(f"statuses cannot be written: {error}")
-                failed = True
+                self._note(error)
                 time.sleep(1)  # and again, with what has changed meanwhile
                 self._wake.set()
         try:
             self._datastore.report_host(None)
         except CalicoError as error:
             log.warning("the agent's sign of life cannot be removed: %s", error)
+
+    def _note(self, error: CalicoError | None) -> None:
+        """Tell what has changed: whether the store can be written, and whether it takes all statuses."""
+        away, refused = None, None
+        if isinstance(error, StoreError):
+            away = events.StoreNotWritten(str(error), self._written_last)
+        else:
+            self._written_last = now()
+            refused = None if error is None else f"statuses cannot be written: {error}"
+        if away != self._away:
+            self._tell(away or events.StoreWritten())
+        if refused != self._refused:
+            self._tell(events.Trouble(refused, "statuses"))
+        self._away, self._refused = away, refused
 
     def end(self) -> None:
         """Write what there is to write, and take the sign of life away, if the store is not too slow for that."""

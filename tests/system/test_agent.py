@@ -196,8 +196,9 @@ def test_names_with_line_breaks_forge_no_lines(pair: AgentHost) -> None:
     key = "/calico/v1/host/host1/workload/docker/x\n2026-01-01 ERROR: forged/endpoint/y\nforged"
     pair.etcd.put(key, {"state": "active", "name": "califorged", "mac": None})
     pair.sync()
-    assert "forged" in pair.log() and "forged" in pair.ctl("status").out
-    for line in (pair.log() + pair.ctl("status").out).splitlines():
+    shown = pair.ctl("status", status=1).out
+    assert "forged" in pair.log() and "forged" in shown
+    for line in (pair.log() + shown).splitlines():
         assert not re.match("forged|2026-01-01 ERROR", line), line
 
 
@@ -486,15 +487,19 @@ def test_what_cannot_be_understood_affects_what_it_names_alone(pair: AgentHost) 
     named = {problem["key"] for problem in status["problems"]}
     lacking = {"/calico/v1/policy/profile/third/rules"}
     assert named == {key for key in bad if "deep" not in key and "odd" not in key} | lacking
-    assert status["endpoints"] == {"up": 3, "down": 0, "error": 9}
+    assert status["endpoints"] == {"up": 3, "down": 0, "error": 9, "stopped": 0}
     for number in "123456789":
         assert pair.endpoint_status(f"{folder}/{number}")["status"] == "error", number
-    shown = pair.ctl("status").out
-    assert "/calico/v1/policy/profile/third/tags" in shown and f"{folder}/1" in shown
+    shown = pair.ctl("status", status=1)
+    assert "endpoint 1 of " in shown.out and "endpoint 9 of " in shown.out and "9 endpoints are in error" in shown.err
+    issues = [issue["text"] for issue in status["issues"]]
+    assert f"  … and {len(issues) - 10} more" in shown.out and shown.out.count("\n  ") == 2 + 11
+    assert any(text.startswith("/calico/v1/policy/profile/third/tags: ") for text in issues)
+    assert not any(text.startswith(f"{folder}/1") for text in issues), "the endpoint has been named"
     for key in bad:
         pair.etcd.delete(key)
     pair.sync()
-    assert pair.status()["problems"] == [] and pair.status()["endpoints"] == {"up": 3, "down": 0, "error": 0}
+    assert pair.status()["problems"] == [] and pair.status()["issues"] == []
     assert pair.endpoint_status(f"{folder}/1") is None
     assert ping("a", B4, patience=PATIENT)
 

@@ -27,8 +27,11 @@ def test_etcd_away_and_back(own_etcd: Etcd) -> None:
     own_etcd.stop()
     away = wait_for(lambda: not host.status()["etcd"]["reachable"] and host.status(), "the agent to notice")
     assert "cannot be reached" in away["etcd"]["error"]
-    assert away["last_error"]["error"].startswith("etcd cannot be reached")
-    assert "not reachable since" in host.ctl("status").out
+    assert "etcd cannot be reached" in away["last_error"]["error"]
+    wait_for(lambda: host.status()["etcd"]["writes"]["error"], "the agent to notice that it cannot write", 15)
+    shown = host.ctl("status", status=1)
+    assert shown.out.count(" fails since ") == 3 and "etcd cannot be read, written or followed since" in shown.out
+    assert shown.err == "Not all is well with this host: its agent cannot make full use of etcd.\n"
     assert ping("a", B4, patience=PATIENT)
     # what it knows, it goes on to keep
     run("ip", "route", "delete", f"{B4}/32")
