@@ -26,6 +26,11 @@ from tests.system.support import (
 )
 
 HOME = Path("/run/calico-tests")
+PROGRAMS = (
+    *("etcd", "etcdctl", "dockerd", "docker", "busybox", "ip", "ss", "ping", "nft", "iptables", "conntrack"),
+    *("openssl", "sysctl", "ps", "curl", "setpriv", "nsenter", "flock", "bash", "zsh", "tar"),
+)
+"""What the tests run, beside calicoctl."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -35,7 +40,7 @@ def pytest_configure(config: pytest.Config) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if os.getpid() > 100 or Path("/run/systemd").exists():
         pytest.exit("system tests need a host of their own: run them with 'make system'", returncode=3)
-    missing = [tool for tool in ("etcd", "dockerd", "docker", "ip", "busybox", "openssl") if not shutil.which(tool)]
+    missing = [program for program in PROGRAMS if not shutil.which(program)]
     if missing:
         pytest.exit(f"system tests need {', '.join(missing)}: 'make packages' installs them", returncode=3)
 

@@ -23,6 +23,8 @@ from pathlib import Path
 
 CALICOCTL = str(Path(sys.executable).parent / "calicoctl")
 FAULTY = str(Path(__file__).parent / "faulty.py")
+AS_NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
+"""Runs the command after it as a user without any rights."""
 HOST = "host1"
 HOST_IP, HOST_IP6 = "192.0.2.2", "2001:db8::2"
 

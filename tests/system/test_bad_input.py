@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.system.support import CALICOCTL, Etcd, Host, Result, free_port, links, run
+from tests.system.support import AS_NOBODY, CALICOCTL, Etcd, Host, Result, free_port, links, run
 
 BLUE = "/var/run/netns/blue"
 
@@ -216,12 +216,8 @@ def test_docker_that_does_not_answer(host: Host, tmp_path: Path) -> None:
 
 
 def test_docker_that_does_not_let_one_in(host: Host, workload: str) -> None:
-    nobody = [
-        *("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"),
-        *("--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search", CALICOCTL),
-    ]
     says = "no permission on unix:///var/run/docker.sock"
-    refused(host, "container", "workload", "endpoint", "show", says=says, command=nobody)
+    refused(host, "container", "workload", "endpoint", "show", says=says, command=[*AS_NOBODY, CALICOCTL])
 
 
 def without_etcd(host: Host, *words: str, says: str, **environment: str) -> None:

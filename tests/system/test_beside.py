@@ -12,13 +12,24 @@ from pathlib import Path
 import pytest
 
 from tests.system.agent import A4, ALLOW, B4, LOG_DIR, AgentHost, kernel, outside_host
-from tests.system.support import CALICOCTL, HOST_IP, Etcd, Host, calico_links, free_port, gone, links, run, wait_for
+from tests.system.support import (
+    AS_NOBODY,
+    CALICOCTL,
+    HOST_IP,
+    Etcd,
+    Host,
+    calico_links,
+    free_port,
+    gone,
+    links,
+    run,
+    wait_for,
+)
 from tests.system.traffic import PATIENT, ends, flows, inside, listener, ping, reset_on_close, udp
 
 
 def as_nobody(host: Host, *words: str, status: int = 0) -> str:
-    command = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", CALICOCTL]
-    return host.ctl(*words, status=status, command=command).out
+    return host.ctl(*words, status=status, command=[*AS_NOBODY, CALICOCTL]).out
 
 
 # agents
@@ -69,8 +80,7 @@ def test_everybody_may_see_the_status_and_nobody_may_hold_the_agent_up(bare_host
             held += 1
     assert held == 2
     pid_file = f"/run/calico/{host.name}/felix.pid"
-    nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
-    command = [*nobody, "flock", "-s", pid_file, "sh", "-c", "echo; read end"]
+    command = [*AS_NOBODY, "flock", "-s", pid_file, "sh", "-c", "echo; read end"]
     holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         holder.stdout.readline()

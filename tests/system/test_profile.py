@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tests.system.support import CALICOCTL, Host
+from tests.system.support import AS_NOBODY, CALICOCTL, Host
 
 RULES = "/calico/v1/policy/profile/web/rules"
 TAGS = "/calico/v1/policy/profile/web/tags"
@@ -170,13 +170,7 @@ def test_pool_show(host: Host) -> None:
 
 
 def test_profile_and_pool_need_no_root(web: Host) -> None:
-    # another user, who may read everything, or a checkout in somebody's home could not be run
-    nobody = {
-        "command": [
-            *("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"),
-            *("--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search", CALICOCTL),
-        ]
-    }
+    nobody = {"command": [*AS_NOBODY, CALICOCTL]}
     web.ctl("profile", "add", "by-nobody", **nobody)
     web.ctl("pool", "show", **nobody)
     for line in ("container add /x ipv4", "container remove x", "container x ip add ipv4", "node"):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.system.agent import LOG_DIR, AgentHost
-from tests.system.support import CALICOCTL, HOST_IP, Host, run
+from tests.system.support import AS_NOBODY, CALICOCTL, HOST_IP, Host, run
 
 BASH = """
 source <(calicoctl completion bash)
@@ -100,7 +100,7 @@ def test_checksystem_without_what_is_needed(bare_host: Host, tmp_path: Path) -> 
     assert "Docker Engine" in bare_host.ctl("checksystem", "--libnetwork", status=1, env=nowhere).err
     (tmp_path / "ip").unlink()
     assert "needed: ip;" in bare_host.ctl("checksystem", status=1, env=nowhere).err
-    unprivileged = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", CALICOCTL]
+    unprivileged = [*AS_NOBODY, CALICOCTL]
     said = bare_host.ctl("checksystem", status=1, command=unprivileged)
     assert "lacks what is needed: root." in said.err
 
