@@ -9,11 +9,13 @@ import os
 import signal
 import sys
 from contextlib import nullcontext, redirect_stdout, suppress
+from functools import partial
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from calicoctl import __version__, slim
-from calicoctl.errors import CalicoError, NotRoot, UsageError, printable
+from calicoctl.errors import CalicoError, Failures, UsageError, printable
+from calicoctl.grammar import COMMANDS, GLOBAL_OPTIONS, Prepared
 
 USAGE = """Connect containers to a Calico network.
 
@@ -45,27 +47,6 @@ Options:
 
 Where etcd is, and Docker, is read from the environment: ETCD_AUTHORITY, ETCD_ENDPOINTS, DOCKER_HOST and others.
 """
-
-COMMANDS = (
-    "batch",
-    "bgp",
-    "checksystem",
-    "completion",
-    "config",
-    "container",
-    "diags",
-    "endpoint",
-    "ipam",
-    "node",
-    "pool",
-    "profile",
-    "status",
-    "version",
-)
-
-
-GLOBAL_OPTIONS = ("--debug", "--quiet")
-"""Those that may stand anywhere."""
 
 
 class Interrupted(BaseException):
@@ -132,8 +113,11 @@ def _open_standard_streams() -> None:
             setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115
 
 
-def main(argv: list[str], where: str = "") -> int:
-    """Run one command line; return its exit status. Errors are printed as one line, behind `where`; none gets out."""
+def main(argv: list[str], where: str = "", prepared: Prepared | None = None) -> int:
+    """Run one command line, which may be `prepared` already; return its exit status.
+
+    Errors are printed as one line, behind `where`; none gets out.
+    """
     debug = "--debug" in argv or os.environ.get("CALICO_DEBUG", "") not in ("", "0")
     quiet = "--quiet" in argv
     argv = [word for word in argv if word not in GLOBAL_OPTIONS]
@@ -142,12 +126,12 @@ def main(argv: list[str], where: str = "") -> int:
         _complain(where + sentence, debug)
 
     try:
-        _refuse_odd(argv)
         with redirect_stdout(io.StringIO()) if quiet else nullcontext():
-            _run(argv)
+            (prepared or prepare(argv))()
         return 0
     except CalicoError as error:
-        complain(str(error))
+        for one in error.errors if isinstance(error, Failures) else [error]:
+            complain(str(one))
         if isinstance(error, UsageError) and error.usage:
             print(error.usage, file=sys.stderr)
         return error.exit_status
@@ -165,47 +149,24 @@ def main(argv: list[str], where: str = "") -> int:
         return 1
 
 
-def _refuse_odd(argv: list[str]) -> None:
-    """Raise CalicoError for a word that neither etcd nor Docker nor the kernel could be told."""
+def prepare(argv: list[str]) -> Prepared:
+    """Check a command line, without its global options; return what does it. Raises CalicoError."""
     for word in argv:
         if "\0" in word or any("\ud800" <= c <= "\udfff" for c in word):
             raise CalicoError(f"{word!a} cannot be used: it is not UTF-8 text")
-
-
-def _run(argv: list[str]) -> None:
     if not argv:
         raise UsageError("Which command?", USAGE.partition("\n\n")[2].partition("\n\nOptions")[0])
     command = argv[0]
     if command in ("--help", "-h"):
-        print(USAGE, end="")
-    elif command == "--version":
-        print(__version__)
-    elif command in COMMANDS:
-        module = importlib.import_module(f"calicoctl.commands.{command}")
-        if "--help" in argv or "-h" in argv:
-            print(str(module.__doc__).strip())
-        else:
-            module.run(argv)
-    else:
+        return partial(print, USAGE, end="")
+    if command == "--version":
+        return partial(print, __version__)
+    if command not in COMMANDS:
         raise UsageError(f"'{command}' is not a calicoctl command; the commands are {', '.join(COMMANDS)}")
-
-
-def parse(grammar: str, argv: list[str]) -> dict[str, Any]:
-    """Return what docopt makes of `argv` by a command's docstring; raise UsageError when it does not fit."""
-    import docopt
-
-    try:
-        return dict(docopt.docopt(grammar, argv, help=False))
-    except docopt.DocoptExit as error:
-        usage = error.usage.strip()
-        why = str(error).replace(usage, "").strip() or "The arguments do not fit the grammar of this command"
-        raise UsageError(why, usage) from None
-
-
-def require_root() -> None:
-    """Raise NotRoot unless the process may do anything to the kernel's network."""
-    if os.geteuid() != 0:
-        raise NotRoot("This command must be run as root (with sudo, say).")
+    module = importlib.import_module(f"calicoctl.commands.{command}")
+    if "--help" in argv or "-h" in argv:
+        return partial(print, str(module.__doc__).strip())
+    return cast(Prepared, module.prepare(argv))
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

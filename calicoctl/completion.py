@@ -5,7 +5,6 @@ The grammars are the commands' docstrings, read by docopt; no list of words is k
 
 from __future__ import annotations
 
-import importlib
 import re
 import shlex
 from collections.abc import Iterable
@@ -13,9 +12,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Callable
 
-from calicoctl.cli import COMMANDS, GLOBAL_OPTIONS
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.errors import CalicoError
+from calicoctl.grammar import COMMANDS, GLOBAL_OPTIONS, grammar_of
 
 
 class OutOfTime(BaseException):
@@ -77,7 +76,7 @@ def _usages(command: str) -> list[Node]:
     """Return docopt's trees of a command's usages, one each."""
     import docopt
 
-    doc = str(importlib.import_module(f"calicoctl.commands.{command}").__doc__)
+    doc = grammar_of(command)
     options = docopt.parse_defaults(doc)
     pattern = docopt.parse_pattern(docopt.formal_usage(docopt.printable_usage(doc)), options).fix()
     (child,) = pattern.children
@@ -218,13 +217,14 @@ def _fixed(*values: str) -> Callable[[list[str]], list[str]]:
 
 _SOURCES: dict[str, Callable[[list[str]], Iterable[str]]] = {
     "<CONTAINER>": _containers,
+    "<CONTAINERS>": _containers,
     "<FROM>": _containers,
     "<TO>": _containers,
     "<IP>": _addresses,
     "<CIDRS>": _pools,
     "<PROFILE>": _profiles,
     "<PROFILES>": _profiles,
-    "<TAG>": _tags,
+    "<TAGS>": _tags,
     "<ENDPOINT_ID>": _endpoints,
     "<PEER_IP>": _peers,
     "<NAME>": _settings,

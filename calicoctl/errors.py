@@ -6,8 +6,11 @@ what the user can do about it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Callable, TypeVar
+
+T = TypeVar("T")
 
 
 def printable(text: str) -> str:
@@ -65,6 +68,27 @@ class Failed(CalicoError):
     def __init__(self, why: str, exit_status: int) -> None:
         super().__init__(why)
         self.exit_status = exit_status
+
+
+class Failures(CalicoError):
+    """Some of several things could not be done, each for a reason of its own."""
+
+    def __init__(self, errors: list[CalicoError]) -> None:
+        super().__init__("; ".join(map(str, errors)))
+        self.errors = errors
+        self.exit_status = errors[0].exit_status
+
+
+def for_each(things: Iterable[T], act: Callable[[T], None]) -> None:
+    """Call `act` for each thing; one that fails keeps no other from its turn. Raises Failures when they are done."""
+    errors: list[CalicoError] = []
+    for thing in things:
+        try:
+            act(thing)
+        except CalicoError as error:
+            errors.append(error)
+    if errors:
+        raise Failures(errors)
 
 
 class NotThere(CalicoError):

@@ -19,33 +19,37 @@ Examples:
 from __future__ import annotations
 
 import gc
-import importlib
 import io
 import shlex
 import sys
-from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
 
 from calicoctl import cli
-from calicoctl.errors import CalicoError, Failed
+from calicoctl.errors import CalicoError, Failed, UsageError
+from calicoctl.grammar import GLOBAL_OPTIONS, Prepared, grammar_of, parse
 from calicoctl.output import with_progress
 
 
-def run(argv: list[str]) -> None:
-    arguments = cli.parse(str(__doc__), argv)
-    file = arguments["<FILE>"]
-    name = "standard input" if file in (None, "-") else file
+def prepare(argv: list[str]) -> Prepared:
+    arguments = parse(str(__doc__), argv)
+    return partial(_batch, arguments["<FILE>"], arguments["--keep-going"])
+
+
+def _batch(file: str | None, keep_going: bool) -> None:
+    name = "standard input" if file in (None, "-") else str(file)
     lines = _lines(_read(file), name)
     if file in (None, "-"):
         sys.stdin = io.StringIO()  # which has been read: no command of a line may wait for more
     gc.freeze()  # what is there stays, and need not be looked at for the garbage of each line, which may hold sockets
     gc.set_threshold(1000)
     first = done = failures = 0
-    for number, words in with_progress(lines, "batch"):
-        status = cli.main(words, f"{name}, line {number}: ")
+    for line in with_progress(lines, "batch"):
+        status = cli.main(line.words, line.place, line.prepared)
         first = first or status
         done += 1
         failures += status != 0
-        if status >= 128 or (status and not arguments["--keep-going"]):
+        if status >= 128 or (status and not keep_going):
             break
     if first:
         left = f", {len(lines) - done} not run" if done < len(lines) else ""
@@ -64,23 +68,43 @@ def _read(file: str | None) -> str:
         raise CalicoError(f"{file}: {error.strerror}") from None
 
 
-def _lines(text: str, name: str) -> list[tuple[int, list[str]]]:
-    """Return the commands, as words, with the numbers of their lines; raise CalicoError for a line that is none."""
+@dataclass(frozen=True)
+class Line:
+    """A command of a batch: where it stands, as it is printed before errors, and its words, checked."""
+
+    place: str
+    words: list[str]
+    prepared: Prepared
+
+
+def _lines(text: str, name: str) -> list[Line]:
+    """Return the commands of a batch; raise CalicoError for a line that is none."""
     lines = []
     for number, line in enumerate(text.split("\n"), start=1):
+        place = f"{name}, line {number}: "
         try:
             words = shlex.split(_without_comment(line))
-        except ValueError as error:
-            raise CalicoError(f"{name}, line {number}: {error}; nothing has been run") from None
-        if words[:1] == ["calicoctl"]:
-            del words[0]
-        elif not words:
-            continue
-        why = _why_not(words)
-        if why:
-            raise CalicoError(f"{name}, line {number}: {why}; nothing has been run")
-        lines.append((number, words))
+            if words[:1] == ["calicoctl"]:
+                del words[0]
+            elif not words:
+                continue
+            lines.append(Line(place, words, _prepared(words)))
+        except UsageError as error:
+            raise UsageError(f"{place}{error}; nothing has been run", error.usage) from None
+        except (CalicoError, ValueError) as error:
+            status = error.exit_status if isinstance(error, CalicoError) else 2
+            raise Failed(f"{place}{error}; nothing has been run", status) from None
     return lines
+
+
+def _prepared(words: list[str]) -> Prepared:
+    """Check one command; raise CalicoError where it cannot be run, or not as part of a batch."""
+    words = [word for word in words if word not in GLOBAL_OPTIONS]
+    prepared = cli.prepare(words)
+    endless = words[0] == "node" and parse(grammar_of("node"), words)["--detach"] == "false"
+    if endless or words[0] == "batch" or words[:2] == ["completion", "candidates"]:
+        raise CalicoError(f"'{' '.join(words)}' cannot be part of a batch")
+    return prepared
 
 
 def _without_comment(line: str) -> str:
@@ -99,17 +123,3 @@ def _without_comment(line: str) -> str:
             quote = c
         before = c
     return line
-
-
-def _why_not(words: list[str]) -> str:
-    """Return why words cannot be a line of a batch, or an empty text."""
-    words = [word for word in words if word not in cli.GLOBAL_OPTIONS]
-    command = words[0] if words else "calicoctl"
-    if command not in cli.COMMANDS:
-        return f"'{command}' is not a calicoctl command"
-    forbidden = command == "batch" or words[:2] == ["completion", "candidates"]
-    if command == "node":
-        grammar = str(importlib.import_module("calicoctl.commands.node").__doc__)
-        with suppress(CalicoError):  # which running it will tell
-            forbidden = cli.parse(grammar, words)["--detach"] == "false"
-    return f"'{' '.join(words)}' cannot be part of a batch" if forbidden else ""

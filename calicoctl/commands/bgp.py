@@ -24,35 +24,43 @@ Examples:
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from calicoctl.addresses import check_unicast, parse_address, parse_as_number
-from calicoctl.cli import parse
 from calicoctl.datastore import keys
-from calicoctl.datastore.client import DEFAULT_AS_NUMBER, DatastoreClient
+from calicoctl.datastore.client import DEFAULT_AS_NUMBER, DatastoreClient, hostname
 from calicoctl.datastore.model import Peer
 from calicoctl.errors import NotThere, printable
+from calicoctl.grammar import Prepared, parse
 from calicoctl.output import print_json, print_table, wants_json, warn
 
+if TYPE_CHECKING:
+    from netaddr import IPAddress
 
-def run(argv: list[str]) -> None:
+
+def prepare(argv: list[str]) -> Prepared:
     arguments = parse(str(__doc__), argv)
     if arguments["peer"]:
-        peers(arguments, None)
-    elif arguments["node-mesh"]:
-        _node_mesh(arguments)
-    else:
-        _default_node_as(arguments)
+        return prepare_peers(arguments, of_this_host=False)
+    if arguments["node-mesh"]:
+        return partial(_node_mesh, arguments)
+    as_num = None if arguments["<AS_NUM>"] is None else parse_as_number(arguments["<AS_NUM>"])
+    return partial(_default_node_as, as_num, wants_json(arguments))
 
 
-def peers(arguments: dict[str, Any], host: str | None) -> None:
-    """Add, remove or show the peers of all hosts, or of one host alone."""
+def prepare_peers(arguments: dict[str, Any], of_this_host: bool) -> Prepared:
+    """Check what is to be done with the peers of all hosts, or of this host alone; raise CalicoError."""
     if arguments["show"]:
-        _show(arguments, host)
-        return
+        return partial(_show, arguments, of_this_host)
     address = parse_address(arguments["<PEER_IP>"])
     check_unicast(address)
     as_num = parse_as_number(arguments["<AS_NUM>"]) if arguments["add"] else None
+    return partial(_change_peer, address, as_num, of_this_host)
+
+
+def _change_peer(address: IPAddress, as_num: str | None, of_this_host: bool) -> None:
+    host = hostname() if of_this_host else None
     datastore = DatastoreClient.from_environment()
     if as_num is None:
         if not datastore.remove_bgp_peer(str(address), host):
@@ -64,8 +72,9 @@ def peers(arguments: dict[str, Any], host: str | None) -> None:
         print(f"BGP peer {address} with AS number {as_num} is there already.")
 
 
-def _show(arguments: dict[str, Any], host: str | None) -> None:
+def _show(arguments: dict[str, Any], of_this_host: bool) -> None:
     as_json = wants_json(arguments)
+    host = hostname() if of_this_host else None
     datastore = DatastoreClient.from_environment()
     versions = [v for v, other in ((4, "--ipv6"), (6, "--ipv4")) if not arguments[other]]
     found: list[Peer] = []
@@ -92,9 +101,7 @@ def _node_mesh(arguments: dict[str, Any]) -> None:
         print("on" if enabled else "off")
 
 
-def _default_node_as(arguments: dict[str, Any]) -> None:
-    as_json = wants_json(arguments)
-    as_num = None if arguments["<AS_NUM>"] is None else parse_as_number(arguments["<AS_NUM>"])
+def _default_node_as(as_num: str | None, as_json: bool) -> None:
     datastore = DatastoreClient.from_environment()
     if as_num is not None:
         datastore.set(keys.BGP_AS_NUM, as_num)

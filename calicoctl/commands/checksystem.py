@@ -19,17 +19,24 @@ Examples:
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 from calicoctl import checks
-from calicoctl.cli import parse, require_root
 from calicoctl.errors import CalicoError
+from calicoctl.grammar import Prepared, parse, require_root
 from calicoctl.output import print_json, print_table, wants_json, warn
 
 
-def run(argv: list[str]) -> None:
+def prepare(argv: list[str]) -> Prepared:
     arguments = parse(str(__doc__), argv)
-    as_json = wants_json(arguments)
     if arguments["--fix"]:
         require_root()
+    return partial(_check, arguments, wants_json(arguments))
+
+
+def _check(arguments: dict[str, Any], as_json: bool) -> None:
+    if arguments["--fix"]:
         for why in checks.load_modules():
             warn(f"Warning: {why}")
     found = list(checks.check(arguments["--libnetwork"]))

@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import os
 import signal
+from functools import partial
 from types import FrameType
 
-from calicoctl.cli import parse
+from calicoctl.grammar import Prepared, parse
 
 PATIENCE = 2
 """Seconds for which somebody who presses the tab key is kept waiting."""
@@ -55,12 +56,11 @@ fi
 """
 
 
-def run(argv: list[str]) -> None:
+def prepare(argv: list[str]) -> Prepared:
     if argv[1:2] == ["candidates"] and len(argv) == 4:  # what the scripts call; not for people
-        _candidates(argv[2], argv[3])
-        return
+        return partial(_candidates, argv[2], argv[3])
     arguments = parse(str(__doc__), argv)
-    print(BASH if arguments["bash"] else ZSH, end="")
+    return partial(print, BASH if arguments["bash"] else ZSH, end="")
 
 
 def _out_of_time(number: int, frame: FrameType | None) -> None:

@@ -36,11 +36,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
-from calicoctl.cli import parse
 from calicoctl.datastore import keys
 from calicoctl.datastore.client import DEFAULT_CONFIG, DatastoreClient
 from calicoctl.errors import CalicoError, NotThere, about, printable
+from calicoctl.grammar import Prepared, parse
 from calicoctl.output import print_json, wants_json
 
 LEVELS = ("none", "debug", "info", "warning", "error", "critical")
@@ -93,12 +95,10 @@ def known(of_node: bool, felix: bool) -> dict[str, Setting]:
     return (NODE_FELIX if of_node else FELIX) if felix else BGP
 
 
-def run(argv: list[str]) -> None:
+def prepare(argv: list[str]) -> Prepared:
     arguments = parse(str(__doc__), argv)
-    as_json = wants_json(arguments)
     name, value, force = arguments["<NAME>"], arguments["<VALUE>"], arguments["--force"]
-    of_node, felix = arguments["node"], arguments["felix"]
-    settings = known(of_node, felix)
+    settings = known(arguments["node"], arguments["felix"])
     setting = settings.get(name)
     if setting is None:
         if not force:
@@ -109,6 +109,12 @@ def run(argv: list[str]) -> None:
             setting.check(value)
     if value is not None and not value.isprintable():
         raise CalicoError(f"{value!a} is no value for {name}: it must be one line of text")
+    return partial(_config, setting, arguments)
+
+
+def _config(setting: Setting, arguments: dict[str, Any]) -> None:
+    name, value, as_json = arguments["<NAME>"], arguments["<VALUE>"], wants_json(arguments)
+    of_node, felix = arguments["node"], arguments["felix"]
     datastore = DatastoreClient.from_environment()
     if felix:
         key = keys.host_config(datastore.host, setting.name) if of_node else keys.config(setting.name)

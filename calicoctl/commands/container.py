@@ -2,9 +2,10 @@
 
 Usage:
   calicoctl container add <CONTAINER> <IP> [--interface=<INTERFACE>] [--wait=<SECONDS>] [--output=<FORMAT>]
-  calicoctl container remove <CONTAINER>
+  calicoctl container remove <CONTAINERS>...
   calicoctl container <CONTAINER> ip (add|remove) <IP> [--interface=<INTERFACE>]
   calicoctl container <CONTAINER> endpoint show [--output=<FORMAT>]
+  calicoctl container <CONTAINER> profile show [--output=<FORMAT>]
   calicoctl container <CONTAINER> profile (append|remove|set) [<PROFILES>...]
 
 Options:
@@ -32,13 +33,14 @@ import re
 import sys
 import time
 from dataclasses import asdict
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
-from calicoctl.cli import parse, require_root
-from calicoctl.commands.endpoint import change_profiles, profile_names, show_endpoints
+from calicoctl.commands.endpoint import change_profiles, profile_names, show_endpoints, show_profiles
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.model import Endpoint
-from calicoctl.errors import CalicoError, about
+from calicoctl.errors import CalicoError, about, for_each
+from calicoctl.grammar import Prepared, parse, require_root
 from calicoctl.output import print_json, wants_json
 from calicoctl.workload import (
     Workload,
@@ -49,28 +51,28 @@ from calicoctl.workload import (
     refuse_others_endpoint,
 )
 
+if TYPE_CHECKING:
+    from calicoctl.wiring import Wish
 
-def run(argv: list[str]) -> None:
+
+def prepare(argv: list[str]) -> Prepared:
     arguments = parse(str(__doc__), argv)
     if arguments["profile"]:
-        _profile(arguments)
-    elif arguments["endpoint"]:
-        _endpoint_show(arguments)
-    else:
-        require_root()
-        if arguments["ip"]:
-            _ip(arguments)
-        elif arguments["add"]:
-            _add(arguments)
-        else:
-            _remove(arguments)
+        return partial(_profile, arguments, profile_names(arguments))
+    if arguments["endpoint"]:
+        return partial(_endpoint_show, arguments)
+    require_root()
+    if arguments["remove"] and not arguments["ip"]:
+        return partial(_remove, list(dict.fromkeys(arguments["<CONTAINERS>"])))
+    wish, interface = _wish_and_interface(arguments)
+    if arguments["ip"]:
+        return partial(_ip, arguments, wish, interface)
+    return partial(_add, arguments, wish, interface, _seconds(arguments["--wait"]))
 
 
-def _add(arguments: dict[str, Any]) -> None:
+def _add(arguments: dict[str, Any], wish: Wish, interface: str | None, patience: float | None) -> None:
     from calicoctl import wiring
 
-    wish, interface = _wish_and_interface(arguments)
-    patience = _seconds(arguments["--wait"])
     as_json = wants_json(arguments)
     datastore = DatastoreClient.from_environment()
     workload = find(arguments["<CONTAINER>"])
@@ -134,19 +136,22 @@ def _await_agent(datastore: DatastoreClient, workload: Workload, patience: float
     raise CalicoError(f"{workload.name} stays connected, but after {patience:g} s {why}.")
 
 
-def _remove(arguments: dict[str, Any]) -> None:
+def _remove(names: list[str]) -> None:
     from calicoctl import wiring
 
     datastore = DatastoreClient.from_environment()
-    workload = find_connected(arguments["<CONTAINER>"], datastore)
-    wiring.disconnect(datastore, workload)
-    print(f"Removed Calico from {workload.name}")
+
+    def remove(name: str) -> None:
+        workload = find_connected(name, datastore)
+        wiring.disconnect(datastore, workload)
+        print(f"Removed Calico from {workload.name}")
+
+    for_each(names, remove)
 
 
-def _ip(arguments: dict[str, Any]) -> None:
+def _ip(arguments: dict[str, Any], wish: Wish, interface: str | None) -> None:
     from calicoctl import wiring
 
-    wish, interface = _wish_and_interface(arguments)
     datastore = DatastoreClient.from_environment()
     if arguments["add"]:
         workload = find(arguments["<CONTAINER>"])
@@ -158,8 +163,8 @@ def _ip(arguments: dict[str, Any]) -> None:
         print(f"IP {address} removed from {workload.name}")
 
 
-def _wish_and_interface(arguments: dict[str, Any]) -> tuple[Any, str | None]:
-    """Return what is asked for, checked before anything else is looked at."""
+def _wish_and_interface(arguments: dict[str, Any]) -> tuple[Wish, str | None]:
+    """Return which address is asked for, and the name of the interface; raise CalicoError."""
     from calicoctl import wiring
 
     interface = arguments["--interface"]
@@ -174,15 +179,17 @@ def _endpoint_show(arguments: dict[str, Any]) -> None:
     show_endpoints(_endpoints(DatastoreClient.from_environment(), arguments["<CONTAINER>"]), as_json)
 
 
-def _profile(arguments: dict[str, Any]) -> None:
+def _profile(arguments: dict[str, Any], profiles: list[str]) -> None:
     name = arguments["<CONTAINER>"]
-    profiles = profile_names(arguments)
     datastore = DatastoreClient.from_environment()
     endpoints = _endpoints(datastore, name)
     if len(endpoints) > 1:
         ids = ", ".join(endpoint.id.endpoint for endpoint in endpoints)
         raise CalicoError(f"{name} has several endpoints ({ids}): use 'calicoctl endpoint ENDPOINT_ID profile'.")
-    change_profiles(datastore, endpoints[0], name, arguments, profiles)
+    if arguments["show"]:
+        show_profiles(endpoints[0], wants_json(arguments))
+    else:
+        change_profiles(datastore, endpoints[0], name, arguments, profiles)
 
 
 def _endpoints(datastore: DatastoreClient, name: str) -> list[Endpoint]:

@@ -20,24 +20,28 @@ Examples:
 from __future__ import annotations
 
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from calicoctl import diagnostics
-from calicoctl.cli import parse
 from calicoctl.datastore.client import hostname
 from calicoctl.errors import CalicoError
 from calicoctl.felix import process
+from calicoctl.grammar import Prepared, parse
 from calicoctl.output import print_json, wants_json, with_progress
 
 
-def run(argv: list[str]) -> None:
+def prepare(argv: list[str]) -> Prepared:
     arguments = parse(str(__doc__), argv)
-    as_json = wants_json(arguments)
     log_dir = arguments["--log-dir"]
+    if log_dir is not None and (not log_dir or not Path(log_dir).is_dir()):
+        raise CalicoError(f"--log-dir={log_dir}: it is no directory")
+    return partial(_diags, log_dir, wants_json(arguments))
+
+
+def _diags(log_dir: str | None, as_json: bool) -> None:
     if log_dir is None:
         log_dir = _log_dir()
-    elif not log_dir or not Path(log_dir).is_dir():
-        raise CalicoError(f"--log-dir={log_dir}: it is no directory")
     found = list(diagnostics.sources(log_dir).items())
     path = diagnostics.collect(with_progress(found, "collecting"))
     if as_json:

@@ -29,24 +29,32 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
-from calicoctl.cli import parse
 from calicoctl.datastore.client import DatastoreClient, check_hostname
 from calicoctl.datastore.model import Endpoint
 from calicoctl.errors import CalicoError, NotThere, UsageError, about, printable
+from calicoctl.grammar import Prepared, parse
 from calicoctl.output import print_json, print_table, wants_json, warn
 from calicoctl.rules import check_name
 
 COLUMNS = ["Hostname", "Orchestrator ID", "Workload ID", "Endpoint ID", "Addresses", "MAC", "Profiles", "State"]
 
 
-def run(argv: list[str]) -> None:
+def prepare(argv: list[str]) -> Prepared:
     arguments = parse(str(__doc__), argv)
-    if arguments["profile"]:
-        _profile(arguments)
-    else:
-        _show(arguments)
+    for option in ("--orchestrator", "--workload", "--endpoint"):
+        if arguments[option] == "":  # as an unset variable of a script would be
+            raise CalicoError(f"{option}: it must not be empty")
+    if arguments["--host"] is not None:
+        with about("--host"):
+            check_hostname(arguments["--host"])
+    if not arguments["profile"]:
+        return partial(_show, arguments)
+    if not arguments["<ENDPOINT_ID>"]:  # as an unset variable of a script would be, and the beginning of every id
+        raise UsageError("Say which endpoint")
+    return partial(_profile, arguments, profile_names(arguments))
 
 
 def _show(arguments: dict[str, Any]) -> None:
@@ -73,12 +81,6 @@ def _show(arguments: dict[str, Any]) -> None:
 
 def _matching(datastore: DatastoreClient, arguments: dict[str, Any], endpoint_id: str | None) -> list[Endpoint]:
     """Return the endpoints that the options ask for, and that can be read; warn of the others."""
-    for option in ("--orchestrator", "--workload", "--endpoint"):
-        if arguments[option] == "":  # as an unset variable of a script would be
-            raise CalicoError(f"{option}: it must not be empty")
-    if arguments["--host"] is not None:
-        with about("--host"):
-            check_hostname(arguments["--host"])
     return [
         endpoint
         for endpoint in readable_endpoints(datastore, arguments["--host"])
@@ -89,12 +91,9 @@ def _matching(datastore: DatastoreClient, arguments: dict[str, Any], endpoint_id
     ]
 
 
-def _profile(arguments: dict[str, Any]) -> None:
+def _profile(arguments: dict[str, Any], names: list[str]) -> None:
     as_json = wants_json(arguments)
-    names = profile_names(arguments)
     id = arguments["<ENDPOINT_ID>"]
-    if not id:  # as an unset variable of a script would be, and the beginning of every id
-        raise UsageError("Say which endpoint")
     datastore = DatastoreClient.from_environment()
     found = _matching(datastore, arguments, id)
     found = [endpoint for endpoint in found if endpoint.id.endpoint == id] or found
@@ -104,12 +103,10 @@ def _profile(arguments: dict[str, Any]) -> None:
         some = ", ".join(f"{e.id.endpoint} of {e.id.workload[:12]} on {e.id.host}" for e in found[:3])
         raise CalicoError(f"{id} can be several endpoints ({some}{', …' if found[3:] else ''}): say more of its id.")
     endpoint = found[0]
-    if not arguments["show"]:
-        change_profiles(datastore, endpoint, id, arguments, names)
-    elif as_json:
-        print_json(endpoint.profile_ids)
+    if arguments["show"]:
+        show_profiles(endpoint, as_json)
     else:
-        print("".join(f"{printable(name)}\n" for name in endpoint.profile_ids), end="")
+        change_profiles(datastore, endpoint, id, arguments, names)
 
 
 # What `container` and `profile` do, too
@@ -142,6 +139,14 @@ def show_endpoints(endpoints: Sequence[Endpoint], as_json: bool) -> None:
         for endpoint in endpoints
     ]
     print_table(COLUMNS, rows)
+
+
+def show_profiles(endpoint: Endpoint, as_json: bool) -> None:
+    """Print the profiles of an endpoint, in their order."""
+    if as_json:
+        print_json(endpoint.profile_ids)
+    else:
+        print("".join(f"{printable(name)}\n" for name in endpoint.profile_ids), end="")
 
 
 def profile_names(arguments: dict[str, Any]) -> list[str]:

@@ -2,12 +2,12 @@
 
 Usage:
   calicoctl ipam info <IP> [--output=<FORMAT>]
-  calicoctl ipam release <IP> [--force]
+  calicoctl ipam release <IPS>... [--force]
   calicoctl ipam show [--output=<FORMAT>]
   calicoctl ipam check [--fix] [--output=<FORMAT>]
 
 Options:
-  <IP>               an IPv4 or IPv6 address
+  <IP>, <IPS>        an IPv4 or IPv6 address, or several
   --force            give the address back even where an endpoint uses it
   --fix              put right what can be put right safely, on this host (as root)
   --output=<FORMAT>  json; default: text, or a table
@@ -25,38 +25,37 @@ Examples:
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from calicoctl import audit
 from calicoctl.addresses import parse_address
-from calicoctl.cli import parse
 from calicoctl.commands.pool import readable_pools
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.keys import EndpointId
-from calicoctl.errors import CalicoError, InvalidValue, NotThere, one_line
+from calicoctl.errors import CalicoError, InvalidValue, NotThere, for_each, one_line
+from calicoctl.grammar import Prepared, parse
 from calicoctl.output import print_json, print_table, wants_json, warn
 
 if TYPE_CHECKING:
     from netaddr import IPAddress
 
 
-def run(argv: list[str]) -> None:
+def prepare(argv: list[str]) -> Prepared:
     arguments = parse(str(__doc__), argv)
     if arguments["info"]:
-        _info(arguments)
-    elif arguments["release"]:
-        _release(arguments)
-    elif arguments["show"]:
-        _show(arguments)
-    else:
-        _check(arguments)
+        return partial(_info, parse_address(arguments["<IP>"]), wants_json(arguments))
+    if arguments["release"]:
+        addresses = [parse_address(text) for text in arguments["<IPS>"]]
+        return partial(_release, list(dict.fromkeys(addresses)), arguments["--force"])
+    if arguments["show"]:
+        return partial(_show, wants_json(arguments))
+    return partial(_check, arguments["--fix"], wants_json(arguments))
 
 
-def _info(arguments: dict[str, Any]) -> None:
+def _info(address: IPAddress, as_json: bool) -> None:
     from netaddr.ip import IPNetwork
 
-    as_json = wants_json(arguments)
-    address = parse_address(arguments["<IP>"])
     datastore = DatastoreClient.from_environment()
     block = datastore.ipam.block_of(address)
     owner = None if block is None else block.owner(int(address) - block.first)
@@ -98,11 +97,14 @@ def _info(arguments: dict[str, Any]) -> None:
         raise NotThere(f"IP {address} is not assigned{listed}; it is {where}.")
 
 
-def _release(arguments: dict[str, Any]) -> None:
-    address = parse_address(arguments["<IP>"])
+def _release(addresses: list[IPAddress], force: bool) -> None:
     datastore = DatastoreClient.from_environment()
+    for_each(addresses, lambda address: _release_one(datastore, address, force))
+
+
+def _release_one(datastore: DatastoreClient, address: IPAddress, force: bool) -> None:
     holders: set[str | None] | None = None
-    if not arguments["--force"]:
+    if not force:
         owner = datastore.ipam.owner(address)
         holders = set() if owner is None else {owner.handle}  # not what somebody takes meanwhile
         users = datastore.endpoints_with(address)
@@ -120,8 +122,7 @@ def _named(id: EndpointId) -> str:
     return f"{id.orchestrator} {id.workload[:12] if id.orchestrator == 'docker' else id.workload} on {id.host}"
 
 
-def _show(arguments: dict[str, Any]) -> None:
-    as_json = wants_json(arguments)
+def _show(as_json: bool) -> None:
     usages = _usages(DatastoreClient.from_environment())
     if as_json:
         print_json(usages)
@@ -161,20 +162,19 @@ def _usage(pool: str | None, addresses: int | None, used: int, free: int | None,
     return {"pool": pool, "addresses": addresses, "used": used, "free": free, "borrowed": borrowed}
 
 
-def _check(arguments: dict[str, Any]) -> None:
-    as_json = wants_json(arguments)
+def _check(fix: bool, as_json: bool) -> None:
     findings = audit.check(DatastoreClient.from_environment())
     left = 0
     told = []
     for finding in findings:
-        why_not = audit.put_right(finding) if arguments["--fix"] else finding.advice
-        fixed = arguments["--fix"] and why_not is None
+        why_not = audit.put_right(finding) if fix else finding.advice
+        fixed = fix and why_not is None
         left += not fixed
         told.append({**finding.to_dict(), "fixed": fixed})
         if not as_json:
             if fixed:
                 ending = "put right"
-            elif arguments["--fix"]:
+            elif fix:
                 ending = f"not put right: {why_not}"
             else:
                 ending = "--fix puts it right" if finding.fix else str(why_not)

@@ -46,37 +46,35 @@ from __future__ import annotations
 
 import re
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from calicoctl import locks
 from calicoctl.addresses import check_unicast, parse_address, parse_as_number
-from calicoctl.cli import parse, require_root
 from calicoctl.commands import bgp
 from calicoctl.datastore.client import DatastoreClient, check_hostname, hostname
 from calicoctl.errors import CalicoError, NotThere, StoreError, about
 from calicoctl.felix import process
 from calicoctl.felix.local_etcd import LocalEtcd
 from calicoctl.felix.sysctls import HostSettings
+from calicoctl.grammar import Prepared, parse, require_root
 from calicoctl.output import warn
 from calicoctl.workload import DOCKER, NAMESPACE
 
 
-def run(argv: list[str]) -> None:
+def prepare(argv: list[str]) -> Prepared:
     arguments = parse(str(__doc__), argv)
     if arguments["bgp"]:
-        bgp.peers(arguments, hostname())
-        return
+        return bgp.prepare_peers(arguments, of_this_host=True)
     require_root()
     if arguments["stop"]:
-        _stop(arguments["--force"])
-    elif arguments["remove"]:
-        _remove(arguments["--hostname"], arguments["--remove-endpoints"])
-    else:
-        _start(arguments)
-
-
-def _start(arguments: dict[str, Any]) -> None:
+        return partial(_stop, arguments["--force"])
+    if arguments["remove"]:
+        if arguments["--hostname"] is not None:
+            with about("--hostname"):
+                check_hostname(arguments["--hostname"])
+        return partial(_remove, arguments["--hostname"], arguments["--remove-endpoints"])
     given = {
         version: _host_address(arguments[option], version, option) for version, option in ((4, "--ip"), (6, "--ip6"))
     }
@@ -84,8 +82,13 @@ def _start(arguments: dict[str, Any]) -> None:
         as_num = None if arguments["--as"] is None else parse_as_number(arguments["--as"])
     if arguments["--detach"] not in (None, "true", "false"):
         raise CalicoError(f"--detach={arguments['--detach']}: it must be true or false")
+    return partial(_start, given, as_num, _port(arguments["--metrics-port"]), arguments)
+
+
+def _start(
+    given: dict[int, str | None], as_num: str | None, metrics_port: int | None, arguments: dict[str, Any]
+) -> None:
     in_background = arguments["--detach"] != "false"
-    metrics_port = _port(arguments["--metrics-port"])
     log_dir = _log_dir(arguments["--log-dir"], process.DEFAULT_LOG_DIR if in_background else None)
     options = process.Options(log_dir, metrics_port, arguments["--local-etcd"])
     datastore = DatastoreClient.from_environment()
@@ -184,9 +187,6 @@ def _stop(force: bool) -> None:
 
 def _remove(other: str | None, remove_endpoints: bool) -> None:
     host = hostname()
-    if other is not None:
-        with about("--hostname"):
-            check_hostname(other)
     this_one = other in (None, host)
     with ExitStack() as stack:
         if this_one:

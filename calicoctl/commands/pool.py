@@ -28,32 +28,36 @@ Examples:
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from calicoctl.addresses import check_unicast, parse_address, parse_cidr
-from calicoctl.cli import parse
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.model import Pool
 from calicoctl.errors import CalicoError, NotThere
+from calicoctl.grammar import Prepared, parse
 from calicoctl.output import print_json, print_table, wants_json, warn
 
 if TYPE_CHECKING:
     from netaddr import IPNetwork
 
 
-def run(argv: list[str]) -> None:
+def prepare(argv: list[str]) -> Prepared:
     arguments = parse(str(__doc__), argv)
+    if arguments["show"]:
+        return partial(_show, arguments)
     if arguments["range"]:
-        _add(_networks_of_range(arguments["<START_IP>"], arguments["<END_IP>"]), arguments)
-    elif arguments["add"]:
-        _add(list(dict.fromkeys(map(_network, arguments["<CIDRS>"]))), arguments)
-    elif arguments["remove"]:
-        _remove(list(dict.fromkeys(map(_network, arguments["<CIDRS>"]))), arguments["--force"])
+        networks = _networks_of_range(arguments["<START_IP>"], arguments["<END_IP>"])
     else:
-        _show(arguments)
+        networks = list(dict.fromkeys(map(_network, arguments["<CIDRS>"])))
+    if arguments["remove"]:
+        return partial(_remove, networks, arguments["--force"])
+    _check_new(networks, arguments["--ipip"])
+    return partial(_add, networks, arguments)
 
 
-def _add(networks: list[IPNetwork], arguments: dict[str, Any]) -> None:
+def _check_new(networks: list[IPNetwork], ipip: bool) -> None:
+    """Raise CalicoError for networks that cannot be pools, whatever pools there are."""
     from calicoctl.datastore.ipam import BLOCK_SIZE
 
     for network in networks:
@@ -63,8 +67,11 @@ def _add(networks: list[IPNetwork], arguments: dict[str, Any]) -> None:
                 "in IPv6"
             )
         check_unicast(network)
-        if arguments["--ipip"] and network.version == 6:
+        if ipip and network.version == 6:
             raise CalicoError(f"--ipip is for IPv4 alone, and {network} is IPv6")
+
+
+def _add(networks: list[IPNetwork], arguments: dict[str, Any]) -> None:
     datastore = DatastoreClient.from_environment()
     known = [parse_cidr(pool.cidr) for version in (4, 6) for pool in datastore.pools(version)]
     for number, network in enumerate(networks):

@@ -2,10 +2,10 @@
 
 Usage:
   calicoctl profile show [--detailed] [--output=<FORMAT>]
-  calicoctl profile add <PROFILE>
-  calicoctl profile remove <PROFILE> [--no-check]
+  calicoctl profile add <PROFILES>...
+  calicoctl profile remove <PROFILES>... [--no-check]
   calicoctl profile <PROFILE> tag show [--output=<FORMAT>]
-  calicoctl profile <PROFILE> tag (add|remove) <TAG>
+  calicoctl profile <PROFILE> tag (add|remove) <TAGS>...
   calicoctl profile <PROFILE> rule add (inbound|outbound) [--at=<POSITION>] <RULE>...
   calicoctl profile <PROFILE> rule remove (inbound|outbound) (--at=<POSITION> | <RULE>...)
   calicoctl profile <PROFILE> rule show [--output=<FORMAT>]
@@ -56,35 +56,40 @@ from __future__ import annotations
 import re
 import sys
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
-from calicoctl.cli import parse
 from calicoctl.commands.endpoint import readable_endpoints
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.model import Endpoint, Rule, Rules
-from calicoctl.errors import CalicoError, Failed, InvalidValue, NotThere, UsageError, one_line, printable
+from calicoctl.errors import CalicoError, Failed, InvalidValue, NotThere, UsageError, for_each, one_line, printable
+from calicoctl.grammar import Prepared, parse
 from calicoctl.output import print_json, print_table, wants_json, warn
 from calicoctl.rules import check_name
 
 
-def run(argv: list[str]) -> None:
+def prepare(argv: list[str]) -> Prepared:
     arguments = parse(str(__doc__), argv)
     profile = arguments["<PROFILE>"]
     if profile is not None:
         check_name(profile, "profile")
     if arguments["tag"]:
-        _tag(profile, arguments)
-    elif arguments["rule"]:
-        _rule(profile, arguments)
-    elif arguments["trace"]:
-        _trace(arguments)
-    elif arguments["show"]:
-        _show(arguments)
-    elif arguments["add"]:
-        created = DatastoreClient.from_environment().create_profile(profile)
-        print(f"Created profile {profile}" if created else f"Profile {profile} already exists.")
-    else:
-        _remove(profile, arguments)
+        tags = [check_name(tag, "tag") for tag in dict.fromkeys(arguments["<TAGS>"])]
+        return partial(_tag_show, profile, arguments) if arguments["show"] else partial(_tag, profile, tags, arguments)
+    if arguments["rule"]:
+        return _prepare_rule(profile, arguments)
+    if arguments["trace"]:
+        return _prepare_trace(arguments)
+    if arguments["show"]:
+        return partial(_show, arguments)
+    names = [check_name(name, "profile") for name in dict.fromkeys(arguments["<PROFILES>"])]
+    return partial(_add, names) if arguments["add"] else partial(_remove, names, arguments["--no-check"])
+
+
+def _add(names: list[str]) -> None:
+    datastore = DatastoreClient.from_environment()
+    for name in names:
+        print(f"Created profile {name}" if datastore.create_profile(name) else f"Profile {name} already exists.")
 
 
 def _show(arguments: dict[str, Any]) -> None:
@@ -128,11 +133,15 @@ def _as_json(datastore: DatastoreClient, name: str, endpoints: list[Endpoint]) -
     }
 
 
-def _remove(profile: str, arguments: dict[str, Any]) -> None:
+def _remove(names: list[str], no_check: bool) -> None:
     datastore = DatastoreClient.from_environment()
+    for_each(names, lambda name: _remove_one(datastore, name, no_check))
+
+
+def _remove_one(datastore: DatastoreClient, profile: str, no_check: bool) -> None:
     if not datastore.profile_exists(profile):
         raise NotThere(f"Profile {profile} does not exist.")
-    if not arguments["--no-check"]:
+    if not no_check:
         users = [endpoint.id for endpoint in readable_endpoints(datastore) if profile in endpoint.profile_ids]
         if users:
             some = ", ".join(f"{user.endpoint} on {user.host}" for user in users[:3]) + (", …" if users[3:] else "")
@@ -144,51 +153,57 @@ def _remove(profile: str, arguments: dict[str, Any]) -> None:
     print(f"Deleted profile {profile}")
 
 
-def _tag(profile: str, arguments: dict[str, Any]) -> None:
-    if arguments["show"]:
-        as_json = wants_json(arguments)
-        tags = DatastoreClient.from_environment().tags(profile)
-        if as_json:
-            print_json(tags)
-        else:
-            print("".join(f"{printable(tag)}\n" for tag in tags), end="")
-        return
-    tag = check_name(arguments["<TAG>"], "tag")
+def _tag_show(profile: str, arguments: dict[str, Any]) -> None:
+    tags = DatastoreClient.from_environment().tags(profile)
+    if wants_json(arguments):
+        print_json(tags)
+    else:
+        print("".join(f"{printable(tag)}\n" for tag in tags), end="")
 
-    def change(tags: list[str]) -> bool:
-        if (tag in tags) == arguments["add"]:
+
+def _tag(profile: str, tags: list[str], arguments: dict[str, Any]) -> None:
+    datastore = DatastoreClient.from_environment()
+    change = _add_tag if arguments["add"] else _remove_tag
+    for_each(tags, lambda tag: change(datastore, profile, tag))
+
+
+def _add_tag(datastore: DatastoreClient, profile: str, tag: str) -> None:
+    def add(tags: list[str]) -> bool:
+        if tag in tags:
             return False
-        if arguments["add"]:
-            tags.append(tag)
-        else:
-            tags[:] = [other for other in tags if other != tag]
+        tags.append(tag)
         return True
 
-    changed = DatastoreClient.from_environment().modify_tags(profile, change)
-    if arguments["add"]:
-        print(f"Tag {tag} added to profile {profile}" if changed else f"Tag {tag} is on profile {profile} already.")
-    elif changed:
-        print(f"Tag {tag} removed from profile {profile}")
-    else:
+    added = datastore.modify_tags(profile, add)
+    print(f"Tag {tag} added to profile {profile}" if added else f"Tag {tag} is on profile {profile} already.")
+
+
+def _remove_tag(datastore: DatastoreClient, profile: str, tag: str) -> None:
+    def remove(tags: list[str]) -> bool:
+        if tag not in tags:
+            return False
+        tags[:] = [other for other in tags if other != tag]
+        return True
+
+    if not datastore.modify_tags(profile, remove):
         raise NotThere(f"Tag {tag} is not on profile {profile}.")
+    print(f"Tag {tag} removed from profile {profile}")
 
 
-def _rule(profile: str, arguments: dict[str, Any]) -> None:
+def _prepare_rule(profile: str, arguments: dict[str, Any]) -> Prepared:
     if arguments["show"]:
-        _rule_show(profile, wants_json(arguments))
-    elif arguments["json"]:
-        print_json(DatastoreClient.from_environment().rules(profile).to_dict())
-    elif arguments["update"]:
-        _rule_update(profile)
-    else:
-        position = None if arguments["--at"] is None else _position(arguments["--at"])
-        rule = _parse_rule(arguments["<RULE>"]) if arguments["<RULE>"] else None
-        direction = "inbound" if arguments["inbound"] else "outbound"
-        if arguments["add"]:
-            assert rule is not None, "the grammar asks for a rule"
-            _rule_add(profile, direction, position, rule)
-        else:
-            _rule_remove(profile, direction, position, rule)
+        return partial(_rule_show, profile, wants_json(arguments))
+    if arguments["json"]:
+        return partial(_rule_json, profile)
+    if arguments["update"]:
+        return partial(_rule_update, profile)
+    position = None if arguments["--at"] is None else _position(arguments["--at"])
+    rule = _parse_rule(arguments["<RULE>"]) if arguments["<RULE>"] else None
+    direction = "inbound" if arguments["inbound"] else "outbound"
+    if arguments["remove"]:
+        return partial(_rule_remove, profile, direction, position, rule)
+    assert rule is not None, "the grammar asks for a rule"
+    return partial(_rule_add, profile, direction, position, rule)
 
 
 def _rule_show(profile: str, as_json: bool) -> None:
@@ -202,6 +217,10 @@ def _rule_show(profile: str, as_json: bool) -> None:
         print(heading)
         for position, rule in enumerate(some, start=1):
             print(one_line(f" {position:3d} {text(rule)}"))
+
+
+def _rule_json(profile: str) -> None:
+    print_json(DatastoreClient.from_environment().rules(profile).to_dict())
 
 
 def _rule_update(profile: str) -> None:
@@ -252,10 +271,7 @@ def _rule_remove(profile: str, direction: str, position: int | None, rule: Rule 
     print(f"Successfully updated rules on profile {profile}")
 
 
-def _trace(arguments: dict[str, Any]) -> None:
-    from calicoctl import trace
-
-    as_json = wants_json(arguments)
+def _prepare_trace(arguments: dict[str, Any]) -> Prepared:
     protocol = next(word for word in ("tcp", "udp", "icmp", "icmpv6") if arguments[word])
     port = _port("<PORT>", arguments["<PORT>"])
     source_port = _port("--from-port", arguments["--from-port"])
@@ -264,6 +280,13 @@ def _trace(arguments: dict[str, Any]) -> None:
             raise UsageError(f"{protocol} has no ports")
     elif port is None:
         raise UsageError(f"Say to which port: {protocol} 80, for example")
+    return partial(_trace, arguments, protocol, port, source_port)
+
+
+def _trace(arguments: dict[str, Any], protocol: str, port: int | None, source_port: int | None) -> None:
+    from calicoctl import trace
+
+    as_json = wants_json(arguments)
     datastore = DatastoreClient.from_environment()
     found = trace.trace(datastore, arguments["<FROM>"], arguments["<TO>"], protocol, port, source_port)
     denied_by = found.denied_by

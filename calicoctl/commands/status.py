@@ -22,12 +22,13 @@ Examples:
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from calicoctl import hoststatus
-from calicoctl.cli import parse
 from calicoctl.datastore.client import hostname
 from calicoctl.errors import CalicoError, one_line
+from calicoctl.grammar import Prepared, parse
 from calicoctl.hoststatus import AGENT, ENDPOINT, STORE, Issue
 from calicoctl.output import print_json, wants_json
 
@@ -35,9 +36,12 @@ MOST_LINES = 10
 """How many lines of what is wrong a person is shown."""
 
 
-def run(argv: list[str]) -> None:
+def prepare(argv: list[str]) -> Prepared:
     arguments = parse(str(__doc__), argv)
-    as_json = wants_json(arguments)
+    return partial(_status, wants_json(arguments))
+
+
+def _status(as_json: bool) -> None:
     status = hoststatus.read(hostname())
     issues = hoststatus.issues(status)
     if as_json:

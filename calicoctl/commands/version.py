@@ -13,13 +13,20 @@ Examples:
 
 from __future__ import annotations
 
+from functools import partial
+
 from calicoctl import __version__
-from calicoctl.cli import parse
+from calicoctl.grammar import Prepared, parse
 from calicoctl.output import print_json, wants_json
 
 
-def run(argv: list[str]) -> None:
-    if wants_json(parse(str(__doc__), argv)):
+def prepare(argv: list[str]) -> Prepared:
+    arguments = parse(str(__doc__), argv)
+    return partial(_version, wants_json(arguments))
+
+
+def _version(as_json: bool) -> None:
+    if as_json:
         print_json({"version": __version__})
     else:
         print(__version__)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from calicoctl import completion
-from calicoctl.cli import COMMANDS
+from calicoctl.grammar import COMMANDS
 
 
 @pytest.fixture(autouse=True)

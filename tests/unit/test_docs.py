@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from calicoctl.cli import COMMANDS, USAGE
+from calicoctl.cli import USAGE
+from calicoctl.grammar import COMMANDS
 
 ROOT = Path(__file__).parent.parent.parent
 

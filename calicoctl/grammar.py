@@ -1,0 +1,62 @@
+"""The command line's words: the list of commands, and the grammars, which are the commands' docstrings.
+
+Every command imports this; it imports no command but to read a docstring, and neither etcd, Docker nor the kernel.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from typing import Any, Callable
+
+from calicoctl.errors import NotRoot, UsageError
+
+COMMANDS = (
+    "batch",
+    "bgp",
+    "checksystem",
+    "completion",
+    "config",
+    "container",
+    "diags",
+    "endpoint",
+    "ipam",
+    "node",
+    "pool",
+    "profile",
+    "status",
+    "version",
+)
+
+GLOBAL_OPTIONS = ("--debug", "--quiet")
+"""Those that may stand anywhere."""
+
+Prepared = Callable[[], None]
+"""What a command's `prepare(argv)` returns: all that was typed has been checked, and nothing has been done yet."""
+
+
+def grammar_of(command: str) -> str:
+    """Return the docstring of a command's module, which is its grammar and its help."""
+    return str(importlib.import_module(f"calicoctl.commands.{command}").__doc__)
+
+
+def parse(grammar: str, argv: list[str]) -> dict[str, Any]:
+    """Return what docopt makes of `argv` by a command's docstring; raise UsageError when it does not fit."""
+    import docopt
+
+    try:
+        arguments = dict(docopt.docopt(grammar, argv, help=False))
+    except docopt.DocoptExit as error:
+        usage = error.usage.strip()
+        why = str(error).replace(usage, "").strip() or "The arguments do not fit the grammar of this command"
+        raise UsageError(why, usage) from None
+    wanted = arguments.get("--output")
+    if wanted not in (None, "json"):
+        raise UsageError(f"--output={wanted}: the only format is json; without the option, text is printed")
+    return arguments
+
+
+def require_root() -> None:
+    """Raise NotRoot unless the process may do anything to the kernel's network."""
+    if os.geteuid() != 0:
+        raise NotRoot("This command must be run as root (with sudo, say).")
