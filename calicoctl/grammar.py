@@ -50,8 +50,8 @@ def parse(grammar: str, argv: list[str]) -> dict[str, Any]:
         usage = error.usage.strip()
         why = str(error).replace(usage, "").strip() or "The arguments do not fit the grammar of this command"
         raise UsageError(why, usage) from None
-    wanted = arguments.get("--output")
-    if wanted not in (None, "json"):
+    wanted = (arguments.get("--output") or "json").removeprefix("=")  # of -o=json
+    if wanted != "json":
         raise UsageError(f"--output={wanted}: the only format is json; without the option, text is printed")
     return arguments
 

@@ -11,7 +11,8 @@ Options:
   <PEER_IP>          the address of a router that every host is to peer with
   <AS_NUM>           an AS number, 1 to 4294967295, as 64512 or as 0.64512; it is stored as 64512
   --ipv4, --ipv6     show IPv4, or IPv6, peers only
-  --output=<FORMAT>  json; default: a table, or the value alone
+  -o <FORMAT>, --output=<FORMAT>
+                      json; default: a table, or the value alone
 
 `node-mesh` and `default-node-as` tell what is so where they are not told what to be: on, and 64511, unless set. Peers
 of one host alone: see calicoctl node --help. These are settings in etcd for a routing daemon (BIRD) on each host; the

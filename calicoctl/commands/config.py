@@ -11,7 +11,8 @@ Options:
   <VALUE>            what it is to be; default: show what it is
   --remove           unset it, so that the default is in force
   --force            take a name or a value that is not known here, too, for other programs
-  --output=<FORMAT>  json: an object with the setting's key in etcd, and its value; default: the value alone
+  -o <FORMAT>, --output=<FORMAT>
+                      json: an object with the setting's key in etcd, and its value; default: the value alone
 
   felix               loglevel                     none, debug, info, warning, error, critical; default: info
                       LogSeverityScreen            the same setting under the name that it has in etcd

@@ -16,7 +16,8 @@ Options:
   --interface=<INTERFACE>  the name of the interface in the container; default: eth1
   --wait=<SECONDS>         return only when this host's agent has set up the connection, and with an error when that
                            takes longer; default: do not wait
-  --output=<FORMAT>        json: of `add`, an object with address, interface, mac, endpoint and host; of `show`, an
+  -o <FORMAT>, --output=<FORMAT>
+                            json: of `add`, an object with address, interface, mac, endpoint and host; of `show`, an
                            array of the container's endpoints with their fields as in etcd; default: text
 
 The container runs on this host. It should have no other default route: run it with --net=none. `add`, `remove` and

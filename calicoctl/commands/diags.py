@@ -5,7 +5,8 @@ Usage:
 
 Options:
   --log-dir=<DIR>    where the host agent's logs are; default: where it says that it logs to, else /var/log/calico
-  --output=<FORMAT>  json: an object with the archive's path; default: a sentence
+  -o <FORMAT>, --output=<FORMAT>
+                      json: an object with the archive's path; default: a sentence
 
 The archive, a .tar.gz that only its owner can read, is written to the folder for temporary files (TMPDIR, else /tmp).
 It has this host's nftables and iptables rules, routes, neighbours, links, network settings, connections, the agent's

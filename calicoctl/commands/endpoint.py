@@ -15,7 +15,8 @@ Options:
   --workload=<WORKLOAD>          of the workload with this id, or this beginning of it; default: of all
   --endpoint=<ENDPOINT>          the endpoint with this id, or this beginning of it; default: all
   --detailed                     one line an endpoint; default: how many each host has
-  --output=<FORMAT>              json: an array, with the fields of the endpoints as in etcd; default: a table
+  -o <FORMAT>, --output=<FORMAT>
+                                  json: an array, with the fields of the endpoints as in etcd; default: a table
 
 A workload's id is that of its Docker container, or the path of its namespace with every / as -. Profiles are asked in
 the order they have; `set` without any takes all away. This needs no root, and works for the endpoints of any host.

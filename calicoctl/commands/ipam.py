@@ -10,7 +10,8 @@ Options:
   <IP>, <IPS>        an IPv4 or IPv6 address, or several
   --force            give the address back even where an endpoint uses it
   --fix              put right what can be put right safely, on this host (as root)
-  --output=<FORMAT>  json; default: text, or a table
+  -o <FORMAT>, --output=<FORMAT>
+                      json; default: text, or a table
 
 `info` tells who has an address, and the block of 64 that it is in; its exit status is 1 where nobody has it. `show`
 counts each pool's addresses: used, free, and of the used ones those that a host has borrowed from another's block.

@@ -26,7 +26,8 @@ Options:
   <PEER_IP>              the address of a router
   <AS_NUM>               its AS number, as 64512 or as 0.64512
   --ipv4, --ipv6         show IPv4, or IPv6, peers only
-  --output=<FORMAT>      json: an array of the peers as they stand in etcd; default: a table
+  -o <FORMAT>, --output=<FORMAT>
+                          json: an array of the peers as they stand in etcd; default: a table
   --remove-endpoints     remove the host's endpoints, too; without it, a host that has some is not removed
 
 Addresses and AS number that are not given are unset, should they be set from an earlier call. The first host registered

@@ -15,7 +15,8 @@ Options:
   --force            remove the pool even where addresses of it are in use; they stay in use
   --ipv4             show IPv4 pools only
   --ipv6             show IPv6 pools only
-  --output=<FORMAT>  json: an array of the pools as they stand in etcd; default: a table
+  -o <FORMAT>, --output=<FORMAT>
+                      json: an array of the pools as they stand in etcd; default: a table
 
 A pool that is there already gets the options given, and loses the others. Pools do not overlap. A range is added as the
 fewest CIDRs that make exactly it. Nothing is changed unless all that was given is in order. `remove` takes the options

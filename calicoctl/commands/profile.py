@@ -21,7 +21,8 @@ Options:
   --detailed         list the endpoints that have each profile, too
   --no-check         remove the profile even where endpoints still have it; they let nothing through then
   --at=<POSITION>    a rule's place, counted from 1; default: behind the last one
-  --output=<FORMAT>  json, for scripts; default: text
+  -o <FORMAT>, --output=<FORMAT>
+                      json, for scripts; default: text
 
 A rule is one of
 

@@ -4,7 +4,8 @@ Usage:
   calicoctl status [--output=<FORMAT>]
 
 Options:
-  --output=<FORMAT>  json: an object with all that the agent reports; default: text
+  -o <FORMAT>, --output=<FORMAT>
+                      json: an object with all that the agent reports; default: text
 
 Shown are: since when the agent runs, and how old its report is; since when reading etcd, writing it and following its
 changes work, each; how many endpoints are up, down and in error (those of stopped containers are down, and nothing is

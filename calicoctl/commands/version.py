@@ -4,7 +4,8 @@ Usage:
   calicoctl version [--output=<FORMAT>]
 
 Options:
-  --output=<FORMAT>  json: an object with the version; default: the version alone
+  -o <FORMAT>, --output=<FORMAT>
+                      json: an object with the version; default: the version alone
 
 Examples:
   calicoctl version

@@ -270,18 +270,61 @@ def test_a_batch(host: Host, tmp_path: Path) -> None:
     usage = host.ctl("batch", status=2, input="profile add\n")
     assert "line 1" in usage.err
     before = host.etcd.tree()
-    for text, because in (
-        ("profile add q\nfoo bar\n", "line 2: 'foo' is not"),
-        ("profile add q\nprofile add 'r\n", "line 2: No closing quotation"),
-        ("profile add q\nbatch x\n", "cannot be part of a batch"),
-        ("profile add q\nnode --detach=false\n", "cannot be part of a batch"),
+    for line, status, because in (
+        ("foo bar", 2, "'foo' is not"),
+        ("profile add 'r", 2, "No closing quotation"),
+        ("batch x", 1, "cannot be part of a batch"),
+        ("node --detach=false", 1, "cannot be part of a batch"),
+        ("profile web rule add inbound allow tcp to port 80", 2, "out of place"),
+        ("profile web rule add inbound allow tcp to ports 99999", 1, "'99999' is not a valid port"),
+        ("profile add two/parts", 1, "not a valid profile name"),
+        ("profile web tag add two/parts", 1, "not a valid tag name"),
+        ("container add w 192.168.0.300", 1, "not a valid IP address"),
+        ("container add w ipv4 --wait=long", 1, "--wait=long"),
+        ("pool add 10.1.0.1/16", 1, "not the CIDR of a pool"),
+        ("pool range add 10.1.0.64 10.1.0.1", 1, "ends before it begins"),
+        ("bgp peer add 192.0.2.254 as many", 1, "AS number"),
+        ("node bgp peer remove 127.0.0.1", 1, "127.0.0.1 cannot be used"),
+        ("ipam release 192.168.0.1 nothing", 1, "'nothing' is not a valid"),
+        ("config felix loglevel loud", 1, "'loud' is no value"),
+        ("endpoint show --host=a/b", 1, "--host"),
+        ("endpoint ff profile append", 2, "Say which profiles"),
+        ("node --ip=fd00::1", 1, "--ip: fd00::1"),
+        ("status --output=xml", 2, "--output=xml"),
+        ("profile trace a b tcp", 2, "Say to which port"),
     ):
-        said = host.ctl("batch", status=1, input=text)
-        assert because in said.err and "nothing has been run" in said.err
+        said = host.ctl("batch", status=status, input=f"profile add q\n{line}\n")
+        assert said.err.startswith("standard input, line 2: ") and because in said.err, said
+        assert "nothing has been run" in said.err and said.out == ""
     assert "No such file" in host.ctl("batch", "/nowhere", status=1).err
     assert host.etcd.tree() == before
     # a line cannot read what the lines come from
     assert "line 1: the rules are no JSON" in host.ctl("batch", status=1, input="profile web rule update\n").err
+
+
+def test_a_command_takes_several_names(host: Host) -> None:
+    host.ctl("profile", "add", "a", "b", "c")
+    host.ctl("profile", "a", "tag", "add", "x", "y")
+    assert json.loads(host.etcd.get("/calico/v1/policy/profile/a/tags")) == ["a", "x", "y"]
+    # what cannot be done keeps nothing else from being done
+    said = host.ctl("profile", "a", "tag", "remove", "x", "nope", "y", status=1)
+    assert said.out == "Tag x removed from profile a\nTag y removed from profile a\n"
+    assert said.err == "Tag nope is not on profile a.\n"
+    said = host.ctl("profile", "remove", "a", "nope", "b", status=1)
+    assert said.out == "Deleted profile a\nDeleted profile b\n" and said.err == "Profile nope does not exist.\n"
+    assert shown(host, "profile") == [{"name": "c"}]
+    paths = [f"/var/run/netns/{name}" for name in "ab"]
+    for number, path in enumerate(paths, start=1):
+        run("ip", "netns", "add", path[-1])
+        host.ctl("container", "add", path, f"192.168.0.{number}")
+    host.ctl("container", paths[0], "profile", "append", "c")
+    assert host.ctl("container", paths[0], "profile", "show").out == "c\n"
+    assert json.loads(host.ctl("container", paths[0], "profile", "show", "-o", "json").out) == ["c"]
+    said = host.ctl("container", "remove", paths[0], "/var/run/netns/nope", paths[1], status=1)
+    assert said.out == "".join(f"Removed Calico from {path}\n" for path in paths)
+    assert "/var/run/netns/nope" in said.err and len(said.err.splitlines()) == 1
+    said = host.ctl("ipam", "release", "192.168.0.1", "192.168.0.2", status=1)
+    assert said.err == "IP 192.168.0.1 is not assigned.\nIP 192.168.0.2 is not assigned.\n"
 
 
 def test_a_batch_shows_its_progress_on_a_terminal(host: Host) -> None:
