@@ -48,7 +48,7 @@ def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[str, str]
     """Return what `status` prints, and the sentence that it fails with, empty where it does not."""
     why = ""
     try:
-        command.run(["status", *arguments])
+        command.prepare(["status", *arguments])()
     except CalicoError as error:
         why = str(error)
     return capsys.readouterr().out, why
