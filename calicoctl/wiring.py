@@ -33,6 +33,7 @@ from calicoctl.workload import (
     not_connected,
     process_started,
     refuse_other_path,
+    stored_otherwise,
 )
 
 if TYPE_CHECKING:
@@ -124,32 +125,43 @@ def check_interface_name(name: str) -> None:
 
 @dataclass(frozen=True)
 class Connection:
-    """What a workload that was connected has now: an address, and the name and MAC of its interface."""
+    """What a workload that is connected has now: an address, and the name and MAC of its interface.
+
+    `existed` tells that it was connected before, and nothing has been changed.
+    """
 
     id: EndpointId
     address: IPAddress
     interface: str
     mac: str | None
+    existed: bool = False
 
 
-def connect(datastore: DatastoreClient, workload: Workload, wish: Wish, interface: str | None = None) -> Connection:
+def connect(
+    datastore: DatastoreClient, workload: Workload, wish: Wish, interface: str | None = None, exist_ok: bool = False
+) -> Connection:
     """Connect a workload that is not connected, or wire one again that has lost its interface.
 
-    `interface` is the name in the workload; None stands for what it was before, else for the default. Raises
-    CalicoError, and then nothing has changed.
+    `interface` is the name in the workload; None stands for what it was before, else for the default. With `exist_ok`,
+    one that has what is asked for will do. Raises CalicoError, and then nothing has changed.
     """
     with Scene.enter(datastore, workload) as scene:
         scene.clear_after_another_process()
         if scene.record is None:
-            made = _wire(scene, wish, interface or DEFAULT_INTERFACE)
-        elif scene.plugged() is None:
+            return _wire(scene, wish, interface or DEFAULT_INTERFACE)
+        plugged = scene.plugged()
+        if plugged is None:
             again = rewire(scene, scene.record, wish, interface)
             assert again is not None, "an address was wished for"
-            made = again
-        else:
-            scene.remember()
-            raise CalicoError(f"{workload.name} has already been configured with Calico Networking.")
-    return made
+            return again
+        scene.remember()
+        address = next(filter(wish.fits, map(parse_address, scene.record.addresses)), None)
+        if exist_ok and address is not None and interface in (None, plugged):
+            return Connection(scene.record.id, address, plugged, scene.record.mac, existed=True)
+        raise CalicoError(
+            f"{workload.name} has already been configured with Calico Networking. It has "
+            f"{', '.join(scene.record.addresses) or 'no address'} on {plugged}."
+        )
 
 
 def _wire(scene: Scene, wish: Wish, interface: str) -> Connection:
@@ -279,13 +291,17 @@ def _clear(
     lock.forget()
 
 
-def add_address(datastore: DatastoreClient, workload: Workload, wish: Wish, interface: str | None) -> IPAddress:
-    """Give a connected workload one more address; return it. Raises CalicoError, and then nothing has changed.
+def add_address(
+    datastore: DatastoreClient, workload: Workload, wish: Wish, interface: str | None
+) -> tuple[IPAddress, bool]:
+    """Give a connected workload one more address; return it, and whether the workload did not have it before.
 
     The first address of an IP version brings that version's next hop and default route along. An address that the
-    workload has already is set up in the kernel again, should it be missing there.
+    workload has already is set up in the kernel again, should it be missing there. Raises CalicoError, and then nothing
+    has changed.
     """
     with Scene.enter(datastore, workload) as scene:
+        workload = scene.workload
         record, plugged = scene.connected(interface)
         version = wish.version
         next_hop = datastore.next_hop(version)
@@ -294,7 +310,7 @@ def add_address(datastore: DatastoreClient, workload: Workload, wish: Wish, inte
         nets = record.nets_of(version)
         if wish.address is not None and host_net(wish.address) in nets:
             scene.namespace.configure(plugged, [host_net(wish.address)], {})
-            return wish.address
+            return wish.address, False
         next_hops = {} if nets else {version: next_hop}
         if next_hops:
             scene.refuse_default_route(version, but_through=plugged)
@@ -321,7 +337,7 @@ def add_address(datastore: DatastoreClient, workload: Workload, wish: Wish, inte
 
             undo(datastore.modify_endpoint, record.id, _without(net))
             datastore.modify_endpoint(record.id, add)
-        return address
+        return address, True
 
 
 def remove_address(datastore: DatastoreClient, workload: Workload, wish: Wish, interface: str | None) -> IPAddress:
@@ -412,7 +428,12 @@ class Scene:
                     raise
             if namespace is not None and namespace.is_own():
                 raise CalicoError(f"{workload.name} cannot be connected: its network namespace is the host's own.")
-            yield cls(datastore, workload, lock, namespace)
+            scene = cls(datastore, workload, lock, namespace)
+            twin = stored_otherwise(datastore, workload) if scene.record is None else None
+            if twin is not None:
+                lock = stack.enter_context(WorkloadLock(datastore.host, twin.orchestrator, twin.id))
+                scene = cls(datastore, twin, lock, namespace)
+            yield scene
 
     @property
     def namespace(self) -> netns.Namespace:

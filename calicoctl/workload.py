@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 DOCKER = "docker"
 NAMESPACE = "namespace"
+
+_RUN, _VAR_RUN = "/run/", "/var/run/"
+"""Two names of one directory on most hosts; `ip netns` uses either in its messages."""
 
 DOCKER_SOCKET = "unix:///var/run/docker.sock"
 
@@ -161,13 +164,15 @@ def _started(process: Path) -> str:
 def find(name: str) -> Workload:
     """Return the workload that a user calls `name`.
 
-    An absolute path is a namespace, which is not opened here, and Docker is not asked. Raises NoSuchContainer, or
-    DockerUnavailable where the engine could not be asked.
+    An absolute path is a namespace, which is not opened here, and Docker is not asked; /run/netns/a is
+    /var/run/netns/a. Raises NoSuchContainer, or DockerUnavailable where the engine could not be asked.
     """
     if name.startswith("/"):
         path = "/" + os.path.normpath(name).lstrip("/")
         if path == "/":
             raise CalicoError(f"'{name}' is not the path of a network namespace")
+        if path.startswith(f"{_RUN}netns/"):
+            path = _other_spelling(path) or path
         return Workload(NAMESPACE, path.replace("/", "-"), name, path=path)
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name, re.ASCII):
         raise CalicoError(
@@ -188,6 +193,26 @@ def find(name: str) -> Workload:
     )
 
 
+def _other_spelling(path: str) -> str | None:
+    """Return a path below /run as one below /var/run, or the other way round; None where these are not one."""
+    for prefix, other in ((_RUN, _VAR_RUN), (_VAR_RUN, _RUN)):
+        if path.startswith(prefix):
+            return other + path[len(prefix) :] if os.path.realpath(_VAR_RUN) == os.path.realpath(_RUN) else None
+    return None
+
+
+def stored_otherwise(datastore: DatastoreClient, workload: Workload) -> Workload | None:
+    """Return a namespace as it is stored by the other spelling of its path; None where it is not.
+
+    An older version, and the tool of 2015, took /run/netns/a as it was typed.
+    """
+    other = None if workload.path is None else _other_spelling(workload.path)
+    if other is None:
+        return None
+    twin = replace(workload, id=other.replace("/", "-"), path=other)
+    return twin if endpoint_ids_of(datastore, twin) else None
+
+
 def find_connected(name: str, datastore: DatastoreClient) -> Workload:
     """Return the workload that a user calls `name`, also when Docker does not know it any more.
 
@@ -195,7 +220,10 @@ def find_connected(name: str, datastore: DatastoreClient) -> Workload:
     when Docker says that it is gone, by the name it was connected under. Raises what `find` raises where there is none.
     """
     try:
-        return find(name)
+        workload = find(name)
+        if workload.path is None or endpoint_ids_of(datastore, workload):
+            return workload
+        return stored_otherwise(datastore, workload) or workload
     except (NoSuchContainer, DockerUnavailable) as error:
         id = None
         if re.fullmatch(r"[0-9a-f]{4,64}", name):

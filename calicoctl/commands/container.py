@@ -1,7 +1,8 @@
 """Connect containers to the network, and change their addresses and profiles.
 
 Usage:
-  calicoctl container add <CONTAINER> <IP> [--interface=<INTERFACE>] [--wait=<SECONDS>] [--output=<FORMAT>]
+  calicoctl container add <CONTAINER> <IP> [--interface=<INTERFACE>] [--wait=<SECONDS>] [--exist-ok]
+                          [--output=<FORMAT>]
   calicoctl container remove <CONTAINERS>...
   calicoctl container <CONTAINER> ip (add|remove) <IP> [--interface=<INTERFACE>]
   calicoctl container <CONTAINER> endpoint show [--output=<FORMAT>]
@@ -16,8 +17,9 @@ Options:
   --interface=<INTERFACE>  the name of the interface in the container; default: eth1
   --wait=<SECONDS>         return only when this host's agent has set up the connection, and with an error when that
                            takes longer; default: do not wait
+  --exist-ok               also end with 0 where the container has what is asked for already
   -o <FORMAT>, --output=<FORMAT>
-                            json: of `add`, an object with address, interface, mac, endpoint and host; of `show`, an
+                           json: of `add`, an object with address, interface, mac, endpoint and host; of `show`, an
                            array of the container's endpoints with their fields as in etcd; default: text
 
 The container runs on this host. It should have no other default route: run it with --net=none. `add`, `remove` and
@@ -39,12 +41,12 @@ from typing import TYPE_CHECKING, Any
 
 from calicoctl.commands.endpoint import change_profiles, profile_names, show_endpoints, show_profiles
 from calicoctl.datastore.client import DatastoreClient
+from calicoctl.datastore.keys import EndpointId
 from calicoctl.datastore.model import Endpoint
 from calicoctl.errors import CalicoError, about, for_each
 from calicoctl.grammar import Prepared, parse, require_root
 from calicoctl.output import print_json, wants_json
 from calicoctl.workload import (
-    Workload,
     endpoints_of,
     find,
     find_connected,
@@ -77,7 +79,7 @@ def _add(arguments: dict[str, Any], wish: Wish, interface: str | None, patience:
     as_json = wants_json(arguments)
     datastore = DatastoreClient.from_environment()
     workload = find(arguments["<CONTAINER>"])
-    made = wiring.connect(datastore, workload, wish, interface)
+    made = wiring.connect(datastore, workload, wish, interface, arguments["--exist-ok"])
     if as_json:
         print_json(
             {
@@ -88,11 +90,13 @@ def _add(arguments: dict[str, Any], wish: Wish, interface: str | None, patience:
                 "host_interface": made.id.interface,
             }
         )
+    elif made.existed:
+        print(f"{workload.name} has IP {made.address} on {made.interface} already.")
     else:
         print(f"IP {made.address} added to {workload.name}")
     sys.stdout.flush()
     if patience is not None:
-        _await_agent(datastore, workload, patience)
+        _await_agent(datastore, workload.name, made.id, patience)
 
 
 def _seconds(text: str | None) -> float | None:
@@ -103,19 +107,17 @@ def _seconds(text: str | None) -> float | None:
     return float(text)
 
 
-def _await_agent(datastore: DatastoreClient, workload: Workload, patience: float) -> None:
-    """Wait until the agent says that a workload's endpoint, as it is written now, is up; raise CalicoError."""
+def _await_agent(datastore: DatastoreClient, name: str, id: EndpointId, patience: float) -> None:
+    """Wait until the agent says that the endpoint of `name`, as it is written now, is up; raise CalicoError."""
     from calicoctl.felix import process
 
     give_up = time.monotonic() + patience
     said: dict[str, Any] | None = None
     asked = False
     while True:
-        endpoints = endpoints_of(datastore, workload)
-        if not endpoints:
-            raise CalicoError(f"{workload.name} has been disconnected by somebody else.")
-        id = endpoints[0].id
         index = datastore.endpoint_index(id)
+        if index is None:
+            raise CalicoError(f"{name} has been disconnected by somebody else.")
         said = datastore.reported(id)
         current = said is not None and said.get("index") == index
         if current and said is not None and said.get("status") == "up":
@@ -134,7 +136,7 @@ def _await_agent(datastore: DatastoreClient, workload: Workload, patience: float
         why = "this host's agent has not set it up yet"
     else:
         why = "the agent of this host is not running. Start it with 'calicoctl node'"
-    raise CalicoError(f"{workload.name} stays connected, but after {patience:g} s {why}.")
+    raise CalicoError(f"{name} stays connected, but after {patience:g} s {why}.")
 
 
 def _remove(names: list[str]) -> None:
@@ -156,8 +158,8 @@ def _ip(arguments: dict[str, Any], wish: Wish, interface: str | None) -> None:
     datastore = DatastoreClient.from_environment()
     if arguments["add"]:
         workload = find(arguments["<CONTAINER>"])
-        address = wiring.add_address(datastore, workload, wish, interface)
-        print(f"IP {address} added to {workload.name}")
+        address, is_new = wiring.add_address(datastore, workload, wish, interface)
+        print(f"IP {address} added to {workload.name}" if is_new else f"{workload.name} has IP {address} already.")
     else:
         workload = find_connected(arguments["<CONTAINER>"], datastore)
         address = wiring.remove_address(datastore, workload, wish, interface)

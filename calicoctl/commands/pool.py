@@ -81,12 +81,20 @@ def _add(networks: list[IPNetwork], arguments: dict[str, Any]) -> None:
                 raise CalicoError(f"{network} overlaps with {other}; nothing is added.")
     for network in networks:
         pool = Pool(str(network), "tunl0" if arguments["--ipip"] else None, arguments["--nat-outgoing"])
-        if not datastore.put_pool(pool):
-            print(f"Pool {network} is there already.")
-        elif network in known:
-            print(f"Pool {network} has new options.")
-        else:
+        before = datastore.put_pool(pool)
+        if before is None:
             print(f"Added pool {network}")
+        elif _options(before) == _options(pool):
+            print(f"Pool {network} is there already.")
+        else:
+            old = _options(before)
+            changes = [f"{name} from {old[name]} to {now}" for name, now in _options(pool).items() if now != old[name]]
+            print(f"Pool {network} has new options: {', '.join(changes)}.")
+
+
+def _options(pool: Pool) -> dict[str, str]:
+    """Return what each of a pool's options is, in words."""
+    return {name: "on" if on else "off" for name, on in (("ipip", pool.ipip), ("nat-outgoing", pool.masquerade))}
 
 
 def _networks_of_range(start: str, end: str) -> list[IPNetwork]:
@@ -144,8 +152,7 @@ def _show(arguments: dict[str, Any]) -> None:
     for version in versions:
         rows = []
         for pool in pools[version]:
-            options = (["ipip"] if pool.ipip else []) + (["nat-outgoing"] if pool.masquerade else [])
-            rows.append([pool.cidr, ",".join(options)])
+            rows.append([pool.cidr, ",".join(name for name, value in _options(pool).items() if value == "on")])
         print_table([f"IPv{version} CIDR", "Options"], rows)
 
 

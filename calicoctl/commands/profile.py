@@ -231,7 +231,9 @@ def _rule_update(profile: str) -> None:
         rules = check_rules(profile, sys.stdin.read())
     except UnicodeDecodeError:
         raise CalicoError("the rules are no JSON: they are not UTF-8 text") from None
-    DatastoreClient.from_environment().replace_rules(rules)
+    datastore = DatastoreClient.from_environment()
+    datastore.replace_rules(rules)
+    _warn_of_tags(datastore, [*rules.inbound, *rules.outbound])
     print(f"Successfully updated rules on profile {profile}")
 
 
@@ -247,8 +249,23 @@ def _rule_add(profile: str, direction: str, position: int | None, rule: Rule) ->
         some.insert(len(some) if position is None else position - 1, rule)
         return True
 
-    changed = DatastoreClient.from_environment().modify_rules(profile, change)
+    datastore = DatastoreClient.from_environment()
+    changed = datastore.modify_rules(profile, change)
+    _warn_of_tags(datastore, [rule])
     print(f"Successfully updated rules on profile {profile}" if changed else "Rule already present, skipping.")
+
+
+def _warn_of_tags(datastore: DatastoreClient, rules: list[Rule]) -> None:
+    """Warn of tags that rules name and no profile has: a typing error, perhaps."""
+    named = {tag for rule in rules for tag in (rule.src_tag, rule.dst_tag) if tag is not None}
+    known = datastore.all_tags() if named else None
+    if known is None:
+        return
+    for tag in sorted(named - known):
+        warn(
+            f"Warning: no profile has the tag {tag}, and it matches nothing until one has: 'calicoctl profile PROFILE "
+            f"tag add {tag}'."
+        )
 
 
 def _rule_remove(profile: str, direction: str, position: int | None, rule: Rule | None) -> None:

@@ -183,8 +183,8 @@ class DatastoreClient:
         entries, problems = self._pool_entries(version)
         return sorted((pool for _, pool in entries), key=lambda pool: IPNetwork(pool.cidr)), problems
 
-    def put_pool(self, pool: Pool) -> bool:
-        """Write a pool; tell whether it was missing, or had other options. Keeps fields that are not known.
+    def put_pool(self, pool: Pool) -> Pool | None:
+        """Write a pool; return it as it was before, None where it was missing. Keeps fields that are not known.
 
         Raises CalicoError when somebody else has added one that overlaps at the same time.
         """
@@ -198,14 +198,17 @@ class DatastoreClient:
         )
         if create_if_missing(self._store, key, pool.to_json()):
             self._refuse_overlap(key, pool)
-            return True
+            return None
+        before = pool
 
         def text_of(old: str) -> str | None:
+            nonlocal before
             before = Pool.from_json(old, key)
             now = Pool(pool.cidr, pool.ipip, pool.masquerade, before.extra)
             return None if now == before else now.to_json()
 
-        return modify(self._store, key, f"Pool {pool.cidr} has been removed by somebody else", text_of)
+        modify(self._store, key, f"Pool {pool.cidr} has been removed by somebody else", text_of)
+        return before
 
     def _refuse_overlap(self, key: str, pool: Pool) -> None:
         """Remove a pool that was just written, and raise CalicoError, where one that overlaps was written before."""
@@ -330,6 +333,17 @@ class DatastoreClient:
         """Return a profile's tags; raise NotThere when there is no such profile."""
         entry = self._profile_entry(keys.profile_tags(name), name)
         return [] if entry is None else load_strings(entry.value, entry.key)
+
+    def all_tags(self) -> frozenset[str] | None:
+        """Return the tags of all profiles; None where those of one cannot be read."""
+        found: list[str] = []
+        for entry in self._store.tree(keys.PROFILES):
+            if keys.last(entry.key) == "tags" and keys.parse_profile(entry.key) is not None:
+                try:
+                    found += load_strings(entry.value, entry.key)
+                except InvalidValue:
+                    return None
+        return frozenset(found)
 
     def modify_tags(self, name: str, change: Callable[[list[str]], bool]) -> bool:
         """Let `change` alter a profile's tags in place and tell whether it did; tell whether they were written."""

@@ -47,7 +47,9 @@ def test_pools_come_get_other_options_and_go(host: Host) -> None:
     assert host.etcd.get("/calico/v1/config/IpInIpEnabled") != "true"
     key = f"{POOLS}/10.1.0.0-16"
     host.etcd.put(key, {"cidr": "10.1.0.0/16", "masquerade": True, "x": [1]})
-    assert "new options" in host.ctl("pool", "add", "10.1.0.0/16", "--ipip").out
+    assert host.ctl("pool", "add", "10.1.0.0/16", "--ipip").out == (
+        "Pool 10.1.0.0/16 has new options: ipip from off to on, nat-outgoing from on to off.\n"
+    )
     assert json.loads(host.etcd.get(key)) == {"cidr": "10.1.0.0/16", "ipip": "tunl0", "x": [1]}
     assert host.etcd.get("/calico/v1/config/IpInIpEnabled") == "true"
     host.ctl("pool", "add", "fd00:1::/64")

@@ -115,7 +115,9 @@ def test_a_restarted_container_is_wired_again_as_it_was(host: Host, workload: st
     assert "192.168.0.1/32" in shown and f"{V6}1/128" in shown and next(iter(before.values()))["mac"] in shown
     host.check_consistent()
     again = host.ctl("container", "add", "workload", "192.168.0.1", status=1)
-    assert again.err == "workload has already been configured with Calico Networking.\n"
+    assert again.err == (
+        f"workload has already been configured with Calico Networking. It has 192.168.0.1, {V6}1 on net0.\n"
+    )
 
 
 def test_a_container_that_docker_has_forgotten_is_removed_by_its_name(host: Host, workload: str) -> None:
@@ -186,7 +188,9 @@ def test_addresses_out_of_a_pool_that_is_named(host: Host, blue: str) -> None:
 def test_ip_add_and_remove(host: Host, blue: str) -> None:
     host.ctl("container", "add", blue, "192.168.0.1")
     assert host.ctl("container", blue, "ip", "add", "192.168.0.2").out == f"IP 192.168.0.2 added to {blue}\n"
-    assert host.ctl("container", blue, "ip", "add", "192.168.0.2").out == f"IP 192.168.0.2 added to {blue}\n"
+    assert host.ctl("container", blue, "ip", "add", "192.168.0.2").out == f"{blue} has IP 192.168.0.2 already.\n"
+    run("ip", "-n", "blue", "address", "del", "192.168.0.2/32", "dev", "eth1")
+    host.ctl("container", blue, "ip", "add", "192.168.0.2")
     assert host.ctl("container", blue, "ip", "add", "ipv6").out == f"IP {V6} added to {blue}\n"
     assert addresses("blue", "eth1") == {"192.168.0.1/32", "192.168.0.2/32", f"{V6}/128"}
     assert any(route.startswith("default via 2001:db8::2 dev eth1") for route in routes("blue", 6))
@@ -352,7 +356,19 @@ def test_a_connected_container_is_refused_whatever_is_asked_for(host: Host, blue
     host.ctl("container", "add", blue, "192.168.0.1")
     for wish in ("192.168.0.1", "192.168.0.9", "ipv6", "203.0.113.1", "10.0.0.0/8"):
         refused = host.ctl("container", "add", blue, wish, status=1)
-        assert refused.err == f"{blue} has already been configured with Calico Networking.\n"
+        said = f"{blue} has already been configured with Calico Networking. It has 192.168.0.1 on eth1.\n"
+        assert refused.err == said
+    before = host.etcd.tree()
+    for words in (("192.168.0.1",), ("ipv4",), ("192.168.0.0/16",), ("192.168.0.1", "--interface=eth1")):
+        again = host.ctl("container", "add", blue, *words, "--exist-ok")
+        assert (again.out, again.err) == (f"{blue} has IP 192.168.0.1 on eth1 already.\n", "")
+    for words in (("192.168.0.9",), ("ipv6",), ("192.168.0.1", "--interface=eth2")):
+        assert host.ctl("container", "add", blue, *words, "--exist-ok", status=1).err == said
+    assert host.etcd.tree() == before
+    told = json.loads(host.ctl("container", "add", blue, "ipv4", "--exist-ok", "--output=json").out)
+    assert (told["address"], told["mac"]) == ("192.168.0.1", links("blue")["eth1"]["address"])
+    host.ctl("container", "remove", blue)
+    assert host.ctl("container", "add", blue, "ipv4", "--exist-ok").out == f"IP 192.168.0.0 added to {blue}\n"
 
 
 def test_a_renamed_container_is_not_taken_for_another(host: Host, workload: str) -> None:
@@ -394,6 +410,39 @@ def test_the_same_namespace_by_another_path_is_refused(host: Host, blue: str) ->
     refused = host.ctl("container", "add", "/run/netns/blue", "ipv6", "--interface=eth2", status=1)
     assert "already been configured with Calico Networking" in refused.err
     host.check_consistent()
+
+
+def test_run_and_var_run_are_one(host: Host, blue: str) -> None:
+    assert blue == "/var/run/netns/blue"
+    short = "/run/netns/blue"
+    assert host.ctl("container", "add", short, "192.168.0.1").out == f"IP 192.168.0.1 added to {short}\n"
+    (key,) = host.records()
+    assert "/namespace/-var-run-netns-blue/" in key
+    assert "It has 192.168.0.1 on eth1." in host.ctl("container", "add", blue, "ipv4", status=1).err
+    host.ctl("container", blue, "ip", "add", "192.168.0.2")
+    host.ctl("container", short, "ip", "remove", "192.168.0.1")
+    shown = [host.ctl("container", path, "endpoint", "show", "--output=json").out for path in (blue, short)]
+    assert shown[0] == shown[1] and "192.168.0.2/32" in shown[0]
+    host.ctl("container", "remove", short)
+    host.check_nothing_left()
+
+
+@pytest.mark.parametrize("orchestrator", ["namespace", "docker"])
+def test_a_namespace_that_is_stored_by_the_other_spelling_is_found(host: Host, blue: str, orchestrator: str) -> None:
+    """An older version, and the tool of 2015, took /run/netns/blue as it was typed."""
+    host.ctl("container", "add", blue, "192.168.0.1")
+    ((key, record),) = host.records().items()
+    host.ctl("container", "remove", blue)
+    old = key.replace("/namespace/-var-run-netns-blue/", f"/{orchestrator}/-run-netns-blue/")
+    host.etcd.put(old, record)
+    for path in (blue, "/run/netns/blue"):
+        assert "192.168.0.1" in host.ctl("container", path, "endpoint", "show").out
+        host.ctl("container", "add", path, "192.168.0.1", "--exist-ok")
+        host.ctl("container", path, "ip", "add", "192.168.0.2")
+        host.ctl("container", path, "ip", "remove", "192.168.0.2")
+        assert list(host.records()) == [old] and addresses("blue", "eth1") == {"192.168.0.1/32"}
+    host.ctl("container", "remove", blue)
+    host.check_nothing_left()
 
 
 def test_profiles_of_another_path_with_the_same_id_are_not_changed(host: Host) -> None:

@@ -80,6 +80,7 @@ def test_rules(web: Host) -> None:
         result = web.ctl("profile", "web", "rule", *words, status=status)
         return result.out + result.err
 
+    web.ctl("profile", "web", "tag", "add", "lb")
     assert rule("show") == "Inbound rules:\n   1 allow from tag web\nOutbound rules:\n   1 allow\n"
     done = "Successfully updated rules on profile web\n"
     assert rule("add", "inbound", *words("allow tcp from tag lb to ports 80,8000-8010")) == done
@@ -111,6 +112,21 @@ def test_rules(web: Host) -> None:
     assert "out of range" in rule("remove", "outbound", "--at=2", status=1)
     assert "out of range" in rule("add", "outbound", "--at=9", "allow", status=1)
     assert json.loads(rule("json"))["outbound_rules"] == [{"action": "deny", "protocol": "udp"}]
+
+
+def test_a_tag_that_no_profile_has_is_warned_of(web: Host) -> None:
+    rule = ("profile", "web", "rule", "add", "inbound", "allow", "from", "tag")
+    said = web.ctl(*rule, "nosuchtag")
+    assert said.out == "Successfully updated rules on profile web\n"
+    assert said.err.startswith("Warning: no profile has the tag nosuchtag,") and len(said.err.splitlines()) == 1
+    assert json.loads(web.etcd.get(RULES))["inbound_rules"][-1] == {"action": "allow", "src_tag": "nosuchtag"}
+    assert "no profile has the tag nosuchtag" in web.ctl(*rule, "nosuchtag").err, "also where the rule is there"
+    web.ctl("profile", "web", "tag", "add", "nosuchtag")
+    assert web.ctl(*rule, "nosuchtag", "to", "tag", "web").err == ""
+    rules = {"id": "web", "inbound_rules": [], "outbound_rules": [{"action": "deny", "dst_tag": "b"}]}
+    assert "the tag b," in web.ctl("profile", "web", "rule", "update", input=json.dumps(rules)).err
+    web.etcd.put("/calico/v1/policy/profile/odd/tags", "[")
+    assert web.ctl(*rule, "other").err == "", "it may be one of those that cannot be read"
 
 
 def test_rules_from_json(web: Host) -> None:
