@@ -13,7 +13,7 @@ from functools import partial
 from types import FrameType
 from typing import Any, NoReturn, cast
 
-from calicoctl import __version__, slim
+from calicoctl import __version__, environment, slim
 from calicoctl.errors import CalicoError, Failures, UsageError, printable
 from calicoctl.grammar import COMMANDS, GLOBAL_OPTIONS, Prepared
 
@@ -45,8 +45,12 @@ Options:
   --quiet     print no results, for scripts that look at the exit status alone; errors are printed all the same
   --debug     show where in the program an error comes from (also: CALICO_DEBUG=1)
 
-Where etcd is, and Docker, is read from the environment: ETCD_AUTHORITY, ETCD_ENDPOINTS, DOCKER_HOST and others.
+Where etcd is, and Docker, is read from the environment (ETCD_AUTHORITY, ETCD_ENDPOINTS, DOCKER_HOST and others) and,
+where that does not say it, from /etc/calico/node.env.
 """
+
+WITHOUT_SETTINGS = ("completion", "version")
+"""Commands that work whatever is in the file of settings; completion looks at it when it asks the store, or Docker."""
 
 
 class Interrupted(BaseException):
@@ -118,12 +122,12 @@ def main(argv: list[str], where: str = "", prepared: Prepared | None = None) -> 
 
     Errors are printed as one line, behind `where`; none gets out.
     """
-    debug = "--debug" in argv or os.environ.get("CALICO_DEBUG", "") not in ("", "0")
+    debug = "--debug" in argv
     quiet = "--quiet" in argv
     argv = [word for word in argv if word not in GLOBAL_OPTIONS]
 
     def complain(sentence: str) -> None:
-        _complain(where + sentence, debug)
+        _complain(where + sentence, debug or os.environ.get("CALICO_DEBUG", "") not in ("", "0"))
 
     try:
         with redirect_stdout(io.StringIO()) if quiet else nullcontext():
@@ -166,7 +170,10 @@ def prepare(argv: list[str]) -> Prepared:
     module = importlib.import_module(f"calicoctl.commands.{command}")
     if "--help" in argv or "-h" in argv:
         return partial(print, str(module.__doc__).strip())
-    return cast(Prepared, module.prepare(argv))
+    prepared = cast(Prepared, module.prepare(argv))
+    if command not in WITHOUT_SETTINGS:
+        environment.complete()
+    return prepared
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Callable
 
+from calicoctl import environment
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.errors import CalicoError
 from calicoctl.grammar import COMMANDS, GLOBAL_OPTIONS, grammar_of
@@ -160,6 +161,8 @@ def _leaves(node: Node) -> list[Node]:
 def _values(name: str, words: list[str]) -> Iterable[str]:
     """Return what an argument, or an option, may be; nothing where that cannot be told."""
     try:
+        if name in _SOURCES:
+            environment.complete()
         return _SOURCES[name](words) if name in _SOURCES else ()
     except (CalicoError, OutOfTime):
         return ()

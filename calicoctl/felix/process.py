@@ -310,7 +310,7 @@ def _await_ready(process: subprocess.Popen[bytes], told: socket.socket, host: st
 
 def _absolute(environment: Mapping[str, str]) -> dict[str, str]:
     """Return the environment for a process of another working directory."""
-    files = ("ETCD_CA_CERT_FILE", "ETCD_CERT_FILE", "ETCD_KEY_FILE")
+    files = ("ETCD_CA_CERT_FILE", "ETCD_CERT_FILE", "ETCD_KEY_FILE", "CALICO_ENV_FILE")
     return {
         name: str(Path(value).absolute()) if name in files and value else value for name, value in environment.items()
     }

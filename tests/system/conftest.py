@@ -80,6 +80,7 @@ def clear_host() -> None:
         run("ip", "link", "delete", name)
     shutil.rmtree("/run/calico", ignore_errors=True)
     shutil.rmtree(LOG_DIR, ignore_errors=True)
+    shutil.rmtree("/etc/calico", ignore_errors=True)
     assert not left, f"interfaces without a namespace: {left}"
 
 

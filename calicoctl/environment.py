@@ -1,0 +1,229 @@
+"""The file of settings that every command and the systemd unit read, and what it adds to the environment.
+
+`complete` is called once, when a command starts. From then on, nobody needs to know whether a variable comes from the
+environment or from the file. `calicoctl node --local-etcd` keeps lines of its own in the file, between two comments.
+
+Source of the syntax: EnvironmentFile= in systemd.exec(5), and systemd's src/basic/env-file.c (since version 254, a
+comment ends with its line, whatever that ends with). systemd passes over a line that it cannot use, with a warning;
+here it is an error, because without that line a command might use another store.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Mapping, MutableMapping
+from contextlib import suppress
+from pathlib import Path
+
+from calicoctl.errors import CalicoError
+
+DEFAULT_PATH = "/etc/calico/node.env"
+PATH_VARIABLE = "CALICO_ENV_FILE"
+
+STORE = (
+    *("DATASTORE_TYPE", "ETCD_ENDPOINTS", "ETCD_AUTHORITY", "ETCD_SCHEME", "ETCD_CA_CERT_FILE", "ETCD_CERT_FILE"),
+    *("ETCD_KEY_FILE", "ETCD_USERNAME", "ETCD_PASSWORD"),
+)
+"""What says which store is used. The file's are taken together, or none: half of one and half of another is neither."""
+
+DOCKER_TLS = ("DOCKER_TLS_VERIFY", "DOCKER_CERT_PATH")
+"""What belongs to a DOCKER_HOST: the file's are for the file's."""
+
+SINGLE = ("HOSTNAME", "DOCKER_HOST", *DOCKER_TLS, "CALICO_DEBUG")
+"""What is taken from the file one by one."""
+
+LARGEST = 2**20
+"""Bytes of a file of settings, at most."""
+
+_BEGIN = "# BEGIN calicoctl node --local-etcd"
+_END = "# END calicoctl node --local-etcd"
+_OWN_LINES = re.compile(rf"^{_BEGIN}(?P<made>.*)\n(?P<lines>(?:.*\n)*?){_END}[ \t\r]*(?:\n|\Z)", re.MULTILINE)
+
+_MADE_FILE, _MADE_FOLDER = "and this file", "and this file and its folder"
+
+
+def complete(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Add to the environment what the file says, and the environment does not. Raises CalicoError.
+
+    A variable that is empty counts as one that is not set.
+    """
+    file = EnvironmentFile(environment)
+    written = file.variables()
+    if PATH_VARIABLE in written:
+        raise CalicoError(f"{file.path} sets {PATH_VARIABLE}, which names this very file: take that line out")
+    store_is_set = any(environment.get(name) for name in STORE)
+    engine_is_set = bool(environment.get("DOCKER_HOST"))
+    for name, value in written.items():
+        if name in STORE:
+            taken = not store_is_set
+        elif name in DOCKER_TLS and engine_is_set:
+            taken = False
+        else:
+            taken = name in SINGLE and not environment.get(name)
+        if taken and value:
+            environment[name] = value
+
+
+class EnvironmentFile:
+    """The file at CALICO_ENV_FILE, /etc/calico/node.env by default. One that does not exist says nothing."""
+
+    def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
+        self.path = Path(environment.get(PATH_VARIABLE) or DEFAULT_PATH).absolute()
+
+    def variables(self) -> dict[str, str]:
+        """Return what the file sets. Raises CalicoError for a file that cannot be read, or understood."""
+        return parse(self._text(), str(self.path))
+
+    def own(self) -> dict[str, str]:
+        """Return what calicoctl's own lines set. Raises CalicoError."""
+        found = _OWN_LINES.search(self._text())
+        return parse(found["lines"], str(self.path)) if found else {}
+
+    def others(self) -> dict[str, str]:
+        """Return what the lines of others set. Raises CalicoError."""
+        return parse(_OWN_LINES.sub("", self._text()), str(self.path))
+
+    def set_own(self, variables: Mapping[str, str]) -> None:
+        """Write calicoctl's own lines, in place of those that are there; the others stay. Raises CalicoError."""
+        text = self._text()
+        found = _OWN_LINES.search(text)
+        if found is not None:
+            made = found["made"]
+        else:
+            removal = ""
+            if not self.path.exists():
+                removal = f", {_MADE_FILE if self.path.parent.exists() else _MADE_FOLDER}, if nothing else is left"
+            made = f" ('calicoctl node remove' takes these lines out{removal})"
+        lines = "".join(f"{name}={value}\n" for name, value in variables.items())
+        # in front: behind what others have written, they might be taken for the rest of its last line
+        self._replace(f"{_BEGIN}{made}\n{lines}{_END}\n{_OWN_LINES.sub('', text)}")
+
+    def remove_own(self) -> None:
+        """Take calicoctl's own lines out, and a file that it made, if nothing else is in it. Raises CalicoError."""
+        text = self._text()
+        found = _OWN_LINES.search(text)
+        if found is None:
+            return
+        rest = _OWN_LINES.sub("", text)
+        if rest.strip() or _MADE_FILE not in found["made"]:
+            self._replace(rest)
+            return
+        try:
+            self.path.unlink()
+        except OSError as error:
+            raise CalicoError(f"{self.path} cannot be removed: {error.strerror}") from None
+        if _MADE_FOLDER in found["made"]:
+            with suppress(OSError):  # somebody has put something else there
+                self.path.parent.rmdir()
+
+    def _text(self) -> str:
+        if str(self.path) == os.devnull:
+            return ""
+        try:
+            # not waiting for a pipe's other end
+            with open(os.open(self.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+                if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                    raise CalicoError(f"{self.path} cannot be read: it is not a regular file")
+                content = file.read(LARGEST + 1)
+            if len(content) > LARGEST:
+                raise CalicoError(f"{self.path} cannot be read: it has more than {LARGEST} bytes")
+            return content.decode()
+        except FileNotFoundError as error:
+            if not self.path.is_symlink():
+                return ""
+            why = f"{error.strerror} (it is a link)"
+        except UnicodeDecodeError:
+            why = "it is not UTF-8 text"
+        except OSError as error:
+            why = error.strerror or str(error)
+            if isinstance(error, PermissionError) and os.geteuid() != 0:
+                why += "; run this as root (with sudo, say), or let its readers include this user"
+        raise CalicoError(f"{self.path}, which says which store and host name to use, cannot be read: {why}")
+
+    def _replace(self, text: str) -> None:
+        """Write the file anew, so that a reader finds it whole, before or after; owner and mode stay."""
+        import tempfile
+
+        path = self.path.resolve()  # a link stays one
+        try:
+            path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+            fd, new = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+            try:
+                with open(fd, "w", encoding="utf-8", newline="") as file:
+                    file.write(text)
+                    if path.exists():
+                        old = path.stat()
+                        os.fchown(fd, old.st_uid, old.st_gid)
+                        os.fchmod(fd, stat.S_IMODE(old.st_mode))
+                    else:
+                        os.fchmod(fd, 0o644)  # it is for every user's commands, and nothing in it is secret
+                    file.flush()
+                    os.fsync(fd)
+                Path(new).rename(path)
+            except BaseException:
+                Path(new).unlink()
+                raise
+        except OSError as error:
+            raise CalicoError(
+                f"{self.path} cannot be written: {error.strerror}; {PATH_VARIABLE} may name another file for it"
+            ) from None
+
+
+# The syntax
+
+_BLANKS = re.compile(r"[ \t]*")
+_GAP = re.compile(r"(?:[ \t\r\n]+|[#;][^\r\n]*)*")
+_NAME = re.compile(r"[^=\r\n]*")
+_QUOTED = re.compile(r"""'(?P<single>[^']*)'|"(?P<double>(?:\\[\s\S]|[^"\\])*)\"""")
+_PLAIN = re.compile(r"(?:\\(?:[\s\S]|\Z)|[^\\\r\n])*?(?=[ \t]*(?:[\r\n]|\Z))")
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
+
+
+def parse(text: str, name: str) -> dict[str, str]:
+    """Return the variables that a text in systemd's syntax sets; `name` is the file's. Raises CalicoError."""
+    found = {}
+    place = _end(_GAP, text, 0)
+    while place < len(text):
+        where = f"{name}, line {text.count(chr(10), 0, place) + 1}"
+        end = _end(_NAME, text, place)
+        variable = text[place:end].rstrip(" \t")
+        if text[end : end + 1] != "=":
+            raise CalicoError(f"{where}: '{variable}' sets no variable: there is no '=' in it")
+        if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", variable, re.ASCII):
+            hint = "; the file is systemd's, and no shell's" if variable.startswith("export") else ""
+            raise CalicoError(f"{where}: '{variable}' is not the name of a variable{hint}")
+        value, place = _value(text, end + 1, where)
+        if _CONTROL.search(value):
+            raise CalicoError(f"{where}: the value of {variable} has a control character in it")
+        found[variable] = value
+        place = _end(_GAP, text, place)
+    return found
+
+
+def _value(text: str, place: int, where: str) -> tuple[str, int]:
+    """Return the value that begins at `place`, and where it ends."""
+    pieces = []
+    while True:
+        place = _end(_BLANKS, text, place)
+        if text[place : place + 1] not in ("'", '"'):
+            break
+        quoted = _QUOTED.match(text, place)
+        if quoted is None:
+            raise CalicoError(f"{where}: the quotation that begins with {text[place]} does not end")
+        if quoted["single"] is not None:
+            pieces.append(quoted["single"])
+        else:
+            pieces.append(re.sub(r'\\(?:\n|(["\\`$]))', lambda match: match[1] or "", quoted["double"]))
+        place = quoted.end()
+    end = _end(_PLAIN, text, place)
+    pieces.append(re.sub(r"\\(?:[\r\n]|([\s\S]?))", lambda match: match[1] or "", text[place:end]))
+    return "".join(pieces), end
+
+
+def _end(pattern: re.Pattern[str], text: str, place: int) -> int:
+    """Return where a pattern, which matches anything, ends."""
+    match = pattern.match(text, place)
+    assert match is not None
+    return match.end()
