@@ -21,32 +21,36 @@ USAGE = """Connect containers to a Calico network.
 
 Usage:
   calicoctl [--debug] [--quiet] <command> [<args>...]
-  calicoctl <command> --help
+  calicoctl help <command> [<args>...]
+  calicoctl <command> [<args>...] --help
   calicoctl --help
   calicoctl --version
 
 Commands:
-  batch       run many commands, one a line, in one process
-  bgp         what all hosts know of BGP: peers, the mesh between hosts, the AS number
-  checksystem tell whether this host has what it needs
-  completion  print what a shell needs to complete command lines
-  config      settings of the host agents and of the routing daemons
-  container   connect Docker containers and network namespaces, and change what they have
-  diags       collect what one needs to find out why a packet does not arrive
-  endpoint    show the endpoints of all hosts, and change their profiles
-  ipam        show who has which address, give addresses back, find lost ones
-  node        register this host, and run its agent
-  pool        show and change the ranges that addresses come from
-  profile     make profiles, the policy of the network, and change their tags and rules
-  status      show what this host's agent says
-  version     show the version
+  batch        run many commands, one a line, in one process
+  bgp          what all hosts know of BGP: peers, the mesh, the AS number
+  checksystem  check this host's prerequisites
+  completion   print what a shell needs to complete command lines
+  config       settings of the host agents and of the routing daemons
+  container    connect Docker containers and network namespaces
+  diags        collect what helps to find out why a packet does not arrive
+  endpoint     show the endpoints of all hosts, and change their profiles
+  ipam         show who has which address, release addresses, find lost ones
+  node         register this host, and run its agent
+  pool         show and change the ranges that addresses come from
+  profile      make profiles, the policy of the network, and change them
+  status       show what this host's agent says
+  version      show the version
 
 Options:
-  --quiet     print no results, for scripts that look at the exit status alone; errors are printed all the same
-  --debug     show where in the program an error comes from (also: CALICO_DEBUG=1)
+  --quiet      print no results, for scripts that look at the exit status
+               alone; errors are printed all the same
+  --debug      show where in the program an error comes from (also:
+               CALICO_DEBUG=1)
 
-Where etcd is, and Docker, is read from the environment (ETCD_AUTHORITY, ETCD_ENDPOINTS, DOCKER_HOST and others) and,
-where that does not say it, from /etc/calico/node.env.
+Where etcd is, and Docker, is read from the environment (ETCD_AUTHORITY,
+ETCD_ENDPOINTS, DOCKER_HOST and others) and, where that does not say it, from
+/etc/calico/node.env.
 """
 
 WITHOUT_SETTINGS = ("completion", "version")
@@ -160,18 +164,24 @@ def prepare(argv: list[str]) -> Prepared:
             raise CalicoError(f"{word!a} cannot be used: it is not UTF-8 text")
     if not argv:
         raise UsageError("Which command?", USAGE.partition("\n\n")[2].partition("\n\nOptions")[0])
-    command = argv[0]
-    if command in ("--help", "-h"):
+    asks_help = "--help" in argv or "-h" in argv or argv[0] == "help"
+    words = [word for word in argv if word not in ("--help", "-h")]
+    if asks_help and words[:1] == ["help"]:
+        del words[0]
+    if asks_help and not words:
         return partial(print, USAGE, end="")
-    if command == "--version":
+    if words == ["--version"]:
         return partial(print, __version__)
-    if command not in COMMANDS:
-        raise UsageError(f"'{command}' is not a calicoctl command; the commands are {', '.join(COMMANDS)}")
-    module = importlib.import_module(f"calicoctl.commands.{command}")
-    if "--help" in argv or "-h" in argv:
-        return partial(print, str(module.__doc__).strip())
-    prepared = cast(Prepared, module.prepare(argv))
-    if command not in WITHOUT_SETTINGS:
+    if words[0] not in COMMANDS:
+        from calicoctl.suggest import no_command
+
+        raise no_command(words)
+    if asks_help:
+        from calicoctl.help import help_of
+
+        return partial(print, help_of(words))
+    prepared = cast(Prepared, importlib.import_module(f"calicoctl.commands.{words[0]}").prepare(argv))
+    if words[0] not in WITHOUT_SETTINGS:
         environment.complete()
     return prepared
 

@@ -10,20 +10,18 @@ import shlex
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Callable
+from typing import Callable
 
 from calicoctl import environment
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.errors import CalicoError
 from calicoctl.grammar import COMMANDS, GLOBAL_OPTIONS, grammar_of
+from calicoctl.usages import Usage, fits, positional, usages_of
 
 
 class OutOfTime(BaseException):
     """Who presses the tab key has waited long enough for the one that is being asked."""
 
-
-Node = Any
-"""A node of docopt's tree of a grammar: it has `name`, or `children`, or both options' names."""
 
 _HARMLESS = re.compile(r"[A-Za-z0-9_./:=@%+,-]+", re.ASCII)
 """What a shell takes for a plain word. Names come from etcd and Docker, and end on somebody's command line."""
@@ -56,103 +54,29 @@ def _split(line: str) -> tuple[list[str], str]:
 
 
 def _of_command(words: list[str], partial: str) -> set[str]:
-    usages = _usages(words[0])
+    usages = usages_of(grammar_of(words[0]))
+    plain = positional(words, usages)
+    fitting = [(usage, fit) for usage, fit in zip(usages, fits(usages, plain)) if fit]
     if partial.startswith("-"):
-        return _options(usages, _positional(words, usages), partial)
+        return _options([usage for usage, _ in fitting], plain, partial)
     found: set[str] = set()
-    expected: set[Node] = set()
-    positional = _positional(words, usages)
-    taken = _taken(usages, positional)
-    for usage in usages:
-        _walk(usage, positional, {0}, expected, taken)
-    for leaf in expected:
-        if type(leaf).__name__ == "Command":
-            found.add(leaf.name)
-        else:
-            found.update(_values(leaf.name, positional))
+    for _, fit in fitting:
+        found |= fit.commands()
+        for name in fit.arguments():
+            found.update(_values(name, plain))
     return found
 
 
-def _usages(command: str) -> list[Node]:
-    """Return docopt's trees of a command's usages, one each."""
-    import docopt
-
-    doc = grammar_of(command)
-    options = docopt.parse_defaults(doc)
-    pattern = docopt.parse_pattern(docopt.formal_usage(docopt.printable_usage(doc)), options).fix()
-    (child,) = pattern.children
-    return list(child.children) if type(child).__name__ == "Either" else [child]
-
-
-def _positional(words: list[str], usages: list[Node]) -> list[str]:
-    """Return the words that are neither options nor their values."""
-    with_value = {o.long for usage in usages for o in _leaves(usage) if type(o).__name__ == "Option" and o.argcount}
-    found = []
-    skip = False
-    for word in words:
-        if not skip and not word.startswith("--"):
-            found.append(word)
-        skip = word in with_value
-    return found
-
-
-def _taken(usages: list[Node], words: list[str]) -> list[bool]:
-    """Tell of each word whether it is one of the grammar's own, which no argument may be taken for."""
-    taken: list[bool] = []
-    for number, word in enumerate(words):
-        expected: set[Node] = set()
-        for usage in usages:
-            _walk(usage, words[:number], {0}, expected, taken)
-        taken.append(any(type(leaf).__name__ == "Command" and leaf.name == word for leaf in expected))
-    return taken
-
-
-def _walk(node: Node, words: list[str], starts: set[int], expected: set[Node], taken: list[bool]) -> set[int]:
-    """Return how many words are used up behind a node, by how many were before; collect what may come behind all."""
-    kind = type(node).__name__
-    if kind in ("Command", "Argument"):
-        if len(words) in starts:
-            expected.add(node)
-        if kind == "Command":
-            return {start + 1 for start in starts if words[start : start + 1] == [node.name]}
-        return {start + 1 for start in starts if start < len(words) and not taken[start]}
-    if kind == "Either":
-        return set().union(*(_walk(child, words, starts, expected, taken) for child in node.children))
-    if kind in ("Required", "Optional", "OneOrMore"):
-        ends = set(starts)
-        for child in node.children:
-            after = _walk(child, words, ends, expected, taken)
-            ends = ends | after if kind == "Optional" else after
-        if kind == "OneOrMore" and ends - starts:
-            ends |= _walk(node, words, ends - starts, expected, taken)
-        return ends
-    return set(starts)  # an option, which may stand anywhere
-
-
-def _options(usages: list[Node], words: list[str], partial: str) -> set[str]:
+def _options(usages: list[Usage], words: list[str], partial: str) -> set[str]:
     """Return the options of those usages that the words fit."""
-    taken = _taken(usages, words)
     name, equals, _ = partial.partition("=")
     found = {"--help", *GLOBAL_OPTIONS}
-    for usage in usages:
-        reached: set[Node] = set()
-        ends = _walk(usage, words, {0}, reached, taken)
-        if not reached and len(words) not in ends:
-            continue
-        for leaf in _leaves(usage):
-            if type(leaf).__name__ != "Option":
-                continue
-            if equals and leaf.long == name:
-                found.update(f"{name}={value}" for value in _values(name, words))
-            else:
-                found.add(f"{leaf.long}=" if leaf.argcount else leaf.long)
+    for option in (option for usage in usages for option in usage.options()):
+        if equals and option.long == name:
+            found.update(f"{name}={value}" for value in _values(name, words))
+        else:
+            found.add(f"{option.long}=" if option.argcount else option.long)
     return found
-
-
-def _leaves(node: Node) -> list[Node]:
-    if not hasattr(node, "children"):
-        return [node]
-    return [leaf for child in node.children for leaf in _leaves(child)]
 
 
 # The names of what is there

@@ -47,9 +47,9 @@ def parse(grammar: str, argv: list[str]) -> dict[str, Any]:
     try:
         arguments = dict(docopt.docopt(grammar, argv, help=False))
     except docopt.DocoptExit as error:
-        usage = error.usage.strip()
-        why = str(error).replace(usage, "").strip() or "The arguments do not fit the grammar of this command"
-        raise UsageError(why, usage) from None
+        from calicoctl.suggest import misfit
+
+        raise misfit(grammar, argv, str(error).replace(error.usage.strip(), "").strip()) from None
     wanted = (arguments.get("--output") or "json").removeprefix("=")  # of -o=json
     if wanted != "json":
         raise UsageError(f"--output={wanted}: the only format is json; without the option, text is printed")

@@ -26,6 +26,9 @@ _WITH_PORTS = (*PORT_PROTOCOLS, *OTHER_PROTOCOLS, 6, 17, 132, 136)
 _WITH_ICMP_TYPE = (*ICMP_PROTOCOLS, 1, 58)
 _VERSIONS = {"ipv4": 4, "ipv6": 6}
 
+KEYWORDS = ("from", "to", "ports", "tag", "cidr", "type", "code", "protocol", *_VERSIONS)
+KEYWORDS += PORT_PROTOCOLS + ICMP_PROTOCOLS
+
 _NAME = r"[A-Za-z0-9_.-]{1,39}"
 
 
@@ -56,7 +59,10 @@ def parse(words: Sequence[str]) -> Rule:
     left = deque(words)
     action = left.popleft() if left else ""
     if action not in ACTIONS:
-        raise UsageError(f"a rule begins with 'allow', 'deny' or 'log', not '{action}'")
+        from calicoctl.suggest import did_you_mean, nearest
+
+        meant = did_you_mean(repr(near)) if (near := nearest(action, ACTIONS)) else ""
+        raise UsageError(f"a rule begins with 'allow', 'deny' or 'log', not '{action}'{meant}")
     rule = Rule(action)
     if left and left[0] in _VERSIONS:
         rule.ip_version = _VERSIONS[left.popleft()]
@@ -107,7 +113,10 @@ def _out_of_place(rule: Rule, word: str) -> str:
         return "an ICMP code needs an ICMP type before it: 'type N code N'"
     if word == "type":
         return "'type' goes with icmp and icmpv6, directly behind that word"
-    return f"'{word}' is out of place in a rule, or there twice"
+    from calicoctl.suggest import did_you_mean, nearest
+
+    near = None if word in KEYWORDS else nearest(word, KEYWORDS)
+    return f"'{word}' is out of place in a rule{did_you_mean(repr(near)) if near else ', or there twice'}"
 
 
 def _value(left: deque[str], word: str) -> str:

@@ -6,11 +6,21 @@ A command's help is its module's docstring: a sentence, then sections whose head
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
+README = HERE.parent / "README.md"
 PACKAGE = HERE.parent / "calicoctl"
+
+
+EXIT_STATUS = [
+    ("0", "done, or what was to be added is there already"),
+    ("1", "not done; one line on standard error says what and why"),
+    ("2", "bad usage, or not root"),
+    ("128 + N", "ended by the signal N; what was half done is undone"),
+]
 
 
 def main(target: Path) -> None:
@@ -24,7 +34,7 @@ def main(target: Path) -> None:
     (target / "commands").mkdir(parents=True, exist_ok=True)
     for name, text in helps.items():
         (target / "commands" / f"{name}.md").write_text(page(name, text))
-    (target / "calicoctl.1").write_text(man(usage, helps))
+    (target / "calicoctl.1").write_text(man(usage, helps, README.read_text()))
 
 
 def _constant(path: Path, name: str) -> str:
@@ -66,8 +76,8 @@ def page(name: str, text: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def man(usage: str, helps: dict[str, str]) -> str:
-    """Return the man page, in roff."""
+def man(usage: str, helps: dict[str, str], readme: str) -> str:
+    """Return the man page, in roff; environment and files are told by tables of the README."""
     first, _, rest = usage.strip().partition("\n\n")
     lines = [".TH CALICOCTL 1", ".SH NAME", f"calicoctl \\- {_escaped(first[0].lower() + first[1:].rstrip('.'))}"]
     lines += [".SH SYNOPSIS", *_verbatim(rest)]
@@ -82,11 +92,30 @@ def man(usage: str, helps: dict[str, str]) -> str:
                 lines += [".PP", *map(_escaped, plain.splitlines())]
                 for block in blocks:
                     lines += _verbatim(block)
+    variables = [
+        (name, f"{meaning}; default: {default}" if default else meaning)
+        for name, meaning, default in table(readme, "Environment and settings")
+    ]
+    for heading, entries in (
+        ("EXIT STATUS", EXIT_STATUS),
+        ("ENVIRONMENT", variables),
+        ("FILES", table(readme, "Files")),
+    ):
+        lines.append(f".SH {heading}")
+        for name, meaning in entries:
+            lines += [".TP", f"\\fB{_escaped(name)}\\fR", _escaped(meaning)]
     return "\n".join(lines) + "\n"
 
 
+def table(text: str, heading: str) -> list[tuple[str, ...]]:
+    """Return the rows of the table below a heading of a Markdown text, without quotes."""
+    rows = re.findall(r"^\|(.*)\|$", text.partition(f"\n## {heading}\n")[2].partition("\n## ")[0], re.MULTILINE)
+    return [tuple(cell.strip().replace("`", "") for cell in row.split("|")) for row in rows[2:]]
+
+
 def _verbatim(text: str) -> list[str]:
-    return [".PP", ".nf", *(_escaped(line) for line in text.splitlines()), ".fi"]
+    # without the page's own indent, lines of 78 columns fit a terminal of 80
+    return [".PP", ".in 0", ".nf", *(_escaped(line) for line in text.splitlines()), ".fi", ".in"]
 
 
 def _escaped(line: str) -> str:

@@ -7,9 +7,11 @@ Options:
   <FILE>        a text file, or - for standard input, which is the default
   --keep-going  go on after a line that fails; default: stop there
 
-A line is what one would type after `calicoctl`, which it may begin with, with quotes as for a shell, but nothing else
-of a shell's. What follows a # is a comment. All is read before the first line is run, and nothing is run when a line
-cannot be one. An error names its line. The exit status is that of the first line that failed.
+A line is what one would type after `calicoctl`, which it may begin with, with
+quotes as for a shell, but nothing else of a shell's. What follows a # is a
+comment. All is read before the first line is run, and nothing is run when a
+line cannot be one. An error names its line. The exit status is that of the
+first line that failed.
 
 Examples:
   calicoctl batch commands.txt

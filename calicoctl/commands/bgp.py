@@ -1,4 +1,5 @@
-"""Show and change what all hosts know of BGP: their peers, whether they peer with each other, and their AS number.
+"""Show and change what all hosts know of BGP: their peers, whether they peer
+with each other, and their AS number.
 
 Usage:
   calicoctl bgp peer add <PEER_IP> as <AS_NUM>
@@ -8,15 +9,17 @@ Usage:
   calicoctl bgp default-node-as [<AS_NUM>] [--output=<FORMAT>]
 
 Options:
-  <PEER_IP>          the address of a router that every host is to peer with
-  <AS_NUM>           an AS number, 1 to 4294967295, as 64512 or as 0.64512; it is stored as 64512
-  --ipv4, --ipv6     show IPv4, or IPv6, peers only
-  -o <FORMAT>, --output=<FORMAT>
-                      json; default: a table, or the value alone
+  <PEER_IP>              the address of a router that every host is to peer
+                         with
+  <AS_NUM>               an AS number, 1 to 4294967295, as 64512 or as
+                         0.64512; it is stored as 64512
+  --ipv4, --ipv6         show IPv4, or IPv6, peers only
+  -o, --output=<FORMAT>  json; default: a table, or the value alone
 
-`node-mesh` and `default-node-as` tell what is so where they are not told what to be: on, and 64511, unless set. Peers
-of one host alone: see calicoctl node --help. These are settings in etcd for a routing daemon (BIRD) on each host; the
-host agent runs none.
+`node-mesh` and `default-node-as` tell what is so where they are not told what
+to be: on, and 64511, unless set. 'calicoctl node --help' tells of the peers
+of one host alone. These are settings in etcd for a routing daemon (BIRD) on
+each host; the host agent runs none.
 
 Examples:
   calicoctl bgp peer add 192.0.2.254 as 64512

@@ -4,14 +4,16 @@ Usage:
   calicoctl checksystem [--fix] [--libnetwork] [--output=<FORMAT>]
 
 Options:
-  --fix              load kernel modules that are missing, first (as root)
-  --libnetwork       Docker is needed, too, in version 1.9 or later; default: it is not, for network namespaces
-  -o <FORMAT>, --output=<FORMAT>
-                      json: an array of objects with name, ok, needed, found and advice; default: a table
+  --fix                  load kernel modules that are missing, first (as root)
+  --libnetwork           Docker is needed, too, in version 1.9 or later;
+                         default: it is not, for network namespaces
+  -o, --output=<FORMAT>  json: an array of objects with name, ok, needed,
+                         found and advice; default: a table
 
-Looks at the kernel, by trying what is needed in a network namespace that is gone afterwards, at settings, at tools and
-their versions, at Docker and its firewall, and at etcd. Run it as root to have all of it looked at. The exit status is
-1 when something that is needed is missing.
+Looks at the kernel, by trying what is needed in a network namespace that is
+gone afterwards, at settings, at tools and their versions, at Docker and its
+firewall, and at etcd. Run it as root to have all of it looked at. The exit
+status is 1 when something that is needed is missing.
 
 Examples:
   sudo calicoctl checksystem

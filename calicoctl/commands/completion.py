@@ -3,8 +3,9 @@
 Usage:
   calicoctl completion (bash | zsh)
 
-`make install` puts it where the shells look for it. Words of the grammar are completed, and the names of containers,
-namespaces, profiles, pools, endpoints and hosts, as far as etcd and Docker can be asked within two seconds.
+`make install` puts it where the shells look for it. Words of the grammar are
+completed, and the names of containers, namespaces, profiles, pools, endpoints
+and hosts, as far as etcd and Docker can be asked within two seconds.
 
 Examples:
   calicoctl completion bash >/etc/bash_completion.d/calicoctl

@@ -1,32 +1,44 @@
-"""Show and change settings of the host agents (felix), and of the routing daemons (bgp).
+"""Show and change settings of the host agents (felix), and of the routing
+daemons (bgp).
 
 Usage:
-  calicoctl config felix <NAME> [<VALUE> | --remove] [--force] [--output=<FORMAT>]
-  calicoctl config node felix <NAME> [<VALUE> | --remove] [--force] [--output=<FORMAT>]
-  calicoctl config bgp <NAME> [<VALUE> | --remove] [--force] [--output=<FORMAT>]
-  calicoctl config node bgp <NAME> [<VALUE> | --remove] [--force] [--output=<FORMAT>]
+  calicoctl config felix <NAME> [<VALUE> | --remove] [--force]
+      [--output=<FORMAT>]
+  calicoctl config node felix <NAME> [<VALUE> | --remove] [--force]
+      [--output=<FORMAT>]
+  calicoctl config bgp <NAME> [<VALUE> | --remove] [--force]
+      [--output=<FORMAT>]
+  calicoctl config node bgp <NAME> [<VALUE> | --remove] [--force]
+      [--output=<FORMAT>]
 
 Options:
-  <NAME>             a setting's name, see below
-  <VALUE>            what it is to be; default: show what it is
-  --remove           unset it, so that the default is in force
-  --force            take a name or a value that is not known here, too, for other programs
-  -o <FORMAT>, --output=<FORMAT>
-                      json: an object with the setting's key in etcd, and its value; default: the value alone
+  <NAME>                 a setting's name, see below
+  <VALUE>                what it is to be; default: show what it is
+  --remove               unset it, so that the default is in force
+  --force                take a name or a value that is not known here, too,
+                         for other programs
+  -o, --output=<FORMAT>  json: an object with the setting's key in etcd, and
+                         its value; default: the value alone
 
-  felix               loglevel                     none, debug, info, warning, error, critical; default: info
-                      LogSeverityScreen            the same setting under the name that it has in etcd
-                      GraceTime                    seconds, 0 to 86400, for which the agents keep what belongs to a
-                                                   workload that is away or could not be asked about; default: 60
-                      LogSeverityFile, LogFilePath, InterfacePrefix, IpInIpEnabled
-                                                   for agents of 2015; ours does not ask them
-  node felix          DefaultEndpointToHostAction  RETURN, DROP, ACCEPT: what becomes of packets from a container to
-                                                   this host that the rules allow; default: RETURN, the host's own
-                                                   firewall decides
-  bgp, node bgp       loglevel                     none, debug, info; default: none
+  felix
+    loglevel           none, debug, info, warning, error, critical; default:
+                       info
+    LogSeverityScreen  the same setting under the name that it has in etcd
+    GraceTime          seconds, 0 to 86400, for which the agents keep what
+                       belongs to a workload that is away or could not be
+                       asked about; default: 60
+    LogSeverityFile, LogFilePath, InterfacePrefix, IpInIpEnabled
+                       for agents of 2015; ours does not ask them
+  node felix
+    DefaultEndpointToHostAction
+                       RETURN, DROP, ACCEPT: what becomes of packets from a
+                       container to this host that the rules allow; default:
+                       RETURN, the host's own firewall decides
+  bgp, node bgp
+    loglevel           none, debug, info; default: none
 
-`node` is for this host alone, without it all hosts. Agents take a change on at once. The exit status is 1 for a setting
-that has no value and no default.
+`node` is for this host alone, without it all hosts. Agents take a change on
+at once. The exit status is 1 for a setting that has no value and no default.
 
 Examples:
   calicoctl config felix loglevel debug

@@ -1,29 +1,38 @@
 """Connect containers to the network, and change their addresses and profiles.
 
 Usage:
-  calicoctl container add <CONTAINER> <IP> [--interface=<INTERFACE>] [--wait=<SECONDS>] [--exist-ok]
-                          [--output=<FORMAT>]
+  calicoctl container add <CONTAINER> <IP> [--interface=<INTERFACE>]
+      [--wait=<SECONDS>] [--exist-ok] [--output=<FORMAT>]
   calicoctl container remove <CONTAINERS>...
-  calicoctl container <CONTAINER> ip (add|remove) <IP> [--interface=<INTERFACE>]
+  calicoctl container <CONTAINER> ip (add|remove) <IP>
+      [--interface=<INTERFACE>]
   calicoctl container <CONTAINER> endpoint show [--output=<FORMAT>]
   calicoctl container <CONTAINER> profile show [--output=<FORMAT>]
   calicoctl container <CONTAINER> profile (append|remove|set) [<PROFILES>...]
 
 Options:
-  <CONTAINER>              a Docker container's name, id or unique part of the id's beginning, or the absolute path of
-                           a network namespace (/proc/1234/ns/net, /var/run/netns/blue)
-  <IP>                     an IPv4 or IPv6 address out of a pool; ipv4 or ipv6 for any free one of that version; or
-                           the CIDR of a pool for any free one of that pool
-  --interface=<INTERFACE>  the name of the interface in the container; default: eth1
-  --wait=<SECONDS>         return only when this host's agent has set up the connection, and with an error when that
-                           takes longer; default: do not wait
-  --exist-ok               also end with 0 where the container has what is asked for already
-  -o <FORMAT>, --output=<FORMAT>
-                           json: of `add`, an object with address, interface, mac, endpoint and host; of `show`, an
-                           array of the container's endpoints with their fields as in etcd; default: text
+  <CONTAINER>            a Docker container's name, id or unique part of the
+                         id's beginning, or the absolute path of a network
+                         namespace (/proc/1234/ns/net, /var/run/netns/blue)
+  <IP>                   an IPv4 or IPv6 address out of a pool; ipv4 or ipv6
+                         for any free one of that version; or the CIDR of a
+                         pool for any free one of that pool
+  --interface=<INTERFACE>
+                         the name of the interface in the container; default:
+                         eth1
+  --wait=<SECONDS>       return only when this host's agent has set up the
+                         connection, and with an error when that takes longer;
+                         default: do not wait
+  --exist-ok             also end with 0 where the container has what is asked
+                         for already
+  -o, --output=<FORMAT>  json: of `add`, an object with address, interface,
+                         mac, endpoint and host; of `show`, an array of the
+                         container's endpoints with their fields as in etcd;
+                         default: text
 
-The container runs on this host. It should have no other default route: run it with --net=none. `add`, `remove` and
-`ip` must be run as root. Profiles are asked in the order they have; `set` without any takes all away.
+The container runs on this host. It should have no other default route: run it
+with --net=none. `add`, `remove` and `ip` must be run as root. Profiles are
+asked in the order they have; `set` without any takes all away.
 
 Examples:
   sudo calicoctl container add workload 192.168.0.1

@@ -1,17 +1,22 @@
-"""Collect what one needs to find out why a packet does not arrive, into one archive.
+"""Collect what one needs to find out why a packet does not arrive, into one
+archive.
 
 Usage:
   calicoctl diags [--log-dir=<DIR>] [--output=<FORMAT>]
 
 Options:
-  --log-dir=<DIR>    where the host agent's logs are; default: where it says that it logs to, else /var/log/calico
-  -o <FORMAT>, --output=<FORMAT>
-                      json: an object with the archive's path; default: a sentence
+  --log-dir=<DIR>        where the host agent's logs are; default: where it
+                         says that it logs to, else /var/log/calico
+  -o, --output=<FORMAT>  json: an object with the archive's path; default: a
+                         sentence
 
-The archive, a .tar.gz that only its owner can read, is written to the folder for temporary files (TMPDIR, else /tmp).
-It has this host's nftables and iptables rules, routes, neighbours, links, network settings, connections, the agent's
-logs and status, Calico's keys in etcd, versions, and what Docker says of its containers and their networks; what cannot
-be had is left out. TLS keys, passwords and the containers' environment do not get in. Run it as root to have all of it.
+The archive, a .tar.gz that only its owner can read, is written to the folder
+for temporary files (TMPDIR, else /tmp). It has this host's nftables and
+iptables rules, routes, neighbours, links, network settings, connections, the
+agent's logs and status, Calico's keys in etcd, versions, and what Docker says
+of its containers and their networks; what cannot be had is left out. TLS
+keys, passwords and the containers' environment do not get in. Run it as root
+to have all of it.
 
 Examples:
   sudo calicoctl diags

@@ -1,25 +1,33 @@
 """Show the endpoints of all hosts, and change their profiles.
 
 Usage:
-  calicoctl endpoint show [--host=<HOST>] [--orchestrator=<ORCHESTRATOR>] [--workload=<WORKLOAD>]
-                          [--endpoint=<ENDPOINT>] [--detailed] [--output=<FORMAT>]
-  calicoctl endpoint <ENDPOINT_ID> profile (append|remove|set) [--host=<HOST>] [--orchestrator=<ORCHESTRATOR>]
-                          [--workload=<WORKLOAD>] [<PROFILES>...]
-  calicoctl endpoint <ENDPOINT_ID> profile show [--host=<HOST>] [--orchestrator=<ORCHESTRATOR>]
-                          [--workload=<WORKLOAD>] [--output=<FORMAT>]
+  calicoctl endpoint show [--host=<HOST>] [--orchestrator=<ORCHESTRATOR>]
+      [--workload=<WORKLOAD>] [--endpoint=<ENDPOINT>] [--detailed]
+      [--output=<FORMAT>]
+  calicoctl endpoint <ENDPOINT_ID> profile (append|remove|set) [--host=<HOST>]
+      [--orchestrator=<ORCHESTRATOR>] [--workload=<WORKLOAD>] [<PROFILES>...]
+  calicoctl endpoint <ENDPOINT_ID> profile show [--host=<HOST>]
+      [--orchestrator=<ORCHESTRATOR>] [--workload=<WORKLOAD>]
+      [--output=<FORMAT>]
 
 Options:
-  <ENDPOINT_ID>                  an endpoint's id, or the beginning of it
-  --host=<HOST>                  of this host only; default: of all hosts
-  --orchestrator=<ORCHESTRATOR>  of this orchestrator only: docker, or namespace; default: of all
-  --workload=<WORKLOAD>          of the workload with this id, or this beginning of it; default: of all
-  --endpoint=<ENDPOINT>          the endpoint with this id, or this beginning of it; default: all
-  --detailed                     one line an endpoint; default: how many each host has
-  -o <FORMAT>, --output=<FORMAT>
-                                  json: an array, with the fields of the endpoints as in etcd; default: a table
+  <ENDPOINT_ID>          an endpoint's id, or the beginning of it
+  --host=<HOST>          of this host only; default: of all hosts
+  --orchestrator=<ORCHESTRATOR>
+                         of this orchestrator only: docker, or namespace;
+                         default: of all
+  --workload=<WORKLOAD>  of the workload with this id, or this beginning of
+                         it; default: of all
+  --endpoint=<ENDPOINT>  the endpoint with this id, or this beginning of it;
+                         default: all
+  --detailed             one line an endpoint; default: how many each host has
+  -o, --output=<FORMAT>  json: an array, with the fields of the endpoints as
+                         in etcd; default: a table
 
-A workload's id is that of its Docker container, or the path of its namespace with every / as -. Profiles are asked in
-the order they have; `set` without any takes all away. This needs no root, and works for the endpoints of any host.
+A workload's id is that of its Docker container, or the path of its namespace
+with every / as -. Profiles are asked in the order they have; `set` without
+any takes all away. This needs no root, and works for the endpoints of any
+host.
 
 Examples:
   calicoctl endpoint show --detailed

@@ -7,17 +7,19 @@ Usage:
   calicoctl ipam check [--fix] [--output=<FORMAT>]
 
 Options:
-  <IP>, <IPS>        an IPv4 or IPv6 address, or several
-  --force            give the address back even where an endpoint uses it
-  --fix              put right what can be put right safely, on this host (as root)
-  -o <FORMAT>, --output=<FORMAT>
-                      json; default: text, or a table
+  <IP>, <IPS>            an IPv4 or IPv6 address, or several
+  --force                give the address back even where an endpoint uses it
+  --fix                  put right what can be put right safely, on this host
+                         (as root)
+  -o, --output=<FORMAT>  json; default: text, or a table
 
-`info` tells who has an address, and the block of 64 that it is in; its exit status is 1 where nobody has it. `show`
-counts each pool's addresses: used, free, and of the used ones those that a host has borrowed from another's block.
-`check` compares blocks, handles and endpoints of the whole store, and lists addresses that no endpoint has, addresses
-that an endpoint has but are not assigned to it, handles that miscount, and endpoints whose host is not registered. Its
-exit status is 1 when anything is left to be put right.
+`info` tells who has an address, and the block of 64 that it is in; its exit
+status is 1 where nobody has it. `show` counts each pool's addresses: used,
+free, and of the used ones those that a host has borrowed from another's
+block. `check` compares blocks, handles and endpoints of the whole store, and
+lists addresses that no endpoint has, addresses that an endpoint has but are
+not assigned to it, handles that miscount, and endpoints whose host is not
+registered. Its exit status is 1 when anything is left to be put right.
 
 Examples:
   calicoctl ipam info 192.168.0.1

@@ -1,8 +1,8 @@
 """Make this host part of the network: register it, and run the host agent.
 
 Usage:
-  calicoctl node [--ip=<IP>] [--ip6=<IP6>] [--as=<AS_NUM>] [--log-dir=<DIR>] [--detach=<DETACH>] [--local-etcd]
-                 [--metrics-port=<PORT>]
+  calicoctl node [--ip=<IP>] [--ip6=<IP6>] [--as=<AS_NUM>] [--log-dir=<DIR>]
+      [--detach=<DETACH>] [--local-etcd] [--metrics-port=<PORT>]
   calicoctl node stop [--force]
   calicoctl node remove [--hostname=<HOST>] [--remove-endpoints]
   calicoctl node bgp peer add <PEER_IP> as <AS_NUM>
@@ -10,32 +10,44 @@ Usage:
   calicoctl node bgp peer show [--ipv4 | --ipv6] [--output=<FORMAT>]
 
 Options:
-  --ip=<IP>              the IPv4 address that other hosts reach this host under, and that its workloads use as next
-                         hop; default: the one that the host's default route uses
-  --ip6=<IP6>            the same for IPv6; default: none, and workloads here get no IPv6
-  --as=<AS_NUM>          this host's AS number, as 64512 or as 0.64512, where it is not the global one
-  --log-dir=<DIR>        where the agent logs to, in felix.log; default: /var/log/calico, and standard error when
-                         it does not detach
-  --detach=<DETACH>      true: run the agent in the background, and return when it has set up what etcd wants (the
-                         default); false: be the agent, until a signal comes (for systemd)
-  --local-etcd           start an etcd on this host's loopback interface, too, with its data under
-                         /var/lib/calico/etcd, and keep it running: for a single host without an etcd
-  --metrics-port=<PORT>  a port of 127.0.0.1 for Prometheus to ask; default: none
+  --ip=<IP>              the IPv4 address that other hosts reach this host
+                         under, and that its workloads use as next hop;
+                         default: the one that the host's default route uses
+  --ip6=<IP6>            the same for IPv6; default: none, and workloads here
+                         get no IPv6
+  --as=<AS_NUM>          this host's AS number, as 64512 or as 0.64512, where
+                         it is not the global one
+  --log-dir=<DIR>        where the agent logs to, in felix.log; default:
+                         /var/log/calico, and standard error when it does not
+                         detach
+  --detach=<DETACH>      true: run the agent in the background, and return
+                         when it has set up what etcd wants (the default);
+                         false: be the agent, until a signal comes (for
+                         systemd)
+  --local-etcd           start an etcd on this host's loopback interface, too,
+                         with its data under /var/lib/calico/etcd, and keep it
+                         running: for a single host without an etcd
+  --metrics-port=<PORT>  a port of 127.0.0.1 for Prometheus to ask; default:
+                         none
   --force                stop although endpoints are active
-  --hostname=<HOST>      remove that host, which is gone for good, and not this one
+  --hostname=<HOST>      remove that host, which is gone for good, and not
+                         this one
   <PEER_IP>              the address of a router
   <AS_NUM>               its AS number, as 64512 or as 0.64512
   --ipv4, --ipv6         show IPv4, or IPv6, peers only
-  -o <FORMAT>, --output=<FORMAT>
-                          json: an array of the peers as they stand in etcd; default: a table
-  --remove-endpoints     remove the host's endpoints, too; without it, a host that has some is not removed
+  -o, --output=<FORMAT>  json: an array of the peers as they stand in etcd;
+                         default: a table
+  --remove-endpoints     remove the host's endpoints, too; without it, a host
+                         that has some is not removed
 
-Addresses and AS number that are not given are unset, should they be set from an earlier call. The first host registered
-also gets the global configuration and the default pools (192.168.0.0/16 and fd80:24e2:f998:72d6::/64) written.
-`stop` ends the agent, and the local etcd; what they have set up stays, and packets go on being routed and checked.
-`remove` ends the agent, takes everything it has set up out of the kernel, and the host out of etcd. `bgp peer` is about
-the routers that this host alone peers with; for those of all hosts, see calicoctl bgp --help. All but `bgp` must be run
-as root.
+Addresses and AS number that are not given are unset, should they be set from
+an earlier call. The first host registered also gets the global configuration
+and the default pools (192.168.0.0/16 and fd80:24e2:f998:72d6::/64) written.
+`stop` ends the agent, and the local etcd; what they have set up stays, and
+packets go on being routed and checked. `remove` ends the agent, takes
+everything it has set up out of the kernel, and the host out of etcd. `bgp
+peer` is about the routers that this host alone peers with; for those of all
+hosts, see calicoctl bgp --help. All but `bgp` must be run as root.
 
 Examples:
   sudo calicoctl node --ip=192.0.2.2

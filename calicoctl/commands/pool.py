@@ -7,20 +7,25 @@ Usage:
   calicoctl pool show [--ipv4 | --ipv6] [--output=<FORMAT>]
 
 Options:
-  <CIDRS>            ranges such as 10.1.0.0/16 or fd00:1::/64: whole blocks of 64 addresses, so at most /26 or /122
-  <START_IP>         the first address of a range, and of a block of 64
-  <END_IP>           the last address of the range, and of a block
-  --ipip             carry packets between hosts in IP-in-IP (IPv4 only); default: as they are
-  --nat-outgoing     give packets to addresses in no pool the host's address as source; default: as they are
-  --force            remove the pool even where addresses of it are in use; they stay in use
-  --ipv4             show IPv4 pools only
-  --ipv6             show IPv6 pools only
-  -o <FORMAT>, --output=<FORMAT>
-                      json: an array of the pools as they stand in etcd; default: a table
+  <CIDRS>                ranges such as 10.1.0.0/16 or fd00:1::/64: whole
+                         blocks of 64 addresses, so at most /26 or /122
+  <START_IP>             the first address of a range, and of a block of 64
+  <END_IP>               the last address of the range, and of a block
+  --ipip                 carry packets between hosts in IP-in-IP (IPv4 only);
+                         default: as they are
+  --nat-outgoing         give packets to addresses in no pool the host's
+                         address as source; default: as they are
+  --force                remove the pool even where addresses of it are in
+                         use; they stay in use
+  --ipv4                 show IPv4 pools only
+  --ipv6                 show IPv6 pools only
+  -o, --output=<FORMAT>  json: an array of the pools as they stand in etcd;
+                         default: a table
 
-A pool that is there already gets the options given, and loses the others. Pools do not overlap. A range is added as the
-fewest CIDRs that make exactly it. Nothing is changed unless all that was given is in order. `remove` takes the options
-of `add`, too, and pays no attention to them.
+A pool that is there already gets the options given, and loses the others.
+Pools do not overlap. A range is added as the fewest CIDRs that make exactly
+it. Nothing is changed unless all that was given is in order. `remove` takes
+the options of `add`, too, and pays no attention to them.
 
 Examples:
   calicoctl pool add 10.1.0.0/16 --nat-outgoing
@@ -118,8 +123,12 @@ def _networks_of_range(start: str, end: str) -> list[IPNetwork]:
 def _network(text: str) -> IPNetwork:
     """Return the network that is meant; raise CalicoError where it has bits behind its prefix."""
     network = parse_cidr(text)
-    if "/" not in text or parse_address(text.partition("/")[0]) != network.network:
-        raise CalicoError(f"'{text}' is not the CIDR of a pool: it must be a network such as {network.cidr}")
+    if "/" not in text:
+        raise CalicoError(
+            f"'{text}' is one address, and a pool is a network: say how long its prefix is, /26 at most (/122 in IPv6)"
+        )
+    if parse_address(text.partition("/")[0]) != network.network:
+        raise CalicoError(f"'{text}' is not the CIDR of a pool: it has bits behind its prefix; {network} has not")
     return network
 
 

@@ -6,23 +6,28 @@ Usage:
   calicoctl profile remove <PROFILES>... [--no-check]
   calicoctl profile <PROFILE> tag show [--output=<FORMAT>]
   calicoctl profile <PROFILE> tag (add|remove) <TAGS>...
-  calicoctl profile <PROFILE> rule add (inbound|outbound) [--at=<POSITION>] <RULE>...
-  calicoctl profile <PROFILE> rule remove (inbound|outbound) (--at=<POSITION> | <RULE>...)
+  calicoctl profile <PROFILE> rule add (inbound|outbound) [--at=<POSITION>]
+      <RULE>...
+  calicoctl profile <PROFILE> rule remove (inbound|outbound)
+      (--at=<POSITION> | <RULE>...)
   calicoctl profile <PROFILE> rule show [--output=<FORMAT>]
   calicoctl profile <PROFILE> rule json
   calicoctl profile <PROFILE> rule update
-  calicoctl profile trace <FROM> <TO> (tcp|udp|icmp|icmpv6) [<PORT>] [--from-port=<PORT>] [--output=<FORMAT>]
+  calicoctl profile trace <FROM> <TO> (tcp|udp|icmp|icmpv6) [<PORT>]
+      [--from-port=<PORT>] [--output=<FORMAT>]
 
 Options:
-  <FROM>, <TO>       a container's name or id, a namespace's path, an endpoint's id, or an IP address
-  <PORT>             the port that a tcp or udp packet goes to, 1 to 65535
-  --from-port=<PORT>
-                     the port it comes from; default: 40000, for one that the sender's system chooses
-  --detailed         list the endpoints that have each profile, too
-  --no-check         remove the profile even where endpoints still have it; they let nothing through then
-  --at=<POSITION>    a rule's place, counted from 1; default: behind the last one
-  -o <FORMAT>, --output=<FORMAT>
-                      json, for scripts; default: text
+  <FROM>, <TO>           a container's name or id, a namespace's path, an
+                         endpoint's id, or an IP address
+  <PORT>                 the port that a tcp or udp packet goes to, 1 to 65535
+  --from-port=<PORT>     the port it comes from; default: 40000, for one that
+                         the sender's system chooses
+  --detailed             list the endpoints that have each profile, too
+  --no-check             remove the profile even where endpoints still have
+                         it; they let nothing through then
+  --at=<POSITION>        a rule's place, counted from 1; default: behind the
+                         last one
+  -o, --output=<FORMAT>  json, for scripts; default: text
 
 A rule is one of
 
@@ -39,16 +44,16 @@ decides; `log` writes a line to the kernel's log and goes on to the next rule.
 standard input. A new profile has its own name as tag, lets in what comes from
 that tag, and lets everything out.
 
-`trace` tells whether a packet would pass (a connection's first one, or an echo
-request), and which rule of which profile decides, on its way out of <FROM> and
-into <TO>, from what is in etcd; the exit status is 0 when it passes, and 1 when
-it does not. IPv4 is looked at where both sides have it, and no address says
-otherwise. Of this host, all addresses are known; of others, those that they are
-registered with.
+`trace` tells whether a packet would pass (a connection's first one, or an
+echo request), and which rule of which profile decides, on its way out of
+<FROM> and into <TO>, from what is in etcd; the exit status is 0 when it
+passes, and 1 when it does not. IPv4 is looked at where both sides have it,
+and no address says otherwise. Of this host, all addresses are known; of
+others, those that they are registered with.
 
 Examples:
   calicoctl profile add web
-  calicoctl profile web rule add inbound --at=1 allow tcp from tag lb to ports 80,443
+  calicoctl profile web rule add inbound --at=1 allow tcp from tag lb
   calicoctl profile trace workload 192.168.0.2 tcp 80
 """
 

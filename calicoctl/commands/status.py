@@ -1,20 +1,25 @@
-"""Show what this host's agent says of itself and of the host's endpoints, and what is wrong.
+"""Show what this host's agent says of itself and of the host's endpoints, and
+what is wrong.
 
 Usage:
   calicoctl status [--output=<FORMAT>]
 
 Options:
-  -o <FORMAT>, --output=<FORMAT>
-                      json: an object with all that the agent reports; default: text
+  -o, --output=<FORMAT>  json: an object with all that the agent reports;
+                         default: text
 
-Shown are: since when the agent runs, and how old its report is; since when reading etcd, writing it and following its
-changes work, each; how many endpoints are up, down and in error (those of stopped containers are down, and nothing is
-wrong with them); how many containers and namespaces it has given their interface back since, how many that are no more
-it has forgotten or cleared leftovers of; what went wrong last; then what is wrong now, worst first, ten lines at most.
+Shown are: since when the agent runs, and how old its report is; since when
+reading etcd, writing it and following its changes work, each; how many
+endpoints are up, down and in error (those of stopped containers are down, and
+nothing is wrong with them); how many containers and namespaces it has given
+their interface back since, how many that are no more it has forgotten or
+cleared leftovers of; what went wrong last; then what is wrong now, worst
+first, ten lines at most.
 
-The exit status is 1 when etcd cannot be read, written or followed, when an endpoint is in error, and when the agent
-cannot vouch for any of that: it is not running, or its report is older than half a minute, when it ought to be ten
-seconds old at most. For everything else it is 0.
+The exit status is 1 when etcd cannot be read, written or followed, when an
+endpoint is in error, and when the agent cannot vouch for any of that: it is
+not running, or its report is older than half a minute, when it ought to be
+ten seconds old at most. For everything else it is 0.
 
 Examples:
   calicoctl status

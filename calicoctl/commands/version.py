@@ -4,8 +4,8 @@ Usage:
   calicoctl version [--output=<FORMAT>]
 
 Options:
-  -o <FORMAT>, --output=<FORMAT>
-                      json: an object with the version; default: the version alone
+  -o, --output=<FORMAT>  json: an object with the version; default: the
+                         version alone
 
 Examples:
   calicoctl version

@@ -32,3 +32,10 @@ def test_every_command_is_listed_and_has_its_help() -> None:
         options = text.partition("\nOptions:\n")[2].partition("\n\n")[0]
         for option in {word.strip("[]|()=") for word in text.split("Options:")[0].split() if word.startswith("[--")}:
             assert option.partition("=")[0] in options, f"{command} does not explain {option}"
+
+
+def test_the_man_page_tells_of_environment_files_and_exit_status() -> None:
+    page = (ROOT / "docs/calicoctl.1").read_text()
+    for heading, entry in (("ENVIRONMENT", "ETCD_ENDPOINTS"), ("FILES", "/etc/calico/node.env"), ("EXIT STATUS", "2")):
+        section = page.partition(f".SH {heading}\n")[2].partition(".SH ")[0]
+        assert f".TP\n\\fB{entry}\\fR\n" in section.replace("\\-", "-")

@@ -1,0 +1,248 @@
+"""Why words on the command line do not fit, and the nearest that would: "did you mean …".
+
+Loaded only once something does not fit.
+"""
+
+from __future__ import annotations
+
+import difflib
+import shlex
+from collections.abc import Iterable, Sequence
+
+from calicoctl.errors import UsageError
+from calicoctl.grammar import COMMANDS, GLOBAL_OPTIONS
+from calicoctl.usages import Fit, Usage, fits, leaves, positional, usages_of
+
+SYNONYMS = {
+    "ls": "show",
+    "list": "show",
+    "ps": "show",
+    "get": "show",
+    "describe": "show",
+    "inspect": "show",
+    "rm": "remove",
+    "del": "remove",
+    "delete": "remove",
+    "create": "add",
+    "new": "add",
+    "connect": "add",
+    "disconnect": "remove",
+    "ingress": "inbound",
+    "in": "inbound",
+    "egress": "outbound",
+    "out": "outbound",
+    "rules": "rule",
+    "tags": "tag",
+    "profiles": "profile",
+    "port": "ports",
+    "net": "cidr",
+    "subnet": "cidr",
+    "permit": "allow",
+    "accept": "allow",
+    "drop": "deny",
+    "reject": "deny",
+    "src": "from",
+    "dst": "to",
+    "-v": "--version",
+    "-V": "--version",
+    "-q": "--quiet",
+    "-d": "--debug",
+}
+"""What other tools call what is meant."""
+
+_ELSEWHERE = {
+    ("container", "show"): "calicoctl endpoint show --detailed",
+    ("node", "show"): "calicoctl status",
+    ("ipam", "add"): "calicoctl pool add",
+}
+"""What a command does not do but another does, under the words that people look for it."""
+
+MOST = 2
+"""How many whole command lines are suggested."""
+
+
+def nearest(word: str, names: Iterable[str]) -> str | None:
+    """Return which of the names is meant by a word that is none of them, None for no idea."""
+    known = sorted(set(names))
+    meant = SYNONYMS.get(word, word).lower()
+    if meant in known:
+        return meant
+    longer = [name for name in known if len(word) > 1 and name.startswith(meant)]
+    close = longer[:1] if len(longer) == 1 else difflib.get_close_matches(meant, known, 1, 0.6)
+    return close[0] if close else None
+
+
+def did_you_mean(suggestion: str | None) -> str:
+    """Return the end of a sentence."""
+    return f"; did you mean {suggestion}?" if suggestion else ""
+
+
+def no_command(words: list[str]) -> UsageError:
+    """Return the error for a command line that does not begin with a command."""
+    first = words[0]
+    command = next((number for number, word in enumerate(words) if word in COMMANDS), None)
+    if first.startswith("-") and first not in SYNONYMS and command is not None:
+        behind = [*words[command:], *words[:command]]
+        return UsageError(f"'{first}' stands before the command{did_you_mean(repr(_line(behind)))}")
+    near = nearest(first, [*COMMANDS, *GLOBAL_OPTIONS, "--help", "--version"])
+    known = did_you_mean(repr(near)) if near else f"; the commands are {', '.join(COMMANDS)}"
+    return UsageError(f"'{first}' is not a calicoctl {'option' if first.startswith('-') else 'command'}{known}")
+
+
+def misfit(grammar: str, argv: list[str], why: str) -> UsageError:
+    """Return the error for words that do not fit the grammar of a command; `why` is what docopt says, or empty."""
+    usages = usages_of(grammar)
+    words = positional(argv, usages)
+    reach, found = _reach(usages, words)
+    closest = _closest(usages, found, words)
+    sentence = (
+        _option_misfit(usages, closest, argv, why)
+        or (_word_misfit(usages, words, reach, found) if reach < len(words) else None)
+        or _option_out_of_place(usages, found, argv)
+        or _missing(usages, words, found)
+    )
+    return UsageError(sentence, f"Usage:\n  {closest.text}")
+
+
+def _reach(usages: list[Usage], words: list[str]) -> tuple[int, list[Fit]]:
+    """Return how many of the words fit at most, and how these fit the usages."""
+    for count in range(len(words), 0, -1):
+        found = fits(usages, words[:count])
+        if any(found):
+            return count, found
+    return 0, fits(usages, [])
+
+
+def _closest(usages: list[Usage], found: list[Fit], words: list[str]) -> Usage:
+    """Return the usage that comes closest: the words fit it as far as any, and it has most of them as its own."""
+
+    def score(number: int) -> tuple[bool, int]:
+        return bool(found[number]), len(set(words) & set(usages[number].commands()))
+
+    return usages[max(range(len(usages)), key=score)]
+
+
+def _line(words: Sequence[str]) -> str:
+    return shlex.join(["calicoctl", *words])
+
+
+# Options
+
+
+def _option_misfit(usages: list[Usage], closest: Usage, argv: list[str], why: str) -> str | None:
+    """Return what is wrong with an option by itself: no usage knows it, or its value is missing or too much."""
+    known = {name: o for usage in usages for o in usage.options() for name in (o.long, o.short) if name}
+    for word in argv:
+        name = word.partition("=")[0] if word.startswith("--") else word[:2]
+        if len(word) < 2 or not word.startswith("-") or word == "--":
+            continue
+        if any(full.startswith(name) for full in known):  # docopt takes a beginning, too
+            continue
+        near = nearest(name, [*(full for full in known if full.startswith("--")), "--help", "--quiet", "--debug"])
+        if near == name:
+            return f"{name} takes no value"
+        takes = known[near].argcount if near in known else 0
+        value = word.partition("=")[2] or (leaves(known[near])[0].value if takes else "")
+        spelled = f"{near}={value or 'VALUE'}" if takes else near
+        return f"'{name}' is no option of 'calicoctl {argv[0]}'{did_you_mean(spelled and repr(str(spelled)))}"
+    if "requires argument" in why:
+        name = why.split()[0]
+        return f"{name} needs a value: {name}=VALUE"
+    if "must not have an argument" in why:
+        return f"{why.split()[0]} takes no value"
+    return None
+
+
+def _option_out_of_place(usages: list[Usage], found: list[Fit], argv: list[str]) -> str | None:
+    """Return what is wrong with an option that only other usages than those that the words fit have."""
+    fitting = [usage for usage, fit in zip(usages, found) if fit.complete]
+    if not fitting:
+        return None
+    allowed = {name for usage in fitting for o in usage.options() for name in (o.long, o.short) if name}
+    known = {name for usage in usages for o in usage.options() for name in (o.long, o.short) if name}
+    for word in argv:
+        name = word.partition("=")[0] if word.startswith("--") else word[:2]
+        if name in known - allowed:
+            own = " ".join(["calicoctl", *fitting[0].commands()])
+            return f"'{name}' does not go with '{own}'"
+    return None
+
+
+# Words
+
+
+def _word_misfit(usages: list[Usage], words: list[str], reach: int, found: list[Fit]) -> str:
+    """Return what is wrong with the first word that does not fit, and what would."""
+    bad, before = words[reach], words[:reach]
+    commands = set().union(*(fit.commands() for fit in found))
+    arguments = set().union(*(fit.arguments() for fit in found))
+    near = nearest(bad, commands)
+    suggestion = repr(near) if near else None
+    if suggestion is None:
+        repaired = _repaired(usages, words, reach)
+        elsewhere = _ELSEWHERE.get((words[0], SYNONYMS.get(bad, bad)))
+        suggestion = " or ".join(f"'{_line(line)}'" for line in repaired) or (elsewhere and f"'{elsewhere}'")
+    sentence = f"'{bad}' does not fit behind '{_line(before)}'"
+    if suggestion:
+        return sentence + did_you_mean(suggestion)
+    if commands or arguments:
+        return f"{sentence}, where {_one_of(commands, arguments)} belongs"
+    return f"{sentence}, which takes no more words"
+
+
+def _repaired(usages: list[Usage], words: list[str], reach: int) -> list[list[str]]:
+    """Return whole command lines that are one mistake away: a word misspelt, else missing, else in the wrong place."""
+    own = {name for usage in usages for name in usage.commands()}
+
+    def expected(line: list[str], place: int) -> list[str]:
+        return sorted(set().union(*(fit.commands() for fit in fits(usages, line[:place]))))
+
+    def inserted(line: list[str]) -> list[list[str]]:
+        return [
+            [*line[:place], name, *line[place:]] for place in range(1, len(line) + 1) for name in expected(line, place)
+        ]
+
+    def misspelt() -> list[list[str]]:
+        found = []
+        for place in range(1, reach + 1):
+            names = expected(words, place)
+            near = None if words[place] in names else nearest(words[place], names)
+            if near:
+                found.append([*words[:place], near, *words[place + 1 :]])
+        return found
+
+    swapped = [*words[: reach - 1], words[reach], words[reach - 1], *words[reach + 1 :]]
+    for candidates in (misspelt(), inserted(words), [swapped], inserted(swapped)):
+        whole = [line for line in candidates if _is_whole(usages, line, own)]
+        if whole:
+            return whole[:MOST]
+    return []
+
+
+def _is_whole(usages: list[Usage], line: list[str], own: set[str]) -> bool:
+    """Tell whether a command line fits, with none of the grammar's `own` words taken for a name."""
+    return any(
+        fit.complete
+        and all(word in fits([usage], line[:place])[0].commands() for place, word in enumerate(line) if word in own)
+        for usage, fit in zip(usages, fits(usages, line))
+    )
+
+
+def _missing(usages: list[Usage], words: list[str], found: list[Fit]) -> str:
+    """Return what is missing behind words that fit so far."""
+    commands = set().union(*(fit.commands() for fit in found))
+    arguments = set().union(*(fit.arguments() for fit in found))
+    last, before = words[-1], words[:-1]
+    # a word that was taken for an argument, a name, may be one of the grammar's own that is misspelt
+    own = set().union(*(fit.commands() for fit in fits(usages, before))) if before else set()
+    near = None if last in own else nearest(last, own)
+    elsewhere = _ELSEWHERE.get((words[0], SYNONYMS.get(last, last))) if len(words) == 2 else None
+    suggestion = f"'{_line([*before, near])}'" if near else elsewhere and f"'{elsewhere}'"
+    if not commands and not arguments:  # the words are all there: options are missing
+        return f"'{_line(words)}' lacks something; see below"
+    return f"Behind '{_line(words)}', {_one_of(commands, arguments)} is missing{did_you_mean(suggestion)}"
+
+
+def _one_of(commands: set[str], arguments: set[str]) -> str:
+    names = [*(f"'{name}'" for name in sorted(commands)), *sorted(arguments)]
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"

@@ -1,0 +1,125 @@
+"""The usages of a command as trees, and how far words fit them: for completion, for `--help` of a part, and for errors.
+
+docopt reads the grammars; what it makes of them, its `Command`, `Argument`, `Option`, `Either`, `Required`, `Optional`
+and `OneOrMore`, is walked here. Only loaded when it is needed: a command line that fits costs nothing of this.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+Node = Any
+"""A node of docopt's tree: it has `name`, or `children`, or both of an option's names, `short` and `long`."""
+
+
+@dataclass(frozen=True)
+class Usage:
+    """One way to use a command: its text, with its continuation lines, and its tree."""
+
+    text: str
+    tree: Node
+
+    def commands(self) -> list[str]:
+        """Return its own words, in order."""
+        return [leaf.name for leaf in leaves(self.tree) if kind(leaf) == "Command"]
+
+    def arguments(self) -> list[str]:
+        """Return the names of its arguments, such as `<IP>`."""
+        return [leaf.name for leaf in leaves(self.tree) if kind(leaf) == "Argument"]
+
+    def options(self) -> list[Node]:
+        return [leaf for leaf in leaves(self.tree) if kind(leaf) == "Option"]
+
+
+def usages_of(grammar: str) -> list[Usage]:
+    """Return the usages of a command's docstring, in order."""
+    import docopt
+
+    section = docopt.printable_usage(grammar)
+    options = docopt.parse_defaults(grammar)
+    (child,) = docopt.parse_pattern(docopt.formal_usage(section), options).fix().children
+    trees = child.children if kind(child) == "Either" else [child]
+    texts = re.findall(r"^(?:Usage:)? *(calicoctl .*(?:\n(?! *calicoctl ).*)*)", section, re.MULTILINE)
+    return [Usage(text, tree) for text, tree in zip(texts, trees)]
+
+
+def kind(node: Node) -> str:
+    return type(node).__name__
+
+
+def leaves(node: Node) -> list[Node]:
+    if not hasattr(node, "children"):
+        return [node]
+    return [leaf for child in node.children for leaf in leaves(child)]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How words fit one usage: what may come behind them, and whether they may be all."""
+
+    expected: frozenset[Node]
+    complete: bool
+
+    def __bool__(self) -> bool:
+        """Tell whether they fit at all."""
+        return self.complete or bool(self.expected)
+
+    def commands(self) -> set[str]:
+        return {leaf.name for leaf in self.expected if kind(leaf) == "Command"}
+
+    def arguments(self) -> set[str]:
+        return {leaf.name for leaf in self.expected if kind(leaf) == "Argument"}
+
+
+def fits(usages: list[Usage], words: list[str]) -> list[Fit]:
+    """Return how words that are no options fit each of the usages.
+
+    A word that is one of the grammar's own where it stands, in whichever usage, is not taken for an argument.
+    """
+    own: list[bool] = []
+    for number, word in enumerate(words):
+        found = [_fit(usage, words[:number], own) for usage in usages]
+        own.append(any(word in fit.commands() for fit in found))
+    return [_fit(usage, words, own) for usage in usages]
+
+
+def _fit(usage: Usage, words: list[str], own: list[bool]) -> Fit:
+    expected: set[Node] = set()
+    ends = _walk(usage.tree, words, {0}, expected, own)
+    return Fit(frozenset(expected), len(words) in ends)
+
+
+def _walk(node: Node, words: list[str], starts: set[int], expected: set[Node], own: list[bool]) -> set[int]:
+    """Return how many words are used up behind a node, by how many were before; collect what may come behind all."""
+    name = kind(node)
+    if name in ("Command", "Argument"):
+        if len(words) in starts:
+            expected.add(node)
+        if name == "Command":
+            return {start + 1 for start in starts if words[start : start + 1] == [node.name]}
+        return {start + 1 for start in starts if start < len(words) and not own[start]}
+    if name == "Either":
+        return set().union(*(_walk(child, words, starts, expected, own) for child in node.children))
+    if name in ("Required", "Optional", "OneOrMore"):
+        ends = set(starts)
+        for child in node.children:
+            after = _walk(child, words, ends, expected, own)
+            ends = ends | after if name == "Optional" else after
+        if name == "OneOrMore" and ends - starts:
+            ends |= _walk(node, words, ends - starts, expected, own)
+        return ends
+    return set(starts)  # an option, which may stand anywhere
+
+
+def positional(words: list[str], usages: list[Usage]) -> list[str]:
+    """Return the words that are neither options nor their values."""
+    with_value = {name for usage in usages for o in usage.options() if o.argcount for name in (o.long, o.short)}
+    found = []
+    skip = False
+    for word in words:
+        if not skip and (not word.startswith("-") or word == "-"):
+            found.append(word)
+        skip = word in with_value
+    return found

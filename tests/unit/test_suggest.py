@@ -1,0 +1,107 @@
+"""What a user is told whose words do not fit: the word, the nearest that would, and the usage that comes closest."""
+
+from __future__ import annotations
+
+import pytest
+
+from calicoctl import cli
+from calicoctl.grammar import COMMANDS
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("contaner add", "'contaner' is not a calicoctl command; did you mean 'container'?"),
+        ("frobnicate", "'frobnicate' is not a calicoctl command; the commands are batch, bgp,"),
+        ("help frobnicate", "'frobnicate' is not a calicoctl command"),
+        ("container ls", "did you mean 'calicoctl endpoint show --detailed'?"),
+        ("pool list", "'list' does not fit behind 'calicoctl pool'; did you mean 'show'?"),
+        ("pool show 10.0.0.0/8", "'10.0.0.0/8' does not fit behind 'calicoctl pool show', which takes no more words"),
+        ("container web append web", "did you mean 'calicoctl container web profile append web'?"),
+        ("container ad web ipv4", "did you mean 'calicoctl container add web ipv4'?"),
+        ("container add web", "Behind 'calicoctl container add web', <IP> is missing"),
+        ("container web ip", "Behind 'calicoctl container web ip', 'add' or 'remove' is missing"),
+        (
+            "profile show web",
+            "'web' does not fit behind 'calicoctl profile show'; did you mean 'calicoctl profile web rule show' or "
+            "'calicoctl profile web tag show'?",
+        ),
+        ("profile web rule add ingress allow", "'ingress' does not fit behind 'calicoctl profile web rule add'; did"),
+        ("profile web rule add ingress allow", "did you mean 'inbound'?"),
+        (
+            "profile web rule add inbound allow tcp to port 80",
+            "'port' is out of place in a rule; did you mean 'ports'?",
+        ),
+        ("profile web rule add inbound alow", "not 'alow'; did you mean 'allow'?"),
+        ("profile web rule remove inbound", "Behind 'calicoctl profile web rule remove inbound', <RULE> is missing"),
+        ("node bgp peer add 192.0.2.1 64512", "did you mean 'calicoctl node bgp peer add 192.0.2.1 as 64512'?"),
+        ("bgp node-mesh of", "did you mean 'off'?"),
+        ("-v", "'-v' is not a calicoctl option; did you mean '--version'?"),
+        ("--output=json status", "'--output=json' stands before the command; did you mean 'calicoctl status --output"),
+        ("profile remove web --no-chek", "is no option of 'calicoctl profile'; did you mean '--no-check'?"),
+        ("container add web ipv4 --waitt=3", "did you mean '--wait=3'?"),
+        ("container add web ipv4 --wait", "--wait needs a value: --wait=VALUE"),
+        ("profile remove web --no-check=1", "--no-check takes no value"),
+        ("profile show --help=1", "--help takes no value"),
+        ("container remove web --wait=3", "'--wait' does not go with 'calicoctl container remove'"),
+        ("status now", "'now' does not fit behind 'calicoctl status', which takes no more words"),
+        ("profile 'web", "Behind"),
+        ("version -o xml", "--output=xml: the only format is json"),
+    ],
+)
+def test_what_does_not_fit_is_named(
+    line: str, expected: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    assert cli.main(line.split()) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and expected in said.err.splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    ("line", "usage"),
+    [
+        ("profile web rule add ingress allow", "calicoctl profile <PROFILE> rule add (inbound|outbound)"),
+        ("container web ip", "calicoctl container <CONTAINER> ip (add|remove) <IP>"),
+        ("profile show web", "calicoctl profile show "),
+        ("endpoint ff profile append --nonsense", "calicoctl endpoint <ENDPOINT_ID> profile (append|remove|set)"),
+    ],
+)
+def test_the_usage_that_comes_closest_is_shown(line: str, usage: str, capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(line.split())
+    shown = capsys.readouterr().err.splitlines()
+    assert shown[1] == "Usage:" and shown[2].strip().startswith(usage)
+    assert sum("calicoctl" in other for other in shown[2:]) == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "there", "not_there"),
+    [
+        ("container add --help", ["<IP>", "--wait=", "--interface="], ["container remove", "endpoint show"]),
+        ("help container add", ["container add <CONTAINER> <IP>"], ["container remove"]),
+        (
+            "profile rule add --help",
+            ["rule add (inbound|outbound)", "A rule is one of", "--at="],
+            ["trace", "--no-check"],
+        ),
+        ("profile web rule add --help", ["rule add (inbound|outbound)"], ["profile remove"]),
+        ("pool show -h", ["--ipv4"], ["<START_IP>", "--force"]),
+        ("container --help", ["container add", "container remove", "Examples:"], ["All of it"]),
+        ("help", ["Commands:", "container", "status"], []),
+        ("--help", ["Commands:"], []),
+    ],
+)
+def test_help_is_about_what_the_words_say(
+    line: str, there: list[str], not_there: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(line.split()) == 0
+    shown = capsys.readouterr().out
+    assert [text for text in there if text not in shown] == []
+    usage = shown.partition("Options:")[0] if "container add" in line else shown
+    assert [text for text in not_there if text in usage] == []
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, ""])
+def test_help_fits_80_columns(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([command, "--help"] if command else ["--help"]) == 0
+    assert [line for line in capsys.readouterr().out.splitlines() if len(line) > 78] == []
