@@ -23,6 +23,9 @@ class OutOfTime(BaseException):
     """Who presses the tab key has waited long enough for the one that is being asked."""
 
 
+FILES, DIRECTORIES = ":files", ":directories"
+"""Candidates that stand for the names of files, or of directories, which a shell knows best."""
+
 _HARMLESS = re.compile(r"[A-Za-z0-9_./:=@%+,-]+", re.ASCII)
 """What a shell takes for a plain word. Names come from etcd and Docker, and end on somebody's command line."""
 
@@ -30,13 +33,16 @@ _HARMLESS = re.compile(r"[A-Za-z0-9_./:=@%+,-]+", re.ASCII)
 def candidates(line: str) -> list[str]:
     """Return what the last word of a command line may become; the line ends where the cursor is."""
     words, partial = _split(line)
+    if words[:1] == ["help"]:
+        words = words[1:]
     if not words:
-        found: Iterable[str] = (*COMMANDS, "--help", "--version", *GLOBAL_OPTIONS)
+        found: Iterable[str] = (*COMMANDS, "help", "--help", "--version", *GLOBAL_OPTIONS)
     elif words[0] not in COMMANDS:
         found = ()
     else:
         found = _of_command(words, partial)
-    return sorted({word for word in found if word.startswith(partial) and _HARMLESS.fullmatch(word)})
+    fitting = sorted({word for word in found if word.startswith(partial) and _HARMLESS.fullmatch(word)})
+    return fitting or sorted({FILES, DIRECTORIES} & set(found))
 
 
 def _split(line: str) -> tuple[list[str], str]:
@@ -56,14 +62,15 @@ def _split(line: str) -> tuple[list[str], str]:
 def _of_command(words: list[str], partial: str) -> set[str]:
     usages = usages_of(grammar_of(words[0]))
     plain = positional(words, usages)
+    for option in (option for usage in usages for option in usage.options()):
+        if option.argcount and words[-1] in (option.long, option.short):
+            return set(_values(option.long, plain, partial))
     fitting = [(usage, fit) for usage, fit in zip(usages, fits(usages, plain)) if fit]
     if partial.startswith("-"):
         return _options([usage for usage, _ in fitting], plain, partial)
-    found: set[str] = set()
-    for _, fit in fitting:
-        found |= fit.commands()
-        for name in fit.arguments():
-            found.update(_values(name, plain))
+    found = {name for _, fit in fitting for name in fit.commands()}
+    for name in {name for _, fit in fitting for name in fit.arguments()}:
+        found.update(_values(name, plain, partial))
     return found
 
 
@@ -73,7 +80,8 @@ def _options(usages: list[Usage], words: list[str], partial: str) -> set[str]:
     found = {"--help", *GLOBAL_OPTIONS}
     for option in (option for usage in usages for option in usage.options()):
         if equals and option.long == name:
-            found.update(f"{name}={value}" for value in _values(name, words))
+            values = _values(name, words, partial.partition("=")[2])
+            found.update(value if value in (FILES, DIRECTORIES) else f"{name}={value}" for value in values)
         else:
             found.add(f"{option.long}=" if option.argcount else option.long)
     return found
@@ -82,14 +90,18 @@ def _options(usages: list[Usage], words: list[str], partial: str) -> set[str]:
 # The names of what is there
 
 
-def _values(name: str, words: list[str]) -> Iterable[str]:
+def _values(name: str, words: list[str], partial: str) -> list[str]:
     """Return what an argument, or an option, may be; nothing where that cannot be told."""
-    try:
+    found: list[str] = []
+    with suppress(CalicoError, OutOfTime):
         if name in _SOURCES:
             environment.complete()
-        return _SOURCES[name](words) if name in _SOURCES else ()
-    except (CalicoError, OutOfTime):
-        return ()
+            found = list(_SOURCES[name](words))
+    if name in ("<FILE>", "<CONTAINER>", "<CONTAINERS>") and (name == "<FILE>" or partial.startswith("/")):
+        found.append(FILES)
+    elif name == "--log-dir":
+        found.append(DIRECTORIES)
+    return found
 
 
 def _containers(words: list[str]) -> list[str]:
@@ -102,7 +114,16 @@ def _containers(words: list[str]) -> list[str]:
 
 
 def _addresses(words: list[str]) -> list[str]:
-    return ["ipv4", "ipv6", *_pools(words)] if words[0] == "container" and "add" in words else []
+    if words[0] == "ipam":
+        endpoints = DatastoreClient.from_environment().readable_endpoints()[0]
+        return [address for endpoint in endpoints for address in endpoint.addresses]
+    if "remove" not in words:
+        return ["ipv4", "ipv6", *_pools(words)]
+    from calicoctl.workload import endpoints_of, find_connected
+
+    datastore = DatastoreClient.from_environment()
+    endpoints = endpoints_of(datastore, find_connected(words[1], datastore))
+    return [address for endpoint in endpoints for address in endpoint.addresses]
 
 
 def _pools(words: list[str]) -> list[str]:
@@ -129,7 +150,30 @@ def _peers(words: list[str]) -> list[str]:
 
 
 def _tags(words: list[str]) -> list[str]:
-    return DatastoreClient.from_environment().tags(words[1])
+    datastore = DatastoreClient.from_environment()
+    return datastore.tags(words[1]) if "remove" in words else list(datastore.all_tags() or ())
+
+
+def _rule_words(words: list[str]) -> list[str]:
+    """Return what may come next in a rule; `words` may have some of one."""
+    from calicoctl.rules import GRAMMAR
+
+    direction = next(number for number, word in enumerate(words) if word in ("inbound", "outbound") and number > 2)
+    fitting = fits(usages_of(GRAMMAR), words[direction + 1 :])
+    found = {name for fit in fitting for name in fit.commands()}
+    arguments = {name for fit in fitting for name in fit.arguments()}
+    if "<TAG>" in arguments:
+        found.update(DatastoreClient.from_environment().all_tags() or ())
+    if "<CIDR>" in arguments:
+        found.update(_pools(words))
+    return sorted(found)
+
+
+def _setting_values(words: list[str]) -> list[str]:
+    from calicoctl.commands.config import known
+
+    setting = known("node" in words, "felix" in words).get(words[-1])
+    return list(setting.values or ()) if setting is not None else []
 
 
 def _settings(words: list[str]) -> list[str]:
@@ -148,6 +192,9 @@ _SOURCES: dict[str, Callable[[list[str]], Iterable[str]]] = {
     "<FROM>": _containers,
     "<TO>": _containers,
     "<IP>": _addresses,
+    "<IPS>": _addresses,
+    "<RULE>": _rule_words,
+    "<VALUE>": _setting_values,
     "<CIDRS>": _pools,
     "<PROFILE>": _profiles,
     "<PROFILES>": _profiles,

@@ -26,6 +26,17 @@ _WITH_PORTS = (*PORT_PROTOCOLS, *OTHER_PROTOCOLS, 6, 17, 132, 136)
 _WITH_ICMP_TYPE = (*ICMP_PROTOCOLS, 1, 58)
 _VERSIONS = {"ipv4": 4, "ipv6": 6}
 
+GRAMMAR = """Usage:
+  calicoctl (allow|deny|log) [ipv4|ipv6] (tcp|udp) [(from [(ports <PORTS>)] [(tag <TAG>)] [(cidr <CIDR>)])]
+            [(to [(ports <PORTS>)] [(tag <TAG>)] [(cidr <CIDR>)])]
+  calicoctl (allow|deny|log) [ipv4|ipv6] (icmp|icmpv6) [(type <TYPE> [(code <CODE>)])]
+            [(from [(tag <TAG>)] [(cidr <CIDR>)])] [(to [(tag <TAG>)] [(cidr <CIDR>)])]
+  calicoctl (allow|deny|log) [ipv4|ipv6] protocol <PROTOCOL>
+            [(from [(tag <TAG>)] [(cidr <CIDR>)])] [(to [(tag <TAG>)] [(cidr <CIDR>)])]
+  calicoctl (allow|deny|log) [ipv4|ipv6] [(from [(tag <TAG>)] [(cidr <CIDR>)])] [(to [(tag <TAG>)] [(cidr <CIDR>)])]
+"""
+"""A rule's words in the order in which people are told them, for completion; `parse` takes some other orders, too."""
+
 KEYWORDS = ("from", "to", "ports", "tag", "cidr", "type", "code", "protocol", *_VERSIONS)
 KEYWORDS += PORT_PROTOCOLS + ICMP_PROTOCOLS
 

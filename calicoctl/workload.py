@@ -301,8 +301,14 @@ def _name_of(id: str) -> str:
 
 def _inspect(name: str) -> dict[str, Any]:
     """Ask the Docker Engine about a container; raise NoSuchContainer, or DockerUnavailable."""
-    with docker_engine(f"about {name}") as docker:
-        return docker.inspect_container(name)  # type: ignore[no-any-return]
+    try:
+        with docker_engine(f"about {name}") as docker:
+            return docker.inspect_container(name)  # type: ignore[no-any-return]
+    except (NoSuchContainer, DockerUnavailable) as error:
+        path = f"/var/run/netns/{name}"
+        if not os.path.exists(path):
+            raise
+        raise type(error)(f"{error} There is a network namespace of that name: did you mean {path}?") from None
 
 
 def has_processes(id: str) -> bool:

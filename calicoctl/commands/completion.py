@@ -3,9 +3,11 @@
 Usage:
   calicoctl completion (bash | zsh)
 
-`make install` puts it where the shells look for it. Words of the grammar are
-completed, and the names of containers, namespaces, profiles, pools, endpoints
-and hosts, as far as etcd and Docker can be asked within two seconds.
+`make install` puts it where the shells look for it. Words of the grammar and
+of rules are completed, and the names of containers, namespaces, profiles,
+tags, pools, addresses, endpoints, hosts and settings, as far as etcd and
+Docker can be asked within two seconds; the names of files only where one is
+meant.
 
 Examples:
   calicoctl completion bash >/etc/bash_completion.d/calicoctl
@@ -29,11 +31,24 @@ BASH = """\
 _calicoctl() {
     local IFS=$'\\n'
     COMPREPLY=($(calicoctl completion candidates bash "${COMP_LINE:0:COMP_POINT}" 2>/dev/null))
-    if [[ ${#COMPREPLY[@]} -eq 1 && ${COMPREPLY[0]} == *= ]]; then
-        compopt -o nospace
+    case ${COMPREPLY[0]} in
+    :files) COMPREPLY=(); compopt -o default ;;
+    :directories) COMPREPLY=(); compopt -o dirnames ;;
+    *=) [[ ${#COMPREPLY[@]} -gt 1 ]] || compopt -o nospace ;;
+    esac
+}
+complete -F _calicoctl calicoctl
+# bash-completion completes what is behind sudo; where it is not there, this does
+_calicoctl_sudo() {
+    local words=" ${COMP_WORDS[*]:1:COMP_CWORD-1} "
+    if [[ $words == *[\\ /]calicoctl\\ * ]]; then
+        compopt +o default
+        _calicoctl
     fi
 }
-complete -o default -F _calicoctl calicoctl
+if ! { declare -F _comp_load || declare -F _completion_loader || complete -p sudo; } &>/dev/null; then
+    complete -o default -F _calicoctl_sudo sudo
+fi
 """
 
 ZSH = """\
@@ -42,9 +57,10 @@ ZSH = """\
 _calicoctl() {
     local -a found
     found=(${(f)"$(calicoctl completion candidates zsh "${(j: :)words[1,CURRENT-1]} $PREFIX" 2>/dev/null)"})
-    if (( ! $#found )); then
-        _files
-    else
+    if [[ $found[1] == :* ]]; then
+        compset -P '*='
+        [[ $found[1] == :files ]] && _files || _files -/
+    elif (( $#found )); then
         compadd -Q -S '' -- ${(M)found:#*=}
         compadd -Q -- ${found:#*=}
     fi
@@ -79,6 +95,9 @@ def _candidates(shell: str, line: str) -> None:
     signal.signal(signal.SIGALRM, _out_of_time)
     signal.alarm(PATIENCE)
     words = completion.candidates(line)
+    if words and words[0] in (completion.FILES, completion.DIRECTORIES):
+        print(words[0])
+        return
     # bash looks at what is behind the last of these alone
     typed = line.rpartition(" ")[2]
     start = max(typed.rfind("="), typed.rfind(":")) + 1 if shell == "bash" else 0

@@ -399,3 +399,10 @@ def test_output_that_nobody_reads(host: Host) -> None:
     )
     assert "Traceback" not in done.err
     assert "No space left on device" in done.err
+
+
+def test_a_namespace_named_like_a_container(host: Host, blue: str, engine: None) -> None:
+    for docker in ({}, {"DOCKER_HOST": "unix:///nowhere"}):
+        said = host.ctl("container", "add", "blue", "ipv4", status=1, env=docker)
+        assert said.err.endswith(f"There is a network namespace of that name: did you mean {blue}?\n")
+    assert host.records() == {}
