@@ -20,7 +20,7 @@ OLDEST_REPORT = 30.0
 
 AGENT, STORE, ENDPOINT, HOST, KEY = "agent", "store", "endpoint", "host", "key"
 
-_ABILITY = {"works": False, "since": None, "error": None}
+_ABILITY = {"works": None, "since": None, "error": None}
 _NOTHING: dict[str, Any] = {
     "host": None,
     "version": None,
@@ -128,7 +128,7 @@ def _agent(status: dict[str, Any], pid: int | None) -> Iterator[Issue]:
         text = f"The agent of host {host} (process {pid}) has not reported for {report['age'] or 0:.0f} s: it hangs"
         advice = f"'kill -9 {pid}' does no harm to what it has set up; 'calicoctl node' starts it again"
         yield Issue(AGENT, text, advice, True)
-    elif status["waiting_for"] and status["etcd"]["reachable"]:
+    elif status["waiting_for"] and status["etcd"]["error"] is None:
         yield Issue(AGENT, f"The agent waits for {status['waiting_for']}")
 
 
@@ -138,7 +138,7 @@ def _store(status: dict[str, Any]) -> Iterator[Issue]:
     since: dict[str, str] = {}
     for what, verb in (("reads", "read"), ("writes", "written"), ("watch", "followed")):
         ability = status["etcd"][what]
-        if not ability["works"]:
+        if ability["works"] is False:  # it is None while that is not known
             error = ability["error"]
             failing.setdefault(error, []).append(verb)
             since[error] = min(since.get(error, ability["since"]), ability["since"])

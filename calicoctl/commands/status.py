@@ -38,6 +38,8 @@ from calicoctl.grammar import Prepared, parse
 from calicoctl.hoststatus import AGENT, ENDPOINT, STORE, Issue
 from calicoctl.output import print_json, wants_json
 
+_WORKS = {True: "works", False: "fails", None: "has not been tried,"}
+
 MOST_LINES = 10
 """How many lines of what is wrong a person is shown."""
 
@@ -70,7 +72,7 @@ def _lines(status: dict[str, Any]) -> list[str]:
         + (f"running since {status['running_since']}" if status["running"] else "not running; it said last:")
         + (reported if status["running"] else ""),
         *(
-            f"{label}{'works' if ability['works'] else 'fails'} since {ability['since']}"
+            f"{label}{_WORKS[ability['works']]} since {ability['since']}"
             for label, ability in (
                 ("etcd:       reading ", status["etcd"]["reads"]),
                 ("            writing ", status["etcd"]["writes"]),

@@ -18,6 +18,7 @@ from calicoctl.datastore import keys
 from calicoctl.datastore.keys import EndpointId
 from calicoctl.datastore.model import Endpoint, Peer, Pool, Rules, load_object, load_strings
 from calicoctl.datastore.store import (
+    PATIENCE,
     Change,
     Entry,
     EtcdSettings,
@@ -72,9 +73,12 @@ class DatastoreClient:
         self._store = store
 
     @classmethod
-    def from_environment(cls) -> DatastoreClient:
-        """Use the etcd that the environment names, and this host's name. Nothing is sent yet."""
-        return cls(EtcdStore(EtcdSettings.from_environment()), hostname())
+    def from_environment(cls, patience: float = PATIENCE) -> DatastoreClient:
+        """Use the etcd that the environment names, and this host's name; nothing is sent yet.
+
+        `patience` is how many seconds a store that answers, but can do nothing, is asked again.
+        """
+        return cls(EtcdStore(EtcdSettings.from_environment(), patience), hostname())
 
     @cached_property
     def ipam(self) -> Ipam:

@@ -42,8 +42,14 @@ READ_TIMEOUT = 4.0
 CONFIRMATION = 0.5
 """Seconds that a watch which saw nothing is asked again, before what happened elsewhere is passed over."""
 
+QUORUM_TIMEOUT = 3.0
+"""Seconds for a member to show that it has the majority of its cluster behind it, after a watch that saw nothing."""
+
 PATIENCE = 20.0
 """Seconds for which a cluster that answers, but can do nothing (it elects a leader, say), is asked again."""
+
+WATCH_PATIENCE = 3.0
+"""The same for a watch, after which its caller is told: what is reported of the store must be true within seconds."""
 
 ATTEMPTS = 200
 """How often a change of a key that others change too is tried."""
@@ -104,7 +110,8 @@ class Store(Protocol):
     def watch(self, directory: str, index: int, seconds: float) -> tuple[list[Change], int]:
         """Wait for the first change below `directory` that has `index` or a later one.
 
-        Returns it, or nothing after `seconds`, and the index to go on from. Raises HistoryLost when the store does not
+        Returns it, or nothing after `seconds`, and the index to go on from. Nothing means that nothing has happened: a
+        part of the store that is cut off from the rest is not believed. Raises HistoryLost when the store does not
         remember that far back, and when the connection was lost: it may be another store that answers the next time.
         """
 
@@ -227,8 +234,10 @@ class _Cut(_Unanswered):
 class EtcdStore:
     """`Store` over the v2 API of an etcd cluster."""
 
-    def __init__(self, settings: EtcdSettings) -> None:
+    def __init__(self, settings: EtcdSettings, patience: float = PATIENCE) -> None:
+        """`patience` is how many seconds a cluster that answers, but can do nothing, is asked again."""
         self._settings = settings
+        self._patience = patience
         self._members = list(settings.hosts)
         self._clients: dict[tuple[str, int], etcd.Client] = {}
 
@@ -351,21 +360,28 @@ class EtcdStore:
     def watch(self, directory: str, index: int, seconds: float) -> tuple[list[Change], int]:
         import etcd
 
-        give_up = time.monotonic() + PATIENCE
+        give_up: float | None = None
+
+        def wait(client: etcd.Client, path: str) -> tuple[list[Change], int]:
+            if give_up is not None:  # the member before had no majority: the next one need not be waited for, either
+                _confirm_quorum(client, path)
+            return _await_change(client, path, index, seconds)
+
         try:
             while True:
                 try:
-                    return self._answer(directory, lambda client, path: _await_change(client, path, index, seconds))
+                    return self._answer(directory, wait)
                 except _Cut as cut:
                     raise HistoryLost(f"a wait for changes was cut short: {cut.why}") from None
                 except _Unanswered as unanswered:
+                    give_up = give_up or time.monotonic() + WATCH_PATIENCE
                     self._wait(unanswered, give_up)
         except etcd.EtcdKeyNotFound:
             raise StoreError(f"the store does not answer as etcd does: it cannot watch {directory}") from None
 
     def _read(self, key: str, read: Callable[[etcd.Client, str], T]) -> T:
         """Read from the first member that answers; raise what python-etcd raises for a definite answer."""
-        give_up = time.monotonic() + PATIENCE
+        give_up = time.monotonic() + self._patience
         while True:
             try:
                 return self._answer(key, read)
@@ -386,7 +402,7 @@ class EtcdStore:
         """
         import etcd
 
-        give_up = time.monotonic() + PATIENCE
+        give_up = time.monotonic() + self._patience
         doubtful = False
         while True:
             try:
@@ -421,20 +437,27 @@ class EtcdStore:
             try:
                 return send(self._client(member), path)
             except etcd.EtcdConnectionFailed as error:
-                self._members.remove(member)
-                self._members.append(member)
+                self._ask_others_first(member)
                 if type(_cause(error)).__name__ not in _NOT_SENT:
                     kind = _Unanswered if _timed_out(error) else _Cut
                     raise kind(f"{url} did not answer ({_reason(error)})") from None
                 reasons.append(f"{url} ({_reason(error)})")
             except etcd.EtcdException as error:
-                raise self._translate(error, url, key) from None
+                translated = self._translate(error, url, key)
+                if isinstance(translated, _Unanswered):
+                    self._ask_others_first(member)
+                raise translated from None
             except (AttributeError, KeyError, TypeError, ValueError) as error:
                 raise _no_etcd(url, error) from error  # the library's, about JSON of another shape than etcd's
         raise StoreUnavailable(
             f"etcd cannot be reached at {', '.join(reasons)}: start it, or say with ETCD_AUTHORITY or ETCD_ENDPOINTS "
             f"where it is{_ONE_HOST_ALONE if self._settings.hosts == DEFAULT_HOSTS else ''}"
         )
+
+    def _ask_others_first(self, member: tuple[str, int]) -> None:
+        """Ask a member that did not do what it was asked for only when the others have been, from now on."""
+        self._members.remove(member)
+        self._members.append(member)
 
     def _translate(self, error: Any, url: str, key: str) -> Any:
         """Return what to raise for an answer that is an error: itself, when the caller knows what it means."""
@@ -530,6 +553,7 @@ def _await_change(client: etcd.Client, path: str, index: int, seconds: float) ->
     if reached + 1 < index:
         # another store than the one that gave the index, or one set back
         raise HistoryLost(f"the store has reached {reached} only, where {index - 1} had been reached before")
+    next_index = max(index, reached + 1)
     if event is None and reached >= index:
         # a change may have got stuck on its way: ask again before it is taken for none
         try:
@@ -537,9 +561,10 @@ def _await_change(client: etcd.Client, path: str, index: int, seconds: float) ->
         except etcd.EtcdConnectionFailed as error:
             if not _timed_out(error):
                 raise
-            return [], index  # who answers late is to be asked again
+            next_index = index  # who answers late is to be asked again
     if event is None:
-        return [], max(index, reached + 1)
+        _confirm_quorum(client, path)
+        return [], next_index
     node = event["node"]
     if node.get("dir") and event["action"] == "update":
         return [], node["modifiedIndex"] + 1  # of its time to live; what is in it stays
@@ -549,6 +574,17 @@ def _await_change(client: etcd.Client, path: str, index: int, seconds: float) ->
         raise TypeError("a change of another shape")
     entry = None if gone else Entry(node["key"], value, node["modifiedIndex"], node["createdIndex"])
     return [Change(node["key"], entry)], node["modifiedIndex"] + 1
+
+
+def _confirm_quorum(client: etcd.Client, path: str) -> None:
+    """Have a member show, by a quorum read, that it is not cut off from the others; raise what python-etcd raises.
+
+    One that is cut off keeps answering watches, and sees no change in them.
+    """
+    import etcd
+
+    with suppress(etcd.EtcdKeyNotFound):
+        client.read(path, quorum=True, timeout=QUORUM_TIMEOUT)
 
 
 def _poll(client: etcd.Client, path: str, index: int, seconds: float) -> tuple[Any, int]:

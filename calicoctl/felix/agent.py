@@ -26,7 +26,7 @@ from calicoctl import __version__
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.keys import HOSTS, EndpointId
 from calicoctl.errors import CalicoError
-from calicoctl.felix import connections, events, process
+from calicoctl.felix import connections, events, process, report
 from calicoctl.felix.host import HostKeeper
 from calicoctl.felix.keeper import Keeper
 from calicoctl.felix.local_etcd import LocalEtcd
@@ -72,8 +72,11 @@ class Newcomer:
 class Agent:
     """The agent of one host. `run` returns when the process is asked to end."""
 
-    def __init__(self, datastore: Callable[[], DatastoreClient], ready: Callable[[], None], options: Options):
-        """`datastore` makes a client, one a thread; `ready` is called when the first snapshot is in the kernel."""
+    def __init__(self, datastore: Callable[..., DatastoreClient], ready: Callable[[], None], options: Options):
+        """`datastore` makes a client, one a thread, given the store's patience; see DatastoreClient.from_environment.
+
+        `ready` is called when the first snapshot is in the kernel.
+        """
         self._host = datastore().host
         self._events: events.Events[Any] = SimpleQueue()
         self._snapshot = Snapshot(self._host)
@@ -82,7 +85,7 @@ class Agent:
         self._health = Health(self._host, __version__, asdict(options), frozenset(self._unread))
         self._ready = ready
         self._metrics = Metrics(self._health, options.metrics_port)
-        self._reporter = StoreReporter(datastore(), self._health, self._events.put)
+        self._reporter = StoreReporter(datastore(report.PATIENCE), self._health, self._events.put)
         self._file = ReportFile(process.report_file(self._host))
         self._nft = Nft()
         self._ruleset: Ruleset | None = None
@@ -157,6 +160,7 @@ class Agent:
         self._events.put(events.Stop())
 
     def _loop(self) -> None:
+        told_ready = False
         while True:
             listings = []
             ends = False
@@ -191,8 +195,12 @@ class Agent:
             self._keeper.set_ready(self._snapshot.ready)
             self._health.waiting_for = self._waiting_for()
             self._health.problems = self._snapshot.problems
-            if self._events.empty() or self._file.is_due:
+            is_ready = self._health.first_update and not told_ready
+            if self._events.empty() or self._file.is_due or is_ready:
                 self._file.write(self._health)
+            if is_ready:
+                told_ready = True
+                self._ready()  # now that the report can be read
 
     def _wait(self) -> list[Any]:
         """Return the events that have come, all of a burst together; none when it is time for something."""
@@ -225,8 +233,8 @@ class Agent:
         elif isinstance(event, events.StoreAway):
             if self._health.watch.failed(event.directory, event.why, event.since):
                 self._health.error(f"{event.why}; what is set up stays as it is")
-            if not event.read:
-                self._health.reads.failed(event.directory, event.why, event.since)
+            if not event.read and self._health.reads.failed(event.directory, event.why, event.since):
+                self._reporter.sign_of_life()  # at once: can it be written, then?
         elif isinstance(event, events.StoreWritten):
             self._health.writes.succeeded("statuses")
         elif isinstance(event, events.StoreNotWritten):
@@ -409,7 +417,6 @@ class Agent:
             self._host_keeper.start()
             self._reporter.sign_of_life()
             log.info("the first snapshot is in the kernel: %d endpoints of this host", len(self._snapshot.local))
-            self._ready()
 
     def _hold_back(self, changed: set[EndpointId]) -> None:
         """Note which addresses are new to endpoints: these wait. Put endpoints that have waited into `changed`.

@@ -36,9 +36,9 @@ def now() -> str:
     return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-LONG_POLL = 10.0
-"""Seconds that one wait for a change of the store takes at most. A member that hangs costs as long, before others are
-asked; a store that hangs as a whole is found away after this and the store client's own patience."""
+LONG_POLL = 4.0
+"""Seconds that one wait for a change of the store takes at most; then the member that saw none is to show that it is
+not cut off from the others, or these are asked: with the store's QUORUM_TIMEOUT, changes arrive within ten seconds."""
 
 LONGEST_PAUSE = 5.0
 """Seconds between two attempts to reach the store, at most."""

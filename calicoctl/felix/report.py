@@ -35,6 +35,9 @@ INTERVAL = 10.0
 TIME_TO_LIVE = 30
 """Seconds after which a sign of life expires."""
 
+PATIENCE = 6.0
+"""Seconds for which a store that answers, but can do nothing, is asked again before it is reported that it is away."""
+
 FILE_INTERVAL = 10.0
 """Seconds after which the report is written anew although nothing has changed: its age tells that the agent works."""
 
@@ -61,16 +64,17 @@ class Status:
 
 
 class Ability:
-    """Whether the store can be read, say: since when, and why not. It can when none of its users says otherwise."""
+    """Whether the store can be read, say: since when, and why not. It can when all who are to try it have succeeded."""
 
     def __init__(self, users: Iterable[str]) -> None:
-        self._failing = dict.fromkeys(users, "it has not been tried yet")
-        self._tried = False
+        self._untried = set(users)
+        self._failing: dict[str, str] = {}
         self.since = now()
 
     @property
-    def works(self) -> bool:
-        return not self._failing
+    def works(self) -> bool | None:
+        """Whether it does, None while that is not known."""
+        return False if self._failing else None if self._untried else True
 
     @property
     def error(self) -> str | None:
@@ -78,19 +82,24 @@ class Ability:
 
     def succeeded(self, user: str) -> bool:
         """Note that it works for a user; tell whether that makes it work."""
-        if self._failing.pop(user, None) is None or self._failing:
+        before = self.works
+        self._untried.discard(user)
+        self._failing.pop(user, None)
+        if before is self.works or not self.works:
             return False
-        self._tried, self.since = True, now()
+        self.since = now()
         return True
 
     def failed(self, user: str, why: str, since: str) -> bool:
         """Note that it does not work for a user since a time; tell whether that is news."""
-        news = self.works or not self._tried
+        before = self.works
+        self._untried.discard(user)
         self._failing.pop(user, None)
         self._failing = {user: why, **self._failing}  # the newest reason is shown
-        if news:
-            self._tried, self.since = True, since
-        return news
+        if before is False:
+            return False
+        self.since = since
+        return True
 
     def to_dict(self) -> dict[str, Any]:
         return {"works": self.works, "since": self.since, "error": self.error}
@@ -131,7 +140,7 @@ class Health:
     @property
     def store_works(self) -> bool:
         """Whether the store can be read, written and followed."""
-        return self.reads.works and self.writes.works and self.watch.works
+        return all(ability.works for ability in (self.reads, self.writes, self.watch))
 
     def count(self, act: Act) -> None:
         """Count something that was done for a workload."""

@@ -85,17 +85,36 @@ def gone(pid: int) -> bool:
 class Etcd:
     """An etcd server on loopback, and a small client of its v2 API."""
 
-    def __init__(self, directory: Path, name: str = "m0", port: int | None = None, peer: int | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        name: str = "m0",
+        port: int | None = None,
+        peer: int | None = None,
+        address: str = "127.0.0.1",
+        namespace: str | None = None,
+    ) -> None:
+        """`address` is where it listens, in a network `namespace` if one is named."""
         self.name, self.directory = name, directory
         self.port, self.peer = port or free_port(), peer or free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.url, self.peer_url = f"http://{address}:{self.port}", f"http://{address}:{self.peer}"
+        self._prefix = ("ip", "netns", "exec", namespace) if namespace else ()
         self.process: subprocess.Popen | None = None
 
     def start(self, cluster: str | None = None, *options: str) -> None:
-        peer = f"http://127.0.0.1:{self.peer}"
+        peer = self.peer_url
         self.directory.mkdir(parents=True, exist_ok=True)
         command = [
-            *("etcd", "--name", self.name, "--data-dir", str(self.directory / "data"), "--log-outputs", "stderr"),
+            *(
+                *self._prefix,
+                "etcd",
+                "--name",
+                self.name,
+                "--data-dir",
+                str(self.directory / "data"),
+                "--log-outputs",
+                "stderr",
+            ),
             *("--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer),
             *("--initial-cluster", cluster or f"{self.name}={peer}"),
         ]

@@ -1,33 +1,49 @@
-"""A cluster of three etcd members, of which one stops, hangs or is not there; and etcd over TLS."""
+"""A cluster of three etcd members, of which one stops, hangs, is cut off or is not there; and etcd over TLS."""
 
 from __future__ import annotations
 
 import json
 import shutil
+import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from tests.system.support import Etcd, Host, run
+from tests.system.agent import AgentHost
+from tests.system.support import Etcd, Host, end_process, run, wait_for
 
 KEY = ("-newkey", "rsa:2048", "-nodes")
 HOME = Path("/run/calico-tests/cluster")
+HERE, THERE = "198.51.100.1", "198.51.100.2"
 
 
 @pytest.fixture
 def members() -> Iterator[list[Etcd]]:
-    servers = [Etcd(HOME / f"m{number}", f"m{number}") for number in range(3)]
-    cluster = ",".join(f"{server.name}=http://127.0.0.1:{server.peer}" for server in servers)
-    for server in servers:
-        server.start(cluster)
-    for server in servers:
-        server.await_ready()
-    yield servers
-    for server in servers:
-        server.stop(9)
-    shutil.rmtree(HOME)
+    with running([Etcd(HOME / f"m{number}", f"m{number}") for number in range(3)]) as servers:
+        yield servers
+
+
+@contextmanager
+def running(servers: list[Etcd]) -> Iterator[list[Etcd]]:
+    """A cluster of these members."""
+    try:
+        for server in servers:
+            server.start(cluster_of(servers))
+        for server in servers:
+            server.await_ready()
+        yield servers
+    finally:
+        for server in servers:
+            server.stop(9)
+        shutil.rmtree(HOME)
+
+
+def cluster_of(servers: list[Etcd]) -> str:
+    """Return what a member has to know of the others."""
+    return ",".join(f"{server.name}={server.peer_url}" for server in servers)
 
 
 @pytest.fixture
@@ -72,12 +88,100 @@ def test_without_a_majority_the_user_is_told_and_nothing_is_lost(clustered: Host
         server.stop(9)
     said = clustered.ctl("profile", "web", "tag", "add", "x", status=1).err
     assert "etcd" in said and said.count("\n") == 1
-    cluster = ",".join(f"{server.name}=http://127.0.0.1:{server.peer}" for server in members)
     for server in members[1:]:
-        server.start(cluster)
+        server.start(cluster_of(members))
     for server in members:
         server.await_ready()
     clustered.ctl("profile", "web", "tag", "add", "x")
+
+
+@pytest.fixture
+def apart(bare_host: Host) -> Iterator[list[Etcd]]:
+    """Three members, of which the first is on another machine: it can be cut off from the others alone."""
+    run("ip", "netns", "add", "machine")
+    run("ip", "link", "add", "tomachine", "type", "veth", "peer", "name", "eth0", "netns", "machine")
+    for prefix, device, address in ((["ip"], "tomachine", HERE), (["ip", "-n", "machine"], "eth0", THERE)):
+        run(*prefix, "address", "add", f"{address}/24", "dev", device)
+        run(*prefix, "link", "set", device, "up")
+    run("ip", "-n", "machine", "link", "set", "lo", "up")
+    try:
+        away = Etcd(HOME / "m0", "m0", address=THERE, namespace="machine")
+        with running([away, *(Etcd(HOME / f"m{number}", f"m{number}", address=HERE) for number in (1, 2))]) as servers:
+            yield servers
+    finally:
+        for file in Path("/run/calico").glob("*/felix.pid"):
+            end_process(file)
+        run("nft", "add table inet cut; delete table inet cut")
+        run("ip", "link", "delete", "tomachine")
+        run("ip", "netns", "delete", "machine")
+
+
+def cut_off(servers: list[Etcd]) -> None:
+    """Let nothing through any more between the first member and the others; hosts still reach it."""
+    peers = ",".join(str(server.peer) for server in servers)
+    run(
+        "nft",
+        "add table inet cut; add chain inet cut input { type filter hook input priority 0; };"
+        "add chain inet cut output { type filter hook output priority 0; };"
+        f"add rule inet cut input iifname tomachine tcp dport {{ {peers} }} drop;"
+        f"add rule inet cut input iifname tomachine tcp sport {{ {peers} }} drop;"
+        f"add rule inet cut output oifname tomachine tcp dport {{ {peers} }} drop;"
+        f"add rule inet cut output oifname tomachine tcp sport {{ {peers} }} drop;",
+    )
+
+
+def test_a_member_that_is_cut_off_from_the_others_is_left_within_seconds(apart: list[Etcd]) -> None:
+    host = AgentHost(apart[1], endpoints=",".join(server.url for server in apart))
+    host.start_agent()
+    host.add("a", "192.168.0.1")
+    host.profile("web")
+    host.set_profiles("a", "web")
+    host.sync()
+    before = host.status()["etcd"]
+    cut_off(apart)
+    since = time.monotonic()
+    elsewhere = Host(apart[1], endpoints=",".join(server.url for server in apart[1:]))
+    elsewhere.ctl("profile", "web", "rule", "add", "inbound", "allow", "tcp", "to", "ports", "4711")
+    wait_for(lambda: "4711" in run("nft", "list", "table", "inet", "calico").out, host.log(), 20)
+    took = time.monotonic() - since
+    assert took < 10, f"{took:.1f} s"
+    run("ip", "netns", "add", "b")
+    assert "added" in host.ctl("container", "add", "/var/run/netns/b", "192.168.0.2", "--wait=10").out
+    assert "Problems:   none" in host.ctl("status").out
+    etcd = host.status()["etcd"]  # nothing has been away
+    assert [etcd[what]["since"] for what in ("reads", "watch")] == [
+        before[what]["since"] for what in ("reads", "watch")
+    ]
+
+
+def test_status_says_that_there_is_no_majority(bare_host: Host, members: list[Etcd]) -> None:
+    host = AgentHost(members[0], endpoints=",".join(server.url for server in members))
+    host.start_agent()
+    before = host.status()["etcd"]
+    assert all(before[what]["works"] for what in ("reads", "writes", "watch"))
+    for server in members[1:]:
+        server.stop(9)
+    since = time.monotonic()
+
+    def works(*whats: str) -> list[bool]:
+        return [host.status()["etcd"][what]["works"] for what in whats]
+
+    wait_for(lambda: not any(works("reads", "watch")), host.log())
+    took = time.monotonic() - since
+    assert took < 15, f"{took:.1f} s"
+    wait_for(lambda: not any(works("writes")), host.log(), 15)
+    shown = host.ctl("status", status=1)
+    for what in ("reading", "writing", "following changes"):
+        assert f" {what} fails since 20" in shown.out
+    assert "etcd cannot be read" in shown.out and "cannot make full use of etcd" in shown.err
+    for server in members[1:]:
+        server.start(cluster_of(members))
+    for server in members:
+        server.await_ready()
+    wait_for(lambda: all(works("reads", "writes", "watch")), host.log())
+    after = host.status()["etcd"]
+    assert all(after[what]["since"] > before[what]["since"] for what in ("reads", "writes", "watch"))
+    assert "Problems:   none" in host.ctl("status").out
 
 
 def test_etcd_over_tls(bare_host: Host, tmp_path: Path) -> None:
