@@ -15,7 +15,7 @@ from typing import Callable
 from calicoctl import environment
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.errors import CalicoError
-from calicoctl.grammar import COMMANDS, GLOBAL_OPTIONS, grammar_of
+from calicoctl.grammar import COMMANDS, FORMATS, GLOBAL_OPTIONS, grammar_of
 from calicoctl.usages import Usage, fits, positional, usages_of
 
 
@@ -206,6 +206,6 @@ _SOURCES: dict[str, Callable[[list[str]], Iterable[str]]] = {
     "--host": _hosts,
     "--hostname": _hosts,
     "--orchestrator": _fixed("docker", "namespace"),
-    "--output": _fixed("json"),
+    "--output": _fixed(*FORMATS),
     "--detach": _fixed("true", "false"),
 }

@@ -31,6 +31,9 @@ COMMANDS = (
 GLOBAL_OPTIONS = ("--debug", "--quiet")
 """Those that may stand anywhere."""
 
+FORMATS = ("text", "json")
+"""What --output takes."""
+
 Prepared = Callable[[], None]
 """What a command's `prepare(argv)` returns: all that was typed has been checked, and nothing has been done yet."""
 
@@ -50,9 +53,10 @@ def parse(grammar: str, argv: list[str]) -> dict[str, Any]:
         from calicoctl.suggest import misfit
 
         raise misfit(grammar, argv, str(error).replace(error.usage.strip(), "").strip()) from None
-    wanted = (arguments.get("--output") or "json").removeprefix("=")  # of -o=json
-    if wanted != "json":
-        raise UsageError(f"--output={wanted}: the only format is json; without the option, text is printed")
+    if arguments.get("--output") is not None:
+        arguments["--output"] = wanted = arguments["--output"].removeprefix("=")  # of -o=json
+        if wanted not in FORMATS:
+            raise UsageError(f"--output={wanted}: it must be {' or '.join(FORMATS)}")
     return arguments
 
 

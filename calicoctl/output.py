@@ -12,8 +12,8 @@ T = TypeVar("T")
 
 
 def wants_json(arguments: dict[str, Any]) -> bool:
-    """Tell whether --output=json was given, the only format that the grammar knows."""
-    return arguments["--output"] is not None
+    """Tell whether --output=json was given."""
+    return bool(arguments["--output"] == "json")
 
 
 def print_json(value: Any) -> None:

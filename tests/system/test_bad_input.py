@@ -99,7 +99,7 @@ def test_values(host: Host, blue: str, words: str, says: str) -> None:
         ("profile web rule add inbound permit", "begins with 'allow' or 'deny'"),
         ("profile web rule add inbound allow icmp code 3", "needs an ICMP type"),
         ("profile web rule add inbound allow icmp to ports 3", "goes with tcp and udp"),
-        ("profile show --output=yaml", "the only format is json"),
+        ("profile show --output=yaml", "--output=yaml: it must be text or json"),
         ("pool show --ipv4 --ipv6", "do not fit"),
         ("version 7", "do not fit"),
     ],

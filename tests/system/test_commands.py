@@ -306,6 +306,7 @@ def test_a_batch(host: Host, tmp_path: Path) -> None:
 
 def test_a_command_takes_several_names(host: Host) -> None:
     host.ctl("profile", "add", "a", "b", "c")
+    assert host.ctl("profile", "show", "--output=text").out == host.ctl("profile", "show").out
     host.ctl("profile", "a", "tag", "add", "x", "y")
     assert json.loads(host.etcd.get("/calico/v1/policy/profile/a/tags")) == ["a", "x", "y"]
     # what cannot be done keeps nothing else from being done

@@ -68,7 +68,7 @@ def test_completion(bare_host: Host, workload: str, shell: str) -> None:
     (endpoint,) = [key.rpartition("/")[2] for key in host.records()]
     assert complete(host, shell, "calicoctl endpoint ") == sorted(["show", endpoint])
     # bash replaces what is behind the = alone
-    assert complete(host, shell, "calicoctl pool show --output=") == ["json" if shell == "bash" else "--output=json"]
+    assert complete(host, shell, "calicoctl pool show --output=j") == ["json" if shell == "bash" else "--output=json"]
     nowhere = complete(host, shell, "calicoctl container add ", ETCD_AUTHORITY="127.0.0.1:1", DOCKER_HOST="unix:///no")
     assert nowhere == ["/var/run/netns/blue"]
     host.ctl("container", "remove", "/var/run/netns/blue")

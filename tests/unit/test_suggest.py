@@ -46,7 +46,7 @@ from calicoctl.grammar import COMMANDS
         ("container remove web --wait=3", "'--wait' does not go with 'calicoctl container remove'"),
         ("status now", "'now' does not fit behind 'calicoctl status', which takes no more words"),
         ("profile 'web", "Behind"),
-        ("version -o xml", "--output=xml: the only format is json"),
+        ("version -o xml", "--output=xml: it must be text or json"),
     ],
 )
 def test_what_does_not_fit_is_named(
