@@ -61,3 +61,28 @@ def test_the_demo_works_and_leaves_no_trace(engine: None, which: str) -> None:
     finally:
         run(str(ROOT / "demo/clean"), env=environment)
     assert traces() == before
+
+
+def test_a_demo_that_lacks_a_program_says_so_and_makes_nothing(tmp_path: Path) -> None:
+    for program in {*Path("/usr/bin").iterdir(), *Path("/usr/sbin").iterdir()}:
+        if program.name not in ("docker", "etcdctl"):
+            (tmp_path / program.name).unlink(missing_ok=True)
+            (tmp_path / program.name).symlink_to(program)
+    environment = {**os.environ, "CALICOCTL_BIN": str(Path(CALICOCTL).parent), "PATH": str(tmp_path)}
+    done = run(str(ROOT / "demo/demo"), check=False, env=environment)
+    assert (done.status, done.err) == (1, "The demo needs docker etcdctl: 'make demo' installs what is missing.\n")
+    assert done.out == "" and not Path("/run/calico-demo").exists()
+
+
+def test_a_demo_whose_engine_does_not_start_says_why(tmp_path: Path) -> None:
+    (tmp_path / "dockerd").write_text("#!/bin/sh\necho no space left on device >&2; exit 1\n")
+    (tmp_path / "dockerd").chmod(0o755)
+    environment = {
+        **os.environ,
+        "CALICOCTL_BIN": str(Path(CALICOCTL).parent),
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "DOCKER_HOST": f"tcp://127.0.0.1:{free_port()}",
+    }
+    done = run(str(ROOT / "demo/demo"), check=False, env=environment)
+    assert done.status == 1 and not Path("/run/calico-demo").exists()
+    assert "The Docker Engine has ended:\nno space left on device\n" in done.err
