@@ -505,8 +505,26 @@ class EtcdStore:
             )
             # urllib3 would send a PUT three times before it reports that none was answered
             client.http.connection_pool_kw["retries"] = False
+            if settings.scheme == "https":
+                client.http.connection_pool_kw["ssl_context"] = _tls_context(settings)
             self._clients[member] = client
         return self._clients[member]
+
+
+def _tls_context(settings: EtcdSettings) -> Any:
+    """Return an ssl.SSLContext that takes the certificate authorities that etcd and its tools take.
+
+    Python 3.13 refuses by default one without a key usage, as `openssl req -x509` makes them.
+    """
+    import ssl
+
+    from urllib3.util.ssl_ import create_urllib3_context
+
+    context = create_urllib3_context()
+    context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+    if settings.ca_cert is None:
+        context.load_default_certs()
+    return context
 
 
 def _child_keys(client: etcd.Client, path: str) -> list[str]:

@@ -342,7 +342,7 @@ def start_docker(directory: Path, *options: str, host: str = "unix:///var/run/do
             [
                 *("dockerd", "--data-root", str(directory / "data"), "--exec-root", str(directory / "exec")),
                 *("--pidfile", str(directory / "pid"), "--host", host),
-                *(options or ("--bridge=none", "--iptables=false", "--ip-forward=false")),
+                *(options or ("--bridge=none", "--iptables=false", "--ip6tables=false", "--ip-forward=false")),
             ],
             stdout=log,
             stderr=log,

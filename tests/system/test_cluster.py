@@ -188,7 +188,8 @@ def test_etcd_over_tls(bare_host: Host, tmp_path: Path) -> None:
     def openssl(*arguments: str) -> None:
         run("openssl", *arguments, cwd=tmp_path)
 
-    openssl("req", "-x509", *KEY, "-days", "2", "-subj", "/CN=ca", "-keyout", "ca.key", "-out", "ca.pem")
+    for name in ("ca", "other"):
+        openssl(*f"req -x509 -days 2 -subj /CN={name} -keyout {name}.key -out {name}.pem".split(), *KEY)
     (tmp_path / "san").write_text("subjectAltName=IP:127.0.0.1\nextendedKeyUsage=serverAuth,clientAuth\n")
     for name in ("server", "client"):
         openssl(*f"req -newkey rsa:2048 -nodes -keyout {name}.key -out {name}.csr -subj /CN={name}".split())
@@ -218,8 +219,8 @@ def test_etcd_over_tls(bare_host: Host, tmp_path: Path) -> None:
         assert bare_host.ctl("profile", "add", "web", env=right).out == "Created profile web\n"
         by_authority = {"ETCD_SCHEME": "https", "ETCD_AUTHORITY": f"127.0.0.1:{server.port}", **tls}
         assert "web" in bare_host.ctl("profile", "show", env=by_authority).out
-        own_ca = {**right, "ETCD_CA_CERT_FILE": str(tmp_path / "server.pem")}
-        assert "certificate" in bare_host.ctl("profile", "show", env=own_ca, status=1).err
+        other_ca = {**right, "ETCD_CA_CERT_FILE": str(tmp_path / "other.pem")}
+        assert "certificate" in bare_host.ctl("profile", "show", env=other_ca, status=1).err
         nobody = {"ETCD_ENDPOINTS": url, "ETCD_CA_CERT_FILE": tls["ETCD_CA_CERT_FILE"]}
         assert "certificate" in bare_host.ctl("profile", "show", env=nobody, status=1).err
     finally:

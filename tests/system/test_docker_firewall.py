@@ -163,7 +163,7 @@ def test_beside_a_docker_engine_that_comes_and_goes(pair: AgentHost, docker: sub
     assert ping("a", "198.51.100.2", patience=PATIENT)
 
     run("docker", "run", "--name", "own", "-tid", "busybox")
-    address = run("docker", "inspect", "-f", "{{.NetworkSettings.IPAddress}}", "own").out.strip()
+    address = run("docker", "inspect", "-f", "{{.NetworkSettings.Networks.bridge.IPAddress}}", "own").out.strip()
     assert ping(None, address, patience=PATIENT)
     assert run("docker", "exec", "own", "ping", "-c", "1", "-W", "1", "198.51.100.2", check=False).status == 0
 
