@@ -10,8 +10,8 @@ Docker can be asked within two seconds; the names of files only where one is
 meant.
 
 Examples:
-  calicoctl completion bash >/etc/bash_completion.d/calicoctl
   source <(calicoctl completion bash)
+  calicoctl completion zsh >_calicoctl    # in a folder of zsh's $fpath
 """
 
 from __future__ import annotations
