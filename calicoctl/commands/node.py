@@ -3,6 +3,7 @@
 Usage:
   calicoctl node [--ip=<IP>] [--ip6=<IP6>] [--as=<AS_NUM>] [--log-dir=<DIR>]
       [--detach=<DETACH>] [--local-etcd] [--metrics-port=<PORT>]
+  calicoctl node restart
   calicoctl node stop [--force]
   calicoctl node remove [--hostname=<HOST>] [--remove-endpoints]
   calicoctl node bgp peer add <PEER_IP> as <AS_NUM>
@@ -43,6 +44,8 @@ Options:
 Addresses and AS number that are not given are unset, should they be set from
 an earlier call. The first host registered also gets the global configuration
 and the default pools (192.168.0.0/16 and fd80:24e2:f998:72d6::/64) written.
+`restart` replaces the agent that runs in the background by one of this
+version, with the options and the environment it was started with.
 `stop` ends the agent, and the local etcd; what they have set up stays, and
 packets go on being routed and checked. `remove` ends the agent, takes
 everything it has set up out of the kernel, and the host out of etcd. `bgp
@@ -66,7 +69,8 @@ from typing import Any
 from calicoctl import locks
 from calicoctl.addresses import check_unicast, parse_address, parse_as_number
 from calicoctl.commands import bgp
-from calicoctl.datastore.client import DatastoreClient, check_hostname, hostname
+from calicoctl.datastore import keys
+from calicoctl.datastore.client import DatastoreClient, hostname
 from calicoctl.errors import CalicoError, NotThere, StoreError, about
 from calicoctl.felix import process
 from calicoctl.felix.local_etcd import LocalEtcd
@@ -83,10 +87,12 @@ def prepare(argv: list[str]) -> Prepared:
     require_root()
     if arguments["stop"]:
         return partial(_stop, arguments["--force"])
+    if arguments["restart"]:
+        return _restart
     if arguments["remove"]:
-        if arguments["--hostname"] is not None:
-            with about("--hostname"):
-                check_hostname(arguments["--hostname"])
+        other = arguments["--hostname"]
+        if other is not None and not keys.can_be_part(other):  # other tools may have registered odd names
+            raise NotThere(f"Host '{other}' is not registered: none can have this name.")
         return partial(_remove, arguments["--hostname"], arguments["--remove-endpoints"])
     given = {
         version: _host_address(arguments[option], version, option) for version, option in ((4, "--ip"), (6, "--ip6"))
@@ -171,6 +177,10 @@ def _started_etcd(host: str, log_dir: str) -> bool:
     if started:
         print(f"A local etcd is running at {etcd.url}.")
     return started
+
+
+def _restart() -> None:
+    print(f"The host agent is restarted (process {process.restart(hostname())}).")
 
 
 def _stop(force: bool) -> None:

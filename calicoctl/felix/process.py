@@ -20,11 +20,11 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Callable, TextIO
 
-from calicoctl.errors import CalicoError, one_line
+from calicoctl.errors import CalicoError, NotThere, one_line
 from calicoctl.locks import DIRECTORY
 
 DEFAULT_LOG_DIR = "/var/log/calico"
@@ -34,6 +34,8 @@ START_PATIENCE = 60.0
 
 STOP_PATIENCE = 25.0
 """Seconds to wait for the agent to end by itself."""
+
+_IN_BACKGROUND = ["-m", "calicoctl.felix"]
 
 _LOG_SIZE = 10 * 2**20
 
@@ -243,7 +245,7 @@ def log_to(directory: str | None) -> None:
     logger.setLevel(logging.INFO)
 
 
-def start(host: str, options: Options) -> int:
+def start(host: str, options: Options, environment: Mapping[str, str] = os.environ) -> int:
     """Start the host's agent in the background, wait until its first snapshot is in the kernel; return its process id.
 
     That of another process, where somebody else was quicker. Raises CalicoError when it ends before; one that is only
@@ -258,13 +260,13 @@ def start(host: str, options: Options) -> int:
         told.bind(f"{directory}/notify")
         told.settimeout(0.1)
         process = subprocess.Popen(
-            [sys.executable, "-m", "calicoctl.felix", json.dumps(asdict(options))],
+            [sys.executable, *_IN_BACKGROUND, json.dumps(asdict(options))],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=complaints,
             start_new_session=True,
             cwd="/",
-            env=_absolute(os.environ) | {"NOTIFY_SOCKET": f"{directory}/notify"},
+            env=_absolute(environment) | {"NOTIFY_SOCKET": f"{directory}/notify"},
         )
         try:
             pid = _await_ready(process, told, host)
@@ -314,6 +316,42 @@ def _absolute(environment: Mapping[str, str]) -> dict[str, str]:
     return {
         name: str(Path(value).absolute()) if name in files and value else value for name, value in environment.items()
     }
+
+
+def restart(host: str) -> int:
+    """Replace the host's agent by one of this program, with its options and environment; return the new process id.
+
+    A local etcd goes on meanwhile. Raises NotThere when no agent runs, CalicoError when this cannot restart it.
+    """
+    pid = running(host)
+    if not pid:
+        raise NotThere("The host agent is not running.")
+    process = Path(f"/proc/{pid}")
+    try:
+        _, *arguments = _strings(process / "cmdline")
+        environment = dict(text.split("=", 1) for text in _strings(process / "environ") if "=" in text)
+        elsewhere = os.stat(process / "ns/net").st_ino != os.stat("/proc/self/ns/net").st_ino
+    except (OSError, ValueError) as error:
+        raise CalicoError(f"The host agent (process {pid}) cannot be restarted: {error}") from None
+    if elsewhere:
+        raise CalicoError(
+            f"The host agent (process {pid}) runs in another network namespace: restart it from there, with "
+            f"'nsenter --net=/proc/{pid}/ns/net calicoctl node restart'."
+        )
+    if arguments[:-1] != _IN_BACKGROUND:
+        raise CalicoError(
+            f"The host agent (process {pid}) runs in the foreground: what started it must restart it. For systemd: "
+            "'systemctl restart calico-node'."
+        )
+    names = {field.name for field in fields(Options)}  # the agent may be of another version
+    options = Options(**{name: value for name, value in json.loads(arguments[-1]).items() if name in names})
+    stop(host)
+    return start(host, options, {**environment, "HOSTNAME": host})
+
+
+def _strings(path: Path) -> list[str]:
+    """Return the strings of a file of proc(5), each of which ends with a zero byte."""
+    return [os.fsdecode(part) for part in path.read_bytes().split(b"\0")[:-1]]
 
 
 def stop(host: str) -> int | None:

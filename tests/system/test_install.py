@@ -1,0 +1,198 @@
+"""`make install` and `make uninstall`: a first time, over an older version with its agent running, and for a package.
+
+There is no systemd on the test hosts: a stand-in for `systemctl` writes down what it is asked, and does it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.system.agent import B4, LOG_DIR, AgentHost
+from tests.system.support import CALICOCTL, HOST_IP, Host, Result, free_port, gone, run
+from tests.system.traffic import PATIENT, ping
+
+ROOT = Path(__file__).parent.parent.parent
+WHEELS = Path(CALICOCTL).parent.parent / "wheels"
+"""What calicoctl needs, for a host without a network; made by `make .venv/wheels/ready`."""
+
+SYSTEMCTL = """\
+#!/bin/sh
+echo "$* ($(readlink {prefix}/bin/calicoctl))" >>{home}/asked
+end() {{ kill "$(cat {home}/pid)" && while [ -d "/proc/$(cat {home}/pid)" ]; do sleep 0.05; done; }}
+case "$*" in
+"show --property=MainPID --value calico-node.service") cat {home}/pid ;;
+"show --property=FragmentPath --value calico-node.service") echo {unit} ;;
+"start calico-node.service"|"restart calico-node.service")
+    [ "$1" = start ] || end
+    rm -f /run/calico/*/felix.json
+    {environment} setsid sh -c 'echo $$ >{home}/pid
+        exec {prefix}/bin/calicoctl node --detach=false --ip={ip}' >/dev/null 2>&1 &
+    while ! grep -q '"first_update": true' /run/calico/*/felix.json; do sleep 0.05; done ;;
+"disable --now calico-node.service") end ;;
+esac
+"""
+
+
+def make(target: str, prefix: Path, path: str = "", **variables: str) -> Result:
+    """Run make as an administrator does, who knows nothing of the agent's environment."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("ETCD_", "HOSTNAME", "PIP_"))}
+    offline = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(WHEELS), "PIP_CONFIG_FILE": os.devnull}
+    arguments = [f"{name}={value}" for name, value in variables.items()]
+    environment = {**kept, **offline, "PATH": f"{path}{kept['PATH']}"}
+    return run("make", target, f"PREFIX={prefix}", *arguments, check=False, cwd=ROOT, env=environment)
+
+
+def older_version(prefix: Path) -> None:
+    """Put a version of the time when there was one environment, in lib/calicoctl itself, without running pip."""
+    library = prefix / "lib/calicoctl"
+    run("/usr/bin/python3", "-m", "venv", "--without-pip", str(library))
+    (packages,) = library.glob("lib/python3*/site-packages")
+    (ours,) = Path(CALICOCTL).parent.parent.glob("lib/python3*/site-packages")
+    shutil.copytree(ours, packages, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__editable__*", "mypy", "pip"))
+    shutil.copytree(ROOT / "calicoctl", packages / "calicoctl")
+    program = library / "bin/calicoctl"
+    program.write_text(f"#!{library}/bin/python3\nfrom calicoctl.cli import entry\nentry()\n")
+    program.chmod(0o755)
+    (prefix / "bin").mkdir()
+    (prefix / "bin/calicoctl").symlink_to(program)
+
+
+def program(pid: int) -> str:
+    """Return the path of the interpreter that a process was started with."""
+    return Path(f"/proc/{pid}/cmdline").read_text().split("\0")[0]
+
+
+def tree(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
+
+
+@contextmanager
+def pinging() -> Iterator[None]:
+    """Have namespace `a` ping `b` fifty times a second, and fail when a single answer is missing."""
+    command = ["ip", "netns", "exec", "a", "ping", "-q", "-i", "0.02", B4]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        yield
+    finally:
+        process.send_signal(signal.SIGINT)
+        said, _ = process.communicate(timeout=30)
+    sent, received = re.findall(r"(\d+) (?:packets transmitted|received)", said)
+    assert sent == received and int(sent) > 20, said
+
+
+@pytest.fixture
+def prefix(tmp_path: Path) -> Path:
+    assert (WHEELS / "ready").exists(), f"run 'make {WHEELS.relative_to(ROOT)}/ready'"
+    return tmp_path / "prefix"
+
+
+def test_installing_over_a_running_agent_restarts_it_on_whole_files_and_no_packet_is_lost(
+    bare_host: Host, prefix: Path, tmp_path: Path
+) -> None:
+    host = AgentHost(bare_host.etcd)
+    prefix.mkdir()
+    older_version(prefix)
+    library, program_path = prefix / "lib/calicoctl", str(prefix / "bin/calicoctl")
+    port = free_port()
+    options = (f"--ip={HOST_IP}", f"--log-dir={LOG_DIR}", f"--metrics-port={port}")
+    host.ctl("node", *options, command=[program_path])
+    host.add_pair()
+    host.sync()
+    old = host.pid
+    assert program(old) == f"{library}/bin/python3" or program(old) == f"{library}/bin/python"
+    before = tree(prefix)
+
+    failed = make("install", prefix, PYTHON="/bin/false")
+    assert failed.status != 0 and "What was there is as it was" in failed.err, failed
+    assert host.pid == old and tree(prefix) == before
+
+    with pinging():
+        done = make("install", prefix)
+        assert done.status == 0, done
+        assert "The host agent is restarted" in done.out
+    assert gone(old) and host.pid != old
+    (version,) = library.iterdir()
+    assert Path(program(host.pid)).parent == version / "bin"
+    assert (prefix / "bin/calicoctl").resolve() == version / "bin/calicoctl"
+    assert host.status()["metrics_port"] == port, "its options"
+    host.sync()  # its environment: it still follows this store
+
+    # what is installed, as people and their shells find it
+    assert host.ctl("container", "--help", command=[program_path]).out.count("container add") > 1
+    assert "calicoctl container add" in run("man", "-l", str(prefix / "share/man/man1/calicoctl.1")).out
+    completion = prefix / "share/bash-completion/completions/calicoctl"
+    assert "calicoctl" in run("bash", "-c", f". {completion} && complete -p calicoctl").out
+    assert (prefix / "share/zsh/site-functions/_calicoctl").read_text().startswith("#compdef calicoctl\n")
+    unit = prefix / "lib/systemd/system/calico-node.service"
+    assert f"ExecStart={prefix}/bin/calicoctl node --detach=false" in unit.read_text()
+    assert run("find", str(prefix), "!", "-type", "l", "!", "-perm", "-o=r").out == "", "all of it is for everybody"
+
+    assert make("uninstall", prefix).status == 0
+    assert tree(prefix) == set()
+    assert not list(Path("/run/calico").glob("*/felix.pid")) and ping("a", B4, PATIENT)
+
+
+def test_an_agent_of_systemds_is_restarted_and_ended_by_systemd(
+    bare_host: Host, prefix: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = AgentHost(bare_host.etcd)
+    prefix.mkdir()
+    older_version(prefix)
+    home = tmp_path / "systemd"
+    home.mkdir()
+    unit = prefix / "lib/systemd/system/calico-node.service"
+    # what the unit's EnvironmentFile would set
+    environment = " ".join(f"{name}={host.environment()[name]}" for name in ("HOSTNAME", "ETCD_AUTHORITY"))
+    stand_in = SYSTEMCTL.format(home=home, prefix=prefix, unit=unit, ip=HOST_IP, environment=environment)
+    (home / "systemctl").write_text(stand_in)
+    (home / "systemctl").chmod(0o755)
+    asked = home / "asked"
+    monkeypatch.setenv("PATH", f"{home}:{os.environ['PATH']}")
+    booted = Path("/run/systemd/system")
+    booted.mkdir(parents=True)
+    try:
+        run("systemctl", "start", "calico-node.service")
+        old, link = host.pid, (prefix / "bin/calicoctl").readlink()
+        asked.unlink()
+
+        package = tmp_path / "package"
+        done = make("install", Path("/opt/calicoctl"), DESTDIR=str(package))
+        assert done.status == 0, done
+        assert not asked.exists() and host.pid == old and not Path("/opt/calicoctl").exists()
+        assert run("grep", "-rlF", str(package), str(package), check=False).out == ""
+        shutil.copytree(package / "opt/calicoctl", "/opt/calicoctl", symlinks=True)
+        host.ctl("pool", "show", command=["/opt/calicoctl/bin/calicoctl"])
+        assert make("uninstall", Path("/opt/calicoctl"), DESTDIR=str(package)).status == 0
+        assert tree(package) == set() and not asked.exists() and Path("/opt/calicoctl/bin/calicoctl").exists()
+        # a unit of this name, and its agent, belong to another place
+        assert make("uninstall", Path("/opt/calicoctl")).status == 0
+        assert tree(Path("/opt/calicoctl")) == set() and host.pid == old
+        assert "disable" not in asked.read_text()
+        asked.unlink()
+
+        done = make("install", prefix)
+        assert done.status == 0, done
+        lines = asked.read_text().splitlines()
+        new = (prefix / "bin/calicoctl").readlink()
+        assert new != link
+        assert f"daemon-reload ({new})" in lines and lines[-1] == f"restart calico-node.service ({new})", lines
+        assert lines.index(f"daemon-reload ({new})") < len(lines) - 1
+        assert host.pid != old and Path(program(host.pid)).parent == new.parent
+        asked.unlink()
+
+        assert make("uninstall", prefix).status == 0
+        lines = asked.read_text().splitlines()
+        assert f"disable --now calico-node.service ({new})" in lines and lines[-1] == "daemon-reload ()"
+        assert tree(prefix) == set()
+    finally:
+        booted.rmdir()
+        booted.parent.rmdir()
