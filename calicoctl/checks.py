@@ -76,6 +76,7 @@ def check(libnetwork: bool = False) -> Iterator[Check]:
     yield from _tools(docker.ok)
     yield docker
     yield _firewall(docker.ok)
+    yield _old_felix()
     yield from _etcd()
     yield from _host()
 
@@ -234,6 +235,28 @@ def _firewall(docker_runs: bool) -> Check:
         f"{', '.join(missing)} would drop what is forwarded; the agent {agent}",
         running,
         "see the agent's last error in 'calicoctl status'",
+    )
+
+
+def _old_felix() -> Check:
+    name = "iptables chains of an old Felix"
+    if os.geteuid() != 0:
+        return Check(name, False, "not known", False, "run this as root, to find out")
+    try:
+        found = docker_firewall.old_felix_chains()
+    except CalicoError as error:
+        return Check(name, False, str(error), False, "put the host's iptables in order")
+    chains = "; ".join(
+        f"{command}: {', '.join(some[:6])}{f' and {len(some) - 6} more' if some[6:] else ''}"
+        for command, some in found.items()
+    )
+    commands = "; ".join(f"{command}-save | grep -v felix- | {command}-restore" for command in found)
+    return Check(
+        name,
+        not found,
+        f"{chains}. They drop packets of containers that are new" if found else "none",
+        False,
+        f"end the old agent if it runs, then, as root: {commands}",
     )
 
 

@@ -13,7 +13,7 @@ Options:
 Looks at the kernel, by trying what is needed in a network namespace that is
 gone afterwards, at settings, at tools and their versions, at Docker and its
 firewall, and at etcd. Run it as root to have all of it looked at. The exit
-status is 1 when something that is needed is missing.
+status is 1 when something that is needed is missing; warnings do not count.
 
 Examples:
   sudo calicoctl checksystem
@@ -48,7 +48,7 @@ def _check(arguments: dict[str, Any], as_json: bool) -> None:
     else:
         rows = []
         for check in found:
-            state = "ok" if check.ok else ("missing" if check.needed else "not there")
+            state = "ok" if check.ok else ("missing" if check.needed else "warning")
             rows.append([check.name, state, check.found, "" if check.ok else check.advice])
         print_table(["What", "State", "Found", "What to do"], rows, widest=50)
     missing = [check.name for check in found if check.needed and not check.ok]

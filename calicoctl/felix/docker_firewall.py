@@ -12,11 +12,15 @@ from __future__ import annotations
 import shlex
 import subprocess
 from collections import defaultdict
+from contextlib import suppress
+from pathlib import Path
 
 from calicoctl.errors import CalicoError, DockerNotRunning
 from calicoctl.workload import docker_engine
 
 COMMANDS = ("iptables", "ip6tables")
+
+_OLD_FELIX = "felix-"
 
 PATIENCE = 15.0
 """Seconds to wait for iptables, which itself waits up to ten for somebody else who holds its lock."""
@@ -97,6 +101,37 @@ def missing() -> list[str]:
         if chain is not None and current.would_drop() and not set(_RULES) <= set(current.rules.get(chain, ())):
             found.append(f"{command} chain FORWARD")
     return found
+
+
+def old_felix_chains() -> dict[str, list[str]]:
+    """Return the chains that the Felix of 2015 has left, by the iptables command that shows them.
+
+    They drop what comes from and goes to interfaces `cali…` that Felix does not know. Its image had an iptables of its
+    own, so they may be where the host's does not look. Raises CalicoError where that cannot be told. Source: Felix's
+    frules.py and dispatch.py.
+    """
+    found: dict[str, list[str]] = {}
+    for command, tables in zip(COMMANDS, ("/proc/net/ip_tables_names", "/proc/net/ip6_tables_names")):
+        with suppress(FileNotFoundError):
+            _find_old_felix(command, found)
+            # where there are no such tables, asking for them would load modules of the kernel
+            if "nf_tables" in _run(command, "--version") and _read(tables).strip():
+                _find_old_felix(f"{command}-legacy", found)
+    return found
+
+
+def _find_old_felix(command: str, found: dict[str, list[str]]) -> None:
+    lines = _run(f"{command}-save").splitlines()
+    chains = sorted({line[1:].split()[0] for line in lines if line.startswith(f":{_OLD_FELIX}")})
+    if chains:
+        found[command] = chains
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
 
 
 def sends_events() -> bool:
