@@ -53,6 +53,11 @@ def parse(grammar: str, argv: list[str]) -> dict[str, Any]:
         from calicoctl.suggest import misfit
 
         raise misfit(grammar, argv, str(error).replace(error.usage.strip(), "").strip()) from None
+    if "--" in argv:  # what follows may begin with a dash; docopt leaves the mark in the list
+        for words in (value for value in arguments.values() if isinstance(value, list) and "--" in value):
+            words.remove("--")
+            if not words:
+                raise UsageError("Nothing follows '--'")
     if arguments.get("--output") is not None:
         arguments["--output"] = wanted = arguments["--output"].removeprefix("=")  # of -o=json
         if wanted not in FORMATS:

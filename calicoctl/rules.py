@@ -40,20 +40,29 @@ GRAMMAR = """Usage:
 KEYWORDS = ("from", "to", "ports", "tag", "cidr", "type", "code", "protocol", *_VERSIONS)
 KEYWORDS += PORT_PROTOCOLS + ICMP_PROTOCOLS
 
-_NAME = r"[A-Za-z0-9_.-]{1,39}"
+_NAME = r"[A-Za-z0-9_.-]+"
+LONGEST_NEW_NAME = 39
 
 
 def check_name(name: str, what: str) -> str:
-    """Return the name of a profile or a tag; raise CalicoError when it is not allowed.
+    """Return the name of a profile or a tag that is to be; raise CalicoError when it is not allowed.
 
     A profile's name must not begin with '_': etcd hides such keys, and nothing would list it.
     """
     if what == "profile" and name.startswith("_"):
         raise CalicoError(f"'{name}' is not a valid profile name: etcd hides what begins with '_'")
-    if not re.fullmatch(_NAME, name, re.ASCII) or name in (".", ".."):
+    if not re.fullmatch(_NAME, name, re.ASCII) or name in (".", "..") or len(name) > LONGEST_NEW_NAME:
         raise CalicoError(
-            f"'{name}' is not a valid {what} name: it must have 1 to 39 letters, digits, '_', '.' and '-'"
+            f"'{name}' is not a valid {what} name: it must have 1 to {LONGEST_NEW_NAME} letters, digits, '_', '.' "
+            "and '-'"
         )
+    return name
+
+
+def check_tag(name: str) -> str:
+    """Return the name of a tag in a rule, which other tools may have made longer than ours; raise CalicoError."""
+    if not re.fullmatch(_NAME, name, re.ASCII):
+        raise CalicoError(f"'{name}' is not a valid tag name: it must have letters, digits, '_', '.' and '-'")
     return name
 
 
@@ -107,7 +116,7 @@ def _parse_side(rule: Rule, left: deque[str], word: str, side: str) -> None:
         if kind == "ports" and rule.protocol in _WITH_PORTS and getattr(rule, f"{side}_ports") is None:
             setattr(rule, f"{side}_ports", _ports(_value(left, "ports")))
         elif kind == "tag" and getattr(rule, f"{side}_tag") is None:
-            setattr(rule, f"{side}_tag", check_name(_value(left, "tag"), "tag"))
+            setattr(rule, f"{side}_tag", check_tag(_value(left, "tag")))
         elif (kind == "cidr" or kind[0:1].isdigit() or ":" in kind) and getattr(rule, f"{side}_net") is None:
             setattr(rule, f"{side}_net", str(parse_cidr(_value(left, "cidr") if kind == "cidr" else kind)))
         else:
@@ -184,7 +193,7 @@ def check_rule(data: Any, must_match: bool = True) -> Rule:
             setattr(rule, name, _number(_text(getattr(rule, name), name), 255, name))
     for name in ("src_tag", "dst_tag"):
         if getattr(rule, name) is not None:
-            setattr(rule, name, check_name(_text(getattr(rule, name), name), "tag"))
+            setattr(rule, name, check_tag(_text(getattr(rule, name), name)))
     for name in ("src_net", "dst_net"):
         if getattr(rule, name) is not None:
             setattr(rule, name, str(parse_cidr(_text(getattr(rule, name), name))))

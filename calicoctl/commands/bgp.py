@@ -57,20 +57,32 @@ def prepare_peers(arguments: dict[str, Any], of_this_host: bool) -> Prepared:
     """Check what is to be done with the peers of all hosts, or of this host alone; raise CalicoError."""
     if arguments["show"]:
         return partial(_show, arguments, of_this_host)
+    if arguments["remove"]:
+        return partial(_remove_peer, arguments["<PEER_IP>"], of_this_host)
     address = parse_address(arguments["<PEER_IP>"])
     check_unicast(address)
-    as_num = parse_as_number(arguments["<AS_NUM>"]) if arguments["add"] else None
-    return partial(_change_peer, address, as_num, of_this_host)
+    return partial(_add_peer, address, parse_as_number(arguments["<AS_NUM>"]), of_this_host)
 
 
-def _change_peer(address: IPAddress, as_num: str | None, of_this_host: bool) -> None:
+def _remove_peer(name: str, of_this_host: bool) -> None:
+    """Remove a peer by its address, or by the name of its key: other tools may have written what is no peer."""
     host = hostname() if of_this_host else None
     datastore = DatastoreClient.from_environment()
-    if as_num is None:
-        if not datastore.remove_bgp_peer(str(address), host):
-            raise NotThere(f"There is no BGP peer {address}{f' of host {host}' if host else ''}.")
-        print(f"Removed BGP peer {address}")
-    elif datastore.put_bgp_peer(Peer(str(address), as_num), host):
+    found = datastore.bgp_peer_keys(name, host)
+    if not found:
+        name = str(parse_address(name))
+        found = datastore.bgp_peer_keys(name, host)
+    if not found:
+        raise NotThere(f"There is no BGP peer {name}{f' of host {host}' if host else ''}.")
+    for key in found:
+        datastore.unset(key)
+    print(f"Removed BGP peer {printable(name)}")
+
+
+def _add_peer(address: IPAddress, as_num: str, of_this_host: bool) -> None:
+    host = hostname() if of_this_host else None
+    datastore = DatastoreClient.from_environment()
+    if datastore.put_bgp_peer(Peer(str(address), as_num), host):
         print(f"BGP peer {address} with AS number {as_num} is set")
     else:
         print(f"BGP peer {address} with AS number {as_num} is there already.")

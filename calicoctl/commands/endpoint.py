@@ -41,12 +41,12 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
+from calicoctl.datastore import keys
 from calicoctl.datastore.client import DatastoreClient, check_hostname
 from calicoctl.datastore.model import Endpoint
 from calicoctl.errors import CalicoError, NotThere, UsageError, about, printable
 from calicoctl.grammar import Prepared, parse
 from calicoctl.output import print_json, print_table, wants_json, warn
-from calicoctl.rules import check_name
 
 COLUMNS = ["Hostname", "Orchestrator ID", "Workload ID", "Endpoint ID", "Addresses", "MAC", "Profiles", "State"]
 
@@ -159,11 +159,26 @@ def show_profiles(endpoint: Endpoint, as_json: bool) -> None:
 
 
 def profile_names(arguments: dict[str, Any]) -> list[str]:
-    """Return the profiles on the command line, each once; raise CalicoError for what is no name, or for none."""
-    names = [check_name(name, "profile") for name in dict.fromkeys(arguments["<PROFILES>"])]
+    """Return the profiles on the command line; raise CalicoError for none, or for what no list may hold.
+
+    What is to be removed may be called anything: old tools take any name into a list.
+    """
+    names = list(arguments["<PROFILES>"])
     if not names and (arguments["append"] or arguments["remove"]):
         raise UsageError("Say which profiles")
-    return names
+    if arguments["remove"]:
+        return list(dict.fromkeys(names))
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise CalicoError(f"Profile {twice} is named twice; an endpoint's list may hold each profile once.")
+    return [check_known_profile(name) for name in names]
+
+
+def check_known_profile(name: str) -> str:
+    """Return the name of a profile that may be there, however odd; raise NotThere for one that none can have."""
+    if not keys.can_be_part(name):
+        raise NotThere(f"There is no such profile: '{name}' is not a valid profile name.")
+    return name
 
 
 def change_profiles(
@@ -190,6 +205,7 @@ def change_profiles(
 
     datastore.modify_endpoint(endpoint.id, change)
     if arguments["append"]:
-        print(f"Profiles {', '.join(profiles)} appended")
+        print(f"Profiles {printable(', '.join(profiles))} appended")
     else:
-        print(f"Profiles {', '.join(profiles) or 'none'} {'set' if arguments['set'] else 'removed'}.")
+        names = printable(", ".join(profiles)) or "none"
+        print(f"Profiles {names} {'set' if arguments['set'] else 'removed'}.")

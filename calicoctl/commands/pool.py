@@ -40,7 +40,7 @@ from typing import TYPE_CHECKING, Any
 from calicoctl.addresses import check_unicast, parse_address, parse_cidr
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.model import Pool
-from calicoctl.errors import CalicoError, NotThere
+from calicoctl.errors import CalicoError, NotThere, printable
 from calicoctl.grammar import Prepared, parse
 from calicoctl.output import print_json, print_table, wants_json, warn
 
@@ -52,12 +52,12 @@ def prepare(argv: list[str]) -> Prepared:
     arguments = parse(str(__doc__), argv)
     if arguments["show"]:
         return partial(_show, arguments)
+    if arguments["remove"]:
+        return partial(_remove, [_known(text) for text in dict.fromkeys(arguments["<CIDRS>"])], arguments["--force"])
     if arguments["range"]:
         networks = _networks_of_range(arguments["<START_IP>"], arguments["<END_IP>"])
     else:
         networks = list(dict.fromkeys(map(_network, arguments["<CIDRS>"])))
-    if arguments["remove"]:
-        return partial(_remove, networks, arguments["--force"])
     _check_new(networks, arguments["--ipip"])
     return partial(_add, networks, arguments)
 
@@ -132,22 +132,32 @@ def _network(text: str) -> IPNetwork:
     return network
 
 
-def _remove(networks: list[IPNetwork], force: bool) -> None:
+def _known(text: str) -> IPNetwork | str:
+    """Return the network that is meant, or the text as it is: it may be the name of a key that holds no pool."""
+    try:
+        return _network(text)
+    except CalicoError:
+        return text
+
+
+def _remove(pools: list[IPNetwork | str], force: bool) -> None:
     datastore = DatastoreClient.from_environment()
-    known = {pool.cidr for version in (4, 6) for pool in datastore.readable_pools(version)[0]}
-    for network in networks:
-        if str(network) not in known:
-            raise NotThere(f"Pool {network} does not exist{'; nothing is removed' if networks[1:] else ''}.")
-        used = [] if force else datastore.ipam.used_in(network)
+    found = {pool: datastore.pool_keys(str(pool)) for pool in pools}
+    for pool in pools:
+        if not found[pool]:
+            _network(str(pool))  # says what is wrong with what cannot be a pool
+            raise NotThere(f"Pool {pool} does not exist{'; nothing is removed' if pools[1:] else ''}.")
+        used = [] if force or isinstance(pool, str) else datastore.ipam.used_in(pool)
         if used:
             some = ", ".join(str(address) for address in used[:3]) + (", …" if used[3:] else "")
             raise CalicoError(
-                f"Pool {network} has {len(used)} address{'es' if used[1:] else ''} in use ({some}). Remove what uses "
+                f"Pool {pool} has {len(used)} address{'es' if used[1:] else ''} in use ({some}). Remove what uses "
                 "them first, or use --force."
             )
-    for network in networks:
-        datastore.remove_pool(str(network))
-        print(f"Removed pool {network}")
+    for pool in pools:
+        for key in found[pool]:
+            datastore.unset(key)
+        print(f"Removed pool {printable(str(pool))}")
 
 
 def _show(arguments: dict[str, Any]) -> None:

@@ -65,7 +65,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-from calicoctl.commands.endpoint import readable_endpoints
+from calicoctl.commands.endpoint import check_known_profile, readable_endpoints
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.model import Endpoint, Rule, Rules
 from calicoctl.errors import CalicoError, Failed, InvalidValue, NotThere, UsageError, for_each, one_line, printable
@@ -78,9 +78,11 @@ def prepare(argv: list[str]) -> Prepared:
     arguments = parse(str(__doc__), argv)
     profile = arguments["<PROFILE>"]
     if profile is not None:
-        check_name(profile, "profile")
+        check_known_profile(profile)
     if arguments["tag"]:
-        tags = [check_name(tag, "tag") for tag in dict.fromkeys(arguments["<TAGS>"])]
+        tags = list(dict.fromkeys(arguments["<TAGS>"]))
+        if arguments["add"]:
+            tags = [check_name(tag, "tag") for tag in tags]
         return partial(_tag_show, profile, arguments) if arguments["show"] else partial(_tag, profile, tags, arguments)
     if arguments["rule"]:
         return _prepare_rule(profile, arguments)
@@ -88,8 +90,10 @@ def prepare(argv: list[str]) -> Prepared:
         return _prepare_trace(arguments)
     if arguments["show"]:
         return partial(_show, arguments)
-    names = [check_name(name, "profile") for name in dict.fromkeys(arguments["<PROFILES>"])]
-    return partial(_add, names) if arguments["add"] else partial(_remove, names, arguments["--no-check"])
+    names = list(dict.fromkeys(arguments["<PROFILES>"]))
+    if arguments["add"]:
+        return partial(_add, [check_name(name, "profile") for name in names])
+    return partial(_remove, [check_known_profile(name) for name in names], arguments["--no-check"])
 
 
 def _add(names: list[str]) -> None:
@@ -145,7 +149,8 @@ def _remove(names: list[str], no_check: bool) -> None:
 
 
 def _remove_one(datastore: DatastoreClient, profile: str, no_check: bool) -> None:
-    if not datastore.profile_exists(profile):
+    # one may have no keys, and etcd does not list one that begins with '_'
+    if profile not in datastore.profile_names() and not datastore.profile_exists(profile):
         raise NotThere(f"Profile {profile} does not exist.")
     if not no_check:
         users = [endpoint.id for endpoint in readable_endpoints(datastore) if profile in endpoint.profile_ids]
@@ -156,7 +161,7 @@ def _remove_one(datastore: DatastoreClient, profile: str, no_check: bool) -> Non
                 "from them first, or use --no-check."
             )
     datastore.remove_profile(profile)
-    print(f"Deleted profile {profile}")
+    print(f"Deleted profile {printable(profile)}")
 
 
 def _tag_show(profile: str, arguments: dict[str, Any]) -> None:
@@ -181,7 +186,8 @@ def _add_tag(datastore: DatastoreClient, profile: str, tag: str) -> None:
         return True
 
     added = datastore.modify_tags(profile, add)
-    print(f"Tag {tag} added to profile {profile}" if added else f"Tag {tag} is on profile {profile} already.")
+    name = printable(profile)
+    print(f"Tag {tag} added to profile {name}" if added else f"Tag {tag} is on profile {name} already.")
 
 
 def _remove_tag(datastore: DatastoreClient, profile: str, tag: str) -> None:
@@ -193,7 +199,7 @@ def _remove_tag(datastore: DatastoreClient, profile: str, tag: str) -> None:
 
     if not datastore.modify_tags(profile, remove):
         raise NotThere(f"Tag {tag} is not on profile {profile}.")
-    print(f"Tag {tag} removed from profile {profile}")
+    print(f"Tag {printable(tag)} removed from profile {printable(profile)}")
 
 
 def _prepare_rule(profile: str, arguments: dict[str, Any]) -> Prepared:
@@ -239,7 +245,7 @@ def _rule_update(profile: str) -> None:
     datastore = DatastoreClient.from_environment()
     datastore.replace_rules(rules)
     _warn_of_tags(datastore, [*rules.inbound, *rules.outbound])
-    print(f"Successfully updated rules on profile {profile}")
+    print(f"Successfully updated rules on profile {printable(profile)}")
 
 
 def _rule_add(profile: str, direction: str, position: int | None, rule: Rule) -> None:
@@ -257,7 +263,8 @@ def _rule_add(profile: str, direction: str, position: int | None, rule: Rule) ->
     datastore = DatastoreClient.from_environment()
     changed = datastore.modify_rules(profile, change)
     _warn_of_tags(datastore, [rule])
-    print(f"Successfully updated rules on profile {profile}" if changed else "Rule already present, skipping.")
+    name = printable(profile)
+    print(f"Successfully updated rules on profile {name}" if changed else "Rule already present, skipping.")
 
 
 def _warn_of_tags(datastore: DatastoreClient, rules: list[Rule]) -> None:
@@ -291,7 +298,7 @@ def _rule_remove(profile: str, direction: str, position: int | None, rule: Rule 
 
     if not DatastoreClient.from_environment().modify_rules(profile, change):
         raise NotThere(f"Profile {profile} has no such {direction} rule.")
-    print(f"Successfully updated rules on profile {profile}")
+    print(f"Successfully updated rules on profile {printable(profile)}")
 
 
 def _prepare_trace(arguments: dict[str, Any]) -> Prepared:

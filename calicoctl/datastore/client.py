@@ -237,13 +237,23 @@ class DatastoreClient:
                 problems.append(problem)
         return found, problems
 
-    def remove_pool(self, cidr: str) -> None:
-        """Remove the pool with this CIDR, whatever its key is called; raise NotThere when there is none."""
-        found = [entry for entry, pool in self._pool_entries(version_of(cidr))[0] if pool.cidr == cidr]
-        if not found:
-            raise NotThere(f"Pool {cidr} does not exist.")
-        for entry in found:
-            set_value(self._store, entry.key, None)
+    def pool_keys(self, name: str) -> list[str]:
+        """Return the keys of the pools with this CIDR, or with this name as the last part of the key.
+
+        So they are found whatever they hold, and also among those of the other IP version.
+        """
+        return self._keys_called(name, [keys.pools(version) for version in (4, 6)], lambda e: Pool.from_json(*e).cidr)
+
+    def _keys_called(self, name: str, directories: list[str], named: Callable[[tuple[str, str]], str]) -> list[str]:
+        """Return the keys below directories whose last part is a name, or whose (value, key) is `named` so."""
+        found = []
+        for entry in (entry for directory in directories for entry in self._store.tree(directory)):
+            names = {keys.last(entry.key), keys.undashed(keys.last(entry.key))}
+            with suppress(InvalidValue):
+                names.add(named((entry.value, entry.key)))
+            if name in names:
+                found.append(entry.key)
+        return found
 
     # BGP
 
@@ -272,9 +282,10 @@ class DatastoreClient:
 
         return modify(self._store, key, f"BGP peer {peer.ip} has been removed by somebody else", text_of)
 
-    def remove_bgp_peer(self, ip: str, host: str | None = None) -> bool:
-        """Remove a BGP peer; tell whether it was there."""
-        return self.unset(keys.bgp_peer(version_of(ip), ip, host))
+    def bgp_peer_keys(self, name: str, host: str | None = None) -> list[str]:
+        """Return the keys of the BGP peers with this address, or with this name; see pool_keys."""
+        directories = [keys.bgp_peers(version, host) for version in (4, 6)]
+        return self._keys_called(name, directories, lambda e: Peer.from_json(*e).ip)
 
     def node_mesh(self) -> bool:
         """Tell whether all hosts peer with each other."""
@@ -325,13 +336,8 @@ class DatastoreClient:
         return tags or rules
 
     def remove_profile(self, name: str) -> None:
-        """Remove all there is of a profile; raise NotThere when there is nothing."""
-        entries = self._store.tree(keys.profile(name))
-        if not entries:
-            raise NotThere(_no_profile(name))
-        for entry in entries:
-            set_value(self._store, entry.key, None)
-        self._store.prune(keys.profile(name))
+        """Remove all there is of a profile, also keys that are none of a profile's."""
+        self._store.remove_tree(keys.profile(name))
 
     def tags(self, name: str) -> list[str]:
         """Return a profile's tags; raise NotThere when there is no such profile."""

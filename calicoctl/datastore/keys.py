@@ -192,6 +192,11 @@ def undashed(name: str) -> str:
     return f"{address}/{prefix}"
 
 
+def can_be_part(name: str) -> bool:
+    """Tell whether a name can be one part of a key. etcd's v2 API takes '.' and '..' as a path's."""
+    return name not in ("", ".", "..") and "/" not in name
+
+
 def last(key: str) -> str:
     """Return the last part of a key."""
     return key.rpartition("/")[2]

@@ -332,7 +332,8 @@ def test_a_directory_where_a_key_should_be(host: Host) -> None:
     refused(host, "profile", "web", "tag", "show", says="/calico/v1/policy/profile/web/tags")
     host.etcd.put("/calico/v1/policy/profile/db", "x")
     refused(host, "profile", "add", "db", says="/calico/v1/policy/profile/db")
-    refused(host, "profile", "remove", "db", says="/calico/v1/policy/profile/db")
+    host.ctl("profile", "remove", "db")
+    assert host.etcd.get("/calico/v1/policy/profile/db") is None
 
 
 def test_a_pool_of_the_other_version(host: Host, blue: str) -> None:

@@ -286,7 +286,7 @@ def test_a_batch(host: Host, tmp_path: Path) -> None:
         ("pool add 10.1.0.1/16", 1, "not the CIDR of a pool"),
         ("pool range add 10.1.0.64 10.1.0.1", 1, "ends before it begins"),
         ("bgp peer add 192.0.2.254 as many", 1, "AS number"),
-        ("node bgp peer remove 127.0.0.1", 1, "127.0.0.1 cannot be used"),
+        ("node bgp peer add 127.0.0.1 as 1", 1, "127.0.0.1 cannot be used"),
         ("ipam release 192.168.0.1 nothing", 1, "'nothing' is not a valid"),
         ("config felix loglevel loud", 1, "'loud' is no value"),
         ("endpoint show --host=a/b", 1, "--host"),
