@@ -12,15 +12,22 @@ DEMO = $(RUN) ping:iputils-ping etcd:etcd-server etcdctl:etcd-client docker:dock
 TEST = $(DEMO) dockerd:docker.io conntrack:conntrack openssl:openssl sysctl:procps curl:curl man:man-db zsh:zsh
 BENCH = $(TEST) containernetworking-plugins
 
-.PHONY: help packages lint types docs unit system test soak tox bench demo demo-clean install uninstall clean
+# other releases of Debian and Ubuntu, by their code names, and what `make` is called with there
+RELEASES ?= trixie noble
+ON_RELEASES ?= unit system
+
+.PHONY: help packages lint types docs unit system test test-all releases soak tox bench demo demo-clean install uninstall clean
 
 help:
 	@echo 'make demo         run the four lines of the README for real; make demo-clean removes all of it'
 	@echo 'make test         lint, types, unit and system tests'
+	@echo 'make test-all     the same, and what repeats it: other Pythons and releases, and the soak'
 	@echo 'make unit         unit tests alone (no root needed once $(VENV) is there)'
 	@echo 'make system       system tests alone; ARGS="-k name" chooses'
 	@echo 'make docs         write the pages of the commands and the man page anew'
 	@echo 'make tox          unit tests on Python 3.9 to 3.13'
+	@echo 'make releases     unit and system tests on other releases of Debian and Ubuntu; RELEASES=trixie chooses,'
+	@echo '                  ON_RELEASES=test runs all of make test there'
 	@echo 'make soak         five minutes of restarts, removals and crashes at random'
 	@echo 'make bench        speed, as ratios'
 	@echo 'make install      calicoctl in a virtual environment of its own, on the path, and a systemd unit that is not'
@@ -57,10 +64,19 @@ system: $(VENV)/ready $(VENV)/wheels/ready | packages
 # for the test of `make install`, on a host without a network
 $(VENV)/wheels/ready: setup.py | $(VENV)/ready
 	$(VENV)/bin/pip wheel --quiet --wheel-dir $(VENV)/wheels . 'setuptools>=61' wheel
-	rm -rf $(VENV)/wheels/calicoctl-*.whl build
+	rm -rf $(VENV)/wheels/calicoctl-*.whl build/lib build/bdist.*
 	touch $@
 
 test: lint types unit system
+
+test-all: test tox releases soak
+
+# each in a root of its own, which stays in build/releases for the next time
+releases:
+	@demo/packages mmdebstrap:mmdebstrap distro-info-data git:git
+	@for release in $(RELEASES); do \
+		echo "On $$release:" && MAKEFLAGS= tests/release $$release make $(ON_RELEASES) ARGS='$(ARGS)' || exit 1; \
+	done
 
 # interpreters are found on the path and, where there is a pyenv, among its versions
 PYENV_BINS = $(wildcard $(HOME)/.pyenv/versions/3.*/bin)
