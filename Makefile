@@ -31,7 +31,7 @@ help:
 	@echo 'make soak         five minutes of restarts, removals and crashes at random'
 	@echo 'make bench        speed, as ratios'
 	@echo 'make install      calicoctl in a virtual environment of its own, on the path, and a systemd unit that is not'
-	@echo '                  enabled; make uninstall removes them'
+	@echo '                  enabled, also over an older one; make uninstall removes them'
 
 # of all that the tests use
 packages:

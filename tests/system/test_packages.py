@@ -16,7 +16,7 @@ import pytest
 from tests.system.support import Result, run
 
 ROOT = Path(__file__).parent.parent.parent
-HIDDEN = ("docker", "dockerd", "containerd", "runc", "docker-proxy", "docker-init")
+ENGINE = ("docker", "dockerd", "containerd", "runc", "docker-proxy", "docker-init")
 
 CONTAINERD_IO = {
     "Package": "containerd.io",
@@ -51,8 +51,9 @@ DEBIAN_13 = (
 class Machine:
     """A machine whose packages are a release's stand-ins; its commands beside Docker's are the host's."""
 
-    def __init__(self, directory: Path, release: tuple[dict[str, str], ...]) -> None:
-        self.directory = directory
+    def __init__(self, directory: Path, release: tuple[dict[str, str], ...], hidden: tuple[str, ...] = ENGINE) -> None:
+        # the upper layer of an overlay must not be an overlay itself, as /tmp may be
+        self.directory = directory = Path("/run") / directory.relative_to("/")
         repository = directory / "repository"
         repository.mkdir(parents=True)
         for name in ("etc", "usr", "var"):
@@ -74,7 +75,7 @@ class Machine:
             echo '{installed}' >/var/lib/dpkg/status
             echo 'deb [trusted=yes] file:{repository} ./' >/etc/apt/sources.list
             echo 'APT::Sandbox::User "root";' >/etc/apt/apt.conf.d/root
-            for name in {" ".join(HIDDEN)}; do
+            for name in {" ".join(hidden)}; do
                 rm -f /usr/bin/$name /usr/sbin/$name /usr/local/bin/$name /usr/local/sbin/$name
             done"""
         assert self.run("sh", "-ec", script).status == 0
@@ -148,3 +149,13 @@ def test_nothing_is_installed_where_that_would_remove_a_package(tmp_path: Path, 
     assert f"apt-get would remove {name} to install" in done.err and f"or remove {name} yourself" in done.err, done
     assert "dockerd" in done.err.partition("missing (")[2].partition(")")[0], done
     assert machine.packages() == {name}
+
+
+def test_installing_calicoctl_installs_what_running_needs_and_nothing_else(tmp_path: Path) -> None:
+    others = ("etcd", "etcdctl", "busybox", "conntrack", "curl", "man", "zsh")
+    release = (*DEBIAN_12, {"Package": "iptables", "commands": "iptables"})
+    machine = Machine(tmp_path, release, (*ENGINE, *others, "iptables"))
+    done = machine.run("make", "install", f"PREFIX={tmp_path}/prefix", "PYTHON=/bin/false")
+    assert done.status != 0 and "Installing iptables\n" in done.out, done
+    assert "The new version could not be made" in done.err, "it has come as far as that"
+    assert machine.packages() == {"iptables"}
