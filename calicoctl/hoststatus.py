@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from calicoctl.datastore import keys
+from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.keys import EndpointId
-from calicoctl.felix import process
+from calicoctl.errors import CalicoError
+from calicoctl.felix import heartbeat, process
 
 OLDEST_REPORT = 30.0
 """Seconds after which a report vouches for nothing: a working agent writes it every ten (felix/report.py)."""
@@ -31,6 +34,7 @@ _NOTHING: dict[str, Any] = {
     "local_etcd": None,
     "first_update": False,
     "waiting_for": None,
+    "replaced": None,
     "etcd": {
         "reachable": False,
         "since": None,
@@ -41,6 +45,7 @@ _NOTHING: dict[str, Any] = {
     },
     "endpoints": {"up": 0, "down": 0, "error": 0, "stopped": 0},
     "endpoints_in_trouble": [],
+    "unknown_interfaces": [],
     "problems": [],
     "troubles": [],
     "last_error": None,
@@ -73,14 +78,15 @@ class Issue:
 def read(host: str) -> dict[str, Any]:
     """Return what the host's agent has reported last, and what there is to say of that; always of one shape.
 
-    To the report are added whether the agent is `running`, the `age` of its report in seconds (null for none), whether
-    it is `current`, so that it can be believed, and `issues`, each with the fields of Issue.
+    To the report are added whether the agent is `running`; where it is not, which `other_agent` reports for this host
+    (its `machine`, null where it names none, and a `text`; null for none); the `age` of the report in seconds (null for
+    none); whether it is `current`, so that it can be believed; and `issues`, each with the fields of Issue.
     """
     pid = process.running(host)
     found = process.report(host)
     readable = found is not None and _has_shape(found, _NOTHING)
     status: dict[str, Any] = {**_NOTHING, **(found if found is not None and readable else {})}
-    status |= {"host": host, "running": pid is not None}
+    status |= {"host": host, "running": pid is not None, "other_agent": _other_agent() if pid is None else None}
     report = status["report"]
     age = None if report["clock"] is None else time.clock_gettime(time.CLOCK_MONOTONIC) - report["clock"]
     if age is not None and age < 0:  # from before a reboot
@@ -108,6 +114,7 @@ def _issues(status: dict[str, Any], pid: int | None) -> Iterator[Issue]:
     yield from _store(status)
     yield from _endpoints(status, "error")
     yield from _troubles(status)
+    yield from _unknown_interfaces(status)
     yield from _endpoints(status, "down")
     yield from _endpoints(status, "up")
     yield from _keys(status)
@@ -116,7 +123,11 @@ def _issues(status: dict[str, Any], pid: int | None) -> Iterator[Issue]:
 def _agent(status: dict[str, Any], pid: int | None) -> Iterator[Issue]:
     """Give what keeps the agent from vouching for its host."""
     host, report = status["host"], status["report"]
-    if pid is None:
+    other = status["other_agent"]
+    if pid is None and other is not None:
+        # one that names its machine is one of this program's, and on another
+        yield Issue(AGENT, other["text"], "", other["machine"] is not None)
+    elif pid is None:
         yield Issue(AGENT, f"The agent of host {host} is not running", "start it with 'calicoctl node'", True)
     elif not report["readable"]:
         advice = "start it anew with 'calicoctl node stop --force' and 'calicoctl node'"
@@ -128,6 +139,8 @@ def _agent(status: dict[str, Any], pid: int | None) -> Iterator[Issue]:
         text = f"The agent of host {host} (process {pid}) has not reported for {report['age'] or 0:.0f} s: it hangs"
         advice = f"'kill -9 {pid}' does no harm to what it has set up; 'calicoctl node' starts it again"
         yield Issue(AGENT, text, advice, True)
+    elif status["replaced"]:
+        yield Issue(AGENT, status["replaced"], "", True)
     elif status["waiting_for"] and status["etcd"]["error"] is None:
         yield Issue(AGENT, f"The agent waits for {status['waiting_for']}")
 
@@ -158,6 +171,29 @@ def _endpoints(status: dict[str, Any], state: str) -> Iterator[Issue]:
 def _troubles(status: dict[str, Any]) -> Iterator[Issue]:
     for trouble in status["troubles"]:
         yield Issue(HOST, f"{trouble['error']} (since {trouble['since']})")
+
+
+def _unknown_interfaces(status: dict[str, Any]) -> Iterator[Issue]:
+    """Give, in one sentence, the interfaces here that no record of this host's endpoints knows."""
+    names = status["unknown_interfaces"]
+    if names:
+        some = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+        text = (
+            f"{len(names)} interface{'s' if len(names) > 1 else ''} cali… of this host in no endpoint's record ({some})"
+        )
+        yield Issue(HOST, f"{text}, which pass nothing", "was the host called something else when they were connected?")
+
+
+def _other_agent() -> dict[str, Any] | None:
+    """Return what is known of the agent that reports for this host, where that is none of this machine's."""
+    with suppress(CalicoError):  # what the store cannot tell
+        datastore = DatastoreClient.from_environment()
+        status = datastore.host_status()
+        who = None if status is None else heartbeat.other_writer(datastore, status, own_agent_writes=False)
+        if status is not None and who is not None:
+            text = f"{who} reports for host {datastore.host}; none of this version runs here"
+            return {"text": text, "machine": heartbeat.Identity.of(status).machine}
+    return None
 
 
 def _keys(status: dict[str, Any]) -> Iterator[Issue]:

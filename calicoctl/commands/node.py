@@ -2,10 +2,10 @@
 
 Usage:
   calicoctl node [--ip=<IP>] [--ip6=<IP6>] [--as=<AS_NUM>] [--log-dir=<DIR>]
-      [--detach=<DETACH>] [--local-etcd] [--metrics-port=<PORT>]
+      [--detach=<DETACH>] [--local-etcd] [--metrics-port=<PORT>] [--force]
   calicoctl node restart
   calicoctl node stop [--force]
-  calicoctl node remove [--hostname=<HOST>] [--remove-endpoints]
+  calicoctl node remove [--hostname=<HOST>] [--remove-endpoints] [--force]
   calicoctl node bgp peer add <PEER_IP> as <AS_NUM>
   calicoctl node bgp peer remove <PEER_IP>
   calicoctl node bgp peer show [--ipv4 | --ipv6] [--output=<FORMAT>]
@@ -30,7 +30,11 @@ Options:
                          running: for a single host without an etcd
   --metrics-port=<PORT>  a port of 127.0.0.1 for Prometheus to ask; default:
                          none
-  --force                stop although endpoints are active
+  --force                register although another host has the address, or an
+                         agent on another machine has this host's name, and
+                         take the name over; stop although endpoints are
+                         active; remove although an agent elsewhere has the
+                         name
   --hostname=<HOST>      remove that host, which is gone for good, and not
                          this one
   <PEER_IP>              the address of a router
@@ -44,6 +48,18 @@ Options:
 Addresses and AS number that are not given are unset, should they be set from
 an earlier call. The first host registered also gets the global configuration
 and the default pools (192.168.0.0/16 and fd80:24e2:f998:72d6::/64) written.
+
+A host has its name and addresses for itself. An address that another
+registered host has is refused: if this host was called that before, go on
+under the old name (HOSTNAME=OLD), or take the old name out of etcd (node
+remove --hostname=OLD). A name under which an agent on another machine is
+alive is refused, too. Where it cannot be told which machine an agent was on,
+after a reboot of this one, say, `node` waits for its last report to expire,
+for 30 s at most. Who takes a name over with --force gets the host's endpoints
+with it: those whose workloads are not on this machine become inactive, and
+are removed a minute later. The other agent notices, and leaves records and
+packets as they are until `calicoctl node` on its machine takes the name back.
+
 `restart` replaces the agent that runs in the background by one of this
 version, with the options and the environment it was started with.
 `stop` ends the agent, and the local etcd; what they have set up stays, and
@@ -61,7 +77,9 @@ Examples:
 from __future__ import annotations
 
 import re
-from contextlib import ExitStack, suppress
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -71,8 +89,9 @@ from calicoctl.addresses import check_unicast, parse_address, parse_as_number
 from calicoctl.commands import bgp
 from calicoctl.datastore import keys
 from calicoctl.datastore.client import DatastoreClient, hostname
+from calicoctl.datastore.store import Entry
 from calicoctl.errors import CalicoError, NotThere, StoreError, about
-from calicoctl.felix import process
+from calicoctl.felix import heartbeat, process
 from calicoctl.felix.local_etcd import LocalEtcd
 from calicoctl.felix.sysctls import HostSettings
 from calicoctl.grammar import Prepared, parse, require_root
@@ -93,7 +112,7 @@ def prepare(argv: list[str]) -> Prepared:
         other = arguments["--hostname"]
         if other is not None and not keys.can_be_part(other):  # other tools may have registered odd names
             raise NotThere(f"Host '{other}' is not registered: none can have this name.")
-        return partial(_remove, arguments["--hostname"], arguments["--remove-endpoints"])
+        return partial(_remove, arguments["--hostname"], arguments["--remove-endpoints"], arguments["--force"])
     given = {
         version: _host_address(arguments[option], version, option) for version, option in ((4, "--ip"), (6, "--ip6"))
     }
@@ -108,7 +127,7 @@ def _start(
     given: dict[int, str | None], as_num: str | None, metrics_port: int | None, arguments: dict[str, Any]
 ) -> None:
     in_background = arguments["--detach"] != "false"
-    log_dir = _log_dir(arguments["--log-dir"], process.DEFAULT_LOG_DIR if in_background else None)
+    log_dir = _absolute(arguments["--log-dir"], process.DEFAULT_LOG_DIR if in_background else None)
     options = process.Options(log_dir, metrics_port, arguments["--local-etcd"])
     datastore = DatastoreClient.from_environment()
 
@@ -121,19 +140,56 @@ def _start(
     process.refuse_other(datastore.host)
     with ExitStack() as undo:
         if options.local_etcd:
-            started = _started_etcd(datastore.host, _log_dir(log_dir, process.DEFAULT_LOG_DIR) or "")
+            started = _started_etcd(datastore.host, log_dir or process.DEFAULT_LOG_DIR)
             if started or not in_background:
                 undo.callback(lambda: process.running(datastore.host) or _local_etcd_stopped(datastore.host))
-        _register(datastore, ipv4, given, every, as_num)
-        if in_background:
-            _start_agent(datastore.host, options)
-            undo.pop_all()
-        else:
-            from calicoctl.felix import agent
+        if not arguments["--force"]:
+            _refuse_taken(datastore, ipv4, given[6])
+        claimed = heartbeat.claim(datastore, arguments["--force"], _own_agent_writes(datastore.host), warn)
+        with _given_up_on_failure(datastore, claimed):
+            if log_dir is not None:
+                _make(log_dir)
+            _register(datastore, ipv4, given, every, as_num)
+            if in_background:
+                _start_agent(datastore.host, options)
+                undo.pop_all()
+            else:
+                from calicoctl.felix import agent
 
-            agent.run(datastore.host, options)
+                agent.run(datastore.host, options)
     if not in_background:
         process.leave(0)
+
+
+def _refuse_taken(datastore: DatastoreClient, *addresses: str | None) -> None:
+    """Raise CalicoError for an address that another registered host has."""
+    hosts = datastore.addresses_of_other_hosts()
+    for address in addresses:
+        other = hosts.get(str(parse_address(address))) if address is not None else None
+        if other is not None:
+            raise CalicoError(
+                f"{address} is the address of host {other}, which is registered, too. If that is this host's former "
+                f"name, go on under it with 'HOSTNAME={other} calicoctl node', or take it out of etcd first with "
+                f"'calicoctl node remove --hostname={other}'; --force registers {datastore.host} with that address "
+                "all the same."
+            )
+
+
+def _own_agent_writes(host: str) -> bool:
+    """Tell whether this host's agent runs, here, and is not replaced by another, as far as it knows."""
+    return process.running(host) is not None and not (process.report(host) or {}).get("replaced")
+
+
+@contextmanager
+def _given_up_on_failure(datastore: DatastoreClient, claimed: Entry | None) -> Iterator[None]:
+    """Give up a claim to the host's status when something fails, unless the agent has taken it on."""
+    try:
+        yield
+    except BaseException:
+        with suppress(StoreError):  # it expires
+            if claimed is not None:
+                datastore.remove_host_status(claimed)
+        raise
 
 
 def _register(
@@ -157,6 +213,11 @@ def _start_agent(host: str, options: process.Options) -> None:
         print(f"The host agent is running (process {process.start(host, options)}).")
         return
     print(f"The host agent is running already (process {pid}).")
+    give_up = time.monotonic() + heartbeat.YIELD_PATIENCE
+    while why := (process.report(host) or {}).get("replaced"):  # until it notices that the name has been claimed
+        if time.monotonic() > give_up:
+            raise CalicoError(str(why))
+        time.sleep(heartbeat.POLL_INTERVAL)
     if options.metrics_port not in (None, (process.report(host) or {}).get("metrics_port")):
         warn(
             "Warning: --metrics-port has no effect on it. End it with 'calicoctl node stop --force', which disturbs no "
@@ -180,6 +241,9 @@ def _started_etcd(host: str, log_dir: str) -> bool:
 
 
 def _restart() -> None:
+    why = (process.report(hostname()) or {}).get("replaced")
+    if why and process.running(hostname()):  # a new one would take the name as soon as that agent is silent
+        raise CalicoError(f"{why}. It is not restarted.")
     print(f"The host agent is restarted (process {process.restart(hostname())}).")
 
 
@@ -208,7 +272,7 @@ def _stop(force: bool) -> None:
         raise NotThere("The host agent is not running.")
 
 
-def _remove(other: str | None, remove_endpoints: bool) -> None:
+def _remove(other: str | None, remove_endpoints: bool, force: bool) -> None:
     host = hostname()
     this_one = other in (None, host)
     with ExitStack() as stack:
@@ -219,6 +283,8 @@ def _remove(other: str | None, remove_endpoints: bool) -> None:
             if etcd is not None and (process.report(host) or {}).get("local_etcd") is not False:
                 stack.enter_context(etcd.borrowed())
         datastore = DatastoreClient.from_environment().for_host(other or host)
+        if not force:
+            _refuse_alive(datastore, this_one)
         ids = datastore.endpoint_ids()
         if ids and not remove_endpoints:
             raise CalicoError(
@@ -249,6 +315,26 @@ def _remove(other: str | None, remove_endpoints: bool) -> None:
     print(f"Host {datastore.host} is removed.")
 
 
+def _refuse_alive(datastore: DatastoreClient, this_one: bool) -> None:
+    """Raise CalicoError where removing a host would take it from an agent that is alive: not this very host's."""
+    host = datastore.host
+    pid = process.running(host)
+    if pid is not None and not this_one:
+        raise CalicoError(
+            f"The agent of host {host} runs on this machine (process {pid}): 'HOSTNAME={host} calicoctl node remove' "
+            "ends it and removes the host."
+        )
+    status = datastore.host_status()
+    who = (
+        heartbeat.other_writer(datastore, status, this_one and _own_agent_writes(host)) if status is not None else None
+    )
+    if who is not None:
+        raise CalicoError(
+            f"{who} reports for host {host}, so the host is not gone. End that agent first; its last report expires "
+            f"within {heartbeat.TIME_TO_LIVE} s. --force removes the host all the same."
+        )
+
+
 def _disconnect(datastore: DatastoreClient, workloads: set[tuple[str, str]]) -> None:
     """Disconnect workloads by what the store calls them."""
     from calicoctl import wiring
@@ -272,20 +358,23 @@ def _local_etcd_stopped(host: str) -> bool:
     return etcd is not None and etcd.stop()
 
 
-def _log_dir(text: str | None, default: str | None) -> str | None:
-    """Return the absolute path of a directory, which is made if need be; raise CalicoError."""
-    if text is None:
-        text = default
-    if text is None:
+def _absolute(log_dir: str | None, default: str | None) -> str | None:
+    """Return the absolute path of a directory; raise CalicoError."""
+    if log_dir is None:
+        log_dir = default
+    if log_dir is None:
         return None
-    if not text:
+    if not log_dir:
         raise CalicoError("--log-dir: it must be a directory, and is empty")
-    path = Path(text).absolute()
+    return str(Path(log_dir).absolute())
+
+
+def _make(log_dir: str) -> None:
+    """Make a directory where it is not there; raise CalicoError."""
     try:
-        path.mkdir(mode=0o755, parents=True, exist_ok=True)
+        Path(log_dir).mkdir(mode=0o755, parents=True, exist_ok=True)
     except OSError as error:
-        raise CalicoError(f"--log-dir={text}: it cannot be made: {error.strerror}") from None
-    return str(path)
+        raise CalicoError(f"--log-dir={log_dir}: it cannot be made: {error.strerror}") from None
 
 
 def _port(text: str | None) -> int | None:

@@ -19,7 +19,9 @@ first, ten lines at most.
 The exit status is 1 when etcd cannot be read, written or followed, when an
 endpoint is in error, and when the agent cannot vouch for any of that: it is
 not running, or its report is older than half a minute, when it ought to be
-ten seconds old at most. For everything else it is 0.
+ten seconds old at most, or an agent on another machine has taken the host's
+name over. For everything else it is 0, also where an old agent (Felix)
+reports for this host, and none of this version runs here.
 
 Examples:
   calicoctl status
@@ -57,6 +59,8 @@ def _status(as_json: bool) -> None:
     elif status["report"]["time"] is not None:
         for line in [*_lines(status), *_issue_lines(issues)]:
             print(one_line(line))
+    elif status["other_agent"]:
+        print(one_line(f"Agent:      {status['other_agent']['text']}"))
     failures = [issue for issue in issues if issue.fails]
     if failures:
         raise CalicoError(_summary(failures))
@@ -69,7 +73,7 @@ def _lines(status: dict[str, Any]) -> list[str]:
     return [
         f"Host:       {status['host']}",
         f"Agent:      version {status['version']}, process {status['pid']}, "
-        + (f"running since {status['running_since']}" if status["running"] else "not running; it said last:")
+        + (f"running since {status['running_since']}" if status["running"] else f"{_absent(status)}; it said last:")
         + (reported if status["running"] else ""),
         *(
             f"{label}{_WORKS[ability['works']]} since {ability['since']}"
@@ -85,6 +89,10 @@ def _lines(status: dict[str, Any]) -> list[str]:
         f"Last error: {error['time'] + ' ' + error['error'] if error else 'none'}",
         "BGP:        no sessions; this agent runs no routing daemon",
     ]
+
+
+def _absent(status: dict[str, Any]) -> str:
+    return "another one reports for this host" if status["other_agent"] else "not running"
 
 
 def _issue_lines(issues: list[Issue]) -> list[str]:

@@ -111,6 +111,18 @@ class DatastoreClient:
         entries = self._store.tree(keys.BGP_HOSTS)
         return sorted({host for host in map(keys.parse_bgp_host_address, (e.key for e in entries)) if host is not None})
 
+    def addresses_of_other_hosts(self) -> dict[str, str]:
+        """Return the addresses, in their usual form, that other hosts are registered with, and which host has each."""
+        from calicoctl.addresses import parse_address
+
+        found: dict[str, str] = {}
+        for entry in self._store.tree(keys.BGP_HOSTS):
+            host = keys.parse_bgp_host_address(entry.key)
+            if host is not None and host != self.host:
+                with suppress(CalicoError):
+                    found[str(parse_address(entry.value))] = host
+        return found
+
     def unregister_host(self) -> None:
         """Remove what the store has of this host, its claims to blocks among it, but no address in use."""
         self.ipam.release_affinities()
@@ -510,13 +522,23 @@ class DatastoreClient:
         """Wait for a change below a directory; see Store.watch."""
         return self._store.watch(directory, index, seconds)
 
-    def report_host(self, status: dict[str, object] | None, ttl: int | None = None) -> None:
-        """Write this host's sign of life, which expires after `ttl` seconds, or remove it for None."""
-        key = keys.felix_status(self.host)
-        if status is None:
-            set_value(self._store, key, None)
-        else:
-            self._store.put(key, json.dumps(status), ttl)
+    def host_status(self) -> Entry | None:
+        """Return this host's status, which its agent keeps from expiring; None while no agent is alive."""
+        return self._store.get(keys.felix_status(self.host))
+
+    def write_host_status(self, status: dict[str, object], ttl: int, before: Entry | None) -> Entry:
+        """Write this host's status, which expires after `ttl` seconds, over what it was `before`, None for nothing.
+
+        Raises KeyExists or CompareFailed when somebody else has written it, or it has expired, since.
+        """
+        if before is None:
+            return self._store.create(keys.felix_status(self.host), json.dumps(status), ttl)
+        return self._store.update(before, json.dumps(status), ttl)
+
+    def remove_host_status(self, before: Entry) -> None:
+        """Remove this host's status, unless somebody else has written it since."""
+        with suppress(CompareFailed):
+            self._store.delete(before)
 
     def report_endpoint(self, id: EndpointId, status: str | None) -> None:
         """Write what became of an endpoint of this host (JSON), or remove that for None, with its folders if empty."""

@@ -83,11 +83,17 @@ class Store(Protocol):
     def names(self, directory: str) -> list[str]:
         """Return the last parts of the keys and directories directly below `directory`."""
 
-    def create(self, key: str, value: str) -> Entry:
-        """Write `key`, which must not exist; raise KeyExists when it does."""
+    def create(self, key: str, value: str, ttl: int | None = None) -> Entry:
+        """Write `key`, which must not exist; raise KeyExists when it does.
 
-    def update(self, entry: Entry, value: str) -> Entry:
-        """Write a new value over `entry`, as it was read; raise CompareFailed when it has changed or gone."""
+        With `ttl`, it expires after so many seconds; without, never.
+        """
+
+    def update(self, entry: Entry, value: str, ttl: int | None = None) -> Entry:
+        """Write a new value over `entry`, as it was read; raise CompareFailed when it has changed or gone.
+
+        With `ttl`, it expires after so many seconds; without, never.
+        """
 
     def delete(self, entry: Entry) -> None:
         """Remove `entry`, as it was read; nothing happens when it is gone; raise CompareFailed when it has changed."""
@@ -98,8 +104,8 @@ class Store(Protocol):
     def remove_tree(self, directory: str) -> None:
         """Remove `directory` with all that is below it, whatever it holds."""
 
-    def put(self, key: str, value: str, ttl: int | None = None) -> None:
-        """Write `key`, whatever it holds; with `ttl`, it goes away after so many seconds."""
+    def put(self, key: str, value: str) -> None:
+        """Write `key`, whatever it holds."""
 
     def version(self) -> str:
         """Return the version of the program that is the store."""
@@ -261,7 +267,7 @@ class EtcdStore:
             return []
         return [key.rpartition("/")[2] for key in keys if key != directory]
 
-    def create(self, key: str, value: str) -> Entry:
+    def create(self, key: str, value: str, ttl: int | None = None) -> Entry:
         import etcd
 
         def judge(now: Entry | None) -> Entry | None:
@@ -270,11 +276,13 @@ class EtcdStore:
             return now
 
         try:
-            return self._write(key, judge, lambda client, path: _entry(client.write(path, value, prevExist=False)))
+            return self._write(
+                key, judge, lambda client, path: _entry(client.write(path, value, ttl=ttl, prevExist=False))
+            )
         except etcd.EtcdAlreadyExist:
             raise KeyExists(f"etcd key {key} exists already") from None
 
-    def update(self, entry: Entry, value: str) -> Entry:
+    def update(self, entry: Entry, value: str, ttl: int | None = None) -> Entry:
         import etcd
 
         def judge(now: Entry | None) -> Entry | None:
@@ -288,7 +296,7 @@ class EtcdStore:
             return self._write(
                 entry.key,
                 judge,
-                lambda client, path: _entry(client.write(path, value, prevIndex=entry.index)),
+                lambda client, path: _entry(client.write(path, value, ttl=ttl, prevIndex=entry.index)),
             )
         except (etcd.EtcdCompareFailed, etcd.EtcdKeyNotFound):
             raise CompareFailed(entry.key) from None
@@ -328,8 +336,8 @@ class EtcdStore:
         with suppress(etcd.EtcdKeyNotFound):
             self._read(directory, lambda client, path: client.delete(path, recursive=True, dir=True))
 
-    def put(self, key: str, value: str, ttl: int | None = None) -> None:
-        self._read(key, lambda client, path: client.write(path, value, ttl=ttl))  # twice does no harm, either
+    def put(self, key: str, value: str) -> None:
+        self._read(key, lambda client, path: client.write(path, value))  # twice does no harm, either
 
     def version(self) -> str:
         def read(client: etcd.Client, path: str) -> str:

@@ -93,6 +93,8 @@ class Agent:
         self._last = Ruleset()
         """What was in them when that was known last."""
         self._links: dict[str, Link] = {}
+        self._unknown: set[str] = set()
+        """Interfaces of ours that no record knew at the last tick: a command may be about to write it."""
         self._dirty: set[EndpointId] = set()
         """Local endpoints whose routes are to be looked at."""
         self._failed: set[EndpointId] = set()
@@ -176,7 +178,7 @@ class Agent:
             if now >= self._tick_at:
                 self._tick_at = now + TICK
                 self._tick()
-            if not self._unread and self._snapshot.ready:
+            if self._may_apply():
                 try:
                     self._apply(now)
                     if listings:
@@ -192,7 +194,7 @@ class Agent:
             else:
                 for listing in listings:
                     self._unlisted.update(listing.addresses)
-            self._keeper.set_ready(self._snapshot.ready)
+            self._keeper.set_ready(self._may_apply())
             self._health.waiting_for = self._waiting_for()
             self._health.problems = self._snapshot.problems
             is_ready = self._health.first_update and not told_ready
@@ -205,7 +207,7 @@ class Agent:
     def _wait(self) -> list[Any]:
         """Return the events that have come, all of a burst together; none when it is time for something."""
         until = self._tick_at
-        if self._ruleset is None and self._retry_at and not self._unread and self._snapshot.ready:
+        if self._ruleset is None and self._retry_at and self._may_apply():
             until = min(until, self._retry_at)
         found: list[Any] = []
         try:
@@ -214,6 +216,10 @@ class Agent:
                 found.append(self._events.get_nowait())
         except Empty:
             return found
+
+    def _may_apply(self) -> bool:
+        """Tell whether the store is to be made use of: it has been read, is ready, and no other agent has this host."""
+        return not self._unread and self._snapshot.ready and self._health.replaced is None
 
     def _waiting_for(self) -> str | None:
         if self._unread:
@@ -234,12 +240,14 @@ class Agent:
             if self._health.watch.failed(event.directory, event.why, event.since):
                 self._health.error(f"{event.why}; what is set up stays as it is")
             if not event.read and self._health.reads.failed(event.directory, event.why, event.since):
-                self._reporter.sign_of_life()  # at once: can it be written, then?
+                self._reporter.beat_soon()  # at once: can it be written, then?
         elif isinstance(event, events.StoreWritten):
             self._health.writes.succeeded("statuses")
         elif isinstance(event, events.StoreNotWritten):
             if self._health.writes.failed("statuses", event.why, event.since):
                 self._health.error(f"statuses cannot be written: {event.why}")
+        elif isinstance(event, events.Replaced):
+            self._replaced(event.why)
         elif isinstance(event, events.LinkChanged):
             self._link_changed(event)
         elif isinstance(event, events.RouteGone):
@@ -293,6 +301,17 @@ class Agent:
         if self._health.first_update and HOSTS.startswith(event.directory):
             self._keeper.compare(self._snapshot.addresses_listed())
 
+    def _replaced(self, why: str | None) -> None:
+        """Begin, for a reason, or end to leave records and kernel as they are, for they are another agent's matter."""
+        self._health.replaced = why
+        if why is not None:
+            self._health.error(why)
+            return
+        log.info("this agent reports for host %s again", self._host)
+        self._reporter.read_again()
+        if self._health.first_update:
+            self._keeper.compare(self._snapshot.addresses_listed())
+
     def _link_changed(self, event: events.LinkChanged) -> None:
         link = event.link
         for other in [other for other in self._links.values() if other.index == link.index and other.name != link.name]:
@@ -319,7 +338,7 @@ class Agent:
         # where notices were lost (the empty name), they may well have been those of our own changes
         if self._ruleset is not None and ("calico" in names or ("" in names and not self._tables_are_there())):
             log.warning("somebody else has changed our nftables tables; they are made anew")
-            if self._snapshot.ready:
+            if self._may_apply():
                 self._ruleset = None
             else:
                 self._restore_tables()
@@ -327,7 +346,7 @@ class Agent:
             self._host_keeper.firewall_changed()
 
     def _restore_tables(self) -> None:
-        """Make the tables anew as they were: the store is not ready, and what it has now must not be made use of."""
+        """Make the tables anew as they were, while what the store has now must not be made use of."""
         try:
             self._ruleset = None
             self._nft.run(self._last.again())
@@ -361,8 +380,10 @@ class Agent:
         number = self._lister.ask(self._unlisted)
         self._unsettled.update({address: number for address in self._unlisted if address in self._unsettled})
         self._unlisted = set()
-        if self._ruleset is None and self._health.first_update and not self._snapshot.ready:
+        if self._ruleset is None and self._health.first_update and not self._may_apply():
             self._restore_tables()
+        if self._health.first_update:
+            self._note_unknown_interfaces(self._unknown)
         if time.monotonic() >= self._review_at:
             self._review(links=False)  # interfaces tell of themselves
 
@@ -415,7 +436,8 @@ class Agent:
             self._keeper.begin(self._snapshot.addresses_listed())
             self._host_keeper.check_firewall()
             self._host_keeper.start()
-            self._reporter.sign_of_life()
+            self._reporter.beat_soon()
+            self._note_unknown_interfaces()
             log.info("the first snapshot is in the kernel: %d endpoints of this host", len(self._snapshot.local))
 
     def _hold_back(self, changed: set[EndpointId]) -> None:
@@ -506,6 +528,14 @@ class Agent:
             else:
                 self._failed.discard(id)
         return statuses
+
+    def _note_unknown_interfaces(self, before: set[str] | None = None) -> None:
+        """Report the interfaces of ours that no record knows; with `before`, those that were among these already."""
+        known = set()
+        for id in self._snapshot.unusable:
+            known |= {id.interface, self._snapshot.endpoints[id].name if id in self._snapshot.endpoints else ""}
+        self._unknown = self._unowned(self._links) - known
+        self._health.unknown_interfaces = sorted(self._unknown if before is None else self._unknown & before)
 
     def _unowned(self, interfaces: Iterable[str]) -> set[str]:
         """Return those interfaces that are no endpoint's."""

@@ -14,13 +14,13 @@ import struct
 import threading
 import time
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from calicoctl import netlink
 from calicoctl.datastore.store import Change, Entry
 from calicoctl.errors import CalicoError, HistoryLost
+from calicoctl.felix.heartbeat import now
 from calicoctl.felix.nft import TableEvents, own_ports
 from calicoctl.felix.routes import PROTOCOL, Link
 from calicoctl.workload import docker_containers, docker_engine, engine_may_be_there
@@ -29,11 +29,6 @@ if TYPE_CHECKING:
     from calicoctl.datastore.client import DatastoreClient
 
 log = logging.getLogger("calico.felix")
-
-
-def now() -> str:
-    """Return the time, as ISO 8601 has it, in UTC."""
-    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 LONG_POLL = 4.0
@@ -97,6 +92,13 @@ class StoreNotWritten:
 
     why: str
     since: str
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """Another agent reports for this host: the sentence that says which; None: this one does again."""
+
+    why: str | None
 
 
 @dataclass(frozen=True)

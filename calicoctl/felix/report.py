@@ -1,6 +1,6 @@
 """What the agent says of itself: to the store, for all hosts; to a file, for this one; to Prometheus, if asked to.
 
-The store gets the status of each endpoint, and a sign of life that expires. The file has all of that and the reasons,
+The store gets the status of each endpoint, and a heartbeat (heartbeat.py). The file has all of that and the reasons,
 and can be read when the store is away. Statuses are written by a thread of their own: a slow store holds nothing up.
 """
 
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from calicoctl.datastore.keys import EndpointId
 from calicoctl.errors import CalicoError, StoreError, StoreUnavailable
 from calicoctl.felix import events
-from calicoctl.felix.events import now
+from calicoctl.felix.heartbeat import INTERVAL, Heartbeat, Identity, now, replaced
 from calicoctl.snapshot import INACTIVE
 from calicoctl.upkeep import COLLECTED, HEALED, Act
 
@@ -29,12 +29,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("calico.felix")
 
-INTERVAL = 10.0
-"""Seconds between two signs of life."""
-
-TIME_TO_LIVE = 30
-"""Seconds after which a sign of life expires."""
-
 PATIENCE = 6.0
 """Seconds for which a store that answers, but can do nothing, is asked again before it is reported that it is away."""
 
@@ -42,7 +36,7 @@ FILE_INTERVAL = 10.0
 """Seconds after which the report is written anew although nothing has changed: its age tells that the agent works."""
 
 END_PATIENCE = 5.0
-"""Seconds that the last of the reports may take; the sign of life expires in any case."""
+"""Seconds that the last of the reports may take; the heartbeat expires in any case."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +114,10 @@ class Health:
     started: float = field(default_factory=time.monotonic)
     first_update: bool = False
     waiting_for: str | None = None
+    replaced: str | None = None
+    """The sentence that says which other agent has this host's status, and so its records; None while none has."""
+    unknown_interfaces: list[str] = field(default_factory=list)
+    """Interfaces `cali…` here that no record of this host knows."""
     endpoints: dict[EndpointId, Status] = field(default_factory=dict)
     problems: dict[str, str] = field(default_factory=dict)
     """What is wrong with keys of the store."""
@@ -182,6 +180,7 @@ class Health:
             **self.options,
             "first_update": self.first_update,
             "waiting_for": self.waiting_for,
+            "replaced": self.replaced,
             "etcd": {
                 "reachable": self.store_works,
                 "since": max(ability.since for ability in (self.reads, self.writes, self.watch)),
@@ -204,6 +203,7 @@ class Health:
                     key=lambda item: item[0].endpoint,
                 )
             ],
+            "unknown_interfaces": self.unknown_interfaces,
             "problems": [{"key": key, "problem": self.problems[key]} for key in sorted(self.problems)],
             "troubles": [{"subject": subject, **self.troubles[subject]} for subject in sorted(self.troubles)],
             "last_error": self.last_error,
@@ -246,14 +246,18 @@ class ReportFile:
 
 
 class StoreReporter(threading.Thread):
-    """Keeps the statuses in the store like those it was given last."""
+    """Keeps the statuses in the store like those it was given last, unless another agent reports for this host."""
 
     def __init__(self, datastore: DatastoreClient, health: Health, tell: Callable[[Any], None]) -> None:
-        """`tell` takes whether they could be written (StoreWritten, StoreNotWritten), and other trouble (Trouble)."""
+        """`tell` takes whether they could be written (StoreWritten, StoreNotWritten), other trouble (Trouble), and
+        that another agent has begun to report for this host, or does so no more (Replaced).
+        """
         super().__init__(name="reporting", daemon=True)
         self._datastore = datastore
         self._health = health
         self._tell = tell
+        self._heartbeat = Heartbeat(datastore)
+        self._replaced_by: Identity | None = None
         self._lock = threading.Lock()
         self._wanted: dict[EndpointId, str] = {}
         self._changed: set[EndpointId] = set()
@@ -281,30 +285,23 @@ class StoreReporter(threading.Thread):
             self._written = None
         self._wake.set()
 
-    def sign_of_life(self) -> None:
-        """Say soon that the agent is alive."""
-        self._signed = 0.0
+    def beat_soon(self) -> None:
+        """Have the next heartbeat come soon, which says something new."""
+        self._beaten = 0.0
         self._wake.set()
 
     def run(self) -> None:
-        self._signed = 0.0
+        self._beaten = 0.0
         ending = False
         while not ending:
-            self._wake.wait(max(0.1, min(INTERVAL, self._signed + INTERVAL - time.monotonic())))
+            self._wake.wait(max(0.1, min(INTERVAL, self._beaten + INTERVAL - time.monotonic())))
             self._wake.clear()
             ending = not self._alive
             try:
-                if time.monotonic() >= self._signed + INTERVAL:
-                    self._datastore.report_host(
-                        {
-                            "time": now(),
-                            "uptime": round(time.monotonic() - self._health.started, 1),
-                            "first_update": self._health.first_update,
-                        },
-                        TIME_TO_LIVE,
-                    )
-                    self._signed = time.monotonic()
-                if self._health.first_update:
+                if time.monotonic() >= self._beaten + INTERVAL:
+                    self._beat()
+                    self._beaten = time.monotonic()
+                if self._health.first_update and self._replaced_by is None:
                     self._write_endpoints()
                 self._note(None)
             except CalicoError as error:
@@ -312,9 +309,22 @@ class StoreReporter(threading.Thread):
                 time.sleep(1)  # and again, with what has changed meanwhile
                 self._wake.set()
         try:
-            self._datastore.report_host(None)
+            self._heartbeat.end()
         except CalicoError as error:
-            log.warning("the agent's sign of life cannot be removed: %s", error)
+            log.warning("the host's status cannot be removed: %s", error)
+
+    def _beat(self) -> None:
+        replaced_by = self._heartbeat.beat(
+            {
+                "time": now(),
+                "uptime": round(time.monotonic() - self._health.started, 1),
+                "first_update": self._health.first_update,
+            }
+        )
+        if replaced_by != self._replaced_by:
+            self._replaced_by = replaced_by
+            why = None if replaced_by is None else replaced(self._datastore, replaced_by)
+            self._tell(events.Replaced(why))
 
     def _note(self, error: CalicoError | None) -> None:
         """Tell what has changed: whether the store can be written, and whether it takes all statuses."""
@@ -331,7 +341,7 @@ class StoreReporter(threading.Thread):
         self._away, self._refused = away, refused
 
     def end(self) -> None:
-        """Write what there is to write, and take the sign of life away, if the store is not too slow for that."""
+        """Write what there is to write, and take the heartbeat away, if the store is not too slow for that."""
         self._alive = False
         self._wake.set()
         self.join(END_PATIENCE)

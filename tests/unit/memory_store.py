@@ -14,7 +14,8 @@ from calicoctl.errors import CompareFailed, KeyExists, StoreUnavailable
 class MemoryStore:
     """Implements the Store protocol. `trouble` is asked before each write: None, "conflict", "lost" or "down".
 
-    A lost write is applied, and then somebody else's change comes on top of it, so its writer cannot know.
+    A lost write is applied, and then somebody else's change comes on top of it, so its writer cannot know. Nothing
+    expires by itself: a test that wants that removes the entry.
     """
 
     def __init__(self) -> None:
@@ -35,13 +36,13 @@ class MemoryStore:
         below = [key[len(directory) + 1 :] for key in self.entries if key.startswith(directory + "/")]
         return sorted({name.partition("/")[0] for name in below})
 
-    def create(self, key: str, value: str) -> Entry:
+    def create(self, key: str, value: str, ttl: int | None = None) -> Entry:
         self._maybe_fail(key)
         if key in self.entries:
             raise KeyExists(key)
         return self._put(key, value)
 
-    def update(self, entry: Entry, value: str) -> Entry:
+    def update(self, entry: Entry, value: str, ttl: int | None = None) -> Entry:
         trouble = self._maybe_fail(entry.key)
         now = self.entries.get(entry.key)
         if now is None or now.index != entry.index:
@@ -66,7 +67,7 @@ class MemoryStore:
     def remove_tree(self, directory: str) -> None:
         self.entries = {key: entry for key, entry in self.entries.items() if not key.startswith(directory + "/")}
 
-    def put(self, key: str, value: str, ttl: int | None = None) -> None:
+    def put(self, key: str, value: str) -> None:
         self._put(key, value)
 
     def _put(self, key: str, value: str) -> Entry:

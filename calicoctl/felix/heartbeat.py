@@ -1,0 +1,299 @@
+"""The host's status in the store: the agent's heartbeat, which expires, and tells which machine's agent writes it.
+
+It is written by compare-and-swap alone, so one request both renews it and finds out whether somebody else has written
+it: a second machine under the same host name, say. Whose name it is then, `claim` decides for `calicoctl node`, before
+anything else is written, and `Heartbeat` for the agent: one that was replaced never takes the name back by itself from
+an agent that names its machine, even when that agent's status has expired. That machine may only be starting anew, and
+to look after its endpoints from here would remove them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import time
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from calicoctl.errors import CalicoError, CompareFailed, KeyExists, StoreError
+
+if TYPE_CHECKING:
+    from calicoctl.datastore.client import DatastoreClient
+    from calicoctl.datastore.store import Entry
+
+INTERVAL = 10.0
+"""Seconds between two heartbeats."""
+
+TIME_TO_LIVE = 30
+"""Seconds after which a status expires."""
+
+EXPIRY_PATIENCE = 30.0
+"""Seconds to wait for a status to expire. An old Felix renews its own every 30 s, and lets it live for 90."""
+
+YIELD_PATIENCE = INTERVAL + 2
+"""Seconds within which an agent notices that its status was written by another."""
+
+POLL_INTERVAL = 0.5
+"""Seconds between two looks at a status while waiting."""
+
+_APPLICATION = uuid.UUID("b42e1f91-5bde-4911-a361-abec26e34313").bytes
+
+_MACHINE_ID = Path("/etc/machine-id")
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+def now() -> str:
+    """Return the time, as ISO 8601 has it, in UTC."""
+    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+@dataclass(frozen=True)
+class Identity:
+    """A machine and its boot; None for what is not known.
+
+    The machine's id is confidential, so what stands for it is derived from it as machine-id(5) demands: the same as
+    `systemd-id128 machine-id --app-specific=b42e1f915bde4911a361abec26e34313` prints.
+    """
+
+    machine: str | None
+    boot: str | None
+
+    @classmethod
+    def own(cls) -> Identity:
+        """Return this machine's, as it runs now."""
+        boot = _read(_BOOT_ID)
+        try:
+            id = bytes.fromhex(_read(_MACHINE_ID))
+        except ValueError:  # "uninitialized", say
+            id = b""
+        return cls(_derived(id) if len(id) == 16 and any(id) else None, boot or None)
+
+    @classmethod
+    def of(cls, status: Entry) -> Identity:
+        """Return that of who wrote a host's status; agents of other programs, and old ones, say nothing of it."""
+        try:
+            value = json.loads(status.value)
+        except ValueError:
+            value = None
+        fields = value if isinstance(value, dict) else {}
+        machine, boot = (fields.get(name) for name in ("machine", "boot"))
+        return cls(*(part if isinstance(part, str) and part else None for part in (machine, boot)))
+
+    def to_dict(self) -> dict[str, str]:
+        fields = {"machine": self.machine, "boot": self.boot}
+        return {name: value for name, value in fields.items() if value is not None}
+
+    def is_other_machine(self, own: Identity) -> bool:
+        """Tell whether this is, beyond doubt, another machine than `own`."""
+        return None not in (self.machine, own.machine) and self.machine != own.machine
+
+    def describe(self, own: Identity) -> str:
+        """Return what to call an agent of this identity, for a sentence to begin with."""
+        if self.machine is None and self.boot is not None:
+            return "An agent on a machine without a machine id"
+        if self.machine is None:
+            return "An agent that does not say which machine it runs on (an old Felix, or an older version of this one)"
+        if self.machine != own.machine:
+            return "Another machine"
+        if self.boot != own.boot:
+            return "Another boot, or a copy, of this machine"
+        return "Another agent on this machine"
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def _derived(machine_id: bytes) -> str:
+    """Return an id that tells a machine, but not its machine id. Source: sd_id128_get_machine_app_specific(3)."""
+    digest = bytearray(hmac.new(machine_id, _APPLICATION, hashlib.sha256).digest()[:16])
+    digest[6] = digest[6] & 0x0F | 0x40  # the form of a random UUID
+    digest[8] = digest[8] & 0x3F | 0x80
+    return digest.hex()
+
+
+class Heartbeat:
+    """What an agent keeps its host's status alive with. Used by one thread."""
+
+    def __init__(self, datastore: DatastoreClient) -> None:
+        self._datastore = datastore
+        self._own = Identity.own()
+        self._entry: Entry | None = None
+        """The status as it was written last."""
+        self._contested = False
+        """Whether somebody of the same identity has written it since, once."""
+        self._replaced_by: Identity | None = None
+        """Who has written it last, while that is somebody else."""
+
+    def beat(self, status: dict[str, Any]) -> Identity | None:
+        """Renew the status, unless it is somebody else's: then return whose. Raises StoreError."""
+        contested = False
+        if self._replaced_by is not None:
+            self._look_again(self._replaced_by)
+        while self._replaced_by is None:
+            try:
+                self._entry = self._datastore.write_host_status(
+                    {**status, **self._own.to_dict()}, TIME_TO_LIVE, self._entry
+                )
+                self._contested = contested
+                return None
+            except (KeyExists, CompareFailed):
+                had_it = self._entry is not None
+                self._compare()
+                contested = had_it and self._entry is not None
+        return self._replaced_by
+
+    def _compare(self) -> None:
+        """Find out who has written the status, or that it has expired.
+
+        One of this very identity was left by the agent before, or written by `claim`; if that happens at two heartbeats
+        in a row, another agent runs on this machine, out of sight of the pid file, in a container of its own, say.
+        """
+        self._entry = self._datastore.host_status()
+        writer = self._own if self._entry is None else Identity.of(self._entry)
+        if writer != self._own or self._contested:
+            self._entry, self._replaced_by, self._contested = None, writer, False
+
+    def _look_again(self, writer: Identity) -> None:
+        """Find out whether the status, which was somebody else's, may be this agent's again."""
+        entry = self._datastore.host_status()
+        if entry is not None and Identity.of(entry) != self._own:
+            self._replaced_by = Identity.of(entry)
+        elif entry is not None and writer != self._own:
+            self._entry, self._replaced_by = entry, None  # `claim` has taken it back
+        elif entry is None and writer.machine is None:
+            self._replaced_by = None
+
+    def end(self) -> None:
+        """Remove the status, if it is this agent's. Raises StoreError."""
+        if self._entry is not None:
+            self._datastore.remove_host_status(self._entry)
+
+
+def claim(datastore: DatastoreClient, force: bool, own_agent_writes: bool, tell: Callable[[str], None]) -> Entry | None:
+    """Make sure that the host's status is this machine's, or nobody's, and make it this machine's.
+
+    `own_agent_writes` says that this host's agent runs, and that a status which names no machine is its. With `force`,
+    take the status over from whoever else has it. `tell` takes a sentence before there is something to wait for.
+    Returns what was written, None where nothing had to be. Raises CalicoError, having changed nothing, when the status
+    is another's; StoreError.
+    """
+    own = Identity.own()
+    while True:
+        entry = datastore.host_status()
+        writer = None if entry is None else Identity.of(entry)
+        is_ours = writer is not None and _is_ours(writer, own, own_agent_writes)
+        if is_ours and own_agent_writes:
+            return None
+        try:
+            if entry is None or writer is None or is_ours:
+                return _write(datastore, own, entry)
+            if force:
+                return _take_over(datastore, own, entry, tell)
+            if writer.is_other_machine(own):
+                raise CalicoError(_in_use(datastore, writer, own))
+            return _write(datastore, own, _await_expiry(datastore, own, entry, tell))
+        except (KeyExists, CompareFailed):
+            pass  # written, or expired, at this moment
+
+
+def _write(datastore: DatastoreClient, own: Identity, before: Entry | None) -> Entry:
+    status = {"time": now(), "uptime": 0.0, "first_update": False, **own.to_dict()}
+    return datastore.write_host_status(status, TIME_TO_LIVE, before)
+
+
+def _await_expiry(datastore: DatastoreClient, own: Identity, entry: Entry, tell: Callable[[str], None]) -> Entry | None:
+    """Wait until a status has expired, or has not been renewed for long enough; return it in the latter case.
+
+    Raises CalicoError when it is renewed meanwhile.
+    """
+    writer = Identity.of(entry)
+    tell(
+        f"Host {datastore.host} has a status in etcd that may be another agent's: waiting for it to expire, for "
+        f"{EXPIRY_PATIENCE:.0f} s at most."
+    )
+    give_up = time.monotonic() + EXPIRY_PATIENCE
+    while time.monotonic() < give_up:
+        time.sleep(POLL_INTERVAL)
+        found = datastore.host_status()
+        if found is None:
+            return None
+        if found.index != entry.index:
+            if _is_ours(Identity.of(found), own, False):
+                return found  # another command here was quicker
+            raise CalicoError(_in_use(datastore, writer, own))
+    return entry
+
+
+def _take_over(datastore: DatastoreClient, own: Identity, entry: Entry, tell: Callable[[str], None]) -> Entry:
+    """Write the status over somebody else's, and wait until that agent has noticed, and changes no records any more.
+
+    Raises CalicoError when it goes on writing: one of an older version does not look.
+    """
+    who = _with_addresses(datastore, Identity.of(entry).describe(own))
+    tell(f"{who} reports for host {datastore.host}: taking over, and waiting {YIELD_PATIENCE:.0f} s for it to notice.")
+    mine: Entry | None = _write(datastore, own, entry)
+    until = time.monotonic() + YIELD_PATIENCE
+    while time.monotonic() < until:
+        time.sleep(POLL_INTERVAL)
+        mine = datastore.host_status()
+        if mine is not None and Identity.of(mine) != own:
+            raise CalicoError(
+                f"{who} goes on reporting for host {datastore.host}, and cannot be made to stop from here: end it first"
+            )
+    return _write(datastore, own, mine)
+
+
+def _in_use(datastore: DatastoreClient, writer: Identity, own: Identity) -> str:
+    return (
+        f"{_with_addresses(datastore, writer.describe(own))} reports for host {datastore.host}: the name is in use. "
+        "Give this host a name of its own (HOSTNAME=…), end that agent, or take the name over with --force, by which "
+        "what is connected there loses its endpoints"
+    )
+
+
+def _with_addresses(datastore: DatastoreClient, who: str) -> str:
+    addresses: set[str] = set()
+    with suppress(StoreError):  # the sentence is to be said all the same
+        addresses = datastore.host_addresses()
+    return f"{who}, registered with {' and '.join(sorted(addresses))}," if addresses else who
+
+
+def other_writer(datastore: DatastoreClient, status: Entry, own_agent_writes: bool) -> str | None:
+    """Return what to call who has written a host's status, for a sentence to begin with; None for this machine.
+
+    `own_agent_writes` is as for `claim`.
+    """
+    writer, own = Identity.of(status), Identity.own()
+    if _is_ours(writer, own, own_agent_writes):
+        return None
+    return _with_addresses(datastore, writer.describe(own))
+
+
+def _is_ours(writer: Identity, own: Identity, own_agent_writes: bool) -> bool:
+    if own_agent_writes:
+        return writer in (own, Identity(None, None))
+    return writer == own and own.machine is not None
+
+
+def replaced(datastore: DatastoreClient, writer: Identity) -> str:
+    """Return the sentence with which an agent says that another one has its host's status."""
+    who = _with_addresses(datastore, writer.describe(Identity.own()))
+    back = (
+        "until that agent has ended"
+        if writer.machine is None
+        else "until 'calicoctl node' takes the name back, with --force while that agent is alive"
+    )
+    return (
+        f"{who} reports for host {datastore.host} now. This agent changes no records any more, and leaves what it has "
+        f"set up as it is, {back}"
+    )
