@@ -24,7 +24,7 @@ setup(
         "netaddr>=1.0,<2",
         "pyroute2>=0.9.1,<0.10",
         "docker>=7.0,<8",
-        "prettytable>=3.0,<4",
+        "prettytable>=3.8,<4",
         "sdnotify>=0.3.2,<0.4",
         "prometheus_client>=0.16,<1",
         "tqdm>=4.60,<5",

@@ -57,7 +57,13 @@ def check(datastore: DatastoreClient) -> list[Finding]:
         time.sleep(SECOND_LOOK)
         still = {(finding.kind, finding.subject) for finding in _look(datastore)}
         found = [finding for finding in found if (finding.kind, finding.subject) in still]
-    return found
+    return sorted(found, key=_order)
+
+
+def _order(finding: Finding) -> tuple[object, ...]:
+    """Return what findings are sorted by: their kind, and what they are about, addresses as numbers."""
+    number = int(parse_address(finding.subject)) if finding.kind == "address" else 0
+    return finding.kind, ":" in finding.subject, number, finding.subject, finding.problem
 
 
 def _look(datastore: DatastoreClient) -> Iterator[Finding]:

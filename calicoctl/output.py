@@ -1,4 +1,7 @@
-"""What commands print: ASCII grids for people, JSON for scripts."""
+"""What commands print: ASCII grids for people, JSON for scripts.
+
+On a terminal, a grid fits the terminal's width; elsewhere it is complete, whatever its width.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,9 @@ from typing import Any, TypeVar
 from calicoctl.errors import one_line, printable
 
 T = TypeVar("T")
+
+_SHORT = 10
+"""How many characters of a word are kept in one line if at all possible: a date has so many."""
 
 
 def wants_json(arguments: dict[str, Any]) -> bool:
@@ -22,15 +28,82 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2))
 
 
-def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]], widest: int | None = None) -> None:
-    """Print a grid with a heading; cells are aligned to the left, and broken where they are wider than `widest`."""
+def abridges(arguments: dict[str, Any]) -> bool:
+    """Tell whether ids are to be shortened, and so on: on a terminal, unless --no-trunc was given."""
+    return sys.stdout.isatty() and not arguments["--no-trunc"]
+
+
+def print_table(
+    columns: Sequence[str],
+    rows: Sequence[Sequence[object]],
+    widest: int | None = None,
+    expendable: Sequence[str] = (),
+    complete: bool = False,
+) -> None:
+    """Print a grid with a heading; cells are aligned to the left.
+
+    On a terminal, unless `complete`, it is made to fit: cells are broken between words; where that is not enough, the
+    `expendable` columns are left out one by one, and standard error says which; then words are broken. Elsewhere,
+    cells are broken where they are wider than `widest`.
+    """
+    import shutil
+
     from prettytable import PrettyTable
 
-    table = PrettyTable(list(columns))
+    lines = [["" if cell is None else printable(str(cell)) for cell in row] for row in [columns, *rows]]
+    if sys.stdout.isatty() and not complete:
+        lines, left_out = fit(lines, shutil.get_terminal_size().columns, expendable)
+        if left_out:
+            warn(f"Left out, for the terminal is too narrow: {', '.join(left_out)}. See all with --no-trunc.")
+        widest = None
+    table = PrettyTable([str(number) for number in range(len(lines[0]))], header=False)
     table.align = "l"
     table.max_width = widest
-    table.add_rows([["" if cell is None else printable(str(cell)) for cell in row] for row in rows])
+    table.add_row(lines[0], divider=True)
+    table.add_rows(lines[1:])
     print(table)
+
+
+def fit(lines: list[list[str]], width: int, expendable: Sequence[str] = ()) -> tuple[list[list[str]], list[str]]:
+    """Return a grid's cells, heading first, broken so that it is no wider than `width`, and the columns left out."""
+    left_out: list[str] = []
+    while True:
+        narrowest = [max(_least_width(cell) for cell in column) for column in zip(*lines)]
+        room = width - 3 * len(narrowest) - 1  # beside the frame
+        gone = next((name for name in expendable if name in lines[0]), None)
+        if sum(narrowest) <= room or gone is None:
+            break
+        left_out.append(gone)
+        place = lines[0].index(gone)
+        lines = [line[:place] + line[place + 1 :] for line in lines]
+    widths = [min(width, max(_longest(cell.splitlines()) for cell in column)) for column in zip(*lines)]
+    # the widest give way: first those that have room between words
+    while sum(widths) > max(room, len(widths)):
+        least = narrowest if any(own > least for own, least in zip(widths, narrowest)) else [1] * len(widths)
+        widths[max(range(len(widths)), key=lambda n: (widths[n] > least[n], widths[n]))] -= 1
+    return [["\n".join(_wrapped(cell, own)) for cell, own in zip(line, widths)] for line in lines], left_out
+
+
+def _least_width(cell: str) -> int:
+    """Return how narrow a cell can be: broken between words, and long ones at their hyphens."""
+    words = cell.split()
+    parts = [part + "-" for word in words for part in word.split("-")]
+    return min(_longest(words), max(_SHORT, _longest(parts)))
+
+
+def _longest(words: list[str]) -> int:
+    return max(map(len, words), default=0)
+
+
+def _wrapped(cell: str, width: int) -> list[str]:
+    """Break a cell's lines between words, or, where a word is too long, at its hyphens or anywhere."""
+    import textwrap
+
+    lines = []
+    for line in cell.splitlines():
+        too_long = _longest(line.split()) > width
+        lines += textwrap.wrap(line, width, break_on_hyphens=too_long) if len(line) > width else [line]
+    return lines
 
 
 def with_progress(items: Sequence[T], what: str) -> Iterator[T]:

@@ -6,7 +6,8 @@ Usage:
   calicoctl container remove <CONTAINERS>...
   calicoctl container <CONTAINER> ip (add|remove) <IP>
       [--interface=<INTERFACE>]
-  calicoctl container <CONTAINER> endpoint show [--output=<FORMAT>]
+  calicoctl container <CONTAINER> endpoint show [--no-trunc]
+      [--output=<FORMAT>]
   calicoctl container <CONTAINER> profile show [--output=<FORMAT>]
   calicoctl container <CONTAINER> profile (append|remove|set) [<PROFILES>...]
 
@@ -25,6 +26,7 @@ Options:
                          default: do not wait
   --exist-ok             also end with 0 where the container has what is asked
                          for already
+  --no-trunc             show everything on a terminal, too, whatever its width
   -o, --output=<FORMAT>  json: of `add`, an object with address, interface,
                          mac, endpoint and host; of `show`, an array of the
                          container's endpoints with their fields as in etcd;
@@ -48,7 +50,13 @@ from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from calicoctl.commands.endpoint import change_profiles, profile_names, show_endpoints, show_profiles
+from calicoctl.commands.endpoint import (
+    change_profiles,
+    display_order,
+    profile_names,
+    show_endpoints,
+    show_profiles,
+)
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.keys import EndpointId
 from calicoctl.datastore.model import Endpoint
@@ -187,8 +195,7 @@ def _wish_and_interface(arguments: dict[str, Any]) -> tuple[Wish, str | None]:
 
 
 def _endpoint_show(arguments: dict[str, Any]) -> None:
-    as_json = wants_json(arguments)
-    show_endpoints(_endpoints(DatastoreClient.from_environment(), arguments["<CONTAINER>"]), as_json)
+    show_endpoints(_endpoints(DatastoreClient.from_environment(), arguments["<CONTAINER>"]), arguments)
 
 
 def _profile(arguments: dict[str, Any], profiles: list[str]) -> None:
@@ -207,7 +214,7 @@ def _profile(arguments: dict[str, Any], profiles: list[str]) -> None:
 def _endpoints(datastore: DatastoreClient, name: str) -> list[Endpoint]:
     """Return the endpoints of what the user calls `name`; raise NotThere when it has none."""
     workload = find_connected(name, datastore)
-    endpoints = endpoints_of(datastore, workload)
+    endpoints = sorted(endpoints_of(datastore, workload), key=display_order)
     for endpoint in endpoints:
         refuse_others_endpoint(datastore, workload, endpoint)
     if not endpoints:

@@ -3,7 +3,7 @@
 Usage:
   calicoctl endpoint show [--host=<HOST>] [--orchestrator=<ORCHESTRATOR>]
       [--workload=<WORKLOAD>] [--endpoint=<ENDPOINT>] [--detailed]
-      [--output=<FORMAT>]
+      [--no-trunc] [--output=<FORMAT>]
   calicoctl endpoint <ENDPOINT_ID> profile (append|remove|set) [--host=<HOST>]
       [--orchestrator=<ORCHESTRATOR>] [--workload=<WORKLOAD>] [<PROFILES>...]
   calicoctl endpoint <ENDPOINT_ID> profile show [--host=<HOST>]
@@ -17,17 +17,21 @@ Options:
                          of this orchestrator only: docker, or namespace;
                          default: of all
   --workload=<WORKLOAD>  of the workload with this id, or this beginning of
-                         it; default: of all
+                         it, or of the Docker containers with this name;
+                         default: of all
   --endpoint=<ENDPOINT>  the endpoint with this id, or this beginning of it;
                          default: all
   --detailed             one line an endpoint; default: how many each host has
+  --no-trunc             show everything on a terminal, too, whatever its width
   -o, --output=<FORMAT>  json: an array, with the fields of the endpoints as
                          in etcd; default: a table
 
 A workload's id is that of its Docker container, or the path of its namespace
-with every / as -. Profiles are asked in the order they have; `set` without
-any takes all away. This needs no root, and works for the endpoints of any
-host.
+with every / as -. On a terminal, a Docker container is shown by its name,
+where that is known, ids by their first 12 characters, and the table fits the
+terminal's width. Elsewhere all is shown: a container's name in the line below
+its id. Profiles are asked in the order they have; `set` without any takes all
+away. This needs no root, and works for the endpoints of any host.
 
 Examples:
   calicoctl endpoint show --detailed
@@ -36,19 +40,25 @@ Examples:
 
 from __future__ import annotations
 
+import re
+import socket
 from collections.abc import Sequence
 from dataclasses import asdict
+from datetime import datetime, timezone
 from functools import partial
 from typing import Any
 
+from calicoctl.addresses import host_net
 from calicoctl.datastore import keys
 from calicoctl.datastore.client import DatastoreClient, check_hostname
 from calicoctl.datastore.model import Endpoint
 from calicoctl.errors import CalicoError, NotThere, UsageError, about, printable
 from calicoctl.grammar import Prepared, parse
-from calicoctl.output import print_json, print_table, wants_json, warn
+from calicoctl.output import abridges, print_json, print_table, wants_json, warn
 
 COLUMNS = ["Hostname", "Orchestrator ID", "Workload ID", "Endpoint ID", "Addresses", "MAC", "Profiles", "State"]
+EXPENDABLE = ("MAC", "Orchestrator ID", "Endpoint ID")
+"""The columns that a narrow terminal can do without, the least needed first."""
 
 
 def prepare(argv: list[str]) -> Prepared:
@@ -73,7 +83,7 @@ def _show(arguments: dict[str, Any]) -> None:
     if not endpoints and filters:
         raise NotThere(f"There is no endpoint with {' and '.join(f'{name}={arguments[name]}' for name in filters)}.")
     if arguments["--detailed"]:
-        show_endpoints(endpoints, as_json)
+        show_endpoints(endpoints, arguments)
         return
     counts: dict[tuple[str, str], list[Endpoint]] = {}
     for endpoint in endpoints:
@@ -85,7 +95,8 @@ def _show(arguments: dict[str, Any]) -> None:
     if as_json:
         print_json([dict(zip(("host", "orchestrator", "workloads", "endpoints"), row)) for row in rows])
     else:
-        print_table(["Hostname", "Orchestrator ID", "Number of Workloads", "Number of Endpoints"], rows)
+        columns = ["Hostname", "Orchestrator ID", "Number of Workloads", "Number of Endpoints"]
+        print_table(columns, rows, complete=arguments["--no-trunc"])
 
 
 def _matching(datastore: DatastoreClient, arguments: dict[str, Any], endpoint_id: str | None) -> list[Endpoint]:
@@ -95,7 +106,10 @@ def _matching(datastore: DatastoreClient, arguments: dict[str, Any], endpoint_id
         for endpoint in readable_endpoints(datastore, arguments["--host"])
         if arguments["--host"] in (None, endpoint.id.host)
         and arguments["--orchestrator"] in (None, endpoint.id.orchestrator)
-        and endpoint.id.workload.startswith(arguments["--workload"] or "")
+        and (
+            endpoint.id.workload.startswith(arguments["--workload"] or "")
+            or endpoint.workload_name == arguments["--workload"]
+        )
         and endpoint.id.endpoint.startswith(endpoint_id or "")
     ]
 
@@ -109,7 +123,7 @@ def _profile(arguments: dict[str, Any], names: list[str]) -> None:
     if not found:
         raise NotThere(f"Endpoint {id} does not exist.")
     if len(found) > 1:
-        some = ", ".join(f"{e.id.endpoint} of {e.id.workload[:12]} on {e.id.host}" for e in found[:3])
+        some = ", ".join(f"{e.id.endpoint} of {called(e)} on {e.id.host}" for e in found[:3])
         raise CalicoError(f"{id} can be several endpoints ({some}{', …' if found[3:] else ''}): say more of its id.")
     endpoint = found[0]
     if arguments["show"]:
@@ -122,32 +136,76 @@ def _profile(arguments: dict[str, Any], names: list[str]) -> None:
 
 
 def readable_endpoints(datastore: DatastoreClient, host: str | None = None) -> list[Endpoint]:
-    """Return the endpoints, of all hosts or of one, that can be read; warn of the others."""
+    """Return the endpoints, of all hosts or of one, that can be read, as people look for them; warn of the others."""
     endpoints, problems = datastore.readable_endpoints(host)
-    for problem in problems:
+    for problem in sorted(problems, key=lambda problem: problem.key):
         warn(f"Warning: {problem}")
-    return endpoints
+    return sorted(endpoints, key=display_order)
 
 
-def show_endpoints(endpoints: Sequence[Endpoint], as_json: bool) -> None:
-    """Print endpoints with all that their records hold."""
-    if as_json:
-        print_json([{**asdict(endpoint.id), **endpoint.to_dict()} for endpoint in endpoints])
+def display_order(endpoint: Endpoint) -> tuple[object, ...]:
+    """Return what endpoints are sorted by: host, workload's name, addresses as numbers, and ids."""
+    addresses = [socket.inet_pton(socket.AF_INET6 if ":" in a else socket.AF_INET, a) for a in endpoint.addresses]
+    id = endpoint.id
+    numbers = [(len(address), address) for address in addresses]
+    return id.host, endpoint.workload_name or id.workload, numbers, id.orchestrator, id.workload, id.endpoint
+
+
+def called(endpoint: Endpoint) -> str:
+    """Return what people call an endpoint's workload: a container's name, or its short id, or a namespace."""
+    return endpoint.workload_name or short_id(endpoint.id.workload)
+
+
+def short_id(id: str) -> str:
+    """Return the first 12 characters of an id that is hexadecimal, as those of containers and endpoints are."""
+    return id[:12] if re.fullmatch("[0-9a-f]+", id) else id
+
+
+def workload_cell(endpoint: Endpoint, short: bool) -> str:
+    """Return what a table says of an endpoint's workload: its name; or, in full, its id, and the name below."""
+    if short:
+        return called(endpoint)
+    return "\n".join(filter(None, (endpoint.id.workload, endpoint.workload_name)))
+
+
+def show_endpoints(endpoints: Sequence[Endpoint], arguments: dict[str, Any]) -> None:
+    """Print endpoints with all that their records hold; shortened where arguments and terminal ask for it."""
+    if wants_json(arguments):
+        always = {"inactive_since": None, "workload_name": None}
+        print_json([{**asdict(endpoint.id), **always, **endpoint.to_dict()} for endpoint in endpoints])
         return
-    rows = [
-        [
-            endpoint.id.host,
-            endpoint.id.orchestrator,
-            endpoint.id.workload,
-            endpoint.id.endpoint,
-            "\n".join(endpoint.nets),
-            endpoint.mac,
-            "\n".join(endpoint.profile_ids),
-            f"{endpoint.state} since {endpoint.inactive_since}" if endpoint.inactive_since else endpoint.state,
-        ]
-        for endpoint in endpoints
-    ]
-    print_table(COLUMNS, rows)
+    short = abridges(arguments)
+    rows = []
+    for endpoint in endpoints:
+        nets, since = endpoint.nets, endpoint.inactive_since
+        if short:
+            nets = [net if net not in map(host_net, endpoint.addresses) else net.partition("/")[0] for net in nets]
+        rows.append(
+            [
+                endpoint.id.host,
+                endpoint.id.orchestrator,
+                workload_cell(endpoint, short),
+                short_id(endpoint.id.endpoint) if short else endpoint.id.endpoint,
+                "\n".join(nets),
+                endpoint.mac,
+                "\n".join(endpoint.profile_ids),
+                f"{endpoint.state} {_duration(since) if short else f'since {since}'}" if since else endpoint.state,
+            ]
+        )
+    print_table(COLUMNS, rows, expendable=EXPENDABLE, complete=not short)
+
+
+def _duration(since: str) -> str:
+    """Return for how long something has been so, roughly, as people say it; `since` is ISO 8601, UTC."""
+    try:
+        begin = datetime.strptime(since, "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=timezone.utc)
+    except ValueError:  # another program's
+        return f"since {since}"
+    seconds = max(0, int((datetime.now(timezone.utc) - begin).total_seconds()))
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"for {seconds // length} {unit}"
+    return f"for {seconds} s"
 
 
 def show_profiles(endpoint: Endpoint, as_json: bool) -> None:

@@ -67,6 +67,9 @@ def _info(address: IPAddress, as_json: bool) -> None:
     pool = next((pool.cidr for pool in pools if address in IPNetwork(pool.cidr)), None)
     facts = owner.secondary if owner is not None else {}
     user = users[0] if users else None
+    name = facts.get("workload_name")
+    if user is not None and (record := datastore.readable(user)) is not None:
+        name = record.workload_name or name
     told = {
         "ip": str(address),
         "assigned": owner is not None,
@@ -77,6 +80,7 @@ def _info(address: IPAddress, as_json: bool) -> None:
         "host": user.host if user else facts.get("host"),
         "orchestrator": user.orchestrator if user else facts.get("orchestrator"),
         "workload": user.workload if user else facts.get("workload"),
+        "workload_name": name,
         "endpoint": user.endpoint if user else facts.get("endpoint"),
         "interface": facts.get("interface"),
         "namespace": facts.get("namespace"),
@@ -90,6 +94,7 @@ def _info(address: IPAddress, as_json: bool) -> None:
             ("Pool", pool or "none"),
             ("Block", f"{told['block'] or 'none'}{', of host ' + str(told['affinity']) if told['affinity'] else ''}"),
             *((name.capitalize(), told[name]) for name in ("handle", "host", "orchestrator", "workload")),
+            ("Name", told["workload_name"]),
             *((name.capitalize(), told[name]) for name in ("endpoint", "interface", "namespace")),
         ):
             if value is not None:

@@ -19,8 +19,8 @@ Options:
                          use; they stay in use
   --ipv4                 show IPv4 pools only
   --ipv6                 show IPv6 pools only
-  -o, --output=<FORMAT>  json: an array of the pools as they stand in etcd;
-                         default: a table
+  -o, --output=<FORMAT>  json: an array of the pools, with the fields that
+                         they have in etcd; default: a table
 
 A pool that is there already gets the options given, and loses the others.
 Pools do not overlap. A range is added as the fewest CIDRs that make exactly
@@ -97,6 +97,11 @@ def _add(networks: list[IPNetwork], arguments: dict[str, Any]) -> None:
             print(f"Pool {network} has new options: {', '.join(changes)}.")
 
 
+def _shown(pool: Pool) -> dict[str, Any]:
+    """Return a pool with all its fields, also those that are left out in the store where they are off."""
+    return {"cidr": pool.cidr, "ipip": pool.ipip, "masquerade": pool.masquerade, **pool.extra}
+
+
 def _options(pool: Pool) -> dict[str, str]:
     """Return what each of a pool's options is, in words."""
     return {name: "on" if on else "off" for name, on in (("ipip", pool.ipip), ("nat-outgoing", pool.masquerade))}
@@ -166,7 +171,7 @@ def _show(arguments: dict[str, Any]) -> None:
     versions = [v for v, other in ((4, "--ipv6"), (6, "--ipv4")) if not arguments[other]]
     pools = {version: readable_pools(datastore, version) for version in versions}
     if as_json:
-        print_json([pool.to_dict() for version in versions for pool in pools[version]])
+        print_json([_shown(pool) for version in versions for pool in pools[version]])
         return
     for version in versions:
         rows = []

@@ -1,7 +1,7 @@
 """Make profiles, the policy of the network, and change their tags and rules.
 
 Usage:
-  calicoctl profile show [--detailed] [--output=<FORMAT>]
+  calicoctl profile show [--detailed] [--no-trunc] [--output=<FORMAT>]
   calicoctl profile add <PROFILES>...
   calicoctl profile remove <PROFILES>... [--no-check]
   calicoctl profile <PROFILE> tag show [--output=<FORMAT>]
@@ -23,6 +23,9 @@ Options:
   --from-port=<PORT>     the port it comes from; default: 40000, for one that
                          the sender's system chooses
   --detailed             list the endpoints that have each profile, too
+  --no-trunc             show everything on a terminal, too, whatever its
+                         width; default: containers by their names, and 12
+                         characters of ids
   --no-check             remove the profile even where endpoints still have
                          it; they let nothing through then
   --at=<POSITION>        a rule's place, counted from 1; default: behind the
@@ -65,12 +68,12 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-from calicoctl.commands.endpoint import check_known_profile, readable_endpoints
+from calicoctl.commands.endpoint import check_known_profile, readable_endpoints, short_id, workload_cell
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.model import Endpoint, Rule, Rules
 from calicoctl.errors import CalicoError, Failed, InvalidValue, NotThere, UsageError, for_each, one_line, printable
 from calicoctl.grammar import Prepared, parse
-from calicoctl.output import print_json, print_table, wants_json, warn
+from calicoctl.output import abridges, print_json, print_table, wants_json, warn
 from calicoctl.rules import check_name
 
 
@@ -110,7 +113,7 @@ def _show(arguments: dict[str, Any]) -> None:
         if as_json:
             print_json([{"name": name} for name in names])
         else:
-            print_table(["Name"], [[name] for name in names])
+            print_table(["Name"], [[name] for name in names], complete=arguments["--no-trunc"])
         return
     endpoints = readable_endpoints(datastore)
     if as_json:
@@ -122,14 +125,23 @@ def _show(arguments: dict[str, Any]) -> None:
                 warn(f"Warning: {problem}")
         print_json(found)
         return
+    short = abridges(arguments)
     rows: list[list[str]] = []
     for name in names:
         members = [endpoint for endpoint in endpoints if name in endpoint.profile_ids]
         rows += [
-            [name, member.id.host, member.id.orchestrator, member.id.workload, member.id.endpoint, member.state]
+            [
+                name,
+                member.id.host,
+                member.id.orchestrator,
+                workload_cell(member, short),
+                short_id(member.id.endpoint) if short else member.id.endpoint,
+                member.state,
+            ]
             for member in members
         ] or [[name, "None", "None", "None", "None", "None"]]
-    print_table(["Name", "Host", "Orchestrator ID", "Workload ID", "Endpoint ID", "State"], rows)
+    columns = ["Name", "Host", "Orchestrator ID", "Workload ID", "Endpoint ID", "State"]
+    print_table(columns, rows, expendable=("Orchestrator ID", "Endpoint ID"), complete=not short)
 
 
 def _as_json(datastore: DatastoreClient, name: str, endpoints: list[Endpoint]) -> dict[str, Any]:
@@ -138,7 +150,9 @@ def _as_json(datastore: DatastoreClient, name: str, endpoints: list[Endpoint]) -
         "tags": datastore.tags(name),
         "rules": datastore.rules(name).to_dict(),
         "endpoints": [
-            {**asdict(endpoint.id), "state": endpoint.state} for endpoint in endpoints if name in endpoint.profile_ids
+            {**asdict(endpoint.id), "workload_name": endpoint.workload_name, "state": endpoint.state}
+            for endpoint in endpoints
+            if name in endpoint.profile_ids
         ],
     }
 

@@ -71,7 +71,8 @@ class Endpoint:
 
     `name` is the host's end of the veth pair; nets are `address/32` or `address/128`; gateways are the host's
     addresses, the workload's next hops. `profile_ids` is in order of evaluation. `inactive_since` is when the workload
-    was found not to run (ISO 8601, UTC); an old tool may have dropped it.
+    was found not to run (ISO 8601, UTC), `workload_name` what Docker calls the container; an old tool may have dropped
+    both.
     """
 
     id: EndpointId
@@ -84,6 +85,7 @@ class Endpoint:
     ipv4_gateway: str | None = None
     ipv6_gateway: str | None = None
     inactive_since: str | None = None
+    workload_name: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -113,8 +115,9 @@ class Endpoint:
             raise InvalidValue(key, f'"mac" is {_excerpt(known["mac"])}, which is no MAC address')
         known["state"] = known["state"] or "active"
         known["name"] = known["name"] or id.interface
-        since = data.pop("inactive_since", None)
-        known["inactive_since"] = since if isinstance(since, str) else None
+        for name in ("inactive_since", "workload_name"):
+            value = data.pop(name, None)
+            known[name] = value if isinstance(value, str) and value else None
         return cls(id=id, extra=data, **known)
 
     def to_dict(self) -> dict[str, Any]:
@@ -129,6 +132,7 @@ class Endpoint:
             "ipv4_gateway": self.ipv4_gateway,
             "ipv6_gateway": self.ipv6_gateway,
             **({} if self.inactive_since is None else {"inactive_since": self.inactive_since}),
+            **({} if self.workload_name is None else {"workload_name": self.workload_name}),
             **self.extra,
         }
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
 import pty
+import re
 import struct
 import subprocess
 import termios
@@ -54,7 +56,9 @@ def test_pools_come_get_other_options_and_go(host: Host) -> None:
     assert host.etcd.get("/calico/v1/config/IpInIpEnabled") == "true"
     host.ctl("pool", "add", "fd00:1::/64")
     shown = json.loads(host.ctl("pool", "show", "--ipv6", "--output=json").out)
-    assert {"cidr": "fd00:1::/64"} in shown and all(":" in pool["cidr"] for pool in shown)
+    assert {"cidr": "fd00:1::/64", "ipip": None, "masquerade": False} in shown and all(
+        ":" in pool["cidr"] for pool in shown
+    )
     host.ctl("pool", "remove", "10.1.0.0/16", "10.2.0.0/26", "--ipip")  # as a script of 2015 may do
     assert set(pools(host)) == {"192.168.0.0/16"}
 
@@ -189,6 +193,93 @@ def test_settings(host: Host) -> None:
 
 
 # Endpoints
+
+
+def record_of(host: Host, on: str, workload: str, endpoint: str, *addresses: str, **fields: object) -> str:
+    """Write an endpoint's record, as another program does; return its key."""
+    orchestrator = "namespace" if workload.startswith("-") else "docker"
+    key = f"/calico/v1/host/{on}/workload/{orchestrator}/{workload}/endpoint/{endpoint}"
+    nets = [f"{address}/32" for address in addresses if ":" not in address]
+    nets6 = [f"{address}/128" for address in addresses if ":" in address]
+    host.etcd.put(key, {"state": "active", "mac": "aa:bb:cc:dd:ee:01", "ipv4_nets": nets, "ipv6_nets": nets6, **fields})
+    return key
+
+
+def on_a_terminal(host: Host, width: int, *words: str) -> tuple[list[str], str]:
+    """Return the lines that a command writes to a terminal, and what it writes to standard error."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, width, 0, 0))
+    shown, environment = b"", host.environment()
+    environment.pop("COLUMNS", None)
+    with subprocess.Popen([CALICOCTL, *words], stdout=theirs, stderr=subprocess.PIPE, env=environment) as command:
+        os.close(theirs)
+        with contextlib.suppress(OSError):  # the terminal's other end is closed
+            while more := os.read(ours, 10000):
+                shown += more
+        assert command.stderr is not None
+        err = command.stderr.read().decode()
+        assert command.wait() == 0, err
+    os.close(ours)
+    return shown.decode().splitlines(), err
+
+
+def columns_of(lines: list[str]) -> list[list[str]]:
+    """Return the rows of a table, heading first, as their cells' first lines."""
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
+
+
+def test_endpoints_are_shown_as_people_look_for_them(host: Host) -> None:
+    """By host, workload's name, and address as a number; short on a terminal, complete elsewhere."""
+    ids = {name: f"{number:02x}" * 32 for number, name in ((0xBB, "api"), (0xAA, "web"), (0xCC, None))}
+    record_of(host, "host2", ids["web"], "1" * 32, "192.168.1.1", workload_name="web", profile_ids=["web", "db"])
+    record_of(host, "host1", ids["web"], "2" * 32, "192.168.0.10", "fd80::10", workload_name="web")
+    record_of(host, "host1", ids["web"], "3" * 32, "192.168.0.9", workload_name="web", colour="red")
+    record_of(host, "host1", ids["api"], "4" * 32, "192.168.0.77", workload_name="api", mac=None)
+    since = {"state": "inactive", "inactive_since": "2022-11-25T21:33:11Z"}
+    record_of(host, "host1", ids[None], "5" * 32, "192.168.0.78", **since)
+    record_of(host, "host1", "-var-run-netns-blue", "6" * 32, "192.168.0.79")
+    order = ["666666666666", "444444444444", "555555555555", "333333333333", "222222222222", "111111111111"]
+    for width, left_out in ((200, []), (120, []), (110, ["MAC"]), (80, ["MAC", "Orchestrator ID"]), (40, None)):
+        lines, err = on_a_terminal(host, width, "endpoint", "show", "--detailed")
+        assert max(map(len, lines)) <= width, lines
+        if left_out is None:
+            continue
+        said = f"Left out, for the terminal is too narrow: {', '.join(left_out)}. See all with --no-trunc.\n"
+        assert err == (said if left_out else "")
+        heading, *rows = columns_of(lines)
+        rows = [row for row in rows if row[0].startswith("host")]
+        place = {name: number for number, name in enumerate(heading)}
+        assert [row[place["Endpoint ID"]] for row in rows] == order
+        names = [row[place["Workload ID"]] for row in rows]
+        assert names[1:] == ["api", "cccccccccccc", "web", "web", "web"] and names[0].startswith("-var-run-")
+        assert [row[place["Addresses"]] for row in rows][1:4] == ["192.168.0.77", "192.168.0.78", "192.168.0.9"]
+        assert ids["web"] not in "".join(lines) and "fd80::10 " in "".join(lines)
+        assert re.search(r"for \d+ (min|h|d) ", "".join(lines))
+
+    piped = host.ctl("endpoint", "show", "--detailed").out
+    assert on_a_terminal(host, 80, "endpoint", "show", "--detailed", "--no-trunc") == (piped.splitlines(), "")
+    heading, *rows = columns_of(piped.splitlines())
+    assert [row[3][:12] for row in rows if row[0]] == order and len(rows[0][3]) == 32
+    assert rows[0][2] == "-var-run-netns-blue" and [row[2] for row in rows[1:3]] == [ids["api"], "api"]
+    assert all(host.ctl("endpoint", "show", "--detailed").out == piped for _ in range(3))
+    said = json.loads(host.ctl("endpoint", "show", "--detailed", "--output=json").out)
+    assert [one["endpoint"][:12] for one in said] == order
+    assert said[0]["workload_name"] is said[0]["inactive_since"] is None and said[3]["colour"] == "red"
+    assert said[1]["workload_name"] == "api" and said[2]["inactive_since"] == since["inactive_since"]
+    assert len({tuple(sorted(one)) for one in said if "colour" not in one}) == 1, "of one shape"
+
+    by_name = json.loads(host.ctl("endpoint", "show", "--workload=web", "--host=host1", "--detailed", "-ojson").out)
+    assert [one["endpoint"][:1] for one in by_name] == ["3", "2"]
+    # what lists the members of profiles
+    host.ctl("profile", "add", "db", "web")
+    lines, _ = on_a_terminal(host, 80, "profile", "show", "--detailed")
+    assert max(map(len, lines)) <= 80
+    assert [[row[0], row[1], row[3], row[4]] for row in columns_of(lines) if row[0] in ("db", "web")] == [
+        [name, "host2", "web", "111111111111"] for name in ("db", "web")
+    ]
+    assert "1" * 32 in "".join(on_a_terminal(host, 80, "profile", "show", "--detailed", "--no-trunc")[0])
+    (_, one) = json.loads(host.ctl("profile", "show", "--detailed", "--output=json").out)
+    assert [member["workload_name"] for member in one["endpoints"]] == ["web"]
 
 
 def test_endpoints_of_all_hosts(host: Host) -> None:

@@ -249,7 +249,7 @@ def test_endpoint_show(host: Host, blue: str) -> None:
     assert cells[1] == ["host1", "namespace", workload, endpoint, "192.168.0.1/32", record["mac"], "", "active"]
     shown = json.loads(host.ctl("container", blue, "endpoint", "show", "--output=json").out)
     names = {"host": "host1", "orchestrator": "namespace", "workload": workload, "endpoint": endpoint}
-    assert shown == [{**names, **record}]
+    assert shown == [{**names, **record, "inactive_since": None, "workload_name": None}]
 
 
 def test_two_paths_with_the_same_workload_id_are_told_apart(host: Host, blue: str) -> None:

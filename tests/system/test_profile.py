@@ -182,7 +182,8 @@ def test_pool_show(host: Host) -> None:
         "fd80:24e2:f998:72d6::/64",
     ]
     assert "IPv6" not in host.ctl("pool", "show", "--ipv4").out
-    assert json.loads(host.ctl("pool", "show", "--ipv4", "--output=json").out) == [pool, {"cidr": "192.168.0.0/16"}]
+    plain = {"cidr": "192.168.0.0/16", "ipip": None, "masquerade": False}
+    assert json.loads(host.ctl("pool", "show", "--ipv4", "--output=json").out) == [pool, plain]
 
 
 def test_profile_and_pool_need_no_root(web: Host) -> None:

@@ -1,0 +1,54 @@
+"""Tables that fit a terminal: how they give way, and that nothing is lost by it."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from calicoctl.output import fit
+
+COLUMNS = ["Hostname", "Orchestrator ID", "Workload ID", "Endpoint ID", "Addresses", "MAC", "Profiles", "State"]
+ROW = ["host1", "docker", "web", "8573cd44e783", "192.168.0.1\nfd80::1", "aa:bb:cc:dd:ee:01", "a\nb", "active"]
+EXPENDABLE = ("MAC", "Orchestrator ID", "Endpoint ID")
+
+
+def width_of(lines: list[list[str]]) -> int:
+    """Return how wide the grid of these cells is, with its frame: `| a | b |`."""
+    widths = [max(len(part) for cell in column for part in [*cell.splitlines(), ""]) for column in zip(*lines)]
+    return sum(widths) + 3 * len(widths) + 1
+
+
+def test_what_fits_is_left_as_it_is() -> None:
+    lines = [COLUMNS, ROW]
+    assert fit(lines, width_of(lines), EXPENDABLE) == (lines, [])
+
+
+def test_headings_are_broken_before_a_column_is_left_out() -> None:
+    (heading, row), left_out = fit([COLUMNS, ROW], 112, EXPENDABLE)
+    assert left_out == [] and "Orchestrator\nID" in heading and row == ROW
+
+
+def test_columns_are_left_out_before_a_word_is_broken() -> None:
+    (heading, row), left_out = fit([COLUMNS, ROW], 80, EXPENDABLE)
+    assert left_out == ["MAC", "Orchestrator ID"]
+    assert heading == ["Hostname", "Workload ID", "Endpoint ID", "Addresses", "Profiles", "State"]
+    assert row == [ROW[0], *ROW[2:5], *ROW[6:]]
+
+
+def test_a_word_that_is_too_long_is_broken_at_its_hyphens_first() -> None:
+    (_, row), left_out = fit([["Name", "State", "MAC"], ["-var-run-netns-blue", "it is-so", "aa:bb"]], 30, ["MAC"])
+    assert (row, left_out) == (["-var-run-\nnetns-blue", "it\nis-so", "aa:bb"], [])
+
+
+WORDS = st.lists(st.from_regex(r"[a-z:.-]{1,30}", fullmatch=True), max_size=4).map(" ".join)
+TABLES = st.integers(1, 6).flatmap(
+    lambda columns: st.lists(st.lists(WORDS, min_size=columns, max_size=columns), min_size=1, max_size=4)
+)
+
+
+@given(TABLES, st.integers(25, 120))
+def test_no_line_is_wider_and_nothing_is_lost(lines: list[list[str]], width: int) -> None:
+    fitted, left_out = fit(lines, width)
+    assert left_out == [] and width_of(fitted) <= width
+    for line, before in zip(fitted, lines):
+        assert ["".join(cell.split()) for cell in line] == ["".join(cell.split()) for cell in before]
