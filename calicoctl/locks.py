@@ -1,9 +1,8 @@
 """One lock a workload, so that only one command, or the agent, changes it at a time.
 
 The locks are files under /run/calico/<host name>/, held with flock(2), so a process that dies lets go. While a workload
-is connected, its lock file holds its name: that of a Docker container, by which it can be found when Docker has
-forgotten it, or the path of a namespace, which cannot be told from the workload's id; and, for the path of a process,
-when that process was started.
+is connected, the lock file of a namespace holds its path, which cannot be told from the workload's id; and, for the
+path of a process, when that process was started.
 
 While a change is under way, there is a second file, which tells of one that was cut.
 """
@@ -121,16 +120,6 @@ class WorkloadLock:
             pass
         os.close(fd)
         return False
-
-
-def remembered(host: str, orchestrator: str, name: str) -> str | None:
-    """Return the id of the workload that was connected under `name` last, or None."""
-    prefix = orchestrator + "."
-    try:
-        files = sorted((DIRECTORY / host).glob(f"{prefix}*"), key=lambda file: file.stat().st_mtime, reverse=True)
-        return next((file.name[len(prefix) :] for file in files if file.read_text() == name), None)
-    except OSError:
-        return None  # nobody but root may look there
 
 
 def exists(host: str, orchestrator: str, workload: str) -> bool:

@@ -15,7 +15,7 @@ from calicoctl.datastore.model import Endpoint, Rule
 from calicoctl.errors import CalicoError, DockerUnavailable, NoSuchContainer, NotThere
 from calicoctl.policy import ICMP, ICMPV6, PROTOCOLS, Packet, Verdict, decide, is_host_service
 from calicoctl.snapshot import Snapshot, usable_addresses
-from calicoctl.workload import endpoints_of, find_connected, refuse_others_endpoint
+from calicoctl.workload import ambiguous, endpoints_of, find_connected, refuse_others_endpoint
 
 if TYPE_CHECKING:
     from calicoctl.datastore.client import DatastoreClient
@@ -165,6 +165,11 @@ class _Store:
         try:
             workload = find_connected(name, self._datastore)
         except (NoSuchContainer, DockerUnavailable) as error:
+            named = [endpoint for endpoint in self._endpoints.values() if endpoint.workload_name == name]
+            if len(named) == 1:
+                return named[0]
+            if named:
+                raise ambiguous(name, [(endpoint.id.workload, endpoint.id.host) for endpoint in named]) from None
             if not may_be_id:
                 raise
             raise NotThere(f"{name} is no endpoint's id. {error}") from None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Callable
 
@@ -96,9 +96,10 @@ def look_after(
             yield _forget(datastore, workload, lock, ids, held)
             return
         records = endpoints_of(datastore, workload)
+        yield from _note_name(datastore, workload, records, held)
         if is_away:
             yield from _set_inactive(datastore, workload, records, standing)
-            if not lock.name():  # after a reboot
+            if path and not lock.name():  # after a reboot
                 lock.remember(path)
         elif standing is Standing.STOPPED:
             lock.begin()
@@ -183,6 +184,29 @@ def _connect(scene: Scene, held: dict[IPAddress, Owner]) -> Iterator[Act]:
         versions = {version_of(net) for net in left} - {version_of(net) for net in record.nets}
         scene.namespace.unconfigure(plugged, left, versions)
     yield from _tidy(datastore, workload, scene.lock, [record], held)
+
+
+def _note_name(
+    datastore: DatastoreClient, workload: Workload, records: list[Endpoint], held: dict[IPAddress, Owner]
+) -> Iterator[Act]:
+    """See to it that a container's records, and what stands beside its addresses, have the name Docker has for it."""
+    name = workload.docker_name
+    if not name:
+        return
+
+    def change(endpoint: Endpoint) -> bool:
+        if endpoint.workload_name == name:
+            return False
+        endpoint.workload_name = name
+        return True
+
+    changed = [r for r in records if r.workload_name != name and datastore.modify_endpoint(r.id, change)]
+    others = [address for address, owner in held.items() if owner.secondary.get("workload_name") != name]
+    datastore.ipam.set_workload_name(workload.handle, others, name)
+    if changed:
+        before = changed[0].workload_name
+        text = f"was called {before} before" if before else "has its name in its record now"
+        yield Act(CHANGED, f"{_called(workload)} {text}")
 
 
 def _active(endpoint: Endpoint) -> bool:
@@ -283,9 +307,10 @@ def restore_address(datastore: DatastoreClient, id: EndpointId, address: str) ->
 
     with WorkloadLock(datastore.host, id.orchestrator, id.workload) as lock:
         workload = Workload(id.orchestrator, id.workload, id.workload, path=lock.name() or None)
-        listed = [a for record in endpoints_of(datastore, workload) if record.id == id for a in record.addresses]
-        if address not in listed:
+        record = next((record for record in endpoints_of(datastore, workload) if record.id == id), None)
+        if record is None or address not in record.addresses:
             return False
+        workload = replace(workload, docker_name=record.workload_name or "")
         owners = (datastore.ipam.held_by(workload.handle) or {}).values()
         if id.orchestrator == DOCKER and id.workload.startswith("-"):
             owner = Owner(None, {})  # an old tool's namespace, whose addresses have no handle

@@ -186,7 +186,7 @@ def _wire(scene: Scene, wish: Wish, interface: str) -> Connection:
 
         mac = _plug(scene, id.interface, interface, [host_net(address)], {version: next_hop}, None, undo)
 
-        endpoint = Endpoint(id, name=id.interface, mac=mac)
+        endpoint = Endpoint(id, name=id.interface, mac=mac, workload_name=workload.docker_name or None)
         endpoint.nets_of(version).append(host_net(address))
         endpoint.set_gateway(version, next_hop)
         undo(datastore.remove_endpoint, id)
@@ -244,6 +244,7 @@ def rewire(scene: Scene, record: Endpoint, wish: Wish | None = None, interface: 
             old = endpoint.to_dict()
             endpoint.state, endpoint.name, endpoint.mac = "active", record.id.interface, mac
             endpoint.inactive_since = None
+            endpoint.workload_name = workload.docker_name or endpoint.workload_name
             for version, next_hop in next_hops.items():
                 endpoint.set_gateway(version, next_hop)
             if not endpoint.nets and address is not None:
@@ -516,9 +517,9 @@ class Scene:
             self.record, self.held = None, {}
 
     def remember(self) -> None:
-        """Keep the workload's name beside its lock while it is connected."""
-        path = self.workload.path or ""
-        self.lock.remember(self.workload.docker_name or path, process_started(path))
+        """Keep a namespace's path beside its lock while it is connected."""
+        if self.workload.path is not None:
+            self.lock.remember(self.workload.path, process_started(self.workload.path))
 
     def refuse_other_endpoint(self) -> None:
         """Raise CalicoError when the namespace is connected already, as another workload: by another path, say."""
@@ -610,11 +611,17 @@ def _adopt(scene: Scene, wish: Wish, interface: str) -> tuple[IPAddress | None, 
     kept, kept_id = None, EndpointId(scene.datastore.host, workload.orchestrator, workload.id, _new_endpoint())
     for address, owner in scene.held.items():
         id = EndpointId(scene.datastore.host, workload.orchestrator, workload.id, _endpoint_of(owner) or "")
-        if kept is None and id.endpoint and wish.fits(address) and owner == owner_of(workload, id, interface):
+        if kept is None and id.endpoint and wish.fits(address) and _is_like(owner, owner_of(workload, id, interface)):
             kept, kept_id = address, id
         else:
             scene.datastore.ipam.release([address], {workload.handle})
     return kept, kept_id
+
+
+def _is_like(owner: Owner, other: Owner) -> bool:
+    """Tell whether two owners are one, whatever its name is: a container may have been renamed."""
+    facts, others = ({**one.secondary, "workload_name": None} for one in (owner, other))
+    return owner.handle == other.handle and facts == others
 
 
 def _take(datastore: DatastoreClient, owner: Owner, wish: Wish, pools: list[Pool], next_hop: str) -> IPAddress:
@@ -666,7 +673,7 @@ def _regain(scene: Scene, address: IPAddress, owner: Owner, undo: Callable[..., 
 def _told(owner: Owner | None) -> str:
     """Return what a message says of an address's owner."""
     facts = owner.secondary if owner is not None else {}
-    name = facts.get("namespace") or (str(facts["workload"])[:12] if facts.get("workload") else None)
+    name = facts.get("namespace") or facts.get("workload_name") or str(facts.get("workload") or "")[:12]
     return f" ({name} on host {facts.get('host')})" if name else ""
 
 
@@ -683,6 +690,7 @@ def owner_of(workload: Workload, id: EndpointId, interface: str) -> Owner:
             "endpoint": id.endpoint,
             "interface": interface,
             "namespace": workload.path,
+            **({"workload_name": workload.docker_name} if workload.docker_name else {}),
         },
     )
 

@@ -11,7 +11,6 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calicoctl import locks
 from calicoctl.addresses import parse_address
 from calicoctl.errors import (
     CalicoError,
@@ -214,10 +213,10 @@ def stored_otherwise(datastore: DatastoreClient, workload: Workload) -> Workload
 
 
 def find_connected(name: str, datastore: DatastoreClient) -> Workload:
-    """Return the workload that a user calls `name`, also when Docker does not know it any more.
+    """Return the workload that a user calls `name`, also when Docker does not know it any more, or cannot be asked.
 
-    Then it is looked for by its id, or a unique beginning of it, among those that have something on this host, and,
-    when Docker says that it is gone, by the name it was connected under. Raises what `find` raises where there is none.
+    Then it is looked for among what containers have on this host, by its id, the beginning of that, or its name. Raises
+    what `find` raises where there is none, and CalicoError, which lists them, where there are several.
     """
     try:
         workload = find(name)
@@ -225,20 +224,33 @@ def find_connected(name: str, datastore: DatastoreClient) -> Workload:
             return workload
         return stored_otherwise(datastore, workload) or workload
     except (NoSuchContainer, DockerUnavailable) as error:
-        id = None
-        if re.fullmatch(r"[0-9a-f]{4,64}", name):
-            prefix = f"{DOCKER}."
-            known = set(datastore.workload_ids(DOCKER))
-            known |= {h[len(prefix) :] for h in datastore.ipam.handles() if h.startswith(prefix)}
-            matches = [other for other in known if other.startswith(name)]
-            id = matches[0] if len(matches) == 1 else None
-        if id is None and isinstance(error, NoSuchContainer):
-            id = locks.remembered(datastore.host, DOCKER, name)
-            if id is not None and _exists(id):
-                id = None  # it is there, under another name
-        if id is None:
+        ids = _stored_by_id(name, datastore)
+        if not ids:
+            ids = set(datastore.workloads_named(DOCKER, name))
+            if isinstance(error, NoSuchContainer):
+                ids = {id for id in ids if not _exists(id)}  # one that is there has another name now
+        if not ids:
             raise
-        return Workload(DOCKER, id, name)
+    if len(ids) > 1:
+        raise ambiguous(name, [(id, datastore.host) for id in ids])
+    return Workload(DOCKER, ids.pop(), name)
+
+
+def ambiguous(name: str, containers: list[tuple[str, str]]) -> CalicoError:
+    """Return the error about a name that several containers have, given as (id, host)."""
+    lengths = (length for length in range(12, 65) if len({id[:length] for id, _ in containers}) == len(containers))
+    length = next(lengths, 64)
+    some = ", ".join(f"{id[:length]} on {host}" for id, host in sorted(containers, key=lambda one: one[::-1]))
+    return CalicoError(f"{name} can be several containers ({some}): say which by its id.")
+
+
+def _stored_by_id(prefix: str, datastore: DatastoreClient) -> set[str]:
+    """Return the ids that begin so, of containers that have an endpoint on this host, or at least a handle."""
+    if not re.fullmatch(r"[0-9a-f]{4,64}", prefix):
+        return set()
+    handle = f"{DOCKER}."
+    found = {id for id in datastore.workload_ids(DOCKER) if id.startswith(prefix)}
+    return found or {h[len(handle) :] for h in datastore.ipam.handles() if h.startswith(handle + prefix)}
 
 
 def _exists(id: str) -> bool:

@@ -477,6 +477,15 @@ class DatastoreClient:
         """Return the ids of this host's workloads under an orchestrator."""
         return self._store.names(keys.workloads(self.host, orchestrator))
 
+    def workloads_named(self, orchestrator: str, name: str) -> list[str]:
+        """Return the ids of this host's workloads under an orchestrator that were connected under a name.
+
+        Where no record has it, what stands beside addresses tells: an old tool may have dropped it from the record.
+        """
+        endpoints = self.readable_endpoints(self.host)[0]
+        ids = {e.id.workload for e in endpoints if (e.id.orchestrator, e.workload_name) == (orchestrator, name)}
+        return sorted(ids or {id for of, id in self.ipam.workloads(name) if of == orchestrator})
+
     def knows_interface(self, name: str) -> bool:
         """Tell whether an interface of this host is an endpoint's, or may be, or is to become one's."""
         endpoints, problems = self.readable_endpoints(self.host)

@@ -18,7 +18,7 @@ from calicoctl.addresses import version_of
 from calicoctl.datastore import keys
 from calicoctl.datastore.keys import EndpointId
 from calicoctl.datastore.model import Pool, load_object
-from calicoctl.datastore.store import ATTEMPTS, Entry, Store, create_if_missing, pause
+from calicoctl.datastore.store import ATTEMPTS, Entry, Store, create_if_missing, modify, pause
 from calicoctl.errors import AddressTaken, CalicoError, CompareFailed, Conflict, InvalidValue, KeyExists
 
 if TYPE_CHECKING:
@@ -130,6 +130,16 @@ class Block:
         used = sorted({index for index in self.allocations if index is not None})
         self.owners = [self.owners[index] for index in used]
         self.allocations = [None if index is None else used.index(index) for index in self.allocations]
+
+    def set_workload_name(self, handle: str, host: str, name: str) -> bool:
+        """Note what the workload is called whose handle on a host this is; tell whether it was called otherwise."""
+        changed = False
+        for attributes in self.owners:
+            facts = attributes.get("secondary")
+            if attributes.get("handle_id") == handle and isinstance(facts, dict) and facts.get("host") == host:
+                changed = changed or facts.get("workload_name") != name
+                facts["workload_name"] = name
+        return changed
 
     def address(self, ordinal: int) -> IPAddress:
         return _address(self.version, self.first + ordinal)
@@ -306,13 +316,28 @@ class Ipam:
         self._recount(handle)
         return held
 
-    def workloads(self) -> set[tuple[str, str]]:
-        """Return the workloads, as (orchestrator, id), that hold addresses on this host by a handle of their own."""
+    def set_workload_name(self, handle: str, addresses: Iterable[IPAddress], name: str) -> None:
+        """Note beside addresses that `handle` holds on this host what its workload is called."""
+        for version, first in {_place(address)[:2] for address in addresses}:
+            key = keys.ipam_block(version, _cidr(version, first))
+
+            def renamed(text: str, key: str = key) -> str | None:
+                block = Block.from_entry(Entry(key, text, 0))
+                return block.to_json() if block.set_workload_name(handle, self._host, name) else None
+
+            modify(self._store, key, f"etcd key {key} does not exist any more", renamed)
+
+    def workloads(self, name: str | None = None) -> set[tuple[str, str]]:
+        """Return the workloads, as (orchestrator, id), that hold addresses on this host by a handle of their own.
+
+        With a `name`, only those that were connected under it.
+        """
         found = set()
         for _, owner in self._held():
             facts = owner.secondary
             named = (str(facts.get("orchestrator")), str(facts.get("workload")))
-            if facts.get("host") == self._host and owner.handle == ".".join(named):
+            is_wanted = name is None or facts.get("workload_name") == name
+            if is_wanted and facts.get("host") == self._host and owner.handle == ".".join(named):
                 found.add(named)
         return found
 

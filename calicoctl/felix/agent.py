@@ -39,6 +39,7 @@ from calicoctl.felix.ruleset import Ruleset
 from calicoctl.felix.sysctls import HostSettings
 from calicoctl.snapshot import INACTIVE, Snapshot
 from calicoctl.upkeep import Act
+from calicoctl.workload import DOCKER
 
 log = logging.getLogger("calico.felix")
 
@@ -404,6 +405,7 @@ class Agent:
         dirty = self._snapshot.take_dirty()
         self._hold_back(dirty.endpoints)
         self._dirty |= {id for id in dirty.endpoints if id.host == self._host}
+        self._look_for_names(dirty.endpoints)
         self._released |= dirty.interfaces
         if dirty.settings:
             self._keeper.grace_time = self._snapshot.grace_time
@@ -463,6 +465,13 @@ class Agent:
     def _withheld(self) -> dict[EndpointId, set[str]]:
         """Return the addresses that endpoints are not to make use of yet."""
         return {id: newcomer.addresses for id, newcomer in self._newcomers.items()}
+
+    def _look_for_names(self, ids: set[EndpointId]) -> None:
+        """Have those of this host's containers looked at whose record has lost their name, to an old tool perhaps."""
+        for id in ids:
+            endpoint = self._snapshot.endpoints.get(id) if (id.host, id.orchestrator) == (self._host, DOCKER) else None
+            if endpoint is not None and endpoint.workload_name is None:
+                self._keeper.look_at(id)
 
     def _note_readable(self, profiles: set[str]) -> None:
         """Look again at the endpoints of profiles that have become readable, or unreadable: their status says so."""

@@ -41,7 +41,7 @@ LONGEST_PAUSE = 5.0
 ENGINE_PAUSE = 0.5
 """Seconds between two attempts to reach the Docker Engine, which starts containers as soon as it is there."""
 
-_CONTAINER_CHANGES = {"type": "container", "event": ["start", "die", "destroy"]}
+_CONTAINER_CHANGES = {"type": "container", "event": ["start", "die", "destroy", "rename"]}
 
 _RTMGRP_LINK = 0x1
 _RTMGRP_IPV4_ROUTE = 0x40
@@ -129,10 +129,18 @@ class TablesChanged:
 
 
 @dataclass(frozen=True)
-class EngineListed:
-    """The Docker Engine's containers, and whether they run; from now on it tells of changes."""
+class Container:
+    """What the Docker Engine's list says of a container: whether it runs, and its name, None where none is told."""
 
-    containers: dict[str, bool]
+    runs: bool
+    name: str | None
+
+
+@dataclass(frozen=True)
+class EngineListed:
+    """The Docker Engine's containers, by id; from now on it tells of changes."""
+
+    containers: dict[str, Container]
 
 
 @dataclass(frozen=True)
@@ -144,7 +152,7 @@ class EngineAway:
 
 @dataclass(frozen=True)
 class ContainerChanged:
-    """A container of the Docker Engine's has started, has ended, or, with `removed`, is no more."""
+    """A container of the Docker Engine's has started, has ended, was renamed, or, with `removed`, is no more."""
 
     id: str
     removed: bool
@@ -296,7 +304,7 @@ class KernelEvents(_Source):
 
 
 class EngineEvents(_Source):
-    """Lists the Docker Engine's containers, then waits for one to start, end or go; begins anew when it cannot."""
+    """Lists the Docker Engine's containers, then waits for changes of them; begins anew when it cannot."""
 
     def __init__(self, events: Events[Any]) -> None:
         super().__init__("following the Docker Engine", events)
@@ -308,7 +316,7 @@ class EngineEvents(_Source):
                 with docker_engine("for its events") as docker:
                     # from a moment ago, so that nothing falls between events and list
                     changes = docker.events(since=int(time.time()) - 1, filters=_CONTAINER_CHANGES, decode=True)
-                    self._events.put(EngineListed(_which_run(docker.containers(all=True))))
+                    self._events.put(EngineListed(_listed(docker.containers(all=True))))
                     away = False
                     for change in changes:
                         self._events.put(container_changed(change))
@@ -331,13 +339,19 @@ def container_changed(change: dict[str, Any]) -> ContainerChanged:
     return ContainerChanged(change["Actor"]["ID"], removed=change["Action"] == "destroy")
 
 
-def list_containers() -> dict[str, bool]:
-    """Return the engine's containers, and whether they run; raise DockerUnavailable."""
-    return _which_run(docker_containers())
+def list_containers() -> dict[str, Container]:
+    """Return the engine's containers, by id; raise DockerUnavailable."""
+    return _listed(docker_containers())
 
 
-def _which_run(listed: list[dict[str, Any]]) -> dict[str, bool]:
-    return {container["Id"]: container["State"] in ("running", "paused") for container in listed}
+def _listed(containers: list[dict[str, Any]]) -> dict[str, Container]:
+    found = {}
+    for container in containers:
+        # beside its name, it has one for each of those that link to it, as /other/alias
+        names = [name[1:] for name in container.get("Names") or () if "/" not in name[1:]]
+        runs = container["State"] in ("running", "paused")
+        found[container["Id"]] = Container(runs, names[0] if names else None)
+    return found
 
 
 class MountEvents(_Source):

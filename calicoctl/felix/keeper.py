@@ -177,8 +177,8 @@ class Keeper(threading.Thread):
         self._swept_for: float = self.grace_time
         self._namespaces: dict[str, tuple[int, int] | None] = {}
         """What was last seen at the paths of namespaces, by workload."""
-        self._containers: dict[str, bool] | None = None
-        """The engine's last list: which containers there are, and whether they run. None: it is to be asked."""
+        self._containers: dict[str, events.Container] | None = None
+        """The engine's last list of its containers, by id. None: it is to be asked."""
         self._engine_away: bool | None = None
         """Whether the engine cannot be asked; None: it has not told of its containers yet."""
         self._engine_back = float("-inf")
@@ -187,7 +187,7 @@ class Keeper(threading.Thread):
         self._alive = True
 
     def look_at(self, id: EndpointId, gone: bool = False) -> None:
-        """Have the workload of an endpoint looked at that has no interface, or has `gone` from the store."""
+        """Have the workload of an endpoint looked at that lacks its interface or name, or has `gone` from the store."""
         key = workload_of(id)
         if upkeep.is_looked_after(*key):
             self.inbox.put(Look(key, gone))
@@ -497,7 +497,7 @@ class Keeper(threading.Thread):
         self._look(key, self._put_off[key])
 
 
-def _compare(containers: dict[str, bool] | None, datastore: DatastoreClient) -> Compared:
+def _compare(containers: dict[str, events.Container] | None, datastore: DatastoreClient) -> Compared:
     """Compare the endpoints of this host's containers with the engine's list, or with a new one; for a lane."""
     found: list[Key] = []
     connected: list[EndpointId] = []
@@ -512,11 +512,15 @@ def _compare(containers: dict[str, bool] | None, datastore: DatastoreClient) -> 
         for endpoint in endpoints:
             if endpoint.id.orchestrator != DOCKER:
                 continue
-            runs = containers.get(endpoint.id.workload)
+            container = containers.get(endpoint.id.workload)
             is_connected = endpoint.state == "active" and endpoint.id.interface in interfaces
-            if runs is None or runs != is_connected:
+            if (
+                container is None
+                or container.runs != is_connected
+                or (container.name is not None and container.name != endpoint.workload_name)
+            ):
                 found.append((DOCKER, endpoint.id.workload))
-            elif runs:
+            elif container.runs:
                 connected.append(endpoint.id)
     except Exception as error:
         return Compared([], [], error)

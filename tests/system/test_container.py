@@ -45,6 +45,7 @@ def test_the_four_lines_of_the_readme(host: Host, workload: str) -> None:
         "ipv6_nets": [],
         "ipv4_gateway": "192.0.2.2",
         "ipv6_gateway": None,
+        "workload_name": "workload",
     }
     assert "UP" in links()[record["name"]]["flags"]
     assert host.allocations() == {
@@ -57,6 +58,7 @@ def test_the_four_lines_of_the_readme(host: Host, workload: str) -> None:
                 "endpoint": match[1],
                 "interface": "eth1",
                 "namespace": None,
+                "workload_name": "workload",
             },
         }
     }
@@ -130,6 +132,46 @@ def test_a_container_that_docker_has_forgotten_is_removed_by_its_name(host: Host
     host.check_nothing_left()
     gone = host.ctl("container", "remove", "workload", status=1)
     assert gone.err == "No such container: workload\n"
+
+
+def test_a_container_is_found_by_its_name_while_the_engine_is_away(host: Host, workload: str) -> None:
+    host.ctl("container", "add", "workload", "192.168.0.1")
+    away = {"DOCKER_HOST": "unix:///run/nowhere.sock"}
+    shown = json.loads(host.ctl("container", "workload", "endpoint", "show", "--output=json", env=away).out)
+    assert shown[0]["workload_name"] == "workload"
+    ((key, record),) = host.records().items()
+    record.pop("workload_name")
+    host.etcd.put(key, record)  # an old tool drops it; beside the address it stands still
+    host.ctl("container", "workload", "endpoint", "show", env=away)
+    assert "Cannot ask Docker" in host.ctl("container", "work", "endpoint", "show", status=1, env=away).err
+    traced = host.ctl("profile", "trace", "workload", "192.0.2.9", "icmp", status=1, env=away)
+    assert "it has no profile" in traced.err
+    host.ctl("container", "remove", "workload", env=away)
+    host.check_nothing_left()
+
+
+def test_a_name_that_two_containers_have_is_refused_with_both(host: Host) -> None:
+    """They were removed and made anew while no agent ran."""
+    host.ctl("profile", "add", "p")
+    ids = ["ab" * 32, "ab" * 10 + "cd" * 22]
+    keys = [f"/calico/v1/host/host1/workload/docker/{id}/endpoint/{number * 32}" for id, number in zip(ids, "12")]
+    for key in keys:
+        host.etcd.put(key, {"ipv4_nets": [], "workload_name": "web", "profile_ids": ["p"]})
+    elsewhere = f"/calico/v1/host/host2/workload/docker/{'ef' * 32}/endpoint/{'3' * 32}"
+    host.etcd.put(elsewhere, {"workload_name": "web"})
+    before = host.records()
+    for words in ("remove web", "web endpoint show", "web profile set", "web ip remove 192.168.0.1"):
+        said = host.ctl("container", *words.split(), status=1, env={"DOCKER_HOST": "unix:///run/nowhere.sock"})
+        some = ", ".join(f"{id[:21]} on host1" for id in ids)
+        assert (said.out, said.err) == ("", f"web can be several containers ({some}): say which by its id.\n")
+    traced = host.ctl(
+        *("profile", "trace", "web", "192.168.0.1", "icmp"), status=1, env={"DOCKER_HOST": "unix:///run/nowhere.sock"}
+    )
+    assert traced.err.startswith("web can be several containers (abab") and "on host1), " not in traced.err
+    assert host.records() == before
+    host.etcd.delete(keys[1])
+    host.ctl("container", "web", "profile", "set", env={"DOCKER_HOST": "unix:///run/nowhere.sock"})
+    assert host.records()[keys[0]]["profile_ids"] == []
 
 
 @pytest.mark.parametrize("digits", [64, 12])

@@ -155,6 +155,40 @@ def test_an_interface_that_is_deleted_comes_back(containers: AgentHost) -> None:
     assert containers.records()[key] == before
 
 
+def test_a_containers_name_is_followed_and_given_back_to_its_record(containers: AgentHost) -> None:
+    key, id = key_of(containers, "workload"), id_of("workload")
+
+    def is_called(name: str) -> bool:
+        """Tell whether the record, and what stands beside all addresses, have a name, and the endpoint is well."""
+        held = [one["secondary"] for one in containers.allocations().values() if one["handle_id"] == f"docker.{id}"]
+        names = [one["workload_name"] for one in held]
+        return names == [name] * 2 and containers.records()[key].get("workload_name") == name
+
+    before = containers.records()[key]
+    assert is_called("workload")
+    run("docker", "rename", "workload", "renamed")
+    wait_for(lambda: is_called("renamed") and connected(containers, key), containers.log())
+    assert containers.records()[key] == {**before, "workload_name": "renamed"}
+    assert f"container {id[:12]} (renamed) was called workload before" in containers.log()
+    assert containers.ctl("container", "renamed", "profile", "show").out == "web\n"
+    # an old tool that rewrites the record drops what it does not know
+    old = {name: value for name, value in before.items() if name != "workload_name"}
+    containers.etcd.put(key, {**old, "colour": "red"})
+    wait_for(lambda: is_called("renamed"), containers.log())
+    assert containers.records()[key]["colour"] == "red"
+    # also of one that is stopped, and while no agent runs
+    run("docker", "stop", "--time=0", "renamed")
+    run("docker", "rename", "renamed", "again")
+    wait_for(lambda: is_called("again") and containers.records()[key]["state"] == "inactive", containers.log())
+    containers.kill_agent()
+    run("docker", "rename", "again", "workload")
+    run("docker", "start", "workload")
+    assert is_called("again")
+    containers.start_agent()
+    wait_for(lambda: is_called("workload") and connected(containers, key), containers.log())
+    assert answers("workload", B4)
+
+
 # 2. removed
 
 

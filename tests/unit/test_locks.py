@@ -11,7 +11,7 @@ import pytest
 
 from calicoctl import locks
 from calicoctl.errors import Conflict
-from calicoctl.locks import WorkloadLock, remembered
+from calicoctl.locks import WorkloadLock
 
 
 @pytest.fixture(autouse=True)
@@ -63,17 +63,6 @@ def test_a_holder_that_dies_lets_go(directory: Path) -> None:
     assert done.returncode == -9
     with WorkloadLock("vm", "docker", "c"):
         pass
-
-
-def test_names_are_remembered_until_forgotten() -> None:
-    with WorkloadLock("vm", "docker", "a" * 64) as lock:
-        lock.remember("web")
-    assert remembered("vm", "docker", "web") == "a" * 64
-    assert remembered("vm", "docker", "we") is None
-    assert remembered("other", "docker", "web") is None
-    with WorkloadLock("vm", "docker", "a" * 64) as lock:
-        lock.forget()
-    assert remembered("vm", "docker", "web") is None
 
 
 def test_a_very_long_path_can_be_locked(directory: Path) -> None:
