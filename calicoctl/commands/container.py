@@ -26,7 +26,7 @@ Options:
                          default: do not wait
   --exist-ok             also end with 0 where the container has what is asked
                          for already
-  --no-trunc             show everything on a terminal, too, whatever its width
+  --no-trunc             show everything on a terminal, however wide it is
   -o, --output=<FORMAT>  json: of `add`, an object with address, interface,
                          mac, endpoint and host; of `show`, an array of the
                          container's endpoints with their fields as in etcd;

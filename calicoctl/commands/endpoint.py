@@ -22,7 +22,7 @@ Options:
   --endpoint=<ENDPOINT>  the endpoint with this id, or this beginning of it;
                          default: all
   --detailed             one line an endpoint; default: how many each host has
-  --no-trunc             show everything on a terminal, too, whatever its width
+  --no-trunc             show everything on a terminal, however wide it is
   -o, --output=<FORMAT>  json: an array, with the fields of the endpoints as
                          in etcd; default: a table
 
