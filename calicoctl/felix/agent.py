@@ -39,7 +39,7 @@ from calicoctl.felix.ruleset import Ruleset
 from calicoctl.felix.sysctls import HostSettings
 from calicoctl.snapshot import INACTIVE, Snapshot
 from calicoctl.upkeep import Act
-from calicoctl.workload import DOCKER
+from calicoctl.workload import DOCKER, workload_of
 
 log = logging.getLogger("calico.felix")
 
@@ -469,8 +469,8 @@ class Agent:
     def _look_for_names(self, ids: set[EndpointId]) -> None:
         """Have those of this host's containers looked at whose record has lost their name, to an old tool perhaps."""
         for id in ids:
-            endpoint = self._snapshot.endpoints.get(id) if (id.host, id.orchestrator) == (self._host, DOCKER) else None
-            if endpoint is not None and endpoint.workload_name is None:
+            endpoint = self._snapshot.endpoints.get(id) if id.host == self._host else None
+            if endpoint is not None and endpoint.workload_name is None and workload_of(id)[0] == DOCKER:
                 self._keeper.look_at(id)
 
     def _note_readable(self, profiles: set[str]) -> None:

@@ -450,6 +450,8 @@ class Keeper(threading.Thread):
             self._look(key, item.kept_since + self.grace_time)
         elif item.error is None or item.standing in (Standing.RUNS, Standing.STOPPED):
             self._kept.pop(key, None)
+        if item.standing is Standing.AWAY:
+            self._namespaces[key[1]] = None  # so that its coming back is seen, be it with the number that it had
         if item.error is None or item.standing is not None:
             if self._unasked.pop(key, None) is not None and key[0] == DOCKER:
                 self._try_others(now)

@@ -58,6 +58,7 @@ def test_info_names_the_owner_and_the_block(host: Host) -> None:
         "endpoint": key_of(host, "a").rpartition("/")[2],
         "interface": "eth1",
         "namespace": A,
+        "workload_name": None,
         "in_use": True,
     }
     text = host.ctl("ipam", "info", "192.168.0.1").out
