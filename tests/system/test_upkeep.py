@@ -171,6 +171,7 @@ def test_a_containers_name_is_followed_and_given_back_to_its_record(containers: 
     assert containers.records()[key] == {**before, "workload_name": "renamed"}
     assert f"container {id[:12]} (renamed) was called workload before" in containers.log()
     assert containers.ctl("container", "renamed", "profile", "show").out == "web\n"
+    assert re.search("Name: +renamed\n", containers.ctl("ipam", "info", A4).out)
     # an old tool that rewrites the record drops what it does not know
     old = {name: value for name, value in before.items() if name != "workload_name"}
     containers.etcd.put(key, {**old, "colour": "red"})
