@@ -13,7 +13,7 @@ from functools import partial
 from types import FrameType
 from typing import Any, NoReturn, cast
 
-from calicoctl import __version__, environment, slim
+from calicoctl import __version__, environment, programs, slim
 from calicoctl.errors import CalicoError, Failures, UsageError, printable
 from calicoctl.grammar import COMMANDS, GLOBAL_OPTIONS, Prepared
 
@@ -95,6 +95,7 @@ def entry() -> NoReturn:
     """Run the command line of this process, and end it with its exit status."""
     _open_standard_streams()
     slim.install()
+    programs.look_in_system_folders()
     gc.set_threshold(50_000)  # importing makes many objects, and none of them is garbage
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:

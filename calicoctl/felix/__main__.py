@@ -3,9 +3,10 @@
 import json
 import sys
 
-from calicoctl import slim
+from calicoctl import programs, slim
 
 slim.install()
+programs.look_in_system_folders()
 
 from calicoctl.datastore.client import hostname  # noqa: E402
 from calicoctl.errors import CalicoError  # noqa: E402

@@ -5,17 +5,20 @@ tables have dropped what policy denies before, because they hook in earlier. Doc
 which it asks first, so ours go there where it exists. Source: Docker's documentation, "Packet filtering and firewalls".
 
 The host's `iptables` command is used, so that the rules go where the host's own are, be that nf_tables or legacy.
+A host without that command may have such a firewall all the same.
 """
 
 from __future__ import annotations
 
 import shlex
+import shutil
 import subprocess
 from collections import defaultdict
 from contextlib import suppress
 from pathlib import Path
 
 from calicoctl.errors import CalicoError, DockerNotRunning
+from calicoctl.felix.nft import Nft, NftError
 from calicoctl.workload import docker_engine
 
 COMMANDS = ("iptables", "ip6tables")
@@ -31,6 +34,7 @@ _RULES = (
     ("-o", "cali+", "-m", "comment", "--comment", _COMMENT, "-j", "ACCEPT"),
 )
 _CHAINS = ("DOCKER-USER", "FORWARD")
+_PROC_NET = Path("/proc/net")
 
 
 class Filter:
@@ -46,6 +50,23 @@ class Filter:
             elif line.startswith("-A "):
                 words = shlex.split(line)
                 self.rules[words[1]].append(tuple(words[2:]))
+
+    @classmethod
+    def from_nft(cls, text: str) -> Filter:
+        """Read what nft says of the table in which iptables-nft keeps `filter`: policies, jumps, and what drops."""
+        found, chain = cls(""), ""
+        for line in text.splitlines():
+            words = shlex.split(line.partition(" # ")[0])
+            if words[:1] == ["chain"]:
+                chain = words[1]
+            elif words[:1] == ["type"]:
+                found.policies[chain] = words[-1].rstrip(";").upper()
+            for word, following in zip(words, [*words[1:], ""]):
+                if word in ("jump", "goto"):
+                    found.rules[chain].append(("-j", following))
+                elif word.upper() in ("DROP", "REJECT"):
+                    found.rules[chain].append(("-j", word.upper()))
+        return found
 
     def wanted_chain(self) -> str | None:
         """Return the chain that our rules belong to, None where nothing would drop what is forwarded.
@@ -75,15 +96,16 @@ class Filter:
 def ensure() -> list[str]:
     """Put our rules where they belong, and take them away elsewhere; return a line for each change made.
 
-    Raises CalicoError when iptables fails. A host without the command has no such firewall.
+    Raises CalicoError when iptables fails, or is not there, and something may drop what is forwarded.
     """
     return [line for command in COMMANDS for line in _bring(command, remove=False)]
 
 
 def remove() -> None:
-    """Take our rules away; raise CalicoError."""
+    """Take our rules away; raise CalicoError. Without the command, they stay: all that they do is to accept."""
     for command in COMMANDS:
-        _bring(command, remove=True)
+        if _is_there(command):
+            _bring(command, remove=True)
 
 
 def missing() -> list[str]:
@@ -93,12 +115,10 @@ def missing() -> list[str]:
     """
     found = []
     for command in COMMANDS:
-        try:
-            current = Filter(_run(f"{command}-save", "-t", "filter"))
-        except FileNotFoundError:
-            raise CalicoError(f"there is no {command}, so what it would drop cannot be told") from None
-        chain = current.wanted_chain()
-        if chain is not None and current.would_drop() and not set(_RULES) <= set(current.rules.get(chain, ())):
+        current = _current(command)
+        if current is None or not current.would_drop():
+            continue
+        if not set(_RULES) <= set(current.rules.get(str(current.wanted_chain()), ())):
             found.append(f"{command} chain FORWARD")
     return found
 
@@ -135,17 +155,16 @@ def _read(path: str) -> str:
 
 
 def sends_events() -> bool:
-    """Tell whether changes of the host's iptables show as nftables events, which those of iptables-legacy do not."""
-    try:
-        return "nf_tables" in _run("iptables", "--version")
-    except FileNotFoundError:
-        return True
+    """Tell whether changes of the host's iptables show as nftables events.
+
+    Those of iptables-legacy do not, nor that somebody installs the command.
+    """
+    return _is_there("iptables") and "nf_tables" in _run("iptables", "--version")
 
 
 def _bring(command: str, remove: bool) -> list[str]:
-    try:
-        current = Filter(_run(f"{command}-save", "-t", "filter"))
-    except FileNotFoundError:
+    current = _current(command)
+    if current is None:
         return []
     done = []
     wanted = None if remove else current.wanted_chain()
@@ -170,11 +189,43 @@ def _bring(command: str, remove: bool) -> list[str]:
     return done
 
 
+def _current(command: str) -> Filter | None:
+    """Return the table `filter`; None where neither that nor the command is there. Raises CalicoError."""
+    if _is_there(command):
+        return Filter(_run(f"{command}-save", "-t", "filter"))
+    why = _may_drop(command)
+    if why is not None:
+        raise CalicoError(
+            f"{why}, and there is no command {command} to have it accept what comes from containers, or goes to "
+            "them: install the package iptables"
+        )
+    return None
+
+
+def _is_there(command: str) -> bool:
+    return all(shutil.which(name) is not None for name in (command, f"{command}-save"))
+
+
+def _may_drop(command: str) -> str | None:
+    """Return which firewall may drop what is forwarded, found out without its command; None where there is none."""
+    family = command.replace("tables", "")
+    with suppress(OSError):  # a kernel without iptables-legacy
+        if "filter" in (_PROC_NET / f"{family}_tables_names").read_text().split():
+            return f"this host has an {command}-legacy firewall, which may drop what is forwarded"
+    nft = Nft()
+    with suppress(NftError):  # there is no such table
+        if Filter.from_nft(nft.run(f"list table {family} filter")).would_drop():
+            return f"this host's {command} chain FORWARD would drop what is forwarded"
+    return None
+
+
 def _run(*command: str) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     except subprocess.TimeoutExpired:
         raise CalicoError(f"{command[0]} did not answer within {PATIENCE:.0f} s") from None
+    except OSError as error:
+        raise CalicoError(f"{command[0]} cannot be run: {error.strerror}") from None
     if done.returncode != 0:
         raise CalicoError(f"'{' '.join(command)}' failed: {' '.join(done.stderr.split())[:200]}")
     return done.stdout

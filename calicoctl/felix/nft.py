@@ -10,6 +10,7 @@ import errno
 import re
 import socket
 import struct
+import weakref
 from pathlib import Path
 
 from calicoctl.errors import CalicoError
@@ -39,6 +40,8 @@ class Nft:
             raise NftError(f"{LIBRARY} cannot be loaded: install the package nftables") from None
         library.nft_ctx_new.restype = ctypes.c_void_p
         library.nft_ctx_new.argtypes = [ctypes.c_uint32]
+        library.nft_ctx_free.restype = None
+        library.nft_ctx_free.argtypes = [ctypes.c_void_p]
         library.nft_run_cmd_from_buffer.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
         for name in ("nft_ctx_get_output_buffer", "nft_ctx_get_error_buffer"):
             getattr(library, name).restype = ctypes.c_char_p
@@ -49,6 +52,7 @@ class Nft:
         self._context = library.nft_ctx_new(0)
         if not self._context:
             raise NftError("libnftables cannot be used here: it needs root, and a kernel with nf_tables")
+        weakref.finalize(self, library.nft_ctx_free, self._context)
         library.nft_ctx_buffer_output(self._context)
         library.nft_ctx_buffer_error(self._context)
 

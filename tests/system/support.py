@@ -18,6 +18,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -176,6 +177,23 @@ class Etcd:
             else:
                 leaves[node["key"]] = node["value"]
         return leaves
+
+
+@contextlib.contextmanager
+def not_installed(*patterns: str) -> Iterator[None]:
+    """Make this a host that lacks those programs of /usr/sbin whose names match."""
+    over = Path("/run/over/usr-sbin")
+    for name in ("new", "work"):
+        (over / name).mkdir(parents=True)
+    options = f"lowerdir=/usr/sbin,upperdir={over}/new,workdir={over}/work"
+    run("mount", "-t", "overlay", "-o", options, "overlay", "/usr/sbin")
+    try:
+        for file in [file for pattern in patterns for file in Path("/usr/sbin").glob(pattern)]:
+            file.unlink()
+        yield
+    finally:
+        run("umount", "-l", "/usr/sbin")
+        shutil.rmtree(over)
 
 
 def links(namespace: str | None = None) -> dict[str, dict]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.system.agent import LOG_DIR, AgentHost, outside_host
-from tests.system.support import Host, import_busybox, run, start_docker, wait_for
+from tests.system.support import CALICOCTL, HOST_IP, Host, import_busybox, not_installed, run, start_docker, wait_for
 from tests.system.traffic import PATIENT, ping, tcp
 
 A4, B4, C4 = "192.168.0.1", "192.168.0.2", "192.168.0.3"
@@ -72,6 +73,41 @@ def test_nothing_is_added_where_nothing_would_drop(pair: AgentHost) -> None:
     run("ip6tables", "-A", "FORWARD", "-j", "REJECT")
     wait_for(lambda: len(ours("FORWARD", "ip6tables")) == 2, "the rules")
     assert not ours("FORWARD")
+
+
+def test_a_path_without_sbin_hides_no_firewall(pair: AgentHost) -> None:
+    """That of cron. The very command is `env -i PATH=/usr/bin:/bin … calicoctl node --ip=…`."""
+    pair.ctl("node", "stop", "--force")
+    run("iptables", "-P", "FORWARD", "DROP")
+    for environment in (["PATH=/usr/bin:/bin"], []):
+        command = ["env", "-i", *environment, "HOSTNAME=host1", CALICOCTL]
+        assert "running" in run(*command, "node", f"--ip={HOST_IP}", f"--log-dir={LOG_DIR}", cwd="/").out
+        assert len(ours("FORWARD")) == 2 and ping("a", B4, patience=PATIENT), environment
+        checked = run(*command, "checksystem", check=False).out
+        assert "nothing drops what comes from containers" in checked and "not there (needed beside" not in checked
+        run(*command, "node", "stop", "--force")
+        run("iptables", "-F", "FORWARD")
+    run("ip6tables", "-P", "FORWARD", "DROP")  # what a machine's own script sets
+    with not_installed("ip*tables*"):
+        pair.start_agent()
+        wait_for(lambda: pair.status()["last_error"], "the agent's complaint")
+        said = pair.ctl("status", status=None).out
+        assert "iptables chain FORWARD would drop what is forwarded, and there is no command" in " ".join(said.split())
+        assert "install the package iptables" in pair.ctl("checksystem", status=None).out
+        pair.ctl("node", "remove", "--remove-endpoints")
+        pair.start_agent()
+    wait_for(lambda: len(ours("FORWARD")) == 2 and len(ours("FORWARD", "ip6tables")) == 2, "the command to be noticed")
+    run("ip6tables", "-P", "FORWARD", "ACCEPT")
+
+
+def test_a_legacy_firewall_is_seen_without_its_command(bare_host: Host) -> None:
+    run("ip", "netns", "add", "legacy")
+    within = ["ip", "netns", "exec", "legacy"]
+    run(*within, "iptables-legacy", "-P", "FORWARD", "DROP")
+    with not_installed("ip*tables*"):
+        said = bare_host.ctl("checksystem", "--output=json", command=[*within, CALICOCTL], status=1).out
+    (firewall,) = [check for check in json.loads(said) if check["name"] == "Docker's firewall"]
+    assert "iptables-legacy firewall" in firewall["found"] and not firewall["ok"]
 
 
 def test_ipv6_forwarding_stays_on_where_an_engine_needs_it(bare_host: Host) -> None:

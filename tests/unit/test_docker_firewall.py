@@ -29,3 +29,29 @@ def test_the_chain_that_our_rules_belong_to(policy: str, rest: str, chain: str |
 
 def test_without_any_table_nothing_drops() -> None:
     assert Filter("").wanted_chain() is None
+
+
+@pytest.mark.parametrize(
+    ("policy", "rule", "drops"),
+    [
+        ("accept", "", False),
+        ("drop", "", True),
+        ("accept", "counter packets 0 bytes 0 jump ONE", True),
+        ("accept", 'oifname "docker0"  counter packets 0 bytes 0 reject with icmp type host-prohibited', True),
+        ("accept", 'counter packets 0 bytes 0 xt target "REJECT"', True),
+        ("accept", 'iifname "eth0" counter packets 0 bytes 0 accept comment "we drop, or reject, nothing"', False),
+    ],
+)
+def test_what_nft_prints_of_it(policy: str, rule: str, drops: bool) -> None:
+    table = f"""table ip filter {{
+\tchain ONE {{
+\t\tip saddr 10.0.0.0/8 counter packets 0 bytes 0 drop # handle 7
+\t}}
+
+\tchain FORWARD {{
+\t\ttype filter hook forward priority filter; policy {policy};
+\t\t{rule}
+\t}}
+}}
+"""
+    assert Filter.from_nft(table).would_drop() is drops
