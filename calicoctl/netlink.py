@@ -19,7 +19,10 @@ ERROR, _DONE = 2, 3
 _KIND = 0x3FFF
 """The bits of an attribute's kind that are not flags."""
 
-_RTM_GETROUTE = 26
+_RTM_GETROUTE, _RTM_GETNEIGH = 26, 30
+_NDA_DST, _NDA_LLADDR = 1, 2
+_NUD_PERMANENT = 0x80
+_NTF_PROXY = 0x08
 _RTA_DST, _RTA_OIF, _RTA_GATEWAY, _RTA_PRIORITY, _RTA_PREFSRC, _RTA_MULTIPATH, _RTA_VIA = 1, 4, 5, 6, 7, 9, 18
 _TABLE_MAIN = 254
 
@@ -132,6 +135,30 @@ def _route(family: int, body: bytes) -> Route:
         gateway=gateway,
         source=address(_RTA_PREFSRC),
     )
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """An entry of the neighbour table that stays. `index` is the interface's; an entry of a proxy has no MAC."""
+
+    index: int
+    address: str
+    mac: str | None
+
+
+def neighbours(family: int, proxies: bool = False) -> Iterator[Neighbour]:
+    """Give the permanent entries of the neighbour table, or what this host answers for in others' place.
+
+    pyroute2 cannot ask for the latter. Source: neigh_dump_info() of the kernel's net/core/neighbour.c. Raises OSError.
+    """
+    # struct ndmsg: family, padding, interface, state, flags, type
+    body = struct.pack("=BBHiHBB", family, 0, 0, 0, 0, _NTF_PROXY if proxies else 0, 0)
+    for answer in dump(socket.NETLINK_ROUTE, _RTM_GETNEIGH, body):
+        index, state = struct.unpack_from("=iH", answer, 4)
+        found = attributes(answer[12:])
+        if answer[0] == family and _NDA_DST in found and (proxies or state & _NUD_PERMANENT):
+            mac = found[_NDA_LLADDR].hex(":") if _NDA_LLADDR in found else None
+            yield Neighbour(index, socket.inet_ntop(family, found[_NDA_DST]), mac)
 
 
 def do(protocol: int, kind: int, flags: int, body: bytes) -> None:

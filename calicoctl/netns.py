@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Callable, TypeVar
 
 from calicoctl.addresses import version_of
 from calicoctl.errors import CalicoError, NamespaceError
-from calicoctl.netlink import routes
+from calicoctl.netlink import neighbours, routes
 
 if TYPE_CHECKING:
     from pyroute2.iproute.linux import IPRoute
@@ -32,7 +32,15 @@ _NS_GET_NSTYPE = 0xB703
 
 _CLONE_NEWNET = 0x40000000
 
+HOST_MAC = "ee:ee:ee:ee:ee:ee"
+"""The MAC of the host's end of every pair, as other Calico tools have it since 2016.
+
+One that the kernel makes up is changed by udev (MACAddressPolicy in systemd.link(5)) after the workload has learned it.
+"""
+
 _SCOPE_LINK = 253
+_LOOPBACK_INDEX = 1
+_NUD_PERMANENT = 0x80
 _NODAD = 0x02
 _LOOPBACK = 0x8
 _PROTOCOL_STATIC = 4
@@ -52,12 +60,21 @@ class Interface:
     kind: str | None = None
 
 
+@dataclass(frozen=True)
+class Loopback:
+    """Whether a namespace's loopback interface, by which it reaches its own addresses, is up, and has IPv6."""
+
+    up: bool
+    ipv6: bool
+
+
 @dataclass
 class Inspection:
     """A namespace's interfaces by name, and per IP version a default route, told as `via A dev B`, if there is one."""
 
     interfaces: dict[str, Interface] = field(default_factory=dict)
     default_routes: dict[int, str] = field(default_factory=dict)
+    loopback: Loopback = Loopback(up=True, ipv6=True)
 
 
 class Namespace:
@@ -96,8 +113,16 @@ class Namespace:
 
         What the thread reads and writes under /proc/sys/net is this namespace's too. Raises what `work` raises.
         """
-        from pyroute2 import netns as pyroute2_netns
         from pyroute2.iproute.linux import IPRoute
+
+        def with_socket() -> T:
+            with IPRoute() as netlink:
+                return work(netlink)
+
+        return self._within(with_socket)
+
+    def _within(self, work: Callable[[], T]) -> T:
+        from pyroute2 import netns as pyroute2_netns
 
         outcome: dict[str, Any] = {}
         wanted = True
@@ -109,8 +134,7 @@ class Namespace:
                 return
             try:
                 pyroute2_netns.setns(self._fd)
-                with IPRoute() as netlink:
-                    outcome["result"] = work(netlink)
+                outcome["result"] = work()
             except BaseException as error:
                 outcome["error"] = error
             finally:
@@ -163,19 +187,33 @@ class Namespace:
         with _explained(f"{self.name}: switching IPv6 off on {interface}"):
             self.run(lambda _: _write_sysctl(f"net/ipv6/conf/{interface}/disable_ipv6", "1"))
 
-    def configure(self, interface: str, nets: list[str], next_hops: dict[int, str]) -> str:
+    def restore_loopback(self, before: Loopback) -> None:
+        """Make the loopback interface what it was before `configure`."""
+
+        def work(netlink: IPRoute) -> None:
+            if not before.ipv6:
+                _write_sysctl("net/ipv6/conf/lo/disable_ipv6", "1")
+            if not before.up:
+                netlink.link("set", index=_LOOPBACK_INDEX, state="down")
+
+        with _explained(f"{self.name}: undoing what was set up on lo"):
+            self.run(work)
+
+    def configure(self, interface: str, nets: list[str], next_hops: dict[int, str], host_mac: str) -> str:
         """Bring `interface` up, give it addresses and, per IP version, a default route through a next hop.
 
-        `nets` are `address/32` or `address/128`; a next hop is reached on-link. What is there already stays. Returns
-        the interface's MAC.
+        `nets` are `address/32` or `address/128`; a next hop is reached on-link, and its MAC, `host_mac`, entered for
+        good. The loopback interface is brought up, too. What is there already stays. Returns the interface's MAC.
         """
 
         def work(netlink: IPRoute) -> str:
             index = _index(netlink, interface)
+            netlink.link("set", index=_LOOPBACK_INDEX, state="up")
             netlink.link("set", index=index, state="up")
             if any(version_of(net) == 6 for net in nets):
                 # Docker switches IPv6 off for every interface of a container
-                _write_sysctl(f"net/ipv6/conf/{interface}/disable_ipv6", "0")
+                for name in ("lo", interface):
+                    _write_sysctl(f"net/ipv6/conf/{name}/disable_ipv6", "0")
             for net in nets:
                 address, _, length = net.partition("/")
                 # without NODAD an IPv6 address could not be used for a second or more
@@ -185,10 +223,34 @@ class Namespace:
                 scope = {"scope": _SCOPE_LINK} if version == 4 else {}
                 netlink.route("replace", **_route(version, next_hop, index), **scope)
                 netlink.route("replace", **_route(version, None, index), gateway=next_hop)
+            _enter_next_hops(netlink, index, host_mac)
             return _interface(netlink.get_links(index)[0]).mac
 
         with _explained(f"{self.name}: setting up {interface}"):
             return self.run(work)
+
+    def refresh(self, interface: str, host_mac: str) -> bool:
+        """Bring up to date what `configure` has set up and may have changed since; tell whether anything had."""
+
+        def work(netlink: IPRoute) -> bool:
+            index = _index(netlink, interface)
+            unknown = _unknown_next_hops(index, host_mac)
+            if not unknown:
+                return False
+            _enter_next_hops(netlink, index, host_mac)
+            # what an older version has connected
+            netlink.link("set", index=_LOOPBACK_INDEX, state="up")
+            if any(version_of(address) == 6 for address in unknown):
+                _write_sysctl("net/ipv6/conf/lo/disable_ipv6", "0")
+            return True
+
+        with _explained(f"{self.name}: bringing {interface} up to date"):
+            return self.run(work)
+
+    def knows_host(self, index: int, mac: str) -> bool:
+        """Tell whether the interface with this index has its next hops' MAC entered for good."""
+        with _explained(f"{self.name}: reading its next hops"):
+            return not self._within(lambda: _unknown_next_hops(index, mac))
 
     def unconfigure(self, interface: str, nets: list[str], versions: Collection[int]) -> None:
         """Take addresses from `interface`, and for these IP versions the routes that `configure` made.
@@ -201,9 +263,13 @@ class Namespace:
             for version in versions:
                 lengths = (0, _LENGTHS[version])
                 for route in list(routes(_FAMILIES[version], lengths=lengths, protocol=_PROTOCOL_STATIC)):
-                    if route.index == index:
-                        with _ignoring(errno.ESRCH):
-                            netlink.route("del", **_route(version, route.destination, index))
+                    if route.index != index:
+                        continue
+                    if route.gateway:  # before the route, without which it would not be found again
+                        with _ignoring(errno.ENOENT):
+                            netlink.neigh("del", family=_FAMILIES[version], dst=route.gateway, ifindex=index)
+                    with _ignoring(errno.ESRCH):
+                        netlink.route("del", **_route(version, route.destination, index))
             for net in nets:
                 address, _, length = net.partition("/")
                 with _ignoring(errno.EADDRNOTAVAIL):
@@ -224,7 +290,7 @@ def create_veth(name: str, namespace: Namespace, interface: str, mac: str | None
     if mac is not None:
         peer["address"] = mac
     with _explained(f"{namespace.name}: making the interface pair {name} and {interface}"), IPRoute() as netlink:
-        netlink.link("add", ifname=name, kind="veth", peer=peer)
+        netlink.link("add", ifname=name, kind="veth", address=HOST_MAC, peer=peer)
 
 
 def set_up(name: str) -> None:
@@ -249,10 +315,11 @@ def find_interface(name: str) -> Interface | None:
         return _interface(netlink.get_links(found[0])[0]) if found else None
 
 
-def placed(namespaces: Mapping[str, str]) -> dict[str, bool]:
-    """Tell of the host's interfaces whether their other end is in the namespace with the path given for each.
+def sound(namespaces: Mapping[str, str]) -> dict[str, bool]:
+    """Tell of the host's interfaces whether their other end is where it should be, and knows this one's MAC.
 
-    Nothing is told of one that does not exist, or whose path leads to no namespace. Raises NamespaceError.
+    `namespaces` are the paths of where they should be. Nothing is told of an interface that does not exist, or whose
+    path leads to no namespace. Raises NamespaceError.
     """
     from pyroute2.iproute.linux import IPRoute
 
@@ -261,7 +328,10 @@ def placed(namespaces: Mapping[str, str]) -> dict[str, bool]:
         links = {link.get_attr("IFLA_IFNAME"): link for link in netlink.get_links()}
         for interface in namespaces.keys() & links.keys():
             with suppress(NamespaceError), Namespace(namespaces[interface], interface) as namespace:
-                found[interface] = _leads_to(netlink, links[interface], namespace.fileno())
+                link = links[interface]
+                found[interface] = _leads_to(netlink, link, namespace.fileno()) and namespace.knows_host(
+                    link.get_attr("IFLA_LINK"), link.get_attr("IFLA_ADDRESS")
+                )
     return found
 
 
@@ -290,6 +360,10 @@ def inspect(netlink: IPRoute) -> Inspection:
             where = [f"via {route.gateway}"] if route.gateway else []
             where += [f"dev {names.get(route.index, route.index)}"] if route.index else []
             found.default_routes.setdefault(version, " ".join(where) or "of another kind")
+    up = any(interface.index == _LOOPBACK_INDEX and interface.up for interface in found.interfaces.values())
+    found.loopback = Loopback(up, ipv6=True)
+    with suppress(FileNotFoundError):  # a kernel without IPv6
+        found.loopback = Loopback(up, _read_sysctl("net/ipv6/conf/lo/disable_ipv6") == "0")
     return found
 
 
@@ -379,6 +453,27 @@ def _route(version: int, address: str | None, index: int) -> dict[str, Any]:
     """Return the route to one address, or for None the default route, through an interface."""
     destination = "default" if address is None else f"{address}/{_LENGTHS[version]}"
     return {"family": _FAMILIES[version], "dst": destination, "oif": index, "proto": _PROTOCOL_STATIC}
+
+
+def _unknown_next_hops(index: int, mac: str) -> set[str]:
+    """Return the next hops of default routes through an interface that have no permanent entry with this MAC."""
+    found: set[str] = set()
+    for version, family in _FAMILIES.items():
+        hops = {route.gateway for route in routes(family, lengths=(0,)) if route.index == index} - {None}
+        if hops:
+            hops -= {entry.address for entry in neighbours(family) if (entry.index, entry.mac) == (index, mac)}
+        found |= {hop for hop in hops if hop is not None and version_of(hop) == version}
+    return found
+
+
+def _enter_next_hops(netlink: IPRoute, index: int, mac: str) -> None:
+    """Enter the MAC of the next hops of an interface for good, so that nobody has to answer for them.
+
+    The kernel does not count such entries against its limit (gc_thresh3), since Linux 5.0.
+    """
+    for hop in _unknown_next_hops(index, mac):
+        family = _FAMILIES[version_of(hop)]
+        netlink.neigh("replace", family=family, dst=hop, lladdr=mac, ifindex=index, state=_NUD_PERMANENT)
 
 
 def _read_sysctl(path: str) -> str:

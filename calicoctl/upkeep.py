@@ -152,13 +152,14 @@ def _refuse_alive(workload: Workload, ids: list[EndpointId]) -> None:
         )
 
 
-def misplaced(paths: dict[EndpointId, str]) -> list[EndpointId]:
+def unsound(paths: dict[EndpointId, str]) -> list[EndpointId]:
     """Return those endpoints whose interface leads elsewhere than into the namespace with the path given for each.
 
-    They have been there before: a namespace goes on as long as a process is in it, whatever becomes of its name.
+    They have been there before: a namespace goes on as long as a process is in it, whatever becomes of its name. Those,
+    too, whose workload does not know the MAC of its next hop.
     """
-    placed = netns.placed({id.interface: path for id, path in paths.items()})
-    return [id for id in paths if placed.get(id.interface) is False]
+    sound = netns.sound({id.interface: path for id, path in paths.items()})
+    return [id for id in paths if sound.get(id.interface) is False]
 
 
 def _connect(scene: Scene, held: dict[IPAddress, Owner]) -> Iterator[Act]:
@@ -179,6 +180,8 @@ def _connect(scene: Scene, held: dict[IPAddress, Owner]) -> Iterator[Act]:
         datastore.modify_endpoint(record.id, _active)
         since = f", after {record.inactive_since}" if record.inactive_since else ""
         yield Act(CHANGED, f"{_called(workload)} is active: it is there{since}")
+    if plugged is not None and scene.namespace.refresh(plugged, scene.host_mac):
+        yield Act(CHANGED, f"{_called(workload)} has been told the MAC of its next hop, {scene.host_mac}")
     left = [f"{address}/{128 if address.version == 6 else 32}" for address in _unlisted([record], held)]
     if plugged is not None and left:
         versions = {version_of(net) for net in left} - {version_of(net) for net in record.nets}

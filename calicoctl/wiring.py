@@ -310,7 +310,7 @@ def add_address(
         pools = wish.pools(datastore)
         nets = record.nets_of(version)
         if wish.address is not None and host_net(wish.address) in nets:
-            scene.namespace.configure(plugged, [host_net(wish.address)], {})
+            scene.namespace.configure(plugged, [host_net(wish.address)], {}, scene.host_mac)
             return wish.address, False
         next_hops = {} if nets else {version: next_hop}
         if next_hops:
@@ -325,8 +325,9 @@ def add_address(
             net = host_net(address)
             if version == 6 and scene.namespace.ipv6_is_off(plugged):
                 undo(scene.namespace.switch_ipv6_off, plugged)
+            undo(scene.namespace.restore_loopback, scene.loopback)
             undo(scene.namespace.unconfigure, plugged, [net], next_hops)
-            scene.namespace.configure(plugged, [net], next_hops)
+            scene.namespace.configure(plugged, [net], next_hops, scene.host_mac)
 
             def add(endpoint: Endpoint) -> bool:
                 if net in endpoint.nets_of(version):
@@ -390,7 +391,8 @@ def _without(net: str) -> Callable[[Endpoint], bool]:
 class Scene:
     """A workload under its lock, with its namespace open, and what store and kernel know of it at the start.
 
-    `held` are the addresses its handle holds; `record` is its endpoint, None where it has none.
+    `held` are the addresses its handle holds; `record` is its endpoint, None where it has none; `host_mac` is the MAC
+    of the host's end of its pair, once that has been found `plugged`.
     """
 
     def __init__(
@@ -403,6 +405,7 @@ class Scene:
         self.datastore = datastore
         self.workload = workload
         self.lock = lock
+        self.host_mac = netns.HOST_MAC
         self._namespace = namespace
         records = endpoints_of(datastore, workload)
         if len(records) > 1:
@@ -441,6 +444,11 @@ class Scene:
         assert self._namespace is not None, "a scene without a namespace is not plugged"
         return self._namespace
 
+    @property
+    def loopback(self) -> netns.Loopback:
+        """Return what the namespace's loopback interface was at the last look."""
+        return self._inspection.loopback
+
     def look_again(self) -> None:
         """Read the namespace's interfaces and routes."""
         self._inspection = netns.Inspection() if self._namespace is None else self._namespace.inspect()
@@ -453,6 +461,7 @@ class Scene:
         host_end = netns.find_interface(self.record.id.interface) if self.record is not None else None
         if host_end is None or not (host_end.up or also_down):
             return None
+        self.host_mac = host_end.mac
         for interface, other_end in self._pairs():
             if other_end.index == host_end.index:
                 return interface.name
@@ -597,7 +606,8 @@ def _plug(
         raise CalicoError(f"this host has an interface {name} already, of another endpoint; try again")
     undo(netns.delete_interface, name)
     netns.create_veth(name, scene.namespace, interface, mac)
-    mac = scene.namespace.configure(interface, nets, next_hops)
+    undo(scene.namespace.restore_loopback, scene.loopback)
+    mac = scene.namespace.configure(interface, nets, next_hops, netns.HOST_MAC)
     netns.set_up(name)
     return mac
 

@@ -333,7 +333,16 @@ class Agent:
             self._links[link.name] = link
             if not link.up:
                 self._routes.forget(link.index)
+            self._follow_mac(before, link)
         self._look_at(link.name)
+
+    def _follow_mac(self, before: Link | None, now: Link) -> None:
+        """Have a workload told the new MAC of its next hop. The kernel has dropped the neighbour entries there."""
+        endpoint = self._snapshot.owner(now.name)
+        if endpoint and before and before.index == now.index and before.mac != now.mac:
+            log.info("the interface %s has the MAC %s now", now.name, now.mac)
+            self._routes.forget(now.index)
+            self._keeper.look_at(endpoint.id)
 
     def _tables_changed(self, names: frozenset[str]) -> None:
         # where notices were lost (the empty name), they may well have been those of our own changes
@@ -370,7 +379,9 @@ class Agent:
         """Learn what the kernel has of ours: routes and neighbours, and `links`, which takes longer."""
         if links:
             found = [events.link_of(message) for message in self._netlink.get_links()]
-            self._links = {link.name: link for link in found if link.name.startswith(PREFIX)}
+            before, self._links = self._links, {link.name: link for link in found if link.name.startswith(PREFIX)}
+            for name, link in self._links.items():
+                self._follow_mac(before.get(name), link)
         self._routes.read(self._links.values())
         self._dirty |= set(self._snapshot.local)
         self._clean_up = True

@@ -386,7 +386,12 @@ def _sender(message: bytes) -> int:
 
 def link_of(message: Any) -> Link:
     """Return the interface that one of pyroute2's link messages tells of."""
-    return Link(message.get_attr("IFLA_IFNAME") or "", message["index"], message["flags"] & _IFF_UP != 0)
+    return Link(
+        message.get_attr("IFLA_IFNAME") or "",
+        message["index"],
+        message["flags"] & _IFF_UP != 0,
+        message.get_attr("IFLA_ADDRESS") or "",
+    )
 
 
 class FirewallEvents(_Source):

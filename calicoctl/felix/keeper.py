@@ -77,7 +77,7 @@ class Compare:
 
 @dataclass(frozen=True)
 class Look:
-    """A workload's endpoint has no interface, or, with `gone`, has gone from the store."""
+    """A workload's endpoint has no interface, or one that has changed, or, with `gone`, has gone from the store."""
 
     key: Key
     gone: bool
@@ -187,7 +187,7 @@ class Keeper(threading.Thread):
         self._alive = True
 
     def look_at(self, id: EndpointId, gone: bool = False) -> None:
-        """Have the workload of an endpoint looked at that lacks its interface or name, or has `gone` from the store."""
+        """Have the workload of an endpoint looked at: its interface or name is missing or changed, or it has `gone`."""
         key = workload_of(id)
         if upkeep.is_looked_after(*key):
             self.inbox.put(Look(key, gone))
@@ -344,7 +344,7 @@ class Keeper(threading.Thread):
                 connected[endpoint.id] = remembered[workload]
             else:
                 self._look((NAMESPACE, workload), now)
-        for id in upkeep.misplaced(connected):
+        for id in upkeep.unsound(connected):
             self._look(workload_of(id), now)
         del self._jobs[self._scan]
 
@@ -530,10 +530,10 @@ def _compare(containers: dict[str, events.Container] | None, datastore: Datastor
 
 
 def _compare_places(connected: list[EndpointId], datastore: DatastoreClient) -> Compared:
-    """Find, of containers that run and have their interfaces, those that do not have them inside; for a lane."""
+    """Find, of containers that run and have their interfaces, those whose are not inside, or not sound; for a lane."""
     try:
         pids = container_pids(id.workload for id in connected)
         paths = {id: f"/proc/{pids[id.workload]}/ns/net" for id in connected if id.workload in pids}
-        return Compared([workload_of(id) for id in upkeep.misplaced(paths)], [])
+        return Compared([workload_of(id) for id in upkeep.unsound(paths)], [])
     except Exception as error:
         return Compared([], [], error)

@@ -35,9 +35,9 @@ _SCOPE_LINK = 253
 _TABLE_MAIN = 254
 _NUD_PERMANENT = 0x80
 _NTF_PROXY = 0x08
-_RTM_NEWROUTE, _RTM_GETNEIGH = 24, 30
+_RTM_NEWROUTE = 24
 _RTN_UNICAST = 1
-_RTA_DST, _RTA_OIF, _RTA_PRIORITY, _NDA_DST = 1, 4, 6, 1
+_RTA_DST, _RTA_OIF, _RTA_PRIORITY = 1, 4, 6
 _METRIC6 = 1
 """The smallest, for IPv6, where 0 stands for 1024."""
 
@@ -52,6 +52,7 @@ class Link:
     name: str
     index: int
     up: bool
+    mac: str = ""
 
 
 class Routes:
@@ -69,14 +70,12 @@ class Routes:
             for route in _listed("routes", netlink.routes(family, protocol=PROTOCOL)):
                 if route.destination is not None and route.index is not None:  # a default route is not ours
                     self._have[route.index].add(("route", route.destination))
-            for entry in self._netlink.get_neighbours(family=family):
-                if entry["ifindex"] in indices and entry["state"] & _NUD_PERMANENT:
-                    mac = entry.get_attr("NDA_LLADDR")
-                    if mac is not None:
-                        self._have[entry["ifindex"]].add(("neighbour", entry.get_attr("NDA_DST"), mac))
-        for index, address in _proxies():
-            if index in indices:
-                self._have[index].add(("proxy", address))
+            for entry in _listed("neighbour entries", netlink.neighbours(family)):
+                if entry.index in indices and entry.mac is not None:
+                    self._have[entry.index].add(("neighbour", entry.address, entry.mac))
+        for entry in _listed("neighbour entries", netlink.neighbours(socket.AF_INET6, proxies=True)):
+            if entry.index in indices:
+                self._have[entry.index].add(("proxy", entry.address))
 
     def forget(self, index: int) -> None:
         """Take it that the kernel has nothing of an interface: it has gone, or down."""
@@ -177,17 +176,3 @@ def _listed(what: str, answers: Iterator[T]) -> list[T]:
         return list(answers)
     except OSError as error:
         raise CalicoError(f"{what} cannot be listed: {error.strerror or error}") from None
-
-
-def _proxies() -> list[tuple[int, str]]:
-    """Return the IPv6 addresses that this host answers for in others' place, each with its interface's index.
-
-    pyroute2 cannot ask for them. Source: neigh_dump_info() of the kernel's net/core/neighbour.c. Raises CalicoError.
-    """
-    body = struct.pack("=BBHiHBB", socket.AF_INET6, 0, 0, 0, 0, _NTF_PROXY, 0)
-    found = []
-    for answer in _listed("neighbour entries", netlink.dump(socket.NETLINK_ROUTE, _RTM_GETNEIGH, body)):
-        address = netlink.attributes(answer[12:]).get(_NDA_DST, b"")
-        if len(address) == 16:
-            found.append((struct.unpack_from("=i", answer, 4)[0], socket.inet_ntop(socket.AF_INET6, address)))
-    return found

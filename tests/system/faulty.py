@@ -108,7 +108,7 @@ def faulty_sysctl():
 faulty_etcd("write")
 faulty_etcd("delete")
 faulty_read()
-for request in ("link", "addr", "route"):
+for request in ("link", "addr", "route", "neigh"):
     faulty_netlink(request)
 faulty_sysctl()
 sys.argv = ["calicoctl", *sys.argv[1:]]

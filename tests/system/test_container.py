@@ -95,6 +95,19 @@ def test_a_docker_container_gets_ipv6_although_docker_switches_it_off(host: Host
     host.check_consistent()
 
 
+def test_a_workload_reaches_itself(host: Host, workload: str, blue: str) -> None:
+    host.ctl("container", "add", "workload", "ipv4")
+    host.ctl("container", "workload", "ip", "add", f"{V6}1")
+    for address in ("127.0.0.1", "::1", f"{V6}1"):
+        inside("workload", "ping", "-c", "1", "-W", "2", address)
+    assert "DOWN" in run("ip", "-n", "blue", "link", "show", "lo").out
+    host.ctl("container", "add", blue, f"{V6}2")
+    for address in ("127.0.0.1", "::1", f"{V6}2"):
+        run("ip", "netns", "exec", "blue", "ping", "-c", "1", "-W", "2", address)
+    host.ctl("container", "remove", blue)
+    run("ip", "netns", "exec", "blue", "ping", "-c", "1", "-W", "2", "127.0.0.1")
+
+
 @pytest.mark.parametrize("by", ["name", "id", "prefix"])
 def test_a_container_can_be_called_by_name_id_and_prefix(host: Host, workload: str, by: str) -> None:
     id = run("docker", "inspect", "-f", "{{.Id}}", "workload").out.strip()

@@ -61,7 +61,8 @@ def nothing(host: Host) -> None:
 
 def connected(host: Host) -> None:
     # as in a Docker container, where IPv6 is off for every new interface
-    run("ip", "netns", "exec", SPACE, "sysctl", "-qw", "net.ipv6.conf.default.disable_ipv6=1")
+    for name in ("default", "lo"):
+        run("ip", "netns", "exec", SPACE, "sysctl", "-qw", f"net.ipv6.conf.{name}.disable_ipv6=1")
     prepared(host, "container", "add", PATH, "192.168.0.1")
     prepared(host, "container", PATH, "profile", "append", "web")
 
@@ -83,10 +84,12 @@ def is_connected(*nets: str) -> Callable[[Host], None]:
         assert set(record["ipv4_nets"] + record["ipv6_nets"]) == set(nets)
         assert addresses(SPACE, "eth1") == set(nets)
         assert links(SPACE)["eth1"]["address"] == record["mac"]
+        known = run("ip", "-n", SPACE, "neigh", "show", "nud", "permanent").out
         for version, hop, gateway in ((4, "192.0.2.2", "ipv4_gateway"), (6, "2001:db8::2", "ipv6_gateway")):
             has = any((":" in net) == (version == 6) for net in nets)
             assert any(route.startswith(f"default via {hop} dev eth1") for route in routes(SPACE, version)) == has
             assert record[gateway] == (hop if has else None)
+            assert (f"{hop} dev eth1 lladdr {links()[record['name']]['address']} PERMANENT" in known) == has
 
     return check
 
@@ -176,7 +179,7 @@ def made_stage(host: Host, scenario: str, tmp_path: Path) -> Stage:
 
 
 def snapshot(host: Host) -> tuple:
-    """All that a command may change: records, addresses, handles, interfaces on both sides, routes."""
+    """All that a command may change: records, addresses, handles, interfaces on both sides, routes, neighbours."""
     inside = {name: (link["address"], sorted(addresses(SPACE, name))) for name, link in links(SPACE).items()}
     return (
         host.records(),
@@ -186,15 +189,17 @@ def snapshot(host: Host) -> tuple:
         inside,
         [
             run("ip", "netns", "exec", SPACE, "sysctl", "-n", f"net.ipv6.conf.{name}.disable_ipv6").out
-            for name in inside
+            for name in ("lo", *inside)
         ],
+        "UP" in run("ip", "-n", SPACE, "link", "show", "lo").out,
+        run("ip", "-n", SPACE, "neigh", "show", "nud", "permanent").out,
         sorted(route for version in (4, 6) for route in routes(SPACE, version) if "fe80" not in route),
     )
 
 
 def without_fresh_names(state: tuple) -> str:
     """A snapshot with what is new at each connection (endpoint ids, interface names, MACs) left out."""
-    records, allocations, handles, host_links, inside, ipv6, default_routes = json.loads(json.dumps(state))
+    records, allocations, handles, host_links, inside, *others = json.loads(json.dumps(state))
     return json.dumps(
         [
             [
@@ -205,8 +210,7 @@ def without_fresh_names(state: tuple) -> str:
             handles,
             len(host_links),
             {name: value[1] for name, value in inside.items()},
-            ipv6,
-            default_routes,
+            *others,
         ],
         sort_keys=True,
     )
