@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable
 
+from calicoctl import netlink
 from calicoctl.datastore.client import DatastoreClient, hostname
 from calicoctl.errors import CalicoError, DockerUnavailable
 from calicoctl.felix import docker_firewall, process
@@ -33,6 +34,14 @@ MODULES = ("veth", "nf_tables", "nf_conntrack", "nft_ct", "nft_nat", "nft_masq")
 LOCAL_ETCD_PORTS = (2379, 2380)
 OLDEST_DOCKER = (1, 9)
 """The first Docker Engine with networks as the libnetwork plugin needs them."""
+
+_SHORT_LIVED = {4: 1, 6: 6}
+"""Entries of the neighbour table that an endpoint may bring along for a while: for its loopback interface; in IPv6 for
+multicast groups at both ends, and the endpoint's link-local address, too. Those of its addresses and of its next hop
+are permanent, and since Linux 5.0 the kernel does not count such."""
+
+_ROOMY = 4096
+"""A limit of the neighbour table that only a host with very many endpoints, or neighbours, needs to raise."""
 
 _TABLES = """
 add table inet check
@@ -72,6 +81,7 @@ def check(libnetwork: bool = False) -> Iterator[Check]:
     yield _root()
     yield from _kernel()
     yield from _settings()
+    yield from _neighbours()
     docker = _docker(libnetwork)
     yield from _tools(docker.ok)
     yield docker
@@ -172,6 +182,31 @@ def _settings() -> Iterator[Check]:
         needed=False,
         advice="raise net.netfilter.nf_conntrack_max, or new connections will be dropped",
     )
+
+
+def _neighbours() -> Iterator[Check]:
+    """Tell for how many endpoints the neighbour tables are large enough. They are the machine's, not a namespace's."""
+    endpoints = sum(name.startswith("cali") for _, name in socket.if_nameindex())
+    counts_permanent = tuple(map(int, re.findall(r"\d+", platform.release())[:2])) < (5, 0)
+    for version, family in ((4, socket.AF_INET), (6, socket.AF_INET6)):
+        name = f"neighbour table of IPv{version}"
+        try:
+            table = netlink.neighbour_limit(family)
+        except OSError as error:
+            yield Check(name, False, str(error.strerror or error), False, "use a kernel that has it")
+            continue
+        each = _SHORT_LIVED[version] + (2 if counts_permanent else 0)
+        room, wanted = table.limit // each, max(_ROOMY, 2 * endpoints * each)
+        found = f"room for {room} endpoints (each may take {each} of gc_thresh3's {table.limit}); here are {endpoints}"
+        found += f"; it was full {table.overflows} times since the machine was booted" if table.overflows else ""
+        yield Check(
+            name,
+            endpoints <= room and not (table.overflows and table.limit < wanted),
+            found,
+            needed=False,
+            advice=f"set net.ipv{version}.neigh.default.gc_thresh2 to {wanted // 2} and gc_thresh3 to {wanted} in a "
+            "file of /etc/sysctl.d, and run 'sysctl --system'",
+        )
 
 
 def _tools(docker_runs: bool) -> Iterator[Check]:

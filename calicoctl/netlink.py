@@ -5,6 +5,7 @@ Source: the kernel's uapi/linux/netlink.h and rtnetlink.h.
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import struct
@@ -19,7 +20,8 @@ ERROR, _DONE = 2, 3
 _KIND = 0x3FFF
 """The bits of an attribute's kind that are not flags."""
 
-_RTM_GETROUTE, _RTM_GETNEIGH = 26, 30
+_RTM_GETROUTE, _RTM_GETNEIGH, _RTM_GETNEIGHTBL = 26, 30, 66
+_NDTA_THRESH3, _NDTA_STATS = 4, 7
 _NDA_DST, _NDA_LLADDR = 1, 2
 _NUD_PERMANENT = 0x80
 _NTF_PROXY = 0x08
@@ -159,6 +161,28 @@ def neighbours(family: int, proxies: bool = False) -> Iterator[Neighbour]:
         if answer[0] == family and _NDA_DST in found and (proxies or state & _NUD_PERMANENT):
             mac = found[_NDA_LLADDR].hex(":") if _NDA_LLADDR in found else None
             yield Neighbour(index, socket.inet_ntop(family, found[_NDA_DST]), mac)
+
+
+@dataclass(frozen=True)
+class NeighbourLimit:
+    """How many entries that are not permanent the machine's neighbour table takes, and how often it was full."""
+
+    limit: int
+    overflows: int
+
+
+def neighbour_limit(family: int) -> NeighbourLimit:
+    """Return what the kernel says of the neighbour table that all network namespaces share. Raises OSError.
+
+    Source: struct ndt_stats in the kernel's uapi/linux/neighbour.h, the last of which counts since boot.
+    """
+    for body in dump(socket.NETLINK_ROUTE, _RTM_GETNEIGHTBL, struct.pack("=BBH", family, 0, 0)):
+        found = attributes(body[4:])
+        if body[0] == family and _NDTA_THRESH3 in found:  # else of one interface
+            stats = found.get(_NDTA_STATS, b"")
+            overflows = struct.unpack_from("=Q", stats, 80)[0] if len(stats) >= 88 else 0
+            return NeighbourLimit(struct.unpack("=I", found[_NDTA_THRESH3])[0], overflows)
+    raise OSError(errno.EAFNOSUPPORT, os.strerror(errno.EAFNOSUPPORT))
 
 
 def do(protocol: int, kind: int, flags: int, body: bytes) -> None:

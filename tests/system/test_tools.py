@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import pty
+import re
 import socket
 import subprocess
 import tarfile
@@ -133,6 +134,8 @@ def test_checksystem(bare_host: Host) -> None:
     assert found["root"]["ok"] and found["veth"]["ok"]
     assert found["nftables: policy, connection tracking, NAT, ARP"]["found"] == "works"
     assert found["etcd with its v2 API"]["found"].startswith("version 3.")
+    (limit,) = re.findall(r"thresh3 (\d+)", run("ip", "ntable", "show", "name", "arp_cache").out)
+    assert f"room for {limit} endpoints" in found["neighbour table of IPv4"]["found"]
     assert not found["host agent"]["ok"] and not found["host agent"]["needed"]
     links = run("ip", "-br", "link").out
     assert "check0" not in links and "check" not in run("nft", "list", "tables").out, "nothing is left"

@@ -1,0 +1,41 @@
+"""What `checksystem` makes of a machine's neighbour tables, which no test may fill: all of the machine share them."""
+
+from __future__ import annotations
+
+import platform
+import socket
+
+import pytest
+
+from calicoctl import checks, netlink
+
+
+@pytest.mark.parametrize(
+    ("kernel", "limit", "overflows", "endpoints", "ok", "says"),
+    [
+        ("6.1.0-13-amd64", 1024, 0, 1024, (True, False), ("room for 1024 endpoints", "room for 170 endpoints")),
+        ("6.1.0-13-amd64", 1024, 0, 170, (True, True), ("here are 170", "here are 170")),
+        ("6.1.0-13-amd64", 1024, 3, 2, (False, False), ("it was full 3 times", "it was full 3 times")),
+        ("6.1.0-13-amd64", 4096, 3, 2, (True, True), ("it was full 3 times", "it was full 3 times")),
+        ("4.19.0-6-amd64", 1024, 0, 341, (True, False), ("room for 341 endpoints", "room for 128 endpoints")),
+        ("5.0", 1024, 0, 0, (True, True), ("room for 1024 endpoints", "room for 170 endpoints")),
+    ],
+)
+def test_how_many_endpoints_fit(
+    monkeypatch: pytest.MonkeyPatch,
+    kernel: str,
+    limit: int,
+    overflows: int,
+    endpoints: int,
+    ok: tuple[bool, bool],
+    says: tuple[str, str],
+) -> None:
+    monkeypatch.setattr(platform, "release", lambda: kernel)
+    monkeypatch.setattr(netlink, "neighbour_limit", lambda family: netlink.NeighbourLimit(limit, overflows))
+    names = [(1, "lo"), *((index, f"cali{index}") for index in range(endpoints))]
+    monkeypatch.setattr(socket, "if_nameindex", lambda: names)
+    found = list(checks._neighbours())
+    assert tuple(check.ok for check in found) == ok
+    assert all(text in check.found for text, check in zip(says, found))
+    if endpoints == 1024:
+        assert "net.ipv6.neigh.default.gc_thresh2 to 6144 and gc_thresh3 to 12288" in found[1].advice
