@@ -103,6 +103,9 @@ def test_the_agent_follows_the_mac_of_the_hosts_end(workloads: AgentHost) -> Non
     run("ip", "link", "set", names["a"], "address", "02:00:00:00:00:0a")
     wait_for(lambda: set(entries("a").values()) == {"02:00:00:00:00:0a"}, host.log(), 5)
     check_packets(host)
+    for state in ("down", "up"):
+        run("ip", "link", "set", names["a"], state)
+    check_packets(host)
     kept = run("sh", "-c", f"ip neigh show dev {names['a']}; ip -6 neigh show dev {names['a']}").out
     assert all(f"{address} lladdr {host.mac('a')} PERMANENT" in kept for address in (A4, A6)), kept
 
