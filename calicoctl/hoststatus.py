@@ -6,6 +6,7 @@ place for a new kind of thing that can be wrong: a function that gives an Issue 
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -17,6 +18,7 @@ from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.keys import EndpointId
 from calicoctl.errors import CalicoError
 from calicoctl.felix import heartbeat, process
+from calicoctl.felix.routes import PREFIX
 
 OLDEST_REPORT = 30.0
 """Seconds after which a report vouches for nothing: a working agent writes it every ten (felix/report.py)."""
@@ -80,13 +82,17 @@ def read(host: str) -> dict[str, Any]:
 
     To the report are added whether the agent is `running`; where it is not, which `other_agent` reports for this host
     (its `machine`, null where it names none, and a `text`; null for none); the `age` of the report in seconds (null for
-    none); whether it is `current`, so that it can be believed; and `issues`, each with the fields of Issue.
+    none); whether it is `current`, so that it can be believed; and `issues`, each with the fields of Issue. Where no
+    agent runs, `unknown_interfaces` are those of now.
     """
     pid = process.running(host)
     found = process.report(host)
     readable = found is not None and _has_shape(found, _NOTHING)
     status: dict[str, Any] = {**_NOTHING, **(found if found is not None and readable else {})}
-    status |= {"host": host, "running": pid is not None, "other_agent": _other_agent() if pid is None else None}
+    status |= {"host": host, "running": pid is not None, "other_agent": None}
+    if pid is None:
+        with suppress(CalicoError):  # what the store cannot tell
+            status |= _without_agent(DatastoreClient.from_environment())
     report = status["report"]
     age = None if report["clock"] is None else time.clock_gettime(time.CLOCK_MONOTONIC) - report["clock"]
     if age is not None and age < 0:  # from before a reboot
@@ -110,6 +116,7 @@ def issues(status: dict[str, Any]) -> list[Issue]:
 def _issues(status: dict[str, Any], pid: int | None) -> Iterator[Issue]:
     yield from _agent(status, pid)
     if status["report"]["time"] is None:
+        yield from _unknown_interfaces(status)
         return
     yield from _store(status)
     yield from _endpoints(status, "error")
@@ -184,16 +191,23 @@ def _unknown_interfaces(status: dict[str, Any]) -> Iterator[Issue]:
         yield Issue(HOST, f"{text}, which pass nothing", "was the host called something else when they were connected?")
 
 
-def _other_agent() -> dict[str, Any] | None:
-    """Return what is known of the agent that reports for this host, where that is none of this machine's."""
-    with suppress(CalicoError):  # what the store cannot tell
-        datastore = DatastoreClient.from_environment()
-        status = datastore.host_status()
-        who = None if status is None else heartbeat.other_writer(datastore, status, own_agent_writes=False)
-        if status is not None and who is not None:
-            text = f"{who} reports for host {datastore.host}; none of this version runs here"
-            return {"text": text, "machine": heartbeat.Identity.of(status).machine}
-    return None
+def _without_agent(datastore: DatastoreClient) -> dict[str, Any]:
+    """Return what is to be said of a host whose agent does not run; raise StoreError.
+
+    Which agent of another machine, or program, reports for it, and which interfaces `cali…` here no record of it knows.
+    """
+    other = None
+    status = datastore.host_status()
+    who = None if status is None else heartbeat.other_writer(datastore, status, own_agent_writes=False)
+    if status is not None and who is not None:
+        text = f"{who} reports for host {datastore.host}; none of this version runs here"
+        other = {"text": text, "machine": heartbeat.Identity.of(status).machine}
+    unknown = {name for _, name in socket.if_nameindex() if name.startswith(PREFIX)}
+    if unknown:
+        endpoints, problems = datastore.readable_endpoints(datastore.host)
+        unknown -= {name for endpoint in endpoints for name in (endpoint.name, endpoint.id.interface)}
+        unknown -= {id.interface for id in (keys.parse_endpoint(problem.key) for problem in problems) if id is not None}
+    return {"other_agent": other, "unknown_interfaces": sorted(unknown)}
 
 
 def _keys(status: dict[str, Any]) -> Iterator[Issue]:

@@ -59,8 +59,9 @@ def _status(as_json: bool) -> None:
     elif status["report"]["time"] is not None:
         for line in [*_lines(status), *_issue_lines(issues)]:
             print(one_line(line))
-    elif status["other_agent"]:
-        print(one_line(f"Agent:      {status['other_agent']['text']}"))
+    elif status["other_agent"] or any(issue.kind != AGENT for issue in issues):
+        for line in _issue_lines(issues):
+            print(one_line(line))
     failures = [issue for issue in issues if issue.fails]
     if failures:
         raise CalicoError(_summary(failures))

@@ -98,7 +98,7 @@ class Identity:
         if self.machine is None and self.boot is not None:
             return "An agent on a machine without a machine id"
         if self.machine is None:
-            return "An agent that does not say which machine it runs on (an old Felix, or an older version of this one)"
+            return "An old agent (Felix, or an older version of this one)"
         if self.machine != own.machine:
             return "Another machine"
         if self.boot != own.boot:

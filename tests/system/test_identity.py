@@ -146,8 +146,8 @@ def test_beside_an_old_agent(node: AgentHost) -> None:
     assert "running already" in said.out and said.err == ""
 
     # which it is not; ours gives way, and goes on when it has ended
-    wait_for(lambda: "an old Felix" in (node.status()["replaced"] or ""), "the agent to notice", 15)
-    assert "an old Felix" in node.ctl("status", status=None).out
+    wait_for(lambda: "An old agent (Felix" in (node.status()["replaced"] or ""), "the agent to notice", 15)
+    assert "An old agent (Felix" in node.ctl("status", status=None).out
     node.etcd._request("PUT", STATUS, value=OLD_STATUS, ttl="1")
     wait_for(lambda: node.status()["replaced"] is None, "the agent to go on", 15)
     assert "machine" in json.loads(node.etcd.get(STATUS))
@@ -158,9 +158,9 @@ def test_beside_an_old_agent(node: AgentHost) -> None:
     assert "not running" in node.ctl("status", status=1).err
     node.etcd._request("PUT", STATUS, value=OLD_STATUS, ttl="60")
     said = node.ctl("status")
-    assert "an old Felix" in said.out and "not running" not in said.err
+    assert "An old agent (Felix" in said.out and "not running" not in said.err
     status = json.loads(node.ctl("status", "--output=json").out)
-    assert "an old Felix" in status["other_agent"]["text"] and status["other_agent"]["machine"] is None
+    assert "An old agent (Felix" in status["other_agent"]["text"] and status["other_agent"]["machine"] is None
 
 
 def test_a_host_whose_name_changes(node: AgentHost) -> None:
@@ -177,6 +177,8 @@ def test_a_host_whose_name_changes(node: AgentHost) -> None:
         for words in ("host host1,", "HOSTNAME=host1", "node remove --hostname=host1", "--force"):
             assert words in said, said
     assert not Path("/run/calico/host1.example.com").exists()
+    said = renamed.ctl("status", status=1)
+    assert "2 interfaces cali…" in said.out and "not running" in said.err
 
     said = renamed.ctl("node", f"--ip={HOST_IP}", "--ip6=2001:db8:1::7", "--force")
     assert f"Host host1.example.com is registered with {HOST_IP}" in said.out
