@@ -48,7 +48,7 @@ def test_an_agent_of_another_name_is_refused(pair: AgentHost) -> None:
     pair.kill_agent()
     mark = Path(f"/run/calico/agent.{Path('/proc/self/ns/net').stat().st_ino}")
     assert mark.read_text() == "host1"  # which nobody holds any more
-    other.ctl("node", "--ip=192.0.2.2", f"--log-dir={LOG_DIR}")
+    other.ctl("node", "--ip=192.0.2.2", f"--log-dir={LOG_DIR}", "--force")
     assert "for the host name host1.example.com" in pair.ctl("node", f"--ip={HOST_IP}", status=1).err
     other.ctl("node", "remove")
 
