@@ -7,16 +7,21 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
+import os
 import re
 import socket
 import struct
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from calicoctl.errors import CalicoError
 
 LIBRARY = "libnftables.so.1"
 
+_FD_SETSIZE = 1024
 _SO_RCVBUFFORCE = 33
 _SOL_NETLINK = 270
 _NETLINK_ADD_MEMBERSHIP = 1
@@ -49,7 +54,8 @@ class Nft:
         for name in ("nft_ctx_buffer_output", "nft_ctx_buffer_error"):
             getattr(library, name).argtypes = [ctypes.c_void_p]
         self._library = library
-        self._context = library.nft_ctx_new(0)
+        with _low_descriptor():
+            self._context = library.nft_ctx_new(0)
         if not self._context:
             raise NftError("libnftables cannot be used here: it needs root, and a kernel with nf_tables")
         weakref.finalize(self, library.nft_ctx_free, self._context)
@@ -62,6 +68,41 @@ class Nft:
             said = (self._library.nft_ctx_get_error_buffer(self._context) or b"").decode(errors="replace")
             raise NftError(f"nftables refused a change: {' '.join(said.split())[:300]}")
         return str((self._library.nft_ctx_get_output_buffer(self._context) or b"").decode(errors="replace"))
+
+
+@contextmanager
+def _low_descriptor() -> Iterator[None]:
+    """Have the next descriptor that is opened be one that select(2) takes: the library calls it, and aborts otherwise.
+
+    Where a process has inherited more of them than that, one that nobody here knows is given a higher number.
+    """
+    try:
+        free = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+        os.close(free)
+        if free >= _FD_SETSIZE:
+            inherited = next(fd for fd in reversed(range(3, _FD_SETSIZE)) if _is_inherited(fd))
+            fcntl.fcntl(inherited, fcntl.F_DUPFD_CLOEXEC, _FD_SETSIZE)
+            os.close(inherited)
+        yield
+    except StopIteration:
+        raise NftError(f"this process has {_FD_SETSIZE} files open, which is too many for libnftables") from None
+    except OSError as error:
+        raise NftError(f"libnftables cannot be used: {error.strerror}") from None
+
+
+def _is_inherited(fd: int) -> bool:
+    """Tell whether a descriptor was there when this program began: what Python opens is closed on exec (PEP 446)."""
+    try:
+        # the library's own are inheritable, too
+        return os.get_inheritable(fd) and os.readlink(f"/proc/self/fd/{fd}") not in _netlink_sockets()
+    except OSError:
+        return False
+
+
+def _netlink_sockets() -> set[str]:
+    """Return the names of all netlink sockets, as /proc/PID/fd has them."""
+    with open("/proc/net/netlink") as table:
+        return {f"socket:[{line.split()[-1]}]" for line in table}
 
 
 def own_ports(protocol: int = _NETLINK_NETFILTER) -> set[int]:
