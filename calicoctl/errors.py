@@ -6,11 +6,24 @@ what the user can do about it.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Callable, TypeVar
 
 T = TypeVar("T")
+
+
+_SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
+
+
+def is_shortage(error: BaseException | None) -> bool:
+    """Tell whether something failed for want of descriptors or memory, whatever became of the error since."""
+    while error is not None:
+        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in _SHORTAGES):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def printable(text: str) -> str:

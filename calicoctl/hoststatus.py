@@ -115,7 +115,7 @@ def issues(status: dict[str, Any]) -> list[Issue]:
 
 def _issues(status: dict[str, Any], pid: int | None) -> Iterator[Issue]:
     yield from _agent(status, pid)
-    if status["report"]["time"] is None:
+    if status["report"]["time"] is None or status["other_agent"] is not None:
         yield from _unknown_interfaces(status)
         return
     yield from _store(status)

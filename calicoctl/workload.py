@@ -329,7 +329,7 @@ def has_processes(id: str) -> bool:
     Source: cgroups(7), /proc/PID/cgroup; Docker names a container's group by its id, as podman and Kubernetes do.
     """
     for process in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
+        with suppress(FileNotFoundError, ProcessLookupError, PermissionError):
             if id in (process / "cgroup").read_text(errors="replace"):
                 return True
     return False

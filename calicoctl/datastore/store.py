@@ -28,6 +28,7 @@ from calicoctl.errors import (
     NotThere,
     StoreError,
     StoreUnavailable,
+    is_shortage,
     without_user,
 )
 
@@ -446,6 +447,8 @@ class EtcdStore:
                 return send(self._client(member), path)
             except etcd.EtcdConnectionFailed as error:
                 self._ask_others_first(member)
+                if is_shortage(_cause(error)):
+                    raise StoreUnavailable(f"etcd cannot be asked: {_reason(error)}") from error
                 if type(_cause(error)).__name__ not in _NOT_SENT:
                     kind = _Unanswered if _timed_out(error) else _Cut
                     raise kind(f"{url} did not answer ({_reason(error)})") from None

@@ -25,8 +25,8 @@ from typing import Any, Callable
 from calicoctl import __version__
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.keys import HOSTS, EndpointId
-from calicoctl.errors import CalicoError
-from calicoctl.felix import connections, events, process, report
+from calicoctl.errors import CalicoError, is_shortage
+from calicoctl.felix import connections, events, process, report, shortage
 from calicoctl.felix.host import HostKeeper
 from calicoctl.felix.keeper import Keeper
 from calicoctl.felix.local_etcd import LocalEtcd
@@ -189,7 +189,8 @@ class Agent:
                 except Exception as error:
                     # what cannot be foreseen must not end the agent: it begins anew with what store and kernel say
                     log.debug("where it comes from", exc_info=True)
-                    self._health.error(f"the agent has a defect ({type(error).__name__}: {error})")
+                    what = "waits" if is_shortage(error) else "has a defect"
+                    self._health.error(f"the agent {what} ({type(error).__name__}: {error})")
                     self._ruleset, self._retry_at = None, now + TICK
                     self._review()
             else:
@@ -387,6 +388,7 @@ class Agent:
         self._clean_up = True
 
     def _tick(self) -> None:
+        self._health.trouble(events.Trouble(shortage.descriptors_lacking(), "descriptors"))
         self._dirty |= self._failed
         self._clean_up, self._unclean = self._clean_up or self._unclean, False
         number = self._lister.ask(self._unlisted)

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from calicoctl import netlink
 from calicoctl.datastore.store import Change, Entry
-from calicoctl.errors import CalicoError, HistoryLost
+from calicoctl.errors import CalicoError, HistoryLost, is_shortage
+from calicoctl.felix import shortage
 from calicoctl.felix.heartbeat import now
 from calicoctl.felix.nft import TableEvents, own_ports
 from calicoctl.felix.routes import PROTOCOL, Link
@@ -190,18 +191,29 @@ Events = SimpleQueue  # of the classes above
 
 
 class _Source(threading.Thread):
-    """A thread that calls `follow`, which never returns, and reports when it does."""
+    """A thread that calls `follow`, which never returns, and reports when it does.
+
+    For want of descriptors or memory, it waits, and begins anew; `missed` stands for all that may have happened then.
+    """
+
+    missed: Any = None
 
     def __init__(self, name: str, events: Events[Any]) -> None:
         super().__init__(name=name, daemon=True)
         self._events = events
 
     def run(self) -> None:
-        try:
-            self.follow()
-        except Exception as error:
-            log.exception("%s failed", self.name)
-            self._events.put(Failed(f"{self.name} failed: {error}"))
+        while True:
+            try:
+                self.follow()
+            except Exception as error:
+                if not is_shortage(error):
+                    log.exception("%s failed", self.name)
+                    self._events.put(Failed(f"{self.name} failed: {error}"))
+                    return
+                self._events.put(Trouble(f"{self.name} waits: {error}"))
+            shortage.wait_out()
+            self._events.put(self.missed)
 
     def follow(self) -> None:
         raise NotImplementedError
@@ -275,6 +287,8 @@ class StoreEvents(_Source):
 
 class KernelEvents(_Source):
     """Waits for changes of this host's interfaces, and for the loss of our routes."""
+
+    missed = LinksMissed()
 
     def __init__(self, events: Events[Any]) -> None:
         super().__init__("following the kernel's interfaces", events)
@@ -357,6 +371,8 @@ def _listed(containers: list[dict[str, Any]]) -> dict[str, Container]:
 class MountEvents(_Source):
     """Waits for changes of what is mounted where. Source: /proc/PID/mountinfo in proc(5), which can be polled."""
 
+    missed = MountsChanged()
+
     def __init__(self, events: Events[Any]) -> None:
         super().__init__("following the mounts", events)
 
@@ -396,6 +412,8 @@ def link_of(message: Any) -> Link:
 
 class FirewallEvents(_Source):
     """Waits for changes of nftables, and so of iptables-nft, that are not this process's."""
+
+    missed = TablesChanged(frozenset([""]))
 
     def __init__(self, events: Events[Any]) -> None:
         super().__init__("following nftables", events)

@@ -27,7 +27,9 @@ class Metrics:
         self.apply_time: Any = _NoTimer()
         if port is None:
             return
-        from prometheus_client import CollectorRegistry, Histogram, start_http_server
+        from prometheus_client import CollectorRegistry, Histogram, make_wsgi_app
+
+        from calicoctl.felix.metrics_server import serve
 
         registry = CollectorRegistry()
         registry.register(_HealthCollector(health))
@@ -35,7 +37,7 @@ class Metrics:
             "calico_felix_apply_seconds", "Time taken to bring the kernel up to date.", registry=registry
         )
         try:
-            start_http_server(port, ADDRESS, registry)
+            serve(make_wsgi_app(registry), ADDRESS, port)
         except OSError as error:
             raise CalicoError(f"--metrics-port={port}: cannot listen on {ADDRESS}: {error.strerror}") from None
 

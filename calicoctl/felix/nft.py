@@ -94,7 +94,7 @@ def _is_inherited(fd: int) -> bool:
     """Tell whether a descriptor was there when this program began: what Python opens is closed on exec (PEP 446)."""
     try:
         # the library's own are inheritable, too
-        return os.get_inheritable(fd) and os.readlink(f"/proc/self/fd/{fd}") not in _netlink_sockets()
+        return os.get_inheritable(fd) and str(Path(f"/proc/self/fd/{fd}").readlink()) not in _netlink_sockets()
     except OSError:
         return False
 

@@ -93,10 +93,15 @@ def _started(pid: int) -> str | None:
 
 def report(host: str) -> dict[str, object] | None:
     """Return what the host's agent has reported last, whether it still runs or not; None for nothing."""
-    try:
-        value = json.loads(report_file(host).read_text())
-    except (OSError, ValueError):
-        return None
+    value = None
+    for _ in range(2):
+        try:
+            value = json.loads(report_file(host).read_text())
+            break
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError):
+            time.sleep(0.02)  # an agent that can open no files writes over its last report
     return value if isinstance(value, dict) and value.get("host") == host and "resyncs" in value else None
 
 
@@ -240,6 +245,7 @@ def log_to(directory: str | None) -> None:
         handler = logging.handlers.RotatingFileHandler(Path(directory) / "felix.log", maxBytes=_LOG_SIZE, backupCount=4)
         text = "%(asctime)s %(levelname)s: %(message)s"
     handler.setFormatter(_OneLine(text))
+    logging.raiseExceptions = False  # nobody reads what it says of a log that cannot be written
     logger = logging.getLogger("calico")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)

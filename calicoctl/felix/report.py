@@ -13,10 +13,10 @@ import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from calicoctl.datastore.keys import EndpointId
-from calicoctl.errors import CalicoError, StoreError, StoreUnavailable
+from calicoctl.errors import CalicoError, StoreError, StoreUnavailable, is_shortage
 from calicoctl.felix import events
 from calicoctl.felix.heartbeat import INTERVAL, Heartbeat, Identity, now, replaced
 from calicoctl.snapshot import INACTIVE
@@ -32,8 +32,9 @@ log = logging.getLogger("calico.felix")
 PATIENCE = 6.0
 """Seconds for which a store that answers, but can do nothing, is asked again before it is reported that it is away."""
 
-FILE_INTERVAL = 10.0
-"""Seconds after which the report is written anew although nothing has changed: its age tells that the agent works."""
+FILE_INTERVAL = 5.0
+"""Seconds after which the report is written anew although nothing has changed, by the agent's next tick: its age tells
+that the agent works."""
 
 END_PATIENCE = 5.0
 """Seconds that the last of the reports may take; the heartbeat expires in any case."""
@@ -219,6 +220,8 @@ class ReportFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._file: IO[bytes] | None = None
+        """What was written last, kept open: where no other file can be, the report must still say so."""
         self._written: dict[str, Any] = {}
         self._written_at = float("-inf")
 
@@ -234,15 +237,32 @@ class ReportFile:
             return
         # the clock of the time since boot: that of the day may jump
         text = json.dumps({**report, "report": {"time": now(), "clock": time.clock_gettime(time.CLOCK_MONOTONIC)}})
-        new = self._path.with_suffix(".new")
         try:
-            with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o644), "w") as file:
-                os.fchmod(file.fileno(), 0o644)  # for everybody, whatever the umask
-                file.write(text)
-            new.rename(self._path)
+            self._replace(text.encode())
             self._written, self._written_at = report, time.monotonic()
         except OSError as error:
             log.error("%s cannot be written: %s", self._path, error.strerror)
+
+    def _replace(self, data: bytes) -> None:
+        new = self._path.with_suffix(".new")
+        try:
+            file = os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o644), "wb", 0)
+        except OSError as error:
+            if self._file is None or not is_shortage(error):
+                raise
+            os.pwrite(self._file.fileno(), data, 0)  # who reads at this very moment tries again
+            self._file.truncate(len(data))
+            return
+        try:
+            os.fchmod(file.fileno(), 0o644)  # for everybody, whatever the umask
+            file.write(data)
+            new.rename(self._path)
+        except OSError:
+            file.close()
+            raise
+        if self._file is not None:
+            self._file.close()
+        self._file = file
 
 
 class StoreReporter(threading.Thread):
@@ -304,7 +324,7 @@ class StoreReporter(threading.Thread):
                 if self._health.first_update and self._replaced_by is None:
                     self._write_endpoints()
                 self._note(None)
-            except CalicoError as error:
+            except Exception as error:  # of whatever kind: to end would leave the host without a sign of life
                 self._note(error)
                 time.sleep(1)  # and again, with what has changed meanwhile
                 self._wake.set()
@@ -326,7 +346,7 @@ class StoreReporter(threading.Thread):
             why = None if replaced_by is None else replaced(self._datastore, replaced_by)
             self._tell(events.Replaced(why))
 
-    def _note(self, error: CalicoError | None) -> None:
+    def _note(self, error: Exception | None) -> None:
         """Tell what has changed: whether the store can be written, and whether it takes all statuses."""
         away, refused = None, None
         if isinstance(error, StoreError):

@@ -12,7 +12,7 @@ import socket
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-from calicoctl.errors import CalicoError
+from calicoctl.errors import CalicoError, is_shortage
 from calicoctl.felix.docker_firewall import engine_forwards
 
 ROOT = Path("/proc/sys/net")
@@ -61,10 +61,12 @@ def reset_interface(interface: str) -> None:
 
 
 def read(path: str) -> str | None:
-    """Return a setting, None where the kernel has no such."""
+    """Return a setting, None where the kernel has no such; raise CalicoError for want of descriptors or memory."""
     try:
         return (ROOT / path).read_text().strip()
-    except OSError:
+    except OSError as error:
+        if is_shortage(error):
+            raise CalicoError(f"the kernel setting net/{path} cannot be read: {error.strerror}") from error
         return None
 
 

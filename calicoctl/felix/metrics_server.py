@@ -1,0 +1,100 @@
+"""An HTTP server that anybody on the host may connect to, and that nobody can make use up the agent's descriptors.
+
+Connections are few, and each is short.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import socketserver
+import threading
+import time
+from contextlib import suppress
+from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
+
+from calicoctl.errors import is_shortage
+from calicoctl.felix import shortage
+
+log = logging.getLogger("calico.felix")
+
+MOST_CONNECTIONS = 8
+"""Connections that are open at a time at most: a new one ends the oldest."""
+
+LONGEST = 5.0
+"""Seconds that one may be open."""
+
+INTERVAL = 1.0
+"""Seconds between two looks at how long connections have been open."""
+
+
+def serve(app: Any, address: str, port: int) -> None:
+    """Serve a WSGI application from a thread of its own; raise OSError where the port cannot be listened on."""
+    server = _Server((address, port), _Handler)
+    server.set_app(app)
+    threading.Thread(target=server.serve_forever, args=(INTERVAL,), name="serving metrics", daemon=True).start()
+
+
+class _Server(socketserver.ThreadingMixIn, WSGIServer):
+    """Serves each connection in a thread of its own."""
+
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, *arguments: Any) -> None:
+        self._changed = threading.Condition()
+        self._open: dict[socket.socket, float] = {}
+        """Since when which connections are open, the oldest first."""
+        super().__init__(*arguments)
+
+    def server_bind(self) -> None:
+        """Bind, and ask no resolver for the host's name, as the library would."""
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
+        self.setup_environ()
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        try:
+            return super().get_request()
+        except OSError as error:
+            if is_shortage(error):
+                time.sleep(shortage.PAUSE)  # the connection is still there, and would be told of again at once
+            raise
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        with self._changed:
+            if len(self._open) >= MOST_CONNECTIONS:
+                _end(next(iter(self._open)))
+                self._changed.wait_for(lambda: len(self._open) < MOST_CONNECTIONS, LONGEST)
+            self._open[request] = time.monotonic()
+        super().process_request(request, client_address)
+
+    def service_actions(self) -> None:
+        """End connections that have been open for too long; called between connections, and once an interval."""
+        with self._changed:
+            for connection, since in self._open.items():
+                if time.monotonic() > since + LONGEST:
+                    _end(connection)
+
+    def shutdown_request(self, request: Any) -> None:
+        super().shutdown_request(request)
+        with self._changed:
+            self._open.pop(request, None)
+            self._changed.notify()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        log.debug("a connection for metrics failed", exc_info=True)
+
+
+def _end(connection: socket.socket) -> None:
+    """Have the thread that serves a connection find it ended, and close it."""
+    with suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
+
+
+class _Handler(WSGIRequestHandler):
+    timeout = LONGEST
+
+    def log_message(self, *arguments: Any) -> None:
+        pass

@@ -1,0 +1,31 @@
+"""When the agent may open no more files, or the kernel is out of memory: that must never end it, only make it wait."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import time
+
+PAUSE = 1.0
+"""Seconds between two attempts at what could not be done for want of descriptors or memory."""
+
+
+def wait_out() -> None:
+    """Wait until a file can be opened again, a second at least."""
+    time.sleep(PAUSE)
+    while descriptors_lacking() is not None:
+        time.sleep(PAUSE)
+
+
+def descriptors_lacking() -> str | None:
+    """Return a sentence where this process can open no more files, else None."""
+    try:
+        os.close(os.open("/proc/self/limits", os.O_RDONLY | os.O_CLOEXEC))
+        return None
+    except OSError as error:
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        advice = ""
+        if error.errno == errno.EMFILE:
+            advice = f": it may have {limit}; 'prlimit --pid={os.getpid()} --nofile={max(4096, 2 * limit)}' allows more"
+        return f"the agent cannot open files, and what it has to do waits ({error.strerror}){advice}"
