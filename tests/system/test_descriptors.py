@@ -62,7 +62,7 @@ def test_an_agent_that_can_open_no_files_waits_and_goes_on(bare_host: Host) -> N
     resource.setrlimit(resource.RLIMIT_NOFILE, (4096, 4096))
     with contextlib.ExitStack() as connections:
         for _ in range(1100):
-            connections.enter_context(socket.create_connection(("127.0.0.1", port), 20))
+            connections.enter_context(socket.create_connection(("127.0.0.1", port), 5))
         assert descriptors() < before + 20
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
             assert b"calico_felix_endpoints" in answer.read()
@@ -76,7 +76,7 @@ def test_an_agent_that_can_open_no_files_waits_and_goes_on(bare_host: Host) -> N
     run("ip", "netns", "delete", "b")
     host.ctl("profile", "add", "other")
     host.add("c", "192.168.0.3")
-    with socket.create_connection(("127.0.0.1", port), 20):
+    with socket.create_connection(("127.0.0.1", port), 5):
         lacking = wait_for(lambda: "cannot open files" in host.ctl("status", status=None).out, host.log(), 15)
     assert lacking and host.agent_runs(pid)
     shown = wait_for(lambda: "in error" in (said := host.ctl("status", status=None)).err and said, host.log(), 15)
