@@ -21,13 +21,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Callable
 
-from calicoctl import __version__, checks
+from calicoctl import __version__, checks, hoststatus
 from calicoctl.datastore import keys
 from calicoctl.datastore.client import DEFAULT_CONFIG, DatastoreClient, hostname
 from calicoctl.datastore.model import Endpoint, Peer, Pool, Rule
 from calicoctl.datastore.store import Entry
 from calicoctl.errors import CalicoError, without_user
-from calicoctl.felix import process
 from calicoctl.workload import docker_containers, docker_info
 
 Source = Callable[[], str]
@@ -193,8 +192,7 @@ def _settings() -> str:
 
 
 def _status() -> str:
-    host = hostname()
-    return json.dumps({"running": process.running(host) is not None, **(process.report(host) or {})}, indent=2)
+    return json.dumps(hoststatus.read(hostname()), indent=2)
 
 
 def _store() -> str:
