@@ -85,7 +85,7 @@ space = $(empty) $(empty)
 
 tox: $(VENV)/ready
 	$(VENV)/bin/pip install --quiet tox
-	PATH="$(subst $(space),:,$(PYENV_BINS)):$$PATH" $(VENV)/bin/tox
+	PATH="$(subst $(space),:,$(PYENV_BINS)):$$PATH" $(VENV)/bin/tox run-parallel
 
 bench: $(VENV)/ready
 	@demo/packages $(BENCH)
