@@ -171,8 +171,7 @@ def workload_cell(endpoint: Endpoint, short: bool) -> str:
 def show_endpoints(endpoints: Sequence[Endpoint], arguments: dict[str, Any]) -> None:
     """Print endpoints with all that their records hold; shortened where arguments and terminal ask for it."""
     if wants_json(arguments):
-        always = {"inactive_since": None, "workload_name": None}
-        print_json([{**asdict(endpoint.id), **always, **endpoint.to_dict()} for endpoint in endpoints])
+        print_json([_as_json(endpoint) for endpoint in endpoints])
         return
     short = abridges(arguments)
     rows = []
@@ -193,6 +192,12 @@ def show_endpoints(endpoints: Sequence[Endpoint], arguments: dict[str, Any]) -> 
             ]
         )
     print_table(COLUMNS, rows, expendable=EXPENDABLE, complete=not short)
+
+
+def _as_json(endpoint: Endpoint) -> dict[str, Any]:
+    """Return an endpoint with all its fields, also those that are left out in the store where they have no value."""
+    optional = {"inactive_since": endpoint.inactive_since, "workload_name": endpoint.workload_name}
+    return {**asdict(endpoint.id), **endpoint.to_dict(), **optional}
 
 
 def _duration(since: str) -> str:
