@@ -209,8 +209,8 @@ def _duration(since: str) -> str:
     seconds = max(0, int((datetime.now(timezone.utc) - begin).total_seconds()))
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * length:
-            return f"for {seconds // length} {unit}"
-    return f"for {seconds} s"
+            return f"for {seconds // length}{unit}"
+    return f"for {seconds}s"
 
 
 def show_profiles(endpoint: Endpoint, as_json: bool) -> None:

@@ -254,7 +254,7 @@ def test_endpoints_are_shown_as_people_look_for_them(host: Host) -> None:
         assert names[1:] == ["api", "cccccccccccc", "web", "web", "web"] and names[0].startswith("-var-run-")
         assert [row[place["Addresses"]] for row in rows][1:4] == ["192.168.0.77", "192.168.0.78", "192.168.0.9"]
         assert ids["web"] not in "".join(lines) and "fd80::10 " in "".join(lines)
-        assert re.search(r"for \d+", "".join(lines))
+        assert re.search(r" \d+d ", "".join(lines))
 
     piped = host.ctl("endpoint", "show", "--detailed").out
     assert on_a_terminal(host, 80, "endpoint", "show", "--detailed", "--no-trunc") == (piped.splitlines(), "")
