@@ -15,7 +15,7 @@ import socket
 import subprocess
 import threading
 from collections.abc import Iterator
-from contextlib import closing, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable
@@ -24,6 +24,7 @@ from calicoctl import netlink
 from calicoctl.datastore.client import DatastoreClient, hostname
 from calicoctl.errors import CalicoError, DockerUnavailable
 from calicoctl.felix import docker_firewall, process
+from calicoctl.felix.local_etcd import LocalEtcd
 from calicoctl.felix.nft import Nft
 from calicoctl.workload import docker_info
 
@@ -31,7 +32,6 @@ _CLONE_NEWNET = 0x40000000
 MODULES = ("veth", "nf_tables", "nf_conntrack", "nft_ct", "nft_nat", "nft_masq")
 """What `--fix` loads, where a kernel does not load it by itself."""
 
-LOCAL_ETCD_PORTS = (2379, 2380)
 OLDEST_DOCKER = (1, 9)
 """The first Docker Engine with networks as the libnetwork plugin needs them."""
 
@@ -296,18 +296,32 @@ def _old_felix() -> Check:
 
 
 def _etcd() -> Iterator[Check]:
-    name, there = "etcd with its v2 API", True
+    name = "etcd with its v2 API"
     try:
         yield Check(name, True, f"version {DatastoreClient.from_environment().store_version()}")
     except CalicoError as error:
-        there = False
-        yield Check(name, False, str(error), advice="start one, or use 'calicoctl node --local-etcd'")
-    for port in LOCAL_ETCD_PORTS:
-        free = _is_free(port)
-        found = "free for a local etcd" if free else "in use" if there else "somebody else's"
-        yield Check(
-            f"port {port} of 127.0.0.1", free or there, found, False, "end what listens there, for --local-etcd"
-        )
+        yield Check(name, False, str(error), advice="do what is said under 'Found'")
+    yield _local_etcd()
+
+
+def _local_etcd() -> Check:
+    """Tell what 'calicoctl node --local-etcd' would do here."""
+    name, agent = "local etcd", _agent()
+    try:
+        etcd = LocalEtcd(hostname(), process.DEFAULT_LOG_DIR)
+        etcd.refuse_other_settings()
+    except CalicoError:
+        return Check(name, True, "none, for this host's store is another", False)
+    if agent is not None and (process.report(hostname()) or {}).get("local_etcd") is False:
+        return Check(name, True, "none, for the host agent runs without one", False)
+    try:
+        etcd.find_place(stay=agent is not None)
+    except CalicoError as error:
+        return Check(name, False, str(error), False, "for 'calicoctl node --local-etcd', do what is said under 'Found'")
+    pid = etcd.running()
+    if pid is not None:
+        return Check(name, True, f"runs at {etcd.url} (process {pid})", False)
+    return Check(name, True, f"does not run; 'calicoctl node --local-etcd' would start it at {etcd.url}", False)
 
 
 def _agent() -> int | None:
@@ -315,16 +329,6 @@ def _agent() -> int | None:
     with suppress(CalicoError):
         return process.running(hostname())
     return None
-
-
-def _is_free(port: int) -> bool:
-    with closing(socket.socket()) as one:
-        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            one.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-    return True
 
 
 def _host() -> Iterator[Check]:

@@ -57,7 +57,8 @@ _HIDDEN = "(left out)"
 
 _VARIABLES = (
     *("ETCD_ENDPOINTS", "ETCD_AUTHORITY", "ETCD_SCHEME", "ETCD_CA_CERT_FILE", "ETCD_CERT_FILE", "ETCD_KEY_FILE"),
-    *("DOCKER_HOST", "DOCKER_TLS_VERIFY", "DOCKER_CERT_PATH", "HOSTNAME", "CALICO_DEBUG"),
+    *("DOCKER_HOST", "DOCKER_TLS_VERIFY", "DOCKER_CERT_PATH", "HOSTNAME", "CALICO_DEBUG", "CALICO_ENV_FILE"),
+    "DATASTORE_TYPE",
 )
 """Those of the environment whose values get in, but for what stands before an @; of others like them, the names."""
 

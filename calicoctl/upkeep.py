@@ -242,6 +242,7 @@ def _forget(
     held: dict[IPAddress, Owner],
 ) -> Act:
     """Remove all that a workload has that does not exist any more, but for addresses that bear no handle."""
+    datastore.check_endpoints_writable(ids, workload.handle)
     lock.begin()
     records = filter(None, map(datastore.readable, ids))
     listed = {address for record in records for address in record.addresses}

@@ -279,6 +279,7 @@ def _clear(
     held: dict[IPAddress, Owner],
 ) -> None:
     """Remove a workload's endpoints, with all that they have, and all that it holds; its lock is held."""
+    datastore.check_endpoints_writable(ids, workload.handle)
     lock.begin()
     for name in {id.interface for id in ids} | interfaces_of(held):
         netns.delete_interface(name)
@@ -361,6 +362,7 @@ def remove_address(datastore: DatastoreClient, workload: Workload, wish: Wish, i
             scene.refuse_other_interface(plugged, interface)
         others = [other for other in record.nets_of(wish.version) if other != net]
 
+        datastore.check_endpoints_writable([record.id], workload.handle)
         scene.lock.begin()
         if address not in scene.held:
             # an old tool's, without a handle: only the record tells whose it is, so it is given back before
@@ -494,16 +496,14 @@ class Scene:
     def remove_half_made(self) -> None:
         """Delete veth pairs that a cut command has made for this workload."""
         for name in interfaces_of(self.held):
-            if netns.delete_interface(name):
-                self.look_again()
+            self._delete(name)
 
     def remove_orphans(self) -> None:
         """Delete pairs of endpoints that nobody knows of any more: the store has been emptied, or set back."""
         for _, host_end in self._pairs():
             # one that is down may be another command's, which has got no further
             if host_end.name.startswith("cali") and host_end.up and not self.datastore.knows_interface(host_end.name):
-                netns.delete_interface(host_end.name)
-                self.look_again()
+                self._delete(host_end.name)
 
     def remove_remains(self, record: Endpoint) -> None:
         """Delete what an endpoint has of an interface that is not complete, or that was renamed at the host's end.
@@ -515,8 +515,15 @@ class Scene:
         names = [host_end.name for own, host_end in self._pairs() if own.mac == record.mac]
         renamed = [name for name in names if not name.startswith("cali")]  # such would be another endpoint's
         for name in (record.id.interface, *renamed):
-            if netns.delete_interface(name):
-                self.look_again()
+            self._delete(name)
+
+    def _delete(self, name: str) -> None:
+        """Delete one of the host's interfaces, if it is there; not where nothing could be written after that."""
+        if netns.find_interface(name) is not None:
+            ids = [self.record.id] if self.record is not None else []
+            self.datastore.check_endpoints_writable(ids, self.workload.handle)
+            netns.delete_interface(name)
+            self.look_again()
 
     def clear_after_another_process(self) -> None:
         """Remove all there is of a process that has ended, where the path has become another process's."""

@@ -381,6 +381,11 @@ def docker_engine(what: str, timeout: int = DOCKER_TIMEOUT) -> Iterator[Any]:
 
     What it answers with instead becomes NoSuchContainer, or DockerUnavailable.
     """
+    if os.environ.get("DOCKER_HOST", "").startswith("ssh:"):
+        raise DockerUnavailable(
+            f"Cannot ask Docker {what}: DOCKER_HOST names an engine that ssh leads to, and only containers of this "
+            f"host can be connected. Unset it, or set it to this host's engine, which is at {DOCKER_SOCKET} mostly."
+        )
     from docker.api.client import APIClient
     from docker.errors import APIError, DockerException, NotFound
     from docker.utils import kwargs_from_env

@@ -26,8 +26,11 @@ Options:
                          false: be the agent, until a signal comes (for
                          systemd)
   --local-etcd           start an etcd on this host's loopback interface, too,
-                         with its data under /var/lib/calico/etcd, and keep it
-                         running: for a single host without an etcd
+                         with its data under /var/lib/calico/etcd, keep it
+                         running, and have all commands find it, by a line in
+                         /etc/calico/node.env: for a single host without an
+                         etcd. Its port is 2379 or, where that is in use,
+                         another one
   --metrics-port=<PORT>  a port of 127.0.0.1 for Prometheus to ask; default:
                          none
   --force                register although another host has the address, or an
@@ -64,9 +67,10 @@ packets as they are until `calicoctl node` on its machine takes the name back.
 version, with the options and the environment it was started with.
 `stop` ends the agent, and the local etcd; what they have set up stays, and
 packets go on being routed and checked. `remove` ends the agent, takes
-everything it has set up out of the kernel, and the host out of etcd. `bgp
-peer` is about the routers that this host alone peers with; for those of all
-hosts, see calicoctl bgp --help. All but `bgp` must be run as root.
+everything it has set up out of the kernel, the host out of etcd, and the line
+of the local etcd out of /etc/calico/node.env. `bgp peer` is about the routers
+that this host alone peers with; for those of all hosts, see calicoctl bgp
+--help. All but `bgp` must be run as root.
 
 Examples:
   sudo calicoctl node --ip=192.0.2.2
@@ -76,10 +80,11 @@ Examples:
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -90,6 +95,7 @@ from calicoctl.commands import bgp
 from calicoctl.datastore import keys
 from calicoctl.datastore.client import DatastoreClient, hostname
 from calicoctl.datastore.store import Entry
+from calicoctl.environment import EnvironmentFile
 from calicoctl.errors import CalicoError, NotThere, StoreError, about
 from calicoctl.felix import heartbeat, process
 from calicoctl.felix.local_etcd import LocalEtcd
@@ -129,7 +135,7 @@ def _start(
     in_background = arguments["--detach"] != "false"
     log_dir = _absolute(arguments["--log-dir"], process.DEFAULT_LOG_DIR if in_background else None)
     options = process.Options(log_dir, metrics_port, arguments["--local-etcd"])
-    datastore = DatastoreClient.from_environment()
+    host = DatastoreClient.from_environment().host
 
     from calicoctl.netns import host_addresses
 
@@ -137,26 +143,31 @@ def _start(
     ipv4 = given[4] or detected[4]
     if ipv4 is None and given[6] is None:
         raise CalicoError("No IPv4 address of this host could be detected. Say which one to use with --ip.")
-    process.refuse_other(datastore.host)
+    process.refuse_other(host)
     with ExitStack() as undo:
+        announced: AbstractContextManager[bool] = nullcontext(False)
         if options.local_etcd:
-            started = _started_etcd(datastore.host, log_dir or process.DEFAULT_LOG_DIR)
+            etcd, started = _started_etcd(host, log_dir or process.DEFAULT_LOG_DIR)
             if started or not in_background:
-                undo.callback(lambda: process.running(datastore.host) or _local_etcd_stopped(datastore.host))
+                undo.callback(_end_local_etcd_without_agent, host)
+            announced = etcd.announced()
+        datastore = DatastoreClient.from_environment()
         if not arguments["--force"]:
             _refuse_taken(datastore, ipv4, given[6])
-        claimed = heartbeat.claim(datastore, arguments["--force"], _own_agent_writes(datastore.host), warn)
-        with _given_up_on_failure(datastore, claimed):
+        claimed = heartbeat.claim(datastore, arguments["--force"], _own_agent_writes(host), warn)
+        with _given_up_on_failure(datastore, claimed), announced as written:
             if log_dir is not None:
                 _make(log_dir)
+            if written:
+                print(f"All commands find it by {EnvironmentFile().path}.")
             _register(datastore, ipv4, given, every, as_num)
             if in_background:
-                _start_agent(datastore.host, options)
+                _start_agent(host, options)
                 undo.pop_all()
             else:
                 from calicoctl.felix import agent
 
-                agent.run(datastore.host, options)
+                agent.run(host, options)
     if not in_background:
         process.leave(0)
 
@@ -225,8 +236,8 @@ def _start_agent(host: str, options: process.Options) -> None:
         )
 
 
-def _started_etcd(host: str, log_dir: str) -> bool:
-    """Start the local etcd, unless it runs; tell whether it was started. Raises CalicoError."""
+def _started_etcd(host: str, log_dir: str) -> tuple[LocalEtcd, bool]:
+    """Start the local etcd, unless it runs; return it, and whether it was started. Raises CalicoError."""
     pid = process.running(host)
     if pid and (process.report(host) or {}).get("local_etcd") is False:
         raise CalicoError(
@@ -234,10 +245,11 @@ def _started_etcd(host: str, log_dir: str) -> bool:
             "End it with 'calicoctl node stop --force', which disturbs no packets, and repeat this."
         )
     etcd = LocalEtcd(host, log_dir)
-    started = etcd.start()
+    etcd.refuse_other_settings()
+    started = etcd.start(stay=pid is not None)
     if started:
         print(f"A local etcd is running at {etcd.url}.")
-    return started
+    return etcd, started
 
 
 def _restart() -> None:
@@ -245,6 +257,12 @@ def _restart() -> None:
     if why and process.running(hostname()):  # a new one would take the name as soon as that agent is silent
         raise CalicoError(f"{why}. It is not restarted.")
     print(f"The host agent is restarted (process {process.restart(hostname())}).")
+
+
+def _end_local_etcd_without_agent(host: str) -> None:
+    """End the local etcd, unless an agent runs that looks after it, another one than this process."""
+    if process.running(host) in (None, os.getpid()):
+        _local_etcd_stopped(host)
 
 
 def _stop(force: bool) -> None:
@@ -291,6 +309,7 @@ def _remove(other: str | None, remove_endpoints: bool, force: bool) -> None:
                 f"Host {datastore.host} has {len(ids)} endpoints. Remove them first, or with --remove-endpoints."
             )
         if this_one:
+            datastore.check_host_writable()
             HostSettings(process.settings_file(host))  # a damaged one is refused before anything is changed
         # some may have no endpoint any more: what a command that was cut short has left
         workloads = {(id.orchestrator, id.workload) for id in ids} | datastore.ipam.workloads()
@@ -309,6 +328,8 @@ def _remove(other: str | None, remove_endpoints: bool, force: bool) -> None:
         datastore.unregister_host()
     if this_one:
         _local_etcd_stopped(host)
+        if etcd is not None:
+            etcd.unannounce()
     process.remove_directory(datastore.host)
     if not registered and not ids and stopped is None:
         raise NotThere(f"Host {datastore.host} is not registered.")

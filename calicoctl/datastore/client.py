@@ -9,6 +9,7 @@ import json
 import os
 import re
 import socket
+from collections.abc import Iterable
 from contextlib import suppress
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Callable
@@ -122,6 +123,11 @@ class DatastoreClient:
                 with suppress(CalicoError):
                     found[str(parse_address(entry.value))] = host
         return found
+
+    def check_host_writable(self) -> None:
+        """Raise StoreError where this user may not change what the store has of this host. Nothing is changed."""
+        for key in (keys.host_bird_ip(self.host), keys.bgp_host_address(self.host, 4)):
+            self._store.check_writable(key)
 
     def unregister_host(self) -> None:
         """Remove what the store has of this host, its claims to blocks among it, but no address in use."""
@@ -506,6 +512,14 @@ class DatastoreClient:
             return endpoint.to_json() if change(endpoint) else None
 
         return modify(self._store, key, f"endpoint {id.endpoint} does not exist any more", text_of)
+
+    def check_endpoints_writable(self, ids: Iterable[EndpointId], handle: str) -> None:
+        """Raise StoreError where this user may not change these endpoints, or what their workload's handle holds.
+
+        Nothing is changed. It is for those who are to change the kernel first.
+        """
+        for key in (*map(keys.endpoint, ids), keys.ipam_handle(handle)):
+            self._store.check_writable(key)
 
     def remove_endpoint(self, id: EndpointId) -> None:
         """Remove an endpoint, whatever it holds, and its folders where they are empty then."""

@@ -15,11 +15,13 @@ import random
 import re
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Callable, Mapping, Protocol, TypeVar
 from urllib.parse import quote, urlsplit
 
+from calicoctl.environment import EnvironmentFile
 from calicoctl.errors import (
+    CalicoError,
     CompareFailed,
     Conflict,
     HistoryLost,
@@ -57,9 +59,18 @@ ATTEMPTS = 200
 
 DEFAULT_HOSTS = (("127.0.0.1", 2379),)
 
-_ONE_HOST_ALONE = "; for a single host, 'calicoctl node --local-etcd' brings one"
+_NO_INDEX = 2**63 - 1
+"""The index of no entry."""
+
+_ENABLE_V2 = (
+    "start it with --enable-v2 (for Debian's package etcd-server: "
+    "echo ETCD_ENABLE_V2=true | sudo tee -a /etc/default/etcd && sudo systemctl restart etcd)"
+)
 
 _NOT_SENT = ("NewConnectionError", "ConnectTimeoutError", "NameResolutionError", "SSLError", "LocationParseError")
+
+_MISUNDERSTOOD = ("SSLError", "ProtocolError", "RemoteDisconnected", "ConnectionResetError", "BadStatusLine")
+"""How connections fail with a server that speaks something else."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +119,9 @@ class Store(Protocol):
     def put(self, key: str, value: str) -> None:
         """Write `key`, whatever it holds."""
 
+    def check_writable(self, key: str) -> None:
+        """Raise StoreError where this user may not write `key`, which stays as it is."""
+
     def version(self) -> str:
         """Return the version of the program that is the store."""
 
@@ -133,13 +147,17 @@ class Change:
 
 @dataclass(frozen=True)
 class EtcdSettings:
-    """Where the members are and how to speak with them. `hosts` are (name, port) pairs."""
+    """Where the members are and how to speak with them. `hosts` are (name, port) pairs.
+
+    `is_default` tells that no member is named, and etcd's own port of this host is meant.
+    """
 
     scheme: str
     hosts: tuple[tuple[str, int], ...]
     ca_cert: str | None = None
     cert: str | None = None
     key: str | None = None
+    is_default: bool = field(default=False, compare=False)
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> EtcdSettings:
@@ -171,7 +189,10 @@ class EtcdSettings:
                 raise StoreError(f"{one} is set without {other}: a client certificate needs both")
         if scheme == "https":
             _check_tls_files(files["ETCD_CA_CERT_FILE"], files["ETCD_CERT_FILE"], files["ETCD_KEY_FILE"])
-        return cls(scheme, hosts, files["ETCD_CA_CERT_FILE"], files["ETCD_CERT_FILE"], files["ETCD_KEY_FILE"])
+        is_default = not any(environment.get(name) for name in ("ETCD_ENDPOINTS", "ETCD_AUTHORITY", "ETCD_SCHEME"))
+        return cls(
+            scheme, hosts, files["ETCD_CA_CERT_FILE"], files["ETCD_CERT_FILE"], files["ETCD_KEY_FILE"], is_default
+        )
 
     def url(self, host: tuple[str, int]) -> str:
         return f"{self.scheme}://{host[0]}:{host[1]}"
@@ -247,6 +268,8 @@ class EtcdStore:
         self._patience = patience
         self._members = list(settings.hosts)
         self._clients: dict[tuple[str, int], etcd.Client] = {}
+        self._known: set[tuple[str, int]] = set()
+        """Members that have answered as etcd does."""
 
     def get(self, key: str) -> Entry | None:
         import etcd
@@ -339,6 +362,13 @@ class EtcdStore:
 
     def put(self, key: str, value: str) -> None:
         self._read(key, lambda client, path: client.write(path, value))  # twice does no harm, either
+
+    def check_writable(self, key: str) -> None:
+        import etcd
+
+        # whether it may be written is looked at before whether the index, which no entry has, is that of the key
+        with suppress(etcd.EtcdCompareFailed, etcd.EtcdKeyNotFound):
+            self._read(key, lambda client, path: client.write(path, "", prevIndex=_NO_INDEX))
 
     def version(self) -> str:
         def read(client: etcd.Client, path: str) -> str:
@@ -440,15 +470,22 @@ class EtcdStore:
         import etcd
 
         path = quote(key)
-        reasons = []
+        reasons, misunderstood = [], 0
         for member in tuple(self._members):
             url = self._settings.url(member)
             try:
-                return send(self._client(member), path)
+                answer = send(self._client(member), path)
+                self._known.add(member)
+                return answer
             except etcd.EtcdConnectionFailed as error:
                 self._ask_others_first(member)
                 if is_shortage(_cause(error)):
                     raise StoreUnavailable(f"etcd cannot be asked: {_reason(error)}") from error
+                why = self._mismatch(member, error)
+                if why is not None:
+                    reasons.append(f"{url}: {why}")
+                    misunderstood += 1
+                    continue
                 if type(_cause(error)).__name__ not in _NOT_SENT:
                     kind = _Unanswered if _timed_out(error) else _Cut
                     raise kind(f"{url} did not answer ({_reason(error)})") from None
@@ -460,15 +497,42 @@ class EtcdStore:
                 raise translated from None
             except (AttributeError, KeyError, TypeError, ValueError) as error:
                 raise _no_etcd(url, error) from error  # the library's, about JSON of another shape than etcd's
+        if misunderstood == len(reasons):
+            raise StoreUnavailable(f"etcd cannot be used at {'; '.join(reasons)}")
+        local = self._advice_for_one_host("one", "it", self._settings.hosts == DEFAULT_HOSTS)
         raise StoreUnavailable(
             f"etcd cannot be reached at {', '.join(reasons)}: start it, or say with ETCD_AUTHORITY or ETCD_ENDPOINTS "
-            f"where it is{_ONE_HOST_ALONE if self._settings.hosts == DEFAULT_HOSTS else ''}"
+            f"where it is{f'; {local}' if local else ''}"
         )
 
     def _ask_others_first(self, member: tuple[str, int]) -> None:
         """Ask a member that did not do what it was asked for only when the others have been, from now on."""
         self._members.remove(member)
         self._members.append(member)
+
+    def _mismatch(self, member: tuple[str, int], error: etcd.EtcdConnectionFailed) -> str | None:
+        """Return why a server that has never answered cannot be spoken to in this way, None where that is not why."""
+        if member in self._known or type(_cause(error)).__name__ not in _MISUNDERSTOOD:
+            return None
+        from calicoctl.datastore import protocol
+
+        return protocol.mismatch(self._settings.scheme, *member)
+
+    def _advice_for_one_host(self, one: str, local: str, would_do: bool = False) -> str:
+        """Return what `calicoctl node --local-etcd` would do here, or an empty text where it would refuse."""
+        command = "'calicoctl node --local-etcd'"
+        if self._settings.is_default or would_do:
+            return f"for a host that is alone, {command} starts {one}"
+        with suppress(CalicoError):
+            if EnvironmentFile().own().get("ETCD_AUTHORITY") in {
+                f"{name}:{port}" for name, port in self._settings.hosts
+            }:
+                return f"{command}, which has written this address into {EnvironmentFile().path}, starts {local} again"
+        return ""
+
+    def _without_v2(self, url: str) -> StoreError:
+        local = self._advice_for_one_host("another one, at a free port", "its own")
+        return StoreError(f"etcd at {url} does not serve its v2 API: {_ENABLE_V2}{f', or, {local}' if local else ''}")
 
     def _translate(self, error: Any, url: str, key: str) -> Any:
         """Return what to raise for an answer that is an error: itself, when the caller knows what it means."""
@@ -477,9 +541,12 @@ class EtcdStore:
         payload = error.payload if isinstance(error.payload, dict) else {}
         cause = str(payload.get("cause", ""))
         if isinstance(error, etcd.EtcdKeyNotFound) and "errorCode" not in payload:
-            return StoreError(f"etcd at {url} does not serve its v2 API: start it with --enable-v2")
+            return self._without_v2(url)
         if isinstance(error, etcd.EtcdInsufficientPermissions):
-            return StoreError(f"etcd at {url} does not permit this user to use {key}")
+            return StoreError(
+                f"etcd at {url} does not permit this user to use {key}: calicoctl comes as its role 'guest', which "
+                "must be allowed to read and write /calico/*"
+            )
         if isinstance(error, etcd.EtcdEventIndexCleared):
             return HistoryLost(f"etcd at {url} has forgotten the changes that are asked for")
         if isinstance(error, etcd.EtcdNotDir):
@@ -491,7 +558,7 @@ class EtcdStore:
         if payload.get("errorCode") in (300, 301) or payload.get("status") in (500, 503):
             return _Unanswered(f"{url} says: {cause or payload.get('message')}")
         if "404 page not found" in cause:
-            return StoreError(f"etcd at {url} does not serve its v2 API: start it with --enable-v2")
+            return self._without_v2(url)
         return _no_etcd(url, error)
 
     @staticmethod
@@ -674,6 +741,7 @@ def _reason(error: etcd.EtcdConnectionFailed) -> str:
             return words.lower()
     if "resolve" in text or "Name or service" in text:
         return "unknown host name"
+    text = re.sub(r"\(_ssl\.c:\d+\)", "", text)
     return text.rpartition(": ")[2].strip("()'\" ,") or type(_cause(error)).__name__
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import http.server
 import json
+import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.system.support import AS_NOBODY, CALICOCTL, Etcd, Host, Result, free_port, links, run
+from tests.system.support import AS_NOBODY, CALICOCTL, Etcd, Host, Result, free_port, links, run, wait_for
 
 BLUE = "/var/run/netns/blue"
 
@@ -213,6 +215,8 @@ def test_docker_that_does_not_answer(host: Host, tmp_path: Path) -> None:
     closed = {"DOCKER_HOST": f"tcp://127.0.0.1:{free_port()}"}
     refused(host, "container", "add", "workload", "ipv4", says="start Docker, or set DOCKER_HOST", env=closed)
     refused(host, "container", "add", "workload", "ipv4", says="Cannot ask Docker", env={"DOCKER_HOST": "ftp://x"})
+    away = {"DOCKER_HOST": "ssh://root@192.0.2.9"}
+    refused(host, "container", "add", "workload", "ipv4", says="only containers of this host", env=away)
 
 
 def test_docker_that_does_not_let_one_in(host: Host, workload: str) -> None:
@@ -274,6 +278,32 @@ def test_something_that_is_not_etcd(host: Host, web_server: str) -> None:
     without_etcd(host, "pool", "show", says="does not answer as etcd does", ETCD_AUTHORITY=web_server)
     without_etcd(host, "profile", "add", "web", says="does not answer as etcd does", ETCD_AUTHORITY=web_server)
     without_etcd(host, "profile", "show", says="does not answer as etcd does", ETCD_AUTHORITY=web_server)
+
+
+def test_a_server_that_speaks_grpc_alone(host: Host, tmp_path: Path) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    (tmp_path / "config").write_text(
+        f"""version = 2
+        root = "{tmp_path}/root"
+        state = "{tmp_path}/state"
+        disabled_plugins = ["io.containerd.grpc.v1.cri"]
+        [grpc]
+        address = "{tmp_path}/socket"
+        tcp_address = "{address}"
+        """
+    )
+    with (tmp_path / "log").open("w") as log:
+        server = subprocess.Popen(["containerd", "--config", str(tmp_path / "config")], stdout=log, stderr=log)
+    try:
+        listens = ["ss", "-ltnH", f"src {address}"]
+        wait_for(lambda: run(*listens).out, "containerd")
+        for words in ("profile add web", "pool show"):
+            since = time.monotonic()
+            without_etcd(host, *words.split(), says="it speaks gRPC alone", ETCD_AUTHORITY=address)
+            assert time.monotonic() - since < 5
+    finally:
+        server.terminate()
+        server.wait()
 
 
 BLOCK = "/calico/ipam/v2/assignment/ipv4/block/192.168.0.0-26"

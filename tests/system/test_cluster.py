@@ -223,5 +223,16 @@ def test_etcd_over_tls(bare_host: Host, tmp_path: Path) -> None:
         assert "certificate" in bare_host.ctl("profile", "show", env=other_ca, status=1).err
         nobody = {"ETCD_ENDPOINTS": url, "ETCD_CA_CERT_FILE": tls["ETCD_CA_CERT_FILE"]}
         assert "certificate" in bare_host.ctl("profile", "show", env=nobody, status=1).err
+        # what speaks TLS, and what does not, asked the wrong way
+        plain = {"ETCD_ENDPOINTS": url.replace("https", "http")}
+        for words in (("profile", "show"), ("profile", "add", "db")):
+            since = time.monotonic()
+            assert "it speaks TLS: use https" in bare_host.ctl(*words, env=plain, status=1).err
+            to_plain = {"ETCD_ENDPOINTS": bare_host.etcd.url.replace("http", "https")}
+            assert "it speaks no TLS: use http" in bare_host.ctl(*words, env=to_plain, status=1).err
+            assert time.monotonic() - since < 5
+        # one that can be spoken to is found behind one that cannot
+        mixed = {**right, "ETCD_ENDPOINTS": f"https://127.0.0.1:{bare_host.etcd.port},{url}"}
+        assert "web" in bare_host.ctl("profile", "show", env=mixed).out
     finally:
         server.stop()

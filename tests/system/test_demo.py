@@ -21,7 +21,7 @@ def traces() -> dict[str, str]:
         "tables": run("nft", "list", "ruleset").out,
         "routes": run("sh", "-c", "ip route; ip -6 route; ip address show lo").out,
         "settings": run("sh", "-c", "sysctl -a 2>/dev/null | grep -E '^net.ipv[46].(conf|ip_forward)'").out,
-        "files": run("sh", "-c", "find /var/lib/calico /var/log/calico 2>/dev/null", check=False).out,
+        "files": run("sh", "-c", "find /etc/calico /var/lib/calico /var/log/calico 2>/dev/null", check=False).out,
         "mounts": run("cat", "/proc/mounts").out,
         "processes": run("sh", "-c", "ps -eo comm= | grep -E 'etcd|dockerd|containerd|python' | sort", check=False).out,
         "run": run("ls", "/run").out,

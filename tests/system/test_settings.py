@@ -1,15 +1,20 @@
-"""One host and one store, whoever runs a command: the file of settings."""
+"""One host and one store, whoever runs a command: the file of settings, and the local etcd's lines in it."""
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import shutil
+import socket
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.system.agent import A4, LOG_DIR, AgentHost
-from tests.system.support import CALICOCTL, HOST_IP, Etcd, Host, Result, run
+from tests.system.support import CALICOCTL, HOST_IP, Etcd, Host, Result, calico_links, end_process, gone, run, wait_for
 
 FILE = Path("/etc/calico/node.env")
 NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
@@ -73,3 +78,144 @@ def test_a_test_host_has_a_file_of_its_own(bare_host: Host, elsewhere: Etcd, tmp
     )
     assert "Host host1 is registered" in done.out and elsewhere.tree() == {}
     assert host.status()["running"]
+
+
+# the local etcd
+
+NODE = ("node", f"--ip={HOST_IP}", f"--log-dir={LOG_DIR}")
+OWN_NAME = os.uname().nodename
+PID_FILE = Path(f"/run/calico/{OWN_NAME}/etcd.pid")
+
+
+class StockEtcd:
+    """The etcd that Debian's package etcd-server starts, with what its unit reads."""
+
+    def __init__(self, directory: Path) -> None:
+        self.process: subprocess.Popen | None = None
+        self.directory = directory
+        self.defaults = directory / "default"  # what is /etc/default/etcd there
+
+    def restart(self) -> None:
+        self.stop()
+        environment = {"PATH": os.environ["PATH"], "ETCD_NAME": "vm", "ETCD_DATA_DIR": str(self.directory / "data")}
+        if self.defaults.exists():
+            environment |= dict(re.findall(r"^(ETCD_\w+)=(.*)$", self.defaults.read_text(), re.MULTILINE))
+        with (self.directory / "log").open("ab") as log:
+            self.process = subprocess.Popen(["etcd"], env=environment, stdout=log, stderr=log)
+        wait_for(lambda: run("curl", "-sf", "http://127.0.0.1:2379/health", check=False).status == 0, "etcd")
+
+    def stop(self) -> None:
+        if self.process is not None:
+            self.process.terminate()
+            self.process.wait()
+
+
+@pytest.fixture
+def stock(bare_host: Host, tmp_path: Path) -> Iterator[StockEtcd]:
+    """A stock Debian host: its etcd has etcd's own port, and no v2 API."""
+    bare_host.etcd.stop()
+    server = StockEtcd(tmp_path)
+    server.restart()
+    yield server
+    if PID_FILE.exists():
+        end_process(PID_FILE.parent / "felix.pid")
+        end_process(PID_FILE)
+    server.stop()
+    bare_host.etcd.start()
+    bare_host.etcd.await_ready()
+    shutil.rmtree("/var/lib/calico", ignore_errors=True)
+
+
+def local_etcd_row() -> dict:
+    found = json.loads(bare("checksystem", "--output=json", status=0).out)
+    return next(check for check in found if check["name"] == "local etcd")
+
+
+def test_a_stock_host_finds_the_way_and_stays_on_it(stock: StockEtcd, tmp_path: Path) -> None:
+    said = bare(*NODE, status=1).err
+    assert "'calicoctl node --local-etcd' starts another one, at a free port" in said
+    checked = bare("checksystem", status=1)
+    assert "'calicoctl node --local-etcd'" in checked.out and "http://127.0.0.1:2389" in checked.out
+
+    done = bare(*NODE, "--local-etcd").out
+    assert "A local etcd is running at http://127.0.0.1:2389." in done and str(FILE) in done
+    assert FILE.stat().st_mode & 0o777 == 0o644
+    assert local_etcd_row()["found"].startswith("runs at http://127.0.0.1:2389 ")
+    run("ip", "netns", "add", "a")
+    bare("container", "add", "/var/run/netns/a", A4, "--wait=20")
+    assert A4 in bare("endpoint", "show", "--detailed", "--output=json", by=NOBODY).out
+    written = FILE.read_text()
+    assert str(FILE) not in bare(*NODE, "--local-etcd").out and FILE.read_text() == written
+    said = bare(*NODE, "--local-etcd", status=1, ETCD_AUTHORITY="127.0.0.1:2399").err
+    assert "is running at http://127.0.0.1:2389, and ETCD_AUTHORITY" in said and "http://127.0.0.1:2399" in said
+
+    # after a reboot, as systemd calls it: with what the file says in the environment, too
+    bare("node", "stop", "--force")
+    said = bare("pool", "show", status=1).err
+    assert "http://127.0.0.1:2389 (connection refused)" in said and "'calicoctl node --local-etcd'" in said
+    with socket.create_server(("127.0.0.1", 2389)):
+        done = bare(*NODE, "--local-etcd", ETCD_AUTHORITY="127.0.0.1:2389").out
+    assert "A local etcd is running at http://127.0.0.1:2399." in done
+    assert "ETCD_AUTHORITY=127.0.0.1:2399\n" in FILE.read_text() and FILE.read_text().count("ETCD") == 1
+    assert A4 in bare("endpoint", "show", "--detailed", "--output=json").out
+    run("ip", "netns", "add", "b")
+    bare("container", "add", "/var/run/netns/b", "ipv4", "--wait=20")  # the agent goes by the new port
+
+    # an agent that runs knows no other place
+    etcd = int(PID_FILE.read_text())
+    agent = int((PID_FILE.parent / "felix.pid").read_text().split()[0])
+    os.kill(agent, 19)
+    try:
+        os.kill(etcd, 9)
+        wait_for(lambda: gone(etcd), "etcd's end")
+        with socket.create_server(("127.0.0.1", 2399)):
+            said = bare(*NODE, "--local-etcd", status=1).err
+            assert "port 2399 of 127.0.0.1 is in use by another program" in said and "node stop --force" in said
+        assert "ETCD_AUTHORITY=127.0.0.1:2399\n" in FILE.read_text()
+    finally:
+        os.kill(agent, 18)
+    bare(*NODE, "--local-etcd")
+    bare("node", "remove", "--remove-endpoints")
+    assert not FILE.parent.exists() and not calico_links() and not PID_FILE.exists()
+
+
+def test_what_is_to_be_typed_on_debian_works(stock: StockEtcd, tmp_path: Path) -> None:
+    said = bare(*NODE, status=1).err
+    (line,) = re.findall(r"\(for Debian's package etcd-server: (.*?)\)", said)
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    (tools / "sudo").write_text('#!/bin/sh\nexec "$@"\n')
+    (tools / "systemctl").write_text(f'#!/bin/sh\necho "$@" >>{tmp_path}/asked\n')
+    for tool in tools.iterdir():
+        tool.chmod(0o755)
+    line = line.replace("/etc/default/etcd", str(stock.defaults))
+    run("bash", "-c", line, env={"PATH": f"{tools}:{os.environ['PATH']}"})
+    assert (tmp_path / "asked").read_text() == "restart etcd\n"
+    stock.restart()
+    bare(*NODE)
+    assert local_etcd_row()["found"] == "none, for the host agent runs without one"
+    bare("node", "remove")
+
+
+def test_the_local_etcd_keeps_to_its_own_lines(stock: StockEtcd) -> None:
+    FILE.parent.mkdir()
+    mine = "# mine\nHOSTNAME=host7\nCALICO_NODE_OPTIONS=--local-etcd \\\n"
+    FILE.write_text("ETCD_ENDPOINTS=http://192.0.2.9:2379\n" + mine)
+    before = FILE.read_text()
+    for environment in ({}, {"ETCD_AUTHORITY": "127.0.0.1:2399"}):
+        said = bare(*NODE, "--local-etcd", status=1, **environment).err
+        assert "http://192.0.2.9:2379" in said and str(FILE) in said
+    assert FILE.read_text() == before and not Path("/var/lib/calico").exists()
+    FILE.write_text(mine)
+    FILE.chmod(0o640)
+    # what fails leaves no etcd behind that nobody looks after
+    said = bare(*NODE, "--local-etcd", status=1, CALICO_ENV_FILE="/proc/nosuch/node.env").err
+    assert "/proc/nosuch/node.env cannot be written" in said and not PID_FILE.exists()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        metrics = f"--metrics-port={taken.getsockname()[1]}"
+        bare(*NODE, "--local-etcd", metrics, "--detach=false", status=1)
+        assert not Path("/run/calico/host7/etcd.pid").exists()
+    bare(*NODE, "--local-etcd")
+    assert FILE.read_text().endswith(mine) and FILE.stat().st_mode & 0o777 == 0o640
+    bare("node", "remove")
+    assert FILE.read_text() == mine and FILE.stat().st_mode & 0o777 == 0o640

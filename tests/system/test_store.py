@@ -44,6 +44,9 @@ def test_contract(store: Store) -> None:
         "/calico/x/y/z": "",
     }
     assert sorted(store.names("/calico")) == ["a", "x"]
+    for key in ("/calico/a/b", "/calico/not/there"):
+        store.check_writable(key)
+    assert store.get("/calico/a/b") == two and store.get("/calico/not/there") is None
     store.delete(two)
     store.delete(two)
     assert store.get("/calico/a/b") is None
