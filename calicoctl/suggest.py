@@ -6,10 +6,11 @@ Loaded only once something does not fit.
 from __future__ import annotations
 
 import difflib
+import importlib
 import shlex
 from collections.abc import Iterable, Sequence
 
-from calicoctl.errors import UsageError
+from calicoctl.errors import CalicoError, NotRoot, UsageError
 from calicoctl.grammar import COMMANDS, GLOBAL_OPTIONS
 from calicoctl.usages import Fit, Usage, fits, leaves, positional, usages_of
 
@@ -37,6 +38,8 @@ SYNONYMS = {
     "port": "ports",
     "net": "cidr",
     "subnet": "cidr",
+    "add": "append",
+    "append": "add",
     "permit": "allow",
     "accept": "allow",
     "drop": "deny",
@@ -53,6 +56,7 @@ SYNONYMS = {
 _ELSEWHERE = {
     ("container", "show"): "calicoctl endpoint show --detailed",
     ("node", "show"): "calicoctl status",
+    ("node", "start"): "calicoctl node",
     ("ipam", "add"): "calicoctl pool add",
 }
 """What a command does not do but another does, under the words that people look for it."""
@@ -63,13 +67,16 @@ MOST = 2
 
 def nearest(word: str, names: Iterable[str]) -> str | None:
     """Return which of the names is meant by a word that is none of them, None for no idea."""
-    known = sorted(set(names))
-    meant = SYNONYMS.get(word, word).lower()
-    if meant in known:
-        return meant
-    longer = [name for name in known if len(word) > 1 and name.startswith(meant)]
-    close = longer[:1] if len(longer) == 1 else difflib.get_close_matches(meant, known, 1, 0.6)
-    return close[0] if close else None
+    meant = SYNONYMS.get(word, word)
+    alike = [name for name in sorted(set(names)) if name.startswith("-") == meant.startswith("-")]
+    known = {name.lower().lstrip("-"): name for name in alike}  # dashes would make all options look alike
+    word, meant = (text.lower().lstrip("-") for text in (word, meant))
+    for text in (meant, word):
+        if text in known:
+            return known[text]
+    longer = [name for name in known if len(word) > 1 and name.startswith(word)]
+    close = longer[:1] if len(longer) == 1 else difflib.get_close_matches(word, known, 1, 0.6)
+    return known[close[0]] if close else None
 
 
 def did_you_mean(suggestion: str | None) -> str:
@@ -81,9 +88,12 @@ def no_command(words: list[str]) -> UsageError:
     """Return the error for a command line that does not begin with a command."""
     first = words[0]
     command = next((number for number, word in enumerate(words) if word in COMMANDS), None)
-    if first.startswith("-") and first not in SYNONYMS and command is not None:
+    if first == "--version":
+        return UsageError(f"'{words[1]}' does not fit behind 'calicoctl --version', which takes no more words")
+    if first.startswith("-") and command is not None:
         behind = [*words[command:], *words[:command]]
-        return UsageError(f"'{first}' stands before the command{did_you_mean(repr(_line(behind)))}")
+        if _is_accepted(behind):
+            return UsageError(f"'{first}' stands before the command{did_you_mean(repr(_line(behind)))}")
     near = nearest(first, [*COMMANDS, *GLOBAL_OPTIONS, "--help", "--version"])
     known = did_you_mean(repr(near)) if near else f"; the commands are {', '.join(COMMANDS)}"
     return UsageError(f"'{first}' is not a calicoctl {'option' if first.startswith('-') else 'command'}{known}")
@@ -94,13 +104,15 @@ def misfit(grammar: str, argv: list[str], why: str) -> UsageError:
     usages = usages_of(grammar)
     words = positional(argv, usages)
     reach, found = _reach(usages, words)
-    closest = _closest(usages, found, words)
-    sentence = (
-        _option_misfit(usages, closest, argv, why)
-        or (_word_misfit(usages, words, reach, found) if reach < len(words) else None)
-        or _option_out_of_place(usages, found, argv)
-        or _missing(usages, words, found)
-    )
+    meant = words  # what the user would have typed, by our guess: its usage is shown
+    sentence = _unknown_option(usages, argv)
+    if sentence is None and reach < len(words):
+        sentence, meant = _word_misfit(usages, words, reach, found)
+    if sentence is None:
+        sentence = _option_out_of_place(usages, found, argv) or _option_value(why) or _options_clash(found, argv)
+    if sentence is None:
+        sentence, meant = _missing(usages, words, found)
+    closest = _closest(usages, _reach(usages, meant)[1], meant)
     return UsageError(sentence, f"Usage:\n  {closest.text}")
 
 
@@ -129,8 +141,8 @@ def _line(words: Sequence[str]) -> str:
 # Options
 
 
-def _option_misfit(usages: list[Usage], closest: Usage, argv: list[str], why: str) -> str | None:
-    """Return what is wrong with an option by itself: no usage knows it, or its value is missing or too much."""
+def _unknown_option(usages: list[Usage], argv: list[str]) -> str | None:
+    """Return what is wrong with an option that no usage knows."""
     known = {name: o for usage in usages for o in usage.options() for name in (o.long, o.short) if name}
     for word in argv:
         name = word.partition("=")[0] if word.startswith("--") else word[:2]
@@ -145,6 +157,11 @@ def _option_misfit(usages: list[Usage], closest: Usage, argv: list[str], why: st
         value = word.partition("=")[2] or (leaves(known[near])[0].value if takes else "")
         spelled = f"{near}={value or 'VALUE'}" if takes else near
         return f"'{name}' is no option of 'calicoctl {argv[0]}'{did_you_mean(spelled and repr(str(spelled)))}"
+    return None
+
+
+def _option_value(why: str) -> str | None:
+    """Return what is wrong with an option whose value is missing, or too much, by what docopt says."""
     if "requires argument" in why:
         name = why.split()[0]
         return f"{name} needs a value: {name}=VALUE"
@@ -160,34 +177,60 @@ def _option_out_of_place(usages: list[Usage], found: list[Fit], argv: list[str])
         return None
     allowed = {name for usage in fitting for o in usage.options() for name in (o.long, o.short) if name}
     known = {name for usage in usages for o in usage.options() for name in (o.long, o.short) if name}
-    for word in argv:
-        name = word.partition("=")[0] if word.startswith("--") else word[:2]
+    for name in _options(argv):
         if name in known - allowed:
             own = " ".join(["calicoctl", *fitting[0].commands()])
-            return f"'{name}' does not go with '{own}'"
+            near = nearest(name, allowed)
+            return f"'{name}' does not go with '{own}'{did_you_mean(near and repr(near))}"
     return None
+
+
+def _options_clash(found: list[Fit], argv: list[str]) -> str | None:
+    """Return what is wrong where the words are all there, and the options are too many."""
+    options = _options(argv)
+    if not options or not any(fit.complete for fit in found):
+        return None
+    twice = next((name for name in options if options.count(name) > 1), None)
+    if twice is not None:
+        return f"'{twice}' is given twice"
+    some = " and ".join(f"'{name}'" for name in options)
+    return f"{some} do not go together" if options[1:] else f"{some} does not go with the words that are given"
+
+
+def _options(argv: list[str]) -> list[str]:
+    """Return the names of the options on a command line."""
+    before = argv[: argv.index("--")] if "--" in argv else argv
+    words = [word for word in before if word.startswith("-") and word != "-"]
+    return [word.partition("=")[0] if word.startswith("--") else word[:2] for word in words]
 
 
 # Words
 
 
-def _word_misfit(usages: list[Usage], words: list[str], reach: int, found: list[Fit]) -> str:
-    """Return what is wrong with the first word that does not fit, and what would."""
+def _word_misfit(usages: list[Usage], words: list[str], reach: int, found: list[Fit]) -> tuple[str, list[str]]:
+    """Return what is wrong with the first word that does not fit, and what would; and the words that are meant."""
     bad, before = words[reach], words[:reach]
     commands = set().union(*(fit.commands() for fit in found))
     arguments = set().union(*(fit.arguments() for fit in found))
-    near = nearest(bad, commands)
-    suggestion = repr(near) if near else None
-    if suggestion is None:
-        repaired = _repaired(usages, words, reach)
-        elsewhere = _ELSEWHERE.get((words[0], SYNONYMS.get(bad, bad)))
-        suggestion = " or ".join(f"'{_line(line)}'" for line in repaired) or (elsewhere and f"'{elsewhere}'")
     sentence = f"'{bad}' does not fit behind '{_line(before)}'"
+    elsewhere = _elsewhere(words, reach)
+    near = None if elsewhere else nearest(bad, commands)
+    if near:
+        return f"{sentence}{did_you_mean(repr(near))}", [*before, near, *words[reach + 1 :]]
+    repaired = [] if elsewhere else _repaired(usages, words, reach)
+    suggestion = " or ".join(f"'{line}'" for line in [*map(_line, repaired), elsewhere] if line)
     if suggestion:
-        return sentence + did_you_mean(suggestion)
+        return sentence + did_you_mean(suggestion), repaired[0] if len(repaired) == 1 else words
     if commands or arguments:
-        return f"{sentence}, where {_one_of(commands, arguments)} belongs"
-    return f"{sentence}, which takes no more words"
+        return f"{sentence}, where {_one_of(commands, arguments)} belongs", words
+    return f"{sentence}, which takes no more words", words
+
+
+def _elsewhere(words: list[str], place: int) -> str | None:
+    """Return which other command does what the word at a place asks for, where that is the first behind the command."""
+    if place != 1:
+        return None
+    return _ELSEWHERE.get((words[0], words[1])) or _ELSEWHERE.get((words[0], SYNONYMS.get(words[1], words[1])))
 
 
 def _repaired(usages: list[Usage], words: list[str], reach: int) -> list[list[str]]:
@@ -213,7 +256,7 @@ def _repaired(usages: list[Usage], words: list[str], reach: int) -> list[list[st
 
     swapped = [*words[: reach - 1], words[reach], words[reach - 1], *words[reach + 1 :]]
     for candidates in (misspelt(), inserted(words), [swapped], inserted(swapped)):
-        whole = [line for line in candidates if _is_whole(usages, line, own)]
+        whole = [line for line in candidates if _is_whole(usages, line, own) and _is_accepted(line)]
         if whole:
             return whole[:MOST]
     return []
@@ -228,19 +271,32 @@ def _is_whole(usages: list[Usage], line: list[str], own: set[str]) -> bool:
     )
 
 
-def _missing(usages: list[Usage], words: list[str], found: list[Fit]) -> str:
-    """Return what is missing behind words that fit so far."""
+def _is_accepted(line: list[str]) -> bool:
+    """Tell whether a command takes these words: none is suggested that would be refused."""
+    try:
+        importlib.import_module(f"calicoctl.commands.{line[0]}").prepare(line)
+    except NotRoot:
+        return True
+    except CalicoError:
+        return False
+    return True
+
+
+def _missing(usages: list[Usage], words: list[str], found: list[Fit]) -> tuple[str, list[str]]:
+    """Return what is missing behind words that fit so far, and the words that are meant."""
     commands = set().union(*(fit.commands() for fit in found))
     arguments = set().union(*(fit.arguments() for fit in found))
     last, before = words[-1], words[:-1]
     # a word that was taken for an argument, a name, may be one of the grammar's own that is misspelt
     own = set().union(*(fit.commands() for fit in fits(usages, before))) if before else set()
     near = None if last in own else nearest(last, own)
-    elsewhere = _ELSEWHERE.get((words[0], SYNONYMS.get(last, last))) if len(words) == 2 else None
-    suggestion = f"'{_line([*before, near])}'" if near else elsewhere and f"'{elsewhere}'"
+    meant = [*before, near] if near else words
+    suggestion = f"'{_line(meant)}'" if near else None
+    if not near and len(words) == 2 and (elsewhere := _elsewhere(words, 1)):
+        suggestion = f"'{elsewhere}'"
     if not commands and not arguments:  # the words are all there: options are missing
-        return f"'{_line(words)}' lacks something; see below"
-    return f"Behind '{_line(words)}', {_one_of(commands, arguments)} is missing{did_you_mean(suggestion)}"
+        return f"'{_line(words)}' lacks something; see below", words
+    return f"Behind '{_line(words)}', {_one_of(commands, arguments)} is missing{did_you_mean(suggestion)}", meant
 
 
 def _one_of(commands: set[str], arguments: set[str]) -> str:

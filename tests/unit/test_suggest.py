@@ -47,6 +47,17 @@ from calicoctl.grammar import COMMANDS
         ("status now", "'now' does not fit behind 'calicoctl status', which takes no more words"),
         ("profile 'web", "Behind"),
         ("version -o xml", "--output=xml: it must be text or json"),
+        ("--verbose status", "'--verbose' is not a calicoctl option"),
+        ("--version status", "'status' does not fit behind 'calicoctl --version', which takes no more words"),
+        ("node start", "did you mean 'calicoctl node'?"),
+        ("node --ipv4=192.0.2.2", "'--ipv4' does not go with 'calicoctl node'; did you mean '--ip'?"),
+        ("pool show --ipv4 --ipv6", "'--ipv4' and '--ipv6' do not go together"),
+        ("container add web ipv4 --wait=1 --wait=2", "'--wait' is given twice"),
+        ("profile web rule remove inbound allow --at=1", "'--at' does not go with the words that are given"),
+        ("profile trace web db 80", "did you mean 'calicoctl profile trace web db tcp 80' or 'calicoctl profile trace"),
+        ("container web profile add db", "'add' does not fit behind 'calicoctl container web profile'; did you mean '"),
+        ("container web profile add db", "did you mean 'append'?"),
+        ("profile web tag append db", "did you mean 'add'?"),
     ],
 )
 def test_what_does_not_fit_is_named(
@@ -65,6 +76,12 @@ def test_what_does_not_fit_is_named(
         ("container web ip", "calicoctl container <CONTAINER> ip (add|remove) <IP>"),
         ("profile show web", "calicoctl profile show "),
         ("endpoint ff profile append --nonsense", "calicoctl endpoint <ENDPOINT_ID> profile (append|remove|set)"),
+        ("pool list", "calicoctl pool show "),
+        ("pool delete 10.0.0.0/8", "calicoctl pool remove "),
+        ("container rm web", "calicoctl container remove "),
+        ("endpoint list", "calicoctl endpoint show "),
+        ("profile create web", "calicoctl profile add "),
+        ("bgp default_node_as", "calicoctl bgp default-node-as "),
     ],
 )
 def test_the_usage_that_comes_closest_is_shown(line: str, usage: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -99,6 +116,15 @@ def test_help_is_about_what_the_words_say(
     assert [text for text in there if text not in shown] == []
     usage = shown.partition("Options:")[0] if "container add" in line else shown
     assert [text for text in not_there if text in usage] == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["--verbose status", "container add web --ip=192.0.2.1", "profile add --foo", "profile web rule remove 1"],
+)
+def test_nothing_is_suggested_that_would_be_refused(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(line.split()) == 2
+    assert "did you mean" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", [*COMMANDS, ""])
