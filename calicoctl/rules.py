@@ -71,6 +71,15 @@ def parse(words: Sequence[str]) -> Rule:
 
     Raises UsageError for words that are out of place, CalicoError for values that are not allowed.
     """
+    try:
+        return _parse(words)
+    except UsageError as error:
+        from calicoctl.suggest import rule_usage
+
+        raise UsageError(str(error), rule_usage(words)) from None
+
+
+def _parse(words: Sequence[str]) -> Rule:
     if len(words) == 1 and words[0].startswith("{"):
         try:
             return check_rule(json.loads(words[0]))

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import re
 import shlex
 from collections.abc import Iterable, Sequence
 
 from calicoctl.errors import CalicoError, NotRoot, UsageError
-from calicoctl.grammar import COMMANDS, GLOBAL_OPTIONS
+from calicoctl.grammar import COMMANDS, GLOBAL_OPTIONS, grammar_of
 from calicoctl.usages import Fit, Usage, fits, leaves, positional, usages_of
 
 SYNONYMS = {
@@ -114,6 +115,14 @@ def misfit(grammar: str, argv: list[str], why: str) -> UsageError:
         sentence, meant = _missing(usages, words, found)
     closest = _closest(usages, _reach(usages, meant)[1], meant)
     return UsageError(sentence, f"Usage:\n  {closest.text}")
+
+
+def rule_usage(words: Sequence[str]) -> str:
+    """Return the form of a rule, of those in the help of `profile`, that comes closest to words that are none."""
+    forms = re.findall("^  (ACTION .*)", grammar_of("profile"), re.MULTILINE)
+    form: str = max(forms, key=lambda form: (len(set(re.findall("[a-z0-9]+", form)) & set(words)), -len(form)))
+    form = form.replace("ACTION", "(allow|deny|log)").replace("SIDE", "[tag T] [cidr C]")
+    return "Usage of a rule:\n  " + re.sub(r" \[(from|to) ", r"\n      [\1 ", form)
 
 
 def _reach(usages: list[Usage], words: list[str]) -> tuple[int, list[Fit]]:

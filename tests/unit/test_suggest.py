@@ -119,6 +119,23 @@ def test_help_is_about_what_the_words_say(
 
 
 @pytest.mark.parametrize(
+    ("rule", "usage"),
+    [
+        ("allow tcp to port 80", "(allow|deny|log) [ipv4|ipv6] (tcp|udp)"),
+        ("allow icmp typ 8", "(allow|deny|log) [ipv4|ipv6] (icmp|icmpv6) [type N [code N]]"),
+        ("allow protocol 47 form tag a", "(allow|deny|log) [ipv4|ipv6] protocol N"),
+    ],
+)
+def test_the_form_of_a_rule_that_comes_closest_is_shown(
+    rule: str, usage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["profile", "web", "rule", "add", "inbound", *rule.split()]) == 2
+    shown = capsys.readouterr().err.splitlines()
+    assert shown[1] == "Usage of a rule:" and shown[2].strip().startswith(usage)
+    assert max(map(len, shown)) < 80 and "SIDE" not in "".join(shown)
+
+
+@pytest.mark.parametrize(
     "line",
     ["--verbose status", "container add web --ip=192.0.2.1", "profile add --foo", "profile web rule remove 1"],
 )
