@@ -34,7 +34,6 @@ _RULES = (
     ("-o", "cali+", "-m", "comment", "--comment", _COMMENT, "-j", "ACCEPT"),
 )
 _CHAINS = ("DOCKER-USER", "FORWARD")
-_PROC_NET = Path("/proc/net")
 
 
 class Filter:
@@ -131,12 +130,13 @@ def old_felix_chains() -> dict[str, list[str]]:
     frules.py and dispatch.py.
     """
     found: dict[str, list[str]] = {}
-    for command, tables in zip(COMMANDS, ("/proc/net/ip_tables_names", "/proc/net/ip6_tables_names")):
-        with suppress(FileNotFoundError):
+    for command in COMMANDS:
+        legacy = f"{command}-legacy"
+        if _is_there(command):
             _find_old_felix(command, found)
             # where there are no such tables, asking for them would load modules of the kernel
-            if "nf_tables" in _run(command, "--version") and _read(tables).strip():
-                _find_old_felix(f"{command}-legacy", found)
+            if "nf_tables" in _run(command, "--version") and _legacy_tables(command) and _is_there(legacy):
+                _find_old_felix(legacy, found)
     return found
 
 
@@ -147,11 +147,12 @@ def _find_old_felix(command: str, found: dict[str, list[str]]) -> None:
         found[command] = chains
 
 
-def _read(path: str) -> str:
+def _legacy_tables(command: str) -> list[str]:
+    """Return the tables of iptables-legacy that the kernel has, or of ip6tables-legacy."""
     try:
-        return Path(path).read_text()
-    except OSError:
-        return ""
+        return (Path("/proc/net") / f"{command.replace('tables', '')}_tables_names").read_text().split()
+    except OSError:  # a kernel without them
+        return []
 
 
 def sends_events() -> bool:
@@ -208,10 +209,9 @@ def _is_there(command: str) -> bool:
 
 def _may_drop(command: str) -> str | None:
     """Return which firewall may drop what is forwarded, found out without its command; None where there is none."""
+    if "filter" in _legacy_tables(command):
+        return f"this host has an {command}-legacy firewall, which may drop what is forwarded"
     family = command.replace("tables", "")
-    with suppress(OSError):  # a kernel without iptables-legacy
-        if "filter" in (_PROC_NET / f"{family}_tables_names").read_text().split():
-            return f"this host has an {command}-legacy firewall, which may drop what is forwarded"
     nft = Nft()
     with suppress(NftError):  # there is no such table
         if Filter.from_nft(nft.run(f"list table {family} filter")).would_drop():
