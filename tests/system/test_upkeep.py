@@ -84,8 +84,9 @@ def containers(node: AgentHost, engine: None) -> Iterator[AgentHost]:
         node.ctl("container", "add", name, address)
         node.ctl("container", name, "profile", "set", "web")
     node.ctl("container", "workload", "ip", "add", A6)
+    ids = [id_of(name) for name in ("workload", "peer")]
     yield node
-    run("docker", "rm", "-f", "workload", "peer", check=False)
+    run("docker", "rm", "-f", "workload", "peer", *ids, check=False)  # by id, for one may have been renamed
 
 
 def id_of(name: str) -> str:
@@ -169,7 +170,8 @@ def test_a_containers_name_is_followed_and_given_back_to_its_record(containers: 
     run("docker", "rename", "workload", "renamed")
     wait_for(lambda: is_called("renamed") and connected(containers, key), containers.log())
     assert containers.records()[key] == {**before, "workload_name": "renamed"}
-    assert f"container {id[:12]} (renamed) was called workload before" in containers.log()
+    told = f"container {id[:12]} (renamed) was called workload before"
+    wait_for(lambda: told in containers.log(), "the agent to tell of it")
     assert containers.ctl("container", "renamed", "profile", "show").out == "web\n"
     assert re.search("Name: +renamed\n", containers.ctl("ipam", "info", A4).out)
     # an old tool that rewrites the record drops what it does not know
