@@ -23,7 +23,7 @@ from calicoctl.workload import DOCKER, NAMESPACE, Workload, workload_of
 
 if TYPE_CHECKING:
     from calicoctl.datastore.client import DatastoreClient
-    from calicoctl.datastore.ipam import Owner
+    from calicoctl.datastore.ipam import Block, Owner
 
 SECOND_LOOK = 1.0
 """Seconds between the two looks: longer than a command takes from one of its writes to the next."""
@@ -91,6 +91,7 @@ def _look(datastore: DatastoreClient) -> Iterator[Finding]:
                 problems.append(block)
                 unread.add(keys.undashed(keys.last(block.key)))
                 continue
+            yield from _of_block(datastore, block)
             for ordinal, owner in block.held():
                 address = str(block.address(ordinal))
                 unseen.discard(address)
@@ -121,6 +122,26 @@ def _look(datastore: DatastoreClient) -> Iterator[Finding]:
 def _is_key(handle: str) -> bool:
     """Tell whether a handle can be a key of the store, which hides those that begin with an underscore."""
     return bool(handle) and "/" not in handle and not handle.startswith("_")
+
+
+def _of_block(datastore: DatastoreClient, block: Block) -> Iterator[Finding]:
+    """Look at what tools from 2016 on keep in a block: the list of free addresses, and strict affinity."""
+    problem = block.free_list_problem()
+    if problem is not None:
+        fix = partial(_mend_free_list, datastore, block.version, block.cidr)
+        yield Finding("block", block.cidr, problem, fix=fix)
+    strict = block.extra.get("strict_affinity")
+    if not isinstance(strict, (bool, type(None))):
+        yield Finding("block", block.cidr, 'its "strict_affinity" is neither true nor false', "set it to one of them")
+    for ordinal, owner in block.held() if block.is_strict else ():
+        host = owner.secondary.get("host")
+        if isinstance(host, str) and block.affinity not in (None, f"host:{host}"):
+            yield Finding(
+                "address",
+                str(block.address(ordinal)),
+                f"it is used on host {host}, but its block {block.cidr} is kept to {block.affinity.replace(':', ' ')}",
+                "connect what uses it anew, with another address",
+            )
 
 
 def _of_address(
@@ -198,6 +219,11 @@ def _restore(datastore: DatastoreClient, id: EndpointId, address: str) -> bool:
     from calicoctl import upkeep
 
     return upkeep.restore_address(datastore, id, address)
+
+
+def _mend_free_list(datastore: DatastoreClient, version: int, block: str) -> bool:
+    datastore.ipam.mend_free_list(version, block)
+    return True
 
 
 def _recount(datastore: DatastoreClient, handle: str, blocks: list[str]) -> bool:

@@ -18,8 +18,10 @@ status is 1 where nobody has it. `show` counts each pool's addresses: used,
 free, and of the used ones those that a host has borrowed from another's
 block. `check` compares blocks, handles and endpoints of the whole store, and
 lists addresses that no endpoint has, addresses that an endpoint has but are
-not assigned to it, handles that miscount, and endpoints whose host is not
-registered. Its exit status is 1 when anything is left to be put right.
+not assigned to it, handles that miscount, blocks whose list of free addresses
+is wrong, or whose strict affinity is not kept (newer tools rely on both), and
+endpoints whose host is not registered. Its exit status is 1 when anything is
+left to be put right.
 
 Examples:
   calicoctl ipam info 192.168.0.1

@@ -77,6 +77,7 @@ class Block:
         return cls(cidr.version, cidr.first, affinity, allocations, owners, data)
 
     def to_json(self) -> str:
+        free = {} if self.extra.get("unallocated") is None else {"unallocated": self.free()}
         return json.dumps(
             {
                 "cidr": self.cidr,
@@ -84,6 +85,7 @@ class Block:
                 "allocations": self.allocations,
                 "attributes": self.owners,
                 **self.extra,
+                **free,
             }
         )
 
@@ -94,6 +96,35 @@ class Block:
     @property
     def key(self) -> str:
         return keys.ipam_block(self.version, self.cidr)
+
+    def free(self) -> list[int]:
+        """Return the ordinals that are free, in the order in which they are to be given out.
+
+        Tools from 2016 on keep that order in the block, as "unallocated", and rely on it; an address that was given
+        back comes last. Where that list and the allocations differ, the allocations are right. Source: `unallocated`
+        in pycalico/block.py of libcalico 0.8.
+        """
+        listed = self.extra.get("unallocated")
+        ordinals = [ordinal for ordinal in listed if type(ordinal) is int] if isinstance(listed, list) else []
+        free = {ordinal: None for ordinal in range(BLOCK_SIZE) if self.allocations[ordinal] is None}
+        return list(dict.fromkeys([*(ordinal for ordinal in ordinals if ordinal in free), *free]))
+
+    def free_list_problem(self) -> str | None:
+        """Return what is wrong with the list of free addresses that tools from 2016 on rely on, None for nothing."""
+        listed, free = self.extra.get("unallocated"), self.free()
+        if listed is None or listed == free:
+            return None
+        if not isinstance(listed, list) or not all(type(ordinal) is int for ordinal in listed):
+            return 'its "unallocated" is no list of numbers'
+        wrong, missing = sorted(set(listed) - set(free)), sorted(set(free) - set(listed))
+        if wrong:
+            return f'its "unallocated" lists {wrong[0]}, which is not free'
+        return f'its "unallocated" lacks {missing[0]}, which is free' if missing else 'its "unallocated" repeats itself'
+
+    @property
+    def is_strict(self) -> bool:
+        """Tell whether no host but the one with affinity may take addresses from it."""
+        return self.extra.get("strict_affinity") not in (None, False)
 
     def owner(self, ordinal: int) -> Owner | None:
         """Return who holds the address `first + ordinal`, or None when it is free."""
@@ -259,10 +290,21 @@ class Ipam:
         """Make a handle's counts equal to what is held: in the blocks it names, and in these (their CIDRs)."""
         self._recount(handle, {cidr: self._count(handle, cidr) for cidr in blocks})
 
+    def mend_free_list(self, version: int, cidr: str) -> None:
+        """Make a block's list of free addresses exactly those that are not allocated."""
+        key = keys.ipam_block(version, cidr)
+
+        def text_of(old: str) -> str | None:
+            block = Block.from_entry(Entry(key, old, 0))
+            return None if block.free_list_problem() is None else block.to_json()
+
+        modify(self._store, key, f"block {cidr} does not exist any more", text_of)
+
     def assign(self, address: IPAddress, owner: Owner) -> None:
         """Give `address` to `owner`. An address that exactly this owner has already is left with it.
 
-        Raises AddressTaken when somebody else has it, Conflict when others change its block all the time.
+        Raises AddressTaken when somebody else has it, CalicoError when its block is another host's alone, Conflict
+        when others change its block all the time.
         """
         version, first, ordinal = _place(address)
         with self._counted_right(owner):
@@ -439,7 +481,11 @@ class Ipam:
             before = mine if before is None else before
             # an earlier write of this loop may have been applied without an answer: what is new and ours is from it
             taken = sorted(mine - before)[:count]
-            free = [ordinal for ordinal in ordinals if block.allocations[ordinal] is None][: count - len(taken)]
+            free = [ordinal for ordinal in block.free() if ordinal in ordinals][: count - len(taken)]
+            if free and block.is_strict and block.affinity != f"host:{self._host}":
+                if exact:
+                    raise CalicoError(_strictly(block, free[0]))
+                free = []
             if free:
                 counted = None
                 if owner.handle is not None:
@@ -544,6 +590,15 @@ class Ipam:
     def _count(self, handle: str, cidr: str) -> int:
         entry = self._store.get(keys.ipam_block(version_of(cidr), cidr))
         return 0 if entry is None else Block.from_entry(entry).count(handle)
+
+
+def _strictly(block: Block, ordinal: int) -> str:
+    """Return why another host than a block's cannot have an address of it."""
+    whose = f"of {block.affinity.replace(':', ' ', 1)}" if block.affinity else "of no host"
+    return (
+        f"IP {block.address(ordinal)} is in the block {block.cidr} {whose}, which no other host takes addresses from "
+        "(strict affinity)"
+    )
 
 
 def _handle_counts(entry: Entry) -> dict[str, int]:

@@ -196,6 +196,46 @@ def test_hosts_that_are_not_registered_and_what_cannot_be_read(host: Host) -> No
     assert found["kind"] == "unreadable" and "192.168.1.0-26" in found["subject"]
 
 
+def test_what_newer_tools_keep_in_a_block(host: Host) -> None:
+    """Its list of free addresses, and strict affinity."""
+    order = [9, *range(3, 9), *range(10, 64), 0]
+    change_block(host, lambda block: block.update(unallocated=order, strict_affinity=True))
+    assert check(host, status=0) == []
+    host.ctl("container", A, "ip", "add", "ipv4")
+    block = json.loads(host.etcd.get(BLOCK))
+    assert "192.168.0.9" in host.allocations() and block["unallocated"] == order[1:] and block["strict_affinity"]
+    host.ctl("container", A, "ip", "remove", "192.168.0.9")
+    assert json.loads(host.etcd.get(BLOCK))["unallocated"] == [*order[1:], 9]
+    # another host, which the block is not for
+    other = Host(host.etcd, "host2")
+    other.register("192.0.2.3")
+    run("ip", "netns", "add", "c")
+    refused = other.ctl("container", "add", "/var/run/netns/c", "192.168.0.20", status=1)
+    assert "block 192.168.0.0/26 of host host1" in refused.err and "strict affinity" in refused.err
+    other.ctl("container", "add", "/var/run/netns/c", "ipv4")
+    assert "192.168.0.64" in host.allocations()
+    # what somebody has written wrong
+    facts = {"host": "host2", "orchestrator": "cni", "workload": "x"}
+
+    def spoil(block: dict) -> None:
+        block["allocations"][30] = len(block["attributes"])
+        block["attributes"].append({"handle_id": None, "secondary": facts})
+
+    change_block(host, spoil)
+    host.ctl("ipam", "release", "192.168.0.1", "--force")
+    found = [(one["kind"], one["subject"], one["problem"], one["fixable"]) for one in check(host)]
+    assert ("block", "192.168.0.0/26") not in {one[:2] for one in found}, "the release has put the list right"
+    change_block(host, lambda block: block.update(unallocated=[2]))
+    found = {(one["kind"], one["problem"]): one["fixed"] for one in check(host, "--fix")}
+    assert found["block", 'its "unallocated" lists 2, which is not free'] is True
+    assert found["address", "it is used on host host2, but its block 192.168.0.0/26 is kept to host host1"] is False
+    block = json.loads(host.etcd.get(BLOCK))
+    assert set(block["unallocated"]) == {n for n, a in enumerate(block["allocations"]) if a is None}
+    host.ctl("ipam", "release", "192.168.0.30", "--force")
+    assert check(host, status=0) == []
+    other.ctl("container", "remove", "/var/run/netns/c")
+
+
 HOLDER = """
 import fcntl, sys
 file = open("/run/calico/host1/namespace.-var-run-netns-a")

@@ -14,7 +14,7 @@ from netaddr import IPAddress
 from calicoctl.datastore import ipam as ipam_module
 from calicoctl.datastore.ipam import Block, Ipam, Owner
 from calicoctl.datastore.model import Pool
-from calicoctl.errors import AddressTaken, InvalidValue, StoreUnavailable
+from calicoctl.errors import AddressTaken, CalicoError, InvalidValue, StoreUnavailable
 from tests.unit.memory_store import MemoryStore
 
 HOSTS = ("host1", "host2", "host3")
@@ -237,6 +237,83 @@ def test_unknown_fields_of_a_block_are_kept() -> None:
     store._put(key, json.dumps({**json.loads(store.entries[key].value), "strict": True}))
     ipam.assign(IPAddress("10.0.0.2"), Owner("h1", {}))
     assert json.loads(store.entries[key].value)["strict"] is True
+
+
+KEY = "/calico/ipam/v2/assignment/ipv4/block/10.0.0.0-26"
+
+
+def put_block(store: MemoryStore, **fields: object) -> None:
+    """Write the block 10.0.0.0/26 of host1, with the fields that tools from 2016 on keep in it."""
+    block = {**GOOD_BLOCK, "affinity": "host:host1", "unallocated": list(range(64)), "strict_affinity": False}
+    store._put(KEY, json.dumps({**block, **fields}))
+    store._put("/calico/ipam/v2/host/host1/ipv4/block/10.0.0.0-26", "")
+
+
+def test_the_list_of_free_addresses_is_kept_and_followed() -> None:
+    store = MemoryStore()
+    order = [7, 3, *(n for n in range(64) if n not in (3, 7))]
+    put_block(store, unallocated=order)
+    ipam, pools = Ipam(store, "host1"), [Pool("10.0.0.0/26")]
+
+    def free() -> list[int]:
+        block = json.loads(store.entries[KEY].value)
+        assert block["strict_affinity"] is False
+        assert {n for n, a in enumerate(block["allocations"]) if a is None} == set(block["unallocated"])
+        return list(block["unallocated"])
+
+    assert ipam.auto_assign(1, pools, Owner("h1", {})) == [IPAddress("10.0.0.7")]
+    assert free() == order[1:]
+    ipam.assign(IPAddress("10.0.0.9"), Owner("h1", {}))
+    assert free() == [n for n in order[1:] if n != 9]
+    ipam.release([IPAddress("10.0.0.7")])
+    assert free() == [*(n for n in order[1:] if n != 9), 7]
+    assert [str(a) for a in ipam.auto_assign(2, pools, Owner("h1", {}))] == ["10.0.0.0", "10.0.0.3"]
+    assert free() == [*(n for n in order[3:] if n != 9), 7]
+
+
+@pytest.mark.parametrize(
+    ("listed", "problem"),
+    [
+        (list(range(1, 64)), None),
+        (list(range(63, 0, -1)), None),
+        (list(range(64)), "lists 0, which is not free"),
+        ([*range(1, 64), 99], "lists 99, which is not free"),
+        (list(range(2, 64)), "lacks 1, which is free"),
+        ([*range(1, 64), 5], "repeats"),
+        ([*range(1, 64), "x"], "no list of numbers"),
+        ({}, "no list of numbers"),
+    ],
+)
+def test_a_list_of_free_addresses_that_is_wrong_gives_nothing_away_and_is_mended(listed: object, problem: str) -> None:
+    store = MemoryStore()
+    taken = {"allocations": [0] + [None] * 63, "attributes": [{"handle_id": "h0", "secondary": {}}]}
+    put_block(store, unallocated=listed, **taken)
+    ipam = Ipam(store, "host1")
+    block = Block.from_entry(store.entries[KEY])
+    assert (block.free_list_problem() or "no problem").find(problem or "no problem") >= 0
+    before = store.entries[KEY]
+    ipam.mend_free_list(4, "10.0.0.0/26")
+    assert (store.entries[KEY] == before) == (problem is None)
+    assert sorted(json.loads(store.entries[KEY].value)["unallocated"]) == list(range(1, 64))
+    store._put(KEY, before.value)
+    assert len(ipam.auto_assign(63, [Pool("10.0.0.0/26")], Owner("h1", {}))) == 63
+    assert json.loads(store.entries[KEY].value)["unallocated"] == []
+
+
+@pytest.mark.parametrize("affinity", ["host:host1", None])
+def test_from_a_block_with_strict_affinity_no_other_host_takes_an_address(affinity: str | None) -> None:
+    store = MemoryStore()
+    put_block(store, strict_affinity=True, affinity=affinity)
+    other, pools = Ipam(store, "host2"), [Pool("10.0.0.0/26")]
+    before = store.entries[KEY]
+    assert other.auto_assign(1, pools, Owner("h2", {})) == []
+    with pytest.raises(CalicoError, match=r"IP 10\.0\.0\.5 is in the block 10\.0\.0\.0/26 of .* strict affinity"):
+        other.assign(IPAddress("10.0.0.5"), Owner("h2", {}))
+    assert store.entries[KEY] == before and raw_handles(store) == {}
+    if affinity is not None:
+        assert len(Ipam(store, "host1").auto_assign(1, pools, Owner("h1", {}))) == 1
+        other.release([IPAddress("10.0.0.0")])
+        assert json.loads(store.entries[KEY].value)["unallocated"] == [*range(1, 64), 0]
 
 
 GOOD_BLOCK = {
