@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable
 
-from calicoctl import netlink
+from calicoctl import host_network, netlink
 from calicoctl.datastore.client import DatastoreClient, hostname
 from calicoctl.errors import CalicoError, DockerUnavailable
 from calicoctl.felix import docker_firewall, process
@@ -88,6 +88,7 @@ def check(libnetwork: bool = False) -> Iterator[Check]:
     yield _firewall(docker.ok)
     yield _old_felix()
     yield from _etcd()
+    yield _pools()
     yield from _host()
 
 
@@ -322,6 +323,23 @@ def _local_etcd() -> Check:
     if pid is not None:
         return Check(name, True, f"runs at {etcd.url} (process {pid})", False)
     return Check(name, True, f"does not run; 'calicoctl node --local-etcd' would start it at {etcd.url}", False)
+
+
+def _pools() -> Check:
+    name = "pools and this host's networks"
+    try:
+        datastore = DatastoreClient.from_environment()
+        pools = [pool.cidr for version in (4, 6) for pool in datastore.readable_pools(version)[0]]
+        overlaps = [overlap for overlap in map(host_network.read().overlap, pools) if overlap is not None]
+    except CalicoError as error:
+        return Check(name, False, f"not known: {error}", False, "put that right first")
+    return Check(
+        name,
+        not overlaps,
+        "; ".join(overlaps) or "nothing overlaps",
+        False,
+        "add a pool that overlaps nothing, and remove the other ('calicoctl pool')",
+    )
 
 
 def _agent() -> int | None:

@@ -10,7 +10,9 @@ import os
 import socket
 import struct
 from collections.abc import Collection, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import NamedTuple
 
 REQUEST, ACK, DUMP, CREATE = 0x1, 0x4, 0x300, 0x400
 
@@ -20,13 +22,21 @@ ERROR, _DONE = 2, 3
 _KIND = 0x3FFF
 """The bits of an attribute's kind that are not flags."""
 
-_RTM_GETROUTE, _RTM_GETNEIGH, _RTM_GETNEIGHTBL = 26, 30, 66
+_RTM_GETADDR, _RTM_GETROUTE, _RTM_GETNEIGH, _RTM_GETNEIGHTBL, _RTM_GETNEXTHOP = 22, 26, 30, 66, 106
 _NDTA_THRESH3, _NDTA_STATS = 4, 7
 _NDA_DST, _NDA_LLADDR = 1, 2
 _NUD_PERMANENT = 0x80
 _NTF_PROXY = 0x08
+_IFA_ADDRESS, _IFA_LOCAL, _IFA_BROADCAST = 1, 2, 4
 _RTA_DST, _RTA_OIF, _RTA_GATEWAY, _RTA_PRIORITY, _RTA_PREFSRC, _RTA_MULTIPATH, _RTA_VIA = 1, 4, 5, 6, 7, 9, 18
+_RTA_TABLE = 15
+_NHA_OIF, _NHA_GATEWAY = 5, 6
 _TABLE_MAIN = 254
+UNICAST, LOCAL = 1, 2
+"""Types of routes: to other machines, and to addresses that are this one's."""
+OUR_PROTOCOL = 80
+"""The protocol number of our routes (`ip route show proto 80`). Source: numbers from 5 up are free, rtnetlink(7)."""
+_SOL_NETLINK, _NETLINK_GET_STRICT_CHK = 270, 12
 
 _PATIENCE = 60.0
 """Seconds to wait for the kernel."""
@@ -66,10 +76,16 @@ def refusal(message: bytes) -> tuple[int, int]:
     return struct.unpack_from("=I", message, 8)[0], -struct.unpack_from("=i", message, 16)[0]
 
 
-def dump(protocol: int, kind: int, body: bytes) -> Iterator[bytes]:
-    """Give the bodies of all messages that the kernel answers a dump with. Raises OSError."""
+def dump(protocol: int, kind: int, body: bytes, strict: bool = False) -> Iterator[bytes]:
+    """Give the bodies of all messages that the kernel answers a dump with. Raises OSError.
+
+    With `strict`, the kernel itself leaves out what the fields of `body` exclude; one before 4.20 leaves out nothing.
+    """
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, protocol) as netlink:
         netlink.settimeout(_PATIENCE)
+        if strict:
+            with suppress(OSError):
+                netlink.setsockopt(_SOL_NETLINK, _NETLINK_GET_STRICT_CHK, 1)
         netlink.bind((0, 0))
         netlink.send(message(kind, REQUEST | DUMP, 0, body))
         while True:
@@ -125,16 +141,13 @@ def _route(family: int, body: bytes) -> Route:
     def number(kind: int) -> int | None:
         return int(struct.unpack("=I", found[kind])[0]) if kind in found else None
 
-    gateway = address(_RTA_GATEWAY)
-    if _RTA_VIA in found:  # of the other version
-        gateway = socket.inet_ntop(struct.unpack_from("=H", found[_RTA_VIA])[0], found[_RTA_VIA][2:])
     return Route(
         destination=address(_RTA_DST),
         length=body[1],
         protocol=body[5],
         metric=number(_RTA_PRIORITY) or 0,
         index=number(_RTA_OIF),
-        gateway=gateway,
+        gateway=_gateway(family, found),
         source=address(_RTA_PREFSRC),
     )
 
@@ -183,6 +196,100 @@ def neighbour_limit(family: int) -> NeighbourLimit:
             overflows = struct.unpack_from("=Q", stats, 80)[0] if len(stats) >= 88 else 0
             return NeighbourLimit(struct.unpack("=I", found[_NDTA_THRESH3])[0], overflows)
     raise OSError(errno.EAFNOSUPPORT, os.strerror(errno.EAFNOSUPPORT))
+
+
+@dataclass(frozen=True)
+class Address:
+    """An address of the interface with an index. `network` is an address of its network, or a peer's, else itself."""
+
+    family: int
+    address: str
+    network: str
+    length: int
+    scope: int
+    index: int
+    broadcast: str | None = None
+
+
+def addresses() -> Iterator[Address]:
+    """Give all addresses of all interfaces, also of those that are down. Raises OSError."""
+    # struct ifaddrmsg: family (any), length of the network, flags, scope, index
+    for body in dump(socket.NETLINK_ROUTE, _RTM_GETADDR, struct.pack("=4BI", 0, 0, 0, 0, 0)):
+        family, length, _, scope, index = struct.unpack_from("=4BI", body)
+        found = attributes(body[8:])
+        texts = {
+            kind: socket.inet_ntop(family, found[kind])
+            for kind in (_IFA_ADDRESS, _IFA_LOCAL, _IFA_BROADCAST)
+            if kind in found and family in (socket.AF_INET, socket.AF_INET6)
+        }
+        own = texts.get(_IFA_LOCAL, texts.get(_IFA_ADDRESS))
+        if own is not None:
+            network = texts.get(_IFA_ADDRESS, own)
+            yield Address(family, own, network, length, scope, index, texts.get(_IFA_BROADCAST))
+
+
+class Paths(NamedTuple):
+    """Where a route leads: each of its next hops, as a gateway, None for the network itself, and an interface's index.
+
+    `destination` is packed, and empty for a default route. `hops` is empty where the route names them by a number.
+    """
+
+    destination: bytes
+    length: int
+    protocol: int
+    hops: tuple[tuple[str | None, int], ...]
+
+
+def paths(family: int, type: int, but: Collection[int] = ()) -> Iterator[Paths]:
+    """Give the routes of one type of all tables, but for those of some protocols. Raises OSError."""
+    request = struct.pack("=8BI", family, 0, 0, 0, 0, 0, 0, type, 0)
+    known: dict[bytes, tuple[tuple[str | None, int], ...]] = {}  # thousands of routes have few next hops
+    for body in dump(socket.NETLINK_ROUTE, _RTM_GETROUTE, request, strict=True):
+        if body[7] != type or body[5] in but:
+            continue
+        destination, at = b"", 12
+        while at + 4 <= len(body):
+            length, kind = struct.unpack_from("=HH", body, at)
+            if kind == _RTA_DST:
+                destination = body[at + 4 : at + length]
+            elif kind != _RTA_TABLE:
+                break
+            at += max(4, (length + 3) & ~3)
+        rest = body[at:]
+        if rest not in known:
+            known[rest] = tuple(_hops(family, attributes(rest)))
+        yield Paths(destination, body[1], body[5], known[rest])
+
+
+def _hops(family: int, found: dict[int, bytes]) -> Iterator[tuple[str | None, int]]:
+    """Give the next hops in a route's attributes."""
+    several = found.get(_RTA_MULTIPATH, b"")
+    at = 0
+    while at + 8 <= len(several):
+        # struct rtnexthop: length, flags, hops, index; then attributes
+        length, _, _, index = struct.unpack_from("=HBBi", several, at)
+        yield _gateway(family, attributes(several[at + 8 : at + length])), index
+        at += max(8, (length + 3) & ~3)
+    if not several and _RTA_OIF in found:
+        yield _gateway(family, found), struct.unpack("=i", found[_RTA_OIF])[0]
+
+
+def _gateway(family: int, found: dict[int, bytes]) -> str | None:
+    if _RTA_VIA in found:  # of the other version
+        return socket.inet_ntop(struct.unpack_from("=H", found[_RTA_VIA])[0], found[_RTA_VIA][2:])
+    return socket.inet_ntop(family, found[_RTA_GATEWAY]) if _RTA_GATEWAY in found else None
+
+
+def next_hops() -> Iterator[tuple[str, int]]:
+    """Give the gateways that routes may name by a number alone (`ip nexthop`), with their interfaces' indices.
+
+    Raises OSError, where the kernel knows no such things (before 5.3), too.
+    """
+    # struct nhmsg: family, scope, protocol, reserved, flags
+    for body in dump(socket.NETLINK_ROUTE, _RTM_GETNEXTHOP, struct.pack("=4BI", 0, 0, 0, 0, 0)):
+        found = attributes(body[8:])
+        if _NHA_GATEWAY in found and _NHA_OIF in found:
+            yield socket.inet_ntop(body[0], found[_NHA_GATEWAY]), struct.unpack("=i", found[_NHA_OIF])[0]
 
 
 def do(protocol: int, kind: int, flags: int, body: bytes) -> None:

@@ -7,6 +7,7 @@ which tag stays as it was read last, since others' rules may deny by that. Whoev
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import socket
 from collections.abc import Iterable
@@ -20,6 +21,7 @@ from calicoctl.datastore.model import Endpoint, Pool, Rules, load_strings
 from calicoctl.datastore.store import Change, Entry
 from calicoctl.errors import CalicoError
 from calicoctl.policy import readable
+from calicoctl.reserved import HostNetwork, Reserved
 
 INACTIVE = "it is inactive"
 
@@ -32,7 +34,10 @@ _INTERFACE = re.compile(r"cali[A-Za-z0-9_.-]{1,11}", re.ASCII)
 
 @dataclass(frozen=True)
 class LocalEndpoint:
-    """An active endpoint of this host, every value checked; `index` is that of its record in the store."""
+    """An active endpoint of this host, every value checked; `index` is that of its record in the store.
+
+    `addresses` are those that it may use; `conflict` tells which others it has that a host uses.
+    """
 
     id: EndpointId
     index: int
@@ -41,6 +46,7 @@ class LocalEndpoint:
     addresses: tuple[str, ...]
     profiles: tuple[str, ...]
     ipv6_next_hop: str | None
+    conflict: str | None = None
 
     @property
     def link_local(self) -> str:
@@ -101,6 +107,8 @@ class Snapshot:
         self.grace_time = GRACE_TIME
         """Seconds for which to keep what belongs to a workload that is away or could not be asked about."""
         self.ipv6_address: str | None = None
+        self.network = HostNetwork()
+        """What this host has of its own, as it was told last."""
         self.problems: dict[str, str] = {}
         self.dirty = Dirty(pools=True, settings=True)
         self._entries: dict[str, Entry] = {}
@@ -110,6 +118,21 @@ class Snapshot:
         self._owners: dict[str, LocalEndpoint] = {}
         """Those of `local`, by all that is theirs: interface and addresses."""
         self._unchecked: set[EndpointId] = set()
+        self._addresses: dict[str, str] = {}
+        """The addresses that hosts are registered with, by their keys."""
+        self._registered: dict[str, str] = {}
+        """The same addresses, with the names of the hosts."""
+
+    def set_network(self, network: HostNetwork) -> None:
+        """Take in what this host has of its own now."""
+        before, self.network = self.network, network
+        if network.in_use != before.in_use or network.local != before.local:
+            self._unchecked |= {
+                id
+                for id, candidate in self._candidates.items()
+                if any(network.has(address) != before.has(address) for address in candidate.addresses)
+            }
+            self._check_local()
 
     def replace(self, directory: str, entries: Iterable[Entry]) -> None:
         """Take in all that is below a directory now."""
@@ -181,17 +204,16 @@ class Snapshot:
         if key.startswith(keys.HOSTS + "/"):
             if keys.parse_endpoint(key) is not None:
                 return self._set_endpoint
+            if keys.parse_host_bird_ip(key) is not None:
+                return self._set_address
             return self._set_setting if key == keys.host_config(self.host, "DefaultEndpointToHostAction") else None
+        if key.startswith(keys.BGP_HOSTS + "/"):
+            return self._set_address if keys.parse_bgp_host_address(key) is not None else None
         if key.startswith(keys.PROFILES + "/"):
             return self._set_profile if keys.parse_profile(key) is not None else None
         if key.startswith((keys.pools(4) + "/", keys.pools(6) + "/")):
             return self._set_pool
-        settings = (
-            keys.READY,
-            keys.config("LogSeverityScreen"),
-            keys.config("GraceTime"),
-            keys.bgp_host_address(self.host, 6),
-        )
+        settings = (keys.READY, keys.config("LogSeverityScreen"), keys.config("GraceTime"))
         return self._set_setting if key in settings else None
 
     def _set_endpoint(self, key: str, entry: Entry | None) -> None:
@@ -253,16 +275,36 @@ class Snapshot:
             if value and not re.fullmatch("[0-9]{1,9}", value, re.ASCII):
                 raise CalicoError(f"'{value}' is no number of seconds; {GRACE_TIME} is used")
             self.grace_time = int(value or GRACE_TIME)
-        elif key == keys.bgp_host_address(self.host, 6):
-            self.ipv6_address = None
-            if value:
-                self.ipv6_address = _canonical(value, 6)
         else:
             # a word that is not known closes rather than opens
             self.host_action = (value or "RETURN").upper()
             if self.host_action not in HOST_ACTIONS:
                 self.host_action = "DROP"
                 raise CalicoError(f"'{value}' is none of {', '.join(HOST_ACTIONS)}; DROP is used")
+
+    def _set_address(self, key: str, entry: Entry | None) -> None:
+        """Take in an address that a host is registered with, this one's among them."""
+        host = keys.parse_bgp_host_address(key) or keys.parse_host_bird_ip(key) or ""
+        before = self._addresses.pop(key, None)
+        if before is not None:
+            self._unchecked |= self._claims.get(before, set())
+            del self._registered[before]
+            others = [other for other, address in self._addresses.items() if address == before]
+            for other in others:
+                self._registered[before] = keys.parse_bgp_host_address(other) or keys.parse_host_bird_ip(other) or ""
+        version = 6 if key == keys.bgp_host_address(host, 6) else 4
+        is_next_hop = key == keys.bgp_host_address(self.host, 6)
+        if is_next_hop:
+            self.dirty.settings = True
+            self.ipv6_address = None
+        if entry is None or not entry.value:
+            return
+        address = _canonical(entry.value, version)
+        self._addresses[key] = address
+        self._registered[address] = host
+        self._unchecked |= self._claims.get(address, set())
+        if is_next_hop:
+            self.ipv6_address = address
 
     # This host's endpoints: what the kernel can be given
 
@@ -294,10 +336,11 @@ class Snapshot:
                     self._refuse(id, why)
                 continue
             owners.update(dict.fromkeys(self._things(id), id))
-            if self.local.get(id) != candidate:
+            usable = self._without_conflicts(candidate)
+            if self.local.get(id) != usable:
                 self._drop(id)
-                self.local[id] = candidate
-                self._owners.update(dict.fromkeys(self._things(id), candidate))
+                self.local[id] = usable
+                self._owners.update(dict.fromkeys((usable.interface, *usable.addresses), usable))
                 self.unusable.pop(id, None)
                 self.problems.pop(keys.endpoint(id), None)
                 self.dirty.endpoints.add(id)
@@ -319,6 +362,16 @@ class Snapshot:
         self._candidates[id] = _checked(endpoint, entry.index)
         for thing in self._things(id):
             self._claims.setdefault(thing, set()).add(id)
+
+    def _without_conflicts(self, candidate: LocalEndpoint) -> LocalEndpoint:
+        """Return an endpoint without the addresses that this host, or another that is registered, uses itself."""
+        reserved = Reserved(self.network, self._registered, self.host)
+        users = {address: reserved.user(address) for address in candidate.addresses}
+        conflicts = [f"its address {address} is {user}" for address, user in users.items() if user is not None]
+        if not conflicts:
+            return candidate
+        addresses = tuple(address for address, user in users.items() if user is None)
+        return dataclasses.replace(candidate, addresses=addresses, conflict="; ".join(conflicts))
 
     def _refuse(self, id: EndpointId, why: str) -> None:
         key = keys.endpoint(id)

@@ -17,7 +17,15 @@ from calicoctl import locks, netns
 from calicoctl.addresses import parse_address, version_of
 from calicoctl.errors import AddressTaken, CalicoError
 from calicoctl.locks import WorkloadLock
-from calicoctl.wiring import DEFAULT_INTERFACE, Scene, interfaces_of, owner_of, paths_of, rewire
+from calicoctl.wiring import (
+    DEFAULT_INTERFACE,
+    Scene,
+    interfaces_of,
+    owner_of,
+    paths_of,
+    reserved_addresses,
+    rewire,
+)
 from calicoctl.workload import (
     DOCKER,
     NAMESPACE,
@@ -306,9 +314,15 @@ def tidy(datastore: DatastoreClient, workload: Workload) -> list[Act]:
 
 
 def restore_address(datastore: DatastoreClient, id: EndpointId, address: str) -> bool:
-    """Take an address that an endpoint of this host lists, and nobody holds, for it; tell whether that was done."""
+    """Take an address that an endpoint of this host lists, and nobody holds, for it; tell whether that was done.
+
+    Raises CalicoError for one that a host uses.
+    """
     from calicoctl.datastore.ipam import Owner
 
+    why = reserved_addresses(datastore, version_of(address)).user(address)
+    if why is not None:
+        raise CalicoError(f"it is {why} now")
     with WorkloadLock(datastore.host, id.orchestrator, id.workload) as lock:
         workload = Workload(id.orchestrator, id.workload, id.workload, path=lock.name() or None)
         record = next((record for record in endpoints_of(datastore, workload) if record.id == id), None)

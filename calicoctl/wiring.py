@@ -16,16 +16,18 @@ from __future__ import annotations
 
 import os
 import uuid
+from collections.abc import Collection
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Callable, Iterator
 
-from calicoctl import netns
+from calicoctl import host_network, netns
 from calicoctl.addresses import host_net, parse_address, parse_cidr, version_of
 from calicoctl.datastore.keys import EndpointId
 from calicoctl.datastore.model import Endpoint, Pool
 from calicoctl.errors import AddressTaken, CalicoError, Conflict, NotThere
 from calicoctl.locks import WorkloadLock
+from calicoctl.reserved import Network, Reserved
 from calicoctl.workload import (
     Workload,
     endpoint_ids_of,
@@ -168,7 +170,8 @@ def _wire(scene: Scene, wish: Wish, interface: str) -> Connection:
     """Connect a workload that has no record, taking over, or clearing away, what a cut command has left of one."""
     datastore, workload, version = scene.datastore, scene.workload, wish.version
     next_hop = datastore.next_hop(version)
-    _refuse_next_hop(wish, next_hop)
+    reserved = reserved_addresses(datastore, version)
+    _refuse_reserved(wish, reserved)
     pools = wish.pools(datastore)
     scene.remove_half_made()
     scene.remove_orphans()
@@ -180,9 +183,9 @@ def _wire(scene: Scene, wish: Wish, interface: str) -> Connection:
         undo(scene.lock.forget)
         scene.remember()
         undo(datastore.ipam.release_by_handle, workload.handle)
-        address, id = _adopt(scene, wish, interface)
+        address, id = _adopt(scene, wish, interface, reserved)
         if address is None:
-            address = _take(datastore, owner_of(workload, id, interface), wish, pools, next_hop)
+            address = _take(datastore, owner_of(workload, id, interface), wish, pools, reserved)
 
         mac = _plug(scene, id.interface, interface, [host_net(address)], {version: next_hop}, None, undo)
 
@@ -210,6 +213,8 @@ def rewire(scene: Scene, record: Endpoint, wish: Wish | None = None, interface: 
             f"'calicoctl container add {workload.name} {record.addresses[0]}' to wire it "
             f"again, then 'calicoctl container {workload.name} ip add' for another address."
         )
+    if wish is not None and address is not None:
+        _refuse_in_use(scene, address)
     known = [owner.secondary.get("interface") for owner in scene.held.values()]
     before = next((name for name in known if is_interface_name(name)), None)
     if before is not None and interface not in (None, before):
@@ -219,7 +224,11 @@ def rewire(scene: Scene, record: Endpoint, wish: Wish | None = None, interface: 
     if wish is not None and not addresses:
         versions = {wish.version}
     next_hops = {version: _next_hop(datastore, record, version) for version in versions}
-    pools = wish.pools(datastore) if wish is not None and not addresses else []
+    pools = []
+    if wish is not None and not addresses:
+        reserved = reserved_addresses(datastore, wish.version)
+        _refuse_reserved(wish, reserved)
+        pools = wish.pools(datastore)
     scene.remove_remains(record)
     for version in next_hops:
         scene.refuse_default_route(version)
@@ -233,7 +242,7 @@ def rewire(scene: Scene, record: Endpoint, wish: Wish | None = None, interface: 
             # its last address was taken away before it lost its interface
             undo(_release_unlisted, datastore, workload, record)
             owner = owner_of(workload, record.id, interface)
-            address = _take(datastore, owner, wish, pools, next_hops[wish.version])
+            address = _take(datastore, owner, wish, pools, reserved)
             nets.append(host_net(address))
         for own in addresses:
             if own not in scene.held:
@@ -307,7 +316,8 @@ def add_address(
         record, plugged = scene.connected(interface)
         version = wish.version
         next_hop = datastore.next_hop(version)
-        _refuse_next_hop(wish, next_hop)
+        reserved = reserved_addresses(datastore, version)
+        _refuse_reserved(wish, reserved)
         pools = wish.pools(datastore)
         nets = record.nets_of(version)
         if wish.address is not None and host_net(wish.address) in nets:
@@ -319,9 +329,9 @@ def add_address(
 
         with _undoing(scene) as undo:
             owner = owner_of(workload, record.id, plugged)
-            left = [a for a in scene.held if host_net(a) not in record.nets and wish.fits(a)]
+            left = [a for a in scene.held if host_net(a) not in record.nets and _may_have(wish, a, reserved)]
             undo(_release_unlisted, datastore, workload, record)
-            address = left[0] if left else _take(datastore, owner, wish, pools, next_hop)
+            address = left[0] if left else _take(datastore, owner, wish, pools, reserved)
 
             net = host_net(address)
             if version == 6 and scene.namespace.ipv6_is_off(plugged):
@@ -619,7 +629,7 @@ def _plug(
     return mac
 
 
-def _adopt(scene: Scene, wish: Wish, interface: str) -> tuple[IPAddress | None, EndpointId]:
+def _adopt(scene: Scene, wish: Wish, interface: str, reserved: Reserved) -> tuple[IPAddress | None, EndpointId]:
     """Find an address that a cut command has taken, and give all others back; return it with its endpoint's id.
 
     Without one that fits, the address is None and the id a new one.
@@ -628,7 +638,8 @@ def _adopt(scene: Scene, wish: Wish, interface: str) -> tuple[IPAddress | None, 
     kept, kept_id = None, EndpointId(scene.datastore.host, workload.orchestrator, workload.id, _new_endpoint())
     for address, owner in scene.held.items():
         id = EndpointId(scene.datastore.host, workload.orchestrator, workload.id, _endpoint_of(owner) or "")
-        if kept is None and id.endpoint and wish.fits(address) and _is_like(owner, owner_of(workload, id, interface)):
+        is_its_own = id.endpoint and _is_like(owner, owner_of(workload, id, interface))
+        if kept is None and is_its_own and _may_have(wish, address, reserved):
             kept, kept_id = address, id
         else:
             scene.datastore.ipam.release([address], {workload.handle})
@@ -641,12 +652,15 @@ def _is_like(owner: Owner, other: Owner) -> bool:
     return owner.handle == other.handle and facts == others
 
 
-def _take(datastore: DatastoreClient, owner: Owner, wish: Wish, pools: list[Pool], next_hop: str) -> IPAddress:
-    """Take an address that was asked for, but not the host's own; raise CalicoError when there is none to have."""
+def _take(datastore: DatastoreClient, owner: Owner, wish: Wish, pools: list[Pool], reserved: Reserved) -> IPAddress:
+    """Take an address that was asked for; raise CalicoError when there is none to have."""
     if wish.address is None:
-        taken = datastore.ipam.auto_assign(1, pools, owner, reserved=[parse_address(next_hop)])
+        taken = datastore.ipam.auto_assign(1, pools, owner, reserved)
         if not taken:
-            raise CalicoError(f"There is no free IP address in {', '.join(pool.cidr for pool in pools)}.")
+            networks = {network for pool in pools for network in reserved.network.overlapping(pool.cidr)}
+            raise CalicoError(
+                f"There is no free IP address in {', '.join(pool.cidr for pool in pools)}{_but(networks)}."
+            )
         return taken[0]
     try:
         datastore.ipam.assign(wish.address, owner)
@@ -654,6 +668,41 @@ def _take(datastore: DatastoreClient, owner: Owner, wish: Wish, pools: list[Pool
         holder = datastore.ipam.owner(wish.address)
         raise AddressTaken(f"{error}{_told(holder)}. Give it another, or 'ipv{wish.version}' for any.") from None
     return wish.address
+
+
+def _but(networks: Collection[Network]) -> str:
+    """Return what a message says of networks that no address is given out of unasked."""
+    named = ", ".join(sorted(f"{network.cidr} (on {network.interface})" for network in networks))
+    return f", but for the networks that this host is connected to: {named}" if named else ""
+
+
+def reserved_addresses(datastore: DatastoreClient, version: int) -> Reserved:
+    """Return what is not for this host's workloads. Raises CalicoError."""
+    return Reserved(host_network.read(), datastore.addresses_of_hosts(version), datastore.host)
+
+
+def _may_have(wish: Wish, address: IPAddress, reserved: Reserved) -> bool:
+    """Tell whether an address that a workload holds already is one that may be given to it now."""
+    if wish.address is not None:
+        return wish.fits(address)
+    return wish.fits(address) and reserved.is_free_for_any(address.version, int(address))
+
+
+def _refuse_reserved(wish: Wish, reserved: Reserved) -> None:
+    """Raise CalicoError where an address is asked for that no workload may have."""
+    why = None if wish.address is None else reserved.refusal(str(wish.address))
+    if why is not None:
+        raise CalicoError(f"IP {wish.address} is {why}. Give another, or 'ipv{wish.version}' for any.")
+
+
+def _refuse_in_use(scene: Scene, address: IPAddress) -> None:
+    """Raise CalicoError where an address of a workload is a host's now."""
+    why = reserved_addresses(scene.datastore, address.version).user(str(address))
+    if why is not None:
+        raise AddressTaken(
+            f"{scene.workload.name}'s address {address} is {why} now. Run 'calicoctl container remove "
+            f"{scene.workload.name}' and add it anew."
+        )
 
 
 def _release_unlisted(datastore: DatastoreClient, workload: Workload, record: Endpoint) -> None:
@@ -678,6 +727,7 @@ def _regain(scene: Scene, address: IPAddress, owner: Owner, undo: Callable[..., 
     ipam = scene.datastore.ipam
     holder = ipam.owner(address)
     if holder is None:
+        _refuse_in_use(scene, address)
         undo(ipam.release, [address], {owner.handle})
         ipam.assign(address, owner)
     elif holder.handle is not None:
@@ -735,8 +785,3 @@ def interfaces_of(held: dict[IPAddress, Owner]) -> set[str]:
 def paths_of(held: dict[IPAddress, Owner]) -> list[object]:
     """Return the namespace paths beside these addresses."""
     return [owner.secondary.get("namespace") for owner in held.values()]
-
-
-def _refuse_next_hop(wish: Wish, next_hop: str) -> None:
-    if wish.address is not None and str(wish.address) == next_hop:
-        raise CalicoError(f"IP {next_hop} is this host's own address.")

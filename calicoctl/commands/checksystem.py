@@ -12,8 +12,9 @@ Options:
 
 Looks at the kernel, by trying what is needed in a network namespace that is
 gone afterwards, at settings, at tools and their versions, at Docker and its
-firewall, and at etcd. Run it as root to have all of it looked at. The exit
-status is 1 when something that is needed is missing; warnings do not count.
+firewall, at etcd, and at pools that overlap networks that this host is
+connected to. Run it as root to have all of it looked at. The exit status is 1
+when something that is needed is missing; warnings do not count.
 
 Examples:
   sudo calicoctl checksystem

@@ -50,7 +50,9 @@ Options:
 
 Addresses and AS number that are not given are unset, should they be set from
 an earlier call. The first host registered also gets the global configuration
-and the default pools (192.168.0.0/16 and fd80:24e2:f998:72d6::/64) written.
+and the default pools (192.168.0.0/16 and fd80:24e2:f998:72d6::/64) written. A
+warning names pools that overlap a network that this host is connected to (see
+calicoctl pool --help).
 
 A host has its name and addresses for itself. An address that another
 registered host has is refused: if this host was called that before, go on
@@ -92,6 +94,7 @@ from typing import Any
 from calicoctl import locks
 from calicoctl.addresses import check_unicast, parse_address, parse_as_number
 from calicoctl.commands import bgp
+from calicoctl.commands.pool import readable_pools, warn_of_overlaps
 from calicoctl.datastore import keys
 from calicoctl.datastore.client import DatastoreClient, hostname
 from calicoctl.datastore.store import Entry
@@ -211,6 +214,13 @@ def _register(
     for address in filter(None, given.values()):
         if address not in every:
             warn(f"Warning: {address} is not an address of this host, as far as can be seen.")
+    for address in filter(None, (ipv4, given[6])):
+        if datastore.ipam.owner(parse_address(address)) is not None:
+            warn(
+                f"Warning: {address} is assigned to a container (see 'calicoctl ipam info {address}'), whose endpoint "
+                "is in error until one of the two has another address."
+            )
+    warn_of_overlaps(pool.cidr for version in (4, 6) for pool in readable_pools(datastore, version))
     if ipv4 is not None and given[4] is None:
         print(f"Detected IPv4 address {ipv4}.")
     addresses = " and ".join(address for address in (ipv4, given[6]) if address)

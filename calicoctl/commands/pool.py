@@ -27,6 +27,10 @@ Pools do not overlap. A range is added as the fewest CIDRs that make exactly
 it. Nothing is changed unless all that was given is in order. `remove` takes
 the options of `add`, too, and pays no attention to them.
 
+Choose a pool that overlaps no network that a host is connected to: a warning
+names those of this host. Of such a network's addresses, a host gives none to
+a container unless it is asked for, and never one that a host or a gateway has.
+
 Examples:
   calicoctl pool add 10.1.0.0/16 --nat-outgoing
   calicoctl pool range add 10.2.0.64 10.2.1.127
@@ -34,9 +38,11 @@ Examples:
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from calicoctl import host_network
 from calicoctl.addresses import check_unicast, parse_address, parse_cidr
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.model import Pool
@@ -84,6 +90,7 @@ def _add(networks: list[IPNetwork], arguments: dict[str, Any]) -> None:
         for other in [*known, *networks[:number]]:
             if network != other and (network in other or other in network):
                 raise CalicoError(f"{network} overlaps with {other}; nothing is added.")
+    warn_of_overlaps(map(str, networks))
     for network in networks:
         pool = Pool(str(network), "tunl0" if arguments["--ipip"] else None, arguments["--nat-outgoing"])
         before = datastore.put_pool(pool)
@@ -178,6 +185,17 @@ def _show(arguments: dict[str, Any]) -> None:
         for pool in pools[version]:
             rows.append([pool.cidr, ",".join(name for name, value in _options(pool).items() if value == "on")])
         print_table([f"IPv{version} CIDR", "Options"], rows)
+
+
+def warn_of_overlaps(cidrs: Iterable[str]) -> None:
+    """Warn of pools that have addresses of networks that this host is connected to."""
+    try:
+        own = host_network.read()
+    except CalicoError as error:
+        warn(f"Warning: whether pools overlap this host's networks is not known: {error}")
+        return
+    for overlap in filter(None, map(own.overlap, cidrs)):
+        warn(f"Warning: {overlap}.")
 
 
 def readable_pools(datastore: DatastoreClient, version: int) -> list[Pool]:

@@ -112,17 +112,35 @@ class DatastoreClient:
         entries = self._store.tree(keys.BGP_HOSTS)
         return sorted({host for host in map(keys.parse_bgp_host_address, (e.key for e in entries)) if host is not None})
 
-    def addresses_of_other_hosts(self) -> dict[str, str]:
-        """Return the addresses, in their usual form, that other hosts are registered with, and which host has each."""
+    def addresses_of_hosts(self, version: int | None = None) -> dict[str, str]:
+        """Return the addresses, in their usual form, that hosts are registered with, and which host has each.
+
+        With `version`, those of an IP version alone. Where this host shares one with another, that is named.
+        """
         from calicoctl.addresses import parse_address
 
-        found: dict[str, str] = {}
+        texts: list[tuple[str, str]] = []
+        complete: set[str] = set()
         for entry in self._store.tree(keys.BGP_HOSTS):
             host = keys.parse_bgp_host_address(entry.key)
-            if host is not None and host != self.host:
-                with suppress(CalicoError):
-                    found[str(parse_address(entry.value))] = host
+            if host is not None and entry.value:
+                texts.append((entry.value, host))
+                complete.update({host} if entry.key == keys.bgp_host_address(host, 4) else ())
+        if version != 6:
+            # the same address, but a host that an older tool has registered may have it there alone
+            for host in set(self._store.names(keys.HOSTS)) - complete:
+                texts.append((self.setting(keys.host_bird_ip(host)) or "", host))
+        found: dict[str, str] = {}
+        for text, host in sorted(texts, key=lambda one: one[1] != self.host):
+            with suppress(CalicoError):
+                address = parse_address(text)
+                if version in (None, address.version):
+                    found[str(address)] = host
         return found
+
+    def addresses_of_other_hosts(self) -> dict[str, str]:
+        """Return the addresses, in their usual form, that other hosts are registered with, and which host has each."""
+        return {address: host for address, host in self.addresses_of_hosts().items() if host != self.host}
 
     def check_host_writable(self) -> None:
         """Raise StoreError where this user may not change what the store has of this host. Nothing is changed."""
@@ -535,7 +553,7 @@ class DatastoreClient:
 
     def followed(self) -> list[str]:
         """Return the directories in which all is that this host's agent has to know."""
-        return [keys.POLICY_AND_HOSTS, keys.bgp_host(self.host)]
+        return [keys.POLICY_AND_HOSTS, keys.BGP_HOSTS]
 
     def snapshot(self, directory: str) -> tuple[list[Entry], int]:
         """Return all entries below a directory, and the index to watch it from."""

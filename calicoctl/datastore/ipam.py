@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from calicoctl.datastore.keys import EndpointId
 from calicoctl.datastore.model import Pool, load_object
 from calicoctl.datastore.store import ATTEMPTS, Entry, Store, create_if_missing, modify, pause
 from calicoctl.errors import AddressTaken, CalicoError, CompareFailed, Conflict, InvalidValue, KeyExists
+from calicoctl.reserved import Network, Reserved
 
 if TYPE_CHECKING:
     from netaddr import IPAddress, IPNetwork
@@ -312,21 +313,24 @@ class Ipam:
                 raise AddressTaken(f"IP {address} is already assigned")
 
     def auto_assign(
-        self, count: int, pools: list[Pool], owner: Owner, reserved: Collection[IPAddress] = ()
+        self, count: int, pools: list[Pool], owner: Owner, reserved: Reserved | None = None
     ) -> list[IPAddress]:
         """Give `count` free addresses out of `pools` (of one IP version) to `owner`; return those that could be found.
 
-        None of the `reserved` ones is given.
+        None is one that is `reserved`, or of a network that this host is connected to, and no block with addresses of
+        such a network is claimed.
 
         First from blocks this host has affinity to, then from blocks nobody has, then from other hosts' blocks.
         """
         ranges = [_range(pool) for pool in pools]
-        kept = {int(address) for address in reserved}
+        reserved = reserved or Reserved()
         found: list[IPAddress] = []
         with self._counted_right(owner):
-            for version, first, claim in self._candidates(ranges):
+            for version, first, claim in self._candidates(ranges, reserved.network.networks):
                 ordinals = [o for o in range(BLOCK_SIZE) if any(low <= first + o <= high for _, low, high in ranges)]
-                ordinals = [o for o in ordinals if first + o not in kept]
+                ordinals = [o for o in ordinals if reserved.is_free_for_any(version, first + o)]
+                if not ordinals:
+                    continue
                 found += self._take(version, first, owner, ordinals, count - len(found), claim)
                 if len(found) >= count:
                     return found
@@ -422,8 +426,13 @@ class Ipam:
                 pause(attempt)
         raise Conflict(f"etcd key {key} is being changed by too many others; try again")
 
-    def _candidates(self, ranges: list[tuple[int, int, int]]) -> Iterator[tuple[int, int, bool]]:
-        """Yield (version, first address, may be claimed) of the blocks to take addresses from, best first."""
+    def _candidates(
+        self, ranges: list[tuple[int, int, int]], networks: Iterable[Network]
+    ) -> Iterator[tuple[int, int, bool]]:
+        """Yield (version, first address, may be claimed) of the blocks to take addresses from, best first.
+
+        No block that has addresses of one of the `networks` is to be claimed.
+        """
         version = ranges[0][0] if ranges else 4
 
         def wanted(first: int) -> bool:
@@ -442,8 +451,8 @@ class Ipam:
         # another command of this host may have claimed one meanwhile: one block will do for both
         for first in sorted(filter(wanted, (affine() - ours) & known)):
             yield version, first, True
-        for _, low, high in ranges:
-            for first in range(low - low % BLOCK_SIZE, high + 1, BLOCK_SIZE):
+        for low, high in _without(ranges, [network for network in networks if network.version == version]):
+            for first in range(low, high + 1, BLOCK_SIZE):
                 if first not in known:
                     yield version, first, True
         # all of them: one that was to be claimed, or that there is a stale affinity to, may be another host's
@@ -635,6 +644,19 @@ def _range(pool: Pool) -> tuple[int, int, int]:
 
     network = IPNetwork(pool.cidr)
     return network.version, network.first, network.last
+
+
+def _without(ranges: list[tuple[int, int, int]], networks: list[Network]) -> Iterator[tuple[int, int]]:
+    """Yield ranges (first and last address) of whole blocks that hold those of `ranges`, but none of the networks."""
+    for _, low, high in ranges:
+        at = low - low % BLOCK_SIZE
+        for network in sorted(networks, key=lambda network: network.first):
+            if network.last >= at and network.first <= high:
+                if network.first - network.first % BLOCK_SIZE > at:
+                    yield at, network.first - network.first % BLOCK_SIZE - 1
+                at = network.last - network.last % BLOCK_SIZE + BLOCK_SIZE
+        if at <= high:
+            yield at, high
 
 
 def _firsts(names: Iterable[str]) -> Iterator[int]:

@@ -47,6 +47,12 @@ def host_bird_ip(host: str) -> str:
     return f"{HOSTS}/{host}/bird_ip"
 
 
+def parse_host_bird_ip(key: str) -> str | None:
+    """Return the host whose IPv4 address a key holds, or None for any other key below the hosts."""
+    parts = key.split("/")
+    return parts[4] if len(parts) == 6 and parts[5] == "bird_ip" and key.startswith(HOSTS + "/") else None
+
+
 def host_config(host: str, name: str) -> str:
     return f"{HOSTS}/{host}/config/{name}"
 

@@ -22,7 +22,7 @@ from queue import Empty, SimpleQueue
 from types import FrameType
 from typing import Any, Callable
 
-from calicoctl import __version__
+from calicoctl import __version__, host_network
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.keys import HOSTS, EndpointId
 from calicoctl.errors import CalicoError, is_shortage
@@ -37,7 +37,7 @@ from calicoctl.felix.report import Health, ReportFile, Status, StoreReporter
 from calicoctl.felix.routes import PREFIX, Link, Routes
 from calicoctl.felix.ruleset import Ruleset
 from calicoctl.felix.sysctls import HostSettings
-from calicoctl.snapshot import INACTIVE, Snapshot
+from calicoctl.snapshot import INACTIVE, LocalEndpoint, Snapshot
 from calicoctl.upkeep import Act
 from calicoctl.workload import DOCKER, workload_of
 
@@ -48,6 +48,9 @@ TICK = 10.0
 
 REVIEW_INTERVAL = 300.0
 """Seconds between two looks at all that the kernel has of every endpoint."""
+
+NETWORK_PAUSE = 0.5
+"""Seconds to wait for more changes of routes, at least, before their gateways are read anew."""
 
 LOG_LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 LOG_LEVELS |= {"critical": logging.CRITICAL, "none": logging.CRITICAL + 10}
@@ -93,6 +96,11 @@ class Agent:
         """What is in our tables; None while that is not known."""
         self._last = Ruleset()
         """What was in them when that was known last."""
+        self._kernel_events = events.KernelEvents(self._events)
+        self._network_at: float | None = 0.0
+        """When to read what this host has of its own; None while nothing of it may have changed."""
+        self._network_pause = 0.0
+        """Seconds for which to let changes of routes, of which there may be thousands, come together."""
         self._links: dict[str, Link] = {}
         self._unknown: set[str] = set()
         """Interfaces of ours that no record knew at the last tick: a command may be about to write it."""
@@ -132,7 +140,7 @@ class Agent:
             signal.signal(number, self._stop)
         log.info("the agent of host %s starts, version %s, process %d", self._host, __version__, self._health.pid)
         # listen before reading, so that nothing falls between the two
-        events.KernelEvents(self._events).start()
+        self._kernel_events.start()
         events.FirewallEvents(self._events).start()
         self._lister.start()
         with IPRoute() as netlink:
@@ -179,6 +187,8 @@ class Agent:
             if now >= self._tick_at:
                 self._tick_at = now + TICK
                 self._tick()
+            if self._network_at is not None and now >= self._network_at:
+                self._read_network()
             if self._may_apply():
                 try:
                     self._apply(now)
@@ -211,6 +221,8 @@ class Agent:
         until = self._tick_at
         if self._ruleset is None and self._retry_at and self._may_apply():
             until = min(until, self._retry_at)
+        if self._network_at is not None:
+            until = min(until, self._network_at)
         found: list[Any] = []
         try:
             found.append(self._events.get(timeout=max(0.0, until - time.monotonic())))
@@ -259,6 +271,11 @@ class Agent:
                 for link in self._links.values():
                     if link.index == index:
                         self._look_at(link.name)
+        elif isinstance(event, events.AddressesChanged):
+            self._network_at = 0.0
+        elif isinstance(event, events.GatewaysChanged):
+            if self._network_at is None:
+                self._network_at = time.monotonic() + self._network_pause
         elif isinstance(event, events.LinksMissed):
             log.warning("events of the kernel were missed: looking at all interfaces")
             self._review()
@@ -322,6 +339,7 @@ class Agent:
             self._clean_up = True  # what leads to it must not stay
             self._look_at(other.name)
         if not link.name.startswith(PREFIX):
+            self._handle(events.GatewaysChanged())  # routes that go with an interface are not told of one by one
             return
         before = self._links.get(link.name)
         if event.gone:
@@ -378,6 +396,7 @@ class Agent:
 
     def _read_kernel(self, links: bool) -> None:
         """Learn what the kernel has of ours: routes and neighbours, and `links`, which takes longer."""
+        self._network_at = 0.0
         if links:
             found = [events.link_of(message) for message in self._netlink.get_links()]
             before, self._links = self._links, {link.name: link for link in found if link.name.startswith(PREFIX)}
@@ -386,6 +405,19 @@ class Agent:
         self._routes.read(self._links.values())
         self._dirty |= set(self._snapshot.local)
         self._clean_up = True
+
+    def _read_network(self) -> None:
+        """Learn what this host has of its own, which no endpoint may have."""
+        self._kernel_events.gateways_are_told.clear()
+        begin = time.monotonic()
+        try:
+            self._snapshot.set_network(host_network.read())
+            self._network_at = None
+        except Exception as error:  # of whatever kind: to end would leave the host without an agent
+            self._network_at = begin + TICK
+            why = str(error) if isinstance(error, CalicoError) else f"this host's addresses cannot be read: {error!r}"
+            self._health.error(why)
+        self._network_pause = max(NETWORK_PAUSE, 50 * (time.monotonic() - begin))
 
     def _tick(self) -> None:
         self._health.trouble(events.Trouble(shortage.descriptors_lacking(), "descriptors"))
@@ -542,14 +574,7 @@ class Agent:
             except CalicoError as error:
                 self._unclean = True
                 self._health.error(str(error))
-        statuses: dict[EndpointId, Status | None] = {}
-        for id in ids:
-            status = statuses[id] = self._apply_endpoint(id)
-            if status is not None and status.status == "error" and id in self._snapshot.local:
-                self._failed.add(id)
-            else:
-                self._failed.discard(id)
-        return statuses
+        return {id: self._apply_endpoint(id) for id in ids}
 
     def _note_unknown_interfaces(self, before: set[str] | None = None) -> None:
         """Report the interfaces of ours that no record knows; with `before`, those that were among these already."""
@@ -564,6 +589,7 @@ class Agent:
         return {name for name in interfaces if self._snapshot.owner(name) is None}
 
     def _apply_endpoint(self, id: EndpointId) -> Status | None:
+        self._failed.discard(id)
         endpoint = self._snapshot.local.get(id)
         if endpoint is None:
             unusable = self._snapshot.unusable.get(id)
@@ -571,15 +597,20 @@ class Agent:
                 return None
             index, reason = unusable
             return Status("down" if reason == INACTIVE else "error", index, reason)
+        status = self._apply_local(endpoint)
+        return status if endpoint.conflict is None else Status("error", endpoint.index, endpoint.conflict)
+
+    def _apply_local(self, endpoint: LocalEndpoint) -> Status:
         link = self._links.get(endpoint.interface)
         if link is None:
-            self._keeper.look_at(id)
+            self._keeper.look_at(endpoint.id)
             return Status("down", endpoint.index, f"there is no interface {endpoint.interface}")
         if not link.up:
             return Status("down", endpoint.index, f"the interface {endpoint.interface} is down")
         try:
             self._routes.apply(endpoint, link, endpoint.ipv6_next_hop or self._snapshot.ipv6_address)
         except CalicoError as error:
+            self._failed.add(endpoint.id)
             return Status("error", endpoint.index, str(error))
         unreadable = [name for name in endpoint.profiles if not self._snapshot.is_readable(name)]
         if unreadable:

@@ -47,7 +47,11 @@ _CONTAINER_CHANGES = {"type": "container", "event": ["start", "die", "destroy", 
 _RTMGRP_LINK = 0x1
 _RTMGRP_IPV4_ROUTE = 0x40
 _RTMGRP_IPV6_ROUTE = 0x400
-_RTM_NEWLINK, _RTM_DELLINK, _RTM_NEWROUTE, _RTM_DELROUTE = 16, 17, 24, 25
+_RTMGRP_IPV4_IFADDR = 0x10
+_RTMGRP_IPV6_IFADDR = 0x100
+_RTM_NEWLINK, _RTM_DELLINK, _RTM_NEWADDR, _RTM_DELADDR, _RTM_NEWROUTE, _RTM_DELROUTE = 16, 17, 20, 21, 24, 25
+_SCOPE_LINK = 253
+_RTPROT_KERNEL = 2
 _TABLE_MAIN = 254
 _IFF_UP = 1
 
@@ -115,6 +119,16 @@ class RouteGone:
     """A route of ours has been removed, by whomever, or another's has come in its place."""
 
     address: str
+
+
+@dataclass(frozen=True)
+class AddressesChanged:
+    """This host has got, or lost, an address."""
+
+
+@dataclass(frozen=True)
+class GatewaysChanged:
+    """Routes that are not ours have changed, and with them, maybe, the gateways that this host uses."""
 
 
 @dataclass(frozen=True)
@@ -286,7 +300,10 @@ class StoreEvents(_Source):
 
 
 class KernelEvents(_Source):
-    """Waits for changes of this host's interfaces, and for the loss of our routes."""
+    """Waits for changes of this host's interfaces, addresses and gateways, and for the loss of our routes.
+
+    After one GatewaysChanged, which may stand for thousands, there is no other until `gateways_are_told` is cleared.
+    """
 
     missed = LinksMissed()
 
@@ -294,7 +311,9 @@ class KernelEvents(_Source):
         super().__init__("following the kernel's interfaces", events)
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**21)
-        self._socket.bind((0, _RTMGRP_LINK | _RTMGRP_IPV4_ROUTE | _RTMGRP_IPV6_ROUTE))
+        groups = _RTMGRP_LINK | _RTMGRP_IPV4_IFADDR | _RTMGRP_IPV6_IFADDR | _RTMGRP_IPV4_ROUTE | _RTMGRP_IPV6_ROUTE
+        self._socket.bind((0, groups))
+        self.gateways_are_told = threading.Event()
 
     def follow(self) -> None:
         from pyroute2.netlink.rtnl.marshal import MarshalRtnl
@@ -312,9 +331,15 @@ class KernelEvents(_Source):
                 if kind in (_RTM_NEWLINK, _RTM_DELLINK):
                     for parsed in marshal.parse(message):
                         self._events.put(LinkChanged(link_of(parsed), gone=kind == _RTM_DELLINK))
+                elif kind in (_RTM_NEWADDR, _RTM_DELADDR):
+                    if _may_be_asked_for(message):
+                        self._events.put(AddressesChanged())
                 elif _is_loss(kind, message) and _sender(message) not in own_ports(socket.NETLINK_ROUTE):
                     for parsed in marshal.parse(message):
                         self._events.put(RouteGone(parsed.get_attr("RTA_DST")))
+                elif message[21] not in (PROTOCOL, _RTPROT_KERNEL) and not self.gateways_are_told.is_set():
+                    self.gateways_are_told.set()
+                    self._events.put(GatewaysChanged())
 
 
 class EngineEvents(_Source):
@@ -393,6 +418,14 @@ def _is_loss(kind: int, message: bytes) -> bool:
     if kind == _RTM_DELROUTE:
         return message[21] == PROTOCOL
     return kind == _RTM_NEWROUTE and message[17] in (32, 128) and message[20] == _TABLE_MAIN and message[21] != PROTOCOL
+
+
+def _may_be_asked_for(message: bytes) -> bool:
+    """Tell whether a message is of an address that an endpoint could have, too.
+
+    Not so the link-local ones that each interface has. struct ifaddrmsg is: family, length, flags, scope, index.
+    """
+    return message[16] == socket.AF_INET or message[19] != _SCOPE_LINK
 
 
 def _sender(message: bytes) -> int:

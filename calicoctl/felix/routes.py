@@ -26,8 +26,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-PROTOCOL = 80
-"""The protocol number of our routes (`ip route show proto 80`). Source: numbers from 5 up are free, rtnetlink(7)."""
+PROTOCOL = netlink.OUR_PROTOCOL
 
 PREFIX = "cali"
 

@@ -666,10 +666,10 @@ import os, time
 from calicoctl import netlink
 from calicoctl.felix import agent, process
 dump = netlink.dump
-def patched(protocol, kind, body):
+def patched(protocol, *rest, **options):
     if protocol == 12:  # NETLINK_NETFILTER
         CODE
-    yield from dump(protocol, kind, body)
+    yield from dump(protocol, *rest, **options)
 netlink.dump = patched
 agent.run("host1", process.Options())
 """

@@ -15,6 +15,7 @@ from calicoctl.datastore import ipam as ipam_module
 from calicoctl.datastore.ipam import Block, Ipam, Owner
 from calicoctl.datastore.model import Pool
 from calicoctl.errors import AddressTaken, CalicoError, InvalidValue, StoreUnavailable
+from calicoctl.reserved import HostNetwork, InterfaceAddress, Reserved
 from tests.unit.memory_store import MemoryStore
 
 HOSTS = ("host1", "host2", "host3")
@@ -307,13 +308,45 @@ def test_from_a_block_with_strict_affinity_no_other_host_takes_an_address(affini
     other, pools = Ipam(store, "host2"), [Pool("10.0.0.0/26")]
     before = store.entries[KEY]
     assert other.auto_assign(1, pools, Owner("h2", {})) == []
-    with pytest.raises(CalicoError, match=r"IP 10\.0\.0\.5 is in the block 10\.0\.0\.0/26 of .* strict affinity"):
+    with pytest.raises(CalicoError, match=r"IP 10\.0\.0\.5 is in the block 10\.0\.0\.0/26 of .*\(strict affinity\)"):
         other.assign(IPAddress("10.0.0.5"), Owner("h2", {}))
     assert store.entries[KEY] == before and raw_handles(store) == {}
     if affinity is not None:
         assert len(Ipam(store, "host1").auto_assign(1, pools, Owner("h1", {}))) == 1
         other.release([IPAddress("10.0.0.0")])
         assert json.loads(store.entries[KEY].value)["unallocated"] == [*range(1, 64), 0]
+
+
+HOME = HostNetwork.of(
+    [InterfaceAddress("10.0.0.10", "10.0.0.10", 24, "eth0"), InterfaceAddress("fd00::5", "fd00::5", 123, "eth0")],
+    [("10.0.2.1", "eth0")],
+)
+
+
+def test_an_automatic_address_keeps_out_of_what_the_host_is_connected_to() -> None:
+    store = MemoryStore()
+    ipam, pools, reserved = Ipam(store, "host1"), [Pool("10.0.0.0/16")], Reserved(HOME, {"10.0.1.1": "host2"})
+    found = ipam.auto_assign(100, pools, Owner("h1", {}), reserved)
+    numbers = [*range(0x0A000100, 0x0A000140), *range(0x0A000140, 0x0A000180)]
+    assert [int(a) for a in found] == [n for n in numbers if n != 0x0A000101][:100]
+    # a block that a given address has made is made use of outside of the network alone
+    ipam.assign(IPAddress("fd00::1"), Owner("h2", {}))
+    found = ipam.auto_assign(64, [Pool("fd00::/122")], Owner("h2", {}), reserved)
+    assert [int(a) & 63 for a in found] == list(range(32, 64))
+    assert not [a for a in raw_allocations(store) if a.startswith("10.0.0.") or a in ("10.0.1.1", "10.0.2.1")]
+
+
+def test_no_block_with_addresses_of_a_connected_network_is_claimed_or_looked_for_one_by_one() -> None:
+    store = MemoryStore()
+    ipam, pools = Ipam(store, "host1"), [Pool("fd00::/64"), Pool("fd01::/120")]
+    for length, first in ((64, "fd01::"), (65, "fd00::8000:0:0:0"), (122, "fd00::40"), (127, "fd00::40")):
+        store.entries.clear()
+        network = HostNetwork.of([InterfaceAddress("fd00::1", "fd00::1", length, "eth0")])
+        (found,) = ipam.auto_assign(1, pools, Owner("h1", {}), Reserved(network))
+        assert found == IPAddress(first)
+    everything = HostNetwork.of([InterfaceAddress("fd00::1", "fd00::1", 8, "eth0")])
+    assert ipam.auto_assign(1, pools, Owner("h1", {}), Reserved(everything)) == []
+    assert len(raw_allocations(store)) == 1, "borrows none, either"
 
 
 GOOD_BLOCK = {

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 
 from calicoctl.datastore.keys import EndpointId
 from calicoctl.datastore.store import Change, Entry
+from calicoctl.reserved import HostNetwork, InterfaceAddress
 from calicoctl.snapshot import Snapshot
 
 FOLDER = "/calico/v1/host/h/workload/docker"
@@ -89,6 +91,41 @@ def test_of_two_that_claim_the_same_the_older_has_it_whatever_the_order_of_event
                 snapshot.change(Change(chosen.key, now[chosen.key]))
             assert outcome(snapshot) == outcome(snapshot_of(*now.values()))
             assert set(snapshot.local) | set(snapshot.unusable) == {id for id in snapshot.endpoints if id.host == "h"}
+
+
+def test_an_address_that_a_host_uses_is_taken_from_an_endpoint_for_as_long() -> None:
+    both = ["192.168.0.1/32", "192.168.0.10/32"]
+    snapshot = snapshot_of(endpoint_entry("1", ipv4_nets=both), endpoint_entry("2", ipv4_nets=["192.168.0.2/32"]))
+    snapshot.take_dirty()
+
+    def now(name: str = "1") -> tuple[tuple[str, ...], str | None]:
+        return snapshot.local[id_of(name)].addresses, snapshot.local[id_of(name)].conflict
+
+    own = HostNetwork.of([InterfaceAddress("192.168.0.10", "192.168.0.10", 24, "eth0")], [("10.9.9.9", "eth0")])
+    snapshot.set_network(own)
+    why = "its address 192.168.0.10 is this host's own address (on eth0)"
+    assert now() == (("192.168.0.1",), why) and snapshot.take_dirty().endpoints == {id_of("1")}
+    assert snapshot.owner("192.168.0.10") is None and snapshot.owner("192.168.0.1") is snapshot.local[id_of("1")]
+    snapshot.set_network(dataclasses.replace(own, in_use={**own.in_use, "10.9.9.8": "a gateway"}))
+    assert not snapshot.take_dirty(), "that matters to nobody"
+    snapshot.set_network(HostNetwork())
+    assert now() == (("192.168.0.1", "192.168.0.10"), None) and snapshot.take_dirty().endpoints == {id_of("1")}
+    # registered hosts; an old tool writes bird_ip alone
+    for key, text in (
+        ("/calico/bgp/v1/host/h2/ip_addr_v4", "192.168.0.2"),
+        ("/calico/v1/host/h2/bird_ip", "192.168.0.2"),
+        ("/calico/bgp/v1/host/h/ip_addr_v4", "192.168.0.1"),
+    ):
+        snapshot.change(Change(key, entry(key, text)))
+    assert now("2") == ((), "its address 192.168.0.2 is that of host h2")
+    assert now() == (("192.168.0.10",), "its address 192.168.0.1 is this host's own address (it is registered with it)")
+    snapshot.change(Change("/calico/bgp/v1/host/h2", None))
+    assert now("2")[1] is not None, "its other key says so still"
+    key = "/calico/v1/host/h2/bird_ip"
+    snapshot.change(Change(key, entry(key, "no address", 2)))
+    assert now("2") == (("192.168.0.2",), None) and key in snapshot.problems
+    snapshot.change(Change("/calico/bgp/v1/host/h", None))
+    assert now() == (("192.168.0.1", "192.168.0.10"), None)
 
 
 def test_problems_come_and_go_with_their_keys() -> None:
