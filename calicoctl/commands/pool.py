@@ -29,7 +29,8 @@ the options of `add`, too, and pays no attention to them.
 
 Choose a pool that overlaps no network that a host is connected to: a warning
 names those of this host. Of such a network's addresses, a host gives none to
-a container unless it is asked for, and never one that a host or a gateway has.
+a container unless it is asked for, and never one that a host or a gateway
+has.
 
 Examples:
   calicoctl pool add 10.1.0.0/16 --nat-outgoing
