@@ -166,17 +166,12 @@ def find(name: str) -> Workload:
     An absolute path is a namespace, which is not opened here, and Docker is not asked; /run/netns/a is
     /var/run/netns/a. Raises NoSuchContainer, or DockerUnavailable where the engine could not be asked.
     """
+    check_workload_name(name)
     if name.startswith("/"):
-        path = "/" + os.path.normpath(name).lstrip("/")
-        if path == "/":
-            raise CalicoError(f"'{name}' is not the path of a network namespace")
+        path = _normal_path(name)
         if path.startswith(f"{_RUN}netns/"):
             path = _other_spelling(path) or path
         return Workload(NAMESPACE, path.replace("/", "-"), name, path=path)
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name, re.ASCII):
-        raise CalicoError(
-            f"'{name}' is neither a Docker container's name or id, nor the absolute path of a network namespace"
-        )
     container = _inspect(name)
     state = container["State"]
     mode = container["HostConfig"]["NetworkMode"]
@@ -190,6 +185,21 @@ def find(name: str) -> Workload:
         pid=state["Pid"] if state["Running"] and state["Pid"] else None,
         network_mode=mode,
     )
+
+
+def check_workload_name(name: str) -> None:
+    """Raise CalicoError for what is neither a container's name or id nor an absolute path, whatever there is."""
+    if name.startswith("/"):
+        if _normal_path(name) == "/":
+            raise CalicoError(f"'{name}' is not the path of a network namespace")
+    elif not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name, re.ASCII):
+        raise CalicoError(
+            f"'{name}' is neither a Docker container's name or id, nor the absolute path of a network namespace"
+        )
+
+
+def _normal_path(path: str) -> str:
+    return "/" + os.path.normpath(path).lstrip("/")
 
 
 def _other_spelling(path: str) -> str | None:
