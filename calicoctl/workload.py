@@ -330,7 +330,13 @@ def _inspect(name: str) -> dict[str, Any]:
         path = f"/var/run/netns/{name}"
         if not os.path.exists(path):
             raise
-        raise type(error)(f"{error} There is a network namespace of that name: did you mean {path}?") from None
+        sentence = str(error).rstrip(".")
+        raise type(error)(f"{sentence}. There is a network namespace of that name: did you mean {path}?") from None
+
+
+def short_id(id: str) -> str:
+    """Return the first 12 characters of an id that is hexadecimal, as those of containers and endpoints are."""
+    return id[:12] if re.fullmatch("[0-9a-f]+", id) else id
 
 
 def has_processes(id: str) -> bool:
