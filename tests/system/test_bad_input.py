@@ -25,7 +25,7 @@ def refused(host: Host, *words: str, says: str, status: int = 1, **options) -> R
     assert result.out == ""
     lines = result.err.strip().splitlines()
     if len(lines) > 1:  # words that do not fit are answered with the grammar, too
-        assert status == 2 and lines[1] == "Usage:"
+        assert status == 2 and lines[1] in ("Usage:", "Usage of a rule:")
     assert (host.etcd.tree(), set(links()), set(links("blue")) if Path(BLUE).exists() else None) == before
     return result
 
