@@ -35,6 +35,9 @@ _RUN, _VAR_RUN = "/run/", "/var/run/"
 
 DOCKER_SOCKET = "unix:///var/run/docker.sock"
 
+ENGINE_SCHEMES = ("unix", "http+unix", "tcp", "http", "https")
+"""What a DOCKER_HOST with a scheme may begin with. Source: docker.utils.parse_host."""
+
 DOCKER_TIMEOUT = 20
 """Seconds to wait for an answer of the Docker Engine."""
 
@@ -397,11 +400,13 @@ def docker_engine(what: str, timeout: int = DOCKER_TIMEOUT) -> Iterator[Any]:
 
     What it answers with instead becomes NoSuchContainer, or DockerUnavailable.
     """
-    if os.environ.get("DOCKER_HOST", "").startswith("ssh:"):
-        raise DockerUnavailable(
-            f"Cannot ask Docker {what}: DOCKER_HOST names an engine that ssh leads to, and only containers of this "
-            f"host can be connected. Unset it, or set it to this host's engine, which is at {DOCKER_SOCKET} mostly."
-        )
+    scheme, _, rest = os.environ.get("DOCKER_HOST", "").partition("://")
+    if rest and scheme.lower() not in ENGINE_SCHEMES:
+        why = f"DOCKER_HOST begins with {scheme}://, and an engine is asked by unix:// or tcp:// only"
+        if scheme.lower() == "ssh":
+            why = "DOCKER_HOST names an engine that ssh leads to, and only containers of this host can be connected"
+        advice = f"Unset it, or set it to this host's engine, which is at {DOCKER_SOCKET} mostly."
+        raise DockerUnavailable(f"Cannot ask Docker {what}: {why}. {advice}")
     from docker.api.client import APIClient
     from docker.errors import APIError, DockerException, NotFound
     from docker.utils import kwargs_from_env
@@ -426,5 +431,5 @@ def docker_engine(what: str, timeout: int = DOCKER_TIMEOUT) -> Iterator[Any]:
             hint = f"nothing listens at {where}; start Docker, or set DOCKER_HOST"
             raise DockerNotRunning(f"Cannot ask Docker {what}: {hint}.") from None
         else:
-            hint = f"{where}: {' '.join(text.split())[:160]}"
+            hint = f"what is at {where} does not answer as an engine does ({' '.join(text.split())[:160].rstrip('.')})"
         raise DockerUnavailable(f"Cannot ask Docker {what}: {hint}.") from None
