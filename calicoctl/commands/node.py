@@ -100,7 +100,7 @@ from calicoctl.datastore.client import DatastoreClient, hostname
 from calicoctl.datastore.store import Entry
 from calicoctl.environment import EnvironmentFile
 from calicoctl.errors import CalicoError, NotThere, StoreError, about
-from calicoctl.felix import heartbeat, process
+from calicoctl.felix import heartbeat, local_etcd, process
 from calicoctl.felix.local_etcd import LocalEtcd
 from calicoctl.felix.sysctls import HostSettings
 from calicoctl.grammar import Prepared, parse, require_root
@@ -272,13 +272,12 @@ def _restart() -> None:
 def _end_local_etcd_without_agent(host: str) -> None:
     """End the local etcd, unless an agent runs that looks after it, another one than this process."""
     if process.running(host) in (None, os.getpid()):
-        _local_etcd_stopped(host)
+        local_etcd.stop(host)
 
 
 def _stop(force: bool) -> None:
     host = hostname()
-    etcd = _local_etcd(host)
-    runs = process.running(host) or (etcd is not None and etcd.running())
+    runs = process.running(host) or local_etcd.running(host)
     if runs and not force:
         try:
             endpoints, _ = DatastoreClient.from_environment().readable_endpoints(host)
@@ -291,7 +290,7 @@ def _stop(force: bool) -> None:
                 "stop with --force: they stay connected as they are."
             )
     stopped = process.stop(host)
-    etcd_stopped = _local_etcd_stopped(host)
+    etcd_stopped = local_etcd.stop(host)
     if stopped:
         print(f"The host agent (process {stopped}) has ended; what it has set up stays.")
     if etcd_stopped:
@@ -307,8 +306,10 @@ def _remove(other: str | None, remove_endpoints: bool, force: bool) -> None:
         if this_one:
             process.refuse_other(host)
             etcd = _local_etcd(host)
+            reported = (process.report(host) or {}).get("local_etcd")
+            had_local_etcd = reported is True or local_etcd.running(host) is not None
             # after a reboot there is no report, but there may well be the data
-            if etcd is not None and (process.report(host) or {}).get("local_etcd") is not False:
+            if etcd is not None and reported is not False:
                 stack.enter_context(etcd.borrowed())
         datastore = DatastoreClient.from_environment().for_host(other or host)
         if not force:
@@ -337,9 +338,8 @@ def _remove(other: str | None, remove_endpoints: bool, force: bool) -> None:
         registered = datastore.is_registered()
         datastore.unregister_host()
     if this_one:
-        _local_etcd_stopped(host)
-        if etcd is not None:
-            etcd.unannounce()
+        local_etcd.stop(host)
+        local_etcd.unannounce(had_local_etcd)
     process.remove_directory(datastore.host)
     if not registered and not ids and stopped is None:
         raise NotThere(f"Host {datastore.host} is not registered.")
@@ -382,11 +382,6 @@ def _local_etcd(host: str) -> LocalEtcd | None:
         return LocalEtcd(host, process.DEFAULT_LOG_DIR)
     except CalicoError:
         return None  # the environment names another store
-
-
-def _local_etcd_stopped(host: str) -> bool:
-    etcd = _local_etcd(host)
-    return etcd is not None and etcd.stop()
 
 
 def _absolute(log_dir: str | None, default: str | None) -> str | None:

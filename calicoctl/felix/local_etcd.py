@@ -46,6 +46,67 @@ _PORTS = range(2379, 32768, 10)
 _CLIENT_URL = "--listen-client-urls=http://127.0.0.1:"
 
 
+def running(host: str) -> int | None:
+    """Return the process id of a host's own etcd, None while it does not run."""
+    try:
+        pid = int(_pid_file(host).read_text())
+        arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except (OSError, ValueError):
+        return None
+    return pid if f"--data-dir={DATA}".encode() in arguments else None
+
+
+def stop(host: str) -> bool:
+    """End a host's own etcd, whatever store is named meanwhile, and wait until it has; tell whether it ran.
+
+    Raises CalicoError.
+    """
+    pid = running(host)
+    if pid is None:
+        return False
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGTERM)
+    if not _await_end(pid, END_PATIENCE):
+        raise CalicoError(f"the local etcd (process {pid}) does not end")
+    _pid_file(host).unlink(missing_ok=True)
+    return True
+
+
+def unannounce(was_ours: bool) -> None:
+    """Take the lines of a local etcd out of the file of settings. Raises CalicoError.
+
+    Where the environment names another store than the file, they stay, unless they were this host's (`was_ours`).
+    """
+    file = EnvironmentFile()
+    if was_ours or _is_as_written(file):
+        file.remove_own()
+
+
+def _await_end(pid: int, seconds: float | None = None) -> bool:
+    """Wait until all threads of a process have ended, and its port and data are free; tell whether they have."""
+    try:
+        fd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        poll = select.poll()
+        poll.register(fd, select.POLLIN)
+        return bool(poll.poll(None if seconds is None else seconds * 1000))
+    finally:
+        os.close(fd)
+
+
+def _pid_file(host: str) -> Path:
+    return DIRECTORY / host / "etcd.pid"
+
+
+def _is_as_written(file: EnvironmentFile) -> bool:
+    """Tell whether the environment names the store of the file of settings. Raises CalicoError."""
+    # systemd reads the file, too: what it says may stand in the environment
+    written = file.variables()
+    return all(os.environ.get(name, "") == written.get(name, "") for name in STORE)
+
+
 class LocalEtcd:
     """The host's own etcd: at the port of 127.0.0.1 that is named, else at 2379, or another one that is free.
 
@@ -63,18 +124,18 @@ class LocalEtcd:
                 f"{settings.url((name, self._port))}: take ETCD_ENDPOINTS, ETCD_AUTHORITY and ETCD_SCHEME out of the "
                 f"environment and of {EnvironmentFile().path}, or leave --local-etcd out"
             )
+        self._host = host
         self._file = EnvironmentFile()
         self._may_move = settings.is_default or self._named_by_own_lines()
-        self._pid_file = DIRECTORY / host / "etcd.pid"
+        self._pid_file = _pid_file(host)
         self._log_file = Path(log_dir) / "etcd.log"
         self._child: subprocess.Popen[bytes] | None = None
 
     def _named_by_own_lines(self) -> bool:
         """Tell whether nothing but this etcd's own lines in the file of settings names it."""
-        own, written = self._file.own(), self._file.variables()
-        # systemd reads the file, too: what it says may stand in the environment
-        from_file = all(os.environ.get(name, "") == written.get(name, "") for name in STORE)
-        return from_file and bool(own) and EtcdSettings.from_environment(self._file.others()).is_default
+        own = self._file.own()
+        its_lines_alone = bool(own) and EtcdSettings.from_environment(self._file.others()).is_default
+        return its_lines_alone and _is_as_written(self._file)
 
     @property
     def url(self) -> str:
@@ -86,12 +147,7 @@ class LocalEtcd:
 
     def running(self) -> int | None:
         """Return the process id of this etcd, None while it does not run."""
-        try:
-            pid = int(self._pid_file.read_text())
-            arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-        except (OSError, ValueError):
-            return None
-        return pid if f"--data-dir={DATA}".encode() in arguments else None
+        return running(self._host)
 
     def refuse_other_settings(self) -> None:
         """Raise CalicoError when somebody has written another store into the file of settings."""
@@ -176,11 +232,6 @@ class LocalEtcd:
                 self._file.remove_own()
             raise
 
-    def unannounce(self) -> None:
-        """Take its own lines out of the file of settings. Raises CalicoError."""
-        if self._may_move or self._file.own() == self._variables:
-            self._file.remove_own()
-
     def _launch(self, stay: bool) -> bool:
         """Start it unless it runs; tell whether it was started. Raises CalicoError."""
         try:
@@ -262,21 +313,6 @@ class LocalEtcd:
         if runs_as in (None, self._child.pid):
             self._pid_file.unlink(missing_ok=True)
 
-    def stop(self) -> bool:
-        """End it, and wait until it has; tell whether it ran. Raises CalicoError."""
-        pid = self.running()
-        if pid is None:
-            return False
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGTERM)
-        give_up = time.monotonic() + END_PATIENCE
-        while self.running() is not None and not self._reaped():
-            if time.monotonic() > give_up:
-                raise CalicoError(f"the local etcd (process {pid}) does not end")
-            time.sleep(0.05)
-        self._pid_file.unlink(missing_ok=True)
-        return True
-
     @contextmanager
     def borrowed(self) -> Iterator[None]:
         """Have it run for a while, if it is what this host's store is: its data is there, and nobody else serves."""
@@ -287,7 +323,7 @@ class LocalEtcd:
             yield
         finally:
             if started:
-                self.stop()
+                stop(self._host)
 
     def supervise(self) -> None:
         """Start it again whenever it ends, from a thread of its own, as long as this process lives."""
@@ -301,7 +337,8 @@ class LocalEtcd:
                 self._await_health()  # one that takes long goes on
                 pid, since = self.running(), time.monotonic()
                 if pid is not None:
-                    self._await_end(pid)
+                    _await_end(pid)
+                    self._reaped()
                     log.warning("the local etcd has ended; starting it again")
                     if time.monotonic() - since > LONGEST_PAUSE:
                         pause = 1.0
@@ -309,19 +346,6 @@ class LocalEtcd:
                 log.error("the local etcd: %s", error)
             time.sleep(pause)
             pause = min(LONGEST_PAUSE, pause * 2)
-
-    def _await_end(self, pid: int) -> None:
-        try:
-            fd = os.pidfd_open(pid)
-        except ProcessLookupError:
-            return
-        try:
-            poll = select.poll()
-            poll.register(fd, select.POLLIN)
-            poll.poll()
-        finally:
-            os.close(fd)
-        self._reaped()
 
     def _reaped(self) -> bool:
         return self._child is not None and self._child.poll() is not None

@@ -123,7 +123,19 @@ def stock(bare_host: Host, tmp_path: Path) -> Iterator[StockEtcd]:
     server.stop()
     bare_host.etcd.start()
     bare_host.etcd.await_ready()
-    shutil.rmtree("/var/lib/calico", ignore_errors=True)
+    for folder in (Path("/var/lib/calico"), FILE.parent):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def listens(port: int) -> bool:
+    """Tell whether somebody has a port of 127.0.0.1."""
+    with socket.socket() as one:
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            one.bind(("127.0.0.1", port))
+        except OSError:
+            return True
+    return False
 
 
 def local_etcd_row() -> dict:
@@ -167,7 +179,7 @@ def test_a_stock_host_finds_the_way_and_stays_on_it(stock: StockEtcd, tmp_path: 
     os.kill(agent, 19)
     try:
         os.kill(etcd, 9)
-        wait_for(lambda: gone(etcd), "etcd's end")
+        wait_for(lambda: not listens(2399), "the end of all of etcd's threads")
         with socket.create_server(("127.0.0.1", 2399)):
             said = bare(*NODE, "--local-etcd", status=1).err
             assert "port 2399 of 127.0.0.1 is in use by another program" in said and "node stop --force" in said
@@ -219,3 +231,31 @@ def test_the_local_etcd_keeps_to_its_own_lines(stock: StockEtcd) -> None:
     assert FILE.read_text().endswith(mine) and FILE.stat().st_mode & 0o777 == 0o640
     bare("node", "remove")
     assert FILE.read_text() == mine and FILE.stat().st_mode & 0o777 == 0o640
+
+
+def test_the_local_etcd_ends_with_its_agent_and_its_lines_go_whatever_store_is_named_later(
+    stock: StockEtcd, own_etcd: Etcd
+) -> None:
+    other = f"ETCD_ENDPOINTS=http://127.0.0.1:{own_etcd.port}\n"
+    bare(*NODE, "--local-etcd")
+    etcd = int(PID_FILE.read_text())
+    with FILE.open("a") as file:  # the host is to have another store
+        file.write("ETCD_ENDPOINTS=http://192.0.2.99:2379\n")
+    assert "The local etcd has ended." in bare("node", "stop", "--force").out
+    assert gone(etcd) and not PID_FILE.exists()
+    FILE.write_text(FILE.read_text().replace("ETCD_ENDPOINTS=http://192.0.2.99:2379\n", other))
+    bare(*NODE)
+    bare("node", "remove")
+    assert FILE.read_text() == other and own_etcd.tree("/calico/v1/host") == {}
+    FILE.unlink()
+    # where the environment names another one for a single command
+    bare(*NODE, "--local-etcd")
+    etcd = int(PID_FILE.read_text())
+    bare("node", "remove", ETCD_AUTHORITY=f"127.0.0.1:{own_etcd.port}")
+    assert gone(etcd) and not FILE.exists()
+    # the lines of a host whose etcd does not run are no concern of others
+    bare(*NODE, "--local-etcd")
+    bare("node", "stop", "--force")
+    bare("node", "remove", HOSTNAME="host8", ETCD_AUTHORITY=f"127.0.0.1:{own_etcd.port}", status=1)
+    assert FILE.exists()
+    bare("node", "remove")
