@@ -66,23 +66,24 @@ def check_tag(name: str) -> str:
     return name
 
 
-def parse(words: Sequence[str]) -> Rule:
+def parse(words: Sequence[str], is_new: bool = True) -> Rule:
     """Read a rule from the words of a command line.
 
+    One that is there, and not new, may name tags that none of ours could be called, and match no packet.
     Raises UsageError for words that are out of place, CalicoError for values that are not allowed.
     """
     try:
-        return _parse(words)
+        return _parse(words, is_new)
     except UsageError as error:
         from calicoctl.suggest import rule_usage
 
         raise UsageError(str(error), rule_usage(words)) from None
 
 
-def _parse(words: Sequence[str]) -> Rule:
+def _parse(words: Sequence[str], is_new: bool) -> Rule:
     if len(words) == 1 and words[0].startswith("{"):
         try:
-            return check_rule(json.loads(words[0]))
+            return check_rule(json.loads(words[0]), must_match=is_new)
         except (ValueError, RecursionError):
             raise CalicoError(f"'{words[0]}' is no JSON object") from None
     left = deque(words)
@@ -109,15 +110,16 @@ def _parse(words: Sequence[str]) -> Rule:
     for word, side in (("from", "src"), ("to", "dst")):
         if left and left[0] == word:
             left.popleft()
-            _parse_side(rule, left, word, side)
+            _parse_side(rule, left, word, side, is_new)
     if left:
         raise UsageError(_out_of_place(rule, left[0]))
     _check_sense(rule)
-    _check_versions(rule)
+    if is_new:
+        _check_versions(rule)
     return rule
 
 
-def _parse_side(rule: Rule, left: deque[str], word: str, side: str) -> None:
+def _parse_side(rule: Rule, left: deque[str], word: str, side: str, is_new: bool) -> None:
     """Read what comes behind `from` or `to`. A CIDR may stand without its word, as in old scripts."""
     seen = False
     while left and left[0] not in ("from", "to"):
@@ -125,7 +127,8 @@ def _parse_side(rule: Rule, left: deque[str], word: str, side: str) -> None:
         if kind == "ports" and rule.protocol in _WITH_PORTS and getattr(rule, f"{side}_ports") is None:
             setattr(rule, f"{side}_ports", _ports(_value(left, "ports")))
         elif kind == "tag" and getattr(rule, f"{side}_tag") is None:
-            setattr(rule, f"{side}_tag", check_tag(_value(left, "tag")))
+            tag = _value(left, "tag")
+            setattr(rule, f"{side}_tag", check_tag(tag) if is_new else tag)
         elif (kind == "cidr" or kind[0:1].isdigit() or ":" in kind) and getattr(rule, f"{side}_net") is None:
             setattr(rule, f"{side}_net", str(parse_cidr(_value(left, "cidr") if kind == "cidr" else kind)))
         else:

@@ -66,18 +66,15 @@ import re
 import sys
 from dataclasses import asdict
 from functools import partial
-from typing import Any, Callable, TypeVar
+from typing import Any
 
-from calicoctl.commands.endpoint import check_known_profile, readable_endpoints, workload_cell
+from calicoctl.commands.endpoint import check_known_profile, readable_endpoints, short_id, workload_cell
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.model import Endpoint, Rule, Rules
 from calicoctl.errors import CalicoError, Failed, InvalidValue, NotThere, UsageError, for_each, one_line, printable
 from calicoctl.grammar import Prepared, parse
 from calicoctl.output import abridges, print_json, print_table, wants_json, warn
 from calicoctl.rules import check_name
-from calicoctl.workload import short_id
-
-T = TypeVar("T")
 
 
 def prepare(argv: list[str]) -> Prepared:
@@ -120,7 +117,13 @@ def _show(arguments: dict[str, Any]) -> None:
         return
     endpoints = readable_endpoints(datastore)
     if as_json:
-        print_json([_as_json(datastore, name, endpoints) for name in names])
+        found = []
+        for name in names:
+            try:
+                found.append(_as_json(datastore, name, endpoints))
+            except InvalidValue as problem:
+                warn(f"Warning: {problem}")
+        print_json(found)
         return
     short = abridges(arguments)
     rows: list[list[str]] = []
@@ -142,19 +145,10 @@ def _show(arguments: dict[str, Any]) -> None:
 
 
 def _as_json(datastore: DatastoreClient, name: str, endpoints: list[Endpoint]) -> dict[str, Any]:
-    """Return all there is to say of a profile; tags and rules that cannot be read are null, with a warning."""
-
-    def readable(read: Callable[[], T]) -> T | None:
-        try:
-            return read()
-        except InvalidValue as problem:
-            warn(f"Warning: {problem}")
-            return None
-
     return {
         "name": name,
-        "tags": readable(lambda: datastore.tags(name)),
-        "rules": readable(lambda: datastore.rules(name).to_dict()),
+        "tags": datastore.tags(name),
+        "rules": datastore.rules(name).to_dict(),
         "endpoints": [
             {**asdict(endpoint.id), "workload_name": endpoint.workload_name, "state": endpoint.state}
             for endpoint in endpoints
@@ -230,7 +224,7 @@ def _prepare_rule(profile: str, arguments: dict[str, Any]) -> Prepared:
     if arguments["update"]:
         return partial(_rule_update, profile)
     position = None if arguments["--at"] is None else _position(arguments["--at"])
-    rule = _parse_rule(arguments["<RULE>"]) if arguments["<RULE>"] else None
+    rule = _parse_rule(arguments["<RULE>"], is_new=arguments["add"]) if arguments["<RULE>"] else None
     direction = "inbound" if arguments["inbound"] else "outbound"
     if arguments["remove"]:
         return partial(_rule_remove, profile, direction, position, rule)
@@ -364,10 +358,10 @@ def _port(name: str, text: str | None) -> int | None:
     return int(text)
 
 
-def _parse_rule(words: list[str]) -> Rule:
+def _parse_rule(words: list[str], is_new: bool) -> Rule:
     from calicoctl.rules import parse as parse_rule
 
-    return parse_rule(words)
+    return parse_rule(words, is_new)
 
 
 def _position(text: str) -> int:

@@ -60,6 +60,16 @@ def test_what_is_called_oddly_can_be_removed(host: Host) -> None:
         host.ctl("profile", "web", "tag", "remove", tag)
     assert json.loads(host.etcd.get(f"{PROFILES}/web/tags")) == ["web"]
 
+    rules = [{"action": "allow", "src_tag": "bad/tag"}, {"action": "deny", "src_tag": "a b", "dst_tag": "web"}]
+    rules += [{"action": "allow", "protocol": "icmp", "src_net": "2001:db8::/32"}, {"action": "allow"}]
+    host.etcd.put(f"{PROFILES}/web/rules", {"id": "web", "inbound_rules": rules, "outbound_rules": []})
+    for words in (["allow", "from", "tag", "bad/tag"], ["deny", "from", "tag", "a b", "to", "tag", "web"]):
+        assert "is not a valid tag name" in host.ctl("profile", "web", "rule", "add", "inbound", *words, status=1).err
+        host.ctl("profile", "web", "rule", "remove", "inbound", *words)
+        assert "has no such" in host.ctl("profile", "web", "rule", "remove", "inbound", *words, status=1).err
+    host.ctl("profile", "web", "rule", "remove", "inbound", "allow", "icmp", "from", "cidr", "2001:db8::/32")
+    assert json.loads(host.etcd.get(f"{PROFILES}/web/rules"))["inbound_rules"] == [{"action": "allow"}]
+
     odd = ["my profile?", "50%", "_hidden", "-dash", "\u00fcber", "y" * 200]
     for name in odd:
         host.etcd.put(f"{PROFILES}/{name}/tags", [name])
