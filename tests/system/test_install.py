@@ -24,6 +24,8 @@ ROOT = Path(__file__).parent.parent.parent
 WHEELS = Path(CALICOCTL).parent.parent / "wheels"
 """What calicoctl needs, for a host without a network; made by `make .venv/wheels/ready`."""
 
+NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
+
 SYSTEMCTL = """\
 #!/bin/sh
 echo "$* ($(readlink {prefix}/bin/calicoctl))" >>{home}/asked
@@ -42,13 +44,23 @@ esac
 """
 
 
-def make(target: str, prefix: Path, path: str = "", **variables: str) -> Result:
+def make(target: str, prefix: Path, path: str = "", by: tuple[str, ...] = (), **variables: str) -> Result:
     """Run make as an administrator does, who knows nothing of the agent's environment."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("ETCD_", "HOSTNAME", "PIP_"))}
     offline = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(WHEELS), "PIP_CONFIG_FILE": os.devnull}
     arguments = [f"{name}={value}" for name, value in variables.items()]
     environment = {**kept, **offline, "PATH": f"{path}{kept['PATH']}"}
-    return run("make", target, f"PREFIX={prefix}", *arguments, check=False, cwd=ROOT, env=environment)
+    return run(
+        *by,
+        "make",
+        "--no-print-directory",
+        target,
+        f"PREFIX={prefix}",
+        *arguments,
+        check=False,
+        cwd=ROOT,
+        env=environment,
+    )
 
 
 def older_version(prefix: Path) -> None:
@@ -136,6 +148,12 @@ def test_installing_over_a_running_agent_restarts_it_on_whole_files_and_no_packe
     assert f"ExecStart={prefix}/bin/calicoctl node --detach=false" in unit.read_text()
     assert run("find", str(prefix), "!", "-type", "l", "!", "-perm", "-o=r").out == "", "all of it is for everybody"
 
+    before = tree(prefix)
+    for target in ("install", "uninstall"):
+        refused = make(target, prefix, by=NOBODY)
+        assert refused.status != 0 and refused.out == "" and "nothing is changed: run this as root" in refused.err
+        assert refused.err.count("\n") == 2, "a sentence, and make's own line"
+    assert tree(prefix) == before
     assert make("uninstall", prefix).status == 0
     assert tree(prefix) == set()
     assert not list(Path("/run/calico").glob("*/felix.pid")) and ping("a", B4, PATIENT)
