@@ -19,6 +19,7 @@ from calicoctl.datastore.keys import EndpointId
 from calicoctl.errors import CalicoError
 from calicoctl.felix import heartbeat, process
 from calicoctl.felix.routes import PREFIX
+from calicoctl.workload import short_id
 
 OLDEST_REPORT = 30.0
 """Seconds after which a report vouches for nothing: a working agent writes it every ten (felix/report.py)."""
@@ -170,8 +171,10 @@ def _store(status: dict[str, Any]) -> Iterator[Issue]:
 def _endpoints(status: dict[str, Any], state: str) -> Iterator[Issue]:
     for trouble in status["endpoints_in_trouble"]:
         if trouble["status"] == state:
-            workload = f"{trouble['orchestrator']} {trouble['workload'][:64]}"
-            text = f"endpoint {trouble['endpoint']} of {workload} is {state}: {trouble['reason']}"
+            # a report of an older version names no containers
+            workload = trouble.get("workload_name") or short_id(trouble["workload"])
+            text = f"endpoint {short_id(trouble['endpoint'])} of {trouble['orchestrator']} {workload} is {state}"
+            text += f": {trouble['reason']}"
             yield Issue(ENDPOINT, text, "", state == "error")
 
 

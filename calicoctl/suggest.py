@@ -122,7 +122,8 @@ def rule_usage(words: Sequence[str]) -> str:
     forms = re.findall("^  (ACTION .*)", grammar_of("profile"), re.MULTILINE)
     form: str = max(forms, key=lambda form: (len(set(re.findall("[a-z0-9]+", form)) & set(words)), -len(form)))
     form = form.replace("ACTION", "(allow|deny|log)").replace("SIDE", "[tag T] [cidr C]")
-    return "Usage of a rule:\n  " + re.sub(r" \[(from|to) ", r"\n      [\1 ", form)
+    begin = "Usage:\n  calicoctl profile <PROFILE> rule (add|remove) (inbound|outbound)\n      "
+    return begin + re.sub(r" \[(from|to) ", r"\n      [\1 ", form)
 
 
 def _reach(usages: list[Usage], words: list[str]) -> tuple[int, list[Fit]]:

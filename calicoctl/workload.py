@@ -35,6 +35,9 @@ _RUN, _VAR_RUN = "/run/", "/var/run/"
 
 DOCKER_SOCKET = "unix:///var/run/docker.sock"
 
+ENGINE_SCHEMES = ("unix", "http+unix", "tcp", "http", "https")
+"""What a DOCKER_HOST with a scheme may begin with. Source: docker.utils.parse_host."""
+
 DOCKER_TIMEOUT = 20
 """Seconds to wait for an answer of the Docker Engine."""
 
@@ -166,17 +169,12 @@ def find(name: str) -> Workload:
     An absolute path is a namespace, which is not opened here, and Docker is not asked; /run/netns/a is
     /var/run/netns/a. Raises NoSuchContainer, or DockerUnavailable where the engine could not be asked.
     """
+    check_workload_name(name)
     if name.startswith("/"):
-        path = "/" + os.path.normpath(name).lstrip("/")
-        if path == "/":
-            raise CalicoError(f"'{name}' is not the path of a network namespace")
+        path = _normal_path(name)
         if path.startswith(f"{_RUN}netns/"):
             path = _other_spelling(path) or path
         return Workload(NAMESPACE, path.replace("/", "-"), name, path=path)
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name, re.ASCII):
-        raise CalicoError(
-            f"'{name}' is neither a Docker container's name or id, nor the absolute path of a network namespace"
-        )
     container = _inspect(name)
     state = container["State"]
     mode = container["HostConfig"]["NetworkMode"]
@@ -190,6 +188,21 @@ def find(name: str) -> Workload:
         pid=state["Pid"] if state["Running"] and state["Pid"] else None,
         network_mode=mode,
     )
+
+
+def check_workload_name(name: str) -> None:
+    """Raise CalicoError for what is neither a container's name or id nor an absolute path, whatever there is."""
+    if name.startswith("/"):
+        if _normal_path(name) == "/":
+            raise CalicoError(f"'{name}' is not the path of a network namespace")
+    elif not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name, re.ASCII):
+        raise CalicoError(
+            f"'{name}' is neither a Docker container's name or id, nor the absolute path of a network namespace"
+        )
+
+
+def _normal_path(path: str) -> str:
+    return "/" + os.path.normpath(path).lstrip("/")
 
 
 def _other_spelling(path: str) -> str | None:
@@ -320,7 +333,13 @@ def _inspect(name: str) -> dict[str, Any]:
         path = f"/var/run/netns/{name}"
         if not os.path.exists(path):
             raise
-        raise type(error)(f"{error} There is a network namespace of that name: did you mean {path}?") from None
+        sentence = str(error).rstrip(".")
+        raise type(error)(f"{sentence}. There is a network namespace of that name: did you mean {path}?") from None
+
+
+def short_id(id: str) -> str:
+    """Return the first 12 characters of an id that is hexadecimal, as those of containers and endpoints are."""
+    return id[:12] if re.fullmatch("[0-9a-f]+", id) else id
 
 
 def has_processes(id: str) -> bool:
@@ -381,11 +400,13 @@ def docker_engine(what: str, timeout: int = DOCKER_TIMEOUT) -> Iterator[Any]:
 
     What it answers with instead becomes NoSuchContainer, or DockerUnavailable.
     """
-    if os.environ.get("DOCKER_HOST", "").startswith("ssh:"):
-        raise DockerUnavailable(
-            f"Cannot ask Docker {what}: DOCKER_HOST names an engine that ssh leads to, and only containers of this "
-            f"host can be connected. Unset it, or set it to this host's engine, which is at {DOCKER_SOCKET} mostly."
-        )
+    scheme, _, rest = os.environ.get("DOCKER_HOST", "").partition("://")
+    if rest and scheme.lower() not in ENGINE_SCHEMES:
+        why = f"DOCKER_HOST begins with {scheme}://, and an engine is asked by unix:// or tcp:// only"
+        if scheme.lower() == "ssh":
+            why = "DOCKER_HOST names an engine that ssh leads to, and only containers of this host can be connected"
+        advice = f"Unset it, or set it to this host's engine, which is at {DOCKER_SOCKET} mostly."
+        raise DockerUnavailable(f"Cannot ask Docker {what}: {why}. {advice}")
     from docker.api.client import APIClient
     from docker.errors import APIError, DockerException, NotFound
     from docker.utils import kwargs_from_env
@@ -410,5 +431,5 @@ def docker_engine(what: str, timeout: int = DOCKER_TIMEOUT) -> Iterator[Any]:
             hint = f"nothing listens at {where}; start Docker, or set DOCKER_HOST"
             raise DockerNotRunning(f"Cannot ask Docker {what}: {hint}.") from None
         else:
-            hint = f"{where}: {' '.join(text.split())[:160]}"
+            hint = f"what is at {where} does not answer as an engine does ({' '.join(text.split())[:160].rstrip('.')})"
         raise DockerUnavailable(f"Cannot ask Docker {what}: {hint}.") from None

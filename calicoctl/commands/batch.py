@@ -92,11 +92,16 @@ def _lines(text: str, name: str) -> list[Line]:
                 continue
             lines.append(Line(place, words, _prepared(words)))
         except UsageError as error:
-            raise UsageError(f"{place}{error}; nothing has been run", error.usage) from None
+            raise UsageError(f"{place}{_nothing_run(error)}", error.usage) from None
         except (CalicoError, ValueError) as error:
             status = error.exit_status if isinstance(error, CalicoError) else 2
-            raise Failed(f"{place}{error}; nothing has been run", status) from None
+            raise Failed(f"{place}{_nothing_run(error)}", status) from None
     return lines
+
+
+def _nothing_run(error: Exception) -> str:
+    sentence = str(error)
+    return f"{sentence} Nothing has been run." if sentence.endswith((".", "?")) else f"{sentence}; nothing has been run"
 
 
 def _prepared(words: list[str]) -> Prepared:

@@ -82,10 +82,13 @@ def _remove_peer(name: str, of_this_host: bool) -> None:
 def _add_peer(address: IPAddress, as_num: str, of_this_host: bool) -> None:
     host = hostname() if of_this_host else None
     datastore = DatastoreClient.from_environment()
-    if datastore.put_bgp_peer(Peer(str(address), as_num), host):
+    before = datastore.put_bgp_peer(Peer(str(address), as_num), host)
+    if before is None:
         print(f"BGP peer {address} with AS number {as_num} is set")
-    else:
+    elif before.as_num == as_num:
         print(f"BGP peer {address} with AS number {as_num} is there already.")
+    else:
+        print(f"BGP peer {address} has a new AS number: from {before.as_num} to {as_num}.")
 
 
 def _show(arguments: dict[str, Any], of_this_host: bool) -> None:

@@ -115,7 +115,13 @@ def prepare(argv: list[str]) -> Prepared:
     setting = settings.get(name)
     if setting is None:
         if not force:
-            raise CalicoError(f"'{name}' is none of the settings {', '.join(settings)}; --force takes any name")
+            from calicoctl.suggest import did_you_mean, nearest
+
+            near = nearest(name, settings)
+            raise CalicoError(
+                f"'{name}' is none of the settings {', '.join(settings)}; --force takes any name"
+                + did_you_mean(near and repr(near))
+            )
         setting = Setting(_checked_name(name))
     if value is not None and not force:
         with about(f"'{value}' is no value for {name}"):

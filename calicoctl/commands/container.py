@@ -64,6 +64,7 @@ from calicoctl.errors import CalicoError, about, for_each
 from calicoctl.grammar import Prepared, parse, require_root
 from calicoctl.output import print_json, wants_json
 from calicoctl.workload import (
+    check_workload_name,
     endpoints_of,
     find,
     find_connected,
@@ -77,11 +78,14 @@ if TYPE_CHECKING:
 
 def prepare(argv: list[str]) -> Prepared:
     arguments = parse(str(__doc__), argv)
+    if not (arguments["profile"] or arguments["endpoint"]):
+        require_root()
+    for name in arguments["<CONTAINERS>"] or [arguments["<CONTAINER>"]]:
+        check_workload_name(name)
     if arguments["profile"]:
         return partial(_profile, arguments, profile_names(arguments))
     if arguments["endpoint"]:
         return partial(_endpoint_show, arguments)
-    require_root()
     if arguments["remove"] and not arguments["ip"]:
         return partial(_remove, list(dict.fromkeys(arguments["<CONTAINERS>"])))
     wish, interface = _wish_and_interface(arguments)

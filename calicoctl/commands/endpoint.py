@@ -40,7 +40,6 @@ Examples:
 
 from __future__ import annotations
 
-import re
 import socket
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -55,6 +54,7 @@ from calicoctl.datastore.model import Endpoint
 from calicoctl.errors import CalicoError, NotThere, UsageError, about, printable
 from calicoctl.grammar import Prepared, parse
 from calicoctl.output import abridges, print_json, print_table, wants_json, warn
+from calicoctl.workload import short_id
 
 COLUMNS = ["Hostname", "Orchestrator ID", "Workload ID", "Endpoint ID", "Addresses", "MAC", "Profiles", "State"]
 EXPENDABLE = ("MAC", "Orchestrator ID", "Endpoint ID")
@@ -154,11 +154,6 @@ def display_order(endpoint: Endpoint) -> tuple[object, ...]:
 def called(endpoint: Endpoint) -> str:
     """Return what people call an endpoint's workload: a container's name, or its short id, or a namespace."""
     return endpoint.workload_name or short_id(endpoint.id.workload)
-
-
-def short_id(id: str) -> str:
-    """Return the first 12 characters of an id that is hexadecimal, as those of containers and endpoints are."""
-    return id[:12] if re.fullmatch("[0-9a-f]+", id) else id
 
 
 def workload_cell(endpoint: Endpoint, short: bool) -> str:
@@ -266,8 +261,11 @@ def change_profiles(
             endpoint.profile_ids = [profile for profile in old if profile not in profiles]
         return endpoint.profile_ids != old
 
-    datastore.modify_endpoint(endpoint.id, change)
-    if arguments["append"]:
+    changed = datastore.modify_endpoint(endpoint.id, change)
+    if arguments["append"] and not changed:
+        subject, verb = ("Profiles", "are") if profiles[1:] else ("Profile", "is")
+        print(f"{subject} {printable(', '.join(profiles))} {verb} in the list of {name} already.")
+    elif arguments["append"]:
         print(f"Profiles {printable(', '.join(profiles))} appended")
     else:
         names = printable(", ".join(profiles)) or "none"

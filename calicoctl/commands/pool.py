@@ -82,15 +82,21 @@ def _check_new(networks: list[IPNetwork], ipip: bool) -> None:
         check_unicast(network)
         if ipip and network.version == 6:
             raise CalicoError(f"--ipip is for IPv4 alone, and {network} is IPv6")
+    for number, network in enumerate(networks):
+        _refuse_overlap(network, networks[:number])
+
+
+def _refuse_overlap(network: IPNetwork, others: list[IPNetwork]) -> None:
+    for other in others:
+        if network != other and (network in other or other in network):
+            raise CalicoError(f"{network} overlaps with {other}; nothing is added.")
 
 
 def _add(networks: list[IPNetwork], arguments: dict[str, Any]) -> None:
     datastore = DatastoreClient.from_environment()
     known = [parse_cidr(pool.cidr) for version in (4, 6) for pool in datastore.pools(version)]
-    for number, network in enumerate(networks):
-        for other in [*known, *networks[:number]]:
-            if network != other and (network in other or other in network):
-                raise CalicoError(f"{network} overlaps with {other}; nothing is added.")
+    for network in networks:
+        _refuse_overlap(network, known)
     warn_of_overlaps(map(str, networks))
     for network in networks:
         pool = Pool(str(network), "tunl0" if arguments["--ipip"] else None, arguments["--nat-outgoing"])

@@ -66,15 +66,18 @@ import re
 import sys
 from dataclasses import asdict
 from functools import partial
-from typing import Any
+from typing import Any, Callable, TypeVar
 
-from calicoctl.commands.endpoint import check_known_profile, readable_endpoints, short_id, workload_cell
+from calicoctl.commands.endpoint import check_known_profile, readable_endpoints, workload_cell
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.model import Endpoint, Rule, Rules
 from calicoctl.errors import CalicoError, Failed, InvalidValue, NotThere, UsageError, for_each, one_line, printable
 from calicoctl.grammar import Prepared, parse
 from calicoctl.output import abridges, print_json, print_table, wants_json, warn
 from calicoctl.rules import check_name
+from calicoctl.workload import short_id
+
+T = TypeVar("T")
 
 
 def prepare(argv: list[str]) -> Prepared:
@@ -117,13 +120,7 @@ def _show(arguments: dict[str, Any]) -> None:
         return
     endpoints = readable_endpoints(datastore)
     if as_json:
-        found = []
-        for name in names:
-            try:
-                found.append(_as_json(datastore, name, endpoints))
-            except InvalidValue as problem:
-                warn(f"Warning: {problem}")
-        print_json(found)
+        print_json([_as_json(datastore, name, endpoints) for name in names])
         return
     short = abridges(arguments)
     rows: list[list[str]] = []
@@ -145,10 +142,19 @@ def _show(arguments: dict[str, Any]) -> None:
 
 
 def _as_json(datastore: DatastoreClient, name: str, endpoints: list[Endpoint]) -> dict[str, Any]:
+    """Return all there is to say of a profile; tags and rules that cannot be read are null, with a warning."""
+
+    def readable(read: Callable[[], T]) -> T | None:
+        try:
+            return read()
+        except InvalidValue as problem:
+            warn(f"Warning: {problem}")
+            return None
+
     return {
         "name": name,
-        "tags": datastore.tags(name),
-        "rules": datastore.rules(name).to_dict(),
+        "tags": readable(lambda: datastore.tags(name)),
+        "rules": readable(lambda: datastore.rules(name).to_dict()),
         "endpoints": [
             {**asdict(endpoint.id), "workload_name": endpoint.workload_name, "state": endpoint.state}
             for endpoint in endpoints

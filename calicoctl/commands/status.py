@@ -100,9 +100,10 @@ def _issue_lines(issues: list[Issue]) -> list[str]:
     """Return what is wrong, cut after some lines."""
     if not issues:
         return ["Problems:   none"]
-    lines = [f"Problems:   {len(issues)}", *(f"  {issue}" for issue in issues[:MOST_LINES])]
-    if len(issues) > MOST_LINES:
-        lines.append(f"  … and {len(issues) - MOST_LINES} more (calicoctl status --output=json shows all)")
+    shown = len(issues) if len(issues) <= MOST_LINES else MOST_LINES - 1
+    lines = [f"Problems:   {len(issues)}", *(f"  {issue}" for issue in issues[:shown])]
+    if len(issues) > shown:
+        lines.append(f"  … and {len(issues) - shown} more (calicoctl status --output=json shows all)")
     return lines
 
 

@@ -305,18 +305,21 @@ class DatastoreClient:
                 problems.append(problem)
         return sorted(peers, key=lambda peer: parse_address(peer.ip)), problems
 
-    def put_bgp_peer(self, peer: Peer, host: str | None = None) -> bool:
-        """Write a BGP peer; tell whether it was missing, or had another AS number."""
+    def put_bgp_peer(self, peer: Peer, host: str | None = None) -> Peer | None:
+        """Write a BGP peer; return it as it was before, None where it was missing. Keeps fields that are not known."""
         key = keys.bgp_peer(version_of(peer.ip), peer.ip, host)
         if create_if_missing(self._store, key, peer.to_json()):
-            return True
+            return None
+        before = peer
 
         def text_of(old: str) -> str | None:
+            nonlocal before
             before = Peer.from_json(old, key)
             now = Peer(peer.ip, peer.as_num, before.extra)
             return None if now == before else now.to_json()
 
-        return modify(self._store, key, f"BGP peer {peer.ip} has been removed by somebody else", text_of)
+        modify(self._store, key, f"BGP peer {peer.ip} has been removed by somebody else", text_of)
+        return before
 
     def bgp_peer_keys(self, name: str, host: str | None = None) -> list[str]:
         """Return the keys of the BGP peers with this address, or with this name; see pool_keys."""

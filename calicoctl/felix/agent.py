@@ -17,7 +17,7 @@ import signal
 import time
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from queue import Empty, SimpleQueue
 from types import FrameType
 from typing import Any, Callable
@@ -621,6 +621,9 @@ class Agent:
         changed: dict[EndpointId, Status | None] = {}
         for id, status in statuses.items():
             before = self._health.endpoints.get(id)
+            record = self._snapshot.endpoints.get(id)
+            if status is not None and record is not None:
+                status = replace(status, workload_name=record.workload_name)
             if status == before:
                 continue
             changed[id] = status

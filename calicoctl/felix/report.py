@@ -42,11 +42,15 @@ END_PATIENCE = 5.0
 
 @dataclass(frozen=True)
 class Status:
-    """What became of an endpoint: "up", "down" or "error", of which record (its index in the store), and why."""
+    """What became of an endpoint: "up", "down" or "error", of which record (its index in the store), and why.
+
+    `workload_name` is what that record says its container is called.
+    """
 
     status: str
     index: int
     reason: str | None = None
+    workload_name: str | None = None
 
     @property
     def is_stopped(self) -> bool:
@@ -195,6 +199,7 @@ class Health:
                 {
                     "orchestrator": id.orchestrator,
                     "workload": id.workload,
+                    "workload_name": status.workload_name,
                     "endpoint": id.endpoint,
                     "status": status.status,
                     "reason": status.reason,

@@ -136,7 +136,7 @@ def test_bgp_peers(host: Host, words: tuple[str, ...]) -> None:
     assert json.loads(host.etcd.get(f"{folder}/peer_v6/2001:db8::9")) == {"ip": "2001:db8::9", "as_num": "64512"}
     assert "already" in host.ctl(*words, "peer", "add", "192.0.2.254", "as", "65546").out
     host.etcd.put(f"{folder}/peer_v4/192.0.2.254", {"ip": "192.0.2.254", "as_num": "3", "x": 1})
-    host.ctl(*words, "peer", "add", "192.0.2.254", "as", "4")
+    assert "AS number: from 3 to 4.\n" in host.ctl(*words, "peer", "add", "192.0.2.254", "as", "4").out
     assert json.loads(host.etcd.get(f"{folder}/peer_v4/192.0.2.254")) == {"ip": "192.0.2.254", "as_num": "4", "x": 1}
     shown = json.loads(host.ctl(*words, "peer", "show", "--output=json").out)
     assert [peer["as_num"] for peer in shown] == ["4", "64512"]
@@ -182,6 +182,7 @@ def test_settings(host: Host) -> None:
     for value in ("86401", "1.5", "soon", ""):
         refused(host, "config", "felix", "GraceTime", value, because="a whole number from 0 to 86400")
     refused(host, "config", "felix", "Colour", "red", because="--force")
+    refused(host, "config", "felix", "logseverityFle", "info", because="did you mean 'LogSeverityFile'?")
     refused(host, "config", "felix", "a/b", "red", "--force", because="cannot be a setting")
     refused(host, "config", "bgp", "peer_v4", "x", "--force", because="is no setting")
     refused(host, "config", "felix", "LogFilePath", "a\nb", because="one line of text")
@@ -280,6 +281,11 @@ def test_endpoints_are_shown_as_people_look_for_them(host: Host) -> None:
     assert "1" * 32 in "".join(on_a_terminal(host, 80, "profile", "show", "--detailed", "--no-trunc")[0])
     (_, one) = json.loads(host.ctl("profile", "show", "--detailed", "--output=json").out)
     assert [member["workload_name"] for member in one["endpoints"]] == ["web"]
+    host.etcd.put("/calico/v1/policy/profile/db/rules", "nonsense")
+    said = host.ctl("profile", "show", "--detailed", "--output=json")
+    (unreadable, sound) = json.loads(said.out)
+    assert unreadable["name"] == "db" and unreadable["rules"] is None and unreadable["tags"] == ["db"]
+    assert len(unreadable["endpoints"]) == 1 and sound == one and "profile/db/rules" in said.err
 
 
 def test_endpoints_of_all_hosts(host: Host) -> None:
@@ -374,7 +380,11 @@ def test_a_batch(host: Host, tmp_path: Path) -> None:
         ("profile web tag add two/parts", 1, "not a valid tag name"),
         ("container add w 192.168.0.300", 1, "not a valid IP address"),
         ("container add w ipv4 --wait=long", 1, "--wait=long"),
+        ("container add w/x ipv4", 1, "'w/x' is neither a Docker container's name or id, nor the absolute path"),
+        ("container remove w -- -x", 1, "'-x' is neither"),
+        ("container ../w endpoint show", 1, "'../w' is neither"),
         ("pool add 10.1.0.1/16", 1, "not the CIDR of a pool"),
+        ("pool add 10.1.0.0/16 10.1.1.0/24", 1, "10.1.1.0/24 overlaps with 10.1.0.0/16"),
         ("pool range add 10.1.0.64 10.1.0.1", 1, "ends before it begins"),
         ("bgp peer add 192.0.2.254 as many", 1, "AS number"),
         ("node bgp peer add 127.0.0.1 as 1", 1, "127.0.0.1 cannot be used"),
@@ -388,7 +398,8 @@ def test_a_batch(host: Host, tmp_path: Path) -> None:
     ):
         said = host.ctl("batch", status=status, input=f"profile add q\n{line}\n")
         assert said.err.startswith("standard input, line 2: ") and because in said.err, said
-        assert "nothing has been run" in said.err and said.out == ""
+        assert "othing has been run" in said.err and said.out == ""
+        assert not re.search(r"[.?];", said.err), said.err
     assert "No such file" in host.ctl("batch", "/nowhere", status=1).err
     assert host.etcd.tree() == before
     # a line cannot read what the lines come from

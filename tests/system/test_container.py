@@ -278,6 +278,8 @@ def test_profiles_of_a_container_keep_their_order(host: Host, blue: str) -> None
 
     assert change("append", "b", "a") == "Profiles b, a appended\n"
     assert host.record()["profile_ids"] == ["b", "a"]
+    assert change("append", "a") == f"Profile a is in the list of {blue} already.\n"
+    assert change("append", "a", "b") == f"Profiles a, b are in the list of {blue} already.\n"
     assert change("append", "a", "c") == "Profiles a, c appended\n"
     assert host.record()["profile_ids"] == ["b", "a", "c"]
     assert change("remove", "a") == "Profiles a removed.\n"

@@ -77,7 +77,7 @@ def test_what_is_wrong_comes_worst_first_and_in_ten_lines(health: Health, capsys
     out, why = told(capsys)
     assert "Endpoints:  20 up, 1 down (1 of them stopped), 0 in error\n" in out and not why
     assert "endpoint stopped" not in out and "profile/x/rules" not in out
-    assert "Problems:   21\n" in out and out.count("\n  endpoint up") == 10 and "  … and 11 more" in out
+    assert "Problems:   21\n" in out and out.count("\n  endpoint up") == 9 and "  … and 12 more" in out
     health.endpoints |= {endpoint("bad"): Status("error", 1, "no MAC"), endpoint("off"): Status("down", 1, "no link")}
     health.problems |= {f"/calico/v1/host/{HOST}/workload/docker/w/endpoint/bad": "no MAC"}
     health.trouble(events.Trouble("there is no iptables", "the host's firewall"))
@@ -86,12 +86,29 @@ def test_what_is_wrong_comes_worst_first_and_in_ten_lines(health: Health, capsys
     assert why == "Not all is well with this host: 1 endpoint is in error."
     shown = out.partition("Problems:   24\n")[2].splitlines()
     assert [line.split()[1] for line in shown[:1] + shown[2:4]] == ["bad", "off", "up0"]
-    assert "there is no iptables (since" in shown[1] and len(shown) == 11
+    assert "there is no iptables (since" in shown[1] and len(shown) == 10
     health.writes.failed("statuses", "etcd is full", "2026-01-01T00:00:00Z")
     write(health)
     out, why = told(capsys)
     assert "etcd cannot be written since 2026-01-01T00:00:00Z: etcd is full" in out and "etcd, and 1 endpoint" in why
     assert len(json.loads(told(capsys, "--output=json")[0])["issues"]) == 25
+
+
+def test_a_container_is_called_by_its_name(health: Health, capsys: pytest.CaptureFixture[str]) -> None:
+    health.endpoints = {
+        EndpointId(HOST, "docker", "1" * 64, "2" * 32): Status("error", 1, "no MAC", "web"),
+        EndpointId(HOST, "docker", "3" * 64, "4" * 32): Status("down", 1, "no link"),
+        EndpointId(HOST, "namespace", "-run-netns-a", "5" * 32): Status("down", 1, "no link"),
+    }
+    write(health)
+    out, _ = told(capsys)
+    assert out.partition("Problems:   3\n")[2].splitlines() == [
+        f"  endpoint {'2' * 12} of docker web is error: no MAC",
+        f"  endpoint {'4' * 12} of docker {'3' * 12} is down: no link",
+        f"  endpoint {'5' * 12} of namespace -run-netns-a is down: no link",
+    ]
+    first = json.loads(told(capsys, "-o", "json")[0])["endpoints_in_trouble"][0]
+    assert first["workload"] == "1" * 64 and first["workload_name"] == "web" and first["endpoint"] == "2" * 32
 
 
 def test_one_reason_for_all_that_the_store_does_not_do_is_one_line(health: Health) -> None:

@@ -131,7 +131,7 @@ def test_the_form_of_a_rule_that_comes_closest_is_shown(
 ) -> None:
     assert cli.main(["profile", "web", "rule", "add", "inbound", *rule.split()]) == 2
     shown = capsys.readouterr().err.splitlines()
-    assert shown[1] == "Usage of a rule:" and shown[2].strip().startswith(usage)
+    assert shown[1] == "Usage:" and "profile <PROFILE> rule" in shown[2] and shown[3].strip().startswith(usage)
     assert max(map(len, shown)) < 80 and "SIDE" not in "".join(shown)
 
 
