@@ -222,7 +222,8 @@ def _keys(status: dict[str, Any]) -> Iterator[Issue]:
     }
     for problem in status["problems"]:
         if problem["key"] not in named:
-            yield Issue(KEY, f"{problem['key']}: {problem['problem']}")
+            key, why = problem["key"], problem["problem"]
+            yield Issue(KEY, why if key in why else f"{key}: {why}")
 
 
 def _has_shape(value: Any, shape: Any) -> bool:

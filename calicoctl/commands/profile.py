@@ -68,7 +68,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any, Callable, TypeVar
 
-from calicoctl.commands.endpoint import check_known_profile, readable_endpoints, workload_cell
+from calicoctl.commands.endpoint import called, check_known_profile, readable_endpoints, workload_cell
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.model import Endpoint, Rule, Rules
 from calicoctl.errors import CalicoError, Failed, InvalidValue, NotThere, UsageError, for_each, one_line, printable
@@ -173,9 +173,10 @@ def _remove_one(datastore: DatastoreClient, profile: str, no_check: bool) -> Non
     if profile not in datastore.profile_names() and not datastore.profile_exists(profile):
         raise NotThere(f"Profile {profile} does not exist.")
     if not no_check:
-        users = [endpoint.id for endpoint in readable_endpoints(datastore) if profile in endpoint.profile_ids]
+        users = [endpoint for endpoint in readable_endpoints(datastore) if profile in endpoint.profile_ids]
         if users:
-            some = ", ".join(f"{user.endpoint} on {user.host}" for user in users[:3]) + (", …" if users[3:] else "")
+            some = ", ".join(f"{user.id.endpoint} of {called(user)} on {user.id.host}" for user in users[:3])
+            some += ", …" if users[3:] else ""
             raise CalicoError(
                 f"Profile {profile} is in use by {len(users)} endpoint{'s' if users[1:] else ''} ({some}). Take it "
                 "from them first, or use --no-check."

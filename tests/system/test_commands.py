@@ -281,6 +281,7 @@ def test_endpoints_are_shown_as_people_look_for_them(host: Host) -> None:
     assert "1" * 32 in "".join(on_a_terminal(host, 80, "profile", "show", "--detailed", "--no-trunc")[0])
     (_, one) = json.loads(host.ctl("profile", "show", "--detailed", "--output=json").out)
     assert [member["workload_name"] for member in one["endpoints"]] == ["web"]
+    assert f"1 endpoint ({'1' * 32} of web on host2)" in host.ctl("profile", "remove", "web", status=1).err
     host.etcd.put("/calico/v1/policy/profile/db/rules", "nonsense")
     said = host.ctl("profile", "show", "--detailed", "--output=json")
     (unreadable, sound) = json.loads(said.out)

@@ -111,6 +111,13 @@ def test_a_container_is_called_by_its_name(health: Health, capsys: pytest.Captur
     assert first["workload"] == "1" * 64 and first["workload_name"] == "web" and first["endpoint"] == "2" * 32
 
 
+def test_a_key_is_named_once(health: Health) -> None:
+    health.problems = {"/calico/x": "etcd key /calico/x cannot be understood", "/calico/y": "it has no rules"}
+    write(health)
+    texts = [issue.text for issue in hoststatus.issues(hoststatus.read(HOST))]
+    assert texts == ["etcd key /calico/x cannot be understood", "/calico/y: it has no rules"]
+
+
 def test_one_reason_for_all_that_the_store_does_not_do_is_one_line(health: Health) -> None:
     for ability in (health.reads, health.watch):
         ability.failed("/a", "no etcd answers", "2026-01-01T00:00:00Z")
