@@ -167,6 +167,8 @@ def _start(
             if in_background:
                 _start_agent(host, options)
                 undo.pop_all()
+                for trouble in _host_troubles(host):
+                    warn(f"Warning: {trouble}.")
             else:
                 from calicoctl.felix import agent
 
@@ -244,6 +246,12 @@ def _start_agent(host: str, options: process.Options) -> None:
             "Warning: --metrics-port has no effect on it. End it with 'calicoctl node stop --force', which disturbs no "
             "packets, and repeat this."
         )
+
+
+def _host_troubles(host: str) -> list[str]:
+    """Return what the agent reports to be wrong with the host as a whole: a firewall that it cannot open, say."""
+    troubles = (process.report(host) or {}).get("troubles")
+    return [str(one["error"]) for one in troubles] if isinstance(troubles, list) else []
 
 
 def _started_etcd(host: str, log_dir: str) -> tuple[LocalEtcd, bool]:

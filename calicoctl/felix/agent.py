@@ -173,9 +173,11 @@ class Agent:
     def _loop(self) -> None:
         told_ready = False
         while True:
+            # in the round after the first update, so that the report has what is wrong with the host itself by then
+            is_ready = self._health.first_update and not told_ready
             listings = []
             ends = False
-            for event in self._wait():
+            for event in self._wait(not is_ready):
                 if isinstance(event, connections.Listed):
                     listings.append(event)  # judged by what the tables hold when all other events are taken in
                 else:
@@ -209,16 +211,18 @@ class Agent:
             self._keeper.set_ready(self._may_apply())
             self._health.waiting_for = self._waiting_for()
             self._health.problems = self._snapshot.problems
-            is_ready = self._health.first_update and not told_ready
             if self._events.empty() or self._file.is_due or is_ready:
                 self._file.write(self._health)
             if is_ready:
                 told_ready = True
                 self._ready()  # now that the report can be read
 
-    def _wait(self) -> list[Any]:
-        """Return the events that have come, all of a burst together; none when it is time for something."""
-        until = self._tick_at
+    def _wait(self, patiently: bool) -> list[Any]:
+        """Return the events that have come, all of a burst together; none when it is time for something.
+
+        Unless `patiently`, return at once, also where none has come.
+        """
+        until = self._tick_at if patiently else 0.0
         if self._ruleset is None and self._retry_at and self._may_apply():
             until = min(until, self._retry_at)
         if self._network_at is not None:

@@ -95,7 +95,9 @@ def test_a_path_without_sbin_hides_no_firewall(pair: AgentHost) -> None:
         assert "drop what is forwarded, and there is no command iptables" in " ".join(said.split())
         assert "install the package iptables" in pair.ctl("checksystem", status=None).out
         pair.ctl("node", "remove", "--remove-endpoints")
-        pair.start_agent()
+        for _ in range(2):  # the agent is started, and runs already
+            told = pair.ctl("node", f"--ip={HOST_IP}", f"--log-dir={LOG_DIR}").err
+            assert "Warning" in told and "iptables chain FORWARD would drop" in told, told
     wait_for(lambda: len(ours("FORWARD")) == 2 and len(ours("FORWARD", "ip6tables")) == 2, "the command to be noticed")
     run("ip6tables", "-P", "FORWARD", "ACCEPT")
 
