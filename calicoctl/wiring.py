@@ -353,15 +353,12 @@ def add_address(
         return address, True
 
 
-def remove_address(datastore: DatastoreClient, workload: Workload, wish: Wish, interface: str | None) -> IPAddress:
-    """Take an address from a workload; return it. Raises NotThere when the workload does not have it.
+def remove_address(datastore: DatastoreClient, workload: Workload, address: IPAddress, interface: str | None) -> None:
+    """Take an address from a workload. Raises NotThere when the workload does not have it.
 
     The last address of an IP version takes that version's next hop and default route along. Works on a workload that
     does not run, too.
     """
-    address = wish.address
-    if address is None:
-        raise CalicoError("say which IP address to remove: 'ipv4', 'ipv6' and a CIDR name none")
     with Scene.enter(datastore, workload, must_run=False) as scene:
         record = scene.only_record()
         net = host_net(address)
@@ -370,7 +367,7 @@ def remove_address(datastore: DatastoreClient, workload: Workload, wish: Wish, i
         plugged = scene.plugged()
         if plugged is not None:
             scene.refuse_other_interface(plugged, interface)
-        others = [other for other in record.nets_of(wish.version) if other != net]
+        others = [other for other in record.nets_of(address.version) if other != net]
 
         datastore.check_endpoints_writable([record.id], workload.handle)
         scene.lock.begin()
@@ -379,10 +376,9 @@ def remove_address(datastore: DatastoreClient, workload: Workload, wish: Wish, i
             datastore.ipam.release([address], {None})
         datastore.modify_endpoint(record.id, _without(net))
         if plugged is not None:
-            scene.namespace.unconfigure(plugged, [net], [] if others else [wish.version])
+            scene.namespace.unconfigure(plugged, [net], [] if others else [address.version])
         datastore.ipam.release([address], {workload.handle})
         scene.lock.end()
-    return address
 
 
 def _without(net: str) -> Callable[[Endpoint], bool]:

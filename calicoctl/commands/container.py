@@ -73,6 +73,8 @@ from calicoctl.workload import (
 )
 
 if TYPE_CHECKING:
+    from netaddr import IPAddress
+
     from calicoctl.wiring import Wish
 
 
@@ -89,8 +91,12 @@ def prepare(argv: list[str]) -> Prepared:
     if arguments["remove"] and not arguments["ip"]:
         return partial(_remove, list(dict.fromkeys(arguments["<CONTAINERS>"])))
     wish, interface = _wish_and_interface(arguments)
+    if arguments["ip"] and arguments["remove"]:
+        if wish.address is None:
+            raise CalicoError("say which IP address to remove: 'ipv4', 'ipv6' and a CIDR name none")
+        return partial(_ip_remove, arguments["<CONTAINER>"], wish.address, interface)
     if arguments["ip"]:
-        return partial(_ip, arguments, wish, interface)
+        return partial(_ip_add, arguments["<CONTAINER>"], wish, interface)
     return partial(_add, arguments, wish, interface, _seconds(arguments["--wait"]))
 
 
@@ -173,18 +179,22 @@ def _remove(names: list[str]) -> None:
     for_each(names, remove)
 
 
-def _ip(arguments: dict[str, Any], wish: Wish, interface: str | None) -> None:
+def _ip_add(name: str, wish: Wish, interface: str | None) -> None:
     from calicoctl import wiring
 
     datastore = DatastoreClient.from_environment()
-    if arguments["add"]:
-        workload = find(arguments["<CONTAINER>"])
-        address, is_new = wiring.add_address(datastore, workload, wish, interface)
-        print(f"IP {address} added to {workload.name}" if is_new else f"{workload.name} has IP {address} already.")
-    else:
-        workload = find_connected(arguments["<CONTAINER>"], datastore)
-        address = wiring.remove_address(datastore, workload, wish, interface)
-        print(f"IP {address} removed from {workload.name}")
+    workload = find(name)
+    address, is_new = wiring.add_address(datastore, workload, wish, interface)
+    print(f"IP {address} added to {workload.name}" if is_new else f"{workload.name} has IP {address} already.")
+
+
+def _ip_remove(name: str, address: IPAddress, interface: str | None) -> None:
+    from calicoctl import wiring
+
+    datastore = DatastoreClient.from_environment()
+    workload = find_connected(name, datastore)
+    wiring.remove_address(datastore, workload, address, interface)
+    print(f"IP {address} removed from {workload.name}")
 
 
 def _wish_and_interface(arguments: dict[str, Any]) -> tuple[Wish, str | None]:

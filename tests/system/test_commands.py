@@ -383,6 +383,7 @@ def test_a_batch(host: Host, tmp_path: Path) -> None:
         ("container add w ipv4 --wait=long", 1, "--wait=long"),
         ("container add w/x ipv4", 1, "'w/x' is neither a Docker container's name or id, nor the absolute path"),
         ("container remove w -- -x", 1, "'-x' is neither"),
+        ("container w ip remove ipv4", 1, "say which IP address to remove"),
         ("container ../w endpoint show", 1, "'../w' is neither"),
         ("pool add 10.1.0.1/16", 1, "not the CIDR of a pool"),
         ("pool add 10.1.0.0/16 10.1.1.0/24", 1, "10.1.1.0/24 overlaps with 10.1.0.0/16"),
