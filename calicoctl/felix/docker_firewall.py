@@ -227,7 +227,8 @@ def _run(*command: str) -> str:
     except OSError as error:
         raise CalicoError(f"{command[0]} cannot be run: {error.strerror}") from None
     if done.returncode != 0:
-        raise CalicoError(f"'{' '.join(command)}' failed: {' '.join(done.stderr.split())[:200]}")
+        why = " ".join(done.stderr.split())[:200] or f"it ends with status {done.returncode}"
+        raise CalicoError(f"'{' '.join(command)}' failed: {why}")
     return done.stdout
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from calicoctl.errors import CalicoError
+from calicoctl.felix import docker_firewall
 from calicoctl.felix.docker_firewall import Filter
 
 HEAD = ":INPUT ACCEPT [0:0]\n:FORWARD %s [0:0]\n:OUTPUT ACCEPT [0:0]\n"
@@ -55,3 +59,12 @@ def test_what_nft_prints_of_it(policy: str, rule: str, drops: bool) -> None:
 }}
 """
     assert Filter.from_nft(table).would_drop() is drops
+
+
+def test_an_iptables_that_fails_without_a_word_is_told_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("iptables", "iptables-save"):
+        (tmp_path / name).write_text("#!/bin/sh\nexit 3\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(CalicoError, match="failed: it ends with status 3"):
+        docker_firewall.ensure()
