@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
+import signal
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from tests.system.support import CALICOCTL, free_port, run
+from tests.system.support import CALICOCTL, free_port, gone, run, wait_for
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -68,6 +71,30 @@ def test_the_demo_works_and_leaves_no_trace(engine: None, which: str) -> None:
         after = traces()
         run("ip", "address", "delete", "10.65.0.1/23", "dev", "lo")
     assert after == before
+
+
+def test_what_a_reboot_has_left_of_a_demo_is_removed_by_what_is_said(tmp_path: Path) -> None:
+    settings = tmp_path / "node.env"
+    environment = {"PATH": os.environ["PATH"], "HOSTNAME": "rebooted", "CALICO_ENV_FILE": str(settings)}
+    environment["CALICOCTL_BIN"] = str(Path(CALICOCTL).parent)
+    silent = run(str(ROOT / "demo/clean"), env=environment)
+    assert (silent.out, silent.err) == ("", "")
+    run(CALICOCTL, "node", "--ip=192.0.2.2", "--local-etcd", env=environment)
+    for pid_file in (Path("/run/calico/rebooted/felix.pid"), Path("/run/calico/rebooted/etcd.pid")):
+        pid = int(pid_file.read_text().split()[0])
+        os.kill(pid, signal.SIGKILL)
+        wait_for(partial(gone, pid), "its end")
+    shutil.rmtree("/run/calico")
+    said = run(str(ROOT / "demo/clean"), env=environment)
+    assert said.out == "" and settings.exists()
+    (command, data, _) = re.findall(r"'(\S+ [^']+)'", said.err)
+    assert command.startswith(CALICOCTL)
+    run("sh", "-c", command, env=environment)
+    assert not settings.exists()
+    run("sh", "-c", data)
+    assert not Path("/var/lib/calico/etcd").exists()
+    assert run(str(ROOT / "demo/clean"), env=environment).err == ""
+    Path("/var/lib/calico").rmdir()
 
 
 def test_a_demo_that_lacks_a_program_says_so_and_makes_nothing(tmp_path: Path) -> None:
