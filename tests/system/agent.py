@@ -153,11 +153,13 @@ def outside_host(name: str = "outside", network: str = "198.51.100", network6: s
 
 def kernel() -> dict[str, str]:
     """All that an agent may change in the kernel, as text."""
+    routes = run("sh", "-c", "ip route show table all; ip -6 route show table all").out.splitlines()
     settings = run("sh", "-c", "sysctl -a 2>/dev/null | grep -E '^net.ipv[46]' | grep -v 'neigh.*gc'").out
     return {
         "tables": run("nft", "list", "ruleset").out,
         "iptables": re.sub(r"#.*|\[\d+:\d+\]", "", run("sh", "-c", "iptables-save; ip6tables-save").out),
-        "routes": run("sh", "-c", "ip route show table all; ip -6 route show table all").out,
+        # those that the kernel makes for an interface come some time after it
+        "routes": "\n".join(line for line in routes if not ("cali" in line and "proto kernel" in line)),
         "neighbours": run("sh", "-c", "ip neigh show nud permanent; ip neigh show proxy; ip -6 neigh show proxy").out,
         "settings": "\n".join(line for line in settings.splitlines() if "cali" not in line),
     }
