@@ -4,7 +4,7 @@ The locks are files under /run/calico/<host name>/, held with flock(2), so a pro
 is connected, the lock file of a namespace holds its path, which cannot be told from the workload's id; and, for the
 path of a process, when that process was started.
 
-While a change is under way, there is a second file, which tells of one that was cut.
+While a change is under way, there is a second file, which tells of one that was cut, and the name of the container.
 """
 
 from __future__ import annotations
@@ -87,11 +87,11 @@ class WorkloadLock:
         os.ftruncate(self._fd, 0)
         self.settled()
 
-    def begin(self) -> None:
-        """Note that a change is under way: should it be cut short, that can be told."""
+    def begin(self, name: str = "") -> None:
+        """Note that a change is under way: should it be cut short, that can be told, and of which `name`."""
         try:
             with open(self.mark, "w", opener=_no_link) as mark:
-                mark.write(self._workload)
+                mark.write("\0".join([self._workload, name] if name else [self._workload]))
         except OSError as error:
             raise CalicoError(f"cannot write {self.mark}: {error.strerror}") from None
 
@@ -130,10 +130,22 @@ def exists(host: str, orchestrator: str, workload: str) -> bool:
 
 def cut(host: str, orchestrator: str) -> list[str]:
     """Return the ids of the workloads whose last change is under way, or was cut short."""
-    prefix = f"{_CUT}{orchestrator}."
-    marks = ((name[len(prefix) :], DIRECTORY / host / name) for name in _names(host) if name.startswith(prefix))
     # a mark has the workload's id in it, but one that was cut short itself
-    return [_content_of(file) or id for id, file in marks]
+    return [content[0] or id for id, content in _marks(host, orchestrator)]
+
+
+def cut_of(host: str, orchestrator: str, name: str) -> set[str]:
+    """Return the ids of the workloads of a name whose last change is under way, or was cut short; only root can."""
+    with suppress(PermissionError):
+        return {content[0] for _, content in _marks(host, orchestrator) if content[2] == name}
+    return set()
+
+
+def _marks(host: str, orchestrator: str) -> list[tuple[str, tuple[str, str, str]]]:
+    """Return the marks of changes: the id that the file's name ends with, and what is in it: id, NUL, name."""
+    prefix = f"{_CUT}{orchestrator}."
+    names = [name for name in _names(host) if name.startswith(prefix)]
+    return [(name[len(prefix) :], _content_of(DIRECTORY / host / name)) for name in names]
 
 
 def clear(host: str, orchestrator: str) -> None:
@@ -180,12 +192,11 @@ def _names(host: str) -> list[str]:
         return []
 
 
-def _content_of(file: Path) -> str:
-    """Return the name that a lock remembers, or the id in a mark."""
+def _content_of(mark: Path) -> tuple[str, str, str]:
     try:
-        return file.read_text(errors="replace").partition("\0")[0]
+        return mark.read_text(errors="replace").partition("\0")
     except OSError:
-        return ""
+        return ("", "", "")
 
 
 def _id(orchestrator: str, part: str, name: str) -> str:

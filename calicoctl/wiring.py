@@ -586,7 +586,7 @@ def _undoing(scene: Scene) -> Iterator[Callable[..., object]]:
         except CalicoError as error:
             failures.append(str(error))
 
-    scene.lock.begin()
+    scene.lock.begin(scene.workload.docker_name)
     try:
         with ExitStack() as stack:
             yield lambda function, *arguments: stack.callback(attempt, function, *arguments)
@@ -600,7 +600,7 @@ def _undoing(scene: Scene) -> Iterator[Callable[..., object]]:
         raise
     finally:
         if failures:
-            scene.lock.begin()  # where it has been forgotten
+            scene.lock.begin(scene.workload.docker_name)  # where it has been forgotten
         else:
             scene.lock.end()
 

@@ -11,6 +11,7 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from calicoctl import locks
 from calicoctl.addresses import parse_address
 from calicoctl.errors import (
     CalicoError,
@@ -239,7 +240,8 @@ def find_connected(name: str, datastore: DatastoreClient) -> Workload:
     except (NoSuchContainer, DockerUnavailable) as error:
         ids = _stored_by_id(name, datastore)
         if not ids:
-            ids = set(datastore.workloads_named(DOCKER, name))
+            # one whose first change was cut short has a name at its mark alone
+            ids = set(datastore.workloads_named(DOCKER, name)) | locks.cut_of(datastore.host, DOCKER, name)
             if isinstance(error, NoSuchContainer):
                 ids = {id for id in ids if not _exists(id)}  # one that is there has another name now
         if not ids:
