@@ -830,7 +830,7 @@ def test_an_etcd_that_never_serves_is_ended(bare_host: Host, tmp_path: Path, mon
             etcd.start()
         assert gone(int(started.read_text())) and not Path("/run/calico/host1/etcd.pid").exists()
     finally:
-        etcd.stop()
+        local_etcd.stop("host1")
         run("rm", "-rf", "/var/lib/calico")
 
 
