@@ -59,9 +59,9 @@ docs: $(VENV)/ready
 unit: $(VENV)/ready
 	$(VENV)/bin/pytest tests/unit $(ARGS)
 
-# three hosts at a time on two cores: most of the time, tests wait
+# two hosts at a time, for two cores: tests have deadlines
 system: $(VENV)/ready $(VENV)/wheels/ready | packages
-	$(VENV)/bin/pytest --tx '3*popen//python=tests/sandboxed-python' --dist loadfile tests/system $(ARGS)
+	$(VENV)/bin/pytest --tx '2*popen//python=tests/sandboxed-python' --dist loadfile tests/system $(ARGS)
 
 # for the test of `make install`, on a host without a network
 $(VENV)/wheels/ready: setup.py | $(VENV)/ready
