@@ -7,7 +7,6 @@ dpkg and apt of their own: `/etc`, `/usr` and `/var` are overlays that only the 
 from __future__ import annotations
 
 import hashlib
-import os
 import subprocess
 from pathlib import Path
 
@@ -108,7 +107,7 @@ class Machine:
             text=True,
             timeout=120,
             cwd=ROOT,
-            env={**os.environ, "PATH": "/usr/sbin:/usr/bin:/sbin:/bin"},
+            env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root", "LC_ALL": "C.UTF-8"},
         )
         return Result(done.returncode, done.stdout, done.stderr)
 
