@@ -1,5 +1,5 @@
 """Lets `python -m calicoctl` do what the installed `calicoctl` does."""
 
-from calicoctl.cli import entry
+from calicoctl.cli.main import entry
 
 entry()

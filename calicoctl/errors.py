@@ -1,4 +1,4 @@
-"""The errors of this program. Each carries the sentence that the user reads; only `cli.py` prints them.
+"""The errors of this program. Each carries the sentence that the user reads; only `cli/main.py` prints them.
 
 A library's error becomes one of these at the place that calls the library, where it is known what was wanted and
 what the user can do about it.

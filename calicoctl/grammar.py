@@ -50,7 +50,7 @@ def parse(grammar: str, argv: list[str]) -> dict[str, Any]:
     try:
         arguments = dict(docopt.docopt(grammar, argv, help=False))
     except docopt.DocoptExit as error:
-        from calicoctl.suggest import misfit
+        from calicoctl.cli.suggest import misfit
 
         raise misfit(grammar, argv, str(error).replace(error.usage.strip(), "").strip()) from None
     if "--" in argv:  # what follows may begin with a dash; docopt leaves the mark in the list

@@ -25,7 +25,7 @@ EXIT_STATUS = [
 
 def main(target: Path) -> None:
     """Write the man page and a page a command into a folder."""
-    usage = _constant(PACKAGE / "cli.py", "USAGE")
+    usage = _constant(PACKAGE / "cli/main.py", "USAGE")
     helps = {
         path.stem: str(ast.get_docstring(ast.parse(path.read_text())))
         for path in sorted((PACKAGE / "commands").glob("*.py"))

@@ -27,7 +27,7 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 
-from calicoctl import cli
+from calicoctl.cli import main as cli
 from calicoctl.errors import CalicoError, Failed, UsageError
 from calicoctl.grammar import GLOBAL_OPTIONS, Prepared, grammar_of, parse
 from calicoctl.output import with_progress

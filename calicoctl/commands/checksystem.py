@@ -26,7 +26,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from calicoctl import checks
+from calicoctl.diagnose import checks
 from calicoctl.errors import CalicoError
 from calicoctl.grammar import Prepared, parse, require_root
 from calicoctl.output import print_json, print_table, wants_json, warn

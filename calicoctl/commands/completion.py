@@ -82,7 +82,7 @@ def prepare(argv: list[str]) -> Prepared:
 
 def _out_of_time(number: int, frame: FrameType | None) -> None:
     """Give up waiting for the one that is being asked; a second time, for all."""
-    from calicoctl.completion import OutOfTime
+    from calicoctl.cli.completion import OutOfTime
 
     signal.signal(signal.SIGALRM, lambda number, frame: os._exit(0))
     signal.alarm(1)
@@ -90,7 +90,7 @@ def _out_of_time(number: int, frame: FrameType | None) -> None:
 
 
 def _candidates(shell: str, line: str) -> None:
-    from calicoctl import completion
+    from calicoctl.cli import completion
 
     signal.signal(signal.SIGALRM, _out_of_time)
     signal.alarm(PATIENCE)

@@ -115,7 +115,7 @@ def prepare(argv: list[str]) -> Prepared:
     setting = settings.get(name)
     if setting is None:
         if not force:
-            from calicoctl.suggest import did_you_mean, nearest
+            from calicoctl.cli.suggest import did_you_mean, nearest
 
             near = nearest(name, settings)
             raise CalicoError(

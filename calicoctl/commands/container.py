@@ -50,20 +50,14 @@ from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from calicoctl.commands.endpoint import (
-    change_profiles,
-    display_order,
-    profile_names,
-    show_endpoints,
-    show_profiles,
-)
+from calicoctl.commands.endpoint import change_profiles, display_order, profile_names, show_endpoints, show_profiles
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.keys import EndpointId
 from calicoctl.datastore.model import Endpoint
 from calicoctl.errors import CalicoError, about, for_each
 from calicoctl.grammar import Prepared, parse, require_root
 from calicoctl.output import print_json, wants_json
-from calicoctl.workload import (
+from calicoctl.workloads.workload import (
     check_workload_name,
     endpoints_of,
     find,
@@ -75,7 +69,7 @@ from calicoctl.workload import (
 if TYPE_CHECKING:
     from netaddr import IPAddress
 
-    from calicoctl.wiring import Wish
+    from calicoctl.workloads.wiring import Wish
 
 
 def prepare(argv: list[str]) -> Prepared:
@@ -101,7 +95,7 @@ def prepare(argv: list[str]) -> Prepared:
 
 
 def _add(arguments: dict[str, Any], wish: Wish, interface: str | None, patience: float | None) -> None:
-    from calicoctl import wiring
+    from calicoctl.workloads import wiring
 
     as_json = wants_json(arguments)
     datastore = DatastoreClient.from_environment()
@@ -167,7 +161,7 @@ def _await_agent(datastore: DatastoreClient, name: str, id: EndpointId, patience
 
 
 def _remove(names: list[str]) -> None:
-    from calicoctl import wiring
+    from calicoctl.workloads import wiring
 
     datastore = DatastoreClient.from_environment()
 
@@ -180,7 +174,7 @@ def _remove(names: list[str]) -> None:
 
 
 def _ip_add(name: str, wish: Wish, interface: str | None) -> None:
-    from calicoctl import wiring
+    from calicoctl.workloads import wiring
 
     datastore = DatastoreClient.from_environment()
     workload = find(name)
@@ -189,7 +183,7 @@ def _ip_add(name: str, wish: Wish, interface: str | None) -> None:
 
 
 def _ip_remove(name: str, address: IPAddress, interface: str | None) -> None:
-    from calicoctl import wiring
+    from calicoctl.workloads import wiring
 
     datastore = DatastoreClient.from_environment()
     workload = find_connected(name, datastore)
@@ -199,7 +193,7 @@ def _ip_remove(name: str, address: IPAddress, interface: str | None) -> None:
 
 def _wish_and_interface(arguments: dict[str, Any]) -> tuple[Wish, str | None]:
     """Return which address is asked for, and the name of the interface; raise CalicoError."""
-    from calicoctl import wiring
+    from calicoctl.workloads import wiring
 
     interface = arguments["--interface"]
     if interface is not None:

@@ -29,8 +29,8 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from calicoctl import diagnostics
 from calicoctl.datastore.client import hostname
+from calicoctl.diagnose import archive
 from calicoctl.errors import CalicoError
 from calicoctl.felix import process
 from calicoctl.grammar import Prepared, parse
@@ -48,8 +48,8 @@ def prepare(argv: list[str]) -> Prepared:
 def _diags(log_dir: str | None, as_json: bool) -> None:
     if log_dir is None:
         log_dir = _log_dir()
-    found = list(diagnostics.sources(log_dir).items())
-    path = diagnostics.collect(with_progress(found, "collecting"))
+    found = list(archive.sources(log_dir).items())
+    path = archive.collect(with_progress(found, "collecting"))
     if as_json:
         print_json({"file": str(path)})
     else:

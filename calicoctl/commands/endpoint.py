@@ -54,7 +54,7 @@ from calicoctl.datastore.model import Endpoint
 from calicoctl.errors import CalicoError, NotThere, UsageError, about, printable
 from calicoctl.grammar import Prepared, parse
 from calicoctl.output import abridges, print_json, print_table, wants_json, warn
-from calicoctl.workload import short_id
+from calicoctl.workloads.workload import short_id
 
 COLUMNS = ["Hostname", "Orchestrator ID", "Workload ID", "Endpoint ID", "Addresses", "MAC", "Profiles", "State"]
 EXPENDABLE = ("MAC", "Orchestrator ID", "Endpoint ID")

@@ -33,11 +33,11 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from calicoctl import audit
 from calicoctl.addresses import parse_address
 from calicoctl.commands.pool import readable_pools
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.keys import EndpointId
+from calicoctl.diagnose import audit
 from calicoctl.errors import CalicoError, InvalidValue, NotThere, for_each, one_line
 from calicoctl.grammar import Prepared, parse
 from calicoctl.output import print_json, print_table, wants_json, warn

@@ -91,7 +91,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from calicoctl import locks
 from calicoctl.addresses import check_unicast, parse_address, parse_as_number
 from calicoctl.commands import bgp
 from calicoctl.commands.pool import readable_pools, warn_of_overlaps
@@ -101,11 +100,12 @@ from calicoctl.datastore.store import Entry
 from calicoctl.environment import EnvironmentFile
 from calicoctl.errors import CalicoError, NotThere, StoreError, about
 from calicoctl.felix import heartbeat, local_etcd, process
+from calicoctl.felix.dataplane.sysctls import HostSettings
 from calicoctl.felix.local_etcd import LocalEtcd
-from calicoctl.felix.sysctls import HostSettings
 from calicoctl.grammar import Prepared, parse, require_root
 from calicoctl.output import warn
-from calicoctl.workload import DOCKER, NAMESPACE
+from calicoctl.workloads import locks
+from calicoctl.workloads.workload import DOCKER, NAMESPACE
 
 
 def prepare(argv: list[str]) -> Prepared:
@@ -140,7 +140,7 @@ def _start(
     options = process.Options(log_dir, metrics_port, arguments["--local-etcd"])
     host = DatastoreClient.from_environment().host
 
-    from calicoctl.netns import host_addresses
+    from calicoctl.workloads.netns import host_addresses
 
     detected, every = host_addresses()
     ipv4 = given[4] or detected[4]
@@ -376,8 +376,8 @@ def _refuse_alive(datastore: DatastoreClient, this_one: bool) -> None:
 
 def _disconnect(datastore: DatastoreClient, workloads: set[tuple[str, str]]) -> None:
     """Disconnect workloads by what the store calls them."""
-    from calicoctl import wiring
-    from calicoctl.workload import Workload
+    from calicoctl.workloads import wiring
+    from calicoctl.workloads.workload import Workload
 
     for orchestrator, id in sorted(workloads):
         with suppress(NotThere):  # somebody else has done so

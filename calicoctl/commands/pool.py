@@ -43,13 +43,13 @@ from collections.abc import Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from calicoctl import host_network
 from calicoctl.addresses import check_unicast, parse_address, parse_cidr
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.model import Pool
 from calicoctl.errors import CalicoError, NotThere, printable
 from calicoctl.grammar import Prepared, parse
 from calicoctl.output import print_json, print_table, wants_json, warn
+from calicoctl.workloads import host_network
 
 if TYPE_CHECKING:
     from netaddr import IPNetwork

@@ -74,8 +74,8 @@ from calicoctl.datastore.model import Endpoint, Rule, Rules
 from calicoctl.errors import CalicoError, Failed, InvalidValue, NotThere, UsageError, for_each, one_line, printable
 from calicoctl.grammar import Prepared, parse
 from calicoctl.output import abridges, print_json, print_table, wants_json, warn
-from calicoctl.rules import check_name
-from calicoctl.workload import short_id
+from calicoctl.policy.rules import check_name
+from calicoctl.workloads.workload import short_id
 
 T = TypeVar("T")
 
@@ -240,7 +240,7 @@ def _prepare_rule(profile: str, arguments: dict[str, Any]) -> Prepared:
 
 
 def _rule_show(profile: str, as_json: bool) -> None:
-    from calicoctl.rules import text
+    from calicoctl.policy.rules import text
 
     rules = DatastoreClient.from_environment().rules(profile)
     if as_json:
@@ -257,7 +257,7 @@ def _rule_json(profile: str) -> None:
 
 
 def _rule_update(profile: str) -> None:
-    from calicoctl.rules import check_rules
+    from calicoctl.policy.rules import check_rules
 
     try:
         rules = check_rules(profile, sys.stdin.read())
@@ -270,7 +270,7 @@ def _rule_update(profile: str) -> None:
 
 
 def _rule_add(profile: str, direction: str, position: int | None, rule: Rule) -> None:
-    from calicoctl.rules import text
+    from calicoctl.policy.rules import text
 
     def change(rules: Rules) -> bool:
         some = getattr(rules, direction)
@@ -302,7 +302,7 @@ def _warn_of_tags(datastore: DatastoreClient, rules: list[Rule]) -> None:
 
 
 def _rule_remove(profile: str, direction: str, position: int | None, rule: Rule | None) -> None:
-    from calicoctl.rules import text
+    from calicoctl.policy.rules import text
 
     def change(rules: Rules) -> bool:
         some = getattr(rules, direction)
@@ -335,7 +335,7 @@ def _prepare_trace(arguments: dict[str, Any]) -> Prepared:
 
 
 def _trace(arguments: dict[str, Any], protocol: str, port: int | None, source_port: int | None) -> None:
-    from calicoctl import trace
+    from calicoctl.diagnose import trace
 
     as_json = wants_json(arguments)
     datastore = DatastoreClient.from_environment()
@@ -366,7 +366,7 @@ def _port(name: str, text: str | None) -> int | None:
 
 
 def _parse_rule(words: list[str], is_new: bool) -> Rule:
-    from calicoctl.rules import parse as parse_rule
+    from calicoctl.policy.rules import parse as parse_rule
 
     return parse_rule(words, is_new)
 

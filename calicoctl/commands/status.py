@@ -33,11 +33,11 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from calicoctl import hoststatus
 from calicoctl.datastore.client import hostname
+from calicoctl.diagnose import host_status
+from calicoctl.diagnose.host_status import AGENT, ENDPOINT, STORE, Issue
 from calicoctl.errors import CalicoError, one_line
 from calicoctl.grammar import Prepared, parse
-from calicoctl.hoststatus import AGENT, ENDPOINT, STORE, Issue
 from calicoctl.output import print_json, wants_json
 
 _WORKS = {True: "works", False: "fails", None: "has not been tried,"}
@@ -52,8 +52,8 @@ def prepare(argv: list[str]) -> Prepared:
 
 
 def _status(as_json: bool) -> None:
-    status = hoststatus.read(hostname())
-    issues = hoststatus.issues(status)
+    status = host_status.read(hostname())
+    issues = host_status.issues(status)
     if as_json:
         print_json(status)
     elif status["report"]["time"] is not None:

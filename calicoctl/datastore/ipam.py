@@ -18,9 +18,9 @@ from calicoctl.addresses import version_of
 from calicoctl.datastore import keys
 from calicoctl.datastore.keys import EndpointId
 from calicoctl.datastore.model import Pool, load_object
+from calicoctl.datastore.reserved import Network, Reserved
 from calicoctl.datastore.store import ATTEMPTS, Entry, Store, create_if_missing, modify, pause
 from calicoctl.errors import AddressTaken, CalicoError, CompareFailed, Conflict, InvalidValue, KeyExists
-from calicoctl.reserved import Network, Reserved
 
 if TYPE_CHECKING:
     from netaddr import IPAddress, IPNetwork

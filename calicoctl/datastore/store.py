@@ -514,9 +514,9 @@ class EtcdStore:
         """Return why a server that has never answered cannot be spoken to in this way, None where that is not why."""
         if member in self._known or type(_cause(error)).__name__ not in _MISUNDERSTOOD:
             return None
-        from calicoctl.datastore import protocol
+        from calicoctl.datastore import probe
 
-        return protocol.mismatch(self._settings.scheme, *member)
+        return probe.mismatch(self._settings.scheme, *member)
 
     def _advice_for_one_host(self, one: str, local: str, would_do: bool = False) -> str:
         """Return what `calicoctl node --local-etcd` would do here, or an empty text where it would refuse."""

@@ -5,9 +5,9 @@ what the kernel has. Order, so that no packet passes that policy denies: for an 
 connections it had before; then the tables, in one transaction; then forwarding and routes; then the connections that a
 change denies; last the report. See docs/agent.md.
 
-Everything here happens in one thread. Others only wait (events.py), list (connections.py) and report (report.py); but
-one, which looks after workloads (keeper.py), changes the store and the workloads' interfaces, as a command would, and
-another the host's own firewall and settings (host.py).
+Everything here happens in one thread. Others only wait (events.py), list (conntrack.py) and report (report.py); but
+one, which looks after workloads (workload_keeper.py), changes the store and the workloads' interfaces, as a command
+would, and another the host's own firewall and settings (dataplane/host.py).
 """
 
 from __future__ import annotations
@@ -22,24 +22,26 @@ from queue import Empty, SimpleQueue
 from types import FrameType
 from typing import Any, Callable
 
-from calicoctl import __version__, host_network
+from calicoctl import __version__
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.keys import HOSTS, EndpointId
+from calicoctl.desired.snapshot import INACTIVE, LocalEndpoint, Snapshot
 from calicoctl.errors import CalicoError, is_shortage
-from calicoctl.felix import connections, events, process, report, shortage
-from calicoctl.felix.host import HostKeeper
-from calicoctl.felix.keeper import Keeper
+from calicoctl.felix import events, process, report, shortage
+from calicoctl.felix.dataplane import conntrack
+from calicoctl.felix.dataplane.host import HostKeeper
+from calicoctl.felix.dataplane.nft import Nft
+from calicoctl.felix.dataplane.routes import PREFIX, Link, Routes
+from calicoctl.felix.dataplane.ruleset import Ruleset
+from calicoctl.felix.dataplane.sysctls import HostSettings
 from calicoctl.felix.local_etcd import LocalEtcd
 from calicoctl.felix.metrics import Metrics
-from calicoctl.felix.nft import Nft
 from calicoctl.felix.process import Options
 from calicoctl.felix.report import Health, ReportFile, Status, StoreReporter
-from calicoctl.felix.routes import PREFIX, Link, Routes
-from calicoctl.felix.ruleset import Ruleset
-from calicoctl.felix.sysctls import HostSettings
-from calicoctl.snapshot import INACTIVE, LocalEndpoint, Snapshot
-from calicoctl.upkeep import Act
-from calicoctl.workload import DOCKER, workload_of
+from calicoctl.felix.workload_keeper import Keeper
+from calicoctl.workloads import host_network
+from calicoctl.workloads.upkeep import Act
+from calicoctl.workloads.workload import DOCKER, workload_of
 
 log = logging.getLogger("calico.felix")
 
@@ -120,7 +122,7 @@ class Agent:
         """Profiles that exist and whose rules can be read."""
         self._released: set[str] = set()
         """Interfaces that an endpoint has given up."""
-        self._lister = connections.Lister(self._events.put)
+        self._lister = conntrack.Lister(self._events.put)
         self._keeper = Keeper(datastore, self._events.put)
         self._host_keeper = HostKeeper(HostSettings(process.settings_file(self._host)), self._events.put)
         self._clean_up = True
@@ -178,7 +180,7 @@ class Agent:
             listings = []
             ends = False
             for event in self._wait(not is_ready):
-                if isinstance(event, connections.Listed):
+                if isinstance(event, conntrack.Listed):
                     listings.append(event)  # judged by what the tables hold when all other events are taken in
                 else:
                     ends = ends or isinstance(event, events.Stop)
@@ -293,7 +295,7 @@ class Agent:
         elif isinstance(event, events.Failed):
             raise CalicoError(event.why)
 
-    def _judge(self, listing: connections.Listed) -> None:
+    def _judge(self, listing: conntrack.Listed) -> None:
         """End the connections of a listing that policy denies, and admit the newcomers that have waited for it."""
         if self._ruleset is None:
             self._unlisted.update(listing.addresses)  # to be listed again when the tables are known again
@@ -477,7 +479,7 @@ class Agent:
             first = not self._health.first_update
             self._unsettled.update(dict.fromkeys(touched, 0))
             if first:
-                self._end_denied_connections(connections.listed(touched))
+                self._end_denied_connections(conntrack.listed(touched))
                 self._host_keeper.forward(self._snapshot.ipv6_address is not None)
             self._set_statuses(self._apply_routes(dirty.settings))
         if not first:
@@ -647,13 +649,13 @@ class Agent:
         if changed:
             self._reporter.set(changed)
 
-    def _end_denied_connections(self, listed: connections.Listed) -> str | None:
+    def _end_denied_connections(self, listed: conntrack.Listed) -> str | None:
         """End those of the connections that policy denies; return why that could not be done, and is to be repeated."""
         assert self._ruleset is not None, "the caller makes sure"
         try:
             if listed.error is not None:
                 raise CalicoError(listed.error)
-            ended = connections.end_denied(listed, self._snapshot, self._ruleset.tagged)
+            ended = conntrack.end_denied(listed, self._snapshot, self._ruleset.tagged)
         except CalicoError as error:
             self._health.error(str(error))
             self._unlisted.update(listed.addresses)
@@ -663,7 +665,7 @@ class Agent:
         self._settle(listed)
         return None
 
-    def _settle(self, listed: connections.Listed) -> None:
+    def _settle(self, listed: conntrack.Listed) -> None:
         """Note that a listing has been looked at; when all have, packets of established connections need no look."""
         if not self._unsettled or self._ruleset is None:
             return

@@ -21,10 +21,10 @@ from calicoctl import netlink
 from calicoctl.datastore.store import Change, Entry
 from calicoctl.errors import CalicoError, HistoryLost, is_shortage
 from calicoctl.felix import shortage
+from calicoctl.felix.dataplane.nft import TableEvents, own_ports
+from calicoctl.felix.dataplane.routes import PROTOCOL, Link
 from calicoctl.felix.heartbeat import now
-from calicoctl.felix.nft import TableEvents, own_ports
-from calicoctl.felix.routes import PROTOCOL, Link
-from calicoctl.workload import docker_containers, docker_engine, engine_may_be_there
+from calicoctl.workloads.workload import docker_containers, docker_engine, engine_may_be_there
 
 if TYPE_CHECKING:
     from calicoctl.datastore.client import DatastoreClient

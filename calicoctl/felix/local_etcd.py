@@ -25,7 +25,7 @@ from pathlib import Path
 from calicoctl.datastore.store import EtcdSettings
 from calicoctl.environment import STORE, EnvironmentFile
 from calicoctl.errors import CalicoError
-from calicoctl.locks import DIRECTORY
+from calicoctl.workloads.locks import DIRECTORY
 
 log = logging.getLogger("calico.felix")
 

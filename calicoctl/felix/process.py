@@ -2,7 +2,8 @@
 
 Its files are under /run/calico/<host name>/: the pid file, which anybody may read, and which says when the process was
 started, so that a stale one fools nobody; a lock that the agent holds as long as it lives; what it reports (report.py);
-and what it remembers (sysctls.py). Another lock, of the network namespace, keeps agents of two names from one kernel.
+and what it remembers (dataplane/sysctls.py). Another lock, of the network namespace, keeps agents of two names from one
+kernel.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Callable, TextIO
 
 from calicoctl.errors import CalicoError, NotThere, one_line
-from calicoctl.locks import DIRECTORY
+from calicoctl.workloads.locks import DIRECTORY
 
 DEFAULT_LOG_DIR = "/var/log/calico"
 

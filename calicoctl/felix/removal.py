@@ -6,11 +6,12 @@ Interfaces belong to the endpoints, and have gone with them; one that is left, i
 from __future__ import annotations
 
 from calicoctl.errors import DockerUnavailable
-from calicoctl.felix import docker_firewall, process, sysctls
+from calicoctl.felix import process
+from calicoctl.felix.dataplane import docker_firewall, sysctls
+from calicoctl.felix.dataplane.nft import Nft
+from calicoctl.felix.dataplane.routes import PREFIX, Routes
+from calicoctl.felix.dataplane.ruleset import remove_commands
 from calicoctl.felix.events import link_of
-from calicoctl.felix.nft import Nft
-from calicoctl.felix.routes import PREFIX, Routes
-from calicoctl.felix.ruleset import remove_commands
 from calicoctl.output import warn
 
 

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from calicoctl.datastore.keys import EndpointId
+from calicoctl.desired.snapshot import INACTIVE
 from calicoctl.errors import CalicoError, StoreError, StoreUnavailable, is_shortage
 from calicoctl.felix import events
 from calicoctl.felix.heartbeat import INTERVAL, Heartbeat, Identity, now, replaced
-from calicoctl.snapshot import INACTIVE
-from calicoctl.upkeep import COLLECTED, HEALED, Act
+from calicoctl.workloads.upkeep import COLLECTED, HEALED, Act
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

@@ -15,7 +15,9 @@ import os
 import signal
 import sys
 
-from calicoctl import cli, netns, slim
+from calicoctl import slim
+from calicoctl.cli.main import entry
+from calicoctl.workloads import netns
 
 slim.install()
 
@@ -116,4 +118,4 @@ for request in ("link", "addr", "route", "neigh"):
     faulty_netlink(request)
 faulty_sysctl()
 sys.argv = ["calicoctl", *sys.argv[1:]]
-cli.entry()
+entry()

@@ -21,8 +21,8 @@ from calicoctl.datastore.store import EtcdSettings, EtcdStore
 from calicoctl.errors import CalicoError, Conflict
 from calicoctl.felix import local_etcd
 from calicoctl.felix.local_etcd import LocalEtcd
-from calicoctl.wiring import Scene, rewire
-from calicoctl.workload import Workload
+from calicoctl.workloads.wiring import Scene, rewire
+from calicoctl.workloads.workload import Workload
 from tests.system.agent import A4, ALLOW, B4, C4, LOG_DIR, AgentHost, kernel, locked, outside_host
 from tests.system.support import (
     AS_NOBODY,

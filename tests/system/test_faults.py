@@ -18,7 +18,7 @@ from unittest import mock
 
 import pytest
 
-from calicoctl import cli
+from calicoctl.cli.main import main
 from tests.system.support import FAULTY, Host, Result, addresses, calico_links, links, routes, run, wait_for
 
 SPACE = "blue"
@@ -47,7 +47,7 @@ def in_process(host: Host, *arguments: str) -> tuple[int, str]:
     said = io.StringIO()
     environment = mock.patch.dict(os.environ, host.environment(), clear=True)
     with environment, contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        return cli.main(list(arguments)), said.getvalue()
+        return main(list(arguments)), said.getvalue()
 
 
 def prepared(host: Host, *arguments: str) -> None:

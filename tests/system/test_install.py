@@ -72,7 +72,7 @@ def older_version(prefix: Path) -> None:
     shutil.copytree(ours, packages, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__editable__*", "mypy", "pip"))
     shutil.copytree(ROOT / "calicoctl", packages / "calicoctl")
     program = library / "bin/calicoctl"
-    program.write_text(f"#!{library}/bin/python3\nfrom calicoctl.cli import entry\nentry()\n")
+    program.write_text(f"#!{library}/bin/python3\nfrom calicoctl.cli.main import entry\nentry()\n")
     program.chmod(0o755)
     (prefix / "bin").mkdir()
     (prefix / "bin/calicoctl").symlink_to(program)

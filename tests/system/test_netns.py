@@ -10,7 +10,7 @@ from types import FrameType
 import pytest
 from pyroute2.iproute.linux import IPRoute
 
-from calicoctl.netns import Namespace
+from calicoctl.workloads.netns import Namespace
 
 
 class Interrupt(BaseException):

@@ -21,7 +21,7 @@ import pytest
 
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.store import EtcdSettings, EtcdStore
-from calicoctl.trace import trace
+from calicoctl.diagnose.trace import trace
 from tests.system.agent import A4, ALLOW, B4, C4, AgentHost, holds, outside_host
 from tests.system.conftest import clear_host
 from tests.system.support import Etcd, links, run, wait_for

@@ -6,9 +6,9 @@ import json
 import random
 
 from calicoctl.datastore.store import Change, Entry
-from calicoctl.felix.nft import Nft
-from calicoctl.felix.ruleset import Ruleset, remove_commands
-from calicoctl.snapshot import Dirty, Snapshot
+from calicoctl.desired.snapshot import Dirty, Snapshot
+from calicoctl.felix.dataplane.nft import Nft
+from calicoctl.felix.dataplane.ruleset import Ruleset, remove_commands
 from tests.system.support import tables
 
 TAGS = ("web", "db", "a-b.c_d", "weird tag; drop")

@@ -7,7 +7,8 @@ import socket
 
 import pytest
 
-from calicoctl import checks, netlink
+from calicoctl import netlink
+from calicoctl.diagnose import checks
 
 
 @pytest.mark.parametrize(

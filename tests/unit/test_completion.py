@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from calicoctl import completion
+from calicoctl.cli import completion
 from calicoctl.grammar import COMMANDS
 
 

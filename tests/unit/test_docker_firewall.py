@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from calicoctl.errors import CalicoError
-from calicoctl.felix import docker_firewall
-from calicoctl.felix.docker_firewall import Filter
+from calicoctl.felix.dataplane import docker_firewall
+from calicoctl.felix.dataplane.docker_firewall import Filter
 
 HEAD = ":INPUT ACCEPT [0:0]\n:FORWARD %s [0:0]\n:OUTPUT ACCEPT [0:0]\n"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from calicoctl.cli import USAGE
+from calicoctl.cli.main import USAGE
 from calicoctl.grammar import COMMANDS
 
 ROOT = Path(__file__).parent.parent.parent

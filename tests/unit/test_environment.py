@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from calicoctl import cli, completion
+from calicoctl.cli import completion
+from calicoctl.cli.main import main
 from calicoctl.environment import EnvironmentFile, complete, parse
 from calicoctl.errors import CalicoError
 
@@ -138,12 +139,12 @@ def test_a_file_that_cannot_be_read_is_an_error(
         path.write_bytes(content.get(kind, b"x"))
     with pytest.raises(CalicoError, match=why):
         complete()
-    assert cli.main(["pool", "show"]) == 1
+    assert main(["pool", "show"]) == 1
     said = capsys.readouterr()
     assert str(path) in said.err and said.err.count("\n") == 1 and said.out == ""
     # what asks no store works all the same
     for words in (["--help"], ["--version"], ["version"], ["pool", "--help"], ["completion", "bash"]):
-        assert cli.main(words) == 0, words
+        assert main(words) == 0, words
     assert completion.candidates("calicoctl profile web ") == ["rule", "tag"]
     assert completion.candidates("calicoctl profile trace ") == []
 

@@ -11,23 +11,25 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from calicoctl import cli, completion
+from calicoctl.cli import completion
+from calicoctl.cli.main import main
 from calicoctl.commands import batch
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.ipam import Block, _handle_counts
 from calicoctl.datastore.keys import EndpointId
 from calicoctl.datastore.model import Endpoint, Peer, Pool, Rules, load_strings
 from calicoctl.datastore.store import Change, Entry
+from calicoctl.desired.snapshot import Snapshot
 from calicoctl.errors import CalicoError
-from calicoctl.rules import check_rules
-from calicoctl.rules import parse as parse_rule
-from calicoctl.snapshot import Snapshot
+from calicoctl.grammar import COMMANDS
+from calicoctl.policy.rules import check_rules
+from calicoctl.policy.rules import parse as parse_rule
 from tests.unit.memory_store import MemoryStore
 
 WORDS = sorted(
     {
         word
-        for command in cli.COMMANDS
+        for command in COMMANDS
         for usage in [str(__import__(f"calicoctl.commands.{command}", fromlist=["x"]).__doc__)]
         for word in re.findall(r"[a-z][a-z-]+|--[a-z0-9-]+", usage.partition("Options:")[0])
     }
@@ -42,7 +44,7 @@ VALUES = st.one_of(
 WORD = st.one_of(st.sampled_from(WORDS), VALUES, st.builds("{}={}".format, st.sampled_from(WORDS), VALUES))
 
 # these ask the system around, or wait for it
-COMMANDS = sorted(set(cli.COMMANDS) - {"checksystem", "diags", "node", "batch", "status", "completion"})
+COMMANDS = sorted(set(COMMANDS) - {"checksystem", "diags", "node", "batch", "status", "completion"})
 
 
 @pytest.fixture
@@ -53,7 +55,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> MemoryStore:
     monkeypatch.setattr(DatastoreClient, "from_environment", classmethod(lambda cls: client))
     monkeypatch.setattr("os.geteuid", lambda: 1000)
     monkeypatch.setenv("DOCKER_HOST", "unix:///nowhere")
-    monkeypatch.setattr("calicoctl.audit.SECOND_LOOK", 0)
+    monkeypatch.setattr("calicoctl.diagnose.audit.SECOND_LOOK", 0)
     client.register_host("192.0.2.2", None, None)
     client.create_profile("web")
     return memory
@@ -64,7 +66,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> MemoryStore:
 def test_no_command_line_brings_a_traceback(store: MemoryStore, command: str, words: list[str]) -> None:
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        status = cli.main([command, *words])
+        status = main([command, *words])
     assert status in (0, 1, 2)
     assert "defect" not in err.getvalue(), (command, words, err.getvalue())
     assert (status == 0) == (err.getvalue() == "" or err.getvalue().startswith("Warning")), (command, words)
@@ -189,7 +191,7 @@ def test_nothing_in_the_store_brings_a_traceback(store: MemoryStore, entries: li
         store.entries[key] = Entry(key, text, 10**6, 10**6)
     err = io.StringIO()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(err):
-        cli.main(line.split())
+        main(line.split())
     store.entries = before
     assert "defect" not in err.getvalue(), (line, entries, err.getvalue())
 

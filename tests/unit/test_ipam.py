@@ -14,8 +14,8 @@ from netaddr import IPAddress
 from calicoctl.datastore import ipam as ipam_module
 from calicoctl.datastore.ipam import Block, Ipam, Owner
 from calicoctl.datastore.model import Pool
+from calicoctl.datastore.reserved import HostNetwork, InterfaceAddress, Reserved
 from calicoctl.errors import AddressTaken, CalicoError, InvalidValue, StoreUnavailable
-from calicoctl.reserved import HostNetwork, InterfaceAddress, Reserved
 from tests.unit.memory_store import MemoryStore
 
 HOSTS = ("host1", "host2", "host3")

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from calicoctl import locks
 from calicoctl.errors import Conflict
-from calicoctl.locks import WorkloadLock
+from calicoctl.workloads import locks
+from calicoctl.workloads.locks import WorkloadLock
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from calicoctl.reserved import HostNetwork, InterfaceAddress, Network, Reserved
+from calicoctl.datastore.reserved import HostNetwork, InterfaceAddress, Network, Reserved
 
 
 def address(cidr: str, interface: str = "eth0", peer: str = "", broadcast: str | None = None) -> InterfaceAddress:

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from calicoctl.datastore.model import RULE_FIELDS, Rule
 from calicoctl.errors import CalicoError, UsageError
-from calicoctl.felix.ruleset import rule_lines
-from calicoctl.rules import check_name, check_rule, check_rules, parse, text
+from calicoctl.felix.dataplane.ruleset import rule_lines
+from calicoctl.policy.rules import check_name, check_rule, check_rules, parse, text
 
 
 @pytest.mark.parametrize(

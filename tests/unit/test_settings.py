@@ -13,7 +13,7 @@ from calicoctl.commands.node import parse_as_number
 from calicoctl.datastore.client import hostname
 from calicoctl.datastore.store import EtcdSettings
 from calicoctl.errors import CalicoError, StoreError
-from calicoctl.wiring import Wish, check_interface_name
+from calicoctl.workloads.wiring import Wish, check_interface_name
 
 
 def test_the_default_is_etcd_on_this_host() -> None:

@@ -7,9 +7,9 @@ import json
 import random
 
 from calicoctl.datastore.keys import EndpointId
+from calicoctl.datastore.reserved import HostNetwork, InterfaceAddress
 from calicoctl.datastore.store import Change, Entry
-from calicoctl.reserved import HostNetwork, InterfaceAddress
-from calicoctl.snapshot import Snapshot
+from calicoctl.desired.snapshot import Snapshot
 
 FOLDER = "/calico/v1/host/h/workload/docker"
 RECORD = {"state": "active", "mac": "02:00:00:00:00:01", "profile_ids": ["web"], "ipv4_nets": ["192.168.0.1/32"]}

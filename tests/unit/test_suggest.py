@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from calicoctl import cli
+from calicoctl.cli.main import main
 from calicoctl.grammar import COMMANDS
 
 
@@ -64,7 +64,7 @@ def test_what_does_not_fit_is_named(
     line: str, expected: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("os.geteuid", lambda: 0)
-    assert cli.main(line.split()) == 2
+    assert main(line.split()) == 2
     said = capsys.readouterr()
     assert said.out == "" and expected in said.err.splitlines()[0]
 
@@ -85,7 +85,7 @@ def test_what_does_not_fit_is_named(
     ],
 )
 def test_the_usage_that_comes_closest_is_shown(line: str, usage: str, capsys: pytest.CaptureFixture[str]) -> None:
-    cli.main(line.split())
+    main(line.split())
     shown = capsys.readouterr().err.splitlines()
     assert shown[1] == "Usage:" and shown[2].strip().startswith(usage)
     assert sum("calicoctl" in other for other in shown[2:]) == 1
@@ -111,7 +111,7 @@ def test_the_usage_that_comes_closest_is_shown(line: str, usage: str, capsys: py
 def test_help_is_about_what_the_words_say(
     line: str, there: list[str], not_there: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(line.split()) == 0
+    assert main(line.split()) == 0
     shown = capsys.readouterr().out
     assert [text for text in there if text not in shown] == []
     usage = shown.partition("Options:")[0] if "container add" in line else shown
@@ -129,7 +129,7 @@ def test_help_is_about_what_the_words_say(
 def test_the_form_of_a_rule_that_comes_closest_is_shown(
     rule: str, usage: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["profile", "web", "rule", "add", "inbound", *rule.split()]) == 2
+    assert main(["profile", "web", "rule", "add", "inbound", *rule.split()]) == 2
     shown = capsys.readouterr().err.splitlines()
     assert shown[1] == "Usage:" and "profile <PROFILE> rule" in shown[2] and shown[3].strip().startswith(usage)
     assert max(map(len, shown)) < 80 and "SIDE" not in "".join(shown)
@@ -140,11 +140,11 @@ def test_the_form_of_a_rule_that_comes_closest_is_shown(
     ["--verbose status", "container add web --ip=192.0.2.1", "profile add --foo", "profile web rule remove 1"],
 )
 def test_nothing_is_suggested_that_would_be_refused(line: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(line.split()) == 2
+    assert main(line.split()) == 2
     assert "did you mean" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", [*COMMANDS, ""])
 def test_help_fits_80_columns(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main([command, "--help"] if command else ["--help"]) == 0
+    assert main([command, "--help"] if command else ["--help"]) == 0
     assert [line for line in capsys.readouterr().out.splitlines() if len(line) > 78] == []

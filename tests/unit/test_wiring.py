@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 
 from calicoctl.datastore.keys import EndpointId
-from calicoctl.wiring import _new_endpoint
+from calicoctl.workloads.wiring import _new_endpoint
 
 
 def test_interfaces_of_endpoints_made_at_the_same_time_have_different_names() -> None:

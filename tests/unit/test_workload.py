@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from calicoctl.errors import NamespaceError
-from calicoctl.workload import Standing, look_up, process_started
+from calicoctl.workloads.workload import Standing, look_up, process_started
 
 
 def test_a_path_that_leads_through_a_process_is_that_ones(tmp_path: Path) -> None:

@@ -1,0 +1,211 @@
+"""Tells a shell what may come next on a command line: words of the grammars, and the names of what is there.
+
+The grammars are the commands' docstrings, read by docopt; no list of words is kept anywhere else.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Callable
+
+from calicoctl import environment
+from calicoctl.cli.usages import Usage, fits, positional, usages_of
+from calicoctl.datastore.client import DatastoreClient
+from calicoctl.errors import CalicoError
+from calicoctl.grammar import COMMANDS, FORMATS, GLOBAL_OPTIONS, grammar_of
+
+
+class OutOfTime(BaseException):
+    """Who presses the tab key has waited long enough for the one that is being asked."""
+
+
+FILES, DIRECTORIES = ":files", ":directories"
+"""Candidates that stand for the names of files, or of directories, which a shell knows best."""
+
+_HARMLESS = re.compile(r"[A-Za-z0-9_./:=@%+,-]+", re.ASCII)
+"""What a shell takes for a plain word. Names come from etcd and Docker, and end on somebody's command line."""
+
+
+def candidates(line: str) -> list[str]:
+    """Return what the last word of a command line may become; the line ends where the cursor is."""
+    words, partial = _split(line)
+    if words[:1] == ["help"]:
+        words = words[1:]
+    if not words:
+        found: Iterable[str] = (*COMMANDS, "help", "--help", "--version", *GLOBAL_OPTIONS)
+    elif words[0] not in COMMANDS:
+        found = ()
+    else:
+        found = _of_command(words, partial)
+    fitting = sorted({word for word in found if word.startswith(partial) and _HARMLESS.fullmatch(word)})
+    return fitting or sorted({FILES, DIRECTORIES} & set(found))
+
+
+def _split(line: str) -> tuple[list[str], str]:
+    """Return the words behind `calicoctl`, and the one that is being typed."""
+    try:
+        words = shlex.split(line)
+    except ValueError:  # an open quote
+        words = line.split()
+    if not line or line[-1].isspace():
+        words.append("")
+    start = next((number for number, word in enumerate(words) if word.rpartition("/")[2] == "calicoctl"), 0)
+    words = words[start + 1 :]
+    partial = words.pop() if words else ""
+    return [word for word in words if word not in GLOBAL_OPTIONS], partial
+
+
+def _of_command(words: list[str], partial: str) -> set[str]:
+    usages = usages_of(grammar_of(words[0]))
+    plain = positional(words, usages)
+    for option in (option for usage in usages for option in usage.options()):
+        if option.argcount and words[-1] in (option.long, option.short):
+            return set(_values(option.long, plain, partial))
+    fitting = [(usage, fit) for usage, fit in zip(usages, fits(usages, plain)) if fit]
+    if partial.startswith("-"):
+        return _options([usage for usage, _ in fitting], plain, partial)
+    found = {name for _, fit in fitting for name in fit.commands()}
+    for name in {name for _, fit in fitting for name in fit.arguments()}:
+        found.update(_values(name, plain, partial))
+    return found
+
+
+def _options(usages: list[Usage], words: list[str], partial: str) -> set[str]:
+    """Return the options of those usages that the words fit."""
+    name, equals, _ = partial.partition("=")
+    found = {"--help", *GLOBAL_OPTIONS}
+    for option in (option for usage in usages for option in usage.options()):
+        if equals and option.long == name:
+            values = _values(name, words, partial.partition("=")[2])
+            found.update(value if value in (FILES, DIRECTORIES) else f"{name}={value}" for value in values)
+        else:
+            found.add(f"{option.long}=" if option.argcount else option.long)
+    return found
+
+
+# The names of what is there
+
+
+def _values(name: str, words: list[str], partial: str) -> list[str]:
+    """Return what an argument, or an option, may be; nothing where that cannot be told."""
+    found: list[str] = []
+    with suppress(CalicoError, OutOfTime):
+        if name in _SOURCES:
+            environment.complete()
+            found = list(_SOURCES[name](words))
+    if name in ("<FILE>", "<CONTAINER>", "<CONTAINERS>") and (name == "<FILE>" or partial.startswith("/")):
+        found.append(FILES)
+    elif name == "--log-dir":
+        found.append(DIRECTORIES)
+    return found
+
+
+def _containers(words: list[str]) -> list[str]:
+    from calicoctl.workloads.workload import docker_containers
+
+    found = [f"/var/run/netns/{path.name}" for path in Path("/var/run/netns").glob("*")]
+    with suppress(CalicoError, OutOfTime):  # a host may have no Docker
+        found += [name.lstrip("/") for container in docker_containers() for name in container.get("Names") or ()]
+    return found
+
+
+def _addresses(words: list[str]) -> list[str]:
+    if words[0] == "ipam":
+        endpoints = DatastoreClient.from_environment().readable_endpoints()[0]
+        return [address for endpoint in endpoints for address in endpoint.addresses]
+    if "remove" not in words:
+        return ["ipv4", "ipv6", *_pools(words)]
+    from calicoctl.workloads.workload import endpoints_of, find_connected
+
+    datastore = DatastoreClient.from_environment()
+    endpoints = endpoints_of(datastore, find_connected(words[1], datastore))
+    return [address for endpoint in endpoints for address in endpoint.addresses]
+
+
+def _pools(words: list[str]) -> list[str]:
+    datastore = DatastoreClient.from_environment()
+    return [pool.cidr for version in (4, 6) for pool in datastore.pools(version)]
+
+
+def _profiles(words: list[str]) -> list[str]:
+    return DatastoreClient.from_environment().profile_names()
+
+
+def _endpoints(words: list[str]) -> list[str]:
+    return [endpoint.id.endpoint for endpoint in DatastoreClient.from_environment().readable_endpoints()[0]]
+
+
+def _hosts(words: list[str]) -> list[str]:
+    return DatastoreClient.from_environment().registered_hosts()
+
+
+def _peers(words: list[str]) -> list[str]:
+    datastore = DatastoreClient.from_environment()
+    host = datastore.host if words[0] == "node" else None
+    return [peer.ip for version in (4, 6) for peer in datastore.readable_bgp_peers(version, host)[0]]
+
+
+def _tags(words: list[str]) -> list[str]:
+    datastore = DatastoreClient.from_environment()
+    return datastore.tags(words[1]) if "remove" in words else list(datastore.all_tags() or ())
+
+
+def _rule_words(words: list[str]) -> list[str]:
+    """Return what may come next in a rule; `words` may have some of one."""
+    from calicoctl.policy.rules import GRAMMAR
+
+    direction = next(number for number, word in enumerate(words) if word in ("inbound", "outbound") and number > 2)
+    fitting = fits(usages_of(GRAMMAR), words[direction + 1 :])
+    found = {name for fit in fitting for name in fit.commands()}
+    arguments = {name for fit in fitting for name in fit.arguments()}
+    if "<TAG>" in arguments:
+        found.update(DatastoreClient.from_environment().all_tags() or ())
+    if "<CIDR>" in arguments:
+        found.update(_pools(words))
+    return sorted(found)
+
+
+def _setting_values(words: list[str]) -> list[str]:
+    from calicoctl.commands.config import known
+
+    setting = known("node" in words, "felix" in words).get(words[-1])
+    return list(setting.values or ()) if setting is not None else []
+
+
+def _settings(words: list[str]) -> list[str]:
+    from calicoctl.commands.config import known
+
+    return list(known("node" in words, "felix" in words))
+
+
+def _fixed(*values: str) -> Callable[[list[str]], list[str]]:
+    return lambda words: list(values)
+
+
+_SOURCES: dict[str, Callable[[list[str]], Iterable[str]]] = {
+    "<CONTAINER>": _containers,
+    "<CONTAINERS>": _containers,
+    "<FROM>": _containers,
+    "<TO>": _containers,
+    "<IP>": _addresses,
+    "<IPS>": _addresses,
+    "<RULE>": _rule_words,
+    "<VALUE>": _setting_values,
+    "<CIDRS>": _pools,
+    "<PROFILE>": _profiles,
+    "<PROFILES>": _profiles,
+    "<TAGS>": _tags,
+    "<ENDPOINT_ID>": _endpoints,
+    "<PEER_IP>": _peers,
+    "<NAME>": _settings,
+    "--endpoint": _endpoints,
+    "--host": _hosts,
+    "--hostname": _hosts,
+    "--orchestrator": _fixed("docker", "namespace"),
+    "--output": _fixed(*FORMATS),
+    "--detach": _fixed("true", "false"),
+}

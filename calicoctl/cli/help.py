@@ -1,0 +1,61 @@
+"""What `--help` prints: the docstring of a command, or the part of it that is about what the words before it say."""
+
+from __future__ import annotations
+
+import re
+
+from calicoctl.cli.usages import Usage, fits, positional, usages_of
+from calicoctl.grammar import grammar_of
+
+
+def help_of(words: list[str]) -> str:
+    """Return the help for a command, or, where further words choose some of its usages, for those alone."""
+    text = grammar_of(words[0]).strip()
+    usages = usages_of(text)
+    plain = positional(words, usages)
+    chosen = [usage for usage, fit in zip(usages, fits(usages, plain)) if fit]
+    if not chosen:  # such as `profile rule add`, without the profile's name
+        chosen = [usage for usage in usages if _in_order(plain, usage.commands())]
+    if not chosen or len(chosen) == len(usages):
+        return text
+    return _part(text, chosen, [word for word in plain if any(word in usage.commands() for usage in chosen)])
+
+
+def _head(entry: str) -> str:
+    """Return what an entry of the options explains, which two blanks, or the line's end, separate from the rest."""
+    return re.split("  |\n", entry.strip(), maxsplit=1)[0]
+
+
+def _in_order(words: list[str], commands: list[str]) -> bool:
+    """Tell whether all the words are among the commands, in the same order."""
+    left = iter(commands)
+    return all(word in left for word in words)
+
+
+def _part(text: str, chosen: list[Usage], words: list[str]) -> str:
+    """Return of a command's help what is about some of its usages."""
+    names = {name for usage in chosen for name in usage.arguments()}
+    names |= {name for usage in chosen for o in usage.options() for name in (o.long, o.short) if name}
+    own = {word for usage in chosen for word in usage.commands()}
+    blocks = []
+    keep = True
+    for block in text.split("\n\n"):
+        if block.startswith("Usage:"):
+            block = "\n".join(["Usage:", *(f"  {usage.text}" for usage in chosen)])
+        elif block.startswith("Options:"):
+            entries = re.findall(r"^  \S.*(?:\n    +.*)*", block, re.MULTILINE)
+            told = [
+                entry for entry in entries if names & set(re.findall(r"<[^>]+>|--?[a-z0-9-]+", entry.split("  ")[1]))
+            ]
+            block = "\n".join(["Options:", *told]) if told else ""
+        elif block.startswith("Examples:"):
+            lines = [line for line in block.splitlines()[1:] if set(words) <= set(line.split())]
+            block = "\n".join(["Examples:", *lines]) if lines else ""
+        else:
+            # what begins with a word in backquotes is about the usage with that word; what is indented goes on with it
+            about = re.match(r"`([^`]+)`", block)
+            if not block.startswith(" "):
+                keep = about is None or bool(own & set(about[1].split()))
+            block = block if keep else ""
+        blocks.append(block)
+    return "\n\n".join([*filter(None, blocks), f"All of it: calicoctl {words[0]} --help"])

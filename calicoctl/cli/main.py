@@ -1,0 +1,201 @@
+"""The entry point: finds the command, runs it, and turns what goes wrong into one line and an exit status."""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import io
+import os
+import signal
+import sys
+from contextlib import nullcontext, redirect_stdout, suppress
+from functools import partial
+from types import FrameType
+from typing import Any, NoReturn, cast
+
+from calicoctl import __version__, environment, programs, slim
+from calicoctl.errors import CalicoError, Failures, UsageError, printable
+from calicoctl.grammar import COMMANDS, GLOBAL_OPTIONS, Prepared
+
+USAGE = """Connect containers to a Calico network.
+
+Usage:
+  calicoctl [--debug] [--quiet] <command> [<args>...]
+  calicoctl help <command> [<args>...]
+  calicoctl <command> [<args>...] --help
+  calicoctl --help
+  calicoctl --version
+
+Commands:
+  batch        run many commands, one a line, in one process
+  bgp          what all hosts know of BGP: peers, the mesh, the AS number
+  checksystem  check this host's prerequisites
+  completion   print what a shell needs to complete command lines
+  config       settings of the host agents and of the routing daemons
+  container    connect Docker containers and network namespaces
+  diags        collect what helps to find out why a packet does not arrive
+  endpoint     show the endpoints of all hosts, and change their profiles
+  ipam         show who has which address, release addresses, find lost ones
+  node         register this host, and run its agent
+  pool         show and change the ranges that addresses come from
+  profile      make profiles, the policy of the network, and change them
+  status       show what this host's agent says
+  version      show the version
+
+Options:
+  --quiet      print no results, for scripts that look at the exit status
+               alone; errors are printed all the same
+  --debug      show where in the program an error comes from (also:
+               CALICO_DEBUG=1)
+
+Where etcd is, and Docker, is read from the environment (ETCD_AUTHORITY,
+ETCD_ENDPOINTS, DOCKER_HOST and others) and, where that does not say it, from
+/etc/calico/node.env.
+"""
+
+WITHOUT_SETTINGS = ("completion", "version")
+"""Commands that work whatever is in the file of settings; completion looks at it when it asks the store, or Docker."""
+
+
+class Interrupted(BaseException):
+    """A signal asked the process to end. What was done so far is undone on the way out."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+class _Output(io.FileIO):
+    """A standard stream that goes on when its reader has seen enough: what is to be done is done all the same."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data) or 0
+        except BrokenPipeError:
+            return len(data)
+
+    @classmethod
+    def over(cls, stream: Any) -> io.TextIOWrapper:
+        """Return a stream over the same file, which spells out what its encoding has no character for."""
+        binary = io.BufferedWriter(cls(stream.fileno(), "w", closefd=False))
+        lines = stream is sys.stderr or stream.isatty()
+        return io.TextIOWrapper(binary, stream.encoding, "backslashreplace", line_buffering=lines)
+
+
+class _Complaints(_Output):
+    """Standard error: where that cannot be written, nobody can be told."""
+
+    def write(self, data: Any) -> int:
+        with suppress(OSError):
+            return super().write(data)
+        return len(data)
+
+
+def entry() -> NoReturn:
+    """Run the command line of this process, and end it with its exit status."""
+    _open_standard_streams()
+    slim.install()
+    programs.look_in_system_folders()
+    gc.set_threshold(50_000)  # importing makes many objects, and none of them is garbage
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _interrupt)
+    sys.stdout, sys.stderr = _Output.over(sys.stdout), _Complaints.over(sys.stderr)
+    status = main(sys.argv[1:])
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        print(f"cannot write the output: {error.strerror}", file=sys.stderr)
+        status = status or 1
+    sys.stderr.flush()
+    os._exit(status)  # tearing the interpreter down takes longer than many a command, and does nothing for us
+
+
+def _open_standard_streams() -> None:
+    """Make those of the three streams that are closed lead nowhere: the next file opened would take their place."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        if getattr(sys, name) is None:
+            fd = os.open(os.devnull, os.O_RDWR)
+            if fd != number:
+                os.dup2(fd, number)
+                os.close(fd)
+            setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115
+
+
+def main(argv: list[str], where: str = "", prepared: Prepared | None = None) -> int:
+    """Run one command line, which may be `prepared` already; return its exit status.
+
+    Errors are printed as one line, behind `where`; none gets out.
+    """
+    debug = "--debug" in argv
+    quiet = "--quiet" in argv
+    argv = [word for word in argv if word not in GLOBAL_OPTIONS]
+
+    def complain(sentence: str) -> None:
+        _complain(where + sentence, debug or os.environ.get("CALICO_DEBUG", "") not in ("", "0"))
+
+    try:
+        with redirect_stdout(io.StringIO()) if quiet else nullcontext():
+            (prepared or prepare(argv))()
+        return 0
+    except CalicoError as error:
+        for one in error.errors if isinstance(error, Failures) else [error]:
+            complain(str(one))
+        if isinstance(error, UsageError) and error.usage:
+            print(error.usage, file=sys.stderr)
+        return error.exit_status
+    except Interrupted as interrupted:
+        complain("Interrupted; no container is left half connected. Repeat the command to have all of it done.")
+        return 128 + interrupted.number
+    except OSError as error:
+        complain(f"The system refused: {error}.")
+        return 1
+    except MemoryError:
+        complain("There is not enough memory.")
+        return 1
+    except Exception as error:
+        complain(f"calicoctl has a defect ({type(error).__name__}: {error}). Run it with --debug to see where.")
+        return 1
+
+
+def prepare(argv: list[str]) -> Prepared:
+    """Check a command line, without its global options; return what does it. Raises CalicoError."""
+    for word in argv:
+        if "\0" in word or any("\ud800" <= c <= "\udfff" for c in word):
+            raise CalicoError(f"{word!a} cannot be used: it is not UTF-8 text")
+    if not argv:
+        raise UsageError("Which command?", USAGE.partition("\n\n")[2].partition("\n\nOptions")[0])
+    asks_help = "--help" in argv or "-h" in argv or argv[0] == "help"
+    words = [word for word in argv if word not in ("--help", "-h")]
+    if asks_help and words[:1] == ["help"]:
+        del words[0]
+    if asks_help and not words:
+        return partial(print, USAGE, end="")
+    if words == ["--version"]:
+        return partial(print, __version__)
+    if words[0] not in COMMANDS:
+        from calicoctl.cli.suggest import no_command
+
+        raise no_command(words)
+    if asks_help:
+        from calicoctl.cli.help import help_of
+
+        return partial(print, help_of(words))
+    prepared = cast(Prepared, importlib.import_module(f"calicoctl.commands.{words[0]}").prepare(argv))
+    if words[0] not in WITHOUT_SETTINGS:
+        environment.complete()
+    return prepared
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    for other in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(other, signal.SIG_IGN)  # undoing must not be interrupted
+    raise Interrupted(number)
+
+
+def _complain(sentence: str, debug: bool) -> None:
+    if debug:
+        import traceback
+
+        traceback.print_exc()
+    print(printable(" ".join(sentence.split())), file=sys.stderr)

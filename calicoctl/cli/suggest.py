@@ -1,0 +1,314 @@
+"""Why words on the command line do not fit, and the nearest that would: "did you mean …".
+
+Loaded only once something does not fit.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import re
+import shlex
+from collections.abc import Iterable, Sequence
+
+from calicoctl.cli.usages import Fit, Usage, fits, leaves, positional, usages_of
+from calicoctl.errors import CalicoError, NotRoot, UsageError
+from calicoctl.grammar import COMMANDS, GLOBAL_OPTIONS, grammar_of
+
+SYNONYMS = {
+    "ls": "show",
+    "list": "show",
+    "ps": "show",
+    "get": "show",
+    "describe": "show",
+    "inspect": "show",
+    "rm": "remove",
+    "del": "remove",
+    "delete": "remove",
+    "create": "add",
+    "new": "add",
+    "connect": "add",
+    "disconnect": "remove",
+    "ingress": "inbound",
+    "in": "inbound",
+    "egress": "outbound",
+    "out": "outbound",
+    "rules": "rule",
+    "tags": "tag",
+    "profiles": "profile",
+    "port": "ports",
+    "net": "cidr",
+    "subnet": "cidr",
+    "add": "append",
+    "append": "add",
+    "permit": "allow",
+    "accept": "allow",
+    "drop": "deny",
+    "reject": "deny",
+    "src": "from",
+    "dst": "to",
+    "-v": "--version",
+    "-V": "--version",
+    "-q": "--quiet",
+    "-d": "--debug",
+}
+"""What other tools call what is meant."""
+
+_ELSEWHERE = {
+    ("container", "show"): "calicoctl endpoint show --detailed",
+    ("node", "show"): "calicoctl status",
+    ("node", "start"): "calicoctl node",
+    ("ipam", "add"): "calicoctl pool add",
+}
+"""What a command does not do but another does, under the words that people look for it."""
+
+MOST = 2
+"""How many whole command lines are suggested."""
+
+
+def nearest(word: str, names: Iterable[str]) -> str | None:
+    """Return which of the names is meant by a word that is none of them, None for no idea."""
+    meant = SYNONYMS.get(word, word)
+    alike = [name for name in sorted(set(names)) if name.startswith("-") == meant.startswith("-")]
+    known = {name.lower().lstrip("-"): name for name in alike}  # dashes would make all options look alike
+    word, meant = (text.lower().lstrip("-") for text in (word, meant))
+    for text in (meant, word):
+        if text in known:
+            return known[text]
+    longer = [name for name in known if len(word) > 1 and name.startswith(word)]
+    close = longer[:1] if len(longer) == 1 else difflib.get_close_matches(word, known, 1, 0.6)
+    return known[close[0]] if close else None
+
+
+def did_you_mean(suggestion: str | None) -> str:
+    """Return the end of a sentence."""
+    return f"; did you mean {suggestion}?" if suggestion else ""
+
+
+def no_command(words: list[str]) -> UsageError:
+    """Return the error for a command line that does not begin with a command."""
+    first = words[0]
+    command = next((number for number, word in enumerate(words) if word in COMMANDS), None)
+    if first == "--version":
+        return UsageError(f"'{words[1]}' does not fit behind 'calicoctl --version', which takes no more words")
+    if first.startswith("-") and command is not None:
+        behind = [*words[command:], *words[:command]]
+        if _is_accepted(behind):
+            return UsageError(f"'{first}' stands before the command{did_you_mean(repr(_line(behind)))}")
+    near = nearest(first, [*COMMANDS, *GLOBAL_OPTIONS, "--help", "--version"])
+    known = did_you_mean(repr(near)) if near else f"; the commands are {', '.join(COMMANDS)}"
+    return UsageError(f"'{first}' is not a calicoctl {'option' if first.startswith('-') else 'command'}{known}")
+
+
+def misfit(grammar: str, argv: list[str], why: str) -> UsageError:
+    """Return the error for words that do not fit the grammar of a command; `why` is what docopt says, or empty."""
+    usages = usages_of(grammar)
+    words = positional(argv, usages)
+    reach, found = _reach(usages, words)
+    meant = words  # what the user would have typed, by our guess: its usage is shown
+    sentence = _unknown_option(usages, argv)
+    if sentence is None and reach < len(words):
+        sentence, meant = _word_misfit(usages, words, reach, found)
+    if sentence is None:
+        sentence = _option_out_of_place(usages, found, argv) or _option_value(why) or _options_clash(found, argv)
+    if sentence is None:
+        sentence, meant = _missing(usages, words, found)
+    closest = _closest(usages, _reach(usages, meant)[1], meant)
+    return UsageError(sentence, f"Usage:\n  {closest.text}")
+
+
+def rule_usage(words: Sequence[str]) -> str:
+    """Return the form of a rule, of those in the help of `profile`, that comes closest to words that are none."""
+    forms = re.findall("^  (ACTION .*)", grammar_of("profile"), re.MULTILINE)
+    form: str = max(forms, key=lambda form: (len(set(re.findall("[a-z0-9]+", form)) & set(words)), -len(form)))
+    form = form.replace("ACTION", "(allow|deny|log)").replace("SIDE", "[tag T] [cidr C]")
+    begin = "Usage:\n  calicoctl profile <PROFILE> rule (add|remove) (inbound|outbound)\n      "
+    return begin + re.sub(r" \[(from|to) ", r"\n      [\1 ", form)
+
+
+def _reach(usages: list[Usage], words: list[str]) -> tuple[int, list[Fit]]:
+    """Return how many of the words fit at most, and how these fit the usages."""
+    for count in range(len(words), 0, -1):
+        found = fits(usages, words[:count])
+        if any(found):
+            return count, found
+    return 0, fits(usages, [])
+
+
+def _closest(usages: list[Usage], found: list[Fit], words: list[str]) -> Usage:
+    """Return the usage that comes closest: the words fit it as far as any, and it has most of them as its own."""
+
+    def score(number: int) -> tuple[bool, int]:
+        return bool(found[number]), len(set(words) & set(usages[number].commands()))
+
+    return usages[max(range(len(usages)), key=score)]
+
+
+def _line(words: Sequence[str]) -> str:
+    return shlex.join(["calicoctl", *words])
+
+
+# Options
+
+
+def _unknown_option(usages: list[Usage], argv: list[str]) -> str | None:
+    """Return what is wrong with an option that no usage knows."""
+    known = {name: o for usage in usages for o in usage.options() for name in (o.long, o.short) if name}
+    for word in argv:
+        name = word.partition("=")[0] if word.startswith("--") else word[:2]
+        if len(word) < 2 or not word.startswith("-") or word == "--":
+            continue
+        if any(full.startswith(name) for full in known):  # docopt takes a beginning, too
+            continue
+        near = nearest(name, [*(full for full in known if full.startswith("--")), "--help", "--quiet", "--debug"])
+        if near == name:
+            return f"{name} takes no value"
+        takes = known[near].argcount if near in known else 0
+        value = word.partition("=")[2] or (leaves(known[near])[0].value if takes else "")
+        spelled = f"{near}={value or 'VALUE'}" if takes else near
+        return f"'{name}' is no option of 'calicoctl {argv[0]}'{did_you_mean(spelled and repr(str(spelled)))}"
+    return None
+
+
+def _option_value(why: str) -> str | None:
+    """Return what is wrong with an option whose value is missing, or too much, by what docopt says."""
+    if "requires argument" in why:
+        name = why.split()[0]
+        return f"{name} needs a value: {name}=VALUE"
+    if "must not have an argument" in why:
+        return f"{why.split()[0]} takes no value"
+    return None
+
+
+def _option_out_of_place(usages: list[Usage], found: list[Fit], argv: list[str]) -> str | None:
+    """Return what is wrong with an option that only other usages than those that the words fit have."""
+    fitting = [usage for usage, fit in zip(usages, found) if fit.complete]
+    if not fitting:
+        return None
+    allowed = {name for usage in fitting for o in usage.options() for name in (o.long, o.short) if name}
+    known = {name for usage in usages for o in usage.options() for name in (o.long, o.short) if name}
+    for name in _options(argv):
+        if name in known - allowed:
+            own = " ".join(["calicoctl", *fitting[0].commands()])
+            near = nearest(name, allowed)
+            return f"'{name}' does not go with '{own}'{did_you_mean(near and repr(near))}"
+    return None
+
+
+def _options_clash(found: list[Fit], argv: list[str]) -> str | None:
+    """Return what is wrong where the words are all there, and the options are too many."""
+    options = _options(argv)
+    if not options or not any(fit.complete for fit in found):
+        return None
+    twice = next((name for name in options if options.count(name) > 1), None)
+    if twice is not None:
+        return f"'{twice}' is given twice"
+    some = " and ".join(f"'{name}'" for name in options)
+    return f"{some} do not go together" if options[1:] else f"{some} does not go with the words that are given"
+
+
+def _options(argv: list[str]) -> list[str]:
+    """Return the names of the options on a command line."""
+    before = argv[: argv.index("--")] if "--" in argv else argv
+    words = [word for word in before if word.startswith("-") and word != "-"]
+    return [word.partition("=")[0] if word.startswith("--") else word[:2] for word in words]
+
+
+# Words
+
+
+def _word_misfit(usages: list[Usage], words: list[str], reach: int, found: list[Fit]) -> tuple[str, list[str]]:
+    """Return what is wrong with the first word that does not fit, and what would; and the words that are meant."""
+    bad, before = words[reach], words[:reach]
+    commands = set().union(*(fit.commands() for fit in found))
+    arguments = set().union(*(fit.arguments() for fit in found))
+    sentence = f"'{bad}' does not fit behind '{_line(before)}'"
+    elsewhere = _elsewhere(words, reach)
+    near = None if elsewhere else nearest(bad, commands)
+    if near:
+        return f"{sentence}{did_you_mean(repr(near))}", [*before, near, *words[reach + 1 :]]
+    repaired = [] if elsewhere else _repaired(usages, words, reach)
+    suggestion = " or ".join(f"'{line}'" for line in [*map(_line, repaired), elsewhere] if line)
+    if suggestion:
+        return sentence + did_you_mean(suggestion), repaired[0] if len(repaired) == 1 else words
+    if commands or arguments:
+        return f"{sentence}, where {_one_of(commands, arguments)} belongs", words
+    return f"{sentence}, which takes no more words", words
+
+
+def _elsewhere(words: list[str], place: int) -> str | None:
+    """Return which other command does what the word at a place asks for, where that is the first behind the command."""
+    if place != 1:
+        return None
+    return _ELSEWHERE.get((words[0], words[1])) or _ELSEWHERE.get((words[0], SYNONYMS.get(words[1], words[1])))
+
+
+def _repaired(usages: list[Usage], words: list[str], reach: int) -> list[list[str]]:
+    """Return whole command lines that are one mistake away: a word misspelt, else missing, else in the wrong place."""
+    own = {name for usage in usages for name in usage.commands()}
+
+    def expected(line: list[str], place: int) -> list[str]:
+        return sorted(set().union(*(fit.commands() for fit in fits(usages, line[:place]))))
+
+    def inserted(line: list[str]) -> list[list[str]]:
+        return [
+            [*line[:place], name, *line[place:]] for place in range(1, len(line) + 1) for name in expected(line, place)
+        ]
+
+    def misspelt() -> list[list[str]]:
+        found = []
+        for place in range(1, reach + 1):
+            names = expected(words, place)
+            near = None if words[place] in names else nearest(words[place], names)
+            if near:
+                found.append([*words[:place], near, *words[place + 1 :]])
+        return found
+
+    swapped = [*words[: reach - 1], words[reach], words[reach - 1], *words[reach + 1 :]]
+    for candidates in (misspelt(), inserted(words), [swapped], inserted(swapped)):
+        whole = [line for line in candidates if _is_whole(usages, line, own) and _is_accepted(line)]
+        if whole:
+            return whole[:MOST]
+    return []
+
+
+def _is_whole(usages: list[Usage], line: list[str], own: set[str]) -> bool:
+    """Tell whether a command line fits, with none of the grammar's `own` words taken for a name."""
+    return any(
+        fit.complete
+        and all(word in fits([usage], line[:place])[0].commands() for place, word in enumerate(line) if word in own)
+        for usage, fit in zip(usages, fits(usages, line))
+    )
+
+
+def _is_accepted(line: list[str]) -> bool:
+    """Tell whether a command takes these words: none is suggested that would be refused."""
+    try:
+        importlib.import_module(f"calicoctl.commands.{line[0]}").prepare(line)
+    except NotRoot:
+        return True
+    except CalicoError:
+        return False
+    return True
+
+
+def _missing(usages: list[Usage], words: list[str], found: list[Fit]) -> tuple[str, list[str]]:
+    """Return what is missing behind words that fit so far, and the words that are meant."""
+    commands = set().union(*(fit.commands() for fit in found))
+    arguments = set().union(*(fit.arguments() for fit in found))
+    last, before = words[-1], words[:-1]
+    # a word that was taken for an argument, a name, may be one of the grammar's own that is misspelt
+    own = set().union(*(fit.commands() for fit in fits(usages, before))) if before else set()
+    near = None if last in own else nearest(last, own)
+    meant = [*before, near] if near else words
+    suggestion = f"'{_line(meant)}'" if near else None
+    if not near and len(words) == 2 and (elsewhere := _elsewhere(words, 1)):
+        suggestion = f"'{elsewhere}'"
+    if not commands and not arguments:  # the words are all there: options are missing
+        return f"'{_line(words)}' lacks something; see below", words
+    return f"Behind '{_line(words)}', {_one_of(commands, arguments)} is missing{did_you_mean(suggestion)}", meant
+
+
+def _one_of(commands: set[str], arguments: set[str]) -> str:
+    names = [*(f"'{name}'" for name in sorted(commands)), *sorted(arguments)]
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"

@@ -1,0 +1,197 @@
+"""Which addresses no workload may have on a host, and which networks none gets an address of without being asked.
+
+An address that the host has itself, or sends through, or that another host is registered with, must not lead into a
+workload; in a network that the host is connected to, other machines have addresses that nobody here knows. Pure data:
+host_network.py reads what the kernel has, the datastore's client what is registered. Used by all who give addresses to
+workloads, and by the agent, which routes to none that is in use.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+_FAMILIES = {4: socket.AF_INET, 6: socket.AF_INET6}
+_BITS = {4: 32, 6: 128}
+
+WORKLOADS = "cali"
+"""What interfaces that lead to workloads are called; what is behind them is not the host's."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """The network of `length` leading bits that begins with the address `first`, and the interface that leads to it."""
+
+    version: int
+    first: int
+    length: int
+    interface: str = ""
+
+    @classmethod
+    def of(cls, address: str, length: int, interface: str = "") -> Network:
+        """Return the network of a valid address."""
+        version, number = _number(address)
+        return cls(version, number >> (_BITS[version] - length) << (_BITS[version] - length), length, interface)
+
+    @classmethod
+    def parse(cls, cidr: str) -> Network:
+        """Return the network of a valid CIDR."""
+        address, _, length = cidr.partition("/")
+        return cls.of(address, int(length))
+
+    @property
+    def size(self) -> int:
+        return 1 << (_BITS[self.version] - self.length)
+
+    @property
+    def last(self) -> int:
+        return self.first + self.size - 1
+
+    @property
+    def cidr(self) -> str:
+        return f"{self.address(self.first)}/{self.length}"
+
+    def address(self, number: int) -> str:
+        return socket.inet_ntop(_FAMILIES[self.version], number.to_bytes(_BITS[self.version] // 8, "big"))
+
+    def has(self, version: int, number: int) -> bool:
+        return version == self.version and self.first <= number <= self.last
+
+    def __contains__(self, other: Network) -> bool:
+        return self.version == other.version and self.first <= other.first and other.last <= self.last
+
+    def overlaps(self, other: Network) -> bool:
+        return self.version == other.version and self.first <= other.last and other.first <= self.last
+
+
+@dataclass(frozen=True)
+class InterfaceAddress:
+    """An address of one of the host's interfaces, with the network that the kernel takes it to be in.
+
+    `network` is an address of that network, which is the peer's on a point-to-point link, else the address itself.
+    """
+
+    address: str
+    network: str
+    length: int
+    interface: str
+    broadcast: str | None = None
+
+
+@dataclass(frozen=True)
+class HostNetwork:
+    """What a host has of its own: `in_use` maps addresses to what they are; it also has all those of `local`.
+
+    `unfit` are addresses that mean a network as a whole, `networks` those that the host is connected to.
+    """
+
+    in_use: Mapping[str, str] = field(default_factory=dict)
+    local: tuple[Network, ...] = ()
+    unfit: Mapping[str, str] = field(default_factory=dict)
+    networks: tuple[Network, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        addresses: Iterable[InterfaceAddress],
+        gateways: Iterable[tuple[str, str]] = (),
+        local: Iterable[tuple[str, int]] = (),
+        on_link: Iterable[tuple[str, int, str]] = (),
+    ) -> HostNetwork:
+        """Return what follows from a host's addresses and routes.
+
+        `gateways` are the next hops of its routes, with their interfaces; `local` are networks (address, length) whose
+        every address the kernel takes for the host's; `on_link` are networks, with their interfaces, that it knows as
+        neighbours although it has no address in them.
+        """
+        own: dict[str, str] = {}
+        in_use: dict[str, str] = {}
+        unfit: dict[str, str] = {}
+        networks: dict[Network, None] = {}
+        for one in addresses:
+            own[one.address] = f"this host's own address (on {one.interface})"
+            if one.interface == "lo" or one.interface.startswith(WORKLOADS):
+                continue
+            network = Network.of(one.network, one.length, one.interface)
+            of_network = f"of {network.cidr} (on {one.interface})"
+            if one.broadcast is not None:
+                in_use[one.broadcast] = f"the broadcast address {of_network}"
+            if network.size > 2:  # RFC 3021 and RFC 6164: in smaller ones, each address may be a machine's
+                if network.version == 4:
+                    in_use[network.address(network.last)] = f"the broadcast address {of_network}"
+                what = "the network address" if network.version == 4 else "the anycast address of the routers"
+                unfit[network.address(network.first)] = f"{what} {of_network}"
+            if network.size > 1 or one.network != one.address:
+                networks[network] = None
+        for address, length, interface in on_link:
+            network = Network.of(address, length, interface)
+            is_known = (network.size == 1 and address in own) or any(network in other for other in networks)
+            if not (is_known or interface == "lo" or interface.startswith(WORKLOADS)):
+                networks[network] = None
+        for gateway, interface in gateways:
+            if not interface.startswith(WORKLOADS):  # a workload may well be a router
+                in_use.setdefault(gateway, f"a gateway of this host (on {interface})")
+        return cls({**in_use, **own}, tuple(Network.of(*one) for one in local), unfit, tuple(networks))
+
+    def has(self, address: str) -> str | None:
+        """Return what an address is to this host, None where it is nothing."""
+        known = self.in_use.get(address)
+        if known is None and self.local:
+            place = _number(address)
+            network = next((network for network in self.local if network.has(*place)), None)
+            known = None if network is None else f"this host's own address (in its local network {network.cidr})"
+        return known
+
+    def overlap(self, cidr: str) -> str | None:
+        """Return what there is to say of a pool that has addresses of these networks, None where it has none."""
+        networks = self.overlapping(cidr)
+        if not networks:
+            return None
+        pool = Network.parse(cidr)
+        named = ", ".join(f"{network.cidr} (on {network.interface})" for network in networks)
+        if any(pool in network for network in networks):
+            rest = "so none of its addresses is given out here unless it is asked for"
+        else:
+            rest = "so addresses in there are given out here only when they are asked for"
+        return f"pool {cidr} overlaps {named}, which this host is connected to, {rest}"
+
+    def overlapping(self, cidr: str) -> list[Network]:
+        """Return the networks that the host is connected to and that have addresses of a pool."""
+        pool = Network.parse(cidr)
+        return [network for network in self.networks if network.overlaps(pool)]
+
+
+@dataclass(frozen=True)
+class Reserved:
+    """What is not for workloads on a host: what it has, and the addresses that hosts are registered with.
+
+    `registered` maps these to the names of the hosts; `host` is the name of this one.
+    """
+
+    network: HostNetwork = HostNetwork()
+    registered: Mapping[str, str] = field(default_factory=dict)
+    host: str = ""
+
+    def user(self, address: str) -> str | None:
+        """Return which host uses an address, as `this host's own address (on eth0)`, None where none does."""
+        host = self.registered.get(address)
+        known = self.network.has(address)
+        if known is not None or host is None:
+            return known
+        return "this host's own address (it is registered with it)" if host == self.host else f"that of host {host}"
+
+    def refusal(self, address: str) -> str | None:
+        """Return why no workload may be given an address, None where one may."""
+        return self.user(address) or self.network.unfit.get(address)
+
+    def is_free_for_any(self, version: int, number: int) -> bool:
+        """Tell whether an address may be given to a workload that did not ask for that very one."""
+        if any(network.has(version, number) for network in self.network.networks):
+            return False
+        return self.refusal(Network(version, number, _BITS[version]).address(number)) is None
+
+
+def _number(address: str) -> tuple[int, int]:
+    version = 6 if ":" in address else 4
+    return version, int.from_bytes(socket.inet_pton(_FAMILIES[version], address), "big")

@@ -1,0 +1,1 @@
+"""What the store wants of this host."""

@@ -1,0 +1,467 @@
+"""The store as this host sees it: what was read, understood and found sound, kept current change by change.
+
+One key that cannot be understood affects what it names alone: it is left out, and `problems` tells why. Only who bears
+which tag stays as it was read last, since others' rules may deny by that. Whoever makes use of the snapshot takes
+`dirty`, the names of all that changed since it was taken last. Knows no kernel.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import socket
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Callable
+
+from calicoctl.datastore import keys
+from calicoctl.datastore.keys import EndpointId
+from calicoctl.datastore.model import Endpoint, Pool, Rules, load_strings
+from calicoctl.datastore.reserved import HostNetwork, Reserved
+from calicoctl.datastore.store import Change, Entry
+from calicoctl.errors import CalicoError
+from calicoctl.policy.verdict import readable
+
+INACTIVE = "it is inactive"
+
+GRACE_TIME = 60
+
+HOST_ACTIONS = ("RETURN", "DROP", "ACCEPT")
+
+_INTERFACE = re.compile(r"cali[A-Za-z0-9_.-]{1,11}", re.ASCII)
+
+
+@dataclass(frozen=True)
+class LocalEndpoint:
+    """An active endpoint of this host, every value checked; `index` is that of its record in the store.
+
+    `addresses` are those that it may use; `conflict` tells which others it has that a host uses.
+    """
+
+    id: EndpointId
+    index: int
+    interface: str
+    mac: str
+    addresses: tuple[str, ...]
+    profiles: tuple[str, ...]
+    ipv6_next_hop: str | None
+    conflict: str | None = None
+
+    @property
+    def link_local(self) -> str:
+        """The IPv6 address that its interface gives itself by its MAC. Source: RFC 4291, appendix A."""
+        octets = bytes(int(part, 16) for part in self.mac.split(":"))
+        identifier = bytes([octets[0] ^ 2]) + octets[1:3] + b"\xff\xfe" + octets[3:]
+        return socket.inet_ntop(socket.AF_INET6, b"\xfe\x80" + bytes(6) + identifier)
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """All addresses that it may send from."""
+        return (*self.addresses, self.link_local)
+
+    def addresses_of(self, version: int) -> list[str]:
+        return [address for address in self.addresses if (":" in address) == (version == 6)]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A profile's tags, and its rules, None where they cannot be read."""
+
+    tags: tuple[str, ...]
+    rules: Rules | None
+
+
+@dataclass
+class Dirty:
+    """What has changed: endpoints of all hosts, profiles, and whether pools or settings have.
+
+    `interfaces` are those of this host that an endpoint has given up.
+    """
+
+    endpoints: set[EndpointId] = field(default_factory=set)
+    interfaces: set[str] = field(default_factory=set)
+    profiles: set[str] = field(default_factory=set)
+    pools: bool = False
+    settings: bool = False
+
+    def __bool__(self) -> bool:
+        return bool(self.endpoints or self.profiles or self.pools or self.settings)
+
+
+class Snapshot:
+    """The store as `host` sees it."""
+
+    def __init__(self, host: str) -> None:
+        self.host = host
+        self.ready = False
+        self.endpoints: dict[EndpointId, Endpoint] = {}
+        """Those of all hosts, as their records could be read last."""
+        self.local: dict[EndpointId, LocalEndpoint] = {}
+        self.unusable: dict[EndpointId, tuple[int, str]] = {}
+        """This host's endpoints that are not in `local`: the index of the record, and why."""
+        self.profiles: dict[str, Profile] = {}
+        self.pools: dict[str, Pool] = {}
+        self.host_action = "RETURN"
+        self.log_level = "info"
+        self.grace_time = GRACE_TIME
+        """Seconds for which to keep what belongs to a workload that is away or could not be asked about."""
+        self.ipv6_address: str | None = None
+        self.network = HostNetwork()
+        """What this host has of its own, as it was told last."""
+        self.problems: dict[str, str] = {}
+        self.dirty = Dirty(pools=True, settings=True)
+        self._entries: dict[str, Entry] = {}
+        self._candidates: dict[EndpointId, LocalEndpoint] = {}
+        """This host's endpoints whose records are sound; which of them may claim what they claim is another matter."""
+        self._claims: dict[str, set[EndpointId]] = {}
+        self._owners: dict[str, LocalEndpoint] = {}
+        """Those of `local`, by all that is theirs: interface and addresses."""
+        self._unchecked: set[EndpointId] = set()
+        self._addresses: dict[str, str] = {}
+        """The addresses that hosts are registered with, by their keys."""
+        self._registered: dict[str, str] = {}
+        """The same addresses, with the names of the hosts."""
+
+    def set_network(self, network: HostNetwork) -> None:
+        """Take in what this host has of its own now."""
+        before, self.network = self.network, network
+        if network.in_use != before.in_use or network.local != before.local:
+            self._unchecked |= {
+                id
+                for id, candidate in self._candidates.items()
+                if any(network.has(address) != before.has(address) for address in candidate.addresses)
+            }
+            self._check_local()
+
+    def replace(self, directory: str, entries: Iterable[Entry]) -> None:
+        """Take in all that is below a directory now."""
+        now = {entry.key: entry for entry in entries}
+        for key in [key for key in self._entries if key.startswith(directory + "/") and key not in now]:
+            self._set(key, None)
+        for key, entry in now.items():
+            if self._entries.get(key) != entry:
+                self._set(key, entry)
+        self._check_local()
+
+    def change(self, change: Change) -> None:
+        """Take in one change."""
+        if change.entry is not None or change.key in self._entries:
+            self._set(change.key, change.entry)
+        else:
+            for key in [key for key in self._entries if key.startswith(change.key + "/")]:
+                self._set(key, None)
+        self._check_local()
+
+    def owner(self, thing: str) -> LocalEndpoint | None:
+        """Return the endpoint of this host that an interface, or an address, belongs to."""
+        return self._owners.get(thing)
+
+    def senders(self, address: str) -> list[LocalEndpoint]:
+        """Return the endpoints of this host that may send from an address: one, or those that share a MAC."""
+        owner = self._owners.get(address)
+        if owner is not None:
+            return [owner]
+        if not address.startswith("fe80:"):
+            return []
+        return [endpoint for endpoint in self.local.values() if endpoint.link_local == address]
+
+    def addresses_listed(self) -> dict[tuple[str, str], int]:
+        """Return how many addresses the endpoints of all hosts list, by orchestrator and workload."""
+        counts: dict[tuple[str, str], int] = {}
+        for id, endpoint in self.endpoints.items():
+            key = (id.orchestrator, id.workload)
+            counts[key] = counts.get(key, 0) + len(endpoint.nets)
+        return counts
+
+    def is_readable(self, profile: str) -> bool:
+        """Tell whether a profile exists and its rules can be read."""
+        known = self.profiles.get(profile)
+        return known is not None and known.rules is not None
+
+    def take_dirty(self) -> Dirty:
+        """Return what has changed since the last call."""
+        dirty, self.dirty = self.dirty, Dirty()
+        return dirty
+
+    def _set(self, key: str, entry: Entry | None) -> None:
+        """Keep a key's entry, or None, and what it means."""
+        handle = self._handler(key)
+        if handle is None:
+            return
+        if entry is None:
+            self._entries.pop(key, None)
+        else:
+            self._entries[key] = entry
+        self.problems.pop(key, None)
+        try:
+            handle(key, entry)
+        except CalicoError as error:
+            self.problems[key] = str(error)
+
+    def _handler(self, key: str) -> Callable[[str, Entry | None], None] | None:
+        """Return the method that understands a key, None for one that means nothing to an agent."""
+        if key.startswith(keys.HOSTS + "/"):
+            if keys.parse_endpoint(key) is not None:
+                return self._set_endpoint
+            if keys.parse_host_bird_ip(key) is not None:
+                return self._set_address
+            return self._set_setting if key == keys.host_config(self.host, "DefaultEndpointToHostAction") else None
+        if key.startswith(keys.BGP_HOSTS + "/"):
+            return self._set_address if keys.parse_bgp_host_address(key) is not None else None
+        if key.startswith(keys.PROFILES + "/"):
+            return self._set_profile if keys.parse_profile(key) is not None else None
+        if key.startswith((keys.pools(4) + "/", keys.pools(6) + "/")):
+            return self._set_pool
+        settings = (keys.READY, keys.config("LogSeverityScreen"), keys.config("GraceTime"))
+        return self._set_setting if key in settings else None
+
+    def _set_endpoint(self, key: str, entry: Entry | None) -> None:
+        id = keys.parse_endpoint(key)
+        assert id is not None, "only endpoints' keys come here"
+        self.dirty.endpoints.add(id)
+        if id.host == self.host:
+            self._unchecked.add(id)
+        if entry is None:
+            self.endpoints.pop(id, None)
+        else:
+            self.endpoints[id] = Endpoint.from_json(id, entry.value, key)
+
+    def _set_profile(self, key: str, entry: Entry | None) -> None:
+        name = keys.parse_profile(key)
+        assert name is not None, "only profiles' keys come here"
+        self.dirty.profiles.add(name)
+        tags_key, rules_key = keys.profile_tags(name), keys.profile_rules(name)
+        tags_entry, rules_entry = self._entries.get(tags_key), self._entries.get(rules_key)
+        self.problems.pop(tags_key, None)
+        self.problems.pop(rules_key, None)
+        if tags_entry is None and rules_entry is None:
+            self.profiles.pop(name, None)
+            return
+        before = self.profiles.get(name)
+        tags: tuple[str, ...] = ()
+        rules: Rules | None = None
+        if tags_entry is not None:
+            try:
+                tags = tuple(dict.fromkeys(load_strings(tags_entry.value, tags_key)))
+            except CalicoError as error:
+                tags = () if before is None else before.tags
+                self.problems[tags_key] = (
+                    f"{error}; until then, profile {name} has the tags {', '.join(tags) or '(none)'}"
+                )
+        try:
+            if rules_entry is None:
+                raise CalicoError("it has no rules")
+            rules = readable(Rules.from_json(name, rules_entry.value, rules_key))
+        except CalicoError as error:
+            self.problems[rules_key] = f"profile {name} denies everything: {error}"
+        self.profiles[name] = Profile(tags, rules)
+
+    def _set_pool(self, key: str, entry: Entry | None) -> None:
+        self.pools.pop(key, None)
+        self.dirty.pools = True
+        if entry is not None:
+            self.pools[key] = Pool.from_json(entry.value, key)
+
+    def _set_setting(self, key: str, entry: Entry | None) -> None:
+        value = "" if entry is None else entry.value
+        self.dirty.settings = True
+        if key == keys.READY:
+            self.ready = value == "true"
+        elif key == keys.config("LogSeverityScreen"):
+            self.log_level = (value or "info").lower()
+        elif key == keys.config("GraceTime"):
+            self.grace_time = GRACE_TIME
+            if value and not re.fullmatch("[0-9]{1,9}", value, re.ASCII):
+                raise CalicoError(f"'{value}' is no number of seconds; {GRACE_TIME} is used")
+            self.grace_time = int(value or GRACE_TIME)
+        else:
+            # a word that is not known closes rather than opens
+            self.host_action = (value or "RETURN").upper()
+            if self.host_action not in HOST_ACTIONS:
+                self.host_action = "DROP"
+                raise CalicoError(f"'{value}' is none of {', '.join(HOST_ACTIONS)}; DROP is used")
+
+    def _set_address(self, key: str, entry: Entry | None) -> None:
+        """Take in an address that a host is registered with, this one's among them."""
+        host = keys.parse_bgp_host_address(key) or keys.parse_host_bird_ip(key) or ""
+        before = self._addresses.pop(key, None)
+        if before is not None:
+            self._unchecked |= self._claims.get(before, set())
+            del self._registered[before]
+            others = [other for other, address in self._addresses.items() if address == before]
+            for other in others:
+                self._registered[before] = keys.parse_bgp_host_address(other) or keys.parse_host_bird_ip(other) or ""
+        version = 6 if key == keys.bgp_host_address(host, 6) else 4
+        is_next_hop = key == keys.bgp_host_address(self.host, 6)
+        if is_next_hop:
+            self.dirty.settings = True
+            self.ipv6_address = None
+        if entry is None or not entry.value:
+            return
+        address = _canonical(entry.value, version)
+        self._addresses[key] = address
+        self._registered[address] = host
+        self._unchecked |= self._claims.get(address, set())
+        if is_next_hop:
+            self.ipv6_address = address
+
+    # This host's endpoints: what the kernel can be given
+
+    def _check_local(self) -> None:
+        """Sort the local endpoints that changed, and those that claim the same things, into usable and not."""
+        changed, self._unchecked = self._unchecked, set()
+        rivals = set(changed)
+        for id in changed:
+            rivals |= self._give_up(id)
+            try:
+                self._examine(id)
+            except CalicoError as error:
+                self._refuse(id, str(error))
+        # all that hang together by what they claim
+        unseen = set(rivals)
+        while unseen:
+            id = unseen.pop()
+            for thing in self._things(id):
+                unseen |= self._claims[thing] - rivals
+                rivals |= self._claims[thing]
+        owners: dict[str, EndpointId] = {}
+        for id in sorted(rivals & set(self._candidates), key=self._order):
+            candidate = self._candidates[id]
+            owner = next((owners[thing] for thing in self._things(id) if thing in owners), None)
+            if owner is not None:
+                why = f"its interface or an address is that of endpoint {owner.endpoint} already"
+                if self.unusable.get(id, (0, ""))[1] != why:
+                    self._drop(id)
+                    self._refuse(id, why)
+                continue
+            owners.update(dict.fromkeys(self._things(id), id))
+            usable = self._without_conflicts(candidate)
+            if self.local.get(id) != usable:
+                self._drop(id)
+                self.local[id] = usable
+                self._owners.update(dict.fromkeys((usable.interface, *usable.addresses), usable))
+                self.unusable.pop(id, None)
+                self.problems.pop(keys.endpoint(id), None)
+                self.dirty.endpoints.add(id)
+
+    def _examine(self, id: EndpointId) -> None:
+        """Make an endpoint a candidate, if its record is sound; raise CalicoError where it is not."""
+        key = keys.endpoint(id)
+        entry = self._entries.get(key)
+        if entry is None:
+            return
+        if key in self.problems:
+            raise CalicoError(self.problems[key])
+        endpoint = self.endpoints[id]
+        if endpoint.state == "inactive":
+            self.unusable[id] = (entry.index, INACTIVE)
+            return
+        if endpoint.state != "active":
+            raise CalicoError(f"its state is {endpoint.state!a:.40}, neither active nor inactive")
+        self._candidates[id] = _checked(endpoint, entry.index)
+        for thing in self._things(id):
+            self._claims.setdefault(thing, set()).add(id)
+
+    def _without_conflicts(self, candidate: LocalEndpoint) -> LocalEndpoint:
+        """Return an endpoint without the addresses that this host, or another that is registered, uses itself."""
+        reserved = Reserved(self.network, self._registered, self.host)
+        users = {address: reserved.user(address) for address in candidate.addresses}
+        conflicts = [f"its address {address} is {user}" for address, user in users.items() if user is not None]
+        if not conflicts:
+            return candidate
+        addresses = tuple(address for address, user in users.items() if user is None)
+        return dataclasses.replace(candidate, addresses=addresses, conflict="; ".join(conflicts))
+
+    def _refuse(self, id: EndpointId, why: str) -> None:
+        key = keys.endpoint(id)
+        self.problems[key] = why
+        self.unusable[id] = (self._entries[key].index, why)
+        self.dirty.endpoints.add(id)
+
+    def _give_up(self, id: EndpointId) -> set[EndpointId]:
+        """Forget what was thought of an endpoint; return the others that claim what it had claimed."""
+        rivals = set()
+        for thing in self._things(id):
+            self._claims[thing].discard(id)
+            rivals |= self._claims[thing]
+            if not self._claims[thing]:
+                del self._claims[thing]
+        self._drop(id)
+        self._candidates.pop(id, None)
+        self.unusable.pop(id, None)
+        return rivals
+
+    def _drop(self, id: EndpointId) -> None:
+        """Take an endpoint from those that the kernel is given."""
+        endpoint = self.local.pop(id, None)
+        if endpoint is None:
+            return
+        self.dirty.interfaces.add(endpoint.interface)
+        for thing in (endpoint.interface, *endpoint.addresses):
+            if self._owners.get(thing) is endpoint:
+                del self._owners[thing]
+
+    def _things(self, id: EndpointId) -> tuple[str, ...]:
+        """Return what a candidate claims for itself, each of which can be one endpoint's only."""
+        candidate = self._candidates.get(id)
+        return () if candidate is None else (candidate.interface, *candidate.addresses)
+
+    def _order(self, id: EndpointId) -> tuple[int, str]:
+        """Older records come first."""
+        return self._entries[keys.endpoint(id)].created, id.endpoint
+
+
+def _checked(endpoint: Endpoint, index: int) -> LocalEndpoint:
+    """Return what the kernel can be given of an endpoint; raise CalicoError where something is not sound."""
+    if not _INTERFACE.fullmatch(endpoint.name):
+        raise CalicoError(f"its interface {endpoint.name!r} is not a name of ours (cali and up to 11 characters)")
+    if endpoint.mac is None:
+        raise CalicoError("it has no MAC")
+    addresses = []
+    for version in (4, 6):
+        for net in endpoint.nets_of(version):
+            address, _, length = net.partition("/")
+            if int(length) != (32 if version == 4 else 128):
+                raise CalicoError(f"its {net} is not a single address")
+            addresses.append(_canonical(address, version))
+    next_hop = None if endpoint.ipv6_gateway is None else _canonical(endpoint.ipv6_gateway, 6)
+    return LocalEndpoint(
+        endpoint.id,
+        index,
+        endpoint.name,
+        endpoint.mac.lower(),
+        tuple(dict.fromkeys(addresses)),
+        tuple(endpoint.profile_ids),
+        next_hop,
+    )
+
+
+def usable_addresses(endpoint: Endpoint) -> tuple[str, ...]:
+    """Return those of an endpoint's nets that are single addresses, in their usual form, for the sets of tags."""
+    found: dict[str, None] = {}
+    for version, length in ((4, "32"), (6, "128")):
+        for net in endpoint.nets_of(version):
+            address, _, prefix = net.partition("/")
+            with suppress(CalicoError):
+                if prefix == length:
+                    found[_canonical(address, version)] = None
+    return tuple(found)
+
+
+def _canonical(address: str, version: int) -> str:
+    """Return an address in its usual form; raise CalicoError for one that no endpoint or host can have."""
+    family = socket.AF_INET6 if version == 6 else socket.AF_INET
+    try:
+        packed = socket.inet_pton(family, address)
+    except (OSError, ValueError):
+        raise CalicoError(f"'{address}' is not an IPv{version} address") from None
+    number = int.from_bytes(packed, "big")
+    if version == 4:
+        unusable = number >> 24 in (0, 127) or number >> 28 >= 14
+    else:
+        # ::/96, ::ffff:0:0/96, multicast, link-local
+        unusable = number >> 48 == 0 or packed[0] == 0xFF or number >> 118 == 0xFE80 >> 6
+    if unusable:
+        raise CalicoError(f"{address} is not an address that an endpoint can have")
+    return socket.inet_ntop(family, packed)

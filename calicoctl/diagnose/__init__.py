@@ -1,0 +1,1 @@
+"""What finds out, and says, what is wrong; it changes nothing."""

@@ -1,0 +1,249 @@
+"""Collects what one needs to find out why a packet does not arrive, into one archive, without secrets.
+
+Nothing is changed. What cannot be had is left out, and the reason stands in its place. Only what is listed here gets
+in: of the environment and of etcd, the values of what this program knows by name; of Docker's containers, never their
+environment. Then everything is searched for what looks like a secret, which may stand in a log.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import platform
+import re
+import subprocess
+import tarfile
+import tempfile
+import time
+from collections.abc import Iterable
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Callable
+
+from calicoctl import __version__
+from calicoctl.datastore import keys
+from calicoctl.datastore.client import DEFAULT_CONFIG, DatastoreClient, hostname
+from calicoctl.datastore.model import Endpoint, Peer, Pool, Rule
+from calicoctl.datastore.store import Entry
+from calicoctl.diagnose import checks, host_status
+from calicoctl.errors import CalicoError, without_user
+from calicoctl.workloads.workload import docker_containers, docker_info
+
+Source = Callable[[], str]
+
+LOG_SIZE = 4 * 2**20
+"""Octets of the end of each log that are kept."""
+
+_COMMANDS = {
+    "nftables.txt": ("nft", "list", "ruleset"),
+    "iptables.txt": ("iptables-save",),
+    "ip6tables.txt": ("ip6tables-save",),
+    "routes-ipv4.txt": ("ip", "-4", "route", "show", "table", "all"),
+    "routes-ipv6.txt": ("ip", "-6", "route", "show", "table", "all"),
+    "routing-rules.txt": ("ip", "rule", "show"),
+    "neighbours.txt": ("ip", "neighbour", "show", "nud", "all"),
+    "neighbours-proxied.txt": ("ip", "neighbour", "show", "proxy"),
+    "links.txt": ("ip", "-details", "-statistics", "link", "show"),
+    "addresses.txt": ("ip", "address", "show"),
+    "namespaces.txt": ("ip", "netns", "list"),
+    "connections.txt": ("conntrack", "-L"),
+}
+
+_SETTINGS = ("net/ipv4/ip_forward", "net/ipv4/conf/*/*", "net/ipv6/conf/*/*", "net/netfilter/nf_conntrack_*")
+_DOCKER_INFO = ("ServerVersion", "OperatingSystem", "KernelVersion", "Driver", "CgroupVersion", "Warnings", "Plugins")
+_CONTAINER = ("Id", "Names", "Image", "State", "Status", "NetworkSettings")
+
+_HIDDEN = "(left out)"
+
+_VARIABLES = (
+    *("ETCD_ENDPOINTS", "ETCD_AUTHORITY", "ETCD_SCHEME", "ETCD_CA_CERT_FILE", "ETCD_CERT_FILE", "ETCD_KEY_FILE"),
+    *("DOCKER_HOST", "DOCKER_TLS_VERIFY", "DOCKER_CERT_PATH", "HOSTNAME", "CALICO_DEBUG", "CALICO_ENV_FILE"),
+    "DATASTORE_TYPE",
+)
+"""Those of the environment whose values get in, but for what stands before an @; of others like them, the names."""
+
+_FIELDS = {
+    *(name for kind in (Endpoint, Rule, Pool, Peer) for name in kind.__dataclass_fields__ if name != "extra"),
+    *("profile_id", "inbound_rules", "outbound_rules", "cidr", "affinity", "allocations", "attributes", "handle_id"),
+    *("secondary", "host", "orchestrator", "workload", "endpoint", "interface", "namespace", "node", "block"),
+    *("enabled", "time", "uptime", "first_update", "status", "index", "reason"),
+}
+"""Fields of JSON values in etcd that are the data model's: the others are left out."""
+
+_JSON_KEYS = re.compile(
+    "/calico/v1/host/[^/]+/workload/|/calico/v1/policy/profile/[^/]+/(tags|rules)$|/calico/v1/ipam/v[46]/pool/"
+    "|/calico/ipam/v2/|/calico/felix/v1/|/calico/bgp/v1/(global|host/[^/]+)/(peer_v[46]/|node_mesh$)"
+)
+"""Keys that hold such values."""
+
+_PLAIN = {
+    *("Ready", "GraceTime", "DefaultEndpointToHostAction", "marker", "loglevel", "bird_ip", "ip_addr_v4", "ip_addr_v6"),
+    *("as_num", *DEFAULT_CONFIG),
+}
+"""Keys with plain values that are the data model's."""
+
+_NAMES = (
+    r"(?<![\w.-])[\w.-]*(?:passw|passphrase|\bpass\b|_pass\b|pwd|secret|token|credential|cookie|psk|md5"
+    r"|(?:private|api|access)[_-]?key|\bauth\b)[\w.-]*"
+)
+_SECRETS = (
+    (re.compile(r"-----BEGIN [A-Z0-9 ]+-----.*?(?:-----END [A-Z0-9 ]+-----|\Z)", re.DOTALL), _HIDDEN),
+    (re.compile(r"(://)[^\s\"']*@"), rf"\1{_HIDDEN}@"),
+    (re.compile(r"(^|[\s\"'(=])[^\s\"'(=@:]*:[^\s\"'@]*@", re.MULTILINE), rf"\1{_HIDDEN}@"),
+    (re.compile(r"(\bbearer\s+)\S+", re.IGNORECASE), rf"\1{_HIDDEN}"),
+    (re.compile(r"(\bauthorization\b\\?[\"']?\s*[:=]).*", re.IGNORECASE), rf"\1 {_HIDDEN}"),
+    (re.compile(rf"({_NAMES}\\?[\"']?\s*[:=]).*", re.IGNORECASE), rf"\1 {_HIDDEN}"),
+)
+
+
+def sources(log_dir: str) -> dict[str, Source]:
+    """Return what is collected: how to get the text of each of the archive's files."""
+    found: dict[str, Source] = {"versions.txt": _versions, "environment.txt": _environment, "checksystem.json": _checks}
+    for name, command in _COMMANDS.items():
+        found[name] = lambda command=command: _output(command)  # type: ignore[misc]
+    found["settings.txt"] = _settings
+    found["status.json"] = _status
+    found["etcd.json"] = _store
+    found["docker.json"] = _docker
+    for log in ("felix.log", "felix.log.1", "etcd.log"):
+        found[log] = lambda log=log: _end_of(Path(log_dir) / log)  # type: ignore[misc]
+    return found
+
+
+def collect(found: Iterable[tuple[str, Source]]) -> Path:
+    """Write an archive that only its owner can read, with a file for each source; return its path.
+
+    Raises CalicoError where it cannot be written.
+    """
+    name = f"calico-diags-{time.strftime('%Y%m%d-%H%M%S')}-"
+    path = None
+    try:
+        fd, file = tempfile.mkstemp(prefix=name, suffix=".tar.gz")
+        path = Path(file)
+        with os.fdopen(fd, "wb") as stream, tarfile.open(fileobj=stream, mode="w:gz") as archive:
+            for member, source in found:
+                data = without_secrets(_text_of(source)).encode(errors="backslashreplace")
+                info = tarfile.TarInfo(f"{name.rstrip('-')}/{member}")
+                info.size, info.mtime, info.mode = len(data), int(time.time()), 0o600
+                archive.addfile(info, io.BytesIO(data))
+        return path
+    except BaseException as error:
+        if path is not None:
+            path.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise CalicoError(f"The archive cannot be written to {tempfile.gettempdir()}: {error.strerror}") from None
+        raise
+
+
+def without_secrets(text: str) -> str:
+    """Return a text with what looks like a password, a token or a key left out."""
+    begin, end = text.find("-----BEGIN "), text.find("-----END ")
+    if end >= 0 and not 0 <= begin < end:  # the end of a log may begin inside a key
+        text = _HIDDEN + text[end:]
+    for pattern, instead in _SECRETS:
+        text = pattern.sub(instead, text)
+    return text
+
+
+def _text_of(source: Source) -> str:
+    try:
+        return source()
+    except Exception as error:  # of whatever kind: the other files are worth having
+        return f"This could not be had: {error}\n"
+
+
+def _output(command: tuple[str, ...]) -> str:
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", timeout=60
+    )
+    return done.stdout if done.returncode == 0 else f"{done.stdout}(exit status {done.returncode})\n"
+
+
+def _versions() -> str:
+    lines = [f"calicoctl {__version__}", f"Python {platform.python_version()}", " ".join(platform.uname())]
+    for package in ("docopt", "python-etcd", "urllib3", "netaddr", "pyroute2", "docker"):
+        lines.append(f"{package} {metadata.version(package)}")
+    return "\n".join([*lines, _end_of(Path("/etc/os-release"))])
+
+
+def _environment() -> str:
+    lines = []
+    for name in sorted(os.environ):
+        if name in _VARIABLES:
+            lines.append(f"{name}={without_user(os.environ[name])}\n")
+        elif name.startswith(("ETCD_", "DOCKER_", "CALICO_")):
+            lines.append(f"{name} is set\n")
+    return "".join(lines)
+
+
+def _checks() -> str:
+    return json.dumps([check.to_dict() for check in checks.check()], indent=2)
+
+
+def _settings() -> str:
+    root = Path("/proc/sys")
+    lines = []
+    for pattern in _SETTINGS:
+        for path in sorted(root.glob(pattern)):
+            try:
+                lines.append(f"{path.relative_to(root)} = {path.read_text().strip()}\n")
+            except OSError as error:
+                lines.append(f"{path.relative_to(root)}: {error.strerror}\n")
+    return "".join(lines)
+
+
+def _status() -> str:
+    return json.dumps(host_status.read(hostname()), indent=2)
+
+
+def _store() -> str:
+    """Return all of Calico's keys, and of their values what the data model names."""
+    datastore = DatastoreClient.from_environment()
+    return json.dumps({entry.key: _known_value(entry) for entry in datastore.everything()}, indent=1)
+
+
+def _known_value(entry: Entry) -> Any:
+    """Return what is known of a key's value: all of a plain one that is known by name, fields of JSON."""
+    if keys.last(entry.key) in _PLAIN or not entry.value:
+        return entry.value
+    try:
+        value = json.loads(entry.value)
+    except (ValueError, RecursionError):
+        return _HIDDEN
+    return _known_fields(value) if _JSON_KEYS.match(entry.key) and isinstance(value, (dict, list)) else _HIDDEN
+
+
+def _known_fields(value: Any, objects: bool = False) -> Any:
+    """Return a JSON value without the fields that are not known (a handle's are blocks).
+
+    In a list that is one of `objects`, nothing else is known.
+    """
+    if isinstance(value, list):
+        return [_known_fields(item) if isinstance(item, dict) or not objects else _HIDDEN for item in value]
+    if not isinstance(value, dict):
+        return value
+    return {
+        name: _known_fields(item, name in ("inbound_rules", "outbound_rules", "attributes"))
+        if name in _FIELDS or re.fullmatch(r"[0-9a-f.:]+/[0-9]+", name)
+        else _HIDDEN
+        for name, item in value.items()
+    }
+
+
+def _docker() -> str:
+    info = docker_info()
+    told: dict[str, Any] = {name: info.get(name) for name in _DOCKER_INFO}
+    told["Containers"] = [
+        {name: container.get(name) for name in _CONTAINER}
+        | {"NetworkMode": (container.get("HostConfig") or {}).get("NetworkMode")}
+        for container in docker_containers()
+    ]
+    return json.dumps(told, indent=1)
+
+
+def _end_of(path: Path) -> str:
+    with open(path, "rb") as file:
+        file.seek(0, os.SEEK_END)
+        file.seek(max(0, file.tell() - LOG_SIZE))
+        return file.read().decode(errors="replace")

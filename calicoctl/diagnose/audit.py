@@ -1,0 +1,241 @@
+"""Compares what the whole store says of addresses: blocks, handles, and endpoints. Puts right what is safe to.
+
+What a command is just changing looks wrong for a moment; so it is looked at twice, and what is put right is looked at
+once more under the lock of its workload. Locks are a host's own, so that is done for this host's workloads alone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, Callable
+
+from calicoctl.addresses import parse_address
+from calicoctl.datastore import keys
+from calicoctl.datastore.keys import EndpointId
+from calicoctl.datastore.model import Endpoint
+from calicoctl.desired.snapshot import usable_addresses
+from calicoctl.errors import CalicoError, InvalidValue
+from calicoctl.workloads.workload import DOCKER, NAMESPACE, Workload, workload_of
+
+if TYPE_CHECKING:
+    from calicoctl.datastore.client import DatastoreClient
+    from calicoctl.datastore.ipam import Block, Owner
+
+SECOND_LOOK = 1.0
+"""Seconds between the two looks: longer than a command takes from one of its writes to the next."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that does not fit together. `advice` is what to do about it where `--fix` does nothing."""
+
+    kind: str
+    subject: str
+    problem: str
+    advice: str = ""
+    fix: Callable[[], bool] | None = None
+    """Puts it right, and tells whether it did; raises CalicoError."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "kind": self.kind,
+            "subject": self.subject,
+            "problem": self.problem,
+            "advice": self.advice,
+            "fixable": self.fix is not None,
+        }
+
+
+def check(datastore: DatastoreClient) -> list[Finding]:
+    """Return all that does not fit together, now and a moment later. Raises CalicoError."""
+    found = list(_look(datastore))
+    if found:
+        time.sleep(SECOND_LOOK)
+        still = {(finding.kind, finding.subject) for finding in _look(datastore)}
+        found = [finding for finding in found if (finding.kind, finding.subject) in still]
+    return sorted(found, key=_order)
+
+
+def _order(finding: Finding) -> tuple[object, ...]:
+    """Return what findings are sorted by: their kind, and what they are about, addresses as numbers."""
+    number = int(parse_address(finding.subject)) if finding.kind == "address" else 0
+    return finding.kind, ":" in finding.subject, number, finding.subject, finding.problem
+
+
+def _look(datastore: DatastoreClient) -> Iterator[Finding]:
+    endpoints, problems = datastore.readable_endpoints()
+    registered = set(datastore.registered_hosts())
+    listed: dict[str, list[Endpoint]] = defaultdict(list)
+    for endpoint in endpoints:
+        for address in dict.fromkeys(endpoint.addresses):
+            listed[address].append(endpoint)
+        host = endpoint.id.host
+        if host not in registered:
+            yield Finding(
+                "endpoint",
+                endpoint.id.endpoint,
+                f"its host {host} is not registered",
+                f"run 'calicoctl node' there, or 'calicoctl node remove --hostname={host} --remove-endpoints'",
+            )
+    sound = not problems  # else an address may well be one of theirs
+    unseen = set(listed)
+    unread: set[str] = set()
+    counted: dict[str, Counter[str]] = defaultdict(Counter)
+    for version in (4, 6):
+        for block in datastore.ipam.all_blocks(version):
+            if isinstance(block, InvalidValue):
+                problems.append(block)
+                unread.add(keys.undashed(keys.last(block.key)))
+                continue
+            yield from _of_block(datastore, block)
+            for ordinal, owner in block.held():
+                address = str(block.address(ordinal))
+                unseen.discard(address)
+                if owner.handle is not None:
+                    counted[owner.handle][block.cidr] += 1
+                yield from _of_address(
+                    datastore, block.cidr, address, owner, listed.get(address, []), sound, registered
+                )
+    for address in sorted(unseen):
+        if datastore.ipam.cidr_of(parse_address(address)) not in unread:
+            for endpoint in listed[address]:
+                alone = len(listed[address]) == 1 and address in usable_addresses(endpoint)
+                yield _unassigned(datastore, address, endpoint.id, alone)
+    handles, unsound = datastore.ipam.handle_counts()
+    problems += unsound
+    strange = {keys.last(problem.key) for problem in unsound}
+    for handle in sorted(handles.keys() | {handle for handle in counted if _is_key(handle)}):
+        says, holds = handles.get(handle, {}), dict(counted[handle])
+        if handle in strange or not unread.isdisjoint(says) or (says == holds and says):
+            continue
+        much, held = sum(says.values()), sum(holds.values())
+        what = f"it counts {much} addresses and holds {held}" if much != held else "it counts other blocks' addresses"
+        yield Finding("handle", handle, what, fix=partial(_recount, datastore, handle, list(holds)))
+    for problem in problems:
+        yield Finding("unreadable", problem.key, problem.why, "put it right or remove it")
+
+
+def _is_key(handle: str) -> bool:
+    """Tell whether a handle can be a key of the store, which hides those that begin with an underscore."""
+    return bool(handle) and "/" not in handle and not handle.startswith("_")
+
+
+def _of_block(datastore: DatastoreClient, block: Block) -> Iterator[Finding]:
+    """Look at what tools from 2016 on keep in a block: the list of free addresses, and strict affinity."""
+    problem = block.free_list_problem()
+    if problem is not None:
+        fix = partial(_mend_free_list, datastore, block.version, block.cidr)
+        yield Finding("block", block.cidr, problem, fix=fix)
+    strict = block.extra.get("strict_affinity")
+    if not isinstance(strict, (bool, type(None))):
+        yield Finding("block", block.cidr, 'its "strict_affinity" is neither true nor false', "set it to one of them")
+    for ordinal, owner in block.held() if block.is_strict else ():
+        host = owner.secondary.get("host")
+        if isinstance(host, str) and block.affinity not in (None, f"host:{host}"):
+            yield Finding(
+                "address",
+                str(block.address(ordinal)),
+                f"it is used on host {host}, but its block {block.cidr} is kept to {block.affinity.replace(':', ' ')}",
+                "connect what uses it anew, with another address",
+            )
+
+
+def _of_address(
+    datastore: DatastoreClient,
+    block: str,
+    address: str,
+    owner: Owner,
+    listing: list[Endpoint],
+    sound: bool,
+    registered: set[str],
+) -> Iterator[Finding]:
+    """Look at an address that is assigned, with the endpoints that list it."""
+    release = f"'calicoctl ipam release {address}' gives it back"
+    if owner.handle is not None and not _is_key(owner.handle):
+        yield Finding("address", address, f"it is assigned to '{owner.handle}', which no handle can be called", release)
+        return
+    for endpoint in listing[1:]:
+        yield Finding(
+            "address",
+            address,
+            f"endpoints {listing[0].id.endpoint} and {endpoint.id.endpoint} both list it",
+            "remove one of the two containers from the network",
+        )
+    host = owner.secondary.get("host")
+    whose = f"{owner.handle or 'nobody that is named'}{f' on host {host}' if isinstance(host, str) else ''}"
+    if listing:
+        if owner.handle is not None and not any(_holds(owner, endpoint.id) for endpoint in listing):
+            id = listing[0].id
+            yield Finding(
+                "address",
+                address,
+                f"endpoint {id.endpoint} of host {id.host} lists it, but it is assigned to {whose}",
+                "remove that endpoint's container from the network, and connect it again",
+            )
+        return
+    problem = f"it is assigned to {whose}, and no endpoint has it"
+    orchestrator, _, workload = (owner.handle or "").partition(".")
+    if not sound:
+        yield Finding("address", address, problem, "put right first what cannot be read: it may be an endpoint's")
+    elif orchestrator not in (DOCKER, NAMESPACE) or not workload:
+        yield Finding("address", address, problem, release)
+    elif host != datastore.host:
+        there = isinstance(host, str) and host in registered
+        yield Finding("address", address, problem, f"run 'calicoctl ipam check --fix' on {host}" if there else release)
+    else:
+        fix = partial(_tidy, datastore, orchestrator, workload, block, address)
+        yield Finding("address", address, problem, release, fix)
+
+
+def _holds(owner: Owner, id: EndpointId) -> bool:
+    """Tell whether an address's owner is an endpoint's workload, by whichever name it is stored."""
+    its = owner.handle in (f"{id.orchestrator}.{id.workload}", ".".join(workload_of(id)))
+    return its and owner.secondary.get("host", id.host) == id.host
+
+
+def _unassigned(datastore: DatastoreClient, address: str, id: EndpointId, alone: bool) -> Finding:
+    """Return what there is to say of an address that only an endpoint's record has, or, not `alone`, several have."""
+    problem = f"endpoint {id.endpoint} of host {id.host} lists it, but it is not assigned"
+    if id.host != datastore.host:
+        return Finding("address", address, problem, f"run 'calicoctl ipam check --fix' on {id.host}")
+    if not alone:
+        return Finding("address", address, problem, "others list it, too, or it is no single address: connect it anew")
+    return Finding("address", address, problem, fix=partial(_restore, datastore, id, address))
+
+
+def _tidy(datastore: DatastoreClient, orchestrator: str, workload: str, block: str, address: str) -> bool:
+    from calicoctl.workloads import upkeep
+
+    datastore.ipam.recount(f"{orchestrator}.{workload}", [block])  # it may not know of the address
+    upkeep.tidy(datastore, Workload(orchestrator, workload, workload))
+    return datastore.ipam.owner(parse_address(address)) is None
+
+
+def _restore(datastore: DatastoreClient, id: EndpointId, address: str) -> bool:
+    from calicoctl.workloads import upkeep
+
+    return upkeep.restore_address(datastore, id, address)
+
+
+def _mend_free_list(datastore: DatastoreClient, version: int, block: str) -> bool:
+    datastore.ipam.mend_free_list(version, block)
+    return True
+
+
+def _recount(datastore: DatastoreClient, handle: str, blocks: list[str]) -> bool:
+    datastore.ipam.recount(handle, blocks)
+    return True
+
+
+def put_right(finding: Finding) -> str | None:
+    """Put a finding right; return why that could not be done, None where it was."""
+    if finding.fix is None:
+        return finding.advice
+    try:
+        return None if finding.fix() else "somebody else has changed it meanwhile: check again"
+    except CalicoError as error:
+        return str(error)

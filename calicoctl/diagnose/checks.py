@@ -1,0 +1,370 @@
+"""What this host must have to be part of the network, and what it has: kernel, tools, settings, Docker, etcd.
+
+Each check answers for one thing, changes nothing, and fails for itself alone. What the kernel can do is tried for real,
+in a network namespace that goes away with the thread that made it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import re
+import shutil
+import socket
+import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable
+
+from calicoctl import netlink
+from calicoctl.datastore.client import DatastoreClient, hostname
+from calicoctl.errors import CalicoError, DockerUnavailable
+from calicoctl.felix import process
+from calicoctl.felix.dataplane import docker_firewall
+from calicoctl.felix.dataplane.nft import Nft
+from calicoctl.felix.local_etcd import LocalEtcd
+from calicoctl.workloads import host_network
+from calicoctl.workloads.workload import docker_info
+
+_CLONE_NEWNET = 0x40000000
+MODULES = ("veth", "nf_tables", "nf_conntrack", "nft_ct", "nft_nat", "nft_masq")
+"""What `--fix` loads, where a kernel does not load it by itself."""
+
+OLDEST_DOCKER = (1, 9)
+"""The first Docker Engine with networks as the libnetwork plugin needs them."""
+
+_SHORT_LIVED = {4: 1, 6: 6}
+"""Entries of the neighbour table that an endpoint may bring along for a while: for its loopback interface; in IPv6 for
+multicast groups at both ends, and the endpoint's link-local address, too. Those of its addresses and of its next hop
+are permanent, and since Linux 5.0 the kernel does not count such."""
+
+_ROOMY = 4096
+"""A limit of the neighbour table that only a host with very many endpoints, or neighbours, needs to raise."""
+
+_TABLES = """
+add table inet check
+add chain inet check forward { type filter hook forward priority filter - 10; }
+add map inet check from { type ifname : verdict; }
+add rule inet check forward ct state established,related accept
+add rule inet check forward iifname vmap @from
+add chain inet check outgoing { type nat hook postrouting priority srcnat; }
+add rule inet check outgoing masquerade
+add table arp check
+add chain arp check input { type filter hook input priority filter; }
+"""
+
+
+@dataclass(frozen=True)
+class Check:
+    """What was found of one thing. `needed` tells whether nothing works without it; `advice` is what to do."""
+
+    name: str
+    ok: bool
+    found: str
+    needed: bool = True
+    advice: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "ok": self.ok,
+            "needed": self.needed,
+            "found": self.found,
+            "advice": "" if self.ok else self.advice,
+        }
+
+
+def check(libnetwork: bool = False) -> Iterator[Check]:
+    """Look at one thing after the other. With `libnetwork`, Docker is needed, and recent enough for networks."""
+    yield _root()
+    yield from _kernel()
+    yield from _settings()
+    yield from _neighbours()
+    docker = _docker(libnetwork)
+    yield from _tools(docker.ok)
+    yield docker
+    yield _firewall(docker.ok)
+    yield _old_felix()
+    yield from _etcd()
+    yield _pools()
+    yield from _host()
+
+
+def load_modules() -> list[str]:
+    """Load the kernel's modules that are needed; return why some could not be."""
+    failed = []
+    for module in MODULES:
+        try:
+            done = subprocess.run(["modprobe", module], capture_output=True, text=True, timeout=30)
+        except FileNotFoundError:
+            return ["there is no modprobe: install the package kmod"]
+        except subprocess.TimeoutExpired:
+            failed.append(f"{module}: modprobe takes too long")
+            continue
+        if done.returncode != 0:
+            failed.append(f"{module}: {' '.join(done.stderr.split())[:120]}")
+    return failed
+
+
+def _root() -> Check:
+    is_root = os.geteuid() == 0
+    return Check("root", is_root, "yes" if is_root else "no", advice="run this, and what changes containers, with sudo")
+
+
+def _kernel() -> Iterator[Check]:
+    release = platform.release()
+    yield Check("kernel", platform.system() == "Linux", f"{platform.system()} {release}", advice="use a Linux host")
+    advice = "run 'calicoctl checksystem --fix' to load what is missing, or use a kernel that has it"
+    for name, work in (
+        ("network namespaces", lambda: None),
+        ("veth", _try_veth),
+        ("nftables: policy, connection tracking, NAT, ARP", lambda: Nft().run(_TABLES)),
+    ):
+        if os.geteuid() != 0:
+            yield Check(name, False, "not tried, which takes root", False, "run this as root, to find out")
+            continue
+        why = _in_new_namespace(work)
+        yield Check(name, why is None, why or "works", advice=advice)
+
+
+def _try_veth() -> None:
+    from pyroute2.iproute.linux import IPRoute
+
+    with IPRoute() as netlink:
+        netlink.link("add", ifname="check0", kind="veth", peer={"ifname": "check1"})
+
+
+def _in_new_namespace(work: Callable[[], object]) -> str | None:
+    """Call `work` in a network namespace of its own; return why it failed, None where it did not."""
+    failed: list[str] = []
+
+    def body() -> None:
+        libc = ctypes.CDLL(None, use_errno=True)
+        try:
+            if libc.unshare(_CLONE_NEWNET) != 0:
+                raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+            work()
+        except Exception as error:  # the library's, of several kinds
+            failed.append(str(error) or type(error).__name__)
+
+    thread = threading.Thread(target=body, name="trying")
+    thread.start()
+    thread.join()
+    return failed[0] if failed else None
+
+
+def _settings() -> Iterator[Check]:
+    path = Path("/proc/sys/net/ipv4/ip_forward")
+    writable = os.access(path, os.W_OK)
+    value = _read(path)
+    yield Check(
+        "setting net.ipv4.ip_forward",
+        value == "1" or writable,
+        f"{value}, {'which the agent sets to 1' if value != '1' else 'as it must be'}",
+        needed=os.geteuid() == 0,  # for others than root, it cannot be told
+        advice="set it to 1, or let this run where /proc/sys can be written",
+    )
+    off = _read(Path("/proc/sys/net/ipv6/conf/all/disable_ipv6"))
+    yield Check(
+        "IPv6",
+        off == "0",
+        {"0": "on", "1": "switched off"}.get(off, "not in this kernel"),
+        needed=False,
+        advice="for IPv6, set net.ipv6.conf.all.disable_ipv6 to 0",
+    )
+    limit, count = (_read(Path(f"/proc/sys/net/netfilter/nf_conntrack_{word}")) for word in ("max", "count"))
+    full = limit.isdigit() and count.isdigit() and int(count) > 0.9 * int(limit)
+    yield Check(
+        "connection tracking",
+        not full,
+        f"{count} of {limit} entries are used" if limit.isdigit() else "not in use yet",
+        needed=False,
+        advice="raise net.netfilter.nf_conntrack_max, or new connections will be dropped",
+    )
+
+
+def _neighbours() -> Iterator[Check]:
+    """Tell for how many endpoints the neighbour tables are large enough. They are the machine's, not a namespace's."""
+    endpoints = sum(name.startswith("cali") for _, name in socket.if_nameindex())
+    counts_permanent = tuple(map(int, re.findall(r"\d+", platform.release())[:2])) < (5, 0)
+    for version, family in ((4, socket.AF_INET), (6, socket.AF_INET6)):
+        name = f"neighbour table of IPv{version}"
+        try:
+            table = netlink.neighbour_limit(family)
+        except OSError as error:
+            yield Check(name, False, str(error.strerror or error), False, "use a kernel that has it")
+            continue
+        each = _SHORT_LIVED[version] + (2 if counts_permanent else 0)
+        room, wanted = table.limit // each, max(_ROOMY, 2 * endpoints * each)
+        found = f"room for {room} endpoints (each may take {each} of gc_thresh3's {table.limit}); here are {endpoints}"
+        found += f"; it was full {table.overflows} times since the machine was booted" if table.overflows else ""
+        yield Check(
+            name,
+            endpoints <= room and not (table.overflows and table.limit < wanted),
+            found,
+            needed=False,
+            advice=f"set net.ipv{version}.neigh.default.gc_thresh2 to {wanted // 2} and gc_thresh3 to {wanted} in a "
+            "file of /etc/sysctl.d, and run 'sysctl --system'",
+        )
+
+
+def _tools(docker_runs: bool) -> Iterator[Check]:
+    for command, package, needed, use in (
+        ("nft", "nftables", False, "to look at the tables"),
+        ("ip", "iproute2", True, ""),
+        ("conntrack", "conntrack", False, "to look at connections"),
+        ("iptables", "iptables", docker_runs, "needed beside Docker's firewall"),
+        ("ip6tables", "iptables", docker_runs, "needed beside Docker's firewall"),
+        ("etcd", "etcd-server", False, "for 'calicoctl node --local-etcd'"),
+    ):
+        version = _version(command)
+        found = version or f"not there{f' ({use})' if use else ''}"
+        yield Check(command, version is not None, found, needed, f"install the package {package}")
+
+
+def _version(command: str) -> str | None:
+    """Return what a command says of its version, None where there is none."""
+    if shutil.which(command) is None:
+        return None
+    with suppress(OSError, subprocess.SubprocessError):
+        option = "-V" if command == "ip" else "--version"
+        done = subprocess.run([command, option], capture_output=True, text=True, timeout=10, errors="replace")
+        line = next(iter((done.stdout + done.stderr).splitlines()), "")
+        match = re.search(r"v?\d+\.\d+\S*.*", line)
+        return match[0][:60] if match else "there"
+    return "there"
+
+
+def _docker(libnetwork: bool) -> Check:
+    advice = "start Docker, or set DOCKER_HOST; network namespaces can be connected without it"
+    try:
+        version = str(docker_info()["ServerVersion"])
+    except (DockerUnavailable, KeyError) as error:
+        return Check("Docker Engine", False, str(error), libnetwork, advice)
+    numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+    return Check(
+        "Docker Engine",
+        not libnetwork or numbers >= OLDEST_DOCKER,
+        f"version {version}",
+        libnetwork,
+        f"use Docker {'.'.join(map(str, OLDEST_DOCKER))} or later",
+    )
+
+
+def _firewall(docker_runs: bool) -> Check:
+    name = "Docker's firewall"
+    if os.geteuid() != 0:
+        return Check(name, False, "not known", False, "run this as root, to find out")
+    try:
+        missing = docker_firewall.missing()
+    except CalicoError as error:
+        return Check(name, False, str(error), docker_runs, "put the host's iptables in order")
+    if not missing:
+        return Check(name, True, "nothing drops what comes from containers, or goes to them", False)
+    running = _agent() is not None
+    agent = "should accept it there, and does not" if running else "will accept it there"
+    return Check(
+        name,
+        not running,
+        f"{', '.join(missing)} would drop what is forwarded; the agent {agent}",
+        running,
+        "see the agent's last error in 'calicoctl status'",
+    )
+
+
+def _old_felix() -> Check:
+    name = "iptables chains of an old Felix"
+    if os.geteuid() != 0:
+        return Check(name, False, "not known", False, "run this as root, to find out")
+    try:
+        found = docker_firewall.old_felix_chains()
+    except CalicoError as error:
+        return Check(name, False, str(error), False, "put the host's iptables in order")
+    chains = "; ".join(
+        f"{command}: {', '.join(some[:6])}{f' and {len(some) - 6} more' if some[6:] else ''}"
+        for command, some in found.items()
+    )
+    commands = "; ".join(f"{command}-save | grep -v felix- | {command}-restore" for command in found)
+    return Check(
+        name,
+        not found,
+        f"{chains}. They drop packets of containers that are new" if found else "none",
+        False,
+        f"end the old agent if it runs, then, as root: {commands}",
+    )
+
+
+def _etcd() -> Iterator[Check]:
+    name = "etcd with its v2 API"
+    try:
+        yield Check(name, True, f"version {DatastoreClient.from_environment().store_version()}")
+    except CalicoError as error:
+        yield Check(name, False, str(error), advice="do what is said under 'Found'")
+    yield _local_etcd()
+
+
+def _local_etcd() -> Check:
+    """Tell what 'calicoctl node --local-etcd' would do here."""
+    name, agent = "local etcd", _agent()
+    try:
+        etcd = LocalEtcd(hostname(), process.DEFAULT_LOG_DIR)
+        etcd.refuse_other_settings()
+    except CalicoError:
+        return Check(name, True, "none, for this host's store is another", False)
+    if agent is not None and (process.report(hostname()) or {}).get("local_etcd") is False:
+        return Check(name, True, "none, for the host agent runs without one", False)
+    try:
+        etcd.find_place(stay=agent is not None)
+    except CalicoError as error:
+        return Check(name, False, str(error), False, "for 'calicoctl node --local-etcd', do what is said under 'Found'")
+    pid = etcd.running()
+    if pid is not None:
+        return Check(name, True, f"runs at {etcd.url} (process {pid})", False)
+    return Check(name, True, f"does not run; 'calicoctl node --local-etcd' would start it at {etcd.url}", False)
+
+
+def _pools() -> Check:
+    name = "pools and this host's networks"
+    try:
+        datastore = DatastoreClient.from_environment()
+        pools = [pool.cidr for version in (4, 6) for pool in datastore.readable_pools(version)[0]]
+        overlaps = [overlap for overlap in map(host_network.read().overlap, pools) if overlap is not None]
+    except CalicoError as error:
+        return Check(name, False, f"not known: {error}", False, "put that right first")
+    return Check(
+        name,
+        not overlaps,
+        "; ".join(overlaps) or "nothing overlaps",
+        False,
+        "add a pool that overlaps nothing, and remove the other ('calicoctl pool')",
+    )
+
+
+def _agent() -> int | None:
+    """Return the process id of this host's agent, None where none runs, or the host has no name."""
+    with suppress(CalicoError):
+        return process.running(hostname())
+    return None
+
+
+def _host() -> Iterator[Check]:
+    try:
+        host = hostname()
+    except CalicoError as error:
+        yield Check("host name", False, str(error), advice="set HOSTNAME")
+        return
+    yield Check("host name", True, host)
+    pid = _agent()
+    found = f"runs (process {pid})" if pid else "does not run"
+    yield Check("host agent", pid is not None, found, False, "start it with 'calicoctl node'")
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return "not there"

@@ -1,0 +1,233 @@
+"""What is known of this host's agent, whether it runs or not, and what is wrong, worst first. Prints nothing.
+
+The agent's own report (felix/report.py) is a file that anybody may read, also while the store is away. `issues` is the
+place for a new kind of thing that can be wrong: a function that gives an Issue for each.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from calicoctl.datastore import keys
+from calicoctl.datastore.client import DatastoreClient
+from calicoctl.datastore.keys import EndpointId
+from calicoctl.errors import CalicoError
+from calicoctl.felix import heartbeat, process
+from calicoctl.felix.dataplane.routes import PREFIX
+from calicoctl.workloads.workload import short_id
+
+OLDEST_REPORT = 30.0
+"""Seconds after which a report vouches for nothing: a working agent writes it every ten (felix/report.py)."""
+
+AGENT, STORE, ENDPOINT, HOST, KEY = "agent", "store", "endpoint", "host", "key"
+
+_ABILITY = {"works": None, "since": None, "error": None}
+_NOTHING: dict[str, Any] = {
+    "host": None,
+    "version": None,
+    "pid": None,
+    "running_since": None,
+    "log_dir": None,
+    "metrics_port": None,
+    "local_etcd": None,
+    "first_update": False,
+    "waiting_for": None,
+    "replaced": None,
+    "etcd": {
+        "reachable": False,
+        "since": None,
+        "error": None,
+        "reads": _ABILITY,
+        "writes": _ABILITY,
+        "watch": _ABILITY,
+    },
+    "endpoints": {"up": 0, "down": 0, "error": 0, "stopped": 0},
+    "endpoints_in_trouble": [],
+    "unknown_interfaces": [],
+    "problems": [],
+    "troubles": [],
+    "last_error": None,
+    "resyncs": 0,
+    "healed": 0,
+    "collected": 0,
+    "bgp_sessions": [],
+    "report": {"time": None, "clock": None},
+}
+"""The shape of a report, and what is said where there is none."""
+
+
+@dataclass(frozen=True)
+class Issue:
+    """One thing that is wrong: of which kind, what, and what to do, where something can be done.
+
+    `fails` tells whether the exit status is 1 for it: where the agent cannot vouch for the host, its store is away, or
+    an endpoint is in error.
+    """
+
+    kind: str
+    text: str
+    advice: str = ""
+    fails: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.text}; {self.advice}" if self.advice else self.text
+
+
+def read(host: str) -> dict[str, Any]:
+    """Return what the host's agent has reported last, and what there is to say of that; always of one shape.
+
+    To the report are added whether the agent is `running`; where it is not, which `other_agent` reports for this host
+    (its `machine`, null where it names none, and a `text`; null for none); the `age` of the report in seconds (null for
+    none); whether it is `current`, so that it can be believed; and `issues`, each with the fields of Issue. Where no
+    agent runs, `unknown_interfaces` are those of now.
+    """
+    pid = process.running(host)
+    found = process.report(host)
+    readable = found is not None and _has_shape(found, _NOTHING)
+    status: dict[str, Any] = {**_NOTHING, **(found if found is not None and readable else {})}
+    status |= {"host": host, "running": pid is not None, "other_agent": None}
+    if pid is None:
+        with suppress(CalicoError):  # what the store cannot tell
+            status |= _without_agent(DatastoreClient.from_environment())
+    report = status["report"]
+    age = None if report["clock"] is None else time.clock_gettime(time.CLOCK_MONOTONIC) - report["clock"]
+    if age is not None and age < 0:  # from before a reboot
+        age = None
+    current = pid is not None and status["pid"] == pid and age is not None and age <= OLDEST_REPORT
+    status["report"] = {
+        "time": report["time"],
+        "age": None if age is None else round(age, 1),
+        "current": current,
+        "readable": readable or found is None,
+    }
+    status["issues"] = [asdict(issue) for issue in _issues(status, pid)]
+    return status
+
+
+def issues(status: dict[str, Any]) -> list[Issue]:
+    """Return what is wrong by what `read` has returned, worst first."""
+    return [Issue(**issue) for issue in status["issues"]]
+
+
+def _issues(status: dict[str, Any], pid: int | None) -> Iterator[Issue]:
+    yield from _agent(status, pid)
+    if status["report"]["time"] is None or status["other_agent"] is not None:
+        yield from _unknown_interfaces(status)
+        return
+    yield from _store(status)
+    yield from _endpoints(status, "error")
+    yield from _troubles(status)
+    yield from _unknown_interfaces(status)
+    yield from _endpoints(status, "down")
+    yield from _endpoints(status, "up")
+    yield from _keys(status)
+
+
+def _agent(status: dict[str, Any], pid: int | None) -> Iterator[Issue]:
+    """Give what keeps the agent from vouching for its host."""
+    host, report = status["host"], status["report"]
+    other = status["other_agent"]
+    if pid is None and other is not None:
+        # one that names its machine is one of this program's, and on another
+        yield Issue(AGENT, other["text"], "", other["machine"] is not None)
+    elif pid is None:
+        yield Issue(AGENT, f"The agent of host {host} is not running", "start it with 'calicoctl node'", True)
+    elif not report["readable"]:
+        advice = "start it anew with 'calicoctl node stop --force' and 'calicoctl node'"
+        text = f"What the agent of host {host} reports cannot be read: it is of another version"
+        yield Issue(AGENT, text, advice, True)
+    elif status["pid"] != pid:
+        yield Issue(AGENT, f"The agent of host {host} (process {pid}) has not reported yet", "", True)
+    elif not report["current"]:
+        text = f"The agent of host {host} (process {pid}) has not reported for {report['age'] or 0:.0f} s: it hangs"
+        advice = f"'kill -9 {pid}' does no harm to what it has set up; 'calicoctl node' starts it again"
+        yield Issue(AGENT, text, advice, True)
+    elif status["replaced"]:
+        yield Issue(AGENT, status["replaced"], "", True)
+    elif status["waiting_for"] and status["etcd"]["error"] is None:
+        yield Issue(AGENT, f"The agent waits for {status['waiting_for']}")
+
+
+def _store(status: dict[str, Any]) -> Iterator[Issue]:
+    """Give what the store does not do, in one sentence for what has the same reason."""
+    failing: dict[str, list[str]] = {}
+    since: dict[str, str] = {}
+    for what, verb in (("reads", "read"), ("writes", "written"), ("watch", "followed")):
+        ability = status["etcd"][what]
+        if ability["works"] is False:  # it is None while that is not known
+            error = ability["error"]
+            failing.setdefault(error, []).append(verb)
+            since[error] = min(since.get(error, ability["since"]), ability["since"])
+    for error, verbs in failing.items():
+        text = " or ".join(filter(None, [", ".join(verbs[:-1]), verbs[-1]]))
+        yield Issue(STORE, f"etcd cannot be {text} since {since[error]}: {error}", "", True)
+
+
+def _endpoints(status: dict[str, Any], state: str) -> Iterator[Issue]:
+    for trouble in status["endpoints_in_trouble"]:
+        if trouble["status"] == state:
+            # a report of an older version names no containers
+            workload = trouble.get("workload_name") or short_id(trouble["workload"])
+            text = f"endpoint {short_id(trouble['endpoint'])} of {trouble['orchestrator']} {workload} is {state}"
+            text += f": {trouble['reason']}"
+            yield Issue(ENDPOINT, text, "", state == "error")
+
+
+def _troubles(status: dict[str, Any]) -> Iterator[Issue]:
+    for trouble in status["troubles"]:
+        yield Issue(HOST, f"{trouble['error']} (since {trouble['since']})")
+
+
+def _unknown_interfaces(status: dict[str, Any]) -> Iterator[Issue]:
+    """Give, in one sentence, the interfaces here that no record of this host's endpoints knows."""
+    names = status["unknown_interfaces"]
+    if names:
+        some = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+        text = (
+            f"{len(names)} interface{'s' if len(names) > 1 else ''} cali… of this host in no endpoint's record ({some})"
+        )
+        yield Issue(HOST, f"{text}, which pass nothing", "was the host called something else when they were connected?")
+
+
+def _without_agent(datastore: DatastoreClient) -> dict[str, Any]:
+    """Return what is to be said of a host whose agent does not run; raise StoreError.
+
+    Which agent of another machine, or program, reports for it, and which interfaces `cali…` here no record of it knows.
+    """
+    other = None
+    status = datastore.host_status()
+    who = None if status is None else heartbeat.other_writer(datastore, status, own_agent_writes=False)
+    if status is not None and who is not None:
+        text = f"{who} reports for host {datastore.host}; none of this version runs here"
+        other = {"text": text, "machine": heartbeat.Identity.of(status).machine}
+    unknown = {name for _, name in socket.if_nameindex() if name.startswith(PREFIX)}
+    if unknown:
+        endpoints, problems = datastore.readable_endpoints(datastore.host)
+        unknown -= {name for endpoint in endpoints for name in (endpoint.name, endpoint.id.interface)}
+        unknown -= {id.interface for id in (keys.parse_endpoint(problem.key) for problem in problems) if id is not None}
+    return {"other_agent": other, "unknown_interfaces": sorted(unknown)}
+
+
+def _keys(status: dict[str, Any]) -> Iterator[Issue]:
+    """Give the keys of the store that cannot be understood, but for records whose endpoints have been named."""
+    host = status["host"]
+    named = {
+        keys.endpoint(EndpointId(host, one["orchestrator"], one["workload"], one["endpoint"]))
+        for one in status["endpoints_in_trouble"]
+    }
+    for problem in status["problems"]:
+        if problem["key"] not in named:
+            key, why = problem["key"], problem["problem"]
+            yield Issue(KEY, why if key in why else f"{key}: {why}")
+
+
+def _has_shape(value: Any, shape: Any) -> bool:
+    """Tell whether a value has all the fields of another."""
+    if not isinstance(shape, dict):
+        return True
+    return isinstance(value, dict) and all(name in value and _has_shape(value[name], shape[name]) for name in shape)

@@ -1,0 +1,1 @@
+"""What the agent sets up in the kernel, and the drivers that do it."""

@@ -1,0 +1,246 @@
+"""Lets Calico's packets through the host's own iptables firewall, where that would drop them.
+
+Docker Engine sets the policy of the chain FORWARD to DROP, and an accept in our own table does not override that. Our
+tables have dropped what policy denies before, because they hook in earlier. Docker keeps its hands off DOCKER-USER,
+which it asks first, so ours go there where it exists. Source: Docker's documentation, "Packet filtering and firewalls".
+
+The host's `iptables` command is used, so that the rules go where the host's own are, be that nf_tables or legacy.
+A host without that command may have such a firewall all the same.
+"""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import subprocess
+from collections import defaultdict
+from contextlib import suppress
+from pathlib import Path
+
+from calicoctl.errors import CalicoError, DockerNotRunning
+from calicoctl.felix.dataplane.nft import Nft, NftError
+from calicoctl.workloads.workload import docker_engine
+
+COMMANDS = ("iptables", "ip6tables")
+
+_OLD_FELIX = "felix-"
+
+PATIENCE = 15.0
+"""Seconds to wait for iptables, which itself waits up to ten for somebody else who holds its lock."""
+
+_COMMENT = "calico"
+_RULES = (
+    ("-i", "cali+", "-m", "comment", "--comment", _COMMENT, "-j", "ACCEPT"),
+    ("-o", "cali+", "-m", "comment", "--comment", _COMMENT, "-j", "ACCEPT"),
+)
+_CHAINS = ("DOCKER-USER", "FORWARD")
+
+
+class Filter:
+    """What `iptables-save` says of the table `filter`: policies by chain, and rules by chain, as lists of words."""
+
+    def __init__(self, text: str) -> None:
+        self.policies: dict[str, str] = {}
+        self.rules: dict[str, list[tuple[str, ...]]] = defaultdict(list)
+        for line in text.splitlines():
+            if line.startswith(":"):
+                chain, policy = line[1:].split()[:2]
+                self.policies[chain] = policy
+            elif line.startswith("-A "):
+                words = shlex.split(line)
+                self.rules[words[1]].append(tuple(words[2:]))
+
+    @classmethod
+    def from_nft(cls, text: str) -> Filter:
+        """Read what nft says of the table in which iptables-nft keeps `filter`: policies, jumps, and what drops."""
+        found, chain = cls(""), ""
+        for line in text.splitlines():
+            words = shlex.split(line.partition(" # ")[0])
+            if words[:1] == ["chain"]:
+                chain = words[1]
+            elif words[:1] == ["type"]:
+                found.policies[chain] = words[-1].rstrip(";").upper()
+            for word, following in zip(words, [*words[1:], ""]):
+                if word in ("jump", "goto"):
+                    found.rules[chain].append(("-j", following))
+                elif word.upper() in ("DROP", "REJECT"):
+                    found.rules[chain].append(("-j", word.upper()))
+        return found
+
+    def wanted_chain(self) -> str | None:
+        """Return the chain that our rules belong to, None where nothing would drop what is forwarded.
+
+        That is DOCKER-USER where FORWARD asks it; after `iptables -F`, it does not.
+        """
+        if any(("-j", "DOCKER-USER") in zip(rule, rule[1:]) for rule in self.rules.get("FORWARD", ())):
+            return "DOCKER-USER"
+        return "FORWARD" if self.would_drop() else None
+
+    def would_drop(self) -> bool:
+        """Tell whether something that is forwarded may be dropped."""
+        return self.policies.get("FORWARD") == "DROP" or self._drops("FORWARD", set())
+
+    def _drops(self, chain: str, seen: set[str]) -> bool:
+        """Tell whether a rule of a chain, but for ours, drops anything, or one of a chain that it jumps to."""
+        seen.add(chain)
+        for rule in self.rules.get(chain, ()):
+            for flag, target in zip(rule, rule[1:]):
+                if flag in ("-j", "-g") and (
+                    target in ("DROP", "REJECT") or (target not in seen and self._drops(target, seen))
+                ):
+                    return True
+        return False
+
+
+def ensure() -> list[str]:
+    """Put our rules where they belong, and take them away elsewhere; return a line for each change made.
+
+    Raises CalicoError when iptables fails, or is not there, and something may drop what is forwarded.
+    """
+    return [line for command in COMMANDS for line in _bring(command, remove=False)]
+
+
+def remove() -> None:
+    """Take our rules away; raise CalicoError. Without the command, they stay: all that they do is to accept."""
+    for command in COMMANDS:
+        if _is_there(command):
+            _bring(command, remove=True)
+
+
+def missing() -> list[str]:
+    """Return the chains that would drop what is ours, and where nothing accepts it before.
+
+    Raises CalicoError where that cannot be told.
+    """
+    found = []
+    for command in COMMANDS:
+        current = _current(command)
+        if current is None or not current.would_drop():
+            continue
+        if not set(_RULES) <= set(current.rules.get(str(current.wanted_chain()), ())):
+            found.append(f"{command} chain FORWARD")
+    return found
+
+
+def old_felix_chains() -> dict[str, list[str]]:
+    """Return the chains that the Felix of 2015 has left, by the iptables command that shows them.
+
+    They drop what comes from and goes to interfaces `cali…` that Felix does not know. Its image had an iptables of its
+    own, so they may be where the host's does not look. Raises CalicoError where that cannot be told. Source: Felix's
+    frules.py and dispatch.py.
+    """
+    found: dict[str, list[str]] = {}
+    for command in COMMANDS:
+        legacy = f"{command}-legacy"
+        if _is_there(command):
+            _find_old_felix(command, found)
+            # where there are no such tables, asking for them would load modules of the kernel
+            if "nf_tables" in _run(command, "--version") and _legacy_tables(command) and _is_there(legacy):
+                _find_old_felix(legacy, found)
+    return found
+
+
+def _find_old_felix(command: str, found: dict[str, list[str]]) -> None:
+    lines = _run(f"{command}-save").splitlines()
+    chains = sorted({line[1:].split()[0] for line in lines if line.startswith(f":{_OLD_FELIX}")})
+    if chains:
+        found[command] = chains
+
+
+def _legacy_tables(command: str) -> list[str]:
+    """Return the tables of iptables-legacy that the kernel has, or of ip6tables-legacy."""
+    try:
+        return (Path("/proc/net") / f"{command.replace('tables', '')}_tables_names").read_text().split()
+    except OSError:  # a kernel without them
+        return []
+
+
+def sends_events() -> bool:
+    """Tell whether changes of the host's iptables show as nftables events.
+
+    Those of iptables-legacy do not, nor that somebody installs the command.
+    """
+    return _is_there("iptables") and "nf_tables" in _run("iptables", "--version")
+
+
+def _bring(command: str, remove: bool) -> list[str]:
+    current = _current(command)
+    if current is None:
+        return []
+    done = []
+    wanted = None if remove else current.wanted_chain()
+    for chain in _CHAINS:
+        rules = current.rules.get(chain, [])
+        ours = [rule for rule in rules if set(_RULES[0][2:]) <= set(rule) and "cali+" in rule]
+        if chain == wanted:
+            # behind a rule without conditions nothing is reached; otherwise the place is the operator's choice
+            end = next((number for number, rule in enumerate(rules) if rule[:1] == ("-j",)), len(rules))
+            if sorted(ours) == sorted(_RULES) and all(rules.index(rule) < end for rule in ours):
+                continue
+        elif not ours:
+            continue
+        for rule in ours:
+            _run(command, "-w", "10", "-t", "filter", "-D", chain, *rule)
+        if chain == wanted:
+            for rule in reversed(_RULES):
+                _run(command, "-w", "10", "-t", "filter", "-I", chain, "1", *rule)
+            done.append(f"{command}: accepting cali+ in chain {chain}, which would drop it otherwise")
+        else:
+            done.append(f"{command}: no longer accepting cali+ in chain {chain}")
+    return done
+
+
+def _current(command: str) -> Filter | None:
+    """Return the table `filter`; None where neither that nor the command is there. Raises CalicoError."""
+    if _is_there(command):
+        return Filter(_run(f"{command}-save", "-t", "filter"))
+    why = _may_drop(command)
+    if why is not None:
+        raise CalicoError(
+            f"{why}, and there is no command {command} to have it accept what comes from containers, or goes to "
+            "them: install the package iptables"
+        )
+    return None
+
+
+def _is_there(command: str) -> bool:
+    return all(shutil.which(name) is not None for name in (command, f"{command}-save"))
+
+
+def _may_drop(command: str) -> str | None:
+    """Return which firewall may drop what is forwarded, found out without its command; None where there is none."""
+    if "filter" in _legacy_tables(command):
+        return f"this host has an {command}-legacy firewall, which may drop what is forwarded"
+    family = command.replace("tables", "")
+    nft = Nft()
+    with suppress(NftError):  # there is no such table
+        if Filter.from_nft(nft.run(f"list table {family} filter")).would_drop():
+            return f"this host's {command} chain FORWARD would drop what is forwarded"
+    return None
+
+
+def _run(*command: str) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    except subprocess.TimeoutExpired:
+        raise CalicoError(f"{command[0]} did not answer within {PATIENCE:.0f} s") from None
+    except OSError as error:
+        raise CalicoError(f"{command[0]} cannot be run: {error.strerror}") from None
+    if done.returncode != 0:
+        why = " ".join(done.stderr.split())[:200] or f"it ends with status {done.returncode}"
+        raise CalicoError(f"'{' '.join(command)}' failed: {why}")
+    return done.stdout
+
+
+def engine_forwards(ipv6: bool) -> bool:
+    """Tell whether a Docker Engine runs here that forwards for networks of its own.
+
+    Raises DockerUnavailable where there is one that does not say.
+    """
+    try:
+        with docker_engine("for its networks", timeout=5) as docker:
+            networks = docker.networks()
+    except DockerNotRunning:
+        return False
+    of_its_own = [network for network in networks if network.get("Driver") not in ("host", "null")]
+    return any(network.get("EnableIPv6") for network in of_its_own) if ipv6 else bool(of_its_own)

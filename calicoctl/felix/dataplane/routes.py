@@ -1,0 +1,177 @@
+"""Routes, neighbours and interface settings of this host's endpoints: what is wanted, against what the kernel has.
+
+Everything of ours can be told from others': routes by their protocol number, neighbour entries by being permanent and
+on a `cali…` interface.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import struct
+from collections import defaultdict
+from collections.abc import Collection, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from calicoctl import netlink
+from calicoctl.desired.snapshot import LocalEndpoint
+from calicoctl.errors import CalicoError
+from calicoctl.felix.dataplane import sysctls
+
+if TYPE_CHECKING:
+    from pyroute2.iproute.linux import IPRoute
+
+T = TypeVar("T")
+
+PROTOCOL = netlink.OUR_PROTOCOL
+
+PREFIX = "cali"
+
+_SCOPE_LINK = 253
+_TABLE_MAIN = 254
+_NUD_PERMANENT = 0x80
+_NTF_PROXY = 0x08
+_RTM_NEWROUTE = 24
+_RTN_UNICAST = 1
+_RTA_DST, _RTA_OIF, _RTA_PRIORITY = 1, 4, 6
+_METRIC6 = 1
+"""The smallest, for IPv6, where 0 stands for 1024."""
+
+Item = tuple[str, ...]
+"""("route", address), ("neighbour", address, MAC), or ("proxy", address)."""
+
+
+@dataclass(frozen=True)
+class Link:
+    """An interface of this host's."""
+
+    name: str
+    index: int
+    up: bool
+    mac: str = ""
+
+
+class Routes:
+    """What the kernel has of ours, by interface index."""
+
+    def __init__(self, netlink: IPRoute) -> None:
+        self._netlink = netlink
+        self._have: dict[int, set[Item]] = defaultdict(set)
+
+    def read(self, links: Collection[Link]) -> None:
+        """Learn what of ours the kernel has. Raises CalicoError."""
+        self._have.clear()
+        indices = {link.index for link in links}
+        for family in (socket.AF_INET, socket.AF_INET6):
+            for route in _listed("routes", netlink.routes(family, protocol=PROTOCOL)):
+                if route.destination is not None and route.index is not None:  # a default route is not ours
+                    self._have[route.index].add(("route", route.destination))
+            for entry in _listed("neighbour entries", netlink.neighbours(family)):
+                if entry.index in indices and entry.mac is not None:
+                    self._have[entry.index].add(("neighbour", entry.address, entry.mac))
+        for entry in _listed("neighbour entries", netlink.neighbours(socket.AF_INET6, proxies=True)):
+            if entry.index in indices:
+                self._have[entry.index].add(("proxy", entry.address))
+
+    def forget(self, index: int) -> None:
+        """Take it that the kernel has nothing of an interface: it has gone, or down."""
+        self._have.pop(index, None)
+
+    def forget_route(self, address: str) -> int | None:
+        """Take it that the route to an address is gone; return its interface, None where none should be there."""
+        for index, items in self._have.items():
+            if ("route", address) in items:
+                items.discard(("route", address))
+                return index
+        return None
+
+    def indices(self) -> set[int]:
+        """Return the interfaces that the kernel has something of ours for."""
+        return {index for index, items in self._have.items() if items}
+
+    def apply(self, endpoint: LocalEndpoint, link: Link, next_hop: str | None) -> None:
+        """Give the kernel what an endpoint wants, and take away what else there is on its interface.
+
+        `next_hop` is the host's IPv6 address, if the endpoint uses one. Raises CalicoError.
+        """
+        for path, value in sysctls.interface_settings(link.name, bool(endpoint.addresses_of(6))).items():
+            sysctls.write(path, value)
+        wanted: dict[Item, None] = {}
+        if next_hop is not None and endpoint.addresses_of(6):
+            wanted["proxy", next_hop] = None
+        for address in endpoint.addresses:
+            wanted["neighbour", address, endpoint.mac] = None
+            wanted["route", address] = None
+        have = self._have[link.index]
+        for item in wanted:
+            if item not in have:
+                self._add(link.index, item)
+                have.add(item)
+        for item in sorted(have - set(wanted)):
+            # a neighbour's entry with another MAC has been replaced above
+            if item[0] != "neighbour" or ("neighbour", item[1], endpoint.mac) not in wanted:
+                self._remove(link.index, item)
+            have.discard(item)
+
+    def clear(self, index: int) -> None:
+        """Take everything of ours off an interface; raise CalicoError."""
+        for item in sorted(self._have.get(index, ())):
+            self._remove(index, item)
+        self._have.pop(index, None)
+
+    def _add(self, index: int, item: Item) -> None:
+        self._do("add", index, item)
+
+    def _remove(self, index: int, item: Item) -> None:
+        self._do("remove", index, item, errno.ESRCH, errno.ENOENT, errno.ENODEV)
+
+    def _do(self, verb: str, index: int, item: Item, *ignored: int) -> None:
+        from pyroute2.netlink.exceptions import NetlinkError
+
+        kind, address = item[:2]
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        command = "replace" if verb == "add" else "del"
+        try:
+            if kind == "route" and verb == "add":
+                _add_route(family, address, index)
+            elif kind == "route":
+                net = f"{address}/{128 if family == socket.AF_INET6 else 32}"
+                scope = {"scope": _SCOPE_LINK} if family == socket.AF_INET else {}
+                self._netlink.route("del", family=family, dst=net, oif=index, proto=PROTOCOL, **scope)
+            elif kind == "neighbour":
+                fields: dict[str, Any] = {"family": family, "dst": address, "ifindex": index}
+                if verb == "add":
+                    fields |= {"lladdr": item[2], "state": _NUD_PERMANENT}
+                self._netlink.neigh(command, **fields)
+            else:
+                self._netlink.neigh(command, family=family, dst=address, ifindex=index, flags=_NTF_PROXY)
+        except (NetlinkError, OSError) as error:
+            code = int(error.code if isinstance(error, NetlinkError) else error.errno or 0)
+            if code not in ignored:
+                raise CalicoError(f"the kernel refused to {verb} a {kind} for {address}: {os.strerror(code)}") from None
+
+
+def _add_route(family: int, address: str, index: int) -> None:
+    """Add a route in front of any other to the same address, which stays; raise OSError.
+
+    pyroute2 would replace the other, or refuse. Source: the kernel's uapi/linux/rtnetlink.h, and fib_table_insert() of
+    its net/ipv4/fib_trie.c: without a flag that says what to do with routes that are there, the new one goes first.
+    """
+    packed = socket.inet_pton(family, address)
+    scope = _SCOPE_LINK if family == socket.AF_INET else 0
+    body = struct.pack("=8BI", family, 8 * len(packed), 0, 0, _TABLE_MAIN, PROTOCOL, scope, _RTN_UNICAST, 0)
+    body += netlink.attribute(_RTA_DST, packed) + netlink.attribute(_RTA_OIF, struct.pack("=I", index))
+    if family == socket.AF_INET6:
+        body += netlink.attribute(_RTA_PRIORITY, struct.pack("=I", _METRIC6))
+    with suppress(FileExistsError):  # this very route is there
+        netlink.do(socket.NETLINK_ROUTE, _RTM_NEWROUTE, netlink.CREATE, body)
+
+
+def _listed(what: str, answers: Iterator[T]) -> list[T]:
+    try:
+        return list(answers)
+    except OSError as error:
+        raise CalicoError(f"{what} cannot be listed: {error.strerror or error}") from None

@@ -1,0 +1,564 @@
+"""From the snapshot to nftables: which chains, sets and maps our tables have, and the commands that bring them there.
+
+The tables (docs/agent.md has a picture):
+
+* Base chains do what is the same for all endpoints, and ask two verdict maps, `from` and `to`, for the chain of an
+  interface. So a packet costs the same however many endpoints there are, and an interface that is in no map passes
+  nothing.
+* Endpoints with the same list of profiles share a pair of chains, `from/…` and `to/…`, which ask the chains of the
+  profiles, `outbound/…` and `inbound/…`, in order. A profile's rules stand once, a tag's addresses are one set.
+* The two directions are two base chains, one behind the other. So `accept` ends one of them alone, whoever called.
+* Packets of established connections pass without a look at the rules, but for the time from a change until the
+  connections that it denies have been ended: then those in a connection's first direction are looked at like new ones.
+
+`Ruleset` remembers what it has put into the tables and gives the commands for what differs: their number grows with
+the change, not with the host. All commands of one call are meant for one transaction.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import socket
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Callable
+
+from calicoctl.datastore.keys import EndpointId
+from calicoctl.datastore.model import Rule
+from calicoctl.desired.snapshot import Dirty, LocalEndpoint, Snapshot, usable_addresses
+from calicoctl.policy.verdict import ICMP, ICMPV6, port_ranges, protocol_number, versions
+
+TABLES = (("inet", "calico"), ("arp", "calico"))
+
+LOG_PREFIX = "calico-packet: "
+
+_LOG = f'limit rate 10/second burst 50 packets log prefix "{LOG_PREFIX}" level warn'
+"""What a log rule does. Without the limit, a container could fill the host's disk with one line a packet."""
+
+_TYPES = {4: "ipv4_addr", 6: "ipv6_addr"}
+_SAFE = re.compile(r"[A-Za-z0-9_.-]{1,39}", re.ASCII)
+
+_SKELETON = """
+add map inet calico from { type ifname : verdict; }
+add map inet calico to { type ifname : verdict; }
+add set inet calico interfaces { type ifname; }
+add set inet calico macs { type ifname . ether_addr; }
+add set inet calico senders4 { type ifname . ether_addr . ipv4_addr; }
+add set inet calico senders6 { type ifname . ether_addr . ipv6_addr; }
+add set inet calico targets6 { typeof iifname . @th,64,128; }
+add set inet calico pools4 { type ipv4_addr; flags interval; }
+add set inet calico pools6 { type ipv6_addr; flags interval; }
+add set inet calico masquerade4 { type ipv4_addr; flags interval; }
+add set inet calico masquerade6 { type ipv6_addr; flags interval; }
+
+add chain inet calico sender4
+add rule inet calico sender4 iifname . ether saddr != @macs drop
+add rule inet calico sender4 ip saddr 0.0.0.0 ip daddr 255.255.255.255 udp sport 68 udp dport 67 accept
+add rule inet calico sender4 drop
+
+add chain inet calico sender6
+add rule inet calico sender6 icmpv6 type { nd-router-advert, nd-redirect } drop
+add rule inet calico sender6 icmpv6 type nd-neighbor-advert iifname . @th,64,128 != @targets6 drop
+add rule inet calico sender6 iifname . ether saddr . ip6 saddr @senders6 accept
+add rule inet calico sender6 iifname . ether saddr != @macs drop
+add rule inet calico sender6 ip6 saddr :: icmpv6 type { 131, 132, 133, 135, 143 } accept
+add rule inet calico sender6 drop
+
+add chain inet calico starts
+add rule inet calico starts ct state new tcp flags & (fin | syn | rst | ack) != syn drop
+
+add chain inet calico host-services
+add rule inet calico host-services meta nfproto ipv4 udp sport 68 udp dport 67 accept
+add rule inet calico host-services meta nfproto ipv6 udp sport 546 udp dport 547 accept
+add rule inet calico host-services udp dport 53 accept
+add rule inet calico host-services icmpv6 type { 130, 131, 132, 133, 135, 136 } accept
+
+add chain inet calico host-action
+
+add chain inet calico anti-spoofing { type filter hook prerouting priority raw; policy accept; }
+add rule inet calico anti-spoofing iifname != "cali*" accept
+add rule inet calico anti-spoofing iifname . ether saddr . ip saddr @senders4 accept
+add rule inet calico anti-spoofing meta protocol vmap { ip : goto sender4, ip6 : goto sender6 }
+
+add chain inet calico from-host { type filter hook output priority filter - 10; policy accept; }
+add rule inet calico from-host oifname != "cali*" accept
+add rule inet calico from-host oifname != @interfaces drop
+add rule inet calico from-host jump starts
+
+add set arp calico macs { type ifname . ether_addr; }
+add set arp calico senders { type ifname . ether_addr . ipv4_addr; }
+add chain arp calico anti-spoofing { type filter hook input priority filter; policy accept; }
+add rule arp calico anti-spoofing iifname != "cali*" accept
+add rule arp calico anti-spoofing iifname . ether saddr != @macs drop
+add rule arp calico anti-spoofing iifname . arp saddr ether != @macs drop
+add rule arp calico anti-spoofing arp operation request arp saddr ip 0.0.0.0 accept
+add rule arp calico anti-spoofing iifname . arp saddr ether . arp saddr ip != @senders drop
+"""
+
+
+def remove_commands() -> str:
+    """Return the commands that take our tables away, whether they are there or not."""
+    return "".join(f"add table {family} {name}\ndelete table {family} {name}\n" for family, name in TABLES)
+
+
+def _anew(commands: str) -> str:
+    """Return commands that make the tables, in place of whatever they hold, and then do what `commands` do."""
+    tables = "".join(f"add table {family} {name}\n" for family, name in TABLES)
+    return remove_commands() + tables + _SKELETON + commands
+
+
+@dataclass
+class Update:
+    """The commands of one transaction, and the addresses whose connections it may deny from now on."""
+
+    commands: str
+    touched: set[str]
+
+
+class Ruleset:
+    """What our tables hold, as far as it changes: sets' elements, and chains with their rules."""
+
+    def __init__(self) -> None:
+        self._elements: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
+        """How often each is wanted: one endpoint may get what another, which waits, has not given up yet."""
+        self._chains: dict[str, tuple[str, ...]] = {}
+        # who makes use of what, so that what is used by nobody can go
+        self._endpoints: dict[EndpointId, LocalEndpoint] = {}
+        self._members: dict[EndpointId, tuple[tuple[str, ...], tuple[str, ...]]] = {}
+        self._members_of_profile: dict[str, set[EndpointId]] = defaultdict(set)
+        self._addresses: dict[str, Counter[str]] = defaultdict(Counter)
+        self._tags: dict[str, tuple[str, ...]] = {}
+        self._endpoints_of_list: dict[tuple[str, ...], set[EndpointId]] = defaultdict(set)
+        self._lists_of_profile: dict[str, set[tuple[str, ...]]] = defaultdict(set)
+        self._profiles_of_tag: dict[str, set[str]] = defaultdict(set)
+        self._tags_used: dict[str, set[str]] = {}
+
+    def load(self, snapshot: Snapshot, withheld: Mapping[EndpointId, Collection[str]] | None = None) -> Update:
+        """Return the commands that make the tables anew, in place of whatever they hold. For a new Ruleset."""
+        everything = Dirty(set(snapshot.endpoints), profiles=set(snapshot.profiles), pools=True, settings=True)
+        update = self.update(snapshot, everything, withheld)
+        return Update(_anew(update.commands), update.touched)
+
+    def again(self) -> str:
+        """Return the commands that make the tables anew with what they hold already, should they have gone."""
+        change = _Change(defaultdict(Counter), {})
+        for tag in self._profiles_of_tag:
+            for version in (4, 6):
+                change.create_set(set_of_tag(tag, version), _TYPES[version])
+        for where, elements in self._elements.items():
+            for element in elements:
+                change.add(where, element)
+        for name, rules in self._chains.items():
+            change.set_chain(name, rules)
+        return _anew(change.commands())
+
+    def tagged(self, tag: str, address: str) -> bool:
+        """Tell whether an address is one of a tag's."""
+        return address in self._addresses.get(tag, ())
+
+    def has(self, id: EndpointId) -> bool:
+        """Tell whether the tables know an endpoint of this host."""
+        return id in self._endpoints
+
+    def addresses_of(self, id: EndpointId) -> tuple[str, ...]:
+        """Return the addresses that the tables know an endpoint of this host by."""
+        endpoint = self._endpoints.get(id)
+        return () if endpoint is None else endpoint.addresses
+
+    def update(
+        self, snapshot: Snapshot, dirty: Dirty, withheld: Mapping[EndpointId, Collection[str]] | None = None
+    ) -> Update:
+        """Return the commands for what has changed, and take them for done.
+
+        `withheld` are addresses that endpoints of this host are not to send from, or be sent to at, yet. Call `settle`
+        when the connections of the touched addresses have been looked at.
+        """
+        change = _Change(self._elements, self._chains)
+        touched = self._update_members(snapshot, dirty, change)
+        profiles = set(dirty.profiles)
+        ids = [id for id in dirty.endpoints if id.host == snapshot.host]
+        # all that goes before all that comes: an interface may have passed from one endpoint to another
+        for id in ids:
+            before = self._endpoints.get(id)
+            for where, element in _elements(before) if before is not None else ():
+                change.remove(where, element)
+        for id in ids:
+            endpoint = snapshot.local.get(id)
+            not_yet = (withheld or {}).get(id)
+            if endpoint is not None and not_yet:
+                endpoint = replace(endpoint, addresses=tuple(a for a in endpoint.addresses if a not in not_yet))
+            self._update_endpoint(id, endpoint, change, profiles, touched)
+        for profile in sorted(profiles):
+            self._update_profile(profile, snapshot, change)
+            if profile in dirty.profiles:
+                for list_of in self._lists_of_profile.get(profile, ()):
+                    for id in self._endpoints_of_list[list_of]:
+                        touched.update(self._endpoints[id].sources)
+        if dirty.pools:
+            _update_pools(snapshot, change)
+        if dirty.settings:
+            action = ("drop" if snapshot.host_action == "DROP" else "accept",)
+            if self._chains.get("host-action") != action:
+                change.set_chain("host-action", action)
+                for endpoint in self._endpoints.values():
+                    touched.update(endpoint.sources)
+        if touched or "to-host" not in self._chains:
+            self._set_gates(change, settled=not touched)
+        return Update(change.commands(), touched)
+
+    def settle(self) -> str:
+        """Return the commands after which packets of established connections pass without a look at the rules."""
+        change = _Change(self._elements, self._chains)
+        self._set_gates(change, settled=True)
+        return change.commands()
+
+    def _set_gates(self, change: _Change, settled: bool) -> None:
+        for name in _GATES:
+            change.set_chain(name, _gate(name, settled))
+
+    # A tag's addresses: those of all endpoints, of all hosts, that have a profile with that tag
+
+    def _update_members(self, snapshot: Snapshot, dirty: Dirty, change: _Change) -> set[str]:
+        """Bring the addresses of all tags up to date; return those that came to a tag in use, or left one."""
+        changed: Counter[tuple[str, str]] = Counter()
+        ids = set(dirty.endpoints)
+        for profile in dirty.profiles:
+            ids |= self._members_of_profile.get(profile, set())
+        for id in ids:
+            addresses, profiles = self._members.pop(id, ((), ()))
+            for profile in profiles:
+                self._members_of_profile[profile].discard(id)
+                for tag in self._tags.get(profile, ()):
+                    changed.subtract((tag, address) for address in addresses)
+        for profile in dirty.profiles:
+            now = snapshot.profiles.get(profile)
+            self._tags[profile] = now.tags if now is not None else ()
+        for id in ids:
+            endpoint = snapshot.endpoints.get(id)
+            if endpoint is None:
+                continue
+            addresses = usable_addresses(endpoint)
+            self._members[id] = (addresses, tuple(dict.fromkeys(endpoint.profile_ids)))
+            for profile in self._members[id][1]:
+                self._members_of_profile[profile].add(id)
+                for tag in self._tags.get(profile, ()):
+                    changed.update((tag, address) for address in addresses)
+        touched = set()
+        for (tag, address), difference in changed.items():
+            before = self._addresses[tag][address]
+            if difference == 0:
+                continue
+            self._addresses[tag][address] = before + difference
+            if before + difference == 0:
+                del self._addresses[tag][address]
+            if (before == 0) != (before + difference == 0) and self._profiles_of_tag.get(tag):
+                touched.add(address)
+                name = set_of_tag(tag, 6 if ":" in address else 4)
+                if before == 0:
+                    change.add(("inet", name), address)
+                else:
+                    change.remove(("inet", name), address)
+        return touched
+
+    # This host's endpoints
+
+    def _update_endpoint(
+        self,
+        id: EndpointId,
+        now: LocalEndpoint | None,
+        change: _Change,
+        profiles: set[str],
+        touched: set[str],
+    ) -> None:
+        before = self._endpoints.pop(id, None)
+        if now is not None:
+            self._endpoints[id] = now
+            for where, element in _elements(now):
+                change.add(where, element)
+        if before is not None and (now is None or now.profiles != before.profiles):
+            users = self._endpoints_of_list[before.profiles]
+            users.discard(id)
+            if not users:
+                del self._endpoints_of_list[before.profiles]
+                for chain in _chains_of_list(before.profiles):
+                    change.set_chain(chain, None)
+                for profile in before.profiles:
+                    self._lists_of_profile[profile].discard(before.profiles)
+                    profiles.add(profile)
+        if now is not None and (before is None or now.profiles != before.profiles):
+            users = self._endpoints_of_list[now.profiles]
+            users.add(id)
+            if len(users) == 1:
+                outbound, inbound = _chains_of_list(now.profiles)
+                names = [_part(profile) for profile in now.profiles]
+                change.set_chain(outbound, (*(f"jump outbound/{name}" for name in names), "drop"))
+                change.set_chain(inbound, (*(f"jump inbound/{name}" for name in names), "drop"))
+                for profile in now.profiles:
+                    self._lists_of_profile[profile].add(now.profiles)
+                    profiles.add(profile)
+        # what comes from an endpoint that has gone is dropped for its address alone, connections and all
+        if now is not None and (before is None or _policy_of(before) != _policy_of(now)):
+            for endpoint in (before, now):
+                touched.update(endpoint.sources if endpoint is not None else ())
+
+    # Profiles that endpoints of this host have
+
+    def _update_profile(self, profile: str, snapshot: Snapshot, change: _Change) -> None:
+        used = bool(self._lists_of_profile.get(profile))
+        if not used:
+            self._lists_of_profile.pop(profile, None)
+        known = snapshot.profiles.get(profile)
+        rules = known.rules if used and known is not None else None
+        tags = set()
+        for rule in [*rules.inbound, *rules.outbound] if rules is not None else ():
+            tags |= {tag for tag in (rule.src_tag, rule.dst_tag) if tag is not None}
+        before = self._tags_used.pop(profile, set())
+        if tags:
+            self._tags_used[profile] = tags
+        for tag in tags - before:
+            users = self._profiles_of_tag[tag]
+            users.add(profile)
+            if len(users) == 1:
+                for version in (4, 6):
+                    change.create_set(set_of_tag(tag, version), _TYPES[version])
+                for address in self._addresses.get(tag, ()):
+                    change.add(("inet", set_of_tag(tag, 6 if ":" in address else 4)), address)
+        for tag in before - tags:
+            users = self._profiles_of_tag[tag]
+            users.discard(profile)
+            if not users:
+                del self._profiles_of_tag[tag]
+                for version in (4, 6):
+                    change.delete_set(set_of_tag(tag, version))
+        for word, of_direction in (
+            ("inbound", rules.inbound if rules is not None else None),
+            ("outbound", rules.outbound if rules is not None else None),
+        ):
+            chain = f"{word}/{_part(profile)}"
+            if not used:
+                change.set_chain(chain, None)
+            elif of_direction is None:
+                change.set_chain(chain, ("drop",))
+            else:
+                change.set_chain(chain, tuple(line for rule in of_direction for line in rule_lines(rule)))
+
+
+def rule_lines(rule: Rule) -> list[str]:
+    """Return a rule as nftables rules: none for one that no packet can meet, one an IP version where that matters."""
+    number = None if rule.protocol is None else protocol_number(rule.protocol)
+    by_version = (
+        number in (ICMP, ICMPV6) or rule.ip_version or rule.src_tag or rule.dst_tag or rule.src_net or rule.dst_net
+    )
+    verdict = {"allow": "accept", "deny": "drop", "log": _LOG}[rule.action]
+    lines = []
+    for version in versions(rule) if by_version else (None,):
+        parts = []
+        if version is not None:
+            parts.append(f"meta nfproto ipv{version}")
+        if number is not None:
+            parts.append(f"meta l4proto {number}")
+        family = "ip" if version == 4 else "ip6"
+        for side, net, tag in (("saddr", rule.src_net, rule.src_tag), ("daddr", rule.dst_net, rule.dst_tag)):
+            if net is not None and not net.endswith("/0"):
+                parts.append(f"{family} {side} {net}")
+            if tag is not None and version is not None:
+                parts.append(f"{family} {side} @{set_of_tag(tag, version)}")
+        for side, ports in (("sport", rule.src_ports), ("dport", rule.dst_ports)):
+            if ports is not None:
+                ranges = [str(low) if low == high else f"{low}-{high}" for low, high in port_ranges(ports)]
+                parts.append(f"th {side} {{ {', '.join(ranges)} }}")
+        icmp = "icmp" if number == ICMP else "icmpv6"
+        if rule.icmp_type is not None:
+            parts.append(f"{icmp} type {rule.icmp_type}")
+        if rule.icmp_code is not None:
+            parts.append(f"{icmp} code {rule.icmp_code}")
+        lines.append(" ".join([*parts, verdict]))
+    return lines
+
+
+class _Change:
+    """Collects what is to be different, and writes the commands in an order that nftables takes.
+
+    What is not used any more goes last, after all that referred to it; map elements that change go before they come
+    again. What is added and removed in one change, or the other way round, is not mentioned.
+    """
+
+    def __init__(self, elements: dict[tuple[str, str], Counter[str]], chains: dict[str, tuple[str, ...]]) -> None:
+        self._elements = elements
+        self._chains = chains
+        self._old_chains: dict[str, tuple[str, ...] | None] = {}
+        self._added: dict[tuple[str, str], dict[str, None]] = defaultdict(dict)
+        self._removed: dict[tuple[str, str], dict[str, None]] = defaultdict(dict)
+        self._created: dict[str, str] = {}
+        self._deleted: set[str] = set()
+
+    def add(self, where: tuple[str, str], element: str) -> None:
+        """Put an element into the set, or map, of a (family, name)."""
+        self._elements[where][element] += 1
+        if self._elements[where][element] > 1:
+            return
+        if element in self._removed[where]:
+            del self._removed[where][element]
+        else:
+            self._added[where][element] = None
+
+    def remove(self, where: tuple[str, str], element: str) -> None:
+        self._elements[where][element] -= 1
+        if self._elements[where][element] > 0:
+            return
+        del self._elements[where][element]
+        if element in self._added[where]:
+            del self._added[where][element]
+        else:
+            self._removed[where][element] = None
+
+    def replace(self, where: tuple[str, str], elements: Iterable[str]) -> None:
+        """Make a set hold these elements."""
+        wanted = set(elements)
+        for element in sorted(self._elements[where].keys() - wanted):
+            self.remove(where, element)
+        for element in sorted(wanted - self._elements[where].keys()):
+            self.add(where, element)
+
+    def create_set(self, name: str, type: str) -> None:
+        if name in self._deleted:
+            self._deleted.discard(name)
+        else:
+            self._created[name] = type
+
+    def delete_set(self, name: str) -> None:
+        where = ("inet", name)
+        for element in list(self._elements[where]):
+            self.remove(where, element)
+        if name in self._created:
+            del self._created[name]
+        else:
+            self._deleted.add(name)
+        self._elements.pop(where, None)
+
+    def set_chain(self, name: str, rules: tuple[str, ...] | None) -> None:
+        """Make a chain have these rules, or be absent for None."""
+        self._old_chains.setdefault(name, self._chains.get(name))
+        if rules is None:
+            self._chains.pop(name, None)
+        else:
+            self._chains[name] = rules
+
+    def commands(self) -> str:
+        lines = []
+        changed = {name for name, old in self._old_chains.items() if old != self._chains.get(name)}
+        for name, type in self._created.items():
+            lines.append(f"add set inet calico {name} {{ type {type}; }}")
+        kept = sorted(name for name in changed if name in self._chains)
+        lines += [f"add chain inet calico {name} {_BASE_CHAINS.get(name, '')}" for name in kept]
+        lines += [f"flush chain inet calico {name}" for name in sorted(changed) if self._old_chains[name] is not None]
+        # an element of a map that is removed is named by its key alone
+        lines += self._element_lines("delete", self._removed, lambda element: element.partition(" : ")[0])
+        lines += self._element_lines("add", self._added, str)
+        for name in kept:
+            lines += [f"add rule inet calico {name} {rule}" for rule in self._chains[name]]
+        # lists of profiles before the profiles that they jump to
+        gone = sorted(
+            (name for name in changed if name not in self._chains), key=lambda n: n.startswith(_PROFILE_CHAINS)
+        )
+        lines += [f"delete chain inet calico {name}" for name in gone]
+        lines += [f"delete set inet calico {name}" for name in sorted(self._deleted)]
+        return "".join(line + "\n" for line in lines)
+
+    @staticmethod
+    def _element_lines(
+        verb: str, changes: dict[tuple[str, str], dict[str, None]], spell: Callable[[str], str]
+    ) -> list[str]:
+        return [
+            f"{verb} element {family} calico {name} {{ {', '.join(map(spell, elements))} }}"
+            for (family, name), elements in changes.items()
+            if elements
+        ]
+
+
+_PROFILE_CHAINS = ("inbound/", "outbound/")
+
+_GATES = {
+    "outbound-forward": ("forward", -11, "iifname", ("jump starts", "iifname vmap @from", "drop")),
+    "inbound-forward": ("forward", -10, "oifname", ("jump starts", "oifname vmap @to", "drop")),
+    "outbound-to-host": ("input", -11, "iifname", ("jump host-services", "jump starts", "iifname vmap @from", "drop")),
+    "to-host": ("input", -10, "iifname", ("jump host-services", "jump host-action")),
+}
+"""The base chains that ask the rules: hook, priority behind that of `filter`, whose packets, and how they ask."""
+
+_BASE_CHAINS = {"outgoing": "{ type nat hook postrouting priority srcnat; policy accept; }"} | {
+    name: f"{{ type filter hook {hook} priority filter - {-priority}; policy accept; }}"
+    for name, (hook, priority, _, _) in _GATES.items()
+}
+"""Those whose rules change, or that are not always there."""
+
+
+def _gate(name: str, settled: bool) -> tuple[str, ...]:
+    """Return the rules of a base chain that asks the rules."""
+    _, _, side, ask = _GATES[name]
+    known = "ct state established,related accept" if settled else "ct state established ct direction reply accept"
+    related = () if settled else ("ct state related accept",)
+    return known, *related, f'{side} != "cali*" accept', "ct state invalid drop", *ask
+
+
+def _elements(endpoint: LocalEndpoint) -> list[tuple[tuple[str, str], str]]:
+    """Return what an endpoint has in which set or map."""
+    name, mac = f'"{endpoint.interface}"', endpoint.mac
+    outbound, inbound = _chains_of_list(endpoint.profiles)
+    elements = [
+        (("inet", "from"), f"{name} : goto {outbound}"),
+        (("inet", "to"), f"{name} : goto {inbound}"),
+        (("inet", "interfaces"), name),
+        (("inet", "macs"), f"{name} . {mac}"),
+        (("arp", "macs"), f"{name} . {mac}"),
+    ]
+    for address in endpoint.addresses_of(4):
+        elements.append((("inet", "senders4"), f"{name} . {mac} . {address}"))
+        elements.append((("arp", "senders"), f"{name} . {mac} . {address}"))
+    for address in [*endpoint.addresses_of(6), endpoint.link_local]:
+        elements.append((("inet", "senders6"), f"{name} . {mac} . {address}"))
+        number = int.from_bytes(socket.inet_pton(socket.AF_INET6, address), "big")
+        elements.append((("inet", "targets6"), f"{name} . {number:#034x}"))
+    return elements
+
+
+def _policy_of(endpoint: LocalEndpoint) -> tuple[object, ...]:
+    return endpoint.interface, endpoint.addresses, endpoint.profiles
+
+
+def _update_pools(snapshot: Snapshot, change: _Change) -> None:
+    from netaddr.ip import IPNetwork, cidr_merge
+
+    translations = []
+    for version, family in ((4, "ip"), (6, "ip6")):
+        pools = [pool for pool in snapshot.pools.values() if (":" in pool.cidr) == (version == 6)]
+        for name, chosen in (("pools", pools), ("masquerade", [pool for pool in pools if pool.masquerade])):
+            merged = cidr_merge([IPNetwork(pool.cidr) for pool in chosen])
+            change.replace(("inet", f"{name}{version}"), (str(network) for network in merged))
+        if any(pool.masquerade for pool in pools):
+            translations.append(f"{family} saddr @masquerade{version} {family} daddr != @pools{version} masquerade")
+    # only where it is needed: its being there costs every packet of the host
+    change.set_chain("outgoing", tuple(translations) or None)
+
+
+def _part(name: str) -> str:
+    """Return what stands for a profile or a tag in a name of ours: itself, or for one that is not safe, a digest.
+
+    The slash before the digest is in no safe name, so the two kinds never meet.
+    """
+    return name if _SAFE.fullmatch(name) else "/" + hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:32]
+
+
+def set_of_tag(tag: str, version: int) -> str:
+    """Return the name of the set of a tag's addresses of an IP version."""
+    return f"tag{version}/{_part(tag)}"
+
+
+def _chains_of_list(profiles: Sequence[str]) -> tuple[str, str]:
+    """Return the names of the chains for what comes from, and what goes to, endpoints with these profiles."""
+    name = "/".join(map(_part, profiles))
+    if len(name) > 200:
+        name = "//" + hashlib.sha256(name.encode()).hexdigest()[:32]
+    return f"from/{name}", f"to/{name}"

@@ -1,0 +1,176 @@
+"""Kernel settings under /proc/sys/net, and what those of the whole host were before the agent changed them.
+
+The values found are kept in a file until they are put back; like the settings, it does not outlive a reboot.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+from calicoctl.errors import CalicoError, is_shortage
+from calicoctl.felix.dataplane.docker_firewall import engine_forwards
+
+ROOT = Path("/proc/sys/net")
+
+IPV4_FORWARDING = "ipv4/ip_forward"
+IPV6_FORWARDING = "ipv6/conf/all/forwarding"
+
+
+_SETTING = re.compile(
+    r"ipv4/ip_forward|ipv4/conf/all/accept_redirects|ipv[46]/conf/(?!\.\.?/)[^/]+/forwarding"
+    r"|ipv6/conf/(?!\.\.?/)[^/]+/accept_ra"
+)
+
+
+def interface_settings(interface: str, ipv6: bool) -> dict[str, str]:
+    """Return what the host's end of an endpoint has to have, by path; `ipv6` where the endpoint has such an address.
+
+    Source: the kernel's Documentation/networking/ip-sysctl.rst. A host answers a neighbour solicitation only for an
+    address of the receiving interface, hence proxy_ndp; proxy_delay would hold the answer back by up to 0.8 s, and
+    accept_dad keep the interface's own address from use for a second or two.
+    """
+    settings = {
+        f"ipv4/conf/{interface}/proxy_arp": "1",
+        f"ipv4/neigh/{interface}/proxy_delay": "0",
+        f"ipv4/conf/{interface}/route_localnet": "0",
+        f"ipv4/conf/{interface}/rp_filter": "1",
+    }
+    if ipv6:
+        settings[f"ipv6/conf/{interface}/disable_ipv6"] = "0"
+    if (ROOT / "ipv6/conf" / interface).exists():
+        settings |= {
+            f"ipv6/conf/{interface}/accept_dad": "0",
+            f"ipv6/conf/{interface}/accept_ra": "0",
+            f"ipv6/conf/{interface}/proxy_ndp": "1",
+            f"ipv6/neigh/{interface}/proxy_delay": "0",
+        }
+    return settings
+
+
+def reset_interface(interface: str) -> None:
+    """Give an interface that no endpoint has any more the settings of a new one; raise CalicoError."""
+    for path in interface_settings(interface, True):
+        default = read(path.replace(f"/{interface}/", "/default/"))
+        if default is not None and read(path) is not None:
+            write(path, default)
+
+
+def read(path: str) -> str | None:
+    """Return a setting, None where the kernel has no such; raise CalicoError for want of descriptors or memory."""
+    try:
+        return (ROOT / path).read_text().strip()
+    except OSError as error:
+        if is_shortage(error):
+            raise CalicoError(f"the kernel setting net/{path} cannot be read: {error.strerror}") from error
+        return None
+
+
+def write(path: str, value: str) -> None:
+    """Write a setting unless it is so already; raise CalicoError."""
+    if read(path) == value:
+        return
+    try:
+        (ROOT / path).write_text(value)
+    except OSError as error:
+        raise CalicoError(f"the kernel setting net/{path} cannot be set to {value}: {error.strerror}") from None
+
+
+def _is_sound(found: object) -> bool:
+    return isinstance(found, dict) and all(
+        _SETTING.fullmatch(path) and isinstance(values, list) and list(map(type, values)) == [str, str]
+        for path, values in found.items()
+    )
+
+
+class HostSettings:
+    """The settings of the whole host that the agent changes, and the file that remembers what they were."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._found: dict[str, list[str]] = {}
+        """By path: the value found, and ours, or that which comes with ours."""
+        self._kept = True
+        """Whether the file holds that."""
+        try:
+            self._found = json.loads(file.read_text())
+            if not _is_sound(self._found):
+                raise ValueError("it does not hold what an agent writes")
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError, RecursionError) as error:
+            raise CalicoError(f"{file} cannot be read: {error}; remove it") from None
+
+    def forward(self, ipv6: bool) -> None:
+        """Make this host forward IPv4 and, with `ipv6`, IPv6, without losing routes that it learns from routers."""
+        self._switch_on(IPV4_FORWARDING)
+        if not ipv6:
+            if IPV6_FORWARDING in self._found:
+                needed = {IPV6_FORWARDING} if engine_forwards(ipv6=True) else set()
+                self.restore(lambda path: path.startswith("ipv6/"), needed)
+        elif read(IPV6_FORWARDING) != "1" or IPV6_FORWARDING in self._found:
+            # a host that forwards ignores router advertisements but where this is 2; interfaces come later, too
+            for _, name in socket.if_nameindex():
+                path = f"ipv6/conf/{name}/accept_ra"
+                if not name.startswith("cali") and read(path) == "1":
+                    self._set(path, "2")
+            self._switch_on(IPV6_FORWARDING)
+
+    def restore(self, chosen: Callable[[str], bool], needed: Collection[str] = ()) -> None:
+        """Put back the values found, where the value still is ours and nobody else needs it."""
+        if IPV6_FORWARDING in needed:  # routes learned from routers would go, too, as long as this host forwards
+            needed = {*needed, *(path for path in self._found if path.endswith("/accept_ra"))}
+        paths = [path for path in self._found if chosen(path)]
+        # forwarding before what depends on it
+        for path in sorted(paths, key=lambda path: path not in (IPV4_FORWARDING, IPV6_FORWARDING)):
+            before, ours = self._found[path]
+            if path not in needed and read(path) == ours:
+                write(path, before)
+            del self._found[path]
+        if paths:
+            self._keep()
+
+    def _switch_on(self, path: str) -> None:
+        """Switch forwarding on, and remember what the kernel will change besides when it is switched off again.
+
+        That is the setting of each interface, and whether IPv4's redirects are accepted. Source: inet_forward_change in
+        the kernel's net/ipv4/devinet.c, addrconf_fixup_forwarding in net/ipv6/addrconf.c.
+        """
+        if read(path) == "0" and path not in self._found:
+            names = ["default", *(name for _, name in socket.if_nameindex() if not name.startswith("cali"))]
+            after = {f"{path[:4]}/conf/{name}/forwarding": "0" for name in names}
+            if path == IPV4_FORWARDING:
+                after["ipv4/conf/all/accept_redirects"] = "1"
+            for other, value in after.items():
+                now = read(other)
+                if now not in (None, value):
+                    self._found[other], self._kept = [str(now), value], False
+        self._set(path, "1")
+
+    def _set(self, path: str, value: str) -> None:
+        now = read(path)
+        if now == value:
+            return
+        if path not in self._found and now is not None:
+            self._found[path], self._kept = [now, value], False
+        if not self._kept:
+            self._keep()
+        write(path, value)
+
+    def _keep(self) -> None:
+        try:
+            if not self._found:
+                self._file.unlink(missing_ok=True)
+                self._kept = True
+                return
+            new = self._file.with_suffix(".new")
+            with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+                json.dump(self._found, file)
+            new.rename(self._file)
+            self._kept = True
+        except OSError as error:
+            raise CalicoError(f"{self._file} cannot be written: {error.strerror}") from None

@@ -1,0 +1,1 @@
+"""Rules: their text, and what they mean for one packet."""

@@ -1,0 +1,320 @@
+"""The text of a rule, as people type and read it, and the check of a rule that comes as JSON.
+
+`parse` and `text` are each other's inverse, for every rule that an agent can enforce. One that it cannot has a text
+that says why, which `parse` does not take.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+from calicoctl.addresses import parse_cidr, version_of
+from calicoctl.datastore.model import RULE_FIELDS, Rule, Rules
+from calicoctl.errors import CalicoError, UsageError
+
+PORT_PROTOCOLS = ("tcp", "udp")
+ICMP_PROTOCOLS = ("icmp", "icmpv6")
+OTHER_PROTOCOLS = ("sctp", "udplite")
+
+ACTIONS = ("allow", "deny", "log")
+
+_WITH_PORTS = (*PORT_PROTOCOLS, *OTHER_PROTOCOLS, 6, 17, 132, 136)
+_WITH_ICMP_TYPE = (*ICMP_PROTOCOLS, 1, 58)
+_VERSIONS = {"ipv4": 4, "ipv6": 6}
+
+GRAMMAR = """Usage:
+  calicoctl (allow|deny|log) [ipv4|ipv6] (tcp|udp) [(from [(ports <PORTS>)] [(tag <TAG>)] [(cidr <CIDR>)])]
+            [(to [(ports <PORTS>)] [(tag <TAG>)] [(cidr <CIDR>)])]
+  calicoctl (allow|deny|log) [ipv4|ipv6] (icmp|icmpv6) [(type <TYPE> [(code <CODE>)])]
+            [(from [(tag <TAG>)] [(cidr <CIDR>)])] [(to [(tag <TAG>)] [(cidr <CIDR>)])]
+  calicoctl (allow|deny|log) [ipv4|ipv6] protocol <PROTOCOL>
+            [(from [(tag <TAG>)] [(cidr <CIDR>)])] [(to [(tag <TAG>)] [(cidr <CIDR>)])]
+  calicoctl (allow|deny|log) [ipv4|ipv6] [(from [(tag <TAG>)] [(cidr <CIDR>)])] [(to [(tag <TAG>)] [(cidr <CIDR>)])]
+"""
+"""A rule's words in the order in which people are told them, for completion; `parse` takes some other orders, too."""
+
+KEYWORDS = ("from", "to", "ports", "tag", "cidr", "type", "code", "protocol", *_VERSIONS)
+KEYWORDS += PORT_PROTOCOLS + ICMP_PROTOCOLS
+
+_NAME = r"[A-Za-z0-9_.-]+"
+LONGEST_NEW_NAME = 39
+
+
+def check_name(name: str, what: str) -> str:
+    """Return the name of a profile or a tag that is to be; raise CalicoError when it is not allowed.
+
+    A profile's name must not begin with '_': etcd hides such keys, and nothing would list it.
+    """
+    if what == "profile" and name.startswith("_"):
+        raise CalicoError(f"'{name}' is not a valid profile name: etcd hides what begins with '_'")
+    if not re.fullmatch(_NAME, name, re.ASCII) or name in (".", "..") or len(name) > LONGEST_NEW_NAME:
+        raise CalicoError(
+            f"'{name}' is not a valid {what} name: it must have 1 to {LONGEST_NEW_NAME} letters, digits, '_', '.' "
+            "and '-'"
+        )
+    return name
+
+
+def check_tag(name: str) -> str:
+    """Return the name of a tag in a rule, which other tools may have made longer than ours; raise CalicoError."""
+    if not re.fullmatch(_NAME, name, re.ASCII):
+        raise CalicoError(f"'{name}' is not a valid tag name: it must have letters, digits, '_', '.' and '-'")
+    return name
+
+
+def parse(words: Sequence[str], is_new: bool = True) -> Rule:
+    """Read a rule from the words of a command line.
+
+    One that is there, and not new, may name tags that none of ours could be called, and match no packet.
+    Raises UsageError for words that are out of place, CalicoError for values that are not allowed.
+    """
+    try:
+        return _parse(words, is_new)
+    except UsageError as error:
+        from calicoctl.cli.suggest import rule_usage
+
+        raise UsageError(str(error), rule_usage(words)) from None
+
+
+def _parse(words: Sequence[str], is_new: bool) -> Rule:
+    if len(words) == 1 and words[0].startswith("{"):
+        try:
+            return check_rule(json.loads(words[0]), must_match=is_new)
+        except (ValueError, RecursionError):
+            raise CalicoError(f"'{words[0]}' is no JSON object") from None
+    left = deque(words)
+    action = left.popleft() if left else ""
+    if action not in ACTIONS:
+        from calicoctl.cli.suggest import did_you_mean, nearest
+
+        meant = did_you_mean(repr(near)) if (near := nearest(action, ACTIONS)) else ""
+        raise UsageError(f"a rule begins with 'allow', 'deny' or 'log', not '{action}'{meant}")
+    rule = Rule(action)
+    if left and left[0] in _VERSIONS:
+        rule.ip_version = _VERSIONS[left.popleft()]
+    if left and left[0] in PORT_PROTOCOLS + ICMP_PROTOCOLS:
+        rule.protocol = left.popleft()
+    elif left and left[0] == "protocol":
+        left.popleft()
+        rule.protocol = _protocol(_value(left, "protocol"))
+    if rule.protocol in _WITH_ICMP_TYPE and left and left[0] == "type":
+        left.popleft()
+        rule.icmp_type = _number(_value(left, "type"), 255, "ICMP type")
+        if left and left[0] == "code":
+            left.popleft()
+            rule.icmp_code = _number(_value(left, "code"), 255, "ICMP code")
+    for word, side in (("from", "src"), ("to", "dst")):
+        if left and left[0] == word:
+            left.popleft()
+            _parse_side(rule, left, word, side, is_new)
+    if left:
+        raise UsageError(_out_of_place(rule, left[0]))
+    _check_sense(rule)
+    if is_new:
+        _check_versions(rule)
+    return rule
+
+
+def _parse_side(rule: Rule, left: deque[str], word: str, side: str, is_new: bool) -> None:
+    """Read what comes behind `from` or `to`. A CIDR may stand without its word, as in old scripts."""
+    seen = False
+    while left and left[0] not in ("from", "to"):
+        kind = left.popleft()
+        if kind == "ports" and rule.protocol in _WITH_PORTS and getattr(rule, f"{side}_ports") is None:
+            setattr(rule, f"{side}_ports", _ports(_value(left, "ports")))
+        elif kind == "tag" and getattr(rule, f"{side}_tag") is None:
+            tag = _value(left, "tag")
+            setattr(rule, f"{side}_tag", check_tag(tag) if is_new else tag)
+        elif (kind == "cidr" or kind[0:1].isdigit() or ":" in kind) and getattr(rule, f"{side}_net") is None:
+            setattr(rule, f"{side}_net", str(parse_cidr(_value(left, "cidr") if kind == "cidr" else kind)))
+        else:
+            raise UsageError(_out_of_place(rule, kind))
+        seen = True
+    if not seen:
+        raise UsageError(f"'{word}' needs a 'tag', a 'cidr' or, with tcp and udp, 'ports' behind it")
+
+
+def _out_of_place(rule: Rule, word: str) -> str:
+    if word == "ports":
+        return "'ports' goes with tcp and udp, once behind 'from' and once behind 'to'"
+    if word == "code":
+        return "an ICMP code needs an ICMP type before it: 'type N code N'"
+    if word == "type":
+        return "'type' goes with icmp and icmpv6, directly behind that word"
+    from calicoctl.cli.suggest import did_you_mean, nearest
+
+    near = None if word in KEYWORDS else nearest(word, KEYWORDS)
+    return f"'{word}' is out of place in a rule{did_you_mean(repr(near)) if near else ', or there twice'}"
+
+
+def _value(left: deque[str], word: str) -> str:
+    if not left:
+        raise UsageError(f"'{word}' needs a value behind it")
+    return left.popleft()
+
+
+def _number(text: str, highest: int, what: str) -> int:
+    if not re.fullmatch("[0-9]{1,9}", text) or int(text) > highest:
+        raise CalicoError(f"'{text}' is not a valid {what}: it must be a number from 0 to {highest}")
+    return int(text)
+
+
+def _protocol(text: str) -> str | int:
+    named = PORT_PROTOCOLS + ICMP_PROTOCOLS + OTHER_PROTOCOLS
+    if text in named:
+        return text
+    if not text.isdigit():
+        raise CalicoError(f"'{text}' is not a valid protocol: it must be a number from 0 to 255, {', '.join(named)}")
+    return _number(text, 255, "protocol")
+
+
+def _ports(text: str) -> list[int | str]:
+    ports: list[int | str] = []
+    for part in text.split(","):
+        first, last = (re.split("[:-]", part, maxsplit=1) * 2)[:2]
+        low, high = _number(first, 65535, "port"), _number(last, 65535, "port")
+        if low > high:
+            raise CalicoError(f"port range '{part}' is backwards: {low} is greater than {high}")
+        ports.append(f"{low}:{high}" if re.search("[:-]", part) else low)
+    return ports
+
+
+def check_rule(data: Any, must_match: bool = True) -> Rule:
+    """Return the rule that a JSON object spells; raise CalicoError when it has unknown fields or bad values.
+
+    With `must_match`, one whose conditions no packet can meet is bad, too: a user would have meant something else.
+    """
+    if not isinstance(data, dict):
+        raise CalicoError(f"a rule must be a JSON object, not {json.dumps(data)[:60]}")
+    unknown = sorted(set(data) - set(RULE_FIELDS))
+    if unknown:
+        raise CalicoError(f"a rule has an unknown field '{unknown[0]}'; known are {', '.join(RULE_FIELDS)}")
+    rule = Rule.from_dict(data)
+    if rule.action not in ACTIONS:
+        raise CalicoError(f"a rule's action is {rule.action!r}; it must be 'allow', 'deny' or 'log'")
+    if rule.protocol is not None:
+        rule.protocol = _protocol(_text(rule.protocol, "protocol"))
+    if rule.ip_version is not None and (type(rule.ip_version) is not int or rule.ip_version not in (4, 6)):
+        raise CalicoError(f"a rule's ip_version is {rule.ip_version!r}; it must be 4 or 6")
+    for name in ("icmp_type", "icmp_code"):
+        if getattr(rule, name) is not None:
+            setattr(rule, name, _number(_text(getattr(rule, name), name), 255, name))
+    for name in ("src_tag", "dst_tag"):
+        if getattr(rule, name) is not None:
+            setattr(rule, name, check_tag(_text(getattr(rule, name), name)))
+    for name in ("src_net", "dst_net"):
+        if getattr(rule, name) is not None:
+            setattr(rule, name, str(parse_cidr(_text(getattr(rule, name), name))))
+    for name in ("src_ports", "dst_ports"):
+        ports = getattr(rule, name)
+        if ports is None:
+            continue
+        if not isinstance(ports, list) or not ports:
+            raise CalicoError(f'a rule\'s {name} must be a list, such as [80, "8000:8010"]')
+        setattr(rule, name, [port for part in ports for port in _ports(_text(part, name))])
+    _check_sense(rule)
+    if must_match:
+        _check_versions(rule)
+    return rule
+
+
+def _text(value: Any, name: str) -> str:
+    if isinstance(value, bool) or not isinstance(value, (str, int)):
+        raise CalicoError(f"a rule's {name} is {json.dumps(value)[:60]}, which is neither a number nor a string")
+    return str(value)
+
+
+def check_rules(profile: str, text: str) -> Rules:
+    """Return the rules that a user's JSON spells, for `profile`; raise CalicoError when anything in it is wrong."""
+    try:
+        data = json.loads(text)
+    except ValueError as error:
+        raise CalicoError(f"the rules are no JSON: {error}") from None
+    except RecursionError:
+        raise CalicoError("the rules are no JSON that can be read: they are nested too deeply") from None
+    fields = ("id", "inbound_rules", "outbound_rules")
+    if not isinstance(data, dict):
+        raise CalicoError("the rules must be a JSON object with id, inbound_rules and outbound_rules")
+    for name in fields:
+        if name not in data:
+            raise CalicoError(f"the rules lack the field '{name}'; they must have {', '.join(fields)}")
+    unknown = sorted(set(data) - set(fields))
+    if unknown:
+        raise CalicoError(f"the rules have an unknown field '{unknown[0]}'; known are {', '.join(fields)}")
+    if data["id"] != profile:
+        raise CalicoError(f"the rules are those of profile {json.dumps(data['id'])[:60]}, not of {profile}")
+    lists: dict[str, list[Rule]] = {}
+    for name in fields[1:]:
+        if not isinstance(data[name], list):
+            raise CalicoError(f"{name} must be a list of rules")
+        lists[name] = []
+        for position, rule in enumerate(data[name], start=1):
+            try:
+                lists[name].append(check_rule(rule))
+            except CalicoError as error:
+                raise CalicoError(f"{name}, rule {position}: {error}") from None
+    return Rules(profile, lists["inbound_rules"], lists["outbound_rules"])
+
+
+def _check_sense(rule: Rule) -> None:
+    """Raise CalicoError for a rule whose conditions do not go together."""
+    if rule.icmp_code is not None and rule.icmp_type is None:
+        raise CalicoError("an ICMP code needs an ICMP type")
+    if rule.icmp_type is not None and rule.protocol not in _WITH_ICMP_TYPE:
+        raise CalicoError("an ICMP type goes with the protocols icmp and icmpv6 only")
+    if (rule.src_ports or rule.dst_ports) and rule.protocol not in _WITH_PORTS:
+        raise CalicoError("ports go with a protocol that has ports only, such as tcp and udp")
+
+
+def _check_versions(rule: Rule) -> None:
+    """Raise CalicoError for a rule that no packet can ever match, being of another IP version."""
+    versions = {version_of(net) for net in (rule.src_net, rule.dst_net) if net is not None}
+    versions |= {version for version in (rule.ip_version,) if version is not None}
+    versions |= {4} if rule.protocol in ("icmp", 1) else {6} if rule.protocol in ("icmpv6", 58) else set()
+    if len(versions) > 1:
+        raise CalicoError("a rule that mixes IPv4 and IPv6 (icmp is IPv4, icmpv6 is IPv6) would never match")
+
+
+def text(rule: Rule) -> str:
+    """Return a rule's text, which `parse` takes.
+
+    That of a rule which an agent cannot enforce, or which no packet can match, ends with why, in brackets.
+    """
+    try:
+        sound = check_rule(rule.to_dict(), must_match=False)
+    except CalicoError as error:
+        return f"{_spell(rule)} [cannot be enforced, so the profile denies: {error}]"
+    try:
+        _check_versions(sound)
+    except CalicoError:
+        return f"{_spell(sound)} [matches no packet: it mixes IPv4 and IPv6]"
+    return _spell(sound)
+
+
+def _spell(rule: Rule) -> str:
+    words: list[object] = [rule.action]
+    words += [word for word, version in _VERSIONS.items() if version == rule.ip_version]
+    if rule.protocol in PORT_PROTOCOLS + ICMP_PROTOCOLS:
+        words.append(rule.protocol)
+    elif rule.protocol is not None:
+        words += ["protocol", rule.protocol]
+    if rule.icmp_type is not None:
+        words += ["type", rule.icmp_type]
+    if rule.icmp_code is not None:
+        words += ["code", rule.icmp_code]
+    for word, side in (("from", "src"), ("to", "dst")):
+        clauses: list[object] = []
+        ports, tag, net = (getattr(rule, f"{side}_{name}") for name in ("ports", "tag", "net"))
+        if ports is not None:
+            clauses += ["ports", ",".join(map(str, ports)) if isinstance(ports, list) else ports]
+        if tag is not None:
+            clauses += ["tag", tag]
+        if net is not None:
+            clauses += ["cidr", net]
+        if clauses:
+            words += [word, *clauses]
+    return " ".join(map(str, words))

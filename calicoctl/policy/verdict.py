@@ -1,0 +1,172 @@
+"""What a profile's rules mean: the verdict for one packet. One evaluation, whoever asks. Knows no kernel and no store.
+
+`felix/dataplane/ruleset.py` says the same to nftables; tests hold the two against each other with real packets.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Callable
+
+from calicoctl.datastore.model import Rule, Rules
+from calicoctl.errors import CalicoError
+from calicoctl.policy.rules import check_rule
+
+PROTOCOLS = {"icmp": 1, "tcp": 6, "udp": 17, "icmpv6": 58, "sctp": 132, "udplite": 136}
+"""IP protocol numbers by the names that rules have for them. Source: IANA, Assigned Internet Protocol Numbers."""
+
+ICMP, TCP, UDP, ICMPV6 = 1, 6, 17, 58
+
+HOST_ICMPV6_TYPES = (130, 131, 132, 133, 135, 136)
+"""Multicast listener messages, router solicitations, and both neighbor messages. Source: RFC 4443, 2710, 4861."""
+
+Tagged = Callable[[str, str], bool]
+"""Tells whether an address (the second) is one of a tag's (the first)."""
+
+
+@dataclass(frozen=True)
+class Packet:
+    """What rules look at: addresses in their usual form, a protocol number, ports and types where it has any."""
+
+    source: str
+    destination: str
+    protocol: int
+    source_port: int | None = None
+    destination_port: int | None = None
+    icmp_type: int | None = None
+    icmp_code: int | None = None
+
+    @property
+    def version(self) -> int:
+        return 6 if ":" in self.source else 4
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a packet passes, and what decided: a rule of a profile (numbered from 1), a profile, or nothing."""
+
+    allowed: bool
+    profile: str | None = None
+    rule: int | None = None
+
+
+def readable(rules: Rules) -> Rules:
+    """Return rules with every value checked and in its one form; raise CalicoError when one cannot be understood."""
+    lists: list[list[Rule]] = []
+    for word, rules_of in (("inbound", rules.inbound), ("outbound", rules.outbound)):
+        lists.append([])
+        for number, rule in enumerate(rules_of, start=1):
+            try:
+                lists[-1].append(check_rule(rule.to_dict(), must_match=False))
+            except CalicoError as error:
+                raise CalicoError(f"{word} rule {number}: {error}") from None
+    return Rules(rules.id, lists[0], lists[1], rules.extra)
+
+
+def decide(
+    profiles: Sequence[str],
+    rules: Mapping[str, Sequence[Rule] | None],
+    packet: Packet,
+    tagged: Tagged,
+) -> Verdict:
+    """Return the verdict of a list of profiles, asked in order, in one direction.
+
+    `rules` holds each profile's rules of that direction, as `readable` returns them; a profile that is not there, or
+    has None, denies all that reaches it. A packet that no rule matches is denied.
+    """
+    for profile in profiles:
+        of_profile = rules.get(profile)
+        if of_profile is None:
+            return Verdict(False, profile)
+        for number, rule in enumerate(of_profile, start=1):
+            if rule.action != "log" and matches(rule, packet, tagged):
+                return Verdict(rule.action == "allow", profile, number)
+    return Verdict(False)
+
+
+def matches(rule: Rule, packet: Packet, tagged: Tagged) -> bool:
+    """Tell whether all conditions of a rule hold for a packet."""
+    if packet.version not in versions(rule):
+        return False
+    if rule.protocol is not None and protocol_number(rule.protocol) != packet.protocol:
+        return False
+    if rule.icmp_type is not None and rule.icmp_type != packet.icmp_type:
+        return False
+    if rule.icmp_code is not None and rule.icmp_code != packet.icmp_code:
+        return False
+    for net, tag, ports, address, port in (
+        (rule.src_net, rule.src_tag, rule.src_ports, packet.source, packet.source_port),
+        (rule.dst_net, rule.dst_tag, rule.dst_ports, packet.destination, packet.destination_port),
+    ):
+        if net is not None and not _within(address, net):
+            return False
+        if tag is not None and not tagged(tag, address):
+            return False
+        if ports is not None and (port is None or not any(low <= port <= high for low, high in port_ranges(ports))):
+            return False
+    return True
+
+
+def is_host_service(packet: Packet) -> bool:
+    """Tell whether a packet to the host itself passes whatever the profiles say: DHCP, DNS, and some of ICMPv6.
+
+    Source: Calico's Felix of 2015, the chain felix-INPUT.
+    """
+    if packet.protocol == ICMPV6:
+        return packet.icmp_type in HOST_ICMPV6_TYPES
+    if packet.protocol != UDP:
+        return False
+    dhcp = (546, 547) if packet.version == 6 else (68, 67)
+    return packet.destination_port == 53 or (packet.source_port, packet.destination_port) == dhcp
+
+
+def versions(rule: Rule) -> Collection[int]:
+    """Return the IP versions whose packets a rule can match: both, one, or, where its conditions clash, none."""
+    possible = {4, 6}
+    if rule.ip_version is not None:
+        possible &= {rule.ip_version}
+    number = None if rule.protocol is None else protocol_number(rule.protocol)
+    if number in (ICMP, ICMPV6):
+        possible &= {4 if number == ICMP else 6}
+    for net in (rule.src_net, rule.dst_net):
+        if net is not None:
+            possible &= {6 if ":" in net else 4}
+    return sorted(possible)
+
+
+def protocol_number(protocol: str | int) -> int:
+    return PROTOCOLS[protocol] if isinstance(protocol, str) else protocol
+
+
+def port_ranges(ports: Sequence[int | str]) -> list[tuple[int, int]]:
+    """Return a rule's ports as ranges, first and last included, in order and without overlap."""
+    merged: list[tuple[int, int]] = []
+    for low, high in sorted(_range(port) for port in ports):
+        if merged and low <= merged[-1][1] + 1:
+            merged[-1] = (merged[-1][0], max(high, merged[-1][1]))
+        else:
+            merged.append((low, high))
+    return merged
+
+
+def _range(port: int | str) -> tuple[int, int]:
+    first, _, last = str(port).partition(":")
+    return int(first), int(last or first)
+
+
+@lru_cache(maxsize=65536)
+def _number(address: str) -> tuple[int, int]:
+    """Return an address as a number, and how many bits it has."""
+    family, bits = (socket.AF_INET6, 128) if ":" in address else (socket.AF_INET, 32)
+    return int.from_bytes(socket.inet_pton(family, address), "big"), bits
+
+
+def _within(address: str, net: str) -> bool:
+    base, _, length = net.partition("/")
+    number, bits = _number(address)
+    other, other_bits = _number(base)
+    shift = bits - int(length)
+    return bits == other_bits and number >> shift == other >> shift

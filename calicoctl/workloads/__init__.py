@@ -1,0 +1,1 @@
+"""Containers and namespaces of this host: what connects, disconnects and repairs them."""

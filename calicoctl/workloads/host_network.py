@@ -1,0 +1,73 @@
+"""What this host has of its own, as its kernel says: addresses, gateways, and the networks that it is connected to.
+
+Read by plain netlink dumps, which also where there are thousands of routes and interfaces take a few milliseconds, and
+need no root. What follows from it is reserved.py's to say.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from contextlib import suppress
+
+from calicoctl import netlink
+from calicoctl.datastore.reserved import HostNetwork, InterfaceAddress
+from calicoctl.errors import CalicoError
+
+_SCOPE_LINK = 253
+_KERNEL, _RA = 2, 9
+"""Protocols of routes that the kernel sets itself, and that it, or another program, learns of routers."""
+_NO_NETWORK = (b"", b"\xfe\x80")
+"""How the destinations of default and of link-local routes begin."""
+
+
+def read() -> HostNetwork:
+    """Return what this host, the network namespace of this process, has of its own. Raises CalicoError."""
+    try:
+        return _read()
+    except OSError as error:
+        why = os.strerror(error.errno) if error.errno else str(error)
+        raise CalicoError(f"this host's addresses and routes cannot be read: {why}") from None
+
+
+def _read() -> HostNetwork:
+    names = _Names()
+    addresses = [
+        InterfaceAddress(one.address, one.network, one.length, names[one.index], one.broadcast)
+        for one in netlink.addresses()
+        if one.family == socket.AF_INET or one.scope != _SCOPE_LINK
+    ]
+    hops: set[tuple[str | None, int]] = set()
+    on_link: dict[tuple[str, int, str], None] = {}
+    local: list[tuple[str, int]] = []
+    for family, bits in ((socket.AF_INET, 32), (socket.AF_INET6, 128)):
+        named_by_number = False
+        for path in netlink.paths(family, netlink.UNICAST, but=(netlink.OUR_PROTOCOL,)):
+            hops.update(path.hops)
+            named_by_number = named_by_number or not path.hops
+            if (
+                family == socket.AF_INET6
+                and path.protocol in (_KERNEL, _RA)
+                and path.destination[:2] not in _NO_NETWORK
+            ):
+                # a router has told of it, and the host's own address in it came without the network (from DHCPv6)
+                network = socket.inet_ntop(family, path.destination), path.length
+                on_link.update({(*network, names[index]): None for gateway, index in path.hops if gateway is None})
+        if named_by_number:
+            hops.update(netlink.next_hops())
+        for path in netlink.paths(family, netlink.LOCAL):
+            is_address = path.protocol == _KERNEL and path.length == bits
+            if path.destination and not is_address and path.destination[0] != socket.INADDR_LOOPBACK >> 24:
+                local.append((socket.inet_ntop(family, path.destination), path.length))
+    gateways = [(gateway, names[index]) for gateway, index in hops if gateway is not None]
+    return HostNetwork.of(addresses, gateways, local, on_link)
+
+
+class _Names(dict[int, str]):
+    """Interfaces' names by their indices, asked for when they are needed."""
+
+    def __missing__(self, index: int) -> str:
+        self[index] = f"interface {index}"
+        with suppress(OSError):  # it has just gone
+            self[index] = socket.if_indextoname(index)
+        return self[index]

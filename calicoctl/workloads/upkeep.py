@@ -1,0 +1,341 @@
+"""Puts right what restarts, removals, crashes and cut commands have left of a workload of this host.
+
+Each function holds the workload's lock, and has read all it decides on under it, so it never gets in the way of a
+command under way. Nothing here touches what is another host's, what bears no handle, or a workload that is neither a
+Docker container nor a namespace of a known path. Used by the agent, and by `ipam check --fix`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING, Callable
+
+from calicoctl.addresses import parse_address, version_of
+from calicoctl.errors import AddressTaken, CalicoError
+from calicoctl.workloads import locks, netns
+from calicoctl.workloads.locks import WorkloadLock
+from calicoctl.workloads.wiring import (
+    DEFAULT_INTERFACE,
+    Scene,
+    interfaces_of,
+    owner_of,
+    paths_of,
+    reserved_addresses,
+    rewire,
+)
+from calicoctl.workloads.workload import (
+    DOCKER,
+    NAMESPACE,
+    Standing,
+    Workload,
+    endpoint_ids_of,
+    endpoints_of,
+    has_processes,
+    look_up,
+    process_started,
+)
+
+if TYPE_CHECKING:
+    from netaddr import IPAddress
+
+    from calicoctl.datastore.client import DatastoreClient
+    from calicoctl.datastore.ipam import Owner
+    from calicoctl.datastore.keys import EndpointId
+    from calicoctl.datastore.model import Endpoint
+
+HEALED, COLLECTED, CHANGED = "healed", "collected", "changed"
+
+
+@dataclass(frozen=True)
+class Act:
+    """Something that was done for a workload: HEALED, COLLECTED or CHANGED, and a sentence that says what and why."""
+
+    kind: str
+    text: str
+
+
+def is_looked_after(orchestrator: str, workload: str) -> bool:
+    """Tell whether a workload is of a kind whose coming and going can be told: not one of another tool's."""
+    if orchestrator == DOCKER:
+        return re.fullmatch("[0-9a-f]{64}", workload) is not None
+    return orchestrator == NAMESPACE and workload.startswith("-") and "\0" not in workload
+
+
+def look_after(
+    datastore: DatastoreClient,
+    orchestrator: str,
+    id: str,
+    may_forget: Callable[[Standing], bool],
+    removed: bool = False,
+) -> Iterator[Act]:
+    """Bring what a workload has on the network in line with what has become of the workload; give each act when done.
+
+    `may_forget` is told what has become of the workload, and says whether one that is away or gone is to be forgotten
+    now; else it is inactive meanwhile.
+    `removed` tells that the engine has told of the removal of this very container.
+
+    Raises Conflict when somebody else is changing the workload, DockerUnavailable or NamespaceError when it could not
+    be found out what has become of it, and CalicoError when something could not be done.
+    """
+    if not is_looked_after(orchestrator, id) or not _has_anything(datastore, orchestrator, id):
+        return
+    with_handle = datastore.ipam.knows(f"{orchestrator}.{id}")
+    with WorkloadLock(datastore.host, orchestrator, id, wait=False) as lock:
+        ids, held = _read(datastore, Workload(orchestrator, id, id))
+        paths = [lock.name(), *paths_of(held)]
+        path = next((path for path in paths if isinstance(path, str) and path.startswith("/")), "")
+        if not ids:
+            workload = Workload(orchestrator, id, path or id)
+            yield from _tidy(datastore, workload, lock, [], held)
+            lock.settled()
+            if with_handle and not held and not datastore.ipam.knows(workload.handle):
+                yield Act(COLLECTED, f"{_called(workload)} had a handle that held nothing: removed")
+            return
+        if orchestrator == NAMESPACE and not path:
+            return  # an old tool's, say: nobody knows where it is
+        standing, workload = look_up(orchestrator, id, path, _started(lock, path, ids))
+        if standing is Standing.GONE and not removed:
+            _refuse_alive(workload, ids)
+        is_away = standing in (Standing.AWAY, Standing.GONE)
+        if may_forget(standing) and is_away:
+            yield _forget(datastore, workload, lock, ids, held)
+            return
+        records = endpoints_of(datastore, workload)
+        yield from _note_name(datastore, workload, records, held)
+        if is_away:
+            yield from _set_inactive(datastore, workload, records, standing)
+            if path and not lock.name():  # after a reboot
+                lock.remember(path)
+        elif standing is Standing.STOPPED:
+            lock.begin()
+            yield from _set_inactive(datastore, workload, records, standing)
+            for record in records:
+                netns.delete_interface(record.id.interface)
+            yield from _tidy(datastore, workload, lock, records, held)
+        else:
+            with netns.Namespace(workload.namespace_path(), workload.name) as namespace:
+                yield from _connect(Scene(datastore, workload, lock, namespace), held)
+        lock.settled()
+
+
+def _has_anything(datastore: DatastoreClient, orchestrator: str, id: str) -> bool:
+    """Tell whether there may be anything of a workload, without its lock: most containers have nothing."""
+    workload = Workload(orchestrator, id, id)
+    return (
+        locks.exists(datastore.host, orchestrator, id)
+        or bool(endpoint_ids_of(datastore, workload))
+        or datastore.ipam.knows(workload.handle)
+    )
+
+
+def _read(datastore: DatastoreClient, workload: Workload) -> tuple[list[EndpointId], dict[IPAddress, Owner]]:
+    """Return a workload's endpoints, and the addresses that are, beyond doubt, this host's and the workload's."""
+    held = datastore.ipam.held_by(workload.handle) or {}
+    return endpoint_ids_of(datastore, workload), {
+        address: owner for address, owner in held.items() if owner.secondary.get("host") == datastore.host
+    }
+
+
+def _started(lock: WorkloadLock, path: str, ids: list[EndpointId]) -> str | None:
+    """Return when the process was started that a path was of when it was connected."""
+    started = lock.started()
+    if started is None and any(netns.find_interface(id.interface) for id in ids):
+        return process_started(path)  # not remembered, by an older version, but still connected
+    return started
+
+
+def _refuse_alive(workload: Workload, ids: list[EndpointId]) -> None:
+    """Raise CalicoError for a container that the engine does not know, but that is there: another engine's."""
+    if (
+        workload.orchestrator == DOCKER
+        and any(netns.find_interface(id.interface) for id in ids)
+        and has_processes(workload.id)
+    ):
+        raise CalicoError(
+            f"Docker knows no container {workload.id[:12]}, but it runs: is it another Docker Engine's? What belongs "
+            "to it is kept"
+        )
+
+
+def unsound(paths: dict[EndpointId, str]) -> list[EndpointId]:
+    """Return those endpoints whose interface leads elsewhere than into the namespace with the path given for each.
+
+    They have been there before: a namespace goes on as long as a process is in it, whatever becomes of its name. Those,
+    too, whose workload does not know the MAC of its next hop.
+    """
+    sound = netns.sound({id.interface: path for id, path in paths.items()})
+    return [id for id in paths if sound.get(id.interface) is False]
+
+
+def _connect(scene: Scene, held: dict[IPAddress, Owner]) -> Iterator[Act]:
+    """See to it that a workload that runs has its interface, and nothing beyond its record."""
+    datastore, workload, record = scene.datastore, scene.workload, scene.only_record()
+    if scene.namespace.is_own():
+        raise CalicoError(f"{workload.name} cannot be connected: its network namespace is the host's own.")
+    plugged = scene.plugged(also_down=True)
+    if plugged is not None and scene.plugged() is None and scene.lock.was_cut:
+        plugged = None  # half made
+    if plugged is None:
+        rewire(scene, record)
+        why = f"it runs again, after {record.inactive_since}" if record.inactive_since else "it had none"
+        addresses = ", ".join(record.addresses) or "no address"
+        text = f"{_called(workload)} has its interface {record.id.interface} back, with {addresses}: {why}"
+        yield Act(HEALED, text)
+    elif record.state == "inactive":
+        datastore.modify_endpoint(record.id, _active)
+        since = f", after {record.inactive_since}" if record.inactive_since else ""
+        yield Act(CHANGED, f"{_called(workload)} is active: it is there{since}")
+    if plugged is not None and scene.namespace.refresh(plugged, scene.host_mac):
+        yield Act(CHANGED, f"{_called(workload)} has been told the MAC of its next hop, {scene.host_mac}")
+    left = [f"{address}/{128 if address.version == 6 else 32}" for address in _unlisted([record], held)]
+    if plugged is not None and left:
+        versions = {version_of(net) for net in left} - {version_of(net) for net in record.nets}
+        scene.namespace.unconfigure(plugged, left, versions)
+    yield from _tidy(datastore, workload, scene.lock, [record], held)
+
+
+def _note_name(
+    datastore: DatastoreClient, workload: Workload, records: list[Endpoint], held: dict[IPAddress, Owner]
+) -> Iterator[Act]:
+    """See to it that a container's records, and what stands beside its addresses, have the name Docker has for it."""
+    name = workload.docker_name
+    if not name:
+        return
+
+    def change(endpoint: Endpoint) -> bool:
+        if endpoint.workload_name == name:
+            return False
+        endpoint.workload_name = name
+        return True
+
+    changed = [r for r in records if r.workload_name != name and datastore.modify_endpoint(r.id, change)]
+    others = [address for address, owner in held.items() if owner.secondary.get("workload_name") != name]
+    datastore.ipam.set_workload_name(workload.handle, others, name)
+    if changed:
+        before = changed[0].workload_name
+        text = f"was called {before} before" if before else "has its name in its record now"
+        yield Act(CHANGED, f"{_called(workload)} {text}")
+
+
+def _active(endpoint: Endpoint) -> bool:
+    endpoint.state, endpoint.inactive_since = "active", None
+    return True
+
+
+def _set_inactive(
+    datastore: DatastoreClient, workload: Workload, records: list[Endpoint], standing: Standing
+) -> Iterator[Act]:
+    """Note, at those of a workload's endpoints that are active, that it does not run."""
+    now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+    def change(endpoint: Endpoint) -> bool:
+        if endpoint.state != "active":
+            return False
+        endpoint.state, endpoint.inactive_since = "inactive", now
+        return True
+
+    changed = [record for record in records if datastore.modify_endpoint(record.id, change)]
+    if changed:
+        yield Act(CHANGED, f"{_called(workload)} is inactive: it {standing.value}")
+
+
+def _forget(
+    datastore: DatastoreClient,
+    workload: Workload,
+    lock: WorkloadLock,
+    ids: list[EndpointId],
+    held: dict[IPAddress, Owner],
+) -> Act:
+    """Remove all that a workload has that does not exist any more, but for addresses that bear no handle."""
+    datastore.check_endpoints_writable(ids, workload.handle)
+    lock.begin()
+    records = filter(None, map(datastore.readable, ids))
+    listed = {address for record in records for address in record.addresses}
+    owners = {address: datastore.ipam.owner(parse_address(address)) for address in sorted(listed - set(map(str, held)))}
+    kept = [address for address, owner in owners.items() if owner is not None and owner.handle is None]
+    for name in {id.interface for id in ids} | interfaces_of(held):
+        netns.delete_interface(name)
+    for id in ids:
+        datastore.remove_endpoint(id)
+    datastore.ipam.release(held, {workload.handle})
+    datastore.prune_workload(workload.orchestrator, workload.id)
+    lock.forget()
+    text = f"{_called(workload)} is forgotten, for it does not exist any more: {len(ids)} endpoint"
+    text += f" and {', '.join(map(str, sorted(held)))}" if held else ""
+    if kept:
+        text += f"; not {', '.join(kept)}, without a handle: 'calicoctl ipam release' gives back what is in use no more"
+    return Act(COLLECTED, text)
+
+
+def _tidy(
+    datastore: DatastoreClient,
+    workload: Workload,
+    lock: WorkloadLock,
+    records: list[Endpoint],
+    held: dict[IPAddress, Owner],
+) -> Iterator[Act]:
+    """Give back the addresses that no record of a workload lists, and delete half-made pairs that they were for."""
+    left = _unlisted(records, held)
+    pairs = interfaces_of(left) - {record.id.interface for record in records}
+    pairs = {name for name in pairs if netns.delete_interface(name)}
+    datastore.ipam.release(left, {workload.handle})
+    if not records:
+        datastore.prune_workload(workload.orchestrator, workload.id)
+        lock.forget()
+    if left:
+        text = f"{_called(workload)} had {', '.join(map(str, sorted(left)))} of a command that was cut short"
+        text += f", and the interface {', '.join(sorted(pairs))}" if pairs else ""
+        yield Act(COLLECTED, f"{text}: given back")
+
+
+def _unlisted(records: list[Endpoint], held: dict[IPAddress, Owner]) -> dict[IPAddress, Owner]:
+    listed = {address for record in records for address in record.addresses}
+    return {address: owner for address, owner in held.items() if str(address) not in listed}
+
+
+def _called(workload: Workload) -> str:
+    """Return what a log line calls a workload."""
+    if workload.orchestrator == DOCKER:
+        name = f" ({workload.docker_name})" if workload.docker_name else ""
+        return f"container {workload.id[:12]}{name}"
+    return f"namespace {workload.name}"
+
+
+# What `ipam check --fix` puts right
+
+
+def tidy(datastore: DatastoreClient, workload: Workload) -> list[Act]:
+    """Give back what a cut command has left of a workload: addresses, and half-made pairs, that no record lists."""
+    with WorkloadLock(datastore.host, workload.orchestrator, workload.id) as lock:
+        return list(_tidy(datastore, workload, lock, endpoints_of(datastore, workload), _read(datastore, workload)[1]))
+
+
+def restore_address(datastore: DatastoreClient, id: EndpointId, address: str) -> bool:
+    """Take an address that an endpoint of this host lists, and nobody holds, for it; tell whether that was done.
+
+    Raises CalicoError for one that a host uses.
+    """
+    from calicoctl.datastore.ipam import Owner
+
+    why = reserved_addresses(datastore, version_of(address)).user(address)
+    if why is not None:
+        raise CalicoError(f"it is {why} now")
+    with WorkloadLock(datastore.host, id.orchestrator, id.workload) as lock:
+        workload = Workload(id.orchestrator, id.workload, id.workload, path=lock.name() or None)
+        record = next((record for record in endpoints_of(datastore, workload) if record.id == id), None)
+        if record is None or address not in record.addresses:
+            return False
+        workload = replace(workload, docker_name=record.workload_name or "")
+        owners = (datastore.ipam.held_by(workload.handle) or {}).values()
+        if id.orchestrator == DOCKER and id.workload.startswith("-"):
+            owner = Owner(None, {})  # an old tool's namespace, whose addresses have no handle
+        else:
+            owner = next(iter(owners), owner_of(workload, id, DEFAULT_INTERFACE))
+        try:
+            datastore.ipam.assign(parse_address(address), owner)
+        except AddressTaken:
+            return False
+    return True

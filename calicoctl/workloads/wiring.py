@@ -1,0 +1,783 @@
+"""What it means to connect a workload to the network, and to undo it: address, veth pair, record, as one transaction.
+
+Each function reads top to bottom as its list of steps, with the undo of a step beside it; any failure, an interrupt
+included, runs the undos in reverse. A process that is killed can undo nothing, so the order of the steps, and what
+each leaves behind, lets the next command for the same workload find all of it:
+
+* an address is taken first. Its handle names the workload, its attributes the endpoint, and so the veth pair's name;
+* the veth pair's host end is brought up last of what is done in the kernel: while it is down, the pair is half made;
+* the record is written last, and on the way back removed before the addresses it lists are given back.
+
+Whoever changes a workload holds its lock from before the first look to the end. Used by the container command, and by
+upkeep.py.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Collection
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Callable, Iterator
+
+from calicoctl.addresses import host_net, parse_address, parse_cidr, version_of
+from calicoctl.datastore.keys import EndpointId
+from calicoctl.datastore.model import Endpoint, Pool
+from calicoctl.datastore.reserved import Network, Reserved
+from calicoctl.errors import AddressTaken, CalicoError, Conflict, NotThere
+from calicoctl.workloads import host_network, netns
+from calicoctl.workloads.locks import WorkloadLock
+from calicoctl.workloads.workload import (
+    Workload,
+    endpoint_ids_of,
+    endpoints_of,
+    not_connected,
+    process_started,
+    refuse_other_path,
+    stored_otherwise,
+)
+
+if TYPE_CHECKING:
+    from netaddr import IPAddress
+
+    from calicoctl.datastore.client import DatastoreClient
+    from calicoctl.datastore.ipam import Owner
+
+DEFAULT_INTERFACE = "eth1"
+
+
+@dataclass(frozen=True)
+class Wish:
+    """Which address is asked for: this one, or any of the pool with this CIDR, or any of this IP version."""
+
+    version: int
+    address: IPAddress | None = None
+    cidr: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Wish:
+        """Read an address, `ipv4`, `ipv6`, or a CIDR; raise CalicoError."""
+        if text.lower() in ("ipv4", "ipv6"):
+            return cls(int(text[-1]))
+        if "/" in text:
+            network = parse_cidr(text)
+            if parse_address(text.partition("/")[0]) != network.network:
+                raise CalicoError(
+                    f"'{text}' is not the CIDR of a pool: it has bits behind its prefix; {network} has not"
+                )
+            return cls(network.version, cidr=str(network))
+        try:
+            address = parse_address(text)
+        except CalicoError:
+            raise CalicoError(
+                f"'{text}' is not a valid IP address; give an address, 'ipv4', 'ipv6', or the CIDR of a pool"
+            ) from None
+        return cls(address.version, address=address)
+
+    def pools(self, datastore: DatastoreClient) -> list[Pool]:
+        """Return the pools that the address may come from; raise CalicoError when there is none."""
+        from netaddr.ip import IPNetwork
+
+        pools, problems = datastore.readable_pools(self.version)
+        if self.cidr is not None:
+            chosen = [pool for pool in pools if pool.cidr == self.cidr]
+            missing = f"{self.cidr} is not the CIDR of a pool"
+        elif self.address is not None:
+            chosen = [pool for pool in pools if self.address in IPNetwork(pool.cidr)]
+            missing = f"IP {self.address} is in no pool"
+        else:
+            chosen = pools
+            missing = f"There is no IPv{self.version} pool"
+        if not chosen and problems:  # which may be the one that is meant
+            raise problems[0]
+        if not chosen:
+            known = ", ".join(pool.cidr for pool in pools) or "none"
+            raise CalicoError(f"{missing}. IPv{self.version} pools: {known}.")
+        return chosen
+
+    def fits(self, address: IPAddress) -> bool:
+        """Tell whether `address` is one that was asked for."""
+        from netaddr.ip import IPNetwork
+
+        if self.address is not None:
+            return bool(address == self.address)
+        if self.cidr is not None:
+            return address in IPNetwork(self.cidr)
+        return bool(address.version == self.version)
+
+
+def is_interface_name(name: object) -> bool:
+    """Tell whether the kernel would take a name for an interface.
+
+    Source: dev_valid_name() in the kernel's net/core/dev.c; '%' would make a pattern of it.
+    """
+    if not isinstance(name, str) or not name.isprintable() or name in (".", ".."):
+        return False
+    return 0 < len(name.encode()) <= 15 and not any(c in "/:%" or c.isspace() for c in name)
+
+
+def check_interface_name(name: str) -> None:
+    """Raise CalicoError for a name that the kernel takes for no interface."""
+    if not is_interface_name(name):
+        raise CalicoError(
+            f"'{name}' is not a valid interface name: it must have 1 to 15 bytes, and no '/', ':', '%' or blanks"
+        )
+
+
+@dataclass(frozen=True)
+class Connection:
+    """What a workload that is connected has now: an address, and the name and MAC of its interface.
+
+    `existed` tells that it was connected before, and nothing has been changed.
+    """
+
+    id: EndpointId
+    address: IPAddress
+    interface: str
+    mac: str | None
+    existed: bool = False
+
+
+def connect(
+    datastore: DatastoreClient, workload: Workload, wish: Wish, interface: str | None = None, exist_ok: bool = False
+) -> Connection:
+    """Connect a workload that is not connected, or wire one again that has lost its interface.
+
+    `interface` is the name in the workload; None stands for what it was before, else for the default. With `exist_ok`,
+    one that has what is asked for will do. Raises CalicoError, and then nothing has changed.
+    """
+    with Scene.enter(datastore, workload) as scene:
+        scene.clear_after_another_process()
+        if scene.record is None:
+            return _wire(scene, wish, interface or DEFAULT_INTERFACE)
+        plugged = scene.plugged()
+        if plugged is None:
+            again = rewire(scene, scene.record, wish, interface)
+            assert again is not None, "an address was wished for"
+            return again
+        scene.remember()
+        address = next(filter(wish.fits, map(parse_address, scene.record.addresses)), None)
+        if exist_ok and address is not None and interface in (None, plugged):
+            return Connection(scene.record.id, address, plugged, scene.record.mac, existed=True)
+        raise CalicoError(
+            f"{workload.name} has already been configured with Calico Networking. It has "
+            f"{', '.join(scene.record.addresses) or 'no address'} on {plugged}."
+        )
+
+
+def _wire(scene: Scene, wish: Wish, interface: str) -> Connection:
+    """Connect a workload that has no record, taking over, or clearing away, what a cut command has left of one."""
+    datastore, workload, version = scene.datastore, scene.workload, wish.version
+    next_hop = datastore.next_hop(version)
+    reserved = reserved_addresses(datastore, version)
+    _refuse_reserved(wish, reserved)
+    pools = wish.pools(datastore)
+    scene.remove_half_made()
+    scene.remove_orphans()
+    scene.refuse_other_endpoint()
+    scene.refuse_default_route(version)
+    scene.refuse_interface(interface)
+
+    with _undoing(scene) as undo:
+        undo(scene.lock.forget)
+        scene.remember()
+        undo(datastore.ipam.release_by_handle, workload.handle)
+        address, id = _adopt(scene, wish, interface, reserved)
+        if address is None:
+            address = _take(datastore, owner_of(workload, id, interface), wish, pools, reserved)
+
+        mac = _plug(scene, id.interface, interface, [host_net(address)], {version: next_hop}, None, undo)
+
+        endpoint = Endpoint(id, name=id.interface, mac=mac, workload_name=workload.docker_name or None)
+        endpoint.nets_of(version).append(host_net(address))
+        endpoint.set_gateway(version, next_hop)
+        undo(datastore.remove_endpoint, id)
+        datastore.create_endpoint(endpoint)
+        scene.lock.settled()  # and nothing is left of what was cut before
+    return Connection(id, address, interface, mac)
+
+
+def rewire(scene: Scene, record: Endpoint, wish: Wish | None = None, interface: str | None = None) -> Connection | None:
+    """Give a workload with a record its interface back: same addresses, MAC, name and profiles.
+
+    Without a `wish`, it stays without an address where it has none; nothing is returned then. Raises CalicoError, and
+    then nothing has changed.
+    """
+    datastore, workload = scene.datastore, scene.workload
+    addresses = [parse_address(address) for address in record.addresses]
+    address = next((address for address in addresses if wish is None or wish.fits(address)), None)
+    if address is None and addresses:
+        raise CalicoError(
+            f"{workload.name} has lost its interface, and its address is {', '.join(record.addresses)}. Run "
+            f"'calicoctl container add {workload.name} {record.addresses[0]}' to wire it "
+            f"again, then 'calicoctl container {workload.name} ip add' for another address."
+        )
+    if wish is not None and address is not None:
+        _refuse_in_use(scene, address)
+    known = [owner.secondary.get("interface") for owner in scene.held.values()]
+    before = next((name for name in known if is_interface_name(name)), None)
+    if before is not None and interface not in (None, before):
+        raise CalicoError(f"{workload.name} is to be wired again with its interface {before}, not {interface}.")
+    interface = before or interface or DEFAULT_INTERFACE
+    versions = {version_of(net) for net in record.nets}
+    if wish is not None and not addresses:
+        versions = {wish.version}
+    next_hops = {version: _next_hop(datastore, record, version) for version in versions}
+    pools = []
+    if wish is not None and not addresses:
+        reserved = reserved_addresses(datastore, wish.version)
+        _refuse_reserved(wish, reserved)
+        pools = wish.pools(datastore)
+    scene.remove_remains(record)
+    for version in next_hops:
+        scene.refuse_default_route(version)
+    scene.refuse_other_endpoint()
+    scene.refuse_interface(interface)
+
+    with _undoing(scene) as undo:
+        scene.remember()
+        nets = list(record.nets)
+        if address is None and wish is not None:
+            # its last address was taken away before it lost its interface
+            undo(_release_unlisted, datastore, workload, record)
+            owner = owner_of(workload, record.id, interface)
+            address = _take(datastore, owner, wish, pools, reserved)
+            nets.append(host_net(address))
+        for own in addresses:
+            if own not in scene.held:
+                _regain(scene, own, owner_of(workload, record.id, interface), undo)
+        mac = _plug(scene, record.id.interface, interface, nets, next_hops, record.mac, undo)
+
+        def bring_up_to_date(endpoint: Endpoint) -> bool:
+            old = endpoint.to_dict()
+            endpoint.state, endpoint.name, endpoint.mac = "active", record.id.interface, mac
+            endpoint.inactive_since = None
+            endpoint.workload_name = workload.docker_name or endpoint.workload_name
+            for version, next_hop in next_hops.items():
+                endpoint.set_gateway(version, next_hop)
+            if not endpoint.nets and address is not None:
+                endpoint.nets_of(address.version).extend(nets)
+            return endpoint.to_dict() != old
+
+        datastore.modify_endpoint(record.id, bring_up_to_date)
+    return None if address is None else Connection(record.id, address, interface, mac)
+
+
+def disconnect(datastore: DatastoreClient, workload: Workload) -> None:
+    """Remove all that a workload has on the network, of whatever is still there; raise NotThere when it has nothing.
+
+    Needs neither the container nor its namespace. The order is such that no record lists an address that is free.
+    """
+    with WorkloadLock(datastore.host, workload.orchestrator, workload.id) as lock:
+        ids = endpoint_ids_of(datastore, workload)
+        held = datastore.ipam.held_by(workload.handle)
+        refuse_other_path(workload, lock.name(), *paths_of(held or {}))
+        if not ids and held is None:
+            datastore.prune_workload(workload.orchestrator, workload.id)
+            lock.forget()
+            raise NotThere(f"{workload.name} is not connected to Calico.")
+        _clear(datastore, workload, lock, ids, held or {})
+
+
+def _clear(
+    datastore: DatastoreClient,
+    workload: Workload,
+    lock: WorkloadLock,
+    ids: list[EndpointId],
+    held: dict[IPAddress, Owner],
+) -> None:
+    """Remove a workload's endpoints, with all that they have, and all that it holds; its lock is held."""
+    datastore.check_endpoints_writable(ids, workload.handle)
+    lock.begin()
+    for name in {id.interface for id in ids} | interfaces_of(held):
+        netns.delete_interface(name)
+    for id in ids:
+        # an old tool's addresses have no handle: once the record is gone, nothing would tell whose they are
+        record = datastore.readable(id)
+        datastore.ipam.release(map(parse_address, record.addresses if record is not None else ()), {None})
+        datastore.remove_endpoint(id)
+    datastore.ipam.release_by_handle(workload.handle)
+    datastore.prune_workload(workload.orchestrator, workload.id)
+    lock.forget()
+
+
+def add_address(
+    datastore: DatastoreClient, workload: Workload, wish: Wish, interface: str | None
+) -> tuple[IPAddress, bool]:
+    """Give a connected workload one more address; return it, and whether the workload did not have it before.
+
+    The first address of an IP version brings that version's next hop and default route along. An address that the
+    workload has already is set up in the kernel again, should it be missing there. Raises CalicoError, and then nothing
+    has changed.
+    """
+    with Scene.enter(datastore, workload) as scene:
+        workload = scene.workload
+        record, plugged = scene.connected(interface)
+        version = wish.version
+        next_hop = datastore.next_hop(version)
+        reserved = reserved_addresses(datastore, version)
+        _refuse_reserved(wish, reserved)
+        pools = wish.pools(datastore)
+        nets = record.nets_of(version)
+        if wish.address is not None and host_net(wish.address) in nets:
+            scene.namespace.configure(plugged, [host_net(wish.address)], {}, scene.host_mac)
+            return wish.address, False
+        next_hops = {} if nets else {version: next_hop}
+        if next_hops:
+            scene.refuse_default_route(version, but_through=plugged)
+
+        with _undoing(scene) as undo:
+            owner = owner_of(workload, record.id, plugged)
+            left = [a for a in scene.held if host_net(a) not in record.nets and _may_have(wish, a, reserved)]
+            undo(_release_unlisted, datastore, workload, record)
+            address = left[0] if left else _take(datastore, owner, wish, pools, reserved)
+
+            net = host_net(address)
+            if version == 6 and scene.namespace.ipv6_is_off(plugged):
+                undo(scene.namespace.switch_ipv6_off, plugged)
+            undo(scene.namespace.restore_loopback, scene.loopback)
+            undo(scene.namespace.unconfigure, plugged, [net], next_hops)
+            scene.namespace.configure(plugged, [net], next_hops, scene.host_mac)
+
+            def add(endpoint: Endpoint) -> bool:
+                if net in endpoint.nets_of(version):
+                    return False
+                endpoint.nets_of(version).append(net)
+                if next_hops:
+                    endpoint.set_gateway(version, next_hop)
+                return True
+
+            undo(datastore.modify_endpoint, record.id, _without(net))
+            datastore.modify_endpoint(record.id, add)
+        return address, True
+
+
+def remove_address(datastore: DatastoreClient, workload: Workload, address: IPAddress, interface: str | None) -> None:
+    """Take an address from a workload. Raises NotThere when the workload does not have it.
+
+    The last address of an IP version takes that version's next hop and default route along. Works on a workload that
+    does not run, too.
+    """
+    with Scene.enter(datastore, workload, must_run=False) as scene:
+        record = scene.only_record()
+        net = host_net(address)
+        if net not in record.nets and address not in scene.held:
+            raise NotThere(f"IP {address} is not assigned to {workload.name}.")
+        plugged = scene.plugged()
+        if plugged is not None:
+            scene.refuse_other_interface(plugged, interface)
+        others = [other for other in record.nets_of(address.version) if other != net]
+
+        datastore.check_endpoints_writable([record.id], workload.handle)
+        scene.lock.begin()
+        if address not in scene.held:
+            # an old tool's, without a handle: only the record tells whose it is, so it is given back before
+            datastore.ipam.release([address], {None})
+        datastore.modify_endpoint(record.id, _without(net))
+        if plugged is not None:
+            scene.namespace.unconfigure(plugged, [net], [] if others else [address.version])
+        datastore.ipam.release([address], {workload.handle})
+        scene.lock.end()
+
+
+def _without(net: str) -> Callable[[Endpoint], bool]:
+    """Return a change of an endpoint that takes a net out, and the next hop with the last net of its version."""
+
+    def change(endpoint: Endpoint) -> bool:
+        version = version_of(net)
+        if net not in endpoint.nets_of(version):
+            return False
+        endpoint.nets_of(version).remove(net)
+        if not endpoint.nets_of(version):
+            endpoint.set_gateway(version, None)
+        return True
+
+    return change
+
+
+class Scene:
+    """A workload under its lock, with its namespace open, and what store and kernel know of it at the start.
+
+    `held` are the addresses its handle holds; `record` is its endpoint, None where it has none; `host_mac` is the MAC
+    of the host's end of its pair, once that has been found `plugged`.
+    """
+
+    def __init__(
+        self,
+        datastore: DatastoreClient,
+        workload: Workload,
+        lock: WorkloadLock,
+        namespace: netns.Namespace | None,
+    ) -> None:
+        self.datastore = datastore
+        self.workload = workload
+        self.lock = lock
+        self.host_mac = netns.HOST_MAC
+        self._namespace = namespace
+        records = endpoints_of(datastore, workload)
+        if len(records) > 1:
+            raise CalicoError(
+                f"{workload.name} has {len(records)} endpoints, where this command knows one: "
+                + ", ".join(record.id.endpoint for record in records)
+            )
+        self.record = records[0] if records else None
+        self.held = datastore.ipam.held_by(workload.handle) or {}
+        refuse_other_path(workload, lock.name(), *paths_of(self.held))
+        self.look_again()
+
+    @classmethod
+    @contextmanager
+    def enter(cls, datastore: DatastoreClient, workload: Workload, must_run: bool = True) -> Iterator[Scene]:
+        """Lock the workload, open its namespace and look around. Without `must_run`, it may have no namespace."""
+        with ExitStack() as stack:
+            lock = stack.enter_context(WorkloadLock(datastore.host, workload.orchestrator, workload.id))
+            namespace = None
+            try:
+                namespace = stack.enter_context(netns.Namespace(workload.namespace_path(), workload.name))
+            except CalicoError:
+                if must_run:
+                    raise
+            if namespace is not None and namespace.is_own():
+                raise CalicoError(f"{workload.name} cannot be connected: its network namespace is the host's own.")
+            scene = cls(datastore, workload, lock, namespace)
+            twin = stored_otherwise(datastore, workload) if scene.record is None else None
+            if twin is not None:
+                lock = stack.enter_context(WorkloadLock(datastore.host, twin.orchestrator, twin.id))
+                scene = cls(datastore, twin, lock, namespace)
+            yield scene
+
+    @property
+    def namespace(self) -> netns.Namespace:
+        assert self._namespace is not None, "a scene without a namespace is not plugged"
+        return self._namespace
+
+    @property
+    def loopback(self) -> netns.Loopback:
+        """Return what the namespace's loopback interface was at the last look."""
+        return self._inspection.loopback
+
+    def look_again(self) -> None:
+        """Read the namespace's interfaces and routes."""
+        self._inspection = netns.Inspection() if self._namespace is None else self._namespace.inspect()
+
+    def plugged(self, also_down: bool = False) -> str | None:
+        """Return the name of the workload's Calico interface, or None while it has none that is complete.
+
+        With `also_down`, also one whose host end is down.
+        """
+        host_end = netns.find_interface(self.record.id.interface) if self.record is not None else None
+        if host_end is None or not (host_end.up or also_down):
+            return None
+        self.host_mac = host_end.mac
+        for interface, other_end in self._pairs():
+            if other_end.index == host_end.index:
+                return interface.name
+        return None
+
+    def _pairs(self) -> Iterator[tuple[netns.Interface, netns.Interface]]:
+        """Give the interfaces of the namespace that are paired with one of the host's, and that one."""
+        for interface in list(self._inspection.interfaces.values()):
+            other_end = self.namespace.other_end(interface)
+            if other_end is not None:
+                yield interface, other_end
+
+    def only_record(self) -> Endpoint:
+        """Return the workload's endpoint; raise NotThere when it has none."""
+        if self.record is None:
+            raise not_connected(self.workload.name)
+        return self.record
+
+    def connected(self, interface: str | None) -> tuple[Endpoint, str]:
+        """Return the endpoint and the name of its interface; raise CalicoError where one of them is missing."""
+        record, plugged = self.only_record(), self.plugged()
+        if plugged is None:
+            raise CalicoError(
+                f"{self.workload.name} has lost its interface. Wire it again with 'calicoctl container add "
+                f"{self.workload.name} {(record.addresses or ['ipv4'])[0]}'."
+            )
+        self.refuse_other_interface(plugged, interface)
+        return record, plugged
+
+    def remove_half_made(self) -> None:
+        """Delete veth pairs that a cut command has made for this workload."""
+        for name in interfaces_of(self.held):
+            self._delete(name)
+
+    def remove_orphans(self) -> None:
+        """Delete pairs of endpoints that nobody knows of any more: the store has been emptied, or set back."""
+        for _, host_end in self._pairs():
+            # one that is down may be another command's, which has got no further
+            if host_end.name.startswith("cali") and host_end.up and not self.datastore.knows_interface(host_end.name):
+                self._delete(host_end.name)
+
+    def remove_remains(self, record: Endpoint) -> None:
+        """Delete what an endpoint has of an interface that is not complete, or that was renamed at the host's end.
+
+        Raises Conflict where it is complete after all.
+        """
+        if self.plugged() is not None:  # whoever renamed it has named it back just now
+            raise Conflict(f"{self.workload.name} has its interface back; look again")
+        names = [host_end.name for own, host_end in self._pairs() if own.mac == record.mac]
+        renamed = [name for name in names if not name.startswith("cali")]  # such would be another endpoint's
+        for name in (record.id.interface, *renamed):
+            self._delete(name)
+
+    def _delete(self, name: str) -> None:
+        """Delete one of the host's interfaces, if it is there; not where nothing could be written after that."""
+        if netns.find_interface(name) is not None:
+            ids = [self.record.id] if self.record is not None else []
+            self.datastore.check_endpoints_writable(ids, self.workload.handle)
+            netns.delete_interface(name)
+            self.look_again()
+
+    def clear_after_another_process(self) -> None:
+        """Remove all there is of a process that has ended, where the path has become another process's."""
+        now = process_started(self.workload.path or "")
+        if self.record is not None and now not in (None, self.lock.started()) and self.plugged(also_down=True) is None:
+            _clear(self.datastore, self.workload, self.lock, [self.record.id], self.held)
+            self.record, self.held = None, {}
+
+    def remember(self) -> None:
+        """Keep a namespace's path beside its lock while it is connected."""
+        if self.workload.path is not None:
+            self.lock.remember(self.workload.path, process_started(self.workload.path))
+
+    def refuse_other_endpoint(self) -> None:
+        """Raise CalicoError when the namespace is connected already, as another workload: by another path, say."""
+        for interface, host_end in self._pairs():
+            if host_end.name.startswith("cali"):
+                raise CalicoError(
+                    f"{self.workload.name} has already been configured with Calico Networking: its interface "
+                    f"{interface.name} is that of the endpoint with {host_end.name}."
+                )
+
+    def refuse_default_route(self, version: int, but_through: str | None = None) -> None:
+        route = self._inspection.default_routes.get(version)
+        if route is not None and not (but_through and route.endswith(f"dev {but_through}")):
+            raise CalicoError(
+                f"{self.workload.name} has an IPv{version} default route already ({route}), and Calico's cannot be set "
+                "beside it. Run the container with --net=none."
+            )
+
+    def refuse_interface(self, name: str) -> None:
+        if name in self._inspection.interfaces:
+            raise CalicoError(
+                f"{self.workload.name} has an interface {name} already. Choose another name with --interface."
+            )
+
+    def refuse_other_interface(self, plugged: str, wanted: str | None) -> None:
+        if wanted not in (None, plugged):
+            raise CalicoError(f"{self.workload.name} is connected through its interface {plugged}, not {wanted}.")
+
+
+@contextmanager
+def _undoing(scene: Scene) -> Iterator[Callable[..., object]]:
+    """Give a function that remembers an undo; run them all, last first, when what is inside `with` fails.
+
+    Each undo is one that does no harm where its step was not done. An undo that fails does not keep the others from
+    running: the error names it, and what to do.
+    """
+    failures: list[str] = []
+
+    def attempt(function: Callable[..., object], *arguments: object) -> None:
+        try:
+            function(*arguments)
+        except CalicoError as error:
+            failures.append(str(error))
+
+    scene.lock.begin(scene.workload.docker_name)
+    try:
+        with ExitStack() as stack:
+            yield lambda function, *arguments: stack.callback(attempt, function, *arguments)
+            stack.pop_all()
+    except CalicoError as error:
+        if failures:
+            raise CalicoError(
+                f"{error} Not all of it could be undone ({'; '.join(failures)}): run 'calicoctl container remove "
+                f"{scene.workload.name}' when that works again."
+            ) from error
+        raise
+    finally:
+        if failures:
+            scene.lock.begin(scene.workload.docker_name)  # where it has been forgotten
+        else:
+            scene.lock.end()
+
+
+def _plug(
+    scene: Scene,
+    name: str,
+    interface: str,
+    nets: list[str],
+    next_hops: dict[int, str],
+    mac: str | None,
+    undo: Callable[..., object],
+) -> str:
+    """Make a veth pair and set it up at both ends, the host's last; return the MAC of the workload's end."""
+    if netns.find_interface(name) is not None:
+        raise CalicoError(f"this host has an interface {name} already, of another endpoint; try again")
+    undo(netns.delete_interface, name)
+    netns.create_veth(name, scene.namespace, interface, mac)
+    undo(scene.namespace.restore_loopback, scene.loopback)
+    mac = scene.namespace.configure(interface, nets, next_hops, netns.HOST_MAC)
+    netns.set_up(name)
+    return mac
+
+
+def _adopt(scene: Scene, wish: Wish, interface: str, reserved: Reserved) -> tuple[IPAddress | None, EndpointId]:
+    """Find an address that a cut command has taken, and give all others back; return it with its endpoint's id.
+
+    Without one that fits, the address is None and the id a new one.
+    """
+    workload = scene.workload
+    kept, kept_id = None, EndpointId(scene.datastore.host, workload.orchestrator, workload.id, _new_endpoint())
+    for address, owner in scene.held.items():
+        id = EndpointId(scene.datastore.host, workload.orchestrator, workload.id, _endpoint_of(owner) or "")
+        is_its_own = id.endpoint and _is_like(owner, owner_of(workload, id, interface))
+        if kept is None and is_its_own and _may_have(wish, address, reserved):
+            kept, kept_id = address, id
+        else:
+            scene.datastore.ipam.release([address], {workload.handle})
+    return kept, kept_id
+
+
+def _is_like(owner: Owner, other: Owner) -> bool:
+    """Tell whether two owners are one, whatever its name is: a container may have been renamed."""
+    facts, others = ({**one.secondary, "workload_name": None} for one in (owner, other))
+    return owner.handle == other.handle and facts == others
+
+
+def _take(datastore: DatastoreClient, owner: Owner, wish: Wish, pools: list[Pool], reserved: Reserved) -> IPAddress:
+    """Take an address that was asked for; raise CalicoError when there is none to have."""
+    if wish.address is None:
+        taken = datastore.ipam.auto_assign(1, pools, owner, reserved)
+        if not taken:
+            networks = {network for pool in pools for network in reserved.network.overlapping(pool.cidr)}
+            raise CalicoError(
+                f"There is no free IP address in {', '.join(pool.cidr for pool in pools)}{_but(networks)}."
+            )
+        return taken[0]
+    try:
+        datastore.ipam.assign(wish.address, owner)
+    except AddressTaken as error:
+        holder = datastore.ipam.owner(wish.address)
+        raise AddressTaken(f"{error}{_told(holder)}. Give it another, or 'ipv{wish.version}' for any.") from None
+    return wish.address
+
+
+def _but(networks: Collection[Network]) -> str:
+    """Return what a message says of networks that no address is given out of unasked."""
+    named = ", ".join(sorted(f"{network.cidr} (on {network.interface})" for network in networks))
+    return f", but for the networks that this host is connected to: {named}" if named else ""
+
+
+def reserved_addresses(datastore: DatastoreClient, version: int) -> Reserved:
+    """Return what is not for this host's workloads. Raises CalicoError."""
+    return Reserved(host_network.read(), datastore.addresses_of_hosts(version), datastore.host)
+
+
+def _may_have(wish: Wish, address: IPAddress, reserved: Reserved) -> bool:
+    """Tell whether an address that a workload holds already is one that may be given to it now."""
+    if wish.address is not None:
+        return wish.fits(address)
+    return wish.fits(address) and reserved.is_free_for_any(address.version, int(address))
+
+
+def _refuse_reserved(wish: Wish, reserved: Reserved) -> None:
+    """Raise CalicoError where an address is asked for that no workload may have."""
+    why = None if wish.address is None else reserved.refusal(str(wish.address))
+    if why is not None:
+        raise CalicoError(f"IP {wish.address} is {why}. Give another, or 'ipv{wish.version}' for any.")
+
+
+def _refuse_in_use(scene: Scene, address: IPAddress) -> None:
+    """Raise CalicoError where an address of a workload is a host's now."""
+    why = reserved_addresses(scene.datastore, address.version).user(str(address))
+    if why is not None:
+        raise AddressTaken(
+            f"{scene.workload.name}'s address {address} is {why} now. Run 'calicoctl container remove "
+            f"{scene.workload.name}' and add it anew."
+        )
+
+
+def _release_unlisted(datastore: DatastoreClient, workload: Workload, record: Endpoint) -> None:
+    """Give back what a workload holds beside the addresses of its record, as it was read."""
+    held = datastore.ipam.held_by(workload.handle) or {}
+    datastore.ipam.release([a for a in held if host_net(a) not in record.nets], {workload.handle})
+
+
+def _next_hop(datastore: DatastoreClient, record: Endpoint, version: int) -> str:
+    """Return this host's next hop, or what it was where it has none of that version any more; raise CalicoError."""
+    try:
+        return datastore.next_hop(version)
+    except CalicoError:
+        before = record.gateway(version)
+        if before is None:
+            raise
+        return str(parse_address(before))
+
+
+def _regain(scene: Scene, address: IPAddress, owner: Owner, undo: Callable[..., object]) -> None:
+    """Make sure that an address of a record belongs to its workload; one without a handle (an old tool's) does."""
+    ipam = scene.datastore.ipam
+    holder = ipam.owner(address)
+    if holder is None:
+        _refuse_in_use(scene, address)
+        undo(ipam.release, [address], {owner.handle})
+        ipam.assign(address, owner)
+    elif holder.handle is not None:
+        raise AddressTaken(
+            f"{scene.workload.name}'s address {address} has been given to another{_told(holder)}. Run 'calicoctl "
+            f"container remove {scene.workload.name}' and add it anew."
+        )
+
+
+def _told(owner: Owner | None) -> str:
+    """Return what a message says of an address's owner."""
+    facts = owner.secondary if owner is not None else {}
+    name = facts.get("namespace") or facts.get("workload_name") or str(facts.get("workload") or "")[:12]
+    return f" ({name} on host {facts.get('host')})" if name else ""
+
+
+def owner_of(workload: Workload, id: EndpointId, interface: str) -> Owner:
+    """Return what is written beside an address: enough to tell its owner, and to wire the workload again."""
+    from calicoctl.datastore.ipam import Owner
+
+    return Owner(
+        workload.handle,
+        {
+            "host": id.host,
+            "orchestrator": id.orchestrator,
+            "workload": id.workload,
+            "endpoint": id.endpoint,
+            "interface": interface,
+            "namespace": workload.path,
+            **({"workload_name": workload.docker_name} if workload.docker_name else {}),
+        },
+    )
+
+
+def _new_endpoint() -> str:
+    """Return a new endpoint id, which has the form of a UUID of version 1.
+
+    Its first digits, which name the interface, would be the time in a real one, and the same for two commands at once.
+    """
+    return uuid.UUID(bytes=os.urandom(16), version=1).hex
+
+
+def _endpoint_of(owner: Owner) -> str | None:
+    """Return the endpoint id beside an address, or None where there is none that looks like one."""
+    id = owner.secondary.get("endpoint")
+    return id if isinstance(id, str) and len(id) == 32 and set(id) <= set("0123456789abcdef") else None
+
+
+def interfaces_of(held: dict[IPAddress, Owner]) -> set[str]:
+    """Return the host ends of the veth pairs of the endpoints that hold these addresses."""
+    ids = {_endpoint_of(owner) for owner in held.values()} - {None}
+    return {EndpointId("", "", "", str(id)).interface for id in ids}
+
+
+def paths_of(held: dict[IPAddress, Owner]) -> list[object]:
+    """Return the namespace paths beside these addresses."""
+    return [owner.secondary.get("namespace") for owner in held.values()]

@@ -1,0 +1,437 @@
+"""From what a user calls a container, a Docker name or a namespace path, to a Workload."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from calicoctl.addresses import parse_address
+from calicoctl.errors import (
+    CalicoError,
+    DockerNotRunning,
+    DockerUnavailable,
+    NamespaceError,
+    NoSuchContainer,
+    NotThere,
+    without_user,
+)
+from calicoctl.workloads import locks
+
+if TYPE_CHECKING:
+    from calicoctl.datastore.client import DatastoreClient
+    from calicoctl.datastore.keys import EndpointId
+    from calicoctl.datastore.model import Endpoint
+
+DOCKER = "docker"
+NAMESPACE = "namespace"
+
+_RUN, _VAR_RUN = "/run/", "/var/run/"
+"""Two names of one directory on most hosts; `ip netns` uses either in its messages."""
+
+DOCKER_SOCKET = "unix:///var/run/docker.sock"
+
+ENGINE_SCHEMES = ("unix", "http+unix", "tcp", "http", "https")
+"""What a DOCKER_HOST with a scheme may begin with. Source: docker.utils.parse_host."""
+
+DOCKER_TIMEOUT = 20
+"""Seconds to wait for an answer of the Docker Engine."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A container or a namespace that is, or is to be, on the network.
+
+    `name` is what the user calls it, `id` what the store does. `path` is the namespace's path, None for a Docker
+    container, whose own name is `docker_name` then; `pid` is that of its first process while it runs.
+    """
+
+    orchestrator: str
+    id: str
+    name: str
+    path: str | None = None
+    docker_name: str = ""
+    pid: int | None = None
+    network_mode: str = ""
+
+    @property
+    def handle(self) -> str:
+        """The IPAM handle of the workload's addresses."""
+        return f"{self.orchestrator}.{self.id}"
+
+    def namespace_path(self) -> str:
+        """Return the path of the network namespace; raise CalicoError where there is none that is its own."""
+        if self.path is not None:
+            return self.path
+        if self.pid is None:
+            raise CalicoError(f"{self.name} is not running. Start it with 'docker start {self.name}'.")
+        if self.network_mode == "host":
+            raise CalicoError(
+                f"{self.name} cannot be connected: it runs in the host's network (--net=host). Run it with --net=none."
+            )
+        if self.network_mode.startswith("container:"):
+            owner = self.network_mode.partition(":")[2]
+            raise CalicoError(
+                f"{self.name} cannot be connected: it shares the network of container {owner}. Connect that one."
+            )
+        return f"/proc/{self.pid}/ns/net"
+
+
+class Standing(Enum):
+    """What has become of a workload."""
+
+    RUNS = "runs"
+    STOPPED = "has stopped"
+    AWAY = "is away"
+    """The name of its namespace leads nowhere at the moment, and may come back."""
+    GONE = "is gone"
+
+
+def look_up(orchestrator: str, id: str, path: str, started: str | None) -> tuple[Standing, Workload]:
+    """Return what has become of a workload of this host.
+
+    For a namespace, `path` is its path, and `started` when the process was started that the path is of, where that is
+    known. Raises DockerUnavailable, or NamespaceError, where that could not be asked.
+    """
+    if orchestrator == DOCKER:
+        try:
+            workload = find(id)
+        except NoSuchContainer:
+            return Standing.GONE, Workload(DOCKER, id, id)
+        return (Standing.STOPPED if workload.pid is None else Standing.RUNS), workload
+    workload = Workload(NAMESPACE, id, path, path=path)
+    now = process_started(path)
+    if namespace_at(path) is not None and started == now:
+        return Standing.RUNS, workload
+    of_process = started is not None or now is not None or re.match("/proc/(?!1/)[0-9]+/", path)
+    return (Standing.GONE if of_process else Standing.AWAY), workload
+
+
+def namespace_at(path: str) -> tuple[int, int] | None:
+    """Return what tells the network namespace at a path from others; None where there is none.
+
+    Raises NamespaceError where that cannot be told.
+    """
+    try:
+        here, there = os.stat("/proc/self/ns/net"), os.stat(path)
+    except (FileNotFoundError, NotADirectoryError, ProcessLookupError):
+        return None
+    except (OSError, ValueError) as error:
+        raise NamespaceError(f"{path} cannot be looked at: {error}") from None
+    return (there.st_dev, there.st_ino) if there.st_dev == here.st_dev else None
+
+
+def process_started(path: str) -> str | None:
+    """Return when the process, or thread, was started that a path leads through, in clock ticks since boot.
+
+    None for a path that is no process's, as one of `ip netns` is not, and where there is no such process. A path that
+    is one's, be it below /proc or by a symbolic link, may be another's some day. Raises NamespaceError where that is
+    not to be told. Source: namespaces(7), and the 22nd field of /proc/PID/stat, proc(5).
+    """
+    place, left, links = Path("/"), [*reversed(Path(path).parts[1:])], 0
+    try:
+        while left:
+            place = place.parent if left[-1] == ".." else place / left[-1]
+            left.pop()
+            if str(place) in ("/proc/1", "/proc/self", "/proc/thread-self"):
+                return None  # which are never another's: a way to the host's own files
+            if re.fullmatch("/proc/[0-9]+", str(place)):
+                thread = place.joinpath(*reversed(left[-2:]))
+                return _started(thread if thread.parent.name == "task" else place)
+            if not place.is_symlink():
+                continue
+            target = place.readlink()
+            if re.fullmatch(r"net:\[[0-9]+\]", str(target)):  # /proc under another name
+                return _started(place.parent.parent)
+            links += 1
+            if links > 40:  # as many as the kernel would follow
+                return None
+            place = Path("/") if target.is_absolute() else place.parent
+            left += reversed([part for part in target.parts if part != "/"])
+    except (FileNotFoundError, NotADirectoryError, ProcessLookupError):
+        return None
+    except (OSError, ValueError) as error:
+        raise NamespaceError(f"{path} cannot be looked at: {error}") from None
+    return None
+
+
+def _started(process: Path) -> str:
+    return (process / "stat").read_text(errors="replace").rpartition(")")[2].split()[19]
+
+
+def find(name: str) -> Workload:
+    """Return the workload that a user calls `name`.
+
+    An absolute path is a namespace, which is not opened here, and Docker is not asked; /run/netns/a is
+    /var/run/netns/a. Raises NoSuchContainer, or DockerUnavailable where the engine could not be asked.
+    """
+    check_workload_name(name)
+    if name.startswith("/"):
+        path = _normal_path(name)
+        if path.startswith(f"{_RUN}netns/"):
+            path = _other_spelling(path) or path
+        return Workload(NAMESPACE, path.replace("/", "-"), name, path=path)
+    container = _inspect(name)
+    state = container["State"]
+    mode = container["HostConfig"]["NetworkMode"]
+    if mode.startswith("container:"):
+        mode = "container:" + _name_of(mode.partition(":")[2])
+    return Workload(
+        DOCKER,
+        container["Id"],
+        name,
+        docker_name=container["Name"].lstrip("/"),
+        pid=state["Pid"] if state["Running"] and state["Pid"] else None,
+        network_mode=mode,
+    )
+
+
+def check_workload_name(name: str) -> None:
+    """Raise CalicoError for what is neither a container's name or id nor an absolute path, whatever there is."""
+    if name.startswith("/"):
+        if _normal_path(name) == "/":
+            raise CalicoError(f"'{name}' is not the path of a network namespace")
+    elif not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name, re.ASCII):
+        raise CalicoError(
+            f"'{name}' is neither a Docker container's name or id, nor the absolute path of a network namespace"
+        )
+
+
+def _normal_path(path: str) -> str:
+    return "/" + os.path.normpath(path).lstrip("/")
+
+
+def _other_spelling(path: str) -> str | None:
+    """Return a path below /run as one below /var/run, or the other way round; None where these are not one."""
+    for prefix, other in ((_RUN, _VAR_RUN), (_VAR_RUN, _RUN)):
+        if path.startswith(prefix):
+            return other + path[len(prefix) :] if os.path.realpath(_VAR_RUN) == os.path.realpath(_RUN) else None
+    return None
+
+
+def stored_otherwise(datastore: DatastoreClient, workload: Workload) -> Workload | None:
+    """Return a namespace as it is stored by the other spelling of its path; None where it is not.
+
+    An older version, and the tool of 2015, took /run/netns/a as it was typed.
+    """
+    other = None if workload.path is None else _other_spelling(workload.path)
+    if other is None:
+        return None
+    twin = replace(workload, id=other.replace("/", "-"), path=other)
+    return twin if endpoint_ids_of(datastore, twin) else None
+
+
+def find_connected(name: str, datastore: DatastoreClient) -> Workload:
+    """Return the workload that a user calls `name`, also when Docker does not know it any more, or cannot be asked.
+
+    Then it is looked for among what containers have on this host, by its id, the beginning of that, or its name. Raises
+    what `find` raises where there is none, and CalicoError, which lists them, where there are several.
+    """
+    try:
+        workload = find(name)
+        if workload.path is None or endpoint_ids_of(datastore, workload):
+            return workload
+        return stored_otherwise(datastore, workload) or workload
+    except (NoSuchContainer, DockerUnavailable) as error:
+        ids = _stored_by_id(name, datastore)
+        if not ids:
+            # one whose first change was cut short has a name at its mark alone
+            ids = set(datastore.workloads_named(DOCKER, name)) | locks.cut_of(datastore.host, DOCKER, name)
+            if isinstance(error, NoSuchContainer):
+                ids = {id for id in ids if not _exists(id)}  # one that is there has another name now
+        if not ids:
+            raise
+    if len(ids) > 1:
+        raise ambiguous(name, [(id, datastore.host) for id in ids])
+    return Workload(DOCKER, ids.pop(), name)
+
+
+def ambiguous(name: str, containers: list[tuple[str, str]]) -> CalicoError:
+    """Return the error about a name that several containers have, given as (id, host)."""
+    lengths = (length for length in range(12, 65) if len({id[:length] for id, _ in containers}) == len(containers))
+    length = next(lengths, 64)
+    some = ", ".join(f"{id[:length]} on {host}" for id, host in sorted(containers, key=lambda one: one[::-1]))
+    return CalicoError(f"{name} can be several containers ({some}): say which by its id.")
+
+
+def _stored_by_id(prefix: str, datastore: DatastoreClient) -> set[str]:
+    """Return the ids that begin so, of containers that have an endpoint on this host, or at least a handle."""
+    if not re.fullmatch(r"[0-9a-f]{4,64}", prefix):
+        return set()
+    handle = f"{DOCKER}."
+    found = {id for id in datastore.workload_ids(DOCKER) if id.startswith(prefix)}
+    return found or {h[len(handle) :] for h in datastore.ipam.handles() if h.startswith(handle + prefix)}
+
+
+def _exists(id: str) -> bool:
+    try:
+        _inspect(id)
+    except NoSuchContainer:
+        return False
+    return True
+
+
+def not_connected(name: str) -> NotThere:
+    """Return the error about a workload that has no endpoint."""
+    return NotThere(f"{name} is not connected to Calico. Connect it with 'calicoctl container add {name} ipv4'.")
+
+
+def refuse_other_path(workload: Workload, *paths: object) -> None:
+    """Raise CalicoError when a namespace's id stands for another of these paths: `/a-b` and `/a/b` have the same id."""
+    for path in paths:
+        if workload.path is not None and path not in (None, "", workload.path):
+            raise CalicoError(f"{workload.name} cannot be told from {path}, which is connected already: rename one.")
+
+
+def refuse_others_endpoint(datastore: DatastoreClient, workload: Workload, endpoint: Endpoint) -> None:
+    """Raise CalicoError when an endpoint is that of another path with the same id. Its address's attributes tell."""
+    if workload.path is not None and endpoint.addresses:
+        owner = datastore.ipam.owner(parse_address(endpoint.addresses[0]))
+        if owner is not None and owner.handle == workload.handle:
+            refuse_other_path(workload, owner.secondary.get("namespace"))
+
+
+def workload_of(id: EndpointId) -> tuple[str, str]:
+    """Return the orchestrator and id of an endpoint's workload. An old tool stored a namespace's under `docker`."""
+    is_path = id.orchestrator == DOCKER and id.workload.startswith("-")
+    return (NAMESPACE if is_path else id.orchestrator), id.workload
+
+
+def endpoint_ids_of(datastore: DatastoreClient, workload: Workload) -> list[EndpointId]:
+    """Return a workload's endpoints on this host, also those whose records cannot be read; see endpoints_of."""
+    found = datastore.workload_endpoint_ids(workload.orchestrator, workload.id)
+    if not found and workload.orchestrator == NAMESPACE:
+        found = datastore.workload_endpoint_ids(DOCKER, workload.id)
+    return found
+
+
+def endpoints_of(datastore: DatastoreClient, workload: Workload) -> list[Endpoint]:
+    """Return a workload's endpoints on this host. An old tool stored those of a namespace under `docker`."""
+    found = datastore.workload_endpoints(workload.orchestrator, workload.id)
+    if not found and workload.orchestrator == NAMESPACE:
+        found = datastore.workload_endpoints(DOCKER, workload.id)
+    return found
+
+
+def _name_of(id: str) -> str:
+    """Return the name of a container, or its id where Docker does not tell."""
+    try:
+        return str(_inspect(id)["Name"]).lstrip("/")
+    except CalicoError:
+        return id
+
+
+def _inspect(name: str) -> dict[str, Any]:
+    """Ask the Docker Engine about a container; raise NoSuchContainer, or DockerUnavailable."""
+    try:
+        with docker_engine(f"about {name}") as docker:
+            return docker.inspect_container(name)  # type: ignore[no-any-return]
+    except (NoSuchContainer, DockerUnavailable) as error:
+        path = f"/var/run/netns/{name}"
+        if not os.path.exists(path):
+            raise
+        sentence = str(error).rstrip(".")
+        raise type(error)(f"{sentence}. There is a network namespace of that name: did you mean {path}?") from None
+
+
+def short_id(id: str) -> str:
+    """Return the first 12 characters of an id that is hexadecimal, as those of containers and endpoints are."""
+    return id[:12] if re.fullmatch("[0-9a-f]+", id) else id
+
+
+def has_processes(id: str) -> bool:
+    """Tell whether a container runs, whosever it is: its id is in the names of its processes' control groups.
+
+    Source: cgroups(7), /proc/PID/cgroup; Docker names a container's group by its id, as podman and Kubernetes do.
+    """
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(FileNotFoundError, ProcessLookupError, PermissionError):
+            if id in (process / "cgroup").read_text(errors="replace"):
+                return True
+    return False
+
+
+def engine_may_be_there() -> bool:
+    """Tell whether it may make sense to ask the Docker Engine: a socket that does not exist takes no asking."""
+    where = os.environ.get("DOCKER_HOST") or DOCKER_SOCKET
+    return not where.startswith("unix://") or os.path.exists(where[len("unix://") :])
+
+
+def docker_info() -> dict[str, Any]:
+    """Return what the Docker Engine says of itself; raise DockerUnavailable."""
+    with docker_engine("about itself") as docker:
+        return docker.info()  # type: ignore[no-any-return]
+
+
+def docker_containers() -> list[dict[str, Any]]:
+    """Return what the Docker Engine lists of its containers, running or not; raise DockerUnavailable."""
+    with docker_engine("for its containers") as docker:
+        return docker.containers(all=True)  # type: ignore[no-any-return]
+
+
+def container_pids(ids: Iterable[str]) -> dict[str, int]:
+    """Return the process ids of those of these containers that run.
+
+    Passes over one that the engine does not answer about; raises DockerUnavailable when there are several.
+    """
+    found: dict[str, int] = {}
+    failures = 0
+    for id in ids:
+        try:
+            pid = find(id).pid
+        except NoSuchContainer:  # it has just gone
+            continue
+        except DockerUnavailable:
+            failures += 1
+            if failures > 1:
+                raise
+            continue
+        if pid is not None:
+            found[id] = pid
+    return found
+
+
+@contextmanager
+def docker_engine(what: str, timeout: int = DOCKER_TIMEOUT) -> Iterator[Any]:
+    """Give a client of the Docker Engine, found as its own tools find it, to ask it `what`.
+
+    What it answers with instead becomes NoSuchContainer, or DockerUnavailable.
+    """
+    scheme, _, rest = os.environ.get("DOCKER_HOST", "").partition("://")
+    if rest and scheme.lower() not in ENGINE_SCHEMES:
+        why = f"DOCKER_HOST begins with {scheme}://, and an engine is asked by unix:// or tcp:// only"
+        if scheme.lower() == "ssh":
+            why = "DOCKER_HOST names an engine that ssh leads to, and only containers of this host can be connected"
+        advice = f"Unset it, or set it to this host's engine, which is at {DOCKER_SOCKET} mostly."
+        raise DockerUnavailable(f"Cannot ask Docker {what}: {why}. {advice}")
+    from docker.api.client import APIClient
+    from docker.errors import APIError, DockerException, NotFound
+    from docker.utils import kwargs_from_env
+    from requests.exceptions import RequestException
+
+    try:
+        with APIClient(timeout=timeout, **kwargs_from_env()) as docker:
+            yield docker
+    except APIError as error:
+        # not whatever is not found: somebody else may answer in the engine's place
+        if isinstance(error, NotFound) and "no such container" in str(error.explanation).lower():
+            raise NoSuchContainer(f"No such container: {what.partition(' ')[2]}") from None
+        raise DockerUnavailable(f"Docker refused to be asked {what}: {error.explanation or error}") from None
+    except (DockerException, RequestException, OSError, ValueError) as error:  # the last for an odd DOCKER_HOST
+        where = os.environ.get("DOCKER_HOST") or DOCKER_SOCKET
+        text = str(error)
+        if "@" in where:
+            text = where = without_user(where)  # with a password, perhaps
+        if "Permission denied" in text:
+            hint = f"no permission on {where}; run this as root or as a member of the docker group"
+        elif "Connection refused" in text or "No such file" in text:
+            hint = f"nothing listens at {where}; start Docker, or set DOCKER_HOST"
+            raise DockerNotRunning(f"Cannot ask Docker {what}: {hint}.") from None
+        else:
+            hint = f"what is at {where} does not answer as an engine does ({' '.join(text.split())[:160].rstrip('.')})"
+        raise DockerUnavailable(f"Cannot ask Docker {what}: {hint}.") from None

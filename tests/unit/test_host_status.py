@@ -1,0 +1,157 @@
+"""What `status` tells of an agent's report: one shape, what is wrong worst first, how old it is."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from calicoctl.commands import status as command
+from calicoctl.datastore.keys import EndpointId
+from calicoctl.desired.snapshot import INACTIVE
+from calicoctl.diagnose import host_status
+from calicoctl.errors import CalicoError
+from calicoctl.felix import events, process
+from calicoctl.felix.report import Health, ReportFile, Status
+
+HOST = "host1"
+
+
+@pytest.fixture
+def health(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Health:
+    """A healthy agent, which is this process, on a host of its own."""
+    monkeypatch.setattr(process, "DIRECTORY", tmp_path)
+    monkeypatch.setenv("HOSTNAME", HOST)
+    options = {"log_dir": None, "metrics_port": None, "local_etcd": False}
+    health = Health(HOST, "1", options, frozenset(["/a", "/b"]), first_update=True)
+    for ability in (health.reads, health.watch):
+        ability.succeeded("/a")
+        ability.succeeded("/b")
+    health.writes.succeeded("statuses")
+    (tmp_path / HOST).mkdir()
+    (tmp_path / HOST / "felix.pid").write_text(f"{os.getpid()} {process._started(os.getpid())}\n")
+    return health
+
+
+def write(health: Health) -> None:
+    ReportFile(process.report_file(HOST)).write(health)
+
+
+def shape(value: Any) -> Any:
+    return {name: shape(value[name]) for name in value} if isinstance(value, dict) else None
+
+
+def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[str, str]:
+    """Return what `status` prints, and the sentence that it fails with, empty where it does not."""
+    why = ""
+    try:
+        command.prepare(["status", *arguments])()
+    except CalicoError as error:
+        why = str(error)
+    return capsys.readouterr().out, why
+
+
+def test_the_shape_is_the_same_whatever_runs(health: Health, capsys: pytest.CaptureFixture[str]) -> None:
+    without = json.loads(told(capsys, "--output=json")[0])
+    write(health)
+    there = json.loads(told(capsys, "--output=json")[0])
+    assert {**shape(without), "last_error": None} == {**shape(there), "last_error": None}
+    assert there["report"]["current"] and not without["report"]["current"]
+    (process.report_file(HOST)).write_text(json.dumps({"host": HOST, "resyncs": 3, "etcd": {"reachable": True}}))
+    of_another_version = json.loads(told(capsys, "--output=json")[0])
+    assert shape(of_another_version) == shape(without)
+    assert "another version" in told(capsys)[1]
+
+
+def test_what_is_wrong_comes_worst_first_and_in_ten_lines(health: Health, capsys: pytest.CaptureFixture[str]) -> None:
+    def endpoint(name: str) -> EndpointId:
+        return EndpointId(HOST, "docker", "w", name)
+
+    health.endpoints = {endpoint(f"up{number}"): Status("up", 1, "profile x denies") for number in range(20)}
+    health.endpoints |= {endpoint("stopped"): Status("down", 1, INACTIVE)}
+    health.problems = {"/calico/v1/policy/profile/x/rules": "it is nonsense"}
+    write(health)
+    out, why = told(capsys)
+    assert "Endpoints:  20 up, 1 down (1 of them stopped), 0 in error\n" in out and not why
+    assert "endpoint stopped" not in out and "profile/x/rules" not in out
+    assert "Problems:   21\n" in out and out.count("\n  endpoint up") == 9 and "  … and 12 more" in out
+    health.endpoints |= {endpoint("bad"): Status("error", 1, "no MAC"), endpoint("off"): Status("down", 1, "no link")}
+    health.problems |= {f"/calico/v1/host/{HOST}/workload/docker/w/endpoint/bad": "no MAC"}
+    health.trouble(events.Trouble("there is no iptables", "the host's firewall"))
+    write(health)
+    out, why = told(capsys)
+    assert why == "Not all is well with this host: 1 endpoint is in error."
+    shown = out.partition("Problems:   24\n")[2].splitlines()
+    assert [line.split()[1] for line in shown[:1] + shown[2:4]] == ["bad", "off", "up0"]
+    assert "there is no iptables (since" in shown[1] and len(shown) == 10
+    health.writes.failed("statuses", "etcd is full", "2026-01-01T00:00:00Z")
+    write(health)
+    out, why = told(capsys)
+    assert "etcd cannot be written since 2026-01-01T00:00:00Z: etcd is full" in out and "etcd, and 1 endpoint" in why
+    assert len(json.loads(told(capsys, "--output=json")[0])["issues"]) == 25
+
+
+def test_a_container_is_called_by_its_name(health: Health, capsys: pytest.CaptureFixture[str]) -> None:
+    health.endpoints = {
+        EndpointId(HOST, "docker", "1" * 64, "2" * 32): Status("error", 1, "no MAC", "web"),
+        EndpointId(HOST, "docker", "3" * 64, "4" * 32): Status("down", 1, "no link"),
+        EndpointId(HOST, "namespace", "-run-netns-a", "5" * 32): Status("down", 1, "no link"),
+    }
+    write(health)
+    out, _ = told(capsys)
+    assert out.partition("Problems:   3\n")[2].splitlines() == [
+        f"  endpoint {'2' * 12} of docker web is error: no MAC",
+        f"  endpoint {'4' * 12} of docker {'3' * 12} is down: no link",
+        f"  endpoint {'5' * 12} of namespace -run-netns-a is down: no link",
+    ]
+    first = json.loads(told(capsys, "-o", "json")[0])["endpoints_in_trouble"][0]
+    assert first["workload"] == "1" * 64 and first["workload_name"] == "web" and first["endpoint"] == "2" * 32
+
+
+def test_a_key_is_named_once(health: Health) -> None:
+    health.problems = {"/calico/x": "etcd key /calico/x cannot be understood", "/calico/y": "it has no rules"}
+    write(health)
+    texts = [issue.text for issue in host_status.issues(host_status.read(HOST))]
+    assert texts == ["etcd key /calico/x cannot be understood", "/calico/y: it has no rules"]
+
+
+def test_one_reason_for_all_that_the_store_does_not_do_is_one_line(health: Health) -> None:
+    for ability in (health.reads, health.watch):
+        ability.failed("/a", "no etcd answers", "2026-01-01T00:00:00Z")
+    write(health)
+    (issue,) = host_status.issues(host_status.read(HOST))
+    assert issue.text == "etcd cannot be read or followed since 2026-01-01T00:00:00Z: no etcd answers" and issue.fails
+    health.reads.succeeded("/a")
+    assert health.reads.works and not health.watch.works
+
+
+def test_a_report_that_is_too_old_vouches_for_nothing(
+    health: Health, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(health)
+    clock = host_status.time.clock_gettime
+    monkeypatch.setattr(host_status.time, "clock_gettime", lambda which: clock(which) + 29)
+    out, why = told(capsys)
+    assert "reported 29 s ago" in out and "Problems:   none" in out and not why
+    monkeypatch.setattr(host_status.time, "clock_gettime", lambda which: clock(which) + 31)
+    out, why = told(capsys)
+    assert "has not reported for 31 s" in why and f"kill -9 {os.getpid()}" in why
+    monkeypatch.setattr(host_status.time, "clock_gettime", clock)
+    health.pid += 1  # another process, which has been the agent before
+    write(health)
+    assert "has not reported yet" in told(capsys)[1]
+
+
+def test_the_file_is_written_anew_although_nothing_has_changed(health: Health) -> None:
+    file = ReportFile(process.report_file(HOST))
+    file.write(health)
+    first = process.report_file(HOST).read_text()
+    file.write(health)
+    assert process.report_file(HOST).read_text() == first and not file.is_due
+    file._written_at -= 10
+    assert file.is_due
+    file.write(health)
+    assert process.report_file(HOST).read_text() != first
