@@ -38,21 +38,28 @@ Prepared = Callable[[], None]
 """What a command's `prepare(argv)` returns: all that was typed has been checked, and nothing has been done yet."""
 
 
+class Misfit(UsageError):
+    """Words that do not fit the grammar of a command; its text is what docopt says, which may be nothing."""
+
+    def __init__(self, grammar: str, argv: list[str], why: str) -> None:
+        super().__init__(why)
+        self.grammar = grammar
+        self.argv = argv
+
+
 def grammar_of(command: str) -> str:
     """Return the docstring of a command's module, which is its grammar and its help."""
     return str(importlib.import_module(f"calicoctl.commands.{command}").__doc__)
 
 
 def parse(grammar: str, argv: list[str]) -> dict[str, Any]:
-    """Return what docopt makes of `argv` by a command's docstring; raise UsageError when it does not fit."""
+    """Return what docopt makes of `argv` by a command's docstring; raise Misfit, or UsageError."""
     import docopt
 
     try:
         arguments = dict(docopt.docopt(grammar, argv, help=False))
     except docopt.DocoptExit as error:
-        from calicoctl.cli.suggest import misfit
-
-        raise misfit(grammar, argv, str(error).replace(error.usage.strip(), "").strip()) from None
+        raise Misfit(grammar, argv, str(error).replace(error.usage.strip(), "").strip()) from None
     if "--" in argv:  # what follows may begin with a dash; docopt leaves the mark in the list
         for words in (value for value in arguments.values() if isinstance(value, list) and "--" in value):
             words.remove("--")

@@ -15,7 +15,7 @@ from typing import Any, NoReturn, cast
 
 from calicoctl import __version__, environment, programs, slim
 from calicoctl.errors import CalicoError, Failures, UsageError, printable
-from calicoctl.grammar import COMMANDS, GLOBAL_OPTIONS, Prepared
+from calicoctl.grammar import COMMANDS, GLOBAL_OPTIONS, Misfit, Prepared
 
 USAGE = """Connect containers to a Calico network.
 
@@ -181,7 +181,12 @@ def prepare(argv: list[str]) -> Prepared:
         from calicoctl.cli.help import help_of
 
         return partial(print, help_of(words))
-    prepared = cast(Prepared, importlib.import_module(f"calicoctl.commands.{words[0]}").prepare(argv))
+    try:
+        prepared = cast(Prepared, importlib.import_module(f"calicoctl.commands.{words[0]}").prepare(argv))
+    except Misfit as misfit:
+        from calicoctl.cli.suggest import explained
+
+        raise explained(misfit) from None
     if words[0] not in WITHOUT_SETTINGS:
         environment.complete()
     return prepared

@@ -5,54 +5,14 @@ Loaded only once something does not fit.
 
 from __future__ import annotations
 
-import difflib
 import importlib
-import re
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from calicoctl.cli.usages import Fit, Usage, fits, leaves, positional, usages_of
 from calicoctl.errors import CalicoError, NotRoot, UsageError
-from calicoctl.grammar import COMMANDS, GLOBAL_OPTIONS, grammar_of
-
-SYNONYMS = {
-    "ls": "show",
-    "list": "show",
-    "ps": "show",
-    "get": "show",
-    "describe": "show",
-    "inspect": "show",
-    "rm": "remove",
-    "del": "remove",
-    "delete": "remove",
-    "create": "add",
-    "new": "add",
-    "connect": "add",
-    "disconnect": "remove",
-    "ingress": "inbound",
-    "in": "inbound",
-    "egress": "outbound",
-    "out": "outbound",
-    "rules": "rule",
-    "tags": "tag",
-    "profiles": "profile",
-    "port": "ports",
-    "net": "cidr",
-    "subnet": "cidr",
-    "add": "append",
-    "append": "add",
-    "permit": "allow",
-    "accept": "allow",
-    "drop": "deny",
-    "reject": "deny",
-    "src": "from",
-    "dst": "to",
-    "-v": "--version",
-    "-V": "--version",
-    "-q": "--quiet",
-    "-d": "--debug",
-}
-"""What other tools call what is meant."""
+from calicoctl.grammar import COMMANDS, GLOBAL_OPTIONS, Misfit
+from calicoctl.spelling import SYNONYMS, did_you_mean, nearest
 
 _ELSEWHERE = {
     ("container", "show"): "calicoctl endpoint show --detailed",
@@ -64,25 +24,6 @@ _ELSEWHERE = {
 
 MOST = 2
 """How many whole command lines are suggested."""
-
-
-def nearest(word: str, names: Iterable[str]) -> str | None:
-    """Return which of the names is meant by a word that is none of them, None for no idea."""
-    meant = SYNONYMS.get(word, word)
-    alike = [name for name in sorted(set(names)) if name.startswith("-") == meant.startswith("-")]
-    known = {name.lower().lstrip("-"): name for name in alike}  # dashes would make all options look alike
-    word, meant = (text.lower().lstrip("-") for text in (word, meant))
-    for text in (meant, word):
-        if text in known:
-            return known[text]
-    longer = [name for name in known if len(word) > 1 and name.startswith(word)]
-    close = longer[:1] if len(longer) == 1 else difflib.get_close_matches(word, known, 1, 0.6)
-    return known[close[0]] if close else None
-
-
-def did_you_mean(suggestion: str | None) -> str:
-    """Return the end of a sentence."""
-    return f"; did you mean {suggestion}?" if suggestion else ""
 
 
 def no_command(words: list[str]) -> UsageError:
@@ -100,9 +41,10 @@ def no_command(words: list[str]) -> UsageError:
     return UsageError(f"'{first}' is not a calicoctl {'option' if first.startswith('-') else 'command'}{known}")
 
 
-def misfit(grammar: str, argv: list[str], why: str) -> UsageError:
-    """Return the error for words that do not fit the grammar of a command; `why` is what docopt says, or empty."""
-    usages = usages_of(grammar)
+def explained(misfit: Misfit) -> UsageError:
+    """Return the error for words that do not fit the grammar of a command, with what would."""
+    argv, why = misfit.argv, str(misfit)
+    usages = usages_of(misfit.grammar)
     words = positional(argv, usages)
     reach, found = _reach(usages, words)
     meant = words  # what the user would have typed, by our guess: its usage is shown
@@ -115,15 +57,6 @@ def misfit(grammar: str, argv: list[str], why: str) -> UsageError:
         sentence, meant = _missing(usages, words, found)
     closest = _closest(usages, _reach(usages, meant)[1], meant)
     return UsageError(sentence, f"Usage:\n  {closest.text}")
-
-
-def rule_usage(words: Sequence[str]) -> str:
-    """Return the form of a rule, of those in the help of `profile`, that comes closest to words that are none."""
-    forms = re.findall("^  (ACTION .*)", grammar_of("profile"), re.MULTILINE)
-    form: str = max(forms, key=lambda form: (len(set(re.findall("[a-z0-9]+", form)) & set(words)), -len(form)))
-    form = form.replace("ACTION", "(allow|deny|log)").replace("SIDE", "[tag T] [cidr C]")
-    begin = "Usage:\n  calicoctl profile <PROFILE> rule (add|remove) (inbound|outbound)\n      "
-    return begin + re.sub(r" \[(from|to) ", r"\n      [\1 ", form)
 
 
 def _reach(usages: list[Usage], words: list[str]) -> tuple[int, list[Fit]]:

@@ -368,7 +368,19 @@ def _port(name: str, text: str | None) -> int | None:
 def _parse_rule(words: list[str], is_new: bool) -> Rule:
     from calicoctl.policy.rules import parse as parse_rule
 
-    return parse_rule(words, is_new)
+    try:
+        return parse_rule(words, is_new)
+    except UsageError as error:
+        raise UsageError(str(error), _rule_usage(words)) from None
+
+
+def _rule_usage(words: list[str]) -> str:
+    """Return the form of a rule, of those in the help of `profile`, that comes closest to words that are none."""
+    forms = re.findall("^  (ACTION .*)", str(__doc__), re.MULTILINE)
+    form: str = max(forms, key=lambda form: (len(set(re.findall("[a-z0-9]+", form)) & set(words)), -len(form)))
+    form = form.replace("ACTION", "(allow|deny|log)").replace("SIDE", "[tag T] [cidr C]")
+    begin = "Usage:\n  calicoctl profile <PROFILE> rule (add|remove) (inbound|outbound)\n      "
+    return begin + re.sub(r" \[(from|to) ", r"\n      [\1 ", form)
 
 
 def _position(text: str) -> int:

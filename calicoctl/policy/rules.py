@@ -72,15 +72,6 @@ def parse(words: Sequence[str], is_new: bool = True) -> Rule:
     One that is there, and not new, may name tags that none of ours could be called, and match no packet.
     Raises UsageError for words that are out of place, CalicoError for values that are not allowed.
     """
-    try:
-        return _parse(words, is_new)
-    except UsageError as error:
-        from calicoctl.cli.suggest import rule_usage
-
-        raise UsageError(str(error), rule_usage(words)) from None
-
-
-def _parse(words: Sequence[str], is_new: bool) -> Rule:
     if len(words) == 1 and words[0].startswith("{"):
         try:
             return check_rule(json.loads(words[0]), must_match=is_new)
@@ -89,7 +80,7 @@ def _parse(words: Sequence[str], is_new: bool) -> Rule:
     left = deque(words)
     action = left.popleft() if left else ""
     if action not in ACTIONS:
-        from calicoctl.cli.suggest import did_you_mean, nearest
+        from calicoctl.spelling import did_you_mean, nearest
 
         meant = did_you_mean(repr(near)) if (near := nearest(action, ACTIONS)) else ""
         raise UsageError(f"a rule begins with 'allow', 'deny' or 'log', not '{action}'{meant}")
@@ -145,7 +136,7 @@ def _out_of_place(rule: Rule, word: str) -> str:
         return "an ICMP code needs an ICMP type before it: 'type N code N'"
     if word == "type":
         return "'type' goes with icmp and icmpv6, directly behind that word"
-    from calicoctl.cli.suggest import did_you_mean, nearest
+    from calicoctl.spelling import did_you_mean, nearest
 
     near = None if word in KEYWORDS else nearest(word, KEYWORDS)
     return f"'{word}' is out of place in a rule{did_you_mean(repr(near)) if near else ', or there twice'}"

@@ -1,0 +1,64 @@
+"""Which of some words is meant by one that is none of them: "did you mean …". Loaded once something does not fit."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+SYNONYMS = {
+    "ls": "show",
+    "list": "show",
+    "ps": "show",
+    "get": "show",
+    "describe": "show",
+    "inspect": "show",
+    "rm": "remove",
+    "del": "remove",
+    "delete": "remove",
+    "create": "add",
+    "new": "add",
+    "connect": "add",
+    "disconnect": "remove",
+    "ingress": "inbound",
+    "in": "inbound",
+    "egress": "outbound",
+    "out": "outbound",
+    "rules": "rule",
+    "tags": "tag",
+    "profiles": "profile",
+    "port": "ports",
+    "net": "cidr",
+    "subnet": "cidr",
+    "add": "append",
+    "append": "add",
+    "permit": "allow",
+    "accept": "allow",
+    "drop": "deny",
+    "reject": "deny",
+    "src": "from",
+    "dst": "to",
+    "-v": "--version",
+    "-V": "--version",
+    "-q": "--quiet",
+    "-d": "--debug",
+}
+"""What other tools call what is meant."""
+
+
+def nearest(word: str, names: Iterable[str]) -> str | None:
+    """Return which of the names is meant by a word that is none of them, None for no idea."""
+    meant = SYNONYMS.get(word, word)
+    alike = [name for name in sorted(set(names)) if name.startswith("-") == meant.startswith("-")]
+    known = {name.lower().lstrip("-"): name for name in alike}  # dashes would make all options look alike
+    word, meant = (text.lower().lstrip("-") for text in (word, meant))
+    for text in (meant, word):
+        if text in known:
+            return known[text]
+    longer = [name for name in known if len(word) > 1 and name.startswith(word)]
+    close = longer[:1] if len(longer) == 1 else difflib.get_close_matches(word, known, 1, 0.6)
+    return known[close[0]] if close else None
+
+
+def did_you_mean(suggestion: str | None) -> str:
+    """Return the end of a sentence."""
+    return f"; did you mean {suggestion}?" if suggestion else ""
