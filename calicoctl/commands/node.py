@@ -342,7 +342,7 @@ def _remove(other: str | None, remove_endpoints: bool, force: bool) -> None:
             from calicoctl.felix.removal import remove_all
 
             stopped = process.stop(host)
-            remove_all(host)
+            remove_all(host, warn)
         registered = datastore.is_registered()
         datastore.unregister_host()
     if this_one:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable
 
-from calicoctl import netlink
+from calicoctl import engine, netlink
 from calicoctl.datastore.client import DatastoreClient, hostname
 from calicoctl.errors import CalicoError, DockerUnavailable
 from calicoctl.felix import process
@@ -28,7 +28,6 @@ from calicoctl.felix.dataplane import docker_firewall
 from calicoctl.felix.dataplane.nft import Nft
 from calicoctl.felix.local_etcd import LocalEtcd
 from calicoctl.workloads import host_network
-from calicoctl.workloads.workload import docker_info
 
 _CLONE_NEWNET = 0x40000000
 MODULES = ("veth", "nf_tables", "nf_conntrack", "nft_ct", "nft_nat", "nft_masq")
@@ -242,7 +241,7 @@ def _version(command: str) -> str | None:
 def _docker(libnetwork: bool) -> Check:
     advice = "start Docker, or set DOCKER_HOST; network namespaces can be connected without it"
     try:
-        version = str(docker_info()["ServerVersion"])
+        version = str(engine.info()["ServerVersion"])
     except (DockerUnavailable, KeyError) as error:
         return Check("Docker Engine", False, str(error), libnetwork, advice)
     numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:2])

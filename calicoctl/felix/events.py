@@ -17,14 +17,13 @@ from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
-from calicoctl import netlink
+from calicoctl import engine, netlink
 from calicoctl.datastore.store import Change, Entry
 from calicoctl.errors import CalicoError, HistoryLost, is_shortage
 from calicoctl.felix import shortage
 from calicoctl.felix.dataplane.nft import TableEvents, own_ports
 from calicoctl.felix.dataplane.routes import PROTOCOL, Link
 from calicoctl.felix.heartbeat import now
-from calicoctl.workloads.workload import docker_containers, docker_engine, engine_may_be_there
 
 if TYPE_CHECKING:
     from calicoctl.datastore.client import DatastoreClient
@@ -352,7 +351,7 @@ class EngineEvents(_Source):
         away = False
         while True:
             try:
-                with docker_engine("for its events") as docker:
+                with engine.client("for its events") as docker:
                     # from a moment ago, so that nothing falls between events and list
                     changes = docker.events(since=int(time.time()) - 1, filters=_CONTAINER_CHANGES, decode=True)
                     self._events.put(EngineListed(_listed(docker.containers(all=True))))
@@ -366,7 +365,7 @@ class EngineEvents(_Source):
                 self._events.put(EngineAway(why))
             away = True
             time.sleep(ENGINE_PAUSE)
-            while not engine_may_be_there():  # many hosts have none
+            while not engine.may_be_there():  # many hosts have none
                 time.sleep(ENGINE_PAUSE)
 
 
@@ -380,7 +379,7 @@ def container_changed(change: dict[str, Any]) -> ContainerChanged:
 
 def list_containers() -> dict[str, Container]:
     """Return the engine's containers, by id; raise DockerUnavailable."""
-    return _listed(docker_containers())
+    return _listed(engine.containers())
 
 
 def _listed(containers: list[dict[str, Any]]) -> dict[str, Container]:

@@ -5,6 +5,9 @@ Interfaces belong to the endpoints, and have gone with them; one that is left, i
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from calicoctl import engine
 from calicoctl.errors import DockerUnavailable
 from calicoctl.felix import process
 from calicoctl.felix.dataplane import docker_firewall, sysctls
@@ -12,21 +15,21 @@ from calicoctl.felix.dataplane.nft import Nft
 from calicoctl.felix.dataplane.routes import PREFIX, Routes
 from calicoctl.felix.dataplane.ruleset import remove_commands
 from calicoctl.felix.events import link_of
-from calicoctl.output import warn
 
 
-def remove_all(host: str) -> None:
+def remove_all(host: str, warn: Callable[[str], None]) -> None:
     """Remove routes, neighbours, firewall rules and tables, and put settings back; the agent must not run.
 
-    The tables go last, so that nothing is forwarded that they would have dropped. Raises CalicoError.
+    The tables go last, so that nothing is forwarded that they would have dropped. `warn` takes a sentence about what
+    has to stay. Raises CalicoError.
     """
     with process.none_starts(host):
-        _remove_from_kernel(host)
+        _remove_from_kernel(host, warn)
         for file in process.files(host):
             file.unlink(missing_ok=True)
 
 
-def _remove_from_kernel(host: str) -> None:
+def _remove_from_kernel(host: str, warn: Callable[[str], None]) -> None:
     from pyroute2.iproute.linux import IPRoute
 
     with IPRoute() as netlink:
@@ -38,15 +41,15 @@ def _remove_from_kernel(host: str) -> None:
     for link in links:
         sysctls.reset_interface(link.name)
     docker_firewall.remove()
-    sysctls.HostSettings(process.settings_file(host)).restore(lambda path: True, _needed_by_engine())
+    sysctls.HostSettings(process.settings_file(host)).restore(lambda path: True, _needed_by_engine(warn))
     Nft().run(remove_commands())
 
 
-def _needed_by_engine() -> set[str]:
+def _needed_by_engine(warn: Callable[[str], None]) -> set[str]:
     """Return the settings that a Docker Engine here needs, or may need."""
     settings = {sysctls.IPV4_FORWARDING: False, sysctls.IPV6_FORWARDING: True}
     try:
-        return {path for path, ipv6 in settings.items() if docker_firewall.engine_forwards(ipv6)}
+        return {path for path, ipv6 in settings.items() if engine.forwards(ipv6)}
     except DockerUnavailable as error:
         warn(f"Warning: {error} The host goes on forwarding, which that engine may need.")
         return set(settings)

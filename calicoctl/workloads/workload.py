@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from calicoctl import engine
 from calicoctl.addresses import parse_address
 from calicoctl.errors import (
     CalicoError,
-    DockerNotRunning,
     DockerUnavailable,
     NamespaceError,
     NoSuchContainer,
     NotThere,
-    without_user,
 )
 from calicoctl.workloads import locks
 
@@ -33,14 +32,6 @@ NAMESPACE = "namespace"
 
 _RUN, _VAR_RUN = "/run/", "/var/run/"
 """Two names of one directory on most hosts; `ip netns` uses either in its messages."""
-
-DOCKER_SOCKET = "unix:///var/run/docker.sock"
-
-ENGINE_SCHEMES = ("unix", "http+unix", "tcp", "http", "https")
-"""What a DOCKER_HOST with a scheme may begin with. Source: docker.utils.parse_host."""
-
-DOCKER_TIMEOUT = 20
-"""Seconds to wait for an answer of the Docker Engine."""
 
 
 @dataclass(frozen=True)
@@ -329,7 +320,7 @@ def _name_of(id: str) -> str:
 def _inspect(name: str) -> dict[str, Any]:
     """Ask the Docker Engine about a container; raise NoSuchContainer, or DockerUnavailable."""
     try:
-        with docker_engine(f"about {name}") as docker:
+        with engine.client(f"about {name}") as docker:
             return docker.inspect_container(name)  # type: ignore[no-any-return]
     except (NoSuchContainer, DockerUnavailable) as error:
         path = f"/var/run/netns/{name}"
@@ -356,24 +347,6 @@ def has_processes(id: str) -> bool:
     return False
 
 
-def engine_may_be_there() -> bool:
-    """Tell whether it may make sense to ask the Docker Engine: a socket that does not exist takes no asking."""
-    where = os.environ.get("DOCKER_HOST") or DOCKER_SOCKET
-    return not where.startswith("unix://") or os.path.exists(where[len("unix://") :])
-
-
-def docker_info() -> dict[str, Any]:
-    """Return what the Docker Engine says of itself; raise DockerUnavailable."""
-    with docker_engine("about itself") as docker:
-        return docker.info()  # type: ignore[no-any-return]
-
-
-def docker_containers() -> list[dict[str, Any]]:
-    """Return what the Docker Engine lists of its containers, running or not; raise DockerUnavailable."""
-    with docker_engine("for its containers") as docker:
-        return docker.containers(all=True)  # type: ignore[no-any-return]
-
-
 def container_pids(ids: Iterable[str]) -> dict[str, int]:
     """Return the process ids of those of these containers that run.
 
@@ -394,44 +367,3 @@ def container_pids(ids: Iterable[str]) -> dict[str, int]:
         if pid is not None:
             found[id] = pid
     return found
-
-
-@contextmanager
-def docker_engine(what: str, timeout: int = DOCKER_TIMEOUT) -> Iterator[Any]:
-    """Give a client of the Docker Engine, found as its own tools find it, to ask it `what`.
-
-    What it answers with instead becomes NoSuchContainer, or DockerUnavailable.
-    """
-    scheme, _, rest = os.environ.get("DOCKER_HOST", "").partition("://")
-    if rest and scheme.lower() not in ENGINE_SCHEMES:
-        why = f"DOCKER_HOST begins with {scheme}://, and an engine is asked by unix:// or tcp:// only"
-        if scheme.lower() == "ssh":
-            why = "DOCKER_HOST names an engine that ssh leads to, and only containers of this host can be connected"
-        advice = f"Unset it, or set it to this host's engine, which is at {DOCKER_SOCKET} mostly."
-        raise DockerUnavailable(f"Cannot ask Docker {what}: {why}. {advice}")
-    from docker.api.client import APIClient
-    from docker.errors import APIError, DockerException, NotFound
-    from docker.utils import kwargs_from_env
-    from requests.exceptions import RequestException
-
-    try:
-        with APIClient(timeout=timeout, **kwargs_from_env()) as docker:
-            yield docker
-    except APIError as error:
-        # not whatever is not found: somebody else may answer in the engine's place
-        if isinstance(error, NotFound) and "no such container" in str(error.explanation).lower():
-            raise NoSuchContainer(f"No such container: {what.partition(' ')[2]}") from None
-        raise DockerUnavailable(f"Docker refused to be asked {what}: {error.explanation or error}") from None
-    except (DockerException, RequestException, OSError, ValueError) as error:  # the last for an odd DOCKER_HOST
-        where = os.environ.get("DOCKER_HOST") or DOCKER_SOCKET
-        text = str(error)
-        if "@" in where:
-            text = where = without_user(where)  # with a password, perhaps
-        if "Permission denied" in text:
-            hint = f"no permission on {where}; run this as root or as a member of the docker group"
-        elif "Connection refused" in text or "No such file" in text:
-            hint = f"nothing listens at {where}; start Docker, or set DOCKER_HOST"
-            raise DockerNotRunning(f"Cannot ask Docker {what}: {hint}.") from None
-        else:
-            hint = f"what is at {where} does not answer as an engine does ({' '.join(text.split())[:160].rstrip('.')})"
-        raise DockerUnavailable(f"Cannot ask Docker {what}: {hint}.") from None

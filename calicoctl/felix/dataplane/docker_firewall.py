@@ -17,9 +17,8 @@ from collections import defaultdict
 from contextlib import suppress
 from pathlib import Path
 
-from calicoctl.errors import CalicoError, DockerNotRunning
+from calicoctl.errors import CalicoError
 from calicoctl.felix.dataplane.nft import Nft, NftError
-from calicoctl.workloads.workload import docker_engine
 
 COMMANDS = ("iptables", "ip6tables")
 
@@ -230,17 +229,3 @@ def _run(*command: str) -> str:
         why = " ".join(done.stderr.split())[:200] or f"it ends with status {done.returncode}"
         raise CalicoError(f"'{' '.join(command)}' failed: {why}")
     return done.stdout
-
-
-def engine_forwards(ipv6: bool) -> bool:
-    """Tell whether a Docker Engine runs here that forwards for networks of its own.
-
-    Raises DockerUnavailable where there is one that does not say.
-    """
-    try:
-        with docker_engine("for its networks", timeout=5) as docker:
-            networks = docker.networks()
-    except DockerNotRunning:
-        return False
-    of_its_own = [network for network in networks if network.get("Driver") not in ("host", "null")]
-    return any(network.get("EnableIPv6") for network in of_its_own) if ipv6 else bool(of_its_own)

@@ -12,8 +12,8 @@ import socket
 from collections.abc import Callable, Collection
 from pathlib import Path
 
+from calicoctl import engine
 from calicoctl.errors import CalicoError, is_shortage
-from calicoctl.felix.dataplane.docker_firewall import engine_forwards
 
 ROOT = Path("/proc/sys/net")
 
@@ -110,7 +110,7 @@ class HostSettings:
         self._switch_on(IPV4_FORWARDING)
         if not ipv6:
             if IPV6_FORWARDING in self._found:
-                needed = {IPV6_FORWARDING} if engine_forwards(ipv6=True) else set()
+                needed = {IPV6_FORWARDING} if engine.forwards(ipv6=True) else set()
                 self.restore(lambda path: path.startswith("ipv6/"), needed)
         elif read(IPV6_FORWARDING) != "1" or IPV6_FORWARDING in self._found:
             # a host that forwards ignores router advertisements but where this is 2; interfaces come later, too
