@@ -15,6 +15,7 @@ from typing import Callable
 from calicoctl import environment
 from calicoctl.cli.usages import Usage, fits, positional, usages_of
 from calicoctl.datastore.client import DatastoreClient
+from calicoctl.datastore.config import Setting, settings_of
 from calicoctl.errors import CalicoError
 from calicoctl.grammar import COMMANDS, FORMATS, GLOBAL_OPTIONS, grammar_of
 
@@ -105,11 +106,11 @@ def _values(name: str, words: list[str], partial: str) -> list[str]:
 
 
 def _containers(words: list[str]) -> list[str]:
-    from calicoctl.workloads.workload import docker_containers
+    from calicoctl import engine
 
     found = [f"/var/run/netns/{path.name}" for path in Path("/var/run/netns").glob("*")]
     with suppress(CalicoError, OutOfTime):  # a host may have no Docker
-        found += [name.lstrip("/") for container in docker_containers() for name in container.get("Names") or ()]
+        found += [name.lstrip("/") for container in engine.containers() for name in container.get("Names") or ()]
     return found
 
 
@@ -170,16 +171,16 @@ def _rule_words(words: list[str]) -> list[str]:
 
 
 def _setting_values(words: list[str]) -> list[str]:
-    from calicoctl.commands.config import known
-
-    setting = known("node" in words, "felix" in words).get(words[-1])
+    setting = _settings_of(words).get(words[-1])
     return list(setting.values or ()) if setting is not None else []
 
 
 def _settings(words: list[str]) -> list[str]:
-    from calicoctl.commands.config import known
+    return list(_settings_of(words))
 
-    return list(known("node" in words, "felix" in words))
+
+def _settings_of(words: list[str]) -> dict[str, Setting]:
+    return settings_of("felix" if "felix" in words else "bgp", "node" in words)
 
 
 def _fixed(*values: str) -> Callable[[list[str]], list[str]]:

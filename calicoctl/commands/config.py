@@ -48,74 +48,25 @@ Examples:
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from calicoctl.datastore import keys
-from calicoctl.datastore.client import DEFAULT_CONFIG, DatastoreClient
+from calicoctl.datastore.client import DatastoreClient
+from calicoctl.datastore.config import RESERVED, Setting, settings_of
 from calicoctl.errors import CalicoError, NotThere, about, printable
 from calicoctl.grammar import Prepared, parse
 from calicoctl.output import print_json, wants_json
-
-LEVELS = ("none", "debug", "info", "warning", "error", "critical")
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A setting's name in etcd, its values, None for any text, and what holds where it is not set.
-
-    One with a `largest` is a whole number from 0 to that.
-    """
-
-    name: str
-    values: tuple[str, ...] | None = None
-    default: str | None = None
-    largest: int | None = None
-
-    def check(self, value: str) -> None:
-        """Raise CalicoError for a value that is not allowed."""
-        allowed = None
-        if self.largest is not None:
-            if not re.fullmatch("[0-9]{1,9}", value, re.ASCII) or int(value) > self.largest:
-                allowed = f"a whole number from 0 to {self.largest}"
-        elif self.values is not None and value not in self.values:
-            allowed = f"one of {', '.join(self.values)}"
-        if allowed is not None:
-            raise CalicoError(f"it must be {allowed}")
-
-
-FELIX = {
-    "loglevel": Setting("LogSeverityScreen", LEVELS, DEFAULT_CONFIG["LogSeverityScreen"]),
-    "LogSeverityScreen": Setting("LogSeverityScreen", LEVELS, DEFAULT_CONFIG["LogSeverityScreen"]),
-    "LogSeverityFile": Setting("LogSeverityFile", LEVELS, DEFAULT_CONFIG["LogSeverityFile"]),
-    "LogFilePath": Setting("LogFilePath", None, DEFAULT_CONFIG["LogFilePath"]),
-    "InterfacePrefix": Setting("InterfacePrefix", ("cali",), DEFAULT_CONFIG["InterfacePrefix"]),
-    "GraceTime": Setting("GraceTime", None, "60", largest=86400),
-    "IpInIpEnabled": Setting("IpInIpEnabled", ("true", "false"), DEFAULT_CONFIG["IpInIpEnabled"]),
-}
-NODE_FELIX = {
-    "DefaultEndpointToHostAction": Setting("DefaultEndpointToHostAction", ("RETURN", "DROP", "ACCEPT"), "RETURN")
-}
-RESERVED = ("marker", "as_num", "node_mesh", "peer_v4", "peer_v6", "ip_addr_v4", "ip_addr_v6")
-"""What stands beside the settings in etcd, and other commands write."""
-
-BGP = {"loglevel": Setting("loglevel", ("none", "debug", "info"), "none")}
-
-
-def known(of_node: bool, felix: bool) -> dict[str, Setting]:
-    """Return the settings of host agents, or of routing daemons; of this host, or of all."""
-    return (NODE_FELIX if of_node else FELIX) if felix else BGP
 
 
 def prepare(argv: list[str]) -> Prepared:
     arguments = parse(str(__doc__), argv)
     name, value, force = arguments["<NAME>"], arguments["<VALUE>"], arguments["--force"]
-    settings = known(arguments["node"], arguments["felix"])
+    settings = settings_of("felix" if arguments["felix"] else "bgp", arguments["node"])
     setting = settings.get(name)
     if setting is None:
         if not force:
-            from calicoctl.cli.suggest import did_you_mean, nearest
+            from calicoctl.spelling import did_you_mean, nearest
 
             near = nearest(name, settings)
             raise CalicoError(

@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Callable
 
 from calicoctl.addresses import version_of
-from calicoctl.datastore import keys
+from calicoctl.datastore import config, keys
 from calicoctl.datastore.keys import EndpointId
 from calicoctl.datastore.model import Endpoint, Peer, Pool, Rules, load_object, load_strings
 from calicoctl.datastore.store import (
@@ -38,13 +38,6 @@ if TYPE_CHECKING:
 
 DEFAULT_AS_NUMBER = "64511"
 DEFAULT_POOLS = {4: "192.168.0.0/16", 6: "fd80:24e2:f998:72d6::/64"}
-DEFAULT_CONFIG = {
-    "InterfacePrefix": "cali",
-    "LogSeverityFile": "none",
-    "LogSeverityScreen": "info",
-    "LogFilePath": "none",
-    "IpInIpEnabled": "false",
-}
 
 
 def hostname() -> str:
@@ -160,8 +153,8 @@ class DatastoreClient:
 
     def register_host(self, ipv4: str | None, ipv6: str | None, as_num: str | None) -> None:
         """Write the global configuration where it is missing, and this host's keys as given; the marker comes last."""
-        for name, value in DEFAULT_CONFIG.items():
-            create_if_missing(self._store, keys.config(name), value)
+        for setting in config.WRITTEN:
+            create_if_missing(self._store, keys.config(setting.name), str(setting.default))
         create_if_missing(self._store, keys.BGP_AS_NUM, DEFAULT_AS_NUMBER)
         create_if_missing(self._store, keys.BGP_NODE_MESH, json.dumps({"enabled": True}))
         for version, cidr in DEFAULT_POOLS.items():
@@ -169,7 +162,8 @@ class DatastoreClient:
                 create_if_missing(self._store, keys.pool(version, cidr), Pool(cidr).to_json())
         set_value(self._store, keys.READY, "true")
         set_value(self._store, keys.host_bird_ip(self.host), ipv4 or "")
-        create_if_missing(self._store, keys.host_config(self.host, "DefaultEndpointToHostAction"), "RETURN")
+        action = config.HOST_ACTION
+        create_if_missing(self._store, keys.host_config(self.host, action.name), str(action.default))
         set_value(self._store, keys.bgp_host_address(self.host, 4), ipv4 or "")
         set_value(self._store, keys.bgp_host_address(self.host, 6), ipv6 or "")
         set_value(self._store, keys.bgp_host_as_num(self.host), as_num)
@@ -230,7 +224,7 @@ class DatastoreClient:
         """
         version = version_of(pool.cidr)
         if pool.ipip:
-            set_value(self._store, keys.config("IpInIpEnabled"), "true")
+            set_value(self._store, keys.config(config.IPIP.name), "true")
         # an old tool, or a person, may have called its key something else
         key = next(
             (entry.key for entry, other in self._pool_entries(version)[0] if other.cidr == pool.cidr),

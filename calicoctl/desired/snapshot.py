@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Callable
 
-from calicoctl.datastore import keys
+from calicoctl.datastore import config, keys
 from calicoctl.datastore.keys import EndpointId
 from calicoctl.datastore.model import Endpoint, Pool, Rules, load_strings
 from calicoctl.datastore.reserved import HostNetwork, Reserved
@@ -25,9 +25,8 @@ from calicoctl.policy.verdict import readable
 
 INACTIVE = "it is inactive"
 
-GRACE_TIME = 60
-
-HOST_ACTIONS = ("RETURN", "DROP", "ACCEPT")
+GRACE_TIME = int(config.GRACE_TIME.default or 0)
+"""Seconds, where the setting says nothing else."""
 
 _INTERFACE = re.compile(r"cali[A-Za-z0-9_.-]{1,11}", re.ASCII)
 
@@ -206,14 +205,14 @@ class Snapshot:
                 return self._set_endpoint
             if keys.parse_host_bird_ip(key) is not None:
                 return self._set_address
-            return self._set_setting if key == keys.host_config(self.host, "DefaultEndpointToHostAction") else None
+            return self._set_setting if key == keys.host_config(self.host, config.HOST_ACTION.name) else None
         if key.startswith(keys.BGP_HOSTS + "/"):
             return self._set_address if keys.parse_bgp_host_address(key) is not None else None
         if key.startswith(keys.PROFILES + "/"):
             return self._set_profile if keys.parse_profile(key) is not None else None
         if key.startswith((keys.pools(4) + "/", keys.pools(6) + "/")):
             return self._set_pool
-        settings = (keys.READY, keys.config("LogSeverityScreen"), keys.config("GraceTime"))
+        settings = (keys.READY, keys.config(config.LOG_LEVEL.name), keys.config(config.GRACE_TIME.name))
         return self._set_setting if key in settings else None
 
     def _set_endpoint(self, key: str, entry: Entry | None) -> None:
@@ -268,19 +267,19 @@ class Snapshot:
         self.dirty.settings = True
         if key == keys.READY:
             self.ready = value == "true"
-        elif key == keys.config("LogSeverityScreen"):
-            self.log_level = (value or "info").lower()
-        elif key == keys.config("GraceTime"):
+        elif key == keys.config(config.LOG_LEVEL.name):
+            self.log_level = (value or str(config.LOG_LEVEL.default)).lower()
+        elif key == keys.config(config.GRACE_TIME.name):
             self.grace_time = GRACE_TIME
             if value and not re.fullmatch("[0-9]{1,9}", value, re.ASCII):
                 raise CalicoError(f"'{value}' is no number of seconds; {GRACE_TIME} is used")
             self.grace_time = int(value or GRACE_TIME)
         else:
             # a word that is not known closes rather than opens
-            self.host_action = (value or "RETURN").upper()
-            if self.host_action not in HOST_ACTIONS:
+            self.host_action = (value or str(config.HOST_ACTION.default)).upper()
+            if self.host_action not in (config.HOST_ACTION.values or ()):
                 self.host_action = "DROP"
-                raise CalicoError(f"'{value}' is none of {', '.join(HOST_ACTIONS)}; DROP is used")
+                raise CalicoError(f"'{value}' is none of {', '.join(config.HOST_ACTION.values or ())}; DROP is used")
 
     def _set_address(self, key: str, entry: Entry | None) -> None:
         """Take in an address that a host is registered with, this one's among them."""

@@ -21,14 +21,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Callable
 
-from calicoctl import __version__
-from calicoctl.datastore import keys
-from calicoctl.datastore.client import DEFAULT_CONFIG, DatastoreClient, hostname
+from calicoctl import __version__, engine
+from calicoctl.datastore import config, keys
+from calicoctl.datastore.client import DatastoreClient, hostname
 from calicoctl.datastore.model import Endpoint, Peer, Pool, Rule
 from calicoctl.datastore.store import Entry
 from calicoctl.diagnose import checks, host_status
 from calicoctl.errors import CalicoError, without_user
-from calicoctl.workloads.workload import docker_containers, docker_info
 
 Source = Callable[[], str]
 
@@ -78,8 +77,10 @@ _JSON_KEYS = re.compile(
 """Keys that hold such values."""
 
 _PLAIN = {
-    *("Ready", "GraceTime", "DefaultEndpointToHostAction", "marker", "loglevel", "bird_ip", "ip_addr_v4", "ip_addr_v6"),
-    *("as_num", *DEFAULT_CONFIG),
+    *("Ready", "marker", "bird_ip", "ip_addr_v4", "ip_addr_v6", "as_num"),
+    *config.FELIX,
+    *config.NODE_FELIX,
+    *config.BGP,
 }
 """Keys with plain values that are the data model's."""
 
@@ -232,12 +233,12 @@ def _known_fields(value: Any, objects: bool = False) -> Any:
 
 
 def _docker() -> str:
-    info = docker_info()
+    info = engine.info()
     told: dict[str, Any] = {name: info.get(name) for name in _DOCKER_INFO}
     told["Containers"] = [
         {name: container.get(name) for name in _CONTAINER}
         | {"NetworkMode": (container.get("HostConfig") or {}).get("NetworkMode")}
-        for container in docker_containers()
+        for container in engine.containers()
     ]
     return json.dumps(told, indent=1)
 
