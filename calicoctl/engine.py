@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from calicoctl.errors import DockerNotRunning, DockerUnavailable, NoSuchContainer, without_user
+from calicoctl.errors import DockerNotRunning, DockerUnavailable, NoSuchContainer, redact_userinfo
 
 SOCKET = "unix:///var/run/docker.sock"
 
@@ -80,7 +80,7 @@ def client(what: str, timeout: int = TIMEOUT) -> Iterator[Any]:
         where = os.environ.get("DOCKER_HOST") or SOCKET
         text = str(error)
         if "@" in where:
-            text = where = without_user(where)  # with a password, perhaps
+            text = where = redact_userinfo(where)  # with a password, perhaps
         if "Permission denied" in text:
             hint = f"no permission on {where}; run this as root or as a member of the docker group"
         elif "Connection refused" in text or "No such file" in text:

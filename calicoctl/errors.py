@@ -36,7 +36,7 @@ def one_line(text: str) -> str:
     return printable(text).replace("\n", "\\n")
 
 
-def without_user(text: str) -> str:
+def redact_userinfo(text: str) -> str:
     """Return an address without what stands before an @, a password perhaps: messages end in logs."""
     return "…@" + text.rpartition("@")[2] if "@" in text else text
 
@@ -104,7 +104,7 @@ def for_each(things: Iterable[T], act: Callable[[T], None]) -> None:
         raise Failures(errors)
 
 
-class NotThere(CalicoError):
+class NotFound(CalicoError):
     """What was to be removed, shown or changed does not exist."""
 
 
@@ -129,7 +129,7 @@ class StoreUnavailable(StoreError):
     """No member of the store answered."""
 
 
-class HistoryLost(StoreError):
+class WatchExpired(StoreError):
     """A watch cannot tell all changes any more, such as those the store does not remember: read all anew."""
 
 
@@ -161,7 +161,7 @@ class DockerNotRunning(DockerUnavailable):
     """Nothing listens where the Docker Engine would."""
 
 
-class NoSuchContainer(NotThere):
+class NoSuchContainer(NotFound):
     """The Docker Engine knows no container of that name."""
 
 

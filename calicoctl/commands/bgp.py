@@ -35,7 +35,7 @@ from calicoctl.addresses import check_unicast, parse_address, parse_as_number
 from calicoctl.datastore import keys
 from calicoctl.datastore.client import DEFAULT_AS_NUMBER, DatastoreClient, hostname
 from calicoctl.datastore.model import Peer
-from calicoctl.errors import NotThere, printable
+from calicoctl.errors import NotFound, printable
 from calicoctl.grammar import Prepared, parse
 from calicoctl.output import print_json, print_table, wants_json, warn
 
@@ -73,7 +73,7 @@ def _remove_peer(name: str, of_this_host: bool) -> None:
         name = str(parse_address(name))
         found = datastore.bgp_peer_keys(name, host)
     if not found:
-        raise NotThere(f"There is no BGP peer {name}{f' of host {host}' if host else ''}.")
+        raise NotFound(f"There is no BGP peer {name}{f' of host {host}' if host else ''}.")
     for key in found:
         datastore.unset(key)
     print(f"Removed BGP peer {printable(name)}")

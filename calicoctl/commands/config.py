@@ -54,7 +54,7 @@ from typing import Any
 from calicoctl.datastore import keys
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.config import RESERVED, Setting, settings_of
-from calicoctl.errors import CalicoError, NotThere, about, printable
+from calicoctl.errors import CalicoError, NotFound, about, printable
 from calicoctl.grammar import Prepared, parse
 from calicoctl.output import print_json, wants_json
 
@@ -92,7 +92,7 @@ def _config(setting: Setting, arguments: dict[str, Any]) -> None:
         key = keys.bgp_setting(setting.name, datastore.host if of_node else None)
     if arguments["--remove"]:
         if not datastore.unset(key):
-            raise NotThere(f"{name} is not set.")
+            raise NotFound(f"{name} is not set.")
     elif value is not None:
         datastore.set(key, value)
     now = datastore.setting(key)
@@ -103,7 +103,7 @@ def _config(setting: Setting, arguments: dict[str, Any]) -> None:
     elif now is not None:
         print(printable(now))
     if now is None and not arguments["--remove"]:
-        raise NotThere(f"{name} is not set.")
+        raise NotFound(f"{name} is not set.")
 
 
 def _checked_name(name: str) -> str:

@@ -220,7 +220,7 @@ def _profile(arguments: dict[str, Any], profiles: list[str]) -> None:
 
 
 def _endpoints(datastore: DatastoreClient, name: str) -> list[Endpoint]:
-    """Return the endpoints of what the user calls `name`; raise NotThere when it has none."""
+    """Return the endpoints of what the user calls `name`; raise NotFound when it has none."""
     workload = find_connected(name, datastore)
     endpoints = sorted(endpoints_of(datastore, workload), key=display_order)
     for endpoint in endpoints:

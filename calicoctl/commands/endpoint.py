@@ -51,7 +51,7 @@ from calicoctl.addresses import host_net
 from calicoctl.datastore import keys
 from calicoctl.datastore.client import DatastoreClient, check_hostname
 from calicoctl.datastore.model import Endpoint
-from calicoctl.errors import CalicoError, NotThere, UsageError, about, printable
+from calicoctl.errors import CalicoError, NotFound, UsageError, about, printable
 from calicoctl.grammar import Prepared, parse
 from calicoctl.output import abridges, print_json, print_table, wants_json, warn
 from calicoctl.workloads.workload import short_id
@@ -81,7 +81,7 @@ def _show(arguments: dict[str, Any]) -> None:
     endpoints = _matching(DatastoreClient.from_environment(), arguments, arguments["--endpoint"])
     filters = [f for f in ("--host", "--orchestrator", "--workload", "--endpoint") if arguments[f] is not None]
     if not endpoints and filters:
-        raise NotThere(f"There is no endpoint with {' and '.join(f'{name}={arguments[name]}' for name in filters)}.")
+        raise NotFound(f"There is no endpoint with {' and '.join(f'{name}={arguments[name]}' for name in filters)}.")
     if arguments["--detailed"]:
         show_endpoints(endpoints, arguments)
         return
@@ -121,7 +121,7 @@ def _profile(arguments: dict[str, Any], names: list[str]) -> None:
     found = _matching(datastore, arguments, id)
     found = [endpoint for endpoint in found if endpoint.id.endpoint == id] or found
     if not found:
-        raise NotThere(f"Endpoint {id} does not exist.")
+        raise NotFound(f"Endpoint {id} does not exist.")
     if len(found) > 1:
         some = ", ".join(f"{e.id.endpoint} of {called(e)} on {e.id.host}" for e in found[:3])
         raise CalicoError(f"{id} can be several endpoints ({some}{', …' if found[3:] else ''}): say more of its id.")
@@ -233,9 +233,9 @@ def profile_names(arguments: dict[str, Any]) -> list[str]:
 
 
 def check_known_profile(name: str) -> str:
-    """Return the name of a profile that may be there, however odd; raise NotThere for one that none can have."""
+    """Return the name of a profile that may be there, however odd; raise NotFound for one that none can have."""
     if not keys.can_be_part(name):
-        raise NotThere(f"There is no such profile: '{name}' is not a valid profile name.")
+        raise NotFound(f"There is no such profile: '{name}' is not a valid profile name.")
     return name
 
 
@@ -246,7 +246,7 @@ def change_profiles(
     if arguments["remove"]:
         missing = [profile for profile in profiles if profile not in endpoint.profile_ids]
         if missing:
-            raise NotThere(f"Profile {missing[0]} is not in the list of {name}; nothing is removed.")
+            raise NotFound(f"Profile {missing[0]} is not in the list of {name}; nothing is removed.")
     else:
         for profile in profiles:
             datastore.require_profile(profile)

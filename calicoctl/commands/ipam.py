@@ -38,7 +38,7 @@ from calicoctl.commands.pool import readable_pools
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.keys import EndpointId
 from calicoctl.diagnose import audit
-from calicoctl.errors import CalicoError, InvalidValue, NotThere, for_each, one_line
+from calicoctl.errors import CalicoError, InvalidValue, NotFound, for_each, one_line
 from calicoctl.grammar import Prepared, parse
 from calicoctl.output import print_json, print_table, wants_json, warn
 
@@ -104,7 +104,7 @@ def _info(address: IPAddress, as_json: bool) -> None:
     if owner is None:
         where = f"in pool {pool}" if pool else "in no pool"
         listed = f", although endpoint {user.endpoint} lists it: see 'calicoctl ipam check'" if user else ""
-        raise NotThere(f"IP {address} is not assigned{listed}; it is {where}.")
+        raise NotFound(f"IP {address} is not assigned{listed}; it is {where}.")
 
 
 def _release(addresses: list[IPAddress], force: bool) -> None:
@@ -124,7 +124,7 @@ def _release_one(datastore: DatastoreClient, address: IPAddress, force: bool) ->
                 "with 'calicoctl container', or use --force."
             )
     if datastore.ipam.release([address], holders):
-        raise NotThere(f"IP {address} is not assigned.")
+        raise NotFound(f"IP {address} is not assigned.")
     print(f"IP {address} is released")
 
 

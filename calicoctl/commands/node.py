@@ -98,7 +98,7 @@ from calicoctl.datastore import keys
 from calicoctl.datastore.client import DatastoreClient, hostname
 from calicoctl.datastore.store import Entry
 from calicoctl.environment import EnvironmentFile
-from calicoctl.errors import CalicoError, NotThere, StoreError, about
+from calicoctl.errors import CalicoError, NotFound, StoreError, about
 from calicoctl.felix import heartbeat, local_etcd, process
 from calicoctl.felix.dataplane.sysctls import HostSettings
 from calicoctl.felix.local_etcd import LocalEtcd
@@ -120,7 +120,7 @@ def prepare(argv: list[str]) -> Prepared:
     if arguments["remove"]:
         other = arguments["--hostname"]
         if other is not None and not keys.can_be_part(other):  # other tools may have registered odd names
-            raise NotThere(f"Host '{other}' is not registered: none can have this name.")
+            raise NotFound(f"Host '{other}' is not registered: none can have this name.")
         return partial(_remove, arguments["--hostname"], arguments["--remove-endpoints"], arguments["--force"])
     given = {
         version: _host_address(arguments[option], version, option) for version, option in ((4, "--ip"), (6, "--ip6"))
@@ -304,7 +304,7 @@ def _stop(force: bool) -> None:
     if etcd_stopped:
         print("The local etcd has ended.")
     if not (stopped or etcd_stopped):
-        raise NotThere("The host agent is not running.")
+        raise NotFound("The host agent is not running.")
 
 
 def _remove(other: str | None, remove_endpoints: bool, force: bool) -> None:
@@ -350,7 +350,7 @@ def _remove(other: str | None, remove_endpoints: bool, force: bool) -> None:
         local_etcd.unannounce(had_local_etcd)
     process.remove_directory(datastore.host)
     if not registered and not ids and stopped is None:
-        raise NotThere(f"Host {datastore.host} is not registered.")
+        raise NotFound(f"Host {datastore.host} is not registered.")
     print(f"Host {datastore.host} is removed.")
 
 
@@ -380,7 +380,7 @@ def _disconnect(datastore: DatastoreClient, workloads: set[tuple[str, str]]) -> 
     from calicoctl.workloads.workload import Workload
 
     for orchestrator, id in sorted(workloads):
-        with suppress(NotThere):  # somebody else has done so
+        with suppress(NotFound):  # somebody else has done so
             wiring.disconnect(datastore, Workload(orchestrator, id, id))
             print(f"Removed Calico from {id}")
 

@@ -46,7 +46,7 @@ from typing import TYPE_CHECKING, Any
 from calicoctl.addresses import check_unicast, parse_address, parse_cidr
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.model import Pool
-from calicoctl.errors import CalicoError, NotThere, printable
+from calicoctl.errors import CalicoError, NotFound, printable
 from calicoctl.grammar import Prepared, parse
 from calicoctl.output import print_json, print_table, wants_json, warn
 from calicoctl.workloads import host_network
@@ -165,7 +165,7 @@ def _remove(pools: list[IPNetwork | str], force: bool) -> None:
     for pool in pools:
         if not found[pool]:
             _network(str(pool))  # says what is wrong with what cannot be a pool
-            raise NotThere(f"Pool {pool} does not exist{'; nothing is removed' if pools[1:] else ''}.")
+            raise NotFound(f"Pool {pool} does not exist{'; nothing is removed' if pools[1:] else ''}.")
         used = [] if force or isinstance(pool, str) else datastore.ipam.used_in(pool)
         if used:
             some = ", ".join(str(address) for address in used[:3]) + (", …" if used[3:] else "")

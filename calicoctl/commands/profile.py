@@ -71,7 +71,7 @@ from typing import Any, Callable, TypeVar
 from calicoctl.commands.endpoint import called, check_known_profile, readable_endpoints, workload_cell
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.model import Endpoint, Rule, Rules
-from calicoctl.errors import CalicoError, Failed, InvalidValue, NotThere, UsageError, for_each, one_line, printable
+from calicoctl.errors import CalicoError, Failed, InvalidValue, NotFound, UsageError, for_each, one_line, printable
 from calicoctl.grammar import Prepared, parse
 from calicoctl.output import abridges, print_json, print_table, wants_json, warn
 from calicoctl.policy.rules import check_name
@@ -171,7 +171,7 @@ def _remove(names: list[str], no_check: bool) -> None:
 def _remove_one(datastore: DatastoreClient, profile: str, no_check: bool) -> None:
     # one may have no keys, and etcd does not list one that begins with '_'
     if profile not in datastore.profile_names() and not datastore.profile_exists(profile):
-        raise NotThere(f"Profile {profile} does not exist.")
+        raise NotFound(f"Profile {profile} does not exist.")
     if not no_check:
         users = [endpoint for endpoint in readable_endpoints(datastore) if profile in endpoint.profile_ids]
         if users:
@@ -219,7 +219,7 @@ def _remove_tag(datastore: DatastoreClient, profile: str, tag: str) -> None:
         return True
 
     if not datastore.modify_tags(profile, remove):
-        raise NotThere(f"Tag {tag} is not on profile {profile}.")
+        raise NotFound(f"Tag {tag} is not on profile {profile}.")
     print(f"Tag {printable(tag)} removed from profile {printable(profile)}")
 
 
@@ -313,12 +313,12 @@ def _rule_remove(profile: str, direction: str, position: int | None, rule: Rule 
             del some[places[0]]
         elif position is not None:
             if position > len(some):
-                raise NotThere(f"Position {position} is out of range: there are {len(some)} {direction} rules.")
+                raise NotFound(f"Position {position} is out of range: there are {len(some)} {direction} rules.")
             del some[position - 1]
         return True
 
     if not DatastoreClient.from_environment().modify_rules(profile, change):
-        raise NotThere(f"Profile {profile} has no such {direction} rule.")
+        raise NotFound(f"Profile {profile} has no such {direction} rule.")
     print(f"Successfully updated rules on profile {printable(profile)}")
 
 

@@ -29,7 +29,7 @@ from calicoctl.datastore.store import (
     modify,
     set_value,
 )
-from calicoctl.errors import CalicoError, CompareFailed, InvalidValue, NotThere
+from calicoctl.errors import CalicoError, CompareFailed, InvalidValue, NotFound
 
 if TYPE_CHECKING:
     from netaddr import IPAddress
@@ -358,9 +358,9 @@ class DatastoreClient:
         return bool(self._store.names(keys.profile(name)))
 
     def require_profile(self, name: str) -> None:
-        """Raise NotThere unless there is such a profile."""
+        """Raise NotFound unless there is such a profile."""
         if not self.profile_exists(name):
-            raise NotThere(_no_profile(name))
+            raise NotFound(_no_profile(name))
 
     def create_profile(self, name: str) -> bool:
         """Make a profile with the default tag and rules; tell whether anything of it was missing."""
@@ -373,7 +373,7 @@ class DatastoreClient:
         self._store.remove_tree(keys.profile(name))
 
     def tags(self, name: str) -> list[str]:
-        """Return a profile's tags; raise NotThere when there is no such profile."""
+        """Return a profile's tags; raise NotFound when there is no such profile."""
         entry = self._profile_entry(keys.profile_tags(name), name)
         return [] if entry is None else load_strings(entry.value, entry.key)
 
@@ -400,7 +400,7 @@ class DatastoreClient:
         return modify(self._store, key, _no_profile(name), text_of)
 
     def rules(self, name: str) -> Rules:
-        """Return a profile's rules; raise NotThere when there is no such profile."""
+        """Return a profile's rules; raise NotFound when there is no such profile."""
         entry = self._profile_entry(keys.profile_rules(name), name)
         return Rules(name) if entry is None else Rules.from_json(name, entry.value, entry.key)
 
@@ -416,7 +416,7 @@ class DatastoreClient:
         return modify(self._store, key, _no_profile(name), text_of)
 
     def replace_rules(self, rules: Rules) -> None:
-        """Write rules, whatever the old ones hold; raise NotThere when there is no such profile."""
+        """Write rules, whatever the old ones hold; raise NotFound when there is no such profile."""
         key = keys.profile_rules(rules.id)
         self._complete(key, rules.id, rules.to_json())
         modify(self._store, key, _no_profile(rules.id), lambda old: rules.to_json())

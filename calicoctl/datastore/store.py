@@ -24,14 +24,14 @@ from calicoctl.errors import (
     CalicoError,
     CompareFailed,
     Conflict,
-    HistoryLost,
     InvalidValue,
     KeyExists,
-    NotThere,
+    NotFound,
     StoreError,
     StoreUnavailable,
+    WatchExpired,
     is_shortage,
-    without_user,
+    redact_userinfo,
 )
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ class Store(Protocol):
         """Wait for the first change below `directory` that has `index` or a later one.
 
         Returns it, or nothing after `seconds`, and the index to go on from. Nothing means that nothing has happened: a
-        part of the store that is cut off from the rest is not believed. Raises HistoryLost when the store does not
+        part of the store that is cut off from the rest is not believed. Raises WatchExpired when the store does not
         remember that far back, and when the connection was lost: it may be another store that answers the next time.
         """
 
@@ -220,13 +220,13 @@ def _check_tls_files(ca_cert: str | None, cert: str | None, key: str | None) -> 
 
 def _parse_endpoints(text: str) -> tuple[str, tuple[tuple[str, int], ...]]:
     if "@" in text:  # before it is taken apart: a password may have anything in it
-        raise StoreError(f"ETCD_ENDPOINTS: '{without_user(text)}': a user and a password are not supported")
+        raise StoreError(f"ETCD_ENDPOINTS: '{redact_userinfo(text)}': a user and a password are not supported")
     scheme = ""
     hosts = []
     for url in (part.strip() for part in text.split(",")):
         its_scheme, separator, rest = url.partition("://")
         if not separator or its_scheme not in ("http", "https"):
-            raise StoreError(f"ETCD_ENDPOINTS: '{without_user(url)}' is not a URL such as http://192.0.2.1:2379")
+            raise StoreError(f"ETCD_ENDPOINTS: '{redact_userinfo(url)}' is not a URL such as http://192.0.2.1:2379")
         if scheme and its_scheme != scheme:
             raise StoreError("ETCD_ENDPOINTS mixes http and https: all endpoints must have the same scheme")
         scheme = its_scheme
@@ -243,7 +243,7 @@ def _parse_authority(variable: str, text: str) -> tuple[str, int]:
         pass
     why = "; a user and a password are not supported" if "@" in text else ""
     raise StoreError(
-        f"{variable}: '{without_user(text)}' is not an address such as 192.0.2.1:2379 (host and port){why}"
+        f"{variable}: '{redact_userinfo(text)}' is not an address such as 192.0.2.1:2379 (host and port){why}"
     )
 
 
@@ -411,7 +411,7 @@ class EtcdStore:
                 try:
                     return self._answer(directory, wait)
                 except _Cut as cut:
-                    raise HistoryLost(f"a wait for changes was cut short: {cut.why}") from None
+                    raise WatchExpired(f"a wait for changes was cut short: {cut.why}") from None
                 except _Unanswered as unanswered:
                     give_up = give_up or time.monotonic() + WATCH_PATIENCE
                     self._wait(unanswered, give_up)
@@ -548,7 +548,7 @@ class EtcdStore:
                 "must be allowed to read and write /calico/*"
             )
         if isinstance(error, etcd.EtcdEventIndexCleared):
-            return HistoryLost(f"etcd at {url} has forgotten the changes that are asked for")
+            return WatchExpired(f"etcd at {url} has forgotten the changes that are asked for")
         if isinstance(error, etcd.EtcdNotDir):
             return InvalidValue(cause or key, "it is a key, where a directory is expected")
         if isinstance(error, etcd.EtcdNotFile):
@@ -648,7 +648,7 @@ def _await_change(client: etcd.Client, path: str, index: int, seconds: float) ->
     event, reached = _poll(client, path, index, seconds)
     if reached + 1 < index:
         # another store than the one that gave the index, or one set back
-        raise HistoryLost(f"the store has reached {reached} only, where {index - 1} had been reached before")
+        raise WatchExpired(f"the store has reached {reached} only, where {index - 1} had been reached before")
     next_index = max(index, reached + 1)
     if event is None and reached >= index:
         # a change may have got stuck on its way: ask again before it is taken for none
@@ -775,13 +775,13 @@ def modify(store: Store, key: str, missing: str, change: Callable[[str], str | N
     """Change a value by compare-and-swap: read it, let `change` compute the new one, write it; again on a conflict.
 
     `change` returns None where there is nothing to change. Returns whether something was changed, by this call.
-    Raises NotThere with the sentence `missing` when there is no such key.
+    Raises NotFound with the sentence `missing` when there is no such key.
     """
     done = False
     for attempt in range(ATTEMPTS):
         entry = store.get(key)
         if entry is None:
-            raise NotThere(missing)
+            raise NotFound(missing)
         value = change(entry.value)
         if value is None:
             return done

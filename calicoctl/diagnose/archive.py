@@ -27,7 +27,7 @@ from calicoctl.datastore.client import DatastoreClient, hostname
 from calicoctl.datastore.model import Endpoint, Peer, Pool, Rule
 from calicoctl.datastore.store import Entry
 from calicoctl.diagnose import checks, host_status
-from calicoctl.errors import CalicoError, without_user
+from calicoctl.errors import CalicoError, redact_userinfo
 
 Source = Callable[[], str]
 
@@ -172,7 +172,7 @@ def _environment() -> str:
     lines = []
     for name in sorted(os.environ):
         if name in _VARIABLES:
-            lines.append(f"{name}={without_user(os.environ[name])}\n")
+            lines.append(f"{name}={redact_userinfo(os.environ[name])}\n")
         elif name.startswith(("ETCD_", "DOCKER_", "CALICO_")):
             lines.append(f"{name} is set\n")
     return "".join(lines)

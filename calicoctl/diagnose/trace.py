@@ -13,7 +13,7 @@ from calicoctl.addresses import check_unicast, parse_address, version_of
 from calicoctl.datastore.keys import EndpointId
 from calicoctl.datastore.model import Endpoint, Rule
 from calicoctl.desired.snapshot import Snapshot, usable_addresses
-from calicoctl.errors import CalicoError, DockerUnavailable, NoSuchContainer, NotThere
+from calicoctl.errors import CalicoError, DockerUnavailable, NoSuchContainer, NotFound
 from calicoctl.policy.verdict import ICMP, ICMPV6, PROTOCOLS, Packet, Verdict, decide, is_host_service
 from calicoctl.workloads.workload import ambiguous, endpoints_of, find_connected, refuse_others_endpoint
 
@@ -136,7 +136,7 @@ class _Store:
     # What the user means
 
     def places(self, name: str) -> list[Place]:
-        """Return what a name stands for: an address, or all addresses of an endpoint; raise NotThere."""
+        """Return what a name stands for: an address, or all addresses of an endpoint; raise NotFound."""
         try:
             address = str(parse_address(name))
         except CalicoError:
@@ -172,10 +172,10 @@ class _Store:
                 raise ambiguous(name, [(endpoint.id.workload, endpoint.id.host) for endpoint in named]) from None
             if not may_be_id:
                 raise
-            raise NotThere(f"{name} is no endpoint's id. {error}") from None
+            raise NotFound(f"{name} is no endpoint's id. {error}") from None
         endpoints = endpoints_of(self._datastore, workload)
         if not endpoints:
-            raise NotThere(f"{name} is not connected to Calico, and is no endpoint's id.")
+            raise NotFound(f"{name} is not connected to Calico, and is no endpoint's id.")
         refuse_others_endpoint(self._datastore, workload, endpoints[0])
         return endpoints[0]
 

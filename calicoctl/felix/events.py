@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from calicoctl import engine, netlink
 from calicoctl.datastore.store import Change, Entry
-from calicoctl.errors import CalicoError, HistoryLost, is_shortage
+from calicoctl.errors import CalicoError, WatchExpired, is_shortage
 from calicoctl.felix import shortage
 from calicoctl.felix.dataplane.nft import TableEvents, own_ports
 from calicoctl.felix.dataplane.routes import PROTOCOL, Link
@@ -270,7 +270,7 @@ class StoreEvents(_Source):
                 self._tell_followed()
                 for change in changes:
                     self._events.put(StoreChanged(change))
-            except HistoryLost as lost:
+            except WatchExpired as lost:
                 log.info("%s; reading all below %s", lost, self._directory)
                 index = None
                 failed += 1

@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Callable, TextIO
 
-from calicoctl.errors import CalicoError, NotThere, one_line
+from calicoctl.errors import CalicoError, NotFound, one_line
 from calicoctl.workloads.locks import DIRECTORY
 
 DEFAULT_LOG_DIR = "/var/log/calico"
@@ -328,11 +328,11 @@ def _absolute(environment: Mapping[str, str]) -> dict[str, str]:
 def restart(host: str) -> int:
     """Replace the host's agent by one of this program, with its options and environment; return the new process id.
 
-    A local etcd goes on meanwhile. Raises NotThere when no agent runs, CalicoError when this cannot restart it.
+    A local etcd goes on meanwhile. Raises NotFound when no agent runs, CalicoError when this cannot restart it.
     """
     pid = running(host)
     if not pid:
-        raise NotThere("The host agent is not running.")
+        raise NotFound("The host agent is not running.")
     process = Path(f"/proc/{pid}")
     try:
         _, *arguments = _strings(process / "cmdline")

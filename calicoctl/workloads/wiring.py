@@ -25,7 +25,7 @@ from calicoctl.addresses import host_net, parse_address, parse_cidr, version_of
 from calicoctl.datastore.keys import EndpointId
 from calicoctl.datastore.model import Endpoint, Pool
 from calicoctl.datastore.reserved import Network, Reserved
-from calicoctl.errors import AddressTaken, CalicoError, Conflict, NotThere
+from calicoctl.errors import AddressTaken, CalicoError, Conflict, NotFound
 from calicoctl.workloads import host_network, netns
 from calicoctl.workloads.locks import WorkloadLock
 from calicoctl.workloads.workload import (
@@ -265,7 +265,7 @@ def rewire(scene: Scene, record: Endpoint, wish: Wish | None = None, interface: 
 
 
 def disconnect(datastore: DatastoreClient, workload: Workload) -> None:
-    """Remove all that a workload has on the network, of whatever is still there; raise NotThere when it has nothing.
+    """Remove all that a workload has on the network, of whatever is still there; raise NotFound when it has nothing.
 
     Needs neither the container nor its namespace. The order is such that no record lists an address that is free.
     """
@@ -276,7 +276,7 @@ def disconnect(datastore: DatastoreClient, workload: Workload) -> None:
         if not ids and held is None:
             datastore.prune_workload(workload.orchestrator, workload.id)
             lock.forget()
-            raise NotThere(f"{workload.name} is not connected to Calico.")
+            raise NotFound(f"{workload.name} is not connected to Calico.")
         _clear(datastore, workload, lock, ids, held or {})
 
 
@@ -354,7 +354,7 @@ def add_address(
 
 
 def remove_address(datastore: DatastoreClient, workload: Workload, address: IPAddress, interface: str | None) -> None:
-    """Take an address from a workload. Raises NotThere when the workload does not have it.
+    """Take an address from a workload. Raises NotFound when the workload does not have it.
 
     The last address of an IP version takes that version's next hop and default route along. Works on a workload that
     does not run, too.
@@ -363,7 +363,7 @@ def remove_address(datastore: DatastoreClient, workload: Workload, address: IPAd
         record = scene.only_record()
         net = host_net(address)
         if net not in record.nets and address not in scene.held:
-            raise NotThere(f"IP {address} is not assigned to {workload.name}.")
+            raise NotFound(f"IP {address} is not assigned to {workload.name}.")
         plugged = scene.plugged()
         if plugged is not None:
             scene.refuse_other_interface(plugged, interface)
@@ -483,7 +483,7 @@ class Scene:
                 yield interface, other_end
 
     def only_record(self) -> Endpoint:
-        """Return the workload's endpoint; raise NotThere when it has none."""
+        """Return the workload's endpoint; raise NotFound when it has none."""
         if self.record is None:
             raise not_connected(self.workload.name)
         return self.record

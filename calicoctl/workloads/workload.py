@@ -18,7 +18,7 @@ from calicoctl.errors import (
     DockerUnavailable,
     NamespaceError,
     NoSuchContainer,
-    NotThere,
+    NotFound,
 )
 from calicoctl.workloads import locks
 
@@ -267,9 +267,9 @@ def _exists(id: str) -> bool:
     return True
 
 
-def not_connected(name: str) -> NotThere:
+def not_connected(name: str) -> NotFound:
     """Return the error about a workload that has no endpoint."""
-    return NotThere(f"{name} is not connected to Calico. Connect it with 'calicoctl container add {name} ipv4'.")
+    return NotFound(f"{name} is not connected to Calico. Connect it with 'calicoctl container add {name} ipv4'.")
 
 
 def refuse_other_path(workload: Workload, *paths: object) -> None:
