@@ -31,7 +31,7 @@ from calicoctl import slim
 slim.install()
 from pyroute2 import netns as _
 from pyroute2.iproute.linux import IPRoute
-from calicoctl import netns
+from calicoctl.workloads import netns
 with netns.Namespace("/var/run/netns/bench", "bench") as space:
     start = time.perf_counter()
     space.inspect()

@@ -56,7 +56,7 @@ def test_holders_take_turns() -> None:
 
 def test_a_holder_that_dies_lets_go(directory: Path) -> None:
     code = (
-        "import os, pathlib; from calicoctl import locks; locks.DIRECTORY = pathlib.Path(os.environ['D'])\n"
+        "import os, pathlib; from calicoctl.workloads import locks; locks.DIRECTORY = pathlib.Path(os.environ['D'])\n"
         "locks.WorkloadLock('vm', 'docker', 'c').__enter__(); os.kill(os.getpid(), 9)"
     )
     done = subprocess.run([sys.executable, "-c", code], env={"D": str(directory)}, check=False)
