@@ -5,6 +5,12 @@ from __future__ import annotations
 import os
 
 import pytest
+from hypothesis import settings
+
+# a property is tried with few examples where a developer waits for the answer, and with many where nobody does
+settings.register_profile("local", max_examples=25, deadline=None)
+settings.register_profile("ci", max_examples=400, deadline=None)
+settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
 @pytest.fixture(autouse=True)

@@ -61,7 +61,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> MemoryStore:
     return memory
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sampled_from(COMMANDS), st.lists(WORD, max_size=7))
 def test_no_command_line_brings_a_traceback(store: MemoryStore, command: str, words: list[str]) -> None:
     out, err = io.StringIO(), io.StringIO()
@@ -133,7 +133,6 @@ READERS = (
 )
 
 
-@settings(max_examples=400, deadline=None)
 @given(TEXT, st.sampled_from(READERS))
 def test_no_value_brings_a_traceback(text: str, reader) -> None:
     with contextlib.suppress(CalicoError):
@@ -151,7 +150,6 @@ KEYS = (
 )
 
 
-@settings(max_examples=300, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(KEYS), TEXT), max_size=5))
 def test_nothing_in_the_store_ends_the_agents_view_of_it(entries: list[tuple[str, str]]) -> None:
     snapshot = Snapshot("host1")
@@ -183,7 +181,7 @@ LOOKS = (
 )
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.tuples(st.sampled_from(COMMAND_KEYS), TEXT), max_size=4), st.sampled_from(LOOKS))
 def test_nothing_in_the_store_brings_a_traceback(store: MemoryStore, entries: list, line: str) -> None:
     before = dict(store.entries)
@@ -196,7 +194,6 @@ def test_nothing_in_the_store_brings_a_traceback(store: MemoryStore, entries: li
     assert "defect" not in err.getvalue(), (line, entries, err.getvalue())
 
 
-@settings(max_examples=200, deadline=None)
 @given(st.text(max_size=60))
 def test_no_line_brings_completion_or_a_batch_down(text: str) -> None:
     with contextlib.suppress(CalicoError):

@@ -178,9 +178,7 @@ class IpamMachine(RuleBasedStateMachine):
         assert raw_handles(self.store) == counts
 
 
-IpamMachine.TestCase.settings = settings(
-    max_examples=60, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
-)
+IpamMachine.TestCase.settings = settings(stateful_step_count=25, suppress_health_check=list(HealthCheck))
 TestIpam = IpamMachine.TestCase
 
 
