@@ -69,7 +69,7 @@ from calicoctl.workloads.workload import (
 if TYPE_CHECKING:
     from netaddr import IPAddress
 
-    from calicoctl.workloads.wiring import Wish
+    from calicoctl.workloads.wiring import AddressRequest
 
 
 def prepare(argv: list[str]) -> Prepared:
@@ -84,23 +84,23 @@ def prepare(argv: list[str]) -> Prepared:
         return partial(_endpoint_show, arguments)
     if arguments["remove"] and not arguments["ip"]:
         return partial(_remove, list(dict.fromkeys(arguments["<CONTAINERS>"])))
-    wish, interface = _wish_and_interface(arguments)
+    request, interface = _request_and_interface(arguments)
     if arguments["ip"] and arguments["remove"]:
-        if wish.address is None:
+        if request.address is None:
             raise CalicoError("say which IP address to remove: 'ipv4', 'ipv6' and a CIDR name none")
-        return partial(_ip_remove, arguments["<CONTAINER>"], wish.address, interface)
+        return partial(_ip_remove, arguments["<CONTAINER>"], request.address, interface)
     if arguments["ip"]:
-        return partial(_ip_add, arguments["<CONTAINER>"], wish, interface)
-    return partial(_add, arguments, wish, interface, _seconds(arguments["--wait"]))
+        return partial(_ip_add, arguments["<CONTAINER>"], request, interface)
+    return partial(_add, arguments, request, interface, _seconds(arguments["--wait"]))
 
 
-def _add(arguments: dict[str, Any], wish: Wish, interface: str | None, patience: float | None) -> None:
+def _add(arguments: dict[str, Any], request: AddressRequest, interface: str | None, patience: float | None) -> None:
     from calicoctl.workloads import wiring
 
     as_json = wants_json(arguments)
     datastore = DatastoreClient.from_environment()
     workload = find(arguments["<CONTAINER>"])
-    made = wiring.connect(datastore, workload, wish, interface, arguments["--exist-ok"])
+    made = wiring.connect(datastore, workload, request, interface, arguments["--exist-ok"])
     if as_json:
         print_json(
             {
@@ -173,12 +173,12 @@ def _remove(names: list[str]) -> None:
     for_each(names, remove)
 
 
-def _ip_add(name: str, wish: Wish, interface: str | None) -> None:
+def _ip_add(name: str, request: AddressRequest, interface: str | None) -> None:
     from calicoctl.workloads import wiring
 
     datastore = DatastoreClient.from_environment()
     workload = find(name)
-    address, is_new = wiring.add_address(datastore, workload, wish, interface)
+    address, is_new = wiring.add_address(datastore, workload, request, interface)
     print(f"IP {address} added to {workload.name}" if is_new else f"{workload.name} has IP {address} already.")
 
 
@@ -191,7 +191,7 @@ def _ip_remove(name: str, address: IPAddress, interface: str | None) -> None:
     print(f"IP {address} removed from {workload.name}")
 
 
-def _wish_and_interface(arguments: dict[str, Any]) -> tuple[Wish, str | None]:
+def _request_and_interface(arguments: dict[str, Any]) -> tuple[AddressRequest, str | None]:
     """Return which address is asked for, and the name of the interface; raise CalicoError."""
     from calicoctl.workloads import wiring
 
@@ -199,7 +199,7 @@ def _wish_and_interface(arguments: dict[str, Any]) -> tuple[Wish, str | None]:
     if interface is not None:
         with about("--interface"):
             wiring.check_interface_name(interface)
-    return wiring.Wish.parse(arguments["<IP>"]), interface
+    return wiring.AddressRequest.parse(arguments["<IP>"]), interface
 
 
 def _endpoint_show(arguments: dict[str, Any]) -> None:

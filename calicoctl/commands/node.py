@@ -334,7 +334,7 @@ def _remove(other: str | None, remove_endpoints: bool, force: bool) -> None:
         workloads = {(id.orchestrator, id.workload) for id in ids} | datastore.ipam.workloads()
         if this_one:
             for orchestrator in (DOCKER, NAMESPACE):
-                left = {*locks.cut(host, orchestrator), *locks.names(host, orchestrator)}
+                left = {*locks.interrupted(host, orchestrator), *locks.remembered(host, orchestrator)}
                 workloads |= {(orchestrator, id) for id in left}
         _disconnect(datastore, workloads)
         stopped = None

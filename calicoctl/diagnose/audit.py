@@ -187,7 +187,7 @@ def _of_address(
         there = isinstance(host, str) and host in registered
         yield Finding("address", address, problem, f"run 'calicoctl ipam check --fix' on {host}" if there else release)
     else:
-        fix = partial(_tidy, datastore, orchestrator, workload, block, address)
+        fix = partial(_release_leaked, datastore, orchestrator, workload, block, address)
         yield Finding("address", address, problem, release, fix)
 
 
@@ -207,11 +207,11 @@ def _unassigned(datastore: DatastoreClient, address: str, id: EndpointId, alone:
     return Finding("address", address, problem, fix=partial(_restore, datastore, id, address))
 
 
-def _tidy(datastore: DatastoreClient, orchestrator: str, workload: str, block: str, address: str) -> bool:
+def _release_leaked(datastore: DatastoreClient, orchestrator: str, workload: str, block: str, address: str) -> bool:
     from calicoctl.workloads import upkeep
 
     datastore.ipam.recount(f"{orchestrator}.{workload}", [block])  # it may not know of the address
-    upkeep.tidy(datastore, Workload(orchestrator, workload, workload))
+    upkeep.release_leaked(datastore, Workload(orchestrator, workload, workload))
     return datastore.ipam.owner(parse_address(address)) is None
 
 

@@ -40,7 +40,7 @@ from calicoctl.felix.process import Options
 from calicoctl.felix.report import Health, ReportFile, Status, StoreReporter
 from calicoctl.felix.workload_keeper import Keeper
 from calicoctl.workloads import host_network
-from calicoctl.workloads.upkeep import Act
+from calicoctl.workloads.upkeep import Action
 from calicoctl.workloads.workload import DOCKER, workload_of
 
 log = logging.getLogger("calico.felix")
@@ -166,7 +166,7 @@ class Agent:
         with suppress(Empty):
             while True:
                 event = self._events.get_nowait()
-                if isinstance(event, Act):
+                if isinstance(event, Action):
                     self._handle(event)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
@@ -287,7 +287,7 @@ class Agent:
             self._review()
         elif isinstance(event, events.TablesChanged):
             self._tables_changed(event.names)
-        elif isinstance(event, Act):
+        elif isinstance(event, Action):
             self._health.count(event)
             log.info("%s", event.text)
         elif isinstance(event, events.Trouble):

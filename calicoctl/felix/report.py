@@ -20,7 +20,7 @@ from calicoctl.desired.snapshot import INACTIVE
 from calicoctl.errors import CalicoError, StoreError, StoreUnavailable, is_shortage
 from calicoctl.felix import events
 from calicoctl.felix.heartbeat import INTERVAL, Heartbeat, Identity, now, replaced
-from calicoctl.workloads.upkeep import COLLECTED, HEALED, Act
+from calicoctl.workloads.upkeep import COLLECTED, REATTACHED, Action
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -145,9 +145,9 @@ class Health:
         """Whether the store can be read, written and followed."""
         return all(ability.works for ability in (self.reads, self.writes, self.watch))
 
-    def count(self, act: Act) -> None:
+    def count(self, act: Action) -> None:
         """Count something that was done for a workload."""
-        self.healed += act.kind == HEALED
+        self.healed += act.kind == REATTACHED
         self.collected += act.kind == COLLECTED
 
     def error(self, sentence: str) -> None:

@@ -25,8 +25,8 @@ from calicoctl.desired.snapshot import GRACE_TIME
 from calicoctl.errors import CalicoError, Conflict, DockerUnavailable, NamespaceError, StoreUnavailable, printable
 from calicoctl.felix import events
 from calicoctl.workloads import locks, upkeep
-from calicoctl.workloads.upkeep import Act
-from calicoctl.workloads.workload import DOCKER, NAMESPACE, Standing, container_pids, namespace_at, workload_of
+from calicoctl.workloads.upkeep import Action
+from calicoctl.workloads.workload import DOCKER, NAMESPACE, WorkloadState, container_pids, namespace_at, workload_of
 
 if TYPE_CHECKING:
     from calicoctl.datastore.client import DatastoreClient
@@ -109,14 +109,14 @@ class Order:
 class Looked:
     """A workload has been looked after: what was done, or why it could not be.
 
-    `standing` is what has become of it, None where that could not be found out; `kept_since` since when it is kept
+    `state` is what has become of it, None where that could not be found out; `kept_since` since when it is kept
     although it is away or gone; `taken` the seconds it took.
     """
 
     key: Key
-    acts: list[Act]
+    acts: list[Action]
     error: Exception | None
-    standing: Standing | None
+    state: WorkloadState | None
     kept_since: float | None
     taken: float
 
@@ -139,7 +139,7 @@ class Keeper(threading.Thread):
     """Keeps this host's workloads connected, and forgets those that are no more."""
 
     def __init__(self, datastore: Callable[[], DatastoreClient], tell: Callable[[Any], None]) -> None:
-        """`datastore` makes a client, one a thread; `tell` takes what was done (Act), and what could not (Trouble)."""
+        """`datastore` makes a client for each thread; `tell` takes each Action that was done, and each Trouble."""
         super().__init__(name="looking after workloads", daemon=True)
         self.inbox: events.Events[Any] = SimpleQueue()
         self.grace_time: float = GRACE_TIME
@@ -189,7 +189,7 @@ class Keeper(threading.Thread):
     def look_at(self, id: EndpointId, gone: bool = False) -> None:
         """Have the workload of an endpoint looked at: its interface or name is missing or changed, or it has `gone`."""
         key = workload_of(id)
-        if upkeep.is_looked_after(*key):
+        if upkeep.is_managed(*key):
             self.inbox.put(Look(key, gone))
 
     def set_ready(self, ready: bool) -> None:
@@ -261,7 +261,7 @@ class Keeper(threading.Thread):
             self._look(item.key, max(now, self._healed.get(item.key, float("-inf")) + REST))
         elif isinstance(item, events.ContainerChanged):
             key = (DOCKER, item.id)
-            if item.removed and upkeep.is_looked_after(*key):
+            if item.removed and upkeep.is_managed(*key):
                 self._removed.add(key)
                 self._kept.pop(key, None)
             self._look(key, now)
@@ -289,7 +289,7 @@ class Keeper(threading.Thread):
 
     def _look(self, key: Key, at: float) -> None:
         """Have a workload looked at, since something new was told of it."""
-        if upkeep.is_looked_after(*key):
+        if upkeep.is_managed(*key):
             self._due[key] = min(at, self._due.get(key, at))
 
     def _look_again(self, key: Key, at: float) -> None:
@@ -334,7 +334,7 @@ class Keeper(threading.Thread):
             orchestrator, _, workload = handle.partition(".")
             if total != self._expected.get((orchestrator, workload), 0):
                 self._look((orchestrator, workload), now)
-        remembered = locks.names(self._datastore.host, NAMESPACE)
+        remembered = locks.remembered(self._datastore.host, NAMESPACE)
         connected = {}
         for endpoint in self._datastore.readable_endpoints(self._datastore.host)[0]:
             orchestrator, workload = workload_of(endpoint.id)
@@ -344,7 +344,7 @@ class Keeper(threading.Thread):
                 connected[endpoint.id] = remembered[workload]
             else:
                 self._look((NAMESPACE, workload), now)
-        for id in upkeep.unsound(connected):
+        for id in upkeep.misattached(connected):
             self._look(workload_of(id), now)
         del self._jobs[self._scan]
 
@@ -376,11 +376,11 @@ class Keeper(threading.Thread):
         now = time.monotonic()
         host = self._datastore.host
         for orchestrator in (DOCKER, NAMESPACE):
-            locks.clear(host, orchestrator)
-            for id in locks.cut(host, orchestrator):
+            locks.remove_stale(host, orchestrator)
+            for id in locks.interrupted(host, orchestrator):
                 self._look_again((orchestrator, id), now)
         before, self._namespaces = self._namespaces, {}
-        for id, path in locks.names(host, NAMESPACE).items():
+        for id, path in locks.remembered(host, NAMESPACE).items():
             try:
                 seen = self._namespaces[id] = namespace_at(path)
             except NamespaceError:
@@ -413,23 +413,23 @@ class Keeper(threading.Thread):
 
     def _look_after(self, order: Order, datastore: DatastoreClient) -> Looked:
         """Look after a workload; for a lane."""
-        found: Standing | None = None
+        found: WorkloadState | None = None
         kept_since: float | None = None
 
-        def may_forget(standing: Standing) -> bool:
+        def may_collect(state: WorkloadState) -> bool:
             nonlocal found, kept_since
-            found = standing
-            if standing in (Standing.AWAY, Standing.GONE):
-                since = order.away_since if standing is Standing.AWAY else order.gone_since
+            found = state
+            if state in (WorkloadState.MISSING, WorkloadState.GONE):
+                since = order.away_since if state is WorkloadState.MISSING else order.gone_since
                 is_over = order.removed or time.monotonic() >= since + self.grace_time
                 kept_since = None if is_over else since
             return kept_since is None
 
         started = time.monotonic()
-        acts: list[Act] = []
+        acts: list[Action] = []
         failure: Exception | None = None
         try:
-            for act in upkeep.look_after(datastore, *order.key, may_forget, order.removed):
+            for act in upkeep.reconcile(datastore, *order.key, may_collect, order.removed):
                 acts.append(act)  # one by one: also those before something fails
         except Exception as error:
             log.debug("where it comes from", exc_info=not isinstance(error, CalicoError))
@@ -442,17 +442,17 @@ class Keeper(threading.Thread):
         self._busy.discard(key)
         self._put_off.pop(key, None)
         for act in item.acts:
-            if act.kind == upkeep.HEALED:
+            if act.kind == upkeep.REATTACHED:
                 self._healed[key] = now
             self._tell(act)
         if item.kept_since is not None:
             self._kept[key] = item.kept_since
             self._look(key, item.kept_since + self.grace_time)
-        elif item.error is None or item.standing in (Standing.RUNS, Standing.STOPPED):
+        elif item.error is None or item.state in (WorkloadState.RUNNING, WorkloadState.STOPPED):
             self._kept.pop(key, None)
-        if item.standing is Standing.AWAY:
+        if item.state is WorkloadState.MISSING:
             self._namespaces[key[1]] = None  # so that its coming back is seen, be it with the number that it had
-        if item.error is None or item.standing is not None:
+        if item.error is None or item.state is not None:
             if self._unasked.pop(key, None) is not None and key[0] == DOCKER:
                 self._try_others(now)
         elif isinstance(item.error, (DockerUnavailable, NamespaceError)):
@@ -534,6 +534,6 @@ def _compare_places(connected: list[EndpointId], datastore: DatastoreClient) -> 
     try:
         pids = container_pids(id.workload for id in connected)
         paths = {id: f"/proc/{pids[id.workload]}/ns/net" for id in connected if id.workload in pids}
-        return Compared([workload_of(id) for id in upkeep.unsound(paths)], [])
+        return Compared([workload_of(id) for id in upkeep.misattached(paths)], [])
     except Exception as error:
         return Compared([], [], error)

@@ -24,7 +24,7 @@ DIRECTORY = Path("/run/calico")
 PATIENCE = 30.0
 """Seconds to wait for a lock that somebody else holds."""
 
-_CUT = "unfinished."
+_MARK = "unfinished."
 """What the name of the second file begins with."""
 
 
@@ -39,15 +39,15 @@ class WorkloadLock:
         if len(os.fsencode(name)) > 200:
             name = f"{orchestrator}.{hashlib.sha256(os.fsencode(workload)).hexdigest()}"
         self.path = self._directory / name
-        self.mark = self._directory / f"{_CUT}{name}"
+        self.mark = self._directory / f"{_MARK}{name}"
         self._wait = wait
         self._fd = -1
-        self.was_cut = False
+        self.interrupted = False
 
     def __enter__(self) -> WorkloadLock:
         """Wait for the lock; raise Conflict when somebody else keeps it.
 
-        `was_cut` tells then whether an earlier change of the workload was cut short.
+        `interrupted` tells then whether an earlier change of the workload was cut short.
         """
         give_up = time.monotonic() + (PATIENCE if self._wait else 0)
         try:
@@ -59,7 +59,7 @@ class WorkloadLock:
                         "locked); try again when it is done"
                     )
                 time.sleep(0.02)  # flock(2) waits for ever or not at all
-            self.was_cut = self.mark.exists()
+            self.interrupted = self.mark.exists()
         except OSError as error:
             raise CalicoError(f"cannot lock {self.path}: {error.strerror}") from None
         return self
@@ -85,9 +85,9 @@ class WorkloadLock:
     def forget(self) -> None:
         """Forget the workload's name: it has nothing any more."""
         os.ftruncate(self._fd, 0)
-        self.settled()
+        self.clear_all()
 
-    def begin(self, name: str = "") -> None:
+    def mark_in_progress(self, name: str = "") -> None:
         """Note that a change is under way: should it be cut short, that can be told, and of which `name`."""
         try:
             with open(self.mark, "w", opener=_no_link) as mark:
@@ -95,15 +95,15 @@ class WorkloadLock:
         except OSError as error:
             raise CalicoError(f"cannot write {self.mark}: {error.strerror}") from None
 
-    def end(self) -> None:
+    def clear_mark(self) -> None:
         """Note that the change is done or undone. What an earlier one has left may still be there."""
-        if not self.was_cut:
+        if not self.interrupted:
             self.mark.unlink(missing_ok=True)
 
-    def settled(self) -> None:
+    def clear_all(self) -> None:
         """Note that nothing is left of any change that was cut short."""
         self.mark.unlink(missing_ok=True)
-        self.was_cut = False
+        self.interrupted = False
 
     def _content(self) -> tuple[str, str, str]:
         return os.pread(self._fd, 2**16, 0).decode(errors="replace").partition("\0")
@@ -128,13 +128,13 @@ def exists(host: str, orchestrator: str, workload: str) -> bool:
     return lock.path.exists() or lock.mark.exists()
 
 
-def cut(host: str, orchestrator: str) -> list[str]:
+def interrupted(host: str, orchestrator: str) -> list[str]:
     """Return the ids of the workloads whose last change is under way, or was cut short."""
     # a mark has the workload's id in it, but one that was cut short itself
     return [content[0] or id for id, content in _marks(host, orchestrator)]
 
 
-def cut_of(host: str, orchestrator: str, name: str) -> set[str]:
+def interrupted_named(host: str, orchestrator: str, name: str) -> set[str]:
     """Return the ids of the workloads of a name whose last change is under way, or was cut short; only root can."""
     with suppress(PermissionError):
         return {content[0] for _, content in _marks(host, orchestrator) if content[2] == name}
@@ -143,12 +143,12 @@ def cut_of(host: str, orchestrator: str, name: str) -> set[str]:
 
 def _marks(host: str, orchestrator: str) -> list[tuple[str, tuple[str, str, str]]]:
     """Return the marks of changes: the id that the file's name ends with, and what is in it: id, NUL, name."""
-    prefix = f"{_CUT}{orchestrator}."
+    prefix = f"{_MARK}{orchestrator}."
     names = [name for name in _names(host) if name.startswith(prefix)]
     return [(name[len(prefix) :], _content_of(DIRECTORY / host / name)) for name in names]
 
 
-def clear(host: str, orchestrator: str) -> None:
+def remove_stale(host: str, orchestrator: str) -> None:
     """Remove the locks that remember nothing, and that nobody holds: of commands that were killed as they began."""
     with suppress(FileNotFoundError), os.scandir(DIRECTORY / host) as files:
         empty = [file.path for file in files if file.name.startswith(f"{orchestrator}.") and not file.stat().st_size]
@@ -165,7 +165,7 @@ def _no_link(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
 
 
-def names(host: str, orchestrator: str) -> dict[str, str]:
+def remembered(host: str, orchestrator: str) -> dict[str, str]:
     """Return the names that are remembered of workloads, by id."""
     prefix = f"{orchestrator}."
     found = {}

@@ -19,7 +19,7 @@ from calicoctl.workloads import locks, netns
 from calicoctl.workloads.locks import WorkloadLock
 from calicoctl.workloads.wiring import (
     DEFAULT_INTERFACE,
-    Scene,
+    WorkloadSession,
     interfaces_of,
     owner_of,
     paths_of,
@@ -29,8 +29,8 @@ from calicoctl.workloads.wiring import (
 from calicoctl.workloads.workload import (
     DOCKER,
     NAMESPACE,
-    Standing,
     Workload,
+    WorkloadState,
     endpoint_ids_of,
     endpoints_of,
     has_processes,
@@ -46,41 +46,41 @@ if TYPE_CHECKING:
     from calicoctl.datastore.keys import EndpointId
     from calicoctl.datastore.model import Endpoint
 
-HEALED, COLLECTED, CHANGED = "healed", "collected", "changed"
+REATTACHED, COLLECTED, CHANGED = "reattached", "collected", "changed"
 
 
 @dataclass(frozen=True)
-class Act:
-    """Something that was done for a workload: HEALED, COLLECTED or CHANGED, and a sentence that says what and why."""
+class Action:
+    """What was done for a workload: REATTACHED, COLLECTED or CHANGED, and a sentence that says what and why."""
 
     kind: str
     text: str
 
 
-def is_looked_after(orchestrator: str, workload: str) -> bool:
+def is_managed(orchestrator: str, workload: str) -> bool:
     """Tell whether a workload is of a kind whose coming and going can be told: not one of another tool's."""
     if orchestrator == DOCKER:
         return re.fullmatch("[0-9a-f]{64}", workload) is not None
     return orchestrator == NAMESPACE and workload.startswith("-") and "\0" not in workload
 
 
-def look_after(
+def reconcile(
     datastore: DatastoreClient,
     orchestrator: str,
     id: str,
-    may_forget: Callable[[Standing], bool],
+    may_collect: Callable[[WorkloadState], bool],
     removed: bool = False,
-) -> Iterator[Act]:
+) -> Iterator[Action]:
     """Bring what a workload has on the network in line with what has become of the workload; give each act when done.
 
-    `may_forget` is told what has become of the workload, and says whether one that is away or gone is to be forgotten
+    `may_collect` is told what has become of the workload, and says whether one that is away or gone is to be forgotten
     now; else it is inactive meanwhile.
     `removed` tells that the engine has told of the removal of this very container.
 
     Raises Conflict when somebody else is changing the workload, DockerUnavailable or NamespaceError when it could not
     be found out what has become of it, and CalicoError when something could not be done.
     """
-    if not is_looked_after(orchestrator, id) or not _has_anything(datastore, orchestrator, id):
+    if not is_managed(orchestrator, id) or not _has_anything(datastore, orchestrator, id):
         return
     with_handle = datastore.ipam.knows(f"{orchestrator}.{id}")
     with WorkloadLock(datastore.host, orchestrator, id, wait=False) as lock:
@@ -89,36 +89,36 @@ def look_after(
         path = next((path for path in paths if isinstance(path, str) and path.startswith("/")), "")
         if not ids:
             workload = Workload(orchestrator, id, path or id)
-            yield from _tidy(datastore, workload, lock, [], held)
-            lock.settled()
+            yield from _release_leaked(datastore, workload, lock, [], held)
+            lock.clear_all()
             if with_handle and not held and not datastore.ipam.knows(workload.handle):
-                yield Act(COLLECTED, f"{_called(workload)} had a handle that held nothing: removed")
+                yield Action(COLLECTED, f"{_called(workload)} had a handle that held nothing: removed")
             return
         if orchestrator == NAMESPACE and not path:
             return  # an old tool's, say: nobody knows where it is
-        standing, workload = look_up(orchestrator, id, path, _started(lock, path, ids))
-        if standing is Standing.GONE and not removed:
+        state, workload = look_up(orchestrator, id, path, _started(lock, path, ids))
+        if state is WorkloadState.GONE and not removed:
             _refuse_alive(workload, ids)
-        is_away = standing in (Standing.AWAY, Standing.GONE)
-        if may_forget(standing) and is_away:
-            yield _forget(datastore, workload, lock, ids, held)
+        is_away = state in (WorkloadState.MISSING, WorkloadState.GONE)
+        if may_collect(state) and is_away:
+            yield _garbage_collect(datastore, workload, lock, ids, held)
             return
         records = endpoints_of(datastore, workload)
         yield from _note_name(datastore, workload, records, held)
         if is_away:
-            yield from _set_inactive(datastore, workload, records, standing)
+            yield from _set_inactive(datastore, workload, records, state)
             if path and not lock.name():  # after a reboot
                 lock.remember(path)
-        elif standing is Standing.STOPPED:
-            lock.begin()
-            yield from _set_inactive(datastore, workload, records, standing)
+        elif state is WorkloadState.STOPPED:
+            lock.mark_in_progress()
+            yield from _set_inactive(datastore, workload, records, state)
             for record in records:
                 netns.delete_interface(record.id.interface)
-            yield from _tidy(datastore, workload, lock, records, held)
+            yield from _release_leaked(datastore, workload, lock, records, held)
         else:
             with netns.Namespace(workload.namespace_path(), workload.name) as namespace:
-                yield from _connect(Scene(datastore, workload, lock, namespace), held)
-        lock.settled()
+                yield from _connect(WorkloadSession(datastore, workload, lock, namespace), held)
+        lock.clear_all()
 
 
 def _has_anything(datastore: DatastoreClient, orchestrator: str, id: str) -> bool:
@@ -160,7 +160,7 @@ def _refuse_alive(workload: Workload, ids: list[EndpointId]) -> None:
         )
 
 
-def unsound(paths: dict[EndpointId, str]) -> list[EndpointId]:
+def misattached(paths: dict[EndpointId, str]) -> list[EndpointId]:
     """Return those endpoints whose interface leads elsewhere than into the namespace with the path given for each.
 
     They have been there before: a namespace goes on as long as a process is in it, whatever becomes of its name. Those,
@@ -170,36 +170,36 @@ def unsound(paths: dict[EndpointId, str]) -> list[EndpointId]:
     return [id for id in paths if sound.get(id.interface) is False]
 
 
-def _connect(scene: Scene, held: dict[IPAddress, Owner]) -> Iterator[Act]:
+def _connect(session: WorkloadSession, held: dict[IPAddress, Owner]) -> Iterator[Action]:
     """See to it that a workload that runs has its interface, and nothing beyond its record."""
-    datastore, workload, record = scene.datastore, scene.workload, scene.only_record()
-    if scene.namespace.is_own():
+    datastore, workload, record = session.datastore, session.workload, session.only_record()
+    if session.namespace.is_own():
         raise CalicoError(f"{workload.name} cannot be connected: its network namespace is the host's own.")
-    plugged = scene.plugged(also_down=True)
-    if plugged is not None and scene.plugged() is None and scene.lock.was_cut:
-        plugged = None  # half made
-    if plugged is None:
-        rewire(scene, record)
+    attached = session.attached_interface(also_down=True)
+    if attached is not None and session.attached_interface() is None and session.lock.interrupted:
+        attached = None  # half made
+    if attached is None:
+        rewire(session, record)
         why = f"it runs again, after {record.inactive_since}" if record.inactive_since else "it had none"
         addresses = ", ".join(record.addresses) or "no address"
         text = f"{_called(workload)} has its interface {record.id.interface} back, with {addresses}: {why}"
-        yield Act(HEALED, text)
+        yield Action(REATTACHED, text)
     elif record.state == "inactive":
         datastore.modify_endpoint(record.id, _active)
         since = f", after {record.inactive_since}" if record.inactive_since else ""
-        yield Act(CHANGED, f"{_called(workload)} is active: it is there{since}")
-    if plugged is not None and scene.namespace.refresh(plugged, scene.host_mac):
-        yield Act(CHANGED, f"{_called(workload)} has been told the MAC of its next hop, {scene.host_mac}")
+        yield Action(CHANGED, f"{_called(workload)} is active: it is there{since}")
+    if attached is not None and session.namespace.refresh(attached, session.host_mac):
+        yield Action(CHANGED, f"{_called(workload)} has been told the MAC of its next hop, {session.host_mac}")
     left = [f"{address}/{128 if address.version == 6 else 32}" for address in _unlisted([record], held)]
-    if plugged is not None and left:
+    if attached is not None and left:
         versions = {version_of(net) for net in left} - {version_of(net) for net in record.nets}
-        scene.namespace.unconfigure(plugged, left, versions)
-    yield from _tidy(datastore, workload, scene.lock, [record], held)
+        session.namespace.unconfigure(attached, left, versions)
+    yield from _release_leaked(datastore, workload, session.lock, [record], held)
 
 
 def _note_name(
     datastore: DatastoreClient, workload: Workload, records: list[Endpoint], held: dict[IPAddress, Owner]
-) -> Iterator[Act]:
+) -> Iterator[Action]:
     """See to it that a container's records, and what stands beside its addresses, have the name Docker has for it."""
     name = workload.docker_name
     if not name:
@@ -217,7 +217,7 @@ def _note_name(
     if changed:
         before = changed[0].workload_name
         text = f"was called {before} before" if before else "has its name in its record now"
-        yield Act(CHANGED, f"{_called(workload)} {text}")
+        yield Action(CHANGED, f"{_called(workload)} {text}")
 
 
 def _active(endpoint: Endpoint) -> bool:
@@ -226,8 +226,8 @@ def _active(endpoint: Endpoint) -> bool:
 
 
 def _set_inactive(
-    datastore: DatastoreClient, workload: Workload, records: list[Endpoint], standing: Standing
-) -> Iterator[Act]:
+    datastore: DatastoreClient, workload: Workload, records: list[Endpoint], state: WorkloadState
+) -> Iterator[Action]:
     """Note, at those of a workload's endpoints that are active, that it does not run."""
     now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
 
@@ -239,19 +239,19 @@ def _set_inactive(
 
     changed = [record for record in records if datastore.modify_endpoint(record.id, change)]
     if changed:
-        yield Act(CHANGED, f"{_called(workload)} is inactive: it {standing.value}")
+        yield Action(CHANGED, f"{_called(workload)} is inactive: it {state.value}")
 
 
-def _forget(
+def _garbage_collect(
     datastore: DatastoreClient,
     workload: Workload,
     lock: WorkloadLock,
     ids: list[EndpointId],
     held: dict[IPAddress, Owner],
-) -> Act:
+) -> Action:
     """Remove all that a workload has that does not exist any more, but for addresses that bear no handle."""
     datastore.check_endpoints_writable(ids, workload.handle)
-    lock.begin()
+    lock.mark_in_progress()
     records = filter(None, map(datastore.readable, ids))
     listed = {address for record in records for address in record.addresses}
     owners = {address: datastore.ipam.owner(parse_address(address)) for address in sorted(listed - set(map(str, held)))}
@@ -267,16 +267,16 @@ def _forget(
     text += f" and {', '.join(map(str, sorted(held)))}" if held else ""
     if kept:
         text += f"; not {', '.join(kept)}, without a handle: 'calicoctl ipam release' gives back what is in use no more"
-    return Act(COLLECTED, text)
+    return Action(COLLECTED, text)
 
 
-def _tidy(
+def _release_leaked(
     datastore: DatastoreClient,
     workload: Workload,
     lock: WorkloadLock,
     records: list[Endpoint],
     held: dict[IPAddress, Owner],
-) -> Iterator[Act]:
+) -> Iterator[Action]:
     """Give back the addresses that no record of a workload lists, and delete half-made pairs that they were for."""
     left = _unlisted(records, held)
     pairs = interfaces_of(left) - {record.id.interface for record in records}
@@ -288,7 +288,7 @@ def _tidy(
     if left:
         text = f"{_called(workload)} had {', '.join(map(str, sorted(left)))} of a command that was cut short"
         text += f", and the interface {', '.join(sorted(pairs))}" if pairs else ""
-        yield Act(COLLECTED, f"{text}: given back")
+        yield Action(COLLECTED, f"{text}: given back")
 
 
 def _unlisted(records: list[Endpoint], held: dict[IPAddress, Owner]) -> dict[IPAddress, Owner]:
@@ -307,10 +307,12 @@ def _called(workload: Workload) -> str:
 # What `ipam check --fix` puts right
 
 
-def tidy(datastore: DatastoreClient, workload: Workload) -> list[Act]:
+def release_leaked(datastore: DatastoreClient, workload: Workload) -> list[Action]:
     """Give back what a cut command has left of a workload: addresses, and half-made pairs, that no record lists."""
     with WorkloadLock(datastore.host, workload.orchestrator, workload.id) as lock:
-        return list(_tidy(datastore, workload, lock, endpoints_of(datastore, workload), _read(datastore, workload)[1]))
+        return list(
+            _release_leaked(datastore, workload, lock, endpoints_of(datastore, workload), _read(datastore, workload)[1])
+        )
 
 
 def restore_address(datastore: DatastoreClient, id: EndpointId, address: str) -> bool:

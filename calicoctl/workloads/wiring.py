@@ -48,7 +48,7 @@ DEFAULT_INTERFACE = "eth1"
 
 
 @dataclass(frozen=True)
-class Wish:
+class AddressRequest:
     """Which address is asked for: this one, or any of the pool with this CIDR, or any of this IP version."""
 
     version: int
@@ -56,7 +56,7 @@ class Wish:
     cidr: str | None = None
 
     @classmethod
-    def parse(cls, text: str) -> Wish:
+    def parse(cls, text: str) -> AddressRequest:
         """Read an address, `ipv4`, `ipv6`, or a CIDR; raise CalicoError."""
         if text.lower() in ("ipv4", "ipv6"):
             return cls(int(text[-1]))
@@ -140,114 +140,120 @@ class Connection:
 
 
 def connect(
-    datastore: DatastoreClient, workload: Workload, wish: Wish, interface: str | None = None, exist_ok: bool = False
+    datastore: DatastoreClient,
+    workload: Workload,
+    request: AddressRequest,
+    interface: str | None = None,
+    exist_ok: bool = False,
 ) -> Connection:
     """Connect a workload that is not connected, or wire one again that has lost its interface.
 
     `interface` is the name in the workload; None stands for what it was before, else for the default. With `exist_ok`,
     one that has what is asked for will do. Raises CalicoError, and then nothing has changed.
     """
-    with Scene.enter(datastore, workload) as scene:
-        scene.clear_after_another_process()
-        if scene.record is None:
-            return _wire(scene, wish, interface or DEFAULT_INTERFACE)
-        plugged = scene.plugged()
-        if plugged is None:
-            again = rewire(scene, scene.record, wish, interface)
-            assert again is not None, "an address was wished for"
+    with WorkloadSession.enter(datastore, workload) as session:
+        session.clear_after_another_process()
+        if session.record is None:
+            return _wire(session, request, interface or DEFAULT_INTERFACE)
+        attached = session.attached_interface()
+        if attached is None:
+            again = rewire(session, session.record, request, interface)
+            assert again is not None, "an address was requested"
             return again
-        scene.remember()
-        address = next(filter(wish.fits, map(parse_address, scene.record.addresses)), None)
-        if exist_ok and address is not None and interface in (None, plugged):
-            return Connection(scene.record.id, address, plugged, scene.record.mac, existed=True)
+        session.remember()
+        address = next(filter(request.fits, map(parse_address, session.record.addresses)), None)
+        if exist_ok and address is not None and interface in (None, attached):
+            return Connection(session.record.id, address, attached, session.record.mac, existed=True)
         raise CalicoError(
             f"{workload.name} has already been configured with Calico Networking. It has "
-            f"{', '.join(scene.record.addresses) or 'no address'} on {plugged}."
+            f"{', '.join(session.record.addresses) or 'no address'} on {attached}."
         )
 
 
-def _wire(scene: Scene, wish: Wish, interface: str) -> Connection:
+def _wire(session: WorkloadSession, request: AddressRequest, interface: str) -> Connection:
     """Connect a workload that has no record, taking over, or clearing away, what a cut command has left of one."""
-    datastore, workload, version = scene.datastore, scene.workload, wish.version
+    datastore, workload, version = session.datastore, session.workload, request.version
     next_hop = datastore.next_hop(version)
     reserved = reserved_addresses(datastore, version)
-    _refuse_reserved(wish, reserved)
-    pools = wish.pools(datastore)
-    scene.remove_half_made()
-    scene.remove_orphans()
-    scene.refuse_other_endpoint()
-    scene.refuse_default_route(version)
-    scene.refuse_interface(interface)
+    _refuse_reserved(request, reserved)
+    pools = request.pools(datastore)
+    session.remove_half_made()
+    session.remove_orphans()
+    session.refuse_other_endpoint()
+    session.refuse_default_route(version)
+    session.refuse_interface(interface)
 
-    with _undoing(scene) as undo:
-        undo(scene.lock.forget)
-        scene.remember()
+    with _rollback_on_failure(session) as undo:
+        undo(session.lock.forget)
+        session.remember()
         undo(datastore.ipam.release_by_handle, workload.handle)
-        address, id = _adopt(scene, wish, interface, reserved)
+        address, id = _adopt(session, request, interface, reserved)
         if address is None:
-            address = _take(datastore, owner_of(workload, id, interface), wish, pools, reserved)
+            address = _take(datastore, owner_of(workload, id, interface), request, pools, reserved)
 
-        mac = _plug(scene, id.interface, interface, [host_net(address)], {version: next_hop}, None, undo)
+        mac = _attach(session, id.interface, interface, [host_net(address)], {version: next_hop}, None, undo)
 
         endpoint = Endpoint(id, name=id.interface, mac=mac, workload_name=workload.docker_name or None)
         endpoint.nets_of(version).append(host_net(address))
         endpoint.set_gateway(version, next_hop)
         undo(datastore.remove_endpoint, id)
         datastore.create_endpoint(endpoint)
-        scene.lock.settled()  # and nothing is left of what was cut before
+        session.lock.clear_all()  # and nothing is left of what was cut before
     return Connection(id, address, interface, mac)
 
 
-def rewire(scene: Scene, record: Endpoint, wish: Wish | None = None, interface: str | None = None) -> Connection | None:
-    """Give a workload with a record its interface back: same addresses, MAC, name and profiles.
+def rewire(
+    session: WorkloadSession, record: Endpoint, request: AddressRequest | None = None, interface: str | None = None
+) -> Connection | None:
+    """Re-attach a workload that has a record: make its interface again, with the same addresses, MAC and name.
 
-    Without a `wish`, it stays without an address where it has none; nothing is returned then. Raises CalicoError, and
-    then nothing has changed.
+    Without a `request`, a workload without an address stays without one, and None is returned. Raises CalicoError, and
+    then everything has been rolled back.
     """
-    datastore, workload = scene.datastore, scene.workload
+    datastore, workload = session.datastore, session.workload
     addresses = [parse_address(address) for address in record.addresses]
-    address = next((address for address in addresses if wish is None or wish.fits(address)), None)
+    address = next((address for address in addresses if request is None or request.fits(address)), None)
     if address is None and addresses:
         raise CalicoError(
             f"{workload.name} has lost its interface, and its address is {', '.join(record.addresses)}. Run "
             f"'calicoctl container add {workload.name} {record.addresses[0]}' to wire it "
             f"again, then 'calicoctl container {workload.name} ip add' for another address."
         )
-    if wish is not None and address is not None:
-        _refuse_in_use(scene, address)
-    known = [owner.secondary.get("interface") for owner in scene.held.values()]
+    if request is not None and address is not None:
+        _refuse_in_use(session, address)
+    known = [owner.secondary.get("interface") for owner in session.held.values()]
     before = next((name for name in known if is_interface_name(name)), None)
     if before is not None and interface not in (None, before):
         raise CalicoError(f"{workload.name} is to be wired again with its interface {before}, not {interface}.")
     interface = before or interface or DEFAULT_INTERFACE
     versions = {version_of(net) for net in record.nets}
-    if wish is not None and not addresses:
-        versions = {wish.version}
+    if request is not None and not addresses:
+        versions = {request.version}
     next_hops = {version: _next_hop(datastore, record, version) for version in versions}
     pools = []
-    if wish is not None and not addresses:
-        reserved = reserved_addresses(datastore, wish.version)
-        _refuse_reserved(wish, reserved)
-        pools = wish.pools(datastore)
-    scene.remove_remains(record)
+    if request is not None and not addresses:
+        reserved = reserved_addresses(datastore, request.version)
+        _refuse_reserved(request, reserved)
+        pools = request.pools(datastore)
+    session.remove_remains(record)
     for version in next_hops:
-        scene.refuse_default_route(version)
-    scene.refuse_other_endpoint()
-    scene.refuse_interface(interface)
+        session.refuse_default_route(version)
+    session.refuse_other_endpoint()
+    session.refuse_interface(interface)
 
-    with _undoing(scene) as undo:
-        scene.remember()
+    with _rollback_on_failure(session) as undo:
+        session.remember()
         nets = list(record.nets)
-        if address is None and wish is not None:
+        if address is None and request is not None:
             # its last address was taken away before it lost its interface
             undo(_release_unlisted, datastore, workload, record)
             owner = owner_of(workload, record.id, interface)
-            address = _take(datastore, owner, wish, pools, reserved)
+            address = _take(datastore, owner, request, pools, reserved)
             nets.append(host_net(address))
         for own in addresses:
-            if own not in scene.held:
-                _regain(scene, own, owner_of(workload, record.id, interface), undo)
-        mac = _plug(scene, record.id.interface, interface, nets, next_hops, record.mac, undo)
+            if own not in session.held:
+                _regain(session, own, owner_of(workload, record.id, interface), undo)
+        mac = _attach(session, record.id.interface, interface, nets, next_hops, record.mac, undo)
 
         def bring_up_to_date(endpoint: Endpoint) -> bool:
             old = endpoint.to_dict()
@@ -289,7 +295,7 @@ def _clear(
 ) -> None:
     """Remove a workload's endpoints, with all that they have, and all that it holds; its lock is held."""
     datastore.check_endpoints_writable(ids, workload.handle)
-    lock.begin()
+    lock.mark_in_progress()
     for name in {id.interface for id in ids} | interfaces_of(held):
         netns.delete_interface(name)
     for id in ids:
@@ -303,7 +309,7 @@ def _clear(
 
 
 def add_address(
-    datastore: DatastoreClient, workload: Workload, wish: Wish, interface: str | None
+    datastore: DatastoreClient, workload: Workload, request: AddressRequest, interface: str | None
 ) -> tuple[IPAddress, bool]:
     """Give a connected workload one more address; return it, and whether the workload did not have it before.
 
@@ -311,34 +317,34 @@ def add_address(
     workload has already is set up in the kernel again, should it be missing there. Raises CalicoError, and then nothing
     has changed.
     """
-    with Scene.enter(datastore, workload) as scene:
-        workload = scene.workload
-        record, plugged = scene.connected(interface)
-        version = wish.version
+    with WorkloadSession.enter(datastore, workload) as session:
+        workload = session.workload
+        record, attached = session.connected(interface)
+        version = request.version
         next_hop = datastore.next_hop(version)
         reserved = reserved_addresses(datastore, version)
-        _refuse_reserved(wish, reserved)
-        pools = wish.pools(datastore)
+        _refuse_reserved(request, reserved)
+        pools = request.pools(datastore)
         nets = record.nets_of(version)
-        if wish.address is not None and host_net(wish.address) in nets:
-            scene.namespace.configure(plugged, [host_net(wish.address)], {}, scene.host_mac)
-            return wish.address, False
+        if request.address is not None and host_net(request.address) in nets:
+            session.namespace.configure(attached, [host_net(request.address)], {}, session.host_mac)
+            return request.address, False
         next_hops = {} if nets else {version: next_hop}
         if next_hops:
-            scene.refuse_default_route(version, but_through=plugged)
+            session.refuse_default_route(version, but_through=attached)
 
-        with _undoing(scene) as undo:
-            owner = owner_of(workload, record.id, plugged)
-            left = [a for a in scene.held if host_net(a) not in record.nets and _may_have(wish, a, reserved)]
+        with _rollback_on_failure(session) as undo:
+            owner = owner_of(workload, record.id, attached)
+            left = [a for a in session.held if host_net(a) not in record.nets and _may_have(request, a, reserved)]
             undo(_release_unlisted, datastore, workload, record)
-            address = left[0] if left else _take(datastore, owner, wish, pools, reserved)
+            address = left[0] if left else _take(datastore, owner, request, pools, reserved)
 
             net = host_net(address)
-            if version == 6 and scene.namespace.ipv6_is_off(plugged):
-                undo(scene.namespace.switch_ipv6_off, plugged)
-            undo(scene.namespace.restore_loopback, scene.loopback)
-            undo(scene.namespace.unconfigure, plugged, [net], next_hops)
-            scene.namespace.configure(plugged, [net], next_hops, scene.host_mac)
+            if version == 6 and session.namespace.ipv6_is_off(attached):
+                undo(session.namespace.switch_ipv6_off, attached)
+            undo(session.namespace.restore_loopback, session.loopback)
+            undo(session.namespace.unconfigure, attached, [net], next_hops)
+            session.namespace.configure(attached, [net], next_hops, session.host_mac)
 
             def add(endpoint: Endpoint) -> bool:
                 if net in endpoint.nets_of(version):
@@ -359,26 +365,26 @@ def remove_address(datastore: DatastoreClient, workload: Workload, address: IPAd
     The last address of an IP version takes that version's next hop and default route along. Works on a workload that
     does not run, too.
     """
-    with Scene.enter(datastore, workload, must_run=False) as scene:
-        record = scene.only_record()
+    with WorkloadSession.enter(datastore, workload, must_run=False) as session:
+        record = session.only_record()
         net = host_net(address)
-        if net not in record.nets and address not in scene.held:
+        if net not in record.nets and address not in session.held:
             raise NotFound(f"IP {address} is not assigned to {workload.name}.")
-        plugged = scene.plugged()
-        if plugged is not None:
-            scene.refuse_other_interface(plugged, interface)
+        attached = session.attached_interface()
+        if attached is not None:
+            session.refuse_other_interface(attached, interface)
         others = [other for other in record.nets_of(address.version) if other != net]
 
         datastore.check_endpoints_writable([record.id], workload.handle)
-        scene.lock.begin()
-        if address not in scene.held:
+        session.lock.mark_in_progress()
+        if address not in session.held:
             # an old tool's, without a handle: only the record tells whose it is, so it is given back before
             datastore.ipam.release([address], {None})
         datastore.modify_endpoint(record.id, _without(net))
-        if plugged is not None:
-            scene.namespace.unconfigure(plugged, [net], [] if others else [address.version])
+        if attached is not None:
+            session.namespace.unconfigure(attached, [net], [] if others else [address.version])
         datastore.ipam.release([address], {workload.handle})
-        scene.lock.end()
+        session.lock.clear_mark()
 
 
 def _without(net: str) -> Callable[[Endpoint], bool]:
@@ -396,11 +402,11 @@ def _without(net: str) -> Callable[[Endpoint], bool]:
     return change
 
 
-class Scene:
+class WorkloadSession:
     """A workload under its lock, with its namespace open, and what store and kernel know of it at the start.
 
     `held` are the addresses its handle holds; `record` is its endpoint, None where it has none; `host_mac` is the MAC
-    of the host's end of its pair, once that has been found `plugged`.
+    of the host's end of its pair, once that has been found `attached_interface`.
     """
 
     def __init__(
@@ -424,11 +430,11 @@ class Scene:
         self.record = records[0] if records else None
         self.held = datastore.ipam.held_by(workload.handle) or {}
         refuse_other_path(workload, lock.name(), *paths_of(self.held))
-        self.look_again()
+        self.refresh()
 
     @classmethod
     @contextmanager
-    def enter(cls, datastore: DatastoreClient, workload: Workload, must_run: bool = True) -> Iterator[Scene]:
+    def enter(cls, datastore: DatastoreClient, workload: Workload, must_run: bool = True) -> Iterator[WorkloadSession]:
         """Lock the workload, open its namespace and look around. Without `must_run`, it may have no namespace."""
         with ExitStack() as stack:
             lock = stack.enter_context(WorkloadLock(datastore.host, workload.orchestrator, workload.id))
@@ -440,16 +446,16 @@ class Scene:
                     raise
             if namespace is not None and namespace.is_own():
                 raise CalicoError(f"{workload.name} cannot be connected: its network namespace is the host's own.")
-            scene = cls(datastore, workload, lock, namespace)
-            twin = stored_otherwise(datastore, workload) if scene.record is None else None
+            session = cls(datastore, workload, lock, namespace)
+            twin = stored_otherwise(datastore, workload) if session.record is None else None
             if twin is not None:
                 lock = stack.enter_context(WorkloadLock(datastore.host, twin.orchestrator, twin.id))
-                scene = cls(datastore, twin, lock, namespace)
-            yield scene
+                session = cls(datastore, twin, lock, namespace)
+            yield session
 
     @property
     def namespace(self) -> netns.Namespace:
-        assert self._namespace is not None, "a scene without a namespace is not plugged"
+        assert self._namespace is not None, "a session without a namespace is not attached"
         return self._namespace
 
     @property
@@ -457,11 +463,11 @@ class Scene:
         """Return what the namespace's loopback interface was at the last look."""
         return self._inspection.loopback
 
-    def look_again(self) -> None:
+    def refresh(self) -> None:
         """Read the namespace's interfaces and routes."""
         self._inspection = netns.Inspection() if self._namespace is None else self._namespace.inspect()
 
-    def plugged(self, also_down: bool = False) -> str | None:
+    def attached_interface(self, also_down: bool = False) -> str | None:
         """Return the name of the workload's Calico interface, or None while it has none that is complete.
 
         With `also_down`, also one whose host end is down.
@@ -490,14 +496,14 @@ class Scene:
 
     def connected(self, interface: str | None) -> tuple[Endpoint, str]:
         """Return the endpoint and the name of its interface; raise CalicoError where one of them is missing."""
-        record, plugged = self.only_record(), self.plugged()
-        if plugged is None:
+        record, attached = self.only_record(), self.attached_interface()
+        if attached is None:
             raise CalicoError(
                 f"{self.workload.name} has lost its interface. Wire it again with 'calicoctl container add "
                 f"{self.workload.name} {(record.addresses or ['ipv4'])[0]}'."
             )
-        self.refuse_other_interface(plugged, interface)
-        return record, plugged
+        self.refuse_other_interface(attached, interface)
+        return record, attached
 
     def remove_half_made(self) -> None:
         """Delete veth pairs that a cut command has made for this workload."""
@@ -516,7 +522,7 @@ class Scene:
 
         Raises Conflict where it is complete after all.
         """
-        if self.plugged() is not None:  # whoever renamed it has named it back just now
+        if self.attached_interface() is not None:  # whoever renamed it has named it back just now
             raise Conflict(f"{self.workload.name} has its interface back; look again")
         names = [host_end.name for own, host_end in self._pairs() if own.mac == record.mac]
         renamed = [name for name in names if not name.startswith("cali")]  # such would be another endpoint's
@@ -529,12 +535,16 @@ class Scene:
             ids = [self.record.id] if self.record is not None else []
             self.datastore.check_endpoints_writable(ids, self.workload.handle)
             netns.delete_interface(name)
-            self.look_again()
+            self.refresh()
 
     def clear_after_another_process(self) -> None:
         """Remove all there is of a process that has ended, where the path has become another process's."""
         now = process_started(self.workload.path or "")
-        if self.record is not None and now not in (None, self.lock.started()) and self.plugged(also_down=True) is None:
+        if (
+            self.record is not None
+            and now not in (None, self.lock.started())
+            and self.attached_interface(also_down=True) is None
+        ):
             _clear(self.datastore, self.workload, self.lock, [self.record.id], self.held)
             self.record, self.held = None, {}
 
@@ -566,13 +576,13 @@ class Scene:
                 f"{self.workload.name} has an interface {name} already. Choose another name with --interface."
             )
 
-    def refuse_other_interface(self, plugged: str, wanted: str | None) -> None:
-        if wanted not in (None, plugged):
-            raise CalicoError(f"{self.workload.name} is connected through its interface {plugged}, not {wanted}.")
+    def refuse_other_interface(self, attached: str, wanted: str | None) -> None:
+        if wanted not in (None, attached):
+            raise CalicoError(f"{self.workload.name} is connected through its interface {attached}, not {wanted}.")
 
 
 @contextmanager
-def _undoing(scene: Scene) -> Iterator[Callable[..., object]]:
+def _rollback_on_failure(session: WorkloadSession) -> Iterator[Callable[..., object]]:
     """Give a function that remembers an undo; run them all, last first, when what is inside `with` fails.
 
     Each undo is one that does no harm where its step was not done. An undo that fails does not keep the others from
@@ -586,7 +596,7 @@ def _undoing(scene: Scene) -> Iterator[Callable[..., object]]:
         except CalicoError as error:
             failures.append(str(error))
 
-    scene.lock.begin(scene.workload.docker_name)
+    session.lock.mark_in_progress(session.workload.docker_name)
     try:
         with ExitStack() as stack:
             yield lambda function, *arguments: stack.callback(attempt, function, *arguments)
@@ -595,18 +605,18 @@ def _undoing(scene: Scene) -> Iterator[Callable[..., object]]:
         if failures:
             raise CalicoError(
                 f"{error} Not all of it could be undone ({'; '.join(failures)}): run 'calicoctl container remove "
-                f"{scene.workload.name}' when that works again."
+                f"{session.workload.name}' when that works again."
             ) from error
         raise
     finally:
         if failures:
-            scene.lock.begin(scene.workload.docker_name)  # where it has been forgotten
+            session.lock.mark_in_progress(session.workload.docker_name)  # where it has been forgotten
         else:
-            scene.lock.end()
+            session.lock.clear_mark()
 
 
-def _plug(
-    scene: Scene,
+def _attach(
+    session: WorkloadSession,
     name: str,
     interface: str,
     nets: list[str],
@@ -618,27 +628,29 @@ def _plug(
     if netns.find_interface(name) is not None:
         raise CalicoError(f"this host has an interface {name} already, of another endpoint; try again")
     undo(netns.delete_interface, name)
-    netns.create_veth(name, scene.namespace, interface, mac)
-    undo(scene.namespace.restore_loopback, scene.loopback)
-    mac = scene.namespace.configure(interface, nets, next_hops, netns.HOST_MAC)
+    netns.create_veth(name, session.namespace, interface, mac)
+    undo(session.namespace.restore_loopback, session.loopback)
+    mac = session.namespace.configure(interface, nets, next_hops, netns.HOST_MAC)
     netns.set_up(name)
     return mac
 
 
-def _adopt(scene: Scene, wish: Wish, interface: str, reserved: Reserved) -> tuple[IPAddress | None, EndpointId]:
+def _adopt(
+    session: WorkloadSession, request: AddressRequest, interface: str, reserved: Reserved
+) -> tuple[IPAddress | None, EndpointId]:
     """Find an address that a cut command has taken, and give all others back; return it with its endpoint's id.
 
     Without one that fits, the address is None and the id a new one.
     """
-    workload = scene.workload
-    kept, kept_id = None, EndpointId(scene.datastore.host, workload.orchestrator, workload.id, _new_endpoint())
-    for address, owner in scene.held.items():
-        id = EndpointId(scene.datastore.host, workload.orchestrator, workload.id, _endpoint_of(owner) or "")
+    workload = session.workload
+    kept, kept_id = None, EndpointId(session.datastore.host, workload.orchestrator, workload.id, _new_endpoint())
+    for address, owner in session.held.items():
+        id = EndpointId(session.datastore.host, workload.orchestrator, workload.id, _endpoint_of(owner) or "")
         is_its_own = id.endpoint and _is_like(owner, owner_of(workload, id, interface))
-        if kept is None and is_its_own and _may_have(wish, address, reserved):
+        if kept is None and is_its_own and _may_have(request, address, reserved):
             kept, kept_id = address, id
         else:
-            scene.datastore.ipam.release([address], {workload.handle})
+            session.datastore.ipam.release([address], {workload.handle})
     return kept, kept_id
 
 
@@ -648,9 +660,11 @@ def _is_like(owner: Owner, other: Owner) -> bool:
     return owner.handle == other.handle and facts == others
 
 
-def _take(datastore: DatastoreClient, owner: Owner, wish: Wish, pools: list[Pool], reserved: Reserved) -> IPAddress:
+def _take(
+    datastore: DatastoreClient, owner: Owner, request: AddressRequest, pools: list[Pool], reserved: Reserved
+) -> IPAddress:
     """Take an address that was asked for; raise CalicoError when there is none to have."""
-    if wish.address is None:
+    if request.address is None:
         taken = datastore.ipam.auto_assign(1, pools, owner, reserved)
         if not taken:
             networks = {network for pool in pools for network in reserved.network.overlapping(pool.cidr)}
@@ -659,11 +673,11 @@ def _take(datastore: DatastoreClient, owner: Owner, wish: Wish, pools: list[Pool
             )
         return taken[0]
     try:
-        datastore.ipam.assign(wish.address, owner)
+        datastore.ipam.assign(request.address, owner)
     except AddressTaken as error:
-        holder = datastore.ipam.owner(wish.address)
-        raise AddressTaken(f"{error}{_told(holder)}. Give it another, or 'ipv{wish.version}' for any.") from None
-    return wish.address
+        holder = datastore.ipam.owner(request.address)
+        raise AddressTaken(f"{error}{_told(holder)}. Give it another, or 'ipv{request.version}' for any.") from None
+    return request.address
 
 
 def _but(networks: Collection[Network]) -> str:
@@ -677,27 +691,27 @@ def reserved_addresses(datastore: DatastoreClient, version: int) -> Reserved:
     return Reserved(host_network.read(), datastore.addresses_of_hosts(version), datastore.host)
 
 
-def _may_have(wish: Wish, address: IPAddress, reserved: Reserved) -> bool:
+def _may_have(request: AddressRequest, address: IPAddress, reserved: Reserved) -> bool:
     """Tell whether an address that a workload holds already is one that may be given to it now."""
-    if wish.address is not None:
-        return wish.fits(address)
-    return wish.fits(address) and reserved.is_free_for_any(address.version, int(address))
+    if request.address is not None:
+        return request.fits(address)
+    return request.fits(address) and reserved.is_free_for_any(address.version, int(address))
 
 
-def _refuse_reserved(wish: Wish, reserved: Reserved) -> None:
+def _refuse_reserved(request: AddressRequest, reserved: Reserved) -> None:
     """Raise CalicoError where an address is asked for that no workload may have."""
-    why = None if wish.address is None else reserved.refusal(str(wish.address))
+    why = None if request.address is None else reserved.refusal(str(request.address))
     if why is not None:
-        raise CalicoError(f"IP {wish.address} is {why}. Give another, or 'ipv{wish.version}' for any.")
+        raise CalicoError(f"IP {request.address} is {why}. Give another, or 'ipv{request.version}' for any.")
 
 
-def _refuse_in_use(scene: Scene, address: IPAddress) -> None:
+def _refuse_in_use(session: WorkloadSession, address: IPAddress) -> None:
     """Raise CalicoError where an address of a workload is a host's now."""
-    why = reserved_addresses(scene.datastore, address.version).user(str(address))
+    why = reserved_addresses(session.datastore, address.version).user(str(address))
     if why is not None:
         raise AddressTaken(
-            f"{scene.workload.name}'s address {address} is {why} now. Run 'calicoctl container remove "
-            f"{scene.workload.name}' and add it anew."
+            f"{session.workload.name}'s address {address} is {why} now. Run 'calicoctl container remove "
+            f"{session.workload.name}' and add it anew."
         )
 
 
@@ -718,18 +732,18 @@ def _next_hop(datastore: DatastoreClient, record: Endpoint, version: int) -> str
         return str(parse_address(before))
 
 
-def _regain(scene: Scene, address: IPAddress, owner: Owner, undo: Callable[..., object]) -> None:
+def _regain(session: WorkloadSession, address: IPAddress, owner: Owner, undo: Callable[..., object]) -> None:
     """Make sure that an address of a record belongs to its workload; one without a handle (an old tool's) does."""
-    ipam = scene.datastore.ipam
+    ipam = session.datastore.ipam
     holder = ipam.owner(address)
     if holder is None:
-        _refuse_in_use(scene, address)
+        _refuse_in_use(session, address)
         undo(ipam.release, [address], {owner.handle})
         ipam.assign(address, owner)
     elif holder.handle is not None:
         raise AddressTaken(
-            f"{scene.workload.name}'s address {address} has been given to another{_told(holder)}. Run 'calicoctl "
-            f"container remove {scene.workload.name}' and add it anew."
+            f"{session.workload.name}'s address {address} has been given to another{_told(holder)}. Run 'calicoctl "
+            f"container remove {session.workload.name}' and add it anew."
         )
 
 

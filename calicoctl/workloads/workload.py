@@ -73,17 +73,17 @@ class Workload:
         return f"/proc/{self.pid}/ns/net"
 
 
-class Standing(Enum):
+class WorkloadState(Enum):
     """What has become of a workload."""
 
-    RUNS = "runs"
+    RUNNING = "is running"
     STOPPED = "has stopped"
-    AWAY = "is away"
+    MISSING = "is away"
     """The name of its namespace leads nowhere at the moment, and may come back."""
     GONE = "is gone"
 
 
-def look_up(orchestrator: str, id: str, path: str, started: str | None) -> tuple[Standing, Workload]:
+def look_up(orchestrator: str, id: str, path: str, started: str | None) -> tuple[WorkloadState, Workload]:
     """Return what has become of a workload of this host.
 
     For a namespace, `path` is its path, and `started` when the process was started that the path is of, where that is
@@ -93,14 +93,14 @@ def look_up(orchestrator: str, id: str, path: str, started: str | None) -> tuple
         try:
             workload = find(id)
         except NoSuchContainer:
-            return Standing.GONE, Workload(DOCKER, id, id)
-        return (Standing.STOPPED if workload.pid is None else Standing.RUNS), workload
+            return WorkloadState.GONE, Workload(DOCKER, id, id)
+        return (WorkloadState.STOPPED if workload.pid is None else WorkloadState.RUNNING), workload
     workload = Workload(NAMESPACE, id, path, path=path)
     now = process_started(path)
     if namespace_at(path) is not None and started == now:
-        return Standing.RUNS, workload
+        return WorkloadState.RUNNING, workload
     of_process = started is not None or now is not None or re.match("/proc/(?!1/)[0-9]+/", path)
-    return (Standing.GONE if of_process else Standing.AWAY), workload
+    return (WorkloadState.GONE if of_process else WorkloadState.MISSING), workload
 
 
 def namespace_at(path: str) -> tuple[int, int] | None:
@@ -232,7 +232,7 @@ def find_connected(name: str, datastore: DatastoreClient) -> Workload:
         ids = _stored_by_id(name, datastore)
         if not ids:
             # one whose first change was cut short has a name at its mark alone
-            ids = set(datastore.workloads_named(DOCKER, name)) | locks.cut_of(datastore.host, DOCKER, name)
+            ids = set(datastore.workloads_named(DOCKER, name)) | locks.interrupted_named(datastore.host, DOCKER, name)
             if isinstance(error, NoSuchContainer):
                 ids = {id for id in ids if not _exists(id)}  # one that is there has another name now
         if not ids:

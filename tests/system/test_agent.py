@@ -21,7 +21,7 @@ from calicoctl.datastore.store import EtcdSettings, EtcdStore
 from calicoctl.errors import CalicoError, Conflict
 from calicoctl.felix import local_etcd
 from calicoctl.felix.local_etcd import LocalEtcd
-from calicoctl.workloads.wiring import Scene, rewire
+from calicoctl.workloads.wiring import WorkloadSession, rewire
 from calicoctl.workloads.workload import Workload
 from tests.system.agent import A4, ALLOW, B4, C4, LOG_DIR, AgentHost, kernel, locked, outside_host
 from tests.system.support import (
@@ -137,8 +137,8 @@ def test_an_interface_that_is_back_just_now_is_not_made_anew(pair: AgentHost) ->
     path = "/var/run/netns/b"
     before = run("ip", "link", "show", pair.interface("b")).out
     workload = Workload("namespace", "-var-run-netns-b", path, path=path)
-    with Scene.enter(datastore, workload) as scene, pytest.raises(Conflict):
-        rewire(scene, scene.record)
+    with WorkloadSession.enter(datastore, workload) as session, pytest.raises(Conflict):
+        rewire(session, session.record)
     assert run("ip", "link", "show", pair.interface("b")).out == before
     assert ping("a", B4, patience=PATIENT)
 

@@ -71,21 +71,21 @@ def test_a_very_long_path_can_be_locked(directory: Path) -> None:
 
 
 def test_a_change_that_is_cut_short_can_be_told() -> None:
-    assert locks.cut("vm", "docker") == []
+    assert locks.interrupted("vm", "docker") == []
     with WorkloadLock("vm", "docker", "c") as lock:
-        lock.begin()
-        assert locks.cut("vm", "docker") == ["c"]
-        lock.end()
-        assert locks.cut("vm", "docker") == []
-        lock.begin()
-    assert locks.cut("vm", "docker") == ["c"]
+        lock.mark_in_progress()
+        assert locks.interrupted("vm", "docker") == ["c"]
+        lock.clear_mark()
+        assert locks.interrupted("vm", "docker") == []
+        lock.mark_in_progress()
+    assert locks.interrupted("vm", "docker") == ["c"]
     with WorkloadLock("vm", "docker", "c") as lock:
-        assert lock.was_cut
-        lock.begin()
-        lock.end()  # this one is done; what the other has left may be there still
-        assert locks.cut("vm", "docker") == ["c"]
-        lock.settled()
-    assert locks.cut("vm", "docker") == []
+        assert lock.interrupted
+        lock.mark_in_progress()
+        lock.clear_mark()  # this one is done; what the other has left may be there still
+        assert locks.interrupted("vm", "docker") == ["c"]
+        lock.clear_all()
+    assert locks.interrupted("vm", "docker") == []
     assert not locks.exists("vm", "docker", "c")
 
 
@@ -94,21 +94,21 @@ def test_the_paths_of_namespaces_are_remembered(path: str) -> None:
     id = path.replace("/", "-")
     with WorkloadLock("vm", "namespace", id) as lock:
         lock.remember(path, "4711" if path.startswith("/proc") else None)
-        lock.begin()
-    assert locks.names("vm", "namespace") == {id: path}
-    assert locks.cut("vm", "namespace") == [id]
-    assert locks.names("vm", "docker") == locks.names("elsewhere", "namespace") == {}
+        lock.mark_in_progress()
+    assert locks.remembered("vm", "namespace") == {id: path}
+    assert locks.interrupted("vm", "namespace") == [id]
+    assert locks.remembered("vm", "docker") == locks.remembered("elsewhere", "namespace") == {}
     with WorkloadLock("vm", "namespace", id) as lock:
         assert (lock.name(), lock.started()) == (path, "4711" if path.startswith("/proc") else None)
         lock.forget()
-    assert locks.names("vm", "namespace") == {}
+    assert locks.remembered("vm", "namespace") == {}
 
 
 def test_another_path_with_the_same_id_takes_the_place_of_the_first() -> None:
     for path in ("/x/a-b", "/x/a/b"):
         with WorkloadLock("vm", "namespace", "-x-a-b") as lock:
             lock.remember(path)
-        assert locks.names("vm", "namespace") == {"-x-a-b": path}
+        assert locks.remembered("vm", "namespace") == {"-x-a-b": path}
 
 
 def test_a_lock_that_is_held_need_not_be_waited_for() -> None:

@@ -13,7 +13,7 @@ from calicoctl.commands.node import parse_as_number
 from calicoctl.datastore.client import hostname
 from calicoctl.datastore.store import EtcdSettings
 from calicoctl.errors import CalicoError, StoreError
-from calicoctl.workloads.wiring import Wish, check_interface_name
+from calicoctl.workloads.wiring import AddressRequest, check_interface_name
 
 
 def test_the_default_is_etcd_on_this_host() -> None:
@@ -88,12 +88,12 @@ def test_what_is_no_cidr(text: str) -> None:
 
 
 def test_wishes() -> None:
-    assert Wish.parse("ipv4") == Wish(4)
-    assert Wish.parse("IPv6") == Wish(6)
-    assert Wish.parse("10.0.0.0/8") == Wish(4, cidr="10.0.0.0/8")
-    assert str(Wish.parse("fd00:0::1").address) == "fd00::1"
+    assert AddressRequest.parse("ipv4") == AddressRequest(4)
+    assert AddressRequest.parse("IPv6") == AddressRequest(6)
+    assert AddressRequest.parse("10.0.0.0/8") == AddressRequest(4, cidr="10.0.0.0/8")
+    assert str(AddressRequest.parse("fd00:0::1").address) == "fd00::1"
     with pytest.raises(CalicoError, match="'ipv5' is not a valid IP address"):
-        Wish.parse("ipv5")
+        AddressRequest.parse("ipv5")
 
 
 def test_as_numbers_in_both_notations() -> None:
