@@ -18,7 +18,7 @@ from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.keys import EndpointId
 from calicoctl.errors import CalicoError
 from calicoctl.felix import heartbeat, process
-from calicoctl.felix.dataplane.routes import PREFIX
+from calicoctl.felix.dataplane.links import PREFIX
 from calicoctl.workloads.workload import short_id
 
 OLDEST_REPORT = 30.0

@@ -27,11 +27,12 @@ from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.keys import HOSTS, EndpointId
 from calicoctl.desired.snapshot import INACTIVE, LocalEndpoint, Snapshot
 from calicoctl.errors import CalicoError, is_shortage
-from calicoctl.felix import events, process, report, shortage
+from calicoctl.felix import events, process, report, shortage, sources
 from calicoctl.felix.dataplane import conntrack
 from calicoctl.felix.dataplane.host import HostKeeper
+from calicoctl.felix.dataplane.links import PREFIX, Link, list_links
 from calicoctl.felix.dataplane.nft import Nft
-from calicoctl.felix.dataplane.routes import PREFIX, Link, Routes
+from calicoctl.felix.dataplane.routes import Routes
 from calicoctl.felix.dataplane.ruleset import Ruleset
 from calicoctl.felix.dataplane.sysctls import HostSettings
 from calicoctl.felix.local_etcd import LocalEtcd
@@ -98,7 +99,7 @@ class Agent:
         """What is in our tables; None while that is not known."""
         self._last = Ruleset()
         """What was in them when that was known last."""
-        self._kernel_events = events.KernelEvents(self._events)
+        self._kernel_events = sources.KernelEvents(self._events)
         self._network_at: float | None = 0.0
         """When to read what this host has of its own; None while nothing of it may have changed."""
         self._network_pause = 0.0
@@ -143,14 +144,14 @@ class Agent:
         log.info("the agent of host %s starts, version %s, process %d", self._host, __version__, self._health.pid)
         # listen before reading, so that nothing falls between the two
         self._kernel_events.start()
-        events.FirewallEvents(self._events).start()
+        sources.FirewallEvents(self._events).start()
         self._lister.start()
         with IPRoute() as netlink:
             self._netlink = netlink
             self._routes = Routes(netlink)
             self._read_kernel(links=True)
             for datastore, directory in self._stores:
-                events.StoreEvents(datastore, directory, self._events).start()
+                sources.StoreEvents(datastore, directory, self._events).start()
             self._reporter.start()
             try:
                 self._loop()
@@ -290,9 +291,9 @@ class Agent:
         elif isinstance(event, Action):
             self._health.count(event)
             log.info("%s", event.text)
-        elif isinstance(event, events.Trouble):
+        elif isinstance(event, events.Failure):
             self._health.trouble(event)
-        elif isinstance(event, events.Failed):
+        elif isinstance(event, events.ThreadDied):
             raise CalicoError(event.why)
 
     def _judge(self, listing: conntrack.Listed) -> None:
@@ -404,8 +405,7 @@ class Agent:
         """Learn what the kernel has of ours: routes and neighbours, and `links`, which takes longer."""
         self._network_at = 0.0
         if links:
-            found = [events.link_of(message) for message in self._netlink.get_links()]
-            before, self._links = self._links, {link.name: link for link in found if link.name.startswith(PREFIX)}
+            before, self._links = self._links, {link.name: link for link in list_links(self._netlink)}
             for name, link in self._links.items():
                 self._follow_mac(before.get(name), link)
         self._routes.read(self._links.values())
@@ -414,7 +414,7 @@ class Agent:
 
     def _read_network(self) -> None:
         """Learn what this host has of its own, which no endpoint may have."""
-        self._kernel_events.gateways_are_told.clear()
+        self._kernel_events.gateways_pending.clear()
         begin = time.monotonic()
         try:
             self._snapshot.set_network(host_network.read())
@@ -426,7 +426,7 @@ class Agent:
         self._network_pause = max(NETWORK_PAUSE, 50 * (time.monotonic() - begin))
 
     def _tick(self) -> None:
-        self._health.trouble(events.Trouble(shortage.descriptors_lacking(), "descriptors"))
+        self._health.trouble(events.Failure(shortage.descriptors_lacking(), "descriptors"))
         self._dirty |= self._failed
         self._clean_up, self._unclean = self._clean_up or self._unclean, False
         number = self._lister.ask(self._unlisted)
@@ -552,12 +552,12 @@ class Agent:
                 self._ruleset = ruleset
             except CalicoError as error:
                 self._retry_at = now + TICK / 2
-                self._health.trouble(events.Trouble(str(error), "tables"))
+                self._health.trouble(events.Failure(str(error), "tables"))
                 self._set_statuses({id: Status("error", e.index, str(error)) for id, e in self._snapshot.local.items()})
                 self._dirty |= set(self._snapshot.local)
                 return None
         self._retry_at = 0.0
-        self._health.trouble(events.Trouble(None, "tables"))
+        self._health.trouble(events.Failure(None, "tables"))
         assert self._ruleset is not None, "one of the two has been done"
         self._last = self._ruleset
         assert update is not None, "one of the two has been done"

@@ -11,10 +11,10 @@ from calicoctl import engine
 from calicoctl.errors import DockerUnavailable
 from calicoctl.felix import process
 from calicoctl.felix.dataplane import docker_firewall, sysctls
+from calicoctl.felix.dataplane.links import list_links
 from calicoctl.felix.dataplane.nft import Nft
-from calicoctl.felix.dataplane.routes import PREFIX, Routes
+from calicoctl.felix.dataplane.routes import Routes
 from calicoctl.felix.dataplane.ruleset import remove_commands
-from calicoctl.felix.events import link_of
 
 
 def remove_all(host: str, warn: Callable[[str], None]) -> None:
@@ -33,7 +33,7 @@ def _remove_from_kernel(host: str, warn: Callable[[str], None]) -> None:
     from pyroute2.iproute.linux import IPRoute
 
     with IPRoute() as netlink:
-        links = [link for link in map(link_of, netlink.get_links()) if link.name.startswith(PREFIX)]
+        links = list_links(netlink)
         routes = Routes(netlink)
         routes.read(links)
         for index in routes.indices():

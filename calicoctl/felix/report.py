@@ -155,7 +155,7 @@ class Health:
         log.error("%s", sentence)
         self.last_error = {"time": now(), "error": sentence}
 
-    def trouble(self, trouble: events.Trouble) -> None:
+    def trouble(self, trouble: events.Failure) -> None:
         """Note what could not be done; one with a subject until it is told that it is put right."""
         if trouble.subject is None:
             self.error(trouble.why or "")
@@ -274,7 +274,7 @@ class StoreReporter(threading.Thread):
     """Keeps the statuses in the store like those it was given last, unless another agent reports for this host."""
 
     def __init__(self, datastore: DatastoreClient, health: Health, tell: Callable[[Any], None]) -> None:
-        """`tell` takes whether they could be written (StoreWritten, StoreNotWritten), other trouble (Trouble), and
+        """`tell` takes whether they could be written (StoreWritten, StoreNotWritten), other trouble (Failure), and
         that another agent has begun to report for this host, or does so no more (Replaced).
         """
         super().__init__(name="reporting", daemon=True)
@@ -362,7 +362,7 @@ class StoreReporter(threading.Thread):
         if away != self._away:
             self._tell(away or events.StoreWritten())
         if refused != self._refused:
-            self._tell(events.Trouble(refused, "statuses"))
+            self._tell(events.Failure(refused, "statuses"))
         self._away, self._refused = away, refused
 
     def end(self) -> None:

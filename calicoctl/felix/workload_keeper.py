@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Callable
 from calicoctl.datastore.keys import parse_endpoint
 from calicoctl.desired.snapshot import GRACE_TIME
 from calicoctl.errors import CalicoError, Conflict, DockerUnavailable, NamespaceError, StoreUnavailable, printable
-from calicoctl.felix import events
+from calicoctl.felix import events, sources
 from calicoctl.workloads import locks, upkeep
 from calicoctl.workloads.upkeep import Action
 from calicoctl.workloads.workload import DOCKER, NAMESPACE, WorkloadState, container_pids, namespace_at, workload_of
@@ -206,8 +206,8 @@ class Keeper(threading.Thread):
         """Start, and compare all workloads with the store; see Compare. The engine will list its containers."""
         self._expected = expected
         self._jobs[self._scan] = 0.0
-        events.EngineEvents(self.inbox).start()
-        events.MountEvents(self.inbox).start()
+        sources.EngineEvents(self.inbox).start()
+        sources.MountEvents(self.inbox).start()
         for lane in self._lanes:
             lane.start()
         self.start()
@@ -235,7 +235,7 @@ class Keeper(threading.Thread):
             self._rest_until = time.monotonic() + STORE_PAUSE
         except Exception as error:
             log.debug("where it comes from", exc_info=True)
-            self._tell(events.Trouble(f"looking after workloads failed ({type(error).__name__}: {error})"))
+            self._tell(events.Failure(f"looking after workloads failed ({type(error).__name__}: {error})"))
 
     def _wait(self) -> list[Any]:
         """Return what has come; nothing when it is time for something."""
@@ -284,7 +284,7 @@ class Keeper(threading.Thread):
             self._jobs |= {self._scan: now, self._compare: now}
         elif isinstance(item, Compared):
             self._compared(item)
-        elif isinstance(item, events.Failed):
+        elif isinstance(item, events.ThreadDied):
             self._tell(item)
 
     def _look(self, key: Key, at: float) -> None:
@@ -493,7 +493,7 @@ class Keeper(threading.Thread):
         else:
             text = str(error) if isinstance(error, CalicoError) else f"{type(error).__name__}: {error}"
             if told != text:
-                self._tell(events.Trouble(f"{key[0]} {printable(key[1][:64])}: {text}"))
+                self._tell(events.Failure(f"{key[0]} {printable(key[1][:64])}: {text}"))
             self._troubles[key] = text
         self._put_off[key] = time.monotonic() + pause
         self._look(key, self._put_off[key])
@@ -506,7 +506,7 @@ def _compare(containers: dict[str, events.Container] | None, datastore: Datastor
     try:
         endpoints, unreadable = datastore.readable_endpoints(datastore.host)
         if containers is None:
-            containers = events.list_containers()
+            containers = sources.list_containers()
         interfaces = {name for _, name in socket.if_nameindex()}
         for id in filter(None, (parse_endpoint(problem.key) for problem in unreadable)):
             if id.orchestrator == DOCKER and id.workload not in containers:

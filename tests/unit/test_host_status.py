@@ -80,7 +80,7 @@ def test_what_is_wrong_comes_worst_first_and_in_ten_lines(health: Health, capsys
     assert "Problems:   21\n" in out and out.count("\n  endpoint up") == 9 and "  … and 12 more" in out
     health.endpoints |= {endpoint("bad"): Status("error", 1, "no MAC"), endpoint("off"): Status("down", 1, "no link")}
     health.problems |= {f"/calico/v1/host/{HOST}/workload/docker/w/endpoint/bad": "no MAC"}
-    health.trouble(events.Trouble("there is no iptables", "the host's firewall"))
+    health.trouble(events.Failure("there is no iptables", "the host's firewall"))
     write(health)
     out, why = told(capsys)
     assert why == "Not all is well with this host: 1 endpoint is in error."

@@ -17,7 +17,7 @@ from typing import Any
 from calicoctl.errors import CalicoError
 from calicoctl.felix.dataplane import docker_firewall
 from calicoctl.felix.dataplane.sysctls import HostSettings
-from calicoctl.felix.events import Trouble
+from calicoctl.felix.events import Failure
 
 log = logging.getLogger("calico.felix")
 
@@ -40,7 +40,7 @@ class HostKeeper(threading.Thread):
     Until it is started, `forward` and `check_firewall` are for whoever made it; from then on, it calls them itself.
     """
 
-    def __init__(self, settings: HostSettings, tell: Callable[[Trouble], None]) -> None:
+    def __init__(self, settings: HostSettings, tell: Callable[[Failure], None]) -> None:
         super().__init__(name="looking after the host", daemon=True)
         self._settings = settings
         self._tell = tell
@@ -109,6 +109,6 @@ class HostKeeper(threading.Thread):
         except Exception as error:  # whatever is in somebody else's firewall, it must not end the thread
             why = str(error) if isinstance(error, CalicoError) else f"{what} cannot be looked after: {error!r}"
         if why != self._troubles.get(what):
-            self._tell(Trouble(why, what))
+            self._tell(Failure(why, what))
         self._troubles[what] = why
         return why is None

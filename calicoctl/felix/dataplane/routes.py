@@ -13,13 +13,13 @@ import struct
 from collections import defaultdict
 from collections.abc import Collection, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from calicoctl import netlink
 from calicoctl.desired.snapshot import LocalEndpoint
 from calicoctl.errors import CalicoError
 from calicoctl.felix.dataplane import sysctls
+from calicoctl.felix.dataplane.links import Link
 
 if TYPE_CHECKING:
     from pyroute2.iproute.linux import IPRoute
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 PROTOCOL = netlink.OUR_PROTOCOL
-
-PREFIX = "cali"
 
 _SCOPE_LINK = 253
 _TABLE_MAIN = 254
@@ -42,16 +40,6 @@ _METRIC6 = 1
 
 Item = tuple[str, ...]
 """("route", address), ("neighbour", address, MAC), or ("proxy", address)."""
-
-
-@dataclass(frozen=True)
-class Link:
-    """An interface of this host's."""
-
-    name: str
-    index: int
-    up: bool
-    mac: str = ""
 
 
 class Routes:

@@ -1,8 +1,9 @@
-"""What the Docker Engine's events tell."""
+"""The translation of the Docker Engine's events."""
 
 from __future__ import annotations
 
-from calicoctl.felix.events import ContainerChanged, container_changed
+from calicoctl.felix.events import ContainerChanged
+from calicoctl.felix.sources import container_changed
 
 ID = "ab" * 32
 

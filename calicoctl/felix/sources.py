@@ -1,0 +1,318 @@
+"""The threads that wait for changes: of the store, of the kernel, of the Docker Engine and of the mount table.
+
+Each waits for one source and puts events into a queue. They know no policy and change nothing.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import random
+import select
+import socket
+import struct
+import threading
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from calicoctl import engine, netlink
+from calicoctl.errors import CalicoError, WatchExpired, is_shortage
+from calicoctl.felix import shortage
+from calicoctl.felix.dataplane.links import link_of
+from calicoctl.felix.dataplane.nft import TableEvents, own_ports
+from calicoctl.felix.dataplane.routes import PROTOCOL
+from calicoctl.felix.events import (
+    AddressesChanged,
+    Container,
+    ContainerChanged,
+    EngineAway,
+    EngineListed,
+    Events,
+    Failure,
+    GatewaysChanged,
+    LinkChanged,
+    LinksMissed,
+    MountsChanged,
+    RouteGone,
+    StoreAway,
+    StoreChanged,
+    StoreFollowed,
+    StoreRead,
+    TablesChanged,
+    ThreadDied,
+)
+from calicoctl.felix.heartbeat import now
+
+if TYPE_CHECKING:
+    from calicoctl.datastore.client import DatastoreClient
+
+log = logging.getLogger("calico.felix")
+
+LONG_POLL = 4.0
+"""Seconds that one watch request lasts at most. After one that saw no change, its member must show that it is not cut
+off from the others, or another member is asked: with the store's QUORUM_TIMEOUT, changes arrive within ten seconds."""
+
+LONGEST_PAUSE = 5.0
+"""Seconds of the backoff between two attempts to reach the store, at most."""
+
+ENGINE_PAUSE = 0.5
+"""Seconds between two attempts to reach the Docker Engine, which starts containers as soon as it is up."""
+
+_CONTAINER_CHANGES = {"type": "container", "event": ["start", "die", "destroy", "rename"]}
+
+_RTMGRP_LINK = 0x1
+_RTMGRP_IPV4_ROUTE = 0x40
+_RTMGRP_IPV6_ROUTE = 0x400
+_RTMGRP_IPV4_IFADDR = 0x10
+_RTMGRP_IPV6_IFADDR = 0x100
+_RTM_NEWLINK, _RTM_DELLINK, _RTM_NEWADDR, _RTM_DELADDR, _RTM_NEWROUTE, _RTM_DELROUTE = 16, 17, 20, 21, 24, 25
+_SCOPE_LINK = 253
+_RTPROT_KERNEL = 2
+_TABLE_MAIN = 254
+
+
+class _Source(threading.Thread):
+    """A thread that runs `follow`, which never returns; the agent ends when it raises.
+
+    Where `follow` lacks descriptors or memory, it is run again later; `missed` is the event for changes lost meanwhile.
+    """
+
+    missed: Any = None
+
+    def __init__(self, name: str, events: Events[Any]) -> None:
+        super().__init__(name=name, daemon=True)
+        self._events = events
+
+    def run(self) -> None:
+        while True:
+            try:
+                self.follow()
+            except Exception as error:
+                if not is_shortage(error):
+                    log.exception("%s failed", self.name)
+                    self._events.put(ThreadDied(f"{self.name} failed: {error}"))
+                    return
+                self._events.put(Failure(f"{self.name} waits: {error}"))
+            shortage.wait_out()
+            self._events.put(self.missed)
+
+    def follow(self) -> None:
+        raise NotImplementedError
+
+
+class StoreEvents(_Source):
+    """Reads a directory of the store, then watches it; reads it again (a resync) when the watch has missed changes.
+
+    It resyncs also after the store was unreachable: another store may answer then, whose index is past the old one.
+    """
+
+    def __init__(self, datastore: DatastoreClient, directory: str, events: Events[Any]) -> None:
+        super().__init__(f"following {directory}", events)
+        self._datastore = datastore
+        self._directory = directory
+        self._away: StoreAway | None = StoreAway(directory, "it has not been read yet", "")
+        """The last failure that was emitted, None while the watch works."""
+        self._worked = now()
+        """When a request last succeeded."""
+
+    def follow(self) -> None:
+        index: int | None = None
+        pause = 0.0
+        failed = 0  # watch requests since one succeeded
+        while True:
+            reading = index is None
+            try:
+                if index is None:
+                    entries, index = self._datastore.snapshot(self._directory)
+                    self._events.put(StoreRead(self._directory, entries))
+                    del entries
+                    self._worked = now()
+                    if failed < 2:
+                        self._emit_followed()
+                    elif self._away is not None:
+                        self._away = replace(self._away, read=True)
+                    reading = False
+                changes, index = self._datastore.watch(self._directory, index, LONG_POLL)
+                pause, failed = 0.0, 0
+                self._worked = now()
+                self._emit_followed()
+                for change in changes:
+                    self._events.put(StoreChanged(change))
+            except WatchExpired as lost:
+                log.info("%s; reading all below %s", lost, self._directory)
+                index = None
+                failed += 1
+                if failed > 1:
+                    self._emit_away(str(lost), read=True)
+                # with backoff and jitter: a full read is what costs the store most, and all hosts may need one
+                pause = min(LONGEST_PAUSE, max(0.2, pause * 2))
+                time.sleep(pause * random.uniform(0.5, 1))
+            except Exception as error:  # of any kind: an end of this thread would end the agent
+                why = str(error) if isinstance(error, CalicoError) else f"the store cannot be followed: {error!r}"
+                self._emit_away(why, read=False)
+                index = None
+                failed += not reading
+                pause = min(LONGEST_PAUSE, max(0.2, pause * 2))
+                time.sleep(pause * random.uniform(0.5, 1))
+
+    def _emit_followed(self) -> None:
+        if self._away is not None:
+            self._events.put(StoreFollowed(self._directory))
+        self._away = None
+
+    def _emit_away(self, why: str, read: bool) -> None:
+        if self._away is None or (self._away.read and not read) or not self._away.since:
+            self._away = StoreAway(self._directory, why, self._worked, read)
+            self._events.put(self._away)
+
+
+class KernelEvents(_Source):
+    """Waits for changes of this host's interfaces, addresses and gateways, and for the loss of the agent's routes.
+
+    After one GatewaysChanged, which may stand for thousands of routes, no other is emitted until `gateways_pending` is
+    cleared.
+    """
+
+    missed = LinksMissed()
+
+    def __init__(self, events: Events[Any]) -> None:
+        super().__init__("following the kernel's interfaces", events)
+        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**21)
+        groups = _RTMGRP_LINK | _RTMGRP_IPV4_IFADDR | _RTMGRP_IPV6_IFADDR | _RTMGRP_IPV4_ROUTE | _RTMGRP_IPV6_ROUTE
+        self._socket.bind((0, groups))
+        self.gateways_pending = threading.Event()
+
+    def follow(self) -> None:
+        from pyroute2.netlink.rtnl.marshal import MarshalRtnl
+
+        marshal = MarshalRtnl()
+        while True:
+            try:
+                data = self._socket.recv(2**18)
+            except OSError as error:
+                if error.errno != errno.ENOBUFS:
+                    raise
+                self._events.put(LinksMissed())
+                continue
+            for kind, message in netlink.messages(data):
+                if kind in (_RTM_NEWLINK, _RTM_DELLINK):
+                    for parsed in marshal.parse(message):
+                        self._events.put(LinkChanged(link_of(parsed), gone=kind == _RTM_DELLINK))
+                elif kind in (_RTM_NEWADDR, _RTM_DELADDR):
+                    if _is_assignable(message):
+                        self._events.put(AddressesChanged())
+                elif _is_loss(kind, message) and _sender(message) not in own_ports(socket.NETLINK_ROUTE):
+                    for parsed in marshal.parse(message):
+                        self._events.put(RouteGone(parsed.get_attr("RTA_DST")))
+                elif message[21] not in (PROTOCOL, _RTPROT_KERNEL) and not self.gateways_pending.is_set():
+                    self.gateways_pending.set()
+                    self._events.put(GatewaysChanged())
+
+
+class EngineEvents(_Source):
+    """Lists the Docker Engine's containers, then follows its events; lists them again after a lost connection."""
+
+    def __init__(self, events: Events[Any]) -> None:
+        super().__init__("following the Docker Engine", events)
+
+    def follow(self) -> None:
+        away = False
+        while True:
+            try:
+                with engine.client("for its events") as docker:
+                    # from a moment ago, so that no change is lost between events and list
+                    changes = docker.events(since=int(time.time()) - 1, filters=_CONTAINER_CHANGES, decode=True)
+                    self._events.put(EngineListed(_listed(docker.containers(all=True))))
+                    away = False
+                    for change in changes:
+                        self._events.put(container_changed(change))
+                why = "the Docker Engine has ended"
+            except Exception as error:  # of any kind: an end of this thread would end the agent
+                why = str(error) if isinstance(error, CalicoError) else f"Docker cannot be followed: {error!r}"
+            if not away:
+                self._events.put(EngineAway(why))
+            away = True
+            time.sleep(ENGINE_PAUSE)
+            while not engine.may_be_there():  # many hosts have none
+                time.sleep(ENGINE_PAUSE)
+
+
+def container_changed(change: dict[str, Any]) -> ContainerChanged:
+    """Translate one of the engine's events. Source: Docker Engine API, GET /events, versions 1.22 to 1.52.
+
+    Before 1.52, the container's id was given beside `Actor` as well.
+    """
+    return ContainerChanged(change["Actor"]["ID"], removed=change["Action"] == "destroy")
+
+
+def list_containers() -> dict[str, Container]:
+    """Return the engine's containers, by id. Raises DockerUnavailable."""
+    return _listed(engine.containers())
+
+
+def _listed(containers: list[dict[str, Any]]) -> dict[str, Container]:
+    found = {}
+    for container in containers:
+        # besides its name, it has one for each container that links to it: /other/alias
+        names = [name[1:] for name in container.get("Names") or () if "/" not in name[1:]]
+        runs = container["State"] in ("running", "paused")
+        found[container["Id"]] = Container(runs, names[0] if names else None)
+    return found
+
+
+class MountEvents(_Source):
+    """Waits for changes of the mount table. Source: /proc/PID/mountinfo in proc(5), which can be polled."""
+
+    missed = MountsChanged()
+
+    def __init__(self, events: Events[Any]) -> None:
+        super().__init__("following the mounts", events)
+
+    def follow(self) -> None:
+        with open("/proc/self/mountinfo") as mounts:
+            poll = select.poll()
+            poll.register(mounts, select.POLLPRI | select.POLLERR)
+            while True:
+                poll.poll()
+                self._events.put(MountsChanged())
+
+
+def _is_loss(kind: int, message: bytes) -> bool:
+    """Return whether a message may be about the loss of one of the agent's routes; most of a busy host's are not.
+
+    struct rtmsg is: family, dst_len, src_len, tos, table, protocol. The kernel announces a replacement as a new route.
+    """
+    if kind == _RTM_DELROUTE:
+        return message[21] == PROTOCOL
+    return kind == _RTM_NEWROUTE and message[17] in (32, 128) and message[20] == _TABLE_MAIN and message[21] != PROTOCOL
+
+
+def _is_assignable(message: bytes) -> bool:
+    """Return whether a message is about an address that an endpoint could have: not an IPv6 link-local one.
+
+    struct ifaddrmsg is: family, length, flags, scope, index.
+    """
+    return message[16] == socket.AF_INET or message[19] != _SCOPE_LINK
+
+
+def _sender(message: bytes) -> int:
+    """Return the netlink port of the socket that requested the change."""
+    return int(struct.unpack_from("=I", message, 12)[0])
+
+
+class FirewallEvents(_Source):
+    """Waits for changes of nftables, and so of iptables-nft, by other processes."""
+
+    missed = TablesChanged(frozenset([""]))
+
+    def __init__(self, events: Events[Any]) -> None:
+        super().__init__("following nftables", events)
+        self._tables = TableEvents()
+
+    def follow(self) -> None:
+        while True:
+            names, port = self._tables.wait()
+            if names & {"", "calico", "filter"} and port not in own_ports():
+                self._events.put(TablesChanged(frozenset(names)))
