@@ -116,7 +116,7 @@ class InvalidValue(CalicoError):
     """A key of the store holds something that cannot be understood. Names the key."""
 
     def __init__(self, key: str, why: str) -> None:
-        super().__init__(f"etcd key {key} cannot be understood: {why}; put it right or remove it")
+        super().__init__(f"etcd key {key} has an invalid value: {why}; fix or delete it")
         self.key = key
         self.why = why
 
@@ -145,7 +145,7 @@ class CompareFailed(CalicoError):
     """
 
     def __init__(self, key: str, maybe_applied: bool = False) -> None:
-        super().__init__(f"etcd key {key} was changed by somebody else at the same time; try again")
+        super().__init__(f"etcd key {key} was modified concurrently; retry")
         self.maybe_applied = maybe_applied
 
 

@@ -148,13 +148,13 @@ def main(argv: list[str], where: str = "", prepared: Prepared | None = None) -> 
         complain("Interrupted; no container is left half connected. Repeat the command to have all of it done.")
         return 128 + interrupted.number
     except OSError as error:
-        complain(f"The system refused: {error}.")
+        complain(f"Operating system error: {error}.")
         return 1
     except MemoryError:
         complain("There is not enough memory.")
         return 1
     except Exception as error:
-        complain(f"calicoctl has a defect ({type(error).__name__}: {error}). Run it with --debug to see where.")
+        complain(f"Internal error ({type(error).__name__}: {error}); run again with --debug to see where.")
         return 1
 
 

@@ -1,4 +1,4 @@
-"""Tell whether this host has what it needs to be part of the network.
+"""Check this host's prerequisites.
 
 Usage:
   calicoctl checksystem [--fix] [--libnetwork] [--output=<FORMAT>]

@@ -138,7 +138,7 @@ def _await_agent(datastore: DatastoreClient, name: str, id: EndpointId, patience
     while True:
         index = datastore.endpoint_index(id)
         if index is None:
-            raise CalicoError(f"{name} has been disconnected by somebody else.")
+            raise CalicoError(f"{name} was disconnected concurrently.")
         said = datastore.reported(id)
         current = said is not None and said.get("index") == index
         if current and said is not None and said.get("status") == "up":

@@ -85,8 +85,8 @@ def _lines(status: dict[str, Any]) -> list[str]:
             )
         ),
         f"Endpoints:  {counts['up']} up, {counts['down']} down{stopped}, {counts['error']} in error"
-        + ("" if status["first_update"] else " (not looked at yet)"),
-        f"Workloads:  {status['healed']} given their interface back, {status['collected']} cleared away",
+        + ("" if status["first_update"] else " (initial sync pending)"),
+        f"Workloads:  {status['healed']} re-attached, {status['collected']} garbage-collected",
         f"Last error: {error['time'] + ' ' + error['error'] if error else 'none'}",
         "BGP:        no sessions; this agent runs no routing daemon",
     ]

@@ -241,7 +241,7 @@ class DatastoreClient:
             now = Pool(pool.cidr, pool.ipip, pool.masquerade, before.extra)
             return None if now == before else now.to_json()
 
-        modify(self._store, key, f"Pool {pool.cidr} has been removed by somebody else", text_of)
+        modify(self._store, key, f"Pool {pool.cidr} was deleted concurrently", text_of)
         return before
 
     def _refuse_overlap(self, key: str, pool: Pool) -> None:
@@ -312,7 +312,7 @@ class DatastoreClient:
             now = Peer(peer.ip, peer.as_num, before.extra)
             return None if now == before else now.to_json()
 
-        modify(self._store, key, f"BGP peer {peer.ip} has been removed by somebody else", text_of)
+        modify(self._store, key, f"BGP peer {peer.ip} was deleted concurrently", text_of)
         return before
 
     def bgp_peer_keys(self, name: str, host: str | None = None) -> list[str]:
@@ -526,7 +526,7 @@ class DatastoreClient:
             endpoint = Endpoint.from_json(id, old, key)
             return endpoint.to_json() if change(endpoint) else None
 
-        return modify(self._store, key, f"endpoint {id.endpoint} does not exist any more", text_of)
+        return modify(self._store, key, f"endpoint {id.endpoint} no longer exists", text_of)
 
     def check_endpoints_writable(self, ids: Iterable[EndpointId], handle: str) -> None:
         """Raise StoreError where this user may not change these endpoints, or what their workload's handle holds.

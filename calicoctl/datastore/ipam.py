@@ -299,7 +299,7 @@ class Ipam:
             block = Block.from_entry(Entry(key, old, 0))
             return None if block.free_list_problem() is None else block.to_json()
 
-        modify(self._store, key, f"block {cidr} does not exist any more", text_of)
+        modify(self._store, key, f"block {cidr} no longer exists", text_of)
 
     def assign(self, address: IPAddress, owner: Owner) -> None:
         """Give `address` to `owner`. An address that exactly this owner has already is left with it.
@@ -371,7 +371,7 @@ class Ipam:
                 block = Block.from_entry(Entry(key, text, 0))
                 return block.to_json() if block.set_workload_name(handle, self._host, name) else None
 
-            modify(self._store, key, f"etcd key {key} does not exist any more", renamed)
+            modify(self._store, key, f"etcd key {key} no longer exists", renamed)
 
     def workloads(self, name: str | None = None) -> set[tuple[str, str]]:
         """Return the workloads, as (orchestrator, id), that hold addresses on this host by a handle of their own.
@@ -424,7 +424,7 @@ class Ipam:
                 return
             except CompareFailed:
                 pause(attempt)
-        raise Conflict(f"etcd key {key} is being changed by too many others; try again")
+        raise Conflict(f"etcd key {key} keeps being modified concurrently; retry")
 
     def _candidates(
         self, ranges: list[tuple[int, int, int]], networks: Iterable[Network]
@@ -516,7 +516,7 @@ class Ipam:
                 return [_address(version, first + ordinal) for ordinal in sorted(taken + free)]
             break
         else:
-            raise Conflict(f"block {cidr} is being changed by too many others; try again")
+            raise Conflict(f"block {cidr} keeps being modified concurrently; retry")
         return []
 
     @contextmanager
@@ -566,7 +566,7 @@ class Ipam:
                 if failed.maybe_applied:
                     released |= now
                 pause(attempt)
-        raise Conflict(f"block {_cidr(version, first)} is being changed by too many others; try again")
+        raise Conflict(f"block {_cidr(version, first)} keeps being modified concurrently; retry")
 
     def _recount(self, handle: str, planned: dict[str, int] | None = None) -> Entry | None:
         """Make a handle's counts equal to what the blocks it names hold, or to what is `planned` for some of them.
@@ -594,7 +594,7 @@ class Ipam:
                 return entry if actual == counts else self._store.update(entry, value)
             except (KeyExists, CompareFailed):
                 pause(attempt)
-        raise Conflict(f"IPAM handle {handle} is being changed by too many others; try again")
+        raise Conflict(f"IPAM handle {handle} keeps being modified concurrently; retry")
 
     def _count(self, handle: str, cidr: str) -> int:
         entry = self._store.get(keys.ipam_block(version_of(cidr), cidr))

@@ -800,4 +800,4 @@ def pause(attempt: int) -> None:
 
 
 def _contended(key: str) -> Conflict:
-    return Conflict(f"etcd key {key} is being changed by too many others; try again")
+    return Conflict(f"etcd key {key} keeps being modified concurrently; retry")

@@ -116,7 +116,7 @@ def _look(datastore: DatastoreClient) -> Iterator[Finding]:
         what = f"it counts {much} addresses and holds {held}" if much != held else "it counts other blocks' addresses"
         yield Finding("handle", handle, what, fix=partial(_recount, datastore, handle, list(holds)))
     for problem in problems:
-        yield Finding("unreadable", problem.key, problem.why, "put it right or remove it")
+        yield Finding("unreadable", problem.key, problem.why, "fix or delete it")
 
 
 def _is_key(handle: str) -> bool:

@@ -204,7 +204,7 @@ class Agent:
                 except Exception as error:
                     # what cannot be foreseen must not end the agent: it begins anew with what store and kernel say
                     log.debug("where it comes from", exc_info=True)
-                    what = "waits" if is_shortage(error) else "has a defect"
+                    what = "waits" if is_shortage(error) else "had an internal error"
                     self._health.error(f"the agent {what} ({type(error).__name__}: {error})")
                     self._ruleset, self._retry_at = None, now + TICK
                     self._review()

@@ -263,10 +263,10 @@ def _garbage_collect(
     datastore.ipam.release(held, {workload.handle})
     datastore.prune_workload(workload.orchestrator, workload.id)
     lock.forget()
-    text = f"{_called(workload)} is forgotten, for it does not exist any more: {len(ids)} endpoint"
-    text += f" and {', '.join(map(str, sorted(held)))}" if held else ""
+    text = f"{_called(workload)} no longer exists; removed {len(ids)} endpoint{'' if len(ids) == 1 else 's'}"
+    text += f", released {', '.join(map(str, sorted(held)))}" if held else ""
     if kept:
-        text += f"; not {', '.join(kept)}, without a handle: 'calicoctl ipam release' gives back what is in use no more"
+        text += f"; kept {', '.join(kept)}, which have no handle: 'calicoctl ipam release' releases those not in use"
     return Action(COLLECTED, text)
 
 

@@ -261,7 +261,7 @@ class Host:
         command = options.pop("command", [CALICOCTL])
         result = run(*command, *arguments, check=False, env=self.environment(**(env or {})), **options)
         assert "Traceback" not in result.err, result.err
-        assert "defect" not in result.err, result.err
+        assert "Internal error" not in result.err, result.err
         if status is not None:
             assert result.status == status, result
         return result

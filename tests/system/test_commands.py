@@ -143,7 +143,7 @@ def test_bgp_peers(host: Host, words: tuple[str, ...]) -> None:
     assert "192.0.2.254" not in host.ctl(*words, "peer", "show", "--ipv6").out
     host.etcd.put(f"{folder}/peer_v4/192.0.2.7", {"ip": "192.0.2.7", "as_num": "none"})
     beside = host.ctl(*words, "peer", "show")
-    assert "192.0.2.254" in beside.out and f"{folder}/peer_v4/192.0.2.7 cannot be understood" in beside.err
+    assert "192.0.2.254" in beside.out and f"{folder}/peer_v4/192.0.2.7 has an invalid value" in beside.err
     host.ctl(*words, "peer", "remove", "2001:db8::9")
     refused(host, *words, "peer", "remove", "2001:db8::9", because="no BGP peer 2001:db8::9")
     refused(host, *words, "peer", "add", "192.0.2.3", "as", "65536.1", because="AS number")

@@ -96,7 +96,7 @@ def test_a_store_that_is_not_ready(bare_host: Host) -> None:
         waiting = wait_for(lambda: "Ready" in str(host.status().get("waiting_for")) and host.status(), "the agent")
         assert not waiting["first_update"]
         assert holds(lambda: made() == before, 1)
-        assert "not looked at yet" in host.ctl("status").out
+        assert "initial sync pending" in host.ctl("status").out
         host.etcd.put("/calico/v1/Ready", "true")
         wait_for(lambda: ping("a", B4), "the network")
         # a store that is emptied takes nothing down

@@ -205,7 +205,7 @@ def test_a_container_that_is_removed_is_forgotten(containers: AgentHost) -> None
     wait_for(lambda: is_clean(containers), containers.log())
     assert containers.status()["collected"] == 2
     for id in ids:
-        assert re.search(f"container {id[:12]}.* is forgotten, for it does not exist", containers.log())
+        assert re.search(f"container {id[:12]}.* no longer exists; removed 1 endpoint, released ", containers.log())
     assert containers.ctl("ipam", "check").err == ""
 
 

@@ -68,7 +68,7 @@ def test_no_command_line_brings_a_traceback(store: MemoryStore, command: str, wo
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         status = main([command, *words])
     assert status in (0, 1, 2)
-    assert "defect" not in err.getvalue(), (command, words, err.getvalue())
+    assert "Internal error" not in err.getvalue(), (command, words, err.getvalue())
     assert (status == 0) == (err.getvalue() == "" or err.getvalue().startswith("Warning")), (command, words)
 
 
@@ -191,7 +191,7 @@ def test_nothing_in_the_store_brings_a_traceback(store: MemoryStore, entries: li
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(err):
         main(line.split())
     store.entries = before
-    assert "defect" not in err.getvalue(), (line, entries, err.getvalue())
+    assert "Internal error" not in err.getvalue(), (line, entries, err.getvalue())
 
 
 @given(st.text(max_size=60))
