@@ -1,6 +1,6 @@
-"""Reading addresses, and numbers of autonomous systems, as people type them: strict, with a sentence for what is wrong.
+"""Parses addresses, CIDRs and AS numbers that users type: strictly, with an error that says what is wrong.
 
-netaddr alone would take `1.2` for 1.0.0.2 and `10` for 10.0.0.0/8; nobody who types an address means that.
+netaddr alone would read `1.2` as 1.0.0.2 and `10` as 10.0.0.0/8, which no user means.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def parse_address(text: str, what: str = "IP address") -> IPAddress:
-    """Return the IPAddress that `text` spells in full; raise CalicoError, naming `what`, when it spells none."""
+    """Parse an IP address in full notation; raise CalicoError, which calls it a `what`, when it is invalid."""
     from netaddr.core import INET_PTON, AddrFormatError
     from netaddr.ip import IPAddress
 
@@ -26,9 +26,9 @@ def parse_address(text: str, what: str = "IP address") -> IPAddress:
 
 
 def parse_cidr(text: str) -> IPNetwork:
-    """Return the network of a CIDR such as `10.0.0.0/8`; an address alone stands for itself (/32 or /128).
+    """Parse a CIDR such as `10.0.0.0/8`; an address without a prefix length is a /32 or /128.
 
-    Bits behind the prefix are dropped: the result is the network. Raise CalicoError when it is no CIDR.
+    Host bits are cleared. Raises CalicoError when the text is not a CIDR.
     """
     from netaddr.core import AddrFormatError
     from netaddr.ip import IPNetwork
@@ -49,11 +49,11 @@ _NOT_UNICAST = {
     4: ("0.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/3"),
     6: ("::/96", "::ffff:0:0/96", "fe80::/10", "ff00::/8"),
 }
-"""What no host or workload can be reached under by others. Source: IANA's special-purpose address registries."""
+"""Ranges that hosts and workloads cannot use. Source: IANA's special-purpose address registries."""
 
 
 def check_unicast(network: IPAddress | IPNetwork) -> None:
-    """Raise CalicoError for an address, or a network with one, that others cannot reach a host or a workload under."""
+    """Raise CalicoError for an address or a network in a range that hosts and workloads cannot use."""
     from netaddr.ip import IPNetwork
 
     own = IPNetwork(network)
@@ -63,7 +63,7 @@ def check_unicast(network: IPAddress | IPNetwork) -> None:
 
 
 def parse_as_number(text: str) -> str:
-    """Return an AS number in decimal (asplain), from that notation or from asdot (RFC 5396); raise CalicoError."""
+    """Parse an AS number in asplain or asdot notation (RFC 5396); return it in asplain. Raises CalicoError."""
     match = re.fullmatch(r"(?:(\d{1,5})\.)?(\d{1,10})", text, re.ASCII)
     if match:
         high, low = (int(part or 0) for part in match.groups())
@@ -73,11 +73,11 @@ def parse_as_number(text: str) -> str:
 
 
 def host_net(address: IPAddress | str) -> str:
-    """Return the network of one address alone, `192.0.2.1/32` or `2001:db8::1/128`."""
+    """Return the CIDR of a single address, `192.0.2.1/32` or `2001:db8::1/128`."""
     text = str(address)
     return f"{text}/{128 if ':' in text else 32}"
 
 
 def version_of(text: str) -> int:
-    """Return 4 or 6 for the text of a valid address or CIDR."""
+    """Return the IP version, 4 or 6, of a valid address or CIDR."""
     return 6 if ":" in text else 4

@@ -1,4 +1,4 @@
-"""The only client of the Docker Engine: found as Docker's own tools find it, asked, and its errors made ours."""
+"""The only client of the Docker Engine. Finds the engine as Docker's own tools do, and converts errors to ours."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ from calicoctl.errors import DockerNotRunning, DockerUnavailable, NoSuchContaine
 SOCKET = "unix:///var/run/docker.sock"
 
 SCHEMES = ("unix", "http+unix", "tcp", "http", "https")
-"""What a DOCKER_HOST with a scheme may begin with. Source: docker.utils.parse_host."""
+"""The URL schemes that DOCKER_HOST may have. Source: docker.utils.parse_host."""
 
 TIMEOUT = 20
 """Seconds to wait for an answer of the Docker Engine."""
 
 
 def may_be_there() -> bool:
-    """Tell whether it may make sense to ask the Docker Engine: a socket that does not exist takes no asking."""
+    """Return whether a Docker Engine may be reachable: not if its Unix socket does not exist."""
     where = os.environ.get("DOCKER_HOST") or SOCKET
     return not where.startswith("unix://") or os.path.exists(where[len("unix://") :])
 
 
 def info() -> dict[str, Any]:
-    """Return what the Docker Engine says of itself; raise DockerUnavailable."""
+    """Return the engine's own description, as `docker info` shows it; raise DockerUnavailable."""
     with client("about itself") as docker:
         return docker.info()  # type: ignore[no-any-return]
 
 
 def containers() -> list[dict[str, Any]]:
-    """Return what the Docker Engine lists of its containers, running or not; raise DockerUnavailable."""
+    """Return all containers, running or not, as the engine lists them; raise DockerUnavailable."""
     with client("for its containers") as docker:
         return docker.containers(all=True)  # type: ignore[no-any-return]
 
 
 def forwards(ipv6: bool) -> bool:
-    """Tell whether a Docker Engine runs here that forwards for networks of its own.
+    """Return whether a Docker Engine on this host forwards packets for networks of its own.
 
-    Raises DockerUnavailable where there is one that does not say.
+    Raises DockerUnavailable when there is an engine that does not answer.
     """
     try:
         with client("for its networks", timeout=5) as docker:
@@ -52,16 +52,16 @@ def forwards(ipv6: bool) -> bool:
 
 @contextmanager
 def client(what: str, timeout: int = TIMEOUT) -> Iterator[Any]:
-    """Give a client of the Docker Engine, found as its own tools find it, to ask it `what`.
+    """Connect to the Docker Engine; `what` completes the error "Cannot ask Docker …".
 
-    What it answers with instead becomes NoSuchContainer, or DockerUnavailable.
+    Errors become NoSuchContainer or DockerUnavailable.
     """
     scheme, _, rest = os.environ.get("DOCKER_HOST", "").partition("://")
     if rest and scheme.lower() not in SCHEMES:
-        why = f"DOCKER_HOST begins with {scheme}://, and an engine is asked by unix:// or tcp:// only"
+        why = f"DOCKER_HOST begins with {scheme}://, and only unix:// and tcp:// are supported"
         if scheme.lower() == "ssh":
-            why = "DOCKER_HOST names an engine that ssh leads to, and only containers of this host can be connected"
-        advice = f"Unset it, or set it to this host's engine, which is at {SOCKET} mostly."
+            why = "DOCKER_HOST names an engine behind ssh, and only containers of this host can be connected"
+        advice = f"Unset it, or set it to this host's engine, usually {SOCKET}."
         raise DockerUnavailable(f"Cannot ask Docker {what}: {why}. {advice}")
     from docker.api.client import APIClient
     from docker.errors import APIError, DockerException, NotFound
@@ -72,10 +72,10 @@ def client(what: str, timeout: int = TIMEOUT) -> Iterator[Any]:
         with APIClient(timeout=timeout, **kwargs_from_env()) as docker:
             yield docker
     except APIError as error:
-        # not whatever is not found: somebody else may answer in the engine's place
+        # not every 404: another server may answer in the engine's place
         if isinstance(error, NotFound) and "no such container" in str(error.explanation).lower():
             raise NoSuchContainer(f"No such container: {what.partition(' ')[2]}") from None
-        raise DockerUnavailable(f"Docker refused to be asked {what}: {error.explanation or error}") from None
+        raise DockerUnavailable(f"Docker refused the request {what}: {error.explanation or error}") from None
     except (DockerException, RequestException, OSError, ValueError) as error:  # the last for an odd DOCKER_HOST
         where = os.environ.get("DOCKER_HOST") or SOCKET
         text = str(error)
@@ -87,5 +87,6 @@ def client(what: str, timeout: int = TIMEOUT) -> Iterator[Any]:
             hint = f"nothing listens at {where}; start Docker, or set DOCKER_HOST"
             raise DockerNotRunning(f"Cannot ask Docker {what}: {hint}.") from None
         else:
-            hint = f"what is at {where} does not answer as an engine does ({' '.join(text.split())[:160].rstrip('.')})"
+            answer = " ".join(text.split())[:160].rstrip(".")
+            hint = f"the server at {where} does not answer like a Docker Engine ({answer})"
         raise DockerUnavailable(f"Cannot ask Docker {what}: {hint}.") from None

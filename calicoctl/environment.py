@@ -1,11 +1,11 @@
-"""The file of settings that every command and the systemd unit read, and what it adds to the environment.
+"""The settings file that every command and the systemd unit read, and how it completes the environment.
 
-`complete` is called once, when a command starts. From then on, nobody needs to know whether a variable comes from the
+`complete` is called once, when a command starts. After that, no code needs to know whether a variable comes from the
 environment or from the file. `calicoctl node --local-etcd` keeps lines of its own in the file, between two comments.
 
 Source of the syntax: EnvironmentFile= in systemd.exec(5), and systemd's src/basic/env-file.c (since version 254, a
-comment ends with its line, whatever that ends with). systemd passes over a line that it cannot use, with a warning;
-here it is an error, because without that line a command might use another store.
+comment ends with its line, whatever that ends with). systemd skips an invalid line with a warning; here it is an
+error, because without that line a command might use another store.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ STORE = (
     *("DATASTORE_TYPE", "ETCD_ENDPOINTS", "ETCD_AUTHORITY", "ETCD_SCHEME", "ETCD_CA_CERT_FILE", "ETCD_CERT_FILE"),
     *("ETCD_KEY_FILE", "ETCD_USERNAME", "ETCD_PASSWORD"),
 )
-"""What says which store is used. The file's are taken together, or none: half of one and half of another is neither."""
+"""Variables that say which store to use. The file's are used together or not at all: a mix would name no store."""
 
 DOCKER_TLS = ("DOCKER_TLS_VERIFY", "DOCKER_CERT_PATH")
-"""What belongs to a DOCKER_HOST: the file's are for the file's."""
+"""Variables that belong to DOCKER_HOST: the file's apply to the file's DOCKER_HOST only."""
 
 SINGLE = ("HOSTNAME", "DOCKER_HOST", *DOCKER_TLS, "CALICO_DEBUG")
-"""What is taken from the file one by one."""
+"""Variables that are taken from the file one by one."""
 
 LARGEST = 2**20
-"""Bytes of a file of settings, at most."""
+"""The maximum size of a settings file, in bytes."""
 
 _BEGIN = "# BEGIN calicoctl node --local-etcd"
 _END = "# END calicoctl node --local-etcd"
@@ -45,14 +45,14 @@ _MADE_FILE, _MADE_FOLDER = "and this file", "and this file and its folder"
 
 
 def complete(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Add to the environment what the file says, and the environment does not. Raises CalicoError.
+    """Add the file's variables to the environment, where that does not set them. Raises CalicoError.
 
-    A variable that is empty counts as one that is not set.
+    An empty variable counts as not set.
     """
     file = EnvironmentFile(environment)
     written = file.variables()
     if PATH_VARIABLE in written:
-        raise CalicoError(f"{file.path} sets {PATH_VARIABLE}, which names this very file: take that line out")
+        raise CalicoError(f"{file.path} sets {PATH_VARIABLE}, which names this very file: remove that line")
     store_is_set = any(environment.get(name) for name in STORE)
     engine_is_set = bool(environment.get("DOCKER_HOST"))
     for name, value in written.items():
@@ -67,26 +67,26 @@ def complete(environment: MutableMapping[str, str] = os.environ) -> None:
 
 
 class EnvironmentFile:
-    """The file at CALICO_ENV_FILE, /etc/calico/node.env by default. One that does not exist says nothing."""
+    """The settings file at CALICO_ENV_FILE, /etc/calico/node.env by default. It need not exist."""
 
     def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
         self.path = Path(environment.get(PATH_VARIABLE) or DEFAULT_PATH).absolute()
 
     def variables(self) -> dict[str, str]:
-        """Return what the file sets. Raises CalicoError for a file that cannot be read, or understood."""
+        """Return the variables that the file sets. Raises CalicoError for an unreadable or invalid file."""
         return parse(self._text(), str(self.path))
 
     def own(self) -> dict[str, str]:
-        """Return what calicoctl's own lines set. Raises CalicoError."""
+        """Return the variables that calicoctl's own lines set. Raises CalicoError."""
         found = _OWN_LINES.search(self._text())
         return parse(found["lines"], str(self.path)) if found else {}
 
     def others(self) -> dict[str, str]:
-        """Return what the lines of others set. Raises CalicoError."""
+        """Return the variables that all other lines set. Raises CalicoError."""
         return parse(_OWN_LINES.sub("", self._text()), str(self.path))
 
     def set_own(self, variables: Mapping[str, str]) -> None:
-        """Write calicoctl's own lines, in place of those that are there; the others stay. Raises CalicoError."""
+        """Write calicoctl's own lines, replacing existing ones; the others stay. Raises CalicoError."""
         text = self._text()
         found = _OWN_LINES.search(text)
         if found is not None:
@@ -97,11 +97,11 @@ class EnvironmentFile:
                 removal = f", {_MADE_FILE if self.path.parent.exists() else _MADE_FOLDER}, if nothing else is left"
             made = f" ('calicoctl node remove' takes these lines out{removal})"
         lines = "".join(f"{name}={value}\n" for name, value in variables.items())
-        # in front: behind what others have written, they might be taken for the rest of its last line
+        # at the beginning: at the end, they might continue an unfinished last line
         self._replace(f"{_BEGIN}{made}\n{lines}{_END}\n{_OWN_LINES.sub('', text)}")
 
     def remove_own(self) -> None:
-        """Take calicoctl's own lines out, and a file that it made, if nothing else is in it. Raises CalicoError."""
+        """Remove calicoctl's own lines, and the file if calicoctl created it and it is empty. Raises CalicoError."""
         text = self._text()
         found = _OWN_LINES.search(text)
         if found is None:
@@ -115,14 +115,14 @@ class EnvironmentFile:
         except OSError as error:
             raise CalicoError(f"{self.path} cannot be removed: {error.strerror}") from None
         if _MADE_FOLDER in found["made"]:
-            with suppress(OSError):  # somebody has put something else there
+            with suppress(OSError):  # it has other files
                 self.path.parent.rmdir()
 
     def _text(self) -> str:
         if str(self.path) == os.devnull:
             return ""
         try:
-            # not waiting for a pipe's other end
+            # O_NONBLOCK: a named pipe must not block
             with open(os.open(self.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
                 if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                     raise CalicoError(f"{self.path} cannot be read: it is not a regular file")
@@ -143,10 +143,10 @@ class EnvironmentFile:
         raise CalicoError(f"{self.path}, which says which store and host name to use, cannot be read: {why}")
 
     def _replace(self, text: str) -> None:
-        """Write the file anew, so that a reader finds it whole, before or after; owner and mode stay."""
+        """Replace the file atomically; owner and mode stay."""
         import tempfile
 
-        path = self.path.resolve()  # a link stays one
+        path = self.path.resolve()  # a symbolic link stays one
         try:
             path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
             fd, new = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -158,7 +158,7 @@ class EnvironmentFile:
                         os.fchown(fd, old.st_uid, old.st_gid)
                         os.fchmod(fd, stat.S_IMODE(old.st_mode))
                     else:
-                        os.fchmod(fd, 0o644)  # it is for every user's commands, and nothing in it is secret
+                        os.fchmod(fd, 0o644)  # commands of every user read it; it holds no secrets
                     file.flush()
                     os.fsync(fd)
                 Path(new).rename(path)
@@ -203,7 +203,7 @@ def parse(text: str, name: str) -> dict[str, str]:
 
 
 def _value(text: str, place: int, where: str) -> tuple[str, int]:
-    """Return the value that begins at `place`, and where it ends."""
+    """Parse the value that begins at `place`; return it, and where it ends."""
     pieces = []
     while True:
         place = _end(_BLANKS, text, place)
@@ -223,7 +223,7 @@ def _value(text: str, place: int, where: str) -> tuple[str, int]:
 
 
 def _end(pattern: re.Pattern[str], text: str, place: int) -> int:
-    """Return where a pattern, which matches anything, ends."""
+    """Return where the match of a pattern ends; the pattern always matches."""
     match = pattern.match(text, place)
     assert match is not None
     return match.end()

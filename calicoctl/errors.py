@@ -1,7 +1,7 @@
-"""The errors of this program. Each carries the sentence that the user reads; only `cli/main.py` prints them.
+"""The exceptions of this program. Each carries the sentence that the user reads; only `cli/main.py` prints them.
 
-A library's error becomes one of these at the place that calls the library, where it is known what was wanted and
-what the user can do about it.
+An exception of a library is converted where the library is called: that code knows what was attempted, and what the
+user can do about the failure.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
 
 
 def is_shortage(error: BaseException | None) -> bool:
-    """Tell whether something failed for want of descriptors or memory, whatever became of the error since."""
+    """Return whether a lack of file descriptors or memory caused an error, looking through all chained exceptions."""
     while error is not None:
         if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in _SHORTAGES):
             return True
@@ -27,24 +27,24 @@ def is_shortage(error: BaseException | None) -> bool:
 
 
 def printable(text: str) -> str:
-    """Return a text that is safe on a terminal: control characters, which etcd may hold, are spelled out."""
+    """Return a text with control characters escaped: values from etcd may contain some, and end up on a terminal."""
     return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 def one_line(text: str) -> str:
-    """Return a text that is safe on a terminal, and one line whatever is in it."""
+    """Return a text with control characters and newlines escaped."""
     return printable(text).replace("\n", "\\n")
 
 
 def redact_userinfo(text: str) -> str:
-    """Return an address without what stands before an @, a password perhaps: messages end in logs."""
+    """Return a URL without the part before '@', which may hold a password: messages end up in logs."""
     return "…@" + text.rpartition("@")[2] if "@" in text else text
 
 
 class CalicoError(Exception):
-    """The root of all errors that a user may meet: the text is one line for them.
+    """The base class of all errors that reach the user. The text is one line.
 
-    `exit_status` is what the process ends with: 1, "not done", unless a kind says otherwise.
+    `exit_status` is the exit status of the process: 1 ("not done") unless a subclass says otherwise.
     """
 
     exit_status = 1
@@ -52,7 +52,7 @@ class CalicoError(Exception):
 
 @contextmanager
 def about(option: str) -> Iterator[None]:
-    """Put the name of the option that a sentence is about before it."""
+    """Prefix the text of a CalicoError with the option that it is about."""
     try:
         yield
     except CalicoError as error:
@@ -60,7 +60,7 @@ def about(option: str) -> Iterator[None]:
 
 
 class UsageError(CalicoError):
-    """The words on the command line do not fit the grammar, which `usage` shows."""
+    """The command line does not match the grammar; `usage` is the usage text to show."""
 
     exit_status = 2
 
@@ -76,7 +76,7 @@ class NotRoot(CalicoError):
 
 
 class Failed(CalicoError):
-    """Something that was asked to be run failed, with this exit status."""
+    """An operation failed, and the process is to end with this exit status."""
 
     def __init__(self, why: str, exit_status: int) -> None:
         super().__init__(why)
@@ -84,7 +84,7 @@ class Failed(CalicoError):
 
 
 class Failures(CalicoError):
-    """Some of several things could not be done, each for a reason of its own."""
+    """Some of several operations failed, each with an error of its own."""
 
     def __init__(self, errors: list[CalicoError]) -> None:
         super().__init__("; ".join(map(str, errors)))
@@ -93,7 +93,7 @@ class Failures(CalicoError):
 
 
 def for_each(things: Iterable[T], act: Callable[[T], None]) -> None:
-    """Call `act` for each thing; one that fails keeps no other from its turn. Raises Failures when they are done."""
+    """Call `act` for each thing, also after one has failed. Raises Failures at the end if any has."""
     errors: list[CalicoError] = []
     for thing in things:
         try:
@@ -105,15 +105,15 @@ def for_each(things: Iterable[T], act: Callable[[T], None]) -> None:
 
 
 class NotFound(CalicoError):
-    """What was to be removed, shown or changed does not exist."""
+    """The object to remove, show or change does not exist."""
 
 
 class Conflict(CalicoError):
-    """Somebody else changed the same thing again and again, or holds what was asked for."""
+    """Concurrent writers modified the same object too often, or another workload holds the requested one."""
 
 
 class InvalidValue(CalicoError):
-    """A key of the store holds something that cannot be understood. Names the key."""
+    """A key of the store has an invalid value; `why` says what is wrong with it."""
 
     def __init__(self, key: str, why: str) -> None:
         super().__init__(f"etcd key {key} has an invalid value: {why}; fix or delete it")
@@ -122,7 +122,7 @@ class InvalidValue(CalicoError):
 
 
 class StoreError(CalicoError):
-    """The store refused a request, or is configured wrongly."""
+    """The store refused a request, or is misconfigured."""
 
 
 class StoreUnavailable(StoreError):
@@ -130,18 +130,18 @@ class StoreUnavailable(StoreError):
 
 
 class WatchExpired(StoreError):
-    """A watch cannot tell all changes any more, such as those the store does not remember: read all anew."""
+    """A watch has missed changes, for example because the store no longer keeps them: read everything again."""
 
 
 class KeyExists(CalicoError):
-    """A create-only write met a key that is there already."""
+    """A create-only write found an existing key."""
 
 
 class CompareFailed(CalicoError):
     """A compare-and-swap found another value than the one that was read.
 
-    `maybe_applied` is true when an earlier, unanswered attempt of the same write may have been applied before
-    somebody else's write came on top of it.
+    `maybe_applied` is true when an earlier, unanswered attempt of the same write may have been applied
+    before another writer overwrote it.
     """
 
     def __init__(self, key: str, maybe_applied: bool = False) -> None:
@@ -150,20 +150,20 @@ class CompareFailed(CalicoError):
 
 
 class AddressTaken(CalicoError):
-    """The address asked for belongs to somebody else."""
+    """The requested address is assigned to another workload."""
 
 
 class DockerUnavailable(CalicoError):
-    """The Docker Engine could not be asked."""
+    """The Docker Engine did not answer, or refused a request."""
 
 
 class DockerNotRunning(DockerUnavailable):
-    """Nothing listens where the Docker Engine would."""
+    """Nothing listens at the address of the Docker Engine."""
 
 
 class NoSuchContainer(NotFound):
-    """The Docker Engine knows no container of that name."""
+    """The Docker Engine has no container of that name."""
 
 
 class NamespaceError(CalicoError):
-    """The kernel refused what was to be done to an interface or a namespace."""
+    """An operation on an interface or a network namespace failed in the kernel."""

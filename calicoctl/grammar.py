@@ -1,6 +1,6 @@
-"""The command line's words: the list of commands, and the grammars, which are the commands' docstrings.
+"""The grammar of the command line: the list of commands, and the parser for their docstrings.
 
-Every command imports this; it imports no command but to read a docstring, and neither etcd, Docker nor the kernel.
+Every command imports this module. It imports a command only to read its docstring, and knows no etcd and no Docker.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ COMMANDS = (
 )
 
 GLOBAL_OPTIONS = ("--debug", "--quiet")
-"""Those that may stand anywhere."""
+"""Options that are allowed anywhere on the command line."""
 
 FORMATS = ("text", "json")
-"""What --output takes."""
+"""The values of --output."""
 
 Prepared = Callable[[], None]
-"""What a command's `prepare(argv)` returns: all that was typed has been checked, and nothing has been done yet."""
+"""What a command's `prepare(argv)` returns: the function that does the work; `argv` has been checked."""
 
 
 class Misfit(UsageError):
-    """Words that do not fit the grammar of a command; its text is what docopt says, which may be nothing."""
+    """The command line does not match a command's grammar; the text is docopt's message, which may be empty."""
 
     def __init__(self, grammar: str, argv: list[str], why: str) -> None:
         super().__init__(why)
@@ -53,14 +53,14 @@ def grammar_of(command: str) -> str:
 
 
 def parse(grammar: str, argv: list[str]) -> dict[str, Any]:
-    """Return what docopt makes of `argv` by a command's docstring; raise Misfit, or UsageError."""
+    """Parse `argv` by a command's docstring, with docopt; raise Misfit, or UsageError."""
     import docopt
 
     try:
         arguments = dict(docopt.docopt(grammar, argv, help=False))
     except docopt.DocoptExit as error:
         raise Misfit(grammar, argv, str(error).replace(error.usage.strip(), "").strip()) from None
-    if "--" in argv:  # what follows may begin with a dash; docopt leaves the mark in the list
+    if "--" in argv:  # words after it may begin with a dash; docopt leaves the '--' in the list
         for words in (value for value in arguments.values() if isinstance(value, list) and "--" in value):
             words.remove("--")
             if not words:
@@ -73,6 +73,6 @@ def parse(grammar: str, argv: list[str]) -> dict[str, Any]:
 
 
 def require_root() -> None:
-    """Raise NotRoot unless the process may do anything to the kernel's network."""
+    """Raise NotRoot unless the process runs as root."""
     if os.geteuid() != 0:
         raise NotRoot("This command must be run as root (with sudo, say).")

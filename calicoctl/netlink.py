@@ -1,4 +1,4 @@
-"""Messages to and from the kernel in its own words, for what pyroute2 cannot say, or takes too long to.
+"""A small netlink client, for requests that pyroute2 does not support or is too slow at.
 
 Source: the kernel's uapi/linux/netlink.h and rtnetlink.h.
 """
@@ -20,7 +20,7 @@ NESTED = 0x8000
 
 ERROR, _DONE = 2, 3
 _KIND = 0x3FFF
-"""The bits of an attribute's kind that are not flags."""
+"""Mask of an attribute's type, without the flag bits."""
 
 _RTM_GETADDR, _RTM_GETROUTE, _RTM_GETNEIGH, _RTM_GETNEIGHTBL, _RTM_GETNEXTHOP = 22, 26, 30, 66, 106
 _NDTA_THRESH3, _NDTA_STATS = 4, 7
@@ -33,26 +33,27 @@ _RTA_TABLE = 15
 _NHA_OIF, _NHA_GATEWAY = 5, 6
 _TABLE_MAIN = 254
 UNICAST, LOCAL = 1, 2
-"""Types of routes: to other machines, and to addresses that are this one's."""
+"""Types of routes: unicast, and local (to addresses of this host)."""
 OUR_PROTOCOL = 80
 """The protocol number of our routes (`ip route show proto 80`). Source: numbers from 5 up are free, rtnetlink(7)."""
 _SOL_NETLINK, _NETLINK_GET_STRICT_CHK = 270, 12
 
-_PATIENCE = 60.0
-"""Seconds to wait for the kernel."""
+_TIMEOUT = 60.0
+"""Seconds to wait for an answer of the kernel."""
 
 
 def message(kind: int, flags: int, number: int, body: bytes) -> bytes:
-    """Return a message, which bears a number that the kernel names in its answer."""
+    """Encode a message; the kernel's answer refers to `number`, the sequence number."""
     return struct.pack("=IHHII", 16 + len(body), kind, flags, number, 0) + body
 
 
 def attribute(kind: int, value: bytes) -> bytes:
+    """Encode an attribute, padded to a multiple of four bytes."""
     return struct.pack("=HH", 4 + len(value), kind) + value + bytes(-len(value) % 4)
 
 
 def attributes(data: bytes) -> dict[int, bytes]:
-    """Return the attributes in a message, or in one of its attributes, by their kinds."""
+    """Decode the attributes of a message, or those nested in an attribute, by their types."""
     found = {}
     at = 0
     while at + 4 <= len(data):
@@ -63,7 +64,7 @@ def attributes(data: bytes) -> dict[int, bytes]:
 
 
 def messages(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Give the messages in a datagram, with their types."""
+    """Yield the messages in a datagram, as (type, message)."""
     at = 0
     while at + 16 <= len(data):
         length, kind = struct.unpack_from("=IH", data, at)
@@ -72,17 +73,17 @@ def messages(data: bytes) -> Iterator[tuple[int, bytes]]:
 
 
 def refusal(message: bytes) -> tuple[int, int]:
-    """Return which message one of type ERROR answers, and the errno, 0 for none."""
+    """Decode a message of type ERROR: the sequence number that it answers, and the errno, 0 for success."""
     return struct.unpack_from("=I", message, 8)[0], -struct.unpack_from("=i", message, 16)[0]
 
 
 def dump(protocol: int, kind: int, body: bytes, strict: bool = False) -> Iterator[bytes]:
-    """Give the bodies of all messages that the kernel answers a dump with. Raises OSError.
+    """Send a dump request, and yield the bodies of the answers. Raises OSError.
 
-    With `strict`, the kernel itself leaves out what the fields of `body` exclude; one before 4.20 leaves out nothing.
+    With `strict`, the kernel filters by the fields of `body`; kernels before 4.20 do not filter.
     """
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, protocol) as netlink:
-        netlink.settimeout(_PATIENCE)
+        netlink.settimeout(_TIMEOUT)
         if strict:
             with suppress(OSError):
                 netlink.setsockopt(_SOL_NETLINK, _NETLINK_GET_STRICT_CHK, 1)
@@ -102,9 +103,9 @@ def dump(protocol: int, kind: int, body: bytes, strict: bool = False) -> Iterato
 
 @dataclass(frozen=True)
 class Route:
-    """A route. `destination` is None for a default route; `index` is that of the interface that it leads to.
+    """A route. `destination` is None for a default route; `index` is that of its outgoing interface.
 
-    Of several next hops, the first is told.
+    Of a multipath route, `index` and `gateway` are those of the first next hop.
     """
 
     destination: str | None
@@ -117,10 +118,10 @@ class Route:
 
 
 def routes(family: int, lengths: Collection[int] = range(129), protocol: int | None = None) -> Iterator[Route]:
-    """Give the routes of the main table whose prefix has one of these lengths, and that are of this protocol.
+    """Yield the routes of the main table with one of these prefix lengths and, if it is given, this protocol.
 
-    Those of others cost little, however many there are: pyroute2 takes a hundred times as long, and its
-    get_default_routes() leaves the kernel's answer unfinished where many others come first. Raises OSError.
+    Skipping other routes is cheap, however many there are: pyroute2 takes a hundred times as long, and its
+    get_default_routes() leaves the kernel's answer unread where many others come first. Raises OSError.
     """
     # struct rtmsg: family, length of destination and of source, tos, table, protocol, scope, type, flags
     for body in dump(socket.NETLINK_ROUTE, _RTM_GETROUTE, struct.pack("=8BI", family, 0, 0, 0, 0, 0, 0, 0, 0)):
@@ -154,7 +155,7 @@ def _route(family: int, body: bytes) -> Route:
 
 @dataclass(frozen=True)
 class Neighbour:
-    """An entry of the neighbour table that stays. `index` is the interface's; an entry of a proxy has no MAC."""
+    """A permanent entry of the neighbour table. `index` is the interface's; a proxy entry has no MAC."""
 
     index: int
     address: str
@@ -162,9 +163,9 @@ class Neighbour:
 
 
 def neighbours(family: int, proxies: bool = False) -> Iterator[Neighbour]:
-    """Give the permanent entries of the neighbour table, or what this host answers for in others' place.
+    """Yield the permanent entries of the neighbour table or, with `proxies`, its proxy entries.
 
-    pyroute2 cannot ask for the latter. Source: neigh_dump_info() of the kernel's net/core/neighbour.c. Raises OSError.
+    pyroute2 cannot request the latter. Source: neigh_dump_info() of the kernel's net/core/neighbour.c. Raises OSError.
     """
     # struct ndmsg: family, padding, interface, state, flags, type
     body = struct.pack("=BBHiHBB", family, 0, 0, 0, 0, _NTF_PROXY if proxies else 0, 0)
@@ -178,14 +179,14 @@ def neighbours(family: int, proxies: bool = False) -> Iterator[Neighbour]:
 
 @dataclass(frozen=True)
 class NeighbourLimit:
-    """How many entries that are not permanent the machine's neighbour table takes, and how often it was full."""
+    """How many entries that are not permanent the neighbour table may hold, and how often it overflowed."""
 
     limit: int
     overflows: int
 
 
 def neighbour_limit(family: int) -> NeighbourLimit:
-    """Return what the kernel says of the neighbour table that all network namespaces share. Raises OSError.
+    """Return the limit of the neighbour table, which all network namespaces share. Raises OSError.
 
     Source: struct ndt_stats in the kernel's uapi/linux/neighbour.h, the last of which counts since boot.
     """
@@ -200,7 +201,7 @@ def neighbour_limit(family: int) -> NeighbourLimit:
 
 @dataclass(frozen=True)
 class Address:
-    """An address of the interface with an index. `network` is an address of its network, or a peer's, else itself."""
+    """An address of the interface `index`. `network` is an address in its network, a peer's, or the address itself."""
 
     family: int
     address: str
@@ -212,7 +213,7 @@ class Address:
 
 
 def addresses() -> Iterator[Address]:
-    """Give all addresses of all interfaces, also of those that are down. Raises OSError."""
+    """Yield all addresses of all interfaces, including those that are down. Raises OSError."""
     # struct ifaddrmsg: family (any), length of the network, flags, scope, index
     for body in dump(socket.NETLINK_ROUTE, _RTM_GETADDR, struct.pack("=4BI", 0, 0, 0, 0, 0)):
         family, length, _, scope, index = struct.unpack_from("=4BI", body)
@@ -229,9 +230,9 @@ def addresses() -> Iterator[Address]:
 
 
 class Paths(NamedTuple):
-    """Where a route leads: each of its next hops, as a gateway, None for the network itself, and an interface's index.
+    """A route's next hops, each as a gateway (None where directly connected) and an interface's index.
 
-    `destination` is packed, and empty for a default route. `hops` is empty where the route names them by a number.
+    `destination` is packed, and empty for a default route. `hops` is empty where the route names a nexthop object.
     """
 
     destination: bytes
@@ -241,7 +242,7 @@ class Paths(NamedTuple):
 
 
 def paths(family: int, type: int, but: Collection[int] = ()) -> Iterator[Paths]:
-    """Give the routes of one type of all tables, but for those of some protocols. Raises OSError."""
+    """Yield the routes of one type in all tables, except those of the protocols in `but`. Raises OSError."""
     request = struct.pack("=8BI", family, 0, 0, 0, 0, 0, 0, type, 0)
     known: dict[bytes, tuple[tuple[str | None, int], ...]] = {}  # thousands of routes have few next hops
     for body in dump(socket.NETLINK_ROUTE, _RTM_GETROUTE, request, strict=True):
@@ -262,7 +263,7 @@ def paths(family: int, type: int, but: Collection[int] = ()) -> Iterator[Paths]:
 
 
 def _hops(family: int, found: dict[int, bytes]) -> Iterator[tuple[str | None, int]]:
-    """Give the next hops in a route's attributes."""
+    """Yield the next hops in a route's attributes."""
     several = found.get(_RTA_MULTIPATH, b"")
     at = 0
     while at + 8 <= len(several):
@@ -275,15 +276,15 @@ def _hops(family: int, found: dict[int, bytes]) -> Iterator[tuple[str | None, in
 
 
 def _gateway(family: int, found: dict[int, bytes]) -> str | None:
-    if _RTA_VIA in found:  # of the other version
+    if _RTA_VIA in found:  # a gateway of the other IP version
         return socket.inet_ntop(struct.unpack_from("=H", found[_RTA_VIA])[0], found[_RTA_VIA][2:])
     return socket.inet_ntop(family, found[_RTA_GATEWAY]) if _RTA_GATEWAY in found else None
 
 
 def next_hops() -> Iterator[tuple[str, int]]:
-    """Give the gateways that routes may name by a number alone (`ip nexthop`), with their interfaces' indices.
+    """Yield the gateways of nexthop objects (`ip nexthop`), with their interfaces' indices.
 
-    Raises OSError, where the kernel knows no such things (before 5.3), too.
+    Raises OSError, also on kernels without such objects (before 5.3).
     """
     # struct nhmsg: family, scope, protocol, reserved, flags
     for body in dump(socket.NETLINK_ROUTE, _RTM_GETNEXTHOP, struct.pack("=4BI", 0, 0, 0, 0, 0)):
@@ -293,9 +294,9 @@ def next_hops() -> Iterator[tuple[str, int]]:
 
 
 def do(protocol: int, kind: int, flags: int, body: bytes) -> None:
-    """Have the kernel do something; raise OSError when it refuses."""
+    """Send a request that changes something; raise OSError when the kernel refuses it."""
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, protocol) as netlink:
-        netlink.settimeout(_PATIENCE)
+        netlink.settimeout(_TIMEOUT)
         netlink.bind((0, 0))
         netlink.send(message(kind, REQUEST | ACK | flags, 0, body))
         for type, answer in messages(netlink.recv(2**16)):

@@ -1,6 +1,6 @@
-"""What commands print: ASCII grids for people, JSON for scripts.
+"""Prints results: ASCII tables for people, JSON for scripts.
 
-On a terminal, a grid fits the terminal's width; elsewhere it is complete, whatever its width.
+On a terminal, a table fits the terminal's width; elsewhere it is complete, whatever its width.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from calicoctl.errors import one_line, printable
 T = TypeVar("T")
 
 _SHORT = 10
-"""How many characters of a word are kept in one line if at all possible: a date has so many."""
+"""Words of up to this many characters are not broken if possible: a date has as many."""
 
 
 def wants_json(arguments: dict[str, Any]) -> bool:
-    """Tell whether --output=json was given."""
+    """Return whether --output=json was given."""
     return bool(arguments["--output"] == "json")
 
 
@@ -29,7 +29,7 @@ def print_json(value: Any) -> None:
 
 
 def abridges(arguments: dict[str, Any]) -> bool:
-    """Tell whether ids are to be shortened, and so on: on a terminal, unless --no-trunc was given."""
+    """Return whether to shorten ids and fit the width: on a terminal, unless --no-trunc was given."""
     return sys.stdout.isatty() and not arguments["--no-trunc"]
 
 
@@ -40,11 +40,11 @@ def print_table(
     expendable: Sequence[str] = (),
     complete: bool = False,
 ) -> None:
-    """Print a grid with a heading; cells are aligned to the left.
+    """Print a table with a heading row; cells are aligned to the left.
 
-    On a terminal, unless `complete`, it is made to fit: cells are broken between words; where that is not enough, the
+    On a terminal, unless `complete`, it is made to fit: cells are wrapped between words; where that is not enough, the
     `expendable` columns are left out one by one, and standard error says which; then words are broken. Elsewhere,
-    cells are broken where they are wider than `widest`.
+    cells wider than `widest` are wrapped.
     """
     import shutil
 
@@ -54,7 +54,7 @@ def print_table(
     if sys.stdout.isatty() and not complete:
         lines, left_out = fit(lines, shutil.get_terminal_size().columns, expendable)
         if left_out:
-            warn(f"Left out, for the terminal is too narrow: {', '.join(left_out)}. See all with --no-trunc.")
+            warn(f"Columns left out because the terminal is too narrow: {', '.join(left_out)}; --no-trunc shows all.")
         widest = None
     table = PrettyTable([str(number) for number in range(len(lines[0]))], header=False)
     table.align = "l"
@@ -65,7 +65,7 @@ def print_table(
 
 
 def fit(lines: list[list[str]], width: int, expendable: Sequence[str] = ()) -> tuple[list[list[str]], list[str]]:
-    """Return a grid's cells, heading first, broken so that it is no wider than `width`, and the columns left out."""
+    """Wrap a table's cells, heading first, to fit `width`; return them, and the names of the columns left out."""
     left_out: list[str] = []
     while True:
         narrowest = [max(_least_width(cell) for cell in column) for column in zip(*lines)]
@@ -77,7 +77,7 @@ def fit(lines: list[list[str]], width: int, expendable: Sequence[str] = ()) -> t
         place = lines[0].index(gone)
         lines = [line[:place] + line[place + 1 :] for line in lines]
     widths = [min(width, max(_longest(cell.splitlines()) for cell in column)) for column in zip(*lines)]
-    # the widest give way: first those that have room between words
+    # the widest columns shrink: first those that can still be wrapped between words
     while sum(widths) > max(room, len(widths)):
         least = narrowest if any(own > least for own, least in zip(widths, narrowest)) else [1] * len(widths)
         widths[max(range(len(widths)), key=lambda n: (widths[n] > least[n], widths[n]))] -= 1
@@ -85,7 +85,7 @@ def fit(lines: list[list[str]], width: int, expendable: Sequence[str] = ()) -> t
 
 
 def _least_width(cell: str) -> int:
-    """Return how narrow a cell can be: broken between words, and long ones at their hyphens."""
+    """Return the least width of a cell that is wrapped between words, and long words at hyphens."""
     words = cell.split()
     parts = [part + "-" for word in words for part in word.split("-")]
     return min(_longest(words), max(_SHORT, _longest(parts)))
@@ -96,7 +96,7 @@ def _longest(words: list[str]) -> int:
 
 
 def _wrapped(cell: str, width: int) -> list[str]:
-    """Break a cell's lines between words, or, where a word is too long, at its hyphens or anywhere."""
+    """Wrap a cell's lines between words or, where a word is too long, at its hyphens or anywhere."""
     import textwrap
 
     lines = []
@@ -107,7 +107,7 @@ def _wrapped(cell: str, width: int) -> list[str]:
 
 
 def with_progress(items: Sequence[T], what: str) -> Iterator[T]:
-    """Yield items; where standard error is a terminal, tell there how many are done, in one line."""
+    """Yield items; show a progress bar where standard error is a terminal."""
     if not sys.stderr.isatty():
         yield from items
         return
@@ -115,7 +115,7 @@ def with_progress(items: Sequence[T], what: str) -> Iterator[T]:
 
     with tqdm(total=len(items), desc=what, leave=False, file=sys.stderr) as bar:
         for item in items:
-            bar.clear()  # what is printed meanwhile must not stand behind it
+            bar.clear()  # the caller may print, which must not be appended to the bar
             yield item
             sys.stdout.flush()
             bar.update()
@@ -123,5 +123,5 @@ def with_progress(items: Sequence[T], what: str) -> Iterator[T]:
 
 
 def warn(sentence: str) -> None:
-    """Print something that the user should know, and that is not the result, to standard error."""
+    """Print a warning to standard error."""
     print(one_line(sentence), file=sys.stderr)

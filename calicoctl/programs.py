@@ -1,4 +1,4 @@
-"""Other programs that are run on this host, iptables, say: where they are looked for."""
+"""Where the other programs that this one runs, such as iptables, are searched for."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ _SYSTEM = ("/usr/local/sbin", "/usr/sbin", "/sbin")
 
 
 def look_in_system_folders() -> None:
-    """Have this process, and those it starts, look for programs in the system's folders, too, behind all others.
+    """Append the system's folders to PATH, for this process and its children.
 
-    The PATH of cron, of many a service, and of users does not name them.
+    The PATH of cron jobs, of many services, and of ordinary users lacks them.
     """
     path = os.environ.get("PATH") or os.defpath
     os.environ["PATH"] = os.pathsep.join(

@@ -1,16 +1,16 @@
 """Loads libraries without the parts this program never uses.
 
-A cold command spends its time importing, not working. Some libraries pull in a lot more than what is asked of them:
+A cold command spends most of its time on imports. Some libraries import much more than what is used of them:
 `pyroute2`, `netaddr` and `docker` import their whole tree in their `__init__`; `etcd` imports a DNS resolver for SRV
 discovery, which is not used here; `urllib3` imports the package metadata reader for an HTTP/2 mode that is off;
-`requests` imports a character set detector for bodies of unknown encoding. `install()` puts a finder in front of
-Python's own that leaves those parts out:
+`requests` imports a character set detector for bodies of unknown encoding. `install()` adds an
+import finder that leaves those parts out:
 
 * a *bare* package keeps its path but does not run its `__init__`, so that `import pyroute2.iproute` loads just that;
-* a *deferred* module is an empty one that loads the real one when somebody looks into it.
+* a *deferred* module is a placeholder that loads the real module when one of its attributes is used.
 
-No library promises that this works. A test holds each of them against the version installed, and everything here
-also works, only slower, when `install()` is never called.
+No library guarantees that this works. Tests check each of them in the version installed, and everything also works,
+only slower, when `install()` is never called.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class _Bare:
 
 
 class _Placeholder(ModuleType):
-    """A module that turns into the real one when one of its names is asked for."""
+    """A module that is replaced by the real one when one of its attributes is used."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -46,7 +46,7 @@ class _Placeholder(ModuleType):
 
 
 class _Deferred:
-    """Loader of a placeholder. The names that are taken from it while importing are given here."""
+    """Loader of a placeholder, with the attributes that are used at import time already."""
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         module = _Placeholder(spec.name)
@@ -54,7 +54,7 @@ class _Deferred:
             # urllib3.http2: `from importlib.metadata import version`, called only when HTTP/2 is switched on
             module.version = lambda package: _load(spec.name).version(package)  # type: ignore[attr-defined]
         elif spec.name == "charset_normalizer":
-            # requests compares it with the range it was tested with, and complains about none at all
+            # requests compares it with the range it was tested with, and warns when it is missing
             module.__version__ = "3.0.0"  # type: ignore[attr-defined]
         return module
 
@@ -63,7 +63,7 @@ class _Deferred:
 
 
 class _Finder:
-    """Finds bare and deferred modules; leaves all others to the finders behind it."""
+    """Finds bare and deferred modules; leaves all others to the next finders."""
 
     def __init__(self) -> None:
         self.deferred = set(DEFERRED)
@@ -83,13 +83,13 @@ _finder = _Finder()
 
 
 def install() -> None:
-    """Put the finder in front of Python's own. Modules that are loaded already stay as they are."""
+    """Add the finder before Python's own. Modules that are loaded already stay as they are."""
     if _finder not in sys.meta_path:
         sys.meta_path.insert(0, _finder)
 
 
 def _load(name: str) -> ModuleType:
-    """Replace the placeholder of `name`, and of the package it is in, by the real module; return that."""
+    """Replace the placeholders of `name` and of its package by the real modules; return the module."""
     for part in (name.partition(".")[0], name):
         if part in _finder.deferred:
             _finder.deferred.discard(part)

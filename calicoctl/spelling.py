@@ -1,4 +1,4 @@
-"""Which of some words is meant by one that is none of them: "did you mean …". Loaded once something does not fit."""
+"""Finds the word that was probably meant: "did you mean …". Imported only after an error."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ SYNONYMS = {
     "-q": "--quiet",
     "-d": "--debug",
 }
-"""What other tools call what is meant."""
+"""Words of other tools, and the words of this one for the same."""
 
 
 def nearest(word: str, names: Iterable[str]) -> str | None:
-    """Return which of the names is meant by a word that is none of them, None for no idea."""
+    """Return the name that `word`, which is none of them, probably means; None if none is close."""
     meant = SYNONYMS.get(word, word)
     alike = [name for name in sorted(set(names)) if name.startswith("-") == meant.startswith("-")]
     known = {name.lower().lstrip("-"): name for name in alike}  # dashes would make all options look alike
@@ -60,5 +60,5 @@ def nearest(word: str, names: Iterable[str]) -> str | None:
 
 
 def did_you_mean(suggestion: str | None) -> str:
-    """Return the end of a sentence."""
+    """Return the end of an error's sentence, empty without a suggestion."""
     return f"; did you mean {suggestion}?" if suggestion else ""

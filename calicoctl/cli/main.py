@@ -1,4 +1,4 @@
-"""The entry point: finds the command, runs it, and turns what goes wrong into one line and an exit status."""
+"""The entry point: finds the command, runs it, and converts errors into one line and an exit status."""
 
 from __future__ import annotations
 
@@ -27,38 +27,37 @@ Usage:
   calicoctl --version
 
 Commands:
-  batch        run many commands, one a line, in one process
-  bgp          what all hosts know of BGP: peers, the mesh, the AS number
+  batch        run many commands, one per line, in one process
+  bgp          show and change the global BGP configuration
   checksystem  check this host's prerequisites
-  completion   print what a shell needs to complete command lines
-  config       settings of the host agents and of the routing daemons
+  completion   print a completion script for a shell
+  config       show and change settings of host agents and routing daemons
   container    connect Docker containers and network namespaces
-  diags        collect what helps to find out why a packet does not arrive
+  diags        collect diagnostics of this host into an archive
   endpoint     show the endpoints of all hosts, and change their profiles
-  ipam         show who has which address, release addresses, find lost ones
+  ipam         show address assignments, release addresses, find leaked ones
   node         register this host, and run its agent
-  pool         show and change the ranges that addresses come from
-  profile      make profiles, the policy of the network, and change them
-  status       show what this host's agent says
+  pool         show and change the IP pools
+  profile      show and change profiles: network policy as tags and rules
+  status       show the status of this host's agent and endpoints
   version      show the version
 
 Options:
-  --quiet      print no results, for scripts that look at the exit status
-               alone; errors are printed all the same
-  --debug      show where in the program an error comes from (also:
-               CALICO_DEBUG=1)
+  --quiet      print errors, but no results, for scripts that only check the
+               exit status
+  --debug      print a traceback for errors (also: CALICO_DEBUG=1)
 
-Where etcd is, and Docker, is read from the environment (ETCD_AUTHORITY,
-ETCD_ENDPOINTS, DOCKER_HOST and others) and, where that does not say it, from
+The addresses of etcd and Docker are read from the environment (ETCD_AUTHORITY,
+ETCD_ENDPOINTS, DOCKER_HOST and others) and, where it does not set them, from
 /etc/calico/node.env.
 """
 
 WITHOUT_SETTINGS = ("completion", "version")
-"""Commands that work whatever is in the file of settings; completion looks at it when it asks the store, or Docker."""
+"""Commands that work with an invalid settings file. Completion reads it when it queries the store or Docker."""
 
 
 class Interrupted(BaseException):
-    """A signal asked the process to end. What was done so far is undone on the way out."""
+    """A signal asked the process to end. What was done so far is rolled back on the way out."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -66,7 +65,7 @@ class Interrupted(BaseException):
 
 
 class _Output(io.FileIO):
-    """A standard stream that goes on when its reader has seen enough: what is to be done is done all the same."""
+    """A standard stream that ignores a closed pipe: the command goes on to its end without a reader."""
 
     def write(self, data: Any) -> int:
         try:
@@ -76,14 +75,14 @@ class _Output(io.FileIO):
 
     @classmethod
     def over(cls, stream: Any) -> io.TextIOWrapper:
-        """Return a stream over the same file, which spells out what its encoding has no character for."""
+        """Return a stream over the same file, which escapes characters that its encoding lacks."""
         binary = io.BufferedWriter(cls(stream.fileno(), "w", closefd=False))
         lines = stream is sys.stderr or stream.isatty()
         return io.TextIOWrapper(binary, stream.encoding, "backslashreplace", line_buffering=lines)
 
 
-class _Complaints(_Output):
-    """Standard error: where that cannot be written, nobody can be told."""
+class _ErrorOutput(_Output):
+    """Standard error: its own write errors are ignored, for there is nowhere left to report them."""
 
     def write(self, data: Any) -> int:
         with suppress(OSError):
@@ -92,15 +91,15 @@ class _Complaints(_Output):
 
 
 def entry() -> NoReturn:
-    """Run the command line of this process, and end it with its exit status."""
+    """Run the command line of this process, and exit with its status."""
     _open_standard_streams()
     slim.install()
     programs.look_in_system_folders()
-    gc.set_threshold(50_000)  # importing makes many objects, and none of them is garbage
+    gc.set_threshold(50_000)  # imports create many objects, and no garbage
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _interrupt)
-    sys.stdout, sys.stderr = _Output.over(sys.stdout), _Complaints.over(sys.stderr)
+    sys.stdout, sys.stderr = _Output.over(sys.stdout), _ErrorOutput.over(sys.stderr)
     status = main(sys.argv[1:])
     try:
         sys.stdout.flush()
@@ -108,11 +107,11 @@ def entry() -> NoReturn:
         print(f"cannot write the output: {error.strerror}", file=sys.stderr)
         status = status or 1
     sys.stderr.flush()
-    os._exit(status)  # tearing the interpreter down takes longer than many a command, and does nothing for us
+    os._exit(status)  # skips the shutdown of the interpreter, which takes longer than many a command
 
 
 def _open_standard_streams() -> None:
-    """Make those of the three streams that are closed lead nowhere: the next file opened would take their place."""
+    """Open /dev/null for standard streams that are closed: the next file opened would take their descriptors."""
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         if getattr(sys, name) is None:
             fd = os.open(os.devnull, os.O_RDWR)
@@ -125,14 +124,14 @@ def _open_standard_streams() -> None:
 def main(argv: list[str], where: str = "", prepared: Prepared | None = None) -> int:
     """Run one command line, which may be `prepared` already; return its exit status.
 
-    Errors are printed as one line, behind `where`; none gets out.
+    Errors are printed as one line, prefixed with `where`; no exception is raised.
     """
     debug = "--debug" in argv
     quiet = "--quiet" in argv
     argv = [word for word in argv if word not in GLOBAL_OPTIONS]
 
-    def complain(sentence: str) -> None:
-        _complain(where + sentence, debug or os.environ.get("CALICO_DEBUG", "") not in ("", "0"))
+    def report(sentence: str) -> None:
+        _report(where + sentence, debug or os.environ.get("CALICO_DEBUG", "") not in ("", "0"))
 
     try:
         with redirect_stdout(io.StringIO()) if quiet else nullcontext():
@@ -140,26 +139,26 @@ def main(argv: list[str], where: str = "", prepared: Prepared | None = None) -> 
         return 0
     except CalicoError as error:
         for one in error.errors if isinstance(error, Failures) else [error]:
-            complain(str(one))
+            report(str(one))
         if isinstance(error, UsageError) and error.usage:
             print(error.usage, file=sys.stderr)
         return error.exit_status
     except Interrupted as interrupted:
-        complain("Interrupted; no container is left half connected. Repeat the command to have all of it done.")
+        report("Interrupted; no container is left half connected. Repeat the command to complete it.")
         return 128 + interrupted.number
     except OSError as error:
-        complain(f"Operating system error: {error}.")
+        report(f"Operating system error: {error}.")
         return 1
     except MemoryError:
-        complain("There is not enough memory.")
+        report("Out of memory.")
         return 1
     except Exception as error:
-        complain(f"Internal error ({type(error).__name__}: {error}); run again with --debug to see where.")
+        report(f"Internal error ({type(error).__name__}: {error}); run again with --debug to see where.")
         return 1
 
 
 def prepare(argv: list[str]) -> Prepared:
-    """Check a command line, without its global options; return what does it. Raises CalicoError."""
+    """Check a command line without its global options; return the function that runs it. Raises CalicoError."""
     for word in argv:
         if "\0" in word or any("\ud800" <= c <= "\udfff" for c in word):
             raise CalicoError(f"{word!a} cannot be used: it is not UTF-8 text")
@@ -194,11 +193,11 @@ def prepare(argv: list[str]) -> Prepared:
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     for other in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(other, signal.SIG_IGN)  # undoing must not be interrupted
+        signal.signal(other, signal.SIG_IGN)  # the rollback must not be interrupted
     raise Interrupted(number)
 
 
-def _complain(sentence: str, debug: bool) -> None:
+def _report(sentence: str, debug: bool) -> None:
     if debug:
         import traceback
 

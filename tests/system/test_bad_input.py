@@ -220,7 +220,7 @@ def test_docker_that_does_not_answer(host: Host, tmp_path: Path) -> None:
         ("fd://", "Cannot ask Docker about workload"),
         ("ssh://root@192.0.2.9", "only containers of this host"),
         ("SSH://root@192.0.2.9", "only containers of this host"),
-        (f"tcp://127.0.0.1:{host.etcd.port}", "does not answer as an engine does ("),
+        (f"tcp://127.0.0.1:{host.etcd.port}", "does not answer like a Docker Engine ("),
     ):
         said = refused(host, "container", "add", "workload", "ipv4", says=says, env={"DOCKER_HOST": where})
         assert ".." not in said.err.replace("//./", ""), said

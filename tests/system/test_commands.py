@@ -245,7 +245,7 @@ def test_endpoints_are_shown_as_people_look_for_them(host: Host) -> None:
         assert max(map(len, lines)) <= width, lines
         if left_out is None:
             continue
-        said = f"Left out, for the terminal is too narrow: {', '.join(left_out)}. See all with --no-trunc.\n"
+        said = f"Columns left out because the terminal is too narrow: {', '.join(left_out)}; --no-trunc shows all.\n"
         assert err == (said if left_out else "")
         heading, *rows = columns_of(lines)
         rows = [row for row in rows if row[0].startswith("host")]

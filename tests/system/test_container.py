@@ -384,10 +384,7 @@ def test_an_interrupt_undoes_what_was_begun(host: Host, blue: str) -> None:
     finally:
         host.etcd.process.send_signal(18)
     assert command.returncode == 128 + 15
-    assert (
-        err == "Interrupted; no container is left half connected. Repeat the command to have all of it done.\n"
-        and out == ""
-    )
+    assert err == "Interrupted; no container is left half connected. Repeat the command to complete it.\n" and out == ""
     host.etcd.await_ready()
     host.check_nothing_left()
 

@@ -118,7 +118,7 @@ def test_a_file_that_is_not_there_says_nothing(path: Path) -> None:
         ("below a file", "Not a directory"),
         ("not UTF-8", "it is not UTF-8 text"),
         ("large", "more than 1048576 bytes"),
-        ("itself", "take that line out"),
+        ("itself", "remove that line"),
         ("no variable", "line 1: 'x' sets no variable"),
     ],
 )
