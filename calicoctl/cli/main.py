@@ -47,7 +47,7 @@ Options:
                exit status
   --debug      print a traceback for errors (also: CALICO_DEBUG=1)
 
-The addresses of etcd and Docker are read from the environment (ETCD_AUTHORITY,
+The addresses of etcd and Docker come from the environment (ETCD_AUTHORITY,
 ETCD_ENDPOINTS, DOCKER_HOST and others) and, where it does not set them, from
 /etc/calico/node.env.
 """

@@ -215,7 +215,7 @@ def test_docker_that_does_not_answer(host: Host, tmp_path: Path) -> None:
     closed = {"DOCKER_HOST": f"tcp://127.0.0.1:{free_port()}"}
     refused(host, "container", "add", "workload", "ipv4", says="start Docker, or set DOCKER_HOST", env=closed)
     for where, says in (
-        ("ftp://x", "begins with ftp://, and an engine is asked by unix:// or tcp:// only. Unset it"),
+        ("ftp://x", "begins with ftp://, and only unix:// and tcp:// are supported. Unset it"),
         ("npipe:////./pipe/docker_engine", "begins with npipe://"),
         ("fd://", "Cannot ask Docker about workload"),
         ("ssh://root@192.0.2.9", "only containers of this host"),
