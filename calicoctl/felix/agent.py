@@ -39,7 +39,7 @@ from calicoctl.felix.local_etcd import LocalEtcd
 from calicoctl.felix.metrics import Metrics
 from calicoctl.felix.process import Options
 from calicoctl.felix.report import Health, ReportFile, Status, StoreReporter
-from calicoctl.felix.workload_keeper import Keeper
+from calicoctl.felix.workload_keeper import WorkloadKeeper
 from calicoctl.workloads import host_network
 from calicoctl.workloads.upkeep import Action
 from calicoctl.workloads.workload import DOCKER, workload_of
@@ -124,7 +124,7 @@ class Agent:
         self._released: set[str] = set()
         """Interfaces that an endpoint has given up."""
         self._lister = conntrack.Lister(self._events.put)
-        self._keeper = Keeper(datastore, self._events.put)
+        self._keeper = WorkloadKeeper(datastore, self._events.put)
         self._host_keeper = HostKeeper(HostSettings(process.settings_file(self._host)), self._events.put)
         self._clean_up = True
         """Whether to look for what no endpoint wants."""
@@ -156,7 +156,7 @@ class Agent:
             try:
                 self._loop()
             finally:
-                self._keeper.end()
+                self._keeper.stop()
                 self._host_keeper.end()
                 self._note_last_acts()
                 self._reporter.end()
@@ -325,7 +325,7 @@ class Agent:
             self._reporter.read_again()
         self._snapshot.replace(event.directory, event.entries)
         if self._health.first_update and HOSTS.startswith(event.directory):
-            self._keeper.compare(self._snapshot.addresses_listed())
+            self._keeper.resync(self._snapshot.addresses_listed())
 
     def _replaced(self, why: str | None) -> None:
         """Begin, for a reason, or end to leave records and kernel as they are, for they are another agent's matter."""
@@ -336,7 +336,7 @@ class Agent:
         log.info("this agent reports for host %s again", self._host)
         self._reporter.read_again()
         if self._health.first_update:
-            self._keeper.compare(self._snapshot.addresses_listed())
+            self._keeper.resync(self._snapshot.addresses_listed())
 
     def _link_changed(self, event: events.LinkChanged) -> None:
         link = event.link
@@ -368,7 +368,7 @@ class Agent:
         if endpoint and before and before.index == now.index and before.mac != now.mac:
             log.info("the interface %s has the MAC %s now", now.name, now.mac)
             self._routes.forget(now.index)
-            self._keeper.look_at(endpoint.id)
+            self._keeper.enqueue(endpoint.id)
 
     def _tables_changed(self, names: frozenset[str]) -> None:
         # where notices were lost (the empty name), they may well have been those of our own changes
@@ -486,7 +486,7 @@ class Agent:
             self._unsettled.update(dict.fromkeys(touched, self._lister.ask(touched)))
         else:
             self._health.first_update = True
-            self._keeper.begin(self._snapshot.addresses_listed())
+            self._keeper.start(self._snapshot.addresses_listed())
             self._host_keeper.check_firewall()
             self._host_keeper.start()
             self._reporter.beat_soon()
@@ -522,7 +522,7 @@ class Agent:
         for id in ids:
             endpoint = self._snapshot.endpoints.get(id) if id.host == self._host else None
             if endpoint is not None and endpoint.workload_name is None and workload_of(id)[0] == DOCKER:
-                self._keeper.look_at(id)
+                self._keeper.enqueue(id)
 
     def _note_readable(self, profiles: set[str]) -> None:
         """Look again at the endpoints of profiles that have become readable, or unreadable: their status says so."""
@@ -609,7 +609,7 @@ class Agent:
     def _apply_local(self, endpoint: LocalEndpoint) -> Status:
         link = self._links.get(endpoint.interface)
         if link is None:
-            self._keeper.look_at(endpoint.id)
+            self._keeper.enqueue(endpoint.id)
             return Status("down", endpoint.index, f"there is no interface {endpoint.interface}")
         if not link.up:
             return Status("down", endpoint.index, f"the interface {endpoint.interface} is down")
@@ -636,7 +636,7 @@ class Agent:
             if status is None:
                 self._health.endpoints.pop(id, None)
                 log.info("endpoint %s is gone", id.endpoint)
-                self._keeper.look_at(id, gone=True)
+                self._keeper.enqueue(id, deleted=True)
                 continue
             self._health.endpoints[id] = status
             if before is None or (before.status, before.reason) != (status.status, status.reason):

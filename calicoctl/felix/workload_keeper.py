@@ -1,11 +1,11 @@
-"""Looks after workloads: those that start again, stop, are removed, and what commands that were cut short have left.
+"""Keeps this host's workloads connected: decides which event makes which workload be reconciled, and when.
 
-What tells of a workload, the engine's events, a namespace's name that comes or goes, an interface that an endpoint
-lacks, only makes it be looked at; what is to be done follows from what is found then, under the workload's lock
-(upkeep.py). The agent's loop is told.
+Events of the Docker Engine, of mounts, and of the agent (an endpoint without an interface, say) only put a workload
+into the work queue (workqueue.py). What to do about the workload follows from what `upkeep.reconcile` then finds under
+the workload's lock. The agent's loop gets the actions that were done, and the failures.
 
-One thread decides what is looked at and when. The looking is done by a few others, since they wait: for the store, for
-the Docker Engine. An engine that hangs, or does so for one container, keeps no namespace waiting.
+One thread owns the queue and all state here. Workers reconcile, since that waits for the store and for the Docker
+Engine. An engine that hangs, as a whole or for one container, does not hold up namespaces.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from calicoctl.datastore.keys import parse_endpoint
 from calicoctl.desired.snapshot import GRACE_TIME
 from calicoctl.errors import CalicoError, Conflict, DockerUnavailable, NamespaceError, StoreUnavailable, printable
 from calicoctl.felix import events, sources
+from calicoctl.felix.workqueue import WorkerPool, WorkQueue
 from calicoctl.workloads import locks, upkeep
 from calicoctl.workloads.upkeep import Action
 from calicoctl.workloads.workload import DOCKER, NAMESPACE, WorkloadState, container_pids, namespace_at, workload_of
@@ -35,59 +36,58 @@ if TYPE_CHECKING:
 log = logging.getLogger("calico.felix")
 
 INTERVAL = 10.0
-"""Seconds between two looks at what nothing tells of: changes that were cut short, and what failed before."""
+"""Seconds between two sweeps for what no event reports (interrupted changes), and between two retries."""
 
 LOCK_PAUSE = 0.5
-"""Seconds until a workload that somebody else is changing is looked at again."""
+"""Seconds until a workload is retried that another process holds the lock of, or that failed at once."""
 
 STORE_PAUSE = 1.0
-"""Seconds until the store, which could not be asked, is asked again."""
+"""Seconds until the store is tried again after it was unavailable."""
 
 COMPARE_PAUSE = 60.0
-"""Seconds until containers are compared with the engine's list again, when that failed."""
+"""Seconds until a comparison with the engine's list of containers is retried."""
 
 COMPARE_INTERVAL = 300.0
-"""Seconds between two comparisons: a connection that has died silently brings no event."""
+"""Seconds between two comparisons with the engine's list: a connection that died silently delivers no events."""
 
-GONE_PAUSE = 30.0
-"""Seconds from the removal of an endpoint to a look at what it may have left: another tool may write it anew."""
+DELETED_PAUSE = 30.0
+"""Seconds from the deletion of an endpoint until its workload is reconciled: another tool may write it anew."""
 
-LANES = {DOCKER: 8, NAMESPACE: 1}
-"""How many workloads of an orchestrator are looked at at a time."""
+WORKERS = {DOCKER: 8, NAMESPACE: 1}
+"""How many workloads of an orchestrator are reconciled at a time."""
 
-REST = 10.0
-"""Seconds from a workload's getting its interface back to the next time, if it only has lost it again."""
+REATTACH_INTERVAL = 10.0
+"""Seconds between two re-attachments of a workload that keeps losing its interface."""
 
 END_PATIENCE = 5.0
-"""Seconds that what is being done may take when the agent ends; what is cut short then is found by the next agent."""
+"""Seconds that workers may take to finish when the agent ends. The next agent finds what is interrupted then."""
+
+NEVER = float("-inf")
 
 Key = tuple[str, str]
 """A workload: its orchestrator and its id."""
 
 
 @dataclass(frozen=True)
-class Compare:
-    """The store has been read as a whole: compare what workloads hold with what is `expected`.
-
-    That is how many addresses their endpoints list.
-    """
+class Resynced:
+    """The store has been read as a whole; `expected` is the number of addresses that each workload's endpoints list."""
 
     expected: dict[Key, int]
 
 
 @dataclass(frozen=True)
-class Look:
-    """A workload's endpoint has no interface, or one that has changed, or, with `gone`, has gone from the store."""
+class EndpointChanged:
+    """The interface of a workload's endpoint is missing or has changed, or the endpoint was `deleted` in the store."""
 
     key: Key
-    gone: bool
+    deleted: bool
 
 
 @dataclass(frozen=True)
 class Compared:
-    """These containers' endpoints do not go together with what the engine says; or it could not be found out.
+    """Endpoints were compared with the engine's containers: `keys` do not match. `error` says why that failed.
 
-    `connected` are those that seem to, whose interfaces may be elsewhere than in the containers.
+    `connected` are endpoints that seem to match, but whose interfaces may be elsewhere than in the containers.
     """
 
     keys: list[Key]
@@ -96,244 +96,240 @@ class Compared:
 
 
 @dataclass(frozen=True)
-class Order:
-    """A workload to look after, and since when it is `away`, or `gone`, if it is; `removed`: the engine said so."""
+class WorkItem:
+    """A workload to reconcile. `removed` tells that the engine has reported its removal.
+
+    The grace period counts from `missing_since` or `gone_since`, should the workload turn out to be MISSING or GONE.
+    """
 
     key: Key
     removed: bool
-    away_since: float
+    missing_since: float
     gone_since: float
 
 
 @dataclass(frozen=True)
-class Looked:
-    """A workload has been looked after: what was done, or why it could not be.
+class WorkResult:
+    """What reconciling a workload did (`actions`), and the `error` that ended it, if any.
 
-    `state` is what has become of it, None where that could not be found out; `kept_since` since when it is kept
-    although it is away or gone; `taken` the seconds it took.
+    `state` is None where the workload's state could not be found out; `kept_since` is set while the grace period of a
+    MISSING or GONE workload runs; `seconds` is how long it took.
     """
 
     key: Key
-    acts: list[Action]
+    actions: list[Action]
     error: Exception | None
     state: WorkloadState | None
     kept_since: float | None
-    taken: float
+    seconds: float
 
 
-class _Lane(threading.Thread):
-    """Does one task after the other, each given a client of the store, and passes on what comes of it."""
+@dataclass
+class _Tracked:
+    """What is known of one workload from its earlier reconciliations. All times are of the keeper's clock."""
 
-    def __init__(self, datastore: DatastoreClient, tasks: SimpleQueue[Any], tell: Callable[[Any], None]) -> None:
-        super().__init__(name="looking at workloads", daemon=True)
-        self._datastore = datastore
-        self._tasks = tasks
-        self._tell = tell
+    kept_since: float | None = None
+    """Since when the grace period of a workload that is MISSING or GONE runs."""
+    unreachable_at: float = NEVER
+    """When its state could not be found out last: the engine did not answer, or its path could not be read."""
+    locked_since: float | None = None
+    """Since when another process has been holding its lock."""
+    reattached_at: float = NEVER
+    removed: bool = False
+    """Whether the engine has reported its removal."""
+    failure: str | None = None
+    """The failure that was reported last; empty for one that is not reported yet."""
 
-    def run(self) -> None:
-        while True:
-            self._tell(self._tasks.get()(self._datastore))
 
+class WorkloadKeeper:
+    """Reconciles this host's workloads, and garbage-collects those that no longer exist."""
 
-class Keeper(threading.Thread):
-    """Keeps this host's workloads connected, and forgets those that are no more."""
-
-    def __init__(self, datastore: Callable[[], DatastoreClient], tell: Callable[[Any], None]) -> None:
-        """`datastore` makes a client for each thread; `tell` takes each Action that was done, and each Trouble."""
-        super().__init__(name="looking after workloads", daemon=True)
+    def __init__(
+        self,
+        datastore: Callable[[], DatastoreClient],
+        report: Callable[[Any], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`datastore` makes a client, one for each thread; `report` takes each Action and each Failure."""
         self.inbox: events.Events[Any] = SimpleQueue()
         self.grace_time: float = GRACE_TIME
-        """Seconds for which to keep what belongs to a workload that is away, or could not be asked about."""
-        self._ready = True
-        """Whether the store may be made use of."""
+        """Seconds for which to keep what a workload has that is MISSING or GONE, or whose state is not known."""
+        self._clock = clock
         self._datastore = datastore()
-        self._tell = tell
-        self._tasks: dict[str, SimpleQueue[Any]] = {orchestrator: SimpleQueue() for orchestrator in LANES}
-        self._lanes = [
-            _Lane(datastore(), self._tasks[orchestrator], self.inbox.put)
-            for orchestrator, count in LANES.items()
-            for _ in range(count)
-        ]
-        self._jobs: dict[Callable[[], None], float] = {self._sweep: 0.0}
-        """When to look for what is to be looked at, and how."""
+        self._report = report
+        self._queue: WorkQueue[Key] = WorkQueue(WORKERS, group_of=lambda key: key[0])
+        self._queue.pause(DOCKER)  # until the engine has listed its containers
+        self._pool = WorkerPool(WORKERS, datastore, self.inbox.put)
+        self._thread = threading.Thread(target=self._run, name="workload keeper", daemon=True)
+        self._jobs: dict[Callable[[], None], float] = {self._sweep: NEVER}
+        """Jobs that find workloads to reconcile, and when each is due."""
         self._expected: dict[Key, int] = {}
-        self._due: dict[Key, float] = {}
-        """When to look at which workloads."""
-        self._busy: set[Key] = set()
-        """Those that are being looked at."""
-        self._kept: dict[Key, float] = {}
-        """Since when workloads that are away or gone are kept."""
-        self._unasked: dict[Key, float] = {}
-        """When it could not be found out last what has become of a workload."""
-        self._put_off: dict[Key, float] = {}
-        """Workloads that something failed for, and when to try again unless something new is told of them."""
-        self._locked: dict[Key, float] = {}
-        """Since when somebody else has been changing workloads that are to be looked at."""
-        self._removed: set[Key] = set()
-        """Containers of whose removal the engine has told."""
-        self._healed: dict[Key, float] = {}
-        self._troubles: dict[Key, str] = {}
-        """Workloads that something failed for, and what was told of that."""
-        self._swept_for: float = self.grace_time
+        self._tracked: dict[Key, _Tracked] = {}
+        self._swept_grace_time: float = self.grace_time
         self._namespaces: dict[str, tuple[int, int] | None] = {}
-        """What was last seen at the paths of namespaces, by workload."""
+        """The namespace that was seen last at the path of each workload."""
         self._containers: dict[str, events.Container] | None = None
-        """The engine's last list of its containers, by id. None: it is to be asked."""
-        self._engine_away: bool | None = None
-        """Whether the engine cannot be asked; None: it has not told of its containers yet."""
-        self._engine_back = float("-inf")
-        """Since when the engine can be asked; long ago, unless containers may have been unknown to it before."""
-        self._rest_until = 0.0
+        """The engine's last list of its containers, by id; None to ask for a new one."""
+        self._engine_was_away = False
+        self._engine_back = NEVER
+        """Since when the engine has been listing its containers again: before, it may not have known all of them."""
+        self._ready = True
+        """Whether the store may be used."""
+        self._store_retry_at = NEVER
         self._alive = True
 
-    def look_at(self, id: EndpointId, gone: bool = False) -> None:
-        """Have the workload of an endpoint looked at: its interface or name is missing or changed, or it has `gone`."""
-        key = workload_of(id)
-        if upkeep.is_managed(*key):
-            self.inbox.put(Look(key, gone))
+    # For the agent's thread
+
+    def start(self, expected: dict[Key, int]) -> None:
+        """Start the threads, and reconcile whatever differs from the store; for `expected`, see Resynced."""
+        self._expected = expected
+        self._jobs[self._scan_store] = NEVER
+        sources.EngineEvents(self.inbox).start()
+        sources.MountEvents(self.inbox).start()
+        self._pool.start()
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Start no more work, and wait for what is in progress, but not for long."""
+        self._alive = False
+        self.inbox.put(None)
+        if self._thread.is_alive():
+            self._thread.join(END_PATIENCE)
+
+    def enqueue(self, id: EndpointId, deleted: bool = False) -> None:
+        """Have the workload of an endpoint reconciled: its interface has changed, or the endpoint was deleted."""
+        self.inbox.put(EndpointChanged(workload_of(id), deleted))
 
     def set_ready(self, ready: bool) -> None:
-        """Say whether the store may be made use of."""
+        """Set whether the store may be used."""
         if ready != self._ready:
             self._ready = ready
             self.inbox.put(None)
 
-    def compare(self, expected: dict[Key, int]) -> None:
-        """Have all workloads compared with the store, which has been read as a whole; see Compare."""
-        self.inbox.put(Compare(expected))
+    def resync(self, expected: dict[Key, int]) -> None:
+        """Compare all workloads with the store, which has been read as a whole; for `expected`, see Resynced."""
+        self.inbox.put(Resynced(expected))
 
-    def begin(self, expected: dict[Key, int]) -> None:
-        """Start, and compare all workloads with the store; see Compare. The engine will list its containers."""
-        self._expected = expected
-        self._jobs[self._scan] = 0.0
-        sources.EngineEvents(self.inbox).start()
-        sources.MountEvents(self.inbox).start()
-        for lane in self._lanes:
-            lane.start()
-        self.start()
+    # The keeper's own thread
 
-    def end(self) -> None:
-        """End, when what is being done is done; wait for that, but not for long."""
-        self._alive = False
-        self.inbox.put(None)
-        if self.is_alive():
-            self.join(END_PATIENCE)
+    def _run(self) -> None:
+        while self._alive or self._queue.is_busy:
+            self.process(self._wait())
 
-    def run(self) -> None:
-        while self._alive or self._busy:
-            for item in self._wait():
-                self._safely(partial(self._take, item))
-            if self._alive and self._ready and time.monotonic() >= self._rest_until:
-                self._safely(self._go_round)
+    def process(self, items: list[Any]) -> None:
+        """Handle what came into the inbox, then hand out what is due. Raises nothing, else the thread would end."""
+        for item in items:
+            self._guarded(partial(self._handle, item))
+        if self._alive and self._ready and self._clock() >= self._store_retry_at:
+            self._guarded(self._dispatch)
 
-    def _safely(self, work: Callable[[], None]) -> None:
-        """Do something; whatever fails, go on: to end would leave the host's containers alone."""
+    def _guarded(self, step: Callable[[], None]) -> None:
         try:
-            work()
+            step()
         except StoreUnavailable as error:
-            log.debug("%s; workloads are looked at when it is back", error)
-            self._rest_until = time.monotonic() + STORE_PAUSE
+            log.debug("%s; workloads are reconciled when the store is back", error)
+            self._store_retry_at = self._clock() + STORE_PAUSE
         except Exception as error:
-            log.debug("where it comes from", exc_info=True)
-            self._tell(events.Failure(f"looking after workloads failed ({type(error).__name__}: {error})"))
+            log.debug("traceback", exc_info=True)
+            self._report(events.Failure(f"the workload keeper failed ({type(error).__name__}: {error})"))
 
     def _wait(self) -> list[Any]:
-        """Return what has come; nothing when it is time for something."""
-        until = time.monotonic() + INTERVAL
+        """Return what came into the inbox; nothing when something is due before that."""
+        until = self._clock() + INTERVAL
         if self._alive and self._ready:
-            startable = (at for key, at in self._due.items() if self._has_lane(key))
-            until = max(self._rest_until, min(until, *self._jobs.values(), *startable))
+            until = max(self._store_retry_at, min(until, self._queue.next_due(), *self._jobs.values()))
         found: list[Any] = []
         with suppress(Empty):
-            found.append(self.inbox.get(timeout=max(0.0, until - time.monotonic())))
+            found.append(self.inbox.get(timeout=max(0.0, until - self._clock())))
             while True:
                 found.append(self.inbox.get_nowait())
         return found
 
-    def _take(self, item: Any) -> None:
-        now = time.monotonic()
-        if isinstance(item, Looked):
-            self._looked(item)
-        elif isinstance(item, Look) and item.gone:
-            self._look(item.key, now + GONE_PAUSE)
-        elif isinstance(item, Look):
+    def _handle(self, item: Any) -> None:
+        now = self._clock()
+        if isinstance(item, WorkResult):
+            self._on_result(item)
+        elif isinstance(item, EndpointChanged) and item.deleted:
+            self._add(item.key, now + DELETED_PAUSE)
+        elif isinstance(item, EndpointChanged):
             # a workload may take its interface away again and again
-            self._look(item.key, max(now, self._healed.get(item.key, float("-inf")) + REST))
+            self._add(item.key, max(now, self._known(item.key).reattached_at + REATTACH_INTERVAL))
         elif isinstance(item, events.ContainerChanged):
             key = (DOCKER, item.id)
             if item.removed and upkeep.is_managed(*key):
-                self._removed.add(key)
-                self._kept.pop(key, None)
-            self._look(key, now)
+                tracked = self._track(key)
+                tracked.removed, tracked.kept_since = True, None
+            self._add(key, now)
         elif isinstance(item, events.EngineListed):
-            if self._engine_away:
-                log.info("the Docker Engine can be asked again")
-            # one that knows none of ours may have been started before its data was there
-            if self._engine_away or not any((DOCKER, id) in self._expected for id in item.containers):
-                self._engine_back = now
-            self._engine_away = False
-            self._containers = item.containers
-            self._jobs[self._compare] = now
+            self._on_engine_listed(item, now)
         elif isinstance(item, events.EngineAway):
-            self._engine_away = True
-            log.info("%s; what belongs to containers is kept", item.why)
+            self._engine_was_away = True
+            self._queue.pause(DOCKER)
+            log.info("%s; containers' endpoints and addresses are kept", item.why)
         elif isinstance(item, events.MountsChanged):
             self._jobs[self._sweep] = now
-        elif isinstance(item, Compare):
+        elif isinstance(item, Resynced):
             self._expected, self._containers = item.expected, None
-            self._jobs |= {self._scan: now, self._compare: now}
+            self._jobs |= {self._scan_store: now, self._compare_with_engine: now}
         elif isinstance(item, Compared):
-            self._compared(item)
+            self._on_compared(item)
         elif isinstance(item, events.ThreadDied):
-            self._tell(item)
+            self._report(item)
 
-    def _look(self, key: Key, at: float) -> None:
-        """Have a workload looked at, since something new was told of it."""
-        if upkeep.is_managed(*key):
-            self._due[key] = min(at, self._due.get(key, at))
+    def _on_engine_listed(self, item: events.EngineListed, now: float) -> None:
+        if self._engine_was_away:
+            log.info("the Docker Engine can be asked again")
+        # an engine that knows none of ours may have been started before its data was there
+        if self._engine_was_away or not any((DOCKER, id) in self._expected for id in item.containers):
+            self._engine_back = now
+        self._engine_was_away = False
+        self._queue.resume(DOCKER)
+        self._containers = item.containers
+        self._jobs[self._compare_with_engine] = now
 
-    def _look_again(self, key: Key, at: float) -> None:
-        """Have a workload looked at, but not before it is to be tried again."""
-        self._look(key, max(at, self._put_off.get(key, at)))
-
-    def _go_round(self) -> None:
-        """Do what it is time for. Raises StoreUnavailable."""
-        now = time.monotonic()
+    def _dispatch(self) -> None:
+        """Run the jobs that are due, and hand due workloads to the workers. Raises StoreUnavailable."""
+        now = self._clock()
         for job, at in list(self._jobs.items()):
             if at > now:
                 continue
-            self._jobs[job] = now + INTERVAL  # again then, should it fail
+            self._jobs[job] = now + INTERVAL  # the retry, should it fail
             try:
                 job()
             except StoreUnavailable:
                 self._jobs[job] = now
                 raise
-        # those that failed before do not keep others waiting
-        for key, at in sorted(self._due.items(), key=lambda item: (item[0] in self._put_off, item[1])):
-            if at <= now and self._has_lane(key):
-                del self._due[key]
-                self._busy.add(key)
-                self._tasks[key[0]].put(partial(self._look_after, self._order(key)))
+        for key in self._queue.take(now):
+            self._pool.submit(key[0], partial(self._reconcile, self._work_item(key)))
 
-    def _has_lane(self, key: Key) -> bool:
-        """Tell whether a workload can be looked at now: not while it is already, or as many as may be are.
+    def _add(self, key: Key, at: float) -> None:
+        """Have a workload reconciled at a time, because of an event."""
+        if upkeep.is_managed(*key):
+            self._queue.add(key, at)
 
-        Nor does it make sense to ask an engine that is away; when it is there, it lists all containers.
-        """
-        if key in self._busy or (key[0] == DOCKER and self._engine_away is not False):
-            return False
-        return sum(busy[0] == key[0] for busy in self._busy) < LANES[key[0]]
+    def _add_after_backoff(self, key: Key, at: float) -> None:
+        """Have a workload reconciled at a time, because it still is as it was when it failed."""
+        if upkeep.is_managed(*key):
+            self._queue.add_after_backoff(key, at)
 
-    # What is to be looked at
+    def _track(self, key: Key) -> _Tracked:
+        """Return what is known of a workload, to be changed."""
+        return self._tracked.setdefault(key, _Tracked())
 
-    def _scan(self) -> None:
-        """Find what may be wrong in the store when the agent starts: nobody has told of it."""
-        now = time.monotonic()
+    def _known(self, key: Key) -> _Tracked:
+        """Return what is known of a workload, to be read."""
+        return self._tracked.get(key, _Tracked())
+
+    # Jobs that find workloads to reconcile
+
+    def _scan_store(self) -> None:
+        """Enqueue workloads whose addresses or endpoints do not fit together in the store; no event reports those."""
+        now = self._clock()
         totals = self._datastore.ipam.handle_totals()
         for handle, total in totals.items():
             orchestrator, _, workload = handle.partition(".")
             if total != self._expected.get((orchestrator, workload), 0):
-                self._look((orchestrator, workload), now)
+                self._add((orchestrator, workload), now)
         remembered = locks.remembered(self._datastore.host, NAMESPACE)
         connected = {}
         for endpoint in self._datastore.readable_endpoints(self._datastore.host)[0]:
@@ -343,42 +339,40 @@ class Keeper(threading.Thread):
             if endpoint.state == "active" and workload in remembered:
                 connected[endpoint.id] = remembered[workload]
             else:
-                self._look((NAMESPACE, workload), now)
+                self._add((NAMESPACE, workload), now)
         for id in upkeep.misattached(connected):
-            self._look(workload_of(id), now)
-        del self._jobs[self._scan]
+            self._add(workload_of(id), now)
+        del self._jobs[self._scan_store]
 
-    def _compare(self) -> None:
-        """Have the endpoints of this host's containers compared with what the engine says."""
-        if self._engine_away is False:  # else it will list them anew
-            self._tasks[DOCKER].put(partial(_compare, self._containers))
+    def _compare_with_engine(self) -> None:
+        """Have a worker compare containers' endpoints with the engine's list."""
+        if not self._queue.is_paused(DOCKER):  # else the engine lists its containers anew when it is back
+            self._pool.submit(DOCKER, partial(_compare_states, self._containers))
         self._containers = None
-        self._jobs[self._compare] = time.monotonic() + COMPARE_INTERVAL
+        self._jobs[self._compare_with_engine] = self._clock() + COMPARE_INTERVAL
 
-    def _compared(self, item: Compared) -> None:
-        now = time.monotonic()
+    def _on_compared(self, item: Compared) -> None:
+        now = self._clock()
         for key in item.keys:
-            self._look(key, now)
+            self._add(key, now)
         if item.connected:
-            self._tasks[DOCKER].put(partial(_compare_places, item.connected))
+            self._pool.submit(DOCKER, partial(_compare_places, item.connected))
         if item.error is None:
-            for key in self._due:
-                if key[0] == DOCKER and key in self._put_off:
-                    self._due[key] = now
+            self._queue.retry_now(DOCKER, now)
         elif isinstance(item.error, StoreUnavailable):
-            self._jobs[self._compare] = now + STORE_PAUSE
-        elif not self._engine_away:
-            self._jobs[self._compare] = now + COMPARE_PAUSE
+            self._jobs[self._compare_with_engine] = now + STORE_PAUSE
+        elif not self._queue.is_paused(DOCKER):
+            self._jobs[self._compare_with_engine] = now + COMPARE_PAUSE
             raise item.error
 
     def _sweep(self) -> None:
-        """Find changes that were cut short, and namespaces that have come or gone."""
-        now = time.monotonic()
+        """Enqueue workloads whose last change was interrupted, and namespaces that have come or gone."""
+        now = self._clock()
         host = self._datastore.host
         for orchestrator in (DOCKER, NAMESPACE):
             locks.remove_stale(host, orchestrator)
             for id in locks.interrupted(host, orchestrator):
-                self._look_again((orchestrator, id), now)
+                self._add_after_backoff((orchestrator, id), now)
         before, self._namespaces = self._namespaces, {}
         for id, path in locks.remembered(host, NAMESPACE).items():
             try:
@@ -388,31 +382,35 @@ class Keeper(threading.Thread):
                     self._namespaces[id] = before[id]
                 continue
             if seen != before.get(id, seen):
-                self._look((NAMESPACE, id), now)
+                self._add((NAMESPACE, id), now)
             elif seen is None:
-                self._look_again((NAMESPACE, id), now)
-        if self.grace_time != self._swept_for:
-            self._swept_for = self.grace_time
-            for key, since in self._kept.items():
-                self._look_again(key, since + self.grace_time)
-        self._healed = {key: at for key, at in self._healed.items() if now < at + REST}
+                self._add_after_backoff((NAMESPACE, id), now)
+        if self.grace_time != self._swept_grace_time:
+            self._swept_grace_time = self.grace_time
+            for key, tracked in self._tracked.items():
+                if tracked.kept_since is not None:
+                    self._add_after_backoff(key, tracked.kept_since + self.grace_time)
+        for tracked in self._tracked.values():
+            if now >= tracked.reattached_at + REATTACH_INTERVAL:
+                tracked.reattached_at = NEVER
+        self._tracked = {key: tracked for key, tracked in self._tracked.items() if tracked != _Tracked()}
 
     # One workload
 
-    def _order(self, key: Key) -> Order:
-        """Return what is to be known to look after a workload.
+    def _work_item(self, key: Key) -> WorkItem:
+        """Return what a worker needs to know to reconcile a workload.
 
-        One that the engine itself says is gone is not kept at all, unless it could not be asked before.
+        There is no grace period for a container whose removal the engine has reported.
         """
-        now = time.monotonic()
-        unasked = self._unasked.get(key, float("-inf"))
-        gone_since = max(unasked, self._kept.get(key, float("-inf")))
+        tracked = self._known(key)
+        kept_since = self._clock() if tracked.kept_since is None else tracked.kept_since
+        gone_since = max(tracked.unreachable_at, NEVER if tracked.kept_since is None else tracked.kept_since)
         if key[0] == DOCKER:
             gone_since = max(gone_since, self._engine_back)
-        return Order(key, key in self._removed, max(unasked, self._kept.get(key, now)), gone_since)
+        return WorkItem(key, tracked.removed, max(tracked.unreachable_at, kept_since), gone_since)
 
-    def _look_after(self, order: Order, datastore: DatastoreClient) -> Looked:
-        """Look after a workload; for a lane."""
+    def _reconcile(self, item: WorkItem, datastore: DatastoreClient) -> WorkResult:
+        """Reconcile a workload; runs in a worker, and raises nothing."""
         found: WorkloadState | None = None
         kept_since: float | None = None
 
@@ -420,87 +418,96 @@ class Keeper(threading.Thread):
             nonlocal found, kept_since
             found = state
             if state in (WorkloadState.MISSING, WorkloadState.GONE):
-                since = order.away_since if state is WorkloadState.MISSING else order.gone_since
-                is_over = order.removed or time.monotonic() >= since + self.grace_time
+                since = item.missing_since if state is WorkloadState.MISSING else item.gone_since
+                is_over = item.removed or self._clock() >= since + self.grace_time
                 kept_since = None if is_over else since
             return kept_since is None
 
-        started = time.monotonic()
-        acts: list[Action] = []
+        started = self._clock()
+        actions: list[Action] = []
         failure: Exception | None = None
         try:
-            for act in upkeep.reconcile(datastore, *order.key, may_collect, order.removed):
-                acts.append(act)  # one by one: also those before something fails
+            for action in upkeep.reconcile(datastore, *item.key, may_collect, item.removed):
+                actions.append(action)  # one by one, to have those before a failure too
         except Exception as error:
-            log.debug("where it comes from", exc_info=not isinstance(error, CalicoError))
+            log.debug("traceback", exc_info=not isinstance(error, CalicoError))
             failure = error
-        return Looked(order.key, acts, failure, found, kept_since, time.monotonic() - started)
+        return WorkResult(item.key, actions, failure, found, kept_since, self._clock() - started)
 
-    def _looked(self, item: Looked) -> None:
-        """Note when to look at a workload again, and tell what was done."""
-        key, now = item.key, time.monotonic()
-        self._busy.discard(key)
-        self._put_off.pop(key, None)
-        for act in item.acts:
-            if act.kind == upkeep.REATTACHED:
-                self._healed[key] = now
-            self._tell(act)
-        if item.kept_since is not None:
-            self._kept[key] = item.kept_since
-            self._look(key, item.kept_since + self.grace_time)
-        elif item.error is None or item.state in (WorkloadState.RUNNING, WorkloadState.STOPPED):
-            self._kept.pop(key, None)
-        if item.state is WorkloadState.MISSING:
-            self._namespaces[key[1]] = None  # so that its coming back is seen, be it with the number that it had
-        if item.error is None or item.state is not None:
-            if self._unasked.pop(key, None) is not None and key[0] == DOCKER:
-                self._try_others(now)
-        elif isinstance(item.error, (DockerUnavailable, NamespaceError)):
-            self._unasked[key] = now
-        if not isinstance(item.error, Conflict):
-            self._locked.pop(key, None)
-        if isinstance(item.error, Conflict) and now < self._locked.setdefault(key, now) + locks.PATIENCE:
-            self._look(key, now + LOCK_PAUSE)
-        elif isinstance(item.error, StoreUnavailable):
-            self._look(key, now)
-            raise item.error
-        elif item.error is not None:
-            self._fail(key, item.error, item.taken)
+    def _on_result(self, result: WorkResult) -> None:
+        """Report what was done for a workload, and enqueue it again where that is needed. Raises StoreUnavailable."""
+        key, now = result.key, self._clock()
+        self._queue.done(key)
+        tracked = self._track(key)
+        for action in result.actions:
+            if action.kind == upkeep.REATTACHED:
+                tracked.reattached_at = now
+            self._report(action)
+        if result.kept_since is not None:
+            tracked.kept_since = result.kept_since
+            self._add(key, result.kept_since + self.grace_time)
+        elif result.error is None or result.state in (WorkloadState.RUNNING, WorkloadState.STOPPED):
+            tracked.kept_since = None
+        if result.state is WorkloadState.MISSING:
+            self._namespaces[key[1]] = None  # so that a sweep sees it come back, even with the inode that it had
+        self._note_reachability(tracked, result, now)
+        if not isinstance(result.error, Conflict):
+            tracked.locked_since = None
+        elif tracked.locked_since is None:
+            tracked.locked_since = now
+        if tracked.locked_since is not None and now < tracked.locked_since + locks.PATIENCE:
+            self._add(key, now + LOCK_PAUSE)
+        elif isinstance(result.error, StoreUnavailable):
+            self._add(key, now)
+            raise result.error
+        elif result.error is not None:
+            self._backoff(key, tracked, result.error, result.seconds)
         else:
-            self._troubles.pop(key, None)
-            if item.kept_since is None and key not in self._due:
-                self._removed.discard(key)
+            tracked.failure = None
+            if result.kept_since is None and key not in self._queue:
+                tracked.removed = False
+        if tracked == _Tracked():
+            del self._tracked[key]
 
-    def _try_others(self, now: float) -> None:
-        """Look at the containers that could not be asked about: for one of them, the engine has answered now."""
-        for key in self._unasked:
-            if key[0] == DOCKER and key not in self._busy:
-                self._put_off.pop(key, None)
-                self._look(key, now)
+    def _note_reachability(self, tracked: _Tracked, result: WorkResult, now: float) -> None:
+        """Note whether the state of a workload could be found out.
 
-    def _fail(self, key: Key, error: Exception, taken: float) -> None:
-        """Try again later what could not be done for a workload, the later the longer it took; tell of it once.
-
-        What fails at once may be because the workload has just ended: it is tried again before it is told of.
+        Where the engine has answered about a container again, those are retried that it did not answer about either.
         """
-        pause = max(INTERVAL, taken)
-        told = self._troubles.get(key)
-        if isinstance(error, DockerUnavailable) and self._engine_away:  # which was told of
+        if result.error is None or result.state is not None:
+            was_unreachable, tracked.unreachable_at = tracked.unreachable_at > NEVER, NEVER
+            if was_unreachable and result.key[0] == DOCKER:
+                for key, other in self._tracked.items():
+                    if key[0] == DOCKER and other.unreachable_at > NEVER and not self._queue.is_in_progress(key):
+                        self._queue.reset_backoff(key)
+                        self._add(key, now)
+        elif isinstance(result.error, (DockerUnavailable, NamespaceError)):
+            tracked.unreachable_at = now
+
+    def _backoff(self, key: Key, tracked: _Tracked, error: Exception, seconds: float) -> None:
+        """Retry a workload later, the later the longer the attempt took, and report each failure once.
+
+        A failure that came at once may be due to the workload's end: one quick retry comes before it is reported.
+        """
+        pause = max(INTERVAL, seconds)
+        if isinstance(error, DockerUnavailable) and self._queue.is_paused(DOCKER):  # which has been logged
             log.debug("%s", error)
-        elif told is None and taken < LOCK_PAUSE:
-            self._troubles[key] = ""
+        elif tracked.failure is None and seconds < LOCK_PAUSE:
+            tracked.failure = ""
             pause = LOCK_PAUSE
         else:
             text = str(error) if isinstance(error, CalicoError) else f"{type(error).__name__}: {error}"
-            if told != text:
-                self._tell(events.Failure(f"{key[0]} {printable(key[1][:64])}: {text}"))
-            self._troubles[key] = text
-        self._put_off[key] = time.monotonic() + pause
-        self._look(key, self._put_off[key])
+            if tracked.failure != text:
+                self._report(events.Failure(f"{key[0]} {printable(key[1][:64])}: {text}"))
+            tracked.failure = text
+        self._queue.back_off(key, self._clock() + pause)
 
 
-def _compare(containers: dict[str, events.Container] | None, datastore: DatastoreClient) -> Compared:
-    """Compare the endpoints of this host's containers with the engine's list, or with a new one; for a lane."""
+# Run by workers
+
+
+def _compare_states(containers: dict[str, events.Container] | None, datastore: DatastoreClient) -> Compared:
+    """Compare containers' endpoints on this host with the engine's list, or with a new one where that is None."""
     found: list[Key] = []
     connected: list[EndpointId] = []
     try:
@@ -530,7 +537,7 @@ def _compare(containers: dict[str, events.Container] | None, datastore: Datastor
 
 
 def _compare_places(connected: list[EndpointId], datastore: DatastoreClient) -> Compared:
-    """Find, of containers that run and have their interfaces, those whose are not inside, or not sound; for a lane."""
+    """Find endpoints of running containers whose interface is not inside the container, or not set up completely."""
     try:
         pids = container_pids(id.workload for id in connected)
         paths = {id: f"/proc/{pids[id.workload]}/ns/net" for id in connected if id.workload in pids}

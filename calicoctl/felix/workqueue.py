@@ -1,0 +1,141 @@
+"""A work queue with one item per key, with delays and backoff, and the worker threads that process its items.
+
+It decides which item is due, and how many of a group are processed at a time. It does not know what an item means, nor
+how long to back off; that is the caller's part. Like the workqueue of Kubernetes' client-go, it never gives one key to
+two workers at once.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Hashable, Mapping
+from queue import SimpleQueue
+from typing import Any, Callable, Generic, TypeVar
+
+K = TypeVar("K", bound=Hashable)
+R = TypeVar("R")
+
+
+class WorkQueue(Generic[K]):
+    """Keys to process, and when each is due. Not thread-safe: one thread owns it.
+
+    Times are seconds of any clock that never goes back; the caller always passes them in. Each key belongs to a group,
+    and each group has a number of workers.
+    """
+
+    def __init__(self, workers: Mapping[str, int], group_of: Callable[[K], str]) -> None:
+        """`workers` is the number of workers of each group; `group_of` returns the group of a key."""
+        self._workers = workers
+        self._group_of = group_of
+        self._due: dict[K, float] = {}
+        self._backoff: dict[K, float] = {}
+        """When to retry keys that failed."""
+        self._in_progress: set[K] = set()
+        self._paused: set[str] = set()
+
+    def __contains__(self, key: K) -> bool:
+        """Return whether a key waits to be processed; one that is only in progress does not."""
+        return key in self._due
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether any key is in progress."""
+        return bool(self._in_progress)
+
+    def is_in_progress(self, key: K) -> bool:
+        return key in self._in_progress
+
+    def add(self, key: K, at: float) -> None:
+        """Make a key due at a time, whatever its backoff. A key that is due earlier already stays so."""
+        self._due[key] = min(at, self._due.get(key, at))
+
+    def add_after_backoff(self, key: K, at: float) -> None:
+        """Make a key due at a time, but not before its backoff is over."""
+        self.add(key, max(at, self._backoff.get(key, at)))
+
+    def back_off(self, key: K, until: float) -> None:
+        """Retry a key that failed at a time; keys that never failed are processed before it."""
+        self._backoff[key] = until
+        self.add(key, until)
+
+    def reset_backoff(self, key: K) -> None:
+        """Treat a key as if it had never failed."""
+        self._backoff.pop(key, None)
+
+    def retry_now(self, group: str, now: float) -> None:
+        """Make all keys of a group that are in backoff, and wait, due."""
+        for key in self._due:
+            if key in self._backoff and self._group_of(key) == group:
+                self._due[key] = now
+
+    def pause(self, group: str) -> None:
+        """Hand out no keys of a group until it is resumed; those in progress go on."""
+        self._paused.add(group)
+
+    def resume(self, group: str) -> None:
+        self._paused.discard(group)
+
+    def is_paused(self, group: str) -> bool:
+        return group in self._paused
+
+    def next_due(self) -> float:
+        """Return when the next key that a worker is free for is due; infinity where there is none."""
+        return min((at for key, at in self._due.items() if self._has_worker(key)), default=float("inf"))
+
+    def take(self, now: float) -> list[K]:
+        """Return the keys that are due and that a worker is free for; they are in progress from then on."""
+        taken = []
+        for key, at in sorted(self._due.items(), key=lambda item: (item[0] in self._backoff, item[1])):
+            if at <= now and self._has_worker(key):
+                del self._due[key]
+                self._in_progress.add(key)
+                taken.append(key)
+        return taken
+
+    def done(self, key: K) -> None:
+        """Note that a key was processed, which frees its worker and resets its backoff."""
+        self._in_progress.discard(key)
+        self._backoff.pop(key, None)
+
+    def _has_worker(self, key: K) -> bool:
+        group = self._group_of(key)
+        if key in self._in_progress or group in self._paused:
+            return False
+        return sum(self._group_of(other) == group for other in self._in_progress) < self._workers[group]
+
+
+class Worker(threading.Thread, Generic[R]):
+    """Runs one task after another. Each task gets the worker's own resource, and its result is reported."""
+
+    def __init__(
+        self, name: str, tasks: SimpleQueue[Callable[[R], Any]], resource: R, report: Callable[[Any], None]
+    ) -> None:
+        super().__init__(name=name, daemon=True)
+        self._tasks = tasks
+        self._resource = resource
+        self._report = report
+
+    def run(self) -> None:
+        while True:
+            self._report(self._tasks.get()(self._resource))
+
+
+class WorkerPool(Generic[R]):
+    """The workers of all groups. A task must not raise: that would end its worker."""
+
+    def __init__(self, workers: Mapping[str, int], resource: Callable[[], R], report: Callable[[Any], None]) -> None:
+        """`resource` makes what each worker passes to its tasks, a client of the store, say; `report` takes results."""
+        self._tasks: dict[str, SimpleQueue[Callable[[R], Any]]] = {group: SimpleQueue() for group in workers}
+        self._workers = [
+            Worker(f"{group} worker {number}", self._tasks[group], resource(), report)
+            for group, count in workers.items()
+            for number in range(count)
+        ]
+
+    def start(self) -> None:
+        for worker in self._workers:
+            worker.start()
+
+    def submit(self, group: str, task: Callable[[R], Any]) -> None:
+        """Have the next free worker of a group run a task."""
+        self._tasks[group].put(task)

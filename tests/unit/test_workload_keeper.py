@@ -1,0 +1,445 @@
+"""The keeper of workloads: which event makes which workload be reconciled, when, and what becomes of the result.
+
+The seams are `upkeep.reconcile`, the engine's list, and the threads: tasks run at once, and time is what the tests say.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Callable
+
+import pytest
+
+from calicoctl.datastore.keys import EndpointId
+from calicoctl.errors import CalicoError, Conflict, DockerUnavailable, NamespaceError, StoreUnavailable
+from calicoctl.felix import events, sources, workload_keeper
+from calicoctl.felix.workload_keeper import WorkloadKeeper
+from calicoctl.workloads import locks, upkeep
+from calicoctl.workloads.locks import WorkloadLock
+from calicoctl.workloads.upkeep import COLLECTED, REATTACHED, Action
+from calicoctl.workloads.workload import WorkloadState
+
+ONE, TWO = "1" * 64, "2" * 64
+BLUE = "-var-run-netns-blue"
+
+
+class InlinePool:
+    """Takes tasks, and runs them when `run` is called, in the test's own thread."""
+
+    def __init__(self, workers: object, resource: Callable[[], Any], report: Callable[[Any], None]) -> None:
+        self._resource = resource
+        self._report = report
+        self.tasks: list[Callable[[Any], Any]] = []
+
+    def submit(self, group: str, task: Callable[[Any], Any]) -> None:
+        self.tasks.append(task)
+
+    def run(self) -> None:
+        tasks, self.tasks = self.tasks, []
+        for task in tasks:
+            self._report(task(self._resource()))
+
+
+@dataclass
+class Outcome:
+    """What a reconciliation finds: the workload's state, what is done, and what fails after that."""
+
+    state: WorkloadState | None = WorkloadState.RUNNING
+    actions: list[Action] = field(default_factory=list)
+    error: Exception | None = None
+    seconds: float = 0.0
+
+
+@dataclass
+class Bench:
+    """A keeper with fakes around it. `outcomes` are by workload's id; `reconciled` tells which were, in order."""
+
+    keeper: WorkloadKeeper
+    pool: InlinePool
+    totals: dict[str, int | None]
+    endpoints: list[Any]
+    now: float = 1000.0
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+    reconciled: list[str] = field(default_factory=list)
+    collected: list[str] = field(default_factory=list)
+    reported: list[Any] = field(default_factory=list)
+    containers: list[str] = field(default_factory=list)
+
+    def reconcile(
+        self, _: object, orchestrator: str, id: str, may_collect: Callable[[WorkloadState], bool], removed: bool
+    ) -> Iterator[Action]:
+        outcome = self.outcomes.get(id, Outcome())
+        self.reconciled.append(id)
+        self.now += outcome.seconds
+        may = outcome.state is not None and may_collect(outcome.state)
+        if may and outcome.state in (WorkloadState.MISSING, WorkloadState.GONE):
+            self.collected.append(id)
+        yield from outcome.actions
+        if outcome.error is not None:
+            raise outcome.error
+
+    def take(self, *items: Any) -> list[str]:
+        """Have the keeper handle these, and whatever follows from that now; return what was reconciled meanwhile."""
+        before = len(self.reconciled)
+        todo = list(items)
+        for _ in range(10):
+            while not self.keeper.inbox.empty():
+                todo.append(self.keeper.inbox.get_nowait())
+            self.keeper.process(todo)
+            self.pool.run()
+            todo = []
+            if self.keeper.inbox.empty():
+                break
+        return self.reconciled[before:]
+
+    def wait(self, seconds: float) -> list[str]:
+        self.now += seconds
+        return self.take()
+
+    def troubles(self) -> list[str]:
+        return [item.why for item in self.reported if not isinstance(item, Action)]
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Bench:
+    monkeypatch.setattr(locks, "DIRECTORY", tmp_path)
+    monkeypatch.setattr(workload_keeper, "WorkerPool", InlinePool)
+    totals: dict[str, int | None] = {}
+    datastore = SimpleNamespace(
+        host="vm",
+        ipam=SimpleNamespace(handle_totals=lambda: totals),
+        readable_endpoints=lambda host: (endpoints, []),
+    )
+    reported: list[Any] = []
+    endpoints: list[Any] = []
+    keeper = WorkloadKeeper(lambda: datastore, reported.append, clock=lambda: made.now)  # type: ignore[arg-type]
+    made = Bench(keeper, keeper._pool, totals, endpoints, reported=reported)  # type: ignore[arg-type]
+    monkeypatch.setattr(upkeep, "reconcile", made.reconcile)
+    monkeypatch.setattr(upkeep, "misattached", lambda paths: [])
+    monkeypatch.setattr(
+        sources, "list_containers", lambda: {id: events.Container(True, None) for id in made.containers}
+    )
+    return made
+
+
+def listed(*ids: str) -> events.EngineListed:
+    return events.EngineListed({id: events.Container(True, None) for id in ids})
+
+
+def changed(id: str, removed: bool = False) -> events.ContainerChanged:
+    return events.ContainerChanged(id, removed)
+
+
+def docker(id: str) -> EndpointId:
+    return EndpointId("vm", "docker", id, "e" * 32)
+
+
+def namespace(id: str) -> EndpointId:
+    return EndpointId("vm", "namespace", id, "f" * 32)
+
+
+def test_a_container_that_changes_is_reconciled(bench: Bench) -> None:
+    assert bench.take(listed()) == []
+    assert bench.take(changed(ONE)) == [ONE]
+    assert bench.wait(600) == []
+
+
+def test_what_is_no_workload_of_ours_is_left_alone(bench: Bench) -> None:
+    bench.take(listed())
+    bench.keeper.enqueue(EndpointId("vm", "openstack", "vm1", "e" * 32))
+    bench.keeper.enqueue(docker("no-id"))
+    assert bench.take(changed("no-id")) == []
+
+
+def test_containers_wait_until_the_engine_has_listed_them_and_namespaces_do_not(bench: Bench) -> None:
+    bench.keeper.enqueue(docker(ONE))
+    bench.keeper.enqueue(namespace(BLUE))
+    assert bench.take() == [BLUE]
+    assert bench.take(listed(ONE)) == [ONE]
+    assert bench.take(events.EngineAway("Docker cannot be reached"), changed(ONE)) == []
+    assert bench.take(listed(ONE)) == [ONE]
+
+
+def test_an_endpoint_without_interface_is_reconciled_but_not_again_and_again(bench: Bench) -> None:
+    bench.outcomes[BLUE] = Outcome(actions=[Action(REATTACHED, "attached")])
+    bench.keeper.enqueue(namespace(BLUE))
+    assert bench.take() == [BLUE]
+    assert bench.reported == [Action(REATTACHED, "attached")]
+    bench.keeper.enqueue(namespace(BLUE))
+    assert bench.wait(9.9) == []
+    assert bench.wait(0.1) == [BLUE]
+
+
+def test_a_deleted_endpoint_is_reconciled_after_a_while_since_a_tool_may_write_it_anew(bench: Bench) -> None:
+    bench.keeper.enqueue(namespace(BLUE), deleted=True)
+    assert bench.take() == []
+    assert bench.wait(29.9) == []
+    assert bench.wait(0.1) == [BLUE]
+
+
+def test_a_missing_namespace_is_collected_when_the_grace_time_is_over(bench: Bench) -> None:
+    bench.keeper.grace_time = 60.0
+    bench.outcomes[BLUE] = Outcome(state=WorkloadState.MISSING)
+    bench.keeper.enqueue(namespace(BLUE))
+    assert bench.take() == [BLUE]
+    assert bench.wait(59.0) == []
+    assert bench.collected == []
+    assert bench.wait(1.0) == [BLUE]
+    assert bench.collected == [BLUE]
+    assert bench.wait(600) == []
+
+
+def test_the_grace_time_of_a_namespace_that_came_back_counts_anew(bench: Bench) -> None:
+    bench.outcomes[BLUE] = Outcome(state=WorkloadState.MISSING)
+    bench.keeper.enqueue(namespace(BLUE))
+    bench.take()
+    bench.outcomes[BLUE] = Outcome(state=WorkloadState.RUNNING)
+    bench.now += 50
+    bench.keeper.enqueue(namespace(BLUE))
+    bench.take()
+    bench.outcomes[BLUE] = Outcome(state=WorkloadState.MISSING)
+    bench.keeper.enqueue(namespace(BLUE))
+    bench.take()
+    bench.wait(59)
+    assert bench.collected == []
+    bench.wait(1)
+    assert bench.collected == [BLUE]
+
+
+def test_a_removed_container_is_collected_at_once(bench: Bench) -> None:
+    bench.take(listed())
+    bench.outcomes[ONE] = Outcome(state=WorkloadState.GONE)
+    assert bench.take(changed(ONE, removed=True)) == [ONE]
+    assert bench.collected == [ONE]
+
+
+def test_a_container_unknown_to_an_engine_that_knows_another_of_ours_is_collected_at_once(bench: Bench) -> None:
+    bench.take(workload_keeper.Resynced({("docker", TWO): 1}))
+    bench.outcomes[ONE] = Outcome(state=WorkloadState.GONE)
+    assert bench.take(listed(TWO), changed(ONE)) == [ONE]
+    assert bench.collected == [ONE]
+
+
+@pytest.mark.parametrize("away", [False, True])
+def test_a_container_is_kept_for_the_grace_time_after_an_engine_starts_that_may_not_know_it_yet(
+    bench: Bench, away: bool
+) -> None:
+    if away:
+        bench.take(workload_keeper.Resynced({("docker", TWO): 1}), listed(TWO), events.EngineAway("it restarts"))
+    bench.outcomes[ONE] = Outcome(state=WorkloadState.GONE)
+    assert bench.take(listed(TWO), changed(ONE)) == [ONE]
+    assert bench.collected == []
+    bench.wait(60)
+    assert bench.collected == [ONE]
+
+
+def endpoint(id: str, state: str) -> SimpleNamespace:
+    return SimpleNamespace(id=EndpointId("vm", "docker", id, "e" * 32), state=state, workload_name="web")
+
+
+def test_containers_that_do_not_match_their_endpoints_are_reconciled(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(socket, "if_nameindex", lambda: [(1, "cali" + "e" * 11)])
+    ids = [digit * 64 for digit in "123456"]
+    runs, stopped, revived, renamed, unknown, nameless = ids
+    bench.endpoints += [endpoint(id, "active") for id in ids]
+    bench.endpoints[1].state = bench.endpoints[2].state = "inactive"
+    bench.take(
+        events.EngineListed(
+            {
+                runs: events.Container(True, "web"),
+                stopped: events.Container(False, "web"),
+                revived: events.Container(True, "web"),
+                renamed: events.Container(True, "db"),
+                nameless: events.Container(True, None),
+            }
+        )
+    )
+    assert bench.reconciled == [revived, renamed, unknown]
+
+
+def test_containers_are_compared_with_a_new_list_from_time_to_time(bench: Bench) -> None:
+    bench.take(listed())
+    bench.endpoints.append(endpoint(ONE, "inactive"))
+    bench.containers = [ONE]
+    assert bench.wait(299) == []
+    assert bench.wait(1) == [ONE]
+
+
+def test_a_comparison_that_fails_is_reported_and_repeated_after_a_minute(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_list() -> None:
+        raise DockerUnavailable("no list")
+
+    bench.take(listed())
+    monkeypatch.setattr(sources, "list_containers", no_list)
+    bench.wait(300)
+    assert bench.troubles() == ["the workload keeper failed (DockerUnavailable: no list)"]
+    bench.wait(59)
+    assert len(bench.troubles()) == 1
+    bench.wait(1)
+    assert len(bench.troubles()) == 2
+
+
+def test_a_comparison_that_succeeds_ends_the_backoff_of_containers(bench: Bench) -> None:
+    bench.take(listed())
+    bench.outcomes[ONE] = Outcome(state=None, error=DockerUnavailable("no answer"), seconds=1000.0)
+    bench.take(changed(ONE))
+    bench.outcomes = {}
+    assert bench.take(workload_keeper.Resynced({})) == [ONE]
+
+
+def test_a_shorter_grace_time_applies_to_what_is_kept_already(bench: Bench) -> None:
+    bench.outcomes[BLUE] = Outcome(state=WorkloadState.MISSING)
+    bench.keeper.enqueue(namespace(BLUE))
+    bench.take()
+    bench.keeper.grace_time = 20.0
+    bench.wait(10)
+    assert bench.collected == []
+    bench.wait(10)
+    assert bench.collected == [BLUE]
+
+
+def test_a_locked_workload_is_retried_and_reported_only_after_the_patience_for_locks(bench: Bench) -> None:
+    bench.outcomes[BLUE] = Outcome(state=None, error=Conflict("locked"))
+    bench.keeper.enqueue(namespace(BLUE))
+    assert bench.take() == [BLUE]
+    for _ in range(int(locks.PATIENCE / 0.5) - 1):
+        assert bench.wait(0.5) == [BLUE]
+    assert bench.troubles() == []
+    bench.wait(0.5)
+    bench.wait(0.5)
+    assert bench.troubles() == [f"namespace {BLUE}: locked"]
+
+
+def test_a_failure_is_retried_once_before_it_is_reported_and_reported_once(bench: Bench) -> None:
+    bench.outcomes[BLUE] = Outcome(error=CalicoError("no such thing"))
+    bench.keeper.enqueue(namespace(BLUE))
+    bench.take()
+    assert bench.troubles() == []
+    assert bench.wait(0.5) == [BLUE]
+    assert bench.troubles() == [f"namespace {BLUE}: no such thing"]
+    assert bench.wait(9.0) == []
+    assert bench.wait(1.0) == [BLUE]
+    assert len(bench.troubles()) == 1
+    bench.outcomes[BLUE] = Outcome()
+    assert bench.wait(10.0) == [BLUE]
+    assert bench.wait(600) == []
+
+
+def test_a_failure_that_took_long_is_reported_at_once_and_retried_after_as_long(bench: Bench) -> None:
+    bench.outcomes[BLUE] = Outcome(error=ValueError("odd"), seconds=30.0)
+    bench.keeper.enqueue(namespace(BLUE))
+    bench.take()
+    assert bench.troubles() == [f"namespace {BLUE}: ValueError: odd"]
+    assert bench.wait(29.0) == []
+    assert bench.wait(1.0) == [BLUE]
+
+
+def test_an_event_cuts_a_backoff_short(bench: Bench) -> None:
+    bench.outcomes[BLUE] = Outcome(error=CalicoError("no"), seconds=1.0)
+    bench.keeper.enqueue(namespace(BLUE))
+    bench.take()
+    bench.keeper.enqueue(namespace(BLUE))
+    assert bench.take() == [BLUE]
+
+
+def test_what_was_done_before_a_failure_is_reported(bench: Bench) -> None:
+    bench.outcomes[BLUE] = Outcome(actions=[Action(COLLECTED, "released")], error=CalicoError("then that"))
+    bench.keeper.enqueue(namespace(BLUE))
+    bench.take()
+    assert bench.reported == [Action(COLLECTED, "released")]
+
+
+def test_an_unavailable_store_holds_up_everything_for_a_second(bench: Bench) -> None:
+    bench.outcomes[BLUE] = Outcome(state=None, error=StoreUnavailable("no etcd"))
+    bench.keeper.enqueue(namespace(BLUE))
+    assert bench.take() == [BLUE]
+    bench.keeper.enqueue(namespace("-x"))
+    assert bench.wait(0.9) == []
+    del bench.outcomes[BLUE]
+    assert sorted(bench.wait(0.1)) == [BLUE, "-x"]
+    assert bench.troubles() == []
+
+
+def test_nothing_is_started_while_the_store_may_not_be_used(bench: Bench) -> None:
+    bench.keeper.set_ready(False)
+    bench.keeper.enqueue(namespace(BLUE))
+    assert bench.take() == []
+    bench.keeper.set_ready(True)
+    assert bench.take() == [BLUE]
+
+
+def test_when_the_engine_answers_about_one_container_others_it_did_not_answer_about_are_retried(bench: Bench) -> None:
+    bench.take(listed())
+    for id in (ONE, TWO):
+        bench.outcomes[id] = Outcome(state=None, error=DockerUnavailable("no answer"), seconds=20.0)
+    assert bench.take(changed(ONE), changed(TWO)) == [ONE, TWO]
+    bench.outcomes = {}
+    assert bench.take(changed(ONE)) == [ONE, TWO]
+
+
+def test_a_workload_whose_state_was_not_known_is_kept_for_the_grace_time_after_that(bench: Bench) -> None:
+    bench.outcomes[BLUE] = Outcome(state=None, error=NamespaceError("cannot be read"), seconds=1.0)
+    bench.keeper.enqueue(namespace(BLUE))
+    bench.take()
+    bench.outcomes[BLUE] = Outcome(state=WorkloadState.GONE)
+    assert bench.wait(10) == [BLUE]
+    assert bench.collected == []
+    assert bench.wait(50) == [BLUE]
+    assert bench.collected == [BLUE]
+
+
+def test_a_resync_reconciles_workloads_whose_addresses_do_not_match_their_endpoints(bench: Bench) -> None:
+    bench.totals.update({f"namespace.{BLUE}": 2, "namespace.-fits": 1, "other.x": 1})
+    assert bench.take(workload_keeper.Resynced({("namespace", BLUE): 1, ("namespace", "-fits"): 1})) == [BLUE]
+
+
+def test_an_interrupted_change_is_found_by_a_sweep(bench: Bench) -> None:
+    bench.take()
+    with WorkloadLock("vm", "namespace", BLUE) as lock:
+        lock.mark_in_progress()
+    assert bench.wait(9.0) == []
+    assert bench.wait(1.0) == [BLUE]
+
+
+def test_a_namespace_whose_path_comes_back_is_reconciled_when_something_is_mounted(
+    bench: Bench, tmp_path: Path
+) -> None:
+    path = tmp_path / "blue"
+    id = str(path).replace("/", "-")
+    with WorkloadLock("vm", "namespace", id) as lock:
+        lock.remember(str(path))
+    bench.outcomes[id] = Outcome(state=WorkloadState.MISSING)
+    assert bench.take() == [id], "nothing is at its path"
+    bench.outcomes = {}
+    path.symlink_to("/proc/self/ns/net")
+    assert bench.take(events.MountsChanged()) == [id]
+    assert bench.take(events.MountsChanged()) == []
+    bench.outcomes[id] = Outcome(state=WorkloadState.MISSING)
+    bench.keeper.enqueue(namespace(id))
+    assert bench.take() == [id]
+    bench.outcomes = {}
+    assert bench.take(events.MountsChanged()) == [id], "it was missing meanwhile, though it looks as before"
+
+
+def test_a_source_that_has_ended_is_passed_on_to_the_agent(bench: Bench) -> None:
+    failed = events.ThreadDied("following the mounts failed")
+    bench.take(failed)
+    assert bench.reported == [failed]
+
+
+def test_a_defect_is_reported_and_does_not_end_the_keeper(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(host: str, orchestrator: str) -> None:
+        raise KeyError("odd")
+
+    monkeypatch.setattr(locks, "remove_stale", broken)
+    bench.keeper.enqueue(namespace(BLUE))
+    bench.take()
+    assert bench.troubles() == ["the workload keeper failed (KeyError: 'odd')"]
