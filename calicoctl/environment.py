@@ -17,6 +17,7 @@ from collections.abc import Mapping, MutableMapping
 from contextlib import suppress
 from pathlib import Path
 
+from calicoctl import files
 from calicoctl.errors import CalicoError
 
 DEFAULT_PATH = "/etc/calico/node.env"
@@ -144,27 +145,14 @@ class EnvironmentFile:
 
     def _replace(self, text: str) -> None:
         """Replace the file atomically; owner and mode stay."""
-        import tempfile
-
         path = self.path.resolve()  # a symbolic link stays one
         try:
             path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-            fd, new = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-            try:
-                with open(fd, "w", encoding="utf-8", newline="") as file:
-                    file.write(text)
-                    if path.exists():
-                        old = path.stat()
-                        os.fchown(fd, old.st_uid, old.st_gid)
-                        os.fchmod(fd, stat.S_IMODE(old.st_mode))
-                    else:
-                        os.fchmod(fd, 0o644)  # commands of every user read it; it holds no secrets
-                    file.flush()
-                    os.fsync(fd)
-                Path(new).rename(path)
-            except BaseException:
-                Path(new).unlink()
-                raise
+            mode, owner = 0o644, (-1, -1)  # of a new file: commands of every user read it; it holds no secrets
+            if path.exists():
+                old = path.stat()
+                mode, owner = stat.S_IMODE(old.st_mode), (old.st_uid, old.st_gid)
+            files.replace(path, text.encode(), mode, owner, suffix=f".{os.getpid()}", durable=True).close()
         except OSError as error:
             raise CalicoError(
                 f"{self.path} cannot be written: {error.strerror}; {PATH_VARIABLE} may name another file for it"

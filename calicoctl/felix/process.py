@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Callable, TextIO
 
+from calicoctl import files, proc
 from calicoctl.errors import CalicoError, NotFound, one_line
 from calicoctl.workloads.locks import DIRECTORY
 
@@ -62,7 +63,7 @@ def settings_file(host: str) -> Path:
     return _file(host, "felix.sysctls")
 
 
-def files(host: str) -> list[Path]:
+def leftovers(host: str) -> list[Path]:
     """Return the files that an agent leaves when it has ended."""
     return [_file(host, "felix.pid"), _file(host, "felix.lock"), report_file(host), settings_file(host)]
 
@@ -78,18 +79,9 @@ def running(host: str) -> int | None:
     """Return the process id of the host's agent, None while none runs."""
     try:
         pid, started = _file(host, "felix.pid").read_text().split()
-        return int(pid) if _started(int(pid)) == started else None
+        return int(pid) if proc.running_since(int(pid)) == started else None
     except (OSError, ValueError):
         return None
-
-
-def _started(pid: int) -> str | None:
-    """Return when a process was started, in clock ticks since boot; None when it has ended. Source: proc(5)."""
-    try:
-        state, *fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
-    except (OSError, ValueError):
-        return None
-    return None if state in "ZX" else fields[18]
 
 
 def report(host: str) -> dict[str, object] | None:
@@ -111,10 +103,8 @@ def only_one(host: str) -> Iterator[None]:
     """Be the host's agent: hold its locks. Raises CalicoError when there is one already."""
     pid_file = _file(host, "felix.pid")
     with _held(host):
-        with _explained(pid_file), open(_open(pid_file, 0o644), "w") as file:
-            os.fchmod(file.fileno(), 0o644)
-            file.truncate()
-            file.write(f"{os.getpid()} {_started(os.getpid())}\n")
+        with _explained(pid_file):
+            files.replace(pid_file, f"{os.getpid()} {proc.running_since(os.getpid())}\n".encode(), 0o644).close()
         yield
         pid_file.unlink(missing_ok=True)
 
@@ -184,24 +174,13 @@ def _refuse_running_here(host: str, began: float) -> None:
 def _locked(path: Path, refuse: Callable[[], None]) -> Iterator[TextIO]:
     """Hold the lock of a file, and give the file; while somebody else has it, `refuse` may raise."""
     while True:
-        with open(_open(path, 0o600), "r+") as file:
-            if _acquired(path, file):
+        fd = files.try_lock(path)
+        if fd is not None:
+            with open(fd, "r+") as file:
                 yield file
-                return
+            return
         refuse()
         time.sleep(0.02)  # flock(2) waits for ever or not at all
-
-
-def _acquired(path: Path, file: TextIO) -> bool:
-    with suppress(BlockingIOError, FileNotFoundError):
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # the holder before us may have removed the file: then somebody else may hold a new one
-        return path.stat().st_ino == os.fstat(file.fileno()).st_ino
-    return False
-
-
-def _open(path: Path, mode: int) -> int:
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
 
 
 @contextmanager
@@ -333,11 +312,10 @@ def restart(host: str) -> int:
     pid = running(host)
     if not pid:
         raise NotFound("The host agent is not running.")
-    process = Path(f"/proc/{pid}")
     try:
-        _, *arguments = _strings(process / "cmdline")
-        environment = dict(text.split("=", 1) for text in _strings(process / "environ") if "=" in text)
-        elsewhere = os.stat(process / "ns/net").st_ino != os.stat("/proc/self/ns/net").st_ino
+        _, *arguments = proc.arguments(pid)
+        environment = dict(text.split("=", 1) for text in proc.strings(pid, "environ") if "=" in text)
+        elsewhere = os.stat(f"/proc/{pid}/ns/net").st_ino != os.stat("/proc/self/ns/net").st_ino
     except (OSError, ValueError) as error:
         raise CalicoError(f"The host agent (process {pid}) cannot be restarted: {error}") from None
     if elsewhere:
@@ -354,11 +332,6 @@ def restart(host: str) -> int:
     options = Options(**{name: value for name, value in json.loads(arguments[-1]).items() if name in names})
     stop(host)
     return start(host, options, {**environment, "HOSTNAME": host})
-
-
-def _strings(path: Path) -> list[str]:
-    """Return the strings of a file of proc(5), each of which ends with a zero byte."""
-    return [os.fsdecode(part) for part in path.read_bytes().split(b"\0")[:-1]]
 
 
 def stop(host: str) -> int | None:

@@ -25,7 +25,7 @@ def remove_all(host: str, warn: Callable[[str], None]) -> None:
     """
     with process.none_starts(host):
         _remove_from_kernel(host, warn)
-        for file in process.files(host):
+        for file in process.leftovers(host):
             file.unlink(missing_ok=True)
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from calicoctl import files
 from calicoctl.datastore.keys import EndpointId
 from calicoctl.desired.snapshot import INACTIVE
 from calicoctl.errors import CalicoError, StoreError, StoreUnavailable, is_shortage
@@ -249,22 +250,14 @@ class ReportFile:
             log.error("%s cannot be written: %s", self._path, error.strerror)
 
     def _replace(self, data: bytes) -> None:
-        new = self._path.with_suffix(".new")
         try:
-            file = os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o644), "wb", 0)
+            file = files.replace(self._path, data, 0o644)  # for everybody
         except OSError as error:
             if self._file is None or not is_shortage(error):
                 raise
             os.pwrite(self._file.fileno(), data, 0)  # who reads at this very moment tries again
             self._file.truncate(len(data))
             return
-        try:
-            os.fchmod(file.fileno(), 0o644)  # for everybody, whatever the umask
-            file.write(data)
-            new.rename(self._path)
-        except OSError:
-            file.close()
-            raise
         if self._file is not None:
             self._file.close()
         self._file = file

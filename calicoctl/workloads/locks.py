@@ -9,7 +9,6 @@ While a change is under way, there is a second file, which tells of one that was
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import time
@@ -17,6 +16,7 @@ from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
+from calicoctl import files
 from calicoctl.errors import CalicoError, Conflict
 
 DIRECTORY = Path("/run/calico")
@@ -109,17 +109,11 @@ class WorkloadLock:
         return os.pread(self._fd, 2**16, 0).decode(errors="replace").partition("\0")
 
     def _acquired(self) -> bool:
-        fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # the holder before us may have removed the file: then somebody else may hold a new one
-            if os.fstat(fd).st_ino == os.stat(self.path).st_ino:
-                self._fd = fd
-                return True
-        except (BlockingIOError, FileNotFoundError):
-            pass
-        os.close(fd)
-        return False
+        fd = files.try_lock(self.path)
+        if fd is None:
+            return False
+        self._fd = fd
+        return True
 
 
 def exists(host: str, orchestrator: str, workload: str) -> bool:
@@ -150,15 +144,18 @@ def _marks(host: str, orchestrator: str) -> list[tuple[str, tuple[str, str, str]
 
 def remove_stale(host: str, orchestrator: str) -> None:
     """Remove the locks that remember nothing, and that nobody holds: of commands that were killed as they began."""
-    with suppress(FileNotFoundError), os.scandir(DIRECTORY / host) as files:
-        empty = [file.path for file in files if file.name.startswith(f"{orchestrator}.") and not file.stat().st_size]
-        for path in empty:
-            # somebody may have begun to use it, or have removed it
-            with suppress(BlockingIOError, FileNotFoundError), open(path, "r+", opener=_no_link) as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                found = os.fstat(file.fileno())
-                if not found.st_size and found.st_ino == os.stat(path).st_ino:
-                    Path(path).unlink()
+    empty: list[Path] = []
+    with suppress(FileNotFoundError), os.scandir(DIRECTORY / host) as entries:
+        empty = [Path(file) for file in entries if file.name.startswith(f"{orchestrator}.") and not file.stat().st_size]
+    for path in empty:
+        fd = files.try_lock(path, create=False)
+        if fd is None:
+            continue
+        try:
+            if not os.fstat(fd).st_size:
+                path.unlink()
+        finally:
+            os.close(fd)
 
 
 def _no_link(path: str, flags: int) -> int:
@@ -169,8 +166,8 @@ def remembered(host: str, orchestrator: str) -> dict[str, str]:
     """Return the names that are remembered of workloads, by id."""
     prefix = f"{orchestrator}."
     found = {}
-    with suppress(FileNotFoundError), os.scandir(DIRECTORY / host) as files:
-        for file in files:
+    with suppress(FileNotFoundError), os.scandir(DIRECTORY / host) as entries:
+        for file in entries:
             if file.name.startswith(prefix):
                 with suppress(OSError):  # such as one that has just gone
                     status = file.stat(follow_symlinks=False)

@@ -11,7 +11,7 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calicoctl import engine
+from calicoctl import engine, proc
 from calicoctl.addresses import parse_address
 from calicoctl.errors import (
     CalicoError,
@@ -133,12 +133,12 @@ def process_started(path: str) -> str | None:
                 return None  # which are never another's: a way to the host's own files
             if re.fullmatch("/proc/[0-9]+", str(place)):
                 thread = place.joinpath(*reversed(left[-2:]))
-                return _started(thread if thread.parent.name == "task" else place)
+                return proc.start_time(thread if thread.parent.name == "task" else place)
             if not place.is_symlink():
                 continue
             target = place.readlink()
             if re.fullmatch(r"net:\[[0-9]+\]", str(target)):  # /proc under another name
-                return _started(place.parent.parent)
+                return proc.start_time(place.parent.parent)
             links += 1
             if links > 40:  # as many as the kernel would follow
                 return None
@@ -149,10 +149,6 @@ def process_started(path: str) -> str | None:
     except (OSError, ValueError) as error:
         raise NamespaceError(f"{path} cannot be looked at: {error}") from None
     return None
-
-
-def _started(process: Path) -> str:
-    return (process / "stat").read_text(errors="replace").rpartition(")")[2].split()[19]
 
 
 def find(name: str) -> Workload:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from calicoctl import proc
 from calicoctl.commands import status as command
 from calicoctl.datastore.keys import EndpointId
 from calicoctl.desired.snapshot import INACTIVE
@@ -32,7 +33,7 @@ def health(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Health:
         ability.succeeded("/b")
     health.writes.succeeded("statuses")
     (tmp_path / HOST).mkdir()
-    (tmp_path / HOST / "felix.pid").write_text(f"{os.getpid()} {process._started(os.getpid())}\n")
+    (tmp_path / HOST / "felix.pid").write_text(f"{os.getpid()} {proc.running_since(os.getpid())}\n")
     return health
 
 

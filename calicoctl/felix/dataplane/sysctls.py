@@ -6,13 +6,12 @@ The values found are kept in a file until they are put back; like the settings, 
 from __future__ import annotations
 
 import json
-import os
 import re
 import socket
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-from calicoctl import engine
+from calicoctl import engine, files
 from calicoctl.errors import CalicoError, is_shortage
 
 ROOT = Path("/proc/sys/net")
@@ -167,10 +166,7 @@ class HostSettings:
                 self._file.unlink(missing_ok=True)
                 self._kept = True
                 return
-            new = self._file.with_suffix(".new")
-            with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-                json.dump(self._found, file)
-            new.rename(self._file)
+            files.replace(self._file, json.dumps(self._found).encode(), 0o600).close()
             self._kept = True
         except OSError as error:
             raise CalicoError(f"{self._file} cannot be written: {error.strerror}") from None

@@ -1,0 +1,68 @@
+"""Files that several processes use at once: locks, and files that are replaced as a whole.
+
+A lock is flock(2) on a file, so that a process that dies lets go of it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import os
+from contextlib import suppress
+from pathlib import Path
+
+
+def try_lock(path: Path, create: bool = True) -> int | None:
+    """Lock a file exclusively, and return its descriptor, which holds the lock until it is closed.
+
+    Returns None when another process holds the lock, or has just removed the file: try again then. With `create`, a
+    missing file is made, with mode 0600; else that counts as removed. Raises OSError.
+    """
+    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_CREAT if create else 0)
+    try:
+        fd = os.open(path, flags, 0o600)
+    except FileNotFoundError:
+        if create:  # then it is the folder that is missing
+            raise
+        return None
+    try:
+        with suppress(BlockingIOError, FileNotFoundError):
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # the holder before us may have removed the file: then another process may hold the lock of a new one
+            if os.fstat(fd).st_ino == os.stat(path).st_ino:
+                return fd
+    except BaseException:
+        os.close(fd)
+        raise
+    os.close(fd)
+    return None
+
+
+def replace(
+    path: Path,
+    content: bytes,
+    mode: int,
+    owner: tuple[int, int] = (-1, -1),
+    suffix: str = ".new",
+    durable: bool = False,
+) -> io.FileIO:
+    """Replace a file as a whole: a reader finds it as it was before, or as it is after. Return it, open for writing.
+
+    `mode` is set whatever the umask; `owner` is a user id and a group id, -1 to leave it. The new file is made beside
+    the old one, under its name and a `suffix`, which must be unique where several processes may do this at once. With
+    `durable`, the content is on disk before the old file goes. Raises OSError; then the old file is as it was.
+    """
+    new = path.with_name(f".{path.name}{suffix}")
+    file = io.FileIO(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, mode), "w")
+    try:
+        os.fchown(file.fileno(), *owner)
+        os.fchmod(file.fileno(), mode)
+        file.write(content)
+        if durable:
+            os.fsync(file.fileno())
+        new.rename(path)
+    except BaseException:
+        file.close()
+        new.unlink(missing_ok=True)
+        raise
+    return file

@@ -1,0 +1,62 @@
+"""What proc(5) says of processes: when one was started, its arguments, and when it has ended.
+
+A process id alone names no process: ids are used again. Together with the time it was started, it does.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+from pathlib import Path
+
+START_TIME, STATE = 19, 0
+"""Fields of /proc/PID/stat, counted from the one behind the command's name. Source: proc(5)."""
+
+
+def start_time(process: Path) -> str:
+    """Return when the process, or thread, with a folder in /proc was started, in clock ticks since boot.
+
+    Raises OSError where there is none.
+    """
+    return _stat(process)[START_TIME]
+
+
+def running_since(pid: int) -> str | None:
+    """Return when a process was started, in clock ticks since boot; None when it has ended, be it a zombie still."""
+    try:
+        fields = _stat(Path(f"/proc/{pid}"))
+    except OSError:
+        return None
+    return None if fields[STATE] in "ZX" else fields[START_TIME]
+
+
+def _stat(process: Path) -> list[str]:
+    # the command's name, in parentheses, may hold anything
+    return (process / "stat").read_text(errors="replace").rpartition(")")[2].split()
+
+
+def arguments(pid: int) -> list[str]:
+    """Return the command line of a process, empty where it is a zombie. Raises OSError where there is none."""
+    return strings(pid, "cmdline")
+
+
+def strings(pid: int, name: str) -> list[str]:
+    """Return the strings of one of a process's files, each of which ends with a zero byte. Raises OSError."""
+    return [os.fsdecode(part) for part in Path(f"/proc/{pid}/{name}").read_bytes().split(b"\0")[:-1]]
+
+
+def await_end(pid: int, seconds: float | None = None) -> bool:
+    """Wait until all threads of a process have ended, and its ports and files are free; return whether they have.
+
+    `seconds` is how long to wait at most, None for ever.
+    """
+    try:
+        fd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        poll = select.poll()
+        poll.register(fd, select.POLLIN)
+        return bool(poll.poll(None if seconds is None else seconds * 1000))
+    finally:
+        os.close(fd)

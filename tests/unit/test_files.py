@@ -1,0 +1,105 @@
+"""Locks that survive the removal of their file, and files that are replaced as a whole."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from calicoctl import files
+
+
+def test_a_file_is_locked_once_until_its_descriptor_is_closed(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    fd = files.try_lock(path)
+    assert fd is not None
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert files.try_lock(path) is None
+    os.close(fd)
+    again = files.try_lock(path)
+    assert again is not None
+    os.close(again)
+
+
+def test_a_lock_of_a_file_that_was_removed_meanwhile_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "lock"
+    flock = files.fcntl.flock
+
+    def removed_by_the_holder_before(fd: int, operation: int) -> None:
+        path.unlink()
+        flock(fd, operation)
+
+    monkeypatch.setattr(files.fcntl, "flock", removed_by_the_holder_before)
+    assert files.try_lock(path) is None
+
+    def replaced_by_another(fd: int, operation: int) -> None:
+        path.unlink()
+        path.touch()
+        flock(fd, operation)
+
+    monkeypatch.setattr(files.fcntl, "flock", replaced_by_another)
+    assert files.try_lock(path) is None
+
+
+def test_locking_leaks_no_descriptor(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    held = files.try_lock(path)
+    assert held is not None
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    assert files.try_lock(path) is None
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    os.close(held)
+
+
+def test_a_link_is_not_followed_and_a_missing_file_is_made_only_when_asked_for(tmp_path: Path) -> None:
+    assert files.try_lock(tmp_path / "none", create=False) is None
+    assert not (tmp_path / "none").exists()
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    with pytest.raises(OSError):
+        files.try_lock(tmp_path / "link")
+    with pytest.raises(FileNotFoundError):
+        files.try_lock(tmp_path / "no folder" / "lock")
+
+
+def test_a_reader_finds_a_replaced_file_whole(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    texts = [b"a" * 100_000, b"b" * 50_000]
+    path.write_bytes(texts[0])
+    done = threading.Event()
+
+    def write() -> None:
+        for number in range(200):
+            files.replace(path, texts[number % 2], 0o644).close()
+        done.set()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    while not done.is_set():
+        assert path.read_bytes() in texts
+    writer.join()
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_mode_of_a_replaced_file_is_what_is_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    before = os.umask(0o077)
+    try:
+        files.replace(path, b"x", 0o644).close()
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o644
+    files.replace(path, b"y", 0o600, durable=True).close()
+    assert (path.read_bytes(), path.stat().st_mode & 0o777) == (b"y", 0o600)
+
+
+def test_a_replacement_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "folder"
+    (path / "in use").mkdir(parents=True)
+    with pytest.raises(OSError):
+        files.replace(path, b"x", 0o644)
+    assert list(tmp_path.iterdir()) == [path]
+    assert list(path.iterdir()) == [path / "in use"]

@@ -1,0 +1,50 @@
+"""What is told of processes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from calicoctl import proc
+
+
+def test_a_process_is_told_by_when_it_was_started() -> None:
+    with subprocess.Popen(["sleep", "60"]) as child:
+        since = proc.running_since(child.pid)
+        assert since is not None
+        assert since == proc.start_time(Path(f"/proc/{child.pid}")) == proc.running_since(child.pid)
+        assert int(since) >= int(proc.running_since(os.getpid()) or 0)
+        child.kill()
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        assert proc.running_since(child.pid) is None, "a zombie does not run"
+    assert proc.running_since(child.pid) is None
+    with pytest.raises(FileNotFoundError):
+        proc.start_time(Path(f"/proc/{child.pid}"))
+
+
+def test_odd_names_of_commands_do_not_matter(tmp_path: Path) -> None:
+    odd = tmp_path / "a) Z (b"
+    odd.symlink_to("/bin/sleep")
+    with subprocess.Popen([str(odd), "60"]) as child:
+        assert proc.running_since(child.pid) is not None
+        child.kill()
+
+
+def test_arguments_and_environment_are_read() -> None:
+    with subprocess.Popen(["sleep", "61"], env={"A": "ä b"}) as child:
+        while not proc.arguments(child.pid):  # a moment after it was started, there are none yet
+            assert child.poll() is None
+        assert proc.arguments(child.pid) == ["sleep", "61"]
+        assert proc.strings(child.pid, "environ") == ["A=ä b"]
+        child.kill()
+
+
+def test_the_end_of_a_process_is_awaited() -> None:
+    with subprocess.Popen(["sleep", "60"]) as child:
+        assert not proc.await_end(child.pid, 0.01)
+        child.kill()
+        assert proc.await_end(child.pid, 10)
+    assert proc.await_end(child.pid), "one that has ended long ago"
