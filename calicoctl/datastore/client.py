@@ -15,20 +15,12 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Callable
 
 from calicoctl.addresses import version_of
-from calicoctl.datastore import config, keys
+from calicoctl.datastore import backends, config, keys
+from calicoctl.datastore.backends import PATIENCE
 from calicoctl.datastore.keys import EndpointId
 from calicoctl.datastore.model import Endpoint, Peer, Pool, Rules, load_object, load_strings
-from calicoctl.datastore.store import (
-    PATIENCE,
-    Change,
-    Entry,
-    EtcdSettings,
-    EtcdStore,
-    Store,
-    create_if_missing,
-    modify,
-    set_value,
-)
+from calicoctl.datastore.settings import EtcdSettings
+from calicoctl.datastore.store import Entry, Store, Watch, create_if_missing, modify, set_value
 from calicoctl.errors import CalicoError, CompareFailed, InvalidValue, NotFound
 
 if TYPE_CHECKING:
@@ -72,7 +64,7 @@ class DatastoreClient:
 
         `patience` is how many seconds a store that answers, but can do nothing, is asked again.
         """
-        return cls(EtcdStore(EtcdSettings.from_environment(), patience), hostname())
+        return cls(backends.connect(EtcdSettings.from_environment(), patience), hostname())
 
     @cached_property
     def ipam(self) -> Ipam:
@@ -86,7 +78,7 @@ class DatastoreClient:
 
     def store_version(self) -> str:
         """Return the version of a store that can be used; raise StoreError."""
-        self._store.names(keys.ROOT)
+        self._store.exists(keys.ROOT)
         return self._store.version()
 
     def for_host(self, host: str) -> DatastoreClient:
@@ -98,7 +90,7 @@ class DatastoreClient:
     def is_registered(self) -> bool:
         """Tell whether this host has anything in the store."""
         directories = (keys.host(self.host), keys.bgp_host(self.host))
-        return any(self._store.names(directory) for directory in directories)
+        return any(self._store.exists(directory) for directory in directories)
 
     def registered_hosts(self) -> list[str]:
         """Return the hosts that have their addresses for BGP: settings alone make none."""
@@ -158,7 +150,7 @@ class DatastoreClient:
         create_if_missing(self._store, keys.BGP_AS_NUM, DEFAULT_AS_NUMBER)
         create_if_missing(self._store, keys.BGP_NODE_MESH, json.dumps({"enabled": True}))
         for version, cidr in DEFAULT_POOLS.items():
-            if not self._store.names(keys.pools(version)):
+            if not self._store.exists(keys.pools(version)):
                 create_if_missing(self._store, keys.pool(version, cidr), Pool(cidr).to_json())
         set_value(self._store, keys.READY, "true")
         set_value(self._store, keys.host_bird_ip(self.host), ipv4 or "")
@@ -355,7 +347,7 @@ class DatastoreClient:
         return sorted(self._store.names(keys.PROFILES))
 
     def profile_exists(self, name: str) -> bool:
-        return bool(self._store.names(keys.profile(name)))
+        return self._store.exists(keys.profile(name))
 
     def require_profile(self, name: str) -> None:
         """Raise NotFound unless there is such a profile."""
@@ -495,8 +487,9 @@ class DatastoreClient:
         return None
 
     def workload_ids(self, orchestrator: str) -> list[str]:
-        """Return the ids of this host's workloads under an orchestrator."""
-        return self._store.names(keys.workloads(self.host, orchestrator))
+        """Return the ids of this host's workloads under an orchestrator that have an endpoint."""
+        entries = self._store.tree(keys.workloads(self.host, orchestrator))
+        return sorted({id.workload for id in (keys.parse_endpoint(entry.key) for entry in entries) if id is not None})
 
     def workloads_named(self, orchestrator: str, name: str) -> list[str]:
         """Return the ids of this host's workloads under an orchestrator that were connected under a name.
@@ -537,14 +530,8 @@ class DatastoreClient:
             self._store.check_writable(key)
 
     def remove_endpoint(self, id: EndpointId) -> None:
-        """Remove an endpoint, whatever it holds, and its folders where they are empty then."""
+        """Remove an endpoint, whatever it holds."""
         set_value(self._store, keys.endpoint(id), None)
-        self.prune_workload(id.orchestrator, id.workload)
-
-    def prune_workload(self, orchestrator: str, workload: str) -> None:
-        """Remove the folders of a workload of this host where nothing is in them."""
-        self._store.prune(keys.endpoints(self.host, orchestrator, workload))
-        self._store.prune(keys.workload(self.host, orchestrator, workload))
 
     # The host agent
 
@@ -556,8 +543,8 @@ class DatastoreClient:
         """Return all entries below a directory, and the index to watch it from."""
         return self._store.snapshot(directory)
 
-    def watch(self, directory: str, index: int, seconds: float) -> tuple[list[Change], int]:
-        """Wait for a change below a directory; see Store.watch."""
+    def watch(self, directory: str, index: int, seconds: float) -> Watch:
+        """Return a watch of a directory; see Store.watch."""
         return self._store.watch(directory, index, seconds)
 
     def host_status(self) -> Entry | None:
@@ -579,17 +566,11 @@ class DatastoreClient:
             self._store.delete(before)
 
     def report_endpoint(self, id: EndpointId, status: str | None) -> None:
-        """Write what became of an endpoint of this host (JSON), or remove that for None, with its folders if empty."""
-        key = keys.felix_endpoint(id)
+        """Write the status of an endpoint of this host (JSON), or remove it for None."""
         if status is not None:
-            self._store.put(key, status)
-            return
-        set_value(self._store, key, None)
-        folder = key
-        for _ in range(3):
-            folder = folder.rpartition("/")[0]
-            if not folder.endswith("/workload"):
-                self._store.prune(folder)
+            self._store.put(keys.felix_endpoint(id), status)
+        else:
+            set_value(self._store, keys.felix_endpoint(id), None)
 
     def endpoint_statuses(self) -> dict[EndpointId, str]:
         """Return what the agent has reported of this host's endpoints, as it stands there."""

@@ -187,6 +187,18 @@ def felix_endpoint(id: EndpointId) -> str:
     return endpoint(id).replace(HOSTS, FELIX_HOSTS, 1)
 
 
+def implied_directories(key: str) -> list[str]:
+    """Return the directories, deepest first, that exist for a key's sake alone, and go with it when they are empty.
+
+    For an endpoint, these are its workload's. The others stay: the programs of 2015 expect them.
+    """
+    id, levels = parse_endpoint(key), 2
+    if id is None:
+        id, levels = parse_felix_endpoint(key), 3  # of what an agent reports, an orchestrator's as well
+    parts = key.split("/")
+    return [] if id is None else ["/".join(parts[: len(parts) - level]) for level in range(1, levels + 1)]
+
+
 def dashed(cidr: str) -> str:
     """Return a CIDR as it stands in a key: `192.168.0.0/26` is `192.168.0.0-26`."""
     return cidr.replace("/", "-")

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
-from calicoctl.datastore.store import EtcdSettings
+from calicoctl.datastore.settings import EtcdSettings
 from calicoctl.environment import STORE, EnvironmentFile
 from calicoctl.errors import CalicoError
 from calicoctl.workloads.locks import DIRECTORY

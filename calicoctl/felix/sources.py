@@ -46,6 +46,7 @@ from calicoctl.felix.heartbeat import now
 
 if TYPE_CHECKING:
     from calicoctl.datastore.client import DatastoreClient
+    from calicoctl.datastore.store import Watch
 
 log = logging.getLogger("calico.felix")
 
@@ -117,13 +118,13 @@ class StoreEvents(_Source):
         """When a request last succeeded."""
 
     def follow(self) -> None:
-        index: int | None = None
+        watch: Watch | None = None
         pause = 0.0
-        failed = 0  # watch requests since one succeeded
+        failed = 0  # watches that ended since one yielded a batch
         while True:
-            reading = index is None
+            reading = watch is None
             try:
-                if index is None:
+                if watch is None:
                     entries, index = self._datastore.snapshot(self._directory)
                     self._events.put(StoreRead(self._directory, entries))
                     del entries
@@ -132,8 +133,9 @@ class StoreEvents(_Source):
                         self._emit_followed()
                     elif self._away is not None:
                         self._away = replace(self._away, read=True)
+                    watch = self._datastore.watch(self._directory, index, LONG_POLL)
                     reading = False
-                changes, index = self._datastore.watch(self._directory, index, LONG_POLL)
+                changes = next(watch)
                 pause, failed = 0.0, 0
                 self._worked = now()
                 self._emit_followed()
@@ -141,7 +143,7 @@ class StoreEvents(_Source):
                     self._events.put(StoreChanged(change))
             except WatchExpired as lost:
                 log.info("%s; reading all below %s", lost, self._directory)
-                index = None
+                watch = None
                 failed += 1
                 if failed > 1:
                     self._emit_away(str(lost), read=True)
@@ -151,7 +153,7 @@ class StoreEvents(_Source):
             except Exception as error:  # of any kind: an end of this thread would end the agent
                 why = str(error) if isinstance(error, CalicoError) else f"the store cannot be followed: {error!r}"
                 self._emit_away(why, read=False)
-                index = None
+                watch = None
                 failed += not reading
                 pause = min(LONGEST_PAUSE, max(0.2, pause * 2))
                 time.sleep(pause * random.uniform(0.5, 1))

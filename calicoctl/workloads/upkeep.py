@@ -261,7 +261,6 @@ def _garbage_collect(
     for id in ids:
         datastore.remove_endpoint(id)
     datastore.ipam.release(held, {workload.handle})
-    datastore.prune_workload(workload.orchestrator, workload.id)
     lock.forget()
     text = f"{_called(workload)} no longer exists; removed {len(ids)} endpoint{'' if len(ids) == 1 else 's'}"
     text += f", released {', '.join(map(str, sorted(held)))}" if held else ""
@@ -283,7 +282,6 @@ def _release_leaked(
     pairs = {name for name in pairs if netns.delete_interface(name)}
     datastore.ipam.release(left, {workload.handle})
     if not records:
-        datastore.prune_workload(workload.orchestrator, workload.id)
         lock.forget()
     if left:
         text = f"{_called(workload)} had {', '.join(map(str, sorted(left)))} of a command that was cut short"

@@ -280,7 +280,6 @@ def disconnect(datastore: DatastoreClient, workload: Workload) -> None:
         held = datastore.ipam.held_by(workload.handle)
         refuse_other_path(workload, lock.name(), *paths_of(held or {}))
         if not ids and held is None:
-            datastore.prune_workload(workload.orchestrator, workload.id)
             lock.forget()
             raise NotFound(f"{workload.name} is not connected to Calico.")
         _clear(datastore, workload, lock, ids, held or {})
@@ -304,7 +303,6 @@ def _clear(
         datastore.ipam.release(map(parse_address, record.addresses if record is not None else ()), {None})
         datastore.remove_endpoint(id)
     datastore.ipam.release_by_handle(workload.handle)
-    datastore.prune_workload(workload.orchestrator, workload.id)
     lock.forget()
 
 

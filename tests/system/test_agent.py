@@ -16,8 +16,9 @@ from pathlib import Path
 
 import pytest
 
+from calicoctl.datastore import backends
 from calicoctl.datastore.client import DatastoreClient
-from calicoctl.datastore.store import EtcdSettings, EtcdStore
+from calicoctl.datastore.settings import EtcdSettings
 from calicoctl.errors import CalicoError, Conflict
 from calicoctl.felix import local_etcd
 from calicoctl.felix.local_etcd import LocalEtcd
@@ -133,7 +134,7 @@ def test_an_interface_that_is_renamed_passes_nothing_until_it_is_made_anew(pair:
 
 def test_an_interface_that_is_back_just_now_is_not_made_anew(pair: AgentHost) -> None:
     """Between the look that has not found it and the repair, it may have been named back."""
-    datastore = DatastoreClient(EtcdStore(EtcdSettings.from_environment({})), pair.name)
+    datastore = DatastoreClient(backends.connect(EtcdSettings.from_environment({})), pair.name)
     path = "/var/run/netns/b"
     before = run("ip", "link", "show", pair.interface("b")).out
     workload = Workload("namespace", "-var-run-netns-b", path, path=path)

@@ -19,8 +19,9 @@ from functools import partial
 
 import pytest
 
+from calicoctl.datastore import backends
 from calicoctl.datastore.client import DatastoreClient
-from calicoctl.datastore.store import EtcdSettings, EtcdStore
+from calicoctl.datastore.settings import EtcdSettings
 from calicoctl.diagnose.trace import trace
 from tests.system.agent import A4, ALLOW, B4, C4, AgentHost, holds, outside_host
 from tests.system.conftest import clear_host
@@ -379,7 +380,7 @@ ADDRESSES = {"a": (A4, A6), "b": (B4, B6), "c": (C4, C6)}
 
 def test_trace_and_the_data_plane_agree(net: AgentHost) -> None:
     """What `profile trace` computes from the store is what becomes of the packets, for random profiles."""
-    datastore = DatastoreClient(EtcdStore(EtcdSettings.from_environment({})), net.name)
+    datastore = DatastoreClient(backends.connect(EtcdSettings.from_environment({})), net.name)
     pairs = [(source, target) for target in "abc" for source in "abc" if source != target]
     chance = random.Random(2015)
     seen: Counter[tuple[bool, ...]] = Counter()

@@ -1,71 +1,100 @@
-"""A store in memory, for what a real one cannot be made to do at a given moment: conflicts and lost answers.
+"""The store in memory, for what a real one cannot be made to do at a given moment: conflicts and lost answers.
 
-`tests/system/test_store.py` holds it against the real one.
+It is the one test double of the store. store_contract.py holds it against the real ones.
 """
 
 from __future__ import annotations
 
-from typing import Callable
+from collections import deque
+from collections.abc import Generator
+from dataclasses import dataclass
+from threading import Condition
+from typing import Callable, Union
 
-from calicoctl.datastore.store import Entry
-from calicoctl.errors import CompareFailed, KeyExists, StoreUnavailable
+from calicoctl.datastore.members import Verdict, created, deleted, updated
+from calicoctl.datastore.store import Change, Entry, Store
+from calicoctl.errors import CompareFailed, KeyExists, StoreUnavailable, WatchExpired
+
+HISTORY = 1000
+"""How many changes a watch can go back, as many as etcd's v2 API keeps."""
+
+
+@dataclass(frozen=True)
+class Lost:
+    """The answer of the next write is lost. `meanwhile` is called before its writer looks what became of it."""
+
+    applied: bool = True
+    meanwhile: Callable[[], object] = lambda: None
+
+
+Trouble = Union[str, Lost, None]
 
 
 class MemoryStore:
-    """Implements the Store protocol. `trouble` is asked before each write: None, "conflict", "lost" or "down".
+    """Implements the Store protocol. Time passes only when a test adds to `clock`, in seconds.
 
-    A lost write is applied, and then somebody else's change comes on top of it, so its writer cannot know. Nothing
-    expires by itself: a test that wants that removes the entry.
+    `trouble` is called before each create, update and delete, and returns what goes wrong with it:
+
+    * None: nothing;
+    * "conflict": another writer changes the key right before;
+    * "lost": it is applied, but its answer is lost, and another writer changes the key right after;
+    * a Lost;
+    * "down": the store cannot be reached.
     """
 
     def __init__(self) -> None:
         self.entries: dict[str, Entry] = {}
         self.index = 0
-        self.trouble: Callable[[], str | None] = lambda: None
+        self.clock = 0.0
+        self.trouble: Callable[[], Trouble] = lambda: None
+        self._expiry: dict[str, float] = {}
+        self._history: deque[tuple[int, Change]] = deque(maxlen=HISTORY)
+        self._changed = Condition()
 
     def get(self, key: str) -> Entry | None:
-        return self.entries.get(key)
+        return self._now(key)
 
     def tree(self, directory: str) -> list[Entry]:
+        self._expire()
         return [entry for key, entry in sorted(self.entries.items()) if key.startswith(directory + "/")]
 
-    def snapshot(self, directory: str) -> tuple[list[Entry], int]:
-        return self.tree(directory), self.index + 1
-
     def names(self, directory: str) -> list[str]:
-        below = [key[len(directory) + 1 :] for key in self.entries if key.startswith(directory + "/")]
-        return sorted({name.partition("/")[0] for name in below})
+        return sorted({entry.key[len(directory) + 1 :].partition("/")[0] for entry in self.tree(directory)})
+
+    def exists(self, directory: str) -> bool:
+        return bool(self.tree(directory))
 
     def create(self, key: str, value: str, ttl: int | None = None) -> Entry:
-        self._maybe_fail(key)
-        if key in self.entries:
-            raise KeyExists(key)
-        return self._put(key, value)
+        def apply() -> Entry:
+            if self._now(key) is not None:
+                raise KeyExists(f"etcd key {key} exists already")
+            return self._put(key, value, ttl)
+
+        return self._write(key, apply, created(key, value))
 
     def update(self, entry: Entry, value: str, ttl: int | None = None) -> Entry:
-        trouble = self._maybe_fail(entry.key)
-        now = self.entries.get(entry.key)
-        if now is None or now.index != entry.index:
-            raise CompareFailed(entry.key)
-        written = self._put(entry.key, value)
-        if trouble == "lost":
-            self._put(entry.key, value)
-            raise CompareFailed(entry.key, maybe_applied=True)
-        return written
+        def apply() -> Entry:
+            now = self._now(entry.key)
+            if now is None or now.index != entry.index:
+                raise CompareFailed(entry.key)
+            return self._put(entry.key, value, ttl, now.created)
+
+        return self._write(entry.key, apply, updated(entry, value))
 
     def delete(self, entry: Entry) -> None:
-        self._maybe_fail(entry.key)
-        now = self.entries.get(entry.key)
-        if now is not None:
-            if now.index != entry.index:
-                raise CompareFailed(entry.key)
-            del self.entries[entry.key]
+        def apply() -> Entry:
+            now = self._now(entry.key)
+            if now is not None:
+                if now.index != entry.index:
+                    raise CompareFailed(entry.key)
+                self._remove(entry.key)
+            return entry
 
-    def prune(self, directory: str) -> None:
-        pass
+        self._write(entry.key, apply, deleted(entry))
 
     def remove_tree(self, directory: str) -> None:
-        self.entries = {key: entry for key, entry in self.entries.items() if not key.startswith(directory + "/")}
+        for key in [key for key in self.entries if (key + "/").startswith(directory + "/")]:
+            self._remove(key)
 
     def check_writable(self, key: str) -> None:
         """Everybody may write everything here."""
@@ -73,15 +102,76 @@ class MemoryStore:
     def put(self, key: str, value: str) -> None:
         self._put(key, value)
 
-    def _put(self, key: str, value: str) -> Entry:
-        self.index += 1
-        self.entries[key] = Entry(key, value, self.index)
-        return self.entries[key]
+    def version(self) -> str:
+        return "0.0"
 
-    def _maybe_fail(self, key: str) -> str | None:
+    def snapshot(self, directory: str) -> tuple[list[Entry], int]:
+        return self.tree(directory), self.index + 1
+
+    def watch(self, directory: str, index: int, seconds: float) -> Generator[list[Change], None, None]:
+        def batch() -> list[Change]:
+            return [c for i, c in self._history if i >= index and (c.key + "/").startswith(directory + "/")]
+
+        while True:
+            self._expire()
+            with self._changed:
+                if index > self.index + 1 or (self._history and index < self._history[0][0]):
+                    raise WatchExpired(f"the store does not have the changes from {index} on")
+                self._changed.wait_for(batch, seconds)
+                changes, index = batch(), self.index + 1
+            yield changes
+
+    def _write(self, key: str, apply: Callable[[], Entry], verdict: Verdict) -> Entry:
+        """Apply a conditional write, with what goes wrong."""
         trouble = self.trouble()
         if trouble == "down":
             raise StoreUnavailable("etcd cannot be reached")
         if trouble == "conflict" and key in self.entries:
-            self._put(key, self.entries[key].value)  # somebody else writes the same key at this moment
-        return trouble
+            self._put(key, self.entries[key].value, created=self.entries[key].created)
+        if trouble == "lost":
+            trouble = Lost(meanwhile=lambda: self._reformat(key))
+        if isinstance(trouble, Lost):
+            if trouble.applied:
+                apply()
+            trouble.meanwhile()
+            applied = verdict(self._now(key))
+            if applied is not None:
+                return applied
+        return apply()
+
+    def _reformat(self, key: str) -> None:
+        """Write other JSON of the same meaning, as another writer that changes something else in the value."""
+        if key in self.entries:
+            self._put(key, self.entries[key].value + " ", created=self.entries[key].created)
+
+    def _put(self, key: str, value: str, ttl: int | None = None, created: int | None = None) -> Entry:
+        with self._changed:
+            self.index += 1
+            entry = self.entries[key] = Entry(key, value, self.index, self.index if created is None else created)
+            self._expiry.pop(key, None)
+            if ttl is not None:
+                self._expiry[key] = self.clock + ttl
+            self._history.append((self.index, Change(key, entry)))
+            self._changed.notify_all()
+        return entry
+
+    def _remove(self, key: str) -> None:
+        with self._changed:
+            self.index += 1
+            del self.entries[key]
+            self._expiry.pop(key, None)
+            self._history.append((self.index, Change(key, None)))
+            self._changed.notify_all()
+
+    def _now(self, key: str) -> Entry | None:
+        self._expire()
+        return self.entries.get(key)
+
+    def _expire(self) -> None:
+        for key in [key for key, end in self._expiry.items() if end <= self.clock]:
+            self._remove(key)
+
+
+def memory_store() -> Store:
+    """Return a new MemoryStore; the types say that it is a Store."""
+    return MemoryStore()

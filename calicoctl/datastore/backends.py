@@ -1,0 +1,17 @@
+"""Which backend the store is reached by. The only module that names one."""
+
+from __future__ import annotations
+
+from calicoctl.datastore import keys
+from calicoctl.datastore.settings import EtcdSettings
+from calicoctl.datastore.store import Store
+
+PATIENCE = 20.0
+"""Seconds for which a request is sent again while the cluster cannot do it, because it elects a leader, say."""
+
+
+def connect(settings: EtcdSettings, patience: float = PATIENCE) -> Store:
+    """Return the store that the settings name; nothing is sent yet. `patience`: see PATIENCE."""
+    from calicoctl.datastore.etcd2 import Etcd2Store
+
+    return Etcd2Store(settings, patience, keys.implied_directories)

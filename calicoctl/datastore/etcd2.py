@@ -1,0 +1,509 @@
+"""The store over etcd's v2 API, by python-etcd: requests, the translation of errors, and watches over long polls.
+
+python-etcd's own reconnecting is off, since it repeats unanswered writes blindly; failover is in members.py.
+
+Sources: https://github.com/etcd-io/etcd/blob/release-3.4/Documentation/v2/api.md and …/v2/errorcode.md
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Generator, Iterable
+from contextlib import suppress
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Callable, TypeVar
+from urllib.parse import quote
+
+from calicoctl.datastore.members import (
+    ConnectionLost,
+    Deadline,
+    Members,
+    NotSent,
+    RequestFailed,
+    Unanswered,
+    created,
+    deleted,
+    updated,
+)
+from calicoctl.datastore.settings import EtcdSettings, Member
+from calicoctl.datastore.store import Change, Entry
+from calicoctl.errors import (
+    CalicoError,
+    CompareFailed,
+    InvalidValue,
+    KeyExists,
+    StoreError,
+    StoreUnavailable,
+    WatchExpired,
+    is_shortage,
+)
+
+if TYPE_CHECKING:
+    import etcd
+
+T = TypeVar("T")
+
+READ_TIMEOUT = 4.0
+"""Seconds to wait for one member's answer. A member that hangs costs this once per command."""
+
+CONFIRMATION = 0.5
+"""Seconds of a second long poll where the first saw no change although the store's index had moved on."""
+
+QUORUM_TIMEOUT = 3.0
+"""Seconds for a quorum read that shows, after a long poll without a change, that the member is not partitioned."""
+
+WATCH_PATIENCE = 3.0
+"""Seconds for which a watch goes on while no member answers it: the agent reports a lost store within seconds."""
+
+_NO_INDEX = 2**63 - 1
+"""The index of no entry."""
+
+_ENABLE_V2 = (
+    "start it with --enable-v2 (for Debian's package etcd-server: "
+    "echo ETCD_ENABLE_V2=true | sudo tee -a /etc/default/etcd && sudo systemctl restart etcd)"
+)
+
+_NOT_SENT = ("NewConnectionError", "ConnectTimeoutError", "NameResolutionError", "SSLError", "LocationParseError")
+"""The errors of urllib3 that mean that no request left this host."""
+
+_GARBLED = ("SSLError", "ProtocolError", "RemoteDisconnected", "ConnectionResetError", "BadStatusLine")
+"""How requests fail at a server that speaks another protocol."""
+
+
+class Etcd2Store:
+    """`Store` over the v2 API of an etcd cluster.
+
+    This API has directories: a write makes those above its key. `implied_directories` maps a key to the directories,
+    deepest first, that exist for that key's sake alone; a delete of the key removes those that it left empty. A crash
+    in between leaves empty directories, which `tree` and `exists` do not count.
+    """
+
+    def __init__(
+        self,
+        settings: EtcdSettings,
+        patience: float,
+        implied_directories: Callable[[str], Iterable[str]] = lambda key: (),
+    ) -> None:
+        """`patience`: seconds for which a request is sent again while the members that can be reached do not answer."""
+        self._members = Members(settings, lambda member: _Connection(settings, member), patience)
+        self._implied_directories = implied_directories
+
+    def get(self, key: str) -> Entry | None:
+        import etcd
+
+        try:
+            return self._read(key, lambda client, path: _entry(client.read(path, quorum=True)))
+        except etcd.EtcdKeyNotFound:
+            return None
+
+    def tree(self, directory: str) -> list[Entry]:
+        return self.snapshot(directory)[0]
+
+    def names(self, directory: str) -> list[str]:
+        import etcd
+
+        try:
+            keys = self._read(directory, _child_keys)
+        except etcd.EtcdKeyNotFound:
+            return []
+        return [key.rpartition("/")[2] for key in keys if key != directory]
+
+    def exists(self, directory: str) -> bool:
+        import etcd
+
+        pending = [directory]
+        while pending:
+            with suppress(etcd.EtcdKeyNotFound):
+                keys, directories = self._read(pending.pop(), _children)
+                if keys:
+                    return True
+                pending += directories
+        return False
+
+    def create(self, key: str, value: str, ttl: int | None = None) -> Entry:
+        import etcd
+
+        def send(connection: _Connection) -> Entry:
+            try:
+                return connection.request(
+                    key, lambda client, path: _entry(client.write(path, value, ttl=ttl, prevExist=False))
+                )
+            except etcd.EtcdAlreadyExist:
+                raise KeyExists(f"etcd key {key} exists already") from None
+
+        return self._members.write(send, lambda: self.get(key), created(key, value))
+
+    def update(self, entry: Entry, value: str, ttl: int | None = None) -> Entry:
+        import etcd
+
+        def send(connection: _Connection) -> Entry:
+            try:
+                return connection.request(
+                    entry.key, lambda client, path: _entry(client.write(path, value, ttl=ttl, prevIndex=entry.index))
+                )
+            except (etcd.EtcdCompareFailed, etcd.EtcdKeyNotFound):
+                raise CompareFailed(entry.key) from None
+
+        return self._members.write(send, lambda: self.get(entry.key), updated(entry, value))
+
+    def delete(self, entry: Entry) -> None:
+        import etcd
+
+        def send(connection: _Connection) -> Entry:
+            try:
+                connection.request(entry.key, lambda client, path: client.delete(path, prevIndex=entry.index))
+            except etcd.EtcdKeyNotFound:
+                pass
+            except etcd.EtcdCompareFailed:
+                raise CompareFailed(entry.key) from None
+            return entry
+
+        self._members.write(send, lambda: self.get(entry.key), deleted(entry))
+        self._prune(self._implied_directories(entry.key))
+
+    def _prune(self, directories: Iterable[str]) -> None:
+        """Remove directories that are empty, one after the other, up to the first that is not."""
+        import etcd
+
+        # the delete that this belongs to is done: an empty directory that stays does no harm
+        with suppress(etcd.EtcdDirNotEmpty, CalicoError, RequestFailed):
+            for directory in directories:
+                with suppress(etcd.EtcdKeyNotFound):
+                    self._ask(directory, lambda client, path: client.delete(path, dir=True))
+
+    def remove_tree(self, directory: str) -> None:
+        import etcd
+
+        # idempotent
+        with suppress(etcd.EtcdKeyNotFound):
+            self._read(directory, lambda client, path: client.delete(path, recursive=True, dir=True))
+
+    def put(self, key: str, value: str) -> None:
+        self._read(key, lambda client, path: client.write(path, value))  # idempotent
+
+    def check_writable(self, key: str) -> None:
+        import etcd
+
+        # etcd checks the permission before it compares the index, which no entry has
+        with suppress(etcd.EtcdCompareFailed, etcd.EtcdKeyNotFound):
+            self._read(key, lambda client, path: client.write(path, "", prevIndex=_NO_INDEX))
+
+    def version(self) -> str:
+        def read(client: etcd.Client, path: str) -> str:
+            answer = client.http.request("GET", f"{client.base_uri}/version", timeout=READ_TIMEOUT)
+            return str(json.loads(answer.data)["etcdserver"])
+
+        return self._read("", read)
+
+    def snapshot(self, directory: str) -> tuple[list[Entry], int]:
+        import etcd
+
+        def read(client: etcd.Client, path: str) -> tuple[list[Entry], int]:
+            result = client.read(path, recursive=True, quorum=True)
+            entries = [_entry(leaf) for leaf in result.leaves if not leaf.dir]
+            reached = result.etcd_index  # python-etcd makes up one that is missing
+            if not (result.dir or result.key == directory) or any(entry.index > reached for entry in entries):
+                raise TypeError("something else than what was asked for")
+            return entries, reached + 1
+
+        try:
+            return self._read(directory, read)
+        except etcd.EtcdKeyNotFound as error:
+            reached = error.payload.get("index")
+            if not isinstance(reached, int):
+                raise StoreError("the store does not answer as etcd does: it has no index") from None
+            return [], reached + 1
+
+    def watch(self, directory: str, index: int, seconds: float) -> Generator[list[Change], None, None]:
+        while True:
+            changes, index = self._await_changes(directory, index, seconds)
+            yield changes
+
+    def _await_changes(self, directory: str, index: int, seconds: float) -> tuple[list[Change], int]:
+        """Return the first change below `directory` from `index` on, or none, and the index to go on from."""
+        import etcd
+
+        deadline: Deadline | None = None
+
+        def poll(client: etcd.Client, path: str) -> tuple[list[Change], int]:
+            if deadline is not None:  # the member before had no quorum: do not wait for this one unless it has
+                _confirm_quorum(client, path)
+            return _await_change(client, path, index, seconds)
+
+        try:
+            while True:
+                try:
+                    return self._ask(directory, poll)
+                except ConnectionLost as failure:
+                    raise WatchExpired(f"a wait for changes was cut short: {failure}") from None
+                except Unanswered as failure:
+                    deadline = deadline or Deadline(WATCH_PATIENCE)
+                    deadline.backoff(failure)
+        except etcd.EtcdKeyNotFound:
+            raise StoreError(f"the store does not answer as etcd does: it cannot watch {directory}") from None
+
+    def _read(self, key: str, send: Callable[[etcd.Client, str], T]) -> T:
+        """Send an idempotent request about a key until it is answered; see _Connection.request."""
+        return self._members.retry(lambda connection: connection.request(key, send))
+
+    def _ask(self, key: str, send: Callable[[etcd.Client, str], T]) -> T:
+        """Send a request about a key once; see _Connection.request."""
+        return self._members.ask(lambda connection: connection.request(key, send))
+
+
+class _Connection:
+    """python-etcd's client of one member, with its errors translated."""
+
+    def __init__(self, settings: EtcdSettings, member: Member) -> None:
+        self._settings = settings
+        self._member = member
+        self._url = settings.url(member)
+
+    def request(self, key: str, send: Callable[[etcd.Client, str], T]) -> T:
+        """Call `send` with the client and the key as it stands in a URL; return what it returns.
+
+        Raises python-etcd's exception for an answer that the caller interprets (no such key, compare failed, …),
+        StoreError and InvalidValue for one that it cannot use, and what members.py describes for none.
+        """
+        import etcd
+        import urllib3.exceptions
+
+        try:
+            return send(self._client, quote(key))
+        except (etcd.EtcdConnectionFailed, urllib3.exceptions.HTTPError, OSError) as error:
+            raise self._without_answer(_cause(error)) from error
+        except etcd.EtcdException as error:
+            raise self._translated(error, key) from None
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise _no_etcd(self._url, error) from error  # JSON of another shape than etcd's
+
+    @cached_property
+    def _client(self) -> etcd.Client:
+        import etcd
+
+        settings = self._settings
+        client = etcd.Client(
+            host=self._member[0],
+            port=self._member[1],
+            protocol=settings.scheme,
+            ca_cert=settings.ca_cert,
+            cert=(settings.cert, settings.key) if settings.cert else None,
+            read_timeout=READ_TIMEOUT,
+            allow_reconnect=False,
+        )
+        # urllib3 would send a PUT three times before it reports that none was answered
+        client.http.connection_pool_kw["retries"] = False
+        if settings.scheme == "https":
+            client.http.connection_pool_kw["ssl_context"] = _tls_context(settings)
+        return client
+
+    def _without_answer(self, cause: BaseException) -> Exception:
+        """Return what to raise where a connection failed for a cause."""
+        if is_shortage(cause):
+            return StoreUnavailable(f"etcd cannot be asked: {_reason(cause)}")
+        garbled = type(cause).__name__ in _GARBLED
+        if type(cause).__name__ in _NOT_SENT:
+            return NotSent(f"{self._url} ({_reason(cause)})", garbled)
+        kind = Unanswered if _timed_out(cause) else ConnectionLost
+        return kind(f"{self._url} did not answer ({_reason(cause)})", garbled)
+
+    def _translated(self, error: Any, key: str) -> Any:
+        """Return what to raise for an answer that is an error: itself where the caller interprets it."""
+        import etcd
+
+        url = self._url
+        payload = error.payload if isinstance(error.payload, dict) else {}
+        cause = str(payload.get("cause", ""))
+        if isinstance(error, etcd.EtcdKeyNotFound) and "errorCode" not in payload:
+            return self._without_v2()
+        if isinstance(error, etcd.EtcdInsufficientPermissions):
+            return StoreError(
+                f"etcd at {url} does not permit this user to use {key}: calicoctl comes as its role 'guest', which "
+                "must be allowed to read and write /calico/*"
+            )
+        if isinstance(error, etcd.EtcdEventIndexCleared):
+            return WatchExpired(f"etcd at {url} has forgotten the changes that are asked for")
+        if isinstance(error, etcd.EtcdNotDir):
+            return InvalidValue(cause or key, "it is a key, where a directory is expected")
+        if isinstance(error, etcd.EtcdNotFile):
+            return InvalidValue(cause or key, "it is a directory, where a key is expected")
+        if type(error) is not etcd.EtcdException and not isinstance(error, etcd.EtcdLeaderElectionInProgress):
+            return error
+        if payload.get("errorCode") in (300, 301) or payload.get("status") in (500, 503):
+            return Unanswered(f"{url} says: {cause or payload.get('message')}")
+        if "404 page not found" in cause:
+            return self._without_v2()
+        return _no_etcd(url, error)
+
+    def _without_v2(self) -> StoreError:
+        hint = self._settings.local_etcd_hint("another one, at a free port", "its own")
+        return StoreError(
+            f"etcd at {self._url} does not serve its v2 API: {_ENABLE_V2}{f', or, {hint}' if hint else ''}"
+        )
+
+
+def _tls_context(settings: EtcdSettings) -> Any:
+    """Return an ssl.SSLContext that accepts the certificate authorities that etcd and its tools accept.
+
+    By default, Python 3.13 refuses one without a key usage, as `openssl req -x509` makes them.
+    """
+    import ssl
+
+    from urllib3.util.ssl_ import create_urllib3_context
+
+    context = create_urllib3_context()
+    context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+    if settings.ca_cert is None:
+        context.load_default_certs()
+    return context
+
+
+def _children(client: etcd.Client, path: str) -> tuple[list[str], list[str]]:
+    """Return the keys that are directly in a directory, and the directories that are."""
+    import etcd
+
+    result = client.read(path, quorum=True)
+    if not result.dir:
+        raise etcd.EtcdNotDir("Not a directory")
+    below = [leaf for leaf in result.leaves if leaf.key != result.key]
+    return [leaf.key for leaf in below if not leaf.dir], [leaf.key for leaf in below if leaf.dir]
+
+
+def _child_keys(client: etcd.Client, path: str) -> list[str]:
+    """Return the keys and directories that are directly in a directory.
+
+    etcd sends the values along; the blocks of a /16 would fill some 80 MiB if read as one document. So the answer is
+    searched for keys while it arrives: every quote in a value is escaped, so no value looks like a key.
+    """
+    import etcd
+
+    url = f"{client.base_uri}{client.key_endpoint}{path}?quorum=true"
+    answer = client.http.request("GET", url, timeout=READ_TIMEOUT, preload_content=False)
+    if answer.status != 200:
+        return [child.key for child in client.read(path, quorum=True).children]  # raises what the status means
+    if "x-etcd-index" not in answer.headers:
+        raise etcd.EtcdException("there is no etcd index in the answer")
+    found: list[str] = []
+    rest = b""
+    for chunk in answer.stream(2**16):
+        rest += chunk
+        if not found and b'"dir":true' not in rest.partition(b'"nodes":')[0]:
+            raise etcd.EtcdNotDir("Not a directory")
+        end = 0
+        for match in re.finditer(rb'"key":("(?:[^"\\]|\\.)*")', rest):
+            found.append(json.loads(match[1]))
+            end = match.end()
+        rest = rest[max(end, len(rest) - 2**13) :]
+    return found
+
+
+def _await_change(client: etcd.Client, path: str, index: int, seconds: float) -> tuple[list[Change], int]:
+    """Wait for a change as python-etcd does, but read the response headers, which arrive at once, before the change.
+
+    They have the index up to which nothing has changed here. Without it, a watch of a quiet directory would fall behind
+    the history that the store keeps, which the changes of busy directories fill.
+    """
+    import etcd
+
+    event, reached = _poll(client, path, index, seconds)
+    if reached + 1 < index:
+        # another store than the one that gave the index, or one that was restored from a copy
+        raise WatchExpired(f"the store has reached {reached} only, where {index - 1} had been reached before")
+    next_index = max(index, reached + 1)
+    if event is None and reached >= index:
+        # a change may have been delayed on its way: poll again before concluding that there is none
+        try:
+            event, _ = _poll(client, path, index, CONFIRMATION)
+        except etcd.EtcdConnectionFailed as error:
+            if not _timed_out(_cause(error)):
+                raise
+            next_index = index  # a member that answers late is polled from the same index
+    if event is None:
+        _confirm_quorum(client, path)
+        return [], next_index
+    node = event["node"]
+    if node.get("dir") and event["action"] == "update":
+        return [], node["modifiedIndex"] + 1  # a new time to live of the directory: its keys stay
+    gone = node.get("dir") or event["action"] in ("delete", "expire", "compareAndDelete")
+    value = node.get("value", "")
+    if not (isinstance(node["key"], str) and isinstance(value, str) and isinstance(node["modifiedIndex"], int)):
+        raise TypeError("a change of another shape")
+    entry = None if gone else Entry(node["key"], value, node["modifiedIndex"], node["createdIndex"])
+    return [Change(node["key"], entry)], node["modifiedIndex"] + 1
+
+
+def _confirm_quorum(client: etcd.Client, path: str) -> None:
+    """Check by a quorum read that a member is not partitioned from the others; raise what python-etcd raises.
+
+    A partitioned member goes on answering watches, and reports no change.
+    """
+    import etcd
+
+    with suppress(etcd.EtcdKeyNotFound):
+        client.read(path, quorum=True, timeout=QUORUM_TIMEOUT)
+
+
+def _poll(client: etcd.Client, path: str, index: int, seconds: float) -> tuple[Any, int]:
+    """Do one long poll; return the event, None for none, and the index that the store had reached at its start."""
+    import etcd
+    import urllib3.exceptions
+
+    url = f"{client.base_uri}{client.key_endpoint}{path}?wait=true&recursive=true&waitIndex={index}"
+    try:
+        answer = client.http.request("GET", url, timeout=seconds, preload_content=False)
+        try:
+            if answer.status != 200:
+                client.read(path, wait=True, recursive=True, waitIndex=index, timeout=READ_TIMEOUT)  # raises its reason
+                raise TypeError(f"status {answer.status}")
+            reached = int(answer.headers["x-etcd-index"])
+            try:
+                body = answer.read()
+            except urllib3.exceptions.ReadTimeoutError:
+                return None, reached
+            if not body:
+                raise etcd.EtcdConnectionFailed(cause=ConnectionError("the watch was ended"))
+            return json.loads(body), reached
+        finally:
+            answer.release_conn()
+    except (urllib3.exceptions.HTTPError, OSError) as error:
+        raise etcd.EtcdConnectionFailed(cause=error) from error
+
+
+def _no_etcd(url: str, error: Exception) -> StoreError:
+    return StoreError(f"{url} does not answer as etcd does: {' '.join(str(error).split())[:120]}")
+
+
+def _entry(result: etcd.EtcdResult) -> Entry:
+    if result.dir:
+        raise InvalidValue(result.key, "it is a directory, where a key is expected")
+    value = result.value or ""
+    if not (isinstance(value, str) and isinstance(result.modifiedIndex, int)):
+        raise TypeError(f"{result.key} is no key of etcd's")
+    return Entry(result.key, value, result.modifiedIndex, result.createdIndex)
+
+
+def _cause(error: Any) -> BaseException:
+    """Return the error of urllib3 or the system that made a request fail."""
+    import etcd
+
+    cause = error.cause if isinstance(error, etcd.EtcdConnectionFailed) else error
+    reason = getattr(cause, "reason", None)
+    return reason if isinstance(reason, BaseException) else cause or error
+
+
+def _timed_out(cause: BaseException) -> bool:
+    """Return whether an answer took too long, as opposed to a connection that was lost."""
+    return "Timeout" in type(cause).__name__
+
+
+def _reason(cause: BaseException) -> str:
+    """Return in a few words why a member could not be reached."""
+    text = str(cause)
+    for words in ("Connection refused", "timed out", "No route to host", "Network is unreachable"):
+        if words in text:
+            return words.lower()
+    if "resolve" in text or "Name or service" in text:
+        return "unknown host name"
+    text = re.sub(r"\(_ssl\.c:\d+\)", "", text)
+    return text.rpartition(": ")[2].strip("()'\" ,") or type(cause).__name__

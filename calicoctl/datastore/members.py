@@ -1,0 +1,195 @@
+"""Failover over the members of a cluster, and writes whose outcome is unknown. Shared by all backends; knows no API.
+
+A backend gives `Members` a connection per member. A connection reports a request without an answer as NotSent,
+Unanswered or ConnectionLost; everything else that it raises is an answer, and goes to the caller. A request is sent to
+one member after the other until one answers, so one dead member stops nothing. A write that may have been applied is
+never sent again before the key was read: the verdicts below (`created`, `updated`, `deleted`) decide by what it holds.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from typing import Callable, Generic, TypeVar
+
+from calicoctl.datastore.settings import DEFAULT_HOSTS, EtcdSettings, Member
+from calicoctl.datastore.store import Entry
+from calicoctl.errors import CompareFailed, KeyExists, StoreUnavailable
+
+T = TypeVar("T")
+C = TypeVar("C")
+
+Verdict = Callable[["Entry | None"], "Entry | None"]
+"""Takes the entry that a key has after a write whose outcome is unknown, None for none. Returns the entry as written
+when the write was applied, None when it was not and may be sent again; raises KeyExists or CompareFailed when another
+writer changed the key, so that nobody can know."""
+
+
+class RequestFailed(Exception):
+    """A request got no answer. The text says which member it was, and why.
+
+    `garbled`: what came back, if anything, was not the expected protocol, so the server may speak another one.
+    """
+
+    def __init__(self, why: str, garbled: bool = False) -> None:
+        super().__init__(why)
+        self.garbled = garbled
+
+
+class NotSent(RequestFailed):
+    """The request did not reach the member: it was not applied, and another member may be asked."""
+
+
+class Unanswered(RequestFailed):
+    """The request was sent, or may have been, and its outcome is unknown: a timeout, or a member without a leader."""
+
+
+class ConnectionLost(Unanswered):
+    """The connection was lost before the answer came."""
+
+
+class Deadline:
+    """How long a request that gets no answer is sent again: `seconds` from now."""
+
+    def __init__(self, seconds: float) -> None:
+        self._end = time.monotonic() + seconds
+
+    def backoff(self, failure: Unanswered) -> None:
+        """Wait a random while before the next attempt; raise StoreUnavailable when the time is over."""
+        if time.monotonic() > self._end:
+            raise StoreUnavailable(f"etcd cannot do what was asked: {failure}; try again later")
+        time.sleep(random.uniform(0.1, 0.3))
+
+
+class Members(Generic[C]):
+    """The members of one cluster, with a connection (of the backend's type C) to each."""
+
+    def __init__(self, settings: EtcdSettings, connect: Callable[[Member], C], patience: float) -> None:
+        """`connect` makes a connection, and sends nothing. `patience`: seconds for which a request is sent again
+        while the members that can be reached do not answer, because they elect a leader, say."""
+        self._settings = settings
+        self._connect = connect
+        self._patience = patience
+        self._order = list(settings.hosts)
+        self._connections: dict[Member, C] = {}
+        self._answered: set[Member] = set()
+
+    def ask(self, send: Callable[[C], T]) -> T:
+        """Send a request to the first member that can be reached, and return its answer.
+
+        Raises Unanswered when the outcome is unknown, StoreUnavailable when the request could be sent to no member, and
+        whatever else `send` raises. A member that failed is asked after the others from then on.
+        """
+        reasons: list[str] = []
+        mismatches = 0
+        for member in tuple(self._order):
+            try:
+                answer = send(self._connection(member))
+            except RequestFailed as failure:
+                self._ask_last(member)
+                mismatch = self._mismatch(member, failure)
+                if mismatch is not None:
+                    reasons.append(f"{self._settings.url(member)}: {mismatch}")
+                    mismatches += 1
+                elif isinstance(failure, NotSent):
+                    reasons.append(str(failure))
+                else:
+                    raise
+            else:
+                self._answered.add(member)
+                return answer
+        if mismatches == len(reasons):
+            raise StoreUnavailable(f"etcd cannot be used at {'; '.join(reasons)}")
+        hint = self._settings.local_etcd_hint("one", "it", self._settings.hosts == DEFAULT_HOSTS)
+        raise StoreUnavailable(
+            f"etcd cannot be reached at {', '.join(reasons)}: start it, or say with ETCD_AUTHORITY or ETCD_ENDPOINTS "
+            f"where it is{f'; {hint}' if hint else ''}"
+        )
+
+    def retry(self, send: Callable[[C], T]) -> T:
+        """Send an idempotent request until it is answered; raise StoreUnavailable after `patience` seconds."""
+        deadline = Deadline(self._patience)
+        while True:
+            try:
+                return self.ask(send)
+            except Unanswered as failure:
+                deadline.backoff(failure)
+
+    def write(self, send: Callable[[C], Entry], read: Callable[[], Entry | None], verdict: Verdict) -> Entry:
+        """Send a conditional write until its outcome is known; return the entry as it was written.
+
+        `send` raises KeyExists or CompareFailed when its condition is not met. Where an earlier attempt may have been
+        applied, the condition may have failed because of that very attempt: then, too, `read` and `verdict` decide.
+        """
+        deadline = Deadline(self._patience)
+        doubtful = False
+        while True:
+            try:
+                return self.ask(send)
+            except (KeyExists, CompareFailed):
+                if not doubtful:
+                    raise
+                applied = verdict(read())
+                if applied is None:
+                    raise
+                return applied
+            except Unanswered as failure:
+                doubtful = True
+                deadline.backoff(failure)
+                applied = verdict(read())
+                if applied is not None:
+                    return applied
+
+    def _connection(self, member: Member) -> C:
+        if member not in self._connections:
+            self._connections[member] = self._connect(member)
+        return self._connections[member]
+
+    def _ask_last(self, member: Member) -> None:
+        self._order.remove(member)
+        self._order.append(member)
+
+    def _mismatch(self, member: Member, failure: RequestFailed) -> str | None:
+        """Return which other protocol a server speaks that has never answered; None where that is not the reason."""
+        if member in self._answered or not failure.garbled:
+            return None
+        from calicoctl.datastore import probe
+
+        return probe.mismatch(self._settings.scheme, *member)
+
+
+def created(key: str, value: str) -> Verdict:
+    """Return the verdict on a write that creates a key."""
+
+    def verdict(now: Entry | None) -> Entry | None:
+        if now is not None and now.value != value:
+            raise KeyExists(f"etcd key {key} exists already")
+        return now
+
+    return verdict
+
+
+def updated(entry: Entry, value: str) -> Verdict:
+    """Return the verdict on a write of a new value over an entry."""
+
+    def verdict(now: Entry | None) -> Entry | None:
+        if now is not None and now.index == entry.index:
+            return None
+        if now is not None and now.value == value:
+            return now
+        raise CompareFailed(entry.key, maybe_applied=True)
+
+    return verdict
+
+
+def deleted(entry: Entry) -> Verdict:
+    """Return the verdict on a delete of an entry."""
+
+    def verdict(now: Entry | None) -> Entry | None:
+        if now is None:
+            return entry
+        if now.index == entry.index:
+            return None
+        raise CompareFailed(entry.key, maybe_applied=True)
+
+    return verdict

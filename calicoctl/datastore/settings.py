@@ -1,0 +1,134 @@
+"""Where the members of etcd are, and how to speak TLS with them: read from the environment. Sends nothing."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Mapping
+from urllib.parse import urlsplit
+
+from calicoctl.environment import EnvironmentFile
+from calicoctl.errors import CalicoError, StoreError, redact_userinfo
+
+Member = tuple[str, int]
+"""A member of the cluster: host name or address (an IPv6 one in brackets), and port."""
+
+DEFAULT_HOSTS: tuple[Member, ...] = (("127.0.0.1", 2379),)
+
+
+@dataclass(frozen=True)
+class EtcdSettings:
+    """The members of the cluster, and the TLS files (PEM) for connections to them.
+
+    `scheme` is "http" or "https". `is_default` means that the environment names no member: etcd's own port on this host
+    is used.
+    """
+
+    scheme: str
+    hosts: tuple[Member, ...]
+    ca_cert: str | None = None
+    cert: str | None = None
+    key: str | None = None
+    is_default: bool = field(default=False, compare=False)
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> EtcdSettings:
+        """Read ETCD_ENDPOINTS, else ETCD_AUTHORITY and ETCD_SCHEME, and the TLS files; raise StoreError."""
+        if environment.get("ETCD_ENDPOINTS"):
+            scheme, hosts = _parse_endpoints(environment["ETCD_ENDPOINTS"])
+            source = "ETCD_ENDPOINTS"
+        else:
+            scheme = environment.get("ETCD_SCHEME") or "http"
+            if scheme not in ("http", "https"):
+                raise StoreError(f"ETCD_SCHEME is '{scheme}': it must be http or https")
+            authority = environment.get("ETCD_AUTHORITY") or "127.0.0.1:2379"
+            hosts = (_parse_authority("ETCD_AUTHORITY", authority),)
+            source = "ETCD_SCHEME"
+        files = {}
+        for name in ("ETCD_CA_CERT_FILE", "ETCD_CERT_FILE", "ETCD_KEY_FILE"):
+            path = files[name] = environment.get(name) or None
+            if path is None:
+                continue
+            if scheme == "http":
+                raise StoreError(f"{name} is set, but {source} says http: TLS files go with https")
+            try:
+                with open(path, "rb"):
+                    pass
+            except OSError as error:
+                raise StoreError(f"{name}: cannot read {path}: {error.strerror}") from None
+        for one, other in (("ETCD_CERT_FILE", "ETCD_KEY_FILE"), ("ETCD_KEY_FILE", "ETCD_CERT_FILE")):
+            if files[one] and not files[other]:
+                raise StoreError(f"{one} is set without {other}: a client certificate needs both")
+        if scheme == "https":
+            _check_tls_files(files["ETCD_CA_CERT_FILE"], files["ETCD_CERT_FILE"], files["ETCD_KEY_FILE"])
+        is_default = not any(environment.get(name) for name in ("ETCD_ENDPOINTS", "ETCD_AUTHORITY", "ETCD_SCHEME"))
+        return cls(
+            scheme, hosts, files["ETCD_CA_CERT_FILE"], files["ETCD_CERT_FILE"], files["ETCD_KEY_FILE"], is_default
+        )
+
+    def url(self, member: Member) -> str:
+        return f"{self.scheme}://{member[0]}:{member[1]}"
+
+    def local_etcd_hint(self, one: str, local: str, would_do: bool = False) -> str:
+        """Return what `calicoctl node --local-etcd` would do on this host, or an empty text where it would refuse.
+
+        `one` names the etcd that it would start, `local` the one that it would start again. `would_do` is true where
+        it would start one although the environment names a member.
+        """
+        command = "'calicoctl node --local-etcd'"
+        if self.is_default or would_do:
+            return f"for a host that is alone, {command} starts {one}"
+        with suppress(CalicoError):
+            if EnvironmentFile().own().get("ETCD_AUTHORITY") in {f"{name}:{port}" for name, port in self.hosts}:
+                return f"{command}, which has written this address into {EnvironmentFile().path}, starts {local} again"
+        return ""
+
+
+def _check_tls_files(ca_cert: str | None, cert: str | None, key: str | None) -> None:
+    """Raise StoreError for a file that does not hold what its variable is for."""
+    import ssl
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    if ca_cert is not None:
+        try:
+            context.load_verify_locations(ca_cert)
+        except (OSError, ValueError):
+            raise StoreError(f"ETCD_CA_CERT_FILE: {ca_cert} holds no certificate in PEM format") from None
+    if cert is not None:
+        try:
+            context.load_cert_chain(cert, key, password=lambda: b"")
+        except (OSError, ValueError):
+            raise StoreError(
+                f"ETCD_CERT_FILE and ETCD_KEY_FILE: {cert} and {key} are not a certificate and its key, without a "
+                "password, in PEM format"
+            ) from None
+
+
+def _parse_endpoints(text: str) -> tuple[str, tuple[Member, ...]]:
+    if "@" in text:  # checked before splitting at commas and colons, which a password may contain
+        raise StoreError(f"ETCD_ENDPOINTS: '{redact_userinfo(text)}': a user and a password are not supported")
+    scheme = ""
+    hosts = []
+    for url in (part.strip() for part in text.split(",")):
+        url_scheme, separator, rest = url.partition("://")
+        if not separator or url_scheme not in ("http", "https"):
+            raise StoreError(f"ETCD_ENDPOINTS: '{redact_userinfo(url)}' is not a URL such as http://192.0.2.1:2379")
+        if scheme and url_scheme != scheme:
+            raise StoreError("ETCD_ENDPOINTS mixes http and https: all endpoints must have the same scheme")
+        scheme = url_scheme
+        hosts.append(_parse_authority("ETCD_ENDPOINTS", rest.rstrip("/")))
+    return scheme, tuple(hosts)
+
+
+def _parse_authority(variable: str, text: str) -> Member:
+    try:
+        parts = urlsplit("//" + text)
+        if parts.hostname and parts.port and parts.netloc == text and "@" not in text and not set(text) & set(" \t%"):
+            return (f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname, parts.port)
+    except ValueError:
+        pass
+    why = "; a user and a password are not supported" if "@" in text else ""
+    raise StoreError(
+        f"{variable}: '{redact_userinfo(text)}' is not an address such as 192.0.2.1:2379 (host and port){why}"
+    )
