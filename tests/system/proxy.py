@@ -10,6 +10,8 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from tests.unit.memory_store import Lost
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -32,6 +34,8 @@ class Proxy:
     """How many requests have been answered so."""
     refused: str | None = None
     """The part of a key that tells which writes are refused; all others go through to etcd."""
+    lost: Lost | None = None
+    """What happens to the next write, whose connection is closed without an answer."""
     hold: threading.Event = field(default_factory=threading.Event)
     """When set, the next watch is `held` back until `passed`; the headers of its answer get through, its body does not
     until `mended`."""
@@ -58,6 +62,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self._answer(Answer(401, '{"errorCode":110,"message":"The request requires user authentication"}'))
             return
         self.close_connection = True
+        lost = proxy.lost if self.command != "GET" else None
+        if lost is not None:
+            proxy.lost = None
+            if not lost.applied:
+                lost.meanwhile()
+                return
         hold = "wait=true" in self.path and "/calico/v1?" in self.path and proxy.hold.is_set()
         if hold:
             proxy.hold.clear()
@@ -68,6 +78,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             kind = self.headers.get("Content-Type")
             etcd.request(self.command, self.path, body, {"Content-Type": kind} if kind else {})
             answer = etcd.getresponse()
+            if lost is not None:
+                lost.meanwhile()
+                return
             self.send_response(answer.status)
             for name in ("Content-Type", "X-Etcd-Index"):
                 if answer.getheader(name):

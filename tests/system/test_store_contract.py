@@ -1,0 +1,118 @@
+"""The backend for etcd's v2 API does what every store must do, and what is its own business alone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from calicoctl.datastore import keys
+from calicoctl.datastore.backends import PATIENCE, connect
+from calicoctl.datastore.client import DatastoreClient
+from calicoctl.datastore.etcd2 import Etcd2Store
+from calicoctl.datastore.keys import EndpointId
+from calicoctl.datastore.model import Endpoint
+from calicoctl.datastore.settings import EtcdSettings
+from calicoctl.datastore.store import Store
+from calicoctl.errors import InvalidValue
+from tests.system.proxy import Proxy, proxy_before
+from tests.system.support import Etcd, Host
+from tests.unit.memory_store import Lost
+from tests.unit.store_contract import Backend, StoreContract
+
+ID = EndpointId("host1", "docker", "w1", "e1")
+
+
+def settings(port: int) -> EtcdSettings:
+    return EtcdSettings("http", (("127.0.0.1", port),))
+
+
+class EtcdBackend:
+    """A store that is reached through a proxy."""
+
+    def __init__(self, etcd: Etcd, proxy: Proxy) -> None:
+        self.proxy = proxy
+        self.store: Store = connect(settings(proxy.port))
+        self.other: Store = connect(settings(etcd.port))
+
+    def lose_answer(self, lost: Lost) -> None:
+        self.proxy.lost = lost
+
+    def pass_time(self, seconds: float) -> None:
+        time.sleep(seconds)  # what is awaited may also be that nothing expires
+
+    def forget_history(self) -> None:
+        for number in range(1100):  # etcd's v2 API keeps 1,000 changes
+            self.other.put("/elsewhere", str(number))
+
+
+@pytest.fixture
+def backend(bare_host: Host) -> Iterator[EtcdBackend]:
+    bare_host.etcd.delete("/elsewhere")
+    with proxy_before(bare_host.etcd.port) as proxy:
+        yield EtcdBackend(bare_host.etcd, proxy)
+
+
+class TestEtcd2Store(StoreContract):
+    @pytest.fixture
+    def backend(self, backend: EtcdBackend) -> Backend:
+        return backend
+
+
+def directories(etcd: Etcd) -> set[str]:
+    """Return all directories below /calico."""
+    found, nodes = set(), [etcd._request("GET", "/calico", "?recursive=true")["node"]]
+    while nodes:
+        node = nodes.pop()
+        if node.get("dir"):
+            found.add(node["key"])
+            nodes += node.get("nodes", [])
+    return found
+
+
+def test_an_endpoint_takes_the_directories_of_its_workload_along(bare_host: Host) -> None:
+    client = DatastoreClient(connect(settings(bare_host.etcd.port)), "host1")
+    other = EndpointId("host1", "docker", "w2", "e2")
+    for id in (ID, other):
+        client.create_endpoint(Endpoint(id))
+        client.report_endpoint(id, "{}")
+    client.set(keys.pool(4, "10.0.0.0/8"), "{}")
+    before = directories(bare_host.etcd)
+    for id in (ID, other):
+        client.remove_endpoint(id)
+        gone = {keys.endpoints("host1", "docker", id.workload), keys.workload("host1", "docker", id.workload)}
+        assert before - directories(bare_host.etcd) == gone
+        before -= gone
+    client.report_endpoint(ID, None)
+    reports = "/calico/felix/v1/host/host1/workload"
+    assert before - directories(bare_host.etcd) == {f"{reports}/docker/w1/endpoint", f"{reports}/docker/w1"}
+    client.report_endpoint(other, None)
+    client.unset(keys.pool(4, "10.0.0.0/8"))
+    after = directories(bare_host.etcd)
+    assert reports in after and f"{reports}/docker" not in after
+    assert {keys.workloads("host1", "docker"), keys.pools(4)} <= after, "programs of 2015 expect these"
+
+
+def test_what_a_crash_leaves_of_a_delete_counts_as_nothing(bare_host: Host) -> None:
+    """It may happen between the delete of a key and that of its directories."""
+    store = Etcd2Store(settings(bare_host.etcd.port), PATIENCE)  # without the latter
+    client = DatastoreClient(store, "host1")
+    client.create_endpoint(Endpoint(ID))
+    client.remove_endpoint(ID)
+    assert keys.endpoints("host1", "docker", "w1") in directories(bare_host.etcd)
+    assert not client.is_registered() and not store.exists("/calico") and store.tree("/calico") == []
+    assert client.workload_ids("docker") == [] and client.workload_endpoint_ids("docker", "w1") == []
+    assert client.workload_endpoints("docker", "w1") == [] and client.endpoint_ids() == []
+    client.create_endpoint(Endpoint(ID))
+    assert client.workload_ids("docker") == ["w1"]
+
+
+def test_a_directory_is_no_key_nor_a_key_a_directory(bare_host: Host) -> None:
+    store = connect(settings(bare_host.etcd.port))
+    store.create("/calico/a/b", "1")
+    for read in (store.names, store.exists):
+        with pytest.raises(InvalidValue, match="/calico/a/b"):
+            read("/calico/a/b")
+    with pytest.raises(InvalidValue, match="/calico/a "):
+        store.get("/calico/a")
