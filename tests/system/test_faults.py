@@ -95,7 +95,7 @@ def is_connected(*nets: str) -> Callable[[Host], None]:
 
 
 def is_gone(host: Host) -> None:
-    host.check_nothing_left()
+    host.check_nothing_left(folders=False)  # a crash between deleting a key and its folders leaves these, empty
     assert links(SPACE) == {}
 
 
@@ -143,6 +143,8 @@ class Stage:
         self.prepare()
         assert self.play("none:0").status == 0
         self.scenario.after(self.host)
+        if self.scenario.after is is_gone:
+            self.host.check_nothing_left()
         return self.log.read_text().splitlines()
 
     def again(self) -> None:
