@@ -141,7 +141,7 @@ def _endpoints(words: list[str]) -> list[str]:
 
 
 def _hosts(words: list[str]) -> list[str]:
-    return DatastoreClient.from_environment().registered_hosts()
+    return DatastoreClient.from_environment().hosts.registered()
 
 
 def _peers(words: list[str]) -> list[str]:

@@ -33,7 +33,8 @@ from typing import TYPE_CHECKING, Any
 
 from calicoctl.addresses import check_unicast, parse_address, parse_as_number
 from calicoctl.datastore import keys
-from calicoctl.datastore.client import DEFAULT_AS_NUMBER, DatastoreClient, hostname
+from calicoctl.datastore.client import DatastoreClient
+from calicoctl.datastore.hosts import DEFAULT_AS_NUMBER, hostname
 from calicoctl.datastore.model import Peer
 from calicoctl.errors import NotFound, printable
 from calicoctl.grammar import Prepared, parse

@@ -139,7 +139,7 @@ def _await_agent(datastore: DatastoreClient, name: str, id: EndpointId, patience
         index = datastore.endpoint_index(id)
         if index is None:
             raise CalicoError(f"{name} was disconnected concurrently.")
-        said = datastore.reported(id)
+        said = datastore.statuses.of_endpoint(id)
         current = said is not None and said.get("index") == index
         if current and said is not None and said.get("status") == "up":
             if asked:

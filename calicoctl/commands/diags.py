@@ -29,7 +29,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from calicoctl.datastore.client import hostname
+from calicoctl.datastore.hosts import hostname
 from calicoctl.diagnose import archive
 from calicoctl.errors import CalicoError
 from calicoctl.felix import process

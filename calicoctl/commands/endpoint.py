@@ -49,7 +49,8 @@ from typing import Any
 
 from calicoctl.addresses import host_net
 from calicoctl.datastore import keys
-from calicoctl.datastore.client import DatastoreClient, check_hostname
+from calicoctl.datastore.client import DatastoreClient
+from calicoctl.datastore.hosts import check_hostname
 from calicoctl.datastore.model import Endpoint
 from calicoctl.errors import CalicoError, NotFound, UsageError, about, printable
 from calicoctl.grammar import Prepared, parse

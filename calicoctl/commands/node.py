@@ -95,7 +95,8 @@ from calicoctl.addresses import check_unicast, parse_address, parse_as_number
 from calicoctl.commands import bgp
 from calicoctl.commands.pool import readable_pools, warn_of_overlaps
 from calicoctl.datastore import keys
-from calicoctl.datastore.client import DatastoreClient, hostname
+from calicoctl.datastore.client import DatastoreClient
+from calicoctl.datastore.hosts import hostname
 from calicoctl.datastore.store import Entry
 from calicoctl.environment import EnvironmentFile
 from calicoctl.errors import CalicoError, NotFound, StoreError, about
@@ -179,7 +180,7 @@ def _start(
 
 def _refuse_taken(datastore: DatastoreClient, *addresses: str | None) -> None:
     """Raise CalicoError for an address that another registered host has."""
-    hosts = datastore.addresses_of_other_hosts()
+    hosts = datastore.hosts.addresses_of_others()
     for address in addresses:
         other = hosts.get(str(parse_address(address))) if address is not None else None
         if other is not None:
@@ -204,7 +205,7 @@ def _given_up_on_failure(datastore: DatastoreClient, claimed: Entry | None) -> I
     except BaseException:
         with suppress(StoreError):  # it expires
             if claimed is not None:
-                datastore.remove_host_status(claimed)
+                datastore.statuses.remove_host(claimed)
         raise
 
 
@@ -212,7 +213,7 @@ def _register(
     datastore: DatastoreClient, ipv4: str | None, given: dict[int, str | None], every: set[str], as_num: str | None
 ) -> None:
     """Register this host, and say with which addresses."""
-    datastore.register_host(ipv4, given[6], as_num)
+    datastore.hosts.register(ipv4, given[6], as_num)
     for address in filter(None, given.values()):
         if address not in every:
             warn(f"Warning: {address} is not an address of this host, as far as can be seen.")
@@ -328,7 +329,7 @@ def _remove(other: str | None, remove_endpoints: bool, force: bool) -> None:
                 f"Host {datastore.host} has {len(ids)} endpoints. Remove them first, or with --remove-endpoints."
             )
         if this_one:
-            datastore.check_host_writable()
+            datastore.hosts.check_writable()
             HostSettings(process.settings_file(host))  # a damaged one is refused before anything is changed
         # some may have no endpoint any more: what a command that was cut short has left
         workloads = {(id.orchestrator, id.workload) for id in ids} | datastore.ipam.workloads()
@@ -343,8 +344,8 @@ def _remove(other: str | None, remove_endpoints: bool, force: bool) -> None:
 
             stopped = process.stop(host)
             remove_all(host, warn)
-        registered = datastore.is_registered()
-        datastore.unregister_host()
+        registered = datastore.hosts.is_registered()
+        datastore.hosts.unregister()
     if this_one:
         local_etcd.stop(host)
         local_etcd.unannounce(had_local_etcd)
@@ -363,7 +364,7 @@ def _refuse_alive(datastore: DatastoreClient, this_one: bool) -> None:
             f"The agent of host {host} runs on this machine (process {pid}): 'HOSTNAME={host} calicoctl node remove' "
             "ends it and removes the host."
         )
-    status = datastore.host_status()
+    status = datastore.statuses.of_host()
     who = (
         heartbeat.other_writer(datastore, status, this_one and _own_agent_writes(host)) if status is not None else None
     )

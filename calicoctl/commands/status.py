@@ -33,7 +33,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from calicoctl.datastore.client import hostname
+from calicoctl.datastore.hosts import hostname
 from calicoctl.diagnose import host_status
 from calicoctl.diagnose.host_status import AGENT, ENDPOINT, STORE, Issue
 from calicoctl.errors import CalicoError, one_line

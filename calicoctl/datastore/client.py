@@ -6,20 +6,20 @@ Each method is one thing that a command or the agent wants; errors say which key
 from __future__ import annotations
 
 import json
-import os
 import re
-import socket
 from collections.abc import Iterable
 from contextlib import suppress
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Callable
+from typing import TYPE_CHECKING, Callable
 
 from calicoctl.addresses import version_of
 from calicoctl.datastore import backends, config, keys
 from calicoctl.datastore.backends import PATIENCE
+from calicoctl.datastore.hosts import Hosts, hostname
 from calicoctl.datastore.keys import EndpointId
 from calicoctl.datastore.model import Endpoint, Peer, Pool, Rules, load_object, load_strings
 from calicoctl.datastore.settings import EtcdSettings
+from calicoctl.datastore.statuses import Statuses
 from calicoctl.datastore.store import Entry, Store, Watch, create_if_missing, modify, set_value
 from calicoctl.errors import CalicoError, CompareFailed, InvalidValue, NotFound
 
@@ -27,28 +27,6 @@ if TYPE_CHECKING:
     from netaddr import IPAddress
 
     from calicoctl.datastore.ipam import Ipam
-
-DEFAULT_AS_NUMBER = "64511"
-DEFAULT_POOLS = {4: "192.168.0.0/16", 6: "fd80:24e2:f998:72d6::/64"}
-
-
-def hostname() -> str:
-    """Return the name this host is registered under: $HOSTNAME, else the system's; raise CalicoError for no name."""
-    name = os.environ.get("HOSTNAME") or socket.gethostname()
-    try:
-        return check_hostname(name)
-    except CalicoError as error:
-        raise CalicoError(f"{error}; set HOSTNAME") from None
-
-
-def check_hostname(name: str) -> str:
-    """Return a host's name; raise CalicoError when it cannot be one."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,252}", name, re.ASCII):
-        raise CalicoError(
-            f"the host name '{name}' cannot be used: it must have letters, digits, '_', '.' and '-', with a letter or "
-            "digit first"
-        )
-    return name
 
 
 class DatastoreClient:
@@ -72,6 +50,14 @@ class DatastoreClient:
 
         return Ipam(self._store, self.host)
 
+    @cached_property
+    def hosts(self) -> Hosts:
+        return Hosts(self._store, self.host)
+
+    @cached_property
+    def statuses(self) -> Statuses:
+        return Statuses(self._store, self.host)
+
     def everything(self) -> list[Entry]:
         """Return all that Calico has in the store."""
         return self._store.tree(keys.ROOT)
@@ -84,114 +70,6 @@ class DatastoreClient:
     def for_host(self, host: str) -> DatastoreClient:
         """Return a client of the same store that speaks for another host."""
         return DatastoreClient(self._store, host)
-
-    # Hosts
-
-    def is_registered(self) -> bool:
-        """Tell whether this host has anything in the store."""
-        directories = (keys.host(self.host), keys.bgp_host(self.host))
-        return any(self._store.exists(directory) for directory in directories)
-
-    def registered_hosts(self) -> list[str]:
-        """Return the hosts that have their addresses for BGP: settings alone make none."""
-        entries = self._store.tree(keys.BGP_HOSTS)
-        return sorted({host for host in map(keys.parse_bgp_host_address, (e.key for e in entries)) if host is not None})
-
-    def addresses_of_hosts(self, version: int | None = None) -> dict[str, str]:
-        """Return the addresses, in their usual form, that hosts are registered with, and which host has each.
-
-        With `version`, those of an IP version alone. Where this host shares one with another, that is named.
-        """
-        from calicoctl.addresses import parse_address
-
-        texts: list[tuple[str, str]] = []
-        complete: set[str] = set()
-        for entry in self._store.tree(keys.BGP_HOSTS):
-            host = keys.parse_bgp_host_address(entry.key)
-            if host is not None and entry.value:
-                texts.append((entry.value, host))
-                complete.update({host} if entry.key == keys.bgp_host_address(host, 4) else ())
-        if version != 6:
-            # the same address, but a host that an older tool has registered may have it there alone
-            for host in set(self._store.names(keys.HOSTS)) - complete:
-                texts.append((self.setting(keys.host_bird_ip(host)) or "", host))
-        found: dict[str, str] = {}
-        for text, host in sorted(texts, key=lambda one: one[1] != self.host):
-            with suppress(CalicoError):
-                address = parse_address(text)
-                if version in (None, address.version):
-                    found[str(address)] = host
-        return found
-
-    def addresses_of_other_hosts(self) -> dict[str, str]:
-        """Return the addresses, in their usual form, that other hosts are registered with, and which host has each."""
-        return {address: host for address, host in self.addresses_of_hosts().items() if host != self.host}
-
-    def check_host_writable(self) -> None:
-        """Raise StoreError where this user may not change what the store has of this host. Nothing is changed."""
-        for key in (keys.host_bird_ip(self.host), keys.bgp_host_address(self.host, 4)):
-            self._store.check_writable(key)
-
-    def unregister_host(self) -> None:
-        """Remove what the store has of this host, its claims to blocks among it, but no address in use."""
-        self.ipam.release_affinities()
-        for directory in (
-            keys.felix_host(self.host),
-            keys.bgp_host(self.host),
-            keys.ipam_host(self.host),
-            keys.host(self.host),
-        ):
-            self._store.remove_tree(directory)
-
-    def register_host(self, ipv4: str | None, ipv6: str | None, as_num: str | None) -> None:
-        """Write the global configuration where it is missing, and this host's keys as given; the marker comes last."""
-        for setting in config.WRITTEN:
-            create_if_missing(self._store, keys.config(setting.name), str(setting.default))
-        create_if_missing(self._store, keys.BGP_AS_NUM, DEFAULT_AS_NUMBER)
-        create_if_missing(self._store, keys.BGP_NODE_MESH, json.dumps({"enabled": True}))
-        for version, cidr in DEFAULT_POOLS.items():
-            if not self._store.exists(keys.pools(version)):
-                create_if_missing(self._store, keys.pool(version, cidr), Pool(cidr).to_json())
-        set_value(self._store, keys.READY, "true")
-        set_value(self._store, keys.host_bird_ip(self.host), ipv4 or "")
-        action = config.HOST_ACTION
-        create_if_missing(self._store, keys.host_config(self.host, action.name), str(action.default))
-        set_value(self._store, keys.bgp_host_address(self.host, 4), ipv4 or "")
-        set_value(self._store, keys.bgp_host_address(self.host, 6), ipv6 or "")
-        set_value(self._store, keys.bgp_host_as_num(self.host), as_num)
-        set_value(self._store, keys.host_config(self.host, "marker"), "created")
-
-    def host_addresses(self) -> set[str]:
-        """Return the addresses that this host is registered with, in their usual form; what is none is left out."""
-        from calicoctl.addresses import parse_address
-
-        found = set()
-        for key in (keys.host_bird_ip(self.host), *(keys.bgp_host_address(self.host, version) for version in (4, 6))):
-            with suppress(CalicoError):
-                found.add(str(parse_address(self.setting(key) or "")))
-        return found
-
-    def next_hop(self, version: int) -> str:
-        """Return this host's address, which its workloads use as next hop.
-
-        Raises CalicoError when the host is not registered for that IP version, or the address is garbage.
-        """
-        from calicoctl.addresses import parse_address
-
-        key = keys.bgp_host_address(self.host, version)
-        entry = self._store.get(key)
-        if entry is None or not entry.value:
-            option = "--ip" if version == 4 else "--ip6"
-            raise CalicoError(
-                f"This node is not configured for IPv{version}. Register it with 'calicoctl node {option}=ADDRESS'."
-            )
-        try:
-            address = parse_address(entry.value)
-            if address.version != version:
-                raise CalicoError(f"'{entry.value}' is not an IPv{version} address")
-        except CalicoError as error:
-            raise InvalidValue(key, str(error)) from None
-        return str(address)
 
     # Pools
 
@@ -533,6 +411,13 @@ class DatastoreClient:
         """Remove an endpoint, whatever it holds."""
         set_value(self._store, keys.endpoint(id), None)
 
+    def touch_endpoint(self, id: EndpointId) -> None:
+        """Write an endpoint's record as it is, for its agent to look at it again, and report on the new index."""
+        entry = self._store.get(keys.endpoint(id))
+        if entry is not None:
+            with suppress(CompareFailed):  # somebody else has written it
+                self._store.update(entry, entry.value)
+
     # The host agent
 
     def followed(self) -> list[str]:
@@ -546,53 +431,6 @@ class DatastoreClient:
     def watch(self, directory: str, index: int, seconds: float) -> Watch:
         """Return a watch of a directory; see Store.watch."""
         return self._store.watch(directory, index, seconds)
-
-    def host_status(self) -> Entry | None:
-        """Return this host's status, which its agent keeps from expiring; None while no agent is alive."""
-        return self._store.get(keys.felix_status(self.host))
-
-    def write_host_status(self, status: dict[str, object], ttl: int, before: Entry | None) -> Entry:
-        """Write this host's status, which expires after `ttl` seconds, over what it was `before`, None for nothing.
-
-        Raises KeyExists or CompareFailed when somebody else has written it, or it has expired, since.
-        """
-        if before is None:
-            return self._store.create(keys.felix_status(self.host), json.dumps(status), ttl)
-        return self._store.update(before, json.dumps(status), ttl)
-
-    def remove_host_status(self, before: Entry) -> None:
-        """Remove this host's status, unless somebody else has written it since."""
-        with suppress(CompareFailed):
-            self._store.delete(before)
-
-    def report_endpoint(self, id: EndpointId, status: str | None) -> None:
-        """Write the status of an endpoint of this host (JSON), or remove it for None."""
-        if status is not None:
-            self._store.put(keys.felix_endpoint(id), status)
-        else:
-            set_value(self._store, keys.felix_endpoint(id), None)
-
-    def endpoint_statuses(self) -> dict[EndpointId, str]:
-        """Return what the agent has reported of this host's endpoints, as it stands there."""
-        entries = self._store.tree(keys.felix_host(self.host))
-        found = ((keys.parse_felix_endpoint(entry.key), entry.value) for entry in entries)
-        return {id: value for id, value in found if id is not None}
-
-    def touch_endpoint(self, id: EndpointId) -> None:
-        """Write an endpoint's record as it is, for its agent to look at it again, and report on the new index."""
-        entry = self._store.get(keys.endpoint(id))
-        if entry is not None:
-            with suppress(CompareFailed):  # somebody else has written it
-                self._store.update(entry, entry.value)
-
-    def reported(self, id: EndpointId) -> dict[str, Any] | None:
-        """Return what the agent has reported of an endpoint, None for nothing that can be read."""
-        key = keys.felix_endpoint(id)
-        entry = self._store.get(key)
-        try:
-            return None if entry is None else load_object(entry.value, key)
-        except InvalidValue:
-            return None
 
 
 def _pool(entry: Entry, version: int) -> Pool:

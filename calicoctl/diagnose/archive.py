@@ -23,7 +23,8 @@ from typing import Any, Callable
 
 from calicoctl import __version__, engine
 from calicoctl.datastore import config, keys
-from calicoctl.datastore.client import DatastoreClient, hostname
+from calicoctl.datastore.client import DatastoreClient
+from calicoctl.datastore.hosts import hostname
 from calicoctl.datastore.model import Endpoint, Peer, Pool, Rule
 from calicoctl.datastore.store import Entry
 from calicoctl.diagnose import checks, host_status

@@ -68,7 +68,7 @@ def _order(finding: Finding) -> tuple[object, ...]:
 
 def _look(datastore: DatastoreClient) -> Iterator[Finding]:
     endpoints, problems = datastore.readable_endpoints()
-    registered = set(datastore.registered_hosts())
+    registered = set(datastore.hosts.registered())
     listed: dict[str, list[Endpoint]] = defaultdict(list)
     for endpoint in endpoints:
         for address in dict.fromkeys(endpoint.addresses):

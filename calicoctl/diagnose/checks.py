@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any, Callable
 
 from calicoctl import engine, netlink
-from calicoctl.datastore.client import DatastoreClient, hostname
+from calicoctl.datastore.client import DatastoreClient
+from calicoctl.datastore.hosts import hostname
 from calicoctl.errors import CalicoError, DockerUnavailable
 from calicoctl.felix import process
 from calicoctl.felix.dataplane import docker_firewall

@@ -200,7 +200,7 @@ def _without_agent(datastore: DatastoreClient) -> dict[str, Any]:
     Which agent of another machine, or program, reports for it, and which interfaces `cali…` here no record of it knows.
     """
     other = None
-    status = datastore.host_status()
+    status = datastore.statuses.of_host()
     who = None if status is None else heartbeat.other_writer(datastore, status, own_agent_writes=False)
     if status is not None and who is not None:
         text = f"{who} reports for host {datastore.host}; none of this version runs here"

@@ -222,7 +222,7 @@ class _Store:
         if not of_source or any(packet.destination in IPNetwork(pool.cidr) for pool in pools):
             return packet
         version = version_of(packet.source)
-        addresses = [a for a in self._datastore.for_host(host).host_addresses() if version_of(a) == version]
+        addresses = [a for a in self._datastore.for_host(host).hosts.own_addresses() if version_of(a) == version]
         return replace(packet, source=addresses[0]) if addresses else packet
 
     def _decide(self, direction: str, id: EndpointId, packet: Packet) -> Decision:
@@ -253,7 +253,7 @@ class _Store:
         from calicoctl.workloads import netns
 
         own = netns.own_addresses() if host == self._datastore.host else set()
-        return self._datastore.for_host(host).host_addresses() | set(own)
+        return self._datastore.for_host(host).hosts.own_addresses() | set(own)
 
 
 def _why(verdict: Verdict, rules: Mapping[str, Sequence[Rule] | None], profiles: Sequence[str]) -> str:

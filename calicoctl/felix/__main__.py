@@ -8,7 +8,7 @@ from calicoctl import programs, slim
 slim.install()
 programs.look_in_system_folders()
 
-from calicoctl.datastore.client import hostname  # noqa: E402
+from calicoctl.datastore.hosts import hostname  # noqa: E402
 from calicoctl.errors import CalicoError  # noqa: E402
 from calicoctl.felix import agent, process  # noqa: E402
 

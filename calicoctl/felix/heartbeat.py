@@ -141,7 +141,7 @@ class Heartbeat:
             self._look_again(self._replaced_by)
         while self._replaced_by is None:
             try:
-                self._entry = self._datastore.write_host_status(
+                self._entry = self._datastore.statuses.write_host(
                     {**status, **self._own.to_dict()}, TIME_TO_LIVE, self._entry
                 )
                 self._contested = contested
@@ -158,14 +158,14 @@ class Heartbeat:
         One of this very identity was left by the agent before, or written by `claim`; if that happens at two heartbeats
         in a row, another agent runs on this machine, out of sight of the pid file, in a container of its own, say.
         """
-        self._entry = self._datastore.host_status()
+        self._entry = self._datastore.statuses.of_host()
         writer = self._own if self._entry is None else Identity.of(self._entry)
         if writer != self._own or self._contested:
             self._entry, self._replaced_by, self._contested = None, writer, False
 
     def _look_again(self, writer: Identity) -> None:
         """Find out whether the status, which was somebody else's, may be this agent's again."""
-        entry = self._datastore.host_status()
+        entry = self._datastore.statuses.of_host()
         if entry is not None and Identity.of(entry) != self._own:
             self._replaced_by = Identity.of(entry)
         elif entry is not None and writer != self._own:
@@ -176,7 +176,7 @@ class Heartbeat:
     def end(self) -> None:
         """Remove the status, if it is this agent's. Raises StoreError."""
         if self._entry is not None:
-            self._datastore.remove_host_status(self._entry)
+            self._datastore.statuses.remove_host(self._entry)
 
 
 def claim(datastore: DatastoreClient, force: bool, own_agent_writes: bool, tell: Callable[[str], None]) -> Entry | None:
@@ -189,7 +189,7 @@ def claim(datastore: DatastoreClient, force: bool, own_agent_writes: bool, tell:
     """
     own = Identity.own()
     while True:
-        entry = datastore.host_status()
+        entry = datastore.statuses.of_host()
         writer = None if entry is None else Identity.of(entry)
         is_ours = writer is not None and _is_ours(writer, own, own_agent_writes)
         if is_ours and own_agent_writes:
@@ -208,7 +208,7 @@ def claim(datastore: DatastoreClient, force: bool, own_agent_writes: bool, tell:
 
 def _write(datastore: DatastoreClient, own: Identity, before: Entry | None) -> Entry:
     status = {"time": now(), "uptime": 0.0, "first_update": False, **own.to_dict()}
-    return datastore.write_host_status(status, TIME_TO_LIVE, before)
+    return datastore.statuses.write_host(status, TIME_TO_LIVE, before)
 
 
 def _await_expiry(datastore: DatastoreClient, own: Identity, entry: Entry, tell: Callable[[str], None]) -> Entry | None:
@@ -224,7 +224,7 @@ def _await_expiry(datastore: DatastoreClient, own: Identity, entry: Entry, tell:
     give_up = time.monotonic() + EXPIRY_PATIENCE
     while time.monotonic() < give_up:
         time.sleep(POLL_INTERVAL)
-        found = datastore.host_status()
+        found = datastore.statuses.of_host()
         if found is None:
             return None
         if found.index != entry.index:
@@ -245,7 +245,7 @@ def _take_over(datastore: DatastoreClient, own: Identity, entry: Entry, tell: Ca
     until = time.monotonic() + YIELD_PATIENCE
     while time.monotonic() < until:
         time.sleep(POLL_INTERVAL)
-        mine = datastore.host_status()
+        mine = datastore.statuses.of_host()
         if mine is not None and Identity.of(mine) != own:
             raise CalicoError(
                 f"{who} goes on reporting for host {datastore.host}, and cannot be made to stop from here: end it first"
@@ -264,7 +264,7 @@ def _in_use(datastore: DatastoreClient, writer: Identity, own: Identity) -> str:
 def _with_addresses(datastore: DatastoreClient, who: str) -> str:
     addresses: set[str] = set()
     with suppress(StoreError):  # the sentence is to be said all the same
-        addresses = datastore.host_addresses()
+        addresses = datastore.hosts.own_addresses()
     return f"{who}, registered with {' and '.join(sorted(addresses))}," if addresses else who
 
 

@@ -370,7 +370,7 @@ class StoreReporter(threading.Thread):
         with self._lock:
             written = self._written
         if written is None:
-            written = self._datastore.endpoint_statuses()
+            written = self._datastore.statuses.of_endpoints()
             with self._lock:
                 self._written = written
                 self._changed = set(self._wanted) | set(written)
@@ -382,10 +382,10 @@ class StoreReporter(threading.Thread):
                 status = self._wanted.get(id)
             try:
                 if status is None and id in written:
-                    self._datastore.report_endpoint(id, None)
+                    self._datastore.statuses.report_endpoint(id, None)
                     written.pop(id, None)
                 elif status is not None and written.get(id) != status:
-                    self._datastore.report_endpoint(id, status)
+                    self._datastore.statuses.report_endpoint(id, status)
                     written[id] = status
             except StoreUnavailable:
                 with self._lock:

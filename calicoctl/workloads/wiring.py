@@ -173,7 +173,7 @@ def connect(
 def _wire(session: WorkloadSession, request: AddressRequest, interface: str) -> Connection:
     """Connect a workload that has no record, taking over, or clearing away, what a cut command has left of one."""
     datastore, workload, version = session.datastore, session.workload, request.version
-    next_hop = datastore.next_hop(version)
+    next_hop = datastore.hosts.next_hop(version)
     reserved = reserved_addresses(datastore, version)
     _refuse_reserved(request, reserved)
     pools = request.pools(datastore)
@@ -319,7 +319,7 @@ def add_address(
         workload = session.workload
         record, attached = session.connected(interface)
         version = request.version
-        next_hop = datastore.next_hop(version)
+        next_hop = datastore.hosts.next_hop(version)
         reserved = reserved_addresses(datastore, version)
         _refuse_reserved(request, reserved)
         pools = request.pools(datastore)
@@ -686,7 +686,7 @@ def _but(networks: Collection[Network]) -> str:
 
 def reserved_addresses(datastore: DatastoreClient, version: int) -> Reserved:
     """Return what is not for this host's workloads. Raises CalicoError."""
-    return Reserved(host_network.read(), datastore.addresses_of_hosts(version), datastore.host)
+    return Reserved(host_network.read(), datastore.hosts.addresses(version), datastore.host)
 
 
 def _may_have(request: AddressRequest, address: IPAddress, reserved: Reserved) -> bool:
@@ -722,7 +722,7 @@ def _release_unlisted(datastore: DatastoreClient, workload: Workload, record: En
 def _next_hop(datastore: DatastoreClient, record: Endpoint, version: int) -> str:
     """Return this host's next hop, or what it was where it has none of that version any more; raise CalicoError."""
     try:
-        return datastore.next_hop(version)
+        return datastore.hosts.next_hop(version)
     except CalicoError:
         before = record.gateway(version)
         if before is None:

@@ -76,7 +76,7 @@ def test_an_endpoint_takes_the_directories_of_its_workload_along(bare_host: Host
     other = EndpointId("host1", "docker", "w2", "e2")
     for id in (ID, other):
         client.create_endpoint(Endpoint(id))
-        client.report_endpoint(id, "{}")
+        client.statuses.report_endpoint(id, "{}")
     client.set(keys.pool(4, "10.0.0.0/8"), "{}")
     before = directories(bare_host.etcd)
     for id in (ID, other):
@@ -84,10 +84,10 @@ def test_an_endpoint_takes_the_directories_of_its_workload_along(bare_host: Host
         gone = {keys.endpoints("host1", "docker", id.workload), keys.workload("host1", "docker", id.workload)}
         assert before - directories(bare_host.etcd) == gone
         before -= gone
-    client.report_endpoint(ID, None)
+    client.statuses.report_endpoint(ID, None)
     reports = "/calico/felix/v1/host/host1/workload"
     assert before - directories(bare_host.etcd) == {f"{reports}/docker/w1/endpoint", f"{reports}/docker/w1"}
-    client.report_endpoint(other, None)
+    client.statuses.report_endpoint(other, None)
     client.unset(keys.pool(4, "10.0.0.0/8"))
     after = directories(bare_host.etcd)
     assert reports in after and f"{reports}/docker" not in after
@@ -101,7 +101,7 @@ def test_what_a_crash_leaves_of_a_delete_counts_as_nothing(bare_host: Host) -> N
     client.create_endpoint(Endpoint(ID))
     client.remove_endpoint(ID)
     assert keys.endpoints("host1", "docker", "w1") in directories(bare_host.etcd)
-    assert not client.is_registered() and not store.exists("/calico") and store.tree("/calico") == []
+    assert not client.hosts.is_registered() and not store.exists("/calico") and store.tree("/calico") == []
     assert client.workload_ids("docker") == [] and client.workload_endpoint_ids("docker", "w1") == []
     assert client.workload_endpoints("docker", "w1") == [] and client.endpoint_ids() == []
     client.create_endpoint(Endpoint(ID))

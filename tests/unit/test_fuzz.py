@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from calicoctl.cli import completion
 from calicoctl.cli.main import main
 from calicoctl.commands import batch
+from calicoctl.datastore import backends
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.ipam import Block, _handle_counts
 from calicoctl.datastore.keys import EndpointId
@@ -52,11 +53,12 @@ def store(monkeypatch: pytest.MonkeyPatch) -> MemoryStore:
     """A store in memory, where the commands look for etcd; nobody is root, and there is no Docker."""
     memory = MemoryStore()
     client = DatastoreClient(memory, "host1")
-    monkeypatch.setattr(DatastoreClient, "from_environment", classmethod(lambda cls: client))
+    monkeypatch.setattr(backends, "connect", lambda settings, patience: memory)
+    monkeypatch.setenv("HOSTNAME", client.host)
     monkeypatch.setattr("os.geteuid", lambda: 1000)
     monkeypatch.setenv("DOCKER_HOST", "unix:///nowhere")
     monkeypatch.setattr("calicoctl.diagnose.audit.SECOND_LOOK", 0)
-    client.register_host("192.0.2.2", None, None)
+    client.hosts.register("192.0.2.2", None, None)
     client.create_profile("web")
     return memory
 

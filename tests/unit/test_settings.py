@@ -10,7 +10,7 @@ import pytest
 
 from calicoctl.addresses import parse_address, parse_cidr
 from calicoctl.commands.node import parse_as_number
-from calicoctl.datastore.client import hostname
+from calicoctl.datastore.hosts import hostname
 from calicoctl.datastore.settings import EtcdSettings
 from calicoctl.errors import CalicoError, StoreError
 from calicoctl.workloads.wiring import AddressRequest, check_interface_name

@@ -1,0 +1,61 @@
+"""What a host's agent reports in the store: its heartbeat, and the status of each endpoint. Knows no agent."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from typing import Any
+
+from calicoctl.datastore import keys
+from calicoctl.datastore.keys import EndpointId
+from calicoctl.datastore.model import load_object
+from calicoctl.datastore.store import Entry, Store, set_value
+from calicoctl.errors import CompareFailed, InvalidValue
+
+
+class Statuses:
+    """The statuses of one host and of its endpoints."""
+
+    def __init__(self, store: Store, host: str) -> None:
+        self.host = host
+        self._store = store
+
+    def of_host(self) -> Entry | None:
+        """Return this host's status, which its agent keeps from expiring; None while no agent is alive."""
+        return self._store.get(keys.felix_status(self.host))
+
+    def write_host(self, status: dict[str, object], ttl: int, before: Entry | None) -> Entry:
+        """Write this host's status, which expires after `ttl` seconds, over what it was `before`, None for nothing.
+
+        Raises KeyExists or CompareFailed when somebody else has written it, or it has expired, since.
+        """
+        if before is None:
+            return self._store.create(keys.felix_status(self.host), json.dumps(status), ttl)
+        return self._store.update(before, json.dumps(status), ttl)
+
+    def remove_host(self, before: Entry) -> None:
+        """Remove this host's status, unless somebody else has written it since."""
+        with suppress(CompareFailed):
+            self._store.delete(before)
+
+    def report_endpoint(self, id: EndpointId, status: str | None) -> None:
+        """Write the status of an endpoint of this host (JSON), or remove it for None."""
+        if status is not None:
+            self._store.put(keys.felix_endpoint(id), status)
+        else:
+            set_value(self._store, keys.felix_endpoint(id), None)
+
+    def of_endpoints(self) -> dict[EndpointId, str]:
+        """Return what the agent has reported of this host's endpoints, as it stands there."""
+        entries = self._store.tree(keys.felix_host(self.host))
+        found = ((keys.parse_felix_endpoint(entry.key), entry.value) for entry in entries)
+        return {id: value for id, value in found if id is not None}
+
+    def of_endpoint(self, id: EndpointId) -> dict[str, Any] | None:
+        """Return what the agent has reported of an endpoint, None for nothing that can be read."""
+        key = keys.felix_endpoint(id)
+        entry = self._store.get(key)
+        try:
+            return None if entry is None else load_object(entry.value, key)
+        except InvalidValue:
+            return None
