@@ -71,7 +71,7 @@ def prepare(argv: list[str]) -> Prepared:
 
 def _check_new(networks: list[IPNetwork], ipip: bool) -> None:
     """Raise CalicoError for networks that cannot be pools, whatever pools there are."""
-    from calicoctl.datastore.ipam import BLOCK_SIZE
+    from calicoctl.datastore.blocks import BLOCK_SIZE
 
     for network in networks:
         if network.size < BLOCK_SIZE:
@@ -125,7 +125,7 @@ def _networks_of_range(start: str, end: str) -> list[IPNetwork]:
     """Return the CIDRs that make exactly the range from one address to another; raise CalicoError."""
     from netaddr.ip import IPAddress, iprange_to_cidrs
 
-    from calicoctl.datastore.ipam import BLOCK_SIZE
+    from calicoctl.datastore.blocks import BLOCK_SIZE
 
     first, last = parse_address(start), parse_address(end)
     if first.version != last.version:

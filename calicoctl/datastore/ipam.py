@@ -7,17 +7,26 @@ an address is given back, and it is counted anew from the blocks before it is ch
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from calicoctl.addresses import version_of
 from calicoctl.datastore import keys
+from calicoctl.datastore.blocks import (
+    BLOCK_SIZE,
+    Block,
+    Owner,
+    address_at,
+    block_cidr,
+    block_key,
+    first_addresses,
+    place,
+)
+from calicoctl.datastore.handles import Handles, counts_of
 from calicoctl.datastore.keys import EndpointId
-from calicoctl.datastore.model import Pool, load_object
+from calicoctl.datastore.model import Pool
 from calicoctl.datastore.reserved import Network, Reserved
 from calicoctl.datastore.store import ATTEMPTS, Entry, Store, create_if_missing, modify, pause
 from calicoctl.errors import AddressTaken, CalicoError, CompareFailed, Conflict, InvalidValue, KeyExists
@@ -25,162 +34,12 @@ from calicoctl.errors import AddressTaken, CalicoError, CompareFailed, Conflict,
 if TYPE_CHECKING:
     from netaddr import IPAddress, IPNetwork
 
-BLOCK_SIZE = 64
-"""Addresses in a block: a /26 in IPv4, a /122 in IPv6."""
-
-
-@dataclass
-class Owner:
-    """Who holds an address: a handle, or None, and free-form facts about the owner (`secondary` in the store)."""
-
-    handle: str | None
-    secondary: dict[str, Any]
-
-
-@dataclass
-class Block:
-    """64 addresses from `first` on. `allocations[i]` is None or an index into `owners`."""
-
-    version: int
-    first: int
-    affinity: str | None
-    allocations: list[int | None]
-    owners: list[dict[str, Any]] = field(default_factory=list)
-    extra: dict[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def empty(cls, version: int, first: int, host: str) -> Block:
-        return cls(version, first, f"host:{host}", [None] * BLOCK_SIZE)
-
-    @classmethod
-    def from_entry(cls, entry: Entry) -> Block:
-        """Read a block's key; raise InvalidValue when block or key are not well formed."""
-        from calicoctl.addresses import parse_cidr
-
-        data = load_object(entry.value, entry.key)
-        try:
-            cidr = parse_cidr(keys.undashed(keys.last(entry.key)))
-        except CalicoError:
-            raise InvalidValue(entry.key, "its name is not a block's CIDR") from None
-        if cidr.size != BLOCK_SIZE or data.pop("cidr", None) != str(cidr):
-            raise InvalidValue(entry.key, f"it is not a block of {BLOCK_SIZE} addresses with the CIDR of its key")
-        affinity, allocations, owners = (data.pop(name, None) for name in ("affinity", "allocations", "attributes"))
-        if not (affinity is None or isinstance(affinity, str)):
-            raise InvalidValue(entry.key, '"affinity" should be a string or null')
-        if not isinstance(owners, list) or not all(isinstance(owner, dict) for owner in owners):
-            raise InvalidValue(entry.key, '"attributes" should be a list of objects')
-        if (
-            not isinstance(allocations, list)
-            or len(allocations) != BLOCK_SIZE
-            or not all(index is None or (type(index) is int and 0 <= index < len(owners)) for index in allocations)
-        ):
-            raise InvalidValue(entry.key, f'"allocations" should be {BLOCK_SIZE} nulls or indices of "attributes"')
-        return cls(cidr.version, cidr.first, affinity, allocations, owners, data)
-
-    def to_json(self) -> str:
-        free = {} if self.extra.get("unallocated") is None else {"unallocated": self.free()}
-        return json.dumps(
-            {
-                "cidr": self.cidr,
-                "affinity": self.affinity,
-                "allocations": self.allocations,
-                "attributes": self.owners,
-                **self.extra,
-                **free,
-            }
-        )
-
-    @property
-    def cidr(self) -> str:
-        return _cidr(self.version, self.first)
-
-    @property
-    def key(self) -> str:
-        return keys.ipam_block(self.version, self.cidr)
-
-    def free(self) -> list[int]:
-        """Return the ordinals that are free, in the order in which they are to be given out.
-
-        Tools from 2016 on keep that order in the block, as "unallocated", and rely on it; an address that was given
-        back comes last. Where that list and the allocations differ, the allocations are right. Source: `unallocated`
-        in pycalico/block.py of libcalico 0.8.
-        """
-        listed = self.extra.get("unallocated")
-        ordinals = [ordinal for ordinal in listed if type(ordinal) is int] if isinstance(listed, list) else []
-        free = {ordinal: None for ordinal in range(BLOCK_SIZE) if self.allocations[ordinal] is None}
-        return list(dict.fromkeys([*(ordinal for ordinal in ordinals if ordinal in free), *free]))
-
-    def free_list_problem(self) -> str | None:
-        """Return what is wrong with the list of free addresses that tools from 2016 on rely on, None for nothing."""
-        listed, free = self.extra.get("unallocated"), self.free()
-        if listed is None or listed == free:
-            return None
-        if not isinstance(listed, list) or not all(type(ordinal) is int for ordinal in listed):
-            return 'its "unallocated" is no list of numbers'
-        wrong, missing = sorted(set(listed) - set(free)), sorted(set(free) - set(listed))
-        if wrong:
-            return f'its "unallocated" lists {wrong[0]}, which is not free'
-        return f'its "unallocated" lacks {missing[0]}, which is free' if missing else 'its "unallocated" repeats itself'
-
-    @property
-    def is_strict(self) -> bool:
-        """Tell whether no host but the one with affinity may take addresses from it."""
-        return self.extra.get("strict_affinity") not in (None, False)
-
-    def owner(self, ordinal: int) -> Owner | None:
-        """Return who holds the address `first + ordinal`, or None when it is free."""
-        index = self.allocations[ordinal]
-        if index is None:
-            return None
-        owner = self.owners[index]
-        handle, secondary = owner.get("handle_id"), owner.get("secondary")
-        return Owner(
-            handle if isinstance(handle, str) else None,
-            secondary if isinstance(secondary, dict) else {},
-        )
-
-    def held(self) -> Iterator[tuple[int, Owner]]:
-        """Yield the ordinals that are taken, with their owners."""
-        for ordinal in range(BLOCK_SIZE):
-            owner = self.owner(ordinal)
-            if owner is not None:
-                yield ordinal, owner
-
-    def count(self, handle: str) -> int:
-        return sum(owner.handle == handle for _, owner in self.held())
-
-    def take(self, ordinal: int, owner: Owner) -> None:
-        """Give a free address to `owner`."""
-        attributes = {"handle_id": owner.handle, "secondary": owner.secondary}
-        if attributes not in self.owners:
-            self.owners.append(attributes)
-        self.allocations[ordinal] = self.owners.index(attributes)
-
-    def give_back(self, ordinal: int) -> None:
-        """Free an address; drop the attributes that nobody uses then."""
-        self.allocations[ordinal] = None
-        used = sorted({index for index in self.allocations if index is not None})
-        self.owners = [self.owners[index] for index in used]
-        self.allocations = [None if index is None else used.index(index) for index in self.allocations]
-
-    def set_workload_name(self, handle: str, host: str, name: str) -> bool:
-        """Note what the workload is called whose handle on a host this is; tell whether it was called otherwise."""
-        changed = False
-        for attributes in self.owners:
-            facts = attributes.get("secondary")
-            if attributes.get("handle_id") == handle and isinstance(facts, dict) and facts.get("host") == host:
-                changed = changed or facts.get("workload_name") != name
-                facts["workload_name"] = name
-        return changed
-
-    def address(self, ordinal: int) -> IPAddress:
-        return _address(self.version, self.first + ordinal)
-
 
 class Ipam:
     """Takes and gives back addresses on behalf of one host."""
 
     def __init__(self, store: Store, host: str) -> None:
+        self.handles = Handles(store)
         self._store = store
         self._host = host
 
@@ -194,9 +53,9 @@ class Ipam:
 
         A /16 has a thousand blocks: they are never held all at a time. Raises InvalidValue for one that is not sound.
         """
-        for first in sorted(_firsts(self._store.names(keys.ipam_blocks(version)))):
+        for first in sorted(first_addresses(self._store.names(keys.ipam_blocks(version)))):
             if network is None or (first <= network.last and first + BLOCK_SIZE > network.first):
-                entry = self._store.get(keys.ipam_block(version, _cidr(version, first)))
+                entry = self._store.get(keys.ipam_block(version, block_cidr(version, first)))
                 if entry is not None:
                     yield Block.from_entry(entry)
 
@@ -215,14 +74,14 @@ class Ipam:
 
     def block_of(self, address: IPAddress) -> Block | None:
         """Return the block that an address is in, None where there is none."""
-        entry = self._store.get(_block_key(address))
+        entry = self._store.get(block_key(address))
         return None if entry is None else Block.from_entry(entry)
 
     @staticmethod
     def cidr_of(address: IPAddress) -> str:
         """Return the CIDR of the block that an address belongs to, whether there is one or not."""
-        version, first, _ = _place(address)
-        return _cidr(version, first)
+        version, first, _ = place(address)
+        return block_cidr(version, first)
 
     def used_in(self, network: IPNetwork) -> list[IPAddress]:
         """Return the addresses of a network that somebody holds, in order."""
@@ -243,7 +102,7 @@ class Ipam:
         entry = self._store.get(keys.ipam_handle(handle))
         if entry is None:
             return None
-        counts, actual = _handle_counts(entry), {}
+        counts, actual = counts_of(entry), {}
         held: dict[IPAddress, Owner] = {}
         for cidr in counts:
             block_entry = self._store.get(keys.ipam_block(version_of(cidr), cidr))
@@ -255,43 +114,16 @@ class Ipam:
                     {a: owner for a, owner in mine.items() if owner.secondary.get("host", self._host) == self._host}
                 )
         if counts != actual or not counts:
-            self._recount(handle)
+            self.handles.recount(handle)
             if not any(actual.values()):
                 return {}
         return held or None
 
-    def knows(self, handle: str) -> bool:
-        """Tell whether there is such a handle."""
-        return self._store.get(keys.ipam_handle(handle)) is not None
-
-    def handles(self) -> list[str]:
-        """Return all handles, of all hosts."""
-        return self._store.names(keys.ipam_handles())
-
-    def handle_counts(self) -> tuple[dict[str, dict[str, int]], list[InvalidValue]]:
-        """Return what handles say they hold, how many addresses by block, and what is wrong with those not sound."""
-        counts: dict[str, dict[str, int]] = {}
-        problems: list[InvalidValue] = []
-        for entry in self._store.tree(keys.ipam_handles()):
-            try:
-                if "/" in entry.key[len(keys.ipam_handles()) + 1 :]:
-                    raise InvalidValue(entry.key, "it is below a folder, where no handle is")
-                counts[keys.last(entry.key)] = _handle_counts(entry)
-            except InvalidValue as problem:
-                problems.append(problem)
-        return counts, problems
-
-    def handle_totals(self) -> dict[str, int | None]:
-        """Return how many addresses all handles say they hold; None for one that cannot be read."""
-        counts, problems = self.handle_counts()
-        totals: dict[str, int | None] = {handle: sum(blocks.values()) for handle, blocks in counts.items()}
-        return {**totals, **{keys.last(problem.key): None for problem in problems}}
-
     def recount(self, handle: str, blocks: Iterable[str]) -> None:
-        """Make a handle's counts equal to what is held: in the blocks it names, and in these (their CIDRs)."""
-        self._recount(handle, {cidr: self._count(handle, cidr) for cidr in blocks})
+        """Set a handle's counts to what is held, in the blocks that it names and in `blocks` (CIDRs)."""
+        self.handles.recount(handle, {cidr: self.handles.held_in(handle, cidr) for cidr in blocks})
 
-    def mend_free_list(self, version: int, cidr: str) -> None:
+    def repair_free_list(self, version: int, cidr: str) -> None:
         """Make a block's list of free addresses exactly those that are not allocated."""
         key = keys.ipam_block(version, cidr)
 
@@ -307,7 +139,7 @@ class Ipam:
         Raises AddressTaken when somebody else has it, CalicoError when its block is another host's alone, Conflict
         when others change its block all the time.
         """
-        version, first, ordinal = _place(address)
+        version, first, ordinal = place(address)
         with self._counted_right(owner):
             if not self._take(version, first, owner, [ordinal], count=1, claim=True, exact=True):
                 raise AddressTaken(f"IP {address} is already assigned")
@@ -335,7 +167,7 @@ class Ipam:
                 if len(found) >= count:
                     return found
         if owner.handle is not None:
-            self._recount(owner.handle)
+            self.handles.recount(owner.handle)
         return found
 
     def release(self, addresses: Iterable[IPAddress], holders: set[str | None] | None = None) -> list[IPAddress]:
@@ -345,27 +177,27 @@ class Ipam:
         """
         by_block: dict[tuple[int, int], set[int]] = {}
         for address in addresses:
-            version, first, ordinal = _place(address)
+            version, first, ordinal = place(address)
             by_block.setdefault((version, first), set()).add(ordinal)
         missing: list[IPAddress] = []
         for (version, first), ordinals in by_block.items():
             released, handles = self._give_back(version, first, ordinals, holders)
-            missing += [_address(version, first + ordinal) for ordinal in sorted(ordinals - released)]
+            missing += [address_at(version, first + ordinal) for ordinal in sorted(ordinals - released)]
             for handle in handles:
-                self._recount(handle)
+                self.handles.recount(handle)
         return missing
 
     def release_by_handle(self, handle: str) -> list[IPAddress]:
         """Give back all that `handle` holds on this host, and drop it when nothing is left; return the addresses."""
         held = list(self.held_by(handle) or ())
         self.release(held, {handle})
-        self._recount(handle)
+        self.handles.recount(handle)
         return held
 
     def set_workload_name(self, handle: str, addresses: Iterable[IPAddress], name: str) -> None:
         """Note beside addresses that `handle` holds on this host what its workload is called."""
-        for version, first in {_place(address)[:2] for address in addresses}:
-            key = keys.ipam_block(version, _cidr(version, first))
+        for version, first in {place(address)[:2] for address in addresses}:
+            key = keys.ipam_block(version, block_cidr(version, first))
 
             def renamed(text: str, key: str = key) -> str | None:
                 block = Block.from_entry(Entry(key, text, 0))
@@ -402,8 +234,8 @@ class Ipam:
     def release_affinities(self) -> None:
         """Give up this host's claim to its blocks: those without addresses go, the others are nobody's then."""
         for version in (4, 6):
-            for first in list(_firsts(self._store.names(keys.ipam_affinities(self._host, version)))):
-                cidr = _cidr(version, first)
+            for first in list(first_addresses(self._store.names(keys.ipam_affinities(self._host, version)))):
+                cidr = block_cidr(version, first)
                 self._disown(keys.ipam_block(version, cidr))
                 self._drop_affinity(version, cidr)
 
@@ -439,10 +271,10 @@ class Ipam:
             return any(low <= first + BLOCK_SIZE - 1 and first <= high for _, low, high in ranges)
 
         def affine() -> set[int]:
-            return set(_firsts(self._store.names(keys.ipam_affinities(self._host, version))))
+            return set(first_addresses(self._store.names(keys.ipam_affinities(self._host, version))))
 
         def existing() -> set[int]:
-            return set(_firsts(self._store.names(keys.ipam_blocks(version))))
+            return set(first_addresses(self._store.names(keys.ipam_blocks(version))))
 
         ours = affine()
         for first in sorted(filter(wanted, ours)):
@@ -470,7 +302,7 @@ class Ipam:
         owner has already counts as taken, and a block of another host will do; else a block to claim that turns out to
         be another host's is left alone.
         """
-        cidr = _cidr(version, first)
+        cidr = block_cidr(version, first)
         key = keys.ipam_block(version, cidr)
         before: set[int] | None = set() if exact else None
         for attempt in range(ATTEMPTS):
@@ -498,7 +330,7 @@ class Ipam:
             if free:
                 counted = None
                 if owner.handle is not None:
-                    counted = self._recount(owner.handle, {cidr: block.count(owner.handle) + len(free)})
+                    counted = self.handles.recount(owner.handle, {cidr: block.count(owner.handle) + len(free)})
                 for ordinal in free:
                     block.take(ordinal, owner)
                 try:
@@ -511,9 +343,9 @@ class Ipam:
                     continue
                 if counted is not None and self._store.get(counted.key) != counted:
                     # another host with the same handle has counted it in the meantime, without this address
-                    self._recount(str(owner.handle))
+                    self.handles.recount(str(owner.handle))
             if taken or free:
-                return [_address(version, first + ordinal) for ordinal in sorted(taken + free)]
+                return [address_at(version, first + ordinal) for ordinal in sorted(taken + free)]
             break
         else:
             raise Conflict(f"block {cidr} keeps being modified concurrently; retry")
@@ -527,7 +359,7 @@ class Ipam:
         except BaseException:  # an interrupt, too
             if owner.handle is not None:
                 with suppress(CalicoError):
-                    self._recount(owner.handle)
+                    self.handles.recount(owner.handle)
             raise
 
     def _drop_affinity(self, version: int, cidr: str) -> None:
@@ -542,7 +374,7 @@ class Ipam:
         self, version: int, first: int, ordinals: set[int], holders: set[str | None] | None
     ) -> tuple[set[int], set[str]]:
         """Free addresses of one block; return the ordinals that were freed and the handles that had held them."""
-        key = keys.ipam_block(version, _cidr(version, first))
+        key = keys.ipam_block(version, block_cidr(version, first))
         released: set[int] = set()
         handles: set[str] = set()
         for attempt in range(ATTEMPTS):
@@ -566,39 +398,7 @@ class Ipam:
                 if failed.maybe_applied:
                     released |= now
                 pause(attempt)
-        raise Conflict(f"block {_cidr(version, first)} keeps being modified concurrently; retry")
-
-    def _recount(self, handle: str, planned: dict[str, int] | None = None) -> Entry | None:
-        """Make a handle's counts equal to what the blocks it names hold, or to what is `planned` for some of them.
-
-        `planned` maps a block's CIDR to the count it is about to have. A handle that counts nothing is removed. Returns
-        the handle as it stands in the store now.
-        """
-        key = keys.ipam_handle(handle)
-        for attempt in range(ATTEMPTS):
-            entry = self._store.get(key)
-            data = load_object(entry.value, key) if entry is not None else {"id": handle}
-            counts = _handle_counts(entry) if entry is not None else {}
-            actual = {}
-            for cidr in {**counts, **(planned or {})}:
-                count = planned[cidr] if planned and cidr in planned else self._count(handle, cidr)
-                if count:
-                    actual[cidr] = count
-            value = json.dumps({**data, "block": actual})
-            try:
-                if entry is None:
-                    return self._store.create(key, value) if actual else None
-                if not actual:
-                    self._store.delete(entry)
-                    return None
-                return entry if actual == counts else self._store.update(entry, value)
-            except (KeyExists, CompareFailed):
-                pause(attempt)
-        raise Conflict(f"IPAM handle {handle} keeps being modified concurrently; retry")
-
-    def _count(self, handle: str, cidr: str) -> int:
-        entry = self._store.get(keys.ipam_block(version_of(cidr), cidr))
-        return 0 if entry is None else Block.from_entry(entry).count(handle)
+        raise Conflict(f"block {block_cidr(version, first)} keeps being modified concurrently; retry")
 
 
 def _strictly(block: Block, ordinal: int) -> str:
@@ -608,34 +408,6 @@ def _strictly(block: Block, ordinal: int) -> str:
         f"IP {block.address(ordinal)} is in the block {block.cidr} {whose}, which no other host takes addresses from "
         "(strict affinity)"
     )
-
-
-def _handle_counts(entry: Entry) -> dict[str, int]:
-    counts = load_object(entry.value, entry.key).get("block")
-    if not isinstance(counts, dict) or not all(type(count) is int for count in counts.values()):
-        raise InvalidValue(entry.key, '"block" should be an object of numbers')
-    return counts
-
-
-def _address(version: int, value: int) -> IPAddress:
-    from netaddr.ip import IPAddress
-
-    return IPAddress(value, version)
-
-
-def _cidr(version: int, first: int) -> str:
-    return f"{_address(version, first)}/{122 if version == 6 else 26}"
-
-
-def _place(address: IPAddress) -> tuple[int, int, int]:
-    """Return the version, the first address and the ordinal: where an address is in its block."""
-    value = int(address)
-    return address.version, value - value % BLOCK_SIZE, value % BLOCK_SIZE
-
-
-def _block_key(address: IPAddress) -> str:
-    version, first, _ = _place(address)
-    return keys.ipam_block(version, _cidr(version, first))
 
 
 def _range(pool: Pool) -> tuple[int, int, int]:
@@ -657,16 +429,3 @@ def _without(ranges: list[tuple[int, int, int]], networks: list[Network]) -> Ite
                 at = network.last - network.last % BLOCK_SIZE + BLOCK_SIZE
         if at <= high:
             yield at, high
-
-
-def _firsts(names: Iterable[str]) -> Iterator[int]:
-    """Yield the first addresses of the blocks whose names these are; pass over what is no block's name."""
-    from calicoctl.addresses import parse_cidr
-
-    for name in names:
-        try:
-            network = parse_cidr(keys.undashed(name))
-        except CalicoError:
-            continue
-        if network.size == BLOCK_SIZE:
-            yield network.first

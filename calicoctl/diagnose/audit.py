@@ -22,8 +22,8 @@ from calicoctl.errors import CalicoError, InvalidValue
 from calicoctl.workloads.workload import DOCKER, NAMESPACE, Workload, workload_of
 
 if TYPE_CHECKING:
+    from calicoctl.datastore.blocks import Block, Owner
     from calicoctl.datastore.client import DatastoreClient
-    from calicoctl.datastore.ipam import Block, Owner
 
 SECOND_LOOK = 1.0
 """Seconds between the two looks: longer than a command takes from one of its writes to the next."""
@@ -105,7 +105,7 @@ def _look(datastore: DatastoreClient) -> Iterator[Finding]:
             for endpoint in listed[address]:
                 alone = len(listed[address]) == 1 and address in usable_addresses(endpoint)
                 yield _unassigned(datastore, address, endpoint.id, alone)
-    handles, unsound = datastore.ipam.handle_counts()
+    handles, unsound = datastore.ipam.handles.counts()
     problems += unsound
     strange = {keys.last(problem.key) for problem in unsound}
     for handle in sorted(handles.keys() | {handle for handle in counted if _is_key(handle)}):
@@ -128,7 +128,7 @@ def _of_block(datastore: DatastoreClient, block: Block) -> Iterator[Finding]:
     """Look at what tools from 2016 on keep in a block: the list of free addresses, and strict affinity."""
     problem = block.free_list_problem()
     if problem is not None:
-        fix = partial(_mend_free_list, datastore, block.version, block.cidr)
+        fix = partial(_repair_free_list, datastore, block.version, block.cidr)
         yield Finding("block", block.cidr, problem, fix=fix)
     strict = block.extra.get("strict_affinity")
     if not isinstance(strict, (bool, type(None))):
@@ -221,8 +221,8 @@ def _restore(datastore: DatastoreClient, id: EndpointId, address: str) -> bool:
     return upkeep.restore_address(datastore, id, address)
 
 
-def _mend_free_list(datastore: DatastoreClient, version: int, block: str) -> bool:
-    datastore.ipam.mend_free_list(version, block)
+def _repair_free_list(datastore: DatastoreClient, version: int, block: str) -> bool:
+    datastore.ipam.repair_free_list(version, block)
     return True
 
 

@@ -325,7 +325,7 @@ class WorkloadKeeper:
     def _scan_store(self) -> None:
         """Enqueue workloads whose addresses or endpoints do not fit together in the store; no event reports those."""
         now = self._clock()
-        totals = self._datastore.ipam.handle_totals()
+        totals = self._datastore.ipam.handles.totals()
         for handle, total in totals.items():
             orchestrator, _, workload = handle.partition(".")
             if total != self._expected.get((orchestrator, workload), 0):

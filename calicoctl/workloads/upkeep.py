@@ -41,8 +41,8 @@ from calicoctl.workloads.workload import (
 if TYPE_CHECKING:
     from netaddr import IPAddress
 
+    from calicoctl.datastore.blocks import Owner
     from calicoctl.datastore.client import DatastoreClient
-    from calicoctl.datastore.ipam import Owner
     from calicoctl.datastore.keys import EndpointId
     from calicoctl.datastore.model import Endpoint
 
@@ -82,7 +82,7 @@ def reconcile(
     """
     if not is_managed(orchestrator, id) or not _has_anything(datastore, orchestrator, id):
         return
-    with_handle = datastore.ipam.knows(f"{orchestrator}.{id}")
+    with_handle = datastore.ipam.handles.exists(f"{orchestrator}.{id}")
     with WorkloadLock(datastore.host, orchestrator, id, wait=False) as lock:
         ids, held = _read(datastore, Workload(orchestrator, id, id))
         paths = [lock.name(), *paths_of(held)]
@@ -91,7 +91,7 @@ def reconcile(
             workload = Workload(orchestrator, id, path or id)
             yield from _release_leaked(datastore, workload, lock, [], held)
             lock.clear_all()
-            if with_handle and not held and not datastore.ipam.knows(workload.handle):
+            if with_handle and not held and not datastore.ipam.handles.exists(workload.handle):
                 yield Action(COLLECTED, f"{_called(workload)} had a handle that held nothing: removed")
             return
         if orchestrator == NAMESPACE and not path:
@@ -127,7 +127,7 @@ def _has_anything(datastore: DatastoreClient, orchestrator: str, id: str) -> boo
     return (
         locks.exists(datastore.host, orchestrator, id)
         or bool(endpoint_ids_of(datastore, workload))
-        or datastore.ipam.knows(workload.handle)
+        or datastore.ipam.handles.exists(workload.handle)
     )
 
 
@@ -318,7 +318,7 @@ def restore_address(datastore: DatastoreClient, id: EndpointId, address: str) ->
 
     Raises CalicoError for one that a host uses.
     """
-    from calicoctl.datastore.ipam import Owner
+    from calicoctl.datastore.blocks import Owner
 
     why = reserved_addresses(datastore, version_of(address)).user(address)
     if why is not None:

@@ -41,8 +41,8 @@ from calicoctl.workloads.workload import (
 if TYPE_CHECKING:
     from netaddr import IPAddress
 
+    from calicoctl.datastore.blocks import Owner
     from calicoctl.datastore.client import DatastoreClient
-    from calicoctl.datastore.ipam import Owner
 
 DEFAULT_INTERFACE = "eth1"
 
@@ -754,7 +754,7 @@ def _told(owner: Owner | None) -> str:
 
 def owner_of(workload: Workload, id: EndpointId, interface: str) -> Owner:
     """Return what is written beside an address: enough to tell its owner, and to wire the workload again."""
-    from calicoctl.datastore.ipam import Owner
+    from calicoctl.datastore.blocks import Owner
 
     return Owner(
         workload.handle,

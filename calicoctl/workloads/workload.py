@@ -252,7 +252,7 @@ def _stored_by_id(prefix: str, datastore: DatastoreClient) -> set[str]:
         return set()
     handle = f"{DOCKER}."
     found = {id for id in datastore.workload_ids(DOCKER) if id.startswith(prefix)}
-    return found or {h[len(handle) :] for h in datastore.ipam.handles() if h.startswith(handle + prefix)}
+    return found or {h[len(handle) :] for h in datastore.ipam.handles.names() if h.startswith(handle + prefix)}
 
 
 def _exists(id: str) -> bool:

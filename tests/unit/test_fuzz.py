@@ -15,8 +15,9 @@ from calicoctl.cli import completion
 from calicoctl.cli.main import main
 from calicoctl.commands import batch
 from calicoctl.datastore import backends
+from calicoctl.datastore.blocks import Block
 from calicoctl.datastore.client import DatastoreClient
-from calicoctl.datastore.ipam import Block, _handle_counts
+from calicoctl.datastore.handles import counts_of
 from calicoctl.datastore.keys import EndpointId
 from calicoctl.datastore.model import Endpoint, Peer, Pool, Rules, load_strings
 from calicoctl.datastore.store import Change, Entry
@@ -129,7 +130,7 @@ READERS = (
     lambda text: Peer.from_json(text, "key"),
     lambda text: load_strings(text, "key"),
     lambda text: Block.from_entry(Entry("/x/192.168.0.0-26", text, 1)),
-    lambda text: _handle_counts(Entry("key", text, 1)),
+    lambda text: counts_of(Entry("key", text, 1)),
     lambda text: check_rules("web", text),
     lambda text: parse_rule(text.split()),
 )

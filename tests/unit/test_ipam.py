@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from netaddr import IPAddress
 
-from calicoctl.datastore import ipam as ipam_module
-from calicoctl.datastore.ipam import Block, Ipam, Owner
+from calicoctl.datastore import handles, ipam
+from calicoctl.datastore.blocks import Block, Owner
+from calicoctl.datastore.ipam import Ipam
 from calicoctl.datastore.model import Pool
 from calicoctl.datastore.reserved import HostNetwork, InterfaceAddress, Reserved
 from calicoctl.errors import AddressTaken, CalicoError, InvalidValue, StoreUnavailable
@@ -25,7 +26,8 @@ OUTSIDE_BLOCKS = ("10.0.1.0", "10.0.1.31")
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ipam_module, "pause", lambda attempt: None)
+    for module in (handles, ipam):
+        monkeypatch.setattr(module, "pause", lambda attempt: None)
 
 
 def raw_allocations(store: MemoryStore) -> dict[str, dict]:
@@ -291,7 +293,7 @@ def test_a_list_of_free_addresses_that_is_wrong_gives_nothing_away_and_is_mended
     block = Block.from_entry(store.entries[KEY])
     assert (block.free_list_problem() or "no problem").find(problem or "no problem") >= 0
     before = store.entries[KEY]
-    ipam.mend_free_list(4, "10.0.0.0/26")
+    ipam.repair_free_list(4, "10.0.0.0/26")
     assert (store.entries[KEY] == before) == (problem is None)
     assert sorted(json.loads(store.entries[KEY].value)["unallocated"]) == list(range(1, 64))
     store._put(KEY, before.value)

@@ -111,7 +111,7 @@ def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Bench:
     totals: dict[str, int | None] = {}
     datastore = SimpleNamespace(
         host="vm",
-        ipam=SimpleNamespace(handle_totals=lambda: totals),
+        ipam=SimpleNamespace(handles=SimpleNamespace(totals=lambda: totals)),
         readable_endpoints=lambda host: (endpoints, []),
     )
     reported: list[Any] = []

@@ -1,0 +1,204 @@
+"""Blocks of 64 addresses and the owners of these, to and from the JSON of the store; which block an address is in.
+
+Plain data: reads and writes no store. ipam.py decides who gets which address.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from calicoctl.datastore import keys
+from calicoctl.datastore.model import load_object
+from calicoctl.datastore.store import Entry
+from calicoctl.errors import CalicoError, InvalidValue
+
+if TYPE_CHECKING:
+    from netaddr import IPAddress
+
+BLOCK_SIZE = 64
+"""Addresses in a block: a /26 in IPv4, a /122 in IPv6."""
+
+
+@dataclass
+class Owner:
+    """Who holds an address: a handle, or None, and free-form facts about the owner (`secondary` in the store)."""
+
+    handle: str | None
+    secondary: dict[str, Any]
+
+
+@dataclass
+class Block:
+    """64 addresses from `first` on. `allocations[i]` is None or an index into `owners`."""
+
+    version: int
+    first: int
+    affinity: str | None
+    allocations: list[int | None]
+    owners: list[dict[str, Any]] = field(default_factory=list)
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def empty(cls, version: int, first: int, host: str) -> Block:
+        return cls(version, first, f"host:{host}", [None] * BLOCK_SIZE)
+
+    @classmethod
+    def from_entry(cls, entry: Entry) -> Block:
+        """Read a block's key; raise InvalidValue when block or key are not well formed."""
+        from calicoctl.addresses import parse_cidr
+
+        data = load_object(entry.value, entry.key)
+        try:
+            cidr = parse_cidr(keys.undashed(keys.last(entry.key)))
+        except CalicoError:
+            raise InvalidValue(entry.key, "its name is not a block's CIDR") from None
+        if cidr.size != BLOCK_SIZE or data.pop("cidr", None) != str(cidr):
+            raise InvalidValue(entry.key, f"it is not a block of {BLOCK_SIZE} addresses with the CIDR of its key")
+        affinity, allocations, owners = (data.pop(name, None) for name in ("affinity", "allocations", "attributes"))
+        if not (affinity is None or isinstance(affinity, str)):
+            raise InvalidValue(entry.key, '"affinity" should be a string or null')
+        if not isinstance(owners, list) or not all(isinstance(owner, dict) for owner in owners):
+            raise InvalidValue(entry.key, '"attributes" should be a list of objects')
+        if (
+            not isinstance(allocations, list)
+            or len(allocations) != BLOCK_SIZE
+            or not all(index is None or (type(index) is int and 0 <= index < len(owners)) for index in allocations)
+        ):
+            raise InvalidValue(entry.key, f'"allocations" should be {BLOCK_SIZE} nulls or indices of "attributes"')
+        return cls(cidr.version, cidr.first, affinity, allocations, owners, data)
+
+    def to_json(self) -> str:
+        free = {} if self.extra.get("unallocated") is None else {"unallocated": self.free()}
+        return json.dumps(
+            {
+                "cidr": self.cidr,
+                "affinity": self.affinity,
+                "allocations": self.allocations,
+                "attributes": self.owners,
+                **self.extra,
+                **free,
+            }
+        )
+
+    @property
+    def cidr(self) -> str:
+        return block_cidr(self.version, self.first)
+
+    @property
+    def key(self) -> str:
+        return keys.ipam_block(self.version, self.cidr)
+
+    def free(self) -> list[int]:
+        """Return the ordinals that are free, in the order in which they are to be given out.
+
+        Tools from 2016 on keep that order in the block, as "unallocated", and rely on it; an address that was given
+        back comes last. Where that list and the allocations differ, the allocations are right. Source: `unallocated`
+        in pycalico/block.py of libcalico 0.8.
+        """
+        listed = self.extra.get("unallocated")
+        ordinals = [ordinal for ordinal in listed if type(ordinal) is int] if isinstance(listed, list) else []
+        free = {ordinal: None for ordinal in range(BLOCK_SIZE) if self.allocations[ordinal] is None}
+        return list(dict.fromkeys([*(ordinal for ordinal in ordinals if ordinal in free), *free]))
+
+    def free_list_problem(self) -> str | None:
+        """Return what is wrong with the list of free addresses that tools from 2016 on rely on, None for nothing."""
+        listed, free = self.extra.get("unallocated"), self.free()
+        if listed is None or listed == free:
+            return None
+        if not isinstance(listed, list) or not all(type(ordinal) is int for ordinal in listed):
+            return 'its "unallocated" is no list of numbers'
+        wrong, missing = sorted(set(listed) - set(free)), sorted(set(free) - set(listed))
+        if wrong:
+            return f'its "unallocated" lists {wrong[0]}, which is not free'
+        return f'its "unallocated" lacks {missing[0]}, which is free' if missing else 'its "unallocated" repeats itself'
+
+    @property
+    def is_strict(self) -> bool:
+        """Tell whether no host but the one with affinity may take addresses from it."""
+        return self.extra.get("strict_affinity") not in (None, False)
+
+    def owner(self, ordinal: int) -> Owner | None:
+        """Return who holds the address `first + ordinal`, or None when it is free."""
+        index = self.allocations[ordinal]
+        if index is None:
+            return None
+        owner = self.owners[index]
+        handle, secondary = owner.get("handle_id"), owner.get("secondary")
+        return Owner(
+            handle if isinstance(handle, str) else None,
+            secondary if isinstance(secondary, dict) else {},
+        )
+
+    def held(self) -> Iterator[tuple[int, Owner]]:
+        """Yield the ordinals that are taken, with their owners."""
+        for ordinal in range(BLOCK_SIZE):
+            owner = self.owner(ordinal)
+            if owner is not None:
+                yield ordinal, owner
+
+    def count(self, handle: str) -> int:
+        return sum(owner.handle == handle for _, owner in self.held())
+
+    def take(self, ordinal: int, owner: Owner) -> None:
+        """Give a free address to `owner`."""
+        attributes = {"handle_id": owner.handle, "secondary": owner.secondary}
+        if attributes not in self.owners:
+            self.owners.append(attributes)
+        self.allocations[ordinal] = self.owners.index(attributes)
+
+    def give_back(self, ordinal: int) -> None:
+        """Free an address; drop the attributes that nobody uses then."""
+        self.allocations[ordinal] = None
+        used = sorted({index for index in self.allocations if index is not None})
+        self.owners = [self.owners[index] for index in used]
+        self.allocations = [None if index is None else used.index(index) for index in self.allocations]
+
+    def set_workload_name(self, handle: str, host: str, name: str) -> bool:
+        """Note what the workload is called whose handle on a host this is; tell whether it was called otherwise."""
+        changed = False
+        for attributes in self.owners:
+            facts = attributes.get("secondary")
+            if attributes.get("handle_id") == handle and isinstance(facts, dict) and facts.get("host") == host:
+                changed = changed or facts.get("workload_name") != name
+                facts["workload_name"] = name
+        return changed
+
+    def address(self, ordinal: int) -> IPAddress:
+        return address_at(self.version, self.first + ordinal)
+
+
+def address_at(version: int, value: int) -> IPAddress:
+    from netaddr.ip import IPAddress
+
+    return IPAddress(value, version)
+
+
+def block_cidr(version: int, first: int) -> str:
+    return f"{address_at(version, first)}/{122 if version == 6 else 26}"
+
+
+def place(address: IPAddress) -> tuple[int, int, int]:
+    """Return the version, the first address and the ordinal: where an address is in its block."""
+    value = int(address)
+    return address.version, value - value % BLOCK_SIZE, value % BLOCK_SIZE
+
+
+def block_key(address: IPAddress) -> str:
+    version, first, _ = place(address)
+    return keys.ipam_block(version, block_cidr(version, first))
+
+
+def first_addresses(names: Iterable[str]) -> Iterator[int]:
+    """Yield the first addresses of the blocks whose names these are; pass over what is no block's name."""
+    from calicoctl.addresses import parse_cidr
+
+    for name in names:
+        try:
+            network = parse_cidr(keys.undashed(name))
+        except CalicoError:
+            continue
+        if network.size == BLOCK_SIZE:
+            yield network.first

@@ -1,0 +1,91 @@
+"""Handles: how many addresses of which blocks each workload holds, so that they are found without reading all blocks.
+
+The blocks are right where a handle's counts differ from them. So a count goes up before its block is written, and down
+afterwards; whatever a crash leaves in between, the handle names every block that it has an address in.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+from calicoctl.addresses import version_of
+from calicoctl.datastore import keys
+from calicoctl.datastore.blocks import Block
+from calicoctl.datastore.model import load_object
+from calicoctl.datastore.store import ATTEMPTS, Entry, Store, pause
+from calicoctl.errors import CompareFailed, Conflict, InvalidValue, KeyExists
+
+
+class Handles:
+    """The handles of all hosts."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def exists(self, handle: str) -> bool:
+        return self._store.get(keys.ipam_handle(handle)) is not None
+
+    def names(self) -> list[str]:
+        return self._store.names(keys.ipam_handles())
+
+    def counts(self) -> tuple[dict[str, dict[str, int]], list[InvalidValue]]:
+        """Return handle -> CIDR of a block -> count of addresses, and an error for each handle that is invalid."""
+        counts: dict[str, dict[str, int]] = {}
+        problems: list[InvalidValue] = []
+        for entry in self._store.tree(keys.ipam_handles()):
+            try:
+                if "/" in entry.key[len(keys.ipam_handles()) + 1 :]:
+                    raise InvalidValue(entry.key, "it is below a folder, where no handle is")
+                counts[keys.last(entry.key)] = counts_of(entry)
+            except InvalidValue as problem:
+                problems.append(problem)
+        return counts, problems
+
+    def totals(self) -> dict[str, int | None]:
+        """Return handle -> count of addresses in all blocks, None for a handle that is invalid."""
+        counts, problems = self.counts()
+        totals: dict[str, int | None] = {handle: sum(blocks.values()) for handle, blocks in counts.items()}
+        return {**totals, **{keys.last(problem.key): None for problem in problems}}
+
+    def held_in(self, handle: str, cidr: str) -> int:
+        """Return how many addresses of a block a handle holds, by the block."""
+        entry = self._store.get(keys.ipam_block(version_of(cidr), cidr))
+        return 0 if entry is None else Block.from_entry(entry).count(handle)
+
+    def recount(self, handle: str, planned: Mapping[str, int] | None = None) -> Entry | None:
+        """Set a handle's counts to what the blocks that it names hold, or to what is `planned` for some blocks.
+
+        `planned` maps a block's CIDR to the count that it is about to have. A handle without addresses is deleted.
+        Returns the handle as it now stands in the store. Raises Conflict when other writers change it all the time.
+        """
+        planned = planned or {}
+        key = keys.ipam_handle(handle)
+        for attempt in range(ATTEMPTS):
+            entry = self._store.get(key)
+            data = load_object(entry.value, key) if entry is not None else {"id": handle}
+            counts = counts_of(entry) if entry is not None else {}
+            actual = {}
+            for cidr in {**counts, **planned}:
+                count = planned[cidr] if cidr in planned else self.held_in(handle, cidr)
+                if count:
+                    actual[cidr] = count
+            value = json.dumps({**data, "block": actual})
+            try:
+                if entry is None:
+                    return self._store.create(key, value) if actual else None
+                if not actual:
+                    self._store.delete(entry)
+                    return None
+                return entry if actual == counts else self._store.update(entry, value)
+            except (KeyExists, CompareFailed):
+                pause(attempt)
+        raise Conflict(f"IPAM handle {handle} keeps being modified concurrently; retry")
+
+
+def counts_of(entry: Entry) -> dict[str, int]:
+    """Return CIDR of a block -> count of addresses, as the entry of a handle says; raise InvalidValue."""
+    counts = load_object(entry.value, entry.key).get("block")
+    if not isinstance(counts, dict) or not all(type(count) is int for count in counts.values()):
+        raise InvalidValue(entry.key, '"block" should be an object of numbers')
+    return counts
