@@ -1,6 +1,6 @@
-"""Blocks of 64 addresses and the owners of these, to and from the JSON of the store; which block an address is in.
+"""Blocks of 64 addresses, and who holds each: plain data, from and to the JSON of the store.
 
-Plain data: reads and writes no store. ipam.py decides who gets which address.
+Reads and writes no store; ipam.py decides who gets which address.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ BLOCK_SIZE = 64
 
 @dataclass
 class Owner:
-    """Who holds an address: a handle, or None, and free-form facts about the owner (`secondary` in the store)."""
+    """Who holds an address: a handle, None for none, and free-form attributes (`secondary` in the store)."""
 
     handle: str | None
     secondary: dict[str, Any]
@@ -47,7 +47,7 @@ class Block:
 
     @classmethod
     def from_entry(cls, entry: Entry) -> Block:
-        """Read a block's key; raise InvalidValue when block or key are not well formed."""
+        """Parse a block; raise InvalidValue when its value or its key is invalid."""
         from calicoctl.addresses import parse_cidr
 
         data = load_object(entry.value, entry.key)
@@ -92,11 +92,11 @@ class Block:
         return keys.ipam_block(self.version, self.cidr)
 
     def free(self) -> list[int]:
-        """Return the ordinals that are free, in the order in which they are to be given out.
+        """Return the free ordinals, in the order in which they are to be allocated.
 
-        Tools from 2016 on keep that order in the block, as "unallocated", and rely on it; an address that was given
-        back comes last. Where that list and the allocations differ, the allocations are right. Source: `unallocated`
-        in pycalico/block.py of libcalico 0.8.
+        Tools from 2016 on keep that order in the block, as "unallocated", and rely on it; a released address comes
+        last. Where that list and the allocations differ, the allocations are right. Source: `unallocated` in
+        pycalico/block.py of libcalico 0.8.
         """
         listed = self.extra.get("unallocated")
         ordinals = [ordinal for ordinal in listed if type(ordinal) is int] if isinstance(listed, list) else []
@@ -104,7 +104,7 @@ class Block:
         return list(dict.fromkeys([*(ordinal for ordinal in ordinals if ordinal in free), *free]))
 
     def free_list_problem(self) -> str | None:
-        """Return what is wrong with the list of free addresses that tools from 2016 on rely on, None for nothing."""
+        """Return what is wrong with the block's "unallocated" list (see `free`), None for nothing."""
         listed, free = self.extra.get("unallocated"), self.free()
         if listed is None or listed == free:
             return None
@@ -117,11 +117,11 @@ class Block:
 
     @property
     def is_strict(self) -> bool:
-        """Tell whether no host but the one with affinity may take addresses from it."""
+        """Whether only the host with affinity may allocate from it."""
         return self.extra.get("strict_affinity") not in (None, False)
 
     def owner(self, ordinal: int) -> Owner | None:
-        """Return who holds the address `first + ordinal`, or None when it is free."""
+        """Return who holds the address `first + ordinal`, None for a free one."""
         index = self.allocations[ordinal]
         if index is None:
             return None
@@ -133,7 +133,7 @@ class Block:
         )
 
     def held(self) -> Iterator[tuple[int, Owner]]:
-        """Yield the ordinals that are taken, with their owners."""
+        """Yield the allocated ordinals with their owners."""
         for ordinal in range(BLOCK_SIZE):
             owner = self.owner(ordinal)
             if owner is not None:
@@ -142,22 +142,22 @@ class Block:
     def count(self, handle: str) -> int:
         return sum(owner.handle == handle for _, owner in self.held())
 
-    def take(self, ordinal: int, owner: Owner) -> None:
-        """Give a free address to `owner`."""
+    def allocate(self, ordinal: int, owner: Owner) -> None:
+        """Allocate a free address to `owner`."""
         attributes = {"handle_id": owner.handle, "secondary": owner.secondary}
         if attributes not in self.owners:
             self.owners.append(attributes)
         self.allocations[ordinal] = self.owners.index(attributes)
 
-    def give_back(self, ordinal: int) -> None:
-        """Free an address; drop the attributes that nobody uses then."""
+    def release(self, ordinal: int) -> None:
+        """Release an address, and drop the attributes that no address uses any more."""
         self.allocations[ordinal] = None
         used = sorted({index for index in self.allocations if index is not None})
         self.owners = [self.owners[index] for index in used]
         self.allocations = [None if index is None else used.index(index) for index in self.allocations]
 
     def set_workload_name(self, handle: str, host: str, name: str) -> bool:
-        """Note what the workload is called whose handle on a host this is; tell whether it was called otherwise."""
+        """Set the workload's name in the attributes of a handle on a host; return whether any changed."""
         changed = False
         for attributes in self.owners:
             facts = attributes.get("secondary")
@@ -181,7 +181,7 @@ def block_cidr(version: int, first: int) -> str:
 
 
 def place(address: IPAddress) -> tuple[int, int, int]:
-    """Return the version, the first address and the ordinal: where an address is in its block."""
+    """Return where an address is: IP version, first address of its block, ordinal in that block."""
     value = int(address)
     return address.version, value - value % BLOCK_SIZE, value % BLOCK_SIZE
 
@@ -192,7 +192,7 @@ def block_key(address: IPAddress) -> str:
 
 
 def first_addresses(names: Iterable[str]) -> Iterator[int]:
-    """Yield the first addresses of the blocks whose names these are; pass over what is no block's name."""
+    """Yield the first addresses of blocks, given the last parts of their keys; skip what is no block's CIDR."""
     from calicoctl.addresses import parse_cidr
 
     for name in names:

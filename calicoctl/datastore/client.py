@@ -1,6 +1,7 @@
-"""The one door to everything Calico knows: endpoints, profiles, pools, hosts, and IPAM. Knows no netlink.
+"""All access to Calico's data: endpoints, profiles, pools, BGP peers and settings here, other subjects beside it.
 
-Each method is one thing that a command or the agent wants; errors say which key is at fault and what is missing.
+These are addresses (`ipam`), registrations of hosts (`hosts`), and reports of agents (`statuses`). Each method is one
+operation of a command or of the agent. Errors name the key at fault. No netlink, no backend.
 """
 
 from __future__ import annotations
@@ -30,7 +31,11 @@ if TYPE_CHECKING:
 
 
 class DatastoreClient:
-    """What this host may ask of, and change in, the store that all hosts share."""
+    """Reads and changes the data that all hosts share, on behalf of one of them, `host`.
+
+    It has more than 400 lines because it is flat: short methods without shared state, by subject. A new subject gets a
+    module of its own, as `ipam` has.
+    """
 
     def __init__(self, store: Store, host: str) -> None:
         self.host = host
@@ -38,9 +43,9 @@ class DatastoreClient:
 
     @classmethod
     def from_environment(cls, patience: float = PATIENCE) -> DatastoreClient:
-        """Use the etcd that the environment names, and this host's name; nothing is sent yet.
+        """Return a client of the store that the environment names, for this host; nothing is sent yet.
 
-        `patience` is how many seconds a store that answers, but can do nothing, is asked again.
+        `patience`: see backends.connect. Raises StoreError and CalicoError for invalid settings.
         """
         return cls(backends.connect(EtcdSettings.from_environment(), patience), hostname())
 
@@ -59,43 +64,43 @@ class DatastoreClient:
         return Statuses(self._store, self.host)
 
     def everything(self) -> list[Entry]:
-        """Return all that Calico has in the store."""
+        """Return all entries of Calico's."""
         return self._store.tree(keys.ROOT)
 
     def store_version(self) -> str:
-        """Return the version of a store that can be used; raise StoreError."""
+        """Check that the store can be read, and return its server's version; raise StoreError."""
         self._store.exists(keys.ROOT)
         return self._store.version()
 
     def for_host(self, host: str) -> DatastoreClient:
-        """Return a client of the same store that speaks for another host."""
+        """Return a client of the same store on behalf of another host."""
         return DatastoreClient(self._store, host)
 
     # Pools
 
     def pools(self, version: int) -> list[Pool]:
-        """Return the pools of an IP version, in order of address; raise InvalidValue for one that cannot be read."""
+        """Return the pools of an IP version, in order of address; raise InvalidValue for an invalid one."""
         pools, problems = self.readable_pools(version)
         for problem in problems:
             raise problem
         return pools
 
     def readable_pools(self, version: int) -> tuple[list[Pool], list[InvalidValue]]:
-        """Return the pools of an IP version that can be read, in order of address, and what is wrong with others."""
+        """Return the valid pools of an IP version, in order of address, and an error for each invalid one."""
         from netaddr.ip import IPNetwork
 
         entries, problems = self._pool_entries(version)
         return sorted((pool for _, pool in entries), key=lambda pool: IPNetwork(pool.cidr)), problems
 
     def put_pool(self, pool: Pool) -> Pool | None:
-        """Write a pool; return it as it was before, None where it was missing. Keeps fields that are not known.
+        """Write a pool, keeping its unknown fields; return it as it was before, None for a new one.
 
-        Raises CalicoError when somebody else has added one that overlaps at the same time.
+        Raises CalicoError when another command adds an overlapping one concurrently.
         """
         version = version_of(pool.cidr)
         if pool.ipip:
             set_value(self._store, keys.config(config.IPIP.name), "true")
-        # an old tool, or a person, may have called its key something else
+        # another tool may have given its key another name
         key = next(
             (entry.key for entry, other in self._pool_entries(version)[0] if other.cidr == pool.cidr),
             keys.pool(version, pool.cidr),
@@ -115,7 +120,11 @@ class DatastoreClient:
         return before
 
     def _refuse_overlap(self, key: str, pool: Pool) -> None:
-        """Remove a pool that was just written, and raise CalicoError, where one that overlaps was written before."""
+        """Remove a pool that was just created, and raise CalicoError, where an overlapping one was created before.
+
+        Of two that are added concurrently, each writer sees the other's pool after its own write, or is the first. The
+        order is that of creation (see Entry.created): both write by `create`.
+        """
         from netaddr.ip import IPNetwork
 
         own, mine = IPNetwork(pool.cidr), self._store.get(key)
@@ -127,7 +136,7 @@ class DatastoreClient:
                 raise CalicoError(f"{pool.cidr} overlaps with {other.cidr}, which somebody else has just added.")
 
     def _pool_entries(self, version: int) -> tuple[list[tuple[Entry, Pool]], list[InvalidValue]]:
-        """Return the pools that can be read, with what they stand in, and what is wrong with the others."""
+        """Return the valid pools with their entries, and an error for each invalid one."""
         found: list[tuple[Entry, Pool]] = []
         problems: list[InvalidValue] = []
         for entry in self._store.tree(keys.pools(version)):
@@ -138,14 +147,14 @@ class DatastoreClient:
         return found, problems
 
     def pool_keys(self, name: str) -> list[str]:
-        """Return the keys of the pools with this CIDR, or with this name as the last part of the key.
+        """Return the keys of the pools, of both IP versions, with this CIDR, or with this name as the key's last part.
 
-        So they are found whatever they hold, and also among those of the other IP version.
+        The latter finds pools whose values are invalid.
         """
         return self._keys_called(name, [keys.pools(version) for version in (4, 6)], lambda e: Pool.from_json(*e).cidr)
 
     def _keys_called(self, name: str, directories: list[str], named: Callable[[tuple[str, str]], str]) -> list[str]:
-        """Return the keys below directories whose last part is a name, or whose (value, key) is `named` so."""
+        """Return the keys below directories whose last part is `name`, or for which named((value, key)) is `name`."""
         found = []
         for entry in (entry for directory in directories for entry in self._store.tree(directory)):
             names = {keys.last(entry.key), keys.undashed(keys.last(entry.key))}
@@ -158,7 +167,7 @@ class DatastoreClient:
     # BGP
 
     def readable_bgp_peers(self, version: int, host: str | None = None) -> tuple[list[Peer], list[InvalidValue]]:
-        """Return the BGP peers of all hosts, or of one alone, in order of address, and what is wrong with others."""
+        """Return the valid global BGP peers, or those of a host, by address, and an error for each invalid one."""
         from calicoctl.addresses import parse_address
 
         peers, problems = [], []
@@ -170,7 +179,7 @@ class DatastoreClient:
         return sorted(peers, key=lambda peer: parse_address(peer.ip)), problems
 
     def put_bgp_peer(self, peer: Peer, host: str | None = None) -> Peer | None:
-        """Write a BGP peer; return it as it was before, None where it was missing. Keeps fields that are not known."""
+        """Write a BGP peer, keeping its unknown fields; return it as it was before, None for a new one."""
         key = keys.bgp_peer(version_of(peer.ip), peer.ip, host)
         if create_if_missing(self._store, key, peer.to_json()):
             return None
@@ -191,7 +200,7 @@ class DatastoreClient:
         return self._keys_called(name, directories, lambda e: Peer.from_json(*e).ip)
 
     def node_mesh(self) -> bool:
-        """Tell whether all hosts peer with each other."""
+        """Return whether all hosts peer with each other (full mesh); raise InvalidValue."""
         entry = self._store.get(keys.BGP_NODE_MESH)
         if entry is None:
             return True
@@ -203,7 +212,7 @@ class DatastoreClient:
     def set_node_mesh(self, enabled: bool) -> None:
         self.set(keys.BGP_NODE_MESH, json.dumps({"enabled": enabled}))
 
-    # Settings: keys with a plain text
+    # Settings: keys with plain text
 
     def setting(self, key: str) -> str | None:
         """Return the value of a key, None where it is not set."""
@@ -214,7 +223,7 @@ class DatastoreClient:
         set_value(self._store, key, value)
 
     def unset(self, key: str) -> bool:
-        """Remove a key; tell whether it was there."""
+        """Delete a key; return whether it existed."""
         there = self._store.get(key) is not None
         set_value(self._store, key, None)
         return there
@@ -233,13 +242,13 @@ class DatastoreClient:
             raise NotFound(_no_profile(name))
 
     def create_profile(self, name: str) -> bool:
-        """Make a profile with the default tag and rules; tell whether anything of it was missing."""
+        """Create a profile with the default tag and rules, or what is missing of it; return whether anything was."""
         tags = create_if_missing(self._store, keys.profile_tags(name), json.dumps([name]))
         rules = create_if_missing(self._store, keys.profile_rules(name), Rules.default(name).to_json())
         return tags or rules
 
     def remove_profile(self, name: str) -> None:
-        """Remove all there is of a profile, also keys that are none of a profile's."""
+        """Delete a profile with all keys below it, whatever they are."""
         self._store.remove_tree(keys.profile(name))
 
     def tags(self, name: str) -> list[str]:
@@ -248,7 +257,7 @@ class DatastoreClient:
         return [] if entry is None else load_strings(entry.value, entry.key)
 
     def all_tags(self) -> frozenset[str] | None:
-        """Return the tags of all profiles; None where those of one cannot be read."""
+        """Return the tags of all profiles; None where those of one are invalid."""
         found: list[str] = []
         for entry in self._store.tree(keys.PROFILES):
             if keys.last(entry.key) == "tags" and keys.parse_profile(entry.key) is not None:
@@ -259,7 +268,7 @@ class DatastoreClient:
         return frozenset(found)
 
     def modify_tags(self, name: str, change: Callable[[list[str]], bool]) -> bool:
-        """Let `change` alter a profile's tags in place and tell whether it did; tell whether they were written."""
+        """Have `change` alter a profile's tags in place; write them, and return True, if it returns True."""
         key = keys.profile_tags(name)
 
         def text_of(old: str) -> str | None:
@@ -275,7 +284,7 @@ class DatastoreClient:
         return Rules(name) if entry is None else Rules.from_json(name, entry.value, entry.key)
 
     def modify_rules(self, name: str, change: Callable[[Rules], bool]) -> bool:
-        """Let `change` alter a profile's rules in place and tell whether it did; tell whether they were written."""
+        """Have `change` alter a profile's rules in place; write them, and return True, if it returns True."""
         key = keys.profile_rules(name)
 
         def text_of(old: str) -> str | None:
@@ -286,27 +295,27 @@ class DatastoreClient:
         return modify(self._store, key, _no_profile(name), text_of)
 
     def replace_rules(self, rules: Rules) -> None:
-        """Write rules, whatever the old ones hold; raise NotFound when there is no such profile."""
+        """Overwrite a profile's rules, also invalid ones; raise NotFound when there is no such profile."""
         key = keys.profile_rules(rules.id)
         self._complete(key, rules.id, rules.to_json())
         modify(self._store, key, _no_profile(rules.id), lambda old: rules.to_json())
 
     def _profile_entry(self, key: str, name: str) -> Entry | None:
-        """Return one key of a profile, None where only others of its keys are there."""
+        """Return the entry of a profile's key, None where the profile lacks it; raise NotFound for no such profile."""
         entry = self._store.get(key)
         if entry is None:
             self.require_profile(name)
         return entry
 
     def _complete(self, key: str, name: str, value: str) -> None:
-        """Write a key that an existing profile lacks."""
+        """Write a key if an existing profile lacks it."""
         if self._profile_entry(key, name) is None:
             create_if_missing(self._store, key, value)
 
     # Endpoints
 
     def readable_endpoints(self, host: str | None = None) -> tuple[list[Endpoint], list[InvalidValue]]:
-        """Return all endpoints of a host, or of all hosts, that can be read, and what is wrong with the others."""
+        """Return the valid endpoints of a host, or of all hosts, and an error for each invalid one."""
         found: list[Endpoint] = []
         problems: list[InvalidValue] = []
         for entry in self._store.tree(keys.HOSTS if host is None else f"{keys.host(host)}/workload"):
@@ -319,7 +328,7 @@ class DatastoreClient:
         return found, problems
 
     def endpoints_with(self, address: IPAddress) -> list[EndpointId]:
-        """Return the endpoints, of whatever host, that list an address; also those whose records cannot be read."""
+        """Return the endpoints of all hosts that list an address, also those with invalid records."""
         text = str(address)
         owner = self.ipam.owner(address)
         if owner is not None:
@@ -334,17 +343,17 @@ class DatastoreClient:
         return [id for entry, id in entries if id is not None and _lists(entry, id, text)]
 
     def endpoint_ids(self) -> list[EndpointId]:
-        """Return this host's endpoints, also those whose records cannot be read."""
+        """Return this host's endpoints, also those with invalid records."""
         ids = (keys.parse_endpoint(entry.key) for entry in self._store.tree(f"{keys.host(self.host)}/workload"))
         return [id for id in ids if id is not None]
 
     def endpoint_index(self, id: EndpointId) -> int | None:
-        """Return the index of an endpoint's record as it is now, None where there is none."""
+        """Return the current index of an endpoint's record, None where there is none."""
         entry = self._store.get(keys.endpoint(id))
         return None if entry is None else entry.index
 
     def workload_endpoints(self, orchestrator: str, workload: str) -> list[Endpoint]:
-        """Return the endpoints of one workload on this host; reads its folder alone."""
+        """Return the endpoints of one workload on this host, reading its directory only; raise InvalidValue."""
         found = []
         for entry in self._store.tree(keys.endpoints(self.host, orchestrator, workload)):
             id = keys.parse_endpoint(entry.key)
@@ -353,12 +362,12 @@ class DatastoreClient:
         return found
 
     def workload_endpoint_ids(self, orchestrator: str, workload: str) -> list[EndpointId]:
-        """Return the endpoints of one workload on this host, also those whose records cannot be read."""
+        """Return the endpoints of one workload on this host, also those with invalid records."""
         found = self._store.names(keys.endpoints(self.host, orchestrator, workload))
         return [EndpointId(self.host, orchestrator, workload, endpoint) for endpoint in found]
 
     def readable(self, id: EndpointId) -> Endpoint | None:
-        """Return an endpoint, or None where it is not there, or its record cannot be read."""
+        """Return an endpoint, None where it does not exist or its record is invalid."""
         entry = self._store.get(keys.endpoint(id))
         with suppress(InvalidValue):
             return None if entry is None else Endpoint.from_json(id, entry.value, entry.key)
@@ -372,25 +381,25 @@ class DatastoreClient:
     def workloads_named(self, orchestrator: str, name: str) -> list[str]:
         """Return the ids of this host's workloads under an orchestrator that were connected under a name.
 
-        Where no record has it, what stands beside addresses tells: an old tool may have dropped it from the record.
+        Old tools drop the name from the record; the attributes of the workload's addresses have it, too.
         """
         endpoints = self.readable_endpoints(self.host)[0]
         ids = {e.id.workload for e in endpoints if (e.id.orchestrator, e.workload_name) == (orchestrator, name)}
         return sorted(ids or {id for of, id in self.ipam.workloads(name) if of == orchestrator})
 
     def knows_interface(self, name: str) -> bool:
-        """Tell whether an interface of this host is an endpoint's, or may be, or is to become one's."""
+        """Return whether an interface of this host belongs to an endpoint, or may, or is being set up for one."""
         endpoints, problems = self.readable_endpoints(self.host)
         if problems or any(name in (endpoint.name, endpoint.id.interface) for endpoint in endpoints):
             return True
         return name in self.ipam.interfaces()
 
     def create_endpoint(self, endpoint: Endpoint) -> None:
-        """Write a new endpoint; raise KeyExists when there is one of that id."""
+        """Write a new endpoint; raise KeyExists when its id is taken."""
         self._store.create(keys.endpoint(endpoint.id), endpoint.to_json())
 
     def modify_endpoint(self, id: EndpointId, change: Callable[[Endpoint], bool]) -> bool:
-        """Let `change` alter an endpoint in place and tell whether it did; tell whether it was written."""
+        """Have `change` alter an endpoint in place; write it, and return True, if it returns True."""
         key = keys.endpoint(id)
 
         def text_of(old: str) -> str | None:
@@ -400,32 +409,32 @@ class DatastoreClient:
         return modify(self._store, key, f"endpoint {id.endpoint} no longer exists", text_of)
 
     def check_endpoints_writable(self, ids: Iterable[EndpointId], handle: str) -> None:
-        """Raise StoreError where this user may not change these endpoints, or what their workload's handle holds.
+        """Raise StoreError where this user may not write these endpoints or their workload's handle. Changes nothing.
 
-        Nothing is changed. It is for those who are to change the kernel first.
+        For callers that change the kernel before the store.
         """
         for key in (*map(keys.endpoint, ids), keys.ipam_handle(handle)):
             self._store.check_writable(key)
 
     def remove_endpoint(self, id: EndpointId) -> None:
-        """Remove an endpoint, whatever it holds."""
+        """Delete an endpoint, whatever its record holds."""
         set_value(self._store, keys.endpoint(id), None)
 
     def touch_endpoint(self, id: EndpointId) -> None:
-        """Write an endpoint's record as it is, for its agent to look at it again, and report on the new index."""
+        """Write an endpoint's record unchanged, so that its agent reports on it again, with the new index."""
         entry = self._store.get(keys.endpoint(id))
         if entry is not None:
-            with suppress(CompareFailed):  # somebody else has written it
+            with suppress(CompareFailed):  # another writer had the same effect
                 self._store.update(entry, entry.value)
 
     # The host agent
 
     def followed(self) -> list[str]:
-        """Return the directories in which all is that this host's agent has to know."""
+        """Return the directories that this host's agent watches."""
         return [keys.POLICY_AND_HOSTS, keys.BGP_HOSTS]
 
     def snapshot(self, directory: str) -> tuple[list[Entry], int]:
-        """Return all entries below a directory, and the index to watch it from."""
+        """Return all entries below a directory, and the index to watch it from; see Store.snapshot."""
         return self._store.snapshot(directory)
 
     def watch(self, directory: str, index: int, seconds: float) -> Watch:
@@ -441,9 +450,9 @@ def _pool(entry: Entry, version: int) -> Pool:
 
 
 def _lists(entry: Entry, id: EndpointId, address: str, owned: bool = False) -> bool:
-    """Tell whether an endpoint's record lists an address.
+    """Return whether an endpoint's record lists an address.
 
-    One that cannot be read does where its text has it, or the address is `owned` by this very endpoint.
+    An invalid record counts as listing it where its text contains it, or the endpoint is the address's owner (`owned`).
     """
     try:
         return address in Endpoint.from_json(id, entry.value, entry.key).addresses

@@ -1,4 +1,4 @@
-"""All settings that Calico keeps in the store: name, allowed values, default. The one table; keys.py has their keys."""
+"""The settings in the store, in one table: name, allowed values, default. keys.py has their keys."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from calicoctl.errors import CalicoError
 
 @dataclass(frozen=True)
 class Setting:
-    """A setting's name in the store, its values, None for any text, and what holds where it is not set.
+    """A setting: its name in the store, its allowed values (None: any text), and the default where it is not set.
 
-    One with a `largest` is a whole number from 0 to that.
+    With `largest`, it is a whole number from 0 to that instead.
     """
 
     name: str
@@ -46,21 +46,21 @@ WRITTEN = (
     Setting("LogFilePath", None, "none"),
     IPIP,
 )
-"""Settings of all host agents that are written with their defaults when a host registers, as the tools of 2015 did."""
+"""Global settings of the agents that `calicoctl node` writes with their defaults, as the tools of 2015 did."""
 
 FELIX = {"loglevel": LOG_LEVEL, **{setting.name: setting for setting in (*WRITTEN, GRACE_TIME)}}
-"""Settings of all host agents, by the names that the command line takes."""
+"""Global settings of the agents, by the names that the command line takes."""
 
 NODE_FELIX = {HOST_ACTION.name: HOST_ACTION}
 """Settings of one host's agent."""
 
 BGP = {"loglevel": Setting("loglevel", ("none", "debug", "info"), "none")}
-"""Settings of the routing daemons of all hosts, or of one."""
+"""Settings of the routing daemons, global or per host."""
 
 RESERVED = ("marker", "as_num", "node_mesh", "peer_v4", "peer_v6", "ip_addr_v4", "ip_addr_v6")
-"""What stands beside the settings in the store, and is written by other commands than `config`."""
+"""Names beside the settings in the store that are no settings: other commands than `config` write them."""
 
 
 def settings_of(daemon: str, of_node: bool) -> dict[str, Setting]:
-    """Return the settings of a daemon, "felix" or "bgp"; of one host's, or of all."""
+    """Return name -> setting of a daemon ("felix" or "bgp"), per host or global."""
     return (NODE_FELIX if of_node else FELIX) if daemon == "felix" else BGP

@@ -1,4 +1,4 @@
-"""The store over etcd's v2 API, by python-etcd: requests, the translation of errors, and watches over long polls.
+"""The backend for etcd's v2 API, on python-etcd: requests, the translation of errors, and watches over long polls.
 
 python-etcd's own reconnecting is off, since it repeats unanswered writes blindly; failover is in members.py.
 
@@ -221,7 +221,7 @@ class Etcd2Store:
             yield changes
 
     def _await_changes(self, directory: str, index: int, seconds: float) -> tuple[list[Change], int]:
-        """Return the first change below `directory` from `index` on, or none, and the index to go on from."""
+        """Return the first change below `directory` from `index` on, if any, and the index to continue from."""
         import etcd
 
         deadline: Deadline | None = None
@@ -229,7 +229,7 @@ class Etcd2Store:
         def poll(client: etcd.Client, path: str) -> tuple[list[Change], int]:
             if deadline is not None:  # the member before had no quorum: do not wait for this one unless it has
                 _confirm_quorum(client, path)
-            return _await_change(client, path, index, seconds)
+            return _poll_for_change(client, path, index, seconds)
 
         try:
             while True:
@@ -398,7 +398,7 @@ def _child_keys(client: etcd.Client, path: str) -> list[str]:
     return found
 
 
-def _await_change(client: etcd.Client, path: str, index: int, seconds: float) -> tuple[list[Change], int]:
+def _poll_for_change(client: etcd.Client, path: str, index: int, seconds: float) -> tuple[list[Change], int]:
     """Wait for a change as python-etcd does, but read the response headers, which arrive at once, before the change.
 
     They have the index up to which nothing has changed here. Without it, a watch of a quiet directory would fall behind

@@ -1,4 +1,4 @@
-"""Which hosts are registered, under which names, and with which addresses. Knows no workloads and no kernel."""
+"""The registration of hosts: names and addresses. Knows no workloads and no kernel."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DEFAULT_POOLS = {4: "192.168.0.0/16", 6: "fd80:24e2:f998:72d6::/64"}
 
 
 def hostname() -> str:
-    """Return the name this host is registered under: $HOSTNAME, else the system's; raise CalicoError for no name."""
+    """Return this host's name: $HOSTNAME, else the system's; raise CalicoError for an invalid one."""
     name = os.environ.get("HOSTNAME") or socket.gethostname()
     try:
         return check_hostname(name)
@@ -27,7 +27,7 @@ def hostname() -> str:
 
 
 def check_hostname(name: str) -> str:
-    """Return a host's name; raise CalicoError when it cannot be one."""
+    """Return a host's name; raise CalicoError for an invalid one."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,252}", name, re.ASCII):
         raise CalicoError(
             f"the host name '{name}' cannot be used: it must have letters, digits, '_', '.' and '-', with a letter or "
@@ -44,19 +44,19 @@ class Hosts:
         self._store = store
 
     def is_registered(self) -> bool:
-        """Tell whether this host has anything in the store."""
+        """Return whether the store has anything about this host."""
         directories = (keys.host(self.host), keys.bgp_host(self.host))
         return any(self._store.exists(directory) for directory in directories)
 
     def registered(self) -> list[str]:
-        """Return the hosts that have their addresses for BGP: settings alone make none."""
+        """Return the names of the hosts that are registered with BGP addresses; settings alone do not count."""
         entries = self._store.tree(keys.BGP_HOSTS)
         return sorted({host for host in map(keys.parse_bgp_host_address, (e.key for e in entries)) if host is not None})
 
     def addresses(self, version: int | None = None) -> dict[str, str]:
-        """Return the addresses, in their usual form, that hosts are registered with, and which host has each.
+        """Return canonical address -> host, for all registered hosts; with `version`, for that IP version only.
 
-        With `version`, those of an IP version alone. Where this host shares one with another, that is named.
+        Where this host and another one have the same address, the other one is returned.
         """
         from calicoctl.addresses import parse_address
 
@@ -68,7 +68,7 @@ class Hosts:
                 texts.append((entry.value, host))
                 complete.update({host} if entry.key == keys.bgp_host_address(host, 4) else ())
         if version != 6:
-            # the same address, but a host that an older tool has registered may have it there alone
+            # normally the same address; a host that was registered by an older tool may have it only here
             for host in set(self._store.names(keys.HOSTS)) - complete:
                 texts.append((self._text(keys.host_bird_ip(host)) or "", host))
         found: dict[str, str] = {}
@@ -80,16 +80,16 @@ class Hosts:
         return found
 
     def addresses_of_others(self) -> dict[str, str]:
-        """Return the addresses, in their usual form, that other hosts are registered with, and which host has each."""
+        """Return canonical address -> host, for all registered hosts except this one."""
         return {address: host for address, host in self.addresses().items() if host != self.host}
 
     def check_writable(self) -> None:
-        """Raise StoreError where this user may not change what the store has of this host. Nothing is changed."""
+        """Raise StoreError where this user may not write this host's keys. Changes nothing."""
         for key in (keys.host_bird_ip(self.host), keys.bgp_host_address(self.host, 4)):
             self._store.check_writable(key)
 
     def unregister(self) -> None:
-        """Remove what the store has of this host, its claims to blocks among it, but no address in use."""
+        """Delete this host's keys and release its block affinities; addresses in use stay allocated."""
         from calicoctl.datastore.ipam import Ipam
 
         Ipam(self._store, self.host).release_affinities()
@@ -102,7 +102,7 @@ class Hosts:
             self._store.remove_tree(directory)
 
     def register(self, ipv4: str | None, ipv6: str | None, as_num: str | None) -> None:
-        """Write the global configuration where it is missing, and this host's keys as given; the marker comes last."""
+        """Write missing global configuration, then this host's keys; `marker`, which old tools wait for, comes last."""
         for setting in config.WRITTEN:
             create_if_missing(self._store, keys.config(setting.name), str(setting.default))
         create_if_missing(self._store, keys.BGP_AS_NUM, DEFAULT_AS_NUMBER)
@@ -120,7 +120,7 @@ class Hosts:
         set_value(self._store, keys.host_config(self.host, "marker"), "created")
 
     def own_addresses(self) -> set[str]:
-        """Return the addresses that this host is registered with, in their usual form; what is none is left out."""
+        """Return the canonical addresses that this host is registered with; invalid ones are left out."""
         from calicoctl.addresses import parse_address
 
         found = set()
@@ -130,9 +130,9 @@ class Hosts:
         return found
 
     def next_hop(self, version: int) -> str:
-        """Return this host's address, which its workloads use as next hop.
+        """Return this host's address of an IP version, the next hop of its workloads.
 
-        Raises CalicoError when the host is not registered for that IP version, or the address is garbage.
+        Raises CalicoError when the host is not registered for that IP version, InvalidValue for an invalid address.
         """
         from calicoctl.addresses import parse_address
 

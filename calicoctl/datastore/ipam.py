@@ -1,8 +1,8 @@
-"""Which address belongs to whom: blocks of 64 addresses, the hosts' affinity to them, and handles that name owners.
+"""Allocates addresses to workloads, and releases them: chooses blocks, and writes blocks, affinities and handles.
 
-Every change of a key is a compare-and-swap on what was read, repeated a bounded number of times. The order of writes
-is such that a cut at any point loses no address: a handle's count goes up before the block is written and down after
-an address is given back, and it is counted anew from the blocks before it is changed.
+Every change of a key is a compare-and-swap on what was read, retried a bounded number of times. The order of writes
+is such that a crash at any point leaks no address: a handle's count goes up before an address is allocated in the block
+and down after it is released there, and it is recounted from the blocks before it is changed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 class Ipam:
-    """Takes and gives back addresses on behalf of one host."""
+    """Allocates and releases addresses on behalf of one host."""
 
     def __init__(self, store: Store, host: str) -> None:
         self.handles = Handles(store)
@@ -44,14 +44,14 @@ class Ipam:
         self._host = host
 
     def owner(self, address: IPAddress) -> Owner | None:
-        """Return who holds `address`, or None when it is free."""
+        """Return who holds `address`, None for a free one; raise InvalidValue for an invalid block."""
         block = self.block_of(address)
         return None if block is None else block.owner(int(address) % BLOCK_SIZE)
 
     def blocks(self, version: int, network: IPNetwork | None = None) -> Iterator[Block]:
-        """Yield the blocks of an IP version, or those with addresses of a network, one after the other.
+        """Yield the blocks of an IP version, or those with addresses of a network, by address.
 
-        A /16 has a thousand blocks: they are never held all at a time. Raises InvalidValue for one that is not sound.
+        One is read after the other: a /16 has a thousand blocks. Raises InvalidValue for an invalid one.
         """
         for first in sorted(first_addresses(self._store.names(keys.ipam_blocks(version)))):
             if network is None or (first <= network.last and first + BLOCK_SIZE > network.first):
@@ -60,7 +60,7 @@ class Ipam:
                     yield Block.from_entry(entry)
 
     def all_blocks(self, version: int) -> Iterator[Block | InvalidValue]:
-        """Yield the blocks of an IP version, and what is wrong with those that are not sound, one after the other."""
+        """Yield the valid blocks of an IP version, and an error for each invalid one; reads one after the other."""
         for name in self._store.names(keys.ipam_blocks(version)):
             try:
                 entry = self._store.get(f"{keys.ipam_blocks(version)}/{name}")
@@ -73,18 +73,18 @@ class Ipam:
                 yield problem
 
     def block_of(self, address: IPAddress) -> Block | None:
-        """Return the block that an address is in, None where there is none."""
+        """Return the block that an address is in, None where it does not exist; raise InvalidValue."""
         entry = self._store.get(block_key(address))
         return None if entry is None else Block.from_entry(entry)
 
     @staticmethod
     def cidr_of(address: IPAddress) -> str:
-        """Return the CIDR of the block that an address belongs to, whether there is one or not."""
+        """Return the CIDR of the block of an address, whether that block exists or not."""
         version, first, _ = place(address)
         return block_cidr(version, first)
 
     def used_in(self, network: IPNetwork) -> list[IPAddress]:
-        """Return the addresses of a network that somebody holds, in order."""
+        """Return the allocated addresses of a network, in order."""
         return [
             block.address(ordinal)
             for block in self.blocks(network.version, network)
@@ -93,11 +93,10 @@ class Ipam:
         ]
 
     def held_by(self, handle: str) -> dict[IPAddress, Owner] | None:
-        """Return the addresses that `handle` holds on this host, or None when there is no such handle.
+        """Return address -> owner for what `handle` holds on this host, None when there is no such handle.
 
-        Two hosts may have namespaces of the same path, and so the same handle; the attributes say whose an address is.
-
-        A handle that a cut command has left with wrong counts is put right; so call this with the owner's lock held.
+        Two hosts may have namespaces of the same path, and so the same handle; the owner's attributes name the host.
+        Wrong counts that an interrupted command left are corrected, so the caller holds the workload's lock.
         """
         entry = self._store.get(keys.ipam_handle(handle))
         if entry is None:
@@ -124,7 +123,7 @@ class Ipam:
         self.handles.recount(handle, {cidr: self.handles.held_in(handle, cidr) for cidr in blocks})
 
     def repair_free_list(self, version: int, cidr: str) -> None:
-        """Make a block's list of free addresses exactly those that are not allocated."""
+        """Rewrite a block's `unallocated` list from its allocations; raise NotFound where the block does not exist."""
         key = keys.ipam_block(version, cidr)
 
         def text_of(old: str) -> str | None:
@@ -134,36 +133,35 @@ class Ipam:
         modify(self._store, key, f"block {cidr} no longer exists", text_of)
 
     def assign(self, address: IPAddress, owner: Owner) -> None:
-        """Give `address` to `owner`. An address that exactly this owner has already is left with it.
+        """Allocate `address` to `owner`. Idempotent for the same owner.
 
-        Raises AddressTaken when somebody else has it, CalicoError when its block is another host's alone, Conflict
-        when others change its block all the time.
+        Raises AddressTaken when another owner has it, CalicoError when its block has strict affinity to another host,
+        Conflict when other writers change its block all the time.
         """
         version, first, ordinal = place(address)
-        with self._counted_right(owner):
-            if not self._take(version, first, owner, [ordinal], count=1, claim=True, exact=True):
+        with self._recount_on_failure(owner):
+            if not self._allocate(version, first, owner, [ordinal], count=1, claim=True, exact=True):
                 raise AddressTaken(f"IP {address} is already assigned")
 
     def auto_assign(
         self, count: int, pools: list[Pool], owner: Owner, reserved: Reserved | None = None
     ) -> list[IPAddress]:
-        """Give `count` free addresses out of `pools` (of one IP version) to `owner`; return those that could be found.
+        """Allocate up to `count` free addresses of `pools` (of one IP version) to `owner`; return them.
 
-        None is one that is `reserved`, or of a network that this host is connected to, and no block with addresses of
-        such a network is claimed.
-
-        First from blocks this host has affinity to, then from blocks nobody has, then from other hosts' blocks.
+        Tried are, in order, blocks with affinity to this host, new blocks, which this host claims, and other hosts'
+        blocks. Addresses that are `reserved`, or of a network that this host is connected to, are left out, and no
+        block with addresses of such a network is claimed.
         """
         ranges = [_range(pool) for pool in pools]
         reserved = reserved or Reserved()
         found: list[IPAddress] = []
-        with self._counted_right(owner):
+        with self._recount_on_failure(owner):
             for version, first, claim in self._candidates(ranges, reserved.network.networks):
                 ordinals = [o for o in range(BLOCK_SIZE) if any(low <= first + o <= high for _, low, high in ranges)]
                 ordinals = [o for o in ordinals if reserved.is_free_for_any(version, first + o)]
                 if not ordinals:
                     continue
-                found += self._take(version, first, owner, ordinals, count - len(found), claim)
+                found += self._allocate(version, first, owner, ordinals, count - len(found), claim)
                 if len(found) >= count:
                     return found
         if owner.handle is not None:
@@ -171,9 +169,9 @@ class Ipam:
         return found
 
     def release(self, addresses: Iterable[IPAddress], holders: set[str | None] | None = None) -> list[IPAddress]:
-        """Give addresses back; return those that were not assigned.
+        """Release addresses; return those that were not allocated.
 
-        With `holders`, give back only what one of these handles holds; what is somebody else's counts as not assigned.
+        With `holders`, release only what one of these handles holds (None: no handle); others count as not allocated.
         """
         by_block: dict[tuple[int, int], set[int]] = {}
         for address in addresses:
@@ -181,21 +179,21 @@ class Ipam:
             by_block.setdefault((version, first), set()).add(ordinal)
         missing: list[IPAddress] = []
         for (version, first), ordinals in by_block.items():
-            released, handles = self._give_back(version, first, ordinals, holders)
+            released, handles = self._release_in_block(version, first, ordinals, holders)
             missing += [address_at(version, first + ordinal) for ordinal in sorted(ordinals - released)]
             for handle in handles:
                 self.handles.recount(handle)
         return missing
 
     def release_by_handle(self, handle: str) -> list[IPAddress]:
-        """Give back all that `handle` holds on this host, and drop it when nothing is left; return the addresses."""
+        """Release all addresses that `handle` holds on this host, and the handle if none is left; return them."""
         held = list(self.held_by(handle) or ())
         self.release(held, {handle})
         self.handles.recount(handle)
         return held
 
     def set_workload_name(self, handle: str, addresses: Iterable[IPAddress], name: str) -> None:
-        """Note beside addresses that `handle` holds on this host what its workload is called."""
+        """Write a workload's name into the attributes of the addresses that its `handle` holds on this host."""
         for version, first in {place(address)[:2] for address in addresses}:
             key = keys.ipam_block(version, block_cidr(version, first))
 
@@ -206,9 +204,9 @@ class Ipam:
             modify(self._store, key, f"etcd key {key} no longer exists", renamed)
 
     def workloads(self, name: str | None = None) -> set[tuple[str, str]]:
-        """Return the workloads, as (orchestrator, id), that hold addresses on this host by a handle of their own.
+        """Return the workloads, as (orchestrator, id), that hold addresses on this host by their own handles.
 
-        With a `name`, only those that were connected under it.
+        With a `name`, only those that were connected under that name.
         """
         found = set()
         for _, owner in self._held():
@@ -220,26 +218,26 @@ class Ipam:
         return found
 
     def interfaces(self) -> set[str]:
-        """Return the interfaces of this host's endpoints that hold addresses, whether they have a record or not."""
+        """Return the interfaces of this host's endpoints that hold addresses, with or without a record."""
         owners = [owner.secondary for _, owner in self._held() if owner.secondary.get("host") == self._host]
         return {EndpointId("", "", "", str(facts.get("endpoint"))).interface for facts in owners}
 
     def _held(self) -> Iterator[tuple[IPAddress, Owner]]:
-        """Give all addresses that are assigned, with their owners, out of all blocks that can be read."""
+        """Yield all allocated addresses with their owners, of all valid blocks."""
         for version in (4, 6):
             for block in self.all_blocks(version):
                 if isinstance(block, Block):
                     yield from ((block.address(ordinal), owner) for ordinal, owner in block.held())
 
     def release_affinities(self) -> None:
-        """Give up this host's claim to its blocks: those without addresses go, the others are nobody's then."""
+        """Release this host's affinities: empty blocks are deleted, the others have no affinity any more."""
         for version in (4, 6):
             for first in list(first_addresses(self._store.names(keys.ipam_affinities(self._host, version)))):
                 cidr = block_cidr(version, first)
-                self._disown(keys.ipam_block(version, cidr))
-                self._drop_affinity(version, cidr)
+                self._release_affinity(keys.ipam_block(version, cidr))
+                self._delete_affinity(version, cidr)
 
-    def _disown(self, key: str) -> None:
+    def _release_affinity(self, key: str) -> None:
         for attempt in range(ATTEMPTS):
             entry = self._store.get(key)
             if entry is None:
@@ -261,9 +259,9 @@ class Ipam:
     def _candidates(
         self, ranges: list[tuple[int, int, int]], networks: Iterable[Network]
     ) -> Iterator[tuple[int, int, bool]]:
-        """Yield (version, first address, may be claimed) of the blocks to take addresses from, best first.
+        """Yield (IP version, first address, whether to claim it) of blocks to allocate from, best first.
 
-        No block that has addresses of one of the `networks` is to be claimed.
+        `ranges` are (IP version, first address, last address). Blocks with addresses of `networks` are not claimed.
         """
         version = ranges[0][0] if ranges else 4
 
@@ -280,27 +278,27 @@ class Ipam:
         for first in sorted(filter(wanted, ours)):
             yield version, first, True
         known = existing()
-        # another command of this host may have claimed one meanwhile: one block will do for both
+        # another command of this host may have claimed one concurrently: share it
         for first in sorted(filter(wanted, (affine() - ours) & known)):
             yield version, first, True
         for low, high in _without(ranges, [network for network in networks if network.version == version]):
             for first in range(low, high + 1, BLOCK_SIZE):
                 if first not in known:
                     yield version, first, True
-        # all of them: one that was to be claimed, or that there is a stale affinity to, may be another host's
+        # read again: one that was to be claimed, or has a stale affinity, may have turned out to be another host's
         borrowed = list(filter(wanted, existing()))
         random.shuffle(borrowed)
         for first in borrowed:
             yield version, first, False
 
-    def _take(
+    def _allocate(
         self, version: int, first: int, owner: Owner, ordinals: list[int], count: int, claim: bool, exact: bool = False
     ) -> list[IPAddress]:
-        """Take up to `count` free addresses of a block, of these ordinals; return them, none when there are none.
+        """Allocate up to `count` free addresses of a block, out of these ordinals; return them.
 
-        A block that does not exist is made, with this host's affinity, where `claim` is true. With `exact`, what this
-        owner has already counts as taken, and a block of another host will do; else a block to claim that turns out to
-        be another host's is left alone.
+        With `claim`, a block that does not exist is created, with affinity to this host, and one that turns out to be
+        another host's is skipped. With `exact`, another host's block is used, too, and what this owner has already
+        counts as newly allocated.
         """
         cidr = block_cidr(version, first)
         key = keys.ipam_block(version, cidr)
@@ -310,7 +308,7 @@ class Ipam:
             if entry is not None:
                 block = Block.from_entry(entry)
                 if claim and block.affinity != f"host:{self._host}":
-                    self._drop_affinity(version, cidr)
+                    self._delete_affinity(version, cidr)
                     if not exact:
                         break
             elif claim:
@@ -320,19 +318,19 @@ class Ipam:
                 break
             mine = {ordinal for ordinal in ordinals if block.owner(ordinal) == owner}
             before = mine if before is None else before
-            # an earlier write of this loop may have been applied without an answer: what is new and ours is from it
+            # an earlier, unanswered write of this loop may have been applied: what is new and ours comes from it
             taken = sorted(mine - before)[:count]
             free = [ordinal for ordinal in block.free() if ordinal in ordinals][: count - len(taken)]
             if free and block.is_strict and block.affinity != f"host:{self._host}":
                 if exact:
-                    raise CalicoError(_strictly(block, free[0]))
+                    raise CalicoError(_strict_refusal(block, free[0]))
                 free = []
             if free:
                 counted = None
                 if owner.handle is not None:
                     counted = self.handles.recount(owner.handle, {cidr: block.count(owner.handle) + len(free)})
                 for ordinal in free:
-                    block.take(ordinal, owner)
+                    block.allocate(ordinal, owner)
                 try:
                     if entry is None:
                         self._store.create(key, block.to_json())
@@ -342,7 +340,7 @@ class Ipam:
                     pause(attempt)
                     continue
                 if counted is not None and self._store.get(counted.key) != counted:
-                    # another host with the same handle has counted it in the meantime, without this address
+                    # another host with the same handle recounted it concurrently, without this address
                     self.handles.recount(str(owner.handle))
             if taken or free:
                 return [address_at(version, first + ordinal) for ordinal in sorted(taken + free)]
@@ -352,28 +350,28 @@ class Ipam:
         return []
 
     @contextmanager
-    def _counted_right(self, owner: Owner) -> Iterator[None]:
-        """Put the owner's handle right when what is inside `with` fails: it may have been counted up already."""
+    def _recount_on_failure(self, owner: Owner) -> Iterator[None]:
+        """Recount the owner's handle when the body of `with` fails: its count may have gone up already."""
         try:
             yield
-        except BaseException:  # an interrupt, too
+        except BaseException:  # KeyboardInterrupt included
             if owner.handle is not None:
                 with suppress(CalicoError):
                     self.handles.recount(owner.handle)
             raise
 
-    def _drop_affinity(self, version: int, cidr: str) -> None:
-        """Forget this host's affinity to a block that turned out to be another's."""
+    def _delete_affinity(self, version: int, cidr: str) -> None:
+        """Delete this host's affinity to a block that turned out to be another's."""
         entry = self._store.get(keys.ipam_affinity(self._host, version, cidr))
         if entry is not None:
-            # written anew by another command of this host? that will find the same out
+            # if another command of this host rewrites it, that command finds the same out
             with suppress(CompareFailed):
                 self._store.delete(entry)
 
-    def _give_back(
+    def _release_in_block(
         self, version: int, first: int, ordinals: set[int], holders: set[str | None] | None
     ) -> tuple[set[int], set[str]]:
-        """Free addresses of one block; return the ordinals that were freed and the handles that had held them."""
+        """Release addresses of one block; return the released ordinals, and the handles that had held them."""
         key = keys.ipam_block(version, block_cidr(version, first))
         released: set[int] = set()
         handles: set[str] = set()
@@ -390,7 +388,7 @@ class Ipam:
             if not now:
                 return released, handles
             for ordinal in now:
-                block.give_back(ordinal)
+                block.release(ordinal)
             try:
                 self._store.update(entry, block.to_json())
                 return released | now, handles
@@ -401,8 +399,8 @@ class Ipam:
         raise Conflict(f"block {block_cidr(version, first)} keeps being modified concurrently; retry")
 
 
-def _strictly(block: Block, ordinal: int) -> str:
-    """Return why another host than a block's cannot have an address of it."""
+def _strict_refusal(block: Block, ordinal: int) -> str:
+    """Return why this host cannot allocate from another host's block."""
     whose = f"of {block.affinity.replace(':', ' ', 1)}" if block.affinity else "of no host"
     return (
         f"IP {block.address(ordinal)} is in the block {block.cidr} {whose}, which no other host takes addresses from "
@@ -419,7 +417,7 @@ def _range(pool: Pool) -> tuple[int, int, int]:
 
 
 def _without(ranges: list[tuple[int, int, int]], networks: list[Network]) -> Iterator[tuple[int, int]]:
-    """Yield ranges (first and last address) of whole blocks that hold those of `ranges`, but none of the networks."""
+    """Yield the `ranges` rounded to whole blocks, as (first, last address), without blocks that overlap a network."""
     for _, low, high in ranges:
         at = low - low % BLOCK_SIZE
         for network in sorted(networks, key=lambda network: network.first):

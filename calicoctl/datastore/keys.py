@@ -1,6 +1,6 @@
-"""Every path of the store, and back from a path to what it names. Knows no values and no etcd.
+"""The keys of the store, and what they identify. Knows no values and no etcd.
 
-The layout is a wire contract with the Calico programs of 2015: see docs/datamodel.md.
+The layout is a contract with the Calico programs of 2015: see docs/datamodel.md.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ BGP_NODE_MESH = f"{BGP_GLOBAL}/node_mesh"
 
 @dataclass(frozen=True)
 class EndpointId:
-    """What names one endpoint: its host, its orchestrator, its workload, and its own id of 32 hex digits."""
+    """Identifies one endpoint: host, orchestrator (`docker`, `namespace`), workload, and an id of 32 hex digits."""
 
     host: str
     orchestrator: str
@@ -48,7 +48,7 @@ def host_bird_ip(host: str) -> str:
 
 
 def parse_host_bird_ip(key: str) -> str | None:
-    """Return the host whose IPv4 address a key holds, or None for any other key below the hosts."""
+    """Return the host whose IPv4 address a key holds, None for any other key."""
     parts = key.split("/")
     return parts[4] if len(parts) == 6 and parts[5] == "bird_ip" and key.startswith(HOSTS + "/") else None
 
@@ -74,7 +74,7 @@ def endpoint(id: EndpointId) -> str:
 
 
 def parse_endpoint(key: str) -> EndpointId | None:
-    """Return what an endpoint's key names, or None for any other key below the hosts."""
+    """Return the endpoint that a key identifies, None for any other key."""
     if not key.startswith(HOSTS + "/"):
         return None
     parts = key[len(HOSTS) + 1 :].split("/")
@@ -84,7 +84,7 @@ def parse_endpoint(key: str) -> EndpointId | None:
 
 
 def parse_felix_endpoint(key: str) -> EndpointId | None:
-    """Return the endpoint that a key of an agent's report is about, or None for any other key."""
+    """Return the endpoint whose status a key holds, None for any other key."""
     return parse_endpoint(key.replace(FELIX_HOSTS, HOSTS, 1)) if key.startswith(FELIX_HOSTS + "/") else None
 
 
@@ -101,7 +101,7 @@ def profile_rules(name: str) -> str:
 
 
 def parse_profile(key: str) -> str | None:
-    """Return the name of the profile whose tags or rules a key holds, or None for any other key below the profiles."""
+    """Return the profile whose tags or rules a key holds, None for any other key."""
     parts = key.split("/")
     return parts[5] if len(parts) == 7 and parts[6] in ("tags", "rules") and key.startswith(PROFILES + "/") else None
 
@@ -119,7 +119,7 @@ def bgp_host(host: str) -> str:
 
 
 def bgp_peers(version: int, host: str | None = None) -> str:
-    """The folder of the BGP peers of all hosts, or of one host alone."""
+    """The directory of the global BGP peers, or of those of one host."""
     return f"{BGP_GLOBAL if host is None else bgp_host(host)}/peer_v{version}"
 
 
@@ -136,7 +136,7 @@ def bgp_host_address(host: str, version: int) -> str:
 
 
 def parse_bgp_host_address(key: str) -> str | None:
-    """Return the host whose address for BGP a key holds, or None for any other key below the hosts."""
+    """Return the host whose BGP address a key holds, None for any other key."""
     parts = key.split("/")
     of_host = len(parts) == 7 and key.startswith(BGP_HOSTS + "/")
     return parts[5] if of_host and parts[6] in ("ip_addr_v4", "ip_addr_v6") else None
@@ -175,7 +175,7 @@ def ipam_handle(handle: str) -> str:
 
 
 def felix_host(host: str) -> str:
-    """The folder of what a host's agent reports."""
+    """The directory of what a host's agent reports."""
     return f"{FELIX_HOSTS}/{host}"
 
 
@@ -188,30 +188,31 @@ def felix_endpoint(id: EndpointId) -> str:
 
 
 def implied_directories(key: str) -> list[str]:
-    """Return the directories, deepest first, that exist for a key's sake alone, and go with it when they are empty.
+    """Return the directories, deepest first, that a delete of the key removes where it leaves them empty.
 
-    For an endpoint, these are its workload's. The others stay: the programs of 2015 expect them.
+    For an endpoint and its status, these are the directories of the workload. All others stay: the programs of 2015
+    expect them. Matters to stores with directories of their own (etcd's v2 API).
     """
     id, levels = parse_endpoint(key), 2
     if id is None:
-        id, levels = parse_felix_endpoint(key), 3  # of what an agent reports, an orchestrator's as well
+        id, levels = parse_felix_endpoint(key), 3  # of the statuses, the orchestrator's as well
     parts = key.split("/")
     return [] if id is None else ["/".join(parts[: len(parts) - level]) for level in range(1, levels + 1)]
 
 
 def dashed(cidr: str) -> str:
-    """Return a CIDR as it stands in a key: `192.168.0.0/26` is `192.168.0.0-26`."""
+    """Return a CIDR as part of a key: `192.168.0.0-26` for `192.168.0.0/26`."""
     return cidr.replace("/", "-")
 
 
 def undashed(name: str) -> str:
-    """Return the CIDR that the last part of a key stands for."""
+    """Return the CIDR that is written as part of a key; see dashed."""
     address, _, prefix = name.rpartition("-")
     return f"{address}/{prefix}"
 
 
 def can_be_part(name: str) -> bool:
-    """Tell whether a name can be one part of a key. etcd's v2 API takes '.' and '..' as a path's."""
+    """Return whether a name can be one part of a key. etcd's v2 API resolves '.' and '..' as paths do."""
     return name not in ("", ".", "..") and "/" not in name
 
 

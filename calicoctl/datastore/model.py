@@ -1,7 +1,7 @@
-"""Endpoints, rules, profiles and pools as plain data, to and from the JSON of the store. Knows no etcd.
+"""Endpoints, rules, profiles, pools and BGP peers: plain data, from and to the JSON of the store. Reads no store.
 
-Reading is liberal: a missing optional field gets its default, and a field that is not known is kept in `extra` and
-written back. What cannot be understood raises InvalidValue, which names the key.
+A missing optional field gets its default, and an unknown field is kept in `extra` and written back. An invalid value
+raises InvalidValue, which names the key.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from calicoctl.errors import InvalidValue
 
 
 def load_object(text: str, key: str) -> dict[str, Any]:
-    """Return the JSON object that `text`, the value of `key`, holds; raise InvalidValue when it holds none."""
+    """Parse `text`, the value of `key`, as a JSON object; raise InvalidValue."""
     value = _load(text, key)
     if not isinstance(value, dict):
         raise InvalidValue(key, f"it should hold a JSON object, and holds {_excerpt(text)}")
@@ -25,7 +25,7 @@ def load_object(text: str, key: str) -> dict[str, Any]:
 
 
 def load_strings(text: str, key: str) -> list[str]:
-    """Return the JSON list of strings that `text` holds, for tags; raise InvalidValue when it holds none."""
+    """Parse `text`, the value of `key`, as a JSON list of strings; raise InvalidValue."""
     value = _load(text, key)
     if not _is_strings(value):
         raise InvalidValue(key, f"it should hold a JSON list of strings, and holds {_excerpt(text)}")
@@ -35,7 +35,7 @@ def load_strings(text: str, key: str) -> list[str]:
 def _load(text: str, key: str) -> Any:
     try:
         value = json.loads(text)
-        if "\\ud" in text or "\\uD" in text:  # half a character may be spelled out, and could be written nowhere
+        if "\\ud" in text or "\\uD" in text:  # an escaped lone surrogate parses, but cannot be encoded
             json.dumps(value, ensure_ascii=False).encode()
         return value
     except (ValueError, RecursionError):
@@ -47,7 +47,7 @@ def _excerpt(text: str) -> str:
 
 
 def _is_net(text: str, version: int) -> bool:
-    """Tell whether a text is an address with prefix length; netaddr would take longer to load than to ask."""
+    """Return whether a text is an address with prefix length. Not by netaddr: importing that takes too long."""
     address, _, length = text.partition("/")
     try:
         socket.inet_pton(socket.AF_INET6 if version == 6 else socket.AF_INET, address)
@@ -67,12 +67,11 @@ def _is_strings(value: Any) -> bool:
 
 @dataclass
 class Endpoint:
-    """One interface of a workload, as the agents of all hosts see it.
+    """One interface of a workload.
 
     `name` is the host's end of the veth pair; nets are `address/32` or `address/128`; gateways are the host's
     addresses, the workload's next hops. `profile_ids` is in order of evaluation. `inactive_since` is when the workload
-    was found not to run (ISO 8601, UTC), `workload_name` what Docker calls the container; an old tool may have dropped
-    both.
+    was found stopped (ISO 8601, UTC), `workload_name` the name of the Docker container; old tools drop both.
     """
 
     id: EndpointId
@@ -90,7 +89,7 @@ class Endpoint:
 
     @classmethod
     def from_json(cls, id: EndpointId, text: str, key: str) -> Endpoint:
-        """Read the value of `key`; raise InvalidValue."""
+        """Parse the value of `key`; raise InvalidValue."""
         data = load_object(text, key)
         profile = data.pop("profile_id", None)
         if profile is not None and data.get("profile_ids") is None:
@@ -121,7 +120,7 @@ class Endpoint:
         return cls(id=id, extra=data, **known)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the record as it stands in the store."""
+        """Return the record as JSON in the store."""
         return {
             "state": self.state,
             "name": self.name,
@@ -145,11 +144,11 @@ class Endpoint:
 
     @property
     def addresses(self) -> list[str]:
-        """The endpoint's addresses in their usual form, without prefix length."""
+        """The endpoint's canonical addresses, without prefix length."""
         return [_canonical(net.partition("/")[0]) for net in self.nets]
 
     def nets_of(self, version: int) -> list[str]:
-        """The list, not a copy, of the nets of an IP version."""
+        """The nets of an IP version: the list itself, not a copy."""
         return self.ipv6_nets if version == 6 else self.ipv4_nets
 
     def gateway(self, version: int) -> str | None:
@@ -164,9 +163,9 @@ class Endpoint:
 
 @dataclass
 class Rule:
-    """One rule of a profile. All conditions are optional and and-ed; see docs/datamodel.md for what they mean.
+    """One rule of a profile. All conditions are optional and ANDed; see docs/datamodel.md for what they mean.
 
-    Ports are numbers or `"first:last"`. `extra` keeps what this program has no name for.
+    Ports are numbers or `"first:last"`. `extra` has unknown fields.
     """
 
     action: str = "allow"
@@ -207,12 +206,12 @@ class Rules:
 
     @classmethod
     def default(cls, profile: str) -> Rules:
-        """What a new profile gets: its own members may send to each other and anywhere."""
+        """Return the rules of a new profile: allow from its own members, and to anywhere."""
         return cls(profile, inbound=[Rule(src_tag=profile)], outbound=[Rule()])
 
     @classmethod
     def from_json(cls, profile: str, text: str, key: str) -> Rules:
-        """Read the value of `key`; raise InvalidValue."""
+        """Parse the value of `key`; raise InvalidValue."""
         data = load_object(text, key)
         lists = []
         for name in ("inbound_rules", "outbound_rules"):
@@ -238,7 +237,7 @@ class Rules:
 
 @dataclass
 class Pool:
-    """A range that addresses are taken from. `cidr` is its text; `ipip` names the tunnel device, if any."""
+    """A range that addresses are allocated from. `cidr` is canonical; `ipip` names the IP-in-IP device, if any."""
 
     cidr: str
     ipip: str | None = None
@@ -247,7 +246,7 @@ class Pool:
 
     @classmethod
     def from_json(cls, text: str, key: str) -> Pool:
-        """Read the value of `key`; raise InvalidValue."""
+        """Parse the value of `key`; raise InvalidValue."""
         from calicoctl.addresses import parse_cidr
         from calicoctl.errors import CalicoError
 
@@ -259,7 +258,7 @@ class Pool:
         return cls(cidr, data.pop("ipip", None) or None, bool(data.pop("masquerade", False)), data)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the pool as it stands in the store: what is off is left out."""
+        """Return the pool as JSON in the store; options that are off are left out."""
         options: dict[str, Any] = {}
         if self.ipip:
             options["ipip"] = self.ipip
@@ -273,7 +272,7 @@ class Pool:
 
 @dataclass
 class Peer:
-    """A router that hosts speak BGP with. `as_num` is in decimal (asplain)."""
+    """A BGP peer of hosts. `ip` is canonical, `as_num` decimal (asplain, RFC 5396)."""
 
     ip: str
     as_num: str
@@ -281,7 +280,7 @@ class Peer:
 
     @classmethod
     def from_json(cls, text: str, key: str) -> Peer:
-        """Read the value of `key`; raise InvalidValue."""
+        """Parse the value of `key`; raise InvalidValue."""
         from calicoctl.addresses import parse_address, parse_as_number
         from calicoctl.errors import CalicoError
 
@@ -294,7 +293,7 @@ class Peer:
         return cls(ip, as_num, data)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the peer as it stands in the store."""
+        """Return the peer as JSON in the store."""
         return {"ip": self.ip, "as_num": self.as_num, **self.extra}
 
     def to_json(self) -> str:

@@ -1,7 +1,6 @@
-"""What speaks at a port where no etcd answers: TLS, plain HTTP or gRPC alone. Asked to say what to change, once.
+"""Which protocol a server speaks that does not answer as etcd: TLS, plain HTTP, or gRPC only. For error messages.
 
-Sources: RFC 9113, 3.4 and 6.5, for the SETTINGS frame that a server of HTTP/2 opens with, also when it is spoken to in
-HTTP/1.1, as gRPC servers are here.
+Source: RFC 9113, 3.4 and 6.5: an HTTP/2 server opens with a SETTINGS frame, also when the client speaks HTTP/1.1.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ _SETTINGS_FRAME = 4
 
 
 def mismatch(scheme: str, host: str, port: int) -> str | None:
-    """Return why a server cannot be spoken to as `scheme` (http or https) says; None where that is not the reason."""
+    """Return which protocol a server speaks instead of `scheme` (http or https), and the remedy; None if unknown."""
     host = host.strip("[]")
     if scheme == "https":
         if _first_bytes(host, port).startswith(b"HTTP/"):
@@ -32,7 +31,7 @@ def mismatch(scheme: str, host: str, port: int) -> str | None:
 
 
 def _first_bytes(host: str, port: int) -> bytes:
-    """Return how a server's answer to a request in plain HTTP begins: nine bytes, a frame's header, at most."""
+    """Return at most nine bytes (the header of an HTTP/2 frame) of a server's answer to a plain HTTP request."""
     answer = b""
     try:
         with closing(socket.create_connection((host, port), PATIENCE)) as connection:
@@ -49,11 +48,11 @@ def _first_bytes(host: str, port: int) -> bytes:
 
 def _speaks_tls(host: str, port: int) -> bool:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # nothing is sent, and nothing believed
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # nothing is sent over it
     try:
         with socket.create_connection((host, port), PATIENCE) as plain, context.wrap_socket(plain):
             return True
     except ssl.SSLError as error:
-        return "ALERT" in (error.reason or "")  # it wants a client certificate, say
+        return "ALERT" in (error.reason or "")  # for example because it requires a client certificate
     except OSError:
         return False

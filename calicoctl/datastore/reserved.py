@@ -1,9 +1,9 @@
-"""Which addresses no workload may have on a host, and which networks none gets an address of without being asked.
+"""Addresses that workloads on a host must not have, and networks that none is allocated from automatically.
 
-An address that the host has itself, or sends through, or that another host is registered with, must not lead into a
-workload; in a network that the host is connected to, other machines have addresses that nobody here knows. Pure data:
-host_network.py reads what the kernel has, the datastore's client what is registered. Used by all who give addresses to
-workloads, and by the agent, which routes to none that is in use.
+The host's own addresses, its gateways, and the addresses of registered hosts must not be routed to a workload. In a
+network that the host is connected to, other machines use addresses that IPAM does not know, so an address of it must be
+requested explicitly. Pure data: host_network.py reads the kernel, hosts.py the registrations. IPAM and the agent's
+routes use it.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ _FAMILIES = {4: socket.AF_INET, 6: socket.AF_INET6}
 _BITS = {4: 32, 6: 128}
 
 WORKLOADS = "cali"
-"""What interfaces that lead to workloads are called; what is behind them is not the host's."""
+"""How the names of workloads' interfaces begin; networks and gateways behind them are not the host's."""
 
 
 @dataclass(frozen=True)
 class Network:
-    """The network of `length` leading bits that begins with the address `first`, and the interface that leads to it."""
+    """The network with the first address `first` and the prefix length `length`, behind an interface of the host."""
 
     version: int
     first: int
@@ -67,9 +67,10 @@ class Network:
 
 @dataclass(frozen=True)
 class InterfaceAddress:
-    """An address of one of the host's interfaces, with the network that the kernel takes it to be in.
+    """An address of one of the host's interfaces, and its network as the kernel sees it.
 
-    `network` is an address of that network, which is the peer's on a point-to-point link, else the address itself.
+    `network` is an address in that network: the peer's on a point-to-point link, else the address itself. `length` is
+    its prefix length.
     """
 
     address: str
@@ -81,9 +82,11 @@ class InterfaceAddress:
 
 @dataclass(frozen=True)
 class HostNetwork:
-    """What a host has of its own: `in_use` maps addresses to what they are; it also has all those of `local`.
+    """A host's own addresses and networks.
 
-    `unfit` are addresses that mean a network as a whole, `networks` those that the host is connected to.
+    `in_use` maps the host's addresses, gateways and broadcast addresses to their descriptions; all addresses of the
+    networks `local` are the host's as well. `unfit` maps addresses that stand for a network as a whole to their
+    descriptions. `networks` are those that the host is connected to.
     """
 
     in_use: Mapping[str, str] = field(default_factory=dict)
@@ -99,11 +102,11 @@ class HostNetwork:
         local: Iterable[tuple[str, int]] = (),
         on_link: Iterable[tuple[str, int, str]] = (),
     ) -> HostNetwork:
-        """Return what follows from a host's addresses and routes.
+        """Derive this from a host's addresses and routes.
 
-        `gateways` are the next hops of its routes, with their interfaces; `local` are networks (address, length) whose
-        every address the kernel takes for the host's; `on_link` are networks, with their interfaces, that it knows as
-        neighbours although it has no address in them.
+        `gateways` are the next hops of routes (address, interface); `local` networks all of whose addresses are the
+        host's (address, prefix length), as local routes have it; `on_link` networks (address, prefix length, interface)
+        that are reachable without a gateway although the host has no address in them.
         """
         own: dict[str, str] = {}
         in_use: dict[str, str] = {}
@@ -135,7 +138,7 @@ class HostNetwork:
         return cls({**in_use, **own}, tuple(Network.of(*one) for one in local), unfit, tuple(networks))
 
     def has(self, address: str) -> str | None:
-        """Return what an address is to this host, None where it is nothing."""
+        """Return the description of an address that the host uses, None for any other."""
         known = self.in_use.get(address)
         if known is None and self.local:
             place = _number(address)
@@ -144,7 +147,7 @@ class HostNetwork:
         return known
 
     def overlap(self, cidr: str) -> str | None:
-        """Return what there is to say of a pool that has addresses of these networks, None where it has none."""
+        """Return the warning about a pool that overlaps the connected networks, None where it overlaps none."""
         networks = self.overlapping(cidr)
         if not networks:
             return None
@@ -157,16 +160,16 @@ class HostNetwork:
         return f"pool {cidr} overlaps {named}, which this host is connected to, {rest}"
 
     def overlapping(self, cidr: str) -> list[Network]:
-        """Return the networks that the host is connected to and that have addresses of a pool."""
+        """Return the connected networks that overlap a pool."""
         pool = Network.parse(cidr)
         return [network for network in self.networks if network.overlaps(pool)]
 
 
 @dataclass(frozen=True)
 class Reserved:
-    """What is not for workloads on a host: what it has, and the addresses that hosts are registered with.
+    """What workloads on a host must not use: the host's network, and the addresses of registered hosts.
 
-    `registered` maps these to the names of the hosts; `host` is the name of this one.
+    `registered` maps canonical addresses to names of hosts; `host` is the name of this host.
     """
 
     network: HostNetwork = HostNetwork()
@@ -174,7 +177,7 @@ class Reserved:
     host: str = ""
 
     def user(self, address: str) -> str | None:
-        """Return which host uses an address, as `this host's own address (on eth0)`, None where none does."""
+        """Return which host uses an address, such as `this host's own address (on eth0)`, None for none."""
         host = self.registered.get(address)
         known = self.network.has(address)
         if known is not None or host is None:
@@ -182,11 +185,11 @@ class Reserved:
         return "this host's own address (it is registered with it)" if host == self.host else f"that of host {host}"
 
     def refusal(self, address: str) -> str | None:
-        """Return why no workload may be given an address, None where one may."""
+        """Return why no workload may have an address, None where one may."""
         return self.user(address) or self.network.unfit.get(address)
 
     def is_free_for_any(self, version: int, number: int) -> bool:
-        """Tell whether an address may be given to a workload that did not ask for that very one."""
+        """Return whether an address may be allocated to a workload that did not request it explicitly."""
         if any(network.has(version, number) for network in self.network.networks):
             return False
         return self.refusal(Network(version, number, _BITS[version]).address(number)) is None

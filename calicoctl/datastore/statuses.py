@@ -21,38 +21,38 @@ class Statuses:
         self._store = store
 
     def of_host(self) -> Entry | None:
-        """Return this host's status, which its agent keeps from expiring; None while no agent is alive."""
+        """Return this host's status, its agent's heartbeat; None when that has expired: no agent is alive."""
         return self._store.get(keys.felix_status(self.host))
 
     def write_host(self, status: dict[str, object], ttl: int, before: Entry | None) -> Entry:
-        """Write this host's status, which expires after `ttl` seconds, over what it was `before`, None for nothing.
+        """Write this host's status over `before`, None for none; it expires after `ttl` seconds.
 
-        Raises KeyExists or CompareFailed when somebody else has written it, or it has expired, since.
+        Raises KeyExists or CompareFailed when another agent has written it, or it has expired, since `before` was read.
         """
         if before is None:
             return self._store.create(keys.felix_status(self.host), json.dumps(status), ttl)
         return self._store.update(before, json.dumps(status), ttl)
 
     def remove_host(self, before: Entry) -> None:
-        """Remove this host's status, unless somebody else has written it since."""
+        """Delete this host's status, unless another agent has written it since `before` was read."""
         with suppress(CompareFailed):
             self._store.delete(before)
 
     def report_endpoint(self, id: EndpointId, status: str | None) -> None:
-        """Write the status of an endpoint of this host (JSON), or remove it for None."""
+        """Write the status (JSON) of an endpoint of this host, or delete it for None."""
         if status is not None:
             self._store.put(keys.felix_endpoint(id), status)
         else:
             set_value(self._store, keys.felix_endpoint(id), None)
 
     def of_endpoints(self) -> dict[EndpointId, str]:
-        """Return what the agent has reported of this host's endpoints, as it stands there."""
+        """Return endpoint -> status, as text, for this host's endpoints."""
         entries = self._store.tree(keys.felix_host(self.host))
         found = ((keys.parse_felix_endpoint(entry.key), entry.value) for entry in entries)
         return {id: value for id, value in found if id is not None}
 
     def of_endpoint(self, id: EndpointId) -> dict[str, Any] | None:
-        """Return what the agent has reported of an endpoint, None for nothing that can be read."""
+        """Return the status of an endpoint, None where there is none or it is invalid."""
         key = keys.felix_endpoint(id)
         entry = self._store.get(key)
         try:

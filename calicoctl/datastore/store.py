@@ -45,8 +45,8 @@ class Change:
 class Watch(Protocol):
     """The changes below a directory, in order and without a gap: an iterator of batches.
 
-    A batch is empty when nothing has changed for the time that the watch was opened with; this is confirmed by a
-    majority of the cluster, since a member that is partitioned from the others would report nothing either. `next`
+    A batch is empty when nothing has changed, at the latest after the time that the watch was opened with. A majority
+    of the cluster confirms that, since a member that is partitioned from the others would report nothing either. `next`
     blocks until there is a batch. It raises WatchExpired when changes may have been missed: the store does not keep
     them for that long, or was set back, or the connection was lost, after which another store may answer. It raises
     StoreError when the store cannot be watched. A watch that has raised is closed: take a new snapshot, and open
