@@ -133,7 +133,7 @@ class DatastoreClient:
             overlaps = entry.key != key and (network in own or own in network)
             if overlaps and mine is not None and entry.created < mine.created:
                 set_value(self._store, key, None)
-                raise CalicoError(f"{pool.cidr} overlaps with {other.cidr}, which somebody else has just added.")
+                raise CalicoError(f"{pool.cidr} overlaps with {other.cidr}, which was added concurrently.")
 
     def _pool_entries(self, version: int) -> tuple[list[tuple[Entry, Pool]], list[InvalidValue]]:
         """Return the valid pools with their entries, and an error for each invalid one."""

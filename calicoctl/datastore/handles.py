@@ -36,7 +36,7 @@ class Handles:
         for entry in self._store.tree(keys.ipam_handles()):
             try:
                 if "/" in entry.key[len(keys.ipam_handles()) + 1 :]:
-                    raise InvalidValue(entry.key, "it is below a folder, where no handle is")
+                    raise InvalidValue(entry.key, "it is in a subdirectory, where no handle can be")
                 counts[keys.last(entry.key)] = counts_of(entry)
             except InvalidValue as problem:
                 problems.append(problem)
