@@ -1,6 +1,6 @@
-"""Tells a shell what may come next on a command line: words of the grammars, and the names of what is there.
+"""Computes the completion candidates of a command line: keywords of the grammars, and names of existing objects.
 
-The grammars are the commands' docstrings, read by docopt; no list of words is kept anywhere else.
+The grammars are the commands' docstrings, parsed by docopt; there is no other list of keywords.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from calicoctl.grammar import COMMANDS, FORMATS, GLOBAL_OPTIONS, grammar_of
 
 
 class OutOfTime(BaseException):
-    """Who presses the tab key has waited long enough for the one that is being asked."""
+    """Raised by a timer when a source of candidates, such as etcd, takes too long to answer."""
 
 
 FILES, DIRECTORIES = ":files", ":directories"
-"""Candidates that stand for the names of files, or of directories, which a shell knows best."""
+"""Candidates that stand for the names of files, or of directories, which the shell completes itself."""
 
 _HARMLESS = re.compile(r"[A-Za-z0-9_./:=@%+,-]+", re.ASCII)
-"""What a shell takes for a plain word. Names come from etcd and Docker, and end on somebody's command line."""
+"""A plain word for a shell. Names come from etcd and Docker, and end up on a user's command line."""
 
 
 def candidates(line: str) -> list[str]:
-    """Return what the last word of a command line may become; the line ends where the cursor is."""
+    """Return the candidates for the last word of a command line, which ends at the cursor."""
     words, partial = _split(line)
     if words[:1] == ["help"]:
         words = words[1:]
@@ -47,7 +47,7 @@ def candidates(line: str) -> list[str]:
 
 
 def _split(line: str) -> tuple[list[str], str]:
-    """Return the words behind `calicoctl`, and the one that is being typed."""
+    """Return the words after `calicoctl`, and the one that is being typed."""
     try:
         words = shlex.split(line)
     except ValueError:  # an open quote
@@ -76,7 +76,7 @@ def _of_command(words: list[str], partial: str) -> set[str]:
 
 
 def _options(usages: list[Usage], words: list[str], partial: str) -> set[str]:
-    """Return the options of those usages that the words fit."""
+    """Return the options of the usages that the words match."""
     name, equals, _ = partial.partition("=")
     found = {"--help", *GLOBAL_OPTIONS}
     for option in (option for usage in usages for option in usage.options()):
@@ -88,11 +88,11 @@ def _options(usages: list[Usage], words: list[str], partial: str) -> set[str]:
     return found
 
 
-# The names of what is there
+# Names of existing objects
 
 
 def _values(name: str, words: list[str], partial: str) -> list[str]:
-    """Return what an argument, or an option, may be; nothing where that cannot be told."""
+    """Return the candidates for an argument or an option's value; none where they cannot be found out."""
     found: list[str] = []
     with suppress(CalicoError, OutOfTime):
         if name in _SOURCES:
@@ -156,7 +156,7 @@ def _tags(words: list[str]) -> list[str]:
 
 
 def _rule_words(words: list[str]) -> list[str]:
-    """Return what may come next in a rule; `words` may have some of one."""
+    """Return what may come next in a rule, whose first words are at the end of `words`."""
     from calicoctl.policy.rules import GRAMMAR
 
     direction = next(number for number, word in enumerate(words) if word in ("inbound", "outbound") and number > 2)
@@ -210,3 +210,4 @@ _SOURCES: dict[str, Callable[[list[str]], Iterable[str]]] = {
     "--output": _fixed(*FORMATS),
     "--detach": _fixed("true", "false"),
 }
+"""Where the candidates for an argument or an option's value come from, called with the words before it."""

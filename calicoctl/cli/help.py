@@ -1,4 +1,4 @@
-"""What `--help` prints: the docstring of a command, or the part of it that is about what the words before it say."""
+"""The text of `--help`: the docstring of a command, or the part of it that is about a subcommand."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from calicoctl.grammar import grammar_of
 
 
 def help_of(words: list[str]) -> str:
-    """Return the help for a command, or, where further words choose some of its usages, for those alone."""
+    """Return the help of a command or, where further words select some of its usages, of those only."""
     text = grammar_of(words[0]).strip()
     usages = usages_of(text)
     plain = positional(words, usages)
@@ -21,19 +21,14 @@ def help_of(words: list[str]) -> str:
     return _part(text, chosen, [word for word in plain if any(word in usage.commands() for usage in chosen)])
 
 
-def _head(entry: str) -> str:
-    """Return what an entry of the options explains, which two blanks, or the line's end, separate from the rest."""
-    return re.split("  |\n", entry.strip(), maxsplit=1)[0]
-
-
 def _in_order(words: list[str], commands: list[str]) -> bool:
-    """Tell whether all the words are among the commands, in the same order."""
+    """Return whether all the words are among the commands, in the same order."""
     left = iter(commands)
     return all(word in left for word in words)
 
 
 def _part(text: str, chosen: list[Usage], words: list[str]) -> str:
-    """Return of a command's help what is about some of its usages."""
+    """Return the part of a command's help that is about the chosen usages."""
     names = {name for usage in chosen for name in usage.arguments()}
     names |= {name for usage in chosen for o in usage.options() for name in (o.long, o.short) if name}
     own = {word for usage in chosen for word in usage.commands()}
@@ -52,10 +47,10 @@ def _part(text: str, chosen: list[Usage], words: list[str]) -> str:
             lines = [line for line in block.splitlines()[1:] if set(words) <= set(line.split())]
             block = "\n".join(["Examples:", *lines]) if lines else ""
         else:
-            # what begins with a word in backquotes is about the usage with that word; what is indented goes on with it
+            # a paragraph that begins with a word in backquotes is about usages with it; indented ones belong to that
             about = re.match(r"`([^`]+)`", block)
             if not block.startswith(" "):
                 keep = about is None or bool(own & set(about[1].split()))
             block = block if keep else ""
         blocks.append(block)
-    return "\n\n".join([*filter(None, blocks), f"All of it: calicoctl {words[0]} --help"])
+    return "\n\n".join([*filter(None, blocks), f"Full help: calicoctl {words[0]} --help"])

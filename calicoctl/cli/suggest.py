@@ -1,6 +1,6 @@
-"""Why words on the command line do not fit, and the nearest that would: "did you mean …".
+"""Explains why a command line does not match the grammar, and suggests the nearest one that does: "did you mean …".
 
-Loaded only once something does not fit.
+Imported only after such an error.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ _ELSEWHERE = {
     ("node", "start"): "calicoctl node",
     ("ipam", "add"): "calicoctl pool add",
 }
-"""What a command does not do but another does, under the words that people look for it."""
+"""Commands that do what users look for under these words."""
 
 MOST = 2
-"""How many whole command lines are suggested."""
+"""The maximum number of command lines to suggest."""
 
 
 def no_command(words: list[str]) -> UsageError:
@@ -31,7 +31,7 @@ def no_command(words: list[str]) -> UsageError:
     first = words[0]
     command = next((number for number, word in enumerate(words) if word in COMMANDS), None)
     if first == "--version":
-        return UsageError(f"'{words[1]}' does not fit behind 'calicoctl --version', which takes no more words")
+        return UsageError(f"'{words[1]}' does not fit after 'calicoctl --version', which takes no more words")
     if first.startswith("-") and command is not None:
         behind = [*words[command:], *words[:command]]
         if _is_accepted(behind):
@@ -42,12 +42,12 @@ def no_command(words: list[str]) -> UsageError:
 
 
 def explained(misfit: Misfit) -> UsageError:
-    """Return the error for words that do not fit the grammar of a command, with what would."""
+    """Return the error for words that do not match a command's grammar, with a suggestion."""
     argv, why = misfit.argv, str(misfit)
     usages = usages_of(misfit.grammar)
     words = positional(argv, usages)
     reach, found = _reach(usages, words)
-    meant = words  # what the user would have typed, by our guess: its usage is shown
+    meant = words  # our guess at the intended words: their usage is shown
     sentence = _unknown_option(usages, argv)
     if sentence is None and reach < len(words):
         sentence, meant = _word_misfit(usages, words, reach, found)
@@ -60,7 +60,7 @@ def explained(misfit: Misfit) -> UsageError:
 
 
 def _reach(usages: list[Usage], words: list[str]) -> tuple[int, list[Fit]]:
-    """Return how many of the words fit at most, and how these fit the usages."""
+    """Return how many of the words match at most, and how these match each usage."""
     for count in range(len(words), 0, -1):
         found = fits(usages, words[:count])
         if any(found):
@@ -69,7 +69,7 @@ def _reach(usages: list[Usage], words: list[str]) -> tuple[int, list[Fit]]:
 
 
 def _closest(usages: list[Usage], found: list[Fit], words: list[str]) -> Usage:
-    """Return the usage that comes closest: the words fit it as far as any, and it has most of them as its own."""
+    """Return the closest usage: one that matches, with most of the words among its keywords."""
 
     def score(number: int) -> tuple[bool, int]:
         return bool(found[number]), len(set(words) & set(usages[number].commands()))
@@ -85,13 +85,13 @@ def _line(words: Sequence[str]) -> str:
 
 
 def _unknown_option(usages: list[Usage], argv: list[str]) -> str | None:
-    """Return what is wrong with an option that no usage knows."""
+    """Return the error for an option that no usage has."""
     known = {name: o for usage in usages for o in usage.options() for name in (o.long, o.short) if name}
     for word in argv:
         name = word.partition("=")[0] if word.startswith("--") else word[:2]
         if len(word) < 2 or not word.startswith("-") or word == "--":
             continue
-        if any(full.startswith(name) for full in known):  # docopt takes a beginning, too
+        if any(full.startswith(name) for full in known):  # docopt accepts a unique prefix
             continue
         near = nearest(name, [*(full for full in known if full.startswith("--")), "--help", "--quiet", "--debug"])
         if near == name:
@@ -104,7 +104,7 @@ def _unknown_option(usages: list[Usage], argv: list[str]) -> str | None:
 
 
 def _option_value(why: str) -> str | None:
-    """Return what is wrong with an option whose value is missing, or too much, by what docopt says."""
+    """Return the error for an option whose value is missing or not allowed, from docopt's message."""
     if "requires argument" in why:
         name = why.split()[0]
         return f"{name} needs a value: {name}=VALUE"
@@ -114,7 +114,7 @@ def _option_value(why: str) -> str | None:
 
 
 def _option_out_of_place(usages: list[Usage], found: list[Fit], argv: list[str]) -> str | None:
-    """Return what is wrong with an option that only other usages than those that the words fit have."""
+    """Return the error for an option of other usages than those that the words match."""
     fitting = [usage for usage, fit in zip(usages, found) if fit.complete]
     if not fitting:
         return None
@@ -129,7 +129,7 @@ def _option_out_of_place(usages: list[Usage], found: list[Fit], argv: list[str])
 
 
 def _options_clash(found: list[Fit], argv: list[str]) -> str | None:
-    """Return what is wrong where the words are all there, and the options are too many."""
+    """Return the error for options that exclude each other, where the words are complete."""
     options = _options(argv)
     if not options or not any(fit.complete for fit in found):
         return None
@@ -151,11 +151,11 @@ def _options(argv: list[str]) -> list[str]:
 
 
 def _word_misfit(usages: list[Usage], words: list[str], reach: int, found: list[Fit]) -> tuple[str, list[str]]:
-    """Return what is wrong with the first word that does not fit, and what would; and the words that are meant."""
+    """Return the error for the first word that does not match, with a suggestion, and the words probably meant."""
     bad, before = words[reach], words[:reach]
     commands = set().union(*(fit.commands() for fit in found))
     arguments = set().union(*(fit.arguments() for fit in found))
-    sentence = f"'{bad}' does not fit behind '{_line(before)}'"
+    sentence = f"'{bad}' does not fit after '{_line(before)}'"
     elsewhere = _elsewhere(words, reach)
     near = None if elsewhere else nearest(bad, commands)
     if near:
@@ -170,14 +170,14 @@ def _word_misfit(usages: list[Usage], words: list[str], reach: int, found: list[
 
 
 def _elsewhere(words: list[str], place: int) -> str | None:
-    """Return which other command does what the word at a place asks for, where that is the first behind the command."""
+    """Return the other command that does what a word asks for, if that is the first one after the command."""
     if place != 1:
         return None
     return _ELSEWHERE.get((words[0], words[1])) or _ELSEWHERE.get((words[0], SYNONYMS.get(words[1], words[1])))
 
 
 def _repaired(usages: list[Usage], words: list[str], reach: int) -> list[list[str]]:
-    """Return whole command lines that are one mistake away: a word misspelt, else missing, else in the wrong place."""
+    """Return complete command lines that are one mistake away: a word misspelt, else missing, else misplaced."""
     own = {name for usage in usages for name in usage.commands()}
 
     def expected(line: list[str], place: int) -> list[str]:
@@ -206,7 +206,7 @@ def _repaired(usages: list[Usage], words: list[str], reach: int) -> list[list[st
 
 
 def _is_whole(usages: list[Usage], line: list[str], own: set[str]) -> bool:
-    """Tell whether a command line fits, with none of the grammar's `own` words taken for a name."""
+    """Return whether a command line is complete, with none of the keywords (`own`) taken for an argument."""
     return any(
         fit.complete
         and all(word in fits([usage], line[:place])[0].commands() for place, word in enumerate(line) if word in own)
@@ -215,7 +215,7 @@ def _is_whole(usages: list[Usage], line: list[str], own: set[str]) -> bool:
 
 
 def _is_accepted(line: list[str]) -> bool:
-    """Tell whether a command takes these words: none is suggested that would be refused."""
+    """Return whether a command accepts these words: a command line that it refuses is not suggested."""
     try:
         importlib.import_module(f"calicoctl.commands.{line[0]}").prepare(line)
     except NotRoot:
@@ -226,20 +226,20 @@ def _is_accepted(line: list[str]) -> bool:
 
 
 def _missing(usages: list[Usage], words: list[str], found: list[Fit]) -> tuple[str, list[str]]:
-    """Return what is missing behind words that fit so far, and the words that are meant."""
+    """Return the error for words that match but are incomplete, and the words probably meant."""
     commands = set().union(*(fit.commands() for fit in found))
     arguments = set().union(*(fit.arguments() for fit in found))
     last, before = words[-1], words[:-1]
-    # a word that was taken for an argument, a name, may be one of the grammar's own that is misspelt
+    # a word that was taken for an argument may be a misspelt keyword
     own = set().union(*(fit.commands() for fit in fits(usages, before))) if before else set()
     near = None if last in own else nearest(last, own)
     meant = [*before, near] if near else words
     suggestion = f"'{_line(meant)}'" if near else None
     if not near and len(words) == 2 and (elsewhere := _elsewhere(words, 1)):
         suggestion = f"'{elsewhere}'"
-    if not commands and not arguments:  # the words are all there: options are missing
+    if not commands and not arguments:  # the words are complete: options are missing
         return f"'{_line(words)}' lacks something; see below", words
-    return f"Behind '{_line(words)}', {_one_of(commands, arguments)} is missing{did_you_mean(suggestion)}", meant
+    return f"After '{_line(words)}', {_one_of(commands, arguments)} is missing{did_you_mean(suggestion)}", meant
 
 
 def _one_of(commands: set[str], arguments: set[str]) -> str:

@@ -1,7 +1,7 @@
-"""The usages of a command as trees, and how far words fit them: for completion, for `--help` of a part, and for errors.
+"""Matches words against the usages of a command: for completion, the help of a subcommand, and error messages.
 
-docopt reads the grammars; what it makes of them, its `Command`, `Argument`, `Option`, `Either`, `Required`, `Optional`
-and `OneOrMore`, is walked here. Only loaded when it is needed: a command line that fits costs nothing of this.
+docopt parses the grammars into trees of `Command`, `Argument`, `Option`, `Either`, `Required`, `Optional` and
+`OneOrMore`; this module walks them. It is imported only when needed: a correct command line does not pay for it.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ from dataclasses import dataclass
 from typing import Any
 
 Node = Any
-"""A node of docopt's tree: it has `name`, or `children`, or both of an option's names, `short` and `long`."""
+"""A node of docopt's tree: it has `name`, or `children`, or an option's names, `short` and `long`."""
 
 
 @dataclass(frozen=True)
 class Usage:
-    """One way to use a command: its text, with its continuation lines, and its tree."""
+    """One usage of a command: its text, with continuation lines, and its tree."""
 
     text: str
     tree: Node
 
     def commands(self) -> list[str]:
-        """Return its own words, in order."""
+        """Return its keywords, in order."""
         return [leaf.name for leaf in leaves(self.tree) if kind(leaf) == "Command"]
 
     def arguments(self) -> list[str]:
@@ -57,13 +57,13 @@ def leaves(node: Node) -> list[Node]:
 
 @dataclass(frozen=True)
 class Fit:
-    """How words fit one usage: what may come behind them, and whether they may be all."""
+    """How words match one usage: the nodes that may come next, and whether the words are complete."""
 
     expected: frozenset[Node]
     complete: bool
 
     def __bool__(self) -> bool:
-        """Tell whether they fit at all."""
+        """Return whether they match at all."""
         return self.complete or bool(self.expected)
 
     def commands(self) -> set[str]:
@@ -74,9 +74,9 @@ class Fit:
 
 
 def fits(usages: list[Usage], words: list[str]) -> list[Fit]:
-    """Return how words that are no options fit each of the usages.
+    """Match words, without options, against each of the usages.
 
-    A word that is one of the grammar's own where it stands, in whichever usage, is not taken for an argument.
+    A word that is a keyword in its position, in whichever usage, is not taken for an argument.
     """
     own: list[bool] = []
     for number, word in enumerate(words):
@@ -92,7 +92,10 @@ def _fit(usage: Usage, words: list[str], own: list[bool]) -> Fit:
 
 
 def _walk(node: Node, words: list[str], starts: set[int], expected: set[Node], own: list[bool]) -> set[int]:
-    """Return how many words are used up behind a node, by how many were before; collect what may come behind all."""
+    """Match words against a node; return how many words may have been consumed after it.
+
+    `starts` are the possible numbers before it. Nodes that could consume a word after the last one go to `expected`.
+    """
     name = kind(node)
     if name in ("Command", "Argument"):
         if len(words) in starts:
@@ -110,11 +113,11 @@ def _walk(node: Node, words: list[str], starts: set[int], expected: set[Node], o
         if name == "OneOrMore" and ends - starts:
             ends |= _walk(node, words, ends - starts, expected, own)
         return ends
-    return set(starts)  # an option, which may stand anywhere
+    return set(starts)  # an option, which is allowed anywhere
 
 
 def positional(words: list[str], usages: list[Usage]) -> list[str]:
-    """Return the words that are neither options nor their values."""
+    """Return the words that are neither options nor values of options."""
     with_value = {name for usage in usages for o in usage.options() if o.argcount for name in (o.long, o.short)}
     found = []
     skip = False

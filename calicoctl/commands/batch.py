@@ -1,16 +1,16 @@
-"""Run many calicoctl commands, one a line, in one process.
+"""Run many calicoctl commands, one per line, in one process.
 
 Usage:
   calicoctl batch [<FILE>] [--keep-going]
 
 Options:
   <FILE>        a text file, or - for standard input, which is the default
-  --keep-going  go on after a line that fails; default: stop there
+  --keep-going  continue after a line that fails; default: stop there
 
-A line is what one would type after `calicoctl`, which it may begin with, with
-quotes as for a shell, but nothing else of a shell's. What follows a # is a
-comment. All is read before the first line is run, and nothing is run when a
-line cannot be one. An error names its line. The exit status is that of the
+A line holds the words of one command; `calicoctl` itself may be left out.
+Quotes work as in a shell, and # begins a comment; nothing else of a shell's
+syntax is supported. All lines are checked before the first one runs: if one
+is invalid, none is run. Errors name the line. The exit status is that of the
 first line that failed.
 
 Examples:
@@ -42,8 +42,8 @@ def _batch(file: str | None, keep_going: bool) -> None:
     name = "standard input" if file in (None, "-") else str(file)
     lines = _lines(_read(file), name)
     if file in (None, "-"):
-        sys.stdin = io.StringIO()  # which has been read: no command of a line may wait for more
-    gc.freeze()  # what is there stays, and need not be looked at for the garbage of each line, which may hold sockets
+        sys.stdin = io.StringIO()  # it has been read: no command may wait for more
+    gc.freeze()  # objects that exist now stay; the garbage of each line, which may hold sockets, is collected early
     gc.set_threshold(1000)
     first = done = failures = 0
     for line in with_progress(lines, "batch"):
@@ -72,7 +72,7 @@ def _read(file: str | None) -> str:
 
 @dataclass(frozen=True)
 class Line:
-    """A command of a batch: where it stands, as it is printed before errors, and its words, checked."""
+    """A command of a batch: its place, which is printed before errors, its words, and the function that runs it."""
 
     place: str
     words: list[str]
@@ -80,7 +80,7 @@ class Line:
 
 
 def _lines(text: str, name: str) -> list[Line]:
-    """Return the commands of a batch; raise CalicoError for a line that is none."""
+    """Parse and check the commands of a batch; raise CalicoError for an invalid line."""
     lines = []
     for number, line in enumerate(text.split("\n"), start=1):
         place = f"{name}, line {number}: "
@@ -105,7 +105,7 @@ def _nothing_run(error: Exception) -> str:
 
 
 def _prepared(words: list[str]) -> Prepared:
-    """Check one command; raise CalicoError where it cannot be run, or not as part of a batch."""
+    """Check one command; raise CalicoError where it is invalid, or not allowed in a batch."""
     words = [word for word in words if word not in GLOBAL_OPTIONS]
     prepared = cli.prepare(words)
     endless = words[0] == "node" and parse(grammar_of("node"), words)["--detach"] == "false"
@@ -115,7 +115,7 @@ def _prepared(words: list[str]) -> Prepared:
 
 
 def _without_comment(line: str) -> str:
-    """Return a line without what follows a # at the beginning of a word, where a shell sees a comment."""
+    """Return a line without its comment, which begins with a # at the start of a word, as in a shell."""
     quote = ""
     before = " "
     for place, c in enumerate(line):

@@ -1,5 +1,4 @@
-"""Show and change what all hosts know of BGP: their peers, whether they peer
-with each other, and their AS number.
+"""Show and change the global BGP configuration: peers, node mesh, AS number.
 
 Usage:
   calicoctl bgp peer add <PEER_IP> as <AS_NUM>
@@ -9,17 +8,16 @@ Usage:
   calicoctl bgp default-node-as [<AS_NUM>] [--output=<FORMAT>]
 
 Options:
-  <PEER_IP>              the address of a router that every host is to peer
-                         with
+  <PEER_IP>              the address of a router that every host peers with
   <AS_NUM>               an AS number, 1 to 4294967295, as 64512 or as
                          0.64512; it is stored as 64512
   --ipv4, --ipv6         show IPv4, or IPv6, peers only
   -o, --output=<FORMAT>  json; default: a table, or the value alone
 
-`node-mesh` and `default-node-as` tell what is so where they are not told what
-to be: on, and 64511, unless set. 'calicoctl node --help' tells of the peers
-of one host alone. These are settings in etcd for a routing daemon (BIRD) on
-each host; the host agent runs none.
+`node-mesh` and `default-node-as` without a value print the current one; the
+defaults are on and 64511. For the peers of a single host, see 'calicoctl node
+--help'. These settings in etcd are for a routing daemon (BIRD) on each host;
+the host agent runs none.
 
 Examples:
   calicoctl bgp peer add 192.0.2.254 as 64512
@@ -55,7 +53,7 @@ def prepare(argv: list[str]) -> Prepared:
 
 
 def prepare_peers(arguments: dict[str, Any], of_this_host: bool) -> Prepared:
-    """Check what is to be done with the peers of all hosts, or of this host alone; raise CalicoError."""
+    """Check a command about the global peers, or about those of this host only; raise CalicoError."""
     if arguments["show"]:
         return partial(_show, arguments, of_this_host)
     if arguments["remove"]:
@@ -66,7 +64,7 @@ def prepare_peers(arguments: dict[str, Any], of_this_host: bool) -> Prepared:
 
 
 def _remove_peer(name: str, of_this_host: bool) -> None:
-    """Remove a peer by its address, or by the name of its key: other tools may have written what is no peer."""
+    """Remove a peer by its address, or by the name of its key: other tools may have written invalid ones."""
     host = hostname() if of_this_host else None
     datastore = DatastoreClient.from_environment()
     found = datastore.bgp_peer_keys(name, host)

@@ -4,17 +4,16 @@ Usage:
   calicoctl checksystem [--fix] [--libnetwork] [--output=<FORMAT>]
 
 Options:
-  --fix                  load kernel modules that are missing, first (as root)
-  --libnetwork           Docker is needed, too, in version 1.9 or later;
-                         default: it is not, for network namespaces
+  --fix                  load missing kernel modules first (as root)
+  --libnetwork           require Docker 1.9 or later; default: Docker is
+                         optional, since namespaces can be connected without
   -o, --output=<FORMAT>  json: an array of objects with name, ok, needed,
                          found and advice; default: a table
 
-Looks at the kernel, by trying what is needed in a network namespace that is
-gone afterwards, at settings, at tools and their versions, at Docker and its
-firewall, at etcd, and at pools that overlap networks that this host is
-connected to. Run it as root to have all of it looked at. The exit status is 1
-when something that is needed is missing; warnings do not count.
+Checks the kernel, by trying the required features in a temporary network
+namespace, settings, tools and their versions, Docker and its firewall, etcd,
+and pools that overlap networks of this host. Some checks need root. The exit
+status is 1 when something required is missing; warnings do not count.
 
 Examples:
   sudo calicoctl checksystem
@@ -54,4 +53,4 @@ def _check(arguments: dict[str, Any], as_json: bool) -> None:
         print_table(["What", "State", "Found", "What to do"], rows, widest=50)
     missing = [check.name for check in found if check.needed and not check.ok]
     if missing:
-        raise CalicoError(f"This host lacks what is needed: {'; '.join(missing)}.")
+        raise CalicoError(f"This host lacks prerequisites: {'; '.join(missing)}.")

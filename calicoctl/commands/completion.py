@@ -1,13 +1,13 @@
-"""Print what a shell needs to complete calicoctl's command lines.
+"""Print a script that lets a shell complete calicoctl's command lines.
 
 Usage:
   calicoctl completion (bash | zsh)
 
-`make install` puts it where the shells look for it. Words of the grammar and
-of rules are completed, and the names of containers, namespaces, profiles,
-tags, pools, addresses, endpoints, hosts and settings, as far as etcd and
-Docker can be asked within two seconds; the names of files only where one is
-meant.
+`make install` installs it where the shells look for it. It completes
+keywords, including those of rules, and the names of containers, namespaces,
+profiles, tags, pools, addresses, endpoints, hosts and settings, as far as
+etcd and Docker answer within two seconds. Names of files are completed only
+where a file is expected.
 
 Examples:
   source <(calicoctl completion bash)
@@ -23,8 +23,8 @@ from types import FrameType
 
 from calicoctl.grammar import Prepared, parse
 
-PATIENCE = 2
-"""Seconds for which somebody who presses the tab key is kept waiting."""
+TIMEOUT = 2
+"""Seconds that a completion may take."""
 
 BASH = """\
 # bash completion for calicoctl
@@ -74,14 +74,14 @@ fi
 
 
 def prepare(argv: list[str]) -> Prepared:
-    if argv[1:2] == ["candidates"] and len(argv) == 4:  # what the scripts call; not for people
+    if argv[1:2] == ["candidates"] and len(argv) == 4:  # called by the scripts only
         return partial(_candidates, argv[2], argv[3])
     arguments = parse(str(__doc__), argv)
     return partial(print, BASH if arguments["bash"] else ZSH, end="")
 
 
 def _out_of_time(number: int, frame: FrameType | None) -> None:
-    """Give up waiting for the one that is being asked; a second time, for all."""
+    """Give up the source of candidates that is being queried; at the second alarm, exit."""
     from calicoctl.cli.completion import OutOfTime
 
     signal.signal(signal.SIGALRM, lambda number, frame: os._exit(0))
@@ -93,12 +93,12 @@ def _candidates(shell: str, line: str) -> None:
     from calicoctl.cli import completion
 
     signal.signal(signal.SIGALRM, _out_of_time)
-    signal.alarm(PATIENCE)
+    signal.alarm(TIMEOUT)
     words = completion.candidates(line)
     if words and words[0] in (completion.FILES, completion.DIRECTORIES):
         print(words[0])
         return
-    # bash looks at what is behind the last of these alone
+    # bash completes only what follows the last of these
     typed = line.rpartition(" ")[2]
     start = max(typed.rfind("="), typed.rfind(":")) + 1 if shell == "bash" else 0
     print("".join(f"{word[start:]}\n" for word in words), end="")

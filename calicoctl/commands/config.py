@@ -24,21 +24,22 @@ Options:
     loglevel           none, debug, info, warning, error, critical; default:
                        info
     LogSeverityScreen  the same setting under the name that it has in etcd
-    GraceTime          seconds, 0 to 86400, for which the agents keep what
-                       belongs to a workload that is away or could not be
-                       asked about; default: 60
+    GraceTime          seconds, 0 to 86400, before agents garbage-collect a
+                       workload that is gone or whose state is unknown;
+                       default: 60
     LogSeverityFile, LogFilePath, InterfacePrefix, IpInIpEnabled
-                       for agents of 2015; ours does not ask them
+                       for agents of 2015; this version ignores them
   node felix
     DefaultEndpointToHostAction
-                       RETURN, DROP, ACCEPT: what becomes of packets from a
+                       RETURN, DROP, ACCEPT: what happens to packets from a
                        container to this host that the rules allow; default:
                        RETURN, the host's own firewall decides
   bgp, node bgp
     loglevel           none, debug, info; default: none
 
-`node` is for this host alone, without it all hosts. Agents take a change on
-at once. The exit status is 1 for a setting that has no value and no default.
+With `node`, a setting applies to this host, without it to all hosts. Agents
+apply a change at once. The exit status is 1 for a setting that has no value
+and no default.
 
 Examples:
   calicoctl config felix loglevel debug
@@ -70,15 +71,15 @@ def prepare(argv: list[str]) -> Prepared:
 
             near = nearest(name, settings)
             raise CalicoError(
-                f"'{name}' is none of the settings {', '.join(settings)}; --force takes any name"
+                f"'{name}' is none of the settings {', '.join(settings)}; --force accepts any name"
                 + did_you_mean(near and repr(near))
             )
         setting = Setting(_checked_name(name))
     if value is not None and not force:
-        with about(f"'{value}' is no value for {name}"):
+        with about(f"'{value}' is not a valid value for {name}"):
             setting.check(value)
     if value is not None and not value.isprintable():
-        raise CalicoError(f"{value!a} is no value for {name}: it must be one line of text")
+        raise CalicoError(f"{value!a} is not a valid value for {name}: it must be one line of text")
     return partial(_config, setting, arguments)
 
 
@@ -109,7 +110,7 @@ def _config(setting: Setting, arguments: dict[str, Any]) -> None:
 def _checked_name(name: str) -> str:
     """Return a name that can be part of a key; raise CalicoError. etcd hides keys that begin with an underscore."""
     if name in RESERVED:
-        raise CalicoError(f"'{name}' is no setting: other commands write it")
+        raise CalicoError(f"'{name}' is not a setting: other commands write it")
     if not re.fullmatch("[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", name, re.ASCII):
         raise CalicoError(f"'{name}' cannot be a setting: it must have up to 64 letters, digits, '_', '.' and '-'")
     return name

@@ -21,11 +21,10 @@ Options:
   --interface=<INTERFACE>
                          the name of the interface in the container; default:
                          eth1
-  --wait=<SECONDS>       return only when this host's agent has set up the
-                         connection, and with an error when that takes longer;
-                         default: do not wait
-  --exist-ok             also end with 0 where the container has what is asked
-                         for already
+  --wait=<SECONDS>       wait until this host's agent has set up the endpoint;
+                         fail when that takes longer; default: do not wait
+  --exist-ok             exit with 0 if the container already has the address
+                         and interface
   --no-trunc             show everything on a terminal, however wide it is
   -o, --output=<FORMAT>  json: of `add`, an object with address, interface,
                          mac, endpoint and host; of `show`, an array of the
@@ -34,7 +33,7 @@ Options:
 
 The container runs on this host. It should have no other default route: run it
 with --net=none. `add`, `remove` and `ip` must be run as root. Profiles are
-asked in the order they have; `set` without any takes all away.
+evaluated in the order of the list; `set` without profiles clears it.
 
 Examples:
   sudo calicoctl container add workload 192.168.0.1
@@ -129,7 +128,7 @@ def _seconds(text: str | None) -> float | None:
 
 
 def _await_agent(datastore: DatastoreClient, name: str, id: EndpointId, patience: float) -> None:
-    """Wait until the agent says that the endpoint of `name`, as it is written now, is up; raise CalicoError."""
+    """Wait until the agent reports that the endpoint's current record is up; raise CalicoError."""
     from calicoctl.felix import process
 
     give_up = time.monotonic() + patience
@@ -144,15 +143,15 @@ def _await_agent(datastore: DatastoreClient, name: str, id: EndpointId, patience
         if current and said is not None and said.get("status") == "up":
             if asked:
                 return
-            # of a container that was there before, this may be about its last interface, or a dead agent's word
+            # may be about the previous interface of a reconnected container, or from an agent that has died since
             datastore.touch_endpoint(id)
             current = False
         asked = True
         if time.monotonic() > give_up:
             break
-        time.sleep(0.02)  # one small read of etcd; a watch would need one more to begin with
+        time.sleep(0.02)  # one small read of etcd; a watch would need another one to begin with
     if said is not None and current:
-        why = f"this host's agent says that it is {said.get('status')}: {said.get('reason')}"
+        why = f"this host's agent reports that it is {said.get('status')}: {said.get('reason')}"
     elif process.running(datastore.host):
         why = "this host's agent has not set it up yet"
     else:
@@ -220,7 +219,7 @@ def _profile(arguments: dict[str, Any], profiles: list[str]) -> None:
 
 
 def _endpoints(datastore: DatastoreClient, name: str) -> list[Endpoint]:
-    """Return the endpoints of what the user calls `name`; raise NotFound when it has none."""
+    """Return the endpoints of the workload that the user calls `name`; raise NotFound when it has none."""
     workload = find_connected(name, datastore)
     endpoints = sorted(endpoints_of(datastore, workload), key=display_order)
     for endpoint in endpoints:

@@ -1,22 +1,21 @@
-"""Collect what one needs to find out why a packet does not arrive, into one
-archive.
+"""Collect diagnostics of this host into one archive.
 
 Usage:
   calicoctl diags [--log-dir=<DIR>] [--output=<FORMAT>]
 
 Options:
-  --log-dir=<DIR>        where the host agent's logs are; default: where it
-                         says that it logs to, else /var/log/calico
+  --log-dir=<DIR>        the directory of the host agent's logs; default: the
+                         one in its report, else /var/log/calico
   -o, --output=<FORMAT>  json: an object with the archive's path; default: a
                          sentence
 
 The archive, a .tar.gz that only its owner can read, is written to the folder
-for temporary files (TMPDIR, else /tmp). It has this host's nftables and
+for temporary files (TMPDIR, else /tmp). It holds this host's nftables and
 iptables rules, routes, neighbours, links, network settings, connections, the
-agent's logs and status, Calico's keys in etcd, versions, and what Docker says
-of its containers and their networks; what cannot be had is left out. TLS
-keys, passwords and the containers' environment do not get in. Run it as root
-to have all of it.
+agent's logs and status, Calico's keys in etcd, versions, and Docker's
+containers and their networks; what cannot be read is left out. TLS keys,
+passwords and the containers' environment are not included. Run it as root to
+include everything.
 
 Examples:
   sudo calicoctl diags
@@ -57,8 +56,8 @@ def _diags(log_dir: str | None, as_json: bool) -> None:
 
 
 def _log_dir() -> str:
-    """Return where this host's agent says that it logs to, else where agents do."""
-    told = None
+    """Return the log directory in the report of this host's agent, else the default."""
+    reported = None
     with suppress(CalicoError):  # a host that has no name has no agent
-        told = (process.report(hostname()) or {}).get("log_dir")
-    return told if isinstance(told, str) else process.DEFAULT_LOG_DIR
+        reported = (process.report(hostname()) or {}).get("log_dir")
+    return reported if isinstance(reported, str) else process.DEFAULT_LOG_DIR

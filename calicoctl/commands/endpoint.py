@@ -21,7 +21,7 @@ Options:
                          default: of all
   --endpoint=<ENDPOINT>  the endpoint with this id, or this beginning of it;
                          default: all
-  --detailed             one line an endpoint; default: how many each host has
+  --detailed             one row per endpoint; default: counts per host
   --no-trunc             show everything on a terminal, however wide it is
   -o, --output=<FORMAT>  json: an array, with the fields of the endpoints as
                          in etcd; default: a table
@@ -29,9 +29,10 @@ Options:
 A workload's id is that of its Docker container, or the path of its namespace
 with every / as -. On a terminal, a Docker container is shown by its name,
 where that is known, ids by their first 12 characters, and the table fits the
-terminal's width. Elsewhere all is shown: a container's name in the line below
-its id. Profiles are asked in the order they have; `set` without any takes all
-away. This needs no root, and works for the endpoints of any host.
+terminal's width. In a pipe or a file, everything is shown, a container's name
+in the line below its id. Profiles are evaluated in the order of the list;
+`set` without profiles clears it. These commands need no root, and work for
+the endpoints of any host.
 
 Examples:
   calicoctl endpoint show --detailed
@@ -59,7 +60,7 @@ from calicoctl.workloads.workload import short_id
 
 COLUMNS = ["Hostname", "Orchestrator ID", "Workload ID", "Endpoint ID", "Addresses", "MAC", "Profiles", "State"]
 EXPENDABLE = ("MAC", "Orchestrator ID", "Endpoint ID")
-"""The columns that a narrow terminal can do without, the least needed first."""
+"""Columns to leave out on a narrow terminal, the least important first."""
 
 
 def prepare(argv: list[str]) -> Prepared:
@@ -101,7 +102,7 @@ def _show(arguments: dict[str, Any]) -> None:
 
 
 def _matching(datastore: DatastoreClient, arguments: dict[str, Any], endpoint_id: str | None) -> list[Endpoint]:
-    """Return the endpoints that the options ask for, and that can be read; warn of the others."""
+    """Return the readable endpoints that the options select; warn of unreadable ones."""
     return [
         endpoint
         for endpoint in readable_endpoints(datastore, arguments["--host"])
@@ -125,7 +126,7 @@ def _profile(arguments: dict[str, Any], names: list[str]) -> None:
         raise NotFound(f"Endpoint {id} does not exist.")
     if len(found) > 1:
         some = ", ".join(f"{e.id.endpoint} of {called(e)} on {e.id.host}" for e in found[:3])
-        raise CalicoError(f"{id} can be several endpoints ({some}{', …' if found[3:] else ''}): say more of its id.")
+        raise CalicoError(f"{id} matches several endpoints ({some}{', …' if found[3:] else ''}): give more of its id.")
     endpoint = found[0]
     if arguments["show"]:
         show_profiles(endpoint, as_json)
@@ -133,11 +134,11 @@ def _profile(arguments: dict[str, Any], names: list[str]) -> None:
         change_profiles(datastore, endpoint, id, arguments, names)
 
 
-# What `container` and `profile` do, too
+# Shared with `container` and `profile`
 
 
 def readable_endpoints(datastore: DatastoreClient, host: str | None = None) -> list[Endpoint]:
-    """Return the endpoints, of all hosts or of one, that can be read, as people look for them; warn of the others."""
+    """Return the readable endpoints of all hosts or of one, in display order; warn of unreadable ones."""
     endpoints, problems = datastore.readable_endpoints(host)
     for problem in sorted(problems, key=lambda problem: problem.key):
         warn(f"Warning: {problem}")
@@ -145,7 +146,7 @@ def readable_endpoints(datastore: DatastoreClient, host: str | None = None) -> l
 
 
 def display_order(endpoint: Endpoint) -> tuple[object, ...]:
-    """Return what endpoints are sorted by: host, workload's name, addresses as numbers, and ids."""
+    """Return the sort key of an endpoint: host, workload's name, addresses as numbers, and ids."""
     addresses = [socket.inet_pton(socket.AF_INET6 if ":" in a else socket.AF_INET, a) for a in endpoint.addresses]
     id = endpoint.id
     numbers = [(len(address), address) for address in addresses]
@@ -153,19 +154,19 @@ def display_order(endpoint: Endpoint) -> tuple[object, ...]:
 
 
 def called(endpoint: Endpoint) -> str:
-    """Return what people call an endpoint's workload: a container's name, or its short id, or a namespace."""
+    """Return the display name of an endpoint's workload: a container's name, or its short id, or a namespace."""
     return endpoint.workload_name or short_id(endpoint.id.workload)
 
 
 def workload_cell(endpoint: Endpoint, short: bool) -> str:
-    """Return what a table says of an endpoint's workload: its name; or, in full, its id, and the name below."""
+    """Return the table cell for an endpoint's workload: its name or, in full, its id with the name below."""
     if short:
         return called(endpoint)
     return "\n".join(filter(None, (endpoint.id.workload, endpoint.workload_name)))
 
 
 def show_endpoints(endpoints: Sequence[Endpoint], arguments: dict[str, Any]) -> None:
-    """Print endpoints with all that their records hold; shortened where arguments and terminal ask for it."""
+    """Print endpoints with all fields of their records, abridged on a terminal (see output.abridges)."""
     if wants_json(arguments):
         print_json([_as_json(endpoint) for endpoint in endpoints])
         return
@@ -191,16 +192,16 @@ def show_endpoints(endpoints: Sequence[Endpoint], arguments: dict[str, Any]) -> 
 
 
 def _as_json(endpoint: Endpoint) -> dict[str, Any]:
-    """Return an endpoint with all its fields, also those that are left out in the store where they have no value."""
+    """Return an endpoint with all its fields, including those that the store omits when they have no value."""
     optional = {"inactive_since": endpoint.inactive_since, "workload_name": endpoint.workload_name}
     return {**asdict(endpoint.id), **endpoint.to_dict(), **optional}
 
 
 def _duration(since: str) -> str:
-    """Return for how long something has been so, roughly, as people say it; `since` is ISO 8601, UTC."""
+    """Return the time since `since` (ISO 8601, UTC) as a short text, such as "for 5min"."""
     try:
         begin = datetime.strptime(since, "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=timezone.utc)
-    except ValueError:  # another program's
+    except ValueError:  # in another program's format
         return f"since {since}"
     seconds = max(0, int((datetime.now(timezone.utc) - begin).total_seconds()))
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
@@ -218,9 +219,9 @@ def show_profiles(endpoint: Endpoint, as_json: bool) -> None:
 
 
 def profile_names(arguments: dict[str, Any]) -> list[str]:
-    """Return the profiles on the command line; raise CalicoError for none, or for what no list may hold.
+    """Return the profiles on the command line; raise CalicoError for none, or for a name that no list may hold.
 
-    What is to be removed may be called anything: old tools take any name into a list.
+    Any name can be removed: old tools accept any name in a list.
     """
     names = list(arguments["<PROFILES>"])
     if not names and (arguments["append"] or arguments["remove"]):
@@ -234,7 +235,7 @@ def profile_names(arguments: dict[str, Any]) -> list[str]:
 
 
 def check_known_profile(name: str) -> str:
-    """Return the name of a profile that may be there, however odd; raise NotFound for one that none can have."""
+    """Return the name of a profile that may exist, however odd; raise NotFound for a name that none can have."""
     if not keys.can_be_part(name):
         raise NotFound(f"There is no such profile: '{name}' is not a valid profile name.")
     return name

@@ -1,4 +1,4 @@
-"""Show who has which address, give addresses back, and find those that are lost.
+"""Show address assignments, release addresses, and find leaked ones.
 
 Usage:
   calicoctl ipam info <IP> [--output=<FORMAT>]
@@ -8,20 +8,20 @@ Usage:
 
 Options:
   <IP>, <IPS>            an IPv4 or IPv6 address, or several
-  --force                give the address back even where an endpoint uses it
-  --fix                  put right what can be put right safely, on this host
-                         (as root)
+  --force                release the address even if an endpoint uses it
+  --fix                  repair what can be repaired safely, on this host (as
+                         root)
   -o, --output=<FORMAT>  json; default: text, or a table
 
-`info` tells who has an address, and the block of 64 that it is in; its exit
-status is 1 where nobody has it. `show` counts each pool's addresses: used,
-free, and of the used ones those that a host has borrowed from another's
-block. `check` compares blocks, handles and endpoints of the whole store, and
-lists addresses that no endpoint has, addresses that an endpoint has but are
-not assigned to it, handles that miscount, blocks whose list of free addresses
-is wrong, or whose strict affinity is not kept (newer tools rely on both), and
-endpoints whose host is not registered. Its exit status is 1 when anything is
-left to be put right.
+`info` shows the owner of an address and its block of 64; the exit status is 1
+if the address is not assigned. `show` counts the addresses of each pool:
+used, free and, among the used ones, those that a host has borrowed from
+another host's block. `check` compares blocks, handles and endpoints of the
+whole store, and lists addresses that no endpoint uses, addresses that an
+endpoint uses but that are not assigned to it, handles with wrong counts,
+blocks whose list of free addresses is wrong or whose strict affinity is
+violated (newer tools rely on both), and endpoints whose host is not
+registered. Its exit status is 1 if a problem remains.
 
 Examples:
   calicoctl ipam info 192.168.0.1
@@ -116,7 +116,7 @@ def _release_one(datastore: DatastoreClient, address: IPAddress, force: bool) ->
     holders: set[str | None] | None = None
     if not force:
         owner = datastore.ipam.owner(address)
-        holders = set() if owner is None else {owner.handle}  # not what somebody takes meanwhile
+        holders = set() if owner is None else {owner.handle}  # not if it is assigned anew in the meantime
         users = datastore.endpoints_with(address)
         if users:
             raise CalicoError(
@@ -142,7 +142,7 @@ def _show(as_json: bool) -> None:
 
 
 def _usages(datastore: DatastoreClient) -> list[dict[str, Any]]:
-    """Return how many addresses each pool has, and how many of them are what; at last, what is in no pool."""
+    """Return the address counts of each pool and, last, of addresses in no pool."""
     from netaddr.ip import IPNetwork
 
     usages = []
@@ -175,23 +175,23 @@ def _usage(pool: str | None, addresses: int | None, used: int, free: int | None,
 def _check(fix: bool, as_json: bool) -> None:
     findings = audit.check(DatastoreClient.from_environment())
     left = 0
-    told = []
+    shown = []
     for finding in findings:
-        why_not = audit.put_right(finding) if fix else finding.advice
+        why_not = audit.repair(finding) if fix else finding.advice
         fixed = fix and why_not is None
         left += not fixed
-        told.append({**finding.to_dict(), "fixed": fixed})
+        shown.append({**finding.to_dict(), "fixed": fixed})
         if not as_json:
             if fixed:
-                ending = "put right"
+                ending = "fixed"
             elif fix:
-                ending = f"not put right: {why_not}"
+                ending = f"not fixed: {why_not}"
             else:
-                ending = "--fix puts it right" if finding.fix else str(why_not)
+                ending = "--fix repairs it" if finding.fix else str(why_not)
             print(one_line(f"{finding.kind} {finding.subject}: {finding.problem} ({ending})"))
     if as_json:
-        print_json(told)
+        print_json(shown)
     elif not findings:
         print("Blocks, handles and endpoints agree.")
     if left:
-        raise CalicoError(f"{left} of {len(findings)} findings are left to be put right.")
+        raise CalicoError(f"{left} of {len(findings)} problems remain.")

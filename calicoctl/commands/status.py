@@ -1,5 +1,4 @@
-"""Show what this host's agent says of itself and of the host's endpoints, and
-what is wrong.
+"""Show the status of this host's agent and endpoints, and what is wrong.
 
 Usage:
   calicoctl status [--output=<FORMAT>]
@@ -8,20 +7,19 @@ Options:
   -o, --output=<FORMAT>  json: an object with all that the agent reports;
                          default: text
 
-Shown are: since when the agent runs, and how old its report is; since when
-reading etcd, writing it and following its changes work, each; how many
-endpoints are up, down and in error (those of stopped containers are down, and
-nothing is wrong with them); how many containers and namespaces it has given
-their interface back since, how many that are no more it has forgotten or
-cleared leftovers of; what went wrong last; then what is wrong now, worst
-first, ten lines at most.
+Shows since when the agent runs, and the age of its report; since when reads,
+writes and watches of etcd work or fail; how many endpoints are up, down and
+in error (endpoints of stopped containers are down, which is no problem); how
+many workloads the agent has re-attached, and how many it has
+garbage-collected; the last error; then the current problems, worst first, ten
+lines at most.
 
-The exit status is 1 when etcd cannot be read, written or followed, when an
-endpoint is in error, and when the agent cannot vouch for any of that: it is
-not running, or its report is older than half a minute, when it ought to be
-ten seconds old at most, or an agent on another machine has taken the host's
-name over. For everything else it is 0, also where an old agent (Felix)
-reports for this host, and none of this version runs here.
+The exit status is 1 when etcd cannot be read, written or watched, when an
+endpoint is in error, and when the current status is unknown: the agent is not
+running, or its report is older than half a minute (it is written every ten
+seconds), or an agent on another machine has taken over the host's name. In
+all other cases it is 0, also if an old agent (Felix) reports for this host
+and none of this version runs here.
 
 Examples:
   calicoctl status
@@ -43,7 +41,7 @@ from calicoctl.output import print_json, wants_json
 _WORKS = {True: "works", False: "fails", None: "has not been tried,"}
 
 MOST_LINES = 10
-"""How many lines of what is wrong a person is shown."""
+"""The maximum number of lines about problems."""
 
 
 def prepare(argv: list[str]) -> Prepared:
@@ -74,7 +72,7 @@ def _lines(status: dict[str, Any]) -> list[str]:
     return [
         f"Host:       {status['host']}",
         f"Agent:      version {status['version']}, process {status['pid']}, "
-        + (f"running since {status['running_since']}" if status["running"] else f"{_absent(status)}; it said last:")
+        + (f"running since {status['running_since']}" if status["running"] else f"{_absent(status)}; its last report:")
         + (reported if status["running"] else ""),
         *(
             f"{label}{_WORKS[ability['works']]} since {ability['since']}"
@@ -97,7 +95,7 @@ def _absent(status: dict[str, Any]) -> str:
 
 
 def _issue_lines(issues: list[Issue]) -> list[str]:
-    """Return what is wrong, cut after some lines."""
+    """Return the lines about problems, at most MOST_LINES of them."""
     if not issues:
         return ["Problems:   none"]
     shown = len(issues) if len(issues) <= MOST_LINES else MOST_LINES - 1
@@ -108,14 +106,14 @@ def _issue_lines(issues: list[Issue]) -> list[str]:
 
 
 def _summary(failures: list[Issue]) -> str:
-    """Return in one sentence why the exit status is not 0."""
+    """Return one sentence that explains an exit status other than 0."""
     for issue in failures:
         if issue.kind == AGENT:
             return f"{issue}."
     parts = []
     if any(issue.kind == STORE for issue in failures):
-        parts.append("its agent cannot make full use of etcd")
+        parts.append("its agent cannot fully use etcd")
     in_error = sum(issue.kind == ENDPOINT for issue in failures)
     if in_error:
         parts.append(f"{in_error} endpoint{'s are' if in_error > 1 else ' is'} in error")
-    return f"Not all is well with this host: {', and '.join(parts)}."
+    return f"This host has problems: {', and '.join(parts)}."

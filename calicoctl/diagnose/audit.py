@@ -231,7 +231,7 @@ def _recount(datastore: DatastoreClient, handle: str, blocks: list[str]) -> bool
     return True
 
 
-def put_right(finding: Finding) -> str | None:
+def repair(finding: Finding) -> str | None:
     """Put a finding right; return why that could not be done, None where it was."""
     if finding.fix is None:
         return finding.advice

@@ -173,7 +173,7 @@ def test_status_says_that_there_is_no_majority(bare_host: Host, members: list[Et
     shown = host.ctl("status", status=1)
     for what in ("reading", "writing", "following changes"):
         assert f" {what} fails since 20" in shown.out
-    assert "etcd cannot be read" in shown.out and "cannot make full use of etcd" in shown.err
+    assert "etcd cannot be read" in shown.out and "cannot fully use etcd" in shown.err
     for server in members[1:]:
         server.start(cluster_of(members))
     for server in members:

@@ -184,7 +184,7 @@ def test_settings(host: Host) -> None:
     refused(host, "config", "felix", "Colour", "red", because="--force")
     refused(host, "config", "felix", "logseverityFle", "info", because="did you mean 'LogSeverityFile'?")
     refused(host, "config", "felix", "a/b", "red", "--force", because="cannot be a setting")
-    refused(host, "config", "bgp", "peer_v4", "x", "--force", because="is no setting")
+    refused(host, "config", "bgp", "peer_v4", "x", "--force", because="is not a setting")
     refused(host, "config", "felix", "LogFilePath", "a\nb", because="one line of text")
     host.ctl("config", "felix", "Colour", "red", "--force")
     assert json.loads(host.ctl("config", "felix", "Colour", "--force", "--output=json").out) == {
@@ -328,7 +328,7 @@ def test_endpoints_of_all_hosts(host: Host) -> None:
     refused(host, "endpoint", "eeee", "profile", "show", because="eeee does not exist")
     refused(host, "endpoint", "ffff", "profile", "show", "--host=host1", because="does not exist")
     host.etcd.put(elsewhere.replace("ffffffff", "fffffff0"), {})
-    refused(host, "endpoint", "ffff", "profile", "show", because="can be several")
+    refused(host, "endpoint", "ffff", "profile", "show", because="matches several")
     assert host.ctl("endpoint", "ffffffff", "profile", "show").out == ""
     for name in "ab":
         host.ctl("container", "remove", f"/var/run/netns/{name}")
@@ -391,7 +391,7 @@ def test_a_batch(host: Host, tmp_path: Path) -> None:
         ("bgp peer add 192.0.2.254 as many", 1, "AS number"),
         ("node bgp peer add 127.0.0.1 as 1", 1, "127.0.0.1 cannot be used"),
         ("ipam release 192.168.0.1 nothing", 1, "'nothing' is not a valid"),
-        ("config felix loglevel loud", 1, "'loud' is no value"),
+        ("config felix loglevel loud", 1, "'loud' is not a valid value"),
         ("endpoint show --host=a/b", 1, "--host"),
         ("endpoint ff profile append", 2, "Say which profiles"),
         ("node --ip=fd00::1", 1, "--ip: fd00::1"),

@@ -32,7 +32,7 @@ def test_etcd_away_and_back(own_etcd: Etcd) -> None:
     wait_for(lambda: host.status()["etcd"]["writes"]["error"], "the agent to notice that it cannot write", 15)
     shown = host.ctl("status", status=1)
     assert shown.out.count(" fails since ") == 3 and "etcd cannot be read, written or followed since" in shown.out
-    assert shown.err == "Not all is well with this host: its agent cannot make full use of etcd.\n"
+    assert shown.err == "This host has problems: its agent cannot fully use etcd.\n"
     assert ping("a", B4, patience=PATIENT)
     # what it knows, it goes on to keep
     run("ip", "route", "delete", f"{B4}/32")

@@ -147,7 +147,7 @@ def test_checksystem_without_what_is_needed(bare_host: Host, tmp_path: Path) -> 
     nowhere = {"ETCD_AUTHORITY": "127.0.0.1:1", "DOCKER_HOST": "unix:///nowhere", "PATH": str(tmp_path)}
     with not_installed("conntrack"):
         said = bare_host.ctl("checksystem", "--output=json", status=1, env=nowhere)
-    assert said.err.startswith("This host lacks what is needed: etcd")
+    assert said.err.startswith("This host lacks prerequisites: etcd")
     found = {check["name"]: check for check in json.loads(said.out)}
     assert "nothing listens" in found["Docker Engine"]["found"] and not found["Docker Engine"]["needed"]
     assert found["conntrack"]["advice"] == "install the package conntrack"
@@ -157,7 +157,7 @@ def test_checksystem_without_what_is_needed(bare_host: Host, tmp_path: Path) -> 
         assert "needed: ip;" in bare_host.ctl("checksystem", status=1, env=nowhere).err
     unprivileged = [*AS_NOBODY, CALICOCTL]
     said = bare_host.ctl("checksystem", status=1, command=unprivileged)
-    assert "lacks what is needed: root." in said.err
+    assert "lacks prerequisites: root." in said.err
 
 
 def test_checksystem_where_nothing_is_as_it_should_be(bare_host: Host, engine: None, tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def test_what_is_wrong_comes_worst_first_and_in_ten_lines(health: Health, capsys
     health.trouble(events.Failure("there is no iptables", "the host's firewall"))
     write(health)
     out, why = told(capsys)
-    assert why == "Not all is well with this host: 1 endpoint is in error."
+    assert why == "This host has problems: 1 endpoint is in error."
     shown = out.partition("Problems:   24\n")[2].splitlines()
     assert [line.split()[1] for line in shown[:1] + shown[2:4]] == ["bad", "off", "up0"]
     assert "there is no iptables (since" in shown[1] and len(shown) == 10
