@@ -1,4 +1,4 @@
-"""Make this host part of the network: register it, and run the host agent.
+"""Register this host, and run the host agent.
 
 Usage:
   calicoctl node [--ip=<IP>] [--ip6=<IP6>] [--as=<AS_NUM>] [--log-dir=<DIR>]
@@ -22,23 +22,21 @@ Options:
                          /var/log/calico, and standard error when it does not
                          detach
   --detach=<DETACH>      true: run the agent in the background, and return
-                         when it has set up what etcd wants (the default);
-                         false: be the agent, until a signal comes (for
-                         systemd)
-  --local-etcd           start an etcd on this host's loopback interface, too,
-                         with its data under /var/lib/calico/etcd, keep it
-                         running, and have all commands find it, by a line in
-                         /etc/calico/node.env: for a single host without an
-                         etcd. Its port is 2379 or, where that is in use,
-                         another one
-  --metrics-port=<PORT>  a port of 127.0.0.1 for Prometheus to ask; default:
-                         none
-  --force                register although another host has the address, or an
+                         when it has applied the desired state (the default);
+                         false: run it in the foreground (for systemd)
+  --local-etcd           also run an etcd on this host's loopback interface,
+                         with its data in /var/lib/calico/etcd, and write its
+                         address to /etc/calico/node.env for all commands: for
+                         a single host without an etcd. It listens on port
+                         2379 or, if that is in use, on another one
+  --metrics-port=<PORT>  serve metrics for Prometheus on this port of
+                         127.0.0.1; default: none
+  --force                register even if another host has the address or an
                          agent on another machine has this host's name, and
-                         take the name over; stop although endpoints are
-                         active; remove although an agent elsewhere has the
-                         name
-  --hostname=<HOST>      remove that host, which is gone for good, and not
+                         take over the name; stop even if endpoints are
+                         active; remove even if an agent on another machine
+                         has the name
+  --hostname=<HOST>      remove that host, which no longer exists, instead of
                          this one
   <PEER_IP>              the address of a router
   <AS_NUM>               its AS number, as 64512 or as 0.64512
@@ -48,31 +46,29 @@ Options:
   --remove-endpoints     remove the host's endpoints, too; without it, a host
                          that has some is not removed
 
-Addresses and AS number that are not given are unset, should they be set from
-an earlier call. The first host registered also gets the global configuration
-and the default pools (192.168.0.0/16 and fd80:24e2:f998:72d6::/64) written. A
-warning names pools that overlap a network that this host is connected to (see
-calicoctl pool --help).
+An address or AS number that is not given is removed if an earlier call set
+it. Registering the first host also writes the global configuration and the
+default pools (192.168.0.0/16 and fd80:24e2:f998:72d6::/64). A warning names
+pools that overlap a network of this host (see calicoctl pool --help).
 
-A host has its name and addresses for itself. An address that another
-registered host has is refused: if this host was called that before, go on
-under the old name (HOSTNAME=OLD), or take the old name out of etcd (node
-remove --hostname=OLD). A name under which an agent on another machine is
-alive is refused, too. Where it cannot be told which machine an agent was on,
-after a reboot of this one, say, `node` waits for its last report to expire,
-for 30 s at most. Who takes a name over with --force gets the host's endpoints
-with it: those whose workloads are not on this machine become inactive, and
-are removed a minute later. The other agent notices, and leaves records and
-packets as they are until `calicoctl node` on its machine takes the name back.
+A host's name and addresses are unique. An address of another registered host
+is refused: if that is this host's former name, keep using it (HOSTNAME=OLD),
+or remove it from etcd (node remove --hostname=OLD). A name whose agent is
+alive on another machine is refused, too. If it is unknown which machine the
+agent was on, for example after a reboot of this one, `node` waits until its
+heartbeat expires, 30 s at most. --force takes over the name with its
+endpoints: those whose workloads are not on this machine become inactive, and
+are removed a minute later. The other agent notices, and changes neither
+records nor packets until `calicoctl node` on its machine takes the name back.
 
-`restart` replaces the agent that runs in the background by one of this
-version, with the options and the environment it was started with.
-`stop` ends the agent, and the local etcd; what they have set up stays, and
-packets go on being routed and checked. `remove` ends the agent, takes
-everything it has set up out of the kernel, the host out of etcd, and the line
-of the local etcd out of /etc/calico/node.env. `bgp peer` is about the routers
-that this host alone peers with; for those of all hosts, see calicoctl bgp
---help. All but `bgp` must be run as root.
+`restart` replaces the agent in the background with one of this version, with
+the options and the environment that it was started with.
+`stop` stops the agent and the local etcd; the data plane stays, and packets
+are routed and filtered as before. `remove` stops the agent, and removes
+everything that it has set up from the kernel, the host from etcd, and the
+local etcd's line from /etc/calico/node.env. `bgp peer` is about peers of this
+host only; for global peers, see calicoctl bgp --help. All commands but `bgp`
+must be run as root.
 
 Examples:
   sudo calicoctl node --ip=192.0.2.2
@@ -153,13 +149,13 @@ def _start(
         if options.local_etcd:
             etcd, started = _started_etcd(host, log_dir or process.DEFAULT_LOG_DIR)
             if started or not in_background:
-                undo.callback(_end_local_etcd_without_agent, host)
+                undo.callback(_stop_local_etcd_without_agent, host)
             announced = etcd.announced()
         datastore = DatastoreClient.from_environment()
         if not arguments["--force"]:
             _refuse_taken(datastore, ipv4, given[6])
         claimed = heartbeat.claim(datastore, arguments["--force"], _own_agent_writes(host), warn)
-        with _given_up_on_failure(datastore, claimed), announced as written:
+        with _claim_released_on_failure(datastore, claimed), announced as written:
             if log_dir is not None:
                 _make(log_dir)
             if written:
@@ -193,17 +189,17 @@ def _refuse_taken(datastore: DatastoreClient, *addresses: str | None) -> None:
 
 
 def _own_agent_writes(host: str) -> bool:
-    """Tell whether this host's agent runs, here, and is not replaced by another, as far as it knows."""
+    """Return whether this host's agent runs on this machine and, as far as it knows, has not been replaced."""
     return process.running(host) is not None and not (process.report(host) or {}).get("replaced")
 
 
 @contextmanager
-def _given_up_on_failure(datastore: DatastoreClient, claimed: Entry | None) -> Iterator[None]:
-    """Give up a claim to the host's status when something fails, unless the agent has taken it on."""
+def _claim_released_on_failure(datastore: DatastoreClient, claimed: Entry | None) -> Iterator[None]:
+    """Release a claim to the host's status when something fails, unless the agent has renewed it since."""
     try:
         yield
     except BaseException:
-        with suppress(StoreError):  # it expires
+        with suppress(StoreError):  # the claim expires anyway
             if claimed is not None:
                 datastore.statuses.remove_host(claimed)
         raise
@@ -212,7 +208,7 @@ def _given_up_on_failure(datastore: DatastoreClient, claimed: Entry | None) -> I
 def _register(
     datastore: DatastoreClient, ipv4: str | None, given: dict[int, str | None], every: set[str], as_num: str | None
 ) -> None:
-    """Register this host, and say with which addresses."""
+    """Register this host, print its addresses, and warn of likely mistakes."""
     datastore.hosts.register(ipv4, given[6], as_num)
     for address in filter(None, given.values()):
         if address not in every:
@@ -231,7 +227,7 @@ def _register(
 
 
 def _start_agent(host: str, options: process.Options) -> None:
-    """Start the host's agent in the background, unless it runs."""
+    """Start the host's agent in the background, unless it is running."""
     pid = process.running(host)
     if not pid:
         print(f"The host agent is running (process {process.start(host, options)}).")
@@ -250,17 +246,17 @@ def _start_agent(host: str, options: process.Options) -> None:
 
 
 def _host_troubles(host: str) -> list[str]:
-    """Return what the agent reports to be wrong with the host as a whole: a firewall that it cannot open, say."""
+    """Return the problems that the agent reports for the host as a whole, such as a firewall that drops packets."""
     troubles = (process.report(host) or {}).get("troubles")
     return [str(one["error"]) for one in troubles] if isinstance(troubles, list) else []
 
 
 def _started_etcd(host: str, log_dir: str) -> tuple[LocalEtcd, bool]:
-    """Start the local etcd, unless it runs; return it, and whether it was started. Raises CalicoError."""
+    """Start the local etcd, unless it is running; return it, and whether it was started. Raises CalicoError."""
     pid = process.running(host)
     if pid and (process.report(host) or {}).get("local_etcd") is False:
         raise CalicoError(
-            f"The host agent (process {pid}) was started without --local-etcd, and would not look after an etcd. "
+            f"The host agent (process {pid}) was started without --local-etcd, and would not supervise an etcd. "
             "End it with 'calicoctl node stop --force', which disturbs no packets, and repeat this."
         )
     etcd = LocalEtcd(host, log_dir)
@@ -273,13 +269,15 @@ def _started_etcd(host: str, log_dir: str) -> tuple[LocalEtcd, bool]:
 
 def _restart() -> None:
     why = (process.report(hostname()) or {}).get("replaced")
-    if why and process.running(hostname()):  # a new one would take the name as soon as that agent is silent
+    if why and process.running(
+        hostname()
+    ):  # a new agent would take over the name as soon as the other agent's heartbeat expires
         raise CalicoError(f"{why}. It is not restarted.")
     print(f"The host agent is restarted (process {process.restart(hostname())}).")
 
 
-def _end_local_etcd_without_agent(host: str) -> None:
-    """End the local etcd, unless an agent runs that looks after it, another one than this process."""
+def _stop_local_etcd_without_agent(host: str) -> None:
+    """Stop the local etcd, unless an agent other than this process supervises it."""
     if process.running(host) in (None, os.getpid()):
         local_etcd.stop(host)
 
@@ -292,10 +290,10 @@ def _stop(force: bool) -> None:
             endpoints, _ = DatastoreClient.from_environment().readable_endpoints(host)
             active = [endpoint for endpoint in endpoints if endpoint.state == "active"]
         except StoreError as error:
-            raise CalicoError(f"Whether endpoints are active cannot be told; stop with --force. {error}") from None
+            raise CalicoError(f"It is unknown whether endpoints are active; stop with --force. {error}") from None
         if active:
             raise CalicoError(
-                f"There are {len(active)} active endpoints on {host}, which no agent would look after. Remove them, or "
+                f"There are {len(active)} active endpoints on {host}, which no agent would manage. Remove them, or "
                 "stop with --force: they stay connected as they are."
             )
     stopped = process.stop(host)
@@ -317,7 +315,7 @@ def _remove(other: str | None, remove_endpoints: bool, force: bool) -> None:
             etcd = _local_etcd(host)
             reported = (process.report(host) or {}).get("local_etcd")
             had_local_etcd = reported is True or local_etcd.running(host) is not None
-            # after a reboot there is no report, but there may well be the data
+            # after a reboot there is no report, but the data may exist
             if etcd is not None and reported is not False:
                 stack.enter_context(etcd.borrowed())
         datastore = DatastoreClient.from_environment().for_host(other or host)
@@ -330,8 +328,8 @@ def _remove(other: str | None, remove_endpoints: bool, force: bool) -> None:
             )
         if this_one:
             datastore.hosts.check_writable()
-            HostSettings(process.settings_file(host))  # a damaged one is refused before anything is changed
-        # some may have no endpoint any more: what a command that was cut short has left
+            HostSettings(process.settings_file(host))  # raises for a damaged file before anything is changed
+        # some may have no endpoint: leftovers of interrupted commands
         workloads = {(id.orchestrator, id.workload) for id in ids} | datastore.ipam.workloads()
         if this_one:
             for orchestrator in (DOCKER, NAMESPACE):
@@ -356,7 +354,7 @@ def _remove(other: str | None, remove_endpoints: bool, force: bool) -> None:
 
 
 def _refuse_alive(datastore: DatastoreClient, this_one: bool) -> None:
-    """Raise CalicoError where removing a host would take it from an agent that is alive: not this very host's."""
+    """Raise CalicoError if an agent of the host is alive, other than the one that is about to be stopped."""
     host = datastore.host
     pid = process.running(host)
     if pid is not None and not this_one:
@@ -376,12 +374,12 @@ def _refuse_alive(datastore: DatastoreClient, this_one: bool) -> None:
 
 
 def _disconnect(datastore: DatastoreClient, workloads: set[tuple[str, str]]) -> None:
-    """Disconnect workloads by what the store calls them."""
+    """Disconnect workloads, given by orchestrator and id."""
     from calicoctl.workloads import wiring
     from calicoctl.workloads.workload import Workload
 
     for orchestrator, id in sorted(workloads):
-        with suppress(NotFound):  # somebody else has done so
+        with suppress(NotFound):  # disconnected concurrently
             wiring.disconnect(datastore, Workload(orchestrator, id, id))
             print(f"Removed Calico from {id}")
 
@@ -405,11 +403,11 @@ def _absolute(log_dir: str | None, default: str | None) -> str | None:
 
 
 def _make(log_dir: str) -> None:
-    """Make a directory where it is not there; raise CalicoError."""
+    """Create a directory if it does not exist; raise CalicoError."""
     try:
         Path(log_dir).mkdir(mode=0o755, parents=True, exist_ok=True)
     except OSError as error:
-        raise CalicoError(f"--log-dir={log_dir}: it cannot be made: {error.strerror}") from None
+        raise CalicoError(f"--log-dir={log_dir}: it cannot be created: {error.strerror}") from None
 
 
 def _port(text: str | None) -> int | None:
@@ -421,7 +419,7 @@ def _port(text: str | None) -> int | None:
 
 
 def _host_address(text: str | None, version: int, option: str) -> str | None:
-    """Return an option's address; raise CalicoError when it is none of that version that a host can have."""
+    """Return an option's address; raise CalicoError unless it is a unicast address of that IP version."""
     if text is None:
         return None
     with about(option):

@@ -1,4 +1,4 @@
-"""Show and change the ranges (pools) that addresses come from.
+"""Show and change the IP pools that addresses are assigned from.
 
 Usage:
   calicoctl pool add <CIDRS>... [--ipip] [--nat-outgoing]
@@ -7,30 +7,29 @@ Usage:
   calicoctl pool show [--ipv4 | --ipv6] [--output=<FORMAT>]
 
 Options:
-  <CIDRS>                ranges such as 10.1.0.0/16 or fd00:1::/64: whole
-                         blocks of 64 addresses, so at most /26 or /122
+  <CIDRS>                networks such as 10.1.0.0/16 or fd00:1::/64, of at
+                         least one block of 64 addresses (/26 or /122)
   <START_IP>             the first address of a range, and of a block of 64
   <END_IP>               the last address of the range, and of a block
-  --ipip                 carry packets between hosts in IP-in-IP (IPv4 only);
-                         default: as they are
-  --nat-outgoing         give packets to addresses in no pool the host's
-                         address as source; default: as they are
-  --force                remove the pool even where addresses of it are in
-                         use; they stay in use
+  --ipip                 encapsulate packets between hosts in IP-in-IP (IPv4
+                         only); default: no encapsulation
+  --nat-outgoing         masquerade packets to destinations outside all pools
+                         with the host's address; default: no masquerading
+  --force                remove the pool even if addresses of it are in use;
+                         they stay in use
   --ipv4                 show IPv4 pools only
   --ipv6                 show IPv6 pools only
   -o, --output=<FORMAT>  json: an array of the pools, with the fields that
                          they have in etcd; default: a table
 
-A pool that is there already gets the options given, and loses the others.
-Pools do not overlap. A range is added as the fewest CIDRs that make exactly
-it. Nothing is changed unless all that was given is in order. `remove` takes
-the options of `add`, too, and pays no attention to them.
+Adding an existing pool replaces its options. Pools must not overlap. A range
+is added as the fewest CIDRs that cover exactly the range. Nothing is changed
+unless all arguments are valid. `remove` accepts the options of `add`, and
+ignores them.
 
-Choose a pool that overlaps no network that a host is connected to: a warning
-names those of this host. Of such a network's addresses, a host gives none to
-a container unless it is asked for, and never one that a host or a gateway
-has.
+Choose pools that overlap no network that a host is connected to: a warning
+names those of this host. An address in such a network is assigned only if it
+is requested explicitly, and never if a host or a gateway has it.
 
 Examples:
   calicoctl pool add 10.1.0.0/16 --nat-outgoing
@@ -70,7 +69,7 @@ def prepare(argv: list[str]) -> Prepared:
 
 
 def _check_new(networks: list[IPNetwork], ipip: bool) -> None:
-    """Raise CalicoError for networks that cannot be pools, whatever pools there are."""
+    """Raise CalicoError for networks that cannot be pools, regardless of existing pools."""
     from calicoctl.datastore.blocks import BLOCK_SIZE
 
     for network in networks:
@@ -112,17 +111,17 @@ def _add(networks: list[IPNetwork], arguments: dict[str, Any]) -> None:
 
 
 def _shown(pool: Pool) -> dict[str, Any]:
-    """Return a pool with all its fields, also those that are left out in the store where they are off."""
+    """Return a pool with all its fields, including those that the store omits when they are off."""
     return {"cidr": pool.cidr, "ipip": pool.ipip, "masquerade": pool.masquerade, **pool.extra}
 
 
 def _options(pool: Pool) -> dict[str, str]:
-    """Return what each of a pool's options is, in words."""
+    """Return a pool's options, each as "on" or "off"."""
     return {name: "on" if on else "off" for name, on in (("ipip", pool.ipip), ("nat-outgoing", pool.masquerade))}
 
 
 def _networks_of_range(start: str, end: str) -> list[IPNetwork]:
-    """Return the CIDRs that make exactly the range from one address to another; raise CalicoError."""
+    """Return the fewest CIDRs that cover exactly the range from one address to another; raise CalicoError."""
     from netaddr.ip import IPAddress, iprange_to_cidrs
 
     from calicoctl.datastore.blocks import BLOCK_SIZE
@@ -140,19 +139,19 @@ def _networks_of_range(start: str, end: str) -> list[IPNetwork]:
 
 
 def _network(text: str) -> IPNetwork:
-    """Return the network that is meant; raise CalicoError where it has bits behind its prefix."""
+    """Parse the CIDR of a pool; raise CalicoError for host bits, or a missing prefix length."""
     network = parse_cidr(text)
     if "/" not in text:
         raise CalicoError(
-            f"'{text}' is one address, and a pool is a network: say how long its prefix is, /26 at most (/122 in IPv6)"
+            f"'{text}' is one address, and a pool is a network: add a prefix length, /26 at most (/122 in IPv6)"
         )
     if parse_address(text.partition("/")[0]) != network.network:
-        raise CalicoError(f"'{text}' is not the CIDR of a pool: it has bits behind its prefix; {network} has not")
+        raise CalicoError(f"'{text}' is not the CIDR of a pool: it has host bits set; {network} has none")
     return network
 
 
 def _known(text: str) -> IPNetwork | str:
-    """Return the network that is meant, or the text as it is: it may be the name of a key that holds no pool."""
+    """Return the network of a CIDR, or the text itself: it may be the name of a key that holds no valid pool."""
     try:
         return _network(text)
     except CalicoError:
@@ -164,7 +163,7 @@ def _remove(pools: list[IPNetwork | str], force: bool) -> None:
     found = {pool: datastore.pool_keys(str(pool)) for pool in pools}
     for pool in pools:
         if not found[pool]:
-            _network(str(pool))  # says what is wrong with what cannot be a pool
+            _network(str(pool))  # raises for what cannot be a pool
             raise NotFound(f"Pool {pool} does not exist{'; nothing is removed' if pools[1:] else ''}.")
         used = [] if force or isinstance(pool, str) else datastore.ipam.used_in(pool)
         if used:
@@ -195,18 +194,18 @@ def _show(arguments: dict[str, Any]) -> None:
 
 
 def warn_of_overlaps(cidrs: Iterable[str]) -> None:
-    """Warn of pools that have addresses of networks that this host is connected to."""
+    """Warn of pools that overlap networks that this host is connected to."""
     try:
         own = host_network.read()
     except CalicoError as error:
-        warn(f"Warning: whether pools overlap this host's networks is not known: {error}")
+        warn(f"Warning: it is unknown whether pools overlap this host's networks: {error}")
         return
     for overlap in filter(None, map(own.overlap, cidrs)):
         warn(f"Warning: {overlap}.")
 
 
 def readable_pools(datastore: DatastoreClient, version: int) -> list[Pool]:
-    """Return the pools of an IP version that can be read; warn of the others."""
+    """Return the readable pools of an IP version; warn of unreadable ones."""
     pools, problems = datastore.readable_pools(version)
     for problem in problems:
         warn(f"Warning: {problem}")

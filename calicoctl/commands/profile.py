@@ -1,4 +1,4 @@
-"""Make profiles, the policy of the network, and change their tags and rules.
+"""Show and change profiles: network policy as tags and rules.
 
 Usage:
   calicoctl profile show [--detailed] [--no-trunc] [--output=<FORMAT>]
@@ -20,15 +20,15 @@ Options:
   <FROM>, <TO>           a container's name or id, a namespace's path, an
                          endpoint's id, or an IP address
   <PORT>                 the port that a tcp or udp packet goes to, 1 to 65535
-  --from-port=<PORT>     the port it comes from; default: 40000, for one that
-                         the sender's system chooses
+  --from-port=<PORT>     its source port; default: 40000, which stands for an
+                         ephemeral port
   --detailed             list the endpoints that have each profile, too
   --no-trunc             show everything on a terminal, too, whatever its
                          width; default: containers by their names, and 12
                          characters of ids
-  --no-check             remove the profile even where endpoints still have
-                         it; they let nothing through then
-  --at=<POSITION>        a rule's place, counted from 1; default: behind the
+  --no-check             remove the profile even if endpoints have it; where
+                         it is evaluated, it then denies every packet
+  --at=<POSITION>        a rule's position, counted from 1; default: after the
                          last one
   -o, --output=<FORMAT>  json, for scripts; default: text
 
@@ -40,19 +40,19 @@ A rule is one of
   ACTION [ipv4|ipv6] [from SIDE] [to SIDE]
 
 where ACTION is allow, deny or log, SIDE is [tag T] [cidr C], and P is a list
-such as 80,443,8000:8010. Inbound rules see the packets to an endpoint,
-outbound rules those from it. The first rule that allows or denies a packet
-decides; `log` writes a line to the kernel's log and goes on to the next rule.
-`rule json` prints a profile's rules, and `rule update` reads them from
-standard input. A new profile has its own name as tag, lets in what comes from
-that tag, and lets everything out.
+such as 80,443,8000:8010. Inbound rules apply to packets to an endpoint,
+outbound rules to packets from it. The first rule that allows or denies a
+packet decides; `log` writes a line to the kernel's log and continues with the
+next rule. `rule json` prints a profile's rules, and `rule update` reads them
+from standard input. A new profile has its own name as tag, allows inbound
+packets from that tag, and allows all outbound packets.
 
-`trace` tells whether a packet would pass (a connection's first one, or an
-echo request), and which rule of which profile decides, on its way out of
-<FROM> and into <TO>, from what is in etcd; the exit status is 0 when it
-passes, and 1 when it does not. IPv4 is looked at where both sides have it,
-and no address says otherwise. Of this host, all addresses are known; of
-others, those that they are registered with.
+`trace` shows whether a packet (a connection's first one, or an echo request)
+would pass from <FROM> to <TO>, and which rule of which profile decides,
+outbound of <FROM> and inbound of <TO>. It evaluates what is in etcd; the exit
+status is 0 when the packet passes, and 1 when it does not. IPv4 is used where
+both sides have it, unless an address says otherwise. All addresses of this
+host are known; of other hosts, those that they are registered with.
 
 Examples:
   calicoctl profile add web
@@ -142,7 +142,7 @@ def _show(arguments: dict[str, Any]) -> None:
 
 
 def _as_json(datastore: DatastoreClient, name: str, endpoints: list[Endpoint]) -> dict[str, Any]:
-    """Return all there is to say of a profile; tags and rules that cannot be read are null, with a warning."""
+    """Return all data of a profile; unreadable tags and rules are null, with a warning."""
 
     def readable(read: Callable[[], T]) -> T | None:
         try:
@@ -178,7 +178,7 @@ def _remove_one(datastore: DatastoreClient, profile: str, no_check: bool) -> Non
             some = ", ".join(f"{user.id.endpoint} of {called(user)} on {user.id.host}" for user in users[:3])
             some += ", …" if users[3:] else ""
             raise CalicoError(
-                f"Profile {profile} is in use by {len(users)} endpoint{'s' if users[1:] else ''} ({some}). Take it "
+                f"Profile {profile} is in use by {len(users)} endpoint{'s' if users[1:] else ''} ({some}). Remove it "
                 "from them first, or use --no-check."
             )
     datastore.remove_profile(profile)
@@ -262,7 +262,7 @@ def _rule_update(profile: str) -> None:
     try:
         rules = check_rules(profile, sys.stdin.read())
     except UnicodeDecodeError:
-        raise CalicoError("the rules are no JSON: they are not UTF-8 text") from None
+        raise CalicoError("the rules are not JSON: they are not UTF-8 text") from None
     datastore = DatastoreClient.from_environment()
     datastore.replace_rules(rules)
     _warn_of_tags(datastore, [*rules.inbound, *rules.outbound])
@@ -375,7 +375,7 @@ def _parse_rule(words: list[str], is_new: bool) -> Rule:
 
 
 def _rule_usage(words: list[str]) -> str:
-    """Return the form of a rule, of those in the help of `profile`, that comes closest to words that are none."""
+    """Return the form of a rule, from the help of `profile`, that is closest to words that are not a rule."""
     forms = re.findall("^  (ACTION .*)", str(__doc__), re.MULTILINE)
     form: str = max(forms, key=lambda form: (len(set(re.findall("[a-z0-9]+", form)) & set(words)), -len(form)))
     form = form.replace("ACTION", "(allow|deny|log)").replace("SIDE", "[tag T] [cidr C]")

@@ -76,7 +76,7 @@ def parse(words: Sequence[str], is_new: bool = True) -> Rule:
         try:
             return check_rule(json.loads(words[0]), must_match=is_new)
         except (ValueError, RecursionError):
-            raise CalicoError(f"'{words[0]}' is no JSON object") from None
+            raise CalicoError(f"'{words[0]}' is not a JSON object") from None
     left = deque(words)
     action = left.popleft() if left else ""
     if action not in ACTIONS:
@@ -224,9 +224,9 @@ def check_rules(profile: str, text: str) -> Rules:
     try:
         data = json.loads(text)
     except ValueError as error:
-        raise CalicoError(f"the rules are no JSON: {error}") from None
+        raise CalicoError(f"the rules are not JSON: {error}") from None
     except RecursionError:
-        raise CalicoError("the rules are no JSON that can be read: they are nested too deeply") from None
+        raise CalicoError("the rules are not readable JSON: they are nested too deeply") from None
     fields = ("id", "inbound_rules", "outbound_rules")
     if not isinstance(data, dict):
         raise CalicoError("the rules must be a JSON object with id, inbound_rules and outbound_rules")

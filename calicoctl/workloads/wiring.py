@@ -63,9 +63,7 @@ class AddressRequest:
         if "/" in text:
             network = parse_cidr(text)
             if parse_address(text.partition("/")[0]) != network.network:
-                raise CalicoError(
-                    f"'{text}' is not the CIDR of a pool: it has bits behind its prefix; {network} has not"
-                )
+                raise CalicoError(f"'{text}' is not the CIDR of a pool: it has host bits set; {network} has none")
             return cls(network.version, cidr=str(network))
         try:
             address = parse_address(text)

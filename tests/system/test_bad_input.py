@@ -35,7 +35,7 @@ def refused(host: Host, *words: str, says: str, status: int = 1, **options) -> R
     [
         (f"container add {BLUE} 203.0.113.1", "IP 203.0.113.1 is in no pool. IPv4 pools: 192.168.0.0/16."),
         (f"container add {BLUE} 10.9.0.0/16", "10.9.0.0/16 is not the CIDR of a pool"),
-        (f"container add {BLUE} 192.168.77.5/16", "it has bits behind its prefix; 192.168.0.0/16 has not"),
+        (f"container add {BLUE} 192.168.77.5/16", "it has host bits set; 192.168.0.0/16 has none"),
         ("container 0123 endpoint show", "0123"),
         ("profile add _web", "etcd hides what begins with '_'"),
         ("node --ip=255.255.255.255", "are not for hosts and workloads"),
@@ -127,8 +127,8 @@ def test_names_with_blanks_and_odd_bytes(host: Host, blue: str) -> None:
 @pytest.mark.parametrize(
     ("rules", "says"),
     [
-        ("", "no JSON"),
-        ("{", "no JSON"),
+        ("", "not JSON"),
+        ("{", "not JSON"),
         ("[]", "must be a JSON object"),
         ('{"id": "web", "inbound_rules": []}', "lack the field 'outbound_rules'"),
         ('{"id": "db", "inbound_rules": [], "outbound_rules": []}', "not of web"),

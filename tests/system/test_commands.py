@@ -71,7 +71,7 @@ def test_pools_come_get_other_options_and_go(host: Host) -> None:
         ("10.0.0.0/8 10.1.0.0/16", "overlaps with 10.0.0.0/8"),
         ("10.0.0.0/27", "smaller than a block"),
         ("fd00:1::/123", "smaller than a block"),
-        ("10.0.0.1/24", "it has bits behind its prefix; 10.0.0.0/24 has not"),
+        ("10.0.0.1/24", "it has host bits set; 10.0.0.0/24 has none"),
         ("10.0.0.0", "is one address, and a pool is a network"),
         ("10.0.0.0/33", "not a valid CIDR"),
         ("fd00:1::/64 --ipip", "--ipip is for IPv4 alone"),
@@ -405,7 +405,7 @@ def test_a_batch(host: Host, tmp_path: Path) -> None:
     assert "No such file" in host.ctl("batch", "/nowhere", status=1).err
     assert host.etcd.tree() == before
     # a line cannot read what the lines come from
-    assert "line 1: the rules are no JSON" in host.ctl("batch", status=1, input="profile web rule update\n").err
+    assert "line 1: the rules are not JSON" in host.ctl("batch", status=1, input="profile web rule update\n").err
 
 
 def test_a_command_takes_several_names(host: Host) -> None:

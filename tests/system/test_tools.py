@@ -154,7 +154,7 @@ def test_checksystem_without_what_is_needed(bare_host: Host, tmp_path: Path) -> 
     assert found["local etcd"]["found"].endswith("would start it at http://127.0.0.1:1")
     assert "Docker Engine" in bare_host.ctl("checksystem", "--libnetwork", status=1, env=nowhere).err
     with not_installed("ip"):
-        assert "needed: ip;" in bare_host.ctl("checksystem", status=1, env=nowhere).err
+        assert "prerequisites: ip;" in bare_host.ctl("checksystem", status=1, env=nowhere).err
     unprivileged = [*AS_NOBODY, CALICOCTL]
     said = bare_host.ctl("checksystem", status=1, command=unprivileged)
     assert "lacks prerequisites: root." in said.err

@@ -92,7 +92,7 @@ def test_words_out_of_place_are_bad_usage(words: str, why: str) -> None:
         ("allow icmpv6 from cidr 10.0.0.0/8", "never match"),
         ("log ipv4 from cidr fd00::/8", "never match"),
         ("allow from cidr 10.0.0.0/8 to cidr fd00::/8", "never match"),
-        ("{", "no JSON"),
+        ("{", "not a JSON object"),
     ],
 )
 def test_values_that_are_not_allowed_are_named(words: str, why: str) -> None:
@@ -174,9 +174,9 @@ def test_rules_from_json_are_taken_as_the_store_has_them() -> None:
 @pytest.mark.parametrize(
     ("document", "why"),
     [
-        ("", "no JSON"),
+        ("", "not JSON"),
         ("[]", "must be a JSON object"),
-        ("[" * 100_000, "nested too deeply|no JSON"),
+        ("[" * 100_000, "nested too deeply|not JSON"),
         (json.dumps({"id": "web", "inbound_rules": []}), "lack the field 'outbound_rules'"),
         (json.dumps({**GOOD, "colour": 1}), "unknown field 'colour'"),
         (json.dumps({**GOOD, "id": "db"}), "not of web"),
