@@ -1,1 +1,1 @@
-"""One module per word after `calicoctl`: its docstring is its grammar, `run` does what was asked."""
+"""One module per command: its docstring is its grammar, and `prepare` returns the function that runs it."""

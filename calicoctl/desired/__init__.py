@@ -1,1 +1,1 @@
-"""What the store wants of this host."""
+"""The desired state of this host, from the store."""

@@ -1,8 +1,8 @@
-"""The store as this host sees it: what was read, understood and found sound, kept current change by change.
+"""The desired state: the store as this host sees it, validated, and updated change by change. Knows no kernel.
 
-One key that cannot be understood affects what it names alone: it is left out, and `problems` tells why. Only who bears
-which tag stays as it was read last, since others' rules may deny by that. Whoever makes use of the snapshot takes
-`dirty`, the names of all that changed since it was taken last. Knows no kernel.
+An invalid value affects only the object that its key names: the object is left out, and `problems` has the reason. One
+exception: the members of a tag stay as they were last read, since rules of others may deny by it. Users of the
+snapshot call `take_dirty` for the names of what has changed since the last call.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from calicoctl.policy.verdict import readable
 INACTIVE = "it is inactive"
 
 GRACE_TIME = int(config.GRACE_TIME.default or 0)
-"""Seconds, where the setting says nothing else."""
+"""The default, in seconds."""
 
 _INTERFACE = re.compile(r"cali[A-Za-z0-9_.-]{1,11}", re.ASCII)
 
 
 @dataclass(frozen=True)
 class LocalEndpoint:
-    """An active endpoint of this host, every value checked; `index` is that of its record in the store.
+    """An active endpoint of this host, validated; `index` is the etcd index of its record.
 
-    `addresses` are those that it may use; `conflict` tells which others it has that a host uses.
+    `addresses` are those that it may use; `conflict` says which of its addresses are left out because a host uses them.
     """
 
     id: EndpointId
@@ -49,14 +49,14 @@ class LocalEndpoint:
 
     @property
     def link_local(self) -> str:
-        """The IPv6 address that its interface gives itself by its MAC. Source: RFC 4291, appendix A."""
+        """The link-local address that its interface derives from its MAC. Source: RFC 4291, appendix A."""
         octets = bytes(int(part, 16) for part in self.mac.split(":"))
         identifier = bytes([octets[0] ^ 2]) + octets[1:3] + b"\xff\xfe" + octets[3:]
         return socket.inet_ntop(socket.AF_INET6, b"\xfe\x80" + bytes(6) + identifier)
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """All addresses that it may send from."""
+        """All addresses that it may use as source."""
         return (*self.addresses, self.link_local)
 
     def addresses_of(self, version: int) -> list[str]:
@@ -75,7 +75,7 @@ class Profile:
 class Dirty:
     """What has changed: endpoints of all hosts, profiles, and whether pools or settings have.
 
-    `interfaces` are those of this host that an endpoint has given up.
+    `interfaces` are those of this host that an endpoint no longer has.
     """
 
     endpoints: set[EndpointId] = field(default_factory=set)
@@ -89,41 +89,41 @@ class Dirty:
 
 
 class Snapshot:
-    """The store as `host` sees it."""
+    """The store as `host` sees it. See the module's docstring."""
 
     def __init__(self, host: str) -> None:
         self.host = host
         self.ready = False
         self.endpoints: dict[EndpointId, Endpoint] = {}
-        """Those of all hosts, as their records could be read last."""
+        """The endpoints of all hosts, from the last valid version of their records."""
         self.local: dict[EndpointId, LocalEndpoint] = {}
         self.unusable: dict[EndpointId, tuple[int, str]] = {}
-        """This host's endpoints that are not in `local`: the index of the record, and why."""
+        """This host's endpoints that are not in `local`: the etcd index of the record, and the reason."""
         self.profiles: dict[str, Profile] = {}
         self.pools: dict[str, Pool] = {}
         self.host_action = "RETURN"
         self.log_level = "info"
         self.grace_time = GRACE_TIME
-        """Seconds for which to keep what belongs to a workload that is away or could not be asked about."""
+        """Seconds before a workload that is gone, or whose state is unknown, is garbage-collected."""
         self.ipv6_address: str | None = None
         self.network = HostNetwork()
-        """What this host has of its own, as it was told last."""
+        """This host's own addresses and networks, as of the last `set_network`."""
         self.problems: dict[str, str] = {}
         self.dirty = Dirty(pools=True, settings=True)
         self._entries: dict[str, Entry] = {}
         self._candidates: dict[EndpointId, LocalEndpoint] = {}
-        """This host's endpoints whose records are sound; which of them may claim what they claim is another matter."""
+        """This host's endpoints with valid records, whether or not they conflict with others."""
         self._claims: dict[str, set[EndpointId]] = {}
         self._owners: dict[str, LocalEndpoint] = {}
-        """Those of `local`, by all that is theirs: interface and addresses."""
+        """The endpoints in `local`, by interface and by address."""
         self._unchecked: set[EndpointId] = set()
         self._addresses: dict[str, str] = {}
-        """The addresses that hosts are registered with, by their keys."""
+        """The addresses that hosts are registered with, by key."""
         self._registered: dict[str, str] = {}
-        """The same addresses, with the names of the hosts."""
+        """The hosts' names, by the same addresses."""
 
     def set_network(self, network: HostNetwork) -> None:
-        """Take in what this host has of its own now."""
+        """Update this host's own addresses and networks."""
         before, self.network = self.network, network
         if network.in_use != before.in_use or network.local != before.local:
             self._unchecked |= {
@@ -134,7 +134,7 @@ class Snapshot:
             self._check_local()
 
     def replace(self, directory: str, entries: Iterable[Entry]) -> None:
-        """Take in all that is below a directory now."""
+        """Replace everything below a directory by these entries."""
         now = {entry.key: entry for entry in entries}
         for key in [key for key in self._entries if key.startswith(directory + "/") and key not in now]:
             self._set(key, None)
@@ -144,7 +144,7 @@ class Snapshot:
         self._check_local()
 
     def change(self, change: Change) -> None:
-        """Take in one change."""
+        """Apply one change of the store."""
         if change.entry is not None or change.key in self._entries:
             self._set(change.key, change.entry)
         else:
@@ -153,11 +153,11 @@ class Snapshot:
         self._check_local()
 
     def owner(self, thing: str) -> LocalEndpoint | None:
-        """Return the endpoint of this host that an interface, or an address, belongs to."""
+        """Return the endpoint of this host that has an interface or an address."""
         return self._owners.get(thing)
 
     def senders(self, address: str) -> list[LocalEndpoint]:
-        """Return the endpoints of this host that may send from an address: one, or those that share a MAC."""
+        """Return the endpoints of this host that may send from an address: one, or several that share a MAC."""
         owner = self._owners.get(address)
         if owner is not None:
             return [owner]
@@ -174,7 +174,7 @@ class Snapshot:
         return counts
 
     def is_readable(self, profile: str) -> bool:
-        """Tell whether a profile exists and its rules can be read."""
+        """Return whether a profile exists and its rules are valid."""
         known = self.profiles.get(profile)
         return known is not None and known.rules is not None
 
@@ -184,7 +184,7 @@ class Snapshot:
         return dirty
 
     def _set(self, key: str, entry: Entry | None) -> None:
-        """Keep a key's entry, or None, and what it means."""
+        """Store a key's entry, or its absence, and interpret it."""
         handle = self._handler(key)
         if handle is None:
             return
@@ -199,7 +199,7 @@ class Snapshot:
             self.problems[key] = str(error)
 
     def _handler(self, key: str) -> Callable[[str, Entry | None], None] | None:
-        """Return the method that understands a key, None for one that means nothing to an agent."""
+        """Return the method that interprets a key, None for one that is irrelevant to an agent."""
         if key.startswith(keys.HOSTS + "/"):
             if keys.parse_endpoint(key) is not None:
                 return self._set_endpoint
@@ -272,17 +272,17 @@ class Snapshot:
         elif key == keys.config(config.GRACE_TIME.name):
             self.grace_time = GRACE_TIME
             if value and not re.fullmatch("[0-9]{1,9}", value, re.ASCII):
-                raise CalicoError(f"'{value}' is no number of seconds; {GRACE_TIME} is used")
+                raise CalicoError(f"'{value}' is not a number of seconds; {GRACE_TIME} is used")
             self.grace_time = int(value or GRACE_TIME)
         else:
-            # a word that is not known closes rather than opens
+            # fail closed for an unknown value
             self.host_action = (value or str(config.HOST_ACTION.default)).upper()
             if self.host_action not in (config.HOST_ACTION.values or ()):
                 self.host_action = "DROP"
                 raise CalicoError(f"'{value}' is none of {', '.join(config.HOST_ACTION.values or ())}; DROP is used")
 
     def _set_address(self, key: str, entry: Entry | None) -> None:
-        """Take in an address that a host is registered with, this one's among them."""
+        """Update an address that a host, which may be this one, is registered with."""
         host = keys.parse_bgp_host_address(key) or keys.parse_host_bird_ip(key) or ""
         before = self._addresses.pop(key, None)
         if before is not None:
@@ -305,36 +305,36 @@ class Snapshot:
         if is_next_hop:
             self.ipv6_address = address
 
-    # This host's endpoints: what the kernel can be given
+    # This host's endpoints: which are valid and free of conflicts
 
     def _check_local(self) -> None:
-        """Sort the local endpoints that changed, and those that claim the same things, into usable and not."""
+        """Decide which of the changed local endpoints, and of those that conflict with them, are usable."""
         changed, self._unchecked = self._unchecked, set()
         rivals = set(changed)
         for id in changed:
-            rivals |= self._give_up(id)
+            rivals |= self._withdraw(id)
             try:
-                self._examine(id)
+                self._validate(id)
             except CalicoError as error:
                 self._refuse(id, str(error))
-        # all that hang together by what they claim
+        # all endpoints that are connected by conflicting claims
         unseen = set(rivals)
         while unseen:
             id = unseen.pop()
-            for thing in self._things(id):
+            for thing in self._claimed_by(id):
                 unseen |= self._claims[thing] - rivals
                 rivals |= self._claims[thing]
         owners: dict[str, EndpointId] = {}
         for id in sorted(rivals & set(self._candidates), key=self._order):
             candidate = self._candidates[id]
-            owner = next((owners[thing] for thing in self._things(id) if thing in owners), None)
+            owner = next((owners[thing] for thing in self._claimed_by(id) if thing in owners), None)
             if owner is not None:
                 why = f"its interface or an address is that of endpoint {owner.endpoint} already"
                 if self.unusable.get(id, (0, ""))[1] != why:
                     self._drop(id)
                     self._refuse(id, why)
                 continue
-            owners.update(dict.fromkeys(self._things(id), id))
+            owners.update(dict.fromkeys(self._claimed_by(id), id))
             usable = self._without_conflicts(candidate)
             if self.local.get(id) != usable:
                 self._drop(id)
@@ -344,8 +344,8 @@ class Snapshot:
                 self.problems.pop(keys.endpoint(id), None)
                 self.dirty.endpoints.add(id)
 
-    def _examine(self, id: EndpointId) -> None:
-        """Make an endpoint a candidate, if its record is sound; raise CalicoError where it is not."""
+    def _validate(self, id: EndpointId) -> None:
+        """Make an endpoint a candidate; raise CalicoError if its record is invalid."""
         key = keys.endpoint(id)
         entry = self._entries.get(key)
         if entry is None:
@@ -359,11 +359,11 @@ class Snapshot:
         if endpoint.state != "active":
             raise CalicoError(f"its state is {endpoint.state!a:.40}, neither active nor inactive")
         self._candidates[id] = _checked(endpoint, entry.index)
-        for thing in self._things(id):
+        for thing in self._claimed_by(id):
             self._claims.setdefault(thing, set()).add(id)
 
     def _without_conflicts(self, candidate: LocalEndpoint) -> LocalEndpoint:
-        """Return an endpoint without the addresses that this host, or another that is registered, uses itself."""
+        """Return an endpoint without the addresses that this host, or another registered host, has itself."""
         reserved = Reserved(self.network, self._registered, self.host)
         users = {address: reserved.user(address) for address in candidate.addresses}
         conflicts = [f"its address {address} is {user}" for address, user in users.items() if user is not None]
@@ -378,10 +378,10 @@ class Snapshot:
         self.unusable[id] = (self._entries[key].index, why)
         self.dirty.endpoints.add(id)
 
-    def _give_up(self, id: EndpointId) -> set[EndpointId]:
-        """Forget what was thought of an endpoint; return the others that claim what it had claimed."""
+    def _withdraw(self, id: EndpointId) -> set[EndpointId]:
+        """Withdraw an endpoint's claims; return the other endpoints that claim the same."""
         rivals = set()
-        for thing in self._things(id):
+        for thing in self._claimed_by(id):
             self._claims[thing].discard(id)
             rivals |= self._claims[thing]
             if not self._claims[thing]:
@@ -392,7 +392,7 @@ class Snapshot:
         return rivals
 
     def _drop(self, id: EndpointId) -> None:
-        """Take an endpoint from those that the kernel is given."""
+        """Remove an endpoint from the usable ones."""
         endpoint = self.local.pop(id, None)
         if endpoint is None:
             return
@@ -401,18 +401,18 @@ class Snapshot:
             if self._owners.get(thing) is endpoint:
                 del self._owners[thing]
 
-    def _things(self, id: EndpointId) -> tuple[str, ...]:
-        """Return what a candidate claims for itself, each of which can be one endpoint's only."""
+    def _claimed_by(self, id: EndpointId) -> tuple[str, ...]:
+        """Return what a candidate claims, its interface and addresses: only one endpoint can have each."""
         candidate = self._candidates.get(id)
         return () if candidate is None else (candidate.interface, *candidate.addresses)
 
     def _order(self, id: EndpointId) -> tuple[int, str]:
-        """Older records come first."""
+        """Return the sort key for conflicts: the older record wins."""
         return self._entries[keys.endpoint(id)].created, id.endpoint
 
 
 def _checked(endpoint: Endpoint, index: int) -> LocalEndpoint:
-    """Return what the kernel can be given of an endpoint; raise CalicoError where something is not sound."""
+    """Validate an endpoint for the data plane; raise CalicoError for an invalid value."""
     if not _INTERFACE.fullmatch(endpoint.name):
         raise CalicoError(f"its interface {endpoint.name!r} is not a name of ours (cali and up to 11 characters)")
     if endpoint.mac is None:
@@ -437,7 +437,7 @@ def _checked(endpoint: Endpoint, index: int) -> LocalEndpoint:
 
 
 def usable_addresses(endpoint: Endpoint) -> tuple[str, ...]:
-    """Return those of an endpoint's nets that are single addresses, in their usual form, for the sets of tags."""
+    """Return those of an endpoint's nets that are single addresses, in canonical form, for the sets of tags."""
     found: dict[str, None] = {}
     for version, length in ((4, "32"), (6, "128")):
         for net in endpoint.nets_of(version):
@@ -449,7 +449,7 @@ def usable_addresses(endpoint: Endpoint) -> tuple[str, ...]:
 
 
 def _canonical(address: str, version: int) -> str:
-    """Return an address in its usual form; raise CalicoError for one that no endpoint or host can have."""
+    """Return an address in canonical form; raise CalicoError for one that no endpoint or host can have."""
     family = socket.AF_INET6 if version == 6 else socket.AF_INET
     try:
         packed = socket.inet_pton(family, address)

@@ -1,1 +1,1 @@
-"""What finds out, and says, what is wrong; it changes nothing."""
+"""Diagnosis of the host, the store and the policy. Only repairs that the user asks for change anything."""

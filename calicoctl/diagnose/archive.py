@@ -1,8 +1,8 @@
-"""Collects what one needs to find out why a packet does not arrive, into one archive, without secrets.
+"""Collects diagnostics of this host into one archive, without secrets. Changes nothing.
 
-Nothing is changed. What cannot be had is left out, and the reason stands in its place. Only what is listed here gets
-in: of the environment and of etcd, the values of what this program knows by name; of Docker's containers, never their
-environment. Then everything is searched for what looks like a secret, which may stand in a log.
+A source that fails is replaced by the reason. Of the environment and of etcd, only the values of names listed here are
+included; of Docker's containers, never their environment. Then everything is searched for what looks like a secret,
+since a log may contain some.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from calicoctl.errors import CalicoError, redact_userinfo
 Source = Callable[[], str]
 
 LOG_SIZE = 4 * 2**20
-"""Octets of the end of each log that are kept."""
+"""How many bytes at the end of each log are included."""
 
 _COMMANDS = {
     "nftables.txt": ("nft", "list", "ruleset"),
@@ -61,7 +61,7 @@ _VARIABLES = (
     *("DOCKER_HOST", "DOCKER_TLS_VERIFY", "DOCKER_CERT_PATH", "HOSTNAME", "CALICO_DEBUG", "CALICO_ENV_FILE"),
     "DATASTORE_TYPE",
 )
-"""Those of the environment whose values get in, but for what stands before an @; of others like them, the names."""
+"""Variables whose values are included, without userinfo in URLs; of similar variables, only the names are."""
 
 _FIELDS = {
     *(name for kind in (Endpoint, Rule, Pool, Peer) for name in kind.__dataclass_fields__ if name != "extra"),
@@ -69,13 +69,13 @@ _FIELDS = {
     *("secondary", "host", "orchestrator", "workload", "endpoint", "interface", "namespace", "node", "block"),
     *("enabled", "time", "uptime", "first_update", "status", "index", "reason"),
 }
-"""Fields of JSON values in etcd that are the data model's: the others are left out."""
+"""The data model's fields of JSON values in etcd: others are left out."""
 
 _JSON_KEYS = re.compile(
     "/calico/v1/host/[^/]+/workload/|/calico/v1/policy/profile/[^/]+/(tags|rules)$|/calico/v1/ipam/v[46]/pool/"
     "|/calico/ipam/v2/|/calico/felix/v1/|/calico/bgp/v1/(global|host/[^/]+)/(peer_v[46]/|node_mesh$)"
 )
-"""Keys that hold such values."""
+"""The keys with JSON values."""
 
 _PLAIN = {
     *("Ready", "marker", "bird_ip", "ip_addr_v4", "ip_addr_v6", "as_num"),
@@ -83,7 +83,7 @@ _PLAIN = {
     *config.NODE_FELIX,
     *config.BGP,
 }
-"""Keys with plain values that are the data model's."""
+"""The data model's keys with plain values."""
 
 _NAMES = (
     r"(?<![\w.-])[\w.-]*(?:passw|passphrase|\bpass\b|_pass\b|pwd|secret|token|credential|cookie|psk|md5"
@@ -100,7 +100,7 @@ _SECRETS = (
 
 
 def sources(log_dir: str) -> dict[str, Source]:
-    """Return what is collected: how to get the text of each of the archive's files."""
+    """Return the sources of the archive's files: functions that return their texts."""
     found: dict[str, Source] = {"versions.txt": _versions, "environment.txt": _environment, "checksystem.json": _checks}
     for name, command in _COMMANDS.items():
         found[name] = lambda command=command: _output(command)  # type: ignore[misc]
@@ -141,7 +141,7 @@ def collect(found: Iterable[tuple[str, Source]]) -> Path:
 def without_secrets(text: str) -> str:
     """Return a text with what looks like a password, a token or a key left out."""
     begin, end = text.find("-----BEGIN "), text.find("-----END ")
-    if end >= 0 and not 0 <= begin < end:  # the end of a log may begin inside a key
+    if end >= 0 and not 0 <= begin < end:  # the included end of a log may begin inside a key
         text = _HIDDEN + text[end:]
     for pattern, instead in _SECRETS:
         text = pattern.sub(instead, text)
@@ -151,8 +151,8 @@ def without_secrets(text: str) -> str:
 def _text_of(source: Source) -> str:
     try:
         return source()
-    except Exception as error:  # of whatever kind: the other files are worth having
-        return f"This could not be had: {error}\n"
+    except Exception as error:  # of any kind: the other files are still useful
+        return f"This could not be collected: {error}\n"
 
 
 def _output(command: tuple[str, ...]) -> str:
@@ -200,13 +200,13 @@ def _status() -> str:
 
 
 def _store() -> str:
-    """Return all of Calico's keys, and of their values what the data model names."""
+    """Return all of Calico's keys, with the parts of their values that the data model defines."""
     datastore = DatastoreClient.from_environment()
     return json.dumps({entry.key: _known_value(entry) for entry in datastore.everything()}, indent=1)
 
 
 def _known_value(entry: Entry) -> Any:
-    """Return what is known of a key's value: all of a plain one that is known by name, fields of JSON."""
+    """Return the known part of a key's value: a plain value of a known key, or the known fields of JSON."""
     if keys.last(entry.key) in _PLAIN or not entry.value:
         return entry.value
     try:
@@ -217,9 +217,9 @@ def _known_value(entry: Entry) -> Any:
 
 
 def _known_fields(value: Any, objects: bool = False) -> Any:
-    """Return a JSON value without the fields that are not known (a handle's are blocks).
+    """Return a JSON value without unknown fields (a handle's fields are blocks).
 
-    In a list that is one of `objects`, nothing else is known.
+    In a list of `objects`, anything but an object is unknown.
     """
     if isinstance(value, list):
         return [_known_fields(item) if isinstance(item, dict) or not objects else _HIDDEN for item in value]

@@ -1,7 +1,7 @@
-"""Compares what the whole store says of addresses: blocks, handles, and endpoints. Puts right what is safe to.
+"""Checks the consistency of addresses in the whole store: blocks, handles and endpoints. Repairs what is safe to.
 
-What a command is just changing looks wrong for a moment; so it is looked at twice, and what is put right is looked at
-once more under the lock of its workload. Locks are a host's own, so that is done for this host's workloads alone.
+While a command runs, the store looks inconsistent for a moment: so everything is checked twice, and a repair checks
+once more under the workload's lock. Locks are local to a host, so only this host's workloads are repaired.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ if TYPE_CHECKING:
     from calicoctl.datastore.blocks import Block, Owner
     from calicoctl.datastore.client import DatastoreClient
 
-SECOND_LOOK = 1.0
-"""Seconds between the two looks: longer than a command takes from one of its writes to the next."""
+RECHECK_DELAY = 1.0
+"""Seconds between the two checks: longer than a command takes from one of its writes to the next."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that does not fit together. `advice` is what to do about it where `--fix` does nothing."""
+    """An inconsistency. `advice` says what to do about it where `--fix` does nothing."""
 
     kind: str
     subject: str
     problem: str
     advice: str = ""
     fix: Callable[[], bool] | None = None
-    """Puts it right, and tells whether it did; raises CalicoError."""
+    """Repairs it, and returns whether it did; raises CalicoError."""
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -51,22 +51,23 @@ class Finding:
 
 
 def check(datastore: DatastoreClient) -> list[Finding]:
-    """Return all that does not fit together, now and a moment later. Raises CalicoError."""
-    found = list(_look(datastore))
+    """Return the inconsistencies that exist now and a moment later. Raises CalicoError."""
+    found = list(_inspect(datastore))
     if found:
-        time.sleep(SECOND_LOOK)
-        still = {(finding.kind, finding.subject) for finding in _look(datastore)}
+        time.sleep(RECHECK_DELAY)
+        still = {(finding.kind, finding.subject) for finding in _inspect(datastore)}
         found = [finding for finding in found if (finding.kind, finding.subject) in still]
     return sorted(found, key=_order)
 
 
 def _order(finding: Finding) -> tuple[object, ...]:
-    """Return what findings are sorted by: their kind, and what they are about, addresses as numbers."""
+    """Return the sort key of a finding: its kind and its subject, addresses as numbers."""
     number = int(parse_address(finding.subject)) if finding.kind == "address" else 0
     return finding.kind, ":" in finding.subject, number, finding.subject, finding.problem
 
 
-def _look(datastore: DatastoreClient) -> Iterator[Finding]:
+def _inspect(datastore: DatastoreClient) -> Iterator[Finding]:
+    """Yield the inconsistencies that exist now."""
     endpoints, problems = datastore.readable_endpoints()
     registered = set(datastore.hosts.registered())
     listed: dict[str, list[Endpoint]] = defaultdict(list)
@@ -81,7 +82,7 @@ def _look(datastore: DatastoreClient) -> Iterator[Finding]:
                 f"its host {host} is not registered",
                 f"run 'calicoctl node' there, or 'calicoctl node remove --hostname={host} --remove-endpoints'",
             )
-    sound = not problems  # else an address may well be one of theirs
+    sound = not problems  # else an address may belong to an unreadable one
     unseen = set(listed)
     unread: set[str] = set()
     counted: dict[str, Counter[str]] = defaultdict(Counter)
@@ -120,12 +121,12 @@ def _look(datastore: DatastoreClient) -> Iterator[Finding]:
 
 
 def _is_key(handle: str) -> bool:
-    """Tell whether a handle can be a key of the store, which hides those that begin with an underscore."""
+    """Return whether a handle can be a key of the store, which hides keys that begin with an underscore."""
     return bool(handle) and "/" not in handle and not handle.startswith("_")
 
 
 def _of_block(datastore: DatastoreClient, block: Block) -> Iterator[Finding]:
-    """Look at what tools from 2016 on keep in a block: the list of free addresses, and strict affinity."""
+    """Check what tools from 2016 on keep in a block: the list of free addresses, and strict affinity."""
     problem = block.free_list_problem()
     if problem is not None:
         fix = partial(_repair_free_list, datastore, block.version, block.cidr)
@@ -140,7 +141,7 @@ def _of_block(datastore: DatastoreClient, block: Block) -> Iterator[Finding]:
                 "address",
                 str(block.address(ordinal)),
                 f"it is used on host {host}, but its block {block.cidr} is kept to {block.affinity.replace(':', ' ')}",
-                "connect what uses it anew, with another address",
+                "reconnect its workload with another address",
             )
 
 
@@ -153,10 +154,10 @@ def _of_address(
     sound: bool,
     registered: set[str],
 ) -> Iterator[Finding]:
-    """Look at an address that is assigned, with the endpoints that list it."""
-    release = f"'calicoctl ipam release {address}' gives it back"
+    """Check an assigned address against the endpoints that list it."""
+    release = f"'calicoctl ipam release {address}' releases it"
     if owner.handle is not None and not _is_key(owner.handle):
-        yield Finding("address", address, f"it is assigned to '{owner.handle}', which no handle can be called", release)
+        yield Finding("address", address, f"it is assigned to '{owner.handle}', which is not a valid handle", release)
         return
     for endpoint in listing[1:]:
         yield Finding(
@@ -166,7 +167,7 @@ def _of_address(
             "remove one of the two containers from the network",
         )
     host = owner.secondary.get("host")
-    whose = f"{owner.handle or 'nobody that is named'}{f' on host {host}' if isinstance(host, str) else ''}"
+    whose = f"{owner.handle or 'an owner without a handle'}{f' on host {host}' if isinstance(host, str) else ''}"
     if listing:
         if owner.handle is not None and not any(_holds(owner, endpoint.id) for endpoint in listing):
             id = listing[0].id
@@ -180,7 +181,7 @@ def _of_address(
     problem = f"it is assigned to {whose}, and no endpoint has it"
     orchestrator, _, workload = (owner.handle or "").partition(".")
     if not sound:
-        yield Finding("address", address, problem, "put right first what cannot be read: it may be an endpoint's")
+        yield Finding("address", address, problem, "fix the unreadable keys first: it may be an endpoint's")
     elif orchestrator not in (DOCKER, NAMESPACE) or not workload:
         yield Finding("address", address, problem, release)
     elif host != datastore.host:
@@ -192,25 +193,27 @@ def _of_address(
 
 
 def _holds(owner: Owner, id: EndpointId) -> bool:
-    """Tell whether an address's owner is an endpoint's workload, by whichever name it is stored."""
+    """Return whether an address's owner is an endpoint's workload, under any of its names in the store."""
     its = owner.handle in (f"{id.orchestrator}.{id.workload}", ".".join(workload_of(id)))
     return its and owner.secondary.get("host", id.host) == id.host
 
 
 def _unassigned(datastore: DatastoreClient, address: str, id: EndpointId, alone: bool) -> Finding:
-    """Return what there is to say of an address that only an endpoint's record has, or, not `alone`, several have."""
+    """Return the finding for an unassigned address that an endpoint lists; not `alone`: several endpoints list it."""
     problem = f"endpoint {id.endpoint} of host {id.host} lists it, but it is not assigned"
     if id.host != datastore.host:
         return Finding("address", address, problem, f"run 'calicoctl ipam check --fix' on {id.host}")
     if not alone:
-        return Finding("address", address, problem, "others list it, too, or it is no single address: connect it anew")
+        return Finding(
+            "address", address, problem, "others list it, too, or it is not a single address: reconnect the workload"
+        )
     return Finding("address", address, problem, fix=partial(_restore, datastore, id, address))
 
 
 def _release_leaked(datastore: DatastoreClient, orchestrator: str, workload: str, block: str, address: str) -> bool:
     from calicoctl.workloads import upkeep
 
-    datastore.ipam.recount(f"{orchestrator}.{workload}", [block])  # it may not know of the address
+    datastore.ipam.recount(f"{orchestrator}.{workload}", [block])  # its count may lack the address
     upkeep.release_leaked(datastore, Workload(orchestrator, workload, workload))
     return datastore.ipam.owner(parse_address(address)) is None
 
@@ -232,10 +235,10 @@ def _recount(datastore: DatastoreClient, handle: str, blocks: list[str]) -> bool
 
 
 def repair(finding: Finding) -> str | None:
-    """Put a finding right; return why that could not be done, None where it was."""
+    """Repair a finding; return why that failed, None for success."""
     if finding.fix is None:
         return finding.advice
     try:
-        return None if finding.fix() else "somebody else has changed it meanwhile: check again"
+        return None if finding.fix() else "it was modified concurrently: check again"
     except CalicoError as error:
         return str(error)

@@ -1,7 +1,7 @@
-"""What this host must have to be part of the network, and what it has: kernel, tools, settings, Docker, etcd.
+"""Checks this host's prerequisites: kernel, tools, settings, Docker, etcd.
 
-Each check answers for one thing, changes nothing, and fails for itself alone. What the kernel can do is tried for real,
-in a network namespace that goes away with the thread that made it.
+Each check is about one thing, changes nothing, and fails on its own. Features of the kernel are tried for real, in a
+network namespace that ends with the thread that created it.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from calicoctl.workloads import host_network
 
 _CLONE_NEWNET = 0x40000000
 MODULES = ("veth", "nf_tables", "nf_conntrack", "nft_ct", "nft_nat", "nft_masq")
-"""What `--fix` loads, where a kernel does not load it by itself."""
+"""The modules that `--fix` loads, for kernels that do not load them on demand."""
 
 OLDEST_DOCKER = (1, 9)
 """The first Docker Engine with networks as the libnetwork plugin needs them."""
 
 _SHORT_LIVED = {4: 1, 6: 6}
-"""Entries of the neighbour table that an endpoint may bring along for a while: for its loopback interface; in IPv6 for
-multicast groups at both ends, and the endpoint's link-local address, too. Those of its addresses and of its next hop
-are permanent, and since Linux 5.0 the kernel does not count such."""
+"""How many temporary entries of the neighbour table an endpoint may cause: for its loopback interface and, in IPv6, for
+multicast groups at both ends and its link-local address. The entries for its addresses and its next hop are permanent,
+and since Linux 5.0 the kernel does not count those."""
 
 _ROOMY = 4096
 """A limit of the neighbour table that only a host with very many endpoints, or neighbours, needs to raise."""
@@ -60,7 +60,7 @@ add chain arp check input { type filter hook input priority filter; }
 
 @dataclass(frozen=True)
 class Check:
-    """What was found of one thing. `needed` tells whether nothing works without it; `advice` is what to do."""
+    """The result of one check. `needed` says whether nothing works without it; `advice` is what to do."""
 
     name: str
     ok: bool
@@ -79,7 +79,7 @@ class Check:
 
 
 def check(libnetwork: bool = False) -> Iterator[Check]:
-    """Look at one thing after the other. With `libnetwork`, Docker is needed, and recent enough for networks."""
+    """Run all checks. With `libnetwork`, a Docker Engine that is recent enough for networks is needed."""
     yield _root()
     yield from _kernel()
     yield from _settings()
@@ -95,7 +95,7 @@ def check(libnetwork: bool = False) -> Iterator[Check]:
 
 
 def load_modules() -> list[str]:
-    """Load the kernel's modules that are needed; return why some could not be."""
+    """Load the kernel modules that are needed; return the errors."""
     failed = []
     for module in MODULES:
         try:
@@ -139,7 +139,7 @@ def _try_veth() -> None:
 
 
 def _in_new_namespace(work: Callable[[], object]) -> str | None:
-    """Call `work` in a network namespace of its own; return why it failed, None where it did not."""
+    """Call `work` in a new network namespace; return why it failed, None for success."""
     failed: list[str] = []
 
     def body() -> None:
@@ -165,7 +165,7 @@ def _settings() -> Iterator[Check]:
         "setting net.ipv4.ip_forward",
         value == "1" or writable,
         f"{value}, {'which the agent sets to 1' if value != '1' else 'as it must be'}",
-        needed=os.geteuid() == 0,  # for others than root, it cannot be told
+        needed=os.geteuid() == 0,  # unknown for other users than root
         advice="set it to 1, or let this run where /proc/sys can be written",
     )
     off = _read(Path("/proc/sys/net/ipv6/conf/all/disable_ipv6"))
@@ -188,7 +188,7 @@ def _settings() -> Iterator[Check]:
 
 
 def _neighbours() -> Iterator[Check]:
-    """Tell for how many endpoints the neighbour tables are large enough. They are the machine's, not a namespace's."""
+    """Check for how many endpoints the neighbour tables have room. All namespaces of a machine share them."""
     endpoints = sum(name.startswith("cali") for _, name in socket.if_nameindex())
     counts_permanent = tuple(map(int, re.findall(r"\d+", platform.release())[:2])) < (5, 0)
     for version, family in ((4, socket.AF_INET), (6, socket.AF_INET6)):
@@ -227,7 +227,7 @@ def _tools(docker_runs: bool) -> Iterator[Check]:
 
 
 def _version(command: str) -> str | None:
-    """Return what a command says of its version, None where there is none."""
+    """Return the version that a command prints, None where it is not installed."""
     if shutil.which(command) is None:
         return None
     with suppress(OSError, subprocess.SubprocessError):
@@ -262,7 +262,7 @@ def _firewall(docker_runs: bool) -> Check:
     try:
         missing = docker_firewall.missing()
     except CalicoError as error:
-        return Check(name, False, str(error), docker_runs, "put the host's iptables in order")
+        return Check(name, False, str(error), docker_runs, "repair the host's iptables")
     if not missing:
         return Check(name, True, "nothing drops what comes from containers, or goes to them", False)
     running = _agent() is not None
@@ -283,7 +283,7 @@ def _old_felix() -> Check:
     try:
         found = docker_firewall.old_felix_chains()
     except CalicoError as error:
-        return Check(name, False, str(error), False, "put the host's iptables in order")
+        return Check(name, False, str(error), False, "repair the host's iptables")
     chains = "; ".join(
         f"{command}: {', '.join(some[:6])}{f' and {len(some) - 6} more' if some[6:] else ''}"
         for command, some in found.items()
@@ -308,7 +308,7 @@ def _etcd() -> Iterator[Check]:
 
 
 def _local_etcd() -> Check:
-    """Tell what 'calicoctl node --local-etcd' would do here."""
+    """Check what 'calicoctl node --local-etcd' would do here."""
     name, agent = "local etcd", _agent()
     try:
         etcd = LocalEtcd(hostname(), process.DEFAULT_LOG_DIR)
@@ -334,7 +334,7 @@ def _pools() -> Check:
         pools = [pool.cidr for version in (4, 6) for pool in datastore.readable_pools(version)[0]]
         overlaps = [overlap for overlap in map(host_network.read().overlap, pools) if overlap is not None]
     except CalicoError as error:
-        return Check(name, False, f"not known: {error}", False, "put that right first")
+        return Check(name, False, f"not known: {error}", False, "fix that first")
     return Check(
         name,
         not overlaps,

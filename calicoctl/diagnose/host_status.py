@@ -1,7 +1,7 @@
-"""What is known of this host's agent, whether it runs or not, and what is wrong, worst first. Prints nothing.
+"""Reads the status of this host's agent, running or not, and lists its problems, worst first. Prints nothing.
 
-The agent's own report (felix/report.py) is a file that anybody may read, also while the store is away. `issues` is the
-place for a new kind of thing that can be wrong: a function that gives an Issue for each.
+The agent's report (felix/report.py) is a file that every user may read, also while the store is unreachable. For a new
+kind of problem, add a function to `_issues` that yields an Issue for each.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from calicoctl.felix.dataplane.links import PREFIX
 from calicoctl.workloads.workload import short_id
 
 OLDEST_REPORT = 30.0
-"""Seconds after which a report vouches for nothing: a working agent writes it every ten (felix/report.py)."""
+"""Age in seconds at which a report is stale: a working agent writes it every ten (felix/report.py)."""
 
 AGENT, STORE, ENDPOINT, HOST, KEY = "agent", "store", "endpoint", "host", "key"
 
@@ -58,15 +58,15 @@ _NOTHING: dict[str, Any] = {
     "bgp_sessions": [],
     "report": {"time": None, "clock": None},
 }
-"""The shape of a report, and what is said where there is none."""
+"""The shape of a report, with the values that stand for a missing one."""
 
 
 @dataclass(frozen=True)
 class Issue:
-    """One thing that is wrong: of which kind, what, and what to do, where something can be done.
+    """A problem: its kind, its text, and advice, where there is any.
 
-    `fails` tells whether the exit status is 1 for it: where the agent cannot vouch for the host, its store is away, or
-    an endpoint is in error.
+    `fails` says whether it makes the exit status 1: the agent's status is unknown, its store does not work, or an
+    endpoint is in error.
     """
 
     kind: str
@@ -79,12 +79,12 @@ class Issue:
 
 
 def read(host: str) -> dict[str, Any]:
-    """Return what the host's agent has reported last, and what there is to say of that; always of one shape.
+    """Return the last report of the host's agent, and an assessment of it, always in the same shape.
 
-    To the report are added whether the agent is `running`; where it is not, which `other_agent` reports for this host
-    (its `machine`, null where it names none, and a `text`; null for none); the `age` of the report in seconds (null for
-    none); whether it is `current`, so that it can be believed; and `issues`, each with the fields of Issue. Where no
-    agent runs, `unknown_interfaces` are those of now.
+    Added to the report are: whether the agent is `running`; if not, which `other_agent` reports for this host (its
+    `machine`, null where it names none, and a `text`; null for none); the `age` of the report in seconds (null for
+    none); whether it is `current`; and `issues`, each with the fields of Issue. Where no agent runs,
+    `unknown_interfaces` are those of now.
     """
     pid = process.running(host)
     found = process.report(host)
@@ -92,7 +92,7 @@ def read(host: str) -> dict[str, Any]:
     status: dict[str, Any] = {**_NOTHING, **(found if found is not None and readable else {})}
     status |= {"host": host, "running": pid is not None, "other_agent": None}
     if pid is None:
-        with suppress(CalicoError):  # what the store cannot tell
+        with suppress(CalicoError):  # the store may be unreachable
             status |= _without_agent(DatastoreClient.from_environment())
     report = status["report"]
     age = None if report["clock"] is None else time.clock_gettime(time.CLOCK_MONOTONIC) - report["clock"]
@@ -110,7 +110,7 @@ def read(host: str) -> dict[str, Any]:
 
 
 def issues(status: dict[str, Any]) -> list[Issue]:
-    """Return what is wrong by what `read` has returned, worst first."""
+    """Return the problems in a status from `read`, worst first."""
     return [Issue(**issue) for issue in status["issues"]]
 
 
@@ -129,17 +129,17 @@ def _issues(status: dict[str, Any], pid: int | None) -> Iterator[Issue]:
 
 
 def _agent(status: dict[str, Any], pid: int | None) -> Iterator[Issue]:
-    """Give what keeps the agent from vouching for its host."""
+    """Yield the problems that make the agent's report unreliable."""
     host, report = status["host"], status["report"]
     other = status["other_agent"]
     if pid is None and other is not None:
-        # one that names its machine is one of this program's, and on another
+        # an agent that names its machine is one of this program, on another machine
         yield Issue(AGENT, other["text"], "", other["machine"] is not None)
     elif pid is None:
         yield Issue(AGENT, f"The agent of host {host} is not running", "start it with 'calicoctl node'", True)
     elif not report["readable"]:
-        advice = "start it anew with 'calicoctl node stop --force' and 'calicoctl node'"
-        text = f"What the agent of host {host} reports cannot be read: it is of another version"
+        advice = "restart it with 'calicoctl node stop --force' and 'calicoctl node'"
+        text = f"The report of host {host}'s agent cannot be read: it is from another version"
         yield Issue(AGENT, text, advice, True)
     elif status["pid"] != pid:
         yield Issue(AGENT, f"The agent of host {host} (process {pid}) has not reported yet", "", True)
@@ -154,7 +154,7 @@ def _agent(status: dict[str, Any], pid: int | None) -> Iterator[Issue]:
 
 
 def _store(status: dict[str, Any]) -> Iterator[Issue]:
-    """Give what the store does not do, in one sentence for what has the same reason."""
+    """Yield what does not work with the store, in one sentence per reason."""
     failing: dict[str, list[str]] = {}
     since: dict[str, str] = {}
     for what, verb in (("reads", "read"), ("writes", "written"), ("watch", "followed")):
@@ -184,7 +184,7 @@ def _troubles(status: dict[str, Any]) -> Iterator[Issue]:
 
 
 def _unknown_interfaces(status: dict[str, Any]) -> Iterator[Issue]:
-    """Give, in one sentence, the interfaces here that no record of this host's endpoints knows."""
+    """Yield one sentence about the interfaces here that no record of this host's endpoints has."""
     names = status["unknown_interfaces"]
     if names:
         some = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
@@ -195,9 +195,9 @@ def _unknown_interfaces(status: dict[str, Any]) -> Iterator[Issue]:
 
 
 def _without_agent(datastore: DatastoreClient) -> dict[str, Any]:
-    """Return what is to be said of a host whose agent does not run; raise StoreError.
+    """Return what is known of a host whose agent does not run; raise StoreError.
 
-    Which agent of another machine, or program, reports for it, and which interfaces `cali…` here no record of it knows.
+    That is which agent of another machine or program reports for it, and which interfaces `cali…` no record has.
     """
     other = None
     status = datastore.statuses.of_host()
@@ -214,7 +214,7 @@ def _without_agent(datastore: DatastoreClient) -> dict[str, Any]:
 
 
 def _keys(status: dict[str, Any]) -> Iterator[Issue]:
-    """Give the keys of the store that cannot be understood, but for records whose endpoints have been named."""
+    """Yield the keys with invalid values, except records of endpoints that were listed before."""
     host = status["host"]
     named = {
         keys.endpoint(EndpointId(host, one["orchestrator"], one["workload"], one["endpoint"]))
@@ -227,7 +227,7 @@ def _keys(status: dict[str, Any]) -> Iterator[Issue]:
 
 
 def _has_shape(value: Any, shape: Any) -> bool:
-    """Tell whether a value has all the fields of another."""
+    """Return whether a value has all the fields of another, at all levels."""
     if not isinstance(shape, dict):
         return True
     return isinstance(value, dict) and all(name in value and _has_shape(value[name], shape[name]) for name in shape)

@@ -1,6 +1,6 @@
-"""Tells whether a packet would pass from one place to another, and what decides. Computed from the store alone.
+"""Evaluates whether a packet would pass from one place to another, and what decides. Reads the store alone.
 
-Each side's endpoint is seen as its host's agent sees it (snapshot.py), and judged as the agent judges (verdict.py).
+Each endpoint is seen as its host's agent sees it (snapshot.py); rules mean what the agent enforces (verdict.py).
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from calicoctl.datastore.client import DatastoreClient
 
 SOURCE_PORT = 40000
-"""What stands for the port that a client's system chooses; Linux chooses 32768 to 60999 unless told otherwise."""
+"""Stands for an ephemeral port of a client; Linux uses 32768 to 60999 by default."""
 
 _ECHO_REQUEST = {ICMP: 8, ICMPV6: 128}
 
 
 @dataclass(frozen=True)
 class Place:
-    """One side of a packet's way: what the user calls it, its address, and its endpoint, where it is one."""
+    """One end of a packet's path: what the user calls it, its address, and its endpoint, where it is one."""
 
     name: str
     address: str
@@ -37,7 +37,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Decision:
-    """What decides in one direction (`outbound` of the source, `inbound` of the destination), and in words why."""
+    """The decision in one direction (`outbound` of the source, `inbound` of the destination), and its reason."""
 
     direction: str
     allowed: bool
@@ -49,9 +49,9 @@ class Decision:
 
 @dataclass(frozen=True)
 class Trace:
-    """The way of a packet: both sides, and what decides at each that is an endpoint, in order.
+    """The path of a packet: both ends, and the decision at each end that is an endpoint, in order.
 
-    What the destination would decide is told also of a packet that the source does not let out.
+    The destination's decision is there also for a packet that the source does not let out.
     """
 
     source: Place
@@ -65,7 +65,7 @@ class Trace:
 
     @property
     def denied_by(self) -> Decision | None:
-        """The decision that ends the packet's way, None where it arrives."""
+        """The decision that drops the packet, None where it arrives."""
         return next((decision for decision in self.decisions if not decision.allowed), None)
 
     def to_dict(self) -> dict[str, Any]:
@@ -88,7 +88,7 @@ def trace(
     port: int | None,
     source_port: int | None = None,
 ) -> Trace:
-    """Tell what becomes of a packet: the first of a TCP connection, say, or an echo request.
+    """Evaluate the path of a packet: the first of a connection, or an echo request.
 
     `source` and `destination` are containers, namespace paths, endpoint ids or addresses. Raises CalicoError.
     """
@@ -116,7 +116,7 @@ def _of(place: Place, version: int) -> bool:
 
 
 class _Store:
-    """The store, read once, and seen as the hosts see it that are asked about."""
+    """The store, read once, as the hosts of the two endpoints see it."""
 
     def __init__(self, datastore: DatastoreClient) -> None:
         self._datastore = datastore
@@ -124,7 +124,7 @@ class _Store:
         self._snapshots: dict[str, Snapshot] = {}
         self._endpoints = self._seen_by(datastore.host).endpoints
         self._members: dict[str, set[str]] = {}
-        """The addresses of the tags that have been asked for."""
+        """Addresses by tag, as far as they were needed."""
 
     def _seen_by(self, host: str) -> Snapshot:
         if host not in self._snapshots:
@@ -133,10 +133,10 @@ class _Store:
                 snapshot.replace(directory, entries)
         return self._snapshots[host]
 
-    # What the user means
+    # From names to endpoints
 
     def places(self, name: str) -> list[Place]:
-        """Return what a name stands for: an address, or all addresses of an endpoint; raise NotFound."""
+        """Resolve a name to an address, or to all addresses of an endpoint; raise NotFound."""
         try:
             address = str(parse_address(name))
         except CalicoError:
@@ -179,12 +179,12 @@ class _Store:
         refuse_others_endpoint(self._datastore, workload, endpoints[0])
         return endpoints[0]
 
-    # What decides
+    # Decisions
 
     def decisions(self, source: Place, destination: Place, packet: Packet) -> list[Decision]:
-        """Return what decides on a packet in both directions, as far as they are endpoints'."""
+        """Return the decisions on a packet at those of its ends that are endpoints."""
         if source.endpoint is not None and source.endpoint == destination.endpoint:
-            return [Decision("outbound", True, "it stays within the endpoint, where no profile is asked")]
+            return [Decision("outbound", True, "it stays within the endpoint, where no profile applies")]
         made: list[Decision] = []
         if source.endpoint is not None:
             made.append(self._outbound(source.endpoint, destination, packet))
@@ -214,7 +214,7 @@ class _Store:
         return self._decide("inbound", id, packet)
 
     def _as_sent(self, host: str, packet: Packet) -> Packet:
-        """Return a packet as it leaves a host: from a pool with masquerade, to what is in no pool, it is the host's."""
+        """Return a packet as it leaves a host: with the host's address as source where a pool masquerades it."""
         from netaddr.ip import IPNetwork
 
         pools = self._seen_by(host).pools.values()
@@ -229,7 +229,7 @@ class _Store:
         snapshot = self._seen_by(id.host)
         local = snapshot.local.get(id)
         if local is None:
-            _, reason = snapshot.unusable.get(id, (0, "it is not there any more"))
+            _, reason = snapshot.unusable.get(id, (0, "it no longer exists"))
             return Decision(direction, False, f"endpoint {id.endpoint} of host {id.host} is not set up: {reason}")
         rules: dict[str, Sequence[Rule] | None] = {}
         for name in local.profiles:
@@ -240,7 +240,7 @@ class _Store:
         return Decision(direction, verdict.allowed, _why(verdict, rules, local.profiles), verdict.profile, verdict.rule)
 
     def _tagged(self, tag: str, address: str) -> bool:
-        """Tell whether an address is one of a tag's, of whatever host."""
+        """Return whether an address belongs to a tag, on any host."""
         if tag not in self._members:
             profiles = self._seen_by(self._datastore.host).profiles
             with_tag = {name for name, profile in profiles.items() if tag in profile.tags}
@@ -249,7 +249,7 @@ class _Store:
         return address in self._members[tag]
 
     def _addresses_of(self, host: str) -> set[str]:
-        """Return the addresses that a host is registered with, and, of this host, all that it has."""
+        """Return the addresses that a host is registered with and, for this host, all of its interfaces."""
         from calicoctl.workloads import netns
 
         own = netns.own_addresses() if host == self._datastore.host else set()

@@ -1,1 +1,1 @@
-"""Rules: their text, and what they mean for one packet."""
+"""Policy rules: their text, and their verdict for one packet."""

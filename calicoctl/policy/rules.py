@@ -1,7 +1,7 @@
-"""The text of a rule, as people type and read it, and the check of a rule that comes as JSON.
+"""The text of a rule, as users type and read it, and the validation of rules in JSON.
 
-`parse` and `text` are each other's inverse, for every rule that an agent can enforce. One that it cannot has a text
-that says why, which `parse` does not take.
+`parse` and `text` are inverse to each other for every rule that an agent can enforce. The text of any other rule says
+why it cannot be enforced, and `parse` does not accept it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ GRAMMAR = """Usage:
             [(from [(tag <TAG>)] [(cidr <CIDR>)])] [(to [(tag <TAG>)] [(cidr <CIDR>)])]
   calicoctl (allow|deny|log) [ipv4|ipv6] [(from [(tag <TAG>)] [(cidr <CIDR>)])] [(to [(tag <TAG>)] [(cidr <CIDR>)])]
 """
-"""A rule's words in the order in which people are told them, for completion; `parse` takes some other orders, too."""
+"""A rule's words in their documented order, for completion; `parse` accepts some other orders, too."""
 
 KEYWORDS = ("from", "to", "ports", "tag", "cidr", "type", "code", "protocol", *_VERSIONS)
 KEYWORDS += PORT_PROTOCOLS + ICMP_PROTOCOLS
@@ -45,7 +45,7 @@ LONGEST_NEW_NAME = 39
 
 
 def check_name(name: str, what: str) -> str:
-    """Return the name of a profile or a tag that is to be; raise CalicoError when it is not allowed.
+    """Return the name of a new profile or tag; raise CalicoError when it is not allowed.
 
     A profile's name must not begin with '_': etcd hides such keys, and nothing would list it.
     """
@@ -67,9 +67,9 @@ def check_tag(name: str) -> str:
 
 
 def parse(words: Sequence[str], is_new: bool = True) -> Rule:
-    """Read a rule from the words of a command line.
+    """Parse a rule from the words of a command line.
 
-    One that is there, and not new, may name tags that none of ours could be called, and match no packet.
+    A rule that is not new may have tags whose names are not allowed for new ones, and may match no packet.
     Raises UsageError for words that are out of place, CalicoError for values that are not allowed.
     """
     if len(words) == 1 and words[0].startswith("{"):
@@ -111,7 +111,7 @@ def parse(words: Sequence[str], is_new: bool = True) -> Rule:
 
 
 def _parse_side(rule: Rule, left: deque[str], word: str, side: str, is_new: bool) -> None:
-    """Read what comes behind `from` or `to`. A CIDR may stand without its word, as in old scripts."""
+    """Parse what follows `from` or `to`. The keyword `cidr` may be missing, as in old scripts."""
     seen = False
     while left and left[0] not in ("from", "to"):
         kind = left.popleft()
@@ -126,16 +126,16 @@ def _parse_side(rule: Rule, left: deque[str], word: str, side: str, is_new: bool
             raise UsageError(_out_of_place(rule, kind))
         seen = True
     if not seen:
-        raise UsageError(f"'{word}' needs a 'tag', a 'cidr' or, with tcp and udp, 'ports' behind it")
+        raise UsageError(f"'{word}' needs a 'tag', a 'cidr' or, with tcp and udp, 'ports' after it")
 
 
 def _out_of_place(rule: Rule, word: str) -> str:
     if word == "ports":
-        return "'ports' goes with tcp and udp, once behind 'from' and once behind 'to'"
+        return "'ports' goes with tcp and udp, once after 'from' and once after 'to'"
     if word == "code":
         return "an ICMP code needs an ICMP type before it: 'type N code N'"
     if word == "type":
-        return "'type' goes with icmp and icmpv6, directly behind that word"
+        return "'type' goes with icmp and icmpv6, directly after that word"
     from calicoctl.spelling import did_you_mean, nearest
 
     near = None if word in KEYWORDS else nearest(word, KEYWORDS)
@@ -144,7 +144,7 @@ def _out_of_place(rule: Rule, word: str) -> str:
 
 def _value(left: deque[str], word: str) -> str:
     if not left:
-        raise UsageError(f"'{word}' needs a value behind it")
+        raise UsageError(f"'{word}' needs a value after it")
     return left.popleft()
 
 
@@ -175,9 +175,9 @@ def _ports(text: str) -> list[int | str]:
 
 
 def check_rule(data: Any, must_match: bool = True) -> Rule:
-    """Return the rule that a JSON object spells; raise CalicoError when it has unknown fields or bad values.
+    """Return the rule in a JSON object; raise CalicoError for unknown fields or invalid values.
 
-    With `must_match`, one whose conditions no packet can meet is bad, too: a user would have meant something else.
+    With `must_match`, a rule whose conditions no packet can meet is invalid, too: the user has made a mistake.
     """
     if not isinstance(data, dict):
         raise CalicoError(f"a rule must be a JSON object, not {json.dumps(data)[:60]}")
@@ -220,7 +220,7 @@ def _text(value: Any, name: str) -> str:
 
 
 def check_rules(profile: str, text: str) -> Rules:
-    """Return the rules that a user's JSON spells, for `profile`; raise CalicoError when anything in it is wrong."""
+    """Return the rules in a user's JSON for `profile`; raise CalicoError when anything in it is invalid."""
     try:
         data = json.loads(text)
     except ValueError as error:
@@ -252,7 +252,7 @@ def check_rules(profile: str, text: str) -> Rules:
 
 
 def _check_sense(rule: Rule) -> None:
-    """Raise CalicoError for a rule whose conditions do not go together."""
+    """Raise CalicoError for a rule whose conditions require others that it lacks."""
     if rule.icmp_code is not None and rule.icmp_type is None:
         raise CalicoError("an ICMP code needs an ICMP type")
     if rule.icmp_type is not None and rule.protocol not in _WITH_ICMP_TYPE:
@@ -262,7 +262,7 @@ def _check_sense(rule: Rule) -> None:
 
 
 def _check_versions(rule: Rule) -> None:
-    """Raise CalicoError for a rule that no packet can ever match, being of another IP version."""
+    """Raise CalicoError for a rule that mixes IP versions, so that no packet can match it."""
     versions = {version_of(net) for net in (rule.src_net, rule.dst_net) if net is not None}
     versions |= {version for version in (rule.ip_version,) if version is not None}
     versions |= {4} if rule.protocol in ("icmp", 1) else {6} if rule.protocol in ("icmpv6", 58) else set()
@@ -271,9 +271,9 @@ def _check_versions(rule: Rule) -> None:
 
 
 def text(rule: Rule) -> str:
-    """Return a rule's text, which `parse` takes.
+    """Return a rule's text, which `parse` accepts.
 
-    That of a rule which an agent cannot enforce, or which no packet can match, ends with why, in brackets.
+    If an agent cannot enforce the rule, or no packet can match it, the text ends with the reason in brackets.
     """
     try:
         sound = check_rule(rule.to_dict(), must_match=False)

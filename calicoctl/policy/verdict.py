@@ -1,6 +1,7 @@
-"""What a profile's rules mean: the verdict for one packet. One evaluation, whoever asks. Knows no kernel and no store.
+"""Evaluates a profile's rules: the verdict for one packet. Knows no kernel and no store.
 
-`felix/dataplane/ruleset.py` says the same to nftables; tests hold the two against each other with real packets.
+This is the only evaluation in Python. `felix/dataplane/ruleset.py` expresses the same in nftables; tests compare the
+two with real packets.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from calicoctl.errors import CalicoError
 from calicoctl.policy.rules import check_rule
 
 PROTOCOLS = {"icmp": 1, "tcp": 6, "udp": 17, "icmpv6": 58, "sctp": 132, "udplite": 136}
-"""IP protocol numbers by the names that rules have for them. Source: IANA, Assigned Internet Protocol Numbers."""
+"""IP protocol numbers by their names in rules. Source: IANA, Assigned Internet Protocol Numbers."""
 
 ICMP, TCP, UDP, ICMPV6 = 1, 6, 17, 58
 
@@ -24,12 +25,12 @@ HOST_ICMPV6_TYPES = (130, 131, 132, 133, 135, 136)
 """Multicast listener messages, router solicitations, and both neighbor messages. Source: RFC 4443, 2710, 4861."""
 
 Tagged = Callable[[str, str], bool]
-"""Tells whether an address (the second) is one of a tag's (the first)."""
+"""Returns whether an address (the second) belongs to a tag (the first)."""
 
 
 @dataclass(frozen=True)
 class Packet:
-    """What rules look at: addresses in their usual form, a protocol number, ports and types where it has any."""
+    """What rules match: addresses in canonical form, a protocol number, and ports or ICMP type and code, if any."""
 
     source: str
     destination: str
@@ -46,7 +47,7 @@ class Packet:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a packet passes, and what decided: a rule of a profile (numbered from 1), a profile, or nothing."""
+    """Whether a packet passes, and what decided: a rule (numbered from 1) of a profile, a profile, or neither."""
 
     allowed: bool
     profile: str | None = None
@@ -54,7 +55,7 @@ class Verdict:
 
 
 def readable(rules: Rules) -> Rules:
-    """Return rules with every value checked and in its one form; raise CalicoError when one cannot be understood."""
+    """Return rules with every value validated and in canonical form; raise CalicoError for an invalid one."""
     lists: list[list[Rule]] = []
     for word, rules_of in (("inbound", rules.inbound), ("outbound", rules.outbound)):
         lists.append([])
@@ -72,10 +73,10 @@ def decide(
     packet: Packet,
     tagged: Tagged,
 ) -> Verdict:
-    """Return the verdict of a list of profiles, asked in order, in one direction.
+    """Return the verdict of a list of profiles, evaluated in order, in one direction.
 
-    `rules` holds each profile's rules of that direction, as `readable` returns them; a profile that is not there, or
-    has None, denies all that reaches it. A packet that no rule matches is denied.
+    `rules` holds each profile's rules of that direction, as `readable` returns them. A profile that is missing, or has
+    None, denies every packet that reaches it. A packet that no rule matches is denied.
     """
     for profile in profiles:
         of_profile = rules.get(profile)
@@ -88,7 +89,7 @@ def decide(
 
 
 def matches(rule: Rule, packet: Packet, tagged: Tagged) -> bool:
-    """Tell whether all conditions of a rule hold for a packet."""
+    """Return whether all conditions of a rule hold for a packet."""
     if packet.version not in versions(rule):
         return False
     if rule.protocol is not None and protocol_number(rule.protocol) != packet.protocol:
@@ -111,7 +112,7 @@ def matches(rule: Rule, packet: Packet, tagged: Tagged) -> bool:
 
 
 def is_host_service(packet: Packet) -> bool:
-    """Tell whether a packet to the host itself passes whatever the profiles say: DHCP, DNS, and some of ICMPv6.
+    """Return whether a packet to the host itself passes regardless of profiles: DHCP, DNS, and some of ICMPv6.
 
     Source: Calico's Felix of 2015, the chain felix-INPUT.
     """
@@ -124,7 +125,7 @@ def is_host_service(packet: Packet) -> bool:
 
 
 def versions(rule: Rule) -> Collection[int]:
-    """Return the IP versions whose packets a rule can match: both, one, or, where its conditions clash, none."""
+    """Return the IP versions whose packets a rule can match: both, one or, where its conditions conflict, none."""
     possible = {4, 6}
     if rule.ip_version is not None:
         possible &= {rule.ip_version}
@@ -142,7 +143,7 @@ def protocol_number(protocol: str | int) -> int:
 
 
 def port_ranges(ports: Sequence[int | str]) -> list[tuple[int, int]]:
-    """Return a rule's ports as ranges, first and last included, in order and without overlap."""
+    """Return a rule's ports as inclusive ranges, sorted and without overlap."""
     merged: list[tuple[int, int]] = []
     for low, high in sorted(_range(port) for port in ports):
         if merged and low <= merged[-1][1] + 1:
@@ -159,7 +160,7 @@ def _range(port: int | str) -> tuple[int, int]:
 
 @lru_cache(maxsize=65536)
 def _number(address: str) -> tuple[int, int]:
-    """Return an address as a number, and how many bits it has."""
+    """Return an address as a number, and its number of bits."""
     family, bits = (socket.AF_INET6, 128) if ":" in address else (socket.AF_INET, 32)
     return int.from_bytes(socket.inet_pton(family, address), "big"), bits
 

@@ -276,7 +276,7 @@ def test_an_address_of_a_record_that_cannot_be_read_is_not_given_away(host: Host
     host.etcd.put(key, '{"state": "act')
     assert "is used by endpoint" in host.ctl("ipam", "release", "192.168.0.1", status=1).err
     found = {one["subject"]: one for one in check(host)}
-    assert "put right first" in found["192.168.0.1"]["advice"] and not found["192.168.0.1"]["fixable"]
+    assert "fix the unreadable keys first" in found["192.168.0.1"]["advice"] and not found["192.168.0.1"]["fixable"]
     host.etcd.put(key, record)
     host.ctl("ipam", "release", "192.168.0.9", "--force")
 

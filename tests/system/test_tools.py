@@ -286,8 +286,8 @@ def test_diags_where_little_can_be_had(bare_host: Host, tmp_path: Path) -> None:
     file = Path(said.out.split()[-1])
     with tarfile.open(file) as archive:
         texts = {member.name.rpartition("/")[2]: archive.extractfile(member).read().decode() for member in archive}
-    assert "could not be had" in texts["etcd.json"] and "could not be had" in texts["nftables.txt"]
-    assert "could not be had" in texts["felix.log"]
+    assert "could not be collected" in texts["etcd.json"] and "could not be collected" in texts["nftables.txt"]
+    assert "could not be collected" in texts["felix.log"]
     assert "--log-dir" in bare_host.ctl("diags", "--log-dir=", status=1).err
     file.unlink()
     full = bare_host.ctl("diags", status=1, env=env, command=["/usr/bin/prlimit", "--fsize=1000", CALICOCTL])

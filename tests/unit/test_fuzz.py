@@ -58,7 +58,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> MemoryStore:
     monkeypatch.setenv("HOSTNAME", client.host)
     monkeypatch.setattr("os.geteuid", lambda: 1000)
     monkeypatch.setenv("DOCKER_HOST", "unix:///nowhere")
-    monkeypatch.setattr("calicoctl.diagnose.audit.SECOND_LOOK", 0)
+    monkeypatch.setattr("calicoctl.diagnose.audit.RECHECK_DELAY", 0)
     client.hosts.register("192.0.2.2", None, None)
     client.create_profile("web")
     return memory
