@@ -15,7 +15,7 @@ BENCH = $(TEST) containernetworking-plugins
 # other releases of Debian and Ubuntu, by their code names, and what `make` is called with there: without the tests of
 # what cannot differ from release to release, a failure at each step of a command, many at once, memory, endurance
 RELEASES ?= trixie noble
-LEFT_OUT = faults concurrency memory soak
+LEFT_OUT = fault_injection concurrency memory_usage soak
 ON_RELEASES ?= unit system ARGS='$(LEFT_OUT:%=--ignore=tests/system/test_%.py)'
 
 .PHONY: help packages lint types docs unit system test test-all releases soak tox bench demo demo-clean install uninstall clean

@@ -42,7 +42,7 @@ BEFORE = {
     "profile": CONNECTED,
     "status": NODE,
     "troubleshooting": WEB_AND_DB,
-    "moving": WEB_AND_DB,
+    "migration": WEB_AND_DB,
 }
 """What a page takes for granted."""
 

@@ -12,7 +12,7 @@ from tests.system.agent import A4, B4, AgentHost
 from tests.system.support import HOST_IP, run
 from tests.system.traffic import PATIENT, ping
 
-MOVING = Path(__file__).parent.parent.parent / "docs/moving.md"
+MOVING = Path(__file__).parent.parent.parent / "docs/migration.md"
 
 LEFT_BEHIND = """
 {0} -N felix-FORWARD

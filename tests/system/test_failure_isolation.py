@@ -22,8 +22,8 @@ import pytest
 from tests.system.agent import A4, B4, C4, AgentHost, holds, locked
 from tests.system.conftest import HOME
 from tests.system.support import Host, links, run, wait_for
-from tests.system.test_following import behind_proxy
-from tests.system.test_upkeep import container_links, id_of, record
+from tests.system.test_datastore_watch import behind_proxy
+from tests.system.test_workload_keeper import container_links, id_of, record
 
 ENGINE = "/var/run/docker.sock"
 SOON = 6.0
