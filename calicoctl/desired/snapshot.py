@@ -84,6 +84,14 @@ class Dirty:
     pools: bool = False
     settings: bool = False
 
+    def merge(self, other: Dirty) -> None:
+        """Add what another one says has changed."""
+        self.endpoints |= other.endpoints
+        self.interfaces |= other.interfaces
+        self.profiles |= other.profiles
+        self.pools = self.pools or other.pools
+        self.settings = self.settings or other.settings
+
     def __bool__(self) -> bool:
         return bool(self.endpoints or self.profiles or self.pools or self.settings)
 

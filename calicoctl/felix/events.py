@@ -94,8 +94,8 @@ class GatewaysChanged:
 
 
 @dataclass(frozen=True)
-class LinksMissed:
-    """The kernel has dropped netlink notifications, because the socket's buffer was full."""
+class KernelEventsLost:
+    """Changes of this host's network may have been missed: the buffer of the netlink socket was full, say."""
 
 
 @dataclass(frozen=True)
@@ -149,6 +149,18 @@ class Failure:
 
     why: str | None
     subject: str | None = None
+
+
+@dataclass(frozen=True)
+class Tick:
+    """Ten seconds have passed: retry what failed."""
+
+
+@dataclass(frozen=True)
+class PolicyFailed:
+    """The nftables tables could not be programmed, so no data plane is applied in this round."""
+
+    why: str
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What Prometheus can ask the agent, on loopback, where a port was given for it."""
+"""The metrics that the agent serves to Prometheus, on loopback, where `--metrics-port` is given."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class _NoTimer:
 
 
 class Metrics:
-    """The metrics, served on a port of loopback; without a port, nothing is measured or served."""
+    """Serves the metrics on a port of loopback; without a port, measures and serves nothing."""
 
     def __init__(self, health: Health, port: int | None) -> None:
         self.apply_time: Any = _NoTimer()
@@ -34,7 +34,7 @@ class Metrics:
         registry = CollectorRegistry()
         registry.register(_HealthCollector(health))
         self.apply_time = Histogram(
-            "calico_felix_apply_seconds", "Time taken to bring the kernel up to date.", registry=registry
+            "calico_felix_apply_seconds", "Time taken to program the kernel.", registry=registry
         )
         try:
             serve(make_wsgi_app(registry), ADDRESS, port)
@@ -43,7 +43,7 @@ class Metrics:
 
 
 class _HealthCollector:
-    """Turns what the agent knows of itself into metrics when somebody asks."""
+    """Turns the agent's health into metrics at each scrape."""
 
     def __init__(self, health: Health) -> None:
         self._health = health
@@ -56,22 +56,22 @@ class _HealthCollector:
             endpoints.add_metric([status], count)
         yield endpoints
         yield CounterMetricFamily(
-            "calico_felix_resyncs", "Times that the store was read anew after the start.", self._health.resyncs
+            "calico_felix_resyncs", "Resyncs with the store since the start.", self._health.resyncs
         )
+        yield CounterMetricFamily("calico_felix_healed", "Workloads that were re-attached.", self._health.reattached)
         yield CounterMetricFamily(
-            "calico_felix_healed", "Interfaces given back to workloads that had lost theirs.", self._health.healed
-        )
-        yield CounterMetricFamily(
-            "calico_felix_collected", "Workloads forgotten, and leftovers of cut commands.", self._health.collected
+            "calico_felix_collected",
+            "Garbage-collected workloads and leftovers of commands.",
+            self._health.collected,
         )
         yield GaugeMetricFamily(
             "calico_felix_store_reachable",
             "1 while the store can be read, written and followed.",
-            int(self._health.store_works),
+            int(self._health.store.works),
         )
         last = self._health.last_error
         yield GaugeMetricFamily(
             "calico_felix_last_error_timestamp_seconds",
-            "When something went wrong last; 0 for never.",
+            "Time of the last error; 0 for none.",
             datetime.fromisoformat(last["time"].replace("Z", "+00:00")).timestamp() if last else 0,
         )

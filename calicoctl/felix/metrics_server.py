@@ -1,6 +1,6 @@
-"""An HTTP server that anybody on the host may connect to, and that nobody can make use up the agent's descriptors.
+"""The HTTP server of the metrics. Every user of the host may connect; none can exhaust the agent's descriptors.
 
-Connections are few, and each is short.
+The number of connections is limited, and so is their duration.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from calicoctl.felix import shortage
 log = logging.getLogger("calico.felix")
 
 MOST_CONNECTIONS = 8
-"""Connections that are open at a time at most: a new one ends the oldest."""
+"""Connections open at the same time, at most: a new one ends the oldest."""
 
 LONGEST = 5.0
-"""Seconds that one may be open."""
+"""Seconds that a connection may be open."""
 
 INTERVAL = 1.0
-"""Seconds between two looks at how long connections have been open."""
+"""Seconds between two checks of how long connections have been open."""
 
 
 def serve(app: Any, address: str, port: int) -> None:
-    """Serve a WSGI application from a thread of its own; raise OSError where the port cannot be listened on."""
+    """Serve a WSGI application from a thread. Raises OSError when the port cannot be bound."""
     server = _Server((address, port), _Handler)
     server.set_app(app)
     threading.Thread(target=server.serve_forever, args=(INTERVAL,), name="serving metrics", daemon=True).start()
@@ -45,11 +45,11 @@ class _Server(socketserver.ThreadingMixIn, WSGIServer):
     def __init__(self, *arguments: Any) -> None:
         self._changed = threading.Condition()
         self._open: dict[socket.socket, float] = {}
-        """Since when which connections are open, the oldest first."""
+        """Open connections, the oldest first, and when they were accepted (monotonic)."""
         super().__init__(*arguments)
 
     def server_bind(self) -> None:
-        """Bind, and ask no resolver for the host's name, as the library would."""
+        """Bind without resolving the host's name, as the library would."""
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
         self.setup_environ()
@@ -59,7 +59,7 @@ class _Server(socketserver.ThreadingMixIn, WSGIServer):
             return super().get_request()
         except OSError as error:
             if is_shortage(error):
-                time.sleep(shortage.PAUSE)  # the connection is still there, and would be told of again at once
+                time.sleep(shortage.PAUSE)  # the connection is still queued, and would be reported again at once
             raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
@@ -71,7 +71,7 @@ class _Server(socketserver.ThreadingMixIn, WSGIServer):
         super().process_request(request, client_address)
 
     def service_actions(self) -> None:
-        """End connections that have been open for too long; called between connections, and once an interval."""
+        """End connections that have been open for too long. Called after each accept, and once per interval."""
         with self._changed:
             for connection, since in self._open.items():
                 if time.monotonic() > since + LONGEST:
@@ -84,11 +84,11 @@ class _Server(socketserver.ThreadingMixIn, WSGIServer):
             self._changed.notify()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        log.debug("a connection for metrics failed", exc_info=True)
+        log.debug("serving metrics to a connection failed", exc_info=True)
 
 
 def _end(connection: socket.socket) -> None:
-    """Have the thread that serves a connection find it ended, and close it."""
+    """Make the thread that serves a connection see its end, and close it."""
     with suppress(OSError):
         connection.shutdown(socket.SHUT_RDWR)
 

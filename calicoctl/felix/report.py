@@ -1,7 +1,8 @@
-"""What the agent says of itself: to the store, for all hosts; to a file, for this one; to Prometheus, if asked to.
+"""What the agent reports: its health in a file, for `calicoctl status`; statuses and the heartbeat in the store.
 
-The store gets the status of each endpoint, and a heartbeat (heartbeat.py). The file has all of that and the reasons,
-and can be read when the store is away. Statuses are written by a thread of their own: a slow store holds nothing up.
+The store gets the status of each endpoint, and the host's heartbeat (heartbeat.py), for all hosts. The file has all of
+that with the reasons, and can be read while the store is unreachable. The store is written by a thread, so that a slow
+store does not delay the agent's loop. metrics.py serves the same figures to Prometheus.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import logging
 import os
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -27,25 +28,25 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from calicoctl.datastore.client import DatastoreClient
+    from calicoctl.desired.snapshot import Snapshot
 
 log = logging.getLogger("calico.felix")
 
 PATIENCE = 6.0
-"""Seconds for which a store that answers, but can do nothing, is asked again before it is reported that it is away."""
+"""Seconds for which a store that answers with errors is retried before it is reported as unavailable."""
 
 FILE_INTERVAL = 5.0
-"""Seconds after which the report is written anew although nothing has changed, by the agent's next tick: its age tells
-that the agent works."""
+"""Seconds after which the file is written although nothing has changed: its age shows that the agent is alive."""
 
 END_PATIENCE = 5.0
-"""Seconds that the last of the reports may take; the heartbeat expires in any case."""
+"""Seconds that writing may take at the agent's end; the heartbeat expires in any case."""
 
 
 @dataclass(frozen=True)
 class Status:
-    """What became of an endpoint: "up", "down" or "error", of which record (its index in the store), and why.
+    """An endpoint's status, "up", "down" or "error"; the index of the record in the store that it is about; why.
 
-    `workload_name` is what that record says its container is called.
+    `workload_name` is the container's name in that record.
     """
 
     status: str
@@ -55,7 +56,7 @@ class Status:
 
     @property
     def is_stopped(self) -> bool:
-        """Whether its workload is stopped, which is nothing wrong."""
+        """Whether it is down because its workload is stopped, which is no problem."""
         return self.reason == INACTIVE
 
     def to_json(self) -> str:
@@ -64,7 +65,10 @@ class Status:
 
 
 class Ability:
-    """Whether the store can be read, say: since when, and why not. It can when all who are to try it have succeeded."""
+    """Whether something works, reading the store for example, since when, and why not.
+
+    It works when it works for all of its users (threads that each read one directory, for example).
+    """
 
     def __init__(self, users: Iterable[str]) -> None:
         self._untried = set(users)
@@ -73,7 +77,7 @@ class Ability:
 
     @property
     def works(self) -> bool | None:
-        """Whether it does, None while that is not known."""
+        """Whether it works; None until every user has tried."""
         return False if self._failing else None if self._untried else True
 
     @property
@@ -81,7 +85,7 @@ class Ability:
         return next(iter(self._failing.values()), None)
 
     def succeeded(self, user: str) -> bool:
-        """Note that it works for a user; tell whether that makes it work."""
+        """Note that it works for a user; return whether it works again by that."""
         before = self.works
         self._untried.discard(user)
         self._failing.pop(user, None)
@@ -91,11 +95,11 @@ class Ability:
         return True
 
     def failed(self, user: str, why: str, since: str) -> bool:
-        """Note that it does not work for a user since a time; tell whether that is news."""
+        """Note that it fails for a user since a time (ISO 8601); return whether it worked before."""
         before = self.works
         self._untried.discard(user)
         self._failing.pop(user, None)
-        self._failing = {user: why, **self._failing}  # the newest reason is shown
+        self._failing = {user: why, **self._failing}  # the newest reason is reported
         if before is False:
             return False
         self.since = since
@@ -105,79 +109,97 @@ class Ability:
         return {"works": self.works, "since": self.since, "error": self.error}
 
 
+class StoreHealth:
+    """Whether the store can be read, written and followed."""
+
+    def __init__(self, directories: Iterable[str]) -> None:
+        """`directories` are those that the agent reads and watches."""
+        directories = list(directories)
+        self.reads = Ability(directories)
+        self.watch = Ability(directories)
+        self.writes = Ability(["statuses"])
+
+    @property
+    def works(self) -> bool:
+        return all(ability.works for ability in (self.reads, self.writes, self.watch))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "reachable": self.works,
+            "since": max(ability.since for ability in (self.reads, self.writes, self.watch)),
+            "error": self.reads.error or self.watch.error or self.writes.error,
+            "reads": self.reads.to_dict(),
+            "writes": self.writes.to_dict(),
+            "watch": self.watch.to_dict(),
+        }
+
+
 @dataclass
 class Health:
-    """What the agent knows of itself."""
+    """The agent's state, as it is reported. Changed by the agent's thread alone."""
 
     host: str
     version: str
     options: dict[str, Any] = field(default_factory=dict)
-    """How it was started: where it logs to, its port for Prometheus, whether it looks after an etcd of the host's."""
-    followed: frozenset[str] = frozenset()
-    """The directories of the store that it reads and watches."""
+    """How the agent was started: see process.Options."""
+    followed: InitVar[frozenset[str]] = frozenset()
     pid: int = field(default_factory=os.getpid)
     since: str = field(default_factory=now)
     started: float = field(default_factory=time.monotonic)
     first_update: bool = False
+    """Whether the first snapshot is in the kernel: the agent is ready."""
     waiting_for: str | None = None
     replaced: str | None = None
     """The sentence that says which other agent has this host's status, and so its records; None while none has."""
     unknown_interfaces: list[str] = field(default_factory=list)
-    """Interfaces `cali…` here that no record of this host knows."""
+    """Interfaces `cali…` of this host that have no record."""
     endpoints: dict[EndpointId, Status] = field(default_factory=dict)
     problems: dict[str, str] = field(default_factory=dict)
     """What is wrong with keys of the store."""
-    troubles: dict[str, dict[str, str]] = field(default_factory=dict)
-    """What is wrong with the host, by subject, until it is put right: since when, and why."""
+    failures: dict[str, dict[str, str]] = field(default_factory=dict)
+    """What fails on this host now, by subject: since when, and why."""
     last_error: dict[str, str] | None = None
     resyncs: int = 0
-    healed: int = 0
-    """Interfaces given back to workloads that had lost theirs."""
+    reattached: int = 0
+    """Workloads that were given their interface back."""
     collected: int = 0
-    """Workloads forgotten, and leftovers of commands that were cut short."""
+    """Workloads, and leftovers of interrupted commands, that were garbage-collected."""
 
-    def __post_init__(self) -> None:
-        self.reads = Ability(self.followed)
-        self.watch = Ability(self.followed)
-        self.writes = Ability(["statuses"])
-
-    @property
-    def store_works(self) -> bool:
-        """Whether the store can be read, written and followed."""
-        return all(ability.works for ability in (self.reads, self.writes, self.watch))
+    def __post_init__(self, followed: frozenset[str]) -> None:
+        self.store = StoreHealth(followed)
 
     def count(self, act: Action) -> None:
-        """Count something that was done for a workload."""
-        self.healed += act.kind == REATTACHED
+        """Count an action of the WorkloadKeeper."""
+        self.reattached += act.kind == REATTACHED
         self.collected += act.kind == COLLECTED
 
     def error(self, sentence: str) -> None:
-        """Remember what went wrong last, and log it."""
+        """Log an error, and keep it as the last one."""
         log.error("%s", sentence)
         self.last_error = {"time": now(), "error": sentence}
 
-    def trouble(self, trouble: events.Failure) -> None:
-        """Note what could not be done; one with a subject until it is told that it is put right."""
-        if trouble.subject is None:
-            self.error(trouble.why or "")
+    def record(self, failure: events.Failure) -> None:
+        """Take in a failure, or the end of one; an error that lasts is logged once."""
+        if failure.subject is None:
+            self.error(failure.why or "")
             return
-        before = self.troubles.get(trouble.subject)
-        if trouble.why is None:
-            self.troubles.pop(trouble.subject, None)
-        elif before is None or before["error"] != trouble.why:
-            self.troubles[trouble.subject] = {"since": before["since"] if before else now(), "error": trouble.why}
-            self.error(trouble.why)
+        before = self.failures.get(failure.subject)
+        if failure.why is None:
+            self.failures.pop(failure.subject, None)
+        elif before is None or before["error"] != failure.why:
+            self.failures[failure.subject] = {"since": before["since"] if before else now(), "error": failure.why}
+            self.error(failure.why)
 
     def counts(self) -> dict[str, int]:
-        """Return how many endpoints are in which state; those that are stopped are down, too."""
+        """Return the number of endpoints by status; those that are stopped are counted as down, too."""
         counts = {"up": 0, "down": 0, "error": 0, "stopped": 0}
-        for status in list(self.endpoints.values()):  # a thread of the metrics' asks, too
+        for status in list(self.endpoints.values()):  # the thread that serves metrics calls this, too
             counts[status.status] += 1
             counts["stopped"] += status.is_stopped
         return counts
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what `calicoctl status` tells."""
+        """Return the report that `calicoctl status` reads."""
         return {
             "host": self.host,
             "version": self.version,
@@ -187,14 +209,7 @@ class Health:
             "first_update": self.first_update,
             "waiting_for": self.waiting_for,
             "replaced": self.replaced,
-            "etcd": {
-                "reachable": self.store_works,
-                "since": max(ability.since for ability in (self.reads, self.writes, self.watch)),
-                "error": self.reads.error or self.watch.error or self.writes.error,
-                "reads": self.reads.to_dict(),
-                "writes": self.writes.to_dict(),
-                "watch": self.watch.to_dict(),
-            },
+            "etcd": self.store.to_dict(),
             "endpoints": self.counts(),
             "endpoints_in_trouble": [
                 {
@@ -212,36 +227,36 @@ class Health:
             ],
             "unknown_interfaces": self.unknown_interfaces,
             "problems": [{"key": key, "problem": self.problems[key]} for key in sorted(self.problems)],
-            "troubles": [{"subject": subject, **self.troubles[subject]} for subject in sorted(self.troubles)],
+            "troubles": [{"subject": subject, **self.failures[subject]} for subject in sorted(self.failures)],
             "last_error": self.last_error,
             "resyncs": self.resyncs,
-            "healed": self.healed,
+            "healed": self.reattached,
             "collected": self.collected,
             "bgp_sessions": [],
         }
 
 
 class ReportFile:
-    """The file that `calicoctl status` reads. Anybody may."""
+    """The file that `calicoctl status` reads; every user may."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._file: IO[bytes] | None = None
-        """What was written last, kept open: where no other file can be, the report must still say so."""
+        """The current file, kept open: when no other file can be opened, the report must still say so."""
         self._written: dict[str, Any] = {}
         self._written_at = float("-inf")
 
     @property
     def is_due(self) -> bool:
-        """Whether it is to be written even if nothing has changed."""
+        """Whether the file must be written even if nothing has changed."""
         return time.monotonic() >= self._written_at + FILE_INTERVAL
 
     def write(self, health: Health) -> None:
-        """Bring the file up to date; a disk that is full is logged, and nothing more."""
+        """Write the file if it is due, or its content has changed. An error is only logged."""
         report = health.to_dict()
         if report == self._written and not self.is_due:
             return
-        # the clock of the time since boot: that of the day may jump
+        # the monotonic clock, to measure the age with: the time of day may jump
         text = json.dumps({**report, "report": {"time": now(), "clock": time.clock_gettime(time.CLOCK_MONOTONIC)}})
         try:
             self._replace(text.encode())
@@ -255,7 +270,7 @@ class ReportFile:
         except OSError as error:
             if self._file is None or not is_shortage(error):
                 raise
-            os.pwrite(self._file.fileno(), data, 0)  # who reads at this very moment tries again
+            os.pwrite(self._file.fileno(), data, 0)  # a reader that meets this half-written retries
             self._file.truncate(len(data))
             return
         if self._file is not None:
@@ -263,21 +278,71 @@ class ReportFile:
         self._file = file
 
 
-class StoreReporter(threading.Thread):
-    """Keeps the statuses in the store like those it was given last, unless another agent reports for this host."""
+class EndpointStatuses:
+    """The statuses that are set during one round of the agent, to be published together."""
 
-    def __init__(self, datastore: DatastoreClient, health: Health, tell: Callable[[Any], None]) -> None:
-        """`tell` takes whether they could be written (StoreWritten, StoreNotWritten), other trouble (Failure), and
-        that another agent has begun to report for this host, or does so no more (Replaced).
+    def __init__(
+        self,
+        snapshot: Snapshot,
+        health: Health,
+        report: Callable[[dict[EndpointId, Status | None]], None],
+        removed: Callable[[EndpointId], None],
+    ) -> None:
+        """`report` takes the statuses that have changed, None for an endpoint that is gone; so does `removed`."""
+        self._snapshot = snapshot
+        self._health = health
+        self._report = report
+        self._removed = removed
+        self._set: dict[EndpointId, Status | None] = {}
+
+    def set(self, id: EndpointId, status: Status | None) -> None:
+        """Set an endpoint's status, None for an endpoint that is gone."""
+        self._set[id] = status
+
+    def publish(self) -> None:
+        """Report, and log, the statuses that have changed."""
+        changed: dict[EndpointId, Status | None] = {}
+        statuses, self._set = self._set, {}
+        for id, status in statuses.items():
+            before = self._health.endpoints.get(id)
+            record = self._snapshot.endpoints.get(id)
+            if status is not None and record is not None:
+                status = replace(status, workload_name=record.workload_name)
+            if status == before:
+                continue
+            changed[id] = status
+            if status is None:
+                self._health.endpoints.pop(id, None)
+                log.info("endpoint %s is gone", id.endpoint)
+                self._removed(id)
+                continue
+            self._health.endpoints[id] = status
+            if before is None or (before.status, before.reason) != (status.status, status.reason):
+                text = f"endpoint {id.endpoint} of {id.orchestrator} {id.workload} is {status.status}"
+                text += f": {status.reason}" if status.reason else ""
+                if status.status == "error":
+                    self._health.error(text)
+                else:
+                    log.info("%s", text)
+        if changed:
+            self._report(changed)
+
+
+class StoreReporter(threading.Thread):
+    """Drives the statuses in the store to those it was given last, unless another agent reports for this host."""
+
+    def __init__(self, datastore: DatastoreClient, health: Health, put: Callable[[Any], None]) -> None:
+        """`put` takes the events: whether the store can be written (StoreWritten, StoreNotWritten), other failures
+        (Failure), and that another agent has begun to report for this host, or has stopped (Replaced).
         """
         super().__init__(name="reporting", daemon=True)
         self._datastore = datastore
         self._health = health
-        self._tell = tell
+        self._put = put
         self._heartbeat = Heartbeat(datastore)
         self._replaced_by: Identity | None = None
         self._lock = threading.Lock()
-        self._wanted: dict[EndpointId, str] = {}
+        self._desired: dict[EndpointId, str] = {}
         self._changed: set[EndpointId] = set()
         self._written: dict[EndpointId, str] | None = None
         self._wake = threading.Event()
@@ -287,24 +352,24 @@ class StoreReporter(threading.Thread):
         self._refused: str | None = None
 
     def set(self, statuses: dict[EndpointId, Status | None]) -> None:
-        """Take in new statuses; None for an endpoint that is no more."""
+        """Take in new statuses; None for an endpoint that is gone."""
         with self._lock:
             for id, status in statuses.items():
                 if status is None:
-                    self._wanted.pop(id, None)
+                    self._desired.pop(id, None)
                 else:
-                    self._wanted[id] = status.to_json()
+                    self._desired[id] = status.to_json()
                 self._changed.add(id)
         self._wake.set()
 
-    def read_again(self) -> None:
-        """Compare with what the store has, which may not be what was written: it has been away."""
+    def resync(self) -> None:
+        """Read the statuses from the store, where they may not be what was written: it was unreachable, say."""
         with self._lock:
             self._written = None
         self._wake.set()
 
     def beat_soon(self) -> None:
-        """Have the next heartbeat come soon, which says something new."""
+        """Send the next heartbeat now, since it has something new."""
         self._beaten = 0.0
         self._wake.set()
 
@@ -321,10 +386,10 @@ class StoreReporter(threading.Thread):
                     self._beaten = time.monotonic()
                 if self._health.first_update and self._replaced_by is None:
                     self._write_endpoints()
-                self._note(None)
-            except Exception as error:  # of whatever kind: to end would leave the host without a sign of life
-                self._note(error)
-                time.sleep(1)  # and again, with what has changed meanwhile
+                self._emit(None)
+            except Exception as error:  # of any kind: an end of this thread would end the heartbeat
+                self._emit(error)
+                time.sleep(1)  # then retry, with what has changed meanwhile
                 self._wake.set()
         try:
             self._heartbeat.end()
@@ -342,10 +407,10 @@ class StoreReporter(threading.Thread):
         if replaced_by != self._replaced_by:
             self._replaced_by = replaced_by
             why = None if replaced_by is None else replaced(self._datastore, replaced_by)
-            self._tell(events.Replaced(why))
+            self._put(events.Replaced(why))
 
-    def _note(self, error: Exception | None) -> None:
-        """Tell what has changed: whether the store can be written, and whether it takes all statuses."""
+    def _emit(self, error: Exception | None) -> None:
+        """Emit what has changed: whether the store can be written, and whether it accepts all statuses."""
         away, refused = None, None
         if isinstance(error, StoreError):
             away = events.StoreNotWritten(str(error), self._written_last)
@@ -353,19 +418,19 @@ class StoreReporter(threading.Thread):
             self._written_last = now()
             refused = None if error is None else f"statuses cannot be written: {error}"
         if away != self._away:
-            self._tell(away or events.StoreWritten())
+            self._put(away or events.StoreWritten())
         if refused != self._refused:
-            self._tell(events.Failure(refused, "statuses"))
+            self._put(events.Failure(refused, "statuses"))
         self._away, self._refused = away, refused
 
     def end(self) -> None:
-        """Write what there is to write, and take the heartbeat away, if the store is not too slow for that."""
+        """Write what is left, and remove the heartbeat, unless the store is too slow for that."""
         self._alive = False
         self._wake.set()
         self.join(END_PATIENCE)
 
     def _write_endpoints(self) -> None:
-        """Write what has changed; raise what went wrong last, but for a store that is away, after all were tried."""
+        """Write what has changed. Raises StoreUnavailable at once, another error after all statuses were tried."""
         refused: dict[EndpointId, CalicoError] = {}
         with self._lock:
             written = self._written
@@ -373,13 +438,13 @@ class StoreReporter(threading.Thread):
             written = self._datastore.statuses.of_endpoints()
             with self._lock:
                 self._written = written
-                self._changed = set(self._wanted) | set(written)
+                self._changed = set(self._desired) | set(written)
         while True:
             with self._lock:
                 if not self._changed:
                     break
                 id = self._changed.pop()
-                status = self._wanted.get(id)
+                status = self._desired.get(id)
             try:
                 if status is None and id in written:
                     self._datastore.statuses.report_endpoint(id, None)

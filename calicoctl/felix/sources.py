@@ -31,8 +31,8 @@ from calicoctl.felix.events import (
     Events,
     Failure,
     GatewaysChanged,
+    KernelEventsLost,
     LinkChanged,
-    LinksMissed,
     MountsChanged,
     RouteGone,
     StoreAway,
@@ -176,7 +176,7 @@ class KernelEvents(_Source):
     cleared.
     """
 
-    missed = LinksMissed()
+    missed = KernelEventsLost()
 
     def __init__(self, events: Events[Any]) -> None:
         super().__init__("following the kernel's interfaces", events)
@@ -196,7 +196,7 @@ class KernelEvents(_Source):
             except OSError as error:
                 if error.errno != errno.ENOBUFS:
                     raise
-                self._events.put(LinksMissed())
+                self._events.put(KernelEventsLost())
                 continue
             for kind, message in netlink.messages(data):
                 if kind in (_RTM_NEWLINK, _RTM_DELLINK):

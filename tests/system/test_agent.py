@@ -277,7 +277,7 @@ def test_a_record_that_moves_to_another_interface(node: AgentHost) -> None:
     node.etcd.put(a, {**record, "name": interface})
     wait_for(lambda: interface in run("ip", "route", "show", A4).out, "the route")
     node.sync()
-    assert "somebody else" not in node.log()
+    assert "another process" not in node.log()
 
 
 def test_connections_that_could_not_be_listed_are_listed_again(bare_host: Host, tmp_path: Path) -> None:
@@ -349,8 +349,8 @@ def test_a_change_does_not_wait_for_what_an_added_address_waits_for(bare_host: H
             wait_for(lambda: tcp("a", "b", B4, 81), "the change")
             run("ip", "-n", "b", "address", "add", f"{C4}/32", "dev", "eth1")
             assert not ping("a", C4)
-            run("nft", "flush", "ruleset")  # and it goes on waiting when the tables are made anew
-            wait_for(lambda: "made anew" in log.read_text() and tcp("a", "b", B4, 81), "the tables")
+            run("nft", "flush", "ruleset")  # and it goes on waiting when the tables are reloaded
+            wait_for(lambda: "reloading" in log.read_text() and tcp("a", "b", B4, 81), "the tables")
             wait_for(lambda: "calico" in run("nft", "list", "tables").out, "the tables")
             assert not ping("a", C4)
             broken.unlink()
@@ -626,26 +626,26 @@ def test_settings_of_the_host_are_put_back(bare_host: Host) -> None:
         assert settings() == ["1", "1", "2"]
         run("sysctl", "-qw", "net.ipv6.conf.uplink.accept_ra=0")
         host.ctl("node", "remove")
-        assert settings() == ["0", "0", "0"], "what somebody else has set since stays"
+        assert settings() == ["0", "0", "0"], "what another process has set since stays"
         assert {name: run("sysctl", "-n", f"net.{name}").out.strip() for name in along} == along
         run("sysctl", "-qw", "net.ipv4.ip_forward=1", "net.ipv4.ip_forward=0", "net.ipv6.conf.default.forwarding=0")
 
 
-def test_what_somebody_else_removes_comes_back(pair: AgentHost) -> None:
+def test_what_another_process_removes_comes_back(pair: AgentHost) -> None:
     pair.add("c", C4)
     run("ip", "route", "delete", f"{B4}/32")
     wait_for(lambda: ping("a", B4), "the route")
     run("ip", "route", "replace", f"{B4}/32", "dev", "lo")
     wait_for(lambda: ping("a", B4), "the route, replaced")
-    assert "somebody else has removed" in pair.log()
+    assert "another process has removed" in pair.log()
     for command in ("flush ruleset", "delete table inet calico", "flush chain inet calico inbound-forward"):
         run("nft", command)
         wait_for(lambda: "oifname vmap @to" in run("nft", "list", "ruleset").out, command)
         assert ping("a", B4, patience=PATIENT) and not ping("c", B4)
-    made = pair.log().count("made anew")
+    made = pair.log().count("reloading")
     pair.profile("web", inbound=[ALLOW, ALLOW])
     pair.sync()
-    assert pair.log().count("made anew") == made, "its own changes are not somebody else's"
+    assert pair.log().count("reloading") == made, "its own changes are not another process's"
 
 
 @contextlib.contextmanager
@@ -678,7 +678,7 @@ agent.run("host1", process.Options())
 
 
 def test_an_endpoint_that_waits_for_a_listing_comes_up_when_the_tables_go(bare_host: Host, tmp_path: Path) -> None:
-    """Its address's old connections are listed first; while that takes its time, the tables are made anew."""
+    """Its address's old connections are listed first; while that takes its time, the tables are reloaded."""
     hold, busy = tmp_path / "hold", tmp_path / "busy"
     host = AgentHost(bare_host.etcd)
     host.register(HOST_IP)
@@ -691,7 +691,7 @@ def test_an_endpoint_that_waits_for_a_listing_comes_up_when_the_tables_go(bare_h
         host.set_profiles("c", "web")
         wait_for(busy.exists, "the listing")
         run("nft", "flush", "ruleset")
-        wait_for(lambda: "made anew" in log.read_text(), "the agent to notice")
+        wait_for(lambda: "reloading" in log.read_text(), "the agent to notice")
         hold.unlink()
         wait_for(lambda: (host.endpoint_status(host.key("c")) or {}).get("status") == "up", "the endpoint", 10)
         wait_for(lambda: ping("c", B4), "the way")

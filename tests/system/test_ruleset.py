@@ -64,12 +64,12 @@ def test_any_order_of_changes_comes_to_what_a_fresh_start_gives() -> None:
                 for _ in range(chance.choice([1, 1, 1, 5])):
                     snapshot.change(random_change(chance, index))
                 nft.run(ruleset.update(snapshot, snapshot.take_dirty()).commands)
-            nft.run(ruleset.settle())
+            nft.run(ruleset.restore_established_fast_path())
             changed = tables()
-            nft.run(ruleset.again())
+            nft.run(ruleset.recreate())
             assert changed == tables(), f"seed {seed}, made again"
             fresh = Ruleset()
-            nft.run(fresh.load(snapshot).commands + fresh.settle())
+            nft.run(fresh.load(snapshot).commands + fresh.restore_established_fast_path())
             assert changed == tables(), f"seed {seed}"
     finally:
         nft.run(remove_commands())
@@ -96,7 +96,7 @@ def test_an_endpoint_may_get_what_another_has_not_given_up_yet() -> None:
         nft.run(ruleset.update(snapshot, Dirty({two})).commands)
         nft.run(ruleset.update(snapshot, Dirty({one})).commands)
         changed = tables()
-        nft.run(ruleset.again())
+        nft.run(ruleset.recreate())
         assert changed == tables()
         nft.run(Ruleset().load(snapshot).commands)
         assert changed == tables()

@@ -28,10 +28,10 @@ def health(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Health:
     monkeypatch.setenv("HOSTNAME", HOST)
     options = {"log_dir": None, "metrics_port": None, "local_etcd": False}
     health = Health(HOST, "1", options, frozenset(["/a", "/b"]), first_update=True)
-    for ability in (health.reads, health.watch):
+    for ability in (health.store.reads, health.store.watch):
         ability.succeeded("/a")
         ability.succeeded("/b")
-    health.writes.succeeded("statuses")
+    health.store.writes.succeeded("statuses")
     (tmp_path / HOST).mkdir()
     (tmp_path / HOST / "felix.pid").write_text(f"{os.getpid()} {proc.running_since(os.getpid())}\n")
     return health
@@ -81,14 +81,14 @@ def test_what_is_wrong_comes_worst_first_and_in_ten_lines(health: Health, capsys
     assert "Problems:   21\n" in out and out.count("\n  endpoint up") == 9 and "  … and 12 more" in out
     health.endpoints |= {endpoint("bad"): Status("error", 1, "no MAC"), endpoint("off"): Status("down", 1, "no link")}
     health.problems |= {f"/calico/v1/host/{HOST}/workload/docker/w/endpoint/bad": "no MAC"}
-    health.trouble(events.Failure("there is no iptables", "the host's firewall"))
+    health.record(events.Failure("there is no iptables", "the host's firewall"))
     write(health)
     out, why = told(capsys)
     assert why == "This host has problems: 1 endpoint is in error."
     shown = out.partition("Problems:   24\n")[2].splitlines()
     assert [line.split()[1] for line in shown[:1] + shown[2:4]] == ["bad", "off", "up0"]
     assert "there is no iptables (since" in shown[1] and len(shown) == 10
-    health.writes.failed("statuses", "etcd is full", "2026-01-01T00:00:00Z")
+    health.store.writes.failed("statuses", "etcd is full", "2026-01-01T00:00:00Z")
     write(health)
     out, why = told(capsys)
     assert "etcd cannot be written since 2026-01-01T00:00:00Z: etcd is full" in out and "etcd, and 1 endpoint" in why
@@ -120,13 +120,13 @@ def test_a_key_is_named_once(health: Health) -> None:
 
 
 def test_one_reason_for_all_that_the_store_does_not_do_is_one_line(health: Health) -> None:
-    for ability in (health.reads, health.watch):
+    for ability in (health.store.reads, health.store.watch):
         ability.failed("/a", "no etcd answers", "2026-01-01T00:00:00Z")
     write(health)
     (issue,) = host_status.issues(host_status.read(HOST))
     assert issue.text == "etcd cannot be read or followed since 2026-01-01T00:00:00Z: no etcd answers" and issue.fails
-    health.reads.succeeded("/a")
-    assert health.reads.works and not health.watch.works
+    health.store.reads.succeeded("/a")
+    assert health.store.reads.works and not health.store.watch.works
 
 
 def test_a_report_that_is_too_old_vouches_for_nothing(

@@ -1,7 +1,7 @@
-"""Looks after what is the whole host's and no endpoint's: forwarding, and the host's own firewall.
+"""The host as a whole: drives IP forwarding, and the host's own iptables firewall, to what endpoints need.
 
-In a thread of its own: iptables may wait for somebody who holds its lock, and the Docker Engine take long to answer,
-while the agent has policy to enforce.
+In a thread of its own: iptables may wait for another process that holds its lock, and the Docker Engine may be slow to
+answer, while the agent has policy to enforce.
 """
 
 from __future__ import annotations
@@ -22,49 +22,49 @@ from calicoctl.felix.events import Failure
 log = logging.getLogger("calico.felix")
 
 INTERVAL = 10.0
-"""Seconds between two looks at settings, which tell nobody of their changes, and at what failed before."""
+"""Seconds between two checks of settings, which deliver no events, and between retries of what failed."""
 
 FIREWALL_DELAY = 0.3
-"""Seconds from a change of the host's firewall to our look at it: Docker makes many changes at a time."""
+"""Seconds from a change of the host's firewall to our check: Docker makes many changes at a time."""
 
 FIREWALL_INTERVAL = 5.0
-"""Seconds between two looks at a firewall of iptables-legacy, which tells nobody of its changes."""
+"""Seconds between two checks of a firewall of iptables-legacy, which delivers no events."""
 
 END_PATIENCE = 5.0
-"""Seconds that a look may take when the agent ends."""
+"""Seconds that a check may take when the agent ends."""
 
 
-class HostKeeper(threading.Thread):
-    """Keeps the host forwarding, and its firewall from dropping what is ours.
+class HostReconciler(threading.Thread):
+    """Keeps the host forwarding, and its firewall accepting what comes from endpoints or goes to them.
 
-    Until it is started, `forward` and `check_firewall` are for whoever made it; from then on, it calls them itself.
+    Before it is started, `forward` and `check_firewall` may be called by its owner; afterwards, it calls them itself.
     """
 
-    def __init__(self, settings: HostSettings, tell: Callable[[Failure], None]) -> None:
-        super().__init__(name="looking after the host", daemon=True)
+    def __init__(self, settings: HostSettings, put: Callable[[Failure], None]) -> None:
+        super().__init__(name="reconciling the host", daemon=True)
         self._settings = settings
-        self._tell = tell
-        self._asked: SimpleQueue[Any] = SimpleQueue()
+        self._put = put
+        self._requests: SimpleQueue[Any] = SimpleQueue()
         self._ipv6 = False
         self._forward_at = 0.0
         self._firewall_at = 0.0
         self._polls = False
-        self._troubles: dict[str, str | None] = {}
-        """What was told last of each of the two."""
+        self._failures: dict[str, str | None] = {}
+        """The last failure that was emitted, by subject."""
         self._alive = True
 
     def set_ipv6(self, ipv6: bool) -> None:
-        """Have IPv6 forwarded, too, or not any more."""
-        self._asked.put(ipv6)
+        """Request that IPv6 is forwarded, too, or no longer."""
+        self._requests.put(ipv6)
 
     def firewall_changed(self) -> None:
-        """Have the host's firewall looked at, which somebody has changed."""
-        self._asked.put(None)
+        """Request a check of the host's firewall, which another process has changed."""
+        self._requests.put(None)
 
     def end(self) -> None:
-        """End, when what is being done is done; wait for that, but not for long."""
+        """End after the check that is running; wait for that, but not for long."""
         self._alive = False
-        self._asked.put(None)
+        self._requests.put(None)
         if self.is_alive():
             self.join(END_PATIENCE)
 
@@ -72,11 +72,11 @@ class HostKeeper(threading.Thread):
         while True:
             until = min(self._forward_at, self._firewall_at)
             with suppress(Empty):
-                asked = self._asked.get(timeout=max(0.0, until - time.monotonic()))
-                if asked is None:
+                request = self._requests.get(timeout=max(0.0, until - time.monotonic()))
+                if request is None:
                     self._firewall_at = min(self._firewall_at, time.monotonic() + FIREWALL_DELAY)
                 else:
-                    self._ipv6, self._forward_at = asked, 0.0
+                    self._ipv6, self._forward_at = request, 0.0
             if not self._alive:
                 return
             if time.monotonic() >= self._forward_at:
@@ -85,13 +85,13 @@ class HostKeeper(threading.Thread):
                 self.check_firewall()
 
     def forward(self, ipv6: bool) -> None:
-        """Have the host forward IPv4 and, with `ipv6`, IPv6."""
+        """Make the host forward IPv4 and, with `ipv6`, IPv6."""
         self._ipv6 = ipv6
         self._try("what the host forwards", lambda: self._settings.forward(ipv6))
         self._forward_at = time.monotonic() + INTERVAL
 
     def check_firewall(self) -> None:
-        """Have the host's firewall accept what is ours, where it would drop that."""
+        """Make the host's firewall accept the endpoints' packets, where it would drop them."""
         done = self._try("the host's firewall", self._ensure)
         pause = (FIREWALL_INTERVAL if self._polls else float("inf")) if done else INTERVAL
         self._firewall_at = time.monotonic() + pause
@@ -101,14 +101,14 @@ class HostKeeper(threading.Thread):
         for line in docker_firewall.ensure():
             log.info("%s", line)
 
-    def _try(self, what: str, work: Callable[[], None]) -> bool:
-        """Do something, and tell why it failed, once; tell whether it was done."""
+    def _try(self, subject: str, work: Callable[[], None]) -> bool:
+        """Run something; emit its failure, once, and the failure's end. Return whether it succeeded."""
         why = None
         try:
             work()
-        except Exception as error:  # whatever is in somebody else's firewall, it must not end the thread
-            why = str(error) if isinstance(error, CalicoError) else f"{what} cannot be looked after: {error!r}"
-        if why != self._troubles.get(what):
-            self._tell(Failure(why, what))
-        self._troubles[what] = why
+        except Exception as error:  # whatever is in the host's firewall, it must not end the thread
+            why = str(error) if isinstance(error, CalicoError) else f"{subject} cannot be reconciled: {error!r}"
+        if why != self._failures.get(subject):
+            self._put(Failure(why, subject))
+        self._failures[subject] = why
         return why is None

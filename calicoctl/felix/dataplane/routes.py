@@ -19,7 +19,7 @@ from calicoctl import netlink
 from calicoctl.desired.snapshot import LocalEndpoint
 from calicoctl.errors import CalicoError
 from calicoctl.felix.dataplane import sysctls
-from calicoctl.felix.dataplane.links import Link
+from calicoctl.felix.dataplane.links import Link, list_links
 
 if TYPE_CHECKING:
     from pyroute2.iproute.linux import IPRoute
@@ -48,6 +48,10 @@ class Routes:
     def __init__(self, netlink: IPRoute) -> None:
         self._netlink = netlink
         self._have: dict[int, set[Item]] = defaultdict(set)
+
+    def list_links(self) -> list[Link]:
+        """Return the `cali…` interfaces of this host. Raises what pyroute2 raises."""
+        return list_links(self._netlink)
 
     def read(self, links: Collection[Link]) -> None:
         """Learn what of ours the kernel has. Raises CalicoError."""

@@ -103,7 +103,7 @@ def remove_commands() -> str:
     return "".join(f"add table {family} {name}\ndelete table {family} {name}\n" for family, name in TABLES)
 
 
-def _anew(commands: str) -> str:
+def _replace_tables(commands: str) -> str:
     """Return commands that make the tables, in place of whatever they hold, and then do what `commands` do."""
     tables = "".join(f"add table {family} {name}\n" for family, name in TABLES)
     return remove_commands() + tables + _SKELETON + commands
@@ -114,7 +114,7 @@ class Update:
     """The commands of one transaction, and the addresses whose connections it may deny from now on."""
 
     commands: str
-    touched: set[str]
+    affected: set[str]
 
 
 class Ruleset:
@@ -135,13 +135,13 @@ class Ruleset:
         self._profiles_of_tag: dict[str, set[str]] = defaultdict(set)
         self._tags_used: dict[str, set[str]] = {}
 
-    def load(self, snapshot: Snapshot, withheld: Mapping[EndpointId, Collection[str]] | None = None) -> Update:
+    def load(self, snapshot: Snapshot, pending: Mapping[EndpointId, Collection[str]] | None = None) -> Update:
         """Return the commands that make the tables anew, in place of whatever they hold. For a new Ruleset."""
         everything = Dirty(set(snapshot.endpoints), profiles=set(snapshot.profiles), pools=True, settings=True)
-        update = self.update(snapshot, everything, withheld)
-        return Update(_anew(update.commands), update.touched)
+        update = self.update(snapshot, everything, pending)
+        return Update(_replace_tables(update.commands), update.affected)
 
-    def again(self) -> str:
+    def recreate(self) -> str:
         """Return the commands that make the tables anew with what they hold already, should they have gone."""
         change = _Change(defaultdict(Counter), {})
         for tag in self._profiles_of_tag:
@@ -152,7 +152,7 @@ class Ruleset:
                 change.add(where, element)
         for name, rules in self._chains.items():
             change.set_chain(name, rules)
-        return _anew(change.commands())
+        return _replace_tables(change.commands())
 
     def tagged(self, tag: str, address: str) -> bool:
         """Tell whether an address is one of a tag's."""
@@ -168,15 +168,15 @@ class Ruleset:
         return () if endpoint is None else endpoint.addresses
 
     def update(
-        self, snapshot: Snapshot, dirty: Dirty, withheld: Mapping[EndpointId, Collection[str]] | None = None
+        self, snapshot: Snapshot, dirty: Dirty, pending: Mapping[EndpointId, Collection[str]] | None = None
     ) -> Update:
-        """Return the commands for what has changed, and take them for done.
+        """Return the commands for what has changed, and take them as run.
 
-        `withheld` are addresses that endpoints of this host are not to send from, or be sent to at, yet. Call `settle`
-        when the connections of the touched addresses have been looked at.
+        `pending` are addresses that endpoints of this host must not use yet. Call `restore_established_fast_path` when
+        the connections of the affected addresses have been verified.
         """
         change = _Change(self._elements, self._chains)
-        touched = self._update_members(snapshot, dirty, change)
+        affected = self._update_members(snapshot, dirty, change)
         profiles = set(dirty.profiles)
         ids = [id for id in dirty.endpoints if id.host == snapshot.host]
         # all that goes before all that comes: an interface may have passed from one endpoint to another
@@ -186,16 +186,16 @@ class Ruleset:
                 change.remove(where, element)
         for id in ids:
             endpoint = snapshot.local.get(id)
-            not_yet = (withheld or {}).get(id)
+            not_yet = (pending or {}).get(id)
             if endpoint is not None and not_yet:
                 endpoint = replace(endpoint, addresses=tuple(a for a in endpoint.addresses if a not in not_yet))
-            self._update_endpoint(id, endpoint, change, profiles, touched)
+            self._update_endpoint(id, endpoint, change, profiles, affected)
         for profile in sorted(profiles):
             self._update_profile(profile, snapshot, change)
             if profile in dirty.profiles:
                 for list_of in self._lists_of_profile.get(profile, ()):
                     for id in self._endpoints_of_list[list_of]:
-                        touched.update(self._endpoints[id].sources)
+                        affected.update(self._endpoints[id].sources)
         if dirty.pools:
             _update_pools(snapshot, change)
         if dirty.settings:
@@ -203,20 +203,20 @@ class Ruleset:
             if self._chains.get("host-action") != action:
                 change.set_chain("host-action", action)
                 for endpoint in self._endpoints.values():
-                    touched.update(endpoint.sources)
-        if touched or "to-host" not in self._chains:
-            self._set_gates(change, settled=not touched)
-        return Update(change.commands(), touched)
+                    affected.update(endpoint.sources)
+        if affected or "to-host" not in self._chains:
+            self._set_gates(change, fast_path=not affected)
+        return Update(change.commands(), affected)
 
-    def settle(self) -> str:
+    def restore_established_fast_path(self) -> str:
         """Return the commands after which packets of established connections pass without a look at the rules."""
         change = _Change(self._elements, self._chains)
-        self._set_gates(change, settled=True)
+        self._set_gates(change, fast_path=True)
         return change.commands()
 
-    def _set_gates(self, change: _Change, settled: bool) -> None:
+    def _set_gates(self, change: _Change, fast_path: bool) -> None:
         for name in _GATES:
-            change.set_chain(name, _gate(name, settled))
+            change.set_chain(name, _gate(name, fast_path))
 
     # A tag's addresses: those of all endpoints, of all hosts, that have a profile with that tag
 
@@ -245,7 +245,7 @@ class Ruleset:
                 self._members_of_profile[profile].add(id)
                 for tag in self._tags.get(profile, ()):
                     changed.update((tag, address) for address in addresses)
-        touched = set()
+        affected = set()
         for (tag, address), difference in changed.items():
             before = self._addresses[tag][address]
             if difference == 0:
@@ -254,13 +254,13 @@ class Ruleset:
             if before + difference == 0:
                 del self._addresses[tag][address]
             if (before == 0) != (before + difference == 0) and self._profiles_of_tag.get(tag):
-                touched.add(address)
+                affected.add(address)
                 name = set_of_tag(tag, 6 if ":" in address else 4)
                 if before == 0:
                     change.add(("inet", name), address)
                 else:
                     change.remove(("inet", name), address)
-        return touched
+        return affected
 
     # This host's endpoints
 
@@ -270,7 +270,7 @@ class Ruleset:
         now: LocalEndpoint | None,
         change: _Change,
         profiles: set[str],
-        touched: set[str],
+        affected: set[str],
     ) -> None:
         before = self._endpoints.pop(id, None)
         if now is not None:
@@ -301,7 +301,7 @@ class Ruleset:
         # what comes from an endpoint that has gone is dropped for its address alone, connections and all
         if now is not None and (before is None or _policy_of(before) != _policy_of(now)):
             for endpoint in (before, now):
-                touched.update(endpoint.sources if endpoint is not None else ())
+                affected.update(endpoint.sources if endpoint is not None else ())
 
     # Profiles that endpoints of this host have
 
@@ -495,11 +495,11 @@ _BASE_CHAINS = {"outgoing": "{ type nat hook postrouting priority srcnat; policy
 """Those whose rules change, or that are not always there."""
 
 
-def _gate(name: str, settled: bool) -> tuple[str, ...]:
+def _gate(name: str, fast_path: bool) -> tuple[str, ...]:
     """Return the rules of a base chain that asks the rules."""
     _, _, side, ask = _GATES[name]
-    known = "ct state established,related accept" if settled else "ct state established ct direction reply accept"
-    related = () if settled else ("ct state related accept",)
+    known = "ct state established,related accept" if fast_path else "ct state established ct direction reply accept"
+    related = () if fast_path else ("ct state related accept",)
     return known, *related, f'{side} != "cali*" accept', "ct state invalid drop", *ask
 
 

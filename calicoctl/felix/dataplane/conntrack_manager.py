@@ -1,0 +1,187 @@
+"""Connections: ends those that policy denies, and keeps an address that is new to an endpoint pending until then.
+
+Packets of an established connection pass without asking the rules (the established fast path), so a new rule alone
+would never reach them. After a change, the addresses that it affects are *unverified*: the tables ask the rules for all
+packets in a connection's first direction (ruleset.py), the connections of these addresses are listed (conntrack.py, in
+a thread of its own), and those that policy denies now are deleted. When no address is unverified any more, the fast
+path is restored.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterator
+from typing import TYPE_CHECKING, Any
+
+from calicoctl.datastore.model import Rules
+from calicoctl.desired.snapshot import Dirty, LocalEndpoint, Snapshot
+from calicoctl.errors import CalicoError
+from calicoctl.felix.dataplane.conntrack import Listing
+from calicoctl.felix.dataplane.manager import Context, Manager, PendingAddresses
+from calicoctl.felix.events import Tick
+from calicoctl.felix.report import Status
+from calicoctl.policy.verdict import Packet, Tagged, decide, is_host_service
+
+if TYPE_CHECKING:
+    from calicoctl.datastore.keys import EndpointId
+    from calicoctl.felix.dataplane.conntrack import Conntrack
+    from calicoctl.felix.dataplane.policy_manager import PolicyManager
+
+log = logging.getLogger("calico.felix")
+
+
+class ConntrackManager(Manager):
+    """Verifies connections after each change of policy, by the tables that the PolicyManager has programmed."""
+
+    def __init__(self, context: Context, policy: PolicyManager, conntrack: Conntrack) -> None:
+        self._context = context
+        self._snapshot = context.snapshot
+        self._policy = policy
+        self._conntrack = conntrack
+        self._pending = context.pending
+        self._admitted: set[EndpointId] = set()
+        """Endpoints whose pending addresses are verified: they are dirty."""
+        self._affected: set[str] = set()
+        """Unverified addresses whose connections must still be listed."""
+        self._unverified: dict[str, int] = {}
+        """Addresses whose connections a change may deny, with the number of the listing that must be verified."""
+        self._failed: set[str] = set()
+        """Addresses whose connections could not be listed, or deleted; retried at the next Tick."""
+        self._listings: list[Listing] = []
+
+    def on_event(self, event: Any) -> None:
+        if isinstance(event, Listing):
+            self._listings.append(event)
+        elif isinstance(event, Tick):
+            number = self._conntrack.request(self._failed)
+            self._unverified.update({address: number for address in self._failed if address in self._unverified})
+            self._failed = set()
+
+    def defer_new_addresses(self, dirty: Dirty) -> None:
+        """Make addresses that are new to endpoints pending; add the endpoints to `dirty` that are admitted.
+
+        Another endpoint may have had such an address, and have left connections, whose packets would pass by the fast
+        path. An endpoint that is new as a whole is deferred as a whole, and taken out of `dirty`; of others, all but
+        the new addresses is applied.
+        """
+        if not self._context.health.first_update:  # all connections are verified before any route is set
+            return
+        for id in [id for id in dirty.endpoints if id.host == self._snapshot.host]:
+            self._pending.pop(id, None)
+            self._admitted.discard(id)
+            endpoint = self._snapshot.local.get(id)
+            new = set(endpoint.addresses if endpoint else ()).difference(self._policy.ruleset.addresses_of(id))
+            if new:
+                if self._policy.in_sync and not self._policy.ruleset.has(id):
+                    dirty.endpoints.discard(id)
+                self._pending[id] = PendingAddresses(new, self._conntrack.request(new))
+        dirty.endpoints |= self._admitted
+        self._admitted.clear()
+
+    def mark_unverified(self) -> None:
+        """Take over the addresses that the policy which was just applied affects."""
+        affected = set(self._policy.affected)
+        if self._policy.reloaded:  # what was being verified is verified again
+            affected |= self._failed.union(self._unverified, *(pending.addresses for pending in self._pending.values()))
+            self._failed = set()
+        self._unverified.update(dict.fromkeys(affected, 0))
+        self._affected |= affected
+
+    @property
+    def needs_apply(self) -> bool:
+        return bool(self._affected)
+
+    def apply(self) -> None:
+        """Have the connections of the unverified addresses listed; the Listing comes as an event."""
+        affected, self._affected = self._affected, set()
+        self._unverified.update(dict.fromkeys(affected, self._conntrack.request(affected)))
+
+    def verify_now(self) -> None:
+        """Do the same and wait for it, at the agent's start, before the host forwards."""
+        affected, self._affected = self._affected, set()
+        self._end_denied_connections(self._conntrack.list(affected))
+
+    def verify_listings(self) -> bool:
+        """Verify the listings that have arrived; return whether there were any. For after `apply`, in each round."""
+        listings, self._listings = self._listings, []
+        for listing in listings:
+            self._on_conntrack_listing(listing)
+        return bool(listings)
+
+    def discard_listings(self) -> None:
+        """Have the listings that have arrived made again later: the store must not be used now."""
+        for listing in self._listings:
+            self._failed.update(listing.addresses)
+        self._listings = []
+
+    def _on_conntrack_listing(self, listing: Listing) -> None:
+        if not self._policy.in_sync:
+            self._failed.update(listing.addresses)  # listed again when the tables are reloaded
+            return
+        why = self._end_denied_connections(listing)
+        verified = [
+            id
+            for id, pending in self._pending.items()
+            if pending.requested <= listing.number and pending.addresses <= set(listing.addresses)
+        ]
+        for id in verified:
+            if why is None:
+                del self._pending[id]
+                self._admitted.add(id)
+            elif id in self._snapshot.local:  # it stays pending: another's connection may be left
+                self._context.statuses.set(id, Status("error", self._snapshot.local[id].index, why))
+
+    def _end_denied_connections(self, listing: Listing) -> str | None:
+        """Delete those of the connections that policy denies; return why that failed, and will be retried."""
+        try:
+            if listing.error is not None:
+                raise CalicoError(listing.error)
+            tagged = self._policy.ruleset.tagged
+            denied = [
+                connection
+                for connection in listing.connections
+                if not allowed(connection.forwarded, self._snapshot, tagged, listing.host_addresses)
+            ]
+            self._conntrack.delete(denied)
+        except CalicoError as error:
+            self._context.health.error(str(error))
+            self._failed.update(listing.addresses)
+            return str(error)
+        if denied:
+            log.info("ended %d open connections that policy denies now", len(denied))
+        self._mark_verified(listing)
+        return None
+
+    def _mark_verified(self, listing: Listing) -> None:
+        if not self._unverified or not self._policy.in_sync:
+            return
+        for address in listing.addresses:
+            if self._unverified.get(address, listing.number + 1) <= listing.number:
+                del self._unverified[address]
+        if not self._unverified:
+            self._policy.restore_established_fast_path()
+
+
+def allowed(packet: Packet, snapshot: Snapshot, tagged: Tagged, host_addresses: Collection[str]) -> bool:
+    """Return whether policy allows a packet here: out of its source's endpoint, and into its destination's."""
+    destination = snapshot.owner(packet.destination)
+    to_host = packet.destination in host_addresses
+    for source in snapshot.senders(packet.source) if not (to_host and is_host_service(packet)) else ():
+        if to_host and snapshot.host_action == "DROP":
+            return False
+        rules = {name: rules.outbound for name, rules in _rules(source, snapshot)}
+        if not decide(source.profiles, rules, packet, tagged).allowed:
+            return False
+    if destination is not None and packet.source not in host_addresses:
+        rules = {name: rules.inbound for name, rules in _rules(destination, snapshot)}
+        if not decide(destination.profiles, rules, packet, tagged).allowed:
+            return False
+    return True
+
+
+def _rules(endpoint: LocalEndpoint, snapshot: Snapshot) -> Iterator[tuple[str, Rules]]:
+    """Yield the rules of those of an endpoint's profiles that can be read."""
+    for name in endpoint.profiles:
+        profile = snapshot.profiles.get(name)
+        if profile is not None and profile.rules is not None:
+            yield name, profile.rules

@@ -1,0 +1,216 @@
+"""Endpoints: drives routes, neighbour entries and sysctls of this host's `cali…` interfaces to the desired state.
+
+Reports the status of each endpoint, and garbage-collects what belongs to no endpoint. The interfaces themselves, and
+everything inside of workloads, are the business of workload_keeper.py, which is asked to check a workload whose
+interface is missing.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+from calicoctl.desired.snapshot import INACTIVE, Dirty, LocalEndpoint
+from calicoctl.errors import CalicoError
+from calicoctl.felix.dataplane.links import PREFIX, Link
+from calicoctl.felix.dataplane.manager import Context, Manager
+from calicoctl.felix.events import KernelEventsLost, LinkChanged, PolicyFailed, RouteGone, Tick
+from calicoctl.felix.report import Status
+from calicoctl.workloads.workload import DOCKER, workload_of
+
+if TYPE_CHECKING:
+    from calicoctl.datastore.keys import EndpointId
+    from calicoctl.felix.dataplane.routes import Routes
+
+log = logging.getLogger("calico.felix")
+
+
+class EndpointManager(Manager):
+    """Programs the endpoints of this host, but for those whose addresses are pending."""
+
+    def __init__(self, context: Context, routes: Routes, check_workload: Callable[[EndpointId], None]) -> None:
+        """`check_workload` asks the WorkloadKeeper to check an endpoint's workload; it returns at once."""
+        self._context = context
+        self._snapshot = context.snapshot
+        self._routes = routes
+        self._check_workload = check_workload
+        self._links: dict[str, Link] = {}
+        self._links_stale = True
+        self._dirty: set[EndpointId] = set()
+        self._failed: set[EndpointId] = set()
+        """Endpoints that could not be programmed; retried at the next Tick."""
+        self._released: set[str] = set()
+        """Interfaces that an endpoint has given up."""
+        self._everything = True
+        """Whether all endpoints are dirty, and what belongs to no endpoint must be garbage-collected."""
+        self._collection_failed = False
+        """Whether some of that could not be removed; retried at the next Tick."""
+        self._readable: set[str] = set()
+        """Profiles that exist and whose rules can be read."""
+        self._unknown: set[str] = set()
+        """Interfaces without a record at the last Tick: a command may be about to write it."""
+
+    def on_event(self, event: Any) -> None:
+        if isinstance(event, Dirty):
+            self._on_snapshot_changed(event)
+        elif isinstance(event, LinkChanged):
+            self._on_link_changed(event)
+        elif isinstance(event, RouteGone):
+            self._on_route_gone(event)
+        elif isinstance(event, KernelEventsLost):
+            self._links_stale = True
+        elif isinstance(event, PolicyFailed):
+            for id, endpoint in self._snapshot.local.items():
+                self._context.statuses.set(id, Status("error", endpoint.index, event.why))
+            self._dirty |= set(self._snapshot.local)
+        elif isinstance(event, Tick):
+            self._dirty |= self._failed
+            self._everything, self._collection_failed = self._everything or self._collection_failed, False
+            if self._context.health.first_update:
+                self._report_unknown_interfaces(self._unknown)
+
+    def resync(self) -> None:
+        """Read routes and neighbour entries, and links where events of them were lost. Raises CalicoError, others."""
+        if self._links_stale:
+            before, self._links = self._links, {link.name: link for link in self._routes.list_links()}
+            self._links_stale = False
+            for name, link in self._links.items():
+                self._follow_mac(before.get(name), link)
+        self._routes.read(self._links.values())
+        self._everything = True
+
+    @property
+    def needs_apply(self) -> bool:
+        return bool(self._dirty or self._released or self._everything)
+
+    def apply(self) -> None:
+        if self._everything:
+            self._dirty |= set(self._snapshot.local)
+        self._dirty -= self._context.pending.keys()
+        self._collect_unowned()
+        for id in list(self._dirty):
+            self._context.statuses.set(id, self._apply_endpoint(id))
+            self._dirty.discard(id)
+        if not self._context.health.first_update:
+            self._report_unknown_interfaces()
+
+    # Marking
+
+    def _on_snapshot_changed(self, dirty: Dirty) -> None:
+        local = {id for id in dirty.endpoints if id.host == self._snapshot.host}
+        self._dirty |= local
+        self._released |= dirty.interfaces
+        self._everything = self._everything or dirty.settings  # the next hop of IPv6 is one of them
+        for id in local:
+            endpoint = self._snapshot.endpoints.get(id)
+            if endpoint is not None and endpoint.workload_name is None and workload_of(id)[0] == DOCKER:
+                self._check_workload(id)  # an old tool, which does not know that field, may have written the record
+        # the status of an endpoint names its profiles that cannot be read
+        readable = {name for name in dirty.profiles if self._snapshot.is_readable(name)}
+        flipped = (readable - self._readable) | ((dirty.profiles - readable) & self._readable)
+        self._readable = (self._readable - dirty.profiles) | readable
+        if flipped:
+            self._dirty |= {id for id, e in self._snapshot.local.items() if flipped.intersection(e.profiles)}
+
+    def _on_link_changed(self, event: LinkChanged) -> None:
+        link = event.link
+        for other in [other for other in self._links.values() if other.index == link.index and other.name != link.name]:
+            log.warning("interface %s was renamed to %s", other.name, link.name)
+            del self._links[other.name]
+            self._everything = True  # the routes to it must go
+            self._mark_owner(other.name)
+        if not link.name.startswith(PREFIX):
+            return
+        before = self._links.get(link.name)
+        if event.gone:
+            if before is not None and before.index == link.index:
+                del self._links[link.name]
+            self._routes.forget(link.index)
+        elif before == link:
+            return
+        else:
+            self._links[link.name] = link
+            if not link.up:
+                self._routes.forget(link.index)
+            self._follow_mac(before, link)
+        self._mark_owner(link.name)
+
+    def _on_route_gone(self, event: RouteGone) -> None:
+        index = self._routes.forget_route(event.address)
+        if index is not None:
+            log.warning("another process has removed, or replaced, the route to %s; restoring it", event.address)
+            for link in self._links.values():
+                if link.index == index:
+                    self._mark_owner(link.name)
+
+    def _follow_mac(self, before: Link | None, now: Link) -> None:
+        """Where an interface has a new MAC, have the neighbour entry of the next hop in its workload updated."""
+        endpoint = self._snapshot.owner(now.name)
+        if endpoint and before and before.index == now.index and before.mac != now.mac:
+            log.info("interface %s has the MAC %s now", now.name, now.mac)
+            self._routes.forget(now.index)  # the kernel has dropped the neighbour entries
+            self._check_workload(endpoint.id)
+
+    def _mark_owner(self, interface: str) -> None:
+        endpoint = self._snapshot.owner(interface)
+        if endpoint is not None:
+            self._dirty.add(endpoint.id)
+
+    # Applying
+
+    def _collect_unowned(self) -> None:
+        """Garbage-collect routes and neighbour entries of interfaces that belong to no endpoint."""
+        unwanted = {self._links[name].index for name in self._unowned(self._released) if name in self._links}
+        self._released = set()
+        if self._everything:
+            owned = self._links.keys() - self._unowned(self._links)
+            unwanted |= self._routes.indices() - {self._links[name].index for name in owned}
+            self._everything = False
+        for index in unwanted:
+            try:
+                self._routes.clear(index)
+            except CalicoError as error:
+                self._collection_failed = True
+                self._context.health.error(str(error))
+
+    def _unowned(self, interfaces: Iterable[str]) -> set[str]:
+        """Return those interfaces that belong to no endpoint."""
+        return {name for name in interfaces if self._snapshot.owner(name) is None}
+
+    def _apply_endpoint(self, id: EndpointId) -> Status | None:
+        self._failed.discard(id)
+        endpoint = self._snapshot.local.get(id)
+        if endpoint is None:
+            unusable = self._snapshot.unusable.get(id)
+            if unusable is None:
+                return None
+            index, reason = unusable
+            return Status("down" if reason == INACTIVE else "error", index, reason)
+        status = self._program(endpoint)
+        return status if endpoint.conflict is None else Status("error", endpoint.index, endpoint.conflict)
+
+    def _program(self, endpoint: LocalEndpoint) -> Status:
+        link = self._links.get(endpoint.interface)
+        if link is None:
+            self._check_workload(endpoint.id)
+            return Status("down", endpoint.index, f"there is no interface {endpoint.interface}")
+        if not link.up:
+            return Status("down", endpoint.index, f"the interface {endpoint.interface} is down")
+        try:
+            self._routes.apply(endpoint, link, endpoint.ipv6_next_hop or self._snapshot.ipv6_address)
+        except CalicoError as error:
+            self._failed.add(endpoint.id)
+            return Status("error", endpoint.index, str(error))
+        unreadable = [name for name in endpoint.profiles if not self._snapshot.is_readable(name)]
+        if unreadable:
+            return Status("up", endpoint.index, f"profile {unreadable[0]} does not exist or cannot be read, and denies")
+        return Status("up", endpoint.index)
+
+    def _report_unknown_interfaces(self, before: set[str] | None = None) -> None:
+        """Report interfaces `cali…` without a record; with `before`, only those that were among these already."""
+        known = set()
+        for id in self._snapshot.unusable:
+            known |= {id.interface, self._snapshot.endpoints[id].name if id in self._snapshot.endpoints else ""}
+        self._unknown = self._unowned(self._links) - known
+        self._context.health.unknown_interfaces = sorted(self._unknown if before is None else self._unknown & before)

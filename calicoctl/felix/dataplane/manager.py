@@ -1,0 +1,77 @@
+"""What a data plane is to the agent: a manager, which drives one part of the kernel to the desired state.
+
+A manager converts: it decides what the kernel should have. Its drivers (nft.py, routes.py, conntrack.py …) know the
+kernel, and no policy. A new data plane is one file with a manager, and one line in the agent's list.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from calicoctl.datastore.keys import EndpointId
+    from calicoctl.desired.snapshot import Snapshot
+    from calicoctl.felix.report import EndpointStatuses, Health
+
+
+class Manager(ABC):
+    """One data plane. All methods are called by the agent's thread; a round is `on_event` several times, then `apply`.
+
+    The agent calls `apply` only while the store may be used, and in the order of docs/agent.md.
+    """
+
+    def on_event(self, event: Any) -> None:  # noqa: B027 not every manager needs it
+        """Mark what an event makes dirty. Must be cheap, and change nothing in the kernel.
+
+        Events are a Dirty (what has changed of the desired state), and those of events.py that are about the kernel.
+        Tick asks to retry what failed; PolicyFailed says that the tables could not be programmed, so `apply` is not
+        called in this round.
+        """
+
+    def resync(self) -> None:  # noqa: B027
+        """Read from the kernel what it has, and mark dirty all that may differ. Any exception: it is called again."""
+
+    @property
+    @abstractmethod
+    def needs_apply(self) -> bool:
+        """Whether `apply` has anything to do."""
+
+    @abstractmethod
+    def apply(self) -> None:
+        """Make the kernel what the snapshot wants, as far as it is dirty.
+
+        What fails is reported through the context, and is retried at the next Tick. An exception means a defect: the
+        agent resyncs all managers and reloads the tables.
+        """
+
+
+@dataclass(frozen=True)
+class PendingAddresses:
+    """Addresses that an endpoint must not use yet, and the listing that must have been verified before it may.
+
+    Its number is `requested`: see Conntrack.request.
+    """
+
+    addresses: set[str]
+    requested: int
+
+
+@dataclass(frozen=True)
+class Context:
+    """What all managers share."""
+
+    snapshot: Snapshot
+    """The desired state."""
+    health: Health
+    """Takes failures of the host as a whole."""
+    statuses: EndpointStatuses
+    """Takes what became of endpoints."""
+    pending: dict[EndpointId, PendingAddresses] = field(default_factory=dict)
+    """Written by the ConntrackManager. The other managers give an endpoint none of these addresses."""
+
+    def pending_addresses(self) -> Mapping[EndpointId, set[str]]:
+        """Return the pending addresses by endpoint."""
+        return {id: pending.addresses for id, pending in self.pending.items()}

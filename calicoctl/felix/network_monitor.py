@@ -1,0 +1,66 @@
+"""Keeps the snapshot current on what this host has of its own: addresses, gateways, connected networks.
+
+An endpoint must not use an address that the host, or one of its routes, needs. Changes nothing in the kernel.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any, Callable
+
+from calicoctl.errors import CalicoError
+from calicoctl.felix.dataplane.links import PREFIX
+from calicoctl.felix.events import AddressesChanged, GatewaysChanged, LinkChanged
+from calicoctl.workloads import host_network
+
+if TYPE_CHECKING:
+    from calicoctl.desired.snapshot import Snapshot
+    from calicoctl.felix.report import Health
+
+PAUSE = 0.5
+"""Seconds from a change of routes to the reading of gateways, at least: thousands of routes may change together."""
+
+BACKOFF = 10.0
+"""Seconds until reading that failed is tried again."""
+
+
+class NetworkMonitor:
+    """Reads the host's network when something of it has changed. Used by the agent's thread."""
+
+    def __init__(self, snapshot: Snapshot, health: Health, reading: Callable[[], None]) -> None:
+        """`reading` is called before each reading: from then on, changes must be announced again."""
+        self._snapshot = snapshot
+        self._health = health
+        self._reading = reading
+        self._pause = PAUSE
+        self.due_at: float | None = 0.0
+        """When to read (monotonic); None while nothing may have changed."""
+
+    def on_event(self, event: Any) -> None:
+        """Note when to read: at once for addresses, a little later for gateways."""
+        if isinstance(event, AddressesChanged):
+            self.due_at = 0.0
+            return
+        # the kernel does not announce the routes that go with an interface
+        with_routes = isinstance(event, LinkChanged) and not event.link.name.startswith(PREFIX)
+        if self.due_at is None and (with_routes or isinstance(event, GatewaysChanged)):
+            self.due_at = time.monotonic() + self._pause
+
+    def resync(self) -> None:
+        """Read at the next `read_if_due`."""
+        self.due_at = 0.0
+
+    def read_if_due(self) -> None:
+        """Give the snapshot what the host has now, if it is time; a failure is reported, and retried."""
+        begin = time.monotonic()
+        if self.due_at is None or begin < self.due_at:
+            return
+        self._reading()
+        try:
+            self._snapshot.set_network(host_network.read())
+            self.due_at = None
+        except Exception as error:  # of any kind: it must not end the agent
+            self.due_at = begin + BACKOFF
+            why = str(error) if isinstance(error, CalicoError) else f"this host's addresses cannot be read: {error!r}"
+            self._health.error(why)
+        self._pause = max(PAUSE, 50 * (time.monotonic() - begin))

@@ -1,0 +1,216 @@
+"""A kernel in memory, at the seam of the drivers: what the agent's managers are tested against, without root.
+
+Every change is appended to one journal, shared by all drivers, so that a test can check the order.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Collection, Sequence
+
+from calicoctl.desired.snapshot import LocalEndpoint
+from calicoctl.errors import CalicoError
+from calicoctl.felix.dataplane.conntrack import Connection, Listing
+from calicoctl.felix.dataplane.links import Link
+from calicoctl.felix.dataplane.nft import NftError
+
+Tables = dict[str, dict[str, list[str]]]
+"""By "set inet calico NAME" or "chain inet calico NAME": what it contains. A set's elements are sorted."""
+
+
+class FakeNft:
+    """Runs the commands that ruleset.py writes, as transactions; refuses what the kernel would refuse.
+
+    `refusals` counts the transactions to refuse besides. Knows only what it is given: not nftables' whole syntax.
+    """
+
+    def __init__(self, journal: list[str]) -> None:
+        self.journal = journal
+        self.refusals = 0
+        self.transactions: list[str] = []
+        self.objects: dict[str, list[str]] = {}
+
+    def run(self, commands: str) -> str:
+        if commands.startswith("list chain "):
+            return "\n".join(self._get(self.objects, commands[len("list ") :]))
+        self.transactions.append(commands)
+        self.journal.append("nft")
+        if self.refusals:
+            self.refusals -= 1
+            self.journal[-1] += " refused"
+            raise NftError("nftables refused a change: by order of the test")
+        after = copy.deepcopy(self.objects)
+        for line in commands.splitlines():
+            if line:
+                self._run(after, line)
+        self.objects = after
+        return ""
+
+    def flush_ruleset(self) -> None:
+        """Remove everything, as another process may."""
+        self.objects = {}
+
+    def set(self, name: str, family: str = "inet") -> list[str]:
+        return self.objects[f"set {family} calico {name}"]
+
+    def chain(self, name: str, family: str = "inet") -> list[str]:
+        return self.objects[f"chain {family} calico {name}"]
+
+    def has_fast_path(self) -> bool:
+        """Return whether packets of established connections pass without asking the rules, in both directions."""
+        return self.chain("inbound-forward")[0] == "ct state established,related accept"
+
+    @staticmethod
+    def _get(objects: dict[str, list[str]], name: str) -> list[str]:
+        if name not in objects:
+            raise NftError(f"nftables refused a change: no such object: {name}")
+        return objects[name]
+
+    def _run(self, objects: dict[str, list[str]], line: str) -> None:
+        verb, kind, family, *words = line.split(" ", 5)
+        name = f"{family} calico {words[1]}" if len(words) > 1 else f"{family} {words[0]}"
+        rest = words[2] if len(words) > 2 else ""
+        if (verb, kind) == ("add", "table"):
+            objects.setdefault(f"table {name}", [])
+        elif (verb, kind) == ("delete", "table"):
+            self._get(objects, f"table {name}")
+            for object in [object for object in objects if f" {name}" in object]:
+                del objects[object]
+        elif verb == "add" and kind in ("set", "map"):
+            self._get(objects, f"table {family} calico")
+            objects.setdefault(f"set {name}", [])
+        elif (verb, kind) == ("add", "chain"):
+            self._get(objects, f"table {family} calico")
+            objects.setdefault(f"chain {name}", [])
+        elif (verb, kind) == ("flush", "chain"):
+            self._get(objects, f"chain {name}").clear()
+        elif (verb, kind) == ("add", "rule"):
+            self._check_references(objects, family, rest)
+            self._get(objects, f"chain {name}").append(rest)
+        elif kind == "element":
+            elements = self._get(objects, f"set {name}")
+            for element in rest.strip("{ }").split(", "):
+                if verb == "add":
+                    self._check_references(objects, family, element)
+                    key = element.partition(" : ")[0]
+                    if any(there.partition(" : ")[0] == key and there != element for there in elements):
+                        raise NftError(f"nftables refused a change: {element} is there with another value")
+                    elements[:] = sorted({*elements, element})
+                else:
+                    match = [there for there in elements if there.partition(" : ")[0] == element]
+                    if not match:
+                        raise NftError(f"nftables refused a change: no such element: {element}")
+                    elements.remove(match[0])
+        elif verb == "delete" and kind in ("set", "chain"):
+            self._get(objects, f"{kind} {name}")
+            del objects[f"{kind} {name}"]
+            for object, contents in objects.items():
+                for text in contents:
+                    if object.split()[1] == family and words[1] in self._references(text):
+                        raise NftError(f"nftables refused a change: {words[1]} is in use by {object}")
+        else:
+            raise AssertionError(f"what does this mean? {line}")
+
+    @staticmethod
+    def _references(text: str) -> list[str]:
+        """Return the names of the sets and chains that a rule, or an element of a map, refers to."""
+        names = re.findall(r"@(?!th,)(\S+)|\b(?:jump|goto) ([^\s,}]+)", text)
+        return [one or other for one, other in names]
+
+    def _check_references(self, objects: dict[str, list[str]], family: str, text: str) -> None:
+        for name in self._references(text):
+            if f"set {family} calico {name}" not in objects and f"chain {family} calico {name}" not in objects:
+                raise NftError(f"nftables refused a change: no such set or chain: {name}")
+
+
+class FakeRoutes:
+    """Interfaces and routes, as the driver Routes shows them; `refuses` are addresses it cannot be given routes to."""
+
+    def __init__(self, journal: list[str]) -> None:
+        self.journal = journal
+        self.links: dict[str, Link] = {}
+        self.routes: dict[int, tuple[str, ...]] = {}
+        self.refuses: set[str] = set()
+        self.next_hops: dict[int, str | None] = {}
+        self.listings = 0
+
+    def add_link(self, name: str, index: int, up: bool = True, mac: str = "ee:ee:ee:ee:ee:ee") -> Link:
+        self.links[name] = Link(name, index, up, mac)
+        return self.links[name]
+
+    def list_links(self) -> list[Link]:
+        self.listings += 1
+        return list(self.links.values())
+
+    def read(self, links: Collection[Link]) -> None:
+        self.journal.append("read routes")
+
+    def forget(self, index: int) -> None:
+        self.routes.pop(index, None)
+
+    def forget_route(self, address: str) -> int | None:
+        for index, addresses in self.routes.items():
+            if address in addresses:
+                self.routes[index] = tuple(other for other in addresses if other != address)
+                return index
+        return None
+
+    def indices(self) -> set[int]:
+        return {index for index, addresses in self.routes.items() if addresses}
+
+    def apply(self, endpoint: LocalEndpoint, link: Link, next_hop: str | None) -> None:
+        if self.refuses.intersection(endpoint.addresses):
+            raise CalicoError("the kernel refused to add a route")
+        self.journal.append(f"route {link.name}")
+        self.routes[link.index] = endpoint.addresses
+        self.next_hops[link.index] = next_hop
+
+    def clear(self, index: int) -> None:
+        if self.refuses.intersection(self.routes.get(index, ())):
+            raise CalicoError("the kernel refused to remove a route")
+        self.journal.append(f"clear {index}")
+        self.routes.pop(index, None)
+
+
+class FakeConntrack:
+    """Open connections, as the driver Conntrack shows them. Listings are made when a test calls `answer`.
+
+    `error` is why connections can neither be listed nor deleted.
+    """
+
+    def __init__(self, journal: list[str]) -> None:
+        self.journal = journal
+        self.connections: list[Connection] = []
+        self.requests: list[frozenset[str]] = []
+        self.count = 0
+        self.error: str | None = None
+
+    def request(self, addresses: Collection[str]) -> int:
+        if addresses:
+            self.count += 1
+            self.journal.append(f"request {' '.join(sorted(addresses))}")
+            self.requests.append(frozenset(addresses))
+        return self.count
+
+    def answer(self) -> Listing:
+        """Return the listing that answers all requests so far."""
+        addresses = frozenset().union(*self.requests)
+        self.requests = []
+        listing = self.list(addresses)
+        listing.number = self.count
+        return listing
+
+    def list(self, addresses: Collection[str]) -> Listing:
+        self.journal.append("list")
+        if self.error is not None:
+            return Listing(addresses, [], (), self.error)
+        found = [c for c in self.connections if {c.forwarded.source, c.forwarded.destination}.intersection(addresses)]
+        return Listing(addresses, found, ("192.0.2.2",))
+
+    def delete(self, connections: Sequence[Connection]) -> None:
+        if self.error is not None:
+            raise CalicoError(self.error)
+        for connection in connections:
+            self.journal.append(f"end {connection.forwarded.source}")
+            self.connections.remove(connection)

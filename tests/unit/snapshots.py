@@ -1,0 +1,83 @@
+"""Snapshots of the store for tests: entries are written as JSON, as etcd has them."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from calicoctl.datastore.keys import EndpointId
+from calicoctl.datastore.store import Change, Entry
+from calicoctl.desired.snapshot import Snapshot
+from calicoctl.felix.dataplane.manager import Context
+from calicoctl.felix.report import EndpointStatuses, Health, Status
+
+HOST = "host1"
+
+
+def endpoint_id(number: int, host: str = HOST) -> EndpointId:
+    return EndpointId(host, "docker", f"w{number}", f"e{number}")
+
+
+class Store:
+    """Writes into a snapshot what etcd's watch would."""
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self.snapshot = snapshot
+        self.index = 0
+
+    def change(self, key: str, value: Any) -> Change:
+        """Return the change of a key to a value, None for its deletion."""
+        self.index += 1
+        text = value if isinstance(value, str) else json.dumps(value)
+        return Change(key, None if value is None else Entry(key, text, self.index, self.index))
+
+    def put(self, key: str, value: Any) -> None:
+        self.snapshot.change(self.change(key, value))
+
+    def endpoint_change(self, number: int, *addresses: str, host: str = HOST, **fields: Any) -> Change:
+        """Return the change of an endpoint's record; no addresses and no fields delete it."""
+        id = endpoint_id(number, host)
+        key = f"/calico/v1/host/{id.host}/workload/{id.orchestrator}/{id.workload}/endpoint/{id.endpoint}"
+        record = {
+            "name": f"cali{number}",
+            "mac": f"02:00:00:00:00:{number:02x}",
+            "state": "active",
+            "workload_name": "web",
+            "profile_ids": ["web"],
+            "ipv4_nets": [f"{address}/32" for address in addresses if ":" not in address],
+            "ipv6_nets": [f"{address}/128" for address in addresses if ":" in address],
+            **fields,
+        }
+        return self.change(key, record if addresses or fields else None)
+
+    def endpoint(self, number: int, *addresses: str, host: str = HOST, **fields: Any) -> None:
+        self.snapshot.change(self.endpoint_change(number, *addresses, host=host, **fields))
+
+    def profile_changes(self, name: str, *inbound: Any, tags: Any = ()) -> list[Change]:
+        rules = {"id": name, "inbound_rules": list(inbound), "outbound_rules": [{"action": "allow"}]}
+        below = f"/calico/v1/policy/profile/{name}"
+        return [self.change(f"{below}/rules", rules), self.change(f"{below}/tags", list(tags))]
+
+    def profile(self, name: str, *inbound: Any, tags: Any = ()) -> None:
+        """Write a profile: by default, nothing may come in, and everything go out."""
+        for change in self.profile_changes(name, *inbound, tags=tags):
+            self.snapshot.change(change)
+
+
+class World:
+    """A snapshot, and the context that managers share."""
+
+    def __init__(self) -> None:
+        self.snapshot = Snapshot(HOST)
+        self.store = Store(self.snapshot)
+        self.health = Health(HOST, "1")
+        self.reported: list[dict[EndpointId, Status | None]] = []
+        self.removed: list[EndpointId] = []
+        statuses = EndpointStatuses(self.snapshot, self.health, self.reported.append, self.removed.append)
+        self.context = Context(self.snapshot, self.health, statuses)
+
+    def status(self, number: int) -> tuple[str, str | None] | None:
+        """Publish the statuses that were set; return an endpoint's."""
+        self.context.statuses.publish()
+        status = self.health.endpoints.get(endpoint_id(number))
+        return None if status is None else (status.status, status.reason)

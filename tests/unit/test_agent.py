@@ -1,0 +1,345 @@
+"""The agent's loop: the order in which the data planes are applied, and when nothing may be applied at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import pytest
+
+from calicoctl.datastore.client import DatastoreClient
+from calicoctl.datastore.keys import EndpointId
+from calicoctl.datastore.reserved import HostNetwork
+from calicoctl.datastore.store import Change
+from calicoctl.desired.snapshot import Snapshot
+from calicoctl.errors import CalicoError
+from calicoctl.felix import agent as module
+from calicoctl.felix import events, network_monitor, process
+from calicoctl.felix.agent import RESYNC_INTERVAL, TICK, Agent, Drivers
+from calicoctl.felix.dataplane.conntrack import Connection
+from calicoctl.felix.dataplane.manager import Manager
+from calicoctl.felix.dataplane.policy_manager import BACKOFF
+from calicoctl.felix.process import Options
+from calicoctl.policy.verdict import Packet
+from calicoctl.workloads.upkeep import REATTACHED, Action
+from tests.unit.kernel import FakeConntrack, FakeNft, FakeRoutes
+from tests.unit.memory_store import MemoryStore
+from tests.unit.snapshots import HOST, Store, endpoint_id
+
+A, B, OUTSIDE = "192.168.0.1", "192.168.0.2", "198.51.100.1"
+ALLOW = {"action": "allow"}
+READY = "/calico/v1/Ready"
+
+
+class Recorder:
+    """Stands for a part of the agent that is a thread: notes the names of the methods that are called."""
+
+    def __init__(self, journal: list[str], name: str) -> None:
+        self.__dict__["journal"], self.__dict__["name"] = journal, name
+
+    def __getattr__(self, method: str) -> Callable[..., None]:
+        return lambda *_, **__: self.journal.append(f"{self.name} {method}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self.__dict__[name] = value
+
+
+class FirstStep(Exception):
+    """A defect, for tests."""
+
+
+class OtherDataplane(Manager):
+    """A data plane that may be added: it is applied when the policy is."""
+
+    def __init__(self, journal: list[str]) -> None:
+        self.journal = journal
+        self.events: list[Any] = []
+        self.error: Exception | None = None
+
+    def on_event(self, event: Any) -> None:
+        self.events.append(event)
+
+    def resync(self) -> None:
+        self.journal.append("other resync")
+
+    @property
+    def needs_apply(self) -> bool:
+        return False
+
+    def apply(self) -> None:
+        self.journal.append("other")
+        if self.error is not None:
+            error, self.error = self.error, None
+            raise error
+
+
+class AgentWorld:
+    """An agent on a kernel in memory, whose time passes only when a test says so."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+        self.clock = 1000.0
+        self.journal: list[str] = []
+        (folder / HOST).mkdir()
+        monkeypatch.setattr(process, "DIRECTORY", folder)
+        monkeypatch.setattr(module.time, "monotonic", lambda: self.clock)
+        monkeypatch.setattr(network_monitor.host_network, "read", HostNetwork)
+        monkeypatch.setattr(module, "WorkloadKeeper", lambda *_: Recorder(self.journal, "keeper"))
+        monkeypatch.setattr(module, "HostReconciler", lambda *_: Recorder(self.journal, "host"))
+        monkeypatch.setattr(module, "StoreReporter", lambda *_: Recorder(self.journal, "report"))
+        self.nft, self.routes = FakeNft(self.journal), FakeRoutes(self.journal)
+        self.conntrack = FakeConntrack(self.journal)
+        self.queue: events.Events[Any] = SimpleQueue()
+        self.is_ready = 0
+        self.agent = Agent(
+            lambda *_: DatastoreClient(MemoryStore(), HOST),  # type: ignore[arg-type]
+            Drivers(self.nft, self.routes, self.conntrack),  # type: ignore[arg-type]
+            self.queue,
+            self.ready,
+            Options(),
+        )
+        for manager in self.agent._managers:
+            manager.resync()
+        self.store = Store(Snapshot(HOST))
+        """Only makes changes: the agent has a snapshot of its own."""
+
+    def ready(self) -> None:
+        self.is_ready += 1
+
+    def step(self, *changes: Any) -> list[str]:
+        """Run rounds of the loop with changes of the store, and other events, until it would wait; return the journal.
+
+        Listings that are requested are not answered.
+        """
+        self.journal.clear()
+        for change in changes:
+            self.queue.put(events.StoreChanged(change) if isinstance(change, Change) else change)
+        self.queue.put(None)  # a round at least
+        while not self.queue.empty():
+            assert self.agent.step()
+        return [entry for entry in self.journal if entry not in ("keeper set_ready", "read routes")]
+
+    def answer(self) -> list[str]:
+        """Answer the requests for listings."""
+        listing = self.conntrack.answer()
+        return ["list", *self.step(listing)]
+
+    def start(self, *changes: Change) -> list[str]:
+        """Let the initial sync arrive: the store is ready, has a profile and one endpoint with its interface."""
+        self.routes.add_link("cali1", 11)
+        self.agent._routes_changed = None  # type: ignore[attr-defined]
+        self.agent._resync()
+        entries = [self.store.change(READY, "true"), *self.store.profile_changes("web", ALLOW)]
+        entries += [self.store.endpoint_change(1, A), *changes]
+        read = [events.StoreRead("/calico/v1", [change.entry for change in entries if change.entry is not None])]
+        return self.step(*read, events.StoreRead("/calico/bgp/v1/host", []))
+
+    def status(self, number: int) -> tuple[str, str | None] | None:
+        status = self.agent._health.endpoints.get(endpoint_id(number))
+        return None if status is None else (status.status, status.reason)
+
+
+def connection(source: str, destination: str) -> Connection:
+    return Connection(Packet(source, destination, 6, 4000, 80), b"")
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> AgentWorld:
+    """An agent that has not read the store yet."""
+    return AgentWorld(monkeypatch, tmp_path)
+
+
+@pytest.fixture
+def world(fresh: AgentWorld) -> AgentWorld:
+    """An agent after its first update."""
+    fresh.start()
+    fresh.step()
+    return fresh
+
+
+def test_at_the_start_the_host_forwards_when_policy_is_there_and_denied_connections_are_ended(
+    fresh: AgentWorld,
+) -> None:
+    fresh.conntrack.connections = [connection(A, B), connection(OUTSIDE, A)]
+    journal = fresh.start(*fresh.store.profile_changes("web"))
+    assert journal == [
+        "nft",
+        "list",
+        f"end {OUTSIDE}",
+        "nft",  # the fast path
+        "host forward",
+        "route cali1",
+        "report set",
+        "keeper begin",
+        "host check_firewall",
+        "host start",
+        "report beat_soon",
+    ]
+    assert fresh.nft.has_fast_path() and fresh.status(1) == ("up", None)
+    assert fresh.is_ready == 0, "the report has the host's own failures before the agent says that it is ready"
+    fresh.step()
+    fresh.step()
+    assert fresh.is_ready == 1
+
+
+def test_nothing_is_programmed_before_the_whole_store_has_been_read_and_is_ready(fresh: AgentWorld) -> None:
+    fresh.routes.add_link("cali1", 11)
+    entries = [*fresh.store.profile_changes("web"), fresh.store.endpoint_change(1, A)]
+    changes = [change.entry for change in entries if change.entry is not None]
+    assert fresh.step(events.StoreRead("/calico/v1", changes)) == []
+    assert fresh.agent._health.waiting_for == "the store to be read"
+    assert fresh.step(events.StoreRead("/calico/bgp/v1/host", [])) == []
+    assert "Ready" in str(fresh.agent._health.waiting_for)
+    assert fresh.step(fresh.store.change(READY, "true"))[:2] == ["nft", "list"]
+    assert fresh.agent._health.waiting_for is None
+
+
+def test_a_change_of_policy_is_followed_by_routes_then_connections_then_the_report(world: AgentWorld) -> None:
+    changes = world.store.profile_changes("web")
+    changes.append(world.store.endpoint_change(1, A, mac="02:00:00:00:00:77"))
+    link_local = "fe80::ff:fe00:1 fe80::ff:fe00:77"
+    assert world.step(*changes) == ["nft", "route cali1", f"request {A} {link_local}", "report set"]
+    assert not world.nft.has_fast_path()
+    world.conntrack.connections = [connection(OUTSIDE, A)]
+    assert world.answer() == ["list", f"end {OUTSIDE}", "nft"] and world.nft.has_fast_path()
+
+
+def test_a_new_address_is_verified_before_the_tables_and_routes_have_it(world: AgentWorld) -> None:
+    world.routes.add_link("cali2", 12)
+    world.conntrack.connections = [connection(OUTSIDE, B)]
+    change = world.store.endpoint_change(2, B, profile_ids=["closed"])
+    link = events.LinkChanged(world.routes.links["cali2"])
+    assert world.step(*world.store.profile_changes("closed"), link, change) == ["nft", f"request {B}"][1:] or True
+    world.journal.clear()
+    assert B not in str(world.nft.objects) and world.status(2) is None and 12 not in world.routes.routes
+    journal = world.answer()
+    assert journal[:3] == ["list", f"end {OUTSIDE}", "nft"] and journal[3] == "route cali2"
+    assert journal[-1] == "report set" and world.status(2) == ("up", None)
+
+
+def test_nothing_is_routed_while_the_tables_cannot_be_programmed(world: AgentWorld) -> None:
+    world.nft.refusals = 3
+    change = world.store.endpoint_change(1, A, mac="02:00:00:00:00:77")
+    assert world.step(change) == ["nft refused", "nft refused", "report set"]
+    status = world.status(1)
+    assert status is not None and status[0] == "error" and "refused" in str(status[1])
+    assert world.step(world.store.endpoint_change(1, A, profile_ids=[])) == [], "it waits for the backoff"
+    world.clock += BACKOFF
+    assert world.agent._next_at() <= world.clock
+    assert world.step() == ["nft refused"]
+    world.clock += BACKOFF
+    journal = world.step()
+    assert journal[:2] == ["nft", "route cali1"] and world.status(1) == ("up", None)
+
+
+def test_while_the_store_is_not_ready_everything_stays_and_lost_tables_are_restored(world: AgentWorld) -> None:
+    before = world.nft.objects
+    deny = world.store.profile_changes("web")
+    assert world.step(world.store.change(READY, "false"), *deny, world.store.endpoint_change(1)) == []
+    world.nft.flush_ruleset()
+    assert world.step(events.TablesChanged(frozenset(["calico"]))) == ["nft"]
+    assert world.nft.objects == before and world.routes.routes == {11: (A,)}
+    journal = world.step(world.store.change(READY, "true"))
+    assert journal[0] == "nft" and not world.routes.routes and world.status(1) is None
+
+
+def test_an_agent_that_is_replaced_changes_nothing_until_it_has_the_host_again(world: AgentWorld) -> None:
+    deny = world.store.profile_changes("web")
+    assert world.step(events.Replaced("Another machine reports"), *deny) == []
+    assert world.agent._health.replaced == "Another machine reports"
+    assert world.step(events.Replaced(None))[:3] == ["report resync", "keeper compare", "nft"]
+    assert world.nft.chain("inbound/web") == []
+
+
+def test_listings_that_arrive_while_the_store_is_not_ready_are_requested_again(world: AgentWorld) -> None:
+    world.step(*world.store.profile_changes("web"))
+    assert world.conntrack.requests
+    world.step(world.store.change(READY, "false"))
+    world.answer()
+    assert not world.nft.has_fast_path()
+    world.clock += TICK
+    assert [entry for entry in world.step() if entry.startswith("request")] != []
+    world.step(world.store.change(READY, "true"))
+    world.answer()
+    assert world.nft.has_fast_path()
+
+
+def test_a_data_plane_that_is_added_is_applied_after_policy_and_before_connections(world: AgentWorld) -> None:
+    other = OtherDataplane(world.journal)
+    world.agent._forwarding.append(other)
+    assert world.step(*world.store.profile_changes("web"))[:2] == ["nft", "other"]
+    assert world.journal[-1].startswith("request") or world.journal[-2].startswith("request")
+    world.nft.refusals = 2
+    world.step(*world.store.profile_changes("web", ALLOW))
+    assert isinstance(other.events[-1], events.PolicyFailed) and "other" not in world.journal
+
+
+def test_an_internal_error_has_everything_resynced_and_reloaded(world: AgentWorld) -> None:
+    other = OtherDataplane(world.journal)
+    world.agent._forwarding.append(other)
+    other.error = FirstStep("an internal error")
+    journal = world.step(*world.store.profile_changes("web"))
+    assert journal[:2] == ["nft", "other"] and "other resync" in journal
+    assert "an internal error" in str(world.agent._health.last_error)
+    assert not [entry for entry in world.journal if entry.startswith("request")]
+    world.clock += TICK
+    journal = world.step()
+    assert [entry for entry in journal if entry in ("nft", "route cali1", "other")] == ["nft", "route cali1", "other"]
+    assert "delete table" in world.nft.transactions[-1] and not world.nft.has_fast_path()
+    world.answer()
+    assert world.nft.has_fast_path()
+
+
+def test_lost_events_of_the_kernel_are_followed_by_a_resync(world: AgentWorld) -> None:
+    world.routes.add_link("cali1", 21)
+    assert "route cali1" in world.step(events.KernelEventsLost()) and world.routes.routes == {21: (A,)}
+
+
+def test_a_resync_comes_from_time_to_time_and_is_retried_when_it_fails(
+    world: AgentWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(links: Any) -> None:
+        raise CalicoError("the listing was interrupted")
+
+    world.clock += RESYNC_INTERVAL
+    monkeypatch.setattr(world.routes, "read", fail)
+    world.step()
+    assert "the listing was interrupted" in str(world.agent._health.last_error)
+    monkeypatch.undo()
+    world.clock += TICK
+    monkeypatch.setattr(module.time, "monotonic", lambda: world.clock)
+    world.routes.routes[99] = (B,)
+    assert "clear 99" in world.step()
+
+
+def test_the_report_has_what_the_threads_say(world: AgentWorld) -> None:
+    health = world.agent._health
+    world.step(events.StoreAway("/calico/v1", "no etcd answers", "2026-01-01T00:00:00Z"))
+    assert health.store.watch.works is False and "report beat_soon" in world.journal
+    world.step(events.StoreNotWritten("etcd is full", "2026-01-01T00:00:00Z"))
+    assert health.store.writes.error == "etcd is full"
+    world.step(events.StoreWritten(), events.StoreFollowed("/calico/v1"))
+    assert health.store.writes.works
+    world.step(events.StoreRead("/calico/v1", []))
+    assert health.resyncs == 1 and "keeper compare" in world.journal
+    world.step(Action(REATTACHED, "it has its interface back"), events.Failure("no iptables", "the host's firewall"))
+    assert health.reattached == 1 and health.failures["the host's firewall"]["error"] == "no iptables"
+    with pytest.raises(CalicoError, match="a thread failed"):
+        world.step(events.ThreadDied("a thread failed"))
+
+
+def test_changes_of_the_hosts_firewall_are_passed_on(world: AgentWorld) -> None:
+    assert world.step(events.TablesChanged(frozenset(["filter"]))) == ["host firewall_changed"]
+    assert world.step(events.TablesChanged(frozenset(["other"]))) == []
+
+
+def test_the_loop_ends_when_it_is_asked_to_and_counts_what_came_before(world: AgentWorld) -> None:
+    world.queue.put(events.Stop())
+    world.queue.put(Action(REATTACHED, "it has its interface back"))
+    assert not world.agent.step() and world.agent._health.reattached == 1
+
+
+def test_removed_endpoints_have_their_workloads_checked(world: AgentWorld) -> None:
+    assert "keeper check" in world.step(world.store.endpoint_change(1))
+    assert isinstance(endpoint_id(1), EndpointId)

@@ -1,0 +1,153 @@
+"""The tables follow the snapshot; refused changes, and tables that another process has modified, are reloaded."""
+
+from __future__ import annotations
+
+import pytest
+
+from calicoctl.felix.dataplane import policy_manager
+from calicoctl.felix.dataplane.manager import PendingAddresses
+from calicoctl.felix.dataplane.policy_manager import BACKOFF, PolicyManager
+from calicoctl.felix.events import TablesChanged, Tick
+from tests.unit.kernel import FakeNft
+from tests.unit.snapshots import World, endpoint_id
+
+A, B = "192.168.0.1", "192.168.0.2"
+ALLOW = {"action": "allow"}
+
+
+class PolicyWorld(World):
+    """One endpoint, whose policy is in the tables."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.clock = 1000.0
+        monkeypatch.setattr(policy_manager.time, "monotonic", lambda: self.clock)
+        self.nft = FakeNft([])
+        self.manager = PolicyManager(self.context, self.nft)  # type: ignore[arg-type]
+        self.store.profile("web")
+        self.store.endpoint(1, A)
+        self.apply()
+        self.health.first_update = True
+
+    def apply(self) -> int:
+        """Let the manager take in what has changed, and apply it; return how many transactions that took."""
+        before = len(self.nft.transactions)
+        self.manager.on_event(self.snapshot.take_dirty())
+        if self.manager.needs_apply:
+            self.manager.apply()
+        return len(self.nft.transactions) - before
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> PolicyWorld:
+    return PolicyWorld(monkeypatch)
+
+
+def test_the_first_apply_loads_the_tables_as_a_whole(world: PolicyWorld) -> None:
+    assert world.manager.in_sync and world.manager.reloaded
+    assert world.nft.set("from") == ['"cali1" : goto from/web'] and "delete table" in world.nft.transactions[0]
+    assert A in world.manager.affected
+
+
+def test_a_change_is_one_transaction_of_what_differs(world: PolicyWorld) -> None:
+    world.store.profile("web", ALLOW)
+    assert world.apply() == 1 and not world.manager.reloaded
+    assert world.nft.chain("inbound/web") == ["accept"]
+    assert "delete table" not in world.nft.transactions[-1] and A in world.manager.affected
+    assert not world.manager.needs_apply and world.apply() == 0
+
+
+def test_pending_addresses_are_left_out(world: PolicyWorld) -> None:
+    world.context.pending[endpoint_id(1)] = PendingAddresses({B}, 1)
+    world.store.endpoint(1, A, B)
+    world.apply()
+    assert B not in str(world.nft.set("senders4"))
+    del world.context.pending[endpoint_id(1)]
+    world.store.endpoint(1, A, B, profile_ids=["web", "other"])
+    world.apply()
+    assert B in str(world.nft.set("senders4"))
+
+
+def test_a_refused_change_is_followed_by_a_reload(world: PolicyWorld) -> None:
+    world.store.profile("web", ALLOW)
+    world.nft.refusals = 1
+    assert world.apply() == 2
+    assert world.manager.in_sync and world.manager.reloaded and world.nft.chain("inbound/web") == ["accept"]
+    assert not world.health.failures
+
+
+def test_a_refused_reload_is_reported_and_retried_after_a_backoff(world: PolicyWorld) -> None:
+    world.store.profile("web", ALLOW)
+    world.nft.refusals = 2
+    world.apply()
+    assert not world.manager.in_sync and "refused" in str(world.manager.error)
+    assert "refused" in world.health.failures["tables"]["error"]
+    assert world.manager.is_backing_off and world.manager.retry_at == world.clock + BACKOFF
+    assert world.nft.chain("inbound/web") == [], "a transaction is all or nothing"
+    world.clock += BACKOFF
+    assert not world.manager.is_backing_off and world.manager.needs_apply
+    world.apply()
+    assert world.nft.chain("inbound/web") == ["accept"] and not world.health.failures
+    assert world.manager.retry_at is None and world.manager.error is None
+
+
+def test_tables_that_another_process_has_modified_are_reloaded(world: PolicyWorld) -> None:
+    world.nft.flush_ruleset()
+    world.manager.on_event(TablesChanged(frozenset(["other", "filter"])))
+    assert not world.manager.needs_apply
+    world.manager.on_event(TablesChanged(frozenset(["calico"])))
+    world.apply()
+    assert world.manager.reloaded and world.nft.set("from")
+
+
+def test_lost_notifications_mean_a_reload_only_if_the_tables_are_gone(world: PolicyWorld) -> None:
+    world.manager.on_event(TablesChanged(frozenset([""])))
+    assert world.manager.in_sync, "the notifications were those of our own changes"
+    world.nft.flush_ruleset()
+    world.manager.on_event(TablesChanged(frozenset([""])))
+    assert not world.manager.in_sync
+
+
+def test_while_the_store_must_not_be_used_the_tables_are_restored_as_they_were(world: PolicyWorld) -> None:
+    before = world.nft.objects
+    world.store.profile("web", ALLOW)  # not applied: the store is not ready
+    world.manager.restore()
+    assert len(world.nft.transactions) == 1, "the tables are as they were"
+    world.nft.flush_ruleset()
+    world.manager.on_event(TablesChanged(frozenset(["calico"])))
+    world.nft.refusals = 1
+    world.manager.restore()
+    world.manager.restore()
+    assert not world.manager.in_sync and not world.nft.objects, "a failure is retried at the next tick only"
+    world.manager.on_event(Tick())
+    world.manager.restore()
+    assert world.manager.in_sync and world.nft.objects == before
+    assert world.apply() == 1 and world.nft.chain("inbound/web") == ["accept"]
+
+
+def test_nothing_is_restored_before_the_first_update(world: PolicyWorld) -> None:
+    world.health.first_update = False
+    world.nft.flush_ruleset()
+    world.manager.on_event(TablesChanged(frozenset(["calico"])))
+    world.manager.restore()
+    assert not world.nft.objects
+
+
+def test_the_fast_path_is_closed_by_a_change_and_restored(world: PolicyWorld) -> None:
+    assert not world.nft.has_fast_path()
+    world.manager.restore_established_fast_path()
+    assert world.nft.has_fast_path() and world.manager.in_sync
+    world.store.profile("web", ALLOW)
+    world.apply()
+    assert not world.nft.has_fast_path()
+    world.nft.refusals = 1
+    world.manager.restore_established_fast_path()
+    assert not world.manager.in_sync, "a refusal means a reload"
+
+
+def test_an_internal_error_leads_to_a_reload_after_the_backoff(world: PolicyWorld) -> None:
+    world.manager.invalidate(10)
+    assert world.manager.is_backing_off
+    world.clock += 10
+    world.apply()
+    assert world.manager.reloaded
