@@ -1,0 +1,49 @@
+"""Random changes of the store, for tests that compare what many small changes come to with a fresh start."""
+
+from __future__ import annotations
+
+import json
+import random
+
+from calicoctl.datastore.store import Change, Entry
+
+TAGS = ("web", "db", "a-b.c_d", "weird tag; drop")
+
+
+def random_change(chance: random.Random, index: int) -> Change:
+    """Write or remove an endpoint, a profile's tags or rules, a pool, or a setting."""
+    kind = chance.randrange(10)
+    number = chance.randrange(6)
+    profile = f"p{number}" if number else "un safe"
+    value: object
+    if kind < 4:
+        host = "h" if number < 4 else "elsewhere"
+        key = f"/calico/v1/host/{host}/workload/docker/{number}/endpoint/{number}"
+        value = {
+            "name": f"cali{chance.choice([number, 'x', 'y'])}",
+            "mac": f"02:00:00:00:00:0{chance.randrange(3)}",
+            "profile_ids": chance.sample(["p1", "p2", "p3", "un safe"], chance.randrange(4)),
+            "ipv4_nets": [f"192.168.0.{n}/32" for n in chance.sample(range(number, number + 3), chance.randrange(3))],
+            "ipv6_nets": [f"fd00::{n}/128" for n in chance.sample(range(number, number + 3), chance.randrange(3))],
+            "state": chance.choice(["active", "active", "active", "inactive"]),
+        }
+    elif kind < 6:
+        key, value = f"/calico/v1/policy/profile/{profile}/tags", chance.sample(TAGS, chance.randrange(4))
+    elif kind < 8:
+        rules = [
+            {"action": chance.choice(["allow", "deny", "log"]), "src_tag": chance.choice(TAGS[:3])}
+            for _ in range(chance.randrange(3))
+        ]
+        ports = [{"protocol": "tcp", "dst_ports": [80, "70:90", 91]}, {"dst_net": "::/0", "dst_tag": "db"}]
+        key, value = f"/calico/v1/policy/profile/{profile}/rules", {"inbound_rules": rules, "outbound_rules": ports}
+        value = chance.choice([value, value, value, "broken"])
+    elif kind < 9:
+        cidr = chance.choice(["10.0.0.0/8", "10.1.0.0/16", "192.168.0.0/16", "fd00::/64"])
+        key = f"/calico/v1/ipam/v{6 if ':' in cidr else 4}/pool/{cidr.replace('/', '-')}"
+        value = {"cidr": cidr, "masquerade": chance.random() < 0.5}
+    else:
+        key = "/calico/v1/host/h/config/DefaultEndpointToHostAction"
+        return Change(key, Entry(key, chance.choice(["DROP", "ACCEPT", "RETURN"]), index, index))
+    if chance.random() < 0.25:
+        return Change(key, None)
+    return Change(key, Entry(key, json.dumps(value), index, index))

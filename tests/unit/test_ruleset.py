@@ -1,0 +1,170 @@
+"""The commands that follow a change: they come to what a fresh load gives, and are as few as the change is small."""
+
+from __future__ import annotations
+
+import random
+
+from calicoctl.desired.snapshot import Dirty, Snapshot
+from calicoctl.felix.dataplane.ruleset import Ruleset, remove_commands
+from tests.random_changes import random_change
+from tests.unit.kernel import FakeNft
+from tests.unit.snapshots import Store, endpoint_id
+
+A, B, C, A6 = "192.168.0.1", "192.168.0.2", "192.168.0.3", "fd00::1"
+ALLOW = {"action": "allow"}
+
+
+class Tables:
+    """Tables that follow the snapshot of host1."""
+
+    def __init__(self) -> None:
+        self.nft = FakeNft([])
+        self.snapshot = Snapshot("host1")
+        self.store = Store(self.snapshot)
+        self.ruleset = Ruleset()
+        self.nft.run(self.ruleset.load(self.snapshot).commands)
+        self.snapshot.take_dirty()
+
+    def update(self, pending: dict | None = None) -> tuple[str, set[str]]:
+        """Apply what has changed; return the commands, and the addresses that they affect."""
+        update = self.ruleset.update(self.snapshot, self.snapshot.take_dirty(), pending)
+        if update.commands:
+            self.nft.run(update.commands)
+        return update.commands, update.affected
+
+
+def test_any_order_of_changes_comes_to_what_a_fresh_load_gives() -> None:
+    """The same on the kernel's nftables: tests/system/test_ruleset.py."""
+    for seed in range(30):
+        chance = random.Random(seed)
+        nft, snapshot, ruleset = FakeNft([]), Snapshot("h"), Ruleset()
+        nft.run(ruleset.load(snapshot).commands)
+        for index in range(40):
+            for _ in range(chance.choice([1, 1, 1, 5])):
+                snapshot.change(random_change(chance, index))
+            nft.run(ruleset.update(snapshot, snapshot.take_dirty()).commands)
+        nft.run(ruleset.restore_established_fast_path())
+        changed = nft.objects
+        nft.run(ruleset.recreate())
+        assert changed == nft.objects, f"seed {seed}, recreated"
+        fresh = Ruleset()
+        nft.run(fresh.load(snapshot).commands + fresh.restore_established_fast_path())
+        assert changed == nft.objects, f"seed {seed}"
+
+
+def test_an_endpoint_is_in_every_set_and_leaves_each() -> None:
+    tables = Tables()
+    before = tables.nft.objects
+    tables.store.endpoint(1, A, A6)
+    _, affected = tables.update()
+    assert tables.nft.set("from") == ['"cali1" : goto from/web'] and tables.nft.set("to") == ['"cali1" : goto to/web']
+    assert tables.nft.set("senders4") == [f'"cali1" . 02:00:00:00:00:01 . {A}'] == tables.nft.set("senders", "arp")
+    assert f'"cali1" . 02:00:00:00:00:01 . {A6}' in tables.nft.set("senders6")
+    assert affected == {A, A6, "fe80::ff:fe00:1"}
+    assert tables.nft.chain("inbound/web") == ["drop"], "a profile that cannot be read denies"
+    tables.store.endpoint(1)
+    tables.update()
+    tables.nft.run(tables.ruleset.restore_established_fast_path())
+    assert tables.nft.objects == before
+
+
+def test_the_commands_grow_with_the_change_and_not_with_the_host() -> None:
+    tables = Tables()
+    tables.store.profile("web", ALLOW)
+    for number in range(1, 100):
+        tables.store.endpoint(number, f"10.0.0.{number}")
+    tables.update()
+    tables.store.endpoint(1, "10.0.0.1", "10.0.1.1")
+    commands, affected = tables.update()
+    assert "10.0.0.2" not in commands and len(commands.splitlines()) < 40
+    assert affected == {"10.0.0.1", "10.0.1.1", "fe80::ff:fe00:1"}
+    assert tables.update() == ("", set())
+
+
+def test_pending_addresses_are_in_no_set_of_the_endpoint() -> None:
+    tables = Tables()
+    tables.store.endpoint(1, A, B)
+    tables.update({endpoint_id(1): {B}})
+    assert f'"cali1" . 02:00:00:00:00:01 . {A}' in tables.nft.set("senders4") and B not in str(tables.nft.objects)
+    assert tables.ruleset.addresses_of(endpoint_id(1)) == (A,)
+    assert tables.ruleset.has(endpoint_id(1)) and not tables.ruleset.has(endpoint_id(2))
+    tables.store.endpoint(1, A, B, profile_ids=["db"])
+    tables.update()
+    assert tables.ruleset.addresses_of(endpoint_id(1)) == (A, B)
+
+
+def test_a_tag_in_use_has_the_addresses_of_all_hosts_and_affects_them() -> None:
+    tables = Tables()
+    tables.store.profile("web", {"action": "allow", "src_tag": "db"})
+    tables.store.profile("db", tags=["db"])
+    tables.store.endpoint(1, A)
+    tables.update()
+    tables.store.endpoint(2, B, A6, host="elsewhere", profile_ids=["db"])
+    _, affected = tables.update()
+    assert tables.nft.set("tag4/db") == [B] and tables.nft.set("tag6/db") == [A6] and affected == {B, A6}
+    assert tables.ruleset.tagged("db", B) and not tables.ruleset.tagged("db", A)
+    tables.store.endpoint(2, host="elsewhere")
+    assert tables.update()[1] == {B, A6} and tables.nft.set("tag4/db") == []
+    tables.store.profile("web")
+    tables.update()
+    assert "set inet calico tag4/db" not in tables.nft.objects, "no rule uses it any more"
+
+
+def test_endpoints_with_the_same_profiles_share_chains() -> None:
+    tables = Tables()
+    tables.store.profile("web", ALLOW)
+    tables.store.endpoint(1, A)
+    tables.store.endpoint(2, B)
+    tables.update()
+    assert tables.nft.chain("to/web") == ["jump inbound/web", "drop"]
+    tables.store.endpoint(2)
+    tables.update()
+    assert tables.nft.chain("to/web")
+    tables.store.endpoint(1)
+    tables.update()
+    assert not [name for name in tables.nft.objects if "web" in name]
+
+
+def test_names_that_nftables_cannot_spell_are_replaced_by_digests() -> None:
+    tables = Tables()
+    tables.store.profile("a; drop", ALLOW)
+    tables.store.endpoint(1, A, profile_ids=["a; drop"])
+    tables.update()
+    assert ";" not in str(tables.nft.set("from")) and "goto from//" in str(tables.nft.set("from"))
+
+
+def test_the_hosts_action_and_pools_are_in_the_tables() -> None:
+    tables = Tables()
+    tables.store.endpoint(1, A)
+    tables.update()
+    assert tables.nft.chain("host-action") == ["accept"]
+    tables.store.put("/calico/v1/host/host1/config/DefaultEndpointToHostAction", "DROP")
+    assert A in tables.update()[1] and tables.nft.chain("host-action") == ["drop"]
+    for cidr in ("10.0.0.0/9", "10.128.0.0/9"):
+        key = f"/calico/v1/ipam/v4/pool/{cidr.replace('/', '-')}"
+        tables.store.put(key, {"cidr": cidr, "masquerade": True})
+    tables.update()
+    assert tables.nft.set("masquerade4") == ["10.0.0.0/8"], "nftables takes no overlapping intervals"
+    assert "masquerade" in tables.nft.chain("outgoing")[0]
+
+
+def test_an_endpoint_may_get_what_another_has_not_given_up_yet() -> None:
+    tables = Tables()
+    tables.store.endpoint(1, A)
+    tables.store.endpoint(2, B)
+    tables.update()
+    tables.store.endpoint(1, A, C, name="cali3")
+    tables.store.endpoint(2, B, name="cali1")
+    tables.snapshot.take_dirty()
+    for number in (2, 1):
+        tables.nft.run(tables.ruleset.update(tables.snapshot, Dirty({endpoint_id(number)})).commands)
+    changed = tables.nft.objects
+    tables.nft.run(Ruleset().load(tables.snapshot).commands)
+    assert changed == tables.nft.objects and "cali2" not in str(changed)
+
+
+def test_the_tables_can_be_removed_whether_they_are_there_or_not() -> None:
+    tables = Tables()
+    for _ in range(2):
+        tables.nft.run(remove_commands())
+        assert tables.nft.objects == {}
