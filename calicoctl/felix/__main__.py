@@ -1,4 +1,4 @@
-"""The agent's process in the background: `python -m calicoctl.felix OPTIONS`, started by process.start() alone."""
+"""The agent's background process: `python -m calicoctl.felix OPTIONS`, started only by process.start()."""
 
 import json
 import sys

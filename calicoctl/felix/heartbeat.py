@@ -1,10 +1,10 @@
-"""The host's status in the store: the agent's heartbeat, which expires, and tells which machine's agent writes it.
+"""The agent's heartbeat: the host's status in the store, which expires, and names the machine whose agent writes it.
 
-It is written by compare-and-swap alone, so one request both renews it and finds out whether somebody else has written
-it: a second machine under the same host name, say. Whose name it is then, `claim` decides for `calicoctl node`, before
-anything else is written, and `Heartbeat` for the agent: one that was replaced never takes the name back by itself from
-an agent that names its machine, even when that agent's status has expired. That machine may only be starting anew, and
-to look after its endpoints from here would remove them.
+It is written by compare-and-swap alone, so one request both renews it and detects that another agent has written it: of
+a second machine with the same host name, for example. Which of them keeps the name is decided by `claim` for
+`calicoctl node`, before it writes anything else, and by `Heartbeat` for the agent. An agent that was replaced never
+takes the name back by itself from an agent that names its machine, even when that agent's status has expired: the other
+machine may be rebooting, and reconciling its endpoints from here would remove them.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ TIME_TO_LIVE = 30
 """Seconds after which a status expires."""
 
 EXPIRY_PATIENCE = 30.0
-"""Seconds to wait for a status to expire. An old Felix renews its own every 30 s, and lets it live for 90."""
+"""Seconds to wait for a status to expire. Felix of 2015 renews its own every 30 s, with a time to live of 90 s."""
 
 YIELD_PATIENCE = INTERVAL + 2
-"""Seconds within which an agent notices that its status was written by another."""
+"""Seconds within which an agent notices that another one has written its status."""
 
 POLL_INTERVAL = 0.5
-"""Seconds between two looks at a status while waiting."""
+"""Seconds between two reads of a status while waiting."""
 
 _APPLICATION = uuid.UUID("b42e1f91-5bde-4911-a361-abec26e34313").bytes
 
@@ -49,7 +49,7 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 def now() -> str:
-    """Return the time, as ISO 8601 has it, in UTC."""
+    """Return the time in UTC, in ISO 8601."""
     return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
@@ -57,8 +57,8 @@ def now() -> str:
 class Identity:
     """A machine and its boot; None for what is not known.
 
-    The machine's id is confidential, so what stands for it is derived from it as machine-id(5) demands: the same as
-    `systemd-id128 machine-id --app-specific=b42e1f915bde4911a361abec26e34313` prints.
+    A machine id is confidential, so `machine` is derived from it as machine-id(5) demands. `systemd-id128 machine-id
+    --app-specific=b42e1f915bde4911a361abec26e34313` prints the same.
     """
 
     machine: str | None
@@ -66,7 +66,7 @@ class Identity:
 
     @classmethod
     def own(cls) -> Identity:
-        """Return this machine's, as it runs now."""
+        """Return the identity of this machine and its current boot."""
         boot = _read(_BOOT_ID)
         try:
             id = bytes.fromhex(_read(_MACHINE_ID))
@@ -76,7 +76,7 @@ class Identity:
 
     @classmethod
     def of(cls, status: Entry) -> Identity:
-        """Return that of who wrote a host's status; agents of other programs, and old ones, say nothing of it."""
+        """Return the identity in a host's status. Old agents, and those of other programs, write none."""
         try:
             value = json.loads(status.value)
         except ValueError:
@@ -90,11 +90,11 @@ class Identity:
         return {name: value for name, value in fields.items() if value is not None}
 
     def is_other_machine(self, own: Identity) -> bool:
-        """Tell whether this is, beyond doubt, another machine than `own`."""
+        """Return whether this is certainly another machine than `own`."""
         return None not in (self.machine, own.machine) and self.machine != own.machine
 
     def describe(self, own: Identity) -> str:
-        """Return what to call an agent of this identity, for a sentence to begin with."""
+        """Return how to name an agent of this identity at the beginning of a sentence."""
         if self.machine is None and self.boot is not None:
             return "An agent on a machine without a machine id"
         if self.machine is None:
@@ -114,7 +114,7 @@ def _read(path: Path) -> str:
 
 
 def _derived(machine_id: bytes) -> str:
-    """Return an id that tells a machine, but not its machine id. Source: sd_id128_get_machine_app_specific(3)."""
+    """Return an id that identifies a machine without its machine id. Source: sd_id128_get_machine_app_specific(3)."""
     digest = bytearray(hmac.new(machine_id, _APPLICATION, hashlib.sha256).digest()[:16])
     digest[6] = digest[6] & 0x0F | 0x40  # the form of a random UUID
     digest[8] = digest[8] & 0x3F | 0x80
@@ -122,23 +122,23 @@ def _derived(machine_id: bytes) -> str:
 
 
 class Heartbeat:
-    """What an agent keeps its host's status alive with. Used by one thread."""
+    """Keeps the host's status in the store alive, for the agent. Not thread-safe."""
 
     def __init__(self, datastore: DatastoreClient) -> None:
         self._datastore = datastore
         self._own = Identity.own()
         self._entry: Entry | None = None
-        """The status as it was written last."""
+        """The status as this agent wrote it last."""
         self._contested = False
-        """Whether somebody of the same identity has written it since, once."""
+        """Whether an agent of the same identity has written it since, once."""
         self._replaced_by: Identity | None = None
-        """Who has written it last, while that is somebody else."""
+        """The identity of the other agent that has written it last, if one has."""
 
     def beat(self, status: dict[str, Any]) -> Identity | None:
-        """Renew the status, unless it is somebody else's: then return whose. Raises StoreError."""
+        """Renew the status, or return the identity of the other agent that has it. Raises StoreError."""
         contested = False
         if self._replaced_by is not None:
-            self._look_again(self._replaced_by)
+            self._try_to_regain(self._replaced_by)
         while self._replaced_by is None:
             try:
                 self._entry = self._datastore.statuses.write_host(
@@ -153,18 +153,18 @@ class Heartbeat:
         return self._replaced_by
 
     def _compare(self) -> None:
-        """Find out who has written the status, or that it has expired.
+        """Read who has written the status, or that it has expired.
 
-        One of this very identity was left by the agent before, or written by `claim`; if that happens at two heartbeats
-        in a row, another agent runs on this machine, out of sight of the pid file, in a container of its own, say.
+        One with our own identity was left by the previous agent, or written by `claim`. When that happens at two
+        heartbeats in a row, another agent runs on this machine that the pid file does not show, in a container say.
         """
         self._entry = self._datastore.statuses.of_host()
         writer = self._own if self._entry is None else Identity.of(self._entry)
         if writer != self._own or self._contested:
             self._entry, self._replaced_by, self._contested = None, writer, False
 
-    def _look_again(self, writer: Identity) -> None:
-        """Find out whether the status, which was somebody else's, may be this agent's again."""
+    def _try_to_regain(self, writer: Identity) -> None:
+        """Read whether the status, which another agent had, may be this agent's again."""
         entry = self._datastore.statuses.of_host()
         if entry is not None and Identity.of(entry) != self._own:
             self._replaced_by = Identity.of(entry)
@@ -174,18 +174,18 @@ class Heartbeat:
             self._replaced_by = None
 
     def end(self) -> None:
-        """Remove the status, if it is this agent's. Raises StoreError."""
+        """Remove the status if it is this agent's. Raises StoreError."""
         if self._entry is not None:
             self._datastore.statuses.remove_host(self._entry)
 
 
 def claim(datastore: DatastoreClient, force: bool, own_agent_writes: bool, tell: Callable[[str], None]) -> Entry | None:
-    """Make sure that the host's status is this machine's, or nobody's, and make it this machine's.
+    """Make the host's status this machine's, provided that no other agent has it.
 
-    `own_agent_writes` says that this host's agent runs, and that a status which names no machine is its. With `force`,
-    take the status over from whoever else has it. `tell` takes a sentence before there is something to wait for.
-    Returns what was written, None where nothing had to be. Raises CalicoError, having changed nothing, when the status
-    is another's; StoreError.
+    With `own_agent_writes`, this host's agent runs, and a status that names no machine is taken for its own. With
+    `force`, the status is taken over from any other agent. `tell` takes a sentence before there is something to wait
+    for. Returns what was written, None where nothing had to be. Raises StoreError; CalicoError, having changed nothing,
+    when another agent has the status.
     """
     own = Identity.own()
     while True:
@@ -203,7 +203,7 @@ def claim(datastore: DatastoreClient, force: bool, own_agent_writes: bool, tell:
                 raise CalicoError(_in_use(datastore, writer, own))
             return _write(datastore, own, _await_expiry(datastore, own, entry, tell))
         except (KeyExists, CompareFailed):
-            pass  # written, or expired, at this moment
+            pass  # it was written, or expired, concurrently
 
 
 def _write(datastore: DatastoreClient, own: Identity, before: Entry | None) -> Entry:
@@ -212,9 +212,9 @@ def _write(datastore: DatastoreClient, own: Identity, before: Entry | None) -> E
 
 
 def _await_expiry(datastore: DatastoreClient, own: Identity, entry: Entry, tell: Callable[[str], None]) -> Entry | None:
-    """Wait until a status has expired, or has not been renewed for long enough; return it in the latter case.
+    """Wait until a status expires, or has not been renewed for EXPIRY_PATIENCE; return it in the latter case.
 
-    Raises CalicoError when it is renewed meanwhile.
+    Raises CalicoError when it is renewed.
     """
     writer = Identity.of(entry)
     tell(
@@ -229,15 +229,15 @@ def _await_expiry(datastore: DatastoreClient, own: Identity, entry: Entry, tell:
             return None
         if found.index != entry.index:
             if _is_ours(Identity.of(found), own, False):
-                return found  # another command here was quicker
+                return found  # another command on this host was faster
             raise CalicoError(_in_use(datastore, writer, own))
     return entry
 
 
 def _take_over(datastore: DatastoreClient, own: Identity, entry: Entry, tell: Callable[[str], None]) -> Entry:
-    """Write the status over somebody else's, and wait until that agent has noticed, and changes no records any more.
+    """Overwrite another agent's status, and wait until that agent has noticed, and changes no records any more.
 
-    Raises CalicoError when it goes on writing: one of an older version does not look.
+    Raises CalicoError when it goes on writing: agents of older versions do not check.
     """
     who = _with_addresses(datastore, Identity.of(entry).describe(own))
     tell(f"{who} reports for host {datastore.host}: taking over, and waiting {YIELD_PATIENCE:.0f} s for it to notice.")
@@ -263,13 +263,13 @@ def _in_use(datastore: DatastoreClient, writer: Identity, own: Identity) -> str:
 
 def _with_addresses(datastore: DatastoreClient, who: str) -> str:
     addresses: set[str] = set()
-    with suppress(StoreError):  # the sentence is to be said all the same
+    with suppress(StoreError):  # the sentence is useful without them
         addresses = datastore.hosts.own_addresses()
     return f"{who}, registered with {' and '.join(sorted(addresses))}," if addresses else who
 
 
 def other_writer(datastore: DatastoreClient, status: Entry, own_agent_writes: bool) -> str | None:
-    """Return what to call who has written a host's status, for a sentence to begin with; None for this machine.
+    """Return how to name the writer of a host's status at the beginning of a sentence; None for this machine.
 
     `own_agent_writes` is as for `claim`.
     """
@@ -286,7 +286,7 @@ def _is_ours(writer: Identity, own: Identity, own_agent_writes: bool) -> bool:
 
 
 def replaced(datastore: DatastoreClient, writer: Identity) -> str:
-    """Return the sentence with which an agent says that another one has its host's status."""
+    """Return the sentence by which an agent reports that another one has its host's status."""
     who = _with_addresses(datastore, writer.describe(Identity.own()))
     back = (
         "until that agent has ended"

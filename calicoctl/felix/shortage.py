@@ -1,4 +1,4 @@
-"""When the agent may open no more files, or the kernel is out of memory: that must never end it, only make it wait."""
+"""Shortage of file descriptors or memory: it must not end the agent, only make it wait."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import resource
 import time
 
 PAUSE = 1.0
-"""Seconds between two attempts at what could not be done for want of descriptors or memory."""
+"""Seconds between two attempts at what failed for lack of descriptors or memory."""
 
 
 def wait_out() -> None:
-    """Wait until a file can be opened again, a second at least."""
+    """Wait until a file can be opened again, at least for PAUSE."""
     time.sleep(PAUSE)
     while descriptors_lacking() is not None:
         time.sleep(PAUSE)
 
 
 def descriptors_lacking() -> str | None:
-    """Return a sentence where this process can open no more files, else None."""
+    """Return the sentence that this process can open no more files, None while it can."""
     try:
         os.close(os.open("/proc/self/limits", os.O_RDONLY | os.O_CLOEXEC))
         return None

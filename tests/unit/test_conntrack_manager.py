@@ -98,6 +98,8 @@ def test_what_cannot_be_listed_is_retried_at_the_tick(world: ConnectionWorld) ->
     world.manager.on_event(Tick())
     world.verify()
     assert not world.conntrack.connections and world.nft.has_fast_path()
+    world.manager.on_event(Tick())
+    assert not world.conntrack.requests, "nothing is left to retry"
 
 
 def test_a_new_endpoint_is_pending_until_its_address_has_been_verified(world: ConnectionWorld) -> None:
@@ -145,6 +147,24 @@ def test_a_pending_endpoint_that_changes_again_waits_for_a_new_listing(world: Co
     assert world.context.pending[endpoint_id(2)].addresses == {B, C}
     world.verify()
     assert not world.context.pending
+
+
+def test_an_endpoint_that_gets_one_more_address_when_it_is_admitted_is_pending_again(world: ConnectionWorld) -> None:
+    world.store.endpoint(2, B)
+    world.round()
+    world.verify()
+    world.store.endpoint(2, B, C)
+    assert world.round() == set() and world.context.pending[endpoint_id(2)].addresses == {B, C}
+    assert B not in str(world.nft.objects)
+
+
+def test_an_endpoint_that_gets_one_more_address_when_it_is_admitted_is_pending_again(world: ConnectionWorld) -> None:
+    world.store.endpoint(2, B)
+    world.round()
+    world.verify()
+    world.store.endpoint(2, B, C)
+    assert world.round() == set() and world.context.pending[endpoint_id(2)].addresses == {B, C}
+    assert B not in str(world.nft.objects)
 
 
 def test_a_pending_endpoint_that_is_removed_is_forgotten(world: ConnectionWorld) -> None:

@@ -119,6 +119,8 @@ def test_while_the_store_must_not_be_used_the_tables_are_restored_as_they_were(w
     world.manager.restore()
     world.manager.restore()
     assert not world.manager.in_sync and not world.nft.objects, "a failure is retried at the next tick only"
+    assert "by order of the test" in str(world.health.last_error)
+    assert "by order of the test" in str(world.health.last_error)
     world.manager.on_event(Tick())
     world.manager.restore()
     assert world.manager.in_sync and world.nft.objects == before

@@ -1,11 +1,11 @@
-"""Lets Calico's packets through the host's own iptables firewall, where that would drop them.
+"""The driver of the host's own iptables firewall: makes it accept the endpoints' packets, where it would drop them.
 
-Docker Engine sets the policy of the chain FORWARD to DROP, and an accept in our own table does not override that. Our
-tables have dropped what policy denies before, because they hook in earlier. Docker keeps its hands off DOCKER-USER,
-which it asks first, so ours go there where it exists. Source: Docker's documentation, "Packet filtering and firewalls".
+The Docker Engine sets the policy of the chain FORWARD to DROP, and an accept in our own table does not override that.
+Our tables hook in earlier, so they have already dropped what policy denies. Docker does not change DOCKER-USER, and
+asks it first, so our rules go there where it exists. Source: Docker's documentation, "Packet filtering and firewalls".
 
-The host's `iptables` command is used, so that the rules go where the host's own are, be that nf_tables or legacy.
-A host without that command may have such a firewall all the same.
+The host's `iptables` command is used, so that the rules go where the host's own are: nf_tables or legacy. A host
+without that command may still have such a firewall.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ COMMANDS = ("iptables", "ip6tables")
 _OLD_FELIX = "felix-"
 
 PATIENCE = 15.0
-"""Seconds to wait for iptables, which itself waits up to ten for somebody else who holds its lock."""
+"""Seconds to wait for iptables, which itself waits up to ten for its lock."""
 
 _COMMENT = "calico"
 _RULES = (
@@ -36,7 +36,7 @@ _CHAINS = ("DOCKER-USER", "FORWARD")
 
 
 class Filter:
-    """What `iptables-save` says of the table `filter`: policies by chain, and rules by chain, as lists of words."""
+    """The table `filter`, parsed from `iptables-save`: policies by chain, and rules by chain, as tuples of words."""
 
     def __init__(self, text: str) -> None:
         self.policies: dict[str, str] = {}
@@ -51,7 +51,7 @@ class Filter:
 
     @classmethod
     def from_nft(cls, text: str) -> Filter:
-        """Read what nft says of the table in which iptables-nft keeps `filter`: policies, jumps, and what drops."""
+        """Parse nft's listing of the table that iptables-nft uses for `filter`: policies, jumps, and drops."""
         found, chain = cls(""), ""
         for line in text.splitlines():
             words = shlex.split(line.partition(" # ")[0])
@@ -67,20 +67,20 @@ class Filter:
         return found
 
     def wanted_chain(self) -> str | None:
-        """Return the chain that our rules belong to, None where nothing would drop what is forwarded.
+        """Return the chain that our rules belong to, None where nothing would drop forwarded packets.
 
-        That is DOCKER-USER where FORWARD asks it; after `iptables -F`, it does not.
+        It is DOCKER-USER if FORWARD jumps there; after `iptables -F`, it does not.
         """
         if any(("-j", "DOCKER-USER") in zip(rule, rule[1:]) for rule in self.rules.get("FORWARD", ())):
             return "DOCKER-USER"
         return "FORWARD" if self.would_drop() else None
 
     def would_drop(self) -> bool:
-        """Tell whether something that is forwarded may be dropped."""
+        """Return whether forwarded packets may be dropped."""
         return self.policies.get("FORWARD") == "DROP" or self._drops("FORWARD", set())
 
     def _drops(self, chain: str, seen: set[str]) -> bool:
-        """Tell whether a rule of a chain, but for ours, drops anything, or one of a chain that it jumps to."""
+        """Return whether a rule of a chain, or of a chain that it jumps to, drops anything."""
         seen.add(chain)
         for rule in self.rules.get(chain, ()):
             for flag, target in zip(rule, rule[1:]):
@@ -92,24 +92,24 @@ class Filter:
 
 
 def ensure() -> list[str]:
-    """Put our rules where they belong, and take them away elsewhere; return a line for each change made.
+    """Add our rules to the chains that need them, and remove them elsewhere; return a line for each change.
 
-    Raises CalicoError when iptables fails, or is not there, and something may drop what is forwarded.
+    Raises CalicoError when iptables fails, or is missing while a firewall may drop forwarded packets.
     """
     return [line for command in COMMANDS for line in _bring(command, remove=False)]
 
 
 def remove() -> None:
-    """Take our rules away; raise CalicoError. Without the command, they stay: all that they do is to accept."""
+    """Remove our rules. Without the command, they stay: they only accept. Raises CalicoError."""
     for command in COMMANDS:
         if _is_there(command):
             _bring(command, remove=True)
 
 
 def missing() -> list[str]:
-    """Return the chains that would drop what is ours, and where nothing accepts it before.
+    """Return the chains that would drop the endpoints' packets, and lack our rules.
 
-    Raises CalicoError where that cannot be told.
+    Raises CalicoError where that cannot be determined.
     """
     found = []
     for command in COMMANDS:
@@ -122,18 +122,18 @@ def missing() -> list[str]:
 
 
 def old_felix_chains() -> dict[str, list[str]]:
-    """Return the chains that the Felix of 2015 has left, by the iptables command that shows them.
+    """Return the chains that Felix of 2015 has left, by the iptables command that shows them.
 
-    They drop what comes from and goes to interfaces `cali…` that Felix does not know. Its image had an iptables of its
-    own, so they may be where the host's does not look. Raises CalicoError where that cannot be told. Source: Felix's
-    frules.py and dispatch.py.
+    They drop packets from and to `cali…` interfaces that Felix does not know. Its image had an iptables of its own, so
+    they may be in tables that the host's does not show. Raises CalicoError where that cannot be determined. Source:
+    Felix's frules.py and dispatch.py.
     """
     found: dict[str, list[str]] = {}
     for command in COMMANDS:
         legacy = f"{command}-legacy"
         if _is_there(command):
             _find_old_felix(command, found)
-            # where there are no such tables, asking for them would load modules of the kernel
+            # where there are no such tables, listing them would load kernel modules
             if "nf_tables" in _run(command, "--version") and _legacy_tables(command) and _is_there(legacy):
                 _find_old_felix(legacy, found)
     return found
@@ -147,7 +147,7 @@ def _find_old_felix(command: str, found: dict[str, list[str]]) -> None:
 
 
 def _legacy_tables(command: str) -> list[str]:
-    """Return the tables of iptables-legacy that the kernel has, or of ip6tables-legacy."""
+    """Return the names of the tables of iptables-legacy, or of ip6tables-legacy, that the kernel has."""
     try:
         return (Path("/proc/net") / f"{command.replace('tables', '')}_tables_names").read_text().split()
     except OSError:  # a kernel without them
@@ -155,9 +155,9 @@ def _legacy_tables(command: str) -> list[str]:
 
 
 def sends_events() -> bool:
-    """Tell whether changes of the host's iptables show as nftables events.
+    """Return whether changes of the host's iptables deliver nftables events.
 
-    Those of iptables-legacy do not, nor that somebody installs the command.
+    Changes of iptables-legacy do not, nor does the installation of the command.
     """
     return _is_there("iptables") and "nf_tables" in _run("iptables", "--version")
 
@@ -172,7 +172,7 @@ def _bring(command: str, remove: bool) -> list[str]:
         rules = current.rules.get(chain, [])
         ours = [rule for rule in rules if set(_RULES[0][2:]) <= set(rule) and "cali+" in rule]
         if chain == wanted:
-            # behind a rule without conditions nothing is reached; otherwise the place is the operator's choice
+            # rules behind an unconditional jump are never reached; otherwise, the position is up to the operator
             end = next((number for number, rule in enumerate(rules) if rule[:1] == ("-j",)), len(rules))
             if sorted(ours) == sorted(_RULES) and all(rules.index(rule) < end for rule in ours):
                 continue
@@ -190,7 +190,7 @@ def _bring(command: str, remove: bool) -> list[str]:
 
 
 def _current(command: str) -> Filter | None:
-    """Return the table `filter`; None where neither that nor the command is there. Raises CalicoError."""
+    """Return the table `filter`; None where there is neither that nor the command. Raises CalicoError."""
     if _is_there(command):
         return Filter(_run(f"{command}-save", "-t", "filter"))
     why = _may_drop(command)
@@ -207,7 +207,7 @@ def _is_there(command: str) -> bool:
 
 
 def _may_drop(command: str) -> str | None:
-    """Return which firewall may drop what is forwarded, found out without its command; None where there is none."""
+    """Return which firewall may drop forwarded packets, found without its command; None where there is none."""
     if "filter" in _legacy_tables(command):
         return f"this host has an {command}-legacy firewall, which may drop what is forwarded"
     family = command.replace("tables", "")

@@ -1,6 +1,6 @@
-"""Runs nftables transactions in this process, through libnftables, and tells who changed the kernel's tables.
+"""The driver of nftables: runs transactions in this process, by libnftables, and follows changes of the tables.
 
-Knows no Calico. Source: libnftables(3); include/uapi/linux/netfilter/nf_tables.h for the events.
+Knows nothing of Calico. Source: libnftables(3); include/uapi/linux/netfilter/nf_tables.h for the events.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ _NEWGEN = 15
 
 
 class NftError(CalicoError):
-    """The kernel, or the library, refused a transaction; nothing of it was done."""
+    """The kernel, or the library, refused a transaction; nothing of it was applied."""
 
 
 class Nft:
-    """A handle of libnftables in this process's network namespace. Not for several threads at once."""
+    """A handle of libnftables in this process's network namespace. Not thread-safe."""
 
     def __init__(self) -> None:
         try:
@@ -63,7 +63,7 @@ class Nft:
         library.nft_ctx_buffer_error(self._context)
 
     def run(self, commands: str) -> str:
-        """Do all commands, in nft's syntax, as one transaction, or none; return what they print. Raises NftError."""
+        """Run commands in nft's syntax as one transaction; return what they print. Raises NftError."""
         if self._library.nft_run_cmd_from_buffer(self._context, commands.encode()) != 0:
             said = (self._library.nft_ctx_get_error_buffer(self._context) or b"").decode(errors="replace")
             raise NftError(f"nftables refused a change: {' '.join(said.split())[:300]}")
@@ -72,9 +72,9 @@ class Nft:
 
 @contextmanager
 def _low_descriptor() -> Iterator[None]:
-    """Have the next descriptor that is opened be one that select(2) takes: the library calls it, and aborts otherwise.
+    """Make the next descriptor one that select(2) accepts: the library calls that, and aborts otherwise.
 
-    Where a process has inherited more of them than that, one that nobody here knows is given a higher number.
+    Where this process has inherited so many descriptors that none is left, one of those is moved to a higher number.
     """
     try:
         free = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
@@ -91,22 +91,22 @@ def _low_descriptor() -> Iterator[None]:
 
 
 def _is_inherited(fd: int) -> bool:
-    """Tell whether a descriptor was there when this program began: what Python opens is closed on exec (PEP 446)."""
+    """Return whether a descriptor was inherited: those that Python opens are closed on exec (PEP 446)."""
     try:
-        # the library's own are inheritable, too
+        # those of the library are inheritable, too
         return os.get_inheritable(fd) and str(Path(f"/proc/self/fd/{fd}").readlink()) not in _netlink_sockets()
     except OSError:
         return False
 
 
 def _netlink_sockets() -> set[str]:
-    """Return the names of all netlink sockets, as /proc/PID/fd has them."""
+    """Return the names of all netlink sockets, in the form of /proc/PID/fd."""
     with open("/proc/net/netlink") as table:
         return {f"socket:[{line.split()[-1]}]" for line in table}
 
 
 def own_ports(protocol: int = _NETLINK_NETFILTER) -> set[int]:
-    """Return the netlink addresses of this process's sockets to a part of the kernel, which its changes bear."""
+    """Return the netlink ports of this process's sockets of a protocol: notifications name the requester's port."""
     sockets = set()
     for file in Path("/proc/self/fd").iterdir():
         try:
@@ -122,11 +122,11 @@ def own_ports(protocol: int = _NETLINK_NETFILTER) -> set[int]:
 
 
 class TableEvents:
-    """The kernel's notices of changes to nftables tables, those of iptables-nft among them."""
+    """The kernel's notifications of changes of nftables tables, including those of iptables-nft."""
 
     def __init__(self) -> None:
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_NETFILTER)
-        # one of our own transactions may bring a notice for each of thousands of elements
+        # a single transaction may bring a notification for each of thousands of elements
         self._socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, 2**24)
         self._socket.bind((0, 0))
         self._socket.setsockopt(_SOL_NETLINK, _NETLINK_ADD_MEMBERSHIP, _NFNLGRP_NFTABLES)
@@ -134,9 +134,9 @@ class TableEvents:
         self._unread = b""
 
     def wait(self) -> tuple[set[str], int]:
-        """Wait for a transaction's end; return the names of the tables it changed, and who did it (netlink address).
+        """Wait for the end of a transaction; return the tables that it changed, and the netlink port of its sender.
 
-        When there were more notices than the kernel could keep, the set has the empty name alone.
+        Where the kernel had to drop notifications, the only name is the empty one.
         """
         while True:
             while len(self._unread) >= 20:
@@ -156,7 +156,7 @@ class TableEvents:
 
 
 def _table(attributes: bytes) -> str:
-    """Return the table that a message is about: attribute 1 of every kind of message."""
+    """Return the table that a message is about: attribute 1 in all kinds of messages."""
     at = 0
     while at + 4 <= len(attributes):
         length, kind = struct.unpack_from("=HH", attributes, at)

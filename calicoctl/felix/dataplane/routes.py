@@ -1,7 +1,6 @@
-"""Routes, neighbours and interface settings of this host's endpoints: what is wanted, against what the kernel has.
+"""The driver of endpoints' routes, neighbour entries and interface sysctls: programs the difference to the kernel.
 
-Everything of ours can be told from others': routes by their protocol number, neighbour entries by being permanent and
-on a `cali…` interface.
+Ours are recognised: routes by their protocol number, neighbour entries by being permanent and on a `cali…` interface.
 """
 
 from __future__ import annotations
@@ -36,14 +35,14 @@ _RTM_NEWROUTE = 24
 _RTN_UNICAST = 1
 _RTA_DST, _RTA_OIF, _RTA_PRIORITY = 1, 4, 6
 _METRIC6 = 1
-"""The smallest, for IPv6, where 0 stands for 1024."""
+"""The smallest metric of IPv6, where 0 stands for 1024."""
 
 Item = tuple[str, ...]
 """("route", address), ("neighbour", address, MAC), or ("proxy", address)."""
 
 
 class Routes:
-    """What the kernel has of ours, by interface index."""
+    """The kernel's routes and neighbour entries that are ours, cached by interface index."""
 
     def __init__(self, netlink: IPRoute) -> None:
         self._netlink = netlink
@@ -54,7 +53,7 @@ class Routes:
         return list_links(self._netlink)
 
     def read(self, links: Collection[Link]) -> None:
-        """Learn what of ours the kernel has. Raises CalicoError."""
+        """Read from the kernel what it has of ours on these interfaces, and all our routes. Raises CalicoError."""
         self._have.clear()
         indices = {link.index for link in links}
         for family in (socket.AF_INET, socket.AF_INET6):
@@ -69,11 +68,11 @@ class Routes:
                 self._have[entry.index].add(("proxy", entry.address))
 
     def forget(self, index: int) -> None:
-        """Take it that the kernel has nothing of an interface: it has gone, or down."""
+        """Drop an interface from the cache: it was deleted, or set down, and the kernel has removed what it had."""
         self._have.pop(index, None)
 
     def forget_route(self, address: str) -> int | None:
-        """Take it that the route to an address is gone; return its interface, None where none should be there."""
+        """Drop the route to an address from the cache; return its interface's index, None if there was none."""
         for index, items in self._have.items():
             if ("route", address) in items:
                 items.discard(("route", address))
@@ -81,13 +80,13 @@ class Routes:
         return None
 
     def indices(self) -> set[int]:
-        """Return the interfaces that the kernel has something of ours for."""
+        """Return the indices of the interfaces on which the kernel has something of ours."""
         return {index for index, items in self._have.items() if items}
 
     def apply(self, endpoint: LocalEndpoint, link: Link, next_hop: str | None) -> None:
-        """Give the kernel what an endpoint wants, and take away what else there is on its interface.
+        """Program what an endpoint needs, and remove what else of ours is on its interface.
 
-        `next_hop` is the host's IPv6 address, if the endpoint uses one. Raises CalicoError.
+        `next_hop` is the IPv6 address that the workload uses as its next hop, if it is known. Raises CalicoError.
         """
         for path, value in sysctls.interface_settings(link.name, bool(endpoint.addresses_of(6))).items():
             sysctls.write(path, value)
@@ -103,13 +102,13 @@ class Routes:
                 self._add(link.index, item)
                 have.add(item)
         for item in sorted(have - set(wanted)):
-            # a neighbour's entry with another MAC has been replaced above
+            # an entry of the same neighbour with another MAC has been replaced above
             if item[0] != "neighbour" or ("neighbour", item[1], endpoint.mac) not in wanted:
                 self._remove(link.index, item)
             have.discard(item)
 
     def clear(self, index: int) -> None:
-        """Take everything of ours off an interface; raise CalicoError."""
+        """Remove all that is ours from an interface. Raises CalicoError."""
         for item in sorted(self._have.get(index, ())):
             self._remove(index, item)
         self._have.pop(index, None)
@@ -147,10 +146,10 @@ class Routes:
 
 
 def _add_route(family: int, address: str, index: int) -> None:
-    """Add a route in front of any other to the same address, which stays; raise OSError.
+    """Add a route in front of any other route to the same address, which is kept. Raises OSError.
 
-    pyroute2 would replace the other, or refuse. Source: the kernel's uapi/linux/rtnetlink.h, and fib_table_insert() of
-    its net/ipv4/fib_trie.c: without a flag that says what to do with routes that are there, the new one goes first.
+    pyroute2 would replace the other route, or fail. Source: the kernel's uapi/linux/rtnetlink.h, and fib_table_insert()
+    of its net/ipv4/fib_trie.c: without a flag about existing routes, the new one goes first.
     """
     packed = socket.inet_pton(family, address)
     scope = _SCOPE_LINK if family == socket.AF_INET else 0
@@ -158,7 +157,7 @@ def _add_route(family: int, address: str, index: int) -> None:
     body += netlink.attribute(_RTA_DST, packed) + netlink.attribute(_RTA_OIF, struct.pack("=I", index))
     if family == socket.AF_INET6:
         body += netlink.attribute(_RTA_PRIORITY, struct.pack("=I", _METRIC6))
-    with suppress(FileExistsError):  # this very route is there
+    with suppress(FileExistsError):  # the same route is there
         netlink.do(socket.NETLINK_ROUTE, _RTM_NEWROUTE, netlink.CREATE, body)
 
 

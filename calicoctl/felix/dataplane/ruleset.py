@@ -1,18 +1,19 @@
-"""From the snapshot to nftables: which chains, sets and maps our tables have, and the commands that bring them there.
+"""Renders the snapshot as nftables tables: their chains, sets and maps, and the commands that change them.
 
-The tables (docs/agent.md has a picture):
+The tables (docs/agent.md lists them):
 
-* Base chains do what is the same for all endpoints, and ask two verdict maps, `from` and `to`, for the chain of an
-  interface. So a packet costs the same however many endpoints there are, and an interface that is in no map passes
-  nothing.
-* Endpoints with the same list of profiles share a pair of chains, `from/…` and `to/…`, which ask the chains of the
-  profiles, `outbound/…` and `inbound/…`, in order. A profile's rules stand once, a tag's addresses are one set.
-* The two directions are two base chains, one behind the other. So `accept` ends one of them alone, whoever called.
-* Packets of established connections pass without a look at the rules, but for the time from a change until the
-  connections that it denies have been ended: then those in a connection's first direction are looked at like new ones.
+* Base chains have the rules that are the same for all endpoints, and look up the chain of an interface in two verdict
+  maps, `from` and `to`. So the cost of a packet does not depend on the number of endpoints, and an interface that is in
+  no map passes nothing.
+* Endpoints with the same list of profiles share a pair of chains, `from/…` and `to/…`, which jump to the chains of the
+  profiles, `outbound/…` and `inbound/…`, in order. A profile's rules exist once, and a tag's addresses are one set.
+* The two directions are two base chains, one after the other, since `accept` ends the evaluation of one base chain.
+* The established fast path: packets of established connections pass without evaluation of the rules. From a change
+  until the connections that it denies have been ended, packets in a connection's first direction are evaluated like
+  new ones.
 
-`Ruleset` remembers what it has put into the tables and gives the commands for what differs: their number grows with
-the change, not with the host. All commands of one call are meant for one transaction.
+`Ruleset` caches what it has put into the tables, and renders the commands for the difference: their number grows with
+the change, not with the host. All commands of one call belong in one transaction. Runs nothing itself.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ TABLES = (("inet", "calico"), ("arp", "calico"))
 LOG_PREFIX = "calico-packet: "
 
 _LOG = f'limit rate 10/second burst 50 packets log prefix "{LOG_PREFIX}" level warn'
-"""What a log rule does. Without the limit, a container could fill the host's disk with one line a packet."""
+"""The action of a log rule. Without the limit, a container could fill the host's disk with a line per packet."""
 
 _TYPES = {4: "ipv4_addr", 6: "ipv6_addr"}
 _SAFE = re.compile(r"[A-Za-z0-9_.-]{1,39}", re.ASCII)
@@ -99,32 +100,32 @@ add rule arp calico anti-spoofing iifname . arp saddr ether . arp saddr ip != @s
 
 
 def remove_commands() -> str:
-    """Return the commands that take our tables away, whether they are there or not."""
+    """Return the commands that delete our tables, whether they exist or not."""
     return "".join(f"add table {family} {name}\ndelete table {family} {name}\n" for family, name in TABLES)
 
 
 def _replace_tables(commands: str) -> str:
-    """Return commands that make the tables, in place of whatever they hold, and then do what `commands` do."""
+    """Return commands that replace the tables by empty ones with the static rules, followed by `commands`."""
     tables = "".join(f"add table {family} {name}\n" for family, name in TABLES)
     return remove_commands() + tables + _SKELETON + commands
 
 
 @dataclass
 class Update:
-    """The commands of one transaction, and the addresses whose connections it may deny from now on."""
+    """The commands of one transaction, and the addresses of which it may deny open connections."""
 
     commands: str
     affected: set[str]
 
 
 class Ruleset:
-    """What our tables hold, as far as it changes: sets' elements, and chains with their rules."""
+    """The variable contents of our tables: elements of sets and maps, and chains with their rules."""
 
     def __init__(self) -> None:
         self._elements: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
-        """How often each is wanted: one endpoint may get what another, which waits, has not given up yet."""
+        """Reference counts: an endpoint may be given what another, which is deferred, has not given up yet."""
         self._chains: dict[str, tuple[str, ...]] = {}
-        # who makes use of what, so that what is used by nobody can go
+        # who uses what, so that unused chains and sets are removed
         self._endpoints: dict[EndpointId, LocalEndpoint] = {}
         self._members: dict[EndpointId, tuple[tuple[str, ...], tuple[str, ...]]] = {}
         self._members_of_profile: dict[str, set[EndpointId]] = defaultdict(set)
@@ -136,13 +137,13 @@ class Ruleset:
         self._tags_used: dict[str, set[str]] = {}
 
     def load(self, snapshot: Snapshot, pending: Mapping[EndpointId, Collection[str]] | None = None) -> Update:
-        """Return the commands that make the tables anew, in place of whatever they hold. For a new Ruleset."""
+        """Return the commands that load the tables as a whole, replacing any contents. For a new Ruleset."""
         everything = Dirty(set(snapshot.endpoints), profiles=set(snapshot.profiles), pools=True, settings=True)
         update = self.update(snapshot, everything, pending)
         return Update(_replace_tables(update.commands), update.affected)
 
     def recreate(self) -> str:
-        """Return the commands that make the tables anew with what they hold already, should they have gone."""
+        """Return the commands that load the tables with the contents they had before another process changed them."""
         change = _Change(defaultdict(Counter), {})
         for tag in self._profiles_of_tag:
             for version in (4, 6):
@@ -155,15 +156,15 @@ class Ruleset:
         return _replace_tables(change.commands())
 
     def tagged(self, tag: str, address: str) -> bool:
-        """Tell whether an address is one of a tag's."""
+        """Return whether an endpoint with this address has a tag."""
         return address in self._addresses.get(tag, ())
 
     def has(self, id: EndpointId) -> bool:
-        """Tell whether the tables know an endpoint of this host."""
+        """Return whether an endpoint of this host is in the tables."""
         return id in self._endpoints
 
     def addresses_of(self, id: EndpointId) -> tuple[str, ...]:
-        """Return the addresses that the tables know an endpoint of this host by."""
+        """Return the addresses that an endpoint of this host has in the tables."""
         endpoint = self._endpoints.get(id)
         return () if endpoint is None else endpoint.addresses
 
@@ -179,7 +180,7 @@ class Ruleset:
         affected = self._update_members(snapshot, dirty, change)
         profiles = set(dirty.profiles)
         ids = [id for id in dirty.endpoints if id.host == snapshot.host]
-        # all that goes before all that comes: an interface may have passed from one endpoint to another
+        # all removals before all additions: an interface may have passed from one endpoint to another
         for id in ids:
             before = self._endpoints.get(id)
             for where, element in _elements(before) if before is not None else ():
@@ -209,7 +210,7 @@ class Ruleset:
         return Update(change.commands(), affected)
 
     def restore_established_fast_path(self) -> str:
-        """Return the commands after which packets of established connections pass without a look at the rules."""
+        """Return the commands that let packets of established connections pass without evaluation of the rules."""
         change = _Change(self._elements, self._chains)
         self._set_gates(change, fast_path=True)
         return change.commands()
@@ -221,7 +222,7 @@ class Ruleset:
     # A tag's addresses: those of all endpoints, of all hosts, that have a profile with that tag
 
     def _update_members(self, snapshot: Snapshot, dirty: Dirty, change: _Change) -> set[str]:
-        """Bring the addresses of all tags up to date; return those that came to a tag in use, or left one."""
+        """Update the addresses of all tags; return those that a tag in use has gained, or lost."""
         changed: Counter[tuple[str, str]] = Counter()
         ids = set(dirty.endpoints)
         for profile in dirty.profiles:
@@ -298,7 +299,7 @@ class Ruleset:
                 for profile in now.profiles:
                     self._lists_of_profile[profile].add(now.profiles)
                     profiles.add(profile)
-        # what comes from an endpoint that has gone is dropped for its address alone, connections and all
+        # all packets of an endpoint that is gone are dropped by anti-spoofing, those of connections included
         if now is not None and (before is None or _policy_of(before) != _policy_of(now)):
             for endpoint in (before, now):
                 affected.update(endpoint.sources if endpoint is not None else ())
@@ -346,7 +347,7 @@ class Ruleset:
 
 
 def rule_lines(rule: Rule) -> list[str]:
-    """Return a rule as nftables rules: none for one that no packet can meet, one an IP version where that matters."""
+    """Render a rule as nftables rules: none if no packet can match, one per IP version where that matters."""
     number = None if rule.protocol is None else protocol_number(rule.protocol)
     by_version = (
         number in (ICMP, ICMPV6) or rule.ip_version or rule.src_tag or rule.dst_tag or rule.src_net or rule.dst_net
@@ -379,10 +380,10 @@ def rule_lines(rule: Rule) -> list[str]:
 
 
 class _Change:
-    """Collects what is to be different, and writes the commands in an order that nftables takes.
+    """Collects the changes of one transaction, and renders their commands in an order that nftables accepts.
 
-    What is not used any more goes last, after all that referred to it; map elements that change go before they come
-    again. What is added and removed in one change, or the other way round, is not mentioned.
+    What is unused is deleted last, after everything that referred to it; elements of maps are deleted before they are
+    added with another value. What is added and removed in the same change, or removed and added, yields no command.
     """
 
     def __init__(self, elements: dict[tuple[str, str], Counter[str]], chains: dict[str, tuple[str, ...]]) -> None:
@@ -395,7 +396,7 @@ class _Change:
         self._deleted: set[str] = set()
 
     def add(self, where: tuple[str, str], element: str) -> None:
-        """Put an element into the set, or map, of a (family, name)."""
+        """Add an element to a set or map, given as (family, name)."""
         self._elements[where][element] += 1
         if self._elements[where][element] > 1:
             return
@@ -415,7 +416,7 @@ class _Change:
             self._removed[where][element] = None
 
     def replace(self, where: tuple[str, str], elements: Iterable[str]) -> None:
-        """Make a set hold these elements."""
+        """Replace the elements of a set."""
         wanted = set(elements)
         for element in sorted(self._elements[where].keys() - wanted):
             self.remove(where, element)
@@ -439,7 +440,7 @@ class _Change:
         self._elements.pop(where, None)
 
     def set_chain(self, name: str, rules: tuple[str, ...] | None) -> None:
-        """Make a chain have these rules, or be absent for None."""
+        """Set the rules of a chain; None deletes it."""
         self._old_chains.setdefault(name, self._chains.get(name))
         if rules is None:
             self._chains.pop(name, None)
@@ -454,12 +455,12 @@ class _Change:
         kept = sorted(name for name in changed if name in self._chains)
         lines += [f"add chain inet calico {name} {_BASE_CHAINS.get(name, '')}" for name in kept]
         lines += [f"flush chain inet calico {name}" for name in sorted(changed) if self._old_chains[name] is not None]
-        # an element of a map that is removed is named by its key alone
+        # an element of a map is deleted by its key
         lines += self._element_lines("delete", self._removed, lambda element: element.partition(" : ")[0])
         lines += self._element_lines("add", self._added, str)
         for name in kept:
             lines += [f"add rule inet calico {name} {rule}" for rule in self._chains[name]]
-        # lists of profiles before the profiles that they jump to
+        # chains of lists of profiles before those of the profiles, to which they jump
         gone = sorted(
             (name for name in changed if name not in self._chains), key=lambda n: n.startswith(_PROFILE_CHAINS)
         )
@@ -486,17 +487,17 @@ _GATES = {
     "outbound-to-host": ("input", -11, "iifname", ("jump host-services", "jump starts", "iifname vmap @from", "drop")),
     "to-host": ("input", -10, "iifname", ("jump host-services", "jump host-action")),
 }
-"""The base chains that ask the rules: hook, priority behind that of `filter`, whose packets, and how they ask."""
+"""The base chains that evaluate policy: hook, priority relative to `filter`, side of the interface, rules."""
 
 _BASE_CHAINS = {"outgoing": "{ type nat hook postrouting priority srcnat; policy accept; }"} | {
     name: f"{{ type filter hook {hook} priority filter - {-priority}; policy accept; }}"
     for name, (hook, priority, _, _) in _GATES.items()
 }
-"""Those whose rules change, or that are not always there."""
+"""Base chains whose rules change, or that do not always exist."""
 
 
 def _gate(name: str, fast_path: bool) -> tuple[str, ...]:
-    """Return the rules of a base chain that asks the rules."""
+    """Return the rules of a base chain that evaluates policy."""
     _, _, side, ask = _GATES[name]
     known = "ct state established,related accept" if fast_path else "ct state established ct direction reply accept"
     related = () if fast_path else ("ct state related accept",)
@@ -504,7 +505,7 @@ def _gate(name: str, fast_path: bool) -> tuple[str, ...]:
 
 
 def _elements(endpoint: LocalEndpoint) -> list[tuple[tuple[str, str], str]]:
-    """Return what an endpoint has in which set or map."""
+    """Return the elements of an endpoint, each with its set or map."""
     name, mac = f'"{endpoint.interface}"', endpoint.mac
     outbound, inbound = _chains_of_list(endpoint.profiles)
     elements = [
@@ -539,25 +540,25 @@ def _update_pools(snapshot: Snapshot, change: _Change) -> None:
             change.replace(("inet", f"{name}{version}"), (str(network) for network in merged))
         if any(pool.masquerade for pool in pools):
             translations.append(f"{family} saddr @masquerade{version} {family} daddr != @pools{version} masquerade")
-    # only where it is needed: its being there costs every packet of the host
+    # only where it is needed: a NAT base chain costs every packet of the host
     change.set_chain("outgoing", tuple(translations) or None)
 
 
 def _part(name: str) -> str:
-    """Return what stands for a profile or a tag in a name of ours: itself, or for one that is not safe, a digest.
+    """Return a profile's or tag's part of a chain's or set's name: itself or, if nftables cannot spell it, a digest.
 
-    The slash before the digest is in no safe name, so the two kinds never meet.
+    The slash before the digest is in no other name, so the two kinds never collide.
     """
     return name if _SAFE.fullmatch(name) else "/" + hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:32]
 
 
 def set_of_tag(tag: str, version: int) -> str:
-    """Return the name of the set of a tag's addresses of an IP version."""
+    """Return the name of the set with a tag's addresses of an IP version."""
     return f"tag{version}/{_part(tag)}"
 
 
 def _chains_of_list(profiles: Sequence[str]) -> tuple[str, str]:
-    """Return the names of the chains for what comes from, and what goes to, endpoints with these profiles."""
+    """Return the names of the chains for packets from, and to, endpoints with this list of profiles."""
     name = "/".join(map(_part, profiles))
     if len(name) > 200:
         name = "//" + hashlib.sha256(name.encode()).hexdigest()[:32]

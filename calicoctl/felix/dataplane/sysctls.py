@@ -1,6 +1,6 @@
-"""Kernel settings under /proc/sys/net, and what those of the whole host were before the agent changed them.
+"""The driver of sysctls (/proc/sys/net), which remembers the host-wide ones as they were before the agent changed them.
 
-The values found are kept in a file until they are put back; like the settings, it does not outlive a reboot.
+The original values are kept in a file until they are restored. Like the settings, it does not survive a reboot.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _SETTING = re.compile(
 
 
 def interface_settings(interface: str, ipv6: bool) -> dict[str, str]:
-    """Return what the host's end of an endpoint has to have, by path; `ipv6` where the endpoint has such an address.
+    """Return the sysctls of the host's end of an endpoint's veth pair, by path; `ipv6` if it has an IPv6 address.
 
     Source: the kernel's Documentation/networking/ip-sysctl.rst. A host answers a neighbour solicitation only for an
     address of the receiving interface, hence proxy_ndp; proxy_delay would hold the answer back by up to 0.8 s, and
@@ -52,7 +52,7 @@ def interface_settings(interface: str, ipv6: bool) -> dict[str, str]:
 
 
 def reset_interface(interface: str) -> None:
-    """Give an interface that no endpoint has any more the settings of a new one; raise CalicoError."""
+    """Reset an interface that belongs to no endpoint any more to the defaults. Raises CalicoError."""
     for path in interface_settings(interface, True):
         default = read(path.replace(f"/{interface}/", "/default/"))
         if default is not None and read(path) is not None:
@@ -60,7 +60,7 @@ def reset_interface(interface: str) -> None:
 
 
 def read(path: str) -> str | None:
-    """Return a setting, None where the kernel has no such; raise CalicoError for want of descriptors or memory."""
+    """Return a sysctl, None if the kernel has no such. Raises CalicoError for lack of descriptors or memory."""
     try:
         return (ROOT / path).read_text().strip()
     except OSError as error:
@@ -70,7 +70,7 @@ def read(path: str) -> str | None:
 
 
 def write(path: str, value: str) -> None:
-    """Write a setting unless it is so already; raise CalicoError."""
+    """Write a sysctl, unless it has that value already. Raises CalicoError."""
     if read(path) == value:
         return
     try:
@@ -87,14 +87,14 @@ def _is_sound(found: object) -> bool:
 
 
 class HostSettings:
-    """The settings of the whole host that the agent changes, and the file that remembers what they were."""
+    """The host-wide sysctls that the agent changes, and the file that keeps their original values."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
         self._found: dict[str, list[str]] = {}
-        """By path: the value found, and ours, or that which comes with ours."""
+        """By path: the original value, and ours, or the one that the kernel sets along with ours."""
         self._kept = True
-        """Whether the file holds that."""
+        """Whether the file has all of `_found`."""
         try:
             self._found = json.loads(file.read_text())
             if not _is_sound(self._found):
@@ -105,14 +105,14 @@ class HostSettings:
             raise CalicoError(f"{file} cannot be read: {error}; remove it") from None
 
     def forward(self, ipv6: bool) -> None:
-        """Make this host forward IPv4 and, with `ipv6`, IPv6, without losing routes that it learns from routers."""
+        """Make this host forward IPv4 and, with `ipv6`, IPv6, keeping the routes learned from router advertisements."""
         self._switch_on(IPV4_FORWARDING)
         if not ipv6:
             if IPV6_FORWARDING in self._found:
                 needed = {IPV6_FORWARDING} if engine.forwards(ipv6=True) else set()
                 self.restore(lambda path: path.startswith("ipv6/"), needed)
         elif read(IPV6_FORWARDING) != "1" or IPV6_FORWARDING in self._found:
-            # a host that forwards ignores router advertisements but where this is 2; interfaces come later, too
+            # a host that forwards ignores router advertisements unless this is 2; interfaces are added later, too
             for _, name in socket.if_nameindex():
                 path = f"ipv6/conf/{name}/accept_ra"
                 if not name.startswith("cali") and read(path) == "1":
@@ -120,11 +120,13 @@ class HostSettings:
             self._switch_on(IPV6_FORWARDING)
 
     def restore(self, chosen: Callable[[str], bool], needed: Collection[str] = ()) -> None:
-        """Put back the values found, where the value still is ours and nobody else needs it."""
-        if IPV6_FORWARDING in needed:  # routes learned from routers would go, too, as long as this host forwards
+        """Restore the original values of the `chosen` paths, but for those that are not ours any more, or `needed`."""
+        if (
+            IPV6_FORWARDING in needed
+        ):  # while this host forwards, they keep the routes learned from router advertisements
             needed = {*needed, *(path for path in self._found if path.endswith("/accept_ra"))}
         paths = [path for path in self._found if chosen(path)]
-        # forwarding before what depends on it
+        # forwarding first: the kernel changes other settings along with it
         for path in sorted(paths, key=lambda path: path not in (IPV4_FORWARDING, IPV6_FORWARDING)):
             before, ours = self._found[path]
             if path not in needed and read(path) == ours:
@@ -134,10 +136,10 @@ class HostSettings:
             self._keep()
 
     def _switch_on(self, path: str) -> None:
-        """Switch forwarding on, and remember what the kernel will change besides when it is switched off again.
+        """Enable forwarding, and remember the settings that the kernel will change when it is disabled again.
 
-        That is the setting of each interface, and whether IPv4's redirects are accepted. Source: inet_forward_change in
-        the kernel's net/ipv4/devinet.c, addrconf_fixup_forwarding in net/ipv6/addrconf.c.
+        These are the setting of each interface, and whether redirects of IPv4 are accepted. Source: inet_forward_change
+        in the kernel's net/ipv4/devinet.c, addrconf_fixup_forwarding in net/ipv6/addrconf.c.
         """
         if read(path) == "0" and path not in self._found:
             names = ["default", *(name for _, name in socket.if_nameindex() if not name.startswith("cali"))]
