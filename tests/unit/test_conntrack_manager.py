@@ -112,6 +112,7 @@ def test_a_new_endpoint_is_pending_until_its_address_has_been_verified(world: Co
     world.verify()
     assert not world.conntrack.connections and not world.context.pending
     assert world.round() == {"w2"} and B in str(world.nft.set("senders4"))
+    assert world.round() == set()
     assert world.journal.index(f"end {OUTSIDE}") < len(world.journal) - 1 - world.journal[::-1].index("nft")
 
 
@@ -218,8 +219,9 @@ def test_before_the_first_update_nothing_is_pending(world: ConnectionWorld) -> N
     world.store.profile("closed")
     world.store.endpoint(2, B, profile_ids=["closed"])
     assert world.round() == {"w2"} and not world.context.pending and not world.nft.has_fast_path()
+    assert world.manager.needs_apply
     world.manager.verify_now()
-    assert not world.conntrack.connections and world.nft.has_fast_path()
+    assert not world.conntrack.connections and world.nft.has_fast_path() and not world.manager.needs_apply
 
 
 def test_policy_of_both_ends_and_of_the_host_decides(world: ConnectionWorld) -> None:
