@@ -211,19 +211,19 @@ def test_a_status_that_etcd_refuses_holds_up_no_other(pair: AgentHost) -> None:
         pair.etcd.put(f"{folder}/{name}", {"state": "inactive"})
     wait_for(lambda: pair.endpoint_status(f"{folder}/e2") and pair.endpoint_status(f"{folder}/e3"), "the others")
     wait_for(lambda: "e1" in str(pair.status()["last_error"]), "the error to be shown")
-    sign = "/calico/felix/v1/host/host1/status"
-    pair.etcd.delete(sign)
-    wait_for(lambda: pair.etcd.get(sign), "the next sign of life", 15)
+    heartbeat = "/calico/felix/v1/host/host1/status"
+    pair.etcd.delete(heartbeat)
+    wait_for(lambda: pair.etcd.get(heartbeat), "the next heartbeat", 15)
 
 
 HASTY_AGENT = """
 from calicoctl.felix import agent, process
-agent.TICK = agent.REVIEW_INTERVAL = 0.5
+agent.TICK = agent.RESYNC_INTERVAL = 0.5
 agent.run("host1", process.Options())
 """
 
 
-def test_a_review_puts_back_what_nothing_tells_of(bare_host: Host) -> None:
+def test_a_resync_restores_what_delivers_no_events(bare_host: Host) -> None:
     host = AgentHost(bare_host.etcd)
     host.register("192.0.2.2")
     host.add_pair()

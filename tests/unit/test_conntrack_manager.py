@@ -159,15 +159,6 @@ def test_an_endpoint_that_gets_one_more_address_when_it_is_admitted_is_pending_a
     assert B not in str(world.nft.objects)
 
 
-def test_an_endpoint_that_gets_one_more_address_when_it_is_admitted_is_pending_again(world: ConnectionWorld) -> None:
-    world.store.endpoint(2, B)
-    world.round()
-    world.verify()
-    world.store.endpoint(2, B, C)
-    assert world.round() == set() and world.context.pending[endpoint_id(2)].addresses == {B, C}
-    assert B not in str(world.nft.objects)
-
-
 def test_a_pending_endpoint_that_is_removed_is_forgotten(world: ConnectionWorld) -> None:
     world.store.endpoint(2, B)
     world.round()
@@ -196,6 +187,8 @@ def test_listings_that_come_while_the_tables_are_unknown_are_made_again(world: C
     world.policy.invalidate(-1)
     world.verify()
     assert world.conntrack.connections
+    world.manager.on_event(Tick())
+    assert world.conntrack.requests == [frozenset({A, "fe80::ff:fe00:1"})]
     world.round()
     world.verify()
     assert not world.conntrack.connections and world.nft.has_fast_path()

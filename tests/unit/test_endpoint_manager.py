@@ -103,8 +103,9 @@ def test_a_route_that_another_process_removes_is_restored(world: EndpointWorld) 
     world.manager.on_event(RouteGone("192.168.0.99"))
     assert not world.manager.needs_apply
     world.manager.on_event(RouteGone(A))
+    assert not world.routes.indices()
     world.apply()
-    assert world.routes.journal[-1] == "route cali1"
+    assert world.routes.routes == {11: (A,)}
 
 
 def test_what_fails_is_an_error_and_is_retried_at_the_tick(world: EndpointWorld) -> None:
@@ -143,12 +144,16 @@ def test_routes_of_unowned_interfaces_are_collected_at_a_resync(world: EndpointW
 
 def test_links_are_listed_again_only_when_events_of_them_were_lost(world: EndpointWorld) -> None:
     world.manager.resync()
-    assert world.routes.listings == 1
+    assert world.routes.listings == 1 and world.routes.journal.count("read routes") == 2
     world.routes.add_link("cali1", 12)
     world.manager.on_event(KernelEventsLost())
     world.manager.resync()
     world.apply()
-    assert world.routes.listings == 2 and world.routes.routes == {12: (A,)}
+    assert world.routes.listings == 2 and world.routes.routes == {12: (A,)} and not world.checked
+    world.routes.add_link("cali1", 12, mac="02:00:00:00:00:99")
+    world.manager.on_event(KernelEventsLost())
+    world.manager.resync()
+    assert world.checked == [endpoint_id(1)], "the MAC has changed"
 
 
 def test_a_failed_policy_is_an_error_of_every_endpoint_which_is_applied_again(world: EndpointWorld) -> None:
