@@ -42,7 +42,7 @@ def test_etcd_away_and_back(own_etcd: Etcd) -> None:
     host.profile("web", inbound=[])
     wait_for(lambda: not ping("a", B4), "the change")
     wait_for(lambda: host.status()["etcd"]["reachable"], "the agent to say so")
-    wait_for(lambda: own_etcd.get("/calico/felix/v1/host/host1/status"), "the sign of life")
+    wait_for(lambda: own_etcd.get("/calico/felix/v1/host/host1/status"), "the heartbeat")
 
 
 def test_an_etcd_that_hangs_keeps_no_agent_from_ending(own_etcd: Etcd) -> None:
