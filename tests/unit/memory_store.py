@@ -40,6 +40,8 @@ class MemoryStore:
     * "lost": it is applied, but its answer is lost, and another writer changes the key right after;
     * a Lost;
     * "down": the store cannot be reached.
+
+    `before_read` is called before each read and each batch of a watch, and may raise what goes wrong with it.
     """
 
     def __init__(self) -> None:
@@ -47,14 +49,17 @@ class MemoryStore:
         self.index = 0
         self.clock = 0.0
         self.trouble: Callable[[], Trouble] = lambda: None
+        self.before_read: Callable[[], None] = lambda: None
         self._expiry: dict[str, float] = {}
         self._history: deque[tuple[int, Change]] = deque(maxlen=HISTORY)
         self._changed = Condition()
 
     def get(self, key: str) -> Entry | None:
+        self.before_read()
         return self._now(key)
 
     def tree(self, directory: str) -> list[Entry]:
+        self.before_read()
         self._expire()
         return [entry for key, entry in sorted(self.entries.items()) if key.startswith(directory + "/")]
 
@@ -113,6 +118,7 @@ class MemoryStore:
             return [c for i, c in self._history if i >= index and (c.key + "/").startswith(directory + "/")]
 
         while True:
+            self.before_read()
             self._expire()
             with self._changed:
                 if index > self.index + 1 or (self._history and index < self._history[0][0]):

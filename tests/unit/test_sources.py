@@ -1,9 +1,22 @@
-"""The translation of the Docker Engine's events."""
+"""The events of the store, from a store in memory, and the translation of the Docker Engine's events."""
 
 from __future__ import annotations
 
-from calicoctl.felix.events import ContainerChanged
-from calicoctl.felix.sources import container_changed
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from queue import SimpleQueue
+from typing import Any
+
+import pytest
+
+from calicoctl.datastore.client import DatastoreClient
+from calicoctl.datastore.store import Change
+from calicoctl.errors import StoreUnavailable
+from calicoctl.felix import sources
+from calicoctl.felix.events import ContainerChanged, StoreAway, StoreChanged, StoreFollowed, StoreRead
+from calicoctl.felix.sources import StoreEvents, container_changed
+from tests.unit.memory_store import HISTORY, MemoryStore
 
 ID = "ab" * 32
 
@@ -16,3 +29,86 @@ def test_events_of_old_and_of_current_engines() -> None:
     older = {**current, "Action": "destroy", "status": "destroy", "id": ID, "from": "busybox"}
     assert container_changed(current) == ContainerChanged(ID, removed=False)
     assert container_changed(older) == ContainerChanged(ID, removed=True)
+
+
+class End(BaseException):
+    """Ends the thread that follows a store."""
+
+
+class Followed:
+    """A store whose directory /calico a thread follows, and the events that it emits."""
+
+    def __init__(self) -> None:
+        self.store = MemoryStore()
+        self.queue: SimpleQueue[Any] = SimpleQueue()
+        self.source = StoreEvents(DatastoreClient(self.store, "h"), "/calico", self.queue)
+        self.thread = threading.Thread(target=self._follow, daemon=True)
+
+    def _follow(self) -> None:
+        with suppress(End):
+            self.source.follow()
+
+    def next(self) -> Any:
+        return self.queue.get(timeout=10)
+
+    def fail(self, error: BaseException) -> None:
+        def before_read() -> None:
+            raise error
+
+        self.store.before_read = before_read
+
+    def work(self) -> None:
+        self.store.before_read = lambda: None
+
+
+@pytest.fixture
+def followed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Followed]:
+    monkeypatch.setattr(sources, "LONG_POLL", 0.02)
+    monkeypatch.setattr(sources, "LONGEST_PAUSE", 0.01)
+    followed = Followed()
+    yield followed
+    followed.fail(End())
+    followed.thread.join(10)
+    assert not followed.thread.is_alive()
+
+
+def test_a_directory_is_read_then_every_change_below_it_is_emitted(followed: Followed) -> None:
+    one = followed.store.create("/calico/a", "1")
+    followed.thread.start()
+    assert followed.next() == StoreRead("/calico", [one])
+    assert followed.next() == StoreFollowed("/calico")
+    followed.store.create("/elsewhere", "1")
+    two = followed.store.update(one, "2")
+    followed.store.delete(two)
+    assert [followed.next(), followed.next()] == [StoreChanged(Change("/calico/a", entry)) for entry in (two, None)]
+
+
+def test_a_directory_is_read_again_when_the_watch_has_expired(followed: Followed) -> None:
+    followed.thread.start()
+    assert followed.next() == StoreRead("/calico", [])
+    assert followed.next() == StoreFollowed("/calico")
+
+    def miss_changes() -> None:
+        followed.work()
+        for number in range(HISTORY + 1):
+            followed.store.put("/calico/a", str(number))
+
+    followed.store.before_read = miss_changes
+    read = followed.next()
+    assert isinstance(read, StoreRead) and [entry.value for entry in read.entries] == [str(HISTORY)]
+    last = followed.store.create("/calico/b", "1")
+    assert followed.next() == StoreChanged(Change("/calico/b", last)), "an expired watch is no failure"
+
+
+@pytest.mark.parametrize("error", [StoreUnavailable("it is away"), RuntimeError("a defect")])
+def test_a_directory_is_read_again_when_the_store_is_back(followed: Followed, error: Exception) -> None:
+    followed.thread.start()
+    assert [type(followed.next()) for _ in range(2)] == [StoreRead, StoreFollowed]
+    followed.fail(error)
+    away = followed.next()
+    assert isinstance(away, StoreAway) and str(error) in away.why and not away.read
+    entry = followed.store.create("/calico/a", "1")  # another host can reach it
+    followed.work()
+    assert followed.next() == StoreRead("/calico", [entry])
+    assert followed.next() == StoreFollowed("/calico")
+    assert followed.queue.empty()
