@@ -1,0 +1,77 @@
+"""`checksystem` on hosts with and without the prerequisites."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from tests.system.agent import AgentHost
+from tests.system.support import AS_NOBODY, CALICOCTL, Host, not_installed, run
+
+
+def checks(host: Host, *options: str, status: int = 0, **env: str) -> dict[str, dict]:
+    said = host.ctl("checksystem", "--output=json", *options, status=status, env=env)
+    return {check["name"]: check for check in json.loads(said.out)}
+
+
+def test_checksystem(bare_host: Host) -> None:
+    found = checks(bare_host)
+    assert found["root"]["ok"] and found["veth"]["ok"]
+    assert found["nftables: policy, connection tracking, NAT, ARP"]["found"] == "works"
+    assert found["etcd with its v2 API"]["found"].startswith("version 3.")
+    (limit,) = re.findall(r"thresh3 (\d+)", run("ip", "ntable", "show", "name", "arp_cache").out)
+    assert f"room for {limit} endpoints" in found["neighbour table of IPv4"]["found"]
+    assert not found["host agent"]["ok"] and not found["host agent"]["needed"]
+    links = run("ip", "-br", "link").out
+    assert "check0" not in links and "check" not in run("nft", "list", "tables").out, "nothing is left"
+    text = bare_host.ctl("checksystem").out
+    assert all(word in text for word in ("What to do", "iptables", "Docker Engine"))
+
+
+def test_checksystem_without_what_is_needed(bare_host: Host, tmp_path: Path) -> None:
+    nowhere = {"ETCD_AUTHORITY": "127.0.0.1:1", "DOCKER_HOST": "unix:///nowhere", "PATH": str(tmp_path)}
+    with not_installed("conntrack"):
+        said = bare_host.ctl("checksystem", "--output=json", status=1, env=nowhere)
+    assert said.err.startswith("This host lacks prerequisites: etcd")
+    found = {check["name"]: check for check in json.loads(said.out)}
+    assert "nothing listens" in found["Docker Engine"]["found"] and not found["Docker Engine"]["needed"]
+    assert found["conntrack"]["advice"] == "install the package conntrack"
+    assert found["local etcd"]["found"].endswith("would start it at http://127.0.0.1:1")
+    assert "Docker Engine" in bare_host.ctl("checksystem", "--libnetwork", status=1, env=nowhere).err
+    with not_installed("ip"):
+        assert "prerequisites: ip;" in bare_host.ctl("checksystem", status=1, env=nowhere).err
+    unprivileged = [*AS_NOBODY, CALICOCTL]
+    said = bare_host.ctl("checksystem", status=1, command=unprivileged)
+    assert "lacks prerequisites: root." in said.err
+
+
+def test_checksystem_where_nothing_is_as_it_should_be(bare_host: Host, engine: None, tmp_path: Path) -> None:
+    """Each check fails for itself alone."""
+    found = checks(bare_host, status=1, HOSTNAME="-x")
+    assert "host name" in found["host name"]["found"] and not found["etcd with its v2 API"]["ok"]
+    assert "1.2.3.4:abc" in checks(bare_host, DOCKER_HOST="tcp://1.2.3.4:abc")["Docker Engine"]["found"]
+    with not_installed("iptables*", "conntrack"):
+        found = checks(bare_host, status=1)
+        assert found["iptables"]["needed"] and not found["iptables"]["ok"] and not found["conntrack"]["ok"]
+        run("ip", "netns", "add", "new")  # the tables of iptables-legacy stay where they have been used once
+        said = bare_host.ctl(
+            "checksystem", "--output=json", status=1, command=["ip", "netns", "exec", "new", CALICOCTL]
+        )
+    found = {check["name"]: check for check in json.loads(said.out)}
+    assert found["Docker's firewall"]["ok"] and found["iptables chains of an old Felix"]["ok"], "there is none"
+    bare_host.etcd.put("/calico", "x")
+    try:
+        assert "a key, where a directory is expected" in checks(bare_host, status=1)["etcd with its v2 API"]["found"]
+    finally:
+        bare_host.etcd._request("DELETE", "/calico")
+
+
+def test_checksystem_and_a_firewall(bare_host: Host) -> None:
+    run("iptables", "-P", "FORWARD", "DROP")
+    try:
+        assert "will accept it there" in checks(bare_host)["Docker's firewall"]["found"]
+        AgentHost(bare_host.etcd).start_agent()
+        assert "nothing drops" in checks(bare_host)["Docker's firewall"]["found"]
+    finally:
+        run("iptables", "-P", "FORWARD", "ACCEPT")
