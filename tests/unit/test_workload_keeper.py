@@ -5,16 +5,19 @@ The seams are `upkeep.reconcile`, the engine's list, and the threads: tasks run 
 
 from __future__ import annotations
 
+import json
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Callable
 
 import pytest
 
+from calicoctl.datastore import keys
+from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.keys import EndpointId
+from calicoctl.datastore.model import Endpoint
 from calicoctl.errors import CalicoError, Conflict, DockerUnavailable, NamespaceError, StoreUnavailable
 from calicoctl.felix import events, sources, workload_keeper
 from calicoctl.felix.workload_keeper import WorkloadKeeper
@@ -22,6 +25,7 @@ from calicoctl.workloads import locks, upkeep
 from calicoctl.workloads.locks import WorkloadLock
 from calicoctl.workloads.upkeep import COLLECTED, REATTACHED, Action
 from calicoctl.workloads.workload import WorkloadState
+from tests.unit.memory_store import MemoryStore
 
 ONE, TWO = "1" * 64, "2" * 64
 BLUE = "-var-run-netns-blue"
@@ -60,8 +64,7 @@ class Bench:
 
     keeper: WorkloadKeeper
     pool: InlinePool
-    totals: dict[str, int | None]
-    endpoints: list[Any]
+    datastore: DatastoreClient
     now: float = 1000.0
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     reconciled: list[str] = field(default_factory=list)
@@ -108,16 +111,10 @@ class Bench:
 def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Bench:
     monkeypatch.setattr(locks, "DIRECTORY", tmp_path)
     monkeypatch.setattr(workload_keeper, "WorkerPool", InlinePool)
-    totals: dict[str, int | None] = {}
-    datastore = SimpleNamespace(
-        host="vm",
-        ipam=SimpleNamespace(handles=SimpleNamespace(totals=lambda: totals)),
-        readable_endpoints=lambda host: (endpoints, []),
-    )
+    datastore = DatastoreClient(MemoryStore(), "vm")
     reported: list[Any] = []
-    endpoints: list[Any] = []
-    keeper = WorkloadKeeper(lambda: datastore, reported.append, clock=lambda: made.now)  # type: ignore[arg-type]
-    made = Bench(keeper, keeper._pool, totals, endpoints, reported=reported)  # type: ignore[arg-type]
+    keeper = WorkloadKeeper(lambda: datastore, reported.append, clock=lambda: made.now)
+    made = Bench(keeper, keeper._pool, datastore, reported=reported)  # type: ignore[arg-type]
     monkeypatch.setattr(upkeep, "reconcile", made.reconcile)
     monkeypatch.setattr(upkeep, "misattached", lambda paths: [])
     monkeypatch.setattr(
@@ -237,8 +234,9 @@ def test_a_container_is_kept_for_the_grace_time_after_an_engine_starts_that_may_
     assert bench.collected == [ONE]
 
 
-def endpoint(id: str, state: str) -> SimpleNamespace:
-    return SimpleNamespace(id=EndpointId("vm", "docker", id, "e" * 32), state=state, workload_name="web")
+def add_endpoint(bench: Bench, id: str, state: str) -> None:
+    endpoint_id = EndpointId("vm", "docker", id, "e" * 32)
+    bench.datastore.create_endpoint(Endpoint(endpoint_id, state=state, workload_name="web"))
 
 
 def test_containers_that_do_not_match_their_endpoints_are_reconciled(
@@ -247,8 +245,8 @@ def test_containers_that_do_not_match_their_endpoints_are_reconciled(
     monkeypatch.setattr(socket, "if_nameindex", lambda: [(1, "cali" + "e" * 11)])
     ids = [digit * 64 for digit in "123456"]
     runs, stopped, revived, renamed, unknown, nameless = ids
-    bench.endpoints += [endpoint(id, "active") for id in ids]
-    bench.endpoints[1].state = bench.endpoints[2].state = "inactive"
+    for id in ids:
+        add_endpoint(bench, id, "inactive" if id in (stopped, revived) else "active")
     bench.take(
         events.EngineListed(
             {
@@ -265,7 +263,7 @@ def test_containers_that_do_not_match_their_endpoints_are_reconciled(
 
 def test_containers_are_compared_with_a_new_list_from_time_to_time(bench: Bench) -> None:
     bench.take(listed())
-    bench.endpoints.append(endpoint(ONE, "inactive"))
+    add_endpoint(bench, ONE, "inactive")
     bench.containers = [ONE]
     assert bench.wait(299) == []
     assert bench.wait(1) == [ONE]
@@ -397,7 +395,8 @@ def test_a_workload_whose_state_was_not_known_is_kept_for_the_grace_time_after_t
 
 
 def test_a_resync_reconciles_workloads_whose_addresses_do_not_match_their_endpoints(bench: Bench) -> None:
-    bench.totals.update({f"namespace.{BLUE}": 2, "namespace.-fits": 1, "other.x": 1})
+    for handle, count in {f"namespace.{BLUE}": 2, "namespace.-fits": 1, "other.x": 1}.items():
+        bench.datastore.set(keys.ipam_handle(handle), json.dumps({"id": handle, "block": {"10.0.0.0/26": count}}))
     assert bench.take(workload_keeper.Resynced({("namespace", BLUE): 1, ("namespace", "-fits"): 1})) == [BLUE]
 
 
