@@ -86,6 +86,14 @@ def test_an_event_of_an_interface_as_it_is_changes_nothing(world: EndpointWorld)
     assert not world.manager.needs_apply
 
 
+def test_other_interfaces_do_not_matter(world: EndpointWorld) -> None:
+    world.manager.on_event(LinkChanged(replace(world.link, name="eth0", index=2)))
+    assert not world.manager.needs_apply
+    world.tick()
+    world.tick()
+    assert world.health.unknown_interfaces == []
+
+
 def test_a_renamed_interface_loses_its_routes(world: EndpointWorld) -> None:
     world.manager.on_event(LinkChanged(replace(world.link, name="eth7")))
     world.apply()
@@ -95,6 +103,7 @@ def test_a_renamed_interface_loses_its_routes(world: EndpointWorld) -> None:
 def test_a_new_mac_is_followed_by_a_check_of_the_workload(world: EndpointWorld) -> None:
     """Its neighbour entry of the next hop has the old one."""
     world.manager.on_event(LinkChanged(replace(world.link, mac="02:00:00:00:00:99")))
+    assert not world.routes.indices(), "the kernel has removed the neighbour entries"
     world.apply()
     assert world.checked == [endpoint_id(1)] and world.routes.routes == {11: (A,)}
 

@@ -119,7 +119,6 @@ class EndpointManager(Manager):
             log.warning("interface %s was renamed to %s", other.name, link.name)
             del self._links[other.name]
             self._everything = True  # the routes to it must go
-            self._mark_owner(other.name)
         if not link.name.startswith(PREFIX):
             return
         before = self._links.get(link.name)
