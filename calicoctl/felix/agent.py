@@ -226,14 +226,14 @@ class Agent:
             self._snapshot.change(event.change)
         elif isinstance(event, events.StoreRead):
             self._on_store_read(event)
-        elif isinstance(event, events.StoreFollowed):
+        elif isinstance(event, events.WatchRecovered):
             if self._health.store.watch.succeeded(event.directory) and self._health.first_update:
                 log.info("the watch of the store works again")
-        elif isinstance(event, events.StoreAway):
-            self._on_store_away(event)
-        elif isinstance(event, events.StoreWritten):
+        elif isinstance(event, events.WatchFailed):
+            self._on_watch_failed(event)
+        elif isinstance(event, events.WritesRecovered):
             self._health.store.writes.succeeded("statuses")
-        elif isinstance(event, events.StoreNotWritten):
+        elif isinstance(event, events.WritesFailed):
             if self._health.store.writes.failed("statuses", event.why, event.since):
                 self._health.error(f"statuses cannot be written: {event.why}")
         elif isinstance(event, events.Replaced):
@@ -270,7 +270,7 @@ class Agent:
         if self._health.first_update and HOSTS.startswith(event.directory):
             self._keeper.resync(self._snapshot.addresses_listed())
 
-    def _on_store_away(self, event: events.StoreAway) -> None:
+    def _on_watch_failed(self, event: events.WatchFailed) -> None:
         if self._health.store.watch.failed(event.directory, event.why, event.since):
             self._health.error(f"{event.why}; the kernel is left as it is")
         if not event.read and self._health.store.reads.failed(event.directory, event.why, event.since):

@@ -29,14 +29,14 @@ class StoreChanged:
 
 
 @dataclass(frozen=True)
-class StoreFollowed:
-    """The watch of a directory of the store works, which it did not before."""
+class WatchRecovered:
+    """The watch of a directory of the store works again, or for the first time."""
 
     directory: str
 
 
 @dataclass(frozen=True)
-class StoreAway:
+class WatchFailed:
     """The watch of a directory of the store fails, and unless `read`, reading it fails, too.
 
     `since` is the time of the last success (ISO 8601).
@@ -49,12 +49,12 @@ class StoreAway:
 
 
 @dataclass(frozen=True)
-class StoreWritten:
-    """The store can be written, which it could not before."""
+class WritesRecovered:
+    """The store can be written again, or for the first time."""
 
 
 @dataclass(frozen=True)
-class StoreNotWritten:
+class WritesFailed:
     """The store cannot be written; `since` is the time of the last success (ISO 8601)."""
 
     why: str
@@ -70,14 +70,14 @@ class Replaced:
 
 @dataclass(frozen=True)
 class LinkChanged:
-    """An interface was added or changed or, with `gone`, deleted."""
+    """An interface was added, changed or, with `deleted`, removed."""
 
     link: Link
-    gone: bool = False
+    deleted: bool = False
 
 
 @dataclass(frozen=True)
-class RouteGone:
+class RouteLost:
     """Another process has deleted one of the agent's routes, or has replaced it by a route of its own."""
 
     address: str
@@ -121,7 +121,7 @@ class EngineListed:
 
 
 @dataclass(frozen=True)
-class EngineAway:
+class EngineUnavailable:
     """The Docker Engine has become unavailable."""
 
     why: str

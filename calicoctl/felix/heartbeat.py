@@ -179,11 +179,13 @@ class Heartbeat:
             self._datastore.statuses.remove_host(self._entry)
 
 
-def claim(datastore: DatastoreClient, force: bool, own_agent_writes: bool, tell: Callable[[str], None]) -> Entry | None:
+def claim(
+    datastore: DatastoreClient, force: bool, own_agent_writes: bool, notify: Callable[[str], None]
+) -> Entry | None:
     """Make the host's status this machine's, provided that no other agent has it.
 
     With `own_agent_writes`, this host's agent runs, and a status that names no machine is taken for its own. With
-    `force`, the status is taken over from any other agent. `tell` takes a sentence before there is something to wait
+    `force`, the status is taken over from any other agent. `notify` takes a sentence before there is something to wait
     for. Returns what was written, None where nothing had to be. Raises StoreError; CalicoError, having changed nothing,
     when another agent has the status.
     """
@@ -198,10 +200,10 @@ def claim(datastore: DatastoreClient, force: bool, own_agent_writes: bool, tell:
             if entry is None or writer is None or is_ours:
                 return _write(datastore, own, entry)
             if force:
-                return _take_over(datastore, own, entry, tell)
+                return _take_over(datastore, own, entry, notify)
             if writer.is_other_machine(own):
                 raise CalicoError(_in_use(datastore, writer, own))
-            return _write(datastore, own, _await_expiry(datastore, own, entry, tell))
+            return _write(datastore, own, _await_expiry(datastore, own, entry, notify))
         except (KeyExists, CompareFailed):
             pass  # it was written, or expired, concurrently
 
@@ -211,13 +213,15 @@ def _write(datastore: DatastoreClient, own: Identity, before: Entry | None) -> E
     return datastore.statuses.write_host(status, TIME_TO_LIVE, before)
 
 
-def _await_expiry(datastore: DatastoreClient, own: Identity, entry: Entry, tell: Callable[[str], None]) -> Entry | None:
+def _await_expiry(
+    datastore: DatastoreClient, own: Identity, entry: Entry, notify: Callable[[str], None]
+) -> Entry | None:
     """Wait until a status expires, or has not been renewed for EXPIRY_PATIENCE; return it in the latter case.
 
     Raises CalicoError when it is renewed.
     """
     writer = Identity.of(entry)
-    tell(
+    notify(
         f"Host {datastore.host} has a status in etcd that may be another agent's: waiting for it to expire, for "
         f"{EXPIRY_PATIENCE:.0f} s at most."
     )
@@ -234,13 +238,15 @@ def _await_expiry(datastore: DatastoreClient, own: Identity, entry: Entry, tell:
     return entry
 
 
-def _take_over(datastore: DatastoreClient, own: Identity, entry: Entry, tell: Callable[[str], None]) -> Entry:
+def _take_over(datastore: DatastoreClient, own: Identity, entry: Entry, notify: Callable[[str], None]) -> Entry:
     """Overwrite another agent's status, and wait until that agent has noticed, and changes no records any more.
 
     Raises CalicoError when it goes on writing: agents of older versions do not check.
     """
     who = _with_addresses(datastore, Identity.of(entry).describe(own))
-    tell(f"{who} reports for host {datastore.host}: taking over, and waiting {YIELD_PATIENCE:.0f} s for it to notice.")
+    notify(
+        f"{who} reports for host {datastore.host}: taking over, and waiting {YIELD_PATIENCE:.0f} s for it to notice."
+    )
     mine: Entry | None = _write(datastore, own, entry)
     until = time.monotonic() + YIELD_PATIENCE
     while time.monotonic() < until:

@@ -1,6 +1,6 @@
-"""Takes everything that the agent has put into the kernel out of it again, for `calicoctl node remove`.
+"""Removes what the agent has programmed into the kernel, for `calicoctl node remove`.
 
-Interfaces belong to the endpoints, and have gone with them; one that is left, its record gone, keeps nothing of ours.
+The interfaces were deleted with their endpoints; one that is left, without a record, keeps nothing of ours.
 """
 
 from __future__ import annotations

@@ -288,7 +288,7 @@ class EndpointStatuses:
         report: Callable[[dict[EndpointId, Status | None]], None],
         removed: Callable[[EndpointId], None],
     ) -> None:
-        """`report` takes the statuses that have changed, None for an endpoint that is gone; so does `removed`."""
+        """`report` takes the statuses that have changed, None for an endpoint that was deleted; so does `removed`."""
         self._snapshot = snapshot
         self._health = health
         self._report = report
@@ -296,7 +296,7 @@ class EndpointStatuses:
         self._set: dict[EndpointId, Status | None] = {}
 
     def set(self, id: EndpointId, status: Status | None) -> None:
-        """Set an endpoint's status, None for an endpoint that is gone."""
+        """Set an endpoint's status, None for an endpoint that was deleted."""
         self._set[id] = status
 
     def publish(self) -> None:
@@ -332,7 +332,7 @@ class StoreReporter(threading.Thread):
     """Drives the statuses in the store to those it was given last, unless another agent reports for this host."""
 
     def __init__(self, datastore: DatastoreClient, health: Health, put: Callable[[Any], None]) -> None:
-        """`put` takes the events: whether the store can be written (StoreWritten, StoreNotWritten), other failures
+        """`put` takes the events: whether the store can be written (WritesRecovered, WritesFailed), other failures
         (Failure), and that another agent has begun to report for this host, or has stopped (Replaced).
         """
         super().__init__(name="reporting", daemon=True)
@@ -348,11 +348,11 @@ class StoreReporter(threading.Thread):
         self._wake = threading.Event()
         self._alive = True
         self._written_last = now()
-        self._away: events.StoreNotWritten | None = events.StoreNotWritten("nothing has been written yet", "")
+        self._failed: events.WritesFailed | None = events.WritesFailed("nothing has been written yet", "")
         self._refused: str | None = None
 
     def set(self, statuses: dict[EndpointId, Status | None]) -> None:
-        """Take in new statuses; None for an endpoint that is gone."""
+        """Take in new statuses; None for an endpoint that was deleted."""
         with self._lock:
             for id, status in statuses.items():
                 if status is None:
@@ -411,17 +411,17 @@ class StoreReporter(threading.Thread):
 
     def _emit(self, error: Exception | None) -> None:
         """Emit what has changed: whether the store can be written, and whether it accepts all statuses."""
-        away, refused = None, None
+        failed, refused = None, None
         if isinstance(error, StoreError):
-            away = events.StoreNotWritten(str(error), self._written_last)
+            failed = events.WritesFailed(str(error), self._written_last)
         else:
             self._written_last = now()
             refused = None if error is None else f"statuses cannot be written: {error}"
-        if away != self._away:
-            self._put(away or events.StoreWritten())
+        if failed != self._failed:
+            self._put(failed or events.WritesRecovered())
         if refused != self._refused:
             self._put(events.Failure(refused, "statuses"))
-        self._away, self._refused = away, refused
+        self._failed, self._refused = failed, refused
 
     def end(self) -> None:
         """Write what is left, and remove the heartbeat, unless the store is too slow for that."""

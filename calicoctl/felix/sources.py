@@ -26,21 +26,21 @@ from calicoctl.felix.events import (
     AddressesChanged,
     Container,
     ContainerChanged,
-    EngineAway,
     EngineListed,
+    EngineUnavailable,
     Events,
     Failure,
     GatewaysChanged,
     KernelEventsLost,
     LinkChanged,
     MountsChanged,
-    RouteGone,
-    StoreAway,
+    RouteLost,
     StoreChanged,
-    StoreFollowed,
     StoreRead,
     TablesChanged,
     ThreadDied,
+    WatchFailed,
+    WatchRecovered,
 )
 from calicoctl.felix.heartbeat import now
 
@@ -112,7 +112,7 @@ class StoreEvents(_Source):
         super().__init__(f"following {directory}", events)
         self._datastore = datastore
         self._directory = directory
-        self._away: StoreAway | None = StoreAway(directory, "it has not been read yet", "")
+        self._away: WatchFailed | None = WatchFailed(directory, "it has not been read yet", "")
         """The last failure that was emitted, None while the watch works."""
         self._worked = now()
         """When a request last succeeded."""
@@ -160,12 +160,12 @@ class StoreEvents(_Source):
 
     def _emit_followed(self) -> None:
         if self._away is not None:
-            self._events.put(StoreFollowed(self._directory))
+            self._events.put(WatchRecovered(self._directory))
         self._away = None
 
     def _emit_away(self, why: str, read: bool) -> None:
         if self._away is None or (self._away.read and not read) or not self._away.since:
-            self._away = StoreAway(self._directory, why, self._worked, read)
+            self._away = WatchFailed(self._directory, why, self._worked, read)
             self._events.put(self._away)
 
 
@@ -201,13 +201,13 @@ class KernelEvents(_Source):
             for kind, message in netlink.messages(data):
                 if kind in (_RTM_NEWLINK, _RTM_DELLINK):
                     for parsed in marshal.parse(message):
-                        self._events.put(LinkChanged(link_of(parsed), gone=kind == _RTM_DELLINK))
+                        self._events.put(LinkChanged(link_of(parsed), deleted=kind == _RTM_DELLINK))
                 elif kind in (_RTM_NEWADDR, _RTM_DELADDR):
                     if _is_assignable(message):
                         self._events.put(AddressesChanged())
                 elif _is_loss(kind, message) and _sender(message) not in own_ports(socket.NETLINK_ROUTE):
                     for parsed in marshal.parse(message):
-                        self._events.put(RouteGone(parsed.get_attr("RTA_DST")))
+                        self._events.put(RouteLost(parsed.get_attr("RTA_DST")))
                 elif message[21] not in (PROTOCOL, _RTPROT_KERNEL) and not self.gateways_pending.is_set():
                     self.gateways_pending.set()
                     self._events.put(GatewaysChanged())
@@ -220,22 +220,22 @@ class EngineEvents(_Source):
         super().__init__("following the Docker Engine", events)
 
     def follow(self) -> None:
-        away = False
+        unavailable = False
         while True:
             try:
                 with engine.client("for its events") as docker:
                     # from a moment ago, so that no change is lost between events and list
                     changes = docker.events(since=int(time.time()) - 1, filters=_CONTAINER_CHANGES, decode=True)
                     self._events.put(EngineListed(_listed(docker.containers(all=True))))
-                    away = False
+                    unavailable = False
                     for change in changes:
                         self._events.put(container_changed(change))
                 why = "the Docker Engine has ended"
             except Exception as error:  # of any kind: an end of this thread would end the agent
                 why = str(error) if isinstance(error, CalicoError) else f"Docker cannot be followed: {error!r}"
-            if not away:
-                self._events.put(EngineAway(why))
-            away = True
+            if not unavailable:
+                self._events.put(EngineUnavailable(why))
+            unavailable = True
             time.sleep(ENGINE_PAUSE)
             while not engine.may_be_there():  # many hosts have none
                 time.sleep(ENGINE_PAUSE)

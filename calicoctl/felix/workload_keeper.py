@@ -262,7 +262,7 @@ class WorkloadKeeper:
             self._add(key, now)
         elif isinstance(item, events.EngineListed):
             self._on_engine_listed(item, now)
-        elif isinstance(item, events.EngineAway):
+        elif isinstance(item, events.EngineUnavailable):
             self._engine_was_away = True
             self._queue.pause(DOCKER)
             log.info("%s; containers' endpoints and addresses are kept", item.why)

@@ -306,11 +306,11 @@ def test_a_resync_comes_from_time_to_time_and_is_retried_when_it_fails(
 
 def test_the_report_has_what_the_threads_say(world: AgentWorld) -> None:
     health = world.agent._health
-    world.step(events.StoreAway("/calico/v1", "no etcd answers", "2026-01-01T00:00:00Z"))
+    world.step(events.WatchFailed("/calico/v1", "no etcd answers", "2026-01-01T00:00:00Z"))
     assert health.store.watch.works is False and "report beat_soon" in world.journal
-    world.step(events.StoreNotWritten("etcd is full", "2026-01-01T00:00:00Z"))
+    world.step(events.WritesFailed("etcd is full", "2026-01-01T00:00:00Z"))
     assert health.store.writes.error == "etcd is full"
-    world.step(events.StoreWritten(), events.StoreFollowed("/calico/v1"))
+    world.step(events.WritesRecovered(), events.WatchRecovered("/calico/v1"))
     assert health.store.writes.works
     world.step(events.StoreRead("/calico/v1", []))
     assert health.resyncs == 1 and "keeper resync" in world.journal

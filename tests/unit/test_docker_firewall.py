@@ -28,11 +28,11 @@ HEAD = ":INPUT ACCEPT [0:0]\n:FORWARD %s [0:0]\n:OUTPUT ACCEPT [0:0]\n"
     ],
 )
 def test_the_chain_that_our_rules_belong_to(policy: str, rest: str, chain: str | None) -> None:
-    assert Filter(HEAD % policy + rest).wanted_chain() == chain
+    assert Filter(HEAD % policy + rest).desired_chain() == chain
 
 
 def test_without_any_table_nothing_drops() -> None:
-    assert Filter("").wanted_chain() is None
+    assert Filter("").desired_chain() is None
 
 
 @pytest.mark.parametrize(

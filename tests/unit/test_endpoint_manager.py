@@ -10,7 +10,7 @@ from calicoctl.datastore.keys import EndpointId
 from calicoctl.desired.snapshot import INACTIVE
 from calicoctl.felix.dataplane.endpoint_manager import EndpointManager
 from calicoctl.felix.dataplane.manager import PendingAddresses
-from calicoctl.felix.events import KernelEventsLost, LinkChanged, PolicyFailed, RouteGone, Tick
+from calicoctl.felix.events import KernelEventsLost, LinkChanged, PolicyFailed, RouteLost, Tick
 from tests.unit.kernel import FakeRoutes
 from tests.unit.snapshots import World, endpoint_id
 
@@ -64,7 +64,7 @@ def test_pending_addresses_keep_an_endpoint_from_being_programmed(world: Endpoin
 
 
 def test_a_missing_interface_is_reported_and_its_workload_checked(world: EndpointWorld) -> None:
-    world.manager.on_event(LinkChanged(world.link, gone=True))
+    world.manager.on_event(LinkChanged(world.link, deleted=True))
     world.apply()
     assert world.status(1) == ("down", "there is no interface cali1") and world.checked == [endpoint_id(1)]
     world.manager.on_event(LinkChanged(replace(world.link, index=12)))
@@ -109,9 +109,9 @@ def test_a_new_mac_is_followed_by_a_check_of_the_workload(world: EndpointWorld) 
 
 
 def test_a_route_that_another_process_removes_is_restored(world: EndpointWorld) -> None:
-    world.manager.on_event(RouteGone("192.168.0.99"))
+    world.manager.on_event(RouteLost("192.168.0.99"))
     assert not world.manager.needs_apply
-    world.manager.on_event(RouteGone(A))
+    world.manager.on_event(RouteLost(A))
     assert not world.routes.indices()
     world.apply()
     assert world.routes.routes == {11: (A,)}

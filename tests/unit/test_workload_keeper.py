@@ -157,7 +157,7 @@ def test_containers_wait_until_the_engine_has_listed_them_and_namespaces_do_not(
     bench.keeper.enqueue(namespace(BLUE))
     assert bench.take() == [BLUE]
     assert bench.take(listed(ONE)) == [ONE]
-    assert bench.take(events.EngineAway("Docker cannot be reached"), changed(ONE)) == []
+    assert bench.take(events.EngineUnavailable("Docker cannot be reached"), changed(ONE)) == []
     assert bench.take(listed(ONE)) == [ONE]
 
 
@@ -226,7 +226,7 @@ def test_a_container_is_kept_for_the_grace_time_after_an_engine_starts_that_may_
     bench: Bench, away: bool
 ) -> None:
     if away:
-        bench.take(workload_keeper.Resynced({("docker", TWO): 1}), listed(TWO), events.EngineAway("it restarts"))
+        bench.take(workload_keeper.Resynced({("docker", TWO): 1}), listed(TWO), events.EngineUnavailable("it restarts"))
     bench.outcomes[ONE] = Outcome(state=WorkloadState.GONE)
     assert bench.take(listed(TWO), changed(ONE)) == [ONE]
     assert bench.collected == []

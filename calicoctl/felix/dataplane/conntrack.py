@@ -140,16 +140,16 @@ def _connections_of(addresses: Collection[str]) -> list[Connection]:
     """List the connections that come from, or are answered by, one of these addresses."""
     found = []
     for version, family in ((4, socket.AF_INET), (6, socket.AF_INET6)):
-        wanted = {socket.inet_pton(family, address) for address in addresses if (":" in address) == (version == 6)}
-        if not wanted:
+        desired = {socket.inet_pton(family, address) for address in addresses if (":" in address) == (version == 6)}
+        if not desired:
             continue
-        few = len(wanted) < 16
+        few = len(desired) < 16
         try:
             for body in netlink.dump(_NETLINK_NETFILTER, _GET, _header(family)):
                 message = body[4:]
-                if few and not any(address in message for address in wanted):
+                if few and not any(address in message for address in desired):
                     continue  # most entries of a busy host are not worth parsing
-                connection = parse(message, wanted)
+                connection = parse(message, desired)
                 if connection is not None:
                     found.append(connection)
         except OSError as error:

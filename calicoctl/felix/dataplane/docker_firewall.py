@@ -66,7 +66,7 @@ class Filter:
                     found.rules[chain].append(("-j", word.upper()))
         return found
 
-    def wanted_chain(self) -> str | None:
+    def desired_chain(self) -> str | None:
         """Return the chain that our rules belong to, None where nothing would drop forwarded packets.
 
         It is DOCKER-USER if FORWARD jumps there; after `iptables -F`, it does not.
@@ -116,7 +116,7 @@ def missing() -> list[str]:
         current = _current(command)
         if current is None or not current.would_drop():
             continue
-        if not set(_RULES) <= set(current.rules.get(str(current.wanted_chain()), ())):
+        if not set(_RULES) <= set(current.rules.get(str(current.desired_chain()), ())):
             found.append(f"{command} chain FORWARD")
     return found
 
@@ -167,11 +167,11 @@ def _bring(command: str, remove: bool) -> list[str]:
     if current is None:
         return []
     done = []
-    wanted = None if remove else current.wanted_chain()
+    desired = None if remove else current.desired_chain()
     for chain in _CHAINS:
         rules = current.rules.get(chain, [])
         ours = [rule for rule in rules if set(_RULES[0][2:]) <= set(rule) and "cali+" in rule]
-        if chain == wanted:
+        if chain == desired:
             # rules behind an unconditional jump are never reached; otherwise, the position is up to the operator
             end = next((number for number, rule in enumerate(rules) if rule[:1] == ("-j",)), len(rules))
             if sorted(ours) == sorted(_RULES) and all(rules.index(rule) < end for rule in ours):
@@ -180,7 +180,7 @@ def _bring(command: str, remove: bool) -> list[str]:
             continue
         for rule in ours:
             _run(command, "-w", "10", "-t", "filter", "-D", chain, *rule)
-        if chain == wanted:
+        if chain == desired:
             for rule in reversed(_RULES):
                 _run(command, "-w", "10", "-t", "filter", "-I", chain, "1", *rule)
             done.append(f"{command}: accepting cali+ in chain {chain}, which would drop it otherwise")

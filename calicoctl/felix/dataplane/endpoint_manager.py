@@ -15,7 +15,7 @@ from calicoctl.desired.snapshot import INACTIVE, Dirty, LocalEndpoint
 from calicoctl.errors import CalicoError
 from calicoctl.felix.dataplane.links import PREFIX, Link
 from calicoctl.felix.dataplane.manager import Context, Manager
-from calicoctl.felix.events import KernelEventsLost, LinkChanged, PolicyFailed, RouteGone, Tick
+from calicoctl.felix.events import KernelEventsLost, LinkChanged, PolicyFailed, RouteLost, Tick
 from calicoctl.felix.report import Status
 from calicoctl.workloads.workload import DOCKER, workload_of
 
@@ -56,8 +56,8 @@ class EndpointManager(Manager):
             self._on_snapshot_changed(event)
         elif isinstance(event, LinkChanged):
             self._on_link_changed(event)
-        elif isinstance(event, RouteGone):
-            self._on_route_gone(event)
+        elif isinstance(event, RouteLost):
+            self._on_route_lost(event)
         elif isinstance(event, KernelEventsLost):
             self._links_stale = True
         elif isinstance(event, PolicyFailed):
@@ -122,7 +122,7 @@ class EndpointManager(Manager):
         if not link.name.startswith(PREFIX):
             return
         before = self._links.get(link.name)
-        if event.gone:
+        if event.deleted:
             if before is not None and before.index == link.index:
                 del self._links[link.name]
             self._routes.forget(link.index)
@@ -135,7 +135,7 @@ class EndpointManager(Manager):
             self._follow_mac(before, link)
         self._mark_owner(link.name)
 
-    def _on_route_gone(self, event: RouteGone) -> None:
+    def _on_route_lost(self, event: RouteLost) -> None:
         index = self._routes.forget_route(event.address)
         if index is not None:
             log.warning("another process has removed, or replaced, the route to %s; restoring it", event.address)

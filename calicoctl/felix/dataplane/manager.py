@@ -41,7 +41,7 @@ class Manager(ABC):
 
     @abstractmethod
     def apply(self) -> None:
-        """Make the kernel what the snapshot wants, as far as it is dirty.
+        """Drive the kernel to the snapshot, as far as it is dirty.
 
         What fails is reported through the context, and is retried at the next Tick. An exception means a defect: the
         agent resyncs all managers and reloads the tables.

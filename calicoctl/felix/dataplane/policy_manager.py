@@ -1,4 +1,4 @@
-"""Policy: drives our nftables tables to what the snapshot wants, each change as one transaction.
+"""Policy: drives our nftables tables to the snapshot, each change as one transaction.
 
 What the tables must hold is the business of ruleset.py; this module runs its commands, reloads the tables as a whole
 where a change is refused or another process has modified them, and backs off when that fails as well.

@@ -90,20 +90,20 @@ class Routes:
         """
         for path, value in sysctls.interface_settings(link.name, bool(endpoint.addresses_of(6))).items():
             sysctls.write(path, value)
-        wanted: dict[Item, None] = {}
+        desired: dict[Item, None] = {}
         if next_hop is not None and endpoint.addresses_of(6):
-            wanted["proxy", next_hop] = None
+            desired["proxy", next_hop] = None
         for address in endpoint.addresses:
-            wanted["neighbour", address, endpoint.mac] = None
-            wanted["route", address] = None
+            desired["neighbour", address, endpoint.mac] = None
+            desired["route", address] = None
         have = self._have[link.index]
-        for item in wanted:
+        for item in desired:
             if item not in have:
                 self._add(link.index, item)
                 have.add(item)
-        for item in sorted(have - set(wanted)):
+        for item in sorted(have - set(desired)):
             # an entry of the same neighbour with another MAC has been replaced above
-            if item[0] != "neighbour" or ("neighbour", item[1], endpoint.mac) not in wanted:
+            if item[0] != "neighbour" or ("neighbour", item[1], endpoint.mac) not in desired:
                 self._remove(link.index, item)
             have.discard(item)
 

@@ -417,10 +417,10 @@ class _Change:
 
     def replace(self, where: tuple[str, str], elements: Iterable[str]) -> None:
         """Replace the elements of a set."""
-        wanted = set(elements)
-        for element in sorted(self._elements[where].keys() - wanted):
+        desired = set(elements)
+        for element in sorted(self._elements[where].keys() - desired):
             self.remove(where, element)
-        for element in sorted(wanted - self._elements[where].keys()):
+        for element in sorted(desired - self._elements[where].keys()):
             self.add(where, element)
 
     def create_set(self, name: str, type: str) -> None:
