@@ -14,7 +14,7 @@ from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.store import Change
 from calicoctl.errors import StoreUnavailable
 from calicoctl.felix import sources
-from calicoctl.felix.events import ContainerChanged, StoreAway, StoreChanged, StoreFollowed, StoreRead
+from calicoctl.felix.events import ContainerChanged, WatchFailed, StoreChanged, WatchRecovered, StoreRead
 from calicoctl.felix.sources import StoreEvents, container_changed
 from tests.unit.memory_store import HISTORY, MemoryStore
 
@@ -76,7 +76,7 @@ def test_a_directory_is_read_then_every_change_below_it_is_emitted(followed: Fol
     one = followed.store.create("/calico/a", "1")
     followed.thread.start()
     assert followed.next() == StoreRead("/calico", [one])
-    assert followed.next() == StoreFollowed("/calico")
+    assert followed.next() == WatchRecovered("/calico")
     followed.store.create("/elsewhere", "1")
     two = followed.store.update(one, "2")
     followed.store.delete(two)
@@ -86,7 +86,7 @@ def test_a_directory_is_read_then_every_change_below_it_is_emitted(followed: Fol
 def test_a_directory_is_read_again_when_the_watch_has_expired(followed: Followed) -> None:
     followed.thread.start()
     assert followed.next() == StoreRead("/calico", [])
-    assert followed.next() == StoreFollowed("/calico")
+    assert followed.next() == WatchRecovered("/calico")
 
     def miss_changes() -> None:
         followed.work()
@@ -103,12 +103,12 @@ def test_a_directory_is_read_again_when_the_watch_has_expired(followed: Followed
 @pytest.mark.parametrize("error", [StoreUnavailable("it is away"), RuntimeError("a defect")])
 def test_a_directory_is_read_again_when_the_store_is_back(followed: Followed, error: Exception) -> None:
     followed.thread.start()
-    assert [type(followed.next()) for _ in range(2)] == [StoreRead, StoreFollowed]
+    assert [type(followed.next()) for _ in range(2)] == [StoreRead, WatchRecovered]
     followed.fail(error)
     away = followed.next()
-    assert isinstance(away, StoreAway) and str(error) in away.why and not away.read
+    assert isinstance(away, WatchFailed) and str(error) in away.why and not away.read
     entry = followed.store.create("/calico/a", "1")  # another host can reach it
     followed.work()
     assert followed.next() == StoreRead("/calico", [entry])
-    assert followed.next() == StoreFollowed("/calico")
+    assert followed.next() == WatchRecovered("/calico")
     assert followed.queue.empty()
