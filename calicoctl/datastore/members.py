@@ -22,7 +22,7 @@ C = TypeVar("C")
 Verdict = Callable[["Entry | None"], "Entry | None"]
 """Takes the entry that a key has after a write whose outcome is unknown, None for none. Returns the entry as written
 when the write was applied, None when it was not and may be sent again; raises KeyExists or CompareFailed when another
-writer changed the key, so that nobody can know."""
+writer changed the key, so that it cannot be known."""
 
 
 class RequestFailed(Exception):
