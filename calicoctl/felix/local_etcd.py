@@ -9,36 +9,25 @@ from __future__ import annotations
 
 import fcntl
 import http.client
-import logging
 import os
-import select
-import signal
 import socket
-import subprocess
-import threading
-import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
+from calicoctl import proc
 from calicoctl.datastore.settings import EtcdSettings
 from calicoctl.environment import STORE, EnvironmentFile
 from calicoctl.errors import CalicoError
+from calicoctl.felix.daemon import Daemon, Process
 from calicoctl.workloads.locks import DIRECTORY
-
-log = logging.getLogger("calico.felix")
 
 DATA = Path("/var/lib/calico/etcd")
 
 START_PATIENCE = 60.0
 """Seconds to wait for etcd to serve."""
-
-END_PATIENCE = 30.0
-"""Seconds to wait for it to end."""
-
-LONGEST_PAUSE = 30.0
-"""Seconds between two starts of an etcd that keeps ending, at most."""
 
 _PORTS = range(2379, 32768, 10)
 """Ports to try: etcd's own first, then others below those that the kernel gives to connections."""
@@ -48,28 +37,19 @@ _CLIENT_URL = "--listen-client-urls=http://127.0.0.1:"
 
 def running(host: str) -> int | None:
     """Return the process id of a host's own etcd, None while it does not run."""
-    try:
-        pid = int(_pid_file(host).read_text())
-        arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-    except (OSError, ValueError):
-        return None
-    return pid if f"--data-dir={DATA}".encode() in arguments else None
+    return _process(host).pid()
 
 
 def stop(host: str) -> bool:
-    """End a host's own etcd, whatever store is named meanwhile, and wait until it has; tell whether it ran.
+    """End a host's own etcd, whatever store is named meanwhile, wait until it has ended, and return whether it ran.
 
     Raises CalicoError.
     """
-    pid = running(host)
-    if pid is None:
-        return False
-    with suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGTERM)
-    if not _await_end(pid, END_PATIENCE):
-        raise CalicoError(f"the local etcd (process {pid}) does not end")
-    _pid_file(host).unlink(missing_ok=True)
-    return True
+    return _process(host).stop()
+
+
+def _process(host: str) -> Process:
+    return Process("the local etcd", DIRECTORY / host / "etcd.pid", f"--data-dir={DATA}")
 
 
 def unannounce(was_ours: bool) -> None:
@@ -80,24 +60,6 @@ def unannounce(was_ours: bool) -> None:
     file = EnvironmentFile()
     if was_ours or _is_as_written(file):
         file.remove_own()
-
-
-def _await_end(pid: int, seconds: float | None = None) -> bool:
-    """Wait until all threads of a process have ended, and its port and data are free; tell whether they have."""
-    try:
-        fd = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return True
-    try:
-        poll = select.poll()
-        poll.register(fd, select.POLLIN)
-        return bool(poll.poll(None if seconds is None else seconds * 1000))
-    finally:
-        os.close(fd)
-
-
-def _pid_file(host: str) -> Path:
-    return DIRECTORY / host / "etcd.pid"
 
 
 def _is_as_written(file: EnvironmentFile) -> bool:
@@ -124,12 +86,17 @@ class LocalEtcd:
                 f"{settings.url((name, self._port))}: take ETCD_ENDPOINTS, ETCD_AUTHORITY and ETCD_SCHEME out of the "
                 f"environment and of {EnvironmentFile().path}, or leave --local-etcd out"
             )
-        self._host = host
         self._file = EnvironmentFile()
         self._may_move = settings.is_default or self._named_by_own_lines()
-        self._pid_file = _pid_file(host)
-        self._log_file = Path(log_dir) / "etcd.log"
-        self._child: subprocess.Popen[bytes] | None = None
+        self._daemon = Daemon(
+            _process(host),
+            Path(log_dir) / "etcd.log",
+            lock=DATA,
+            is_ready=self._healthy,
+            start_patience=START_PATIENCE,
+            # etcd reads settings from its environment that would clash with its options
+            environment={name: value for name, value in os.environ.items() if not name.startswith("ETCD_")},
+        )
 
     def _named_by_own_lines(self) -> bool:
         """Tell whether nothing but this etcd's own lines in the file of settings names it."""
@@ -147,7 +114,7 @@ class LocalEtcd:
 
     def running(self) -> int | None:
         """Return the process id of this etcd, None while it does not run."""
-        return running(self._host)
+        return self._daemon.process.pid()
 
     def refuse_other_settings(self) -> None:
         """Raise CalicoError when somebody has written another store into the file of settings."""
@@ -166,15 +133,18 @@ class LocalEtcd:
         pid = self.running()
         if pid is not None:
             self._adopt(pid)
-        elif not _is_free(self._port):
+        else:
+            self._choose_port(stay)
+
+    def _choose_port(self, stay: bool) -> None:
+        if not _is_free(self._port):
             if stay or not self._may_move:
                 raise self._taken()
             self._port = _free_port(_PORTS)
 
     def _adopt(self, pid: int) -> None:
         """Take the port of the process that runs for its port; raise CalicoError when another is named."""
-        arguments = Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")
-        ports = [int(a[len(_CLIENT_URL) :]) for a in arguments if a.startswith(_CLIENT_URL)]
+        ports = [int(word[len(_CLIENT_URL) :]) for word in proc.arguments(pid) if word.startswith(_CLIENT_URL)]
         if ports and ports[0] != self._port:
             if not self._may_move:
                 raise CalicoError(
@@ -197,20 +167,23 @@ class LocalEtcd:
         return CalicoError(f"an etcd answers at {self.url} already, and does not serve its v2 API: {way}")
 
     def start(self, stay: bool = False) -> bool:
-        """Start it unless it runs, and wait until it serves; tell whether it was started. Raises CalicoError.
+        """Start it unless it runs, and wait until it serves; return whether it was started. Raises CalicoError.
 
-        From then on, this process's environment names it. One that does not come to serve is ended: it might do so
-        later, when nobody looks after it. For `stay`, see `find_place`.
+        From then on, this process's environment names it. For `stay`, see `find_place`.
         """
-        try:
-            started = self._launch(stay)
-            self._await_health()
-        except BaseException:  # also when the command is interrupted
-            self._end_child()
-            raise
+        self._make_data_folder()
+        started = self._daemon.start(partial(self._command, stay), self._adopt)
         if self._may_move:
             os.environ.update(self._variables)
         return started
+
+    def supervise(self) -> None:
+        """Start it again whenever it ends, as long as this process lives."""
+        self._daemon.supervise(self._launch)
+
+    def _launch(self) -> None:
+        self._make_data_folder()
+        self._daemon.launch(partial(self._command, True), self._adopt)
 
     @contextmanager
     def announced(self) -> Iterator[bool]:
@@ -232,60 +205,36 @@ class LocalEtcd:
                 self._file.remove_own()
             raise
 
-    def _launch(self, stay: bool) -> bool:
-        """Start it unless it runs; tell whether it was started. Raises CalicoError."""
+    @staticmethod
+    def _make_data_folder() -> None:
         try:
             DATA.mkdir(mode=0o700, parents=True, exist_ok=True)
             DATA.chmod(0o700)
-            folder = os.open(DATA, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as error:
             raise CalicoError(f"--local-etcd: {error.filename}: {error.strerror}") from None
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX)  # not two at once
-            self.find_place(stay)
-            if self.running() is not None:
-                return False
-            self._launch_alone()
-            return True
-        finally:
-            os.close(folder)
 
-    def _launch_alone(self) -> None:
-        # nobody speaks with it as a member, but it must listen to such
+    def _command(self, stay: bool) -> list[str]:
+        """Choose its port, and return its command line. Raises CalicoError; for `stay`, see `find_place`."""
+        from shutil import which
+
+        self._choose_port(stay)
+        if which("etcd") is None:
+            raise CalicoError("--local-etcd: there is no etcd here: install the package etcd-server")
+        # there is no other member, but it must listen for some
         peer_url = f"http://127.0.0.1:{_free_port(range(self._port + 1, 65536))}"
-        try:
-            self._refuse_shared_data()
-            self._pid_file.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-            self._log_file.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-            with self._log_file.open("ab") as output:
-                self._child = subprocess.Popen(
-                    [
-                        "etcd",
-                        "--name=local",
-                        f"--data-dir={DATA}",
-                        "--enable-v2",
-                        f"{_CLIENT_URL}{self._port}",
-                        f"--advertise-client-urls={self.url}",
-                        f"--listen-peer-urls={peer_url}",
-                        f"--initial-advertise-peer-urls={peer_url}",
-                        f"--initial-cluster=local={peer_url}",
-                        "--log-outputs=stderr",
-                    ],
-                    # etcd reads settings from its environment that would clash with these
-                    env={name: value for name, value in os.environ.items() if not name.startswith("ETCD_")},
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=output,
-                    start_new_session=True,
-                    cwd="/",
-                )
-            self._pid_file.write_text(f"{self._child.pid}\n")
-            while self.running() is None and not self._reaped():
-                time.sleep(0.001)  # its arguments are to be seen a moment after it has begun
-        except OSError as error:
-            if error.filename == "etcd":
-                raise CalicoError("--local-etcd: there is no etcd here: install the package etcd-server") from None
-            raise CalicoError(f"--local-etcd: {error.filename}: {error.strerror}") from None
+        self._refuse_shared_data()
+        return [
+            "etcd",
+            "--name=local",
+            self._daemon.process.marker,
+            "--enable-v2",
+            f"{_CLIENT_URL}{self._port}",
+            f"--advertise-client-urls={self.url}",
+            f"--listen-peer-urls={peer_url}",
+            f"--initial-advertise-peer-urls={peer_url}",
+            f"--initial-cluster=local={peer_url}",
+            "--log-outputs=stderr",
+        ]
 
     @staticmethod
     def _refuse_shared_data() -> None:
@@ -299,20 +248,6 @@ class LocalEtcd:
                     "ETCD_AUTHORITY where it is"
                 ) from None
 
-    def _end_child(self) -> None:
-        """End what was started here, and nothing that somebody else has started meanwhile."""
-        if self._child is None:
-            return
-        runs_as = self.running()
-        self._child.terminate()
-        try:
-            self._child.wait(END_PATIENCE)
-        except subprocess.TimeoutExpired:
-            self._child.kill()
-            self._child.wait()
-        if runs_as in (None, self._child.pid):
-            self._pid_file.unlink(missing_ok=True)
-
     @contextmanager
     def borrowed(self) -> Iterator[None]:
         """Have it run for a while, if it is what this host's store is: its data is there, and nobody else serves."""
@@ -323,32 +258,7 @@ class LocalEtcd:
             yield
         finally:
             if started:
-                stop(self._host)
-
-    def supervise(self) -> None:
-        """Start it again whenever it ends, from a thread of its own, as long as this process lives."""
-        threading.Thread(target=self._supervise, name="supervising etcd", daemon=True).start()
-
-    def _supervise(self) -> None:
-        pause = 1.0
-        while True:
-            try:
-                self._launch(stay=True)
-                self._await_health()  # one that takes long goes on
-                pid, since = self.running(), time.monotonic()
-                if pid is not None:
-                    _await_end(pid)
-                    self._reaped()
-                    log.warning("the local etcd has ended; starting it again")
-                    if time.monotonic() - since > LONGEST_PAUSE:
-                        pause = 1.0
-            except Exception as error:  # whatever it is: nobody else would start it again
-                log.error("the local etcd: %s", error)
-            time.sleep(pause)
-            pause = min(LONGEST_PAUSE, pause * 2)
-
-    def _reaped(self) -> bool:
-        return self._child is not None and self._child.poll() is not None
+                self._daemon.process.stop()
 
     def _healthy(self) -> bool:
         return b'"health":"true"' in (self._answers("/health") or b"").replace(b" ", b"")
@@ -362,19 +272,6 @@ class LocalEtcd:
                 return bytes(answer.read(2**16))
         except (OSError, http.client.HTTPException, ValueError):
             return None
-
-    def _await_health(self) -> None:
-        give_up = time.monotonic() + START_PATIENCE
-        while not self._healthy():
-            if self._reaped() or self.running() is None or time.monotonic() > give_up:
-                raise CalicoError(f"the local etcd does not serve; {self._log_file} ends with: {self._log_end()}")
-            time.sleep(0.05)
-
-    def _log_end(self) -> str:
-        try:
-            return self._log_file.read_text(errors="replace").strip().rpartition("\n")[2][-300:]
-        except OSError:
-            return ""
 
 
 def _is_local(settings: EtcdSettings) -> bool:

@@ -1,0 +1,207 @@
+"""A daemon that runs beside the agent, and is supervised by it: etcd today.
+
+Responsible for its process: starting it once, waiting until it serves, starting it again with backoff when it ends, and
+adopting it where it runs already. Its command line and its configuration are the caller's part.
+
+A daemon survives the agent: it keeps running when the agent is restarted, upgraded or killed. The next agent, and every
+command, finds it by its pid file. To recognise a stale pid file, the process must also have one argument, the `marker`,
+that only this daemon has: its data folder or its configuration file, say.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable
+
+from calicoctl import proc
+from calicoctl.errors import CalicoError
+
+log = logging.getLogger("calico.felix")
+
+END_PATIENCE = 30.0
+"""Seconds to wait for a daemon to end."""
+
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0
+"""Seconds until a daemon that ended is started again: at first, and at most. The pause doubles each time, and is the
+first one again after a run that took longer than the longest pause."""
+
+
+@dataclass(frozen=True)
+class Process:
+    """A daemon's process, which a pid file and an argument of its own tell from others. `name` is for messages."""
+
+    name: str
+    pid_file: Path
+    marker: str
+
+    def pid(self) -> int | None:
+        """Return its process id, None while it does not run."""
+        try:
+            pid = int(self.pid_file.read_text())
+            return pid if self.marker in proc.arguments(pid) else None
+        except (OSError, ValueError):
+            return None
+
+    def stop(self) -> bool:
+        """End it, wait until it has ended, and return whether it ran. Raises CalicoError."""
+        pid = self.pid()
+        if pid is None:
+            return False
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+        if not proc.await_end(pid, END_PATIENCE):
+            raise CalicoError(f"{self.name} (process {pid}) does not end")
+        self.pid_file.unlink(missing_ok=True)
+        return True
+
+
+class Daemon:
+    """Starts a daemon's process and supervises it. All methods raise CalicoError."""
+
+    def __init__(
+        self,
+        process: Process,
+        log_file: Path,
+        lock: Path,
+        is_ready: Callable[[], bool],
+        start_patience: float,
+        environment: Mapping[str, str],
+    ) -> None:
+        """`lock` is a file or folder that is locked while the daemon is started, so that there are never two.
+
+        Its output is appended to `log_file`. `is_ready` is called until it returns True, for `start_patience` seconds.
+        """
+        self.process = process
+        self._log_file = log_file
+        self._lock = lock
+        self._is_ready = is_ready
+        self._start_patience = start_patience
+        self._environment = environment
+        self._child: subprocess.Popen[bytes] | None = None
+
+    def start(self, command: Callable[[], list[str]], adopt: Callable[[int], None]) -> bool:
+        """Launch it, and wait until it is ready; return whether it was started.
+
+        A daemon that was started, and does not become ready, is ended: it might become so when nobody supervises it.
+        """
+        try:
+            started = self.launch(command, adopt)
+            self.await_ready()
+            return started
+        except BaseException:  # also when the command is interrupted
+            self._end_child()
+            raise
+
+    def launch(self, command: Callable[[], list[str]], adopt: Callable[[int], None]) -> bool:
+        """Start its process unless it runs; return whether it was started.
+
+        `command` returns the command line, whose first word is looked for in PATH; where the process runs already,
+        `adopt` is called with its id instead. Both are called under the lock.
+        """
+        try:
+            with self._locked():
+                pid = self.process.pid()
+                if pid is not None:
+                    adopt(pid)
+                    return False
+                self._spawn(command())
+                return True
+        except OSError as error:
+            raise CalicoError(f"{self.process.name}: {error.filename}: {error.strerror}") from None
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        fd = os.open(self._lock, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(fd)
+
+    def _spawn(self, command: list[str]) -> None:
+        self.process.pid_file.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        self._log_file.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        with self._log_file.open("ab") as output:
+            self._child = subprocess.Popen(
+                command,
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                cwd="/",
+            )
+        self.process.pid_file.write_text(f"{self._child.pid}\n")
+        while self.process.pid() is None and not self._child_has_ended():
+            time.sleep(0.001)  # its arguments can be read a moment after it has begun
+
+    def await_ready(self) -> None:
+        """Wait until it is ready; raise CalicoError when it ends before, or takes too long."""
+        give_up = time.monotonic() + self._start_patience
+        while not self._is_ready():
+            if self._child_has_ended() or self.process.pid() is None or time.monotonic() > give_up:
+                raise CalicoError(
+                    f"{self.process.name} does not serve; {self._log_file} ends with: {self._last_log_line()}"
+                )
+            time.sleep(0.05)
+
+    def _end_child(self) -> None:
+        """End the process that was started here, and none that another process has started meanwhile."""
+        if self._child is None:
+            return
+        runs_as = self.process.pid()
+        self._child.terminate()
+        try:
+            self._child.wait(END_PATIENCE)
+        except subprocess.TimeoutExpired:
+            self._child.kill()
+            self._child.wait()
+        if runs_as in (None, self._child.pid):
+            self.process.pid_file.unlink(missing_ok=True)
+
+    def supervise(self, launch: Callable[[], object]) -> None:
+        """From a thread of its own, as long as this process lives, call `launch` whenever the daemon has ended.
+
+        `launch` starts it unless it runs, and may raise anything: then it is called again after a pause.
+        """
+        threading.Thread(
+            target=self._supervise, args=(launch,), name=f"supervising {self.process.name}", daemon=True
+        ).start()
+
+    def _supervise(self, launch: Callable[[], object]) -> None:
+        pause = FIRST_PAUSE
+        while True:
+            try:
+                launch()
+                self.await_ready()  # a daemon that takes longer goes on, and is waited for again
+                pid, since = self.process.pid(), time.monotonic()
+                if pid is not None:
+                    proc.await_end(pid)
+                    self._child_has_ended()
+                    log.warning("%s has ended; starting it again", self.process.name)
+                    if time.monotonic() - since > LONGEST_PAUSE:
+                        pause = FIRST_PAUSE
+            except Exception as error:  # of whatever kind: nothing else would start it again
+                log.error("%s: %s", self.process.name, error)
+            time.sleep(pause)
+            pause = min(LONGEST_PAUSE, pause * 2)
+
+    def _child_has_ended(self) -> bool:
+        """Return whether the process that was started here has ended; one that has is no zombie any more."""
+        return self._child is not None and self._child.poll() is not None
+
+    def _last_log_line(self) -> str:
+        try:
+            return self._log_file.read_text(errors="replace").strip().rpartition("\n")[2][-300:]
+        except OSError:
+            return ""

@@ -1,0 +1,225 @@
+"""A supervised daemon, with real processes: started once, adopted, started again when it ends, and ended."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Callable
+
+import pytest
+
+from calicoctl import proc
+from calicoctl.errors import CalicoError
+from calicoctl.felix import daemon
+from calicoctl.felix.daemon import Daemon, Process
+
+PATIENCE = 20.0
+
+
+def wait_for(condition: Callable[[], object], what: str) -> None:
+    give_up = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < give_up, what
+        time.sleep(0.005)
+
+
+class Sandbox:
+    """A folder for one daemon, a shell script that is ready when it has made a file, and its pids so far."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.pids = folder / "pids"
+        self.ready = folder / "ready"
+        self.log = folder / "logs" / "daemon.log"
+        self.process = Process("the daemon", folder / "run" / "daemon.pid", f"--folder={folder}")
+        self.adopted: list[int] = []
+        self.launching = threading.Lock()
+
+    def daemon(self, patience: float = PATIENCE) -> Daemon:
+        return Daemon(
+            self.process,
+            self.log,
+            lock=self.folder,
+            is_ready=self.ready.exists,
+            start_patience=patience,
+            environment={"PATH": os.environ["PATH"], "WORD": "hello"},
+        )
+
+    def command(self, script: str = "") -> list[str]:
+        script = script or f"touch {self.ready}; while :; do sleep 0.05; done"
+        return ["sh", "-c", f"echo $$ >>{self.pids}; echo $WORD; {script}", "sh", self.process.marker]
+
+    def start(self, one: Daemon, script: str = "") -> bool:
+        return one.start(lambda: self.command(script), self.adopted.append)
+
+    def supervise(self, one: Daemon, failures: Sequence[Exception] = ()) -> None:
+        """Supervise it until the test is over; the first launches end with these failures."""
+        left = list(failures)
+
+        def launch() -> None:
+            with self.launching:
+                if left:
+                    raise left.pop()
+                one.launch(self.command, self.adopted.append)
+
+        one.supervise(launch)
+
+    def started(self) -> list[int]:
+        return [int(line) for line in self.pids.read_text().split()] if self.pids.exists() else []
+
+
+@pytest.fixture
+def sandbox(tmp_path: Path) -> Iterator[Sandbox]:
+    made = Sandbox(tmp_path)
+    yield made
+    made.launching.acquire()  # for good: no thread that still supervises starts anything
+    for pid in made.started():
+        with suppress(ProcessLookupError, ChildProcessError):
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+
+
+def test_it_is_started_and_its_output_is_logged(sandbox: Sandbox) -> None:
+    assert sandbox.process.pid() is None
+    assert sandbox.start(sandbox.daemon())
+    assert [sandbox.process.pid()] == sandbox.started()
+    assert sandbox.log.read_text() == "hello\n"
+    assert os.getsid(sandbox.started()[0]) == sandbox.started()[0], "no signal to our group reaches it"
+
+
+def test_one_that_runs_is_adopted(sandbox: Sandbox) -> None:
+    sandbox.start(sandbox.daemon())
+    assert not sandbox.start(sandbox.daemon())
+    assert sandbox.adopted == sandbox.started() == [sandbox.process.pid()]
+
+
+def test_a_stale_pid_file_names_no_daemon(sandbox: Sandbox) -> None:
+    sandbox.process.pid_file.parent.mkdir()
+    with subprocess.Popen(["sleep", "60"]) as other:
+        for text in (str(other.pid), "1", "999999999", "no number", ""):
+            sandbox.process.pid_file.write_text(text)
+            assert sandbox.process.pid() is None, text
+            assert not sandbox.process.stop()
+        assert other.poll() is None
+        sandbox.process.pid_file.write_text(str(other.pid))
+        assert sandbox.start(sandbox.daemon())
+        assert other.poll() is None
+        other.kill()
+
+
+def test_of_many_that_start_it_at_once_one_does(sandbox: Sandbox) -> None:
+    started: list[bool] = []
+    begin = threading.Barrier(8)
+
+    def start() -> None:
+        begin.wait(PATIENCE)
+        started.append(sandbox.start(sandbox.daemon()))
+
+    threads = [threading.Thread(target=start) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(started) == [False] * 7 + [True]
+    assert len(sandbox.started()) == 1
+
+
+def test_it_is_stopped(sandbox: Sandbox) -> None:
+    sandbox.start(sandbox.daemon())
+    (pid,) = sandbox.started()
+    assert sandbox.process.stop()
+    assert proc.running_since(pid) is None
+    assert not sandbox.process.pid_file.exists()
+    assert not sandbox.process.stop()
+
+
+def test_one_that_ignores_sigterm_is_told_of(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(daemon, "END_PATIENCE", 0.05)
+    sandbox.start(sandbox.daemon(), f"trap '' TERM; touch {sandbox.ready}; while :; do sleep 0.05; done")
+    with pytest.raises(CalicoError, match=rf"the daemon \(process {sandbox.started()[0]}\) does not end"):
+        sandbox.process.stop()
+
+
+def test_one_that_ends_before_it_is_ready_is_an_error_with_the_last_line_of_its_log(sandbox: Sandbox) -> None:
+    with pytest.raises(CalicoError, match=r"the daemon does not serve; .*daemon.log ends with: no such option$"):
+        sandbox.start(sandbox.daemon(patience=3600), "echo no such option; exit 1")
+    assert not sandbox.process.pid_file.exists()
+
+
+@pytest.mark.parametrize("trap", ["", "trap '' TERM;"])
+def test_one_that_does_not_become_ready_is_ended(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, trap: str) -> None:
+    monkeypatch.setattr(daemon, "END_PATIENCE", 0.5)
+    with pytest.raises(CalicoError, match="does not serve"):
+        sandbox.start(sandbox.daemon(patience=0.3), f"{trap} while :; do sleep 0.05; done")
+    (pid,) = sandbox.started()
+    assert proc.running_since(pid) is None
+    assert not sandbox.process.pid_file.exists()
+
+
+def test_one_that_another_process_has_started_is_not_ended_when_it_is_not_ready(sandbox: Sandbox) -> None:
+    sandbox.start(sandbox.daemon())
+    sandbox.ready.unlink()
+    with pytest.raises(CalicoError, match="does not serve"):
+        sandbox.start(sandbox.daemon(patience=0.1))
+    assert sandbox.process.pid() == sandbox.started()[0]
+
+
+def test_a_program_that_is_not_there_is_an_error(sandbox: Sandbox) -> None:
+    with pytest.raises(CalicoError, match="the daemon: no-such-program: No such file or directory"):
+        sandbox.daemon().start(lambda: ["no-such-program"], sandbox.adopted.append)
+
+
+def test_the_lock_is_let_go_of_when_the_command_cannot_be_made(sandbox: Sandbox) -> None:
+    def refuse() -> list[str]:
+        raise CalicoError("no port is free")
+
+    one = sandbox.daemon()
+    with pytest.raises(CalicoError, match="no port is free"):
+        one.start(refuse, sandbox.adopted.append)
+    assert sandbox.start(one)
+
+
+def test_one_that_ends_is_started_again_with_a_pause_that_grows(
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses: list[float] = []
+    real_sleep = time.sleep
+
+    def sleep(seconds: float) -> None:
+        if seconds >= 1:
+            pauses.append(seconds)
+        real_sleep(0.001)
+
+    monkeypatch.setattr(daemon.time, "sleep", sleep)
+    sandbox.supervise(sandbox.daemon())
+    for count in range(1, 9):
+        wait_for(lambda count=count: len(sandbox.started()) == count, f"start number {count}")  # type: ignore[misc]
+        wait_for(lambda: sandbox.process.pid() == sandbox.started()[-1], "its pid file")
+        os.kill(sandbox.started()[-1], signal.SIGKILL)
+    wait_for(lambda: len(sandbox.started()) == 9, "the last start")
+    assert pauses[:8] == [1, 2, 4, 8, 16, 30, 30, 30]
+
+
+def test_one_that_was_left_by_another_agent_is_started_again_when_it_ends(
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(daemon, "FIRST_PAUSE", 0.0)
+    sandbox.start(sandbox.daemon())
+    sandbox.supervise(sandbox.daemon())
+    (pid,) = sandbox.started()
+    wait_for(lambda: sandbox.adopted == [pid], "its adoption")
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    wait_for(lambda: len(sandbox.started()) == 2, "another one")
+
+
+def test_supervision_goes_on_whatever_fails(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(daemon, "FIRST_PAUSE", 0.0)
+    sandbox.supervise(sandbox.daemon(), [CalicoError("no port is free"), OSError("no memory"), KeyError("a defect")])
+    wait_for(lambda: sandbox.process.pid() is not None, "the daemon")
