@@ -112,7 +112,7 @@ class StoreEvents(_Source):
         super().__init__(f"following {directory}", events)
         self._datastore = datastore
         self._directory = directory
-        self._away: WatchFailed | None = WatchFailed(directory, "it has not been read yet", "")
+        self._failure: WatchFailed | None = WatchFailed(directory, "it has not been read yet", "")
         """The last failure that was emitted, None while the watch works."""
         self._worked = now()
         """When a request last succeeded."""
@@ -130,15 +130,15 @@ class StoreEvents(_Source):
                     del entries
                     self._worked = now()
                     if failed < 2:
-                        self._emit_followed()
-                    elif self._away is not None:
-                        self._away = replace(self._away, read=True)
+                        self._emit_recovered()
+                    elif self._failure is not None:
+                        self._failure = replace(self._failure, read=True)
                     watch = self._datastore.watch(self._directory, index, LONG_POLL)
                     reading = False
                 changes = next(watch)
                 pause, failed = 0.0, 0
                 self._worked = now()
-                self._emit_followed()
+                self._emit_recovered()
                 for change in changes:
                     self._events.put(StoreChanged(change))
             except WatchExpired as lost:
@@ -146,27 +146,27 @@ class StoreEvents(_Source):
                 watch = None
                 failed += 1
                 if failed > 1:
-                    self._emit_away(str(lost), read=True)
+                    self._emit_failed(str(lost), read=True)
                 # with backoff and jitter: a full read is what costs the store most, and all hosts may need one
                 pause = min(LONGEST_PAUSE, max(0.2, pause * 2))
                 time.sleep(pause * random.uniform(0.5, 1))
             except Exception as error:  # of any kind: an end of this thread would end the agent
                 why = str(error) if isinstance(error, CalicoError) else f"the store cannot be followed: {error!r}"
-                self._emit_away(why, read=False)
+                self._emit_failed(why, read=False)
                 watch = None
                 failed += not reading
                 pause = min(LONGEST_PAUSE, max(0.2, pause * 2))
                 time.sleep(pause * random.uniform(0.5, 1))
 
-    def _emit_followed(self) -> None:
-        if self._away is not None:
+    def _emit_recovered(self) -> None:
+        if self._failure is not None:
             self._events.put(WatchRecovered(self._directory))
-        self._away = None
+        self._failure = None
 
-    def _emit_away(self, why: str, read: bool) -> None:
-        if self._away is None or (self._away.read and not read) or not self._away.since:
-            self._away = WatchFailed(self._directory, why, self._worked, read)
-            self._events.put(self._away)
+    def _emit_failed(self, why: str, read: bool) -> None:
+        if self._failure is None or (self._failure.read and not read) or not self._failure.since:
+            self._failure = WatchFailed(self._directory, why, self._worked, read)
+            self._events.put(self._failure)
 
 
 class KernelEvents(_Source):

@@ -14,7 +14,7 @@ from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.store import Change
 from calicoctl.errors import StoreUnavailable
 from calicoctl.felix import sources
-from calicoctl.felix.events import ContainerChanged, WatchFailed, StoreChanged, WatchRecovered, StoreRead
+from calicoctl.felix.events import ContainerChanged, StoreChanged, StoreRead, WatchFailed, WatchRecovered
 from calicoctl.felix.sources import StoreEvents, container_changed
 from tests.unit.memory_store import HISTORY, MemoryStore
 
