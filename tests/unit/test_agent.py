@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -11,7 +13,7 @@ import pytest
 
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.keys import EndpointId
-from calicoctl.datastore.reserved import HostNetwork
+from calicoctl.datastore.reserved import HostNetwork, InterfaceAddress
 from calicoctl.datastore.store import Change
 from calicoctl.desired.snapshot import Snapshot
 from calicoctl.errors import CalicoError
@@ -34,16 +36,18 @@ READY = "/calico/v1/Ready"
 
 
 class Recorder:
-    """Stands for a part of the agent that is a thread: notes the names of the methods that are called."""
+    """Stands for a part of the agent that is a thread: notes the methods that are called, and their last arguments."""
 
     def __init__(self, journal: list[str], name: str) -> None:
-        self.__dict__["journal"], self.__dict__["name"] = journal, name
+        self.journal, self.name = journal, name
+        self.last: dict[str, tuple[Any, ...]] = {}
 
     def __getattr__(self, method: str) -> Callable[..., None]:
-        return lambda *_, **__: self.journal.append(f"{self.name} {method}")
+        def note(*arguments: Any, **_: Any) -> None:
+            self.journal.append(f"{self.name} {method}")
+            self.last[method] = arguments
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        self.__dict__[name] = value
+        return note
 
 
 class OtherDataplane(Manager):
@@ -80,9 +84,11 @@ class AgentWorld:
         (folder / HOST).mkdir()
         monkeypatch.setattr(process, "DIRECTORY", folder)
         monkeypatch.setattr(module.time, "monotonic", lambda: self.clock)
-        monkeypatch.setattr(network_monitor.host_network, "read", HostNetwork)
-        monkeypatch.setattr(module, "WorkloadKeeper", lambda *_: Recorder(self.journal, "keeper"))
-        monkeypatch.setattr(module, "HostReconciler", lambda *_: Recorder(self.journal, "host"))
+        self.network = HostNetwork()
+        monkeypatch.setattr(network_monitor.host_network, "read", lambda: self.network)
+        self.keeper, self.host = Recorder(self.journal, "keeper"), Recorder(self.journal, "host")
+        monkeypatch.setattr(module, "WorkloadKeeper", lambda *_: self.keeper)
+        monkeypatch.setattr(module, "HostReconciler", lambda *_: self.host)
         monkeypatch.setattr(module, "StoreReporter", lambda *_: Recorder(self.journal, "report"))
         self.nft, self.routes = FakeNft(self.journal), FakeRoutes(self.journal)
         self.conntrack = FakeConntrack(self.journal)
@@ -139,9 +145,11 @@ def connection(source: str, destination: str) -> Connection:
 
 
 @pytest.fixture
-def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> AgentWorld:
+def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[AgentWorld]:
     """An agent that has not read the store yet."""
-    return AgentWorld(monkeypatch, tmp_path)
+    level = logging.getLogger("calico").level
+    yield AgentWorld(monkeypatch, tmp_path)
+    logging.getLogger("calico").setLevel(level)
 
 
 @pytest.fixture
@@ -318,6 +326,48 @@ def test_the_report_has_what_the_threads_say(world: AgentWorld) -> None:
     assert health.reattached == 1 and health.failures["the host's firewall"]["error"] == "no iptables"
     with pytest.raises(CalicoError, match="a thread failed"):
         world.step(events.ThreadDied("a thread failed"))
+
+
+def test_an_address_that_the_host_gets_is_taken_from_an_endpoint(world: AgentWorld) -> None:
+    world.network = HostNetwork.of([InterfaceAddress(A, A, 32, "eth0")])
+    journal = world.step(events.AddressesChanged())
+    assert journal[:2] == ["nft", "route cali1"] and world.routes.routes == {11: ()}
+    assert world.status(1) == ("error", f"its address {A} is this host's own address (on eth0)")
+
+
+def test_the_settings_reach_the_keeper_the_host_and_the_log(world: AgentWorld) -> None:
+    assert world.host.last["forward"] == (False,)
+    world.step(
+        world.store.change("/calico/bgp/v1/host/host1/ip_addr_v6", "2001:db8::2"),
+        world.store.change("/calico/v1/config/GraceTime", "7"),
+        world.store.change("/calico/v1/config/LogSeverityScreen", "Error"),
+    )
+    assert world.host.last["set_ipv6"] == (True,) and world.keeper.grace_time == 7
+    assert logging.getLogger("calico").level == logging.ERROR
+    assert world.routes.next_hops == {11: "2001:db8::2"}
+
+
+def test_the_keeper_may_use_the_store_when_the_agent_may(world: AgentWorld) -> None:
+    assert world.keeper.last["set_ready"] == (True,)
+    world.step(world.store.change(READY, "false"))
+    assert world.keeper.last["set_ready"] == (False,)
+
+
+def test_the_report_is_in_a_file(world: AgentWorld) -> None:
+    world.step(world.store.change("/calico/v1/policy/profile/web/tags", "nonsense"))
+    report = json.loads(process.report_file(HOST).read_text())
+    assert report["first_update"] and report["endpoints"]["up"] == 1
+    assert [problem["key"] for problem in report["problems"]] == ["/calico/v1/policy/profile/web/tags"]
+
+
+def test_the_loop_waits_for_what_is_due_first(world: AgentWorld) -> None:
+    assert world.agent._next_at() == world.agent._tick_at == world.clock + TICK
+    world.step(events.GatewaysChanged())
+    assert world.agent._next_at() == world.clock + network_monitor.PAUSE
+    assert world.agent._wait(world.clock) == []
+    world.queue.put(1)
+    world.queue.put(2)
+    assert world.agent._wait(world.clock + 60) == [1, 2]
 
 
 def test_changes_of_the_hosts_firewall_are_passed_on(world: AgentWorld) -> None:
