@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from calicoctl.datastore.keys import INTERFACE_PREFIX
 from calicoctl.errors import CalicoError
 
 
@@ -40,7 +41,7 @@ IPIP = Setting("IpInIpEnabled", ("true", "false"), "false")
 HOST_ACTION = Setting("DefaultEndpointToHostAction", ("RETURN", "DROP", "ACCEPT"), "RETURN")
 
 WRITTEN = (
-    Setting("InterfacePrefix", ("cali",), "cali"),
+    Setting("InterfacePrefix", (INTERFACE_PREFIX,), INTERFACE_PREFIX),
     Setting("LogSeverityFile", LEVELS, "none"),
     LOG_LEVEL,
     Setting("LogFilePath", None, "none"),

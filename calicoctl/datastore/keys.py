@@ -19,6 +19,9 @@ BGP_GLOBAL = "/calico/bgp/v1/global"
 BGP_AS_NUM = f"{BGP_GLOBAL}/as_num"
 BGP_NODE_MESH = f"{BGP_GLOBAL}/node_mesh"
 
+INTERFACE_PREFIX = "cali"
+"""What the names of the endpoints' interfaces on their hosts begin with, and no other interface's."""
+
 
 @dataclass(frozen=True)
 class EndpointId:
@@ -32,7 +35,7 @@ class EndpointId:
     @property
     def interface(self) -> str:
         """The name of the host's end of the endpoint's veth pair."""
-        return "cali" + self.endpoint[:11]
+        return INTERFACE_PREFIX + self.endpoint[:11]
 
 
 def config(name: str) -> str:

@@ -12,11 +12,10 @@ import socket
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from calicoctl.datastore.keys import INTERFACE_PREFIX
+
 _FAMILIES = {4: socket.AF_INET, 6: socket.AF_INET6}
 _BITS = {4: 32, 6: 128}
-
-WORKLOADS = "cali"
-"""How the names of workloads' interfaces begin; networks and gateways behind them are not the host's."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,7 @@ class HostNetwork:
         networks: dict[Network, None] = {}
         for one in addresses:
             own[one.address] = f"this host's own address (on {one.interface})"
-            if one.interface == "lo" or one.interface.startswith(WORKLOADS):
+            if one.interface == "lo" or one.interface.startswith(INTERFACE_PREFIX):
                 continue
             network = Network.of(one.network, one.length, one.interface)
             of_network = f"of {network.cidr} (on {one.interface})"
@@ -130,10 +129,10 @@ class HostNetwork:
         for address, length, interface in on_link:
             network = Network.of(address, length, interface)
             is_known = (network.size == 1 and address in own) or any(network in other for other in networks)
-            if not (is_known or interface == "lo" or interface.startswith(WORKLOADS)):
+            if not (is_known or interface == "lo" or interface.startswith(INTERFACE_PREFIX)):
                 networks[network] = None
         for gateway, interface in gateways:
-            if not interface.startswith(WORKLOADS):  # a workload may well be a router
+            if not interface.startswith(INTERFACE_PREFIX):  # a workload may well be a router
                 in_use.setdefault(gateway, f"a gateway of this host (on {interface})")
         return cls({**in_use, **own}, tuple(Network.of(*one) for one in local), unfit, tuple(networks))
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Callable
 
 from calicoctl.datastore import config, keys
-from calicoctl.datastore.keys import EndpointId
+from calicoctl.datastore.keys import INTERFACE_PREFIX, EndpointId
 from calicoctl.datastore.model import Endpoint, Pool, Rules, load_strings
 from calicoctl.datastore.reserved import HostNetwork, Reserved
 from calicoctl.datastore.store import Change, Entry
@@ -28,7 +28,7 @@ INACTIVE = "it is inactive"
 GRACE_TIME = int(config.GRACE_TIME.default or 0)
 """The default, in seconds."""
 
-_INTERFACE = re.compile(r"cali[A-Za-z0-9_.-]{1,11}", re.ASCII)
+_INTERFACE = re.compile(INTERFACE_PREFIX + r"[A-Za-z0-9_.-]{1,11}", re.ASCII)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from typing import Any, Callable
 from calicoctl import engine, netlink
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.hosts import hostname
+from calicoctl.datastore.keys import INTERFACE_PREFIX
 from calicoctl.errors import CalicoError, DockerUnavailable
 from calicoctl.felix import process
 from calicoctl.felix.dataplane import docker_firewall
@@ -189,7 +190,7 @@ def _settings() -> Iterator[Check]:
 
 def _neighbours() -> Iterator[Check]:
     """Check for how many endpoints the neighbour tables have room. All namespaces of a machine share them."""
-    endpoints = sum(name.startswith("cali") for _, name in socket.if_nameindex())
+    endpoints = sum(name.startswith(INTERFACE_PREFIX) for _, name in socket.if_nameindex())
     counts_permanent = tuple(map(int, re.findall(r"\d+", platform.release())[:2])) < (5, 0)
     for version, family in ((4, socket.AF_INET), (6, socket.AF_INET6)):
         name = f"neighbour table of IPv{version}"

@@ -15,10 +15,9 @@ from typing import Any
 
 from calicoctl.datastore import keys
 from calicoctl.datastore.client import DatastoreClient
-from calicoctl.datastore.keys import EndpointId
+from calicoctl.datastore.keys import INTERFACE_PREFIX, EndpointId
 from calicoctl.errors import CalicoError
 from calicoctl.felix import heartbeat, process
-from calicoctl.felix.dataplane.links import PREFIX
 from calicoctl.workloads.workload import short_id
 
 OLDEST_REPORT = 30.0
@@ -205,7 +204,7 @@ def _without_agent(datastore: DatastoreClient) -> dict[str, Any]:
     if status is not None and who is not None:
         text = f"{who} reports for host {datastore.host}; none of this version runs here"
         other = {"text": text, "machine": heartbeat.Identity.of(status).machine}
-    unknown = {name for _, name in socket.if_nameindex() if name.startswith(PREFIX)}
+    unknown = {name for _, name in socket.if_nameindex() if name.startswith(INTERFACE_PREFIX)}
     if unknown:
         endpoints, problems = datastore.readable_endpoints(datastore.host)
         unknown -= {name for endpoint in endpoints for name in (endpoint.name, endpoint.id.interface)}

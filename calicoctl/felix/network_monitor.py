@@ -8,8 +8,8 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any, Callable
 
+from calicoctl.datastore.keys import INTERFACE_PREFIX
 from calicoctl.errors import CalicoError
-from calicoctl.felix.dataplane.links import PREFIX
 from calicoctl.felix.events import AddressesChanged, GatewaysChanged, LinkChanged
 from calicoctl.workloads import host_network
 
@@ -42,7 +42,7 @@ class NetworkMonitor:
             self.due_at = 0.0
             return
         # the kernel does not announce the routes that go with an interface
-        with_routes = isinstance(event, LinkChanged) and not event.link.name.startswith(PREFIX)
+        with_routes = isinstance(event, LinkChanged) and not event.link.name.startswith(INTERFACE_PREFIX)
         if self.due_at is None and (with_routes or isinstance(event, GatewaysChanged)):
             self.due_at = time.monotonic() + self._pause
 

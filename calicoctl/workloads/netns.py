@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, TypeVar
 
 from calicoctl.addresses import version_of
+from calicoctl.datastore.keys import INTERFACE_PREFIX
 from calicoctl.errors import CalicoError, NamespaceError
 from calicoctl.netlink import neighbours, routes
 
@@ -420,7 +421,7 @@ def own_addresses() -> set[str]:
 
 def _faces_outside(link: Any) -> bool:
     interface = _interface(link)
-    inside = ("docker", "br-", "virbr", "cali")
+    inside = ("docker", "br-", "virbr", INTERFACE_PREFIX)
     return not (link["flags"] & _LOOPBACK or interface.kind == "bridge" or interface.name.startswith(inside))
 
 

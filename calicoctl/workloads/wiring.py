@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Callable, Iterator
 
 from calicoctl.addresses import host_net, parse_address, parse_cidr, version_of
-from calicoctl.datastore.keys import EndpointId
+from calicoctl.datastore.keys import INTERFACE_PREFIX, EndpointId
 from calicoctl.datastore.model import Endpoint, Pool
 from calicoctl.datastore.reserved import Network, Reserved
 from calicoctl.errors import AddressTaken, CalicoError, Conflict, NotFound
@@ -510,7 +510,11 @@ class WorkloadSession:
         """Delete pairs of endpoints that nobody knows of any more: the store has been emptied, or set back."""
         for _, host_end in self._pairs():
             # one that is down may be another command's, which has got no further
-            if host_end.name.startswith("cali") and host_end.up and not self.datastore.knows_interface(host_end.name):
+            if (
+                host_end.name.startswith(INTERFACE_PREFIX)
+                and host_end.up
+                and not self.datastore.knows_interface(host_end.name)
+            ):
                 self._delete(host_end.name)
 
     def remove_remains(self, record: Endpoint) -> None:
@@ -521,7 +525,7 @@ class WorkloadSession:
         if self.attached_interface() is not None:  # whoever renamed it has named it back just now
             raise Conflict(f"{self.workload.name} has its interface back; look again")
         names = [host_end.name for own, host_end in self._pairs() if own.mac == record.mac]
-        renamed = [name for name in names if not name.startswith("cali")]  # such would be another endpoint's
+        renamed = [name for name in names if not name.startswith(INTERFACE_PREFIX)]  # such would be another endpoint's
         for name in (record.id.interface, *renamed):
             self._delete(name)
 
@@ -552,7 +556,7 @@ class WorkloadSession:
     def refuse_other_endpoint(self) -> None:
         """Raise CalicoError when the namespace is connected already, as another workload: by another path, say."""
         for interface, host_end in self._pairs():
-            if host_end.name.startswith("cali"):
+            if host_end.name.startswith(INTERFACE_PREFIX):
                 raise CalicoError(
                     f"{self.workload.name} has already been configured with Calico Networking: its interface "
                     f"{interface.name} is that of the endpoint with {host_end.name}."

@@ -17,6 +17,7 @@ from collections import defaultdict
 from contextlib import suppress
 from pathlib import Path
 
+from calicoctl.datastore.keys import INTERFACE_PREFIX
 from calicoctl.errors import CalicoError
 from calicoctl.felix.dataplane.nft import Nft, NftError
 
@@ -28,9 +29,11 @@ PATIENCE = 15.0
 """Seconds to wait for iptables, which itself waits up to ten for its lock."""
 
 _COMMENT = "calico"
+_OURS = f"{INTERFACE_PREFIX}+"
+"""The endpoints' interfaces, as iptables spells them."""
 _RULES = (
-    ("-i", "cali+", "-m", "comment", "--comment", _COMMENT, "-j", "ACCEPT"),
-    ("-o", "cali+", "-m", "comment", "--comment", _COMMENT, "-j", "ACCEPT"),
+    ("-i", _OURS, "-m", "comment", "--comment", _COMMENT, "-j", "ACCEPT"),
+    ("-o", _OURS, "-m", "comment", "--comment", _COMMENT, "-j", "ACCEPT"),
 )
 _CHAINS = ("DOCKER-USER", "FORWARD")
 
@@ -170,7 +173,7 @@ def _bring(command: str, remove: bool) -> list[str]:
     desired = None if remove else current.desired_chain()
     for chain in _CHAINS:
         rules = current.rules.get(chain, [])
-        ours = [rule for rule in rules if set(_RULES[0][2:]) <= set(rule) and "cali+" in rule]
+        ours = [rule for rule in rules if set(_RULES[0][2:]) <= set(rule) and _OURS in rule]
         if chain == desired:
             # rules behind an unconditional jump are never reached; otherwise, the position is up to the operator
             end = next((number for number, rule in enumerate(rules) if rule[:1] == ("-j",)), len(rules))
@@ -183,9 +186,9 @@ def _bring(command: str, remove: bool) -> list[str]:
         if chain == desired:
             for rule in reversed(_RULES):
                 _run(command, "-w", "10", "-t", "filter", "-I", chain, "1", *rule)
-            done.append(f"{command}: accepting cali+ in chain {chain}, which would drop it otherwise")
+            done.append(f"{command}: accepting {_OURS} in chain {chain}, which would drop it otherwise")
         else:
-            done.append(f"{command}: no longer accepting cali+ in chain {chain}")
+            done.append(f"{command}: no longer accepting {_OURS} in chain {chain}")
     return done
 
 

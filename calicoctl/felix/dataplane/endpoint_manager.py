@@ -11,9 +11,10 @@ import logging
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
+from calicoctl.datastore.keys import INTERFACE_PREFIX
 from calicoctl.desired.snapshot import INACTIVE, Dirty, LocalEndpoint
 from calicoctl.errors import CalicoError
-from calicoctl.felix.dataplane.links import PREFIX, Link
+from calicoctl.felix.dataplane.links import Link
 from calicoctl.felix.dataplane.manager import Context, Manager
 from calicoctl.felix.events import KernelEventsLost, LinkChanged, PolicyFailed, RouteLost, Tick
 from calicoctl.felix.report import Status
@@ -119,7 +120,7 @@ class EndpointManager(Manager):
             log.warning("interface %s was renamed to %s", other.name, link.name)
             del self._links[other.name]
             self._everything = True  # the routes to it must go
-        if not link.name.startswith(PREFIX):
+        if not link.name.startswith(INTERFACE_PREFIX):
             return
         before = self._links.get(link.name)
         if event.deleted:

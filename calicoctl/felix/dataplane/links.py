@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from calicoctl.datastore.keys import INTERFACE_PREFIX
+
 if TYPE_CHECKING:
     from pyroute2.iproute.linux import IPRoute
-
-PREFIX = "cali"
-"""What the names of the endpoints' interfaces begin with."""
 
 _IFF_UP = 1
 
@@ -36,4 +35,4 @@ def link_of(message: Any) -> Link:
 
 def list_links(netlink: IPRoute) -> list[Link]:
     """Return the `cali…` interfaces of this host. Raises what pyroute2 raises."""
-    return [link for link in map(link_of, netlink.get_links()) if link.name.startswith(PREFIX)]
+    return [link for link in map(link_of, netlink.get_links()) if link.name.startswith(INTERFACE_PREFIX)]

@@ -26,7 +26,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Callable
 
-from calicoctl.datastore.keys import EndpointId
+from calicoctl.datastore.keys import INTERFACE_PREFIX, EndpointId
 from calicoctl.datastore.model import Rule
 from calicoctl.desired.snapshot import Dirty, LocalEndpoint, Snapshot, usable_addresses
 from calicoctl.policy.verdict import ICMP, ICMPV6, port_ranges, protocol_number, versions
@@ -79,24 +79,24 @@ add rule inet calico host-services icmpv6 type { 130, 131, 132, 133, 135, 136 } 
 add chain inet calico host-action
 
 add chain inet calico anti-spoofing { type filter hook prerouting priority raw; policy accept; }
-add rule inet calico anti-spoofing iifname != "cali*" accept
+add rule inet calico anti-spoofing iifname != "PREFIX*" accept
 add rule inet calico anti-spoofing iifname . ether saddr . ip saddr @senders4 accept
 add rule inet calico anti-spoofing meta protocol vmap { ip : goto sender4, ip6 : goto sender6 }
 
 add chain inet calico from-host { type filter hook output priority filter - 10; policy accept; }
-add rule inet calico from-host oifname != "cali*" accept
+add rule inet calico from-host oifname != "PREFIX*" accept
 add rule inet calico from-host oifname != @interfaces drop
 add rule inet calico from-host jump starts
 
 add set arp calico macs { type ifname . ether_addr; }
 add set arp calico senders { type ifname . ether_addr . ipv4_addr; }
 add chain arp calico anti-spoofing { type filter hook input priority filter; policy accept; }
-add rule arp calico anti-spoofing iifname != "cali*" accept
+add rule arp calico anti-spoofing iifname != "PREFIX*" accept
 add rule arp calico anti-spoofing iifname . ether saddr != @macs drop
 add rule arp calico anti-spoofing iifname . arp saddr ether != @macs drop
 add rule arp calico anti-spoofing arp operation request arp saddr ip 0.0.0.0 accept
 add rule arp calico anti-spoofing iifname . arp saddr ether . arp saddr ip != @senders drop
-"""
+""".replace("PREFIX", INTERFACE_PREFIX)
 
 
 def remove_commands() -> str:
@@ -501,7 +501,7 @@ def _gate(name: str, fast_path: bool) -> tuple[str, ...]:
     _, _, side, ask = _GATES[name]
     known = "ct state established,related accept" if fast_path else "ct state established ct direction reply accept"
     related = () if fast_path else ("ct state related accept",)
-    return known, *related, f'{side} != "cali*" accept', "ct state invalid drop", *ask
+    return known, *related, f'{side} != "{INTERFACE_PREFIX}*" accept', "ct state invalid drop", *ask
 
 
 def _elements(endpoint: LocalEndpoint) -> list[tuple[tuple[str, str], str]]:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 from calicoctl import engine, files
+from calicoctl.datastore.keys import INTERFACE_PREFIX
 from calicoctl.errors import CalicoError, is_shortage
 
 ROOT = Path("/proc/sys/net")
@@ -115,7 +116,7 @@ class HostSettings:
             # a host that forwards ignores router advertisements unless this is 2; interfaces are added later, too
             for _, name in socket.if_nameindex():
                 path = f"ipv6/conf/{name}/accept_ra"
-                if not name.startswith("cali") and read(path) == "1":
+                if not name.startswith(INTERFACE_PREFIX) and read(path) == "1":
                     self._set(path, "2")
             self._switch_on(IPV6_FORWARDING)
 
@@ -142,7 +143,7 @@ class HostSettings:
         in the kernel's net/ipv4/devinet.c, addrconf_fixup_forwarding in net/ipv6/addrconf.c.
         """
         if read(path) == "0" and path not in self._found:
-            names = ["default", *(name for _, name in socket.if_nameindex() if not name.startswith("cali"))]
+            names = ["default", *(name for _, name in socket.if_nameindex() if not name.startswith(INTERFACE_PREFIX))]
             after = {f"{path[:4]}/conf/{name}/forwarding": "0" for name in names}
             if path == IPV4_FORWARDING:
                 after["ipv4/conf/all/accept_redirects"] = "1"
