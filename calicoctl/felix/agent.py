@@ -36,11 +36,12 @@ from calicoctl.felix.dataplane.nft import Nft
 from calicoctl.felix.dataplane.policy_manager import PolicyManager
 from calicoctl.felix.dataplane.routes import Routes
 from calicoctl.felix.dataplane.sysctls import HostSettings
+from calicoctl.felix.health import Health
 from calicoctl.felix.local_etcd import LocalEtcd
 from calicoctl.felix.metrics import Metrics
 from calicoctl.felix.network_monitor import NetworkMonitor
 from calicoctl.felix.process import Options
-from calicoctl.felix.report import EndpointStatuses, Health, ReportFile, StoreReporter
+from calicoctl.felix.report import EndpointStatuses, ReportFile, StoreReporter
 from calicoctl.felix.workload_keeper import WorkloadKeeper
 from calicoctl.workloads.upkeep import Action
 

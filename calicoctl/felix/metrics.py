@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from calicoctl.errors import CalicoError
 
 if TYPE_CHECKING:
-    from calicoctl.felix.report import Health
+    from calicoctl.felix.health import Health
 
 ADDRESS = "127.0.0.1"
 

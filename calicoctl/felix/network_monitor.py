@@ -15,7 +15,7 @@ from calicoctl.workloads import host_network
 
 if TYPE_CHECKING:
     from calicoctl.desired.snapshot import Snapshot
-    from calicoctl.felix.report import Health
+    from calicoctl.felix.health import Health
 
 PAUSE = 0.5
 """Seconds from a change of routes to the reading of gateways, at least: thousands of routes may change together."""

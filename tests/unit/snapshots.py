@@ -9,7 +9,8 @@ from calicoctl.datastore.keys import EndpointId
 from calicoctl.datastore.store import Change, Entry
 from calicoctl.desired.snapshot import Snapshot
 from calicoctl.felix.dataplane.manager import Context
-from calicoctl.felix.report import EndpointStatuses, Health, Status
+from calicoctl.felix.health import Health, Status
+from calicoctl.felix.report import EndpointStatuses
 
 HOST = "host1"
 

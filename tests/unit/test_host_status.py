@@ -16,7 +16,8 @@ from calicoctl.desired.snapshot import INACTIVE
 from calicoctl.diagnose import host_status
 from calicoctl.errors import CalicoError
 from calicoctl.felix import events, process
-from calicoctl.felix.report import Health, ReportFile, Status
+from calicoctl.felix.health import Health, Status
+from calicoctl.felix.report import ReportFile
 
 HOST = "host1"
 

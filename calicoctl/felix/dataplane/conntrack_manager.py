@@ -19,7 +19,7 @@ from calicoctl.errors import CalicoError
 from calicoctl.felix.dataplane.conntrack import Listing
 from calicoctl.felix.dataplane.manager import Context, Manager, PendingAddresses
 from calicoctl.felix.events import Tick
-from calicoctl.felix.report import Status
+from calicoctl.felix.health import Status
 from calicoctl.policy.verdict import Packet, Tagged, decide, is_host_service
 
 if TYPE_CHECKING:

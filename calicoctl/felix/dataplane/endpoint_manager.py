@@ -17,7 +17,7 @@ from calicoctl.errors import CalicoError
 from calicoctl.felix.dataplane.links import Link
 from calicoctl.felix.dataplane.manager import Context, Manager
 from calicoctl.felix.events import KernelEventsLost, LinkChanged, PolicyFailed, RouteLost, Tick
-from calicoctl.felix.report import Status
+from calicoctl.felix.health import Status
 from calicoctl.workloads.workload import DOCKER, workload_of
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from calicoctl.datastore.keys import EndpointId
     from calicoctl.desired.snapshot import Snapshot
-    from calicoctl.felix.report import EndpointStatuses, Health
+    from calicoctl.felix.health import Health
+    from calicoctl.felix.report import EndpointStatuses
 
 
 class Manager(ABC):

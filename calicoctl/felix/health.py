@@ -1,0 +1,216 @@
+"""The agent's health: statuses of endpoints, whether the store works, what fails on the host.
+
+Plain state, which the agent's thread changes; report.py and metrics.py publish it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Iterable
+from dataclasses import InitVar, dataclass, field
+from typing import Any
+
+from calicoctl.datastore.keys import EndpointId
+from calicoctl.desired.snapshot import INACTIVE
+from calicoctl.felix.events import Failure
+from calicoctl.felix.heartbeat import now
+from calicoctl.workloads.upkeep import COLLECTED, REATTACHED, Action
+
+log = logging.getLogger("calico.felix")
+
+
+@dataclass(frozen=True)
+class Status:
+    """An endpoint's status, "up", "down" or "error"; the index of the record in the store that it is about; why.
+
+    `workload_name` is the container's name in that record.
+    """
+
+    status: str
+    index: int
+    reason: str | None = None
+    workload_name: str | None = None
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether it is down because its workload is stopped, which is no problem."""
+        return self.reason == INACTIVE
+
+    def to_json(self) -> str:
+        reason = {} if self.reason is None else {"reason": self.reason}
+        return json.dumps({"status": self.status, "index": self.index, **reason})
+
+
+class Ability:
+    """Whether something works, reading the store for example, since when, and why not.
+
+    It works when it works for all of its users (threads that each read one directory, for example).
+    """
+
+    def __init__(self, users: Iterable[str]) -> None:
+        self._untried = set(users)
+        self._failing: dict[str, str] = {}
+        self.since = now()
+
+    @property
+    def works(self) -> bool | None:
+        """Whether it works; None until every user has tried."""
+        return False if self._failing else None if self._untried else True
+
+    @property
+    def error(self) -> str | None:
+        return next(iter(self._failing.values()), None)
+
+    def succeeded(self, user: str) -> bool:
+        """Note that it works for a user; return whether it works again by that."""
+        before = self.works
+        self._untried.discard(user)
+        self._failing.pop(user, None)
+        if before is self.works or not self.works:
+            return False
+        self.since = now()
+        return True
+
+    def failed(self, user: str, why: str, since: str) -> bool:
+        """Note that it fails for a user since a time (ISO 8601); return whether it worked before."""
+        before = self.works
+        self._untried.discard(user)
+        self._failing.pop(user, None)
+        self._failing = {user: why, **self._failing}  # the newest reason is reported
+        if before is False:
+            return False
+        self.since = since
+        return True
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"works": self.works, "since": self.since, "error": self.error}
+
+
+class StoreHealth:
+    """Whether the store can be read, written and followed."""
+
+    def __init__(self, directories: Iterable[str]) -> None:
+        """`directories` are those that the agent reads and watches."""
+        directories = list(directories)
+        self.reads = Ability(directories)
+        self.watch = Ability(directories)
+        self.writes = Ability(["statuses"])
+
+    @property
+    def works(self) -> bool:
+        return all(ability.works for ability in (self.reads, self.writes, self.watch))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "reachable": self.works,
+            "since": max(ability.since for ability in (self.reads, self.writes, self.watch)),
+            "error": self.reads.error or self.watch.error or self.writes.error,
+            "reads": self.reads.to_dict(),
+            "writes": self.writes.to_dict(),
+            "watch": self.watch.to_dict(),
+        }
+
+
+@dataclass
+class Health:
+    """The agent's state, as it is reported. Changed by the agent's thread alone."""
+
+    host: str
+    version: str
+    options: dict[str, Any] = field(default_factory=dict)
+    """How the agent was started: see process.Options."""
+    followed: InitVar[frozenset[str]] = frozenset()
+    pid: int = field(default_factory=os.getpid)
+    since: str = field(default_factory=now)
+    started: float = field(default_factory=time.monotonic)
+    first_update: bool = False
+    """Whether the first snapshot is in the kernel: the agent is ready."""
+    waiting_for: str | None = None
+    replaced: str | None = None
+    """The sentence that says which other agent has this host's status, and so its records; None while none has."""
+    unknown_interfaces: list[str] = field(default_factory=list)
+    """Interfaces `cali…` of this host that have no record."""
+    endpoints: dict[EndpointId, Status] = field(default_factory=dict)
+    problems: dict[str, str] = field(default_factory=dict)
+    """What is wrong with keys of the store."""
+    failures: dict[str, dict[str, str]] = field(default_factory=dict)
+    """What fails on this host now, by subject: since when, and why."""
+    last_error: dict[str, str] | None = None
+    resyncs: int = 0
+    reattached: int = 0
+    """Workloads that were given their interface back."""
+    collected: int = 0
+    """Workloads, and leftovers of interrupted commands, that were garbage-collected."""
+
+    def __post_init__(self, followed: frozenset[str]) -> None:
+        self.store = StoreHealth(followed)
+
+    def count(self, act: Action) -> None:
+        """Count an action of the WorkloadKeeper."""
+        self.reattached += act.kind == REATTACHED
+        self.collected += act.kind == COLLECTED
+
+    def error(self, sentence: str) -> None:
+        """Log an error, and keep it as the last one."""
+        log.error("%s", sentence)
+        self.last_error = {"time": now(), "error": sentence}
+
+    def record(self, failure: Failure) -> None:
+        """Take in a failure, or the end of one; an error that lasts is logged once."""
+        if failure.subject is None:
+            self.error(failure.why or "")
+            return
+        before = self.failures.get(failure.subject)
+        if failure.why is None:
+            self.failures.pop(failure.subject, None)
+        elif before is None or before["error"] != failure.why:
+            self.failures[failure.subject] = {"since": before["since"] if before else now(), "error": failure.why}
+            self.error(failure.why)
+
+    def counts(self) -> dict[str, int]:
+        """Return the number of endpoints by status; those that are stopped are counted as down, too."""
+        counts = {"up": 0, "down": 0, "error": 0, "stopped": 0}
+        for status in list(self.endpoints.values()):  # the thread that serves metrics calls this, too
+            counts[status.status] += 1
+            counts["stopped"] += status.is_stopped
+        return counts
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report that `calicoctl status` reads."""
+        return {
+            "host": self.host,
+            "version": self.version,
+            "pid": self.pid,
+            "running_since": self.since,
+            **self.options,
+            "first_update": self.first_update,
+            "waiting_for": self.waiting_for,
+            "replaced": self.replaced,
+            "etcd": self.store.to_dict(),
+            "endpoints": self.counts(),
+            "endpoints_in_trouble": [
+                {
+                    "orchestrator": id.orchestrator,
+                    "workload": id.workload,
+                    "workload_name": status.workload_name,
+                    "endpoint": id.endpoint,
+                    "status": status.status,
+                    "reason": status.reason,
+                }
+                for id, status in sorted(
+                    (item for item in self.endpoints.items() if item[1].reason and not item[1].is_stopped),
+                    key=lambda item: item[0].endpoint,
+                )
+            ],
+            "unknown_interfaces": self.unknown_interfaces,
+            "problems": [{"key": key, "problem": self.problems[key]} for key in sorted(self.problems)],
+            "troubles": [{"subject": subject, **self.failures[subject]} for subject in sorted(self.failures)],
+            "last_error": self.last_error,
+            "resyncs": self.resyncs,
+            "healed": self.reattached,
+            "collected": self.collected,
+            "bgp_sessions": [],
+        }
