@@ -1,4 +1,4 @@
-"""Parses addresses, CIDRs and AS numbers that users type: strictly, with an error that says what is wrong.
+"""Parses addresses, CIDRs, AS numbers and ports that users type: strictly, with an error that says what is wrong.
 
 netaddr alone would read `1.2` as 1.0.0.2 and `10` as 10.0.0.0/8, which no user means.
 """
@@ -6,12 +6,19 @@ netaddr alone would read `1.2` as 1.0.0.2 and `10` as 10.0.0.0/8, which no user 
 from __future__ import annotations
 
 import re
+import socket
 from typing import TYPE_CHECKING
 
 from calicoctl.errors import CalicoError
 
 if TYPE_CHECKING:
     from netaddr import IPAddress, IPNetwork
+
+
+FAMILIES = {4: socket.AF_INET, 6: socket.AF_INET6}
+"""The address family of each IP version."""
+BITS = {4: 32, 6: 128}
+"""The length of an address of each IP version."""
 
 
 def parse_address(text: str, what: str = "IP address") -> IPAddress:
@@ -72,10 +79,32 @@ def parse_as_number(text: str) -> str:
     raise CalicoError(f"'{text}' is not a valid AS number: it must be 1 to 4294967295, or like 1.10")
 
 
+def parse_port(text: str, what: str) -> int:
+    """Return the port, 1 to 65535, that `text` spells; raise CalicoError, naming `what`, when it spells none."""
+    if not re.fullmatch("[0-9]{1,5}", text, re.ASCII) or not 0 < int(text) < 65536:
+        raise CalicoError(f"{what} is '{text}': it must be a port, 1 to 65535")
+    return int(text)
+
+
 def host_net(address: IPAddress | str) -> str:
     """Return the CIDR of a single address, `192.0.2.1/32` or `2001:db8::1/128`."""
     text = str(address)
-    return f"{text}/{128 if ':' in text else 32}"
+    return f"{text}/{BITS[version_of(text)]}"
+
+
+def pack(address: str) -> bytes:
+    """Return an address as 4 or 16 bytes; raise OSError, or ValueError, for a text that is no address."""
+    return socket.inet_pton(FAMILIES[version_of(address)], address)
+
+
+def unpack(packed: bytes) -> str:
+    """Return the canonical text of an address of 4 or 16 bytes."""
+    return socket.inet_ntop(socket.AF_INET if len(packed) == 4 else socket.AF_INET6, packed)
+
+
+def canonical(address: str) -> str:
+    """Return an address in canonical form; raise OSError, or ValueError, for a text that is no address."""
+    return unpack(pack(address))
 
 
 def version_of(text: str) -> int:

@@ -1,4 +1,4 @@
-"""A small netlink client, for requests that pyroute2 does not support or is too slow at.
+"""A small netlink client, for requests that pyroute2 does not support or is too slow at, and netlink's constants.
 
 Source: the kernel's uapi/linux/netlink.h and rtnetlink.h.
 """
@@ -22,18 +22,23 @@ ERROR, _DONE = 2, 3
 _KIND = 0x3FFF
 """Mask of an attribute's type, without the flag bits."""
 
+RTM_NEWLINK, RTM_DELLINK, RTM_NEWADDR, RTM_DELADDR, RTM_NEWROUTE, RTM_DELROUTE = 16, 17, 20, 21, 24, 25
 _RTM_GETADDR, _RTM_GETROUTE, _RTM_GETNEIGH, _RTM_GETNEIGHTBL, _RTM_GETNEXTHOP = 22, 26, 30, 66, 106
 _NDTA_THRESH3, _NDTA_STATS = 4, 7
 _NDA_DST, _NDA_LLADDR = 1, 2
-_NUD_PERMANENT = 0x80
-_NTF_PROXY = 0x08
+NUD_PERMANENT = 0x80
+NTF_PROXY = 0x08
 _IFA_ADDRESS, _IFA_LOCAL, _IFA_BROADCAST = 1, 2, 4
-_RTA_DST, _RTA_OIF, _RTA_GATEWAY, _RTA_PRIORITY, _RTA_PREFSRC, _RTA_MULTIPATH, _RTA_VIA = 1, 4, 5, 6, 7, 9, 18
+RTA_DST, RTA_OIF, _RTA_GATEWAY, RTA_PRIORITY, _RTA_PREFSRC, _RTA_MULTIPATH, _RTA_VIA = 1, 4, 5, 6, 7, 9, 18
 _RTA_TABLE = 15
 _NHA_OIF, _NHA_GATEWAY = 5, 6
-_TABLE_MAIN = 254
+TABLE_MAIN = 254
+SCOPE_LINK = 253
+IFF_UP, IFF_LOOPBACK = 0x1, 0x8
 UNICAST, LOCAL = 1, 2
 """Types of routes: unicast, and local (to addresses of this host)."""
+PROTOCOL_KERNEL, PROTOCOL_STATIC, PROTOCOL_RA = 2, 4, 9
+"""Protocols of routes: that the kernel sets itself, that are static, and that were learned from routers (RA)."""
 OUR_PROTOCOL = 80
 """The protocol number of our routes (`ip route show proto 80`). Source: numbers from 5 up are free, rtnetlink(7)."""
 _SOL_NETLINK, _NETLINK_GET_STRICT_CHK = 270, 12
@@ -125,7 +130,7 @@ def routes(family: int, lengths: Collection[int] = range(129), protocol: int | N
     """
     # struct rtmsg: family, length of destination and of source, tos, table, protocol, scope, type, flags
     for body in dump(socket.NETLINK_ROUTE, _RTM_GETROUTE, struct.pack("=8BI", family, 0, 0, 0, 0, 0, 0, 0, 0)):
-        if body[4] == _TABLE_MAIN and body[1] in lengths and protocol in (None, body[5]):
+        if body[4] == TABLE_MAIN and body[1] in lengths and protocol in (None, body[5]):
             yield _route(family, body)
 
 
@@ -134,7 +139,7 @@ def _route(family: int, body: bytes) -> Route:
     if _RTA_MULTIPATH in found:
         # struct rtnexthop: length, flags, hops, index; then attributes
         length, _, _, index = struct.unpack_from("=HBBi", found[_RTA_MULTIPATH])
-        found |= attributes(found[_RTA_MULTIPATH][8:length]) | {_RTA_OIF: struct.pack("=i", index)}
+        found |= attributes(found[_RTA_MULTIPATH][8:length]) | {RTA_OIF: struct.pack("=i", index)}
 
     def address(kind: int) -> str | None:
         return socket.inet_ntop(family, found[kind]) if kind in found else None
@@ -143,11 +148,11 @@ def _route(family: int, body: bytes) -> Route:
         return int(struct.unpack("=I", found[kind])[0]) if kind in found else None
 
     return Route(
-        destination=address(_RTA_DST),
+        destination=address(RTA_DST),
         length=body[1],
         protocol=body[5],
-        metric=number(_RTA_PRIORITY) or 0,
-        index=number(_RTA_OIF),
+        metric=number(RTA_PRIORITY) or 0,
+        index=number(RTA_OIF),
         gateway=_gateway(family, found),
         source=address(_RTA_PREFSRC),
     )
@@ -168,11 +173,11 @@ def neighbours(family: int, proxies: bool = False) -> Iterator[Neighbour]:
     pyroute2 cannot request the latter. Source: neigh_dump_info() of the kernel's net/core/neighbour.c. Raises OSError.
     """
     # struct ndmsg: family, padding, interface, state, flags, type
-    body = struct.pack("=BBHiHBB", family, 0, 0, 0, 0, _NTF_PROXY if proxies else 0, 0)
+    body = struct.pack("=BBHiHBB", family, 0, 0, 0, 0, NTF_PROXY if proxies else 0, 0)
     for answer in dump(socket.NETLINK_ROUTE, _RTM_GETNEIGH, body):
         index, state = struct.unpack_from("=iH", answer, 4)
         found = attributes(answer[12:])
-        if answer[0] == family and _NDA_DST in found and (proxies or state & _NUD_PERMANENT):
+        if answer[0] == family and _NDA_DST in found and (proxies or state & NUD_PERMANENT):
             mac = found[_NDA_LLADDR].hex(":") if _NDA_LLADDR in found else None
             yield Neighbour(index, socket.inet_ntop(family, found[_NDA_DST]), mac)
 
@@ -251,7 +256,7 @@ def paths(family: int, type: int, but: Collection[int] = ()) -> Iterator[Paths]:
         destination, at = b"", 12
         while at + 4 <= len(body):
             length, kind = struct.unpack_from("=HH", body, at)
-            if kind == _RTA_DST:
+            if kind == RTA_DST:
                 destination = body[at + 4 : at + length]
             elif kind != _RTA_TABLE:
                 break
@@ -271,8 +276,8 @@ def _hops(family: int, found: dict[int, bytes]) -> Iterator[tuple[str | None, in
         length, _, _, index = struct.unpack_from("=HBBi", several, at)
         yield _gateway(family, attributes(several[at + 8 : at + length])), index
         at += max(8, (length + 3) & ~3)
-    if not several and _RTA_OIF in found:
-        yield _gateway(family, found), struct.unpack("=i", found[_RTA_OIF])[0]
+    if not several and RTA_OIF in found:
+        yield _gateway(family, found), struct.unpack("=i", found[RTA_OIF])[0]
 
 
 def _gateway(family: int, found: dict[int, bytes]) -> str | None:

@@ -41,14 +41,13 @@ Examples:
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 from functools import partial
 from typing import Any
 
-from calicoctl.addresses import host_net
+from calicoctl.addresses import host_net, pack
 from calicoctl.datastore import keys
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.hosts import check_hostname
@@ -147,7 +146,7 @@ def readable_endpoints(datastore: DatastoreClient, host: str | None = None) -> l
 
 def display_order(endpoint: Endpoint) -> tuple[object, ...]:
     """Return the sort key of an endpoint: host, workload's name, addresses as numbers, and ids."""
-    addresses = [socket.inet_pton(socket.AF_INET6 if ":" in a else socket.AF_INET, a) for a in endpoint.addresses]
+    addresses = [pack(address) for address in endpoint.addresses]
     id = endpoint.id
     numbers = [(len(address), address) for address in addresses]
     return id.host, endpoint.workload_name or id.workload, numbers, id.orchestrator, id.workload, id.endpoint

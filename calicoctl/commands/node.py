@@ -79,7 +79,6 @@ Examples:
 from __future__ import annotations
 
 import os
-import re
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
@@ -87,7 +86,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from calicoctl.addresses import check_unicast, parse_address, parse_as_number
+from calicoctl.addresses import check_unicast, parse_address, parse_as_number, parse_port
 from calicoctl.commands import bgp
 from calicoctl.commands.pool import readable_pools, warn_of_overlaps
 from calicoctl.datastore import keys
@@ -126,7 +125,9 @@ def prepare(argv: list[str]) -> Prepared:
         as_num = None if arguments["--as"] is None else parse_as_number(arguments["--as"])
     if arguments["--detach"] not in (None, "true", "false"):
         raise CalicoError(f"--detach={arguments['--detach']}: it must be true or false")
-    return partial(_start, given, as_num, _port(arguments["--metrics-port"]), arguments)
+    text = arguments["--metrics-port"]
+    port = None if text is None else parse_port(text, "--metrics-port")
+    return partial(_start, given, as_num, port, arguments)
 
 
 def _start(
@@ -408,14 +409,6 @@ def _make(log_dir: str) -> None:
         Path(log_dir).mkdir(mode=0o755, parents=True, exist_ok=True)
     except OSError as error:
         raise CalicoError(f"--log-dir={log_dir}: it cannot be created: {error.strerror}") from None
-
-
-def _port(text: str | None) -> int | None:
-    if text is None:
-        return None
-    if not re.fullmatch("[0-9]{1,5}", text, re.ASCII) or not 0 < int(text) < 65536:
-        raise CalicoError(f"--metrics-port={text}: it must be a port, a number from 1 to 65535")
-    return int(text)
 
 
 def _host_address(text: str | None, version: int, option: str) -> str | None:

@@ -68,6 +68,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any, Callable, TypeVar
 
+from calicoctl.addresses import parse_port
 from calicoctl.commands.endpoint import called, check_known_profile, readable_endpoints, workload_cell
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.model import Endpoint, Rule, Rules
@@ -324,8 +325,9 @@ def _rule_remove(profile: str, direction: str, position: int | None, rule: Rule 
 
 def _prepare_trace(arguments: dict[str, Any]) -> Prepared:
     protocol = next(word for word in ("tcp", "udp", "icmp", "icmpv6") if arguments[word])
-    port = _port("<PORT>", arguments["<PORT>"])
-    source_port = _port("--from-port", arguments["--from-port"])
+    port, source_port = (
+        None if arguments[name] is None else parse_port(arguments[name], name) for name in ("<PORT>", "--from-port")
+    )
     if protocol.startswith("icmp"):
         if port is not None or source_port is not None:
             raise UsageError(f"{protocol} has no ports")
@@ -355,14 +357,6 @@ def _trace(arguments: dict[str, Any], protocol: str, port: int | None, source_po
             print("The packet passes.")
     if denied_by is not None:
         raise Failed(one_line(f"The packet does not pass: {denied_by.direction}, {denied_by.why}."), 1)
-
-
-def _port(name: str, text: str | None) -> int | None:
-    if text is None:
-        return None
-    if not re.fullmatch("[0-9]{1,5}", text, re.ASCII) or not 0 < int(text) < 65536:
-        raise CalicoError(f"{name} is '{text}': it must be a port, 1 to 65535")
-    return int(text)
 
 
 def _parse_rule(words: list[str], is_new: bool) -> Rule:

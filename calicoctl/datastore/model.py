@@ -12,6 +12,7 @@ import socket
 from dataclasses import dataclass, field
 from typing import Any
 
+from calicoctl.addresses import BITS, FAMILIES, canonical
 from calicoctl.datastore.keys import EndpointId
 from calicoctl.errors import InvalidValue
 
@@ -50,15 +51,10 @@ def _is_net(text: str, version: int) -> bool:
     """Return whether a text is an address with prefix length. Not by netaddr: importing that takes too long."""
     address, _, length = text.partition("/")
     try:
-        socket.inet_pton(socket.AF_INET6 if version == 6 else socket.AF_INET, address)
+        socket.inet_pton(FAMILIES[version], address)
     except (OSError, ValueError):
         return False
-    return re.fullmatch("[0-9]{1,3}", length) is not None and int(length) <= (128 if version == 6 else 32)
-
-
-def _canonical(address: str) -> str:
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    return socket.inet_ntop(family, socket.inet_pton(family, address))
+    return re.fullmatch("[0-9]{1,3}", length) is not None and int(length) <= BITS[version]
 
 
 def _is_strings(value: Any) -> bool:
@@ -145,7 +141,7 @@ class Endpoint:
     @property
     def addresses(self) -> list[str]:
         """The endpoint's canonical addresses, without prefix length."""
-        return [_canonical(net.partition("/")[0]) for net in self.nets]
+        return [canonical(net.partition("/")[0]) for net in self.nets]
 
     def nets_of(self, version: int) -> list[str]:
         """The nets of an IP version: the list itself, not a copy."""

@@ -8,14 +8,11 @@ routes use it.
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from calicoctl.addresses import BITS, pack, unpack, version_of
 from calicoctl.datastore.keys import INTERFACE_PREFIX
-
-_FAMILIES = {4: socket.AF_INET, 6: socket.AF_INET6}
-_BITS = {4: 32, 6: 128}
 
 
 @dataclass(frozen=True)
@@ -31,7 +28,7 @@ class Network:
     def of(cls, address: str, length: int, interface: str = "") -> Network:
         """Return the network of a valid address."""
         version, number = _number(address)
-        return cls(version, number >> (_BITS[version] - length) << (_BITS[version] - length), length, interface)
+        return cls(version, number >> (BITS[version] - length) << (BITS[version] - length), length, interface)
 
     @classmethod
     def parse(cls, cidr: str) -> Network:
@@ -41,7 +38,7 @@ class Network:
 
     @property
     def size(self) -> int:
-        return 1 << (_BITS[self.version] - self.length)
+        return 1 << (BITS[self.version] - self.length)
 
     @property
     def last(self) -> int:
@@ -52,7 +49,7 @@ class Network:
         return f"{self.address(self.first)}/{self.length}"
 
     def address(self, number: int) -> str:
-        return socket.inet_ntop(_FAMILIES[self.version], number.to_bytes(_BITS[self.version] // 8, "big"))
+        return unpack(number.to_bytes(BITS[self.version] // 8, "big"))
 
     def has(self, version: int, number: int) -> bool:
         return version == self.version and self.first <= number <= self.last
@@ -191,9 +188,8 @@ class Reserved:
         """Return whether an address may be allocated to a workload that did not request it explicitly."""
         if any(network.has(version, number) for network in self.network.networks):
             return False
-        return self.refusal(Network(version, number, _BITS[version]).address(number)) is None
+        return self.refusal(Network(version, number, BITS[version]).address(number)) is None
 
 
 def _number(address: str) -> tuple[int, int]:
-    version = 6 if ":" in address else 4
-    return version, int.from_bytes(socket.inet_pton(_FAMILIES[version], address), "big")
+    return version_of(address), int.from_bytes(pack(address), "big")

@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Callable
 
+from calicoctl.addresses import BITS, FAMILIES, unpack
 from calicoctl.datastore import config, keys
 from calicoctl.datastore.keys import INTERFACE_PREFIX, EndpointId
 from calicoctl.datastore.model import Endpoint, Pool, Rules, load_strings
@@ -52,7 +53,7 @@ class LocalEndpoint:
         """The link-local address that its interface derives from its MAC. Source: RFC 4291, appendix A."""
         octets = bytes(int(part, 16) for part in self.mac.split(":"))
         identifier = bytes([octets[0] ^ 2]) + octets[1:3] + b"\xff\xfe" + octets[3:]
-        return socket.inet_ntop(socket.AF_INET6, b"\xfe\x80" + bytes(6) + identifier)
+        return unpack(b"\xfe\x80" + bytes(6) + identifier)
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -306,7 +307,7 @@ class Snapshot:
             self.ipv6_address = None
         if entry is None or not entry.value:
             return
-        address = _canonical(entry.value, version)
+        address = _usable(entry.value, version)
         self._addresses[key] = address
         self._registered[address] = host
         self._unchecked |= self._claims.get(address, set())
@@ -431,8 +432,8 @@ def _checked(endpoint: Endpoint, index: int) -> LocalEndpoint:
             address, _, length = net.partition("/")
             if int(length) != (32 if version == 4 else 128):
                 raise CalicoError(f"its {net} is not a single address")
-            addresses.append(_canonical(address, version))
-    next_hop = None if endpoint.ipv6_gateway is None else _canonical(endpoint.ipv6_gateway, 6)
+            addresses.append(_usable(address, version))
+    next_hop = None if endpoint.ipv6_gateway is None else _usable(endpoint.ipv6_gateway, 6)
     return LocalEndpoint(
         endpoint.id,
         index,
@@ -447,20 +448,19 @@ def _checked(endpoint: Endpoint, index: int) -> LocalEndpoint:
 def usable_addresses(endpoint: Endpoint) -> tuple[str, ...]:
     """Return those of an endpoint's nets that are single addresses, in canonical form, for the sets of tags."""
     found: dict[str, None] = {}
-    for version, length in ((4, "32"), (6, "128")):
+    for version, length in BITS.items():
         for net in endpoint.nets_of(version):
             address, _, prefix = net.partition("/")
             with suppress(CalicoError):
-                if prefix == length:
-                    found[_canonical(address, version)] = None
+                if prefix == str(length):
+                    found[_usable(address, version)] = None
     return tuple(found)
 
 
-def _canonical(address: str, version: int) -> str:
+def _usable(address: str, version: int) -> str:
     """Return an address in canonical form; raise CalicoError for one that no endpoint or host can have."""
-    family = socket.AF_INET6 if version == 6 else socket.AF_INET
     try:
-        packed = socket.inet_pton(family, address)
+        packed = socket.inet_pton(FAMILIES[version], address)
     except (OSError, ValueError):
         raise CalicoError(f"'{address}' is not an IPv{version} address") from None
     number = int.from_bytes(packed, "big")
@@ -471,4 +471,4 @@ def _canonical(address: str, version: int) -> str:
         unusable = number >> 48 == 0 or packed[0] == 0xFF or number >> 118 == 0xFE80 >> 6
     if unusable:
         raise CalicoError(f"{address} is not an address that an endpoint can have")
-    return socket.inet_ntop(family, packed)
+    return unpack(packed)

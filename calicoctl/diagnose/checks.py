@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 from calicoctl import engine, netlink
+from calicoctl.addresses import FAMILIES
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.hosts import hostname
 from calicoctl.datastore.keys import INTERFACE_PREFIX
@@ -192,7 +193,7 @@ def _neighbours() -> Iterator[Check]:
     """Check for how many endpoints the neighbour tables have room. All namespaces of a machine share them."""
     endpoints = sum(name.startswith(INTERFACE_PREFIX) for _, name in socket.if_nameindex())
     counts_permanent = tuple(map(int, re.findall(r"\d+", platform.release())[:2])) < (5, 0)
-    for version, family in ((4, socket.AF_INET), (6, socket.AF_INET6)):
+    for version, family in FAMILIES.items():
         name = f"neighbour table of IPv{version}"
         try:
             table = netlink.neighbour_limit(family)

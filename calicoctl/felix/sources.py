@@ -67,10 +67,6 @@ _RTMGRP_IPV4_ROUTE = 0x40
 _RTMGRP_IPV6_ROUTE = 0x400
 _RTMGRP_IPV4_IFADDR = 0x10
 _RTMGRP_IPV6_IFADDR = 0x100
-_RTM_NEWLINK, _RTM_DELLINK, _RTM_NEWADDR, _RTM_DELADDR, _RTM_NEWROUTE, _RTM_DELROUTE = 16, 17, 20, 21, 24, 25
-_SCOPE_LINK = 253
-_RTPROT_KERNEL = 2
-_TABLE_MAIN = 254
 
 
 class _Source(threading.Thread):
@@ -199,16 +195,16 @@ class KernelEvents(_Source):
                 self._events.put(KernelEventsLost())
                 continue
             for kind, message in netlink.messages(data):
-                if kind in (_RTM_NEWLINK, _RTM_DELLINK):
+                if kind in (netlink.RTM_NEWLINK, netlink.RTM_DELLINK):
                     for parsed in marshal.parse(message):
-                        self._events.put(LinkChanged(link_of(parsed), deleted=kind == _RTM_DELLINK))
-                elif kind in (_RTM_NEWADDR, _RTM_DELADDR):
+                        self._events.put(LinkChanged(link_of(parsed), deleted=kind == netlink.RTM_DELLINK))
+                elif kind in (netlink.RTM_NEWADDR, netlink.RTM_DELADDR):
                     if _is_assignable(message):
                         self._events.put(AddressesChanged())
                 elif _is_loss(kind, message) and _sender(message) not in own_ports(socket.NETLINK_ROUTE):
                     for parsed in marshal.parse(message):
                         self._events.put(RouteLost(parsed.get_attr("RTA_DST")))
-                elif message[21] not in (PROTOCOL, _RTPROT_KERNEL) and not self.gateways_pending.is_set():
+                elif message[21] not in (PROTOCOL, netlink.PROTOCOL_KERNEL) and not self.gateways_pending.is_set():
                     self.gateways_pending.set()
                     self._events.put(GatewaysChanged())
 
@@ -286,9 +282,10 @@ def _is_loss(kind: int, message: bytes) -> bool:
 
     struct rtmsg is: family, dst_len, src_len, tos, table, protocol. The kernel announces a replacement as a new route.
     """
-    if kind == _RTM_DELROUTE:
+    if kind == netlink.RTM_DELROUTE:
         return message[21] == PROTOCOL
-    return kind == _RTM_NEWROUTE and message[17] in (32, 128) and message[20] == _TABLE_MAIN and message[21] != PROTOCOL
+    is_host_route = message[17] in (32, 128) and message[20] == netlink.TABLE_MAIN
+    return kind == netlink.RTM_NEWROUTE and is_host_route and message[21] != PROTOCOL
 
 
 def _is_assignable(message: bytes) -> bool:
@@ -296,7 +293,7 @@ def _is_assignable(message: bytes) -> bool:
 
     struct ifaddrmsg is: family, length, flags, scope, index.
     """
-    return message[16] == socket.AF_INET or message[19] != _SCOPE_LINK
+    return message[16] == socket.AF_INET or message[19] != netlink.SCOPE_LINK
 
 
 def _sender(message: bytes) -> int:

@@ -6,12 +6,12 @@ two with real packets.
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Callable
 
+from calicoctl.addresses import BITS, pack, version_of
 from calicoctl.datastore.model import Rule, Rules
 from calicoctl.errors import CalicoError
 from calicoctl.policy.rules import check_rule
@@ -161,8 +161,7 @@ def _range(port: int | str) -> tuple[int, int]:
 @lru_cache(maxsize=65536)
 def _number(address: str) -> tuple[int, int]:
     """Return an address as a number, and its number of bits."""
-    family, bits = (socket.AF_INET6, 128) if ":" in address else (socket.AF_INET, 32)
-    return int.from_bytes(socket.inet_pton(family, address), "big"), bits
+    return int.from_bytes(pack(address), "big"), BITS[version_of(address)]
 
 
 def _within(address: str, net: str) -> bool:

@@ -11,12 +11,10 @@ import socket
 from contextlib import suppress
 
 from calicoctl import netlink
+from calicoctl.addresses import BITS, FAMILIES, unpack
 from calicoctl.datastore.reserved import HostNetwork, InterfaceAddress
 from calicoctl.errors import CalicoError
 
-_SCOPE_LINK = 253
-_KERNEL, _RA = 2, 9
-"""Protocols of routes that the kernel sets itself, and that it, or another program, learns of routers."""
 _NO_NETWORK = (b"", b"\xfe\x80")
 """How the destinations of default and of link-local routes begin."""
 
@@ -35,30 +33,30 @@ def _read() -> HostNetwork:
     addresses = [
         InterfaceAddress(one.address, one.network, one.length, names[one.index], one.broadcast)
         for one in netlink.addresses()
-        if one.family == socket.AF_INET or one.scope != _SCOPE_LINK
+        if one.family == socket.AF_INET or one.scope != netlink.SCOPE_LINK
     ]
     hops: set[tuple[str | None, int]] = set()
     on_link: dict[tuple[str, int, str], None] = {}
     local: list[tuple[str, int]] = []
-    for family, bits in ((socket.AF_INET, 32), (socket.AF_INET6, 128)):
+    for version, family in FAMILIES.items():
         named_by_number = False
         for path in netlink.paths(family, netlink.UNICAST, but=(netlink.OUR_PROTOCOL,)):
             hops.update(path.hops)
             named_by_number = named_by_number or not path.hops
             if (
                 family == socket.AF_INET6
-                and path.protocol in (_KERNEL, _RA)
+                and path.protocol in (netlink.PROTOCOL_KERNEL, netlink.PROTOCOL_RA)
                 and path.destination[:2] not in _NO_NETWORK
             ):
                 # a router has told of it, and the host's own address in it came without the network (from DHCPv6)
-                network = socket.inet_ntop(family, path.destination), path.length
+                network = unpack(path.destination), path.length
                 on_link.update({(*network, names[index]): None for gateway, index in path.hops if gateway is None})
         if named_by_number:
             hops.update(netlink.next_hops())
         for path in netlink.paths(family, netlink.LOCAL):
-            is_address = path.protocol == _KERNEL and path.length == bits
+            is_address = path.protocol == netlink.PROTOCOL_KERNEL and path.length == BITS[version]
             if path.destination and not is_address and path.destination[0] != socket.INADDR_LOOPBACK >> 24:
-                local.append((socket.inet_ntop(family, path.destination), path.length))
+                local.append((unpack(path.destination), path.length))
     gateways = [(gateway, names[index]) for gateway, index in hops if gateway is not None]
     return HostNetwork.of(addresses, gateways, local, on_link)
 

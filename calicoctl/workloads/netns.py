@@ -18,10 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, TypeVar
 
-from calicoctl.addresses import version_of
+from calicoctl.addresses import BITS, FAMILIES, host_net, unpack, version_of
 from calicoctl.datastore.keys import INTERFACE_PREFIX
 from calicoctl.errors import CalicoError, NamespaceError
-from calicoctl.netlink import neighbours, routes
+from calicoctl.netlink import IFF_LOOPBACK, IFF_UP, NUD_PERMANENT, PROTOCOL_STATIC, SCOPE_LINK, neighbours, routes
 
 if TYPE_CHECKING:
     from pyroute2.iproute.linux import IPRoute
@@ -39,14 +39,8 @@ HOST_MAC = "ee:ee:ee:ee:ee:ee"
 One that the kernel makes up is changed by udev (MACAddressPolicy in systemd.link(5)) after the workload has learned it.
 """
 
-_SCOPE_LINK = 253
 _LOOPBACK_INDEX = 1
-_NUD_PERMANENT = 0x80
 _NODAD = 0x02
-_LOOPBACK = 0x8
-_PROTOCOL_STATIC = 4
-_FAMILIES = {4: 2, 6: 10}
-_LENGTHS = {4: 32, 6: 128}
 
 
 @dataclass
@@ -221,7 +215,7 @@ class Namespace:
                 flags = {"flags": _NODAD} if version_of(net) == 6 else {}
                 netlink.addr("replace", index=index, address=address, prefixlen=int(length), **flags)
             for version, next_hop in next_hops.items():
-                scope = {"scope": _SCOPE_LINK} if version == 4 else {}
+                scope = {"scope": SCOPE_LINK} if version == 4 else {}
                 netlink.route("replace", **_route(version, next_hop, index), **scope)
                 netlink.route("replace", **_route(version, None, index), gateway=next_hop)
             _enter_next_hops(netlink, index, host_mac)
@@ -262,13 +256,13 @@ class Namespace:
         def work(netlink: IPRoute) -> None:
             index = _index(netlink, interface)
             for version in versions:
-                lengths = (0, _LENGTHS[version])
-                for route in list(routes(_FAMILIES[version], lengths=lengths, protocol=_PROTOCOL_STATIC)):
+                lengths = (0, BITS[version])
+                for route in list(routes(FAMILIES[version], lengths=lengths, protocol=PROTOCOL_STATIC)):
                     if route.index != index:
                         continue
                     if route.gateway:  # before the route, without which it would not be found again
                         with _ignoring(errno.ENOENT):
-                            netlink.neigh("del", family=_FAMILIES[version], dst=route.gateway, ifindex=index)
+                            netlink.neigh("del", family=FAMILIES[version], dst=route.gateway, ifindex=index)
                     with _ignoring(errno.ESRCH):
                         netlink.route("del", **_route(version, route.destination, index))
             for net in nets:
@@ -356,7 +350,7 @@ def inspect(netlink: IPRoute) -> Inspection:
         interface = _interface(link)
         found.interfaces[interface.name] = interface
     names = {interface.index: interface.name for interface in found.interfaces.values()}
-    for version, family in _FAMILIES.items():
+    for version, family in FAMILIES.items():
         for route in routes(family, lengths=(0,)):
             where = [f"via {route.gateway}"] if route.gateway else []
             where += [f"dev {names.get(route.index, route.index)}"] if route.index else []
@@ -381,7 +375,7 @@ def host_addresses() -> tuple[dict[int, str | None], set[str]]:
         links = {link["index"]: link for link in netlink.get_links()}
         chosen: dict[int, str | None] = {}
         every: set[str] = set()
-        for version, family in _FAMILIES.items():
+        for version, family in FAMILIES.items():
             addresses: dict[int, list[str]] = {}
             for address in netlink.get_addr(family=family):
                 text = address.get_attr("IFA_LOCAL") or address.get_attr("IFA_ADDRESS")
@@ -415,14 +409,14 @@ def own_addresses() -> set[str]:
     # each interface has one of IPv6, which pyroute2 takes long to read. Source: if_inet6 in proc(5)
     with suppress(OSError):
         for line in Path("/proc/net/if_inet6").read_text().splitlines():
-            found.add(socket.inet_ntop(socket.AF_INET6, bytes.fromhex(line.split()[0])))
+            found.add(unpack(bytes.fromhex(line.split()[0])))
     return found
 
 
 def _faces_outside(link: Any) -> bool:
     interface = _interface(link)
     inside = ("docker", "br-", "virbr", INTERFACE_PREFIX)
-    return not (link["flags"] & _LOOPBACK or interface.kind == "bridge" or interface.name.startswith(inside))
+    return not (link["flags"] & IFF_LOOPBACK or interface.kind == "bridge" or interface.name.startswith(inside))
 
 
 def _leads_to(netlink: IPRoute, link: Any, namespace: int) -> bool:
@@ -437,7 +431,7 @@ def _interface(link: Any) -> Interface:
         name=link.get_attr("IFLA_IFNAME"),
         index=link["index"],
         mac=link.get_attr("IFLA_ADDRESS") or "",
-        up=link["flags"] & 1 == 1,
+        up=link["flags"] & IFF_UP != 0,
         peer_index=link.get_attr("IFLA_LINK"),
         kind=info.get_attr("IFLA_INFO_KIND") if info is not None else None,
     )
@@ -452,14 +446,14 @@ def _index(netlink: IPRoute, name: str) -> int:
 
 def _route(version: int, address: str | None, index: int) -> dict[str, Any]:
     """Return the route to one address, or for None the default route, through an interface."""
-    destination = "default" if address is None else f"{address}/{_LENGTHS[version]}"
-    return {"family": _FAMILIES[version], "dst": destination, "oif": index, "proto": _PROTOCOL_STATIC}
+    destination = "default" if address is None else host_net(address)
+    return {"family": FAMILIES[version], "dst": destination, "oif": index, "proto": PROTOCOL_STATIC}
 
 
 def _unknown_next_hops(index: int, mac: str) -> set[str]:
     """Return the next hops of default routes through an interface that have no permanent entry with this MAC."""
     found: set[str] = set()
-    for version, family in _FAMILIES.items():
+    for version, family in FAMILIES.items():
         hops = {route.gateway for route in routes(family, lengths=(0,)) if route.index == index} - {None}
         if hops:
             hops -= {entry.address for entry in neighbours(family) if (entry.index, entry.mac) == (index, mac)}
@@ -473,8 +467,8 @@ def _enter_next_hops(netlink: IPRoute, index: int, mac: str) -> None:
     The kernel does not count such entries against its limit (gc_thresh3), since Linux 5.0.
     """
     for hop in _unknown_next_hops(index, mac):
-        family = _FAMILIES[version_of(hop)]
-        netlink.neigh("replace", family=family, dst=hop, lladdr=mac, ifindex=index, state=_NUD_PERMANENT)
+        family = FAMILIES[version_of(hop)]
+        netlink.neigh("replace", family=family, dst=hop, lladdr=mac, ifindex=index, state=NUD_PERMANENT)
 
 
 def _read_sysctl(path: str) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Callable
 
-from calicoctl.addresses import parse_address, version_of
+from calicoctl.addresses import host_net, parse_address, version_of
 from calicoctl.errors import AddressTaken, CalicoError
 from calicoctl.workloads import locks, netns
 from calicoctl.workloads.locks import WorkloadLock
@@ -190,7 +190,7 @@ def _connect(session: WorkloadSession, held: dict[IPAddress, Owner]) -> Iterator
         yield Action(CHANGED, f"{_called(workload)} is active: it is there{since}")
     if attached is not None and session.namespace.refresh(attached, session.host_mac):
         yield Action(CHANGED, f"{_called(workload)} has been told the MAC of its next hop, {session.host_mac}")
-    left = [f"{address}/{128 if address.version == 6 else 32}" for address in _unlisted([record], held)]
+    left = [host_net(address) for address in _unlisted([record], held)]
     if attached is not None and left:
         versions = {version_of(net) for net in left} - {version_of(net) for net in record.nets}
         session.namespace.unconfigure(attached, left, versions)

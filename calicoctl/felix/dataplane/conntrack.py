@@ -25,6 +25,7 @@ from queue import Empty, SimpleQueue
 from typing import Callable
 
 from calicoctl import netlink
+from calicoctl.addresses import FAMILIES, pack, unpack
 from calicoctl.errors import CalicoError
 from calicoctl.policy.verdict import ICMP, ICMPV6, PROTOCOLS, Packet
 from calicoctl.workloads import netns
@@ -139,8 +140,8 @@ def _is_empty() -> bool:
 def _connections_of(addresses: Collection[str]) -> list[Connection]:
     """List the connections that come from, or are answered by, one of these addresses."""
     found = []
-    for version, family in ((4, socket.AF_INET), (6, socket.AF_INET6)):
-        desired = {socket.inet_pton(family, address) for address in addresses if (":" in address) == (version == 6)}
+    for version, family in FAMILIES.items():
+        desired = {pack(address) for address in addresses if (":" in address) == (version == 6)}
         if not desired:
             continue
         few = len(desired) < 16
@@ -199,11 +200,11 @@ def _port(value: bytes) -> int:
 
 
 def _text(address: bytes) -> str:
-    return socket.inet_ntop(socket.AF_INET if len(address) == 4 else socket.AF_INET6, address)
+    return unpack(address)
 
 
 def _deletion(connection: Connection, number: int) -> bytes:
-    family = socket.AF_INET6 if connection.forwarded.version == 6 else socket.AF_INET
+    family = FAMILIES[connection.forwarded.version]
     return netlink.message(_DELETE, netlink.REQUEST, number, _header(family) + connection.entry)
 
 

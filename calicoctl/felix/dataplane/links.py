@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from calicoctl.datastore.keys import INTERFACE_PREFIX
+from calicoctl.netlink import IFF_UP
 
 if TYPE_CHECKING:
     from pyroute2.iproute.linux import IPRoute
-
-_IFF_UP = 1
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ def link_of(message: Any) -> Link:
     return Link(
         message.get_attr("IFLA_IFNAME") or "",
         message["index"],
-        message["flags"] & _IFF_UP != 0,
+        message["flags"] & IFF_UP != 0,
         message.get_attr("IFLA_ADDRESS") or "",
     )
 

@@ -15,6 +15,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from calicoctl import netlink
+from calicoctl.addresses import FAMILIES, host_net, pack, version_of
 from calicoctl.desired.snapshot import LocalEndpoint
 from calicoctl.errors import CalicoError
 from calicoctl.felix.dataplane import sysctls
@@ -27,13 +28,6 @@ T = TypeVar("T")
 
 PROTOCOL = netlink.OUR_PROTOCOL
 
-_SCOPE_LINK = 253
-_TABLE_MAIN = 254
-_NUD_PERMANENT = 0x80
-_NTF_PROXY = 0x08
-_RTM_NEWROUTE = 24
-_RTN_UNICAST = 1
-_RTA_DST, _RTA_OIF, _RTA_PRIORITY = 1, 4, 6
 _METRIC6 = 1
 """The smallest metric of IPv6, where 0 stands for 1024."""
 
@@ -123,22 +117,22 @@ class Routes:
         from pyroute2.netlink.exceptions import NetlinkError
 
         kind, address = item[:2]
-        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        family = FAMILIES[version_of(address)]
         command = "replace" if verb == "add" else "del"
         try:
             if kind == "route" and verb == "add":
                 _add_route(family, address, index)
             elif kind == "route":
-                net = f"{address}/{128 if family == socket.AF_INET6 else 32}"
-                scope = {"scope": _SCOPE_LINK} if family == socket.AF_INET else {}
+                net = host_net(address)
+                scope = {"scope": netlink.SCOPE_LINK} if family == socket.AF_INET else {}
                 self._netlink.route("del", family=family, dst=net, oif=index, proto=PROTOCOL, **scope)
             elif kind == "neighbour":
                 fields: dict[str, Any] = {"family": family, "dst": address, "ifindex": index}
                 if verb == "add":
-                    fields |= {"lladdr": item[2], "state": _NUD_PERMANENT}
+                    fields |= {"lladdr": item[2], "state": netlink.NUD_PERMANENT}
                 self._netlink.neigh(command, **fields)
             else:
-                self._netlink.neigh(command, family=family, dst=address, ifindex=index, flags=_NTF_PROXY)
+                self._netlink.neigh(command, family=family, dst=address, ifindex=index, flags=netlink.NTF_PROXY)
         except (NetlinkError, OSError) as error:
             code = int(error.code if isinstance(error, NetlinkError) else error.errno or 0)
             if code not in ignored:
@@ -151,14 +145,14 @@ def _add_route(family: int, address: str, index: int) -> None:
     pyroute2 would replace the other route, or fail. Source: the kernel's uapi/linux/rtnetlink.h, and fib_table_insert()
     of its net/ipv4/fib_trie.c: without a flag about existing routes, the new one goes first.
     """
-    packed = socket.inet_pton(family, address)
-    scope = _SCOPE_LINK if family == socket.AF_INET else 0
-    body = struct.pack("=8BI", family, 8 * len(packed), 0, 0, _TABLE_MAIN, PROTOCOL, scope, _RTN_UNICAST, 0)
-    body += netlink.attribute(_RTA_DST, packed) + netlink.attribute(_RTA_OIF, struct.pack("=I", index))
+    packed = pack(address)
+    scope = netlink.SCOPE_LINK if family == socket.AF_INET else 0
+    body = struct.pack("=8BI", family, 8 * len(packed), 0, 0, netlink.TABLE_MAIN, PROTOCOL, scope, netlink.UNICAST, 0)
+    body += netlink.attribute(netlink.RTA_DST, packed) + netlink.attribute(netlink.RTA_OIF, struct.pack("=I", index))
     if family == socket.AF_INET6:
-        body += netlink.attribute(_RTA_PRIORITY, struct.pack("=I", _METRIC6))
+        body += netlink.attribute(netlink.RTA_PRIORITY, struct.pack("=I", _METRIC6))
     with suppress(FileExistsError):  # the same route is there
-        netlink.do(socket.NETLINK_ROUTE, _RTM_NEWROUTE, netlink.CREATE, body)
+        netlink.do(socket.NETLINK_ROUTE, netlink.RTM_NEWROUTE, netlink.CREATE, body)
 
 
 def _listed(what: str, answers: Iterator[T]) -> list[T]:

@@ -20,12 +20,12 @@ from __future__ import annotations
 
 import hashlib
 import re
-import socket
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Callable
 
+from calicoctl.addresses import pack
 from calicoctl.datastore.keys import INTERFACE_PREFIX, EndpointId
 from calicoctl.datastore.model import Rule
 from calicoctl.desired.snapshot import Dirty, LocalEndpoint, Snapshot, usable_addresses
@@ -520,7 +520,7 @@ def _elements(endpoint: LocalEndpoint) -> list[tuple[tuple[str, str], str]]:
         elements.append((("arp", "senders"), f"{name} . {mac} . {address}"))
     for address in [*endpoint.addresses_of(6), endpoint.link_local]:
         elements.append((("inet", "senders6"), f"{name} . {mac} . {address}"))
-        number = int.from_bytes(socket.inet_pton(socket.AF_INET6, address), "big")
+        number = int.from_bytes(pack(address), "big")
         elements.append((("inet", "targets6"), f"{name} . {number:#034x}"))
     return elements
 
