@@ -1,3 +1,3 @@
-"""Connect containers to a Calico network: the command line and, later, the host agent."""
+"""Connects containers to a Calico network: the command line and the host agent."""
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""Writes the pages of the commands and the man page, from what `--help` shows: `make docs`.
+"""Generates the pages of the commands and the man page from the help texts: `make docs`.
 
 A command's help is its module's docstring: a sentence, then sections whose headings end in a colon.
 """
@@ -16,15 +16,15 @@ PACKAGE = HERE.parent / "calicoctl"
 
 
 EXIT_STATUS = [
-    ("0", "done, or what was to be added is there already"),
+    ("0", "done, or the object to add exists already"),
     ("1", "not done; one line on standard error says what and why"),
     ("2", "bad usage, or not root"),
-    ("128 + N", "ended by the signal N; what was half done is undone"),
+    ("128 + N", "ended by the signal N, after a rollback"),
 ]
 
 
 def main(target: Path) -> None:
-    """Write the man page and a page a command into a folder."""
+    """Write the man page, and one page per command, into a folder."""
     usage = _constant(PACKAGE / "cli/main.py", "USAGE")
     helps = {
         path.stem: str(ast.get_docstring(ast.parse(path.read_text())))
@@ -45,7 +45,7 @@ def _constant(path: Path, name: str) -> str:
 
 
 def sections(text: str) -> tuple[str, list[tuple[str, str]]]:
-    """Return a help's first sentence, and its parts with their headings, "" for plain text."""
+    """Return the first sentence of a help text, and its parts with their headings, "" for plain text."""
     first, _, rest = text.strip().partition("\n\n")
     parts: list[tuple[str, str]] = []
     for block in rest.split("\n\n"):
@@ -77,7 +77,7 @@ def page(name: str, text: str) -> str:
 
 
 def man(usage: str, helps: dict[str, str], readme: str) -> str:
-    """Return the man page, in roff; environment and files are told by tables of the README."""
+    """Return the man page, in roff; ENVIRONMENT and FILES come from tables of the README."""
     first, _, rest = usage.strip().partition("\n\n")
     lines = [".TH CALICOCTL 1", ".SH NAME", f"calicoctl \\- {_escaped(first[0].lower() + first[1:].rstrip('.'))}"]
     lines += [".SH SYNOPSIS", *_verbatim(rest)]

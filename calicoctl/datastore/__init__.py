@@ -1,1 +1,1 @@
-"""Everything Calico knows, in etcd: use `DatastoreClient` from `client`."""
+"""Calico's data in etcd: use `DatastoreClient` from `client`."""

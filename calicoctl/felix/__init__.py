@@ -1,1 +1,1 @@
-"""The host agent: makes the network of one host what the store says it is."""
+"""The host agent: drives the network of one host to the desired state in the store."""

@@ -1,1 +1,1 @@
-"""Containers and namespaces of this host: what connects, disconnects and repairs them."""
+"""Containers and network namespaces of this host: connecting, disconnecting and reconciling them."""

@@ -1,1 +1,1 @@
-"""What the agent sets up in the kernel, and the drivers that do it."""
+"""The data plane: managers, which drive parts of the kernel to the desired state, and their drivers."""
