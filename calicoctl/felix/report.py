@@ -118,7 +118,7 @@ class EndpointStatuses:
             changed[id] = status
             if status is None:
                 self._health.endpoints.pop(id, None)
-                log.info("endpoint %s is gone", id.endpoint)
+                log.info("endpoint %s was deleted", id.endpoint)
                 self._removed(id)
                 continue
             self._health.endpoints[id] = status
