@@ -217,6 +217,19 @@ def test_a_new_address_is_verified_before_the_tables_and_routes_have_it(world: A
     assert journal[-1] == "report set" and world.status(2) == ("up", None)
 
 
+def test_an_address_that_cannot_be_verified_is_reported_as_an_error(world: AgentWorld) -> None:
+    world.step(world.store.endpoint_change(2, B))
+    world.conntrack.error = "no memory"
+    assert world.answer()[-1] == "report set" and world.status(2) == ("error", "no memory")
+
+
+def test_a_shortage_of_descriptors_is_reported_at_the_tick(world: AgentWorld, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.shortage, "descriptors_lacking", lambda: "the agent cannot open files")
+    world.clock += TICK
+    world.step()
+    assert world.agent._health.failures["descriptors"]["error"] == "the agent cannot open files"
+
+
 def test_nothing_is_routed_while_the_tables_cannot_be_programmed(world: AgentWorld) -> None:
     world.nft.refusals = 3
     change = world.store.endpoint_change(1, A, mac="02:00:00:00:00:77")
@@ -246,7 +259,7 @@ def test_while_the_store_is_not_ready_everything_stays_and_lost_tables_are_resto
 def test_an_agent_that_is_replaced_changes_nothing_until_it_has_the_host_again(world: AgentWorld) -> None:
     deny = world.store.profile_changes("web")
     assert world.step(events.Replaced("Another machine reports"), *deny) == []
-    assert world.agent._health.replaced == "Another machine reports"
+    assert world.agent._health.replaced == "Another machine reports" and world.agent._health.last_error
     assert world.step(events.Replaced(None))[:3] == ["report resync", "keeper resync", "nft"]
     assert world.nft.chain("inbound/web") == []
 
@@ -279,7 +292,7 @@ def test_an_internal_error_has_everything_resynced_and_reloaded(world: AgentWorl
     world.agent._forwarding.append(other)
     other.error = RuntimeError("an internal error")
     journal = world.step(*world.store.profile_changes("web"))
-    assert journal[:2] == ["nft", "other"] and "other resync" in journal
+    assert journal[:2] == ["nft", "other"] and "other resync" in journal and world.routes.listings == 2
     assert "an internal error" in str(world.agent._health.last_error)
     assert not [entry for entry in world.journal if entry.startswith("request")]
     world.clock += TICK
@@ -292,7 +305,12 @@ def test_an_internal_error_has_everything_resynced_and_reloaded(world: AgentWorl
 
 def test_lost_events_of_the_kernel_are_followed_by_a_resync(world: AgentWorld) -> None:
     world.routes.add_link("cali1", 21)
-    assert "route cali1" in world.step(events.KernelEventsLost()) and world.routes.routes == {21: (A,)}
+    world.network = HostNetwork.of([InterfaceAddress(B, B, 32, "eth0")])
+    world.clock += RESYNC_INTERVAL - TICK
+    assert {"route cali1", "report resync"} <= set(world.step(events.KernelEventsLost()))
+    assert world.routes.routes == {21: (A,)} and B in world.agent._snapshot.network.in_use
+    world.clock += TICK
+    assert "report resync" not in world.step(), "the interval begins again"
 
 
 def test_a_resync_comes_from_time_to_time_and_is_retried_when_it_fails(
@@ -316,12 +334,13 @@ def test_the_report_has_what_the_threads_say(world: AgentWorld) -> None:
     health = world.agent._health
     world.step(events.WatchFailed("/calico/v1", "no etcd answers", "2026-01-01T00:00:00Z"))
     assert health.store.watch.works is False and "report beat_soon" in world.journal
+    assert "no etcd answers; the kernel is left as it is" in str(health.last_error)
     world.step(events.WritesFailed("etcd is full", "2026-01-01T00:00:00Z"))
-    assert health.store.writes.error == "etcd is full"
+    assert health.store.writes.error == "etcd is full" and "etcd is full" in str(health.last_error)
     world.step(events.WritesRecovered(), events.WatchRecovered("/calico/v1"))
     assert health.store.writes.works
     world.step(events.StoreRead("/calico/v1", []))
-    assert health.resyncs == 1 and "keeper resync" in world.journal
+    assert health.resyncs == 1 and {"keeper resync", "report resync"} <= set(world.journal)
     world.step(Action(REATTACHED, "it has its interface back"), events.Failure("no iptables", "the host's firewall"))
     assert health.reattached == 1 and health.failures["the host's firewall"]["error"] == "no iptables"
     with pytest.raises(CalicoError, match="a thread failed"):
