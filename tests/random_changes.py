@@ -10,7 +10,7 @@ from calicoctl.datastore.store import Change, Entry
 TAGS = ("web", "db", "a-b.c_d", "weird tag; drop")
 
 
-def random_change(chance: random.Random, index: int) -> Change:
+def random_change(chance: random.Random, revision: int) -> Change:
     """Write or remove an endpoint, a profile's tags or rules, a pool, or a setting."""
     kind = chance.randrange(10)
     number = chance.randrange(6)
@@ -43,7 +43,7 @@ def random_change(chance: random.Random, index: int) -> Change:
         value = {"cidr": cidr, "masquerade": chance.random() < 0.5}
     else:
         key = "/calico/v1/host/h/config/DefaultEndpointToHostAction"
-        return Change(key, Entry(key, chance.choice(["DROP", "ACCEPT", "RETURN"]), index, index))
+        return Change(key, Entry(key, chance.choice(["DROP", "ACCEPT", "RETURN"]), revision, revision))
     if chance.random() < 0.25:
         return Change(key, None)
-    return Change(key, Entry(key, json.dumps(value), index, index))
+    return Change(key, Entry(key, json.dumps(value), revision, revision))

@@ -135,11 +135,11 @@ def _await_agent(datastore: DatastoreClient, name: str, id: EndpointId, patience
     said: dict[str, Any] | None = None
     asked = False
     while True:
-        index = datastore.endpoint_index(id)
-        if index is None:
+        revision = datastore.endpoint_revision(id)
+        if revision is None:
             raise CalicoError(f"{name} was disconnected concurrently.")
         said = datastore.statuses.of_endpoint(id)
-        current = said is not None and said.get("index") == index
+        current = said is not None and said.get("index") == revision
         if current and said is not None and said.get("status") == "up":
             if asked:
                 return

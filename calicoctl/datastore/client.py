@@ -347,10 +347,10 @@ class DatastoreClient:
         ids = (keys.parse_endpoint(entry.key) for entry in self._store.tree(f"{keys.host(self.host)}/workload"))
         return [id for id in ids if id is not None]
 
-    def endpoint_index(self, id: EndpointId) -> int | None:
-        """Return the current index of an endpoint's record, None where there is none."""
+    def endpoint_revision(self, id: EndpointId) -> int | None:
+        """Return the current revision of an endpoint's record, None where there is none."""
         entry = self._store.get(keys.endpoint(id))
-        return None if entry is None else entry.index
+        return None if entry is None else entry.revision
 
     def workload_endpoints(self, orchestrator: str, workload: str) -> list[Endpoint]:
         """Return the endpoints of one workload on this host, reading its directory only; raise InvalidValue."""
@@ -421,7 +421,7 @@ class DatastoreClient:
         set_value(self._store, keys.endpoint(id), None)
 
     def touch_endpoint(self, id: EndpointId) -> None:
-        """Write an endpoint's record unchanged, so that its agent reports on it again, with the new index."""
+        """Write an endpoint's record unchanged, so that its agent reports on it again, with the new revision."""
         entry = self._store.get(keys.endpoint(id))
         if entry is not None:
             with suppress(CompareFailed):  # another writer had the same effect
@@ -433,13 +433,13 @@ class DatastoreClient:
         """Return the directories that this host's agent watches."""
         return [keys.POLICY_AND_HOSTS, keys.BGP_HOSTS]
 
-    def snapshot(self, directory: str) -> tuple[list[Entry], int]:
-        """Return all entries below a directory, and the index to watch it from; see Store.snapshot."""
-        return self._store.snapshot(directory)
+    def list_for_watch(self, directory: str) -> tuple[list[Entry], int]:
+        """Return all entries below a directory, and the revision to watch it from; see Store.list_for_watch."""
+        return self._store.list_for_watch(directory)
 
-    def watch(self, directory: str, index: int, seconds: float) -> Watch:
+    def watch(self, directory: str, revision: int, seconds: float) -> Watch:
         """Return a watch of a directory; see Store.watch."""
-        return self._store.watch(directory, index, seconds)
+        return self._store.watch(directory, revision, seconds)
 
 
 def _pool(entry: Entry, version: int) -> Pool:

@@ -48,7 +48,7 @@ READ_TIMEOUT = 4.0
 """Seconds to wait for one member's answer. A member that hangs costs this once per command."""
 
 CONFIRMATION = 0.5
-"""Seconds of a second long poll where the first saw no change although the store's index had moved on."""
+"""Seconds of a second long poll where the first saw no change although the store's revision had moved on."""
 
 QUORUM_TIMEOUT = 3.0
 """Seconds for a quorum read that shows, after a long poll without a change, that the member is not partitioned."""
@@ -57,7 +57,7 @@ WATCH_PATIENCE = 3.0
 """Seconds for which a watch goes on while no member answers it: the agent reports a lost store within seconds."""
 
 _NO_INDEX = 2**63 - 1
-"""The index of no entry."""
+"""The revision of no entry."""
 
 _ENABLE_V2 = (
     "start it with --enable-v2 (for Debian's package etcd-server: "
@@ -98,7 +98,7 @@ class Etcd2Store:
             return None
 
     def tree(self, directory: str) -> list[Entry]:
-        return self.snapshot(directory)[0]
+        return self.list_for_watch(directory)[0]
 
     def names(self, directory: str) -> list[str]:
         import etcd
@@ -140,7 +140,7 @@ class Etcd2Store:
         def send(connection: _Connection) -> Entry:
             try:
                 return connection.request(
-                    entry.key, lambda client, path: _entry(client.write(path, value, ttl=ttl, prevIndex=entry.index))
+                    entry.key, lambda client, path: _entry(client.write(path, value, ttl=ttl, prevIndex=entry.revision))
                 )
             except (etcd.EtcdCompareFailed, etcd.EtcdKeyNotFound):
                 raise CompareFailed(entry.key) from None
@@ -152,7 +152,7 @@ class Etcd2Store:
 
         def send(connection: _Connection) -> Entry:
             try:
-                connection.request(entry.key, lambda client, path: client.delete(path, prevIndex=entry.index))
+                connection.request(entry.key, lambda client, path: client.delete(path, prevIndex=entry.revision))
             except etcd.EtcdKeyNotFound:
                 pass
             except etcd.EtcdCompareFailed:
@@ -185,7 +185,7 @@ class Etcd2Store:
     def check_writable(self, key: str) -> None:
         import etcd
 
-        # etcd checks the permission before it compares the index, which no entry has
+        # etcd checks the permission before it compares the revision, which no entry has
         with suppress(etcd.EtcdCompareFailed, etcd.EtcdKeyNotFound):
             self._read(key, lambda client, path: client.write(path, "", prevIndex=_NO_INDEX))
 
@@ -196,14 +196,14 @@ class Etcd2Store:
 
         return self._read("", read)
 
-    def snapshot(self, directory: str) -> tuple[list[Entry], int]:
+    def list_for_watch(self, directory: str) -> tuple[list[Entry], int]:
         import etcd
 
         def read(client: etcd.Client, path: str) -> tuple[list[Entry], int]:
             result = client.read(path, recursive=True, quorum=True)
             entries = [_entry(leaf) for leaf in result.leaves if not leaf.dir]
             reached = result.etcd_index  # python-etcd makes up one that is missing
-            if not (result.dir or result.key == directory) or any(entry.index > reached for entry in entries):
+            if not (result.dir or result.key == directory) or any(entry.revision > reached for entry in entries):
                 raise TypeError("something else than what was asked for")
             return entries, reached + 1
 
@@ -215,13 +215,13 @@ class Etcd2Store:
                 raise StoreError("the store does not answer as etcd does: it has no index") from None
             return [], reached + 1
 
-    def watch(self, directory: str, index: int, seconds: float) -> Generator[list[Change], None, None]:
+    def watch(self, directory: str, revision: int, seconds: float) -> Generator[list[Change], None, None]:
         while True:
-            changes, index = self._await_changes(directory, index, seconds)
+            changes, revision = self._await_changes(directory, revision, seconds)
             yield changes
 
-    def _await_changes(self, directory: str, index: int, seconds: float) -> tuple[list[Change], int]:
-        """Return the first change below `directory` from `index` on, if any, and the index to continue from."""
+    def _await_changes(self, directory: str, revision: int, seconds: float) -> tuple[list[Change], int]:
+        """Return the first change below `directory` from `revision` on, if any, and the revision to continue from."""
         import etcd
 
         deadline: Deadline | None = None
@@ -229,7 +229,7 @@ class Etcd2Store:
         def poll(client: etcd.Client, path: str) -> tuple[list[Change], int]:
             if deadline is not None:  # the member before had no quorum: do not wait for this one unless it has
                 _confirm_quorum(client, path)
-            return _poll_for_change(client, path, index, seconds)
+            return _poll_for_change(client, path, revision, seconds)
 
         try:
             while True:
@@ -398,30 +398,30 @@ def _child_keys(client: etcd.Client, path: str) -> list[str]:
     return found
 
 
-def _poll_for_change(client: etcd.Client, path: str, index: int, seconds: float) -> tuple[list[Change], int]:
+def _poll_for_change(client: etcd.Client, path: str, revision: int, seconds: float) -> tuple[list[Change], int]:
     """Wait for a change as python-etcd does, but read the response headers, which arrive at once, before the change.
 
-    They have the index up to which nothing has changed here. Without it, a watch of a quiet directory would fall behind
-    the history that the store keeps, which the changes of busy directories fill.
+    They have the revision up to which nothing has changed here. Without it, a watch of a quiet directory would fall
+    behind the history that the store keeps, which the changes of busy directories fill.
     """
     import etcd
 
-    event, reached = _poll(client, path, index, seconds)
-    if reached + 1 < index:
-        # another store than the one that gave the index, or one that was restored from a copy
-        raise WatchExpired(f"the store has reached {reached} only, where {index - 1} had been reached before")
-    next_index = max(index, reached + 1)
-    if event is None and reached >= index:
+    event, reached = _poll(client, path, revision, seconds)
+    if reached + 1 < revision:
+        # another store than the one that gave the revision, or one that was restored from a copy
+        raise WatchExpired(f"the store has reached {reached} only, where {revision - 1} had been reached before")
+    next_revision = max(revision, reached + 1)
+    if event is None and reached >= revision:
         # a change may have been delayed on its way: poll again before concluding that there is none
         try:
-            event, _ = _poll(client, path, index, CONFIRMATION)
+            event, _ = _poll(client, path, revision, CONFIRMATION)
         except etcd.EtcdConnectionFailed as error:
             if not _timed_out(_cause(error)):
                 raise
-            next_index = index  # a member that answers late is polled from the same index
+            next_revision = revision  # a member that answers late is polled from the same revision
     if event is None:
         _confirm_quorum(client, path)
-        return [], next_index
+        return [], next_revision
     node = event["node"]
     if node.get("dir") and event["action"] == "update":
         return [], node["modifiedIndex"] + 1  # a new time to live of the directory: its keys stay
@@ -444,17 +444,18 @@ def _confirm_quorum(client: etcd.Client, path: str) -> None:
         client.read(path, quorum=True, timeout=QUORUM_TIMEOUT)
 
 
-def _poll(client: etcd.Client, path: str, index: int, seconds: float) -> tuple[Any, int]:
-    """Do one long poll; return the event, None for none, and the index that the store had reached at its start."""
+def _poll(client: etcd.Client, path: str, revision: int, seconds: float) -> tuple[Any, int]:
+    """Do one long poll; return the event, None for none, and the revision that the store had reached at its start."""
     import etcd
     import urllib3.exceptions
 
-    url = f"{client.base_uri}{client.key_endpoint}{path}?wait=true&recursive=true&waitIndex={index}"
+    url = f"{client.base_uri}{client.key_endpoint}{path}?wait=true&recursive=true&waitIndex={revision}"
     try:
         answer = client.http.request("GET", url, timeout=seconds, preload_content=False)
         try:
             if answer.status != 200:
-                client.read(path, wait=True, recursive=True, waitIndex=index, timeout=READ_TIMEOUT)  # raises its reason
+                # raises the reason
+                client.read(path, wait=True, recursive=True, waitIndex=revision, timeout=READ_TIMEOUT)
                 raise TypeError(f"status {answer.status}")
             reached = int(answer.headers["x-etcd-index"])
             try:

@@ -173,7 +173,7 @@ def updated(entry: Entry, value: str) -> Verdict:
     """Return the verdict on a write of a new value over an entry."""
 
     def verdict(now: Entry | None) -> Entry | None:
-        if now is not None and now.index == entry.index:
+        if now is not None and now.revision == entry.revision:
             return None
         if now is not None and now.value == value:
             return now
@@ -188,7 +188,7 @@ def deleted(entry: Entry) -> Verdict:
     def verdict(now: Entry | None) -> Entry | None:
         if now is None:
             return entry
-        if now.index == entry.index:
+        if now.revision == entry.revision:
             return None
         raise CompareFailed(entry.key, maybe_applied=True)
 

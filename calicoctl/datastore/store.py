@@ -19,18 +19,19 @@ ATTEMPTS = 200
 
 @dataclass(frozen=True)
 class Entry:
-    """A key and its value. `index` is that of its last write, which a compare-and-swap compares.
+    """A key and its value. `revision` is that of its last write, which a compare-and-swap compares (etcd's v2 API calls
+    it modifiedIndex).
 
-    `created` is the index of the write that created the key: `update` keeps it, a create after a delete gives a later
-    one. Where a key is overwritten blindly (by `put`, or by another program), etcd's v2 API counts that as a creation,
-    and its v3 API does not. So `created` may only decide which of two rivals was first, both of which this program
-    makes by `create` and changes by `update` (endpoints that claim the same address, pools that overlap), and nothing
-    may break when a blind overwrite reverses that order.
+    `created` is the revision of the write that created the key: `update` keeps it, a create after a delete gives a
+    later one. Where a key is overwritten blindly (by `put`, or by another program), etcd's v2 API counts that as a
+    creation, and its v3 API does not. So `created` may only decide which of two rivals was first, both of which this
+    program makes by `create` and changes by `update` (endpoints that claim the same address, pools that overlap), and
+    nothing may break when a blind overwrite reverses that order.
     """
 
     key: str
     value: str
-    index: int
+    revision: int
     created: int = 0
 
 
@@ -62,7 +63,7 @@ class Watch(Protocol):
 
 
 class Store(Protocol):
-    """Keys with text values, ordered by an index that grows with each write of any key.
+    """Keys with text values, ordered by a revision that grows with each write of any key.
 
     Keys are paths, such as `/calico/v1/Ready`; a directory is what keys that begin with it and a slash have in common,
     and exists only through them. Reads return the outcome of all writes that were answered before (linearizable). A
@@ -115,11 +116,11 @@ class Store(Protocol):
     def version(self) -> str:
         """Return the version of the server."""
 
-    def snapshot(self, directory: str) -> tuple[list[Entry], int]:
-        """Return all entries below `directory` at one moment, and the index from which a watch reports what follows."""
+    def list_for_watch(self, directory: str) -> tuple[list[Entry], int]:
+        """Return all entries below `directory` at one moment, and the revision to watch from for later changes."""
 
-    def watch(self, directory: str, index: int, seconds: float) -> Watch:
-        """Return a watch of the changes below `directory` from `index` on. Nothing is sent before the first batch.
+    def watch(self, directory: str, revision: int, seconds: float) -> Watch:
+        """Return a watch of the changes below `directory` from `revision` on. Nothing is sent before the first batch.
 
         `seconds` is how long nothing may change before the watch yields an empty batch.
         """

@@ -34,13 +34,13 @@ _INTERFACE = re.compile(INTERFACE_PREFIX + r"[A-Za-z0-9_.-]{1,11}", re.ASCII)
 
 @dataclass(frozen=True)
 class LocalEndpoint:
-    """An active endpoint of this host, validated; `index` is the etcd index of its record.
+    """An active endpoint of this host, validated; `revision` is the revision of its record.
 
     `addresses` are those that it may use; `conflict` says which of its addresses are left out because a host uses them.
     """
 
     id: EndpointId
-    index: int
+    revision: int
     interface: str
     mac: str
     addresses: tuple[str, ...]
@@ -107,7 +107,7 @@ class Snapshot:
         """The endpoints of all hosts, from the last valid version of their records."""
         self.local: dict[EndpointId, LocalEndpoint] = {}
         self.unusable: dict[EndpointId, tuple[int, str]] = {}
-        """This host's endpoints that are not in `local`: the etcd index of the record, and the reason."""
+        """This host's endpoints that are not in `local`: the revision of the record, and the reason."""
         self.profiles: dict[str, Profile] = {}
         self.pools: dict[str, Pool] = {}
         self.host_action = "RETURN"
@@ -363,11 +363,11 @@ class Snapshot:
             raise CalicoError(self.problems[key])
         endpoint = self.endpoints[id]
         if endpoint.state == "inactive":
-            self.unusable[id] = (entry.index, INACTIVE)
+            self.unusable[id] = (entry.revision, INACTIVE)
             return
         if endpoint.state != "active":
             raise CalicoError(f"its state is {endpoint.state!a:.40}, neither active nor inactive")
-        self._candidates[id] = _checked(endpoint, entry.index)
+        self._candidates[id] = _checked(endpoint, entry.revision)
         for thing in self._claimed_by(id):
             self._claims.setdefault(thing, set()).add(id)
 
@@ -384,7 +384,7 @@ class Snapshot:
     def _refuse(self, id: EndpointId, why: str) -> None:
         key = keys.endpoint(id)
         self.problems[key] = why
-        self.unusable[id] = (self._entries[key].index, why)
+        self.unusable[id] = (self._entries[key].revision, why)
         self.dirty.endpoints.add(id)
 
     def _withdraw(self, id: EndpointId) -> set[EndpointId]:
@@ -420,7 +420,7 @@ class Snapshot:
         return self._entries[keys.endpoint(id)].created, id.endpoint
 
 
-def _checked(endpoint: Endpoint, index: int) -> LocalEndpoint:
+def _checked(endpoint: Endpoint, revision: int) -> LocalEndpoint:
     """Validate an endpoint for the data plane; raise CalicoError for an invalid value."""
     if not _INTERFACE.fullmatch(endpoint.name):
         raise CalicoError(f"its interface {endpoint.name!r} is not a name of ours (cali and up to 11 characters)")
@@ -436,7 +436,7 @@ def _checked(endpoint: Endpoint, index: int) -> LocalEndpoint:
     next_hop = None if endpoint.ipv6_gateway is None else _usable(endpoint.ipv6_gateway, 6)
     return LocalEndpoint(
         endpoint.id,
-        index,
+        revision,
         endpoint.name,
         endpoint.mac.lower(),
         tuple(dict.fromkeys(addresses)),

@@ -120,7 +120,7 @@ class _Store:
 
     def __init__(self, datastore: DatastoreClient) -> None:
         self._datastore = datastore
-        self._entries = {directory: datastore.snapshot(directory)[0] for directory in datastore.followed()}
+        self._entries = {directory: datastore.list_for_watch(directory)[0] for directory in datastore.followed()}
         self._snapshots: dict[str, Snapshot] = {}
         self._endpoints = self._seen_by(datastore.host).endpoints
         self._members: dict[str, set[str]] = {}

@@ -24,13 +24,13 @@ log = logging.getLogger("calico.felix")
 
 @dataclass(frozen=True)
 class Status:
-    """An endpoint's status, "up", "down" or "error"; the index of the record in the store that it is about; why.
+    """An endpoint's status, "up", "down" or "error"; the revision of the record in the store that it is about; why.
 
     `workload_name` is the container's name in that record.
     """
 
     status: str
-    index: int
+    revision: int
     reason: str | None = None
     workload_name: str | None = None
 
@@ -41,7 +41,7 @@ class Status:
 
     def to_json(self) -> str:
         reason = {} if self.reason is None else {"reason": self.reason}
-        return json.dumps({"status": self.status, "index": self.index, **reason})
+        return json.dumps({"status": self.status, "index": self.revision, **reason})
 
 
 class Ability:

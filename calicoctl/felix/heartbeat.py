@@ -231,7 +231,7 @@ def _await_expiry(
         found = datastore.statuses.of_host()
         if found is None:
             return None
-        if found.index != entry.index:
+        if found.revision != entry.revision:
             if _is_ours(Identity.of(found), own, False):
                 return found  # another command on this host was faster
             raise CalicoError(_in_use(datastore, writer, own))

@@ -101,7 +101,7 @@ class _Source(threading.Thread):
 class StoreEvents(_Source):
     """Reads a directory of the store, then watches it; reads it again (a resync) when the watch has missed changes.
 
-    It resyncs also after the store was unreachable: another store may answer then, whose index is past the old one.
+    It resyncs also after the store was unreachable: another store may answer then, whose revision is past the old one.
     """
 
     def __init__(self, datastore: DatastoreClient, directory: str, events: Events[Any]) -> None:
@@ -121,7 +121,7 @@ class StoreEvents(_Source):
             reading = watch is None
             try:
                 if watch is None:
-                    entries, index = self._datastore.snapshot(self._directory)
+                    entries, revision = self._datastore.list_for_watch(self._directory)
                     self._events.put(StoreRead(self._directory, entries))
                     del entries
                     self._worked = now()
@@ -129,7 +129,7 @@ class StoreEvents(_Source):
                         self._emit_recovered()
                     elif self._failure is not None:
                         self._failure = replace(self._failure, read=True)
-                    watch = self._datastore.watch(self._directory, index, LONG_POLL)
+                    watch = self._datastore.watch(self._directory, revision, LONG_POLL)
                     reading = False
                 changes = next(watch)
                 pause, failed = 0.0, 0

@@ -124,10 +124,10 @@ def check_interface_name(name: str) -> None:
 
 
 @dataclass(frozen=True)
-class Connection:
-    """What a workload that is connected has now: an address, and the name and MAC of its interface.
+class Attachment:
+    """What a connected workload has: an address, and the name and MAC of its interface.
 
-    `existed` tells that it was connected before, and nothing has been changed.
+    `existed` says that it was connected before, and that nothing has been changed.
     """
 
     id: EndpointId
@@ -143,7 +143,7 @@ def connect(
     request: AddressRequest,
     interface: str | None = None,
     exist_ok: bool = False,
-) -> Connection:
+) -> Attachment:
     """Connect a workload that is not connected, or wire one again that has lost its interface.
 
     `interface` is the name in the workload; None stands for what it was before, else for the default. With `exist_ok`,
@@ -161,14 +161,14 @@ def connect(
         session.remember()
         address = next(filter(request.fits, map(parse_address, session.record.addresses)), None)
         if exist_ok and address is not None and interface in (None, attached):
-            return Connection(session.record.id, address, attached, session.record.mac, existed=True)
+            return Attachment(session.record.id, address, attached, session.record.mac, existed=True)
         raise CalicoError(
             f"{workload.name} has already been configured with Calico Networking. It has "
             f"{', '.join(session.record.addresses) or 'no address'} on {attached}."
         )
 
 
-def _wire(session: WorkloadSession, request: AddressRequest, interface: str) -> Connection:
+def _wire(session: WorkloadSession, request: AddressRequest, interface: str) -> Attachment:
     """Connect a workload that has no record, taking over, or clearing away, what a cut command has left of one."""
     datastore, workload, version = session.datastore, session.workload, request.version
     next_hop = datastore.hosts.next_hop(version)
@@ -197,12 +197,12 @@ def _wire(session: WorkloadSession, request: AddressRequest, interface: str) -> 
         undo(datastore.remove_endpoint, id)
         datastore.create_endpoint(endpoint)
         session.lock.clear_all()  # and nothing is left of what was cut before
-    return Connection(id, address, interface, mac)
+    return Attachment(id, address, interface, mac)
 
 
 def rewire(
     session: WorkloadSession, record: Endpoint, request: AddressRequest | None = None, interface: str | None = None
-) -> Connection | None:
+) -> Attachment | None:
     """Re-attach a workload that has a record: make its interface again, with the same addresses, MAC and name.
 
     Without a `request`, a workload without an address stays without one, and None is returned. Raises CalicoError, and
@@ -265,7 +265,7 @@ def rewire(
             return endpoint.to_dict() != old
 
         datastore.modify_endpoint(record.id, bring_up_to_date)
-    return None if address is None else Connection(record.id, address, interface, mac)
+    return None if address is None else Attachment(record.id, address, interface, mac)
 
 
 def disconnect(datastore: DatastoreClient, workload: Workload) -> None:

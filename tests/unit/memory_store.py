@@ -46,7 +46,7 @@ class MemoryStore:
 
     def __init__(self) -> None:
         self.entries: dict[str, Entry] = {}
-        self.index = 0
+        self.revision = 0
         self.clock = 0.0
         self.trouble: Callable[[], Trouble] = lambda: None
         self.before_read: Callable[[], None] = lambda: None
@@ -80,7 +80,7 @@ class MemoryStore:
     def update(self, entry: Entry, value: str, ttl: int | None = None) -> Entry:
         def apply() -> Entry:
             now = self._now(entry.key)
-            if now is None or now.index != entry.index:
+            if now is None or now.revision != entry.revision:
                 raise CompareFailed(entry.key)
             return self._put(entry.key, value, ttl, now.created)
 
@@ -90,7 +90,7 @@ class MemoryStore:
         def apply() -> Entry:
             now = self._now(entry.key)
             if now is not None:
-                if now.index != entry.index:
+                if now.revision != entry.revision:
                     raise CompareFailed(entry.key)
                 self._remove(entry.key)
             return entry
@@ -110,21 +110,21 @@ class MemoryStore:
     def version(self) -> str:
         return "0.0"
 
-    def snapshot(self, directory: str) -> tuple[list[Entry], int]:
-        return self.tree(directory), self.index + 1
+    def list_for_watch(self, directory: str) -> tuple[list[Entry], int]:
+        return self.tree(directory), self.revision + 1
 
-    def watch(self, directory: str, index: int, seconds: float) -> Generator[list[Change], None, None]:
+    def watch(self, directory: str, revision: int, seconds: float) -> Generator[list[Change], None, None]:
         def batch() -> list[Change]:
-            return [c for i, c in self._history if i >= index and (c.key + "/").startswith(directory + "/")]
+            return [c for i, c in self._history if i >= revision and (c.key + "/").startswith(directory + "/")]
 
         while True:
             self.before_read()
             self._expire()
             with self._changed:
-                if index > self.index + 1 or (self._history and index < self._history[0][0]):
-                    raise WatchExpired(f"the store does not have the changes from {index} on")
+                if revision > self.revision + 1 or (self._history and revision < self._history[0][0]):
+                    raise WatchExpired(f"the store does not have the changes from {revision} on")
                 self._changed.wait_for(batch, seconds)
-                changes, index = batch(), self.index + 1
+                changes, revision = batch(), self.revision + 1
             yield changes
 
     def _write(self, key: str, apply: Callable[[], Entry], verdict: Verdict) -> Entry:
@@ -152,21 +152,21 @@ class MemoryStore:
 
     def _put(self, key: str, value: str, ttl: int | None = None, created: int | None = None) -> Entry:
         with self._changed:
-            self.index += 1
-            entry = self.entries[key] = Entry(key, value, self.index, self.index if created is None else created)
+            self.revision += 1
+            entry = self.entries[key] = Entry(key, value, self.revision, self.revision if created is None else created)
             self._expiry.pop(key, None)
             if ttl is not None:
                 self._expiry[key] = self.clock + ttl
-            self._history.append((self.index, Change(key, entry)))
+            self._history.append((self.revision, Change(key, entry)))
             self._changed.notify_all()
         return entry
 
     def _remove(self, key: str) -> None:
         with self._changed:
-            self.index += 1
+            self.revision += 1
             del self.entries[key]
             self._expiry.pop(key, None)
-            self._history.append((self.index, Change(key, None)))
+            self._history.append((self.revision, Change(key, None)))
             self._changed.notify_all()
 
     def _now(self, key: str) -> Entry | None:

@@ -24,13 +24,13 @@ class Store:
 
     def __init__(self, snapshot: Snapshot) -> None:
         self.snapshot = snapshot
-        self.index = 0
+        self.revision = 0
 
     def change(self, key: str, value: Any) -> Change:
         """Return the change of a key to a value, None for its deletion."""
-        self.index += 1
+        self.revision += 1
         text = value if isinstance(value, str) else json.dumps(value)
-        return Change(key, None if value is None else Entry(key, text, self.index, self.index))
+        return Change(key, None if value is None else Entry(key, text, self.revision, self.revision))
 
     def put(self, key: str, value: Any) -> None:
         self.snapshot.change(self.change(key, value))

@@ -80,7 +80,7 @@ class StoreContract:
     def test_an_update_needs_the_entry_as_it_was_read(self, store: Store) -> None:
         one = store.create(KEY, "1")
         two = store.update(one, "2")
-        assert (two.key, two.value) == (KEY, "2") and two.index > one.index and store.get(KEY) == two
+        assert (two.key, two.value) == (KEY, "2") and two.revision > one.revision and store.get(KEY) == two
         with pytest.raises(CompareFailed) as failed:
             store.update(one, "3")
         assert not failed.value.maybe_applied and store.get(KEY) == two
@@ -106,7 +106,7 @@ class StoreContract:
         store.put(KEY, "1")
         one = is_there(store)
         store.put(KEY, "2")
-        assert now(store) == "2" and is_there(store).index > one.index
+        assert now(store) == "2" and is_there(store).revision > one.revision
 
     def test_tree_names_and_exists_go_by_whole_parts_of_keys(self, store: Store) -> None:
         assert store.tree("/calico") == [] and store.names("/calico") == [] and not store.exists("/calico")
@@ -140,12 +140,12 @@ class StoreContract:
     def test_created_is_the_index_of_the_write_that_created_the_key(self, store: Store) -> None:
         other = store.create("/calico/o", "1")
         one = store.create(KEY, "1")
-        assert other.created == other.index < one.created == one.index
+        assert other.created == other.revision < one.created == one.revision
         two = store.update(store.update(one, "2"), "3")
-        assert two.created == one.created < two.index
+        assert two.created == one.created < two.revision
         assert is_there(store) == two == store.tree("/calico/a")[0]
         store.delete(two)
-        assert store.create(KEY, "1").created > two.index
+        assert store.create(KEY, "1").created > two.revision
 
     def test_a_key_with_a_time_to_live_expires(self, backend: Backend) -> None:
         store = backend.store
@@ -170,11 +170,11 @@ class StoreContract:
 
     def test_asking_whether_a_key_may_be_written_changes_nothing(self, store: Store) -> None:
         one = store.create(KEY, "1")
-        before = store.snapshot("/calico")
+        before = store.list_for_watch("/calico")
         store.check_writable(KEY)
         store.check_writable("/calico/not/there")
         assert store.get(KEY) == one and store.get("/calico/not/there") is None
-        assert store.snapshot("/calico") == before
+        assert store.list_for_watch("/calico") == before
 
     def test_the_server_has_a_version(self, store: Store) -> None:
         assert store.version()[0].isdigit()
@@ -183,20 +183,20 @@ class StoreContract:
 
     def test_a_watch_reports_what_follows_a_snapshot(self, store: Store) -> None:
         one = store.create(KEY, "1")
-        entries, index = store.snapshot("/calico")
+        entries, revision = store.list_for_watch("/calico")
         assert entries == [one]
         two = store.update(one, "2")
         store.put("/elsewhere", "1")
         other = store.create("/calico/c", "1")
         store.delete(two)
-        watch = store.watch("/calico", index, 0.3)
+        watch = store.watch("/calico", revision, 0.3)
         assert collected(watch, 3) == [Change(KEY, two), Change(other.key, other), Change(KEY, None)]
         store.remove_tree("/elsewhere")
 
     def test_a_watch_wakes_up_at_a_change(self, backend: Backend) -> None:
-        index = backend.store.snapshot("/calico")[1]
+        revision = backend.store.list_for_watch("/calico")[1]
         found: list[Change] = []
-        waiting = threading.Thread(target=lambda: found.extend(next(backend.store.watch("/calico", index, 30))))
+        waiting = threading.Thread(target=lambda: found.extend(next(backend.store.watch("/calico", revision, 30))))
         waiting.start()
         entry = backend.other.create(KEY, "1")
         waiting.join(20)
@@ -206,13 +206,13 @@ class StoreContract:
         store = backend.store
         for key in ("/calico/t/a", "/calico/t/b/c", "/calico/tt", "/calico/u"):
             store.create(key, "1")
-        entries, index = store.snapshot("/calico")
+        entries, revision = store.list_for_watch("/calico")
         store.remove_tree("/calico/t")
         expiring = store.create(KEY, "1", ttl=2)
         backend.pass_time(4)
         last = store.create("/calico/last", "1")
         held = {entry.key: entry for entry in entries}
-        watch = store.watch("/calico", index, 0.3)
+        watch = store.watch("/calico", revision, 0.3)
         while last.key not in held:
             for change in next(watch):
                 held = {key: e for key, e in held.items() if not (key + "/").startswith(change.key + "/")}
@@ -223,7 +223,7 @@ class StoreContract:
 
     def test_a_quiet_watch_yields_empty_batches_and_keeps_up_with_the_store(self, backend: Backend) -> None:
         """It does not fall behind the history that changes elsewhere fill."""
-        watch = backend.store.watch("/calico", backend.store.snapshot("/calico")[1], 0.3)
+        watch = backend.store.watch("/calico", backend.store.list_for_watch("/calico")[1], 0.3)
         for _ in range(2):
             for number in range(700):
                 backend.other.put("/elsewhere", str(number))
@@ -234,17 +234,17 @@ class StoreContract:
         backend.store.remove_tree("/elsewhere")
 
     def test_a_watch_from_before_the_stores_history_expires(self, backend: Backend) -> None:
-        index = backend.store.snapshot("/calico")[1]
+        revision = backend.store.list_for_watch("/calico")[1]
         backend.store.create(KEY, "1")
         backend.forget_history()
         with pytest.raises(WatchExpired):
-            next(backend.store.watch("/calico", index, 0.3))
+            next(backend.store.watch("/calico", revision, 0.3))
 
     def test_a_watch_from_a_later_index_than_the_stores_expires(self, store: Store) -> None:
         """The store was restored from a copy."""
-        index = store.snapshot("/calico")[1]
+        revision = store.list_for_watch("/calico")[1]
         with pytest.raises(WatchExpired):
-            next(store.watch("/calico", index + 1000, 0.3))
+            next(store.watch("/calico", revision + 1000, 0.3))
 
     # Writes whose answer is lost
 

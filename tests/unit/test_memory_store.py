@@ -68,9 +68,9 @@ def test_a_value_is_set_in_spite_of_other_writers() -> None:
     store = troubled("conflict", Lost(meanwhile=lambda: store.put("/k", "3")))
     set_value(store, "/k", "2")
     assert [entry.value for entry in store.tree("")] == ["2"]
-    before = store.index
+    before = store.revision
     set_value(store, "/k", "2")
-    assert store.index == before, "nothing was to be written"
+    assert store.revision == before, "nothing was to be written"
     store.trouble = iter(["conflict", None]).__next__
     set_value(store, "/k", None)
     assert store.tree("") == []

@@ -15,12 +15,12 @@ FOLDER = "/calico/v1/host/h/workload/docker"
 RECORD = {"state": "active", "mac": "02:00:00:00:00:01", "profile_ids": ["web"], "ipv4_nets": ["192.168.0.1/32"]}
 
 
-def entry(key: str, value: object, index: int = 1, created: int = 1) -> Entry:
-    return Entry(key, value if isinstance(value, str) else json.dumps(value), index, created)
+def entry(key: str, value: object, revision: int = 1, created: int = 1) -> Entry:
+    return Entry(key, value if isinstance(value, str) else json.dumps(value), revision, created)
 
 
-def endpoint_entry(which: str, index: int = 1, created: int = 1, **fields: object) -> Entry:
-    return entry(f"{FOLDER}/{which}/endpoint/{which}", {**RECORD, "name": f"cali{which}", **fields}, index, created)
+def endpoint_entry(which: str, revision: int = 1, created: int = 1, **fields: object) -> Entry:
+    return entry(f"{FOLDER}/{which}/endpoint/{which}", {**RECORD, "name": f"cali{which}", **fields}, revision, created)
 
 
 def id_of(name: str) -> EndpointId:

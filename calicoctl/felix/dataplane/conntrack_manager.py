@@ -129,7 +129,7 @@ class ConntrackManager(Manager):
                 del self._pending[id]
                 self._admitted.add(id)
             elif id in self._snapshot.local:  # it stays pending: another's connection may be left
-                self._context.statuses.set(id, Status("error", self._snapshot.local[id].index, why))
+                self._context.statuses.set(id, Status("error", self._snapshot.local[id].revision, why))
 
     def _end_denied_connections(self, listing: Listing) -> str | None:
         """Delete those of the connections that policy denies; return why that failed, and will be retried."""

@@ -63,7 +63,7 @@ class EndpointManager(Manager):
             self._links_stale = True
         elif isinstance(event, PolicyFailed):
             for id, endpoint in self._snapshot.local.items():
-                self._context.statuses.set(id, Status("error", endpoint.index, event.why))
+                self._context.statuses.set(id, Status("error", endpoint.revision, event.why))
             self._dirty |= set(self._snapshot.local)
         elif isinstance(event, Tick):
             self._dirty |= self._failed
@@ -185,27 +185,29 @@ class EndpointManager(Manager):
             unusable = self._snapshot.unusable.get(id)
             if unusable is None:
                 return None
-            index, reason = unusable
-            return Status("down" if reason == INACTIVE else "error", index, reason)
+            revision, reason = unusable
+            return Status("down" if reason == INACTIVE else "error", revision, reason)
         status = self._program(endpoint)
-        return status if endpoint.conflict is None else Status("error", endpoint.index, endpoint.conflict)
+        return status if endpoint.conflict is None else Status("error", endpoint.revision, endpoint.conflict)
 
     def _program(self, endpoint: LocalEndpoint) -> Status:
         link = self._links.get(endpoint.interface)
         if link is None:
             self._check_workload(endpoint.id)
-            return Status("down", endpoint.index, f"there is no interface {endpoint.interface}")
+            return Status("down", endpoint.revision, f"there is no interface {endpoint.interface}")
         if not link.up:
-            return Status("down", endpoint.index, f"the interface {endpoint.interface} is down")
+            return Status("down", endpoint.revision, f"the interface {endpoint.interface} is down")
         try:
             self._routes.apply(endpoint, link, endpoint.ipv6_next_hop or self._snapshot.ipv6_address)
         except CalicoError as error:
             self._failed.add(endpoint.id)
-            return Status("error", endpoint.index, str(error))
+            return Status("error", endpoint.revision, str(error))
         unreadable = [name for name in endpoint.profiles if not self._snapshot.is_readable(name)]
         if unreadable:
-            return Status("up", endpoint.index, f"profile {unreadable[0]} does not exist or cannot be read, and denies")
-        return Status("up", endpoint.index)
+            return Status(
+                "up", endpoint.revision, f"profile {unreadable[0]} does not exist or cannot be read, and denies"
+            )
+        return Status("up", endpoint.revision)
 
     def _report_unknown_interfaces(self, before: set[str] | None = None) -> None:
         """Report interfaces `cali…` without a record; with `before`, only those that were among these already."""
