@@ -1,10 +1,11 @@
-"""One lock a workload, so that only one command, or the agent, changes it at a time.
+"""One lock per workload, so that only one command, or the agent, changes it at a time.
 
-The locks are files under /run/calico/<host name>/, held with flock(2), so a process that dies lets go. While a workload
-is connected, the lock file of a namespace holds its path, which cannot be told from the workload's id; and, for the
-path of a process, when that process was started.
+The locks are files under /run/calico/<host name>/, held with flock(2), so a process that dies releases them. While a
+namespace is connected, its lock file holds its path, which does not follow from the workload's id, and, for the path of
+a process, when that process was started.
 
-While a change is under way, there is a second file, which tells of one that was cut, and the name of the container.
+While a change is in progress, a second file, the mark, exists beside the lock. A mark whose lock is free means that the
+change was interrupted, by `kill -9` say. It holds the workload's id and the name of the container.
 """
 
 from __future__ import annotations
@@ -22,17 +23,17 @@ from calicoctl.errors import CalicoError, Conflict
 DIRECTORY = Path("/run/calico")
 
 PATIENCE = 30.0
-"""Seconds to wait for a lock that somebody else holds."""
+"""Seconds to wait for a lock that another process holds."""
 
 _MARK = "unfinished."
-"""What the name of the second file begins with."""
+"""What the name of a mark begins with."""
 
 
 class WorkloadLock:
-    """Held inside `with`. A file that remembers no name is removed on leaving."""
+    """The lock of a workload, held inside `with`. A lock file without content is removed on leaving."""
 
     def __init__(self, host: str, orchestrator: str, workload: str, wait: bool = True) -> None:
-        """Without `wait`, a lock that somebody else holds is not waited for."""
+        """Without `wait`, entering raises Conflict at once when another process holds the lock."""
         self._directory = DIRECTORY / host
         self._workload = workload
         name = f"{orchestrator}.{workload}"
@@ -45,9 +46,9 @@ class WorkloadLock:
         self.interrupted = False
 
     def __enter__(self) -> WorkloadLock:
-        """Wait for the lock; raise Conflict when somebody else keeps it.
+        """Wait for the lock; raise Conflict after PATIENCE, and CalicoError when there can be no lock file.
 
-        `interrupted` tells then whether an earlier change of the workload was cut short.
+        `interrupted` is set then: whether an earlier change of the workload was interrupted.
         """
         give_up = time.monotonic() + (PATIENCE if self._wait else 0)
         try:
@@ -70,25 +71,25 @@ class WorkloadLock:
         os.close(self._fd)
 
     def remember(self, name: str, started: str | None = None) -> None:
-        """Keep the workload's name, and for that of a process when it was started, until it is forgotten."""
+        """Store the path of a namespace until `forget`, and for the path of a process when that was `started`."""
         os.ftruncate(self._fd, 0)
         os.pwrite(self._fd, "\0".join([name, started] if started else [name]).encode(), 0)
 
     def name(self) -> str:
-        """Return the name that is remembered, or an empty text."""
+        """Return the path that `remember` has stored, or an empty text."""
         return self._content()[0]
 
     def started(self) -> str | None:
-        """Return when the process was started that the name is of, if that is remembered."""
+        """Return when the process of the stored path was started, in clock ticks since boot, if that is stored."""
         return self._content()[2] or None
 
     def forget(self) -> None:
-        """Forget the workload's name: it has nothing any more."""
+        """Remove the stored path, and the mark: the workload has nothing on the network any more."""
         os.ftruncate(self._fd, 0)
         self.clear_all()
 
     def mark_in_progress(self, name: str = "") -> None:
-        """Note that a change is under way: should it be cut short, that can be told, and of which `name`."""
+        """Write the mark of a change in progress, with the `name` of the container, if any. Raises CalicoError."""
         try:
             with open(self.mark, "w", opener=_no_link) as mark:
                 mark.write("\0".join([self._workload, name] if name else [self._workload]))
@@ -96,12 +97,12 @@ class WorkloadLock:
             raise CalicoError(f"cannot write {self.mark}: {error.strerror}") from None
 
     def clear_mark(self) -> None:
-        """Note that the change is done or undone. What an earlier one has left may still be there."""
+        """Remove the mark of this change, which is done or rolled back; the mark of an interrupted one stays."""
         if not self.interrupted:
             self.mark.unlink(missing_ok=True)
 
     def clear_all(self) -> None:
-        """Note that nothing is left of any change that was cut short."""
+        """Remove the mark: nothing is left of any interrupted change."""
         self.mark.unlink(missing_ok=True)
         self.interrupted = False
 
@@ -117,33 +118,33 @@ class WorkloadLock:
 
 
 def exists(host: str, orchestrator: str, workload: str) -> bool:
-    """Tell whether there is a lock of a workload, whether somebody holds it or not, or a change that was cut short."""
+    """Return whether a workload has a lock file, held or not, or the mark of an interrupted change."""
     lock = WorkloadLock(host, orchestrator, workload)
     return lock.path.exists() or lock.mark.exists()
 
 
 def interrupted(host: str, orchestrator: str) -> list[str]:
-    """Return the ids of the workloads whose last change is under way, or was cut short."""
-    # a mark has the workload's id in it, but one that was cut short itself
+    """Return the ids of the workloads whose last change is in progress, or was interrupted."""
+    # the content of a mark is the id, unless writing the mark itself was interrupted
     return [content[0] or id for id, content in _marks(host, orchestrator)]
 
 
 def interrupted_named(host: str, orchestrator: str, name: str) -> set[str]:
-    """Return the ids of the workloads of a name whose last change is under way, or was cut short; only root can."""
+    """Return the ids of workloads with this name whose last change is in progress or was interrupted; only for root."""
     with suppress(PermissionError):
         return {content[0] for _, content in _marks(host, orchestrator) if content[2] == name}
     return set()
 
 
 def _marks(host: str, orchestrator: str) -> list[tuple[str, tuple[str, str, str]]]:
-    """Return the marks of changes: the id that the file's name ends with, and what is in it: id, NUL, name."""
+    """Return the marks: the id that the file's name ends with, and the content: id, NUL, name."""
     prefix = f"{_MARK}{orchestrator}."
     names = [name for name in _names(host) if name.startswith(prefix)]
     return [(name[len(prefix) :], _content_of(DIRECTORY / host / name)) for name in names]
 
 
 def remove_stale(host: str, orchestrator: str) -> None:
-    """Remove the locks that remember nothing, and that nobody holds: of commands that were killed as they began."""
+    """Remove empty lock files that no process holds: of commands that were killed before they changed anything."""
     empty: list[Path] = []
     with suppress(FileNotFoundError), os.scandir(DIRECTORY / host) as entries:
         empty = [Path(file) for file in entries if file.name.startswith(f"{orchestrator}.") and not file.stat().st_size]
@@ -163,13 +164,13 @@ def _no_link(path: str, flags: int) -> int:
 
 
 def remembered(host: str, orchestrator: str) -> dict[str, str]:
-    """Return the names that are remembered of workloads, by id."""
+    """Return the stored paths of workloads, by id."""
     prefix = f"{orchestrator}."
     found = {}
     with suppress(FileNotFoundError), os.scandir(DIRECTORY / host) as entries:
         for file in entries:
             if file.name.startswith(prefix):
-                with suppress(OSError):  # such as one that has just gone
+                with suppress(OSError):  # such as one that was just removed
                     status = file.stat(follow_symlinks=False)
                     name = _read_once(file.path, (status.st_ino, status.st_size, status.st_mtime_ns))
                     found[_id(orchestrator, file.name[len(prefix) :], name)] = name
@@ -178,7 +179,7 @@ def remembered(host: str, orchestrator: str) -> dict[str, str]:
 
 @lru_cache(maxsize=4096)
 def _read_once(path: str, version: tuple[int, ...]) -> str:
-    """Return the name that a lock remembers; for one version of the file, it is read once only."""
+    """Return the path that a lock file stores; each version of the file is read once only."""
     return Path(path).read_text(errors="replace").partition("\0")[0]
 
 
@@ -197,5 +198,5 @@ def _content_of(mark: Path) -> tuple[str, str, str]:
 
 
 def _id(orchestrator: str, part: str, name: str) -> str:
-    """Return the id of the workload that a part of a file's name stands for; a long one's is the hash of its path."""
+    """Return the id of the workload that a part of a file's name is for: a hash of the id, where that is long."""
     return name.replace("/", "-") if orchestrator == "namespace" and not part.startswith("-") else part
