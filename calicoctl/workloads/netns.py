@@ -224,8 +224,8 @@ class Namespace:
         with _explained(f"{self.name}: setting up {interface}"):
             return self.run(work)
 
-    def refresh(self, interface: str, host_mac: str) -> bool:
-        """Bring up to date what `configure` has set up and may have changed since; tell whether anything had."""
+    def update_next_hops(self, interface: str, host_mac: str) -> bool:
+        """Enter the MAC of the interface's next hops where it has changed since `configure`; return whether it had."""
 
         def work(netlink: IPRoute) -> bool:
             index = _index(netlink, interface)

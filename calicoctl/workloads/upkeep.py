@@ -1,8 +1,8 @@
-"""Puts right what restarts, removals, crashes and cut commands have left of a workload of this host.
+"""Reconciles a workload of this host after restarts, removals, crashes and interrupted commands.
 
-Each function holds the workload's lock, and has read all it decides on under it, so it never gets in the way of a
-command under way. Nothing here touches what is another host's, what bears no handle, or a workload that is neither a
-Docker container nor a namespace of a known path. Used by the agent, and by `ipam check --fix`.
+Each function holds the workload's lock, and reads what it decides on under that lock, so it never interferes with a
+command in progress. Out of scope: other hosts' workloads, addresses without a handle, and workloads that are neither
+Docker containers nor namespaces with a known path. Used by the agent, and by `ipam check --fix`.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from calicoctl.workloads.wiring import (
     interfaces_of,
     owner_of,
     paths_of,
+    reattach,
     reserved_addresses,
-    rewire,
 )
 from calicoctl.workloads.workload import (
     DOCKER,
@@ -58,7 +58,7 @@ class Action:
 
 
 def is_managed(orchestrator: str, workload: str) -> bool:
-    """Tell whether a workload is of a kind whose coming and going can be told: not one of another tool's."""
+    """Return whether a workload is of a kind that is reconciled: a Docker container, or a namespace with a path."""
     if orchestrator == DOCKER:
         return re.fullmatch("[0-9a-f]{64}", workload) is not None
     return orchestrator == NAMESPACE and workload.startswith("-") and "\0" not in workload
@@ -71,14 +71,13 @@ def reconcile(
     may_collect: Callable[[WorkloadState], bool],
     removed: bool = False,
 ) -> Iterator[Action]:
-    """Bring what a workload has on the network in line with what has become of the workload; give each act when done.
+    """Reconcile what a workload has on the network with the workload's state; yield each action when it is done.
 
-    `may_collect` is told what has become of the workload, and says whether one that is away or gone is to be forgotten
-    now; else it is inactive meanwhile.
-    `removed` tells that the engine has told of the removal of this very container.
+    `may_collect` is called with the state, and returns whether to garbage-collect a workload that is MISSING or GONE
+    now; otherwise its endpoints become inactive. `removed` tells that the engine has reported the container's removal.
 
-    Raises Conflict when somebody else is changing the workload, DockerUnavailable or NamespaceError when it could not
-    be found out what has become of it, and CalicoError when something could not be done.
+    Raises Conflict when another process is changing the workload, DockerUnavailable or NamespaceError when its state
+    could not be found out, and CalicoError when something could not be done.
     """
     if not is_managed(orchestrator, id) or not _has_anything(datastore, orchestrator, id):
         return
@@ -95,17 +94,17 @@ def reconcile(
                 yield Action(COLLECTED, f"{_called(workload)} had a handle that held nothing: removed")
             return
         if orchestrator == NAMESPACE and not path:
-            return  # an old tool's, say: nobody knows where it is
+            return  # connected by an old tool, say: its path is not known
         state, workload = look_up(orchestrator, id, path, _started(lock, path, ids))
         if state is WorkloadState.GONE and not removed:
             _refuse_alive(workload, ids)
-        is_away = state in (WorkloadState.MISSING, WorkloadState.GONE)
-        if may_collect(state) and is_away:
+        is_absent = state in (WorkloadState.MISSING, WorkloadState.GONE)
+        if may_collect(state) and is_absent:
             yield _garbage_collect(datastore, workload, lock, ids, held)
             return
         records = endpoints_of(datastore, workload)
-        yield from _note_name(datastore, workload, records, held)
-        if is_away:
+        yield from _update_name(datastore, workload, records, held)
+        if is_absent:
             yield from _set_inactive(datastore, workload, records, state)
             if path and not lock.name():  # after a reboot
                 lock.remember(path)
@@ -117,12 +116,12 @@ def reconcile(
             yield from _release_leaked(datastore, workload, lock, records, held)
         else:
             with netns.Namespace(workload.namespace_path(), workload.name) as namespace:
-                yield from _connect(WorkloadSession(datastore, workload, lock, namespace), held)
+                yield from _reconcile_running(WorkloadSession(datastore, workload, lock, namespace), held)
         lock.clear_all()
 
 
 def _has_anything(datastore: DatastoreClient, orchestrator: str, id: str) -> bool:
-    """Tell whether there may be anything of a workload, without its lock: most containers have nothing."""
+    """Return whether a workload may have anything on the network, without its lock: most containers have nothing."""
     workload = Workload(orchestrator, id, id)
     return (
         locks.exists(datastore.host, orchestrator, id)
@@ -132,7 +131,7 @@ def _has_anything(datastore: DatastoreClient, orchestrator: str, id: str) -> boo
 
 
 def _read(datastore: DatastoreClient, workload: Workload) -> tuple[list[EndpointId], dict[IPAddress, Owner]]:
-    """Return a workload's endpoints, and the addresses that are, beyond doubt, this host's and the workload's."""
+    """Return a workload's endpoints, and the addresses that its handle holds on this host, by their attributes."""
     held = datastore.ipam.held_by(workload.handle) or {}
     return endpoint_ids_of(datastore, workload), {
         address: owner for address, owner in held.items() if owner.secondary.get("host") == datastore.host
@@ -140,15 +139,15 @@ def _read(datastore: DatastoreClient, workload: Workload) -> tuple[list[Endpoint
 
 
 def _started(lock: WorkloadLock, path: str, ids: list[EndpointId]) -> str | None:
-    """Return when the process was started that a path was of when it was connected."""
+    """Return when the process of a path was started, as it was when the workload was connected."""
     started = lock.started()
     if started is None and any(netns.find_interface(id.interface) for id in ids):
-        return process_started(path)  # not remembered, by an older version, but still connected
+        return process_started(path)  # an older version did not store it, but the workload is connected still
     return started
 
 
 def _refuse_alive(workload: Workload, ids: list[EndpointId]) -> None:
-    """Raise CalicoError for a container that the engine does not know, but that is there: another engine's."""
+    """Raise CalicoError for a container that the engine does not know, but that runs: another engine's."""
     if (
         workload.orchestrator == DOCKER
         and any(netns.find_interface(id.interface) for id in ids)
@@ -161,35 +160,35 @@ def _refuse_alive(workload: Workload, ids: list[EndpointId]) -> None:
 
 
 def misattached(paths: dict[EndpointId, str]) -> list[EndpointId]:
-    """Return those endpoints whose interface leads elsewhere than into the namespace with the path given for each.
+    """Return those endpoints whose interface is not paired with one in the namespace at the given path.
 
-    They have been there before: a namespace goes on as long as a process is in it, whatever becomes of its name. Those,
-    too, whose workload does not know the MAC of its next hop.
+    Such an interface leads into an earlier namespace of that path: a namespace exists as long as a process is in it,
+    whatever becomes of its name. Endpoints whose workload lacks the neighbour entry of its next hop are returned, too.
     """
     sound = netns.sound({id.interface: path for id, path in paths.items()})
     return [id for id in paths if sound.get(id.interface) is False]
 
 
-def _connect(session: WorkloadSession, held: dict[IPAddress, Owner]) -> Iterator[Action]:
-    """See to it that a workload that runs has its interface, and nothing beyond its record."""
+def _reconcile_running(session: WorkloadSession, held: dict[IPAddress, Owner]) -> Iterator[Action]:
+    """Reconcile a running workload: it has its interface, and no address that its record does not list."""
     datastore, workload, record = session.datastore, session.workload, session.only_record()
     if session.namespace.is_own():
         raise CalicoError(f"{workload.name} cannot be connected: its network namespace is the host's own.")
     attached = session.attached_interface(also_down=True)
     if attached is not None and session.attached_interface() is None and session.lock.interrupted:
-        attached = None  # half made
+        attached = None  # made in part
     if attached is None:
-        rewire(session, record)
-        why = f"it runs again, after {record.inactive_since}" if record.inactive_since else "it had none"
+        reattach(session, record)
+        why = f"it runs again, was inactive since {record.inactive_since}" if record.inactive_since else "it had none"
         addresses = ", ".join(record.addresses) or "no address"
-        text = f"{_called(workload)} has its interface {record.id.interface} back, with {addresses}: {why}"
+        text = f"{_called(workload)} is re-attached: interface {record.id.interface}, {addresses}; {why}"
         yield Action(REATTACHED, text)
     elif record.state == "inactive":
         datastore.modify_endpoint(record.id, _active)
-        since = f", after {record.inactive_since}" if record.inactive_since else ""
-        yield Action(CHANGED, f"{_called(workload)} is active: it is there{since}")
-    if attached is not None and session.namespace.refresh(attached, session.host_mac):
-        yield Action(CHANGED, f"{_called(workload)} has been told the MAC of its next hop, {session.host_mac}")
+        since = f", was inactive since {record.inactive_since}" if record.inactive_since else ""
+        yield Action(CHANGED, f"{_called(workload)} is active: it is running{since}")
+    if attached is not None and session.namespace.update_next_hops(attached, session.host_mac):
+        yield Action(CHANGED, f"{_called(workload)} has a new neighbour entry of its next hop, {session.host_mac}")
     left = [host_net(address) for address in _unlisted([record], held)]
     if attached is not None and left:
         versions = {version_of(net) for net in left} - {version_of(net) for net in record.nets}
@@ -197,10 +196,10 @@ def _connect(session: WorkloadSession, held: dict[IPAddress, Owner]) -> Iterator
     yield from _release_leaked(datastore, workload, session.lock, [record], held)
 
 
-def _note_name(
+def _update_name(
     datastore: DatastoreClient, workload: Workload, records: list[Endpoint], held: dict[IPAddress, Owner]
 ) -> Iterator[Action]:
-    """See to it that a container's records, and what stands beside its addresses, have the name Docker has for it."""
+    """Write the container's current name into its records, and into its addresses' attributes, where it differs."""
     name = workload.docker_name
     if not name:
         return
@@ -216,7 +215,7 @@ def _note_name(
     datastore.ipam.set_workload_name(workload.handle, others, name)
     if changed:
         before = changed[0].workload_name
-        text = f"was called {before} before" if before else "has its name in its record now"
+        text = f"was called {before} before" if before else "has its name in its record again"
         yield Action(CHANGED, f"{_called(workload)} {text}")
 
 
@@ -228,7 +227,7 @@ def _active(endpoint: Endpoint) -> bool:
 def _set_inactive(
     datastore: DatastoreClient, workload: Workload, records: list[Endpoint], state: WorkloadState
 ) -> Iterator[Action]:
-    """Note, at those of a workload's endpoints that are active, that it does not run."""
+    """Set those of a workload's endpoints inactive that are active, since the workload does not run."""
     now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
 
     def change(endpoint: Endpoint) -> bool:
@@ -249,7 +248,7 @@ def _garbage_collect(
     ids: list[EndpointId],
     held: dict[IPAddress, Owner],
 ) -> Action:
-    """Remove all that a workload has that does not exist any more, but for addresses that bear no handle."""
+    """Remove all that a workload has that no longer exists, except for addresses without a handle."""
     datastore.check_endpoints_writable(ids, workload.handle)
     lock.mark_in_progress()
     records = filter(None, map(datastore.readable, ids))
@@ -276,7 +275,7 @@ def _release_leaked(
     records: list[Endpoint],
     held: dict[IPAddress, Owner],
 ) -> Iterator[Action]:
-    """Give back the addresses that no record of a workload lists, and delete half-made pairs that they were for."""
+    """Release the addresses that no record of a workload lists, and delete the veth pairs that they were taken for."""
     left = _unlisted(records, held)
     pairs = interfaces_of(left) - {record.id.interface for record in records}
     pairs = {name for name in pairs if netns.delete_interface(name)}
@@ -284,9 +283,9 @@ def _release_leaked(
     if not records:
         lock.forget()
     if left:
-        text = f"{_called(workload)} had {', '.join(map(str, sorted(left)))} of a command that was cut short"
+        text = f"{_called(workload)} had {', '.join(map(str, sorted(left)))} of an interrupted command"
         text += f", and the interface {', '.join(sorted(pairs))}" if pairs else ""
-        yield Action(COLLECTED, f"{text}: given back")
+        yield Action(COLLECTED, f"{text}: released")
 
 
 def _unlisted(records: list[Endpoint], held: dict[IPAddress, Owner]) -> dict[IPAddress, Owner]:
@@ -295,18 +294,18 @@ def _unlisted(records: list[Endpoint], held: dict[IPAddress, Owner]) -> dict[IPA
 
 
 def _called(workload: Workload) -> str:
-    """Return what a log line calls a workload."""
+    """Return the name of a workload for a log line."""
     if workload.orchestrator == DOCKER:
         name = f" ({workload.docker_name})" if workload.docker_name else ""
         return f"container {workload.id[:12]}{name}"
     return f"namespace {workload.name}"
 
 
-# What `ipam check --fix` puts right
+# For `ipam check --fix`
 
 
 def release_leaked(datastore: DatastoreClient, workload: Workload) -> list[Action]:
-    """Give back what a cut command has left of a workload: addresses, and half-made pairs, that no record lists."""
+    """Release what an interrupted command has left of a workload: addresses that no record lists, and their pairs."""
     with WorkloadLock(datastore.host, workload.orchestrator, workload.id) as lock:
         return list(
             _release_leaked(datastore, workload, lock, endpoints_of(datastore, workload), _read(datastore, workload)[1])
@@ -314,9 +313,9 @@ def release_leaked(datastore: DatastoreClient, workload: Workload) -> list[Actio
 
 
 def restore_address(datastore: DatastoreClient, id: EndpointId, address: str) -> bool:
-    """Take an address that an endpoint of this host lists, and nobody holds, for it; tell whether that was done.
+    """Assign an address that an endpoint of this host lists, but that is free, to it; return whether that was done.
 
-    Raises CalicoError for one that a host uses.
+    Raises CalicoError for an address that a host uses.
     """
     from calicoctl.datastore.blocks import Owner
 
@@ -331,7 +330,7 @@ def restore_address(datastore: DatastoreClient, id: EndpointId, address: str) ->
         workload = replace(workload, docker_name=record.workload_name or "")
         owners = (datastore.ipam.held_by(workload.handle) or {}).values()
         if id.orchestrator == DOCKER and id.workload.startswith("-"):
-            owner = Owner(None, {})  # an old tool's namespace, whose addresses have no handle
+            owner = Owner(None, {})  # connected by an old tool: its addresses have no handle
         else:
             owner = next(iter(owners), owner_of(workload, id, DEFAULT_INTERFACE))
         try:

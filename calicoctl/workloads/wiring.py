@@ -155,7 +155,7 @@ def connect(
             return _wire(session, request, interface or DEFAULT_INTERFACE)
         attached = session.attached_interface()
         if attached is None:
-            again = rewire(session, session.record, request, interface)
+            again = reattach(session, session.record, request, interface)
             assert again is not None, "an address was requested"
             return again
         session.remember()
@@ -200,7 +200,7 @@ def _wire(session: WorkloadSession, request: AddressRequest, interface: str) -> 
     return Attachment(id, address, interface, mac)
 
 
-def rewire(
+def reattach(
     session: WorkloadSession, record: Endpoint, request: AddressRequest | None = None, interface: str | None = None
 ) -> Attachment | None:
     """Re-attach a workload that has a record: make its interface again, with the same addresses, MAC and name.

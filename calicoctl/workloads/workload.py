@@ -1,4 +1,7 @@
-"""From what a user calls a container, a Docker name or a namespace path, to a Workload."""
+"""Finds the workload that a user names, by a Docker name or id, or a namespace's path, and its state.
+
+Also tells which endpoints in the store are a workload's. Changes nothing.
+"""
 
 from __future__ import annotations
 
@@ -38,8 +41,8 @@ _RUN, _VAR_RUN = "/run/", "/var/run/"
 class Workload:
     """A container or a namespace that is, or is to be, on the network.
 
-    `name` is what the user calls it, `id` what the store does. `path` is the namespace's path, None for a Docker
-    container, whose own name is `docker_name` then; `pid` is that of its first process while it runs.
+    `name` is what the user calls it, `id` its id in the store. `path` is the namespace's path, None for a Docker
+    container; `docker_name` is a container's own name, and `pid` the id of its first process while it runs.
     """
 
     orchestrator: str
@@ -56,7 +59,7 @@ class Workload:
         return f"{self.orchestrator}.{self.id}"
 
     def namespace_path(self) -> str:
-        """Return the path of the network namespace; raise CalicoError where there is none that is its own."""
+        """Return the path of the network namespace; raise CalicoError for a container that has none of its own."""
         if self.path is not None:
             return self.path
         if self.pid is None:
@@ -74,20 +77,20 @@ class Workload:
 
 
 class WorkloadState(Enum):
-    """What has become of a workload."""
+    """The state of a workload; the values complete the sentence `the workload …`."""
 
     RUNNING = "is running"
     STOPPED = "has stopped"
-    MISSING = "is away"
-    """The name of its namespace leads nowhere at the moment, and may come back."""
-    GONE = "is gone"
+    MISSING = "is missing"
+    """There is no namespace at its path now; there may be one again."""
+    GONE = "no longer exists"
 
 
 def look_up(orchestrator: str, id: str, path: str, started: str | None) -> tuple[WorkloadState, Workload]:
-    """Return what has become of a workload of this host.
+    """Return the state of a workload of this host, and the workload as it is now.
 
-    For a namespace, `path` is its path, and `started` when the process was started that the path is of, where that is
-    known. Raises DockerUnavailable, or NamespaceError, where that could not be asked.
+    For a namespace, `path` is its path; for the path of a process, `started` is when that was started, if it is known.
+    Raises DockerUnavailable, or NamespaceError, where the state cannot be found out.
     """
     if orchestrator == DOCKER:
         try:
@@ -104,25 +107,25 @@ def look_up(orchestrator: str, id: str, path: str, started: str | None) -> tuple
 
 
 def namespace_at(path: str) -> tuple[int, int] | None:
-    """Return what tells the network namespace at a path from others; None where there is none.
+    """Return the identity (device and inode) of the network namespace at a path; None where there is none.
 
-    Raises NamespaceError where that cannot be told.
+    Raises NamespaceError where that cannot be read.
     """
     try:
         here, there = os.stat("/proc/self/ns/net"), os.stat(path)
     except (FileNotFoundError, NotADirectoryError, ProcessLookupError):
         return None
     except (OSError, ValueError) as error:
-        raise NamespaceError(f"{path} cannot be looked at: {error}") from None
+        raise NamespaceError(f"{path} cannot be read: {error}") from None
     return (there.st_dev, there.st_ino) if there.st_dev == here.st_dev else None
 
 
 def process_started(path: str) -> str | None:
     """Return when the process, or thread, was started that a path leads through, in clock ticks since boot.
 
-    None for a path that is no process's, as one of `ip netns` is not, and where there is no such process. A path that
-    is one's, be it below /proc or by a symbolic link, may be another's some day. Raises NamespaceError where that is
-    not to be told. Source: namespaces(7), and the 22nd field of /proc/PID/stat, proc(5).
+    Returns None for a path through no process, such as those of `ip netns`, and where there is no such process. A path
+    through a process, below /proc or by a symbolic link, may lead to another process later: ids are used again.
+    Raises NamespaceError where it cannot be read. Source: namespaces(7).
     """
     place, left, links = Path("/"), [*reversed(Path(path).parts[1:])], 0
     try:
@@ -130,7 +133,7 @@ def process_started(path: str) -> str | None:
             place = place.parent if left[-1] == ".." else place / left[-1]
             left.pop()
             if str(place) in ("/proc/1", "/proc/self", "/proc/thread-self"):
-                return None  # which are never another's: a way to the host's own files
+                return None  # these always lead to the host's own files
             if re.fullmatch("/proc/[0-9]+", str(place)):
                 thread = place.joinpath(*reversed(left[-2:]))
                 return proc.start_time(thread if thread.parent.name == "task" else place)
@@ -147,14 +150,14 @@ def process_started(path: str) -> str | None:
     except (FileNotFoundError, NotADirectoryError, ProcessLookupError):
         return None
     except (OSError, ValueError) as error:
-        raise NamespaceError(f"{path} cannot be looked at: {error}") from None
+        raise NamespaceError(f"{path} cannot be read: {error}") from None
     return None
 
 
 def find(name: str) -> Workload:
     """Return the workload that a user calls `name`.
 
-    An absolute path is a namespace, which is not opened here, and Docker is not asked; /run/netns/a is
+    An absolute path names a namespace: it is not opened here, and Docker is not asked. /run/netns/a counts as
     /var/run/netns/a. Raises NoSuchContainer, or DockerUnavailable where the engine could not be asked.
     """
     check_workload_name(name)
@@ -179,7 +182,7 @@ def find(name: str) -> Workload:
 
 
 def check_workload_name(name: str) -> None:
-    """Raise CalicoError for what is neither a container's name or id nor an absolute path, whatever there is."""
+    """Raise CalicoError for what cannot be a container's name or id, nor an absolute path, whether it exists or not."""
     if name.startswith("/"):
         if _normal_path(name) == "/":
             raise CalicoError(f"'{name}' is not the path of a network namespace")
@@ -194,7 +197,7 @@ def _normal_path(path: str) -> str:
 
 
 def _other_spelling(path: str) -> str | None:
-    """Return a path below /run as one below /var/run, or the other way round; None where these are not one."""
+    """Return a path below /run as one below /var/run, or the reverse; None where they are two directories."""
     for prefix, other in ((_RUN, _VAR_RUN), (_VAR_RUN, _RUN)):
         if path.startswith(prefix):
             return other + path[len(prefix) :] if os.path.realpath(_VAR_RUN) == os.path.realpath(_RUN) else None
@@ -202,9 +205,9 @@ def _other_spelling(path: str) -> str | None:
 
 
 def stored_otherwise(datastore: DatastoreClient, workload: Workload) -> Workload | None:
-    """Return a namespace as it is stored by the other spelling of its path; None where it is not.
+    """Return a namespace as it is stored under the other spelling of its path; None where it is not.
 
-    An older version, and the tool of 2015, took /run/netns/a as it was typed.
+    An older version, and the tool of 2015, stored /run/netns/a as it was typed.
     """
     other = None if workload.path is None else _other_spelling(workload.path)
     if other is None:
@@ -214,10 +217,10 @@ def stored_otherwise(datastore: DatastoreClient, workload: Workload) -> Workload
 
 
 def find_connected(name: str, datastore: DatastoreClient) -> Workload:
-    """Return the workload that a user calls `name`, also when Docker does not know it any more, or cannot be asked.
+    """Return the workload that a user calls `name`, even when Docker no longer knows it, or does not answer.
 
-    Then it is looked for among what containers have on this host, by its id, the beginning of that, or its name. Raises
-    what `find` raises where there is none, and CalicoError, which lists them, where there are several.
+    Then it is searched for among the containers with endpoints, addresses or marks on this host, by its id, a prefix of
+    that, or its name. Raises what `find` raises where there is none, and CalicoError with a list where several match.
     """
     try:
         workload = find(name)
@@ -227,10 +230,10 @@ def find_connected(name: str, datastore: DatastoreClient) -> Workload:
     except (NoSuchContainer, DockerUnavailable) as error:
         ids = _stored_by_id(name, datastore)
         if not ids:
-            # one whose first change was cut short has a name at its mark alone
+            # a container whose first change was interrupted has its name in the mark alone
             ids = set(datastore.workloads_named(DOCKER, name)) | locks.interrupted_named(datastore.host, DOCKER, name)
             if isinstance(error, NoSuchContainer):
-                ids = {id for id in ids if not _exists(id)}  # one that is there has another name now
+                ids = {id for id in ids if not _exists(id)}  # a container that exists has another name now
         if not ids:
             raise
     if len(ids) > 1:
@@ -239,7 +242,7 @@ def find_connected(name: str, datastore: DatastoreClient) -> Workload:
 
 
 def ambiguous(name: str, containers: list[tuple[str, str]]) -> CalicoError:
-    """Return the error about a name that several containers have, given as (id, host)."""
+    """Return the error for a name that several containers have, given as (id, host)."""
     lengths = (length for length in range(12, 65) if len({id[:length] for id, _ in containers}) == len(containers))
     length = next(lengths, 64)
     some = ", ".join(f"{id[:length]} on {host}" for id, host in sorted(containers, key=lambda one: one[::-1]))
@@ -247,7 +250,7 @@ def ambiguous(name: str, containers: list[tuple[str, str]]) -> CalicoError:
 
 
 def _stored_by_id(prefix: str, datastore: DatastoreClient) -> set[str]:
-    """Return the ids that begin so, of containers that have an endpoint on this host, or at least a handle."""
+    """Return the ids with this prefix of containers that have an endpoint on this host, or a handle."""
     if not re.fullmatch(r"[0-9a-f]{4,64}", prefix):
         return set()
     handle = f"{DOCKER}."
@@ -264,19 +267,19 @@ def _exists(id: str) -> bool:
 
 
 def not_connected(name: str) -> NotFound:
-    """Return the error about a workload that has no endpoint."""
+    """Return the error for a workload that has no endpoint."""
     return NotFound(f"{name} is not connected to Calico. Connect it with 'calicoctl container add {name} ipv4'.")
 
 
 def refuse_other_path(workload: Workload, *paths: object) -> None:
-    """Raise CalicoError when a namespace's id stands for another of these paths: `/a-b` and `/a/b` have the same id."""
+    """Raise CalicoError when a namespace's id is that of another of these paths: `/a-b` and `/a/b` have the same."""
     for path in paths:
         if workload.path is not None and path not in (None, "", workload.path):
             raise CalicoError(f"{workload.name} cannot be told from {path}, which is connected already: rename one.")
 
 
 def refuse_others_endpoint(datastore: DatastoreClient, workload: Workload, endpoint: Endpoint) -> None:
-    """Raise CalicoError when an endpoint is that of another path with the same id. Its address's attributes tell."""
+    """Raise CalicoError when an endpoint belongs to another path with the same id, by its address's attributes."""
     if workload.path is not None and endpoint.addresses:
         owner = datastore.ipam.owner(parse_address(endpoint.addresses[0]))
         if owner is not None and owner.handle == workload.handle:
@@ -290,7 +293,7 @@ def workload_of(id: EndpointId) -> tuple[str, str]:
 
 
 def endpoint_ids_of(datastore: DatastoreClient, workload: Workload) -> list[EndpointId]:
-    """Return a workload's endpoints on this host, also those whose records cannot be read; see endpoints_of."""
+    """Return the ids of a workload's endpoints on this host, those of invalid records included; see endpoints_of."""
     found = datastore.workload_endpoint_ids(workload.orchestrator, workload.id)
     if not found and workload.orchestrator == NAMESPACE:
         found = datastore.workload_endpoint_ids(DOCKER, workload.id)
@@ -306,7 +309,7 @@ def endpoints_of(datastore: DatastoreClient, workload: Workload) -> list[Endpoin
 
 
 def _name_of(id: str) -> str:
-    """Return the name of a container, or its id where Docker does not tell."""
+    """Return the name of a container, or its id where Docker cannot be asked."""
     try:
         return str(_inspect(id)["Name"]).lstrip("/")
     except CalicoError:
@@ -327,12 +330,12 @@ def _inspect(name: str) -> dict[str, Any]:
 
 
 def short_id(id: str) -> str:
-    """Return the first 12 characters of an id that is hexadecimal, as those of containers and endpoints are."""
+    """Return the first 12 characters of a hexadecimal id, such as those of containers and endpoints."""
     return id[:12] if re.fullmatch("[0-9a-f]+", id) else id
 
 
 def has_processes(id: str) -> bool:
-    """Tell whether a container runs, whosever it is: its id is in the names of its processes' control groups.
+    """Return whether a container of any engine runs: its id is in the names of its processes' control groups.
 
     Source: cgroups(7), /proc/PID/cgroup; Docker names a container's group by its id, as podman and Kubernetes do.
     """
@@ -346,14 +349,14 @@ def has_processes(id: str) -> bool:
 def container_pids(ids: Iterable[str]) -> dict[str, int]:
     """Return the process ids of those of these containers that run.
 
-    Passes over one that the engine does not answer about; raises DockerUnavailable when there are several.
+    Skips a container that the engine does not answer about; raises DockerUnavailable for a second one.
     """
     found: dict[str, int] = {}
     failures = 0
     for id in ids:
         try:
             pid = find(id).pid
-        except NoSuchContainer:  # it has just gone
+        except NoSuchContainer:  # it was just removed
             continue
         except DockerUnavailable:
             failures += 1

@@ -22,7 +22,7 @@ from calicoctl.datastore.settings import EtcdSettings
 from calicoctl.errors import CalicoError, Conflict
 from calicoctl.felix import local_etcd
 from calicoctl.felix.local_etcd import LocalEtcd
-from calicoctl.workloads.wiring import WorkloadSession, rewire
+from calicoctl.workloads.wiring import WorkloadSession, reattach
 from calicoctl.workloads.workload import Workload
 from tests.system.agent import A4, ALLOW, B4, C4, LOG_DIR, AgentHost, kernel, locked, outside_host
 from tests.system.support import (
@@ -126,7 +126,7 @@ def test_an_interface_that_is_renamed_passes_nothing_until_it_is_made_anew(pair:
         assert ping("a", B4, patience=PATIENT)
         run("ip", "link", "set", interface, "name", "other0")
         wait_for(lambda: pair.endpoint_status(pair.key("b"))["status"] == "down", "the agent to notice")
-    wait_for(lambda: f"has its interface {interface} back" in pair.log(), "the repair")
+    wait_for(lambda: f"is re-attached: interface {interface}" in pair.log(), "the repair")
     wait_for(lambda: pair.endpoint_status(pair.key("b"))["status"] == "up", "the agent to notice")
     assert ping("a", B4, patience=PATIENT)
     assert "other0" not in run("ip", "link").out
@@ -139,7 +139,7 @@ def test_an_interface_that_is_back_just_now_is_not_made_anew(pair: AgentHost) ->
     before = run("ip", "link", "show", pair.interface("b")).out
     workload = Workload("namespace", "-var-run-netns-b", path, path=path)
     with WorkloadSession.enter(datastore, workload) as session, pytest.raises(Conflict):
-        rewire(session, session.record)
+        reattach(session, session.record)
     assert run("ip", "link", "show", pair.interface("b")).out == before
     assert ping("a", B4, patience=PATIENT)
 

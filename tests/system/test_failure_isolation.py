@@ -125,14 +125,14 @@ def test_what_is_done_before_something_fails_is_told_of(bare_host: Host) -> None
         host.sync()
         healed = host.status()["healed"]
         with locked(host, "a"):
-            # as if a command had been cut short when it took the address away
+            # as if a command had been interrupted when it took the address away
             key = host.key("a")
             host.etcd.put(key, {**json.loads(host.etcd.get(key)), "ipv4_nets": [f"{A4}/32"]})
             proxy.refused = "/ipam/"
             run("ip", "-n", "a", "link", "delete", "eth1")
         wait_for(lambda: "does not permit" in host.log(), host.log())
         assert C4 in host.allocations()
-        assert f"has its interface {host.interface('a')} back" in host.log()
+        assert f"is re-attached: interface {host.interface('a')}" in host.log()
         wait_for(lambda: host.status()["healed"] == healed + 1, host.log())
         proxy.refused = None
         wait_for(lambda: C4 not in host.allocations(), host.log())

@@ -118,4 +118,4 @@ def test_the_agent_follows_the_mac_of_the_hosts_end(workloads: AgentHost) -> Non
     host.start_agent()
     check_packets(host)
     assert ping("b", B4, PATIENT) and ping("b", B6, PATIENT), "it reaches itself, too"
-    assert sum("has been told the MAC of its next hop" in line for line in host.log().splitlines()) == 3
+    assert sum("has a new neighbour entry of its next hop" in line for line in host.log().splitlines()) == 3

@@ -123,7 +123,7 @@ def test_a_container_that_starts_again_gets_its_interface_back(containers: Agent
     assert containers.status()["healed"] >= 1
     id = id_of("workload")[:12]
     lines = [line for line in containers.log().splitlines() if id in line]
-    (line,) = [line for line in lines if "has its interface" in line]
+    (line,) = [line for line in lines if "is re-attached" in line]
     assert "(workload)" in line and A4 in line
 
 
