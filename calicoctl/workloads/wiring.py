@@ -1,15 +1,14 @@
-"""What it means to connect a workload to the network, and to undo it: address, veth pair, record, as one transaction.
+"""Connects workloads to the network, and disconnects them: address, veth pair and record, as one transaction.
 
-Each function reads top to bottom as its list of steps, with the undo of a step beside it; any failure, an interrupt
-included, runs the undos in reverse. A process that is killed can undo nothing, so the order of the steps, and what
-each leaves behind, lets the next command for the same workload find all of it:
+Each function lists its steps from top to bottom, with the undo of a step beside it. Any failure, an interrupt included,
+rolls back: it runs the undos in reverse. A process that is killed cannot roll back. So the order of the steps lets the
+next command for the same workload find everything that was done:
 
-* an address is taken first. Its handle names the workload, its attributes the endpoint, and so the veth pair's name;
-* the veth pair's host end is brought up last of what is done in the kernel: while it is down, the pair is half made;
-* the record is written last, and on the way back removed before the addresses it lists are given back.
+* an address is assigned first. Its handle names the workload, its attributes the endpoint, and so the veth pair;
+* the host end of the veth pair is brought up last in the kernel: while it is down, the pair is incomplete;
+* the record is written last. When disconnecting, it is removed before the addresses that it lists are released.
 
-Whoever changes a workload holds its lock from before the first look to the end. Used by the container command, and by
-upkeep.py.
+A workload's lock is held from before the first read to the end. Used by the container command, and by upkeep.py.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ DEFAULT_INTERFACE = "eth1"
 
 @dataclass(frozen=True)
 class AddressRequest:
-    """Which address is asked for: this one, or any of the pool with this CIDR, or any of this IP version."""
+    """Which address a user requests: this one, or any of the pool with this CIDR, or any of this IP version."""
 
     version: int
     address: IPAddress | None = None
@@ -74,7 +73,7 @@ class AddressRequest:
         return cls(address.version, address=address)
 
     def pools(self, datastore: DatastoreClient) -> list[Pool]:
-        """Return the pools that the address may come from; raise CalicoError when there is none."""
+        """Return the pools that the address may be assigned from; raise CalicoError when there is none."""
         from netaddr.ip import IPNetwork
 
         pools, problems = datastore.readable_pools(self.version)
@@ -87,7 +86,7 @@ class AddressRequest:
         else:
             chosen = pools
             missing = f"There is no IPv{self.version} pool"
-        if not chosen and problems:  # which may be the one that is meant
+        if not chosen and problems:  # an invalid pool may be the requested one
             raise problems[0]
         if not chosen:
             known = ", ".join(pool.cidr for pool in pools) or "none"
@@ -95,7 +94,7 @@ class AddressRequest:
         return chosen
 
     def fits(self, address: IPAddress) -> bool:
-        """Tell whether `address` is one that was asked for."""
+        """Return whether `address` satisfies the request."""
         from netaddr.ip import IPNetwork
 
         if self.address is not None:
@@ -106,7 +105,7 @@ class AddressRequest:
 
 
 def is_interface_name(name: object) -> bool:
-    """Tell whether the kernel would take a name for an interface.
+    """Return whether the kernel accepts a name for an interface.
 
     Source: dev_valid_name() in the kernel's net/core/dev.c; '%' would make a pattern of it.
     """
@@ -116,7 +115,7 @@ def is_interface_name(name: object) -> bool:
 
 
 def check_interface_name(name: str) -> None:
-    """Raise CalicoError for a name that the kernel takes for no interface."""
+    """Raise CalicoError for a name that the kernel does not accept for an interface."""
     if not is_interface_name(name):
         raise CalicoError(
             f"'{name}' is not a valid interface name: it must have 1 to 15 bytes, and no '/', ':', '%' or blanks"
@@ -144,15 +143,15 @@ def connect(
     interface: str | None = None,
     exist_ok: bool = False,
 ) -> Attachment:
-    """Connect a workload that is not connected, or wire one again that has lost its interface.
+    """Connect a workload, or re-attach one that has lost its interface.
 
-    `interface` is the name in the workload; None stands for what it was before, else for the default. With `exist_ok`,
-    one that has what is asked for will do. Raises CalicoError, and then nothing has changed.
+    `interface` is the name in the workload; None means the name that it had before, else the default. With `exist_ok`,
+    a workload that has what is requested already is no error. Raises CalicoError, after a rollback.
     """
     with WorkloadSession.enter(datastore, workload) as session:
         session.clear_after_another_process()
         if session.record is None:
-            return _wire(session, request, interface or DEFAULT_INTERFACE)
+            return _connect_new(session, request, interface or DEFAULT_INTERFACE)
         attached = session.attached_interface()
         if attached is None:
             again = reattach(session, session.record, request, interface)
@@ -168,14 +167,14 @@ def connect(
         )
 
 
-def _wire(session: WorkloadSession, request: AddressRequest, interface: str) -> Attachment:
-    """Connect a workload that has no record, taking over, or clearing away, what a cut command has left of one."""
+def _connect_new(session: WorkloadSession, request: AddressRequest, interface: str) -> Attachment:
+    """Connect a workload without a record; adopt, or remove, what an interrupted command has left."""
     datastore, workload, version = session.datastore, session.workload, request.version
     next_hop = datastore.hosts.next_hop(version)
     reserved = reserved_addresses(datastore, version)
     _refuse_reserved(request, reserved)
     pools = request.pools(datastore)
-    session.remove_half_made()
+    session.remove_incomplete_pairs()
     session.remove_orphans()
     session.refuse_other_endpoint()
     session.refuse_default_route(version)
@@ -187,7 +186,7 @@ def _wire(session: WorkloadSession, request: AddressRequest, interface: str) -> 
         undo(datastore.ipam.release_by_handle, workload.handle)
         address, id = _adopt(session, request, interface, reserved)
         if address is None:
-            address = _take(datastore, owner_of(workload, id, interface), request, pools, reserved)
+            address = _assign(datastore, owner_of(workload, id, interface), request, pools, reserved)
 
         mac = _attach(session, id.interface, interface, [host_net(address)], {version: next_hop}, None, undo)
 
@@ -196,7 +195,7 @@ def _wire(session: WorkloadSession, request: AddressRequest, interface: str) -> 
         endpoint.set_gateway(version, next_hop)
         undo(datastore.remove_endpoint, id)
         datastore.create_endpoint(endpoint)
-        session.lock.clear_all()  # and nothing is left of what was cut before
+        session.lock.clear_all()  # what an interrupted command has left was adopted or removed
     return Attachment(id, address, interface, mac)
 
 
@@ -205,8 +204,8 @@ def reattach(
 ) -> Attachment | None:
     """Re-attach a workload that has a record: make its interface again, with the same addresses, MAC and name.
 
-    Without a `request`, a workload without an address stays without one, and None is returned. Raises CalicoError, and
-    then everything has been rolled back.
+    Without a `request`, a workload without an address stays without one, and None is returned. Raises CalicoError,
+    after a rollback.
     """
     datastore, workload = session.datastore, session.workload
     addresses = [parse_address(address) for address in record.addresses]
@@ -243,17 +242,17 @@ def reattach(
         session.remember()
         nets = list(record.nets)
         if address is None and request is not None:
-            # its last address was taken away before it lost its interface
+            # its last address was removed before it lost its interface
             undo(_release_unlisted, datastore, workload, record)
             owner = owner_of(workload, record.id, interface)
-            address = _take(datastore, owner, request, pools, reserved)
+            address = _assign(datastore, owner, request, pools, reserved)
             nets.append(host_net(address))
         for own in addresses:
             if own not in session.held:
-                _regain(session, own, owner_of(workload, record.id, interface), undo)
+                _reassign(session, own, owner_of(workload, record.id, interface), undo)
         mac = _attach(session, record.id.interface, interface, nets, next_hops, record.mac, undo)
 
-        def bring_up_to_date(endpoint: Endpoint) -> bool:
+        def update(endpoint: Endpoint) -> bool:
             old = endpoint.to_dict()
             endpoint.state, endpoint.name, endpoint.mac = "active", record.id.interface, mac
             endpoint.inactive_since = None
@@ -264,14 +263,14 @@ def reattach(
                 endpoint.nets_of(address.version).extend(nets)
             return endpoint.to_dict() != old
 
-        datastore.modify_endpoint(record.id, bring_up_to_date)
+        datastore.modify_endpoint(record.id, update)
     return None if address is None else Attachment(record.id, address, interface, mac)
 
 
 def disconnect(datastore: DatastoreClient, workload: Workload) -> None:
-    """Remove all that a workload has on the network, of whatever is still there; raise NotFound when it has nothing.
+    """Remove what a workload has on the network, whichever parts exist; raise NotFound when it has nothing.
 
-    Needs neither the container nor its namespace. The order is such that no record lists an address that is free.
+    Needs neither the container nor its namespace. At no moment does a record list an address that is free.
     """
     with WorkloadLock(datastore.host, workload.orchestrator, workload.id) as lock:
         ids = endpoint_ids_of(datastore, workload)
@@ -290,13 +289,13 @@ def _clear(
     ids: list[EndpointId],
     held: dict[IPAddress, Owner],
 ) -> None:
-    """Remove a workload's endpoints, with all that they have, and all that it holds; its lock is held."""
+    """Remove a workload's endpoints, interfaces and addresses, and all that its handle holds, under its lock."""
     datastore.check_endpoints_writable(ids, workload.handle)
     lock.mark_in_progress()
     for name in {id.interface for id in ids} | interfaces_of(held):
         netns.delete_interface(name)
     for id in ids:
-        # an old tool's addresses have no handle: once the record is gone, nothing would tell whose they are
+        # addresses of old tools have no handle: without the record, their owner would be unknown
         record = datastore.readable(id)
         datastore.ipam.release(map(parse_address, record.addresses if record is not None else ()), {None})
         datastore.remove_endpoint(id)
@@ -307,11 +306,11 @@ def _clear(
 def add_address(
     datastore: DatastoreClient, workload: Workload, request: AddressRequest, interface: str | None
 ) -> tuple[IPAddress, bool]:
-    """Give a connected workload one more address; return it, and whether the workload did not have it before.
+    """Add an address to a connected workload; return it, and whether it is new to the workload.
 
-    The first address of an IP version brings that version's next hop and default route along. An address that the
-    workload has already is set up in the kernel again, should it be missing there. Raises CalicoError, and then nothing
-    has changed.
+    The first address of an IP version adds the next hop and the default route of that version. An address that the
+    workload has already is configured in the kernel again, in case it is missing there. Raises CalicoError, after a
+    rollback.
     """
     with WorkloadSession.enter(datastore, workload) as session:
         workload = session.workload
@@ -331,9 +330,9 @@ def add_address(
 
         with _rollback_on_failure(session) as undo:
             owner = owner_of(workload, record.id, attached)
-            left = [a for a in session.held if host_net(a) not in record.nets and _may_have(request, a, reserved)]
+            left = [a for a in session.held if host_net(a) not in record.nets and _usable(request, a, reserved)]
             undo(_release_unlisted, datastore, workload, record)
-            address = left[0] if left else _take(datastore, owner, request, pools, reserved)
+            address = left[0] if left else _assign(datastore, owner, request, pools, reserved)
 
             net = host_net(address)
             if version == 6 and session.namespace.ipv6_is_off(attached):
@@ -356,10 +355,10 @@ def add_address(
 
 
 def remove_address(datastore: DatastoreClient, workload: Workload, address: IPAddress, interface: str | None) -> None:
-    """Take an address from a workload. Raises NotFound when the workload does not have it.
+    """Remove an address from a workload. Raises NotFound when the workload does not have it.
 
-    The last address of an IP version takes that version's next hop and default route along. Works on a workload that
-    does not run, too.
+    With the last address of an IP version, the next hop and the default route of that version are removed. The workload
+    need not run.
     """
     with WorkloadSession.enter(datastore, workload, must_run=False) as session:
         record = session.only_record()
@@ -374,7 +373,7 @@ def remove_address(datastore: DatastoreClient, workload: Workload, address: IPAd
         datastore.check_endpoints_writable([record.id], workload.handle)
         session.lock.mark_in_progress()
         if address not in session.held:
-            # an old tool's, without a handle: only the record tells whose it is, so it is given back before
+            # assigned by an old tool, without a handle: only the record names its owner, so it is released before
             datastore.ipam.release([address], {None})
         datastore.modify_endpoint(record.id, _without(net))
         if attached is not None:
@@ -384,7 +383,7 @@ def remove_address(datastore: DatastoreClient, workload: Workload, address: IPAd
 
 
 def _without(net: str) -> Callable[[Endpoint], bool]:
-    """Return a change of an endpoint that takes a net out, and the next hop with the last net of its version."""
+    """Return a change of an endpoint that removes a net, and with the last net of its version the next hop."""
 
     def change(endpoint: Endpoint) -> bool:
         version = version_of(net)
@@ -399,10 +398,10 @@ def _without(net: str) -> Callable[[Endpoint], bool]:
 
 
 class WorkloadSession:
-    """A workload under its lock, with its namespace open, and what store and kernel know of it at the start.
+    """A workload whose lock is held and whose namespace is open, with what store and kernel said at the beginning.
 
-    `held` are the addresses its handle holds; `record` is its endpoint, None where it has none; `host_mac` is the MAC
-    of the host's end of its pair, once that has been found `attached_interface`.
+    `held` are the addresses that its handle holds; `record` is its endpoint, None where it has none; `host_mac` is the
+    MAC of the host end of its pair, once `attached_interface` has found that.
     """
 
     def __init__(
@@ -431,7 +430,7 @@ class WorkloadSession:
     @classmethod
     @contextmanager
     def enter(cls, datastore: DatastoreClient, workload: Workload, must_run: bool = True) -> Iterator[WorkloadSession]:
-        """Lock the workload, open its namespace and look around. Without `must_run`, it may have no namespace."""
+        """Lock the workload, open its namespace, and read its state. Without `must_run`, it may have no namespace."""
         with ExitStack() as stack:
             lock = stack.enter_context(WorkloadLock(datastore.host, workload.orchestrator, workload.id))
             namespace = None
@@ -451,12 +450,12 @@ class WorkloadSession:
 
     @property
     def namespace(self) -> netns.Namespace:
-        assert self._namespace is not None, "a session without a namespace is not attached"
+        assert self._namespace is not None, "only a workload with a namespace is attached"
         return self._namespace
 
     @property
     def loopback(self) -> netns.Loopback:
-        """Return what the namespace's loopback interface was at the last look."""
+        """Return the state of the namespace's loopback interface at the last refresh."""
         return self._inspection.loopback
 
     def refresh(self) -> None:
@@ -464,9 +463,9 @@ class WorkloadSession:
         self._inspection = netns.Inspection() if self._namespace is None else self._namespace.inspect()
 
     def attached_interface(self, also_down: bool = False) -> str | None:
-        """Return the name of the workload's Calico interface, or None while it has none that is complete.
+        """Return the name of the workload's Calico interface, None while it has none that is complete.
 
-        With `also_down`, also one whose host end is down.
+        With `also_down`, one whose host end is down counts as well.
         """
         host_end = netns.find_interface(self.record.id.interface) if self.record is not None else None
         if host_end is None or not (host_end.up or also_down):
@@ -478,7 +477,7 @@ class WorkloadSession:
         return None
 
     def _pairs(self) -> Iterator[tuple[netns.Interface, netns.Interface]]:
-        """Give the interfaces of the namespace that are paired with one of the host's, and that one."""
+        """Yield each interface of the namespace that is paired with one of the host's, with that one."""
         for interface in list(self._inspection.interfaces.values()):
             other_end = self.namespace.other_end(interface)
             if other_end is not None:
@@ -501,15 +500,15 @@ class WorkloadSession:
         self.refuse_other_interface(attached, interface)
         return record, attached
 
-    def remove_half_made(self) -> None:
-        """Delete veth pairs that a cut command has made for this workload."""
+    def remove_incomplete_pairs(self) -> None:
+        """Delete veth pairs that an interrupted command has made for this workload."""
         for name in interfaces_of(self.held):
             self._delete(name)
 
     def remove_orphans(self) -> None:
-        """Delete pairs of endpoints that nobody knows of any more: the store has been emptied, or set back."""
+        """Delete pairs of endpoints that are no longer in the store, which was emptied or restored."""
         for _, host_end in self._pairs():
-            # one that is down may be another command's, which has got no further
+            # a pair whose host end is down may belong to another command in progress
             if (
                 host_end.name.startswith(INTERFACE_PREFIX)
                 and host_end.up
@@ -518,19 +517,19 @@ class WorkloadSession:
                 self._delete(host_end.name)
 
     def remove_remains(self, record: Endpoint) -> None:
-        """Delete what an endpoint has of an interface that is not complete, or that was renamed at the host's end.
+        """Delete the interface of an endpoint where it is incomplete, or its host end was renamed.
 
         Raises Conflict where it is complete after all.
         """
-        if self.attached_interface() is not None:  # whoever renamed it has named it back just now
-            raise Conflict(f"{self.workload.name} has its interface back; look again")
+        if self.attached_interface() is not None:  # its old name was restored just now
+            raise Conflict(f"{self.workload.name} has its interface back; retry")
         names = [host_end.name for own, host_end in self._pairs() if own.mac == record.mac]
-        renamed = [name for name in names if not name.startswith(INTERFACE_PREFIX)]  # such would be another endpoint's
+        renamed = [name for name in names if not name.startswith(INTERFACE_PREFIX)]  # others belong to other endpoints
         for name in (record.id.interface, *renamed):
             self._delete(name)
 
     def _delete(self, name: str) -> None:
-        """Delete one of the host's interfaces, if it is there; not where nothing could be written after that."""
+        """Delete an interface of the host, if it exists; raise CalicoError before, if the store cannot be written."""
         if netns.find_interface(name) is not None:
             ids = [self.record.id] if self.record is not None else []
             self.datastore.check_endpoints_writable(ids, self.workload.handle)
@@ -538,7 +537,7 @@ class WorkloadSession:
             self.refresh()
 
     def clear_after_another_process(self) -> None:
-        """Remove all there is of a process that has ended, where the path has become another process's."""
+        """Disconnect a process that has ended, where its path leads to another process now."""
         now = process_started(self.workload.path or "")
         if (
             self.record is not None
@@ -549,12 +548,12 @@ class WorkloadSession:
             self.record, self.held = None, {}
 
     def remember(self) -> None:
-        """Keep a namespace's path beside its lock while it is connected."""
+        """Store a namespace's path in its lock file while it is connected."""
         if self.workload.path is not None:
             self.lock.remember(self.workload.path, process_started(self.workload.path))
 
     def refuse_other_endpoint(self) -> None:
-        """Raise CalicoError when the namespace is connected already, as another workload: by another path, say."""
+        """Raise CalicoError when the namespace is connected as another workload already: by another path, say."""
         for interface, host_end in self._pairs():
             if host_end.name.startswith(INTERFACE_PREFIX):
                 raise CalicoError(
@@ -583,10 +582,10 @@ class WorkloadSession:
 
 @contextmanager
 def _rollback_on_failure(session: WorkloadSession) -> Iterator[Callable[..., object]]:
-    """Give a function that remembers an undo; run them all, last first, when what is inside `with` fails.
+    """Yield a function that pushes an undo; when the body of `with` fails, run all undos, the last one first.
 
-    Each undo is one that does no harm where its step was not done. An undo that fails does not keep the others from
-    running: the error names it, and what to do.
+    An undo must be harmless where its step was not done. When an undo fails, the others run all the same, and the error
+    names it, and what to do.
     """
     failures: list[str] = []
 
@@ -610,7 +609,7 @@ def _rollback_on_failure(session: WorkloadSession) -> Iterator[Callable[..., obj
         raise
     finally:
         if failures:
-            session.lock.mark_in_progress(session.workload.docker_name)  # where it has been forgotten
+            session.lock.mark_in_progress(session.workload.docker_name)  # an undo may have removed the mark
         else:
             session.lock.clear_mark()
 
@@ -624,7 +623,7 @@ def _attach(
     mac: str | None,
     undo: Callable[..., object],
 ) -> str:
-    """Make a veth pair and set it up at both ends, the host's last; return the MAC of the workload's end."""
+    """Create a veth pair and configure both ends, the host's last; return the MAC of the workload's end."""
     if netns.find_interface(name) is not None:
         raise CalicoError(f"this host has an interface {name} already, of another endpoint; try again")
     undo(netns.delete_interface, name)
@@ -638,16 +637,16 @@ def _attach(
 def _adopt(
     session: WorkloadSession, request: AddressRequest, interface: str, reserved: Reserved
 ) -> tuple[IPAddress | None, EndpointId]:
-    """Find an address that a cut command has taken, and give all others back; return it with its endpoint's id.
+    """Adopt an address that an interrupted command has assigned, and release the others; return it and its endpoint id.
 
-    Without one that fits, the address is None and the id a new one.
+    Without one that satisfies the request, the address is None and the id a new one.
     """
     workload = session.workload
     kept, kept_id = None, EndpointId(session.datastore.host, workload.orchestrator, workload.id, _new_endpoint())
     for address, owner in session.held.items():
         id = EndpointId(session.datastore.host, workload.orchestrator, workload.id, _endpoint_of(owner) or "")
         is_its_own = id.endpoint and _is_like(owner, owner_of(workload, id, interface))
-        if kept is None and is_its_own and _may_have(request, address, reserved):
+        if kept is None and is_its_own and _usable(request, address, reserved):
             kept, kept_id = address, id
         else:
             session.datastore.ipam.release([address], {workload.handle})
@@ -655,58 +654,60 @@ def _adopt(
 
 
 def _is_like(owner: Owner, other: Owner) -> bool:
-    """Tell whether two owners are one, whatever its name is: a container may have been renamed."""
+    """Return whether two owners are the same, apart from the name: a container may have been renamed."""
     facts, others = ({**one.secondary, "workload_name": None} for one in (owner, other))
     return owner.handle == other.handle and facts == others
 
 
-def _take(
+def _assign(
     datastore: DatastoreClient, owner: Owner, request: AddressRequest, pools: list[Pool], reserved: Reserved
 ) -> IPAddress:
-    """Take an address that was asked for; raise CalicoError when there is none to have."""
+    """Assign an address that satisfies the request; raise CalicoError when there is none."""
     if request.address is None:
         taken = datastore.ipam.auto_assign(1, pools, owner, reserved)
         if not taken:
             networks = {network for pool in pools for network in reserved.network.overlapping(pool.cidr)}
             raise CalicoError(
-                f"There is no free IP address in {', '.join(pool.cidr for pool in pools)}{_but(networks)}."
+                f"There is no free IP address in {', '.join(pool.cidr for pool in pools)}{_except_text(networks)}."
             )
         return taken[0]
     try:
         datastore.ipam.assign(request.address, owner)
     except AddressTaken as error:
         holder = datastore.ipam.owner(request.address)
-        raise AddressTaken(f"{error}{_told(holder)}. Give it another, or 'ipv{request.version}' for any.") from None
+        raise AddressTaken(
+            f"{error}{_owner_text(holder)}. Give it another, or 'ipv{request.version}' for any."
+        ) from None
     return request.address
 
 
-def _but(networks: Collection[Network]) -> str:
-    """Return what a message says of networks that no address is given out of unasked."""
+def _except_text(networks: Collection[Network]) -> str:
+    """Return what a message says of networks that no address is assigned from automatically."""
     named = ", ".join(sorted(f"{network.cidr} (on {network.interface})" for network in networks))
     return f", but for the networks that this host is connected to: {named}" if named else ""
 
 
 def reserved_addresses(datastore: DatastoreClient, version: int) -> Reserved:
-    """Return what is not for this host's workloads. Raises CalicoError."""
+    """Return the addresses that this host's workloads must not have. Raises CalicoError."""
     return Reserved(host_network.read(), datastore.hosts.addresses(version), datastore.host)
 
 
-def _may_have(request: AddressRequest, address: IPAddress, reserved: Reserved) -> bool:
-    """Tell whether an address that a workload holds already is one that may be given to it now."""
+def _usable(request: AddressRequest, address: IPAddress, reserved: Reserved) -> bool:
+    """Return whether an address that a workload's handle holds already may be used for a request."""
     if request.address is not None:
         return request.fits(address)
     return request.fits(address) and reserved.is_free_for_any(address.version, int(address))
 
 
 def _refuse_reserved(request: AddressRequest, reserved: Reserved) -> None:
-    """Raise CalicoError where an address is asked for that no workload may have."""
+    """Raise CalicoError where the requested address is one that no workload may have."""
     why = None if request.address is None else reserved.refusal(str(request.address))
     if why is not None:
         raise CalicoError(f"IP {request.address} is {why}. Give another, or 'ipv{request.version}' for any.")
 
 
 def _refuse_in_use(session: WorkloadSession, address: IPAddress) -> None:
-    """Raise CalicoError where an address of a workload is a host's now."""
+    """Raise CalicoError where an address of a workload has become a host's."""
     why = reserved_addresses(session.datastore, address.version).user(str(address))
     if why is not None:
         raise AddressTaken(
@@ -716,13 +717,13 @@ def _refuse_in_use(session: WorkloadSession, address: IPAddress) -> None:
 
 
 def _release_unlisted(datastore: DatastoreClient, workload: Workload, record: Endpoint) -> None:
-    """Give back what a workload holds beside the addresses of its record, as it was read."""
+    """Release what a workload's handle holds beyond the addresses of its record."""
     held = datastore.ipam.held_by(workload.handle) or {}
     datastore.ipam.release([a for a in held if host_net(a) not in record.nets], {workload.handle})
 
 
 def _next_hop(datastore: DatastoreClient, record: Endpoint, version: int) -> str:
-    """Return this host's next hop, or what it was where it has none of that version any more; raise CalicoError."""
+    """Return this host's next hop, or the record's where the host has none of that version now; raise CalicoError."""
     try:
         return datastore.hosts.next_hop(version)
     except CalicoError:
@@ -732,8 +733,8 @@ def _next_hop(datastore: DatastoreClient, record: Endpoint, version: int) -> str
         return str(parse_address(before))
 
 
-def _regain(session: WorkloadSession, address: IPAddress, owner: Owner, undo: Callable[..., object]) -> None:
-    """Make sure that an address of a record belongs to its workload; one without a handle (an old tool's) does."""
+def _reassign(session: WorkloadSession, address: IPAddress, owner: Owner, undo: Callable[..., object]) -> None:
+    """Assign an address of a record to its workload again where it is free; raise CalicoError where another has it."""
     ipam = session.datastore.ipam
     holder = ipam.owner(address)
     if holder is None:
@@ -742,20 +743,20 @@ def _regain(session: WorkloadSession, address: IPAddress, owner: Owner, undo: Ca
         ipam.assign(address, owner)
     elif holder.handle is not None:
         raise AddressTaken(
-            f"{session.workload.name}'s address {address} has been given to another{_told(holder)}. Run 'calicoctl "
-            f"container remove {session.workload.name}' and add it anew."
+            f"{session.workload.name}'s address {address} has been given to another{_owner_text(holder)}. Run "
+            f"'calicoctl container remove {session.workload.name}' and add it anew."
         )
 
 
-def _told(owner: Owner | None) -> str:
-    """Return what a message says of an address's owner."""
+def _owner_text(owner: Owner | None) -> str:
+    """Return how a message names an address's owner."""
     facts = owner.secondary if owner is not None else {}
     name = facts.get("namespace") or facts.get("workload_name") or str(facts.get("workload") or "")[:12]
     return f" ({name} on host {facts.get('host')})" if name else ""
 
 
 def owner_of(workload: Workload, id: EndpointId, interface: str) -> Owner:
-    """Return what is written beside an address: enough to tell its owner, and to wire the workload again."""
+    """Return the attributes of an address: enough to identify its owner, and to re-attach the workload."""
     from calicoctl.datastore.blocks import Owner
 
     return Owner(
@@ -781,7 +782,7 @@ def _new_endpoint() -> str:
 
 
 def _endpoint_of(owner: Owner) -> str | None:
-    """Return the endpoint id beside an address, or None where there is none that looks like one."""
+    """Return the endpoint id in an address's attributes, None where there is no valid one."""
     id = owner.secondary.get("endpoint")
     return id if isinstance(id, str) and len(id) == 32 and set(id) <= set("0123456789abcdef") else None
 
@@ -793,5 +794,5 @@ def interfaces_of(held: dict[IPAddress, Owner]) -> set[str]:
 
 
 def paths_of(held: dict[IPAddress, Owner]) -> list[object]:
-    """Return the namespace paths beside these addresses."""
+    """Return the namespace paths in these addresses' attributes."""
     return [owner.secondary.get("namespace") for owner in held.values()]
