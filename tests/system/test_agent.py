@@ -113,7 +113,7 @@ def test_damaged_memory_of_settings_is_named_and_nothing_is_removed(pair: AgentH
         file.unlink() if found is None else file.write_text(found)
 
 
-def test_an_interface_that_is_renamed_passes_nothing_until_it_is_made_anew(pair: AgentHost) -> None:
+def test_a_renamed_interface_passes_nothing_until_it_is_recreated(pair: AgentHost) -> None:
     interface = pair.interface("b")
     assert ping("a", B4, patience=PATIENT)
     with locked(pair, "b"):  # so that nobody heals it
@@ -132,7 +132,7 @@ def test_an_interface_that_is_renamed_passes_nothing_until_it_is_made_anew(pair:
     assert "other0" not in run("ip", "link").out
 
 
-def test_an_interface_that_is_back_just_now_is_not_made_anew(pair: AgentHost) -> None:
+def test_an_interface_that_has_just_come_back_is_not_recreated(pair: AgentHost) -> None:
     """Between the look that has not found it and the repair, it may have been named back."""
     datastore = DatastoreClient(backends.connect(EtcdSettings.from_environment({})), pair.name)
     path = "/var/run/netns/b"
@@ -160,7 +160,7 @@ def test_an_interrupted_start_leaves_no_agent(bare_host: Host, number: signal.Si
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"host": 1}', "\0" * 100], ids=range(5))
-def test_a_damaged_report_ends_nothing(pair: AgentHost, text: str) -> None:
+def test_a_damaged_report_is_no_fatal_error(pair: AgentHost, text: str) -> None:
     """A report that a full disk, say, has cut: commands say what is so, and the agent's next one is whole again."""
     file = Path(f"/run/calico/{pair.name}/felix.json")
     pair.kill_agent()
@@ -460,7 +460,7 @@ def test_a_change_while_the_agent_is_down_ends_connections_when_it_starts(pair: 
         assert not flows(*stream)
 
 
-def test_what_cannot_be_understood_affects_what_it_names_alone(pair: AgentHost) -> None:
+def test_an_invalid_value_affects_only_its_own_object(pair: AgentHost) -> None:
     pair.add("c", C4)
     pair.set_profiles("c", "web")
     folder = "/calico/v1/host/host1/workload/docker/x/endpoint"
@@ -835,7 +835,7 @@ def test_an_etcd_that_never_serves_is_ended(bare_host: Host, tmp_path: Path, mon
         run("rm", "-rf", "/var/lib/calico")
 
 
-def test_without_an_etcd_the_error_names_a_way(bare_host: Host, tmp_path: Path) -> None:
+def test_without_an_etcd_the_error_says_what_to_do(bare_host: Host, tmp_path: Path) -> None:
     bare_host.etcd.stop()
     try:
         said = bare_host.ctl("node", "--ip=192.0.2.2", status=1).err

@@ -29,7 +29,7 @@ def test_checksystem(bare_host: Host) -> None:
     assert all(word in text for word in ("What to do", "iptables", "Docker Engine"))
 
 
-def test_checksystem_without_what_is_needed(bare_host: Host, tmp_path: Path) -> None:
+def test_checksystem_without_prerequisites(bare_host: Host, tmp_path: Path) -> None:
     nowhere = {"ETCD_AUTHORITY": "127.0.0.1:1", "DOCKER_HOST": "unix:///nowhere", "PATH": str(tmp_path)}
     with not_installed("conntrack"):
         said = bare_host.ctl("checksystem", "--output=json", status=1, env=nowhere)

@@ -68,7 +68,7 @@ def test_options_that_a_running_agent_does_not_take_on(node: AgentHost) -> None:
 # users
 
 
-def test_everybody_may_see_the_status_and_nobody_may_hold_the_agent_up(bare_host: Host) -> None:
+def test_every_user_may_see_the_status_and_none_can_block_the_agent(bare_host: Host) -> None:
     host = AgentHost(bare_host.etcd)
     start = ["sh", "-c", 'umask 077; exec "$@"', "x", CALICOCTL, "node", f"--ip={HOST_IP}", f"--log-dir={LOG_DIR}"]
     run(*start, env=host.environment())
@@ -141,7 +141,7 @@ def test_router_advertisements_reach_an_interface_that_comes_later(bare_host: Ho
         run("ip", "link", "delete", "later")
 
 
-def test_what_the_host_sends_to_an_interface_that_is_not_known(node: AgentHost) -> None:
+def test_packets_from_the_host_to_an_unknown_interface(node: AgentHost) -> None:
     run("ip", "netns", "add", "u")
     run("ip", "link", "add", "caliunknown", "type", "veth", "peer", "name", "u0", "netns", "u")
     run("ip", "-n", "u", "link", "set", "u0", "up")
@@ -180,7 +180,7 @@ def rules(chain: str) -> str:
     return run("iptables", "-S", chain).out
 
 
-def test_a_chain_that_is_not_asked_any_more(bare_host: Host, forward_drops: None) -> None:
+def test_a_chain_that_is_no_longer_used(bare_host: Host, forward_drops: None) -> None:
     host = AgentHost(bare_host.etcd)
     host.start_agent()
     host.add_pair()

@@ -334,7 +334,7 @@ def test_endpoints_of_all_hosts(host: Host) -> None:
         host.ctl("container", "remove", f"/var/run/netns/{name}")
 
 
-def test_what_add_tells_as_json(host: Host) -> None:
+def test_add_with_json_output(host: Host) -> None:
     run("ip", "netns", "add", "a")
     told = json.loads(host.ctl("container", "add", "/var/run/netns/a", "192.168.0.9", "--output=json").out)
     ((key, record),) = host.records().items()
@@ -494,7 +494,7 @@ def shown(host: Host, what: str) -> list[dict]:
     return json.loads(host.ctl(what, "show", "--output=json").out)
 
 
-def test_what_a_line_of_a_batch_may_be(host: Host, tmp_path: Path) -> None:
+def test_lines_of_a_batch(host: Host, tmp_path: Path) -> None:
     lines = tmp_path / "lines"
 
     def batch(text: str, status: int = 0) -> str:

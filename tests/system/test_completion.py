@@ -110,7 +110,7 @@ def test_completion_in_an_interactive_shell_also_behind_sudo(bare_host: Host, tm
         os.close(theirs)
 
 
-def test_completion_keeps_nobody_waiting(bare_host: Host) -> None:
+def test_completion_gives_up_after_a_timeout(bare_host: Host) -> None:
     """An etcd, or a Docker Engine, that hangs; what needs neither is told."""
     run("ip", "netns", "add", "blue")
     with socket.create_server(("127.0.0.1", 0)) as server:

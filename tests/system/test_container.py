@@ -138,7 +138,7 @@ def test_a_restarted_container_is_wired_again_as_it_was(host: Host, workload: st
     )
 
 
-def test_a_container_that_docker_has_forgotten_is_removed_by_its_name(host: Host, workload: str) -> None:
+def test_a_container_unknown_to_docker_is_removed_by_its_name(host: Host, workload: str) -> None:
     host.ctl("container", "add", "workload", "ipv4")
     run("docker", "rm", "-f", "workload")
     host.ctl("container", "remove", "workload")
@@ -188,7 +188,7 @@ def test_a_name_that_two_containers_have_is_refused_with_both(host: Host) -> Non
 
 
 @pytest.mark.parametrize("digits", [64, 12])
-def test_a_container_that_docker_has_forgotten_is_removed_by_its_id(host: Host, workload: str, digits: int) -> None:
+def test_a_container_unknown_to_docker_is_removed_by_its_id(host: Host, workload: str, digits: int) -> None:
     id = run("docker", "inspect", "-f", "{{.Id}}", "workload").out.strip()
     host.ctl("container", "add", "workload", "ipv4")
     run("docker", "rm", "-f", "workload")
@@ -362,7 +362,7 @@ def test_what_an_old_tool_left_is_found_and_removed(host: Host, blue: str) -> No
     assert host.allocations() == {"192.168.0.2": {"handle_id": None, "secondary": {}}}, "not ours, and kept"
 
 
-def test_a_record_cannot_make_us_delete_somebody_elses_interface(host: Host, blue: str) -> None:
+def test_a_forged_record_deletes_no_foreign_interface(host: Host, blue: str) -> None:
     host.ctl("container", "add", blue, "192.168.0.1")
     run("ip", "link", "add", "precious", "type", "bridge")
     (key,) = host.records()
@@ -373,7 +373,7 @@ def test_a_record_cannot_make_us_delete_somebody_elses_interface(host: Host, blu
     host.check_nothing_left()
 
 
-def test_an_interrupt_undoes_what_was_begun(host: Host, blue: str) -> None:
+def test_an_interrupt_rolls_back(host: Host, blue: str) -> None:
     """SIGTERM while the command waits for etcd, which hangs, in the middle of its work."""
     host.etcd.process.send_signal(19)
     command = host.start("container", "add", blue, "ipv4")

@@ -54,7 +54,7 @@ def test_an_etcd_that_hangs_keeps_no_agent_from_ending(own_etcd: Etcd) -> None:
     assert not host.agent_runs(pid)
 
 
-def test_changes_that_etcd_has_forgotten(pair: AgentHost) -> None:
+def test_changes_that_etcd_no_longer_has(pair: AgentHost) -> None:
     """etcd's v2 API remembers 1,000 events: an agent that was held up for longer reads all anew."""
     pair.add("c", C4)
     pair.profile("c", inbound=[ALLOW])
@@ -114,7 +114,7 @@ def test_a_store_that_is_not_ready(bare_host: Host) -> None:
         agent.communicate()
 
 
-def test_a_store_that_is_set_back(own_etcd: Etcd) -> None:
+def test_a_store_restored_from_a_backup(own_etcd: Etcd) -> None:
     """A store restored from a copy counts anew from a lower index: what the agent had seen since is no more."""
     host = AgentHost(own_etcd)
     host.start_agent()
@@ -264,7 +264,7 @@ NONSENSE = {
 }
 
 
-def test_answers_that_make_no_sense_end_nothing(bare_host: Host) -> None:
+def test_senseless_answers_are_no_fatal_errors(bare_host: Host) -> None:
     with behind_proxy(bare_host.etcd) as (host, proxy):
         pid = host.pid
         for what, answer in NONSENSE.items():

@@ -73,7 +73,7 @@ def test_the_demo_works_and_leaves_no_trace(engine: None, which: str) -> None:
     assert after == before
 
 
-def test_what_a_reboot_has_left_of_a_demo_is_removed_by_what_is_said(tmp_path: Path) -> None:
+def test_the_message_after_a_reboot_says_how_to_remove_the_demo(tmp_path: Path) -> None:
     settings = tmp_path / "node.env"
     environment = {"PATH": os.environ["PATH"], "HOSTNAME": "rebooted", "CALICO_ENV_FILE": str(settings)}
     environment["CALICOCTL_BIN"] = str(Path(CALICOCTL).parent)

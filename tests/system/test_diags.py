@@ -12,7 +12,7 @@ from tests.system.support import CALICOCTL, Host, not_installed, run
 SECRETS = ("hunter2", "s3cr3t", "MIIEvQIBADANB", "swordfish", "horse")
 
 
-def test_diags_have_what_is_needed_and_no_secrets(bare_host: Host, engine: None, tmp_path: Path) -> None:
+def test_diags_are_complete_and_have_no_secrets(bare_host: Host, engine: None, tmp_path: Path) -> None:
     host = AgentHost(bare_host.etcd)
     host.start_agent()
     host.add("a", "192.168.0.1")

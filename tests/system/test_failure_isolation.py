@@ -52,7 +52,7 @@ def forge(namespace: str, index: int, peer: int, mac: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["veth", "macvlan"])
-def test_whoever_is_in_a_namespace_cannot_have_the_hosts_interfaces_deleted(node: AgentHost, kind: str) -> None:
+def test_a_namespaces_user_cannot_have_the_hosts_interfaces_deleted(node: AgentHost, kind: str) -> None:
     node.add("a", A4)
     node.sync()
     run("ip", "netns", "add", "bystander")
@@ -85,7 +85,7 @@ def test_a_link_between_namespaces_is_not_taken_for_an_endpoints(node: AgentHost
     wait_for(lambda: "eth1" in links("a"), node.log(), SOON)
 
 
-def test_a_name_that_is_no_namespace_any_more_keeps_nobody_waiting(pair: AgentHost) -> None:
+def test_a_name_that_is_no_longer_a_namespace_blocks_no_other(pair: AgentHost) -> None:
     """Its file is there, but not mounted on, while a process keeps the namespace alive."""
     holder = subprocess.Popen(["ip", "netns", "exec", "a", "sleep", "1000"])
     try:
@@ -99,7 +99,7 @@ def test_a_name_that_is_no_namespace_any_more_keeps_nobody_waiting(pair: AgentHo
         Path("/var/run/netns/a").unlink()
 
 
-def test_a_mended_namespace_is_kept_for_the_grace_time_again(pair: AgentHost) -> None:
+def test_the_grace_time_starts_again_for_a_repaired_namespace(pair: AgentHost) -> None:
     """It came back once, but could not be connected: the time since it was first away does not count."""
     pair.ctl("config", "felix", "GraceTime", "3")
     pair.sync()
@@ -119,7 +119,7 @@ def test_a_mended_namespace_is_kept_for_the_grace_time_again(pair: AgentHost) ->
 # the store
 
 
-def test_what_is_done_before_something_fails_is_told_of(bare_host: Host) -> None:
+def test_actions_before_a_failure_are_reported(bare_host: Host) -> None:
     with behind_proxy(bare_host.etcd) as (host, proxy):
         host.ctl("container", "/var/run/netns/a", "ip", "add", C4)
         host.sync()
@@ -138,7 +138,7 @@ def test_what_is_done_before_something_fails_is_told_of(bare_host: Host) -> None
         wait_for(lambda: C4 not in host.allocations(), host.log())
 
 
-def test_an_endpoint_whose_workload_no_path_can_name_keeps_nobody_waiting(pair: AgentHost) -> None:
+def test_an_endpoint_whose_workload_no_path_can_name_blocks_no_other(pair: AgentHost) -> None:
     key = f"/calico/v1/host/{pair.name}/workload/namespace/-x%00y/endpoint/{'1' * 32}"
     value = {"state": "active", "name": "cali11111111111", "mac": "02:00:00:00:00:01", "ipv4_nets": ["192.168.9.1/32"]}
     data = urllib.parse.urlencode({"value": json.dumps(value)}).encode()
@@ -210,7 +210,7 @@ def restart(name: str) -> None:
     wait_for(lambda: "eth1" in container_links(name), f"{name}", SOON)
 
 
-def test_a_container_that_the_engine_does_not_answer_about_keeps_nobody_waiting(
+def test_a_container_that_the_engine_does_not_answer_about_blocks_no_other(
     bare_host: Host, engine: None, tmp_path: Path
 ) -> None:
     host = AgentHost(bare_host.etcd)
@@ -236,7 +236,7 @@ def test_a_container_that_the_engine_does_not_answer_about_keeps_nobody_waiting(
             run("docker", "rm", "-f", "workload", "peer")
 
 
-def test_an_engine_that_hangs_keeps_no_namespace_waiting(bare_host: Host, engine: None) -> None:
+def test_a_hanging_engine_blocks_no_namespace(bare_host: Host, engine: None) -> None:
     host = AgentHost(bare_host.etcd)
     host.start_agent()
     run("docker", "run", "--net=none", "--name", "workload", "-tid", "busybox")
@@ -262,7 +262,9 @@ def test_an_engine_that_hangs_keeps_no_namespace_waiting(bare_host: Host, engine
 
 
 @pytest.mark.parametrize("answer", [b"null", b'[{"Names": 3}]', b"["])
-def test_an_odd_list_of_containers_ends_nothing(bare_host: Host, engine: None, tmp_path: Path, answer: bytes) -> None:
+def test_an_invalid_list_of_containers_is_no_fatal_error(
+    bare_host: Host, engine: None, tmp_path: Path, answer: bytes
+) -> None:
     host = AgentHost(bare_host.etcd)
     place = str(tmp_path / "docker.sock")
     with in_front_of_the_engine(place) as front:
@@ -282,7 +284,7 @@ def test_an_odd_list_of_containers_ends_nothing(bare_host: Host, engine: None, t
 # commands
 
 
-def test_waiting_no_time_tells_what_is_so(pair: AgentHost) -> None:
+def test_wait_0_reports_the_current_state(pair: AgentHost) -> None:
     pair.kill_agent()
     run("ip", "link", "delete", pair.interface("b"))
     said = pair.ctl("container", "add", "/var/run/netns/b", B4, "--wait=0", status=1).err

@@ -240,7 +240,7 @@ def test_a_step_that_fails_leaves_nothing_behind(any_stage: Stage) -> None:
 
 
 @pytest.mark.parametrize("command", [Stage.again, Stage.remove], ids=["repeated", "remove"])
-def test_after_kill_9_one_command_brings_everything_in_order(stage: Stage, command: Callable[[Stage], None]) -> None:
+def test_one_command_repairs_everything_after_kill_9(stage: Stage, command: Callable[[Stage], None]) -> None:
     for number, step in enumerate(stage.steps()):
         stage.prepare()
         result = stage.play(f"kill:{number}")

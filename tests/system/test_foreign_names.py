@@ -53,7 +53,7 @@ def test_names_of_forty_characters_and_more_are_enforced_shown_and_changed(node:
         assert "1 to 39 letters" in node.ctl(*words, status=1).err, "new names are short"
 
 
-def test_what_is_called_oddly_can_be_removed(host: Host) -> None:
+def test_objects_with_odd_names_can_be_removed(host: Host) -> None:
     host.etcd.put(f"{PROFILES}/web/tags", ["web", "bad/tag", "", "a b\n", "x" * 50])
     host.etcd.put(f"{PROFILES}/web/rules", {"id": "web", "inbound_rules": [], "outbound_rules": []})
     for tag in ("bad/tag", "", "a b\n", "x" * 50):

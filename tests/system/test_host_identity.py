@@ -108,7 +108,7 @@ def test_a_second_machine_under_a_name_in_use(open_etcd: Etcd) -> None:
         first.sync()
 
 
-def test_where_it_cannot_be_told_which_machine_an_agent_is_on_node_waits(host: Host) -> None:
+def test_node_waits_while_an_agents_machine_is_unknown(host: Host) -> None:
     machine = Machine(host.etcd)
     try:
         machine.ctl("node", f"--ip={HOST_IP}")

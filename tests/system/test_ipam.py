@@ -69,7 +69,7 @@ def test_info_names_the_owner_and_the_block(host: Host) -> None:
     assert "not a valid IP address" in host.ctl("ipam", "info", "192.168.0", status=1).err
 
 
-def test_info_and_release_of_what_an_old_tool_took(host: Host) -> None:
+def test_info_and_release_of_addresses_of_an_old_tool(host: Host) -> None:
     """Its addresses name nobody; the endpoint that lists one tells."""
     change_block(host, lambda block: block["attributes"].__setitem__(0, {"handle_id": None, "secondary": {}}))
     told = json.loads(host.ctl("ipam", "info", "192.168.0.1", "--output=json").out)
@@ -196,7 +196,7 @@ def test_hosts_that_are_not_registered_and_what_cannot_be_read(host: Host) -> No
     assert found["kind"] == "unreadable" and "192.168.1.0-26" in found["subject"]
 
 
-def test_what_newer_tools_keep_in_a_block(host: Host) -> None:
+def test_fields_of_newer_tools_in_a_block(host: Host) -> None:
     """Its list of free addresses, and strict affinity."""
     order = [9, *range(3, 9), *range(10, 64), 0]
     change_block(host, lambda block: block.update(unallocated=order, strict_affinity=True))
@@ -292,7 +292,7 @@ def test_an_old_tools_endpoint_with_a_new_address_is_in_order(bare_host: Host) -
     bare_host.ctl("container", "remove", BLUE)
 
 
-def test_check_finds_what_hides(host: Host) -> None:
+def test_check_finds_hidden_keys(host: Host) -> None:
     etcd = host.etcd
     block = "/calico/ipam/v2/assignment/ipv4/block"
     # a host with settings alone is not registered
@@ -346,7 +346,7 @@ def test_check_finds_what_hides(host: Host) -> None:
     etcd.put(key, record)
 
 
-def test_what_fix_puts_right_is_right_at_once(host: Host) -> None:
+def test_repairs_of_fix_take_effect_at_once(host: Host) -> None:
     """An orphan whose handle does not know of it."""
 
     def take(block: dict) -> None:

@@ -121,7 +121,7 @@ class Machine:
 
 
 @pytest.mark.parametrize("release", [DEBIAN_12, DEBIAN_13], ids=["docker in docker.io", "docker in docker-cli"])
-def test_an_engine_of_somebody_elses_is_used_and_one_is_installed_only_where_none_is(tmp_path: Path, release) -> None:
+def test_an_existing_engine_is_used_and_one_is_installed_only_where_none_exists(tmp_path: Path, release) -> None:
     machine = Machine(tmp_path / "with", release)
     theirs = {"docker-ce", "docker-ce-cli", "containerd.io"}
     machine.install(CONTAINERD_IO, DOCKER_CE_CLI, DOCKER_CE)

@@ -210,7 +210,7 @@ def test_a_tag_is_all_addresses_of_all_endpoints_with_it(net: AgentHost, version
     assert not ping("outside", B[version])
 
 
-def test_what_is_denied_by_a_tag_stays_so_while_it_cannot_be_read_who_bears_it(net: AgentHost) -> None:
+def test_denials_by_tag_stay_while_the_tags_cannot_be_read(net: AgentHost) -> None:
     net.profile("a", tags=["evil"])
     inbound(net, {"action": "deny", "src_tag": "evil"}, ALLOW)
     remote = "/calico/v1/host/elsewhere/workload/docker/x/endpoint/y"
@@ -409,7 +409,7 @@ def test_trace_and_the_data_plane_agree(net: AgentHost) -> None:
     assert min(seen[outward, inward] for outward in (True, False) for inward in (True, False)) > 10, "all must come up"
 
 
-def test_what_trace_tells(net: AgentHost) -> None:
+def test_output_of_trace(net: AgentHost) -> None:
     inbound(net, {"action": "deny", "protocol": "icmp"}, {"action": "allow", "src_tag": "a"})
     a, b = (f"/var/run/netns/{name}" for name in "ab")
     found = json.loads(net.ctl("profile", "trace", a, B4, "tcp", "80", "--output=json").out)
@@ -842,7 +842,7 @@ def test_the_hosts_action_ends_connections(net: AgentHost) -> None:
         assert flows(*kept, patience=PATIENT)
 
 
-def test_an_address_that_another_endpoint_takes_over_brings_no_connections_along(net: AgentHost) -> None:
+def test_connections_do_not_survive_a_change_of_an_addresss_endpoint(net: AgentHost) -> None:
     """a goes on sending on a flow that the old endpoint allowed; the new one, which denies it, gets no packet."""
     address, port = "192.168.0.50", 6666
     net.profile("open", inbound=[ALLOW])

@@ -62,7 +62,7 @@ def test_a_write_that_is_refused_leaves_all_as_it_was(guest: AgentHost) -> None:
         assert state(guest) == before, words
 
 
-def test_what_was_cut_short_is_not_cleared_away_either(guest: AgentHost) -> None:
+def test_an_interrupted_lock_is_not_removed_either(guest: AgentHost) -> None:
     """A pair that lost its record belongs to nobody; it goes only when another can be made."""
     run("ip", "link", "set", next(iter(calico_links())), "down")
     before = state(guest)

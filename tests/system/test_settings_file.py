@@ -191,7 +191,7 @@ def test_a_stock_host_finds_the_way_and_stays_on_it(stock: StockEtcd, tmp_path: 
     assert not FILE.parent.exists() and not calico_links() and not PID_FILE.exists()
 
 
-def test_what_is_to_be_typed_on_debian_works(stock: StockEtcd, tmp_path: Path) -> None:
+def test_the_documented_commands_work_on_debian(stock: StockEtcd, tmp_path: Path) -> None:
     said = bare(*NODE, status=1).err
     (line,) = re.findall(r"\(for Debian's package etcd-server: (.*?)\)", said)
     tools = tmp_path / "bin"

@@ -106,7 +106,7 @@ def answers(name: str, address: str) -> bool:
 
 
 @pytest.mark.parametrize("how", ["restart", "kill and start"])
-def test_a_container_that_starts_again_gets_its_interface_back(containers: AgentHost, how: str) -> None:
+def test_a_restarted_container_is_reattached(containers: AgentHost, how: str) -> None:
     key = key_of(containers, "workload")
     before, inside = containers.records()[key], container_links("workload")["eth1"]
     if how == "restart":
@@ -195,7 +195,7 @@ def test_a_containers_name_is_followed_and_given_back_to_its_record(containers: 
 # 2. removed
 
 
-def test_a_container_that_is_removed_is_forgotten(containers: AgentHost) -> None:
+def test_a_removed_container_is_garbage_collected(containers: AgentHost) -> None:
     ids = id_of("workload"), id_of("peer")
     run("docker", "rm", "-f", "workload")
     wait_for(lambda: set(containers.allocations()) == {B4} and len(containers.records()) == 1, containers.log())
@@ -209,7 +209,7 @@ def test_a_container_that_is_removed_is_forgotten(containers: AgentHost) -> None
     assert containers.ctl("ipam", "check").err == ""
 
 
-def test_one_that_was_removed_while_no_agent_ran_is_forgotten_at_its_start(containers: AgentHost) -> None:
+def test_one_removed_while_no_agent_ran_is_garbage_collected_at_its_start(containers: AgentHost) -> None:
     containers.kill_agent()
     run("docker", "rm", "-f", "workload")
     run("docker", "restart", "--time=0", "peer")
@@ -219,7 +219,7 @@ def test_one_that_was_removed_while_no_agent_ran_is_forgotten_at_its_start(conta
     wait_for(lambda: connected(containers, key), containers.log())
 
 
-def test_what_is_not_known_to_be_this_hosts_is_not_touched(node: AgentHost, engine: None) -> None:
+def test_objects_of_unknown_hosts_are_not_changed(node: AgentHost, engine: None) -> None:
     gone_id, other, mine = "ab" * 32, "cd" * 32, "ef" * 32
     node.kill_agent()
     owner = {"orchestrator": "docker", "interface": "eth1", "namespace": None, "endpoint": "1" * 32}
@@ -332,7 +332,7 @@ def test_a_container_of_another_engine_is_left_alone(containers: AgentHost, tmp_
 # 3. namespaces
 
 
-def test_a_namespace_that_comes_back_gets_its_interface_back(pair: AgentHost) -> None:
+def test_a_namespace_that_comes_back_is_reattached(pair: AgentHost) -> None:
     key = pair.key("a")
     before = pair.records()[key]
     pair.ctl("container", "/var/run/netns/a", "ip", "add", A6)
@@ -347,7 +347,7 @@ def test_a_namespace_that_comes_back_gets_its_interface_back(pair: AgentHost) ->
     assert run("ip", "netns", "exec", "b", "ping", "-c", "1", "-W", "2", A4).status == 0
 
 
-def test_a_namespace_that_stays_away_is_forgotten(pair: AgentHost) -> None:
+def test_a_namespace_that_stays_away_is_garbage_collected(pair: AgentHost) -> None:
     pair.ctl("config", "felix", "GraceTime", "2")
     run("ip", "netns", "delete", "a")
     wait_for(lambda: record(pair, "-a/")["state"] == "inactive", pair.log())
@@ -367,7 +367,7 @@ def unshared(process: subprocess.Popen) -> bool:
     return Path(f"/proc/{process.pid}/ns/net").stat().st_ino != Path("/proc/self/ns/net").stat().st_ino
 
 
-def test_a_process_that_has_ended_is_forgotten_at_once_and_another_of_its_id_gets_nothing(node: AgentHost) -> None:
+def test_an_ended_process_is_garbage_collected_at_once_and_its_successor_gets_nothing(node: AgentHost) -> None:
     first = subprocess.Popen(["unshare", "-n", "sleep", "1000"])
     wait_for(lambda: unshared(first), "unshare")
     path = f"/proc/{first.pid}/ns/net"
@@ -479,7 +479,7 @@ def is_consistent(host: Host) -> bool:
     return True
 
 
-def test_a_command_that_never_ends_is_told_of(pair: AgentHost) -> None:
+def test_a_command_that_never_ends_is_reported(pair: AgentHost) -> None:
     with locked(pair, "a"):
         run("ip", "-n", "a", "link", "delete", "eth1")
         wait_for(lambda: "another command has been working on this workload" in pair.log(), pair.log(), 60)
@@ -489,7 +489,7 @@ def test_a_command_that_never_ends_is_told_of(pair: AgentHost) -> None:
 
 
 @pytest.mark.parametrize("command", CUT)
-def test_what_kill_9_leaves_is_put_right(node: AgentHost, blue: str, tmp_path: Path, command: str) -> None:
+def test_leftovers_of_kill_9_are_reconciled(node: AgentHost, blue: str, tmp_path: Path, command: str) -> None:
     words, before = CUT[command]
     log = tmp_path / "steps"
     number, ended = 0, False
@@ -511,7 +511,7 @@ def test_what_kill_9_leaves_is_put_right(node: AgentHost, blue: str, tmp_path: P
 # 6. without an agent
 
 
-def test_container_add_heals_a_restarted_container_without_an_agent(containers: AgentHost) -> None:
+def test_container_add_reattaches_a_restarted_container_without_an_agent(containers: AgentHost) -> None:
     key = key_of(containers, "workload")
     before = containers.records()[key]
     run("docker", "stop", "--time=0", "workload")
@@ -563,7 +563,7 @@ def test_a_link_to_a_process_is_not_taken_for_a_name(node: AgentHost) -> None:
         second.end()
 
 
-def test_another_process_of_the_same_id_is_connected_anew(node: AgentHost) -> None:
+def test_another_process_of_the_same_id_is_connected_from_scratch(node: AgentHost) -> None:
     first = Process()
     node.ctl("container", "add", first.path, A4)
     node.profile("secret")
@@ -582,7 +582,7 @@ def test_another_process_of_the_same_id_is_connected_anew(node: AgentHost) -> No
         second.end()
 
 
-def test_a_process_gets_back_what_was_taken_from_it(node: AgentHost, tmp_path: Path) -> None:
+def test_an_interface_removed_from_a_process_is_restored(node: AgentHost, tmp_path: Path) -> None:
     process = Process()
     try:
         node.ctl("container", "add", process.path, A4)
@@ -602,7 +602,7 @@ def test_a_process_gets_back_what_was_taken_from_it(node: AgentHost, tmp_path: P
     wait_for(lambda: is_clean(node), node.log())
 
 
-def test_a_container_whose_record_cannot_be_read_is_forgotten_when_it_is_removed(containers: AgentHost) -> None:
+def test_a_removed_container_with_an_unreadable_record_is_garbage_collected(containers: AgentHost) -> None:
     workload, peer = key_of(containers, "workload"), key_of(containers, "peer")
     containers.etcd.put(workload, "{not json")
     containers.sync()
@@ -682,7 +682,7 @@ def test_a_namespace_that_outlives_its_name(pair: AgentHost) -> None:
         sleeper.wait()
 
 
-def test_an_old_tools_namespace_is_looked_after_once_its_path_is_known(node: AgentHost, blue: str) -> None:
+def test_an_old_tools_namespace_is_reconciled_once_its_path_is_known(node: AgentHost, blue: str) -> None:
     key = f"/calico/v1/host/{node.name}/workload/docker/-var-run-netns-blue/endpoint/{'1' * 32}"
     node.etcd.put(key, {"name": "cali11111111111", "mac": "02:00:00:00:00:01", "ipv4_nets": [f"{A4}/32"]})
     node.ctl("container", "add", blue, A4)
@@ -709,7 +709,7 @@ def test_without_a_next_hop_of_one_version_the_old_one_serves(node: AgentHost, b
 # the store, set back
 
 
-def test_a_store_that_is_set_back(bare_host: Host, own_etcd: Etcd, engine: None, tmp_path: Path) -> None:
+def test_a_store_restored_from_a_backup(bare_host: Host, own_etcd: Etcd, engine: None, tmp_path: Path) -> None:
     host = AgentHost(own_etcd)
     host.start_agent()
     run("docker", "run", "--net=none", "--name", "workload", "-tid", "busybox")
@@ -769,7 +769,7 @@ def test_a_removal_after_the_engine_was_away_is_acted_on_at_once(bare_host: Host
         process.wait()
 
 
-def test_what_answers_in_the_engines_place_is_not_believed(containers: AgentHost) -> None:
+def test_an_impostor_of_the_engine_is_not_trusted(containers: AgentHost) -> None:
     """All that it has are pages that are not found."""
     containers.kill_agent()
     before = containers.records()
@@ -791,7 +791,7 @@ def test_what_answers_in_the_engines_place_is_not_believed(containers: AgentHost
 # what is left where no agent looks
 
 
-def test_removing_a_host_removes_what_cut_commands_have_left(node: AgentHost, blue: str, tmp_path: Path) -> None:
+def test_removing_a_host_removes_leftovers_of_interrupted_commands(node: AgentHost, blue: str, tmp_path: Path) -> None:
     node.ctl("node", "stop")
     for step in (2, 5):
         fault = {"FAULT": f"kill:{step}", "FAULT_LOG": str(tmp_path / "steps")}
@@ -803,7 +803,7 @@ def test_removing_a_host_removes_what_cut_commands_have_left(node: AgentHost, bl
         node.register(HOST_IP)
 
 
-def test_an_empty_lock_is_cleared_away(node: AgentHost) -> None:
+def test_an_empty_lock_is_removed(node: AgentHost) -> None:
     lock = Path(f"/run/calico/{node.name}/docker.{'ab' * 32}")
     lock.touch()
     look_now()
@@ -818,7 +818,7 @@ def test_an_empty_lock_is_cleared_away(node: AgentHost) -> None:
     wait_for(lambda: look_now() or not held.exists(), "the lock's end")
 
 
-def test_a_handle_that_holds_nothing_is_removed_and_told_of(node: AgentHost) -> None:
+def test_an_empty_handle_is_removed_and_reported(node: AgentHost) -> None:
     node.kill_agent()
     id = "cd" * 32
     node.etcd.put(f"/calico/ipam/v2/handle/docker.{id}", {"id": f"docker.{id}", "block": {"192.168.0.0/26": 1}})

@@ -10,7 +10,7 @@ from calicoctl.errors import CalicoError
 
 
 @pytest.mark.parametrize("text", ["", "1.2", "1", "0x7f.1.1.1", "192.168.0.256", "192.168.0.1 ", "::g", "fe80::1%eth0"])
-def test_what_is_no_address(text: str) -> None:
+def test_invalid_addresses(text: str) -> None:
     with pytest.raises(CalicoError):
         parse_address(text)
 
@@ -18,7 +18,7 @@ def test_what_is_no_address(text: str) -> None:
 @pytest.mark.parametrize(
     "text", ["10/8", "10.0.0.0/", "10.0.0.0/+8", "10.0.0.0/33", "10.0.0.0/255.0.0.0", "fd00::/129"]
 )
-def test_what_is_no_cidr(text: str) -> None:
+def test_invalid_cidrs(text: str) -> None:
     with pytest.raises(CalicoError):
         parse_cidr(text)
 

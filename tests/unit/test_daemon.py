@@ -139,7 +139,7 @@ def test_it_is_stopped(sandbox: Sandbox) -> None:
     assert not sandbox.process.stop()
 
 
-def test_one_that_ignores_sigterm_is_told_of(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_that_ignores_sigterm_is_reported(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(daemon, "END_PATIENCE", 0.05)
     sandbox.start(sandbox.daemon(), f"trap '' TERM; touch {sandbox.ready}; while :; do sleep 0.05; done")
     with pytest.raises(CalicoError, match=rf"the daemon \(process {sandbox.started()[0]}\) does not end"):

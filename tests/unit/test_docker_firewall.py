@@ -61,7 +61,7 @@ def test_what_nft_prints_of_it(policy: str, rule: str, drops: bool) -> None:
     assert Filter.from_nft(table).would_drop() is drops
 
 
-def test_an_iptables_that_fails_without_a_word_is_told_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_iptables_that_fails_silently_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("iptables", "iptables-save"):
         (tmp_path / name).write_text("#!/bin/sh\nexit 3\n")
         (tmp_path / name).chmod(0o755)

@@ -66,7 +66,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> MemoryStore:
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sampled_from(COMMANDS), st.lists(WORD, max_size=7))
-def test_no_command_line_brings_a_traceback(store: MemoryStore, command: str, words: list[str]) -> None:
+def test_no_command_line_causes_a_traceback(store: MemoryStore, command: str, words: list[str]) -> None:
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         status = main([command, *words])
@@ -137,7 +137,7 @@ READERS = (
 
 
 @given(TEXT, st.sampled_from(READERS))
-def test_no_value_brings_a_traceback(text: str, reader) -> None:
+def test_no_value_causes_a_traceback(text: str, reader) -> None:
     with contextlib.suppress(CalicoError):
         reader(text)
 
@@ -154,7 +154,7 @@ KEYS = (
 
 
 @given(st.lists(st.tuples(st.sampled_from(KEYS), TEXT), max_size=5))
-def test_nothing_in_the_store_ends_the_agents_view_of_it(entries: list[tuple[str, str]]) -> None:
+def test_nothing_in_the_store_crashes_the_snapshot(entries: list[tuple[str, str]]) -> None:
     snapshot = Snapshot("host1")
     for index, (key, text) in enumerate(entries):
         snapshot.change(Change(key, Entry(key, text, index, index)))
@@ -186,7 +186,7 @@ LOOKS = (
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.tuples(st.sampled_from(COMMAND_KEYS), TEXT), max_size=4), st.sampled_from(LOOKS))
-def test_nothing_in_the_store_brings_a_traceback(store: MemoryStore, entries: list, line: str) -> None:
+def test_nothing_in_the_store_causes_a_traceback(store: MemoryStore, entries: list, line: str) -> None:
     before = dict(store.entries)
     for key, text in entries:
         store.entries[key] = Entry(key, text, 10**6, 10**6)
@@ -198,7 +198,7 @@ def test_nothing_in_the_store_brings_a_traceback(store: MemoryStore, entries: li
 
 
 @given(st.text(max_size=60))
-def test_no_line_brings_completion_or_a_batch_down(text: str) -> None:
+def test_no_line_crashes_completion_or_a_batch(text: str) -> None:
     with contextlib.suppress(CalicoError):
         batch._lines(text, "x")
     if not text.split()[1:]:  # more would ask etcd

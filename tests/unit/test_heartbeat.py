@@ -75,7 +75,7 @@ def world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> World:
     return World(monkeypatch, tmp_path)
 
 
-def test_a_machine_is_told_by_what_systemd_derives_from_its_id(world: World) -> None:
+def test_a_machine_is_identified_by_an_id_that_systemd_derives(world: World) -> None:
     with world.machine(MACHINE_ID):
         own = Identity.own()
     # as printed by systemd-id128 machine-id --app-specific=b42e1f915bde4911a361abec26e34313, of systemd 252
@@ -83,7 +83,7 @@ def test_a_machine_is_told_by_what_systemd_derives_from_its_id(world: World) -> 
 
 
 @pytest.mark.parametrize("id", ["", "uninitialized", "0" * 32, "3d12", None])
-def test_a_machine_without_an_id_is_not_told(world: World, id: str | None) -> None:
+def test_a_machine_without_an_id_is_not_identified(world: World, id: str | None) -> None:
     with world.machine(id):
         assert Identity.own() == Identity(None, "boot1")
 
@@ -101,7 +101,7 @@ def test_a_heartbeat_is_one_request(world: World) -> None:
     assert MACHINE_ID not in world.store.entries[KEY].value
 
 
-def test_a_status_that_has_expired_is_written_anew(world: World) -> None:
+def test_an_expired_status_is_rewritten(world: World) -> None:
     agent = world.agent(world.machine())
     for uptime in range(4):
         assert agent.beat({"uptime": uptime}) is None
@@ -115,7 +115,7 @@ def test_an_agent_takes_on_what_its_predecessor_has_left(world: World) -> None:
     assert [successor.beat({}) for _ in range(3)] == [None] * 3
 
 
-def test_of_two_agents_that_cannot_be_told_apart_one_gives_way(world: World) -> None:
+def test_of_two_indistinguishable_agents_one_yields(world: World) -> None:
     one, other = world.agent(world.machine()), world.agent(world.machine())
     outcome = [(one.beat({}), other.beat({})) for _ in range(5)][-1]
     assert [who is None for who in outcome].count(True) == 1
@@ -177,7 +177,7 @@ def test_a_store_that_is_away_takes_no_name_from_anybody(world: World) -> None:
 # `calicoctl node`
 
 
-def test_a_name_that_nobody_has_is_claimed(world: World) -> None:
+def test_a_free_name_is_claimed(world: World) -> None:
     claimed = world.claim(world.machine())
     assert claimed == world.store.entries[KEY] and world.told == []
     assert world.claim(world.machine()) != claimed, "by this machine's own, once more"
@@ -205,7 +205,7 @@ def test_another_machines_name_is_refused_at_once_and_nothing_written(world: Wor
     ],
     ids=["rebooted", "no id here", "no id here, but there", "no id there", "an old agent"],
 )
-def test_where_it_cannot_be_told_node_waits_for_the_status_to_expire(world: World, mine: Any, its: Any) -> None:
+def test_node_waits_for_the_status_of_an_unknown_machine_to_expire(world: World, mine: Any, its: Any) -> None:
     def write() -> None:
         if its is None:
             world.store.put(KEY, OLD)

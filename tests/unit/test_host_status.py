@@ -68,7 +68,7 @@ def test_the_shape_is_the_same_whatever_runs(health: Health, capsys: pytest.Capt
     assert "another version" in told(capsys)[1]
 
 
-def test_what_is_wrong_comes_worst_first_and_in_ten_lines(health: Health, capsys: pytest.CaptureFixture[str]) -> None:
+def test_problems_are_listed_worst_first_in_ten_lines(health: Health, capsys: pytest.CaptureFixture[str]) -> None:
     def endpoint(name: str) -> EndpointId:
         return EndpointId(HOST, "docker", "w", name)
 

@@ -285,7 +285,7 @@ def test_the_list_of_free_addresses_is_kept_and_followed() -> None:
         ({}, "no list of numbers"),
     ],
 )
-def test_a_list_of_free_addresses_that_is_wrong_gives_nothing_away_and_is_mended(listed: object, problem: str) -> None:
+def test_a_wrong_list_of_free_addresses_assigns_nothing_twice_and_is_repaired(listed: object, problem: str) -> None:
     store = MemoryStore()
     taken = {"allocations": [0] + [None] * 63, "attributes": [{"handle_id": "h0", "secondary": {}}]}
     put_block(store, unallocated=listed, **taken)

@@ -70,7 +70,7 @@ def test_a_very_long_path_can_be_locked(directory: Path) -> None:
         assert len(list((directory / "vm").iterdir())) == 1
 
 
-def test_a_change_that_is_cut_short_can_be_told() -> None:
+def test_an_interrupted_change_is_detected() -> None:
     assert locks.interrupted("vm", "docker") == []
     with WorkloadLock("vm", "docker", "c") as lock:
         lock.mark_in_progress()

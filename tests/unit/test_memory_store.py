@@ -91,7 +91,7 @@ def test_a_change_whose_answer_was_lost_counts_as_made() -> None:
     assert modify(store, "/k", "none", lambda old: None if old.startswith("2") else "2")
 
 
-def test_writers_that_never_rest_are_a_conflict() -> None:
+def test_endless_concurrent_writes_are_a_conflict() -> None:
     store = troubled()
     store.trouble = lambda: "conflict"
     for attempt in (lambda: set_value(store, "/k", "2"), lambda: modify(store, "/k", "none", lambda old: "2")):

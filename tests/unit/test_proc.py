@@ -11,7 +11,7 @@ import pytest
 from calicoctl import proc
 
 
-def test_a_process_is_told_by_when_it_was_started() -> None:
+def test_a_process_is_identified_by_its_start_time() -> None:
     with subprocess.Popen(["sleep", "60"]) as child:
         since = proc.running_since(child.pid)
         assert since is not None

@@ -240,7 +240,7 @@ ANYTHING = st.none() | st.booleans() | st.integers(-1, 300) | st.sampled_from(["
 
 
 @given(st.dictionaries(st.sampled_from(RULE_FIELDS), ANYTHING | st.lists(ANYTHING, max_size=2)))
-def test_what_is_taken_for_a_rule_can_be_said_to_the_kernel(fields: dict) -> None:
+def test_every_accepted_rule_can_be_rendered_as_nftables(fields: dict) -> None:
     try:
         rule = check_rule({"action": "allow", **fields}, must_match=False)
     except CalicoError:

@@ -35,7 +35,7 @@ def loaded_by(code: str) -> set[str]:
         ("from docker.api.client import APIClient", {"docker.models", "docker.context", "charset_normalizer"}),
     ],
 )
-def test_what_is_not_needed_is_not_loaded(code: str, absent: set[str]) -> None:
+def test_unneeded_modules_are_not_loaded(code: str, absent: set[str]) -> None:
     assert not loaded_by(code) & absent
     plain = set(run("import etcd, pyroute2, netaddr, docker, sys; print(*sys.modules)").split())
     missing = {name for name in absent if name not in plain and not name.startswith(("sqlite3", "importlib"))}
@@ -65,7 +65,7 @@ def test_a_command_loads_only_what_it_uses(command: str, absent: set[str]) -> No
         "import requests; r = requests.Response(); r._content = 'é'.encode(); assert r.text == 'é'",
     ],
 )
-def test_what_was_left_out_comes_when_it_is_asked_for(use: str) -> None:
+def test_omitted_modules_are_loaded_on_demand(use: str) -> None:
     run(f"from calicoctl import slim; slim.install()\n{use}")
 
 

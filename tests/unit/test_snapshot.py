@@ -139,7 +139,7 @@ def test_problems_come_and_go_with_their_keys() -> None:
     assert snapshot.problems == {} and snapshot.is_readable("web")
 
 
-def test_who_bears_which_tag_stays_as_it_could_be_read_last() -> None:
+def test_tags_stay_as_last_read() -> None:
     tags, record = "/calico/v1/policy/profile/web/tags", f"{FOLDER}/1/endpoint/1"
     snapshot = snapshot_of(endpoint_entry("1"), entry(tags, ["evil"]))
     snapshot.change(Change(tags, entry(tags, "{not json", 2)))

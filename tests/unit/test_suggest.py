@@ -60,7 +60,7 @@ from calicoctl.grammar import COMMANDS
         ("profile web tag append db", "did you mean 'add'?"),
     ],
 )
-def test_what_does_not_fit_is_named(
+def test_words_that_do_not_match_are_named(
     line: str, expected: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("os.geteuid", lambda: 0)

@@ -35,7 +35,7 @@ def test_a_path_that_leads_through_a_process_is_that_ones(tmp_path: Path) -> Non
         assert process_started(path) is None, path
 
 
-def test_a_process_that_cannot_be_looked_at_is_not_taken_for_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_cannot_be_inspected_is_not_considered_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     path = f"/proc/{os.getpid()}/ns/net"
     started = process_started(path)
     assert look_up("namespace", path.replace("/", "-"), path, started)[0] is WorkloadState.RUNNING
