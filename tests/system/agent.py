@@ -71,11 +71,11 @@ class AgentHost(Host):
         wait_for(lambda: self.endpoint_status(key), f"the agent\n{self.log()}", 20)
         self.etcd.delete(key)
         wait_for(lambda: not self.endpoint_status(key), f"the agent\n{self.log()}", 20)
-        wait_for(self.is_settled, f"connections to be looked at\n{self.log()}", 20)
+        wait_for(self.has_fast_path, f"connections to be verified\n{self.log()}", 20)
 
     @staticmethod
-    def is_settled() -> bool:
-        """Tell whether the agent has looked at all connections that a change may have denied."""
+    def has_fast_path() -> bool:
+        """Return whether the agent has verified all connections that a change may have denied."""
         return "direction reply" not in run("nft", "list", "chain", "inet", "calico", "to-host", check=False).out
 
     def profile(self, name: str, inbound: list | None = None, outbound: list | None = None, tags: list | None = None):

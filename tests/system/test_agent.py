@@ -421,7 +421,7 @@ def test_a_stream_runs_through_an_upgrade(pair: AgentHost) -> None:
         assert flows(*stream, patience=PATIENT)
         pair.start_agent()
         assert flows(*stream, patience=PATIENT)
-        wait_for(pair.is_settled, "all connections to have been looked at")
+        wait_for(pair.has_fast_path, "all connections to be verified")
         assert tables() == before
         assert "192.168.0.77" not in run("ip", "route").out
 
