@@ -1,7 +1,7 @@
-"""What this host has of its own, as its kernel says: addresses, gateways, and the networks that it is connected to.
+"""Reads from the kernel this host's addresses, gateways, and the networks that it is connected to.
 
-Read by plain netlink dumps, which also where there are thousands of routes and interfaces take a few milliseconds, and
-need no root. What follows from it is reserved.py's to say.
+By netlink dumps, which take a few milliseconds even with thousands of routes and interfaces, and need no root. What
+follows from that for workloads is decided in datastore/reserved.py.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from calicoctl.datastore.reserved import HostNetwork, InterfaceAddress
 from calicoctl.errors import CalicoError
 
 _NO_NETWORK = (b"", b"\xfe\x80")
-"""How the destinations of default and of link-local routes begin."""
+"""Prefixes of the destinations of default routes and of link-local ones."""
 
 
 def read() -> HostNetwork:
-    """Return what this host, the network namespace of this process, has of its own. Raises CalicoError."""
+    """Return the host's network: that of this process's network namespace. Raises CalicoError."""
     try:
         return _read()
     except OSError as error:
@@ -48,7 +48,7 @@ def _read() -> HostNetwork:
                 and path.protocol in (netlink.PROTOCOL_KERNEL, netlink.PROTOCOL_RA)
                 and path.destination[:2] not in _NO_NETWORK
             ):
-                # a router has told of it, and the host's own address in it came without the network (from DHCPv6)
+                # advertised by a router, while DHCPv6 has assigned the host's address in it without the network
                 network = unpack(path.destination), path.length
                 on_link.update({(*network, names[index]): None for gateway, index in path.hops if gateway is None})
         if named_by_number:
@@ -62,10 +62,10 @@ def _read() -> HostNetwork:
 
 
 class _Names(dict[int, str]):
-    """Interfaces' names by their indices, asked for when they are needed."""
+    """Interfaces' names by their indices, looked up on demand."""
 
     def __missing__(self, index: int) -> str:
         self[index] = f"interface {index}"
-        with suppress(OSError):  # it has just gone
+        with suppress(OSError):  # it was just deleted
             self[index] = socket.if_indextoname(index)
         return self[index]

@@ -1,7 +1,7 @@
-"""Network namespaces, veth pairs, addresses and routes in the kernel. Knows no etcd.
+"""Network namespaces, veth pairs, and their addresses, routes and neighbours in the kernel. Knows no etcd.
 
-A namespace is entered by a thread that ends there, never by the main thread: whatever fails, no other part of the
-process finds itself in the wrong namespace.
+A thread enters a namespace and ends there; the main thread never does. So no failure leaves another part of the process
+in the wrong namespace.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _NS_GET_NSTYPE = 0xB703
-"""ioctl that tells a namespace's kind: ioctl_ns(2)."""
+"""The ioctl that returns the type of a namespace. Source: ioctl_ns(2)."""
 
 _CLONE_NEWNET = 0x40000000
 
 HOST_MAC = "ee:ee:ee:ee:ee:ee"
-"""The MAC of the host's end of every pair, as other Calico tools have it since 2016.
+"""The MAC of the host end of every pair, as other Calico tools have set it since 2016.
 
-One that the kernel makes up is changed by udev (MACAddressPolicy in systemd.link(5)) after the workload has learned it.
+udev would change a random MAC (MACAddressPolicy in systemd.link(5)) after the workload has learned it.
 """
 
 _LOOPBACK_INDEX = 1
@@ -45,7 +45,7 @@ _NODAD = 0x02
 
 @dataclass
 class Interface:
-    """What a namespace says of one of its interfaces. `peer_index` is the index of a veth's other end."""
+    """An interface, as its namespace describes it. `peer_index` is the index of a veth's other end."""
 
     name: str
     index: int
@@ -57,7 +57,7 @@ class Interface:
 
 @dataclass(frozen=True)
 class Loopback:
-    """Whether a namespace's loopback interface, by which it reaches its own addresses, is up, and has IPv6."""
+    """Whether a namespace's loopback interface, which leads to its own addresses, is up, and has IPv6."""
 
     up: bool
     ipv6: bool
@@ -65,7 +65,7 @@ class Loopback:
 
 @dataclass
 class Inspection:
-    """A namespace's interfaces by name, and per IP version a default route, told as `via A dev B`, if there is one."""
+    """A namespace's interfaces by name, and for each IP version a default route, as `via A dev B`, if there is one."""
 
     interfaces: dict[str, Interface] = field(default_factory=dict)
     default_routes: dict[int, str] = field(default_factory=dict)
@@ -73,10 +73,10 @@ class Inspection:
 
 
 class Namespace:
-    """A network namespace that is kept open, so that it stays the same whatever becomes of its path."""
+    """A network namespace, held open, so that it stays the same whatever happens to its path."""
 
     def __init__(self, path: str, name: str) -> None:
-        """Open the namespace at `path`, called `name` in messages; raise NamespaceError."""
+        """Open the namespace at `path`; messages call it `name`. Raises NamespaceError."""
         self.name = name
         try:
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -99,14 +99,14 @@ class Namespace:
         return self._fd
 
     def is_own(self) -> bool:
-        """Tell whether this process, and so the host, is in this namespace."""
+        """Return whether this is the namespace of this process, the host's own."""
         here, there = os.stat("/proc/self/ns/net"), os.fstat(self._fd)
         return (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino)
 
     def run(self, work: Callable[[IPRoute], T]) -> T:
         """Call `work` with a netlink socket of this namespace, in a thread that has entered it; return its result.
 
-        What the thread reads and writes under /proc/sys/net is this namespace's too. Raises what `work` raises.
+        In that thread, /proc/sys/net is this namespace's, too. Raises what `work` raises.
         """
         from pyroute2.iproute.linux import IPRoute
 
@@ -138,10 +138,10 @@ class Namespace:
         try:
             threading.Thread(target=body, name=f"namespace of {self.name}").start()
             begin.set()
-            done.wait()  # a join that is interrupted takes the thread for ended (bugs.python.org/issue45274)
+            done.wait()  # an interrupted join() counts the thread as ended (bugs.python.org/issue45274)
         except BaseException:
             if begin.is_set():
-                done.wait()  # what the thread does must be over before it is undone
+                done.wait()  # the thread must be done before its work is rolled back
             wanted = False
             begin.set()
             raise
@@ -155,9 +155,9 @@ class Namespace:
             return self.run(inspect)
 
     def other_end(self, own: Interface) -> Interface | None:
-        """Return the host's interface that one of this namespace is paired with, or None where it is elsewhere.
+        """Return the host's interface that one of this namespace is paired with, None where that is not on the host.
 
-        Indices alone do not tell: whoever is in the namespace may choose them.
+        Indices alone prove nothing: processes in the namespace may choose them.
         """
         from pyroute2.iproute.linux import IPRoute
         from pyroute2.netlink.exceptions import NetlinkError
@@ -174,16 +174,16 @@ class Namespace:
             return host_end if is_pair and _leads_to(netlink, link, self._fd) else None
 
     def ipv6_is_off(self, interface: str) -> bool:
-        """Tell whether IPv6 is switched off for an interface, as Docker does for all of a container's."""
-        with _explained(f"{self.name}: reading whether {interface} has IPv6"):
+        """Return whether IPv6 is disabled on an interface; Docker disables it on all interfaces of a container."""
+        with _explained(f"{self.name}: reading whether IPv6 is disabled on {interface}"):
             return self.run(lambda _: _read_sysctl(f"net/ipv6/conf/{interface}/disable_ipv6")) == "1"
 
-    def switch_ipv6_off(self, interface: str) -> None:
-        with _explained(f"{self.name}: switching IPv6 off on {interface}"):
+    def disable_ipv6(self, interface: str) -> None:
+        with _explained(f"{self.name}: disabling IPv6 on {interface}"):
             self.run(lambda _: _write_sysctl(f"net/ipv6/conf/{interface}/disable_ipv6", "1"))
 
     def restore_loopback(self, before: Loopback) -> None:
-        """Make the loopback interface what it was before `configure`."""
+        """Restore the loopback interface to its state before `configure`."""
 
         def work(netlink: IPRoute) -> None:
             if not before.ipv6:
@@ -191,14 +191,14 @@ class Namespace:
             if not before.up:
                 netlink.link("set", index=_LOOPBACK_INDEX, state="down")
 
-        with _explained(f"{self.name}: undoing what was set up on lo"):
+        with _explained(f"{self.name}: removing what was configured on lo"):
             self.run(work)
 
     def configure(self, interface: str, nets: list[str], next_hops: dict[int, str], host_mac: str) -> str:
-        """Bring `interface` up, give it addresses and, per IP version, a default route through a next hop.
+        """Bring `interface` up, and add addresses and, for each IP version, a default route through a next hop.
 
-        `nets` are `address/32` or `address/128`; a next hop is reached on-link, and its MAC, `host_mac`, entered for
-        good. The loopback interface is brought up, too. What is there already stays. Returns the interface's MAC.
+        `nets` are `address/32` or `address/128`. A next hop is reached on-link, and gets a permanent neighbour entry
+        with `host_mac`. The loopback interface is brought up, too. Idempotent. Returns the interface's MAC.
         """
 
         def work(netlink: IPRoute) -> str:
@@ -206,22 +206,22 @@ class Namespace:
             netlink.link("set", index=_LOOPBACK_INDEX, state="up")
             netlink.link("set", index=index, state="up")
             if any(version_of(net) == 6 for net in nets):
-                # Docker switches IPv6 off for every interface of a container
+                # Docker disables IPv6 on every interface of a container
                 for name in ("lo", interface):
                     _write_sysctl(f"net/ipv6/conf/{name}/disable_ipv6", "0")
             for net in nets:
                 address, _, length = net.partition("/")
-                # without NODAD an IPv6 address could not be used for a second or more
+                # without NODAD, an IPv6 address could not be used for a second or more
                 flags = {"flags": _NODAD} if version_of(net) == 6 else {}
                 netlink.addr("replace", index=index, address=address, prefixlen=int(length), **flags)
             for version, next_hop in next_hops.items():
                 scope = {"scope": SCOPE_LINK} if version == 4 else {}
                 netlink.route("replace", **_route(version, next_hop, index), **scope)
                 netlink.route("replace", **_route(version, None, index), gateway=next_hop)
-            _enter_next_hops(netlink, index, host_mac)
+            _add_neighbours(netlink, index, host_mac)
             return _interface(netlink.get_links(index)[0]).mac
 
-        with _explained(f"{self.name}: setting up {interface}"):
+        with _explained(f"{self.name}: configuring {interface}"):
             return self.run(work)
 
     def update_next_hops(self, interface: str, host_mac: str) -> bool:
@@ -229,28 +229,28 @@ class Namespace:
 
         def work(netlink: IPRoute) -> bool:
             index = _index(netlink, interface)
-            unknown = _unknown_next_hops(index, host_mac)
+            unknown = _missing_next_hops(index, host_mac)
             if not unknown:
                 return False
-            _enter_next_hops(netlink, index, host_mac)
-            # what an older version has connected
+            _add_neighbours(netlink, index, host_mac)
+            # for workloads that an older version has connected
             netlink.link("set", index=_LOOPBACK_INDEX, state="up")
             if any(version_of(address) == 6 for address in unknown):
                 _write_sysctl("net/ipv6/conf/lo/disable_ipv6", "0")
             return True
 
-        with _explained(f"{self.name}: bringing {interface} up to date"):
+        with _explained(f"{self.name}: updating {interface}"):
             return self.run(work)
 
-    def knows_host(self, index: int, mac: str) -> bool:
-        """Tell whether the interface with this index has its next hops' MAC entered for good."""
+    def has_next_hops(self, index: int, mac: str) -> bool:
+        """Return whether an interface has permanent neighbour entries for its next hops, with this MAC."""
         with _explained(f"{self.name}: reading its next hops"):
-            return not self._within(lambda: _unknown_next_hops(index, mac))
+            return not self._within(lambda: _missing_next_hops(index, mac))
 
     def unconfigure(self, interface: str, nets: list[str], versions: Collection[int]) -> None:
-        """Take addresses from `interface`, and for these IP versions the routes that `configure` made.
+        """Remove addresses from `interface`, and for these IP versions the routes that `configure` made.
 
-        What is not there is passed over. The interface stays up.
+        Idempotent. The interface stays up.
         """
 
         def work(netlink: IPRoute) -> None:
@@ -260,7 +260,7 @@ class Namespace:
                 for route in list(routes(FAMILIES[version], lengths=lengths, protocol=PROTOCOL_STATIC)):
                     if route.index != index:
                         continue
-                    if route.gateway:  # before the route, without which it would not be found again
+                    if route.gateway:  # before the route, which names the gateway
                         with _ignoring(errno.ENOENT):
                             netlink.neigh("del", family=FAMILIES[version], dst=route.gateway, ifindex=index)
                     with _ignoring(errno.ESRCH):
@@ -270,39 +270,39 @@ class Namespace:
                 with _ignoring(errno.EADDRNOTAVAIL):
                     netlink.addr("delete", index=index, address=address, prefixlen=int(length))
 
-        with _explained(f"{self.name}: undoing what was set up on {interface}"):
+        with _explained(f"{self.name}: removing what was configured on {interface}"):
             self.run(work)
 
 
 def create_veth(name: str, namespace: Namespace, interface: str, mac: str | None = None) -> None:
-    """Make a veth pair, both ends down: `name` here, and `interface` directly inside `namespace`.
+    """Create a veth pair, both ends down: `name` on the host, and `interface`, directly inside `namespace`.
 
-    With `mac`, the inner end gets that one. Raises NamespaceError; then there is no such pair.
+    With `mac`, that is the MAC of the inner end. Raises NamespaceError; then there is no such pair.
     """
     from pyroute2.iproute.linux import IPRoute
 
     peer: dict[str, Any] = {"ifname": interface, "net_ns_fd": namespace.fileno()}
     if mac is not None:
         peer["address"] = mac
-    with _explained(f"{namespace.name}: making the interface pair {name} and {interface}"), IPRoute() as netlink:
+    with _explained(f"{namespace.name}: creating the veth pair {name} and {interface}"), IPRoute() as netlink:
         netlink.link("add", ifname=name, kind="veth", address=HOST_MAC, peer=peer)
 
 
 def set_up(name: str) -> None:
-    """Bring the host's end of a pair up, so that IPv6 packets can come through it at once."""
+    """Bring the host end of a pair up, so that it can receive IPv6 packets at once."""
     from pyroute2.iproute.linux import IPRoute
 
     with _explained(f"bringing interface {name} up"), IPRoute() as netlink:
         with suppress(FileNotFoundError):  # a kernel without IPv6
-            # for a second or two it would check its own address before it answers anything
+            # duplicate address detection would keep it from answering for a second or two
             _write_sysctl(f"net/ipv6/conf/{name}/accept_dad", "0")
-            # and whoever is at the other end is no router of this host's
+            # the workload is no router for this host
             _write_sysctl(f"net/ipv6/conf/{name}/accept_ra", "0")
         netlink.link("set", index=_index(netlink, name), state="up")
 
 
 def find_interface(name: str) -> Interface | None:
-    """Return what this host's namespace says of an interface, or None where there is none of that name."""
+    """Return an interface of the host, None where there is none of that name."""
     from pyroute2.iproute.linux import IPRoute
 
     with _explained(f"reading interface {name}"), IPRoute() as netlink:
@@ -310,11 +310,11 @@ def find_interface(name: str) -> Interface | None:
         return _interface(netlink.get_links(found[0])[0]) if found else None
 
 
-def sound(namespaces: Mapping[str, str]) -> dict[str, bool]:
-    """Tell of the host's interfaces whether their other end is where it should be, and knows this one's MAC.
+def check_attachments(namespaces: Mapping[str, str]) -> dict[str, bool]:
+    """Return, by the host's interfaces, whether the other end is in the right namespace, with the right next hops.
 
-    `namespaces` are the paths of where they should be. Nothing is told of an interface that does not exist, or whose
-    path leads to no namespace. Raises NamespaceError.
+    `namespaces` are the paths of the right namespaces, by interface. The result has no interfaces that do not exist, or
+    whose path leads to no namespace. Raises NamespaceError.
     """
     from pyroute2.iproute.linux import IPRoute
 
@@ -324,14 +324,14 @@ def sound(namespaces: Mapping[str, str]) -> dict[str, bool]:
         for interface in namespaces.keys() & links.keys():
             with suppress(NamespaceError), Namespace(namespaces[interface], interface) as namespace:
                 link = links[interface]
-                found[interface] = _leads_to(netlink, link, namespace.fileno()) and namespace.knows_host(
+                found[interface] = _leads_to(netlink, link, namespace.fileno()) and namespace.has_next_hops(
                     link.get_attr("IFLA_LINK"), link.get_attr("IFLA_ADDRESS")
                 )
     return found
 
 
 def delete_interface(name: str) -> bool:
-    """Delete an interface of this host's, and with it the other end of its pair; tell whether it was there."""
+    """Delete an interface of the host, and so the other end of its pair; return whether it existed."""
     from pyroute2.iproute.linux import IPRoute
 
     with _explained(f"deleting interface {name}"), IPRoute() as netlink:
@@ -363,11 +363,10 @@ def inspect(netlink: IPRoute) -> Inspection:
 
 
 def host_addresses() -> tuple[dict[int, str | None], set[str]]:
-    """Return, per IP version, the address that others reach this host under, and all addresses it has.
+    """Return, for each IP version, the address that other hosts reach this host under; and all its addresses.
 
-    That is the first global address of the interface that the default route uses first (its preferred source, if it
-    names one), passing over loopback, Docker's and all other bridges, and Calico's own; without a default route, of
-    the first other interface.
+    That is the preferred source, else the first global address, of the interface of the best default route; without a
+    default route, of the first interface. Loopback, bridges, Docker's interfaces and Calico's own are left out.
     """
     from pyroute2.iproute.linux import IPRoute
 
@@ -397,16 +396,16 @@ def host_addresses() -> tuple[dict[int, str | None], set[str]]:
 
 
 def own_addresses() -> set[str]:
-    """Return all addresses of this host, those of broadcasts among them. Raises NamespaceError.
+    """Return all addresses of this host, broadcast addresses included. Raises NamespaceError.
 
-    Quick also where it has very many interfaces.
+    Fast even with thousands of interfaces.
     """
     from pyroute2.iproute.linux import IPRoute
 
     with _explained("reading this host's addresses"), IPRoute() as netlink:
         addresses = list(netlink.get_addr(family=socket.AF_INET))
         found = {address.get_attr(kind) for kind in ("IFA_LOCAL", "IFA_BROADCAST") for address in addresses} - {None}
-    # each interface has one of IPv6, which pyroute2 takes long to read. Source: if_inet6 in proc(5)
+    # each interface has an IPv6 address, and pyroute2 is slow to read them. Source: if_inet6 in proc(5)
     with suppress(OSError):
         for line in Path("/proc/net/if_inet6").read_text().splitlines():
             found.add(unpack(bytes.fromhex(line.split()[0])))
@@ -420,7 +419,7 @@ def _faces_outside(link: Any) -> bool:
 
 
 def _leads_to(netlink: IPRoute, link: Any, namespace: int) -> bool:
-    """Tell whether the other end of a link of this namespace's, read before, is in one that a descriptor is open of."""
+    """Return whether the other end of a link of the host is in the namespace of an open descriptor."""
     id = link.get_attr("IFLA_LINK_NETNSID")
     return id is not None and bool(netlink.get_netnsid(fd=namespace)["nsid"] == id)
 
@@ -450,8 +449,8 @@ def _route(version: int, address: str | None, index: int) -> dict[str, Any]:
     return {"family": FAMILIES[version], "dst": destination, "oif": index, "proto": PROTOCOL_STATIC}
 
 
-def _unknown_next_hops(index: int, mac: str) -> set[str]:
-    """Return the next hops of default routes through an interface that have no permanent entry with this MAC."""
+def _missing_next_hops(index: int, mac: str) -> set[str]:
+    """Return the next hops of an interface's default routes that have no permanent neighbour entry with this MAC."""
     found: set[str] = set()
     for version, family in FAMILIES.items():
         hops = {route.gateway for route in routes(family, lengths=(0,)) if route.index == index} - {None}
@@ -461,12 +460,12 @@ def _unknown_next_hops(index: int, mac: str) -> set[str]:
     return found
 
 
-def _enter_next_hops(netlink: IPRoute, index: int, mac: str) -> None:
-    """Enter the MAC of the next hops of an interface for good, so that nobody has to answer for them.
+def _add_neighbours(netlink: IPRoute, index: int, mac: str) -> None:
+    """Add permanent neighbour entries for the next hops of an interface, so that they need not be resolved.
 
-    The kernel does not count such entries against its limit (gc_thresh3), since Linux 5.0.
+    Since Linux 5.0, such entries do not count against the kernel's limit (gc_thresh3).
     """
-    for hop in _unknown_next_hops(index, mac):
+    for hop in _missing_next_hops(index, mac):
         family = FAMILIES[version_of(hop)]
         netlink.neigh("replace", family=family, dst=hop, lladdr=mac, ifindex=index, state=NUD_PERMANENT)
 
@@ -483,7 +482,7 @@ def _write_sysctl(path: str, value: str) -> None:
 
 @contextmanager
 def _ignoring(*codes: int) -> Iterator[None]:
-    """Pass over the kernel's refusals that only say: it is not there."""
+    """Ignore the kernel's errors with these codes, which only say that something does not exist."""
     from pyroute2.netlink.exceptions import NetlinkError
 
     try:
@@ -495,7 +494,7 @@ def _ignoring(*codes: int) -> Iterator[None]:
 
 @contextmanager
 def _explained(doing: str) -> Iterator[None]:
-    """Turn what the kernel says into a sentence that names what was being done."""
+    """Turn the kernel's errors into a NamespaceError that says what was being done."""
     from pyroute2.netlink.exceptions import NetlinkError
 
     try:

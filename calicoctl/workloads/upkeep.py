@@ -33,8 +33,8 @@ from calicoctl.workloads.workload import (
     WorkloadState,
     endpoint_ids_of,
     endpoints_of,
+    find_state,
     has_processes,
-    look_up,
     process_started,
 )
 
@@ -95,7 +95,7 @@ def reconcile(
             return
         if orchestrator == NAMESPACE and not path:
             return  # connected by an old tool, say: its path is not known
-        state, workload = look_up(orchestrator, id, path, _started(lock, path, ids))
+        state, workload = find_state(orchestrator, id, path, _started(lock, path, ids))
         if state is WorkloadState.GONE and not removed:
             _refuse_alive(workload, ids)
         is_absent = state in (WorkloadState.MISSING, WorkloadState.GONE)
@@ -165,7 +165,7 @@ def misattached(paths: dict[EndpointId, str]) -> list[EndpointId]:
     Such an interface leads into an earlier namespace of that path: a namespace exists as long as a process is in it,
     whatever becomes of its name. Endpoints whose workload lacks the neighbour entry of its next hop are returned, too.
     """
-    sound = netns.sound({id.interface: path for id, path in paths.items()})
+    sound = netns.check_attachments({id.interface: path for id, path in paths.items()})
     return [id for id in paths if sound.get(id.interface) is False]
 
 

@@ -336,7 +336,7 @@ def add_address(
 
             net = host_net(address)
             if version == 6 and session.namespace.ipv6_is_off(attached):
-                undo(session.namespace.switch_ipv6_off, attached)
+                undo(session.namespace.disable_ipv6, attached)
             undo(session.namespace.restore_loopback, session.loopback)
             undo(session.namespace.unconfigure, attached, [net], next_hops)
             session.namespace.configure(attached, [net], next_hops, session.host_mac)

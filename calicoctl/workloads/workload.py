@@ -86,7 +86,7 @@ class WorkloadState(Enum):
     GONE = "no longer exists"
 
 
-def look_up(orchestrator: str, id: str, path: str, started: str | None) -> tuple[WorkloadState, Workload]:
+def find_state(orchestrator: str, id: str, path: str, started: str | None) -> tuple[WorkloadState, Workload]:
     """Return the state of a workload of this host, and the workload as it is now.
 
     For a namespace, `path` is its path; for the path of a process, `started` is when that was started, if it is known.
