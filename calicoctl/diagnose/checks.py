@@ -320,7 +320,7 @@ def _local_etcd() -> Check:
     if agent is not None and (process.report(hostname()) or {}).get("local_etcd") is False:
         return Check(name, True, "none, for the host agent runs without one", False)
     try:
-        etcd.find_place(stay=agent is not None)
+        etcd.resolve_port(stay=agent is not None)
     except CalicoError as error:
         return Check(name, False, str(error), False, "for 'calicoctl node --local-etcd', do what is said under 'Found'")
     pid = etcd.running()

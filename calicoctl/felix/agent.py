@@ -72,7 +72,7 @@ def run(host: str, options: Options) -> None:
                 DatastoreClient.from_environment,
                 Drivers(Nft(), Routes(netlink), conntrack),
                 queue,
-                process.tell_ready,
+                process.notify_ready,
                 options,
             )
             conntrack.start()

@@ -1,8 +1,7 @@
-"""An etcd for a host that is alone: the distribution's, on loopback, started by `calicoctl node --local-etcd`.
+"""An etcd for a single host: the distribution's, on loopback, started by `calicoctl node --local-etcd`.
 
-It is a process of its own, so that it goes on when the agent is killed; the agent starts it again when it ends. Which
-process it is, a pid file tells, and the data folder among that process's arguments confirms it. Where it is, lines of
-its own in the file of settings tell every command (../environment.py), also the one that starts it after a reboot.
+Responsible for its port, its command line and its data; daemon.py starts and supervises the process. Every command
+finds it by lines of its own in the settings file (environment.py); so does the command that starts it after a reboot.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ START_PATIENCE = 60.0
 """Seconds to wait for etcd to serve."""
 
 _PORTS = range(2379, 32768, 10)
-"""Ports to try: etcd's own first, then others below those that the kernel gives to connections."""
+"""Ports to try: etcd's own first, then others below the range that the kernel assigns to connections."""
 
 _CLIENT_URL = "--listen-client-urls=http://127.0.0.1:"
 
@@ -41,10 +40,7 @@ def running(host: str) -> int | None:
 
 
 def stop(host: str) -> bool:
-    """End a host's own etcd, whatever store is named meanwhile, wait until it has ended, and return whether it ran.
-
-    Raises CalicoError.
-    """
+    """End a host's own etcd, whichever store the settings name now; return whether it ran. Raises CalicoError."""
     return _process(host).stop()
 
 
@@ -53,31 +49,31 @@ def _process(host: str) -> Process:
 
 
 def unannounce(was_ours: bool) -> None:
-    """Take the lines of a local etcd out of the file of settings. Raises CalicoError.
+    """Remove the lines of a local etcd from the settings file. Raises CalicoError.
 
-    Where the environment names another store than the file, they stay, unless they were this host's (`was_ours`).
+    Where the environment names another store than the file, they stay, unless this host had a local etcd (`was_ours`).
     """
     file = EnvironmentFile()
-    if was_ours or _is_as_written(file):
+    if was_ours or _environment_matches(file):
         file.remove_own()
 
 
-def _is_as_written(file: EnvironmentFile) -> bool:
-    """Tell whether the environment names the store of the file of settings. Raises CalicoError."""
-    # systemd reads the file, too: what it says may stand in the environment
+def _environment_matches(file: EnvironmentFile) -> bool:
+    """Return whether the environment names the same store as the settings file. Raises CalicoError."""
+    # systemd reads the file, too: its variables may be in the environment
     written = file.variables()
     return all(os.environ.get(name, "") == written.get(name, "") for name in STORE)
 
 
 class LocalEtcd:
-    """The host's own etcd: at the port of 127.0.0.1 that is named, else at 2379, or another one that is free.
+    """The host's own etcd, at the port of 127.0.0.1 that the settings name, else at 2379 or another free port.
 
-    Its port stays what it is when the environment, or what somebody has written into the file of settings, names it;
-    when its own lines do, or nobody does, it may be another where that one is taken.
+    The port is fixed when the environment, or a line of the user's in the settings file, names it. When only its own
+    lines name it, or nothing does, another port is chosen where that one is in use.
     """
 
     def __init__(self, host: str, log_dir: str) -> None:
-        """Raises CalicoError when another store is named."""
+        """Raises CalicoError when the settings name another store."""
         settings = EtcdSettings.from_environment()
         name, self._port = settings.hosts[0]
         if not _is_local(settings):
@@ -99,10 +95,10 @@ class LocalEtcd:
         )
 
     def _named_by_own_lines(self) -> bool:
-        """Tell whether nothing but this etcd's own lines in the file of settings names it."""
+        """Return whether only this etcd's own lines in the settings file name it."""
         own = self._file.own()
         its_lines_alone = bool(own) and EtcdSettings.from_environment(self._file.others()).is_default
-        return its_lines_alone and _is_as_written(self._file)
+        return its_lines_alone and _environment_matches(self._file)
 
     @property
     def url(self) -> str:
@@ -117,7 +113,7 @@ class LocalEtcd:
         return self._daemon.process.pid()
 
     def refuse_other_settings(self) -> None:
-        """Raise CalicoError when somebody has written another store into the file of settings."""
+        """Raise CalicoError when the user's lines in the settings file name another store."""
         others = EtcdSettings.from_environment(self._file.others())
         if not others.is_default and not (_is_local(others) and others.hosts[0][1] == self._port):
             raise CalicoError(
@@ -125,10 +121,10 @@ class LocalEtcd:
                 f"{others.url(others.hosts[0])}: take that out of the file, or leave --local-etcd out"
             )
 
-    def find_place(self, stay: bool = False) -> None:
-        """Make `url` the one that it has, or would be started at. Raises CalicoError where it can be at none.
+    def resolve_port(self, stay: bool = False) -> None:
+        """Set `url` to the one that it has, or would be started at. Raises CalicoError where no port will do.
 
-        With `stay`, it is not moved: an agent that runs knows no other place of it.
+        With `stay`, the port is fixed: a running agent would not find it at another one.
         """
         pid = self.running()
         if pid is not None:
@@ -143,7 +139,7 @@ class LocalEtcd:
             self._port = _free_port(_PORTS)
 
     def _adopt(self, pid: int) -> None:
-        """Take the port of the process that runs for its port; raise CalicoError when another is named."""
+        """Set the port to that of the running process; raise CalicoError when the settings name another one."""
         ports = [int(word[len(_CLIENT_URL) :]) for word in proc.arguments(pid) if word.startswith(_CLIENT_URL)]
         if ports and ports[0] != self._port:
             if not self._may_move:
@@ -154,7 +150,7 @@ class LocalEtcd:
             self._port = ports[0]
 
     def _taken(self) -> CalicoError:
-        """Return what to say of a port that it cannot have."""
+        """Return the error for a port that is in use."""
         way = f"name no store, in the environment and {self._file.path}, to have it at a free port"
         if self._may_move:
             way = "end the host agent with 'calicoctl node stop --force' and repeat this, to have it at another port"
@@ -169,7 +165,7 @@ class LocalEtcd:
     def start(self, stay: bool = False) -> bool:
         """Start it unless it runs, and wait until it serves; return whether it was started. Raises CalicoError.
 
-        From then on, this process's environment names it. For `stay`, see `find_place`.
+        From then on, this process's environment names it. For `stay`, see `resolve_port`.
         """
         self._make_data_folder()
         started = self._daemon.start(partial(self._command, stay), self._adopt)
@@ -187,9 +183,9 @@ class LocalEtcd:
 
     @contextmanager
     def announced(self) -> Iterator[bool]:
-        """Have its own lines in the file of settings say where it is; give whether they had to be written.
+        """Write its URL into its own lines of the settings file; yield whether they were changed.
 
-        When what is inside `with` fails, they are again as they were. Raises CalicoError.
+        When the body of `with` fails, they are restored. Raises CalicoError.
         """
         before = self._file.own()
         if before == self._variables or not EtcdSettings.from_environment(self._file.others()).is_default:
@@ -214,13 +210,13 @@ class LocalEtcd:
             raise CalicoError(f"--local-etcd: {error.filename}: {error.strerror}") from None
 
     def _command(self, stay: bool) -> list[str]:
-        """Choose its port, and return its command line. Raises CalicoError; for `stay`, see `find_place`."""
+        """Choose its port, and return its command line. Raises CalicoError; for `stay`, see `resolve_port`."""
         from shutil import which
 
         self._choose_port(stay)
         if which("etcd") is None:
             raise CalicoError("--local-etcd: there is no etcd here: install the package etcd-server")
-        # there is no other member, but it must listen for some
+        # there are no other members, but it must listen for them
         peer_url = f"http://127.0.0.1:{_free_port(range(self._port + 1, 65536))}"
         self._refuse_shared_data()
         return [
@@ -250,10 +246,10 @@ class LocalEtcd:
 
     @contextmanager
     def borrowed(self) -> Iterator[None]:
-        """Have it run for a while, if it is what this host's store is: its data is there, and nobody else serves."""
-        its_own = self._may_move and bool(self._file.own())
-        wanted = (DATA / "member").exists() and self.running() is None and (its_own or not self._healthy())
-        started = wanted and self.start()
+        """Run it inside `with`, if it is this host's store: its data exists, and no other etcd serves."""
+        is_named = self._may_move and bool(self._file.own())
+        needed = (DATA / "member").exists() and self.running() is None and (is_named or not self._healthy())
+        started = needed and self.start()
         try:
             yield
         finally:
@@ -264,9 +260,9 @@ class LocalEtcd:
         return b'"health":"true"' in (self._answers("/health") or b"").replace(b" ", b"")
 
     def _answers(self, path: str) -> bytes | None:
-        """Return what is served at a path, None where nothing is."""
+        """Return the response body at a path, None where there is no response."""
         try:
-            # not by way of a proxy that the environment may name
+            # without a proxy that the environment may name
             opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
             with opener.open(f"{self.url}{path}", timeout=2) as answer:
                 return bytes(answer.read(2**16))
@@ -275,13 +271,13 @@ class LocalEtcd:
 
 
 def _is_local(settings: EtcdSettings) -> bool:
-    """Tell whether a store is at a place where the local etcd could be."""
+    """Return whether settings name a store that could be the local etcd."""
     (name, _), *others = settings.hosts
     return not others and settings.scheme == "http" and name in ("127.0.0.1", "localhost")
 
 
 def _is_free(port: int) -> bool:
-    """Tell whether a server could listen at a port of 127.0.0.1."""
+    """Return whether a server could listen on a port of 127.0.0.1."""
     with closing(socket.socket()) as one:
         one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as etcd does
         try:

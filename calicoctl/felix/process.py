@@ -1,9 +1,9 @@
-"""The agent as a process: starting it in the background or in the foreground, finding it, ending it.
+"""The agent as a process: starts it in the background or the foreground, finds it, restarts it, stops it.
 
-Its files are under /run/calico/<host name>/: the pid file, which anybody may read, and which says when the process was
-started, so that a stale one fools nobody; a lock that the agent holds as long as it lives; what it reports (report.py);
-and what it remembers (dataplane/sysctls.py). Another lock, of the network namespace, keeps agents of two names from one
-kernel.
+Its files are under /run/calico/<host name>/: the pid file, which every user may read, with the start time of the
+process, so that a stale pid file is recognised; a lock that the agent holds as long as it lives; its report
+(report.py); and the original values of settings (dataplane/sysctls.py). Another lock, of the network namespace, keeps
+agents of two host names from using one kernel.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from calicoctl.workloads.locks import DIRECTORY
 DEFAULT_LOG_DIR = "/var/log/calico"
 
 START_PATIENCE = 60.0
-"""Seconds to wait for the agent's first snapshot to be in the kernel."""
+"""Seconds to wait until the agent's first update is in the kernel."""
 
 STOP_PATIENCE = 25.0
-"""Seconds to wait for the agent to end by itself."""
+"""Seconds to wait for the agent to end after SIGTERM."""
 
 _IN_BACKGROUND = ["-m", "calicoctl.felix"]
 
@@ -44,7 +44,7 @@ _LOG_SIZE = 10 * 2**20
 
 @dataclass(frozen=True)
 class Options:
-    """How the agent is to run. `log_dir` is None for standard error."""
+    """The agent's options. `log_dir` is None for logging to standard error."""
 
     log_dir: str | None = None
     metrics_port: int | None = None
@@ -64,12 +64,12 @@ def settings_file(host: str) -> Path:
 
 
 def leftovers(host: str) -> list[Path]:
-    """Return the files that an agent leaves when it has ended."""
+    """Return the files that an agent leaves behind when it ends."""
     return [_file(host, "felix.pid"), _file(host, "felix.lock"), report_file(host), settings_file(host)]
 
 
 def remove_directory(host: str) -> None:
-    """Remove the folder of a host's files, and that of all hosts, if they are empty."""
+    """Remove the folder of a host's files, and the folder of all hosts, if they are empty."""
     with suppress(OSError):
         (DIRECTORY / host).rmdir()
         DIRECTORY.rmdir()
@@ -85,7 +85,7 @@ def running(host: str) -> int | None:
 
 
 def report(host: str) -> dict[str, object] | None:
-    """Return what the host's agent has reported last, whether it still runs or not; None for nothing."""
+    """Return the last report of the host's agent, whether it still runs or not; None where there is none."""
     value = None
     for _ in range(2):
         try:
@@ -94,13 +94,13 @@ def report(host: str) -> dict[str, object] | None:
         except FileNotFoundError:
             return None
         except (OSError, ValueError):
-            time.sleep(0.02)  # an agent that can open no files writes over its last report
+            time.sleep(0.02)  # an agent that cannot open files overwrites its last report in place
     return value if isinstance(value, dict) and value.get("host") == host and "resyncs" in value else None
 
 
 @contextmanager
 def only_one(host: str) -> Iterator[None]:
-    """Be the host's agent: hold its locks. Raises CalicoError when there is one already."""
+    """Hold the locks and the pid file of the host's agent. Raises CalicoError when an agent runs already."""
     pid_file = _file(host, "felix.pid")
     with _held(host):
         with _explained(pid_file):
@@ -111,7 +111,7 @@ def only_one(host: str) -> Iterator[None]:
 
 @contextmanager
 def none_starts(host: str) -> Iterator[None]:
-    """See to it that no agent of the host's runs, or begins to, inside `with`. Raises CalicoError."""
+    """Keep agents of the host from starting inside `with`. Raises CalicoError when one runs."""
     with _held(host):
         yield
 
@@ -122,7 +122,7 @@ def refuse_other(host: str) -> None:
         with _namespace_file().open() as file:
             other = file.read().strip()
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return  # nobody holds it: it was left by an agent that was killed
+            return  # not locked: left by an agent that was killed
     except BlockingIOError:
         pass
     except OSError:
@@ -140,12 +140,12 @@ def _namespace_file() -> Path:
 
 @contextmanager
 def _held(host: str) -> Iterator[None]:
-    """Hold the locks of the host's agent, and of this network namespace's; raise CalicoError."""
+    """Hold the lock of the host's agent, and that of this network namespace; raise CalicoError."""
     lock, namespace = _file(host, "felix.lock"), _namespace_file()
     with _explained(lock), ExitStack() as stack:
         lock.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
         for folder in (DIRECTORY, lock.parent):
-            folder.chmod(0o755)  # the report is for everybody; locks in here are files of mode 0600
+            folder.chmod(0o755)  # every user may read the report; the locks in here have mode 0600
         began = time.monotonic()
         stack.enter_context(_locked(lock, lambda: _refuse_running(host, began)))
         file = stack.enter_context(_locked(namespace, lambda: _refuse_running_here(host, began)))
@@ -157,11 +157,11 @@ def _held(host: str) -> Iterator[None]:
 
 
 def _refuse_running(host: str, began: float) -> None:
-    """Raise CalicoError unless whoever holds the lock, since `began` at least, may be about to let go of it."""
+    """Raise CalicoError when the lock was held for too long since `began` to be released soon."""
     pid = running(host)
-    # without a process id, somebody is removing what an agent has set up
+    # without a process id, `node remove` holds the lock
     if time.monotonic() - began > (1 if pid else START_PATIENCE):
-        who = f"process {pid}" if pid else "or somebody is removing it"
+        who = f"process {pid}" if pid else "or is being removed"
         raise CalicoError(f"the agent of host {host} runs already ({who})")
 
 
@@ -172,7 +172,7 @@ def _refuse_running_here(host: str, began: float) -> None:
 
 @contextmanager
 def _locked(path: Path, refuse: Callable[[], None]) -> Iterator[TextIO]:
-    """Hold the lock of a file, and give the file; while somebody else has it, `refuse` may raise."""
+    """Hold the lock of a file, and yield the file; `refuse` is called while another process holds it, and may raise."""
     while True:
         fd = files.try_lock(path)
         if fd is not None:
@@ -192,9 +192,9 @@ def _explained(path: Path) -> Iterator[None]:
 
 
 def leave(status: int) -> None:
-    """End this process, which has been an agent, at once.
+    """End this process, an agent that has stopped, at once.
 
-    Its threads may be anywhere, at an import even, with a lock that the interpreter's own way out would wait for.
+    The interpreter's own exit could wait for a lock of a thread forever: threads may be anywhere, even in an import.
     """
     logging.shutdown()
     with suppress(OSError):
@@ -203,73 +203,73 @@ def leave(status: int) -> None:
     os._exit(status)
 
 
-def tell_ready() -> None:
-    """Tell who started this process that it is ready. Source: sd_notify(3)."""
+def notify_ready() -> None:
+    """Notify systemd, or the command that has started this process, that it is ready. Source: sd_notify(3)."""
     import sdnotify
 
     sdnotify.SystemdNotifier().notify("READY=1")
 
 
 class _OneLine(logging.Formatter):
-    """Keeps each event on its line, whatever names from etcd are in it."""
+    """Keeps each log record on one line, whatever names from etcd it contains."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         return one_line(super().formatMessage(record))
 
 
 def log_to(directory: str | None) -> None:
-    """Log to a file in a directory, which is kept from growing without end, or to standard error."""
+    """Log to a file in a directory, which is rotated, or to standard error."""
     handler: logging.Handler = logging.StreamHandler()
     text = "%(levelname)s: %(message)s"
     if directory is not None:
         handler = logging.handlers.RotatingFileHandler(Path(directory) / "felix.log", maxBytes=_LOG_SIZE, backupCount=4)
         text = "%(asctime)s %(levelname)s: %(message)s"
     handler.setFormatter(_OneLine(text))
-    logging.raiseExceptions = False  # nobody reads what it says of a log that cannot be written
+    logging.raiseExceptions = False  # there is no place to report a log that cannot be written
     logger = logging.getLogger("calico")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
 
 
 def start(host: str, options: Options, environment: Mapping[str, str] = os.environ) -> int:
-    """Start the host's agent in the background, wait until its first snapshot is in the kernel; return its process id.
+    """Start the host's agent in the background, wait until its first update is in the kernel; return its process id.
 
-    That of another process, where somebody else was quicker. Raises CalicoError when it ends before; one that is only
-    slow goes on.
+    Where another process has started the agent at the same time, the id is that one's. Raises CalicoError when the
+    agent ends before, or is not ready after START_PATIENCE; then it keeps running.
     """
-    assert options.log_dir is not None, "nobody reads the standard error of a process in the background"
+    assert options.log_dir is not None, "a process in the background needs a log file"
     DIRECTORY.mkdir(mode=0o755, parents=True, exist_ok=True)
-    # the path of a socket must be short, as that of a folder for temporary files may not be
+    # the path of a socket must be short, which the default folder for temporary files may not be
     short = tempfile.TemporaryDirectory(dir=DIRECTORY, prefix="start-")
-    with short as directory, tempfile.TemporaryFile("w+") as complaints:
-        told = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        told.bind(f"{directory}/notify")
-        told.settimeout(0.1)
+    with short as directory, tempfile.TemporaryFile("w+") as stderr:
+        ready = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        ready.bind(f"{directory}/notify")
+        ready.settimeout(0.1)
         process = subprocess.Popen(
             [sys.executable, *_IN_BACKGROUND, json.dumps(asdict(options))],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
-            stderr=complaints,
+            stderr=stderr,
             start_new_session=True,
             cwd="/",
             env=_absolute(environment) | {"NOTIFY_SOCKET": f"{directory}/notify"},
         )
         try:
-            pid = _await_ready(process, told, host)
+            pid = _await_ready(process, ready, host)
         except CalicoError:
             raise
-        except BaseException:  # the user has thought better of it
+        except BaseException:  # the command was interrupted
             process.terminate()
             process.wait()
             raise
         if pid is None:
-            complaints.seek(0)
-            why = " ".join(complaints.read().split())[-300:]
+            stderr.seek(0)
+            why = " ".join(stderr.read().split())[-300:]
             raise CalicoError(f"The host agent did not start: {why or 'see ' + options.log_dir + '/felix.log'}")
         return pid
 
 
-def _await_ready(process: subprocess.Popen[bytes], told: socket.socket, host: str) -> int | None:
+def _await_ready(process: subprocess.Popen[bytes], ready: socket.socket, host: str) -> int | None:
     """Wait until the host's agent is ready, and return its process id; None when `process` ends and none is there.
 
     Raises CalicoError when it takes too long.
@@ -277,13 +277,13 @@ def _await_ready(process: subprocess.Popen[bytes], told: socket.socket, host: st
     give_up = time.monotonic() + START_PATIENCE
     while True:
         with suppress(socket.timeout):
-            if b"READY=1" in told.recv(4096):
+            if b"READY=1" in ready.recv(4096):
                 return process.pid
         ended = process.poll() is not None
         pid = running(host) if ended else process.pid
         if pid and ended:
-            told_by = report(host) or {}
-            if told_by.get("pid") == pid and told_by.get("first_update"):
+            last = report(host) or {}
+            if last.get("pid") == pid and last.get("first_update"):
                 return pid
         elif ended:
             return None
@@ -292,12 +292,12 @@ def _await_ready(process: subprocess.Popen[bytes], told: socket.socket, host: st
             waits = f" waits for {waiting_for}" if waiting_for else " has not set everything up yet"
             raise CalicoError(
                 f"The host agent (process {pid}) is running, but{waits} after {START_PATIENCE:.0f} s; "
-                "'calicoctl status' tells more."
+                "see 'calicoctl status'."
             )
 
 
 def _absolute(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment for a process of another working directory."""
+    """Return an environment with absolute paths, for a process with another working directory."""
     files = ("ETCD_CA_CERT_FILE", "ETCD_CERT_FILE", "ETCD_KEY_FILE", "CALICO_ENV_FILE")
     return {
         name: str(Path(value).absolute()) if name in files and value else value for name, value in environment.items()
@@ -305,9 +305,9 @@ def _absolute(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def restart(host: str) -> int:
-    """Replace the host's agent by one of this program, with its options and environment; return the new process id.
+    """Restart the host's agent as this version, with its options and environment; return the new process id.
 
-    A local etcd goes on meanwhile. Raises NotFound when no agent runs, CalicoError when this cannot restart it.
+    A local etcd keeps running. Raises NotFound when no agent runs, CalicoError when it cannot be restarted from here.
     """
     pid = running(host)
     if not pid:
@@ -328,14 +328,14 @@ def restart(host: str) -> int:
             f"The host agent (process {pid}) runs in the foreground: what started it must restart it. For systemd: "
             "'systemctl restart calico-node'."
         )
-    names = {field.name for field in fields(Options)}  # the agent may be of another version
+    names = {field.name for field in fields(Options)}  # the agent may be of a version with other options
     options = Options(**{name: value for name, value in json.loads(arguments[-1]).items() if name in names})
     stop(host)
     return start(host, options, {**environment, "HOSTNAME": host})
 
 
 def stop(host: str) -> int | None:
-    """End the host's agent, and wait until it has; return the process id it had, None where none was running."""
+    """End the host's agent, and wait until it has ended; return its process id, None where none was running."""
     pid = running(host)
     if not pid:
         return None

@@ -18,10 +18,10 @@ from calicoctl.felix.dataplane.ruleset import remove_commands
 
 
 def remove_all(host: str, warn: Callable[[str], None]) -> None:
-    """Remove routes, neighbours, firewall rules and tables, and put settings back; the agent must not run.
+    """Remove routes, neighbours, firewall rules and tables, and restore settings; the agent must not run.
 
-    The tables go last, so that nothing is forwarded that they would have dropped. `warn` takes a sentence about what
-    has to stay. Raises CalicoError.
+    The tables are removed last, so that no packet is forwarded that they would drop. `warn` is called with a sentence
+    about each setting that must stay. Raises CalicoError.
     """
     with process.none_starts(host):
         _remove_from_kernel(host, warn)
@@ -51,5 +51,5 @@ def _needed_by_engine(warn: Callable[[str], None]) -> set[str]:
     try:
         return {path for path, ipv6 in settings.items() if engine.forwards(ipv6)}
     except DockerUnavailable as error:
-        warn(f"Warning: {error} The host goes on forwarding, which that engine may need.")
+        warn(f"Warning: {error} Forwarding stays enabled, since that engine may need it.")
         return set(settings)
