@@ -1,4 +1,4 @@
-"""A supervised daemon, with real processes: started once, adopted, started again when it ends, and ended."""
+"""Supervision of a daemon, with real processes: it is started once, adopted, restarted when it ends, and stopped."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def wait_for(condition: Callable[[], object], what: str) -> None:
 
 
 class Sandbox:
-    """A folder for one daemon, a shell script that is ready when it has made a file, and its pids so far."""
+    """A folder for one daemon: a shell script that appends its pid to a file, and creates another when it is ready."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -59,7 +59,7 @@ class Sandbox:
         return one.start(lambda: self.command(script), self.adopted.append)
 
     def supervise(self, one: Daemon, failures: Sequence[Exception] = ()) -> None:
-        """Supervise it until the test is over; the first launches end with these failures."""
+        """Supervise it until the end of the test; the first launches fail with `failures`."""
         left = list(failures)
 
         def launch() -> None:
@@ -78,22 +78,22 @@ class Sandbox:
 def sandbox(tmp_path: Path) -> Iterator[Sandbox]:
     made = Sandbox(tmp_path)
     yield made
-    made.launching.acquire()  # for good: no thread that still supervises starts anything
+    made.launching.acquire()  # never released: threads that still supervise start nothing
     for pid in filter(None, {*made.started(), made.process.pid()}):  # it may not have written its own yet
         with suppress(ProcessLookupError, ChildProcessError):
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
 
 
-def test_it_is_started_and_its_output_is_logged(sandbox: Sandbox) -> None:
+def test_a_daemon_is_started_and_its_output_is_logged(sandbox: Sandbox) -> None:
     assert sandbox.process.pid() is None
     assert sandbox.start(sandbox.daemon())
     assert [sandbox.process.pid()] == sandbox.started()
     assert sandbox.log.read_text() == "hello\n"
-    assert os.getsid(sandbox.started()[0]) == sandbox.started()[0], "no signal to our group reaches it"
+    assert os.getsid(sandbox.started()[0]) == sandbox.started()[0], "signals to our process group do not reach it"
 
 
-def test_one_that_runs_is_adopted(sandbox: Sandbox) -> None:
+def test_a_running_daemon_is_adopted(sandbox: Sandbox) -> None:
     sandbox.start(sandbox.daemon())
     assert not sandbox.start(sandbox.daemon())
     assert sandbox.adopted == sandbox.started() == [sandbox.process.pid()]
@@ -113,7 +113,7 @@ def test_a_stale_pid_file_names_no_daemon(sandbox: Sandbox) -> None:
         other.kill()
 
 
-def test_of_many_that_start_it_at_once_one_does(sandbox: Sandbox) -> None:
+def test_concurrent_starts_start_one_process(sandbox: Sandbox) -> None:
     started: list[bool] = []
     begin = threading.Barrier(8)
 
@@ -130,7 +130,7 @@ def test_of_many_that_start_it_at_once_one_does(sandbox: Sandbox) -> None:
     assert len(sandbox.started()) == 1
 
 
-def test_it_is_stopped(sandbox: Sandbox) -> None:
+def test_a_daemon_is_stopped(sandbox: Sandbox) -> None:
     sandbox.start(sandbox.daemon())
     (pid,) = sandbox.started()
     assert sandbox.process.stop()
@@ -146,14 +146,16 @@ def test_one_that_ignores_sigterm_is_reported(sandbox: Sandbox, monkeypatch: pyt
         sandbox.process.stop()
 
 
-def test_one_that_ends_before_it_is_ready_is_an_error_with_the_last_line_of_its_log(sandbox: Sandbox) -> None:
+def test_a_daemon_that_ends_before_it_is_ready_is_an_error_with_the_last_line_of_its_log(sandbox: Sandbox) -> None:
     with pytest.raises(CalicoError, match=r"the daemon does not serve; .*daemon.log ends with: no such option$"):
         sandbox.start(sandbox.daemon(patience=3600), "echo no such option; exit 1")
     assert not sandbox.process.pid_file.exists()
 
 
 @pytest.mark.parametrize("trap", ["", "trap '' TERM;"])
-def test_one_that_does_not_become_ready_is_ended(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, trap: str) -> None:
+def test_a_daemon_that_does_not_become_ready_is_ended(
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, trap: str
+) -> None:
     monkeypatch.setattr(daemon, "END_PATIENCE", 0.5)
     with pytest.raises(CalicoError, match="does not serve"):
         sandbox.start(sandbox.daemon(patience=0.3), f"{trap} while :; do sleep 0.05; done")
@@ -162,7 +164,7 @@ def test_one_that_does_not_become_ready_is_ended(sandbox: Sandbox, monkeypatch: 
     assert not sandbox.process.pid_file.exists()
 
 
-def test_one_that_another_process_has_started_is_not_ended_when_it_is_not_ready(sandbox: Sandbox) -> None:
+def test_an_adopted_daemon_that_is_not_ready_is_not_ended(sandbox: Sandbox) -> None:
     sandbox.start(sandbox.daemon())
     sandbox.ready.unlink()
     with pytest.raises(CalicoError, match="does not serve"):
@@ -170,12 +172,12 @@ def test_one_that_another_process_has_started_is_not_ended_when_it_is_not_ready(
     assert sandbox.process.pid() == sandbox.started()[0]
 
 
-def test_a_program_that_is_not_there_is_an_error(sandbox: Sandbox) -> None:
+def test_a_missing_program_is_an_error(sandbox: Sandbox) -> None:
     with pytest.raises(CalicoError, match="the daemon: no-such-program: No such file or directory"):
         sandbox.daemon().start(lambda: ["no-such-program"], sandbox.adopted.append)
 
 
-def test_the_lock_is_let_go_of_when_the_command_cannot_be_made(sandbox: Sandbox) -> None:
+def test_the_lock_is_released_when_there_is_no_command(sandbox: Sandbox) -> None:
     def refuse() -> list[str]:
         raise CalicoError("no port is free")
 
@@ -185,7 +187,7 @@ def test_the_lock_is_let_go_of_when_the_command_cannot_be_made(sandbox: Sandbox)
     assert sandbox.start(one)
 
 
-def test_one_that_ends_is_started_again_with_a_pause_that_grows(
+def test_a_daemon_that_ends_is_restarted_with_exponential_backoff(
     sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pauses: list[float] = []
@@ -206,9 +208,7 @@ def test_one_that_ends_is_started_again_with_a_pause_that_grows(
     assert pauses[:8] == [1, 2, 4, 8, 16, 30, 30, 30]
 
 
-def test_one_that_was_left_by_another_agent_is_started_again_when_it_ends(
-    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_adopted_daemon_is_restarted_when_it_ends(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(daemon, "FIRST_PAUSE", 0.0)
     sandbox.start(sandbox.daemon())
     sandbox.supervise(sandbox.daemon())
@@ -220,7 +220,7 @@ def test_one_that_was_left_by_another_agent_is_started_again_when_it_ends(
     wait_for(lambda: len(sandbox.started()) == 2, "another one")
 
 
-def test_supervision_goes_on_whatever_fails(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_supervision_continues_after_any_failure(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(daemon, "FIRST_PAUSE", 0.0)
     sandbox.supervise(sandbox.daemon(), [CalicoError("no port is free"), OSError("no memory"), KeyError("a defect")])
     wait_for(lambda: sandbox.process.pid() is not None, "the daemon")

@@ -1,4 +1,4 @@
-"""Locks that survive the removal of their file, and files that are replaced as a whole."""
+"""Locks, whose files may be removed at any time, and atomic replacement of files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from calicoctl import files
 
 
-def test_a_file_is_locked_once_until_its_descriptor_is_closed(tmp_path: Path) -> None:
+def test_a_lock_is_exclusive_until_its_descriptor_is_closed(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     fd = files.try_lock(path)
     assert fd is not None
@@ -23,7 +23,7 @@ def test_a_file_is_locked_once_until_its_descriptor_is_closed(tmp_path: Path) ->
     os.close(again)
 
 
-def test_a_lock_of_a_file_that_was_removed_meanwhile_does_not_count(
+def test_the_lock_of_a_file_that_was_removed_meanwhile_does_not_count(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "lock"
@@ -55,7 +55,7 @@ def test_locking_leaks_no_descriptor(tmp_path: Path) -> None:
     os.close(held)
 
 
-def test_a_link_is_not_followed_and_a_missing_file_is_made_only_when_asked_for(tmp_path: Path) -> None:
+def test_links_are_not_followed_and_a_missing_file_is_created_only_on_request(tmp_path: Path) -> None:
     assert files.try_lock(tmp_path / "none", create=False) is None
     assert not (tmp_path / "none").exists()
     (tmp_path / "link").symlink_to(tmp_path / "target")
@@ -65,7 +65,7 @@ def test_a_link_is_not_followed_and_a_missing_file_is_made_only_when_asked_for(t
         files.try_lock(tmp_path / "no folder" / "lock")
 
 
-def test_a_reader_finds_a_replaced_file_whole(tmp_path: Path) -> None:
+def test_a_reader_sees_the_old_or_the_new_content(tmp_path: Path) -> None:
     path = tmp_path / "file"
     texts = [b"a" * 100_000, b"b" * 50_000]
     path.write_bytes(texts[0])
@@ -84,7 +84,7 @@ def test_a_reader_finds_a_replaced_file_whole(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_the_mode_of_a_replaced_file_is_what_is_asked_for(tmp_path: Path) -> None:
+def test_the_mode_of_a_replaced_file_does_not_depend_on_the_umask(tmp_path: Path) -> None:
     path = tmp_path / "file"
     before = os.umask(0o077)
     try:

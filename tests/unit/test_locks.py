@@ -26,7 +26,7 @@ def test_a_lock_leaves_no_file(directory: Path) -> None:
     assert list((directory / "vm").iterdir()) == []
 
 
-def test_a_second_holder_gives_up_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waiting_for_a_lock_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(locks, "PATIENCE", 0.1)
     with WorkloadLock("vm", "docker", "c"):
         with pytest.raises(Conflict, match="another command"), WorkloadLock("vm", "docker", "c"):
@@ -54,7 +54,7 @@ def test_holders_take_turns() -> None:
     assert most == 1
 
 
-def test_a_holder_that_dies_lets_go(directory: Path) -> None:
+def test_a_holder_that_dies_releases_the_lock(directory: Path) -> None:
     code = (
         "import os, pathlib; from calicoctl.workloads import locks; locks.DIRECTORY = pathlib.Path(os.environ['D'])\n"
         "locks.WorkloadLock('vm', 'docker', 'c').__enter__(); os.kill(os.getpid(), 9)"
@@ -82,7 +82,7 @@ def test_an_interrupted_change_is_detected() -> None:
     with WorkloadLock("vm", "docker", "c") as lock:
         assert lock.interrupted
         lock.mark_in_progress()
-        lock.clear_mark()  # this one is done; what the other has left may be there still
+        lock.clear_mark()  # this change is done; the interrupted one may have left something
         assert locks.interrupted("vm", "docker") == ["c"]
         lock.clear_all()
     assert locks.interrupted("vm", "docker") == []
@@ -90,7 +90,7 @@ def test_an_interrupted_change_is_detected() -> None:
 
 
 @pytest.mark.parametrize("path", ["/var/run/netns/blue", "/proc/7/ns/net", "/x" * 300])
-def test_the_paths_of_namespaces_are_remembered(path: str) -> None:
+def test_the_paths_of_namespaces_are_stored(path: str) -> None:
     id = path.replace("/", "-")
     with WorkloadLock("vm", "namespace", id) as lock:
         lock.remember(path, "4711" if path.startswith("/proc") else None)
@@ -104,13 +104,13 @@ def test_the_paths_of_namespaces_are_remembered(path: str) -> None:
     assert locks.remembered("vm", "namespace") == {}
 
 
-def test_another_path_with_the_same_id_takes_the_place_of_the_first() -> None:
+def test_another_path_with_the_same_id_replaces_the_first() -> None:
     for path in ("/x/a-b", "/x/a/b"):
         with WorkloadLock("vm", "namespace", "-x-a-b") as lock:
             lock.remember(path)
         assert locks.remembered("vm", "namespace") == {"-x-a-b": path}
 
 
-def test_a_lock_that_is_held_need_not_be_waited_for() -> None:
+def test_without_waiting_a_held_lock_is_a_conflict() -> None:
     with WorkloadLock("vm", "docker", "c"), pytest.raises(Conflict), WorkloadLock("vm", "docker", "c", wait=False):
         pass

@@ -1,4 +1,4 @@
-"""What is told of processes."""
+"""Start times, arguments and the end of processes, from proc(5)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_a_process_is_identified_by_its_start_time() -> None:
         proc.start_time(Path(f"/proc/{child.pid}"))
 
 
-def test_odd_names_of_commands_do_not_matter(tmp_path: Path) -> None:
+def test_the_name_of_a_command_may_contain_anything(tmp_path: Path) -> None:
     odd = tmp_path / "a) Z (b"
     odd.symlink_to("/bin/sleep")
     with subprocess.Popen([str(odd), "60"]) as child:
@@ -42,9 +42,9 @@ def test_arguments_and_environment_are_read() -> None:
         child.kill()
 
 
-def test_the_end_of_a_process_is_awaited() -> None:
+def test_waiting_for_the_end_of_a_process() -> None:
     with subprocess.Popen(["sleep", "60"]) as child:
         assert not proc.await_end(child.pid, 0.01)
         child.kill()
         assert proc.await_end(child.pid, 10)
-    assert proc.await_end(child.pid), "one that has ended long ago"
+    assert proc.await_end(child.pid), "it has ended already"

@@ -1,6 +1,6 @@
-"""The keeper of workloads: which event makes which workload be reconciled, when, and what becomes of the result.
+"""The workload keeper: which event makes it reconcile which workload, when, and what it does with the result.
 
-The seams are `upkeep.reconcile`, the engine's list, and the threads: tasks run at once, and time is what the tests say.
+The fakes are at `upkeep.reconcile`, the engine's list of containers, the worker threads, and the clock.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class Bench:
             raise outcome.error
 
     def take(self, *items: Any) -> list[str]:
-        """Have the keeper handle these, and whatever follows from that now; return what was reconciled meanwhile."""
+        """Have the keeper handle events, and everything that is due then; return the ids that were reconciled."""
         before = len(self.reconciled)
         todo = list(items)
         for _ in range(10):
@@ -103,7 +103,7 @@ class Bench:
         self.now += seconds
         return self.take()
 
-    def troubles(self) -> list[str]:
+    def failures(self) -> list[str]:
         return [item.why for item in self.reported if not isinstance(item, Action)]
 
 
@@ -145,7 +145,7 @@ def test_a_container_that_changes_is_reconciled(bench: Bench) -> None:
     assert bench.wait(600) == []
 
 
-def test_what_is_no_workload_of_ours_is_left_alone(bench: Bench) -> None:
+def test_workloads_of_other_orchestrators_are_ignored(bench: Bench) -> None:
     bench.take(listed())
     bench.keeper.enqueue(EndpointId("vm", "openstack", "vm1", "e" * 32))
     bench.keeper.enqueue(docker("no-id"))
@@ -278,11 +278,11 @@ def test_a_comparison_that_fails_is_reported_and_repeated_after_a_minute(
     bench.take(listed())
     monkeypatch.setattr(sources, "list_containers", no_list)
     bench.wait(300)
-    assert bench.troubles() == ["the workload keeper failed (DockerUnavailable: no list)"]
+    assert bench.failures() == ["the workload keeper failed (DockerUnavailable: no list)"]
     bench.wait(59)
-    assert len(bench.troubles()) == 1
+    assert len(bench.failures()) == 1
     bench.wait(1)
-    assert len(bench.troubles()) == 2
+    assert len(bench.failures()) == 2
 
 
 def test_a_comparison_that_succeeds_ends_the_backoff_of_containers(bench: Bench) -> None:
@@ -304,28 +304,28 @@ def test_a_shorter_grace_time_applies_to_what_is_kept_already(bench: Bench) -> N
     assert bench.collected == [BLUE]
 
 
-def test_a_locked_workload_is_retried_and_reported_only_after_the_patience_for_locks(bench: Bench) -> None:
+def test_a_locked_workload_is_retried_and_reported_only_after_the_lock_timeout(bench: Bench) -> None:
     bench.outcomes[BLUE] = Outcome(state=None, error=Conflict("locked"))
     bench.keeper.enqueue(namespace(BLUE))
     assert bench.take() == [BLUE]
     for _ in range(int(locks.PATIENCE / 0.5) - 1):
         assert bench.wait(0.5) == [BLUE]
-    assert bench.troubles() == []
+    assert bench.failures() == []
     bench.wait(0.5)
     bench.wait(0.5)
-    assert bench.troubles() == [f"namespace {BLUE}: locked"]
+    assert bench.failures() == [f"namespace {BLUE}: locked"]
 
 
 def test_a_failure_is_retried_once_before_it_is_reported_and_reported_once(bench: Bench) -> None:
     bench.outcomes[BLUE] = Outcome(error=CalicoError("no such thing"))
     bench.keeper.enqueue(namespace(BLUE))
     bench.take()
-    assert bench.troubles() == []
+    assert bench.failures() == []
     assert bench.wait(0.5) == [BLUE]
-    assert bench.troubles() == [f"namespace {BLUE}: no such thing"]
+    assert bench.failures() == [f"namespace {BLUE}: no such thing"]
     assert bench.wait(9.0) == []
     assert bench.wait(1.0) == [BLUE]
-    assert len(bench.troubles()) == 1
+    assert len(bench.failures()) == 1
     bench.outcomes[BLUE] = Outcome()
     assert bench.wait(10.0) == [BLUE]
     assert bench.wait(600) == []
@@ -335,7 +335,7 @@ def test_a_failure_that_took_long_is_reported_at_once_and_retried_after_as_long(
     bench.outcomes[BLUE] = Outcome(error=ValueError("odd"), seconds=30.0)
     bench.keeper.enqueue(namespace(BLUE))
     bench.take()
-    assert bench.troubles() == [f"namespace {BLUE}: ValueError: odd"]
+    assert bench.failures() == [f"namespace {BLUE}: ValueError: odd"]
     assert bench.wait(29.0) == []
     assert bench.wait(1.0) == [BLUE]
 
@@ -363,7 +363,7 @@ def test_an_unavailable_store_holds_up_everything_for_a_second(bench: Bench) -> 
     assert bench.wait(0.9) == []
     del bench.outcomes[BLUE]
     assert sorted(bench.wait(0.1)) == [BLUE, "-x"]
-    assert bench.troubles() == []
+    assert bench.failures() == []
 
 
 def test_nothing_is_started_while_the_store_may_not_be_used(bench: Bench) -> None:
@@ -428,17 +428,19 @@ def test_a_namespace_whose_path_comes_back_is_reconciled_when_something_is_mount
     assert bench.take(events.MountsChanged()) == [id], "it was missing meanwhile, though it looks as before"
 
 
-def test_a_source_that_has_ended_is_passed_on_to_the_agent(bench: Bench) -> None:
+def test_the_end_of_a_source_is_reported_to_the_agent(bench: Bench) -> None:
     failed = events.ThreadDied("following the mounts failed")
     bench.take(failed)
     assert bench.reported == [failed]
 
 
-def test_a_defect_is_reported_and_does_not_end_the_keeper(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_internal_error_is_reported_and_does_not_end_the_keeper(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken(host: str, orchestrator: str) -> None:
         raise KeyError("odd")
 
     monkeypatch.setattr(locks, "remove_stale", broken)
     bench.keeper.enqueue(namespace(BLUE))
     bench.take()
-    assert bench.troubles() == ["the workload keeper failed (KeyError: 'odd')"]
+    assert bench.failures() == ["the workload keeper failed (KeyError: 'odd')"]

@@ -1,4 +1,4 @@
-"""The work queue: one item per key, delays, backoff, and limited numbers of workers. Time is what the tests say."""
+"""The work queue: one item per key, delays, backoff, and limited numbers of workers. The tests pass the time in."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_a_key_in_progress_is_not_handed_out_again_before_it_is_done(queue: Work
     assert queue.is_in_progress("a/1")
     assert "a/1" in queue
     assert queue.take(2.0) == []
-    assert queue.next_due() == float("inf"), "nobody is to be woken up for it"
+    assert queue.next_due() == float("inf"), "there is nothing to wake up for"
     queue.done("a/1")
     assert queue.next_due() == 1.0
     assert queue.take(2.0) == ["a/1"]
