@@ -1,6 +1,6 @@
 """Files that several processes use at once: locks, and files that are replaced as a whole.
 
-A lock is flock(2) on a file, so that a process that dies lets go of it.
+A lock is flock(2) on a file, so a process that dies releases it.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ first one again after a run that took longer than the longest pause."""
 
 @dataclass(frozen=True)
 class Process:
-    """A daemon's process, which a pid file and an argument of its own tell from others. `name` is for messages."""
+    """A daemon's process, identified by a pid file and an argument that only it has. Messages call it `name`."""
 
     name: str
     pid_file: Path
@@ -92,7 +92,7 @@ class Daemon:
     def start(self, command: Callable[[], list[str]], adopt: Callable[[int], None]) -> bool:
         """Launch it, and wait until it is ready; return whether it was started.
 
-        A daemon that was started, and does not become ready, is ended: it might become so when nobody supervises it.
+        A daemon that was started, and does not become ready, is ended, since it would not be supervised.
         """
         try:
             started = self.launch(command, adopt)
@@ -197,7 +197,7 @@ class Daemon:
             pause = min(LONGEST_PAUSE, pause * 2)
 
     def _child_has_ended(self) -> bool:
-        """Return whether the process that was started here has ended; one that has is no zombie any more."""
+        """Return whether the process that was started here has ended, and reap it then."""
         return self._child is not None and self._child.poll() is not None
 
     def _last_log_line(self) -> str:

@@ -97,7 +97,7 @@ class Compared:
 
 @dataclass(frozen=True)
 class WorkItem:
-    """A workload to reconcile. `removed` tells that the engine has reported its removal.
+    """A workload to reconcile. `removed` says that the engine has reported its removal.
 
     The grace period counts from `missing_since` or `gone_since`, should the workload turn out to be MISSING or GONE.
     """

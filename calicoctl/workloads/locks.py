@@ -84,7 +84,7 @@ class WorkloadLock:
         return self._content()[2] or None
 
     def forget(self) -> None:
-        """Remove the stored path, and the mark: the workload has nothing on the network any more."""
+        """Remove the stored path, and the mark: the workload no longer has anything on the network."""
         os.ftruncate(self._fd, 0)
         self.clear_all()
 

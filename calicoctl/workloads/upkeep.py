@@ -74,7 +74,7 @@ def reconcile(
     """Reconcile what a workload has on the network with the workload's state; yield each action when it is done.
 
     `may_collect` is called with the state, and returns whether to garbage-collect a workload that is MISSING or GONE
-    now; otherwise its endpoints become inactive. `removed` tells that the engine has reported the container's removal.
+    now; otherwise its endpoints become inactive. `removed` says that the engine has reported the container's removal.
 
     Raises Conflict when another process is changing the workload, DockerUnavailable or NamespaceError when its state
     could not be found out, and CalicoError when something could not be done.
@@ -97,7 +97,7 @@ def reconcile(
             return  # connected by an old tool, say: its path is not known
         state, workload = find_state(orchestrator, id, path, _started(lock, path, ids))
         if state is WorkloadState.GONE and not removed:
-            _refuse_alive(workload, ids)
+            _refuse_other_engines(workload, ids)
         is_absent = state in (WorkloadState.MISSING, WorkloadState.GONE)
         if may_collect(state) and is_absent:
             yield _garbage_collect(datastore, workload, lock, ids, held)
@@ -146,7 +146,7 @@ def _started(lock: WorkloadLock, path: str, ids: list[EndpointId]) -> str | None
     return started
 
 
-def _refuse_alive(workload: Workload, ids: list[EndpointId]) -> None:
+def _refuse_other_engines(workload: Workload, ids: list[EndpointId]) -> None:
     """Raise CalicoError for a container that the engine does not know, but that runs: another engine's."""
     if (
         workload.orchestrator == DOCKER

@@ -1,6 +1,6 @@
 """Finds the workload that a user names, by a Docker name or id, or a namespace's path, and its state.
 
-Also tells which endpoints in the store are a workload's. Changes nothing.
+Also finds a workload's endpoints in the store. Changes nothing.
 """
 
 from __future__ import annotations
@@ -275,7 +275,7 @@ def refuse_other_path(workload: Workload, *paths: object) -> None:
     """Raise CalicoError when a namespace's id is that of another of these paths: `/a-b` and `/a/b` have the same."""
     for path in paths:
         if workload.path is not None and path not in (None, "", workload.path):
-            raise CalicoError(f"{workload.name} cannot be told from {path}, which is connected already: rename one.")
+            raise CalicoError(f"{workload.name} has the same id as {path}, which is connected already: rename one.")
 
 
 def refuse_others_endpoint(datastore: DatastoreClient, workload: Workload, endpoint: Endpoint) -> None:

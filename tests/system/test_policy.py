@@ -469,7 +469,7 @@ def test_output_of_trace(net: AgentHost) -> None:
         ((A4, B4, "icmp", "80"), 2, "icmp has no ports"),
         ((A4, B4, "tcp", "80", "--from-port=x"), 1, "--from-port"),
         ((A4, "/var/run/netns/none", "tcp", "80"), 1, "not connected"),
-        ((A4, "/var/run-netns/b", "tcp", "80"), 1, "cannot be told from /var/run/netns/b"),
+        ((A4, "/var/run-netns/b", "tcp", "80"), 1, "has the same id as /var/run/netns/b"),
         ((A4, "127.0.0.1", "tcp", "80"), 1, "127.0.0.1 cannot be used"),
         (("0.0.0.0", B4, "tcp", "80"), 1, "0.0.0.0 cannot be used"),
         ((A4, "f" * 32, "tcp", "80"), 1, "is no endpoint's id"),
