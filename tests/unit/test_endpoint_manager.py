@@ -125,6 +125,8 @@ def test_what_fails_is_an_error_and_is_retried_at_the_tick(world: EndpointWorld)
     world.routes.refuses = set()
     world.tick()
     assert world.status(1) == ("up", None) and world.routes.routes == {11: (B,)}
+    world.manager.on_event(Tick())
+    assert not world.manager.needs_apply, "nothing is left to retry"
 
 
 def test_an_endpoint_that_is_removed_loses_its_routes_and_its_status(world: EndpointWorld) -> None:
@@ -213,6 +215,9 @@ def test_unknown_interfaces_are_reported_at_the_second_tick(world: EndpointWorld
     assert world.health.unknown_interfaces == []
     world.tick()
     assert world.health.unknown_interfaces == ["cali9"]
+    world.store.endpoint(9, B, state="nonsense")
+    world.tick()
+    assert world.health.unknown_interfaces == [], "its record is refused, but there"
     world.store.endpoint(9, B)
     world.tick()
     assert world.health.unknown_interfaces == []
