@@ -96,7 +96,7 @@ class EnvironmentFile:
             removal = ""
             if not self.path.exists():
                 removal = f", {_MADE_FILE if self.path.parent.exists() else _MADE_FOLDER}, if nothing else is left"
-            made = f" ('calicoctl node remove' takes these lines out{removal})"
+            made = f" ('calicoctl node remove' removes these lines{removal})"
         lines = "".join(f"{name}={value}\n" for name, value in variables.items())
         # at the beginning: at the end, they might continue an unfinished last line
         self._replace(f"{_BEGIN}{made}\n{lines}{_END}\n{_OWN_LINES.sub('', text)}")

@@ -39,10 +39,10 @@ def _part(text: str, chosen: list[Usage], words: list[str]) -> str:
             block = "\n".join(["Usage:", *(f"  {usage.text}" for usage in chosen)])
         elif block.startswith("Options:"):
             entries = re.findall(r"^  \S.*(?:\n    +.*)*", block, re.MULTILINE)
-            told = [
+            wanted = [
                 entry for entry in entries if names & set(re.findall(r"<[^>]+>|--?[a-z0-9-]+", entry.split("  ")[1]))
             ]
-            block = "\n".join(["Options:", *told]) if told else ""
+            block = "\n".join(["Options:", *wanted]) if wanted else ""
         elif block.startswith("Examples:"):
             lines = [line for line in block.splitlines()[1:] if set(words) <= set(line.split())]
             block = "\n".join(["Examples:", *lines]) if lines else ""

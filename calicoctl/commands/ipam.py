@@ -72,7 +72,7 @@ def _info(address: IPAddress, as_json: bool) -> None:
     name = facts.get("workload_name")
     if user is not None and (record := datastore.readable(user)) is not None:
         name = record.workload_name or name
-    told = {
+    shown = {
         "ip": str(address),
         "assigned": owner is not None,
         "pool": pool,
@@ -89,15 +89,18 @@ def _info(address: IPAddress, as_json: bool) -> None:
         "in_use": user is not None,
     }
     if as_json:
-        print_json(told)
+        print_json(shown)
     elif owner is not None or user is not None:
         print(f"IP {address} is {'in use' if user else 'assigned, but no endpoint has it'}.")
         for name, value in (
             ("Pool", pool or "none"),
-            ("Block", f"{told['block'] or 'none'}{', of host ' + str(told['affinity']) if told['affinity'] else ''}"),
-            *((name.capitalize(), told[name]) for name in ("handle", "host", "orchestrator", "workload")),
-            ("Name", told["workload_name"]),
-            *((name.capitalize(), told[name]) for name in ("endpoint", "interface", "namespace")),
+            (
+                "Block",
+                f"{shown['block'] or 'none'}{', of host ' + str(shown['affinity']) if shown['affinity'] else ''}",
+            ),
+            *((name.capitalize(), shown[name]) for name in ("handle", "host", "orchestrator", "workload")),
+            ("Name", shown["workload_name"]),
+            *((name.capitalize(), shown[name]) for name in ("endpoint", "interface", "namespace")),
         ):
             if value is not None:
                 print(one_line(f"  {name + ':':13} {value}"))

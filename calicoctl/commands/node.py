@@ -160,7 +160,7 @@ def _start(
             if log_dir is not None:
                 _make(log_dir)
             if written:
-                print(f"All commands find it by {EnvironmentFile().path}.")
+                print(f"All commands find it through {EnvironmentFile().path}.")
             _register(datastore, ipv4, given, every, as_num)
             if in_background:
                 _start_agent(host, options)
@@ -183,9 +183,9 @@ def _refuse_taken(datastore: DatastoreClient, *addresses: str | None) -> None:
         if other is not None:
             raise CalicoError(
                 f"{address} is the address of host {other}, which is registered, too. If that is this host's former "
-                f"name, go on under it with 'HOSTNAME={other} calicoctl node', or take it out of etcd first with "
+                f"name, keep using it with 'HOSTNAME={other} calicoctl node', or remove it from etcd first with "
                 f"'calicoctl node remove --hostname={other}'; --force registers {datastore.host} with that address "
-                "all the same."
+                "nevertheless."
             )
 
 
@@ -213,7 +213,7 @@ def _register(
     datastore.hosts.register(ipv4, given[6], as_num)
     for address in filter(None, given.values()):
         if address not in every:
-            warn(f"Warning: {address} is not an address of this host, as far as can be seen.")
+            warn(f"Warning: {address} does not seem to be an address of this host.")
     for address in filter(None, (ipv4, given[6])):
         if datastore.ipam.owner(parse_address(address)) is not None:
             warn(
@@ -241,8 +241,8 @@ def _start_agent(host: str, options: process.Options) -> None:
         time.sleep(heartbeat.POLL_INTERVAL)
     if options.metrics_port not in (None, (process.report(host) or {}).get("metrics_port")):
         warn(
-            "Warning: --metrics-port has no effect on it. End it with 'calicoctl node stop --force', which disturbs no "
-            "packets, and repeat this."
+            "Warning: --metrics-port has no effect on it. Stop it with 'calicoctl node stop --force', which interrupts "
+            "no traffic, and repeat this."
         )
 
 
@@ -258,7 +258,7 @@ def _started_etcd(host: str, log_dir: str) -> tuple[LocalEtcd, bool]:
     if pid and (process.report(host) or {}).get("local_etcd") is False:
         raise CalicoError(
             f"The host agent (process {pid}) was started without --local-etcd, and would not supervise an etcd. "
-            "End it with 'calicoctl node stop --force', which disturbs no packets, and repeat this."
+            "Stop it with 'calicoctl node stop --force', which interrupts no traffic, and repeat this."
         )
     etcd = LocalEtcd(host, log_dir)
     etcd.refuse_other_settings()
@@ -300,7 +300,7 @@ def _stop(force: bool) -> None:
     stopped = process.stop(host)
     etcd_stopped = local_etcd.stop(host)
     if stopped:
-        print(f"The host agent (process {stopped}) has ended; what it has set up stays.")
+        print(f"The host agent (process {stopped}) has ended; the data plane stays.")
     if etcd_stopped:
         print("The local etcd has ended.")
     if not (stopped or etcd_stopped):
@@ -370,7 +370,7 @@ def _refuse_alive(datastore: DatastoreClient, this_one: bool) -> None:
     if who is not None:
         raise CalicoError(
             f"{who} reports for host {host}, so the host is not gone. End that agent first; its last report expires "
-            f"within {heartbeat.TIME_TO_LIVE} s. --force removes the host all the same."
+            f"within {heartbeat.TIME_TO_LIVE} s. --force removes the host nevertheless."
         )
 
 

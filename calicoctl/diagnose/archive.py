@@ -235,13 +235,13 @@ def _known_fields(value: Any, objects: bool = False) -> Any:
 
 def _docker() -> str:
     info = engine.info()
-    told: dict[str, Any] = {name: info.get(name) for name in _DOCKER_INFO}
-    told["Containers"] = [
+    known: dict[str, Any] = {name: info.get(name) for name in _DOCKER_INFO}
+    known["Containers"] = [
         {name: container.get(name) for name in _CONTAINER}
         | {"NetworkMode": (container.get("HostConfig") or {}).get("NetworkMode")}
         for container in engine.containers()
     ]
-    return json.dumps(told, indent=1)
+    return json.dumps(known, indent=1)
 
 
 def _end_of(path: Path) -> str:

@@ -140,7 +140,7 @@ def _of_block(datastore: DatastoreClient, block: Block) -> Iterator[Finding]:
             yield Finding(
                 "address",
                 str(block.address(ordinal)),
-                f"it is used on host {host}, but its block {block.cidr} is kept to {block.affinity.replace(':', ' ')}",
+                f"it is used on host {host}, but block {block.cidr} is reserved for {block.affinity.replace(':', ' ')}",
                 "reconnect its workload with another address",
             )
 

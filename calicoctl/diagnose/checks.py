@@ -114,7 +114,9 @@ def load_modules() -> list[str]:
 
 def _root() -> Check:
     is_root = os.geteuid() == 0
-    return Check("root", is_root, "yes" if is_root else "no", advice="run this, and what changes containers, with sudo")
+    return Check(
+        "root", is_root, "yes" if is_root else "no", advice="run this, and commands that change containers, with sudo"
+    )
 
 
 def _kernel() -> Iterator[Check]:
@@ -127,7 +129,7 @@ def _kernel() -> Iterator[Check]:
         ("nftables: policy, connection tracking, NAT, ARP", lambda: Nft().run(_TABLES)),
     ):
         if os.geteuid() != 0:
-            yield Check(name, False, "not tried, which takes root", False, "run this as root, to find out")
+            yield Check(name, False, "not tried: that needs root", False, "run this as root, to find out")
             continue
         why = _in_new_namespace(work)
         yield Check(name, why is None, why or "works", advice=advice)
@@ -266,13 +268,13 @@ def _firewall(docker_runs: bool) -> Check:
     except CalicoError as error:
         return Check(name, False, str(error), docker_runs, "repair the host's iptables")
     if not missing:
-        return Check(name, True, "nothing drops what comes from containers, or goes to them", False)
+        return Check(name, True, "nothing drops packets from or to containers", False)
     running = _agent() is not None
     agent = "should accept it there, and does not" if running else "will accept it there"
     return Check(
         name,
         not running,
-        f"{', '.join(missing)} would drop what is forwarded; the agent {agent}",
+        f"{', '.join(missing)} would drop forwarded packets; the agent {agent}",
         running,
         "see the agent's last error in 'calicoctl status'",
     )
@@ -294,7 +296,7 @@ def _old_felix() -> Check:
     return Check(
         name,
         not found,
-        f"{chains}. They drop packets of containers that are new" if found else "none",
+        f"{chains}. They drop packets of new containers" if found else "none",
         False,
         f"end the old agent if it runs, then, as root: {commands}",
     )
@@ -305,7 +307,7 @@ def _etcd() -> Iterator[Check]:
     try:
         yield Check(name, True, f"version {DatastoreClient.from_environment().store_version()}")
     except CalicoError as error:
-        yield Check(name, False, str(error), advice="do what is said under 'Found'")
+        yield Check(name, False, str(error), advice="see 'Found'")
     yield _local_etcd()
 
 
@@ -322,7 +324,7 @@ def _local_etcd() -> Check:
     try:
         etcd.resolve_port(stay=agent is not None)
     except CalicoError as error:
-        return Check(name, False, str(error), False, "for 'calicoctl node --local-etcd', do what is said under 'Found'")
+        return Check(name, False, str(error), False, "for 'calicoctl node --local-etcd', see 'Found'")
     pid = etcd.running()
     if pid is not None:
         return Check(name, True, f"runs at {etcd.url} (process {pid})", False)

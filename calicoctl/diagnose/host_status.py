@@ -144,7 +144,7 @@ def _agent(status: dict[str, Any], pid: int | None) -> Iterator[Issue]:
         yield Issue(AGENT, f"The agent of host {host} (process {pid}) has not reported yet", "", True)
     elif not report["current"]:
         text = f"The agent of host {host} (process {pid}) has not reported for {report['age'] or 0:.0f} s: it hangs"
-        advice = f"'kill -9 {pid}' does no harm to what it has set up; 'calicoctl node' starts it again"
+        advice = f"'kill -9 {pid}' leaves the data plane as it is; 'calicoctl node' starts it again"
         yield Issue(AGENT, text, advice, True)
     elif status["replaced"]:
         yield Issue(AGENT, status["replaced"], "", True)
@@ -190,7 +190,7 @@ def _unknown_interfaces(status: dict[str, Any]) -> Iterator[Issue]:
         text = (
             f"{len(names)} interface{'s' if len(names) > 1 else ''} cali… of this host in no endpoint's record ({some})"
         )
-        yield Issue(HOST, f"{text}, which pass nothing", "was the host called something else when they were connected?")
+        yield Issue(HOST, f"{text}, which pass nothing", "did the host have another name when they were connected?")
 
 
 def _without_agent(datastore: DatastoreClient) -> dict[str, Any]:

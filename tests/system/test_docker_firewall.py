@@ -84,7 +84,7 @@ def test_a_path_without_sbin_hides_no_firewall(pair: AgentHost) -> None:
         assert "running" in run(*command, "node", f"--ip={HOST_IP}", f"--log-dir={LOG_DIR}", cwd="/").out
         assert len(ours("FORWARD")) == 2 and ping("a", B4, patience=PATIENT), environment
         checked = run(*command, "checksystem", check=False).out
-        assert "nothing drops what comes from containers" in checked and "not there (needed beside" not in checked
+        assert "nothing drops packets from or to containers" in checked and "not there (needed beside" not in checked
         run(*command, "node", "stop", "--force")
         run("iptables", "-F", "FORWARD")
     run("ip6tables", "-P", "FORWARD", "DROP")  # what a machine's own script sets

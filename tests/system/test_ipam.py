@@ -228,7 +228,7 @@ def test_fields_of_newer_tools_in_a_block(host: Host) -> None:
     change_block(host, lambda block: block.update(unallocated=[2]))
     found = {(one["kind"], one["problem"]): one["fixed"] for one in check(host, "--fix")}
     assert found["block", 'its "unallocated" lists 2, which is not free'] is True
-    assert found["address", "it is used on host host2, but its block 192.168.0.0/26 is kept to host host1"] is False
+    assert found["address", "it is used on host host2, but block 192.168.0.0/26 is reserved for host host1"] is False
     block = json.loads(host.etcd.get(BLOCK))
     assert set(block["unallocated"]) == {n for n, a in enumerate(block["allocations"]) if a is None}
     host.ctl("ipam", "release", "192.168.0.30", "--force")
