@@ -1,4 +1,4 @@
-"""calicoctl with a fault in what it stands on. Takes calicoctl's arguments; the environment says which fault.
+"""calicoctl with an injected fault. Takes calicoctl's arguments; the environment says which fault.
 
 FAULT=fail:N    the N-th change of etcd or the kernel (from 0) is refused
 FAULT=kill:N    the process is killed with -9 right after the N-th change

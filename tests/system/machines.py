@@ -1,4 +1,4 @@
-"""Machines besides the one that the tests run on, each with what tells machines apart: its id, its boot, its /run."""
+"""More machines than the one that the tests run on, each with its own machine id, boot id and /run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the system tests look at the world with: etcd over plain HTTP, the kernel through `ip`, calicoctl as a command.
+"""How system tests inspect the system: etcd over plain HTTP, the kernel through `ip`, calicoctl as a command.
 
 Nothing here uses the code under test.
 """

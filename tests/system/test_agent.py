@@ -1,4 +1,4 @@
-"""The agent's life on a real host: started, stopped, killed, cut off from etcd; and what it makes of what it finds."""
+"""The agent's lifecycle on a real host: started, stopped, killed, cut off from etcd; and its data plane."""
 
 from __future__ import annotations
 

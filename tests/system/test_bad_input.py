@@ -1,4 +1,4 @@
-"""Everything wrong that a user can type, or have around: one clear line, the right status, and nothing changed."""
+"""Wrong command lines and environments: one clear line, the right exit status, and nothing changed."""
 
 from __future__ import annotations
 

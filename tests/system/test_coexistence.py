@@ -1,4 +1,4 @@
-"""What the agent shares its host with: agents of other names, other people's routes, firewalls, users and settings."""
+"""The agent next to agents of other names, foreign routes, firewalls, users and sysctls on one host."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pools, BGP, settings, endpoints and batches: what is typed, what is printed, and what is in etcd then."""
+"""Commands about pools, BGP, settings, endpoints and batches: input, output, and the result in etcd."""
 
 from __future__ import annotations
 

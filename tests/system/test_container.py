@@ -1,4 +1,4 @@
-"""Every form of `container`, on Docker containers and namespaces, seen in the kernel and in etcd."""
+"""Every form of `container`, on Docker containers and namespaces: the result in the kernel and in etcd."""
 
 from __future__ import annotations
 

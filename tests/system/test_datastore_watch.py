@@ -1,4 +1,4 @@
-"""The agent and the store: one that is away, that forgets, is set back, or answers as no etcd should."""
+"""The agent's watch of a store that is unreachable, compacted, restored from a backup, or answers nonsense."""
 
 from __future__ import annotations
 

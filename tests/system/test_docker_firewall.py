@@ -1,4 +1,4 @@
-"""Next to a Docker Engine with its firewall: our packets pass, Docker's own networks go on working."""
+"""Next to a Docker Engine with its firewall: Calico's packets pass, and Docker's own networks keep working."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every command line of the documents is run, the way a reader would."""
+"""Runs every command line in the documentation, as a reader would."""
 
 from __future__ import annotations
 

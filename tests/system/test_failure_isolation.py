@@ -1,4 +1,4 @@
-"""What is wrong with one workload, or with the Docker Engine, is nobody else's trouble. With a running agent."""
+"""A failure of one workload, or of the Docker Engine, does not affect other workloads. With a running agent."""
 
 from __future__ import annotations
 

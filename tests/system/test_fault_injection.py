@@ -1,4 +1,4 @@
-"""Nothing is lost: each step of connecting and disconnecting fails, is cut short by kill -9, or is not answered.
+"""Nothing leaks: each step of connecting and disconnecting fails, is interrupted by kill -9, or gets no answer.
 
 The steps are counted by a run without fault, so a step that is added later is tested, too.
 """

@@ -1,4 +1,4 @@
-"""Many open files, and none that can be opened any more: inherited ones, connections for metrics, a limit reached."""
+"""File descriptors: many inherited ones, connections for metrics, and an exhausted limit."""
 
 from __future__ import annotations
 

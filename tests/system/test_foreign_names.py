@@ -1,4 +1,4 @@
-"""What other tools have called things: longer names than ours are as good as others, and odd ones can be removed."""
+"""Names that other tools have chosen: longer ones work like others, and invalid ones can be removed."""
 
 from __future__ import annotations
 

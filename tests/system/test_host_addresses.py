@@ -1,4 +1,4 @@
-"""The host's own addresses, gateways and networks, and other hosts' addresses: no container has them."""
+"""No container gets an address of the host, of its gateways and networks, or of other hosts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A host's name and addresses are its own: a host whose name changes, and a second machine under a name in use."""
+"""A host's name and addresses are unique: a host whose name changes, and a second machine with a name in use."""
 
 from __future__ import annotations
 

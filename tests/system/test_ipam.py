@@ -1,4 +1,4 @@
-"""Who has which address, as told, and what `ipam check` finds and puts right."""
+"""`ipam`: what it shows, and what `ipam check` finds and repairs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Peak memory of commands, also with a lot in the store."""
+"""Peak memory of commands, also with many objects in the store."""
 
 from __future__ import annotations
 

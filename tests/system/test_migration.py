@@ -1,4 +1,4 @@
-"""A host that the Felix of 2015 has run on: what it leaves in iptables, and how that is found and taken away."""
+"""A host that the Felix of 2015 has run on: its leftovers in iptables, and how they are found and removed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A workload knows the MAC of its next hop for good: nobody has to answer it, whatever the host's ARP settings are."""
+"""Permanent neighbour entries: workloads reach their next hop regardless of the host's ARP settings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What no command can be made to show on demand: an interrupt while something is being done in a namespace."""
+"""An interrupt during an operation in a namespace, which no command can be made to meet on demand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `node` writes, and which address it finds. What the agent does, other tests tell."""
+"""What `node` writes to the store, and which address it detects. Other tests are about the agent."""
 
 from __future__ import annotations
 

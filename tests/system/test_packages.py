@@ -1,4 +1,4 @@
-"""What `make packages` does on hosts with and without a Docker Engine of somebody else's: it never removes a package.
+"""`make packages` on hosts with and without a foreign Docker Engine: it never removes a package.
 
 The packages are stand-ins, with the relations of the real ones (Docker's deb/common/control; Debian's docker.io), in a
 dpkg and apt of their own: `/etc`, `/usr` and `/var` are overlays that only the commands of the test see.

@@ -1,4 +1,4 @@
-"""What profiles let through, with real packets between namespaces, the host, and a machine beyond it."""
+"""Policy, with real packets between namespaces, the host, and a machine behind it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A store that lets this user read, and not write: nothing is done by halves."""
+"""A store that this user may only read: commands fail before they change anything."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One host and one store, whoever runs a command: the file of settings, and the local etcd's lines in it."""
+"""The settings file, which gives every user's commands the same host and store, and the local etcd's lines in it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Containers that are started, stopped, killed, removed and made again at random, while everything else fails, too.
+"""Containers are started, stopped, killed, removed and created at random, while etcd, Docker and the agent fail, too.
 
 SOAK_SECONDS and SOAK_CONTAINERS say how long, and with how many; SOAK_SEED repeats a run's choices.
 """

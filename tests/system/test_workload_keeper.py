@@ -1,4 +1,4 @@
-"""Containers and namespaces keep their network: restarts, removals, crashes, reboots. With a running agent."""
+"""Containers and namespaces keep their network through restarts, crashes and reboots. With a running agent."""
 
 from __future__ import annotations
 

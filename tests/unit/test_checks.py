@@ -1,4 +1,4 @@
-"""What `checksystem` makes of a machine's neighbour tables, which no test may fill: all of the machine share them."""
+"""How `checksystem` assesses neighbour tables. No test may fill a real one, which all of the machine share."""
 
 from __future__ import annotations
 

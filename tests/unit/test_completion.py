@@ -1,4 +1,4 @@
-"""What may come next on a command line, out of the grammars alone."""
+"""Completion candidates that come from the grammars alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Connections as the kernel's connection tracking tells of them."""
+"""Decoding the entries of the kernel's connection tracking."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where our rules belong in the host's own firewall, read from what `iptables-save` prints."""
+"""Where the agent's rules belong in the host's own firewall, by the output of `iptables-save`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pages of the commands and the man page say what `--help` says."""
+"""The pages of the commands and the man page agree with the help texts."""
 
 from __future__ import annotations
 

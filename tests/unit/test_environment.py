@@ -1,4 +1,4 @@
-"""The file of settings: systemd's syntax, what is taken from it, and calicoctl's own lines in it."""
+"""The settings file: systemd's syntax, which variables are used, and calicoctl's own lines in it."""
 
 from __future__ import annotations
 

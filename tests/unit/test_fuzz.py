@@ -1,4 +1,4 @@
-"""Whatever is typed, and whatever etcd holds, is answered with a sentence: no traceback, no defect."""
+"""Any command line, and any value in etcd, is answered with a sentence: no traceback, no internal error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who may report for a host: agents of several machines, which share one store."""
+"""Which agent may report for a host, when agents on several machines share one store."""
 
 from __future__ import annotations
 

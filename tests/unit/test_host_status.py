@@ -1,4 +1,4 @@
-"""What `status` tells of an agent's report: one shape, what is wrong worst first, how old it is."""
+"""How `status` assesses an agent's report: one shape, problems worst first, its age."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Locks of workloads: exclusive, gone with their holder, and with no file left."""
+"""Locks of workloads: exclusive, released when their holder dies, and without leftover files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The JSON of the store: liberal reading, and nothing lost when a value is written again."""
+"""The JSON of the store: tolerant reading, and nothing lost when a value is rewritten."""
 
 from __future__ import annotations
 

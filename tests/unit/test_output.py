@@ -1,4 +1,4 @@
-"""Tables that fit a terminal: how they give way, and that nothing is lost by it."""
+"""Tables fit a terminal: how they are wrapped, and that nothing is lost."""
 
 from __future__ import annotations
 

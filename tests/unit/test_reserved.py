@@ -1,4 +1,4 @@
-"""What is not for workloads, out of what a host has: addresses, networks, gateways."""
+"""Addresses that are not for workloads: those of a host, its networks and gateways."""
 
 from __future__ import annotations
 

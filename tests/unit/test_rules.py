@@ -1,4 +1,4 @@
-"""The text of rules: what is read, what is refused, and that text and rule are each other's inverse."""
+"""The text of rules: what is accepted and refused, and that parsing and printing are inverse."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The trimmed imports: that they save what they are for, and that what was left out still comes when it is needed.
+"""Trimmed imports: which modules are not loaded, and that they are loaded on demand.
 
 Each runs in a process of its own, since what is imported stays imported.
 """

@@ -1,4 +1,4 @@
-"""What the agent makes of the store: one key at a time, each affecting what it names alone."""
+"""The snapshot, key by key: an invalid value affects only the object that its key names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a user is told whose words do not fit: the word, the nearest that would, and the usage that comes closest."""
+"""Errors for wrong command lines: the wrong word, the nearest right one, and the closest usage."""
 
 from __future__ import annotations
 

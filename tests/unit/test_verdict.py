@@ -1,4 +1,4 @@
-"""The verdict for one packet: each condition of a rule, and the order in which profiles are asked."""
+"""The verdict for one packet: each condition of a rule, and the order in which profiles are evaluated."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What tells one process's namespace from another's."""
+"""How the namespace of one process is distinguished from another's."""
 
 from __future__ import annotations
 
