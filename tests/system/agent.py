@@ -166,7 +166,7 @@ def kernel() -> dict[str, str]:
 
 
 def holds(condition, seconds: float) -> bool:
-    """Tell whether a condition holds all the time for so long."""
+    """Return whether a condition holds all the time for so long."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         if not condition():

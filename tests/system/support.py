@@ -76,7 +76,7 @@ def end_process(pid_file: Path) -> None:
 
 
 def gone(pid: int) -> bool:
-    """Tell whether a process has ended, even if nobody has asked for its exit status yet."""
+    """Return whether a process has ended, even if nobody has asked for its exit status yet."""
     try:
         return "\nState:\tZ" in Path(f"/proc/{pid}/status").read_text()
     except (FileNotFoundError, ProcessLookupError):

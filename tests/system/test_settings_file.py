@@ -128,7 +128,7 @@ def stock(bare_host: Host, tmp_path: Path) -> Iterator[StockEtcd]:
 
 
 def listens(port: int) -> bool:
-    """Tell whether somebody has a port of 127.0.0.1."""
+    """Return whether somebody has a port of 127.0.0.1."""
     with socket.socket() as one:
         one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

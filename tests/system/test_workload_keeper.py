@@ -45,7 +45,7 @@ def container_links(name: str) -> dict[str, dict]:
 
 
 def connected(host: AgentHost, key: str) -> bool:
-    """Tell whether the agent says that the endpoint, as its record is now, is up."""
+    """Return whether the agent says that the endpoint, as its record is now, is up."""
     answer = host.etcd._request("GET", key, "?quorum=true")
     status = host.endpoint_status(key)
     return bool(answer and status and status["status"] == "up" and status["index"] >= answer["node"]["modifiedIndex"])
@@ -58,7 +58,7 @@ def record(host: Host, workload: str) -> dict | None:
 
 
 def is_clean(host: Host) -> bool:
-    """Tell whether no workload has anything left, but for what the agent keeps of itself."""
+    """Return whether no workload has anything left, but for what the agent keeps of itself."""
     files = [file.name for file in Path(f"/run/calico/{host.name}").glob("*.*")]
     return (
         host.records() == {}
@@ -160,7 +160,7 @@ def test_a_containers_name_is_followed_and_given_back_to_its_record(containers: 
     key, id = key_of(containers, "workload"), id_of("workload")
 
     def is_called(name: str) -> bool:
-        """Tell whether the record, and what stands beside all addresses, have a name, and the endpoint is well."""
+        """Return whether the record, and what stands beside all addresses, have a name, and the endpoint is well."""
         held = [one["secondary"] for one in containers.allocations().values() if one["handle_id"] == f"docker.{id}"]
         names = [one["workload_name"] for one in held]
         return names == [name] * 2 and containers.records()[key].get("workload_name") == name

@@ -98,7 +98,7 @@ def tcp(
     source_port: int = 0,
     patience: float = QUICK,
 ) -> bool:
-    """Tell whether a TCP connection from one namespace to an address of another can be made."""
+    """Return whether a TCP connection from one namespace to an address of another can be made."""
     with listener(target, address, port):
         client = connect(source, address, port, source_port, patience)
         if client is None:
@@ -121,7 +121,7 @@ def udp(
     source_port: int = 0,
     patience: float = QUICK,
 ) -> bool:
-    """Tell whether a UDP packet gets there, and its answer back."""
+    """Return whether a UDP packet gets there, and its answer back."""
 
     def make(bound: tuple[str, int] | None) -> socket.socket:
         made = socket.socket(family_of(address), socket.SOCK_DGRAM)
@@ -144,13 +144,13 @@ def udp(
 
 
 def ping(source: str | None, address: str, patience: float = QUICK) -> bool:
-    """Tell whether an echo request is answered."""
+    """Return whether an echo request is answered."""
     prefix = ["ip", "netns", "exec", source] if source else []
     return run(*prefix, "ping", "-n", "-c", "1", "-W", str(patience), address, check=False).status == 0
 
 
 def flows(client: socket.socket, server: socket.socket, patience: float = QUICK) -> bool:
-    """Tell whether a connection still carries data, in both directions."""
+    """Return whether a connection still carries data, in both directions."""
     for one, other in ((client, server), (server, client)):
         try:
             one.send(b"x")
