@@ -270,9 +270,8 @@ def _started_etcd(host: str, log_dir: str) -> tuple[LocalEtcd, bool]:
 
 def _restart() -> None:
     why = (process.report(hostname()) or {}).get("replaced")
-    if why and process.running(
-        hostname()
-    ):  # a new agent would take over the name as soon as the other agent's heartbeat expires
+    # a new agent would take over the name as soon as the other agent's heartbeat expires
+    if why and process.running(hostname()):
         raise CalicoError(f"{why}. It is not restarted.")
     print(f"The host agent is restarted (process {process.restart(hostname())}).")
 
