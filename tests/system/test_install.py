@@ -124,7 +124,7 @@ def test_installing_over_a_running_agent_restarts_it_on_whole_files_and_no_packe
     before = tree(prefix)
 
     failed = make("install", prefix, PYTHON="/bin/false")
-    assert failed.status != 0 and "What was there is as it was" in failed.err, failed
+    assert failed.status != 0 and "The installed version is unchanged" in failed.err, failed
     assert host.pid == old and tree(prefix) == before
 
     with pinging():

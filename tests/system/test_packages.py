@@ -156,5 +156,5 @@ def test_installing_calicoctl_installs_what_running_needs_and_nothing_else(tmp_p
     machine = Machine(tmp_path, release, (*ENGINE, *others, "iptables"))
     done = machine.run("make", "install", f"PREFIX={tmp_path}/prefix", "PYTHON=/bin/false")
     assert done.status != 0 and "Installing iptables\n" in done.out, done
-    assert "The new version could not be made" in done.err, "it has come as far as that"
+    assert "The new version could not be built" in done.err, "it has come as far as that"
     assert machine.packages() == {"iptables"}
