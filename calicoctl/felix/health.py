@@ -141,7 +141,7 @@ class Health:
     last_error: dict[str, str] | None = None
     resyncs: int = 0
     reattached: int = 0
-    """Workloads that were given their interface back."""
+    """Workloads that were re-attached."""
     collected: int = 0
     """Workloads, and leftovers of interrupted commands, that were garbage-collected."""
 

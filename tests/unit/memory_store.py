@@ -27,13 +27,13 @@ class Lost:
     meanwhile: Callable[[], object] = lambda: None
 
 
-Trouble = Union[str, Lost, None]
+Fault = Union[str, Lost, None]
 
 
 class MemoryStore:
     """Implements the Store protocol. Time passes only when a test adds to `clock`, in seconds.
 
-    `trouble` is called before each create, update and delete, and returns what goes wrong with it:
+    `fault` is called before each create, update and delete, and returns what goes wrong with it:
 
     * None: nothing;
     * "conflict": another writer changes the key right before;
@@ -48,7 +48,7 @@ class MemoryStore:
         self.entries: dict[str, Entry] = {}
         self.revision = 0
         self.clock = 0.0
-        self.trouble: Callable[[], Trouble] = lambda: None
+        self.fault: Callable[[], Fault] = lambda: None
         self.before_read: Callable[[], None] = lambda: None
         self._expiry: dict[str, float] = {}
         self._history: deque[tuple[int, Change]] = deque(maxlen=HISTORY)
@@ -129,17 +129,17 @@ class MemoryStore:
 
     def _write(self, key: str, apply: Callable[[], Entry], verdict: Verdict) -> Entry:
         """Apply a conditional write, with what goes wrong."""
-        trouble = self.trouble()
-        if trouble == "down":
+        fault = self.fault()
+        if fault == "down":
             raise StoreUnavailable("etcd cannot be reached")
-        if trouble == "conflict" and key in self.entries:
+        if fault == "conflict" and key in self.entries:
             self._put(key, self.entries[key].value, created=self.entries[key].created)
-        if trouble == "lost":
-            trouble = Lost(meanwhile=lambda: self._reformat(key))
-        if isinstance(trouble, Lost):
-            if trouble.applied:
+        if fault == "lost":
+            fault = Lost(meanwhile=lambda: self._reformat(key))
+        if isinstance(fault, Lost):
+            if fault.applied:
                 apply()
-            trouble.meanwhile()
+            fault.meanwhile()
             applied = verdict(self._now(key))
             if applied is not None:
                 return applied

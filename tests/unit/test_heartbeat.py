@@ -167,10 +167,10 @@ def test_an_agent_removes_its_own_status_only(world: World) -> None:
 def test_a_store_that_is_away_takes_no_name_from_anybody(world: World) -> None:
     agent = world.agent(world.machine())
     agent.beat({})
-    world.store.trouble = lambda: "down"
+    world.store.fault = lambda: "down"
     with pytest.raises(StoreUnavailable):
         agent.beat({})
-    world.store.trouble = lambda: None
+    world.store.fault = lambda: None
     assert agent.beat({}) is None
 
 

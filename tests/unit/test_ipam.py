@@ -63,7 +63,7 @@ def addresses_in(version: int) -> st.SearchStrategy[IPAddress]:
 
 ANY_ADDRESS = addresses_in(4) | addresses_in(6)
 HANDLES = st.sampled_from(["h1", "h2", "h3", None])
-TROUBLE = st.lists(st.sampled_from([None, None, None, "conflict", "lost"]), max_size=6)
+FAULTS = st.lists(st.sampled_from([None, None, None, "conflict", "lost"]), max_size=6)
 
 
 class IpamMachine(RuleBasedStateMachine):
@@ -76,17 +76,17 @@ class IpamMachine(RuleBasedStateMachine):
         self.model: dict[str, str | None] = {}
         self.calls = 0
 
-    def trouble(self, sequence: list[str | None]) -> None:
+    def fault(self, sequence: list[str | None]) -> None:
         left = list(sequence)
-        self.store.trouble = lambda: left.pop() if left else None
+        self.store.fault = lambda: left.pop() if left else None
 
     def owner(self, handle: str | None) -> Owner:
         self.calls += 1
         return Owner(handle, {"endpoint": str(self.calls)})
 
-    @rule(host=st.sampled_from(HOSTS), address=ANY_ADDRESS, handle=HANDLES, trouble=TROUBLE)
-    def assign(self, host: str, address: IPAddress, handle: str | None, trouble: list) -> None:
-        self.trouble(trouble)
+    @rule(host=st.sampled_from(HOSTS), address=ANY_ADDRESS, handle=HANDLES, fault=FAULTS)
+    def assign(self, host: str, address: IPAddress, handle: str | None, fault: list) -> None:
+        self.fault(fault)
         try:
             self.hosts[host].assign(address, self.owner(handle))
         except AddressTaken:
@@ -100,10 +100,10 @@ class IpamMachine(RuleBasedStateMachine):
         count=st.integers(1, 70),
         version=st.sampled_from([4, 6]),
         handle=HANDLES,
-        trouble=TROUBLE,
+        fault=FAULTS,
     )
-    def auto_assign(self, host: str, count: int, version: int, handle: str | None, trouble: list) -> None:
-        self.trouble(trouble)
+    def auto_assign(self, host: str, count: int, version: int, handle: str | None, fault: list) -> None:
+        self.fault(fault)
         found = self.hosts[host].auto_assign(count, POOLS[version], self.owner(handle))
         assert len(set(found)) == len(found)
         networks = [ipaddress.ip_network(pool.cidr) for pool in POOLS[version]]
@@ -115,9 +115,9 @@ class IpamMachine(RuleBasedStateMachine):
         assert len(found) == min(count, free), "free addresses were not found"
         self.model.update({str(address): handle for address in found})
 
-    @rule(host=st.sampled_from(HOSTS), addresses=st.lists(ANY_ADDRESS, max_size=20), trouble=TROUBLE)
-    def release(self, host: str, addresses: list[IPAddress], trouble: list) -> None:
-        self.trouble(trouble)
+    @rule(host=st.sampled_from(HOSTS), addresses=st.lists(ANY_ADDRESS, max_size=20), fault=FAULTS)
+    def release(self, host: str, addresses: list[IPAddress], fault: list) -> None:
+        self.fault(fault)
         missing = self.hosts[host].release(addresses)
         assert {str(a) for a in missing} == {str(a) for a in addresses} - set(self.model)
         for address in addresses:
@@ -125,15 +125,15 @@ class IpamMachine(RuleBasedStateMachine):
 
     @rule(host=st.sampled_from(HOSTS), addresses=st.lists(ANY_ADDRESS, max_size=20), handle=HANDLES)
     def release_only_if_held(self, host: str, addresses: list[IPAddress], handle: str | None) -> None:
-        self.trouble([])
+        self.fault([])
         self.hosts[host].release(addresses, {handle})
         for address in addresses:
             if str(address) in self.model and self.model[str(address)] == handle:
                 del self.model[str(address)]
 
-    @rule(host=st.sampled_from(HOSTS), handle=st.sampled_from(["h1", "h2", "h3"]), trouble=TROUBLE)
-    def release_by_handle(self, host: str, handle: str, trouble: list) -> None:
-        self.trouble(trouble)
+    @rule(host=st.sampled_from(HOSTS), handle=st.sampled_from(["h1", "h2", "h3"]), fault=FAULTS)
+    def release_by_handle(self, host: str, handle: str, fault: list) -> None:
+        self.fault(fault)
         released = self.hosts[host].release_by_handle(handle)
         assert {str(a) for a in released} == {a for a, other in self.model.items() if other == handle}
         self.model = {a: other for a, other in self.model.items() if other != handle}
@@ -142,7 +142,7 @@ class IpamMachine(RuleBasedStateMachine):
     def cut_off(self, host: str, after: int, handle: str | None, version: int) -> None:
         """etcd goes away in the middle of an assignment; the next one with the handle puts its counts right."""
         left = [None] * after
-        self.store.trouble = lambda: left.pop() if left else "down"
+        self.store.fault = lambda: left.pop() if left else "down"
         owner = self.owner(handle)
         try:
             found = self.hosts[host].auto_assign(1, POOLS[version], owner)
@@ -153,7 +153,7 @@ class IpamMachine(RuleBasedStateMachine):
                 if attributes["secondary"] == owner.secondary
             ]
         self.model.update({str(address): handle for address in found})
-        self.trouble([])
+        self.fault([])
         if handle is not None:
             self.hosts[host].held_by(handle)
 
@@ -381,13 +381,13 @@ def test_a_block_that_is_not_well_formed_is_refused_by_name(change: dict) -> Non
         Block.from_entry(entry)
 
 
-@pytest.mark.parametrize("trouble", ["conflict", "lost"])
-def test_a_second_address_for_the_same_owner_is_another_one_whatever_goes_wrong(trouble: str) -> None:
+@pytest.mark.parametrize("fault", ["conflict", "lost"])
+def test_a_second_address_for_the_same_owner_is_another_one_whatever_goes_wrong(fault: str) -> None:
     store = MemoryStore()
     ipam, owner, pools = Ipam(store, "host1"), Owner("h1", {"endpoint": "e"}), [Pool("10.0.0.0/26")]
     assert [str(a) for a in ipam.auto_assign(1, pools, owner)] == ["10.0.0.0"]
-    left = [trouble, trouble]
-    store.trouble = lambda: left.pop() if left else None
+    left = [fault, fault]
+    store.fault = lambda: left.pop() if left else None
     assert [str(a) for a in ipam.auto_assign(1, pools, owner)] == ["10.0.0.1"]
     assert raw_handles(store) == {"h1": {"10.0.0.0/26": 2}}
 
@@ -399,5 +399,5 @@ def test_a_stale_affinity_hides_no_free_address() -> None:
     assert len(Ipam(store, "host1").auto_assign(1, pools, Owner("h1", {}))) == 1
     store._put("/calico/ipam/v2/host/host2/ipv4/block/10.0.0.0-26", "")
     left = ["conflict"]
-    store.trouble = lambda: left.pop() if left else None
+    store.fault = lambda: left.pop() if left else None
     assert len(Ipam(store, "host2").auto_assign(1, pools, Owner("h2", {}))) == 1

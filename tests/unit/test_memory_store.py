@@ -7,7 +7,7 @@ import pytest
 from calicoctl.datastore import store as store_module
 from calicoctl.datastore.store import Store, create_if_missing, modify, set_value
 from calicoctl.errors import Conflict, NotFound
-from tests.unit.memory_store import HISTORY, Lost, MemoryStore, Trouble, memory_store
+from tests.unit.memory_store import HISTORY, Fault, Lost, MemoryStore, memory_store
 from tests.unit.store_contract import Backend, StoreContract
 
 
@@ -24,11 +24,11 @@ class MemoryBackend:
         return self.memory
 
     def lose_answer(self, lost: Lost) -> None:
-        def once() -> Trouble:
-            self.memory.trouble = lambda: None
+        def once() -> Fault:
+            self.memory.fault = lambda: None
             return lost
 
-        self.memory.trouble = once
+        self.memory.fault = once
 
     def pass_time(self, seconds: float) -> None:
         self.memory.clock += seconds
@@ -49,12 +49,12 @@ def no_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store_module, "pause", lambda attempt: None)
 
 
-def troubled(*troubles: Trouble) -> MemoryStore:
+def faulty(*faults: Fault) -> MemoryStore:
     """A store whose key `/k` holds 1, where these go wrong with the next writes."""
     store = MemoryStore()
     store.create("/k", "1")
-    left = list(troubles)
-    store.trouble = lambda: left.pop(0) if left else None
+    left = list(faults)
+    store.fault = lambda: left.pop(0) if left else None
     return store
 
 
@@ -65,19 +65,19 @@ def test_a_key_is_created_only_where_it_is_missing() -> None:
 
 
 def test_a_value_is_set_in_spite_of_other_writers() -> None:
-    store = troubled("conflict", Lost(meanwhile=lambda: store.put("/k", "3")))
+    store = faulty("conflict", Lost(meanwhile=lambda: store.put("/k", "3")))
     set_value(store, "/k", "2")
     assert [entry.value for entry in store.tree("")] == ["2"]
     before = store.revision
     set_value(store, "/k", "2")
     assert store.revision == before, "nothing was to be written"
-    store.trouble = iter(["conflict", None]).__next__
+    store.fault = iter(["conflict", None]).__next__
     set_value(store, "/k", None)
     assert store.tree("") == []
 
 
 def test_a_change_is_computed_anew_from_what_another_writer_wrote() -> None:
-    store = troubled(Lost(False, lambda: store.put("/k", "5")))
+    store = faulty(Lost(False, lambda: store.put("/k", "5")))
     assert modify(store, "/k", "none", lambda old: old + "x")
     assert [entry.value for entry in store.tree("")] == ["5x"]
     assert not modify(store, "/k", "none", lambda old: None)
@@ -87,13 +87,13 @@ def test_a_change_is_computed_anew_from_what_another_writer_wrote() -> None:
 
 def test_a_change_whose_answer_was_lost_counts_as_made() -> None:
     """Another writer changed the key on top of it, and found nothing left to do."""
-    store = troubled(Lost(True, lambda: store.put("/k", "2 ")))
+    store = faulty(Lost(True, lambda: store.put("/k", "2 ")))
     assert modify(store, "/k", "none", lambda old: None if old.startswith("2") else "2")
 
 
 def test_endless_concurrent_writes_are_a_conflict() -> None:
-    store = troubled()
-    store.trouble = lambda: "conflict"
+    store = faulty()
+    store.fault = lambda: "conflict"
     for attempt in (lambda: set_value(store, "/k", "2"), lambda: modify(store, "/k", "none", lambda old: "2")):
         with pytest.raises(Conflict):
             attempt()
