@@ -70,12 +70,12 @@ class WorkloadLock:
             self.path.unlink(missing_ok=True)
         os.close(self._fd)
 
-    def remember(self, name: str, started: str | None = None) -> None:
+    def remember(self, path: str, started: str | None = None) -> None:
         """Store the path of a namespace until `forget`, and for the path of a process when that was `started`."""
         os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, "\0".join([name, started] if started else [name]).encode(), 0)
+        os.pwrite(self._fd, "\0".join([path, started] if started else [path]).encode(), 0)
 
-    def name(self) -> str:
+    def remembered_path(self) -> str:
         """Return the path that `remember` has stored, or an empty text."""
         return self._content()[0]
 
@@ -172,9 +172,9 @@ def remembered(host: str, orchestrator: str) -> dict[str, str]:
             if file.name.startswith(prefix):
                 with suppress(OSError):  # such as one that was just removed
                     status = file.stat(follow_symlinks=False)
-                    name = _read_once(file.path, (status.st_ino, status.st_size, status.st_mtime_ns))
-                    found[_id(orchestrator, file.name[len(prefix) :], name)] = name
-    return {id: name for id, name in found.items() if id and name}
+                    path = _read_once(file.path, (status.st_ino, status.st_size, status.st_mtime_ns))
+                    found[_id(orchestrator, file.name[len(prefix) :], path)] = path
+    return {id: path for id, path in found.items() if id and path}
 
 
 @lru_cache(maxsize=4096)
@@ -197,6 +197,6 @@ def _content_of(mark: Path) -> tuple[str, str, str]:
         return ("", "", "")
 
 
-def _id(orchestrator: str, part: str, name: str) -> str:
+def _id(orchestrator: str, part: str, path: str) -> str:
     """Return the id of the workload that a part of a file's name is for: a hash of the id, where that is long."""
-    return name.replace("/", "-") if orchestrator == "namespace" and not part.startswith("-") else part
+    return path.replace("/", "-") if orchestrator == "namespace" and not part.startswith("-") else part

@@ -84,7 +84,7 @@ def reconcile(
     with_handle = datastore.ipam.handles.exists(f"{orchestrator}.{id}")
     with WorkloadLock(datastore.host, orchestrator, id, wait=False) as lock:
         ids, held = _read(datastore, Workload(orchestrator, id, id))
-        paths = [lock.name(), *paths_of(held)]
+        paths = [lock.remembered_path(), *paths_of(held)]
         path = next((path for path in paths if isinstance(path, str) and path.startswith("/")), "")
         if not ids:
             workload = Workload(orchestrator, id, path or id)
@@ -106,7 +106,7 @@ def reconcile(
         yield from _update_name(datastore, workload, records, held)
         if is_absent:
             yield from _set_inactive(datastore, workload, records, state)
-            if path and not lock.name():  # after a reboot
+            if path and not lock.remembered_path():  # after a reboot
                 lock.remember(path)
         elif state is WorkloadState.STOPPED:
             lock.mark_in_progress()
@@ -323,7 +323,7 @@ def restore_address(datastore: DatastoreClient, id: EndpointId, address: str) ->
     if why is not None:
         raise CalicoError(f"it is {why} now")
     with WorkloadLock(datastore.host, id.orchestrator, id.workload) as lock:
-        workload = Workload(id.orchestrator, id.workload, id.workload, path=lock.name() or None)
+        workload = Workload(id.orchestrator, id.workload, id.workload, path=lock.remembered_path() or None)
         record = next((record for record in endpoints_of(datastore, workload) if record.id == id), None)
         if record is None or address not in record.addresses:
             return False

@@ -275,7 +275,7 @@ def disconnect(datastore: DatastoreClient, workload: Workload) -> None:
     with WorkloadLock(datastore.host, workload.orchestrator, workload.id) as lock:
         ids = endpoint_ids_of(datastore, workload)
         held = datastore.ipam.held_by(workload.handle)
-        refuse_other_path(workload, lock.name(), *paths_of(held or {}))
+        refuse_other_path(workload, lock.remembered_path(), *paths_of(held or {}))
         if not ids and held is None:
             lock.forget()
             raise NotFound(f"{workload.name} is not connected to Calico.")
@@ -424,7 +424,7 @@ class WorkloadSession:
             )
         self.record = records[0] if records else None
         self.held = datastore.ipam.held_by(workload.handle) or {}
-        refuse_other_path(workload, lock.name(), *paths_of(self.held))
+        refuse_other_path(workload, lock.remembered_path(), *paths_of(self.held))
         self.refresh()
 
     @classmethod

@@ -99,7 +99,7 @@ def test_the_paths_of_namespaces_are_stored(path: str) -> None:
     assert locks.interrupted("vm", "namespace") == [id]
     assert locks.remembered("vm", "docker") == locks.remembered("elsewhere", "namespace") == {}
     with WorkloadLock("vm", "namespace", id) as lock:
-        assert (lock.name(), lock.started()) == (path, "4711" if path.startswith("/proc") else None)
+        assert (lock.remembered_path(), lock.started()) == (path, "4711" if path.startswith("/proc") else None)
         lock.forget()
     assert locks.remembered("vm", "namespace") == {}
 
