@@ -332,7 +332,7 @@ def _prepare_trace(arguments: dict[str, Any]) -> Prepared:
         if port is not None or source_port is not None:
             raise UsageError(f"{protocol} has no ports")
     elif port is None:
-        raise UsageError(f"Say to which port: {protocol} 80, for example")
+        raise UsageError(f"{protocol} needs a destination port, such as '{protocol} 80'")
     return partial(_trace, arguments, protocol, port, source_port)
 
 

@@ -140,6 +140,7 @@ class Hosts:
         entry = self._store.get(key)
         if entry is None or not entry.value:
             option = "--ip" if version == 4 else "--ip6"
+            # scripts may look for this first sentence, which the 2015 tool printed as well: do not change it
             raise CalicoError(
                 f"This node is not configured for IPv{version}. Register it with 'calicoctl node {option}=ADDRESS'."
             )

@@ -259,7 +259,7 @@ class Snapshot:
                 )
         try:
             if rules_entry is None:
-                raise CalicoError("it has no rules")
+                raise CalicoError("its rules key is missing")
             rules = readable(Rules.from_json(name, rules_entry.value, rules_key))
         except CalicoError as error:
             self.problems[rules_key] = f"profile {name} denies everything: {error}"

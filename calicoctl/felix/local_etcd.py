@@ -78,9 +78,9 @@ class LocalEtcd:
         name, self._port = settings.hosts[0]
         if not _is_local(settings):
             raise CalicoError(
-                f"--local-etcd is an etcd at http://127.0.0.1, and the store of this host is "
-                f"{settings.url((name, self._port))}: take ETCD_ENDPOINTS, ETCD_AUTHORITY and ETCD_SCHEME out of the "
-                f"environment and of {EnvironmentFile().path}, or leave --local-etcd out"
+                f"--local-etcd would run etcd at http://127.0.0.1, but the settings point to "
+                f"{settings.url((name, self._port))}: remove ETCD_ENDPOINTS, ETCD_AUTHORITY and ETCD_SCHEME from the "
+                f"environment and from {EnvironmentFile().path}, or omit --local-etcd"
             )
         self._file = EnvironmentFile()
         self._may_move = settings.is_default or self._named_by_own_lines()
@@ -117,8 +117,8 @@ class LocalEtcd:
         others = EtcdSettings.from_environment(self._file.others())
         if not others.is_default and not (_is_local(others) and others.hosts[0][1] == self._port):
             raise CalicoError(
-                f"--local-etcd is an etcd at {self.url}, and {self._file.path} names the store "
-                f"{others.url(others.hosts[0])}: take that out of the file, or leave --local-etcd out"
+                f"--local-etcd would run etcd at {self.url}, but {self._file.path} points to "
+                f"{others.url(others.hosts[0])}: remove that line, or omit --local-etcd"
             )
 
     def resolve_port(self, stay: bool = False) -> None:

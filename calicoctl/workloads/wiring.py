@@ -213,15 +213,15 @@ def reattach(
     if address is None and addresses:
         raise CalicoError(
             f"{workload.name} has lost its interface, and its address is {', '.join(record.addresses)}. Run "
-            f"'calicoctl container add {workload.name} {record.addresses[0]}' to wire it "
-            f"again, then 'calicoctl container {workload.name} ip add' for another address."
+            f"'calicoctl container add {workload.name} {record.addresses[0]}' to "
+            f"re-attach it, then 'calicoctl container {workload.name} ip add' for another address."
         )
     if request is not None and address is not None:
         _refuse_in_use(session, address)
     known = [owner.secondary.get("interface") for owner in session.held.values()]
     before = next((name for name in known if is_interface_name(name)), None)
     if before is not None and interface not in (None, before):
-        raise CalicoError(f"{workload.name} is to be wired again with its interface {before}, not {interface}.")
+        raise CalicoError(f"{workload.name} can only be re-attached with its interface {before}, not {interface}.")
     interface = before or interface or DEFAULT_INTERFACE
     versions = {version_of(net) for net in record.nets}
     if request is not None and not addresses:
@@ -494,8 +494,8 @@ class WorkloadSession:
         record, attached = self.only_record(), self.attached_interface()
         if attached is None:
             raise CalicoError(
-                f"{self.workload.name} has lost its interface. Wire it again with 'calicoctl container add "
-                f"{self.workload.name} {(record.addresses or ['ipv4'])[0]}'."
+                f"{self.workload.name} has lost its interface. Re-attach it with 'calicoctl container "
+                f"add {self.workload.name} {(record.addresses or ['ipv4'])[0]}'."
             )
         self.refuse_other_interface(attached, interface)
         return record, attached
@@ -712,7 +712,7 @@ def _refuse_in_use(session: WorkloadSession, address: IPAddress) -> None:
     if why is not None:
         raise AddressTaken(
             f"{session.workload.name}'s address {address} is {why} now. Run 'calicoctl container remove "
-            f"{session.workload.name}' and add it anew."
+            f"{session.workload.name}' and connect it again."
         )
 
 
@@ -744,7 +744,7 @@ def _reassign(session: WorkloadSession, address: IPAddress, owner: Owner, undo: 
     elif holder.handle is not None:
         raise AddressTaken(
             f"{session.workload.name}'s address {address} has been given to another{_owner_text(holder)}. Run "
-            f"'calicoctl container remove {session.workload.name}' and add it anew."
+            f"'calicoctl container remove {session.workload.name}' and connect it again."
         )
 
 

@@ -396,7 +396,7 @@ def test_a_batch(host: Host, tmp_path: Path) -> None:
         ("endpoint ff profile append", 2, "Say which profiles"),
         ("node --ip=fd00::1", 1, "--ip: fd00::1"),
         ("status --output=xml", 2, "--output=xml"),
-        ("profile trace a b tcp", 2, "Say to which port"),
+        ("profile trace a b tcp", 2, "tcp needs a destination port, such as 'tcp 80'"),
     ):
         said = host.ctl("batch", status=status, input=f"profile add q\n{line}\n")
         assert said.err.startswith("standard input, line 2: ") and because in said.err, said

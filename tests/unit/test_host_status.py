@@ -114,10 +114,10 @@ def test_a_container_is_called_by_its_name(health: Health, capsys: pytest.Captur
 
 
 def test_a_key_is_named_once(health: Health) -> None:
-    health.problems = {"/calico/x": "etcd key /calico/x has an invalid value", "/calico/y": "it has no rules"}
+    health.problems = {"/calico/x": "etcd key /calico/x has an invalid value", "/calico/y": "its rules key is missing"}
     write(health)
     texts = [issue.text for issue in host_status.issues(host_status.read(HOST))]
-    assert texts == ["etcd key /calico/x has an invalid value", "/calico/y: it has no rules"]
+    assert texts == ["etcd key /calico/x has an invalid value", "/calico/y: its rules key is missing"]
 
 
 def test_one_reason_for_all_that_the_store_does_not_do_is_one_line(health: Health) -> None:
