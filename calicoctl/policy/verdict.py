@@ -24,7 +24,7 @@ ICMP, TCP, UDP, ICMPV6 = 1, 6, 17, 58
 HOST_ICMPV6_TYPES = (130, 131, 132, 133, 135, 136)
 """Multicast listener messages, router solicitations, and both neighbor messages. Source: RFC 4443, 2710, 4861."""
 
-Tagged = Callable[[str, str], bool]
+TagContains = Callable[[str, str], bool]
 """Returns whether an address (the second) belongs to a tag (the first)."""
 
 
@@ -71,7 +71,7 @@ def decide(
     profiles: Sequence[str],
     rules: Mapping[str, Sequence[Rule] | None],
     packet: Packet,
-    tagged: Tagged,
+    tag_contains: TagContains,
 ) -> Verdict:
     """Return the verdict of a list of profiles, evaluated in order, in one direction.
 
@@ -83,12 +83,12 @@ def decide(
         if of_profile is None:
             return Verdict(False, profile)
         for number, rule in enumerate(of_profile, start=1):
-            if rule.action != "log" and matches(rule, packet, tagged):
+            if rule.action != "log" and matches(rule, packet, tag_contains):
                 return Verdict(rule.action == "allow", profile, number)
     return Verdict(False)
 
 
-def matches(rule: Rule, packet: Packet, tagged: Tagged) -> bool:
+def matches(rule: Rule, packet: Packet, tag_contains: TagContains) -> bool:
     """Return whether all conditions of a rule hold for a packet."""
     if packet.version not in versions(rule):
         return False
@@ -104,7 +104,7 @@ def matches(rule: Rule, packet: Packet, tagged: Tagged) -> bool:
     ):
         if net is not None and not _within(address, net):
             return False
-        if tag is not None and not tagged(tag, address):
+        if tag is not None and not tag_contains(tag, address):
             return False
         if ports is not None and (port is None or not any(low <= port <= high for low, high in port_ranges(ports))):
             return False

@@ -310,22 +310,22 @@ def test_what_a_change_denies_stops_at_once(bare_host: Host, tmp_path: Path) -> 
     host = AgentHost(bare_host.etcd)
     host.register(HOST_IP)
 
-    def gate() -> str:
+    def base_chain() -> str:
         return run("nft", "list", "chain", "inet", "calico", "inbound-forward").out
 
     with agent_with(host, f"while os.path.exists({str(hold)!r}): time.sleep(0.01)"):
         host.add_pair()
-        wait_for(lambda: ping("a", B4) and "established,related accept" in gate(), "the network")
+        wait_for(lambda: ping("a", B4) and "established,related accept" in base_chain(), "the network")
         with connection("a", "b", B4, 80) as denied, connection("a", "b", B4, 81) as allowed:
             assert flows(*denied, patience=PATIENT) and flows(*allowed, patience=PATIENT)
             hold.touch()
             host.profile("web", inbound=[{"action": "allow", "protocol": "tcp", "dst_ports": [81]}])
             wait_for(lambda: not tcp("a", "b", B4, 82), "the change")
             assert not flows(*denied) and flows(*allowed, patience=PATIENT)
-            assert "dport=80 " in run("conntrack", "-L", "-p", "tcp").out and "direction reply" in gate()
+            assert "dport=80 " in run("conntrack", "-L", "-p", "tcp").out and "direction reply" in base_chain()
             hold.unlink()
             wait_for(lambda: "dport=80 " not in run("conntrack", "-L", "-p", "tcp").out, "the connection's end")
-            wait_for(lambda: "established,related accept" in gate(), "the end of looking")
+            wait_for(lambda: "established,related accept" in base_chain(), "the end of looking")
             assert not flows(*denied) and flows(*allowed, patience=PATIENT)
 
 

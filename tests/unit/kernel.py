@@ -58,7 +58,7 @@ class FakeNft:
         return self.objects[f"chain {family} calico {name}"]
 
     def has_fast_path(self) -> bool:
-        """Return whether packets of established connections pass without asking the rules, in both directions."""
+        """Return whether packets of established connections pass unevaluated, in both directions."""
         return self.chain("inbound-forward")[0] == "ct state established,related accept"
 
     @staticmethod

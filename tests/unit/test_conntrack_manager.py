@@ -220,7 +220,7 @@ def test_before_the_first_update_nothing_is_pending(world: ConnectionWorld) -> N
 def test_policy_of_both_ends_and_of_the_host_decides(world: ConnectionWorld) -> None:
     def may(source: str, destination: str, port: int = 80) -> bool:
         packet = Packet(source, destination, 6, 4000, port)
-        return allowed(packet, world.snapshot, world.policy.ruleset.tagged, ("192.0.2.2",))
+        return allowed(packet, world.snapshot, world.policy.ruleset.tag_contains, ("192.0.2.2",))
 
     world.store.profile("closed")
     world.store.endpoint(2, B, profile_ids=["closed"])

@@ -102,7 +102,7 @@ def test_a_tag_in_use_has_the_addresses_of_all_hosts_and_affects_them() -> None:
     tables.store.endpoint(2, B, A6, host="elsewhere", profile_ids=["db"])
     _, affected = tables.update()
     assert tables.nft.set("tag4/db") == [B] and tables.nft.set("tag6/db") == [A6] and affected == {B, A6}
-    assert tables.ruleset.tagged("db", B) and not tables.ruleset.tagged("db", A)
+    assert tables.ruleset.tag_contains("db", B) and not tables.ruleset.tag_contains("db", A)
     tables.store.endpoint(2, host="elsewhere")
     assert tables.update()[1] == {B, A6} and tables.nft.set("tag4/db") == []
     tables.store.profile("web")

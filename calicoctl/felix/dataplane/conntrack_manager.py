@@ -1,10 +1,10 @@
 """Connections: ends those that policy denies, and keeps an address that is new to an endpoint pending until then.
 
-Packets of an established connection pass without asking the rules (the established fast path), so a new rule alone
-would never reach them. After a change, the addresses that it affects are *unverified*: the tables ask the rules for all
-packets in a connection's first direction (ruleset.py), the connections of these addresses are listed (conntrack.py, in
-a thread of its own), and those that policy denies now are deleted. When no address is unverified any more, the fast
-path is restored.
+Packets of an established connection pass without evaluation of the rules (the established fast path), so a new rule
+alone would never apply to them. After a change, the addresses that it affects are *unverified*: the tables evaluate the
+rules for all packets in a connection's first direction (ruleset.py), the connections of these addresses are listed
+(conntrack.py, in a thread of its own), and those that policy denies now are deleted. When every address is verified,
+the fast path is restored.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from calicoctl.felix.dataplane.conntrack import Listing
 from calicoctl.felix.dataplane.manager import Context, Manager, PendingAddresses
 from calicoctl.felix.events import Tick
 from calicoctl.felix.health import Status
-from calicoctl.policy.verdict import Packet, Tagged, decide, is_host_service
+from calicoctl.policy.verdict import Packet, TagContains, decide, is_host_service
 
 if TYPE_CHECKING:
     from calicoctl.datastore.keys import EndpointId
@@ -79,7 +79,7 @@ class ConntrackManager(Manager):
         self._admitted.clear()
 
     def mark_unverified(self) -> None:
-        """Take over the addresses that the policy which was just applied affects."""
+        """Mark the addresses whose open connections the policy just applied may deny: they are unverified."""
         affected = set(self._policy.affected)
         if self._policy.reloaded:  # what was being verified is verified again
             affected |= self._failed.union(self._unverified, *(pending.addresses for pending in self._pending.values()))
@@ -97,7 +97,7 @@ class ConntrackManager(Manager):
         self._unverified.update(dict.fromkeys(affected, self._conntrack.request(affected)))
 
     def verify_now(self) -> None:
-        """Do the same and wait for it, at the agent's start, before the host forwards."""
+        """List and verify connections synchronously: at the agent's start, before the host forwards."""
         affected, self._affected = self._affected, set()
         self._end_denied_connections(self._conntrack.list(affected))
 
@@ -136,11 +136,11 @@ class ConntrackManager(Manager):
         try:
             if listing.error is not None:
                 raise CalicoError(listing.error)
-            tagged = self._policy.ruleset.tagged
+            tag_contains = self._policy.ruleset.tag_contains
             denied = [
                 connection
                 for connection in listing.connections
-                if not allowed(connection.forwarded, self._snapshot, tagged, listing.host_addresses)
+                if not allowed(connection.forwarded, self._snapshot, tag_contains, listing.host_addresses)
             ]
             self._conntrack.delete(denied)
         except CalicoError as error:
@@ -162,19 +162,22 @@ class ConntrackManager(Manager):
             self._policy.restore_established_fast_path()
 
 
-def allowed(packet: Packet, snapshot: Snapshot, tagged: Tagged, host_addresses: Collection[str]) -> bool:
-    """Return whether policy allows a packet here: out of its source's endpoint, and into its destination's."""
+def allowed(packet: Packet, snapshot: Snapshot, tag_contains: TagContains, host_addresses: Collection[str]) -> bool:
+    """Return whether this host's policy allows a packet: out of its source's endpoint, and into its destination's.
+
+    An end that is no endpoint of this host allows every packet.
+    """
     destination = snapshot.owner(packet.destination)
     to_host = packet.destination in host_addresses
     for source in snapshot.senders(packet.source) if not (to_host and is_host_service(packet)) else ():
         if to_host and snapshot.host_action == "DROP":
             return False
         rules = {name: rules.outbound for name, rules in _rules(source, snapshot)}
-        if not decide(source.profiles, rules, packet, tagged).allowed:
+        if not decide(source.profiles, rules, packet, tag_contains).allowed:
             return False
     if destination is not None and packet.source not in host_addresses:
         rules = {name: rules.inbound for name, rules in _rules(destination, snapshot)}
-        if not decide(destination.profiles, rules, packet, tagged).allowed:
+        if not decide(destination.profiles, rules, packet, tag_contains).allowed:
             return False
     return True
 

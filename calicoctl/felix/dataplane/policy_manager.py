@@ -125,7 +125,7 @@ class PolicyManager(Manager):
             self._context.health.error(str(error))
 
     def restore_established_fast_path(self) -> None:
-        """Let packets of established connections pass without asking the rules: all connections are verified."""
+        """Let packets of established connections pass without evaluation of the rules: all connections are verified."""
         try:
             self._nft.run(self.ruleset.restore_established_fast_path())
         except CalicoError as error:

@@ -155,8 +155,8 @@ class Ruleset:
             change.set_chain(name, rules)
         return _replace_tables(change.commands())
 
-    def tagged(self, tag: str, address: str) -> bool:
-        """Return whether an endpoint with this address has a tag."""
+    def tag_contains(self, tag: str, address: str) -> bool:
+        """Return whether an address is one of a tag: of an endpoint, of any host, that has a profile with that tag."""
         return address in self._addresses.get(tag, ())
 
     def has(self, id: EndpointId) -> bool:
@@ -206,18 +206,18 @@ class Ruleset:
                 for endpoint in self._endpoints.values():
                     affected.update(endpoint.sources)
         if affected or "to-host" not in self._chains:
-            self._set_gates(change, fast_path=not affected)
+            self._set_base_chains(change, fast_path=not affected)
         return Update(change.commands(), affected)
 
     def restore_established_fast_path(self) -> str:
         """Return the commands that let packets of established connections pass without evaluation of the rules."""
         change = _Change(self._elements, self._chains)
-        self._set_gates(change, fast_path=True)
+        self._set_base_chains(change, fast_path=True)
         return change.commands()
 
-    def _set_gates(self, change: _Change, fast_path: bool) -> None:
-        for name in _GATES:
-            change.set_chain(name, _gate(name, fast_path))
+    def _set_base_chains(self, change: _Change, fast_path: bool) -> None:
+        for name in _POLICY_BASE_CHAINS:
+            change.set_chain(name, _base_chain_rules(name, fast_path))
 
     # A tag's addresses: those of all endpoints, of all hosts, that have a profile with that tag
 
@@ -299,7 +299,8 @@ class Ruleset:
                 for profile in now.profiles:
                     self._lists_of_profile[profile].add(now.profiles)
                     profiles.add(profile)
-        # all packets of an endpoint that is gone are dropped by anti-spoofing, those of connections included
+        # a removed endpoint needs no conntrack cleanup: anti-spoofing drops all its packets, also those of established
+        # connections
         if now is not None and (before is None or _policy_of(before) != _policy_of(now)):
             for endpoint in (before, now):
                 affected.update(endpoint.sources if endpoint is not None else ())
@@ -481,7 +482,7 @@ class _Change:
 
 _PROFILE_CHAINS = ("inbound/", "outbound/")
 
-_GATES = {
+_POLICY_BASE_CHAINS = {
     "outbound-forward": ("forward", -11, "iifname", ("jump starts", "iifname vmap @from", "drop")),
     "inbound-forward": ("forward", -10, "oifname", ("jump starts", "oifname vmap @to", "drop")),
     "outbound-to-host": ("input", -11, "iifname", ("jump host-services", "jump starts", "iifname vmap @from", "drop")),
@@ -491,14 +492,14 @@ _GATES = {
 
 _BASE_CHAINS = {"outgoing": "{ type nat hook postrouting priority srcnat; policy accept; }"} | {
     name: f"{{ type filter hook {hook} priority filter - {-priority}; policy accept; }}"
-    for name, (hook, priority, _, _) in _GATES.items()
+    for name, (hook, priority, _, _) in _POLICY_BASE_CHAINS.items()
 }
 """Base chains whose rules change, or that do not always exist."""
 
 
-def _gate(name: str, fast_path: bool) -> tuple[str, ...]:
+def _base_chain_rules(name: str, fast_path: bool) -> tuple[str, ...]:
     """Return the rules of a base chain that evaluates policy."""
-    _, _, side, ask = _GATES[name]
+    _, _, side, ask = _POLICY_BASE_CHAINS[name]
     known = "ct state established,related accept" if fast_path else "ct state established ct direction reply accept"
     related = () if fast_path else ("ct state related accept",)
     return known, *related, f'{side} != "{INTERFACE_PREFIX}*" accept', "ct state invalid drop", *ask
