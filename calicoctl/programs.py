@@ -1,4 +1,4 @@
-"""Where the other programs that this one runs, such as iptables, are searched for."""
+"""Extends PATH by the sbin folders, where iptables, nft and ip are."""
 
 from __future__ import annotations
 

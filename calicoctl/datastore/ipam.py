@@ -96,7 +96,7 @@ class Ipam:
         """Return address -> owner for what `handle` holds on this host, None when there is no such handle.
 
         Two hosts may have namespaces of the same path, and so the same handle; the owner's attributes name the host.
-        Wrong counts that an interrupted command left are corrected, so the caller holds the workload's lock.
+        Wrong counts that an interrupted command left are corrected, so the caller must hold the workload's lock.
         """
         entry = self._store.get(keys.ipam_handle(handle))
         if entry is None:
@@ -361,7 +361,7 @@ class Ipam:
             raise
 
     def _delete_affinity(self, version: int, cidr: str) -> None:
-        """Delete this host's affinity to a block that turned out to be another's."""
+        """Delete the key of this host's affinity to a block, if it exists."""
         entry = self._store.get(keys.ipam_affinity(self._host, version, cidr))
         if entry is not None:
             # if another command of this host rewrites it, that command finds the same out

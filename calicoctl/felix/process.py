@@ -194,7 +194,7 @@ def _explained(path: Path) -> Iterator[None]:
 def leave(status: int) -> None:
     """End this process, an agent that has stopped, at once.
 
-    The interpreter's own exit could wait for a lock of a thread forever: threads may be anywhere, even in an import.
+    The interpreter's own exit could wait forever: a daemon thread may hold the import lock, or a lock of a library.
     """
     logging.shutdown()
     with suppress(OSError):

@@ -1,4 +1,4 @@
-"""Keeps this host's workloads connected: decides which event makes which workload be reconciled, and when.
+"""Keeps this host's workloads connected: turns events into work: which workload is reconciled, and when.
 
 Events of the Docker Engine, of mounts, and of the agent (an endpoint without an interface, say) only put a workload
 into the work queue (workqueue.py). What to do about the workload follows from what `upkeep.reconcile` then finds under

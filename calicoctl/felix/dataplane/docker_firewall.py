@@ -1,8 +1,9 @@
-"""The driver of the host's own iptables firewall: makes it accept the endpoints' packets, where it would drop them.
+"""The driver of the host's own iptables firewall: adds rules that accept the endpoints' packets, where it drops them.
 
-The Docker Engine sets the policy of the chain FORWARD to DROP, and an accept in our own table does not override that.
-Our tables hook in earlier, so they have already dropped what policy denies. Docker does not change DOCKER-USER, and
-asks it first, so our rules go there where it exists. Source: Docker's documentation, "Packet filtering and firewalls".
+The Docker Engine sets the policy of the chain FORWARD to DROP, and an accept in our own tables does not override a drop
+in another. Our tables hook in earlier, so they have already dropped what policy denies. Docker does not change the
+chain DOCKER-USER, and jumps to it first; where that chain exists, our rules are added to it, otherwise to FORWARD.
+Source: Docker's documentation, "Packet filtering and firewalls".
 
 The host's `iptables` command is used, so that the rules go where the host's own are: nf_tables or legacy. A host
 without that command may still have such a firewall.
