@@ -12,7 +12,7 @@ import random
 import time
 from typing import Callable, Generic, TypeVar
 
-from calicoctl.datastore.settings import DEFAULT_HOSTS, EtcdSettings, Member
+from calicoctl.datastore.settings import DEFAULT_MEMBERS, EtcdSettings, Member
 from calicoctl.datastore.store import Entry
 from calicoctl.errors import CompareFailed, KeyExists, StoreUnavailable
 
@@ -70,7 +70,7 @@ class Members(Generic[C]):
         self._settings = settings
         self._connect = connect
         self._patience = patience
-        self._order = list(settings.hosts)
+        self._order = list(settings.members)
         self._connections: dict[Member, C] = {}
         self._answered: set[Member] = set()
 
@@ -100,7 +100,7 @@ class Members(Generic[C]):
                 return answer
         if mismatches == len(reasons):
             raise StoreUnavailable(f"etcd cannot be used at {'; '.join(reasons)}")
-        hint = self._settings.local_etcd_hint("one", "it", self._settings.hosts == DEFAULT_HOSTS)
+        hint = self._settings.local_etcd_hint("one", "it", self._settings.members == DEFAULT_MEMBERS)
         raise StoreUnavailable(
             f"etcd cannot be reached at {', '.join(reasons)}: start it, or say with ETCD_AUTHORITY or ETCD_ENDPOINTS "
             f"where it is{f'; {hint}' if hint else ''}"

@@ -14,7 +14,7 @@ from calicoctl.errors import CalicoError, StoreError, redact_userinfo
 Member = tuple[str, int]
 """A member of the cluster: host name or address (an IPv6 one in brackets), and port."""
 
-DEFAULT_HOSTS: tuple[Member, ...] = (("127.0.0.1", 2379),)
+DEFAULT_MEMBERS: tuple[Member, ...] = (("127.0.0.1", 2379),)
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class EtcdSettings:
     """
 
     scheme: str
-    hosts: tuple[Member, ...]
+    members: tuple[Member, ...]
     ca_cert: str | None = None
     cert: str | None = None
     key: str | None = None
@@ -36,14 +36,14 @@ class EtcdSettings:
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> EtcdSettings:
         """Read ETCD_ENDPOINTS, else ETCD_AUTHORITY and ETCD_SCHEME, and the TLS files; raise StoreError."""
         if environment.get("ETCD_ENDPOINTS"):
-            scheme, hosts = _parse_endpoints(environment["ETCD_ENDPOINTS"])
+            scheme, members = _parse_endpoints(environment["ETCD_ENDPOINTS"])
             source = "ETCD_ENDPOINTS"
         else:
             scheme = environment.get("ETCD_SCHEME") or "http"
             if scheme not in ("http", "https"):
                 raise StoreError(f"ETCD_SCHEME is '{scheme}': it must be http or https")
             authority = environment.get("ETCD_AUTHORITY") or "127.0.0.1:2379"
-            hosts = (_parse_authority("ETCD_AUTHORITY", authority),)
+            members = (_parse_authority("ETCD_AUTHORITY", authority),)
             source = "ETCD_SCHEME"
         files = {}
         for name in ("ETCD_CA_CERT_FILE", "ETCD_CERT_FILE", "ETCD_KEY_FILE"):
@@ -64,7 +64,7 @@ class EtcdSettings:
             _check_tls_files(files["ETCD_CA_CERT_FILE"], files["ETCD_CERT_FILE"], files["ETCD_KEY_FILE"])
         is_default = not any(environment.get(name) for name in ("ETCD_ENDPOINTS", "ETCD_AUTHORITY", "ETCD_SCHEME"))
         return cls(
-            scheme, hosts, files["ETCD_CA_CERT_FILE"], files["ETCD_CERT_FILE"], files["ETCD_KEY_FILE"], is_default
+            scheme, members, files["ETCD_CA_CERT_FILE"], files["ETCD_CERT_FILE"], files["ETCD_KEY_FILE"], is_default
         )
 
     def url(self, member: Member) -> str:
@@ -80,7 +80,7 @@ class EtcdSettings:
         if self.is_default or would_do:
             return f"for a host that is alone, {command} starts {one}"
         with suppress(CalicoError):
-            if EnvironmentFile().own().get("ETCD_AUTHORITY") in {f"{name}:{port}" for name, port in self.hosts}:
+            if EnvironmentFile().own().get("ETCD_AUTHORITY") in {f"{name}:{port}" for name, port in self.members}:
                 return f"{command}, which has written this address into {EnvironmentFile().path}, starts {local} again"
         return ""
 
@@ -109,7 +109,7 @@ def _parse_endpoints(text: str) -> tuple[str, tuple[Member, ...]]:
     if "@" in text:  # checked before splitting at commas and colons, which a password may contain
         raise StoreError(f"ETCD_ENDPOINTS: '{redact_userinfo(text)}': a user and a password are not supported")
     scheme = ""
-    hosts = []
+    members = []
     for url in (part.strip() for part in text.split(",")):
         url_scheme, separator, rest = url.partition("://")
         if not separator or url_scheme not in ("http", "https"):
@@ -117,8 +117,8 @@ def _parse_endpoints(text: str) -> tuple[str, tuple[Member, ...]]:
         if scheme and url_scheme != scheme:
             raise StoreError("ETCD_ENDPOINTS mixes http and https: all endpoints must have the same scheme")
         scheme = url_scheme
-        hosts.append(_parse_authority("ETCD_ENDPOINTS", rest.rstrip("/")))
-    return scheme, tuple(hosts)
+        members.append(_parse_authority("ETCD_ENDPOINTS", rest.rstrip("/")))
+    return scheme, tuple(members)
 
 
 def _parse_authority(variable: str, text: str) -> Member:

@@ -75,7 +75,7 @@ class LocalEtcd:
     def __init__(self, host: str, log_dir: str) -> None:
         """Raises CalicoError when the settings name another store."""
         settings = EtcdSettings.from_environment()
-        name, self._port = settings.hosts[0]
+        name, self._port = settings.members[0]
         if not _is_local(settings):
             raise CalicoError(
                 f"--local-etcd would run etcd at http://127.0.0.1, but the settings point to "
@@ -115,10 +115,10 @@ class LocalEtcd:
     def refuse_other_settings(self) -> None:
         """Raise CalicoError when the user's lines in the settings file name another store."""
         others = EtcdSettings.from_environment(self._file.others())
-        if not others.is_default and not (_is_local(others) and others.hosts[0][1] == self._port):
+        if not others.is_default and not (_is_local(others) and others.members[0][1] == self._port):
             raise CalicoError(
                 f"--local-etcd would run etcd at {self.url}, but {self._file.path} points to "
-                f"{others.url(others.hosts[0])}: remove that line, or omit --local-etcd"
+                f"{others.url(others.members[0])}: remove that line, or omit --local-etcd"
             )
 
     def resolve_port(self, stay: bool = False) -> None:
@@ -272,7 +272,7 @@ class LocalEtcd:
 
 def _is_local(settings: EtcdSettings) -> bool:
     """Return whether settings name a store that could be the local etcd."""
-    (name, _), *others = settings.hosts
+    (name, _), *others = settings.members
     return not others and settings.scheme == "http" and name in ("127.0.0.1", "localhost")
 
 

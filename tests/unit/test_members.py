@@ -21,11 +21,11 @@ from calicoctl.datastore.members import (
     deleted,
     updated,
 )
-from calicoctl.datastore.settings import EtcdSettings
+from calicoctl.datastore.settings import EtcdSettings, Member
 from calicoctl.datastore.store import Entry
 from calicoctl.errors import CompareFailed, KeyExists, StoreError, StoreUnavailable
 
-HOSTS = (("a", 1), ("b", 2), ("c", 3))
+MEMBERS: tuple[Member, ...] = (("a", 1), ("b", 2), ("c", 3))
 ONE = Entry("/k", "1", 5, 5)
 TWO = Entry("/k", "2", 6, 5)
 
@@ -33,11 +33,11 @@ TWO = Entry("/k", "2", 6, 5)
 class Cluster:
     """What each member does when it is asked, by name: raise the exception, or answer. `asked` has the names."""
 
-    def __init__(self, hosts: tuple[tuple[str, int], ...] = HOSTS, patience: float = 20, scheme: str = "http") -> None:
+    def __init__(self, members: tuple[Member, ...] = MEMBERS, patience: float = 20, scheme: str = "http") -> None:
         self.does: dict[str, Exception | str] = {}
         self.asked: list[str] = []
         self.connected: list[str] = []
-        self.members = Members(EtcdSettings(scheme, hosts), self._connect, patience)
+        self.members = Members(EtcdSettings(scheme, members), self._connect, patience)
 
     def _connect(self, member: tuple[str, int]) -> str:
         self.connected.append(member[0])
@@ -90,7 +90,7 @@ def test_an_answer_that_is_an_error_goes_to_the_caller() -> None:
 
 def test_all_members_that_could_not_be_reached_are_named() -> None:
     cluster = Cluster()
-    cluster.does = {name: NotSent(f"http://{name} (refused)") for name, _ in HOSTS}
+    cluster.does = {name: NotSent(f"http://{name} (refused)") for name, _ in MEMBERS}
     with pytest.raises(StoreUnavailable) as raised:
         cluster.members.retry(cluster.send)
     said = str(raised.value)
@@ -160,7 +160,7 @@ class Writes:
 
     def __init__(self, attempts: list[Entry | Exception], found: list[Entry | None]) -> None:
         self.attempts, self.found = attempts, found
-        self.members: Members[str] = Members(EtcdSettings("http", HOSTS), lambda member: "", 20)
+        self.members: Members[str] = Members(EtcdSettings("http", MEMBERS), lambda member: "", 20)
 
     def send(self, _: str) -> Entry:
         outcome = self.attempts.pop(0)

@@ -26,9 +26,9 @@ def test_endpoints_go_before_authority(tmp_path: Path) -> None:
             "ETCD_CA_CERT_FILE": str(tmp_path / "ca"),
         }
     )
-    assert settings.hosts == (("a.example", 2379), ("[2001:db8::1]", 4001))
+    assert settings.members == (("a.example", 2379), ("[2001:db8::1]", 4001))
     assert (settings.scheme, settings.ca_cert) == ("https", str(tmp_path / "ca"))
-    assert settings.url(settings.hosts[1]) == "https://[2001:db8::1]:4001"
+    assert settings.url(settings.members[1]) == "https://[2001:db8::1]:4001"
 
 
 @pytest.mark.parametrize(
