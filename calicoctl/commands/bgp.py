@@ -97,10 +97,10 @@ def _show(arguments: dict[str, Any], of_this_host: bool) -> None:
     versions = [v for v, other in ((4, "--ipv6"), (6, "--ipv4")) if not arguments[other]]
     found: list[Peer] = []
     for version in versions:
-        peers, problems = datastore.readable_bgp_peers(version, host)
+        peers, invalid = datastore.readable_bgp_peers(version, host)
         found += peers
-        for problem in problems:
-            warn(f"Warning: {problem}")
+        for error in invalid:
+            warn(f"Warning: {error}")
     if as_json:
         print_json([peer.to_dict() for peer in found])
     else:

@@ -138,9 +138,9 @@ def _profile(arguments: dict[str, Any], names: list[str]) -> None:
 
 def readable_endpoints(datastore: DatastoreClient, host: str | None = None) -> list[Endpoint]:
     """Return the readable endpoints of all hosts or of one, in display order; warn of unreadable ones."""
-    endpoints, problems = datastore.readable_endpoints(host)
-    for problem in sorted(problems, key=lambda problem: problem.key):
-        warn(f"Warning: {problem}")
+    endpoints, invalid = datastore.readable_endpoints(host)
+    for error in sorted(invalid, key=lambda error: error.key):
+        warn(f"Warning: {error}")
     return sorted(endpoints, key=display_order)
 
 

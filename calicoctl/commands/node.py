@@ -165,8 +165,8 @@ def _start(
             if in_background:
                 _start_agent(host, options)
                 undo.pop_all()
-                for trouble in _host_troubles(host):
-                    warn(f"Warning: {trouble}.")
+                for failure in _host_failures(host):
+                    warn(f"Warning: {failure}.")
             else:
                 from calicoctl.felix import agent
 
@@ -246,10 +246,10 @@ def _start_agent(host: str, options: process.Options) -> None:
         )
 
 
-def _host_troubles(host: str) -> list[str]:
-    """Return the problems that the agent reports for the host as a whole, such as a firewall that drops packets."""
-    troubles = (process.report(host) or {}).get("troubles")
-    return [str(one["error"]) for one in troubles] if isinstance(troubles, list) else []
+def _host_failures(host: str) -> list[str]:
+    """Return what the agent reports to fail on the host as a whole, such as a firewall that drops packets."""
+    failures = (process.report(host) or {}).get("troubles")
+    return [str(failure["error"]) for failure in failures] if isinstance(failures, list) else []
 
 
 def _started_etcd(host: str, log_dir: str) -> tuple[LocalEtcd, bool]:

@@ -206,7 +206,7 @@ def warn_of_overlaps(cidrs: Iterable[str]) -> None:
 
 def readable_pools(datastore: DatastoreClient, version: int) -> list[Pool]:
     """Return the readable pools of an IP version; warn of unreadable ones."""
-    pools, problems = datastore.readable_pools(version)
-    for problem in problems:
-        warn(f"Warning: {problem}")
+    pools, invalid = datastore.readable_pools(version)
+    for error in invalid:
+        warn(f"Warning: {error}")
     return pools

@@ -148,8 +148,8 @@ def _as_json(datastore: DatastoreClient, name: str, endpoints: list[Endpoint]) -
     def readable(read: Callable[[], T]) -> T | None:
         try:
             return read()
-        except InvalidValue as problem:
-            warn(f"Warning: {problem}")
+        except InvalidValue as error:
+            warn(f"Warning: {error}")
             return None
 
     return {

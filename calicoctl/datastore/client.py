@@ -80,17 +80,17 @@ class DatastoreClient:
 
     def pools(self, version: int) -> list[Pool]:
         """Return the pools of an IP version, in order of address; raise InvalidValue for an invalid one."""
-        pools, problems = self.readable_pools(version)
-        for problem in problems:
-            raise problem
+        pools, invalid = self.readable_pools(version)
+        for error in invalid:
+            raise error
         return pools
 
     def readable_pools(self, version: int) -> tuple[list[Pool], list[InvalidValue]]:
         """Return the valid pools of an IP version, in order of address, and an error for each invalid one."""
         from netaddr.ip import IPNetwork
 
-        entries, problems = self._pool_entries(version)
-        return sorted((pool for _, pool in entries), key=lambda pool: IPNetwork(pool.cidr)), problems
+        entries, invalid = self._pool_entries(version)
+        return sorted((pool for _, pool in entries), key=lambda pool: IPNetwork(pool.cidr)), invalid
 
     def put_pool(self, pool: Pool) -> Pool | None:
         """Write a pool, keeping its unknown fields; return it as it was before, None for a new one.
@@ -138,13 +138,13 @@ class DatastoreClient:
     def _pool_entries(self, version: int) -> tuple[list[tuple[Entry, Pool]], list[InvalidValue]]:
         """Return the valid pools with their entries, and an error for each invalid one."""
         found: list[tuple[Entry, Pool]] = []
-        problems: list[InvalidValue] = []
+        invalid: list[InvalidValue] = []
         for entry in self._store.tree(keys.pools(version)):
             try:
                 found.append((entry, _pool(entry, version)))
-            except InvalidValue as problem:
-                problems.append(problem)
-        return found, problems
+            except InvalidValue as error:
+                invalid.append(error)
+        return found, invalid
 
     def pool_keys(self, name: str) -> list[str]:
         """Return the keys of the pools, of both IP versions, with this CIDR, or with this name as the key's last part.
@@ -170,13 +170,13 @@ class DatastoreClient:
         """Return the valid global BGP peers, or those of a host, by address, and an error for each invalid one."""
         from calicoctl.addresses import parse_address
 
-        peers, problems = [], []
+        peers, invalid = [], []
         for entry in self._store.tree(keys.bgp_peers(version, host)):
             try:
                 peers.append(Peer.from_json(entry.value, entry.key))
-            except InvalidValue as problem:
-                problems.append(problem)
-        return sorted(peers, key=lambda peer: parse_address(peer.ip)), problems
+            except InvalidValue as error:
+                invalid.append(error)
+        return sorted(peers, key=lambda peer: parse_address(peer.ip)), invalid
 
     def put_bgp_peer(self, peer: Peer, host: str | None = None) -> Peer | None:
         """Write a BGP peer, keeping its unknown fields; return it as it was before, None for a new one."""
@@ -317,15 +317,15 @@ class DatastoreClient:
     def readable_endpoints(self, host: str | None = None) -> tuple[list[Endpoint], list[InvalidValue]]:
         """Return the valid endpoints of a host, or of all hosts, and an error for each invalid one."""
         found: list[Endpoint] = []
-        problems: list[InvalidValue] = []
+        invalid: list[InvalidValue] = []
         for entry in self._store.tree(keys.HOSTS if host is None else f"{keys.host(host)}/workload"):
             id = keys.parse_endpoint(entry.key)
             try:
                 if id is not None:
                     found.append(Endpoint.from_json(id, entry.value, entry.key))
-            except InvalidValue as problem:
-                problems.append(problem)
-        return found, problems
+            except InvalidValue as error:
+                invalid.append(error)
+        return found, invalid
 
     def endpoints_with(self, address: IPAddress) -> list[EndpointId]:
         """Return the endpoints of all hosts that list an address, also those with invalid records."""
@@ -389,8 +389,8 @@ class DatastoreClient:
 
     def knows_interface(self, name: str) -> bool:
         """Return whether an interface of this host belongs to an endpoint, or may, or is being set up for one."""
-        endpoints, problems = self.readable_endpoints(self.host)
-        if problems or any(name in (endpoint.name, endpoint.id.interface) for endpoint in endpoints):
+        endpoints, invalid = self.readable_endpoints(self.host)
+        if invalid or any(name in (endpoint.name, endpoint.id.interface) for endpoint in endpoints):
             return True
         return name in self.ipam.interfaces()
 

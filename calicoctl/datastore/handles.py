@@ -32,21 +32,21 @@ class Handles:
     def counts(self) -> tuple[dict[str, dict[str, int]], list[InvalidValue]]:
         """Return handle -> CIDR of a block -> count of addresses, and an error for each handle that is invalid."""
         counts: dict[str, dict[str, int]] = {}
-        problems: list[InvalidValue] = []
+        invalid: list[InvalidValue] = []
         for entry in self._store.tree(keys.ipam_handles()):
             try:
                 if "/" in entry.key[len(keys.ipam_handles()) + 1 :]:
                     raise InvalidValue(entry.key, "it is in a subdirectory, where no handle can be")
                 counts[keys.last(entry.key)] = counts_of(entry)
-            except InvalidValue as problem:
-                problems.append(problem)
-        return counts, problems
+            except InvalidValue as error:
+                invalid.append(error)
+        return counts, invalid
 
     def totals(self) -> dict[str, int | None]:
         """Return handle -> count of addresses in all blocks, None for a handle that is invalid."""
-        counts, problems = self.counts()
+        counts, invalid = self.counts()
         totals: dict[str, int | None] = {handle: sum(blocks.values()) for handle, blocks in counts.items()}
-        return {**totals, **{keys.last(problem.key): None for problem in problems}}
+        return {**totals, **{keys.last(error.key): None for error in invalid}}
 
     def held_in(self, handle: str, cidr: str) -> int:
         """Return how many addresses of a block a handle holds, by the block."""

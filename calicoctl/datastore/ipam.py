@@ -69,8 +69,8 @@ class Ipam:
                     if block.key != entry.key:
                         raise InvalidValue(entry.key, "its name is not a block's CIDR")
                     yield block
-            except InvalidValue as problem:
-                yield problem
+            except InvalidValue as error:
+                yield error
 
     def block_of(self, address: IPAddress) -> Block | None:
         """Return the block that an address is in, None where it does not exist; raise InvalidValue."""

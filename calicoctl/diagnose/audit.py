@@ -68,7 +68,7 @@ def _order(finding: Finding) -> tuple[object, ...]:
 
 def _inspect(datastore: DatastoreClient) -> Iterator[Finding]:
     """Yield the inconsistencies that exist now."""
-    endpoints, problems = datastore.readable_endpoints()
+    endpoints, invalid = datastore.readable_endpoints()
     registered = set(datastore.hosts.registered())
     listed: dict[str, list[Endpoint]] = defaultdict(list)
     for endpoint in endpoints:
@@ -82,14 +82,14 @@ def _inspect(datastore: DatastoreClient) -> Iterator[Finding]:
                 f"its host {host} is not registered",
                 f"run 'calicoctl node' there, or 'calicoctl node remove --hostname={host} --remove-endpoints'",
             )
-    sound = not problems  # else an address may belong to an unreadable one
+    sound = not invalid  # else an address may belong to an unreadable one
     unseen = set(listed)
     unread: set[str] = set()
     counted: dict[str, Counter[str]] = defaultdict(Counter)
     for version in (4, 6):
         for block in datastore.ipam.all_blocks(version):
             if isinstance(block, InvalidValue):
-                problems.append(block)
+                invalid.append(block)
                 unread.add(keys.undashed(keys.last(block.key)))
                 continue
             yield from _of_block(datastore, block)
@@ -107,8 +107,8 @@ def _inspect(datastore: DatastoreClient) -> Iterator[Finding]:
                 alone = len(listed[address]) == 1 and address in usable_addresses(endpoint)
                 yield _unassigned(datastore, address, endpoint.id, alone)
     handles, unsound = datastore.ipam.handles.counts()
-    problems += unsound
-    strange = {keys.last(problem.key) for problem in unsound}
+    invalid += unsound
+    strange = {keys.last(error.key) for error in unsound}
     for handle in sorted(handles.keys() | {handle for handle in counted if _is_key(handle)}):
         says, holds = handles.get(handle, {}), dict(counted[handle])
         if handle in strange or not unread.isdisjoint(says) or (says == holds and says):
@@ -116,8 +116,8 @@ def _inspect(datastore: DatastoreClient) -> Iterator[Finding]:
         much, held = sum(says.values()), sum(holds.values())
         what = f"it counts {much} addresses and holds {held}" if much != held else "it counts other blocks' addresses"
         yield Finding("handle", handle, what, fix=partial(_recount, datastore, handle, list(holds)))
-    for problem in problems:
-        yield Finding("unreadable", problem.key, problem.why, "fix or delete it")
+    for error in invalid:
+        yield Finding("unreadable", error.key, error.why, "fix or delete it")
 
 
 def _is_key(handle: str) -> bool:

@@ -1,7 +1,8 @@
 """Reads the status of this host's agent, running or not, and lists its problems, worst first. Prints nothing.
 
-The agent's report (felix/report.py) is a file that every user may read, also while the store is unreachable. For a new
-kind of problem, add a function to `_issues` that yields an Issue for each.
+The agent's report (felix/report.py) is a file that every user may read, also while the store is unreachable. It has
+the keys with invalid values in `problems`, and failures of the host as a whole in `troubles`: scripts read the JSON, so
+its fields keep these names. Problems of every kind are listed as Issues: for a new kind, add a function to `_issues`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from calicoctl.felix import heartbeat, process
 from calicoctl.workloads.workload import short_id
 
 OLDEST_REPORT = 30.0
-"""Age in seconds at which a report is stale: a working agent writes it every ten (felix/report.py)."""
+"""Age in seconds at which a report is stale: the loop of a working agent writes it every ten (agent.TICK) at least."""
 
 AGENT, STORE, ENDPOINT, HOST, KEY = "agent", "store", "endpoint", "host", "key"
 
@@ -52,7 +53,7 @@ _NOTHING: dict[str, Any] = {
     "troubles": [],
     "last_error": None,
     "resyncs": 0,
-    "healed": 0,
+    "healed": 0,  # re-attached workloads: the name is fixed, since scripts read it
     "collected": 0,
     "bgp_sessions": [],
     "report": {"time": None, "clock": None},
@@ -120,7 +121,7 @@ def _issues(status: dict[str, Any], pid: int | None) -> Iterator[Issue]:
         return
     yield from _store(status)
     yield from _endpoints(status, "error")
-    yield from _troubles(status)
+    yield from _host_failures(status)
     yield from _unknown_interfaces(status)
     yield from _endpoints(status, "down")
     yield from _endpoints(status, "up")
@@ -132,7 +133,7 @@ def _agent(status: dict[str, Any], pid: int | None) -> Iterator[Issue]:
     host, report = status["host"], status["report"]
     other = status["other_agent"]
     if pid is None and other is not None:
-        # an agent that names its machine is one of this program, on another machine
+        # an old agent names no machine, and may run on this one; one that does is of this program, on another machine
         yield Issue(AGENT, other["text"], "", other["machine"] is not None)
     elif pid is None:
         yield Issue(AGENT, f"The agent of host {host} is not running", "start it with 'calicoctl node'", True)
@@ -168,22 +169,22 @@ def _store(status: dict[str, Any]) -> Iterator[Issue]:
 
 
 def _endpoints(status: dict[str, Any], state: str) -> Iterator[Issue]:
-    for trouble in status["endpoints_in_trouble"]:
-        if trouble["status"] == state:
+    for endpoint in status["endpoints_in_trouble"]:
+        if endpoint["status"] == state:
             # a report of an older version names no containers
-            workload = trouble.get("workload_name") or short_id(trouble["workload"])
-            text = f"endpoint {short_id(trouble['endpoint'])} of {trouble['orchestrator']} {workload} is {state}"
-            text += f": {trouble['reason']}"
+            workload = endpoint.get("workload_name") or short_id(endpoint["workload"])
+            text = f"endpoint {short_id(endpoint['endpoint'])} of {endpoint['orchestrator']} {workload} is {state}"
+            text += f": {endpoint['reason']}"
             yield Issue(ENDPOINT, text, "", state == "error")
 
 
-def _troubles(status: dict[str, Any]) -> Iterator[Issue]:
-    for trouble in status["troubles"]:
-        yield Issue(HOST, f"{trouble['error']} (since {trouble['since']})")
+def _host_failures(status: dict[str, Any]) -> Iterator[Issue]:
+    for failure in status["troubles"]:
+        yield Issue(HOST, f"{failure['error']} (since {failure['since']})")
 
 
 def _unknown_interfaces(status: dict[str, Any]) -> Iterator[Issue]:
-    """Yield one sentence about the interfaces here that no record of this host's endpoints has."""
+    """Yield one sentence about the interfaces of this host that are in no record of its endpoints."""
     names = status["unknown_interfaces"]
     if names:
         some = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
@@ -206,9 +207,9 @@ def _without_agent(datastore: DatastoreClient) -> dict[str, Any]:
         other = {"text": text, "machine": heartbeat.Identity.of(status).machine}
     unknown = {name for _, name in socket.if_nameindex() if name.startswith(INTERFACE_PREFIX)}
     if unknown:
-        endpoints, problems = datastore.readable_endpoints(datastore.host)
+        endpoints, invalid = datastore.readable_endpoints(datastore.host)
         unknown -= {name for endpoint in endpoints for name in (endpoint.name, endpoint.id.interface)}
-        unknown -= {id.interface for id in (keys.parse_endpoint(problem.key) for problem in problems) if id is not None}
+        unknown -= {id.interface for id in (keys.parse_endpoint(error.key) for error in invalid) if id is not None}
     return {"other_agent": other, "unknown_interfaces": sorted(unknown)}
 
 

@@ -141,7 +141,7 @@ class Health:
     last_error: dict[str, str] | None = None
     resyncs: int = 0
     reattached: int = 0
-    """Workloads that were re-attached."""
+    """Workloads that were re-attached; `healed` in the report and in metrics."""
     collected: int = 0
     """Workloads, and leftovers of interrupted commands, that were garbage-collected."""
 
@@ -179,7 +179,10 @@ class Health:
         return counts
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the report that `calicoctl status` reads."""
+        """Return the report that `calicoctl status` reads.
+
+        Scripts read it as JSON: `troubles` and `healed` keep their names for compatibility.
+        """
         return {
             "host": self.host,
             "version": self.version,

@@ -58,6 +58,7 @@ class _HealthCollector:
         yield CounterMetricFamily(
             "calico_felix_resyncs", "Resyncs with the store since the start.", self._health.resyncs
         )
+        # the name is fixed: dashboards rely on it
         yield CounterMetricFamily("calico_felix_healed", "Workloads that were re-attached.", self._health.reattached)
         yield CounterMetricFamily(
             "calico_felix_collected",

@@ -515,7 +515,7 @@ def _compare_states(containers: dict[str, events.Container] | None, datastore: D
         if containers is None:
             containers = sources.list_containers()
         interfaces = {name for _, name in socket.if_nameindex()}
-        for id in filter(None, (parse_endpoint(problem.key) for problem in unreadable)):
+        for id in filter(None, (parse_endpoint(error.key) for error in unreadable)):
             if id.orchestrator == DOCKER and id.workload not in containers:
                 found.append((DOCKER, id.workload))
         for endpoint in endpoints:

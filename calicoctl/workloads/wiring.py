@@ -76,7 +76,7 @@ class AddressRequest:
         """Return the pools that the address may be assigned from; raise CalicoError when there is none."""
         from netaddr.ip import IPNetwork
 
-        pools, problems = datastore.readable_pools(self.version)
+        pools, invalid = datastore.readable_pools(self.version)
         if self.cidr is not None:
             chosen = [pool for pool in pools if pool.cidr == self.cidr]
             missing = f"{self.cidr} is not the CIDR of a pool"
@@ -86,8 +86,8 @@ class AddressRequest:
         else:
             chosen = pools
             missing = f"There is no IPv{self.version} pool"
-        if not chosen and problems:  # an invalid pool may be the requested one
-            raise problems[0]
+        if not chosen and invalid:  # an invalid pool may be the requested one
+            raise invalid[0]
         if not chosen:
             known = ", ".join(pool.cidr for pool in pools) or "none"
             raise CalicoError(f"{missing}. IPv{self.version} pools: {known}.")
