@@ -27,7 +27,8 @@ Options:
                          and interface
   --no-trunc             show everything on a terminal, however wide it is
   -o, --output=<FORMAT>  json: of `add`, an object with address, interface,
-                         mac, endpoint and host; of `show`, an array of the
+                         mac, host, orchestrator, workload, endpoint and
+                         host_interface; of `show`, an array of the
                          container's endpoints with their fields as in etcd;
                          default: text
 

@@ -118,7 +118,7 @@ def test_a_container_can_be_called_by_name_id_and_prefix(host: Host, workload: s
     host.check_nothing_left()
 
 
-def test_a_restarted_container_is_wired_again_as_it_was(host: Host, workload: str) -> None:
+def test_a_restarted_container_is_reattached_as_it_was(host: Host, workload: str) -> None:
     host.ctl("profile", "add", "web")
     host.ctl("container", "add", "workload", "192.168.0.1", "--interface=net0")
     host.ctl("container", "workload", "ip", "add", f"{V6}1")
@@ -513,7 +513,7 @@ def test_profiles_of_another_path_with_the_same_id_are_not_changed(host: Host) -
     assert host.record()["profile_ids"] == []
 
 
-def test_a_workload_without_addresses_can_be_wired_again(host: Host, blue: str) -> None:
+def test_a_workload_without_addresses_can_be_reattached(host: Host, blue: str) -> None:
     host.ctl("profile", "add", "web")
     host.ctl("container", "add", blue, "192.168.0.9")
     host.ctl("container", blue, "profile", "append", "web")
@@ -527,7 +527,7 @@ def test_a_workload_without_addresses_can_be_wired_again(host: Host, blue: str) 
     host.check_consistent()
 
 
-def test_a_restarted_workload_is_wired_again_although_its_pool_has_gone(host: Host, blue: str) -> None:
+def test_a_restarted_workload_is_reattached_although_its_pool_has_gone(host: Host, blue: str) -> None:
     host.ctl("container", "add", blue, "192.168.0.9")
     host.etcd.delete("/calico/v1/ipam/v4/pool/192.168.0.0-16")
     run("ip", "netns", "delete", "blue")
@@ -536,7 +536,7 @@ def test_a_restarted_workload_is_wired_again_although_its_pool_has_gone(host: Ho
     host.check_consistent()
 
 
-def test_a_new_next_hop_is_for_new_wiring(host: Host, blue: str) -> None:
+def test_a_new_next_hop_is_for_new_interfaces(host: Host, blue: str) -> None:
     host.ctl("container", "add", blue, "192.168.0.1")
     host.register("192.0.2.3")
     host.ctl("container", blue, "ip", "add", "192.168.0.2")
