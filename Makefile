@@ -52,7 +52,7 @@ lint: $(VENV)/ready
 types: $(VENV)/ready
 	$(VENV)/bin/mypy
 
-# the pages of the commands, and the man page, from the help texts
+# the pages of the commands, and the man page, from the help texts and two tables of README.md
 docs: $(VENV)/ready
 	$(VENV)/bin/python docs/generate.py
 

@@ -1,4 +1,6 @@
-"""The exceptions of this program. Each carries the sentence that the user reads; only `cli/main.py` prints them.
+"""The exceptions of this program. Each carries the sentence that the user reads.
+
+Only `cli/main.py` prints them and, for the agent's background process, `felix/__main__.py`.
 
 An exception of a library is converted where the library is called: that code knows what was attempted, and what the
 user can do about the failure.

@@ -1,14 +1,24 @@
-"""The pages of the commands and the man page agree with the help texts."""
+"""The documentation agrees with the code: help texts, modules, and the tables of the kernel."""
 
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 
 from calicoctl.cli.main import USAGE
+from calicoctl.desired.snapshot import Snapshot
+from calicoctl.felix.dataplane.ruleset import Ruleset
 from calicoctl.grammar import COMMANDS
 
 ROOT = Path(__file__).parent.parent.parent
+PACKAGE = ROOT / "calicoctl"
+
+
+def section(page: str, heading: str) -> str:
+    """Return the part of a page of `docs` below a heading."""
+    text = (ROOT / "docs" / page).read_text()
+    return text.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
 
 
 def test_the_pages_are_up_to_date(tmp_path: Path) -> None:
@@ -37,5 +47,30 @@ def test_every_command_is_listed_and_has_its_help() -> None:
 def test_the_man_page_tells_of_environment_files_and_exit_status() -> None:
     page = (ROOT / "docs/calicoctl.1").read_text()
     for heading, entry in (("ENVIRONMENT", "ETCD_ENDPOINTS"), ("FILES", "/etc/calico/node.env"), ("EXIT STATUS", "2")):
-        section = page.partition(f".SH {heading}\n")[2].partition(".SH ")[0]
-        assert f".TP\n\\fB{entry}\\fR\n" in section.replace("\\-", "-")
+        entries = page.partition(f".SH {heading}\n")[2].partition(".SH ")[0]
+        assert f".TP\n\\fB{entry}\\fR\n" in entries.replace("\\-", "-")
+
+
+def test_every_module_is_in_the_table_of_its_folder() -> None:
+    listed: dict[str, set[str]] = {}
+    folder = ""
+    for line in re.findall(r"^\| (.*)$", section("architecture.md", "Modules"), re.MULTILINE):
+        names, _, _ = line.partition(" | ")
+        if names.startswith("**"):
+            folder = names.strip("*`/") if "`" in names else ""
+        else:
+            listed.setdefault(folder, set()).update(re.findall(r"`(\w+\.py)`", names))
+    modules: dict[str, set[str]] = {}
+    for path in PACKAGE.rglob("*.py"):
+        folder = str(path.parent.relative_to(PACKAGE)).strip(".")
+        if not path.name.startswith("__") and folder != "commands":
+            modules.setdefault(folder, set()).add(path.name)
+    assert listed == modules
+
+
+def test_every_chain_set_and_map_of_the_tables_is_explained() -> None:
+    commands = Ruleset().load(Snapshot("host1")).commands
+    named = set(re.findall(r"^add (?:chain|set|map) (?:inet|arp) calico (\S+)", commands, re.MULTILINE))
+    assert {"outbound-to-host", "host-services"} <= named
+    unexplained = {name for name in named if f"`{name}`" not in section("agent.md", "The tables")}
+    assert not unexplained
