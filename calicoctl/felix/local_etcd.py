@@ -157,9 +157,7 @@ class LocalEtcd:
         if not self._healthy():
             return CalicoError(f"port {self._port} of 127.0.0.1 is in use by another program: end that one, or {way}")
         if self._answers("/v2/keys"):
-            return CalicoError(
-                f"an etcd answers at {self.url} already: leave --local-etcd out to use that one, or {way}"
-            )
+            return CalicoError(f"an etcd answers at {self.url} already: omit --local-etcd to use that one, or {way}")
         return CalicoError(f"an etcd answers at {self.url} already, and does not serve its v2 API: {way}")
 
     def start(self, stay: bool = False) -> bool:
@@ -240,7 +238,7 @@ class LocalEtcd:
                 fcntl.flock(database, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise CalicoError(
-                    f"--local-etcd: another etcd uses {DATA}; end that one, or leave --local-etcd out and say with "
+                    f"--local-etcd: another etcd uses {DATA}; end that one, or omit --local-etcd and say with "
                     "ETCD_AUTHORITY where it is"
                 ) from None
 
