@@ -11,10 +11,9 @@ Options:
                          least one block of 64 addresses (/26 or /122)
   <START_IP>             the first address of a range, and of a block of 64
   <END_IP>               the last address of the range, and of a block
-  --ipip                 store in the pool that hosts are to encapsulate packets
-                         to each other in IP-in-IP (IPv4 only), for other
-                         agents: this version does not encapsulate; default:
-                         no encapsulation
+  --ipip                 store in the pool that agents of other tools are to
+                         encapsulate packets between hosts in IP-in-IP (IPv4
+                         only): this version does not; default: not stored
   --nat-outgoing         masquerade packets to destinations outside all pools
                          with the host's address; default: no masquerading
   --force                remove the pool even if addresses of it are in use;
