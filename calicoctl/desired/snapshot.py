@@ -326,7 +326,7 @@ class Snapshot:
                 self._validate(id)
             except CalicoError as error:
                 self._refuse(id, str(error))
-        # all endpoints that are connected by conflicting claims
+        # the transitive closure of conflicting claims: also what conflicts with a rival of a changed endpoint
         unseen = set(rivals)
         while unseen:
             id = unseen.pop()

@@ -51,7 +51,7 @@ COMPARE_INTERVAL = 300.0
 """Seconds between two comparisons with the engine's list: a connection that died silently delivers no events."""
 
 DELETED_PAUSE = 30.0
-"""Seconds from the deletion of an endpoint until its workload is reconciled: another tool may write it anew."""
+"""Seconds from the deletion of an endpoint until its workload is reconciled: another tool may write it again."""
 
 WORKERS = {DOCKER: 8, NAMESPACE: 1}
 """How many workloads of an orchestrator are reconciled at a time."""
@@ -346,7 +346,7 @@ class WorkloadKeeper:
 
     def _compare_with_engine(self) -> None:
         """Have a worker compare containers' endpoints with the engine's list."""
-        if not self._queue.is_paused(DOCKER):  # else the engine lists its containers anew when it is back
+        if not self._queue.is_paused(DOCKER):  # else they are listed again when the engine is back
             self._pool.submit(DOCKER, partial(_compare_states, self._containers))
         self._containers = None
         self._jobs[self._compare_with_engine] = self._clock() + COMPARE_INTERVAL
