@@ -213,7 +213,7 @@ def _register(
     datastore.hosts.register(ipv4, given[6], as_num)
     for address in filter(None, given.values()):
         if address not in every:
-            warn(f"Warning: {address} does not seem to be an address of this host.")
+            warn(f"Warning: {address} is not an address of this host, as far as can be seen.")
     for address in filter(None, (ipv4, given[6])):
         if datastore.ipam.owner(parse_address(address)) is not None:
             warn(
