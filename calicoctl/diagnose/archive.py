@@ -66,8 +66,9 @@ _VARIABLES = (
 _FIELDS = {
     *(name for kind in (Endpoint, Rule, Pool, Peer) for name in kind.__dataclass_fields__ if name != "extra"),
     *("profile_id", "inbound_rules", "outbound_rules", "cidr", "affinity", "allocations", "attributes", "handle_id"),
-    *("secondary", "host", "orchestrator", "workload", "endpoint", "interface", "namespace", "node", "block"),
-    *("enabled", "time", "uptime", "first_update", "status", "index", "reason"),
+    *("unallocated", "strict_affinity", "secondary", "host", "orchestrator", "workload", "endpoint", "interface"),
+    *("namespace", "node", "block", "vxlan_mode", "disabled"),
+    *("enabled", "time", "uptime", "first_update", "machine", "boot", "status", "index", "reason"),
 }
 """The data model's fields of JSON values in etcd: others are left out."""
 
