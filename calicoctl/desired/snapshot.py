@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Callable
 
-from calicoctl.addresses import BITS, FAMILIES, unpack
+from calicoctl.addresses import BITS, FAMILIES, is_unicast, unpack
 from calicoctl.datastore import config, keys
 from calicoctl.datastore.keys import INTERFACE_PREFIX, EndpointId
 from calicoctl.datastore.model import Endpoint, Pool, Rules, load_strings
@@ -463,12 +463,6 @@ def _usable(address: str, version: int) -> str:
         packed = socket.inet_pton(FAMILIES[version], address)
     except (OSError, ValueError):
         raise CalicoError(f"'{address}' is not an IPv{version} address") from None
-    number = int.from_bytes(packed, "big")
-    if version == 4:
-        unusable = number >> 24 in (0, 127) or number >> 28 >= 14
-    else:
-        # ::/96, ::ffff:0:0/96, multicast, link-local
-        unusable = number >> 48 == 0 or packed[0] == 0xFF or number >> 118 == 0xFE80 >> 6
-    if unusable:
+    if not is_unicast(packed):
         raise CalicoError(f"{address} is not an address that an endpoint can have")
     return unpack(packed)

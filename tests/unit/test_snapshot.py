@@ -178,3 +178,9 @@ def test_the_grace_time_is_a_number_of_seconds() -> None:
     assert (snapshot.grace_time, snapshot.problems) == (0, {})
     snapshot.change(Change(key, None))
     assert snapshot.grace_time == 60
+
+
+def test_an_endpoint_with_a_link_local_address_is_refused() -> None:
+    snapshot = snapshot_of(endpoint_entry("1", ipv4_nets=["169.254.169.254/32"]), endpoint_entry("2"))
+    assert set(snapshot.local) == {id_of("2")}
+    assert "169.254.169.254 is not an address" in snapshot.unusable[id_of("1")][1]
