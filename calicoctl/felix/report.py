@@ -152,6 +152,8 @@ class StoreReporter(threading.Thread):
         self._written: dict[EndpointId, str] | None = None
         self._wake = threading.Event()
         self._alive = True
+        self._beaten = 0.0
+        """When the last heartbeat was sent, by the monotonic clock; 0 to send the next one now."""
         self._written_last = now()
         self._failed: events.WritesFailed | None = events.WritesFailed("nothing has been written yet", "")
         self._refused: str | None = None
@@ -179,7 +181,6 @@ class StoreReporter(threading.Thread):
         self._wake.set()
 
     def run(self) -> None:
-        self._beaten = 0.0
         ending = False
         while not ending:
             self._wake.wait(max(0.1, min(INTERVAL, self._beaten + INTERVAL - time.monotonic())))
