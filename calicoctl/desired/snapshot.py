@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Callable
 
-from calicoctl.addresses import BITS, FAMILIES, is_unicast, unpack
+from calicoctl.addresses import BITS, FAMILIES, is_unicast, unpack, version_of
 from calicoctl.datastore import config, keys
 from calicoctl.datastore.keys import INTERFACE_PREFIX, EndpointId
 from calicoctl.datastore.model import Endpoint, Pool, Rules, load_strings
@@ -61,7 +61,7 @@ class LocalEndpoint:
         return (*self.addresses, self.link_local)
 
     def addresses_of(self, version: int) -> list[str]:
-        return [address for address in self.addresses if (":" in address) == (version == 6)]
+        return [address for address in self.addresses if version_of(address) == version]
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from calicoctl.datastore.keys import EndpointId
 from calicoctl.datastore.model import Endpoint, Rule
 from calicoctl.desired.snapshot import Snapshot, usable_addresses
 from calicoctl.errors import CalicoError, DockerUnavailable, NoSuchContainer, NotFound
-from calicoctl.policy.verdict import ICMP, ICMPV6, PROTOCOLS, Packet, Verdict, decide, is_host_service
+from calicoctl.policy.rules import ICMP, ICMPV6, PROTOCOLS
+from calicoctl.policy.verdict import Packet, Verdict, decide, is_host_service
 from calicoctl.workloads.workload import ambiguous, endpoints_of, find_connected, refuse_others_endpoint
 
 if TYPE_CHECKING:

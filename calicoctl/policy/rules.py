@@ -9,12 +9,17 @@ from __future__ import annotations
 import json
 import re
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from calicoctl.addresses import parse_cidr, version_of
 from calicoctl.datastore.model import RULE_FIELDS, Rule, Rules
 from calicoctl.errors import CalicoError, UsageError
+
+PROTOCOLS = {"icmp": 1, "tcp": 6, "udp": 17, "icmpv6": 58, "sctp": 132, "udplite": 136}
+"""IP protocol numbers by their names in rules. Source: IANA, Assigned Internet Protocol Numbers."""
+
+ICMP, UDP, ICMPV6 = PROTOCOLS["icmp"], PROTOCOLS["udp"], PROTOCOLS["icmpv6"]
 
 PORT_PROTOCOLS = ("tcp", "udp")
 ICMP_PROTOCOLS = ("icmp", "icmpv6")
@@ -22,8 +27,8 @@ OTHER_PROTOCOLS = ("sctp", "udplite")
 
 ACTIONS = ("allow", "deny", "log")
 
-_WITH_PORTS = (*PORT_PROTOCOLS, *OTHER_PROTOCOLS, 6, 17, 132, 136)
-_WITH_ICMP_TYPE = (*ICMP_PROTOCOLS, 1, 58)
+WITH_PORTS = frozenset(PROTOCOLS[name] for name in PORT_PROTOCOLS + OTHER_PROTOCOLS)
+"""The numbers of the protocols that have ports."""
 _VERSIONS = {"ipv4": 4, "ipv6": 6}
 
 GRAMMAR = """Usage:
@@ -92,7 +97,7 @@ def parse(words: Sequence[str], is_new: bool = True) -> Rule:
     elif left and left[0] == "protocol":
         left.popleft()
         rule.protocol = _protocol(_value(left, "protocol"))
-    if rule.protocol in _WITH_ICMP_TYPE and left and left[0] == "type":
+    if _has_icmp_type(rule) and left and left[0] == "type":
         left.popleft()
         rule.icmp_type = _number(_value(left, "type"), 255, "ICMP type")
         if left and left[0] == "code":
@@ -103,7 +108,7 @@ def parse(words: Sequence[str], is_new: bool = True) -> Rule:
             left.popleft()
             _parse_side(rule, left, word, side, is_new)
     if left:
-        raise UsageError(_out_of_place(rule, left[0]))
+        raise UsageError(_out_of_place(left[0]))
     _check_sense(rule)
     if is_new:
         _check_versions(rule)
@@ -115,7 +120,7 @@ def _parse_side(rule: Rule, left: deque[str], word: str, side: str, is_new: bool
     seen = False
     while left and left[0] not in ("from", "to"):
         kind = left.popleft()
-        if kind == "ports" and rule.protocol in _WITH_PORTS and getattr(rule, f"{side}_ports") is None:
+        if kind == "ports" and _has_ports(rule) and getattr(rule, f"{side}_ports") is None:
             setattr(rule, f"{side}_ports", _ports(_value(left, "ports")))
         elif kind == "tag" and getattr(rule, f"{side}_tag") is None:
             tag = _value(left, "tag")
@@ -123,13 +128,13 @@ def _parse_side(rule: Rule, left: deque[str], word: str, side: str, is_new: bool
         elif (kind == "cidr" or kind[0:1].isdigit() or ":" in kind) and getattr(rule, f"{side}_net") is None:
             setattr(rule, f"{side}_net", str(parse_cidr(_value(left, "cidr") if kind == "cidr" else kind)))
         else:
-            raise UsageError(_out_of_place(rule, kind))
+            raise UsageError(_out_of_place(kind))
         seen = True
     if not seen:
         raise UsageError(f"'{word}' needs a 'tag', a 'cidr' or, with tcp and udp, 'ports' after it")
 
 
-def _out_of_place(rule: Rule, word: str) -> str:
+def _out_of_place(word: str) -> str:
     if word == "ports":
         return "'ports' goes with tcp and udp, once after 'from' and once after 'to'"
     if word == "code":
@@ -255,18 +260,41 @@ def _check_sense(rule: Rule) -> None:
     """Raise CalicoError for a rule whose conditions require others that it lacks."""
     if rule.icmp_code is not None and rule.icmp_type is None:
         raise CalicoError("an ICMP code needs an ICMP type")
-    if rule.icmp_type is not None and rule.protocol not in _WITH_ICMP_TYPE:
+    if rule.icmp_type is not None and not _has_icmp_type(rule):
         raise CalicoError("an ICMP type goes with the protocols icmp and icmpv6 only")
-    if (rule.src_ports or rule.dst_ports) and rule.protocol not in _WITH_PORTS:
+    if (rule.src_ports or rule.dst_ports) and not _has_ports(rule):
         raise CalicoError("ports go with a protocol that has ports only, such as tcp and udp")
+
+
+def protocol_number(protocol: str | int) -> int:
+    return PROTOCOLS[protocol] if isinstance(protocol, str) else protocol
+
+
+def _has_ports(rule: Rule) -> bool:
+    return rule.protocol is not None and protocol_number(rule.protocol) in WITH_PORTS
+
+
+def _has_icmp_type(rule: Rule) -> bool:
+    return rule.protocol is not None and protocol_number(rule.protocol) in (ICMP, ICMPV6)
+
+
+def versions(rule: Rule) -> Collection[int]:
+    """Return the IP versions whose packets a rule can match: both, one or, where its conditions conflict, none."""
+    possible = {4, 6}
+    if rule.ip_version is not None:
+        possible &= {rule.ip_version}
+    number = None if rule.protocol is None else protocol_number(rule.protocol)
+    if number in (ICMP, ICMPV6):
+        possible &= {4 if number == ICMP else 6}
+    for net in (rule.src_net, rule.dst_net):
+        if net is not None:
+            possible &= {version_of(net)}
+    return sorted(possible)
 
 
 def _check_versions(rule: Rule) -> None:
     """Raise CalicoError for a rule that mixes IP versions, so that no packet can match it."""
-    versions = {version_of(net) for net in (rule.src_net, rule.dst_net) if net is not None}
-    versions |= {version for version in (rule.ip_version,) if version is not None}
-    versions |= {4} if rule.protocol in ("icmp", 1) else {6} if rule.protocol in ("icmpv6", 58) else set()
-    if len(versions) > 1:
+    if not versions(rule):
         raise CalicoError("a rule that mixes IPv4 and IPv6 (icmp is IPv4, icmpv6 is IPv6) would never match")
 
 

@@ -6,7 +6,7 @@ two with real packets.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Callable
@@ -14,12 +14,7 @@ from typing import Callable
 from calicoctl.addresses import BITS, pack, version_of
 from calicoctl.datastore.model import Rule, Rules
 from calicoctl.errors import CalicoError
-from calicoctl.policy.rules import check_rule
-
-PROTOCOLS = {"icmp": 1, "tcp": 6, "udp": 17, "icmpv6": 58, "sctp": 132, "udplite": 136}
-"""IP protocol numbers by their names in rules. Source: IANA, Assigned Internet Protocol Numbers."""
-
-ICMP, TCP, UDP, ICMPV6 = 1, 6, 17, 58
+from calicoctl.policy.rules import ICMPV6, UDP, check_rule, protocol_number, versions
 
 HOST_ICMPV6_TYPES = (130, 131, 132, 133, 135, 136)
 """Multicast listener messages, router solicitations, and both neighbor messages. Source: RFC 4443, 2710, 4861."""
@@ -42,7 +37,7 @@ class Packet:
 
     @property
     def version(self) -> int:
-        return 6 if ":" in self.source else 4
+        return version_of(self.source)
 
 
 @dataclass(frozen=True)
@@ -122,24 +117,6 @@ def is_host_service(packet: Packet) -> bool:
         return False
     dhcp = (546, 547) if packet.version == 6 else (68, 67)
     return packet.destination_port == 53 or (packet.source_port, packet.destination_port) == dhcp
-
-
-def versions(rule: Rule) -> Collection[int]:
-    """Return the IP versions whose packets a rule can match: both, one or, where its conditions conflict, none."""
-    possible = {4, 6}
-    if rule.ip_version is not None:
-        possible &= {rule.ip_version}
-    number = None if rule.protocol is None else protocol_number(rule.protocol)
-    if number in (ICMP, ICMPV6):
-        possible &= {4 if number == ICMP else 6}
-    for net in (rule.src_net, rule.dst_net):
-        if net is not None:
-            possible &= {6 if ":" in net else 4}
-    return sorted(possible)
-
-
-def protocol_number(protocol: str | int) -> int:
-    return PROTOCOLS[protocol] if isinstance(protocol, str) else protocol
 
 
 def port_ranges(ports: Sequence[int | str]) -> list[tuple[int, int]]:

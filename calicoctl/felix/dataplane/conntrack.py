@@ -25,9 +25,10 @@ from queue import Empty, SimpleQueue
 from typing import Callable
 
 from calicoctl import netlink
-from calicoctl.addresses import FAMILIES, pack, unpack
+from calicoctl.addresses import FAMILIES, pack, unpack, version_of
 from calicoctl.errors import CalicoError
-from calicoctl.policy.verdict import ICMP, ICMPV6, PROTOCOLS, Packet
+from calicoctl.policy.rules import ICMP, ICMPV6, WITH_PORTS
+from calicoctl.policy.verdict import Packet
 from calicoctl.workloads import netns
 
 _COUNT = Path("/proc/sys/net/netfilter/nf_conntrack_count")
@@ -42,7 +43,6 @@ _ICMP_TYPE, _ICMP_CODE, _ICMPV6_TYPE, _ICMPV6_CODE = 5, 6, 8, 9
 _BATCH = 64
 """Deletions in one message: the answers to all of them must fit into a socket's buffer."""
 
-_WITH_PORTS = {PROTOCOLS[name] for name in ("tcp", "udp", "sctp", "udplite")}
 """Protocols with ports. Others use the same attributes for other things: GRE, for its keys."""
 
 
@@ -141,7 +141,7 @@ def _connections_of(addresses: Collection[str]) -> list[Connection]:
     """List the connections that come from, or are answered by, one of these addresses."""
     found = []
     for version, family in FAMILIES.items():
-        desired = {pack(address) for address in addresses if (":" in address) == (version == 6)}
+        desired = {pack(address) for address in addresses if version_of(address) == version}
         if not desired:
             continue
         few = len(desired) < 16
@@ -175,7 +175,7 @@ def parse(message: bytes, addresses: Collection[bytes]) -> Connection | None:
         number = first[_NUMBER][0]
         ports: tuple[int | None, int | None] = (None, None)
         icmp: tuple[int | None, int | None] = (None, None)
-        if number in _WITH_PORTS:
+        if number in WITH_PORTS:
             # the reply comes from where the packet went after destination NAT
             ports = _port(first[_SOURCE_PORT]), _port(answer[_SOURCE_PORT])
         elif number in (ICMP, ICMPV6):

@@ -25,11 +25,12 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Callable
 
-from calicoctl.addresses import pack
+from calicoctl.addresses import pack, version_of
 from calicoctl.datastore.keys import INTERFACE_PREFIX, EndpointId
 from calicoctl.datastore.model import Rule
 from calicoctl.desired.snapshot import Dirty, LocalEndpoint, Snapshot, usable_addresses
-from calicoctl.policy.verdict import ICMP, ICMPV6, port_ranges, protocol_number, versions
+from calicoctl.policy.rules import ICMP, ICMPV6, protocol_number, versions
+from calicoctl.policy.verdict import port_ranges
 
 TABLES = (("inet", "calico"), ("arp", "calico"))
 
@@ -256,7 +257,7 @@ class Ruleset:
                 del self._addresses[tag][address]
             if (before == 0) != (before + difference == 0) and self._profiles_of_tag.get(tag):
                 affected.add(address)
-                name = set_of_tag(tag, 6 if ":" in address else 4)
+                name = set_of_tag(tag, version_of(address))
                 if before == 0:
                     change.add(("inet", name), address)
                 else:
@@ -326,7 +327,7 @@ class Ruleset:
                 for version in (4, 6):
                     change.create_set(set_of_tag(tag, version), _TYPES[version])
                 for address in self._addresses.get(tag, ()):
-                    change.add(("inet", set_of_tag(tag, 6 if ":" in address else 4)), address)
+                    change.add(("inet", set_of_tag(tag, version_of(address))), address)
         for tag in before - tags:
             users = self._profiles_of_tag[tag]
             users.discard(profile)
@@ -535,7 +536,7 @@ def _update_pools(snapshot: Snapshot, change: _Change) -> None:
 
     translations = []
     for version, family in ((4, "ip"), (6, "ip6")):
-        pools = [pool for pool in snapshot.pools.values() if (":" in pool.cidr) == (version == 6)]
+        pools = [pool for pool in snapshot.pools.values() if version_of(pool.cidr) == version]
         for name, chosen in (("pools", pools), ("masquerade", [pool for pool in pools if pool.masquerade])):
             merged = cidr_merge([IPNetwork(pool.cidr) for pool in chosen])
             change.replace(("inet", f"{name}{version}"), (str(network) for network in merged))
