@@ -41,7 +41,8 @@ PROTOCOL_KERNEL, PROTOCOL_STATIC, PROTOCOL_RA = 2, 4, 9
 """Protocols of routes: that the kernel sets itself, that are static, and that were learned from routers (RA)."""
 OUR_PROTOCOL = 80
 """The protocol number of our routes (`ip route show proto 80`). Source: numbers from 5 up are free, rtnetlink(7)."""
-_SOL_NETLINK, _NETLINK_GET_STRICT_CHK = 270, 12
+SOL_NETLINK, _NETLINK_GET_STRICT_CHK = 270, 12
+NETLINK_NETFILTER = 12
 
 _TIMEOUT = 60.0
 """Seconds to wait for an answer of the kernel."""
@@ -91,7 +92,7 @@ def dump(protocol: int, kind: int, body: bytes, strict: bool = False) -> Iterato
         netlink.settimeout(_TIMEOUT)
         if strict:
             with suppress(OSError):
-                netlink.setsockopt(_SOL_NETLINK, _NETLINK_GET_STRICT_CHK, 1)
+                netlink.setsockopt(SOL_NETLINK, _NETLINK_GET_STRICT_CHK, 1)
         netlink.bind((0, 0))
         netlink.send(message(kind, REQUEST | DUMP, 0, body))
         while True:

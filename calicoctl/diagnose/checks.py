@@ -30,9 +30,8 @@ from calicoctl.felix import process
 from calicoctl.felix.dataplane import docker_firewall
 from calicoctl.felix.dataplane.nft import Nft
 from calicoctl.felix.local_etcd import LocalEtcd
-from calicoctl.workloads import host_network
+from calicoctl.workloads import host_network, netns
 
-_CLONE_NEWNET = 0x40000000
 MODULES = ("veth", "nf_tables", "nf_conntrack", "nft_ct", "nft_nat", "nft_masq")
 """The modules that `--fix` loads, for kernels that do not load them on demand."""
 
@@ -149,7 +148,7 @@ def _in_new_namespace(work: Callable[[], object]) -> str | None:
     def body() -> None:
         libc = ctypes.CDLL(None, use_errno=True)
         try:
-            if libc.unshare(_CLONE_NEWNET) != 0:
+            if libc.unshare(netns.CLONE_NEWNET) != 0:
                 raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
             work()
         except Exception as error:  # the library's, of several kinds

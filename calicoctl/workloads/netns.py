@@ -31,7 +31,8 @@ T = TypeVar("T")
 _NS_GET_NSTYPE = 0xB703
 """The ioctl that returns the type of a namespace. Source: ioctl_ns(2)."""
 
-_CLONE_NEWNET = 0x40000000
+CLONE_NEWNET = 0x40000000
+"""The type of network namespaces. Source: clone(2)."""
 
 HOST_MAC = "ee:ee:ee:ee:ee:ee"
 """The MAC of the host end of every pair, as other Calico tools have set it since 2016.
@@ -83,7 +84,7 @@ class Namespace:
         except OSError as error:
             raise NamespaceError(f"{name}: its network namespace {path} cannot be opened: {error.strerror}") from None
         try:
-            if not stat.S_ISREG(os.fstat(self._fd).st_mode) or fcntl.ioctl(self._fd, _NS_GET_NSTYPE) != _CLONE_NEWNET:
+            if not stat.S_ISREG(os.fstat(self._fd).st_mode) or fcntl.ioctl(self._fd, _NS_GET_NSTYPE) != CLONE_NEWNET:
                 raise OSError
         except OSError:
             os.close(self._fd)

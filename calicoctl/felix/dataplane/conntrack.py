@@ -32,7 +32,6 @@ from calicoctl.policy.verdict import Packet
 from calicoctl.workloads import netns
 
 _COUNT = Path("/proc/sys/net/netfilter/nf_conntrack_count")
-_NETLINK_NETFILTER = 12
 _GET, _DELETE = 1 << 8 | 1, 1 << 8 | 2
 _TUPLE_ORIG, _TUPLE_REPLY, _ZONE = 1, 2, 18
 _TUPLE_IP, _TUPLE_PROTO = 1, 2
@@ -116,7 +115,7 @@ class Conntrack(threading.Thread):
         """
         failed: list[str] = []
         try:
-            with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_NETFILTER) as kernel:
+            with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, netlink.NETLINK_NETFILTER) as kernel:
                 kernel.bind((0, 0))
                 for first in range(0, len(connections), _BATCH):
                     batch = connections[first : first + _BATCH]
@@ -146,7 +145,7 @@ def _connections_of(addresses: Collection[str]) -> list[Connection]:
             continue
         few = len(desired) < 16
         try:
-            for body in netlink.dump(_NETLINK_NETFILTER, _GET, _header(family)):
+            for body in netlink.dump(netlink.NETLINK_NETFILTER, _GET, _header(family)):
                 message = body[4:]
                 if few and not any(address in message for address in desired):
                     continue  # most entries of a busy host are not worth parsing

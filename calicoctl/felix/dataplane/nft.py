@@ -18,14 +18,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from calicoctl.errors import CalicoError
+from calicoctl.netlink import NETLINK_NETFILTER, SOL_NETLINK
 
 LIBRARY = "libnftables.so.1"
 
 _FD_SETSIZE = 1024
 _SO_RCVBUFFORCE = 33
-_SOL_NETLINK = 270
 _NETLINK_ADD_MEMBERSHIP = 1
-_NETLINK_NETFILTER = 12
 _NFNLGRP_NFTABLES = 7
 _SUBSYSTEM_NFTABLES = 10
 _NEWGEN = 15
@@ -105,7 +104,7 @@ def _netlink_sockets() -> set[str]:
         return {f"socket:[{line.split()[-1]}]" for line in table}
 
 
-def own_ports(protocol: int = _NETLINK_NETFILTER) -> set[int]:
+def own_ports(protocol: int = NETLINK_NETFILTER) -> set[int]:
     """Return the netlink ports of this process's sockets of a protocol: notifications name the requester's port."""
     sockets = set()
     for file in Path("/proc/self/fd").iterdir():
@@ -125,11 +124,11 @@ class TableEvents:
     """The kernel's notifications of changes of nftables tables, including those of iptables-nft."""
 
     def __init__(self) -> None:
-        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_NETFILTER)
+        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER)
         # a single transaction may bring a notification for each of thousands of elements
         self._socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, 2**24)
         self._socket.bind((0, 0))
-        self._socket.setsockopt(_SOL_NETLINK, _NETLINK_ADD_MEMBERSHIP, _NFNLGRP_NFTABLES)
+        self._socket.setsockopt(SOL_NETLINK, _NETLINK_ADD_MEMBERSHIP, _NFNLGRP_NFTABLES)
         self._tables: set[str] = set()
         self._unread = b""
 
@@ -156,7 +155,10 @@ class TableEvents:
 
 
 def _table(attributes: bytes) -> str:
-    """Return the table that a message is about: attribute 1 in all kinds of messages."""
+    """Return the table that a message is about: attribute 1 in all kinds of messages.
+
+    Others are not decoded, since one change of the ruleset may send many thousand messages.
+    """
     at = 0
     while at + 4 <= len(attributes):
         length, kind = struct.unpack_from("=HH", attributes, at)
