@@ -47,6 +47,7 @@ from datetime import datetime, timezone
 from functools import partial
 from typing import Any
 
+from calicoctl import clock
 from calicoctl.addresses import host_net, pack
 from calicoctl.datastore import keys
 from calicoctl.datastore.client import DatastoreClient
@@ -199,7 +200,7 @@ def _as_json(endpoint: Endpoint) -> dict[str, Any]:
 def _duration(since: str) -> str:
     """Return the time since `since` (ISO 8601, UTC) as a short text, such as "for 5min"."""
     try:
-        begin = datetime.strptime(since, "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=timezone.utc)
+        begin = clock.parse(since)
     except ValueError:  # in another program's format
         return f"since {since}"
     seconds = max(0, int((datetime.now(timezone.utc) - begin).total_seconds()))

@@ -13,10 +13,10 @@ from collections.abc import Iterable
 from dataclasses import InitVar, dataclass, field
 from typing import Any
 
+from calicoctl.clock import now
 from calicoctl.datastore.keys import EndpointId
 from calicoctl.desired.snapshot import INACTIVE
 from calicoctl.felix.events import Failure
-from calicoctl.felix.heartbeat import now
 from calicoctl.workloads.upkeep import COLLECTED, REATTACHED, Action
 
 log = logging.getLogger("calico.felix")

@@ -17,10 +17,10 @@ import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from calicoctl.clock import now
 from calicoctl.errors import CalicoError, CompareFailed, KeyExists, StoreError
 
 if TYPE_CHECKING:
@@ -46,11 +46,6 @@ _APPLICATION = uuid.UUID("b42e1f91-5bde-4911-a361-abec26e34313").bytes
 
 _MACHINE_ID = Path("/etc/machine-id")
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-
-
-def now() -> str:
-    """Return the time in UTC, in ISO 8601."""
-    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 @dataclass(frozen=True)

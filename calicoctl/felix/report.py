@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from calicoctl import files
+from calicoctl.clock import now
 from calicoctl.datastore.keys import EndpointId
 from calicoctl.errors import CalicoError, StoreError, StoreUnavailable, is_shortage
 from calicoctl.felix import events
 from calicoctl.felix.health import Health, Status
-from calicoctl.felix.heartbeat import INTERVAL, Heartbeat, Identity, now, replaced
+from calicoctl.felix.heartbeat import INTERVAL, Heartbeat, Identity, replaced
 
 if TYPE_CHECKING:
     from collections.abc import Callable

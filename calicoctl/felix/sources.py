@@ -17,6 +17,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from calicoctl import engine, netlink
+from calicoctl.clock import now
 from calicoctl.errors import CalicoError, WatchExpired, is_shortage
 from calicoctl.felix import shortage
 from calicoctl.felix.dataplane.links import link_of
@@ -42,7 +43,6 @@ from calicoctl.felix.events import (
     WatchFailed,
     WatchRecovered,
 )
-from calicoctl.felix.heartbeat import now
 
 if TYPE_CHECKING:
     from calicoctl.datastore.client import DatastoreClient

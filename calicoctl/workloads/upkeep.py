@@ -10,10 +10,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Callable
 
 from calicoctl.addresses import host_net, parse_address, version_of
+from calicoctl.clock import now
 from calicoctl.errors import AddressTaken, CalicoError
 from calicoctl.workloads import locks, netns
 from calicoctl.workloads.locks import WorkloadLock
@@ -228,12 +228,12 @@ def _set_inactive(
     datastore: DatastoreClient, workload: Workload, records: list[Endpoint], state: WorkloadState
 ) -> Iterator[Action]:
     """Set those of a workload's endpoints inactive that are active, since the workload does not run."""
-    now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+    since = now()
 
     def change(endpoint: Endpoint) -> bool:
         if endpoint.state != "active":
             return False
-        endpoint.state, endpoint.inactive_since = "inactive", now
+        endpoint.state, endpoint.inactive_since = "inactive", since
         return True
 
     changed = [record for record in records if datastore.modify_endpoint(record.id, change)]

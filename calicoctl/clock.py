@@ -1,0 +1,17 @@
+"""The time as records and reports have it."""
+
+from __future__ import annotations
+
+from datetime import datetime, timezone
+
+_FORMAT = "%Y-%m-%dT%H:%M:%SZ"
+
+
+def now() -> str:
+    """Return the time in UTC, in ISO 8601, such as `2026-11-25T21:33:11Z`."""
+    return datetime.now(timezone.utc).strftime(_FORMAT)
+
+
+def parse(text: str) -> datetime:
+    """Return the time that `now` returned; raise ValueError for another text."""
+    return datetime.strptime(text, _FORMAT).replace(tzinfo=timezone.utc)
