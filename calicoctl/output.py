@@ -6,7 +6,7 @@ On a terminal, a table fits the terminal's width; elsewhere it is complete, what
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from calicoctl.errors import one_line, printable
@@ -120,6 +120,12 @@ def with_progress(items: Sequence[T], what: str) -> Iterator[T]:
             sys.stdout.flush()
             bar.update()
             bar.refresh()
+
+
+def first_few(texts: Iterable[str]) -> str:
+    """Return the first three of some texts as a list in a sentence, with an ellipsis for further ones."""
+    some = list(texts)
+    return ", ".join(some[:3]) + (", …" if some[3:] else "")
 
 
 def warn(sentence: str) -> None:

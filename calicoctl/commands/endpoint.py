@@ -55,7 +55,7 @@ from calicoctl.datastore.hosts import check_hostname
 from calicoctl.datastore.model import Endpoint
 from calicoctl.errors import CalicoError, NotFound, UsageError, about, printable
 from calicoctl.grammar import Prepared, parse
-from calicoctl.output import abridges, print_json, print_table, wants_json, warn
+from calicoctl.output import abridges, first_few, print_json, print_table, wants_json, warn
 from calicoctl.workloads.workload import short_id
 
 COLUMNS = ["Hostname", "Orchestrator ID", "Workload ID", "Endpoint ID", "Addresses", "MAC", "Profiles", "State"]
@@ -125,8 +125,8 @@ def _profile(arguments: dict[str, Any], names: list[str]) -> None:
     if not found:
         raise NotFound(f"Endpoint {id} does not exist.")
     if len(found) > 1:
-        some = ", ".join(f"{e.id.endpoint} of {called(e)} on {e.id.host}" for e in found[:3])
-        raise CalicoError(f"{id} matches several endpoints ({some}{', …' if found[3:] else ''}): give more of its id.")
+        some = first_few(map(described, found))
+        raise CalicoError(f"{id} matches several endpoints ({some}): give more of its id.")
     endpoint = found[0]
     if arguments["show"]:
         show_profiles(endpoint, as_json)
@@ -151,6 +151,11 @@ def display_order(endpoint: Endpoint) -> tuple[object, ...]:
     id = endpoint.id
     numbers = [(len(address), address) for address in addresses]
     return id.host, endpoint.workload_name or id.workload, numbers, id.orchestrator, id.workload, id.endpoint
+
+
+def described(endpoint: Endpoint) -> str:
+    """Return a text that names an endpoint, its workload and its host."""
+    return f"{endpoint.id.endpoint} of {called(endpoint)} on {endpoint.id.host}"
 
 
 def called(endpoint: Endpoint) -> str:

@@ -69,12 +69,12 @@ from functools import partial
 from typing import Any, Callable, TypeVar
 
 from calicoctl.addresses import parse_port
-from calicoctl.commands.endpoint import called, check_known_profile, readable_endpoints, workload_cell
+from calicoctl.commands.endpoint import check_known_profile, described, readable_endpoints, workload_cell
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.model import Endpoint, Rule, Rules
 from calicoctl.errors import CalicoError, Failed, InvalidValue, NotFound, UsageError, for_each, one_line, printable
 from calicoctl.grammar import Prepared, parse
-from calicoctl.output import abridges, print_json, print_table, wants_json, warn
+from calicoctl.output import abridges, first_few, print_json, print_table, wants_json, warn
 from calicoctl.policy.rules import check_name
 from calicoctl.workloads.workload import short_id
 
@@ -176,8 +176,7 @@ def _remove_one(datastore: DatastoreClient, profile: str, no_check: bool) -> Non
     if not no_check:
         users = [endpoint for endpoint in readable_endpoints(datastore) if profile in endpoint.profile_ids]
         if users:
-            some = ", ".join(f"{user.id.endpoint} of {called(user)} on {user.id.host}" for user in users[:3])
-            some += ", …" if users[3:] else ""
+            some = first_few(map(described, users))
             raise CalicoError(
                 f"Profile {profile} is in use by {len(users)} endpoint{'s' if users[1:] else ''} ({some}). Remove it "
                 "from them first, or use --no-check."

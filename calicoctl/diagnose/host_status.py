@@ -19,6 +19,7 @@ from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.keys import INTERFACE_PREFIX, EndpointId
 from calicoctl.errors import CalicoError
 from calicoctl.felix import heartbeat, process
+from calicoctl.output import first_few
 from calicoctl.workloads.workload import short_id
 
 OLDEST_REPORT = 30.0
@@ -187,7 +188,7 @@ def _unknown_interfaces(status: dict[str, Any]) -> Iterator[Issue]:
     """Yield one sentence about the interfaces of this host that are in no record of its endpoints."""
     names = status["unknown_interfaces"]
     if names:
-        some = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+        some = first_few(names)
         text = (
             f"{len(names)} interface{'s' if len(names) > 1 else ''} cali… of this host in no endpoint's record ({some})"
         )

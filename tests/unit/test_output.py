@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calicoctl.output import fit
+from calicoctl.output import first_few, fit
 
 COLUMNS = ["Hostname", "Orchestrator ID", "Workload ID", "Endpoint ID", "Addresses", "MAC", "Profiles", "State"]
 ROW = ["host1", "docker", "web", "8573cd44e783", "192.168.0.1\nfd80::1", "aa:bb:cc:dd:ee:01", "a\nb", "active"]
@@ -52,3 +52,7 @@ def test_no_line_is_wider_and_nothing_is_lost(lines: list[list[str]], width: int
     assert left_out == [] and width_of(fitted) <= width
     for line, before in zip(fitted, lines):
         assert ["".join(cell.split()) for cell in line] == ["".join(cell.split()) for cell in before]
+
+
+def test_a_sentence_lists_three_at_most() -> None:
+    assert [first_few("abcd"[:count]) for count in range(5)] == ["", "a", "a, b", "a, b, c", "a, b, c, …"]
