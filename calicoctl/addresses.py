@@ -53,6 +53,14 @@ def parse_cidr(text: str) -> IPNetwork:
         raise CalicoError(f"'{text}' is not a valid CIDR (such as 10.0.0.0/8 or fd00::/64)") from None
 
 
+def parse_pool_cidr(text: str) -> IPNetwork:
+    """Parse the CIDR of a pool; raise CalicoError for what is no CIDR, and for host bits."""
+    network = parse_cidr(text)
+    if parse_address(text.partition("/")[0]) != network.network:
+        raise CalicoError(f"'{text}' is not the CIDR of a pool: it has host bits set; {network} has none")
+    return network
+
+
 _NOT_UNICAST = {
     4: ("0.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/3"),
     6: ("::/96", "::ffff:0.0.0.0/96", "fe80::/10", "ff00::/8"),

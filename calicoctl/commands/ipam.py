@@ -132,7 +132,9 @@ def _release_one(datastore: DatastoreClient, address: IPAddress, force: bool) ->
 
 
 def _named(id: EndpointId) -> str:
-    return f"{id.orchestrator} {id.workload[:12] if id.orchestrator == 'docker' else id.workload} on {id.host}"
+    from calicoctl.workloads.workload import short_id
+
+    return f"{id.orchestrator} {short_id(id.workload)} on {id.host}"
 
 
 def _show(as_json: bool) -> None:

@@ -43,12 +43,12 @@ from collections.abc import Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from calicoctl.addresses import check_unicast, parse_address, parse_cidr
+from calicoctl.addresses import check_unicast, parse_address, parse_cidr, parse_pool_cidr
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.model import Pool
 from calicoctl.errors import CalicoError, NotFound, printable
 from calicoctl.grammar import Prepared, parse
-from calicoctl.output import print_json, print_table, wants_json, warn
+from calicoctl.output import first_few, print_json, print_table, wants_json, warn
 from calicoctl.workloads import host_network
 
 if TYPE_CHECKING:
@@ -141,13 +141,11 @@ def _networks_of_range(start: str, end: str) -> list[IPNetwork]:
 
 def _network(text: str) -> IPNetwork:
     """Parse the CIDR of a pool; raise CalicoError for host bits, or a missing prefix length."""
-    network = parse_cidr(text)
+    network = parse_pool_cidr(text)
     if "/" not in text:
         raise CalicoError(
             f"'{text}' is one address, and a pool is a network: add a prefix length, /26 at most (/122 in IPv6)"
         )
-    if parse_address(text.partition("/")[0]) != network.network:
-        raise CalicoError(f"'{text}' is not the CIDR of a pool: it has host bits set; {network} has none")
     return network
 
 
@@ -168,7 +166,7 @@ def _remove(pools: list[IPNetwork | str], force: bool) -> None:
             raise NotFound(f"Pool {pool} does not exist{'; nothing is removed' if pools[1:] else ''}.")
         used = [] if force or isinstance(pool, str) else datastore.ipam.used_in(pool)
         if used:
-            some = ", ".join(str(address) for address in used[:3]) + (", …" if used[3:] else "")
+            some = first_few(map(str, used))
             raise CalicoError(
                 f"Pool {pool} has {len(used)} address{'es' if used[1:] else ''} in use ({some}). Remove what uses "
                 "them first, or use --force."

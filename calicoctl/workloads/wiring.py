@@ -20,7 +20,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Callable, Iterator
 
-from calicoctl.addresses import host_net, parse_address, parse_cidr, version_of
+from calicoctl.addresses import host_net, parse_address, parse_pool_cidr, version_of
 from calicoctl.datastore.keys import INTERFACE_PREFIX, EndpointId
 from calicoctl.datastore.model import Endpoint, Pool
 from calicoctl.datastore.reserved import Network, Reserved
@@ -60,9 +60,7 @@ class AddressRequest:
         if text.lower() in ("ipv4", "ipv6"):
             return cls(int(text[-1]))
         if "/" in text:
-            network = parse_cidr(text)
-            if parse_address(text.partition("/")[0]) != network.network:
-                raise CalicoError(f"'{text}' is not the CIDR of a pool: it has host bits set; {network} has none")
+            network = parse_pool_cidr(text)
             return cls(network.version, cidr=str(network))
         try:
             address = parse_address(text)
