@@ -30,13 +30,17 @@ Examples:
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import asdict, astuple
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from calicoctl.addresses import parse_address
 from calicoctl.commands.pool import readable_pools
+from calicoctl.datastore.blocks import Block
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.keys import EndpointId
+from calicoctl.datastore.usage import usages
 from calicoctl.diagnose import audit
 from calicoctl.errors import CalicoError, InvalidValue, NotFound, for_each, one_line
 from calicoctl.grammar import Prepared, parse
@@ -138,43 +142,24 @@ def _named(id: EndpointId) -> str:
 
 
 def _show(as_json: bool) -> None:
-    usages = _usages(DatastoreClient.from_environment())
+    datastore = DatastoreClient.from_environment()
+    found = []
+    for version in (4, 6):
+        found += usages(readable_pools(datastore, version), _readable_blocks(datastore, version))
     if as_json:
-        print_json(usages)
+        print_json([asdict(usage) for usage in found])
     else:
-        rows = [[usage["pool"] or "(in no pool)", *list(usage.values())[1:]] for usage in usages]
+        rows = [[usage.pool or "(in no pool)", *astuple(usage)[1:]] for usage in found]
         print_table(["Pool", "Addresses", "Used", "Free", "Borrowed"], rows)
 
 
-def _usages(datastore: DatastoreClient) -> list[dict[str, Any]]:
-    """Return the address counts of each pool and, last, of addresses in no pool."""
-    from netaddr.ip import IPNetwork
-
-    usages = []
-    for version in (4, 6):
-        networks = [IPNetwork(pool.cidr) for pool in readable_pools(datastore, version)]
-        used: dict[IPNetwork | None, int] = dict.fromkeys([*networks, None], 0)
-        borrowed = dict(used)
-        for block in datastore.ipam.all_blocks(version):
-            if isinstance(block, InvalidValue):
-                warn(f"Warning: {block}")
-                continue
-            for ordinal, owner in block.held():
-                address: IPAddress = block.address(ordinal)
-                network = next((network for network in networks if address in network), None)
-                used[network] += 1
-                host = owner.secondary.get("host")
-                borrowed[network] += host is not None and block.affinity not in (None, f"host:{host}")
-        for network in networks:
-            free = network.size - used[network]
-            usages.append(_usage(str(network), network.size, used[network], free, borrowed[network]))
-        if used[None]:
-            usages.append(_usage(None, None, used[None], None, borrowed[None]))
-    return usages
-
-
-def _usage(pool: str | None, addresses: int | None, used: int, free: int | None, borrowed: int) -> dict[str, Any]:
-    return {"pool": pool, "addresses": addresses, "used": used, "free": free, "borrowed": borrowed}
+def _readable_blocks(datastore: DatastoreClient, version: int) -> Iterator[Block]:
+    """Yield the readable blocks of an IP version; warn of unreadable ones."""
+    for block in datastore.ipam.all_blocks(version):
+        if isinstance(block, InvalidValue):
+            warn(f"Warning: {block}")
+        else:
+            yield block
 
 
 def _check(fix: bool, as_json: bool) -> None:

@@ -1,0 +1,47 @@
+"""Counts the addresses of pools: used, free and borrowed. Reads every block; changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from calicoctl.datastore.blocks import Block
+from calicoctl.datastore.model import Pool
+
+if TYPE_CHECKING:
+    from netaddr import IPNetwork
+
+
+@dataclass
+class Usage:
+    """The numbers of a pool's addresses; `borrowed` are those of the used ones that lie in another host's block.
+
+    For the addresses in no pool, `pool`, `addresses` and `free` are None.
+    """
+
+    pool: str | None
+    addresses: int | None
+    used: int
+    free: int | None
+    borrowed: int
+
+
+def usages(pools: Iterable[Pool], blocks: Iterable[Block]) -> list[Usage]:
+    """Return the usage of each pool of an IP version and, last, that of addresses in no pool, if any is used."""
+    from netaddr.ip import IPNetwork
+
+    networks = [IPNetwork(pool.cidr) for pool in pools]
+    used: dict[IPNetwork | None, int] = dict.fromkeys([*networks, None], 0)
+    borrowed = dict(used)
+    for block in blocks:
+        for ordinal, owner in block.held():
+            address = block.address(ordinal)
+            network = next((network for network in networks if address in network), None)
+            used[network] += 1
+            host = owner.secondary.get("host")
+            borrowed[network] += host is not None and block.affinity not in (None, f"host:{host}")
+    found = [Usage(str(n), n.size, used[n], n.size - used[n], borrowed[n]) for n in networks]
+    if used[None]:
+        found.append(Usage(None, None, used[None], None, borrowed[None]))
+    return found
