@@ -138,9 +138,9 @@ def _start(
     options = process.Options(log_dir, metrics_port, arguments["--local-etcd"])
     host = DatastoreClient.from_environment().host
 
-    from calicoctl.workloads.netns import host_addresses
+    from calicoctl.workloads import host_network
 
-    detected, every = host_addresses()
+    detected, every = host_network.detect()
     ipv4 = given[4] or detected[4]
     if ipv4 is None and given[6] is None:
         raise CalicoError("No IPv4 address of this host could be detected. Say which one to use with --ip.")

@@ -251,10 +251,10 @@ class _Store:
 
     def _addresses_of(self, host: str) -> set[str]:
         """Return the addresses that a host is registered with and, for this host, all of its interfaces."""
-        from calicoctl.workloads import netns
+        from calicoctl.workloads import host_network
 
-        own = netns.own_addresses() if host == self._datastore.host else set()
-        return self._datastore.for_host(host).hosts.own_addresses() | set(own)
+        own = host_network.own_addresses() if host == self._datastore.host else set()
+        return self._datastore.for_host(host).hosts.own_addresses() | own
 
 
 def _why(verdict: Verdict, rules: Mapping[str, Sequence[Rule] | None], profiles: Sequence[str]) -> str:

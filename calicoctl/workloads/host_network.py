@@ -8,12 +8,18 @@ from __future__ import annotations
 
 import os
 import socket
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING
 
 from calicoctl import netlink
 from calicoctl.addresses import BITS, FAMILIES, unpack
+from calicoctl.datastore.keys import INTERFACE_PREFIX
 from calicoctl.datastore.reserved import HostNetwork, InterfaceAddress
 from calicoctl.errors import CalicoError
+
+if TYPE_CHECKING:
+    from calicoctl.workloads.netns import Interface
 
 _NO_NETWORK = (b"", b"\xfe\x80")
 """Prefixes of the destinations of default routes and of link-local ones."""
@@ -21,8 +27,57 @@ _NO_NETWORK = (b"", b"\xfe\x80")
 
 def read() -> HostNetwork:
     """Return the host's network: that of this process's network namespace. Raises CalicoError."""
-    try:
+    with _explained():
         return _read()
+
+
+def own_addresses() -> set[str]:
+    """Return all addresses of this host, broadcast addresses included. Raises CalicoError."""
+    with _explained():
+        return {text for one in netlink.addresses() for text in (one.address, one.broadcast) if text is not None}
+
+
+def detect() -> tuple[dict[int, str | None], set[str]]:
+    """Return, for each IP version, the address that other hosts reach this host under; and all its addresses.
+
+    That is the preferred source, else the first global address, of the interface of the best default route; without a
+    default route, of the first interface. Loopback, bridges, Docker's interfaces and Calico's own are left out.
+    Raises CalicoError.
+    """
+    from calicoctl.workloads import netns
+
+    outside = {interface.index for interface in netns.interfaces() if _faces_outside(interface)}
+    chosen: dict[int, str | None] = {}
+    with _explained():
+        every = list(netlink.addresses())
+        for version, family in FAMILIES.items():
+            usable: dict[int, list[str]] = {}
+            for one in every:
+                if one.family == family and one.scope == netlink.SCOPE_GLOBAL and one.index in outside:
+                    usable.setdefault(one.index, []).append(one.address)
+            defaults = sorted(netlink.routes(family, lengths=(0,)), key=lambda route: route.metric)
+            candidates = [(route.index, route.source) for route in defaults]
+            candidates += [(index, None) for index in sorted(usable)]
+            chosen[version] = next(
+                (
+                    source if source in usable[index] else usable[index][0]
+                    for index, source in candidates
+                    if index in usable
+                ),
+                None,
+            )
+    return chosen, {one.address for one in every}
+
+
+def _faces_outside(interface: Interface) -> bool:
+    inside = ("docker", "br-", "virbr", INTERFACE_PREFIX)
+    return not (interface.is_loopback or interface.kind == "bridge" or interface.name.startswith(inside))
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         why = os.strerror(error.errno) if error.errno else str(error)
         raise CalicoError(f"this host's addresses and routes cannot be read: {why}") from None

@@ -9,19 +9,16 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import socket
 import stat
 import threading
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, TypeVar
 
-from calicoctl.addresses import BITS, FAMILIES, host_net, unpack, version_of
-from calicoctl.datastore.keys import INTERFACE_PREFIX
+from calicoctl.addresses import BITS, FAMILIES, host_net, version_of
 from calicoctl.errors import CalicoError, NamespaceError
-from calicoctl.netlink import IFF_LOOPBACK, IFF_UP, NUD_PERMANENT, PROTOCOL_STATIC, SCOPE_LINK, neighbours, routes
+from calicoctl.netlink import IFF_UP, NUD_PERMANENT, PROTOCOL_STATIC, SCOPE_LINK, neighbours, routes
 
 if TYPE_CHECKING:
     from pyroute2.iproute.linux import IPRoute
@@ -40,7 +37,15 @@ HOST_MAC = "ee:ee:ee:ee:ee:ee"
 udev would change a random MAC (MACAddressPolicy in systemd.link(5)) after the workload has learned it.
 """
 
+HOST_END_IPV6 = {"accept_dad": "0", "accept_ra": "0"}
+"""The IPv6 settings of the host end of every pair before it is brought up.
+
+Duplicate address detection would keep its own address from use for a second or two, and the workload is no router for
+this host. Source: the kernel's Documentation/networking/ip-sysctl.rst.
+"""
+
 _LOOPBACK_INDEX = 1
+"""In every namespace. Source: LOOPBACK_IFINDEX in the kernel's net/flow.h."""
 _NODAD = 0x02
 
 
@@ -54,6 +59,10 @@ class Interface:
     up: bool
     peer_index: int | None = None
     kind: str | None = None
+
+    @property
+    def is_loopback(self) -> bool:
+        return self.index == _LOOPBACK_INDEX
 
 
 @dataclass(frozen=True)
@@ -295,10 +304,8 @@ def set_up(name: str) -> None:
 
     with _explained(f"bringing interface {name} up"), IPRoute() as netlink:
         with suppress(FileNotFoundError):  # a kernel without IPv6
-            # duplicate address detection would keep it from answering for a second or two
-            _write_sysctl(f"net/ipv6/conf/{name}/accept_dad", "0")
-            # the workload is no router for this host
-            _write_sysctl(f"net/ipv6/conf/{name}/accept_ra", "0")
+            for setting, value in HOST_END_IPV6.items():
+                _write_sysctl(f"net/ipv6/conf/{name}/{setting}", value)
         netlink.link("set", index=_index(netlink, name), state="up")
 
 
@@ -309,6 +316,14 @@ def find_interface(name: str) -> Interface | None:
     with _explained(f"reading interface {name}"), IPRoute() as netlink:
         found = netlink.link_lookup(ifname=name)
         return _interface(netlink.get_links(found[0])[0]) if found else None
+
+
+def interfaces() -> list[Interface]:
+    """Return the interfaces of the host. Raises NamespaceError."""
+    from pyroute2.iproute.linux import IPRoute
+
+    with _explained("reading this host's interfaces"), IPRoute() as netlink:
+        return [_interface(link) for link in netlink.get_links()]
 
 
 def check_attachments(namespaces: Mapping[str, str]) -> dict[str, bool]:
@@ -356,67 +371,11 @@ def inspect(netlink: IPRoute) -> Inspection:
             where = [f"via {route.gateway}"] if route.gateway else []
             where += [f"dev {names.get(route.index, route.index)}"] if route.index else []
             found.default_routes.setdefault(version, " ".join(where) or "of another kind")
-    up = any(interface.index == _LOOPBACK_INDEX and interface.up for interface in found.interfaces.values())
+    up = any(interface.is_loopback and interface.up for interface in found.interfaces.values())
     found.loopback = Loopback(up, ipv6=True)
     with suppress(FileNotFoundError):  # a kernel without IPv6
         found.loopback = Loopback(up, _read_sysctl("net/ipv6/conf/lo/disable_ipv6") == "0")
     return found
-
-
-def host_addresses() -> tuple[dict[int, str | None], set[str]]:
-    """Return, for each IP version, the address that other hosts reach this host under; and all its addresses.
-
-    That is the preferred source, else the first global address, of the interface of the best default route; without a
-    default route, of the first interface. Loopback, bridges, Docker's interfaces and Calico's own are left out.
-    """
-    from pyroute2.iproute.linux import IPRoute
-
-    with _explained("reading this host's addresses"), IPRoute() as netlink:
-        links = {link["index"]: link for link in netlink.get_links()}
-        chosen: dict[int, str | None] = {}
-        every: set[str] = set()
-        for version, family in FAMILIES.items():
-            addresses: dict[int, list[str]] = {}
-            for address in netlink.get_addr(family=family):
-                text = address.get_attr("IFA_LOCAL") or address.get_attr("IFA_ADDRESS")
-                every.add(text)
-                if address["scope"] == 0:
-                    addresses.setdefault(address["index"], []).append(text)
-            defaults = sorted(routes(family, lengths=(0,)), key=lambda route: route.metric)
-            candidates = [(route.index, route.source) for route in defaults]
-            candidates += [(index, None) for index in sorted(addresses)]
-            chosen[version] = next(
-                (
-                    source if source in addresses[index] else addresses[index][0]
-                    for index, source in candidates
-                    if index in addresses and index in links and _faces_outside(links[index])
-                ),
-                None,
-            )
-        return chosen, every
-
-
-def own_addresses() -> set[str]:
-    """Return all addresses of this host, broadcast addresses included. Raises NamespaceError.
-
-    Fast even with thousands of interfaces.
-    """
-    from pyroute2.iproute.linux import IPRoute
-
-    with _explained("reading this host's addresses"), IPRoute() as netlink:
-        addresses = list(netlink.get_addr(family=socket.AF_INET))
-        found = {address.get_attr(kind) for kind in ("IFA_LOCAL", "IFA_BROADCAST") for address in addresses} - {None}
-    # each interface has an IPv6 address, and pyroute2 is slow to read them. Source: if_inet6 in proc(5)
-    with suppress(OSError):
-        for line in Path("/proc/net/if_inet6").read_text().splitlines():
-            found.add(unpack(bytes.fromhex(line.split()[0])))
-    return found
-
-
-def _faces_outside(link: Any) -> bool:
-    interface = _interface(link)
-    inside = ("docker", "br-", "virbr", INTERFACE_PREFIX)
-    return not (link["flags"] & IFF_LOOPBACK or interface.kind == "bridge" or interface.name.startswith(inside))
 
 
 def _leads_to(netlink: IPRoute, link: Any, namespace: int) -> bool:

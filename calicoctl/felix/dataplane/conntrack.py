@@ -29,7 +29,7 @@ from calicoctl.addresses import FAMILIES, pack, unpack, version_of
 from calicoctl.errors import CalicoError
 from calicoctl.policy.rules import ICMP, ICMPV6, WITH_PORTS
 from calicoctl.policy.verdict import Packet
-from calicoctl.workloads import netns
+from calicoctl.workloads import host_network
 
 _COUNT = Path("/proc/sys/net/netfilter/nf_conntrack_count")
 _GET, _DELETE = 1 << 8 | 1, 1 << 8 | 2
@@ -104,7 +104,7 @@ class Conntrack(threading.Thread):
         """List the connections from and to these addresses, in the caller's thread."""
         try:
             found = _connections_of(addresses) if addresses and not _is_empty() else []
-            return Listing(addresses, found, netns.own_addresses() if found else ())
+            return Listing(addresses, found, host_network.own_addresses() if found else ())
         except CalicoError as error:
             return Listing(addresses, [], (), str(error))
 

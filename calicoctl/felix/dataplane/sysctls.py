@@ -14,6 +14,7 @@ from pathlib import Path
 from calicoctl import engine, files
 from calicoctl.datastore.keys import INTERFACE_PREFIX
 from calicoctl.errors import CalicoError, is_shortage
+from calicoctl.workloads.netns import HOST_END_IPV6
 
 ROOT = Path("/proc/sys/net")
 
@@ -31,8 +32,7 @@ def interface_settings(interface: str, ipv6: bool) -> dict[str, str]:
     """Return the sysctls of the host's end of an endpoint's veth pair, by path; `ipv6` if it has an IPv6 address.
 
     Source: the kernel's Documentation/networking/ip-sysctl.rst. A host answers a neighbour solicitation only for an
-    address of the receiving interface, hence proxy_ndp; proxy_delay would hold the answer back by up to 0.8 s, and
-    accept_dad keep the interface's own address from use for a second or two.
+    address of the receiving interface, hence proxy_ndp; proxy_delay would hold the answer back by up to 0.8 s.
     """
     settings = {
         f"ipv4/conf/{interface}/proxy_arp": "1",
@@ -44,8 +44,7 @@ def interface_settings(interface: str, ipv6: bool) -> dict[str, str]:
         settings[f"ipv6/conf/{interface}/disable_ipv6"] = "0"
     if (ROOT / "ipv6/conf" / interface).exists():
         settings |= {
-            f"ipv6/conf/{interface}/accept_dad": "0",
-            f"ipv6/conf/{interface}/accept_ra": "0",
+            **{f"ipv6/conf/{interface}/{name}": value for name, value in HOST_END_IPV6.items()},
             f"ipv6/conf/{interface}/proxy_ndp": "1",
             f"ipv6/neigh/{interface}/proxy_delay": "0",
         }
