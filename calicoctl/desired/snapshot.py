@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import socket
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Callable
 
-from calicoctl.addresses import BITS, FAMILIES, is_unicast, unpack, version_of
 from calicoctl.datastore import config, keys
-from calicoctl.datastore.keys import INTERFACE_PREFIX, EndpointId
+from calicoctl.datastore.keys import EndpointId
 from calicoctl.datastore.model import Endpoint, Pool, Rules, load_strings
 from calicoctl.datastore.reserved import HostNetwork, Reserved
 from calicoctl.datastore.store import Change, Entry
+from calicoctl.desired.claims import Claims
+from calicoctl.desired.local_endpoint import LocalEndpoint, checked_address, validated
 from calicoctl.errors import CalicoError
 from calicoctl.policy.verdict import readable
 
@@ -28,40 +27,6 @@ INACTIVE = "it is inactive"
 
 GRACE_TIME = int(config.GRACE_TIME.default or 0)
 """The default, in seconds."""
-
-_INTERFACE = re.compile(INTERFACE_PREFIX + r"[A-Za-z0-9_.-]{1,11}", re.ASCII)
-
-
-@dataclass(frozen=True)
-class LocalEndpoint:
-    """An active endpoint of this host, validated; `revision` is the revision of its record.
-
-    `addresses` are those that it may use; `conflict` says which of its addresses are left out because a host uses them.
-    """
-
-    id: EndpointId
-    revision: int
-    interface: str
-    mac: str
-    addresses: tuple[str, ...]
-    profiles: tuple[str, ...]
-    ipv6_next_hop: str | None
-    conflict: str | None = None
-
-    @property
-    def link_local(self) -> str:
-        """The link-local address that its interface derives from its MAC. Source: RFC 4291, appendix A."""
-        octets = bytes(int(part, 16) for part in self.mac.split(":"))
-        identifier = bytes([octets[0] ^ 2]) + octets[1:3] + b"\xff\xfe" + octets[3:]
-        return unpack(b"\xfe\x80" + bytes(6) + identifier)
-
-    @property
-    def sources(self) -> tuple[str, ...]:
-        """All addresses that it may use as source."""
-        return (*self.addresses, self.link_local)
-
-    def addresses_of(self, version: int) -> list[str]:
-        return [address for address in self.addresses if version_of(address) == version]
 
 
 @dataclass(frozen=True)
@@ -120,9 +85,8 @@ class Snapshot:
         self.problems: dict[str, str] = {}
         self.dirty = Dirty(pools=True, settings=True)
         self._entries: dict[str, Entry] = {}
-        self._candidates: dict[EndpointId, LocalEndpoint] = {}
+        self._claims = Claims()
         """This host's endpoints with valid records, whether or not they conflict with others."""
-        self._claims: dict[str, set[EndpointId]] = {}
         self._owners: dict[str, LocalEndpoint] = {}
         """The endpoints in `local`, by interface and by address."""
         self._unchecked: set[EndpointId] = set()
@@ -137,7 +101,7 @@ class Snapshot:
         if network.in_use != before.in_use or network.local != before.local:
             self._unchecked |= {
                 id
-                for id, candidate in self._candidates.items()
+                for id, candidate in self._claims.candidates.items()
                 if any(network.has(address) != before.has(address) for address in candidate.addresses)
             }
             self._check_local()
@@ -295,7 +259,7 @@ class Snapshot:
         host = keys.parse_bgp_host_address(key) or keys.parse_host_bird_ip(key) or ""
         before = self._addresses.pop(key, None)
         if before is not None:
-            self._unchecked |= self._claims.get(before, set())
+            self._unchecked |= self._claims.claimants(before)
             del self._registered[before]
             others = [other for other, address in self._addresses.items() if address == before]
             for other in others:
@@ -307,10 +271,10 @@ class Snapshot:
             self.ipv6_address = None
         if entry is None or not entry.value:
             return
-        address = _usable(entry.value, version)
+        address = checked_address(entry.value, version)
         self._addresses[key] = address
         self._registered[address] = host
-        self._unchecked |= self._claims.get(address, set())
+        self._unchecked |= self._claims.claimants(address)
         if is_next_hop:
             self.ipv6_address = address
 
@@ -326,24 +290,18 @@ class Snapshot:
                 self._validate(id)
             except CalicoError as error:
                 self._refuse(id, str(error))
-        # the transitive closure of conflicting claims: also what conflicts with a rival of a changed endpoint
-        unseen = set(rivals)
-        while unseen:
-            id = unseen.pop()
-            for thing in self._claimed_by(id):
-                unseen |= self._claims[thing] - rivals
-                rivals |= self._claims[thing]
+        rivals = self._claims.rivals(rivals)
         owners: dict[str, EndpointId] = {}
-        for id in sorted(rivals & set(self._candidates), key=self._order):
-            candidate = self._candidates[id]
-            owner = next((owners[thing] for thing in self._claimed_by(id) if thing in owners), None)
+        for id in sorted(rivals & self._claims.candidates.keys(), key=self._order):
+            candidate = self._claims.candidates[id]
+            owner = next((owners[thing] for thing in self._claims.things(id) if thing in owners), None)
             if owner is not None:
                 why = f"its interface or an address is that of endpoint {owner.endpoint} already"
                 if self.unusable.get(id, (0, ""))[1] != why:
                     self._drop(id)
                     self._refuse(id, why)
                 continue
-            owners.update(dict.fromkeys(self._claimed_by(id), id))
+            owners.update(dict.fromkeys(self._claims.things(id), id))
             usable = self._without_conflicts(candidate)
             if self.local.get(id) != usable:
                 self._drop(id)
@@ -367,9 +325,7 @@ class Snapshot:
             return
         if endpoint.state != "active":
             raise CalicoError(f"its state is {endpoint.state!a:.40}, neither active nor inactive")
-        self._candidates[id] = _checked(endpoint, entry.revision)
-        for thing in self._claimed_by(id):
-            self._claims.setdefault(thing, set()).add(id)
+        self._claims.add(validated(endpoint, entry.revision))
 
     def _without_conflicts(self, candidate: LocalEndpoint) -> LocalEndpoint:
         """Return an endpoint without the addresses that this host, or another registered host, has itself."""
@@ -388,17 +344,10 @@ class Snapshot:
         self.dirty.endpoints.add(id)
 
     def _withdraw(self, id: EndpointId) -> set[EndpointId]:
-        """Withdraw an endpoint's claims; return the other endpoints that claim the same."""
-        rivals = set()
-        for thing in self._claimed_by(id):
-            self._claims[thing].discard(id)
-            rivals |= self._claims[thing]
-            if not self._claims[thing]:
-                del self._claims[thing]
+        """Forget whether an endpoint is usable; return the other endpoints that claim the same."""
         self._drop(id)
-        self._candidates.pop(id, None)
         self.unusable.pop(id, None)
-        return rivals
+        return self._claims.withdraw(id)
 
     def _drop(self, id: EndpointId) -> None:
         """Remove an endpoint from the usable ones."""
@@ -410,59 +359,6 @@ class Snapshot:
             if self._owners.get(thing) is endpoint:
                 del self._owners[thing]
 
-    def _claimed_by(self, id: EndpointId) -> tuple[str, ...]:
-        """Return what a candidate claims, its interface and addresses: only one endpoint can have each."""
-        candidate = self._candidates.get(id)
-        return () if candidate is None else (candidate.interface, *candidate.addresses)
-
     def _order(self, id: EndpointId) -> tuple[int, str]:
         """Return the sort key for conflicts: the older record wins."""
         return self._entries[keys.endpoint(id)].created, id.endpoint
-
-
-def _checked(endpoint: Endpoint, revision: int) -> LocalEndpoint:
-    """Validate an endpoint for the data plane; raise CalicoError for an invalid value."""
-    if not _INTERFACE.fullmatch(endpoint.name):
-        raise CalicoError(f"its interface {endpoint.name!r} is not a name of ours (cali and up to 11 characters)")
-    if endpoint.mac is None:
-        raise CalicoError("it has no MAC")
-    addresses = []
-    for version in (4, 6):
-        for net in endpoint.nets_of(version):
-            address, _, length = net.partition("/")
-            if int(length) != (32 if version == 4 else 128):
-                raise CalicoError(f"its {net} is not a single address")
-            addresses.append(_usable(address, version))
-    next_hop = None if endpoint.ipv6_gateway is None else _usable(endpoint.ipv6_gateway, 6)
-    return LocalEndpoint(
-        endpoint.id,
-        revision,
-        endpoint.name,
-        endpoint.mac.lower(),
-        tuple(dict.fromkeys(addresses)),
-        tuple(endpoint.profile_ids),
-        next_hop,
-    )
-
-
-def usable_addresses(endpoint: Endpoint) -> tuple[str, ...]:
-    """Return those of an endpoint's nets that are single addresses, in canonical form, for the sets of tags."""
-    found: dict[str, None] = {}
-    for version, length in BITS.items():
-        for net in endpoint.nets_of(version):
-            address, _, prefix = net.partition("/")
-            with suppress(CalicoError):
-                if prefix == str(length):
-                    found[_usable(address, version)] = None
-    return tuple(found)
-
-
-def _usable(address: str, version: int) -> str:
-    """Return an address in canonical form; raise CalicoError for one that no endpoint or host can have."""
-    try:
-        packed = socket.inet_pton(FAMILIES[version], address)
-    except (OSError, ValueError):
-        raise CalicoError(f"'{address}' is not an IPv{version} address") from None
-    if not is_unicast(packed):
-        raise CalicoError(f"{address} is not an address that an endpoint can have")
-    return unpack(packed)

@@ -17,7 +17,7 @@ from calicoctl.addresses import parse_address
 from calicoctl.datastore import keys
 from calicoctl.datastore.keys import EndpointId
 from calicoctl.datastore.model import Endpoint
-from calicoctl.desired.snapshot import usable_addresses
+from calicoctl.desired.local_endpoint import usable_addresses
 from calicoctl.errors import CalicoError, InvalidValue
 from calicoctl.workloads.workload import DOCKER, NAMESPACE, Workload, workload_of
 

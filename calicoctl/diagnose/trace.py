@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from calicoctl.addresses import check_unicast, parse_address, version_of
 from calicoctl.datastore.keys import EndpointId
 from calicoctl.datastore.model import Endpoint, Rule
-from calicoctl.desired.snapshot import Snapshot, usable_addresses
+from calicoctl.desired.local_endpoint import usable_addresses
+from calicoctl.desired.snapshot import Snapshot
 from calicoctl.errors import CalicoError, DockerUnavailable, NoSuchContainer, NotFound
 from calicoctl.policy.rules import ICMP, ICMPV6, PROTOCOLS
 from calicoctl.policy.verdict import Packet, Verdict, decide, is_host_service

@@ -9,7 +9,7 @@ import copy
 import re
 from collections.abc import Collection, Sequence
 
-from calicoctl.desired.snapshot import LocalEndpoint
+from calicoctl.desired.local_endpoint import LocalEndpoint
 from calicoctl.errors import CalicoError
 from calicoctl.felix.dataplane.conntrack import Connection, Listing
 from calicoctl.felix.dataplane.links import Link

@@ -14,7 +14,8 @@ from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
 from calicoctl.datastore.model import Rules
-from calicoctl.desired.snapshot import Dirty, LocalEndpoint, Snapshot
+from calicoctl.desired.local_endpoint import LocalEndpoint
+from calicoctl.desired.snapshot import Dirty, Snapshot
 from calicoctl.errors import CalicoError
 from calicoctl.felix.dataplane.conntrack import Listing
 from calicoctl.felix.dataplane.manager import Context, Manager, PendingAddresses

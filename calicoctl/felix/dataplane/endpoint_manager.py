@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from calicoctl.datastore.keys import INTERFACE_PREFIX
-from calicoctl.desired.snapshot import INACTIVE, Dirty, LocalEndpoint
+from calicoctl.desired.local_endpoint import LocalEndpoint
+from calicoctl.desired.snapshot import INACTIVE, Dirty
 from calicoctl.errors import CalicoError
 from calicoctl.felix.dataplane.links import Link
 from calicoctl.felix.dataplane.manager import Context, Manager

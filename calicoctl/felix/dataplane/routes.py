@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from calicoctl import netlink
 from calicoctl.addresses import FAMILIES, host_net, pack, version_of
-from calicoctl.desired.snapshot import LocalEndpoint
+from calicoctl.desired.local_endpoint import LocalEndpoint
 from calicoctl.errors import CalicoError
 from calicoctl.felix.dataplane import sysctls
 from calicoctl.felix.dataplane.links import Link, list_links

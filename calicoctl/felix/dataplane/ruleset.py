@@ -28,7 +28,8 @@ from typing import Callable
 from calicoctl.addresses import pack, version_of
 from calicoctl.datastore.keys import INTERFACE_PREFIX, EndpointId
 from calicoctl.datastore.model import Rule
-from calicoctl.desired.snapshot import Dirty, LocalEndpoint, Snapshot, usable_addresses
+from calicoctl.desired.local_endpoint import LocalEndpoint, usable_addresses
+from calicoctl.desired.snapshot import Dirty, Snapshot
 from calicoctl.policy.rules import ICMP, ICMPV6, protocol_number, versions
 from calicoctl.policy.verdict import port_ranges
 

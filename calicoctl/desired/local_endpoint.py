@@ -1,0 +1,98 @@
+"""An endpoint of this host as the data plane needs it: valid values only, in canonical form. Knows no store.
+
+Addresses of other hosts' endpoints, which tags refer to, are validated here as well.
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+from contextlib import suppress
+from dataclasses import dataclass
+
+from calicoctl.addresses import BITS, FAMILIES, is_unicast, unpack, version_of
+from calicoctl.datastore.keys import INTERFACE_PREFIX, EndpointId
+from calicoctl.datastore.model import Endpoint
+from calicoctl.errors import CalicoError
+
+_INTERFACE = re.compile(INTERFACE_PREFIX + r"[A-Za-z0-9_.-]{1,11}", re.ASCII)
+
+
+@dataclass(frozen=True)
+class LocalEndpoint:
+    """An active endpoint of this host, validated; `revision` is the revision of its record.
+
+    `addresses` are those that it may use; `conflict` says which of its addresses are left out because a host uses them.
+    """
+
+    id: EndpointId
+    revision: int
+    interface: str
+    mac: str
+    addresses: tuple[str, ...]
+    profiles: tuple[str, ...]
+    ipv6_next_hop: str | None
+    conflict: str | None = None
+
+    @property
+    def link_local(self) -> str:
+        """The link-local address that its interface derives from its MAC. Source: RFC 4291, appendix A."""
+        octets = bytes(int(part, 16) for part in self.mac.split(":"))
+        identifier = bytes([octets[0] ^ 2]) + octets[1:3] + b"\xff\xfe" + octets[3:]
+        return unpack(b"\xfe\x80" + bytes(6) + identifier)
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """All addresses that it may use as source."""
+        return (*self.addresses, self.link_local)
+
+    def addresses_of(self, version: int) -> list[str]:
+        return [address for address in self.addresses if version_of(address) == version]
+
+
+def validated(endpoint: Endpoint, revision: int) -> LocalEndpoint:
+    """Validate an endpoint for the data plane; raise CalicoError for an invalid value."""
+    if not _INTERFACE.fullmatch(endpoint.name):
+        raise CalicoError(f"its interface {endpoint.name!r} is not a name of ours (cali and up to 11 characters)")
+    if endpoint.mac is None:
+        raise CalicoError("it has no MAC")
+    addresses = []
+    for version in (4, 6):
+        for net in endpoint.nets_of(version):
+            address, _, length = net.partition("/")
+            if int(length) != (32 if version == 4 else 128):
+                raise CalicoError(f"its {net} is not a single address")
+            addresses.append(checked_address(address, version))
+    next_hop = None if endpoint.ipv6_gateway is None else checked_address(endpoint.ipv6_gateway, 6)
+    return LocalEndpoint(
+        endpoint.id,
+        revision,
+        endpoint.name,
+        endpoint.mac.lower(),
+        tuple(dict.fromkeys(addresses)),
+        tuple(endpoint.profile_ids),
+        next_hop,
+    )
+
+
+def usable_addresses(endpoint: Endpoint) -> tuple[str, ...]:
+    """Return those of an endpoint's nets that are single addresses, in canonical form, for the sets of tags."""
+    found: dict[str, None] = {}
+    for version, length in BITS.items():
+        for net in endpoint.nets_of(version):
+            address, _, prefix = net.partition("/")
+            with suppress(CalicoError):
+                if prefix == str(length):
+                    found[checked_address(address, version)] = None
+    return tuple(found)
+
+
+def checked_address(address: str, version: int) -> str:
+    """Return an address in canonical form; raise CalicoError for one that no endpoint or host can have."""
+    try:
+        packed = socket.inet_pton(FAMILIES[version], address)
+    except (OSError, ValueError):
+        raise CalicoError(f"'{address}' is not an IPv{version} address") from None
+    if not is_unicast(packed):
+        raise CalicoError(f"{address} is not an address that an endpoint can have")
+    return unpack(packed)
