@@ -189,8 +189,12 @@ class StoreReporter(threading.Thread):
             ending = not self._alive
             try:
                 if time.monotonic() >= self._beaten + INTERVAL:
-                    self._beat()
-                    self._beaten = time.monotonic()
+                    before, self._beaten = self._beaten, time.monotonic()  # beat_soon may ask for another meanwhile
+                    try:
+                        self._beat()
+                    except Exception:
+                        self._beaten = before
+                        raise
                 if self._health.first_update and self._replaced_by is None:
                     self._write_endpoints()
                 self._emit(None)
