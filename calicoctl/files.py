@@ -53,11 +53,14 @@ def replace(
     `durable`, the content is on disk before the old file goes. Raises OSError; then the old file is as it was.
     """
     new = path.with_name(f".{path.name}{suffix}")
-    file = io.FileIO(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, mode), "w")
+    new.unlink(missing_ok=True)  # left by a process that was killed
+    file = io.FileIO(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode), "w")
     try:
         os.fchown(file.fileno(), *owner)
         os.fchmod(file.fileno(), mode)
-        file.write(content)
+        rest = memoryview(content)
+        while rest:  # a disk that is nearly full takes a part without an error
+            rest = rest[file.write(rest) :]
         if durable:
             os.fsync(file.fileno())
         new.rename(path)

@@ -69,7 +69,7 @@ class DatastoreClient:
 
     def store_version(self) -> str:
         """Check that the store can be read, and return its server's version; raise StoreError."""
-        self._store.exists(keys.ROOT)
+        self._store.names(keys.ROOT)
         return self._store.version()
 
     def for_host(self, host: str) -> DatastoreClient:

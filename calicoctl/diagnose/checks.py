@@ -217,9 +217,9 @@ def _neighbours() -> Iterator[Check]:
 
 def _tools(docker_runs: bool) -> Iterator[Check]:
     for command, package, needed, use in (
-        ("nft", "nftables", False, "to look at the tables"),
+        ("nft", "nftables", False, "to show the tables"),
         ("ip", "iproute2", True, ""),
-        ("conntrack", "conntrack", False, "to look at connections"),
+        ("conntrack", "conntrack", False, "to show connections"),
         ("iptables", "iptables", docker_runs, "needed beside Docker's firewall"),
         ("ip6tables", "iptables", docker_runs, "needed beside Docker's firewall"),
         ("etcd", "etcd-server", False, "for 'calicoctl node --local-etcd'"),

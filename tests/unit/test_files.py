@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import threading
 from pathlib import Path
 
@@ -103,3 +104,26 @@ def test_a_replacement_that_fails_leaves_the_old_file_and_nothing_else(tmp_path:
         files.replace(path, b"x", 0o644)
     assert list(tmp_path.iterdir()) == [path]
     assert list(path.iterdir()) == [path / "in use"]
+
+
+def test_a_replacement_that_is_written_only_in_part_fails(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("before")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))  # like a disk with room for one page
+    try:
+        with pytest.raises(OSError):
+            files.replace(path, b"x" * 5000, 0o644)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert path.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_lies_under_the_name_of_the_new_file_is_not_written_to(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.write_text("another's")
+    os.link(other, tmp_path / ".file.new")
+    files.replace(tmp_path / "file", b"after", 0o644).close()
+    assert other.read_text() == "another's"
+    assert (tmp_path / "file").read_text() == "after"
