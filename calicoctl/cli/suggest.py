@@ -16,7 +16,6 @@ from calicoctl.spelling import SYNONYMS, did_you_mean, nearest
 
 _ELSEWHERE = {
     ("container", "show"): "calicoctl endpoint show --detailed",
-    ("node", "show"): "calicoctl status",
     ("node", "start"): "calicoctl node",
     ("ipam", "add"): "calicoctl pool add",
 }

@@ -6,6 +6,7 @@ Usage:
   calicoctl node restart
   calicoctl node stop [--force]
   calicoctl node remove [--hostname=<HOST>] [--remove-endpoints] [--force]
+  calicoctl node show [--output=<FORMAT>]
   calicoctl node bgp peer add <PEER_IP> as <AS_NUM>
   calicoctl node bgp peer remove <PEER_IP>
   calicoctl node bgp peer show [--ipv4 | --ipv6] [--output=<FORMAT>]
@@ -41,8 +42,8 @@ Options:
   <PEER_IP>              the address of a router
   <AS_NUM>               its AS number, as 64512 or as 0.64512
   --ipv4, --ipv6         show IPv4, or IPv6, peers only
-  -o, --output=<FORMAT>  json: an array of the peers as they stand in etcd;
-                         default: a table
+  -o, --output=<FORMAT>  json: an array, of the peers as they stand in etcd,
+                         or of the hosts; default: a table
   --remove-endpoints     remove the host's endpoints, too; without it, a host
                          that has some is not removed
 
@@ -68,12 +69,19 @@ are routed and filtered as before. `remove` stops the agent, and removes
 everything that it has set up from the kernel, the host from etcd, and the
 local etcd's line from /etc/calico/node.env. `bgp peer` is about peers of this
 host only; for global peers, see calicoctl bgp --help. All commands but `bgp`
-must be run as root.
+and `show` must be run as root.
+
+`show` lists all hosts that etcd knows, whether their agents are alive, and
+how many endpoints they have. The agent of a host is `up`, `starting` until it
+has applied the desired state, or `down`; then, the status of its endpoints is
+unknown. JSON: name, ipv4, ipv6, as_num, agent, reported (the time of its last
+heartbeat), and endpoints, counted as up, down, error and unknown.
 
 Examples:
   sudo calicoctl node --ip=192.0.2.2
   sudo calicoctl node --ip=192.0.2.2 --local-etcd
   sudo calicoctl node remove --remove-endpoints
+  calicoctl node show
 """
 
 from __future__ import annotations
@@ -82,6 +90,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -99,7 +108,7 @@ from calicoctl.felix import heartbeat, local_etcd, process
 from calicoctl.felix.dataplane.sysctls import HostSettings
 from calicoctl.felix.local_etcd import LocalEtcd
 from calicoctl.grammar import Prepared, parse, require_root
-from calicoctl.output import warn
+from calicoctl.output import print_json, print_table, wants_json, warn
 from calicoctl.workloads import locks
 from calicoctl.workloads.workload import DOCKER, NAMESPACE
 
@@ -108,6 +117,8 @@ def prepare(argv: list[str]) -> Prepared:
     arguments = parse(str(__doc__), argv)
     if arguments["bgp"]:
         return bgp.prepare_peers(arguments, of_this_host=True)
+    if arguments["show"]:
+        return partial(_show, wants_json(arguments))
     require_root()
     if arguments["stop"]:
         return partial(_stop, arguments["--force"])
@@ -342,8 +353,7 @@ def _remove(other: str | None, remove_endpoints: bool, force: bool) -> None:
 
             stopped = process.stop(host)
             remove_all(host, warn)
-        registered = datastore.hosts.is_registered()
-        datastore.hosts.unregister()
+        registered = datastore.hosts.unregister()
     if this_one:
         local_etcd.stop(host)
         local_etcd.unannounce(had_local_etcd)
@@ -351,6 +361,22 @@ def _remove(other: str | None, remove_endpoints: bool, force: bool) -> None:
     if not registered and not ids and stopped is None:
         raise NotFound(f"Host {datastore.host} is not registered.")
     print(f"Host {datastore.host} is removed.")
+
+
+def _show(as_json: bool) -> None:
+    hosts = DatastoreClient.from_environment().hosts.summaries()
+    if as_json:
+        print_json([asdict(host) for host in hosts])
+        return
+    rows = [[h.name, h.ipv4, h.ipv6, h.as_num, h.agent, _counted(h.endpoints)] for h in hosts]
+    print_table(["Host", "IPv4", "IPv6", "AS number", "Agent", "Endpoints"], rows)
+
+
+def _counted(endpoints: dict[str, int]) -> str:
+    """Return how many endpoints there are, and how many of them in which state other than up."""
+    others = [f"{number} {state}" for state, number in endpoints.items() if number and state != "up"]
+    total = str(sum(endpoints.values()))
+    return f"{total} ({', '.join(others)})" if others else total
 
 
 def _refuse_alive(datastore: DatastoreClient, this_one: bool) -> None:

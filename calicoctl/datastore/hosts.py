@@ -6,14 +6,19 @@ import json
 import os
 import re
 import socket
+from collections import defaultdict
 from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
 
 from calicoctl.datastore import config, keys
-from calicoctl.datastore.model import Pool
+from calicoctl.datastore.keys import EndpointId
+from calicoctl.datastore.model import Pool, load_object
 from calicoctl.datastore.store import Store, create_if_missing, set_value
 from calicoctl.errors import CalicoError, InvalidValue
 
 DEFAULT_AS_NUMBER = "64511"
+ENDPOINT_STATES = ("up", "down", "error", "unknown")
 DEFAULT_POOLS = {4: "192.168.0.0/16", 6: "fd80:24e2:f998:72d6::/64"}
 
 
@@ -36,6 +41,24 @@ def check_hostname(name: str) -> str:
     return name
 
 
+@dataclass
+class HostSummary:
+    """What the store has about one host; texts as they stand there, None for what is missing.
+
+    `agent` is "up", "starting" until the first snapshot is in the kernel, or "down"; `reported` is the time of its last
+    heartbeat, None while it is down. `endpoints` counts the host's records by the status that the agent has reported:
+    "up", "down", "error", or "unknown" for none, which all are while it is down.
+    """
+
+    name: str
+    ipv4: str | None = None
+    ipv6: str | None = None
+    as_num: str | None = None
+    agent: str = "down"
+    reported: str | None = None
+    endpoints: dict[str, int] = field(default_factory=lambda: dict.fromkeys(ENDPOINT_STATES, 0))
+
+
 class Hosts:
     """The registrations of all hosts in the store, read and changed on behalf of one of them, `host`."""
 
@@ -52,6 +75,38 @@ class Hosts:
         """Return the names of the hosts that are registered with BGP addresses; settings alone do not count."""
         entries = self._store.tree(keys.BGP_HOSTS)
         return sorted({host for host in map(keys.parse_bgp_host_address, (e.key for e in entries)) if host is not None})
+
+    def summaries(self) -> list[HostSummary]:
+        """Return what the store has about each host, in order of names: registration, agent, endpoints."""
+        found: dict[str, HostSummary] = defaultdict(lambda: HostSummary(""))
+        default_as = self._text(keys.BGP_AS_NUM) or DEFAULT_AS_NUMBER
+        for entry in self._store.tree(keys.BGP_HOSTS):
+            name, _, setting = entry.key[len(keys.BGP_HOSTS) + 1 :].partition("/")
+            field_of = {"ip_addr_v4": "ipv4", "ip_addr_v6": "ipv6", "as_num": "as_num"}.get(setting)
+            if field_of is not None:
+                setattr(found[name], field_of, entry.value or None)
+        statuses: dict[EndpointId, str] = {}
+        for entry in self._store.tree(keys.FELIX_HOSTS):
+            name = entry.key[len(keys.FELIX_HOSTS) + 1 :].partition("/")[0]
+            id = keys.parse_felix_endpoint(entry.key)
+            if id is not None:
+                statuses[id] = _fields(entry.value).get("status", "")
+            elif entry.key == keys.felix_status(name):
+                heartbeat = _fields(entry.value)
+                found[name].agent = "starting" if heartbeat.get("first_update") is False else "up"
+                time = heartbeat.get("time")
+                found[name].reported = time if isinstance(time, str) else None
+        for entry in self._store.tree(keys.HOSTS):
+            name = entry.key[len(keys.HOSTS) + 1 :].partition("/")[0]
+            id = keys.parse_endpoint(entry.key)
+            if id is not None:
+                state = statuses.get(id) if found[name].agent == "up" else None
+                found[name].endpoints[state if state in ENDPOINT_STATES else "unknown"] += 1
+            elif keys.parse_host_bird_ip(entry.key) is not None and found[name].ipv4 is None:
+                found[name].ipv4 = entry.value or None
+        for name, summary in found.items():
+            summary.name, summary.as_num = name, summary.as_num or default_as
+        return [found[name] for name in sorted(found)]
 
     def addresses(self, version: int | None = None) -> dict[str, str]:
         """Return canonical address -> host, for all registered hosts; with `version`, for that IP version only.
@@ -88,11 +143,15 @@ class Hosts:
         for key in (keys.host_bird_ip(self.host), keys.bgp_host_address(self.host, 4)):
             self._store.check_writable(key)
 
-    def unregister(self) -> None:
-        """Delete this host's keys and release its block affinities; addresses in use stay allocated."""
+    def unregister(self) -> bool:
+        """Delete this host's keys and release its block affinities; addresses in use stay allocated.
+
+        Returns whether there was anything of it.
+        """
         from calicoctl.datastore.ipam import Ipam
 
-        Ipam(self._store, self.host).release_affinities()
+        found = self.is_registered()
+        found = Ipam(self._store, self.host).release_affinities() or found
         for directory in (
             keys.felix_host(self.host),
             keys.bgp_host(self.host),
@@ -100,6 +159,7 @@ class Hosts:
             keys.host(self.host),
         ):
             self._store.remove_tree(directory)
+        return found
 
     def register(self, ipv4: str | None, ipv6: str | None, as_num: str | None) -> None:
         """Write missing global configuration, then this host's keys; `marker`, which old tools wait for, comes last."""
@@ -155,3 +215,11 @@ class Hosts:
     def _text(self, key: str) -> str | None:
         entry = self._store.get(key)
         return None if entry is None else entry.value
+
+
+def _fields(text: str) -> dict[str, Any]:
+    """Return the fields of a status, none for one that is invalid: other agents write them, too."""
+    try:
+        return load_object(text, "")
+    except InvalidValue:
+        return {}

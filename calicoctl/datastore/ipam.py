@@ -229,13 +229,23 @@ class Ipam:
                 if isinstance(block, Block):
                     yield from ((block.address(ordinal), owner) for ordinal, owner in block.held())
 
-    def release_affinities(self) -> None:
-        """Release this host's affinities: empty blocks are deleted, the others have no affinity any more."""
+    def release_affinities(self) -> bool:
+        """Release this host's affinities: empty blocks are deleted, the others have no affinity any more.
+
+        Returns whether there were any.
+        """
+        found = False
         for version in (4, 6):
-            for first in list(first_addresses(self._store.names(keys.ipam_affinities(self._host, version)))):
+            firsts = set(first_addresses(self._store.names(keys.ipam_affinities(self._host, version))))
+            for block in self.all_blocks(version):  # another tool may have deleted the affinity's key alone
+                if not isinstance(block, InvalidValue) and block.affinity == f"host:{self._host}":
+                    firsts.add(block.first)
+            for first in sorted(firsts):
                 cidr = block_cidr(version, first)
                 self._release_affinity(keys.ipam_block(version, cidr))
                 self._delete_affinity(version, cidr)
+                found = True
+        return found
 
     def _release_affinity(self, key: str) -> None:
         for attempt in range(ATTEMPTS):

@@ -92,7 +92,7 @@ def _inspect(datastore: DatastoreClient) -> Iterator[Finding]:
                 invalid.append(block)
                 unread.add(keys.undashed(keys.last(block.key)))
                 continue
-            yield from _of_block(datastore, block)
+            yield from _of_block(datastore, block, registered)
             for ordinal, owner in block.held():
                 address = str(block.address(ordinal))
                 unseen.discard(address)
@@ -125,8 +125,16 @@ def _is_key(handle: str) -> bool:
     return bool(handle) and "/" not in handle and not handle.startswith("_")
 
 
-def _of_block(datastore: DatastoreClient, block: Block) -> Iterator[Finding]:
-    """Check what tools from 2016 on keep in a block: the list of free addresses, and strict affinity."""
+def _of_block(datastore: DatastoreClient, block: Block, registered: set[str]) -> Iterator[Finding]:
+    """Check a block's affinity, and what tools from 2016 on keep in it: the list of free addresses, strict affinity."""
+    host = (block.affinity or "").partition(":")[2]
+    if host and host not in registered:
+        yield Finding(
+            "block",
+            block.cidr,
+            f"it has affinity to host {host}, which is not registered",
+            f"run 'calicoctl node' there, or 'calicoctl node remove --hostname={host}'",
+        )
     problem = block.free_list_problem()
     if problem is not None:
         fix = partial(_repair_free_list, datastore, block.version, block.cidr)

@@ -357,3 +357,29 @@ def test_repairs_of_fix_take_effect_at_once(host: Host) -> None:
     change_block(host, take)
     assert all(one["fixed"] for one in check(host, "--fix", status=0))
     assert check(host, status=0) == []
+
+
+@pytest.mark.parametrize("has_affinity_key", [True, False])
+def test_a_block_of_a_host_that_is_gone_is_found_and_removed_with_the_host(host: Host, has_affinity_key: bool) -> None:
+    far = Host(host.etcd, "far")
+    far.register("192.0.2.3")
+    run("ip", "netns", "add", "blue")
+    far.ctl("container", "add", BLUE, "ipv4")
+    (block,) = [key for key in host.etcd.tree("/calico/ipam/v2/assignment") if key != BLOCK]
+    (affinity,) = host.etcd.tree("/calico/ipam/v2/host/far")
+    assert json.loads(host.etcd.get(block))["affinity"] == "host:far"
+    assert check(host, status=0) == []
+    # the machine is no more, and somebody has removed its keys by hand
+    for key in ("/calico/bgp/v1/host/far", "/calico/v1/host/far"):
+        host.etcd.delete(key)
+    if not has_affinity_key:
+        host.etcd.delete(affinity)
+    (found,) = [one for one in check(host) if one["kind"] == "block"]
+    cidr = block.rpartition("/")[2].replace("-", "/")
+    assert found["subject"] == cidr and found["problem"] == "it has affinity to host far, which is not registered"
+    assert "'calicoctl node remove --hostname=far'" in found["advice"]
+    host.ctl("node", "remove", "--hostname=far")
+    tree = host.etcd.tree()
+    assert block not in tree and not any("far" in key for key in tree), "its addresses are released as well"
+    assert check(host, status=0) == []
+    assert "is not registered" in host.ctl("node", "remove", "--hostname=far", status=1).err

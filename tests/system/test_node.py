@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from tests.system.agent import A4, LOG_DIR, AgentHost, outside_host
-from tests.system.support import Host, run
+from tests.system.support import CALICOCTL, Host, calico_links, run, wait_for
 
 
 def test_registering_writes_global_config_pools_and_the_hosts_keys(bare_host: Host) -> None:
@@ -125,3 +125,69 @@ def test_without_any_address_the_user_is_told_to_give_one(bare_host: Host) -> No
     assert bare_host.etcd.tree() == {}
     assert "registered with 2001:db8::2" in bare_host.ctl("node", "--ip6=2001:db8::2").out
     assert bare_host.etcd.get("/calico/bgp/v1/host/host1/ip_addr_v4") == ""
+
+
+def test_show_lists_every_host_with_its_agent_and_its_endpoints(bare_host: Host) -> None:
+    assert json.loads(bare_host.ctl("node", "show", "--output=json").out) == []
+    here = AgentHost(bare_host.etcd)
+    here.start_agent("--as=1.10")
+    here.add_pair()
+    here.sync()
+    far = Host(bare_host.etcd, "far")
+    far.register("192.0.2.3", "2001:db8::3")
+    far.etcd.put("/calico/v1/host/far/workload/docker/x/endpoint/0123456789abcdef0123456789abcdef", "{")
+    far.etcd.put("/calico/v1/host/old/bird_ip", "192.0.2.4")  # registered by an old tool, and by that alone
+    far.etcd.put("/calico/felix/v1/host/old/status", {"first_update": False, "time": 1})
+    far.etcd.put("/calico/felix/v1/host/odd/status", "no JSON")
+
+    def endpoints(**counts: int) -> dict[str, int]:
+        return {**dict.fromkeys(("up", "down", "error", "unknown"), 0), **counts}
+
+    found = {host["name"]: host for host in json.loads(here.ctl("node", "show", "--output=json").out)}
+    assert list(found) == ["far", "host1", "odd", "old"]
+    assert found["host1"].pop("reported") == json.loads(here.etcd.get("/calico/felix/v1/host/host1/status"))["time"]
+    addresses = {"ipv4": "192.0.2.2", "ipv6": "2001:db8::2"}
+    assert found["host1"] == {
+        "name": "host1",
+        **addresses,
+        "as_num": "65546",
+        "agent": "up",
+        "endpoints": endpoints(up=2),
+    }
+    addresses = {"ipv4": "192.0.2.3", "ipv6": "2001:db8::3"}
+    assert found["far"] == {
+        "name": "far",
+        **addresses,
+        "as_num": "64511",
+        "agent": "down",
+        "reported": None,
+        "endpoints": endpoints(unknown=1),
+    }
+    assert [found["old"][name] for name in ("ipv4", "agent", "reported")] == ["192.0.2.4", "starting", None]
+    assert found["odd"]["agent"] == "up", "whatever an agent writes, it is alive"
+    run("ip", "link", "set", "dev", next(iter(calico_links())), "down")
+    wait_for(lambda: "| 2 (1 down) " in here.ctl("node", "show").out, here.log())
+    rows = here.ctl("node", "show", env={"PATH": "/usr/bin:/bin"}).out.splitlines()
+    assert rows[1].split() == [
+        "|",
+        "Host",
+        "|",
+        "IPv4",
+        "|",
+        "IPv6",
+        "|",
+        "AS",
+        "number",
+        "|",
+        "Agent",
+        "|",
+        "Endpoints",
+        "|",
+    ]
+    assert [word for word in rows[3].split() if word != "|"] == [
+        *("far", "192.0.2.3", "2001:db8::3", "64511", "down", "1", "(1", "unknown)")
+    ]
+    done = run(
+        "setpriv", "--reuid=65534", "--clear-groups", CALICOCTL, "node", "show", env=here.environment(), check=False
+    )
+    assert done.status == 0 and "host1" in done.out, "root is not needed"
