@@ -463,7 +463,7 @@ def test_output_of_trace(net: AgentHost) -> None:
         (("198.51.100.9", "198.51.100.8", "tcp", "80"), 1, "no profile decides"),
         ((A4, B6, "tcp", "80"), 1, "address of the same IP version"),
         ((A4, B4, "icmpv6"), 1, "IPv6 address"),
-        ((A4, B4, "tcp"), 2, "to which port"),
+        ((A4, B4, "tcp"), 2, "tcp needs a destination port"),
         ((A4, B4, "tcp", "0"), 1, "1 to 65535"),
         ((A4, B4, "tcp", "http"), 1, "1 to 65535"),
         ((A4, B4, "icmp", "80"), 2, "icmp has no ports"),
