@@ -127,13 +127,13 @@ def _is_key(handle: str) -> bool:
 
 def _of_block(datastore: DatastoreClient, block: Block, registered: set[str]) -> Iterator[Finding]:
     """Check a block's affinity, and what tools from 2016 on keep in it: the list of free addresses, strict affinity."""
-    host = (block.affinity or "").partition(":")[2]
-    if host and host not in registered:
+    affine = (block.affinity or "").partition(":")[2]
+    if affine and affine not in registered:
         yield Finding(
             "block",
             block.cidr,
-            f"it has affinity to host {host}, which is not registered",
-            f"run 'calicoctl node' there, or 'calicoctl node remove --hostname={host}'",
+            f"it has affinity to host {affine}, which is not registered",
+            f"run 'calicoctl node' there, or 'calicoctl node remove --hostname={affine}'",
         )
     problem = block.free_list_problem()
     if problem is not None:
