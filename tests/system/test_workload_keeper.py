@@ -75,6 +75,15 @@ def look_now() -> None:
     run("ip", "netns", "delete", "nudge")
 
 
+def connect_containers(host: AgentHost, home: Path, socket: str) -> None:
+    """Run two containers in an engine of their own, which restarts them with itself, and connect them."""
+    import_busybox(home / "busybox", socket)
+    options = ("--net=none", "--restart=always", "--stop-signal=KILL")
+    for name, address in (("workload", A4), ("peer", B4)):
+        run("docker", "--host", socket, "run", *options, "--name", name, "-tid", "busybox")
+        host.ctl("container", "add", name, address, env={"DOCKER_HOST": socket})
+
+
 @pytest.fixture
 def containers(node: AgentHost, engine: None) -> Iterator[AgentHost]:
     """A host with an agent, and the containers workload and peer, which may talk to each other."""
@@ -276,20 +285,7 @@ def test_an_engine_that_is_away_is_not_taken_for_one_without_containers(bare_hos
     try:
         host.start_agent(DOCKER_HOST=socket)
         host.ctl("config", "felix", "GraceTime", "1")
-        import_busybox(home / "busybox", socket)
-        for name, address in (("workload", A4), ("peer", B4)):
-            run(
-                *docker,
-                "run",
-                "--net=none",
-                "--restart=always",
-                "--stop-signal=KILL",
-                "--name",
-                name,
-                "-tid",
-                "busybox",
-            )
-            host.ctl("container", "add", name, address, env={"DOCKER_HOST": socket})
+        connect_containers(host, home, socket)
         before = host.records()
         # it hangs: whoever asks it waits
         process.send_signal(signal.SIGSTOP)
@@ -404,20 +400,7 @@ def test_after_a_reboot_everything_is_connected_again(bare_host: Host, first: st
     process = start_docker(home, host=socket)
     try:
         host.start_agent(DOCKER_HOST=socket)
-        import_busybox(home / "busybox", socket)
-        for name, address in (("workload", A4), ("peer", B4)):
-            run(
-                *docker,
-                "run",
-                "--net=none",
-                "--restart=always",
-                "--stop-signal=KILL",
-                "--name",
-                name,
-                "-tid",
-                "busybox",
-            )
-            host.ctl("container", "add", name, address, env={"DOCKER_HOST": socket})
+        connect_containers(host, home, socket)
         host.add("space", "192.168.0.3")
         before = host.records()
         # the host goes down: no interface, no table, no file below /run is left
