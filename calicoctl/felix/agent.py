@@ -58,7 +58,10 @@ LOG_LEVELS |= {"critical": logging.CRITICAL, "none": logging.CRITICAL + 10}
 
 
 def run(host: str, options: Options) -> None:
-    """Be the host's agent until a signal comes. Raises CalicoError."""
+    """Run the host's agent in this process until SIGTERM, SIGINT or SIGHUP comes.
+
+    Raises CalicoError when the agent cannot start (another one runs, say), or a thread that it needs has died.
+    """
     from pyroute2.iproute.linux import IPRoute
 
     with process.only_one(host):
@@ -81,7 +84,7 @@ def run(host: str, options: Options) -> None:
 
 @dataclass(frozen=True)
 class Drivers:
-    """What the managers reach the kernel by."""
+    """The drivers through which the managers read and change the kernel."""
 
     nft: Nft
     routes: Routes
@@ -89,7 +92,7 @@ class Drivers:
 
 
 class Agent:
-    """The agent of one host. `run` returns when the process is asked to end."""
+    """The agent of one host; `run` is its loop."""
 
     def __init__(
         self,
@@ -99,7 +102,7 @@ class Agent:
         ready: Callable[[], None],
         options: Options,
     ):
-        """`datastore` makes a client, one for each thread; see DatastoreClient.from_environment.
+        """`datastore` makes a client of the store, one for each thread; see DatastoreClient.from_environment.
 
         The drivers put their events into `queue`. `ready` is called when the first snapshot is in the kernel.
         """
@@ -127,7 +130,7 @@ class Agent:
             EndpointManager(context, drivers.routes, self._keeper.enqueue),
             # a new data plane goes here
         ]
-        """Those that make the host forward packets: applied only when the policy is in the kernel."""
+        """The managers that make the host forward packets: applied only when the policy is in the kernel."""
         self._conntrack = ConntrackManager(context, self._policy, drivers.conntrack)
         self._tick_at = 0.0
         self._resync_at = time.monotonic() + RESYNC_INTERVAL
@@ -137,7 +140,10 @@ class Agent:
         return [self._policy, *self._forwarding, self._conntrack]
 
     def run(self) -> None:
-        """Start the threads, and reconcile until a signal comes. Raises CalicoError."""
+        """Start the threads, and reconcile until SIGTERM, SIGINT or SIGHUP comes.
+
+        Raises CalicoError when a thread that the agent needs has died, and at the start what Manager.resync raises.
+        """
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self._stop)
         log.info("agent of host %s starts, version %s, process %d", self._snapshot.host, __version__, self._health.pid)
@@ -203,7 +209,7 @@ class Agent:
         return min(due)
 
     def _wait(self, until: float) -> list[Any]:
-        """Return the events that have come, all of a burst together; none when it is time for something."""
+        """Return the events that have come, all of a burst together; none when `until` (monotonic) comes first."""
         found: list[Any] = []
         with suppress(Empty):
             found.append(self._events.get(timeout=max(0.0, until - time.monotonic())))
@@ -212,7 +218,7 @@ class Agent:
         return found
 
     def _may_apply(self) -> bool:
-        """Return whether the store may be used: it has been read, is ready, and no other agent has this host."""
+        """Return whether the store may be used: it was read, is ready, and no other agent reports for this host."""
         return not self._unread and self._snapshot.ready and self._health.replaced is None
 
     def _waiting_for(self) -> str | None:
@@ -278,7 +284,7 @@ class Agent:
             self._reporter.beat_soon()  # to find out at once whether it can be written
 
     def _on_replaced(self, why: str | None) -> None:
-        """Stop changing records and kernel, for they are another agent's now; or resume, when `why` is None."""
+        """Stop changing records and kernel, since another agent reports for this host; resume when `why` is None."""
         self._health.replaced = why
         if why is not None:
             self._health.error(why)
@@ -298,7 +304,10 @@ class Agent:
             self._resync()
 
     def _resync(self) -> None:
-        """Have all compared with what kernel and store have. A listing that meets a change may fail; it is retried."""
+        """Compare everything with what the kernel and the store have.
+
+        Listing the kernel's state may fail when it changes meanwhile; then the resync is repeated at the next tick.
+        """
         self._resync_at = time.monotonic() + RESYNC_INTERVAL
         self._reporter.resync()
         self._network.resync()
@@ -312,7 +321,7 @@ class Agent:
     # Applying
 
     def _reconcile(self) -> None:
-        """Drive the kernel to the snapshot or, while the store must not be used, keep what it has."""
+        """Drive the kernel to the snapshot or, while the store must not be used, keep what the kernel has."""
         if not self._may_apply():
             self._conntrack.discard_listings()
             self._policy.restore()

@@ -1,11 +1,11 @@
 """A daemon that runs beside the agent, and is supervised by it: etcd today.
 
-Responsible for its process: starting it once, waiting until it serves, starting it again with backoff when it ends, and
-adopting it where it runs already. Its command line and its configuration are the caller's part.
+Responsible for the daemon's process: starting it once, waiting until it serves, starting it again with backoff when it
+ends, and adopting it where it runs already. The command line and the configuration are the caller's part.
 
 A daemon survives the agent: it keeps running when the agent is restarted, upgraded or killed. The next agent, and every
-command, finds it by its pid file. To recognise a stale pid file, the process must also have one argument, the `marker`,
-that only this daemon has: its data folder or its configuration file, say.
+command, finds the daemon by its pid file. To recognise a stale pid file, the process must also have one argument, the
+`marker`, that only this daemon has: its data folder or its configuration file, say.
 """
 
 from __future__ import annotations
@@ -38,14 +38,17 @@ first one again after a run that took longer than the longest pause."""
 
 @dataclass(frozen=True)
 class Process:
-    """A daemon's process, identified by a pid file and an argument that only it has. Messages call it `name`."""
+    """A daemon's process, identified by a pid file and by `marker`, an argument that no other process has.
+
+    `name` is what messages call the daemon.
+    """
 
     name: str
     pid_file: Path
     marker: str
 
     def pid(self) -> int | None:
-        """Return its process id, None while it does not run."""
+        """Return the daemon's process id, None while it does not run."""
         try:
             pid = int(self.pid_file.read_text())
             return pid if self.marker in proc.arguments(pid) else None
@@ -53,7 +56,10 @@ class Process:
             return None
 
     def stop(self) -> bool:
-        """End it, wait until it has ended, and return whether it ran. Raises CalicoError."""
+        """End the daemon, wait until it has ended, and return whether it was running.
+
+        Raises CalicoError when it does not end within END_PATIENCE.
+        """
         pid = self.pid()
         if pid is None:
             return False
@@ -66,7 +72,7 @@ class Process:
 
 
 class Daemon:
-    """Starts a daemon's process and supervises it. All methods raise CalicoError."""
+    """Starts a daemon's process and supervises it. All methods but `supervise` raise CalicoError."""
 
     def __init__(
         self,
@@ -79,7 +85,8 @@ class Daemon:
     ) -> None:
         """`lock` is a file or folder that is locked while the daemon is started, so that there are never two.
 
-        Its output is appended to `log_file`. `is_ready` is called until it returns True, for `start_patience` seconds.
+        The daemon's output is appended to `log_file`, and `environment` is its whole environment. `is_ready` is called
+        until it returns True, for `start_patience` seconds at most.
         """
         self.process = process
         self._log_file = log_file
@@ -90,7 +97,7 @@ class Daemon:
         self._child: subprocess.Popen[bytes] | None = None
 
     def start(self, command: Callable[[], list[str]], adopt: Callable[[int], None]) -> bool:
-        """Launch it, and wait until it is ready; return whether it was started.
+        """Launch the daemon, and wait until it is ready; return whether it was started. For arguments, see `launch`.
 
         A daemon that was started, and does not become ready, is ended, since it would not be supervised.
         """
@@ -103,10 +110,10 @@ class Daemon:
             raise
 
     def launch(self, command: Callable[[], list[str]], adopt: Callable[[int], None]) -> bool:
-        """Start its process unless it runs; return whether it was started.
+        """Start the daemon's process unless it runs; return whether it was started.
 
         `command` returns the command line, whose first word is looked for in PATH; where the process runs already,
-        `adopt` is called with its id instead. Both are called under the lock.
+        `adopt` is called with its id instead. Either is called under the lock.
         """
         try:
             with self._locked():
@@ -146,7 +153,7 @@ class Daemon:
             time.sleep(0.001)  # its arguments can be read a moment after it has begun
 
     def await_ready(self) -> None:
-        """Wait until it is ready; raise CalicoError when it ends before, or takes too long."""
+        """Wait until the daemon is ready; raise CalicoError when it ends before that, or takes too long."""
         give_up = time.monotonic() + self._start_patience
         while not self._is_ready():
             if self._child_has_ended() or self.process.pid() is None or time.monotonic() > give_up:
@@ -170,9 +177,9 @@ class Daemon:
             self.process.pid_file.unlink(missing_ok=True)
 
     def supervise(self, launch: Callable[[], object]) -> None:
-        """From a thread of its own, as long as this process lives, call `launch` whenever the daemon has ended.
+        """In a new thread, as long as this process lives, call `launch` at once and whenever the daemon has ended.
 
-        `launch` starts it unless it runs, and may raise anything: then it is called again after a pause.
+        `launch` starts the daemon unless it runs. It may raise any exception: then it is called again after a pause.
         """
         threading.Thread(
             target=self._supervise, args=(launch,), name=f"supervising {self.process.name}", daemon=True

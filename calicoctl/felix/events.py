@@ -1,7 +1,7 @@
 """The events that drive the agent's loop, as plain data.
 
-They are emitted by the threads of sources.py, report.py, workload_keeper.py and dataplane/. What an event means is
-decided by the thread that reads the queue.
+The threads of sources.py, report.py, workload_keeper.py and dataplane/ put them into a queue. The thread that reads the
+queue decides what an event means.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class WritesFailed:
 
 @dataclass(frozen=True)
 class Replaced:
-    """Another agent reports for this host: the sentence that says which. None: this agent does again."""
+    """Another agent reports for this host; `why` is the sentence that says which. None: this agent does so again."""
 
     why: str | None
 
@@ -78,7 +78,7 @@ class LinkChanged:
 
 @dataclass(frozen=True)
 class RouteLost:
-    """Another process has deleted one of the agent's routes, or has replaced it by a route of its own."""
+    """Another process has deleted one of the agent's routes, or replaced it; `address` is the route's destination."""
 
     address: str
 

@@ -24,9 +24,9 @@ log = logging.getLogger("calico.felix")
 
 @dataclass(frozen=True)
 class Status:
-    """An endpoint's status, "up", "down" or "error"; the revision of the record in the store that it is about; why.
+    """An endpoint's `status` ("up", "down" or "error"), and the `reason`, if there is one.
 
-    `workload_name` is the container's name in that record.
+    `revision` is that of the endpoint's record in the store; `workload_name` is the container's name in that record.
     """
 
     status: str
@@ -36,7 +36,7 @@ class Status:
 
     @property
     def is_stopped(self) -> bool:
-        """Whether it is down because its workload is stopped, which is no problem."""
+        """Whether the endpoint is down because its workload is stopped, which is no problem."""
         return self.reason == INACTIVE
 
     def to_json(self) -> str:
@@ -45,9 +45,9 @@ class Status:
 
 
 class Ability:
-    """Whether something works, reading the store for example, since when, and why not.
+    """Whether one use of the store, such as reading it, works; since when, and why not.
 
-    It works when it works for all of its users (threads that each read one directory, for example).
+    An ability has `users`, such as a thread for each directory, known by name. It works when it works for all of them.
     """
 
     def __init__(self, users: Iterable[str]) -> None:
@@ -57,7 +57,7 @@ class Ability:
 
     @property
     def works(self) -> bool | None:
-        """Whether it works; None until every user has tried."""
+        """Whether the ability works: False if any user fails, else None until every user has tried."""
         return False if self._failing else None if self._untried else True
 
     @property
@@ -65,7 +65,7 @@ class Ability:
         return next(iter(self._failing.values()), None)
 
     def succeeded(self, user: str) -> bool:
-        """Note that it works for a user; return whether it works again by that."""
+        """Note that the ability works for a user; return whether it works now and, as a whole, did not before."""
         before = self.works
         self._untried.discard(user)
         self._failing.pop(user, None)
@@ -75,7 +75,10 @@ class Ability:
         return True
 
     def failed(self, user: str, why: str, since: str) -> bool:
-        """Note that it fails for a user since a time (ISO 8601); return whether it worked before."""
+        """Note that the ability fails for a user, `since` a time (ISO 8601).
+
+        Return False if it failed already, for any user.
+        """
         before = self.works
         self._untried.discard(user)
         self._failing.pop(user, None)
@@ -130,14 +133,14 @@ class Health:
     """Whether the first snapshot is in the kernel: the agent is ready."""
     waiting_for: str | None = None
     replaced: str | None = None
-    """The sentence that says which other agent has this host's status, and so its records; None while none has."""
+    """The sentence that says which other agent reports for this host now; None while this agent does."""
     unknown_interfaces: list[str] = field(default_factory=list)
     """Interfaces `cali…` of this host that have no record."""
     endpoints: dict[EndpointId, Status] = field(default_factory=dict)
     problems: dict[str, str] = field(default_factory=dict)
-    """What is wrong with keys of the store."""
+    """By key of the store: what is wrong with its entry."""
     failures: dict[str, dict[str, str]] = field(default_factory=dict)
-    """What fails on this host now, by subject: since when, and why."""
+    """What fails on this host now, by subject: `since` when (ISO 8601), and the `error`."""
     last_error: dict[str, str] | None = None
     resyncs: int = 0
     reattached: int = 0

@@ -1,10 +1,10 @@
 """The agent's heartbeat: the host's status in the store, which expires, and names the machine whose agent writes it.
 
-It is written by compare-and-swap alone, so one request both renews it and detects that another agent has written it: of
-a second machine with the same host name, for example. Which of them keeps the name is decided by `claim` for
-`calicoctl node`, before it writes anything else, and by `Heartbeat` for the agent. An agent that was replaced never
-takes the name back by itself from an agent that names its machine, even when that agent's status has expired: the other
-machine may be rebooting, and reconciling its endpoints from here would remove them.
+The status is written by compare-and-swap alone, so one request both renews it and detects that another agent has
+written it: that of a second machine with the same host name, for example. Which machine keeps the name is decided by
+`claim` for `calicoctl node`, before that command writes anything else, and by `Heartbeat` for the agent. An agent that
+was replaced never takes the name back by itself from an agent whose status names a machine, even when that status has
+expired: the other machine may be rebooting, and reconciling its endpoints from here would remove them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ TIME_TO_LIVE = 30
 """Seconds after which a status expires."""
 
 EXPIRY_PATIENCE = 30.0
-"""Seconds to wait for a status to expire. Felix of 2015 renews its own every 30 s, with a time to live of 90 s."""
+"""Seconds to wait for a status to expire. Felix of 2015 renews its status every 30 s, with a time to live of 90 s."""
 
 YIELD_PATIENCE = INTERVAL + 2
 """Seconds within which an agent notices that another one has written its status."""
@@ -71,7 +71,7 @@ class Identity:
 
     @classmethod
     def of(cls, status: Entry) -> Identity:
-        """Return the identity in a host's status. Old agents, and those of other programs, write none."""
+        """Return the identity in a host's status; both fields are None where Felix or an old agent wrote it."""
         try:
             value = json.loads(status.value)
         except ValueError:
@@ -125,12 +125,12 @@ class Heartbeat:
         self._entry: Entry | None = None
         """The status as this agent wrote it last."""
         self._contested = False
-        """Whether an agent of the same identity has written it since, once."""
+        """Whether an agent of the same identity wrote the status between the last two heartbeats of this one."""
         self._replaced_by: Identity | None = None
-        """The identity of the other agent that has written it last, if one has."""
+        """The identity of the other agent that has the status; None while this agent has it."""
 
     def beat(self, status: dict[str, Any]) -> Identity | None:
-        """Renew the status, or return the identity of the other agent that has it. Raises StoreError."""
+        """Renew the status, and return None; if another agent has it, return that one's identity. Raises StoreError."""
         contested = False
         if self._replaced_by is not None:
             self._try_to_regain(self._replaced_by)
@@ -150,7 +150,7 @@ class Heartbeat:
     def _compare(self) -> None:
         """Read who has written the status, or that it has expired.
 
-        One with our own identity was left by the previous agent, or written by `claim`. When that happens at two
+        A status with our own identity was left by the previous agent, or written by `claim`. When one is found at two
         heartbeats in a row, another agent runs on this machine that the pid file does not show, in a container say.
         """
         self._entry = self._datastore.statuses.of_host()
@@ -159,7 +159,7 @@ class Heartbeat:
             self._entry, self._replaced_by, self._contested = None, writer, False
 
     def _try_to_regain(self, writer: Identity) -> None:
-        """Read whether the status, which another agent had, may be this agent's again."""
+        """Read the status, which another agent (`writer`) had, and note if it may be this agent's again."""
         entry = self._datastore.statuses.of_host()
         if entry is not None and Identity.of(entry) != self._own:
             self._replaced_by = Identity.of(entry)
@@ -180,9 +180,9 @@ def claim(
     """Make the host's status this machine's, provided that no other agent has it.
 
     With `own_agent_writes`, this host's agent runs, and a status that names no machine is taken for its own. With
-    `force`, the status is taken over from any other agent. `notify` takes a sentence before there is something to wait
-    for. Returns what was written, None where nothing had to be. Raises StoreError; CalicoError, having changed nothing,
-    when another agent has the status.
+    `force`, the status is taken over from any other agent. `notify` is called with a sentence before each wait. Returns
+    the entry that was written, None where none had to be. Raises StoreError; CalicoError, having changed nothing, when
+    another agent has the status (with `force`, after the change, when that agent does not yield).
     """
     own = Identity.own()
     while True:
@@ -211,9 +211,9 @@ def _write(datastore: DatastoreClient, own: Identity, before: Entry | None) -> E
 def _await_expiry(
     datastore: DatastoreClient, own: Identity, entry: Entry, notify: Callable[[str], None]
 ) -> Entry | None:
-    """Wait until a status expires, or has not been renewed for EXPIRY_PATIENCE; return it in the latter case.
+    """Wait until a status expires, and return None, or until EXPIRY_PATIENCE is over without a renewal, and return it.
 
-    Raises CalicoError when it is renewed.
+    Raises CalicoError when another agent renews the status; one that this machine has written meanwhile is returned.
     """
     writer = Identity.of(entry)
     notify(
@@ -234,9 +234,9 @@ def _await_expiry(
 
 
 def _take_over(datastore: DatastoreClient, own: Identity, entry: Entry, notify: Callable[[str], None]) -> Entry:
-    """Overwrite another agent's status, and wait until that agent has noticed, and changes no records any more.
+    """Overwrite another agent's status, then give that agent YIELD_PATIENCE to notice, and to stop changing records.
 
-    Raises CalicoError when it goes on writing: agents of older versions do not check.
+    Raises CalicoError when the other agent goes on writing its status: agents of older versions do not check.
     """
     who = _with_addresses(datastore, Identity.of(entry).describe(own))
     notify(
@@ -270,7 +270,7 @@ def _with_addresses(datastore: DatastoreClient, who: str) -> str:
 
 
 def other_writer(datastore: DatastoreClient, status: Entry, own_agent_writes: bool) -> str | None:
-    """Return how to name the writer of a host's status at the beginning of a sentence; None for this machine.
+    """Return how to name the writer of a host's status at the beginning of a sentence; None if this machine wrote it.
 
     `own_agent_writes` is as for `claim`.
     """
@@ -287,7 +287,7 @@ def _is_ours(writer: Identity, own: Identity, own_agent_writes: bool) -> bool:
 
 
 def replaced(datastore: DatastoreClient, writer: Identity) -> str:
-    """Return the sentence by which an agent reports that another one has its host's status."""
+    """Return the sentence by which this agent reports that another one, `writer`, has the host's status."""
     who = _with_addresses(datastore, writer.describe(Identity.own()))
     back = (
         "until that agent has ended"

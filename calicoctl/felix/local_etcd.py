@@ -1,7 +1,8 @@
 """An etcd for a single host: the distribution's, on loopback, started by `calicoctl node --local-etcd`.
 
-Responsible for its port, its command line and its data; daemon.py starts and supervises the process. Every command
-finds it by lines of its own in the settings file (environment.py); so does the command that starts it after a reboot.
+Responsible for the port, the command line and the data of that etcd; daemon.py starts and supervises the process. Every
+command, also the one that starts etcd after a reboot, finds it by calicoctl's own lines of the settings file
+(environment.py).
 """
 
 from __future__ import annotations
@@ -29,18 +30,21 @@ START_PATIENCE = 60.0
 """Seconds to wait for etcd to serve."""
 
 _PORTS = range(2379, 32768, 10)
-"""Ports to try: etcd's own first, then others below the range that the kernel assigns to connections."""
+"""Ports to try: etcd's default first, then others below the range that the kernel assigns to connections."""
 
 _CLIENT_URL = "--listen-client-urls=http://127.0.0.1:"
 
 
 def running(host: str) -> int | None:
-    """Return the process id of a host's own etcd, None while it does not run."""
+    """Return the process id of a host's local etcd, None while it does not run."""
     return _process(host).pid()
 
 
 def stop(host: str) -> bool:
-    """End a host's own etcd, whichever store the settings name now; return whether it ran. Raises CalicoError."""
+    """End a host's local etcd, even if the settings name another store now; return whether it was running.
+
+    Raises CalicoError when it does not end.
+    """
     return _process(host).stop()
 
 
@@ -49,9 +53,9 @@ def _process(host: str) -> Process:
 
 
 def unannounce(was_ours: bool) -> None:
-    """Remove the lines of a local etcd from the settings file. Raises CalicoError.
+    """Remove calicoctl's own lines, which name the local etcd, from the settings file. Raises CalicoError.
 
-    Where the environment names another store than the file, they stay, unless this host had a local etcd (`was_ours`).
+    With `was_ours`, this host had a local etcd. Otherwise the lines stay where the environment names another store.
     """
     file = EnvironmentFile()
     if was_ours or _environment_matches(file):
@@ -66,10 +70,10 @@ def _environment_matches(file: EnvironmentFile) -> bool:
 
 
 class LocalEtcd:
-    """The host's own etcd, at the port of 127.0.0.1 that the settings name, else at 2379 or another free port.
+    """The local etcd, at the port of 127.0.0.1 that the settings name, else at 2379 or another free port.
 
-    The port is fixed when the environment, or a line of the user's in the settings file, names it. When only its own
-    lines name it, or nothing does, another port is chosen where that one is in use.
+    The port is fixed when the environment, or a line of the user's in the settings file, names it. When only
+    calicoctl's own lines name the port, or nothing does, another port is chosen where that one is in use.
     """
 
     def __init__(self, host: str, log_dir: str) -> None:
@@ -95,7 +99,7 @@ class LocalEtcd:
         )
 
     def _named_by_own_lines(self) -> bool:
-        """Return whether only this etcd's own lines in the settings file name it."""
+        """Return whether only calicoctl's own lines of the settings file name the local etcd."""
         own = self._file.own()
         its_lines_alone = bool(own) and EtcdSettings.from_environment(self._file.others()).is_default
         return its_lines_alone and _environment_matches(self._file)
@@ -122,9 +126,10 @@ class LocalEtcd:
             )
 
     def resolve_port(self, stay: bool = False) -> None:
-        """Set `url` to the one that it has, or would be started at. Raises CalicoError where no port will do.
+        """Set the port, and so `url`, to that of the running etcd, else choose the one to start etcd at.
 
-        With `stay`, the port is fixed: a running agent would not find it at another one.
+        With `stay`, the port is fixed: a running agent would not find etcd at another one. Raises CalicoError where no
+        port will do.
         """
         pid = self.running()
         if pid is not None:
@@ -161,9 +166,9 @@ class LocalEtcd:
         return CalicoError(f"an etcd answers at {self.url} already, and does not serve its v2 API: {way}")
 
     def start(self, stay: bool = False) -> bool:
-        """Start it unless it runs, and wait until it serves; return whether it was started. Raises CalicoError.
+        """Start etcd unless it runs, and wait until it serves; return whether it was started. Raises CalicoError.
 
-        From then on, this process's environment names it. For `stay`, see `resolve_port`.
+        From then on, this process's environment names this etcd. For `stay`, see `resolve_port`.
         """
         self._make_data_folder()
         started = self._daemon.start(partial(self._command, stay), self._adopt)
@@ -172,7 +177,7 @@ class LocalEtcd:
         return started
 
     def supervise(self) -> None:
-        """Start it again whenever it ends, as long as this process lives."""
+        """Start etcd unless it runs, and again whenever it ends, as long as this process lives."""
         self._daemon.supervise(self._launch)
 
     def _launch(self) -> None:
@@ -181,9 +186,9 @@ class LocalEtcd:
 
     @contextmanager
     def announced(self) -> Iterator[bool]:
-        """Write its URL into its own lines of the settings file; yield whether they were changed.
+        """Name this etcd in calicoctl's own lines of the settings file; yield whether these lines were changed.
 
-        When the body of `with` fails, they are restored. Raises CalicoError.
+        When the body of `with` fails, the lines are restored. Raises CalicoError.
         """
         before = self._file.own()
         if before == self._variables or not EtcdSettings.from_environment(self._file.others()).is_default:
@@ -208,7 +213,7 @@ class LocalEtcd:
             raise CalicoError(f"--local-etcd: {error.filename}: {error.strerror}") from None
 
     def _command(self, stay: bool) -> list[str]:
-        """Choose its port, and return its command line. Raises CalicoError; for `stay`, see `resolve_port`."""
+        """Choose the port, and return etcd's command line. Raises CalicoError; for `stay`, see `resolve_port`."""
         from shutil import which
 
         self._choose_port(stay)
@@ -232,7 +237,7 @@ class LocalEtcd:
 
     @staticmethod
     def _refuse_shared_data() -> None:
-        """Raise CalicoError where another etcd uses the data: that has an exclusive flock(2) on its database."""
+        """Raise CalicoError where another etcd uses the data, and so holds an exclusive flock(2) on the database."""
         with suppress(FileNotFoundError), (DATA / "member/snap/db").open("rb") as database:
             try:
                 fcntl.flock(database, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -244,7 +249,10 @@ class LocalEtcd:
 
     @contextmanager
     def borrowed(self) -> Iterator[None]:
-        """Run it inside `with`, if it is this host's store: its data exists, and no other etcd serves."""
+        """Run the local etcd inside `with` if it is this host's store, and does not run.
+
+        It is that store if its data exists, and calicoctl's own lines name it or no etcd serves at the port.
+        """
         is_named = self._may_move and bool(self._file.own())
         needed = (DATA / "member").exists() and self.running() is None and (is_named or not self._healthy())
         started = needed and self.start()

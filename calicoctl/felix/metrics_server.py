@@ -88,7 +88,7 @@ class _Server(socketserver.ThreadingMixIn, WSGIServer):
 
 
 def _end(connection: socket.socket) -> None:
-    """Make the thread that serves a connection see its end, and close it."""
+    """Shut a connection down; the thread that serves it then reads end of file, and closes the socket."""
     with suppress(OSError):
         connection.shutdown(socket.SHUT_RDWR)
 

@@ -1,6 +1,6 @@
-"""Keeps the snapshot current on what this host has of its own: addresses, gateways, connected networks.
+"""Keeps the snapshot current on this host's own addresses, gateways and connected networks.
 
-An endpoint must not use an address that the host, or one of its routes, needs. Changes nothing in the kernel.
+An endpoint must not use an address that the host, or one of the host's routes, needs. Changes nothing in the kernel.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ BACKOFF = 10.0
 
 
 class NetworkMonitor:
-    """Reads the host's network when something of it has changed. Used by the agent's thread."""
+    """Reads the host's network when it may have changed. Used by the agent's thread."""
 
     def __init__(self, snapshot: Snapshot, health: Health, reading: Callable[[], None]) -> None:
-        """`reading` is called before each reading: from then on, changes must be announced again."""
+        """`reading` is called before each reading: from then on, GatewaysChanged must be emitted again."""
         self._snapshot = snapshot
         self._health = health
         self._reading = reading

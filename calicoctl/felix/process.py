@@ -44,7 +44,7 @@ _LOG_SIZE = 10 * 2**20
 
 @dataclass(frozen=True)
 class Options:
-    """The agent's options. `log_dir` is None for logging to standard error."""
+    """The agent's options. `log_dir` is None for logging to standard error, `metrics_port` for serving no metrics."""
 
     log_dir: str | None = None
     metrics_port: int | None = None
@@ -85,7 +85,7 @@ def running(host: str) -> int | None:
 
 
 def report(host: str) -> dict[str, object] | None:
-    """Return the last report of the host's agent, whether it still runs or not; None where there is none."""
+    """Return the last report of the host's agent, whether that agent still runs or not; None where there is none."""
     value = None
     for _ in range(2):
         try:
@@ -100,7 +100,10 @@ def report(host: str) -> dict[str, object] | None:
 
 @contextmanager
 def only_one(host: str) -> Iterator[None]:
-    """Hold the locks and the pid file of the host's agent. Raises CalicoError when an agent runs already."""
+    """Hold the locks and the pid file of the host's agent inside `with`.
+
+    Raises CalicoError when an agent runs already, for this host name or in this network namespace.
+    """
     pid_file = _file(host, "felix.pid")
     with _held(host):
         with _explained(pid_file):
@@ -140,7 +143,10 @@ def _namespace_file() -> Path:
 
 @contextmanager
 def _held(host: str) -> Iterator[None]:
-    """Hold the lock of the host's agent, and that of this network namespace; raise CalicoError."""
+    """Hold the lock of the host's agent, and that of this network namespace, inside `with`.
+
+    Raises CalicoError when another process holds one of them, or a file cannot be written.
+    """
     lock, namespace = _file(host, "felix.lock"), _namespace_file()
     with _explained(lock), ExitStack() as stack:
         lock.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
@@ -157,7 +163,7 @@ def _held(host: str) -> Iterator[None]:
 
 
 def _refuse_running(host: str, began: float) -> None:
-    """Raise CalicoError when the lock was held for too long since `began` to be released soon."""
+    """Raise CalicoError when waiting for the lock since `began` (monotonic) has taken too long for a release soon."""
     pid = running(host)
     # without a process id, `node remove` holds the lock
     if time.monotonic() - began > (1 if pid else START_PATIENCE):
@@ -204,7 +210,7 @@ def leave(status: int) -> None:
 
 
 def notify_ready() -> None:
-    """Notify systemd, or the command that has started this process, that it is ready. Source: sd_notify(3)."""
+    """Notify systemd, or the command that started this process, that the agent is ready. Source: sd_notify(3)."""
     import sdnotify
 
     sdnotify.SystemdNotifier().notify("READY=1")
@@ -218,7 +224,7 @@ class _OneLine(logging.Formatter):
 
 
 def log_to(directory: str | None) -> None:
-    """Log to a file in a directory, which is rotated, or to standard error."""
+    """Log to the file felix.log in `directory`, rotating it; to standard error where that is None."""
     handler: logging.Handler = logging.StreamHandler()
     text = "%(levelname)s: %(message)s"
     if directory is not None:
@@ -234,8 +240,8 @@ def log_to(directory: str | None) -> None:
 def start(host: str, options: Options, environment: Mapping[str, str] = os.environ) -> int:
     """Start the host's agent in the background, wait until its first update is in the kernel; return its process id.
 
-    Where another process has started the agent at the same time, the id is that one's. Raises CalicoError when the
-    agent ends before, or is not ready after START_PATIENCE; then it keeps running.
+    Where another command has started the agent at the same time, the id is that agent's. Raises CalicoError when the
+    agent ends before its first update. It also does after START_PATIENCE, but then the agent keeps running.
     """
     assert options.log_dir is not None, "a process in the background needs a log file"
     DIRECTORY.mkdir(mode=0o755, parents=True, exist_ok=True)
@@ -270,9 +276,9 @@ def start(host: str, options: Options, environment: Mapping[str, str] = os.envir
 
 
 def _await_ready(process: subprocess.Popen[bytes], ready: socket.socket, host: str) -> int | None:
-    """Wait until the host's agent is ready, and return its process id; None when `process` ends and none is there.
+    """Wait until the host's agent is ready, and return its process id; None when `process` ends and no agent runs.
 
-    Raises CalicoError when it takes too long.
+    `ready` is the socket for its sd_notify(3) message. Raises CalicoError after START_PATIENCE.
     """
     give_up = time.monotonic() + START_PATIENCE
     while True:
@@ -305,7 +311,7 @@ def _absolute(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def restart(host: str) -> int:
-    """Restart the host's agent as this version, with its options and environment; return the new process id.
+    """Restart the host's agent with this version's code, the old options and environment; return the new process id.
 
     A local etcd keeps running. Raises NotFound when no agent runs, CalicoError when it cannot be restarted from here.
     """
@@ -335,7 +341,10 @@ def restart(host: str) -> int:
 
 
 def stop(host: str) -> int | None:
-    """End the host's agent, and wait until it has ended; return its process id, None where none was running."""
+    """End the host's agent, and wait until it has ended; return its process id, None where none was running.
+
+    Raises CalicoError when the agent is another user's, or does not end within STOP_PATIENCE.
+    """
     pid = running(host)
     if not pid:
         return None

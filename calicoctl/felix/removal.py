@@ -1,6 +1,7 @@
 """Removes what the agent has programmed into the kernel, for `calicoctl node remove`.
 
-The interfaces were deleted with their endpoints; one that is left, without a record, keeps nothing of ours.
+Interfaces are deleted with their endpoints, before this. One that is left, without a record, stays, but loses the
+routes, neighbour entries and sysctls that the agent gave it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ def remove_all(host: str, warn: Callable[[str], None]) -> None:
     """Remove routes, neighbours, firewall rules and tables, and restore settings; the agent must not run.
 
     The tables are removed last, so that no packet is forwarded that they would drop. `warn` is called with a sentence
-    about each setting that must stay. Raises CalicoError.
+    if forwarding stays enabled for a Docker Engine that cannot be asked. Raises CalicoError, also when the agent runs.
     """
     with process.none_starts(host):
         _remove_from_kernel(host, warn)
@@ -46,7 +47,7 @@ def _remove_from_kernel(host: str, warn: Callable[[str], None]) -> None:
 
 
 def _needed_by_engine(warn: Callable[[str], None]) -> set[str]:
-    """Return the settings that a Docker Engine here needs, or may need."""
+    """Return the paths of the forwarding sysctls that a Docker Engine on this host needs, or may need."""
     settings = {sysctls.IPV4_FORWARDING: False, sysctls.IPV6_FORWARDING: True}
     try:
         return {path for path, ipv6 in settings.items() if engine.forwards(ipv6)}

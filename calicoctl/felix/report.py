@@ -43,12 +43,12 @@ END_PATIENCE = 5.0
 
 
 class ReportFile:
-    """The file that `calicoctl status` reads; every user may."""
+    """The file that `calicoctl status` reads; every user may read it."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._file: IO[bytes] | None = None
-        """The current file, kept open: when no other file can be opened, the report must still say so."""
+        """The current file, kept open, so that it can be overwritten when no more files can be opened."""
         self._written: dict[str, Any] = {}
         self._written_at = float("-inf")
 
@@ -94,7 +94,10 @@ class EndpointStatuses:
         report: Callable[[dict[EndpointId, Status | None]], None],
         removed: Callable[[EndpointId], None],
     ) -> None:
-        """`report` takes the statuses that have changed, None for an endpoint that was deleted; so does `removed`."""
+        """`report` takes the statuses that have changed, None for an endpoint that was deleted.
+
+        `removed` is called with the id of each endpoint that was deleted.
+        """
         self._snapshot = snapshot
         self._health = health
         self._report = report
@@ -135,7 +138,7 @@ class EndpointStatuses:
 
 
 class StoreReporter(threading.Thread):
-    """Drives the statuses in the store to those it was given last, unless another agent reports for this host."""
+    """Drives the statuses in the store to those last given to `set`, unless another agent reports for this host."""
 
     def __init__(self, datastore: DatastoreClient, health: Health, put: Callable[[Any], None]) -> None:
         """`put` takes the events: whether the store can be written (WritesRecovered, WritesFailed), other failures
@@ -171,13 +174,13 @@ class StoreReporter(threading.Thread):
         self._wake.set()
 
     def resync(self) -> None:
-        """Read the statuses from the store, where they may not be what was written: it was unreachable, say."""
+        """Read the statuses from the store again: after an outage, say, they may not be what was written."""
         with self._lock:
             self._written = None
         self._wake.set()
 
     def beat_soon(self) -> None:
-        """Send the next heartbeat now, since it has something new."""
+        """Send the next heartbeat now, rather than when it is due."""
         self._beaten = 0.0
         self._wake.set()
 

@@ -19,7 +19,7 @@ def wait_out() -> None:
 
 
 def descriptors_lacking() -> str | None:
-    """Return the sentence that this process can open no more files, None while it can."""
+    """Return the sentence that says that this process can open no more files; None while it can."""
     try:
         os.close(os.open("/proc/self/limits", os.O_RDONLY | os.O_CLOEXEC))
         return None

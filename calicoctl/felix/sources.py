@@ -1,6 +1,6 @@
 """The threads that wait for changes: of the store, of the kernel, of the Docker Engine and of the mount table.
 
-Each waits for one source and puts events into a queue. They know no policy and change nothing.
+Each thread waits for one source and puts events into a queue. None decides or changes anything.
 """
 
 from __future__ import annotations
@@ -51,8 +51,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("calico.felix")
 
 LONG_POLL = 4.0
-"""Seconds that one watch request lasts at most. After one that saw no change, its member must show that it is not cut
-off from the others, or another member is asked: with the store's QUORUM_TIMEOUT, changes arrive within ten seconds."""
+"""Seconds that one watch request lasts at most. After a request that saw no change, the etcd member that served it must
+show that it is not cut off from the other members, or another member is asked: with the store's QUORUM_TIMEOUT, changes
+arrive within ten seconds."""
 
 LONGEST_PAUSE = 5.0
 """Seconds of the backoff between two attempts to reach the store, at most."""
@@ -101,7 +102,8 @@ class _Source(threading.Thread):
 class StoreEvents(_Source):
     """Reads a directory of the store, then watches it; reads it again (a resync) when the watch has missed changes.
 
-    It resyncs also after the store was unreachable: another store may answer then, whose revision is past the old one.
+    It also resyncs after the store was unreachable: another store may answer then, whose revision is past the last one
+    seen.
     """
 
     def __init__(self, datastore: DatastoreClient, directory: str, events: Events[Any]) -> None:
@@ -111,7 +113,7 @@ class StoreEvents(_Source):
         self._failure: WatchFailed | None = WatchFailed(directory, "it has not been read yet", "")
         """The last failure that was emitted, None while the watch works."""
         self._worked = now()
-        """When a request last succeeded."""
+        """When a request last succeeded (ISO 8601)."""
 
     def follow(self) -> None:
         watch: Watch | None = None
@@ -278,9 +280,10 @@ class MountEvents(_Source):
 
 
 def _is_loss(kind: int, message: bytes) -> bool:
-    """Return whether a message may be about the loss of one of the agent's routes; most of a busy host's are not.
+    """Return whether a message may be about the loss of one of the agent's routes; on a busy host, most are not.
 
-    struct rtmsg is: family, dst_len, src_len, tos, table, protocol. The kernel announces a replacement as a new route.
+    The message begins with its header of 16 bytes, then struct rtmsg: family, dst_len, src_len, tos, table, protocol.
+    The kernel announces a replaced route as a new one.
     """
     if kind == netlink.RTM_DELROUTE:
         return message[21] == PROTOCOL
@@ -291,13 +294,13 @@ def _is_loss(kind: int, message: bytes) -> bool:
 def _is_assignable(message: bytes) -> bool:
     """Return whether a message is about an address that an endpoint could have: not an IPv6 link-local one.
 
-    struct ifaddrmsg is: family, length, flags, scope, index.
+    The message begins with its header of 16 bytes, then struct ifaddrmsg: family, length, flags, scope, index.
     """
     return message[16] == socket.AF_INET or message[19] != netlink.SCOPE_LINK
 
 
 def _sender(message: bytes) -> int:
-    """Return the netlink port of the socket that requested the change."""
+    """Return the netlink port of the socket that requested the change, from the message's header."""
     return int(struct.unpack_from("=I", message, 12)[0])
 
 

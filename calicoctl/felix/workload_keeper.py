@@ -1,4 +1,4 @@
-"""Keeps this host's workloads connected: turns events into work: which workload is reconciled, and when.
+"""Keeps this host's workloads connected: decides from events which workload is reconciled, and when.
 
 Events of the Docker Engine, of mounts, and of the agent (an endpoint without an interface, say) only put a workload
 into the work queue (workqueue.py). What to do about the workload follows from what `upkeep.reconcile` then finds under
@@ -39,7 +39,7 @@ INTERVAL = 10.0
 """Seconds between two sweeps for what no event reports (interrupted changes), and between two retries."""
 
 LOCK_PAUSE = 0.5
-"""Seconds until a workload is retried that another process holds the lock of, or that failed at once."""
+"""Seconds until a workload is retried whose lock another process holds, or that failed at once."""
 
 STORE_PAUSE = 1.0
 """Seconds until the store is tried again after it was unavailable."""
@@ -54,7 +54,7 @@ DELETED_PAUSE = 30.0
 """Seconds from the deletion of an endpoint until its workload is reconciled: another tool may write it again."""
 
 WORKERS = {DOCKER: 8, NAMESPACE: 1}
-"""How many workloads of an orchestrator are reconciled at a time."""
+"""How many workloads of each orchestrator are reconciled at a time."""
 
 REATTACH_INTERVAL = 10.0
 """Seconds between two re-attachments of a workload that keeps losing its interface."""
@@ -85,9 +85,11 @@ class EndpointChanged:
 
 @dataclass(frozen=True)
 class Compared:
-    """Endpoints were compared with the engine's containers: `keys` do not match. `error` says why that failed.
+    """Containers' endpoints were compared with the engine's list: those of the workloads `keys` do not match.
 
-    `connected` are endpoints that seem to match, but whose interfaces may be elsewhere than in the containers.
+    `error` is what the comparison failed with, if it did.
+
+    `connected` are endpoints that seem to match, but whose interfaces may not be inside their containers.
     """
 
     keys: list[Key]
@@ -99,7 +101,8 @@ class Compared:
 class WorkItem:
     """A workload to reconcile. `removed` says that the engine has reported its removal.
 
-    The grace period counts from `missing_since` or `gone_since`, should the workload turn out to be MISSING or GONE.
+    The grace period counts from `missing_since` or `gone_since` (of the keeper's clock), should the workload turn out
+    to be MISSING or GONE.
     """
 
     key: Key
@@ -112,8 +115,8 @@ class WorkItem:
 class WorkResult:
     """What reconciling a workload did (`actions`), and the `error` that ended it, if any.
 
-    `state` is None where the workload's state could not be found out; `kept_since` is set while the grace period of a
-    MISSING or GONE workload runs; `seconds` is how long it took.
+    `state` is None where the workload's state could not be found out. `kept_since` is when the grace period of a
+    MISSING or GONE workload began, None when none runs. `seconds` is how long reconciling took.
     """
 
     key: Key
@@ -131,14 +134,14 @@ class _Tracked:
     kept_since: float | None = None
     """Since when the grace period of a workload that is MISSING or GONE runs."""
     unreachable_at: float = NEVER
-    """When its state could not be found out last: the engine did not answer, or its path could not be read."""
+    """When its state last could not be found out: the engine did not answer, or its path could not be read."""
     locked_since: float | None = None
     """Since when another process has been holding its lock."""
     reattached_at: float = NEVER
     removed: bool = False
     """Whether the engine has reported its removal."""
     failure: str | None = None
-    """The failure that was reported last; empty for one that is not reported yet."""
+    """The failure that was reported last; the empty string for a first one, which is not reported yet."""
 
 
 class WorkloadKeeper:
@@ -150,10 +153,10 @@ class WorkloadKeeper:
         report: Callable[[Any], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`datastore` makes a client, one for each thread; `report` takes each Action and each Failure."""
+        """`datastore` makes a client, one for each thread; `report` takes each Action, Failure and ThreadDied."""
         self.inbox: events.Events[Any] = SimpleQueue()
         self.grace_time: float = GRACE_TIME
-        """Seconds for which to keep what a workload has that is MISSING or GONE, or whose state is not known."""
+        """Seconds to keep endpoints and addresses of a workload that is MISSING or GONE, or of unknown state."""
         self._clock = clock
         self._datastore = datastore()
         self._report = report
@@ -167,12 +170,12 @@ class WorkloadKeeper:
         self._tracked: dict[Key, _Tracked] = {}
         self._swept_grace_time: float = self.grace_time
         self._namespaces: dict[str, tuple[int, int] | None] = {}
-        """The namespace that was seen last at the path of each workload."""
+        """By workload id: the namespace (device and inode) that was seen last at its path, None where none was."""
         self._containers: dict[str, events.Container] | None = None
         """The engine's last list of its containers, by id; None to ask for a new one."""
         self._engine_was_away = False
         self._engine_back = NEVER
-        """Since when the engine has been listing its containers again: before, it may not have known all of them."""
+        """Since when the engine has been listing containers again: before, it may not have known all of them."""
         self._ready = True
         """Whether the store may be used."""
         self._store_retry_at = NEVER
@@ -308,7 +311,7 @@ class WorkloadKeeper:
             self._queue.add(key, at)
 
     def _add_after_backoff(self, key: Key, at: float) -> None:
-        """Have a workload reconciled at a time, because it still is as it was when it failed."""
+        """Have a workload reconciled at a time, but not before its backoff is over: no event reports a change."""
         if upkeep.is_managed(*key):
             self._queue.add_after_backoff(key, at)
 
@@ -398,7 +401,7 @@ class WorkloadKeeper:
     # One workload
 
     def _work_item(self, key: Key) -> WorkItem:
-        """Return what a worker needs to know to reconcile a workload.
+        """Return the WorkItem by which a worker reconciles a workload.
 
         There is no grace period for a container whose removal the engine has reported.
         """
@@ -472,7 +475,7 @@ class WorkloadKeeper:
     def _note_reachability(self, tracked: _Tracked, result: WorkResult, now: float) -> None:
         """Note whether the state of a workload could be found out.
 
-        Where the engine has answered about a container again, those are retried that it did not answer about either.
+        Once the engine answers about a container again, the other containers that it did not answer about are retried.
         """
         if result.error is None or result.state is not None:
             was_unreachable, tracked.unreachable_at = tracked.unreachable_at > NEVER, NEVER
@@ -507,7 +510,7 @@ class WorkloadKeeper:
 
 
 def _compare_states(containers: dict[str, events.Container] | None, datastore: DatastoreClient) -> Compared:
-    """Compare containers' endpoints on this host with the engine's list, or with a new one where that is None."""
+    """Compare containers' endpoints on this host with `containers`, the engine's list; with a new list if None."""
     found: list[Key] = []
     connected: list[EndpointId] = []
     try:

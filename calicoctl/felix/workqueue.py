@@ -29,7 +29,7 @@ class WorkQueue(Generic[K]):
         self._group_of = group_of
         self._due: dict[K, float] = {}
         self._backoff: dict[K, float] = {}
-        """When to retry keys that failed."""
+        """Keys that failed at their last attempt, and when to retry each."""
         self._in_progress: set[K] = set()
         self._paused: set[str] = set()
 
@@ -54,7 +54,7 @@ class WorkQueue(Generic[K]):
         self.add(key, max(at, self._backoff.get(key, at)))
 
     def back_off(self, key: K, until: float) -> None:
-        """Retry a key that failed at a time; keys that never failed are processed before it."""
+        """Make a key that failed due at `until`; of the keys that are due, those without backoff are taken first."""
         self._backoff[key] = until
         self.add(key, until)
 
@@ -63,7 +63,7 @@ class WorkQueue(Generic[K]):
         self._backoff.pop(key, None)
 
     def retry_now(self, group: str, now: float) -> None:
-        """Make all keys of a group that are in backoff, and wait, due."""
+        """Make all keys of a group due that wait for the end of their backoff."""
         for key in self._due:
             if key in self._backoff and self._group_of(key) == group:
                 self._due[key] = now
@@ -124,7 +124,10 @@ class WorkerPool(Generic[R]):
     """The workers of all groups. A task must not raise: that would end its worker."""
 
     def __init__(self, workers: Mapping[str, int], resource: Callable[[], R], report: Callable[[Any], None]) -> None:
-        """`resource` makes what each worker passes to its tasks, a client of the store, say; `report` takes results."""
+        """`resource` makes what each worker passes to its tasks, such as a client of the store.
+
+        `report` takes the result of each task, in the worker's thread.
+        """
         self._tasks: dict[str, SimpleQueue[Callable[[R], Any]]] = {group: SimpleQueue() for group in workers}
         self._workers = [
             Worker(f"{group} worker {number}", self._tasks[group], resource(), report)

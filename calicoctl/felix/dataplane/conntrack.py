@@ -1,4 +1,4 @@
-"""The driver of the kernel's connection tracking: lists entries of the table, and deletes them. Knows no policy.
+"""The driver of the kernel's connection tracking: lists entries of the table, and deletes them. Evaluates no policy.
 
 An entry is described by its first packet as the forward hook saw it: from its source, to its destination after any
 destination NAT. Deleting an entry ends the connection, because our tables drop TCP packets that belong to no connection
@@ -40,14 +40,12 @@ _NUMBER, _SOURCE_PORT = 1, 2
 _ICMP_TYPE, _ICMP_CODE, _ICMPV6_TYPE, _ICMPV6_CODE = 5, 6, 8, 9
 
 _BATCH = 64
-"""Deletions in one message: the answers to all of them must fit into a socket's buffer."""
-
-"""Protocols with ports. Others use the same attributes for other things: GRE, for its keys."""
+"""Deletions that are sent at once: the answers to all of them must fit into a socket's buffer."""
 
 
 @dataclass(frozen=True)
 class Connection:
-    """An entry: its first packet as the forward hook saw it, and the attributes by which the kernel identifies it."""
+    """An entry: its first packet as the forward hook saw it, and the netlink attributes that identify the entry."""
 
     forwarded: Packet
     entry: bytes
@@ -55,9 +53,10 @@ class Connection:
 
 @dataclass
 class Listing:
-    """The connections of some addresses, and this host's own addresses; or why they could not be listed.
+    """The connections of some addresses, or in `error` why they could not be listed.
 
-    `number` is that of the last request that it answers.
+    `host_addresses` are this host's own, empty where there are no connections; `number` is that of the last request
+    that the listing answers.
     """
 
     addresses: Collection[str]
@@ -78,7 +77,10 @@ class Conntrack(threading.Thread):
         self._count = 0
 
     def request(self, addresses: Collection[str]) -> int:
-        """Request a listing of the connections from and to these addresses; return the request's number."""
+        """Request a listing of the connections from and to these addresses; return the request's number.
+
+        Without addresses, nothing is requested, and the number is that of the last request.
+        """
         if addresses:
             self._count += 1
             self._requests.put((self._count, frozenset(addresses)))
@@ -101,7 +103,7 @@ class Conntrack(threading.Thread):
             self._put(listing)
 
     def list(self, addresses: Collection[str]) -> Listing:
-        """List the connections from and to these addresses, in the caller's thread."""
+        """List the connections from and to these addresses, in the caller's thread; a CalicoError becomes `error`."""
         try:
             found = _connections_of(addresses) if addresses and not _is_empty() else []
             return Listing(addresses, found, host_network.own_addresses() if found else ())
@@ -111,7 +113,7 @@ class Conntrack(threading.Thread):
     def delete(self, connections: Sequence[Connection]) -> None:
         """Delete these connections; some may have ended by themselves. Raises CalicoError.
 
-        Many go into one message, since one at a time takes the kernel a hundred times longer.
+        Many deletions are sent at once, since one at a time takes the kernel a hundred times longer.
         """
         failed: list[str] = []
         try:
@@ -158,9 +160,9 @@ def _connections_of(addresses: Collection[str]) -> list[Connection]:
 
 
 def parse(message: bytes, addresses: Collection[bytes]) -> Connection | None:
-    """Parse an entry's attributes; return None for one that neither comes from, nor is answered by, these addresses.
+    """Parse an entry's attributes; return None for a connection neither from, nor answered by, one of `addresses`.
 
-    None also for what cannot be parsed.
+    `addresses` are packed, in network byte order. Returns None also for what cannot be parsed.
     """
     try:
         entry = netlink.attributes(message)
@@ -176,6 +178,7 @@ def parse(message: bytes, addresses: Collection[bytes]) -> Connection | None:
         icmp: tuple[int | None, int | None] = (None, None)
         if number in WITH_PORTS:
             # the reply comes from where the packet went after destination NAT
+            # (other protocols use the attributes of ports for other things: GRE, for its keys)
             ports = _port(first[_SOURCE_PORT]), _port(answer[_SOURCE_PORT])
         elif number in (ICMP, ICMPV6):
             kinds = (_ICMP_TYPE, _ICMP_CODE) if number == ICMP else (_ICMPV6_TYPE, _ICMPV6_CODE)
@@ -212,7 +215,7 @@ def _header(family: int) -> bytes:
 
 
 def _refusals(kernel: socket.socket) -> Iterator[tuple[int, int]]:
-    """Yield the numbers of the messages that the kernel has refused, each with its errno. It answers synchronously."""
+    """Yield the numbers of the messages that the kernel, which answers at once, has refused, each with its errno."""
     with suppress(BlockingIOError):
         while True:
             for kind, answer in netlink.messages(kernel.recv(2**16, socket.MSG_DONTWAIT)):

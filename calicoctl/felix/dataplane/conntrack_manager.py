@@ -1,4 +1,4 @@
-"""Connections: ends those that policy denies, and keeps an address that is new to an endpoint pending until then.
+"""Ends connections that policy denies; keeps an endpoint's new address pending until that address is verified.
 
 Packets of an established connection pass without evaluation of the rules (the established fast path), so a new rule
 alone would never apply to them. After a change, the addresses that it affects are *unverified*: the tables evaluate the
@@ -32,7 +32,7 @@ log = logging.getLogger("calico.felix")
 
 
 class ConntrackManager(Manager):
-    """Verifies connections after each change of policy, by the tables that the PolicyManager has programmed."""
+    """Verifies connections after each change of policy that the PolicyManager has programmed."""
 
     def __init__(self, context: Context, policy: PolicyManager, conntrack: Conntrack) -> None:
         self._context = context
@@ -41,7 +41,7 @@ class ConntrackManager(Manager):
         self._conntrack = conntrack
         self._pending = context.pending
         self._admitted: set[EndpointId] = set()
-        """Endpoints whose pending addresses are verified: they are dirty."""
+        """Endpoints whose pending addresses are verified: the next round applies them."""
         self._affected: set[str] = set()
         """Unverified addresses whose connections must still be listed."""
         self._unverified: dict[str, int] = {}
@@ -59,9 +59,9 @@ class ConntrackManager(Manager):
             self._failed = set()
 
     def defer_new_addresses(self, dirty: Dirty) -> None:
-        """Make addresses that are new to endpoints pending; add the endpoints to `dirty` that are admitted.
+        """Make addresses that are new to endpoints pending; add endpoints to `dirty` whose addresses no longer are.
 
-        Another endpoint may have had such an address, and have left connections, whose packets would pass by the fast
+        Another endpoint may have had such an address, and left connections whose packets would pass by the fast
         path. An endpoint that is new as a whole is deferred as a whole, and taken out of `dirty`; of others, all but
         the new addresses is applied.
         """
@@ -103,7 +103,7 @@ class ConntrackManager(Manager):
         self._end_denied_connections(self._conntrack.list(affected))
 
     def verify_listings(self) -> bool:
-        """Verify the listings that have arrived; return whether there were any. For after `apply`, in each round."""
+        """Verify the listings that have arrived; return whether there were any. Called after `apply`, in each round."""
         listings, self._listings = self._listings, []
         for listing in listings:
             self._on_conntrack_listing(listing)
@@ -133,7 +133,7 @@ class ConntrackManager(Manager):
                 self._context.statuses.set(id, Status("error", self._snapshot.local[id].revision, why))
 
     def _end_denied_connections(self, listing: Listing) -> str | None:
-        """Delete those of the connections that policy denies; return why that failed, and will be retried."""
+        """Delete the listed connections that policy denies; return why that failed (it is retried), else None."""
         try:
             if listing.error is not None:
                 raise CalicoError(listing.error)

@@ -1,4 +1,4 @@
-"""The driver of the host's own iptables firewall: adds rules that accept the endpoints' packets, where it drops them.
+"""The driver of the host's own iptables firewall: adds rules to accept endpoints' packets that it would drop.
 
 The Docker Engine sets the policy of the chain FORWARD to DROP, and an accept in our own tables does not override a drop
 in another. Our tables hook in earlier, so they have already dropped what policy denies. Docker does not change the
@@ -40,7 +40,10 @@ _CHAINS = ("DOCKER-USER", "FORWARD")
 
 
 class Filter:
-    """The table `filter`, parsed from `iptables-save`: policies by chain, and rules by chain, as tuples of words."""
+    """The table `filter`: policies and rules by chain. `text` is what `iptables-save` prints; for nft, see `from_nft`.
+
+    A rule is a tuple of the words that follow "-A CHAIN".
+    """
 
     def __init__(self, text: str) -> None:
         self.policies: dict[str, str] = {}
@@ -55,7 +58,7 @@ class Filter:
 
     @classmethod
     def from_nft(cls, text: str) -> Filter:
-        """Parse nft's listing of the table that iptables-nft uses for `filter`: policies, jumps, and drops."""
+        """Parse nft's listing of iptables-nft's table `filter`: policies; jumps and drops as rules ("-j", target)."""
         found, chain = cls(""), ""
         for line in text.splitlines():
             words = shlex.split(line.partition(" # ")[0])
@@ -104,14 +107,14 @@ def ensure() -> list[str]:
 
 
 def remove() -> None:
-    """Remove our rules. Without the command, they stay: they only accept. Raises CalicoError."""
+    """Remove our rules. Where the iptables command is missing, they stay: they only accept. Raises CalicoError."""
     for command in COMMANDS:
         if _is_there(command):
             _bring(command, remove=True)
 
 
 def missing() -> list[str]:
-    """Return the chains that would drop the endpoints' packets, and lack our rules.
+    """Return the chains that would drop the endpoints' packets, and lack our rules: "iptables chain FORWARD", say.
 
     Raises CalicoError where that cannot be determined.
     """
@@ -129,8 +132,8 @@ def old_felix_chains() -> dict[str, list[str]]:
     """Return the chains that Felix of 2015 has left, by the iptables command that shows them.
 
     They drop packets from and to `cali…` interfaces that Felix does not know. Its image had an iptables of its own, so
-    they may be in tables that the host's does not show. Raises CalicoError where that cannot be determined. Source:
-    Felix's frules.py and dispatch.py.
+    they may be in tables that the host's iptables does not show. Raises CalicoError where that cannot be determined.
+    Source: Felix's frules.py and dispatch.py.
     """
     found: dict[str, list[str]] = {}
     for command in COMMANDS:
@@ -194,7 +197,10 @@ def _bring(command: str, remove: bool) -> list[str]:
 
 
 def _current(command: str) -> Filter | None:
-    """Return the table `filter`; None where there is neither that nor the command. Raises CalicoError."""
+    """Return the table `filter`; None where the command is missing, and no firewall may drop forwarded packets.
+
+    Raises CalicoError when the command fails, or is missing while a firewall may drop them.
+    """
     if _is_there(command):
         return Filter(_run(f"{command}-save", "-t", "filter"))
     why = _may_drop(command)
@@ -211,7 +217,10 @@ def _is_there(command: str) -> bool:
 
 
 def _may_drop(command: str) -> str | None:
-    """Return which firewall may drop forwarded packets, found without its command; None where there is none."""
+    """Return the clause that says which firewall may drop forwarded packets, found without running `command`.
+
+    None where there is no such firewall.
+    """
     if "filter" in _legacy_tables(command):
         return f"this host has an {command}-legacy firewall, which may drop what is forwarded"
     family = command.replace("tables", "")

@@ -1,8 +1,8 @@
 """Endpoints: drives routes, neighbour entries and sysctls of this host's `cali…` interfaces to the desired state.
 
 Reports the status of each endpoint, and garbage-collects what belongs to no endpoint. The interfaces themselves, and
-everything inside of workloads, are the business of workload_keeper.py, which is asked to check a workload whose
-interface is missing.
+everything inside workloads, are left to workload_keeper.py, which is asked to check a workload whose interface is
+missing.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ log = logging.getLogger("calico.felix")
 
 
 class EndpointManager(Manager):
-    """Programs the endpoints of this host, but for those whose addresses are pending."""
+    """Programs the endpoints of this host, except those with pending addresses."""
 
     def __init__(self, context: Context, routes: Routes, check_workload: Callable[[EndpointId], None]) -> None:
         """`check_workload` asks the WorkloadKeeper to check an endpoint's workload; it returns at once."""
@@ -47,11 +47,11 @@ class EndpointManager(Manager):
         self._everything = True
         """Whether all endpoints are dirty, and what belongs to no endpoint must be garbage-collected."""
         self._collection_failed = False
-        """Whether some of that could not be removed; retried at the next Tick."""
+        """Whether something that belongs to no endpoint could not be removed; retried at the next Tick."""
         self._readable: set[str] = set()
         """Profiles that exist and whose rules can be read."""
         self._unknown: set[str] = set()
-        """Interfaces without a record at the last Tick: a command may be about to write it."""
+        """Interfaces without a record at the last Tick: a command may be about to write the record."""
 
     def on_event(self, event: Any) -> None:
         if isinstance(event, Dirty):
@@ -73,7 +73,10 @@ class EndpointManager(Manager):
                 self._report_unknown_interfaces(self._unknown)
 
     def resync(self) -> None:
-        """Read routes and neighbour entries, and links where events of them were lost. Raises CalicoError, others."""
+        """Read routes and neighbour entries, and links if their events were lost.
+
+        Raises CalicoError, and what pyroute2 raises.
+        """
         if self._links_stale:
             before, self._links = self._links, {link.name: link for link in self._routes.list_links()}
             self._links_stale = False
@@ -211,7 +214,7 @@ class EndpointManager(Manager):
         return Status("up", endpoint.revision)
 
     def _report_unknown_interfaces(self, before: set[str] | None = None) -> None:
-        """Report interfaces `cali…` without a record; with `before`, only those that were among these already."""
+        """Report interfaces `cali…` without a record; where `before` is given, only those that are in it."""
         known = set()
         for id in self._snapshot.unusable:
             known |= {id.interface, self._snapshot.endpoints[id].name if id in self._snapshot.endpoints else ""}

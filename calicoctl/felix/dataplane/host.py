@@ -37,7 +37,7 @@ END_PATIENCE = 5.0
 class HostReconciler(threading.Thread):
     """Keeps the host forwarding, and its firewall accepting what comes from endpoints or goes to them.
 
-    Before it is started, `forward` and `check_firewall` may be called by its owner; afterwards, it calls them itself.
+    Until the thread is started, its owner may call `forward` and `check_firewall`; afterwards, only the thread does.
     """
 
     def __init__(self, settings: HostSettings, put: Callable[[Failure], None]) -> None:
@@ -102,7 +102,7 @@ class HostReconciler(threading.Thread):
             log.info("%s", line)
 
     def _try(self, subject: str, work: Callable[[], None]) -> bool:
-        """Run something; emit its failure, once, and the failure's end. Return whether it succeeded."""
+        """Run `work`; emit its failure, once, and the failure's end. Return whether `work` succeeded."""
         why = None
         try:
             work()

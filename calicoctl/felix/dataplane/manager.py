@@ -1,7 +1,7 @@
 """What a data plane is to the agent: a manager, which drives one part of the kernel to the desired state.
 
-A manager converts: it decides what the kernel should have. Its drivers (nft.py, routes.py, conntrack.py …) know the
-kernel, and no policy. A new data plane is one file with a manager, and one line in the agent's list.
+A manager decides what the kernel should have. Its drivers (nft.py, routes.py, conntrack.py …) read and change the
+kernel, and do not evaluate policy. A new data plane is one file with a manager, and one line in the agent's list.
 """
 
 from __future__ import annotations
@@ -33,7 +33,10 @@ class Manager(ABC):
         """
 
     def resync(self) -> None:  # noqa: B027
-        """Read from the kernel what it has, and mark dirty all that may differ. Any exception: it is called again."""
+        """Read what the kernel has, and mark dirty all that may differ.
+
+        It may raise any exception: then the agent calls it again at the next tick, or ends if it was starting.
+        """
 
     @property
     @abstractmethod
@@ -51,9 +54,9 @@ class Manager(ABC):
 
 @dataclass(frozen=True)
 class PendingAddresses:
-    """Addresses that an endpoint must not use yet, and the listing that must have been verified before it may.
+    """Addresses that an endpoint must not use until a listing of their connections has been verified.
 
-    Its number is `requested`: see Conntrack.request.
+    `requested` is the number of that listing: see Conntrack.request.
     """
 
     addresses: set[str]
@@ -69,7 +72,7 @@ class Context:
     health: Health
     """Takes failures of the host as a whole."""
     statuses: EndpointStatuses
-    """Takes what became of endpoints."""
+    """Takes the status of each endpoint."""
     pending: dict[EndpointId, PendingAddresses] = field(default_factory=dict)
     """Written by the ConntrackManager. The other managers give an endpoint none of these addresses."""
 

@@ -1,6 +1,6 @@
 """The driver of nftables: runs transactions in this process, by libnftables, and follows changes of the tables.
 
-Knows nothing of Calico. Source: libnftables(3); include/uapi/linux/netfilter/nf_tables.h for the events.
+Contains nothing specific to Calico. Source: libnftables(3); include/uapi/linux/netfilter/nf_tables.h for the events.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _NEWGEN = 15
 
 
 class NftError(CalicoError):
-    """The kernel, or the library, refused a transaction; nothing of it was applied."""
+    """The kernel, or libnftables, refused a transaction, which was not applied; or libnftables cannot be used."""
 
 
 class Nft:
@@ -71,9 +71,10 @@ class Nft:
 
 @contextmanager
 def _low_descriptor() -> Iterator[None]:
-    """Make the next descriptor one that select(2) accepts: the library calls that, and aborts otherwise.
+    """Make the next descriptor one below 1024, as select(2) needs: libnftables calls that, and aborts otherwise.
 
     Where this process has inherited so many descriptors that none is left, one of those is moved to a higher number.
+    Raises NftError when there is none to move.
     """
     try:
         free = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
@@ -133,9 +134,9 @@ class TableEvents:
         self._unread = b""
 
     def wait(self) -> tuple[set[str], int]:
-        """Wait for the end of a transaction; return the tables that it changed, and the netlink port of its sender.
+        """Wait for the end of a transaction; return the names of the changed tables, and the sender's netlink port.
 
-        Where the kernel had to drop notifications, the only name is the empty one.
+        Where the kernel had to drop notifications, the only name is the empty one, and the port is 0.
         """
         while True:
             while len(self._unread) >= 20:
@@ -155,9 +156,9 @@ class TableEvents:
 
 
 def _table(attributes: bytes) -> str:
-    """Return the table that a message is about: attribute 1 in all kinds of messages.
+    """Return the name of the table that a message is about: attribute 1 in all kinds of messages; "" without that.
 
-    Others are not decoded, since one change of the ruleset may send many thousand messages.
+    Other attributes are not decoded, since one change of the ruleset may send many thousand messages.
     """
     at = 0
     while at + 4 <= len(attributes):

@@ -1,7 +1,7 @@
 """Policy: drives our nftables tables to the snapshot, each change as one transaction.
 
-What the tables must hold is the business of ruleset.py; this module runs its commands, reloads the tables as a whole
-where a change is refused or another process has modified them, and backs off when that fails as well.
+ruleset.py renders what the tables must hold; this module runs those commands, reloads the tables as a whole where a
+change is refused or another process has modified the tables, and backs off when the reload fails as well.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ BACKOFF = 5.0
 
 
 class PolicyManager(Manager):
-    """Keeps the tables like the snapshot and, while the store must not be used, like they were."""
+    """Keeps the tables as the snapshot demands and, while the store must not be used, as they were."""
 
     def __init__(self, context: Context, nft: Nft) -> None:
         self._context = context
@@ -35,7 +35,7 @@ class PolicyManager(Manager):
         self._retry_at = 0.0
         self._restore_due = False
         self.ruleset = Ruleset()
-        """What the tables hold; while they are not `in_sync`, what they were to hold last."""
+        """What the tables hold; while they are not `in_sync`, what they held, or were to hold, last."""
         self.in_sync = False
         """Whether the tables hold what `ruleset` says. If not, the next `apply` reloads them."""
         self.error: str | None = None
@@ -57,7 +57,7 @@ class PolicyManager(Manager):
             self._restore_due = True
 
     def invalidate(self, backoff: float) -> None:
-        """Take it that the tables hold anything; have them reloaded in `backoff` seconds."""
+        """Assume nothing about what the tables hold; have them reloaded in `backoff` seconds."""
         self.in_sync, self._retry_at = False, time.monotonic() + backoff
 
     @property
@@ -67,7 +67,7 @@ class PolicyManager(Manager):
 
     @property
     def is_backing_off(self) -> bool:
-        """Whether the tables cannot be programmed now: then nothing else may be programmed either."""
+        """Whether a failed reload is not due again yet: until then, nothing else may be programmed either."""
         return self.retry_at is not None and time.monotonic() < self._retry_at
 
     @property
@@ -111,7 +111,7 @@ class PolicyManager(Manager):
         self._context.health.record(Failure(None, "tables"))
 
     def restore(self) -> None:
-        """Reload the tables with what they held, where another process has removed that.
+        """Reload the tables with what they held, where another process has modified them.
 
         For the time in which the store must not be used: the snapshot may be wrong. Retried at each Tick.
         """
@@ -125,7 +125,7 @@ class PolicyManager(Manager):
             self._context.health.error(str(error))
 
     def restore_established_fast_path(self) -> None:
-        """Let packets of established connections pass without evaluation of the rules: all connections are verified."""
+        """Let packets of established connections pass unevaluated again, now that all connections are verified."""
         try:
             self._nft.run(self.ruleset.restore_established_fast_path())
         except CalicoError as error:

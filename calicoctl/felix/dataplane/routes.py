@@ -1,6 +1,7 @@
 """The driver of endpoints' routes, neighbour entries and interface sysctls: programs the difference to the kernel.
 
-Ours are recognised: routes by their protocol number, neighbour entries by being permanent and on a `cali…` interface.
+The agent's own are recognised: routes by their protocol number, neighbour entries by being permanent and on a `cali…`
+interface.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class Routes:
                 self._have[entry.index].add(("proxy", entry.address))
 
     def forget(self, index: int) -> None:
-        """Drop an interface from the cache: it was deleted, or set down, and the kernel has removed what it had."""
+        """Drop an interface from the cache: the kernel has removed what was there, or some of it."""
         self._have.pop(index, None)
 
     def forget_route(self, address: str) -> int | None:

@@ -114,7 +114,7 @@ def _replace_tables(commands: str) -> str:
 
 @dataclass
 class Update:
-    """The commands of one transaction, and the addresses of which it may deny open connections."""
+    """The commands of one transaction, and the addresses whose open connections the transaction may deny."""
 
     commands: str
     affected: set[str]
@@ -125,7 +125,8 @@ class Ruleset:
 
     def __init__(self) -> None:
         self._elements: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
-        """Reference counts: an endpoint may be given what another, which is deferred, has not given up yet."""
+        """By (family, name) of a set or map: its elements, with reference counts, since an endpoint may be given what
+        another, which is deferred, has not given up yet."""
         self._chains: dict[str, tuple[str, ...]] = {}
         # who uses what, so that unused chains and sets are removed
         self._endpoints: dict[EndpointId, LocalEndpoint] = {}
@@ -139,7 +140,7 @@ class Ruleset:
         self._tags_used: dict[str, set[str]] = {}
 
     def load(self, snapshot: Snapshot, pending: Mapping[EndpointId, Collection[str]] | None = None) -> Update:
-        """Return the commands that load the tables as a whole, replacing any contents. For a new Ruleset."""
+        """Return the commands that load the tables as a whole, replacing any contents. Only for a new Ruleset."""
         everything = Dirty(set(snapshot.endpoints), profiles=set(snapshot.profiles), pools=True, settings=True)
         update = self.update(snapshot, everything, pending)
         return Update(_replace_tables(update.commands), update.affected)
@@ -158,7 +159,7 @@ class Ruleset:
         return _replace_tables(change.commands())
 
     def tag_contains(self, tag: str, address: str) -> bool:
-        """Return whether an address is one of a tag: of an endpoint, of any host, that has a profile with that tag."""
+        """Return whether a tag has an address: that of an endpoint, of any host, that has a profile with that tag."""
         return address in self._addresses.get(tag, ())
 
     def has(self, id: EndpointId) -> bool:
@@ -173,7 +174,7 @@ class Ruleset:
     def update(
         self, snapshot: Snapshot, dirty: Dirty, pending: Mapping[EndpointId, Collection[str]] | None = None
     ) -> Update:
-        """Return the commands for what has changed, and take them as run.
+        """Return the commands for what has changed, and assume from then on that they were run.
 
         `pending` are addresses that endpoints of this host must not use yet. Call `restore_established_fast_path` when
         the connections of the affected addresses have been verified.
@@ -500,7 +501,7 @@ _BASE_CHAINS = {"outgoing": "{ type nat hook postrouting priority srcnat; policy
 
 
 def _base_chain_rules(name: str, fast_path: bool) -> tuple[str, ...]:
-    """Return the rules of a base chain that evaluates policy."""
+    """Return the rules of a base chain that evaluates policy, with or without the established fast path."""
     _, _, side, ask = _POLICY_BASE_CHAINS[name]
     known = "ct state established,related accept" if fast_path else "ct state established ct direction reply accept"
     related = () if fast_path else ("ct state related accept",)
@@ -508,7 +509,7 @@ def _base_chain_rules(name: str, fast_path: bool) -> tuple[str, ...]:
 
 
 def _elements(endpoint: LocalEndpoint) -> list[tuple[tuple[str, str], str]]:
-    """Return the elements of an endpoint, each with its set or map."""
+    """Return the elements of an endpoint, each behind its set or map, given as (family, name)."""
     name, mac = f'"{endpoint.interface}"', endpoint.mac
     outbound, inbound = _chains_of_list(endpoint.profiles)
     elements = [
@@ -548,7 +549,7 @@ def _update_pools(snapshot: Snapshot, change: _Change) -> None:
 
 
 def _part(name: str) -> str:
-    """Return a profile's or tag's part of a chain's or set's name: itself or, if nftables cannot spell it, a digest.
+    """Return a profile's or tag's part of a chain's or set's name: `name` or, if nftables cannot spell that, a digest.
 
     The slash before the digest is in no other name, so the two kinds never collide.
     """

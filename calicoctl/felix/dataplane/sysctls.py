@@ -1,6 +1,6 @@
 """The driver of sysctls (/proc/sys/net), which remembers the host-wide ones as they were before the agent changed them.
 
-The original values are kept in a file until they are restored. Like the settings, it does not survive a reboot.
+The original values are kept in a file until they are restored. Like the settings, the file does not survive a reboot.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ _SETTING = re.compile(
 
 
 def interface_settings(interface: str, ipv6: bool) -> dict[str, str]:
-    """Return the sysctls of the host's end of an endpoint's veth pair, by path; `ipv6` if it has an IPv6 address.
+    """Return values for the sysctls of the host's end of an endpoint's veth pair, by path below /proc/sys/net.
+
+    `ipv6` says whether the endpoint has an IPv6 address.
 
     Source: the kernel's Documentation/networking/ip-sysctl.rst. A host answers a neighbour solicitation only for an
     address of the receiving interface, hence proxy_ndp; proxy_delay would hold the answer back by up to 0.8 s.
@@ -60,7 +62,10 @@ def reset_interface(interface: str) -> None:
 
 
 def read(path: str) -> str | None:
-    """Return a sysctl, None if the kernel has no such. Raises CalicoError for lack of descriptors or memory."""
+    """Return the value of a sysctl, given by its path below /proc/sys/net; None if it does not exist or cannot be read.
+
+    Raises CalicoError for lack of descriptors or memory.
+    """
     try:
         return (ROOT / path).read_text().strip()
     except OSError as error:
@@ -105,7 +110,11 @@ class HostSettings:
             raise CalicoError(f"{file} cannot be read: {error}; remove it") from None
 
     def forward(self, ipv6: bool) -> None:
-        """Make this host forward IPv4 and, with `ipv6`, IPv6, keeping the routes learned from router advertisements."""
+        """Make this host forward IPv4 and, with `ipv6`, IPv6, keeping the routes learned from router advertisements.
+
+        Without `ipv6`, the original IPv6 settings are restored, unless the Docker Engine needs forwarding. Raises
+        CalicoError.
+        """
         self._switch_on(IPV4_FORWARDING)
         if not ipv6:
             if IPV6_FORWARDING in self._found:
@@ -120,7 +129,10 @@ class HostSettings:
             self._switch_on(IPV6_FORWARDING)
 
     def restore(self, chosen: Callable[[str], bool], needed: Collection[str] = ()) -> None:
-        """Restore the original values of the `chosen` paths, but for those that are not ours any more, or `needed`."""
+        """Restore the original values of the `chosen` paths, and forget them. Raises CalicoError.
+
+        A path keeps its value where another process has changed ours meanwhile, or where the path is `needed`.
+        """
         if (
             IPV6_FORWARDING in needed
         ):  # while this host forwards, they keep the routes learned from router advertisements
