@@ -28,7 +28,7 @@ FILES, DIRECTORIES = ":files", ":directories"
 """Candidates that stand for the names of files, or of directories, which the shell completes itself."""
 
 _HARMLESS = re.compile(r"[A-Za-z0-9_./:=@%+,-]+", re.ASCII)
-"""A plain word for a shell. Names come from etcd and Docker, and end up on a user's command line."""
+"""A word that a shell takes literally; no other is offered. Names from etcd and Docker end up on a command line."""
 
 
 def candidates(line: str) -> list[str]:
@@ -47,7 +47,7 @@ def candidates(line: str) -> list[str]:
 
 
 def _split(line: str) -> tuple[list[str], str]:
-    """Return the words after `calicoctl`, and the one that is being typed."""
+    """Return the words after `calicoctl`, without global options, and apart from them the word that is being typed."""
     try:
         words = shlex.split(line)
     except ValueError:  # an open quote
@@ -76,7 +76,7 @@ def _of_command(words: list[str], partial: str) -> set[str]:
 
 
 def _options(usages: list[Usage], words: list[str], partial: str) -> set[str]:
-    """Return the options of the usages that the words match."""
+    """Return the candidates where an option, or a value after its `=`, is being typed; the words match the `usages`."""
     name, equals, _ = partial.partition("=")
     found = {"--help", *GLOBAL_OPTIONS}
     for option in (option for usage in usages for option in usage.options()):
@@ -210,4 +210,4 @@ _SOURCES: dict[str, Callable[[list[str]], Iterable[str]]] = {
     "--output": _fixed(*FORMATS),
     "--detach": _fixed("true", "false"),
 }
-"""Where the candidates for an argument or an option's value come from, called with the words before it."""
+"""By argument or option: a function that takes the words before it, and returns the candidates for its value."""

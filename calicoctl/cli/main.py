@@ -53,7 +53,7 @@ ETCD_ENDPOINTS, DOCKER_HOST and others) and, where it does not set them, from
 """
 
 WITHOUT_SETTINGS = ("completion", "version")
-"""Commands that work with an invalid settings file. Completion reads it when it queries the store or Docker."""
+"""Commands that work with an invalid settings file. `completion` reads that file only to query the store or Docker."""
 
 
 class Interrupted(BaseException):
@@ -82,7 +82,7 @@ class _Output(io.FileIO):
 
 
 class _ErrorOutput(_Output):
-    """Standard error: its own write errors are ignored, for there is nowhere left to report them."""
+    """Standard error: errors of writing to it are ignored, for there is nowhere left to report them."""
 
     def write(self, data: Any) -> int:
         with suppress(OSError):
@@ -122,9 +122,9 @@ def _open_standard_streams() -> None:
 
 
 def main(argv: list[str], where: str = "", prepared: Prepared | None = None) -> int:
-    """Run one command line, which may be `prepared` already; return its exit status.
+    """Run one command line; return its exit status. `prepared` is what `prepare` returned, if it was called already.
 
-    Errors are printed as one line, prefixed with `where`; no exception is raised.
+    Errors are printed as one line, prefixed with `where` (such as a line number); no exception is raised.
     """
     debug = "--debug" in argv
     quiet = "--quiet" in argv

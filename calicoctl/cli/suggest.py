@@ -59,7 +59,7 @@ def explained(misfit: Misfit) -> UsageError:
 
 
 def _reach(usages: list[Usage], words: list[str]) -> tuple[int, list[Fit]]:
-    """Return how many of the words match at most, and how these match each usage."""
+    """Return how many of the first words match some usage, at most, and how these words match each usage."""
     for count in range(len(words), 0, -1):
         found = fits(usages, words[:count])
         if any(found):
@@ -169,14 +169,14 @@ def _word_misfit(usages: list[Usage], words: list[str], reach: int, found: list[
 
 
 def _elsewhere(words: list[str], place: int) -> str | None:
-    """Return the other command that does what a word asks for, if that is the first one after the command."""
+    """Return the other command that does what the word at `place` asks for, if any; None unless `place` is 1."""
     if place != 1:
         return None
     return _ELSEWHERE.get((words[0], words[1])) or _ELSEWHERE.get((words[0], SYNONYMS.get(words[1], words[1])))
 
 
 def _repaired(usages: list[Usage], words: list[str], reach: int) -> list[list[str]]:
-    """Return complete command lines that are one mistake away: a word misspelt, else missing, else misplaced."""
+    """Return up to MOST command lines that are one mistake away: a word misspelt, else missing, else misplaced."""
     own = {name for usage in usages for name in usage.commands()}
 
     def expected(line: list[str], place: int) -> list[str]:

@@ -22,11 +22,11 @@ class Usage:
     tree: Node
 
     def commands(self) -> list[str]:
-        """Return its keywords, in order."""
+        """Return the usage's keywords, in order."""
         return [leaf.name for leaf in leaves(self.tree) if kind(leaf) == "Command"]
 
     def arguments(self) -> list[str]:
-        """Return the names of its arguments, such as `<IP>`."""
+        """Return the names of the usage's arguments, such as `<IP>`."""
         return [leaf.name for leaf in leaves(self.tree) if kind(leaf) == "Argument"]
 
     def options(self) -> list[Node]:
@@ -63,7 +63,7 @@ class Fit:
     complete: bool
 
     def __bool__(self) -> bool:
-        """Return whether they match at all."""
+        """Return whether the words match the usage, or the beginning of it."""
         return self.complete or bool(self.expected)
 
     def commands(self) -> set[str]:
@@ -76,7 +76,7 @@ class Fit:
 def fits(usages: list[Usage], words: list[str]) -> list[Fit]:
     """Match words, without options, against each of the usages.
 
-    A word that is a keyword in its position, in whichever usage, is not taken for an argument.
+    A word that is a keyword in its position in one of the usages is not taken for an argument in any.
     """
     own: list[bool] = []
     for number, word in enumerate(words):
@@ -92,9 +92,10 @@ def _fit(usage: Usage, words: list[str], own: list[bool]) -> Fit:
 
 
 def _walk(node: Node, words: list[str], starts: set[int], expected: set[Node], own: list[bool]) -> set[int]:
-    """Match words against a node; return how many words may have been consumed after it.
+    """Match words against a node; return the possible numbers of words that are consumed up to the node's end.
 
-    `starts` are the possible numbers before it. Nodes that could consume a word after the last one go to `expected`.
+    `starts` are the possible numbers before the node; `own` tells, for each word, whether it is a keyword. Nodes that
+    could consume one more word after the last are added to `expected`.
     """
     name = kind(node)
     if name in ("Command", "Argument"):

@@ -53,7 +53,7 @@ def prepare(argv: list[str]) -> Prepared:
 
 
 def prepare_peers(arguments: dict[str, Any], of_this_host: bool) -> Prepared:
-    """Check a command about the global peers, or about those of this host only; raise CalicoError."""
+    """Check a command about the global peers, or about those of this host only; return the function that runs it."""
     if arguments["show"]:
         return partial(_show, arguments, of_this_host)
     if arguments["remove"]:
@@ -64,7 +64,7 @@ def prepare_peers(arguments: dict[str, Any], of_this_host: bool) -> Prepared:
 
 
 def _remove_peer(name: str, of_this_host: bool) -> None:
-    """Remove a peer by its address, or by the name of its key: other tools may have written invalid ones."""
+    """Remove a BGP peer by its address, or by the last part of its key: other tools may have written invalid values."""
     host = hostname() if of_this_host else None
     datastore = DatastoreClient.from_environment()
     found = datastore.bgp_peer_keys(name, host)

@@ -192,7 +192,7 @@ def _ip_remove(name: str, address: IPAddress, interface: str | None) -> None:
 
 
 def _request_and_interface(arguments: dict[str, Any]) -> tuple[AddressRequest, str | None]:
-    """Return which address is asked for, and the name of the interface; raise CalicoError."""
+    """Return the requested address, and the name in --interface, None without it; raise CalicoError."""
     from calicoctl.workloads import wiring
 
     interface = arguments["--interface"]

@@ -159,7 +159,7 @@ def described(endpoint: Endpoint) -> str:
 
 
 def called(endpoint: Endpoint) -> str:
-    """Return the display name of an endpoint's workload: a container's name, or its short id, or a namespace."""
+    """Return the display name of an endpoint's workload: a container's name or short id, or a namespace's id."""
     return endpoint.workload_name or short_id(endpoint.id.workload)
 
 
@@ -224,9 +224,9 @@ def show_profiles(endpoint: Endpoint, as_json: bool) -> None:
 
 
 def profile_names(arguments: dict[str, Any]) -> list[str]:
-    """Return the profiles on the command line; raise CalicoError for none, or for a name that no list may hold.
+    """Return the profiles on the command line; raise CalicoError for names that are missing, repeated or impossible.
 
-    Any name can be removed: old tools accept any name in a list.
+    `remove` accepts any name, since old tools accept any in an endpoint's list; `set` without names empties the list.
     """
     names = list(arguments["<PROFILES>"])
     if not names and (arguments["append"] or arguments["remove"]):
@@ -240,7 +240,7 @@ def profile_names(arguments: dict[str, Any]) -> list[str]:
 
 
 def check_known_profile(name: str) -> str:
-    """Return the name of a profile that may exist, however odd; raise NotFound for a name that none can have."""
+    """Return a profile's name, odd ones of other tools included; raise NotFound for one that no profile can have."""
     if not keys.can_be_part(name):
         raise NotFound(f"There is no such profile: '{name}' is not a valid profile name.")
     return name
@@ -249,7 +249,7 @@ def check_known_profile(name: str) -> str:
 def change_profiles(
     datastore: DatastoreClient, endpoint: Endpoint, name: str, arguments: dict[str, Any], profiles: list[str]
 ) -> None:
-    """Append profiles to an endpoint's list, remove them, or set the list; `name` is what the user calls it."""
+    """Append profiles to an endpoint's list, remove them, or set the list; messages call the endpoint `name`."""
     if arguments["remove"]:
         missing = [profile for profile in profiles if profile not in endpoint.profile_ids]
         if missing:

@@ -207,7 +207,7 @@ def _own_agent_writes(host: str) -> bool:
 
 @contextmanager
 def _claim_released_on_failure(datastore: DatastoreClient, claimed: Entry | None) -> Iterator[None]:
-    """Release a claim to the host's status when something fails, unless the agent has renewed it since."""
+    """When something fails, delete the status that heartbeat.claim returned, unless the agent has renewed it since."""
     try:
         yield
     except BaseException:
@@ -220,7 +220,10 @@ def _claim_released_on_failure(datastore: DatastoreClient, claimed: Entry | None
 def _register(
     datastore: DatastoreClient, ipv4: str | None, given: dict[int, str | None], every: set[str], as_num: str | None
 ) -> None:
-    """Register this host, print its addresses, and warn of likely mistakes."""
+    """Register this host, print its addresses, and warn of likely mistakes.
+
+    `given` are the addresses in the options, by IP version; `every` holds all addresses of this host's interfaces.
+    """
     datastore.hosts.register(ipv4, given[6], as_num)
     for address in filter(None, given.values()):
         if address not in every:
@@ -258,13 +261,13 @@ def _start_agent(host: str, options: process.Options) -> None:
 
 
 def _host_failures(host: str) -> list[str]:
-    """Return what the agent reports to fail on the host as a whole, such as a firewall that drops packets."""
+    """Return the failures of the host as a whole that the agent reports, such as a firewall that drops packets."""
     failures = (process.report(host) or {}).get("troubles")
     return [str(failure["error"]) for failure in failures] if isinstance(failures, list) else []
 
 
 def _started_etcd(host: str, log_dir: str) -> tuple[LocalEtcd, bool]:
-    """Start the local etcd, unless it is running; return it, and whether it was started. Raises CalicoError."""
+    """Start the local etcd, unless it is running; return its object, and whether it was started. Raises CalicoError."""
     pid = process.running(host)
     if pid and (process.report(host) or {}).get("local_etcd") is False:
         raise CalicoError(
@@ -373,7 +376,7 @@ def _show(as_json: bool) -> None:
 
 
 def _counted(endpoints: dict[str, int]) -> str:
-    """Return how many endpoints there are, and how many of them in which state other than up."""
+    """Return the table cell for counts of endpoints by status: their sum and, in parentheses, those other than up."""
     others = [f"{number} {state}" for state, number in endpoints.items() if number and state != "up"]
     total = str(sum(endpoints.values()))
     return f"{total} ({', '.join(others)})" if others else total
@@ -400,7 +403,7 @@ def _refuse_alive(datastore: DatastoreClient, this_one: bool) -> None:
 
 
 def _disconnect(datastore: DatastoreClient, workloads: set[tuple[str, str]]) -> None:
-    """Disconnect workloads, given by orchestrator and id."""
+    """Disconnect workloads, given as (orchestrator, id)."""
     from calicoctl.workloads import wiring
     from calicoctl.workloads.workload import Workload
 
@@ -418,7 +421,7 @@ def _local_etcd(host: str) -> LocalEtcd | None:
 
 
 def _absolute(log_dir: str | None, default: str | None) -> str | None:
-    """Return the absolute path of a directory; raise CalicoError."""
+    """Return the absolute path of `log_dir`, else of `default`, if any; raise CalicoError for an empty text."""
     if log_dir is None:
         log_dir = default
     if log_dir is None:

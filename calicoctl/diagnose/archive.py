@@ -1,8 +1,8 @@
 """Collects diagnostics of this host into one archive, without secrets. Changes nothing.
 
-A source that fails is replaced by the reason. Of the environment and of etcd, only the values of names listed here are
-included; of Docker's containers, never their environment. Then everything is searched for what looks like a secret,
-since a log may contain some.
+Where a source fails, its file holds the reason. Of the environment and of etcd, only the values of names listed here
+are included; of Docker's containers, never their environment. Then whatever looks like a secret is left out of every
+file, since a log may contain secrets.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ _VARIABLES = (
     *("DOCKER_HOST", "DOCKER_TLS_VERIFY", "DOCKER_CERT_PATH", "HOSTNAME", "CALICO_DEBUG", "CALICO_ENV_FILE"),
     "DATASTORE_TYPE",
 )
-"""Variables whose values are included, without userinfo in URLs; of similar variables, only the names are."""
+"""Variables whose values are included, without userinfo in URLs; of others, such as ETCD_…, only the names are."""
 
 _FIELDS = {
     *(name for kind in (Endpoint, Rule, Pool, Peer) for name in kind.__dataclass_fields__ if name != "extra"),
@@ -70,7 +70,7 @@ _FIELDS = {
     *("namespace", "node", "block", "vxlan_mode", "disabled"),
     *("enabled", "time", "uptime", "first_update", "machine", "boot", "status", "index", "reason"),
 }
-"""The data model's fields of JSON values in etcd: others are left out."""
+"""The fields of JSON values in etcd that the data model defines: the values of others are left out."""
 
 _JSON_KEYS = re.compile(
     "/calico/v1/host/[^/]+/workload/|/calico/v1/policy/profile/[^/]+/(tags|rules)$|/calico/v1/ipam/v[46]/pool/"
@@ -84,7 +84,7 @@ _PLAIN = {
     *config.NODE_FELIX,
     *config.BGP,
 }
-"""The data model's keys with plain values."""
+"""The last parts of keys in etcd that the data model defines and whose values are plain text."""
 
 _NAMES = (
     r"(?<![\w.-])[\w.-]*(?:passw|passphrase|\bpass\b|_pass\b|pwd|secret|token|credential|cookie|psk|md5"
@@ -115,9 +115,9 @@ def sources(log_dir: str) -> dict[str, Source]:
 
 
 def collect(found: Iterable[tuple[str, Source]]) -> Path:
-    """Write an archive that only its owner can read, with a file for each source; return its path.
+    """Write an archive that only its owner can read, with a file for each (name, source); return the archive's path.
 
-    Raises CalicoError where it cannot be written.
+    Raises CalicoError where the archive cannot be written.
     """
     name = f"calico-diags-{time.strftime('%Y%m%d-%H%M%S')}-"
     path = None
@@ -218,9 +218,9 @@ def _known_value(entry: Entry) -> Any:
 
 
 def _known_fields(value: Any, objects: bool = False) -> Any:
-    """Return a JSON value without unknown fields (a handle's fields are blocks).
+    """Return a JSON value, with the values of unknown fields left out. CIDRs are known fields: those of a handle.
 
-    In a list of `objects`, anything but an object is unknown.
+    With `objects`, a list is to hold objects alone, and its other items are left out, too.
     """
     if isinstance(value, list):
         return [_known_fields(item) if isinstance(item, dict) or not objects else _HIDDEN for item in value]

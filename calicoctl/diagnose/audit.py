@@ -1,7 +1,8 @@
-"""Checks the consistency of addresses in the whole store: blocks, handles and endpoints. Repairs what is safe to.
+"""Checks whether blocks, handles and endpoints of the whole store agree about addresses, and repairs some findings.
 
-While a command runs, the store looks inconsistent for a moment: so everything is checked twice, and a repair checks
-once more under the workload's lock. Locks are local to a host, so only this host's workloads are repaired.
+While a command runs, the store looks inconsistent for a moment: so everything is checked twice, and a repair of a
+workload's addresses checks once more under the workload's lock. Locks are local to a host, so only addresses of this
+host's workloads are repaired; counts of handles and lists of free addresses are repaired for all hosts.
 """
 
 from __future__ import annotations
@@ -31,14 +32,17 @@ RECHECK_DELAY = 1.0
 
 @dataclass(frozen=True)
 class Finding:
-    """An inconsistency. `advice` says what to do about it where `--fix` does nothing."""
+    """An inconsistency. `subject` is an address, a block's CIDR, a handle, an endpoint's id or a key, as `kind` says.
+
+    `advice` says what the user can do without `--fix`.
+    """
 
     kind: str
     subject: str
     problem: str
     advice: str = ""
     fix: Callable[[], bool] | None = None
-    """Repairs it, and returns whether it did; raises CalicoError."""
+    """Repairs the inconsistency, and returns whether that was done; raises CalicoError. None: `--fix` does nothing."""
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -162,7 +166,10 @@ def _of_address(
     sound: bool,
     registered: set[str],
 ) -> Iterator[Finding]:
-    """Check an assigned address against the endpoints that list it."""
+    """Check an assigned address against the endpoints that list it; `block` is the CIDR of the address's block.
+
+    `sound` says that no endpoint's record is unreadable; `registered` are the names of the registered hosts.
+    """
     release = f"'calicoctl ipam release {address}' releases it"
     if owner.handle is not None and not _is_key(owner.handle):
         yield Finding("address", address, f"it is assigned to '{owner.handle}', which is not a valid handle", release)
@@ -201,13 +208,16 @@ def _of_address(
 
 
 def _holds(owner: Owner, id: EndpointId) -> bool:
-    """Return whether an address's owner is an endpoint's workload, under any of its names in the store."""
+    """Return whether an address's owner is an endpoint's workload, also where an old tool stored it as `docker`."""
     its = owner.handle in (f"{id.orchestrator}.{id.workload}", ".".join(workload_of(id)))
     return its and owner.secondary.get("host", id.host) == id.host
 
 
 def _unassigned(datastore: DatastoreClient, address: str, id: EndpointId, alone: bool) -> Finding:
-    """Return the finding for an unassigned address that an endpoint lists; not `alone`: several endpoints list it."""
+    """Return the finding for an unassigned address that an endpoint lists.
+
+    `alone` says that no other endpoint lists the address, and that it is usable: of a single address, not of a network.
+    """
     problem = f"endpoint {id.endpoint} of host {id.host} lists it, but it is not assigned"
     if id.host != datastore.host:
         return Finding("address", address, problem, f"run 'calicoctl ipam check --fix' on {id.host}")
@@ -243,7 +253,7 @@ def _recount(datastore: DatastoreClient, handle: str, blocks: list[str]) -> bool
 
 
 def repair(finding: Finding) -> str | None:
-    """Repair a finding; return why that failed, None for success."""
+    """Repair a finding; return why it was not repaired (its advice, where it has no `fix`), None for success."""
     if finding.fix is None:
         return finding.advice
     try:

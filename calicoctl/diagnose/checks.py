@@ -1,7 +1,7 @@
 """Checks this host's prerequisites: kernel, tools, settings, Docker, etcd.
 
-Each check is about one thing, changes nothing, and fails on its own. Features of the kernel are tried for real, in a
-network namespace that ends with the thread that created it.
+Each check is about one thing, changes nothing on the host, and does not keep the others from running when it fails.
+Features of the kernel are tried for real, in a network namespace that ends with the thread that created it.
 """
 
 from __future__ import annotations
@@ -61,7 +61,10 @@ add chain arp check input { type filter hook input priority filter; }
 
 @dataclass(frozen=True)
 class Check:
-    """The result of one check. `needed` says whether nothing works without it; `advice` is what to do."""
+    """The result of one check. `found` is what was seen; `advice` is what to do unless it is `ok`.
+
+    `needed` says whether a failure is an error, not a warning.
+    """
 
     name: str
     ok: bool
@@ -230,7 +233,7 @@ def _tools(docker_runs: bool) -> Iterator[Check]:
 
 
 def _version(command: str) -> str | None:
-    """Return the version that a command prints, None where it is not installed."""
+    """Return the version that a command prints, "there" where it prints none, None where it is not installed."""
     if shutil.which(command) is None:
         return None
     with suppress(OSError, subprocess.SubprocessError):

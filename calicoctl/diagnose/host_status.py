@@ -1,8 +1,9 @@
 """Reads the status of this host's agent, running or not, and lists its problems, worst first. Prints nothing.
 
-The agent's report (felix/report.py) is a file that every user may read, also while the store is unreachable. It has
-the keys with invalid values in `problems`, and failures of the host as a whole in `troubles`: scripts read the JSON, so
-its fields keep these names. Problems of every kind are listed as Issues: for a new kind, add a function to `_issues`.
+The agent's report (felix/report.py) is a file that every user may read, also while the store is unreachable. The report
+has the keys with invalid values in `problems`, and failures of the host as a whole in `troubles`: scripts read this
+JSON, so its fields keep these names. Problems of every kind are listed as Issues: for a new kind, add a function to
+`_issues`.
 """
 
 from __future__ import annotations
@@ -84,8 +85,8 @@ def read(host: str) -> dict[str, Any]:
 
     Added to the report are: whether the agent is `running`; if not, which `other_agent` reports for this host (its
     `machine`, null where it names none, and a `text`; null for none); the `age` of the report in seconds (null for
-    none); whether it is `current`; and `issues`, each with the fields of Issue. Where no agent runs,
-    `unknown_interfaces` are those of now.
+    none); whether the report is `current`; and `issues`, each with the fields of Issue. Where no agent runs,
+    `unknown_interfaces` are not the report's but those that exist now.
     """
     pid = process.running(host)
     found = process.report(host)
@@ -196,9 +197,10 @@ def _unknown_interfaces(status: dict[str, Any]) -> Iterator[Issue]:
 
 
 def _without_agent(datastore: DatastoreClient) -> dict[str, Any]:
-    """Return what is known of a host whose agent does not run; raise StoreError.
+    """Return the fields `other_agent` and `unknown_interfaces` for this host, whose agent does not run.
 
-    That is which agent of another machine or program reports for it, and which interfaces `cali…` no record has.
+    They say which agent of another machine or program reports for this host, and which interfaces `cali…` are in no
+    endpoint's record. Raises StoreError.
     """
     other = None
     status = datastore.statuses.of_host()
@@ -215,7 +217,7 @@ def _without_agent(datastore: DatastoreClient) -> dict[str, Any]:
 
 
 def _keys(status: dict[str, Any]) -> Iterator[Issue]:
-    """Yield the keys with invalid values, except records of endpoints that were listed before."""
+    """Yield an Issue for each key with an invalid value, except the records of endpoints that have an Issue already."""
     host = status["host"]
     named = {
         keys.endpoint(EndpointId(host, one["orchestrator"], one["workload"], one["endpoint"]))

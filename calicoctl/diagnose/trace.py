@@ -1,6 +1,7 @@
-"""Evaluates whether a packet would pass from one place to another, and what decides. Reads the store alone.
+"""Evaluates whether a packet would pass from one place to another, and what decides. Sends no packet.
 
-Each endpoint is seen as its host's agent sees it (snapshot.py); rules mean what the agent enforces (verdict.py).
+Reads the store, asks Docker for containers' ids, and reads this host's own addresses. Each endpoint is seen as its
+host's agent sees it (snapshot.py); rules mean what the agent enforces (verdict.py).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _ECHO_REQUEST = {ICMP: 8, ICMPV6: 128}
 
 @dataclass(frozen=True)
 class Place:
-    """One end of a packet's path: what the user calls it, its address, and its endpoint, where it is one."""
+    """One end of a packet's path: what the user calls it, its address, and its endpoint's id, None for no endpoint."""
 
     name: str
     address: str
@@ -46,7 +47,7 @@ class Decision:
     why: str
     profile: str | None = None
     rule: int | None = None
-    """Its number, counted from 1."""
+    """The position of the rule that decided in the profile's list for this direction, counted from 1."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Trace:
 
     @property
     def denied_by(self) -> Decision | None:
-        """The decision that drops the packet, None where it arrives."""
+        """The first decision that drops the packet, None where the packet passes."""
         return next((decision for decision in self.decisions if not decision.allowed), None)
 
     def to_dict(self) -> dict[str, Any]:
@@ -92,7 +93,8 @@ def trace(
 ) -> Trace:
     """Evaluate the path of a packet: the first of a connection, or an echo request.
 
-    `source` and `destination` are containers, namespace paths, endpoint ids or addresses. Raises CalicoError.
+    `source` and `destination` are containers, namespace paths, endpoint ids or addresses; `protocol` is `tcp`, `udp`,
+    `icmp` or `icmpv6`. `source_port` is SOURCE_PORT unless it is given. Raises CalicoError.
     """
     store = _Store(datastore)
     number = PROTOCOLS[protocol]
@@ -126,7 +128,7 @@ class _Store:
         self._snapshots: dict[str, Snapshot] = {}
         self._endpoints = self._seen_by(datastore.host).endpoints
         self._members: dict[str, set[str]] = {}
-        """Addresses by tag, as far as they were needed."""
+        """The addresses of each tag that has been needed so far."""
 
     def _seen_by(self, host: str) -> Snapshot:
         if host not in self._snapshots:
@@ -138,7 +140,7 @@ class _Store:
     # From names to endpoints
 
     def places(self, name: str) -> list[Place]:
-        """Resolve a name to an address, or to all addresses of an endpoint; raise NotFound."""
+        """Return a place for the address that `name` is, else for each of the named endpoint's; raise CalicoError."""
         try:
             address = str(parse_address(name))
         except CalicoError:

@@ -1,7 +1,7 @@
 """Reads from the kernel this host's addresses, gateways, and the networks that it is connected to.
 
-By netlink dumps, which take a few milliseconds even with thousands of routes and interfaces, and need no root. What
-follows from that for workloads is decided in datastore/reserved.py.
+Netlink dumps take a few milliseconds even with thousands of routes and interfaces, and need no root. Which addresses
+workloads must not have as a result is decided in datastore/reserved.py.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from calicoctl.workloads.netns import Interface
 
 _NO_NETWORK = (b"", b"\xfe\x80")
-"""Prefixes of the destinations of default routes and of link-local ones."""
+"""The first two bytes of the packed destinations of default routes, which are empty, and of link-local routes."""
 
 
 def read() -> HostNetwork:
@@ -38,10 +38,10 @@ def own_addresses() -> set[str]:
 
 
 def detect() -> tuple[dict[int, str | None], set[str]]:
-    """Return, for each IP version, the address that other hosts reach this host under; and all its addresses.
+    """Return, by IP version, the address at which other hosts reach this host, None for none; and all its addresses.
 
-    That is the preferred source, else the first global address, of the interface of the best default route; without a
-    default route, of the first interface. Loopback, bridges, Docker's interfaces and Calico's own are left out.
+    The former is the preferred source, else the first global address, of the interface of the best default route;
+    without a default route, of the first interface. Loopback, bridges, Docker's interfaces and Calico's are left out.
     Raises CalicoError.
     """
     from calicoctl.workloads import netns

@@ -1,11 +1,11 @@
 """One lock per workload, so that only one command, or the agent, changes it at a time.
 
 The locks are files under /run/calico/<host name>/, held with flock(2), so a process that dies releases them. While a
-namespace is connected, its lock file holds its path, which does not follow from the workload's id, and, for the path of
-a process, when that process was started.
+namespace is connected, its lock file holds the namespace's path, which cannot be derived from the workload's id, and,
+for a path through a process (/proc/PID/ns/net), when that process was started.
 
 While a change is in progress, a second file, the mark, exists beside the lock. A mark whose lock is free means that the
-change was interrupted, by `kill -9` say. It holds the workload's id and the name of the container.
+change was interrupted, by `kill -9` say. The mark holds the workload's id and, if it is known, the container's name.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PATIENCE = 30.0
 """Seconds to wait for a lock that another process holds."""
 
 _MARK = "unfinished."
-"""What the name of a mark begins with."""
+"""The prefix of a mark's file name; the lock's file name follows."""
 
 
 class WorkloadLock:
@@ -46,9 +46,9 @@ class WorkloadLock:
         self.interrupted = False
 
     def __enter__(self) -> WorkloadLock:
-        """Wait for the lock; raise Conflict after PATIENCE, and CalicoError when there can be no lock file.
+        """Wait for the lock; raise Conflict after PATIENCE, and CalicoError when the lock file cannot be made.
 
-        `interrupted` is set then: whether an earlier change of the workload was interrupted.
+        Sets `interrupted`: whether an earlier change of the workload was interrupted.
         """
         give_up = time.monotonic() + (PATIENCE if self._wait else 0)
         try:
@@ -71,7 +71,10 @@ class WorkloadLock:
         os.close(self._fd)
 
     def remember(self, path: str, started: str | None = None) -> None:
-        """Store the path of a namespace until `forget`, and for the path of a process when that was `started`."""
+        """Store a namespace's path until `forget`; for a path through a process, also when that process was `started`.
+
+        `started` is what process_started returns: clock ticks since boot, as text.
+        """
         os.ftruncate(self._fd, 0)
         os.pwrite(self._fd, "\0".join([path, started] if started else [path]).encode(), 0)
 
@@ -80,7 +83,7 @@ class WorkloadLock:
         return self._content()[0]
 
     def started(self) -> str | None:
-        """Return when the process of the stored path was started, in clock ticks since boot, if that is stored."""
+        """Return the `started` that `remember` has stored, None where it has stored none."""
         return self._content()[2] or None
 
     def forget(self) -> None:
@@ -97,12 +100,12 @@ class WorkloadLock:
             raise CalicoError(f"cannot write {self.mark}: {error.strerror}") from None
 
     def clear_mark(self) -> None:
-        """Remove the mark of this change, which is done or rolled back; the mark of an interrupted one stays."""
+        """Remove the mark, as this change is done or rolled back; keep it where an earlier change was interrupted."""
         if not self.interrupted:
             self.mark.unlink(missing_ok=True)
 
     def clear_all(self) -> None:
-        """Remove the mark: nothing is left of any interrupted change."""
+        """Remove the mark in any case: nothing is left of this change, nor of an earlier, interrupted one."""
         self.mark.unlink(missing_ok=True)
         self.interrupted = False
 
@@ -130,14 +133,17 @@ def interrupted(host: str, orchestrator: str) -> list[str]:
 
 
 def interrupted_named(host: str, orchestrator: str, name: str) -> set[str]:
-    """Return the ids of workloads with this name whose last change is in progress or was interrupted; only for root."""
+    """Return the ids of containers with this name whose last change is in progress or was interrupted.
+
+    Only root can read the names: for other users, the result is empty.
+    """
     with suppress(PermissionError):
         return {content[0] for _, content in _marks(host, orchestrator) if content[2] == name}
     return set()
 
 
 def _marks(host: str, orchestrator: str) -> list[tuple[str, tuple[str, str, str]]]:
-    """Return the marks: the id that the file's name ends with, and the content: id, NUL, name."""
+    """Return the marks, each as the id (or a hash) in its file's name, and its content: (id, NUL, container's name)."""
     prefix = f"{_MARK}{orchestrator}."
     names = [name for name in _names(host) if name.startswith(prefix)]
     return [(name[len(prefix) :], _content_of(DIRECTORY / host / name)) for name in names]
@@ -164,7 +170,7 @@ def _no_link(path: str, flags: int) -> int:
 
 
 def remembered(host: str, orchestrator: str) -> dict[str, str]:
-    """Return the stored paths of workloads, by id."""
+    """Return the namespace paths that lock files store, by the workloads' ids."""
     prefix = f"{orchestrator}."
     found = {}
     with suppress(FileNotFoundError), os.scandir(DIRECTORY / host) as entries:
@@ -179,7 +185,7 @@ def remembered(host: str, orchestrator: str) -> dict[str, str]:
 
 @lru_cache(maxsize=4096)
 def _read_once(path: str, version: tuple[int, ...]) -> str:
-    """Return the path that a lock file stores; each version of the file is read once only."""
+    """Return the namespace path that the lock file at `path` stores, reading each `version` of the file only once."""
     return Path(path).read_text(errors="replace").partition("\0")[0]
 
 
@@ -198,5 +204,8 @@ def _content_of(mark: Path) -> tuple[str, str, str]:
 
 
 def _id(orchestrator: str, part: str, path: str) -> str:
-    """Return the id of the workload that a part of a file's name is for: a hash of the id, where that is long."""
+    """Return a workload's id from `part`, which ends its lock file's name, and the namespace `path` in that file.
+
+    The part is the id, or a hash of a long one: then a namespace's id is derived from the path.
+    """
     return path.replace("/", "-") if orchestrator == "namespace" and not part.startswith("-") else part

@@ -1,7 +1,7 @@
-"""Network namespaces, veth pairs, and their addresses, routes and neighbours in the kernel. Knows no etcd.
+"""Network namespaces, veth pairs, and their addresses, routes and neighbours in the kernel. Does not use the store.
 
-A thread enters a namespace and ends there; the main thread never does. So no failure leaves another part of the process
-in the wrong namespace.
+Only a thread made for it enters a namespace, and that thread ends there; the main thread stays in the host's. So no
+failure leaves another part of the process in the wrong namespace.
 """
 
 from __future__ import annotations
@@ -40,18 +40,23 @@ udev would change a random MAC (MACAddressPolicy in systemd.link(5)) after the w
 HOST_END_IPV6 = {"accept_dad": "0", "accept_ra": "0"}
 """The IPv6 settings of the host end of every pair before it is brought up.
 
-Duplicate address detection would keep its own address from use for a second or two, and the workload is no router for
-this host. Source: the kernel's Documentation/networking/ip-sysctl.rst.
+Duplicate address detection would keep the host end's own address from use for a second or two. Router advertisements
+are not accepted, since the workload is no router for this host. Source: the kernel's
+Documentation/networking/ip-sysctl.rst.
 """
 
 _LOOPBACK_INDEX = 1
-"""In every namespace. Source: LOOPBACK_IFINDEX in the kernel's net/flow.h."""
+"""The index of the loopback interface in every namespace. Source: LOOPBACK_IFINDEX in the kernel's net/flow.h."""
 _NODAD = 0x02
 
 
 @dataclass
 class Interface:
-    """An interface, as its namespace describes it. `peer_index` is the index of a veth's other end."""
+    """An interface, as seen in its own namespace.
+
+    `peer_index` is, for a veth, the index of the other end in that end's namespace. `kind` is the kernel's word for the
+    type, such as `veth` or `bridge`; None for hardware and for lo.
+    """
 
     name: str
     index: int
@@ -67,7 +72,7 @@ class Interface:
 
 @dataclass(frozen=True)
 class Loopback:
-    """Whether a namespace's loopback interface, which leads to its own addresses, is up, and has IPv6."""
+    """Whether a namespace's loopback interface is up, and has IPv6. The namespace reaches itself by it."""
 
     up: bool
     ipv6: bool
@@ -165,7 +170,7 @@ class Namespace:
             return self.run(inspect)
 
     def other_end(self, own: Interface) -> Interface | None:
-        """Return the host's interface that one of this namespace is paired with, None where that is not on the host.
+        """Return the host's interface that `own`, of this namespace, is paired with, None where the host has none.
 
         Indices alone prove nothing: processes in the namespace may choose them.
         """
@@ -193,7 +198,7 @@ class Namespace:
             self.run(lambda _: _write_sysctl(f"net/ipv6/conf/{interface}/disable_ipv6", "1"))
 
     def restore_loopback(self, before: Loopback) -> None:
-        """Restore the loopback interface to its state before `configure`."""
+        """Restore the loopback interface to the state that it had `before` the call of `configure`."""
 
         def work(netlink: IPRoute) -> None:
             if not before.ipv6:
@@ -205,10 +210,11 @@ class Namespace:
             self.run(work)
 
     def configure(self, interface: str, nets: list[str], next_hops: dict[int, str], host_mac: str) -> str:
-        """Bring `interface` up, and add addresses and, for each IP version, a default route through a next hop.
+        """Bring `interface` up, and add addresses and default routes; return the interface's MAC. Idempotent.
 
-        `nets` are `address/32` or `address/128`. A next hop is reached on-link, and gets a permanent neighbour entry
-        with `host_mac`. The loopback interface is brought up, too. Idempotent. Returns the interface's MAC.
+        `nets` are `address/32` or `address/128`. `next_hops` are addresses by IP version, each of a default route. A
+        next hop is reached on-link, and gets a permanent neighbour entry with `host_mac`. The loopback interface is
+        brought up, too.
         """
 
         def work(netlink: IPRoute) -> str:
@@ -235,7 +241,7 @@ class Namespace:
             return self.run(work)
 
     def update_next_hops(self, interface: str, host_mac: str) -> bool:
-        """Enter the MAC of the interface's next hops where it has changed since `configure`; return whether it had."""
+        """Set neighbour entries of the interface's next hops to `host_mac`; return whether one has changed."""
 
         def work(netlink: IPRoute) -> bool:
             index = _index(netlink, interface)
@@ -258,7 +264,7 @@ class Namespace:
             return not self._within(lambda: _missing_next_hops(index, mac))
 
     def unconfigure(self, interface: str, nets: list[str], versions: Collection[int]) -> None:
-        """Remove addresses from `interface`, and for these IP versions the routes that `configure` made.
+        """Remove addresses from `interface`, and for these IP versions the routes and neighbours of `configure`.
 
         Idempotent. The interface stays up.
         """
@@ -287,7 +293,7 @@ class Namespace:
 def create_veth(name: str, namespace: Namespace, interface: str, mac: str | None = None) -> None:
     """Create a veth pair, both ends down: `name` on the host, and `interface`, directly inside `namespace`.
 
-    With `mac`, that is the MAC of the inner end. Raises NamespaceError; then there is no such pair.
+    `mac` is the MAC of the inner end; None lets the kernel choose. Raises NamespaceError where no pair was made.
     """
     from pyroute2.iproute.linux import IPRoute
 
@@ -327,10 +333,11 @@ def interfaces() -> list[Interface]:
 
 
 def check_attachments(namespaces: Mapping[str, str]) -> dict[str, bool]:
-    """Return, by the host's interfaces, whether the other end is in the right namespace, with the right next hops.
+    """Return, by name of the host's interfaces, whether the other end is in the right namespace, with its next hops.
 
-    `namespaces` are the paths of the right namespaces, by interface. The result has no interfaces that do not exist, or
-    whose path leads to no namespace. Raises NamespaceError.
+    `namespaces` are the paths of the right namespaces, by the same names. The next hops must have permanent neighbour
+    entries with the host end's MAC. Interfaces that do not exist, or whose path leads to no namespace, are left out of
+    the result. Raises NamespaceError.
     """
     from pyroute2.iproute.linux import IPRoute
 
@@ -379,7 +386,7 @@ def inspect(netlink: IPRoute) -> Inspection:
 
 
 def _leads_to(netlink: IPRoute, link: Any, namespace: int) -> bool:
-    """Return whether the other end of a link of the host is in the namespace of an open descriptor."""
+    """Return whether the other end of a link of the host is in `namespace`, an open file descriptor."""
     id = link.get_attr("IFLA_LINK_NETNSID")
     return id is not None and bool(netlink.get_netnsid(fd=namespace)["nsid"] == id)
 
@@ -404,7 +411,7 @@ def _index(netlink: IPRoute, name: str) -> int:
 
 
 def _route(version: int, address: str | None, index: int) -> dict[str, Any]:
-    """Return the route to one address, or for None the default route, through an interface."""
+    """Return pyroute2's fields of the route to one address, or for None the default route, through an interface."""
     destination = "default" if address is None else host_net(address)
     return {"family": FAMILIES[version], "dst": destination, "oif": index, "proto": PROTOCOL_STATIC}
 

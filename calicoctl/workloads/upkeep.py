@@ -73,8 +73,9 @@ def reconcile(
 ) -> Iterator[Action]:
     """Reconcile what a workload has on the network with the workload's state; yield each action when it is done.
 
-    `may_collect` is called with the state, and returns whether to garbage-collect a workload that is MISSING or GONE
-    now; otherwise its endpoints become inactive. `removed` says that the engine has reported the container's removal.
+    `may_collect` is called with the workload's state. A workload that is MISSING or GONE is garbage-collected where the
+    call returns True; else its endpoints become inactive. `removed` says that the engine has reported the container's
+    removal.
 
     Raises Conflict when another process is changing the workload, DockerUnavailable or NamespaceError when its state
     could not be found out, and CalicoError when something could not be done.
@@ -121,7 +122,7 @@ def reconcile(
 
 
 def _has_anything(datastore: DatastoreClient, orchestrator: str, id: str) -> bool:
-    """Return whether a workload may have anything on the network, without its lock: most containers have nothing."""
+    """Return whether a workload may have anything on the network. Takes no lock, since most containers have nothing."""
     workload = Workload(orchestrator, id, id)
     return (
         locks.exists(datastore.host, orchestrator, id)
@@ -131,7 +132,7 @@ def _has_anything(datastore: DatastoreClient, orchestrator: str, id: str) -> boo
 
 
 def _read(datastore: DatastoreClient, workload: Workload) -> tuple[list[EndpointId], dict[IPAddress, Owner]]:
-    """Return a workload's endpoints, and the addresses that its handle holds on this host, by their attributes."""
+    """Return a workload's endpoint ids, and the addresses, with owners, that its handle holds for this host."""
     held = datastore.ipam.held_by(workload.handle) or {}
     return endpoint_ids_of(datastore, workload), {
         address: owner for address, owner in held.items() if owner.secondary.get("host") == datastore.host
@@ -139,7 +140,10 @@ def _read(datastore: DatastoreClient, workload: Workload) -> tuple[list[Endpoint
 
 
 def _started(lock: WorkloadLock, path: str, ids: list[EndpointId]) -> str | None:
-    """Return when the process of a path was started, as it was when the workload was connected."""
+    """Return the start time of the process that `path` led through when the workload was connected, None if unknown.
+
+    The time is in clock ticks since boot, as text; see process_started.
+    """
     started = lock.started()
     if started is None and any(netns.find_interface(id.interface) for id in ids):
         return process_started(path)  # an older version did not store it, but the workload is connected still
@@ -147,7 +151,7 @@ def _started(lock: WorkloadLock, path: str, ids: list[EndpointId]) -> str | None
 
 
 def _refuse_other_engines(workload: Workload, ids: list[EndpointId]) -> None:
-    """Raise CalicoError for a container that the engine does not know, but that runs: another engine's."""
+    """Raise CalicoError for a container that runs although the engine does not know it: another engine's, say."""
     if (
         workload.orchestrator == DOCKER
         and any(netns.find_interface(id.interface) for id in ids)
@@ -160,7 +164,7 @@ def _refuse_other_engines(workload: Workload, ids: list[EndpointId]) -> None:
 
 
 def misattached(paths: dict[EndpointId, str]) -> list[EndpointId]:
-    """Return those endpoints whose interface is not paired with one in the namespace at the given path.
+    """Return those endpoints whose interface is not paired with one in the namespace at the endpoint's path.
 
     Such an interface leads into an earlier namespace of that path: a namespace exists as long as a process is in it,
     whatever becomes of its name. Endpoints whose workload lacks the neighbour entry of its next hop are returned, too.
@@ -170,7 +174,7 @@ def misattached(paths: dict[EndpointId, str]) -> list[EndpointId]:
 
 
 def _reconcile_running(session: WorkloadSession, held: dict[IPAddress, Owner]) -> Iterator[Action]:
-    """Reconcile a running workload: it has its interface, and no address that its record does not list."""
+    """Reconcile a running workload: afterwards it has its interface, and no address that its record does not list."""
     datastore, workload, record = session.datastore, session.workload, session.only_record()
     if session.namespace.is_own():
         raise CalicoError(f"{workload.name} cannot be connected: its network namespace is the host's own.")
@@ -199,7 +203,7 @@ def _reconcile_running(session: WorkloadSession, held: dict[IPAddress, Owner]) -
 def _update_name(
     datastore: DatastoreClient, workload: Workload, records: list[Endpoint], held: dict[IPAddress, Owner]
 ) -> Iterator[Action]:
-    """Write the container's current name into its records, and into its addresses' attributes, where it differs."""
+    """Write a container's current name into its records, and into its addresses' attributes, where theirs differs."""
     name = workload.docker_name
     if not name:
         return
@@ -248,7 +252,7 @@ def _garbage_collect(
     ids: list[EndpointId],
     held: dict[IPAddress, Owner],
 ) -> Action:
-    """Remove all that a workload has that no longer exists, except for addresses without a handle."""
+    """Remove what a workload that no longer exists has on the network, except for addresses without a handle."""
     datastore.check_endpoints_writable(ids, workload.handle)
     lock.mark_in_progress()
     records = filter(None, map(datastore.readable, ids))
@@ -275,7 +279,10 @@ def _release_leaked(
     records: list[Endpoint],
     held: dict[IPAddress, Owner],
 ) -> Iterator[Action]:
-    """Release the addresses that no record of a workload lists, and delete the veth pairs that they were taken for."""
+    """Release those of the `held` addresses that no record lists, and delete the veth pairs of their endpoints.
+
+    The caller holds `lock`, the workload's, which forgets the workload where there are no `records`.
+    """
     left = _unlisted(records, held)
     pairs = interfaces_of(left) - {record.id.interface for record in records}
     pairs = {name for name in pairs if netns.delete_interface(name)}
@@ -305,7 +312,7 @@ def _called(workload: Workload) -> str:
 
 
 def release_leaked(datastore: DatastoreClient, workload: Workload) -> list[Action]:
-    """Release what an interrupted command has left of a workload: addresses that no record lists, and their pairs."""
+    """Release what an interrupted command has left of a workload: addresses that no record lists, and veth pairs."""
     with WorkloadLock(datastore.host, workload.orchestrator, workload.id) as lock:
         return list(
             _release_leaked(datastore, workload, lock, endpoints_of(datastore, workload), _read(datastore, workload)[1])
@@ -313,9 +320,10 @@ def release_leaked(datastore: DatastoreClient, workload: Workload) -> list[Actio
 
 
 def restore_address(datastore: DatastoreClient, id: EndpointId, address: str) -> bool:
-    """Assign an address that an endpoint of this host lists, but that is free, to it; return whether that was done.
+    """Assign a free address to the workload of the endpoint, of this host, that lists it; return whether it was done.
 
-    Raises CalicoError for an address that a host uses.
+    Nothing is done where the address is no longer free, or the endpoint no longer lists it. Raises CalicoError for an
+    address that a host uses.
     """
     from calicoctl.datastore.blocks import Owner
 

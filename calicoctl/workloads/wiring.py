@@ -1,12 +1,13 @@
 """Connects workloads to the network, and disconnects them: address, veth pair and record, as one transaction.
 
 Each function lists its steps from top to bottom, with the undo of a step beside it. Any failure, an interrupt included,
-rolls back: it runs the undos in reverse. A process that is killed cannot roll back. So the order of the steps lets the
+rolls back: the undos run in reverse. A process that is killed cannot roll back. So the order of the steps lets the
 next command for the same workload find everything that was done:
 
 * an address is assigned first. Its handle names the workload, its attributes the endpoint, and so the veth pair;
-* the host end of the veth pair is brought up last in the kernel: while it is down, the pair is incomplete;
-* the record is written last. When disconnecting, it is removed before the addresses that it lists are released.
+* the host end of the veth pair is brought up last in the kernel: while the host end is down, the pair is incomplete;
+* the record is written last. When disconnecting, the record is removed before the addresses that it lists are released,
+  except addresses without a handle, of old tools: only the record names their owner.
 
 A workload's lock is held from before the first read to the end. Used by the container command, and by upkeep.py.
 """
@@ -48,7 +49,7 @@ DEFAULT_INTERFACE = "eth1"
 
 @dataclass(frozen=True)
 class AddressRequest:
-    """Which address a user requests: this one, or any of the pool with this CIDR, or any of this IP version."""
+    """The address that a user requests: `address`, else any of the pool `cidr`, else any of this IP version."""
 
     version: int
     address: IPAddress | None = None
@@ -105,7 +106,7 @@ class AddressRequest:
 def is_interface_name(name: object) -> bool:
     """Return whether the kernel accepts a name for an interface.
 
-    Source: dev_valid_name() in the kernel's net/core/dev.c; '%' would make a pattern of it.
+    Source: dev_valid_name() in the kernel's net/core/dev.c; a name with '%' would be a pattern, such as `eth%d`.
     """
     if not isinstance(name, str) or not name.isprintable() or name in (".", ".."):
         return False
@@ -122,9 +123,9 @@ def check_interface_name(name: str) -> None:
 
 @dataclass(frozen=True)
 class Attachment:
-    """What a connected workload has: an address, and the name and MAC of its interface.
+    """How a workload is connected: endpoint id, an address, and the name and MAC of the interface inside the workload.
 
-    `existed` says that it was connected before, and that nothing has been changed.
+    `existed` says that the workload was connected like this before, and that nothing has been changed.
     """
 
     id: EndpointId
@@ -143,8 +144,9 @@ def connect(
 ) -> Attachment:
     """Connect a workload, or re-attach one that has lost its interface.
 
-    `interface` is the name in the workload; None means the name that it had before, else the default. With `exist_ok`,
-    a workload that has what is requested already is no error. Raises CalicoError, after a rollback.
+    `interface` is the interface's name inside the workload; None means its name before, else DEFAULT_INTERFACE. With
+    `exist_ok`, a workload that already has such an address and interface is no error. Raises CalicoError, after a
+    rollback.
     """
     with WorkloadSession.enter(datastore, workload) as session:
         session.clear_after_another_process()
@@ -202,8 +204,8 @@ def reattach(
 ) -> Attachment | None:
     """Re-attach a workload that has a record: make its interface again, with the same addresses, MAC and name.
 
-    Without a `request`, a workload without an address stays without one, and None is returned. Raises CalicoError,
-    after a rollback.
+    The result has the first address of the record that fits the `request`. A record without addresses gets one that is
+    requested; without a `request`, it gets none, and the result is None. Raises CalicoError, after a rollback.
     """
     datastore, workload = session.datastore, session.workload
     addresses = [parse_address(address) for address in record.addresses]
@@ -268,7 +270,8 @@ def reattach(
 def disconnect(datastore: DatastoreClient, workload: Workload) -> None:
     """Remove what a workload has on the network, whichever parts exist; raise NotFound when it has nothing.
 
-    Needs neither the container nor its namespace. At no moment does a record list an address that is free.
+    Neither the container nor its namespace need exist. At no moment does a record list a released address that had a
+    handle.
     """
     with WorkloadLock(datastore.host, workload.orchestrator, workload.id) as lock:
         ids = endpoint_ids_of(datastore, workload)
@@ -287,7 +290,10 @@ def _clear(
     ids: list[EndpointId],
     held: dict[IPAddress, Owner],
 ) -> None:
-    """Remove a workload's endpoints, interfaces and addresses, and all that its handle holds, under its lock."""
+    """Remove a workload's endpoints (`ids`), their interfaces and addresses, and all that its handle holds.
+
+    The caller holds `lock`, the workload's. `held` are the addresses of the handle, with their owners.
+    """
     datastore.check_endpoints_writable(ids, workload.handle)
     lock.mark_in_progress()
     for name in {id.interface for id in ids} | interfaces_of(held):
@@ -304,11 +310,11 @@ def _clear(
 def add_address(
     datastore: DatastoreClient, workload: Workload, request: AddressRequest, interface: str | None
 ) -> tuple[IPAddress, bool]:
-    """Add an address to a connected workload; return it, and whether it is new to the workload.
+    """Add an address to a connected workload; return the address, and whether it is new to the workload.
 
     The first address of an IP version adds the next hop and the default route of that version. An address that the
     workload has already is configured in the kernel again, in case it is missing there. Raises CalicoError, after a
-    rollback.
+    rollback, also where the workload is connected through another interface than `interface` (None: any).
     """
     with WorkloadSession.enter(datastore, workload) as session:
         workload = session.workload
@@ -353,10 +359,10 @@ def add_address(
 
 
 def remove_address(datastore: DatastoreClient, workload: Workload, address: IPAddress, interface: str | None) -> None:
-    """Remove an address from a workload. Raises NotFound when the workload does not have it.
+    """Remove an address from a workload, which need not run. Raises NotFound when the workload does not have it.
 
-    With the last address of an IP version, the next hop and the default route of that version are removed. The workload
-    need not run.
+    With the last address of an IP version, the next hop and the default route of that version are removed. Raises
+    CalicoError where the workload is connected through another interface than `interface` (None: any).
     """
     with WorkloadSession.enter(datastore, workload, must_run=False) as session:
         record = session.only_record()
@@ -381,7 +387,7 @@ def remove_address(datastore: DatastoreClient, workload: Workload, address: IPAd
 
 
 def _without(net: str) -> Callable[[Endpoint], bool]:
-    """Return a change of an endpoint that removes a net, and with the last net of its version the next hop."""
+    """Return a change for modify_endpoint: it removes `net`, and the next hop of its IP version with the last net."""
 
     def change(endpoint: Endpoint) -> bool:
         version = version_of(net)
@@ -396,10 +402,11 @@ def _without(net: str) -> Callable[[Endpoint], bool]:
 
 
 class WorkloadSession:
-    """A workload whose lock is held and whose namespace is open, with what store and kernel said at the beginning.
+    """A workload whose lock is held and whose namespace, if any, is open, with what was read from store and kernel.
 
-    `held` are the addresses that its handle holds; `record` is its endpoint, None where it has none; `host_mac` is the
-    MAC of the host end of its pair, once `attached_interface` has found that.
+    `held` has the addresses that the workload's handle holds, with their owners; `record` is the workload's endpoint,
+    None where it has none; `host_mac` is the MAC of the host end of the veth pair: HOST_MAC until `attached_interface`
+    has found that end.
     """
 
     def __init__(
@@ -428,7 +435,11 @@ class WorkloadSession:
     @classmethod
     @contextmanager
     def enter(cls, datastore: DatastoreClient, workload: Workload, must_run: bool = True) -> Iterator[WorkloadSession]:
-        """Lock the workload, open its namespace, and read its state. Without `must_run`, it may have no namespace."""
+        """Lock the workload, open its namespace, and read what the store and the kernel have. Raises CalicoError.
+
+        Without `must_run`, the namespace may be missing. Where only the workload that `stored_otherwise` returns has a
+        record, the session is about that one.
+        """
         with ExitStack() as stack:
             lock = stack.enter_context(WorkloadLock(datastore.host, workload.orchestrator, workload.id))
             namespace = None
@@ -461,9 +472,9 @@ class WorkloadSession:
         self._inspection = netns.Inspection() if self._namespace is None else self._namespace.inspect()
 
     def attached_interface(self, also_down: bool = False) -> str | None:
-        """Return the name of the workload's Calico interface, None while it has none that is complete.
+        """Return the name, inside the workload, of its Calico interface; None while it has none that is complete.
 
-        With `also_down`, one whose host end is down counts as well.
+        With `also_down`, an interface whose host end is down counts as complete.
         """
         host_end = netns.find_interface(self.record.id.interface) if self.record is not None else None
         if host_end is None or not (host_end.up or also_down):
@@ -475,7 +486,7 @@ class WorkloadSession:
         return None
 
     def _pairs(self) -> Iterator[tuple[netns.Interface, netns.Interface]]:
-        """Yield each interface of the namespace that is paired with one of the host's, with that one."""
+        """Yield the veth pairs between the namespace and the host: the end in the namespace, then the host end."""
         for interface in list(self._inspection.interfaces.values()):
             other_end = self.namespace.other_end(interface)
             if other_end is not None:
@@ -488,7 +499,10 @@ class WorkloadSession:
         return self.record
 
     def connected(self, interface: str | None) -> tuple[Endpoint, str]:
-        """Return the endpoint and the name of its interface; raise CalicoError where one of them is missing."""
+        """Return the endpoint, and its interface's name inside the workload; raise CalicoError where one is missing.
+
+        Raises CalicoError also where that name is not `interface` (None: any).
+        """
         record, attached = self.only_record(), self.attached_interface()
         if attached is None:
             raise CalicoError(
@@ -504,7 +518,7 @@ class WorkloadSession:
             self._delete(name)
 
     def remove_orphans(self) -> None:
-        """Delete pairs of endpoints that are no longer in the store, which was emptied or restored."""
+        """Delete pairs whose endpoints are no longer in the store, because the store was emptied or restored, say."""
         for _, host_end in self._pairs():
             # a pair whose host end is down may belong to another command in progress
             if (
@@ -515,9 +529,9 @@ class WorkloadSession:
                 self._delete(host_end.name)
 
     def remove_remains(self, record: Endpoint) -> None:
-        """Delete the interface of an endpoint where it is incomplete, or its host end was renamed.
+        """Delete the veth pair of an endpoint where the pair is incomplete, or its host end was renamed.
 
-        Raises Conflict where it is complete after all.
+        Raises Conflict where the pair is complete after all.
         """
         if self.attached_interface() is not None:  # its old name was restored just now
             raise Conflict(f"{self.workload.name} has its interface back; retry")
@@ -527,7 +541,7 @@ class WorkloadSession:
             self._delete(name)
 
     def _delete(self, name: str) -> None:
-        """Delete an interface of the host, if it exists; raise CalicoError before, if the store cannot be written."""
+        """Delete an interface of the host, if it exists. First raise CalicoError if the store cannot be written."""
         if netns.find_interface(name) is not None:
             ids = [self.record.id] if self.record is not None else []
             self.datastore.check_endpoints_writable(ids, self.workload.handle)
@@ -535,7 +549,7 @@ class WorkloadSession:
             self.refresh()
 
     def clear_after_another_process(self) -> None:
-        """Disconnect a process that has ended, where its path leads to another process now."""
+        """Remove what an ended process has on the network, where the workload's path leads to another process now."""
         now = process_started(self.workload.path or "")
         if (
             self.record is not None
@@ -546,12 +560,12 @@ class WorkloadSession:
             self.record, self.held = None, {}
 
     def remember(self) -> None:
-        """Store a namespace's path in its lock file while it is connected."""
+        """Store the path of a namespace in the workload's lock file, which keeps it while the workload is connected."""
         if self.workload.path is not None:
             self.lock.remember(self.workload.path, process_started(self.workload.path))
 
     def refuse_other_endpoint(self) -> None:
-        """Raise CalicoError when the namespace is connected as another workload already: by another path, say."""
+        """Raise CalicoError when the namespace is already connected as another workload, under another path, say."""
         for interface, host_end in self._pairs():
             if host_end.name.startswith(INTERFACE_PREFIX):
                 raise CalicoError(
@@ -580,10 +594,10 @@ class WorkloadSession:
 
 @contextmanager
 def _rollback_on_failure(session: WorkloadSession) -> Iterator[Callable[..., object]]:
-    """Yield a function that pushes an undo; when the body of `with` fails, run all undos, the last one first.
+    """Yield a function that takes an undo (a function, its arguments); when the body of `with` fails, run all undos.
 
-    An undo must be harmless where its step was not done. When an undo fails, the others run all the same, and the error
-    names it, and what to do.
+    The last undo runs first. Each must be harmless where its step was not done. When an undo fails, the others run all
+    the same, and the error says why that undo failed, and what to do.
     """
     failures: list[str] = []
 
@@ -621,7 +635,11 @@ def _attach(
     mac: str | None,
     undo: Callable[..., object],
 ) -> str:
-    """Create a veth pair and configure both ends, the host's last; return the MAC of the workload's end."""
+    """Create a veth pair and configure both ends, the host's last; return the MAC of the workload's end.
+
+    `name` is the host end, `interface` the workload's end; `next_hops` are addresses by IP version; `mac` is the MAC to
+    give to the workload's end, None for any; `undo` is from _rollback_on_failure.
+    """
     if netns.find_interface(name) is not None:
         raise CalicoError(f"this host has an interface {name} already, of another endpoint; try again")
     undo(netns.delete_interface, name)
@@ -635,9 +653,10 @@ def _attach(
 def _adopt(
     session: WorkloadSession, request: AddressRequest, interface: str, reserved: Reserved
 ) -> tuple[IPAddress | None, EndpointId]:
-    """Adopt an address that an interrupted command has assigned, and release the others; return it and its endpoint id.
+    """Adopt one address that an interrupted command has assigned, and release the others.
 
-    Without one that satisfies the request, the address is None and the id a new one.
+    Returns the adopted address and the endpoint id in its attributes; where no address satisfies the request, None and
+    a new id.
     """
     workload = session.workload
     kept, kept_id = None, EndpointId(session.datastore.host, workload.orchestrator, workload.id, _new_endpoint())
@@ -680,7 +699,7 @@ def _assign(
 
 
 def _except_text(networks: Collection[Network]) -> str:
-    """Return what a message says of networks that no address is assigned from automatically."""
+    """Return the part of a message about networks that no address is assigned from automatically, empty for none."""
     named = ", ".join(sorted(f"{network.cidr} (on {network.interface})" for network in networks))
     return f", but for the networks that this host is connected to: {named}" if named else ""
 
@@ -705,7 +724,7 @@ def _refuse_reserved(request: AddressRequest, reserved: Reserved) -> None:
 
 
 def _refuse_in_use(session: WorkloadSession, address: IPAddress) -> None:
-    """Raise CalicoError where an address of a workload has become a host's."""
+    """Raise AddressTaken where an address of the session's workload is in use by a host now."""
     why = reserved_addresses(session.datastore, address.version).user(str(address))
     if why is not None:
         raise AddressTaken(
@@ -721,7 +740,7 @@ def _release_unlisted(datastore: DatastoreClient, workload: Workload, record: En
 
 
 def _next_hop(datastore: DatastoreClient, record: Endpoint, version: int) -> str:
-    """Return this host's next hop, or the record's where the host has none of that version now; raise CalicoError."""
+    """Return this host's next hop of an IP version, else the record's; raise CalicoError where neither has one."""
     try:
         return datastore.hosts.next_hop(version)
     except CalicoError:
@@ -732,7 +751,11 @@ def _next_hop(datastore: DatastoreClient, record: Endpoint, version: int) -> str
 
 
 def _reassign(session: WorkloadSession, address: IPAddress, owner: Owner, undo: Callable[..., object]) -> None:
-    """Assign an address of a record to its workload again where it is free; raise CalicoError where another has it."""
+    """Assign a free address that the workload's record lists to `owner`, the workload, again.
+
+    Raises AddressTaken where another workload or a host has the address. An address that is assigned without a handle,
+    by an old tool, stays as it is.
+    """
     ipam = session.datastore.ipam
     holder = ipam.owner(address)
     if holder is None:
@@ -747,14 +770,17 @@ def _reassign(session: WorkloadSession, address: IPAddress, owner: Owner, undo: 
 
 
 def _owner_text(owner: Owner | None) -> str:
-    """Return how a message names an address's owner."""
+    """Return the part of a message that names an address's owner, in parentheses; empty where no name is known."""
     facts = owner.secondary if owner is not None else {}
     name = facts.get("namespace") or facts.get("workload_name") or str(facts.get("workload") or "")[:12]
     return f" ({name} on host {facts.get('host')})" if name else ""
 
 
 def owner_of(workload: Workload, id: EndpointId, interface: str) -> Owner:
-    """Return the attributes of an address: enough to identify its owner, and to re-attach the workload."""
+    """Return the owner to assign an address to, with attributes that identify the endpoint, and suffice to re-attach.
+
+    `interface` is the interface's name inside the workload.
+    """
     from calicoctl.datastore.blocks import Owner
 
     return Owner(
@@ -772,9 +798,10 @@ def owner_of(workload: Workload, id: EndpointId, interface: str) -> Owner:
 
 
 def _new_endpoint() -> str:
-    """Return a new endpoint id, which has the form of a UUID of version 1.
+    """Return a new endpoint id: random, in the form of a UUID of version 1.
 
-    Its first digits, which name the interface, would be the time in a real one, and the same for two commands at once.
+    In a real UUID, the first digits, which the host's interface is named after, are the time, and so could be the same
+    for two commands at once.
     """
     return uuid.UUID(bytes=os.urandom(16), version=1).hex
 
@@ -786,11 +813,11 @@ def _endpoint_of(owner: Owner) -> str | None:
 
 
 def interfaces_of(held: dict[IPAddress, Owner]) -> set[str]:
-    """Return the host ends of the veth pairs of the endpoints that hold these addresses."""
+    """Return the names of the host ends of the veth pairs of the endpoints in these addresses' attributes."""
     ids = {_endpoint_of(owner) for owner in held.values()} - {None}
     return {EndpointId("", "", "", str(id)).interface for id in ids}
 
 
 def paths_of(held: dict[IPAddress, Owner]) -> list[object]:
-    """Return the namespace paths in these addresses' attributes."""
+    """Return the namespace paths in these addresses' attributes, as they are stored: None for a container."""
     return [owner.secondary.get("namespace") for owner in held.values()]

@@ -1,4 +1,4 @@
-"""Finds the workload that a user names, by a Docker name or id, or a namespace's path, and its state.
+"""Finds a workload, which a user names by a container's name or id or by a namespace's path, and finds its state.
 
 Also finds a workload's endpoints in the store. Changes nothing.
 """
@@ -42,7 +42,8 @@ class Workload:
     """A container or a namespace that is, or is to be, on the network.
 
     `name` is what the user calls it, `id` its id in the store. `path` is the namespace's path, None for a Docker
-    container; `docker_name` is a container's own name, and `pid` the id of its first process while it runs.
+    container. For a container, `docker_name` is its name in Docker, `pid` the id of its first process, None unless it
+    runs, and `network_mode` what `docker run --net` set, such as `none` or `container:NAME`.
     """
 
     orchestrator: str
@@ -59,7 +60,7 @@ class Workload:
         return f"{self.orchestrator}.{self.id}"
 
     def namespace_path(self) -> str:
-        """Return the path of the network namespace; raise CalicoError for a container that has none of its own."""
+        """Return the path of the network namespace; raise CalicoError for a container that is stopped or shares one."""
         if self.path is not None:
             return self.path
         if self.pid is None:
@@ -82,14 +83,15 @@ class WorkloadState(Enum):
     RUNNING = "is running"
     STOPPED = "has stopped"
     MISSING = "is missing"
-    """There is no namespace at its path now; there may be one again."""
+    """There is no namespace at the workload's path now; there may be one again."""
     GONE = "no longer exists"
 
 
 def find_state(orchestrator: str, id: str, path: str, started: str | None) -> tuple[WorkloadState, Workload]:
     """Return the state of a workload of this host, and the workload as it is now.
 
-    For a namespace, `path` is its path; for the path of a process, `started` is when that was started, if it is known.
+    For a namespace, `path` is its path and, where that leads through a process, `started` is what process_started
+    returned when the workload was connected, None where that is not known. Both are unused for a container.
     Raises DockerUnavailable, or NamespaceError, where the state cannot be found out.
     """
     if orchestrator == DOCKER:
@@ -109,7 +111,7 @@ def find_state(orchestrator: str, id: str, path: str, started: str | None) -> tu
 def namespace_at(path: str) -> tuple[int, int] | None:
     """Return the identity (device and inode) of the network namespace at a path; None where there is none.
 
-    Raises NamespaceError where that cannot be read.
+    Raises NamespaceError where the path cannot be read.
     """
     try:
         here, there = os.stat("/proc/self/ns/net"), os.stat(path)
@@ -121,11 +123,11 @@ def namespace_at(path: str) -> tuple[int, int] | None:
 
 
 def process_started(path: str) -> str | None:
-    """Return when the process, or thread, was started that a path leads through, in clock ticks since boot.
+    """Return when the process or thread that a path leads through was started: clock ticks since boot, as text.
 
     Returns None for a path through no process, such as those of `ip netns`, and where there is no such process. A path
     through a process, below /proc or by a symbolic link, may lead to another process later: ids are used again.
-    Raises NamespaceError where it cannot be read. Source: namespaces(7).
+    Raises NamespaceError where the path cannot be read. Source: namespaces(7).
     """
     place, left, links = Path("/"), [*reversed(Path(path).parts[1:])], 0
     try:
@@ -158,7 +160,8 @@ def find(name: str) -> Workload:
     """Return the workload that a user calls `name`.
 
     An absolute path names a namespace: it is not opened here, and Docker is not asked. /run/netns/a counts as
-    /var/run/netns/a. Raises NoSuchContainer, or DockerUnavailable where the engine could not be asked.
+    /var/run/netns/a. Raises NoSuchContainer, DockerUnavailable where the engine could not be asked, or CalicoError for
+    an invalid name.
     """
     check_workload_name(name)
     if name.startswith("/"):
@@ -182,7 +185,7 @@ def find(name: str) -> Workload:
 
 
 def check_workload_name(name: str) -> None:
-    """Raise CalicoError for what cannot be a container's name or id, nor an absolute path, whether it exists or not."""
+    """Raise CalicoError for a text that can be neither a container's name or id, nor a namespace's absolute path."""
     if name.startswith("/"):
         if _normal_path(name) == "/":
             raise CalicoError(f"'{name}' is not the path of a network namespace")
@@ -197,7 +200,7 @@ def _normal_path(path: str) -> str:
 
 
 def _other_spelling(path: str) -> str | None:
-    """Return a path below /run as one below /var/run, or the reverse; None where they are two directories."""
+    """Return a path below /run as one below /var/run, or the reverse; None for others, and where these two differ."""
     for prefix, other in ((_RUN, _VAR_RUN), (_VAR_RUN, _RUN)):
         if path.startswith(prefix):
             return other + path[len(prefix) :] if os.path.realpath(_VAR_RUN) == os.path.realpath(_RUN) else None
@@ -205,7 +208,7 @@ def _other_spelling(path: str) -> str | None:
 
 
 def stored_otherwise(datastore: DatastoreClient, workload: Workload) -> Workload | None:
-    """Return a namespace as it is stored under the other spelling of its path; None where it is not.
+    """Return a namespace as stored under the other spelling of its path; None where no endpoint is stored so.
 
     An older version, and the tool of 2015, stored /run/netns/a as it was typed.
     """
@@ -219,8 +222,9 @@ def stored_otherwise(datastore: DatastoreClient, workload: Workload) -> Workload
 def find_connected(name: str, datastore: DatastoreClient) -> Workload:
     """Return the workload that a user calls `name`, even when Docker no longer knows it, or does not answer.
 
-    Then it is searched for among the containers with endpoints, addresses or marks on this host, by its id, a prefix of
-    that, or its name. Raises what `find` raises where there is none, and CalicoError with a list where several match.
+    In these cases, `name` is matched with the ids, by prefix, and the names of the containers that have endpoints,
+    handles or marks on this host. Raises what `find` raises where none matches, and CalicoError with a list where
+    several do.
     """
     try:
         workload = find(name)
@@ -272,14 +276,17 @@ def not_connected(name: str) -> NotFound:
 
 
 def refuse_other_path(workload: Workload, *paths: object) -> None:
-    """Raise CalicoError when a namespace's id is that of another of these paths: `/a-b` and `/a/b` have the same."""
+    """Raise CalicoError when one of `paths`, which are stored under the namespace's id, differs from the namespace's.
+
+    `/a-b` and `/a/b`, for example, have the same id. None and an empty text count as no path.
+    """
     for path in paths:
         if workload.path is not None and path not in (None, "", workload.path):
             raise CalicoError(f"{workload.name} has the same id as {path}, which is connected already: rename one.")
 
 
 def refuse_others_endpoint(datastore: DatastoreClient, workload: Workload, endpoint: Endpoint) -> None:
-    """Raise CalicoError when an endpoint belongs to another path with the same id, by its address's attributes."""
+    """Raise CalicoError when an endpoint, by its first address's attributes, is another path's with the same id."""
     if workload.path is not None and endpoint.addresses:
         owner = datastore.ipam.owner(parse_address(endpoint.addresses[0]))
         if owner is not None and owner.handle == workload.handle:
@@ -287,7 +294,7 @@ def refuse_others_endpoint(datastore: DatastoreClient, workload: Workload, endpo
 
 
 def workload_of(id: EndpointId) -> tuple[str, str]:
-    """Return the orchestrator and id of an endpoint's workload. An old tool stored a namespace's under `docker`."""
+    """Return the orchestrator and id of an endpoint's workload: NAMESPACE also where an old tool stored `docker`."""
     is_path = id.orchestrator == DOCKER and id.workload.startswith("-")
     return (NAMESPACE if is_path else id.orchestrator), id.workload
 
@@ -347,7 +354,7 @@ def has_processes(id: str) -> bool:
 
 
 def container_pids(ids: Iterable[str]) -> dict[str, int]:
-    """Return the process ids of those of these containers that run.
+    """Return, by container id, the id of the first process of each of these containers that runs.
 
     Skips a container that the engine does not answer about; raises DockerUnavailable for a second one.
     """
