@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 FAMILIES = {4: socket.AF_INET, 6: socket.AF_INET6}
 """The address family of each IP version."""
 BITS = {4: 32, 6: 128}
-"""The length of an address of each IP version."""
+"""The length of an address of each IP version, in bits."""
 
 
 def parse_address(text: str, what: str = "IP address") -> IPAddress:
-    """Parse an IP address in full notation; raise CalicoError, which calls it a `what`, when it is invalid."""
+    """Parse an IP address in full notation; raise CalicoError, which calls the text a `what`, for an invalid one."""
     from netaddr.core import INET_PTON, AddrFormatError
     from netaddr.ip import IPAddress
 
@@ -54,7 +54,7 @@ def parse_cidr(text: str) -> IPNetwork:
 
 
 def parse_pool_cidr(text: str) -> IPNetwork:
-    """Parse the CIDR of a pool; raise CalicoError for what is no CIDR, and for host bits."""
+    """Parse the CIDR of a pool; raise CalicoError for a text that is no CIDR or has host bits set."""
     network = parse_cidr(text)
     if parse_address(text.partition("/")[0]) != network.network:
         raise CalicoError(f"'{text}' is not the CIDR of a pool: it has host bits set; {network} has none")
@@ -81,7 +81,7 @@ def check_unicast(network: IPAddress | IPNetwork) -> None:
 def is_unicast(packed: bytes) -> bool:
     """Return whether hosts and workloads can use an address of 4 or 16 bytes.
 
-    The same as `check_unicast`, without netaddr, for the agent, which asks for every address of every endpoint.
+    Decides as `check_unicast` does, but without netaddr: the agent asks for every address of every endpoint.
     """
     number = int.from_bytes(packed, "big")
     for shift, prefix in _not_unicast(len(packed)):  # noqa: SIM110, since all() would take twice as long

@@ -1,4 +1,4 @@
-"""The time as records and reports have it."""
+"""The time as text, in the form that the store's records and the reports use."""
 
 from __future__ import annotations
 
@@ -13,5 +13,5 @@ def now() -> str:
 
 
 def parse(text: str) -> datetime:
-    """Return the time that `now` returned; raise ValueError for another text."""
+    """Return the time (UTC) that a text of `now` states; raise ValueError for any other text."""
     return datetime.strptime(text, _FORMAT).replace(tzinfo=timezone.utc)

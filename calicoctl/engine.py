@@ -1,4 +1,4 @@
-"""The only client of the Docker Engine. Finds the engine as Docker's own tools do, and converts errors to ours."""
+"""The only client of the Docker Engine: finds it as Docker's own tools do, and converts errors to CalicoErrors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TIMEOUT = 20
 
 
 def may_be_there() -> bool:
-    """Return whether a Docker Engine may be reachable: not if its Unix socket does not exist."""
+    """Return whether a Docker Engine may be reachable: false only if its Unix socket does not exist."""
     where = os.environ.get("DOCKER_HOST") or SOCKET
     return not where.startswith("unix://") or os.path.exists(where[len("unix://") :])
 
@@ -37,9 +37,9 @@ def containers() -> list[dict[str, Any]]:
 
 
 def forwards(ipv6: bool) -> bool:
-    """Return whether a Docker Engine on this host forwards packets for networks of its own.
+    """Return whether the Docker Engine has networks to forward packets for: with `ipv6`, whether one has IPv6.
 
-    Raises DockerUnavailable when there is an engine that does not answer.
+    Returns False where no engine is running. Raises DockerUnavailable when there is an engine that does not answer.
     """
     try:
         with client("for its networks", timeout=5) as docker:
@@ -52,9 +52,9 @@ def forwards(ipv6: bool) -> bool:
 
 @contextmanager
 def client(what: str, timeout: int = TIMEOUT) -> Iterator[Any]:
-    """Connect to the Docker Engine; `what` completes the error "Cannot ask Docker …".
+    """Connect to the Docker Engine, and yield docker-py's APIClient; `what` completes the error "Cannot ask Docker …".
 
-    Errors become NoSuchContainer or DockerUnavailable.
+    Errors, also those in the body of `with`, become NoSuchContainer or DockerUnavailable. `timeout` is in seconds.
     """
     scheme, _, rest = os.environ.get("DOCKER_HOST", "").partition("://")
     if rest and scheme.lower() not in SCHEMES:

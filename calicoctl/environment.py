@@ -1,11 +1,11 @@
-"""The settings file that every command and the systemd unit read, and how it completes the environment.
+"""The settings file that every command and the systemd unit read, and how its variables complete the environment.
 
 `complete` is called once, when a command starts. After that, no code needs to know whether a variable comes from the
 environment or from the file. `calicoctl node --local-etcd` keeps lines of its own in the file, between two comments.
 
 Source of the syntax: EnvironmentFile= in systemd.exec(5), and systemd's src/basic/env-file.c (since version 254, a
-comment ends with its line, whatever that ends with). systemd skips an invalid line with a warning; here it is an
-error, because without that line a command might use another store.
+comment ends with its line, even after a backslash). systemd skips an invalid line with a warning; here such a line is
+an error, because without it a command might use another store.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ STORE = (
     *("DATASTORE_TYPE", "ETCD_ENDPOINTS", "ETCD_AUTHORITY", "ETCD_SCHEME", "ETCD_CA_CERT_FILE", "ETCD_CERT_FILE"),
     *("ETCD_KEY_FILE", "ETCD_USERNAME", "ETCD_PASSWORD"),
 )
-"""Variables that say which store to use. The file's are used together or not at all: a mix would name no store."""
+"""Variables that say which store to use. The file's are used only if the environment sets none of them: no mixture."""
 
 DOCKER_TLS = ("DOCKER_TLS_VERIFY", "DOCKER_CERT_PATH")
-"""Variables that belong to DOCKER_HOST: the file's apply to the file's DOCKER_HOST only."""
+"""Variables that go with DOCKER_HOST: the file's are used only if the environment does not set DOCKER_HOST."""
 
 SINGLE = ("HOSTNAME", "DOCKER_HOST", *DOCKER_TLS, "CALICO_DEBUG")
-"""Variables that are taken from the file one by one."""
+"""Variables of the file of which each is used if the environment does not set it."""
 
 LARGEST = 2**20
 """The maximum size of a settings file, in bytes."""
@@ -46,9 +46,9 @@ _MADE_FILE, _MADE_FOLDER = "and this file", "and this file and its folder"
 
 
 def complete(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Add the file's variables to the environment, where that does not set them. Raises CalicoError.
+    """Add the settings file's variables to `environment`, by the rules at STORE, DOCKER_TLS and SINGLE.
 
-    An empty variable counts as not set.
+    An empty variable counts as not set. Raises CalicoError for an unreadable or invalid file.
     """
     file = EnvironmentFile(environment)
     written = file.variables()
@@ -68,7 +68,7 @@ def complete(environment: MutableMapping[str, str] = os.environ) -> None:
 
 
 class EnvironmentFile:
-    """The settings file at CALICO_ENV_FILE, /etc/calico/node.env by default. It need not exist."""
+    """The settings file at CALICO_ENV_FILE, /etc/calico/node.env by default. A missing file counts as empty."""
 
     def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
         self.path = Path(environment.get(PATH_VARIABLE) or DEFAULT_PATH).absolute()
@@ -78,7 +78,7 @@ class EnvironmentFile:
         return parse(self._text(), str(self.path))
 
     def own(self) -> dict[str, str]:
-        """Return the variables that calicoctl's own lines set. Raises CalicoError."""
+        """Return the variables that calicoctl's own lines (between its two comments) set. Raises CalicoError."""
         found = _OWN_LINES.search(self._text())
         return parse(found["lines"], str(self.path)) if found else {}
 
@@ -87,7 +87,7 @@ class EnvironmentFile:
         return parse(_OWN_LINES.sub("", self._text()), str(self.path))
 
     def set_own(self, variables: Mapping[str, str]) -> None:
-        """Write calicoctl's own lines, replacing existing ones; the others stay. Raises CalicoError."""
+        """Write calicoctl's own lines in place of existing ones; the lines of others stay. Raises CalicoError."""
         text = self._text()
         found = _OWN_LINES.search(text)
         if found is not None:
@@ -102,7 +102,7 @@ class EnvironmentFile:
         self._replace(f"{_BEGIN}{made}\n{lines}{_END}\n{_OWN_LINES.sub('', text)}")
 
     def remove_own(self) -> None:
-        """Remove calicoctl's own lines, and the file if calicoctl created it and it is empty. Raises CalicoError."""
+        """Remove calicoctl's own lines, and the file if calicoctl created it for them alone. Raises CalicoError."""
         text = self._text()
         found = _OWN_LINES.search(text)
         if found is None:
@@ -144,7 +144,7 @@ class EnvironmentFile:
         raise CalicoError(f"{self.path}, which says which store and host name to use, cannot be read: {why}")
 
     def _replace(self, text: str) -> None:
-        """Replace the file atomically; owner and mode stay."""
+        """Replace the file atomically, keeping its owner and mode. Raises CalicoError."""
         path = self.path.resolve()  # a symbolic link stays one
         try:
             path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
@@ -170,7 +170,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 
 
 def parse(text: str, name: str) -> dict[str, str]:
-    """Return the variables that a text in systemd's syntax sets; `name` is the file's. Raises CalicoError."""
+    """Return the variables that a text in systemd's syntax sets; errors call the text `name`. Raises CalicoError."""
     found = {}
     place = _end(_GAP, text, 0)
     while place < len(text):
@@ -191,7 +191,7 @@ def parse(text: str, name: str) -> dict[str, str]:
 
 
 def _value(text: str, place: int, where: str) -> tuple[str, int]:
-    """Parse the value that begins at `place`; return it, and where it ends."""
+    """Parse the value that begins at index `place`; return it, and the index of its end. Errors begin with `where`."""
     pieces = []
     while True:
         place = _end(_BLANKS, text, place)
@@ -211,7 +211,7 @@ def _value(text: str, place: int, where: str) -> tuple[str, int]:
 
 
 def _end(pattern: re.Pattern[str], text: str, place: int) -> int:
-    """Return where the match of a pattern ends; the pattern always matches."""
+    """Return the index where a pattern's match at index `place` ends; the pattern must be one that always matches."""
     match = pattern.match(text, place)
     assert match is not None
     return match.end()

@@ -54,7 +54,7 @@ class CalicoError(Exception):
 
 @contextmanager
 def about(option: str) -> Iterator[None]:
-    """Prefix the text of a CalicoError with the option that it is about."""
+    """Prefix the text of a CalicoError from the body of `with` with the option that it is about, such as `--ip`."""
     try:
         yield
     except CalicoError as error:
@@ -78,7 +78,7 @@ class NotRoot(CalicoError):
 
 
 class Failed(CalicoError):
-    """An operation failed, and the process is to end with this exit status."""
+    """An operation failed, and the process is to end with `exit_status`."""
 
     def __init__(self, why: str, exit_status: int) -> None:
         super().__init__(why)
@@ -86,7 +86,7 @@ class Failed(CalicoError):
 
 
 class Failures(CalicoError):
-    """Some of several operations failed, each with an error of its own."""
+    """Some of several operations failed, each with an error of its own; the exit status is that of the first error."""
 
     def __init__(self, errors: list[CalicoError]) -> None:
         super().__init__("; ".join(map(str, errors)))
@@ -111,7 +111,7 @@ class NotFound(CalicoError):
 
 
 class Conflict(CalicoError):
-    """Concurrent writers modified the same object too often, or another workload holds the requested one."""
+    """Other commands or hosts went on changing the same object, or kept it locked: retrying later may succeed."""
 
 
 class InvalidValue(CalicoError):
@@ -143,7 +143,7 @@ class CompareFailed(CalicoError):
     """A compare-and-swap found another value than the one that was read.
 
     `maybe_applied` is true when an earlier, unanswered attempt of the same write may have been applied
-    before another writer overwrote it.
+    before another writer overwrote the key.
     """
 
     def __init__(self, key: str, maybe_applied: bool = False) -> None:
@@ -164,7 +164,7 @@ class DockerNotRunning(DockerUnavailable):
 
 
 class NoSuchContainer(NotFound):
-    """The Docker Engine has no container of that name."""
+    """The Docker Engine has no container of that name or id."""
 
 
 class NamespaceError(CalicoError):

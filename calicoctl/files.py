@@ -16,7 +16,7 @@ def try_lock(path: Path, create: bool = True) -> int | None:
     """Lock a file exclusively, and return its descriptor, which holds the lock until it is closed.
 
     Returns None when another process holds the lock, or has just removed the file: try again then. With `create`, a
-    missing file is made, with mode 0600; else that counts as removed. Raises OSError.
+    missing file is made, with mode 0600; else a missing file counts as removed. Raises OSError.
     """
     flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_CREAT if create else 0)
     try:
@@ -46,11 +46,12 @@ def replace(
     suffix: str = ".new",
     durable: bool = False,
 ) -> io.FileIO:
-    """Replace a file as a whole: a reader finds it as it was before, or as it is after. Return it, open for writing.
+    """Replace a file as a whole: a reader finds the old content or the new one. Return the new file, open for writing.
 
-    `mode` is set whatever the umask; `owner` is a user id and a group id, -1 to leave it. The new file is made beside
-    the old one, under its name and a `suffix`, which must be unique where several processes may do this at once. With
-    `durable`, the content is on disk before the old file goes. Raises OSError; then the old file is as it was.
+    `mode` is set whatever the umask; `owner` is a user id and a group id, -1 for the process's own. The new file is
+    made beside the old one, under its name and a `suffix`, which must be unique where several processes may do this at
+    once. With `durable`, the content is on disk before the old file is replaced. Raises OSError; then the old file is
+    as it was.
     """
     new = path.with_name(f".{path.name}{suffix}")
     new.unlink(missing_ok=True)  # left by a process that was killed

@@ -1,6 +1,7 @@
 """The grammar of the command line: the list of commands, and the parser for their docstrings.
 
-Every command imports this module. It imports a command only to read its docstring, and knows no etcd and no Docker.
+Every command imports this module. This module imports a command's module only to read the docstring there, and
+uses neither etcd nor Docker.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def grammar_of(command: str) -> str:
 
 
 def parse(grammar: str, argv: list[str]) -> dict[str, Any]:
-    """Parse `argv` by a command's docstring, with docopt; raise Misfit, or UsageError."""
+    """Parse `argv` by a command's grammar; return docopt's name -> value. Raises Misfit, UsageError for a value."""
     import docopt
 
     try:

@@ -49,17 +49,17 @@ _TIMEOUT = 60.0
 
 
 def message(kind: int, flags: int, number: int, body: bytes) -> bytes:
-    """Encode a message; the kernel's answer refers to `number`, the sequence number."""
+    """Return a message of type `kind`: a header of 16 bytes, and `body`. The answer repeats the sequence `number`."""
     return struct.pack("=IHHII", 16 + len(body), kind, flags, number, 0) + body
 
 
 def attribute(kind: int, value: bytes) -> bytes:
-    """Encode an attribute, padded to a multiple of four bytes."""
+    """Return an attribute of type `kind`, padded to a multiple of four bytes."""
     return struct.pack("=HH", 4 + len(value), kind) + value + bytes(-len(value) % 4)
 
 
 def attributes(data: bytes) -> dict[int, bytes]:
-    """Decode the attributes of a message, or those nested in an attribute, by their types."""
+    """Return type -> value of consecutive attributes: those of a message, or those nested in another attribute."""
     found = {}
     at = 0
     while at + 4 <= len(data):
@@ -70,7 +70,7 @@ def attributes(data: bytes) -> dict[int, bytes]:
 
 
 def messages(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Yield the messages in a datagram, as (type, message)."""
+    """Yield (type, message) for each message in a datagram; the message includes its header of 16 bytes."""
     at = 0
     while at + 16 <= len(data):
         length, kind = struct.unpack_from("=IH", data, at)
@@ -79,14 +79,15 @@ def messages(data: bytes) -> Iterator[tuple[int, bytes]]:
 
 
 def refusal(message: bytes) -> tuple[int, int]:
-    """Decode a message of type ERROR: the sequence number that it answers, and the errno, 0 for success."""
+    """Decode a message (with header) of type ERROR: return the request's sequence number, and the errno, 0 for none."""
     return struct.unpack_from("=I", message, 8)[0], -struct.unpack_from("=i", message, 16)[0]
 
 
 def dump(protocol: int, kind: int, body: bytes, strict: bool = False) -> Iterator[bytes]:
-    """Send a dump request, and yield the bodies of the answers. Raises OSError.
+    """Send a dump request of type `kind`, and yield the answers, without their headers. Raises OSError.
 
-    With `strict`, the kernel filters by the fields of `body`; kernels before 4.20 do not filter.
+    `protocol` is the netlink family, such as NETLINK_ROUTE. With `strict`, the kernel filters by the fields of `body`;
+    kernels before 4.20 do not filter.
     """
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, protocol) as netlink:
         netlink.settimeout(_TIMEOUT)
@@ -109,9 +110,9 @@ def dump(protocol: int, kind: int, body: bytes, strict: bool = False) -> Iterato
 
 @dataclass(frozen=True)
 class Route:
-    """A route. `destination` is None for a default route; `index` is that of its outgoing interface.
+    """A route to `destination` (None for a default route) with a prefix length; `index` is the outgoing interface's.
 
-    Of a multipath route, `index` and `gateway` are those of the first next hop.
+    Of a multipath route, `index` and `gateway` are those of the first next hop. `source` is the preferred source.
     """
 
     destination: str | None
@@ -161,7 +162,7 @@ def _route(family: int, body: bytes) -> Route:
 
 @dataclass(frozen=True)
 class Neighbour:
-    """A permanent entry of the neighbour table. `index` is the interface's; a proxy entry has no MAC."""
+    """A permanent or proxy entry of the neighbour table. `index` is the interface's; a proxy entry has no MAC."""
 
     index: int
     address: str
@@ -185,7 +186,7 @@ def neighbours(family: int, proxies: bool = False) -> Iterator[Neighbour]:
 
 @dataclass(frozen=True)
 class NeighbourLimit:
-    """How many entries that are not permanent the neighbour table may hold, and how often it overflowed."""
+    """How many entries the neighbour table may hold beside permanent ones, and its count of overflows since boot."""
 
     limit: int
     overflows: int
@@ -194,7 +195,7 @@ class NeighbourLimit:
 def neighbour_limit(family: int) -> NeighbourLimit:
     """Return the limit of the neighbour table, which all network namespaces share. Raises OSError.
 
-    Source: struct ndt_stats in the kernel's uapi/linux/neighbour.h, the last of which counts since boot.
+    Source: struct ndt_stats in the kernel's uapi/linux/neighbour.h; its last field, table_fulls, counts the overflows.
     """
     for body in dump(socket.NETLINK_ROUTE, _RTM_GETNEIGHTBL, struct.pack("=BBH", family, 0, 0)):
         found = attributes(body[4:])
@@ -207,7 +208,10 @@ def neighbour_limit(family: int) -> NeighbourLimit:
 
 @dataclass(frozen=True)
 class Address:
-    """An address of the interface `index`. `network` is an address in its network, a peer's, or the address itself."""
+    """An address of the interface with this index. `length` is the prefix length of the address's network.
+
+    `network` is an address in that network: the peer's on a point-to-point link, else the address itself.
+    """
 
     family: int
     address: str
@@ -238,7 +242,8 @@ def addresses() -> Iterator[Address]:
 class Paths(NamedTuple):
     """A route's next hops, each as a gateway (None where directly connected) and an interface's index.
 
-    `destination` is packed, and empty for a default route. `hops` is empty where the route names a nexthop object.
+    `destination` is packed, and empty for a default route. `hops` is empty where the kernel names a nexthop object
+    instead.
     """
 
     destination: bytes
@@ -248,7 +253,7 @@ class Paths(NamedTuple):
 
 
 def paths(family: int, type: int, but: Collection[int] = ()) -> Iterator[Paths]:
-    """Yield the routes of one type in all tables, except those of the protocols in `but`. Raises OSError."""
+    """Yield the routes of a type, such as UNICAST, in all tables, but not of the protocols `but`. Raises OSError."""
     request = struct.pack("=8BI", family, 0, 0, 0, 0, 0, 0, type, 0)
     known: dict[bytes, tuple[tuple[str | None, int], ...]] = {}  # thousands of routes have few next hops
     for body in dump(socket.NETLINK_ROUTE, _RTM_GETROUTE, request, strict=True):
@@ -269,7 +274,7 @@ def paths(family: int, type: int, but: Collection[int] = ()) -> Iterator[Paths]:
 
 
 def _hops(family: int, found: dict[int, bytes]) -> Iterator[tuple[str | None, int]]:
-    """Yield the next hops in a route's attributes."""
+    """Yield the next hops (gateway or None, interface's index) in a route's attributes."""
     several = found.get(_RTA_MULTIPATH, b"")
     at = 0
     while at + 8 <= len(several):
@@ -288,7 +293,7 @@ def _gateway(family: int, found: dict[int, bytes]) -> str | None:
 
 
 def next_hops() -> Iterator[tuple[str, int]]:
-    """Yield the gateways of nexthop objects (`ip nexthop`), with their interfaces' indices.
+    """Yield (gateway, interface's index) of the nexthop objects (`ip nexthop`) that have a gateway.
 
     Raises OSError, also on kernels without such objects (before 5.3).
     """

@@ -14,7 +14,7 @@ from calicoctl.errors import one_line, printable
 T = TypeVar("T")
 
 _SHORT = 10
-"""Words of up to this many characters are not broken if possible: a date has as many."""
+"""Words of up to this many characters are not broken if possible: an ISO date has 10."""
 
 
 def wants_json(arguments: dict[str, Any]) -> bool:
@@ -29,7 +29,7 @@ def print_json(value: Any) -> None:
 
 
 def abridges(arguments: dict[str, Any]) -> bool:
-    """Return whether to shorten ids and fit the width: on a terminal, unless --no-trunc was given."""
+    """Return whether to shorten ids and fit tables to the width: on a terminal, unless --no-trunc was given."""
     return sys.stdout.isatty() and not arguments["--no-trunc"]
 
 
@@ -42,9 +42,9 @@ def print_table(
 ) -> None:
     """Print a table with a heading row; cells are aligned to the left.
 
-    On a terminal, unless `complete`, it is made to fit: cells are wrapped between words; where that is not enough, the
-    `expendable` columns are left out one by one, and standard error says which; then words are broken. Elsewhere,
-    cells wider than `widest` are wrapped.
+    On a terminal, unless `complete`, the table is made to fit: cells are wrapped between words; if that is not enough,
+    the `expendable` columns are left out one by one, and standard error says which; then words are broken. Elsewhere,
+    cells of more than `widest` characters are wrapped.
     """
     import shutil
 
@@ -65,7 +65,7 @@ def print_table(
 
 
 def fit(lines: list[list[str]], width: int, expendable: Sequence[str] = ()) -> tuple[list[list[str]], list[str]]:
-    """Wrap a table's cells, heading first, to fit `width`; return them, and the names of the columns left out."""
+    """Wrap the cells of a table's rows, heading first, to fit `width`; return the rows, and the columns left out."""
     left_out: list[str] = []
     while True:
         narrowest = [max(_least_width(cell) for cell in column) for column in zip(*lines)]
@@ -107,7 +107,7 @@ def _wrapped(cell: str, width: int) -> list[str]:
 
 
 def with_progress(items: Sequence[T], what: str) -> Iterator[T]:
-    """Yield items; show a progress bar where standard error is a terminal."""
+    """Yield items; meanwhile show a progress bar, titled `what`, where standard error is a terminal."""
     if not sys.stderr.isatty():
         yield from items
         return

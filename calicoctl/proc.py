@@ -1,6 +1,6 @@
 """What proc(5) says of processes: when one was started, its arguments, and when it has ended.
 
-A process id alone names no process: ids are used again. Together with the time it was started, it does.
+A process id alone does not identify a process, since the kernel reuses ids. The id and the start time together do.
 """
 
 from __future__ import annotations
@@ -10,19 +10,19 @@ import select
 from pathlib import Path
 
 START_TIME, STATE = 19, 0
-"""Fields of /proc/PID/stat, counted from the one behind the command's name. Source: proc(5)."""
+"""Indices of fields in /proc/PID/stat, counted from 0 at the field after the command's name. Source: proc(5)."""
 
 
 def start_time(process: Path) -> str:
-    """Return when the process, or thread, with a folder in /proc was started, in clock ticks since boot.
+    """Return when a process or thread was started: clock ticks since boot, as decimal text.
 
-    Raises OSError where there is none.
+    `process` is its directory, /proc/PID or /proc/PID/task/TID. Raises OSError where there is none.
     """
     return _stat(process)[START_TIME]
 
 
 def running_since(pid: int) -> str | None:
-    """Return when a process was started, in clock ticks since boot; None when it has ended, be it a zombie still."""
+    """Return when a process was started (see `start_time`); None when it has ended, even if it is a zombie."""
     try:
         fields = _stat(Path(f"/proc/{pid}"))
     except OSError:
@@ -36,19 +36,19 @@ def _stat(process: Path) -> list[str]:
 
 
 def arguments(pid: int) -> list[str]:
-    """Return the command line of a process, empty where it is a zombie. Raises OSError where there is none."""
+    """Return the command line of a process, empty for a zombie. Raises OSError where there is no such process."""
     return strings(pid, "cmdline")
 
 
 def strings(pid: int, name: str) -> list[str]:
-    """Return the strings of one of a process's files, each of which ends with a zero byte. Raises OSError."""
+    """Return the zero-terminated strings in the file /proc/PID/`name`. Raises OSError."""
     return [os.fsdecode(part) for part in Path(f"/proc/{pid}/{name}").read_bytes().split(b"\0")[:-1]]
 
 
 def await_end(pid: int, seconds: float | None = None) -> bool:
     """Wait until all threads of a process have ended, and its ports and files are free; return whether they have.
 
-    `seconds` is how long to wait at most, None for ever.
+    Returns False after `seconds`; None waits for ever.
     """
     try:
         fd = os.pidfd_open(pid)

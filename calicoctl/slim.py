@@ -9,8 +9,8 @@ import finder that leaves those parts out:
 * a *bare* package keeps its path but does not run its `__init__`, so that `import pyroute2.iproute` loads just that;
 * a *deferred* module is a placeholder that loads the real module when one of its attributes is used.
 
-No library guarantees that this works. Tests check each of them in the version installed, and everything also works,
-only slower, when `install()` is never called.
+No library guarantees that this works. Tests check each library in the version installed. Without `install()`,
+everything works, too, only slower.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ DEFERRED = frozenset({"dns", "dns.resolver", "importlib.metadata", "charset_norm
 
 
 class _Bare:
-    """Loader of a package that is not executed."""
+    """Loader of a bare package: leaves the module empty instead of executing `__init__`."""
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return None
@@ -46,7 +46,7 @@ class _Placeholder(ModuleType):
 
 
 class _Deferred:
-    """Loader of a placeholder, with the attributes that are used at import time already."""
+    """Loader of a deferred module: makes a placeholder, with the attributes that importing libraries use at once."""
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         module = _Placeholder(spec.name)

@@ -42,11 +42,11 @@ SYNONYMS = {
     "-q": "--quiet",
     "-d": "--debug",
 }
-"""Words of other tools, and the words of this one for the same."""
+"""Words of other tools -> the words of calicoctl for the same."""
 
 
 def nearest(word: str, names: Iterable[str]) -> str | None:
-    """Return the name that `word`, which is none of them, probably means; None if none is close."""
+    """Return the one of `names` that `word`, which is not among them, probably means; None if none is close."""
     meant = SYNONYMS.get(word, word)
     alike = [name for name in sorted(set(names)) if name.startswith("-") == meant.startswith("-")]
     known = {name.lower().lstrip("-"): name for name in alike}  # dashes would make all options look alike

@@ -1,1 +1,1 @@
-"""Calico's data in etcd: use `DatastoreClient` from `client`."""
+"""Calico's data in etcd: use the class `DatastoreClient` of client.py."""

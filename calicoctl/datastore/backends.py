@@ -1,4 +1,4 @@
-"""Which backend the store is reached by. The only module that names one."""
+"""Chooses the backend of the store. No other module names a backend."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from calicoctl.datastore.settings import EtcdSettings
 from calicoctl.datastore.store import Store
 
 PATIENCE = 20.0
-"""Seconds for which a request is sent again while the cluster cannot do it, because it elects a leader, say."""
+"""Seconds for which a request is sent again while the cluster cannot serve it, for example while electing a leader."""
 
 
 def connect(settings: EtcdSettings, patience: float = PATIENCE) -> Store:

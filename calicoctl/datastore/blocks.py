@@ -24,7 +24,7 @@ BLOCK_SIZE = 64
 
 @dataclass
 class Owner:
-    """Who holds an address: a handle, None for none, and free-form attributes (`secondary` in the store)."""
+    """Who holds an address: a handle (None: no handle), and free-form attributes ("secondary" in the store's JSON)."""
 
     handle: str | None
     secondary: dict[str, Any]
@@ -32,7 +32,11 @@ class Owner:
 
 @dataclass
 class Block:
-    """64 addresses from `first` on. `allocations[i]` is None or an index into `owners`."""
+    """64 addresses from `first` (as a number) on. `allocations[i]` is None or an index into `owners`.
+
+    `affinity` is `host:NAME` or None. `owners` are objects of the store's JSON: handle_id and secondary, see Owner.
+    `extra` has the block's unknown fields.
+    """
 
     version: int
     first: int
@@ -92,7 +96,7 @@ class Block:
         return keys.ipam_block(self.version, self.cidr)
 
     def free(self) -> list[int]:
-        """Return the free ordinals, in the order in which they are to be allocated.
+        """Return the ordinals (offsets from `first`) of the free addresses, in the order in which to assign them.
 
         Tools from 2016 on keep that order in the block, as "unallocated", and rely on it; a released address comes
         last. Where that list and the allocations differ, the allocations are right. Source: `unallocated` in
@@ -117,7 +121,7 @@ class Block:
 
     @property
     def is_strict(self) -> bool:
-        """Whether only the host with affinity may allocate from it."""
+        """Whether only the host with affinity may assign addresses of the block."""
         return self.extra.get("strict_affinity") not in (None, False)
 
     def owner(self, ordinal: int) -> Owner | None:
@@ -133,7 +137,7 @@ class Block:
         )
 
     def held(self) -> Iterator[tuple[int, Owner]]:
-        """Yield the allocated ordinals with their owners."""
+        """Yield the ordinals of the assigned addresses, with their owners."""
         for ordinal in range(BLOCK_SIZE):
             owner = self.owner(ordinal)
             if owner is not None:
@@ -143,21 +147,21 @@ class Block:
         return sum(owner.handle == handle for _, owner in self.held())
 
     def allocate(self, ordinal: int, owner: Owner) -> None:
-        """Allocate a free address to `owner`."""
+        """Assign the free address `first + ordinal` to `owner`."""
         attributes = {"handle_id": owner.handle, "secondary": owner.secondary}
         if attributes not in self.owners:
             self.owners.append(attributes)
         self.allocations[ordinal] = self.owners.index(attributes)
 
     def release(self, ordinal: int) -> None:
-        """Release an address, and drop the attributes that no address uses any more."""
+        """Release the address `first + ordinal`, and drop the attributes that no address uses any more."""
         self.allocations[ordinal] = None
         used = sorted({index for index in self.allocations if index is not None})
         self.owners = [self.owners[index] for index in used]
         self.allocations = [None if index is None else used.index(index) for index in self.allocations]
 
     def set_workload_name(self, handle: str, host: str, name: str) -> bool:
-        """Set the workload's name in the attributes of a handle on a host; return whether any changed."""
+        """Set the workload's name in the attributes of a handle's addresses on a host; return whether any changed."""
         changed = False
         for attributes in self.owners:
             facts = attributes.get("secondary")
@@ -181,7 +185,7 @@ def block_cidr(version: int, first: int) -> str:
 
 
 def place(address: IPAddress) -> tuple[int, int, int]:
-    """Return where an address is: IP version, first address of its block, ordinal in that block."""
+    """Return where an address is: IP version, first address (as a number) of its block, ordinal in that block."""
     value = int(address)
     return address.version, value - value % BLOCK_SIZE, value % BLOCK_SIZE
 
@@ -192,7 +196,7 @@ def block_key(address: IPAddress) -> str:
 
 
 def first_addresses(names: Iterable[str]) -> Iterator[int]:
-    """Yield the first addresses of blocks, given the last parts of their keys; skip what is no block's CIDR."""
+    """Yield the first addresses (as numbers) of blocks, given the last parts of their keys; skip names of no block."""
     from calicoctl.addresses import parse_cidr
 
     for name in names:

@@ -1,7 +1,8 @@
-"""All access to Calico's data: endpoints, profiles, pools, BGP peers and settings here, other subjects beside it.
+"""All access to Calico's data in the store: endpoints, profiles, pools, BGP peers and settings.
 
-These are addresses (`ipam`), registrations of hosts (`hosts`), and reports of agents (`statuses`). Each method is one
-operation of a command or of the agent. Errors name the key at fault. No netlink, no backend.
+Modules beside this one have addresses (`ipam`), registrations of hosts (`hosts`) and reports of agents (`statuses`).
+Each method is one operation of a command or of the agent. Errors name the key at fault. Uses no netlink and no API of a
+backend.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ if TYPE_CHECKING:
 class DatastoreClient:
     """Reads and changes the data that all hosts share, on behalf of one of them, `host`.
 
-    It has more than 400 lines because it is flat: short methods without shared state, by subject. A new subject gets a
-    module of its own, as `ipam` has.
+    The class is long because it is flat: short methods without shared state, by subject. A new subject gets a module of
+    its own, as `ipam` has.
     """
 
     def __init__(self, store: Store, host: str) -> None:
@@ -64,11 +65,11 @@ class DatastoreClient:
         return Statuses(self._store, self.host)
 
     def everything(self) -> list[Entry]:
-        """Return all entries of Calico's."""
+        """Return all entries below `/calico`."""
         return self._store.tree(keys.ROOT)
 
     def store_version(self) -> str:
-        """Check that the store can be read, and return its server's version; raise StoreError."""
+        """Check that the store can be read, and return the version of its server; raise StoreError."""
         self._store.names(keys.ROOT)
         return self._store.version()
 
@@ -93,9 +94,9 @@ class DatastoreClient:
         return sorted((pool for _, pool in entries), key=lambda pool: IPNetwork(pool.cidr)), invalid
 
     def put_pool(self, pool: Pool) -> Pool | None:
-        """Write a pool, keeping its unknown fields; return it as it was before, None for a new one.
+        """Write a pool, keeping its unknown fields; return the pool as it was before, None for a new one.
 
-        Raises CalicoError when another command adds an overlapping one concurrently.
+        Raises CalicoError when another command adds an overlapping pool concurrently.
         """
         version = version_of(pool.cidr)
         if pool.ipip:
@@ -122,8 +123,8 @@ class DatastoreClient:
     def _refuse_overlap(self, key: str, pool: Pool) -> None:
         """Remove a pool that was just created, and raise CalicoError, where an overlapping one was created before.
 
-        Of two that are added concurrently, each writer sees the other's pool after its own write, or is the first. The
-        order is that of creation (see Entry.created): both write by `create`.
+        Each of two writers reads after its own write, so the later one always sees the earlier one's pool. Which pool
+        is the earlier is decided by Entry.created, since both are written by `create`.
         """
         from netaddr.ip import IPNetwork
 
@@ -136,7 +137,7 @@ class DatastoreClient:
                 raise CalicoError(f"{pool.cidr} overlaps with {other.cidr}, which was added concurrently.")
 
     def _pool_entries(self, version: int) -> tuple[list[tuple[Entry, Pool]], list[InvalidValue]]:
-        """Return the valid pools with their entries, and an error for each invalid one."""
+        """Return the valid pools of an IP version with their entries, and an error for each invalid one."""
         found: list[tuple[Entry, Pool]] = []
         invalid: list[InvalidValue] = []
         for entry in self._store.tree(keys.pools(version)):
@@ -154,7 +155,7 @@ class DatastoreClient:
         return self._keys_called(name, [keys.pools(version) for version in (4, 6)], lambda e: Pool.from_json(*e).cidr)
 
     def _keys_called(self, name: str, directories: list[str], named: Callable[[tuple[str, str]], str]) -> list[str]:
-        """Return the keys below directories whose last part is `name`, or for which named((value, key)) is `name`."""
+        """Return the keys below directories whose last part is `name`, or for which `named((value, key))` is `name`."""
         found = []
         for entry in (entry for directory in directories for entry in self._store.tree(directory)):
             names = {keys.last(entry.key), keys.undashed(keys.last(entry.key))}
@@ -179,7 +180,7 @@ class DatastoreClient:
         return sorted(peers, key=lambda peer: parse_address(peer.ip)), invalid
 
     def put_bgp_peer(self, peer: Peer, host: str | None = None) -> Peer | None:
-        """Write a BGP peer, keeping its unknown fields; return it as it was before, None for a new one."""
+        """Write a BGP peer, keeping its unknown fields; return the peer as it was before, None for a new one."""
         key = keys.bgp_peer(version_of(peer.ip), peer.ip, host)
         if create_if_missing(self._store, key, peer.to_json()):
             return None
@@ -195,7 +196,7 @@ class DatastoreClient:
         return before
 
     def bgp_peer_keys(self, name: str, host: str | None = None) -> list[str]:
-        """Return the keys of the BGP peers with this address, or with this name; see pool_keys."""
+        """Return the keys of the BGP peers with this address, or with this name as the last part; see pool_keys."""
         directories = [keys.bgp_peers(version, host) for version in (4, 6)]
         return self._keys_called(name, directories, lambda e: Peer.from_json(*e).ip)
 
@@ -242,7 +243,7 @@ class DatastoreClient:
             raise NotFound(_no_profile(name))
 
     def create_profile(self, name: str) -> bool:
-        """Create a profile with the default tag and rules, or what is missing of it; return whether anything was."""
+        """Create a profile with default tag and rules, or what one lacks of these; return whether any was written."""
         tags = create_if_missing(self._store, keys.profile_tags(name), json.dumps([name]))
         rules = create_if_missing(self._store, keys.profile_rules(name), Rules.default(name).to_json())
         return tags or rules
@@ -268,7 +269,11 @@ class DatastoreClient:
         return frozenset(found)
 
     def modify_tags(self, name: str, change: Callable[[list[str]], bool]) -> bool:
-        """Have `change` alter a profile's tags in place; write them, and return True, if it returns True."""
+        """Let `change` alter a list of a profile's tags; return whether the tags were written.
+
+        `change` returns whether to write them. After a concurrent write, `change` is called again with the new tags.
+        Raises NotFound when there is no such profile.
+        """
         key = keys.profile_tags(name)
 
         def text_of(old: str) -> str | None:
@@ -284,7 +289,7 @@ class DatastoreClient:
         return Rules(name) if entry is None else Rules.from_json(name, entry.value, entry.key)
 
     def modify_rules(self, name: str, change: Callable[[Rules], bool]) -> bool:
-        """Have `change` alter a profile's rules in place; write them, and return True, if it returns True."""
+        """Let `change` alter a profile's rules in place, and return whether to write them, as in modify_tags."""
         key = keys.profile_rules(name)
 
         def text_of(old: str) -> str | None:
@@ -308,7 +313,7 @@ class DatastoreClient:
         return entry
 
     def _complete(self, key: str, name: str, value: str) -> None:
-        """Write a key if an existing profile lacks it."""
+        """Write a key of a profile that lacks the key; raise NotFound when there is no such profile."""
         if self._profile_entry(key, name) is None:
             create_if_missing(self._store, key, value)
 
@@ -328,7 +333,10 @@ class DatastoreClient:
         return found, invalid
 
     def endpoints_with(self, address: IPAddress) -> list[EndpointId]:
-        """Return the endpoints of all hosts that list an address, also those with invalid records."""
+        """Return the ids of the endpoints, of any host, that list an address, also those with invalid records.
+
+        If IPAM's owner of the address is an endpoint that lists it, only that endpoint is returned.
+        """
         text = str(address)
         owner = self.ipam.owner(address)
         if owner is not None:
@@ -343,7 +351,7 @@ class DatastoreClient:
         return [id for entry, id in entries if id is not None and _lists(entry, id, text)]
 
     def endpoint_ids(self) -> list[EndpointId]:
-        """Return this host's endpoints, also those with invalid records."""
+        """Return the ids of this host's endpoints, also those with invalid records."""
         ids = (keys.parse_endpoint(entry.key) for entry in self._store.tree(f"{keys.host(self.host)}/workload"))
         return [id for id in ids if id is not None]
 
@@ -353,7 +361,7 @@ class DatastoreClient:
         return None if entry is None else entry.revision
 
     def workload_endpoints(self, orchestrator: str, workload: str) -> list[Endpoint]:
-        """Return the endpoints of one workload on this host, reading its directory only; raise InvalidValue."""
+        """Return the endpoints of one workload on this host, reading that workload's keys only; raise InvalidValue."""
         found = []
         for entry in self._store.tree(keys.endpoints(self.host, orchestrator, workload)):
             id = keys.parse_endpoint(entry.key)
@@ -362,7 +370,7 @@ class DatastoreClient:
         return found
 
     def workload_endpoint_ids(self, orchestrator: str, workload: str) -> list[EndpointId]:
-        """Return the endpoints of one workload on this host, also those with invalid records."""
+        """Return the ids of the endpoints of one workload on this host, also those with invalid records."""
         found = self._store.names(keys.endpoints(self.host, orchestrator, workload))
         return [EndpointId(self.host, orchestrator, workload, endpoint) for endpoint in found]
 
@@ -381,14 +389,17 @@ class DatastoreClient:
     def workloads_named(self, orchestrator: str, name: str) -> list[str]:
         """Return the ids of this host's workloads under an orchestrator that were connected under a name.
 
-        Old tools drop the name from the record; the attributes of the workload's addresses have it, too.
+        Old tools drop the name from the endpoint's record; the attributes of the workload's addresses still have it.
         """
         endpoints = self.readable_endpoints(self.host)[0]
         ids = {e.id.workload for e in endpoints if (e.id.orchestrator, e.workload_name) == (orchestrator, name)}
         return sorted(ids or {id for of, id in self.ipam.workloads(name) if of == orchestrator})
 
     def knows_interface(self, name: str) -> bool:
-        """Return whether an interface of this host belongs to an endpoint, or may, or is being set up for one."""
+        """Return whether an interface of this host belongs to an endpoint, or may do so.
+
+        Any may while a record of this host is invalid. An endpoint that is being set up has addresses, but no record.
+        """
         endpoints, invalid = self.readable_endpoints(self.host)
         if invalid or any(name in (endpoint.name, endpoint.id.interface) for endpoint in endpoints):
             return True
@@ -399,7 +410,7 @@ class DatastoreClient:
         self._store.create(keys.endpoint(endpoint.id), endpoint.to_json())
 
     def modify_endpoint(self, id: EndpointId, change: Callable[[Endpoint], bool]) -> bool:
-        """Have `change` alter an endpoint in place; write it, and return True, if it returns True."""
+        """Let `change` alter an endpoint in place and return whether to write it, as in modify_tags; raise NotFound."""
         key = keys.endpoint(id)
 
         def text_of(old: str) -> str | None:
@@ -421,7 +432,7 @@ class DatastoreClient:
         set_value(self._store, keys.endpoint(id), None)
 
     def touch_endpoint(self, id: EndpointId) -> None:
-        """Write an endpoint's record unchanged, so that its agent reports on it again, with the new revision."""
+        """Write an endpoint's record unchanged, so that the agent reports the endpoint again, with the new revision."""
         entry = self._store.get(keys.endpoint(id))
         if entry is not None:
             with suppress(CompareFailed):  # another writer had the same effect
@@ -452,7 +463,7 @@ def _pool(entry: Entry, version: int) -> Pool:
 def _lists(entry: Entry, id: EndpointId, address: str, owned: bool = False) -> bool:
     """Return whether an endpoint's record lists an address.
 
-    An invalid record counts as listing it where its text contains it, or the endpoint is the address's owner (`owned`).
+    An invalid record lists the address if its text contains the address, or if the endpoint owns the address (`owned`).
     """
     try:
         return address in Endpoint.from_json(id, entry.value, entry.key).addresses

@@ -13,7 +13,7 @@ from calicoctl.errors import CalicoError
 class Setting:
     """A setting: its name in the store, its allowed values (None: any text), and the default where it is not set.
 
-    With `largest`, it is a whole number from 0 to that instead.
+    With `largest`, the value is a whole number from 0 to `largest` instead.
     """
 
     name: str
@@ -63,5 +63,5 @@ RESERVED = ("marker", "as_num", "node_mesh", "peer_v4", "peer_v6", "ip_addr_v4",
 
 
 def settings_of(daemon: str, of_node: bool) -> dict[str, Setting]:
-    """Return name -> setting of a daemon ("felix" or "bgp"), per host or global."""
+    """Return name -> setting of a daemon ("felix" or "bgp"): those of one host (`of_node`), or the global ones."""
     return (NODE_FELIX if of_node else FELIX) if daemon == "felix" else BGP

@@ -45,19 +45,19 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 READ_TIMEOUT = 4.0
-"""Seconds to wait for one member's answer. A member that hangs costs this once per command."""
+"""Seconds to wait for one member's answer. A command waits for a hanging member once: it is asked last from then on."""
 
 CONFIRMATION = 0.5
-"""Seconds of a second long poll where the first saw no change although the store's revision had moved on."""
+"""Seconds of a second long poll, done if a first one saw no change although the store's revision had moved on."""
 
 QUORUM_TIMEOUT = 3.0
-"""Seconds for a quorum read that shows, after a long poll without a change, that the member is not partitioned."""
+"""Seconds to wait for the quorum read that shows, after a poll without a change, that the member is not partitioned."""
 
 WATCH_PATIENCE = 3.0
 """Seconds for which a watch goes on while no member answers it: the agent reports a lost store within seconds."""
 
 _NO_INDEX = 2**63 - 1
-"""The revision of no entry."""
+"""A revision that no entry ever has."""
 
 _ENABLE_V2 = (
     "start it with --enable-v2 (for Debian's package etcd-server: "
@@ -68,15 +68,15 @@ _NOT_SENT = ("NewConnectionError", "ConnectTimeoutError", "NameResolutionError",
 """The errors of urllib3 that mean that no request left this host."""
 
 _GARBLED = ("SSLError", "ProtocolError", "RemoteDisconnected", "ConnectionResetError", "BadStatusLine")
-"""How requests fail at a server that speaks another protocol."""
+"""The errors with which requests fail at a server that speaks another protocol."""
 
 
 class Etcd2Store:
     """`Store` over the v2 API of an etcd cluster.
 
-    This API has directories: a write makes those above its key. `implied_directories` maps a key to the directories,
-    deepest first, that exist for that key's sake alone; a delete of the key removes those that it left empty. A crash
-    in between leaves empty directories, which `tree` and `exists` do not count.
+    This API has directories: a write creates those above its key. `implied_directories` returns, for a key, the
+    directories, deepest first, that exist for that key's sake alone; after a delete of the key, those of them that are
+    empty are removed. A crash in between leaves empty directories, which `tree` and `exists` do not count.
     """
 
     def __init__(
@@ -221,7 +221,7 @@ class Etcd2Store:
             yield changes
 
     def _await_changes(self, directory: str, revision: int, seconds: float) -> tuple[list[Change], int]:
-        """Return the first change below `directory` from `revision` on, if any, and the revision to continue from."""
+        """Return at most one change below `directory` from `revision` on, and the revision to continue from."""
         import etcd
 
         deadline: Deadline | None = None
@@ -264,7 +264,7 @@ class _Connection:
         """Call `send` with the client and the key as it stands in a URL; return what it returns.
 
         Raises python-etcd's exception for an answer that the caller interprets (no such key, compare failed, …),
-        StoreError and InvalidValue for one that it cannot use, and what members.py describes for none.
+        StoreError and InvalidValue for any other error, and a RequestFailed (see members.py) when no answer came.
         """
         import etcd
         import urllib3.exceptions
@@ -299,7 +299,7 @@ class _Connection:
         return client
 
     def _without_answer(self, cause: BaseException) -> Exception:
-        """Return what to raise where a connection failed for a cause."""
+        """Return the exception to raise where a connection failed because of `cause`."""
         if is_shortage(cause):
             return StoreUnavailable(f"etcd cannot be asked: {_reason(cause)}")
         garbled = type(cause).__name__ in _GARBLED
@@ -309,7 +309,7 @@ class _Connection:
         return kind(f"{self._url} did not answer ({_reason(cause)})", garbled)
 
     def _translated(self, error: Any, key: str) -> Any:
-        """Return what to raise for an answer that is an error: itself where the caller interprets it."""
+        """Return the exception to raise for an answer that is `error`: the error itself if the caller interprets it."""
         import etcd
 
         url = self._url
@@ -346,7 +346,7 @@ class _Connection:
 def _tls_context(settings: EtcdSettings) -> Any:
     """Return an ssl.SSLContext that accepts the certificate authorities that etcd and its tools accept.
 
-    By default, Python 3.13 refuses one without a key usage, as `openssl req -x509` makes them.
+    By default, Python 3.13 refuses an authority without the key usage extension, as `openssl req -x509` makes them.
     """
     import ssl
 
@@ -360,7 +360,7 @@ def _tls_context(settings: EtcdSettings) -> Any:
 
 
 def _children(client: etcd.Client, path: str) -> tuple[list[str], list[str]]:
-    """Return the keys that are directly in a directory, and the directories that are."""
+    """Return the keys that are directly in a directory, and the directories directly in it, as full paths."""
     import etcd
 
     result = client.read(path, quorum=True)
@@ -371,7 +371,7 @@ def _children(client: etcd.Client, path: str) -> tuple[list[str], list[str]]:
 
 
 def _child_keys(client: etcd.Client, path: str) -> list[str]:
-    """Return the keys and directories that are directly in a directory.
+    """Return the keys and directories that are directly in a directory, as full paths.
 
     etcd sends the values along; the blocks of a /16 would fill some 80 MiB if read as one document. So the answer is
     searched for keys while it arrives: every quote in a value is escaped, so no value looks like a key.
@@ -401,8 +401,8 @@ def _child_keys(client: etcd.Client, path: str) -> list[str]:
 def _poll_for_change(client: etcd.Client, path: str, revision: int, seconds: float) -> tuple[list[Change], int]:
     """Wait for a change as python-etcd does, but read the response headers, which arrive at once, before the change.
 
-    They have the revision up to which nothing has changed here. Without it, a watch of a quiet directory would fall
-    behind the history that the store keeps, which the changes of busy directories fill.
+    The headers have the revision that the store had reached when the poll began. Without this revision, a watch of a
+    quiet directory would fall behind the history that the store keeps, which the changes of busy directories fill.
     """
     import etcd
 
@@ -485,7 +485,7 @@ def _entry(result: etcd.EtcdResult) -> Entry:
 
 
 def _cause(error: Any) -> BaseException:
-    """Return the error of urllib3 or the system that made a request fail."""
+    """Return the error of urllib3 or of the operating system that made a request fail."""
     import etcd
 
     cause = error.cause if isinstance(error, etcd.EtcdConnectionFailed) else error

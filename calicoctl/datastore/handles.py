@@ -1,4 +1,4 @@
-"""Handles: how many addresses of which blocks each workload holds, so that they are found without reading all blocks.
+"""Handles: how many addresses of which blocks each workload holds, to find these addresses without reading all blocks.
 
 The blocks are right where a handle's counts differ from them. So a count goes up before its block is written, and down
 afterwards; whatever a crash leaves in between, the handle names every block that it has an address in.
@@ -49,7 +49,7 @@ class Handles:
         return {**totals, **{keys.last(error.key): None for error in invalid}}
 
     def held_in(self, handle: str, cidr: str) -> int:
-        """Return how many addresses of a block a handle holds, by the block."""
+        """Return how many addresses of a block (by CIDR) a handle holds, as the block says."""
         entry = self._store.get(keys.ipam_block(version_of(cidr), cidr))
         return 0 if entry is None else Block.from_entry(entry).count(handle)
 
@@ -57,7 +57,8 @@ class Handles:
         """Set a handle's counts to what the blocks that it names hold, or to what is `planned` for some blocks.
 
         `planned` maps a block's CIDR to the count that it is about to have. A handle without addresses is deleted.
-        Returns the handle as it now stands in the store. Raises Conflict when other writers change it all the time.
+        Returns the handle's entry as it now stands, None for a deleted one. Raises Conflict when other writers change
+        it all the time.
         """
         planned = planned or {}
         key = keys.ipam_handle(handle)

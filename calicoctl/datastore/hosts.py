@@ -1,4 +1,4 @@
-"""The registration of hosts: names and addresses. Knows no workloads and no kernel."""
+"""The registration of hosts: names, addresses and AS numbers. Does not access the kernel."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def hostname() -> str:
 
 
 def check_hostname(name: str) -> str:
-    """Return a host's name; raise CalicoError for an invalid one."""
+    """Return `name`, a host's name; raise CalicoError for an invalid one."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,252}", name, re.ASCII):
         raise CalicoError(
             f"the host name '{name}' cannot be used: it must have letters, digits, '_', '.' and '-', with a letter or "
@@ -43,11 +43,11 @@ def check_hostname(name: str) -> str:
 
 @dataclass
 class HostSummary:
-    """What the store has about one host; texts as they stand there, None for what is missing.
+    """What the store has about one host: texts as they stand in the store, None for what is missing.
 
-    `agent` is "up", "starting" until the first snapshot is in the kernel, or "down"; `reported` is the time of its last
-    heartbeat, None while it is down. `endpoints` counts the host's records by the status that the agent has reported:
-    "up", "down", "error", or "unknown" for none, which all are while it is down.
+    `agent` is "up", "starting" until the first snapshot is in the kernel, or "down"; `reported` is the time (ISO 8601)
+    of the agent's last heartbeat, None while the agent is down. `endpoints` counts the host's endpoints by the status
+    that the agent has reported: "up", "down", "error", or "unknown". All are "unknown" unless the agent is "up".
     """
 
     name: str
@@ -67,7 +67,7 @@ class Hosts:
         self._store = store
 
     def is_registered(self) -> bool:
-        """Return whether the store has anything about this host."""
+        """Return whether the store has any address, setting or endpoint of this host."""
         directories = (keys.host(self.host), keys.bgp_host(self.host))
         return any(self._store.exists(directory) for directory in directories)
 
@@ -111,7 +111,7 @@ class Hosts:
     def addresses(self, version: int | None = None) -> dict[str, str]:
         """Return canonical address -> host, for all registered hosts; with `version`, for that IP version only.
 
-        Where this host and another one have the same address, the other one is returned.
+        An address of both this host and another one maps to the other one.
         """
         from calicoctl.addresses import parse_address
 
@@ -144,9 +144,9 @@ class Hosts:
             self._store.check_writable(key)
 
     def unregister(self) -> bool:
-        """Delete this host's keys and release its block affinities; addresses in use stay allocated.
+        """Delete this host's keys and release its block affinities; addresses in use stay assigned.
 
-        Returns whether there was anything of it.
+        Returns whether there was any such key or affinity.
         """
         from calicoctl.datastore.ipam import Ipam
 
@@ -162,7 +162,7 @@ class Hosts:
         return found
 
     def register(self, ipv4: str | None, ipv6: str | None, as_num: str | None) -> None:
-        """Write missing global configuration, then this host's keys; `marker`, which old tools wait for, comes last."""
+        """Write missing global settings, then this host's keys; `marker`, which old tools wait for, comes last."""
         for setting in config.WRITTEN:
             create_if_missing(self._store, keys.config(setting.name), str(setting.default))
         create_if_missing(self._store, keys.BGP_AS_NUM, DEFAULT_AS_NUMBER)
@@ -218,7 +218,7 @@ class Hosts:
 
 
 def _fields(text: str) -> dict[str, Any]:
-    """Return the fields of a status, none for one that is invalid: other agents write them, too."""
+    """Return the fields of a status (JSON text), none for an invalid one: other agents write statuses, too."""
     try:
         return load_object(text, "")
     except InvalidValue:

@@ -1,8 +1,8 @@
-"""Allocates addresses to workloads, and releases them: chooses blocks, and writes blocks, affinities and handles.
+"""Assigns addresses to workloads, and releases them: chooses blocks, and writes blocks, affinities and handles.
 
 Every change of a key is a compare-and-swap on what was read, retried a bounded number of times. The order of writes
-is such that a crash at any point leaks no address: a handle's count goes up before an address is allocated in the block
-and down after it is released there, and it is recounted from the blocks before it is changed.
+is such that a crash at any point leaks no address: a handle's count goes up before an address is assigned in the block
+and down after the address is released there, and a handle is recounted from the blocks before it is changed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 class Ipam:
-    """Allocates and releases addresses on behalf of one host."""
+    """Assigns and releases addresses on behalf of one host."""
 
     def __init__(self, store: Store, host: str) -> None:
         self.handles = Handles(store)
@@ -51,7 +51,7 @@ class Ipam:
     def blocks(self, version: int, network: IPNetwork | None = None) -> Iterator[Block]:
         """Yield the blocks of an IP version, or those with addresses of a network, by address.
 
-        One is read after the other: a /16 has a thousand blocks. Raises InvalidValue for an invalid one.
+        The blocks are read one by one, since a /16 has a thousand. Raises InvalidValue for an invalid one.
         """
         for first in sorted(first_addresses(self._store.names(keys.ipam_blocks(version)))):
             if network is None or (first <= network.last and first + BLOCK_SIZE > network.first):
@@ -60,7 +60,7 @@ class Ipam:
                     yield Block.from_entry(entry)
 
     def all_blocks(self, version: int) -> Iterator[Block | InvalidValue]:
-        """Yield the valid blocks of an IP version, and an error for each invalid one; reads one after the other."""
+        """Yield the valid blocks of an IP version, and an error for each invalid one; reads them one by one."""
         for name in self._store.names(keys.ipam_blocks(version)):
             try:
                 entry = self._store.get(f"{keys.ipam_blocks(version)}/{name}")
@@ -73,7 +73,7 @@ class Ipam:
                 yield error
 
     def block_of(self, address: IPAddress) -> Block | None:
-        """Return the block that an address is in, None where it does not exist; raise InvalidValue."""
+        """Return the block that an address is in, None where that block does not exist; raise InvalidValue."""
         entry = self._store.get(block_key(address))
         return None if entry is None else Block.from_entry(entry)
 
@@ -84,7 +84,7 @@ class Ipam:
         return block_cidr(version, first)
 
     def used_in(self, network: IPNetwork) -> list[IPAddress]:
-        """Return the allocated addresses of a network, in order."""
+        """Return the assigned addresses of a network, in order."""
         return [
             block.address(ordinal)
             for block in self.blocks(network.version, network)
@@ -93,10 +93,11 @@ class Ipam:
         ]
 
     def held_by(self, handle: str) -> dict[IPAddress, Owner] | None:
-        """Return address -> owner for what `handle` holds on this host, None when there is no such handle.
+        """Return address -> owner for what `handle` holds on this host; None when there is no such handle on this host.
 
         Two hosts may have namespaces of the same path, and so the same handle; the owner's attributes name the host.
-        Wrong counts that an interrupted command left are corrected, so the caller must hold the workload's lock.
+        A handle without any address is deleted, and the result is empty. Wrong counts that an interrupted command left
+        are corrected, so the caller must hold the workload's lock.
         """
         entry = self._store.get(keys.ipam_handle(handle))
         if entry is None:
@@ -119,7 +120,7 @@ class Ipam:
         return held or None
 
     def recount(self, handle: str, blocks: Iterable[str]) -> None:
-        """Set a handle's counts to what is held, in the blocks that it names and in `blocks` (CIDRs)."""
+        """Set a handle's counts to how many addresses it holds, in the blocks that it names and in `blocks` (CIDRs)."""
         self.handles.recount(handle, {cidr: self.handles.held_in(handle, cidr) for cidr in blocks})
 
     def repair_free_list(self, version: int, cidr: str) -> None:
@@ -133,7 +134,7 @@ class Ipam:
         modify(self._store, key, f"block {cidr} no longer exists", text_of)
 
     def assign(self, address: IPAddress, owner: Owner) -> None:
-        """Allocate `address` to `owner`. Idempotent for the same owner.
+        """Assign `address` to `owner`. Idempotent for the same owner.
 
         Raises AddressTaken when another owner has it, CalicoError when its block has strict affinity to another host,
         Conflict when other writers change its block all the time.
@@ -146,9 +147,9 @@ class Ipam:
     def auto_assign(
         self, count: int, pools: list[Pool], owner: Owner, reserved: Reserved | None = None
     ) -> list[IPAddress]:
-        """Allocate up to `count` free addresses of `pools` (of one IP version) to `owner`; return them.
+        """Assign up to `count` free addresses of `pools` (of one IP version) to `owner`; return them.
 
-        Tried are, in order, blocks with affinity to this host, new blocks, which this host claims, and other hosts'
+        Tries, in order, blocks with affinity to this host, new blocks, which this host claims, and other hosts'
         blocks. Addresses that are `reserved`, or of a network that this host is connected to, are left out, and no
         block with addresses of such a network is claimed.
         """
@@ -169,9 +170,9 @@ class Ipam:
         return found
 
     def release(self, addresses: Iterable[IPAddress], holders: set[str | None] | None = None) -> list[IPAddress]:
-        """Release addresses; return those that were not allocated.
+        """Release addresses; return those that were not assigned.
 
-        With `holders`, release only what one of these handles holds (None: no handle); others count as not allocated.
+        With `holders`, release only what one of these handles holds (None: no handle); others count as not assigned.
         """
         by_block: dict[tuple[int, int], set[int]] = {}
         for address in addresses:
@@ -186,7 +187,7 @@ class Ipam:
         return missing
 
     def release_by_handle(self, handle: str) -> list[IPAddress]:
-        """Release all addresses that `handle` holds on this host, and the handle if none is left; return them."""
+        """Release all addresses that `handle` holds on this host; return them. An empty handle is deleted."""
         held = list(self.held_by(handle) or ())
         self.release(held, {handle})
         self.handles.recount(handle)
@@ -204,7 +205,7 @@ class Ipam:
             modify(self._store, key, f"etcd key {key} no longer exists", renamed)
 
     def workloads(self, name: str | None = None) -> set[tuple[str, str]]:
-        """Return the workloads, as (orchestrator, id), that hold addresses on this host by their own handles.
+        """Return the workloads, as (orchestrator, id), that hold addresses on this host by a handle `orchestrator.id`.
 
         With a `name`, only those that were connected under that name.
         """
@@ -218,21 +219,21 @@ class Ipam:
         return found
 
     def interfaces(self) -> set[str]:
-        """Return the interfaces of this host's endpoints that hold addresses, with or without a record."""
+        """Return the interfaces' names of this host's endpoints that hold addresses, even of those without a record."""
         owners = [owner.secondary for _, owner in self._held() if owner.secondary.get("host") == self._host]
         return {EndpointId("", "", "", str(facts.get("endpoint"))).interface for facts in owners}
 
     def _held(self) -> Iterator[tuple[IPAddress, Owner]]:
-        """Yield all allocated addresses with their owners, of all valid blocks."""
+        """Yield all assigned addresses with their owners, of all valid blocks."""
         for version in (4, 6):
             for block in self.all_blocks(version):
                 if isinstance(block, Block):
                     yield from ((block.address(ordinal), owner) for ordinal, owner in block.held())
 
     def release_affinities(self) -> bool:
-        """Release this host's affinities: empty blocks are deleted, the others have no affinity any more.
+        """Release this host's affinities: empty blocks are deleted, the others lose their affinity.
 
-        Returns whether there were any.
+        Returns whether there were any affinities.
         """
         found = False
         for version in (4, 6):
@@ -269,9 +270,10 @@ class Ipam:
     def _candidates(
         self, ranges: list[tuple[int, int, int]], networks: Iterable[Network]
     ) -> Iterator[tuple[int, int, bool]]:
-        """Yield (IP version, first address, whether to claim it) of blocks to allocate from, best first.
+        """Yield (IP version, first address, whether to claim the block) of blocks to assign addresses of, best first.
 
-        `ranges` are (IP version, first address, last address). Blocks with addresses of `networks` are not claimed.
+        `ranges` are (IP version, first address, last address); all addresses are numbers. Blocks with addresses of
+        `networks` are not claimed.
         """
         version = ranges[0][0] if ranges else 4
 
@@ -304,11 +306,11 @@ class Ipam:
     def _allocate(
         self, version: int, first: int, owner: Owner, ordinals: list[int], count: int, claim: bool, exact: bool = False
     ) -> list[IPAddress]:
-        """Allocate up to `count` free addresses of a block, out of these ordinals; return them.
+        """Assign up to `count` free addresses of a block, out of these ordinals; return the addresses.
 
         With `claim`, a block that does not exist is created, with affinity to this host, and one that turns out to be
-        another host's is skipped. With `exact`, another host's block is used, too, and what this owner has already
-        counts as newly allocated.
+        another host's is skipped. With `exact`, another host's block is used, too, and an address that the owner has
+        already counts as newly assigned.
         """
         cidr = block_cidr(version, first)
         key = keys.ipam_block(version, cidr)
@@ -361,7 +363,7 @@ class Ipam:
 
     @contextmanager
     def _recount_on_failure(self, owner: Owner) -> Iterator[None]:
-        """Recount the owner's handle when the body of `with` fails: its count may have gone up already."""
+        """Recount the owner's handle when the body of `with` fails: a count may have gone up for no address."""
         try:
             yield
         except BaseException:  # KeyboardInterrupt included
@@ -381,7 +383,7 @@ class Ipam:
     def _release_in_block(
         self, version: int, first: int, ordinals: set[int], holders: set[str | None] | None
     ) -> tuple[set[int], set[str]]:
-        """Release addresses of one block; return the released ordinals, and the handles that had held them."""
+        """Release addresses of one block; return the released ordinals, and the handles that held them."""
         key = keys.ipam_block(version, block_cidr(version, first))
         released: set[int] = set()
         handles: set[str] = set()
@@ -410,7 +412,7 @@ class Ipam:
 
 
 def _strict_refusal(block: Block, ordinal: int) -> str:
-    """Return why this host cannot allocate from another host's block."""
+    """Return why this host cannot assign an address of another host's block."""
     whose = f"of {block.affinity.replace(':', ' ', 1)}" if block.affinity else "of no host"
     return (
         f"IP {block.address(ordinal)} is in the block {block.cidr} {whose}, which no other host takes addresses from "
@@ -419,7 +421,7 @@ def _strict_refusal(block: Block, ordinal: int) -> str:
 
 
 def _range(pool: Pool) -> tuple[int, int, int]:
-    """Return version, first and last address of a pool."""
+    """Return IP version, first and last address (as numbers) of a pool."""
     from netaddr.ip import IPNetwork
 
     network = IPNetwork(pool.cidr)

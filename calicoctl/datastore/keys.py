@@ -1,4 +1,4 @@
-"""The keys of the store, and what they identify. Knows no values and no etcd.
+"""The keys of the store, and what they identify. Handles no values, and uses no backend.
 
 The layout is a contract with the Calico programs of 2015: see docs/datamodel.md.
 """
@@ -20,7 +20,7 @@ BGP_AS_NUM = f"{BGP_GLOBAL}/as_num"
 BGP_NODE_MESH = f"{BGP_GLOBAL}/node_mesh"
 
 INTERFACE_PREFIX = "cali"
-"""What the names of the endpoints' interfaces on their hosts begin with, and no other interface's."""
+"""The prefix of the names of the endpoints' interfaces on their hosts. No other interface's name may begin with it."""
 
 
 @dataclass(frozen=True)
@@ -193,8 +193,8 @@ def felix_endpoint(id: EndpointId) -> str:
 def implied_directories(key: str) -> list[str]:
     """Return the directories, deepest first, that a delete of the key removes where it leaves them empty.
 
-    For an endpoint and its status, these are the directories of the workload. All others stay: the programs of 2015
-    expect them. Matters to stores with directories of their own (etcd's v2 API).
+    For an endpoint and its status, these are the directories of the workload. All other directories stay: the programs
+    of 2015 expect them. Matters to stores with directories of their own (etcd's v2 API).
     """
     id, levels = parse_endpoint(key), 2
     if id is None:

@@ -1,9 +1,9 @@
-"""Failover over the members of a cluster, and writes whose outcome is unknown. Shared by all backends; knows no API.
+"""Failover over the members of a cluster, and writes whose outcome is unknown. Shared by all backends.
 
 A backend gives `Members` a connection per member. A connection reports a request without an answer as NotSent,
-Unanswered or ConnectionLost; everything else that it raises is an answer, and goes to the caller. A request is sent to
-one member after the other until one answers, so one dead member stops nothing. A write that may have been applied is
-never sent again before the key was read: the verdicts below (`created`, `updated`, `deleted`) decide by what it holds.
+Unanswered or ConnectionLost; any other exception is an answer, and goes to the caller. A request that did not reach a
+member goes to the next one, so one dead member stops nothing. A write that may have been applied is sent again only
+after its key was read: a verdict (`created`, `updated` or `deleted` below) decides by the key's entry.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ T = TypeVar("T")
 C = TypeVar("C")
 
 Verdict = Callable[["Entry | None"], "Entry | None"]
-"""Takes the entry that a key has after a write whose outcome is unknown, None for none. Returns the entry as written
-when the write was applied, None when it was not and may be sent again; raises KeyExists or CompareFailed when another
-writer changed the key, so that it cannot be known."""
+"""Takes the entry (None: no key) that is found after a write of unknown outcome. Returns the entry as written when the
+write was applied, None when the write was not applied and may be sent again. Raises KeyExists or CompareFailed when
+another writer changed the key, so that the outcome stays unknown."""
 
 
 class RequestFailed(Exception):
@@ -49,13 +49,13 @@ class ConnectionLost(Unanswered):
 
 
 class Deadline:
-    """How long a request that gets no answer is sent again: `seconds` from now."""
+    """The time, `seconds` from now, until which a request without an answer is sent again."""
 
     def __init__(self, seconds: float) -> None:
         self._end = time.monotonic() + seconds
 
     def backoff(self, failure: Unanswered) -> None:
-        """Wait a random while before the next attempt; raise StoreUnavailable when the time is over."""
+        """Wait a random while before the next attempt; raise StoreUnavailable when the deadline is over."""
         if time.monotonic() > self._end:
             raise StoreUnavailable(f"etcd cannot do what was asked: {failure}; try again later")
         time.sleep(random.uniform(0.1, 0.3))
@@ -118,8 +118,9 @@ class Members(Generic[C]):
     def write(self, send: Callable[[C], Entry], read: Callable[[], Entry | None], verdict: Verdict) -> Entry:
         """Send a conditional write until its outcome is known; return the entry as it was written.
 
-        `send` raises KeyExists or CompareFailed when its condition is not met. Where an earlier attempt may have been
-        applied, the condition may have failed because of that very attempt: then, too, `read` and `verdict` decide.
+        `send` raises KeyExists or CompareFailed when the write's condition is not met. If an earlier attempt may have
+        been applied, that attempt may be the reason: then, as without an answer, `verdict` decides on what `read`
+        returns.
         """
         deadline = Deadline(self._patience)
         doubtful = False
@@ -150,7 +151,7 @@ class Members(Generic[C]):
         self._order.append(member)
 
     def _mismatch(self, member: Member, failure: RequestFailed) -> str | None:
-        """Return which other protocol a server speaks that has never answered; None where that is not the reason."""
+        """Return a text on the other protocol that a member speaks, None where that is not why it failed."""
         if member in self._answered or not failure.garbled:
             return None
         from calicoctl.datastore import probe
@@ -159,7 +160,7 @@ class Members(Generic[C]):
 
 
 def created(key: str, value: str) -> Verdict:
-    """Return the verdict on a write that creates a key."""
+    """Return the function that decides whether a write of unknown outcome created a key."""
 
     def verdict(now: Entry | None) -> Entry | None:
         if now is not None and now.value != value:
@@ -170,7 +171,7 @@ def created(key: str, value: str) -> Verdict:
 
 
 def updated(entry: Entry, value: str) -> Verdict:
-    """Return the verdict on a write of a new value over an entry."""
+    """Return the function that decides whether a write of unknown outcome put a new value over an entry."""
 
     def verdict(now: Entry | None) -> Entry | None:
         if now is not None and now.revision == entry.revision:
@@ -183,7 +184,7 @@ def updated(entry: Entry, value: str) -> Verdict:
 
 
 def deleted(entry: Entry) -> Verdict:
-    """Return the verdict on a delete of an entry."""
+    """Return the function that decides whether a delete of unknown outcome deleted an entry."""
 
     def verdict(now: Entry | None) -> Entry | None:
         if now is None:

@@ -65,7 +65,7 @@ def _is_strings(value: Any) -> bool:
 class Endpoint:
     """One interface of a workload.
 
-    `name` is the host's end of the veth pair; nets are `address/32` or `address/128`; gateways are the host's
+    `name` is that of the host's end of the veth pair; nets are `address/32` or `address/128`; gateways are the host's
     addresses, the workload's next hops. `profile_ids` is in order of evaluation. `inactive_since` is when the workload
     was found stopped (ISO 8601, UTC), `workload_name` the name of the Docker container; old tools drop both.
     """
@@ -116,7 +116,7 @@ class Endpoint:
         return cls(id=id, extra=data, **known)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the record as JSON in the store."""
+        """Return the record as the JSON object in the store."""
         return {
             "state": self.state,
             "name": self.name,
@@ -161,7 +161,7 @@ class Endpoint:
 class Rule:
     """One rule of a profile. All conditions are optional and ANDed; see docs/datamodel.md for what they mean.
 
-    Ports are numbers or `"first:last"`. `extra` has unknown fields.
+    `protocol` is a name or a number, a net a CIDR, a port a number or `"first:last"`. `extra` has unknown fields.
     """
 
     action: str = "allow"
@@ -202,7 +202,7 @@ class Rules:
 
     @classmethod
     def default(cls, profile: str) -> Rules:
-        """Return the rules of a new profile: allow from its own members, and to anywhere."""
+        """Return the rules of a new profile: allow from endpoints with the profile's own tag, and to anywhere."""
         return cls(profile, inbound=[Rule(src_tag=profile)], outbound=[Rule()])
 
     @classmethod
@@ -233,7 +233,7 @@ class Rules:
 
 @dataclass
 class Pool:
-    """A range that addresses are allocated from. `cidr` is canonical; `ipip` names the IP-in-IP device, if any."""
+    """A range that addresses are assigned from. `cidr` is canonical; `ipip` names the IP-in-IP device, if any."""
 
     cidr: str
     ipip: str | None = None
@@ -254,7 +254,7 @@ class Pool:
         return cls(cidr, data.pop("ipip", None) or None, bool(data.pop("masquerade", False)), data)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the pool as JSON in the store; options that are off are left out."""
+        """Return the pool as the JSON object in the store; options that are off are left out."""
         options: dict[str, Any] = {}
         if self.ipip:
             options["ipip"] = self.ipip
@@ -268,7 +268,7 @@ class Pool:
 
 @dataclass
 class Peer:
-    """A BGP peer of hosts. `ip` is canonical, `as_num` decimal (asplain, RFC 5396)."""
+    """A BGP peer of hosts. `ip` is canonical, `as_num` decimal text (asplain, RFC 5396)."""
 
     ip: str
     as_num: str
@@ -289,7 +289,7 @@ class Peer:
         return cls(ip, as_num, data)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the peer as JSON in the store."""
+        """Return the peer as the JSON object in the store."""
         return {"ip": self.ip, "as_num": self.as_num, **self.extra}
 
     def to_json(self) -> str:

@@ -1,4 +1,4 @@
-"""Which protocol a server speaks that does not answer as etcd: TLS, plain HTTP, or gRPC only. For error messages.
+"""Finds out, for error messages, what a server that does not answer as etcd speaks: TLS, plain HTTP, or gRPC only.
 
 Source: RFC 9113, 3.4 and 6.5: an HTTP/2 server opens with a SETTINGS frame, also when the client speaks HTTP/1.1.
 """
@@ -16,7 +16,7 @@ _SETTINGS_FRAME = 4
 
 
 def mismatch(scheme: str, host: str, port: int) -> str | None:
-    """Return which protocol a server speaks instead of `scheme` (http or https), and the remedy; None if unknown."""
+    """Return in words what a server speaks instead of `scheme` (http or https), and the remedy; None if unknown."""
     host = host.strip("[]")
     if scheme == "https":
         if _first_bytes(host, port).startswith(b"HTTP/"):

@@ -1,9 +1,9 @@
-"""Addresses that workloads on a host must not have, and networks that none is allocated from automatically.
+"""Addresses that workloads on a host must not have, and networks that no address is assigned from automatically.
 
 The host's own addresses, its gateways, and the addresses of registered hosts must not be routed to a workload. In a
 network that the host is connected to, other machines use addresses that IPAM does not know, so an address of it must be
 requested explicitly. Pure data: host_network.py reads the kernel, hosts.py the registrations. IPAM and the agent's
-routes use it.
+routes use this module.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from calicoctl.datastore.keys import INTERFACE_PREFIX
 
 @dataclass(frozen=True)
 class Network:
-    """The network with the first address `first` and the prefix length `length`, behind an interface of the host."""
+    """The network with the first address `first` (a number) and a prefix length, behind an interface of the host."""
 
     version: int
     first: int
@@ -66,7 +66,7 @@ class InterfaceAddress:
     """An address of one of the host's interfaces, and its network as the kernel sees it.
 
     `network` is an address in that network: the peer's on a point-to-point link, else the address itself. `length` is
-    its prefix length.
+    the network's prefix length.
     """
 
     address: str
@@ -98,7 +98,7 @@ class HostNetwork:
         local: Iterable[tuple[str, int]] = (),
         on_link: Iterable[tuple[str, int, str]] = (),
     ) -> HostNetwork:
-        """Derive this from a host's addresses and routes.
+        """Derive a HostNetwork from a host's addresses and routes.
 
         `gateways` are the next hops of routes (address, interface); `local` networks all of whose addresses are the
         host's (address, prefix length), as local routes have it; `on_link` networks (address, prefix length, interface)
@@ -173,7 +173,7 @@ class Reserved:
     host: str = ""
 
     def user(self, address: str) -> str | None:
-        """Return which host uses an address, such as `this host's own address (on eth0)`, None for none."""
+        """Return in words which host uses an address, such as `this host's own address (on eth0)`; or None."""
         host = self.registered.get(address)
         known = self.network.has(address)
         if known is not None or host is None:
@@ -181,11 +181,11 @@ class Reserved:
         return "this host's own address (it is registered with it)" if host == self.host else f"that of host {host}"
 
     def refusal(self, address: str) -> str | None:
-        """Return why no workload may have an address, None where one may."""
+        """Return in words why no workload may have an address; None if a workload may."""
         return self.user(address) or self.network.unfit.get(address)
 
     def is_free_for_any(self, version: int, number: int) -> bool:
-        """Return whether an address may be allocated to a workload that did not request it explicitly."""
+        """Return whether an address (a number) may be assigned to a workload that did not request it explicitly."""
         if any(network.has(version, number) for network in self.network.networks):
             return False
         return self.refusal(Network(version, number, BITS[version]).address(number)) is None

@@ -21,8 +21,8 @@ DEFAULT_MEMBERS: tuple[Member, ...] = (("127.0.0.1", 2379),)
 class EtcdSettings:
     """The members of the cluster, and the TLS files (PEM) for connections to them.
 
-    `scheme` is "http" or "https". `is_default` means that the environment names no member: etcd's own port on this host
-    is used.
+    `scheme` is "http" or "https". `is_default` means that the environment names no member, so that port 2379 of this
+    host is used.
     """
 
     scheme: str
@@ -71,10 +71,10 @@ class EtcdSettings:
         return f"{self.scheme}://{member[0]}:{member[1]}"
 
     def local_etcd_hint(self, one: str, local: str, would_do: bool = False) -> str:
-        """Return what `calicoctl node --local-etcd` would do on this host, or an empty text where it would refuse.
+        """Return what `calicoctl node --local-etcd` would do on this host, or an empty text where that would refuse.
 
-        `one` names the etcd that it would start, `local` the one that it would start again. `would_do` is true where
-        it would start one although the environment names a member.
+        `one` names the etcd that the command would start first, `local` the one that it would start again. `would_do`
+        says that the command would start a first one although the environment names a member.
         """
         command = "'calicoctl node --local-etcd'"
         if self.is_default or would_do:
@@ -86,7 +86,7 @@ class EtcdSettings:
 
 
 def _check_tls_files(ca_cert: str | None, cert: str | None, key: str | None) -> None:
-    """Raise StoreError for a file that does not hold what its variable is for."""
+    """Raise StoreError for a file that holds no certificate or key of the kind that its variable is for."""
     import ssl
 
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)

@@ -1,4 +1,4 @@
-"""What a host's agent reports in the store: its heartbeat, and the status of each endpoint. Knows no agent."""
+"""What a host's agent reports in the store: its heartbeat, and the status of each endpoint."""
 
 from __future__ import annotations
 
@@ -21,38 +21,38 @@ class Statuses:
         self._store = store
 
     def of_host(self) -> Entry | None:
-        """Return this host's status, its agent's heartbeat; None when that has expired: no agent is alive."""
+        """Return this host's status, its agent's heartbeat; None when the status has expired: no agent is alive."""
         return self._store.get(keys.felix_status(self.host))
 
     def write_host(self, status: dict[str, object], ttl: int, before: Entry | None) -> Entry:
-        """Write this host's status over `before`, None for none; it expires after `ttl` seconds.
+        """Write this host's status over the entry `before`, or a new one for None; it expires after `ttl` seconds.
 
-        Raises KeyExists or CompareFailed when another agent has written it, or it has expired, since `before` was read.
+        Raises KeyExists or CompareFailed when the status was written or has expired since `before` was read.
         """
         if before is None:
             return self._store.create(keys.felix_status(self.host), json.dumps(status), ttl)
         return self._store.update(before, json.dumps(status), ttl)
 
     def remove_host(self, before: Entry) -> None:
-        """Delete this host's status, unless another agent has written it since `before` was read."""
+        """Delete this host's status, unless another agent has written one since `before` was read."""
         with suppress(CompareFailed):
             self._store.delete(before)
 
     def report_endpoint(self, id: EndpointId, status: str | None) -> None:
-        """Write the status (JSON) of an endpoint of this host, or delete it for None."""
+        """Write the status (JSON text) of an endpoint of this host, or delete the status for None."""
         if status is not None:
             self._store.put(keys.felix_endpoint(id), status)
         else:
             set_value(self._store, keys.felix_endpoint(id), None)
 
     def of_endpoints(self) -> dict[EndpointId, str]:
-        """Return endpoint -> status, as text, for this host's endpoints."""
+        """Return endpoint -> status (JSON text) for this host's endpoints."""
         entries = self._store.tree(keys.felix_host(self.host))
         found = ((keys.parse_felix_endpoint(entry.key), entry.value) for entry in entries)
         return {id: value for id, value in found if id is not None}
 
     def of_endpoint(self, id: EndpointId) -> dict[str, Any] | None:
-        """Return the status of an endpoint, None where there is none or it is invalid."""
+        """Return the status of an endpoint, None where the status is missing or invalid."""
         key = keys.felix_endpoint(id)
         entry = self._store.get(key)
         try:

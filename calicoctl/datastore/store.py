@@ -1,6 +1,6 @@
-"""The protocol of the store: what the layers above need of it, and writes by compare-and-swap on top of that.
+"""The interface of the store (`Store`), which each backend implements, and writes by compare-and-swap on top of it.
 
-Knows no backend, no API and no Calico. backends.py picks the backend.
+Depends on no backend, and on nothing of Calico's. backends.py picks the backend.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Change:
-    """A key was written (`entry`), or was deleted or has expired (None), and with it all keys below it, if any."""
+    """A key was written (`entry`); or it was deleted or has expired, with all keys below it (`entry` is None)."""
 
     key: str
     entry: Entry | None
@@ -47,10 +47,12 @@ class Watch(Protocol):
     """The changes below a directory, in order and without a gap: an iterator of batches.
 
     A batch is empty when nothing has changed, at the latest after the time that the watch was opened with. A majority
-    of the cluster confirms that, since a member that is partitioned from the others would report nothing either. `next`
-    blocks until there is a batch. It raises WatchExpired when changes may have been missed: the store does not keep
-    them for that long, or was set back, or the connection was lost, after which another store may answer. It raises
-    StoreError when the store cannot be watched. A watch that has raised is closed: take a new snapshot, and open
+    of the cluster confirms an empty batch, since a member that is partitioned from the others would report nothing
+    either.
+
+    `next` blocks until there is a batch. `next` raises WatchExpired when changes may have been missed: the store no
+    longer keeps them, or was restored from a copy, or the connection was lost, after which another store may answer;
+    and StoreError when the store cannot be watched. A watch that has raised is closed: take a new snapshot, and open
     another one from there.
     """
 
@@ -66,15 +68,15 @@ class Store(Protocol):
     """Keys with text values, ordered by a revision that grows with each write of any key.
 
     Keys are paths, such as `/calico/v1/Ready`; a directory is what keys that begin with it and a slash have in common,
-    and exists only through them. Reads return the outcome of all writes that were answered before (linearizable). A
-    write whose answer was lost is looked into until its outcome is known, and never applied twice.
+    and exists only through them. Reads return the outcome of all writes that were answered before (linearizable). After
+    a write whose answer was lost, the key is read until the outcome is known; no write is applied twice.
 
     Every method raises StoreUnavailable when no member of the store answers, StoreError when the store refuses, and
     InvalidValue for a directory where a key is expected or the other way round, on stores that can tell.
     """
 
     def get(self, key: str) -> Entry | None:
-        """Return the entry of `key`, None for none."""
+        """Return the entry of `key`, None if there is no such key."""
 
     def tree(self, directory: str) -> list[Entry]:
         """Return all entries below `directory`, at any depth."""
@@ -92,7 +94,7 @@ class Store(Protocol):
     def create(self, key: str, value: str, ttl: int | None = None) -> Entry:
         """Write `key`, which must not exist; raise KeyExists when it does.
 
-        With `ttl`, it expires after so many seconds unless it is updated; without, never.
+        With `ttl`, the key expires after so many seconds unless it is updated; without, never.
         """
 
     def update(self, entry: Entry, value: str, ttl: int | None = None) -> Entry:
@@ -102,7 +104,7 @@ class Store(Protocol):
         """
 
     def delete(self, entry: Entry) -> None:
-        """Delete `entry`, as it was read; do nothing when it is gone; raise CompareFailed when it was changed since."""
+        """Delete `entry`, as it was read; do nothing when it is gone; raise CompareFailed when it has changed since."""
 
     def remove_tree(self, directory: str) -> None:
         """Delete all keys below `directory`, and the key of that name."""

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Usage:
-    """The numbers of a pool's addresses; `borrowed` are those of the used ones that lie in another host's block.
+    """How many addresses a pool (a CIDR) has; `borrowed` are those used ones that lie in a block of another host.
 
     For the addresses in no pool, `pool`, `addresses` and `free` are None.
     """

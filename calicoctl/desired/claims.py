@@ -1,4 +1,7 @@
-"""The valid endpoints of a host, and which of them claim the same interface or address. Does not decide who has it."""
+"""The valid endpoints of a host, and which of them claim the same interface or address.
+
+snapshot.py decides which of these has the interface or the address.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from calicoctl.desired.local_endpoint import LocalEndpoint
 
 
 class Claims:
-    """The candidates: endpoints that claim their interface and addresses, each of which only one can have."""
+    """The candidates: valid endpoints. Where several of them claim an interface or an address, only one can have it."""
 
     def __init__(self) -> None:
         self.candidates: dict[EndpointId, LocalEndpoint] = {}
@@ -22,7 +25,7 @@ class Claims:
             self._claimants.setdefault(thing, set()).add(candidate.id)
 
     def withdraw(self, id: EndpointId) -> set[EndpointId]:
-        """Remove a candidate, if it is one; return the others that claim the same."""
+        """Remove an endpoint, if it is a candidate; return the others that claim its interface or an address of it."""
         others = set()
         for thing in self.things(id):
             claimants = self._claimants[thing]
@@ -43,7 +46,7 @@ class Claims:
         return self._claimants.get(thing, set())
 
     def rivals(self, ids: Iterable[EndpointId]) -> set[EndpointId]:
-        """Return these endpoints, and the transitive closure of those that claim the same."""
+        """Return these endpoints, and all that share a claim with one of them, directly or through others."""
         found = set(ids)
         unseen = set(found)
         while unseen:

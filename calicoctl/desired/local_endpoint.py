@@ -1,4 +1,4 @@
-"""An endpoint of this host as the data plane needs it: valid values only, in canonical form. Knows no store.
+"""An endpoint of this host as the data plane needs it: valid values only, in canonical form. Reads no store.
 
 Addresses of other hosts' endpoints, which tags refer to, are validated here as well.
 """
@@ -22,7 +22,7 @@ _INTERFACE = re.compile(INTERFACE_PREFIX + r"[A-Za-z0-9_.-]{1,11}", re.ASCII)
 class LocalEndpoint:
     """An active endpoint of this host, validated; `revision` is the revision of its record.
 
-    `addresses` are those that it may use; `conflict` says which of its addresses are left out because a host uses them.
+    `addresses` are those that the workload may use; `conflict` says which ones are left out because a host uses them.
     """
 
     id: EndpointId
@@ -36,14 +36,14 @@ class LocalEndpoint:
 
     @property
     def link_local(self) -> str:
-        """The link-local address that its interface derives from its MAC. Source: RFC 4291, appendix A."""
+        """The link-local address that the workload's interface derives from `mac`. Source: RFC 4291, appendix A."""
         octets = bytes(int(part, 16) for part in self.mac.split(":"))
         identifier = bytes([octets[0] ^ 2]) + octets[1:3] + b"\xff\xfe" + octets[3:]
         return unpack(b"\xfe\x80" + bytes(6) + identifier)
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """All addresses that it may use as source."""
+        """All addresses that the workload may send packets from."""
         return (*self.addresses, self.link_local)
 
     def addresses_of(self, version: int) -> list[str]:

@@ -1,8 +1,8 @@
-"""The desired state: the store as this host sees it, validated, and updated change by change. Knows no kernel.
+"""The desired state: the store as this host sees it, validated, and updated change by change.
 
 An invalid value affects only the object that its key names: the object is left out, and `problems` has the reason. One
-exception: the members of a tag stay as they were last read, since rules of others may deny by it. Users of the
-snapshot call `take_dirty` for the names of what has changed since the last call.
+exception: the members of a tag stay as they were last read, since other profiles' rules may deny by that tag. Users of
+the snapshot call `take_dirty` to learn what has changed since the last call.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from calicoctl.policy.verdict import readable
 INACTIVE = "it is inactive"
 
 GRACE_TIME = int(config.GRACE_TIME.default or 0)
-"""The default, in seconds."""
+"""The default grace time, in seconds."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,9 @@ class Profile:
 
 @dataclass
 class Dirty:
-    """What has changed: endpoints of all hosts, profiles, and whether pools or settings have.
+    """What has changed: which endpoints (of all hosts) and profiles, and whether any pool or setting has.
 
-    `interfaces` are those of this host that an endpoint no longer has.
+    `interfaces` are those of this host that an endpoint gave up, if only to get them back with its new record.
     """
 
     endpoints: set[EndpointId] = field(default_factory=set)
@@ -51,7 +51,7 @@ class Dirty:
     settings: bool = False
 
     def merge(self, other: Dirty) -> None:
-        """Add what another one says has changed."""
+        """Add the changes that `other` has."""
         self.endpoints |= other.endpoints
         self.interfaces |= other.interfaces
         self.profiles |= other.profiles
@@ -93,7 +93,7 @@ class Snapshot:
         self._addresses: dict[str, str] = {}
         """The addresses that hosts are registered with, by key."""
         self._registered: dict[str, str] = {}
-        """The hosts' names, by the same addresses."""
+        """Address -> name of the host that is registered with it."""
 
     def set_network(self, network: HostNetwork) -> None:
         """Update this host's own addresses and networks."""
@@ -130,7 +130,7 @@ class Snapshot:
         return self._owners.get(thing)
 
     def senders(self, address: str) -> list[LocalEndpoint]:
-        """Return the endpoints of this host that may send from an address: one, or several that share a MAC."""
+        """Return this host's endpoints that may send from an address: several may share a link-local address."""
         owner = self._owners.get(address)
         if owner is not None:
             return [owner]
@@ -139,7 +139,7 @@ class Snapshot:
         return [endpoint for endpoint in self.local.values() if endpoint.link_local == address]
 
     def addresses_listed(self) -> dict[tuple[str, str], int]:
-        """Return how many addresses the endpoints of all hosts list, by orchestrator and workload."""
+        """Return (orchestrator, workload) -> how many addresses its endpoints, on all hosts, list."""
         counts: dict[tuple[str, str], int] = {}
         for id, endpoint in self.endpoints.items():
             key = (id.orchestrator, id.workload)
@@ -312,7 +312,7 @@ class Snapshot:
                 self.dirty.endpoints.add(id)
 
     def _validate(self, id: EndpointId) -> None:
-        """Make an endpoint a candidate; raise CalicoError if its record is invalid."""
+        """Make an endpoint a candidate if it has an active record; raise CalicoError if the record is invalid."""
         key = keys.endpoint(id)
         entry = self._entries.get(key)
         if entry is None:
@@ -328,7 +328,7 @@ class Snapshot:
         self._claims.add(validated(endpoint, entry.revision))
 
     def _without_conflicts(self, candidate: LocalEndpoint) -> LocalEndpoint:
-        """Return an endpoint without the addresses that this host, or another registered host, has itself."""
+        """Return an endpoint without those of its addresses that this host or another registered host uses itself."""
         reserved = Reserved(self.network, self._registered, self.host)
         users = {address: reserved.user(address) for address in candidate.addresses}
         conflicts = [f"its address {address} is {user}" for address, user in users.items() if user is not None]
@@ -344,13 +344,13 @@ class Snapshot:
         self.dirty.endpoints.add(id)
 
     def _withdraw(self, id: EndpointId) -> set[EndpointId]:
-        """Forget whether an endpoint is usable; return the other endpoints that claim the same."""
+        """Forget whether an endpoint is usable; return the others that claim its interface or one of its addresses."""
         self._drop(id)
         self.unusable.pop(id, None)
         return self._claims.withdraw(id)
 
     def _drop(self, id: EndpointId) -> None:
-        """Remove an endpoint from the usable ones."""
+        """Remove an endpoint from the usable ones (`local`)."""
         endpoint = self.local.pop(id, None)
         if endpoint is None:
             return

@@ -1,7 +1,7 @@
 """The text of a rule, as users type and read it, and the validation of rules in JSON.
 
-`parse` and `text` are inverse to each other for every rule that an agent can enforce. The text of any other rule says
-why it cannot be enforced, and `parse` does not accept it.
+`parse` and `text` are inverse to each other for every rule that an agent can enforce and a packet can match. The text
+of any other rule ends with the reason, and `parse` does not accept that text.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ LONGEST_NEW_NAME = 39
 
 
 def check_name(name: str, what: str) -> str:
-    """Return the name of a new profile or tag; raise CalicoError when it is not allowed.
+    """Return the name of a new profile or tag (`what`); raise CalicoError when the name is not allowed.
 
-    A profile's name must not begin with '_': etcd hides such keys, and nothing would list it.
+    A profile's name must not begin with '_': etcd hides such keys, and no command would list the profile.
     """
     if what == "profile" and name.startswith("_"):
         raise CalicoError(f"'{name}' is not a valid profile name: etcd hides what begins with '_'")
@@ -65,16 +65,16 @@ def check_name(name: str, what: str) -> str:
 
 
 def check_tag(name: str) -> str:
-    """Return the name of a tag in a rule, which other tools may have made longer than ours; raise CalicoError."""
+    """Return the name of a tag in a rule, of any length, since other tools allow longer ones; raise CalicoError."""
     if not re.fullmatch(_NAME, name, re.ASCII):
         raise CalicoError(f"'{name}' is not a valid tag name: it must have letters, digits, '_', '.' and '-'")
     return name
 
 
 def parse(words: Sequence[str], is_new: bool = True) -> Rule:
-    """Parse a rule from the words of a command line.
+    """Parse a rule from the words of a command line, or from one word that is a JSON object (see `check_rule`).
 
-    A rule that is not new may have tags whose names are not allowed for new ones, and may match no packet.
+    Unless `is_new`, a rule may match no packet, and its words may name tags that new rules may not name.
     Raises UsageError for words that are out of place, CalicoError for values that are not allowed.
     """
     if len(words) == 1 and words[0].startswith("{"):
@@ -225,7 +225,7 @@ def _text(value: Any, name: str) -> str:
 
 
 def check_rules(profile: str, text: str) -> Rules:
-    """Return the rules in a user's JSON for `profile`; raise CalicoError when anything in it is invalid."""
+    """Parse a user's JSON (`text`) as the rules of `profile`; raise CalicoError when anything in it is invalid."""
     try:
         data = json.loads(text)
     except ValueError as error:
@@ -299,9 +299,10 @@ def _check_versions(rule: Rule) -> None:
 
 
 def text(rule: Rule) -> str:
-    """Return a rule's text, which `parse` accepts.
+    """Return a rule's text, as users type it.
 
-    If an agent cannot enforce the rule, or no packet can match it, the text ends with the reason in brackets.
+    If an agent cannot enforce the rule, or no packet can match it, the text ends with the reason in brackets, and
+    `parse` does not accept it.
     """
     try:
         sound = check_rule(rule.to_dict(), must_match=False)

@@ -1,4 +1,4 @@
-"""Evaluates a profile's rules: the verdict for one packet. Knows no kernel and no store.
+"""Evaluates a profile's rules: the verdict for one packet. Reads neither the kernel nor the store.
 
 This is the only evaluation in Python. `felix/dataplane/ruleset.py` expresses the same in nftables; tests compare the
 two with real packets.
@@ -20,7 +20,7 @@ HOST_ICMPV6_TYPES = (130, 131, 132, 133, 135, 136)
 """Multicast listener messages, router solicitations, and both neighbor messages. Source: RFC 4443, 2710, 4861."""
 
 TagContains = Callable[[str, str], bool]
-"""Returns whether an address (the second) belongs to a tag (the first)."""
+"""Takes a tag and a canonical address; returns whether the address is that of an endpoint with the tag."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,10 @@ class Packet:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a packet passes, and what decided: a rule (numbered from 1) of a profile, a profile, or neither."""
+    """Whether a packet passes, and what decided: a rule of a profile, a profile alone, or neither.
+
+    `rule` is a number from 1. A profile without `rule` is missing or has invalid rules; without both, no rule matches.
+    """
 
     allowed: bool
     profile: str | None = None
@@ -120,7 +123,7 @@ def is_host_service(packet: Packet) -> bool:
 
 
 def port_ranges(ports: Sequence[int | str]) -> list[tuple[int, int]]:
-    """Return a rule's ports as inclusive ranges, sorted and without overlap."""
+    """Return a rule's ports as ranges (first, last), both included, sorted and without overlap."""
     merged: list[tuple[int, int]] = []
     for low, high in sorted(_range(port) for port in ports):
         if merged and low <= merged[-1][1] + 1:
