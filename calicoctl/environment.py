@@ -102,7 +102,7 @@ class EnvironmentFile:
         self._replace(f"{_BEGIN}{made}\n{lines}{_END}\n{_OWN_LINES.sub('', text)}")
 
     def remove_own(self) -> None:
-        """Remove calicoctl's own lines, and the file if calicoctl created it for them alone. Raises CalicoError."""
+        """Remove calicoctl's own lines, and the file if calicoctl made it and nothing is left. Raises CalicoError."""
         text = self._text()
         found = _OWN_LINES.search(text)
         if found is None:

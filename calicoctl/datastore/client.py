@@ -243,7 +243,10 @@ class DatastoreClient:
             raise NotFound(_no_profile(name))
 
     def create_profile(self, name: str) -> bool:
-        """Create a profile with default tag and rules, or what one lacks of these; return whether any was written."""
+        """Create a profile with its default tag and rules; return whether anything was written.
+
+        Of an existing profile, writes only the tags or rules that are missing.
+        """
         tags = create_if_missing(self._store, keys.profile_tags(name), json.dumps([name]))
         rules = create_if_missing(self._store, keys.profile_rules(name), Rules.default(name).to_json())
         return tags or rules
@@ -269,7 +272,7 @@ class DatastoreClient:
         return frozenset(found)
 
     def modify_tags(self, name: str, change: Callable[[list[str]], bool]) -> bool:
-        """Let `change` alter a list of a profile's tags; return whether the tags were written.
+        """Let `change` alter the list of a profile's tags in place; return whether the tags were written.
 
         `change` returns whether to write them. After a concurrent write, `change` is called again with the new tags.
         Raises NotFound when there is no such profile.
@@ -289,7 +292,7 @@ class DatastoreClient:
         return Rules(name) if entry is None else Rules.from_json(name, entry.value, entry.key)
 
     def modify_rules(self, name: str, change: Callable[[Rules], bool]) -> bool:
-        """Let `change` alter a profile's rules in place, and return whether to write them, as in modify_tags."""
+        """Let `change` alter a profile's rules in place; return whether the rules were written. See modify_tags."""
         key = keys.profile_rules(name)
 
         def text_of(old: str) -> str | None:
@@ -410,7 +413,7 @@ class DatastoreClient:
         self._store.create(keys.endpoint(endpoint.id), endpoint.to_json())
 
     def modify_endpoint(self, id: EndpointId, change: Callable[[Endpoint], bool]) -> bool:
-        """Let `change` alter an endpoint in place and return whether to write it, as in modify_tags; raise NotFound."""
+        """Let `change` alter an endpoint in place; return whether it was written. See modify_tags. Raises NotFound."""
         key = keys.endpoint(id)
 
         def text_of(old: str) -> str | None:

@@ -44,7 +44,7 @@ class Packet:
 class Verdict:
     """Whether a packet passes, and what decided: a rule of a profile, a profile alone, or neither.
 
-    `rule` is a number from 1. A profile without `rule` is missing or has invalid rules; without both, no rule matches.
+    `rule` is a number from 1. `profile` alone: that profile is missing or has invalid rules. Neither: no rule matches.
     """
 
     allowed: bool
