@@ -79,9 +79,9 @@ heartbeat), and endpoints, counted as up, down, error and unknown.
 
 Examples:
   sudo calicoctl node --ip=192.0.2.2
+  calicoctl node show
   sudo calicoctl node --ip=192.0.2.2 --local-etcd
   sudo calicoctl node remove --remove-endpoints
-  calicoctl node show
 """
 
 from __future__ import annotations
