@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 from calicoctl.addresses import check_unicast, parse_address, parse_as_number
 from calicoctl.datastore import keys
 from calicoctl.datastore.client import DatastoreClient
-from calicoctl.datastore.hosts import DEFAULT_AS_NUMBER, hostname
+from calicoctl.datastore.hosts import hostname
 from calicoctl.datastore.model import Peer
 from calicoctl.errors import NotFound, printable
 from calicoctl.grammar import Prepared, parse
@@ -123,7 +123,7 @@ def _default_node_as(as_num: str | None, as_json: bool) -> None:
     datastore = DatastoreClient.from_environment()
     if as_num is not None:
         datastore.set(keys.BGP_AS_NUM, as_num)
-    now = datastore.setting(keys.BGP_AS_NUM) or DEFAULT_AS_NUMBER
+    now = datastore.hosts.default_as_num()
     if as_json:
         print_json({"as_num": now})
     else:

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import socket
-from collections import defaultdict
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -78,13 +77,19 @@ class Hosts:
 
     def summaries(self) -> list[HostSummary]:
         """Return what the store has about each host, in order of names: registration, agent, endpoints."""
-        found: dict[str, HostSummary] = defaultdict(lambda: HostSummary(""))
-        default_as = self._text(keys.BGP_AS_NUM) or DEFAULT_AS_NUMBER
+        found: dict[str, HostSummary] = {}
+
+        def summary(name: str) -> HostSummary:
+            return found.setdefault(name, HostSummary(name))
+
         for entry in self._store.tree(keys.BGP_HOSTS):
             name, _, setting = entry.key[len(keys.BGP_HOSTS) + 1 :].partition("/")
-            field_of = {"ip_addr_v4": "ipv4", "ip_addr_v6": "ipv6", "as_num": "as_num"}.get(setting)
-            if field_of is not None:
-                setattr(found[name], field_of, entry.value or None)
+            if setting == "ip_addr_v4":
+                summary(name).ipv4 = entry.value or None
+            elif setting == "ip_addr_v6":
+                summary(name).ipv6 = entry.value or None
+            elif setting == "as_num":
+                summary(name).as_num = entry.value or None
         statuses: dict[EndpointId, str] = {}
         for entry in self._store.tree(keys.FELIX_HOSTS):
             name = entry.key[len(keys.FELIX_HOSTS) + 1 :].partition("/")[0]
@@ -93,20 +98,25 @@ class Hosts:
                 statuses[id] = _fields(entry.value).get("status", "")
             elif entry.key == keys.felix_status(name):
                 heartbeat = _fields(entry.value)
-                found[name].agent = "starting" if heartbeat.get("first_update") is False else "up"
+                summary(name).agent = "starting" if heartbeat.get("first_update") is False else "up"
                 time = heartbeat.get("time")
-                found[name].reported = time if isinstance(time, str) else None
+                summary(name).reported = time if isinstance(time, str) else None
         for entry in self._store.tree(keys.HOSTS):
             name = entry.key[len(keys.HOSTS) + 1 :].partition("/")[0]
             id = keys.parse_endpoint(entry.key)
             if id is not None:
-                state = statuses.get(id) if found[name].agent == "up" else None
-                found[name].endpoints[state if state in ENDPOINT_STATES else "unknown"] += 1
-            elif keys.parse_host_bird_ip(entry.key) is not None and found[name].ipv4 is None:
-                found[name].ipv4 = entry.value or None
-        for name, summary in found.items():
-            summary.name, summary.as_num = name, summary.as_num or default_as
+                state = statuses.get(id) if summary(name).agent == "up" else None
+                summary(name).endpoints[state if state in ENDPOINT_STATES else "unknown"] += 1
+            elif keys.parse_host_bird_ip(entry.key) is not None and summary(name).ipv4 is None:
+                summary(name).ipv4 = entry.value or None
+        default_as_num = self.default_as_num()
+        for host in found.values():
+            host.as_num = host.as_num or default_as_num
         return [found[name] for name in sorted(found)]
+
+    def default_as_num(self) -> str:
+        """Return the AS number of the hosts that have none of their own."""
+        return self._text(keys.BGP_AS_NUM) or DEFAULT_AS_NUMBER
 
     def addresses(self, version: int | None = None) -> dict[str, str]:
         """Return canonical address -> host, for all registered hosts; with `version`, for that IP version only.

@@ -261,10 +261,15 @@ def _docker(libnetwork: bool) -> Check:
     )
 
 
+def _needs_root(name: str) -> Check:
+    """Return the result of a check that only root can do, for another user."""
+    return Check(name, False, "not known", False, "run this as root, to find out")
+
+
 def _firewall(docker_runs: bool) -> Check:
     name = "Docker's firewall"
     if os.geteuid() != 0:
-        return Check(name, False, "not known", False, "run this as root, to find out")
+        return _needs_root(name)
     try:
         missing = docker_firewall.missing()
     except CalicoError as error:
@@ -285,7 +290,7 @@ def _firewall(docker_runs: bool) -> Check:
 def _old_felix() -> Check:
     name = "iptables chains of an old Felix"
     if os.geteuid() != 0:
-        return Check(name, False, "not known", False, "run this as root, to find out")
+        return _needs_root(name)
     try:
         found = docker_firewall.old_felix_chains()
     except CalicoError as error:

@@ -160,7 +160,7 @@ class Daemon:
                 raise CalicoError(
                     f"{self.process.name} does not serve; {self._log_file} ends with: {self._last_log_line()}"
                 )
-            time.sleep(0.05)
+            time.sleep(0.05)  # a daemon does not announce that it is ready
 
     def _end_child(self) -> None:
         """End the process that was started here, and none that another process has started meanwhile."""

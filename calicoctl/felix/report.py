@@ -195,7 +195,7 @@ class StoreReporter(threading.Thread):
                     before, self._beaten = self._beaten, time.monotonic()  # beat_soon may ask for another meanwhile
                     try:
                         self._beat()
-                    except Exception:
+                    except Exception:  # of any kind: the heartbeat stays due
                         self._beaten = before
                         raise
                 if self._health.first_update and self._replaced_by is None:

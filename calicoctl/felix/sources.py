@@ -13,6 +13,7 @@ import socket
 import struct
 import threading
 import time
+from abc import ABC, abstractmethod
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -70,7 +71,7 @@ _RTMGRP_IPV4_IFADDR = 0x10
 _RTMGRP_IPV6_IFADDR = 0x100
 
 
-class _Source(threading.Thread):
+class _Source(ABC, threading.Thread):
     """A thread that runs `follow`, which never returns; the agent ends when it raises.
 
     Where `follow` lacks descriptors or memory, it is run again later; `missed` is the event for changes lost meanwhile.
@@ -95,8 +96,9 @@ class _Source(threading.Thread):
             shortage.wait_out()
             self._events.put(self.missed)
 
+    @abstractmethod
     def follow(self) -> None:
-        raise NotImplementedError
+        """Wait for changes, and emit events."""
 
 
 class StoreEvents(_Source):
@@ -145,16 +147,13 @@ class StoreEvents(_Source):
                 failed += 1
                 if failed > 1:
                     self._emit_failed(str(lost), read=True)
-                # with backoff and jitter: a full read is what costs the store most, and all hosts may need one
-                pause = min(LONGEST_PAUSE, max(0.2, pause * 2))
-                time.sleep(pause * random.uniform(0.5, 1))
+                pause = _back_off(pause)
             except Exception as error:  # of any kind: an end of this thread would end the agent
                 why = str(error) if isinstance(error, CalicoError) else f"the store cannot be followed: {error!r}"
                 self._emit_failed(why, read=False)
                 watch = None
                 failed += not reading
-                pause = min(LONGEST_PAUSE, max(0.2, pause * 2))
-                time.sleep(pause * random.uniform(0.5, 1))
+                pause = _back_off(pause)
 
     def _emit_recovered(self) -> None:
         if self._failure is not None:
@@ -165,6 +164,16 @@ class StoreEvents(_Source):
         if self._failure is None or (self._failure.read and not read) or not self._failure.since:
             self._failure = WatchFailed(self._directory, why, self._worked, read)
             self._events.put(self._failure)
+
+
+def _back_off(pause: float) -> float:
+    """Sleep before the next full read of the store, longer than the `pause` (seconds) before; return the new pause.
+
+    With jitter: a full read is what costs the store most, and all hosts may need one at the same time.
+    """
+    pause = min(LONGEST_PAUSE, max(0.2, pause * 2))
+    time.sleep(pause * random.uniform(0.5, 1))
+    return pause
 
 
 class KernelEvents(_Source):
