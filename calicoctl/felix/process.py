@@ -354,11 +354,6 @@ def stop(host: str) -> int | None:
         return pid
     except PermissionError:
         raise CalicoError(f"the agent (process {pid}) cannot be ended: it is another user's") from None
-    give_up = time.monotonic() + STOP_PATIENCE
-    while running(host) == pid:
-        if time.monotonic() > give_up:
-            raise CalicoError(
-                f"the agent (process {pid}) does not end; 'kill -9 {pid}' does no harm to what it has set up"
-            )
-        time.sleep(0.05)
+    if not proc.await_end(pid, STOP_PATIENCE):
+        raise CalicoError(f"the agent (process {pid}) does not end; 'kill -9 {pid}' does no harm to what it has set up")
     return pid
