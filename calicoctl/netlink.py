@@ -240,7 +240,7 @@ def addresses() -> Iterator[Address]:
 
 
 class Paths(NamedTuple):
-    """A route's next hops, each as a gateway (None where directly connected) and an interface's index.
+    """A route's next hops, each as a gateway (None if directly connected) and an interface's index.
 
     `destination` is packed, and empty for a default route. `hops` is empty where the kernel names a nexthop object
     instead.

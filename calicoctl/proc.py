@@ -16,7 +16,7 @@ START_TIME, STATE = 19, 0
 def start_time(process: Path) -> str:
     """Return when a process or thread was started: clock ticks since boot, as decimal text.
 
-    `process` is its directory, /proc/PID or /proc/PID/task/TID. Raises OSError where there is none.
+    `process` is its directory, /proc/PID or /proc/PID/task/TID. Raises OSError if there is none.
     """
     return _stat(process)[START_TIME]
 
@@ -36,7 +36,7 @@ def _stat(process: Path) -> list[str]:
 
 
 def arguments(pid: int) -> list[str]:
-    """Return the command line of a process, empty for a zombie. Raises OSError where there is no such process."""
+    """Return the command line of a process, empty for a zombie. Raises OSError if there is no such process."""
     return strings(pid, "cmdline")
 
 

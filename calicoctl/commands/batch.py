@@ -105,7 +105,7 @@ def _nothing_run(error: Exception) -> str:
 
 
 def _prepared(words: list[str]) -> Prepared:
-    """Check one command; raise CalicoError where it is invalid, or not allowed in a batch."""
+    """Check one command; raise CalicoError if it is invalid, or not allowed in a batch."""
     words = [word for word in words if word not in GLOBAL_OPTIONS]
     prepared = cli.prepare(words)
     endless = words[0] == "node" and parse(grammar_of("node"), words)["--detach"] == "false"

@@ -121,7 +121,7 @@ class DatastoreClient:
         return before
 
     def _refuse_overlap(self, key: str, pool: Pool) -> None:
-        """Remove a pool that was just created, and raise CalicoError, where an overlapping one was created before.
+        """Remove a pool that was just created, and raise CalicoError, if an overlapping one was created before.
 
         Each of two writers reads after its own write, so the later one always sees the earlier one's pool. Which pool
         is the earlier is decided by Entry.created, since both are written by `create`.
@@ -216,7 +216,7 @@ class DatastoreClient:
     # Settings: keys with plain text
 
     def setting(self, key: str) -> str | None:
-        """Return the value of a key, None where it is not set."""
+        """Return the value of a key, None if it is not set."""
         entry = self._store.get(key)
         return None if entry is None else entry.value
 
@@ -261,7 +261,7 @@ class DatastoreClient:
         return [] if entry is None else load_strings(entry.value, entry.key)
 
     def all_tags(self) -> frozenset[str] | None:
-        """Return the tags of all profiles; None where those of one are invalid."""
+        """Return the tags of all profiles; None if those of one are invalid."""
         found: list[str] = []
         for entry in self._store.tree(keys.PROFILES):
             if keys.last(entry.key) == "tags" and keys.parse_profile(entry.key) is not None:
@@ -309,7 +309,7 @@ class DatastoreClient:
         modify(self._store, key, _no_profile(rules.id), lambda old: rules.to_json())
 
     def _profile_entry(self, key: str, name: str) -> Entry | None:
-        """Return the entry of a profile's key, None where the profile lacks it; raise NotFound for no such profile."""
+        """Return the entry of a profile's key, None if the profile lacks it; raise NotFound for no such profile."""
         entry = self._store.get(key)
         if entry is None:
             self.require_profile(name)
@@ -359,7 +359,7 @@ class DatastoreClient:
         return [id for id in ids if id is not None]
 
     def endpoint_revision(self, id: EndpointId) -> int | None:
-        """Return the current revision of an endpoint's record, None where there is none."""
+        """Return the current revision of an endpoint's record, None if there is none."""
         entry = self._store.get(keys.endpoint(id))
         return None if entry is None else entry.revision
 
@@ -378,7 +378,7 @@ class DatastoreClient:
         return [EndpointId(self.host, orchestrator, workload, endpoint) for endpoint in found]
 
     def readable(self, id: EndpointId) -> Endpoint | None:
-        """Return an endpoint, None where it does not exist or its record is invalid."""
+        """Return an endpoint, None if it does not exist or its record is invalid."""
         entry = self._store.get(keys.endpoint(id))
         with suppress(InvalidValue):
             return None if entry is None else Endpoint.from_json(id, entry.value, entry.key)
@@ -423,7 +423,7 @@ class DatastoreClient:
         return modify(self._store, key, f"endpoint {id.endpoint} no longer exists", text_of)
 
     def check_endpoints_writable(self, ids: Iterable[EndpointId], handle: str) -> None:
-        """Raise StoreError where this user may not write these endpoints or their workload's handle. Changes nothing.
+        """Raise StoreError if this user may not write these endpoints or their workload's handle. Changes nothing.
 
         For callers that change the kernel before the store.
         """

@@ -149,7 +149,7 @@ class Hosts:
         return {address: host for address, host in self.addresses().items() if host != self.host}
 
     def check_writable(self) -> None:
-        """Raise StoreError where this user may not write this host's keys. Changes nothing."""
+        """Raise StoreError if this user may not write this host's keys. Changes nothing."""
         for key in (keys.host_bird_ip(self.host), keys.bgp_host_address(self.host, 4)):
             self._store.check_writable(key)
 

@@ -73,7 +73,7 @@ class Ipam:
                 yield error
 
     def block_of(self, address: IPAddress) -> Block | None:
-        """Return the block that an address is in, None where that block does not exist; raise InvalidValue."""
+        """Return the block that an address is in, None if that block does not exist; raise InvalidValue."""
         entry = self._store.get(block_key(address))
         return None if entry is None else Block.from_entry(entry)
 
@@ -124,7 +124,7 @@ class Ipam:
         self.handles.recount(handle, {cidr: self.handles.held_in(handle, cidr) for cidr in blocks})
 
     def repair_free_list(self, version: int, cidr: str) -> None:
-        """Rewrite a block's `unallocated` list from its allocations; raise NotFound where the block does not exist."""
+        """Rewrite a block's `unallocated` list from its allocations; raise NotFound if the block does not exist."""
         key = keys.ipam_block(version, cidr)
 
         def text_of(old: str) -> str | None:

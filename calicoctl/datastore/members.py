@@ -151,7 +151,7 @@ class Members(Generic[C]):
         self._order.append(member)
 
     def _mismatch(self, member: Member, failure: RequestFailed) -> str | None:
-        """Return a text on the other protocol that a member speaks, None where that is not why it failed."""
+        """Return a text on the other protocol that a member speaks, None if that is not why it failed."""
         if member in self._answered or not failure.garbled:
             return None
         from calicoctl.datastore import probe

@@ -143,7 +143,7 @@ class HostNetwork:
         return known
 
     def overlap(self, cidr: str) -> str | None:
-        """Return the warning about a pool that overlaps the connected networks, None where it overlaps none."""
+        """Return the warning about a pool that overlaps the connected networks, None if it overlaps none."""
         networks = self.overlapping(cidr)
         if not networks:
             return None

@@ -52,7 +52,7 @@ class Statuses:
         return {id: value for id, value in found if id is not None}
 
     def of_endpoint(self, id: EndpointId) -> dict[str, Any] | None:
-        """Return the status of an endpoint, None where the status is missing or invalid."""
+        """Return the status of an endpoint, None if the status is missing or invalid."""
         key = keys.felix_endpoint(id)
         entry = self._store.get(key)
         try:

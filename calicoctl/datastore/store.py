@@ -113,7 +113,7 @@ class Store(Protocol):
         """Write `key` blindly, whatever it holds. It never expires."""
 
     def check_writable(self, key: str) -> None:
-        """Raise StoreError where this user may not write `key`. Changes nothing."""
+        """Raise StoreError if this user may not write `key`. Changes nothing."""
 
     def version(self) -> str:
         """Return the version of the server."""
@@ -160,7 +160,7 @@ def set_value(store: Store, key: str, value: str | None) -> None:
 def modify(store: Store, key: str, missing: str, change: Callable[[str], str | None]) -> bool:
     """Change a value by compare-and-swap: read it, let `change` compute the new one, write it; retry on a conflict.
 
-    `change` returns None where there is nothing to change. Returns whether this call changed the value. Raises NotFound
+    `change` returns None if there is nothing to change. Returns whether this call changed the value. Raises NotFound
     with the message `missing` when there is no such key, Conflict when other writers change it all the time.
     """
     done = False

@@ -31,7 +31,7 @@ GRACE_TIME = int(config.GRACE_TIME.default or 0)
 
 @dataclass(frozen=True)
 class Profile:
-    """A profile's tags, and its rules, None where they cannot be read."""
+    """A profile's tags, and its rules, None if they cannot be read."""
 
     tags: tuple[str, ...]
     rules: Rules | None

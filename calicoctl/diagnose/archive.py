@@ -117,7 +117,7 @@ def sources(log_dir: str) -> dict[str, Source]:
 def collect(found: Iterable[tuple[str, Source]]) -> Path:
     """Write an archive that only its owner can read, with a file for each (name, source); return the archive's path.
 
-    Raises CalicoError where the archive cannot be written.
+    Raises CalicoError if the archive cannot be written.
     """
     name = f"calico-diags-{time.strftime('%Y%m%d-%H%M%S')}-"
     path = None

@@ -233,7 +233,7 @@ def _tools(docker_runs: bool) -> Iterator[Check]:
 
 
 def _version(command: str) -> str | None:
-    """Return the version that a command prints, "there" where it prints none, None where it is not installed."""
+    """Return the version that a command prints, "there" where it prints none, None if it is not installed."""
     if shutil.which(command) is None:
         return None
     with suppress(OSError, subprocess.SubprocessError):
@@ -356,7 +356,7 @@ def _pools() -> Check:
 
 
 def _agent() -> int | None:
-    """Return the process id of this host's agent, None where none runs, or the host has no name."""
+    """Return the process id of this host's agent, None if none runs, or the host has no name."""
     with suppress(CalicoError):
         return process.running(hostname())
     return None

@@ -68,7 +68,7 @@ class Trace:
 
     @property
     def denied_by(self) -> Decision | None:
-        """The first decision that drops the packet, None where the packet passes."""
+        """The first decision that drops the packet, None if the packet passes."""
         return next((decision for decision in self.decisions if not decision.allowed), None)
 
     def to_dict(self) -> dict[str, Any]:

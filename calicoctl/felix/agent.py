@@ -1,12 +1,12 @@
-"""The agent's loop: takes in events, and has the managers drive the kernel to the desired state, in a safe order.
+"""The agent's loop: receives events, and has the managers drive the kernel to the desired state, in a safe order.
 
-The reconcile loop is level-triggered: an event only marks what is dirty; what to do follows from the snapshot of the
-store and from what the kernel has. The order in which the managers are applied is a security property: it is spelled
-out in `_apply`, and in docs/agent.md. What a manager does is in dataplane/.
+The reconcile loop is level-triggered: an event only marks what is dirty. What must be done is computed from the
+snapshot of the store and from the state of the kernel. The order in which the managers are applied is a security
+property: see `_apply`, and docs/agent.md. The managers are in dataplane/.
 
-Everything here happens in one thread. Other threads wait for changes (sources.py), list connections
-(dataplane/conntrack.py) and write the store (report.py). Two more reconcile what needs no order: workloads
-(workload_keeper.py), and the host's own settings and firewall (dataplane/host.py).
+All of this module runs in one thread. Other threads wait for changes (sources.py), list connections
+(dataplane/conntrack.py) and write to the store (report.py). Two more threads reconcile what can be programmed in any
+order: workloads (workload_keeper.py), and the host's own settings and firewall (dataplane/host.py).
 """
 
 from __future__ import annotations
@@ -58,9 +58,10 @@ LOG_LEVELS |= {"critical": logging.CRITICAL, "none": logging.CRITICAL + 10}
 
 
 def run(host: str, options: Options) -> None:
-    """Run the host's agent in this process until SIGTERM, SIGINT or SIGHUP comes.
+    """Run the host's agent in this process until it receives SIGTERM, SIGINT or SIGHUP.
 
-    Raises CalicoError when the agent cannot start (another one runs, say), or a thread that it needs has died.
+    Raises CalicoError when the agent cannot start, for example because another one runs, or when a thread that it needs
+    has died.
     """
     from pyroute2.iproute.linux import IPRoute
 
@@ -102,7 +103,7 @@ class Agent:
         ready: Callable[[], None],
         options: Options,
     ):
-        """`datastore` makes a client of the store, one for each thread; see DatastoreClient.from_environment.
+        """`datastore` creates a client of the store; it is called once for each thread that needs one.
 
         The drivers put their events into `queue`. `ready` is called when the first snapshot is in the kernel.
         """
@@ -111,7 +112,7 @@ class Agent:
         self._events = queue
         self._snapshot = Snapshot(client.host)
         self._unread: set[str] = set(client.followed())
-        """Directories of the store whose initial sync has not come yet."""
+        """Directories of the store whose initial sync has not been received yet."""
         self._health = Health(client.host, __version__, asdict(options), frozenset(self._unread))
         self._ready: Callable[[], None] | None = ready
         self._metrics = Metrics(self._health, options.metrics_port)
@@ -140,9 +141,10 @@ class Agent:
         return [self._policy, *self._forwarding, self._conntrack]
 
     def run(self) -> None:
-        """Start the threads, and reconcile until SIGTERM, SIGINT or SIGHUP comes.
+        """Start the threads, and reconcile until SIGTERM, SIGINT or SIGHUP is received.
 
-        Raises CalicoError when a thread that the agent needs has died, and at the start what Manager.resync raises.
+        Raises CalicoError when a thread that the agent needs has died. At the start, it also raises any exception that
+        Manager.resync raises.
         """
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self._stop)
@@ -169,7 +171,7 @@ class Agent:
         self._events.put(events.Stop())
 
     def _count_last_actions(self) -> None:
-        """Count what the keeper has done since the agent was asked to end."""
+        """Count the actions that the WorkloadKeeper has done since the agent was asked to end."""
         with suppress(Empty):
             while True:
                 event = self._events.get_nowait()
@@ -209,7 +211,7 @@ class Agent:
         return min(due)
 
     def _wait(self, until: float) -> list[Any]:
-        """Return the events that have come, all of a burst together; none when `until` (monotonic) comes first."""
+        """Wait for events, until the time `until` (monotonic) at most; return all that have arrived."""
         found: list[Any] = []
         with suppress(Empty):
             found.append(self._events.get(timeout=max(0.0, until - time.monotonic())))
@@ -218,7 +220,10 @@ class Agent:
         return found
 
     def _may_apply(self) -> bool:
-        """Return whether the store may be used: it was read, is ready, and no other agent reports for this host."""
+        """Return whether the kernel may be driven to the snapshot.
+
+        It may when the store was read and is ready, and no other agent reports for this host.
+        """
         return not self._unread and self._snapshot.ready and self._health.replaced is None
 
     def _waiting_for(self) -> str | None:
@@ -284,7 +289,7 @@ class Agent:
             self._reporter.beat_soon()  # to find out at once whether it can be written
 
     def _on_replaced(self, why: str | None) -> None:
-        """Stop changing records and kernel, since another agent reports for this host; resume when `why` is None."""
+        """Stop changing endpoints and the kernel: another agent reports for this host. Resume if `why` is None."""
         self._health.replaced = why
         if why is not None:
             self._health.error(why)
@@ -304,9 +309,9 @@ class Agent:
             self._resync()
 
     def _resync(self) -> None:
-        """Compare everything with what the kernel and the store have.
+        """Have everything compared with the state of the kernel and of the store.
 
-        Listing the kernel's state may fail when it changes meanwhile; then the resync is repeated at the next tick.
+        Listing the kernel's state may fail if it changes meanwhile. Then the resync is repeated at the next tick.
         """
         self._resync_at = time.monotonic() + RESYNC_INTERVAL
         self._reporter.resync()
@@ -321,7 +326,7 @@ class Agent:
     # Applying
 
     def _reconcile(self) -> None:
-        """Drive the kernel to the snapshot or, while the store must not be used, keep what the kernel has."""
+        """Drive the kernel to the snapshot or, while the store must not be used, keep the kernel as it is."""
         if not self._may_apply():
             self._conntrack.discard_listings()
             self._policy.restore()
@@ -330,9 +335,9 @@ class Agent:
             self._apply()
             if self._conntrack.verify_listings():
                 self._statuses.publish()
-                self._apply()  # the endpoints whose addresses are pending no more
+                self._apply()  # the endpoints whose addresses are no longer pending
         except Exception as error:
-            # an internal error must not end the agent: it starts over from what store and kernel have
+            # an internal error must not end the agent: it starts over, from the state of the store and of the kernel
             log.debug("traceback:", exc_info=True)
             what = "waits" if is_shortage(error) else "had an internal error"
             self._health.error(f"the agent {what} ({type(error).__name__}: {error})")
@@ -342,12 +347,12 @@ class Agent:
             self._resync()
 
     def _apply(self) -> None:
-        """Drive the kernel to the snapshot, as far as they may differ.
+        """Drive the kernel to the snapshot; skip what has not changed.
 
-        No packet may pass that policy denies. That rests on the order of the five steps: see docs/agent.md.
+        No packet may pass that policy denies. The order of the five steps ensures that: see docs/agent.md.
         """
         dirty = self._snapshot.take_dirty()
-        # 1. addresses that are new to an endpoint are pending, until no denied connection of theirs is left
+        # 1. addresses that are new to an endpoint are pending until their denied connections have been ended
         self._conntrack.defer_new_addresses(dirty)
         for manager in self._managers:
             manager.on_event(dirty)
@@ -364,13 +369,13 @@ class Agent:
                 self._statuses.publish()
                 return
             self._conntrack.mark_unverified()
-            if starting:  # step 4 comes first, for the host may not forward yet
+            if starting:  # step 4 comes first, before the host is made to forward
                 self._conntrack.verify_now()
                 self._host.forward(self._snapshot.ipv6_address is not None)
             # 3. routes, and whatever else makes the host forward
             for manager in self._forwarding:
                 manager.apply()
-            # 4. open connections: those that policy denies now are ended, when they have been listed
+            # 4. open connections: they are listed, and those that policy denies now are ended later
             self._conntrack.apply()
             # 5. the report
             self._statuses.publish()

@@ -1,11 +1,11 @@
 """A daemon that runs beside the agent, and is supervised by it: etcd today.
 
 Responsible for the daemon's process: starting it once, waiting until it serves, starting it again with backoff when it
-ends, and adopting it where it runs already. The command line and the configuration are the caller's part.
+ends, and adopting it if it runs already. The caller provides the command line and the configuration.
 
 A daemon survives the agent: it keeps running when the agent is restarted, upgraded or killed. The next agent, and every
-command, finds the daemon by its pid file. To recognise a stale pid file, the process must also have one argument, the
-`marker`, that only this daemon has: its data folder or its configuration file, say.
+command, finds the daemon by its pid file. To recognise a stale pid file, the process must also have the `marker` among
+its arguments: an argument that only this daemon has, such as its data folder or its configuration file.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ END_PATIENCE = 30.0
 """Seconds to wait for a daemon to end."""
 
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0
-"""Seconds until a daemon that ended is started again: at first, and at most. The pause doubles each time, and is the
-first one again after a run that took longer than the longest pause."""
+"""Seconds until a daemon that ended is started again: at first, and at most. The pause doubles each time. It is reset
+after the daemon has run for longer than the longest pause."""
 
 
 @dataclass(frozen=True)
@@ -112,8 +112,8 @@ class Daemon:
     def launch(self, command: Callable[[], list[str]], adopt: Callable[[int], None]) -> bool:
         """Start the daemon's process unless it runs; return whether it was started.
 
-        `command` returns the command line, whose first word is looked for in PATH; where the process runs already,
-        `adopt` is called with its id instead. Either is called under the lock.
+        `command` returns the command line, whose first word is looked up in PATH. If the process runs already, `adopt`
+        is called with its id instead. Both are called with the lock held.
         """
         try:
             with self._locked():
@@ -150,7 +150,7 @@ class Daemon:
             )
         self.process.pid_file.write_text(f"{self._child.pid}\n")
         while self.process.pid() is None and not self._child_has_ended():
-            time.sleep(0.001)  # its arguments can be read a moment after it has begun
+            time.sleep(0.001)  # the arguments of a new process can be read only a moment later
 
     def await_ready(self) -> None:
         """Wait until the daemon is ready; raise CalicoError when it ends before that, or takes too long."""
@@ -163,7 +163,7 @@ class Daemon:
             time.sleep(0.05)  # a daemon does not announce that it is ready
 
     def _end_child(self) -> None:
-        """End the process that was started here, and none that another process has started meanwhile."""
+        """End the process that this object has started, but no daemon that another process has started meanwhile."""
         if self._child is None:
             return
         runs_as = self.process.pid()
@@ -177,9 +177,10 @@ class Daemon:
             self.process.pid_file.unlink(missing_ok=True)
 
     def supervise(self, launch: Callable[[], object]) -> None:
-        """In a new thread, as long as this process lives, call `launch` at once and whenever the daemon has ended.
+        """Start a thread that calls `launch` at once, and again whenever the daemon has ended.
 
-        `launch` starts the daemon unless it runs. It may raise any exception: then it is called again after a pause.
+        `launch` starts the daemon unless it runs. If it raises an exception, of any kind, it is called again after a
+        pause. The thread ends with this process.
         """
         threading.Thread(
             target=self._supervise, args=(launch,), name=f"supervising {self.process.name}", daemon=True
@@ -204,7 +205,7 @@ class Daemon:
             pause = min(LONGEST_PAUSE, pause * 2)
 
     def _child_has_ended(self) -> bool:
-        """Return whether the process that was started here has ended, and reap it then."""
+        """Return whether the process that this object has started has ended; if so, reap it."""
         return self._child is not None and self._child.poll() is not None
 
     def _last_log_line(self) -> str:

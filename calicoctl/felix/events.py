@@ -37,7 +37,7 @@ class WatchRecovered:
 
 @dataclass(frozen=True)
 class WatchFailed:
-    """The watch of a directory of the store fails, and unless `read`, reading it fails, too.
+    """The watch of a directory of the store fails. With `read` False, reading the directory fails as well.
 
     `since` is the time of the last success (ISO 8601).
     """
@@ -63,7 +63,10 @@ class WritesFailed:
 
 @dataclass(frozen=True)
 class Replaced:
-    """Another agent reports for this host; `why` is the sentence that says which. None: this agent does so again."""
+    """Another agent reports for this host; `why` is a sentence that names it.
+
+    None means that this agent reports for the host again.
+    """
 
     why: str | None
 
@@ -95,7 +98,7 @@ class GatewaysChanged:
 
 @dataclass(frozen=True)
 class KernelEventsLost:
-    """Changes of this host's network may have been missed: the buffer of the netlink socket was full, say."""
+    """Changes of this host's network may have been missed, for example because the netlink socket's buffer was full."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,7 @@ class TablesChanged:
 
 @dataclass(frozen=True)
 class Container:
-    """A container in the Docker Engine's list: whether it runs, and its name, None where the list gives none."""
+    """A container in the Docker Engine's list: whether it runs, and its name (None if the list has no name for it)."""
 
     runs: bool
     name: str | None
@@ -137,7 +140,7 @@ class ContainerChanged:
 
 @dataclass(frozen=True)
 class MountsChanged:
-    """The mount table has changed: a network namespace may have been given a path, or lost it."""
+    """The mount table has changed: a network namespace may have been mounted at a path, or unmounted."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +161,10 @@ class Tick:
 
 @dataclass(frozen=True)
 class PolicyFailed:
-    """The nftables tables could not be programmed, so no data plane is applied in this round."""
+    """The nftables tables could not be programmed.
+
+    So routes, and whatever else makes the host forward, are not programmed in this round of the agent's loop.
+    """
 
     why: str
 
@@ -170,7 +176,7 @@ class Stop:
 
 @dataclass(frozen=True)
 class ThreadDied:
-    """A thread that the agent cannot do without has ended: the agent cannot go on."""
+    """A thread that the agent needs has ended, so the agent must end, too."""
 
     why: str
 

@@ -26,7 +26,7 @@ log = logging.getLogger("calico.felix")
 class Status:
     """An endpoint's `status` ("up", "down" or "error"), and the `reason`, if there is one.
 
-    `revision` is that of the endpoint's record in the store; `workload_name` is the container's name in that record.
+    `revision` is the endpoint's revision in the store; `workload_name` is the container's name, as stored there.
     """
 
     status: str
@@ -47,7 +47,7 @@ class Status:
 class Ability:
     """Whether one use of the store, such as reading it, works; since when, and why not.
 
-    An ability has `users`, such as a thread for each directory, known by name. It works when it works for all of them.
+    Its users are known by name: for example, one thread for each directory. It works when it works for all of them.
     """
 
     def __init__(self, users: Iterable[str]) -> None:
@@ -65,7 +65,7 @@ class Ability:
         return next(iter(self._failing.values()), None)
 
     def succeeded(self, user: str) -> bool:
-        """Note that the ability works for a user; return whether it works now and, as a whole, did not before."""
+        """Note that the ability works for a user; return True if this makes it work for all users."""
         before = self.works
         self._untried.discard(user)
         self._failing.pop(user, None)
@@ -75,9 +75,9 @@ class Ability:
         return True
 
     def failed(self, user: str, why: str, since: str) -> bool:
-        """Note that the ability fails for a user, `since` a time (ISO 8601).
+        """Note that the ability has been failing for a user since a time (ISO 8601).
 
-        Return False if it failed already, for any user.
+        Return False if it was failing for any user already.
         """
         before = self.works
         self._untried.discard(user)
@@ -133,9 +133,9 @@ class Health:
     """Whether the first snapshot is in the kernel: the agent is ready."""
     waiting_for: str | None = None
     replaced: str | None = None
-    """The sentence that says which other agent reports for this host now; None while this agent does."""
+    """A sentence that names the other agent that reports for this host now; None while this agent reports."""
     unknown_interfaces: list[str] = field(default_factory=list)
-    """Interfaces `cali…` of this host that have no record."""
+    """Interfaces `cali…` of this host that belong to no endpoint in the store."""
     endpoints: dict[EndpointId, Status] = field(default_factory=dict)
     problems: dict[str, str] = field(default_factory=dict)
     """By key of the store: what is wrong with its entry."""
@@ -162,7 +162,7 @@ class Health:
         self.last_error = {"time": now(), "error": sentence}
 
     def record(self, failure: Failure) -> None:
-        """Take in a failure, or the end of one; an error that lasts is logged once."""
+        """Record a failure, or the end of one. An error that lasts is logged once."""
         if failure.subject is None:
             self.error(failure.why or "")
             return

@@ -1,10 +1,11 @@
-"""The agent's heartbeat: the host's status in the store, which expires, and names the machine whose agent writes it.
+"""The agent's heartbeat: the host's status in the store. It expires, and names the machine whose agent writes it.
 
 The status is written by compare-and-swap alone, so one request both renews it and detects that another agent has
-written it: that of a second machine with the same host name, for example. Which machine keeps the name is decided by
-`claim` for `calicoctl node`, before that command writes anything else, and by `Heartbeat` for the agent. An agent that
-was replaced never takes the name back by itself from an agent whose status names a machine, even when that status has
-expired: the other machine may be rebooting, and reconciling its endpoints from here would remove them.
+written it: that of a second machine with the same host name, for example. `claim` decides whether this machine keeps
+the host name when `calicoctl node` runs, before that command writes anything else; `Heartbeat` decides it for a running
+agent. Suppose that another agent has replaced this one, and that the status names its machine. Then this agent never
+takes the host name back by itself, even when the status has expired: the other machine may be rebooting, and
+reconciling its endpoints from here would remove them.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 @dataclass(frozen=True)
 class Identity:
-    """A machine and its boot; None for what is not known.
+    """A machine and its boot. A field is None if it is not known.
 
     A machine id is confidential, so `machine` is derived from it as machine-id(5) demands. `systemd-id128 machine-id
     --app-specific=b42e1f915bde4911a361abec26e34313` prints the same.
@@ -71,7 +72,7 @@ class Identity:
 
     @classmethod
     def of(cls, status: Entry) -> Identity:
-        """Return the identity in a host's status; both fields are None where Felix or an old agent wrote it."""
+        """Return the identity in a host's status; both fields are None if Felix or an old agent wrote it."""
         try:
             value = json.loads(status.value)
         except ValueError:
@@ -127,10 +128,13 @@ class Heartbeat:
         self._contested = False
         """Whether an agent of the same identity wrote the status between the last two heartbeats of this one."""
         self._replaced_by: Identity | None = None
-        """The identity of the other agent that has the status; None while this agent has it."""
+        """The identity of the other agent that writes the status; None while this agent writes it."""
 
     def beat(self, status: dict[str, Any]) -> Identity | None:
-        """Renew the status, and return None; if another agent has it, return that one's identity. Raises StoreError."""
+        """Renew the status, and return None. If another agent writes it, return the identity of that agent.
+
+        Raises StoreError.
+        """
         contested = False
         if self._replaced_by is not None:
             self._try_to_regain(self._replaced_by)
@@ -148,10 +152,10 @@ class Heartbeat:
         return self._replaced_by
 
     def _compare(self) -> None:
-        """Read who has written the status, or that it has expired.
+        """Read the status, and determine who wrote it, if it has not expired.
 
-        A status with our own identity was left by the previous agent, or written by `claim`. When one is found at two
-        heartbeats in a row, another agent runs on this machine that the pid file does not show, in a container say.
+        A status with our own identity was written by the previous agent, or by `claim`. If one is found at two
+        heartbeats in a row, another agent runs on this machine that is not in the pid file, such as one in a container.
         """
         self._entry = self._datastore.statuses.of_host()
         writer = self._own if self._entry is None else Identity.of(self._entry)
@@ -159,17 +163,17 @@ class Heartbeat:
             self._entry, self._replaced_by, self._contested = None, writer, False
 
     def _try_to_regain(self, writer: Identity) -> None:
-        """Read the status, which another agent (`writer`) had, and note if it may be this agent's again."""
+        """Read the status, last written by another agent (`writer`), and note if this agent may write it again."""
         entry = self._datastore.statuses.of_host()
         if entry is not None and Identity.of(entry) != self._own:
             self._replaced_by = Identity.of(entry)
         elif entry is not None and writer != self._own:
-            self._entry, self._replaced_by = entry, None  # `claim` has taken it back
+            self._entry, self._replaced_by = entry, None  # `claim` has written it for this machine
         elif entry is None and writer.machine is None:
             self._replaced_by = None
 
     def end(self) -> None:
-        """Remove the status if it is this agent's. Raises StoreError."""
+        """Remove the status if this agent wrote it. Raises StoreError."""
         if self._entry is not None:
             self._datastore.statuses.remove_host(self._entry)
 
@@ -177,12 +181,14 @@ class Heartbeat:
 def claim(
     datastore: DatastoreClient, force: bool, own_agent_writes: bool, notify: Callable[[str], None]
 ) -> Entry | None:
-    """Make the host's status this machine's, provided that no other agent has it.
+    """Write the host's status in this machine's name, provided that no other agent writes it.
 
-    With `own_agent_writes`, this host's agent runs, and a status that names no machine is taken for its own. With
-    `force`, the status is taken over from any other agent. `notify` is called with a sentence before each wait. Returns
-    the entry that was written, None where none had to be. Raises StoreError; CalicoError, having changed nothing, when
-    another agent has the status (with `force`, after the change, when that agent does not yield).
+    Returns the entry that was written, None if no write was needed. Raises StoreError. Raises CalicoError, having
+    changed nothing, if another agent writes the status.
+
+    `own_agent_writes` says that this host's agent is running; a status that names no machine is then assumed to be that
+    agent's. With `force`, the status is taken over from any other agent; CalicoError is then raised, after the change,
+    if that agent goes on writing. `notify` is called with a sentence before each wait.
     """
     own = Identity.own()
     while True:
@@ -211,9 +217,9 @@ def _write(datastore: DatastoreClient, own: Identity, before: Entry | None) -> E
 def _await_expiry(
     datastore: DatastoreClient, own: Identity, entry: Entry, notify: Callable[[str], None]
 ) -> Entry | None:
-    """Wait until a status expires, and return None, or until EXPIRY_PATIENCE is over without a renewal, and return it.
+    """Wait until a status expires, and return None. If it is not renewed within EXPIRY_PATIENCE, return it.
 
-    Raises CalicoError when another agent renews the status; one that this machine has written meanwhile is returned.
+    Raises CalicoError if another agent renews the status. A status that this machine has written meanwhile is returned.
     """
     writer = Identity.of(entry)
     notify(
@@ -234,9 +240,9 @@ def _await_expiry(
 
 
 def _take_over(datastore: DatastoreClient, own: Identity, entry: Entry, notify: Callable[[str], None]) -> Entry:
-    """Overwrite another agent's status, then give that agent YIELD_PATIENCE to notice, and to stop changing records.
+    """Overwrite another agent's status, then wait for YIELD_PATIENCE, so that the agent notices and stops writing.
 
-    Raises CalicoError when the other agent goes on writing its status: agents of older versions do not check.
+    Raises CalicoError if the other agent goes on writing its status: agents of older versions do not check.
     """
     who = _with_addresses(datastore, Identity.of(entry).describe(own))
     notify(
@@ -287,7 +293,7 @@ def _is_ours(writer: Identity, own: Identity, own_agent_writes: bool) -> bool:
 
 
 def replaced(datastore: DatastoreClient, writer: Identity) -> str:
-    """Return the sentence by which this agent reports that another one, `writer`, has the host's status."""
+    """Return the sentence by which this agent reports that another agent, `writer`, writes the host's status."""
     who = _with_addresses(datastore, writer.describe(Identity.own()))
     back = (
         "until that agent has ended"

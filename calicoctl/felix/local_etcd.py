@@ -1,8 +1,8 @@
-"""An etcd for a single host: the distribution's, on loopback, started by `calicoctl node --local-etcd`.
+"""An etcd for a single host: the distribution's package, on loopback, started by `calicoctl node --local-etcd`.
 
 Responsible for the port, the command line and the data of that etcd; daemon.py starts and supervises the process. Every
-command, also the one that starts etcd after a reboot, finds it by calicoctl's own lines of the settings file
-(environment.py).
+command, also the one that starts etcd after a reboot, finds etcd's address in the lines of the settings file that
+calicoctl wrote itself (environment.py).
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ def _process(host: str) -> Process:
 
 
 def unannounce(was_ours: bool) -> None:
-    """Remove calicoctl's own lines, which name the local etcd, from the settings file. Raises CalicoError.
+    """Remove the lines that calicoctl wrote, which name the local etcd, from the settings file. Raises CalicoError.
 
-    With `was_ours`, this host had a local etcd. Otherwise the lines stay where the environment names another store.
+    `was_ours` says that this host had a local etcd. If not, and the environment names another store, the lines stay.
     """
     file = EnvironmentFile()
     if was_ours or _environment_matches(file):
@@ -72,8 +72,8 @@ def _environment_matches(file: EnvironmentFile) -> bool:
 class LocalEtcd:
     """The local etcd, at the port of 127.0.0.1 that the settings name, else at 2379 or another free port.
 
-    The port is fixed when the environment, or a line of the user's in the settings file, names it. When only
-    calicoctl's own lines name the port, or nothing does, another port is chosen where that one is in use.
+    The port is fixed if the environment, or a line of the user's in the settings file, names it. If only lines that
+    calicoctl wrote name the port, or nothing does, and the port is in use, another port is chosen.
     """
 
     def __init__(self, host: str, log_dir: str) -> None:
@@ -99,7 +99,7 @@ class LocalEtcd:
         )
 
     def _named_by_own_lines(self) -> bool:
-        """Return whether only calicoctl's own lines of the settings file name the local etcd."""
+        """Return whether only lines of the settings file that calicoctl wrote name the local etcd."""
         own = self._file.own()
         its_lines_alone = bool(own) and EtcdSettings.from_environment(self._file.others()).is_default
         return its_lines_alone and _environment_matches(self._file)
@@ -128,8 +128,8 @@ class LocalEtcd:
     def resolve_port(self, stay: bool = False) -> None:
         """Set the port, and so `url`, to that of the running etcd, else choose the one to start etcd at.
 
-        With `stay`, the port is fixed: a running agent would not find etcd at another one. Raises CalicoError where no
-        port will do.
+        With `stay`, the port is fixed: a running agent would not find etcd at another one. Raises CalicoError if the
+        port is in use and must not change, or if no port is free.
         """
         pid = self.running()
         if pid is not None:
@@ -186,7 +186,7 @@ class LocalEtcd:
 
     @contextmanager
     def announced(self) -> Iterator[bool]:
-        """Name this etcd in calicoctl's own lines of the settings file; yield whether these lines were changed.
+        """Write lines that name this etcd into the settings file; yield whether the file was changed.
 
         When the body of `with` fails, the lines are restored. Raises CalicoError.
         """
@@ -237,7 +237,7 @@ class LocalEtcd:
 
     @staticmethod
     def _refuse_shared_data() -> None:
-        """Raise CalicoError where another etcd uses the data, and so holds an exclusive flock(2) on the database."""
+        """Raise CalicoError if another etcd uses the data, and so holds an exclusive flock(2) on the database."""
         with suppress(FileNotFoundError), (DATA / "member/snap/db").open("rb") as database:
             try:
                 fcntl.flock(database, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -251,7 +251,7 @@ class LocalEtcd:
     def borrowed(self) -> Iterator[None]:
         """Run the local etcd inside `with` if it is this host's store, and does not run.
 
-        It is that store if its data exists, and calicoctl's own lines name it or no etcd serves at the port.
+        It is that store if its data exists, and lines that calicoctl wrote name it or no etcd serves at the port.
         """
         is_named = self._may_move and bool(self._file.own())
         needed = (DATA / "member").exists() and self.running() is None and (is_named or not self._healthy())
@@ -266,7 +266,7 @@ class LocalEtcd:
         return b'"health":"true"' in (self._answers("/health") or b"").replace(b" ", b"")
 
     def _answers(self, path: str) -> bytes | None:
-        """Return the response body at a path, None where there is no response."""
+        """Return the body of the response to a GET request for a path, None if there is no response."""
         try:
             # without a proxy that the environment may name
             opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))

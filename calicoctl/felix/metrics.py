@@ -1,4 +1,4 @@
-"""The metrics that the agent serves to Prometheus, on loopback, where `--metrics-port` is given."""
+"""The metrics that the agent serves to Prometheus, on loopback, if `--metrics-port` is given."""
 
 from __future__ import annotations
 

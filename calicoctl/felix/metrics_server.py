@@ -1,6 +1,6 @@
-"""The HTTP server of the metrics. Every user of the host may connect; none can exhaust the agent's descriptors.
+"""The HTTP server for the metrics. Every user of the host may connect.
 
-The number of connections is limited, and so is their duration.
+The number of connections is limited, and so is their duration, so that no user can exhaust the agent's descriptors.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from calicoctl.felix import shortage
 log = logging.getLogger("calico.felix")
 
 MOST_CONNECTIONS = 8
-"""Connections open at the same time, at most: a new one ends the oldest."""
+"""The largest number of open connections. One more closes the oldest."""
 
 LONGEST = 5.0
 """Seconds that a connection may be open."""

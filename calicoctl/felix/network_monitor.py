@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from calicoctl.felix.health import Health
 
 PAUSE = 0.5
-"""Seconds from a change of routes to the reading of gateways, at least: thousands of routes may change together."""
+"""Seconds to wait, at least, before gateways are read after a change of routes: thousands may change together."""
 
 BACKOFF = 10.0
 """Seconds until reading that failed is tried again."""
@@ -28,7 +28,7 @@ class NetworkMonitor:
     """Reads the host's network when it may have changed. Used by the agent's thread."""
 
     def __init__(self, snapshot: Snapshot, health: Health, reading: Callable[[], None]) -> None:
-        """`reading` is called before each reading: from then on, GatewaysChanged must be emitted again."""
+        """`reading` is called before each read. It must make later changes of routes emit GatewaysChanged again."""
         self._snapshot = snapshot
         self._health = health
         self._reading = reading
@@ -37,7 +37,7 @@ class NetworkMonitor:
         """When to read (monotonic); None while nothing may have changed."""
 
     def on_event(self, event: Any) -> None:
-        """Note when to read: at once for addresses, a little later for gateways."""
+        """Schedule a read: at once if addresses have changed, a little later if gateways may have."""
         if isinstance(event, AddressesChanged):
             self.due_at = 0.0
             return
@@ -51,7 +51,10 @@ class NetworkMonitor:
         self.due_at = 0.0
 
     def read_if_due(self) -> None:
-        """Give the snapshot what the host has now, if it is time; a failure is reported, and retried."""
+        """If a read is due, read the host's addresses, gateways and networks into the snapshot.
+
+        On failure, report it, and retry after BACKOFF.
+        """
         begin = time.monotonic()
         if self.due_at is None or begin < self.due_at:
             return

@@ -44,7 +44,10 @@ _LOG_SIZE = 10 * 2**20
 
 @dataclass(frozen=True)
 class Options:
-    """The agent's options. `log_dir` is None for logging to standard error, `metrics_port` for serving no metrics."""
+    """The agent's options.
+
+    If `log_dir` is None, the agent logs to standard error. If `metrics_port` is None, it serves no metrics.
+    """
 
     log_dir: str | None = None
     metrics_port: int | None = None
@@ -85,7 +88,7 @@ def running(host: str) -> int | None:
 
 
 def report(host: str) -> dict[str, object] | None:
-    """Return the last report of the host's agent, whether that agent still runs or not; None where there is none."""
+    """Return the last report of the host's agent, which may have ended since; None if there is no report."""
     value = None
     for _ in range(2):
         try:
@@ -125,7 +128,7 @@ def refuse_other(host: str) -> None:
         with _namespace_file().open() as file:
             other = file.read().strip()
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return  # not locked: left by an agent that was killed
+            return  # not locked: an agent that was killed has left the file
     except BlockingIOError:
         pass
     except OSError:
@@ -163,7 +166,7 @@ def _held(host: str) -> Iterator[None]:
 
 
 def _refuse_running(host: str, began: float) -> None:
-    """Raise CalicoError when waiting for the lock since `began` (monotonic) has taken too long for a release soon."""
+    """Raise CalicoError if the lock, awaited since `began` (monotonic), will probably not be released soon."""
     pid = running(host)
     # without a process id, `node remove` holds the lock
     if time.monotonic() - began > (1 if pid else START_PATIENCE):
@@ -210,7 +213,7 @@ def leave(status: int) -> None:
 
 
 def notify_ready() -> None:
-    """Notify systemd, or the command that started this process, that the agent is ready. Source: sd_notify(3)."""
+    """Notify systemd, or the command that started this process, that the agent is ready. See sd_notify(3)."""
     import sdnotify
 
     sdnotify.SystemdNotifier().notify("READY=1")
@@ -224,7 +227,7 @@ class _OneLine(logging.Formatter):
 
 
 def log_to(directory: str | None) -> None:
-    """Log to the file felix.log in `directory`, rotating it; to standard error where that is None."""
+    """Log to the file felix.log in `directory`, with rotation, or to standard error if `directory` is None."""
     handler: logging.Handler = logging.StreamHandler()
     text = "%(levelname)s: %(message)s"
     if directory is not None:
@@ -240,8 +243,9 @@ def log_to(directory: str | None) -> None:
 def start(host: str, options: Options, environment: Mapping[str, str] = os.environ) -> int:
     """Start the host's agent in the background, wait until its first update is in the kernel; return its process id.
 
-    Where another command has started the agent at the same time, the id is that agent's. Raises CalicoError when the
-    agent ends before its first update. It also does after START_PATIENCE, but then the agent keeps running.
+    If another command has started the agent at the same time, that agent's process id is returned. Raises CalicoError
+    when the agent ends before its first update. Raises CalicoError after START_PATIENCE, too, but then the agent keeps
+    running.
     """
     assert options.log_dir is not None, "a process in the background needs a log file"
     DIRECTORY.mkdir(mode=0o755, parents=True, exist_ok=True)
@@ -276,9 +280,9 @@ def start(host: str, options: Options, environment: Mapping[str, str] = os.envir
 
 
 def _await_ready(process: subprocess.Popen[bytes], ready: socket.socket, host: str) -> int | None:
-    """Wait until the host's agent is ready, and return its process id; None when `process` ends and no agent runs.
+    """Wait until the host's agent is ready, and return its process id; None if `process` ends and no agent runs.
 
-    `ready` is the socket for its sd_notify(3) message. Raises CalicoError after START_PATIENCE.
+    `ready` is the socket on which `process` sends its sd_notify(3) message. Raises CalicoError after START_PATIENCE.
     """
     give_up = time.monotonic() + START_PATIENCE
     while True:
@@ -303,7 +307,7 @@ def _await_ready(process: subprocess.Popen[bytes], ready: socket.socket, host: s
 
 
 def _absolute(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return an environment with absolute paths, for a process with another working directory."""
+    """Return `environment` with the paths in it made absolute, for a process with another working directory."""
     files = ("ETCD_CA_CERT_FILE", "ETCD_CERT_FILE", "ETCD_KEY_FILE", "CALICO_ENV_FILE")
     return {
         name: str(Path(value).absolute()) if name in files and value else value for name, value in environment.items()
@@ -341,7 +345,7 @@ def restart(host: str) -> int:
 
 
 def stop(host: str) -> int | None:
-    """End the host's agent, and wait until it has ended; return its process id, None where none was running.
+    """End the host's agent, and wait until it has ended; return its process id, None if none was running.
 
     Raises CalicoError when the agent is another user's, or does not end within STOP_PATIENCE.
     """

@@ -1,7 +1,7 @@
 """Removes what the agent has programmed into the kernel, for `calicoctl node remove`.
 
-Interfaces are deleted with their endpoints, before this. One that is left, without a record, stays, but loses the
-routes, neighbour entries and sysctls that the agent gave it.
+`calicoctl node remove` deletes endpoints with their interfaces before it calls this. A `cali…` interface that belongs
+to no endpoint in etcd is kept, but the routes, neighbour entries and sysctls that the agent set for it are removed.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from calicoctl.felix.dataplane.ruleset import remove_commands
 def remove_all(host: str, warn: Callable[[str], None]) -> None:
     """Remove routes, neighbours, firewall rules and tables, and restore settings; the agent must not run.
 
-    The tables are removed last, so that no packet is forwarded that they would drop. `warn` is called with a sentence
-    if forwarding stays enabled for a Docker Engine that cannot be asked. Raises CalicoError, also when the agent runs.
+    The tables are removed last, so that no packet is forwarded that they would drop. If the Docker Engine does not
+    answer, forwarding stays enabled, and `warn` is called with a sentence. Raises CalicoError, also if the agent runs.
     """
     with process.none_starts(host):
         _remove_from_kernel(host, warn)

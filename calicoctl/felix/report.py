@@ -1,8 +1,8 @@
 """Publishes the agent's health (health.py): in a file, for `calicoctl status`, and in the store, for all hosts.
 
-The store gets the status of each endpoint, and the host's heartbeat (heartbeat.py). The file has all of that with the
-reasons, and can be read while the store is unreachable. The store is written by a thread, so that a slow store does not
-delay the agent's loop. metrics.py serves the same figures to Prometheus.
+The status of each endpoint, and the host's heartbeat (heartbeat.py), are written to the store. The file contains all of
+that and the reasons, and can be read while the store is unreachable. A thread writes to the store, so that a slow store
+does not delay the agent's loop. metrics.py serves the same figures to Prometheus.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ if TYPE_CHECKING:
 log = logging.getLogger("calico.felix")
 
 PATIENCE = 6.0
-"""Seconds for which a store that answers with errors is retried before it is reported as unavailable."""
+"""Seconds to retry a store that answers with errors before it is reported as unavailable."""
 
 FILE_INTERVAL = 5.0
 """Seconds after which the file is written although nothing has changed: its age shows that the agent is alive."""
 
 END_PATIENCE = 5.0
-"""Seconds that writing may take at the agent's end; the heartbeat expires in any case."""
+"""Seconds that writing may take when the agent ends; the heartbeat expires in any case."""
 
 
 class ReportFile:
@@ -76,7 +76,7 @@ class ReportFile:
         except OSError as error:
             if self._file is None or not is_shortage(error):
                 raise
-            os.pwrite(self._file.fileno(), data, 0)  # a reader that meets this half-written retries
+            os.pwrite(self._file.fileno(), data, 0)  # a reader that finds the file half-written retries
             self._file.truncate(len(data))
             return
         if self._file is not None:
@@ -94,7 +94,7 @@ class EndpointStatuses:
         report: Callable[[dict[EndpointId, Status | None]], None],
         removed: Callable[[EndpointId], None],
     ) -> None:
-        """`report` takes the statuses that have changed, None for an endpoint that was deleted.
+        """`report` is called with the statuses that have changed, None for an endpoint that was deleted.
 
         `removed` is called with the id of each endpoint that was deleted.
         """
@@ -138,10 +138,10 @@ class EndpointStatuses:
 
 
 class StoreReporter(threading.Thread):
-    """Drives the statuses in the store to those last given to `set`, unless another agent reports for this host."""
+    """Writes the statuses passed to `set` to the store, retrying, unless another agent reports for this host."""
 
     def __init__(self, datastore: DatastoreClient, health: Health, put: Callable[[Any], None]) -> None:
-        """`put` takes the events: whether the store can be written (WritesRecovered, WritesFailed), other failures
+        """`put` is called with events: whether the store can be written (WritesRecovered, WritesFailed), other failures
         (Failure), and that another agent has begun to report for this host, or has stopped (Replaced).
         """
         super().__init__(name="reporting", daemon=True)
@@ -163,7 +163,7 @@ class StoreReporter(threading.Thread):
         self._refused: str | None = None
 
     def set(self, statuses: dict[EndpointId, Status | None]) -> None:
-        """Take in new statuses; None for an endpoint that was deleted."""
+        """Set the desired statuses of some endpoints; None for an endpoint that was deleted."""
         with self._lock:
             for id, status in statuses.items():
                 if status is None:
@@ -174,7 +174,7 @@ class StoreReporter(threading.Thread):
         self._wake.set()
 
     def resync(self) -> None:
-        """Read the statuses from the store again: after an outage, say, they may not be what was written."""
+        """Read the statuses from the store again: after an outage, they may differ from what was written."""
         with self._lock:
             self._written = None
         self._wake.set()
@@ -238,13 +238,16 @@ class StoreReporter(threading.Thread):
         self._failed, self._refused = failed, refused
 
     def end(self) -> None:
-        """Write what is left, and remove the heartbeat, unless the store is too slow for that."""
+        """Write the remaining statuses, and remove the heartbeat, unless that takes longer than END_PATIENCE."""
         self._alive = False
         self._wake.set()
         self.join(END_PATIENCE)
 
     def _write_endpoints(self) -> None:
-        """Write what has changed. Raises StoreUnavailable at once, another error after all statuses were tried."""
+        """Write the statuses that have changed.
+
+        Raises StoreUnavailable at once, but any other error only after all statuses were tried.
+        """
         refused: dict[EndpointId, CalicoError] = {}
         with self._lock:
             written = self._written

@@ -8,7 +8,7 @@ import resource
 import time
 
 PAUSE = 1.0
-"""Seconds between two attempts at what failed for lack of descriptors or memory."""
+"""Seconds between two attempts at an operation that failed for lack of descriptors or memory."""
 
 
 def wait_out() -> None:
@@ -19,7 +19,7 @@ def wait_out() -> None:
 
 
 def descriptors_lacking() -> str | None:
-    """Return the sentence that says that this process can open no more files; None while it can."""
+    """Return a sentence if this process can open no more files, None if it can."""
     try:
         os.close(os.open("/proc/self/limits", os.O_RDONLY | os.O_CLOEXEC))
         return None

@@ -1,6 +1,6 @@
 """The threads that wait for changes: of the store, of the kernel, of the Docker Engine and of the mount table.
 
-Each thread waits for one source and puts events into a queue. None decides or changes anything.
+Each thread waits for one source and puts events into a queue. It decides nothing, and changes nothing.
 """
 
 from __future__ import annotations
@@ -52,15 +52,15 @@ if TYPE_CHECKING:
 log = logging.getLogger("calico.felix")
 
 LONG_POLL = 4.0
-"""Seconds that one watch request lasts at most. After a request that saw no change, the etcd member that served it must
-show that it is not cut off from the other members, or another member is asked: with the store's QUORUM_TIMEOUT, changes
-arrive within ten seconds."""
+"""Seconds that one watch request lasts at most. After a request without a change, the etcd member that served it must
+show that it still has a quorum; otherwise another member is asked. Together with the store's QUORUM_TIMEOUT, that makes
+changes arrive within ten seconds."""
 
 LONGEST_PAUSE = 5.0
-"""Seconds of the backoff between two attempts to reach the store, at most."""
+"""Seconds between two attempts to reach the store, at most: the limit of the backoff."""
 
 ENGINE_PAUSE = 0.5
-"""Seconds between two attempts to reach the Docker Engine, which starts containers as soon as it is up."""
+"""Seconds between two attempts to reach the Docker Engine: short, since it starts containers as soon as it is up."""
 
 _CONTAINER_CHANGES = {"type": "container", "event": ["start", "die", "destroy", "rename"]}
 
@@ -74,7 +74,8 @@ _RTMGRP_IPV6_IFADDR = 0x100
 class _Source(ABC, threading.Thread):
     """A thread that runs `follow`, which never returns; the agent ends when it raises.
 
-    Where `follow` lacks descriptors or memory, it is run again later; `missed` is the event for changes lost meanwhile.
+    If `follow` fails for lack of descriptors or memory, it is run again later, and the event `missed` is emitted, which
+    says that changes may have been lost.
     """
 
     missed: Any = None
@@ -104,8 +105,8 @@ class _Source(ABC, threading.Thread):
 class StoreEvents(_Source):
     """Reads a directory of the store, then watches it; reads it again (a resync) when the watch has missed changes.
 
-    It also resyncs after the store was unreachable: another store may answer then, whose revision is past the last one
-    seen.
+    It also resyncs after the store was unreachable. The address may then lead to another store, whose revision is
+    higher than the last one seen, and the watch would not notice.
     """
 
     def __init__(self, datastore: DatastoreClient, directory: str, events: Events[Any]) -> None:
@@ -167,9 +168,9 @@ class StoreEvents(_Source):
 
 
 def _back_off(pause: float) -> float:
-    """Sleep before the next full read of the store, longer than the `pause` (seconds) before; return the new pause.
+    """Sleep before the next full read of the store, longer than the last `pause` (seconds); return the new pause.
 
-    With jitter: a full read is what costs the store most, and all hosts may need one at the same time.
+    With jitter: a full read is the most expensive request for the store, and all hosts may need one at the same time.
     """
     pause = min(LONGEST_PAUSE, max(0.2, pause * 2))
     time.sleep(pause * random.uniform(0.5, 1))
@@ -289,7 +290,7 @@ class MountEvents(_Source):
 
 
 def _is_loss(kind: int, message: bytes) -> bool:
-    """Return whether a message may be about the loss of one of the agent's routes; on a busy host, most are not.
+    """Return whether a message may be about the loss of one of the agent's routes. On a busy host, most are not.
 
     The message begins with its header of 16 bytes, then struct rtmsg: family, dst_len, src_len, tos, table, protocol.
     The kernel announces a replaced route as a new one.

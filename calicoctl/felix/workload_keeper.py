@@ -1,11 +1,11 @@
 """Keeps this host's workloads connected: decides from events which workload is reconciled, and when.
 
-Events of the Docker Engine, of mounts, and of the agent (an endpoint without an interface, say) only put a workload
-into the work queue (workqueue.py). What to do about the workload follows from what `upkeep.reconcile` then finds under
-the workload's lock. The agent's loop gets the actions that were done, and the failures.
+Events of the Docker Engine, of mounts, and of the agent (for example: an endpoint has no interface) only put a workload
+into the work queue (workqueue.py). `upkeep.reconcile` then determines what must be done for the workload, with the
+workload's lock held. Actions and failures are reported to the agent's loop.
 
-One thread owns the queue and all state here. Workers reconcile, since that waits for the store and for the Docker
-Engine. An engine that hangs, as a whole or for one container, does not hold up namespaces.
+One thread owns the queue and all state of this module. Worker threads reconcile, since that means waiting for the store
+and for the Docker Engine. If the engine hangs, as a whole or for one container, namespaces are reconciled all the same.
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ if TYPE_CHECKING:
 log = logging.getLogger("calico.felix")
 
 INTERVAL = 10.0
-"""Seconds between two sweeps for what no event reports (interrupted changes), and between two retries."""
+"""Seconds between two sweeps for interrupted changes, which no event reports, and between two retries."""
 
 LOCK_PAUSE = 0.5
-"""Seconds until a workload is retried whose lock another process holds, or that failed at once."""
+"""Seconds until a workload is retried if another process holds its lock, or if it failed at once."""
 
 STORE_PAUSE = 1.0
 """Seconds until the store is tried again after it was unavailable."""
 
 COMPARE_PAUSE = 60.0
-"""Seconds until a comparison with the engine's list of containers is retried."""
+"""Seconds until a failed comparison with the engine's list of containers is retried."""
 
 COMPARE_INTERVAL = 300.0
 """Seconds between two comparisons with the engine's list: a connection that died silently delivers no events."""
 
 DELETED_PAUSE = 30.0
-"""Seconds from the deletion of an endpoint until its workload is reconciled: another tool may write it again."""
+"""Seconds from the deletion of an endpoint until its workload is reconciled: another tool may recreate the endpoint."""
 
 WORKERS = {DOCKER: 8, NAMESPACE: 1}
 """How many workloads of each orchestrator are reconciled at a time."""
@@ -60,7 +60,7 @@ REATTACH_INTERVAL = 10.0
 """Seconds between two re-attachments of a workload that keeps losing its interface."""
 
 END_PATIENCE = 5.0
-"""Seconds that workers may take to finish when the agent ends. The next agent finds what is interrupted then."""
+"""Seconds that workers may take to finish when the agent ends. The next agent finds changes that are interrupted."""
 
 NEVER = float("-inf")
 
@@ -70,7 +70,7 @@ Key = tuple[str, str]
 
 @dataclass(frozen=True)
 class Resynced:
-    """The store has been read as a whole; `expected` is the number of addresses that each workload's endpoints list."""
+    """The whole store has been read; `expected` is the number of addresses that each workload's endpoints list."""
 
     expected: dict[Key, int]
 
@@ -85,11 +85,10 @@ class EndpointChanged:
 
 @dataclass(frozen=True)
 class Compared:
-    """Containers' endpoints were compared with the engine's list: those of the workloads `keys` do not match.
+    """Containers' endpoints were compared with the engine's list of containers.
 
-    `error` is what the comparison failed with, if it did.
-
-    `connected` are endpoints that seem to match, but whose interfaces may not be inside their containers.
+    `keys` are the workloads whose endpoints do not match the list. `connected` are endpoints that match it, but whose
+    interfaces may not be inside their containers. `error` is the exception if the comparison failed.
     """
 
     keys: list[Key]
@@ -101,8 +100,8 @@ class Compared:
 class WorkItem:
     """A workload to reconcile. `removed` says that the engine has reported its removal.
 
-    The grace period counts from `missing_since` or `gone_since` (of the keeper's clock), should the workload turn out
-    to be MISSING or GONE.
+    If the workload is found to be MISSING, its grace period began at `missing_since`; if it is found to be GONE, at
+    `gone_since`. Both are times of the keeper's clock.
     """
 
     key: Key
@@ -113,10 +112,10 @@ class WorkItem:
 
 @dataclass(frozen=True)
 class WorkResult:
-    """What reconciling a workload did (`actions`), and the `error` that ended it, if any.
+    """The `actions` done while a workload was reconciled, and the exception that ended that (`error`), if any.
 
-    `state` is None where the workload's state could not be found out. `kept_since` is when the grace period of a
-    MISSING or GONE workload began, None when none runs. `seconds` is how long reconciling took.
+    `state` is None if the workload's state could not be determined. `kept_since` is when the workload's grace period
+    began, None if it has none. `seconds` is how long reconciling took.
     """
 
     key: Key
@@ -129,19 +128,19 @@ class WorkResult:
 
 @dataclass
 class _Tracked:
-    """What is known of one workload from its earlier reconciliations. All times are of the keeper's clock."""
+    """What earlier reconciliations have found about one workload. All times are of the keeper's clock."""
 
     kept_since: float | None = None
-    """Since when the grace period of a workload that is MISSING or GONE runs."""
+    """When the grace period of a MISSING or GONE workload began; None if it has none."""
     unreachable_at: float = NEVER
-    """When its state last could not be found out: the engine did not answer, or its path could not be read."""
+    """When its state last could not be determined: the engine did not answer, or its path could not be read."""
     locked_since: float | None = None
-    """Since when another process has been holding its lock."""
+    """Since when another process has held its lock."""
     reattached_at: float = NEVER
     removed: bool = False
     """Whether the engine has reported its removal."""
     failure: str | None = None
-    """The failure that was reported last; the empty string for a first one, which is not reported yet."""
+    """The failure that was reported last; the empty string for a first failure, which is not reported yet."""
 
 
 class WorkloadKeeper:
@@ -153,7 +152,10 @@ class WorkloadKeeper:
         report: Callable[[Any], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`datastore` makes a client, one for each thread; `report` takes each Action, Failure and ThreadDied."""
+        """`datastore` creates a client of the store, once for each thread.
+
+        `report` is called with each Action, Failure and ThreadDied.
+        """
         self.inbox: events.Events[Any] = SimpleQueue()
         self.grace_time: float = GRACE_TIME
         """Seconds to keep endpoints and addresses of a workload that is MISSING or GONE, or of unknown state."""
@@ -170,12 +172,12 @@ class WorkloadKeeper:
         self._tracked: dict[Key, _Tracked] = {}
         self._swept_grace_time: float = self.grace_time
         self._namespaces: dict[str, tuple[int, int] | None] = {}
-        """By workload id: the namespace (device and inode) that was seen last at its path, None where none was."""
+        """By workload id: the namespace (device and inode) that was seen last at its path, None if none was."""
         self._containers: dict[str, events.Container] | None = None
         """The engine's last list of its containers, by id; None to ask for a new one."""
         self._engine_was_away = False
         self._engine_back = NEVER
-        """Since when the engine has been listing containers again: before, it may not have known all of them."""
+        """When the engine last began to list containers: before, its list may have been empty or incomplete."""
         self._ready = True
         """Whether the store may be used."""
         self._store_retry_at = NEVER
@@ -184,7 +186,7 @@ class WorkloadKeeper:
     # For the agent's thread
 
     def start(self, expected: dict[Key, int]) -> None:
-        """Start the threads, and reconcile whatever differs from the store; for `expected`, see Resynced."""
+        """Start the threads, and reconcile the workloads that differ from the store; for `expected`, see Resynced."""
         self._expected = expected
         self._jobs[self._scan_store] = NEVER
         sources.EngineEvents(self.inbox).start()
@@ -193,7 +195,7 @@ class WorkloadKeeper:
         self._thread.start()
 
     def stop(self) -> None:
-        """Start no more work, and wait for what is in progress, but not for long."""
+        """Start no more work, and wait for work in progress, for END_PATIENCE at most."""
         self._alive = False
         self.inbox.put(None)
         if self._thread.is_alive():
@@ -210,7 +212,7 @@ class WorkloadKeeper:
             self.inbox.put(None)
 
     def resync(self, expected: dict[Key, int]) -> None:
-        """Compare all workloads with the store, which has been read as a whole; for `expected`, see Resynced."""
+        """Compare all workloads with the store, of which all was read; for `expected`, see Resynced."""
         self.inbox.put(Resynced(expected))
 
     # The keeper's own thread
@@ -220,7 +222,7 @@ class WorkloadKeeper:
             self.process(self._wait())
 
     def process(self, items: list[Any]) -> None:
-        """Handle what came into the inbox, then hand out what is due. Raises nothing, else the thread would end."""
+        """Handle items from the inbox, then hand due work to the workers. Raises nothing: that would end the thread."""
         for item in items:
             self._guarded(partial(self._handle, item))
         if self._alive and self._ready and self._clock() >= self._store_retry_at:
@@ -237,7 +239,7 @@ class WorkloadKeeper:
             self._report(events.Failure(f"the workload keeper failed ({type(error).__name__}: {error})"))
 
     def _wait(self) -> list[Any]:
-        """Return what came into the inbox; nothing when something is due before that."""
+        """Wait for items in the inbox, but only until the next work is due; return them."""
         until = self._clock() + INTERVAL
         if self._alive and self._ready:
             until = max(self._store_retry_at, min(until, self._queue.next_due(), *self._jobs.values()))
@@ -255,7 +257,7 @@ class WorkloadKeeper:
         elif isinstance(item, EndpointChanged) and item.deleted:
             self._add(item.key, now + DELETED_PAUSE)
         elif isinstance(item, EndpointChanged):
-            # a workload may take its interface away again and again
+            # a workload may remove its own interface again and again
             self._add(item.key, max(now, self._known(item.key).reattached_at + REATTACH_INTERVAL))
         elif isinstance(item, events.ContainerChanged):
             key = (DOCKER, item.id)
@@ -282,7 +284,7 @@ class WorkloadKeeper:
     def _on_engine_listed(self, item: events.EngineListed, now: float) -> None:
         if self._engine_was_away:
             log.info("the Docker Engine can be asked again")
-        # an engine that knows none of ours may have been started before its data was there
+        # an engine that knows none of our containers may have been started before its data directory was mounted
         if self._engine_was_away or not any((DOCKER, id) in self._expected for id in item.containers):
             self._engine_back = now
         self._engine_was_away = False
@@ -306,27 +308,27 @@ class WorkloadKeeper:
             self._pool.submit(key[0], partial(self._reconcile, self._work_item(key)))
 
     def _add(self, key: Key, at: float) -> None:
-        """Have a workload reconciled at a time, because of an event."""
+        """Schedule a workload to be reconciled at a time, because of an event."""
         if upkeep.is_managed(*key):
             self._queue.add(key, at)
 
     def _add_after_backoff(self, key: Key, at: float) -> None:
-        """Have a workload reconciled at a time, but not before its backoff is over: no event reports a change."""
+        """Schedule a workload, for which there was no event, to be reconciled at a time, but not before its backoff."""
         if upkeep.is_managed(*key):
             self._queue.add_after_backoff(key, at)
 
     def _track(self, key: Key) -> _Tracked:
-        """Return what is known of a workload, to be changed."""
+        """Return the _Tracked of a workload, for writing: it is created if there is none."""
         return self._tracked.setdefault(key, _Tracked())
 
     def _known(self, key: Key) -> _Tracked:
-        """Return what is known of a workload, to be read."""
+        """Return the _Tracked of a workload, for reading: an empty one if there is none."""
         return self._tracked.get(key, _Tracked())
 
     # Jobs that find workloads to reconcile
 
     def _scan_store(self) -> None:
-        """Enqueue workloads whose addresses or endpoints do not fit together in the store; no event reports those."""
+        """Enqueue workloads whose addresses and endpoints in the store are inconsistent: no event reports those."""
         now = self._clock()
         totals = self._datastore.ipam.handles.totals()
         for handle, total in totals.items():
@@ -369,7 +371,7 @@ class WorkloadKeeper:
             raise item.error
 
     def _sweep(self) -> None:
-        """Enqueue workloads whose last change was interrupted, and namespaces that have come or gone."""
+        """Enqueue workloads whose last change was interrupted, and namespaces that have appeared or disappeared."""
         now = self._clock()
         host = self._datastore.host
         for orchestrator in (DOCKER, NAMESPACE):
@@ -431,14 +433,14 @@ class WorkloadKeeper:
         failure: Exception | None = None
         try:
             for action in upkeep.reconcile(datastore, *item.key, may_collect, item.removed):
-                actions.append(action)  # one by one, to have those before a failure too
+                actions.append(action)  # one by one, to have those done before a failure, too
         except Exception as error:
             log.debug("traceback", exc_info=not isinstance(error, CalicoError))
             failure = error
         return WorkResult(item.key, actions, failure, found, kept_since, self._clock() - started)
 
     def _on_result(self, result: WorkResult) -> None:
-        """Report what was done for a workload, and enqueue it again where that is needed. Raises StoreUnavailable."""
+        """Report what was done for a workload, and enqueue it again if necessary. Raises StoreUnavailable."""
         key, now = result.key, self._clock()
         self._queue.done(key)
         tracked = self._track(key)
@@ -452,7 +454,7 @@ class WorkloadKeeper:
         elif result.error is None or result.state in (WorkloadState.RUNNING, WorkloadState.STOPPED):
             tracked.kept_since = None
         if result.state is WorkloadState.MISSING:
-            self._namespaces[key[1]] = None  # so that a sweep sees it come back, even with the inode that it had
+            self._namespaces[key[1]] = None  # so that a sweep notices when it is back, even with the same inode
         self._note_reachability(tracked, result, now)
         if not isinstance(result.error, Conflict):
             tracked.locked_since = None
@@ -473,9 +475,9 @@ class WorkloadKeeper:
             del self._tracked[key]
 
     def _note_reachability(self, tracked: _Tracked, result: WorkResult, now: float) -> None:
-        """Note whether the state of a workload could be found out.
+        """Note whether the state of a workload could be determined.
 
-        Once the engine answers about a container again, the other containers that it did not answer about are retried.
+        Once the engine answers for one container again, the other containers for which it did not answer are retried.
         """
         if result.error is None or result.state is not None:
             was_unreachable, tracked.unreachable_at = tracked.unreachable_at > NEVER, NEVER
@@ -488,9 +490,10 @@ class WorkloadKeeper:
             tracked.unreachable_at = now
 
     def _backoff(self, key: Key, tracked: _Tracked, error: Exception, seconds: float) -> None:
-        """Retry a workload later, the later the longer the attempt took, and report each failure once.
+        """Retry a workload later, and report each failure once. The longer the attempt took, the longer the pause.
 
-        A failure that came at once may be due to the workload's end: one quick retry comes before it is reported.
+        A failure that occurs at once may mean that the workload is just ending. So it is retried soon, and reported
+        only if it occurs again.
         """
         pause = max(INTERVAL, seconds)
         if isinstance(error, DockerUnavailable) and self._queue.is_paused(DOCKER):  # which has been logged
@@ -510,7 +513,7 @@ class WorkloadKeeper:
 
 
 def _compare_states(containers: dict[str, events.Container] | None, datastore: DatastoreClient) -> Compared:
-    """Compare containers' endpoints on this host with `containers`, the engine's list; with a new list if None."""
+    """Compare the endpoints of this host's containers with `containers`, the engine's list (None: ask for a list)."""
     found: list[Key] = []
     connected: list[EndpointId] = []
     try:

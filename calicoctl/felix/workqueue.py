@@ -1,8 +1,8 @@
 """A work queue with one item per key, with delays and backoff, and the worker threads that process its items.
 
-It decides which item is due, and how many of a group are processed at a time. It does not know what an item means, nor
-how long to back off; that is the caller's part. Like the workqueue of Kubernetes' client-go, it never gives one key to
-two workers at once.
+It decides which item is due, and how many items of a group are processed at a time. The caller knows what an item
+means, and how long to back off. Like the workqueue of Kubernetes' client-go, it never gives one key to two workers at
+once.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class WorkQueue(Generic[K]):
         self.add(key, max(at, self._backoff.get(key, at)))
 
     def back_off(self, key: K, until: float) -> None:
-        """Make a key that failed due at `until`; of the keys that are due, those without backoff are taken first."""
+        """Retry a key that failed at the time `until`. Due keys that did not fail are taken before those that did."""
         self._backoff[key] = until
         self.add(key, until)
 
@@ -63,7 +63,7 @@ class WorkQueue(Generic[K]):
         self._backoff.pop(key, None)
 
     def retry_now(self, group: str, now: float) -> None:
-        """Make all keys of a group due that wait for the end of their backoff."""
+        """End the backoff of all keys of a group: they are due now."""
         for key in self._due:
             if key in self._backoff and self._group_of(key) == group:
                 self._due[key] = now
@@ -79,11 +79,11 @@ class WorkQueue(Generic[K]):
         return group in self._paused
 
     def next_due(self) -> float:
-        """Return when the next key that a worker is free for is due; infinity where there is none."""
+        """Return when the next key is due, of those for which a worker is free; infinity if there is none."""
         return min((at for key, at in self._due.items() if self._has_worker(key)), default=float("inf"))
 
     def take(self, now: float) -> list[K]:
-        """Return the keys that are due and that a worker is free for; they are in progress from then on."""
+        """Return the keys that are due and for which a worker is free; they are in progress from then on."""
         taken = []
         for key, at in sorted(self._due.items(), key=lambda item: (item[0] in self._backoff, item[1])):
             if at <= now and self._has_worker(key):
@@ -105,7 +105,7 @@ class WorkQueue(Generic[K]):
 
 
 class Worker(threading.Thread, Generic[R]):
-    """Runs one task after another. Each task gets the worker's own resource, and its result is reported."""
+    """A thread that calls one task after another with its own resource, and `report` with each result."""
 
     def __init__(
         self, name: str, tasks: SimpleQueue[Callable[[R], Any]], resource: R, report: Callable[[Any], None]
@@ -124,9 +124,9 @@ class WorkerPool(Generic[R]):
     """The workers of all groups. A task must not raise: that would end its worker."""
 
     def __init__(self, workers: Mapping[str, int], resource: Callable[[], R], report: Callable[[Any], None]) -> None:
-        """`resource` makes what each worker passes to its tasks, such as a client of the store.
+        """`resource` creates the object that a worker passes to its tasks, such as a client of the store.
 
-        `report` takes the result of each task, in the worker's thread.
+        `report` is called with the result of each task, in the worker's thread.
         """
         self._tasks: dict[str, SimpleQueue[Callable[[R], Any]]] = {group: SimpleQueue() for group in workers}
         self._workers = [

@@ -83,7 +83,7 @@ class WorkloadLock:
         return self._content()[0]
 
     def started(self) -> str | None:
-        """Return the `started` that `remember` has stored, None where it has stored none."""
+        """Return the `started` that `remember` has stored, None if it has stored none."""
         return self._content()[2] or None
 
     def forget(self) -> None:

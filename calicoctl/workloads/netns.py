@@ -170,7 +170,7 @@ class Namespace:
             return self.run(inspect)
 
     def other_end(self, own: Interface) -> Interface | None:
-        """Return the host's interface that `own`, of this namespace, is paired with, None where the host has none.
+        """Return the host's interface that `own`, of this namespace, is paired with, None if the host has none.
 
         Indices alone prove nothing: processes in the namespace may choose them.
         """
@@ -293,7 +293,7 @@ class Namespace:
 def create_veth(name: str, namespace: Namespace, interface: str, mac: str | None = None) -> None:
     """Create a veth pair, both ends down: `name` on the host, and `interface`, directly inside `namespace`.
 
-    `mac` is the MAC of the inner end; None lets the kernel choose. Raises NamespaceError where no pair was made.
+    `mac` is the MAC of the inner end; None lets the kernel choose. Raises NamespaceError if no pair was made.
     """
     from pyroute2.iproute.linux import IPRoute
 
@@ -316,7 +316,7 @@ def set_up(name: str) -> None:
 
 
 def find_interface(name: str) -> Interface | None:
-    """Return an interface of the host, None where there is none of that name."""
+    """Return an interface of the host, None if there is none of that name."""
     from pyroute2.iproute.linux import IPRoute
 
     with _explained(f"reading interface {name}"), IPRoute() as netlink:

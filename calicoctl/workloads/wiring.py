@@ -405,7 +405,7 @@ class WorkloadSession:
     """A workload whose lock is held and whose namespace, if any, is open, with what was read from store and kernel.
 
     `held` has the addresses that the workload's handle holds, with their owners; `record` is the workload's endpoint,
-    None where it has none; `host_mac` is the MAC of the host end of the veth pair: HOST_MAC until `attached_interface`
+    None if it has none; `host_mac` is the MAC of the host end of the veth pair: HOST_MAC until `attached_interface`
     has found that end.
     """
 
@@ -499,7 +499,7 @@ class WorkloadSession:
         return self.record
 
     def connected(self, interface: str | None) -> tuple[Endpoint, str]:
-        """Return the endpoint, and its interface's name inside the workload; raise CalicoError where one is missing.
+        """Return the endpoint, and its interface's name inside the workload; raise CalicoError if one is missing.
 
         Raises CalicoError also where that name is not `interface` (None: any).
         """
@@ -531,7 +531,7 @@ class WorkloadSession:
     def remove_remains(self, record: Endpoint) -> None:
         """Delete the veth pair of an endpoint where the pair is incomplete, or its host end was renamed.
 
-        Raises Conflict where the pair is complete after all.
+        Raises Conflict if the pair is complete after all.
         """
         if self.attached_interface() is not None:  # its old name was restored just now
             raise Conflict(f"{self.workload.name} has its interface back; retry")
@@ -717,14 +717,14 @@ def _usable(request: AddressRequest, address: IPAddress, reserved: Reserved) -> 
 
 
 def _refuse_reserved(request: AddressRequest, reserved: Reserved) -> None:
-    """Raise CalicoError where the requested address is one that no workload may have."""
+    """Raise CalicoError if the requested address is one that no workload may have."""
     why = None if request.address is None else reserved.refusal(str(request.address))
     if why is not None:
         raise CalicoError(f"IP {request.address} is {why}. Give another, or 'ipv{request.version}' for any.")
 
 
 def _refuse_in_use(session: WorkloadSession, address: IPAddress) -> None:
-    """Raise AddressTaken where an address of the session's workload is in use by a host now."""
+    """Raise AddressTaken if an address of the session's workload is in use by a host now."""
     why = reserved_addresses(session.datastore, address.version).user(str(address))
     if why is not None:
         raise AddressTaken(
@@ -740,7 +740,7 @@ def _release_unlisted(datastore: DatastoreClient, workload: Workload, record: En
 
 
 def _next_hop(datastore: DatastoreClient, record: Endpoint, version: int) -> str:
-    """Return this host's next hop of an IP version, else the record's; raise CalicoError where neither has one."""
+    """Return this host's next hop of an IP version, else the record's; raise CalicoError if neither has one."""
     try:
         return datastore.hosts.next_hop(version)
     except CalicoError:
@@ -753,7 +753,7 @@ def _next_hop(datastore: DatastoreClient, record: Endpoint, version: int) -> str
 def _reassign(session: WorkloadSession, address: IPAddress, owner: Owner, undo: Callable[..., object]) -> None:
     """Assign a free address that the workload's record lists to `owner`, the workload, again.
 
-    Raises AddressTaken where another workload or a host has the address. An address that is assigned without a handle,
+    Raises AddressTaken if another workload or a host has the address. An address that is assigned without a handle,
     by an old tool, stays as it is.
     """
     ipam = session.datastore.ipam
@@ -770,7 +770,7 @@ def _reassign(session: WorkloadSession, address: IPAddress, owner: Owner, undo: 
 
 
 def _owner_text(owner: Owner | None) -> str:
-    """Return the part of a message that names an address's owner, in parentheses; empty where no name is known."""
+    """Return the part of a message that names an address's owner, in parentheses; empty if no name is known."""
     facts = owner.secondary if owner is not None else {}
     name = facts.get("namespace") or facts.get("workload_name") or str(facts.get("workload") or "")[:12]
     return f" ({name} on host {facts.get('host')})" if name else ""
@@ -807,7 +807,7 @@ def _new_endpoint() -> str:
 
 
 def _endpoint_of(owner: Owner) -> str | None:
-    """Return the endpoint id in an address's attributes, None where there is no valid one."""
+    """Return the endpoint id in an address's attributes, None if there is no valid one."""
     id = owner.secondary.get("endpoint")
     return id if isinstance(id, str) and len(id) == 32 and set(id) <= set("0123456789abcdef") else None
 

@@ -91,8 +91,8 @@ def find_state(orchestrator: str, id: str, path: str, started: str | None) -> tu
     """Return the state of a workload of this host, and the workload as it is now.
 
     For a namespace, `path` is its path and, where that leads through a process, `started` is what process_started
-    returned when the workload was connected, None where that is not known. Both are unused for a container.
-    Raises DockerUnavailable, or NamespaceError, where the state cannot be found out.
+    returned when the workload was connected, None if that is not known. Both are unused for a container.
+    Raises DockerUnavailable, or NamespaceError, if the state cannot be found out.
     """
     if orchestrator == DOCKER:
         try:
@@ -109,9 +109,9 @@ def find_state(orchestrator: str, id: str, path: str, started: str | None) -> tu
 
 
 def namespace_at(path: str) -> tuple[int, int] | None:
-    """Return the identity (device and inode) of the network namespace at a path; None where there is none.
+    """Return the identity (device and inode) of the network namespace at a path; None if there is none.
 
-    Raises NamespaceError where the path cannot be read.
+    Raises NamespaceError if the path cannot be read.
     """
     try:
         here, there = os.stat("/proc/self/ns/net"), os.stat(path)
@@ -127,7 +127,7 @@ def process_started(path: str) -> str | None:
 
     Returns None for a path through no process, such as those of `ip netns`, and where there is no such process. A path
     through a process, below /proc or by a symbolic link, may lead to another process later: ids are used again.
-    Raises NamespaceError where the path cannot be read. Source: namespaces(7).
+    Raises NamespaceError if the path cannot be read. Source: namespaces(7).
     """
     place, left, links = Path("/"), [*reversed(Path(path).parts[1:])], 0
     try:
@@ -208,7 +208,7 @@ def _other_spelling(path: str) -> str | None:
 
 
 def stored_otherwise(datastore: DatastoreClient, workload: Workload) -> Workload | None:
-    """Return a namespace as stored under the other spelling of its path; None where no endpoint is stored so.
+    """Return a namespace as stored under the other spelling of its path; None if no endpoint is stored so.
 
     An older version, and the tool of 2015, stored /run/netns/a as it was typed.
     """

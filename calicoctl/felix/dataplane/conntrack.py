@@ -55,7 +55,7 @@ class Connection:
 class Listing:
     """The connections of some addresses, or in `error` why they could not be listed.
 
-    `host_addresses` are this host's own, empty where there are no connections; `number` is that of the last request
+    `host_addresses` are this host's own, empty if there are no connections; `number` is that of the last request
     that the listing answers.
     """
 

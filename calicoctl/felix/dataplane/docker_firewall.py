@@ -74,7 +74,7 @@ class Filter:
         return found
 
     def desired_chain(self) -> str | None:
-        """Return the chain that our rules belong to, None where nothing would drop forwarded packets.
+        """Return the chain that our rules belong to, None if nothing would drop forwarded packets.
 
         It is DOCKER-USER if FORWARD jumps there; after `iptables -F`, it does not.
         """
@@ -116,7 +116,7 @@ def remove() -> None:
 def missing() -> list[str]:
     """Return the chains that would drop the endpoints' packets, and lack our rules: "iptables chain FORWARD", say.
 
-    Raises CalicoError where that cannot be determined.
+    Raises CalicoError if that cannot be determined.
     """
     found = []
     for command in COMMANDS:
@@ -132,7 +132,7 @@ def old_felix_chains() -> dict[str, list[str]]:
     """Return the chains that Felix of 2015 has left, by the iptables command that shows them.
 
     They drop packets from and to `cali…` interfaces that Felix does not know. Its image had an iptables of its own, so
-    they may be in tables that the host's iptables does not show. Raises CalicoError where that cannot be determined.
+    they may be in tables that the host's iptables does not show. Raises CalicoError if that cannot be determined.
     Source: Felix's frules.py and dispatch.py.
     """
     found: dict[str, list[str]] = {}
@@ -197,7 +197,7 @@ def _bring(command: str, remove: bool) -> list[str]:
 
 
 def _current(command: str) -> Filter | None:
-    """Return the table `filter`; None where the command is missing, and no firewall may drop forwarded packets.
+    """Return the table `filter`; None if the command is missing, and no firewall may drop forwarded packets.
 
     Raises CalicoError when the command fails, or is missing while a firewall may drop them.
     """
@@ -219,7 +219,7 @@ def _is_there(command: str) -> bool:
 def _may_drop(command: str) -> str | None:
     """Return the clause that says which firewall may drop forwarded packets, found without running `command`.
 
-    None where there is no such firewall.
+    None if there is no such firewall.
     """
     if "filter" in _legacy_tables(command):
         return f"this host has an {command}-legacy firewall, which may drop what is forwarded"

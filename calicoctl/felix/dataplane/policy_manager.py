@@ -62,7 +62,7 @@ class PolicyManager(Manager):
 
     @property
     def retry_at(self) -> float | None:
-        """The time (monotonic) at which a failed reload is due again; None where none has failed."""
+        """The time (monotonic) at which a failed reload is due again; None if none has failed."""
         return None if self.in_sync or not self._retry_at else self._retry_at
 
     @property
