@@ -114,7 +114,7 @@ class DatastoreClient:
         def text_of(old: str) -> str | None:
             nonlocal before
             before = Pool.from_json(old, key)
-            now = Pool(pool.cidr, pool.ipip, pool.masquerade, before.extra)
+            now = Pool(pool.cidr, pool.ipip, pool.masquerade, pool.vxlan, before.extra)
             return None if now == before else now.to_json()
 
         modify(self._store, key, f"Pool {pool.cidr} was deleted concurrently", text_of)
@@ -445,7 +445,7 @@ class DatastoreClient:
 
     def followed(self) -> list[str]:
         """Return the directories that this host's agent watches."""
-        return [keys.POLICY_AND_HOSTS, keys.BGP_HOSTS]
+        return [keys.POLICY_AND_HOSTS, keys.BGP, keys.IPAM_HOSTS]
 
     def list_for_watch(self, directory: str) -> tuple[list[Entry], int]:
         """Return all entries below a directory, and the revision to watch it from; see Store.list_for_watch."""

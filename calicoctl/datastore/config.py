@@ -13,20 +13,21 @@ from calicoctl.errors import CalicoError
 class Setting:
     """A setting: its name in the store, its allowed values (None: any text), and the default where it is not set.
 
-    With `largest`, the value is a whole number from 0 to `largest` instead.
+    With `largest`, the value is a whole number from `smallest` to `largest` instead.
     """
 
     name: str
     values: tuple[str, ...] | None = None
     default: str | None = None
     largest: int | None = None
+    smallest: int = 0
 
     def check(self, value: str) -> None:
         """Raise CalicoError for a value that is not allowed."""
         allowed = None
         if self.largest is not None:
-            if not re.fullmatch("[0-9]{1,9}", value, re.ASCII) or int(value) > self.largest:
-                allowed = f"a whole number from 0 to {self.largest}"
+            if not re.fullmatch("[0-9]{1,9}", value, re.ASCII) or not self.smallest <= int(value) <= self.largest:
+                allowed = f"a whole number from {self.smallest} to {self.largest}"
         elif self.values is not None and value not in self.values:
             allowed = f"one of {', '.join(self.values)}"
         if allowed is not None:
@@ -38,6 +39,8 @@ LEVELS = ("none", "debug", "info", "warning", "error", "critical")
 LOG_LEVEL = Setting("LogSeverityScreen", LEVELS, "info")
 GRACE_TIME = Setting("GraceTime", default="60", largest=86400)
 IPIP = Setting("IpInIpEnabled", ("true", "false"), "false")
+MTU = Setting("MTU", smallest=1280, largest=65535)
+"""The MTU of workloads' interfaces; without it, that of the underlay, less the overlay's header."""
 HOST_ACTION = Setting("DefaultEndpointToHostAction", ("RETURN", "DROP", "ACCEPT"), "RETURN")
 
 WRITTEN = (
@@ -49,19 +52,27 @@ WRITTEN = (
 )
 """Global settings of the agents that `calicoctl node` writes with their defaults, as the tools of 2015 did."""
 
-FELIX = {"loglevel": LOG_LEVEL, **{setting.name: setting for setting in (*WRITTEN, GRACE_TIME)}}
+FELIX = {"loglevel": LOG_LEVEL, **{setting.name: setting for setting in (*WRITTEN, GRACE_TIME, MTU)}}
 """Global settings of the agents, by the names that the command line takes."""
 
 NODE_FELIX = {HOST_ACTION.name: HOST_ACTION}
 """Settings of one host's agent."""
 
-BGP = {"loglevel": Setting("loglevel", ("none", "debug", "info"), "none")}
-"""Settings of the routing daemons, global or per host."""
+BGP_LOG_LEVEL = Setting("loglevel", ("none", "debug", "info"), "none")
+HOLD_TIME = Setting("HoldTime", default="30", smallest=3, largest=65535)
 
-RESERVED = ("marker", "as_num", "node_mesh", "peer_v4", "peer_v6", "ip_addr_v4", "ip_addr_v6")
+BGP = {setting.name: setting for setting in (BGP_LOG_LEVEL, HOLD_TIME)}
+"""Global settings of the routing daemons."""
+
+NODE_BGP = {BGP_LOG_LEVEL.name: BGP_LOG_LEVEL}
+"""Settings of one host's routing daemon."""
+
+RESERVED = ("marker", "as_num", "macs", "node_mesh", "peer_v4", "peer_v6", "ip_addr_v4", "ip_addr_v6")
 """Names beside the settings in the store that are no settings: other commands than `config` write them."""
 
 
 def settings_of(daemon: str, of_node: bool) -> dict[str, Setting]:
     """Return name -> setting of a daemon ("felix" or "bgp"): those of one host (`of_node`), or the global ones."""
-    return (NODE_FELIX if of_node else FELIX) if daemon == "felix" else BGP
+    if daemon == "felix":
+        return NODE_FELIX if of_node else FELIX
+    return NODE_BGP if of_node else BGP

@@ -14,9 +14,13 @@ CONFIG = "/calico/v1/config"
 HOSTS = "/calico/v1/host"
 PROFILES = "/calico/v1/policy/profile"
 FELIX_HOSTS = "/calico/felix/v1/host"
+BGP = "/calico/bgp/v1"
 BGP_HOSTS = "/calico/bgp/v1/host"
 BGP_GLOBAL = "/calico/bgp/v1/global"
-BGP_AS_NUM = f"{BGP_GLOBAL}/as_num"
+IPAM_HOSTS = "/calico/ipam/v2/host"
+AS_NUM, MACS = "as_num", "macs"
+"""The last parts of the keys of a host's own AS number, and of the MACs that its packets to other hosts come from."""
+BGP_AS_NUM = f"{BGP_GLOBAL}/{AS_NUM}"
 BGP_NODE_MESH = f"{BGP_GLOBAL}/node_mesh"
 
 INTERFACE_PREFIX = "cali"
@@ -146,7 +150,17 @@ def parse_bgp_host_address(key: str) -> str | None:
 
 
 def bgp_host_as_num(host: str) -> str:
-    return f"{bgp_host(host)}/as_num"
+    return f"{bgp_host(host)}/{AS_NUM}"
+
+
+def bgp_host_macs(host: str) -> str:
+    return f"{bgp_host(host)}/{MACS}"
+
+
+def parse_bgp_host_setting(key: str, name: str) -> str | None:
+    """Return the host whose BGP setting of this name a key holds, None for any other key."""
+    parts = key.split("/")
+    return parts[5] if len(parts) == 7 and parts[6] == name and key.startswith(BGP_HOSTS + "/") else None
 
 
 def ipam_blocks(version: int) -> str:
@@ -158,7 +172,7 @@ def ipam_block(version: int, cidr: str) -> str:
 
 
 def ipam_host(host: str) -> str:
-    return f"/calico/ipam/v2/host/{host}"
+    return f"{IPAM_HOSTS}/{host}"
 
 
 def ipam_affinities(host: str, version: int) -> str:
@@ -167,6 +181,16 @@ def ipam_affinities(host: str, version: int) -> str:
 
 def ipam_affinity(host: str, version: int, cidr: str) -> str:
     return f"{ipam_affinities(host, version)}/{dashed(cidr)}"
+
+
+def parse_affinity(key: str) -> tuple[str, int, str] | None:
+    """Return (host, IP version, CIDR of the block) of an affinity's key, None for any other key."""
+    if not key.startswith(IPAM_HOSTS + "/"):
+        return None
+    parts = key[len(IPAM_HOSTS) + 1 :].split("/")
+    if len(parts) == 4 and parts[1] in ("ipv4", "ipv6") and parts[2] == "block":
+        return parts[0], int(parts[1][-1]), undashed(parts[3])
+    return None
 
 
 def ipam_handles() -> str:

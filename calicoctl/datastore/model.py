@@ -231,13 +231,21 @@ class Rules:
         return json.dumps(self.to_dict())
 
 
+VXLAN_MODES = (NEVER, ALWAYS, CROSS_SUBNET) = ("never", "always", "cross-subnet")
+
+
 @dataclass
 class Pool:
-    """A range that addresses are assigned from. `cidr` is canonical; `ipip` names the IP-in-IP device, if any."""
+    """A range that addresses are assigned from. `cidr` is canonical; `ipip` names the IP-in-IP device, if any.
+
+    `vxlan` says which packets between hosts are encapsulated in VXLAN: one of VXLAN_MODES. With "cross-subnet", those
+    to hosts that are not in a network that the sending host is connected to.
+    """
 
     cidr: str
     ipip: str | None = None
     masquerade: bool = False
+    vxlan: str = NEVER
     extra: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -251,7 +259,10 @@ class Pool:
             cidr = str(parse_cidr(str(data.pop("cidr", None))))
         except CalicoError as error:
             raise InvalidValue(key, str(error)) from None
-        return cls(cidr, data.pop("ipip", None) or None, bool(data.pop("masquerade", False)), data)
+        vxlan = data.pop("vxlan_mode", None) or NEVER
+        if vxlan not in VXLAN_MODES:
+            raise InvalidValue(key, f'"vxlan_mode" should be one of {", ".join(VXLAN_MODES)}')
+        return cls(cidr, data.pop("ipip", None) or None, bool(data.pop("masquerade", False)), vxlan, data)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the pool as the JSON object in the store; options that are off are left out."""
@@ -260,6 +271,8 @@ class Pool:
             options["ipip"] = self.ipip
         if self.masquerade:
             options["masquerade"] = True
+        if self.vxlan != NEVER:
+            options["vxlan_mode"] = self.vxlan
         return {"cidr": self.cidr, **options, **self.extra}
 
     def to_json(self) -> str:

@@ -19,7 +19,8 @@ from calicoctl.datastore.model import Endpoint, Pool, Rules, load_strings
 from calicoctl.datastore.reserved import HostNetwork, Reserved
 from calicoctl.datastore.store import Change, Entry
 from calicoctl.desired.claims import Claims
-from calicoctl.desired.local_endpoint import LocalEndpoint, checked_address, validated
+from calicoctl.desired.local_endpoint import LocalEndpoint, validated
+from calicoctl.desired.topology import Topology
 from calicoctl.errors import CalicoError
 from calicoctl.policy.verdict import readable
 
@@ -41,6 +42,8 @@ class Profile:
 class Dirty:
     """What has changed: which endpoints (of all hosts) and profiles, and whether any pool or setting has.
 
+    `topology` says whether the network between the hosts has changed, or this host's own addresses and networks.
+
     `interfaces` are those of this host that an endpoint gave up, if only to get them back with its new record.
     """
 
@@ -49,6 +52,7 @@ class Dirty:
     profiles: set[str] = field(default_factory=set)
     pools: bool = False
     settings: bool = False
+    topology: bool = False
 
     def merge(self, other: Dirty) -> None:
         """Add the changes that `other` has."""
@@ -57,9 +61,10 @@ class Dirty:
         self.profiles |= other.profiles
         self.pools = self.pools or other.pools
         self.settings = self.settings or other.settings
+        self.topology = self.topology or other.topology
 
     def __bool__(self) -> bool:
-        return bool(self.endpoints or self.profiles or self.pools or self.settings)
+        return bool(self.endpoints or self.profiles or self.pools or self.settings or self.topology)
 
 
 class Snapshot:
@@ -79,25 +84,22 @@ class Snapshot:
         self.log_level = "info"
         self.grace_time = GRACE_TIME
         """Seconds before a workload that is gone, or whose state is unknown, is garbage-collected."""
-        self.ipv6_address: str | None = None
+        self.topology = Topology(host)
         self.network = HostNetwork()
         """This host's own addresses and networks, as of the last `set_network`."""
         self.problems: dict[str, str] = {}
-        self.dirty = Dirty(pools=True, settings=True)
+        self.dirty = Dirty(pools=True, settings=True, topology=True)
         self._entries: dict[str, Entry] = {}
         self._claims = Claims()
         """This host's endpoints with valid records, whether or not they conflict with others."""
         self._owners: dict[str, LocalEndpoint] = {}
         """The endpoints in `local`, by interface and by address."""
         self._unchecked: set[EndpointId] = set()
-        self._addresses: dict[str, str] = {}
-        """The addresses that hosts are registered with, by key."""
-        self._registered: dict[str, str] = {}
-        """Address -> name of the host that is registered with it."""
 
     def set_network(self, network: HostNetwork) -> None:
         """Update this host's own addresses and networks."""
         before, self.network = self.network, network
+        self.dirty.topology = self.dirty.topology or network != before
         if network.in_use != before.in_use or network.local != before.local:
             self._unchecked |= {
                 id
@@ -176,17 +178,15 @@ class Snapshot:
         if key.startswith(keys.HOSTS + "/"):
             if keys.parse_endpoint(key) is not None:
                 return self._set_endpoint
-            if keys.parse_host_bird_ip(key) is not None:
-                return self._set_address
-            return self._set_setting if key == keys.host_config(self.host, config.HOST_ACTION.name) else None
-        if key.startswith(keys.BGP_HOSTS + "/"):
-            return self._set_address if keys.parse_bgp_host_address(key) is not None else None
+            if key == keys.host_config(self.host, config.HOST_ACTION.name):
+                return self._set_setting
         if key.startswith(keys.PROFILES + "/"):
             return self._set_profile if keys.parse_profile(key) is not None else None
         if key.startswith((keys.pools(4) + "/", keys.pools(6) + "/")):
             return self._set_pool
-        settings = (keys.READY, keys.config(config.LOG_LEVEL.name), keys.config(config.GRACE_TIME.name))
-        return self._set_setting if key in settings else None
+        if key in (keys.READY, keys.config(config.LOG_LEVEL.name), keys.config(config.GRACE_TIME.name)):
+            return self._set_setting
+        return self._set_topology if self.topology.handler(key) is not None else None
 
     def _set_endpoint(self, key: str, entry: Entry | None) -> None:
         id = keys.parse_endpoint(key)
@@ -254,29 +254,16 @@ class Snapshot:
                 self.host_action = "DROP"
                 raise CalicoError(f"'{value}' is none of {', '.join(config.HOST_ACTION.values or ())}; DROP is used")
 
-    def _set_address(self, key: str, entry: Entry | None) -> None:
-        """Update an address that a host, which may be this one, is registered with."""
-        host = keys.parse_bgp_host_address(key) or keys.parse_host_bird_ip(key) or ""
-        before = self._addresses.pop(key, None)
-        if before is not None:
-            self._unchecked |= self._claims.claimants(before)
-            del self._registered[before]
-            others = [other for other, address in self._addresses.items() if address == before]
-            for other in others:
-                self._registered[before] = keys.parse_bgp_host_address(other) or keys.parse_host_bird_ip(other) or ""
-        version = 6 if key == keys.bgp_host_address(host, 6) else 4
-        is_next_hop = key == keys.bgp_host_address(self.host, 6)
-        if is_next_hop:
-            self.dirty.settings = True
-            self.ipv6_address = None
-        if entry is None or not entry.value:
-            return
-        address = checked_address(entry.value, version)
-        self._addresses[key] = address
-        self._registered[address] = host
-        self._unchecked |= self._claims.claimants(address)
-        if is_next_hop:
-            self.ipv6_address = address
+    def _set_topology(self, key: str, entry: Entry | None) -> None:
+        handle = self.topology.handler(key)
+        assert handle is not None, "only keys of the topology come here"
+        self.dirty.topology = True
+        self.dirty.settings = self.dirty.settings or key == keys.bgp_host_address(self.host, 6)
+        try:
+            handle(key, entry)
+        finally:
+            for address in self.topology.take_changed_addresses():
+                self._unchecked |= self._claims.claimants(address)
 
     # This host's endpoints: which are valid and free of conflicts
 
@@ -329,7 +316,7 @@ class Snapshot:
 
     def _without_conflicts(self, candidate: LocalEndpoint) -> LocalEndpoint:
         """Return an endpoint without those of its addresses that this host or another registered host uses itself."""
-        reserved = Reserved(self.network, self._registered, self.host)
+        reserved = Reserved(self.network, self.topology.users, self.host)
         users = {address: reserved.user(address) for address in candidate.addresses}
         conflicts = [f"its address {address} is {user}" for address, user in users.items() if user is not None]
         if not conflicts:

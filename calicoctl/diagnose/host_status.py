@@ -37,6 +37,7 @@ _NOTHING: dict[str, Any] = {
     "log_dir": None,
     "metrics_port": None,
     "local_etcd": None,
+    "bgp": None,
     "first_update": False,
     "waiting_for": None,
     "replaced": None,

@@ -129,7 +129,7 @@ class Agent:
         self._policy = PolicyManager(context, drivers.nft)
         self._forwarding: list[Manager] = [
             EndpointManager(context, drivers.routes, self._keeper.enqueue),
-            # a new data plane goes here
+            # a new manager goes here
         ]
         """The managers that make the host forward packets: applied only when the policy is in the kernel."""
         self._conntrack = ConntrackManager(context, self._policy, drivers.conntrack)
@@ -208,6 +208,8 @@ class Agent:
             due.append(self._policy.retry_at)
         if self._network.due_at is not None:
             due.append(self._network.due_at)
+        if self._may_apply():
+            due += [manager.due_at for manager in self._forwarding if manager.due_at is not None]
         return min(due)
 
     def _wait(self, until: float) -> list[Any]:
@@ -371,7 +373,7 @@ class Agent:
             self._conntrack.mark_unverified()
             if starting:  # step 4 comes first, before the host is made to forward
                 self._conntrack.verify_now()
-                self._host.forward(self._snapshot.ipv6_address is not None)
+                self._host.forward(self._snapshot.topology.own(6) is not None)
             # 3. routes, and whatever else makes the host forward
             for manager in self._forwarding:
                 manager.apply()
@@ -386,7 +388,7 @@ class Agent:
         if dirty.settings:
             self._keeper.grace_time = self._snapshot.grace_time
             if self._health.first_update:
-                self._host.set_ipv6(self._snapshot.ipv6_address is not None)
+                self._host.set_ipv6(self._snapshot.topology.own(6) is not None)
             logging.getLogger("calico").setLevel(LOG_LEVELS.get(self._snapshot.log_level, logging.INFO))
 
     def _on_first_update(self) -> None:

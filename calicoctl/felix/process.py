@@ -47,11 +47,13 @@ class Options:
     """The agent's options.
 
     If `log_dir` is None, the agent logs to standard error. If `metrics_port` is None, it serves no metrics.
+    `bgp` says whether the agent also runs BIRD.
     """
 
     log_dir: str | None = None
     metrics_port: int | None = None
     local_etcd: bool = False
+    bgp: bool = True
 
 
 def _file(host: str, name: str) -> Path:

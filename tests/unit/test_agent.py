@@ -133,7 +133,7 @@ class AgentWorld:
         entries = [self.store.change(READY, "true"), *self.store.profile_changes("web", ALLOW)]
         entries += [self.store.endpoint_change(1, A), *changes]
         read = [events.StoreRead("/calico/v1", [change.entry for change in entries if change.entry is not None])]
-        return self.step(*read, events.StoreRead("/calico/bgp/v1/host", []))
+        return self.step(*read, events.StoreRead("/calico/bgp/v1", []), events.StoreRead("/calico/ipam/v2/host", []))
 
     def status(self, number: int) -> tuple[str, str | None] | None:
         status = self.agent._health.endpoints.get(endpoint_id(number))
@@ -190,7 +190,7 @@ def test_nothing_is_programmed_before_the_whole_store_has_been_read_and_is_ready
     changes = [change.entry for change in entries if change.entry is not None]
     assert fresh.step(events.StoreRead("/calico/v1", changes)) == []
     assert fresh.agent._health.waiting_for == "the store to be read"
-    assert fresh.step(events.StoreRead("/calico/bgp/v1/host", [])) == []
+    assert fresh.step(events.StoreRead("/calico/bgp/v1", []), events.StoreRead("/calico/ipam/v2/host", [])) == []
     assert "Ready" in str(fresh.agent._health.waiting_for)
     assert fresh.step(fresh.store.change(READY, "true"))[:2] == ["nft", "list"]
     assert fresh.agent._health.waiting_for is None

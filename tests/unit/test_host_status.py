@@ -27,7 +27,7 @@ def health(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Health:
     """A healthy agent, which is this process, on a host of its own."""
     monkeypatch.setattr(process, "DIRECTORY", tmp_path)
     monkeypatch.setenv("HOSTNAME", HOST)
-    options = {"log_dir": None, "metrics_port": None, "local_etcd": False}
+    options = {"log_dir": None, "metrics_port": None, "local_etcd": False, "bgp": True}
     health = Health(HOST, "1", options, frozenset(["/a", "/b"]), first_update=True)
     for ability in (health.store.reads, health.store.watch):
         ability.succeeded("/a")

@@ -202,7 +202,7 @@ class EndpointManager(Manager):
         if not link.up:
             return Status("down", endpoint.revision, f"the interface {endpoint.interface} is down")
         try:
-            self._routes.apply(endpoint, link, endpoint.ipv6_next_hop or self._snapshot.ipv6_address)
+            self._routes.apply(endpoint, link, endpoint.ipv6_next_hop or self._snapshot.topology.own(6))
         except CalicoError as error:
             self._failed.add(endpoint.id)
             return Status("error", endpoint.revision, str(error))

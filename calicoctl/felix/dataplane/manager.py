@@ -43,6 +43,11 @@ class Manager(ABC):
     def needs_apply(self) -> bool:
         """Whether `apply` has anything to do."""
 
+    @property
+    def due_at(self) -> float | None:
+        """When `apply` has something to do by then (monotonic) even if no event comes; None for never."""
+        return None
+
     @abstractmethod
     def apply(self) -> None:
         """Drive the kernel to the snapshot, as far as it is dirty.

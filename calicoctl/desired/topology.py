@@ -1,0 +1,188 @@
+"""The network between the hosts, as the store has it: hosts, their addresses and blocks, BGP peers and settings.
+
+Validated key by key, like everything else in the snapshot, of which this is a part. What follows from it, such as which
+routes a host announces, is decided by its users.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+from calicoctl.addresses import pack, parse_as_number, version_of
+from calicoctl.datastore import config, keys
+from calicoctl.datastore.hosts import DEFAULT_AS_NUMBER
+from calicoctl.datastore.model import Peer, load_object, load_strings
+from calicoctl.datastore.reserved import Network
+from calicoctl.datastore.store import Entry
+from calicoctl.desired.local_endpoint import checked_address
+from calicoctl.errors import CalicoError
+
+HOLD_TIME = int(config.HOLD_TIME.default or 0)
+"""The default hold time of BGP sessions, in seconds."""
+
+_MAC = re.compile("([0-9a-f]{2}:){5}[0-9a-f]{2}")
+
+
+class Topology:
+    """The registered hosts, their blocks, and the BGP configuration, as `host` sees them."""
+
+    def __init__(self, host: str) -> None:
+        self.host = host
+        self.users: dict[str, str] = {}
+        """Address (canonical) -> name of the host that is registered with it."""
+        self.blocks: dict[str, dict[str, Network]] = defaultdict(dict)
+        """Name of a host -> its blocks (those it has affinity to), by CIDR."""
+        self.macs: dict[str, frozenset[str]] = {}
+        """Name of a host -> the MACs that its packets to other hosts come from, in lower case; only hosts that say."""
+        self.as_nums: dict[str, str] = {}
+        """Name of a host -> its AS number (decimal), of the hosts that have one of their own."""
+        self.default_as_num = DEFAULT_AS_NUMBER
+        self.mesh = True
+        """Whether all hosts peer with each other."""
+        self.peers: dict[str, Peer] = {}
+        """The global BGP peers, and those of `host`, by key."""
+        self.hold_time = HOLD_TIME
+        self.log_level = str(config.BGP_LOG_LEVEL.default)
+        self._addresses: dict[str, str] = {}
+        """The addresses that hosts are registered with, by key."""
+        self._changed: set[str] = set()
+        self._settings: dict[str, str] = {}
+        """The values of BGP settings, global and of `host`, by key."""
+
+    def address(self, host: str, version: int) -> str | None:
+        """Return the address of an IP version that a host is registered with for BGP; None if it has none."""
+        return self._addresses.get(keys.bgp_host_address(host, version))
+
+    def own(self, version: int) -> str | None:
+        """Return this host's address of an IP version, the next hop of its workloads; None if it has none."""
+        return self.address(self.host, version)
+
+    def hosts(self) -> set[str]:
+        """Return the names of the hosts that are registered for BGP."""
+        return {host for host in map(keys.parse_bgp_host_address, self._addresses) if host is not None}
+
+    def as_num(self, host: str) -> str:
+        """Return the AS number of a host: its own, else the default one."""
+        return self.as_nums.get(host, self.default_as_num)
+
+    def block_of(self, host: str, address: str) -> Network | None:
+        """Return the block of a host that an address lies in; None if the address is in none of its blocks."""
+        version, number = version_of(address), int.from_bytes(pack(address), "big")
+        return next((block for block in self.blocks.get(host, {}).values() if block.has(version, number)), None)
+
+    def take_changed_addresses(self) -> set[str]:
+        """Return the addresses that hosts have been registered with, or no longer are, since the last call."""
+        changed, self._changed = self._changed, set()
+        return changed
+
+    # Taking in the store
+
+    def handler(self, key: str) -> Callable[[str, Entry | None], None] | None:
+        """Return the method that takes in a key's entry (None: deleted); None for a key that is not about the network.
+
+        The method raises CalicoError for an invalid value, after it has removed the value before.
+        """
+        if keys.parse_bgp_host_address(key) is not None or keys.parse_host_bird_ip(key) is not None:
+            return self._set_address
+        if keys.parse_affinity(key) is not None:
+            return self._set_block
+        if keys.parse_bgp_host_setting(key, keys.MACS) is not None:
+            return self._set_macs
+        if keys.parse_bgp_host_setting(key, keys.AS_NUM) is not None:
+            return self._set_as_num
+        directories = [keys.bgp_peers(version, host) for host in (None, self.host) for version in (4, 6)]
+        if key.rpartition("/")[0] in directories:
+            return self._set_peer
+        settings = {
+            keys.BGP_AS_NUM: self._set_default_as_num,
+            keys.BGP_NODE_MESH: self._set_mesh,
+            keys.bgp_setting(config.HOLD_TIME.name): self._set_hold_time,
+            keys.bgp_setting(config.BGP_LOG_LEVEL.name): self._set_log_level,
+            keys.bgp_setting(config.BGP_LOG_LEVEL.name, self.host): self._set_log_level,
+        }
+        return settings.get(key)
+
+    def _set_address(self, key: str, entry: Entry | None) -> None:
+        host = keys.parse_bgp_host_address(key) or keys.parse_host_bird_ip(key) or ""
+        before = self._addresses.pop(key, None)
+        if before is not None:
+            self._changed.add(before)
+            del self.users[before]
+            others = [other for other, address in self._addresses.items() if address == before]
+            for other in others:
+                self.users[before] = keys.parse_bgp_host_address(other) or keys.parse_host_bird_ip(other) or ""
+        if entry is not None and entry.value:
+            address = checked_address(entry.value, 6 if key == keys.bgp_host_address(host, 6) else 4)
+            self._addresses[key] = address
+            self.users[address] = host
+            self._changed.add(address)
+
+    def _set_block(self, key: str, entry: Entry | None) -> None:
+        host, version, cidr = _affinity(key)
+        blocks = self.blocks[host]
+        blocks.pop(cidr, None)
+        if entry is not None:
+            address, _, length = cidr.partition("/")
+            if not re.fullmatch("[0-9]{1,3}", length, re.ASCII) or int(length) > (32 if version == 4 else 128):
+                raise CalicoError(f"'{cidr}' is not a block")
+            blocks[cidr] = Network.of(checked_address(address, version), int(length))
+        elif not blocks:
+            del self.blocks[host]
+
+    def _set_macs(self, key: str, entry: Entry | None) -> None:
+        host = keys.parse_bgp_host_setting(key, keys.MACS) or ""
+        self.macs.pop(host, None)
+        if entry is not None:
+            macs = frozenset(mac.lower() for mac in load_strings(entry.value, key))
+            if not all(map(_MAC.fullmatch, macs)):
+                raise CalicoError("it should be a list of MAC addresses")
+            self.macs[host] = macs
+
+    def _set_as_num(self, key: str, entry: Entry | None) -> None:
+        host = keys.parse_bgp_host_setting(key, keys.AS_NUM) or ""
+        self.as_nums.pop(host, None)
+        if entry is not None:
+            self.as_nums[host] = parse_as_number(entry.value)
+
+    def _set_peer(self, key: str, entry: Entry | None) -> None:
+        self.peers.pop(key, None)
+        if entry is not None:
+            peer = Peer.from_json(entry.value, key)
+            checked_address(peer.ip, version_of(peer.ip))
+            self.peers[key] = peer
+
+    def _set_default_as_num(self, key: str, entry: Entry | None) -> None:
+        self.default_as_num = DEFAULT_AS_NUMBER
+        if entry is not None:
+            self.default_as_num = parse_as_number(entry.value)
+
+    def _set_mesh(self, key: str, entry: Entry | None) -> None:
+        self.mesh = True
+        enabled: Any = True if entry is None else load_object(entry.value, key).get("enabled")
+        if not isinstance(enabled, bool):
+            raise CalicoError('"enabled" should be true or false; the mesh is on')
+        self.mesh = enabled
+
+    def _set_hold_time(self, key: str, entry: Entry | None) -> None:
+        self.hold_time = HOLD_TIME
+        if entry is not None:
+            config.HOLD_TIME.check(entry.value)
+            self.hold_time = int(entry.value)
+
+    def _set_log_level(self, key: str, entry: Entry | None) -> None:
+        self._settings.pop(key, None)
+        if entry is not None:
+            config.BGP_LOG_LEVEL.check(entry.value)
+            self._settings[key] = entry.value
+        own, of_all = (keys.bgp_setting(config.BGP_LOG_LEVEL.name, host) for host in (self.host, None))
+        default = str(config.BGP_LOG_LEVEL.default)
+        self.log_level = self._settings.get(own) or self._settings.get(of_all) or default
+
+
+def _affinity(key: str) -> tuple[str, int, str]:
+    found = keys.parse_affinity(key)
+    assert found is not None, "only affinities' keys come here"
+    return found
