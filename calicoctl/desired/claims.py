@@ -1,6 +1,6 @@
 """The valid endpoints of a host, and which of them claim the same interface or address.
 
-snapshot.py decides which of these has the interface or the address.
+snapshot.py decides which of the claimants gets the interface or the address.
 """
 
 from __future__ import annotations
@@ -12,20 +12,23 @@ from calicoctl.desired.local_endpoint import LocalEndpoint
 
 
 class Claims:
-    """The candidates: valid endpoints. Where several of them claim an interface or an address, only one can have it."""
+    """The candidates: valid endpoints. If several claim the same interface or address, only one can have it."""
 
     def __init__(self) -> None:
         self.candidates: dict[EndpointId, LocalEndpoint] = {}
         self._claimants: dict[str, set[EndpointId]] = {}
 
     def add(self, candidate: LocalEndpoint) -> None:
-        """Add a candidate, which must not be there yet."""
+        """Add a candidate. Its id must not be among the candidates yet."""
         self.candidates[candidate.id] = candidate
         for thing in self.things(candidate.id):
             self._claimants.setdefault(thing, set()).add(candidate.id)
 
     def withdraw(self, id: EndpointId) -> set[EndpointId]:
-        """Remove an endpoint, if it is a candidate; return the others that claim its interface or an address of it."""
+        """Remove an endpoint, if it is a candidate.
+
+        Returns the other candidates that claim its interface or one of its addresses.
+        """
         others = set()
         for thing in self.things(id):
             claimants = self._claimants[thing]
@@ -37,7 +40,7 @@ class Claims:
         return others
 
     def things(self, id: EndpointId) -> tuple[str, ...]:
-        """Return what an endpoint claims, its interface and addresses: nothing if it is no candidate."""
+        """Return the interface and the addresses that an endpoint claims; nothing if it is not a candidate."""
         candidate = self.candidates.get(id)
         return () if candidate is None else (candidate.interface, *candidate.addresses)
 
@@ -46,7 +49,7 @@ class Claims:
         return self._claimants.get(thing, set())
 
     def rivals(self, ids: Iterable[EndpointId]) -> set[EndpointId]:
-        """Return these endpoints, and all that share a claim with one of them, directly or through others."""
+        """Return these endpoints, and all candidates that share a claim with one of them, directly or transitively."""
         found = set(ids)
         unseen = set(found)
         while unseen:

@@ -20,7 +20,7 @@ _INTERFACE = re.compile(INTERFACE_PREFIX + r"[A-Za-z0-9_.-]{1,11}", re.ASCII)
 
 @dataclass(frozen=True)
 class LocalEndpoint:
-    """An active endpoint of this host, validated; `revision` is the revision of its record.
+    """An active endpoint of this host, validated; `revision` is its revision in the store.
 
     `addresses` are those that the workload may use; `conflict` says which ones are left out because a host uses them.
     """
@@ -36,7 +36,7 @@ class LocalEndpoint:
 
     @property
     def link_local(self) -> str:
-        """The link-local address that the workload's interface derives from `mac`. Source: RFC 4291, appendix A."""
+        """The link-local address of the workload's interface, derived from `mac`. Source: RFC 4291, appendix A."""
         octets = bytes(int(part, 16) for part in self.mac.split(":"))
         identifier = bytes([octets[0] ^ 2]) + octets[1:3] + b"\xff\xfe" + octets[3:]
         return unpack(b"\xfe\x80" + bytes(6) + identifier)
@@ -76,7 +76,10 @@ def validated(endpoint: Endpoint, revision: int) -> LocalEndpoint:
 
 
 def usable_addresses(endpoint: Endpoint) -> tuple[str, ...]:
-    """Return those of an endpoint's nets that are single addresses, in canonical form, for the sets of tags."""
+    """Return the addresses that an endpoint contributes to tags, in canonical form.
+
+    These are its nets that are single addresses; invalid ones are left out.
+    """
     found: dict[str, None] = {}
     for version, length in BITS.items():
         for net in endpoint.nets_of(version):
@@ -88,7 +91,7 @@ def usable_addresses(endpoint: Endpoint) -> tuple[str, ...]:
 
 
 def checked_address(address: str, version: int) -> str:
-    """Return an address in canonical form; raise CalicoError for one that no endpoint or host can have."""
+    """Return an address in canonical form; raise CalicoError if no endpoint and no host can have it."""
     try:
         packed = socket.inet_pton(FAMILIES[version], address)
     except (OSError, ValueError):

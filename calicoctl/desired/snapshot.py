@@ -1,8 +1,8 @@
 """The desired state: the store as this host sees it, validated, and updated change by change.
 
-An invalid value affects only the object that its key names: the object is left out, and `problems` has the reason. One
-exception: the members of a tag stay as they were last read, since other profiles' rules may deny by that tag. Users of
-the snapshot call `take_dirty` to learn what has changed since the last call.
+An invalid value affects only the object that its key names: the object is left out, and `problems` has the reason. The
+exception is a profile with invalid tags: it keeps the last valid ones, since rules of other profiles may deny by a tag.
+`take_dirty` returns what has changed since it was last called.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ GRACE_TIME = int(config.GRACE_TIME.default or 0)
 
 @dataclass(frozen=True)
 class Profile:
-    """A profile's tags, and its rules, None if they cannot be read."""
+    """A profile's tags, and its rules (None if they are missing or invalid)."""
 
     tags: tuple[str, ...]
     rules: Rules | None
@@ -44,7 +44,8 @@ class Dirty:
 
     `topology` says whether the network between the hosts has changed, or this host's own addresses and networks.
 
-    `interfaces` are those of this host that an endpoint gave up, if only to get them back with its new record.
+    `interfaces` are the interfaces of this host's endpoints that were deleted or changed, also if the endpoint still
+    has the interface after the change.
     """
 
     endpoints: set[EndpointId] = field(default_factory=set)
@@ -55,7 +56,7 @@ class Dirty:
     topology: bool = False
 
     def merge(self, other: Dirty) -> None:
-        """Add the changes that `other` has."""
+        """Add the changes in `other` to these."""
         self.endpoints |= other.endpoints
         self.interfaces |= other.interfaces
         self.profiles |= other.profiles
@@ -74,16 +75,16 @@ class Snapshot:
         self.host = host
         self.ready = False
         self.endpoints: dict[EndpointId, Endpoint] = {}
-        """The endpoints of all hosts, from the last valid version of their records."""
+        """The endpoints of all hosts, each as it was in the store when it was last valid."""
         self.local: dict[EndpointId, LocalEndpoint] = {}
         self.unusable: dict[EndpointId, tuple[int, str]] = {}
-        """This host's endpoints that are not in `local`: the revision of the record, and the reason."""
+        """This host's endpoints that are not in `local`: the revision of each in the store, and the reason."""
         self.profiles: dict[str, Profile] = {}
         self.pools: dict[str, Pool] = {}
         self.host_action = "RETURN"
         self.log_level = "info"
         self.grace_time = GRACE_TIME
-        """Seconds before a workload that is gone, or whose state is unknown, is garbage-collected."""
+        """Seconds until a workload that no longer exists, or whose state is unknown, is garbage-collected."""
         self.topology = Topology(host)
         self.network = HostNetwork()
         """This host's own addresses and networks, as of the last `set_network`."""
@@ -91,7 +92,7 @@ class Snapshot:
         self.dirty = Dirty(pools=True, settings=True, topology=True)
         self._entries: dict[str, Entry] = {}
         self._claims = Claims()
-        """This host's endpoints with valid records, whether or not they conflict with others."""
+        """This host's endpoints that are valid, whether or not they conflict with others."""
         self._owners: dict[str, LocalEndpoint] = {}
         """The endpoints in `local`, by interface and by address."""
         self._unchecked: set[EndpointId] = set()
@@ -141,14 +142,14 @@ class Snapshot:
         return [endpoint for endpoint in self.local.values() if endpoint.link_local == address]
 
     def addresses_listed(self) -> dict[tuple[str, str], int]:
-        """Return (orchestrator, workload) -> how many addresses its endpoints, on all hosts, list."""
+        """Return, by (orchestrator, workload), the number of addresses in the workload's endpoints, on all hosts."""
         counts: dict[tuple[str, str], int] = {}
         for id, endpoint in self.endpoints.items():
             key = (id.orchestrator, id.workload)
             counts[key] = counts.get(key, 0) + len(endpoint.nets)
         return counts
 
-    def is_readable(self, profile: str) -> bool:
+    def has_valid_rules(self, profile: str) -> bool:
         """Return whether a profile exists and its rules are valid."""
         known = self.profiles.get(profile)
         return known is not None and known.rules is not None
@@ -174,7 +175,7 @@ class Snapshot:
             self.problems[key] = str(error)
 
     def _handler(self, key: str) -> Callable[[str, Entry | None], None] | None:
-        """Return the method that interprets a key, None for one that is irrelevant to an agent."""
+        """Return the method that interprets a key, None for a key that the agent does not use."""
         if key.startswith(keys.HOSTS + "/"):
             if keys.parse_endpoint(key) is not None:
                 return self._set_endpoint
@@ -268,7 +269,7 @@ class Snapshot:
     # This host's endpoints: which are valid and free of conflicts
 
     def _check_local(self) -> None:
-        """Decide which of the changed local endpoints, and of those that conflict with them, are usable."""
+        """Decide which of the changed local endpoints are usable, and of the endpoints that conflict with them."""
         changed, self._unchecked = self._unchecked, set()
         rivals = set(changed)
         for id in changed:
@@ -299,7 +300,7 @@ class Snapshot:
                 self.dirty.endpoints.add(id)
 
     def _validate(self, id: EndpointId) -> None:
-        """Make an endpoint a candidate if it has an active record; raise CalicoError if the record is invalid."""
+        """Make an endpoint a candidate if it is active; raise CalicoError if it is invalid."""
         key = keys.endpoint(id)
         entry = self._entries.get(key)
         if entry is None:
@@ -315,7 +316,7 @@ class Snapshot:
         self._claims.add(validated(endpoint, entry.revision))
 
     def _without_conflicts(self, candidate: LocalEndpoint) -> LocalEndpoint:
-        """Return an endpoint without those of its addresses that this host or another registered host uses itself."""
+        """Return an endpoint without the addresses that are in use by this host or by another registered host."""
         reserved = Reserved(self.network, self.topology.users, self.host)
         users = {address: reserved.user(address) for address in candidate.addresses}
         conflicts = [f"its address {address} is {user}" for address, user in users.items() if user is not None]
@@ -331,7 +332,10 @@ class Snapshot:
         self.dirty.endpoints.add(id)
 
     def _withdraw(self, id: EndpointId) -> set[EndpointId]:
-        """Forget whether an endpoint is usable; return the others that claim its interface or one of its addresses."""
+        """Remove an endpoint from the usable and the unusable ones, and withdraw its claims.
+
+        Returns the other endpoints that claim its interface or one of its addresses.
+        """
         self._drop(id)
         self.unusable.pop(id, None)
         return self._claims.withdraw(id)
@@ -347,5 +351,5 @@ class Snapshot:
                 del self._owners[thing]
 
     def _order(self, id: EndpointId) -> tuple[int, str]:
-        """Return the sort key for conflicts: the older record wins."""
+        """Return the sort key for conflicts: the endpoint that was created first wins."""
         return self._entries[keys.endpoint(id)].created, id.endpoint

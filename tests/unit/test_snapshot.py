@@ -132,11 +132,11 @@ def test_problems_come_and_go_with_their_keys() -> None:
     key = "/calico/v1/policy/profile/web/rules"
     snapshot = snapshot_of(entry(key, "{"), entry("/calico/v1/policy/profile/web/tags", "3"))
     assert set(snapshot.problems) == {key, "/calico/v1/policy/profile/web/tags"}
-    assert not snapshot.is_readable("web")
+    assert not snapshot.has_valid_rules("web")
     snapshot.change(Change("/calico/v1/policy/profile/web/tags", entry("x", [])))
     assert set(snapshot.problems) == {key}
     snapshot.change(Change(key, entry(key, {"inbound_rules": []})))
-    assert snapshot.problems == {} and snapshot.is_readable("web")
+    assert snapshot.problems == {} and snapshot.has_valid_rules("web")
 
 
 def test_tags_stay_as_last_read() -> None:

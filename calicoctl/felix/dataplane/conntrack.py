@@ -4,8 +4,8 @@ An entry is described by its first packet as the forward hook saw it: from its s
 destination NAT. Deleting an entry ends the connection, because our tables drop TCP packets that belong to no connection
 and start none.
 
-The kernel is asked by netlink messages of our own, since pyroute2 takes a hundred times longer to list and to delete. A
-host may have hundreds of thousands of entries, so listings are made in a thread.
+The netlink messages are composed and parsed here, since pyroute2 takes a hundred times longer to list and to delete
+entries. A host may have hundreds of thousands of entries, so they are listed in a thread.
 
 Source: the kernel's uapi/linux/netfilter/nfnetlink_conntrack.h.
 """
@@ -40,7 +40,7 @@ _NUMBER, _SOURCE_PORT = 1, 2
 _ICMP_TYPE, _ICMP_CODE, _ICMPV6_TYPE, _ICMPV6_CODE = 5, 6, 8, 9
 
 _BATCH = 64
-"""Deletions that are sent at once: the answers to all of them must fit into a socket's buffer."""
+"""The number of deletions that are sent at once: the answers to all of them must fit into a socket's buffer."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,10 @@ class Connection:
 
 @dataclass
 class Listing:
-    """The connections of some addresses, or in `error` why they could not be listed.
+    """The connections from and to some addresses; if they could not be listed, `error` says why.
 
-    `host_addresses` are this host's own, empty if there are no connections; `number` is that of the last request
-    that the listing answers.
+    `host_addresses` are this host's own addresses, empty if there are no connections. One listing may answer several
+    requests; `number` is the number of the last of them.
     """
 
     addresses: Collection[str]
@@ -67,10 +67,10 @@ class Listing:
 
 
 class Conntrack(threading.Thread):
-    """The kernel's connection tracking table. Listings that are requested are made in this thread."""
+    """The kernel's connection tracking table, and the thread that lists connections on request."""
 
     def __init__(self, put: Callable[[Listing], None]) -> None:
-        """`put` takes the Listing of each request, be it empty; requests that wait together are answered together."""
+        """`put` is called with the Listing for each request, even an empty one; one may answer several requests."""
         super().__init__(name="listing connections", daemon=True)
         self._put = put
         self._requests: SimpleQueue[tuple[int, frozenset[str]]] = SimpleQueue()
@@ -79,7 +79,7 @@ class Conntrack(threading.Thread):
     def request(self, addresses: Collection[str]) -> int:
         """Request a listing of the connections from and to these addresses; return the request's number.
 
-        Without addresses, nothing is requested, and the number is that of the last request.
+        If `addresses` is empty, nothing is requested, and the number of the last request is returned.
         """
         if addresses:
             self._count += 1
@@ -103,7 +103,10 @@ class Conntrack(threading.Thread):
             self._put(listing)
 
     def list(self, addresses: Collection[str]) -> Listing:
-        """List the connections from and to these addresses, in the caller's thread; a CalicoError becomes `error`."""
+        """List the connections from and to these addresses, in the caller's thread.
+
+        Raises no CalicoError: its text becomes the `error` of the Listing.
+        """
         try:
             found = _connections_of(addresses) if addresses and not _is_empty() else []
             return Listing(addresses, found, host_network.own_addresses() if found else ())
@@ -111,9 +114,9 @@ class Conntrack(threading.Thread):
             return Listing(addresses, [], (), str(error))
 
     def delete(self, connections: Sequence[Connection]) -> None:
-        """Delete these connections; some may have ended by themselves. Raises CalicoError.
+        """Delete the entries of these connections, ignoring those that have ended meanwhile. Raises CalicoError.
 
-        Many deletions are sent at once, since one at a time takes the kernel a hundred times longer.
+        Deletions are sent in batches, since one at a time takes the kernel a hundred times longer.
         """
         failed: list[str] = []
         try:
@@ -123,7 +126,7 @@ class Conntrack(threading.Thread):
                     batch = connections[first : first + _BATCH]
                     kernel.send(b"".join(_deletion(connection, number) for number, connection in enumerate(batch)))
                     for number, code in _refusals(kernel):
-                        if code != errno.ENOENT:  # it has ended by itself
+                        if code != errno.ENOENT:  # ENOENT: the connection has ended meanwhile
                             failed.append(f"{batch[number].forwarded}: {os.strerror(code)}")
         except OSError as error:
             raise CalicoError(f"connections could not be ended: {error.strerror}") from None
@@ -139,7 +142,7 @@ def _is_empty() -> bool:
 
 
 def _connections_of(addresses: Collection[str]) -> list[Connection]:
-    """List the connections that come from, or are answered by, one of these addresses."""
+    """List the connections that come from one of these addresses, or whose replies do."""
     found = []
     for version, family in FAMILIES.items():
         desired = {pack(address) for address in addresses if version_of(address) == version}
@@ -160,9 +163,9 @@ def _connections_of(addresses: Collection[str]) -> list[Connection]:
 
 
 def parse(message: bytes, addresses: Collection[bytes]) -> Connection | None:
-    """Parse an entry's attributes; return None for a connection neither from, nor answered by, one of `addresses`.
+    """Parse an entry's attributes. Return None unless the connection, or its replies, come from one of `addresses`.
 
-    `addresses` are packed, in network byte order. Returns None also for what cannot be parsed.
+    `addresses` are packed, in network byte order. Returns None, too, if the attributes cannot be parsed.
     """
     try:
         entry = netlink.attributes(message)
@@ -215,7 +218,10 @@ def _header(family: int) -> bytes:
 
 
 def _refusals(kernel: socket.socket) -> Iterator[tuple[int, int]]:
-    """Yield the numbers of the messages that the kernel, which answers at once, has refused, each with its errno."""
+    """Yield the number and the errno of each message that the kernel has refused. Does not wait for answers.
+
+    The kernel puts its answers into the socket's buffer before send() returns.
+    """
     with suppress(BlockingIOError):
         while True:
             for kind, answer in netlink.messages(kernel.recv(2**16, socket.MSG_DONTWAIT)):

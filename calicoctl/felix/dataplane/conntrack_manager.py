@@ -1,10 +1,10 @@
 """Ends connections that policy denies; keeps an endpoint's new address pending until that address is verified.
 
 Packets of an established connection pass without evaluation of the rules (the established fast path), so a new rule
-alone would never apply to them. After a change, the addresses that it affects are *unverified*: the tables evaluate the
-rules for all packets in a connection's first direction (ruleset.py), the connections of these addresses are listed
-(conntrack.py, in a thread of its own), and those that policy denies now are deleted. When every address is verified,
-the fast path is restored.
+alone would never apply to them. After a change of policy, the addresses that it affects are *unverified*. The tables
+then evaluate the rules for all packets in a connection's first direction (ruleset.py), the connections of these
+addresses are listed (conntrack.py, in a thread of its own), and those that policy denies now are deleted. When every
+address is verified, the fast path is restored.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ class ConntrackManager(Manager):
         self._conntrack = conntrack
         self._pending = context.pending
         self._admitted: set[EndpointId] = set()
-        """Endpoints whose pending addresses are verified: the next round applies them."""
+        """Endpoints whose pending addresses are verified now: the next round programs them."""
         self._affected: set[str] = set()
-        """Unverified addresses whose connections must still be listed."""
+        """Unverified addresses for which no listing was requested yet."""
         self._unverified: dict[str, int] = {}
         """Addresses whose connections a change may deny, with the number of the listing that must be verified."""
         self._failed: set[str] = set()
@@ -59,13 +59,13 @@ class ConntrackManager(Manager):
             self._failed = set()
 
     def defer_new_addresses(self, dirty: Dirty) -> None:
-        """Make addresses that are new to endpoints pending; add endpoints to `dirty` whose addresses no longer are.
+        """Make addresses that are new to their endpoint pending; add endpoints to `dirty` that have none pending now.
 
-        Another endpoint may have had such an address, and left connections whose packets would pass by the fast
-        path. An endpoint that is new as a whole is deferred as a whole, and taken out of `dirty`; of others, all but
-        the new addresses is applied.
+        Another endpoint may have had such an address before, and may have left connections, whose packets would pass
+        on the fast path. A new endpoint is deferred as a whole: it is removed from `dirty`. For an endpoint that is in
+        the tables already, everything but the new addresses is programmed.
         """
-        if not self._context.health.first_update:  # all connections are verified before any route is set
+        if not self._context.health.first_update:  # at the start, all connections are verified before any route is set
             return
         for id in [id for id in dirty.endpoints if id.host == self._snapshot.host]:
             self._pending.pop(id, None)
@@ -80,7 +80,7 @@ class ConntrackManager(Manager):
         self._admitted.clear()
 
     def mark_unverified(self) -> None:
-        """Mark the addresses whose open connections the policy just applied may deny: they are unverified."""
+        """Mark addresses as unverified whose open connections the policy that was just applied may deny."""
         affected = set(self._policy.affected)
         if self._policy.reloaded:  # what was being verified is verified again
             affected |= self._failed.union(self._unverified, *(pending.addresses for pending in self._pending.values()))
@@ -93,7 +93,7 @@ class ConntrackManager(Manager):
         return bool(self._affected)
 
     def apply(self) -> None:
-        """Have the connections of the unverified addresses listed; the Listing comes as an event."""
+        """Request a listing of the connections of the unverified addresses; the Listing arrives as an event."""
         affected, self._affected = self._affected, set()
         self._unverified.update(dict.fromkeys(affected, self._conntrack.request(affected)))
 
@@ -110,7 +110,7 @@ class ConntrackManager(Manager):
         return bool(listings)
 
     def discard_listings(self) -> None:
-        """Have the listings that have arrived made again later: the store must not be used now."""
+        """Discard the listings that have arrived, since the store must not be used now; request them again later."""
         for listing in self._listings:
             self._failed.update(listing.addresses)
         self._listings = []
@@ -129,11 +129,11 @@ class ConntrackManager(Manager):
             if why is None:
                 del self._pending[id]
                 self._admitted.add(id)
-            elif id in self._snapshot.local:  # it stays pending: another's connection may be left
+            elif id in self._snapshot.local:  # it stays pending: a connection of another endpoint may be left
                 self._context.statuses.set(id, Status("error", self._snapshot.local[id].revision, why))
 
     def _end_denied_connections(self, listing: Listing) -> str | None:
-        """Delete the listed connections that policy denies; return why that failed (it is retried), else None."""
+        """Delete the listed connections that policy denies. Return None or, on failure, the reason: it is retried."""
         try:
             if listing.error is not None:
                 raise CalicoError(listing.error)
@@ -164,9 +164,10 @@ class ConntrackManager(Manager):
 
 
 def allowed(packet: Packet, snapshot: Snapshot, tag_contains: TagContains, host_addresses: Collection[str]) -> bool:
-    """Return whether this host's policy allows a packet: out of its source's endpoint, and into its destination's.
+    """Return whether this host's policy allows a packet.
 
-    An end that is no endpoint of this host allows every packet.
+    The packet must be allowed out of the endpoint that has its source address, and into the one that has its
+    destination address. An address that no endpoint of this host has allows every packet.
     """
     destination = snapshot.owner(packet.destination)
     to_host = packet.destination in host_addresses
@@ -184,7 +185,7 @@ def allowed(packet: Packet, snapshot: Snapshot, tag_contains: TagContains, host_
 
 
 def _rules(endpoint: LocalEndpoint, snapshot: Snapshot) -> Iterator[tuple[str, Rules]]:
-    """Yield the rules of those of an endpoint's profiles that can be read."""
+    """Yield the names and rules of an endpoint's profiles, of those with valid rules."""
     for name in endpoint.profiles:
         profile = snapshot.profiles.get(name)
         if profile is not None and profile.rules is not None:

@@ -1,12 +1,12 @@
-"""The driver of the host's own iptables firewall: adds rules to accept endpoints' packets that it would drop.
+"""The driver of the host's own iptables firewall: adds rules that accept endpoints' packets, if it would drop them.
 
 The Docker Engine sets the policy of the chain FORWARD to DROP, and an accept in our own tables does not override a drop
 in another. Our tables hook in earlier, so they have already dropped what policy denies. Docker does not change the
-chain DOCKER-USER, and jumps to it first; where that chain exists, our rules are added to it, otherwise to FORWARD.
-Source: Docker's documentation, "Packet filtering and firewalls".
+chain DOCKER-USER, and FORWARD jumps to it first. If that chain is in use, our rules are added to it, otherwise to
+FORWARD. Source: Docker's documentation, "Packet filtering and firewalls".
 
-The host's `iptables` command is used, so that the rules go where the host's own are: nf_tables or legacy. A host
-without that command may still have such a firewall.
+The host's `iptables` command is used, so that our rules are added to the backend of the host's own rules: nf_tables or
+legacy. A host without that command may still have such a firewall.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ _CHAINS = ("DOCKER-USER", "FORWARD")
 
 
 class Filter:
-    """The table `filter`: policies and rules by chain. `text` is what `iptables-save` prints; for nft, see `from_nft`.
+    """The table `filter`: policies and rules by chain, parsed from `text`, which is the output of `iptables-save`.
 
-    A rule is a tuple of the words that follow "-A CHAIN".
+    A rule is a tuple of the words that follow "-A CHAIN". `from_nft` parses the output of nft.
     """
 
     def __init__(self, text: str) -> None:
@@ -58,7 +58,10 @@ class Filter:
 
     @classmethod
     def from_nft(cls, text: str) -> Filter:
-        """Parse nft's listing of iptables-nft's table `filter`: policies; jumps and drops as rules ("-j", target)."""
+        """Parse nft's listing of the table `filter` of iptables-nft.
+
+        Policies are parsed. Of the rules, only jumps and drops are, each as ("-j", target).
+        """
         found, chain = cls(""), ""
         for line in text.splitlines():
             words = shlex.split(line.partition(" # ")[0])
@@ -107,14 +110,14 @@ def ensure() -> list[str]:
 
 
 def remove() -> None:
-    """Remove our rules. Where the iptables command is missing, they stay: they only accept. Raises CalicoError."""
+    """Remove our rules. If the iptables command is missing, they stay: they only accept. Raises CalicoError."""
     for command in COMMANDS:
         if _is_there(command):
             _bring(command, remove=True)
 
 
 def missing() -> list[str]:
-    """Return the chains that would drop the endpoints' packets, and lack our rules: "iptables chain FORWARD", say.
+    """Return the chains, such as "iptables chain FORWARD", that would drop endpoints' packets and lack our rules.
 
     Raises CalicoError if that cannot be determined.
     """
@@ -129,10 +132,11 @@ def missing() -> list[str]:
 
 
 def old_felix_chains() -> dict[str, list[str]]:
-    """Return the chains that Felix of 2015 has left, by the iptables command that shows them.
+    """Return the chains that Felix of 2015 has left, by the iptables command that lists them.
 
-    They drop packets from and to `cali…` interfaces that Felix does not know. Its image had an iptables of its own, so
-    they may be in tables that the host's iptables does not show. Raises CalicoError if that cannot be determined.
+    They drop packets from and to `cali…` interfaces that Felix does not know. Felix ran in an image that had its own
+    iptables, so they may be in tables that the host's iptables does not list. Raises CalicoError if that cannot be
+    determined.
     Source: Felix's frules.py and dispatch.py.
     """
     found: dict[str, list[str]] = {}
@@ -140,7 +144,7 @@ def old_felix_chains() -> dict[str, list[str]]:
         legacy = f"{command}-legacy"
         if _is_there(command):
             _find_old_felix(command, found)
-            # where there are no such tables, listing them would load kernel modules
+            # if there are no such tables, listing them would load kernel modules
             if "nf_tables" in _run(command, "--version") and _legacy_tables(command) and _is_there(legacy):
                 _find_old_felix(legacy, found)
     return found
@@ -197,9 +201,9 @@ def _bring(command: str, remove: bool) -> list[str]:
 
 
 def _current(command: str) -> Filter | None:
-    """Return the table `filter`; None if the command is missing, and no firewall may drop forwarded packets.
+    """Return the table `filter`. If `command` is missing and no firewall may drop forwarded packets, return None.
 
-    Raises CalicoError when the command fails, or is missing while a firewall may drop them.
+    Raises CalicoError if the command fails, or if it is missing and a firewall may drop forwarded packets.
     """
     if _is_there(command):
         return Filter(_run(f"{command}-save", "-t", "filter"))
@@ -217,9 +221,9 @@ def _is_there(command: str) -> bool:
 
 
 def _may_drop(command: str) -> str | None:
-    """Return the clause that says which firewall may drop forwarded packets, found without running `command`.
+    """Return a clause that says which firewall may drop forwarded packets, None if there is no such firewall.
 
-    None if there is no such firewall.
+    Does not run `command`.
     """
     if "filter" in _legacy_tables(command):
         return f"this host has an {command}-legacy firewall, which may drop what is forwarded"

@@ -1,8 +1,7 @@
 """Endpoints: drives routes, neighbour entries and sysctls of this host's `cali…` interfaces to the desired state.
 
-Reports the status of each endpoint, and garbage-collects what belongs to no endpoint. The interfaces themselves, and
-everything inside workloads, are left to workload_keeper.py, which is asked to check a workload whose interface is
-missing.
+Reports the status of each endpoint, and garbage-collects what belongs to no endpoint. workload_keeper.py manages the
+interfaces themselves, and everything inside workloads; it is asked to check a workload if the interface is missing.
 """
 
 from __future__ import annotations
@@ -43,15 +42,15 @@ class EndpointManager(Manager):
         self._failed: set[EndpointId] = set()
         """Endpoints that could not be programmed; retried at the next Tick."""
         self._released: set[str] = set()
-        """Interfaces that an endpoint has given up."""
+        """Interfaces that no longer belong to the endpoint that had them."""
         self._everything = True
-        """Whether all endpoints are dirty, and what belongs to no endpoint must be garbage-collected."""
+        """Whether all endpoints are dirty, and the interfaces that belong to no endpoint must be garbage-collected."""
         self._collection_failed = False
         """Whether something that belongs to no endpoint could not be removed; retried at the next Tick."""
         self._readable: set[str] = set()
-        """Profiles that exist and whose rules can be read."""
+        """Profiles that exist and have valid rules."""
         self._unknown: set[str] = set()
-        """Interfaces without a record at the last Tick: a command may be about to write the record."""
+        """Interfaces without an endpoint at the last Tick: a command may be about to write the endpoint."""
 
     def on_event(self, event: Any) -> None:
         if isinstance(event, Dirty):
@@ -75,7 +74,7 @@ class EndpointManager(Manager):
     def resync(self) -> None:
         """Read routes and neighbour entries, and links if their events were lost.
 
-        Raises CalicoError, and what pyroute2 raises.
+        Raises CalicoError and pyroute2's exceptions.
         """
         if self._links_stale:
             before, self._links = self._links, {link.name: link for link in self._routes.list_links()}
@@ -110,9 +109,9 @@ class EndpointManager(Manager):
         for id in local:
             endpoint = self._snapshot.endpoints.get(id)
             if endpoint is not None and endpoint.workload_name is None and workload_of(id)[0] == DOCKER:
-                self._check_workload(id)  # an old tool, which does not know that field, may have written the record
-        # the status of an endpoint names its profiles that cannot be read
-        readable = {name for name in dirty.profiles if self._snapshot.is_readable(name)}
+                self._check_workload(id)  # an old tool, which does not know that field, may have written the endpoint
+        # the status of an endpoint names a profile without valid rules
+        readable = {name for name in dirty.profiles if self._snapshot.has_valid_rules(name)}
         flipped = (readable - self._readable) | ((dirty.profiles - readable) & self._readable)
         self._readable = (self._readable - dirty.profiles) | readable
         if flipped:
@@ -123,7 +122,7 @@ class EndpointManager(Manager):
         for other in [other for other in self._links.values() if other.index == link.index and other.name != link.name]:
             log.warning("interface %s was renamed to %s", other.name, link.name)
             del self._links[other.name]
-            self._everything = True  # the routes to it must go
+            self._everything = True  # the routes to it must be removed
         if not link.name.startswith(INTERFACE_PREFIX):
             return
         before = self._links.get(link.name)
@@ -149,7 +148,7 @@ class EndpointManager(Manager):
                     self._mark_owner(link.name)
 
     def _follow_mac(self, before: Link | None, now: Link) -> None:
-        """Where an interface has a new MAC, have the neighbour entry of the next hop in its workload updated."""
+        """If an interface has a new MAC, have the neighbour entry of the next hop in its workload updated."""
         endpoint = self._snapshot.owner(now.name)
         if endpoint and before and before.index == now.index and before.mac != now.mac:
             log.info("interface %s has the MAC %s now", now.name, now.mac)
@@ -206,7 +205,7 @@ class EndpointManager(Manager):
         except CalicoError as error:
             self._failed.add(endpoint.id)
             return Status("error", endpoint.revision, str(error))
-        unreadable = [name for name in endpoint.profiles if not self._snapshot.is_readable(name)]
+        unreadable = [name for name in endpoint.profiles if not self._snapshot.has_valid_rules(name)]
         if unreadable:
             return Status(
                 "up", endpoint.revision, f"profile {unreadable[0]} does not exist or cannot be read, and denies"
@@ -214,7 +213,7 @@ class EndpointManager(Manager):
         return Status("up", endpoint.revision)
 
     def _report_unknown_interfaces(self, before: set[str] | None = None) -> None:
-        """Report interfaces `cali…` without a record; where `before` is given, only those that are in it."""
+        """Report `cali…` interfaces that belong to no endpoint; if `before` is given, only those that are in it."""
         known = set()
         for id in self._snapshot.unusable:
             known |= {id.interface, self._snapshot.endpoints[id].name if id in self._snapshot.endpoints else ""}

@@ -1,7 +1,7 @@
-"""The host as a whole: drives IP forwarding, and the host's own iptables firewall, to what endpoints need.
+"""The host as a whole: enables IP forwarding, and makes the host's own iptables firewall accept endpoints' packets.
 
-In a thread of its own: iptables may wait for another process that holds its lock, and the Docker Engine may be slow to
-answer, while the agent has policy to enforce.
+This is done in a thread of its own, so that it does not delay policy: iptables may wait for another process that holds
+its lock, and the Docker Engine may be slow to answer.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from calicoctl.felix.events import Failure
 log = logging.getLogger("calico.felix")
 
 INTERVAL = 10.0
-"""Seconds between two checks of settings, which deliver no events, and between retries of what failed."""
+"""Seconds between two checks of the sysctls, whose changes deliver no events, and between two retries."""
 
 FIREWALL_DELAY = 0.3
-"""Seconds from a change of the host's firewall to our check: Docker makes many changes at a time."""
+"""Seconds from a change of the host's firewall until it is checked: Docker makes many changes at a time."""
 
 FIREWALL_INTERVAL = 5.0
-"""Seconds between two checks of a firewall of iptables-legacy, which delivers no events."""
+"""Seconds between two checks of a firewall of iptables-legacy, whose changes deliver no events."""
 
 END_PATIENCE = 5.0
 """Seconds that a check may take when the agent ends."""
 
 
 class HostReconciler(threading.Thread):
-    """Keeps the host forwarding, and its firewall accepting what comes from endpoints or goes to them.
+    """Keeps IP forwarding enabled, and the rules in the host's firewall that accept packets from and to endpoints.
 
-    Until the thread is started, its owner may call `forward` and `check_firewall`; afterwards, only the thread does.
+    Until the thread is started, its owner may call `forward` and `check_firewall`; afterwards, only the thread may.
     """
 
     def __init__(self, settings: HostSettings, put: Callable[[Failure], None]) -> None:
@@ -62,7 +62,7 @@ class HostReconciler(threading.Thread):
         self._requests.put(None)
 
     def end(self) -> None:
-        """End after the check that is running; wait for that, but not for long."""
+        """End the thread after the check that is running; wait for that, for END_PATIENCE at most."""
         self._alive = False
         self._requests.put(None)
         if self.is_alive():
@@ -91,7 +91,7 @@ class HostReconciler(threading.Thread):
         self._forward_at = time.monotonic() + INTERVAL
 
     def check_firewall(self) -> None:
-        """Make the host's firewall accept the endpoints' packets, where it would drop them."""
+        """Make the host's firewall accept the endpoints' packets, if it would drop them."""
         done = self._try("the host's firewall", self._ensure)
         pause = (FIREWALL_INTERVAL if self._polls else float("inf")) if done else INTERVAL
         self._firewall_at = time.monotonic() + pause
@@ -102,7 +102,7 @@ class HostReconciler(threading.Thread):
             log.info("%s", line)
 
     def _try(self, subject: str, work: Callable[[], None]) -> bool:
-        """Run `work`; emit its failure, once, and the failure's end. Return whether `work` succeeded."""
+        """Run `work`, and return whether it succeeded. Emit a Failure when it begins to fail and when that ends."""
         why = None
         try:
             work()

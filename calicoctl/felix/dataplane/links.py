@@ -1,4 +1,4 @@
-"""The host's ends of the endpoints' veth pairs, as the kernel describes them. Changes nothing."""
+"""The host ends of the endpoints' veth pairs, as read from the kernel. Changes nothing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Link:
 
 
 def link_of(message: Any) -> Link:
-    """Return the interface that one of pyroute2's link messages describes."""
+    """Convert a link message of pyroute2 into a Link."""
     return Link(
         message.get_attr("IFLA_IFNAME") or "",
         message["index"],
@@ -33,5 +33,5 @@ def link_of(message: Any) -> Link:
 
 
 def list_links(netlink: IPRoute) -> list[Link]:
-    """Return the `cali…` interfaces of this host. Raises what pyroute2 raises."""
+    """Return the `cali…` interfaces of this host. Raises pyroute2's exceptions."""
     return [link for link in map(link_of, netlink.get_links()) if link.name.startswith(INTERFACE_PREFIX)]

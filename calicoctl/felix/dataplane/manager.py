@@ -1,6 +1,6 @@
-"""What a data plane is to the agent: a manager, which drives one part of the kernel to the desired state.
+"""The interface between the agent and its managers. Each manager drives one part of the kernel to the desired state.
 
-A manager decides what the kernel should have. Its drivers (nft.py, routes.py, conntrack.py …) read and change the
+A manager computes what must be in the kernel. Its drivers (nft.py, routes.py, conntrack.py …) read and change the
 kernel, and do not evaluate policy. A new data plane is one file with a manager, and one line in the agent's list.
 """
 
@@ -19,23 +19,24 @@ if TYPE_CHECKING:
 
 
 class Manager(ABC):
-    """One data plane. All methods are called by the agent's thread; a round is `on_event` several times, then `apply`.
+    """Drives one part of the kernel to the desired state. All methods are called by the agent's thread.
 
-    The agent calls `apply` only while the store may be used, and in the order of docs/agent.md.
+    In each round of its loop, the agent calls `on_event` for each event, then `apply`: only while the store may be
+    used, and in the order that docs/agent.md gives.
     """
 
     def on_event(self, event: Any) -> None:  # noqa: B027 not every manager needs it
         """Mark what an event makes dirty. Must be cheap, and change nothing in the kernel.
 
-        Events are a Dirty (what has changed of the desired state), and those of events.py that are about the kernel.
-        Tick asks to retry what failed; PolicyFailed says that the tables could not be programmed, so `apply` is not
-        called in this round.
+        An event is a Dirty, which says what has changed in the desired state, or an event about the kernel (events.py).
+        Tick means: retry what failed. PolicyFailed means: the nftables tables could not be programmed, so `apply` is
+        not called in this round.
         """
 
     def resync(self) -> None:  # noqa: B027
-        """Read what the kernel has, and mark dirty all that may differ.
+        """Read the state of the kernel, and mark dirty whatever may differ from the desired state.
 
-        It may raise any exception: then the agent calls it again at the next tick, or ends if it was starting.
+        It may raise any exception. Then the agent calls it again at the next tick or, if the agent is starting, ends.
         """
 
     @property
@@ -50,10 +51,10 @@ class Manager(ABC):
 
     @abstractmethod
     def apply(self) -> None:
-        """Drive the kernel to the snapshot, as far as it is dirty.
+        """Program what is dirty, so that the kernel matches the snapshot.
 
-        What fails is reported through the context, and is retried at the next Tick. An exception means a defect: the
-        agent resyncs all managers and reloads the tables.
+        Report failures through the context, and retry them at the next Tick. An exception is an internal error: the
+        agent then resyncs all managers and reloads the tables.
         """
 
 
@@ -75,11 +76,11 @@ class Context:
     snapshot: Snapshot
     """The desired state."""
     health: Health
-    """Takes failures of the host as a whole."""
+    """Where managers report failures that concern the host as a whole."""
     statuses: EndpointStatuses
-    """Takes the status of each endpoint."""
+    """Where managers set the status of each endpoint."""
     pending: dict[EndpointId, PendingAddresses] = field(default_factory=dict)
-    """Written by the ConntrackManager. The other managers give an endpoint none of these addresses."""
+    """Written by the ConntrackManager. The other managers do not program these addresses for the endpoint."""
 
     def pending_addresses(self) -> Mapping[EndpointId, set[str]]:
         """Return the pending addresses by endpoint."""

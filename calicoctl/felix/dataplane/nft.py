@@ -1,4 +1,4 @@
-"""The driver of nftables: runs transactions in this process, by libnftables, and follows changes of the tables.
+"""The driver of nftables: runs transactions in this process, with libnftables, and receives changes of the tables.
 
 Contains nothing specific to Calico. Source: libnftables(3); include/uapi/linux/netfilter/nf_tables.h for the events.
 """
@@ -31,7 +31,7 @@ _NEWGEN = 15
 
 
 class NftError(CalicoError):
-    """The kernel, or libnftables, refused a transaction, which was not applied; or libnftables cannot be used."""
+    """The kernel or libnftables refused a transaction, and nothing of it was applied; or libnftables cannot be used."""
 
 
 class Nft:
@@ -71,10 +71,11 @@ class Nft:
 
 @contextmanager
 def _low_descriptor() -> Iterator[None]:
-    """Make the next descriptor one below 1024, as select(2) needs: libnftables calls that, and aborts otherwise.
+    """Ensure that the next file descriptor is below 1024.
 
-    Where this process has inherited so many descriptors that none is left, one of those is moved to a higher number.
-    Raises NftError when there is none to move.
+    libnftables calls select(2), and aborts the process if the descriptor is higher. If this process has inherited so
+    many descriptors that no lower one is free, one of those is moved to a higher number. Raises NftError if none can be
+    moved.
     """
     try:
         free = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
@@ -91,22 +92,25 @@ def _low_descriptor() -> Iterator[None]:
 
 
 def _is_inherited(fd: int) -> bool:
-    """Return whether a descriptor was inherited: those that Python opens are closed on exec (PEP 446)."""
+    """Return whether a descriptor was inherited: descriptors that Python opens are not inheritable (PEP 446)."""
     try:
-        # those of the library are inheritable, too
+        # the library's netlink sockets are inheritable, too
         return os.get_inheritable(fd) and str(Path(f"/proc/self/fd/{fd}").readlink()) not in _netlink_sockets()
     except OSError:
         return False
 
 
 def _netlink_sockets() -> set[str]:
-    """Return the names of all netlink sockets, in the form of /proc/PID/fd."""
+    """Return the names of all netlink sockets, as the links in /proc/PID/fd have them."""
     with open("/proc/net/netlink") as table:
         return {f"socket:[{line.split()[-1]}]" for line in table}
 
 
 def own_ports(protocol: int = NETLINK_NETFILTER) -> set[int]:
-    """Return the netlink ports of this process's sockets of a protocol: notifications name the requester's port."""
+    """Return the netlink ports of this process's sockets of a protocol.
+
+    The kernel's notification of a change contains the port of the socket that requested the change.
+    """
     sockets = set()
     for file in Path("/proc/self/fd").iterdir():
         try:
@@ -136,7 +140,7 @@ class TableEvents:
     def wait(self) -> tuple[set[str], int]:
         """Wait for the end of a transaction; return the names of the changed tables, and the sender's netlink port.
 
-        Where the kernel had to drop notifications, the only name is the empty one, and the port is 0.
+        If the kernel has dropped notifications, return the empty name alone, and port 0.
         """
         while True:
             while len(self._unread) >= 20:
@@ -156,9 +160,10 @@ class TableEvents:
 
 
 def _table(attributes: bytes) -> str:
-    """Return the name of the table that a message is about: attribute 1 in all kinds of messages; "" without that.
+    """Return the name of the table that a message is about, "" if the message names none.
 
-    Other attributes are not decoded, since one change of the ruleset may send many thousand messages.
+    It is attribute 1 in all kinds of messages. Other attributes are not decoded, since one change of the ruleset may
+    send many thousand messages.
     """
     at = 0
     while at + 4 <= len(attributes):

@@ -1,7 +1,7 @@
 """Policy: drives our nftables tables to the snapshot, each change as one transaction.
 
-ruleset.py renders what the tables must hold; this module runs those commands, reloads the tables as a whole where a
-change is refused or another process has modified the tables, and backs off when the reload fails as well.
+ruleset.py renders the commands; this module runs them. If a change is refused, or another process has modified the
+tables, it reloads the tables as a whole. If the reload fails as well, it backs off.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ BACKOFF = 5.0
 
 
 class PolicyManager(Manager):
-    """Keeps the tables as the snapshot demands and, while the store must not be used, as they were."""
+    """Drives the tables to the snapshot or, while the store must not be used, keeps them as they were."""
 
     def __init__(self, context: Context, nft: Nft) -> None:
         self._context = context
@@ -35,21 +35,22 @@ class PolicyManager(Manager):
         self._retry_at = 0.0
         self._restore_due = False
         self.ruleset = Ruleset()
-        """What the tables hold; while they are not `in_sync`, what they held, or were to hold, last."""
+        """The contents of the tables. While they are not `in_sync`, the last contents that were, or should have been,
+        programmed."""
         self.in_sync = False
-        """Whether the tables hold what `ruleset` says. If not, the next `apply` reloads them."""
+        """Whether the tables in the kernel match `ruleset`. If not, the next `apply` reloads them."""
         self.error: str | None = None
         """Why the last `apply` failed."""
         self.reloaded = False
-        """Whether the last `apply` has reloaded the tables as a whole."""
+        """Whether the last `apply` reloaded the tables as a whole."""
         self.affected: set[str] = set()
-        """Addresses whose connections the last `apply` may deny."""
+        """Addresses whose connections the policy may deny since the last `apply`."""
 
     def on_event(self, event: Any) -> None:
         if isinstance(event, Dirty):
             self._dirty.merge(event)
         elif isinstance(event, TablesChanged):
-            # where notifications were lost (the empty name), they may have been those of our own changes
+            # the empty name means lost notifications, which may have been about our own changes
             if self.in_sync and ("calico" in event.names or ("" in event.names and not self._tables_exist())):
                 log.warning("another process has modified our nftables tables; reloading them")
                 self.in_sync, self._restore_due = False, True
@@ -57,17 +58,17 @@ class PolicyManager(Manager):
             self._restore_due = True
 
     def invalidate(self, backoff: float) -> None:
-        """Assume nothing about what the tables hold; have them reloaded in `backoff` seconds."""
+        """Assume nothing about the contents of the tables; have them reloaded in `backoff` seconds."""
         self.in_sync, self._retry_at = False, time.monotonic() + backoff
 
     @property
     def retry_at(self) -> float | None:
-        """The time (monotonic) at which a failed reload is due again; None if none has failed."""
+        """When to retry a failed reload (monotonic); None if no reload has failed."""
         return None if self.in_sync or not self._retry_at else self._retry_at
 
     @property
     def is_backing_off(self) -> bool:
-        """Whether a failed reload is not due again yet: until then, nothing else may be programmed either."""
+        """Whether a failed reload waits for its retry. Until then, the other managers must not program anything."""
         return self.retry_at is not None and time.monotonic() < self._retry_at
 
     @property
@@ -111,9 +112,10 @@ class PolicyManager(Manager):
         self._context.health.record(Failure(None, "tables"))
 
     def restore(self) -> None:
-        """Reload the tables with what they held, where another process has modified them.
+        """If another process has modified the tables, reload them with their last contents.
 
-        For the time in which the store must not be used: the snapshot may be wrong. Retried at each Tick.
+        Called while the store must not be used, since the snapshot may be wrong then. A failure is retried at each
+        Tick.
         """
         if self.in_sync or not self._restore_due or not self._context.health.first_update:
             return
@@ -125,7 +127,10 @@ class PolicyManager(Manager):
             self._context.health.error(str(error))
 
     def restore_established_fast_path(self) -> None:
-        """Let packets of established connections pass unevaluated again, now that all connections are verified."""
+        """Let packets of established connections pass without evaluation of the rules again.
+
+        Called when all connections are verified.
+        """
         try:
             self._nft.run(self.ruleset.restore_established_fast_path())
         except CalicoError as error:

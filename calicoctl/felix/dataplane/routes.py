@@ -1,7 +1,7 @@
-"""The driver of endpoints' routes, neighbour entries and interface sysctls: programs the difference to the kernel.
+"""The driver of endpoints' routes, neighbour entries and interface sysctls: programs only what is missing or wrong.
 
-The agent's own are recognised: routes by their protocol number, neighbour entries by being permanent and on a `cali…`
-interface.
+The agent recognises its own routes by their protocol number. Its own neighbour entries are those that are permanent and
+on a `cali…` interface.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ T = TypeVar("T")
 PROTOCOL = netlink.OUR_PROTOCOL
 
 _METRIC6 = 1
-"""The smallest metric of IPv6, where 0 stands for 1024."""
+"""The smallest metric of an IPv6 route: the kernel takes 0 as 1024."""
 
 Item = tuple[str, ...]
 """("route", address), ("neighbour", address, MAC), or ("proxy", address)."""
@@ -44,11 +44,14 @@ class Routes:
         self._have: dict[int, set[Item]] = defaultdict(set)
 
     def list_links(self) -> list[Link]:
-        """Return the `cali…` interfaces of this host. Raises what pyroute2 raises."""
+        """Return the `cali…` interfaces of this host. Raises pyroute2's exceptions."""
         return list_links(self._netlink)
 
     def read(self, links: Collection[Link]) -> None:
-        """Read from the kernel what it has of ours on these interfaces, and all our routes. Raises CalicoError."""
+        """Read all of the agent's routes, and its neighbour entries on these interfaces, into the cache.
+
+        Raises CalicoError.
+        """
         self._have.clear()
         indices = {link.index for link in links}
         for family in (socket.AF_INET, socket.AF_INET6):
@@ -63,11 +66,11 @@ class Routes:
                 self._have[entry.index].add(("proxy", entry.address))
 
     def forget(self, index: int) -> None:
-        """Drop an interface from the cache: the kernel has removed what was there, or some of it."""
+        """Drop an interface from the cache: the kernel has removed its routes or neighbour entries, or some of them."""
         self._have.pop(index, None)
 
     def forget_route(self, address: str) -> int | None:
-        """Drop the route to an address from the cache; return its interface's index, None if there was none."""
+        """Drop the route to an address from the cache; return its interface's index, None if there was no route."""
         for index, items in self._have.items():
             if ("route", address) in items:
                 items.discard(("route", address))
@@ -75,13 +78,14 @@ class Routes:
         return None
 
     def indices(self) -> set[int]:
-        """Return the indices of the interfaces on which the kernel has something of ours."""
+        """Return the indices of the interfaces that have routes or neighbour entries of the agent."""
         return {index for index, items in self._have.items() if items}
 
     def apply(self, endpoint: LocalEndpoint, link: Link, next_hop: str | None) -> None:
-        """Program what an endpoint needs, and remove what else of ours is on its interface.
+        """Program what an endpoint needs, and remove the agent's other routes and entries from its interface.
 
-        `next_hop` is the IPv6 address that the workload uses as its next hop, if it is known. Raises CalicoError.
+        `next_hop` is the IPv6 address that the workload uses as its next hop, None if it is unknown. Raises
+        CalicoError.
         """
         for path, value in sysctls.interface_settings(link.name, bool(endpoint.addresses_of(6))).items():
             sysctls.write(path, value)
@@ -103,7 +107,7 @@ class Routes:
             have.discard(item)
 
     def clear(self, index: int) -> None:
-        """Remove all that is ours from an interface. Raises CalicoError."""
+        """Remove the agent's routes and neighbour entries from an interface. Raises CalicoError."""
         for item in sorted(self._have.get(index, ())):
             self._remove(index, item)
         self._have.pop(index, None)
@@ -141,10 +145,10 @@ class Routes:
 
 
 def _add_route(family: int, address: str, index: int) -> None:
-    """Add a route in front of any other route to the same address, which is kept. Raises OSError.
+    """Add a route before any other route to the same address; the other route is kept. Raises OSError.
 
     pyroute2 would replace the other route, or fail. Source: the kernel's uapi/linux/rtnetlink.h, and fib_table_insert()
-    of its net/ipv4/fib_trie.c: without a flag about existing routes, the new one goes first.
+    in its net/ipv4/fib_trie.c: without a flag about existing routes, the new route precedes them.
     """
     packed = pack(address)
     scope = netlink.SCOPE_LINK if family == socket.AF_INET else 0

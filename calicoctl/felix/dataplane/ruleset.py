@@ -2,9 +2,9 @@
 
 The tables (docs/agent.md lists them):
 
-* Base chains have the rules that are the same for all endpoints, and look up the chain of an interface in two verdict
-  maps, `from` and `to`. So the cost of a packet does not depend on the number of endpoints, and an interface that is in
-  no map passes nothing.
+* Base chains contain the rules that are the same for all endpoints, and look up the chain of an interface in two
+  verdict maps, `from` and `to`. So the cost of a packet does not depend on the number of endpoints, and the packets of
+  an interface that is in no map are dropped.
 * Endpoints with the same list of profiles share a pair of chains, `from/…` and `to/…`, which jump to the chains of the
   profiles, `outbound/…` and `inbound/…`, in order. A profile's rules exist once, and a tag's addresses are one set.
 * The two directions are two base chains, one after the other, since `accept` ends the evaluation of one base chain.
@@ -12,8 +12,9 @@ The tables (docs/agent.md lists them):
   until the connections that it denies have been ended, packets in a connection's first direction are evaluated like
   new ones.
 
-`Ruleset` caches what it has put into the tables, and renders the commands for the difference: their number grows with
-the change, not with the host. All commands of one call belong in one transaction. Runs nothing itself.
+`Ruleset` caches the contents of the tables, and renders commands only for the difference: their number grows with the
+change, not with the number of endpoints. All commands that one call returns belong in one transaction. This module does
+not run them.
 """
 
 from __future__ import annotations
@@ -125,10 +126,10 @@ class Ruleset:
 
     def __init__(self) -> None:
         self._elements: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
-        """By (family, name) of a set or map: its elements, with reference counts, since an endpoint may be given what
-        another, which is deferred, has not given up yet."""
+        """By (family, name) of a set or map: its elements, with reference counts. An endpoint may get an element that
+        another endpoint, which is deferred, still has."""
         self._chains: dict[str, tuple[str, ...]] = {}
-        # who uses what, so that unused chains and sets are removed
+        # which endpoints and profiles use which chains and sets, so that unused ones are removed
         self._endpoints: dict[EndpointId, LocalEndpoint] = {}
         self._members: dict[EndpointId, tuple[tuple[str, ...], tuple[str, ...]]] = {}
         self._members_of_profile: dict[str, set[EndpointId]] = defaultdict(set)
@@ -140,7 +141,7 @@ class Ruleset:
         self._tags_used: dict[str, set[str]] = {}
 
     def load(self, snapshot: Snapshot, pending: Mapping[EndpointId, Collection[str]] | None = None) -> Update:
-        """Return the commands that load the tables as a whole, replacing any contents. Only for a new Ruleset."""
+        """Return the commands that load the whole tables, replacing any contents. Call it only on a new Ruleset."""
         everything = Dirty(set(snapshot.endpoints), profiles=set(snapshot.profiles), pools=True, settings=True)
         update = self.update(snapshot, everything, pending)
         return Update(_replace_tables(update.commands), update.affected)
@@ -159,7 +160,10 @@ class Ruleset:
         return _replace_tables(change.commands())
 
     def tag_contains(self, tag: str, address: str) -> bool:
-        """Return whether a tag has an address: that of an endpoint, of any host, that has a profile with that tag."""
+        """Return whether an address belongs to a tag.
+
+        It does if an endpoint, of any host, has the address and a profile with that tag.
+        """
         return address in self._addresses.get(tag, ())
 
     def has(self, id: EndpointId) -> bool:
@@ -174,7 +178,7 @@ class Ruleset:
     def update(
         self, snapshot: Snapshot, dirty: Dirty, pending: Mapping[EndpointId, Collection[str]] | None = None
     ) -> Update:
-        """Return the commands for what has changed, and assume from then on that they were run.
+        """Return the commands for what has changed. The Ruleset assumes from then on that they were run.
 
         `pending` are addresses that endpoints of this host must not use yet. Call `restore_established_fast_path` when
         the connections of the affected addresses have been verified.
@@ -225,7 +229,7 @@ class Ruleset:
     # A tag's addresses: those of all endpoints, of all hosts, that have a profile with that tag
 
     def _update_members(self, snapshot: Snapshot, dirty: Dirty, change: _Change) -> set[str]:
-        """Update the addresses of all tags; return those that a tag in use has gained, or lost."""
+        """Update the addresses of all tags; return the addresses that were added to, or removed from, a tag in use."""
         changed: Counter[tuple[str, str]] = Counter()
         ids = set(dirty.endpoints)
         for profile in dirty.profiles:
@@ -351,7 +355,7 @@ class Ruleset:
 
 
 def rule_lines(rule: Rule) -> list[str]:
-    """Render a rule as nftables rules: none if no packet can match, one per IP version where that matters."""
+    """Render a rule as nftables rules: one, or one per IP version if they differ; none if no packet can match."""
     number = None if rule.protocol is None else protocol_number(rule.protocol)
     by_version = (
         number in (ICMP, ICMPV6) or rule.ip_version or rule.src_tag or rule.dst_tag or rule.src_net or rule.dst_net
@@ -386,8 +390,9 @@ def rule_lines(rule: Rule) -> list[str]:
 class _Change:
     """Collects the changes of one transaction, and renders their commands in an order that nftables accepts.
 
-    What is unused is deleted last, after everything that referred to it; elements of maps are deleted before they are
-    added with another value. What is added and removed in the same change, or removed and added, yields no command.
+    Unused chains and sets are deleted last, after everything that referred to them; elements of maps are deleted before
+    they are added with another value. If something is added and removed in the same change, or removed and added, no
+    command is rendered for it.
     """
 
     def __init__(self, elements: dict[tuple[str, str], Counter[str]], chains: dict[str, tuple[str, ...]]) -> None:
@@ -509,7 +514,7 @@ def _base_chain_rules(name: str, fast_path: bool) -> tuple[str, ...]:
 
 
 def _elements(endpoint: LocalEndpoint) -> list[tuple[tuple[str, str], str]]:
-    """Return the elements of an endpoint, each behind its set or map, given as (family, name)."""
+    """Return the elements of an endpoint, each as a pair: its set or map as (family, name), and the element."""
     name, mac = f'"{endpoint.interface}"', endpoint.mac
     outbound, inbound = _chains_of_list(endpoint.profiles)
     elements = [
@@ -549,15 +554,15 @@ def _update_pools(snapshot: Snapshot, change: _Change) -> None:
 
 
 def _part(name: str) -> str:
-    """Return a profile's or tag's part of a chain's or set's name: `name` or, if nftables cannot spell that, a digest.
+    """Return how a profile or tag is named in the name of a chain or set: `name` or, if nftables rejects it, a digest.
 
-    The slash before the digest is in no other name, so the two kinds never collide.
+    The slash before the digest is in no valid name, so the two kinds never collide.
     """
     return name if _SAFE.fullmatch(name) else "/" + hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:32]
 
 
 def set_of_tag(tag: str, version: int) -> str:
-    """Return the name of the set with a tag's addresses of an IP version."""
+    """Return the name of the set that contains a tag's addresses of an IP version."""
     return f"tag{version}/{_part(tag)}"
 
 

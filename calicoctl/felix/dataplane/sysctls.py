@@ -1,6 +1,6 @@
-"""The driver of sysctls (/proc/sys/net), which remembers the host-wide ones as they were before the agent changed them.
+"""The driver of sysctls (/proc/sys/net). It saves the host-wide ones before the agent changes them.
 
-The original values are kept in a file until they are restored. Like the settings, the file does not survive a reboot.
+The original values are kept in a file until they are restored. Like the sysctls, the file does not survive a reboot.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ _SETTING = re.compile(
 
 
 def interface_settings(interface: str, ipv6: bool) -> dict[str, str]:
-    """Return values for the sysctls of the host's end of an endpoint's veth pair, by path below /proc/sys/net.
+    """Return the sysctls for the host end of an endpoint's veth pair: values by path below /proc/sys/net.
 
     `ipv6` says whether the endpoint has an IPv6 address.
 
     Source: the kernel's Documentation/networking/ip-sysctl.rst. A host answers a neighbour solicitation only for an
-    address of the receiving interface, hence proxy_ndp; proxy_delay would hold the answer back by up to 0.8 s.
+    address of the receiving interface, hence proxy_ndp; proxy_delay would delay the answer by up to 0.8 s.
     """
     settings = {
         f"ipv4/conf/{interface}/proxy_arp": "1",
@@ -54,7 +54,7 @@ def interface_settings(interface: str, ipv6: bool) -> dict[str, str]:
 
 
 def reset_interface(interface: str) -> None:
-    """Reset an interface that belongs to no endpoint any more to the defaults. Raises CalicoError."""
+    """Reset the sysctls of an interface that no longer belongs to an endpoint to the defaults. Raises CalicoError."""
     for path in interface_settings(interface, True):
         default = read(path.replace(f"/{interface}/", "/default/"))
         if default is not None and read(path) is not None:
@@ -62,7 +62,7 @@ def reset_interface(interface: str) -> None:
 
 
 def read(path: str) -> str | None:
-    """Return the value of a sysctl, given by its path below /proc/sys/net; None if it does not exist or cannot be read.
+    """Return the value of the sysctl `path` (below /proc/sys/net), None if it does not exist or cannot be read.
 
     Raises CalicoError for lack of descriptors or memory.
     """
@@ -97,9 +97,9 @@ class HostSettings:
     def __init__(self, file: Path) -> None:
         self._file = file
         self._found: dict[str, list[str]] = {}
-        """By path: the original value, and ours, or the one that the kernel sets along with ours."""
+        """By path: the original value, and the value that replaced it, set by the agent or by the kernel."""
         self._kept = True
-        """Whether the file has all of `_found`."""
+        """Whether all of `_found` is in the file."""
         try:
             self._found = json.loads(file.read_text())
             if not _is_sound(self._found):
@@ -129,9 +129,9 @@ class HostSettings:
             self._switch_on(IPV6_FORWARDING)
 
     def restore(self, chosen: Callable[[str], bool], needed: Collection[str] = ()) -> None:
-        """Restore the original values of the `chosen` paths, and forget them. Raises CalicoError.
+        """Restore the original values of the `chosen` paths, and remove them from the file. Raises CalicoError.
 
-        A path keeps its value where another process has changed ours meanwhile, or where the path is `needed`.
+        A path keeps its value if another process has changed the agent's value meanwhile, or if the path is `needed`.
         """
         if (
             IPV6_FORWARDING in needed
