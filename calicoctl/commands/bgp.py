@@ -53,7 +53,7 @@ def prepare(argv: list[str]) -> Prepared:
 
 
 def prepare_peers(arguments: dict[str, Any], of_this_host: bool) -> Prepared:
-    """Check a command about the global peers, or about those of this host only; return the function that runs it."""
+    """Check a command about the global BGP peers, or about this host's peers; return the function that runs it."""
     if arguments["show"]:
         return partial(_show, arguments, of_this_host)
     if arguments["remove"]:
@@ -64,7 +64,10 @@ def prepare_peers(arguments: dict[str, Any], of_this_host: bool) -> Prepared:
 
 
 def _remove_peer(name: str, of_this_host: bool) -> None:
-    """Remove a BGP peer by its address, or by the last part of its key: other tools may have written invalid values."""
+    """Remove a BGP peer, found by its address or by the last part of its key.
+
+    The key is looked at, too, since another tool may have written an invalid value.
+    """
     host = hostname() if of_this_host else None
     datastore = DatastoreClient.from_environment()
     found = datastore.bgp_peer_keys(name, host)

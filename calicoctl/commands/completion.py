@@ -81,7 +81,7 @@ def prepare(argv: list[str]) -> Prepared:
 
 
 def _out_of_time(number: int, frame: FrameType | None) -> None:
-    """Give up the source of candidates that is being queried; at the second alarm, exit."""
+    """Handle an alarm: abort the source of candidates that is being queried; at the second alarm, exit."""
     from calicoctl.cli.completion import OutOfTime
 
     signal.signal(signal.SIGALRM, lambda number, frame: os._exit(0))

@@ -129,7 +129,7 @@ def _seconds(text: str | None) -> float | None:
 
 
 def _await_agent(datastore: DatastoreClient, name: str, id: EndpointId, patience: float) -> None:
-    """Wait until the agent reports that the endpoint's current record is up; raise CalicoError."""
+    """Wait until the agent reports the current revision of the endpoint as up. Raises CalicoError."""
     from calicoctl.felix import process
 
     give_up = time.monotonic() + patience
@@ -192,7 +192,7 @@ def _ip_remove(name: str, address: IPAddress, interface: str | None) -> None:
 
 
 def _request_and_interface(arguments: dict[str, Any]) -> tuple[AddressRequest, str | None]:
-    """Return the requested address, and the name in --interface, None without it; raise CalicoError."""
+    """Return the requested address, and the value of --interface (None if it is not given). Raises CalicoError."""
     from calicoctl.workloads import wiring
 
     interface = arguments["--interface"]

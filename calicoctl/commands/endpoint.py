@@ -102,7 +102,7 @@ def _show(arguments: dict[str, Any]) -> None:
 
 
 def _matching(datastore: DatastoreClient, arguments: dict[str, Any], endpoint_id: str | None) -> list[Endpoint]:
-    """Return the readable endpoints that the options select; warn of unreadable ones."""
+    """Return the valid endpoints that the options select; warn about invalid ones."""
     return [
         endpoint
         for endpoint in readable_endpoints(datastore, arguments["--host"])
@@ -138,7 +138,7 @@ def _profile(arguments: dict[str, Any], names: list[str]) -> None:
 
 
 def readable_endpoints(datastore: DatastoreClient, host: str | None = None) -> list[Endpoint]:
-    """Return the readable endpoints of all hosts or of one, in display order; warn of unreadable ones."""
+    """Return the valid endpoints of all hosts or of one, in display order; warn about invalid ones."""
     endpoints, invalid = datastore.readable_endpoints(host)
     for error in sorted(invalid, key=lambda error: error.key):
         warn(f"Warning: {error}")
@@ -171,7 +171,7 @@ def workload_cell(endpoint: Endpoint, short: bool) -> str:
 
 
 def show_endpoints(endpoints: Sequence[Endpoint], arguments: dict[str, Any]) -> None:
-    """Print endpoints with all fields of their records, abridged on a terminal (see output.abridges)."""
+    """Print endpoints with all their fields, abridged on a terminal (see output.abridges)."""
     if wants_json(arguments):
         print_json([_as_json(endpoint) for endpoint in endpoints])
         return
@@ -224,9 +224,10 @@ def show_profiles(endpoint: Endpoint, as_json: bool) -> None:
 
 
 def profile_names(arguments: dict[str, Any]) -> list[str]:
-    """Return the profiles on the command line; raise CalicoError for names that are missing, repeated or impossible.
+    """Return the profiles on the command line; raise CalicoError for names that are missing, repeated or invalid.
 
-    `remove` accepts any name, since old tools accept any in an endpoint's list; `set` without names empties the list.
+    `remove` accepts any name, since an old tool may have added any name to an endpoint's list. `set` without names
+    empties the list.
     """
     names = list(arguments["<PROFILES>"])
     if not names and (arguments["append"] or arguments["remove"]):
@@ -240,7 +241,7 @@ def profile_names(arguments: dict[str, Any]) -> list[str]:
 
 
 def check_known_profile(name: str) -> str:
-    """Return a profile's name, odd ones of other tools included; raise NotFound for one that no profile can have."""
+    """Return the name of a profile, also one that only other tools allow; raise NotFound if no profile can have it."""
     if not keys.can_be_part(name):
         raise NotFound(f"There is no such profile: '{name}' is not a valid profile name.")
     return name
@@ -249,7 +250,7 @@ def check_known_profile(name: str) -> str:
 def change_profiles(
     datastore: DatastoreClient, endpoint: Endpoint, name: str, arguments: dict[str, Any], profiles: list[str]
 ) -> None:
-    """Append profiles to an endpoint's list, remove them, or set the list; messages call the endpoint `name`."""
+    """Append profiles to an endpoint's list, remove them, or set the list. Messages call the endpoint `name`."""
     if arguments["remove"]:
         missing = [profile for profile in profiles if profile not in endpoint.profile_ids]
         if missing:

@@ -201,13 +201,13 @@ def _refuse_taken(datastore: DatastoreClient, *addresses: str | None) -> None:
 
 
 def _own_agent_writes(host: str) -> bool:
-    """Return whether this host's agent runs on this machine and, as far as it knows, has not been replaced."""
+    """Return whether this host's agent runs on this machine, and does not report that another agent replaced it."""
     return process.running(host) is not None and not (process.report(host) or {}).get("replaced")
 
 
 @contextmanager
 def _claim_released_on_failure(datastore: DatastoreClient, claimed: Entry | None) -> Iterator[None]:
-    """When something fails, delete the status that heartbeat.claim returned, unless the agent has renewed it since."""
+    """If the body of `with` fails, delete the status that heartbeat.claim returned, unless the agent has renewed it."""
     try:
         yield
     except BaseException:
@@ -220,9 +220,9 @@ def _claim_released_on_failure(datastore: DatastoreClient, claimed: Entry | None
 def _register(
     datastore: DatastoreClient, ipv4: str | None, given: dict[int, str | None], every: set[str], as_num: str | None
 ) -> None:
-    """Register this host, print its addresses, and warn of likely mistakes.
+    """Register this host, print its addresses, and warn about likely mistakes.
 
-    `given` are the addresses in the options, by IP version; `every` holds all addresses of this host's interfaces.
+    `given` are the addresses in the options, by IP version; `every` contains all addresses of this host's interfaces.
     """
     datastore.hosts.register(ipv4, given[6], as_num)
     for address in filter(None, given.values()):
@@ -261,7 +261,7 @@ def _start_agent(host: str, options: process.Options) -> None:
 
 
 def _host_failures(host: str) -> list[str]:
-    """Return the failures of the host as a whole that the agent reports, such as a firewall that drops packets."""
+    """Return the failures in the agent's report that concern the whole host, such as a firewall that drops packets."""
     failures = (process.report(host) or {}).get("troubles")
     return [str(failure["error"]) for failure in failures] if isinstance(failures, list) else []
 
@@ -376,14 +376,14 @@ def _show(as_json: bool) -> None:
 
 
 def _counted(endpoints: dict[str, int]) -> str:
-    """Return the table cell for counts of endpoints by status: their sum and, in parentheses, those other than up."""
+    """Return the table cell for counts of endpoints: their sum and, in parentheses, the counts of those not up."""
     others = [f"{number} {state}" for state, number in endpoints.items() if number and state != "up"]
     total = str(sum(endpoints.values()))
     return f"{total} ({', '.join(others)})" if others else total
 
 
 def _refuse_alive(datastore: DatastoreClient, this_one: bool) -> None:
-    """Raise CalicoError if an agent of the host is alive, other than the one that is about to be stopped."""
+    """Raise CalicoError if another agent of the host is alive than the one that is about to be stopped."""
     host = datastore.host
     pid = process.running(host)
     if pid is not None and not this_one:

@@ -150,7 +150,7 @@ def _network(text: str) -> IPNetwork:
 
 
 def _known(text: str) -> IPNetwork | str:
-    """Return the network of a CIDR, or the text itself: it may be the name of a key that holds no valid pool."""
+    """Return the network of a CIDR, or the text itself: it may be the last part of the key of an invalid pool."""
     try:
         return _network(text)
     except CalicoError:
@@ -193,7 +193,7 @@ def _show(arguments: dict[str, Any]) -> None:
 
 
 def warn_of_overlaps(cidrs: Iterable[str]) -> None:
-    """Warn of pools that overlap networks that this host is connected to."""
+    """Warn about pools that overlap networks to which this host is connected."""
     try:
         own = host_network.read()
     except CalicoError as error:
@@ -204,7 +204,7 @@ def warn_of_overlaps(cidrs: Iterable[str]) -> None:
 
 
 def readable_pools(datastore: DatastoreClient, version: int) -> list[Pool]:
-    """Return the readable pools of an IP version; warn of unreadable ones."""
+    """Return the valid pools of an IP version; warn about invalid ones."""
     pools, invalid = datastore.readable_pools(version)
     for error in invalid:
         warn(f"Warning: {error}")

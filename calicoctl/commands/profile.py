@@ -143,7 +143,7 @@ def _show(arguments: dict[str, Any]) -> None:
 
 
 def _as_json(datastore: DatastoreClient, name: str, endpoints: list[Endpoint]) -> dict[str, Any]:
-    """Return all data of a profile; unreadable tags and rules are null, with a warning."""
+    """Return all data of a profile. Invalid tags or rules are null, and a warning is printed."""
 
     def readable(read: Callable[[], T]) -> T | None:
         try:
@@ -289,7 +289,7 @@ def _rule_add(profile: str, direction: str, position: int | None, rule: Rule) ->
 
 
 def _warn_of_tags(datastore: DatastoreClient, rules: list[Rule]) -> None:
-    """Warn of tags that rules name and no profile has: a typing error, perhaps."""
+    """Warn about tags in rules that no profile has: they may be misspelt."""
     named = {tag for rule in rules for tag in (rule.src_tag, rule.dst_tag) if tag is not None}
     known = datastore.all_tags() if named else None
     if known is None:
@@ -368,7 +368,7 @@ def _parse_rule(words: list[str], is_new: bool) -> Rule:
 
 
 def _rule_usage(words: list[str]) -> str:
-    """Return the form of a rule, from the help of `profile`, that is closest to words that are not a rule."""
+    """Return the form of a rule, from the help of `profile`, that is closest to an invalid rule."""
     forms = re.findall("^  (ACTION .*)", str(__doc__), re.MULTILINE)
     form: str = max(forms, key=lambda form: (len(set(re.findall("[a-z0-9]+", form)) & set(words)), -len(form)))
     form = form.replace("ACTION", "(allow|deny|log)").replace("SIDE", "[tag T] [cidr C]")

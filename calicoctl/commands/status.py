@@ -95,7 +95,7 @@ def _absent(status: dict[str, Any]) -> str:
 
 
 def _issue_lines(issues: list[Issue]) -> list[str]:
-    """Return the lines about problems, at most MOST_LINES of them."""
+    """Return the lines about problems: at most MOST_LINES lines."""
     if not issues:
         return ["Problems:   none"]
     shown = len(issues) if len(issues) <= MOST_LINES else MOST_LINES - 1

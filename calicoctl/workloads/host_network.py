@@ -1,7 +1,7 @@
-"""Reads from the kernel this host's addresses, gateways, and the networks that it is connected to.
+"""Reads this host's addresses, gateways, and the networks to which it is connected, from the kernel.
 
-Netlink dumps take a few milliseconds even with thousands of routes and interfaces, and need no root. Which addresses
-workloads must not have as a result is decided in datastore/reserved.py.
+Netlink dumps take a few milliseconds even with thousands of routes and interfaces, and need no root. From the result,
+datastore/reserved.py derives which addresses workloads must not have.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _NO_NETWORK = (b"", b"\xfe\x80")
 
 
 def read() -> HostNetwork:
-    """Return the host's network: that of this process's network namespace. Raises CalicoError."""
+    """Return the host's network, read in this process's network namespace. Raises CalicoError."""
     with _explained():
         return _read()
 
@@ -38,11 +38,11 @@ def own_addresses() -> set[str]:
 
 
 def detect() -> tuple[dict[int, str | None], set[str]]:
-    """Return, by IP version, the address at which other hosts reach this host, None for none; and all its addresses.
+    """Return the addresses at which other hosts reach this host, by IP version; and the set of all its addresses.
 
-    The former is the preferred source, else the first global address, of the interface of the best default route;
-    without a default route, of the first interface. Loopback, bridges, Docker's interfaces and Calico's are left out.
-    Raises CalicoError.
+    The first are chosen from the interface of the default route with the lowest metric or, without a default route,
+    from the first interface: the preferred source of the route, else the first global address; None if there is none.
+    Loopback, bridges, Docker's interfaces and Calico's are left out. Raises CalicoError.
     """
     from calicoctl.workloads import netns
 
@@ -103,7 +103,7 @@ def _read() -> HostNetwork:
                 and path.protocol in (netlink.PROTOCOL_KERNEL, netlink.PROTOCOL_RA)
                 and path.destination[:2] not in _NO_NETWORK
             ):
-                # advertised by a router, while DHCPv6 has assigned the host's address in it without the network
+                # a network that a router advertises: DHCPv6 assigns the host's address without the network's length
                 network = unpack(path.destination), path.length
                 on_link.update({(*network, names[index]): None for gateway, index in path.hops if gateway is None})
         if named_by_number:

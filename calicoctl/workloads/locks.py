@@ -1,11 +1,12 @@
-"""One lock per workload, so that only one command, or the agent, changes it at a time.
+"""One lock per workload, so that only one command, or the agent, changes the workload at a time.
 
 The locks are files under /run/calico/<host name>/, held with flock(2), so a process that dies releases them. While a
-namespace is connected, its lock file holds the namespace's path, which cannot be derived from the workload's id, and,
-for a path through a process (/proc/PID/ns/net), when that process was started.
+namespace is connected, its lock file contains the namespace's path, which cannot be derived from the workload's id. If
+the path leads through a process (/proc/PID/ns/net), the file also says when that process was started.
 
-While a change is in progress, a second file, the mark, exists beside the lock. A mark whose lock is free means that the
-change was interrupted, by `kill -9` say. The mark holds the workload's id and, if it is known, the container's name.
+While a change is in progress, a second file, the mark, exists beside the lock file. A mark whose lock is free means
+that the change was interrupted, for example by `kill -9`. The mark contains the workload's id and, if it is known, the
+container's name.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class WorkloadLock:
     """The lock of a workload, held inside `with`. A lock file without content is removed on leaving."""
 
     def __init__(self, host: str, orchestrator: str, workload: str, wait: bool = True) -> None:
-        """Without `wait`, entering raises Conflict at once when another process holds the lock."""
+        """Without `wait`, entering the context raises Conflict at once if another process holds the lock."""
         self._directory = DIRECTORY / host
         self._workload = workload
         name = f"{orchestrator}.{workload}"
@@ -46,7 +47,7 @@ class WorkloadLock:
         self.interrupted = False
 
     def __enter__(self) -> WorkloadLock:
-        """Wait for the lock; raise Conflict after PATIENCE, and CalicoError when the lock file cannot be made.
+        """Wait for the lock; raise Conflict after PATIENCE, and CalicoError if the lock file cannot be created.
 
         Sets `interrupted`: whether an earlier change of the workload was interrupted.
         """
@@ -71,15 +72,16 @@ class WorkloadLock:
         os.close(self._fd)
 
     def remember(self, path: str, started: str | None = None) -> None:
-        """Store a namespace's path until `forget`; for a path through a process, also when that process was `started`.
+        """Store a namespace's path in the lock file, until `forget` is called.
 
-        `started` is what process_started returns: clock ticks since boot, as text.
+        If the path leads through a process, `started` is the result of process_started: clock ticks since boot, as
+        text.
         """
         os.ftruncate(self._fd, 0)
         os.pwrite(self._fd, "\0".join([path, started] if started else [path]).encode(), 0)
 
     def remembered_path(self) -> str:
-        """Return the path that `remember` has stored, or an empty text."""
+        """Return the path that `remember` has stored, an empty string if there is none."""
         return self._content()[0]
 
     def started(self) -> str | None:
@@ -87,7 +89,7 @@ class WorkloadLock:
         return self._content()[2] or None
 
     def forget(self) -> None:
-        """Remove the stored path, and the mark: the workload no longer has anything on the network."""
+        """Remove the stored path, and the mark, since the workload is disconnected now."""
         os.ftruncate(self._fd, 0)
         self.clear_all()
 
@@ -100,12 +102,12 @@ class WorkloadLock:
             raise CalicoError(f"cannot write {self.mark}: {error.strerror}") from None
 
     def clear_mark(self) -> None:
-        """Remove the mark, as this change is done or rolled back; keep it where an earlier change was interrupted."""
+        """Remove the mark, since this change is done or rolled back; keep it if an earlier change was interrupted."""
         if not self.interrupted:
             self.mark.unlink(missing_ok=True)
 
     def clear_all(self) -> None:
-        """Remove the mark in any case: nothing is left of this change, nor of an earlier, interrupted one."""
+        """Remove the mark: this change, and an earlier one that was interrupted, are complete or rolled back."""
         self.mark.unlink(missing_ok=True)
         self.interrupted = False
 
@@ -150,7 +152,7 @@ def _marks(host: str, orchestrator: str) -> list[tuple[str, tuple[str, str, str]
 
 
 def remove_stale(host: str, orchestrator: str) -> None:
-    """Remove empty lock files that no process holds: of commands that were killed before they changed anything."""
+    """Remove empty lock files that no process holds: commands that were killed before any change have left them."""
     empty: list[Path] = []
     with suppress(FileNotFoundError), os.scandir(DIRECTORY / host) as entries:
         empty = [Path(file) for file in entries if file.name.startswith(f"{orchestrator}.") and not file.stat().st_size]

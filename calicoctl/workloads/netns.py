@@ -1,7 +1,7 @@
 """Network namespaces, veth pairs, and their addresses, routes and neighbours in the kernel. Does not use the store.
 
-Only a thread made for it enters a namespace, and that thread ends there; the main thread stays in the host's. So no
-failure leaves another part of the process in the wrong namespace.
+A namespace is entered only in a short-lived thread that is started for that purpose; the main thread never leaves the
+host's namespace. So no failure leaves another part of the process in the wrong namespace.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ CLONE_NEWNET = 0x40000000
 """The type of network namespaces. Source: clone(2)."""
 
 HOST_MAC = "ee:ee:ee:ee:ee:ee"
-"""The MAC of the host end of every pair, as other Calico tools have set it since 2016.
+"""The MAC of the host end of every veth pair: the one that other Calico tools have set since 2016.
 
-udev would change a random MAC (MACAddressPolicy in systemd.link(5)) after the workload has learned it.
+A random MAC would be changed by udev (MACAddressPolicy in systemd.link(5)) after the workload has learned it.
 """
 
 HOST_END_IPV6 = {"accept_dad": "0", "accept_ra": "0"}
-"""The IPv6 settings of the host end of every pair before it is brought up.
+"""IPv6 sysctls that are set on the host end of every veth pair before it is brought up.
 
-Duplicate address detection would keep the host end's own address from use for a second or two. Router advertisements
+With duplicate address detection, the host end could not use its own address for a second or two. Router advertisements
 are not accepted, since the workload is no router for this host. Source: the kernel's
 Documentation/networking/ip-sysctl.rst.
 """
@@ -54,8 +54,8 @@ _NODAD = 0x02
 class Interface:
     """An interface, as seen in its own namespace.
 
-    `peer_index` is, for a veth, the index of the other end in that end's namespace. `kind` is the kernel's word for the
-    type, such as `veth` or `bridge`; None for hardware and for lo.
+    For a veth, `peer_index` is the index of the other end, in the namespace of the other end. `kind` is the kernel's
+    name for the type, such as `veth` or `bridge`; None for hardware and for lo.
     """
 
     name: str
@@ -72,7 +72,7 @@ class Interface:
 
 @dataclass(frozen=True)
 class Loopback:
-    """Whether a namespace's loopback interface is up, and has IPv6. The namespace reaches itself by it."""
+    """Whether a namespace's loopback interface is up, and whether IPv6 is enabled on it."""
 
     up: bool
     ipv6: bool
@@ -80,7 +80,7 @@ class Loopback:
 
 @dataclass
 class Inspection:
-    """A namespace's interfaces by name, and for each IP version a default route, as `via A dev B`, if there is one."""
+    """A namespace's interfaces by name, its default routes (as `via A dev B`) by IP version, and its loopback state."""
 
     interfaces: dict[str, Interface] = field(default_factory=dict)
     default_routes: dict[int, str] = field(default_factory=dict)
@@ -88,10 +88,10 @@ class Inspection:
 
 
 class Namespace:
-    """A network namespace, held open, so that it stays the same whatever happens to its path."""
+    """A network namespace, kept open, so that it stays the same one even if its path changes."""
 
     def __init__(self, path: str, name: str) -> None:
-        """Open the namespace at `path`; messages call it `name`. Raises NamespaceError."""
+        """Open the namespace at `path`. `name` is its name in messages. Raises NamespaceError."""
         self.name = name
         try:
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -114,14 +114,14 @@ class Namespace:
         return self._fd
 
     def is_own(self) -> bool:
-        """Return whether this is the namespace of this process, the host's own."""
+        """Return whether this is the namespace of this process, that is, the host's namespace."""
         here, there = os.stat("/proc/self/ns/net"), os.fstat(self._fd)
         return (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino)
 
     def run(self, work: Callable[[IPRoute], T]) -> T:
         """Call `work` with a netlink socket of this namespace, in a thread that has entered it; return its result.
 
-        In that thread, /proc/sys/net is this namespace's, too. Raises what `work` raises.
+        In that thread, /proc/sys/net has this namespace's sysctls, too. Raises the exceptions of `work`.
         """
         from pyroute2.iproute.linux import IPRoute
 
@@ -170,9 +170,9 @@ class Namespace:
             return self.run(inspect)
 
     def other_end(self, own: Interface) -> Interface | None:
-        """Return the host's interface that `own`, of this namespace, is paired with, None if the host has none.
+        """Return the host's interface that is the other end of the veth `own` of this namespace, None if there is none.
 
-        Indices alone prove nothing: processes in the namespace may choose them.
+        Comparing the interfaces' indices is not sufficient: processes in the namespace may choose them.
         """
         from pyroute2.iproute.linux import IPRoute
         from pyroute2.netlink.exceptions import NetlinkError
@@ -198,7 +198,7 @@ class Namespace:
             self.run(lambda _: _write_sysctl(f"net/ipv6/conf/{interface}/disable_ipv6", "1"))
 
     def restore_loopback(self, before: Loopback) -> None:
-        """Restore the loopback interface to the state that it had `before` the call of `configure`."""
+        """Restore the loopback interface to `before`, its state before `configure` was called."""
 
         def work(netlink: IPRoute) -> None:
             if not before.ipv6:
@@ -212,9 +212,9 @@ class Namespace:
     def configure(self, interface: str, nets: list[str], next_hops: dict[int, str], host_mac: str) -> str:
         """Bring `interface` up, and add addresses and default routes; return the interface's MAC. Idempotent.
 
-        `nets` are `address/32` or `address/128`. `next_hops` are addresses by IP version, each of a default route. A
-        next hop is reached on-link, and gets a permanent neighbour entry with `host_mac`. The loopback interface is
-        brought up, too.
+        `nets` are `address/32` or `address/128`. `next_hops` are the gateways of the default routes, by IP version. For
+        each of them, an on-link route and a permanent neighbour entry with `host_mac` are added. The loopback interface
+        is brought up, too.
         """
 
         def work(netlink: IPRoute) -> str:
@@ -264,9 +264,10 @@ class Namespace:
             return not self._within(lambda: _missing_next_hops(index, mac))
 
     def unconfigure(self, interface: str, nets: list[str], versions: Collection[int]) -> None:
-        """Remove addresses from `interface`, and for these IP versions the routes and neighbours of `configure`.
+        """Remove addresses from `interface`, and what `configure` added for some IP `versions`.
 
-        Idempotent. The interface stays up.
+        That is the default routes, the routes to the next hops, and the neighbour entries. Idempotent. The interface
+        stays up.
         """
 
         def work(netlink: IPRoute) -> None:
@@ -293,7 +294,8 @@ class Namespace:
 def create_veth(name: str, namespace: Namespace, interface: str, mac: str | None = None) -> None:
     """Create a veth pair, both ends down: `name` on the host, and `interface`, directly inside `namespace`.
 
-    `mac` is the MAC of the inner end; None lets the kernel choose. Raises NamespaceError if no pair was made.
+    `mac` is the MAC of the end inside the namespace; None lets the kernel choose. Raises NamespaceError if no pair was
+    created.
     """
     from pyroute2.iproute.linux import IPRoute
 
@@ -305,7 +307,7 @@ def create_veth(name: str, namespace: Namespace, interface: str, mac: str | None
 
 
 def set_up(name: str) -> None:
-    """Bring the host end of a pair up, so that it can receive IPv6 packets at once."""
+    """Bring the host end of a veth pair up, so that it can receive IPv6 packets at once."""
     from pyroute2.iproute.linux import IPRoute
 
     with _explained(f"bringing interface {name} up"), IPRoute() as netlink:
@@ -333,11 +335,11 @@ def interfaces() -> list[Interface]:
 
 
 def check_attachments(namespaces: Mapping[str, str]) -> dict[str, bool]:
-    """Return, by name of the host's interfaces, whether the other end is in the right namespace, with its next hops.
+    """Check that interfaces of the host lead into the right namespaces; return the results by interface name.
 
-    `namespaces` are the paths of the right namespaces, by the same names. The next hops must have permanent neighbour
-    entries with the host end's MAC. Interfaces that do not exist, or whose path leads to no namespace, are left out of
-    the result. Raises NamespaceError.
+    `namespaces` maps the names of the interfaces to the paths of the namespaces. The result is True if the other end of
+    the veth pair is in that namespace, and the next hops there have permanent neighbour entries with the MAC of the
+    host end. Interfaces that do not exist, or whose path leads to no namespace, are left out. Raises NamespaceError.
     """
     from pyroute2.iproute.linux import IPRoute
 
@@ -354,7 +356,7 @@ def check_attachments(namespaces: Mapping[str, str]) -> dict[str, bool]:
 
 
 def delete_interface(name: str) -> bool:
-    """Delete an interface of the host, and so the other end of its pair; return whether it existed."""
+    """Delete an interface of the host, and with it the other end of the veth pair; return whether it existed."""
     from pyroute2.iproute.linux import IPRoute
 
     with _explained(f"deleting interface {name}"), IPRoute() as netlink:
@@ -411,7 +413,7 @@ def _index(netlink: IPRoute, name: str) -> int:
 
 
 def _route(version: int, address: str | None, index: int) -> dict[str, Any]:
-    """Return pyroute2's fields of the route to one address, or for None the default route, through an interface."""
+    """Return pyroute2's fields for the route to `address` (None: the default route) through an interface."""
     destination = "default" if address is None else host_net(address)
     return {"family": FAMILIES[version], "dst": destination, "oif": index, "proto": PROTOCOL_STATIC}
 
@@ -449,7 +451,7 @@ def _write_sysctl(path: str, value: str) -> None:
 
 @contextmanager
 def _ignoring(*codes: int) -> Iterator[None]:
-    """Ignore the kernel's errors with these codes, which only say that something does not exist."""
+    """Ignore errors of the kernel with these codes, which the caller knows to mean that something does not exist."""
     from pyroute2.netlink.exceptions import NetlinkError
 
     try:
@@ -461,7 +463,7 @@ def _ignoring(*codes: int) -> Iterator[None]:
 
 @contextmanager
 def _explained(doing: str) -> Iterator[None]:
-    """Turn the kernel's errors into a NamespaceError that says what was being done."""
+    """Convert errors of the kernel into a NamespaceError that says what was being done."""
     from pyroute2.netlink.exceptions import NetlinkError
 
     try:

@@ -1,8 +1,8 @@
 """Reconciles a workload of this host after restarts, removals, crashes and interrupted commands.
 
-Each function holds the workload's lock, and reads what it decides on under that lock, so it never interferes with a
-command in progress. Out of scope: other hosts' workloads, addresses without a handle, and workloads that are neither
-Docker containers nor namespaces with a known path. Used by the agent, and by `ipam check --fix`.
+Each function holds the workload's lock while it reads and changes, so it never interferes with a command in progress.
+Out of scope: other hosts' workloads, addresses without a handle, and workloads that are neither Docker containers nor
+namespaces with a known path. Used by the agent, and by `ipam check --fix`.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ REATTACHED, COLLECTED, CHANGED = "reattached", "collected", "changed"
 
 @dataclass(frozen=True)
 class Action:
-    """What was done for a workload: REATTACHED, COLLECTED or CHANGED, and a sentence that says what and why."""
+    """What was done for a workload: `kind` is REATTACHED, COLLECTED or CHANGED; `text` is a sentence for the log."""
 
     kind: str
     text: str
@@ -71,14 +71,14 @@ def reconcile(
     may_collect: Callable[[WorkloadState], bool],
     removed: bool = False,
 ) -> Iterator[Action]:
-    """Reconcile what a workload has on the network with the workload's state; yield each action when it is done.
+    """Reconcile a workload's endpoints, interfaces and addresses with its state; yield each action when it is done.
 
-    `may_collect` is called with the workload's state. A workload that is MISSING or GONE is garbage-collected where the
-    call returns True; else its endpoints become inactive. `removed` says that the engine has reported the container's
-    removal.
+    `may_collect` is called with the workload's state. If the workload is MISSING or GONE, and the call returns True,
+    the workload is garbage-collected; if it returns False, the endpoints become inactive. `removed` says that the
+    engine has reported the container's removal.
 
-    Raises Conflict when another process is changing the workload, DockerUnavailable or NamespaceError when its state
-    could not be found out, and CalicoError when something could not be done.
+    Raises Conflict if another process is changing the workload, DockerUnavailable or NamespaceError if its state cannot
+    be determined, and CalicoError if a change fails.
     """
     if not is_managed(orchestrator, id) or not _has_anything(datastore, orchestrator, id):
         return
@@ -95,7 +95,7 @@ def reconcile(
                 yield Action(COLLECTED, f"{_called(workload)} had a handle that held nothing: removed")
             return
         if orchestrator == NAMESPACE and not path:
-            return  # connected by an old tool, say: its path is not known
+            return  # its path is not known, for example because an old tool connected it
         state, workload = find_state(orchestrator, id, path, _started(lock, path, ids))
         if state is WorkloadState.GONE and not removed:
             _refuse_other_engines(workload, ids)
@@ -122,7 +122,7 @@ def reconcile(
 
 
 def _has_anything(datastore: DatastoreClient, orchestrator: str, id: str) -> bool:
-    """Return whether a workload may have anything on the network. Takes no lock, since most containers have nothing."""
+    """Return whether a workload may have endpoints, addresses or locks. Does not lock: most containers have none."""
     workload = Workload(orchestrator, id, id)
     return (
         locks.exists(datastore.host, orchestrator, id)
@@ -132,7 +132,7 @@ def _has_anything(datastore: DatastoreClient, orchestrator: str, id: str) -> boo
 
 
 def _read(datastore: DatastoreClient, workload: Workload) -> tuple[list[EndpointId], dict[IPAddress, Owner]]:
-    """Return a workload's endpoint ids, and the addresses, with owners, that its handle holds for this host."""
+    """Return a workload's endpoint ids, and the addresses of its handle on this host, with their owners."""
     held = datastore.ipam.held_by(workload.handle) or {}
     return endpoint_ids_of(datastore, workload), {
         address: owner for address, owner in held.items() if owner.secondary.get("host") == datastore.host
@@ -146,12 +146,12 @@ def _started(lock: WorkloadLock, path: str, ids: list[EndpointId]) -> str | None
     """
     started = lock.started()
     if started is None and any(netns.find_interface(id.interface) for id in ids):
-        return process_started(path)  # an older version did not store it, but the workload is connected still
+        return process_started(path)  # an older version did not store it, but the workload is still connected
     return started
 
 
 def _refuse_other_engines(workload: Workload, ids: list[EndpointId]) -> None:
-    """Raise CalicoError for a container that runs although the engine does not know it: another engine's, say."""
+    """Raise CalicoError if a container runs that this engine does not know: it may belong to another engine."""
     if (
         workload.orchestrator == DOCKER
         and any(netns.find_interface(id.interface) for id in ids)
@@ -164,23 +164,24 @@ def _refuse_other_engines(workload: Workload, ids: list[EndpointId]) -> None:
 
 
 def misattached(paths: dict[EndpointId, str]) -> list[EndpointId]:
-    """Return those endpoints whose interface is not paired with one in the namespace at the endpoint's path.
+    """Return the endpoints whose interface is not paired with one in the namespace at the given path.
 
-    Such an interface leads into an earlier namespace of that path: a namespace exists as long as a process is in it,
-    whatever becomes of its name. Endpoints whose workload lacks the neighbour entry of its next hop are returned, too.
+    Such an interface leads into a namespace that was at that path before: a namespace exists as long as a process is in
+    it, even if its path was deleted. Endpoints whose workload lacks the neighbour entry of its next hop are returned,
+    too.
     """
     sound = netns.check_attachments({id.interface: path for id, path in paths.items()})
     return [id for id in paths if sound.get(id.interface) is False]
 
 
 def _reconcile_running(session: WorkloadSession, held: dict[IPAddress, Owner]) -> Iterator[Action]:
-    """Reconcile a running workload: afterwards it has its interface, and no address that its record does not list."""
+    """Reconcile a running workload: afterwards it has its interface, and no address that its endpoint does not list."""
     datastore, workload, record = session.datastore, session.workload, session.only_record()
     if session.namespace.is_own():
         raise CalicoError(f"{workload.name} cannot be connected: its network namespace is the host's own.")
     attached = session.attached_interface(also_down=True)
     if attached is not None and session.attached_interface() is None and session.lock.interrupted:
-        attached = None  # made in part
+        attached = None  # an interrupted command has created it, and not set it up completely
     if attached is None:
         reattach(session, record)
         why = f"it runs again, was inactive since {record.inactive_since}" if record.inactive_since else "it had none"
@@ -203,7 +204,7 @@ def _reconcile_running(session: WorkloadSession, held: dict[IPAddress, Owner]) -
 def _update_name(
     datastore: DatastoreClient, workload: Workload, records: list[Endpoint], held: dict[IPAddress, Owner]
 ) -> Iterator[Action]:
-    """Write a container's current name into its records, and into its addresses' attributes, where theirs differs."""
+    """Write a container's current name into its endpoints and its addresses' attributes, if it is not there yet."""
     name = workload.docker_name
     if not name:
         return
@@ -231,7 +232,7 @@ def _active(endpoint: Endpoint) -> bool:
 def _set_inactive(
     datastore: DatastoreClient, workload: Workload, records: list[Endpoint], state: WorkloadState
 ) -> Iterator[Action]:
-    """Set those of a workload's endpoints inactive that are active, since the workload does not run."""
+    """Set the active endpoints of a workload, which does not run, to inactive."""
     since = now()
 
     def change(endpoint: Endpoint) -> bool:
@@ -252,7 +253,10 @@ def _garbage_collect(
     ids: list[EndpointId],
     held: dict[IPAddress, Owner],
 ) -> Action:
-    """Remove what a workload that no longer exists has on the network, except for addresses without a handle."""
+    """Remove the endpoints, interfaces and addresses of a workload that no longer exists.
+
+    Addresses without a handle are kept.
+    """
     datastore.check_endpoints_writable(ids, workload.handle)
     lock.mark_in_progress()
     records = filter(None, map(datastore.readable, ids))
@@ -279,9 +283,10 @@ def _release_leaked(
     records: list[Endpoint],
     held: dict[IPAddress, Owner],
 ) -> Iterator[Action]:
-    """Release those of the `held` addresses that no record lists, and delete the veth pairs of their endpoints.
+    """Release the `held` addresses that no endpoint lists, and delete the veth pairs of the endpoints they name.
 
-    The caller holds `lock`, the workload's, which forgets the workload where there are no `records`.
+    `records` are the workload's endpoints; if there are none, the content of the lock file is deleted, too. The caller
+    holds the workload's `lock`.
     """
     left = _unlisted(records, held)
     pairs = interfaces_of(left) - {record.id.interface for record in records}
@@ -312,7 +317,7 @@ def _called(workload: Workload) -> str:
 
 
 def release_leaked(datastore: DatastoreClient, workload: Workload) -> list[Action]:
-    """Release what an interrupted command has left of a workload: addresses that no record lists, and veth pairs."""
+    """Release addresses that an interrupted command has left, and no endpoint lists, and delete their veth pairs."""
     with WorkloadLock(datastore.host, workload.orchestrator, workload.id) as lock:
         return list(
             _release_leaked(datastore, workload, lock, endpoints_of(datastore, workload), _read(datastore, workload)[1])
@@ -320,10 +325,10 @@ def release_leaked(datastore: DatastoreClient, workload: Workload) -> list[Actio
 
 
 def restore_address(datastore: DatastoreClient, id: EndpointId, address: str) -> bool:
-    """Assign a free address to the workload of the endpoint, of this host, that lists it; return whether it was done.
+    """Assign a free address to the workload of an endpoint of this host that lists it; return whether that was done.
 
-    Nothing is done where the address is no longer free, or the endpoint no longer lists it. Raises CalicoError for an
-    address that a host uses.
+    It is not done if the address is no longer free, or if the endpoint no longer lists it. Raises CalicoError if a host
+    uses the address.
     """
     from calicoctl.datastore.blocks import Owner
 

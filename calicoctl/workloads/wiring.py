@@ -1,15 +1,15 @@
-"""Connects workloads to the network, and disconnects them: address, veth pair and record, as one transaction.
+"""Connects workloads to the network, and disconnects them: address, veth pair and endpoint, as one transaction.
 
 Each function lists its steps from top to bottom, with the undo of a step beside it. Any failure, an interrupt included,
-rolls back: the undos run in reverse. A process that is killed cannot roll back. So the order of the steps lets the
-next command for the same workload find everything that was done:
+rolls back: the undos run in reverse order. A process that is killed cannot roll back. So the steps are ordered such
+that the next command for the same workload finds everything that was done:
 
-* an address is assigned first. Its handle names the workload, its attributes the endpoint, and so the veth pair;
-* the host end of the veth pair is brought up last in the kernel: while the host end is down, the pair is incomplete;
-* the record is written last. When disconnecting, the record is removed before the addresses that it lists are released,
-  except addresses without a handle, of old tools: only the record names their owner.
+* The address is assigned first. Its handle names the workload; its attributes name the endpoint, and so the veth pair.
+* The host end of the veth pair is brought up last in the kernel: while the host end is down, the pair is incomplete.
+* The endpoint is written to etcd last. On disconnecting, the endpoint is removed before its addresses are released. The
+  exception is an address without a handle, assigned by an old tool: only the endpoint names its owner.
 
-A workload's lock is held from before the first read to the end. Used by the container command, and by upkeep.py.
+A workload's lock is held from before the first read until the end. Used by the container command, and by upkeep.py.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ DEFAULT_INTERFACE = "eth1"
 
 @dataclass(frozen=True)
 class AddressRequest:
-    """The address that a user requests: `address`, else any of the pool `cidr`, else any of this IP version."""
+    """The address that a user requests: `address`, else any from the pool `cidr`, else any of IP version `version`."""
 
     version: int
     address: IPAddress | None = None
@@ -57,7 +57,7 @@ class AddressRequest:
 
     @classmethod
     def parse(cls, text: str) -> AddressRequest:
-        """Read an address, `ipv4`, `ipv6`, or a CIDR; raise CalicoError."""
+        """Parse an address, `ipv4`, `ipv6`, or a CIDR. Raises CalicoError."""
         if text.lower() in ("ipv4", "ipv6"):
             return cls(int(text[-1]))
         if "/" in text:
@@ -144,9 +144,9 @@ def connect(
 ) -> Attachment:
     """Connect a workload, or re-attach one that has lost its interface.
 
-    `interface` is the interface's name inside the workload; None means its name before, else DEFAULT_INTERFACE. With
-    `exist_ok`, a workload that already has such an address and interface is no error. Raises CalicoError, after a
-    rollback.
+    `interface` is the interface's name inside the workload. None means the name that it had before, else
+    DEFAULT_INTERFACE. With `exist_ok`, it is no error if the workload is already connected with an address that
+    satisfies the request and with this interface. Raises CalicoError, after a rollback.
     """
     with WorkloadSession.enter(datastore, workload) as session:
         session.clear_after_another_process()
@@ -168,7 +168,7 @@ def connect(
 
 
 def _connect_new(session: WorkloadSession, request: AddressRequest, interface: str) -> Attachment:
-    """Connect a workload without a record; adopt, or remove, what an interrupted command has left."""
+    """Connect a workload that has no endpoint; adopt, or remove, what an interrupted command has left."""
     datastore, workload, version = session.datastore, session.workload, request.version
     next_hop = datastore.hosts.next_hop(version)
     reserved = reserved_addresses(datastore, version)
@@ -202,10 +202,11 @@ def _connect_new(session: WorkloadSession, request: AddressRequest, interface: s
 def reattach(
     session: WorkloadSession, record: Endpoint, request: AddressRequest | None = None, interface: str | None = None
 ) -> Attachment | None:
-    """Re-attach a workload that has a record: make its interface again, with the same addresses, MAC and name.
+    """Recreate the interface of a workload whose endpoint is in etcd, with the same addresses, MAC and name.
 
-    The result has the first address of the record that fits the `request`. A record without addresses gets one that is
-    requested; without a `request`, it gets none, and the result is None. Raises CalicoError, after a rollback.
+    Returns an Attachment with the endpoint's first address that satisfies `request` (None: any). If the endpoint has no
+    addresses, one is assigned as `request` says; with `request` None, none is assigned, and None is returned. Raises
+    CalicoError, after a rollback.
     """
     datastore, workload = session.datastore, session.workload
     addresses = [parse_address(address) for address in record.addresses]
@@ -268,10 +269,10 @@ def reattach(
 
 
 def disconnect(datastore: DatastoreClient, workload: Workload) -> None:
-    """Remove what a workload has on the network, whichever parts exist; raise NotFound when it has nothing.
+    """Remove a workload's endpoints, interfaces and addresses, as far as they exist; raise NotFound if none does.
 
-    Neither the container nor its namespace need exist. At no moment does a record list a released address that had a
-    handle.
+    The container and its namespace need not exist. An address that has a handle is released only after the endpoint
+    that lists it has been removed.
     """
     with WorkloadLock(datastore.host, workload.orchestrator, workload.id) as lock:
         ids = endpoint_ids_of(datastore, workload)
@@ -290,16 +291,16 @@ def _clear(
     ids: list[EndpointId],
     held: dict[IPAddress, Owner],
 ) -> None:
-    """Remove a workload's endpoints (`ids`), their interfaces and addresses, and all that its handle holds.
+    """Remove a workload's endpoints (`ids`), their interfaces and addresses, and all addresses of its handle.
 
-    The caller holds `lock`, the workload's. `held` are the addresses of the handle, with their owners.
+    The caller holds the workload's `lock`. `held` are the addresses of the handle, with their owners.
     """
     datastore.check_endpoints_writable(ids, workload.handle)
     lock.mark_in_progress()
     for name in {id.interface for id in ids} | interfaces_of(held):
         netns.delete_interface(name)
     for id in ids:
-        # addresses of old tools have no handle: without the record, their owner would be unknown
+        # addresses of old tools have no handle: without the endpoint, their owner would be unknown
         record = datastore.readable(id)
         datastore.ipam.release(map(parse_address, record.addresses if record is not None else ()), {None})
         datastore.remove_endpoint(id)
@@ -312,9 +313,10 @@ def add_address(
 ) -> tuple[IPAddress, bool]:
     """Add an address to a connected workload; return the address, and whether it is new to the workload.
 
-    The first address of an IP version adds the next hop and the default route of that version. An address that the
-    workload has already is configured in the kernel again, in case it is missing there. Raises CalicoError, after a
-    rollback, also where the workload is connected through another interface than `interface` (None: any).
+    If it is the first address of an IP version, the next hop and the default route of that version are added, too. An
+    address that the workload has already is configured in the kernel again, in case it is missing there. Raises
+    CalicoError, after a rollback, also if the workload is connected through an interface that is not `interface` (None:
+    any).
     """
     with WorkloadSession.enter(datastore, workload) as session:
         workload = session.workload
@@ -361,8 +363,8 @@ def add_address(
 def remove_address(datastore: DatastoreClient, workload: Workload, address: IPAddress, interface: str | None) -> None:
     """Remove an address from a workload, which need not run. Raises NotFound when the workload does not have it.
 
-    With the last address of an IP version, the next hop and the default route of that version are removed. Raises
-    CalicoError where the workload is connected through another interface than `interface` (None: any).
+    If it is the last address of an IP version, the next hop and the default route of that version are removed, too.
+    Raises CalicoError if the workload is connected through an interface that is not `interface` (None: any).
     """
     with WorkloadSession.enter(datastore, workload, must_run=False) as session:
         record = session.only_record()
@@ -377,7 +379,7 @@ def remove_address(datastore: DatastoreClient, workload: Workload, address: IPAd
         datastore.check_endpoints_writable([record.id], workload.handle)
         session.lock.mark_in_progress()
         if address not in session.held:
-            # assigned by an old tool, without a handle: only the record names its owner, so it is released before
+            # assigned by an old tool, without a handle: only the endpoint names its owner, so it is released first
             datastore.ipam.release([address], {None})
         datastore.modify_endpoint(record.id, _without(net))
         if attached is not None:
@@ -387,7 +389,7 @@ def remove_address(datastore: DatastoreClient, workload: Workload, address: IPAd
 
 
 def _without(net: str) -> Callable[[Endpoint], bool]:
-    """Return a change for modify_endpoint: it removes `net`, and the next hop of its IP version with the last net."""
+    """Return a function for modify_endpoint: it removes `net` and, with the last net of an IP version, the next hop."""
 
     def change(endpoint: Endpoint) -> bool:
         version = version_of(net)
@@ -402,11 +404,11 @@ def _without(net: str) -> Callable[[Endpoint], bool]:
 
 
 class WorkloadSession:
-    """A workload whose lock is held and whose namespace, if any, is open, with what was read from store and kernel.
+    """A workload, locked, and with its namespace open if it has one; and its state in the store and in the kernel.
 
-    `held` has the addresses that the workload's handle holds, with their owners; `record` is the workload's endpoint,
-    None if it has none; `host_mac` is the MAC of the host end of the veth pair: HOST_MAC until `attached_interface`
-    has found that end.
+    `held` are the addresses of the workload's handle, with their owners. `record` is the workload's endpoint, None if
+    it has none. `host_mac` is the MAC of the host end of the veth pair: HOST_MAC until `attached_interface` has found
+    that end.
     """
 
     def __init__(
@@ -435,10 +437,10 @@ class WorkloadSession:
     @classmethod
     @contextmanager
     def enter(cls, datastore: DatastoreClient, workload: Workload, must_run: bool = True) -> Iterator[WorkloadSession]:
-        """Lock the workload, open its namespace, and read what the store and the kernel have. Raises CalicoError.
+        """Lock the workload, open its namespace, and read its state from the store and the kernel. Raises CalicoError.
 
-        Without `must_run`, the namespace may be missing. Where only the workload that `stored_otherwise` returns has a
-        record, the session is about that one.
+        Without `must_run`, the namespace may be missing. If the endpoint is stored under the other spelling of the
+        namespace's path (`stored_otherwise`), the session is for that workload.
         """
         with ExitStack() as stack:
             lock = stack.enter_context(WorkloadLock(datastore.host, workload.orchestrator, workload.id))
@@ -464,7 +466,7 @@ class WorkloadSession:
 
     @property
     def loopback(self) -> netns.Loopback:
-        """Return the state of the namespace's loopback interface at the last refresh."""
+        """The state of the namespace's loopback interface at the last refresh."""
         return self._inspection.loopback
 
     def refresh(self) -> None:
@@ -472,9 +474,9 @@ class WorkloadSession:
         self._inspection = netns.Inspection() if self._namespace is None else self._namespace.inspect()
 
     def attached_interface(self, also_down: bool = False) -> str | None:
-        """Return the name, inside the workload, of its Calico interface; None while it has none that is complete.
+        """Return the name, inside the workload, of its Calico interface; None if it has none, or an incomplete one.
 
-        With `also_down`, an interface whose host end is down counts as complete.
+        Its veth pair is complete when the host end is up. With `also_down`, the host end may be down.
         """
         host_end = netns.find_interface(self.record.id.interface) if self.record is not None else None
         if host_end is None or not (host_end.up or also_down):
@@ -501,7 +503,7 @@ class WorkloadSession:
     def connected(self, interface: str | None) -> tuple[Endpoint, str]:
         """Return the endpoint, and its interface's name inside the workload; raise CalicoError if one is missing.
 
-        Raises CalicoError also where that name is not `interface` (None: any).
+        Raises CalicoError, too, if that name is not `interface` (None: any).
         """
         record, attached = self.only_record(), self.attached_interface()
         if attached is None:
@@ -518,7 +520,7 @@ class WorkloadSession:
             self._delete(name)
 
     def remove_orphans(self) -> None:
-        """Delete pairs whose endpoints are no longer in the store, because the store was emptied or restored, say."""
+        """Delete pairs whose endpoints are no longer in the store, for example because the store was restored."""
         for _, host_end in self._pairs():
             # a pair whose host end is down may belong to another command in progress
             if (
@@ -529,9 +531,9 @@ class WorkloadSession:
                 self._delete(host_end.name)
 
     def remove_remains(self, record: Endpoint) -> None:
-        """Delete the veth pair of an endpoint where the pair is incomplete, or its host end was renamed.
+        """Delete the veth pair of an endpoint if the pair is incomplete, or its host end was renamed.
 
-        Raises Conflict if the pair is complete after all.
+        Raises Conflict if the pair is complete now.
         """
         if self.attached_interface() is not None:  # its old name was restored just now
             raise Conflict(f"{self.workload.name} has its interface back; retry")
@@ -541,7 +543,10 @@ class WorkloadSession:
             self._delete(name)
 
     def _delete(self, name: str) -> None:
-        """Delete an interface of the host, if it exists. First raise CalicoError if the store cannot be written."""
+        """Delete an interface of the host, if it exists.
+
+        Raises CalicoError, without deleting the interface, if the store cannot be written.
+        """
         if netns.find_interface(name) is not None:
             ids = [self.record.id] if self.record is not None else []
             self.datastore.check_endpoints_writable(ids, self.workload.handle)
@@ -549,7 +554,7 @@ class WorkloadSession:
             self.refresh()
 
     def clear_after_another_process(self) -> None:
-        """Remove what an ended process has on the network, where the workload's path leads to another process now."""
+        """If the workload's path now leads to another process, disconnect the workload of the earlier process."""
         now = process_started(self.workload.path or "")
         if (
             self.record is not None
@@ -560,12 +565,12 @@ class WorkloadSession:
             self.record, self.held = None, {}
 
     def remember(self) -> None:
-        """Store the path of a namespace in the workload's lock file, which keeps it while the workload is connected."""
+        """Store the namespace's path in the workload's lock file, where it stays while the workload is connected."""
         if self.workload.path is not None:
             self.lock.remember(self.workload.path, process_started(self.workload.path))
 
     def refuse_other_endpoint(self) -> None:
-        """Raise CalicoError when the namespace is already connected as another workload, under another path, say."""
+        """Raise CalicoError if the namespace is already connected as another workload, such as under another path."""
         for interface, host_end in self._pairs():
             if host_end.name.startswith(INTERFACE_PREFIX):
                 raise CalicoError(
@@ -594,10 +599,10 @@ class WorkloadSession:
 
 @contextmanager
 def _rollback_on_failure(session: WorkloadSession) -> Iterator[Callable[..., object]]:
-    """Yield a function that takes an undo (a function, its arguments); when the body of `with` fails, run all undos.
+    """Yield a function that registers an undo (a function and its arguments). If the body of `with` fails, run them.
 
-    The last undo runs first. Each must be harmless where its step was not done. When an undo fails, the others run all
-    the same, and the error says why that undo failed, and what to do.
+    The undo that was registered last runs first. An undo must be harmless if its step was not done. If an undo fails,
+    the others still run, and the error says why it failed, and what to do.
     """
     failures: list[str] = []
 
@@ -637,8 +642,8 @@ def _attach(
 ) -> str:
     """Create a veth pair and configure both ends, the host's last; return the MAC of the workload's end.
 
-    `name` is the host end, `interface` the workload's end; `next_hops` are addresses by IP version; `mac` is the MAC to
-    give to the workload's end, None for any; `undo` is from _rollback_on_failure.
+    `name` is the name of the host end, `interface` that of the workload's end; `next_hops` are addresses by IP version;
+    `mac` is the MAC for the workload's end, None for any; `undo` is from _rollback_on_failure.
     """
     if netns.find_interface(name) is not None:
         raise CalicoError(f"this host has an interface {name} already, of another endpoint; try again")
@@ -655,8 +660,8 @@ def _adopt(
 ) -> tuple[IPAddress | None, EndpointId]:
     """Adopt one address that an interrupted command has assigned, and release the others.
 
-    Returns the adopted address and the endpoint id in its attributes; where no address satisfies the request, None and
-    a new id.
+    Returns the adopted address and the endpoint id in its attributes; if no address satisfies the request, None and a
+    new id.
     """
     workload = session.workload
     kept, kept_id = None, EndpointId(session.datastore.host, workload.orchestrator, workload.id, _new_endpoint())
@@ -671,7 +676,7 @@ def _adopt(
 
 
 def _is_like(owner: Owner, other: Owner) -> bool:
-    """Return whether two owners are the same, apart from the name: a container may have been renamed."""
+    """Return whether two owners are the same, ignoring the container's name, which may have changed."""
     facts, others = ({**one.secondary, "workload_name": None} for one in (owner, other))
     return owner.handle == other.handle and facts == others
 
@@ -699,7 +704,7 @@ def _assign(
 
 
 def _except_text(networks: Collection[Network]) -> str:
-    """Return the part of a message about networks that no address is assigned from automatically, empty for none."""
+    """Return the part of a message that names networks excluded from automatic assignment; empty if there are none."""
     named = ", ".join(sorted(f"{network.cidr} (on {network.interface})" for network in networks))
     return f", but for the networks that this host is connected to: {named}" if named else ""
 
@@ -710,21 +715,21 @@ def reserved_addresses(datastore: DatastoreClient, version: int) -> Reserved:
 
 
 def _usable(request: AddressRequest, address: IPAddress, reserved: Reserved) -> bool:
-    """Return whether an address that a workload's handle holds already may be used for a request."""
+    """Return whether an address of a workload's handle may be used for a request."""
     if request.address is not None:
         return request.fits(address)
     return request.fits(address) and reserved.is_free_for_any(address.version, int(address))
 
 
 def _refuse_reserved(request: AddressRequest, reserved: Reserved) -> None:
-    """Raise CalicoError if the requested address is one that no workload may have."""
+    """Raise CalicoError if no workload may have the requested address."""
     why = None if request.address is None else reserved.refusal(str(request.address))
     if why is not None:
         raise CalicoError(f"IP {request.address} is {why}. Give another, or 'ipv{request.version}' for any.")
 
 
 def _refuse_in_use(session: WorkloadSession, address: IPAddress) -> None:
-    """Raise AddressTaken if an address of the session's workload is in use by a host now."""
+    """Raise AddressTaken if a host now uses an address of the session's workload."""
     why = reserved_addresses(session.datastore, address.version).user(str(address))
     if why is not None:
         raise AddressTaken(
@@ -734,13 +739,16 @@ def _refuse_in_use(session: WorkloadSession, address: IPAddress) -> None:
 
 
 def _release_unlisted(datastore: DatastoreClient, workload: Workload, record: Endpoint) -> None:
-    """Release what a workload's handle holds beyond the addresses of its record."""
+    """Release the addresses of a workload's handle that its endpoint does not list."""
     held = datastore.ipam.held_by(workload.handle) or {}
     datastore.ipam.release([a for a in held if host_net(a) not in record.nets], {workload.handle})
 
 
 def _next_hop(datastore: DatastoreClient, record: Endpoint, version: int) -> str:
-    """Return this host's next hop of an IP version, else the record's; raise CalicoError if neither has one."""
+    """Return the workloads' next hop of an IP version on this host, else the one in the endpoint.
+
+    Raises CalicoError if there is neither.
+    """
     try:
         return datastore.hosts.next_hop(version)
     except CalicoError:
@@ -751,10 +759,10 @@ def _next_hop(datastore: DatastoreClient, record: Endpoint, version: int) -> str
 
 
 def _reassign(session: WorkloadSession, address: IPAddress, owner: Owner, undo: Callable[..., object]) -> None:
-    """Assign a free address that the workload's record lists to `owner`, the workload, again.
+    """If an address that the workload's endpoint lists is free, assign it to `owner`, which is the workload, again.
 
-    Raises AddressTaken if another workload or a host has the address. An address that is assigned without a handle,
-    by an old tool, stays as it is.
+    Raises AddressTaken if another workload or a host has the address. An address that an old tool has assigned, without
+    a handle, is left as it is.
     """
     ipam = session.datastore.ipam
     holder = ipam.owner(address)
@@ -777,7 +785,7 @@ def _owner_text(owner: Owner | None) -> str:
 
 
 def owner_of(workload: Workload, id: EndpointId, interface: str) -> Owner:
-    """Return the owner to assign an address to, with attributes that identify the endpoint, and suffice to re-attach.
+    """Return the owner for an address, with attributes that identify the endpoint, and suffice to re-attach it.
 
     `interface` is the interface's name inside the workload.
     """
@@ -800,8 +808,8 @@ def owner_of(workload: Workload, id: EndpointId, interface: str) -> Owner:
 def _new_endpoint() -> str:
     """Return a new endpoint id: random, in the form of a UUID of version 1.
 
-    In a real UUID, the first digits, which the host's interface is named after, are the time, and so could be the same
-    for two commands at once.
+    The host's interface is named after the first digits. In a real UUID, these are derived from the time, so they could
+    be the same for two commands that run at once.
     """
     return uuid.UUID(bytes=os.urandom(16), version=1).hex
 
@@ -813,7 +821,7 @@ def _endpoint_of(owner: Owner) -> str | None:
 
 
 def interfaces_of(held: dict[IPAddress, Owner]) -> set[str]:
-    """Return the names of the host ends of the veth pairs of the endpoints in these addresses' attributes."""
+    """Return the names of the host ends of veth pairs, derived from the endpoint ids in these addresses' attributes."""
     ids = {_endpoint_of(owner) for owner in held.values()} - {None}
     return {EndpointId("", "", "", str(id)).interface for id in ids}
 

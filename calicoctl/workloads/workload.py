@@ -1,4 +1,4 @@
-"""Finds a workload, which a user names by a container's name or id or by a namespace's path, and finds its state.
+"""Finds a workload by a container's name or id, or by a namespace's path, and determines its state.
 
 Also finds a workload's endpoints in the store. Changes nothing.
 """
@@ -34,16 +34,16 @@ DOCKER = "docker"
 NAMESPACE = "namespace"
 
 _RUN, _VAR_RUN = "/run/", "/var/run/"
-"""Two names of one directory on most hosts; `ip netns` uses either in its messages."""
+"""Two paths of the same directory on most hosts; messages of `ip netns` contain one or the other."""
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A container or a namespace that is, or is to be, on the network.
+    """A container or a namespace that is connected to the network, or will be.
 
-    `name` is what the user calls it, `id` its id in the store. `path` is the namespace's path, None for a Docker
-    container. For a container, `docker_name` is its name in Docker, `pid` the id of its first process, None unless it
-    runs, and `network_mode` what `docker run --net` set, such as `none` or `container:NAME`.
+    `name` is the name that the user gave, `id` the workload's id in the store. `path` is the namespace's path, None for
+    a Docker container. For a container, `docker_name` is its name in Docker, `pid` the id of its first process (None
+    if it does not run), and `network_mode` the value of `docker run --net`, such as `none` or `container:NAME`.
     """
 
     orchestrator: str
@@ -83,16 +83,16 @@ class WorkloadState(Enum):
     RUNNING = "is running"
     STOPPED = "has stopped"
     MISSING = "is missing"
-    """There is no namespace at the workload's path now; there may be one again."""
+    """There is no namespace at the workload's path now, but there may be one later."""
     GONE = "no longer exists"
 
 
 def find_state(orchestrator: str, id: str, path: str, started: str | None) -> tuple[WorkloadState, Workload]:
     """Return the state of a workload of this host, and the workload as it is now.
 
-    For a namespace, `path` is its path and, where that leads through a process, `started` is what process_started
-    returned when the workload was connected, None if that is not known. Both are unused for a container.
-    Raises DockerUnavailable, or NamespaceError, if the state cannot be found out.
+    For a namespace, `path` is its path. If the path leads through a process, `started` is what process_started returned
+    when the workload was connected, None if that is not known. Both are unused for a container. Raises
+    DockerUnavailable or NamespaceError if the state cannot be determined.
     """
     if orchestrator == DOCKER:
         try:
@@ -125,8 +125,8 @@ def namespace_at(path: str) -> tuple[int, int] | None:
 def process_started(path: str) -> str | None:
     """Return when the process or thread that a path leads through was started: clock ticks since boot, as text.
 
-    Returns None for a path through no process, such as those of `ip netns`, and where there is no such process. A path
-    through a process, below /proc or by a symbolic link, may lead to another process later: ids are used again.
+    Returns None if the path leads through no process, as paths of `ip netns` do not, or if the process has ended. A
+    path through a process, below /proc or by a symbolic link, may lead to another process later: ids are reused.
     Raises NamespaceError if the path cannot be read. Source: namespaces(7).
     """
     place, left, links = Path("/"), [*reversed(Path(path).parts[1:])], 0
@@ -159,9 +159,9 @@ def process_started(path: str) -> str | None:
 def find(name: str) -> Workload:
     """Return the workload that a user calls `name`.
 
-    An absolute path names a namespace: it is not opened here, and Docker is not asked. /run/netns/a counts as
-    /var/run/netns/a. Raises NoSuchContainer, DockerUnavailable where the engine could not be asked, or CalicoError for
-    an invalid name.
+    An absolute path names a namespace; then the namespace is not opened, and the Docker Engine is not asked.
+    /run/netns/a is treated as /var/run/netns/a. Raises NoSuchContainer, DockerUnavailable if the engine does not
+    answer, and CalicoError for an invalid name.
     """
     check_workload_name(name)
     if name.startswith("/"):
@@ -200,7 +200,10 @@ def _normal_path(path: str) -> str:
 
 
 def _other_spelling(path: str) -> str | None:
-    """Return a path below /run as one below /var/run, or the reverse; None for others, and where these two differ."""
+    """Return a path below /run as one below /var/run, or the reverse.
+
+    Returns None for any other path, or if /run and /var/run are different directories.
+    """
     for prefix, other in ((_RUN, _VAR_RUN), (_VAR_RUN, _RUN)):
         if path.startswith(prefix):
             return other + path[len(prefix) :] if os.path.realpath(_VAR_RUN) == os.path.realpath(_RUN) else None
@@ -208,9 +211,9 @@ def _other_spelling(path: str) -> str | None:
 
 
 def stored_otherwise(datastore: DatastoreClient, workload: Workload) -> Workload | None:
-    """Return a namespace as stored under the other spelling of its path; None if no endpoint is stored so.
+    """Return the workload of a namespace under the other spelling of its path, if it has an endpoint; None otherwise.
 
-    An older version, and the tool of 2015, stored /run/netns/a as it was typed.
+    An older version, and the tool of 2015, stored a path below /run as the user had typed it.
     """
     other = None if workload.path is None else _other_spelling(workload.path)
     if other is None:
@@ -220,11 +223,11 @@ def stored_otherwise(datastore: DatastoreClient, workload: Workload) -> Workload
 
 
 def find_connected(name: str, datastore: DatastoreClient) -> Workload:
-    """Return the workload that a user calls `name`, even when Docker no longer knows it, or does not answer.
+    """Return the workload that a user calls `name`, even if Docker no longer knows it, or does not answer.
 
-    In these cases, `name` is matched with the ids, by prefix, and the names of the containers that have endpoints,
-    handles or marks on this host. Raises what `find` raises where none matches, and CalicoError with a list where
-    several do.
+    In these cases, `name` is compared with the names of the containers that have endpoints, handles or marks on this
+    host, and with the beginnings of their ids. If none matches, this raises the exception of `find`; if several match,
+    CalicoError with a list.
     """
     try:
         workload = find(name)
@@ -246,7 +249,7 @@ def find_connected(name: str, datastore: DatastoreClient) -> Workload:
 
 
 def ambiguous(name: str, containers: list[tuple[str, str]]) -> CalicoError:
-    """Return the error for a name that several containers have, given as (id, host)."""
+    """Return the error for a name that several `containers`, each given as (id, host), have."""
     lengths = (length for length in range(12, 65) if len({id[:length] for id, _ in containers}) == len(containers))
     length = next(lengths, 64)
     some = ", ".join(f"{id[:length]} on {host}" for id, host in sorted(containers, key=lambda one: one[::-1]))
@@ -254,7 +257,7 @@ def ambiguous(name: str, containers: list[tuple[str, str]]) -> CalicoError:
 
 
 def _stored_by_id(prefix: str, datastore: DatastoreClient) -> set[str]:
-    """Return the ids with this prefix of containers that have an endpoint on this host, or a handle."""
+    """Return the ids, of containers with an endpoint on this host or with a handle, that have this prefix."""
     if not re.fullmatch(r"[0-9a-f]{4,64}", prefix):
         return set()
     handle = f"{DOCKER}."
@@ -276,9 +279,9 @@ def not_connected(name: str) -> NotFound:
 
 
 def refuse_other_path(workload: Workload, *paths: object) -> None:
-    """Raise CalicoError when one of `paths`, which are stored under the namespace's id, differs from the namespace's.
+    """Raise CalicoError if one of `paths`, which are stored under the namespace's id, is not the namespace's path.
 
-    `/a-b` and `/a/b`, for example, have the same id. None and an empty text count as no path.
+    `/a-b` and `/a/b`, for example, have the same id. None and empty strings in `paths` are ignored.
     """
     for path in paths:
         if workload.path is not None and path not in (None, "", workload.path):
@@ -286,7 +289,10 @@ def refuse_other_path(workload: Workload, *paths: object) -> None:
 
 
 def refuse_others_endpoint(datastore: DatastoreClient, workload: Workload, endpoint: Endpoint) -> None:
-    """Raise CalicoError when an endpoint, by its first address's attributes, is another path's with the same id."""
+    """Raise CalicoError if an endpoint belongs to a namespace with the same id but another path.
+
+    The path is in the attributes of the endpoint's first address.
+    """
     if workload.path is not None and endpoint.addresses:
         owner = datastore.ipam.owner(parse_address(endpoint.addresses[0]))
         if owner is not None and owner.handle == workload.handle:
@@ -294,13 +300,16 @@ def refuse_others_endpoint(datastore: DatastoreClient, workload: Workload, endpo
 
 
 def workload_of(id: EndpointId) -> tuple[str, str]:
-    """Return the orchestrator and id of an endpoint's workload: NAMESPACE also where an old tool stored `docker`."""
+    """Return the orchestrator and id of an endpoint's workload.
+
+    For a namespace, the orchestrator is NAMESPACE, even if an old tool stored `docker`.
+    """
     is_path = id.orchestrator == DOCKER and id.workload.startswith("-")
     return (NAMESPACE if is_path else id.orchestrator), id.workload
 
 
 def endpoint_ids_of(datastore: DatastoreClient, workload: Workload) -> list[EndpointId]:
-    """Return the ids of a workload's endpoints on this host, those of invalid records included; see endpoints_of."""
+    """Return the ids of a workload's endpoints on this host, including invalid endpoints; see endpoints_of."""
     found = datastore.workload_endpoint_ids(workload.orchestrator, workload.id)
     if not found and workload.orchestrator == NAMESPACE:
         found = datastore.workload_endpoint_ids(DOCKER, workload.id)
@@ -308,7 +317,7 @@ def endpoint_ids_of(datastore: DatastoreClient, workload: Workload) -> list[Endp
 
 
 def endpoints_of(datastore: DatastoreClient, workload: Workload) -> list[Endpoint]:
-    """Return a workload's endpoints on this host. An old tool stored those of a namespace under `docker`."""
+    """Return a workload's endpoints on this host. For a namespace, an old tool stored them under `docker`."""
     found = datastore.workload_endpoints(workload.orchestrator, workload.id)
     if not found and workload.orchestrator == NAMESPACE:
         found = datastore.workload_endpoints(DOCKER, workload.id)
@@ -316,7 +325,7 @@ def endpoints_of(datastore: DatastoreClient, workload: Workload) -> list[Endpoin
 
 
 def _name_of(id: str) -> str:
-    """Return the name of a container, or its id where Docker cannot be asked."""
+    """Return the name of a container, or its id if Docker does not answer."""
     try:
         return str(_inspect(id)["Name"]).lstrip("/")
     except CalicoError:
@@ -324,7 +333,7 @@ def _name_of(id: str) -> str:
 
 
 def _inspect(name: str) -> dict[str, Any]:
-    """Ask the Docker Engine about a container; raise NoSuchContainer, or DockerUnavailable."""
+    """Query the Docker Engine for a container. Raises NoSuchContainer or DockerUnavailable."""
     try:
         with engine.client(f"about {name}") as docker:
             return docker.inspect_container(name)  # type: ignore[no-any-return]
@@ -337,14 +346,14 @@ def _inspect(name: str) -> dict[str, Any]:
 
 
 def short_id(id: str) -> str:
-    """Return the first 12 characters of a hexadecimal id, such as those of containers and endpoints."""
+    """Return the first 12 characters of a hexadecimal id, such as a container's or an endpoint's; other ids as is."""
     return id[:12] if re.fullmatch("[0-9a-f]+", id) else id
 
 
 def has_processes(id: str) -> bool:
-    """Return whether a container of any engine runs: its id is in the names of its processes' control groups.
+    """Return whether a container runs, of whichever engine: its id is in the names of its processes' control groups.
 
-    Source: cgroups(7), /proc/PID/cgroup; Docker names a container's group by its id, as podman and Kubernetes do.
+    Source: cgroups(7), /proc/PID/cgroup. Docker, podman and Kubernetes name a container's control group after its id.
     """
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(FileNotFoundError, ProcessLookupError, PermissionError):
@@ -354,9 +363,9 @@ def has_processes(id: str) -> bool:
 
 
 def container_pids(ids: Iterable[str]) -> dict[str, int]:
-    """Return, by container id, the id of the first process of each of these containers that runs.
+    """Return the id of each running container's first process, by container id.
 
-    Skips a container that the engine does not answer about; raises DockerUnavailable for a second one.
+    Skips the first container for which the engine does not answer; raises DockerUnavailable for the second.
     """
     found: dict[str, int] = {}
     failures = 0
