@@ -1,6 +1,6 @@
-"""Blocks of 64 addresses, and who holds each: plain data, from and to the JSON of the store.
+"""Blocks of 64 addresses, and the owner of each address: plain data, converted from and to the JSON in the store.
 
-Reads and writes no store; ipam.py decides who gets which address.
+Does not access the store; ipam.py decides which owner gets which address.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ BLOCK_SIZE = 64
 
 @dataclass
 class Owner:
-    """Who holds an address: a handle (None: no handle), and free-form attributes ("secondary" in the store's JSON)."""
+    """The owner of an address: a handle (None: no handle), and attributes of any kind ("secondary" in the JSON)."""
 
     handle: str | None
     secondary: dict[str, Any]
@@ -99,7 +99,7 @@ class Block:
         """Return the ordinals (offsets from `first`) of the free addresses, in the order in which to assign them.
 
         Tools from 2016 on keep that order in the block, as "unallocated", and rely on it; a released address comes
-        last. Where that list and the allocations differ, the allocations are right. Source: `unallocated` in
+        last. If that list and the allocations differ, the allocations are right. Source: `unallocated` in
         pycalico/block.py of libcalico 0.8.
         """
         listed = self.extra.get("unallocated")
@@ -108,7 +108,7 @@ class Block:
         return list(dict.fromkeys([*(ordinal for ordinal in ordinals if ordinal in free), *free]))
 
     def free_list_problem(self) -> str | None:
-        """Return what is wrong with the block's "unallocated" list (see `free`), None for nothing."""
+        """Return what is wrong with the block's "unallocated" list (see `free`), None if it is correct."""
         listed, free = self.extra.get("unallocated"), self.free()
         if listed is None or listed == free:
             return None
@@ -125,7 +125,7 @@ class Block:
         return self.extra.get("strict_affinity") not in (None, False)
 
     def owner(self, ordinal: int) -> Owner | None:
-        """Return who holds the address `first + ordinal`, None for a free one."""
+        """Return the owner of the address `first + ordinal`, None if it is free."""
         index = self.allocations[ordinal]
         if index is None:
             return None
@@ -154,7 +154,7 @@ class Block:
         self.allocations[ordinal] = self.owners.index(attributes)
 
     def release(self, ordinal: int) -> None:
-        """Release the address `first + ordinal`, and drop the attributes that no address uses any more."""
+        """Release the address `first + ordinal`, and remove attributes that no address refers to any more."""
         self.allocations[ordinal] = None
         used = sorted({index for index in self.allocations if index is not None})
         self.owners = [self.owners[index] for index in used]
@@ -185,7 +185,7 @@ def block_cidr(version: int, first: int) -> str:
 
 
 def place(address: IPAddress) -> tuple[int, int, int]:
-    """Return where an address is: IP version, first address (as a number) of its block, ordinal in that block."""
+    """Return the IP version of an address, the first address (as a number) of its block, and its ordinal there."""
     value = int(address)
     return address.version, value - value % BLOCK_SIZE, value % BLOCK_SIZE
 
@@ -196,7 +196,7 @@ def block_key(address: IPAddress) -> str:
 
 
 def first_addresses(names: Iterable[str]) -> Iterator[int]:
-    """Yield the first addresses (as numbers) of blocks, given the last parts of their keys; skip names of no block."""
+    """Yield the first addresses (as numbers) of blocks, given the last parts of their keys; skip invalid ones."""
     from calicoctl.addresses import parse_cidr
 
     for name in names:

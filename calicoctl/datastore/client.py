@@ -1,6 +1,6 @@
 """All access to Calico's data in the store: endpoints, profiles, pools, BGP peers and settings.
 
-Modules beside this one have addresses (`ipam`), registrations of hosts (`hosts`) and reports of agents (`statuses`).
+Other modules are about addresses (`ipam`), registrations of hosts (`hosts`) and reports of agents (`statuses`).
 Each method is one operation of a command or of the agent. Errors name the key at fault. Uses no netlink and no API of a
 backend.
 """
@@ -121,10 +121,10 @@ class DatastoreClient:
         return before
 
     def _refuse_overlap(self, key: str, pool: Pool) -> None:
-        """Remove a pool that was just created, and raise CalicoError, if an overlapping one was created before.
+        """If an overlapping pool was created before the one just created, remove the latter, and raise CalicoError.
 
-        Each of two writers reads after its own write, so the later one always sees the earlier one's pool. Which pool
-        is the earlier is decided by Entry.created, since both are written by `create`.
+        Each of two writers reads the pools after its own write, so the later writer always sees the earlier pool.
+        Entry.created says which pool is the earlier one, since both are written by `create`.
         """
         from netaddr.ip import IPNetwork
 
@@ -148,14 +148,14 @@ class DatastoreClient:
         return found, invalid
 
     def pool_keys(self, name: str) -> list[str]:
-        """Return the keys of the pools, of both IP versions, with this CIDR, or with this name as the key's last part.
+        """Return the keys of the pools, of both IP versions, whose CIDR is `name`, or whose key ends with it.
 
-        The latter finds pools whose values are invalid.
+        The keys are compared, too, to find pools with invalid values.
         """
         return self._keys_called(name, [keys.pools(version) for version in (4, 6)], lambda e: Pool.from_json(*e).cidr)
 
     def _keys_called(self, name: str, directories: list[str], named: Callable[[tuple[str, str]], str]) -> list[str]:
-        """Return the keys below directories whose last part is `name`, or for which `named((value, key))` is `name`."""
+        """Return the keys below directories whose last part is `name`, or whose `named((value, key))` is `name`."""
         found = []
         for entry in (entry for directory in directories for entry in self._store.tree(directory)):
             names = {keys.last(entry.key), keys.undashed(keys.last(entry.key))}
@@ -196,7 +196,7 @@ class DatastoreClient:
         return before
 
     def bgp_peer_keys(self, name: str, host: str | None = None) -> list[str]:
-        """Return the keys of the BGP peers with this address, or with this name as the last part; see pool_keys."""
+        """Return the keys of the BGP peers whose address is `name`, or whose key ends with it; see pool_keys."""
         directories = [keys.bgp_peers(version, host) for version in (4, 6)]
         return self._keys_called(name, directories, lambda e: Peer.from_json(*e).ip)
 
@@ -243,9 +243,9 @@ class DatastoreClient:
             raise NotFound(_no_profile(name))
 
     def create_profile(self, name: str) -> bool:
-        """Create a profile with its default tag and rules; return whether anything was written.
+        """Create a profile with the default tag and rules; return whether anything was written.
 
-        Of an existing profile, writes only the tags or rules that are missing.
+        If the profile exists, only its tags or its rules are written, if they are missing.
         """
         tags = create_if_missing(self._store, keys.profile_tags(name), json.dumps([name]))
         rules = create_if_missing(self._store, keys.profile_rules(name), Rules.default(name).to_json())
@@ -261,7 +261,7 @@ class DatastoreClient:
         return [] if entry is None else load_strings(entry.value, entry.key)
 
     def all_tags(self) -> frozenset[str] | None:
-        """Return the tags of all profiles; None if those of one are invalid."""
+        """Return the tags of all profiles; None if the tags of any profile are invalid."""
         found: list[str] = []
         for entry in self._store.tree(keys.PROFILES):
             if keys.last(entry.key) == "tags" and keys.parse_profile(entry.key) is not None:
@@ -272,10 +272,10 @@ class DatastoreClient:
         return frozenset(found)
 
     def modify_tags(self, name: str, change: Callable[[list[str]], bool]) -> bool:
-        """Let `change` alter the list of a profile's tags in place; return whether the tags were written.
+        """Change the tags of a profile by compare-and-swap; return whether they were written.
 
-        `change` returns whether to write them. After a concurrent write, `change` is called again with the new tags.
-        Raises NotFound when there is no such profile.
+        `change` modifies the list of tags in place, and returns whether to write it. After a concurrent write, `change`
+        is called again with the new tags. Raises NotFound if there is no such profile.
         """
         key = keys.profile_tags(name)
 
@@ -292,7 +292,7 @@ class DatastoreClient:
         return Rules(name) if entry is None else Rules.from_json(name, entry.value, entry.key)
 
     def modify_rules(self, name: str, change: Callable[[Rules], bool]) -> bool:
-        """Let `change` alter a profile's rules in place; return whether the rules were written. See modify_tags."""
+        """Change the rules of a profile; return whether they were written. For `change`, see modify_tags."""
         key = keys.profile_rules(name)
 
         def text_of(old: str) -> str | None:
@@ -303,20 +303,20 @@ class DatastoreClient:
         return modify(self._store, key, _no_profile(name), text_of)
 
     def replace_rules(self, rules: Rules) -> None:
-        """Overwrite a profile's rules, also invalid ones; raise NotFound when there is no such profile."""
+        """Overwrite a profile's rules, even if they are invalid; raise NotFound if there is no such profile."""
         key = keys.profile_rules(rules.id)
         self._complete(key, rules.id, rules.to_json())
         modify(self._store, key, _no_profile(rules.id), lambda old: rules.to_json())
 
     def _profile_entry(self, key: str, name: str) -> Entry | None:
-        """Return the entry of a profile's key, None if the profile lacks it; raise NotFound for no such profile."""
+        """Return the entry of a key of a profile, None if there is none; raise NotFound if there is no such profile."""
         entry = self._store.get(key)
         if entry is None:
             self.require_profile(name)
         return entry
 
     def _complete(self, key: str, name: str, value: str) -> None:
-        """Write a key of a profile that lacks the key; raise NotFound when there is no such profile."""
+        """Write a key that is missing in a profile; raise NotFound if there is no such profile."""
         if self._profile_entry(key, name) is None:
             create_if_missing(self._store, key, value)
 
@@ -336,9 +336,9 @@ class DatastoreClient:
         return found, invalid
 
     def endpoints_with(self, address: IPAddress) -> list[EndpointId]:
-        """Return the ids of the endpoints, of any host, that list an address, also those with invalid records.
+        """Return the ids of the endpoints, of any host and even if invalid, that list an address.
 
-        If IPAM's owner of the address is an endpoint that lists it, only that endpoint is returned.
+        If one of them is the owner of the address in IPAM, only that one is returned.
         """
         text = str(address)
         owner = self.ipam.owner(address)
@@ -354,12 +354,12 @@ class DatastoreClient:
         return [id for entry, id in entries if id is not None and _lists(entry, id, text)]
 
     def endpoint_ids(self) -> list[EndpointId]:
-        """Return the ids of this host's endpoints, also those with invalid records."""
+        """Return the ids of this host's endpoints, including invalid ones."""
         ids = (keys.parse_endpoint(entry.key) for entry in self._store.tree(f"{keys.host(self.host)}/workload"))
         return [id for id in ids if id is not None]
 
     def endpoint_revision(self, id: EndpointId) -> int | None:
-        """Return the current revision of an endpoint's record, None if there is none."""
+        """Return the current revision of an endpoint in the store, None if it does not exist."""
         entry = self._store.get(keys.endpoint(id))
         return None if entry is None else entry.revision
 
@@ -373,35 +373,36 @@ class DatastoreClient:
         return found
 
     def workload_endpoint_ids(self, orchestrator: str, workload: str) -> list[EndpointId]:
-        """Return the ids of the endpoints of one workload on this host, also those with invalid records."""
+        """Return the ids of the endpoints of one workload on this host, including invalid ones."""
         found = self._store.names(keys.endpoints(self.host, orchestrator, workload))
         return [EndpointId(self.host, orchestrator, workload, endpoint) for endpoint in found]
 
     def readable(self, id: EndpointId) -> Endpoint | None:
-        """Return an endpoint, None if it does not exist or its record is invalid."""
+        """Return an endpoint, None if it does not exist or is invalid."""
         entry = self._store.get(keys.endpoint(id))
         with suppress(InvalidValue):
             return None if entry is None else Endpoint.from_json(id, entry.value, entry.key)
         return None
 
     def workload_ids(self, orchestrator: str) -> list[str]:
-        """Return the ids of this host's workloads under an orchestrator that have an endpoint."""
+        """Return the ids of this host's workloads of an orchestrator that have an endpoint."""
         entries = self._store.tree(keys.workloads(self.host, orchestrator))
         return sorted({id.workload for id in (keys.parse_endpoint(entry.key) for entry in entries) if id is not None})
 
     def workloads_named(self, orchestrator: str, name: str) -> list[str]:
-        """Return the ids of this host's workloads under an orchestrator that were connected under a name.
+        """Return the ids of this host's workloads of an orchestrator that were connected under a name.
 
-        Old tools drop the name from the endpoint's record; the attributes of the workload's addresses still have it.
+        Old tools remove the name from the endpoint, but not from the attributes of the workload's addresses.
         """
         endpoints = self.readable_endpoints(self.host)[0]
         ids = {e.id.workload for e in endpoints if (e.id.orchestrator, e.workload_name) == (orchestrator, name)}
         return sorted(ids or {id for of, id in self.ipam.workloads(name) if of == orchestrator})
 
     def knows_interface(self, name: str) -> bool:
-        """Return whether an interface of this host belongs to an endpoint, or may do so.
+        """Return whether an interface of this host belongs to an endpoint, or may belong to one.
 
-        Any may while a record of this host is invalid. An endpoint that is being set up has addresses, but no record.
+        If any endpoint of this host is invalid, every interface may belong to it. An endpoint that is being set up has
+        addresses already, but is not in the store yet.
         """
         endpoints, invalid = self.readable_endpoints(self.host)
         if invalid or any(name in (endpoint.name, endpoint.id.interface) for endpoint in endpoints):
@@ -413,7 +414,7 @@ class DatastoreClient:
         self._store.create(keys.endpoint(endpoint.id), endpoint.to_json())
 
     def modify_endpoint(self, id: EndpointId, change: Callable[[Endpoint], bool]) -> bool:
-        """Let `change` alter an endpoint in place; return whether it was written. See modify_tags. Raises NotFound."""
+        """Change an endpoint; return whether it was written. For `change`, see modify_tags. Raises NotFound."""
         key = keys.endpoint(id)
 
         def text_of(old: str) -> str | None:
@@ -431,11 +432,11 @@ class DatastoreClient:
             self._store.check_writable(key)
 
     def remove_endpoint(self, id: EndpointId) -> None:
-        """Delete an endpoint, whatever its record holds."""
+        """Delete an endpoint, even if it is invalid."""
         set_value(self._store, keys.endpoint(id), None)
 
     def touch_endpoint(self, id: EndpointId) -> None:
-        """Write an endpoint's record unchanged, so that the agent reports the endpoint again, with the new revision."""
+        """Write an endpoint unchanged, so that the agent reports its status again, with the new revision."""
         entry = self._store.get(keys.endpoint(id))
         if entry is not None:
             with suppress(CompareFailed):  # another writer had the same effect
@@ -464,9 +465,10 @@ def _pool(entry: Entry, version: int) -> Pool:
 
 
 def _lists(entry: Entry, id: EndpointId, address: str, owned: bool = False) -> bool:
-    """Return whether an endpoint's record lists an address.
+    """Return whether an endpoint in the store lists an address.
 
-    An invalid record lists the address if its text contains the address, or if the endpoint owns the address (`owned`).
+    An invalid endpoint is assumed to list it if its text contains the address, or if IPAM says that it owns the address
+    (`owned`).
     """
     try:
         return address in Endpoint.from_json(id, entry.value, entry.key).addresses

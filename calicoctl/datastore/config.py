@@ -1,4 +1,4 @@
-"""The settings in the store, in one table: name, allowed values, default. keys.py has their keys."""
+"""The settings in the store, in one table: name, allowed values, default. Their keys are in keys.py."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from calicoctl.errors import CalicoError
 
 @dataclass(frozen=True)
 class Setting:
-    """A setting: its name in the store, its allowed values (None: any text), and the default where it is not set.
+    """A setting: its name in the store, its allowed values (None: any text), and the default if it is not set.
 
     With `largest`, the value is a whole number from `smallest` to `largest` instead.
     """
@@ -72,7 +72,7 @@ RESERVED = ("marker", "as_num", "macs", "node_mesh", "peer_v4", "peer_v6", "ip_a
 
 
 def settings_of(daemon: str, of_node: bool) -> dict[str, Setting]:
-    """Return name -> setting of a daemon ("felix" or "bgp"): those of one host (`of_node`), or the global ones."""
+    """Return the settings of a daemon ("felix" or "bgp") by name: the global ones or, with `of_node`, a host's."""
     if daemon == "felix":
         return NODE_FELIX if of_node else FELIX
     return NODE_BGP if of_node else BGP

@@ -1,6 +1,6 @@
 """The backend for etcd's v2 API, on python-etcd: requests, the translation of errors, and watches over long polls.
 
-python-etcd's own reconnecting is off, since it repeats unanswered writes blindly; failover is in members.py.
+python-etcd's own failover is off, since it repeats unanswered writes blindly; ours is in members.py.
 
 Sources: https://github.com/etcd-io/etcd/blob/release-3.4/Documentation/v2/api.md and …/v2/errorcode.md
 """
@@ -74,9 +74,9 @@ _GARBLED = ("SSLError", "ProtocolError", "RemoteDisconnected", "ConnectionResetE
 class Etcd2Store:
     """`Store` over the v2 API of an etcd cluster.
 
-    This API has directories: a write creates those above its key. `implied_directories` returns, for a key, the
-    directories, deepest first, that exist for that key's sake alone; after a delete of the key, those of them that are
-    empty are removed. A crash in between leaves empty directories, which `tree` and `exists` do not count.
+    This API has directories: a write creates those above its key. `implied_directories` returns the directories,
+    deepest first, that exist only because of a key. After the key is deleted, they are removed if they are empty. A
+    crash in between leaves empty directories, which `tree` and `exists` ignore.
     """
 
     def __init__(
@@ -163,7 +163,7 @@ class Etcd2Store:
         self._prune(self._implied_directories(entry.key))
 
     def _prune(self, directories: Iterable[str]) -> None:
-        """Remove directories that are empty, one after the other, up to the first that is not."""
+        """Remove these directories in order, as long as they are empty; stop at the first that is not."""
         import etcd
 
         # the delete that this belongs to is done: an empty directory that stays does no harm
@@ -221,7 +221,10 @@ class Etcd2Store:
             yield changes
 
     def _await_changes(self, directory: str, revision: int, seconds: float) -> tuple[list[Change], int]:
-        """Return at most one change below `directory` from `revision` on, and the revision to continue from."""
+        """Wait for a change below `directory` from `revision` on.
+
+        Returns at most one change, and the revision to continue from.
+        """
         import etcd
 
         deadline: Deadline | None = None
@@ -253,7 +256,7 @@ class Etcd2Store:
 
 
 class _Connection:
-    """python-etcd's client of one member, with its errors translated."""
+    """python-etcd's client of one member; its errors are converted to those of this program."""
 
     def __init__(self, settings: EtcdSettings, member: Member) -> None:
         self._settings = settings
@@ -261,10 +264,10 @@ class _Connection:
         self._url = settings.url(member)
 
     def request(self, key: str, send: Callable[[etcd.Client, str], T]) -> T:
-        """Call `send` with the client and the key as it stands in a URL; return what it returns.
+        """Call `send` with the client and the key, quoted for a URL; return its result.
 
-        Raises python-etcd's exception for an answer that the caller interprets (no such key, compare failed, …),
-        StoreError and InvalidValue for any other error, and a RequestFailed (see members.py) when no answer came.
+        If the answer is an error that the caller handles (no such key, compare failed, …), raises python-etcd's
+        exception; for any other error StoreError or InvalidValue; if there is no answer, a RequestFailed (members.py).
         """
         import etcd
         import urllib3.exceptions
@@ -299,7 +302,7 @@ class _Connection:
         return client
 
     def _without_answer(self, cause: BaseException) -> Exception:
-        """Return the exception to raise where a connection failed because of `cause`."""
+        """Return the exception to raise if a connection failed because of `cause`."""
         if is_shortage(cause):
             return StoreUnavailable(f"etcd cannot be asked: {_reason(cause)}")
         garbled = type(cause).__name__ in _GARBLED
@@ -309,7 +312,7 @@ class _Connection:
         return kind(f"{self._url} did not answer ({_reason(cause)})", garbled)
 
     def _translated(self, error: Any, key: str) -> Any:
-        """Return the exception to raise for an answer that is `error`: the error itself if the caller interprets it."""
+        """Return the exception to raise for the answer `error`: the same if the caller of `request` handles it."""
         import etcd
 
         url = self._url
@@ -344,9 +347,9 @@ class _Connection:
 
 
 def _tls_context(settings: EtcdSettings) -> Any:
-    """Return an ssl.SSLContext that accepts the certificate authorities that etcd and its tools accept.
+    """Return an ssl.SSLContext that accepts every certificate authority that etcd and its tools accept.
 
-    By default, Python 3.13 refuses an authority without the key usage extension, as `openssl req -x509` makes them.
+    By default, Python 3.13 refuses an authority without the key usage extension; `openssl req -x509` creates such ones.
     """
     import ssl
 
@@ -373,8 +376,9 @@ def _children(client: etcd.Client, path: str) -> tuple[list[str], list[str]]:
 def _child_keys(client: etcd.Client, path: str) -> list[str]:
     """Return the keys and directories that are directly in a directory, as full paths.
 
-    etcd sends the values along; the blocks of a /16 would fill some 80 MiB if read as one document. So the answer is
-    searched for keys while it arrives: every quote in a value is escaped, so no value looks like a key.
+    etcd sends the values as well; with the blocks of a /16, the parsed answer would take some 80 MiB. So the answer is
+    searched for keys while it arrives. That is safe because every quote in a value is escaped, so no value looks like a
+    key.
     """
     import etcd
 
@@ -401,8 +405,8 @@ def _child_keys(client: etcd.Client, path: str) -> list[str]:
 def _poll_for_change(client: etcd.Client, path: str, revision: int, seconds: float) -> tuple[list[Change], int]:
     """Wait for a change as python-etcd does, but read the response headers, which arrive at once, before the change.
 
-    The headers have the revision that the store had reached when the poll began. Without this revision, a watch of a
-    quiet directory would fall behind the history that the store keeps, which the changes of busy directories fill.
+    The headers contain the store's revision at the beginning of the poll. Without it, a watch of a quiet directory
+    would fall behind: changes of busy directories would push its last revision out of the history that the store keeps.
     """
     import etcd
 
@@ -434,9 +438,9 @@ def _poll_for_change(client: etcd.Client, path: str, revision: int, seconds: flo
 
 
 def _confirm_quorum(client: etcd.Client, path: str) -> None:
-    """Check by a quorum read that a member is not partitioned from the others; raise what python-etcd raises.
+    """Check by a quorum read that a member is not partitioned from the others. Raises python-etcd's exceptions.
 
-    A partitioned member goes on answering watches, and reports no change.
+    A partitioned member still answers watches, but reports no changes.
     """
     import etcd
 
@@ -445,7 +449,7 @@ def _confirm_quorum(client: etcd.Client, path: str) -> None:
 
 
 def _poll(client: etcd.Client, path: str, revision: int, seconds: float) -> tuple[Any, int]:
-    """Do one long poll; return the event, None for none, and the revision that the store had reached at its start."""
+    """Do one long poll; return the event (None if there was none), and the store's revision when the poll began."""
     import etcd
     import urllib3.exceptions
 
@@ -494,7 +498,7 @@ def _cause(error: Any) -> BaseException:
 
 
 def _timed_out(cause: BaseException) -> bool:
-    """Return whether an answer took too long, as opposed to a connection that was lost."""
+    """Return whether a request failed because the answer took too long; False if the connection was lost."""
     return "Timeout" in type(cause).__name__
 
 

@@ -1,7 +1,7 @@
-"""Handles: how many addresses of which blocks each workload holds, to find these addresses without reading all blocks.
+"""Handles: the blocks in which each workload has addresses, and how many, so that not all blocks need be read.
 
-The blocks are right where a handle's counts differ from them. So a count goes up before its block is written, and down
-afterwards; whatever a crash leaves in between, the handle names every block that it has an address in.
+If a handle's counts differ from the blocks, the blocks are right. A count is increased before its block is written, and
+decreased afterwards. So whatever a crash leaves, the handle names every block in which it has an address.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Handles:
         return self._store.names(keys.ipam_handles())
 
     def counts(self) -> tuple[dict[str, dict[str, int]], list[InvalidValue]]:
-        """Return handle -> CIDR of a block -> count of addresses, and an error for each handle that is invalid."""
+        """Return handle -> CIDR of a block -> number of addresses, and an error for each invalid handle."""
         counts: dict[str, dict[str, int]] = {}
         invalid: list[InvalidValue] = []
         for entry in self._store.tree(keys.ipam_handles()):
@@ -43,22 +43,25 @@ class Handles:
         return counts, invalid
 
     def totals(self) -> dict[str, int | None]:
-        """Return handle -> count of addresses in all blocks, None for a handle that is invalid."""
+        """Return handle -> number of addresses in all blocks, None for an invalid handle."""
         counts, invalid = self.counts()
         totals: dict[str, int | None] = {handle: sum(blocks.values()) for handle, blocks in counts.items()}
         return {**totals, **{keys.last(error.key): None for error in invalid}}
 
     def held_in(self, handle: str, cidr: str) -> int:
-        """Return how many addresses of a block (by CIDR) a handle holds, as the block says."""
+        """Return how many addresses of the block `cidr` are assigned to `handle`.
+
+        They are counted in the block itself, not taken from the handle.
+        """
         entry = self._store.get(keys.ipam_block(version_of(cidr), cidr))
         return 0 if entry is None else Block.from_entry(entry).count(handle)
 
     def recount(self, handle: str, planned: Mapping[str, int] | None = None) -> Entry | None:
-        """Set a handle's counts to what the blocks that it names hold, or to what is `planned` for some blocks.
+        """Correct a handle's counts: for each block that it names, count its addresses in the block.
 
-        `planned` maps a block's CIDR to the count that it is about to have. A handle without addresses is deleted.
-        Returns the handle's entry as it now stands, None for a deleted one. Raises Conflict when other writers change
-        it all the time.
+        `planned` maps the CIDR of a block to the count that the block will have after the caller has written it. A
+        handle without addresses is deleted. Returns the handle's entry after the change, None if the handle was
+        deleted. Raises Conflict if other writers keep changing it.
         """
         planned = planned or {}
         key = keys.ipam_handle(handle)
@@ -85,7 +88,7 @@ class Handles:
 
 
 def counts_of(entry: Entry) -> dict[str, int]:
-    """Return CIDR of a block -> count of addresses, as the entry of a handle says; raise InvalidValue."""
+    """Parse the entry of a handle: return CIDR of a block -> number of addresses. Raises InvalidValue."""
     counts = load_object(entry.value, entry.key).get("block")
     if not isinstance(counts, dict) or not all(type(count) is int for count in counts.values()):
         raise InvalidValue(entry.key, '"block" should be an object of numbers')

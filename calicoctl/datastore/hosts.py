@@ -42,7 +42,7 @@ def check_hostname(name: str) -> str:
 
 @dataclass
 class HostSummary:
-    """What the store has about one host: texts as they stand in the store, None for what is missing.
+    """What is in the store about one host: strings as they are stored, None for missing ones.
 
     `agent` is "up", "starting" until the first snapshot is in the kernel, or "down"; `reported` is the time (ISO 8601)
     of the agent's last heartbeat, None while the agent is down. `endpoints` counts the host's endpoints by the status
@@ -76,7 +76,7 @@ class Hosts:
         return sorted({host for host in map(keys.parse_bgp_host_address, (e.key for e in entries)) if host is not None})
 
     def summaries(self) -> list[HostSummary]:
-        """Return what the store has about each host, in order of names: registration, agent, endpoints."""
+        """Return a HostSummary of each host, ordered by name."""
         found: dict[str, HostSummary] = {}
 
         def summary(name: str) -> HostSummary:
@@ -115,7 +115,7 @@ class Hosts:
         return [found[name] for name in sorted(found)]
 
     def default_as_num(self) -> str:
-        """Return the AS number of the hosts that have none of their own."""
+        """Return the AS number of hosts that have no AS number of their own."""
         return self._text(keys.BGP_AS_NUM) or DEFAULT_AS_NUMBER
 
     def addresses(self, version: int | None = None) -> dict[str, str]:
@@ -190,7 +190,7 @@ class Hosts:
         set_value(self._store, keys.host_config(self.host, "marker"), "created")
 
     def own_addresses(self) -> set[str]:
-        """Return the canonical addresses that this host is registered with; invalid ones are left out."""
+        """Return this host's registered addresses in canonical form; invalid ones are left out."""
         from calicoctl.addresses import parse_address
 
         found = set()
@@ -228,7 +228,7 @@ class Hosts:
 
 
 def _fields(text: str) -> dict[str, Any]:
-    """Return the fields of a status (JSON text), none for an invalid one: other agents write statuses, too."""
+    """Return the fields of a status (JSON text); no fields if it is invalid, since other agents write statuses, too."""
     try:
         return load_object(text, "")
     except InvalidValue:

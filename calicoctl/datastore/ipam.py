@@ -1,8 +1,9 @@
 """Assigns addresses to workloads, and releases them: chooses blocks, and writes blocks, affinities and handles.
 
-Every change of a key is a compare-and-swap on what was read, retried a bounded number of times. The order of writes
-is such that a crash at any point leaks no address: a handle's count goes up before an address is assigned in the block
-and down after the address is released there, and a handle is recounted from the blocks before it is changed.
+Every change of a key is a compare-and-swap on the value that was read, retried a bounded number of times. The writes
+are ordered such that a crash at any point leaks no address: a handle's count is increased before an address is assigned
+in the block, and decreased after the address is released there; and the count is corrected from the blocks before it is
+changed.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Ipam:
         self._host = host
 
     def owner(self, address: IPAddress) -> Owner | None:
-        """Return who holds `address`, None for a free one; raise InvalidValue for an invalid block."""
+        """Return the owner of `address`, None if it is free; raise InvalidValue for an invalid block."""
         block = self.block_of(address)
         return None if block is None else block.owner(int(address) % BLOCK_SIZE)
 
@@ -93,11 +94,11 @@ class Ipam:
         ]
 
     def held_by(self, handle: str) -> dict[IPAddress, Owner] | None:
-        """Return address -> owner for what `handle` holds on this host; None when there is no such handle on this host.
+        """Return address -> owner for the addresses of `handle` on this host; None if this host has no such handle.
 
-        Two hosts may have namespaces of the same path, and so the same handle; the owner's attributes name the host.
-        A handle without any address is deleted, and the result is empty. Wrong counts that an interrupted command left
-        are corrected, so the caller must hold the workload's lock.
+        Two hosts may have namespaces with the same path, and so the same handle; the owner's attributes name the host.
+        A handle without any address is deleted, and the result is empty. If an interrupted command has left wrong
+        counts, they are corrected, so the caller must hold the workload's lock.
         """
         entry = self._store.get(keys.ipam_handle(handle))
         if entry is None:
@@ -120,7 +121,7 @@ class Ipam:
         return held or None
 
     def recount(self, handle: str, blocks: Iterable[str]) -> None:
-        """Set a handle's counts to how many addresses it holds, in the blocks that it names and in `blocks` (CIDRs)."""
+        """Correct a handle's counts, for the blocks that it names and for `blocks` (CIDRs)."""
         self.handles.recount(handle, {cidr: self.handles.held_in(handle, cidr) for cidr in blocks})
 
     def repair_free_list(self, version: int, cidr: str) -> None:
@@ -136,8 +137,8 @@ class Ipam:
     def assign(self, address: IPAddress, owner: Owner) -> None:
         """Assign `address` to `owner`. Idempotent for the same owner.
 
-        Raises AddressTaken when another owner has it, CalicoError when its block has strict affinity to another host,
-        Conflict when other writers change its block all the time.
+        Raises AddressTaken if another owner has it, CalicoError if its block has strict affinity to another host, and
+        Conflict if other writers keep changing its block.
         """
         version, first, ordinal = place(address)
         with self._recount_on_failure(owner):
@@ -149,9 +150,9 @@ class Ipam:
     ) -> list[IPAddress]:
         """Assign up to `count` free addresses of `pools` (of one IP version) to `owner`; return them.
 
-        Tries, in order, blocks with affinity to this host, new blocks, which this host claims, and other hosts'
-        blocks. Addresses that are `reserved`, or of a network that this host is connected to, are left out, and no
-        block with addresses of such a network is claimed.
+        Tries, in this order: blocks with affinity to this host; new blocks, which this host claims; other hosts'
+        blocks. Addresses that are `reserved`, or in a network to which this host is connected, are left out, and no
+        block that overlaps such a network is claimed.
         """
         ranges = [_range(pool) for pool in pools]
         reserved = reserved or Reserved()
@@ -172,7 +173,8 @@ class Ipam:
     def release(self, addresses: Iterable[IPAddress], holders: set[str | None] | None = None) -> list[IPAddress]:
         """Release addresses; return those that were not assigned.
 
-        With `holders`, release only what one of these handles holds (None: no handle); others count as not assigned.
+        With `holders`, only addresses of these handles (None: no handle) are released, and any other address is
+        returned as if it were not assigned.
         """
         by_block: dict[tuple[int, int], set[int]] = {}
         for address in addresses:
@@ -187,14 +189,14 @@ class Ipam:
         return missing
 
     def release_by_handle(self, handle: str) -> list[IPAddress]:
-        """Release all addresses that `handle` holds on this host; return them. An empty handle is deleted."""
+        """Release all addresses of `handle` on this host; return them. A handle that is then empty is deleted."""
         held = list(self.held_by(handle) or ())
         self.release(held, {handle})
         self.handles.recount(handle)
         return held
 
     def set_workload_name(self, handle: str, addresses: Iterable[IPAddress], name: str) -> None:
-        """Write a workload's name into the attributes of the addresses that its `handle` holds on this host."""
+        """Write a workload's name into the attributes of the addresses of its `handle` on this host."""
         for version, first in {place(address)[:2] for address in addresses}:
             key = keys.ipam_block(version, block_cidr(version, first))
 
@@ -205,7 +207,7 @@ class Ipam:
             modify(self._store, key, f"etcd key {key} no longer exists", renamed)
 
     def workloads(self, name: str | None = None) -> set[tuple[str, str]]:
-        """Return the workloads, as (orchestrator, id), that hold addresses on this host by a handle `orchestrator.id`.
+        """Return the workloads, as (orchestrator, id), with addresses on this host and a handle `orchestrator.id`.
 
         With a `name`, only those that were connected under that name.
         """
@@ -219,7 +221,10 @@ class Ipam:
         return found
 
     def interfaces(self) -> set[str]:
-        """Return the interfaces' names of this host's endpoints that hold addresses, even of those without a record."""
+        """Return the names of the interfaces of this host's endpoints that have addresses.
+
+        They are derived from the addresses' attributes, so the endpoints need not be in the store.
+        """
         owners = [owner.secondary for _, owner in self._held() if owner.secondary.get("host") == self._host]
         return {EndpointId("", "", "", str(facts.get("endpoint"))).interface for facts in owners}
 
@@ -270,7 +275,7 @@ class Ipam:
     def _candidates(
         self, ranges: list[tuple[int, int, int]], networks: Iterable[Network]
     ) -> Iterator[tuple[int, int, bool]]:
-        """Yield (IP version, first address, whether to claim the block) of blocks to assign addresses of, best first.
+        """Yield (IP version, first address, whether to claim the block) of blocks to assign from, the best ones first.
 
         `ranges` are (IP version, first address, last address); all addresses are numbers. Blocks with addresses of
         `networks` are not claimed.
@@ -308,9 +313,9 @@ class Ipam:
     ) -> list[IPAddress]:
         """Assign up to `count` free addresses of a block, out of these ordinals; return the addresses.
 
-        With `claim`, a block that does not exist is created, with affinity to this host, and one that turns out to be
-        another host's is skipped. With `exact`, another host's block is used, too, and an address that the owner has
-        already counts as newly assigned.
+        With `claim`, a block that does not exist is created, with affinity to this host; if another host has created it
+        meanwhile, it is skipped. With `exact`, another host's block is used, too, and an address that the owner has
+        already is returned as if it were newly assigned.
         """
         cidr = block_cidr(version, first)
         key = keys.ipam_block(version, cidr)
@@ -363,7 +368,7 @@ class Ipam:
 
     @contextmanager
     def _recount_on_failure(self, owner: Owner) -> Iterator[None]:
-        """Recount the owner's handle when the body of `with` fails: a count may have gone up for no address."""
+        """Recount the owner's handle if the body of `with` fails: a count may be too high."""
         try:
             yield
         except BaseException:  # KeyboardInterrupt included

@@ -126,7 +126,7 @@ def bgp_host(host: str) -> str:
 
 
 def bgp_peers(version: int, host: str | None = None) -> str:
-    """The directory of the global BGP peers, or of those of one host."""
+    """Return the directory of the global BGP peers, or of the peers of one host."""
     return f"{BGP_GLOBAL if host is None else bgp_host(host)}/peer_v{version}"
 
 
@@ -202,7 +202,7 @@ def ipam_handle(handle: str) -> str:
 
 
 def felix_host(host: str) -> str:
-    """The directory of what a host's agent reports."""
+    """Return the directory of the statuses that a host's agent reports."""
     return f"{FELIX_HOSTS}/{host}"
 
 
@@ -215,10 +215,10 @@ def felix_endpoint(id: EndpointId) -> str:
 
 
 def implied_directories(key: str) -> list[str]:
-    """Return the directories, deepest first, that a delete of the key removes where it leaves them empty.
+    """Return the directories, deepest first, that are removed if they are empty after the key is deleted.
 
     For an endpoint and its status, these are the directories of the workload. All other directories stay: the programs
-    of 2015 expect them. Matters to stores with directories of their own (etcd's v2 API).
+    of 2015 expect them. This matters only to stores that have directories, such as etcd's v2 API.
     """
     id, levels = parse_endpoint(key), 2
     if id is None:

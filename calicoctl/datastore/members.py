@@ -1,9 +1,10 @@
 """Failover over the members of a cluster, and writes whose outcome is unknown. Shared by all backends.
 
-A backend gives `Members` a connection per member. A connection reports a request without an answer as NotSent,
-Unanswered or ConnectionLost; any other exception is an answer, and goes to the caller. A request that did not reach a
-member goes to the next one, so one dead member stops nothing. A write that may have been applied is sent again only
-after its key was read: a verdict (`created`, `updated` or `deleted` below) decides by the key's entry.
+`Members` has a connection of the backend's to each member. If a request gets no answer, the connection raises NotSent,
+Unanswered or ConnectionLost; any other exception is an answer, and is passed on to the caller. A request that did not
+reach a member is sent to the next one, so the failure of one member does no harm. A write that may have been applied is
+sent again only after its key was read: a verdict (`created`, `updated` or `deleted` below) decides from the key's
+entry.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ another writer changed the key, so that the outcome stays unknown."""
 class RequestFailed(Exception):
     """A request got no answer. The text says which member it was, and why.
 
-    `garbled`: what came back, if anything, was not the expected protocol, so the server may speak another one.
+    `garbled` says that the server's answer, if any, was not in the expected protocol: it may speak another one.
     """
 
     def __init__(self, why: str, garbled: bool = False) -> None:
@@ -45,7 +46,7 @@ class Unanswered(RequestFailed):
 
 
 class ConnectionLost(Unanswered):
-    """The connection was lost before the answer came."""
+    """The connection was lost before the answer arrived."""
 
 
 class Deadline:
@@ -55,7 +56,7 @@ class Deadline:
         self._end = time.monotonic() + seconds
 
     def backoff(self, failure: Unanswered) -> None:
-        """Wait a random while before the next attempt; raise StoreUnavailable when the deadline is over."""
+        """Wait for a random time before the next attempt; raise StoreUnavailable if the deadline has passed."""
         if time.monotonic() > self._end:
             raise StoreUnavailable(f"etcd cannot do what was asked: {failure}; try again later")
         time.sleep(random.uniform(0.1, 0.3))
@@ -65,8 +66,10 @@ class Members(Generic[C]):
     """The members of one cluster, with a connection (of the backend's type C) to each."""
 
     def __init__(self, settings: EtcdSettings, connect: Callable[[Member], C], patience: float) -> None:
-        """`connect` makes a connection, and sends nothing. `patience`: seconds for which a request is sent again
-        while the members that can be reached do not answer, because they elect a leader, say."""
+        """`connect` creates a connection, and sends nothing.
+
+        `patience` is for how many seconds a request is sent again if the members that can be reached do not answer, for
+        example because they elect a leader."""
         self._settings = settings
         self._connect = connect
         self._patience = patience
@@ -77,8 +80,8 @@ class Members(Generic[C]):
     def ask(self, send: Callable[[C], T]) -> T:
         """Send a request to the first member that can be reached, and return its answer.
 
-        Raises Unanswered when the outcome is unknown, StoreUnavailable when the request could be sent to no member, and
-        whatever else `send` raises. A member that failed is asked after the others from then on.
+        Raises Unanswered if the outcome is unknown, StoreUnavailable if the request could not be sent to any member,
+        and any other exception of `send`. A member that failed is asked after the others from then on.
         """
         reasons: list[str] = []
         mismatches = 0
@@ -118,9 +121,9 @@ class Members(Generic[C]):
     def write(self, send: Callable[[C], Entry], read: Callable[[], Entry | None], verdict: Verdict) -> Entry:
         """Send a conditional write until its outcome is known; return the entry as it was written.
 
-        `send` raises KeyExists or CompareFailed when the write's condition is not met. If an earlier attempt may have
-        been applied, that attempt may be the reason: then, as without an answer, `verdict` decides on what `read`
-        returns.
+        `send` raises KeyExists or CompareFailed if the write's condition is not met. The reason may be that an earlier
+        attempt, which got no answer, was applied. In that case, and if there is no answer at all, `verdict` decides
+        from the entry that `read` returns.
         """
         deadline = Deadline(self._patience)
         doubtful = False
@@ -151,7 +154,7 @@ class Members(Generic[C]):
         self._order.append(member)
 
     def _mismatch(self, member: Member, failure: RequestFailed) -> str | None:
-        """Return a text on the other protocol that a member speaks, None if that is not why it failed."""
+        """Return a text that says which other protocol a member speaks, None if that is not why the request failed."""
         if member in self._answered or not failure.garbled:
             return None
         from calicoctl.datastore import probe
@@ -160,7 +163,7 @@ class Members(Generic[C]):
 
 
 def created(key: str, value: str) -> Verdict:
-    """Return the function that decides whether a write of unknown outcome created a key."""
+    """Return the verdict for a `create` of unknown outcome: it decides from the key's entry whether it was applied."""
 
     def verdict(now: Entry | None) -> Entry | None:
         if now is not None and now.value != value:
@@ -171,7 +174,7 @@ def created(key: str, value: str) -> Verdict:
 
 
 def updated(entry: Entry, value: str) -> Verdict:
-    """Return the function that decides whether a write of unknown outcome put a new value over an entry."""
+    """Return the verdict for an `update` of unknown outcome: it decides from the key's entry whether it was applied."""
 
     def verdict(now: Entry | None) -> Entry | None:
         if now is not None and now.revision == entry.revision:
@@ -184,7 +187,7 @@ def updated(entry: Entry, value: str) -> Verdict:
 
 
 def deleted(entry: Entry) -> Verdict:
-    """Return the function that decides whether a delete of unknown outcome deleted an entry."""
+    """Return the verdict for a `delete` of unknown outcome: it decides from the key's entry whether it was applied."""
 
     def verdict(now: Entry | None) -> Entry | None:
         if now is None:

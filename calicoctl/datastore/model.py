@@ -1,4 +1,4 @@
-"""Endpoints, rules, profiles, pools and BGP peers: plain data, from and to the JSON of the store. Reads no store.
+"""Endpoints, rules, profiles, pools and BGP peers: plain data, converted from and to JSON. Does not access the store.
 
 A missing optional field gets its default, and an unknown field is kept in `extra` and written back. An invalid value
 raises InvalidValue, which names the key.
@@ -48,7 +48,7 @@ def _excerpt(text: str) -> str:
 
 
 def _is_net(text: str, version: int) -> bool:
-    """Return whether a text is an address with prefix length. Not by netaddr: importing that takes too long."""
+    """Return whether a text is an address with prefix length. Does not use netaddr, whose import takes too long."""
     address, _, length = text.partition("/")
     try:
         socket.inet_pton(FAMILIES[version], address)
@@ -65,9 +65,9 @@ def _is_strings(value: Any) -> bool:
 class Endpoint:
     """One interface of a workload.
 
-    `name` is that of the host's end of the veth pair; nets are `address/32` or `address/128`; gateways are the host's
-    addresses, the workload's next hops. `profile_ids` is in order of evaluation. `inactive_since` is when the workload
-    was found stopped (ISO 8601, UTC), `workload_name` the name of the Docker container; old tools drop both.
+    `name` is the name of the host end of the veth pair. Nets are `address/32` or `address/128`. Gateways are the
+    workload's next hops: addresses of the host. `profile_ids` is in order of evaluation. `inactive_since` is when the
+    workload was found stopped (ISO 8601, UTC), `workload_name` the name of the Docker container; old tools remove both.
     """
 
     id: EndpointId
@@ -116,7 +116,7 @@ class Endpoint:
         return cls(id=id, extra=data, **known)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the record as the JSON object in the store."""
+        """Return the endpoint as the JSON object in the store."""
         return {
             "state": self.state,
             "name": self.name,
@@ -161,7 +161,7 @@ class Endpoint:
 class Rule:
     """One rule of a profile. All conditions are optional and ANDed; see docs/datamodel.md for what they mean.
 
-    `protocol` is a name or a number, a net a CIDR, a port a number or `"first:last"`. `extra` has unknown fields.
+    `protocol` is a name or a number, a net a CIDR, a port a number or `"first:last"`. `extra` contains unknown fields.
     """
 
     action: str = "allow"
@@ -202,7 +202,7 @@ class Rules:
 
     @classmethod
     def default(cls, profile: str) -> Rules:
-        """Return the rules of a new profile: allow from endpoints with the profile's own tag, and to anywhere."""
+        """Return the rules of a new profile: allow inbound from endpoints with the profile's tag, and all outbound."""
         return cls(profile, inbound=[Rule(src_tag=profile)], outbound=[Rule()])
 
     @classmethod
@@ -281,7 +281,7 @@ class Pool:
 
 @dataclass
 class Peer:
-    """A BGP peer of hosts. `ip` is canonical, `as_num` decimal text (asplain, RFC 5396)."""
+    """A BGP peer of one host or of all. `ip` is canonical, `as_num` decimal text (asplain, RFC 5396)."""
 
     ip: str
     as_num: str

@@ -1,6 +1,7 @@
-"""Finds out, for error messages, what a server that does not answer as etcd speaks: TLS, plain HTTP, or gRPC only.
+"""Determines which protocol a server speaks that does not answer like etcd: TLS, plain HTTP, or gRPC only.
 
-Source: RFC 9113, 3.4 and 6.5: an HTTP/2 server opens with a SETTINGS frame, also when the client speaks HTTP/1.1.
+Used for error messages. Source: RFC 9113, 3.4 and 6.5: the first thing that an HTTP/2 server sends is a SETTINGS frame,
+even if the client speaks HTTP/1.1.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ _SETTINGS_FRAME = 4
 
 
 def mismatch(scheme: str, host: str, port: int) -> str | None:
-    """Return in words what a server speaks instead of `scheme` (http or https), and the remedy; None if unknown."""
+    """Return a text: what a server speaks instead of `scheme` (http or https), and the remedy. None if unknown."""
     host = host.strip("[]")
     if scheme == "https":
         if _first_bytes(host, port).startswith(b"HTTP/"):

@@ -1,9 +1,9 @@
-"""Addresses that workloads on a host must not have, and networks that no address is assigned from automatically.
+"""Addresses that workloads on a host must not have, and networks from which no address is assigned automatically.
 
-The host's own addresses, its gateways, and the addresses of registered hosts must not be routed to a workload. In a
-network that the host is connected to, other machines use addresses that IPAM does not know, so an address of it must be
-requested explicitly. Pure data: host_network.py reads the kernel, hosts.py the registrations. IPAM and the agent's
-routes use this module.
+The host's own addresses, its gateways, and the addresses of registered hosts must not be routed to a workload. If the
+host is connected to a network, other machines there use addresses that IPAM does not know of, so a workload gets an
+address of that network only if the user requests it explicitly. Plain data: host_network.py reads the kernel, hosts.py
+the registrations. IPAM and the agent's routes use this module.
 """
 
 from __future__ import annotations
@@ -80,9 +80,9 @@ class InterfaceAddress:
 class HostNetwork:
     """A host's own addresses and networks.
 
-    `in_use` maps the host's addresses, gateways and broadcast addresses to their descriptions; all addresses of the
-    networks `local` are the host's as well. `unfit` maps addresses that stand for a network as a whole to their
-    descriptions. `networks` are those that the host is connected to.
+    `in_use` maps the host's addresses, gateways and broadcast addresses to their descriptions. All addresses of the
+    networks `local` are the host's as well. `unfit` maps addresses that denote a whole network to their descriptions.
+    `networks` are those to which the host is connected.
     """
 
     in_use: Mapping[str, str] = field(default_factory=dict)
@@ -100,9 +100,10 @@ class HostNetwork:
     ) -> HostNetwork:
         """Derive a HostNetwork from a host's addresses and routes.
 
-        `gateways` are the next hops of routes (address, interface); `local` networks all of whose addresses are the
-        host's (address, prefix length), as local routes have it; `on_link` networks (address, prefix length, interface)
-        that are reachable without a gateway although the host has no address in them.
+        `gateways` are the next hops of routes, as (address, interface). `local` are the destinations of local routes,
+        as (address, prefix length): all addresses of such a network are the host's. `on_link` are networks, as
+        (address, prefix length, interface), that are reachable without a gateway, although the host has no address in
+        them.
         """
         own: dict[str, str] = {}
         in_use: dict[str, str] = {}
@@ -163,7 +164,7 @@ class HostNetwork:
 
 @dataclass(frozen=True)
 class Reserved:
-    """What workloads on a host must not use: the host's network, and the addresses of registered hosts.
+    """The addresses that workloads on a host must not use: those of the host's network and of registered hosts.
 
     `registered` maps canonical addresses to names of hosts; `host` is the name of this host.
     """
@@ -173,7 +174,7 @@ class Reserved:
     host: str = ""
 
     def user(self, address: str) -> str | None:
-        """Return in words which host uses an address, such as `this host's own address (on eth0)`; or None."""
+        """Return a text that says which host uses an address, such as `this host's own address (on eth0)`; or None."""
         host = self.registered.get(address)
         known = self.network.has(address)
         if known is not None or host is None:
@@ -181,11 +182,11 @@ class Reserved:
         return "this host's own address (it is registered with it)" if host == self.host else f"that of host {host}"
 
     def refusal(self, address: str) -> str | None:
-        """Return in words why no workload may have an address; None if a workload may."""
+        """Return a text that says why no workload may have an address; None if a workload may."""
         return self.user(address) or self.network.unfit.get(address)
 
     def is_free_for_any(self, version: int, number: int) -> bool:
-        """Return whether an address (a number) may be assigned to a workload that did not request it explicitly."""
+        """Return whether an address (a number) may be assigned to a workload without an explicit request."""
         if any(network.has(version, number) for network in self.network.networks):
             return False
         return self.refusal(Network(version, number, BITS[version]).address(number)) is None

@@ -1,4 +1,4 @@
-"""Where the members of etcd are, and how to speak TLS with them: read from the environment. Sends nothing."""
+"""The addresses of etcd's members, and the TLS files for them, read from the environment. Sends nothing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DEFAULT_MEMBERS: tuple[Member, ...] = (("127.0.0.1", 2379),)
 class EtcdSettings:
     """The members of the cluster, and the TLS files (PEM) for connections to them.
 
-    `scheme` is "http" or "https". `is_default` means that the environment names no member, so that port 2379 of this
+    `scheme` is "http" or "https". `is_default` says that the environment names no member, so that port 2379 of this
     host is used.
     """
 
@@ -71,10 +71,10 @@ class EtcdSettings:
         return f"{self.scheme}://{member[0]}:{member[1]}"
 
     def local_etcd_hint(self, one: str, local: str, would_do: bool = False) -> str:
-        """Return what `calicoctl node --local-etcd` would do on this host, or an empty text where that would refuse.
+        """Return what `calicoctl node --local-etcd` would do on this host, an empty string if it would refuse.
 
-        `one` names the etcd that the command would start first, `local` the one that it would start again. `would_do`
-        says that the command would start a first one although the environment names a member.
+        The text calls the etcd `one` if there has been none on this host yet, `local` if it would be started again.
+        `would_do` says that the command would start a first etcd although the environment names a member.
         """
         command = "'calicoctl node --local-etcd'"
         if self.is_default or would_do:
@@ -86,7 +86,7 @@ class EtcdSettings:
 
 
 def _check_tls_files(ca_cert: str | None, cert: str | None, key: str | None) -> None:
-    """Raise StoreError for a file that holds no certificate or key of the kind that its variable is for."""
+    """Raise StoreError if a file does not contain the kind of certificate or key that its variable stands for."""
     import ssl
 
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)

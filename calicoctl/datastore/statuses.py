@@ -1,4 +1,4 @@
-"""What a host's agent reports in the store: its heartbeat, and the status of each endpoint."""
+"""The reports of a host's agent in the store: its heartbeat, and the status of each endpoint."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class Statuses:
         self._store = store
 
     def of_host(self) -> Entry | None:
-        """Return this host's status, its agent's heartbeat; None when the status has expired: no agent is alive."""
+        """Return this host's status, which is its agent's heartbeat; None if it has expired, as no agent is alive."""
         return self._store.get(keys.felix_status(self.host))
 
     def write_host(self, status: dict[str, object], ttl: int, before: Entry | None) -> Entry:
-        """Write this host's status over the entry `before`, or a new one for None; it expires after `ttl` seconds.
+        """Replace this host's status, read as `before`, or create it if `before` is None. Expires after `ttl` seconds.
 
-        Raises KeyExists or CompareFailed when the status was written or has expired since `before` was read.
+        Raises KeyExists or CompareFailed if the status was written or has expired since `before` was read.
         """
         if before is None:
             return self._store.create(keys.felix_status(self.host), json.dumps(status), ttl)
@@ -39,7 +39,7 @@ class Statuses:
             self._store.delete(before)
 
     def report_endpoint(self, id: EndpointId, status: str | None) -> None:
-        """Write the status (JSON text) of an endpoint of this host, or delete the status for None."""
+        """Write the status (JSON text) of an endpoint of this host; None deletes it."""
         if status is not None:
             self._store.put(keys.felix_endpoint(id), status)
         else:

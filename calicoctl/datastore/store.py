@@ -1,6 +1,6 @@
 """The interface of the store (`Store`), which each backend implements, and writes by compare-and-swap on top of it.
 
-Depends on no backend, and on nothing of Calico's. backends.py picks the backend.
+Depends on no backend, and on nothing that is specific to Calico. backends.py chooses the backend.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ ATTEMPTS = 200
 
 @dataclass(frozen=True)
 class Entry:
-    """A key and its value. `revision` is that of its last write, which a compare-and-swap compares (etcd's v2 API calls
-    it modifiedIndex).
+    """A key and its value. `revision` is the revision of its last write, which a compare-and-swap compares. (etcd's v2
+    API calls it modifiedIndex.)
 
-    `created` is the revision of the write that created the key: `update` keeps it, a create after a delete gives a
-    later one. Where a key is overwritten blindly (by `put`, or by another program), etcd's v2 API counts that as a
-    creation, and its v3 API does not. So `created` may only decide which of two rivals was first, both of which this
-    program makes by `create` and changes by `update` (endpoints that claim the same address, pools that overlap), and
-    nothing may break when a blind overwrite reverses that order.
+    `created` is the revision of the write that created the key. `update` does not change it; a create after a delete
+    sets a later one. If a key is overwritten blindly (by `put`, or by another program), etcd's v2 API counts that as a
+    creation, and its v3 API does not. So `created` may only be used to decide which of two conflicting objects is the
+    older one (endpoints that claim the same address, pools that overlap): this program writes these by `create` and
+    `update` only. Nothing may break if a blind overwrite reverses their order.
     """
 
     key: str
@@ -37,7 +37,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Change:
-    """A key was written (`entry`); or it was deleted or has expired, with all keys below it (`entry` is None)."""
+    """A key was written (`entry`). If `entry` is None, it was deleted or has expired, with all keys below it."""
 
     key: str
     entry: Entry | None
@@ -46,14 +46,13 @@ class Change:
 class Watch(Protocol):
     """The changes below a directory, in order and without a gap: an iterator of batches.
 
-    A batch is empty when nothing has changed, at the latest after the time that the watch was opened with. A majority
-    of the cluster confirms an empty batch, since a member that is partitioned from the others would report nothing
-    either.
+    If nothing changes for the `seconds` that were passed to `Store.watch`, it yields an empty batch. A majority of the
+    cluster has confirmed an empty batch: a member that is partitioned from the others would see no changes, either.
 
-    `next` blocks until there is a batch. `next` raises WatchExpired when changes may have been missed: the store no
-    longer keeps them, or was restored from a copy, or the connection was lost, after which another store may answer;
-    and StoreError when the store cannot be watched. A watch that has raised is closed: take a new snapshot, and open
-    another one from there.
+    `next` blocks until there is a batch. It raises StoreError if the store cannot be watched. It raises WatchExpired if
+    changes may have been missed: because the store no longer keeps them, because it was restored from a copy, or
+    because the connection was lost, after which another store may answer. A watch that has raised an exception is
+    closed: read all entries again, and open a new watch from their revision.
     """
 
     def __iter__(self) -> Iterator[list[Change]]: ...
@@ -61,18 +60,18 @@ class Watch(Protocol):
     def __next__(self) -> list[Change]: ...
 
     def close(self) -> None:
-        """Release what the watch holds open."""
+        """Close the connection of the watch."""
 
 
 class Store(Protocol):
     """Keys with text values, ordered by a revision that grows with each write of any key.
 
-    Keys are paths, such as `/calico/v1/Ready`; a directory is what keys that begin with it and a slash have in common,
-    and exists only through them. Reads return the outcome of all writes that were answered before (linearizable). After
-    a write whose answer was lost, the key is read until the outcome is known; no write is applied twice.
+    Keys are paths, such as `/calico/v1/Ready`. A directory is a common prefix of keys, up to a slash, and exists only
+    while there are such keys. Reads are linearizable: they see all writes that were answered before. After a write
+    whose answer was lost, the key is read until the outcome is known; no write is applied twice.
 
-    Every method raises StoreUnavailable when no member of the store answers, StoreError when the store refuses, and
-    InvalidValue for a directory where a key is expected or the other way round, on stores that can tell.
+    Every method raises StoreUnavailable if no member of the store answers, and StoreError if the store refuses the
+    request. Stores that have directories raise InvalidValue for a directory where a key is expected, or the reverse.
     """
 
     def get(self, key: str) -> Entry | None:
@@ -82,35 +81,37 @@ class Store(Protocol):
         """Return all entries below `directory`, at any depth."""
 
     def names(self, directory: str) -> list[str]:
-        """Return the next part of all keys below `directory`, each once: `b` and `x` of `/a/b`, `/a/x/y` and `/a/x/z`.
+        """Return the next parts of all keys below `directory`, each once.
 
-        Values are not held in memory. A store with directories of its own (etcd's v2 API) may also return the name of
-        one that is empty: do not conclude from a name that there is anything below it.
+        For `/a/b`, `/a/x/y` and `/a/x/z` below `/a`, these are `b` and `x`. Values are not kept in memory. A store that
+        has directories (etcd's v2 API) may also return the name of an empty one: do not conclude from a name that there
+        are keys below it.
         """
 
     def exists(self, directory: str) -> bool:
         """Return whether there is any key below `directory`."""
 
     def create(self, key: str, value: str, ttl: int | None = None) -> Entry:
-        """Write `key`, which must not exist; raise KeyExists when it does.
+        """Write `key`, which must not exist; raise KeyExists if it does.
 
-        With `ttl`, the key expires after so many seconds unless it is updated; without, never.
+        With `ttl`, the key expires after that many seconds unless it is updated. Without `ttl`, it never expires.
         """
 
     def update(self, entry: Entry, value: str, ttl: int | None = None) -> Entry:
-        """Write a new value over `entry`, as it was read; raise CompareFailed when it was changed or deleted since.
+        """Write a new value over `entry`; raise CompareFailed if it was changed or deleted since `entry` was read.
 
-        With `ttl`, the key expires after so many seconds from now; without, never, whatever held before.
+        With `ttl`, the key expires that many seconds from now. Without `ttl`, it never expires, even if it had an
+        expiry before.
         """
 
     def delete(self, entry: Entry) -> None:
-        """Delete `entry`, as it was read; do nothing when it is gone; raise CompareFailed when it has changed since."""
+        """Delete `entry`; do nothing if it is deleted already; raise CompareFailed if it was changed since the read."""
 
     def remove_tree(self, directory: str) -> None:
         """Delete all keys below `directory`, and the key of that name."""
 
     def put(self, key: str, value: str) -> None:
-        """Write `key` blindly, whatever it holds. It never expires."""
+        """Write `key` blindly, whatever its value is. It never expires."""
 
     def check_writable(self, key: str) -> None:
         """Raise StoreError if this user may not write `key`. Changes nothing."""
@@ -119,12 +120,12 @@ class Store(Protocol):
         """Return the version of the server."""
 
     def list_for_watch(self, directory: str) -> tuple[list[Entry], int]:
-        """Return all entries below `directory` at one moment, and the revision to watch from for later changes."""
+        """Return all entries below `directory` at one moment, and the revision from which to watch later changes."""
 
     def watch(self, directory: str, revision: int, seconds: float) -> Watch:
         """Return a watch of the changes below `directory` from `revision` on. Nothing is sent before the first batch.
 
-        `seconds` is how long nothing may change before the watch yields an empty batch.
+        If nothing changes for `seconds`, the watch yields an empty batch.
         """
 
 
@@ -138,9 +139,9 @@ def create_if_missing(store: Store, key: str, value: str) -> bool:
 
 
 def set_value(store: Store, key: str, value: str | None) -> None:
-    """Set `key` to `value`, or delete it for None, whatever it holds. Writes nothing where that is so already.
+    """Set `key` to `value`, whatever its value was; None deletes it. Writes nothing if the value is the same.
 
-    Raises Conflict when other writers change the key all the time.
+    Raises Conflict if other writers keep changing the key.
     """
     for attempt in range(ATTEMPTS):
         entry = store.get(key)
@@ -161,7 +162,7 @@ def modify(store: Store, key: str, missing: str, change: Callable[[str], str | N
     """Change a value by compare-and-swap: read it, let `change` compute the new one, write it; retry on a conflict.
 
     `change` returns None if there is nothing to change. Returns whether this call changed the value. Raises NotFound
-    with the message `missing` when there is no such key, Conflict when other writers change it all the time.
+    with the message `missing` if there is no such key, and Conflict if other writers keep changing it.
     """
     done = False
     for attempt in range(ATTEMPTS):

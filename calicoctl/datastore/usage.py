@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 @dataclass
 class Usage:
-    """How many addresses a pool (a CIDR) has; `borrowed` are those used ones that lie in a block of another host.
+    """The numbers of addresses of a pool (a CIDR). `borrowed` counts used addresses in blocks of other hosts.
 
-    For the addresses in no pool, `pool`, `addresses` and `free` are None.
+    For addresses that are in no pool, `pool`, `addresses` and `free` are None.
     """
 
     pool: str | None
@@ -28,7 +28,7 @@ class Usage:
 
 
 def usages(pools: Iterable[Pool], blocks: Iterable[Block]) -> list[Usage]:
-    """Return the usage of each pool of an IP version and, last, that of addresses in no pool, if any is used."""
+    """Return the usage of each pool of an IP version. If addresses in no pool are used, their usage comes last."""
     from netaddr.ip import IPNetwork
 
     networks = [IPNetwork(pool.cidr) for pool in pools]
