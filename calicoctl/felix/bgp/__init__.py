@@ -1,0 +1,1 @@
+"""BGP: the configuration of BIRD, its process, and its sessions."""
