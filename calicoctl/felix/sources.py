@@ -47,7 +47,7 @@ from calicoctl.felix.events import (
 
 if TYPE_CHECKING:
     from calicoctl.datastore.client import DatastoreClient
-    from calicoctl.datastore.store import Watch
+    from calicoctl.datastore.store import Entry, Watch
 
 log = logging.getLogger("calico.felix")
 
@@ -58,6 +58,13 @@ changes arrive within ten seconds."""
 
 LONGEST_PAUSE = 5.0
 """Seconds between two attempts to reach the store, at most: the limit of the backoff."""
+
+SPREAD_PER_HOST = 0.05
+"""Seconds by which each host in the store lengthens the time over which all hosts spread their re-reads: about what one
+read of some thousand endpoints takes etcd and an agent together."""
+
+LONGEST_SPREAD = 4.0
+"""Seconds over which re-reads are spread at most."""
 
 ENGINE_PAUSE = 0.5
 """Seconds between two attempts to reach the Docker Engine: short, since it starts containers as soon as it is up."""
@@ -120,13 +127,14 @@ class StoreEvents(_Source):
 
     def follow(self) -> None:
         watch: Watch | None = None
-        pause = 0.0
+        pause = spread = 0.0
         failed = 0  # watches that ended since one yielded a batch
         while True:
             reading = watch is None
             try:
                 if watch is None:
                     entries, revision = self._datastore.list_for_watch(self._directory)
+                    spread = spread_of_reads(entries)
                     self._events.put(StoreRead(self._directory, entries))
                     del entries
                     self._worked = now()
@@ -148,7 +156,7 @@ class StoreEvents(_Source):
                 failed += 1
                 if failed > 1:
                     self._emit_failed(str(lost), read=True)
-                pause = _back_off(pause)
+                pause = _back_off(pause, spread)
             except Exception as error:  # of any kind: an end of this thread would end the agent
                 why = str(error) if isinstance(error, CalicoError) else f"the store cannot be followed: {error!r}"
                 self._emit_failed(why, read=False)
@@ -167,13 +175,20 @@ class StoreEvents(_Source):
             self._events.put(self._failure)
 
 
-def _back_off(pause: float) -> float:
+def spread_of_reads(entries: list[Entry]) -> float:
+    """Return the seconds over which hosts should spread their re-reads, by the number of hosts that were read."""
+    hosts = {entry.key.partition("/host/")[2].partition("/")[0] for entry in entries} - {""}
+    return min(LONGEST_SPREAD, SPREAD_PER_HOST * len(hosts))
+
+
+def _back_off(pause: float, spread: float = 0.0) -> float:
     """Sleep before the next full read of the store, longer than the last `pause` (seconds); return the new pause.
 
-    With jitter: a full read is the most expensive request for the store, and all hosts may need one at the same time.
+    With jitter, and up to `spread` seconds more: a full read is the most expensive request for the store, and after a
+    burst of changes all hosts need one at the same time.
     """
     pause = min(LONGEST_PAUSE, max(0.2, pause * 2))
-    time.sleep(pause * random.uniform(0.5, 1))
+    time.sleep(pause * random.uniform(0.5, 1) + random.uniform(0, spread))
     return pause
 
 

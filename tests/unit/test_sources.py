@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from calicoctl.datastore.client import DatastoreClient
-from calicoctl.datastore.store import Change
+from calicoctl.datastore.store import Change, Entry
 from calicoctl.errors import StoreUnavailable
 from calicoctl.felix import sources
 from calicoctl.felix.events import ContainerChanged, StoreChanged, StoreRead, WatchFailed, WatchRecovered
@@ -98,6 +98,37 @@ def test_a_directory_is_read_again_when_the_watch_has_expired(followed: Followed
     assert isinstance(read, StoreRead) and [entry.value for entry in read.entries] == [str(HISTORY)]
     last = followed.store.create("/calico/b", "1")
     assert followed.next() == StoreChanged(Change("/calico/b", last)), "an expired watch is no failure"
+
+
+def test_re_reads_are_spread_by_the_number_of_hosts() -> None:
+    def spread(hosts: int) -> float:
+        keys = [f"/calico/v1/host/h{number % hosts}/workload/docker/{number}" for number in range(3 * hosts)]
+        return sources.spread_of_reads([Entry(key, "", 1) for key in ("/calico/v1/Ready", *keys)])
+
+    assert spread(1) <= 0.1, "a host alone does not wait noticeably"
+    assert spread(20) == 20 * spread(1)
+    assert spread(1000) == spread(2000) == sources.LONGEST_SPREAD
+
+
+def test_a_host_that_missed_changes_spreads_its_read_one_that_starts_does_not(
+    followed: Followed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits: list[float] = []
+    monkeypatch.setattr(sources.random, "uniform", lambda low, high: limits.append(high) or 0.0)
+    for number in range(30):
+        followed.store.create(f"/calico/v1/host/h{number}/bird_ip", "")
+    followed.thread.start()
+    assert [type(followed.next()) for _ in range(2)] == [StoreRead, WatchRecovered]
+    assert limits == []
+
+    def miss_changes() -> None:
+        followed.work()
+        for number in range(HISTORY + 1):
+            followed.store.put("/calico/a", str(number))
+
+    followed.store.before_read = miss_changes
+    assert isinstance(followed.next(), StoreRead)
+    assert 30 * sources.SPREAD_PER_HOST in limits
 
 
 @pytest.mark.parametrize("error", [StoreUnavailable("it is away"), RuntimeError("a defect")])
