@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 
+import pytest
+
 from calicoctl.desired.snapshot import Dirty, Snapshot
 from calicoctl.felix.dataplane.ruleset import Ruleset, remove_commands
 from tests.random_changes import random_change
@@ -93,21 +95,51 @@ def test_pending_addresses_are_in_no_set_of_the_endpoint() -> None:
     assert tables.ruleset.addresses_of(endpoint_id(1)) == (A, B)
 
 
-def test_a_tag_in_use_has_the_addresses_of_all_hosts_and_affects_them() -> None:
+def test_a_tag_in_use_has_the_addresses_of_all_hosts() -> None:
     tables = Tables()
     tables.store.profile("web", {"action": "allow", "src_tag": "db"})
     tables.store.profile("db", tags=["db"])
     tables.store.endpoint(1, A)
     tables.update()
     tables.store.endpoint(2, B, A6, host="elsewhere", profile_ids=["db"])
-    _, affected = tables.update()
-    assert tables.nft.set("tag4/db") == [B] and tables.nft.set("tag6/db") == [A6] and affected == {B, A6}
+    tables.update()
+    assert tables.nft.set("tag4/db") == [B] and tables.nft.set("tag6/db") == [A6]
     assert tables.ruleset.tag_contains("db", B) and not tables.ruleset.tag_contains("db", A)
     tables.store.endpoint(2, host="elsewhere")
-    assert tables.update()[1] == {B, A6} and tables.nft.set("tag4/db") == []
+    tables.update()
+    assert tables.nft.set("tag4/db") == []
     tables.store.profile("web")
     tables.update()
     assert "set inet calico tag4/db" not in tables.nft.objects, "no rule uses it any more"
+
+
+@pytest.mark.parametrize(
+    ("action", "by_joining", "by_leaving"), [("allow", set(), {B, A6}), ("deny", {B, A6}, set()), ("log", set(), set())]
+)
+def test_an_address_in_a_tag_is_affected_when_a_connection_of_its_may_be_denied(
+    action: str, by_joining: set[str], by_leaving: set[str]
+) -> None:
+    tables = Tables()
+    tables.store.profile("web", {"action": action, "src_tag": "db"}, ALLOW)
+    tables.store.profile("db", tags=["db"])
+    tables.store.endpoint(1, A)
+    tables.update()
+    tables.store.endpoint(2, B, A6, host="elsewhere", profile_ids=["db"])
+    assert tables.update()[1] == by_joining
+    tables.store.endpoint(2, host="elsewhere")
+    assert tables.update()[1] == by_leaving
+
+
+def test_rules_that_change_while_an_address_leaves_their_tag_affect_their_endpoints() -> None:
+    tables = Tables()
+    tables.store.profile("web", {"action": "allow", "src_tag": "db"})
+    tables.store.profile("db", tags=["db"])
+    tables.store.endpoint(1, A)
+    tables.store.endpoint(2, B, host="elsewhere", profile_ids=["db"])
+    tables.update()
+    tables.store.endpoint(2, host="elsewhere")
+    tables.store.profile("web", {"action": "deny", "src_tag": "db"})
+    assert A in tables.update()[1], "a connection from B to A is denied now"
 
 
 def test_endpoints_with_the_same_profiles_share_chains() -> None:

@@ -229,7 +229,7 @@ class Ruleset:
     # A tag's addresses: those of all endpoints, of all hosts, that have a profile with that tag
 
     def _update_members(self, snapshot: Snapshot, dirty: Dirty, change: _Change) -> set[str]:
-        """Update the addresses of all tags; return the addresses that were added to, or removed from, a tag in use."""
+        """Update the addresses of all tags; return the addresses whose connections that may deny."""
         changed: Counter[tuple[str, str]] = Counter()
         ids = set(dirty.endpoints)
         for profile in dirty.profiles:
@@ -254,6 +254,7 @@ class Ruleset:
                 for tag in self._tags.get(profile, ()):
                     changed.update((tag, address) for address in addresses)
         affected = set()
+        actions = {tag: self._actions_by_tag(tag, snapshot) for tag, _ in changed if self._profiles_of_tag.get(tag)}
         for (tag, address), difference in changed.items():
             before = self._addresses[tag][address]
             if difference == 0:
@@ -261,14 +262,27 @@ class Ruleset:
             self._addresses[tag][address] = before + difference
             if before + difference == 0:
                 del self._addresses[tag][address]
-            if (before == 0) != (before + difference == 0) and self._profiles_of_tag.get(tag):
-                affected.add(address)
+            if (before == 0) != (before + difference == 0) and tag in actions:
+                if ("deny" if before == 0 else "allow") in actions[tag]:
+                    affected.add(address)
                 name = set_of_tag(tag, version_of(address))
                 if before == 0:
                     change.add(("inet", name), address)
                 else:
                     change.remove(("inet", name), address)
         return affected
+
+    def _actions_by_tag(self, tag: str, snapshot: Snapshot) -> set[str]:
+        """Return the actions of the rules in use that name a tag.
+
+        An address that joins a tag which only `allow` rules name makes nothing denied, nor does one that leaves a tag
+        which only `deny` rules name: most changes of other hosts need no listing of connections. A profile whose rules
+        change at the same time affects its endpoints anyway.
+        """
+        profiles = [snapshot.profiles.get(name) for name in self._profiles_of_tag[tag]]
+        found = [known.rules for known in profiles if known is not None and known.rules is not None]
+        rules = [rule for each in found for rule in (*each.inbound, *each.outbound)]
+        return {rule.action for rule in rules if tag in (rule.src_tag, rule.dst_tag)}
 
     # This host's endpoints
 
