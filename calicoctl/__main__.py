@@ -1,4 +1,4 @@
-"""Lets `python -m calicoctl` do what the installed `calicoctl` does."""
+"""Makes `python -m calicoctl` run the same program as the installed `calicoctl`."""
 
 from calicoctl.cli.main import entry
 

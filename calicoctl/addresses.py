@@ -1,6 +1,6 @@
-"""Parses addresses, CIDRs, AS numbers and ports that users type: strictly, with an error that says what is wrong.
+"""Strict parsers for addresses, CIDRs, AS numbers and ports that users type; the errors say what is wrong.
 
-netaddr alone would read `1.2` as 1.0.0.2 and `10` as 10.0.0.0/8, which no user means.
+netaddr alone would parse `1.2` as 1.0.0.2 and `10` as 10.0.0.0/8, which no user means.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ BITS = {4: 32, 6: 128}
 
 
 def parse_address(text: str, what: str = "IP address") -> IPAddress:
-    """Parse an IP address in full notation; raise CalicoError, which calls the text a `what`, for an invalid one."""
+    """Parse an IP address in full notation. Raises CalicoError for an invalid one; `what` is its name in the error."""
     from netaddr.core import INET_PTON, AddrFormatError
     from netaddr.ip import IPAddress
 
@@ -54,7 +54,7 @@ def parse_cidr(text: str) -> IPNetwork:
 
 
 def parse_pool_cidr(text: str) -> IPNetwork:
-    """Parse the CIDR of a pool; raise CalicoError for a text that is no CIDR or has host bits set."""
+    """Parse the CIDR of a pool; raise CalicoError if the text is not a CIDR, or has host bits set."""
     network = parse_cidr(text)
     if parse_address(text.partition("/")[0]) != network.network:
         raise CalicoError(f"'{text}' is not the CIDR of a pool: it has host bits set; {network} has none")
@@ -69,7 +69,7 @@ _NOT_UNICAST = {
 
 
 def check_unicast(network: IPAddress | IPNetwork) -> None:
-    """Raise CalicoError for an address or a network that overlaps a range that hosts and workloads cannot use."""
+    """Raise CalicoError if an address or a network overlaps a range that hosts and workloads cannot use."""
     from netaddr.ip import IPNetwork
 
     own = IPNetwork(network)
@@ -81,7 +81,7 @@ def check_unicast(network: IPAddress | IPNetwork) -> None:
 def is_unicast(packed: bytes) -> bool:
     """Return whether hosts and workloads can use an address of 4 or 16 bytes.
 
-    Decides as `check_unicast` does, but without netaddr: the agent asks for every address of every endpoint.
+    The same test as in `check_unicast`, but without netaddr: the agent calls it for every address of every endpoint.
     """
     number = int.from_bytes(packed, "big")
     for shift, prefix in _not_unicast(len(packed)):  # noqa: SIM110, since all() would take twice as long
@@ -112,7 +112,7 @@ def parse_as_number(text: str) -> str:
 
 
 def parse_port(text: str, what: str) -> int:
-    """Return the port, 1 to 65535, that `text` spells; raise CalicoError, naming `what`, when it spells none."""
+    """Parse a port, 1 to 65535. Raises CalicoError for an invalid one; `what` is its name in the error."""
     if not re.fullmatch("[0-9]{1,5}", text, re.ASCII) or not 0 < int(text) < 65536:
         raise CalicoError(f"{what} is '{text}': it must be a port, 1 to 65535")
     return int(text)

@@ -1,4 +1,4 @@
-"""The time as text, in the form that the store's records and the reports use."""
+"""The time as text, in the format that is used in the store and in reports."""
 
 from __future__ import annotations
 
@@ -13,5 +13,5 @@ def now() -> str:
 
 
 def parse(text: str) -> datetime:
-    """Return the time (UTC) that a text of `now` states; raise ValueError for any other text."""
+    """Parse a time (UTC) in the format of `now`; raise ValueError for any other text."""
     return datetime.strptime(text, _FORMAT).replace(tzinfo=timezone.utc)

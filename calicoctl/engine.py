@@ -19,7 +19,7 @@ TIMEOUT = 20
 
 
 def may_be_there() -> bool:
-    """Return whether a Docker Engine may be reachable: false only if its Unix socket does not exist."""
+    """Return whether a Docker Engine may be reachable: False only if its Unix socket does not exist."""
     where = os.environ.get("DOCKER_HOST") or SOCKET
     return not where.startswith("unix://") or os.path.exists(where[len("unix://") :])
 
@@ -37,9 +37,9 @@ def containers() -> list[dict[str, Any]]:
 
 
 def forwards(ipv6: bool) -> bool:
-    """Return whether the Docker Engine has networks to forward packets for: with `ipv6`, whether one has IPv6.
+    """Return whether the Docker Engine needs IP forwarding, because it has networks or, for `ipv6`, one with IPv6.
 
-    Returns False where no engine is running. Raises DockerUnavailable when there is an engine that does not answer.
+    Returns False if no engine is running. Raises DockerUnavailable if an engine is running, but does not answer.
     """
     try:
         with client("for its networks", timeout=5) as docker:
@@ -54,7 +54,8 @@ def forwards(ipv6: bool) -> bool:
 def client(what: str, timeout: int = TIMEOUT) -> Iterator[Any]:
     """Connect to the Docker Engine, and yield docker-py's APIClient; `what` completes the error "Cannot ask Docker …".
 
-    Errors, also those in the body of `with`, become NoSuchContainer or DockerUnavailable. `timeout` is in seconds.
+    Errors, including those in the body of `with`, are converted to NoSuchContainer or DockerUnavailable. `timeout` is
+    in seconds.
     """
     scheme, _, rest = os.environ.get("DOCKER_HOST", "").partition("://")
     if rest and scheme.lower() not in SCHEMES:

@@ -1,7 +1,7 @@
 """The settings file that every command and the systemd unit read, and how its variables complete the environment.
 
 `complete` is called once, when a command starts. After that, no code needs to know whether a variable comes from the
-environment or from the file. `calicoctl node --local-etcd` keeps lines of its own in the file, between two comments.
+environment or from the file. `calicoctl node --local-etcd` writes its own lines into the file, between two comments.
 
 Source of the syntax: EnvironmentFile= in systemd.exec(5), and systemd's src/basic/env-file.c (since version 254, a
 comment ends with its line, even after a backslash). systemd skips an invalid line with a warning; here such a line is
@@ -27,13 +27,13 @@ STORE = (
     *("DATASTORE_TYPE", "ETCD_ENDPOINTS", "ETCD_AUTHORITY", "ETCD_SCHEME", "ETCD_CA_CERT_FILE", "ETCD_CERT_FILE"),
     *("ETCD_KEY_FILE", "ETCD_USERNAME", "ETCD_PASSWORD"),
 )
-"""Variables that say which store to use. The file's are used only if the environment sets none of them: no mixture."""
+"""Variables that select the store. Those in the file are used only if the environment sets none of them."""
 
 DOCKER_TLS = ("DOCKER_TLS_VERIFY", "DOCKER_CERT_PATH")
-"""Variables that go with DOCKER_HOST: the file's are used only if the environment does not set DOCKER_HOST."""
+"""Variables that belong to DOCKER_HOST: those in the file are used only if the environment does not set DOCKER_HOST."""
 
 SINGLE = ("HOSTNAME", "DOCKER_HOST", *DOCKER_TLS, "CALICO_DEBUG")
-"""Variables of the file of which each is used if the environment does not set it."""
+"""Other variables: each one in the file is used if the environment does not set it."""
 
 LARGEST = 2**20
 """The maximum size of a settings file, in bytes."""
@@ -78,16 +78,19 @@ class EnvironmentFile:
         return parse(self._text(), str(self.path))
 
     def own(self) -> dict[str, str]:
-        """Return the variables that calicoctl's own lines (between its two comments) set. Raises CalicoError."""
+        """Return the variables that are set in the lines that calicoctl wrote, between its two comments.
+
+        Raises CalicoError.
+        """
         found = _OWN_LINES.search(self._text())
         return parse(found["lines"], str(self.path)) if found else {}
 
     def others(self) -> dict[str, str]:
-        """Return the variables that all other lines set. Raises CalicoError."""
+        """Return the variables that are set in the lines that calicoctl did not write. Raises CalicoError."""
         return parse(_OWN_LINES.sub("", self._text()), str(self.path))
 
     def set_own(self, variables: Mapping[str, str]) -> None:
-        """Write calicoctl's own lines in place of existing ones; the lines of others stay. Raises CalicoError."""
+        """Replace the lines that calicoctl wrote by lines for `variables`; keep other lines. Raises CalicoError."""
         text = self._text()
         found = _OWN_LINES.search(text)
         if found is not None:
@@ -102,7 +105,10 @@ class EnvironmentFile:
         self._replace(f"{_BEGIN}{made}\n{lines}{_END}\n{_OWN_LINES.sub('', text)}")
 
     def remove_own(self) -> None:
-        """Remove calicoctl's own lines, and the file if calicoctl made it and nothing is left. Raises CalicoError."""
+        """Remove the lines that calicoctl wrote; remove the file, too, if calicoctl created it and it is then empty.
+
+        Raises CalicoError.
+        """
         text = self._text()
         found = _OWN_LINES.search(text)
         if found is None:
@@ -170,7 +176,10 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 
 
 def parse(text: str, name: str) -> dict[str, str]:
-    """Return the variables that a text in systemd's syntax sets; errors call the text `name`. Raises CalicoError."""
+    """Return the variables that are set in a text in systemd's syntax; `name` is its name in errors.
+
+    Raises CalicoError.
+    """
     found = {}
     place = _end(_GAP, text, 0)
     while place < len(text):
@@ -211,7 +220,7 @@ def _value(text: str, place: int, where: str) -> tuple[str, int]:
 
 
 def _end(pattern: re.Pattern[str], text: str, place: int) -> int:
-    """Return the index where a pattern's match at index `place` ends; the pattern must be one that always matches."""
+    """Match `pattern` at index `place`, and return the index where the match ends. The pattern must always match."""
     match = pattern.match(text, place)
     assert match is not None
     return match.end()

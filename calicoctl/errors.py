@@ -2,8 +2,8 @@
 
 Only `cli/main.py` prints them and, for the agent's background process, `felix/__main__.py`.
 
-An exception of a library is converted where the library is called: that code knows what was attempted, and what the
-user can do about the failure.
+An exception of a library is converted by the code that calls the library: that code knows what was attempted, and what
+the user can do about the failure.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
 
 
 def is_shortage(error: BaseException | None) -> bool:
-    """Return whether a lack of file descriptors or memory caused an error, looking through all chained exceptions."""
+    """Return whether an error, or an exception chained to it, was caused by a lack of file descriptors or memory."""
     while error is not None:
         if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in _SHORTAGES):
             return True
@@ -29,7 +29,7 @@ def is_shortage(error: BaseException | None) -> bool:
 
 
 def printable(text: str) -> str:
-    """Return a text with control characters escaped: values from etcd may contain some, and end up on a terminal."""
+    """Return a text with control characters escaped: values from etcd may contain some, and be shown on a terminal."""
     return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
@@ -39,7 +39,7 @@ def one_line(text: str) -> str:
 
 
 def redact_userinfo(text: str) -> str:
-    """Return a URL without the part before '@', which may hold a password: messages end up in logs."""
+    """Return a URL without the part before '@', which may be a password, since messages are logged."""
     return "…@" + text.rpartition("@")[2] if "@" in text else text
 
 
@@ -54,7 +54,7 @@ class CalicoError(Exception):
 
 @contextmanager
 def about(option: str) -> Iterator[None]:
-    """Prefix the text of a CalicoError from the body of `with` with the option that it is about, such as `--ip`."""
+    """Prefix the text of a CalicoError from the body of `with` with the option that caused it, such as `--ip`."""
     try:
         yield
     except CalicoError as error:
@@ -86,7 +86,7 @@ class Failed(CalicoError):
 
 
 class Failures(CalicoError):
-    """Some of several operations failed, each with an error of its own; the exit status is that of the first error."""
+    """Some of several operations failed, each with its own error; the exit status is that of the first error."""
 
     def __init__(self, errors: list[CalicoError]) -> None:
         super().__init__("; ".join(map(str, errors)))
@@ -95,7 +95,7 @@ class Failures(CalicoError):
 
 
 def for_each(things: Iterable[T], act: Callable[[T], None]) -> None:
-    """Call `act` for each thing, also after one has failed. Raises Failures at the end if any has."""
+    """Call `act` for each thing, even after one has failed. Raises Failures at the end if any has."""
     errors: list[CalicoError] = []
     for thing in things:
         try:
@@ -111,7 +111,7 @@ class NotFound(CalicoError):
 
 
 class Conflict(CalicoError):
-    """Other commands or hosts went on changing the same object, or kept it locked: retrying later may succeed."""
+    """Other commands or hosts kept changing the same object, or kept it locked. A later retry may succeed."""
 
 
 class InvalidValue(CalicoError):

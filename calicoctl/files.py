@@ -15,8 +15,8 @@ from pathlib import Path
 def try_lock(path: Path, create: bool = True) -> int | None:
     """Lock a file exclusively, and return its descriptor, which holds the lock until it is closed.
 
-    Returns None when another process holds the lock, or has just removed the file: try again then. With `create`, a
-    missing file is made, with mode 0600; else a missing file counts as removed. Raises OSError.
+    Returns None if another process holds the lock, or has just removed the file; the caller may try again. If the file
+    does not exist, it is created with mode 0600; without `create`, None is returned. Raises OSError.
     """
     flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_CREAT if create else 0)
     try:
@@ -46,12 +46,12 @@ def replace(
     suffix: str = ".new",
     durable: bool = False,
 ) -> io.FileIO:
-    """Replace a file as a whole: a reader finds the old content or the new one. Return the new file, open for writing.
+    """Replace a file atomically: a reader finds the old content or the new one. Return the new file, open for writing.
 
-    `mode` is set whatever the umask; `owner` is a user id and a group id, -1 for the process's own. The new file is
-    made beside the old one, under its name and a `suffix`, which must be unique where several processes may do this at
-    once. With `durable`, the content is on disk before the old file is replaced. Raises OSError; then the old file is
-    as it was.
+    `mode` is set regardless of the umask; `owner` is a user id and a group id, -1 for the process's own. The new file
+    is first created beside the old one, under the same name with a `suffix`, which must be unique if several processes
+    may replace the file at once. With `durable`, the content is on disk before the old file is replaced. Raises
+    OSError; then the old file is unchanged.
     """
     new = path.with_name(f".{path.name}{suffix}")
     new.unlink(missing_ok=True)  # left by a process that was killed

@@ -39,7 +39,7 @@ Prepared = Callable[[], None]
 """What a command's `prepare(argv)` returns: the function that does the work; `argv` has been checked."""
 
 
-class Misfit(UsageError):
+class GrammarMismatch(UsageError):
     """The command line does not match a command's grammar; the text is docopt's message, which may be empty."""
 
     def __init__(self, grammar: str, argv: list[str], why: str) -> None:
@@ -54,13 +54,16 @@ def grammar_of(command: str) -> str:
 
 
 def parse(grammar: str, argv: list[str]) -> dict[str, Any]:
-    """Parse `argv` by a command's grammar; return docopt's name -> value. Raises Misfit, UsageError for a value."""
+    """Parse `argv` with a command's grammar; return docopt's name -> value.
+
+    Raises GrammarMismatch, and UsageError for an invalid value.
+    """
     import docopt
 
     try:
         arguments = dict(docopt.docopt(grammar, argv, help=False))
     except docopt.DocoptExit as error:
-        raise Misfit(grammar, argv, str(error).replace(error.usage.strip(), "").strip()) from None
+        raise GrammarMismatch(grammar, argv, str(error).replace(error.usage.strip(), "").strip()) from None
     if "--" in argv:  # words after it may begin with a dash; docopt leaves the '--' in the list
         for words in (value for value in arguments.values() if isinstance(value, list) and "--" in value):
             words.remove("--")

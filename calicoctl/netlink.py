@@ -1,4 +1,4 @@
-"""A small netlink client, for requests that pyroute2 does not support or is too slow at, and netlink's constants.
+"""Netlink's constants, and a small client for requests that pyroute2 does not support, or for which it is too slow.
 
 Source: the kernel's uapi/linux/netlink.h and rtnetlink.h.
 """
@@ -110,7 +110,7 @@ def dump(protocol: int, kind: int, body: bytes, strict: bool = False) -> Iterato
 
 @dataclass(frozen=True)
 class Route:
-    """A route to `destination` (None for a default route) with a prefix length; `index` is the outgoing interface's.
+    """A route to `destination` (None: a default route) with a prefix length; `index` is that of the outgoing interface.
 
     Of a multipath route, `index` and `gateway` are those of the first next hop. `source` is the preferred source.
     """
@@ -127,8 +127,8 @@ class Route:
 def routes(family: int, lengths: Collection[int] = range(129), protocol: int | None = None) -> Iterator[Route]:
     """Yield the routes of the main table with one of these prefix lengths and, if it is given, this protocol.
 
-    Skipping other routes is cheap, however many there are: pyroute2 takes a hundred times as long, and its
-    get_default_routes() leaves the kernel's answer unread where many others come first. Raises OSError.
+    Skipping other routes is cheap, even if there are many: pyroute2 takes a hundred times as long, and its
+    get_default_routes() does not read all of the kernel's answer if it begins with many other routes. Raises OSError.
     """
     # struct rtmsg: family, length of destination and of source, tos, table, protocol, scope, type, flags
     for body in dump(socket.NETLINK_ROUTE, _RTM_GETROUTE, struct.pack("=8BI", family, 0, 0, 0, 0, 0, 0, 0, 0)):
@@ -162,7 +162,7 @@ def _route(family: int, body: bytes) -> Route:
 
 @dataclass(frozen=True)
 class Neighbour:
-    """A permanent or proxy entry of the neighbour table. `index` is the interface's; a proxy entry has no MAC."""
+    """A permanent or proxy entry of the neighbour table, on the interface `index`. A proxy entry has no MAC."""
 
     index: int
     address: str
@@ -172,7 +172,8 @@ class Neighbour:
 def neighbours(family: int, proxies: bool = False) -> Iterator[Neighbour]:
     """Yield the permanent entries of the neighbour table or, with `proxies`, its proxy entries.
 
-    pyroute2 cannot request the latter. Source: neigh_dump_info() of the kernel's net/core/neighbour.c. Raises OSError.
+    pyroute2 cannot request proxy entries. Source: neigh_dump_info() in the kernel's net/core/neighbour.c. Raises
+    OSError.
     """
     # struct ndmsg: family, padding, interface, state, flags, type
     body = struct.pack("=BBHiHBB", family, 0, 0, 0, 0, NTF_PROXY if proxies else 0, 0)
@@ -186,7 +187,7 @@ def neighbours(family: int, proxies: bool = False) -> Iterator[Neighbour]:
 
 @dataclass(frozen=True)
 class NeighbourLimit:
-    """How many entries the neighbour table may hold beside permanent ones, and its count of overflows since boot."""
+    """The limit of entries in the neighbour table that are not permanent, and the number of overflows since boot."""
 
     limit: int
     overflows: int
@@ -242,8 +243,7 @@ def addresses() -> Iterator[Address]:
 class Paths(NamedTuple):
     """A route's next hops, each as a gateway (None if directly connected) and an interface's index.
 
-    `destination` is packed, and empty for a default route. `hops` is empty where the kernel names a nexthop object
-    instead.
+    `destination` is packed, and empty for a default route. `hops` is empty if the route refers to a nexthop object.
     """
 
     destination: bytes
@@ -253,7 +253,7 @@ class Paths(NamedTuple):
 
 
 def paths(family: int, type: int, but: Collection[int] = ()) -> Iterator[Paths]:
-    """Yield the routes of a type, such as UNICAST, in all tables, but not of the protocols `but`. Raises OSError."""
+    """Yield the routes of a type, such as UNICAST, in all tables, except for the protocols `but`. Raises OSError."""
     request = struct.pack("=8BI", family, 0, 0, 0, 0, 0, 0, type, 0)
     known: dict[bytes, tuple[tuple[str | None, int], ...]] = {}  # thousands of routes have few next hops
     for body in dump(socket.NETLINK_ROUTE, _RTM_GETROUTE, request, strict=True):
@@ -295,7 +295,7 @@ def _gateway(family: int, found: dict[int, bytes]) -> str | None:
 def next_hops() -> Iterator[tuple[str, int]]:
     """Yield (gateway, interface's index) of the nexthop objects (`ip nexthop`) that have a gateway.
 
-    Raises OSError, also on kernels without such objects (before 5.3).
+    Raises OSError, in particular on kernels without such objects (before 5.3).
     """
     # struct nhmsg: family, scope, protocol, reserved, flags
     for body in dump(socket.NETLINK_ROUTE, _RTM_GETNEXTHOP, struct.pack("=4BI", 0, 0, 0, 0, 0)):

@@ -42,9 +42,9 @@ def print_table(
 ) -> None:
     """Print a table with a heading row; cells are aligned to the left.
 
-    On a terminal, unless `complete`, the table is made to fit: cells are wrapped between words; if that is not enough,
-    the `expendable` columns are left out one by one, and standard error says which; then words are broken. Elsewhere,
-    cells of more than `widest` characters are wrapped.
+    On a terminal, unless `complete`, the table is fitted to the width: cells are wrapped between words; if that is not
+    enough, the `expendable` columns are left out one by one, with a warning; if that is not enough either, words are
+    broken. If the output is not a terminal, only cells of more than `widest` characters are wrapped.
     """
     import shutil
 
@@ -85,7 +85,7 @@ def fit(lines: list[list[str]], width: int, expendable: Sequence[str] = ()) -> t
 
 
 def _least_width(cell: str) -> int:
-    """Return the least width of a cell that is wrapped between words, and long words at hyphens."""
+    """Return the least width of a cell if it is wrapped between words, and long words at hyphens."""
     words = cell.split()
     parts = [part + "-" for word in words for part in word.split("-")]
     return min(_longest(words), max(_SHORT, _longest(parts)))
@@ -96,7 +96,7 @@ def _longest(words: list[str]) -> int:
 
 
 def _wrapped(cell: str, width: int) -> list[str]:
-    """Wrap a cell's lines between words or, where a word is too long, at its hyphens or anywhere."""
+    """Wrap a cell's lines between words or, if a word is too long, at its hyphens or anywhere."""
     import textwrap
 
     lines = []
@@ -107,7 +107,7 @@ def _wrapped(cell: str, width: int) -> list[str]:
 
 
 def with_progress(items: Sequence[T], what: str) -> Iterator[T]:
-    """Yield items; meanwhile show a progress bar, titled `what`, where standard error is a terminal."""
+    """Yield items; if standard error is a terminal, show a progress bar titled `what` meanwhile."""
     if not sys.stderr.isatty():
         yield from items
         return

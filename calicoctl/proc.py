@@ -1,4 +1,4 @@
-"""What proc(5) says of processes: when one was started, its arguments, and when it has ended.
+"""Information about processes from proc(5): when one was started, its arguments, and when it has ended.
 
 A process id alone does not identify a process, since the kernel reuses ids. The id and the start time together do.
 """
@@ -46,9 +46,9 @@ def strings(pid: int, name: str) -> list[str]:
 
 
 def await_end(pid: int, seconds: float | None = None) -> bool:
-    """Wait until all threads of a process have ended, and its ports and files are free; return whether they have.
+    """Wait until all threads of a process have ended, so that its ports and files are free; return True then.
 
-    Returns False after `seconds`; None waits for ever.
+    Returns False after `seconds`; with None, waits for ever.
     """
     try:
         fd = os.pidfd_open(pid)

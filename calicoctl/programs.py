@@ -1,4 +1,4 @@
-"""Extends PATH by the sbin folders, where iptables, nft and ip are."""
+"""Extends PATH by the sbin folders, which contain iptables, nft and ip."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Loads libraries without the parts this program never uses.
 
-A cold command spends most of its time on imports. Some libraries import much more than what is used of them:
+A cold command spends most of its time on imports. Some libraries import much more than this program uses:
 `pyroute2`, `netaddr` and `docker` import their whole tree in their `__init__`; `etcd` imports a DNS resolver for SRV
 discovery, which is not used here; `urllib3` imports the package metadata reader for an HTTP/2 mode that is off;
 `requests` imports a character set detector for bodies of unknown encoding. `install()` adds an

@@ -1,4 +1,4 @@
-"""Finds the word that was probably meant: "did you mean …". Imported only after an error."""
+"""Finds the known word closest to a misspelt one, for "did you mean …". Imported only after an error."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ SYNONYMS = {
 
 
 def nearest(word: str, names: Iterable[str]) -> str | None:
-    """Return the one of `names` that `word`, which is not among them, probably means; None if none is close."""
+    """Return the name in `names` closest to the misspelt `word`, or None. `word` must not be in `names`."""
     meant = SYNONYMS.get(word, word)
     alike = [name for name in sorted(set(names)) if name.startswith("-") == meant.startswith("-")]
     known = {name.lower().lstrip("-"): name for name in alike}  # dashes would make all options look alike
@@ -60,5 +60,5 @@ def nearest(word: str, names: Iterable[str]) -> str | None:
 
 
 def did_you_mean(suggestion: str | None) -> str:
-    """Return the end of an error's sentence, empty without a suggestion."""
+    """Return the end of an error's sentence, an empty string if there is no suggestion."""
     return f"; did you mean {suggestion}?" if suggestion else ""

@@ -47,7 +47,7 @@ def candidates(line: str) -> list[str]:
 
 
 def _split(line: str) -> tuple[list[str], str]:
-    """Return the words after `calicoctl`, without global options, and apart from them the word that is being typed."""
+    """Return the complete words after `calicoctl`, without global options; and the word that is being typed."""
     try:
         words = shlex.split(line)
     except ValueError:  # an open quote
@@ -76,7 +76,7 @@ def _of_command(words: list[str], partial: str) -> set[str]:
 
 
 def _options(usages: list[Usage], words: list[str], partial: str) -> set[str]:
-    """Return the candidates where an option, or a value after its `=`, is being typed; the words match the `usages`."""
+    """Return the candidates for `partial`, an option or an option with `=` and a value; `words` match the `usages`."""
     name, equals, _ = partial.partition("=")
     found = {"--help", *GLOBAL_OPTIONS}
     for option in (option for usage in usages for option in usage.options()):
@@ -92,7 +92,7 @@ def _options(usages: list[Usage], words: list[str], partial: str) -> set[str]:
 
 
 def _values(name: str, words: list[str], partial: str) -> list[str]:
-    """Return the candidates for an argument or an option's value; none where they cannot be found out."""
+    """Return the candidates for an argument or an option's value; none if they cannot be determined."""
     found: list[str] = []
     with suppress(CalicoError, OutOfTime):
         if name in _SOURCES:
@@ -156,7 +156,7 @@ def _tags(words: list[str]) -> list[str]:
 
 
 def _rule_words(words: list[str]) -> list[str]:
-    """Return what may come next in a rule, whose first words are at the end of `words`."""
+    """Return the candidates for the next word of a rule. The first words of the rule are at the end of `words`."""
     from calicoctl.policy.rules import GRAMMAR
 
     direction = next(number for number, word in enumerate(words) if word in ("inbound", "outbound") and number > 2)

@@ -9,7 +9,7 @@ from calicoctl.grammar import grammar_of
 
 
 def help_of(words: list[str]) -> str:
-    """Return the help of a command or, where further words select some of its usages, of those only."""
+    """Return the help of a command or, if further words select some of its usages, only of those."""
     text = grammar_of(words[0]).strip()
     usages = usages_of(text)
     plain = positional(words, usages)

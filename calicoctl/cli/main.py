@@ -15,7 +15,7 @@ from typing import Any, NoReturn, cast
 
 from calicoctl import __version__, environment, programs, slim
 from calicoctl.errors import CalicoError, Failures, UsageError, printable
-from calicoctl.grammar import COMMANDS, GLOBAL_OPTIONS, Misfit, Prepared
+from calicoctl.grammar import COMMANDS, GLOBAL_OPTIONS, GrammarMismatch, Prepared
 
 USAGE = """Connect containers to a Calico network.
 
@@ -57,7 +57,7 @@ WITHOUT_SETTINGS = ("completion", "version")
 
 
 class Interrupted(BaseException):
-    """A signal asked the process to end. What was done so far is rolled back on the way out."""
+    """A signal asked the process to end. What was done so far is rolled back while this exception propagates."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -65,7 +65,7 @@ class Interrupted(BaseException):
 
 
 class _Output(io.FileIO):
-    """A standard stream that ignores a closed pipe: the command goes on to its end without a reader."""
+    """A standard stream that ignores a closed pipe: without a reader, the command still runs to its end."""
 
     def write(self, data: Any) -> int:
         try:
@@ -75,14 +75,14 @@ class _Output(io.FileIO):
 
     @classmethod
     def over(cls, stream: Any) -> io.TextIOWrapper:
-        """Return a stream over the same file, which escapes characters that its encoding lacks."""
+        """Return a stream to the same file that escapes characters which the encoding does not have."""
         binary = io.BufferedWriter(cls(stream.fileno(), "w", closefd=False))
         lines = stream is sys.stderr or stream.isatty()
         return io.TextIOWrapper(binary, stream.encoding, "backslashreplace", line_buffering=lines)
 
 
 class _ErrorOutput(_Output):
-    """Standard error: errors of writing to it are ignored, for there is nowhere left to report them."""
+    """Standard error. Errors on writing to it are ignored, since there is no other place to report them."""
 
     def write(self, data: Any) -> int:
         with suppress(OSError):
@@ -111,7 +111,7 @@ def entry() -> NoReturn:
 
 
 def _open_standard_streams() -> None:
-    """Open /dev/null for standard streams that are closed: the next file opened would take their descriptors."""
+    """Open /dev/null for closed standard streams: otherwise, files opened later would get their descriptors."""
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         if getattr(sys, name) is None:
             fd = os.open(os.devnull, os.O_RDWR)
@@ -182,10 +182,10 @@ def prepare(argv: list[str]) -> Prepared:
         return partial(print, help_of(words))
     try:
         prepared = cast(Prepared, importlib.import_module(f"calicoctl.commands.{words[0]}").prepare(argv))
-    except Misfit as misfit:
-        from calicoctl.cli.suggest import explained
+    except GrammarMismatch as mismatch:
+        from calicoctl.cli.suggest import usage_error_for
 
-        raise explained(misfit) from None
+        raise usage_error_for(mismatch) from None
     if words[0] not in WITHOUT_SETTINGS:
         environment.complete()
     return prepared

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from calicoctl.cli.usages import Fit, Usage, fits, leaves, positional, usages_of
 from calicoctl.errors import CalicoError, NotRoot, UsageError
-from calicoctl.grammar import COMMANDS, GLOBAL_OPTIONS, Misfit
+from calicoctl.grammar import COMMANDS, GLOBAL_OPTIONS, GrammarMismatch
 from calicoctl.spelling import SYNONYMS, did_you_mean, nearest
 
 _ELSEWHERE = {
@@ -19,7 +19,7 @@ _ELSEWHERE = {
     ("node", "start"): "calicoctl node",
     ("ipam", "add"): "calicoctl pool add",
 }
-"""Commands that do what users look for under these words."""
+"""Words that users try -> the command that does it."""
 
 MOST = 2
 """The maximum number of command lines to suggest."""
@@ -40,16 +40,16 @@ def no_command(words: list[str]) -> UsageError:
     return UsageError(f"'{first}' is not a calicoctl {'option' if first.startswith('-') else 'command'}{known}")
 
 
-def explained(misfit: Misfit) -> UsageError:
-    """Return the error for words that do not match a command's grammar, with a suggestion."""
-    argv, why = misfit.argv, str(misfit)
-    usages = usages_of(misfit.grammar)
+def usage_error_for(mismatch: GrammarMismatch) -> UsageError:
+    """Return the error to show for words that do not match a command's grammar, with a suggestion."""
+    argv, why = mismatch.argv, str(mismatch)
+    usages = usages_of(mismatch.grammar)
     words = positional(argv, usages)
     reach, found = _reach(usages, words)
     meant = words  # our guess at the intended words: their usage is shown
     sentence = _unknown_option(usages, argv)
     if sentence is None and reach < len(words):
-        sentence, meant = _word_misfit(usages, words, reach, found)
+        sentence, meant = _word_mismatch(usages, words, reach, found)
     if sentence is None:
         sentence = _option_out_of_place(usages, found, argv) or _option_value(why) or _options_clash(found, argv)
     if sentence is None:
@@ -59,7 +59,7 @@ def explained(misfit: Misfit) -> UsageError:
 
 
 def _reach(usages: list[Usage], words: list[str]) -> tuple[int, list[Fit]]:
-    """Return how many of the first words match some usage, at most, and how these words match each usage."""
+    """Return the largest number of first words that match a usage, and how these words match each usage."""
     for count in range(len(words), 0, -1):
         found = fits(usages, words[:count])
         if any(found):
@@ -113,7 +113,7 @@ def _option_value(why: str) -> str | None:
 
 
 def _option_out_of_place(usages: list[Usage], found: list[Fit], argv: list[str]) -> str | None:
-    """Return the error for an option of other usages than those that the words match."""
+    """Return the error for an option that the usages which the words match do not have."""
     fitting = [usage for usage, fit in zip(usages, found) if fit.complete]
     if not fitting:
         return None
@@ -128,7 +128,7 @@ def _option_out_of_place(usages: list[Usage], found: list[Fit], argv: list[str])
 
 
 def _options_clash(found: list[Fit], argv: list[str]) -> str | None:
-    """Return the error for options that exclude each other, where the words are complete."""
+    """Return the error for options that exclude each other, if the words are complete."""
     options = _options(argv)
     if not options or not any(fit.complete for fit in found):
         return None
@@ -149,7 +149,7 @@ def _options(argv: list[str]) -> list[str]:
 # Words
 
 
-def _word_misfit(usages: list[Usage], words: list[str], reach: int, found: list[Fit]) -> tuple[str, list[str]]:
+def _word_mismatch(usages: list[Usage], words: list[str], reach: int, found: list[Fit]) -> tuple[str, list[str]]:
     """Return the error for the first word that does not match, with a suggestion, and the words probably meant."""
     bad, before = words[reach], words[:reach]
     commands = set().union(*(fit.commands() for fit in found))
@@ -169,14 +169,17 @@ def _word_misfit(usages: list[Usage], words: list[str], reach: int, found: list[
 
 
 def _elsewhere(words: list[str], place: int) -> str | None:
-    """Return the other command that does what the word at `place` asks for, if any; None unless `place` is 1."""
+    """Return another command that does what the word at `place` means, None if there is none or `place` is not 1."""
     if place != 1:
         return None
     return _ELSEWHERE.get((words[0], words[1])) or _ELSEWHERE.get((words[0], SYNONYMS.get(words[1], words[1])))
 
 
 def _repaired(usages: list[Usage], words: list[str], reach: int) -> list[list[str]]:
-    """Return up to MOST command lines that are one mistake away: a word misspelt, else missing, else misplaced."""
+    """Return up to MOST valid command lines that differ in one mistake.
+
+    The mistake is a misspelt word, else a missing word, else two swapped words.
+    """
     own = {name for usage in usages for name in usage.commands()}
 
     def expected(line: list[str], place: int) -> list[str]:
@@ -205,7 +208,7 @@ def _repaired(usages: list[Usage], words: list[str], reach: int) -> list[list[st
 
 
 def _is_whole(usages: list[Usage], line: list[str], own: set[str]) -> bool:
-    """Return whether a command line is complete, with none of the keywords (`own`) taken for an argument."""
+    """Return whether a command line is complete, and none of the keywords (`own`) is interpreted as an argument."""
     return any(
         fit.complete
         and all(word in fits([usage], line[:place])[0].commands() for place, word in enumerate(line) if word in own)
@@ -214,7 +217,7 @@ def _is_whole(usages: list[Usage], line: list[str], own: set[str]) -> bool:
 
 
 def _is_accepted(line: list[str]) -> bool:
-    """Return whether a command accepts these words: a command line that it refuses is not suggested."""
+    """Return whether a command accepts these words. A command line that it rejects is not suggested."""
     try:
         importlib.import_module(f"calicoctl.commands.{line[0]}").prepare(line)
     except NotRoot:

@@ -57,7 +57,7 @@ def leaves(node: Node) -> list[Node]:
 
 @dataclass(frozen=True)
 class Fit:
-    """How words match one usage: the nodes that may come next, and whether the words are complete."""
+    """How words match one usage: the nodes that may follow, and whether the words are complete."""
 
     expected: frozenset[Node]
     complete: bool
@@ -76,7 +76,7 @@ class Fit:
 def fits(usages: list[Usage], words: list[str]) -> list[Fit]:
     """Match words, without options, against each of the usages.
 
-    A word that is a keyword in its position in one of the usages is not taken for an argument in any.
+    A word that is a keyword at its position in one of the usages is not interpreted as an argument in any of them.
     """
     own: list[bool] = []
     for number, word in enumerate(words):
@@ -94,8 +94,8 @@ def _fit(usage: Usage, words: list[str], own: list[bool]) -> Fit:
 def _walk(node: Node, words: list[str], starts: set[int], expected: set[Node], own: list[bool]) -> set[int]:
     """Match words against a node; return the possible numbers of words that are consumed up to the node's end.
 
-    `starts` are the possible numbers before the node; `own` tells, for each word, whether it is a keyword. Nodes that
-    could consume one more word after the last are added to `expected`.
+    `starts` are the possible numbers before the node; `own` says for each word whether it is a keyword. Nodes that
+    could consume another word after the last one are added to `expected`.
     """
     name = kind(node)
     if name in ("Command", "Argument"):

@@ -1,8 +1,8 @@
 """Collects diagnostics of this host into one archive, without secrets. Changes nothing.
 
-Where a source fails, its file holds the reason. Of the environment and of etcd, only the values of names listed here
-are included; of Docker's containers, never their environment. Then whatever looks like a secret is left out of every
-file, since a log may contain secrets.
+If a source fails, the error is written into its file. Environment variables and etcd keys are included with their
+values only if they are named in the lists below; the environment of Docker's containers is never included. Afterwards,
+everything that looks like a secret is removed from every file, since a log may contain secrets.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def collect(found: Iterable[tuple[str, Source]]) -> Path:
 
 
 def without_secrets(text: str) -> str:
-    """Return a text with what looks like a password, a token or a key left out."""
+    """Return a text without anything that looks like a password, a token or a key."""
     begin, end = text.find("-----BEGIN "), text.find("-----END ")
     if end >= 0 and not 0 <= begin < end:  # the included end of a log may begin inside a key
         text = _HIDDEN + text[end:]
@@ -218,9 +218,9 @@ def _known_value(entry: Entry) -> Any:
 
 
 def _known_fields(value: Any, objects: bool = False) -> Any:
-    """Return a JSON value, with the values of unknown fields left out. CIDRs are known fields: those of a handle.
+    """Return a JSON value without the values of unknown fields. CIDRs are known fields, since handles have them.
 
-    With `objects`, a list is to hold objects alone, and its other items are left out, too.
+    With `objects`, a list should contain objects only, and its other items are left out, too.
     """
     if isinstance(value, list):
         return [_known_fields(item) if isinstance(item, dict) or not objects else _HIDDEN for item in value]

@@ -1,8 +1,8 @@
-"""Checks whether blocks, handles and endpoints of the whole store agree about addresses, and repairs some findings.
+"""Checks whether blocks, handles and endpoints in the whole store are consistent, and repairs some inconsistencies.
 
-While a command runs, the store looks inconsistent for a moment: so everything is checked twice, and a repair of a
-workload's addresses checks once more under the workload's lock. Locks are local to a host, so only addresses of this
-host's workloads are repaired; counts of handles and lists of free addresses are repaired for all hosts.
+While a command runs, the store is inconsistent for a moment. So everything is checked twice, and before a workload's
+addresses are repaired, they are checked again under the workload's lock. Locks are local to a host, so only addresses
+of this host's workloads are repaired; counts of handles and lists of free addresses are repaired for all hosts.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ RECHECK_DELAY = 1.0
 
 @dataclass(frozen=True)
 class Finding:
-    """An inconsistency. `subject` is an address, a block's CIDR, a handle, an endpoint's id or a key, as `kind` says.
+    """An inconsistency. `kind` says what `subject` is: an address, a block's CIDR, a handle, an endpoint's id or a key.
 
     `advice` says what the user can do without `--fix`.
     """
@@ -125,12 +125,12 @@ def _inspect(datastore: DatastoreClient) -> Iterator[Finding]:
 
 
 def _is_key(handle: str) -> bool:
-    """Return whether a handle can be a key of the store, which hides keys that begin with an underscore."""
+    """Return whether a handle can be part of a key. The store hides keys that begin with an underscore."""
     return bool(handle) and "/" not in handle and not handle.startswith("_")
 
 
 def _of_block(datastore: DatastoreClient, block: Block, registered: set[str]) -> Iterator[Finding]:
-    """Check a block's affinity, and what tools from 2016 on keep in it: the list of free addresses, strict affinity."""
+    """Check a block's affinity, and the fields of tools from 2016 on: the list of free addresses, strict affinity."""
     affine = (block.affinity or "").partition(":")[2]
     if affine and affine not in registered:
         yield Finding(
@@ -168,7 +168,7 @@ def _of_address(
 ) -> Iterator[Finding]:
     """Check an assigned address against the endpoints that list it; `block` is the CIDR of the address's block.
 
-    `sound` says that no endpoint's record is unreadable; `registered` are the names of the registered hosts.
+    `sound` says that no endpoint is invalid; `registered` are the names of the registered hosts.
     """
     release = f"'calicoctl ipam release {address}' releases it"
     if owner.handle is not None and not _is_key(owner.handle):
@@ -208,7 +208,7 @@ def _of_address(
 
 
 def _holds(owner: Owner, id: EndpointId) -> bool:
-    """Return whether an address's owner is an endpoint's workload, also where an old tool stored it as `docker`."""
+    """Return whether an address's owner is an endpoint's workload, even if an old tool stored that as `docker`."""
     its = owner.handle in (f"{id.orchestrator}.{id.workload}", ".".join(workload_of(id)))
     return its and owner.secondary.get("host", id.host) == id.host
 
@@ -216,7 +216,8 @@ def _holds(owner: Owner, id: EndpointId) -> bool:
 def _unassigned(datastore: DatastoreClient, address: str, id: EndpointId, alone: bool) -> Finding:
     """Return the finding for an unassigned address that an endpoint lists.
 
-    `alone` says that no other endpoint lists the address, and that it is usable: of a single address, not of a network.
+    `alone` says that no other endpoint lists the address, and that the endpoint lists it as a single address, not as a
+    network.
     """
     problem = f"endpoint {id.endpoint} of host {id.host} lists it, but it is not assigned"
     if id.host != datastore.host:
@@ -253,7 +254,7 @@ def _recount(datastore: DatastoreClient, handle: str, blocks: list[str]) -> bool
 
 
 def repair(finding: Finding) -> str | None:
-    """Repair a finding; return why it was not repaired (its advice, where it has no `fix`), None for success."""
+    """Repair a finding. Return None for success, else why it was not repaired: without a `fix`, its advice."""
     if finding.fix is None:
         return finding.advice
     try:

@@ -1,7 +1,7 @@
 """Checks this host's prerequisites: kernel, tools, settings, Docker, etcd.
 
-Each check is about one thing, changes nothing on the host, and does not keep the others from running when it fails.
-Features of the kernel are tried for real, in a network namespace that ends with the thread that created it.
+Each check is about one prerequisite, and changes nothing on the host. If it fails, the other checks still run. Kernel
+features are tested by using them, in a temporary network namespace.
 """
 
 from __future__ import annotations
@@ -61,9 +61,9 @@ add chain arp check input { type filter hook input priority filter; }
 
 @dataclass(frozen=True)
 class Check:
-    """The result of one check. `found` is what was seen; `advice` is what to do unless it is `ok`.
+    """The result of one check. `found` says what was found; `advice` is what to do unless it is `ok`.
 
-    `needed` says whether a failure is an error, not a warning.
+    `needed` says whether a failure is an error or only a warning.
     """
 
     name: str
@@ -194,7 +194,7 @@ def _settings() -> Iterator[Check]:
 
 
 def _neighbours() -> Iterator[Check]:
-    """Check for how many endpoints the neighbour tables have room. All namespaces of a machine share them."""
+    """Check how many endpoints fit into the limits of the neighbour tables, which all namespaces share."""
     endpoints = sum(name.startswith(INTERFACE_PREFIX) for _, name in socket.if_nameindex())
     counts_permanent = tuple(map(int, re.findall(r"\d+", platform.release())[:2])) < (5, 0)
     for version, family in FAMILIES.items():
@@ -233,7 +233,7 @@ def _tools(docker_runs: bool) -> Iterator[Check]:
 
 
 def _version(command: str) -> str | None:
-    """Return the version that a command prints, "there" where it prints none, None if it is not installed."""
+    """Return the version that a command prints, "there" if it prints none, None if the command is not installed."""
     if shutil.which(command) is None:
         return None
     with suppress(OSError, subprocess.SubprocessError):
@@ -262,7 +262,7 @@ def _docker(libnetwork: bool) -> Check:
 
 
 def _needs_root(name: str) -> Check:
-    """Return the result of a check that only root can do, for another user."""
+    """Return the result, for any user but root, of a check that only root can do."""
     return Check(name, False, "not known", False, "run this as root, to find out")
 
 
@@ -356,7 +356,7 @@ def _pools() -> Check:
 
 
 def _agent() -> int | None:
-    """Return the process id of this host's agent, None if none runs, or the host has no name."""
+    """Return the process id of this host's agent, None if no agent runs, or the host has no valid name."""
     with suppress(CalicoError):
         return process.running(hostname())
     return None

@@ -1,9 +1,9 @@
 """Reads the status of this host's agent, running or not, and lists its problems, worst first. Prints nothing.
 
-The agent's report (felix/report.py) is a file that every user may read, also while the store is unreachable. The report
-has the keys with invalid values in `problems`, and failures of the host as a whole in `troubles`: scripts read this
-JSON, so its fields keep these names. Problems of every kind are listed as Issues: for a new kind, add a function to
-`_issues`.
+The agent's report (felix/report.py) is a file that every user may read, even while the store is unreachable. In the
+report, `problems` are the keys with invalid values, and `troubles` the failures that concern the whole host: scripts
+read this JSON, so its fields keep these names. Problems of every kind are listed as Issues. For a new kind, add a
+function to `_issues`.
 """
 
 from __future__ import annotations
@@ -66,10 +66,10 @@ _NOTHING: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Issue:
-    """A problem: its kind, its text, and advice, where there is any.
+    """A problem: its kind, its text, and advice, if there is any.
 
-    `fails` says whether it makes the exit status 1: the agent's status is unknown, its store does not work, or an
-    endpoint is in error.
+    `fails` says whether it sets the exit status to 1. That is so if the agent's status is unknown, its store does not
+    work, or an endpoint is in error.
     """
 
     kind: str
@@ -84,10 +84,10 @@ class Issue:
 def read(host: str) -> dict[str, Any]:
     """Return the last report of the host's agent, and an assessment of it, always in the same shape.
 
-    Added to the report are: whether the agent is `running`; if not, which `other_agent` reports for this host (its
-    `machine`, null where it names none, and a `text`; null for none); the `age` of the report in seconds (null for
-    none); whether the report is `current`; and `issues`, each with the fields of Issue. Where no agent runs,
-    `unknown_interfaces` are not the report's but those that exist now.
+    These fields are added to the report: `running`, whether the agent runs; `other_agent`, if the agent does not run
+    and another one reports for this host, with its `machine` (null if unknown) and a `text`, else null; in `report`,
+    the `age` of the report in seconds (null if there is none), and whether the report is `current`; and `issues`, each
+    with the fields of Issue. If no agent runs, `unknown_interfaces` are determined now, and not taken from the report.
     """
     pid = process.running(host)
     found = process.report(host)
@@ -157,7 +157,7 @@ def _agent(status: dict[str, Any], pid: int | None) -> Iterator[Issue]:
 
 
 def _store(status: dict[str, Any]) -> Iterator[Issue]:
-    """Yield what does not work with the store, in one sentence per reason."""
+    """Yield one Issue for each reason why the store cannot be read, written or followed."""
     failing: dict[str, list[str]] = {}
     since: dict[str, str] = {}
     for what, verb in (("reads", "read"), ("writes", "written"), ("watch", "followed")):
@@ -187,7 +187,7 @@ def _host_failures(status: dict[str, Any]) -> Iterator[Issue]:
 
 
 def _unknown_interfaces(status: dict[str, Any]) -> Iterator[Issue]:
-    """Yield one sentence about the interfaces of this host that are in no record of its endpoints."""
+    """Yield one Issue about the interfaces of this host that belong to no endpoint."""
     names = status["unknown_interfaces"]
     if names:
         some = first_few(names)
@@ -200,8 +200,8 @@ def _unknown_interfaces(status: dict[str, Any]) -> Iterator[Issue]:
 def _without_agent(datastore: DatastoreClient) -> dict[str, Any]:
     """Return the fields `other_agent` and `unknown_interfaces` for this host, whose agent does not run.
 
-    They say which agent of another machine or program reports for this host, and which interfaces `cali…` are in no
-    endpoint's record. Raises StoreError.
+    They say which agent of another machine or program reports for this host, and which `cali…` interfaces belong to no
+    endpoint. Raises StoreError.
     """
     other = None
     status = datastore.statuses.of_host()
@@ -218,7 +218,7 @@ def _without_agent(datastore: DatastoreClient) -> dict[str, Any]:
 
 
 def _keys(status: dict[str, Any]) -> Iterator[Issue]:
-    """Yield an Issue for each key with an invalid value, except the records of endpoints that have an Issue already."""
+    """Yield an Issue for each key with an invalid value, except for endpoints that have an Issue already."""
     host = status["host"]
     named = {
         keys.endpoint(EndpointId(host, one["orchestrator"], one["workload"], one["endpoint"]))
@@ -231,7 +231,7 @@ def _keys(status: dict[str, Any]) -> Iterator[Issue]:
 
 
 def _has_shape(value: Any, shape: Any) -> bool:
-    """Return whether a value has all the fields of another, at all levels."""
+    """Return whether a value has all the fields of `shape`, at all levels."""
     if not isinstance(shape, dict):
         return True
     return isinstance(value, dict) and all(name in value and _has_shape(value[name], shape[name]) for name in shape)

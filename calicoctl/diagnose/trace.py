@@ -1,7 +1,8 @@
-"""Evaluates whether a packet would pass from one place to another, and what decides. Sends no packet.
+"""Evaluates whether a packet would pass between two places, and which rule decides. Sends no packet.
 
-Reads the store, asks Docker for containers' ids, and reads this host's own addresses. Each endpoint is seen as its
-host's agent sees it (snapshot.py); rules mean what the agent enforces (verdict.py).
+Reads the store, queries Docker for containers' ids, and reads this host's own addresses. The policy of an endpoint is
+computed as on its own host, from a snapshot for that host (snapshot.py) and with the agent's meaning of rules
+(verdict.py).
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _ECHO_REQUEST = {ICMP: 8, ICMPV6: 128}
 
 @dataclass(frozen=True)
 class Place:
-    """One end of a packet's path: what the user calls it, its address, and its endpoint's id, None for no endpoint."""
+    """One end of a packet's path: the user's name for it, its address, and its endpoint's id (None: no endpoint)."""
 
     name: str
     address: str
@@ -54,7 +55,7 @@ class Decision:
 class Trace:
     """The path of a packet: both ends, and the decision at each end that is an endpoint, in order.
 
-    The destination's decision is there also for a packet that the source does not let out.
+    The decision at the destination is included even if the packet is dropped at the source.
     """
 
     source: Place
@@ -91,7 +92,7 @@ def trace(
     port: int | None,
     source_port: int | None = None,
 ) -> Trace:
-    """Evaluate the path of a packet: the first of a connection, or an echo request.
+    """Evaluate the path of a packet: the first packet of a connection, or an echo request.
 
     `source` and `destination` are containers, namespace paths, endpoint ids or addresses; `protocol` is `tcp`, `udp`,
     `icmp` or `icmpv6`. `source_port` is SOURCE_PORT unless it is given. Raises CalicoError.
@@ -128,7 +129,7 @@ class _Store:
         self._snapshots: dict[str, Snapshot] = {}
         self._endpoints = self._seen_by(datastore.host).endpoints
         self._members: dict[str, set[str]] = {}
-        """The addresses of each tag that has been needed so far."""
+        """The addresses of each tag, computed when the tag is first needed."""
 
     def _seen_by(self, host: str) -> Snapshot:
         if host not in self._snapshots:
@@ -140,7 +141,7 @@ class _Store:
     # From names to endpoints
 
     def places(self, name: str) -> list[Place]:
-        """Return a place for the address that `name` is, else for each of the named endpoint's; raise CalicoError."""
+        """Return the Place of an address, or one for each address of an endpoint or workload. Raises CalicoError."""
         try:
             address = str(parse_address(name))
         except CalicoError:
@@ -186,7 +187,7 @@ class _Store:
     # Decisions
 
     def decisions(self, source: Place, destination: Place, packet: Packet) -> list[Decision]:
-        """Return the decisions on a packet at those of its ends that are endpoints."""
+        """Return the decisions about a packet, one for each of its ends that is an endpoint."""
         if source.endpoint is not None and source.endpoint == destination.endpoint:
             return [Decision("outbound", True, "it stays within the endpoint, where no profile applies")]
         made: list[Decision] = []
@@ -218,7 +219,7 @@ class _Store:
         return self._decide("inbound", id, packet)
 
     def _as_sent(self, host: str, packet: Packet) -> Packet:
-        """Return a packet as it leaves a host: with the host's address as source where a pool masquerades it."""
+        """Return a packet as it leaves a host: if a pool masquerades it, with the host's address as source."""
         from netaddr.ip import IPNetwork
 
         pools = self._seen_by(host).pools.values()
@@ -253,7 +254,7 @@ class _Store:
         return address in self._members[tag]
 
     def _addresses_of(self, host: str) -> set[str]:
-        """Return the addresses that a host is registered with and, for this host, all of its interfaces."""
+        """Return the registered addresses of a host and, if it is this host, the addresses of all its interfaces."""
         from calicoctl.workloads import host_network
 
         own = host_network.own_addresses() if host == self._datastore.host else set()

@@ -1,7 +1,7 @@
 """The text of a rule, as users type and read it, and the validation of rules in JSON.
 
-`parse` and `text` are inverse to each other for every rule that an agent can enforce and a packet can match. The text
-of any other rule ends with the reason, and `parse` does not accept that text.
+`parse` and `text` are inverse to each other for every rule that an agent can enforce and that a packet can match. For
+any other rule, the text ends with the reason, and `parse` does not accept it.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def check_name(name: str, what: str) -> str:
 
 
 def check_tag(name: str) -> str:
-    """Return the name of a tag in a rule, of any length, since other tools allow longer ones; raise CalicoError."""
+    """Return the name of a tag in a rule; raise CalicoError if it is invalid. Other tools allow names of any length."""
     if not re.fullmatch(_NAME, name, re.ASCII):
         raise CalicoError(f"'{name}' is not a valid tag name: it must have letters, digits, '_', '.' and '-'")
     return name
@@ -74,8 +74,8 @@ def check_tag(name: str) -> str:
 def parse(words: Sequence[str], is_new: bool = True) -> Rule:
     """Parse a rule from the words of a command line, or from one word that is a JSON object (see `check_rule`).
 
-    Unless `is_new`, a rule may match no packet, and its words may name tags that new rules may not name.
-    Raises UsageError for words that are out of place, CalicoError for values that are not allowed.
+    If it is not `is_new`, a rule that can match no packet is accepted, and so are names of tags that are not allowed in
+    new rules. Raises UsageError for misplaced words, CalicoError for invalid values.
     """
     if len(words) == 1 and words[0].startswith("{"):
         try:
@@ -116,7 +116,7 @@ def parse(words: Sequence[str], is_new: bool = True) -> Rule:
 
 
 def _parse_side(rule: Rule, left: deque[str], word: str, side: str, is_new: bool) -> None:
-    """Parse what follows `from` or `to`. The keyword `cidr` may be missing, as in old scripts."""
+    """Parse the words after `from` or `to`. The keyword `cidr` may be missing, as in old scripts."""
     seen = False
     while left and left[0] not in ("from", "to"):
         kind = left.popleft()
@@ -182,7 +182,7 @@ def _ports(text: str) -> list[int | str]:
 def check_rule(data: Any, must_match: bool = True) -> Rule:
     """Return the rule in a JSON object; raise CalicoError for unknown fields or invalid values.
 
-    With `must_match`, a rule whose conditions no packet can meet is invalid, too: the user has made a mistake.
+    With `must_match`, a rule that can match no packet is invalid, too: the user has made a mistake.
     """
     if not isinstance(data, dict):
         raise CalicoError(f"a rule must be a JSON object, not {json.dumps(data)[:60]}")
@@ -257,7 +257,7 @@ def check_rules(profile: str, text: str) -> Rules:
 
 
 def _check_sense(rule: Rule) -> None:
-    """Raise CalicoError for a rule whose conditions require others that it lacks."""
+    """Raise CalicoError if a rule lacks a condition that another of its conditions requires."""
     if rule.icmp_code is not None and rule.icmp_type is None:
         raise CalicoError("an ICMP code needs an ICMP type")
     if rule.icmp_type is not None and not _has_icmp_type(rule):
@@ -279,7 +279,7 @@ def _has_icmp_type(rule: Rule) -> bool:
 
 
 def versions(rule: Rule) -> Collection[int]:
-    """Return the IP versions whose packets a rule can match: both, one or, where its conditions conflict, none."""
+    """Return the IP versions of packets that a rule can match: both, one, or none if its conditions conflict."""
     possible = {4, 6}
     if rule.ip_version is not None:
         possible &= {rule.ip_version}
@@ -293,7 +293,7 @@ def versions(rule: Rule) -> Collection[int]:
 
 
 def _check_versions(rule: Rule) -> None:
-    """Raise CalicoError for a rule that mixes IP versions, so that no packet can match it."""
+    """Raise CalicoError if a rule mixes IP versions, so that no packet can match it."""
     if not versions(rule):
         raise CalicoError("a rule that mixes IPv4 and IPv6 (icmp is IPv4, icmpv6 is IPv6) would never match")
 

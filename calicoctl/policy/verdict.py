@@ -25,7 +25,7 @@ TagContains = Callable[[str, str], bool]
 
 @dataclass(frozen=True)
 class Packet:
-    """What rules match: addresses in canonical form, a protocol number, and ports or ICMP type and code, if any."""
+    """The properties of a packet that rules match: canonical addresses, protocol number, ports, ICMP type and code."""
 
     source: str
     destination: str
@@ -42,9 +42,10 @@ class Packet:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a packet passes, and what decided: a rule of a profile, a profile alone, or neither.
+    """Whether a packet passes, and why.
 
-    `rule` is a number from 1. `profile` alone: that profile is missing or has invalid rules. Neither: no rule matches.
+    If a rule of a profile matched, `rule` is its number, from 1. If only `profile` is set, that profile is missing or
+    has invalid rules. If neither is set, no rule matches.
     """
 
     allowed: bool
@@ -73,8 +74,9 @@ def decide(
 ) -> Verdict:
     """Return the verdict of a list of profiles, evaluated in order, in one direction.
 
-    `rules` holds each profile's rules of that direction, as `readable` returns them. A profile that is missing, or has
-    None, denies every packet that reaches it. A packet that no rule matches is denied.
+    `rules` has each profile's rules for that direction, as returned by `readable`. If a profile is missing there, or
+    its rules are None, it denies every packet that no profile before it has decided on. A packet that no rule matches
+    is denied.
     """
     for profile in profiles:
         of_profile = rules.get(profile)
@@ -110,7 +112,7 @@ def matches(rule: Rule, packet: Packet, tag_contains: TagContains) -> bool:
 
 
 def is_host_service(packet: Packet) -> bool:
-    """Return whether a packet to the host itself passes regardless of profiles: DHCP, DNS, and some of ICMPv6.
+    """Return whether a packet to the host itself passes regardless of profiles: DHCP, DNS, and some ICMPv6.
 
     Source: Calico's Felix of 2015, the chain felix-INPUT.
     """
@@ -140,7 +142,7 @@ def _range(port: int | str) -> tuple[int, int]:
 
 @lru_cache(maxsize=65536)
 def _number(address: str) -> tuple[int, int]:
-    """Return an address as a number, and its number of bits."""
+    """Return an address as a number, and the number of bits of its IP version's addresses."""
     return int.from_bytes(pack(address), "big"), BITS[version_of(address)]
 
 
