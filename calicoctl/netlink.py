@@ -39,8 +39,10 @@ UNICAST, LOCAL = 1, 2
 """Types of routes: unicast, and local (to addresses of this host)."""
 PROTOCOL_KERNEL, PROTOCOL_STATIC, PROTOCOL_RA = 2, 4, 9
 """Protocols of routes: that the kernel sets itself, that are static, and that were learned from routers (RA)."""
-OUR_PROTOCOL = 80
-"""The protocol number of our routes (`ip route show proto 80`). Source: numbers from 5 up are free, rtnetlink(7)."""
+PROTOCOL_BIRD = 12
+OUR_PROTOCOL, OVERLAY_PROTOCOL = 80, 81
+"""The protocol numbers of our routes to endpoints of this host, and to those of other hosts through the overlay
+(`ip route show proto 81`). Source: numbers from 5 up are free, rtnetlink(7)."""
 SOL_NETLINK, _NETLINK_GET_STRICT_CHK = 270, 12
 NETLINK_NETFILTER = 12
 

@@ -16,6 +16,7 @@ from calicoctl import environment
 from calicoctl.cli.usages import Usage, fits, positional, usages_of
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.config import Setting, settings_of
+from calicoctl.datastore.model import VXLAN_MODES
 from calicoctl.errors import CalicoError
 from calicoctl.grammar import COMMANDS, FORMATS, GLOBAL_OPTIONS, grammar_of
 
@@ -208,6 +209,7 @@ _SOURCES: dict[str, Callable[[list[str]], Iterable[str]]] = {
     "--hostname": _hosts,
     "--orchestrator": _fixed("docker", "namespace"),
     "--output": _fixed(*FORMATS),
+    "--vxlan": _fixed(*VXLAN_MODES),
     "--detach": _fixed("true", "false"),
 }
 """By argument or option: a function that takes the words before it, and returns the candidates for its value."""

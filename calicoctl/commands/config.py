@@ -27,6 +27,10 @@ Options:
     GraceTime          seconds, 0 to 86400, before agents garbage-collect a
                        workload that is gone or whose state is unknown;
                        default: 60
+    MTU                bytes, 1280 to 65535: the MTU of new interfaces of
+                       containers; default: that of the host's own network
+                       interface, in pools with an overlay 50 less (70 over
+                       IPv6)
     LogSeverityFile, LogFilePath, InterfacePrefix, IpInIpEnabled
                        for agents of 2015; this version ignores them
   node felix

@@ -1,9 +1,11 @@
 """Show and change the IP pools that addresses are assigned from.
 
 Usage:
-  calicoctl pool add <CIDRS>... [--ipip] [--nat-outgoing]
-  calicoctl pool remove <CIDRS>... [--force] [--ipip] [--nat-outgoing]
-  calicoctl pool range add <START_IP> <END_IP> [--ipip] [--nat-outgoing]
+  calicoctl pool add <CIDRS>... [--ipip] [--vxlan=<MODE>] [--nat-outgoing]
+  calicoctl pool remove <CIDRS>... [--force] [--ipip] [--vxlan=<MODE>]
+      [--nat-outgoing]
+  calicoctl pool range add <START_IP> <END_IP> [--ipip] [--vxlan=<MODE>]
+      [--nat-outgoing]
   calicoctl pool show [--ipv4 | --ipv6] [--output=<FORMAT>]
 
 Options:
@@ -13,7 +15,12 @@ Options:
   <END_IP>               the last address of the range, and of a block
   --ipip                 store in the pool that agents of other tools are to
                          encapsulate packets between hosts in IP-in-IP (IPv4
-                         only): this version does not; default: not stored
+                         only): this version does not, use --vxlan; default:
+                         not stored
+  --vxlan=<MODE>         encapsulate packets between hosts in VXLAN, for
+                         networks that have no routes to the pool: always;
+                         cross-subnet, only to hosts in other networks than
+                         the sending host's; never; default: never
   --nat-outgoing         masquerade packets to destinations outside all pools
                          with the host's address; default: no masquerading
   --force                remove the pool even if addresses of it are in use;
@@ -34,6 +41,7 @@ is requested explicitly, and never if a host or a gateway has it.
 
 Examples:
   calicoctl pool add 10.1.0.0/16 --nat-outgoing
+  calicoctl pool add 10.3.0.0/16 fd00:3::/64 --vxlan=cross-subnet
   calicoctl pool range add 10.2.0.64 10.2.1.127
 """
 
@@ -45,7 +53,7 @@ from typing import TYPE_CHECKING, Any
 
 from calicoctl.addresses import check_unicast, parse_address, parse_cidr, parse_pool_cidr
 from calicoctl.datastore.client import DatastoreClient
-from calicoctl.datastore.model import Pool
+from calicoctl.datastore.model import NEVER, VXLAN_MODES, Pool
 from calicoctl.errors import CalicoError, NotFound, printable
 from calicoctl.grammar import Prepared, parse
 from calicoctl.output import first_few, print_json, print_table, wants_json, warn
@@ -53,6 +61,8 @@ from calicoctl.workloads import host_network
 
 if TYPE_CHECKING:
     from netaddr import IPNetwork
+
+NO_IPIP = "this version's agents do not encapsulate in IP-in-IP: use --vxlan=always, or --vxlan=cross-subnet, instead"
 
 
 def prepare(argv: list[str]) -> Prepared:
@@ -65,8 +75,23 @@ def prepare(argv: list[str]) -> Prepared:
         networks = _networks_of_range(arguments["<START_IP>"], arguments["<END_IP>"])
     else:
         networks = list(dict.fromkeys(map(_network, arguments["<CIDRS>"])))
+    arguments["--vxlan"] = _checked_mode(arguments["--vxlan"] or NEVER)
+    if arguments["--ipip"] and arguments["--vxlan"] != NEVER:
+        raise CalicoError("--ipip and --vxlan exclude each other: packets of a pool are encapsulated in one way")
     _check_new(networks, arguments["--ipip"])
     return partial(_add, networks, arguments)
+
+
+def _checked_mode(mode: str) -> str:
+    """Return a mode of VXLAN; raise CalicoError for a word that is none."""
+    if mode not in VXLAN_MODES:
+        from calicoctl.spelling import did_you_mean, nearest
+
+        raise CalicoError(
+            f"'{mode}' is not a mode of --vxlan: it must be one of {', '.join(VXLAN_MODES)}"
+            + did_you_mean(nearest(mode, VXLAN_MODES))
+        )
+    return mode
 
 
 def _check_new(networks: list[IPNetwork], ipip: bool) -> None:
@@ -98,8 +123,12 @@ def _add(networks: list[IPNetwork], arguments: dict[str, Any]) -> None:
     for network in networks:
         _refuse_overlap(network, known)
     warn_of_overlaps(map(str, networks))
+    if arguments["--ipip"]:
+        warn(f"Warning: {NO_IPIP}.")
     for network in networks:
-        pool = Pool(str(network), "tunl0" if arguments["--ipip"] else None, arguments["--nat-outgoing"])
+        pool = Pool(
+            str(network), "tunl0" if arguments["--ipip"] else None, arguments["--nat-outgoing"], arguments["--vxlan"]
+        )
         before = datastore.put_pool(pool)
         if before is None:
             print(f"Added pool {network}")
@@ -113,12 +142,14 @@ def _add(networks: list[IPNetwork], arguments: dict[str, Any]) -> None:
 
 def _shown(pool: Pool) -> dict[str, Any]:
     """Return a pool with all its fields, including those that the store omits when they are off."""
-    return {"cidr": pool.cidr, "ipip": pool.ipip, "masquerade": pool.masquerade, **pool.extra}
+    options = {"ipip": pool.ipip, "masquerade": pool.masquerade, "vxlan_mode": pool.vxlan}
+    return {"cidr": pool.cidr, **options, **pool.extra}
 
 
 def _options(pool: Pool) -> dict[str, str]:
-    """Return a pool's options, each as "on" or "off"."""
-    return {name: "on" if on else "off" for name, on in (("ipip", pool.ipip), ("nat-outgoing", pool.masquerade))}
+    """Return a pool's options: "on" or "off", or the mode of VXLAN."""
+    switches = {name: "on" if on else "off" for name, on in (("ipip", pool.ipip), ("nat-outgoing", pool.masquerade))}
+    return {"ipip": switches["ipip"], "vxlan": pool.vxlan, "nat-outgoing": switches["nat-outgoing"]}
 
 
 def _networks_of_range(start: str, end: str) -> list[IPNetwork]:
@@ -188,7 +219,12 @@ def _show(arguments: dict[str, Any]) -> None:
     for version in versions:
         rows = []
         for pool in pools[version]:
-            rows.append([pool.cidr, ",".join(name for name, value in _options(pool).items() if value == "on")])
+            options = [
+                name if value == "on" else f"{name}={value}"
+                for name, value in _options(pool).items()
+                if value not in ("off", NEVER)
+            ]
+            rows.append([pool.cidr, ",".join(options)])
         print_table([f"IPv{version} CIDR", "Options"], rows)
 
 

@@ -85,6 +85,8 @@ class Snapshot:
         self.log_level = "info"
         self.grace_time = GRACE_TIME
         """Seconds until a workload that no longer exists, or whose state is unknown, is garbage-collected."""
+        self.mtu: int | None = None
+        """The MTU that workloads' interfaces are to have; None where it follows from the host's own interfaces."""
         self.topology = Topology(host)
         self.network = HostNetwork()
         """This host's own addresses and networks, as of the last `set_network`."""
@@ -185,7 +187,8 @@ class Snapshot:
             return self._set_profile if keys.parse_profile(key) is not None else None
         if key.startswith((keys.pools(4) + "/", keys.pools(6) + "/")):
             return self._set_pool
-        if key in (keys.READY, keys.config(config.LOG_LEVEL.name), keys.config(config.GRACE_TIME.name)):
+        settings = (config.LOG_LEVEL, config.GRACE_TIME, config.MTU)
+        if key == keys.READY or key in [keys.config(setting.name) for setting in settings]:
             return self._set_setting
         return self._set_topology if self.topology.handler(key) is not None else None
 
@@ -248,6 +251,11 @@ class Snapshot:
             if value and not re.fullmatch("[0-9]{1,9}", value, re.ASCII):
                 raise CalicoError(f"'{value}' is not a number of seconds; {GRACE_TIME} is used")
             self.grace_time = int(value or GRACE_TIME)
+        elif key == keys.config(config.MTU.name):
+            self.mtu = None
+            if value:
+                config.MTU.check(value)
+                self.mtu = int(value)
         else:
             # fail closed for an unknown value
             self.host_action = (value or str(config.HOST_ACTION.default)).upper()

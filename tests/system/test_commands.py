@@ -56,16 +56,42 @@ def test_pools_come_get_other_options_and_go(host: Host) -> None:
     assert host.etcd.get("/calico/v1/config/IpInIpEnabled") == "true"
     host.ctl("pool", "add", "fd00:1::/64")
     shown = json.loads(host.ctl("pool", "show", "--ipv6", "--output=json").out)
-    assert {"cidr": "fd00:1::/64", "ipip": None, "masquerade": False} in shown and all(
-        ":" in pool["cidr"] for pool in shown
-    )
+    expected = {"cidr": "fd00:1::/64", "ipip": None, "masquerade": False, "vxlan_mode": "never"}
+    assert expected in shown and all(":" in pool["cidr"] for pool in shown)
     host.ctl("pool", "remove", "10.1.0.0/16", "10.2.0.0/26", "--ipip")  # as a script of 2015 may do
     assert set(pools(host)) == {"192.168.0.0/16"}
+
+
+def test_the_overlay_of_a_pool(host: Host) -> None:
+    key = f"{POOLS}/10.1.0.0-16"
+    host.ctl("pool", "add", "10.1.0.0/16", "--vxlan=always")
+    host.etcd.put(key, {"cidr": "10.1.0.0/16", "vxlan_mode": "always", "x": [1]})
+    assert host.ctl("pool", "add", "10.1.0.0/16", "--vxlan=cross-subnet", "--nat-outgoing").out == (
+        "Pool 10.1.0.0/16 has new options: vxlan from always to cross-subnet, nat-outgoing from off to on.\n"
+    )
+    assert json.loads(host.etcd.get(key)) == {
+        "cidr": "10.1.0.0/16",
+        "masquerade": True,
+        "vxlan_mode": "cross-subnet",
+        "x": [1],
+    }
+    host.ctl("pool", "range", "add", "fd00:9::", "fd00:9::3f", "--vxlan=always")
+    assert json.loads(host.etcd.get("/calico/v1/ipam/v6/pool/fd00:9::-122"))["vxlan_mode"] == "always"
+    shown = host.ctl("pool", "show").out
+    assert "vxlan=cross-subnet,nat-outgoing" in shown and "vxlan=always" in shown
+    assert "vxlan from cross-subnet to never" in host.ctl("pool", "add", "10.1.0.0/16", "--vxlan=never").out
+    assert json.loads(host.etcd.get(key)) == {"cidr": "10.1.0.0/16", "x": [1]}
+    said = host.ctl("pool", "add", "10.3.0.0/16", "--ipip", "--vxlan=never")
+    assert said.out == "Added pool 10.3.0.0/16\n" and "do not encapsulate in IP-in-IP" in said.err
+    host.ctl("pool", "remove", "10.1.0.0/16", "--vxlan=always")
+    assert "10.1.0.0/16" not in pools(host)
 
 
 @pytest.mark.parametrize(
     ("words", "because"),
     [
+        ("10.3.0.0/16 --vxlan=cross", "it must be one of never, always, cross-subnet; did you mean cross-subnet?"),
+        ("10.3.0.0/16 --ipip --vxlan=always", "--ipip and --vxlan exclude each other"),
         ("192.168.1.0/24", "overlaps with 192.168.0.0/16"),
         ("192.0.0.0/8", "overlaps with 192.168.0.0/16"),
         ("10.0.0.0/8 10.1.0.0/16", "overlaps with 10.0.0.0/8"),

@@ -180,6 +180,16 @@ def test_the_grace_time_is_a_number_of_seconds() -> None:
     assert snapshot.grace_time == 60
 
 
+def test_the_mtu_is_a_number_of_bytes() -> None:
+    key = "/calico/v1/config/MTU"
+    snapshot = snapshot_of(entry(key, "1400"))
+    assert snapshot.mtu == 1400 and snapshot.take_dirty().settings
+    snapshot.change(Change(key, entry(key, "900")))
+    assert snapshot.mtu is None and "from 1280 to 65535" in snapshot.problems[key]
+    snapshot.change(Change(key, None))
+    assert (snapshot.mtu, snapshot.problems) == (None, {})
+
+
 def test_an_endpoint_with_a_link_local_address_is_refused() -> None:
     snapshot = snapshot_of(endpoint_entry("1", ipv4_nets=["169.254.169.254/32"]), endpoint_entry("2"))
     assert set(snapshot.local) == {id_of("2")}
