@@ -47,6 +47,7 @@ KEYWORDS += PORT_PROTOCOLS + ICMP_PROTOCOLS
 
 _NAME = r"[A-Za-z0-9_.-]+"
 LONGEST_NEW_NAME = 39
+"""The largest number of characters in the name of a new profile or tag."""
 
 
 def check_name(name: str, what: str) -> str:

@@ -5,10 +5,16 @@ from __future__ import annotations
 import importlib.util
 import re
 from pathlib import Path
+from wsgiref.util import setup_testing_defaults
+
+import pytest
 
 from calicoctl.cli.main import USAGE
 from calicoctl.desired.snapshot import Snapshot
+from calicoctl.felix import metrics_server
 from calicoctl.felix.dataplane.ruleset import Ruleset
+from calicoctl.felix.health import Health
+from calicoctl.felix.metrics import Metrics
 from calicoctl.grammar import COMMANDS
 
 ROOT = Path(__file__).parent.parent.parent
@@ -74,3 +80,15 @@ def test_every_chain_set_and_map_of_the_tables_is_explained() -> None:
     assert {"outbound-to-host", "host-services"} <= named
     unexplained = {name for name in named if f"`{name}`" not in section("agent.md", "The tables")}
     assert not unexplained
+
+
+def test_every_metric_is_listed_with_its_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    served = []
+    monkeypatch.setattr(metrics_server, "serve", lambda app, address, port: served.append(app))
+    Metrics(Health("host1", "1"), 9091)
+    environ: dict[str, object] = {}
+    setup_testing_defaults(environ)
+    text = b"".join(served[0](environ, lambda *_: None)).decode()
+    exported = dict(re.findall(r"^# TYPE (\S+) (\S+)$", text, re.MULTILINE))
+    listed = dict(re.findall(r"^\| `(calico_\S+)` \| (\w+) \|", section("agent.md", "Metrics"), re.MULTILINE))
+    assert {name: kind for name, kind in exported.items() if not name.endswith("_created")} == listed

@@ -31,7 +31,7 @@ from calicoctl.datastore.keys import INTERFACE_PREFIX, EndpointId
 from calicoctl.datastore.model import Rule
 from calicoctl.desired.local_endpoint import LocalEndpoint, usable_addresses
 from calicoctl.desired.snapshot import Dirty, Snapshot
-from calicoctl.policy.rules import ICMP, ICMPV6, protocol_number, versions
+from calicoctl.policy.rules import ICMP, ICMPV6, LONGEST_NEW_NAME, protocol_number, versions
 from calicoctl.policy.verdict import port_ranges
 
 TABLES = (("inet", "calico"), ("arp", "calico"))
@@ -42,7 +42,8 @@ _LOG = f'limit rate 10/second burst 50 packets log prefix "{LOG_PREFIX}" level w
 """The action of a log rule. Without the limit, a container could fill the host's disk with a line per packet."""
 
 _TYPES = {4: "ipv4_addr", 6: "ipv6_addr"}
-_SAFE = re.compile(r"[A-Za-z0-9_.-]{1,39}", re.ASCII)
+_SAFE = re.compile(rf"[A-Za-z0-9_.-]{{1,{LONGEST_NEW_NAME}}}", re.ASCII)
+"""Names that are used in the names of chains and sets as they are: all that are allowed for new profiles and tags."""
 
 _SKELETON = """
 add map inet calico from { type ifname : verdict; }
