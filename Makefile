@@ -8,8 +8,9 @@ VENV = .venv
 
 # what each target needs, in the syntax of demo/packages: COMMAND:PACKAGE, or a package
 RUN = python3-venv nft:nftables iptables:iptables ip:iproute2
+BGP = bird:bird2
 DEMO = $(RUN) ping:iputils-ping etcd:etcd-server etcdctl:etcd-client docker:docker-cli,docker.io busybox:busybox-static
-TEST = $(DEMO) dockerd:docker.io conntrack:conntrack openssl:openssl sysctl:procps curl:curl man:man-db zsh:zsh
+TEST = $(DEMO) $(BGP) dockerd:docker.io conntrack:conntrack openssl:openssl sysctl:procps curl:curl man:man-db zsh:zsh
 BENCH = $(TEST) containernetworking-plugins
 
 # other releases of Debian and Ubuntu, by code name, and what `make` runs there: without the tests of what cannot differ
@@ -110,6 +111,8 @@ demo-clean:
 # with DESTDIR, for packagers, nothing else on this host is changed
 install:
 	@[ -n "$(DESTDIR)" ] || demo/packages $(RUN)
+	@[ -n "$(DESTDIR)" ] || demo/packages $(BGP) || \
+		echo 'Continuing without BIRD 2: this host will exchange no routes with other hosts until it is installed.' >&2
 	@PREFIX="$(PREFIX)" DESTDIR="$(DESTDIR)" PYTHON="$(PYTHON)" setup/calicoctl install
 
 uninstall:

@@ -27,7 +27,7 @@ from tests.system.support import (
 HOME = Path("/run/calico-tests")
 PROGRAMS = (
     *("etcd", "etcdctl", "dockerd", "docker", "busybox", "ip", "ss", "ping", "nft", "iptables", "conntrack"),
-    *("openssl", "sysctl", "ps", "curl", "setpriv", "nsenter", "flock", "bash", "zsh", "tar"),
+    *("openssl", "sysctl", "ps", "curl", "setpriv", "nsenter", "flock", "bash", "zsh", "tar", "bird"),
 )
 """What the tests run, beside calicoctl."""
 
