@@ -17,8 +17,9 @@ Usage:
       [--from-port=<PORT>] [--output=<FORMAT>]
 
 Options:
-  <FROM>, <TO>           a container's name or id, a namespace's path, an
-                         endpoint's id, or an IP address
+  <FROM>, <TO>           a container's name or id, a namespace's path or an
+                         endpoint's id, of any host; a host's name; or an IP
+                         address
   <PORT>                 the port that a tcp or udp packet goes to, 1 to 65535
   --from-port=<PORT>     its source port; default: 40000, which stands for an
                          ephemeral port
@@ -49,10 +50,13 @@ packets from that tag, and allows all outbound packets.
 
 `trace` shows whether a packet (a connection's first one, or an echo request)
 would pass from <FROM> to <TO>, and which rule of which profile decides,
-outbound of <FROM> and inbound of <TO>. It evaluates what is in etcd; the exit
-status is 0 when the packet passes, and 1 when it does not. IPv4 is used where
-both sides have it, unless an address says otherwise. All addresses of this
-host are known; of other hosts, those that they are registered with.
+outbound of <FROM> and inbound of <TO>; between two hosts, also how the packet
+gets from one to the other, and what stands in its way: a host that is not
+registered, an endpoint in error, an address in no pool, missing BGP peers. It
+evaluates what is in etcd; the exit status is 0 when the packet passes, and 1
+when it does not. IPv4 is used where both sides have it, unless an address
+says otherwise. All addresses of this host are known; of other hosts, those
+that they are registered with.
 
 Examples:
   calicoctl profile add web
@@ -64,9 +68,10 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
-from typing import Any, Callable, TypeVar
+from typing import TYPE_CHECKING, Any, Callable, TypeVar
 
 from calicoctl.addresses import parse_port
 from calicoctl.commands.endpoint import check_known_profile, described, readable_endpoints, workload_cell
@@ -77,6 +82,9 @@ from calicoctl.grammar import Prepared, parse
 from calicoctl.output import abridges, first_few, print_json, print_table, wants_json, warn
 from calicoctl.policy.rules import check_name
 from calicoctl.workloads.workload import short_id
+
+if TYPE_CHECKING:
+    from calicoctl.diagnose.trace import Trace
 
 T = TypeVar("T")
 
@@ -341,21 +349,51 @@ def _trace(arguments: dict[str, Any], protocol: str, port: int | None, source_po
     as_json = wants_json(arguments)
     datastore = DatastoreClient.from_environment()
     found = trace.trace(datastore, arguments["<FROM>"], arguments["<TO>"], protocol, port, source_port)
-    denied_by = found.denied_by
     if as_json:
         print_json(found.to_dict())
     else:
-        for decision in found.decisions:
-            place, word = (found.source, "From") if decision.direction == "outbound" else (found.destination, "To")
-            name = place.name if place.name == place.address else f"{place.name} ({place.address})"
-            verdict = "passes" if decision.allowed else "is denied"
-            if denied_by is not None and decision.direction != denied_by.direction == "outbound":
-                verdict = "would pass" if decision.allowed else "would be denied"
-            print(one_line(f"{word} {name}, {decision.direction}: {verdict} ({decision.why})"))
-        if denied_by is None:
-            print("The packet passes.")
-    if denied_by is not None:
-        raise Failed(one_line(f"The packet does not pass: {denied_by.direction}, {denied_by.why}."), 1)
+        for line in _trace_lines(found, datastore.host):
+            print(one_line(line))
+    if found.denied_by is not None:
+        why = f"{found.denied_by.direction}, {found.denied_by.why}"
+    elif found.stopped_by is not None:
+        why = f"on {found.stopped_by.host}, {found.stopped_by.problem}"
+    else:
+        return
+    raise Failed(one_line(f"The packet does not pass: {why}."), 1)
+
+
+def _trace_lines(found: Trace, here: str) -> Iterator[str]:
+    """Yield the lines that show a trace: its steps in order, with their hosts unless all are on this host (`here`)."""
+    denied_by = found.denied_by
+    names_hosts = {found.source.host, found.destination.host} - {None, here} != set()
+    for decision in found.decisions:
+        place, word = (found.source, "From") if decision.direction == "outbound" else (found.destination, "To")
+        name = place.name if place.name == place.address else f"{place.name} ({place.address})"
+        verdict = "passes" if decision.allowed else "is denied"
+        if denied_by is not None and decision.direction != denied_by.direction == "outbound":
+            verdict = "would pass" if decision.allowed else "would be denied"
+        host = f" on {decision.host}" if names_hosts else ""
+        if decision.direction == "inbound":
+            yield from _way(found)
+        yield f"{word} {name}{host}, {decision.direction}: {verdict} ({decision.why})"
+    if found.destination.endpoint is None:
+        yield from _way(found)
+    for obstacle in found.obstacles:
+        yield f"{'Stopped' if obstacle.stops else 'Note'}: on {obstacle.host}, {obstacle.problem}."
+    if found.passes:
+        yield "The packet passes."
+
+
+def _way(found: Trace) -> Iterator[str]:
+    """Yield the lines that show how a packet gets from its host to another, or outside."""
+    if found.sent_from is not None:
+        yield f"From {found.source.host}: with the source address {found.sent_from}, by masquerade"
+    route = found.route
+    if route is not None:
+        kind = {"plain": "by a plain route", "vxlan": "through VXLAN"}.get(route.kind, f"by a {route.kind} route")
+        via = "" if route.via is None else f" via {route.via}"
+        yield f"From {route.from_host} to {route.to_host}: {kind} to {route.destination}{via}"
 
 
 def _parse_rule(words: list[str], is_new: bool) -> Rule:

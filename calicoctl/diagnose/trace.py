@@ -1,13 +1,13 @@
 """Evaluates whether a packet would pass between two places, and which rule decides. Sends no packet.
 
-Reads the store, queries Docker for containers' ids, and reads this host's own addresses. The policy of an endpoint is
-computed as on its own host, from a snapshot for that host (snapshot.py) and with the agent's meaning of rules
-(verdict.py).
+Reads the store, queries Docker for containers' ids, and reads this host's own addresses and networks. The policy of an
+endpoint is computed as on its own host, from a snapshot for that host (snapshot.py) and with the agent's meaning of
+rules (verdict.py). What happens between two hosts is in transit.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +16,19 @@ from calicoctl.datastore.keys import EndpointId
 from calicoctl.datastore.model import Endpoint, Rule
 from calicoctl.desired.local_endpoint import usable_addresses
 from calicoctl.desired.snapshot import Snapshot
+from calicoctl.diagnose import transit
+from calicoctl.diagnose.transit import Obstacle, Route
 from calicoctl.errors import CalicoError, DockerUnavailable, NoSuchContainer, NotFound
 from calicoctl.policy.rules import ICMP, ICMPV6, PROTOCOLS
 from calicoctl.policy.verdict import Packet, Verdict, decide, is_host_service
-from calicoctl.workloads.workload import ambiguous, endpoints_of, find_connected, refuse_others_endpoint
+from calicoctl.workloads.workload import (
+    Workload,
+    ambiguous,
+    endpoints_of,
+    find_connected,
+    refuse_others_endpoint,
+    workload_of,
+)
 
 if TYPE_CHECKING:
     from calicoctl.datastore.client import DatastoreClient
@@ -32,11 +41,15 @@ _ECHO_REQUEST = {ICMP: 8, ICMPV6: 128}
 
 @dataclass(frozen=True)
 class Place:
-    """One end of a packet's path: the user's name for it, its address, and its endpoint's id (None: no endpoint)."""
+    """One end of a packet's path: the user's name for it, its address, and its endpoint's id (None: no endpoint).
+
+    `host` is the host of the endpoint, or the one that has the address; None: neither.
+    """
 
     name: str
     address: str
     endpoint: EndpointId | None = None
+    host: str | None = None
 
 
 @dataclass(frozen=True)
@@ -49,38 +62,61 @@ class Decision:
     profile: str | None = None
     rule: int | None = None
     """The position of the rule that decided in the profile's list for this direction, counted from 1."""
+    host: str | None = None
+    """The host that enforces the decision."""
 
 
 @dataclass(frozen=True)
 class Trace:
     """The path of a packet: both ends, and the decision at each end that is an endpoint, in order.
 
-    The decision at the destination is included even if the packet is dropped at the source.
+    The decision at the destination is included even if the packet is dropped at the source. `route` leads from one host
+    to the other; None: the packet stays on one host, or leaves the hosts. `sent_from` is the source address that the
+    packet leaves its host with, if the host translates it. `obstacles` are what stops the packet or its answer, or may
+    stop it, beyond policy.
     """
 
     source: Place
     destination: Place
     packet: Packet
     decisions: tuple[Decision, ...]
+    route: Route | None = None
+    sent_from: str | None = None
+    obstacles: tuple[Obstacle, ...] = ()
 
     @property
     def allowed(self) -> bool:
+        """Whether policy lets the packet pass."""
         return self.denied_by is None
 
     @property
+    def passes(self) -> bool:
+        """Whether the packet passes, as far as the store knows."""
+        return self.allowed and self.stopped_by is None
+
+    @property
     def denied_by(self) -> Decision | None:
-        """The first decision that drops the packet, None if the packet passes."""
+        """The first decision that drops the packet, None if policy lets it pass."""
         return next((decision for decision in self.decisions if not decision.allowed), None)
+
+    @property
+    def stopped_by(self) -> Obstacle | None:
+        """The first obstacle that certainly stops the packet, None for none."""
+        return next((obstacle for obstacle in self.obstacles if obstacle.stops), None)
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "allowed": self.allowed,
+            "passes": self.passes,
             "from": asdict(self.source),
             "to": asdict(self.destination),
             "protocol": self.packet.protocol,
             "source_port": self.packet.source_port,
             "port": self.packet.destination_port,
             "decisions": [asdict(decision) for decision in self.decisions],
+            "route": None if self.route is None else asdict(self.route),
+            "sent_from": self.sent_from,
+            "obstacles": [asdict(obstacle) for obstacle in self.obstacles],
         }
 
 
@@ -94,8 +130,9 @@ def trace(
 ) -> Trace:
     """Evaluate the path of a packet: the first packet of a connection, or an echo request.
 
-    `source` and `destination` are containers, namespace paths, endpoint ids or addresses; `protocol` is `tcp`, `udp`,
-    `icmp` or `icmpv6`. `source_port` is SOURCE_PORT unless it is given. Raises CalicoError.
+    `source` and `destination` are containers, namespace paths or endpoint ids, of any host, names of hosts or
+    addresses; `protocol` is `tcp`, `udp`, `icmp` or `icmpv6`. `source_port` is SOURCE_PORT unless it is given. Raises
+    CalicoError.
     """
     store = _Store(datastore)
     number = PROTOCOLS[protocol]
@@ -113,7 +150,7 @@ def trace(
         packet = Packet(one.address, other.address, number, icmp_type=_ECHO_REQUEST[number], icmp_code=0)
     else:
         packet = Packet(one.address, other.address, number, source_port or SOURCE_PORT, port)
-    return Trace(one, other, packet, tuple(store.decisions(one, other, packet)))
+    return store.trace(one, other, packet)
 
 
 def _of(place: Place, version: int) -> bool:
@@ -138,10 +175,10 @@ class _Store:
                 snapshot.replace(directory, entries)
         return self._snapshots[host]
 
-    # From names to endpoints
+    # From names to places
 
     def places(self, name: str) -> list[Place]:
-        """Return the Place of an address, or one for each address of an endpoint or workload. Raises CalicoError."""
+        """Return the Place of an address, or one for each address of an endpoint or host. Raises CalicoError."""
         try:
             address = str(parse_address(name))
         except CalicoError:
@@ -154,12 +191,30 @@ class _Store:
                     f"{name} is of endpoint {unreadable[0].endpoint}, whose record cannot be read: see 'endpoint show'."
                 )
             usable = [id for id in owners if id in self._seen_by(id.host).local]
-            return [Place(name, address, next(iter(usable or owners), None))]
-        endpoint = self._endpoint(name)
-        addresses = usable_addresses(endpoint)
-        if not addresses:
+            id = next(iter(usable or owners), None)
+            return [Place(name, address, id, self._host_with(address) if id is None else id.host)]
+        try:
+            endpoint = self._endpoint(name)
+        except (NotFound, NoSuchContainer, DockerUnavailable):
+            topology = self._seen_by(self._datastore.host).topology
+            addresses = [topology.address(name, version) for version in (4, 6)]
+            places = [Place(name, address, None, name) for address in addresses if address is not None]
+            if not places:
+                raise
+            return places
+        usable_ones = usable_addresses(endpoint)
+        if not usable_ones:
             raise CalicoError(f"{name} has no addresses.")
-        return [Place(name, address, endpoint.id) for address in addresses]
+        return [Place(name, address, endpoint.id, endpoint.id.host) for address in usable_ones]
+
+    def _host_with(self, address: str) -> str | None:
+        """Return the host that has an address: one that is registered with it, or this host; None for none."""
+        from calicoctl.workloads import host_network
+
+        host = self._seen_by(self._datastore.host).topology.users.get(address)
+        if host is None and address in host_network.own_addresses():
+            return self._datastore.host
+        return host
 
     def _endpoint(self, name: str) -> Endpoint:
         may_be_id = len(name) >= 8 and set(name) <= set("0123456789abcdef-")
@@ -171,6 +226,8 @@ class _Store:
             workload = find_connected(name, self._datastore)
         except (NoSuchContainer, DockerUnavailable) as error:
             named = [endpoint for endpoint in self._endpoints.values() if endpoint.workload_name == name]
+            if not named and may_be_id:
+                named = [e for id, e in self._endpoints.items() if id.workload.startswith(name)]
             if len(named) == 1:
                 return named[0]
             if named:
@@ -180,42 +237,100 @@ class _Store:
             raise NotFound(f"{name} is no endpoint's id. {error}") from None
         endpoints = endpoints_of(self._datastore, workload)
         if not endpoints:
-            raise NotFound(f"{name} is not connected to Calico, and is no endpoint's id.")
+            return self._of_another_host(name, workload)
         refuse_others_endpoint(self._datastore, workload, endpoints[0])
         return endpoints[0]
 
-    # Decisions
+    def _of_another_host(self, name: str, workload: Workload) -> Endpoint:
+        """Return the endpoint of a workload that is not connected here, such as a namespace of another host."""
+        wanted = (workload.orchestrator, workload.id)
+        found = [endpoint for id, endpoint in self._endpoints.items() if workload_of(id) == wanted]
+        if not found:
+            raise NotFound(f"{name} is not connected to Calico, and is no endpoint's id.")
+        if len(found) > 1:
+            hosts = ", ".join(sorted(endpoint.id.host for endpoint in found))
+            raise CalicoError(f"{name} is connected on several hosts ({hosts}): say which by an address of it.")
+        refuse_others_endpoint(self._datastore.for_host(found[0].id.host), workload, found[0])
+        return found[0]
 
-    def decisions(self, source: Place, destination: Place, packet: Packet) -> list[Decision]:
-        """Return the decisions about a packet, one for each of its ends that is an endpoint."""
+    # The path
+
+    def trace(self, source: Place, destination: Place, packet: Packet) -> Trace:
+        """Return the path of a packet between two places, of which one is an endpoint at least."""
         if source.endpoint is not None and source.endpoint == destination.endpoint:
-            return [Decision("outbound", True, "it stays within the endpoint, where no profile applies")]
-        made: list[Decision] = []
+            why = "it stays within the endpoint, where no profile applies"
+            return Trace(source, destination, packet, (Decision("outbound", True, why, host=source.host),))
+        decisions: list[Decision] = []
+        route, sent = None, packet
         if source.endpoint is not None:
-            made.append(self._outbound(source.endpoint, destination, packet))
+            decisions.append(self._outbound(source.endpoint, destination, packet))
+            if destination.host != source.host:
+                sent = self._as_sent(source.endpoint.host, packet)
         if destination.endpoint is not None:
-            made.append(self._inbound(source, destination.endpoint, packet))
-        return made
+            decisions.append(self._inbound(source, destination.endpoint, sent))
+        obstacles = [*self._at(source), *self._at(destination)]
+        if source.host is not None and destination.host is not None and source.host != destination.host:
+            route = self._route(source.host, destination.host, packet.destination)
+            back = self._route(destination.host, source.host, sent.source)
+            near, far = (self._seen_by(host).topology for host in (source.host, destination.host))
+            obstacles += transit.obstacles(route, near, far, packet.destination)
+            obstacles += transit.obstacles(back, far, near, sent.source)
+        elif destination.host is None and sent == packet and source.host is not None:
+            problem = f"no pool masquerades {packet.source}, so the network outside must have a route to it"
+            obstacles.append(Obstacle(source.host, problem, False))
+        sent_from = None if sent == packet else sent.source
+        unique = tuple(dict.fromkeys(obstacles))
+        return Trace(source, destination, packet, tuple(decisions), route, sent_from, unique)
+
+    def _route(self, host: str, to_host: str, address: str) -> Route:
+        from calicoctl.workloads import host_network
+
+        here = self._datastore.host
+        networks = {here: host_network.read()} if here in (host, to_host) else {}
+        return transit.route(self._seen_by(host), to_host, address, networks)
+
+    def _at(self, place: Place) -> Iterator[Obstacle]:
+        """Yield what stands in the way at one end: an endpoint that is not up, and an agent that is down."""
+        if place.host is None:
+            return
+        statuses = self._datastore.for_host(place.host).statuses
+        heartbeat = statuses.of_host()
+        if heartbeat is None:
+            problem = "its agent is down: its kernel has what the agent has set up last, if the host is up at all"
+            yield Obstacle(place.host, problem, False)
+            return
+        local = None if place.endpoint is None else self._seen_by(place.host).local.get(place.endpoint)
+        if local is None:  # a host, or an endpoint that is not set up, which is a decision already
+            return
+        said = statuses.of_endpoint(local.id) or {}
+        if said.get("index") != local.revision:
+            yield Obstacle(place.host, f"its agent has not set up endpoint {local.id.endpoint} yet", False)
+        elif said.get("status") != "up":
+            why = said.get("reason") or "its interface is not up"
+            problem = f"endpoint {local.id.endpoint} is {said.get('status')}: {why}"
+            about_another = local.conflict is not None and place.address in local.addresses
+            yield Obstacle(place.host, problem, not about_another)
+
+    # Decisions
 
     def _outbound(self, id: EndpointId, destination: Place, packet: Packet) -> Decision:
         snapshot = self._seen_by(id.host)
-        to_host = destination.endpoint is None and destination.address in self._addresses_of(id.host)
+        to_host = destination.endpoint is None and destination.host == id.host
         if to_host and is_host_service(packet) and id in snapshot.local:
-            return Decision("outbound", True, "DHCP, DNS and neighbour discovery to the host always pass")
+            why = "DHCP, DNS and neighbour discovery to the host always pass"
+            return Decision("outbound", True, why, host=id.host)
         decision = self._decide("outbound", id, packet)
         if to_host and decision.allowed:
             if snapshot.host_action == "DROP":
-                return Decision("outbound", False, f"DefaultEndpointToHostAction of host {id.host} is DROP")
-            why = f"{decision.why}; then {id.host}'s own firewall decides"
-            return Decision("outbound", True, why, decision.profile, decision.rule)
+                why = f"DefaultEndpointToHostAction of host {id.host} is DROP"
+                return Decision("outbound", False, why, host=id.host)
+            return replace(decision, why=f"{decision.why}; then {id.host}'s own firewall decides")
         return decision
 
     def _inbound(self, source: Place, id: EndpointId, packet: Packet) -> Decision:
-        if source.endpoint is not None and source.endpoint.host != id.host:
-            packet = self._as_sent(source.endpoint.host, packet)
-        from_host = source.endpoint is None and source.address in self._addresses_of(id.host)
-        if from_host and id in self._seen_by(id.host).local:
-            return Decision("inbound", True, "from its host everything passes")
+        if source.endpoint is None and source.host is not None and id in self._seen_by(id.host).local:
+            whose = "its host" if source.host == id.host else f"host {source.host}"
+            return Decision("inbound", True, f"from {whose} everything passes", host=id.host)
         return self._decide("inbound", id, packet)
 
     def _as_sent(self, host: str, packet: Packet) -> Packet:
@@ -235,14 +350,16 @@ class _Store:
         local = snapshot.local.get(id)
         if local is None:
             _, reason = snapshot.unusable.get(id, (0, "it no longer exists"))
-            return Decision(direction, False, f"endpoint {id.endpoint} of host {id.host} is not set up: {reason}")
+            why = f"endpoint {id.endpoint} of host {id.host} is not set up: {reason}"
+            return Decision(direction, False, why, host=id.host)
         rules: dict[str, Sequence[Rule] | None] = {}
         for name in local.profiles:
             profile = snapshot.profiles.get(name)
             readable = None if profile is None else profile.rules
             rules[name] = None if readable is None else getattr(readable, direction)
         verdict = decide(local.profiles, rules, packet, self._tagged)
-        return Decision(direction, verdict.allowed, _why(verdict, rules, local.profiles), verdict.profile, verdict.rule)
+        why = _why(verdict, rules, local.profiles)
+        return Decision(direction, verdict.allowed, why, verdict.profile, verdict.rule, id.host)
 
     def _tagged(self, tag: str, address: str) -> bool:
         """Return whether an address belongs to a tag, on any host."""
@@ -252,13 +369,6 @@ class _Store:
             members = [e for e in self._endpoints.values() if not with_tag.isdisjoint(e.profile_ids)]
             self._members[tag] = {address for endpoint in members for address in usable_addresses(endpoint)}
         return address in self._members[tag]
-
-    def _addresses_of(self, host: str) -> set[str]:
-        """Return the registered addresses of a host and, if it is this host, the addresses of all its interfaces."""
-        from calicoctl.workloads import host_network
-
-        own = host_network.own_addresses() if host == self._datastore.host else set()
-        return self._datastore.for_host(host).hosts.own_addresses() | own
 
 
 def _why(verdict: Verdict, rules: Mapping[str, Sequence[Rule] | None], profiles: Sequence[str]) -> str:

@@ -483,14 +483,21 @@ def test_trace_knows_that_hosts_translate(net: AgentHost) -> None:
     net.etcd.put("/calico/bgp/v1/host/far/ip_addr_v4", "192.0.2.3")
     net.etcd.put(far, {"mac": "02:00:00:00:00:01", "ipv4_nets": ["10.9.9.9/32"], "profile_ids": ["far"]})
     net.profile("far", inbound=[{"action": "allow", "src_tag": "a"}])
-    words = ("profile", "trace", "/var/run/netns/a", "10.9.9.9", "tcp", "80")
-    net.ctl(*words)
+    words = ("profile", "trace", "/var/run/netns/a", "10.9.9.9", "tcp", "80", "--output=json")
+
+    def verdict() -> tuple[bool, str]:
+        """Return whether policy lets the packet pass, and why."""
+        found = json.loads(net.ctl(*words, status=None).out)
+        return found["allowed"], found["decisions"][-1]["why"]
+
+    assert verdict()[0]
     net.etcd.put("/calico/v1/ipam/v4/pool/192.168.0.0-16", {"cidr": "192.168.0.0/16", "masquerade": True})
-    assert "no rule of far matches" in net.ctl(*words, status=1).err
+    assert verdict() == (False, "no rule of far matches")
     net.profile("far", inbound=[{"action": "allow", "src_net": f"{HOST[4]}/32"}])
-    net.ctl(*words)
+    assert verdict()[0]
+    assert "10.9.9.9 is in no pool" in net.ctl(*words[:-1], status=1).err
     net.etcd.put("/calico/v1/ipam/v4/pool/10.9.0.0-16", {"cidr": "10.9.0.0/16"})
-    assert "no rule of far matches" in net.ctl(*words, status=1).err
+    assert verdict() == (False, "no rule of far matches")
 
 
 # Addresses and MACs that are not the sender's
