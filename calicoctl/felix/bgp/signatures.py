@@ -1,0 +1,73 @@
+"""Notices packets that the kernel drops because of their TCP MD5 signature: a password is wrong, or one end has none.
+
+BIRD does not learn of them: a session whose ends have different passwords just stays down. The kernel counts them for
+the whole network namespace, without their senders; so it can only be told which sessions they may belong to.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Callable
+
+NETSTAT = Path("/proc/net/netstat")
+
+RECENT = 60.0
+"""Seconds for which dropped packets count. A peer that cannot connect tries again within 30 s."""
+
+_UNSIGNED, _SIGNED, _WRONG = "TCPMD5NotFound", "TCPMD5Unexpected", "TCPMD5Failure"
+"""Counters of dropped packets: without a signature where one is expected; with one where none is; with a wrong one.
+Source: net/ipv4/proc.c in Linux."""
+
+
+class Signatures:
+    """Which kinds of packets have been dropped recently because of their signature."""
+
+    def __init__(
+        self, read: Callable[[], str] = NETSTAT.read_text, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """`read` returns the text of /proc/net/netstat, and `clock` a time in seconds."""
+        self._read = read
+        self._clock = clock
+        self._before: Mapping[str, int] = {}
+        self._grew: dict[str, float] = {}
+        """By counter: when it was seen to have grown last."""
+
+    def update(self) -> None:
+        """Compare the counters with those of the last call. To be called every few seconds."""
+        try:
+            found = counters(self._read())
+        except (OSError, ValueError):
+            return
+        for name, count in found.items():
+            if count > self._before.get(name, count):
+                self._grew[name] = self._clock()
+        self._before = found
+
+    def suspicion(self, has_password: bool) -> str | None:
+        """Return what may be wrong with the password of a session that is not up; None if nothing points to that.
+
+        `has_password` says whether this host has one for it.
+        """
+        recent = {name for name, grew in self._grew.items() if self._clock() - grew <= RECENT}
+        if has_password and _WRONG in recent:
+            return "the peer may have another password: packets with a wrong signature arrive"
+        if has_password and _UNSIGNED in recent:
+            return "the peer may have no password for this host: packets without a signature arrive"
+        if not has_password and _SIGNED in recent:
+            return "the peer may have a password, and this host has none for it: packets with a signature arrive"
+        return None
+
+
+def counters(text: str) -> dict[str, int]:
+    """Return the counters of dropped packets in the text of /proc/net/netstat; raise ValueError for another text.
+
+    Each group of counters is two lines that begin with its name: the names, then the values.
+    """
+    lines = [line.split() for line in text.splitlines()]
+    for names, values in zip(lines, lines[1:]):
+        if names[:1] == values[:1] == ["TcpExt:"]:
+            found = dict(zip(names[1:], map(int, values[1:])))
+            return {name: found[name] for name in (_UNSIGNED, _SIGNED, _WRONG) if name in found}
+    raise ValueError("no counters of TCP")
