@@ -451,7 +451,7 @@ def _write_sysctl(path: str, value: str) -> None:
 
 @contextmanager
 def _ignoring(*codes: int) -> Iterator[None]:
-    """Ignore errors of the kernel with these codes, which the caller knows to mean that something does not exist."""
+    """Ignore errors of the kernel with these codes, which mean that the object does not exist."""
     from pyroute2.netlink.exceptions import NetlinkError
 
     try:

@@ -103,18 +103,18 @@ def reconcile(
         if may_collect(state) and is_absent:
             yield _garbage_collect(datastore, workload, lock, ids, held)
             return
-        records = endpoints_of(datastore, workload)
-        yield from _update_name(datastore, workload, records, held)
+        endpoints = endpoints_of(datastore, workload)
+        yield from _update_name(datastore, workload, endpoints, held)
         if is_absent:
-            yield from _set_inactive(datastore, workload, records, state)
+            yield from _set_inactive(datastore, workload, endpoints, state)
             if path and not lock.remembered_path():  # after a reboot
                 lock.remember(path)
         elif state is WorkloadState.STOPPED:
             lock.mark_in_progress()
-            yield from _set_inactive(datastore, workload, records, state)
-            for record in records:
-                netns.delete_interface(record.id.interface)
-            yield from _release_leaked(datastore, workload, lock, records, held)
+            yield from _set_inactive(datastore, workload, endpoints, state)
+            for endpoint in endpoints:
+                netns.delete_interface(endpoint.id.interface)
+            yield from _release_leaked(datastore, workload, lock, endpoints, held)
         else:
             with netns.Namespace(workload.namespace_path(), workload.name) as namespace:
                 yield from _reconcile_running(WorkloadSession(datastore, workload, lock, namespace), held)
@@ -176,33 +176,34 @@ def misattached(paths: dict[EndpointId, str]) -> list[EndpointId]:
 
 def _reconcile_running(session: WorkloadSession, held: dict[IPAddress, Owner]) -> Iterator[Action]:
     """Reconcile a running workload: afterwards it has its interface, and no address that its endpoint does not list."""
-    datastore, workload, record = session.datastore, session.workload, session.only_record()
+    datastore, workload, endpoint = session.datastore, session.workload, session.only_endpoint()
     if session.namespace.is_own():
         raise CalicoError(f"{workload.name} cannot be connected: its network namespace is the host's own.")
     attached = session.attached_interface(also_down=True)
     if attached is not None and session.attached_interface() is None and session.lock.interrupted:
         attached = None  # an interrupted command has created it, and not set it up completely
     if attached is None:
-        reattach(session, record)
-        why = f"it runs again, was inactive since {record.inactive_since}" if record.inactive_since else "it had none"
-        addresses = ", ".join(record.addresses) or "no address"
-        text = f"{_called(workload)} is re-attached: interface {record.id.interface}, {addresses}; {why}"
+        reattach(session, endpoint)
+        since = endpoint.inactive_since
+        why = f"it runs again, was inactive since {since}" if since else "it had none"
+        addresses = ", ".join(endpoint.addresses) or "no address"
+        text = f"{_called(workload)} is re-attached: interface {endpoint.id.interface}, {addresses}; {why}"
         yield Action(REATTACHED, text)
-    elif record.state == "inactive":
-        datastore.modify_endpoint(record.id, _active)
-        since = f", was inactive since {record.inactive_since}" if record.inactive_since else ""
+    elif endpoint.state == "inactive":
+        datastore.modify_endpoint(endpoint.id, _active)
+        since = f", was inactive since {endpoint.inactive_since}" if endpoint.inactive_since else ""
         yield Action(CHANGED, f"{_called(workload)} is active: it is running{since}")
     if attached is not None and session.namespace.update_next_hops(attached, session.host_mac):
         yield Action(CHANGED, f"{_called(workload)} has a new neighbour entry of its next hop, {session.host_mac}")
-    left = [host_net(address) for address in _unlisted([record], held)]
+    left = [host_net(address) for address in _unlisted([endpoint], held)]
     if attached is not None and left:
-        versions = {version_of(net) for net in left} - {version_of(net) for net in record.nets}
+        versions = {version_of(net) for net in left} - {version_of(net) for net in endpoint.nets}
         session.namespace.unconfigure(attached, left, versions)
-    yield from _release_leaked(datastore, workload, session.lock, [record], held)
+    yield from _release_leaked(datastore, workload, session.lock, [endpoint], held)
 
 
 def _update_name(
-    datastore: DatastoreClient, workload: Workload, records: list[Endpoint], held: dict[IPAddress, Owner]
+    datastore: DatastoreClient, workload: Workload, endpoints: list[Endpoint], held: dict[IPAddress, Owner]
 ) -> Iterator[Action]:
     """Write a container's current name into its endpoints and its addresses' attributes, if it is not there yet."""
     name = workload.docker_name
@@ -215,7 +216,7 @@ def _update_name(
         endpoint.workload_name = name
         return True
 
-    changed = [r for r in records if r.workload_name != name and datastore.modify_endpoint(r.id, change)]
+    changed = [r for r in endpoints if r.workload_name != name and datastore.modify_endpoint(r.id, change)]
     others = [address for address, owner in held.items() if owner.secondary.get("workload_name") != name]
     datastore.ipam.set_workload_name(workload.handle, others, name)
     if changed:
@@ -230,7 +231,7 @@ def _active(endpoint: Endpoint) -> bool:
 
 
 def _set_inactive(
-    datastore: DatastoreClient, workload: Workload, records: list[Endpoint], state: WorkloadState
+    datastore: DatastoreClient, workload: Workload, endpoints: list[Endpoint], state: WorkloadState
 ) -> Iterator[Action]:
     """Set the active endpoints of a workload, which does not run, to inactive."""
     since = now()
@@ -241,7 +242,7 @@ def _set_inactive(
         endpoint.state, endpoint.inactive_since = "inactive", since
         return True
 
-    changed = [record for record in records if datastore.modify_endpoint(record.id, change)]
+    changed = [endpoint for endpoint in endpoints if datastore.modify_endpoint(endpoint.id, change)]
     if changed:
         yield Action(CHANGED, f"{_called(workload)} is inactive: it {state.value}")
 
@@ -259,8 +260,8 @@ def _garbage_collect(
     """
     datastore.check_endpoints_writable(ids, workload.handle)
     lock.mark_in_progress()
-    records = filter(None, map(datastore.readable, ids))
-    listed = {address for record in records for address in record.addresses}
+    endpoints = filter(None, map(datastore.readable, ids))
+    listed = {address for endpoint in endpoints for address in endpoint.addresses}
     owners = {address: datastore.ipam.owner(parse_address(address)) for address in sorted(listed - set(map(str, held)))}
     kept = [address for address, owner in owners.items() if owner is not None and owner.handle is None]
     for name in {id.interface for id in ids} | interfaces_of(held):
@@ -280,19 +281,19 @@ def _release_leaked(
     datastore: DatastoreClient,
     workload: Workload,
     lock: WorkloadLock,
-    records: list[Endpoint],
+    endpoints: list[Endpoint],
     held: dict[IPAddress, Owner],
 ) -> Iterator[Action]:
     """Release the `held` addresses that no endpoint lists, and delete the veth pairs of the endpoints they name.
 
-    `records` are the workload's endpoints; if there are none, the content of the lock file is deleted, too. The caller
+    `endpoints` are those of the workload; if there are none, the content of the lock file is deleted, too. The caller
     holds the workload's `lock`.
     """
-    left = _unlisted(records, held)
-    pairs = interfaces_of(left) - {record.id.interface for record in records}
+    left = _unlisted(endpoints, held)
+    pairs = interfaces_of(left) - {endpoint.id.interface for endpoint in endpoints}
     pairs = {name for name in pairs if netns.delete_interface(name)}
     datastore.ipam.release(left, {workload.handle})
-    if not records:
+    if not endpoints:
         lock.forget()
     if left:
         text = f"{_called(workload)} had {', '.join(map(str, sorted(left)))} of an interrupted command"
@@ -300,8 +301,8 @@ def _release_leaked(
         yield Action(COLLECTED, f"{text}: released")
 
 
-def _unlisted(records: list[Endpoint], held: dict[IPAddress, Owner]) -> dict[IPAddress, Owner]:
-    listed = {address for record in records for address in record.addresses}
+def _unlisted(endpoints: list[Endpoint], held: dict[IPAddress, Owner]) -> dict[IPAddress, Owner]:
+    listed = {address for endpoint in endpoints for address in endpoint.addresses}
     return {address: owner for address, owner in held.items() if str(address) not in listed}
 
 
@@ -337,10 +338,10 @@ def restore_address(datastore: DatastoreClient, id: EndpointId, address: str) ->
         raise CalicoError(f"it is {why} now")
     with WorkloadLock(datastore.host, id.orchestrator, id.workload) as lock:
         workload = Workload(id.orchestrator, id.workload, id.workload, path=lock.remembered_path() or None)
-        record = next((record for record in endpoints_of(datastore, workload) if record.id == id), None)
-        if record is None or address not in record.addresses:
+        endpoint = next((endpoint for endpoint in endpoints_of(datastore, workload) if endpoint.id == id), None)
+        if endpoint is None or address not in endpoint.addresses:
             return False
-        workload = replace(workload, docker_name=record.workload_name or "")
+        workload = replace(workload, docker_name=endpoint.workload_name or "")
         owners = (datastore.ipam.held_by(workload.handle) or {}).values()
         if id.orchestrator == DOCKER and id.workload.startswith("-"):
             owner = Owner(None, {})  # connected by an old tool: its addresses have no handle

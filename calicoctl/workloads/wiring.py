@@ -150,20 +150,20 @@ def connect(
     """
     with WorkloadSession.enter(datastore, workload) as session:
         session.clear_after_another_process()
-        if session.record is None:
+        if session.endpoint is None:
             return _connect_new(session, request, interface or DEFAULT_INTERFACE)
         attached = session.attached_interface()
         if attached is None:
-            again = reattach(session, session.record, request, interface)
+            again = reattach(session, session.endpoint, request, interface)
             assert again is not None, "an address was requested"
             return again
         session.remember()
-        address = next(filter(request.fits, map(parse_address, session.record.addresses)), None)
+        address = next(filter(request.fits, map(parse_address, session.endpoint.addresses)), None)
         if exist_ok and address is not None and interface in (None, attached):
-            return Attachment(session.record.id, address, attached, session.record.mac, existed=True)
+            return Attachment(session.endpoint.id, address, attached, session.endpoint.mac, existed=True)
         raise CalicoError(
             f"{workload.name} has already been configured with Calico Networking. It has "
-            f"{', '.join(session.record.addresses) or 'no address'} on {attached}."
+            f"{', '.join(session.endpoint.addresses) or 'no address'} on {attached}."
         )
 
 
@@ -200,7 +200,7 @@ def _connect_new(session: WorkloadSession, request: AddressRequest, interface: s
 
 
 def reattach(
-    session: WorkloadSession, record: Endpoint, request: AddressRequest | None = None, interface: str | None = None
+    session: WorkloadSession, endpoint: Endpoint, request: AddressRequest | None = None, interface: str | None = None
 ) -> Attachment | None:
     """Recreate the interface of a workload whose endpoint is in etcd, with the same addresses, MAC and name.
 
@@ -209,12 +209,12 @@ def reattach(
     CalicoError, after a rollback.
     """
     datastore, workload = session.datastore, session.workload
-    addresses = [parse_address(address) for address in record.addresses]
+    addresses = [parse_address(address) for address in endpoint.addresses]
     address = next((address for address in addresses if request is None or request.fits(address)), None)
     if address is None and addresses:
         raise CalicoError(
-            f"{workload.name} has lost its interface, and its address is {', '.join(record.addresses)}. Run "
-            f"'calicoctl container add {workload.name} {record.addresses[0]}' to "
+            f"{workload.name} has lost its interface, and its address is {', '.join(endpoint.addresses)}. Run "
+            f"'calicoctl container add {workload.name} {endpoint.addresses[0]}' to "
             f"re-attach it, then 'calicoctl container {workload.name} ip add' for another address."
         )
     if request is not None and address is not None:
@@ -224,16 +224,16 @@ def reattach(
     if before is not None and interface not in (None, before):
         raise CalicoError(f"{workload.name} can only be re-attached with its interface {before}, not {interface}.")
     interface = before or interface or DEFAULT_INTERFACE
-    versions = {version_of(net) for net in record.nets}
+    versions = {version_of(net) for net in endpoint.nets}
     if request is not None and not addresses:
         versions = {request.version}
-    next_hops = {version: _next_hop(datastore, record, version) for version in versions}
+    next_hops = {version: _next_hop(datastore, endpoint, version) for version in versions}
     pools = []
     if request is not None and not addresses:
         reserved = reserved_addresses(datastore, request.version)
         _refuse_reserved(request, reserved)
         pools = request.pools(datastore)
-    session.remove_remains(record)
+    session.remove_remains(endpoint)
     for version in next_hops:
         session.refuse_default_route(version)
     session.refuse_other_endpoint()
@@ -241,31 +241,31 @@ def reattach(
 
     with _rollback_on_failure(session) as undo:
         session.remember()
-        nets = list(record.nets)
+        nets = list(endpoint.nets)
         if address is None and request is not None:
             # its last address was removed before it lost its interface
-            undo(_release_unlisted, datastore, workload, record)
-            owner = owner_of(workload, record.id, interface)
+            undo(_release_unlisted, datastore, workload, endpoint)
+            owner = owner_of(workload, endpoint.id, interface)
             address = _assign(datastore, owner, request, pools, reserved)
             nets.append(host_net(address))
         for own in addresses:
             if own not in session.held:
-                _reassign(session, own, owner_of(workload, record.id, interface), undo)
-        mac = _attach(session, record.id.interface, interface, nets, next_hops, record.mac, undo)
+                _reassign(session, own, owner_of(workload, endpoint.id, interface), undo)
+        mac = _attach(session, endpoint.id.interface, interface, nets, next_hops, endpoint.mac, undo)
 
-        def update(endpoint: Endpoint) -> bool:
-            old = endpoint.to_dict()
-            endpoint.state, endpoint.name, endpoint.mac = "active", record.id.interface, mac
-            endpoint.inactive_since = None
-            endpoint.workload_name = workload.docker_name or endpoint.workload_name
+        def update(stored: Endpoint) -> bool:
+            old = stored.to_dict()
+            stored.state, stored.name, stored.mac = "active", endpoint.id.interface, mac
+            stored.inactive_since = None
+            stored.workload_name = workload.docker_name or stored.workload_name
             for version, next_hop in next_hops.items():
-                endpoint.set_gateway(version, next_hop)
-            if not endpoint.nets and address is not None:
-                endpoint.nets_of(address.version).extend(nets)
-            return endpoint.to_dict() != old
+                stored.set_gateway(version, next_hop)
+            if not stored.nets and address is not None:
+                stored.nets_of(address.version).extend(nets)
+            return stored.to_dict() != old
 
-        datastore.modify_endpoint(record.id, update)
-    return None if address is None else Attachment(record.id, address, interface, mac)
+        datastore.modify_endpoint(endpoint.id, update)
+    return None if address is None else Attachment(endpoint.id, address, interface, mac)
 
 
 def disconnect(datastore: DatastoreClient, workload: Workload) -> None:
@@ -301,8 +301,8 @@ def _clear(
         netns.delete_interface(name)
     for id in ids:
         # addresses of old tools have no handle: without the endpoint, their owner would be unknown
-        record = datastore.readable(id)
-        datastore.ipam.release(map(parse_address, record.addresses if record is not None else ()), {None})
+        endpoint = datastore.readable(id)
+        datastore.ipam.release(map(parse_address, endpoint.addresses if endpoint is not None else ()), {None})
         datastore.remove_endpoint(id)
     datastore.ipam.release_by_handle(workload.handle)
     lock.forget()
@@ -320,13 +320,13 @@ def add_address(
     """
     with WorkloadSession.enter(datastore, workload) as session:
         workload = session.workload
-        record, attached = session.connected(interface)
+        endpoint, attached = session.connected(interface)
         version = request.version
         next_hop = datastore.hosts.next_hop(version)
         reserved = reserved_addresses(datastore, version)
         _refuse_reserved(request, reserved)
         pools = request.pools(datastore)
-        nets = record.nets_of(version)
+        nets = endpoint.nets_of(version)
         if request.address is not None and host_net(request.address) in nets:
             session.namespace.configure(attached, [host_net(request.address)], {}, session.host_mac)
             return request.address, False
@@ -335,9 +335,9 @@ def add_address(
             session.refuse_default_route(version, but_through=attached)
 
         with _rollback_on_failure(session) as undo:
-            owner = owner_of(workload, record.id, attached)
-            left = [a for a in session.held if host_net(a) not in record.nets and _usable(request, a, reserved)]
-            undo(_release_unlisted, datastore, workload, record)
+            owner = owner_of(workload, endpoint.id, attached)
+            left = [a for a in session.held if host_net(a) not in endpoint.nets and _usable(request, a, reserved)]
+            undo(_release_unlisted, datastore, workload, endpoint)
             address = left[0] if left else _assign(datastore, owner, request, pools, reserved)
 
             net = host_net(address)
@@ -347,16 +347,16 @@ def add_address(
             undo(session.namespace.unconfigure, attached, [net], next_hops)
             session.namespace.configure(attached, [net], next_hops, session.host_mac)
 
-            def add(endpoint: Endpoint) -> bool:
-                if net in endpoint.nets_of(version):
+            def add(stored: Endpoint) -> bool:
+                if net in stored.nets_of(version):
                     return False
-                endpoint.nets_of(version).append(net)
+                stored.nets_of(version).append(net)
                 if next_hops:
-                    endpoint.set_gateway(version, next_hop)
+                    stored.set_gateway(version, next_hop)
                 return True
 
-            undo(datastore.modify_endpoint, record.id, _without(net))
-            datastore.modify_endpoint(record.id, add)
+            undo(datastore.modify_endpoint, endpoint.id, _without(net))
+            datastore.modify_endpoint(endpoint.id, add)
         return address, True
 
 
@@ -367,21 +367,21 @@ def remove_address(datastore: DatastoreClient, workload: Workload, address: IPAd
     Raises CalicoError if the workload is connected through an interface that is not `interface` (None: any).
     """
     with WorkloadSession.enter(datastore, workload, must_run=False) as session:
-        record = session.only_record()
+        endpoint = session.only_endpoint()
         net = host_net(address)
-        if net not in record.nets and address not in session.held:
+        if net not in endpoint.nets and address not in session.held:
             raise NotFound(f"IP {address} is not assigned to {workload.name}.")
         attached = session.attached_interface()
         if attached is not None:
             session.refuse_other_interface(attached, interface)
-        others = [other for other in record.nets_of(address.version) if other != net]
+        others = [other for other in endpoint.nets_of(address.version) if other != net]
 
-        datastore.check_endpoints_writable([record.id], workload.handle)
+        datastore.check_endpoints_writable([endpoint.id], workload.handle)
         session.lock.mark_in_progress()
         if address not in session.held:
             # assigned by an old tool, without a handle: only the endpoint names its owner, so it is released first
             datastore.ipam.release([address], {None})
-        datastore.modify_endpoint(record.id, _without(net))
+        datastore.modify_endpoint(endpoint.id, _without(net))
         if attached is not None:
             session.namespace.unconfigure(attached, [net], [] if others else [address.version])
         datastore.ipam.release([address], {workload.handle})
@@ -406,7 +406,7 @@ def _without(net: str) -> Callable[[Endpoint], bool]:
 class WorkloadSession:
     """A workload, locked, and with its namespace open if it has one; and its state in the store and in the kernel.
 
-    `held` are the addresses of the workload's handle, with their owners. `record` is the workload's endpoint, None if
+    `held` are the addresses of the workload's handle, with their owners. `endpoint` is the workload's endpoint, None if
     it has none. `host_mac` is the MAC of the host end of the veth pair: HOST_MAC until `attached_interface` has found
     that end.
     """
@@ -423,13 +423,13 @@ class WorkloadSession:
         self.lock = lock
         self.host_mac = netns.HOST_MAC
         self._namespace = namespace
-        records = endpoints_of(datastore, workload)
-        if len(records) > 1:
+        endpoints = endpoints_of(datastore, workload)
+        if len(endpoints) > 1:
             raise CalicoError(
-                f"{workload.name} has {len(records)} endpoints, where this command knows one: "
-                + ", ".join(record.id.endpoint for record in records)
+                f"{workload.name} has {len(endpoints)} endpoints, where this command knows one: "
+                + ", ".join(endpoint.id.endpoint for endpoint in endpoints)
             )
-        self.record = records[0] if records else None
+        self.endpoint = endpoints[0] if endpoints else None
         self.held = datastore.ipam.held_by(workload.handle) or {}
         refuse_other_path(workload, lock.remembered_path(), *paths_of(self.held))
         self.refresh()
@@ -453,7 +453,7 @@ class WorkloadSession:
             if namespace is not None and namespace.is_own():
                 raise CalicoError(f"{workload.name} cannot be connected: its network namespace is the host's own.")
             session = cls(datastore, workload, lock, namespace)
-            twin = stored_otherwise(datastore, workload) if session.record is None else None
+            twin = stored_otherwise(datastore, workload) if session.endpoint is None else None
             if twin is not None:
                 lock = stack.enter_context(WorkloadLock(datastore.host, twin.orchestrator, twin.id))
                 session = cls(datastore, twin, lock, namespace)
@@ -478,7 +478,7 @@ class WorkloadSession:
 
         Its veth pair is complete when the host end is up. With `also_down`, the host end may be down.
         """
-        host_end = netns.find_interface(self.record.id.interface) if self.record is not None else None
+        host_end = netns.find_interface(self.endpoint.id.interface) if self.endpoint is not None else None
         if host_end is None or not (host_end.up or also_down):
             return None
         self.host_mac = host_end.mac
@@ -494,25 +494,25 @@ class WorkloadSession:
             if other_end is not None:
                 yield interface, other_end
 
-    def only_record(self) -> Endpoint:
+    def only_endpoint(self) -> Endpoint:
         """Return the workload's endpoint; raise NotFound when it has none."""
-        if self.record is None:
+        if self.endpoint is None:
             raise not_connected(self.workload.name)
-        return self.record
+        return self.endpoint
 
     def connected(self, interface: str | None) -> tuple[Endpoint, str]:
         """Return the endpoint, and its interface's name inside the workload; raise CalicoError if one is missing.
 
         Raises CalicoError, too, if that name is not `interface` (None: any).
         """
-        record, attached = self.only_record(), self.attached_interface()
+        endpoint, attached = self.only_endpoint(), self.attached_interface()
         if attached is None:
             raise CalicoError(
                 f"{self.workload.name} has lost its interface. Re-attach it with 'calicoctl container "
-                f"add {self.workload.name} {(record.addresses or ['ipv4'])[0]}'."
+                f"add {self.workload.name} {(endpoint.addresses or ['ipv4'])[0]}'."
             )
         self.refuse_other_interface(attached, interface)
-        return record, attached
+        return endpoint, attached
 
     def remove_incomplete_pairs(self) -> None:
         """Delete veth pairs that an interrupted command has made for this workload."""
@@ -530,16 +530,16 @@ class WorkloadSession:
             ):
                 self._delete(host_end.name)
 
-    def remove_remains(self, record: Endpoint) -> None:
+    def remove_remains(self, endpoint: Endpoint) -> None:
         """Delete the veth pair of an endpoint if the pair is incomplete, or its host end was renamed.
 
         Raises Conflict if the pair is complete now.
         """
         if self.attached_interface() is not None:  # its old name was restored just now
             raise Conflict(f"{self.workload.name} has its interface back; retry")
-        names = [host_end.name for own, host_end in self._pairs() if own.mac == record.mac]
+        names = [host_end.name for own, host_end in self._pairs() if own.mac == endpoint.mac]
         renamed = [name for name in names if not name.startswith(INTERFACE_PREFIX)]  # others belong to other endpoints
-        for name in (record.id.interface, *renamed):
+        for name in (endpoint.id.interface, *renamed):
             self._delete(name)
 
     def _delete(self, name: str) -> None:
@@ -548,7 +548,7 @@ class WorkloadSession:
         Raises CalicoError, without deleting the interface, if the store cannot be written.
         """
         if netns.find_interface(name) is not None:
-            ids = [self.record.id] if self.record is not None else []
+            ids = [self.endpoint.id] if self.endpoint is not None else []
             self.datastore.check_endpoints_writable(ids, self.workload.handle)
             netns.delete_interface(name)
             self.refresh()
@@ -557,12 +557,12 @@ class WorkloadSession:
         """If the workload's path now leads to another process, disconnect the workload of the earlier process."""
         now = process_started(self.workload.path or "")
         if (
-            self.record is not None
+            self.endpoint is not None
             and now not in (None, self.lock.started())
             and self.attached_interface(also_down=True) is None
         ):
-            _clear(self.datastore, self.workload, self.lock, [self.record.id], self.held)
-            self.record, self.held = None, {}
+            _clear(self.datastore, self.workload, self.lock, [self.endpoint.id], self.held)
+            self.endpoint, self.held = None, {}
 
     def remember(self) -> None:
         """Store the namespace's path in the workload's lock file, where it stays while the workload is connected."""
@@ -738,13 +738,13 @@ def _refuse_in_use(session: WorkloadSession, address: IPAddress) -> None:
         )
 
 
-def _release_unlisted(datastore: DatastoreClient, workload: Workload, record: Endpoint) -> None:
+def _release_unlisted(datastore: DatastoreClient, workload: Workload, endpoint: Endpoint) -> None:
     """Release the addresses of a workload's handle that its endpoint does not list."""
     held = datastore.ipam.held_by(workload.handle) or {}
-    datastore.ipam.release([a for a in held if host_net(a) not in record.nets], {workload.handle})
+    datastore.ipam.release([a for a in held if host_net(a) not in endpoint.nets], {workload.handle})
 
 
-def _next_hop(datastore: DatastoreClient, record: Endpoint, version: int) -> str:
+def _next_hop(datastore: DatastoreClient, endpoint: Endpoint, version: int) -> str:
     """Return the workloads' next hop of an IP version on this host, else the one in the endpoint.
 
     Raises CalicoError if there is neither.
@@ -752,7 +752,7 @@ def _next_hop(datastore: DatastoreClient, record: Endpoint, version: int) -> str
     try:
         return datastore.hosts.next_hop(version)
     except CalicoError:
-        before = record.gateway(version)
+        before = endpoint.gateway(version)
         if before is None:
             raise
         return str(parse_address(before))

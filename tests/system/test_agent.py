@@ -139,7 +139,7 @@ def test_an_interface_that_has_just_come_back_is_not_recreated(pair: AgentHost) 
     before = run("ip", "link", "show", pair.interface("b")).out
     workload = Workload("namespace", "-var-run-netns-b", path, path=path)
     with WorkloadSession.enter(datastore, workload) as session, pytest.raises(Conflict):
-        reattach(session, session.record)
+        reattach(session, session.endpoint)
     assert run("ip", "link", "show", pair.interface("b")).out == before
     assert ping("a", B4, patience=PATIENT)
 
