@@ -203,7 +203,8 @@ def _request_and_interface(arguments: dict[str, Any]) -> tuple[AddressRequest, s
 
 
 def _endpoint_show(arguments: dict[str, Any]) -> None:
-    show_endpoints(_endpoints(DatastoreClient.from_environment(), arguments["<CONTAINER>"]), arguments)
+    datastore = DatastoreClient.from_environment()
+    show_endpoints(datastore, _endpoints(datastore, arguments["<CONTAINER>"]), arguments)
 
 
 def _profile(arguments: dict[str, Any], profiles: list[str]) -> None:

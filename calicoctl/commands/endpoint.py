@@ -30,9 +30,11 @@ A workload's id is that of its Docker container, or the path of its namespace
 with every / as -. On a terminal, a Docker container is shown by its name,
 where that is known, ids by their first 12 characters, and the table fits the
 terminal's width. In a pipe or a file, everything is shown, a container's name
-in the line below its id. Profiles are evaluated in the order of the list;
-`set` without profiles clears it. These commands need no root, and work for
-the endpoints of any host.
+in the line below its id. The state of an active endpoint is followed by its
+status unless that is up: (down), (error), or (unknown) if the agent of its
+host is down or has not reported the endpoint yet. JSON: status, and reason.
+Profiles are evaluated in the order of the list; `set` without profiles clears
+it. These commands need no root, and work for the endpoints of any host.
 
 Examples:
   calicoctl endpoint show --detailed
@@ -80,12 +82,13 @@ def prepare(argv: list[str]) -> Prepared:
 
 def _show(arguments: dict[str, Any]) -> None:
     as_json = wants_json(arguments)
-    endpoints = _matching(DatastoreClient.from_environment(), arguments, arguments["--endpoint"])
+    datastore = DatastoreClient.from_environment()
+    endpoints = _matching(datastore, arguments, arguments["--endpoint"])
     filters = [f for f in ("--host", "--orchestrator", "--workload", "--endpoint") if arguments[f] is not None]
     if not endpoints and filters:
         raise NotFound(f"There is no endpoint with {' and '.join(f'{name}={arguments[name]}' for name in filters)}.")
     if arguments["--detailed"]:
-        show_endpoints(endpoints, arguments)
+        show_endpoints(datastore, endpoints, arguments)
         return
     counts: dict[tuple[str, str], list[Endpoint]] = {}
     for endpoint in endpoints:
@@ -170,15 +173,17 @@ def workload_cell(endpoint: Endpoint, short: bool) -> str:
     return "\n".join(filter(None, (endpoint.id.workload, endpoint.workload_name)))
 
 
-def show_endpoints(endpoints: Sequence[Endpoint], arguments: dict[str, Any]) -> None:
+def show_endpoints(datastore: DatastoreClient, endpoints: Sequence[Endpoint], arguments: dict[str, Any]) -> None:
     """Print endpoints with all their fields, abridged on a terminal (see output.abridges)."""
+    hosts = {endpoint.id.host for endpoint in endpoints}
+    status_of = datastore.hosts.endpoint_statuses(hosts.pop() if len(hosts) == 1 else None)
     if wants_json(arguments):
-        print_json([_as_json(endpoint) for endpoint in endpoints])
+        print_json([_as_json(endpoint, *status_of(endpoint.id)) for endpoint in endpoints])
         return
     short = abridges(arguments)
     rows = []
     for endpoint in endpoints:
-        nets, since = endpoint.nets, endpoint.inactive_since
+        nets = endpoint.nets
         if short:
             nets = [net if net not in map(host_net, endpoint.addresses) else net.partition("/")[0] for net in nets]
         rows.append(
@@ -190,16 +195,24 @@ def show_endpoints(endpoints: Sequence[Endpoint], arguments: dict[str, Any]) -> 
                 "\n".join(nets),
                 endpoint.mac,
                 "\n".join(endpoint.profile_ids),
-                f"{endpoint.state} {_duration(since) if short else f'since {since}'}" if since else endpoint.state,
+                _state(endpoint, status_of(endpoint.id)[0], short),
             ]
         )
     print_table(COLUMNS, rows, expendable=EXPENDABLE, complete=not short)
 
 
-def _as_json(endpoint: Endpoint) -> dict[str, Any]:
+def _state(endpoint: Endpoint, status: str, short: bool) -> str:
+    """Return the table cell for an endpoint's state and, for an active one that is not up, its status."""
+    since = endpoint.inactive_since
+    if since:
+        return f"{endpoint.state} {_duration(since) if short else f'since {since}'}"
+    return endpoint.state if endpoint.state != "active" or status == "up" else f"{endpoint.state} ({status})"
+
+
+def _as_json(endpoint: Endpoint, status: str, reason: str | None) -> dict[str, Any]:
     """Return an endpoint with all its fields, including those that the store omits when they have no value."""
     optional = {"inactive_since": endpoint.inactive_since, "workload_name": endpoint.workload_name}
-    return {**asdict(endpoint.id), **endpoint.to_dict(), **optional}
+    return {**asdict(endpoint.id), **endpoint.to_dict(), **optional, "status": status, "reason": reason}
 
 
 def _duration(since: str) -> str:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import socket
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from calicoctl.datastore import config, keys
 from calicoctl.datastore.keys import EndpointId
 from calicoctl.datastore.model import Pool, load_object
-from calicoctl.datastore.store import Store, create_if_missing, set_value
+from calicoctl.datastore.store import Entry, Store, create_if_missing, set_value
 from calicoctl.errors import CalicoError, InvalidValue
 
 DEFAULT_AS_NUMBER = "64511"
@@ -90,29 +91,29 @@ class Hosts:
                 summary(name).ipv6 = entry.value or None
             elif setting == "as_num":
                 summary(name).as_num = entry.value or None
-        statuses: dict[EndpointId, str] = {}
-        for entry in self._store.tree(keys.FELIX_HOSTS):
-            name = entry.key[len(keys.FELIX_HOSTS) + 1 :].partition("/")[0]
-            id = keys.parse_felix_endpoint(entry.key)
-            if id is not None:
-                statuses[id] = _fields(entry.value).get("status", "")
-            elif entry.key == keys.felix_status(name):
-                heartbeat = _fields(entry.value)
-                summary(name).agent = "starting" if heartbeat.get("first_update") is False else "up"
-                time = heartbeat.get("time")
-                summary(name).reported = time if isinstance(time, str) else None
+        reports = _Reports(self._store.tree(keys.FELIX_HOSTS))
+        for name, heartbeat in reports.heartbeats.items():
+            summary(name).agent = "starting" if heartbeat.get("first_update") is False else "up"
+            time = heartbeat.get("time")
+            summary(name).reported = time if isinstance(time, str) else None
         for entry in self._store.tree(keys.HOSTS):
             name = entry.key[len(keys.HOSTS) + 1 :].partition("/")[0]
             id = keys.parse_endpoint(entry.key)
             if id is not None:
-                state = statuses.get(id) if summary(name).agent == "up" else None
-                summary(name).endpoints[state if state in ENDPOINT_STATES else "unknown"] += 1
+                summary(name).endpoints[reports.status(id)[0]] += 1
             elif keys.parse_host_bird_ip(entry.key) is not None and summary(name).ipv4 is None:
                 summary(name).ipv4 = entry.value or None
         default_as_num = self.default_as_num()
         for host in found.values():
             host.as_num = host.as_num or default_as_num
         return [found[name] for name in sorted(found)]
+
+    def endpoint_statuses(self, host: str | None = None) -> Callable[[EndpointId], tuple[str, str | None]]:
+        """Return a function that takes an endpoint of any host, or of one, and returns its status and the reason.
+
+        The status is one of ENDPOINT_STATES, as counted in a HostSummary; the reason is None if there is none.
+        """
+        return _Reports(self._store.tree(keys.FELIX_HOSTS if host is None else keys.felix_host(host))).status
 
     def default_as_num(self) -> str:
         """Return the AS number of hosts that have no AS number of their own."""
@@ -225,6 +226,29 @@ class Hosts:
     def _text(self, key: str) -> str | None:
         entry = self._store.get(key)
         return None if entry is None else entry.value
+
+
+class _Reports:
+    """The reports of agents in the store: heartbeats by host, and statuses of endpoints."""
+
+    def __init__(self, entries: Iterable[Entry]) -> None:
+        self.heartbeats: dict[str, dict[str, Any]] = {}
+        self._statuses: dict[EndpointId, dict[str, Any]] = {}
+        for entry in entries:
+            name = entry.key[len(keys.FELIX_HOSTS) + 1 :].partition("/")[0]
+            id = keys.parse_felix_endpoint(entry.key)
+            if id is not None:
+                self._statuses[id] = _fields(entry.value)
+            elif entry.key == keys.felix_status(name):
+                self.heartbeats[name] = _fields(entry.value)
+
+    def status(self, id: EndpointId) -> tuple[str, str | None]:
+        """See Hosts.endpoint_statuses."""
+        heartbeat, said = self.heartbeats.get(id.host), self._statuses.get(id, {})
+        state, reason = said.get("status"), said.get("reason")
+        if heartbeat is None or heartbeat.get("first_update") is False or state not in ENDPOINT_STATES:
+            return "unknown", None
+        return str(state), reason if isinstance(reason, str) else None
 
 
 def _fields(text: str) -> dict[str, Any]:

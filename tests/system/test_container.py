@@ -303,10 +303,13 @@ def test_endpoint_show(host: Host, blue: str) -> None:
     ]
     endpoint = key.rpartition("/")[2]
     workload = "-var-run-netns-blue"
-    assert cells[1] == ["host1", "namespace", workload, endpoint, "192.168.0.1/32", record["mac"], "", "active"]
+    ids, state = ["host1", "namespace", workload, endpoint], "active (unknown)"  # no agent runs
+    assert cells[1] == [*ids, "192.168.0.1/32", record["mac"], "", state]
     shown = json.loads(host.ctl("container", blue, "endpoint", "show", "--output=json").out)
     names = {"host": "host1", "orchestrator": "namespace", "workload": workload, "endpoint": endpoint}
-    assert shown == [{**names, **record, "inactive_since": None, "workload_name": None}]
+    assert shown == [
+        {**names, **record, "inactive_since": None, "workload_name": None, "status": "unknown", "reason": None}
+    ]
 
 
 def test_two_paths_with_the_same_workload_id_are_told_apart(host: Host, blue: str) -> None:

@@ -165,7 +165,8 @@ def test_show_lists_every_host_with_its_agent_and_its_endpoints(bare_host: Host)
     }
     assert [found["old"][name] for name in ("ipv4", "agent", "reported")] == ["192.0.2.4", "starting", None]
     assert found["odd"]["agent"] == "up", "whatever an agent writes, it is alive"
-    run("ip", "link", "set", "dev", next(iter(calico_links())), "down")
+    link = next(iter(calico_links()))
+    run("ip", "link", "set", "dev", link, "down")
     wait_for(lambda: "| 2 (1 down) " in here.ctl("node", "show").out, here.log())
     rows = here.ctl("node", "show", env={"PATH": "/usr/bin:/bin"}).out.splitlines()
     assert rows[1].split() == [
@@ -187,6 +188,14 @@ def test_show_lists_every_host_with_its_agent_and_its_endpoints(bare_host: Host)
     assert [word for word in rows[3].split() if word != "|"] == [
         *("far", "192.0.2.3", "2001:db8::3", "64511", "down", "1", "(1", "unknown)")
     ]
+    # the same of each endpoint
+    far.etcd.put("/calico/v1/host/far/workload/docker/x/endpoint/0123456789abcdef0123456789abcdef", {"state": "active"})
+    assert {
+        (one["host"], one["status"], one["reason"])
+        for one in json.loads(here.ctl("endpoint", "show", "--detailed", "--output=json").out)
+    } == {("far", "unknown", None), ("host1", "up", None), ("host1", "down", f"the interface {link} is down")}
+    states = [row.split("|")[-2].strip() for row in here.ctl("endpoint", "show", "--detailed").out.splitlines()[3:-1]]
+    assert states[0] == "active (unknown)" and sorted(states[1:]) == ["active", "active (down)"]
     done = run(
         "setpriv", "--reuid=65534", "--clear-groups", CALICOCTL, "node", "show", env=here.environment(), check=False
     )
