@@ -73,15 +73,15 @@ def client(what: str, timeout: int = TIMEOUT) -> Iterator[Any]:
         with APIClient(timeout=timeout, **kwargs_from_env()) as docker:
             yield docker
     except APIError as error:
-        # not every 404: another server may answer in the engine's place
+        # not for every status 404: another server may answer instead of the engine
         if isinstance(error, NotFound) and "no such container" in str(error.explanation).lower():
             raise NoSuchContainer(f"No such container: {what.partition(' ')[2]}") from None
         raise DockerUnavailable(f"Docker refused the request {what}: {error.explanation or error}") from None
-    except (DockerException, RequestException, OSError, ValueError) as error:  # the last for an odd DOCKER_HOST
+    except (DockerException, RequestException, OSError, ValueError) as error:  # ValueError: an invalid DOCKER_HOST
         where = os.environ.get("DOCKER_HOST") or SOCKET
         text = str(error)
         if "@" in where:
-            text = where = redact_userinfo(where)  # with a password, perhaps
+            text = where = redact_userinfo(where)  # it may contain a password
         if "Permission denied" in text:
             hint = f"no permission on {where}; run this as root or as a member of the docker group"
         elif "Connection refused" in text or "No such file" in text:

@@ -22,7 +22,7 @@ def try_lock(path: Path, create: bool = True) -> int | None:
     try:
         fd = os.open(path, flags, 0o600)
     except FileNotFoundError:
-        if create:  # then it is the folder that is missing
+        if create:  # the file would have been created, so the folder is missing
             raise
         return None
     try:
@@ -60,7 +60,7 @@ def replace(
         os.fchown(file.fileno(), *owner)
         os.fchmod(file.fileno(), mode)
         rest = memoryview(content)
-        while rest:  # a disk that is nearly full takes a part without an error
+        while rest:  # if the disk is nearly full, only a part is written, without an error
             rest = rest[file.write(rest) :]
         if durable:
             os.fsync(file.fileno())

@@ -38,7 +38,7 @@ IFF_UP = 0x1
 UNICAST, LOCAL = 1, 2
 """Types of routes: unicast, and local (to addresses of this host)."""
 PROTOCOL_KERNEL, PROTOCOL_STATIC, PROTOCOL_RA = 2, 4, 9
-"""Protocols of routes: that the kernel sets itself, that are static, and that were learned from routers (RA)."""
+"""Protocols of routes: set by the kernel itself, static, and learned from router advertisements (RA)."""
 PROTOCOL_BIRD = 12
 OUR_PROTOCOL, OVERLAY_PROTOCOL = 80, 81
 """The protocol numbers of our routes to endpoints of this host, and to those of other hosts through the overlay
@@ -202,7 +202,7 @@ def neighbour_limit(family: int) -> NeighbourLimit:
     """
     for body in dump(socket.NETLINK_ROUTE, _RTM_GETNEIGHTBL, struct.pack("=BBH", family, 0, 0)):
         found = attributes(body[4:])
-        if body[0] == family and _NDTA_THRESH3 in found:  # else of one interface
+        if body[0] == family and _NDTA_THRESH3 in found:  # other messages are about one interface each
             stats = found.get(_NDTA_STATS, b"")
             overflows = struct.unpack_from("=Q", stats, 80)[0] if len(stats) >= 88 else 0
             return NeighbourLimit(struct.unpack("=I", found[_NDTA_THRESH3])[0], overflows)

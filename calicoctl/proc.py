@@ -31,7 +31,7 @@ def running_since(pid: int) -> str | None:
 
 
 def _stat(process: Path) -> list[str]:
-    # the command's name, in parentheses, may hold anything
+    # the command's name, in parentheses, may contain any character
     return (process / "stat").read_text(errors="replace").rpartition(")")[2].split()
 
 

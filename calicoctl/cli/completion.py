@@ -26,10 +26,10 @@ class OutOfTime(BaseException):
 
 
 FILES, DIRECTORIES = ":files", ":directories"
-"""Candidates that stand for the names of files, or of directories, which the shell completes itself."""
+"""Candidates that tell the shell to complete the names of files, or of directories, itself."""
 
 _HARMLESS = re.compile(r"[A-Za-z0-9_./:=@%+,-]+", re.ASCII)
-"""A word that a shell takes literally; no other is offered. Names from etcd and Docker end up on a command line."""
+"""Words without special meaning to a shell. Only these are offered: names from etcd and Docker may contain anything."""
 
 
 def candidates(line: str) -> list[str]:
@@ -212,4 +212,4 @@ _SOURCES: dict[str, Callable[[list[str]], Iterable[str]]] = {
     "--vxlan": _fixed(*VXLAN_MODES),
     "--detach": _fixed("true", "false"),
 }
-"""By argument or option: a function that takes the words before it, and returns the candidates for its value."""
+"""Argument or option -> a function that returns the candidates for its value, given the words before it."""

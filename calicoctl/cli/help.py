@@ -14,7 +14,7 @@ def help_of(words: list[str]) -> str:
     usages = usages_of(text)
     plain = positional(words, usages)
     chosen = [usage for usage, fit in zip(usages, fits(usages, plain)) if fit]
-    if not chosen:  # such as `profile rule add`, without the profile's name
+    if not chosen:  # the words are, for example, `profile rule add`, without the profile's name
         chosen = [usage for usage in usages if _in_order(plain, usage.commands())]
     if not chosen or len(chosen) == len(usages):
         return text

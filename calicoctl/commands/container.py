@@ -144,13 +144,13 @@ def _await_agent(datastore: DatastoreClient, name: str, id: EndpointId, patience
         if current and said is not None and said.get("status") == "up":
             if asked:
                 return
-            # may be about the previous interface of a reconnected container, or from an agent that has died since
+            # the status may be about the previous interface of a reconnected container, or from an agent that has died
             datastore.touch_endpoint(id)
             current = False
         asked = True
         if time.monotonic() > give_up:
             break
-        time.sleep(0.02)  # one small read of etcd; a watch would need another one to begin with
+        time.sleep(0.02)  # a poll is one small read of etcd; a watch would need a read as well, to begin with
     if said is not None and current:
         why = f"this host's agent reports that it is {said.get('status')}: {said.get('reason')}"
     elif process.running(datastore.host):

@@ -68,14 +68,14 @@ EXPENDABLE = ("MAC", "Orchestrator ID", "Endpoint ID")
 def prepare(argv: list[str]) -> Prepared:
     arguments = parse(str(__doc__), argv)
     for option in ("--orchestrator", "--workload", "--endpoint"):
-        if arguments[option] == "":  # as an unset variable of a script would be
+        if arguments[option] == "":  # for example an unset variable of a script
             raise CalicoError(f"{option}: it must not be empty")
     if arguments["--host"] is not None:
         with about("--host"):
             check_hostname(arguments["--host"])
     if not arguments["profile"]:
         return partial(_show, arguments)
-    if not arguments["<ENDPOINT_ID>"]:  # as an unset variable of a script would be, and the beginning of every id
+    if not arguments["<ENDPOINT_ID>"]:  # an unset variable of a script, say: it would match the beginning of every id
         raise UsageError("Say which endpoint")
     return partial(_profile, arguments, profile_names(arguments))
 

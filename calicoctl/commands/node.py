@@ -343,7 +343,7 @@ def _remove(other: str | None, remove_endpoints: bool, force: bool) -> None:
         if this_one:
             datastore.hosts.check_writable()
             HostSettings(process.settings_file(host))  # raises for a damaged file before anything is changed
-        # some may have no endpoint: leftovers of interrupted commands
+        # some workloads may have no endpoint: interrupted commands have left their addresses or locks
         workloads = {(id.orchestrator, id.workload) for id in ids} | datastore.ipam.workloads()
         if this_one:
             for orchestrator in (DOCKER, NAMESPACE):

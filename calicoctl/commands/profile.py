@@ -178,7 +178,7 @@ def _remove(names: list[str], no_check: bool) -> None:
 
 
 def _remove_one(datastore: DatastoreClient, profile: str, no_check: bool) -> None:
-    # one may have no keys, and etcd does not list one that begins with '_'
+    # a profile may have no keys, and etcd does not list a profile whose name begins with '_'
     if profile not in datastore.profile_names() and not datastore.profile_exists(profile):
         raise NotFound(f"Profile {profile} does not exist.")
     if not no_check:

@@ -101,7 +101,7 @@ class DatastoreClient:
         version = version_of(pool.cidr)
         if pool.ipip:
             set_value(self._store, keys.config(config.IPIP.name), "true")
-        # another tool may have given its key another name
+        # another tool may have stored the pool under another key
         key = next(
             (entry.key for entry, other in self._pool_entries(version)[0] if other.cidr == pool.cidr),
             keys.pool(version, pool.cidr),

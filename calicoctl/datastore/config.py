@@ -40,7 +40,7 @@ LOG_LEVEL = Setting("LogSeverityScreen", LEVELS, "info")
 GRACE_TIME = Setting("GraceTime", default="60", largest=86400)
 IPIP = Setting("IpInIpEnabled", ("true", "false"), "false")
 MTU = Setting("MTU", smallest=1280, largest=65535)
-"""The MTU of workloads' interfaces; without it, that of the underlay, less the overlay's header."""
+"""The MTU of workloads' interfaces. The default is the MTU of the underlay minus the overlay's header."""
 HOST_ACTION = Setting("DefaultEndpointToHostAction", ("RETURN", "DROP", "ACCEPT"), "RETURN")
 
 WRITTEN = (
@@ -53,7 +53,7 @@ WRITTEN = (
 """Global settings of the agents that `calicoctl node` writes with their defaults, as the tools of 2015 did."""
 
 FELIX = {"loglevel": LOG_LEVEL, **{setting.name: setting for setting in (*WRITTEN, GRACE_TIME, MTU)}}
-"""Global settings of the agents, by the names that the command line takes."""
+"""Global settings of the agents, by their names on the command line."""
 
 NODE_FELIX = {HOST_ACTION.name: HOST_ACTION}
 """Settings of one host's agent."""
@@ -68,7 +68,7 @@ NODE_BGP = {BGP_LOG_LEVEL.name: BGP_LOG_LEVEL}
 """Settings of one host's routing daemon."""
 
 RESERVED = ("marker", "as_num", "macs", "node_mesh", "peer_v4", "peer_v6", "ip_addr_v4", "ip_addr_v6")
-"""Names beside the settings in the store that are no settings: other commands than `config` write them."""
+"""Names of keys beside the settings in the store that are not settings: commands other than `config` write them."""
 
 
 def settings_of(daemon: str, of_node: bool) -> dict[str, Setting]:

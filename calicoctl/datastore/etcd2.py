@@ -45,16 +45,16 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 READ_TIMEOUT = 4.0
-"""Seconds to wait for one member's answer. A command waits for a hanging member once: it is asked last from then on."""
+"""Seconds to wait for one member's answer. A command waits for a hanging member only once, then asks it last."""
 
 CONFIRMATION = 0.5
-"""Seconds of a second long poll, done if a first one saw no change although the store's revision had moved on."""
+"""Seconds of a second long poll, which follows a first one without a change if the store's revision has increased."""
 
 QUORUM_TIMEOUT = 3.0
 """Seconds to wait for the quorum read that shows, after a poll without a change, that the member is not partitioned."""
 
 WATCH_PATIENCE = 3.0
-"""Seconds for which a watch goes on while no member answers it: the agent reports a lost store within seconds."""
+"""Seconds until a watch fails if no member answers: short, so that the agent soon reports the store as lost."""
 
 _NO_INDEX = 2**63 - 1
 """A revision that no entry ever has."""
@@ -166,7 +166,7 @@ class Etcd2Store:
         """Remove these directories in order, as long as they are empty; stop at the first that is not."""
         import etcd
 
-        # the delete that this belongs to is done: an empty directory that stays does no harm
+        # the key is deleted already, and an empty directory that stays does no harm
         with suppress(etcd.EtcdDirNotEmpty, CalicoError, RequestFailed):
             for directory in directories:
                 with suppress(etcd.EtcdKeyNotFound):
@@ -202,7 +202,7 @@ class Etcd2Store:
         def read(client: etcd.Client, path: str) -> tuple[list[Entry], int]:
             result = client.read(path, recursive=True, quorum=True)
             entries = [_entry(leaf) for leaf in result.leaves if not leaf.dir]
-            reached = result.etcd_index  # python-etcd makes up one that is missing
+            reached = result.etcd_index  # python-etcd invents a revision if the header is missing
             if not (result.dir or result.key == directory) or any(entry.revision > reached for entry in entries):
                 raise TypeError("something else than what was asked for")
             return entries, reached + 1
@@ -412,7 +412,7 @@ def _poll_for_change(client: etcd.Client, path: str, revision: int, seconds: flo
 
     event, reached = _poll(client, path, revision, seconds)
     if reached + 1 < revision:
-        # another store than the one that gave the revision, or one that was restored from a copy
+        # this is another store than the one that returned the revision, or it was restored from a copy
         raise WatchExpired(f"the store has reached {reached} only, where {revision - 1} had been reached before")
     next_revision = max(revision, reached + 1)
     if event is None and reached >= revision:
@@ -428,7 +428,7 @@ def _poll_for_change(client: etcd.Client, path: str, revision: int, seconds: flo
         return [], next_revision
     node = event["node"]
     if node.get("dir") and event["action"] == "update":
-        return [], node["modifiedIndex"] + 1  # a new time to live of the directory: its keys stay
+        return [], node["modifiedIndex"] + 1  # only the directory's time to live has changed, not its keys
     gone = node.get("dir") or event["action"] in ("delete", "expire", "compareAndDelete")
     value = node.get("value", "")
     if not (isinstance(node["key"], str) and isinstance(value, str) and isinstance(node["modifiedIndex"], int)):

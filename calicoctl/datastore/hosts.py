@@ -134,7 +134,7 @@ class Hosts:
                 texts.append((entry.value, host))
                 complete.update({host} if entry.key == keys.bgp_host_address(host, 4) else ())
         if version != 6:
-            # normally the same address; a host that was registered by an older tool may have it only here
+            # normally this is the same address, but a host that an older tool has registered may have it only here
             for host in set(self._store.names(keys.HOSTS)) - complete:
                 texts.append((self._text(keys.host_bird_ip(host)) or "", host))
         found: dict[str, str] = {}

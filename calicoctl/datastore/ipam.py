@@ -302,7 +302,7 @@ class Ipam:
             for first in range(low, high + 1, BLOCK_SIZE):
                 if first not in known:
                     yield version, first, True
-        # read again: one that was to be claimed, or has a stale affinity, may have turned out to be another host's
+        # read again: a block that was to be claimed, or has a stale affinity, may belong to another host now
         borrowed = list(filter(wanted, existing()))
         random.shuffle(borrowed)
         for first in borrowed:
@@ -381,7 +381,7 @@ class Ipam:
         """Delete the key of this host's affinity to a block, if it exists."""
         entry = self._store.get(keys.ipam_affinity(self._host, version, cidr))
         if entry is not None:
-            # if another command of this host rewrites it, that command finds the same out
+            # if another command of this host has rewritten the key, that command also finds the affinity stale
             with suppress(CompareFailed):
                 self._store.delete(entry)
 

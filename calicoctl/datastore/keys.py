@@ -19,7 +19,7 @@ BGP_HOSTS = "/calico/bgp/v1/host"
 BGP_GLOBAL = "/calico/bgp/v1/global"
 IPAM_HOSTS = "/calico/ipam/v2/host"
 AS_NUM, MACS = "as_num", "macs"
-"""The last parts of the keys of a host's own AS number, and of the MACs that its packets to other hosts come from."""
+"""The last parts of keys: of a host's own AS number, and of the source MACs of its packets to other hosts."""
 BGP_AS_NUM = f"{BGP_GLOBAL}/{AS_NUM}"
 BGP_NODE_MESH = f"{BGP_GLOBAL}/node_mesh"
 

@@ -21,9 +21,9 @@ T = TypeVar("T")
 C = TypeVar("C")
 
 Verdict = Callable[["Entry | None"], "Entry | None"]
-"""Takes the entry (None: no key) that is found after a write of unknown outcome. Returns the entry as written when the
-write was applied, None when the write was not applied and may be sent again. Raises KeyExists or CompareFailed when
-another writer changed the key, so that the outcome stays unknown."""
+"""A function that decides about a write of unknown outcome from the entry found afterwards (None: no key). Returns the
+entry as written if the write was applied, None if it was not applied and may be sent again. Raises KeyExists or
+CompareFailed if another writer has changed the key, so that the outcome stays unknown."""
 
 
 class RequestFailed(Exception):

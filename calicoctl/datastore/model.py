@@ -238,8 +238,8 @@ VXLAN_MODES = (NEVER, ALWAYS, CROSS_SUBNET) = ("never", "always", "cross-subnet"
 class Pool:
     """A range that addresses are assigned from. `cidr` is canonical; `ipip` names the IP-in-IP device, if any.
 
-    `vxlan` says which packets between hosts are encapsulated in VXLAN: one of VXLAN_MODES. With "cross-subnet", those
-    to hosts that are not in a network that the sending host is connected to.
+    `vxlan` says which packets between hosts are encapsulated in VXLAN: one of VXLAN_MODES. With "cross-subnet", these
+    are packets to hosts in networks to which the sending host is not connected.
     """
 
     cidr: str

@@ -86,7 +86,7 @@ class Snapshot:
         self.grace_time = GRACE_TIME
         """Seconds until a workload that no longer exists, or whose state is unknown, is garbage-collected."""
         self.mtu: int | None = None
-        """The MTU that workloads' interfaces are to have; None where it follows from the host's own interfaces."""
+        """The MTU for workloads' interfaces; None if it must be derived from the host's own interfaces."""
         self.topology = Topology(host)
         self.network = HostNetwork()
         """This host's own addresses and networks, as of the last `set_network`."""

@@ -1,7 +1,7 @@
-"""The network between the hosts, as the store has it: hosts, their addresses and blocks, BGP peers and settings.
+"""The network between the hosts, from the store: hosts, their addresses and blocks, BGP peers and settings.
 
-Validated key by key, like everything else in the snapshot, of which this is a part. What follows from it, such as which
-routes a host announces, is decided by its users.
+It is a part of the snapshot, and is validated key by key like the rest. The modules that use it derive from it, for
+example, which routes a host announces.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ class Topology:
     def __init__(self, host: str) -> None:
         self.host = host
         self.users: dict[str, str] = {}
-        """Address (canonical) -> name of the host that is registered with it."""
+        """Address (canonical) of a registered host -> name of the host."""
         self.blocks: dict[str, dict[str, Network]] = defaultdict(dict)
-        """Name of a host -> its blocks (those it has affinity to), by CIDR."""
+        """Name of a host -> the blocks with affinity to it, by CIDR."""
         self.macs: dict[str, frozenset[str]] = {}
-        """Name of a host -> the MACs that its packets to other hosts come from, in lower case; only hosts that say."""
+        """Name of a host -> the source MACs of its packets to other hosts, in lower case, if they are in the store."""
         self.as_nums: dict[str, str] = {}
-        """Name of a host -> its AS number (decimal), of the hosts that have one of their own."""
+        """Name of a host -> its AS number (decimal), for hosts that do not use the default AS number."""
         self.default_as_num = DEFAULT_AS_NUMBER
         self.mesh = True
         """Whether all hosts peer with each other."""
@@ -47,13 +47,13 @@ class Topology:
         self.hold_time = HOLD_TIME
         self.log_level = str(config.BGP_LOG_LEVEL.default)
         self._addresses: dict[str, str] = {}
-        """The addresses that hosts are registered with, by key."""
+        """The addresses of registered hosts, by key."""
         self._changed: set[str] = set()
         self._settings: dict[str, str] = {}
         """The values of BGP settings, global and of `host`, by key."""
 
     def address(self, host: str, version: int) -> str | None:
-        """Return the address of an IP version that a host is registered with for BGP; None if it has none."""
+        """Return a host's registered BGP address of an IP version, None if it has none."""
         return self._addresses.get(keys.bgp_host_address(host, version))
 
     def own(self, version: int) -> str | None:
@@ -65,25 +65,26 @@ class Topology:
         return {host for host in map(keys.parse_bgp_host_address, self._addresses) if host is not None}
 
     def as_num(self, host: str) -> str:
-        """Return the AS number of a host: its own, else the default one."""
+        """Return the AS number of a host: its own, else the default."""
         return self.as_nums.get(host, self.default_as_num)
 
     def block_of(self, host: str, address: str) -> Network | None:
-        """Return the block of a host that an address lies in; None if the address is in none of its blocks."""
+        """Return the block of a host that contains an address; None if none of its blocks does."""
         version, number = version_of(address), int.from_bytes(pack(address), "big")
         return next((block for block in self.blocks.get(host, {}).values() if block.has(version, number)), None)
 
     def take_changed_addresses(self) -> set[str]:
-        """Return the addresses that hosts have been registered with, or no longer are, since the last call."""
+        """Return the hosts' addresses that were registered, or are no longer registered, since the last call."""
         changed, self._changed = self._changed, set()
         return changed
 
-    # Taking in the store
+    # Interpreting entries of the store
 
     def handler(self, key: str) -> Callable[[str, Entry | None], None] | None:
-        """Return the method that takes in a key's entry (None: deleted); None for a key that is not about the network.
+        """Return the method that interprets a key's entry; None for a key that is not about the network between hosts.
 
-        The method raises CalicoError for an invalid value, after it has removed the value before.
+        The method is called with None as entry if the key was deleted. It raises CalicoError for an invalid value,
+        after it has removed the previous value.
         """
         if keys.parse_bgp_host_address(key) is not None or keys.parse_host_bird_ip(key) is not None:
             return self._set_address

@@ -61,7 +61,7 @@ _VARIABLES = (
     *("DOCKER_HOST", "DOCKER_TLS_VERIFY", "DOCKER_CERT_PATH", "HOSTNAME", "CALICO_DEBUG", "CALICO_ENV_FILE"),
     "DATASTORE_TYPE",
 )
-"""Variables whose values are included, without userinfo in URLs; of others, such as ETCD_…, only the names are."""
+"""Variables whose values are included, without userinfo in URLs. For other ones, such as ETCD_…, only the name is."""
 
 _FIELDS = {
     *(name for kind in (Endpoint, Rule, Pool, Peer) for name in kind.__dataclass_fields__ if name != "extra"),
@@ -70,7 +70,7 @@ _FIELDS = {
     *("namespace", "node", "block", "vxlan_mode", "disabled"),
     *("enabled", "time", "uptime", "first_update", "machine", "boot", "status", "index", "reason"),
 }
-"""The fields of JSON values in etcd that the data model defines: the values of others are left out."""
+"""The fields of JSON values in etcd that the data model defines. The values of other fields are left out."""
 
 _JSON_KEYS = re.compile(
     "/calico/v1/host/[^/]+/workload/|/calico/v1/policy/profile/[^/]+/(tags|rules)$|/calico/v1/ipam/v[46]/pool/"

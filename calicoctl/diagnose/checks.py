@@ -36,7 +36,7 @@ MODULES = ("veth", "nf_tables", "nf_conntrack", "nft_ct", "nft_nat", "nft_masq")
 """The modules that `--fix` loads, for kernels that do not load them on demand."""
 
 OLDEST_DOCKER = (1, 9)
-"""The first Docker Engine with networks as the libnetwork plugin needs them."""
+"""The first version of the Docker Engine whose networks support the libnetwork plugin."""
 
 _SHORT_LIVED = {4: 1, 6: 6}
 """How many temporary entries of the neighbour table an endpoint may cause: for its loopback interface and, in IPv6, for

@@ -61,7 +61,7 @@ _NOTHING: dict[str, Any] = {
     "bgp_sessions": [],
     "report": {"time": None, "clock": None},
 }
-"""The shape of a report, with the values that stand for a missing one."""
+"""All fields of a report, with the values that are used if there is no report."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def _agent(status: dict[str, Any], pid: int | None) -> Iterator[Issue]:
     host, report = status["host"], status["report"]
     other = status["other_agent"]
     if pid is None and other is not None:
-        # an old agent names no machine, and may run on this one; one that does is of this program, on another machine
+        # an old agent names no machine, and may run on this one; if a machine is named, it is another one
         yield Issue(AGENT, other["text"], "", other["machine"] is not None)
     elif pid is None:
         yield Issue(AGENT, f"The agent of host {host} is not running", "start it with 'calicoctl node'", True)

@@ -91,7 +91,7 @@ class Trace:
 
     @property
     def passes(self) -> bool:
-        """Whether the packet passes, as far as the store knows."""
+        """Whether the packet passes, judging from the store."""
         return self.allowed and self.stopped_by is None
 
     @property
@@ -290,7 +290,7 @@ class _Store:
         return transit.route(self._seen_by(host), to_host, address, networks)
 
     def _at(self, place: Place) -> Iterator[Obstacle]:
-        """Yield what stands in the way at one end: an endpoint that is not up, and an agent that is down."""
+        """Yield the obstacles at one end of the path: an endpoint that is not up, or an agent that is down."""
         if place.host is None:
             return
         statuses = self._datastore.for_host(place.host).statuses

@@ -1,7 +1,8 @@
-"""How packets get from one host to another, and what may stop them on the way beyond policy, as far as the store knows.
+"""Determines the route of packets from one host to another, and what, except policy, may stop them on the way.
 
-Reads nothing: the store comes as snapshots, one as each of the two hosts' agents sees it. Whether the network between
-the hosts forwards the packets is beyond the store; so is what BGP sessions are up, of other hosts than this one.
+All of this is derived from two snapshots of the store, as the agents of the two hosts see it; nothing else is read. The
+store does not say whether the network between the hosts forwards the packets, or which BGP sessions of other hosts are
+up.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from calicoctl.desired.snapshot import Snapshot
 from calicoctl.desired.topology import Topology
 
 PLAIN, VXLAN, EITHER = "plain", "vxlan", "plain or vxlan"
-"""The kinds of routes. EITHER: it depends on the networks of a host that is not this one."""
+"""The kinds of routes. EITHER means that the kind depends on the networks of another host, which are not known here."""
 
 
 @dataclass(frozen=True)
@@ -24,8 +25,8 @@ class Route:
     """The route of one host to an address on another.
 
     `destination` is the CIDR that the other host announces: its block, or a single address outside of its blocks. `via`
-    is the other host's address, None if it has none. `pool` is the CIDR of the destination's pool, None if it is in no
-    pool or is that of the host itself.
+    is the other host's address, None if it has none. `pool` is the CIDR of the pool that contains the destination; None
+    if it is in no pool, or if the destination is an address of the host itself.
     """
 
     from_host: str
@@ -38,9 +39,10 @@ class Route:
 
 @dataclass(frozen=True)
 class Obstacle:
-    """What stands in a packet's way beyond policy, on or before `host`: a sentence without its full stop.
+    """A reason, other than policy, that may stop a packet on `host` or on the way to it.
 
-    `stops` says whether it certainly stops the packet, or its answer; otherwise, it may.
+    `problem` is a sentence without its full stop. If `stops` is True, the packet or its answer is certainly dropped;
+    otherwise, it may be dropped.
     """
 
     host: str
@@ -49,15 +51,15 @@ class Obstacle:
 
 
 def pool_of(snapshot: Snapshot, address: str) -> Pool | None:
-    """Return the pool that an address is in, None for none."""
+    """Return the pool that contains an address, None if there is none."""
     version, number = version_of(address), int.from_bytes(pack(address), "big")
     return next((pool for pool in snapshot.pools.values() if Network.parse(pool.cidr).has(version, number)), None)
 
 
 def route(sender: Snapshot, to_host: str, address: str, networks: dict[str, HostNetwork]) -> Route:
-    """Return the route of the host that `sender` is the snapshot of to an address on another host.
+    """Return the route to an address on another host, from the host whose snapshot `sender` is.
 
-    `networks` are the networks of the hosts whose kernels could be read, by host.
+    `networks` are the networks, by host, of the hosts whose kernels could be read.
     """
     topology, version = sender.topology, version_of(address)
     via = topology.address(to_host, version)
@@ -77,9 +79,10 @@ def route(sender: Snapshot, to_host: str, address: str, networks: dict[str, Host
 
 
 def _cross_subnet(host: str, other: str, topology: Topology, version: int, networks: dict[str, HostNetwork]) -> str:
-    """Return the kind of route between two hosts in a pool that encapsulates only what goes through a router.
+    """Return the kind of route between two hosts, for a pool that encapsulates only packets which a router forwards.
 
-    Either host's networks decide it: where one is connected to the other's network, the reverse is true as well.
+    The networks of either host suffice to decide: if one host is connected to the other's network, then the reverse is
+    true as well.
     """
     for one, far in ((host, other), (other, host)):
         address, network = topology.address(far, version), networks.get(one)
@@ -94,9 +97,9 @@ def _single(address: str) -> str:
 
 
 def obstacles(route: Route, sender: Topology, receiver: Topology, address: str) -> Iterator[Obstacle]:
-    """Yield what stands in the way of packets to `address` along a route.
+    """Yield the obstacles for packets to `address` along a route.
 
-    `sender` and `receiver` are the network between the hosts as each of the two sees it, with its own BGP peers.
+    `sender` and `receiver` are the topologies from the snapshots of the two hosts, each with the host's own BGP peers.
     """
     version, both = version_of(address), sorted((sender, receiver), key=lambda topology: topology.host)
     unregistered = [topology for topology in both if topology.host not in topology.hosts()]

@@ -180,7 +180,7 @@ class Agent:
 
     def step(self) -> bool:
         """Wait for events, and run one round of the loop; return False when the agent is asked to end."""
-        # ready in the round after the first update, so that the report has the host's own failures by then
+        # ready is called in the round after the first update, so that the report has the host's own failures by then
         is_ready = self._ready is not None and self._health.first_update
         found = self._wait(0.0 if is_ready else self._next_at())
         for event in found:

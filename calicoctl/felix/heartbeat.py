@@ -66,7 +66,7 @@ class Identity:
         boot = _read(_BOOT_ID)
         try:
             id = bytes.fromhex(_read(_MACHINE_ID))
-        except ValueError:  # "uninitialized", say
+        except ValueError:  # for example "uninitialized"
             id = b""
         return cls(_derived(id) if len(id) == 16 and any(id) else None, boot or None)
 

@@ -20,7 +20,7 @@ HOST_ICMPV6_TYPES = (130, 131, 132, 133, 135, 136)
 """Multicast listener messages, router solicitations, and both neighbor messages. Source: RFC 4443, 2710, 4861."""
 
 TagContains = Callable[[str, str], bool]
-"""Takes a tag and a canonical address; returns whether the address is that of an endpoint with the tag."""
+"""A function of a tag and a canonical address: returns whether an endpoint with the tag has the address."""
 
 
 @dataclass(frozen=True)

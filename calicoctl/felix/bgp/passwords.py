@@ -1,4 +1,4 @@
-"""Reads the passwords of BGP sessions (TCP MD5, RFC 2385) from a file of this host. They are in no other place.
+"""Reads the passwords of BGP sessions (TCP MD5, RFC 2385) from a file on this host, which is their only place.
 
 A line is `PEER PASSWORD`, with a peer's address, or `mesh PASSWORD`, for all hosts of the full mesh; a peer's own line
 takes precedence. The password is the rest of the line, and may contain spaces. Empty lines, and lines that begin with
@@ -50,7 +50,7 @@ class Passwords:
     """What identifies the version of the file; None for a missing file."""
 
     def of(self, peer: str, in_mesh: bool) -> str | None:
-        """Return the password of the session with a peer, given by its canonical address; None for a session without.
+        """Return the password of the session with a peer (its canonical address), None if the session has no password.
 
         `in_mesh` says whether the peer is a host of the full mesh.
         """
@@ -60,8 +60,8 @@ class Passwords:
 def read(path: Path = PATH, before: Passwords | None = None) -> Passwords:
     """Return the passwords in a file; `before` is the last result, or None at first.
 
-    While the file stays as it is, this costs one stat(2), and returns `before` itself. A missing file holds no
-    passwords. Never raises an exception for a file, whatever is wrong with it: see Passwords.problem.
+    If the file has not changed, this costs one stat(2), and returns `before` itself. A missing file contains no
+    passwords. No exception is raised for an invalid file: see Passwords.problem.
     """
     try:
         found = os.stat(path)
@@ -115,7 +115,7 @@ def _check(path: Path, found: os.stat_result) -> None:
 
 
 def parse(content: bytes, name: str) -> Passwords:
-    """Return the passwords in a file's content; errors call the file `name`, and quote nothing of it.
+    """Return the passwords in a file's content. Errors name the file as `name`, and do not quote its content.
 
     Raises CalicoError for the first invalid line.
     """

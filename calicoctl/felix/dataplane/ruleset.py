@@ -276,9 +276,9 @@ class Ruleset:
     def _actions_by_tag(self, tag: str, snapshot: Snapshot) -> set[str]:
         """Return the actions of the rules in use that name a tag.
 
-        An address that joins a tag which only `allow` rules name makes nothing denied, nor does one that leaves a tag
-        which only `deny` rules name: most changes of other hosts need no listing of connections. A profile whose rules
-        change at the same time affects its endpoints anyway.
+        If only `allow` rules name a tag, adding an address to the tag denies no connection; if only `deny` rules name
+        it, removing an address denies none. So most changes of other hosts require no listing of connections. If the
+        rules of a profile change at the same time, its endpoints are affected anyway.
         """
         profiles = [snapshot.profiles.get(name) for name in self._profiles_of_tag[tag]]
         found = [known.rules for known in profiles if known is not None and known.rules is not None]
