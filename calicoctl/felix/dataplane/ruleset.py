@@ -22,15 +22,15 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Callable
 
 from calicoctl.addresses import pack, version_of
 from calicoctl.datastore.keys import INTERFACE_PREFIX, EndpointId
 from calicoctl.datastore.model import Rule
 from calicoctl.desired.local_endpoint import LocalEndpoint, usable_addresses
 from calicoctl.desired.snapshot import Dirty, Snapshot
+from calicoctl.felix.dataplane.changes import Change
 from calicoctl.policy.rules import ICMP, ICMPV6, LONGEST_NEW_NAME, protocol_number, versions
 from calicoctl.policy.verdict import port_ranges
 
@@ -149,7 +149,7 @@ class Ruleset:
 
     def recreate(self) -> str:
         """Return the commands that load the tables with the contents they had before another process changed them."""
-        change = _Change(defaultdict(Counter), {})
+        change = Change(defaultdict(Counter), {}, _BASE_CHAINS)
         for tag in self._profiles_of_tag:
             for version in (4, 6):
                 change.create_set(set_of_tag(tag, version), _TYPES[version])
@@ -184,7 +184,7 @@ class Ruleset:
         `pending` are addresses that endpoints of this host must not use yet. Call `restore_established_fast_path` when
         the connections of the affected addresses have been verified.
         """
-        change = _Change(self._elements, self._chains)
+        change = Change(self._elements, self._chains, _BASE_CHAINS)
         affected = self._update_members(snapshot, dirty, change)
         profiles = set(dirty.profiles)
         ids = [id for id in dirty.endpoints if id.host == snapshot.host]
@@ -219,17 +219,17 @@ class Ruleset:
 
     def restore_established_fast_path(self) -> str:
         """Return the commands that let packets of established connections pass without evaluation of the rules."""
-        change = _Change(self._elements, self._chains)
+        change = Change(self._elements, self._chains, _BASE_CHAINS)
         self._set_base_chains(change, fast_path=True)
         return change.commands()
 
-    def _set_base_chains(self, change: _Change, fast_path: bool) -> None:
+    def _set_base_chains(self, change: Change, fast_path: bool) -> None:
         for name in _POLICY_BASE_CHAINS:
             change.set_chain(name, _base_chain_rules(name, fast_path))
 
     # A tag's addresses: those of all endpoints, of all hosts, that have a profile with that tag
 
-    def _update_members(self, snapshot: Snapshot, dirty: Dirty, change: _Change) -> set[str]:
+    def _update_members(self, snapshot: Snapshot, dirty: Dirty, change: Change) -> set[str]:
         """Update the addresses of all tags; return the addresses whose connections that may deny."""
         changed: Counter[tuple[str, str]] = Counter()
         ids = set(dirty.endpoints)
@@ -291,7 +291,7 @@ class Ruleset:
         self,
         id: EndpointId,
         now: LocalEndpoint | None,
-        change: _Change,
+        change: Change,
         profiles: set[str],
         affected: set[str],
     ) -> None:
@@ -329,7 +329,7 @@ class Ruleset:
 
     # Profiles that endpoints of this host have
 
-    def _update_profile(self, profile: str, snapshot: Snapshot, change: _Change) -> None:
+    def _update_profile(self, profile: str, snapshot: Snapshot, change: Change) -> None:
         used = bool(self._lists_of_profile.get(profile))
         if not used:
             self._lists_of_profile.pop(profile, None)
@@ -402,109 +402,6 @@ def rule_lines(rule: Rule) -> list[str]:
     return lines
 
 
-class _Change:
-    """Collects the changes of one transaction, and renders their commands in an order that nftables accepts.
-
-    Unused chains and sets are deleted last, after everything that referred to them; elements of maps are deleted before
-    they are added with another value. If something is added and removed in the same change, or removed and added, no
-    command is rendered for it.
-    """
-
-    def __init__(self, elements: dict[tuple[str, str], Counter[str]], chains: dict[str, tuple[str, ...]]) -> None:
-        self._elements = elements
-        self._chains = chains
-        self._old_chains: dict[str, tuple[str, ...] | None] = {}
-        self._added: dict[tuple[str, str], dict[str, None]] = defaultdict(dict)
-        self._removed: dict[tuple[str, str], dict[str, None]] = defaultdict(dict)
-        self._created: dict[str, str] = {}
-        self._deleted: set[str] = set()
-
-    def add(self, where: tuple[str, str], element: str) -> None:
-        """Add an element to a set or map, given as (family, name)."""
-        self._elements[where][element] += 1
-        if self._elements[where][element] > 1:
-            return
-        if element in self._removed[where]:
-            del self._removed[where][element]
-        else:
-            self._added[where][element] = None
-
-    def remove(self, where: tuple[str, str], element: str) -> None:
-        self._elements[where][element] -= 1
-        if self._elements[where][element] > 0:
-            return
-        del self._elements[where][element]
-        if element in self._added[where]:
-            del self._added[where][element]
-        else:
-            self._removed[where][element] = None
-
-    def replace(self, where: tuple[str, str], elements: Iterable[str]) -> None:
-        """Replace the elements of a set."""
-        desired = set(elements)
-        for element in sorted(self._elements[where].keys() - desired):
-            self.remove(where, element)
-        for element in sorted(desired - self._elements[where].keys()):
-            self.add(where, element)
-
-    def create_set(self, name: str, type: str) -> None:
-        if name in self._deleted:
-            self._deleted.discard(name)
-        else:
-            self._created[name] = type
-
-    def delete_set(self, name: str) -> None:
-        where = ("inet", name)
-        for element in list(self._elements[where]):
-            self.remove(where, element)
-        if name in self._created:
-            del self._created[name]
-        else:
-            self._deleted.add(name)
-        self._elements.pop(where, None)
-
-    def set_chain(self, name: str, rules: tuple[str, ...] | None) -> None:
-        """Set the rules of a chain; None deletes it."""
-        self._old_chains.setdefault(name, self._chains.get(name))
-        if rules is None:
-            self._chains.pop(name, None)
-        else:
-            self._chains[name] = rules
-
-    def commands(self) -> str:
-        lines = []
-        changed = {name for name, old in self._old_chains.items() if old != self._chains.get(name)}
-        for name, type in self._created.items():
-            lines.append(f"add set inet calico {name} {{ type {type}; }}")
-        kept = sorted(name for name in changed if name in self._chains)
-        lines += [f"add chain inet calico {name} {_BASE_CHAINS.get(name, '')}" for name in kept]
-        lines += [f"flush chain inet calico {name}" for name in sorted(changed) if self._old_chains[name] is not None]
-        # an element of a map is deleted by its key
-        lines += self._element_lines("delete", self._removed, lambda element: element.partition(" : ")[0])
-        lines += self._element_lines("add", self._added, str)
-        for name in kept:
-            lines += [f"add rule inet calico {name} {rule}" for rule in self._chains[name]]
-        # chains of lists of profiles before those of the profiles, to which they jump
-        gone = sorted(
-            (name for name in changed if name not in self._chains), key=lambda n: n.startswith(_PROFILE_CHAINS)
-        )
-        lines += [f"delete chain inet calico {name}" for name in gone]
-        lines += [f"delete set inet calico {name}" for name in sorted(self._deleted)]
-        return "".join(line + "\n" for line in lines)
-
-    @staticmethod
-    def _element_lines(
-        verb: str, changes: dict[tuple[str, str], dict[str, None]], spell: Callable[[str], str]
-    ) -> list[str]:
-        return [
-            f"{verb} element {family} calico {name} {{ {', '.join(map(spell, elements))} }}"
-            for (family, name), elements in changes.items()
-            if elements
-        ]
-
-
-_PROFILE_CHAINS = ("inbound/", "outbound/")
-
 _POLICY_BASE_CHAINS = {
     "outbound-forward": ("forward", -11, "iifname", ("jump starts", "iifname vmap @from", "drop")),
     "inbound-forward": ("forward", -10, "oifname", ("jump starts", "oifname vmap @to", "drop")),
@@ -553,7 +450,7 @@ def _policy_of(endpoint: LocalEndpoint) -> tuple[object, ...]:
     return endpoint.interface, endpoint.addresses, endpoint.profiles
 
 
-def _update_pools(snapshot: Snapshot, change: _Change) -> None:
+def _update_pools(snapshot: Snapshot, change: Change) -> None:
     from netaddr.ip import IPNetwork, cidr_merge
 
     translations = []

@@ -1,0 +1,123 @@
+"""Collects changes of our nftables tables that belong together, and renders them as the commands of one transaction.
+
+What changes, and why, is decided by ruleset.py and host_rules.py.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Callable
+
+_PROFILE_CHAINS = ("inbound/", "outbound/")
+
+
+class Change:
+    """Collects the changes of one transaction, and renders their commands in an order that nftables accepts.
+
+    Unused chains and sets are deleted last, after everything that referred to them; elements of maps are deleted before
+    they are added with another value. If something is added and removed in the same change, or removed and added, no
+    command is rendered for it.
+    """
+
+    def __init__(
+        self,
+        elements: dict[tuple[str, str], Counter[str]],
+        chains: dict[str, tuple[str, ...]],
+        base_chains: Mapping[str, str],
+    ) -> None:
+        """`elements` and `chains` are the contents of the tables, which this changes at once.
+
+        `base_chains` has the definitions (type, hook, priority) of those chains that are base chains, by name.
+        """
+        self._elements = elements
+        self._chains = chains
+        self._base_chains = base_chains
+        self._old_chains: dict[str, tuple[str, ...] | None] = {}
+        self._added: dict[tuple[str, str], dict[str, None]] = defaultdict(dict)
+        self._removed: dict[tuple[str, str], dict[str, None]] = defaultdict(dict)
+        self._created: dict[str, str] = {}
+        self._deleted: set[str] = set()
+
+    def add(self, where: tuple[str, str], element: str) -> None:
+        """Add an element to a set or map, given as (family, name)."""
+        self._elements[where][element] += 1
+        if self._elements[where][element] > 1:
+            return
+        if element in self._removed[where]:
+            del self._removed[where][element]
+        else:
+            self._added[where][element] = None
+
+    def remove(self, where: tuple[str, str], element: str) -> None:
+        self._elements[where][element] -= 1
+        if self._elements[where][element] > 0:
+            return
+        del self._elements[where][element]
+        if element in self._added[where]:
+            del self._added[where][element]
+        else:
+            self._removed[where][element] = None
+
+    def replace(self, where: tuple[str, str], elements: Iterable[str]) -> None:
+        """Replace the elements of a set."""
+        desired = set(elements)
+        for element in sorted(self._elements[where].keys() - desired):
+            self.remove(where, element)
+        for element in sorted(desired - self._elements[where].keys()):
+            self.add(where, element)
+
+    def create_set(self, name: str, type: str) -> None:
+        if name in self._deleted:
+            self._deleted.discard(name)
+        else:
+            self._created[name] = type
+
+    def delete_set(self, name: str) -> None:
+        where = ("inet", name)
+        for element in list(self._elements[where]):
+            self.remove(where, element)
+        if name in self._created:
+            del self._created[name]
+        else:
+            self._deleted.add(name)
+        self._elements.pop(where, None)
+
+    def set_chain(self, name: str, rules: tuple[str, ...] | None) -> None:
+        """Set the rules of a chain; None deletes it."""
+        self._old_chains.setdefault(name, self._chains.get(name))
+        if rules is None:
+            self._chains.pop(name, None)
+        else:
+            self._chains[name] = rules
+
+    def commands(self) -> str:
+        lines = []
+        changed = {name for name, old in self._old_chains.items() if old != self._chains.get(name)}
+        for name, type in self._created.items():
+            lines.append(f"add set inet calico {name} {{ type {type}; }}")
+        kept = sorted(name for name in changed if name in self._chains)
+        lines += [f"add chain inet calico {name} {self._base_chains.get(name, '')}" for name in kept]
+        lines += [f"flush chain inet calico {name}" for name in sorted(changed) if self._old_chains[name] is not None]
+        # an element of a map is deleted by its key
+        lines += self._element_lines("delete", self._removed, lambda element: element.partition(" : ")[0])
+        lines += self._element_lines("add", self._added, str)
+        for name in kept:
+            lines += [f"add rule inet calico {name} {rule}" for rule in self._chains[name]]
+        # chains of lists of profiles before those of the profiles, to which they jump
+        gone = sorted(
+            (name for name in changed if name not in self._chains), key=lambda n: n.startswith(_PROFILE_CHAINS)
+        )
+        lines += [f"delete chain inet calico {name}" for name in gone]
+        lines += [f"delete set inet calico {name}" for name in sorted(self._deleted)]
+        return "".join(line + "\n" for line in lines)
+
+    @staticmethod
+    def _element_lines(
+        verb: str, changes: dict[tuple[str, str], dict[str, None]], spell: Callable[[str], str]
+    ) -> list[str]:
+        return [
+            f"{verb} element {family} calico {name} {{ {', '.join(map(spell, elements))} }}"
+            for (family, name), elements in changes.items()
+            if elements
+        ]
