@@ -20,8 +20,10 @@ another host's block. `check` compares blocks, handles and endpoints of the
 whole store, and lists addresses that no endpoint uses, addresses that an
 endpoint uses but that are not assigned to it, handles with wrong counts,
 blocks whose list of free addresses is wrong or whose strict affinity is
-violated (newer tools rely on both), and endpoints whose host is not
-registered. Its exit status is 1 if a problem remains.
+violated (newer tools rely on both), blocks that the wrong host announces, or
+none, and blocks and endpoints whose host is not registered. `--fix` releases
+the blocks of a host that is gone if it has no endpoints and no agent reports
+for it. The exit status of `check` is 1 if a problem remains.
 
 Examples:
   calicoctl ipam info 192.168.0.1

@@ -235,6 +235,32 @@ class Ipam:
                 if isinstance(block, Block):
                     yield from ((block.address(ordinal), owner) for ordinal, owner in block.held())
 
+    def affinities(self) -> tuple[dict[tuple[int, str], set[str]], list[InvalidValue]]:
+        """Return (IP version, block's CIDR) -> hosts with an affinity's key, and an error for each invalid key.
+
+        The blocks themselves need not exist, and may have affinity to another host.
+        """
+        found: dict[tuple[int, str], set[str]] = {}
+        invalid = []
+        for entry in self._store.tree(keys.IPAM_HOSTS):
+            affinity = keys.parse_affinity(entry.key)
+            if affinity is None:
+                continue
+            host, version, cidr = affinity
+            if any(block_cidr(version, first) == cidr for first in first_addresses([keys.last(entry.key)])):
+                found.setdefault((version, cidr), set()).add(host)
+            else:
+                invalid.append(InvalidValue(entry.key, "its name is not a block's CIDR"))
+        return found, invalid
+
+    def repair_affinity(self, version: int, cidr: str) -> None:
+        """Create this host's affinity to a block, or delete it, as the block itself says. Raises InvalidValue."""
+        entry = self._store.get(keys.ipam_block(version, cidr))
+        if entry is not None and Block.from_entry(entry).affinity == f"host:{self._host}":
+            create_if_missing(self._store, keys.ipam_affinity(self._host, version, cidr), "")
+        else:
+            self._delete_affinity(version, cidr)
+
     def release_affinities(self) -> bool:
         """Release this host's affinities: empty blocks are deleted, the others lose their affinity.
 

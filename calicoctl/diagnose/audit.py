@@ -2,7 +2,8 @@
 
 While a command runs, the store is inconsistent for a moment. So everything is checked twice, and before a workload's
 addresses are repaired, they are checked again under the workload's lock. Locks are local to a host, so only addresses
-of this host's workloads are repaired; counts of handles and lists of free addresses are repaired for all hosts.
+of this host's workloads are repaired; affinities, counts of handles and lists of free addresses are repaired for all
+hosts.
 """
 
 from __future__ import annotations
@@ -89,6 +90,7 @@ def _inspect(datastore: DatastoreClient) -> Iterator[Finding]:
     sound = not invalid  # else an address may belong to an unreadable one
     unseen = set(listed)
     unread: set[str] = set()
+    blocks: dict[tuple[int, str], Block] = {}
     counted: dict[str, Counter[str]] = defaultdict(Counter)
     for version in (4, 6):
         for block in datastore.ipam.all_blocks(version):
@@ -96,7 +98,8 @@ def _inspect(datastore: DatastoreClient) -> Iterator[Finding]:
                 invalid.append(block)
                 unread.add(keys.undashed(keys.last(block.key)))
                 continue
-            yield from _of_block(datastore, block, registered)
+            blocks[version, block.cidr] = block
+            yield from _of_block(datastore, block)
             for ordinal, owner in block.held():
                 address = str(block.address(ordinal))
                 unseen.discard(address)
@@ -105,6 +108,12 @@ def _inspect(datastore: DatastoreClient) -> Iterator[Finding]:
                 yield from _of_address(
                     datastore, block.cidr, address, owner, listed.get(address, []), sound, registered
                 )
+    affinities, misnamed = datastore.ipam.affinities()
+    invalid += misnamed
+    for version, cidr in sorted(affinities.keys() | blocks.keys()):
+        hosts = affinities.get((version, cidr), set())
+        if cidr not in unread:
+            yield from _of_affinities(datastore, version, cidr, blocks.get((version, cidr)), hosts, registered)
     for address in sorted(unseen):
         if datastore.ipam.cidr_of(parse_address(address)) not in unread:
             for endpoint in listed[address]:
@@ -129,16 +138,55 @@ def _is_key(handle: str) -> bool:
     return bool(handle) and "/" not in handle and not handle.startswith("_")
 
 
-def _of_block(datastore: DatastoreClient, block: Block, registered: set[str]) -> Iterator[Finding]:
-    """Check a block's affinity, and the fields of tools from 2016 on: the list of free addresses, strict affinity."""
-    affine = (block.affinity or "").partition(":")[2]
-    if affine and affine not in registered:
-        yield Finding(
-            "block",
-            block.cidr,
-            f"it has affinity to host {affine}, which is not registered",
-            f"run 'calicoctl node' there, or 'calicoctl node remove --hostname={affine}'",
-        )
+def _of_affinities(
+    datastore: DatastoreClient, version: int, cidr: str, block: Block | None, hosts: set[str], registered: set[str]
+) -> Iterator[Finding]:
+    """Check a block's affinity against the affinities' keys, by which hosts announce blocks.
+
+    `block` is None if the block does not exist. `hosts` have a key of their affinity to it; `registered` are the names
+    of the registered hosts.
+    """
+    affine = "" if block is None else (block.affinity or "").partition(":")[2]
+    for host in sorted(hosts | ({affine} - {""})):
+        there = datastore.for_host(host)
+        repair = partial(_repair_affinity, there, version, cidr)
+        if host not in registered:
+            yield Finding(
+                "block",
+                cidr,
+                f"it has affinity to host {host}, which is not registered",
+                f"run 'calicoctl node' there, or 'calicoctl node remove --hostname={host}'",
+                partial(_release_affinities, there) if _is_gone(there) else None,
+            )
+        elif block is None:
+            yield Finding("block", cidr, f"host {host} has affinity to it, but the block does not exist", fix=repair)
+        elif host != affine:
+            whose = f"is of host {affine}" if affine else "has no affinity"
+            yield Finding("block", cidr, f"host {host} has affinity to it, but the block {whose}", fix=repair)
+        elif host not in hosts:
+            problem = f"it has affinity to host {host}, but that host's key is missing, so {host} does not announce it"
+            yield Finding("block", cidr, problem, fix=repair)
+
+
+def _is_gone(there: DatastoreClient) -> bool:
+    """Return whether a host is not registered, has no endpoints, and no agent reports for it."""
+    return not (there.host in there.hosts.registered() or there.statuses.of_host() or there.endpoint_ids())
+
+
+def _release_affinities(there: DatastoreClient) -> bool:
+    if not _is_gone(there):
+        return False
+    there.ipam.release_affinities()
+    return True
+
+
+def _repair_affinity(there: DatastoreClient, version: int, cidr: str) -> bool:
+    there.ipam.repair_affinity(version, cidr)
+    return True
+
+
+def _of_block(datastore: DatastoreClient, block: Block) -> Iterator[Finding]:
+    """Check a block's fields of tools from 2016 on: the list of free addresses, strict affinity."""
     problem = block.free_list_problem()
     if problem is not None:
         fix = partial(_repair_free_list, datastore, block.version, block.cidr)
@@ -200,8 +248,11 @@ def _of_address(
     elif orchestrator not in (DOCKER, NAMESPACE) or not workload:
         yield Finding("address", address, problem, release)
     elif host != datastore.host:
-        there = isinstance(host, str) and host in registered
-        yield Finding("address", address, problem, f"run 'calicoctl ipam check --fix' on {host}" if there else release)
+        advice = release
+        if isinstance(host, str):
+            known = f"run 'calicoctl ipam check --fix' on {host}"
+            advice = known if host in registered else f"'calicoctl node remove --hostname={host}' releases all of its"
+        yield Finding("address", address, problem, advice)
     else:
         fix = partial(_release_leaked, datastore, orchestrator, workload, block, address)
         yield Finding("address", address, problem, release, fix)
