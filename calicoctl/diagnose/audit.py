@@ -251,7 +251,8 @@ def _of_address(
         advice = release
         if isinstance(host, str):
             known = f"run 'calicoctl ipam check --fix' on {host}"
-            advice = known if host in registered else f"'calicoctl node remove --hostname={host}' releases all of its"
+            all_of_it = f"{release}, and 'calicoctl node remove --hostname={host}' all of that host"
+            advice = known if host in registered else all_of_it
         yield Finding("address", address, problem, advice)
     else:
         fix = partial(_release_leaked, datastore, orchestrator, workload, block, address)
