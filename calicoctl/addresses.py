@@ -134,6 +134,12 @@ def unpack(packed: bytes) -> str:
     return socket.inet_ntop(socket.AF_INET if len(packed) == 4 else socket.AF_INET6, packed)
 
 
+def link_local(mac: str) -> str:
+    """Return the IPv6 link-local address of an interface with this MAC. Source: RFC 4291, appendix A."""
+    octets = bytes.fromhex(mac.replace(":", ""))
+    return unpack(b"\xfe\x80" + bytes(6) + bytes([octets[0] ^ 2]) + octets[1:3] + b"\xff\xfe" + octets[3:])
+
+
 def canonical(address: str) -> str:
     """Return an address in canonical form; raise OSError, or ValueError, for a text that is no address."""
     return unpack(pack(address))

@@ -14,7 +14,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple
 
-REQUEST, ACK, DUMP, CREATE = 0x1, 0x4, 0x300, 0x400
+REQUEST, ACK, DUMP = 0x1, 0x4, 0x300
+REPLACE, CREATE = 0x100, 0x400
 
 NESTED = 0x8000
 
@@ -23,26 +24,28 @@ _KIND = 0x3FFF
 """Mask of an attribute's type, without the flag bits."""
 
 RTM_NEWLINK, RTM_DELLINK, RTM_NEWADDR, RTM_DELADDR, RTM_NEWROUTE, RTM_DELROUTE = 16, 17, 20, 21, 24, 25
-_RTM_GETADDR, _RTM_GETROUTE, _RTM_GETNEIGH, _RTM_GETNEIGHTBL, _RTM_GETNEXTHOP = 22, 26, 30, 66, 106
+RTM_NEWNEIGH, RTM_DELNEIGH, RTM_GETNEIGH = 28, 29, 30
+_RTM_GETADDR, _RTM_GETROUTE, _RTM_GETNEIGHTBL, _RTM_GETNEXTHOP = 22, 26, 66, 106
 _NDTA_THRESH3, _NDTA_STATS = 4, 7
-_NDA_DST, _NDA_LLADDR = 1, 2
-NUD_PERMANENT = 0x80
-NTF_PROXY = 0x08
+NDA_DST, NDA_LLADDR = 1, 2
+NUD_NOARP, NUD_PERMANENT = 0x40, 0x80
+NTF_SELF, NTF_PROXY = 0x02, 0x08
 _IFA_ADDRESS, _IFA_LOCAL, _IFA_BROADCAST = 1, 2, 4
-RTA_DST, RTA_OIF, _RTA_GATEWAY, RTA_PRIORITY, _RTA_PREFSRC, _RTA_MULTIPATH, _RTA_VIA = 1, 4, 5, 6, 7, 9, 18
+RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PRIORITY, RTA_PREFSRC, _RTA_MULTIPATH, RTA_VIA = 1, 4, 5, 6, 7, 9, 18
 _RTA_TABLE = 15
 _NHA_OIF, _NHA_GATEWAY = 5, 6
 TABLE_MAIN = 254
 SCOPE_GLOBAL, SCOPE_LINK = 0, 253
 IFF_UP = 0x1
-UNICAST, LOCAL = 1, 2
-"""Types of routes: unicast, and local (to addresses of this host)."""
+UNICAST, LOCAL, BLACKHOLE = 1, 2, 6
+"""Types of routes: unicast, local (to addresses of this host), and to drop packets silently."""
 PROTOCOL_KERNEL, PROTOCOL_STATIC, PROTOCOL_RA = 2, 4, 9
 """Protocols of routes: set by the kernel itself, static, and learned from router advertisements (RA)."""
 PROTOCOL_BIRD = 12
 OUR_PROTOCOL, OVERLAY_PROTOCOL = 80, 81
 """The protocol numbers of our routes to endpoints of this host, and to those of other hosts through the overlay
 (`ip route show proto 81`). Source: numbers from 5 up are free, rtnetlink(7)."""
+OUR_PROTOCOLS = (OUR_PROTOCOL, OVERLAY_PROTOCOL)
 SOL_NETLINK, _NETLINK_GET_STRICT_CHK = 270, 12
 NETLINK_NETFILTER = 12
 
@@ -114,7 +117,8 @@ def dump(protocol: int, kind: int, body: bytes, strict: bool = False) -> Iterato
 class Route:
     """A route to `destination` (None: a default route) with a prefix length; `index` is that of the outgoing interface.
 
-    Of a multipath route, `index` and `gateway` are those of the first next hop. `source` is the preferred source.
+    Of a multipath route, `index` and `gateway` are those of the first next hop. `source` is the preferred source;
+    `kind` is the route's type, such as UNICAST.
     """
 
     destination: str | None
@@ -124,6 +128,7 @@ class Route:
     index: int | None = None
     gateway: str | None = None
     source: str | None = None
+    kind: int = UNICAST
 
 
 def routes(family: int, lengths: Collection[int] = range(129), protocol: int | None = None) -> Iterator[Route]:
@@ -158,7 +163,8 @@ def _route(family: int, body: bytes) -> Route:
         metric=number(RTA_PRIORITY) or 0,
         index=number(RTA_OIF),
         gateway=_gateway(family, found),
-        source=address(_RTA_PREFSRC),
+        source=address(RTA_PREFSRC),
+        kind=body[7],
     )
 
 
@@ -179,12 +185,12 @@ def neighbours(family: int, proxies: bool = False) -> Iterator[Neighbour]:
     """
     # struct ndmsg: family, padding, interface, state, flags, type
     body = struct.pack("=BBHiHBB", family, 0, 0, 0, 0, NTF_PROXY if proxies else 0, 0)
-    for answer in dump(socket.NETLINK_ROUTE, _RTM_GETNEIGH, body):
+    for answer in dump(socket.NETLINK_ROUTE, RTM_GETNEIGH, body):
         index, state = struct.unpack_from("=iH", answer, 4)
         found = attributes(answer[12:])
-        if answer[0] == family and _NDA_DST in found and (proxies or state & NUD_PERMANENT):
-            mac = found[_NDA_LLADDR].hex(":") if _NDA_LLADDR in found else None
-            yield Neighbour(index, socket.inet_ntop(family, found[_NDA_DST]), mac)
+        if answer[0] == family and NDA_DST in found and (proxies or state & NUD_PERMANENT):
+            mac = found[NDA_LLADDR].hex(":") if NDA_LLADDR in found else None
+            yield Neighbour(index, socket.inet_ntop(family, found[NDA_DST]), mac)
 
 
 @dataclass(frozen=True)
@@ -289,9 +295,9 @@ def _hops(family: int, found: dict[int, bytes]) -> Iterator[tuple[str | None, in
 
 
 def _gateway(family: int, found: dict[int, bytes]) -> str | None:
-    if _RTA_VIA in found:  # a gateway of the other IP version
-        return socket.inet_ntop(struct.unpack_from("=H", found[_RTA_VIA])[0], found[_RTA_VIA][2:])
-    return socket.inet_ntop(family, found[_RTA_GATEWAY]) if _RTA_GATEWAY in found else None
+    if RTA_VIA in found:  # a gateway of the other IP version
+        return socket.inet_ntop(struct.unpack_from("=H", found[RTA_VIA])[0], found[RTA_VIA][2:])
+    return socket.inet_ntop(family, found[RTA_GATEWAY]) if RTA_GATEWAY in found else None
 
 
 def next_hops() -> Iterator[tuple[str, int]]:

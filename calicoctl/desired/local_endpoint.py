@@ -10,7 +10,7 @@ import socket
 from contextlib import suppress
 from dataclasses import dataclass
 
-from calicoctl.addresses import BITS, FAMILIES, is_unicast, unpack, version_of
+from calicoctl.addresses import BITS, FAMILIES, is_unicast, link_local, unpack, version_of
 from calicoctl.datastore.keys import INTERFACE_PREFIX, EndpointId
 from calicoctl.datastore.model import Endpoint
 from calicoctl.errors import CalicoError
@@ -36,10 +36,8 @@ class LocalEndpoint:
 
     @property
     def link_local(self) -> str:
-        """The link-local address of the workload's interface, derived from `mac`. Source: RFC 4291, appendix A."""
-        octets = bytes(int(part, 16) for part in self.mac.split(":"))
-        identifier = bytes([octets[0] ^ 2]) + octets[1:3] + b"\xff\xfe" + octets[3:]
-        return unpack(b"\xfe\x80" + bytes(6) + identifier)
+        """The link-local address of the workload's interface."""
+        return link_local(self.mac)
 
     @property
     def sources(self) -> tuple[str, ...]:

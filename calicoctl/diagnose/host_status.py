@@ -20,6 +20,7 @@ from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.keys import INTERFACE_PREFIX, EndpointId
 from calicoctl.errors import CalicoError
 from calicoctl.felix import heartbeat, process
+from calicoctl.felix.health import NO_MTU
 from calicoctl.output import first_few
 from calicoctl.workloads.workload import short_id
 
@@ -58,6 +59,7 @@ _NOTHING: dict[str, Any] = {
     "resyncs": 0,
     "healed": 0,  # re-attached workloads: the name is fixed, since scripts read it
     "collected": 0,
+    "mtu": NO_MTU,
     "bgp_sessions": [],
     "report": {"time": None, "clock": None},
 }

@@ -36,6 +36,8 @@ from calicoctl.felix.dataplane.nft import Nft
 from calicoctl.felix.dataplane.policy_manager import PolicyManager
 from calicoctl.felix.dataplane.routes import Routes
 from calicoctl.felix.dataplane.sysctls import HostSettings
+from calicoctl.felix.dataplane.vxlan import Vxlan
+from calicoctl.felix.dataplane.vxlan_manager import VxlanManager
 from calicoctl.felix.health import Health
 from calicoctl.felix.local_etcd import LocalEtcd
 from calicoctl.felix.metrics import Metrics
@@ -74,7 +76,7 @@ def run(host: str, options: Options) -> None:
             conntrack = Conntrack(queue.put)
             agent = Agent(
                 DatastoreClient.from_environment,
-                Drivers(Nft(), Routes(netlink), conntrack),
+                Drivers(Nft(), Routes(netlink), conntrack, Vxlan(netlink)),
                 queue,
                 process.notify_ready,
                 options,
@@ -90,6 +92,7 @@ class Drivers:
     nft: Nft
     routes: Routes
     conntrack: Conntrack
+    vxlan: Vxlan
 
 
 class Agent:
@@ -129,6 +132,7 @@ class Agent:
         self._policy = PolicyManager(context, drivers.nft)
         self._forwarding: list[Manager] = [
             EndpointManager(context, drivers.routes, self._keeper.enqueue),
+            VxlanManager(context, drivers.vxlan),
             # a new manager goes here
         ]
         """The managers that make the host forward packets: applied only when the policy is in the kernel."""

@@ -87,6 +87,13 @@ class RouteLost:
 
 
 @dataclass(frozen=True)
+class OverlayRouteLost:
+    """A route of the overlay may have been deleted, or replaced by another process; `cidr` is its destination."""
+
+    cidr: str
+
+
+@dataclass(frozen=True)
 class AddressesChanged:
     """An address was added to this host, or deleted."""
 

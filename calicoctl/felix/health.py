@@ -5,6 +5,7 @@ Plain state, which the agent's thread changes; report.py and metrics.py publish 
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
@@ -20,6 +21,10 @@ from calicoctl.felix.events import Failure
 from calicoctl.workloads.upkeep import COLLECTED, REATTACHED, Action
 
 log = logging.getLogger("calico.felix")
+
+
+NO_MTU: dict[str, Any] = {"underlay": {"ipv4": None, "ipv6": None}, "overlay": None, "configured": None}
+"""The report of MTUs that are not known."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +147,9 @@ class Health:
     failures: dict[str, dict[str, str]] = field(default_factory=dict)
     """What fails on this host now, by subject: `since` when (ISO 8601), and the `error`."""
     last_error: dict[str, str] | None = None
+    mtu: dict[str, Any] = field(default_factory=lambda: copy.deepcopy(NO_MTU))
+    """The MTU that new interfaces of workloads get: that of the `underlay`, by IP version, for pools without an
+    overlay; that of the `overlay` for pools with one (None if there are none); or the one `configured` for all."""
     resyncs: int = 0
     reattached: int = 0
     """Workloads that were re-attached; `healed` in the report and in metrics."""
@@ -218,5 +226,6 @@ class Health:
             "resyncs": self.resyncs,
             "healed": self.reattached,
             "collected": self.collected,
+            "mtu": self.mtu,
             "bgp_sessions": [],
         }

@@ -36,6 +36,7 @@ from calicoctl.felix.events import (
     KernelEventsLost,
     LinkChanged,
     MountsChanged,
+    OverlayRouteLost,
     RouteLost,
     StoreChanged,
     StoreRead,
@@ -70,6 +71,9 @@ ENGINE_PAUSE = 0.5
 """Seconds between two attempts to reach the Docker Engine: short, since it starts containers as soon as it is up."""
 
 _CONTAINER_CHANGES = {"type": "container", "event": ["start", "die", "destroy", "rename"]}
+
+_NO_GATEWAYS = (PROTOCOL, netlink.OVERLAY_PROTOCOL, netlink.PROTOCOL_KERNEL)
+"""The protocols of routes whose gateways do not matter: those of the agent lead to endpoints, and to other hosts."""
 
 _RTMGRP_LINK = 0x1
 _RTMGRP_IPV4_ROUTE = 0x40
@@ -231,9 +235,14 @@ class KernelEvents(_Source):
                 elif _is_loss(kind, message) and _sender(message) not in own_ports(socket.NETLINK_ROUTE):
                     for parsed in marshal.parse(message):
                         self._events.put(RouteLost(parsed.get_attr("RTA_DST")))
-                elif message[21] not in (PROTOCOL, netlink.PROTOCOL_KERNEL) and not self.gateways_pending.is_set():
-                    self.gateways_pending.set()
-                    self._events.put(GatewaysChanged())
+                elif kind == netlink.RTM_DELROUTE and message[21] == netlink.OVERLAY_PROTOCOL:
+                    self._events.put(OverlayRouteLost(_destination(message)))
+                elif message[21] not in _NO_GATEWAYS:
+                    if _replaces(kind, message):
+                        self._events.put(OverlayRouteLost(_destination(message)))
+                    if not self.gateways_pending.is_set():
+                        self.gateways_pending.set()
+                        self._events.put(GatewaysChanged())
 
 
 class EngineEvents(_Source):
@@ -314,6 +323,19 @@ def _is_loss(kind: int, message: bytes) -> bool:
         return message[21] == PROTOCOL
     is_host_route = message[17] in (32, 128) and message[20] == netlink.TABLE_MAIN
     return kind == netlink.RTM_NEWROUTE and is_host_route and message[21] != PROTOCOL
+
+
+def _replaces(kind: int, message: bytes) -> bool:
+    """Return whether a message says that a new route has replaced another one."""
+    flags = struct.unpack_from("=H", message, 6)[0]
+    return kind == netlink.RTM_NEWROUTE and flags & netlink.REPLACE != 0 and message[20] == netlink.TABLE_MAIN
+
+
+def _destination(message: bytes) -> str:
+    """Return the destination of a message about a route, as a CIDR."""
+    family, length = message[16], message[17]
+    packed = netlink.attributes(message[28:]).get(netlink.RTA_DST, bytes(4 if family == socket.AF_INET else 16))
+    return f"{socket.inet_ntop(family, packed)}/{length}"
 
 
 def _is_assignable(message: bytes) -> bool:

@@ -95,7 +95,7 @@ def _read() -> HostNetwork:
     local: list[tuple[str, int]] = []
     for version, family in FAMILIES.items():
         named_by_number = False
-        for path in netlink.paths(family, netlink.UNICAST, but=(netlink.OUR_PROTOCOL,)):
+        for path in netlink.paths(family, netlink.UNICAST, but=netlink.OUR_PROTOCOLS):
             hops.update(path.hops)
             named_by_number = named_by_number or not path.hops
             if (

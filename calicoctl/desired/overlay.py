@@ -1,0 +1,264 @@
+"""Decides what the overlay is to be on this host: tunnels to other hosts, and how their workloads are reached.
+
+Pure: it reads the snapshot, and knows no kernel. Only pools with an overlay count; the routes of the others are BIRD's.
+
+* A tunnel is a VXLAN device. Each host has a MAC that follows from its address, so no host has to announce one.
+* A block of another host is routed to it as a whole, unless it overlaps something that this host needs otherwise: a
+  network it is connected to, or an address of a host or a gateway. Then its used addresses are, one by one. So is an
+  address in no block of its host (it was borrowed from another's, say).
+* Packets to unused addresses of an own block are dropped by a blackhole route, for the default route would send them
+  away, and the router perhaps back.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from calicoctl.addresses import BITS, host_net, link_local, pack, version_of
+from calicoctl.datastore.model import ALWAYS, NEVER
+from calicoctl.datastore.reserved import Network, Reserved
+from calicoctl.desired.local_endpoint import usable_addresses
+
+if TYPE_CHECKING:
+    from calicoctl.datastore.keys import EndpointId
+    from calicoctl.desired.snapshot import Dirty, Snapshot
+    from calicoctl.desired.topology import Topology
+
+
+@dataclass(frozen=True)
+class Tunnel:
+    """This host's end of the tunnels over an underlay of one IP version.
+
+    `local` is this host's address there, `mac` the MAC of its end. `peers` maps the MACs of the other ends to the
+    addresses of their hosts.
+    """
+
+    version: int
+    local: str
+    mac: str
+    peers: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Hop:
+    """How another host's workloads are reached: through a tunnel over the underlay of the IP version `tunnel`, or
+    (None) directly, through this host's interface of that name. `gateway` is the other host's address there."""
+
+    gateway: str
+    tunnel: int | None = None
+    interface: str = ""
+
+
+def macs(addresses: Iterable[str]) -> dict[str, str]:
+    """Return the MAC of the tunnel end of each host, by the host's address.
+
+    All hosts compute the same MACs, also in the unlikely case that the digests of two addresses are the same.
+    """
+    found: dict[str, str] = {}
+    taken: set[str] = set()
+    for address in sorted(set(addresses)):
+        attempt = 0
+        while (mac := _digest(address, attempt)) in taken:
+            attempt += 1
+        found[address] = mac
+        taken.add(mac)
+    return found
+
+
+def _digest(address: str, attempt: int) -> str:
+    """Return a locally administered unicast MAC: the second bit of its first octet is set, the first is not."""
+    octets = hashlib.sha256(f"vxlan.calico {address} {attempt}".encode()).digest()[:6]
+    return bytes([octets[0] & 0xFC | 0x02, *octets[1:]]).hex(":")
+
+
+def underlay_version(topology: Topology, host: str) -> int | None:
+    """Return the IP version in which this host and another one reach each other: IPv4 if both have it.
+
+    None if they have none in common.
+    """
+    for version in (4, 6):
+        if topology.own(version) is not None and topology.address(host, version) is not None:
+            return version
+    return None
+
+
+def tunnels(topology: Topology) -> dict[int, Tunnel]:
+    """Return this host's tunnels, by the IP version of the underlay: IPv6 only if a host has no IPv4 address."""
+    found: dict[int, Tunnel] = {}
+    others = topology.hosts() - {topology.host}
+    for version in (4, 6):
+        own = topology.own(version)
+        reached = [host for host in others if underlay_version(topology, host) == version]
+        if own is None or (version == 6 and topology.own(4) is not None and not reached):
+            continue
+        known = {host: topology.address(host, version) for host in topology.hosts()}
+        mac_of = macs(address for address in known.values() if address is not None)
+        peers = {address: mac_of[address] for address in map(known.get, reached) if address not in (None, own)}
+        found[version] = Tunnel(version, own, mac_of[own], {mac: address for address, mac in peers.items()})
+    return found
+
+
+class Overlay:
+    """The routes of the overlay, kept up to date change by change: most changes of endpoints concern none of them."""
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self._snapshot = snapshot
+        self._pools: list[tuple[Network, str]] = []
+        """The networks of all pools, and their modes."""
+        self._blocks: dict[Network, tuple[str, str]] = {}
+        """The blocks that are routed as a whole: the host, and the mode of the pool."""
+        self._hosts: dict[tuple[int, int], dict[int, str]] = {}
+        """By IP version and number of host bits: the host that each of those blocks is routed to, by prefix."""
+        self._singles: dict[EndpointId, tuple[str, ...]] = {}
+        """Addresses of other hosts' endpoints that are not in a block that is routed to their host."""
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether any pool has an overlay."""
+        return any(mode != NEVER for _, mode in self._pools)
+
+    def is_plain(self, cidr: str) -> bool:
+        """Return whether a network is in a pool without an overlay."""
+        return self._mode(Network.parse(cidr)) == NEVER
+
+    def update(self, dirty: Dirty) -> bool:
+        """Take in what has changed in the snapshot; return whether tunnels or routes may have."""
+        changed: Iterable[EndpointId] = dirty.endpoints
+        anew = dirty.pools or dirty.topology
+        if anew:
+            self._read_blocks()
+            changed = set(self._singles) | self._snapshot.endpoints.keys() if self.is_needed else set(self._singles)
+        different = False
+        for id in changed if self.is_needed or anew else ():
+            before, now = self._singles.get(id, ()), self._singles_of(id)
+            if now:
+                self._singles[id] = now
+            else:
+                self._singles.pop(id, None)
+            # a local endpoint may have, or have had, one of them as well
+            different = different or before != now or (id.host == self._snapshot.host and bool(self._singles))
+        return anew or different
+
+    def routes(self) -> dict[str, Hop | None]:
+        """Return the routes by CIDR; None stands for a blackhole. What is in a plain pool is left out."""
+        snapshot = self._snapshot
+        wanted: dict[str, tuple[str, str]] = {block.cidr: owner for block, owner in self._blocks.items()}
+        reserved = Reserved(snapshot.network, snapshot.topology.users, snapshot.host)
+        for id in sorted(self._singles, key=lambda id: (id.host, id.endpoint)):
+            for address in self._singles[id]:
+                if snapshot.owner(address) is None and reserved.user(address) is None:
+                    wanted.setdefault(host_net(address), (id.host, self._mode(_single(address)) or NEVER))
+        hops: dict[tuple[str, str, int], Hop | None] = {}
+        tunnel_ends = {
+            address: mac for tunnel in tunnels(snapshot.topology).values() for mac, address in tunnel.peers.items()
+        }
+        found: dict[str, Hop | None] = {}
+        for cidr, (host, mode) in wanted.items():
+            if host == snapshot.host:
+                found[cidr] = None
+                continue
+            key = host, mode, version_of(cidr)
+            if key not in hops:
+                hops[key] = self._hop(*key, tunnel_ends)
+            hop = hops[key]
+            if hop is not None:
+                found[cidr] = hop
+        return found
+
+    def out_of_reach(self) -> list[str]:
+        """Return the hosts that have blocks, but share no IP version with this host, in order."""
+        topology = self._snapshot.topology
+        hosts = {host for host, _ in self._blocks.values()} & topology.hosts() - {topology.host}
+        return sorted(
+            host
+            for host in hosts
+            if underlay_version(topology, host) is None and any(topology.address(host, v) for v in (4, 6))
+        )
+
+    def _hop(self, host: str, mode: str, version: int, tunnel_ends: dict[str, str]) -> Hop | None:
+        """Return how to reach a host's workloads in a pool of this mode and IP version; None if there is no way."""
+        topology = self._snapshot.topology
+        address = topology.address(host, version)
+        if mode != ALWAYS and address is not None:
+            place = version, _number(address)
+            network = next((one for one in self._snapshot.network.networks if one.has(*place)), None)
+            if network is not None:
+                return Hop(address, interface=network.interface)
+        underlay = underlay_version(topology, host)
+        end = tunnel_ends.get(topology.address(host, underlay) or "") if underlay is not None else None
+        return None if end is None else Hop(link_local(end), underlay)
+
+    def _read_blocks(self) -> None:
+        topology = self._snapshot.topology
+        self._pools = [(Network.parse(pool.cidr), pool.vxlan) for pool in self._snapshot.pools.values()]
+        self._blocks, self._hosts = {}, defaultdict(dict)
+        if not self.is_needed:
+            return
+        occupied = _Occupied(self._snapshot)
+        owners: dict[Network, tuple[str, str]] = {}
+        # two hosts that claim a block at once have affinity to it for a moment
+        for host in sorted(topology.blocks, key=lambda host: (host != topology.host, host)):
+            for block in topology.blocks[host].values():
+                mode = self._mode(block)
+                if mode not in (None, NEVER):
+                    owners.setdefault(block, (host, str(mode)))
+        for block, owner in owners.items():
+            if not occupied.overlaps(block):
+                self._blocks[block] = owner
+                bits = BITS[block.version] - block.length
+                self._hosts[block.version, bits][block.first >> bits] = owner[0]
+
+    def _mode(self, network: Network) -> str | None:
+        """Return the mode of the pool that a network is in, None if it is in none."""
+        return next((mode for pool, mode in self._pools if network in pool), None)
+
+    def _singles_of(self, id: EndpointId) -> tuple[str, ...]:
+        """Return the addresses of another host's endpoint that must be routed one by one."""
+        endpoint = self._snapshot.endpoints.get(id)
+        if endpoint is None or id.host == self._snapshot.host or endpoint.state != "active":
+            return ()
+        return tuple(
+            address
+            for address in usable_addresses(endpoint)
+            if self._host_of(address) != id.host and self._mode(_single(address)) not in (None, NEVER)
+        )
+
+    def _host_of(self, address: str) -> str | None:
+        """Return the host that the smallest block with an address is routed to, None if no such block is."""
+        version, number = version_of(address), _number(address)
+        for (of, bits), hosts in sorted(self._hosts.items()):
+            if of == version and number >> bits in hosts:
+                return hosts[number >> bits]
+        return None
+
+
+class _Occupied:
+    """What this host needs a way to besides workloads: networks it is connected to, and addresses of hosts."""
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        network = snapshot.network
+        self._networks = [*network.networks, *network.local]
+        self._numbers: dict[int, list[int]] = {4: [], 6: []}
+        for address in {*network.in_use, *snapshot.topology.users}:
+            self._numbers[version_of(address)].append(_number(address))
+        for numbers in self._numbers.values():
+            numbers.sort()
+
+    def overlaps(self, block: Network) -> bool:
+        numbers = self._numbers[block.version]
+        at = bisect_left(numbers, block.first)
+        has_address = at < len(numbers) and numbers[at] <= block.last
+        return has_address or any(network.overlaps(block) for network in self._networks)
+
+
+def _single(address: str) -> Network:
+    return Network.of(address, BITS[version_of(address)])
+
+
+def _number(address: str) -> int:
+    return int.from_bytes(pack(address), "big")

@@ -1,0 +1,405 @@
+"""The driver of the overlay: VXLAN devices, their forwarding and neighbour entries, and the routes to other hosts.
+
+The agent recognises its routes by their protocol number (`ip route show proto 81`), and its devices by their names,
+kind and VNI: an interface of one of the names that is anything else is left alone. A device has the forwarding and
+neighbour entries that the agent sets, and no others. Which hosts and blocks there are is decided in desired/overlay.py.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import struct
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from calicoctl import netlink
+from calicoctl.addresses import FAMILIES, link_local, pack, version_of
+from calicoctl.desired.overlay import Tunnel
+from calicoctl.errors import CalicoError
+from calicoctl.felix.dataplane import sysctls
+from calicoctl.workloads.mtu import Underlay, underlay
+
+if TYPE_CHECKING:
+    from pyroute2.iproute.linux import IPRoute
+
+DEVICES = {4: "vxlan.calico", 6: "vxlan-v6.calico"}
+"""The devices' names, by the IP version of the underlay: the kernel needs one device for each. The names are those of
+Calico 3."""
+VNI = 4096
+PORT = 4789
+"""The UDP port of VXLAN. Source: RFC 7348."""
+
+_METRIC = {4: 0, 6: 1}
+"""The smallest metric of a route, by IP version: the kernel takes 0 as 1024 in IPv6. BIRD's routes have 32."""
+_LOOPBACK = 1
+"""The index of the interface that the kernel gives to IPv6 blackhole routes."""
+
+
+@dataclass(frozen=True)
+class Route:
+    """A route of the agent's to a CIDR: through an interface (its index) and a gateway, or without both a blackhole.
+
+    `source` is the address that the host's own packets are sent from, None to let the kernel choose.
+    """
+
+    cidr: str
+    index: int | None = None
+    gateway: str | None = None
+    source: str | None = None
+
+
+@dataclass(frozen=True)
+class Device:
+    """A VXLAN device as the kernel has it. `port` and `vni` are numbers, `parent` is an interface's index or None."""
+
+    index: int
+    up: bool
+    mac: str
+    mtu: int
+    vni: int
+    port: int
+    learning: bool
+    local: str | None
+    parent: int | None
+
+
+class Vxlan:
+    """The kernel's part of the overlay, cached until the next `read`. All methods raise CalicoError."""
+
+    def __init__(self, netlink: IPRoute) -> None:
+        self._netlink = netlink
+        self.routes: set[Route] = set()
+        """The agent's routes."""
+        self._devices: dict[int, Device] = {}
+        self._forwarding: dict[int, set[tuple[str, str]]] = {}
+        """By the version of the underlay: (MAC, address) of the forwarding entries of its device."""
+        self._neighbours: dict[int, set[tuple[str, str]]] = {}
+        """By the version of the underlay: (address, MAC) of the permanent neighbour entries of its device."""
+
+    def read(self) -> None:
+        """Read everything into the cache."""
+        self._devices = {}
+        for version, name in DEVICES.items():
+            found = self._find(name)
+            if isinstance(found, Device) and found.vni == VNI:
+                self._devices[version] = found
+        with _explained("the overlay's routes and entries cannot be read"):
+            self.routes = set(_routes())
+            entries = list(_forwarding_entries()) if self._devices else []
+            neighbours = list(netlink.neighbours(socket.AF_INET6)) if self._devices else []
+        for version, device in self._devices.items():
+            self._forwarding[version] = {(mac, address) for index, mac, address in entries if index == device.index}
+            self._neighbours[version] = {
+                (one.address, one.mac) for one in neighbours if one.index == device.index and one.mac is not None
+            }
+
+    def index(self, version: int) -> int | None:
+        """Return the index of the device of an underlay's IP version, None if there is none."""
+        device = self._devices.get(version)
+        return None if device is None else device.index
+
+    def versions(self) -> set[int]:
+        """Return the IP versions of the underlays that have a device of ours."""
+        return set(self._devices)
+
+    def apply_device(self, tunnel: Tunnel, parent: int | None, mtu: int) -> None:
+        """Create a tunnel's device, or correct it, and give it the peers' entries.
+
+        `parent` is the index of the interface that the packets leave through, None for any. Raises CalicoError, also if
+        an interface that is not ours has the device's name.
+        """
+        name = DEVICES[tunnel.version]
+        device = self._devices.get(tunnel.version)
+        if device is None:
+            found = self._find(name)
+            if found is not None:
+                what = f"it has the VNI {found.vni}" if isinstance(found, Device) else f"it is of the kind '{found}'"
+                raise CalicoError(
+                    f"the interface {name} is not the agent's ({what}): rename or remove it; until then, hosts do not "
+                    "reach each other's workloads in pools with an overlay"
+                )
+        elif not self._fits(device, tunnel, parent):
+            self._remove(tunnel.version, device)
+            device = None
+        if device is None:
+            device = self._create(name, tunnel, parent, mtu)
+        with _explained(f"the kernel refused to configure {name}"):
+            if device.mac != tunnel.mac:
+                self._netlink.link("set", index=device.index, address=tunnel.mac)
+            if device.mtu != mtu:
+                self._netlink.link("set", index=device.index, mtu=mtu)
+            for path, value in _settings(name).items():
+                sysctls.write(path, value)
+            if not device.up:
+                self._netlink.link("set", index=device.index, state="up")
+        if (device.mac, device.mtu, device.up) != (tunnel.mac, mtu, True):
+            self._reread(tunnel.version, name)
+        self._apply_peers(tunnel, device.index)
+
+    def remove_device(self, version: int) -> None:
+        """Remove the device of an underlay's IP version, if there is one of ours."""
+        device = self._devices.get(version)
+        if device is not None:
+            self._remove(version, device)
+
+    def apply_routes(self, desired: Iterable[Route]) -> None:
+        """Make these the agent's only routes of the overlay. A new route to a CIDR takes over without a gap."""
+        desired = set(desired)
+        failures = []
+        for route in sorted(desired - self.routes, key=lambda route: route.cidr):
+            try:
+                self._add(route)
+            except CalicoError as error:
+                failures.append(str(error))
+        failed = {route.cidr for route in desired - self.routes}
+        for route in sorted(self.routes - desired, key=lambda route: route.cidr):
+            if route.cidr not in failed:
+                self._delete(route)
+        if failures:
+            more = f" (and {len(failures) - 1} more)" if failures[1:] else ""
+            raise CalicoError(failures[0] + more)
+
+    def underlay(self, address: str) -> Underlay:
+        """Return where packets from an address of this host leave."""
+        return underlay(address)
+
+    def index_of(self, interface: str) -> int | None:
+        """Return the index of an interface, None if there is none of that name."""
+        with suppress(OSError):
+            return socket.if_nametoindex(interface)
+        return None
+
+    def routed_by_bird(self) -> set[str]:
+        """Return the CIDRs that BIRD has a route to in the kernel, blackholes included."""
+        with _explained("BIRD's routes cannot be read"):
+            return {
+                f"{route.destination}/{route.length}"
+                for family in FAMILIES.values()
+                for route in netlink.routes(family, protocol=netlink.PROTOCOL_BIRD)
+                if route.kind in (netlink.UNICAST, netlink.BLACKHOLE)
+            }
+
+    # Devices
+
+    def _find(self, name: str) -> Device | str | None:
+        """Return an interface: a Device if it is one of VXLAN, else its kind in words; None if there is none."""
+        from pyroute2.netlink.exceptions import NetlinkError
+
+        try:
+            with _explained(f"interface {name} cannot be read"):
+                try:
+                    link = self._netlink.link("get", ifname=name)[0]
+                except NetlinkError as error:
+                    if error.code == errno.ENODEV:
+                        return None
+                    raise
+        except IndexError:
+            return None
+        info = link.get_attr("IFLA_LINKINFO")
+        kind = None if info is None else info.get_attr("IFLA_INFO_KIND")
+        if kind != "vxlan":
+            return kind or "unknown"
+        data = info.get_attr("IFLA_INFO_DATA")
+        return Device(
+            link["index"],
+            link["flags"] & netlink.IFF_UP != 0,
+            link.get_attr("IFLA_ADDRESS"),
+            link.get_attr("IFLA_MTU"),
+            data.get_attr("IFLA_VXLAN_ID"),
+            data.get_attr("IFLA_VXLAN_PORT"),
+            bool(data.get_attr("IFLA_VXLAN_LEARNING")),
+            data.get_attr("IFLA_VXLAN_LOCAL") or data.get_attr("IFLA_VXLAN_LOCAL6"),
+            data.get_attr("IFLA_VXLAN_LINK") or None,
+        )
+
+    def _reread(self, version: int, name: str) -> Device:
+        device = self._find(name)
+        if not isinstance(device, Device):
+            raise CalicoError(f"{name} was removed while it was set up")
+        self._devices[version] = device
+        return device
+
+    def _create(self, name: str, tunnel: Tunnel, parent: int | None, mtu: int) -> Device:
+        with _explained(f"the kernel refused to create {name}"):
+            self._netlink.link(
+                "add",
+                ifname=name,
+                kind="vxlan",
+                address=tunnel.mac,
+                mtu=mtu,
+                vxlan_id=VNI,
+                vxlan_port=PORT,
+                **_changeable(tunnel, parent),
+            )
+        self._forwarding[tunnel.version], self._neighbours[tunnel.version] = set(), set()
+        return self._reread(tunnel.version, name)
+
+    def _fits(self, device: Device, tunnel: Tunnel, parent: int | None) -> bool:
+        """Correct what can be changed in place; return False if the device must be created anew."""
+        from pyroute2.netlink.exceptions import NetlinkError
+
+        if device.port != PORT:
+            return False
+        if (device.local, device.parent, device.learning) == (tunnel.local, parent, False):
+            return True
+        if device.local is None or version_of(device.local) != tunnel.version or (device.parent and parent is None):
+            return False
+        try:
+            self._netlink.link("set", index=device.index, kind="vxlan", **_changeable(tunnel, parent))
+        except NetlinkError:  # a kernel that cannot change it
+            return False
+        now = self._reread(tunnel.version, DEVICES[tunnel.version])
+        return (now.local, now.parent, now.learning) == (tunnel.local, parent, False)
+
+    def _remove(self, version: int, device: Device) -> None:
+        with _explained(f"the kernel refused to remove {DEVICES[version]}", errno.ENODEV):
+            self._netlink.link("del", index=device.index)
+        del self._devices[version]
+        self.routes = {route for route in self.routes if route.index != device.index}  # gone with the device
+
+    def _apply_peers(self, tunnel: Tunnel, index: int) -> None:
+        """Give a device the forwarding and neighbour entries of the tunnel's peers, and no others."""
+        forwarding, neighbours = self._forwarding[tunnel.version], self._neighbours[tunnel.version]
+        desired = {(mac, address) for mac, address in tunnel.peers.items()}
+        resolved = {(link_local(mac), mac) for mac in tunnel.peers}
+        for mac, address in desired - forwarding:
+            _change_forwarding(index, mac, address, add=True)
+        for address, mac in resolved - neighbours:
+            _change_neighbour(index, address, mac)
+        # replaced above: entries with the same key, which is the MAC, or the neighbour's address
+        for mac, address in forwarding - desired:
+            if mac not in tunnel.peers:
+                _change_forwarding(index, mac, address, add=False)
+        for address, _ in neighbours - resolved:
+            if address not in dict(resolved):
+                _change_neighbour(index, address, None)
+        self._forwarding[tunnel.version], self._neighbours[tunnel.version] = desired, resolved
+
+    # Routes
+
+    def _add(self, route: Route) -> None:
+        """Add a route in front of others to its destination.
+
+        In IPv6, where two routes of one metric would share the packets, it replaces ours.
+        """
+        others = {other for other in self.routes if other.cidr == route.cidr}
+        version = version_of(route.cidr)
+        flags = netlink.CREATE | (netlink.REPLACE if version == 6 and others else 0)
+        with _explained(f"the kernel refused a route to {route.cidr}", errno.EEXIST):
+            netlink.do(socket.NETLINK_ROUTE, netlink.RTM_NEWROUTE, flags, _message(route))
+        if version == 6:
+            self.routes -= others
+        self.routes.add(route)
+
+    def _delete(self, route: Route) -> None:
+        what = f"the kernel refused to remove the route to {route.cidr}"
+        with _explained(what, errno.ESRCH, errno.ENOENT, errno.ENODEV):
+            netlink.do(socket.NETLINK_ROUTE, netlink.RTM_DELROUTE, 0, _message(route))
+        self.routes.discard(route)
+
+
+def _changeable(tunnel: Tunnel, parent: int | None) -> dict[str, Any]:
+    """Return pyroute2's fields of a device that may change in place."""
+    local = {"vxlan_local" if tunnel.version == 4 else "vxlan_local6": tunnel.local}
+    return {**local, **({} if parent is None else {"vxlan_link": parent}), "vxlan_learning": 0}
+
+
+def _settings(name: str) -> dict[str, str]:
+    """Return the sysctls of a device: values by path below /proc/sys/net.
+
+    What another host itself sends through the tunnel comes from its address in the underlay, which the way back to is
+    another one: so the check of the reverse path is loose. The peers' link-local addresses, which are the gateways,
+    need IPv6. Source: the kernel's Documentation/networking/ip-sysctl.rst.
+    """
+    settings = {"disable_ipv6": "0", "accept_dad": "0", "accept_ra": "0"}
+    return {
+        f"ipv4/conf/{name}/rp_filter": "2",
+        **{f"ipv6/conf/{name}/{setting}": value for setting, value in settings.items()},
+    }
+
+
+def _routes() -> Iterator[Route]:
+    for family in FAMILIES.values():
+        for route in netlink.routes(family, protocol=netlink.OVERLAY_PROTOCOL):
+            if route.destination is not None:
+                cidr = f"{route.destination}/{route.length}"
+                if route.kind == netlink.BLACKHOLE:
+                    yield Route(cidr)
+                else:
+                    yield Route(cidr, route.index, route.gateway, route.source)
+
+
+def _message(route: Route) -> bytes:
+    """Return the body of a request about a route. Source: the kernel's uapi/linux/rtnetlink.h."""
+    address, _, length = route.cidr.partition("/")
+    version = version_of(address)
+    kind = netlink.BLACKHOLE if route.index is None else netlink.UNICAST
+    fixed = (0, 0, netlink.TABLE_MAIN, netlink.OVERLAY_PROTOCOL, netlink.SCOPE_GLOBAL, kind)
+    body = struct.pack("=8BI", FAMILIES[version], int(length), *fixed, 0)
+    body += netlink.attribute(netlink.RTA_DST, pack(address))
+    body += netlink.attribute(netlink.RTA_PRIORITY, struct.pack("=I", _METRIC[version]))
+    if route.index is not None:
+        body += netlink.attribute(netlink.RTA_OIF, struct.pack("=I", route.index))
+    if route.gateway is not None and version_of(route.gateway) != version:
+        via = struct.pack("=H", FAMILIES[version_of(route.gateway)]) + pack(route.gateway)
+        body += netlink.attribute(netlink.RTA_VIA, via)
+    elif route.gateway is not None:
+        body += netlink.attribute(netlink.RTA_GATEWAY, pack(route.gateway))
+    if route.source is not None:
+        body += netlink.attribute(netlink.RTA_PREFSRC, pack(route.source))
+    return body
+
+
+def _forwarding_entries() -> Iterator[tuple[int, str, str]]:
+    """Yield (interface's index, MAC, underlay address) of all forwarding entries that have an address."""
+    request = struct.pack("=BBHiHBB", socket.AF_BRIDGE, 0, 0, 0, 0, 0, 0)
+    for body in netlink.dump(socket.NETLINK_ROUTE, netlink.RTM_GETNEIGH, request):
+        found = netlink.attributes(body[12:])
+        if netlink.NDA_DST in found and netlink.NDA_LLADDR in found:
+            packed = found[netlink.NDA_DST]
+            index = struct.unpack_from("=i", body, 4)[0]
+            family = socket.AF_INET if len(packed) == 4 else socket.AF_INET6
+            yield index, found[netlink.NDA_LLADDR].hex(":"), socket.inet_ntop(family, packed)
+
+
+def _change_forwarding(index: int, mac: str, address: str, add: bool) -> None:
+    """Add or remove a device's forwarding entry: frames for `mac` go to `address`."""
+    body = struct.pack(
+        "=BBHiHBB",
+        *(socket.AF_BRIDGE, 0, 0, index),
+        *(netlink.NUD_NOARP | netlink.NUD_PERMANENT, netlink.NTF_SELF, 0),
+    )
+    body += netlink.attribute(netlink.NDA_LLADDR, bytes.fromhex(mac.replace(":", "")))
+    body += netlink.attribute(netlink.NDA_DST, pack(address))
+    with _explained(f"the kernel refused to change the tunnel to {address}", *(() if add else (errno.ENOENT,))):
+        kind, flags = (netlink.RTM_NEWNEIGH, netlink.CREATE | netlink.REPLACE) if add else (netlink.RTM_DELNEIGH, 0)
+        netlink.do(socket.NETLINK_ROUTE, kind, flags, body)
+
+
+def _change_neighbour(index: int, address: str, mac: str | None) -> None:
+    """Set a permanent neighbour entry of a device or, with `mac` None, remove it."""
+    body = struct.pack("=BBHiHBB", socket.AF_INET6, 0, 0, index, netlink.NUD_PERMANENT, 0, 0)
+    body += netlink.attribute(netlink.NDA_DST, pack(address))
+    with _explained(f"the kernel refused to change the neighbour {address}", *(() if mac else (errno.ENOENT,))):
+        if mac is None:
+            netlink.do(socket.NETLINK_ROUTE, netlink.RTM_DELNEIGH, 0, body)
+        else:
+            body += netlink.attribute(netlink.NDA_LLADDR, bytes.fromhex(mac.replace(":", "")))
+            netlink.do(socket.NETLINK_ROUTE, netlink.RTM_NEWNEIGH, netlink.CREATE | netlink.REPLACE, body)
+
+
+@contextmanager
+def _explained(what: str, *ignored: int) -> Iterator[None]:
+    """Turn the kernel's errors into a CalicoError that begins with `what`; ignore those with the codes `ignored`."""
+    from pyroute2.netlink.exceptions import NetlinkError
+
+    try:
+        yield
+    except (NetlinkError, OSError) as error:
+        code = int(error.code if isinstance(error, NetlinkError) else error.errno or 0)
+        if code not in ignored:
+            raise CalicoError(f"{what}: {os.strerror(code)}") from None

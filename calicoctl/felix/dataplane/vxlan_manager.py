@@ -1,0 +1,186 @@
+"""The overlay: drives VXLAN devices, their entries, and the routes to other hosts' workloads to the desired state.
+
+desired/overlay.py decides what they are; the driver, vxlan.py, programs the difference. Reports the MTU that follows
+from the host's interfaces. The routes of pools without an overlay are BIRD's.
+
+A pool that goes over from one to the other must not be without a route: a new one of ours precedes BIRD's, and an old
+one of ours stays until BIRD has put its own into the kernel, or for GIVE_UP_AFTER. Peers do the same at their pace, and
+may send through the tunnel for a while: so the devices stay for LINGER after the last pool with an overlay.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from calicoctl.addresses import version_of
+from calicoctl.desired.overlay import Hop, Overlay, tunnels
+from calicoctl.desired.snapshot import Dirty
+from calicoctl.errors import CalicoError
+from calicoctl.felix.dataplane.manager import Context, Manager
+from calicoctl.felix.dataplane.vxlan import DEVICES, Route
+from calicoctl.felix.events import AddressesChanged, Failure, KernelEventsLost, LinkChanged, OverlayRouteLost, Tick
+from calicoctl.output import first_few
+from calicoctl.workloads.mtu import HEADER, SMALLEST, Underlay, in_overlay
+
+if TYPE_CHECKING:
+    from calicoctl.felix.dataplane.vxlan import Vxlan
+
+GIVE_UP_AFTER = 5.0
+"""Seconds to wait for BIRD's route to a CIDR that is no longer in the overlay."""
+
+LINGER = 10.0
+"""Seconds that devices stay when no pool has an overlay any more: longer than other hosts' routes through them."""
+
+POLL = 0.2
+"""Seconds between two looks for BIRD's routes."""
+
+
+class VxlanManager(Manager):
+    """Programs the overlay of this host."""
+
+    def __init__(self, context: Context, vxlan: Vxlan) -> None:
+        self._context = context
+        self._snapshot = context.snapshot
+        self._vxlan = vxlan
+        self._overlay = Overlay(context.snapshot)
+        self._stale = True
+        """Whether the kernel may have changed since the driver read it."""
+        self._dirty = True
+        self._failed = False
+        """Whether something could not be programmed; retried at the next Tick."""
+        self._leaving: dict[str, float] = {}
+        """The CIDRs whose routes wait for BIRD's: until when (monotonic)."""
+        self._devices_until: float | None = None
+        """Until when devices stay although no pool needs them (monotonic)."""
+        self._poll_at: float | None = None
+        """When to look for BIRD's routes again (monotonic)."""
+        self._watched: set[int] = set()
+        """The indices of the interfaces that the overlay uses."""
+
+    def on_event(self, event: Any) -> None:
+        if isinstance(event, Dirty):
+            changed = self._overlay.update(event)
+            self._dirty = self._dirty or changed or event.settings
+        elif isinstance(event, LinkChanged):
+            # with an interface, its routes go without notice
+            if event.link.index in self._watched or event.link.name in DEVICES.values():
+                self._stale = True
+        elif isinstance(event, (AddressesChanged, KernelEventsLost)):
+            self._stale = True
+        elif isinstance(event, OverlayRouteLost):
+            self._stale = self._stale or any(route.cidr == event.cidr for route in self._vxlan.routes)
+        elif isinstance(event, Tick):
+            self._stale, self._failed = self._stale or self._failed, False
+
+    def resync(self) -> None:
+        self._stale = True
+
+    @property
+    def needs_apply(self) -> bool:
+        due = self.due_at
+        return self._dirty or self._stale or (due is not None and due <= time.monotonic())
+
+    @property
+    def due_at(self) -> float | None:
+        return min((at for at in (self._poll_at, self._devices_until) if at is not None), default=None)
+
+    def apply(self) -> None:
+        self._dirty = False
+        failures: list[str] = []
+        try:
+            self._apply(failures)
+        except CalicoError as error:
+            failures.append(str(error))
+        self._failed = bool(failures)
+        if not failures:
+            failures = self._out_of_reach()
+        self._context.health.record(Failure("; ".join(failures) or None, "overlay"))
+
+    def _apply(self, failures: list[str]) -> None:
+        if self._stale:
+            self._vxlan.read()
+            self._stale = False
+        ends = tunnels(self._snapshot.topology)
+        own = {version: self._snapshot.topology.own(version) for version in (4, 6)}
+        underlays = {version: self._vxlan.underlay(address) for version, address in own.items() if address is not None}
+        self._report_mtu(underlays)
+        if not self._devices_stay():
+            ends = {}
+        for version, tunnel in ends.items():
+            try:
+                self._vxlan.apply_device(
+                    tunnel, underlays[version].interface, self._device_mtu(underlays[version], version)
+                )
+            except CalicoError as error:
+                failures.append(str(error))
+        sources = {version: own[version] for version, underlay in underlays.items() if underlay.is_present}
+        desired = {}
+        for cidr, hop in self._overlay.routes().items():
+            route = self._route(cidr, hop, sources.get(version_of(cidr)))
+            if route is not None:
+                desired[cidr] = route
+        self._vxlan.apply_routes({*desired.values(), *self._kept(set(desired))})
+        for version in self._vxlan.versions() - ends.keys():
+            self._vxlan.remove_device(version)
+        self._watched = {route.index for route in self._vxlan.routes if route.index is not None}
+        self._watched |= {underlay.interface for underlay in underlays.values() if underlay.interface is not None}
+
+    def _devices_stay(self) -> bool:
+        """Return whether there must be devices: while a pool has an overlay, and for LINGER after that."""
+        now = time.monotonic()
+        if self._overlay.is_needed:
+            self._devices_until = None
+            return True
+        if self._devices_until is None and self._vxlan.versions():
+            self._devices_until = now + LINGER
+        if self._devices_until is None or self._devices_until <= now:
+            self._devices_until = None
+            return False
+        return True
+
+    def _device_mtu(self, underlay: Underlay, version: int) -> int:
+        largest = underlay.mtu - HEADER[version]
+        if largest < SMALLEST and underlay.interface is not None:
+            raise CalicoError(
+                f"the MTU of the interface with {self._snapshot.topology.own(version)} is {underlay.mtu}, too small for "
+                f"an overlay: it must be {SMALLEST + HEADER[version]} at least"
+            )
+        return max(SMALLEST, min(largest, self._snapshot.mtu or largest))
+
+    def _route(self, cidr: str, hop: Hop | None, source: str | None) -> Route | None:
+        """Return the route for a hop (None: a blackhole); None while its interface does not exist."""
+        if hop is None:
+            return Route(cidr)
+        index = self._vxlan.index(hop.tunnel) if hop.tunnel is not None else self._vxlan.index_of(hop.interface)
+        return None if index is None else Route(cidr, index, hop.gateway, source)
+
+    def _kept(self, desired: set[str]) -> set[Route]:
+        """Return the old routes that stay until BIRD's are there."""
+        leaving = {
+            route for route in self._vxlan.routes if route.cidr not in desired and self._overlay.is_plain(route.cidr)
+        }
+        now = time.monotonic()
+        waiting = {route.cidr for route in leaving} - (self._vxlan.routed_by_bird() if leaving else set())
+        until = {cidr: self._leaving.get(cidr, now + GIVE_UP_AFTER) for cidr in waiting}
+        self._leaving = {cidr: end for cidr, end in until.items() if now < end}
+        self._poll_at = now + POLL if self._leaving else None
+        return {route for route in leaving if route.cidr in self._leaving}
+
+    # What is reported
+
+    def _out_of_reach(self) -> list[str]:
+        hosts = self._overlay.out_of_reach() if self._overlay.is_needed else []
+        if not hosts:
+            return []
+        return [f"no overlay leads to {first_few(hosts)}: no IP version in common with this host's address"]
+
+    def _report_mtu(self, underlays: dict[int, Underlay]) -> None:
+        plain = {version: underlay.mtu for version, underlay in underlays.items()}
+        outer = 4 if 4 in plain else 6
+        has_overlay = self._overlay.is_needed and outer in plain
+        self._context.health.mtu = {
+            "underlay": {f"ipv{version}": plain.get(version) for version in (4, 6)},
+            "overlay": in_overlay(plain[outer], outer) if has_overlay else None,
+            "configured": self._snapshot.mtu,
+        }
