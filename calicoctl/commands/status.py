@@ -11,8 +11,8 @@ Shows since when the agent runs, and the age of its report; since when reads,
 writes and watches of etcd work or fail; how many endpoints are up, down and
 in error (endpoints of stopped containers are down, which is no problem); how
 many workloads the agent has re-attached, and how many it has
-garbage-collected; the last error; then the current problems, worst first, ten
-lines at most.
+garbage-collected; the MTU of new interfaces; the last error; then the current
+problems, worst first, ten lines at most.
 
 The exit status is 1 when etcd cannot be read, written or watched, when an
 endpoint is in error, and when the current status is unknown: the agent is not
@@ -85,9 +85,22 @@ def _lines(status: dict[str, Any]) -> list[str]:
         f"Endpoints:  {counts['up']} up, {counts['down']} down{stopped}, {counts['error']} in error"
         + ("" if status["first_update"] else " (initial sync pending)"),
         f"Workloads:  {status['healed']} re-attached, {status['collected']} garbage-collected",
+        f"MTU:        {_mtu(status['mtu'])}",
         f"Last error: {error['time'] + ' ' + error['error'] if error else 'none'}",
         "BGP:        no sessions; this agent runs no routing daemon",
     ]
+
+
+def _mtu(mtu: dict[str, Any]) -> str:
+    """Return which MTU new interfaces get, and that of the underlay, from which it follows."""
+    of_versions = {version: value for version, value in mtu["underlay"].items() if value is not None}
+    same = len(set(of_versions.values())) == 1
+    names = {"ipv4": "IPv4", "ipv6": "IPv6"}
+    parts = [str(value) if same else f"{value} ({names[version]})" for version, value in of_versions.items()]
+    underlay = ", ".join(dict.fromkeys(parts)) or "unknown"
+    if mtu["configured"] is not None:
+        return f"{mtu['configured']}, as configured; underlay {underlay}"
+    return underlay + ("" if mtu["overlay"] is None else f"; in pools with an overlay {mtu['overlay']}")
 
 
 def _absent(status: dict[str, Any]) -> str:

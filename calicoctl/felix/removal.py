@@ -16,10 +16,11 @@ from calicoctl.felix.dataplane.links import list_links
 from calicoctl.felix.dataplane.nft import Nft
 from calicoctl.felix.dataplane.routes import Routes
 from calicoctl.felix.dataplane.ruleset import remove_commands
+from calicoctl.felix.dataplane.vxlan import Vxlan
 
 
 def remove_all(host: str, warn: Callable[[str], None]) -> None:
-    """Remove routes, neighbours, firewall rules and tables, and restore settings; the agent must not run.
+    """Remove routes, neighbours, devices, firewall rules and tables, and restore settings; the agent must not run.
 
     The tables are removed last, so that no packet is forwarded that they would drop. If the Docker Engine does not
     answer, forwarding stays enabled, and `warn` is called with a sentence. Raises CalicoError, also if the agent runs.
@@ -39,6 +40,11 @@ def _remove_from_kernel(host: str, warn: Callable[[str], None]) -> None:
         routes.read(links)
         for index in routes.indices():
             routes.clear(index)
+        vxlan = Vxlan(netlink)
+        vxlan.read()
+        vxlan.apply_routes(())
+        for version in vxlan.versions():
+            vxlan.remove_device(version)
     for link in links:
         sysctls.reset_interface(link.name)
     docker_firewall.remove()

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from calicoctl.desired.local_endpoint import LocalEndpoint
+from calicoctl.desired.overlay import Tunnel
 from calicoctl.errors import CalicoError
 from calicoctl.felix.dataplane.conntrack import Connection, Listing
 from calicoctl.felix.dataplane.links import Link
 from calicoctl.felix.dataplane.nft import NftError
+from calicoctl.felix.dataplane.vxlan import Route
+from calicoctl.workloads.mtu import Underlay
 
 Tables = dict[str, dict[str, list[str]]]
 """By "set inet calico NAME" or "chain inet calico NAME": what it contains. A set's elements are sorted."""
@@ -214,3 +217,57 @@ class FakeConntrack:
         for connection in connections:
             self.journal.append(f"end {connection.forwarded.source}")
             self.connections.remove(connection)
+
+
+class FakeVxlan:
+    """Devices and routes of the overlay, as the driver Vxlan shows them.
+
+    `kernel` are the routes that there are, `routes` those of the last `read`. `refuses` are the IP versions
+    whose devices are not the agent's, and CIDRs that it cannot be given routes to. The devices' indices are 40 and 60.
+    """
+
+    def __init__(self) -> None:
+        self.kernel: set[Route] = set()
+        self.routes: set[Route] = set()
+        self.devices: dict[int, tuple[Tunnel, int | None, int]] = {}
+        self.underlays: dict[str, Underlay] = {}
+        self.interfaces = {"eth0": 2}
+        self.bird: set[str] = set()
+        self.refuses: set[str | int] = set()
+        self.reads = 0
+
+    def read(self) -> None:
+        self.reads += 1
+        self.routes = set(self.kernel)
+
+    def index(self, version: int) -> int | None:
+        return 10 * version if version in self.devices else None
+
+    def versions(self) -> set[int]:
+        return set(self.devices)
+
+    def apply_device(self, tunnel: Tunnel, parent: int | None, mtu: int) -> None:
+        if tunnel.version in self.refuses:
+            raise CalicoError("the interface vxlan.calico is not the agent's")
+        self.devices[tunnel.version] = tunnel, parent, mtu
+
+    def remove_device(self, version: int) -> None:
+        if self.devices.pop(version, None) is not None:
+            self.kernel = {route for route in self.kernel if route.index != 10 * version}
+            self.routes &= self.kernel
+
+    def apply_routes(self, desired: Iterable[Route]) -> None:
+        refused = {route for route in desired if route.cidr in self.refuses}
+        self.kernel = set(desired) - refused
+        self.routes = set(self.kernel)
+        if refused:
+            raise CalicoError("the kernel refused a route")
+
+    def underlay(self, address: str) -> Underlay:
+        return self.underlays.get(address, Underlay())
+
+    def index_of(self, interface: str) -> int | None:
+        return self.interfaces.get(interface)
+
+    def routed_by_bird(self) -> set[str]:
+        return self.bird

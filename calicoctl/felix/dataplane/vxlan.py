@@ -138,6 +138,7 @@ class Vxlan:
                 self._netlink.link("set", index=device.index, state="up")
         if (device.mac, device.mtu, device.up) != (tunnel.mac, mtu, True):
             self._reread(tunnel.version, name)
+            self._neighbours[tunnel.version] = set()  # a new MAC has removed them
         self._apply_peers(tunnel, device.index)
 
     def remove_device(self, version: int) -> None:

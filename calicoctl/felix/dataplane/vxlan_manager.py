@@ -143,8 +143,8 @@ class VxlanManager(Manager):
         largest = underlay.mtu - HEADER[version]
         if largest < SMALLEST and underlay.interface is not None:
             raise CalicoError(
-                f"the MTU of the interface with {self._snapshot.topology.own(version)} is {underlay.mtu}, too small for "
-                f"an overlay: it must be {SMALLEST + HEADER[version]} at least"
+                f"the MTU of the interface with {self._snapshot.topology.own(version)} is {underlay.mtu}, and must be "
+                f"{SMALLEST + HEADER[version]} at least for an overlay"
             )
         return max(SMALLEST, min(largest, self._snapshot.mtu or largest))
 
