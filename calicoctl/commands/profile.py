@@ -391,7 +391,8 @@ def _way(found: Trace) -> Iterator[str]:
         yield f"From {found.source.host}: with the source address {found.sent_from}, by masquerade"
     route = found.route
     if route is not None:
-        kind = {"plain": "by a plain route", "vxlan": "through VXLAN"}.get(route.kind, f"by a {route.kind} route")
+        kinds = {"plain": "by a plain route", "vxlan": "through VXLAN"}
+        kind = kinds.get(route.kind, "by a plain route, or through VXLAN if a router is between them,")
         via = "" if route.via is None else f" via {route.via}"
         yield f"From {route.from_host} to {route.to_host}: {kind} to {route.destination}{via}"
 

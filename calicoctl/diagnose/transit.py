@@ -11,10 +11,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from calicoctl.addresses import BITS, pack, version_of
-from calicoctl.datastore.model import Pool
+from calicoctl.datastore.model import ALWAYS, NEVER, Pool
 from calicoctl.datastore.reserved import HostNetwork, Network
 from calicoctl.desired.snapshot import Snapshot
 from calicoctl.desired.topology import Topology
+
+BGP, AGENT = "bgp", "agent"
+"""Which programs the route: BIRD, which has learned it by BGP, or the agent, which has derived it from the store."""
 
 PLAIN, VXLAN, EITHER = "plain", "vxlan", "plain or vxlan"
 """The kinds of routes. EITHER means that the kind depends on the networks of another host, which are not known here."""
@@ -26,7 +29,8 @@ class Route:
 
     `destination` is the CIDR that the other host announces: its block, or a single address outside of its blocks. `via`
     is the other host's address, None if it has none. `pool` is the CIDR of the pool that contains the destination; None
-    if it is in no pool, or if the destination is an address of the host itself.
+    if it is in no pool, or if the destination is an address of the host itself. `is_near` says whether the two hosts
+    are connected to the same network; None if that is not known.
     """
 
     from_host: str
@@ -35,6 +39,8 @@ class Route:
     destination: str
     via: str | None
     pool: str | None = None
+    by: str = BGP
+    is_near: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -67,19 +73,22 @@ def route(sender: Snapshot, to_host: str, address: str, networks: dict[str, Host
         return Route(sender.host, to_host, PLAIN, _single(address), via)
     pool = pool_of(sender, address)
     block = topology.block_of(to_host, address)
+    mode = NEVER if pool is None else pool.vxlan
+    is_near = _is_near(sender.host, to_host, topology, version, networks)
     kind = PLAIN
-    if pool is not None and pool.vxlan == "always":
+    if mode == ALWAYS or (mode != NEVER and is_near is False):
         kind = VXLAN
-    elif pool is not None and pool.vxlan == "cross-subnet":
-        kind = _cross_subnet(sender.host, to_host, topology, version, networks)
-    if kind != PLAIN:
-        via = via or topology.address(to_host, 10 - version)
+        underlay = _underlay(topology, to_host)
+        via = None if underlay is None else topology.address(to_host, underlay)
+    elif mode != NEVER and is_near is None:
+        kind = EITHER
     destination = _single(address) if block is None else block.cidr
-    return Route(sender.host, to_host, kind, destination, via, None if pool is None else pool.cidr)
+    by = BGP if mode == NEVER else AGENT
+    return Route(sender.host, to_host, kind, destination, via, None if pool is None else pool.cidr, by, is_near)
 
 
-def _cross_subnet(host: str, other: str, topology: Topology, version: int, networks: dict[str, HostNetwork]) -> str:
-    """Return the kind of route between two hosts, for a pool that encapsulates only packets which a router forwards.
+def _is_near(host: str, other: str, topology: Topology, version: int, networks: dict[str, HostNetwork]) -> bool | None:
+    """Return whether two hosts are connected to the same network of an IP version; None if that is not known.
 
     The networks of either host suffice to decide: if one host is connected to the other's network, then the reverse is
     true as well.
@@ -88,8 +97,14 @@ def _cross_subnet(host: str, other: str, topology: Topology, version: int, netwo
         address, network = topology.address(far, version), networks.get(one)
         if address is not None and network is not None:
             number = int.from_bytes(pack(address), "big")
-            return PLAIN if any(net.has(version, number) for net in network.networks) else VXLAN
-    return EITHER
+            return any(net.has(version, number) for net in network.networks)
+    return None
+
+
+def _underlay(topology: Topology, host: str) -> int | None:
+    """Return the IP version of the tunnel to a host: IPv4 if both hosts have it; None if they have none in common."""
+    versions = (version for version in (4, 6) if topology.own(version) and topology.address(host, version))
+    return next(versions, None)
 
 
 def _single(address: str) -> str:
@@ -113,15 +128,22 @@ def obstacles(route: Route, sender: Topology, receiver: Topology, address: str) 
         problem = f"{address} is in no pool, so other hosts accept no route to it"
         yield Obstacle(route.to_host, f"{problem}: add one with 'calicoctl pool add'", True)
         return
-    if route.kind == VXLAN:
+    if route.by == AGENT:
+        if route.kind == VXLAN and route.via is None:
+            problem = f"it is registered with no address of an IP version that {route.from_host} has, too"
+            yield Obstacle(route.to_host, problem, True)
         return
-    for topology in both:
-        if topology.own(version) is None:
-            problem = f"it is registered without an IPv{version} address, so it has no BGP session for IPv{version}"
-            yield Obstacle(topology.host, problem, route.kind == PLAIN)
-            return
+    without = [topology.host for topology in both if topology.own(version) is None]
+    for host in without:
+        problem = f"it is registered without an IPv{version} address, so it has no BGP session for IPv{version}"
+        yield Obstacle(host, problem, True)
+    if without:
+        return
     if not sender.mesh:
         yield from _without_mesh(both, version)
+    if route.is_near is False:
+        problem = f"a router is between it and {both[1].host}, which must have routes to pool {route.pool}"
+        yield Obstacle(both[0].host, f"{problem}: if it has not, 'calicoctl pool add --vxlan=cross-subnet'", False)
 
 
 def _without_mesh(both: list[Topology], version: int) -> Iterator[Obstacle]:

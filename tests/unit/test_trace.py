@@ -99,6 +99,8 @@ def test_each_step_says_on_which_host_it_happens(world: World) -> None:
         "destination": "192.168.1.0/26",
         "via": "172.18.0.12",
         "pool": "192.168.0.0/16",
+        "by": "bgp",
+        "is_near": True,
     }
     there = world.trace(B, C).route
     assert there is not None and (there.from_host, there.to_host) == ("host2", "host3")
@@ -218,7 +220,7 @@ def test_without_the_mesh_hosts_need_peers_in_common(world: World) -> None:
     assert problems(world.trace(A, B)) == []
     assert not world.trace(A, C).passes
     peer(world, "172.18.0.250")
-    assert problems(world.trace(A, C)) == [], "a global peer is everybody's"
+    assert world.trace(A, C).passes, "a global peer is everybody's"
 
 
 def test_hosts_that_peer_with_each_other_need_no_mesh_and_tunnels_need_no_bgp(world: World) -> None:
@@ -228,5 +230,24 @@ def test_hosts_that_peer_with_each_other_need_no_mesh_and_tunnels_need_no_bgp(wo
     peer(world, HOSTS["host1"], "host2")
     assert problems(world.trace(A, B)) == []
     assert not world.trace(A, C).passes
+    for mode in ("cross-subnet", "always"):
+        world.pool(vxlan_mode=mode)
+        assert problems(world.trace(A, C)) == problems(world.trace(B, A)) == []
+
+
+def test_a_router_between_hosts_must_know_plain_pools(world: World) -> None:
+    ((host, problem, stops),) = problems(world.trace(A, C))
+    assert host == "host1" and "a router is between it and host3" in problem and not stops
+    assert problems(world.trace(B, C)) == [], "host1 does not know the networks of the others"
+
+
+def test_hosts_without_a_common_ip_version_have_no_tunnel(world: World) -> None:
+    world.put("/calico/bgp/v1/host/host2/ip_addr_v4", "")
+    world.put("/calico/v1/host/host2/bird_ip", "")
+    world.put("/calico/bgp/v1/host/host2/ip_addr_v6", "fd00:18::12")
+    assert problems(world.trace(A, B))[0][1].startswith("it is registered without an IPv4 address")
     world.pool(vxlan_mode="always")
-    assert problems(world.trace(A, C)) == []
+    assert not world.trace(A, B).passes
+    world.put("/calico/bgp/v1/host/host1/ip_addr_v6", "fd00:18::11")
+    found = world.trace(A, B)
+    assert found.passes and found.route is not None and found.route.via == "fd00:18::12"
