@@ -2,7 +2,8 @@
 
 Usage:
   calicoctl node [--ip=<IP>] [--ip6=<IP6>] [--as=<AS_NUM>] [--log-dir=<DIR>]
-      [--detach=<DETACH>] [--local-etcd] [--metrics-port=<PORT>] [--force]
+      [--detach=<DETACH>] [--bgp=<BGP>] [--local-etcd] [--metrics-port=<PORT>]
+      [--force]
   calicoctl node restart
   calicoctl node stop [--force]
   calicoctl node remove [--hostname=<HOST>] [--remove-endpoints] [--force]
@@ -25,6 +26,10 @@ Options:
   --detach=<DETACH>      true: run the agent in the background, and return
                          when it has applied the desired state (the default);
                          false: run it in the foreground (for systemd)
+  --bgp=<BGP>            on: run BIRD, which tells other hosts the routes to
+                         this host's workloads, and learns theirs (the
+                         default); off: do without, and end a BIRD that an
+                         earlier agent has started
   --local-etcd           also run an etcd on this host's loopback interface,
                          with its data in /var/lib/calico/etcd, and write its
                          address to /etc/calico/node.env for all commands: for
@@ -64,10 +69,11 @@ records nor packets until `calicoctl node` on its machine takes the name back.
 
 `restart` replaces the agent in the background with one of this version, with
 the options and the environment that it was started with.
-`stop` stops the agent and the local etcd; the data plane stays, and packets
-are routed and filtered as before. `remove` stops the agent, and removes
-everything that it has set up from the kernel, the host from etcd, and the
-local etcd's line from /etc/calico/node.env. `bgp peer` is about peers of this
+`stop` stops the agent and the local etcd; the data plane and BIRD stay, and
+packets are routed and filtered as before. `remove` stops the agent and BIRD,
+whose peers withdraw this host's routes, and removes everything that they have
+set up from the kernel, the host from etcd, and the local etcd's line from
+/etc/calico/node.env. `bgp peer` is about peers of this
 host only; for global peers, see calicoctl bgp --help. All commands but `bgp`
 and `show` must be run as root.
 
@@ -105,6 +111,7 @@ from calicoctl.datastore.store import Entry
 from calicoctl.environment import EnvironmentFile
 from calicoctl.errors import CalicoError, NotFound, StoreError, about
 from calicoctl.felix import heartbeat, local_etcd, process
+from calicoctl.felix.bgp.instance import Instance
 from calicoctl.felix.dataplane.sysctls import HostSettings
 from calicoctl.felix.local_etcd import LocalEtcd
 from calicoctl.grammar import Prepared, parse, require_root
@@ -136,6 +143,8 @@ def prepare(argv: list[str]) -> Prepared:
         as_num = None if arguments["--as"] is None else parse_as_number(arguments["--as"])
     if arguments["--detach"] not in (None, "true", "false"):
         raise CalicoError(f"--detach={arguments['--detach']}: it must be true or false")
+    if arguments["--bgp"] not in (None, "on", "off"):
+        raise CalicoError(f"--bgp={arguments['--bgp']}: it must be on or off")
     text = arguments["--metrics-port"]
     port = None if text is None else parse_port(text, "--metrics-port")
     return partial(_start, given, as_num, port, arguments)
@@ -146,7 +155,7 @@ def _start(
 ) -> None:
     in_background = arguments["--detach"] != "false"
     log_dir = _absolute(arguments["--log-dir"], process.DEFAULT_LOG_DIR if in_background else None)
-    options = process.Options(log_dir, metrics_port, arguments["--local-etcd"])
+    options = process.Options(log_dir, metrics_port, arguments["--local-etcd"], arguments["--bgp"] != "off")
     host = DatastoreClient.from_environment().host
 
     from calicoctl.workloads import host_network
@@ -253,6 +262,11 @@ def _start_agent(host: str, options: process.Options) -> None:
         if time.monotonic() > give_up:
             raise CalicoError(str(why))
         time.sleep(heartbeat.POLL_INTERVAL)
+    if (process.report(host) or {}).get("bgp", options.bgp) != options.bgp:
+        warn(
+            f"Warning: --bgp={'on' if options.bgp else 'off'} has no effect on it. Stop it with 'calicoctl node stop "
+            "--force', which interrupts no traffic, and repeat this."
+        )
     if options.metrics_port not in (None, (process.report(host) or {}).get("metrics_port")):
         warn(
             "Warning: --metrics-port has no effect on it. Stop it with 'calicoctl node stop --force', which interrupts "
@@ -311,9 +325,12 @@ def _stop(force: bool) -> None:
                 "stop with --force: they stay connected as they are."
             )
     stopped = process.stop(host)
+    bird = Instance(host).pid()
     etcd_stopped = local_etcd.stop(host)
     if stopped:
         print(f"The host agent (process {stopped}) has ended; the data plane stays.")
+    if bird is not None and (stopped or etcd_stopped):
+        print(f"BIRD (process {bird}) keeps running, with its routes; 'calicoctl node' takes it over.")
     if etcd_stopped:
         print("The local etcd has ended.")
     if not (stopped or etcd_stopped):

@@ -83,12 +83,18 @@ class HostNetwork:
     `in_use` maps the host's addresses, gateways and broadcast addresses to their descriptions. All addresses of the
     networks `local` are the host's as well. `unfit` maps addresses that denote a whole network to their descriptions.
     `networks` are those to which the host is connected.
+
+    `own` are the addresses of its interfaces, and `gateways` the next hops of routes, except those that a routing
+    daemon has learned. `routes` are the destinations of such routes, except default routes.
     """
 
     in_use: Mapping[str, str] = field(default_factory=dict)
     local: tuple[Network, ...] = ()
     unfit: Mapping[str, str] = field(default_factory=dict)
     networks: tuple[Network, ...] = ()
+    own: frozenset[str] = frozenset()
+    gateways: frozenset[str] = frozenset()
+    routes: tuple[Network, ...] = ()
 
     @classmethod
     def of(
@@ -97,13 +103,16 @@ class HostNetwork:
         gateways: Iterable[tuple[str, str]] = (),
         local: Iterable[tuple[str, int]] = (),
         on_link: Iterable[tuple[str, int, str]] = (),
+        routes: Iterable[tuple[str, int]] = (),
+        learned: Iterable[tuple[str, str]] = (),
     ) -> HostNetwork:
         """Derive a HostNetwork from a host's addresses and routes.
 
         `gateways` are the next hops of routes, as (address, interface). `local` are the destinations of local routes,
         as (address, prefix length): all addresses of such a network are the host's. `on_link` are networks, as
         (address, prefix length, interface), that are reachable without a gateway, although the host has no address in
-        them.
+        them. `routes` are the destinations of other routes, as (address, prefix length). `learned` are the next hops of
+        routes that a routing daemon has learned, as (address, interface).
         """
         own: dict[str, str] = {}
         in_use: dict[str, str] = {}
@@ -129,10 +138,19 @@ class HostNetwork:
             is_known = (network.size == 1 and address in own) or any(network in other for other in networks)
             if not (is_known or interface == "lo" or interface.startswith(INTERFACE_PREFIX)):
                 networks[network] = None
-        for gateway, interface in gateways:
-            if not interface.startswith(INTERFACE_PREFIX):  # a workload may well be a router
-                in_use.setdefault(gateway, f"a gateway of this host (on {interface})")
-        return cls({**in_use, **own}, tuple(Network.of(*one) for one in local), unfit, tuple(networks))
+        # a workload may well be a router
+        outside = [hop for hop in gateways if not hop[1].startswith(INTERFACE_PREFIX)]
+        for gateway, interface in (*outside, *(hop for hop in learned if not hop[1].startswith(INTERFACE_PREFIX))):
+            in_use.setdefault(gateway, f"a gateway of this host (on {interface})")
+        return cls(
+            {**in_use, **own},
+            tuple(Network.of(*one) for one in local),
+            unfit,
+            tuple(networks),
+            frozenset(own),
+            frozenset(gateway for gateway, _ in outside),
+            tuple(sorted((Network.of(*one) for one in routes), key=lambda one: (one.version, one.first, one.length))),
+        )
 
     def has(self, address: str) -> str | None:
         """Return the description of an address that the host uses, None for any other."""

@@ -27,6 +27,8 @@ from calicoctl.datastore.keys import HOSTS
 from calicoctl.desired.snapshot import Dirty, Snapshot
 from calicoctl.errors import CalicoError, is_shortage
 from calicoctl.felix import events, process, report, shortage, sources
+from calicoctl.felix.bgp.instance import Instance
+from calicoctl.felix.bgp.manager import BgpManager, BgpThread
 from calicoctl.felix.dataplane.conntrack import Conntrack
 from calicoctl.felix.dataplane.conntrack_manager import ConntrackManager
 from calicoctl.felix.dataplane.endpoint_manager import EndpointManager
@@ -76,7 +78,13 @@ def run(host: str, options: Options) -> None:
             conntrack = Conntrack(queue.put)
             agent = Agent(
                 DatastoreClient.from_environment,
-                Drivers(Nft(), Routes(netlink), conntrack, Vxlan(netlink)),
+                Drivers(
+                    Nft(),
+                    Routes(netlink),
+                    conntrack,
+                    Vxlan(netlink),
+                    BgpThread(Instance(host), options.bgp, queue.put),
+                ),
                 queue,
                 process.notify_ready,
                 options,
@@ -87,12 +95,13 @@ def run(host: str, options: Options) -> None:
 
 @dataclass(frozen=True)
 class Drivers:
-    """The drivers through which the managers read and change the kernel."""
+    """The drivers through which the managers read and change the kernel, and BIRD."""
 
     nft: Nft
     routes: Routes
     conntrack: Conntrack
     vxlan: Vxlan
+    bgp: BgpThread
 
 
 class Agent:
@@ -130,9 +139,11 @@ class Agent:
         )
         context = Context(self._snapshot, self._health, self._statuses)
         self._policy = PolicyManager(context, drivers.nft)
+        self._bgp = BgpManager(context, drivers.bgp)
         self._forwarding: list[Manager] = [
             EndpointManager(context, drivers.routes, self._keeper.enqueue),
             VxlanManager(context, drivers.vxlan),
+            self._bgp,
             # a new manager goes here
         ]
         """The managers that make the host forward packets: applied only when the policy is in the kernel."""
@@ -185,7 +196,7 @@ class Agent:
     def step(self) -> bool:
         """Wait for events, and run one round of the loop; return False when the agent is asked to end."""
         # ready is called in the round after the first update, so that the report has the host's own failures by then
-        is_ready = self._ready is not None and self._health.first_update
+        is_ready = self._ready is not None and self._health.first_update and self._bgp.is_settled
         found = self._wait(0.0 if is_ready else self._next_at())
         for event in found:
             self._handle(event)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 
 from calicoctl.datastore.store import Change, Entry
+from calicoctl.felix.bgp.bird import Session
 from calicoctl.felix.dataplane.links import Link
 
 
@@ -159,6 +160,24 @@ class Failure:
 
     why: str | None
     subject: str | None = None
+
+
+@dataclass(frozen=True)
+class BgpChanged:
+    """What is known of BIRD: the process that the agent runs, and its BGP sessions, in order of their addresses.
+
+    `settled` says whether the first configuration that follows from the store has been dealt with, even if BIRD could
+    not be started or has refused it. `pid` is None while BIRD does not run; `running` says whether it holds the port of
+    BGP, which it does while there is a session to keep. `restarts` and `refusals` count since the agent's start how
+    often BIRD was started again, and how many configurations it has refused.
+    """
+
+    settled: bool = False
+    pid: int | None = None
+    running: bool = False
+    sessions: tuple[Session, ...] = ()
+    restarts: int = 0
+    refusals: int = 0
 
 
 @dataclass(frozen=True)

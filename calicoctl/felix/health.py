@@ -17,7 +17,7 @@ from typing import Any
 from calicoctl.clock import now
 from calicoctl.datastore.keys import EndpointId
 from calicoctl.desired.snapshot import INACTIVE
-from calicoctl.felix.events import Failure
+from calicoctl.felix.events import BgpChanged, Failure
 from calicoctl.workloads.upkeep import COLLECTED, REATTACHED, Action
 
 log = logging.getLogger("calico.felix")
@@ -150,6 +150,8 @@ class Health:
     mtu: dict[str, Any] = field(default_factory=lambda: copy.deepcopy(NO_MTU))
     """The MTU that new interfaces of workloads get: that of the `underlay`, by IP version, for pools without an
     overlay; that of the `overlay` for pools with one (None if there are none); or the one `configured` for all."""
+    bgp: BgpChanged = field(default_factory=BgpChanged)
+    """What is known of BIRD."""
     resyncs: int = 0
     reattached: int = 0
     """Workloads that were re-attached; `healed` in the report and in metrics."""

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from calicoctl import engine
 from calicoctl.errors import DockerUnavailable
 from calicoctl.felix import process
+from calicoctl.felix.bgp.instance import Instance
 from calicoctl.felix.dataplane import docker_firewall, sysctls
 from calicoctl.felix.dataplane.links import list_links
 from calicoctl.felix.dataplane.nft import Nft
@@ -20,12 +21,13 @@ from calicoctl.felix.dataplane.vxlan import Vxlan
 
 
 def remove_all(host: str, warn: Callable[[str], None]) -> None:
-    """Remove routes, neighbours, devices, firewall rules and tables, and restore settings; the agent must not run.
+    """End BIRD, remove routes, neighbours, devices, firewall rules and tables, restore settings; no agent may run.
 
     The tables are removed last, so that no packet is forwarded that they would drop. If the Docker Engine does not
     answer, forwarding stays enabled, and `warn` is called with a sentence. Raises CalicoError, also if the agent runs.
     """
     with process.none_starts(host):
+        Instance(host).remove()
         _remove_from_kernel(host, warn)
         for file in process.leftovers(host):
             file.unlink(missing_ok=True)

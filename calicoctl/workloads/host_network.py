@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 _NO_NETWORK = (b"", b"\xfe\x80")
 """The first two bytes of the packed destinations of default routes, which are empty, and of link-local routes."""
 
+_NOT_SET_BY_OTHERS = (netlink.PROTOCOL_KERNEL, netlink.PROTOCOL_BIRD)
+"""Protocols of routes that follow from addresses, or that a routing daemon has learned."""
+
 
 def read() -> HostNetwork:
     """Return the host's network, read in this process's network namespace. Raises CalicoError."""
@@ -91,12 +94,18 @@ def _read() -> HostNetwork:
         if one.family == socket.AF_INET or one.scope != netlink.SCOPE_LINK
     ]
     hops: set[tuple[str | None, int]] = set()
+    learned: set[tuple[str | None, int]] = set()
+    routes: set[tuple[str, int]] = set()
     on_link: dict[tuple[str, int, str], None] = {}
     local: list[tuple[str, int]] = []
     for version, family in FAMILIES.items():
         named_by_number = False
         for path in netlink.paths(family, netlink.UNICAST, but=netlink.OUR_PROTOCOLS):
-            hops.update(path.hops)
+            (learned if path.protocol == netlink.PROTOCOL_BIRD else hops).update(path.hops)
+            if path.protocol not in _NOT_SET_BY_OTHERS and path.destination[:2] not in _NO_NETWORK:
+                inside = bool(path.hops) and all(names[index].startswith(INTERFACE_PREFIX) for _, index in path.hops)
+                if not inside:
+                    routes.add((unpack(path.destination), path.length))
             named_by_number = named_by_number or not path.hops
             if (
                 family == socket.AF_INET6
@@ -112,8 +121,10 @@ def _read() -> HostNetwork:
             is_address = path.protocol == netlink.PROTOCOL_KERNEL and path.length == BITS[version]
             if path.destination and not is_address and path.destination[0] != socket.INADDR_LOOPBACK >> 24:
                 local.append((unpack(path.destination), path.length))
-    gateways = [(gateway, names[index]) for gateway, index in hops if gateway is not None]
-    return HostNetwork.of(addresses, gateways, local, on_link)
+    gateways, of_bird = (
+        [(gateway, names[index]) for gateway, index in found if gateway is not None] for found in (hops, learned)
+    )
+    return HostNetwork.of(addresses, gateways, local, on_link, routes, of_bird)
 
 
 class _Names(dict[int, str]):

@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable, Sequence
 from calicoctl.desired.local_endpoint import LocalEndpoint
 from calicoctl.desired.overlay import Tunnel
 from calicoctl.errors import CalicoError
+from calicoctl.felix.bgp.config import Config
 from calicoctl.felix.dataplane.conntrack import Connection, Listing
 from calicoctl.felix.dataplane.links import Link
 from calicoctl.felix.dataplane.nft import NftError
@@ -271,3 +272,18 @@ class FakeVxlan:
 
     def routed_by_bird(self) -> set[str]:
         return self.bird
+
+
+class FakeBgp:
+    """The thread that runs BIRD, as BgpManager shows it: `wanted` has the configurations that it was given."""
+
+    def __init__(self, enabled: bool = False) -> None:
+        self.enabled = enabled
+        self.started = False
+        self.wanted: list[Config] = []
+
+    def start_once(self) -> None:
+        self.started = True
+
+    def want(self, config: Config) -> None:
+        self.wanted.append(config)

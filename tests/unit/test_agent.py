@@ -26,7 +26,7 @@ from calicoctl.felix.dataplane.policy_manager import BACKOFF
 from calicoctl.felix.process import Options
 from calicoctl.policy.verdict import Packet
 from calicoctl.workloads.upkeep import REATTACHED, Action
-from tests.unit.kernel import FakeConntrack, FakeNft, FakeRoutes, FakeVxlan
+from tests.unit.kernel import FakeBgp, FakeConntrack, FakeNft, FakeRoutes, FakeVxlan
 from tests.unit.memory_store import MemoryStore
 from tests.unit.snapshots import HOST, Store, endpoint_id
 
@@ -96,7 +96,7 @@ class AgentWorld:
         self.is_ready = 0
         self.agent = Agent(
             lambda *_: DatastoreClient(MemoryStore(), HOST),  # type: ignore[arg-type]
-            Drivers(self.nft, self.routes, self.conntrack, FakeVxlan()),  # type: ignore[arg-type]
+            Drivers(self.nft, self.routes, self.conntrack, FakeVxlan(), FakeBgp()),  # type: ignore[arg-type]
             self.queue,
             self.ready,
             Options(),

@@ -1,0 +1,142 @@
+"""Decides which of this host's blocks and single addresses it announces to others, and which routes it must not learn.
+
+Pure: it reads the snapshot. felix/bgp/config.py writes it down for BIRD. Only pools without an overlay count: the
+routes of the others are the agent's own.
+
+A block is announced as a whole, and packets to its unused addresses are dropped here, unless it overlaps something else
+that this host knows a way to: a network it is connected to, a gateway, an address of its own, a registered host's
+address, or a route. Then its addresses that local endpoints have are announced one by one, and the rest is left alone.
+A route that covers a whole pool, as the default route does, is no overlap: it says where everything else is, and who
+put the pool in there meant the pool to be reached differently.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from calicoctl.addresses import BITS, pack, version_of
+from calicoctl.datastore.model import NEVER
+from calicoctl.datastore.reserved import Network
+
+if TYPE_CHECKING:
+    from calicoctl.desired.snapshot import Snapshot
+
+
+@dataclass(frozen=True)
+class Announced:
+    """What a host announces in one IP version: the CIDRs of blocks, and single addresses, each in a stable order.
+
+    `split` has the blocks that are not announced as a whole, by CIDR: what each overlaps, in words.
+    """
+
+    blocks: tuple[str, ...] = ()
+    addresses: tuple[str, ...] = ()
+    split: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Guarded:
+    """What other hosts' routes must leave alone here: CIDRs of connected networks, and addresses, in a stable order.
+
+    Only what overlaps a pool is listed.
+    """
+
+    networks: tuple[str, ...] = ()
+    addresses: tuple[str, ...] = ()
+
+
+def plain_pools(snapshot: Snapshot, version: int) -> list[Network]:
+    """Return the networks of the pools without an overlay, in order."""
+    pools = {Network.parse(pool.cidr) for pool in snapshot.pools.values() if pool.vxlan == NEVER}
+    return _ordered(pool for pool in pools if pool.version == version)
+
+
+def announced(snapshot: Snapshot, version: int) -> Announced:
+    """Return what this host announces in an IP version."""
+    pools = plain_pools(snapshot, version)
+    whole: list[Network] = []
+    split: list[tuple[str, str]] = []
+    surroundings = _Surroundings(snapshot, version)
+    own = snapshot.topology.blocks.get(snapshot.host, {}).values()
+    for block in _ordered(block for block in own if block.version == version):
+        pool = next((pool for pool in pools if block in pool), None)
+        if pool is None:
+            continue
+        overlapped = surroundings.overlapped(block, pool)
+        if overlapped is None:
+            whole.append(block)
+        else:
+            split.append((block.cidr, overlapped))
+    covered, inside = _Networks(whole), _Networks(pools)
+    singles = []
+    for endpoint in snapshot.local.values():
+        for address in endpoint.addresses:
+            if version_of(address) == version:
+                number = _number(address)
+                if number not in covered and number in inside:
+                    singles.append((number, address))
+    return Announced(
+        tuple(block.cidr for block in whole), tuple(address for _, address in sorted(set(singles))), tuple(split)
+    )
+
+
+def guarded(snapshot: Snapshot, version: int) -> Guarded:
+    """Return what other hosts' routes of an IP version must leave alone here."""
+    pools = plain_pools(snapshot, version)
+    inside = _Networks(pools)
+    surroundings = _Surroundings(snapshot, version)
+    networks = {network.cidr for network in surroundings.networks if any(network.overlaps(pool) for pool in pools)}
+    addresses = {address for number, address, _ in surroundings.addresses if number in inside}
+    return Guarded(tuple(sorted(networks)), tuple(sorted(addresses)))
+
+
+class _Surroundings:
+    """What this host knows a way to, besides pools, in one IP version."""
+
+    def __init__(self, snapshot: Snapshot, version: int) -> None:
+        network = snapshot.network
+        self.networks = [one for one in (*network.networks, *network.local) if one.version == version]
+        self.routes = [one for one in network.routes if one.version == version]
+        known = dict.fromkeys(network.own, "this host's own address")
+        known.update(dict.fromkeys(network.gateways, "a gateway of this host"))
+        known.update({address: f"the address of host {host}" for address, host in snapshot.topology.users.items()})
+        self.addresses = [
+            (_number(address), address, what) for address, what in known.items() if version_of(address) == version
+        ]
+
+    def overlapped(self, block: Network, pool: Network) -> str | None:
+        """Return in words what a block of a pool overlaps, None for nothing."""
+        for network in self.networks:
+            if network.overlaps(block):
+                return f"{network.cidr}, which this host is connected to"
+        for number, address, what in self.addresses:
+            if block.first <= number <= block.last:
+                return f"{address}, {what}"
+        for route in self.routes:
+            if route.overlaps(block) and pool not in route:
+                return f"{route.cidr}, which this host has a route to"
+        return None
+
+
+class _Networks:
+    """Answers whether an address, given as a number, is in one of many networks of one IP version."""
+
+    def __init__(self, networks: Iterable[Network]) -> None:
+        self._firsts: dict[int, set[int]] = defaultdict(set)
+        for network in networks:
+            shift = BITS[network.version] - network.length
+            self._firsts[shift].add(network.first >> shift)
+
+    def __contains__(self, number: int) -> bool:
+        return any(number >> shift in firsts for shift, firsts in self._firsts.items())
+
+
+def _ordered(networks: Iterable[Network]) -> list[Network]:
+    return sorted(networks, key=lambda network: (network.first, network.length))
+
+
+def _number(address: str) -> int:
+    return int.from_bytes(pack(address), "big")

@@ -1,0 +1,194 @@
+"""Speaks to BIRD through its control socket, and parses what it answers. Decides nothing.
+
+Source of the protocol: the BIRD Programmer's Documentation, "Command line interface": each line of an answer begins
+with a code of four digits; `-` follows if there are more lines, a blank before the last one. A line that begins with a
+blank has the code of the line before it. Codes from 8000 on are errors.
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from calicoctl.errors import CalicoError, one_line
+
+PATIENCE = 5.0
+"""Seconds to wait for one answer: a BIRD that is stopped accepts connections, and never answers."""
+
+UP = "Established"
+
+_CONFIGURATION_OK, _RECONFIGURED, _IN_PROGRESS, _QUEUED = "0020", "0003", "0004", "0005"
+_PROTOCOL, _DETAIL = "1002", "1006"
+_FAILED = "8002"
+
+
+class Refused(CalicoError):
+    """BIRD refuses a configuration. `line` is the number of the line, counted from 1, None if it names none."""
+
+    def __init__(self, why: str, line: int | None) -> None:
+        super().__init__(why)
+        self.line = line
+
+
+@dataclass(frozen=True)
+class Session:
+    """A BGP session: with whom, in which state, since when (local time), and how many routes it brings and takes.
+
+    `kind` is "mesh", "node" or "global", `peer` the peer's address, `as_num` its AS number. `state` is that of RFC
+    4271: "Established" if the session is up, else "Idle", "Connect", "Active", "OpenSent" or "OpenConfirm".
+    `imported` and `exported` count routes; `error` is the last error, None if there was none.
+    """
+
+    name: str
+    kind: str
+    peer: str
+    as_num: str
+    state: str
+    since: str
+    imported: int = 0
+    exported: int = 0
+    error: str | None = None
+
+    @property
+    def is_up(self) -> bool:
+        return self.state == UP
+
+
+class Control:
+    """A connection to BIRD's control socket. All methods raise CalicoError when BIRD does not answer in time."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._socket = connection
+        self._rest = b""
+
+    def command(self, command: str) -> list[tuple[str, str]]:
+        """Send a command, and return the lines of the answer, each with its code."""
+        deadline = time.monotonic() + PATIENCE
+        self._send(command)
+        return self._answer(deadline)
+
+    def check(self, file: Path) -> None:
+        """Have BIRD read a configuration file without using it; raise Refused if it has an error."""
+        self._configure(f'configure check "{file}"', (_CONFIGURATION_OK,))
+
+    def configure(self) -> None:
+        """Have BIRD use its configuration file as it is now; raise Refused if it has an error."""
+        self._configure("configure", (_RECONFIGURED, _IN_PROGRESS, _QUEUED))
+
+    def sessions(self) -> list[Session]:
+        """Return all BGP sessions, in the order of the configuration."""
+        return list(parse_sessions(self.command("show protocols all")))
+
+    def _configure(self, command: str, good: Iterable[str]) -> None:
+        answer = self.command(command)
+        code, why = answer[-1]
+        if code == _FAILED:
+            raise refusal(why)
+        if code not in good:
+            raise CalicoError(f"BIRD answers to '{command}' with {code} {one_line(why)}")
+
+    def _send(self, command: str) -> None:
+        with _explained():
+            self._socket.settimeout(PATIENCE)
+            self._socket.sendall(command.encode() + b"\n")
+
+    def _answer(self, deadline: float) -> list[tuple[str, str]]:
+        lines: list[tuple[str, str]] = []
+        while True:
+            line = self._line(deadline)
+            if re.match(r"\d{4}[ -]", line, re.ASCII):
+                lines.append((line[:4], line[5:]))
+                if line[4] == " ":
+                    return lines
+            elif line.startswith(" ") and lines:
+                lines.append((lines[-1][0], line[1:]))
+            # a line with + is a message that answers nothing
+
+    def _line(self, deadline: float) -> str:
+        while b"\n" not in self._rest:
+            left = deadline - time.monotonic()
+            with _explained():
+                if left <= 0:
+                    raise socket.timeout
+                self._socket.settimeout(left)
+                data = self._socket.recv(2**16)
+            if not data:
+                raise CalicoError("BIRD has closed the connection to its control socket")
+            self._rest += data
+        line, _, self._rest = self._rest.partition(b"\n")
+        return line.decode(errors="replace")
+
+
+@contextmanager
+def control(path: Path, may_change: bool = False) -> Iterator[Control]:
+    """Connect to BIRD's control socket; unless `may_change`, BIRD refuses what would change anything.
+
+    Raises CalicoError when BIRD does not serve.
+    """
+    with socket.socket(socket.AF_UNIX) as connection:
+        with _explained():
+            connection.settimeout(PATIENCE)
+            connection.connect(str(path))
+        bird = Control(connection)
+        bird._answer(time.monotonic() + PATIENCE)  # its greeting
+        if not may_change:
+            bird.command("restrict")
+        yield bird
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    try:
+        yield
+    except socket.timeout:
+        raise CalicoError(f"BIRD does not answer within {PATIENCE:.0f} s") from None
+    except OSError as error:
+        raise CalicoError(f"BIRD does not serve: {error.strerror or error}") from None
+
+
+def refusal(text: str) -> Refused:
+    """Return the error for BIRD's words about a configuration file: `FILE:LINE:COLUMN MESSAGE`."""
+    match = re.fullmatch(r"(?:bird: )?(.*?):(\d+):\d+ (.*)", text.strip(), re.ASCII)
+    if match is None:
+        return Refused(one_line(text.strip()), None)
+    return Refused(f"{one_line(match[3])} in line {match[2]} of {match[1]}", int(match[2]))
+
+
+_NAME = re.compile("(mesh|node|global)[46]_[0-9a-f_]+", re.ASCII)
+_COUNTS = re.compile(r"Routes:\s+(\d+) imported,(?: \d+ filtered,)? (\d+) exported", re.ASCII)
+
+
+def parse_sessions(lines: Iterable[tuple[str, str]]) -> Iterator[Session]:
+    """Yield the BGP sessions in the answer to `show protocols all`; protocols with other names are left out."""
+    name, since = "", ""
+    details: dict[str, str] = {}
+    counts = (0, 0)
+    for code, line in (*lines, (_PROTOCOL, "")):
+        if code == _PROTOCOL:
+            match = _NAME.fullmatch(name)
+            if match is not None:
+                yield Session(
+                    name,
+                    match[1],
+                    details.get("Neighbor address", "").partition("%")[0],
+                    details.get("Neighbor AS", ""),
+                    details.get("BGP state", "Down"),
+                    since,
+                    *counts,
+                    details.get("Last error"),
+                )
+            # name, protocol, table, state, date, time, and information
+            words = line.split(None, 6)
+            name, since = (words[0], " ".join(words[4:6])) if len(words) >= 6 else ("", "")
+            details, counts = {}, (0, 0)
+        elif code == _DETAIL:
+            found = _COUNTS.search(line)
+            if found is not None:
+                counts = int(found[1]), int(found[2])
+            key, _, value = line.strip().partition(":")
+            details.setdefault(key, value.strip())

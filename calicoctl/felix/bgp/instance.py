@@ -1,0 +1,303 @@
+"""BIRD as a process of this host: whether it may run here, its files, its start, its end, and what it leaves behind.
+
+Its folder, /run/calico/HOST/bird, has the configuration, the control socket, and its log. The folder is root's, and
+sticky, so that BIRD, which runs as the user `bird`, can replace no file but its own. It outlives the agent; a file
+beside the folder says in which boot, and in which network namespace, it ran last.
+
+BIRD takes every route with its protocol number for its own, and removes those that it does not know. So nothing is
+started beside another BIRD, or if there are such routes that are not ours.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+from contextlib import suppress
+from pathlib import Path
+
+from calicoctl import files, netlink, proc
+from calicoctl.addresses import FAMILIES
+from calicoctl.errors import CalicoError, one_line
+from calicoctl.felix.bgp import bird
+from calicoctl.felix.daemon import Daemon, Process
+from calicoctl.workloads.locks import DIRECTORY
+
+USER = "bird"
+PORT = 179
+
+START_PATIENCE = 10.0
+"""Seconds to wait for BIRD to serve."""
+
+END_PATIENCE = 5.0
+"""Seconds to wait for BIRD to end after SIGTERM; then it is killed."""
+
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_LISTENING = "0A"
+"""The state of a listening socket in /proc/net/tcp. Source: TCP_LISTEN in the kernel's net/tcp_states.h."""
+
+
+class Instance:
+    """The BIRD that the agent of `host` runs. All methods but the simplest raise CalicoError, or OSError."""
+
+    def __init__(self, host: str) -> None:
+        self.directory = DIRECTORY / host / "bird"
+        self.configuration = self.directory / "conf"
+        self._control = self.directory / "ctl"
+        self._ran = DIRECTORY / host / "bird.boot"
+        self._output = DIRECTORY / host / "bird.out"
+        self.process = Process("BIRD", DIRECTORY / host / "bird.pid", str(self.configuration))
+        self._daemon = Daemon(
+            self.process,
+            self._output,
+            lock=DIRECTORY / host,
+            is_ready=self._serves,
+            start_patience=START_PATIENCE,
+            environment={"PATH": os.environ.get("PATH", os.defpath)},
+        )
+
+    def pid(self) -> int | None:
+        """Return BIRD's process id, None while it does not run."""
+        return self.process.pid()
+
+    def ran_here(self) -> bool:
+        """Return whether a BIRD of ours has run in this boot and in this network namespace."""
+        try:
+            return self._ran.read_text() == _place()
+        except OSError:
+            return False
+
+    def control(self) -> Path:
+        return self._control
+
+    # Starting
+
+    def start(self, text: str | None) -> bool:
+        """Start BIRD with this configuration, or with the one of its last run in this boot if `text` is None.
+
+        Returns whether it recovers from a crash: then its peers keep its routes until it has told them anew. If BIRD
+        refuses the text, the configuration before is used, and the error is raised nevertheless, once BIRD
+        runs. Raises CalicoError if BIRD may not run here, or does not start; NotReady if there is no configuration.
+        """
+        ran = self.ran_here()
+        program = refuse_missing()
+        self._refuse_foreign(ran)
+        crashed = ran and self._control.exists()  # at an end in good order, BIRD removes it
+        self._make_folder()
+        refused: bird.Refused | None = None
+        if text is not None:
+            try:
+                self._check_before_start(program, text)
+            except bird.Refused as error:
+                refused = error
+        if not (self.configuration.exists() and (ran or (text is not None and refused is None))):
+            raise refused or NotReady("there is no configuration from before")
+        files.replace(self._ran, _place().encode(), 0o600).close()
+        self._daemon.start(lambda: self._command(program, recover=crashed), lambda pid: None)
+        if refused is not None:
+            raise refused
+        return crashed
+
+    def _command(self, program: str, recover: bool) -> list[str]:
+        command = [program, "-f", "-c", self.process.marker, "-s", str(self._control), "-u", USER, "-g", USER]
+        return [*command, "-R"] if recover else command
+
+    def _make_folder(self) -> None:
+        group = _ids()[1]
+        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        os.chown(self.directory, 0, group)
+        self.directory.chmod(0o1770)
+
+    def _write(self, text: str) -> Path:
+        """Write a configuration beside the one in use, and return its path."""
+        path = self.directory / "conf.new"
+        files.replace(path, text.encode(), 0o640, (0, _ids()[1])).close()
+        return path
+
+    def _check_before_start(self, program: str, text: str) -> None:
+        new = self._write(text)
+        command = [program, "-p", "-c", str(new), "-u", USER, "-g", USER]  # as root, it would make a log of root's
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=START_PATIENCE)
+        if done.returncode != 0:
+            raise bird.refusal(done.stderr.decode(errors="replace"))
+        new.rename(self.configuration)
+
+    def configure(self, text: str) -> None:
+        """Have the running BIRD use a configuration. If it refuses, it goes on with the one before; raises Refused."""
+        new = self._write(text)
+        with bird.control(self._control, may_change=True) as control:
+            control.check(new)
+            new.rename(self.configuration)
+            control.configure()
+
+    def sessions(self) -> list[bird.Session]:
+        """Return BIRD's BGP sessions."""
+        with bird.control(self._control) as control:
+            return control.sessions()
+
+    def _serves(self) -> bool:
+        try:
+            with bird.control(self._control):
+                return True
+        except CalicoError:
+            return False
+
+    # What else is here
+
+    def holds_port(self) -> bool:
+        """Return whether BIRD listens on the port of BGP: it does while it has a session to keep."""
+        pid = self.pid()
+        return pid is not None and bool(_listeners() & _sockets(pid))
+
+    def _refuse_foreign(self, ran_here: bool) -> None:
+        """Raise CalicoError if there is another BIRD, a foreign listener on the port, or a foreign BIRD's route."""
+        other = self._other_bird()
+        if other is not None:
+            raise CalicoError(
+                f"another BIRD (process {other}) runs here: two on one routing table delete each other's routes. End "
+                "that one, or start the agent with --bgp=off"
+            )
+        if _listeners():
+            raise CalicoError(
+                f"another process listens on port {PORT}, which BGP needs: end that one, or start the agent with "
+                "--bgp=off"
+            )
+        if not ran_here and any(True for _ in _routes()):
+            raise CalicoError(
+                "there are routes of another BIRD, which ours would delete (ip route show proto bird; ip -6 route show "
+                "proto bird). If none is needed, delete them with 'ip route flush proto bird' and 'ip -6 route flush "
+                "proto bird'; else start the agent with --bgp=off"
+            )
+
+    def _other_bird(self) -> int | None:
+        """Return the process id of a BIRD in this network namespace that is not ours, None if there is none."""
+        own, namespace = self.pid(), os.stat("/proc/self/ns/net").st_ino
+        for entry in Path("/proc").iterdir():
+            if not entry.name.isdigit() or int(entry.name) == own:
+                continue
+            with suppress(OSError):
+                if (
+                    (entry / "comm").read_text().strip() in ("bird", "bird6")
+                    and (entry / "ns/net").stat().st_ino == namespace
+                    and proc.running_since(int(entry.name)) is not None
+                ):
+                    return int(entry.name)
+        return None
+
+    # The end
+
+    def remove(self) -> bool:
+        """End BIRD, so that its peers withdraw its routes, and remove its routes and files; return whether it ran here.
+
+        Nothing of another BIRD is touched.
+        """
+        ran = self.ran_here()
+        self._stop()
+        if ran:
+            for family, route in _routes():
+                _delete(family, route)
+        for path in (self._ran, self._output, self.process.pid_file):
+            path.unlink(missing_ok=True)
+        shutil.rmtree(self.directory, ignore_errors=True)
+        return ran
+
+    def _stop(self) -> None:
+        pid = self.pid()
+        if pid is None:
+            return
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+            if not proc.await_end(pid, END_PATIENCE):
+                os.kill(pid, signal.SIGKILL)
+                proc.await_end(pid, END_PATIENCE)
+        self.process.pid_file.unlink(missing_ok=True)
+
+
+class NotReady(CalicoError):
+    """There is no configuration to start BIRD with yet."""
+
+
+def refuse_missing() -> str:
+    """Return the path of BIRD's program; raise CalicoError if it, its user, or the right version is missing."""
+    program = shutil.which("bird")
+    if program is None:
+        raise CalicoError("there is no BIRD here: install the package bird2, or start the agent with --bgp=off")
+    try:
+        done = subprocess.run([program, "--version"], stdin=subprocess.DEVNULL, capture_output=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise CalicoError(f"{program} cannot be run: {error}") from None
+    said = (done.stderr + done.stdout).decode(errors="replace")
+    match = re.search(r"BIRD version ((\d+)\.\S*)", said, re.ASCII)
+    if match is None or match[2] != "2":
+        version = f"version {match[1]}" if match else one_line(said.strip())[:60] or "of no version"
+        raise CalicoError(f"{program} is {version}, and version 2 is needed: install the package bird2")
+    _ids()
+    return program
+
+
+def _ids() -> tuple[int, int]:
+    """Return the user id and the group id of BIRD; raise CalicoError if there is no such user or group."""
+    import grp
+    import pwd
+
+    try:
+        return pwd.getpwnam(USER).pw_uid, grp.getgrnam(USER).gr_gid
+    except KeyError:
+        raise CalicoError(
+            f"there is no user, or no group, '{USER}', which BIRD runs as: install the package bird2"
+        ) from None
+
+
+def _place() -> str:
+    """Return what identifies this boot and this network namespace."""
+    return f"{_BOOT_ID.read_text().strip()} {os.stat('/proc/self/ns/net').st_ino}\n"
+
+
+def _listeners() -> set[str]:
+    """Return the inodes of the sockets of this network namespace that listen on the port of BGP."""
+    found = set()
+    for name in ("tcp", "tcp6"):
+        with suppress(OSError), open(f"/proc/self/net/{name}") as table:
+            for line in table:
+                words = line.split()
+                if len(words) > 9 and words[3] == _LISTENING and words[1].endswith(f":{PORT:04X}"):
+                    found.add(words[9])
+    return found
+
+
+def _sockets(pid: int) -> set[str]:
+    """Return the inodes of a process's sockets."""
+    found = set()
+    with suppress(OSError):
+        for fd in Path(f"/proc/{pid}/fd").iterdir():
+            with suppress(OSError):
+                target = str(fd.readlink())
+                if target.startswith("socket:["):
+                    found.add(target[8:-1])
+    return found
+
+
+def _routes() -> list[tuple[int, netlink.Route]]:
+    """Return the routes of the main table that have BIRD's protocol number, each with its address family."""
+    return [
+        (family, route)
+        for family in FAMILIES.values()
+        for route in netlink.routes(family, protocol=netlink.PROTOCOL_BIRD)
+    ]
+
+
+def _delete(family: int, route: netlink.Route) -> None:
+    """Delete a route; one that is gone is no error."""
+    import socket
+    import struct
+
+    packed = b"" if route.destination is None else socket.inet_pton(family, route.destination)
+    # struct rtmsg: family, length of destination and of source, tos, table, protocol, scope (any), type, flags
+    body = struct.pack("=8BI", family, route.length, 0, 0, netlink.TABLE_MAIN, netlink.PROTOCOL_BIRD, 255, 0, 0)
+    body += netlink.attribute(netlink.RTA_PRIORITY, struct.pack("=I", route.metric))
+    if packed:
+        body += netlink.attribute(netlink.RTA_DST, packed)
+    with suppress(ProcessLookupError):  # ESRCH
+        netlink.do(socket.NETLINK_ROUTE, netlink.RTM_DELROUTE, 0, body)

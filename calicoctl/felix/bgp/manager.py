@@ -1,0 +1,306 @@
+"""BGP: has BIRD tell other hosts this host's routes, and learn theirs.
+
+The manager derives BIRD's configuration from the snapshot, and hands it to a thread, which starts and supervises BIRD,
+configures it, and asks it for its sessions: the agent's loop never waits for BIRD. What the thread finds comes back as
+events. A BIRD that runs already is adopted; if one has crashed while the store cannot be read, it is started again
+with the configuration that it had.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import select
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from calicoctl.desired.routes import announced
+from calicoctl.desired.snapshot import Dirty
+from calicoctl.errors import CalicoError
+from calicoctl.felix.bgp import bird, config, passwords
+from calicoctl.felix.bgp.instance import Instance, NotReady
+from calicoctl.felix.dataplane.manager import Context, Manager
+from calicoctl.felix.events import BgpChanged, Failure
+
+if TYPE_CHECKING:
+    from calicoctl.felix.bgp.config import Config
+
+log = logging.getLogger("calico.felix")
+
+SHORT_POLL, LONG_POLL = 1.0, 10.0
+"""Seconds between two looks at the sessions: while one is not up, and else."""
+
+PORT_POLL = 0.1
+"""Seconds between two looks at whether BIRD listens, after its start."""
+
+PASSWORDS_POLL = 2.0
+"""Seconds between two looks at the file with the passwords."""
+
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
+"""Seconds until BIRD is started again when it has ended soon after its start, at first and at most; doubled each time.
+Also, at most, the time between two attempts to start it."""
+
+SHORT_LIFE = 10.0
+"""Seconds: a BIRD that has run for longer is started again at once."""
+
+SETTLING = 10.0
+"""Seconds for which the agent's start waits for BIRD at most."""
+
+BGP, CONFIGURATION, PASSWORDS = "bgp", "bgp configuration", "bgp passwords"
+"""Subjects of failures."""
+
+
+class BgpManager(Manager):
+    """Derives BIRD's configuration from the snapshot, and hands it to the BgpThread."""
+
+    def __init__(self, context: Context, thread: BgpThread) -> None:
+        self._context = context
+        self._snapshot = context.snapshot
+        self._thread = thread
+        self._dirty = True
+        self._config: Config | None = None
+        self._split: dict[str, str] = {}
+        """Blocks that are not announced as a whole: what each overlaps."""
+        self._settled_by: float | None = None
+        """When the agent's start waits for BIRD no longer (monotonic); None before the first configuration."""
+        self._settled = not thread.enabled
+
+    def on_event(self, event: Any) -> None:
+        if isinstance(event, Dirty):
+            local = any(id.host == self._snapshot.host for id in event.endpoints)
+            self._dirty = self._dirty or event.topology or event.pools or local
+        elif isinstance(event, BgpChanged):
+            self._context.health.bgp = event
+            self._settled = self._settled or event.settled
+
+    def resync(self) -> None:
+        """Start the thread; BIRD itself compares the kernel's routes with its own every 20 s."""
+        self._thread.start_once()
+
+    @property
+    def needs_apply(self) -> bool:
+        return self._dirty
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the first configuration has reached BIRD, or is known not to, or BIRD takes too long."""
+        late = self._settled_by is not None and time.monotonic() > self._settled_by
+        return self._settled or late
+
+    @property
+    def due_at(self) -> float | None:
+        return None if self._settled else self._settled_by
+
+    def apply(self) -> None:
+        self._dirty = False
+        if not self._thread.enabled:
+            return
+        derived = config.derive(self._snapshot)
+        if derived == self._config:
+            return
+        self._config = derived
+        self._log_split()
+        if self._settled_by is None:
+            self._settled_by = time.monotonic() + SETTLING
+        self._thread.want(derived)
+
+    def _log_split(self) -> None:
+        split = dict(one for version in (4, 6) for one in announced(self._snapshot, version).split)
+        for block, overlapped in split.items():
+            if self._split.get(block) != overlapped:
+                log.warning(
+                    "block %s overlaps %s: its used addresses are announced one by one, and not the block",
+                    block,
+                    overlapped,
+                )
+        self._split = split
+
+
+class BgpThread(threading.Thread):
+    """Runs BIRD with the newest configuration that it was given, and emits BgpChanged and Failure."""
+
+    def __init__(self, instance: Instance, enabled: bool, put: Callable[[Any], None]) -> None:
+        """If not `enabled`, the thread ends BIRD, should it run, and then itself."""
+        super().__init__(name="running BIRD", daemon=True)
+        self.enabled = enabled
+        self._instance = instance
+        self._put = put
+        self._wanted: Config | None = None
+        self._passwords: passwords.Passwords | None = None
+        self._wake_reader, self._wake_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._state = self._reported = BgpChanged()
+        self._in_use: str | None = None
+        """The text that BIRD uses, None while that is not known."""
+        self._refused: str | None = None
+        """The text that BIRD has refused, None if it has accepted the last one."""
+        self._began = self._start_at = self._poll_at = 0.0
+        """When BIRD was started, and when to start it, or to look at its sessions, next (monotonic)."""
+        self._not_running = ""
+        """Why BIRD is not started before `_start_at`."""
+        self._pause = FIRST_PAUSE
+
+    def start_once(self) -> None:
+        if self.ident is None:
+            self.start()
+
+    def want(self, config: Config) -> None:
+        """Hand over a configuration; return at once."""
+        self._wanted = config
+        with suppress(BlockingIOError):  # the pipe is full of wake-ups
+            os.write(self._wake_writer, b"x")
+
+    def run(self) -> None:
+        if not self.enabled:
+            self._end()
+            return
+        while True:
+            wanted = self._wanted
+            try:
+                self.round(wanted)
+                self._put(Failure(None, BGP))
+            except Exception as error:  # of any kind: nothing else would run BIRD
+                log.debug("traceback:", exc_info=True)
+                self._put(Failure(f"BGP: {_words(error)}", BGP))
+            self._state = replace(self._state, settled=wanted is not None)
+            if self._state != self._reported:
+                self._reported = self._state
+                self._put(self._state)
+            self._wait()
+
+    def _end(self) -> None:
+        try:
+            if self._instance.remove():
+                log.info("BGP is off: BIRD has ended, and its routes are removed")
+        except Exception as error:  # of any kind: an exception in a thread would be lost
+            self._put(Failure(f"BGP is off, but BIRD cannot be ended: {_words(error)}", BGP))
+
+    def _wait(self) -> None:
+        """Wait until BIRD ends, a configuration is handed over, or something else is due."""
+        now, pid = time.monotonic(), self._state.pid
+        if pid is not None:
+            due = min(self._poll_at, now + PASSWORDS_POLL)
+        else:
+            due = self._start_at if self._start_at > now else now + LONGEST_PAUSE
+        with ExitStack() as stack:
+            watched = [self._wake_reader]
+            if pid is not None:
+                try:
+                    watched.append(os.pidfd_open(pid))
+                except OSError:  # it has just ended
+                    return
+                stack.callback(os.close, watched[1])
+            ready, _, _ = select.select(watched, [], [], max(0.0, due - now))
+        if self._wake_reader in ready:
+            os.read(self._wake_reader, 2**16)
+
+    def round(self, wanted: Config | None) -> None:
+        """Do what is due now. Raises any exception; then `round` is to be called again."""
+        text = self._text(wanted)
+        self._follow_process(self._instance.pid())
+        if self._state.pid is None:
+            if time.monotonic() < self._start_at:
+                raise CalicoError(self._not_running)
+            self._start(text)
+        elif text is not None and text == self._in_use:
+            self._accepted()
+        elif text is not None and text != self._refused:
+            self._configure(text)
+        if self._state.pid is not None and time.monotonic() >= self._poll_at:
+            self._poll()
+
+    def _text(self, wanted: Config | None) -> str | None:
+        """Return the configuration's text, None while it is not known."""
+        self._passwords = passwords.read(before=self._passwords)
+        self._put(Failure(self._passwords.problem, PASSWORDS))
+        if wanted is None or not self._passwords.known:
+            return None
+        return config.text(wanted, self._passwords, self._instance.directory)
+
+    def _follow_process(self, pid: int | None) -> None:
+        """Note that BIRD has ended, or that another process of it runs."""
+        before, now = self._state.pid, time.monotonic()
+        if pid == before:
+            return
+        self._in_use, self._poll_at = None, now
+        self._state = replace(self._state, pid=pid, running=False, sessions=())
+        if pid is not None:
+            self._began = now
+            log.info("BIRD runs (process %d)", pid)
+            return
+        log.warning("BIRD (process %s) has ended", before)
+        if now - self._began < SHORT_LIFE:
+            self._start_at, self._not_running = now + self._pause, "BIRD has ended, and is started again in a moment"
+            self._pause = min(LONGEST_PAUSE, self._pause * 2)
+        else:
+            self._start_at, self._pause = now, FIRST_PAUSE
+
+    def _start(self, text: str | None) -> None:
+        again = self._began > 0.0
+        try:
+            recovered = self._instance.start(None if text == self._refused else text)
+        except NotReady:
+            return  # the store has not been read yet
+        except bird.Refused as error:
+            self._was_refused(text, error)
+        except Exception as error:
+            self._start_at, self._not_running = time.monotonic() + LONGEST_PAUSE, _words(error)
+            raise
+        else:
+            again = again or recovered
+            if text is not None and text != self._refused:
+                self._accepted()
+        self._follow_process(self._instance.pid())
+        if self._state.pid is None:
+            self._start_at, self._not_running = time.monotonic() + LONGEST_PAUSE, "BIRD does not run"
+            raise CalicoError(self._not_running)
+        self._state = replace(self._state, restarts=self._state.restarts + again)
+        if self._refused is None:
+            self._in_use = text
+
+    def _configure(self, text: str) -> None:
+        try:
+            self._instance.configure(text)
+        except bird.Refused as error:
+            self._was_refused(text, error)
+            return
+        log.info("BIRD has a new configuration")
+        self._in_use, self._poll_at = text, time.monotonic()
+        self._accepted()
+
+    def _was_refused(self, text: str | None, error: bird.Refused) -> None:
+        self._refused = text
+        self._state = replace(self._state, refusals=self._state.refusals + 1)
+        lines = (text or "").splitlines()
+        line = "" if error.line is None or error.line > len(lines) else lines[error.line - 1].strip()
+        shown = re.sub('password ".*?"', 'password "…"', line)
+        what = f"BIRD refuses a new configuration, and keeps the one before: {error}"
+        self._put(Failure(f"{what}: {shown}" if shown else what, CONFIGURATION))
+
+    def _accepted(self) -> None:
+        self._refused = None
+        self._put(Failure(None, CONFIGURATION))
+
+    def _poll(self) -> None:
+        began = time.monotonic()
+        self._poll_at = began + SHORT_POLL
+        sessions = tuple(self._instance.sessions())
+        running = self._instance.holds_port()
+        self._state = replace(self._state, sessions=sessions, running=running)
+        now = time.monotonic()
+        if sessions and not running and now - self._began < SHORT_LIFE:
+            self._poll_at = now + PORT_POLL
+        elif all(session.is_up for session in sessions):
+            self._poll_at = now + LONG_POLL
+        else:
+            self._poll_at = now + max(SHORT_POLL, 50 * (now - began))  # at most 2 % of the time
+
+
+def _words(error: Exception) -> str:
+    if isinstance(error, CalicoError):
+        return str(error)
+    return f"{type(error).__name__}: {error}"
