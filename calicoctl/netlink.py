@@ -9,10 +9,12 @@ import errno
 import os
 import socket
 import struct
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple
+
+from calicoctl.addresses import BITS, FAMILIES, pack, version_of
 
 REQUEST, ACK, DUMP = 0x1, 0x4, 0x300
 REPLACE, CREATE = 0x100, 0x400
@@ -25,7 +27,10 @@ _KIND = 0x3FFF
 
 RTM_NEWLINK, RTM_DELLINK, RTM_NEWADDR, RTM_DELADDR, RTM_NEWROUTE, RTM_DELROUTE = 16, 17, 20, 21, 24, 25
 RTM_NEWNEIGH, RTM_DELNEIGH, RTM_GETNEIGH = 28, 29, 30
-_RTM_GETADDR, _RTM_GETROUTE, _RTM_GETNEIGHTBL, _RTM_GETNEXTHOP = 22, 26, 66, 106
+_RTM_GETLINK, _RTM_GETADDR, _RTM_GETROUTE, _RTM_GETNEIGHTBL, _RTM_GETNEXTHOP = 18, 22, 26, 66, 106
+_RTM_F_FIB_MATCH = 0x2000
+_IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MASTER, _IFLA_LINKINFO, _IFLA_EXT_MASK, _IFLA_PERM_ADDRESS = 1, 3, 10, 18, 29, 54
+_IFLA_INFO_KIND, _RTEXT_FILTER_SKIP_STATS, _ARPHRD_ETHER = 1, 8, 1
 _NDTA_THRESH3, _NDTA_STATS = 4, 7
 NDA_DST, NDA_LLADDR = 1, 2
 NUD_NOARP, NUD_PERMANENT = 0x40, 0x80
@@ -298,6 +303,83 @@ def _gateway(family: int, found: dict[int, bytes]) -> str | None:
     if RTA_VIA in found:  # a gateway of the other IP version
         return socket.inet_ntop(struct.unpack_from("=H", found[RTA_VIA])[0], found[RTA_VIA][2:])
     return socket.inet_ntop(family, found[RTA_GATEWAY]) if RTA_GATEWAY in found else None
+
+
+def interfaces_to(addresses: Iterable[str]) -> dict[str, frozenset[int]]:
+    """Return, by address, the indices of the interfaces to which the kernel's routes to that address lead.
+
+    A multipath route leads to several. The set is empty for an address without a route. Raises OSError.
+    """
+    found = {}
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as netlink:
+        netlink.settimeout(_TIMEOUT)
+        netlink.bind((0, 0))
+        for address in addresses:
+            # the route, with all next hops; if it names a nexthop object instead, the next hop that is chosen
+            hops = _hops_to(netlink, address, _RTM_F_FIB_MATCH) or _hops_to(netlink, address, 0)
+            found[address] = frozenset(index for _, index in hops)
+    return found
+
+
+def _hops_to(netlink: socket.socket, address: str, flags: int) -> list[tuple[str | None, int]]:
+    version = version_of(address)
+    body = struct.pack("=8BI", FAMILIES[version], BITS[version], 0, 0, 0, 0, 0, 0, flags)
+    netlink.send(message(_RTM_GETROUTE, REQUEST, 0, body + attribute(RTA_DST, pack(address))))
+    for kind, answer in messages(netlink.recv(2**16)):
+        if kind == RTM_NEWROUTE:
+            return list(_hops(FAMILIES[version], attributes(answer[28:])))
+    return []  # an error: there is no route
+
+
+@dataclass(frozen=True)
+class Device:
+    """A network interface, as far as it matters who sends through it. `macs` are empty for one without Ethernet.
+
+    `kind` is the kernel's name for its type, such as `bridge`, and empty for hardware.
+    """
+
+    name: str
+    kind: str
+    macs: frozenset[str]
+
+
+def device(index: int) -> Device:
+    """Return the interface with an index. Raises OSError."""
+    # struct ifinfomsg: family, padding, type, index, flags, change
+    request = struct.pack("=BBHiII", 0, 0, 0, index, 0, 0)
+    request += attribute(_IFLA_EXT_MASK, struct.pack("=I", _RTEXT_FILTER_SKIP_STATS))
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as netlink:
+        netlink.settimeout(_TIMEOUT)
+        netlink.bind((0, 0))
+        netlink.send(message(_RTM_GETLINK, REQUEST, 0, request))
+        for kind, answer in messages(netlink.recv(2**16)):
+            if kind == ERROR:
+                code = refusal(answer)[1]
+                raise OSError(code, os.strerror(code))
+            return _device(answer[16:])
+    raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+
+
+def devices_below(master: int) -> list[Device]:
+    """Return the interfaces that belong to a bond, team or bridge with this index. Raises OSError."""
+    request = struct.pack("=BBHiII", 0, 0, 0, 0, 0, 0) + attribute(_IFLA_MASTER, struct.pack("=I", master))
+    found = []
+    for body in dump(socket.NETLINK_ROUTE, _RTM_GETLINK, request):
+        # kernels before 4.6 do not filter
+        if attributes(body[16:]).get(_IFLA_MASTER) == struct.pack("=I", master):
+            found.append(_device(body))
+    return found
+
+
+def _device(body: bytes) -> Device:
+    found = attributes(body[16:])
+    kind = attributes(found.get(_IFLA_LINKINFO, b"")).get(_IFLA_INFO_KIND, b"")
+    is_ethernet = struct.unpack_from("=H", body, 2)[0] == _ARPHRD_ETHER
+    macs = {found.get(_IFLA_ADDRESS, b""), found.get(_IFLA_PERM_ADDRESS, b"")} if is_ethernet else ()
+    name = found.get(_IFLA_IFNAME, b"").rstrip(b"\0").decode(errors="replace")
+    return Device(
+        name, kind.rstrip(b"\0").decode(), frozenset(mac.hex(":") for mac in macs if len(mac) == 6 and any(mac))
+    )
 
 
 def next_hops() -> Iterator[tuple[str, int]]:

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -189,6 +189,10 @@ class Hosts:
         set_value(self._store, keys.bgp_host_address(self.host, 6), ipv6 or "")
         set_value(self._store, keys.bgp_host_as_num(self.host), as_num)
         set_value(self._store, keys.host_config(self.host, "marker"), "created")
+
+    def publish_macs(self, macs: Collection[str]) -> None:
+        """Write the MACs from which this host sends to other hosts."""
+        set_value(self._store, keys.bgp_host_macs(self.host), json.dumps(sorted(macs)))
 
     def own_addresses(self) -> set[str]:
         """Return this host's registered addresses in canonical form; invalid ones are left out."""

@@ -64,6 +64,11 @@ class Topology:
         """Return the names of the hosts that are registered for BGP."""
         return {host for host in map(keys.parse_bgp_host_address, self._addresses) if host is not None}
 
+    def others(self) -> frozenset[str]:
+        """Return the addresses of the other hosts, and of this host's BGP peers."""
+        hosts = (address for address, host in self.users.items() if host != self.host)
+        return frozenset(hosts) | {peer.ip for peer in self.peers.values()}
+
     def as_num(self, host: str) -> str:
         """Return the AS number of a host: its own, else the default."""
         return self.as_nums.get(host, self.default_as_num)

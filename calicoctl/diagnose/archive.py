@@ -74,7 +74,7 @@ _FIELDS = {
 
 _JSON_KEYS = re.compile(
     "/calico/v1/host/[^/]+/workload/|/calico/v1/policy/profile/[^/]+/(tags|rules)$|/calico/v1/ipam/v[46]/pool/"
-    "|/calico/ipam/v2/|/calico/felix/v1/|/calico/bgp/v1/(global|host/[^/]+)/(peer_v[46]/|node_mesh$)"
+    "|/calico/ipam/v2/|/calico/felix/v1/|/calico/bgp/v1/(global|host/[^/]+)/(peer_v[46]/|node_mesh$|macs$)"
 )
 """The keys with JSON values."""
 

@@ -374,6 +374,8 @@ class Agent:
         for manager in self._managers:
             manager.on_event(dirty)
         self._apply_settings(dirty)
+        if dirty.topology:
+            self._publish_macs()
         if self._policy.is_backing_off or not any(manager.needs_apply for manager in self._managers):
             return
         starting = not self._health.first_update
@@ -398,6 +400,13 @@ class Agent:
             self._statuses.publish()
         if starting:
             self._on_first_update()
+
+    def _publish_macs(self) -> None:
+        """Let the other hosts know the MACs of this one, unless the store has them already."""
+        macs = frozenset().union(*self._snapshot.network.macs.values())
+        topology = self._snapshot.topology
+        if self._snapshot.host in topology.hosts() and topology.macs.get(self._snapshot.host) != macs:
+            self._reporter.publish_macs(macs)
 
     def _apply_settings(self, dirty: Dirty) -> None:
         if dirty.settings:

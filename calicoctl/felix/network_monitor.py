@@ -33,18 +33,25 @@ class NetworkMonitor:
         self._health = health
         self._reading = reading
         self._pause = PAUSE
+        self._others: frozenset[str] = frozenset()
+        """The addresses of other hosts and BGP peers."""
         self.due_at: float | None = 0.0
         """When to read (monotonic); None while nothing may have changed."""
 
     def on_event(self, event: Any) -> None:
         """Schedule a read: at once if addresses have changed, a little later if gateways may have."""
-        if isinstance(event, AddressesChanged):
+        if isinstance(event, AddressesChanged) or (isinstance(event, LinkChanged) and self._has_new_mac(event)):
             self.due_at = 0.0
             return
         # the kernel does not announce the routes that go with an interface
         with_routes = isinstance(event, LinkChanged) and not event.link.name.startswith(INTERFACE_PREFIX)
         if self.due_at is None and (with_routes or isinstance(event, GatewaysChanged)):
             self.due_at = time.monotonic() + self._pause
+
+    def _has_new_mac(self, event: LinkChanged) -> bool:
+        """Return whether an interface to other hosts has changed its MAC: they must learn of that at once."""
+        known = self._snapshot.network.macs.get(event.link.name)
+        return known is not None and not event.deleted and event.link.mac not in known
 
     def resync(self) -> None:
         """Read at the next `read_if_due`."""
@@ -56,11 +63,15 @@ class NetworkMonitor:
         On failure, report it, and retry after BACKOFF.
         """
         begin = time.monotonic()
+        if self._snapshot.dirty.topology:
+            before, self._others = self._others, self._snapshot.topology.others()
+            if self._others != before:
+                self.due_at = 0.0
         if self.due_at is None or begin < self.due_at:
             return
         self._reading()
         try:
-            self._snapshot.set_network(host_network.read())
+            self._snapshot.set_network(host_network.read(self._others))
             self.due_at = None
         except Exception as error:  # of any kind: it must not end the agent
             self.due_at = begin + BACKOFF

@@ -154,6 +154,8 @@ class StoreReporter(threading.Thread):
         self._desired: dict[EndpointId, str] = {}
         self._changed: set[EndpointId] = set()
         self._written: dict[EndpointId, str] | None = None
+        self._macs: frozenset[str] | None = None
+        """The MACs of this host that are still to be written; None if there are none."""
         self._wake = threading.Event()
         self._alive = True
         self._beaten = 0.0
@@ -171,6 +173,12 @@ class StoreReporter(threading.Thread):
                 else:
                     self._desired[id] = status.to_json()
                 self._changed.add(id)
+        self._wake.set()
+
+    def publish_macs(self, macs: frozenset[str]) -> None:
+        """Write the MACs from which this host sends to other hosts."""
+        with self._lock:
+            self._macs = macs
         self._wake.set()
 
     def resync(self) -> None:
@@ -199,6 +207,7 @@ class StoreReporter(threading.Thread):
                         self._beaten = before
                         raise
                 if self._health.first_update and self._replaced_by is None:
+                    self._write_macs()
                     self._write_endpoints()
                 self._emit(None)
             except Exception as error:  # of any kind: an end of this thread would end the heartbeat
@@ -242,6 +251,14 @@ class StoreReporter(threading.Thread):
         self._alive = False
         self._wake.set()
         self.join(END_PATIENCE)
+
+    def _write_macs(self) -> None:
+        macs = self._macs
+        if macs is not None:
+            self._datastore.hosts.publish_macs(macs)
+            with self._lock:
+                if self._macs == macs:
+                    self._macs = None
 
     def _write_endpoints(self) -> None:
         """Write the statuses that have changed.

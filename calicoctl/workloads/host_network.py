@@ -6,9 +6,10 @@ datastore/reserved.py derives which addresses workloads must not have.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
@@ -28,10 +29,13 @@ _NOT_SET_BY_OTHERS = (netlink.PROTOCOL_KERNEL, netlink.PROTOCOL_BIRD)
 """Protocols of routes that follow from addresses, or that a routing daemon has learned."""
 
 
-def read() -> HostNetwork:
-    """Return the host's network, read in this process's network namespace. Raises CalicoError."""
+def read(others: Collection[str] = ()) -> HostNetwork:
+    """Return the host's network, read in this process's network namespace. Raises CalicoError.
+
+    `others` are the addresses of other hosts and BGP peers, for its `reached`.
+    """
     with _explained():
-        return _read()
+        return _read(others)
 
 
 def own_addresses() -> set[str]:
@@ -86,12 +90,11 @@ def _explained() -> Iterator[None]:
         raise CalicoError(f"this host's addresses and routes cannot be read: {why}") from None
 
 
-def _read() -> HostNetwork:
+def _read(others: Collection[str]) -> HostNetwork:
     names = _Names()
+    used = [one for one in netlink.addresses() if one.family == socket.AF_INET or one.scope != netlink.SCOPE_LINK]
     addresses = [
-        InterfaceAddress(one.address, one.network, one.length, names[one.index], one.broadcast)
-        for one in netlink.addresses()
-        if one.family == socket.AF_INET or one.scope != netlink.SCOPE_LINK
+        InterfaceAddress(one.address, one.network, one.length, names[one.index], one.broadcast) for one in used
     ]
     hops: set[tuple[str | None, int]] = set()
     learned: set[tuple[str | None, int]] = set()
@@ -124,7 +127,31 @@ def _read() -> HostNetwork:
     gateways, of_bird = (
         [(gateway, names[index]) for gateway, index in found if gateway is not None] for found in (hops, learned)
     )
-    return HostNetwork.of(addresses, gateways, local, on_link, routes, of_bird)
+    towards = netlink.interfaces_to(others)
+    reached = {address: frozenset(names[index] for index in indices) for address, indices in towards.items()}
+    macs = _macs({one.index for one in used}, frozenset().union(*towards.values()))
+    whole = HostNetwork.of(addresses, gateways, local, on_link, routes, of_bird)
+    return dataclasses.replace(whole, reached=reached, macs=macs)
+
+
+def _macs(indices: set[int], reaching: frozenset[int]) -> dict[str, frozenset[str]]:
+    """Return, by interface, the MACs from which this host may send to other hosts.
+
+    `indices` are the interfaces with an address, `reaching` those through which this host reaches others. Of the
+    former, bridges are left out: they connect containers or virtual machines, and come and go with them.
+    """
+    found = {}
+    for index in sorted(indices | reaching):
+        with suppress(OSError):  # it was just deleted
+            device = netlink.device(index)
+            if device.name.startswith(INTERFACE_PREFIX) or (device.kind == "bridge" and index not in reaching):
+                continue
+            macs = device.macs
+            if device.kind in ("bond", "team"):  # depending on the mode, each member sends with its own
+                macs = macs.union(*(member.macs for member in netlink.devices_below(index)))
+            if macs:
+                found[device.name] = macs
+    return found
 
 
 class _Names(dict[int, str]):

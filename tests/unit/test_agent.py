@@ -85,11 +85,12 @@ class AgentWorld:
         monkeypatch.setattr(process, "DIRECTORY", folder)
         monkeypatch.setattr(module.time, "monotonic", lambda: self.clock)
         self.network = HostNetwork()
-        monkeypatch.setattr(network_monitor.host_network, "read", lambda: self.network)
+        monkeypatch.setattr(network_monitor.host_network, "read", lambda _: self.network)
         self.keeper, self.host = Recorder(self.journal, "keeper"), Recorder(self.journal, "host")
         monkeypatch.setattr(module, "WorkloadKeeper", lambda *_: self.keeper)
         monkeypatch.setattr(module, "HostReconciler", lambda *_: self.host)
-        monkeypatch.setattr(module, "StoreReporter", lambda *_: Recorder(self.journal, "report"))
+        self.report = Recorder(self.journal, "report")
+        monkeypatch.setattr(module, "StoreReporter", lambda *_: self.report)
         self.nft, self.routes = FakeNft(self.journal), FakeRoutes(self.journal)
         self.conntrack = FakeConntrack(self.journal)
         self.queue: events.Events[Any] = SimpleQueue()
@@ -377,6 +378,17 @@ def test_the_report_is_in_a_file(world: AgentWorld) -> None:
     report = json.loads(process.report_file(HOST).read_text())
     assert report["first_update"] and report["endpoints"]["up"] == 1
     assert [problem["key"] for problem in report["problems"]] == ["/calico/v1/policy/profile/web/tags"]
+
+
+def test_the_macs_of_the_host_are_published_while_it_is_registered(world: AgentWorld) -> None:
+    key, mac = f"/calico/bgp/v1/host/{HOST}/macs", "02:00:00:00:00:11"
+    world.start()
+    world.network = HostNetwork(macs={"eth0": frozenset([mac])})
+    assert "report publish_macs" not in world.step(events.AddressesChanged()), "it is not registered"
+    world.step(world.store.change(f"/calico/bgp/v1/host/{HOST}/ip_addr_v4", "172.18.0.11"))
+    assert world.report.last["publish_macs"] == (frozenset([mac]),)
+    assert "report publish_macs" not in world.step(world.store.change(key, [mac.upper()])), "the store has them"
+    assert "report publish_macs" in world.step(world.store.change(key, [])), "another program has changed them"
 
 
 def test_the_loop_waits_for_what_is_due_first(world: AgentWorld) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import pytest
 
 from calicoctl.datastore.reserved import HostNetwork
@@ -29,12 +31,13 @@ class MonitorWorld(World):
         assert self.announced == self.readings, "changes are announced again from before the reading"
         self.announced += 1
 
-    def _read(self) -> HostNetwork:
+    def _read(self, others: Collection[str]) -> HostNetwork:
         self.readings += 1
+        self.others = others
         self.clock += self.takes
         if self.error is not None:
             raise self.error
-        return HostNetwork()
+        return HostNetwork(macs={"eth0": frozenset(["02:00:00:00:00:01"])})
 
 
 @pytest.fixture
@@ -56,7 +59,28 @@ def test_it_reads_once_at_the_start_and_then_when_something_has_changed(world: M
     assert world.readings == 3
 
 
-@pytest.mark.parametrize("event", [GatewaysChanged(), LinkChanged(Link("eth0", 2, False))])
+def test_it_reads_at_once_how_a_new_host_or_peer_is_reached(world: MonitorWorld) -> None:
+    world.store.put("/calico/bgp/v1/host/host1/ip_addr_v4", "172.18.0.11")
+    world.store.put("/calico/bgp/v1/host/host2/ip_addr_v4", "172.18.0.12")
+    world.store.put("/calico/bgp/v1/global/peer_v4/172.18.0.99", {"ip": "172.18.0.99", "as_num": "64512"})
+    world.monitor.read_if_due()
+    assert world.readings == 2 and world.others == {"172.18.0.12", "172.18.0.99"}
+    world.store.put("/calico/bgp/v1/host/host2/as_num", "64513")
+    world.monitor.read_if_due()
+    assert world.readings == 2
+
+
+def test_it_reads_at_once_the_new_mac_of_an_interface_to_other_hosts(world: MonitorWorld) -> None:
+    world.monitor.on_event(LinkChanged(Link("eth0", 2, True, "02:00:00:00:00:01")))
+    world.monitor.on_event(LinkChanged(Link("eth1", 3, True, "02:00:00:00:00:02")))
+    world.monitor.read_if_due()
+    assert world.readings == 1
+    world.monitor.on_event(LinkChanged(Link("eth0", 2, True, "02:00:00:00:00:09")))
+    world.monitor.read_if_due()
+    assert world.readings == 2
+
+
+@pytest.mark.parametrize("event", [GatewaysChanged(), LinkChanged(Link("eth1", 2, False))])
 def test_changes_of_routes_are_read_together(world: MonitorWorld, event: object) -> None:
     world.monitor.on_event(event)
     assert world.monitor.due_at == world.clock + PAUSE
