@@ -2,7 +2,7 @@
 
 The underlay is what carries packets between hosts. Its MTU is that of the interface with the address that this host is
 registered with. Where the MTU is used: wiring.py for the veth pairs, felix/dataplane/vxlan_manager.py for the devices
-of the overlay. The setting `MTU` (datastore/config.py) overrides it; that is decided there.
+of the overlay. The setting `MTU` (datastore/config.py) overrides it.
 """
 
 from __future__ import annotations
@@ -14,11 +14,17 @@ import struct
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from calicoctl import netlink
-from calicoctl.addresses import FAMILIES, version_of
-from calicoctl.datastore.model import NEVER
-from calicoctl.errors import CalicoError
+from calicoctl.addresses import BITS, FAMILIES, version_of
+from calicoctl.datastore import config, keys
+from calicoctl.datastore.model import NEVER, Pool
+from calicoctl.datastore.reserved import Network
+from calicoctl.errors import CalicoError, StoreError
+
+if TYPE_CHECKING:
+    from calicoctl.datastore.client import DatastoreClient
 
 DEFAULT = 1500
 """The MTU where the interface is unknown: that of Ethernet."""
@@ -75,6 +81,35 @@ def _mtu(index: int) -> int:
 def in_overlay(mtu: int, version: int) -> int:
     """Return the MTU inside a tunnel over an underlay of this MTU and IP version."""
     return max(SMALLEST, mtu - HEADER[version])
+
+
+def of_interface(
+    datastore: DatastoreClient, addresses: Iterable[str], pools: Iterable[Pool], next_hops: Mapping[int, str]
+) -> int:
+    """Return the MTU of a new interface with these addresses: the configured one, else the one that fits all of them.
+
+    `pools` must contain the addresses' pools; `next_hops` are this host's registered addresses by IP version, those of
+    the addresses at least. Reads one key of the store, or two. Raises CalicoError.
+    """
+    configured = datastore.setting(keys.config(config.MTU.name))
+    with suppress(CalicoError):  # the agent reports an invalid value
+        config.MTU.check(configured or "")
+        return int(configured or "")
+    networks = [(Network.parse(pool.cidr), pool.vxlan) for pool in pools]
+    modes = []
+    for address in addresses:
+        single = Network.of(address, BITS[version_of(address)])
+        mode = next((mode for network, mode in networks if single in network), NEVER)
+        modes.append((version_of(address), mode))
+    own = dict(next_hops)
+    if 4 not in own and any(mode != NEVER for _, mode in modes):
+        try:
+            own[4] = datastore.hosts.next_hop(4)
+        except StoreError:
+            raise
+        except CalicoError:  # the host has none
+            pass
+    return of_addresses(modes, {version: underlay(address).mtu for version, address in own.items()})
 
 
 def of_addresses(modes: Iterable[tuple[int, str]], underlays: Mapping[int, int]) -> int:

@@ -64,6 +64,7 @@ class Interface:
     up: bool
     peer_index: int | None = None
     kind: str | None = None
+    mtu: int = 0
 
     @property
     def is_loopback(self) -> bool:
@@ -240,6 +241,10 @@ class Namespace:
         with _explained(f"{self.name}: configuring {interface}"):
             return self.run(work)
 
+    def set_mtu(self, interface: str, mtu: int) -> None:
+        with _explained(f"{self.name}: setting the MTU of {interface}"):
+            self.run(lambda netlink: netlink.link("set", index=_index(netlink, interface), mtu=mtu))
+
     def update_next_hops(self, interface: str, host_mac: str) -> bool:
         """Set neighbour entries of the interface's next hops to `host_mac`; return whether one has changed."""
 
@@ -291,7 +296,7 @@ class Namespace:
             self.run(work)
 
 
-def create_veth(name: str, namespace: Namespace, interface: str, mac: str | None = None) -> None:
+def create_veth(name: str, namespace: Namespace, interface: str, mtu: int, mac: str | None = None) -> None:
     """Create a veth pair, both ends down: `name` on the host, and `interface`, directly inside `namespace`.
 
     `mac` is the MAC of the end inside the namespace; None lets the kernel choose. Raises NamespaceError if no pair was
@@ -299,11 +304,11 @@ def create_veth(name: str, namespace: Namespace, interface: str, mac: str | None
     """
     from pyroute2.iproute.linux import IPRoute
 
-    peer: dict[str, Any] = {"ifname": interface, "net_ns_fd": namespace.fileno()}
+    peer: dict[str, Any] = {"ifname": interface, "net_ns_fd": namespace.fileno(), "mtu": mtu}
     if mac is not None:
         peer["address"] = mac
     with _explained(f"{namespace.name}: creating the veth pair {name} and {interface}"), IPRoute() as netlink:
-        netlink.link("add", ifname=name, kind="veth", address=HOST_MAC, peer=peer)
+        netlink.link("add", ifname=name, kind="veth", address=HOST_MAC, mtu=mtu, peer=peer)
 
 
 def set_up(name: str) -> None:
@@ -315,6 +320,14 @@ def set_up(name: str) -> None:
             for setting, value in HOST_END_IPV6.items():
                 _write_sysctl(f"net/ipv6/conf/{name}/{setting}", value)
         netlink.link("set", index=_index(netlink, name), state="up")
+
+
+def set_mtu(name: str, mtu: int) -> None:
+    """Set the MTU of an interface of the host."""
+    from pyroute2.iproute.linux import IPRoute
+
+    with _explained(f"setting the MTU of interface {name}"), IPRoute() as netlink:
+        netlink.link("set", index=_index(netlink, name), mtu=mtu)
 
 
 def find_interface(name: str) -> Interface | None:
@@ -402,6 +415,7 @@ def _interface(link: Any) -> Interface:
         up=link["flags"] & IFF_UP != 0,
         peer_index=link.get_attr("IFLA_LINK"),
         kind=info.get_attr("IFLA_INFO_KIND") if info is not None else None,
+        mtu=link.get_attr("IFLA_MTU") or 0,
     )
 
 

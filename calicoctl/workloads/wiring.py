@@ -26,7 +26,7 @@ from calicoctl.datastore.keys import INTERFACE_PREFIX, EndpointId
 from calicoctl.datastore.model import Endpoint, Pool
 from calicoctl.datastore.reserved import Network, Reserved
 from calicoctl.errors import AddressTaken, CalicoError, Conflict, NotFound
-from calicoctl.workloads import host_network, netns
+from calicoctl.workloads import host_network, mtu, netns
 from calicoctl.workloads.locks import WorkloadLock
 from calicoctl.workloads.workload import (
     Workload,
@@ -188,7 +188,8 @@ def _connect_new(session: WorkloadSession, request: AddressRequest, interface: s
         if address is None:
             address = _assign(datastore, owner_of(workload, id, interface), request, pools, reserved)
 
-        mac = _attach(session, id.interface, interface, [host_net(address)], {version: next_hop}, None, undo)
+        size = mtu.of_interface(datastore, [str(address)], pools, {version: next_hop})
+        mac = _attach(session, id.interface, interface, [host_net(address)], {version: next_hop}, None, size, undo)
 
         endpoint = Endpoint(id, name=id.interface, mac=mac, workload_name=workload.docker_name or None)
         endpoint.nets_of(version).append(host_net(address))
@@ -228,11 +229,12 @@ def reattach(
     if request is not None and not addresses:
         versions = {request.version}
     next_hops = {version: _next_hop(datastore, endpoint, version) for version in versions}
-    pools = []
     if request is not None and not addresses:
         reserved = reserved_addresses(datastore, request.version)
         _refuse_reserved(request, reserved)
         pools = request.pools(datastore)
+    else:
+        pools = [pool for version in versions for pool in datastore.readable_pools(version)[0]]
     session.remove_remains(endpoint)
     for version in next_hops:
         session.refuse_default_route(version)
@@ -251,7 +253,8 @@ def reattach(
         for own in addresses:
             if own not in session.held:
                 _reassign(session, own, owner_of(workload, endpoint.id, interface), undo)
-        mac = _attach(session, endpoint.id.interface, interface, nets, next_hops, endpoint.mac, undo)
+        size = mtu.of_interface(datastore, [net.partition("/")[0] for net in nets], pools, next_hops)
+        mac = _attach(session, endpoint.id.interface, interface, nets, next_hops, endpoint.mac, size, undo)
 
         def update(stored: Endpoint) -> bool:
             old = stored.to_dict()
@@ -346,6 +349,13 @@ def add_address(
             undo(session.namespace.restore_loopback, session.loopback)
             undo(session.namespace.unconfigure, attached, [net], next_hops)
             session.namespace.configure(attached, [net], next_hops, session.host_mac)
+            size, before = (
+                mtu.of_interface(datastore, [str(address)], pools, {version: next_hop}),
+                session.mtu(attached),
+            )
+            if before > size:
+                undo(session.set_mtu, attached, before)
+                session.set_mtu(attached, size)
 
             def add(stored: Endpoint) -> bool:
                 if net in stored.nets_of(version):
@@ -486,6 +496,15 @@ class WorkloadSession:
             if other_end.index == host_end.index:
                 return interface.name
         return None
+
+    def mtu(self, attached: str) -> int:
+        """Return the MTU of the workload's Calico interface."""
+        return self._inspection.interfaces[attached].mtu
+
+    def set_mtu(self, attached: str, size: int) -> None:
+        """Set the MTU of both ends of the workload's veth pair; `attached` is the name of the workload's end."""
+        self.namespace.set_mtu(attached, size)
+        netns.set_mtu(self.only_endpoint().id.interface, size)
 
     def _pairs(self) -> Iterator[tuple[netns.Interface, netns.Interface]]:
         """Yield the veth pairs between the namespace and the host: the end in the namespace, then the host end."""
@@ -638,17 +657,18 @@ def _attach(
     nets: list[str],
     next_hops: dict[int, str],
     mac: str | None,
+    size: int,
     undo: Callable[..., object],
 ) -> str:
     """Create a veth pair and configure both ends, the host's last; return the MAC of the workload's end.
 
     `name` is the name of the host end, `interface` that of the workload's end; `next_hops` are addresses by IP version;
-    `mac` is the MAC for the workload's end, None for any; `undo` is from _rollback_on_failure.
+    `mac` is the MAC for the workload's end, None for any; `size` is the MTU; `undo` is from _rollback_on_failure.
     """
     if netns.find_interface(name) is not None:
         raise CalicoError(f"this host has an interface {name} already, of another endpoint; try again")
     undo(netns.delete_interface, name)
-    netns.create_veth(name, session.namespace, interface, mac)
+    netns.create_veth(name, session.namespace, interface, size, mac)
     undo(session.namespace.restore_loopback, session.loopback)
     mac = session.namespace.configure(interface, nets, next_hops, netns.HOST_MAC)
     netns.set_up(name)
