@@ -6,6 +6,7 @@ import contextlib
 import shutil
 import signal
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from tests.system.support import (
     Etcd,
     Host,
     calico_links,
-    end_process,
+    end_agents,
     import_busybox,
     run,
     start_docker,
@@ -63,14 +64,13 @@ def bare_host(etcd: Etcd) -> Iterator[Host]:
 
 def clear_host() -> None:
     """Remove what agents, namespaces and interfaces are left; fail for an interface that no namespace took along."""
-    for file in Path("/run/calico").glob("*/felix.pid"):
-        end_process(file)
+    end_agents()
     for family in ("inet", "arp"):
         run("nft", f"add table {family} calico; delete table {family} calico")
-    for version in ("-4", "-6"):  # fails for a route that goes away by itself meanwhile
-        wait_for(
-            lambda v=version: run("ip", v, "route", "flush", "proto", "80", check=False).status == 0, "flushing", 5
-        )
+    for version, proto in product(("-4", "-6"), ("80", "81", "bird")):
+        command = ("ip", version, "route", "flush", "proto", proto)
+        # fails for a route that goes away by itself meanwhile
+        wait_for(lambda c=command: run(*c, check=False).status == 0, "flushing", 5)
     spaces = [line.split()[0] for line in run("ip", "netns", "list").out.splitlines()]
     for space in spaces:
         run("ip", "netns", "delete", space)
@@ -115,8 +115,7 @@ def own_etcd(bare_host: Host, tmp_path: Path) -> Iterator[Etcd]:
     etcd.start()
     etcd.await_ready()
     yield etcd
-    for file in Path("/run/calico").glob("*/felix.pid"):
-        end_process(file)
+    end_agents()
     etcd.stop(9)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from tests.system.agent import AgentHost, outside_host
-from tests.system.support import CALICOCTL, Etcd, Result, end_process
+from tests.system.support import CALICOCTL, Etcd, Result, end_agents
 
 HOME = Path("/run/calico-tests/machines")
 
@@ -37,13 +38,12 @@ class Machine(AgentHost):
         """Be started anew: with another boot id, and an empty /run."""
         self.end()
         for file in (self.home / "run").glob("*/*"):
-            file.unlink()
+            shutil.rmtree(file) if file.is_dir() else file.unlink()
         (self.home / "boot-id").write_text(f"{uuid.uuid4()}\n")
 
     def end(self) -> None:
-        """Kill the machine's agents."""
-        for file in (self.home / "run").glob("*/felix.pid"):
-            end_process(file)
+        """Kill the machine's agents and BIRDs."""
+        end_agents(self.home / "run")
 
     @property
     def pid(self) -> int:

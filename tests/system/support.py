@@ -75,6 +75,13 @@ def end_process(pid_file: Path) -> None:
         wait_for(lambda: gone(int(text)), f"the end of process {text}")
 
 
+def end_agents(folder: Path = Path("/run/calico")) -> None:
+    """Kill the agents whose files are below a folder, and then the BIRDs that they have left running."""
+    for name in ("felix.pid", "bird.pid"):
+        for file in folder.glob(f"*/{name}"):
+            end_process(file)
+
+
 def gone(pid: int) -> bool:
     """Return whether a process has ended, even if nobody has asked for its exit status yet."""
     try:

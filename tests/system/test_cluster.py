@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.system.agent import AgentHost
-from tests.system.support import Etcd, Host, end_process, run, wait_for
+from tests.system.support import Etcd, Host, run, wait_for
 
 KEY = ("-newkey", "rsa:2048", "-nodes")
 HOME = Path("/run/calico-tests/cluster")
@@ -109,8 +109,7 @@ def apart(bare_host: Host) -> Iterator[list[Etcd]]:
         with running([away, *(Etcd(HOME / f"m{number}", f"m{number}", address=HERE) for number in (1, 2))]) as servers:
             yield servers
     finally:
-        for file in Path("/run/calico").glob("*/felix.pid"):
-            end_process(file)
+        end_agents()
         run("nft", "add table inet cut; delete table inet cut")
         run("ip", "link", "delete", "tomachine")
         run("ip", "netns", "delete", "machine")

@@ -11,7 +11,7 @@ import pytest
 
 from tests.system.agent import A4, AgentHost, holds
 from tests.system.machines import Machine, other_machine
-from tests.system.support import HOST_IP, Etcd, Host, calico_links, end_process, run, wait_for
+from tests.system.support import HOST_IP, Etcd, Host, calico_links, end_agents, run, wait_for
 
 STATUS = "/calico/felix/v1/host/host1/status"
 OLD_STATUS = json.dumps({"time": "2016-01-01T00:00:00Z", "uptime": 1.0, "first_update": False})
@@ -28,8 +28,7 @@ def open_etcd(bare_host: Host, tmp_path: Path) -> Iterator[Etcd]:
     )
     etcd.await_ready()
     yield etcd
-    for file in Path("/run/calico").glob("*/felix.pid"):
-        end_process(file)
+    end_agents()
     etcd.stop(9)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Collection, Iterable, Sequence
+from typing import Any, Callable
 
 from calicoctl.desired.local_endpoint import LocalEndpoint
 from calicoctl.desired.overlay import Tunnel
@@ -17,6 +18,7 @@ from calicoctl.felix.dataplane.conntrack import Connection, Listing
 from calicoctl.felix.dataplane.links import Link
 from calicoctl.felix.dataplane.nft import NftError
 from calicoctl.felix.dataplane.vxlan import Route
+from calicoctl.felix.events import BgpChanged
 from calicoctl.workloads.mtu import Underlay
 
 Tables = dict[str, dict[str, list[str]]]
@@ -277,13 +279,16 @@ class FakeVxlan:
 class FakeBgp:
     """The thread that runs BIRD, as BgpManager shows it: `wanted` has the configurations that it was given."""
 
-    def __init__(self, enabled: bool = False) -> None:
+    def __init__(self, put: Callable[[Any], None] = lambda event: None, enabled: bool = True) -> None:
+        """`put` takes the event that BIRD has been dealt with, once the thread is started."""
         self.enabled = enabled
+        self._put = put
         self.started = False
         self.wanted: list[Config] = []
 
     def start_once(self) -> None:
         self.started = True
+        self._put(BgpChanged(settled=True))
 
     def want(self, config: Config) -> None:
         self.wanted.append(config)

@@ -97,7 +97,7 @@ class AgentWorld:
         self.is_ready = 0
         self.agent = Agent(
             lambda *_: DatastoreClient(MemoryStore(), HOST),  # type: ignore[arg-type]
-            Drivers(self.nft, self.routes, self.conntrack, FakeVxlan(), FakeBgp()),  # type: ignore[arg-type]
+            Drivers(self.nft, self.routes, self.conntrack, FakeVxlan(), FakeBgp(self.queue.put)),  # type: ignore[arg-type]
             self.queue,
             self.ready,
             Options(),

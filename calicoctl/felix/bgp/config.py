@@ -10,7 +10,7 @@ Source of the language: the BIRD User's Guide, version 2.0.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -65,7 +65,7 @@ class Family:
 
     version: int
     own: str | None = None
-    is_here: bool = True
+    is_here: bool = False
     pools: tuple[str, ...] = ()
     blocks: tuple[str, ...] = ()
     addresses: tuple[str, ...] = ()
@@ -89,15 +89,18 @@ class Config:
         return tuple(neighbour for family in self.families for neighbour in family.neighbours)
 
 
-def derive(snapshot: Snapshot) -> Config:
-    """Return the configuration that follows from the store and from this host's network."""
+def derive(snapshot: Snapshot, here: Collection[str]) -> Config:
+    """Return the configuration that follows from the store and from this host's network.
+
+    `here` are those addresses that this host is registered with that its interfaces have.
+    """
     topology = snapshot.topology
     return Config(
         topology.own(4) or _router_id(snapshot.host),
         topology.as_num(snapshot.host),
         topology.hold_time,
         topology.log_level,
-        tuple(_family(snapshot, version) for version in BITS),
+        tuple(_family(snapshot, version, here) for version in BITS),
     )
 
 
@@ -107,13 +110,13 @@ def _router_id(host: str) -> str:
     return unpack(number.to_bytes(4, "big"))
 
 
-def _family(snapshot: Snapshot, version: int) -> Family:
+def _family(snapshot: Snapshot, version: int, here: Collection[str]) -> Family:
     routes, guards = announced(snapshot, version), guarded(snapshot, version)
     own = snapshot.topology.own(version)
     return Family(
         version,
         own,
-        own is None or snapshot.network.has(own) is not None,
+        own in here,
         tuple(pool.cidr for pool in plain_pools(snapshot, version)),
         routes.blocks,
         routes.addresses,

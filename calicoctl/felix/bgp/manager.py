@@ -68,7 +68,9 @@ class BgpManager(Manager):
         """Blocks that are not announced as a whole: what each overlaps."""
         self._settled_by: float | None = None
         """When the agent's start waits for BIRD no longer (monotonic); None before the first configuration."""
-        self._settled = not thread.enabled
+        self._settled = False
+        self._here: set[str] = set()
+        """Addresses that this host was registered with and had: one that is gone for a moment resets no session."""
 
     def on_event(self, event: Any) -> None:
         if isinstance(event, Dirty):
@@ -94,20 +96,21 @@ class BgpManager(Manager):
 
     @property
     def due_at(self) -> float | None:
-        return None if self._settled else self._settled_by
+        return None if self.is_settled else self._settled_by
 
     def apply(self) -> None:
         self._dirty = False
-        if not self._thread.enabled:
-            return
-        derived = config.derive(self._snapshot)
-        if derived == self._config:
-            return
-        self._config = derived
-        self._log_split()
         if self._settled_by is None:
             self._settled_by = time.monotonic() + SETTLING
-        self._thread.want(derived)
+        if not self._thread.enabled:
+            return
+        own = filter(None, map(self._snapshot.topology.own, (4, 6)))
+        self._here |= {address for address in own if self._snapshot.network.has(address) is not None}
+        derived = config.derive(self._snapshot, self._here)
+        if derived != self._config:
+            self._config = derived
+            self._log_split()
+            self._thread.want(derived)
 
     def _log_split(self) -> None:
         split = dict(one for version in (4, 6) for one in announced(self._snapshot, version).split)
@@ -132,6 +135,11 @@ class BgpThread(threading.Thread):
         self._put = put
         self._wanted: Config | None = None
         self._passwords: passwords.Passwords | None = None
+        self._text_of: tuple[Config | None, passwords.Passwords | None] = (None, None)
+        """What `_text` was made of."""
+        self._text: str | None = None
+        self._failures: dict[str, str | None] = {}
+        """The last failure that was emitted, by subject."""
         self._wake_reader, self._wake_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._state = self._reported = BgpChanged()
         self._in_use: str | None = None
@@ -162,10 +170,10 @@ class BgpThread(threading.Thread):
             wanted = self._wanted
             try:
                 self.round(wanted)
-                self._put(Failure(None, BGP))
+                self._fail(BGP, None)
             except Exception as error:  # of any kind: nothing else would run BIRD
                 log.debug("traceback:", exc_info=True)
-                self._put(Failure(f"BGP: {_words(error)}", BGP))
+                self._fail(BGP, f"BGP: {_words(error)}")
             self._state = replace(self._state, settled=wanted is not None)
             if self._state != self._reported:
                 self._reported = self._state
@@ -177,7 +185,14 @@ class BgpThread(threading.Thread):
             if self._instance.remove():
                 log.info("BGP is off: BIRD has ended, and its routes are removed")
         except Exception as error:  # of any kind: an exception in a thread would be lost
-            self._put(Failure(f"BGP is off, but BIRD cannot be ended: {_words(error)}", BGP))
+            self._fail(BGP, f"BGP is off, but BIRD cannot be ended: {_words(error)}")
+        self._put(BgpChanged(settled=True))
+
+    def _fail(self, subject: str, why: str | None) -> None:
+        """Emit a Failure if it is news."""
+        if self._failures.get(subject) != why:
+            self._failures[subject] = why
+            self._put(Failure(why, subject))
 
     def _wait(self) -> None:
         """Wait until BIRD ends, a configuration is handed over, or something else is due."""
@@ -200,7 +215,7 @@ class BgpThread(threading.Thread):
 
     def round(self, wanted: Config | None) -> None:
         """Do what is due now. Raises any exception; then `round` is to be called again."""
-        text = self._text(wanted)
+        text = self._rendered(wanted)
         self._follow_process(self._instance.pid())
         if self._state.pid is None:
             if time.monotonic() < self._start_at:
@@ -213,13 +228,16 @@ class BgpThread(threading.Thread):
         if self._state.pid is not None and time.monotonic() >= self._poll_at:
             self._poll()
 
-    def _text(self, wanted: Config | None) -> str | None:
+    def _rendered(self, wanted: Config | None) -> str | None:
         """Return the configuration's text, None while it is not known."""
         self._passwords = passwords.read(before=self._passwords)
-        self._put(Failure(self._passwords.problem, PASSWORDS))
+        self._fail(PASSWORDS, self._passwords.problem)
         if wanted is None or not self._passwords.known:
             return None
-        return config.text(wanted, self._passwords, self._instance.directory)
+        if self._text_of[0] is not wanted or self._text_of[1] is not self._passwords:
+            self._text = config.text(wanted, self._passwords, self._instance.directory)
+            self._text_of = wanted, self._passwords
+        return self._text
 
     def _follow_process(self, pid: int | None) -> None:
         """Note that BIRD has ended, or that another process of it runs."""
@@ -279,11 +297,11 @@ class BgpThread(threading.Thread):
         line = "" if error.line is None or error.line > len(lines) else lines[error.line - 1].strip()
         shown = re.sub('password ".*?"', 'password "…"', line)
         what = f"BIRD refuses a new configuration, and keeps the one before: {error}"
-        self._put(Failure(f"{what}: {shown}" if shown else what, CONFIGURATION))
+        self._fail(CONFIGURATION, f"{what}: {shown}" if shown else what)
 
     def _accepted(self) -> None:
         self._refused = None
-        self._put(Failure(None, CONFIGURATION))
+        self._fail(CONFIGURATION, None)
 
     def _poll(self) -> None:
         began = time.monotonic()
