@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.system.agent import AgentHost
-from tests.system.support import Etcd, Host, run, wait_for
+from tests.system.support import Etcd, Host, end_agents, run, wait_for
 
 KEY = ("-newkey", "rsa:2048", "-nodes")
 HOME = Path("/run/calico-tests/cluster")
