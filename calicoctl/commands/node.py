@@ -185,7 +185,7 @@ def _start(
             if in_background:
                 _start_agent(host, options)
                 undo.pop_all()
-                for failure in _host_failures(host):
+                for failure in process.troubles(host):
                     warn(f"Warning: {failure}.")
             else:
                 from calicoctl.felix import agent
@@ -272,12 +272,6 @@ def _start_agent(host: str, options: process.Options) -> None:
             "Warning: --metrics-port has no effect on it. Stop it with 'calicoctl node stop --force', which interrupts "
             "no traffic, and repeat this."
         )
-
-
-def _host_failures(host: str) -> list[str]:
-    """Return the failures in the agent's report that concern the whole host, such as a firewall that drops packets."""
-    failures = (process.report(host) or {}).get("troubles")
-    return [str(failure["error"]) for failure in failures] if isinstance(failures, list) else []
 
 
 def _started_etcd(host: str, log_dir: str) -> tuple[LocalEtcd, bool]:

@@ -17,6 +17,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable
 
@@ -27,12 +28,13 @@ from calicoctl.datastore.hosts import hostname
 from calicoctl.datastore.keys import INTERFACE_PREFIX
 from calicoctl.errors import CalicoError, DockerUnavailable
 from calicoctl.felix import process
-from calicoctl.felix.dataplane import docker_firewall
+from calicoctl.felix.bgp import instance
+from calicoctl.felix.dataplane import docker_firewall, vxlan
 from calicoctl.felix.dataplane.nft import Nft
 from calicoctl.felix.local_etcd import LocalEtcd
 from calicoctl.workloads import host_network, netns
 
-MODULES = ("veth", "nf_tables", "nf_conntrack", "nft_ct", "nft_nat", "nft_masq")
+MODULES = ("veth", "nf_tables", "nf_conntrack", "nft_ct", "nft_nat", "nft_masq", "vxlan")
 """The modules that `--fix` loads, for kernels that do not load them on demand."""
 
 OLDEST_DOCKER = (1, 9)
@@ -93,8 +95,11 @@ def check(libnetwork: bool = False) -> Iterator[Check]:
     yield docker
     yield _firewall(docker.ok)
     yield _old_felix()
+    yield from _bird()
+    yield _ports()
     yield from _etcd()
     yield _pools()
+    yield _ipip()
     yield from _host()
 
 
@@ -125,23 +130,24 @@ def _kernel() -> Iterator[Check]:
     release = platform.release()
     yield Check("kernel", platform.system() == "Linux", f"{platform.system()} {release}", advice="use a Linux host")
     advice = "run 'calicoctl checksystem --fix' to load what is missing, or use a kernel that has it"
-    for name, work in (
-        ("network namespaces", lambda: None),
-        ("veth", _try_veth),
-        ("nftables: policy, connection tracking, NAT, ARP", lambda: Nft().run(_TABLES)),
+    for name, work, needed in (
+        ("network namespaces", lambda: None, True),
+        ("veth", partial(_try_link, kind="veth", peer={"ifname": "check1"}), True),
+        ("nftables: policy, connection tracking, NAT, ARP", lambda: Nft().run(_TABLES), True),
+        ("VXLAN (for pools with --vxlan)", partial(_try_link, kind="vxlan", vxlan_id=1, vxlan_port=vxlan.PORT), False),
     ):
         if os.geteuid() != 0:
             yield Check(name, False, "not tried: that needs root", False, "run this as root, to find out")
             continue
         why = _in_new_namespace(work)
-        yield Check(name, why is None, why or "works", advice=advice)
+        yield Check(name, why is None, why or "works", needed, advice)
 
 
-def _try_veth() -> None:
+def _try_link(**options: Any) -> None:
     from pyroute2.iproute.linux import IPRoute
 
     with IPRoute() as netlink:
-        netlink.link("add", ifname="check0", kind="veth", peer={"ifname": "check1"})
+        netlink.link("add", ifname="check0", **options)
 
 
 def _in_new_namespace(work: Callable[[], object]) -> str | None:
@@ -309,6 +315,64 @@ def _old_felix() -> Check:
     )
 
 
+def _bird() -> Iterator[Check]:
+    """Check what `calicoctl node` needs to exchange routes with other hosts; one host works without."""
+    name = "BIRD 2 (for several hosts)"
+    try:
+        instance.refuse_missing()
+    except CalicoError as error:
+        advice = "run 'make install' again; or install it yourself, and run 'systemctl disable --now bird'"
+        yield Check(name, False, str(error), False, advice)
+        return
+    yield Check(name, True, _version("bird") or "", False)
+    name = "no other BIRD, port 179 is free"
+    try:
+        own = instance.Instance(hostname())
+        pid = own.pid()
+        if pid is None:
+            own.refuse_foreign()
+    except (CalicoError, OSError) as error:
+        yield Check(name, False, str(error), False, "see 'Found'")
+        return
+    yield Check(name, True, f"BIRD runs for the host agent (process {pid})" if pid else "yes", False)
+
+
+def _ports() -> Check:
+    """Check whether the host's firewall lets other hosts in. While the agent runs, it looks for itself, and closer."""
+    name = "firewall and other hosts"
+    if os.geteuid() != 0:
+        return _needs_root(name)
+    if _agent() is not None:
+        return Check(name, True, "the host agent checks it: see below", False)
+    try:
+        rules = Nft().run("list ruleset") + docker_firewall.saved()
+    except CalicoError as error:
+        return Check(name, False, f"not known: {error}", False, "repair the host's iptables")
+    missing = ports_not_mentioned(rules)
+    return Check(
+        name,
+        not missing,
+        f"it drops packets to this host, and no rule mentions {' or '.join(missing)}"
+        if missing
+        else "nothing drops packets to the ports of BGP and VXLAN, as far as can be seen",
+        False,
+        "for several hosts, accept TCP port 179 (BGP) and, for pools with --vxlan, UDP port 4789 from the other hosts",
+    )
+
+
+def ports_not_mentioned(rules: str) -> list[str]:
+    """Return the ports for other hosts that no rule mentions, if packets to the host are dropped by default.
+
+    `rules` is a text of nft and of iptables-save.
+    """
+    rules = re.sub(r"^table \w+ calico {.*?^}", "", rules, flags=re.MULTILINE | re.DOTALL)
+    drops = re.search(
+        r"^:INPUT DROP|^-A INPUT -j (DROP|REJECT)|type filter hook input [^;]*; policy drop;", rules, re.MULTILINE
+    )
+    ports = (("TCP port 179", r"\b(179|bgp)\b"), (f"UDP port {vxlan.PORT}", rf"\b{vxlan.PORT}\b"))
+    return [port for port, pattern in ports if not re.search(pattern, rules)] if drops else []
+
+
 def _etcd() -> Iterator[Check]:
     name = "etcd with its v2 API"
     try:
@@ -355,6 +419,23 @@ def _pools() -> Check:
     )
 
 
+def _ipip() -> Check:
+    name = "pools with IP-in-IP"
+    try:
+        datastore = DatastoreClient.from_environment()
+        found = [pool.cidr for version in (4, 6) for pool in datastore.readable_pools(version)[0] if pool.ipip]
+    except CalicoError as error:
+        return Check(name, False, f"not known: {error}", False, "fix that first")
+    return Check(
+        name,
+        not found,
+        f"{', '.join(found)}: this version's agents do not encapsulate in IP-in-IP" if found else "none",
+        False,
+        f"'calicoctl pool add {found[0] if found else 'CIDR'} --vxlan=cross-subnet' (or always) replaces it by VXLAN, "
+        "without it, the network must have routes to the hosts' blocks",
+    )
+
+
 def _agent() -> int | None:
     """Return the process id of this host's agent, None if no agent runs, or the host has no valid name."""
     with suppress(CalicoError):
@@ -372,6 +453,10 @@ def _host() -> Iterator[Check]:
     pid = _agent()
     found = f"runs (process {pid})" if pid else "does not run"
     yield Check("host agent", pid is not None, found, False, "start it with 'calicoctl node'")
+    if pid is not None:
+        troubles = process.troubles(host)
+        found = "; ".join(troubles) or "nothing"
+        yield Check("what fails, says the host agent", not troubles, found, False, "see 'calicoctl status'")
 
 
 def _read(path: Path) -> str:

@@ -103,6 +103,12 @@ def report(host: str) -> dict[str, object] | None:
     return value if isinstance(value, dict) and value.get("host") == host and "resyncs" in value else None
 
 
+def troubles(host: str) -> list[str]:
+    """Return the failures of the host as a whole that its agent reports, such as a firewall that drops packets."""
+    found = (report(host) or {}).get("troubles")
+    return [str(failure["error"]) for failure in found] if isinstance(found, list) else []
+
+
 @contextmanager
 def only_one(host: str) -> Iterator[None]:
     """Hold the locks and the pid file of the host's agent inside `with`.

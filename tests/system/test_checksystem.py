@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 from pathlib import Path
 
 from tests.system.agent import AgentHost
 from tests.system.support import AS_NOBODY, CALICOCTL, Host, not_installed, run
+
+BIRD, ALONE = "BIRD 2 (for several hosts)", "no other BIRD, port 179 is free"
 
 
 def checks(host: Host, *options: str, status: int = 0, **env: str) -> dict[str, dict]:
@@ -22,6 +25,8 @@ def test_checksystem(bare_host: Host) -> None:
     assert found["etcd with its v2 API"]["found"].startswith("version 3.")
     (limit,) = re.findall(r"thresh3 (\d+)", run("ip", "ntable", "show", "name", "arp_cache").out)
     assert f"room for {limit} endpoints" in found["neighbour table of IPv4"]["found"]
+    assert found["VXLAN (for pools with --vxlan)"]["found"] == "works"
+    assert found[BIRD]["found"].startswith("2.") and found[ALONE]["found"] == "yes"
     assert not found["host agent"]["ok"] and not found["host agent"]["needed"]
     links = run("ip", "-br", "link").out
     assert "check0" not in links and "check" not in run("nft", "list", "tables").out, "nothing is left"
@@ -65,6 +70,34 @@ def test_checksystem_where_nothing_is_as_it_should_be(bare_host: Host, engine: N
         assert "a key, where a directory is expected" in checks(bare_host, status=1)["etcd with its v2 API"]["found"]
     finally:
         bare_host.etcd._request("DELETE", "/calico")
+
+
+def test_checksystem_and_what_several_hosts_need(bare_host: Host) -> None:
+    with not_installed("bird"):
+        bird = checks(bare_host)[BIRD]
+    assert "there is no BIRD" in bird["found"] and "disable --now bird" in bird["advice"] and not bird["needed"]
+    with socket.create_server(("", 179)):
+        assert "another process listens on port 179" in checks(bare_host)[ALONE]["found"]
+    bare_host.ctl("pool", "add", "10.9.0.0/16", "--ipip")
+    pools = checks(bare_host)["pools with IP-in-IP"]
+    assert pools["found"].startswith("10.9.0.0/16: ") and "pool add 10.9.0.0/16 --vxlan=" in pools["advice"]
+    bare_host.ctl("pool", "add", "10.9.0.0/16", "--vxlan=cross-subnet")
+    assert checks(bare_host)["pools with IP-in-IP"]["ok"]
+    run("iptables", "-A", "INPUT", "-i", "lo", "-j", "ACCEPT")
+    run("iptables", "-P", "INPUT", "DROP")
+    try:
+        firewall = checks(bare_host)["firewall and other hosts"]
+        assert "no rule mentions TCP port 179 or UDP port 4789" in firewall["found"] and not firewall["ok"]
+        run("iptables", "-A", "INPUT", "-p", "tcp", "--dport", "179", "-j", "ACCEPT")
+        firewall = checks(bare_host)["firewall and other hosts"]
+        assert (
+            "no rule mentions UDP port 4789" in firewall["found"] and "4789 from the other hosts" in firewall["advice"]
+        )
+        run("iptables", "-A", "INPUT", "-p", "udp", "--dport", "4789", "-j", "ACCEPT")
+        assert checks(bare_host)["firewall and other hosts"]["ok"]
+    finally:
+        run("iptables", "-P", "INPUT", "ACCEPT")
+        run("iptables", "-F", "INPUT")
 
 
 def test_checksystem_and_a_firewall(bare_host: Host) -> None:

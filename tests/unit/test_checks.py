@@ -40,3 +40,47 @@ def test_how_many_endpoints_fit(
     assert all(text in check.found for text, check in zip(says, found))
     if endpoints == 1024:
         assert "net.ipv6.neigh.default.gc_thresh2 to 6144 and gc_thresh3 to 12288" in found[1].advice
+
+
+NFT = """table inet filter {{
+	chain input {{
+		type filter hook input priority filter; policy {policy};
+		tcp dport {{ 22, {port} }} accept
+	}}
+}}
+"""
+OURS = """table inet calico {
+	chain x {
+		type filter hook input priority filter - 10; policy drop;
+		tcp dport 179 accept
+	}
+}
+"""
+SAVED = """*filter
+:INPUT {policy} [0:0]
+-A INPUT -p tcp -m tcp --dport {port} -j ACCEPT
+{last}
+COMMIT
+"""
+
+
+@pytest.mark.parametrize(
+    ("rules", "missing"),
+    [
+        ("", 0),
+        (OURS, 0),
+        (NFT.format(policy="accept", port=80), 0),
+        (NFT.format(policy="drop", port=80), 2),
+        (NFT.format(policy="drop", port=80) + OURS, 2),
+        (NFT.format(policy="drop", port=179), 1),
+        (NFT.format(policy="drop", port="179, 4789"), 0),
+        (NFT.format(policy="drop", port="bgp, 4789"), 0),
+        (SAVED.format(policy="ACCEPT", port=1179, last=""), 0),
+        (SAVED.format(policy="DROP", port=1179, last=""), 2),
+        (SAVED.format(policy="DROP", port=179, last=""), 1),
+        (SAVED.format(policy="ACCEPT", port=22, last="-A INPUT -j REJECT --reject-with icmp-port-unreachable"), 2),
+        (SAVED.format(policy="ACCEPT", port=22, last="-A INPUT -s 192.0.2.1/32 -j DROP"), 0),
+    ],
+)
+def test_a_firewall_that_drops_by_default_and_mentions_no_port_of_other_hosts(rules: str, missing: int) -> None:
+    assert len(checks.ports_not_mentioned(rules)) == missing

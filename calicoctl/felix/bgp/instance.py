@@ -83,7 +83,7 @@ class Instance:
         """
         ran = self.ran_here()
         program = refuse_missing()
-        self._refuse_foreign(ran)
+        self.refuse_foreign()
         crashed = ran and self._control.exists()  # at an end in good order, BIRD removes it
         self._make_folder()
         refused: bird.Refused | None = None
@@ -151,7 +151,7 @@ class Instance:
         pid = self.pid()
         return pid is not None and bool(_listeners() & _sockets(pid))
 
-    def _refuse_foreign(self, ran_here: bool) -> None:
+    def refuse_foreign(self) -> None:
         """Raise CalicoError if there is another BIRD, a foreign listener on the port, or a foreign BIRD's route."""
         other = self._other_bird()
         if other is not None:
@@ -164,7 +164,7 @@ class Instance:
                 f"another process listens on port {PORT}, which BGP needs: end that one, or start the agent with "
                 "--bgp=off"
             )
-        if not ran_here and any(True for _ in _routes()):
+        if not self.ran_here() and any(True for _ in _routes()):
             raise CalicoError(
                 "there are routes of another BIRD, which ours would delete (ip route show proto bird; ip -6 route show "
                 "proto bird). If none is needed, delete them with 'ip route flush proto bird' and 'ip -6 route flush "

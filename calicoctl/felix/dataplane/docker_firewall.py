@@ -150,6 +150,11 @@ def old_felix_chains() -> dict[str, list[str]]:
     return found
 
 
+def saved() -> str:
+    """Return the host's own rules in the table `filter`, as iptables-save prints them. Raises CalicoError."""
+    return "".join(_run(f"{command}-save", "-t", "filter") for command in COMMANDS if _is_there(command))
+
+
 def _find_old_felix(command: str, found: dict[str, list[str]]) -> None:
     lines = _run(f"{command}-save").splitlines()
     chains = sorted({line[1:].split()[0] for line in lines if line.startswith(f":{_OLD_FELIX}")})
