@@ -11,10 +11,11 @@ Options:
 
 The archive, a .tar.gz that only its owner can read, is written to the folder
 for temporary files (TMPDIR, else /tmp). It holds this host's nftables and
-iptables rules, routes, neighbours, links, network settings, connections, the
-agent's logs and status, Calico's keys in etcd, versions, and Docker's
-containers and their networks; what cannot be read is left out. TLS keys,
-passwords and the containers' environment are not included. Run it as root to
+iptables rules, routes, neighbours, links, tunnels, network settings and
+connections, the agent's logs and status, BIRD's configuration, log, sessions
+and routes, Calico's keys in etcd, versions, and Docker's containers and their
+networks; what cannot be read is left out. TLS keys, passwords and the
+containers' environment are not included. Run it as root to
 include everything.
 
 Examples:

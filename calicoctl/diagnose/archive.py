@@ -29,6 +29,8 @@ from calicoctl.datastore.model import Endpoint, Peer, Pool, Rule
 from calicoctl.datastore.store import Entry
 from calicoctl.diagnose import checks, host_status
 from calicoctl.errors import CalicoError, redact_userinfo
+from calicoctl.felix.bgp import bird
+from calicoctl.felix.bgp.instance import Instance
 
 Source = Callable[[], str]
 
@@ -48,6 +50,8 @@ _COMMANDS = {
     "addresses.txt": ("ip", "address", "show"),
     "namespaces.txt": ("ip", "netns", "list"),
     "connections.txt": ("conntrack", "-L"),
+    "vxlan.txt": ("ip", "-details", "link", "show", "type", "vxlan"),
+    "forwarding.txt": ("bridge", "fdb", "show"),
 }
 
 _SETTINGS = ("net/ipv4/ip_forward", "net/ipv4/conf/*/*", "net/ipv6/conf/*/*", "net/netfilter/nf_conntrack_*")
@@ -94,6 +98,7 @@ _SECRETS = (
     (re.compile(r"-----BEGIN [A-Z0-9 ]+-----.*?(?:-----END [A-Z0-9 ]+-----|\Z)", re.DOTALL), _HIDDEN),
     (re.compile(r"(://)[^\s\"']*@"), rf"\1{_HIDDEN}@"),
     (re.compile(r"(^|[\s\"'(=])[^\s\"'(=@:]*:[^\s\"'@]*@", re.MULTILINE), rf"\1{_HIDDEN}@"),
+    (re.compile(r"(\bpassword\s+\").*?(\"|$)", re.IGNORECASE | re.MULTILINE), rf"\1{_HIDDEN}\2"),  # BIRD's
     (re.compile(r"(\bbearer\s+)\S+", re.IGNORECASE), rf"\1{_HIDDEN}"),
     (re.compile(r"(\bauthorization\b\\?[\"']?\s*[:=]).*", re.IGNORECASE), rf"\1 {_HIDDEN}"),
     (re.compile(rf"({_NAMES}\\?[\"']?\s*[:=]).*", re.IGNORECASE), rf"\1 {_HIDDEN}"),
@@ -111,6 +116,10 @@ def sources(log_dir: str) -> dict[str, Source]:
     found["docker.json"] = _docker
     for log in ("felix.log", "felix.log.1", "etcd.log"):
         found[log] = lambda log=log: _end_of(Path(log_dir) / log)  # type: ignore[misc]
+    for name, words in (("bird-protocols.txt", "show protocols all"), ("bird-routes.txt", "show route all")):
+        found[name] = lambda words=words: _from_bird(words)  # type: ignore[misc]
+    for name in ("conf", "log", "log.1"):
+        found[f"bird.{name}"] = lambda name=name: _end_of(Instance(hostname()).directory / name)  # type: ignore[misc]
     return found
 
 
@@ -243,6 +252,12 @@ def _docker() -> str:
         for container in engine.containers()
     ]
     return json.dumps(known, indent=1)
+
+
+def _from_bird(command: str) -> str:
+    """Return the answer of the agent's BIRD to a command. Raises CalicoError."""
+    with bird.control(Instance(hostname()).control()) as control:
+        return "".join(f"{line}\n" for _, line in control.command(command))
 
 
 def _end_of(path: Path) -> str:
