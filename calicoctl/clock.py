@@ -9,7 +9,12 @@ _FORMAT = "%Y-%m-%dT%H:%M:%SZ"
 
 def now() -> str:
     """Return the time in UTC, in ISO 8601, such as `2026-11-25T21:33:11Z`."""
-    return datetime.now(timezone.utc).strftime(_FORMAT)
+    return text(datetime.now(timezone.utc))
+
+
+def text(time: datetime) -> str:
+    """Return a time (UTC) in the format of `now`."""
+    return time.strftime(_FORMAT)
 
 
 def parse(text: str) -> datetime:

@@ -16,8 +16,11 @@ Options:
 
 `node-mesh` and `default-node-as` without a value print the current one; the
 defaults are on and 64511. For the peers of a single host, see 'calicoctl node
---help'. These settings in etcd are for a routing daemon (BIRD) on each host;
-the host agent runs none.
+--help'. The agent of each host runs BIRD with these settings, and a change
+takes effect within a second; 'calicoctl status' shows this host's sessions.
+Passwords of sessions are in /etc/calico/bgp-passwords on each host, not in
+etcd. With the mesh off, hosts learn routes from their peers alone, such as a
+route reflector.
 
 Examples:
   calicoctl bgp peer add 192.0.2.254 as 64512

@@ -11,15 +11,23 @@ Shows since when the agent runs, and the age of its report; since when reads,
 writes and watches of etcd work or fail; how many endpoints are up, down and
 in error (endpoints of stopped containers are down, which is no problem); how
 many workloads the agent has re-attached, and how many it has
-garbage-collected; the MTU of new interfaces; the last error; then the current
-problems, worst first, ten lines at most.
+garbage-collected; the MTU of new interfaces; the last error; the BGP sessions
+with other hosts and routers; then the current problems, worst first, ten
+lines at most.
+
+A BGP session is with a host of the full mesh (mesh), a peer of all hosts
+(global) or a peer of this host (node). If it is up, its state is Established,
+and `in` and `out` are the numbers of routes that were accepted from the peer
+and announced to it. JSON: bgp_sessions is an array of objects with peer, host
+(null for a peer that is no host), kind, as_num, state, up, since, routes_in,
+routes_out, last_error and suspicion (what may be wrong with its password).
 
 The exit status is 1 when etcd cannot be read, written or watched, when an
 endpoint is in error, and when the current status is unknown: the agent is not
 running, or its report is older than half a minute (it is written every ten
 seconds), or an agent on another machine has taken over the host's name. In
-all other cases it is 0, also if an old agent (Felix) reports for this host
-and none of this version runs here.
+all other cases it is 0, also if BGP sessions are down, or an old agent
+(Felix) reports for this host and none of this version runs here.
 
 Examples:
   calicoctl status
@@ -87,7 +95,7 @@ def _lines(status: dict[str, Any]) -> list[str]:
         f"Workloads:  {status['healed']} re-attached, {status['collected']} garbage-collected",
         f"MTU:        {_mtu(status['mtu'])}",
         f"Last error: {error['time'] + ' ' + error['error'] if error else 'none'}",
-        "BGP:        no sessions; this agent runs no routing daemon",
+        *_bgp_lines(status),
     ]
 
 
@@ -101,6 +109,33 @@ def _mtu(mtu: dict[str, Any]) -> str:
     if mtu["configured"] is not None:
         return f"{mtu['configured']}, as configured; underlay {underlay}"
     return underlay + ("" if mtu["overlay"] is None else f"; in pools with an overlay {mtu['overlay']}")
+
+
+def _bgp_lines(status: dict[str, Any]) -> list[str]:
+    """Return a line about BIRD, and a table of its sessions."""
+    label, sessions = "BGP:        ", status["bgp_sessions"]
+    if status["bgp"] is None:
+        return [f"{label}none; the agent is of an older version"]
+    if not status["bgp"]:
+        return [f"{label}off (--bgp=off)"]
+    failures = [failure["error"] for failure in status["troubles"] if failure["subject"] == "bgp"]
+    if failures:
+        return [f"{label}{failures[0].removeprefix('BGP: ')}"]
+    if status["bird"]["pid"] is None:
+        return [f"{label}BIRD has not been started yet"]
+    if not sessions:
+        return [f"{label}no sessions; there is no other host, and no peer"]
+    up = sum(session["up"] for session in sessions)
+    return [f"{label}{up} of {len(sessions)} sessions up", *(f"  {line}" for line in _session_table(sessions))]
+
+
+def _session_table(sessions: list[dict[str, Any]]) -> list[str]:
+    rows = [["peer", "host", "kind", "state", "since", "in", "out", "last error"]]
+    for session in sessions:
+        fields = ["peer", "host", "kind", "state", "since", "routes_in", "routes_out", "last_error"]
+        rows.append(["-" if session[name] is None else str(session[name]) for name in fields])
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
 
 
 def _absent(status: dict[str, Any]) -> str:

@@ -20,6 +20,7 @@ from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.keys import INTERFACE_PREFIX, EndpointId
 from calicoctl.errors import CalicoError
 from calicoctl.felix import heartbeat, process
+from calicoctl.felix.bgp import passwords
 from calicoctl.felix.health import NO_MTU
 from calicoctl.output import first_few
 from calicoctl.workloads.workload import short_id
@@ -27,7 +28,7 @@ from calicoctl.workloads.workload import short_id
 OLDEST_REPORT = 30.0
 """Age in seconds at which a report is stale: the loop of a working agent writes it every ten (agent.TICK) at least."""
 
-AGENT, STORE, ENDPOINT, HOST, KEY = "agent", "store", "endpoint", "host", "key"
+AGENT, STORE, ENDPOINT, HOST, KEY, BGP = "agent", "store", "endpoint", "host", "key", "bgp"
 
 _ABILITY = {"works": None, "since": None, "error": None}
 _NOTHING: dict[str, Any] = {
@@ -60,10 +61,17 @@ _NOTHING: dict[str, Any] = {
     "healed": 0,  # re-attached workloads: the name is fixed, since scripts read it
     "collected": 0,
     "mtu": NO_MTU,
+    "bird": {"pid": None, "listens": False, "restarts": 0, "refused_configurations": 0},
     "bgp_sessions": [],
     "report": {"time": None, "clock": None},
 }
 """All fields of a report, with the values that are used if there is no report."""
+
+_LATER = ("bgp", "bird", "mtu")
+"""Fields that reports of older agents lack."""
+
+_OLDEST = {name: value for name, value in _NOTHING.items() if name not in _LATER}
+"""The shape of the oldest report that can be read."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +101,7 @@ def read(host: str) -> dict[str, Any]:
     """
     pid = process.running(host)
     found = process.report(host)
-    readable = found is not None and _has_shape(found, _NOTHING)
+    readable = found is not None and _has_shape(found, _OLDEST)
     status: dict[str, Any] = {**_NOTHING, **(found if found is not None and readable else {})}
     status |= {"host": host, "running": pid is not None, "other_agent": None}
     if pid is None:
@@ -127,6 +135,7 @@ def _issues(status: dict[str, Any], pid: int | None) -> Iterator[Issue]:
     yield from _store(status)
     yield from _endpoints(status, "error")
     yield from _host_failures(status)
+    yield from _sessions(status)
     yield from _unknown_interfaces(status)
     yield from _endpoints(status, "down")
     yield from _endpoints(status, "up")
@@ -186,6 +195,26 @@ def _endpoints(status: dict[str, Any], state: str) -> Iterator[Issue]:
 def _host_failures(status: dict[str, Any]) -> Iterator[Issue]:
     for failure in status["troubles"]:
         yield Issue(HOST, f"{failure['error']} (since {failure['since']})")
+
+
+def _sessions(status: dict[str, Any]) -> Iterator[Issue]:
+    """Yield one sentence about the BGP sessions that are not up, and one for each guess why."""
+    sessions = status["bgp_sessions"]
+    down = [session for session in sessions if not session["up"]]
+    if down:
+        text = f"{len(down)} of {len(sessions)} BGP sessions {'is' if len(down) == 1 else 'are'} not up"
+        yield Issue(BGP, f"{text}: with {first_few(_peer(session) for session in down)}")
+    suspicions: dict[str, list[str]] = {}
+    for session in down:
+        if session["suspicion"]:
+            suspicions.setdefault(session["suspicion"], []).append(_peer(session))
+    for suspicion, peers in suspicions.items():
+        text = f"BGP session{'s' if len(peers) > 1 else ''} with {first_few(peers)}: {suspicion}"
+        yield Issue(BGP, text, f"compare {passwords.PATH} of both")
+
+
+def _peer(session: dict[str, Any]) -> str:
+    return f"{session['peer']} ({session['host']})" if session["host"] else str(session["peer"])
 
 
 def _unknown_interfaces(status: dict[str, Any]) -> Iterator[Issue]:

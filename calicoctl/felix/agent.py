@@ -126,6 +126,7 @@ class Agent:
         self._unread: set[str] = set(client.followed())
         """Directories of the store whose initial sync has not been received yet."""
         self._health = Health(client.host, __version__, asdict(options), frozenset(self._unread))
+        self._health.users = self._snapshot.topology.users
         self._ready: Callable[[], None] | None = ready
         self._metrics = Metrics(self._health, options.metrics_port)
         self._reporter = StoreReporter(datastore(report.PATIENCE), self._health, queue.put)

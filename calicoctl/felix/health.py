@@ -10,13 +10,15 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import InitVar, dataclass, field
 from typing import Any
 
+from calicoctl.addresses import pack
 from calicoctl.clock import now
 from calicoctl.datastore.keys import EndpointId
 from calicoctl.desired.snapshot import INACTIVE
+from calicoctl.felix.bgp.bird import Session
 from calicoctl.felix.events import BgpChanged, Failure
 from calicoctl.workloads.upkeep import COLLECTED, REATTACHED, Action
 
@@ -152,6 +154,8 @@ class Health:
     overlay; that of the `overlay` for pools with one (None if there are none); or the one `configured` for all."""
     bgp: BgpChanged = field(default_factory=BgpChanged)
     """What is known of BIRD."""
+    users: Mapping[str, str] = field(default_factory=dict)
+    """Address -> name of the host that is registered with it: see Topology."""
     resyncs: int = 0
     reattached: int = 0
     """Workloads that were re-attached; `healed` in the report and in metrics."""
@@ -229,5 +233,35 @@ class Health:
             "healed": self.reattached,
             "collected": self.collected,
             "mtu": self.mtu,
-            "bgp_sessions": [],
+            "bird": {
+                "pid": self.bgp.pid,
+                "listens": self.bgp.running,
+                "restarts": self.bgp.restarts,
+                "refused_configurations": self.bgp.refusals,
+            },
+            "bgp_sessions": [self._session(session) for session in sorted(self.bgp.sessions, key=_place)],
         }
+
+    def _session(self, session: Session) -> dict[str, Any]:
+        return {
+            "peer": session.peer,
+            "host": self.users.get(session.peer),
+            "kind": session.kind,
+            "as_num": session.as_num,
+            "state": session.state,
+            "up": session.is_up,
+            "since": session.since,
+            "routes_in": session.imported,
+            "routes_out": session.exported,
+            "last_error": session.error,
+            "suspicion": session.suspicion,
+        }
+
+
+def _place(session: Session) -> tuple[int, bytes]:
+    """Return the key that sorts sessions by their peers' addresses, IPv4 first."""
+    try:
+        packed = pack(session.peer)
+    except (OSError, ValueError):  # BIRD names none
+        return 0, b""
+    return len(packed), packed

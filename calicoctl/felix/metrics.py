@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from calicoctl.errors import CalicoError
 
 if TYPE_CHECKING:
+    from calicoctl.felix.events import BgpChanged
     from calicoctl.felix.health import Health
 
 ADDRESS = "127.0.0.1"
@@ -70,9 +71,29 @@ class _HealthCollector:
             "1 while the store can be read, written and followed.",
             int(self._health.store.works),
         )
+        yield from self._bgp(self._health.bgp)
         last = self._health.last_error
         yield GaugeMetricFamily(
             "calico_felix_last_error_timestamp_seconds",
             "Time of the last error; 0 for none.",
             datetime.fromisoformat(last["time"].replace("Z", "+00:00")).timestamp() if last else 0,
+        )
+
+    def _bgp(self, bgp: BgpChanged) -> Iterator[Any]:
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+        yield GaugeMetricFamily(
+            "calico_felix_bgp_sessions_configured", "BGP sessions that BIRD has.", len(bgp.sessions)
+        )
+        up = sum(session.is_up for session in bgp.sessions)
+        yield GaugeMetricFamily("calico_felix_bgp_sessions_up", "BGP sessions that are established.", up)
+        routes = GaugeMetricFamily("calico_felix_bgp_routes", "Routes of all BGP sessions.", labels=["direction"])
+        routes.add_metric(["in"], sum(session.imported for session in bgp.sessions))
+        routes.add_metric(["out"], sum(session.exported for session in bgp.sessions))
+        yield routes
+        yield CounterMetricFamily(
+            "calico_felix_bgp_bird_restarts", "How often BIRD was started again since the agent's start.", bgp.restarts
+        )
+        yield CounterMetricFamily(
+            "calico_felix_bgp_refused_configurations", "Configurations that BIRD has refused.", bgp.refusals
         )

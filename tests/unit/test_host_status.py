@@ -16,6 +16,7 @@ from calicoctl.desired.snapshot import INACTIVE
 from calicoctl.diagnose import host_status
 from calicoctl.errors import CalicoError
 from calicoctl.felix import events, process
+from calicoctl.felix.bgp.bird import Session
 from calicoctl.felix.health import Health, Status
 from calicoctl.felix.report import ReportFile
 
@@ -157,3 +158,78 @@ def test_the_file_is_written_anew_although_nothing_has_changed(health: Health) -
     assert file.is_due
     file.write(health)
     assert process.report_file(HOST).read_text() != first
+
+
+SESSIONS = (
+    Session("mesh4_172_18_0_12", "mesh", "172.18.0.12", "64511", "Established", "2026-01-01T00:00:00Z", 3, 2),
+    Session("mesh4_172_18_0_9", "mesh", "172.18.0.9", "64511", "Established", "2026-01-01T00:00:01Z", 1, 2),
+    Session("node4_192_0_2_1", "node", "192.0.2.1", "64512", "Active", "2026-01-01T00:00:02Z", error="Socket: reset"),
+    Session("mesh6_fd00__9", "mesh", "fd00::9", "64511", "Connect", "2026-01-01T00:00:03Z", suspicion="no password"),
+    Session("global6_fd00__fe", "global", "fd00::fe", "1", "Idle", "2026-01-01T00:00:04Z", suspicion="no password"),
+)
+
+
+def test_bgp_sessions_are_told_one_a_line_and_do_not_fail(health: Health, capsys: pytest.CaptureFixture[str]) -> None:
+    health.bgp = events.BgpChanged(True, 7, True, SESSIONS, restarts=2, refusals=1)
+    health.users = {"172.18.0.12": "host12", "172.18.0.9": "host9", "fd00::9": "host9"}
+    write(health)
+    out, why = told(capsys)
+    assert not why
+    assert out.partition("BGP:")[2].splitlines() == [
+        "        2 of 5 sessions up",
+        "  peer         host    kind    state        since                 in  out  last error",
+        "  172.18.0.9   host9   mesh    Established  2026-01-01T00:00:01Z  1   2    -",
+        "  172.18.0.12  host12  mesh    Established  2026-01-01T00:00:00Z  3   2    -",
+        "  192.0.2.1    -       node    Active       2026-01-01T00:00:02Z  0   0    Socket: reset",
+        "  fd00::9      host9   mesh    Connect      2026-01-01T00:00:03Z  0   0    -",
+        "  fd00::fe     -       global  Idle         2026-01-01T00:00:04Z  0   0    -",
+        "Problems:   2",
+        "  3 of 5 BGP sessions are not up: with 192.0.2.1, fd00::9 (host9), fd00::fe",
+        "  BGP sessions with fd00::9 (host9), fd00::fe: no password; compare /etc/calico/bgp-passwords of both",
+    ]
+    found = json.loads(told(capsys, "--output=json")[0])
+    assert found["bird"] == {"pid": 7, "listens": True, "restarts": 2, "refused_configurations": 1}
+    assert [session["peer"] for session in found["bgp_sessions"]] == [
+        *("172.18.0.9", "172.18.0.12", "192.0.2.1", "fd00::9", "fd00::fe")
+    ]
+    assert found["bgp_sessions"][2] == {
+        "peer": "192.0.2.1",
+        "host": None,
+        "kind": "node",
+        "as_num": "64512",
+        "state": "Active",
+        "up": False,
+        "since": "2026-01-01T00:00:02Z",
+        "routes_in": 0,
+        "routes_out": 0,
+        "last_error": "Socket: reset",
+        "suspicion": None,
+    }
+
+
+def test_what_keeps_bgp_from_running_is_told(health: Health, capsys: pytest.CaptureFixture[str]) -> None:
+    def line() -> str:
+        write(health)
+        out, why = told(capsys)
+        assert not why
+        return out.partition("\nBGP:        ")[2].partition("\n")[0]
+
+    assert line() == "BIRD has not been started yet"
+    health.bgp = events.BgpChanged(True, 7)
+    assert line() == "no sessions; there is no other host, and no peer"
+    health.record(events.Failure("BGP: there is no BIRD here: install it", "bgp"))
+    assert line() == "there is no BIRD here: install it"
+    health.options["bgp"] = False
+    assert line() == "off (--bgp=off)"
+
+
+def test_the_report_of_an_agent_without_bgp_is_readable(health: Health, capsys: pytest.CaptureFixture[str]) -> None:
+    del health.options["bgp"]
+    write(health)
+    file = process.report_file(HOST)
+    report = json.loads(file.read_text())
+    del report["bird"]
+    file.write_text(json.dumps(report))
+    out, why = told(capsys)
+    assert not why and "BGP:        none; the agent is of an older version\nProblems:   none" in out
+    assert json.loads(told(capsys, "--output=json")[0])["bird"]["pid"] is None

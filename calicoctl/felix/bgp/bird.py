@@ -13,8 +13,10 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 
+from calicoctl import clock
 from calicoctl.errors import CalicoError, one_line
 
 PATIENCE = 5.0
@@ -37,11 +39,12 @@ class Refused(CalicoError):
 
 @dataclass(frozen=True)
 class Session:
-    """A BGP session: with whom, in which state, since when (local time), and how many routes it brings and takes.
+    """A BGP session: with whom, in which state, since when (ISO 8601), and how many routes it brings and takes.
 
     `kind` is "mesh", "node" or "global", `peer` the peer's address, `as_num` its AS number. `state` is that of RFC
     4271: "Established" if the session is up, else "Idle", "Connect", "Active", "OpenSent" or "OpenConfirm".
-    `imported` and `exported` count routes; `error` is the last error, None if there was none.
+    `imported` and `exported` count routes; `error` is the last error, None if there was none. `suspicion` says what may
+    keep the session down, if anything points to that.
     """
 
     name: str
@@ -53,6 +56,7 @@ class Session:
     imported: int = 0
     exported: int = 0
     error: str | None = None
+    suspicion: str | None = None
 
     @property
     def is_up(self) -> bool:
@@ -184,7 +188,7 @@ def parse_sessions(lines: Iterable[tuple[str, str]]) -> Iterator[Session]:
                 )
             # name, protocol, table, state, date, time, and information
             words = line.split(None, 6)
-            name, since = (words[0], " ".join(words[4:6])) if len(words) >= 6 else ("", "")
+            name, since = (words[0], _in_utc(" ".join(words[4:6]))) if len(words) >= 6 else ("", "")
             details, counts = {}, (0, 0)
         elif code == _DETAIL:
             found = _COUNTS.search(line)
@@ -192,3 +196,11 @@ def parse_sessions(lines: Iterable[tuple[str, str]]) -> Iterator[Session]:
                 counts = int(found[1]), int(found[2])
             key, _, value = line.strip().partition(":")
             details.setdefault(key, value.strip())
+
+
+def _in_utc(local: str) -> str:
+    """Return BIRD's local time, in its format `iso long`, in the format of clock.now; another text as it is."""
+    try:
+        return clock.text(datetime.strptime(local, "%Y-%m-%d %H:%M:%S").astimezone(timezone.utc))
+    except ValueError:
+        return local

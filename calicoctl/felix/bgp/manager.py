@@ -24,6 +24,7 @@ from calicoctl.desired.snapshot import Dirty
 from calicoctl.errors import CalicoError
 from calicoctl.felix.bgp import bird, config, passwords
 from calicoctl.felix.bgp.instance import Instance, NotReady
+from calicoctl.felix.bgp.signatures import Signatures
 from calicoctl.felix.dataplane.manager import Context, Manager
 from calicoctl.felix.events import BgpChanged, Failure
 
@@ -141,6 +142,7 @@ class BgpThread(threading.Thread):
         self._failures: dict[str, str | None] = {}
         """The last failure that was emitted, by subject."""
         self._wake_reader, self._wake_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._signatures = Signatures()
         self._state = self._reported = BgpChanged()
         self._in_use: str | None = None
         """The text that BIRD uses, None while that is not known."""
@@ -306,7 +308,8 @@ class BgpThread(threading.Thread):
     def _poll(self) -> None:
         began = time.monotonic()
         self._poll_at = began + SHORT_POLL
-        sessions = tuple(self._instance.sessions())
+        self._signatures.update()
+        sessions = tuple(map(self._with_suspicion, self._instance.sessions()))
         running = self._instance.holds_port()
         self._state = replace(self._state, sessions=sessions, running=running)
         now = time.monotonic()
@@ -316,6 +319,12 @@ class BgpThread(threading.Thread):
             self._poll_at = now + LONG_POLL
         else:
             self._poll_at = now + max(SHORT_POLL, 50 * (now - began))  # at most 2 % of the time
+
+    def _with_suspicion(self, session: bird.Session) -> bird.Session:
+        if session.is_up or self._passwords is None or not self._passwords.known:
+            return session
+        password = self._passwords.of(session.peer, session.kind == config.MESH)
+        return replace(session, suspicion=self._signatures.suspicion(password is not None))
 
 
 def _words(error: Exception) -> str:

@@ -1,0 +1,36 @@
+"""The metrics about BGP, as a scrape shows them."""
+
+from __future__ import annotations
+
+from wsgiref.util import setup_testing_defaults
+
+import pytest
+
+from calicoctl.felix import events, metrics_server
+from calicoctl.felix.bgp.bird import Session
+from calicoctl.felix.health import Health
+from calicoctl.felix.metrics import Metrics
+
+
+def test_sessions_routes_restarts_and_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
+    served = []
+    monkeypatch.setattr(metrics_server, "serve", lambda app, address, port: served.append(app))
+    health = Health("host1", "1")
+    Metrics(health, 9091)
+    sessions = (
+        Session("mesh4_192_0_2_1", "mesh", "192.0.2.1", "1", "Established", "", 3, 2),
+        Session("mesh4_192_0_2_2", "mesh", "192.0.2.2", "1", "Established", "", 1, 2),
+        Session("mesh4_192_0_2_3", "mesh", "192.0.2.3", "1", "Connect", ""),
+    )
+    health.bgp = events.BgpChanged(True, 7, True, sessions, restarts=2, refusals=1)
+    environ: dict[str, object] = {}
+    setup_testing_defaults(environ)
+    lines = b"".join(served[0](environ, lambda *_: None)).decode().splitlines()
+    assert [line for line in lines if line.startswith("calico_felix_bgp_")] == [
+        "calico_felix_bgp_sessions_configured 3.0",
+        "calico_felix_bgp_sessions_up 2.0",
+        'calico_felix_bgp_routes{direction="in"} 4.0',
+        'calico_felix_bgp_routes{direction="out"} 4.0',
+        "calico_felix_bgp_bird_restarts_total 2.0",
+        "calico_felix_bgp_refused_configurations_total 1.0",
+    ]
