@@ -43,6 +43,7 @@ from calicoctl.datastore.hosts import hostname
 from calicoctl.diagnose import host_status
 from calicoctl.diagnose.host_status import AGENT, ENDPOINT, STORE, Issue
 from calicoctl.errors import CalicoError, one_line
+from calicoctl.felix import events
 from calicoctl.grammar import Prepared, parse
 from calicoctl.output import print_json, wants_json
 
@@ -118,15 +119,17 @@ def _bgp_lines(status: dict[str, Any]) -> list[str]:
         return [f"{label}none; the agent is of an older version"]
     if not status["bgp"]:
         return [f"{label}off (--bgp=off)"]
-    failures = [failure["error"] for failure in status["troubles"] if failure["subject"] == "bgp"]
-    if failures:
-        return [f"{label}{failures[0].removeprefix('BGP: ')}"]
+    failures = {failure["subject"]: failure["error"] for failure in status["troubles"]}
+    if events.BGP in failures:
+        return [f"{label}{failures[events.BGP].removeprefix('BGP: ')}"]
     if status["bird"]["pid"] is None:
-        return [f"{label}BIRD has not been started yet"]
+        return [f"{label}{failures.get(events.BGP_PASSWORDS, 'BIRD has not been started yet')}"]
+    refused = "; BIRD refuses the newest configuration (see below)" if events.BGP_CONFIGURATION in failures else ""
     if not sessions:
-        return [f"{label}no sessions; there is no other host, and no peer"]
+        return [f"{label}no sessions; there is no other host, and no peer{refused}"]
     up = sum(session["up"] for session in sessions)
-    return [f"{label}{up} of {len(sessions)} sessions up", *(f"  {line}" for line in _session_table(sessions))]
+    table = [f"  {line}" for line in _session_table(sessions)]
+    return [f"{label}{up} of {len(sessions)} sessions up{refused}", *table]
 
 
 def _session_table(sessions: list[dict[str, Any]]) -> list[str]:

@@ -32,6 +32,7 @@ from calicoctl.felix.bgp import instance
 from calicoctl.felix.dataplane import docker_firewall, vxlan
 from calicoctl.felix.dataplane.nft import Nft
 from calicoctl.felix.local_etcd import LocalEtcd
+from calicoctl.output import first_few
 from calicoctl.workloads import host_network, netns
 
 MODULES = ("veth", "nf_tables", "nf_conntrack", "nft_ct", "nft_nat", "nft_masq", "vxlan")
@@ -97,6 +98,8 @@ def check(libnetwork: bool = False) -> Iterator[Check]:
     yield _old_felix()
     yield from _bird()
     yield _ports()
+    with suppress(CalicoError):  # the check of the host name says why
+        yield _mtu((process.report(hostname()) or {}).get("mtu"))
     yield from _etcd()
     yield _pools()
     yield _ipip()
@@ -331,6 +334,8 @@ def _bird() -> Iterator[Check]:
         pid = own.pid()
         if pid is None:
             own.refuse_foreign()
+        else:
+            own.refuse_other_bird()
     except (CalicoError, OSError) as error:
         yield Check(name, False, str(error), False, "see 'Found'")
         return
@@ -457,6 +462,36 @@ def _host() -> Iterator[Check]:
         troubles = process.troubles(host)
         found = "; ".join(troubles) or "nothing"
         yield Check("what fails, says the host agent", not troubles, found, False, "see 'calicoctl status'")
+
+
+def _mtu(reported: Any) -> Check:
+    """Check the MTU of endpoints' interfaces; `reported` is what the agent reports of it."""
+    name = "MTU of containers' interfaces"
+    if not isinstance(reported, dict):
+        return Check(name, True, "not known: there is no report of a host agent", False)
+    found = {link: _read(Path(f"/sys/class/net/{link}/mtu")) for _, link in socket.if_nameindex()}
+    links = {link: int(mtu) for link, mtu in found.items() if link.startswith(INTERFACE_PREFIX) and mtu.isdigit()}
+    return mtu_check(name, reported, links)
+
+
+def mtu_check(name: str, reported: dict[str, Any], links: dict[str, int]) -> Check:
+    """Compare the MTU of endpoints' interfaces, by name, with what can be carried to other hosts.
+
+    `reported` is the field `mtu` of the agent's report.
+    """
+    underlay = [mtu for mtu in reported["underlay"].values() if mtu is not None]
+    carried = [*underlay, *filter(None, [reported["overlay"]])]
+    configured = reported["configured"]
+    if not carried:
+        return Check(name, True, "not known: this host is registered with no address of its interfaces", False)
+    if configured is not None and configured > min(carried):
+        text = f"new ones get {configured}, as configured, and {min(carried)} bytes can be carried to other hosts"
+        return Check(name, False, text, False, f"'calicoctl config felix MTU {min(carried)}', or --remove")
+    large = [link for link, mtu in links.items() if mtu > max(underlay)]
+    if large:
+        text = f"{first_few(sorted(large))}: larger than {max(underlay)}, which can be carried to other hosts"
+        return Check(name, False, text, False, "restart these containers, so that they get new interfaces")
+    return Check(name, True, f"at most {max(underlay)}, which can be carried to other hosts", False)
 
 
 def _read(path: Path) -> str:

@@ -210,7 +210,7 @@ def _sessions(status: dict[str, Any]) -> Iterator[Issue]:
             suspicions.setdefault(session["suspicion"], []).append(_peer(session))
     for suspicion, peers in suspicions.items():
         text = f"BGP session{'s' if len(peers) > 1 else ''} with {first_few(peers)}: {suspicion}"
-        yield Issue(BGP, text, f"compare {passwords.PATH} of both")
+        yield Issue(BGP, text, f"compare the passwords of both ends (here: {passwords.PATH})")
 
 
 def _peer(session: dict[str, Any]) -> str:

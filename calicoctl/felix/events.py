@@ -162,6 +162,10 @@ class Failure:
     subject: str | None = None
 
 
+BGP, BGP_CONFIGURATION, BGP_PASSWORDS = "bgp", "bgp configuration", "bgp passwords"
+"""Subjects of failures: BIRD does not run or answer; it refuses a configuration; the passwords' file is refused."""
+
+
 @dataclass(frozen=True)
 class BgpChanged:
     """What is known of BIRD: the process that the agent runs, and its BGP sessions, in order of their addresses.

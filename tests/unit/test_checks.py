@@ -84,3 +84,27 @@ COMMIT
 )
 def test_a_firewall_that_drops_by_default_and_mentions_no_port_of_other_hosts(rules: str, missing: int) -> None:
     assert len(checks.ports_not_mentioned(rules)) == missing
+
+
+@pytest.mark.parametrize(
+    ("underlay", "overlay", "configured", "links", "wrong"),
+    [
+        ((None, None), None, 9000, {"cali1": 9000}, ""),
+        ((1500, None), 1450, None, {"cali1": 1500, "cali2": 1450}, ""),
+        ((1500, 9000), 1450, 1450, {"cali1": 9000}, ""),
+        ((1400, None), None, None, {"cali1": 1500, "cali2": 1400, "cali3": 1500}, "cali1, cali3: larger than 1400"),
+        ((1500, None), 1450, 1500, {}, "new ones get 1500, as configured, and 1450 bytes"),
+        ((1500, 1400), None, 1500, {}, "new ones get 1500, as configured, and 1400 bytes"),
+        ((1500, None), None, 1500, {}, ""),
+    ],
+)
+def test_interfaces_that_send_larger_packets_than_the_underlay_carries(
+    underlay: tuple[int | None, int | None],
+    overlay: int | None,
+    configured: int | None,
+    links: dict[str, int],
+    wrong: str,
+) -> None:
+    reported = {"underlay": dict(zip(("ipv4", "ipv6"), underlay)), "overlay": overlay, "configured": configured}
+    found = checks.mtu_check("MTU", reported, links)
+    assert found.ok is not bool(wrong) and wrong in found.found and not found.needed

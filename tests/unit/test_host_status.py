@@ -185,7 +185,8 @@ def test_bgp_sessions_are_told_one_a_line_and_do_not_fail(health: Health, capsys
         "  fd00::fe     -       global  Idle         2026-01-01T00:00:04Z  0   0    -",
         "Problems:   2",
         "  3 of 5 BGP sessions are not up: with 192.0.2.1, fd00::9 (host9), fd00::fe",
-        "  BGP sessions with fd00::9 (host9), fd00::fe: no password; compare /etc/calico/bgp-passwords of both",
+        "  BGP sessions with fd00::9 (host9), fd00::fe: no password; compare the passwords of "
+        "both ends (here: /etc/calico/bgp-passwords)",
     ]
     found = json.loads(told(capsys, "--output=json")[0])
     assert found["bird"] == {"pid": 7, "listens": True, "restarts": 2, "refused_configurations": 1}
@@ -219,6 +220,14 @@ def test_what_keeps_bgp_from_running_is_told(health: Health, capsys: pytest.Capt
     assert line() == "no sessions; there is no other host, and no peer"
     health.record(events.Failure("BGP: there is no BIRD here: install it", "bgp"))
     assert line() == "there is no BIRD here: install it"
+    health.record(events.Failure(None, "bgp"))
+    health.record(events.Failure("BIRD refuses a new configuration: it says why", "bgp configuration"))
+    assert (
+        line() == "no sessions; there is no other host, and no peer; BIRD refuses the newest configuration (see below)"
+    )
+    health.bgp = events.BgpChanged()
+    health.record(events.Failure("the file is refused", "bgp passwords"))
+    assert line() == "the file is refused"
     health.options["bgp"] = False
     assert line() == "off (--bgp=off)"
 

@@ -153,12 +153,7 @@ class Instance:
 
     def refuse_foreign(self) -> None:
         """Raise CalicoError if there is another BIRD, a foreign listener on the port, or a foreign BIRD's route."""
-        other = self._other_bird()
-        if other is not None:
-            raise CalicoError(
-                f"another BIRD (process {other}) runs here: two on one routing table delete each other's routes. End "
-                "that one, or start the agent with --bgp=off"
-            )
+        self.refuse_other_bird()
         if _listeners():
             raise CalicoError(
                 f"another process listens on port {PORT}, which BGP needs: end that one, or start the agent with "
@@ -169,6 +164,15 @@ class Instance:
                 "there are routes of another BIRD, which ours would delete (ip route show proto bird; ip -6 route show "
                 "proto bird). If none is needed, delete them with 'ip route flush proto bird' and 'ip -6 route flush "
                 "proto bird'; else start the agent with --bgp=off"
+            )
+
+    def refuse_other_bird(self) -> None:
+        """Raise CalicoError if there is another BIRD, whether ours runs or not."""
+        other = self._other_bird()
+        if other is not None:
+            raise CalicoError(
+                f"another BIRD (process {other}) runs here: two on one routing table delete each other's routes. End "
+                "that one, or start the agent with --bgp=off"
             )
 
     def _other_bird(self) -> int | None:

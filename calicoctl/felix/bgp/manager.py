@@ -26,7 +26,7 @@ from calicoctl.felix.bgp import bird, config, passwords
 from calicoctl.felix.bgp.instance import Instance, NotReady
 from calicoctl.felix.bgp.signatures import Signatures
 from calicoctl.felix.dataplane.manager import Context, Manager
-from calicoctl.felix.events import BgpChanged, Failure
+from calicoctl.felix.events import BGP, BGP_CONFIGURATION, BGP_PASSWORDS, BgpChanged, Failure
 
 if TYPE_CHECKING:
     from calicoctl.felix.bgp.config import Config
@@ -51,9 +51,6 @@ SHORT_LIFE = 10.0
 
 SETTLING = 10.0
 """Seconds for which the agent's start waits for BIRD at most."""
-
-BGP, CONFIGURATION, PASSWORDS = "bgp", "bgp configuration", "bgp passwords"
-"""Subjects of failures."""
 
 
 class BgpManager(Manager):
@@ -233,7 +230,7 @@ class BgpThread(threading.Thread):
     def _rendered(self, wanted: Config | None) -> str | None:
         """Return the configuration's text, None while it is not known."""
         self._passwords = passwords.read(before=self._passwords)
-        self._fail(PASSWORDS, self._passwords.problem)
+        self._fail(BGP_PASSWORDS, self._passwords.problem)
         if wanted is None or not self._passwords.known:
             return None
         if self._text_of[0] is not wanted or self._text_of[1] is not self._passwords:
@@ -299,11 +296,11 @@ class BgpThread(threading.Thread):
         line = "" if error.line is None or error.line > len(lines) else lines[error.line - 1].strip()
         shown = re.sub('password ".*?"', 'password "…"', line)
         what = f"BIRD refuses a new configuration, and keeps the one before: {error}"
-        self._fail(CONFIGURATION, f"{what}: {shown}" if shown else what)
+        self._fail(BGP_CONFIGURATION, f"{what}: {shown}" if shown else what)
 
     def _accepted(self) -> None:
         self._refused = None
-        self._fail(CONFIGURATION, None)
+        self._fail(BGP_CONFIGURATION, None)
 
     def _poll(self) -> None:
         began = time.monotonic()
