@@ -83,7 +83,8 @@ class Instance:
         """
         ran = self.ran_here()
         program = refuse_missing()
-        self.refuse_foreign()
+        if not self._recognise():
+            self.refuse_foreign()
         crashed = ran and self._control.exists()  # at an end in good order, BIRD removes it
         self._make_folder()
         refused: bird.Refused | None = None
@@ -99,6 +100,14 @@ class Instance:
         if refused is not None:
             raise refused
         return crashed
+
+    def _recognise(self) -> bool:
+        """Return whether a BIRD of ours runs that no pid file names: the agent that started it was killed just then."""
+        pid = self._other_bird()
+        if pid is None or self.process.marker not in proc.arguments(pid):
+            return False
+        self.process.pid_file.write_text(f"{pid}\n")
+        return True
 
     def _command(self, program: str, recover: bool) -> list[str]:
         command = [program, "-f", "-c", self.process.marker, "-s", str(self._control), "-u", USER, "-g", USER]

@@ -145,8 +145,10 @@ class BgpThread(threading.Thread):
         """The text that BIRD uses, None while that is not known."""
         self._refused: str | None = None
         """The text that BIRD has refused, None if it has accepted the last one."""
-        self._began = self._start_at = self._poll_at = 0.0
-        """When BIRD was started, and when to start it, or to look at its sessions, next (monotonic)."""
+        self._began: float | None = None
+        """When BIRD was started (monotonic), or long ago if it was adopted; None before there was one."""
+        self._start_at = self._poll_at = 0.0
+        """When to start it, and when to look at its sessions, next (monotonic)."""
         self._not_running = ""
         """Why BIRD is not started before `_start_at`."""
         self._pause = FIRST_PAUSE
@@ -246,18 +248,18 @@ class BgpThread(threading.Thread):
         self._in_use, self._poll_at = None, now
         self._state = replace(self._state, pid=pid, running=False, sessions=())
         if pid is not None:
-            self._began = now
+            self._began = now - SHORT_LIFE
             log.info("BIRD runs (process %d)", pid)
             return
         log.warning("BIRD (process %s) has ended", before)
-        if now - self._began < SHORT_LIFE:
+        if self._began is not None and now - self._began < SHORT_LIFE:
             self._start_at, self._not_running = now + self._pause, "BIRD has ended, and is started again in a moment"
             self._pause = min(LONGEST_PAUSE, self._pause * 2)
         else:
             self._start_at, self._pause = now, FIRST_PAUSE
 
     def _start(self, text: str | None) -> None:
-        again = self._began > 0.0
+        again = self._began is not None
         try:
             recovered = self._instance.start(None if text == self._refused else text)
         except NotReady:
@@ -275,6 +277,7 @@ class BgpThread(threading.Thread):
         if self._state.pid is None:
             self._start_at, self._not_running = time.monotonic() + LONGEST_PAUSE, "BIRD does not run"
             raise CalicoError(self._not_running)
+        self._began = time.monotonic()
         self._state = replace(self._state, restarts=self._state.restarts + again)
         if self._refused is None:
             self._in_use = text
@@ -310,7 +313,7 @@ class BgpThread(threading.Thread):
         running = self._instance.holds_port()
         self._state = replace(self._state, sessions=sessions, running=running)
         now = time.monotonic()
-        if sessions and not running and now - self._began < SHORT_LIFE:
+        if sessions and not running and now - (self._began or now) < SHORT_LIFE:
             self._poll_at = now + PORT_POLL
         elif all(session.is_up for session in sessions):
             self._poll_at = now + LONG_POLL
