@@ -5,15 +5,21 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.system.support import CALICOCTL, Host, free_port, run
+from tests.system.fabric import FabricHost, fabric
+from tests.system.support import CALICOCTL, Etcd, Host, Result, free_port, run
+
+NAMES = ("workload", "other", "web", "db", "guest")
+"""Containers of all pages."""
 
 ROOT = Path(__file__).parent.parent.parent
 PAGES = sorted([*(ROOT / "docs").glob("*.md"), *(ROOT / "docs/commands").glob("*.md")])
-PAGES = [page for page in PAGES if "```sh\n" in page.read_text()]
+PAGES = [page for page in PAGES if "```sh\n" in page.read_text() and page.stem not in ("hosts", "fabrics")]
 
 NODE = "calicoctl node --ip=192.0.2.2"
 TWO = f"""{NODE}
@@ -46,11 +52,31 @@ BEFORE = {
 }
 """What a page takes for granted."""
 
+FABRICS = {"hosts": (0, 0, 0), "fabrics": (0, 0, 1)}
+"""Pages about several hosts: the networks of host1, host2 and host3, of which the second is behind a router."""
+
 
 def examples(page: Path) -> list[tuple[str, bool]]:
     """Return a page's command lines, and whether each is said to fail."""
     blocks = re.findall(r"```sh\n(.*?)```", page.read_text(), re.DOTALL)
-    lines = [line for block in blocks for line in block.splitlines() if line.strip()]
+    return [line for block in blocks for line in _lines(block)]
+
+
+def examples_on_hosts(page: Path) -> Iterator[tuple[list[int], int | None, list[tuple[str, bool]]]]:
+    """Yield a page's blocks: the numbers of the hosts to run it on, that of a host that is dead, and its lines.
+
+    A block begins with `# on host1`, `# on host1, host2 and host3`, or `# on host1, when host3 is dead`.
+    """
+    for block in re.findall(r"```sh\n(.*?)```", page.read_text(), re.DOTALL):
+        where, _, lines = block.partition("\n")
+        assert where.startswith("# on host"), block
+        alive, _, dead = where.partition(", when ")
+        numbers = [int(number) for number in re.findall(r"host(\d)", alive)]
+        yield numbers, int(re.findall(r"host(\d)", dead)[0]) if dead else None, _lines(lines)
+
+
+def _lines(block: str) -> list[tuple[str, bool]]:
+    lines = [line for line in block.splitlines() if line.strip()]
     return [(line.partition("  #")[0].strip(), line.endswith("# fails")) for line in lines]
 
 
@@ -64,10 +90,7 @@ def readme() -> list[tuple[str, bool]]:
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.stem)
 def test_the_command_lines_work(bare_host: Host, engine: None, page: Path, tmp_path: Path) -> None:
-    tools = tmp_path / "bin"
-    tools.mkdir()
-    (tools / "sudo").write_text('#!/bin/sh\nexec "$@"\n')
-    (tools / "sudo").chmod(0o755)
+    tools = fake_sudo(tmp_path)
     environment = bare_host.environment()
     environment["PATH"] = f"{tools}:{Path(CALICOCTL).parent}:{environment['PATH']}"
     environment["TMPDIR"] = str(tmp_path)
@@ -90,9 +113,59 @@ def test_the_command_lines_work(bare_host: Host, engine: None, page: Path, tmp_p
             assert (done.returncode != 0) == fails, (line, done)
             assert "Traceback" not in done.stderr
     finally:
-        names = ("workload", "other", "web", "db", "guest")
-        run("docker", "rm", "-f", *names, check=False)
+        run("docker", "rm", "-f", *NAMES, check=False)
         shell("calicoctl node remove --remove-endpoints")
         shutil.rmtree("/var/lib/calico", ignore_errors=True)
         for name in run("ip", "netns", "list").out.split():
             run("ip", "netns", "delete", name, check=False)
+
+
+@pytest.mark.parametrize("name", FABRICS)
+def test_the_command_lines_work_on_several_hosts(bare_host: Host, engine: None, name: str, tmp_path: Path) -> None:
+    etcd = Etcd(tmp_path / "etcd")
+    etcd.start(None, f"--listen-client-urls=http://0.0.0.0:{etcd.port}", f"--advertise-client-urls={etcd.url}")
+    tools = fake_sudo(tmp_path)
+    try:
+        etcd.await_ready()
+        with fabric(etcd, *FABRICS[name]) as hosts:
+            for number, host in enumerate(hosts, 1):
+                host.name = f"host{number}"
+            for numbers, dead, lines in examples_on_hosts(ROOT / f"docs/{name}.md"):
+                if dead is not None:
+                    die(hosts[dead - 1])
+                for host in (hosts[number - 1] for number in numbers):
+                    environment = {n: v for n, v in host.environment().items() if not n.startswith("ETCD_")}
+                    environment["PATH"] = f"{tools}:{environment['PATH']}"
+                    for line, fails in lines:
+                        line = line.replace("172.18.0.1:2379", f"172.18.0.1:{etcd.port}")
+                        done = patiently(host, line, fails, environment)
+                        assert (done.status != 0) == fails, (host.name, line, done)
+                        assert "Traceback" not in done.err
+    finally:
+        etcd.stop(9)
+        run("docker", "rm", "-f", *NAMES, check=False)
+
+
+def fake_sudo(folder: Path) -> Path:
+    """Make a folder with a `sudo` that changes nothing; return it."""
+    tools = folder / "bin"
+    tools.mkdir()
+    (tools / "sudo").write_text('#!/bin/sh\nexec "$@"\n')
+    (tools / "sudo").chmod(0o755)
+    return tools
+
+
+def die(host: FabricHost) -> None:
+    """Let a host die, and its heartbeat expire."""
+    host.unplug()
+    host.end()
+    host.etcd.delete(f"/calico/felix/v1/host/{host.name}/status")
+
+
+def patiently(host: FabricHost, line: str, fails: bool, environment: dict[str, str]) -> Result:
+    """Run a line; repeat one with packets, which a reader would, too, until routes have got around."""
+    until = time.monotonic() + (20 if "ping" in line and not fails else 0)
+    while True:
+        done = host.run("bash", "-c", line, check=False, env=environment)
+        if done.status == 0 or time.monotonic() >= until:
+            return done
