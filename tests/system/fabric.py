@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from tests.system.machines import Machine
-from tests.system.support import CALICOCTL, Etcd, Result, run, wait_for
+from tests.system.support import CALICOCTL, Etcd, Result, run
 
 ETC = Path("/etc/calico")
 NETWORKS = (("172.18.0.", "fd00:18::"), ("172.19.0.", "fd00:19::"))
@@ -147,8 +147,8 @@ class FabricHost(Machine):
                 self.run("ip", "netns", "delete", name, check=False)
             self._holder.kill()
             self._holder.communicate()
+        run("ip", "link", "delete", self.namespace, check=False)  # the kernel may take long to end the namespace
         run("ip", "netns", "delete", self.namespace, check=False)
-        wait_for(lambda: run("ip", "link", "show", self.namespace, check=False).status != 0, "its cable", 10)
         shutil.rmtree(self.home, ignore_errors=True)
 
 
