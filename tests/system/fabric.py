@@ -16,7 +16,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from tests.system.machines import Machine
-from tests.system.support import CALICOCTL, Etcd, Result, run
+from tests.system.reach import Prober
+from tests.system.support import CALICOCTL, Etcd, Result, gone, run
 
 ETC = Path("/etc/calico")
 NETWORKS = (("172.18.0.", "fd00:18::"), ("172.19.0.", "fd00:19::"))
@@ -43,10 +44,14 @@ class FabricHost(Machine):
         self.name, self.number, self.network = f"host{number}", number, network
         prefix4, prefix6 = NETWORKS[network]
         self.ip, self.ip6 = f"{prefix4}{number}", f"{prefix6}{number:x}"
-        self.endpoints = f"http://{prefix4}1:{etcd.port}"
+        self.endpoints = self.endpoint_of(etcd)
         (self.home / "etc").mkdir(exist_ok=True)
         self._holder: subprocess.Popen | None = None
         self._plug()
+
+    def endpoint_of(self, etcd: Etcd) -> str:
+        """Return the URL under which this host reaches an etcd."""
+        return f"http://{NETWORKS[self.network][0]}1:{etcd.port}"
 
     def _plug(self) -> None:
         prefix4, prefix6 = NETWORKS[self.network]
@@ -95,6 +100,21 @@ class FabricHost(Machine):
     def start_agent(self, *options: str, **env: str) -> None:
         self.ctl("node", f"--ip={self.ip}", f"--ip6={self.ip6}", *options, env=env)
 
+    @property
+    def bird(self) -> int | None:
+        """The process id of this host's BIRD, None if it does not run."""
+        for pid in run("ip", "netns", "pids", self.namespace).out.split():
+            with contextlib.suppress(OSError):
+                if Path(f"/proc/{pid}/comm").read_text() == "bird\n" and not gone(int(pid)):
+                    return int(pid)
+        return None
+
+    @property
+    def sessions(self) -> int:
+        """The number of BGP sessions of this host that are up."""
+        control = f"/run/calico/{self.name}/bird/ctl"
+        return self.run("birdc", "-r", "-s", control, "show", "protocols", check=False).out.count("Established")
+
     def log(self) -> str:
         return (self.home / "log/calico/felix.log").read_text()
 
@@ -108,6 +128,10 @@ class FabricHost(Machine):
 
     def set_profiles(self, namespace: str, *profiles: str) -> None:
         self.ctl("container", f"/var/run/netns/{namespace}", "profile", "set", *profiles)
+
+    def prober(self, namespace: str, *addresses: str) -> Prober:
+        """Start the process that sends to others from the network namespace of a workload on this host."""
+        return Prober(self.inside("nsenter", f"--net=/run/netns/{namespace}"), *addresses)
 
     def of(self, namespace: str, *command: str, check: bool = True, **options) -> Result:
         """Run a command in the network namespace of a workload on this host."""
@@ -157,12 +181,15 @@ def introduce(*hosts: FabricHost) -> None:
 
     A host whose MAC changes must be introduced again.
     """
+    macs = {host.name: host.mac for host in hosts}
     for host in hosts:
-        for other in hosts:
-            if other is not host and other.network == host.network:
-                for address in (other.ip, other.ip6):
-                    command = f"neigh replace {address} lladdr {other.mac} dev eth0 nud permanent"
-                    run("ip", "-n", host.namespace, *command.split())
+        entries = [
+            f"neigh replace {address} lladdr {macs[other.name]} dev eth0 nud permanent"
+            for other in hosts
+            if other is not host and other.network == host.network
+            for address in (other.ip, other.ip6)
+        ]
+        run("ip", "-n", host.namespace, "-batch", "-", input="\n".join(entries))
 
 
 @contextmanager
@@ -212,6 +239,7 @@ def fabric(etcd: Etcd, *networks: int) -> Iterator[list[FabricHost]]:
     etcd must listen on all addresses.
     """
     with bridges(max(networks) + 1), ExitStack() as undo:
+        undo.callback(_remove_mount_points)
         hosts = []
         for number, network in enumerate(networks, 11):
             host = FabricHost(etcd, number, network)
@@ -219,3 +247,10 @@ def fabric(etcd: Etcd, *networks: int) -> Iterator[list[FabricHost]]:
             hosts.append(host)
         introduce(*hosts)
         yield hosts
+
+
+def _remove_mount_points() -> None:
+    """Remove the folders of this machine over which hosts have mounted their own."""
+    for folder in (ETC, Path("/run/calico")):
+        with contextlib.suppress(OSError):  # a test has put something there
+            folder.rmdir()
