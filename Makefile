@@ -10,6 +10,7 @@ VENV = .venv
 RUN = python3-venv nft:nftables iptables:iptables ip:iproute2
 BGP = bird:bird2
 DEMO = $(RUN) ping:iputils-ping etcd:etcd-server etcdctl:etcd-client docker:docker-cli,docker.io busybox:busybox-static
+DEMO_HOSTS = $(RUN) $(BGP) ping:iputils-ping etcd:etcd-server etcdctl:etcd-client
 TEST = $(DEMO) $(BGP) dockerd:docker.io conntrack:conntrack openssl:openssl sysctl:procps curl:curl man:man-db zsh:zsh
 BENCH = $(TEST) containernetworking-plugins
 
@@ -19,10 +20,12 @@ RELEASES ?= trixie noble
 LEFT_OUT = fault_injection concurrency memory_usage soak
 ON_RELEASES ?= unit system ARGS='$(LEFT_OUT:%=--ignore=tests/system/test_%.py)'
 
-.PHONY: help packages lint types docs unit system test test-all releases soak tox bench demo demo-clean install uninstall clean
+.PHONY: help packages lint types docs unit system test test-all releases soak tox bench demo demo-clean demo-hosts demo-hosts-clean install uninstall clean
 
 help:
 	@echo 'make demo         connect three containers for real; make demo-clean removes everything'
+	@echo 'make demo-hosts   the same for five workloads on three hosts, which are network namespaces; make demo-hosts-clean'
+	@echo '                  removes everything'
 	@echo 'make test         lint, types, unit and system tests'
 	@echo 'make test-all     the same, other Pythons and releases, and the soak test: what CI runs'
 	@echo 'make unit         unit tests (no root needed once $(VENV) exists)'
@@ -107,6 +110,13 @@ demo: $(VENV)/ready
 
 demo-clean:
 	demo/clean
+
+demo-hosts: $(VENV)/ready
+	@demo/packages $(DEMO_HOSTS)
+	demo/hosts
+
+demo-hosts-clean:
+	demo/hosts-clean
 
 # with DESTDIR, for packagers, nothing else on this host is changed
 install:

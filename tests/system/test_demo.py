@@ -6,7 +6,9 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 from functools import partial
+from itertools import permutations
 from pathlib import Path
 
 import pytest
@@ -27,7 +29,9 @@ def traces() -> dict[str, str]:
         "settings": run("sh", "-c", "sysctl -a 2>/dev/null | grep -E '^net.ipv[46].(conf|ip_forward)'").out,
         "files": run("sh", "-c", "find /etc/calico /var/lib/calico /var/log/calico 2>/dev/null", check=False).out,
         "mounts": run("cat", "/proc/mounts").out,
-        "processes": run("sh", "-c", "ps -eo comm= | grep -E 'etcd|dockerd|containerd|python' | sort", check=False).out,
+        "processes": run(
+            "sh", "-c", "ps -eo comm= | grep -E 'etcd|dockerd|containerd|python|bird|sleep' | sort", check=False
+        ).out,
         "run": run("ls", "/run").out,
         "containers": run("docker", "ps", "-aq").out,
         "images": run("docker", "images", "-q").out,
@@ -120,3 +124,37 @@ def test_a_demo_whose_engine_does_not_start_says_why(tmp_path: Path) -> None:
     done = run(str(ROOT / "demo/demo"), check=False, env=environment)
     assert done.status == 1 and not Path("/run/calico-demo").exists()
     assert "The Docker Engine has ended:\nno space left on device\n" in done.err
+
+
+def test_the_demo_of_three_hosts_works_and_leaves_no_trace(engine: None) -> None:
+    environment = {**os.environ, "CALICOCTL_BIN": str(Path(CALICOCTL).parent)}
+    before = traces()
+    done = run(str(ROOT / "demo/hosts"), check=False, env=environment)
+    try:
+        assert done.status == 0, done
+        rows = done.out.partition("from \\ to")[2].splitlines()[1:6]
+        cells = {
+            (row[0], target): row[12 * column : 12 * column + 12].strip()
+            for row in rows
+            for column, target in enumerate("ABCDE", 1)
+            if row[0] != target
+        }
+        assert cells == {pair: "4+6" if set(pair) < set("ACE") else "-" for pair in permutations("ABCDE", 2)}
+        assert "host3 | 172.18.0.13" in done.out
+        again = run(str(ROOT / "demo/hosts"), check=False, env=environment)
+        assert again.status == 1 and "make demo-hosts-clean" in again.err
+        # what its user left running
+        subprocess.Popen(["/run/calico-demo-hosts/on", "host1", "ip", "netns", "exec", "A", "sleep", "1000"])
+    finally:
+        run(str(ROOT / "demo/hosts-clean"))
+    assert traces() == before
+
+
+def test_a_demo_of_three_hosts_that_fails_says_why_and_leaves_no_trace(engine: None, tmp_path: Path) -> None:
+    (tmp_path / "etcd").write_text("#!/bin/sh\necho no space left on device >&2; exit 1\n")
+    (tmp_path / "etcd").chmod(0o755)
+    environment = {**os.environ, "CALICOCTL_BIN": f"{tmp_path}:{Path(CALICOCTL).parent}"}
+    before = traces()
+    done = run(str(ROOT / "demo/hosts"), check=False, env=environment)
+    assert done.status == 1 and "no space left on device\nThe demo failed; it is removed again.\n" in done.err
+    assert traces() == before
