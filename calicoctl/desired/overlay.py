@@ -7,13 +7,12 @@ Pure: it reads the snapshot, and knows no kernel. Only pools with an overlay cou
   network it is connected to, or an address of a host or a gateway. Then its used addresses are, one by one. So is an
   address in no block of its host (it was borrowed from another's, say).
 * Packets to unused addresses of an own block are dropped by a blackhole route, for the default route would send them
-  away, and the router perhaps back.
+  away, and the router perhaps back. The same blocks as in plain pools have one: routes.py decides which.
 """
 
 from __future__ import annotations
 
 import hashlib
-from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from calicoctl.addresses import BITS, host_net, link_local, pack, version_of
 from calicoctl.datastore.model import ALWAYS, NEVER
 from calicoctl.datastore.reserved import Network, Reserved
 from calicoctl.desired.local_endpoint import usable_addresses
+from calicoctl.desired.routes import Surroundings
 
 if TYPE_CHECKING:
     from calicoctl.datastore.keys import EndpointId
@@ -124,7 +124,8 @@ class Overlay:
 
     def is_plain(self, cidr: str) -> bool:
         """Return whether a network is in a pool without an overlay."""
-        return self._mode(Network.parse(cidr)) == NEVER
+        pool, mode = self._pool(Network.parse(cidr))
+        return pool is not None and mode == NEVER
 
     def update(self, dirty: Dirty) -> bool:
         """Take in what has changed in the snapshot; return whether tunnels or routes may have."""
@@ -152,7 +153,7 @@ class Overlay:
         for id in sorted(self._singles, key=lambda id: (id.host, id.endpoint)):
             for address in self._singles[id]:
                 if snapshot.owner(address) is None and reserved.user(address) is None:
-                    wanted.setdefault(host_net(address), (id.host, self._mode(_single(address)) or NEVER))
+                    wanted.setdefault(host_net(address), (id.host, self._pool(_single(address))[1]))
         hops: dict[tuple[str, str, int], Hop | None] = {}
         tunnel_ends = {
             address: mac for tunnel in tunnels(snapshot.topology).values() for mac, address in tunnel.peers.items()
@@ -199,23 +200,24 @@ class Overlay:
         self._blocks, self._hosts = {}, defaultdict(dict)
         if not self.is_needed:
             return
-        occupied = _Occupied(self._snapshot)
-        owners: dict[Network, tuple[str, str]] = {}
+        surroundings = {version: Surroundings(self._snapshot, version) for version in BITS}
+        claimed: set[Network] = set()
         # two hosts that claim a block at once have affinity to it for a moment
         for host in sorted(topology.blocks, key=lambda host: (host != topology.host, host)):
             for block in topology.blocks[host].values():
-                mode = self._mode(block)
-                if mode not in (None, NEVER):
-                    owners.setdefault(block, (host, str(mode)))
-        for block, owner in owners.items():
-            if not occupied.overlaps(block):
-                self._blocks[block] = owner
-                bits = BITS[block.version] - block.length
-                self._hosts[block.version, bits][block.first >> bits] = owner[0]
+                pool, mode = self._pool(block)
+                if pool is None or mode == NEVER or block in claimed:
+                    continue
+                claimed.add(block)
+                around = surroundings[block.version]
+                if (around.overlapped(block, pool) if host == topology.host else around.needed(block)) is None:
+                    self._blocks[block] = host, mode
+                    bits = BITS[block.version] - block.length
+                    self._hosts[block.version, bits][block.first >> bits] = host
 
-    def _mode(self, network: Network) -> str | None:
-        """Return the mode of the pool that a network is in, None if it is in none."""
-        return next((mode for pool, mode in self._pools if network in pool), None)
+    def _pool(self, network: Network) -> tuple[Network | None, str]:
+        """Return the pool that a network is in, None if it is in none, and the mode of VXLAN there."""
+        return next(((pool, mode) for pool, mode in self._pools if network in pool), (None, NEVER))
 
     def _singles_of(self, id: EndpointId) -> tuple[str, ...]:
         """Return the addresses of another host's endpoint that must be routed one by one."""
@@ -225,7 +227,7 @@ class Overlay:
         return tuple(
             address
             for address in usable_addresses(endpoint)
-            if self._host_of(address) != id.host and self._mode(_single(address)) not in (None, NEVER)
+            if self._host_of(address) != id.host and self._pool(_single(address))[1] != NEVER
         )
 
     def _host_of(self, address: str) -> str | None:
@@ -235,25 +237,6 @@ class Overlay:
             if of == version and number >> bits in hosts:
                 return hosts[number >> bits]
         return None
-
-
-class _Occupied:
-    """What this host needs a way to besides workloads: networks it is connected to, and addresses of hosts."""
-
-    def __init__(self, snapshot: Snapshot) -> None:
-        network = snapshot.network
-        self._networks = [*network.networks, *network.local]
-        self._numbers: dict[int, list[int]] = {4: [], 6: []}
-        for address in {*network.in_use, *snapshot.topology.users}:
-            self._numbers[version_of(address)].append(_number(address))
-        for numbers in self._numbers.values():
-            numbers.sort()
-
-    def overlaps(self, block: Network) -> bool:
-        numbers = self._numbers[block.version]
-        at = bisect_left(numbers, block.first)
-        has_address = at < len(numbers) and numbers[at] <= block.last
-        return has_address or any(network.overlaps(block) for network in self._networks)
 
 
 def _single(address: str) -> Network:

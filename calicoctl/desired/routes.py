@@ -12,6 +12,7 @@ put the pool in there meant the pool to be reached differently.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -59,7 +60,7 @@ def announced(snapshot: Snapshot, version: int) -> Announced:
     pools = plain_pools(snapshot, version)
     whole: list[Network] = []
     split: list[tuple[str, str]] = []
-    surroundings = _Surroundings(snapshot, version)
+    surroundings = Surroundings(snapshot, version)
     own = snapshot.topology.blocks.get(snapshot.host, {}).values()
     for block in _ordered(block for block in own if block.version == version):
         pool = next((pool for pool in pools if block in pool), None)
@@ -87,13 +88,13 @@ def guarded(snapshot: Snapshot, version: int) -> Guarded:
     """Return what other hosts' routes of an IP version must leave alone here."""
     pools = plain_pools(snapshot, version)
     inside = _Networks(pools)
-    surroundings = _Surroundings(snapshot, version)
+    surroundings = Surroundings(snapshot, version)
     networks = {network.cidr for network in surroundings.networks if any(network.overlaps(pool) for pool in pools)}
     addresses = {address for number, address, _ in surroundings.addresses if number in inside}
     return Guarded(tuple(sorted(networks)), tuple(sorted(addresses)))
 
 
-class _Surroundings:
+class Surroundings:
     """What this host knows a way to, besides pools, in one IP version."""
 
     def __init__(self, snapshot: Snapshot, version: int) -> None:
@@ -103,18 +104,26 @@ class _Surroundings:
         known = dict.fromkeys(network.own, "this host's own address")
         known.update(dict.fromkeys(network.gateways, "a gateway of this host"))
         known.update({address: f"the address of host {host}" for address, host in snapshot.topology.users.items()})
-        self.addresses = [
+        self.addresses = sorted(
             (_number(address), address, what) for address, what in known.items() if version_of(address) == version
-        ]
+        )
 
-    def overlapped(self, block: Network, pool: Network) -> str | None:
-        """Return in words what a block of a pool overlaps, None for nothing."""
+    def needed(self, block: Network) -> str | None:
+        """Return in words which network of this host, or which address of a host, a block overlaps; None for none."""
         for network in self.networks:
             if network.overlaps(block):
                 return f"{network.cidr}, which this host is connected to"
-        for number, address, what in self.addresses:
-            if block.first <= number <= block.last:
+        at = bisect_left(self.addresses, (block.first,))
+        for number, address, what in self.addresses[at : at + 1]:
+            if number <= block.last:
                 return f"{address}, {what}"
+        return None
+
+    def overlapped(self, block: Network, pool: Network) -> str | None:
+        """Return in words what a block of a pool overlaps, None for nothing."""
+        needed = self.needed(block)
+        if needed is not None:
+            return needed
         for route in self.routes:
             if route.overlaps(block) and pool not in route:
                 return f"{route.cidr}, which this host has a route to"
