@@ -129,13 +129,12 @@ class Overlay:
 
     def update(self, dirty: Dirty) -> bool:
         """Take in what has changed in the snapshot; return whether tunnels or routes may have."""
-        changed: Iterable[EndpointId] = dirty.endpoints
+        changed = dirty.endpoints if self.is_needed else set()
         anew = dirty.pools or dirty.topology
         if anew:
-            self._read_blocks()
-            changed = set(self._singles) | self._snapshot.endpoints.keys() if self.is_needed else set(self._singles)
+            changed = changed | self._reread_blocks()
         different = False
-        for id in changed if self.is_needed or anew else ():
+        for id in changed:
             before, now = self._singles.get(id, ()), self._singles_of(id)
             if now:
                 self._singles[id] = now
@@ -193,6 +192,18 @@ class Overlay:
         underlay = underlay_version(topology, host)
         end = tunnel_ends.get(topology.address(host, underlay) or "") if underlay is not None else None
         return None if end is None else Hop(link_local(end), underlay)
+
+    def _reread_blocks(self) -> set[EndpointId]:
+        """Read pools and blocks; return the endpoints whose addresses may be in a block of their host now, or not."""
+        pools, blocks = self._pools, self._blocks
+        self._read_blocks()
+        if not self.is_needed:
+            return set(self._singles)
+        # blocks of several sizes may lie in one another
+        if pools != self._pools or len(self._hosts) > len(BITS):
+            return set(self._singles) | self._snapshot.endpoints.keys()
+        hosts = {host for _, (host, _) in blocks.items() ^ self._blocks.items()}
+        return {id for id in (*self._singles, *self._snapshot.endpoints) if id.host in hosts}
 
     def _read_blocks(self) -> None:
         topology = self._snapshot.topology
