@@ -120,6 +120,17 @@ def own_etcd(bare_host: Host, tmp_path: Path) -> Iterator[Etcd]:
 
 
 @pytest.fixture
+def open_etcd(bare_host: Host, tmp_path: Path) -> Iterator[Etcd]:
+    """An etcd that listens on all addresses."""
+    etcd = Etcd(tmp_path / "etcd")
+    urls = (f"--listen-client-urls=http://0.0.0.0:{etcd.port}", f"--advertise-client-urls={etcd.url}")
+    etcd.start(None, *urls)
+    etcd.await_ready()
+    yield etcd
+    etcd.stop(9)
+
+
+@pytest.fixture
 def blue(bare_host: Host) -> str:
     """The path of a network namespace."""
     run("ip", "netns", "add", "blue")

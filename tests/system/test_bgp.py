@@ -3,23 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from tests.system.fabric import FabricHost, fabric
-from tests.system.support import Etcd, Host, wait_for
-
-
-@pytest.fixture
-def open_etcd(bare_host: Host, tmp_path: Path) -> Iterator[Etcd]:
-    """An etcd that listens on all addresses."""
-    etcd = Etcd(tmp_path / "etcd")
-    urls = (f"--listen-client-urls=http://0.0.0.0:{etcd.port}", f"--advertise-client-urls={etcd.url}")
-    etcd.start(None, *urls)
-    etcd.await_ready()
-    yield etcd
-    etcd.stop(9)
+from tests.system.support import Etcd, wait_for
 
 
 @pytest.fixture
