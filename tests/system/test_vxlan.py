@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 
 import pytest
 
+from tests.system.agent import holds
 from tests.system.fabric import NETWORKS, ROUTER, FabricHost, fabric
 from tests.system.support import Etcd, wait_for
 
@@ -218,6 +221,20 @@ def test_a_host_without_ipv4_is_reached_over_ipv6(open_etcd: Etcd) -> None:
         wait_for(lambda: "MTU:        1400, as configured; underlay 1500" in one.ctl("status").out, "the report", 15)
 
 
+def bird(host: FabricHost) -> int:
+    return int((host.home / "run" / host.name / "bird.pid").read_text().split()[0])
+
+
+@contextlib.contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    """Stop a process for a while."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
 @contextlib.contextmanager
 def pings(host: FabricHost, workload: str, address: str) -> Iterator[list[int]]:
     """Ping every 20 ms; at the end, the list has the number of pings that were lost one after the other."""
@@ -227,7 +244,7 @@ def pings(host: FabricHost, workload: str, address: str) -> Iterator[list[int]]:
         try:
             yield lost
         finally:
-            process.send_signal(2)
+            process.send_signal(signal.SIGINT)
             out = process.communicate()[0]
     answered = sorted({int(number) for number in re.findall(r"icmp_seq=(\d+) ttl", out)})
     sent = int(re.findall(r"(\d+) packets transmitted", out)[0])
@@ -251,7 +268,9 @@ def test_a_pool_goes_over_to_the_overlay_and_back(open_etcd: Etcd) -> None:
             for host, number in ((one, 12), (other, 11)):
                 wait_for(lambda h=host, n=number: hop(h, f"10.65.{n}.0/26"), "the overlay", 10)
                 wait_for(lambda h=host, n=number: not h.routes(f"10.65.{n}.0/26", "proto", "bird"), "its end", 10)
-            one.ctl("pool", "add", POOL, POOL6)
+            with stopped(bird(other)):  # its routes are not there before it goes on
+                one.ctl("pool", "add", POOL, POOL6)
+                assert holds(lambda: hop(one, "10.65.12.0/26") and hop(one, "fd65::12:0/122"), 1.5)
             for host, version in itertools.product(hosts, (4, 6)):
                 wait_for(lambda h=host, v=version: not h.routes("proto", OVERLAY, version=v), "the end", 10)
                 assert device(host) is not None, "the other host may still use it"
