@@ -184,6 +184,8 @@ class Overlay:
         """Return how to reach a host's workloads in a pool of this mode and IP version; None if there is no way."""
         topology = self._snapshot.topology
         address = topology.address(host, version)
+        if any(topology.address(host, v) in self._snapshot.network.own for v in (4, 6)):
+            return None  # this host is registered under another name as well
         if mode != ALWAYS and address is not None:
             place = version, _number(address)
             network = next((one for one in self._snapshot.network.networks if one.has(*place)), None)

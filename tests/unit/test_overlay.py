@@ -216,6 +216,14 @@ def test_a_block_that_two_hosts_claim_is_this_hosts(world: OverlayWorld) -> None
     assert world.routes() == {"10.65.0.64/26": "blackhole", "10.65.0.65/32": "host3 by IPv4"}
 
 
+@pytest.mark.parametrize("mode", ["always", "cross-subnet"])
+def test_a_host_with_an_address_of_this_one_is_no_other_host(world: OverlayWorld, mode: str) -> None:
+    world.pool(POOL, mode)
+    world.connect("172.18.0.1/24", "172.18.0.2/24")
+    world.block(2, "10.65.0.64/26")
+    assert world.routes() == {}
+
+
 def test_hosts_without_a_common_ip_version_are_named(world: OverlayWorld) -> None:
     world.host(1, "172.18.0.1")
     world.host(3, "", "fd00:19::3")

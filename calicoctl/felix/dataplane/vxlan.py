@@ -225,17 +225,9 @@ class Vxlan:
         return device
 
     def _create(self, name: str, tunnel: Tunnel, parent: int | None, mtu: int) -> Device:
-        with _explained(f"the kernel refused to create {name}"):
-            self._netlink.link(
-                "add",
-                ifname=name,
-                kind="vxlan",
-                address=tunnel.mac,
-                mtu=mtu,
-                vxlan_id=VNI,
-                vxlan_port=PORT,
-                **_changeable(tunnel, parent),
-            )
+        fields = {"address": tunnel.mac, "mtu": mtu, "vxlan_id": VNI, "vxlan_port": PORT}
+        with _explained(f"the kernel refused to create {name}, with the VNI {VNI} on port {PORT}"):
+            self._netlink.link("add", ifname=name, kind="vxlan", **fields, **_changeable(tunnel, parent))
         self._forwarding[tunnel.version], self._neighbours[tunnel.version] = set(), set()
         return self._reread(tunnel.version, name)
 
