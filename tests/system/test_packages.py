@@ -235,7 +235,11 @@ def bird_machine(directory: Path, *release: dict[str, str], init: str = "systemd
     """Return a machine without BIRD, and without a policy for services."""
     machine = Machine(directory, release, ("bird", "birdc", "policy-rc.d", "systemctl", "runlevel"))
     machine.run("sh", "-c", "rm -rf /etc/init.d/bird /etc/rc?.d/*bird /var/lib/systemd /etc/systemd")
-    machine.put(*(("/usr/bin/systemctl", SYSTEMCTL) if init == "systemd" else ("/usr/sbin/runlevel", RUNLEVEL)))
+    if init == "systemd":
+        machine.put("/usr/bin/systemctl", SYSTEMCTL)
+    else:
+        machine.put("/usr/sbin/runlevel", RUNLEVEL)
+        machine.run("sh", "-c", "rm -f /usr/sbin/init; touch /usr/sbin/init")  # without one, no service is started
     return machine
 
 
