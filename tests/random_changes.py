@@ -5,14 +5,22 @@ from __future__ import annotations
 import json
 import random
 
+from calicoctl.datastore.reserved import HostNetwork, Network
 from calicoctl.datastore.store import Change, Entry
+
+NETWORK = HostNetwork(
+    {"172.18.0.1": "a gateway"},
+    networks=(Network.of("172.18.0.0", 24, "eth0"), Network.of("fd00:18::", 64, "eth0")),
+    reached={f"172.18.0.{number}": frozenset(["eth0"]) for number in range(9)},
+)
+"""The network of the host `h`."""
 
 TAGS = ("web", "db", "a-b.c_d", "weird tag; drop")
 
 
 def random_change(chance: random.Random, revision: int) -> Change:
-    """Write or remove an endpoint, a profile's tags or rules, a pool, or a setting."""
-    kind = chance.randrange(10)
+    """Write or remove an endpoint, a profile's tags or rules, a pool, a setting, or what is known of a host."""
+    kind = chance.randrange(14)
     number = chance.randrange(6)
     profile = f"p{number}" if number else "un safe"
     value: object
@@ -40,7 +48,26 @@ def random_change(chance: random.Random, revision: int) -> Change:
     elif kind < 9:
         cidr = chance.choice(["10.0.0.0/8", "10.1.0.0/16", "192.168.0.0/16", "fd00::/64"])
         key = f"/calico/v1/ipam/v{6 if ':' in cidr else 4}/pool/{cidr.replace('/', '-')}"
-        value = {"cidr": cidr, "masquerade": chance.random() < 0.5}
+        vxlan = chance.choice(["never", "cross-subnet"])
+        value = {"cidr": cidr, "masquerade": chance.random() < 0.5, "vxlan_mode": vxlan}
+    elif kind < 12:
+        host = chance.choice(["h", "elsewhere", 'a " host'])
+        below = f"/calico/bgp/v1/host/{host}"
+        numbers = chance.sample(range(1, 4), chance.randrange(3))
+        key, value = chance.choice(
+            [
+                (f"{below}/ip_addr_v4", f"172.18.0.{chance.randrange(9)}"),
+                (f"{below}/ip_addr_v4", "192.168.0.4"),
+                (f"{below}/ip_addr_v6", f"fd00:18::{chance.randrange(9)}"),
+                (f"{below}/macs", [f"02:00:00:00:00:0{number}" for number in numbers]),
+            ]
+        )
+        if isinstance(value, str):
+            return Change(key, Entry(key, value, revision, revision) if chance.random() < 0.75 else None)
+    elif kind < 13:
+        key, value = "/calico/bgp/v1/global/node_mesh", {"enabled": chance.random() < 0.5}
+        if chance.random() < 0.5:
+            key, value = "/calico/bgp/v1/global/peer_v4/172.18.0.8", {"ip": "172.18.0.8", "as_num": "64512"}
     else:
         key = "/calico/v1/host/h/config/DefaultEndpointToHostAction"
         return Change(key, Entry(key, chance.choice(["DROP", "ACCEPT", "RETURN"]), revision, revision))

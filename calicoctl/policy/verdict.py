@@ -6,7 +6,7 @@ two with real packets.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Callable
@@ -122,6 +122,15 @@ def is_host_service(packet: Packet) -> bool:
         return False
     dhcp = (546, 547) if packet.version == 6 else (68, 67)
     return packet.destination_port == 53 or (packet.source_port, packet.destination_port) == dhcp
+
+
+def is_from_host(packet: Packet, hosts: Container[str], pools: Iterable[str]) -> bool:
+    """Return whether a packet to an endpoint passes regardless of its inbound rules, because another host sends it.
+
+    `hosts` are the addresses of all registered hosts, `pools` the CIDRs of all pools: what a host reaches on itself, it
+    reaches on the others.
+    """
+    return packet.source in hosts and any(_within(packet.destination, cidr) for cidr in pools)
 
 
 def port_ranges(ports: Sequence[int | str]) -> list[tuple[int, int]]:

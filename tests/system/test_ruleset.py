@@ -9,7 +9,7 @@ from calicoctl.datastore.store import Change, Entry
 from calicoctl.desired.snapshot import Dirty, Snapshot
 from calicoctl.felix.dataplane.nft import Nft
 from calicoctl.felix.dataplane.ruleset import Ruleset, remove_commands
-from tests.random_changes import random_change
+from tests.random_changes import NETWORK, random_change
 from tests.system.support import tables
 
 
@@ -19,6 +19,7 @@ def test_any_order_of_changes_comes_to_what_a_fresh_start_gives() -> None:
         for seed in range(12):
             chance = random.Random(seed)
             snapshot, ruleset = Snapshot("h"), Ruleset()
+            snapshot.set_network(NETWORK)
             nft.run(ruleset.load(snapshot).commands)
             for index in range(60):
                 for _ in range(chance.choice([1, 1, 1, 5])):

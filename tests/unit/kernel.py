@@ -86,6 +86,8 @@ class FakeNft:
         elif verb == "add" and kind in ("set", "map"):
             self._get(objects, f"table {family} calico")
             objects.setdefault(f"set {name}", [])
+        elif (verb, kind) == ("add", "counter"):
+            objects.setdefault(f"counter {name}", [])
         elif (verb, kind) == ("add", "chain"):
             self._get(objects, f"table {family} calico")
             objects.setdefault(f"chain {name}", [])

@@ -175,7 +175,7 @@ def test_a_reload_verifies_again_what_was_being_verified(world: ConnectionWorld)
     world.conntrack.requests.clear()  # that listing never comes
     world.policy.invalidate(-1)
     world.round()
-    assert B not in str(world.nft.objects), "it stays pending in the tables that are reloaded"
+    assert B not in str(world.nft.set("senders4")), "it stays pending in the tables that are reloaded"
     world.verify()
     assert world.round() == {"w2"}
 

@@ -5,9 +5,16 @@ What changes, and why, is decided by ruleset.py and host_rules.py.
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Callable
+
+from calicoctl.policy.rules import LONGEST_NEW_NAME
+
+_SAFE = re.compile(rf"[A-Za-z0-9_.-]{{1,{LONGEST_NEW_NAME}}}", re.ASCII)
+"""Names that are used in the names of chains and sets as they are: all that are allowed for new profiles and tags."""
 
 _PROFILE_CHAINS = ("inbound/", "outbound/")
 
@@ -121,3 +128,11 @@ class Change:
             for (family, name), elements in changes.items()
             if elements
         ]
+
+
+def spelled(name: str) -> str:
+    """Return how a name is spelled in those of chains and sets: as it is or, if nftables rejects it, as a digest.
+
+    The slash before the digest is in no valid name, so the two kinds never collide.
+    """
+    return name if _SAFE.fullmatch(name) else "/" + hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:32]

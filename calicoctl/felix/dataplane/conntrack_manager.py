@@ -21,7 +21,7 @@ from calicoctl.felix.dataplane.conntrack import Listing
 from calicoctl.felix.dataplane.manager import Context, Manager, PendingAddresses
 from calicoctl.felix.events import Tick
 from calicoctl.felix.health import Status
-from calicoctl.policy.verdict import Packet, TagContains, decide, is_host_service
+from calicoctl.policy.verdict import Packet, TagContains, decide, is_from_host, is_host_service
 
 if TYPE_CHECKING:
     from calicoctl.datastore.keys import EndpointId
@@ -177,7 +177,9 @@ def allowed(packet: Packet, snapshot: Snapshot, tag_contains: TagContains, host_
         rules = {name: rules.outbound for name, rules in _rules(source, snapshot)}
         if not decide(source.profiles, rules, packet, tag_contains).allowed:
             return False
-    if destination is not None and packet.source not in host_addresses:
+    pools = (pool.cidr for pool in snapshot.pools.values())
+    from_host = packet.source in host_addresses or is_from_host(packet, snapshot.topology.users, pools)
+    if destination is not None and not from_host:
         rules = {name: rules.inbound for name, rules in _rules(destination, snapshot)}
         if not decide(destination.profiles, rules, packet, tag_contains).allowed:
             return False

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from calicoctl.desired.snapshot import Dirty
 from calicoctl.errors import CalicoError
+from calicoctl.felix.dataplane.host_rules import Ports
 from calicoctl.felix.dataplane.manager import Context, Manager
 from calicoctl.felix.dataplane.ruleset import Ruleset
-from calicoctl.felix.events import Failure, TablesChanged, Tick
+from calicoctl.felix.dataplane.vxlan import DEVICES
+from calicoctl.felix.events import BgpChanged, Failure, LinkChanged, TablesChanged, Tick
 
 if TYPE_CHECKING:
     from calicoctl.felix.dataplane.nft import Nft
@@ -32,6 +35,7 @@ class PolicyManager(Manager):
         self._context = context
         self._nft = nft
         self._dirty = Dirty()
+        self._ports = Ports()
         self._retry_at = 0.0
         self._restore_due = False
         self.ruleset = Ruleset()
@@ -56,6 +60,14 @@ class PolicyManager(Manager):
                 self.in_sync, self._restore_due = False, True
         elif isinstance(event, Tick):
             self._restore_due = True
+        elif isinstance(event, BgpChanged):
+            self._set_ports(replace(self._ports, bgp=event.running))
+        elif isinstance(event, LinkChanged) and event.link.name in DEVICES.values():
+            self._set_ports(replace(self._ports, vxlan=not event.deleted))
+
+    def _set_ports(self, ports: Ports) -> None:
+        if ports != self._ports:
+            self._ports, self._dirty.topology = ports, True
 
     def invalidate(self, backoff: float) -> None:
         """Assume nothing about the contents of the tables; have them reloaded in `backoff` seconds."""
@@ -86,7 +98,7 @@ class PolicyManager(Manager):
     def _update(self, dirty: Dirty) -> None:
         self.in_sync = False
         try:
-            update = self.ruleset.update(self._context.snapshot, dirty, self._context.pending_addresses())
+            update = self.ruleset.update(self._context.snapshot, dirty, self._context.pending_addresses(), self._ports)
             if update.commands:
                 self._nft.run(update.commands)
             self._succeeded(update.affected)
@@ -96,7 +108,7 @@ class PolicyManager(Manager):
     def _reload(self) -> None:
         ruleset = Ruleset()
         try:
-            update = ruleset.load(self._context.snapshot, self._context.pending_addresses())
+            update = ruleset.load(self._context.snapshot, self._context.pending_addresses(), self._ports)
             self._nft.run(update.commands)
         except CalicoError as error:
             self._retry_at = time.monotonic() + BACKOFF

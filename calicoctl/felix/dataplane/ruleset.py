@@ -20,7 +20,6 @@ not run them.
 from __future__ import annotations
 
 import hashlib
-import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,8 +29,10 @@ from calicoctl.datastore.keys import INTERFACE_PREFIX, EndpointId
 from calicoctl.datastore.model import Rule
 from calicoctl.desired.local_endpoint import LocalEndpoint, usable_addresses
 from calicoctl.desired.snapshot import Dirty, Snapshot
-from calicoctl.felix.dataplane.changes import Change
-from calicoctl.policy.rules import ICMP, ICMPV6, LONGEST_NEW_NAME, protocol_number, versions
+from calicoctl.felix.dataplane import host_rules
+from calicoctl.felix.dataplane.changes import Change, spelled
+from calicoctl.felix.dataplane.host_rules import HostRules, Moved, Ports
+from calicoctl.policy.rules import ICMP, ICMPV6, protocol_number, versions
 from calicoctl.policy.verdict import port_ranges
 
 TABLES = (("inet", "calico"), ("arp", "calico"))
@@ -42,8 +43,6 @@ _LOG = f'limit rate 10/second burst 50 packets log prefix "{LOG_PREFIX}" level w
 """The action of a log rule. Without the limit, a container could fill the host's disk with a line per packet."""
 
 _TYPES = {4: "ipv4_addr", 6: "ipv6_addr"}
-_SAFE = re.compile(rf"[A-Za-z0-9_.-]{{1,{LONGEST_NEW_NAME}}}", re.ASCII)
-"""Names that are used in the names of chains and sets as they are: all that are allowed for new profiles and tags."""
 
 _SKELETON = """
 add map inet calico from { type ifname : verdict; }
@@ -83,7 +82,7 @@ add rule inet calico host-services icmpv6 type { 130, 131, 132, 133, 135, 136 } 
 add chain inet calico host-action
 
 add chain inet calico anti-spoofing { type filter hook prerouting priority raw; policy accept; }
-add rule inet calico anti-spoofing iifname != "PREFIX*" accept
+add rule inet calico anti-spoofing iifname != "PREFIX*" goto from-outside
 add rule inet calico anti-spoofing iifname . ether saddr . ip saddr @senders4 accept
 add rule inet calico anti-spoofing meta protocol vmap { ip : goto sender4, ip6 : goto sender6 }
 
@@ -111,7 +110,7 @@ def remove_commands() -> str:
 def _replace_tables(commands: str) -> str:
     """Return commands that replace the tables by empty ones with the static rules, followed by `commands`."""
     tables = "".join(f"add table {family} {name}\n" for family, name in TABLES)
-    return remove_commands() + tables + _SKELETON + commands
+    return remove_commands() + tables + host_rules.SKELETON + _SKELETON + commands
 
 
 @dataclass
@@ -140,11 +139,18 @@ class Ruleset:
         self._lists_of_profile: dict[str, set[tuple[str, ...]]] = defaultdict(set)
         self._profiles_of_tag: dict[str, set[str]] = defaultdict(set)
         self._tags_used: dict[str, set[str]] = {}
+        self._hosts = HostRules()
 
-    def load(self, snapshot: Snapshot, pending: Mapping[EndpointId, Collection[str]] | None = None) -> Update:
+    def load(
+        self,
+        snapshot: Snapshot,
+        pending: Mapping[EndpointId, Collection[str]] | None = None,
+        ports: Ports = Ports(),  # noqa: B008 it cannot change
+    ) -> Update:
         """Return the commands that load the whole tables, replacing any contents. Call it only on a new Ruleset."""
         everything = Dirty(set(snapshot.endpoints), profiles=set(snapshot.profiles), pools=True, settings=True)
-        update = self.update(snapshot, everything, pending)
+        everything.topology = True
+        update = self.update(snapshot, everything, pending, ports)
         return Update(_replace_tables(update.commands), update.affected)
 
     def recreate(self) -> str:
@@ -153,6 +159,7 @@ class Ruleset:
         for tag in self._profiles_of_tag:
             for version in (4, 6):
                 change.create_set(set_of_tag(tag, version), _TYPES[version])
+        self._hosts.create_sets(change)
         for where, elements in self._elements.items():
             for element in elements:
                 change.add(where, element)
@@ -177,7 +184,11 @@ class Ruleset:
         return () if endpoint is None else endpoint.addresses
 
     def update(
-        self, snapshot: Snapshot, dirty: Dirty, pending: Mapping[EndpointId, Collection[str]] | None = None
+        self,
+        snapshot: Snapshot,
+        dirty: Dirty,
+        pending: Mapping[EndpointId, Collection[str]] | None = None,
+        ports: Ports = Ports(),  # noqa: B008 it cannot change
     ) -> Update:
         """Return the commands for what has changed. The Ruleset assumes from then on that they were run.
 
@@ -185,7 +196,8 @@ class Ruleset:
         the connections of the affected addresses have been verified.
         """
         change = Change(self._elements, self._chains, _BASE_CHAINS)
-        affected = self._update_members(snapshot, dirty, change)
+        affected, moved = self._update_members(snapshot, dirty, change)
+        affected |= self._hosts.update(snapshot, dirty, moved, ports, change)
         profiles = set(dirty.profiles)
         ids = [id for id in dirty.endpoints if id.host == snapshot.host]
         # all removals before all additions: an interface may have passed from one endpoint to another
@@ -229,14 +241,19 @@ class Ruleset:
 
     # A tag's addresses: those of all endpoints, of all hosts, that have a profile with that tag
 
-    def _update_members(self, snapshot: Snapshot, dirty: Dirty, change: Change) -> set[str]:
-        """Update the addresses of all tags; return the addresses whose connections that may deny."""
+    def _update_members(self, snapshot: Snapshot, dirty: Dirty, change: Change) -> tuple[set[str], list[Moved]]:
+        """Update the addresses of all tags; return the addresses whose connections that may deny.
+
+        Returns also which endpoints, of all hosts, have other addresses now.
+        """
         changed: Counter[tuple[str, str]] = Counter()
         ids = set(dirty.endpoints)
         for profile in dirty.profiles:
             ids |= self._members_of_profile.get(profile, set())
+        before_by_id: dict[EndpointId, tuple[str, ...]] = {}
         for id in ids:
             addresses, profiles = self._members.pop(id, ((), ()))
+            before_by_id[id] = addresses
             for profile in profiles:
                 self._members_of_profile[profile].discard(id)
                 for tag in self._tags.get(profile, ()):
@@ -271,7 +288,8 @@ class Ruleset:
                     change.add(("inet", name), address)
                 else:
                     change.remove(("inet", name), address)
-        return affected
+        after = {id: self._members.get(id, ((), ()))[0] for id in ids}
+        return affected, [(id.host, before_by_id[id], after[id]) for id in ids if before_by_id[id] != after[id]]
 
     def _actions_by_tag(self, tag: str, snapshot: Snapshot) -> set[str]:
         """Return the actions of the rules in use that name a tag.
@@ -315,7 +333,7 @@ class Ruleset:
             users.add(id)
             if len(users) == 1:
                 outbound, inbound = _chains_of_list(now.profiles)
-                names = [_part(profile) for profile in now.profiles]
+                names = [spelled(profile) for profile in now.profiles]
                 change.set_chain(outbound, (*(f"jump outbound/{name}" for name in names), "drop"))
                 change.set_chain(inbound, (*(f"jump inbound/{name}" for name in names), "drop"))
                 for profile in now.profiles:
@@ -360,7 +378,7 @@ class Ruleset:
             ("inbound", rules.inbound if rules is not None else None),
             ("outbound", rules.outbound if rules is not None else None),
         ):
-            chain = f"{word}/{_part(profile)}"
+            chain = f"{word}/{spelled(profile)}"
             if not used:
                 change.set_chain(chain, None)
             elif of_direction is None:
@@ -404,16 +422,20 @@ def rule_lines(rule: Rule) -> list[str]:
 
 _POLICY_BASE_CHAINS = {
     "outbound-forward": ("forward", -11, "iifname", ("jump starts", "iifname vmap @from", "drop")),
-    "inbound-forward": ("forward", -10, "oifname", ("jump starts", "oifname vmap @to", "drop")),
+    "inbound-forward": ("forward", -10, "oifname", ("jump starts", *host_rules.FROM_HOST, "oifname vmap @to", "drop")),
     "outbound-to-host": ("input", -11, "iifname", ("jump host-services", "jump starts", "iifname vmap @from", "drop")),
     "to-host": ("input", -10, "iifname", ("jump host-services", "jump host-action")),
 }
 """The base chains that evaluate policy: hook, priority relative to `filter`, side of the interface, rules."""
 
-_BASE_CHAINS = {"outgoing": "{ type nat hook postrouting priority srcnat; policy accept; }"} | {
-    name: f"{{ type filter hook {hook} priority filter - {-priority}; policy accept; }}"
-    for name, (hook, priority, _, _) in _POLICY_BASE_CHAINS.items()
-}
+_BASE_CHAINS = (
+    host_rules.BASE_CHAINS
+    | {"outgoing": "{ type nat hook postrouting priority srcnat; policy accept; }"}
+    | {
+        name: f"{{ type filter hook {hook} priority filter - {-priority}; policy accept; }}"
+        for name, (hook, priority, _, _) in _POLICY_BASE_CHAINS.items()
+    }
+)
 """Base chains whose rules change, or that do not always exist."""
 
 
@@ -465,22 +487,14 @@ def _update_pools(snapshot: Snapshot, change: Change) -> None:
     change.set_chain("outgoing", tuple(translations) or None)
 
 
-def _part(name: str) -> str:
-    """Return how a profile or tag is named in the name of a chain or set: `name` or, if nftables rejects it, a digest.
-
-    The slash before the digest is in no valid name, so the two kinds never collide.
-    """
-    return name if _SAFE.fullmatch(name) else "/" + hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:32]
-
-
 def set_of_tag(tag: str, version: int) -> str:
     """Return the name of the set that contains a tag's addresses of an IP version."""
-    return f"tag{version}/{_part(tag)}"
+    return f"tag{version}/{spelled(tag)}"
 
 
 def _chains_of_list(profiles: Sequence[str]) -> tuple[str, str]:
     """Return the names of the chains for packets from, and to, endpoints with this list of profiles."""
-    name = "/".join(map(_part, profiles))
+    name = "/".join(map(spelled, profiles))
     if len(name) > 200:
         name = "//" + hashlib.sha256(name.encode()).hexdigest()[:32]
     return f"from/{name}", f"to/{name}"
