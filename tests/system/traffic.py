@@ -197,10 +197,15 @@ def checksum(data: bytes) -> int:
 
 
 def udp_frame(
-    source_mac: str, target_mac: str, source: str, destination: str, port: int, source_port: int = 4000
+    source_mac: str,
+    target_mac: str,
+    source: str,
+    destination: str,
+    port: int,
+    source_port: int = 4000,
+    payload: bytes = b"spoofed",
 ) -> bytes:
     """Return an Ethernet frame with a UDP packet, of whatever sender one likes."""
-    payload = b"spoofed"
     length = 8 + len(payload)
     if ":" in source:
         addresses = socket.inet_pton(socket.AF_INET6, source) + socket.inet_pton(socket.AF_INET6, destination)
@@ -218,6 +223,12 @@ def udp_frame(
         header = struct.pack("!BBHHHBBH", 0x45, 0, 20 + length, 1, 0, 64, 17, 0) + addresses
         header = header[:10] + struct.pack("!H", checksum(header)) + header[12:]
     return mac_bytes(target_mac) + mac_bytes(source_mac) + struct.pack("!H", kind) + header + datagram
+
+
+def vxlan_frame(source_mac: str, target_mac: str, source: str, destination: str, vni: int, inner: bytes) -> bytes:
+    """Return an Ethernet frame with a VXLAN packet that carries the frame `inner`. Source: RFC 7348."""
+    header = struct.pack("!II", 0x08000000, vni << 8)
+    return udp_frame(source_mac, target_mac, source, destination, 4789, payload=header + inner)
 
 
 def mac_bytes(mac: str) -> bytes:

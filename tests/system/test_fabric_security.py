@@ -1,0 +1,306 @@
+"""What machines of the network that are no hosts, workloads, and containers on a bridge can do to hosts: with packets.
+
+Each attack reaches its aim if the rule against it is taken out of `from-outside`, `ports`, `vxlan-forward` or
+`translated`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import select
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import pytest
+
+from tests.system import traffic
+from tests.system.fabric import NETWORKS, FabricHost, fabric, introduce
+from tests.system.support import Etcd, Result, run, wait_for
+
+POOL, POOL6 = "192.168.0.0/16", "fd80:24e2:f998:72d6::/64"
+A, B, C = "192.168.0.1", "192.168.1.1", "192.168.2.1"
+A6, B6, C6 = (f"fd80:24e2:f998:72d6::{number}" for number in ("1", "41", "81"))
+OUTSIDER, OUTSIDER6 = f"{NETWORKS[0][0]}66", f"{NETWORKS[0][1]}66"
+HOST_MACS = ("nft", "list", "set", "inet", "calico", "host-macs")
+
+_INBOX = """
+import socket
+server = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+server.bind(("::", 5000))
+print("ready", flush=True)
+while True:
+    print(server.recv(2000).decode(), flush=True)
+"""
+_SEND = """
+import socket, sys
+address, port, data, *own = sys.argv[1:]
+with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as sender:
+    for source in own:
+        sender.bind((source, 0))
+    sender.sendto(bytes.fromhex(data), (address, int(port)))
+"""
+_FRAME = """
+import socket, sys
+with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as raw:
+    raw.bind(("eth0", 0))
+    raw.send(bytes.fromhex(sys.argv[1]))
+"""
+_CONNECT = """
+import socket, sys
+socket.create_connection((sys.argv[1], int(sys.argv[2])), 1).close()
+"""
+_DAEMON = """
+import socket
+with socket.create_server(("", 179)):
+    print("ready", flush=True)
+    input()
+"""
+
+
+class Inbox:
+    """A UDP socket of a workload, on port 5000, and what it has received."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+        assert self.line() == "ready"
+
+    def line(self) -> str:
+        assert self._process.stdout is not None
+        assert select.select([self._process.stdout], [], [], 5)[0], "nothing has come"
+        return self._process.stdout.readline().strip()
+
+    def until(self, last: str) -> list[str]:
+        """Return what comes before the datagram `last`."""
+        found: list[str] = []
+        while (line := self.line()) != last:
+            found.append(line)
+        return found
+
+
+@contextlib.contextmanager
+def inbox(host: FabricHost, namespace: str) -> Iterator[Inbox]:
+    command = host.inside("ip", "netns", "exec", namespace, sys.executable, "-c", _INBOX)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield Inbox(process)
+        finally:
+            process.kill()
+
+
+def send(run_in: Callable[..., Result], address: str, text: str) -> None:
+    run_in(sys.executable, "-c", _SEND, address, "5000", text.encode().hex())
+
+
+def connects(run_in: Callable[..., Result], address: str, port: int) -> bool:
+    return run_in(sys.executable, "-c", _CONNECT, address, str(port), check=False).status == 0
+
+
+def outsider(*command: str, check: bool = True) -> Result:
+    """Run a command on the machine that is no host."""
+    return run("ip", "netns", "exec", "outsider", *command, check=check)
+
+
+@pytest.fixture
+def hosts(open_etcd: Etcd) -> Iterator[list[FabricHost]]:
+    """Two hosts on one network, the third behind a router, with a workload each; and a machine that is no host.
+
+    All that is not within one network goes through VXLAN. The third host runs no BIRD.
+    """
+    with fabric(open_etcd, 0, 0, 1) as found:
+        one = found[0]
+        one.start_agent()
+        for pool in (POOL, POOL6):
+            one.ctl("pool", "add", pool, "--vxlan=cross-subnet")
+        found[1].start_agent()
+        found[2].start_agent("--bgp=off")
+        for profile in ("web", "open", "closed"):
+            one.ctl("profile", "add", profile)
+        one.ctl("profile", "open", "rule", "add", "inbound", "allow")
+        one.ctl("profile", "closed", "rule", "add", "inbound", "--at=1", "deny")
+        for host, name, *addresses in ((one, "a", A, A6), (found[1], "b", B, B6), (found[2], "c", C, C6)):
+            host.add(name, *addresses)
+            host.set_profiles(name, "web")
+        with no_host():
+            for host, name in ((found[1], "b"), (found[2], "c")):
+                for address in (A, A6):
+                    wait_for(lambda h=host, n=name, a=address: h.reaches(n, a), f"the route from {name}", 20)
+            yield found
+
+
+@contextlib.contextmanager
+def no_host() -> Iterator[None]:
+    run("ip", "netns", "add", "outsider")
+    run("ip", "link", "add", "outsider", "type", "veth", "peer", "name", "eth0", "netns", "outsider")
+    run("ip", "link", "set", "outsider", "master", "fabric0", "up")
+    for words in (
+        f"address add {OUTSIDER}/24 dev eth0",
+        f"-6 address add {OUTSIDER6}/64 dev eth0 nodad",
+        "link set eth0 up",
+        f"route add default via {NETWORKS[0][0]}254",
+    ):
+        run("ip", "-n", "outsider", *words.split())
+    try:
+        yield
+    finally:
+        run("ip", "link", "delete", "outsider", check=False)
+        run("ip", "netns", "delete", "outsider", check=False)
+
+
+def mac(run_in: Callable[..., Result], device: str = "eth0") -> str:
+    (link,) = json.loads(run_in("ip", "-json", "link", "show", device).out)
+    return link["address"]
+
+
+def forge(run_in: Callable[..., Result], target_mac: str, source: str, destination: str) -> None:
+    """Send a datagram with a forged sender, whose name is its text."""
+    frame = traffic.udp_frame(mac(run_in), target_mac, source, destination, 5000, payload=source.encode())
+    run_in(sys.executable, "-c", _FRAME, frame.hex())
+
+
+def test_no_machine_but_hosts_sends_from_addresses_of_workloads_and_hosts(hosts: list[FabricHost]) -> None:
+    one, two, three = hosts
+    for host in hosts:  # the kernel checks nothing
+        host.run("sysctl", "-qw", "net.ipv4.conf.all.rp_filter=0", "net.ipv4.conf.eth0.rp_filter=0")
+    one.add("a2", "192.168.0.2", f"{A6}a")
+    b, c = partial(two.of, "b"), partial(three.of, "c")
+    with inbox(one, "a") as received:
+        for source, target in (
+            *(("192.168.0.2", A), (f"{A6}a", A6)),  # of a workload of this host
+            *((B, A), (B6, A6)),  # of another host
+            *((two.ip, A), (two.ip6, A6)),  # of the other host itself
+            *((one.ip, A), (one.ip6, A6)),  # of this host
+        ):
+            forge(outsider, one.mac, source, target)
+        # hosts and their workloads pass, also through the overlay
+        for address in (A, A6):
+            for name, sender in (("b", b), ("host12", two.run), ("c", c), ("host13", three.run)):
+                send(sender, address, f"{name} to {address}")
+        send(b, A, "end")
+        names = ("b", "host12", "c", "host13")
+        assert received.until("end") == [f"{name} to {address}" for address in (A, A6) for name in names]
+
+        # a new MAC of a host's is known at once
+        two.run("ip", "link", "set", "eth0", "address", "02:00:00:00:99:12")
+        introduce(one, two)
+        wait_for(lambda: two.reaches("b", A), "the new MAC", 5)
+        with second_network(one, two):
+            wait_for(lambda: mac(two.run, "eth1") in one.run(*HOST_MACS).out, "the MAC of the second interface", 5)
+            two.run("ip", "route", "replace", f"{A}/32", "via", "172.20.0.11")
+            send(b, A, "by the other way")
+            assert received.line() == "by the other way"
+            two.run("ip", "route", "delete", f"{A}/32")
+        with box(one):
+            for source in (B, C, two.ip, three.ip):
+                forge(partial(one.of, "box"), mac(one.run, "docker7"), source, A)
+            send(b, A, "end")
+            assert received.until("end") == []
+
+
+def test_a_host_reaches_workloads_of_other_hosts_but_nothing_that_it_translates_does(hosts: list[FabricHost]) -> None:
+    one, two, three = hosts
+    for host, name in ((one, "a"), (two, "b"), (three, "c")):
+        host.set_profiles(name, "closed")
+    for target in (B, B6, C, C6):
+        assert one.run("ping", "-n", "-c1", "-W3", target, check=False).status == 0
+    assert not one.reaches("a", B)
+    with box(one), inbox(two, "b") as received, inbox(one, "a") as received_here:
+        of_box = partial(one.of, "box")
+        assert of_box("ping", "-n", "-c1", "-W3", f"{NETWORKS[0][0]}1", check=False).status == 0, "it gets outside"
+        send(of_box, B, "from the container")
+        send(of_box, A, "from the container")
+        for host, name in ((one, "a"), (two, "b")):
+            host.set_profiles(name, "open")
+        wait_for(lambda: of_box("ping", "-n", "-c1", "-W1", A, check=False).status == 0, "the open profile", 5)
+        wait_for(lambda: one.reaches("a", B), "the open profile", 5)
+        send(of_box, B, "from the container")
+        send(of_box, A, "from the container")
+        send(one.run, B, "end")
+        assert received.until("end") == [], "it could not be told from the host's own"
+        assert received_here.line() == "from the container", "as far as policy allows"
+        # the host itself may translate its own packets
+        rule = ("POSTROUTING", "-d", B, "-j", "SNAT", "--to-source", one.ip)
+        one.run("ip", "address", "add", "172.18.0.111/24", "dev", "eth0")
+        one.run("iptables", "-t", "nat", "-A", *rule)
+        one.run(sys.executable, "-c", _SEND, B, "5000", b"translated".hex(), "172.18.0.111")
+        assert received.line() == "translated"
+
+
+def test_only_hosts_reach_bgp_and_the_overlay(hosts: list[FabricHost]) -> None:
+    one, two, three = hosts
+    for address in (one.ip, one.ip6):
+        assert connects(two.run, address, 179) and connects(one.run, address, 179)
+        assert not connects(outsider, address, 179)
+    with subprocess.Popen(three.inside(sys.executable, "-c", _DAEMON), stdout=subprocess.PIPE, text=True) as daemon:
+        assert daemon.stdout is not None and daemon.stdout.readline() == "ready\n"
+        assert connects(outsider, three.ip, 179), "a foreign BGP daemon is left alone"
+        daemon.kill()
+
+    one.add("a2", "192.168.0.2")
+    one.set_profiles("a2", "open")
+    ends = {host: mac(host.run, "vxlan.calico") for host in hosts}
+    with inbox(one, "a") as received, inbox(three, "c") as received_there:
+        inner = traffic.udp_frame(ends[three], ends[one], C, A, 5000, payload=b"injected")
+        inner_there = traffic.udp_frame(ends[one], ends[three], A, C, 5000, payload=b"injected")
+        for source, vni in ((OUTSIDER, 4096), (two.ip, 4096), (three.ip, 4096)):
+            frame = traffic.vxlan_frame(mac(outsider), one.mac, source, one.ip, vni, inner)
+            if source != three.ip:  # behind the router, it is the fabric that must filter
+                outsider(sys.executable, "-c", _FRAME, frame.hex())
+        # a workload, to its own host and to another; a container on a bridge, to another host
+        for sender, target, packet in (
+            (partial(one.of, "a2"), one.ip, inner),
+            (partial(one.of, "a2"), three.ip, inner_there),
+        ):
+            sender(sys.executable, "-c", _SEND, target, "4789", (bytes.fromhex("0800000000100000") + packet).hex())
+        with box(one):
+            packet = (bytes.fromhex("0800000000100000") + inner_there).hex()
+            one.of("box", sys.executable, "-c", _SEND, three.ip, "4789", packet)
+        send(partial(three.of, "c"), A, "end")
+        send(partial(one.of, "a"), C, "end")
+        assert received.until("end") == [] and received_there.until("end") == []
+
+    # another program's VXLAN, with another VNI on the same port
+    for run_in, local, remote, address in ((one.run, one.ip, OUTSIDER, 1), (outsider, OUTSIDER, one.ip, 2)):
+        tunnel = f"link add foreign type vxlan id 77 local {local} remote {remote} dstport 4789 dev eth0"
+        for words in (tunnel, f"address add 10.77.0.{address}/24 dev foreign", "link set foreign up"):
+            run_in("ip", *words.split())
+    assert outsider("ping", "-n", "-c1", "-W3", "10.77.0.1", check=False).status == 0
+
+
+@contextlib.contextmanager
+def second_network(one: FabricHost, two: FabricHost) -> Iterator[None]:
+    """A cable between two hosts."""
+    ends = ("netns", one.namespace, "type", "veth", "peer", "name", "eth1", "netns", two.namespace)
+    run("ip", "link", "add", "eth1", *ends)
+    for host in (one, two):
+        host.run("ip", "address", "add", f"172.20.0.{host.number}/24", "dev", "eth1")
+        host.run("ip", "link", "set", "eth1", "up")
+    yield
+    one.run("ip", "link", "delete", "eth1")
+
+
+@contextlib.contextmanager
+def box(host: FabricHost) -> Iterator[None]:
+    """A container on a bridge, whose packets are translated to the host's address, as Docker does it."""
+    for words in (
+        "link add docker7 type bridge",
+        "address add 172.30.0.1/24 dev docker7",
+        "link set docker7 up",
+        "netns add box",
+        "link add box type veth peer name eth0 netns box",
+        "link set box master docker7 up",
+        "-n box address add 172.30.0.2/24 dev eth0",
+        "-n box link set eth0 up",
+        "-n box route add default via 172.30.0.1",
+    ):
+        host.run("ip", *words.split())
+    rule = ("POSTROUTING", "-s", "172.30.0.0/24", "!", "-o", "docker7", "-j", "MASQUERADE")
+    host.run("iptables", "-t", "nat", "-A", *rule)
+    try:
+        yield
+    finally:
+        host.run("iptables", "-t", "nat", "-D", *rule)
+        host.run("ip", "link", "delete", "docker7")
+        host.run("ip", "netns", "delete", "box")
