@@ -62,17 +62,6 @@ def bare_host(etcd: Etcd) -> Iterator[Host]:
     clear_host()
 
 
-@pytest.fixture
-def open_etcd(bare_host: Host, tmp_path: Path) -> Iterator[Etcd]:
-    """An etcd that listens on all addresses."""
-    etcd = Etcd(tmp_path / "etcd")
-    urls = (f"--listen-client-urls=http://0.0.0.0:{etcd.port}", f"--advertise-client-urls={etcd.url}")
-    etcd.start(None, *urls)
-    etcd.await_ready()
-    yield etcd
-    etcd.stop(9)
-
-
 def clear_host() -> None:
     """Remove what agents, namespaces and interfaces are left; fail for an interface that no namespace took along."""
     end_agents()

@@ -54,23 +54,23 @@ socket.create_connection((sys.argv[1], int(sys.argv[2])), 1).close()
 """
 _DAEMON = """
 import socket
-with socket.create_server(("", 179)):
+with socket.create_server(("", 179)) as server:
     print("ready", flush=True)
-    input()
+    server.accept()
 """
 
 
 class Inbox:
     """A UDP socket of a workload, on port 5000, and what it has received."""
 
-    def __init__(self, process: subprocess.Popen[str]) -> None:
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
         self._process = process
         assert self.line() == "ready"
 
     def line(self) -> str:
         assert self._process.stdout is not None
         assert select.select([self._process.stdout], [], [], 5)[0], "nothing has come"
-        return self._process.stdout.readline().strip()
+        return self._process.stdout.readline().decode().strip()  # unbuffered: the rest can be waited for
 
     def until(self, last: str) -> list[str]:
         """Return what comes before the datagram `last`."""
@@ -83,7 +83,7 @@ class Inbox:
 @contextlib.contextmanager
 def inbox(host: FabricHost, namespace: str) -> Iterator[Inbox]:
     command = host.inside("ip", "netns", "exec", namespace, sys.executable, "-c", _INBOX)
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, bufsize=0) as process:
         try:
             yield Inbox(process)
         finally:
@@ -238,8 +238,8 @@ def test_only_hosts_reach_bgp_and_the_overlay(hosts: list[FabricHost]) -> None:
         assert connects(outsider, three.ip, 179), "a foreign BGP daemon is left alone"
         daemon.kill()
 
-    one.add("a2", "192.168.0.2")
-    one.set_profiles("a2", "open")
+    one.add("a3", "192.168.0.3")
+    one.set_profiles("a3", "open")
     ends = {host: mac(host.run, "vxlan.calico") for host in hosts}
     with inbox(one, "a") as received, inbox(three, "c") as received_there:
         inner = traffic.udp_frame(ends[three], ends[one], C, A, 5000, payload=b"injected")
@@ -250,8 +250,8 @@ def test_only_hosts_reach_bgp_and_the_overlay(hosts: list[FabricHost]) -> None:
                 outsider(sys.executable, "-c", _FRAME, frame.hex())
         # a workload, to its own host and to another; a container on a bridge, to another host
         for sender, target, packet in (
-            (partial(one.of, "a2"), one.ip, inner),
-            (partial(one.of, "a2"), three.ip, inner_there),
+            (partial(one.of, "a3"), one.ip, inner),
+            (partial(one.of, "a3"), three.ip, inner_there),
         ):
             sender(sys.executable, "-c", _SEND, target, "4789", (bytes.fromhex("0800000000100000") + packet).hex())
         with box(one):

@@ -304,13 +304,14 @@ def _changeable(tunnel: Tunnel, parent: int | None) -> dict[str, Any]:
 def _settings(name: str) -> dict[str, str]:
     """Return the sysctls of a device: values by path below /proc/sys/net.
 
-    What another host itself sends through the tunnel comes from its address in the underlay, which the way back to is
-    another one: so the check of the reverse path is loose. The peers' link-local addresses, which are the gateways,
-    need IPv6. Source: the kernel's Documentation/networking/ip-sysctl.rst.
+    What another host itself sends through the tunnel comes from its address in the underlay, to which another way leads
+    back. On a device without an IPv4 address, even the loose check of the reverse path drops that; our tables check
+    senders. The peers' link-local addresses, which are the gateways, need IPv6. Source: fib_validate_source() in the
+    kernel's net/ipv4/fib_frontend.c; Documentation/networking/ip-sysctl.rst.
     """
     settings = {"disable_ipv6": "0", "accept_dad": "0", "accept_ra": "0"}
     return {
-        f"ipv4/conf/{name}/rp_filter": "2",
+        f"ipv4/conf/{name}/rp_filter": "0",
         **{f"ipv6/conf/{name}/{setting}": value for setting, value in settings.items()},
     }
 
