@@ -73,9 +73,9 @@ the options and the environment that it was started with.
 packets are routed and filtered as before. `remove` stops the agent and BIRD,
 whose peers withdraw this host's routes, and removes everything that they have
 set up from the kernel, the host from etcd, and the local etcd's line from
-/etc/calico/node.env. `bgp peer` is about peers of this
-host only; for global peers, see calicoctl bgp --help. All commands but `bgp`
-and `show` must be run as root.
+/etc/calico/node.env. `bgp peer` is about peers of this host only; for global
+peers, and for passwords, see calicoctl bgp --help. All commands but `bgp` and
+`show` must be run as root.
 
 `show` lists all hosts that etcd knows, whether their agents are alive, and
 how many endpoints they have. The agent of a host is `up`, `starting` until it
