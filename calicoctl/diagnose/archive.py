@@ -120,6 +120,7 @@ def sources(log_dir: str) -> dict[str, Source]:
         found[name] = lambda words=words: _from_bird(words)  # type: ignore[misc]
     for name in ("conf", "log", "log.1"):
         found[f"bird.{name}"] = lambda name=name: _end_of(Instance(hostname()).directory / name)  # type: ignore[misc]
+    found["bird.out"] = lambda: _end_of(Instance(hostname()).output)
     return found
 
 

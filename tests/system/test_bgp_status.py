@@ -137,6 +137,7 @@ def test_a_password_is_in_no_process_log_report_or_archive(two: list[FabricHost]
     for name, words in (
         ("bird.conf", 'password "(left out)";'),
         ("bird.log", ""),
+        ("bird.out", ""),
         ("bird-protocols.txt", "BGP state:          Established"),
         ("bird-routes.txt", "192.168.0.64/26"),
         ("vxlan.txt", ""),

@@ -47,11 +47,11 @@ class Instance:
         self.configuration = self.directory / "conf"
         self._control = self.directory / "ctl"
         self._ran = DIRECTORY / host / "bird.boot"
-        self._output = DIRECTORY / host / "bird.out"
+        self.output = DIRECTORY / host / "bird.out"
         self.process = Process("BIRD", DIRECTORY / host / "bird.pid", str(self.configuration))
         self._daemon = Daemon(
             self.process,
-            self._output,
+            self.output,
             lock=DIRECTORY / host,
             is_ready=self._serves,
             start_patience=START_PATIENCE,
@@ -211,7 +211,7 @@ class Instance:
         if ran:
             for family, route in _routes():
                 _delete(family, route)
-        for path in (self._ran, self._output, self.process.pid_file):
+        for path in (self._ran, self.output, self.process.pid_file):
             path.unlink(missing_ok=True)
         shutil.rmtree(self.directory, ignore_errors=True)
         return ran
