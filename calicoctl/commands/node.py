@@ -360,7 +360,7 @@ def _remove(other: str | None, remove_endpoints: bool, force: bool) -> None:
             for orchestrator in (DOCKER, NAMESPACE):
                 left = {*locks.interrupted(host, orchestrator), *locks.remembered(host, orchestrator)}
                 workloads |= {(orchestrator, id) for id in left}
-        _disconnect(datastore, workloads)
+        disconnected = _disconnect(datastore, workloads)
         stopped = None
         if this_one:
             from calicoctl.felix.removal import remove_all
@@ -372,7 +372,7 @@ def _remove(other: str | None, remove_endpoints: bool, force: bool) -> None:
         local_etcd.stop(host)
         local_etcd.unannounce(had_local_etcd)
     process.remove_directory(datastore.host)
-    if not registered and not ids and stopped is None:
+    if not registered and not disconnected and stopped is None:
         raise NotFound(f"Host {datastore.host} is not registered.")
     print(f"Host {datastore.host} is removed.")
 
@@ -413,15 +413,18 @@ def _refuse_alive(datastore: DatastoreClient, this_one: bool) -> None:
         )
 
 
-def _disconnect(datastore: DatastoreClient, workloads: set[tuple[str, str]]) -> None:
-    """Disconnect workloads, given as (orchestrator, id)."""
+def _disconnect(datastore: DatastoreClient, workloads: set[tuple[str, str]]) -> bool:
+    """Disconnect workloads, given as (orchestrator, id); return whether any of them was connected."""
     from calicoctl.workloads import wiring
     from calicoctl.workloads.workload import Workload
 
+    found = False
     for orchestrator, id in sorted(workloads):
         with suppress(NotFound):  # disconnected concurrently
             wiring.disconnect(datastore, Workload(orchestrator, id, id))
             print(f"Removed Calico from {id}")
+            found = True
+    return found
 
 
 def _local_etcd(host: str) -> LocalEtcd | None:

@@ -53,10 +53,10 @@ would pass from <FROM> to <TO>, and which rule of which profile decides,
 outbound of <FROM> and inbound of <TO>; between two hosts, also how the packet
 gets from one to the other, and what stands in its way: a host that is not
 registered, an endpoint in error, an address in no pool, missing BGP peers. It
-evaluates what is in etcd; the exit status is 0 when the packet passes, and 1
-when it does not. IPv4 is used where both sides have it, unless an address
-says otherwise. All addresses of this host are known; of other hosts, those
-that they are registered with.
+evaluates what is in etcd and, of this host, its routes to other hosts; the
+exit status is 0 when the packet passes, and 1 when it does not. IPv4 is used
+where both sides have it, unless an address says otherwise. All addresses of
+this host are known; of other hosts, those that they are registered with.
 
 Examples:
   calicoctl profile add web

@@ -11,9 +11,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from calicoctl.addresses import check_unicast, parse_address, version_of
+from calicoctl.addresses import BITS, FAMILIES, check_unicast, pack, parse_address, version_of
 from calicoctl.datastore.keys import EndpointId
 from calicoctl.datastore.model import Endpoint, Rule
+from calicoctl.datastore.reserved import Network
 from calicoctl.desired.local_endpoint import usable_addresses
 from calicoctl.desired.snapshot import Snapshot
 from calicoctl.diagnose import transit
@@ -32,6 +33,7 @@ from calicoctl.workloads.workload import (
 
 if TYPE_CHECKING:
     from calicoctl.datastore.client import DatastoreClient
+    from calicoctl.desired.topology import Topology
 
 SOURCE_PORT = 40000
 """Stands for an ephemeral port of a client; Linux uses 32768 to 60999 by default."""
@@ -273,8 +275,8 @@ class _Store:
             route = self._route(source.host, destination.host, packet.destination)
             back = self._route(destination.host, source.host, sent.source)
             near, far = (self._seen_by(host).topology for host in (source.host, destination.host))
-            obstacles += transit.obstacles(route, near, far, packet.destination)
-            obstacles += transit.obstacles(back, far, near, sent.source)
+            obstacles += self._between(route, near, far, packet.destination)
+            obstacles += self._between(back, far, near, sent.source)
         elif destination.host is None and sent == packet and source.host is not None:
             problem = f"no pool masquerades {packet.source}, so the network outside must have a route to it"
             obstacles.append(Obstacle(source.host, problem, False))
@@ -288,6 +290,16 @@ class _Store:
         here = self._datastore.host
         networks = {here: host_network.read()} if here in (host, to_host) else {}
         return transit.route(self._seen_by(host), to_host, address, networks)
+
+    def _between(self, route: Route, sender: Topology, receiver: Topology, address: str) -> Iterator[Obstacle]:
+        """Yield the obstacles along a route to `address`: those in the store and, on this host, a missing route."""
+        found = list(transit.obstacles(route, sender, receiver, address))
+        yield from found
+        if sender.host != self._datastore.host or route.pool is None or any(obstacle.stops for obstacle in found):
+            return
+        if not is_routed(address, route.pool):
+            why = f"its kernel has no route to {address}: see what 'calicoctl status' says"
+            yield Obstacle(sender.host, why if route.by == transit.AGENT else f"{why} of BGP", True)
 
     def _at(self, place: Place) -> Iterator[Obstacle]:
         """Yield the obstacles at one end of the path: an endpoint that is not up, or an agent that is down."""
@@ -369,6 +381,22 @@ class _Store:
             members = [e for e in self._endpoints.values() if not with_tag.isdisjoint(e.profile_ids)]
             self._members[tag] = {address for endpoint in members for address in usable_addresses(endpoint)}
         return address in self._members[tag]
+
+
+def is_routed(address: str, pool: str) -> bool:
+    """Return whether this host's kernel has a route to an address of a pool that is not one to more than the pool."""
+    from calicoctl import netlink
+
+    version, shortest = version_of(address), Network.parse(pool).length
+    number = int.from_bytes(pack(address), "big")
+    try:
+        for path in netlink.paths(FAMILIES[version], netlink.UNICAST):
+            shift = BITS[version] - path.length
+            if path.length >= shortest and int.from_bytes(path.destination, "big") >> shift == number >> shift:
+                return True
+    except OSError as error:
+        raise CalicoError(f"this host's routes cannot be read: {error}") from None
+    return False
 
 
 def _why(verdict: Verdict, rules: Mapping[str, Sequence[Rule] | None], profiles: Sequence[str]) -> str:

@@ -75,6 +75,7 @@ def world(monkeypatch: pytest.MonkeyPatch) -> World:
     network = HostNetwork(networks=(Network.of("172.18.0.0", 24, "eth0"),))
     monkeypatch.setattr(host_network, "read", lambda: network)
     monkeypatch.setattr(host_network, "own_addresses", lambda: {HOSTS["host1"], "10.9.9.1"})
+    monkeypatch.setattr("calicoctl.diagnose.trace.is_routed", lambda address, pool: True)
     monkeypatch.setenv("DOCKER_HOST", "unix:///run/nowhere.sock")
     return World()
 
@@ -239,6 +240,19 @@ def test_a_router_between_hosts_must_know_plain_pools(world: World) -> None:
     ((host, problem, stops),) = problems(world.trace(A, C))
     assert host == "host1" and "a router is between it and host3" in problem and not stops
     assert problems(world.trace(B, C)) == [], "host1 does not know the networks of the others"
+
+
+def test_this_hosts_kernel_is_asked_for_the_route(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("calicoctl.diagnose.trace.is_routed", lambda address, pool: address != B)
+    expected = [("host1", f"its kernel has no route to {B}: see what 'calicoctl status' says of BGP", True)]
+    assert problems(world.trace(A, B)) == problems(world.trace(B, A)) == expected
+    assert not world.trace(A, B).passes
+    assert problems(world.trace(B, C)) == [], "the kernels of other hosts cannot be read"
+    world.pool(vxlan_mode="always")
+    assert problems(world.trace(A, B))[0][1].endswith("'calicoctl status' says")
+    world.delete("/calico/bgp/v1/host/host2/ip_addr_v4")
+    world.delete("/calico/v1/host/host2/bird_ip")
+    assert len(problems(world.trace(A, B))) == 1, "where the store has the reason"
 
 
 def test_hosts_without_a_common_ip_version_have_no_tunnel(world: World) -> None:
