@@ -36,6 +36,7 @@ from calicoctl.felix.dataplane.host import HostReconciler
 from calicoctl.felix.dataplane.manager import Context, Manager
 from calicoctl.felix.dataplane.nft import Nft
 from calicoctl.felix.dataplane.policy_manager import PolicyManager
+from calicoctl.felix.dataplane.port_monitor import PortMonitor
 from calicoctl.felix.dataplane.routes import Routes
 from calicoctl.felix.dataplane.sysctls import HostSettings
 from calicoctl.felix.dataplane.vxlan import Vxlan
@@ -145,6 +146,7 @@ class Agent:
             EndpointManager(context, drivers.routes, self._keeper.enqueue),
             VxlanManager(context, drivers.vxlan),
             self._bgp,
+            PortMonitor(context, self._policy, drivers.nft),
             # a new manager goes here
         ]
         """The managers that make the host forward packets: applied only when the policy is in the kernel."""

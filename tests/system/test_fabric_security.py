@@ -161,6 +161,11 @@ def forge(run_in: Callable[..., Result], target_mac: str, source: str, destinati
     run_in(sys.executable, "-c", _FRAME, frame.hex())
 
 
+def failures(host: FabricHost) -> str:
+    """Return what fails on a host, as its status has it."""
+    return "; ".join(failure["error"] for failure in json.loads(host.ctl("status", "--output=json").out)["troubles"])
+
+
 def test_no_machine_but_hosts_sends_from_addresses_of_workloads_and_hosts(hosts: list[FabricHost]) -> None:
     one, two, three = hosts
     for host in hosts:  # the kernel checks nothing
@@ -261,6 +266,14 @@ def test_only_hosts_reach_bgp_and_the_overlay(hosts: list[FabricHost]) -> None:
         send(partial(three.of, "c"), A, "end")
         send(partial(one.of, "a"), C, "end")
         assert (received.until("end"), received_there.until("end")) == ([], [])
+
+    # what this host's own firewall drops is told
+    drop = ("INPUT", "-p", "tcp", "--dport", "179", "-j", "DROP")
+    one.run("ip6tables", "-I", *drop)
+    wait_for(lambda: connects(two.run, one.ip6, 179) or failures(one), "the failure", 40)
+    assert "'ip6tables -I INPUT -p tcp --dport 179 -j ACCEPT'" in failures(one)
+    one.run("ip6tables", "-D", *drop)
+    wait_for(lambda: connects(two.run, one.ip6, 179) and not failures(one), "its end", 20)
 
     # another program's VXLAN, with another VNI on the same port
     for run_in, local, remote, address in ((one.run, one.ip, OUTSIDER, 1), (outsider, OUTSIDER, one.ip, 2)):

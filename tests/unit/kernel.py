@@ -36,6 +36,10 @@ class FakeNft:
         self.refusals = 0
         self.transactions: list[str] = []
         self.objects: dict[str, list[str]] = {}
+        self.counted: dict[str, int] = {}
+
+    def counters(self, table: str) -> dict[str, int]:
+        return dict(self.counted)
 
     def run(self, commands: str) -> str:
         if commands.startswith("list chain "):

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from calicoctl import netlink
 from calicoctl.errors import CalicoError
 from calicoctl.netlink import NETLINK_NETFILTER, SOL_NETLINK
 
@@ -27,7 +28,10 @@ _SO_RCVBUFFORCE = 33
 _NETLINK_ADD_MEMBERSHIP = 1
 _NFNLGRP_NFTABLES = 7
 _SUBSYSTEM_NFTABLES = 10
-_NEWGEN = 15
+_NEWGEN, _GETOBJ = 15, 19
+_NFPROTO_INET = 1
+_OBJ_TABLE, _OBJ_NAME, _OBJ_TYPE, _OBJ_DATA = 1, 2, 3, 4
+_OBJECT_COUNTER, _COUNTER_PACKETS = 1, 2
 
 
 class NftError(CalicoError):
@@ -67,6 +71,21 @@ class Nft:
             said = (self._library.nft_ctx_get_error_buffer(self._context) or b"").decode(errors="replace")
             raise NftError(f"nftables refused a change: {' '.join(said.split())[:300]}")
         return str((self._library.nft_ctx_get_output_buffer(self._context) or b"").decode(errors="replace"))
+
+    def counters(self, table: str) -> dict[str, int]:
+        """Return the packets that the named counters of a table, of the family inet, have counted. Raises OSError.
+
+        libnftables lists a counter only together with all elements of all sets, which may take long.
+        """
+        request = struct.pack("=BBH", _NFPROTO_INET, 0, 0)
+        request += netlink.attribute(_OBJ_TABLE, table.encode() + b"\0")
+        request += netlink.attribute(_OBJ_TYPE, struct.pack("!I", _OBJECT_COUNTER))
+        found = {}
+        for body in netlink.dump(NETLINK_NETFILTER, _SUBSYSTEM_NFTABLES << 8 | _GETOBJ, request):
+            object = netlink.attributes(body[4:])
+            packets = netlink.attributes(object[_OBJ_DATA]).get(_COUNTER_PACKETS, bytes(8))
+            found[object[_OBJ_NAME].rstrip(b"\0").decode()] = int.from_bytes(packets, "big")
+        return found
 
 
 @contextmanager

@@ -167,6 +167,11 @@ class Ruleset:
             change.set_chain(name, rules)
         return _replace_tables(change.commands())
 
+    @property
+    def counts_ports(self) -> bool:
+        """Whether the tables count packets to the ports of BGP or VXLAN: see host_rules.COUNTERS."""
+        return "ports-passed" in self._chains
+
     def tag_contains(self, tag: str, address: str) -> bool:
         """Return whether an address belongs to a tag.
 

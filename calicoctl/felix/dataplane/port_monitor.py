@@ -1,0 +1,93 @@
+"""Notices that the host's own firewall drops BGP or VXLAN, which other hosts cannot tell from a host that is down.
+
+The tables count the packets that arrive for these ports from BGP peers and other hosts, and those that the firewall has
+let through (host_rules.py). This module compares the two, and changes nothing: a firewall is its administrator's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from calicoctl.felix.dataplane.host_rules import BGP_PORT, COUNTERS
+from calicoctl.felix.dataplane.manager import Context, Manager
+from calicoctl.felix.dataplane.vxlan import PORT
+from calicoctl.felix.events import Failure, Tick
+
+if TYPE_CHECKING:
+    from calicoctl.felix.dataplane.nft import Nft
+    from calicoctl.felix.dataplane.policy_manager import PolicyManager
+
+DROPPED_CHECKS = 2
+"""How many checks in a row must find that packets arrive and none gets through. A check comes with each Tick."""
+
+SILENT_CHECKS = 6
+"""After how many checks without any packet a failure ends: nobody tries any more."""
+
+_PORTS = {
+    "bgp": ("tcp", BGP_PORT, "what BGP peers send", "the sessions that they open"),
+    "vxlan": ("udp", PORT, "VXLAN from other hosts", "the packets of their workloads"),
+}
+_COMMANDS = {4: "iptables", 6: "ip6tables"}
+
+
+class PortMonitor(Manager):
+    """Compares the counters at each Tick, and reports a failure for each port whose packets are dropped."""
+
+    def __init__(self, context: Context, policy: PolicyManager, nft: Nft) -> None:
+        self._context = context
+        self._policy = policy
+        self._nft = nft
+        self._due = False
+        self._before: Mapping[str, int] = {}
+        self._dropped: dict[tuple[str, int], int] = {}
+        """By protocol and IP version: how many checks in a row have found that all packets are dropped."""
+        self._silent: dict[tuple[str, int], int] = {}
+        """The same for checks since the last packet."""
+
+    def on_event(self, event: Any) -> None:
+        if isinstance(event, Tick) and (self._policy.ruleset.counts_ports or any(self._dropped.values())):
+            self._due = True
+
+    @property
+    def needs_apply(self) -> bool:
+        return self._due
+
+    def apply(self) -> None:
+        if not self._due:
+            return
+        self._due = False
+        try:
+            now = self._nft.counters("calico")
+        except OSError:  # checked again at the next Tick
+            return
+        for key, names in COUNTERS.items():
+            arrived, passed = (self._since_before(name, now) for name in names)
+            if passed:
+                self._dropped[key] = 0
+            elif arrived:
+                self._dropped[key] = self._dropped.get(key, 0) + 1
+            self._silent[key] = 0 if arrived else self._silent.get(key, 0) + 1
+            if self._silent[key] >= SILENT_CHECKS:
+                self._dropped[key] = 0
+        self._before = now
+        for protocol in _PORTS:
+            versions = [version for version in (4, 6) if self._dropped.get((protocol, version), 0) >= DROPPED_CHECKS]
+            why = _explanation(protocol, versions) if versions else None
+            self._context.health.record(Failure(why, f"firewall, {protocol}"))
+
+    def _since_before(self, name: str, now: Mapping[str, int]) -> int:
+        count, before = now.get(name, 0), self._before.get(name, 0)
+        return count - before if count >= before else count  # the tables were loaded anew
+
+
+def _explanation(protocol: str, versions: list[int]) -> str:
+    transport, port, what, lost = _PORTS[protocol]
+    commands = " and ".join(
+        f"'{_COMMANDS[version]} -I INPUT -p {transport} --dport {port} -j ACCEPT'" for version in versions
+    )
+    named = " and ".join(f"IPv{version}" for version in versions)
+    return (
+        f"this host's firewall drops {what} on {transport.upper()} port {port} over {named}, and with it {lost}: let "
+        f"it pass, for example with {commands}, or with the rule '{transport} dport {port} accept' of nftables"
+    )
