@@ -28,7 +28,7 @@ from calicoctl.datastore.hosts import hostname
 from calicoctl.datastore.keys import INTERFACE_PREFIX
 from calicoctl.errors import CalicoError, DockerUnavailable
 from calicoctl.felix import process
-from calicoctl.felix.bgp import instance
+from calicoctl.felix.bgp import instance, passwords
 from calicoctl.felix.dataplane import docker_firewall, vxlan
 from calicoctl.felix.dataplane.nft import Nft
 from calicoctl.felix.local_etcd import LocalEtcd
@@ -97,6 +97,7 @@ def check(libnetwork: bool = False) -> Iterator[Check]:
     yield _firewall(docker.ok)
     yield _old_felix()
     yield from _bird()
+    yield _passwords()
     yield _ports()
     with suppress(CalicoError):  # the check of the host name says why
         yield _mtu((process.report(hostname()) or {}).get("mtu"))
@@ -342,13 +343,22 @@ def _bird() -> Iterator[Check]:
     yield Check(name, True, f"BIRD runs for the host agent (process {pid})" if pid else "yes", False)
 
 
+def _passwords() -> Check:
+    name = "BGP passwords"
+    if os.geteuid() != 0:
+        return _needs_root(name)
+    found = passwords.read()
+    if found.problem is not None:
+        return Check(name, False, found.problem, False, "see 'Found'")
+    whose = [*([f"{len(found.peers)} peers"] if found.peers else []), *(["the mesh"] if found.mesh is not None else [])]
+    return Check(name, True, f"{' and '.join(whose) or 'none'}, in {passwords.PATH}", False)
+
+
 def _ports() -> Check:
-    """Check whether the host's firewall lets other hosts in. While the agent runs, it looks for itself, and closer."""
+    """Check whether the host's firewall, which drops by default, has any rule about the ports for other hosts."""
     name = "firewall and other hosts"
     if os.geteuid() != 0:
         return _needs_root(name)
-    if _agent() is not None:
-        return Check(name, True, "the host agent checks it: see below", False)
     try:
         rules = Nft().run("list ruleset") + docker_firewall.saved()
     except CalicoError as error:

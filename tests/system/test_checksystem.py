@@ -78,6 +78,15 @@ def test_checksystem_and_what_several_hosts_need(bare_host: Host) -> None:
     assert "there is no BIRD" in bird["found"] and "disable --now bird" in bird["advice"] and not bird["needed"]
     with socket.create_server(("", 179)):
         assert "another process listens on port 179" in checks(bare_host)[ALONE]["found"]
+    file = Path("/etc/calico/bgp-passwords")
+    assert checks(bare_host)["BGP passwords"]["found"] == f"none, in {file}"
+    file.parent.mkdir(exist_ok=True)
+    file.touch(0o640)
+    file.write_text("mesh secret\n192.0.2.1 secret\n192.0.2.2 secret\n")
+    refused = checks(bare_host)["BGP passwords"]
+    assert "has mode 0640" in refused["found"] and not refused["ok"] and not refused["needed"]
+    file.chmod(0o600)
+    assert checks(bare_host)["BGP passwords"]["found"] == f"2 peers and the mesh, in {file}"
     bare_host.ctl("pool", "add", "10.9.0.0/16", "--ipip")
     pools = checks(bare_host)["pools with IP-in-IP"]
     assert pools["found"].startswith("10.9.0.0/16: ") and "pool add 10.9.0.0/16 --vxlan=" in pools["advice"]
