@@ -305,10 +305,11 @@ def _gateway(family: int, found: dict[int, bytes]) -> str | None:
     return socket.inet_ntop(family, found[RTA_GATEWAY]) if RTA_GATEWAY in found else None
 
 
-def interfaces_to(addresses: Iterable[str]) -> dict[str, frozenset[int]]:
+def interfaces_to(addresses: Iterable[str], default: bool = True) -> dict[str, frozenset[int]]:
     """Return, by address, the indices of the interfaces to which the kernel's routes to that address lead.
 
-    A multipath route leads to several. The set is empty for an address without a route. Raises OSError.
+    A multipath route leads to several. The set is empty for an address without a route and, without `default`, for one
+    with only a default route. Raises OSError.
     """
     found = {}
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as netlink:
@@ -316,19 +317,22 @@ def interfaces_to(addresses: Iterable[str]) -> dict[str, frozenset[int]]:
         netlink.bind((0, 0))
         for address in addresses:
             # the route, with all next hops; if it names a nexthop object instead, the next hop that is chosen
-            hops = _hops_to(netlink, address, _RTM_F_FIB_MATCH) or _hops_to(netlink, address, 0)
-            found[address] = frozenset(index for _, index in hops)
+            length, hops = _route_to(netlink, address, _RTM_F_FIB_MATCH)
+            if length is not None and not hops:
+                _, hops = _route_to(netlink, address, 0)
+            found[address] = frozenset(index for _, index in hops) if default or length else frozenset()
     return found
 
 
-def _hops_to(netlink: socket.socket, address: str, flags: int) -> list[tuple[str | None, int]]:
+def _route_to(netlink: socket.socket, address: str, flags: int) -> tuple[int | None, list[tuple[str | None, int]]]:
+    """Return the prefix length of the route to an address, None if there is none, and its next hops."""
     version = version_of(address)
     body = struct.pack("=8BI", FAMILIES[version], BITS[version], 0, 0, 0, 0, 0, 0, flags)
     netlink.send(message(_RTM_GETROUTE, REQUEST, 0, body + attribute(RTA_DST, pack(address))))
     for kind, answer in messages(netlink.recv(2**16)):
         if kind == RTM_NEWROUTE:
-            return list(_hops(FAMILIES[version], attributes(answer[28:])))
-    return []  # an error: there is no route
+            return answer[17], list(_hops(FAMILIES[version], attributes(answer[28:])))
+    return None, []  # an error: there is no route
 
 
 @dataclass(frozen=True)

@@ -87,8 +87,9 @@ class HostNetwork:
     `own` are the addresses of its interfaces, and `gateways` the next hops of routes, except those that a routing
     daemon has learned. `routes` are the destinations of such routes, except default routes.
 
-    `reached` maps the addresses of other hosts and BGP peers to the interfaces to which the routes to them lead (none
-    without a route), `macs` maps interfaces to the MACs from which this host sends to others.
+    `reached` maps the addresses of other hosts and BGP peers, and an address in each block of another host, to the
+    interfaces to which the routes to them lead: none without a route or, for a block, with only a default route. `macs`
+    maps interfaces to the MACs from which this host sends to others.
     """
 
     in_use: Mapping[str, str] = field(default_factory=dict)

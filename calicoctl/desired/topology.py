@@ -69,6 +69,11 @@ class Topology:
         hosts = (address for address, host in self.users.items() if host != self.host)
         return frozenset(hosts) | {peer.ip for peer in self.peers.values()}
 
+    def inside(self) -> frozenset[str]:
+        """Return an address of each block of the other hosts."""
+        blocks = (block for host, of_host in self.blocks.items() if host != self.host for block in of_host.values())
+        return frozenset(block.address(block.first) for block in blocks)
+
     def as_num(self, host: str) -> str:
         """Return the AS number of a host: its own, else the default."""
         return self.as_nums.get(host, self.default_as_num)

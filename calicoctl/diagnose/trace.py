@@ -21,7 +21,7 @@ from calicoctl.diagnose import transit
 from calicoctl.diagnose.transit import Obstacle, Route
 from calicoctl.errors import CalicoError, DockerUnavailable, NoSuchContainer, NotFound
 from calicoctl.policy.rules import ICMP, ICMPV6, PROTOCOLS
-from calicoctl.policy.verdict import Packet, Verdict, decide, is_host_service
+from calicoctl.policy.verdict import Packet, Verdict, decide, is_from_host, is_host_service
 from calicoctl.workloads.workload import (
     Workload,
     ambiguous,
@@ -340,7 +340,10 @@ class _Store:
         return decision
 
     def _inbound(self, source: Place, id: EndpointId, packet: Packet) -> Decision:
-        if source.endpoint is None and source.host is not None and id in self._seen_by(id.host).local:
+        seen = self._seen_by(id.host)
+        pools = (pool.cidr for pool in seen.pools.values())
+        from_host = source.host == id.host or is_from_host(packet, seen.topology.users, pools)
+        if source.endpoint is None and source.host is not None and from_host and id in seen.local:
             whose = "its host" if source.host == id.host else f"host {source.host}"
             return Decision("inbound", True, f"from {whose} everything passes", host=id.host)
         return self._decide("inbound", id, packet)

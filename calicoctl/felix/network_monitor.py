@@ -33,8 +33,8 @@ class NetworkMonitor:
         self._health = health
         self._reading = reading
         self._pause = PAUSE
-        self._others: frozenset[str] = frozenset()
-        """The addresses of other hosts and BGP peers."""
+        self._asked: tuple[frozenset[str], frozenset[str]] = frozenset(), frozenset()
+        """The addresses of other hosts and BGP peers, and those of workloads, whose routes are read."""
         self.due_at: float | None = 0.0
         """When to read (monotonic); None while nothing may have changed."""
 
@@ -64,14 +64,15 @@ class NetworkMonitor:
         """
         begin = time.monotonic()
         if self._snapshot.dirty.topology:
-            before, self._others = self._others, self._snapshot.topology.others()
-            if self._others != before:
-                self.due_at = 0.0
+            topology = self._snapshot.topology
+            asked = topology.others(), topology.inside()
+            if asked != self._asked:
+                self._asked, self.due_at = asked, 0.0
         if self.due_at is None or begin < self.due_at:
             return
         self._reading()
         try:
-            self._snapshot.set_network(host_network.read(self._others))
+            self._snapshot.set_network(host_network.read(*self._asked))
             self.due_at = None
         except Exception as error:  # of any kind: it must not end the agent
             self.due_at = begin + BACKOFF

@@ -29,13 +29,13 @@ _NOT_SET_BY_OTHERS = (netlink.PROTOCOL_KERNEL, netlink.PROTOCOL_BIRD)
 """Protocols of routes that follow from addresses, or that a routing daemon has learned."""
 
 
-def read(others: Collection[str] = ()) -> HostNetwork:
+def read(others: Collection[str] = (), workloads: Collection[str] = ()) -> HostNetwork:
     """Return the host's network, read in this process's network namespace. Raises CalicoError.
 
-    `others` are the addresses of other hosts and BGP peers, for its `reached`.
+    `others` are the addresses of other hosts and BGP peers, `workloads` some of their workloads', for its `reached`.
     """
     with _explained():
-        return _read(others)
+        return _read(others, workloads)
 
 
 def own_addresses() -> set[str]:
@@ -90,7 +90,7 @@ def _explained() -> Iterator[None]:
         raise CalicoError(f"this host's addresses and routes cannot be read: {why}") from None
 
 
-def _read(others: Collection[str]) -> HostNetwork:
+def _read(others: Collection[str], workloads: Collection[str]) -> HostNetwork:
     names = _Names()
     used = [one for one in netlink.addresses() if one.family == socket.AF_INET or one.scope != netlink.SCOPE_LINK]
     addresses = [
@@ -127,7 +127,7 @@ def _read(others: Collection[str]) -> HostNetwork:
     gateways, of_bird = (
         [(gateway, names[index]) for gateway, index in found if gateway is not None] for found in (hops, learned)
     )
-    towards = netlink.interfaces_to(others)
+    towards = {**netlink.interfaces_to(workloads, default=False), **netlink.interfaces_to(others)}
     reached = {address: frozenset(names[index] for index in indices) for address, indices in towards.items()}
     macs = _macs({one.index for one in used}, frozenset().union(*towards.values()))
     whole = HostNetwork.of(addresses, gateways, local, on_link, routes, of_bird)

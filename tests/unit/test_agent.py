@@ -85,7 +85,7 @@ class AgentWorld:
         monkeypatch.setattr(process, "DIRECTORY", folder)
         monkeypatch.setattr(module.time, "monotonic", lambda: self.clock)
         self.network = HostNetwork()
-        monkeypatch.setattr(network_monitor.host_network, "read", lambda _: self.network)
+        monkeypatch.setattr(network_monitor.host_network, "read", lambda *_: self.network)
         self.keeper, self.host = Recorder(self.journal, "keeper"), Recorder(self.journal, "host")
         monkeypatch.setattr(module, "WorkloadKeeper", lambda *_: self.keeper)
         monkeypatch.setattr(module, "HostReconciler", lambda *_: self.host)

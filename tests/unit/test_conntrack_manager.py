@@ -230,3 +230,20 @@ def test_policy_of_both_ends_and_of_the_host_decides(world: ConnectionWorld) -> 
     assert not may(A, "192.0.2.2")
     world.store.put("/calico/v1/policy/profile/closed/rules", "nonsense")
     assert not may(B, A), "a profile that cannot be read denies"
+
+
+def test_connections_from_a_host_stay_as_long_as_it_is_one(world: ConnectionWorld) -> None:
+    host = "172.18.0.12"
+    world.store.put("/calico/v1/ipam/v4/pool/192.168.0.0-16", {"cidr": "192.168.0.0/16"})
+    world.store.put("/calico/bgp/v1/host/host2/ip_addr_v4", host)
+    world.round()
+    world.verify()
+    world.conntrack.connections = [connection(host, A)]
+    world.store.profile("web")  # nobody may come in any more
+    world.round()
+    world.verify()
+    assert world.conntrack.connections
+    world.store.put("/calico/bgp/v1/host/host2/ip_addr_v4", None)
+    world.round()
+    world.verify()
+    assert not world.conntrack.connections and world.nft.has_fast_path()

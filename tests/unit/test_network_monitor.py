@@ -31,9 +31,9 @@ class MonitorWorld(World):
         assert self.announced == self.readings, "changes are announced again from before the reading"
         self.announced += 1
 
-    def _read(self, others: Collection[str]) -> HostNetwork:
+    def _read(self, others: Collection[str], inside: Collection[str]) -> HostNetwork:
         self.readings += 1
-        self.others = others
+        self.others, self.inside = others, inside
         self.clock += self.takes
         if self.error is not None:
             raise self.error
@@ -68,6 +68,10 @@ def test_it_reads_at_once_how_a_new_host_or_peer_is_reached(world: MonitorWorld)
     world.store.put("/calico/bgp/v1/host/host2/as_num", "64513")
     world.monitor.read_if_due()
     assert world.readings == 2
+    for host, block in (("host1", "192.168.0.0-26"), ("host2", "192.168.0.64-26")):
+        world.store.put(f"/calico/ipam/v2/host/{host}/ipv4/block/{block}", "")
+    world.monitor.read_if_due()
+    assert world.readings == 3 and world.inside == {"192.168.0.64"}
 
 
 def test_it_reads_at_once_the_new_mac_of_an_interface_to_other_hosts(world: MonitorWorld) -> None:

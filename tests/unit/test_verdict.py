@@ -9,7 +9,16 @@ import pytest
 
 from calicoctl.datastore.model import Rule, Rules
 from calicoctl.errors import CalicoError
-from calicoctl.policy.verdict import Packet, Verdict, decide, is_host_service, matches, port_ranges, readable
+from calicoctl.policy.verdict import (
+    Packet,
+    Verdict,
+    decide,
+    is_from_host,
+    is_host_service,
+    matches,
+    port_ranges,
+    readable,
+)
 
 TCP = Packet("192.168.0.1", "192.168.0.2", 6, 4000, 80)
 PING = Packet("192.168.0.1", "192.168.0.2", 1, icmp_type=8, icmp_code=0)
@@ -93,3 +102,11 @@ def test_what_may_always_go_to_the_host() -> None:
     assert not is_host_service(udp(67, 68)) and not is_host_service(udp(68, 67, 6)) and not is_host_service(TCP)
     allowed = [t for t in range(256) if is_host_service(Packet("fd00::1", "fd00::2", 58, icmp_type=t))]
     assert allowed == [130, 131, 132, 133, 135, 136]
+
+
+def test_what_a_registered_host_sends_to_an_address_of_a_pool_is_from_a_host() -> None:
+    hosts, pools = {"172.18.0.12", "fd00:18::c"}, ["192.168.0.0/16", "fd80::/64"]
+    assert is_from_host(Packet("172.18.0.12", "192.168.0.1", 6), hosts, pools)
+    assert is_from_host(Packet("fd00:18::c", "fd80::1", 6), hosts, pools)
+    assert not is_from_host(Packet("172.18.0.13", "192.168.0.1", 6), hosts, pools), "it is no host"
+    assert not is_from_host(Packet("172.18.0.12", "10.0.0.1", 6), hosts, pools), "it may be translated to that address"
