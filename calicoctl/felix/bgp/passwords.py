@@ -110,7 +110,7 @@ def _check(path: Path, found: os.stat_result) -> None:
         owner = "" if found.st_uid == OWNER else f"belongs to user {found.st_uid} and "
         raise CalicoError(
             f"{path} {owner}has mode {mode:04o}, so its passwords may be known to others: run 'chown root {path}; "
-            f"chmod 600 {path}', and consider to change them"
+            f"chmod 600 {path}', and consider changing them"
         )
 
 
