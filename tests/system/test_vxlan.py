@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -121,9 +122,14 @@ def test_workloads_reach_each_other_over_a_router_that_knows_no_pools(three: lis
     wait_for(lambda: one.reaches("a", addresses(two)[0]), f"another interface than {interface}")
     assert mtu(one, "a") == 1450
     assert "MTU:        1500; in pools with an overlay 1450" in one.ctl("status").out
-    # what was sent to pools with the host's address is not taken for a workload's
+    # packets have the host's address only if they leave the pools
     assert sender(one, "a", other.inside("ip", "netns", "exec", "c"), addresses(other)[0]) == addresses(one)[0]
     assert sender(one, "a", other.inside("ip", "netns", "exec", "c"), addresses(other)[1]) == addresses(one)[1]
+    one.ctl("pool", "add", "10.66.0.0/16", "--vxlan=cross-subnet")
+    other.add("e", "10.66.13.1")
+    other.set_profiles("e", "web")
+    wait_for(lambda: one.reaches("a", "10.66.13.1"), "another pool", 5)
+    assert sender(one, "a", other.inside("ip", "netns", "exec", "e"), "10.66.13.1") == addresses(one)[0]
     for own, outside in ((one.ip, f"{NETWORKS[0][0]}{ROUTER}"), (one.ip6, f"{NETWORKS[0][1]}{ROUTER:x}")):
         assert sender(one, "a", ["ip", "netns", "exec", "router"], outside) == own
 
@@ -159,6 +165,13 @@ def test_what_others_change_is_restored_and_node_remove_removes_it(three: list[F
     found = device(one)
     assert found is not None and found["mtu"] == 1450
 
+    # the next agent finds everything as it should be
+    assert all(wait_for(lambda v=v: sources_set(one, v), "the sources of the routes", 10) for v in (4, 6))
+    with route_events(one) as events:
+        os.kill(one.pid, signal.SIGKILL)
+        one.start_agent("--bgp=off")
+    assert not [event for event in events if f"proto {OVERLAY}" in event], "".join(events)
+
     # another address: the device stays
     two.run("ip", "address", "add", "172.18.0.99/24", "dev", "eth0")
     before = device(two)
@@ -174,6 +187,42 @@ def test_what_others_change_is_restored_and_node_remove_removes_it(three: list[F
     assert device(other) is None
     assert not [route for version in (4, 6) for route in other.routes("proto", OVERLAY, version=version)]
     wait_for(lambda: not one.run("bridge", "fdb", "show", "dev", "vxlan.calico").out.count(other.ip), "its entry", 5)
+
+
+@contextlib.contextmanager
+def route_events(host: FabricHost) -> Iterator[list[str]]:
+    """At the end, the list has a line for each change of a host's routes."""
+    events: list[str] = []
+    marker = ("198.51.100.0/24", "dev", "lo")
+    with subprocess.Popen(host.inside("ip", "monitor", "route"), stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            # it listens when it reports a change
+            wait_for(
+                lambda: (
+                    host.run("ip", "route", "replace", *marker)
+                    and host.run("ip", "route", "delete", *marker)
+                    and select.select([process.stdout], [], [], 0.1)[0]
+                ),
+                "the monitor",
+            )
+            yield events
+            host.run("ip", "route", "replace", *marker, "metric", "7")
+            for line in process.stdout:
+                events.append(line)
+                if "metric 7" in line:
+                    break
+        finally:
+            process.kill()
+    host.run("ip", "route", "delete", *marker, "metric", "7")
+
+
+def sources_set(host: FabricHost, version: int) -> bool:
+    """Return whether the host's own packets through the overlay leave with its address."""
+    routes = host.routes("proto", OVERLAY, version=version)
+    return [route.get("prefsrc") for route in routes if "type" not in route] == [
+        host.ip if version == 4 else host.ip6
+    ] * 2
 
 
 def local(host: FabricHost) -> str | None:
@@ -219,6 +268,10 @@ def test_a_host_without_ipv4_is_reached_over_ipv6(open_etcd: Etcd) -> None:
         one.add("c", "10.65.11.5")
         assert mtu(one, "c") == 1400
         wait_for(lambda: "MTU:        1400, as configured; underlay 1500" in one.ctl("status").out, "the report", 15)
+
+
+def bird_routes(host: FabricHost) -> list[dict]:
+    return [route for version in (4, 6) for route in host.routes("proto", "bird", version=version)]
 
 
 def bird(host: FabricHost) -> int:
@@ -267,7 +320,7 @@ def test_a_pool_goes_over_to_the_overlay_and_back(open_etcd: Etcd) -> None:
             one.ctl("pool", "add", POOL, POOL6, "--vxlan=always")
             for host, number in ((one, 12), (other, 11)):
                 wait_for(lambda h=host, n=number: hop(h, f"10.65.{n}.0/26"), "the overlay", 10)
-                wait_for(lambda h=host, n=number: not h.routes(f"10.65.{n}.0/26", "proto", "bird"), "its end", 10)
+                assert wait_for(lambda h=host: holds(lambda: not bird_routes(h), 0.3), "the end of BIRD's", 10)
             with stopped(bird(other)):  # its routes are not there before it goes on
                 one.ctl("pool", "add", POOL, POOL6)
                 assert holds(lambda: hop(one, "10.65.12.0/26") and hop(one, "fd65::12:0/122"), 1.5)

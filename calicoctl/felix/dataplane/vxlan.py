@@ -11,6 +11,7 @@ import errno
 import os
 import socket
 import struct
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -35,8 +36,8 @@ PORT = 4789
 
 _METRIC = {4: 0, 6: 1}
 """The smallest metric of a route, by IP version: the kernel takes 0 as 1024 in IPv6. BIRD's routes have 32."""
-_LOOPBACK = 1
-"""The index of the interface that the kernel gives to IPv6 blackhole routes."""
+_ANY_SCOPE = 255
+"""In a request to delete a route: of any scope. Source: fib_table_delete() in the kernel's net/ipv4/fib_trie.c."""
 
 
 @dataclass(frozen=True)
@@ -148,18 +149,20 @@ class Vxlan:
             self._remove(version, device)
 
     def apply_routes(self, desired: Iterable[Route]) -> None:
-        """Make these the agent's only routes of the overlay. A new route to a CIDR takes over without a gap."""
-        desired = set(desired)
+        """Make these, one for each CIDR, the agent's only routes of the overlay. Routes are changed without a gap."""
+        routes = {route.cidr: route for route in desired}
+        have: dict[str, set[Route]] = defaultdict(set)
+        for route in self.routes:
+            have[route.cidr].add(route)
         failures = []
-        for route in sorted(desired - self.routes, key=lambda route: route.cidr):
+        for cidr in sorted(have.keys() | routes.keys()):
             try:
-                self._add(route)
+                if cidr not in routes:
+                    self._delete(cidr, have[cidr])
+                elif have[cidr] != {routes[cidr]}:
+                    self._put(routes[cidr], have[cidr])
             except CalicoError as error:
                 failures.append(str(error))
-        failed = {route.cidr for route in desired - self.routes}
-        for route in sorted(self.routes - desired, key=lambda route: route.cidr):
-            if route.cidr not in failed:
-                self._delete(route)
         if failures:
             more = f" (and {len(failures) - 1} more)" if failures[1:] else ""
             raise CalicoError(failures[0] + more)
@@ -274,25 +277,22 @@ class Vxlan:
 
     # Routes
 
-    def _add(self, route: Route) -> None:
-        """Add a route in front of others to its destination.
-
-        In IPv6, where two routes of one metric would share the packets, it replaces ours.
-        """
-        others = {other for other in self.routes if other.cidr == route.cidr}
-        version = version_of(route.cidr)
-        flags = netlink.CREATE | (netlink.REPLACE if version == 6 and others else 0)
+    def _put(self, route: Route, before: set[Route]) -> None:
+        """Add a route in front of those of others to its CIDR, or replace ours, `before`."""
+        if len(before) > 1:  # which one would be replaced?
+            self._delete(route.cidr, before)
+            before = set()
+        flags = netlink.CREATE | (netlink.REPLACE if before else 0)
         with _explained(f"the kernel refused a route to {route.cidr}", errno.EEXIST):
             netlink.do(socket.NETLINK_ROUTE, netlink.RTM_NEWROUTE, flags, _message(route))
-        if version == 6:
-            self.routes -= others
-        self.routes.add(route)
+        self.routes = (self.routes - before) | {route}
 
-    def _delete(self, route: Route) -> None:
-        what = f"the kernel refused to remove the route to {route.cidr}"
-        with _explained(what, errno.ESRCH, errno.ENOENT, errno.ENODEV):
-            netlink.do(socket.NETLINK_ROUTE, netlink.RTM_DELROUTE, 0, _message(route))
-        self.routes.discard(route)
+    def _delete(self, cidr: str, routes: set[Route]) -> None:
+        """Delete our routes to a CIDR, `routes`."""
+        with _explained(f"the kernel refused to remove the route to {cidr}", errno.ESRCH, errno.ENOENT):
+            for _ in routes:  # a request deletes one of them
+                netlink.do(socket.NETLINK_ROUTE, netlink.RTM_DELROUTE, 0, _to(cidr, 0, _ANY_SCOPE))
+        self.routes -= routes
 
 
 def _changeable(tunnel: Tunnel, parent: int | None) -> dict[str, Any]:
@@ -327,15 +327,23 @@ def _routes() -> Iterator[Route]:
                     yield Route(cidr, route.index, route.gateway, route.source)
 
 
-def _message(route: Route) -> bytes:
-    """Return the body of a request about a route. Source: the kernel's uapi/linux/rtnetlink.h."""
-    address, _, length = route.cidr.partition("/")
+def _to(cidr: str, kind: int, scope: int = netlink.SCOPE_GLOBAL) -> bytes:
+    """Return the first part of a request about our routes to a CIDR; `kind` is a type of routes, 0 for any.
+
+    Source: the kernel's uapi/linux/rtnetlink.h.
+    """
+    address, _, length = cidr.partition("/")
     version = version_of(address)
-    kind = netlink.BLACKHOLE if route.index is None else netlink.UNICAST
-    fixed = (0, 0, netlink.TABLE_MAIN, netlink.OVERLAY_PROTOCOL, netlink.SCOPE_GLOBAL, kind)
+    fixed = (0, 0, netlink.TABLE_MAIN, netlink.OVERLAY_PROTOCOL, scope, kind)
     body = struct.pack("=8BI", FAMILIES[version], int(length), *fixed, 0)
     body += netlink.attribute(netlink.RTA_DST, pack(address))
-    body += netlink.attribute(netlink.RTA_PRIORITY, struct.pack("=I", _METRIC[version]))
+    return body + netlink.attribute(netlink.RTA_PRIORITY, struct.pack("=I", _METRIC[version]))
+
+
+def _message(route: Route) -> bytes:
+    """Return the request about a route."""
+    version = version_of(route.cidr)
+    body = _to(route.cidr, netlink.BLACKHOLE if route.index is None else netlink.UNICAST)
     if route.index is not None:
         body += netlink.attribute(netlink.RTA_OIF, struct.pack("=I", route.index))
     if route.gateway is not None and version_of(route.gateway) != version:
