@@ -297,6 +297,12 @@ def test_a_bird_that_was_there_before_is_left_alone(tmp_path: Path, systemd: Non
     assert "Continuing without BIRD 2" in done.err and "could not be built" in done.err, done
     assert machine.packages() == {"bird"} and not machine.exists("/etc/asked")
 
+    machine = bird_machine(tmp_path / "odd", BIRD_2)
+    machine.install(BIRD_2)
+    machine.put("/usr/sbin/bird", "#!/bin/sh\nexit 1\n")
+    done = machine.run(*MAKE_INSTALL)
+    assert "bird2 is there, but" in done.err and "Continuing without BIRD 2" in done.err and machine.exists(LINK), done
+
     machine = bird_machine(tmp_path / "own", BIRD_2)
     machine.run("mkdir", "-p", "/etc/systemd/system")
     machine.put("/etc/systemd/system/bird.service", "[Service]")
