@@ -308,6 +308,7 @@ def test_a_pool_goes_over_to_the_overlay_and_back(open_etcd: Etcd) -> None:
     with fabric(open_etcd, 0, 0) as hosts:
         one, other = hosts
         for host in hosts:
+            host.run("sysctl", "-qw", "net.ipv4.conf.eth0.rp_filter=1")
             host.start_agent()
         one.ctl("pool", "add", POOL, POOL6)
         one.ctl("profile", "add", "web")
