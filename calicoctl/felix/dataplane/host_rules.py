@@ -63,7 +63,7 @@ add rule inet calico not-its-host ip saddr @hosts4 fib daddr type local meta l4p
 add rule inet calico not-its-host ip saddr @hosts4 fib daddr type local udp dport 53 accept
 add rule inet calico not-its-host ip6 saddr @hosts6 fib daddr type local meta l4proto tcp accept
 add rule inet calico not-its-host ip6 saddr @hosts6 fib daddr type local udp dport 53 accept
-add rule inet calico not-its-host drop
+add rule inet calico not-its-host counter drop
 
 add chain inet calico by-interface
 
@@ -77,13 +77,13 @@ add chain inet calico bgp-port
 add rule inet calico bgp-port iifname "lo" accept
 add rule inet calico bgp-port ip saddr @peers4 counter name bgp4-arrived accept
 add rule inet calico bgp-port ip6 saddr @peers6 counter name bgp6-arrived accept
-add rule inet calico bgp-port drop
+add rule inet calico bgp-port counter drop
 
 add chain inet calico vxlan-port
 add rule inet calico vxlan-port iifname "PREFIX*" drop
 add rule inet calico vxlan-port ip saddr @hosts4 counter name vxlan4-arrived accept
 add rule inet calico vxlan-port ip6 saddr @hosts6 counter name vxlan6-arrived accept
-add rule inet calico vxlan-port drop
+add rule inet calico vxlan-port counter drop
 """.replace("PREFIX", INTERFACE_PREFIX)
 )
 """The chain `not-its-host` spares what a host needs to tell the others, through an etcd on one of them, that it has got
@@ -316,12 +316,12 @@ def _update_base_chains(snapshot: Snapshot, held: Ports, change: Change) -> None
         passed += _passed(_IS_OUR_VXLAN, "vxlan")
     for version, family in ((4, "ip"), (6, "ip6")):
         if vxlan:
-            forward.append(f"{_IS_OUR_VXLAN} {family} daddr @hosts{version} {family} saddr != @hosts{version} drop")
+            forward.append(f"{_IS_OUR_VXLAN} {family} daddr @hosts{version} {family} saddr != @hosts{version} counter drop")
         if any(host != snapshot.host for host in topology.users.values()):
             # locally generated packets have no incoming interface; those to endpoints of this host were judged already
             translated.append(
                 f'ct status snat ct direction original iif != 0 oifname != "{INTERFACE_PREFIX}*" '
-                f"{family} saddr @hosts{version} {family} daddr @pools{version} drop"
+                f"{family} saddr @hosts{version} {family} daddr @pools{version} counter drop"
             )
     for name, rules in (
         ("ports", ports),
