@@ -279,7 +279,7 @@ def kernel_of(host: FabricHost) -> list[str]:
     commands = (
         "ip route show table all",
         "ip -6 route show table all",
-        "nft list ruleset",
+        "nft --stateless list ruleset",
         "bridge fdb",
         "ip -br link",
     )

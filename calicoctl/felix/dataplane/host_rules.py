@@ -316,9 +316,11 @@ def _update_base_chains(snapshot: Snapshot, held: Ports, change: Change) -> None
         passed += _passed(_IS_OUR_VXLAN, "vxlan")
     for version, family in ((4, "ip"), (6, "ip6")):
         if vxlan:
-            forward.append(f"{_IS_OUR_VXLAN} {family} daddr @hosts{version} {family} saddr != @hosts{version} counter drop")
+            forward.append(
+                f"{_IS_OUR_VXLAN} {family} daddr @hosts{version} {family} saddr != @hosts{version} counter drop"
+            )
         if any(host != snapshot.host for host in topology.users.values()):
-            # locally generated packets have no incoming interface; those to endpoints of this host were judged already
+            # the host's own packets have no incoming interface; those to endpoints of this host were judged already
             translated.append(
                 f'ct status snat ct direction original iif != 0 oifname != "{INTERFACE_PREFIX}*" '
                 f"{family} saddr @hosts{version} {family} daddr @pools{version} counter drop"
