@@ -126,7 +126,7 @@ def _bgp_lines(status: dict[str, Any]) -> list[str]:
         return [f"{label}{failures.get(events.BGP_PASSWORDS, 'BIRD has not been started yet')}"]
     refused = "; BIRD refuses the newest configuration (see below)" if events.BGP_CONFIGURATION in failures else ""
     if not sessions:
-        return [f"{label}no sessions; there is no other host, and no peer{refused}"]
+        return [f"{label}no sessions; BIRD has no peers{refused}"]
     up = sum(session["up"] for session in sessions)
     table = [f"  {line}" for line in _session_table(sessions)]
     return [f"{label}{up} of {len(sessions)} sessions up{refused}", *table]

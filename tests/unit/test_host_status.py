@@ -217,14 +217,12 @@ def test_what_keeps_bgp_from_running_is_told(health: Health, capsys: pytest.Capt
 
     assert line() == "BIRD has not been started yet"
     health.bgp = events.BgpChanged(True, 7)
-    assert line() == "no sessions; there is no other host, and no peer"
+    assert line() == "no sessions; BIRD has no peers"
     health.record(events.Failure("BGP: there is no BIRD here: install it", "bgp"))
     assert line() == "there is no BIRD here: install it"
     health.record(events.Failure(None, "bgp"))
     health.record(events.Failure("BIRD refuses a new configuration: it says why", "bgp configuration"))
-    assert (
-        line() == "no sessions; there is no other host, and no peer; BIRD refuses the newest configuration (see below)"
-    )
+    assert line() == "no sessions; BIRD has no peers; BIRD refuses the newest configuration (see below)"
     health.bgp = events.BgpChanged()
     health.record(events.Failure("the file is refused", "bgp passwords"))
     assert line() == "the file is refused"
