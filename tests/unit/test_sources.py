@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
@@ -10,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from calicoctl import netlink
+from calicoctl.addresses import FAMILIES, pack, version_of
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.store import Change, Entry
 from calicoctl.errors import StoreUnavailable
@@ -143,3 +146,26 @@ def test_a_directory_is_read_again_when_the_store_is_back(followed: Followed, er
     assert followed.next() == StoreRead("/calico", [entry])
     assert followed.next() == WatchRecovered("/calico")
     assert followed.queue.empty()
+
+
+@pytest.mark.parametrize(
+    ("cidr", "flags", "table", "replaces"),
+    [
+        ("10.65.0.0/26", netlink.REPLACE, netlink.TABLE_MAIN, True),
+        ("fd65::40/122", netlink.REPLACE | netlink.CREATE, netlink.TABLE_MAIN, True),
+        ("10.65.0.0/26", netlink.CREATE, netlink.TABLE_MAIN, False),
+        ("10.65.0.0/26", netlink.REPLACE, 255, False),
+        ("0.0.0.0/0", netlink.REPLACE, netlink.TABLE_MAIN, True),
+    ],
+)
+def test_routes_that_replace_others(cidr: str, flags: int, table: int, replaces: bool) -> None:
+    address, length = cidr.split("/")
+    family = FAMILIES[version_of(address)]
+    body = struct.pack("=8BI", family, int(length), 0, 0, table, 4, 0, netlink.UNICAST, 0)
+    body += netlink.attribute(netlink.RTA_OIF, struct.pack("=I", 2))
+    if length != "0":
+        body += netlink.attribute(netlink.RTA_DST, pack(address))
+    message = netlink.message(netlink.RTM_NEWROUTE, flags, 0, body)
+    assert sources._destination(message) == cidr
+    assert sources._replaces(netlink.RTM_NEWROUTE, message) is replaces
+    assert not sources._replaces(netlink.RTM_DELROUTE, message)
