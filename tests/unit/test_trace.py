@@ -155,6 +155,8 @@ def test_a_host_reaches_workloads_without_rules_and_the_reverse_needs_outbound_o
     (decision,) = world.trace("host1", B).decisions
     assert (decision.allowed, decision.host, decision.why) == (True, "host2", "from host host1 everything passes")
     assert [decision.host for decision in world.trace(A, "host2").decisions] == ["host1"]
+    assert not world.trace("10.9.9.1", B).allowed, "an address that the host is not registered with"
+    assert world.trace("10.9.9.1", A).allowed
 
 
 def test_masquerade_is_told_and_a_missing_one_is_as_well(world: World) -> None:
