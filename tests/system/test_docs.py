@@ -7,12 +7,14 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from tests.system.fabric import FabricHost, fabric
-from tests.system.support import CALICOCTL, Etcd, Host, Result, free_port, run
+from tests.system.support import CALICOCTL, Etcd, Host, Result, free_port, run, wait_for
 
 NAMES = ("workload", "other", "web", "db", "guest")
 """Containers of all pages."""
@@ -62,17 +64,43 @@ def examples(page: Path) -> list[tuple[str, bool]]:
     return [line for block in blocks for line in _lines(block)]
 
 
-def examples_on_hosts(page: Path) -> Iterator[tuple[list[int], int | None, list[tuple[str, bool]]]]:
-    """Yield a page's blocks: the numbers of the hosts to run it on, that of a host that is dead, and its lines.
+def connecting(name: str, address: str) -> str:
+    """Return the command lines that connect a container, which they start, or a namespace."""
+    start = "" if name.startswith("/") else f"docker run --net=none --name {name} -tid busybox\n"
+    return f"{start}calicoctl container add {name} {address}\ncalicoctl container {name} profile append all"
 
-    A block begins with `# on host1`, `# on host1, host2 and host3`, or `# on host1, when host3 is dead`.
+
+@dataclass(frozen=True)
+class Step:
+    """A block of a page about several hosts: what is to be run, and the numbers of the hosts to run it on.
+
+    `text` is a configuration of BIRD if `machine` names a machine that is no host, else `lines` are shell commands.
+    `dead` is the number of a host that is to die before.
     """
-    for block in re.findall(r"```sh\n(.*?)```", page.read_text(), re.DOTALL):
-        where, _, lines = block.partition("\n")
-        assert where.startswith("# on host"), block
+
+    hosts: list[int]
+    dead: int | None
+    machine: str
+    text: str
+
+    @property
+    def lines(self) -> list[tuple[str, bool]]:
+        return _lines(self.text)
+
+
+def steps(page: Path) -> Iterator[Step]:
+    """Yield a page's blocks.
+
+    One of shell commands begins with `# on host1`, `# on host1, host2 and host3`, or `# on host1, when host3 is dead`,
+    a configuration of BIRD with `# on the router` or `# on the reflector`.
+    """
+    for kind, block in re.findall(r"```(sh|bird)\n(.*?)```", page.read_text(), re.DOTALL):
+        where, _, text = block.partition("\n")
         alive, _, dead = where.partition(", when ")
         numbers = [int(number) for number in re.findall(r"host(\d)", alive)]
-        yield numbers, int(re.findall(r"host(\d)", dead)[0]) if dead else None, _lines(lines)
+        machine = where.removeprefix("# on the ") if kind == "bird" else ""
+        assert machine in ("router", "reflector") if kind == "bird" else numbers, block
+        yield Step(numbers, int(re.findall(r"host(\d)", dead)[0]) if dead else None, machine, text)
 
 
 def _lines(block: str) -> list[tuple[str, bool]]:
@@ -121,29 +149,54 @@ def test_the_command_lines_work(bare_host: Host, engine: None, page: Path, tmp_p
 
 
 @pytest.mark.parametrize("name", FABRICS)
-def test_the_command_lines_work_on_several_hosts(bare_host: Host, engine: None, name: str, tmp_path: Path) -> None:
-    etcd = Etcd(tmp_path / "etcd")
-    etcd.start(None, f"--listen-client-urls=http://0.0.0.0:{etcd.port}", f"--advertise-client-urls={etcd.url}")
+def test_the_command_lines_work_on_several_hosts(open_etcd: Etcd, engine: None, name: str, tmp_path: Path) -> None:
     tools = fake_sudo(tmp_path)
-    try:
-        etcd.await_ready()
-        with fabric(etcd, *FABRICS[name]) as hosts:
-            for number, host in enumerate(hosts, 1):
-                host.name = f"host{number}"
-            for numbers, dead, lines in examples_on_hosts(ROOT / f"docs/{name}.md"):
-                if dead is not None:
-                    die(hosts[dead - 1])
-                for host in (hosts[number - 1] for number in numbers):
-                    environment = {n: v for n, v in host.environment().items() if not n.startswith("ETCD_")}
-                    environment["PATH"] = f"{tools}:{environment['PATH']}"
-                    for line, fails in lines:
-                        line = line.replace("172.18.0.1:2379", f"172.18.0.1:{etcd.port}")
-                        done = patiently(host, line, fails, environment)
-                        assert (done.status != 0) == fails, (host.name, line, done)
-                        assert "Traceback" not in done.err
-    finally:
-        etcd.stop(9)
-        run("docker", "rm", "-f", *NAMES, check=False)
+    with ExitStack() as undo:
+        undo.callback(run, "docker", "rm", "-f", *NAMES, check=False)
+        hosts = undo.enter_context(fabric(open_etcd, *FABRICS[name]))
+        routers: dict[str, subprocess.Popen] = {}
+        undo.callback(lambda: [end(router) for router in routers.values()])
+        for number, host in enumerate(hosts, 1):
+            host.name = f"host{number}"
+        for step in (*BEFORE_ON_HOSTS.get(name, ()), *steps(ROOT / f"docs/{name}.md")):
+            if step.dead is not None:
+                die(hosts[step.dead - 1])
+            if step.machine:
+                if step.machine in routers:
+                    end(routers.pop(step.machine))
+                routers[step.machine] = start_bird(step, tmp_path)
+                for host in hosts:
+                    wait_for(lambda h=host: sessions_up(h), host.log(), 30)
+                continue
+            for host in (hosts[number - 1] for number in step.hosts):
+                environment = {n: v for n, v in host.environment().items() if not n.startswith("ETCD_")}
+                environment["PATH"] = f"{tools}:{environment['PATH']}"
+                for line, fails in step.lines:
+                    line = line.replace("172.18.0.1:2379", f"172.18.0.1:{open_etcd.port}")
+                    done = patiently(host, line, fails, environment)
+                    assert (done.status != 0) == fails, (host.name, line, done)
+                    assert "Traceback" not in done.err
+        wait_for(lambda: sessions_up(hosts[0], none=name == "hosts"), hosts[0].log(), 30)
+
+
+def sessions_up(host: FabricHost, none: bool = False) -> bool:
+    """Return whether all BGP sessions of a host are up, of which there must be some, or none."""
+    sessions = host.status()["bgp_sessions"]
+    return (not sessions) == none and all(session["up"] for session in sessions)
+
+
+def start_bird(step: Step, folder: Path) -> subprocess.Popen:
+    """Start BIRD on a machine that is no host: the fabric's router, or this one, which is the reflector."""
+    conf = folder / f"{step.machine}.conf"
+    conf.write_text(step.text)
+    where = ("ip", "netns", "exec", "router") if step.machine == "router" else ()
+    files = ("-c", str(conf), "-s", str(conf.with_suffix(".ctl")), "-P", str(conf.with_suffix(".pid")))
+    return subprocess.Popen([*where, "bird", "-f", *files])
+
+
+def end(router: subprocess.Popen) -> None:
+    router.terminate()
+    router.wait()
 
 
 def fake_sudo(folder: Path) -> Path:
@@ -160,6 +213,22 @@ def die(host: FabricHost) -> None:
     host.unplug()
     host.end()
     host.etcd.delete(f"/calico/felix/v1/host/{host.name}/status")
+
+
+BEFORE_ON_HOSTS = {
+    "fabrics": [
+        Step([1, 2, 3], None, "", "echo ETCD_ENDPOINTS=http://172.18.0.1:2379 >/etc/calico/node.env"),
+        Step(
+            [1], None, "", "calicoctl node --ip=172.18.0.11\ncalicoctl pool add 10.65.0.0/16\ncalicoctl profile add all"
+        ),
+        Step([2], None, "", "calicoctl node --ip=172.18.0.12\nip netns add blue"),
+        Step([3], None, "", "calicoctl node --ip=172.19.0.13"),
+        Step([1], None, "", connecting("web", "10.65.1.1")),
+        Step([2], None, "", connecting("/var/run/netns/blue", "10.65.2.1")),
+        Step([3], None, "", connecting("db", "10.65.3.1")),
+    ]
+}
+"""What a page about several hosts takes for granted."""
 
 
 def patiently(host: FabricHost, line: str, fails: bool, environment: dict[str, str]) -> Result:
