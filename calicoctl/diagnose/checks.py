@@ -329,7 +329,10 @@ def _bird() -> Iterator[Check]:
         yield Check(name, False, str(error), False, advice)
         return
     yield Check(name, True, _version("bird") or "", False)
-    name = "no other BIRD, port 179 is free"
+    name = f"no other BIRD, port {instance.PORT} is free"
+    if os.geteuid() != 0:
+        yield _needs_root(name)
+        return
     try:
         own = instance.Instance(hostname())
         pid = own.pid()
@@ -350,8 +353,10 @@ def _passwords() -> Check:
     found = passwords.read()
     if found.problem is not None:
         return Check(name, False, found.problem, False, "see 'Found'")
-    whose = [*([f"{len(found.peers)} peers"] if found.peers else []), *(["the mesh"] if found.mesh is not None else [])]
-    return Check(name, True, f"{' and '.join(whose) or 'none'}, in {passwords.PATH}", False)
+    count = len(found.peers)
+    peers = [f"{count} peer{'s' if count > 1 else ''}"] if count else []
+    whose = " and ".join([*peers, *(["the mesh"] if found.mesh is not None else [])])
+    return Check(name, True, f"{f'for {whose}' if whose else 'none'}, in {passwords.PATH}", False)
 
 
 def _ports() -> Check:
@@ -384,8 +389,12 @@ def ports_not_mentioned(rules: str) -> list[str]:
     drops = re.search(
         r"^:INPUT DROP|^-A INPUT -j (DROP|REJECT)|type filter hook input [^;]*; policy drop;", rules, re.MULTILINE
     )
-    ports = (("TCP port 179", r"\b(179|bgp)\b"), (f"UDP port {vxlan.PORT}", rf"\b{vxlan.PORT}\b"))
-    return [port for port, pattern in ports if not re.search(pattern, rules)] if drops else []
+    if not drops:
+        return []
+    rules = re.sub(r"packets \d+ bytes \d+", "", rules)
+    ports = ((f"TCP port {instance.PORT}", f"{instance.PORT}|bgp"), (f"UDP port {vxlan.PORT}", str(vxlan.PORT)))
+    # not a part of an address
+    return [port for port, words in ports if not re.search(rf"(dport|elements).*(?<![\w.])({words})(?![\w.])", rules)]
 
 
 def _etcd() -> Iterator[Check]:

@@ -86,7 +86,7 @@ def test_checksystem_and_what_several_hosts_need(bare_host: Host) -> None:
     refused = checks(bare_host)["BGP passwords"]
     assert "has mode 0640" in refused["found"] and not refused["ok"] and not refused["needed"]
     file.chmod(0o600)
-    assert checks(bare_host)["BGP passwords"]["found"] == f"2 peers and the mesh, in {file}"
+    assert checks(bare_host)["BGP passwords"]["found"] == f"for 2 peers and the mesh, in {file}"
     bare_host.ctl("pool", "add", "10.9.0.0/16", "--ipip")
     pools = checks(bare_host)["pools with IP-in-IP"]
     assert pools["found"].startswith("10.9.0.0/16: ") and "pool add 10.9.0.0/16 --vxlan=" in pools["advice"]
