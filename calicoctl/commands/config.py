@@ -31,6 +31,10 @@ Options:
                        containers; default: that of the host's own network
                        interface, in pools with an overlay 50 less (70 over
                        IPv6)
+    CheckSenders       mac, interface, off: whether packets from addresses of
+                       other hosts and their containers are checked for MAC
+                       and interface, for the interface alone, or for
+                       neither; default: mac
     LogSeverityFile, LogFilePath, InterfacePrefix, IpInIpEnabled
                        for agents of 2015; this version ignores them
   node felix

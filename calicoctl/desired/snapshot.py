@@ -87,6 +87,8 @@ class Snapshot:
         """Seconds until a workload that no longer exists, or whose state is unknown, is garbage-collected."""
         self.mtu: int | None = None
         """The MTU for workloads' interfaces; None if it must be derived from the host's own interfaces."""
+        self.check_senders = str(config.CHECK_SENDERS.default)
+        """What packets from other hosts' addresses are checked for: one of config.CHECK_SENDERS.values."""
         self.topology = Topology(host)
         self.network = HostNetwork()
         """This host's own addresses and networks, as of the last `set_network`."""
@@ -187,7 +189,7 @@ class Snapshot:
             return self._set_profile if keys.parse_profile(key) is not None else None
         if key.startswith((keys.pools(4) + "/", keys.pools(6) + "/")):
             return self._set_pool
-        settings = (config.LOG_LEVEL, config.GRACE_TIME, config.MTU)
+        settings = (config.LOG_LEVEL, config.GRACE_TIME, config.MTU, config.CHECK_SENDERS)
         if key == keys.READY or key in [keys.config(setting.name) for setting in settings]:
             return self._set_setting
         return self._set_topology if self.topology.handler(key) is not None else None
@@ -251,6 +253,11 @@ class Snapshot:
             if value and not re.fullmatch("[0-9]{1,9}", value, re.ASCII):
                 raise CalicoError(f"'{value}' is not a number of seconds; {GRACE_TIME} is used")
             self.grace_time = int(value or GRACE_TIME)
+        elif key == keys.config(config.CHECK_SENDERS.name):
+            self.check_senders, self.dirty.topology = str(config.CHECK_SENDERS.default), True
+            if value:
+                config.CHECK_SENDERS.check(value)
+                self.check_senders = value
         elif key == keys.config(config.MTU.name):
             self.mtu = None
             if value:

@@ -117,6 +117,25 @@ def test_what_is_not_known_passes() -> None:
     assert tables.nft.chain("host/host2") == ["goto by-interface"], "an old host"
 
 
+def test_checks_can_be_switched_off() -> None:
+    tables, key = Hosts(), "/calico/v1/config/CheckSenders"
+    tables.store.endpoint(1, A)
+    tables.store.put(key, "interface")
+    tables.update()
+    assert tables.nft.chain("host/host2") == ["goto by-interface"] and tables.nft.chain("by-interface")
+    tables.store.put(key, "off")
+    tables.update()
+    assert tables.nft.chain("by-interface") == [] and tables.owner(A) == "drop", (
+        "that needs no knowledge of the network"
+    )
+    tables.store.put(key, "nonsense")
+    tables.update()
+    assert len(tables.nft.chain("host/host2")) == 3 and "mac, interface, off" in tables.snapshot.problems[key]
+    tables.store.put(key, None)
+    tables.update()
+    assert len(tables.nft.chain("host/host2")) == 3 and not tables.snapshot.problems
+
+
 def test_macs_do_not_count_where_routes_may_lead_through_a_router_of_the_network() -> None:
     tables = Hosts()
     tables.store.put("/calico/bgp/v1/global/node_mesh", {"enabled": False})

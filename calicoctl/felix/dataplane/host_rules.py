@@ -248,6 +248,7 @@ def _sender_chain(host: str, snapshot: Snapshot) -> tuple[str, ...]:
     macs = ", ".join(sorted(topology.macs.get(host, ())))
     # where routes come from routers that peer, packets may take the way through the router in the same network, too
     is_direct = topology.mesh or all(topology.users.get(peer.ip) for peer in topology.peers.values())
+    is_direct = is_direct and snapshot.check_senders == "mac"
     for version in (4, 6):
         address = topology.address(host, version)
         if address is None or not macs or not is_direct:
@@ -278,7 +279,7 @@ def _by_interface(snapshot: Snapshot) -> tuple[str, ...]:
         ways = [network.reached.get(address, frozenset()) for address in others if version_of(address) == version]
         if ways and all(way and all(map(_SPELLABLE.fullmatch, way)) for way in ways):
             known.append(version)
-    if not known:
+    if not known or snapshot.check_senders == "off":
         return ()
     of_version = f"meta nfproto ipv{known[0]} " if len(known) == 1 else ""
     return (
