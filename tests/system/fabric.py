@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tests.system.machines import Machine
 from tests.system.reach import Prober
-from tests.system.support import CALICOCTL, Etcd, Result, gone, run
+from tests.system.support import CALICOCTL, Etcd, Result, gone, run, wait_for
 
 ETC = Path("/etc/calico")
 NETWORKS = (("172.18.0.", "fd00:18::"), ("172.19.0.", "fd00:19::"))
@@ -158,10 +158,14 @@ class FabricHost(Machine):
 
     def end(self) -> None:
         """Kill all processes of the host, whatever they are."""
-        for pid in run("ip", "netns", "pids", self.namespace, check=False).out.split():
-            with contextlib.suppress(ProcessLookupError):
-                if int(pid) != getattr(getattr(self, "_holder", None), "pid", None):
-                    os.kill(int(pid), 9)
+        holder = getattr(getattr(self, "_holder", None), "pid", None)
+        # an agent that is still alive starts its BIRD again
+        while pids := set(map(int, run("ip", "netns", "pids", self.namespace, check=False).out.split())) - {holder}:
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, 9)
+            for pid in pids:
+                wait_for(lambda p=pid: gone(p), f"the end of process {pid}")
 
     def remove(self) -> None:
         """End everything on the host, and remove it."""
