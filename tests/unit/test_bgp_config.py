@@ -78,6 +78,7 @@ def test_the_whole_text(bgp: Bgp) -> None:
         """\
 # Written by calicoctl. Changes are overwritten.
 log "/run/calico/host1/bird/log" 1048576 "/run/calico/host1/bird/log.1" all;
+debug protocols { states };
 router id 172.18.0.11;
 timeformat protocol iso long;
 graceful restart wait 8;
@@ -178,9 +179,9 @@ def test_the_hold_time_and_a_third_of_it(bgp: Bgp) -> None:
 
 
 def test_the_log_level(bgp: Bgp) -> None:
-    assert "debug" not in bgp.text()
-    bgp.put(f"{BGP}/global/loglevel", "info")
     assert "\ndebug protocols { states };\n" in bgp.text()
+    bgp.put(f"{BGP}/global/loglevel", "info")
+    assert "\ndebug protocols { states, events };\n" in bgp.text()
     bgp.put(f"{BGP}/host/{HOST}/loglevel", "debug")
     assert "\ndebug protocols all;\n" in bgp.text()
 

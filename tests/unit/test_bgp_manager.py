@@ -46,7 +46,7 @@ class FakeInstance:
         self.recovers = False
         self.answers = True
         self.found: list[Session] = []
-        self.removed = 0
+        self.removed = self.woken = 0
 
     def pid(self) -> int | None:
         return self.running
@@ -81,6 +81,9 @@ class FakeInstance:
 
     def holds_port(self) -> bool:
         return bool(self.found)
+
+    def wake(self) -> None:
+        self.woken += 1
 
     def remove(self) -> bool:
         self.removed += 1
@@ -155,14 +158,14 @@ def test_one_that_ends_is_started_again_with_pauses(bird: Bird) -> None:
     bird.now += 60
     bird.instance.running = None
     assert bird.step(wanted) is None and bird.instance.running == 101, "at once, after a long life"
-    for pause in (0.5, 1, 2, 4, 8, 16, 30, 30):
+    for pause in (0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 25.6, 30, 30):
         bird.instance.running = None
         assert "started again in a moment" in str(bird.step(wanted))
         bird.now += pause - 0.01
         assert bird.step(wanted) is not None and bird.instance.running is None
         bird.now += 0.02
         assert bird.step(wanted) is None and bird.instance.running is not None
-    assert bird.state.restarts == 9
+    assert bird.state.restarts == 12
     bird.now += 60
     bird.instance.running = None
     assert bird.step(wanted) is None and bird.instance.running is not None
@@ -185,7 +188,7 @@ def test_what_is_refused_is_reported_and_not_tried_again(bird: Bird) -> None:
         assert bird.step(configuration("172.18.0.66")) is None
     (why,) = [why for why in bird.failures(BGP_CONFIGURATION) if why is not None]
     assert why == (
-        "BIRD refuses a new configuration, and keeps the one before: it is wrong in line 3 of conf.new: "
+        "BIRD refuses a new configuration, and keeps the one before: it is wrong in line 4 of conf.new: "
         "router id 172.18.0.66;"
     )
     assert bird.state.refusals == 1 and len(bird.instance.told) == 1

@@ -33,8 +33,8 @@ RESTART_WAIT = 8
 LOG_SIZE = 2**20
 """Bytes of BIRD's log, beside as many of the log before; both are in memory, below /run."""
 
-_DEBUG = {"debug": "debug protocols all;", "info": "debug protocols { states };"}
-"""By log level: what BIRD tells of its protocols besides errors."""
+_DEBUG = {"debug": "all", "info": "{ states, events }", "none": "{ states }"}
+"""By log level: what BIRD's log says of its protocols besides errors. The agent waits for changes of their states."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def text(config: Config, passwords: Passwords, directory: Path) -> str:
     lines = [
         "# Written by calicoctl. Changes are overwritten.",
         f"log {quoted(str(log))} {LOG_SIZE} {quoted(str(log.with_suffix('.1')))} all;",
-        *filter(None, [_DEBUG.get(config.log_level)]),
+        f"debug protocols {_DEBUG.get(config.log_level, _DEBUG['none'])};",
         f"router id {config.router_id};",
         "timeformat protocol iso long;",
         f"graceful restart wait {RESTART_WAIT};",

@@ -146,6 +146,11 @@ class Instance:
         with bird.control(self._control) as control:
             return control.sessions()
 
+    def wake(self) -> None:
+        """Have BIRD look for work: see wakeups.py. Raises CalicoError."""
+        with bird.control(self._control, may_change=True):
+            pass
+
     def _serves(self) -> bool:
         try:
             with bird.control(self._control):

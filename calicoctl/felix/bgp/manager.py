@@ -9,13 +9,11 @@ with the configuration that it had.
 from __future__ import annotations
 
 import logging
-import os
 import re
-import select
 import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +23,7 @@ from calicoctl.errors import CalicoError
 from calicoctl.felix.bgp import bird, config, passwords
 from calicoctl.felix.bgp.instance import Instance, NotReady
 from calicoctl.felix.bgp.signatures import Signatures
+from calicoctl.felix.bgp.wakeups import Wakeups
 from calicoctl.felix.dataplane.manager import Context, Manager
 from calicoctl.felix.events import BGP, BGP_CONFIGURATION, BGP_PASSWORDS, BgpChanged, Failure
 
@@ -36,13 +35,16 @@ log = logging.getLogger("calico.felix")
 SHORT_POLL, LONG_POLL = 1.0, 10.0
 """Seconds between two looks at the sessions: while one is not up, and else."""
 
+NEWS_PAUSE, NEWS_POLL = 0.01, 0.1
+"""Seconds from news in BIRD's log until BIRD is woken, and then until its sessions are looked at."""
+
 PORT_POLL = 0.1
 """Seconds between two looks at whether BIRD listens, after its start."""
 
 PASSWORDS_POLL = 2.0
 """Seconds between two looks at the file with the passwords."""
 
-FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
+FIRST_PAUSE, LONGEST_PAUSE = 0.1, 30.0
 """Seconds until BIRD is started again when it has ended soon after its start, at first and at most; doubled each time.
 Also, at most, the time between two attempts to start it."""
 
@@ -138,7 +140,7 @@ class BgpThread(threading.Thread):
         self._text: str | None = None
         self._failures: dict[str, str | None] = {}
         """The last failure that was emitted, by subject."""
-        self._wake_reader, self._wake_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._wakeups = Wakeups()
         self._signatures = Signatures()
         self._state = self._reported = BgpChanged()
         self._in_use: str | None = None
@@ -160,8 +162,7 @@ class BgpThread(threading.Thread):
     def want(self, config: Config) -> None:
         """Hand over a configuration; return at once."""
         self._wanted = config
-        with suppress(BlockingIOError):  # the pipe is full of wake-ups
-            os.write(self._wake_writer, b"x")
+        self._wakeups.request()
 
     def run(self) -> None:
         if not self.enabled:
@@ -202,17 +203,11 @@ class BgpThread(threading.Thread):
             due = min(self._poll_at, now + PASSWORDS_POLL)
         else:
             due = self._start_at if self._start_at > now else now + LONGEST_PAUSE
-        with ExitStack() as stack:
-            watched = [self._wake_reader]
-            if pid is not None:
-                try:
-                    watched.append(os.pidfd_open(pid))
-                except OSError:  # it has just ended
-                    return
-                stack.callback(os.close, watched[1])
-            ready, _, _ = select.select(watched, [], [], max(0.0, due - now))
-        if self._wake_reader in ready:
-            os.read(self._wake_reader, 2**16)
+        if self._wakeups.wait(pid, due - now):
+            time.sleep(NEWS_PAUSE)  # one line is seldom alone
+            with suppress(CalicoError):  # it is said when the sessions are looked at
+                self._instance.wake()
+            self._poll_at = min(self._poll_at, time.monotonic() + NEWS_POLL)
 
     def round(self, wanted: Config | None) -> None:
         """Do what is due now. Raises any exception; then `round` is to be called again."""
@@ -248,6 +243,7 @@ class BgpThread(threading.Thread):
         self._in_use, self._poll_at = None, now
         self._state = replace(self._state, pid=pid, running=False, sessions=())
         if pid is not None:
+            self._wakeups.follow(self._instance.directory)
             self._began = now - SHORT_LIFE
             log.info("BIRD runs (process %d)", pid)
             return
