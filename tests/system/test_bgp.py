@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ V6 = "fd80:24e2:f998:72d6::"
 FOREIGN = "172.18.0.13"
 FOREIGN_ROUTES = ("192.168.200.0/26", "10.9.0.0/16", "0.0.0.0/0")
 CHANNEL = "ipv4 { import all; export all; };"
+MARK = "203.0.113.99"
 PATIENCE = 20
 
 
@@ -117,19 +119,32 @@ def troubles(host: FabricHost) -> dict[str, str]:
 
 
 @contextmanager
-def no_route_event(*hosts: FabricHost) -> Iterator[None]:
-    """Check that inside of `with` no route of these hosts is added, changed or deleted."""
-    monitors = [subprocess.Popen(host.inside("ip", "monitor", "route"), stdout=subprocess.PIPE) for host in hosts]
-    for monitor, host in zip(monitors, hosts):
-        host.run("ip", "route", "add", "blackhole", "203.0.113.99/32")
-        assert "203.0.113.99" in monitor.stdout.readline().decode(), "it listens"
+def steady_routes(host: FabricHost, peer: FabricHost) -> Iterator[None]:
+    """Check that inside of `with` no route of the peer is added, changed or deleted, and no unicast route of the host.
+
+    After a crash, BIRD writes all routes of IPv6 anew in its host's kernel, blackholes by deleting them first.
+    """
+    monitors = [subprocess.Popen(one.inside("ip", "monitor", "route"), stdout=subprocess.PIPE) for one in (host, peer)]
+    for monitor, one in zip(monitors, (host, peer)):
+        while not select.select([monitor.stdout], [], [], 0.05)[0]:  # until it listens
+            for change in ("add", "delete"):
+                one.run("ip", "route", change, "blackhole", MARK)
+    before = one_by_one(host)
     try:
         yield
     finally:
         for monitor in monitors:
             monitor.terminate()
-    for monitor in monitors:
-        assert monitor.communicate()[0].decode() == ""
+    here, there = (
+        [line for line in monitor.communicate()[0].decode().splitlines() if MARK not in line] for monitor in monitors
+    )
+    assert there == []
+    assert [line for line in here if line.startswith("Deleted") and "blackhole" not in line] == []
+    assert one_by_one(host) == before
+
+
+def one_by_one(host: FabricHost) -> list[str]:
+    return sorted(json.dumps(route) for version in (4, 6) for route in host.routes(version=version))
 
 
 def foreign_router(host: FabricHost, text: str) -> None:
@@ -194,7 +209,8 @@ def test_a_mesh(two: list[FabricHost]) -> None:
     one.ctl("bgp", "node-mesh", "off")
     await_routes(one, {"192.168.0.0/26": None})
     await_routes(other, {"192.168.1.0/26": None, "10.77.0.0/26": None})
-    assert sessions(one) == {} and not one.reaches("a", "192.168.1.1")
+    wait_for(lambda: sessions(one) == {}, "the end of the sessions", PATIENCE)
+    assert not one.reaches("a", "192.168.1.1")
 
 
 def test_peers_that_are_no_hosts(three: list[FabricHost]) -> None:
@@ -245,7 +261,7 @@ def test_no_end_but_a_removal_changes_a_route(two: list[FabricHost]) -> None:
     await_routes(other, expected)
     await_routes(other, {f"{V6}40/122": None, f"{V6}/122": one.ip6}, 6)
     names = tuple(sessions(one))
-    with no_route_event(one, other):
+    with steady_routes(one, other):
         # BIRD is killed
         killed = bird_of(one)
         os.kill(killed, 9)
@@ -305,7 +321,7 @@ def test_bird_without_the_store(two: list[FabricHost]) -> None:
     command, environment = (
         Path(f"/proc/{agent}/{name}").read_text().split("\0")[:-1] for name in ("cmdline", "environ")
     )
-    with no_route_event(one, other):
+    with steady_routes(one, other):
         one.etcd.stop(9)
         os.kill(agent, 9)
         os.kill(running, 9)
