@@ -27,17 +27,6 @@ PATIENCE = 20
 
 
 @pytest.fixture
-def open_etcd(bare_host: Host, tmp_path: Path) -> Iterator[Etcd]:
-    """An etcd that listens on all addresses."""
-    etcd = Etcd(tmp_path / "etcd")
-    urls = (f"--listen-client-urls=http://0.0.0.0:{etcd.port}", f"--advertise-client-urls={etcd.url}")
-    etcd.start(None, *urls)
-    etcd.await_ready()
-    yield etcd
-    etcd.stop(9)
-
-
-@pytest.fixture
 def one(open_etcd: Etcd) -> Iterator[FabricHost]:
     """A host without an agent."""
     with fabric(open_etcd, 0) as (host,):
