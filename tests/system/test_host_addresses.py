@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from calicoctl.workloads import host_network
 from tests.system.agent import LOG_DIR, AgentHost
 from tests.system.support import CALICOCTL, HOST_IP, HOST_IP6, Host, run, wait_for
 
@@ -213,3 +214,40 @@ def test_what_makes_an_address_the_hosts(bare_host: Host, home: None) -> None:
     bare_host.etcd.put("/calico/v1/ipam/v4/pool/192.168.0.0-16", {"cidr": "192.168.71.0/26"})
     bare_host.ctl("container", "add", path, "ipv4", status=1)  # its one block has the peer's address
     assert bare_host.etcd.tree("/calico/ipam/v2") == {}
+
+
+def test_interfaces_to_other_hosts_are_found_by_all_routes_but_a_default_route_to_workloads(host: Host) -> None:
+    with cable("eth6", "10.6.0.1/24") as mac6, cable("eth7", "10.7.0.1/24") as mac7:
+        run("ip", "route", "add", "default", "via", "10.6.0.9")
+        run("ip", "route", "add", "10.8.0.0/16", "nexthop", "via", "10.6.0.9", "nexthop", "via", "10.7.0.9")
+        run("ip", "link", "add", "bridge7", "type", "bridge")
+        run("ip", "address", "add", "10.9.0.1/24", "dev", "bridge7")
+        try:
+            network = host_network.read(["10.6.0.2", "10.8.0.1", "10.99.0.1", "fd00:99::1"], ["10.8.1.1", "10.99.1.1"])
+        finally:
+            run("ip", "link", "delete", "bridge7")
+    either = frozenset({"eth6", "eth7"})
+    assert network.reached == {
+        "10.6.0.2": frozenset({"eth6"}),
+        "10.8.0.1": either,
+        "10.99.0.1": frozenset({"eth6"}),
+        "fd00:99::1": frozenset(),
+        "10.8.1.1": either,
+        "10.99.1.1": frozenset(),
+    }
+    macs = {name: macs for name, macs in network.macs.items() if name in ("eth6", "eth7", "bridge7")}
+    assert macs == {"eth6": frozenset({mac6}), "eth7": frozenset({mac7})}, "a bridge of containers is none"
+
+
+@contextmanager
+def cable(name: str, address: str) -> Iterator[str]:
+    """An interface with an address; yields its MAC."""
+    run("ip", "link", "add", name, "type", "veth", "peer", "name", f"{name}-end")
+    try:
+        run("ip", "link", "set", f"{name}-end", "up")
+        run("ip", "link", "set", name, "up")
+        run("ip", "address", "add", address, "dev", name)
+        (link,) = json.loads(run("ip", "-json", "link", "show", name).out)
+        yield link["address"]
+    finally:
+        run("ip", "link", "delete", name)
