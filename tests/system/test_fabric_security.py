@@ -224,6 +224,8 @@ def test_a_host_reaches_workloads_of_other_hosts_but_nothing_that_it_translates_
         wait_for(lambda: one.reaches("a", B), "the open profile", 5)
         send(of_box, B, "from the container")
         send(of_box, A, "from the container")
+        for source in (one.ip, two.ip, three.ip):
+            forge(of_box, mac(one.run, "docker7"), source, B)
         send(one.run, B, "end")
         assert received.until("end") == [], "it could not be told from the host's own"
         assert received_here.line() == "from the container", "as far as policy allows"

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from calicoctl.felix.dataplane import policy_manager
+from calicoctl.felix.dataplane.links import Link
 from calicoctl.felix.dataplane.manager import PendingAddresses
 from calicoctl.felix.dataplane.policy_manager import BACKOFF, PolicyManager
-from calicoctl.felix.events import TablesChanged, Tick
+from calicoctl.felix.events import BgpChanged, LinkChanged, TablesChanged, Tick
 from tests.unit.kernel import FakeNft
 from tests.unit.snapshots import World, endpoint_id
 
@@ -153,3 +154,22 @@ def test_an_internal_error_leads_to_a_reload_after_the_backoff(world: PolicyWorl
     world.clock += 10
     world.apply()
     assert world.manager.reloaded
+
+
+def test_the_ports_are_guarded_while_bird_holds_one_and_a_device_the_other(world: PolicyWorld) -> None:
+    def guarded() -> list[str]:
+        world.apply()
+        return world.nft.objects.get("chain inet calico ports", [])
+
+    assert not guarded()
+    world.manager.on_event(BgpChanged(running=True))
+    assert len(guarded()) == 1
+    assert world.apply() == 0, "nothing has changed"
+    world.manager.on_event(LinkChanged(Link("vxlan.calico", 7, True)))
+    world.manager.on_event(LinkChanged(Link("vxlan7", 8, True)))
+    assert len(guarded()) == 2
+    world.manager.invalidate(-1)
+    assert len(guarded()) == 2, "also in tables that are loaded anew"
+    world.manager.on_event(LinkChanged(Link("vxlan.calico", 7, True), deleted=True))
+    world.manager.on_event(BgpChanged(running=False))
+    assert not guarded()
