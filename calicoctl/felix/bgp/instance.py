@@ -55,7 +55,8 @@ class Instance:
             lock=DIRECTORY / host,
             is_ready=self._serves,
             start_patience=START_PATIENCE,
-            environment={"PATH": os.environ.get("PATH", os.defpath)},
+            # its times must be in the agent's zone
+            environment={name: os.environ[name] for name in ("PATH", "TZ") if name in os.environ},
         )
 
     def pid(self) -> int | None:
