@@ -223,9 +223,11 @@ def test_without_a_pool_nothing_is_learned(bgp: Bgp) -> None:
 
 def test_passwords(bgp: Bgp) -> None:
     bgp.peer("172.18.0.254", "64600")
+    bgp.peer("172.18.0.253", "64600")
     text = bgp.text(Passwords({"172.18.0.254": "tor's; secret"}, "of the mesh"))
     assert 'neighbor 172.18.0.254 as 64600; password "tor\'s; secret";' in text
     assert text.count('password "of the mesh";') == 2, "one for each IP version"
+    assert "neighbor 172.18.0.253 as 64600;\n" in text, "it is in no mesh"
     assert "password" not in block(bgp.text(Passwords({}, None)), "protocol bgp mesh4_172_18_0_12")
     for bad in ('x"; }', "a\nb"):
         with pytest.raises(CalicoError) as error:

@@ -320,6 +320,24 @@ def test_the_thread_tells_what_has_changed_and_notices_the_end_at_once(
     assert Failure("BGP: it may not run", BGP) in events
 
 
+def test_news_in_the_log_wake_bird_and_have_its_sessions_looked_at(
+    monkeypatch: pytest.MonkeyPatch, sleeper: subprocess.Popen[bytes], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(passwords, "read", lambda before=None: before or Passwords())
+    monkeypatch.setattr(manager, "PASSWORDS_POLL", 600.0)
+    monkeypatch.setattr(manager, "LONG_POLL", 600.0)
+    instance, events = FakeInstance(), []
+    instance.directory, instance.running, instance.found = tmp_path, sleeper.pid, [SESSION]
+    thread = BgpThread(instance, True, events.append)  # type: ignore[arg-type]
+    thread.start_once()
+    wait_for(lambda: events and events[-1].sessions == (SESSION,))
+    assert instance.woken == 0
+    instance.found = [SESSION, SESSION]
+    (tmp_path / "log").write_text("State changed to up\n")
+    wait_for(lambda: events[-1].sessions == (SESSION, SESSION))
+    assert instance.woken > 0
+
+
 def test_without_bgp_the_thread_ends_what_runs_and_itself() -> None:
     instance, events = FakeInstance(), []
     instance.running = os.getpid()

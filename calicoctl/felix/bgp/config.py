@@ -136,7 +136,7 @@ def _neighbours(snapshot: Snapshot, version: int) -> Iterable[Neighbour]:
     if topology.mesh:
         for host in sorted(topology.hosts()):
             address = topology.address(host, version)
-            if host != snapshot.host and address is not None:
+            if address is not None:
                 found.setdefault(address, Neighbour(MESH, address, topology.as_num(host)))
     of_host = f"/host/{snapshot.host}/"
     for kind in (NODE, GLOBAL):
