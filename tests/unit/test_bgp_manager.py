@@ -43,6 +43,8 @@ class FakeInstance:
         """The texts that it was started or configured with."""
         self.wrong = "no text has this"
         self.refusal: str | None = None
+        self.other: str | None = None
+        """Why another BIRD must not run beside it."""
         self.recovers = False
         self.answers = True
         self.found: list[Session] = []
@@ -81,6 +83,10 @@ class FakeInstance:
 
     def holds_port(self) -> bool:
         return bool(self.found)
+
+    def refuse_other_bird(self) -> None:
+        if self.other is not None:
+            raise CalicoError(self.other)
 
     def wake(self) -> None:
         self.woken += 1
@@ -278,6 +284,18 @@ def test_one_that_does_not_answer_is_reported_and_its_sessions_are_kept(bird: Bi
     bird.instance.answers = True
     bird.now += 2
     assert bird.step(configuration()) is None
+
+
+def test_another_one_that_is_started_beside_it_is_reported(bird: Bird) -> None:
+    bird.step(configuration())
+    bird.instance.other = "another BIRD runs here"
+    bird.now += 11
+    assert [bird.step(configuration()) for _ in range(2)] == ["another BIRD runs here"] * 2
+    bird.step(configuration("172.18.0.12"))
+    assert len(bird.instance.told) == 2, "ours goes on"
+    bird.instance.other = None
+    bird.now += 11
+    assert bird.step(configuration("172.18.0.12")) is None
 
 
 # The thread

@@ -135,9 +135,10 @@ class BgpThread(threading.Thread):
         self._put = put
         self._wanted: Config | None = None
         self._passwords: passwords.Passwords | None = None
-        self._text_of: tuple[Config | None, passwords.Passwords | None] = (None, None)
-        """What `_text` was made of."""
-        self._text: str | None = None
+        self._rendered: tuple[Config | None, passwords.Passwords | None, str | None] = (None, None, None)
+        """The last text, after what it was made of."""
+        self._beside: str | None = None
+        """A sentence about another BIRD that runs beside ours, if one does."""
         self._failures: dict[str, str | None] = {}
         """The last failure that was emitted, by subject."""
         self._wakeups = Wakeups()
@@ -211,7 +212,7 @@ class BgpThread(threading.Thread):
 
     def round(self, wanted: Config | None) -> None:
         """Do what is due now. Raises any exception; then `round` is to be called again."""
-        text = self._rendered(wanted)
+        text = self._text(wanted)
         self._follow_process(self._instance.pid())
         if self._state.pid is None:
             if time.monotonic() < self._start_at:
@@ -223,17 +224,19 @@ class BgpThread(threading.Thread):
             self._configure(text)
         if self._state.pid is not None and time.monotonic() >= self._poll_at:
             self._poll()
+        if self._beside is not None:
+            raise CalicoError(self._beside)
 
-    def _rendered(self, wanted: Config | None) -> str | None:
+    def _text(self, wanted: Config | None) -> str | None:
         """Return the configuration's text, None while it is not known."""
         self._passwords = passwords.read(before=self._passwords)
         self._fail(BGP_PASSWORDS, self._passwords.problem)
         if wanted is None or not self._passwords.known:
             return None
-        if self._text_of[0] is not wanted or self._text_of[1] is not self._passwords:
-            self._text = config.text(wanted, self._passwords, self._instance.directory)
-            self._text_of = wanted, self._passwords
-        return self._text
+        if self._rendered[0] is not wanted or self._rendered[1] is not self._passwords:
+            text = config.text(wanted, self._passwords, self._instance.directory)
+            self._rendered = wanted, self._passwords, text
+        return self._rendered[2]
 
     def _follow_process(self, pid: int | None) -> None:
         """Note that BIRD has ended, or that another process of it runs."""
@@ -308,13 +311,22 @@ class BgpThread(threading.Thread):
         sessions = tuple(map(self._with_suspicion, self._instance.sessions()))
         running = self._instance.holds_port()
         self._state = replace(self._state, sessions=sessions, running=running)
+        self._beside = None
+        if all(session.is_up for session in sessions):
+            self._look_beside()
         now = time.monotonic()
         if sessions and not running and now - (self._began or now) < SHORT_LIFE:
             self._poll_at = now + PORT_POLL
         elif all(session.is_up for session in sessions):
-            self._poll_at = now + LONG_POLL
+            self._poll_at = now + max(LONG_POLL, 200 * (now - began))
         else:
             self._poll_at = now + max(SHORT_POLL, 50 * (now - began))  # at most 2 % of the time
+
+    def _look_beside(self) -> None:
+        try:
+            self._instance.refuse_other_bird()
+        except CalicoError as error:
+            self._beside = str(error)
 
     def _with_suspicion(self, session: bird.Session) -> bird.Session:
         if session.is_up or self._passwords is None or not self._passwords.known:
