@@ -109,11 +109,14 @@ class FabricHost(Machine):
                     return int(pid)
         return None
 
+    def birdc(self, *command: str) -> str:
+        """Return what this host's BIRD answers to a command; nothing if it does not run."""
+        return self.run("birdc", "-r", "-s", f"/run/calico/{self.name}/bird/ctl", *command, check=False).out
+
     @property
     def sessions(self) -> int:
         """The number of BGP sessions of this host that are up."""
-        control = f"/run/calico/{self.name}/bird/ctl"
-        return self.run("birdc", "-r", "-s", control, "show", "protocols", check=False).out.count("Established")
+        return self.birdc("show", "protocols").count("Established")
 
     def log(self) -> str:
         return (self.home / "log/calico/felix.log").read_text()
