@@ -98,6 +98,7 @@ bench: $(VENV)/ready
 	tests/sandbox $(VENV)/bin/python bench/bench.py $(ARGS)
 	tests/sandbox $(VENV)/bin/python bench/agent.py $(ARGS)
 	tests/sandbox $(VENV)/bin/python bench/restart.py $(ARGS)
+	tests/sandbox $(VENV)/bin/python bench/hosts.py $(ARGS)
 
 # `make test` runs a short form
 soak: $(VENV)/ready | packages

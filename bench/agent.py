@@ -137,16 +137,16 @@ def profile_change(host: AgentHost, name: str, repetitions: int) -> list[float]:
     return taken
 
 
-def throughput(seconds: float = 2.0) -> float:
-    """Return the bytes a second of one TCP stream from a to b.
+def throughput(seconds: float = 2.0, source: str = "a", target: str = "b", address: str = "192.168.0.2") -> float:
+    """Return the bytes a second of one TCP stream from one namespace to another, which has the address.
 
     The sender is a process of its own, on a core of its own. Its congestion control is one that does not pace: else the
     timers' grain would be measured, and not what a packet costs.
     """
     total = 0
     cores = os.sched_getaffinity(0)
-    with listener("b", "192.168.0.2", 5001) as server:
-        client = connect("a", "192.168.0.2", 5001)
+    with listener(target, address, 5001) as server:
+        client = connect(source, address, 5001)
         assert client is not None
         client.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")
         accepted, _ = server.accept()
