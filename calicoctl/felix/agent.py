@@ -379,6 +379,7 @@ class Agent:
         self._apply_settings(dirty)
         if dirty.topology:
             self._publish_macs()
+            self._check_registration()
         if self._policy.is_backing_off or not any(manager.needs_apply for manager in self._managers):
             return
         starting = not self._health.first_update
@@ -410,6 +411,16 @@ class Agent:
         topology = self._snapshot.topology
         if self._snapshot.host in topology.hosts() and topology.macs.get(self._snapshot.host) != macs:
             self._reporter.publish_macs(macs)
+
+    def _check_registration(self) -> None:
+        """Record whether this host has been removed from the store, from another host, while it was cut off."""
+        host, why = self._snapshot.host, None
+        if self._snapshot.ready and host not in self._snapshot.topology.hosts():
+            why = (
+                f"host {host} is not registered any more, and no other host has a route to it: register it with "
+                "'calicoctl node', or remove what is left with 'calicoctl node remove'"
+            )
+        self._health.record(events.Failure(why, "registration"))
 
     def _apply_settings(self, dirty: Dirty) -> None:
         if dirty.settings:

@@ -391,6 +391,20 @@ def test_the_macs_of_the_host_are_published_while_it_is_registered(world: AgentW
     assert "report publish_macs" in world.step(world.store.change(key, [])), "another program has changed them"
 
 
+def test_a_host_that_was_removed_from_elsewhere_says_so(world: AgentWorld) -> None:
+    def troubles() -> list[str]:
+        failures = json.loads(process.report_file(HOST).read_text())["troubles"]
+        return [failure["error"] for failure in failures if failure["subject"] == "registration"]
+
+    key = f"/calico/bgp/v1/host/{HOST}/ip_addr_v4"
+    world.step(world.store.change(key, "172.18.0.11"))
+    assert troubles() == []
+    world.step(world.store.change(key, None))
+    assert troubles()[0].startswith(f"host {HOST} is not registered any more")
+    world.step(world.store.change(key, "172.18.0.11"))
+    assert troubles() == []
+
+
 def test_the_loop_waits_for_what_is_due_first(world: AgentWorld) -> None:
     assert world.agent._next_at() == world.agent._tick_at == world.clock + TICK
     world.step(events.GatewaysChanged())
