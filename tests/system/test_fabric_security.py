@@ -18,7 +18,8 @@ import pytest
 
 from tests.system import traffic
 from tests.system.fabric import NETWORKS, FabricHost, fabric, introduce
-from tests.system.support import Etcd, Result, run, wait_for
+from tests.system.support import Result, run, wait_for
+from tests.system.test_hosts import open_etcds
 
 POOL, POOL6 = "192.168.0.0/16", "fd80:24e2:f998:72d6::/64"
 A, B, C = "192.168.0.1", "192.168.1.1", "192.168.2.1"
@@ -104,13 +105,13 @@ def outsider(*command: str, check: bool = True) -> Result:
     return run("ip", "netns", "exec", "outsider", *command, check=check)
 
 
-@pytest.fixture
-def hosts(open_etcd: Etcd) -> Iterator[list[FabricHost]]:
+@pytest.fixture(scope="module")
+def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[FabricHost]]:
     """Two hosts on one network, the third behind a router, with a workload each; and a machine that is no host.
 
     All that is not within one network goes through VXLAN. The third host runs no BIRD.
     """
-    with fabric(open_etcd, 0, 0, 1) as found:
+    with open_etcds(tmp_path_factory.mktemp("etcd")) as (etcd,), fabric(etcd, 0, 0, 1) as found:
         one = found[0]
         one.start_agent()
         for pool in (POOL, POOL6):
@@ -235,6 +236,11 @@ def test_a_host_reaches_workloads_of_other_hosts_but_nothing_that_it_translates_
         one.run("iptables", "-t", "nat", "-A", *rule)
         one.run(sys.executable, "-c", _SEND, B, "5000", b"translated".hex(), "172.18.0.111")
         assert received.line() == "translated"
+        one.run("iptables", "-t", "nat", "-D", *rule)
+        one.run("ip", "address", "delete", "172.18.0.111/24", "dev", "eth0")
+    for host, name in ((one, "a"), (two, "b"), (three, "c")):
+        host.set_profiles(name, "web")
+    wait_for(lambda: three.reaches("c", A) and one.reaches("a", C), "the profile", 5)
 
 
 def test_only_hosts_reach_bgp_and_the_overlay(hosts: list[FabricHost]) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
+
+from calicoctl.felix.dataplane import port_monitor
 from calicoctl.felix.dataplane.policy_manager import PolicyManager
-from calicoctl.felix.dataplane.port_monitor import SILENT_CHECKS, PortMonitor
+from calicoctl.felix.dataplane.port_monitor import PAUSE, SILENT_CHECKS, PortMonitor
 from calicoctl.felix.events import BgpChanged, Tick
 from tests.unit.kernel import FakeNft
 from tests.unit.snapshots import World
@@ -57,6 +60,17 @@ def test_a_failure_ends_when_nobody_tries_any_more() -> None:
     for _ in range(SILENT_CHECKS - 1):
         assert world.check()
     assert not world.check()
+
+
+def test_it_looks_more_often_while_packets_seem_to_be_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr(port_monitor.time, "monotonic", lambda: clock[0])
+    world = PortWorld()
+    assert not world.check(bgp4_arrived=1) and world.monitor.due_at == 1000.0 + PAUSE
+    assert not world.monitor.needs_apply
+    clock[0] += PAUSE
+    assert world.monitor.needs_apply
+    assert not world.check(bgp4_arrived=1, bgp4_passed=1) and world.monitor.due_at is None
 
 
 def test_counters_that_begin_anew_are_no_packets_of_before() -> None:

@@ -6,6 +6,7 @@ let through (host_rules.py). This module compares the two, and changes nothing: 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +20,12 @@ if TYPE_CHECKING:
     from calicoctl.felix.dataplane.policy_manager import PolicyManager
 
 DROPPED_CHECKS = 2
-"""How many checks in a row must find that packets arrive and none gets through. A check comes with each Tick."""
+"""How many checks in a row must find that packets arrive and none gets through."""
 
-SILENT_CHECKS = 6
+PAUSE = 3.0
+"""Seconds between two checks while packets seem to be dropped. Otherwise, a check comes with each Tick."""
+
+SILENT_CHECKS = 20
 """After how many checks without any packet a failure ends: nobody tries any more."""
 
 _PORTS = {
@@ -32,13 +36,15 @@ _COMMANDS = {4: "iptables", 6: "ip6tables"}
 
 
 class PortMonitor(Manager):
-    """Compares the counters at each Tick, and reports a failure for each port whose packets are dropped."""
+    """Compares the counters from time to time, and reports a failure for each port whose packets are dropped."""
 
     def __init__(self, context: Context, policy: PolicyManager, nft: Nft) -> None:
         self._context = context
         self._policy = policy
         self._nft = nft
         self._due = False
+        self._again_at: float | None = None
+        """When to check again (monotonic) although no Tick comes."""
         self._before: Mapping[str, int] = {}
         self._dropped: dict[tuple[str, int], int] = {}
         """By protocol and IP version: how many checks in a row have found that all packets are dropped."""
@@ -46,17 +52,21 @@ class PortMonitor(Manager):
         """The same for checks since the last packet."""
 
     def on_event(self, event: Any) -> None:
-        if isinstance(event, Tick) and (self._policy.ruleset.counts_ports or any(self._dropped.values())):
+        if isinstance(event, Tick) and self._policy.ruleset.counts_ports:
             self._due = True
 
     @property
+    def due_at(self) -> float | None:
+        return self._again_at
+
+    @property
     def needs_apply(self) -> bool:
-        return self._due
+        return self._due or (self._again_at is not None and time.monotonic() >= self._again_at)
 
     def apply(self) -> None:
-        if not self._due:
+        if not self.needs_apply:
             return
-        self._due = False
+        self._due, self._again_at = False, None
         try:
             now = self._nft.counters("calico")
         except OSError:  # checked again at the next Tick
@@ -71,6 +81,8 @@ class PortMonitor(Manager):
             if self._silent[key] >= SILENT_CHECKS:
                 self._dropped[key] = 0
         self._before = now
+        if any(self._dropped.values()):
+            self._again_at = time.monotonic() + PAUSE
         for protocol in _PORTS:
             versions = [version for version in (4, 6) if self._dropped.get((protocol, version), 0) >= DROPPED_CHECKS]
             why = _explanation(protocol, versions) if versions else None
