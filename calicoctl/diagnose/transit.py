@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from calicoctl.addresses import BITS, pack, version_of
 from calicoctl.datastore.model import ALWAYS, NEVER, Pool
 from calicoctl.datastore.reserved import HostNetwork, Network
+from calicoctl.desired.overlay import underlay_version
 from calicoctl.desired.snapshot import Snapshot
 from calicoctl.desired.topology import Topology
 
@@ -78,7 +79,7 @@ def route(sender: Snapshot, to_host: str, address: str, networks: dict[str, Host
     kind = PLAIN
     if mode == ALWAYS or (mode != NEVER and is_near is False):
         kind = VXLAN
-        underlay = _underlay(topology, to_host)
+        underlay = underlay_version(topology, to_host)
         via = None if underlay is None else topology.address(to_host, underlay)
     elif mode != NEVER and is_near is None:
         kind = EITHER
@@ -99,12 +100,6 @@ def _is_near(host: str, other: str, topology: Topology, version: int, networks: 
             number = int.from_bytes(pack(address), "big")
             return any(net.has(version, number) for net in network.networks)
     return None
-
-
-def _underlay(topology: Topology, host: str) -> int | None:
-    """Return the IP version of the tunnel to a host: IPv4 if both hosts have it; None if they have none in common."""
-    versions = (version for version in (4, 6) if topology.own(version) and topology.address(host, version))
-    return next(versions, None)
 
 
 def _single(address: str) -> str:
