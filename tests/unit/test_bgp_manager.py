@@ -36,6 +36,8 @@ class FakeInstance:
 
     def __init__(self) -> None:
         self.running: int | None = None
+        self.lost: int | None = None
+        """One that no pid file names."""
         self.next_pid = 100
         self.file: str | None = None
         """The configuration of its last run in this boot."""
@@ -52,6 +54,10 @@ class FakeInstance:
 
     def pid(self) -> int | None:
         return self.running
+
+    def recognise(self) -> bool:
+        self.running = self.running or self.lost
+        return self.running is not None
 
     def start(self, text: str | None) -> bool:
         if self.refusal is not None:
@@ -152,6 +158,13 @@ def test_one_that_runs_is_adopted_and_told_its_configuration_once(bird: Bird) ->
     assert len(bird.instance.told) == 1 and bird.state.pid == 77, "it may have another than its file says"
 
 
+def test_one_that_no_file_names_is_adopted_as_well(bird: Bird) -> None:
+    bird.instance.lost, bird.instance.refusal = 77, "another BIRD runs here"
+    for _ in range(2):
+        assert bird.step(configuration()) is None
+    assert bird.state.pid == 77 and len(bird.instance.told) == 1
+
+
 def test_one_that_ended_while_the_store_is_away_is_started_with_what_it_had(bird: Bird) -> None:
     bird.instance.file, bird.instance.recovers = "from before", True
     bird.step(None)
@@ -181,6 +194,7 @@ def test_where_it_may_not_run_it_is_tried_again_later(bird: Bird) -> None:
     bird.instance.refusal = "another BIRD runs here"
     assert bird.step(configuration()) == "another BIRD runs here"
     bird.instance.refusal = None
+    assert bird.step(None) == "another BIRD runs here"
     bird.now += 29
     assert bird.step(configuration()) == "another BIRD runs here" and bird.instance.told == []
     bird.now += 2
@@ -222,7 +236,6 @@ def test_a_first_configuration_that_is_refused_leaves_it_unstarted(bird: Bird) -
     assert bird.step(configuration()) == "BIRD does not run" and bird.state.refusals == 1
     assert bird.failures(BGP_CONFIGURATION)[-1] is not None
     bird.instance.wrong = "no text has this"
-    bird.now += 31
     bird.step(configuration("172.18.0.12"))
     assert bird.instance.running is not None and bird.failures(BGP_CONFIGURATION)[-1] is None
 

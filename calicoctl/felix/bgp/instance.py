@@ -84,8 +84,7 @@ class Instance:
         """
         ran = self.ran_here()
         program = refuse_missing()
-        if not self._recognise():
-            self.refuse_foreign()
+        self.refuse_foreign()
         crashed = ran and self._control.exists()  # at an end in good order, BIRD removes it
         self._make_folder()
         refused: bird.Refused | None = None
@@ -102,8 +101,11 @@ class Instance:
             raise refused
         return crashed
 
-    def _recognise(self) -> bool:
-        """Return whether a BIRD of ours runs that no pid file names: the agent that started it was killed just then."""
+    def recognise(self) -> bool:
+        """Return whether a BIRD of ours runs that no pid file names: the agent that started it was killed just then.
+
+        From now on, the pid file names it.
+        """
         pid = self._other_bird()
         if pid is None or self.process.marker not in proc.arguments(pid):
             return False

@@ -35,7 +35,7 @@ log = logging.getLogger("calico.felix")
 SHORT_POLL, LONG_POLL = 1.0, 10.0
 """Seconds between two looks at the sessions: while one is not up, and else."""
 
-NEWS_PAUSE, NEWS_POLL = 0.01, 0.1
+NEWS_PAUSE, NEWS_POLL = 0.01, 0.2
 """Seconds from news in BIRD's log until BIRD is woken, and then until its sessions are looked at."""
 
 PORT_POLL = 0.1
@@ -154,6 +154,8 @@ class BgpThread(threading.Thread):
         """When to start it, and when to look at its sessions, next (monotonic)."""
         self._not_running = ""
         """Why BIRD is not started before `_start_at`."""
+        self._tried: str | None = None
+        """The text of the last attempt to start BIRD; another one is tried at once."""
         self._pause = FIRST_PAUSE
 
     def start_once(self) -> None:
@@ -202,6 +204,8 @@ class BgpThread(threading.Thread):
         now, pid = time.monotonic(), self._state.pid
         if pid is not None:
             due = min(self._poll_at, now + PASSWORDS_POLL)
+        elif self._instance.pid() is not None:
+            return  # it has just been recognised
         else:
             due = self._start_at if self._start_at > now else now + LONGEST_PAUSE
         if self._wakeups.wait(pid, due - now):
@@ -215,7 +219,7 @@ class BgpThread(threading.Thread):
         text = self._text(wanted)
         self._follow_process(self._instance.pid())
         if self._state.pid is None:
-            if time.monotonic() < self._start_at:
+            if time.monotonic() < self._start_at and text in (None, self._tried):
                 raise CalicoError(self._not_running)
             self._start(text)
         elif text is not None and text == self._in_use:
@@ -243,7 +247,7 @@ class BgpThread(threading.Thread):
         before, now = self._state.pid, time.monotonic()
         if pid == before:
             return
-        self._in_use, self._poll_at = None, now
+        self._in_use, self._beside, self._poll_at = None, None, now
         self._state = replace(self._state, pid=pid, running=False, sessions=())
         if pid is not None:
             self._wakeups.follow(self._instance.directory)
@@ -258,7 +262,9 @@ class BgpThread(threading.Thread):
             self._start_at, self._pause = now, FIRST_PAUSE
 
     def _start(self, text: str | None) -> None:
-        again = self._began is not None
+        again, self._tried = self._began is not None, text
+        if self._instance.recognise():
+            return  # the next round adopts it
         try:
             recovered = self._instance.start(None if text == self._refused else text)
         except NotReady:
