@@ -369,13 +369,15 @@ def test_racing_starts_come_to_one_agent(bare_host: Host) -> None:
 def test_removing_another_host_touches_nothing_here(pair: AgentHost) -> None:
     far = "/calico/v1/host/far/workload/docker/x/endpoint/0123456789abcdef0123456789abcdef"
     far_host = Host(pair.etcd, "far")
-    far_host.register("192.0.2.3")
-    pair.etcd.put(far, {"state": "active", "ipv4_nets": ["192.168.0.200/32"]})
     before = kernel()
+    far_host.register("192.0.2.3")
+    wait_for(lambda: "192.0.2.3" in kernel()["tables"], "the host's address")
+    pair.etcd.put(far, {"state": "active", "ipv4_nets": ["192.168.0.200/32"]})
     assert "has 1 endpoints" in pair.ctl("node", "remove", "--hostname=far", status=1).err
     pair.ctl("node", "remove", "--hostname=far", "--remove-endpoints")
     assert not [key for key in pair.etcd.tree() if "/far/" in key]
-    assert kernel() == before and ping("a", B4, patience=PATIENT)
+    wait_for(lambda: kernel() == before, "its end")
+    assert ping("a", B4, patience=PATIENT)
     assert "not registered" in pair.ctl("node", "remove", "--hostname=far", status=1).err
     assert "none can have this name" in pair.ctl("node", "remove", "--hostname=a/b", status=1).err
 
