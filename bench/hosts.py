@@ -24,6 +24,7 @@ from agent import HOME, percentile, report, throughput
 from tests.system.fabric import FabricHost, fabric
 from tests.system.support import run, wait_for
 from tests.system.test_hosts import (
+    FRIENDS,
     Net,
     burst,
     losses_by_random_kills,
@@ -140,7 +141,7 @@ def three_hosts(repetitions: int) -> None:
         net.await_matrix()
         first_answers(net, repetitions)
         vxlan(net, repetitions)
-        losses = losses_by_random_kills(net, 5 * repetitions)
+        losses = losses_by_random_kills(net, 5 * repetitions, FRIENDS)
         title = f"{5 * repetitions} random kills of BIRD and agents: the longest loss of pings, seconds"
         report(title, "at most 0.5", max(losses.values()))
         dead_host(net)

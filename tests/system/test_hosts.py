@@ -187,21 +187,22 @@ def seconds_until(condition, what: str) -> float:
 
 
 def test_random_kills_of_bird_and_agents_lose_next_to_nothing(net: Net) -> None:
-    net.set_overlay("cross-subnet")
-    net.await_matrix()
-    losses = losses_by_random_kills(net, 10)
-    assert len(losses) == 2 * 12
+    net.set_overlay("never")  # else the agents set the routes, and BIRD has none to lose
+    net.await_matrix(FRIENDS - {"g"})
+    losses = losses_by_random_kills(net, 10, FRIENDS - {"g"})
+    assert len(losses) == 2 * 6
     assert max(losses.values()) <= 0.5, losses
-    net.await_matrix()
+    net.await_matrix(FRIENDS - {"g"})
 
 
-def losses_by_random_kills(net: Net, count: int) -> dict[tuple[str, str], float]:
+def losses_by_random_kills(net: Net, count: int, watched: set[str]) -> dict[tuple[str, str], float]:
     """Kill a random host's BIRD, its agent or both so many times; return the longest losses of pings.
 
-    The next is killed when BIRD has recovered: by RFC 4724, section 4.2, routes are lost when it restarts twice.
+    The next is killed when BIRD has recovered, after about a second: by RFC 4724, section 4.2, its peers delete its
+    routes when it ends again before.
     """
     chance = random.Random(1)
-    net.crowd.watch(set(permutations(FRIENDS, 2)))
+    net.crowd.watch(set(permutations(watched, 2)))
     for _ in range(count):
         host = chance.choice(list(net.hosts.values()))
         victims = chance.choice(["bird", "agent", "both"])
@@ -264,8 +265,8 @@ def members_everywhere(net: Net, tag: str) -> list[set[str]]:
 
 
 def test_losing_etcd_changes_nothing_in_any_kernel(net: Net) -> None:
-    net.set_overlay("cross-subnet")
-    net.await_matrix()
+    net.set_overlay("never")
+    net.await_matrix(FRIENDS - {"g"})
     hosts = list(net.hosts.values())
     before = {host.name: kernel_of(host) for host in hosts}
 
@@ -277,9 +278,9 @@ def test_losing_etcd_changes_nothing_in_any_kernel(net: Net) -> None:
 
     net.members[2].stop(9)
     net.one.set_profiles("c")  # what is changed arrives all the same
-    net.await_matrix(FRIENDS - {"c"})
+    net.await_matrix(FRIENDS - {"c", "g"})
     net.one.set_profiles("c", "web")
-    net.await_matrix()
+    net.await_matrix(FRIENDS - {"g"})
     wait_for(lambda: not changed(), "everything as it was", 10)
     for member in net.members[:2]:
         member.stop(9)
@@ -288,7 +289,7 @@ def test_losing_etcd_changes_nothing_in_any_kernel(net: Net) -> None:
         for host in hosts:
             kill_bird(host)
         assert changed() == {}
-        net.await_matrix()
+        net.await_matrix(FRIENDS - {"g"})
     finally:
         start(net.members, *net.members)
     wait_for(lambda: all(host.status()["etcd"]["reachable"] for host in hosts), "the agents to notice", 20)
