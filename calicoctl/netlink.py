@@ -17,7 +17,7 @@ from typing import NamedTuple
 from calicoctl.addresses import BITS, FAMILIES, pack, version_of
 
 REQUEST, ACK, DUMP = 0x1, 0x4, 0x300
-REPLACE, CREATE = 0x100, 0x400
+REPLACE, EXCLUSIVE, CREATE = 0x100, 0x200, 0x400
 
 NESTED = 0x8000
 
@@ -35,7 +35,7 @@ _NDTA_THRESH3, _NDTA_STATS = 4, 7
 NDA_DST, NDA_LLADDR = 1, 2
 NUD_NOARP, NUD_PERMANENT = 0x40, 0x80
 NTF_SELF, NTF_PROXY = 0x02, 0x08
-_IFA_ADDRESS, _IFA_LOCAL, _IFA_BROADCAST = 1, 2, 4
+_IFA_ADDRESS, IFA_LOCAL, _IFA_BROADCAST = 1, 2, 4
 RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PRIORITY, RTA_PREFSRC, _RTA_MULTIPATH, RTA_VIA = 1, 4, 5, 6, 7, 9, 18
 _RTA_TABLE = 15
 _NHA_OIF, _NHA_GATEWAY = 5, 6
@@ -244,10 +244,10 @@ def addresses() -> Iterator[Address]:
         found = attributes(body[8:])
         texts = {
             kind: socket.inet_ntop(family, found[kind])
-            for kind in (_IFA_ADDRESS, _IFA_LOCAL, _IFA_BROADCAST)
+            for kind in (_IFA_ADDRESS, IFA_LOCAL, _IFA_BROADCAST)
             if kind in found and family in (socket.AF_INET, socket.AF_INET6)
         }
-        own = texts.get(_IFA_LOCAL, texts.get(_IFA_ADDRESS))
+        own = texts.get(IFA_LOCAL, texts.get(_IFA_ADDRESS))
         if own is not None:
             network = texts.get(_IFA_ADDRESS, own)
             yield Address(family, own, network, length, scope, index, texts.get(_IFA_BROADCAST))

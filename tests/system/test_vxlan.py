@@ -322,6 +322,11 @@ def test_a_pool_goes_over_to_the_overlay_and_back(open_etcd: Etcd) -> None:
             for host, number in ((one, 12), (other, 11)):
                 wait_for(lambda h=host, n=number: hop(h, f"10.65.{n}.0/26"), "the overlay", 10)
                 assert wait_for(lambda h=host: holds(lambda: not bird_routes(h), 0.3), "the end of BIRD's", 10)
+            one.run("sysctl", "-qw", "net.ipv4.conf.eth0.rp_filter=2")
+            for value in "12":  # what a host itself sends arrives by another way than its route
+                other.run("sysctl", "-qw", f"net.ipv4.conf.all.rp_filter={value}")
+                assert all(one.run("ping", "-n", "-c1", "-W1", address).status == 0 for address in addresses(other))
+            one.run("sysctl", "-qw", "net.ipv4.conf.eth0.rp_filter=1")
             with stopped(bird(other)):  # its routes are not there before it goes on
                 one.ctl("pool", "add", POOL, POOL6)
                 assert holds(lambda: hop(one, "10.65.12.0/26") and hop(one, "fd65::12:0/122"), 1.5)

@@ -34,6 +34,9 @@ VNI = 4096
 PORT = 4789
 """The UDP port of VXLAN. Source: RFC 7348."""
 
+_DUMMY_ADDRESS = "192.0.0.8"
+"""An address for devices that need one, which nobody sends to. Source: RFC 7600, section 4.8."""
+
 _METRIC = {4: 0, 6: 1}
 """The smallest metric of a route, by IP version: the kernel takes 0 as 1024 in IPv6. BIRD's routes have 32."""
 _ANY_SCOPE = 255
@@ -135,6 +138,7 @@ class Vxlan:
                 self._netlink.link("set", index=device.index, mtu=mtu)
             for path, value in _settings(name).items():
                 sysctls.write(path, value)
+            _add_address(device.index)
             if not device.up:
                 self._netlink.link("set", index=device.index, state="up")
         if (device.mac, device.mtu, device.up) != (tunnel.mac, mtu, True):
@@ -305,15 +309,27 @@ def _settings(name: str) -> dict[str, str]:
     """Return the sysctls of a device: values by path below /proc/sys/net.
 
     What another host itself sends through the tunnel comes from its address in the underlay, to which another way leads
-    back. On a device without an IPv4 address, even the loose check of the reverse path drops that; our tables check
-    senders. The peers' link-local addresses, which are the gateways, need IPv6. Source: fib_validate_source() in the
-    kernel's net/ipv4/fib_frontend.c; Documentation/networking/ip-sysctl.rst.
+    back. So the check of the reverse path must be loose here; the larger one of this value and that for all interfaces
+    is in force, hence 2 and not 0. Our tables check senders. The peers' link-local addresses, which are the gateways,
+    need IPv6. Source: fib_validate_source() in the kernel's net/ipv4/fib_frontend.c;
+    Documentation/networking/ip-sysctl.rst.
     """
     settings = {"disable_ipv6": "0", "accept_dad": "0", "accept_ra": "0"}
     return {
-        f"ipv4/conf/{name}/rp_filter": "0",
+        f"ipv4/conf/{name}/rp_filter": "2",
         **{f"ipv6/conf/{name}/{setting}": value for setting, value in settings.items()},
     }
+
+
+def _add_address(index: int) -> None:
+    """Give a device the dummy address, unless it has it: without any, even the loose check of the reverse path drops.
+
+    Source: fib_validate_source(), as above.
+    """
+    body = struct.pack("=4BI", socket.AF_INET, 32, 0, netlink.SCOPE_LINK, index)
+    body += netlink.attribute(netlink.IFA_LOCAL, pack(_DUMMY_ADDRESS))
+    with suppress(FileExistsError):
+        netlink.do(socket.NETLINK_ROUTE, netlink.RTM_NEWADDR, netlink.CREATE | netlink.EXCLUSIVE, body)
 
 
 def _routes() -> Iterator[Route]:
