@@ -182,7 +182,8 @@ def test_pool_show(host: Host) -> None:
         "fd80:24e2:f998:72d6::/64",
     ]
     assert "IPv6" not in host.ctl("pool", "show", "--ipv4").out
-    plain = {"cidr": "192.168.0.0/16", "ipip": None, "masquerade": False}
+    pool = {**pool, "vxlan_mode": "never"}
+    plain = {"cidr": "192.168.0.0/16", "ipip": None, "masquerade": False, "vxlan_mode": "never"}
     assert json.loads(host.ctl("pool", "show", "--ipv4", "--output=json").out) == [pool, plain]
 
 
