@@ -303,7 +303,10 @@ class DatastoreClient:
         return modify(self._store, key, _no_profile(name), text_of)
 
     def replace_rules(self, rules: Rules) -> None:
-        """Overwrite a profile's rules, even if they are invalid; raise NotFound if there is no such profile."""
+        """Overwrite a profile's rules, even if those in the store are invalid.
+
+        Raises NotFound if there is no such profile.
+        """
         key = keys.profile_rules(rules.id)
         self._complete(key, rules.id, rules.to_json())
         modify(self._store, key, _no_profile(rules.id), lambda old: rules.to_json())
