@@ -82,11 +82,12 @@ class Daemon:
         is_ready: Callable[[], bool],
         start_patience: float,
         environment: Mapping[str, str],
+        folder: Path = Path("/"),
     ) -> None:
         """`lock` is a file or folder that is locked while the daemon is started, so that there are never two.
 
-        The daemon's output is appended to `log_file`, and `environment` is its whole environment. `is_ready` is called
-        until it returns True, for `start_patience` seconds at most.
+        The daemon's output is appended to `log_file`, and `environment` is its whole environment, and `folder` its
+        working directory. `is_ready` is called until it returns True, for `start_patience` seconds at most.
         """
         self.process = process
         self._log_file = log_file
@@ -94,6 +95,7 @@ class Daemon:
         self._is_ready = is_ready
         self._start_patience = start_patience
         self._environment = environment
+        self._folder = folder
         self._child: subprocess.Popen[bytes] | None = None
 
     def start(self, command: Callable[[], list[str]], adopt: Callable[[int], None]) -> bool:
@@ -146,7 +148,7 @@ class Daemon:
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
-                cwd="/",
+                cwd=self._folder,
             )
         self.process.pid_file.write_text(f"{self._child.pid}\n")
         while self.process.pid() is None and not self._child_has_ended():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import threading
 import time
@@ -73,7 +74,9 @@ def serving(folder: Path, *answers: str) -> Iterator[tuple[Path, list[str]]]:
     """
     path, commands = folder / "ctl", []
     server = socket.socket(socket.AF_UNIX)
-    server.bind(str(path))
+    fd = os.open(folder, os.O_PATH)
+    server.bind(f"/proc/self/fd/{fd}/ctl")  # the path itself may be too long
+    os.close(fd)
     server.listen()
 
     def serve() -> None:
@@ -124,6 +127,13 @@ def test_sessions(tmp_path: Path, two_hours_east: None) -> None:
             Session("node4_172_18_0_254", "node", "172.18.0.254", "64600", "Established", "2026-11-26T02:51:00Z", 4, 5),
         ]
     assert commands == ["restrict", "show protocols all"], "it may change nothing"
+
+
+def test_a_socket_with_a_long_path(tmp_path: Path) -> None:
+    folder = tmp_path / ("h" * 253)
+    folder.mkdir()
+    with serving(folder, RESTRICTED, PROTOCOLS) as (path, _), control(path) as one:
+        assert len(one.sessions()) == 3
 
 
 def test_a_configuration_that_is_accepted(tmp_path: Path) -> None:

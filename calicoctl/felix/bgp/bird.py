@@ -7,6 +7,7 @@ blank has the code of the line before it. Codes from 8000 on are errors.
 
 from __future__ import annotations
 
+import os
 import re
 import socket
 import time
@@ -137,12 +138,21 @@ def control(path: Path, may_change: bool = False) -> Iterator[Control]:
     with socket.socket(socket.AF_UNIX) as connection:
         with _explained():
             connection.settimeout(PATIENCE)
-            connection.connect(str(path))
+            _connect(connection, path)
         bird = Control(connection)
         bird._answer(time.monotonic() + PATIENCE)  # its greeting
         if not may_change:
             bird.command("restrict")
         yield bird
+
+
+def _connect(connection: socket.socket, path: Path) -> None:
+    """Connect to a socket whose path may be longer than the 107 bytes that the kernel takes. Raises OSError."""
+    folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        connection.connect(f"/proc/self/fd/{folder}/{path.name}")
+    finally:
+        os.close(folder)
 
 
 @contextmanager
