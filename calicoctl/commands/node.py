@@ -319,7 +319,8 @@ def _stop(force: bool) -> None:
                 "stop with --force: they stay connected as they are."
             )
     stopped = process.stop(host)
-    bird = Instance(host).pid()
+    instance = Instance(host)
+    bird = instance.pid() if instance.recognise() else None
     etcd_stopped = local_etcd.stop(host)
     if stopped:
         print(f"The host agent (process {stopped}) has ended; the data plane stays.")
@@ -361,18 +362,19 @@ def _remove(other: str | None, remove_endpoints: bool, force: bool) -> None:
                 left = {*locks.interrupted(host, orchestrator), *locks.remembered(host, orchestrator)}
                 workloads |= {(orchestrator, id) for id in left}
         disconnected = _disconnect(datastore, workloads)
-        stopped = None
-        if this_one:
-            from calicoctl.felix.removal import remove_all
+        from calicoctl.felix.removal import remove_all, remove_former_bird
 
-            stopped = process.stop(host)
+        if this_one:
+            ran = process.stop(host) is not None
             remove_all(host, warn)
+        else:
+            ran = remove_former_bird(datastore.host, warn)
         registered = datastore.hosts.unregister()
     if this_one:
         local_etcd.stop(host)
         local_etcd.unannounce(had_local_etcd)
     process.remove_directory(datastore.host)
-    if not registered and not disconnected and stopped is None:
+    if not registered and not disconnected and not ran:
         raise NotFound(f"Host {datastore.host} is not registered.")
     print(f"Host {datastore.host} is removed.")
 

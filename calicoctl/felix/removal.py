@@ -24,13 +24,26 @@ def remove_all(host: str, warn: Callable[[str], None]) -> None:
     """End BIRD, remove routes, neighbours, devices, firewall rules and tables, restore settings; no agent may run.
 
     The tables are removed last, so that no packet is forwarded that they would drop. If the Docker Engine does not
-    answer, forwarding stays enabled, and `warn` is called with a sentence. Raises CalicoError, also if the agent runs.
+    answer, forwarding stays enabled, and `warn` is called with a sentence; so it is if a foreign BIRD keeps routes.
+    Raises CalicoError, also if the agent runs.
     """
     with process.none_starts(host):
-        Instance(host).remove()
+        Instance(host).remove(warn)
         _remove_from_kernel(host, warn)
         for file in process.leftovers(host):
             file.unlink(missing_ok=True)
+
+
+def remove_former_bird(host: str, warn: Callable[[str], None]) -> bool:
+    """End the BIRD that this host runs under a former name, if it does, remove its routes, and return whether it did.
+
+    `warn` is called with a sentence if a foreign BIRD keeps the routes. Raises CalicoError, also if an agent runs here.
+    """
+    bird = Instance(host)
+    if not bird.is_here():
+        return False
+    with process.none_starts(host):
+        return bird.remove(warn)
 
 
 def _remove_from_kernel(host: str, warn: Callable[[str], None]) -> None:

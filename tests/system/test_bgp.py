@@ -373,6 +373,52 @@ def test_where_bgp_cannot_run_the_host_works_without(one: FabricHost) -> None:
     await_routes(one, {"192.168.0.0/26": None})
 
 
+def test_what_is_left_from_a_former_name_ends_and_a_foreign_bird_keeps_its_routes(one: FabricHost) -> None:
+    one.start_agent()
+    one.add("a", "192.168.0.1")
+    await_routes(one, {"192.168.0.0/26": None})
+    # one that no file names, and that can be told nothing, since its folder is gone
+    one.ctl("node", "stop", "--force")
+    running = bird_of(one)
+    run("rm", "-r", str(folder(one)), str(folder(one).parent / "bird.pid"), str(folder(one).parent / "bird.boot"))
+    one.start_agent()
+    wait_for(lambda: one.bird not in (None, running) and "BIRD" in ask(one, "show", "status"), "another", PATIENCE)
+    assert gone(running) and troubles(one) == {}
+    await_routes(one, {"192.168.0.0/26": None})
+    one.ctl("node", "stop", "--force")
+    running = bird_of(one)
+    (folder(one).parent / "bird.pid").unlink()
+    (folder(one).parent / "bird.boot").unlink()
+    one.ctl("node", "remove", "--remove-endpoints")
+    assert gone(running) and learned(one) == {} and not list((one.home / "run").glob("*"))
+
+    # the longest name; then another one, whether the former is removed first or not
+    former = "h" * 253
+    for options in ((f"--hostname={former}",), ()):
+        one.start_agent(HOSTNAME=former)
+        running = one.bird
+        shown = json.loads(one.ctl("status", "--output=json", env={"HOSTNAME": former}).out)
+        assert shown["bird"]["pid"] == running and running is not None and shown["troubles"] == []
+        one.ctl("node", "stop", "--force", env={"HOSTNAME": former})
+        if options:
+            one.ctl("node", "remove", *options)
+            assert gone(running)
+        one.ctl("node", f"--ip={one.ip}", "--force")
+        assert gone(running) and one.bird == bird_of(one) and troubles(one) == {}
+        one.ctl("node", "remove")
+        assert one.bird is None
+    one.ctl("node", "remove", f"--hostname={former}")
+
+    # a foreign BIRD beside ours
+    one.start_agent()
+    foreign_router(one, "protocol kernel { ipv4 { export all; }; scan time 600; }")
+    wait_for(lambda: "10.9.0.0/16" in learned(one), "its routes", PATIENCE)
+    one.ctl("node", "stop", "--force")
+    assert "another BIRD" in one.ctl("node", "remove").err
+    assert gone(running) and "10.9.0.0/16" in learned(one)
+    run("birdc", "-s", str(one.home / "ctl"), "down")
+
+
 def test_a_text_that_bird_refuses_replaces_nothing(bare_host: Host) -> None:
     """No way leads to one from the store, so BIRD is given one directly."""
     Path("/run/calico/host1").mkdir(parents=True)
@@ -395,7 +441,7 @@ def test_a_text_that_bird_refuses_replaces_nothing(bare_host: Host) -> None:
             instance.start("nonsense\n")
         assert "direct" in instance.configuration.read_text() and instance.pid() is not None
     finally:
-        assert instance.remove() and instance.pid() is None
+        assert instance.remove(pytest.fail) and instance.pid() is None
     assert not list(Path("/run/calico/host1").iterdir())
 
 

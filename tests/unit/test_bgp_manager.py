@@ -51,6 +51,8 @@ class FakeInstance:
         self.answers = True
         self.found: list[Session] = []
         self.removed = self.woken = 0
+        self.socket = Path("/proc/self/stat")
+        """One that exists."""
 
     def pid(self) -> int | None:
         return self.running
@@ -97,7 +99,13 @@ class FakeInstance:
     def wake(self) -> None:
         self.woken += 1
 
-    def remove(self) -> bool:
+    def control(self) -> Path:
+        return self.socket
+
+    def stop(self) -> None:
+        self.running = None
+
+    def remove(self, warn: Callable[[str], None]) -> bool:
         self.removed += 1
         was, self.running = self.running is not None, None
         return was
@@ -163,6 +171,14 @@ def test_one_that_no_file_names_is_adopted_as_well(bird: Bird) -> None:
     for _ in range(2):
         assert bird.step(configuration()) is None
     assert bird.state.pid == 77 and len(bird.instance.told) == 1
+
+
+def test_one_that_can_be_told_nothing_is_ended_and_started_again(bird: Bird) -> None:
+    bird.instance.running, bird.instance.socket = 50, Path("/run/gone/ctl")
+    bird.step(None)
+    assert bird.state.pid == 50, "there is no configuration to start another one with"
+    bird.step(configuration())
+    assert bird.state.pid == 100 and len(bird.instance.told) == 1
 
 
 def test_one_that_ended_while_the_store_is_away_is_started_with_what_it_had(bird: Bird) -> None:

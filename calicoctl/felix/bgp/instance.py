@@ -2,7 +2,9 @@
 
 Its folder, /run/calico/HOST/bird, has the configuration, the control socket, and its log. The folder is root's, and
 sticky, so that BIRD, which runs as the user `bird`, can replace no file but its own. It outlives the agent; a file
-beside the folder says in which boot, and in which network namespace, it ran last.
+beside the folder says in which boot, and in which network namespace, it ran last. A BIRD whose configuration is in
+such a folder is ours, whatever host it was started for: no two agents run in one network namespace, so one of another
+name is left from before this host was renamed.
 
 BIRD takes every route with its protocol number for its own, and removes those that it does not know. So nothing is
 started beside another BIRD, or if there are such routes that are not ours.
@@ -17,6 +19,7 @@ import signal
 import subprocess
 from contextlib import suppress
 from pathlib import Path
+from typing import Callable
 
 from calicoctl import files, netlink, proc
 from calicoctl.addresses import FAMILIES
@@ -34,6 +37,7 @@ START_PATIENCE = 10.0
 END_PATIENCE = 5.0
 """Seconds to wait for BIRD to end after SIGTERM; then it is killed."""
 
+_RAN = "bird.boot"
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _LISTENING = "0A"
 """The state of a listening socket in /proc/net/tcp. Source: TCP_LISTEN in the kernel's net/tcp_states.h."""
@@ -43,10 +47,11 @@ class Instance:
     """The BIRD that the agent of `host` runs. All methods but the simplest raise CalicoError, or OSError."""
 
     def __init__(self, host: str) -> None:
+        self._host = host
         self.directory = DIRECTORY / host / "bird"
         self.configuration = self.directory / "conf"
         self._control = self.directory / "ctl"
-        self._ran = DIRECTORY / host / "bird.boot"
+        self._ran = DIRECTORY / host / _RAN
         self.output = DIRECTORY / host / "bird.out"
         self.process = Process("BIRD", DIRECTORY / host / "bird.pid", str(self.configuration))
         self._daemon = Daemon(
@@ -57,6 +62,7 @@ class Instance:
             start_patience=START_PATIENCE,
             # its times must be in the agent's zone
             environment={name: os.environ[name] for name in ("PATH", "TZ") if name in os.environ},
+            folder=self.directory,
         )
 
     def pid(self) -> int | None:
@@ -65,10 +71,11 @@ class Instance:
 
     def ran_here(self) -> bool:
         """Return whether a BIRD of ours has run in this boot and in this network namespace."""
-        try:
-            return self._ran.read_text() == _place()
-        except OSError:
-            return False
+        return self._host in _hosts_that_ran()
+
+    def is_here(self) -> bool:
+        """Return whether a BIRD of ours runs, or has run, in this network namespace."""
+        return self._host in _hosts_here()
 
     def control(self) -> Path:
         return self._control
@@ -83,6 +90,8 @@ class Instance:
         runs. Raises CalicoError if BIRD may not run here, or does not start; NotReady if there is no configuration.
         """
         ran = self.ran_here()
+        for former in self._former():
+            former._remove(lambda text: None)
         program = refuse_missing()
         self.refuse_foreign()
         crashed = ran and self._control.exists()  # at an end in good order, BIRD removes it
@@ -95,25 +104,37 @@ class Instance:
                 refused = error
         if not (self.configuration.exists() and (ran or (text is not None and refused is None))):
             raise refused or NotReady("there is no configuration from before")
-        files.replace(self._ran, _place().encode(), 0o600).close()
+        self._note_place()
         self._daemon.start(lambda: self._command(program, recover=crashed), lambda pid: None)
         if refused is not None:
             raise refused
         return crashed
 
     def recognise(self) -> bool:
-        """Return whether a BIRD of ours runs that no pid file names: the agent that started it was killed just then.
+        """Return whether a BIRD of ours runs, also one that no file names, for example since the agent was killed.
 
-        From now on, the pid file names it.
+        From now on, the files name it.
         """
-        pid = self._other_bird()
-        if pid is None or self.process.marker not in proc.arguments(pid):
+        if self.pid() is not None:
+            return True
+        pid = next((pid for pid, host in _birds().items() if host == self._host), None)
+        if pid is None:
             return False
+        self.process.pid_file.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
         self.process.pid_file.write_text(f"{pid}\n")
+        self._note_place()
         return True
 
+    def _note_place(self) -> None:
+        files.replace(self._ran, _place().encode(), 0o600).close()
+
+    def _former(self) -> list[Instance]:
+        """Return the instances of this host's former names, which run or have run here."""
+        return [Instance(host) for host in sorted(_hosts_here() - {self._host})]
+
     def _command(self, program: str, recover: bool) -> list[str]:
-        command = [program, "-f", "-c", self.process.marker, "-s", str(self._control), "-u", USER, "-g", USER]
+        # the socket's path is relative to the folder: with a long host name, the whole would be too long for the kernel
+        command = [program, "-f", "-c", self.process.marker, "-s", self._control.name, "-u", USER, "-g", USER]
         return [*command, "-R"] if recover else command
 
     def _make_folder(self) -> None:
@@ -171,12 +192,12 @@ class Instance:
     def refuse_foreign(self) -> None:
         """Raise CalicoError if there is another BIRD, a foreign listener on the port, or a foreign BIRD's route."""
         self.refuse_other_bird()
-        if _listeners():
+        if _listeners().difference(*(_sockets(pid) for pid, host in _birds().items() if host)):
             raise CalicoError(
                 f"another process listens on port {PORT}, which BGP needs: end that one, or start the agent with "
                 "--bgp=off"
             )
-        if not self.ran_here() and any(True for _ in _routes()):
+        if not _hosts_here() and _routes():
             raise CalicoError(
                 "there are routes of another BIRD, which ours would delete (ip route show proto bird; ip -6 route show "
                 "proto bird). If none is needed, delete them with 'ip route flush proto bird' and 'ip -6 route flush "
@@ -185,38 +206,35 @@ class Instance:
 
     def refuse_other_bird(self) -> None:
         """Raise CalicoError if there is another BIRD, whether ours runs or not."""
-        other = self._other_bird()
+        other = _foreign_bird()
         if other is not None:
             raise CalicoError(
                 f"another BIRD (process {other}) runs here: two on one routing table delete each other's routes. End "
                 "that one, or start the agent with --bgp=off"
             )
 
-    def _other_bird(self) -> int | None:
-        """Return the process id of a BIRD in this network namespace that is not ours, None if there is none."""
-        own, namespace = self.pid(), os.stat("/proc/self/ns/net").st_ino
-        for entry in Path("/proc").iterdir():
-            if not entry.name.isdigit() or int(entry.name) == own:
-                continue
-            with suppress(OSError):
-                if (
-                    (entry / "comm").read_text().strip() in ("bird", "bird6")
-                    and (entry / "ns/net").stat().st_ino == namespace
-                    and proc.running_since(int(entry.name)) is not None
-                ):
-                    return int(entry.name)
-        return None
-
     # The end
 
-    def remove(self) -> bool:
+    def remove(self, warn: Callable[[str], None]) -> bool:
         """End BIRD, so that its peers withdraw its routes, and remove its routes and files; return whether it ran here.
 
-        Nothing of another BIRD is touched.
+        The same for this host's former names. If a foreign BIRD runs here, the routes are left to it, and `warn` is
+        called with a sentence.
         """
+        removed = [one._remove(warn) for one in (*self._former(), self)]
+        return any(removed)
+
+    def _remove(self, warn: Callable[[str], None]) -> bool:
+        self.recognise()
         ran = self.ran_here()
-        self._stop()
-        if ran:
+        self.stop()
+        foreign = _foreign_bird() if ran else None
+        if foreign is not None:
+            warn(
+                f"Warning: another BIRD (process {foreign}) runs here, so all routes with 'proto bird' are left to it, "
+                "those of ours as well."
+            )
+        elif ran:
             for family, route in _routes():
                 _delete(family, route)
         for path in (self._ran, self.output, self.process.pid_file):
@@ -224,7 +242,8 @@ class Instance:
         shutil.rmtree(self.directory, ignore_errors=True)
         return ran
 
-    def _stop(self) -> None:
+    def stop(self) -> None:
+        """End BIRD, so that its peers withdraw its routes; the kernel keeps them."""
         pid = self.pid()
         if pid is None:
             return
@@ -269,6 +288,50 @@ def _ids() -> tuple[int, int]:
         raise CalicoError(
             f"there is no user, or no group, '{USER}', which BIRD runs as: install the package bird2"
         ) from None
+
+
+def _birds() -> dict[int, str]:
+    """Return the BIRDs of this network namespace: the process id, and for which host it is ours, "" if it is not."""
+    found, namespace = {}, os.stat("/proc/self/ns/net").st_ino
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        with suppress(OSError):
+            if (
+                (entry / "comm").read_text().strip() in ("bird", "bird6")
+                and (entry / "ns/net").stat().st_ino == namespace
+                and proc.running_since(int(entry.name)) is not None
+            ):
+                found[int(entry.name)] = _host_of(proc.arguments(int(entry.name)))
+    return found
+
+
+def _host_of(arguments: list[str]) -> str:
+    """Return the host that the agent has started a BIRD with these arguments for; "" if no agent has."""
+    for path in map(Path, arguments):
+        if path == DIRECTORY / path.parent.parent.name / "bird" / "conf":
+            return path.parent.parent.name
+    return ""
+
+
+def _foreign_bird() -> int | None:
+    """Return the process id of a BIRD in this network namespace that is not ours, None if there is none."""
+    return next((pid for pid, host in _birds().items() if not host), None)
+
+
+def _hosts_here() -> set[str]:
+    """Return the hosts whose BIRD runs, or has run in this boot, in this network namespace."""
+    return ({*_birds().values()} | _hosts_that_ran()) - {""}
+
+
+def _hosts_that_ran() -> set[str]:
+    """Return the hosts whose BIRD has run in this boot and in this network namespace."""
+    found, place = set(), _place()
+    for path in DIRECTORY.glob(f"*/{_RAN}"):
+        with suppress(OSError):
+            if path.read_text() == place:
+                found.add(path.parent.name)
+    return found
 
 
 def _place() -> str:

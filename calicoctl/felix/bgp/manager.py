@@ -187,8 +187,8 @@ class BgpThread(threading.Thread):
 
     def _end(self) -> None:
         try:
-            if self._instance.remove():
-                log.info("BGP is off: BIRD has ended, and its routes are removed")
+            if self._instance.remove(log.warning):
+                log.info("BGP is off: BIRD has ended")
         except Exception as error:  # of any kind: an exception in a thread would be lost
             self._fail(BGP, f"BGP is off, but BIRD cannot be ended: {_words(error)}")
         self._put(BgpChanged(settled=True))
@@ -218,6 +218,10 @@ class BgpThread(threading.Thread):
         """Do what is due now. Raises any exception; then `round` is to be called again."""
         text = self._text(wanted)
         self._follow_process(self._instance.pid())
+        if self._state.pid is not None and text is not None and not self._instance.control().exists():
+            log.warning("the folder of BIRD is gone, so it can be told nothing: it is ended, and started again")
+            self._instance.stop()
+            self._follow_process(None)
         if self._state.pid is None:
             if time.monotonic() < self._start_at and text in (None, self._tried):
                 raise CalicoError(self._not_running)
