@@ -44,9 +44,9 @@ _SIOCGIFMTU = 0x8921
 class Underlay:
     """Where packets from one address of this host to other hosts leave.
 
-    `is_present` says whether the host has the address. `interface` is the index of the interface that has it, None if
-    that is the loopback interface: then packets may leave through any. `mtu` is that of the interface, else of the one
-    of the default route, else DEFAULT.
+    `is_present` says whether the host has the address. `interface` is the index of the interface that has the address,
+    None if no interface has it, or the loopback interface: then packets may leave through any. `mtu` is the MTU of that
+    interface. If `interface` is None, it is the MTU of the default route's interface; without a default route, DEFAULT.
     """
 
     interface: int | None = None

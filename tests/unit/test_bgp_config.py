@@ -83,7 +83,7 @@ router id 172.18.0.11;
 timeformat protocol iso long;
 graceful restart wait 8;
 protocol device { scan time 10; }
-protocol direct { ipv4; ipv6; interface -"cali*", -"docker*", -"vxlan.calico", "*"; }
+protocol direct { ipv4; ipv6; interface -"cali*", -"docker*", -"vxlan*.calico", "*"; }
 filter learned4 {
   if net ~ [ 192.168.0.0/16+ ] then accept;
   reject;

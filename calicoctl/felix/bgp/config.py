@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from calicoctl.addresses import BITS, unpack, version_of
+from calicoctl.datastore.keys import INTERFACE_PREFIX
 from calicoctl.desired.routes import announced, guarded, plain_pools
 from calicoctl.errors import CalicoError
 from calicoctl.felix.bgp.passwords import Passwords
@@ -162,7 +163,7 @@ def text(config: Config, passwords: Passwords, directory: Path) -> str:
         f"graceful restart wait {RESTART_WAIT};",
         "protocol device { scan time 10; }",
         # without it, next hops on connected networks are not found
-        'protocol direct { ipv4; ipv6; interface -"cali*", -"docker*", -"vxlan.calico", "*"; }',
+        f'protocol direct {{ ipv4; ipv6; interface -"{INTERFACE_PREFIX}*", -"docker*", -"vxlan*.calico", "*"; }}',
     ]
     for family in config.families:
         lines += _family_lines(config, family, passwords)

@@ -1,9 +1,9 @@
-"""What the thread that runs BIRD waits for: its process's end, a request of the agent's, and news in BIRD's log.
+"""What the thread that runs BIRD waits for: the end of BIRD, a request of the agent, a change of BIRD's log.
 
-BIRD writes into its log when the state of a session changes. That is sooner known, and cheaper, than by asking for the
-sessions again and again; and BIRD itself has to be woken then. Its loop (2.0.12, sysdep/unix/io.c) looks for work
-before it runs timers and long tasks, so that what these leave to do, such as telling a new peer the routes, waits for
-up to three seconds until something arrives on a socket, be it a request on the control socket.
+BIRD writes into its log when the state of a session changes. To follow the log is faster and cheaper than to ask BIRD
+again and again. BIRD itself must be woken then, by a request on its control socket: its loop (2.0.12,
+sysdep/unix/io.c) looks for work before it runs timers and long tasks. What these leave to do, such as sending a new
+peer the routes, would otherwise wait up to three seconds, until something arrives on one of its sockets.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _IN_MODIFY = 0x2
 
 
 class Wakeups:
-    """Waits for these three, or for the first two if there is no inotify(7), of which a user has a limited number."""
+    """Waits for these three. If the user may have no more instances of inotify(7), only for the first two."""
 
     def __init__(self) -> None:
         self._reader, self._writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -27,27 +27,36 @@ class Wakeups:
         self._inotify: int = self._libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
 
     def request(self) -> None:
-        """End the present `wait`, or else the next one; may be called by another thread."""
+        """End the `wait` that is running, else the next one. Another thread may call this."""
         with suppress(BlockingIOError):  # the pipe is full of requests
             os.write(self._writer, b"x")
 
     def follow(self, folder: Path) -> None:
-        """Wait for news in the files of a folder from now on."""
+        """From now on, also wait for changes of the files in a folder."""
         if self._inotify >= 0:
             self._libc.inotify_add_watch(self._inotify, os.fsencode(folder), _IN_MODIFY)
 
     def wait(self, pid: int | None, seconds: float) -> bool:
-        """Wait for so long at most, also for the end of a process; return whether there is news in the log."""
+        """Wait until `request` is called, a file in the folder changes, or the process `pid` ends.
+
+        Waits for `seconds` at most. Returns whether a file has changed.
+        """
+        poll = select.poll()  # not select(2), which takes no descriptor above 1023
+        poll.register(self._reader, select.POLLIN)
+        if self._inotify >= 0:
+            poll.register(self._inotify, select.POLLIN)
         with ExitStack() as stack:
-            watched = [self._reader, *([self._inotify] if self._inotify >= 0 else [])]
             if pid is not None:
                 try:
                     fd = os.pidfd_open(pid)
-                except OSError:  # it has just ended
+                except ProcessLookupError:  # it has just ended
                     return False
-                stack.callback(os.close, fd)
-                watched.append(fd)
-            ready, _, _ = select.select(watched, [], [], max(0.0, seconds))
+                except OSError:  # no more descriptors: its end is noticed later
+                    pass
+                else:
+                    stack.callback(os.close, fd)
+                    poll.register(fd, select.POLLIN)
+            ready = {fd for fd, _ in poll.poll(max(0.0, seconds) * 1000)}
         if self._reader in ready:
             os.read(self._reader, 2**16)
         if self._inotify not in ready:
