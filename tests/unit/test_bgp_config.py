@@ -105,7 +105,8 @@ protocol static addresses4 { ipv4;
 }
 template bgp peer4 {
   local 172.18.0.11 as 64511;
-  multihop; graceful restart on; hold time 30; keepalive time 10;
+  multihop; graceful restart on; graceful restart time 30;
+  hold time 30; keepalive time 10;
   connect delay time 1; connect retry time 5; error wait time 2, 30;
   ipv4 { import table on; import filter learned4; export where source = RTS_STATIC; next hop self; };
 }

@@ -31,6 +31,12 @@ MESH, NODE, GLOBAL = "mesh", "node", "global"
 RESTART_WAIT = 8
 """Seconds for which a BIRD that was started after a crash keeps the kernel's routes while it waits for its peers."""
 
+RESTART_TIME = 30
+"""Seconds for which the peers of a BIRD that has crashed keep its routes, if it does not come back.
+
+BIRD's default, 120, is long for a host whose agent has ended as well; an agent starts BIRD again in about a second.
+"""
+
 LOG_SIZE = 2**20
 """Bytes of BIRD's log, beside as many of the log before; both are in memory, below /run."""
 
@@ -215,7 +221,8 @@ def _family_lines(config: Config, family: Family, passwords: Passwords) -> Itera
     keepalive = max(1, config.hold_time // 3)
     yield f"template bgp peer{v} {{"
     yield f"  local {family.own} as {config.as_num};" if family.is_here else f"  local as {config.as_num};"
-    yield f"  multihop; graceful restart on; hold time {config.hold_time}; keepalive time {keepalive};"
+    yield f"  multihop; graceful restart on; graceful restart time {RESTART_TIME};"
+    yield f"  hold time {config.hold_time}; keepalive time {keepalive};"
     yield "  connect delay time 1; connect retry time 5; error wait time 2, 30;"
     # import table: pools can change without asking the peer for its routes again
     yield f"  ipv{v} {{ import table on; import filter learned{v}; export where source = RTS_STATIC; next hop self; }};"
