@@ -372,29 +372,58 @@ def _ports() -> Check:
     return Check(
         name,
         not missing,
-        f"it drops packets to this host, and no rule mentions {' or '.join(missing)}"
+        f"it drops packets to or from this host, and no rule mentions {' or '.join(missing)}"
         if missing
-        else "nothing drops packets to the ports of BGP and VXLAN, as far as can be seen",
+        else _dropping(rules),
         False,
         "for several hosts, accept TCP port 179 (BGP) and, for pools with --vxlan, UDP port 4789 from the other hosts",
     )
 
 
+_PORTS = {f"TCP port {instance.PORT}": f"{instance.PORT}|bgp", f"UDP port {vxlan.PORT}": str(vxlan.PORT)}
+"""The ports for other hosts, with what they are in rules."""
+
+
 def ports_not_mentioned(rules: str) -> list[str]:
-    """Return the ports for other hosts that no rule mentions, if packets to the host are dropped by default.
+    """Return the ports for other hosts that no rule mentions, if the host's packets are dropped by default.
 
     `rules` is a text of nft and of iptables-save.
     """
-    rules = re.sub(r"^table \w+ calico {.*?^}", "", rules, flags=re.MULTILINE | re.DOTALL)
+    rules = _of_others(rules)
     drops = re.search(
-        r"^:INPUT DROP|^-A INPUT -j (DROP|REJECT)|type filter hook input [^;]*; policy drop;", rules, re.MULTILINE
+        r"^:(IN|OUT)PUT DROP|^-A (IN|OUT)PUT -j (DROP|REJECT)|type filter hook (in|out)put [^;]*; policy drop;",
+        rules,
+        re.MULTILINE,
     )
     if not drops:
         return []
-    rules = re.sub(r"packets \d+ bytes \d+", "", rules)
-    ports = ((f"TCP port {instance.PORT}", f"{instance.PORT}|bgp"), (f"UDP port {vxlan.PORT}", str(vxlan.PORT)))
     # not a part of an address
-    return [port for port, words in ports if not re.search(rf"(dport|elements).*(?<![\w.])({words})(?![\w.])", rules)]
+    return [
+        port
+        for port, words in _PORTS.items()
+        if not re.search(rf"(dport|elements).*(?<![\w.])({words})(?![\w.])", rules)
+    ]
+
+
+def _dropping(rules: str) -> str:
+    """Return what is found if no port lacks a rule: it may be one that drops, whose other conditions are not known."""
+    found = dropping_rules(rules)
+    if not found:
+        return "nothing drops packets to the ports of BGP and VXLAN, as far as can be seen"
+    return f"rules that drop, perhaps not what other hosts send: {'; '.join(found[:3])}"
+
+
+def dropping_rules(rules: str) -> list[str]:
+    """Return the rules that drop packets from or to a port for other hosts, as nft and iptables-save write them."""
+    words = "|".join(_PORTS.values())
+    pattern = re.compile(rf"[ds]ports?\b.*(?<![\w.])({words})(?![\w.]).*\b(drop|reject)\b", re.IGNORECASE)
+    return [" ".join(line.split()) for line in _of_others(rules).splitlines() if pattern.search(line)]
+
+
+def _of_others(rules: str) -> str:
+    """Return the rules without ours, and without counts."""
+    rules = re.sub(r"^table \w+ calico {.*?^}", "", rules, flags=re.MULTILINE | re.DOTALL)
+    return re.sub(r"packets \d+ bytes \d+", "", rules)
 
 
 def _etcd() -> Iterator[Check]:

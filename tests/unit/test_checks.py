@@ -87,10 +87,31 @@ COMMIT
         ),
         (SAVED.format(policy="ACCEPT", port=22, last="-A INPUT -j REJECT --reject-with icmp-port-unreachable"), 2),
         (SAVED.format(policy="ACCEPT", port=22, last="-A INPUT -s 192.0.2.1/32 -j DROP"), 0),
+        (SAVED.format(policy="ACCEPT", port=22, last="-A OUTPUT -j DROP"), 2),
+        (NFT.format(policy="drop", port=80).replace("hook input", "hook output"), 2),
     ],
 )
 def test_a_firewall_that_drops_by_default_and_mentions_no_port_of_other_hosts(rules: str, missing: int) -> None:
     assert len(checks.ports_not_mentioned(rules)) == missing
+
+
+@pytest.mark.parametrize(
+    ("rule", "drops"),
+    [
+        ("tcp dport 179 drop", True),
+        ("tcp sport { 22, 179 } counter packets 4 bytes 240 reject with tcp reset", True),
+        ("ip saddr != 172.18.0.0/16 udp dport 4789 drop", True),
+        ("tcp dport 179 accept", False),
+        ("tcp dport 22 counter packets 179 bytes 4789 drop", False),
+        ("ip saddr 10.0.0.179 tcp dport 1179 drop", False),
+        ("-A OUTPUT -p tcp -m tcp --dport 179 -j DROP", True),
+        ("-A INPUT -p udp -m multiport --dports 53,4789 -j REJECT --reject-with icmp-port-unreachable", True),
+        ("-A INPUT -p tcp -m tcp --dport 179 -j ACCEPT", False),
+    ],
+)
+def test_rules_that_drop_what_other_hosts_may_send(rule: str, drops: bool) -> None:
+    found = checks.dropping_rules(f"table inet mine {{\n\t\t{rule}\n}}\n{OURS}")
+    assert len(found) == drops and all(one in rule for one in found if "counter" not in rule)
 
 
 @pytest.mark.parametrize(
