@@ -71,6 +71,10 @@ class Process:
         return True
 
 
+class NotServing(CalicoError):
+    """The daemon was started, and does not serve: it has ended, or takes too long."""
+
+
 class Daemon:
     """Starts a daemon's process and supervises it. All methods but `supervise` raise CalicoError."""
 
@@ -155,13 +159,13 @@ class Daemon:
             time.sleep(0.001)  # the arguments of a new process can be read only a moment later
 
     def await_ready(self) -> None:
-        """Wait until the daemon is ready; raise CalicoError when it ends before that, or takes too long."""
+        """Wait until the daemon is ready; raise NotServing when it ends before that, or takes too long."""
         give_up = time.monotonic() + self._start_patience
         while not self._is_ready():
             if self._child_has_ended() or self.process.pid() is None or time.monotonic() > give_up:
-                raise CalicoError(
-                    f"{self.process.name} does not serve; {self._log_file} ends with: {self._last_log_line()}"
-                )
+                last = self._last_log_line()
+                said = f"{self._log_file} ends with: {last}" if last else f"{self._log_file} is empty"
+                raise NotServing(f"{self.process.name} does not serve; {said}")
             time.sleep(0.05)  # a daemon does not announce that it is ready
 
     def _end_child(self) -> None:

@@ -20,6 +20,7 @@ from calicoctl.felix.bgp.config import Config
 from calicoctl.felix.bgp.instance import NotReady
 from calicoctl.felix.bgp.manager import BgpManager, BgpThread
 from calicoctl.felix.bgp.passwords import Passwords
+from calicoctl.felix.daemon import NotServing
 from calicoctl.felix.events import BGP, BGP_CONFIGURATION, BGP_PASSWORDS, BgpChanged, Failure
 from tests.unit.kernel import FakeBgp
 from tests.unit.snapshots import HOST, World
@@ -47,7 +48,7 @@ class FakeInstance:
         self.refusal: str | None = None
         self.other: str | None = None
         """Why another BIRD must not run beside it."""
-        self.recovers = False
+        self.recovers = self.dies = False
         self.answers = True
         self.found: list[Session] = []
         self.removed = self.woken = 0
@@ -62,6 +63,8 @@ class FakeInstance:
         return self.running is not None
 
     def start(self, text: str | None) -> bool:
+        if self.dies:
+            raise NotServing("BIRD does not serve")
         if self.refusal is not None:
             raise CalicoError(self.refusal)
         refused = text is not None and self.wrong in text
@@ -215,6 +218,19 @@ def test_where_it_may_not_run_it_is_tried_again_later(bird: Bird) -> None:
     assert bird.step(configuration()) == "another BIRD runs here" and bird.instance.told == []
     bird.now += 2
     assert bird.step(configuration()) is None and bird.instance.running is not None
+
+
+def test_one_that_ends_while_it_is_started_is_started_again_with_pauses(bird: Bird) -> None:
+    wanted, bird.instance.dies = configuration(), True
+    for pause in (0.1, 0.2, 0.4):
+        assert bird.step(wanted) == "BIRD does not serve"
+        bird.instance.dies = False
+        bird.now += pause - 0.01
+        assert bird.step(wanted) == "BIRD does not serve"
+        bird.instance.dies = True
+        bird.now += 0.02
+    bird.instance.dies = False
+    assert bird.step(wanted) is None and bird.state.pid == 100
 
 
 def test_what_is_refused_is_reported_and_not_tried_again(bird: Bird) -> None:

@@ -17,7 +17,7 @@ import pytest
 from calicoctl import proc
 from calicoctl.errors import CalicoError
 from calicoctl.felix import daemon
-from calicoctl.felix.daemon import Daemon, Process
+from calicoctl.felix.daemon import Daemon, NotServing, Process
 
 PATIENCE = 20.0
 
@@ -170,6 +170,12 @@ def test_an_adopted_daemon_that_is_not_ready_is_not_ended(sandbox: Sandbox) -> N
     with pytest.raises(CalicoError, match="does not serve"):
         sandbox.start(sandbox.daemon(patience=0.1))
     assert sandbox.process.pid() == sandbox.started()[0]
+
+
+def test_a_daemon_that_ends_without_a_word_is_an_error(sandbox: Sandbox) -> None:
+    script = f": >{sandbox.log}; exit 1"
+    with pytest.raises(NotServing, match=r"the daemon does not serve; .*daemon.log is empty$"):
+        sandbox.start(sandbox.daemon(patience=3600), script)
 
 
 def test_a_missing_program_is_an_error(sandbox: Sandbox) -> None:

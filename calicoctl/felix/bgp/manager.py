@@ -24,6 +24,7 @@ from calicoctl.felix.bgp import bird, config, passwords
 from calicoctl.felix.bgp.instance import Instance, NotReady
 from calicoctl.felix.bgp.signatures import Signatures
 from calicoctl.felix.bgp.wakeups import Wakeups
+from calicoctl.felix.daemon import NotServing
 from calicoctl.felix.dataplane.manager import Context, Manager
 from calicoctl.felix.events import BGP, BGP_CONFIGURATION, BGP_PASSWORDS, BgpChanged, Failure
 
@@ -260,10 +261,14 @@ class BgpThread(threading.Thread):
             return
         log.warning("BIRD (process %s) has ended", before)
         if self._began is not None and now - self._began < SHORT_LIFE:
-            self._start_at, self._not_running = now + self._pause, "BIRD has ended, and is started again in a moment"
-            self._pause = min(LONGEST_PAUSE, self._pause * 2)
+            self._start_at, self._not_running = self._after_pause(), "BIRD has ended, and is started again in a moment"
         else:
             self._start_at, self._pause = now, FIRST_PAUSE
+
+    def _after_pause(self) -> float:
+        """Return when to start BIRD that has ended soon after its start (monotonic); the next pause is longer."""
+        pause, self._pause = self._pause, min(LONGEST_PAUSE, self._pause * 2)
+        return time.monotonic() + pause
 
     def _start(self, text: str | None) -> None:
         again, self._tried = self._began is not None, text
@@ -275,6 +280,9 @@ class BgpThread(threading.Thread):
             return  # the store has not been read yet
         except bird.Refused as error:
             self._was_refused(text, error)
+        except NotServing as error:
+            self._start_at, self._not_running = self._after_pause(), str(error)
+            raise
         except Exception as error:
             self._start_at, self._not_running = time.monotonic() + LONGEST_PAUSE, _words(error)
             raise
