@@ -37,7 +37,7 @@ from calicoctl.datastore import keys
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.hosts import hostname
 from calicoctl.datastore.model import Peer
-from calicoctl.errors import NotFound, printable
+from calicoctl.errors import CalicoError, NotFound, printable
 from calicoctl.grammar import Prepared, parse
 from calicoctl.output import print_json, print_table, wants_json, warn
 
@@ -94,6 +94,11 @@ def _add_peer(address: IPAddress, as_num: str, of_this_host: bool) -> None:
         print(f"BGP peer {address} with AS number {as_num} is there already.")
     else:
         print(f"BGP peer {address} has a new AS number: from {before.as_num} to {as_num}.")
+    if of_this_host and datastore.hosts.own_addresses():
+        try:
+            datastore.hosts.next_hop(address.version)
+        except CalicoError as error:
+            warn(f"Warning: there is no session with it before this host has an IPv{address.version} address. {error}")
 
 
 def _show(arguments: dict[str, Any], of_this_host: bool) -> None:
