@@ -365,8 +365,8 @@ def _remove(other: str | None, remove_endpoints: bool, force: bool) -> None:
         from calicoctl.felix.removal import remove_all, remove_former_bird
 
         if this_one:
-            ran = process.stop(host) is not None
-            remove_all(host, warn)
+            process.stop(host)
+            ran = remove_all(host, warn)
         else:
             ran = remove_former_bird(datastore.host, warn)
         registered = datastore.hosts.unregister()

@@ -20,18 +20,20 @@ from calicoctl.felix.dataplane.ruleset import remove_commands
 from calicoctl.felix.dataplane.vxlan import Vxlan
 
 
-def remove_all(host: str, warn: Callable[[str], None]) -> None:
+def remove_all(host: str, warn: Callable[[str], None]) -> bool:
     """End BIRD, remove routes, neighbours, devices, firewall rules and tables, restore settings; no agent may run.
 
     The tables are removed last, so that no packet is forwarded that they would drop. If the Docker Engine does not
     answer, forwarding stays enabled, and `warn` is called with a sentence; so it is if a foreign BIRD keeps routes.
-    Raises CalicoError, also if the agent runs.
+    Returns whether an agent has left anything here. Raises CalicoError, also if the agent runs.
     """
+    found = any(file.exists() for file in process.leftovers(host))
     with process.none_starts(host):
-        Instance(host).remove(warn)
+        found |= Instance(host).remove(warn)
         _remove_from_kernel(host, warn)
         for file in process.leftovers(host):
             file.unlink(missing_ok=True)
+    return found
 
 
 def remove_former_bird(host: str, warn: Callable[[str], None]) -> bool:

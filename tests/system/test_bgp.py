@@ -417,6 +417,14 @@ def test_what_is_left_from_a_former_name_ends_and_a_foreign_bird_keeps_its_route
     assert "another BIRD" in one.ctl("node", "remove").err
     assert gone(running) and "10.9.0.0/16" in learned(one)
     run("birdc", "-s", str(one.home / "ctl"), "down")
+    one.run("ip", "route", "flush", "proto", "bird")
+
+    # a host that is removed from elsewhere still has something to remove, once
+    one.start_agent()
+    one.ctl("node", "stop", "--force")
+    one.ctl("node", "remove", "--hostname=host11", "--force", env={"HOSTNAME": "elsewhere"})
+    one.ctl("node", "remove")
+    assert "is not registered" in one.ctl("node", "remove", status=1).err
 
 
 def test_a_text_that_bird_refuses_replaces_nothing(bare_host: Host) -> None:
@@ -484,3 +492,5 @@ def test_hosts_with_ipv6_alone(open_etcd: Etcd) -> None:
         await_routes(one, {f"{V6}/122": None, f"{V6}40/122": other.ip6}, 6)
         await_routes(other, {f"{V6}40/122": None, f"{V6}/122": one.ip6}, 6)
         assert list(sessions(one)) == [f"mesh6_{other.ip6.replace(':', '_')}"] and troubles(one) == {}
+        assert "no session with it" in one.ctl("node", "bgp", "peer", "add", "172.18.0.99", "as", "64999").err
+        assert one.ctl("node", "bgp", "peer", "add", "fd00:18::99", "as", "64999").err == ""
