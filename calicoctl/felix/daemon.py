@@ -55,6 +55,12 @@ class Process:
         except (OSError, ValueError):
             return None
 
+    def note(self, pid: int) -> None:
+        """Write the pid file. One that exists is overwritten in place, for which a full file system has room."""
+        with open(os.open(self.pid_file, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644), "w") as file:
+            file.write(f"{pid}\n")
+            file.truncate()
+
     def stop(self) -> bool:
         """End the daemon, wait until it has ended, and return whether it was running.
 
@@ -154,7 +160,7 @@ class Daemon:
                 start_new_session=True,
                 cwd=self._folder,
             )
-        self.process.pid_file.write_text(f"{self._child.pid}\n")
+        self.process.note(self._child.pid)
         while self.process.pid() is None and not self._child_has_ended():
             time.sleep(0.001)  # the arguments of a new process can be read only a moment later
 

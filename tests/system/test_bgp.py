@@ -7,7 +7,7 @@ import os
 import select
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -430,6 +430,7 @@ def test_what_is_left_from_a_former_name_ends_and_a_foreign_bird_keeps_its_route
 def test_a_text_that_bird_refuses_replaces_nothing(bare_host: Host) -> None:
     """No way leads to one from the store, so BIRD is given one directly."""
     Path("/run/calico/host1").mkdir(parents=True)
+    run("mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", "/run/calico/host1")
     instance, good = Instance("host1"), "router id 192.0.2.2; protocol device { }\n"
     with pytest.raises(Refused, match=r"in line 2 of /run/calico/host1/bird/conf.new"):
         instance.start(f"{good}protocol nonsense {{ }}\n")
@@ -448,9 +449,20 @@ def test_a_text_that_bird_refuses_replaces_nothing(bare_host: Host) -> None:
         with pytest.raises(Refused):
             instance.start("nonsense\n")
         assert "direct" in instance.configuration.read_text() and instance.pid() is not None
+        # one that ends while the file system is full is started again
+        with suppress(OSError), open("/run/calico/host1/full", "wb", buffering=0) as file:
+            while True:
+                file.write(bytes(2**16))
+        killed = instance.pid()
+        os.kill(killed, 9)
+        wait_for(lambda: instance.pid() is None, "its end")
+        assert instance.start(instance.configuration.read_text()) and instance.pid() not in (None, killed)
     finally:
-        assert instance.remove(pytest.fail) and instance.pid() is None
-    assert not list(Path("/run/calico/host1").iterdir())
+        Path("/run/calico/host1/full").unlink(missing_ok=True)
+        removed = instance.remove(pytest.fail)
+        left = list(Path("/run/calico/host1").iterdir())
+        run("umount", "/run/calico/host1")
+    assert removed and instance.pid() is None and left == []
 
 
 def test_a_block_from_before_that_overlaps_what_the_host_needs(two: list[FabricHost]) -> None:

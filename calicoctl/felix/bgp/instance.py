@@ -121,12 +121,13 @@ class Instance:
         if pid is None:
             return False
         self.process.pid_file.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-        self.process.pid_file.write_text(f"{pid}\n")
+        self.process.note(pid)
         self._note_place()
         return True
 
     def _note_place(self) -> None:
-        files.replace(self._ran, _place().encode(), 0o600).close()
+        if not self.ran_here():
+            files.replace(self._ran, _place().encode(), 0o600).close()
 
     def _former(self) -> list[Instance]:
         """Return the instances of this host's former names, which run or have run here."""
@@ -150,12 +151,19 @@ class Instance:
         return path
 
     def _check_before_start(self, program: str, text: str) -> None:
-        new = self._write(text)
+        # the same text is not written again: there may be no room for it
+        new = self.configuration if self._configured() == text else self._write(text)
         command = [program, "-p", "-c", str(new), "-u", USER, "-g", USER]  # as root, it would make a log of root's
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=START_PATIENCE)
         if done.returncode != 0:
             raise bird.refusal(done.stderr.decode(errors="replace"))
         new.rename(self.configuration)
+
+    def _configured(self) -> str | None:
+        try:
+            return self.configuration.read_text()
+        except OSError:
+            return None
 
     def configure(self, text: str) -> None:
         """Have the running BIRD use a configuration. If it refuses, it goes on with the one before; raises Refused."""
