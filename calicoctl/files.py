@@ -65,8 +65,10 @@ def replace(
         if durable:
             os.fsync(file.fileno())
         new.rename(path)
-    except BaseException:
+    except BaseException as error:
         file.close()
         new.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:  # of a descriptor: name the file in messages
+            error.filename = str(path)
         raise
     return file

@@ -12,6 +12,7 @@ from typing import Any, Callable
 
 import pytest
 
+from calicoctl import files
 from calicoctl.datastore.reserved import HostNetwork, InterfaceAddress
 from calicoctl.errors import CalicoError
 from calicoctl.felix.bgp import manager, passwords
@@ -231,6 +232,17 @@ def test_one_that_ends_while_it_is_started_is_started_again_with_pauses(bird: Bi
         bird.now += 0.02
     bird.instance.dies = False
     assert bird.step(wanted) is None and bird.state.pid == 100
+
+
+def test_a_file_that_cannot_be_written_is_named(bird: Bird, monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(text: str | None) -> bool:
+        files.replace(Path("/dev/full/conf"), b"", 0o600)
+        return False
+
+    monkeypatch.setattr(bird.instance, "start", start)
+    with pytest.raises(OSError):
+        bird.thread.round(configuration())
+    assert bird.step(configuration()) == "/dev/full/.conf.new: Not a directory"
 
 
 def test_what_is_refused_is_reported_and_not_tried_again(bird: Bird) -> None:

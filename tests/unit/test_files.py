@@ -112,11 +112,11 @@ def test_a_replacement_that_is_written_only_in_part_fails(tmp_path: Path) -> Non
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))  # like a disk with room for one page
     try:
-        with pytest.raises(OSError):
+        with pytest.raises(OSError) as failed:
             files.replace(path, b"x" * 5000, 0o644)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert path.read_text() == "before"
+    assert path.read_text() == "before" and failed.value.filename == str(path)
     assert list(tmp_path.iterdir()) == [path]
 
 

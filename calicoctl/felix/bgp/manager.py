@@ -356,4 +356,6 @@ class BgpThread(threading.Thread):
 def _words(error: Exception) -> str:
     if isinstance(error, CalicoError):
         return str(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
     return f"{type(error).__name__}: {error}"
