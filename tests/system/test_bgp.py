@@ -195,6 +195,7 @@ def test_a_mesh(two: list[FabricHost]) -> None:
     await_routes(one, {"192.168.0.0/26": None, "192.168.1.0/26": other.ip, "10.77.0.0/26": other.ip})
     one.ctl("config", "bgp", "HoldTime", "9")
     wait_for(lambda: "/9" in ask(one, "show", "protocols", "all"), "the hold time", PATIENCE)
+    wait_for(lambda: "Restart time: 9" in ask(one, "show", "protocols", "all"), "the peer's restart time", PATIENCE)
     one.ctl("bgp", "node-mesh", "off")
     await_routes(one, {"192.168.0.0/26": None})
     await_routes(other, {"192.168.1.0/26": None, "10.77.0.0/26": None})
@@ -384,6 +385,16 @@ def test_what_is_left_from_a_former_name_ends_and_a_foreign_bird_keeps_its_route
     one.start_agent()
     wait_for(lambda: one.bird not in (None, running) and "BIRD" in ask(one, "show", "status"), "another", PATIENCE)
     assert gone(running) and troubles(one) == {}
+    await_routes(one, {"192.168.0.0/26": None})
+    # it is killed, and killed again while it starts; its folder goes while the agent runs
+    running = one.bird
+    os.kill(running, 9)
+    wait_for(lambda: one.bird not in (None, running), "the next one", PATIENCE)
+    os.kill(one.bird, 9)
+    wait_for(lambda: "BIRD" in ask(one, "show", "status"), "one that serves", 8)
+    running = one.bird
+    run("rm", "-r", str(folder(one)))
+    wait_for(lambda: one.bird not in (None, running) and "BIRD" in ask(one, "show", "status"), "another", PATIENCE)
     await_routes(one, {"192.168.0.0/26": None})
     one.ctl("node", "stop", "--force")
     running = bird_of(one)

@@ -174,7 +174,11 @@ def test_names_depend_on_nothing_but_kind_and_address(bgp: Bgp) -> None:
 
 
 def test_the_hold_time_and_a_third_of_it(bgp: Bgp) -> None:
-    for value, text in (("9", "hold time 9; keepalive time 3;"), ("3", "hold time 3; keepalive time 1;")):
+    for value, text in (
+        ("9", "graceful restart time 9;\n  hold time 9; keepalive time 3;"),
+        ("3", "graceful restart time 3;\n  hold time 3; keepalive time 1;"),
+        ("65535", "graceful restart time 4095;\n  hold time 65535; keepalive time 21845;"),
+    ):
         bgp.put(f"{BGP}/global/HoldTime", value)
         assert text in block(bgp.text(), "template bgp peer4") and text in block(bgp.text(), "template bgp peer6")
 

@@ -31,10 +31,11 @@ MESH, NODE, GLOBAL = "mesh", "node", "global"
 RESTART_WAIT = 8
 """Seconds for which a BIRD that was started after a crash keeps the kernel's routes while it waits for its peers."""
 
-RESTART_TIME = 30
-"""Seconds for which the peers of a BIRD that has crashed keep its routes, if it does not come back.
+LONGEST_RESTART = 4095
+"""The longest time in seconds for which a BIRD that has crashed can ask its peers to keep its routes.
 
-BIRD's default, 120, is long for a host whose agent has ended as well; an agent starts BIRD again in about a second.
+It asks for the hold time: BIRD's default, 120, is long for a host whose agent has ended as well; an agent starts BIRD
+again in about a second. Source of the limit: RFC 4724, section 3.
 """
 
 LOG_SIZE = 2**20
@@ -221,7 +222,7 @@ def _family_lines(config: Config, family: Family, passwords: Passwords) -> Itera
     keepalive = max(1, config.hold_time // 3)
     yield f"template bgp peer{v} {{"
     yield f"  local {family.own} as {config.as_num};" if family.is_here else f"  local as {config.as_num};"
-    yield f"  multihop; graceful restart on; graceful restart time {RESTART_TIME};"
+    yield f"  multihop; graceful restart on; graceful restart time {min(config.hold_time, LONGEST_RESTART)};"
     yield f"  hold time {config.hold_time}; keepalive time {keepalive};"
     yield "  connect delay time 1; connect retry time 5; error wait time 2, 30;"
     # import table: pools can change without asking the peer for its routes again
