@@ -88,8 +88,10 @@ class HostNetwork:
     daemon has learned. `routes` are the destinations of such routes, except default routes.
 
     `reached` maps the addresses of other hosts and BGP peers, and an address in each block of another host, to the
-    interfaces to which the routes to them lead: none without a route or, for a block, with only a default route. `macs`
-    maps interfaces to the MACs from which this host sends to others.
+    interfaces to which the routes to them lead: none without a route or, for a block, with only a default route.
+    `routed` are the interfaces with a router that may send what comes from other hosts: it is on a default route, or on
+    one to another host, in whatever table and with whatever metric. `macs` maps interfaces to the MACs from which this
+    host sends to others.
     """
 
     in_use: Mapping[str, str] = field(default_factory=dict)
@@ -100,6 +102,7 @@ class HostNetwork:
     gateways: frozenset[str] = frozenset()
     routes: tuple[Network, ...] = ()
     reached: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    routed: frozenset[str] = frozenset()
     macs: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
     @classmethod

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from calicoctl import netlink
-from calicoctl.addresses import BITS, FAMILIES, unpack
+from calicoctl.addresses import BITS, FAMILIES, pack, unpack, version_of
 from calicoctl.datastore.keys import INTERFACE_PREFIX
 from calicoctl.datastore.reserved import HostNetwork, InterfaceAddress
 from calicoctl.errors import CalicoError
@@ -32,7 +32,8 @@ _NOT_SET_BY_OTHERS = (netlink.PROTOCOL_KERNEL, netlink.PROTOCOL_BIRD)
 def read(others: Collection[str] = (), workloads: Collection[str] = ()) -> HostNetwork:
     """Return the host's network, read in this process's network namespace. Raises CalicoError.
 
-    `others` are the addresses of other hosts and BGP peers, `workloads` some of their workloads', for its `reached`.
+    `others` are the addresses of other hosts and BGP peers, `workloads` some of their workloads', for its `reached`
+    and `routed`.
     """
     with _explained():
         return _read(others, workloads)
@@ -101,6 +102,8 @@ def _read(others: Collection[str], workloads: Collection[str]) -> HostNetwork:
     routes: set[tuple[str, int]] = set()
     on_link: dict[tuple[str, int, str], None] = {}
     local: list[tuple[str, int]] = []
+    routers: set[int] = set()
+    leads_to = _Covering(others)
     for version, family in FAMILIES.items():
         named_by_number = False
         for path in netlink.paths(family, netlink.UNICAST, but=netlink.OUR_PROTOCOLS):
@@ -110,6 +113,8 @@ def _read(others: Collection[str], workloads: Collection[str]) -> HostNetwork:
                 if not inside:
                     routes.add((unpack(path.destination), path.length))
             named_by_number = named_by_number or not path.hops
+            if path.protocol != netlink.PROTOCOL_KERNEL and leads_to.any(version, path):
+                routers.update(index for _, index in path.hops)
             if (
                 family == socket.AF_INET6
                 and path.protocol in (netlink.PROTOCOL_KERNEL, netlink.PROTOCOL_RA)
@@ -119,7 +124,9 @@ def _read(others: Collection[str], workloads: Collection[str]) -> HostNetwork:
                 network = unpack(path.destination), path.length
                 on_link.update({(*network, names[index]): None for gateway, index in path.hops if gateway is None})
         if named_by_number:
-            hops.update(netlink.next_hops())
+            by_number = set(netlink.next_hops())
+            hops |= by_number
+            routers.update(index for gateway, index in by_number if gateway is not None)
         for path in netlink.paths(family, netlink.LOCAL):
             is_address = path.protocol == netlink.PROTOCOL_KERNEL and path.length == BITS[version]
             if path.destination and not is_address and path.destination[0] != socket.INADDR_LOOPBACK >> 24:
@@ -131,7 +138,8 @@ def _read(others: Collection[str], workloads: Collection[str]) -> HostNetwork:
     reached = {address: frozenset(names[index] for index in indices) for address, indices in towards.items()}
     macs = _macs({one.index for one in used}, frozenset().union(*towards.values()))
     whole = HostNetwork.of(addresses, gateways, local, on_link, routes, of_bird)
-    return dataclasses.replace(whole, reached=reached, macs=macs)
+    routed = frozenset(name for name in map(names.__getitem__, routers) if not name.startswith(INTERFACE_PREFIX))
+    return dataclasses.replace(whole, reached=reached, routed=routed, macs=macs)
 
 
 def _macs(indices: set[int], reaching: frozenset[int]) -> dict[str, frozenset[str]]:
@@ -152,6 +160,29 @@ def _macs(indices: set[int], reaching: frozenset[int]) -> dict[str, frozenset[st
             if macs:
                 found[device.name] = macs
     return found
+
+
+class _Covering:
+    """Tells which routes cover one of some addresses, in the same time however many addresses there are."""
+
+    def __init__(self, addresses: Collection[str]) -> None:
+        self._numbers = {
+            version: [int.from_bytes(pack(one), "big") for one in addresses if version_of(one) == version]
+            for version in BITS
+        }
+        self._prefixes: dict[tuple[int, int], set[int]] = {}
+        """The first bits of the addresses, by IP version and how many bits."""
+
+    def any(self, version: int, path: netlink.Paths) -> bool:
+        """Return whether a route covers one of the addresses, or is a default route."""
+        if path.length == 0:
+            return True
+        spare = BITS[version] - path.length
+        prefixes = self._prefixes.get((version, path.length))
+        if prefixes is None:
+            prefixes = {number >> spare for number in self._numbers[version]}
+            self._prefixes[version, path.length] = prefixes
+        return int.from_bytes(path.destination, "big") >> spare in prefixes
 
 
 class _Names(dict[int, str]):

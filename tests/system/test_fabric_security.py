@@ -51,7 +51,8 @@ with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as raw:
 """
 _CONNECT = """
 import socket, sys
-socket.create_connection((sys.argv[1], int(sys.argv[2])), 1).close()
+address, port, *own = sys.argv[1:]
+socket.create_connection((address, int(port)), 1, (*own, 0) if own else None).close()
 """
 _DAEMON = """
 import socket
@@ -96,8 +97,9 @@ def send(run_in: Callable[..., Result], address: str, text: str) -> None:
     run_in(sys.executable, "-c", _SEND, address, "5000", text.encode().hex())
 
 
-def connects(run_in: Callable[..., Result], address: str, port: int) -> bool:
-    return run_in(sys.executable, "-c", _CONNECT, address, str(port), check=False).status == 0
+def connects(run_in: Callable[..., Result], address: str, port: int, *own: str) -> bool:
+    """Return whether a TCP connection is opened, from the address `own` if it is given."""
+    return run_in(sys.executable, "-c", _CONNECT, address, str(port), *own, check=False).status == 0
 
 
 def outsider(*command: str, check: bool = True) -> Result:
@@ -149,6 +151,10 @@ def no_host() -> Iterator[None]:
     finally:
         run("ip", "link", "delete", "outsider", check=False)
         run("ip", "netns", "delete", "outsider", check=False)
+
+
+def pings(run_in: Callable[..., Result], address: str) -> bool:
+    return run_in("ping", "-n", "-c1", "-W2", address, check=False).status == 0
 
 
 def mac(run_in: Callable[..., Result], device: str = "eth0") -> str:
@@ -216,12 +222,12 @@ def test_a_host_reaches_workloads_of_other_hosts_but_nothing_that_it_translates_
     assert not one.reaches("a", B)
     with box(one), inbox(two, "b") as received, inbox(one, "a") as received_here:
         of_box = partial(one.of, "box")
-        assert of_box("ping", "-n", "-c1", "-W3", f"{NETWORKS[0][0]}1", check=False).status == 0, "it gets outside"
+        assert pings(of_box, f"{NETWORKS[0][0]}1") and pings(of_box, two.ip), "it gets outside"
         send(of_box, B, "from the container")
         send(of_box, A, "from the container")
         for host, name in ((one, "a"), (two, "b")):
             host.set_profiles(name, "open")
-        wait_for(lambda: of_box("ping", "-n", "-c1", "-W1", A, check=False).status == 0, "the open profile", 5)
+        wait_for(lambda: pings(of_box, A), "the open profile", 5)
         wait_for(lambda: one.reaches("a", B), "the open profile", 5)
         send(of_box, B, "from the container")
         send(of_box, A, "from the container")
@@ -230,6 +236,17 @@ def test_a_host_reaches_workloads_of_other_hosts_but_nothing_that_it_translates_
         send(one.run, B, "end")
         assert received.until("end") == [], "it could not be told from the host's own"
         assert received_here.line() == "from the container", "as far as policy allows"
+        # a pool that overlaps the hosts' network, and a workload in there
+        network, inside = f"{NETWORKS[0][0]}0/24", f"{NETWORKS[0][0]}200"
+        one.ctl("pool", "add", network)
+        wait_for(lambda: network in one.run("nft", "list", "set", "inet", "calico", "pools4").out, "the pool", 5)
+        assert pings(of_box, f"{NETWORKS[0][0]}1") and pings(of_box, two.ip)
+        two.add("d", inside)
+        two.set_profiles("d", "open")
+        wait_for(lambda: pings(one.run, inside), "the route", 20)
+        assert not pings(of_box, inside)
+        two.ctl("container", "remove", "/var/run/netns/d")
+        one.ctl("pool", "remove", network)
         # the host itself may translate its own packets
         rule = ("POSTROUTING", "-d", B, "-j", "SNAT", "--to-source", one.ip)
         one.run("ip", "address", "add", "172.18.0.111/24", "dev", "eth0")
@@ -248,6 +265,12 @@ def test_only_hosts_reach_bgp_and_the_overlay(hosts: list[FabricHost]) -> None:
     for address in (one.ip, one.ip6):
         assert connects(two.run, address, 179) and connects(one.run, address, 179)
         assert not connects(outsider, address, 179)
+    # a machine that takes over the address of a host, by ARP
+    outsider("ip", "address", "add", f"{two.ip}/32", "dev", "eth0")
+    one.run("ip", "neigh", "replace", two.ip, "lladdr", mac(outsider), "dev", "eth0", "nud", "permanent")
+    assert not connects(outsider, one.ip, 179, two.ip)
+    outsider("ip", "address", "delete", f"{two.ip}/32", "dev", "eth0")
+    introduce(one, two)
     with subprocess.Popen(three.inside(sys.executable, "-c", _DAEMON), stdout=subprocess.PIPE, text=True) as daemon:
         assert daemon.stdout is not None and daemon.stdout.readline() == "ready\n"
         wait_for(lambda: connects(outsider, three.ip, 179), "a foreign BGP daemon, which is left alone", 10)
@@ -270,10 +293,14 @@ def test_only_hosts_reach_bgp_and_the_overlay(hosts: list[FabricHost]) -> None:
             sender(sys.executable, "-c", _SEND, target, "4789", (bytes.fromhex("0800000000100000") + packet).hex())
         with box(one):
             packet = (bytes.fromhex("0800000000100000") + inner_there).hex()
-            one.of("box", sys.executable, "-c", _SEND, three.ip, "4789", packet)
+            second = f"{NETWORKS[1][0]}113"  # to which the packets come from the address of the container's host
+            three.run("ip", "address", "add", f"{second}/24", "dev", "eth0")
+            for target in (three.ip, second):
+                one.of("box", sys.executable, "-c", _SEND, target, "4789", packet)
         send(partial(three.of, "c"), A, "end")
         send(partial(one.of, "a"), C, "end")
         assert (received.until("end"), received_there.until("end")) == ([], [])
+        three.run("ip", "address", "delete", f"{second}/24", "dev", "eth0")
 
     # what this host's own firewall drops is told
     drop = ("INPUT", "-p", "tcp", "--dport", "179", "-j", "DROP")
@@ -289,6 +316,38 @@ def test_only_hosts_reach_bgp_and_the_overlay(hosts: list[FabricHost]) -> None:
         for words in (tunnel, f"address add 10.77.0.{address}/24 dev foreign", "link set foreign up"):
             run_in("ip", *words.split())
     assert outsider("ping", "-n", "-c1", "-W3", "10.77.0.1", check=False).status == 0
+
+
+def test_packets_of_hosts_may_come_another_way_than_the_one_that_leads_back(hosts: list[FabricHost]) -> None:
+    one, two, three = hosts
+    three.run("sysctl", "-qw", "net.ipv4.conf.all.rp_filter=0", "net.ipv4.conf.eth0.rp_filter=0")
+    run("ip", "link", "add", "three1", "type", "veth", "peer", "name", "eth1", "netns", three.namespace)
+    run("ip", "link", "set", "three1", "master", "fabric0", "up")
+    three.run("ip", "address", "add", f"{NETWORKS[0][0]}13/24", "dev", "eth1")
+    three.run("ip", "-6", "address", "add", f"{NETWORKS[0][1]}d/64", "dev", "eth1", "nodad")
+    three.run("sysctl", "-qw", "net.ipv4.conf.eth1.rp_filter=0")
+    three.run("ip", "link", "set", "eth1", "up")
+    in_fabric = ("nft", "list", "set", "inet", "calico", "fabric")
+    wait_for(lambda: "eth1" in three.run(*in_fabric).out, "the new way to the other hosts", 5)
+    for host in (one, two):
+        for address in (three.ip, three.ip6):
+            wait_for(lambda h=host, a=address: pings(h.run, a), f"the way by the router from {host.name}", 10)
+    assert pings(partial(one.of, "a"), C), "by the overlay"
+    run("ip", "link", "delete", "three1")
+
+    # the router sends by a second cable, of which the host only knows the network
+    run("ip", "link", "add", "eth2", "netns", "router", "type", "veth", "peer", "name", "eth1", "netns", one.namespace)
+    router = ("ip", "-n", "router")
+    one.run("ip", "address", "add", "172.20.0.11/24", "dev", "eth1")
+    one.run("sysctl", "-qw", "net.ipv4.conf.all.rp_filter=0", "net.ipv4.conf.eth1.rp_filter=0")
+    one.run("sysctl", "-qw", "net.ipv4.conf.eth0.rp_filter=0")
+    one.run("ip", "link", "set", "eth1", "up")
+    wait_for(lambda: "eth1" in one.run(*in_fabric).out, "the second way", 5)
+    run(*router, "address", "add", "172.20.0.254/24", "dev", "eth2")
+    run(*router, "link", "set", "eth2", "up")
+    run(*router, "route", "add", f"{one.ip}/32", "via", "172.20.0.11")
+    assert pings(three.run, one.ip) and pings(partial(three.of, "c"), A)
+    run(*router, "link", "delete", "eth2")
 
 
 @contextlib.contextmanager

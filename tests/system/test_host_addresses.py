@@ -222,6 +222,8 @@ def test_interfaces_to_other_hosts_are_found_by_all_routes_but_a_default_route_t
         run("ip", "route", "add", "10.8.0.0/16", "nexthop", "via", "10.6.0.9", "nexthop", "via", "10.7.0.9")
         run("ip", "link", "add", "bridge7", "type", "bridge")
         run("ip", "address", "add", "10.9.0.1/24", "dev", "bridge7")
+        run("ip", "link", "set", "bridge7", "up")
+        run("ip", "route", "add", "10.10.0.0/16", "via", "10.9.0.9")
         try:
             network = host_network.read(["10.6.0.2", "10.8.0.1", "10.99.0.1", "fd00:99::1"], ["10.8.1.1", "10.99.1.1"])
         finally:
@@ -235,6 +237,7 @@ def test_interfaces_to_other_hosts_are_found_by_all_routes_but_a_default_route_t
         "10.8.1.1": either,
         "10.99.1.1": frozenset(),
     }
+    assert network.routed == either, "with a way to no host, a router is none of theirs"
     macs = {name: macs for name, macs in network.macs.items() if name in ("eth6", "eth7", "bridge7")}
     assert macs == {"eth6": frozenset({mac6}), "eth7": frozenset({mac7})}, "a bridge of containers is none"
 

@@ -102,6 +102,23 @@ def test_macs_count_in_a_common_network_and_interfaces_everywhere() -> None:
     assert tables.nft.chain("by-interface")[-1] == "meta nfproto ipv4 goto not-its-host", "no host has IPv6"
 
 
+def test_packets_may_come_from_wherever_a_router_may_be() -> None:
+    tables = Hosts()
+    reached = dict.fromkeys((TWO, THREE), frozenset(["eth1"]))
+    routed, macs = frozenset(["br2", "odd *"]), {"eth3": frozenset([MAC])}
+    tables.snapshot.set_network(HostNetwork(networks=SHARED, reached=reached, routed=routed, macs=macs))
+    tables.update()
+    expected = ['"br2"', '"eth0"', '"eth1"', '"eth3"', '"vxlan-v6.calico"', '"vxlan.calico"']
+    assert tables.nft.set("fabric") == expected, "eth0 has the registered address; docker0, without a router, is none"
+
+
+def test_a_host_with_a_new_mac_may_announce_it_but_opens_no_session_of_bgp() -> None:
+    rules = Hosts().nft.chain("not-its-host")
+    spared = rules.index("ip saddr @hosts4 fib daddr type local meta l4proto tcp accept")
+    assert "ip saddr @hosts4 ip daddr != @pools4 meta l4proto tcp accept" in rules, "it may route to etcd"
+    assert {"tcp dport 179 counter drop", "tcp sport 179 counter drop"} <= {*rules[:spared]}
+
+
 def test_what_is_not_known_passes() -> None:
     tables = Hosts()
     tables.connect(TWO)  # there is no route to host3
@@ -169,7 +186,11 @@ def test_vxlan_is_guarded_while_a_pool_or_a_device_needs_it() -> None:
     assert "chain inet calico vxlan-forward" not in tables.nft.objects
     tables.store.put(key, {"cidr": "192.168.0.0/16", "vxlan_mode": "always"})
     tables.update()
-    assert tables.nft.chain("ports") == ["udp dport 4789 @th,96,24 4096 goto vxlan-port"]
+    assert tables.nft.chain("ports") == [
+        f"udp dport 4789 @th,96,24 4096 ip daddr {ONE} goto vxlan-port",
+        "udp dport 4789 @th,96,24 4096 counter drop",
+    ], "what comes to another address was not sent by a device"
+    assert [rule for rule in tables.nft.chain("translated") if "udp dport 4789 @th,96,24 4096 counter drop" in rule]
     assert len(tables.nft.chain("vxlan-forward")) == 2 and tables.nft.set("hosts4") == [ONE, TWO, THREE]
     tables.store.put(key, {"cidr": "192.168.0.0/16"})
     tables.update_with(Ports(vxlan=True))
@@ -188,6 +209,19 @@ def test_connections_of_a_host_that_is_gone_or_of_a_pool_are_verified() -> None:
     assert tables.update()[1] == {THREE}
     tables.register("host2", TWO)
     assert tables.update()[1] == set(), "a new host denies nothing"
+
+
+def test_containers_reach_the_machines_of_a_network_that_a_pool_overlaps() -> None:
+    tables = Hosts()
+    (judged, _) = tables.nft.chain("translated")
+    assert judged.endswith("ip daddr @pools4 ip daddr != @hosts4 ip daddr != @peers4 counter drop")
+    tables.store.put("/calico/v1/ipam/v4/pool/172.18.0.0-17", {"cidr": "172.18.0.0/17"})
+    tables.update()
+    near = 'ip daddr 172.18.0.0/24 oifname "eth0" rt ip nexthop != @hosts4 rt ip nexthop != @peers4 accept'
+    assert tables.nft.chain("translated")[:2] == [near, judged]
+    tables.store.put("/calico/v1/ipam/v4/pool/172.18.0.0-17", None)
+    tables.update()
+    assert near not in tables.nft.chain("translated")
 
 
 def test_one_host_alone_pays_for_nothing() -> None:

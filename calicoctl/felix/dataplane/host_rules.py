@@ -54,14 +54,20 @@ add set inet calico hosts4 { type ipv4_addr; }
 add set inet calico hosts6 { type ipv6_addr; }
 add set inet calico peers4 { type ipv4_addr; }
 add set inet calico peers6 { type ipv6_addr; }
+add set inet calico pools4 { type ipv4_addr; flags interval; }
+add set inet calico pools6 { type ipv6_addr; flags interval; }
 add set inet calico host-macs { type ether_addr; }
 add set inet calico fabric { type ifname; }
 
 add chain inet calico not-its-host
 add rule inet calico not-its-host ip6 saddr @hosts6 icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert } accept
+add rule inet calico not-its-host tcp dport BGP counter drop
+add rule inet calico not-its-host tcp sport BGP counter drop
 add rule inet calico not-its-host ip saddr @hosts4 fib daddr type local meta l4proto tcp accept
+add rule inet calico not-its-host ip saddr @hosts4 ip daddr != @pools4 meta l4proto tcp accept
 add rule inet calico not-its-host ip saddr @hosts4 fib daddr type local udp dport 53 accept
 add rule inet calico not-its-host ip6 saddr @hosts6 fib daddr type local meta l4proto tcp accept
+add rule inet calico not-its-host ip6 saddr @hosts6 ip6 daddr != @pools6 meta l4proto tcp accept
 add rule inet calico not-its-host ip6 saddr @hosts6 fib daddr type local udp dport 53 accept
 add rule inet calico not-its-host counter drop
 
@@ -84,10 +90,12 @@ add rule inet calico vxlan-port iifname "PREFIX*" drop
 add rule inet calico vxlan-port ip saddr @hosts4 counter name vxlan4-arrived accept
 add rule inet calico vxlan-port ip6 saddr @hosts6 counter name vxlan6-arrived accept
 add rule inet calico vxlan-port counter drop
-""".replace("PREFIX", INTERFACE_PREFIX)
+""".replace("PREFIX", INTERFACE_PREFIX).replace("BGP", str(BGP_PORT))
 )
-"""The chain `not-its-host` spares what a host needs to tell the others, through an etcd on one of them, that it has got
-another MAC: otherwise it would be cut off for good. A TCP connection cannot be opened with a forged address."""
+"""The chain `not-its-host` spares what a host needs to tell the others, through an etcd on one of them or behind one,
+that it has got another MAC: otherwise it would be cut off for good. A TCP connection can only be opened with a forged
+address by a machine that also answers ARP for it. BGP, which trusts addresses, is not spared. It has two rules of its
+own, since nftables 1.0.6 merges two adjacent `!=` about ports into one comparison."""
 
 BASE_CHAINS = {
     "ports": "{ type filter hook input priority filter - 12; policy accept; }",
@@ -267,10 +275,10 @@ def _sender_chain(host: str, snapshot: Snapshot) -> tuple[str, ...]:
 
 
 def _by_interface(snapshot: Snapshot) -> tuple[str, ...]:
-    """Return the rules that only accept packets from interfaces through which other hosts or BGP peers are reached.
+    """Return the rules that only accept packets from interfaces through which packets of other hosts may come.
 
-    On others, hosts are known by their MACs, except on bridges, to which containers are connected. An IP version is not
-    checked while a host has no route: then it is not known which interface is its.
+    See `_fabric`. On others, hosts are known by their MACs, except on bridges, to which containers are connected. An IP
+    version is not checked while a host has no route: then it is not known which interface is its.
     """
     network = snapshot.network
     others = {address for address, host in snapshot.topology.users.items() if host != snapshot.host}
@@ -300,8 +308,25 @@ def _update_sets(snapshot: Snapshot, change: Change) -> None:
             chosen = (address for address in addresses if version_of(address) == version)
             change.replace(("inet", f"{name}{version}"), chosen)
     change.replace(("inet", "host-macs"), (mac for host in others for mac in topology.macs.get(host, ())))
-    interfaces = filter(_SPELLABLE.fullmatch, {*DEVICES.values()}.union(*snapshot.network.reached.values()))
+    interfaces = filter(_SPELLABLE.fullmatch, _fabric(snapshot))
     change.replace(("inet", "fabric"), (_quoted([interface]) for interface in interfaces))
+
+
+def _fabric(snapshot: Snapshot) -> set[str]:
+    """Return the interfaces from which packets of other hosts may come.
+
+    Packets need not come the way that leads back, and routers that this host has no route to may send them. So these
+    are all interfaces with an address, but of bridges only those with a router and that with the registered address:
+    others connect containers.
+    """
+    network = snapshot.network
+    own = [
+        (version, int.from_bytes(pack(address), "big"))
+        for version in BITS
+        if (address := snapshot.topology.own(version)) is not None
+    ]
+    registered = {one.interface for one in network.networks if any(one.has(*address) for address in own)}
+    return registered.union(DEVICES.values(), network.macs, network.routed, *network.reached.values())
 
 
 def _update_base_chains(snapshot: Snapshot, held: Ports, change: Change) -> None:
@@ -313,19 +338,22 @@ def _update_base_chains(snapshot: Snapshot, held: Ports, change: Change) -> None
         ports.append(f"tcp dport {BGP_PORT} goto bgp-port")
         passed += _passed(f"tcp dport {BGP_PORT}", "bgp")
     if vxlan:
-        ports.append(f"{_IS_OUR_VXLAN} goto vxlan-port")
+        # to another address, a workload's packet might come that was translated to its host's address
+        ports += [
+            f"{_IS_OUR_VXLAN} {family} daddr {own} goto vxlan-port"
+            for version, family in ((4, "ip"), (6, "ip6"))
+            if (own := topology.own(version)) is not None
+        ]
+        ports.append(f"{_IS_OUR_VXLAN} counter drop")
         passed += _passed(_IS_OUR_VXLAN, "vxlan")
+    has_others = any(host != snapshot.host for host in topology.users.values())
     for version, family in ((4, "ip"), (6, "ip6")):
         if vxlan:
             forward.append(
                 f"{_IS_OUR_VXLAN} {family} daddr @hosts{version} {family} saddr != @hosts{version} counter drop"
             )
-        if any(host != snapshot.host for host in topology.users.values()):
-            # the host's own packets have no incoming interface; those to endpoints of this host were judged already
-            translated.append(
-                f'ct status snat ct direction original iif != 0 oifname != "{INTERFACE_PREFIX}*" '
-                f"{family} saddr @hosts{version} {family} daddr @pools{version} counter drop"
-            )
+        if has_others:
+            translated += _translated(version, family, vxlan, snapshot)
     for name, rules in (
         ("ports", ports),
         ("ports-passed", passed),
@@ -333,6 +361,27 @@ def _update_base_chains(snapshot: Snapshot, held: Ports, change: Change) -> None
         ("translated", translated),
     ):
         change.set_chain(name, tuple(rules) or None)
+
+
+def _translated(version: int, family: str, vxlan: bool, snapshot: Snapshot) -> list[str]:
+    """Return the rules for packets of an IP version that were translated to the address of a host."""
+    # the host's own packets have no incoming interface; those to endpoints of this host were judged already
+    match = f'ct status snat ct direction original iif != 0 oifname != "{INTERFACE_PREFIX}*"'
+    match += f" {family} saddr @hosts{version}"
+    rules = []
+    if vxlan:
+        # to whatever address: a router may translate that to a host's. The kernel has the device for incoming interface
+        # of what it sends through the device
+        rules.append(f"{match} iifname != {{ {_quoted(DEVICES.values())} }} {_IS_OUR_VXLAN} counter drop")
+    # a pool may overlap a network of this host. There, workloads of others are reached through hosts or BGP peers
+    network = snapshot.network
+    doubtful = {one for pool in snapshot.pools.values() for one in network.overlapping(pool.cidr)}
+    for one in sorted(doubtful, key=lambda one: (one.version, one.first, one.length, one.interface)):
+        if one.version == version and _SPELLABLE.fullmatch(one.interface):
+            by_none = " ".join(f"rt {family} nexthop != @{name}{version}" for name in ("hosts", "peers"))
+            rules.append(f'{family} daddr {one.cidr} oifname "{one.interface}" {by_none} accept')
+    others = " ".join(f"{family} daddr != @{name}{version}" for name in ("hosts", "peers"))
+    return [*rules, f"{match} {family} daddr @pools{version} {others} counter drop"]
 
 
 def _passed(match: str, protocol: str) -> list[str]:

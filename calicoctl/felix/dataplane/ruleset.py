@@ -52,8 +52,6 @@ add set inet calico macs { type ifname . ether_addr; }
 add set inet calico senders4 { type ifname . ether_addr . ipv4_addr; }
 add set inet calico senders6 { type ifname . ether_addr . ipv6_addr; }
 add set inet calico targets6 { typeof iifname . @th,64,128; }
-add set inet calico pools4 { type ipv4_addr; flags interval; }
-add set inet calico pools6 { type ipv6_addr; flags interval; }
 add set inet calico masquerade4 { type ipv4_addr; flags interval; }
 add set inet calico masquerade6 { type ipv6_addr; flags interval; }
 
