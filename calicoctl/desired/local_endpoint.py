@@ -88,12 +88,12 @@ def usable_addresses(endpoint: Endpoint) -> tuple[str, ...]:
     return tuple(found)
 
 
-def checked_address(address: str, version: int) -> str:
-    """Return an address in canonical form; raise CalicoError if no endpoint and no host can have it."""
+def checked_address(address: str, version: int, whose: str = "an endpoint") -> str:
+    """Return an address in canonical form; raise CalicoError, which says `whose` it is, if nobody can have it."""
     try:
         packed = socket.inet_pton(FAMILIES[version], address)
     except (OSError, ValueError):
         raise CalicoError(f"'{address}' is not an IPv{version} address") from None
     if not is_unicast(packed):
-        raise CalicoError(f"{address} is not an address that an endpoint can have")
+        raise CalicoError(f"{address} is not an address that {whose} can have")
     return unpack(packed)
