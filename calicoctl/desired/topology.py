@@ -69,6 +69,13 @@ class Topology:
         hosts = (address for address, host in self.users.items() if host != self.host)
         return frozenset(hosts) | {peer.ip for peer in self.peers.values()}
 
+    def peers_without_session(self, version: int) -> list[str]:
+        """Return this host's own peers of an IP version that it is not registered for, if it is for the other one."""
+        if self.own(version) is not None or self.host not in self.hosts():
+            return []
+        directory = f"{keys.bgp_peers(version, self.host)}/"
+        return sorted(peer.ip for key, peer in self.peers.items() if key.startswith(directory))
+
     def inside(self) -> frozenset[str]:
         """Return an address of each block of the other hosts."""
         blocks = (block for host, of_host in self.blocks.items() if host != self.host for block in of_host.values())
@@ -126,7 +133,7 @@ class Topology:
             for other in others:
                 self.users[before] = keys.parse_bgp_host_address(other) or keys.parse_host_bird_ip(other) or ""
         if entry is not None and entry.value:
-            address = checked_address(entry.value, 6 if key == keys.bgp_host_address(host, 6) else 4)
+            address = checked_address(entry.value, 6 if key == keys.bgp_host_address(host, 6) else 4, "a host")
             self._addresses[key] = address
             self.users[address] = host
             self._changed.add(address)
@@ -162,7 +169,7 @@ class Topology:
         self.peers.pop(key, None)
         if entry is not None:
             peer = Peer.from_json(entry.value, key)
-            checked_address(peer.ip, version_of(peer.ip))
+            checked_address(peer.ip, version_of(peer.ip), "a BGP peer")
             self.peers[key] = peer
 
     def _set_default_as_num(self, key: str, entry: Entry | None) -> None:

@@ -48,6 +48,7 @@ from calicoctl.felix.network_monitor import NetworkMonitor
 from calicoctl.felix.process import Options
 from calicoctl.felix.report import EndpointStatuses, ReportFile, StoreReporter
 from calicoctl.felix.workload_keeper import WorkloadKeeper
+from calicoctl.output import first_few
 from calicoctl.workloads.upkeep import Action
 
 log = logging.getLogger("calico.felix")
@@ -380,6 +381,7 @@ class Agent:
         if dirty.topology:
             self._publish_macs()
             self._check_registration()
+            self._check_peers()
         if self._policy.is_backing_off or not any(manager.needs_apply for manager in self._managers):
             return
         starting = not self._health.first_update
@@ -421,6 +423,17 @@ class Agent:
                 "'calicoctl node', or remove what is left with 'calicoctl node remove'"
             )
         self._health.record(events.Failure(why, "registration"))
+
+    def _check_peers(self) -> None:
+        """Record which peers of this host are of an IP version that it is not registered for."""
+        for version, option in ((4, "--ip"), (6, "--ip6")):
+            peers, why = self._snapshot.topology.peers_without_session(version), None
+            if peers:
+                why = (
+                    f"there is no session with BGP peer {first_few(peers)}, since this host has no "
+                    f"IPv{version} address: register it with 'calicoctl node {option}=ADDRESS', and its other options"
+                )
+            self._health.record(events.Failure(why, f"bgp peers of IPv{version}"))
 
     def _apply_settings(self, dirty: Dirty) -> None:
         if dirty.settings:

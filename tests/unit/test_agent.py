@@ -402,6 +402,26 @@ def test_a_host_that_was_removed_from_elsewhere_says_so(world: AgentWorld) -> No
     world.step(world.store.change(key, None))
     assert troubles()[0].startswith(f"host {HOST} is not registered any more")
     world.step(world.store.change(key, "172.18.0.11"))
+    world.step(events.StoreRead("/calico/bgp/v1", []))  # it was cut off when it was removed
+    assert troubles()[0].startswith(f"host {HOST} is not registered any more")
+    world.step(world.store.change(key, "172.18.0.11"))
+    assert troubles() == []
+
+
+def test_a_peer_of_an_ip_version_that_the_host_is_not_registered_for_is_a_problem(world: AgentWorld) -> None:
+    def troubles() -> list[str]:
+        failures = json.loads(process.report_file(HOST).read_text())["troubles"]
+        return [failure["error"] for failure in failures if failure["subject"] == "bgp peers of IPv6"]
+
+    of_host, peer = f"/calico/bgp/v1/host/{HOST}", {"ip": "fd00:18::fe", "as_num": "64512"}
+    world.step(world.store.change(f"{of_host}/peer_v6/fd00:18::fe", peer))
+    assert troubles() == [], "that the host is not registered is said already"
+    world.step(world.store.change(f"{of_host}/ip_addr_v4", "172.18.0.11"))
+    assert troubles() == [
+        "there is no session with BGP peer fd00:18::fe, since this host has no IPv6 address: register it with "
+        "'calicoctl node --ip6=ADDRESS', and its other options"
+    ]
+    world.step(world.store.change(f"{of_host}/ip_addr_v6", "fd00:18::11"))
     assert troubles() == []
 
 

@@ -80,6 +80,19 @@ def test_peers_are_the_global_ones_and_those_of_this_host(store: Store) -> None:
     assert {peer.ip for peer in topology.peers.values()} == {"172.18.0.254", "fd00:18::fe"}
     store.put(f"{BGP}/global/peer_v4/172.18.0.254", {"ip": "224.0.0.1", "as_num": "64512"})
     assert {peer.ip for peer in topology.peers.values()} == {"fd00:18::fe"} and len(store.snapshot.problems) == 1
+    assert topology.peers_without_session(6) == [], "the host is not registered"
+    store.put(f"{BGP}/host/host1/ip_addr_v4", "172.18.0.11")
+    assert topology.peers_without_session(6) == ["fd00:18::fe"], "a global peer may be for other hosts"
+    store.put(f"{BGP}/host/host1/peer_v4/172.18.0.1", {"ip": "172.18.0.1", "as_num": "64512"})
+    store.put(f"{BGP}/host/host1/ip_addr_v6", "fd00:18::11")
+    store.put(f"{BGP}/host/host1/ip_addr_v4", None)
+    assert topology.peers_without_session(4) == ["172.18.0.1"]
+
+
+def test_an_invalid_address_is_called_what_it_is(store: Store) -> None:
+    for place, what in (("global/peer_v4/127.0.0.1", "a BGP peer"), ("host/host2/ip_addr_v4", "a host")):
+        store.put(f"{BGP}/{place}", {"ip": "127.0.0.1", "as_num": "64512"} if "peer" in place else "127.0.0.1")
+        assert f"127.0.0.1 is not an address that {what} can have" in store.snapshot.problems[f"{BGP}/{place}"]
 
 
 def test_macs(store: Store) -> None:
