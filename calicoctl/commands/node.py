@@ -262,6 +262,9 @@ def _start_agent(host: str, options: process.Options) -> None:
         if time.monotonic() > give_up:
             raise CalicoError(str(why))
         time.sleep(heartbeat.POLL_INTERVAL)
+    older = process.without_bgp(process.report(host))
+    if older is not None and options.bgp:
+        warn(f"Warning: {older}.")
     if (process.report(host) or {}).get("bgp", options.bgp) != options.bgp:
         warn(
             f"Warning: --bgp={'on' if options.bgp else 'off'} has no effect on it. Stop it with 'calicoctl node stop "

@@ -8,6 +8,7 @@ function to `_issues`.
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 from collections.abc import Iterator
@@ -156,15 +157,33 @@ def _agent(status: dict[str, Any], pid: int | None) -> Iterator[Issue]:
         text = f"The report of host {host}'s agent cannot be read: it is from another version"
         yield Issue(AGENT, text, advice, True)
     elif status["pid"] != pid:
-        yield Issue(AGENT, f"The agent of host {host} (process {pid}) has not reported yet", "", True)
+        text = f"The agent of host {host} (process {pid}) has not reported yet"
+        full = _full(host)
+        yield Issue(AGENT, f"{text}: {full}" if full else text, "make room there" if full else "", True)
     elif not report["current"]:
-        text = f"The agent of host {host} (process {pid}) has not reported for {report['age'] or 0:.0f} s: it hangs"
+        text = f"The agent of host {host} (process {pid}) has not reported for {report['age'] or 0:.0f} s"
+        full = _full(host)
         advice = f"'kill -9 {pid}' leaves the data plane as it is; 'calicoctl node' starts it again"
+        text, advice = (f"{text}: {full}", "make room there") if full else (f"{text}: it hangs", advice)
         yield Issue(AGENT, text, advice, True)
     elif status["replaced"]:
         yield Issue(AGENT, status["replaced"], "", True)
     elif status["waiting_for"] and status["etcd"]["error"] is None:
         yield Issue(AGENT, f"The agent waits for {status['waiting_for']}")
+    older = process.without_bgp(status)
+    if older is not None and pid is not None and status["pid"] == pid:
+        yield Issue(AGENT, older)
+
+
+def _full(host: str) -> str | None:
+    """Return a clause if the report of a host's agent cannot be written for lack of space, else None."""
+    directory = process.report_file(host).parent
+    with suppress(OSError):  # it is gone
+        space = os.statvfs(directory)
+        # some file systems count no inodes
+        if space.f_bavail == 0 or (space.f_files and space.f_favail == 0):
+            return f"the file system of {directory} is full, so its report cannot be written"
+    return None
 
 
 def _store(status: dict[str, Any]) -> Iterator[Issue]:

@@ -109,6 +109,16 @@ def troubles(host: str) -> list[str]:
     return [str(failure["error"]) for failure in found] if isinstance(found, list) else []
 
 
+def without_bgp(found: Mapping[str, object] | None) -> str | None:
+    """Return a clause with advice if a report is of an agent of an older version, which reports nothing of BGP."""
+    if found is None or found.get("bgp") is not None:
+        return None
+    return (
+        f"the agent is of an older version ({found.get('version')}), which does no BGP: 'calicoctl node restart' "
+        "replaces it, and interrupts no traffic"
+    )
+
+
 @contextmanager
 def only_one(host: str) -> Iterator[None]:
     """Hold the locks and the pid file of the host's agent inside `with`.

@@ -148,6 +148,30 @@ def test_a_report_that_is_too_old_vouches_for_nothing(
     assert "has not reported yet" in told(capsys)[1]
 
 
+def test_a_report_that_cannot_be_written_does_not_make_the_agent_hang(
+    health: Health, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def why() -> str:
+        write(health)
+        with monkeypatch.context() as later:
+            clock = host_status.time.clock_gettime
+            later.setattr(host_status.time, "clock_gettime", lambda which: clock(which) + 36)
+            return told(capsys)[1]
+
+    folder = process.report_file(HOST).parent
+    space = os.statvfs(folder)
+    for blocks, inodes, full in ((0, 99, True), (99, 0, True), (99, 99, False)):
+        fields = [4096, 4096, 99, blocks, blocks, 99, inodes, inodes, *space[8:]]
+        monkeypatch.setattr(host_status.os, "statvfs", lambda _, fields=fields: os.statvfs_result(fields))
+        said = why()
+        assert "has not reported for 36 s: " in said and ("it hangs" in said, "kill" in said) == (not full, not full)
+        assert (f"the file system of {folder} is full" in said) == full
+        health.pid += 1  # it has been started while it was full
+        said = why()
+        assert "has not reported yet" in said and ("is full" in said) == full
+        health.pid -= 1
+
+
 def test_the_file_is_written_anew_although_nothing_has_changed(health: Health) -> None:
     file = ReportFile(process.report_file(HOST))
     file.write(health)
@@ -238,5 +262,6 @@ def test_the_report_of_an_agent_without_bgp_is_readable(health: Health, capsys: 
     del report["bird"], report["mtu"]
     file.write_text(json.dumps(report))
     out, why = told(capsys)
-    assert not why and "BGP:        none; the agent is of an older version\nProblems:   none" in out
+    assert not why and "BGP:        none; the agent is of an older version\nProblems:   1\n" in out
+    assert "does no BGP: 'calicoctl node restart' replaces it, and interrupts no traffic" in out
     assert json.loads(told(capsys, "--output=json")[0])["bird"]["pid"] is None
