@@ -18,6 +18,8 @@ Options:
 defaults are on and 64511. For the peers of a single host, see 'calicoctl node
 --help'. The agent of each host runs BIRD with these settings, and a change
 takes effect within a second; 'calicoctl status' shows this host's sessions.
+A new AS number or password resets the sessions that it is for: they have no
+routes for about a second, or until both ends have the same.
 Passwords of sessions are in /etc/calico/bgp-passwords on each host, not in
 etcd. With the mesh off, hosts learn routes from their peers alone, such as a
 route reflector.

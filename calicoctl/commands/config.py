@@ -42,6 +42,11 @@ Options:
                        RETURN, DROP, ACCEPT: what happens to packets from a
                        container to this host that the rules allow; default:
                        RETURN, the host's own firewall decides
+  bgp
+    HoldTime           seconds, 3 to 65535, after which a host that does not
+                       answer has no routes; default: 30. A change resets all
+                       BGP sessions: hosts have no routes to each other for
+                       about a second
   bgp, node bgp
     loglevel           none, debug, info; default: none
 

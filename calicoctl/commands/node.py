@@ -19,7 +19,8 @@ Options:
   --ip6=<IP6>            the same for IPv6; default: none, and workloads here
                          get no IPv6
   --as=<AS_NUM>          this host's AS number, as 64512 or as 0.64512, where
-                         it is not the global one
+                         it is not the global one. A change resets its BGP
+                         sessions, which have no routes for about a second
   --log-dir=<DIR>        where the agent logs to, in felix.log; default:
                          /var/log/calico, and standard error when it does not
                          detach
