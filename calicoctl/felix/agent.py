@@ -145,7 +145,7 @@ class Agent:
         self._bgp = BgpManager(context, drivers.bgp)
         self._forwarding: list[Manager] = [
             EndpointManager(context, drivers.routes, self._keeper.enqueue),
-            VxlanManager(context, drivers.vxlan),
+            VxlanManager(context, drivers.vxlan, queue.put),
             self._bgp,
             PortMonitor(context, self._policy, drivers.nft),
             # a new manager goes here

@@ -167,6 +167,13 @@ BGP, BGP_CONFIGURATION, BGP_PASSWORDS = "bgp", "bgp configuration", "bgp passwor
 
 
 @dataclass(frozen=True)
+class OverlayBlocked:
+    """Whether the kernel has refused all devices of the overlay: another program's have our VNI, or our names."""
+
+    blocked: bool
+
+
+@dataclass(frozen=True)
 class BgpChanged:
     """What is known of BIRD: the process that the agent runs, and its BGP sessions, in order of their addresses.
 

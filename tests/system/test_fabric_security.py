@@ -16,6 +16,7 @@ from functools import partial
 
 import pytest
 
+from calicoctl.felix.dataplane.vxlan import VNI
 from tests.system import traffic
 from tests.system.fabric import NETWORKS, FabricHost, fabric, introduce
 from tests.system.support import Result, run, wait_for
@@ -25,6 +26,7 @@ POOL, POOL6 = "192.168.0.0/16", "fd80:24e2:f998:72d6::/64"
 A, B, C = "192.168.0.1", "192.168.1.1", "192.168.2.1"
 A6, B6, C6 = (f"fd80:24e2:f998:72d6::{number}" for number in ("1", "41", "81"))
 OUTSIDER, OUTSIDER6 = f"{NETWORKS[0][0]}66", f"{NETWORKS[0][1]}66"
+VXLAN_HEADER = bytes([8, 0, 0, 0]) + VNI.to_bytes(3, "big") + bytes(1)
 HOST_MACS = ("nft", "list", "set", "inet", "calico", "host-macs")
 
 _INBOX = """
@@ -283,16 +285,16 @@ def test_only_hosts_reach_bgp_and_the_overlay(hosts: list[FabricHost]) -> None:
         inner = traffic.udp_frame(end_there, end, C, A, 5000, payload=b"injected")
         inner_there = traffic.udp_frame(end, end_there, A, C, 5000, payload=b"injected")
         for source, target in ((OUTSIDER, one.ip), (two.ip, one.ip), (OUTSIDER6, one.ip6), (two.ip6, one.ip6)):
-            frame = traffic.vxlan_frame(mac(outsider), one.mac, source, target, 4096, inner)
+            frame = traffic.vxlan_frame(mac(outsider), one.mac, source, target, VNI, inner)
             outsider(sys.executable, "-c", _FRAME, frame.hex())
         # a workload, to its own host and to another; a container on a bridge, to another host
         for sender, target, packet in (
             (partial(one.of, "a3"), one.ip, inner),
             (partial(one.of, "a3"), three.ip, inner_there),
         ):
-            sender(sys.executable, "-c", _SEND, target, "4789", (bytes.fromhex("0800000000100000") + packet).hex())
+            sender(sys.executable, "-c", _SEND, target, "4789", (VXLAN_HEADER + packet).hex())
         with box(one):
-            packet = (bytes.fromhex("0800000000100000") + inner_there).hex()
+            packet = (VXLAN_HEADER + inner_there).hex()
             second = f"{NETWORKS[1][0]}113"  # to which the packets come from the address of the container's host
             three.run("ip", "address", "add", f"{second}/24", "dev", "eth0")
             for target in (three.ip, second):

@@ -187,11 +187,13 @@ def test_vxlan_is_guarded_while_a_pool_or_a_device_needs_it() -> None:
     tables.store.put(key, {"cidr": "192.168.0.0/16", "vxlan_mode": "always"})
     tables.update()
     assert tables.nft.chain("ports") == [
-        f"udp dport 4789 @th,96,24 4096 ip daddr {ONE} goto vxlan-port",
-        "udp dport 4789 @th,96,24 4096 counter drop",
+        f"udp dport 4789 @th,96,24 4095 ip daddr {ONE} goto vxlan-port",
+        "udp dport 4789 @th,96,24 4095 counter drop",
     ], "what comes to another address was not sent by a device"
-    assert [rule for rule in tables.nft.chain("translated") if "udp dport 4789 @th,96,24 4096 counter drop" in rule]
+    assert [rule for rule in tables.nft.chain("translated") if "udp dport 4789 @th,96,24 4095 counter drop" in rule]
     assert len(tables.nft.chain("vxlan-forward")) == 2 and tables.nft.set("hosts4") == [ONE, TWO, THREE]
+    tables.update_with(Ports(blocked=True))
+    assert "chain inet calico ports" not in tables.nft.objects, "it is another program's"
     tables.store.put(key, {"cidr": "192.168.0.0/16"})
     tables.update_with(Ports(vxlan=True))
     assert tables.nft.chain("ports") and tables.nft.chain("vxlan-forward")

@@ -10,7 +10,14 @@ from calicoctl.felix.dataplane import vxlan_manager
 from calicoctl.felix.dataplane.links import Link
 from calicoctl.felix.dataplane.vxlan import Route
 from calicoctl.felix.dataplane.vxlan_manager import GIVE_UP_AFTER, LINGER, POLL, VxlanManager
-from calicoctl.felix.events import AddressesChanged, LinkChanged, OverlayRouteLost, Tick
+from calicoctl.felix.events import (
+    AddressesChanged,
+    KernelEventsLost,
+    LinkChanged,
+    OverlayBlocked,
+    OverlayRouteLost,
+    Tick,
+)
 from calicoctl.workloads.mtu import Underlay
 from tests.unit.kernel import FakeVxlan
 from tests.unit.test_overlay import POOL, OverlayWorld
@@ -78,6 +85,25 @@ def test_the_source_is_left_to_the_kernel_if_the_host_lacks_its_address(world: M
     world.event(AddressesChanged())
     (other,) = [route for route in world.vxlan.kernel if route.cidr == OTHER]
     assert other.source is None and world.vxlan.devices[4][1] is None
+    assert "registered with 172.18.0.1, which none of its interfaces has" in str(world.failure)
+    world.vxlan.underlays["172.18.0.1"] = Underlay(2, True, 1500)
+    world.event(AddressesChanged())
+    assert world.failure is None
+
+
+def test_it_is_told_when_no_device_can_be_created(world: ManagerWorld) -> None:
+    told: list[Any] = []
+    world.manager = VxlanManager(world.context, world.vxlan, told.append)  # type: ignore[arg-type]
+    world.apply()
+    assert not told
+    world.vxlan.refuses.add(4)
+    world.vxlan.devices.clear()
+    world.event(KernelEventsLost())
+    world.event(Tick())
+    assert told == [OverlayBlocked(True)]
+    world.vxlan.refuses.clear()
+    world.event(Tick())
+    assert told == [OverlayBlocked(True), OverlayBlocked(False)]
 
 
 def test_hosts_in_the_same_network_are_reached_directly(world: ManagerWorld) -> None:

@@ -121,11 +121,13 @@ Moved = tuple[str, tuple[str, ...], tuple[str, ...]]
 class Ports:
     """Which ports of this host are ours: that of BGP, which BIRD holds; and that of VXLAN, while a device is there.
 
-    The latter is ours, too, as long as a pool needs a device.
+    The latter is ours, too, as long as a pool needs a device, unless there can be none (`blocked`): then VXLAN with our
+    VNI is another program's.
     """
 
     bgp: bool = False
     vxlan: bool = False
+    blocked: bool = False
 
 
 class HostRules:
@@ -332,7 +334,8 @@ def _fabric(snapshot: Snapshot) -> set[str]:
 def _update_base_chains(snapshot: Snapshot, held: Ports, change: Change) -> None:
     topology = snapshot.topology
     has_own = topology.own(4) is not None or topology.own(6) is not None
-    vxlan = held.vxlan or (has_own and any(pool.vxlan != NEVER for pool in snapshot.pools.values()))
+    is_needed = has_own and not held.blocked
+    vxlan = held.vxlan or (is_needed and any(pool.vxlan != NEVER for pool in snapshot.pools.values()))
     ports, passed, forward, translated = [], [], [], []
     if held.bgp:
         ports.append(f"tcp dport {BGP_PORT} goto bgp-port")

@@ -17,7 +17,7 @@ from calicoctl.felix.dataplane.host_rules import Ports
 from calicoctl.felix.dataplane.manager import Context, Manager
 from calicoctl.felix.dataplane.ruleset import Ruleset
 from calicoctl.felix.dataplane.vxlan import DEVICES
-from calicoctl.felix.events import BgpChanged, Failure, LinkChanged, TablesChanged, Tick
+from calicoctl.felix.events import BgpChanged, Failure, LinkChanged, OverlayBlocked, TablesChanged, Tick
 
 if TYPE_CHECKING:
     from calicoctl.felix.dataplane.nft import Nft
@@ -62,6 +62,8 @@ class PolicyManager(Manager):
             self._restore_due = True
         elif isinstance(event, BgpChanged):
             self._set_ports(replace(self._ports, bgp=event.running))
+        elif isinstance(event, OverlayBlocked):
+            self._set_ports(replace(self._ports, blocked=event.blocked))
         elif isinstance(event, LinkChanged) and event.link.name in DEVICES.values():
             self._set_ports(replace(self._ports, vxlan=not event.deleted))
 

@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 DEVICES = {4: "vxlan.calico", 6: "vxlan-v6.calico"}
 """The devices' names, by the IP version of the underlay: the kernel needs one device for each. The names are those of
 Calico 3."""
-VNI = 4096
+VNI = 4095
+"""Docker Swarm numbers its networks from 4096 on, and the kernel refuses a second device with the same VNI and port.
+Source: vxlanIDStart in libnetwork's drivers/overlay/ovmanager."""
 PORT = 4789
 """The UDP port of VXLAN. Source: RFC 7348."""
 

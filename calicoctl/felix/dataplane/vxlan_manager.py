@@ -11,6 +11,7 @@ may send through the tunnel for a while: so the devices stay for LINGER after th
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from calicoctl.addresses import version_of
@@ -19,7 +20,15 @@ from calicoctl.desired.snapshot import Dirty
 from calicoctl.errors import CalicoError
 from calicoctl.felix.dataplane.manager import Context, Manager
 from calicoctl.felix.dataplane.vxlan import DEVICES, Route
-from calicoctl.felix.events import AddressesChanged, Failure, KernelEventsLost, LinkChanged, OverlayRouteLost, Tick
+from calicoctl.felix.events import (
+    AddressesChanged,
+    Failure,
+    KernelEventsLost,
+    LinkChanged,
+    OverlayBlocked,
+    OverlayRouteLost,
+    Tick,
+)
 from calicoctl.output import first_few
 from calicoctl.workloads.mtu import HEADER, SMALLEST, Underlay, in_overlay
 
@@ -39,10 +48,16 @@ POLL = 0.2
 class VxlanManager(Manager):
     """Programs the overlay of this host."""
 
-    def __init__(self, context: Context, vxlan: Vxlan) -> None:
+    def __init__(self, context: Context, vxlan: Vxlan, put: Callable[[Any], None] = lambda event: None) -> None:
+        """`put` takes OverlayBlocked events."""
         self._context = context
         self._snapshot = context.snapshot
         self._vxlan = vxlan
+        self._put = put
+        self._blocked = False
+        """Whether devices are needed, and none could be created."""
+        self._absent: list[str] = []
+        """The registered addresses of this host that the overlay needs, and no interface has."""
         self._overlay = Overlay(context.snapshot)
         self._stale = True
         """Whether the kernel may have changed since the driver read it."""
@@ -94,7 +109,7 @@ class VxlanManager(Manager):
             failures.append(str(error))
         self._failed = bool(failures)
         if not failures:
-            failures = self._out_of_reach()
+            failures = [*self._without_address(), *self._out_of_reach()]
         self._context.health.record(Failure("; ".join(failures) or None, "overlay"))
 
     def _apply(self, failures: list[str]) -> None:
@@ -114,6 +129,11 @@ class VxlanManager(Manager):
                 )
             except CalicoError as error:
                 failures.append(str(error))
+        blocked = bool(ends) and not self._vxlan.versions()
+        if blocked != self._blocked:
+            self._blocked = blocked
+            self._put(OverlayBlocked(blocked))
+        self._absent = [tunnel.local for version, tunnel in ends.items() if not underlays[version].is_present]
         sources = {version: own[version] for version, underlay in underlays.items() if underlay.is_present}
         desired = {}
         for cidr, hop in self._overlay.routes().items():
@@ -168,6 +188,13 @@ class VxlanManager(Manager):
         return {route for route in leaving if route.cidr in self._leaving}
 
     # What is reported
+
+    def _without_address(self) -> list[str]:
+        return [
+            f"this host is registered with {address}, which none of its interfaces has, so the overlay is dead: "
+            "register it with an address of an interface that other hosts reach ('calicoctl node', with --ip or --ip6)"
+            for address in self._absent
+        ]
 
     def _out_of_reach(self) -> list[str]:
         hosts = self._overlay.out_of_reach() if self._overlay.is_needed else []
