@@ -380,7 +380,10 @@ def _remove(other: str | None, remove_endpoints: bool, force: bool) -> None:
     process.remove_directory(datastore.host)
     if not registered and not disconnected and not ran:
         raise NotFound(f"Host {datastore.host} is not registered.")
-    print(f"Host {datastore.host} is removed.")
+    if registered:
+        print(f"Host {datastore.host} is removed.")
+    else:
+        print(f"Host {datastore.host} was not registered; what it had left here is removed.")
 
 
 def _show(as_json: bool) -> None:

@@ -177,11 +177,13 @@ def _agent(status: dict[str, Any], pid: int | None) -> Iterator[Issue]:
 
 def _full(host: str) -> str | None:
     """Return a clause if the report of a host's agent cannot be written for lack of space, else None."""
-    directory = process.report_file(host).parent
+    file = process.report_file(host)
+    directory = file.parent
     with suppress(OSError):  # it is gone
         space = os.statvfs(directory)
+        size = file.stat().st_size if file.exists() else 1
         # some file systems count no inodes
-        if space.f_bavail == 0 or (space.f_files and space.f_favail == 0):
+        if space.f_bavail * space.f_frsize < size or (space.f_files and space.f_favail == 0):
             return f"the file system of {directory} is full, so its report cannot be written"
     return None
 

@@ -160,8 +160,8 @@ def test_a_report_that_cannot_be_written_does_not_make_the_agent_hang(
 
     folder = process.report_file(HOST).parent
     space = os.statvfs(folder)
-    for blocks, inodes, full in ((0, 99, True), (99, 0, True), (99, 99, False)):
-        fields = [4096, 4096, 99, blocks, blocks, 99, inodes, inodes, *space[8:]]
+    for blocks, inodes, full in ((0, 99, True), (1, 99, True), (99, 0, True), (99, 99, False)):
+        fields = [4096, 512, 99, blocks, blocks, 99, inodes, inodes, *space[8:]]
         monkeypatch.setattr(host_status.os, "statvfs", lambda _, fields=fields: os.statvfs_result(fields))
         said = why()
         assert "has not reported for 36 s: " in said and ("it hangs" in said, "kill" in said) == (not full, not full)
