@@ -25,11 +25,11 @@ def remove_all(host: str, warn: Callable[[str], None]) -> bool:
 
     The tables are removed last, so that no packet is forwarded that they would drop. If the Docker Engine does not
     answer, forwarding stays enabled, and `warn` is called with a sentence; so it is if a foreign BIRD keeps routes.
-    Returns whether an agent has left anything here. Raises CalicoError, also if the agent runs.
+    Returns whether an agent of the host has left files here. Raises CalicoError, also if the agent runs.
     """
     found = any(file.exists() for file in process.leftovers(host))
     with process.none_starts(host):
-        found |= Instance(host).remove(warn)
+        Instance(host).remove(warn)
         _remove_from_kernel(host, warn)
         for file in process.leftovers(host):
             file.unlink(missing_ok=True)
