@@ -197,6 +197,11 @@ def test_no_machine_but_hosts_sends_from_addresses_of_workloads_and_hosts(hosts:
         send(b, A, "end")
         names = ("b", "host12", "c", "host13")
         assert received.until("end") == [f"{name} to {address}" for address in (A, A6) for name in names]
+        # the next agent knows on which interfaces hosts were seen
+        one.run("nft", "add", "element", "inet", "calico", "proven/host12", '{ "eth7" }')
+        one.start_agent()
+        proven = one.run("nft", "list", "set", "inet", "calico", "proven/host12").out
+        assert "eth0" in proven and "eth7" in proven
 
         # a new MAC of a host's is known at once
         two.run("ip", "link", "set", "eth0", "address", "02:00:00:00:99:12")

@@ -41,6 +41,12 @@ class FakeNft:
     def counters(self, table: str) -> dict[str, int]:
         return dict(self.counted)
 
+    def keys(self, table: str, set: str) -> list[bytes]:
+        elements = self.objects.get(f"set inet {table} {set}")
+        if elements is None:
+            raise FileNotFoundError(set)
+        return [element.strip('"').encode().ljust(16, b"\0") for element in elements]
+
     def run(self, commands: str) -> str:
         if commands.startswith("list chain "):
             return "\n".join(self._get(self.objects, commands[len("list ") :]))

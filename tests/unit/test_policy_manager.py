@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from calicoctl.datastore.reserved import HostNetwork, Network
 from calicoctl.felix.dataplane import policy_manager
 from calicoctl.felix.dataplane.links import Link
 from calicoctl.felix.dataplane.manager import PendingAddresses
@@ -99,6 +100,20 @@ def test_tables_that_another_process_has_modified_are_reloaded(world: PolicyWorl
     world.manager.on_event(TablesChanged(frozenset(["calico"])))
     world.apply()
     assert world.manager.reloaded and world.nft.set("from")
+
+
+def test_what_proves_the_macs_of_hosts_outlives_the_tables(world: PolicyWorld) -> None:
+    world.store.put("/calico/bgp/v1/host/host2/ip_addr_v4", "172.18.0.12")
+    world.store.put("/calico/bgp/v1/host/host2/macs", ["02:00:00:00:00:12"])
+    eth0 = Network.of("172.18.0.0", 24, "eth0")
+    reached = {"172.18.0.12": frozenset(["eth0"])}
+    world.snapshot.set_network(HostNetwork(networks=(eth0,), reached=reached))
+    world.apply()
+    assert world.nft.set("proven/host2") == []
+    world.nft.run('add element inet calico proven/host2 { "eth0" }')  # as a packet does
+    world.manager.invalidate(-1)
+    world.apply()
+    assert world.manager.reloaded and world.nft.set("proven/host2") == ['"eth0"']
 
 
 def test_lost_notifications_mean_a_reload_only_if_the_tables_are_gone(world: PolicyWorld) -> None:

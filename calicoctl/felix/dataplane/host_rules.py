@@ -16,7 +16,8 @@ ruleset.py, this module renders only the difference. It reads no kernel.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -182,6 +183,16 @@ class HostRules:
         """Add the creation of the sets that packets add to."""
         for name, type in self._dynamic.items():
             change.create_set(name, type)
+
+    def proofs(self, keys: Callable[[str], Collection[bytes]]) -> str:
+        """Return the commands that add what these sets have now, as `keys` reads it, to the same sets in new tables."""
+        commands = []
+        for name in self._dynamic:
+            with suppress(OSError):  # there was no such set
+                for interface in (key.rstrip(b"\0").decode(errors="replace") for key in keys(name)):
+                    if _SPELLABLE.fullmatch(interface):
+                        commands.append(f"add element inet calico {name} {{ {_quoted([interface])} }}\n")
+        return "".join(commands)
 
     def _update_claims(self, moved: Iterable[Moved]) -> tuple[set[str], set[str]]:
         """Update which hosts have which addresses; return the addresses, and the hosts, that this changes."""

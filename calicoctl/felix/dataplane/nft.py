@@ -31,6 +31,8 @@ _SUBSYSTEM_NFTABLES = 10
 _NEWGEN, _GETOBJ = 15, 19
 _NFPROTO_INET = 1
 _OBJ_TABLE, _OBJ_NAME, _OBJ_TYPE, _OBJ_DATA = 1, 2, 3, 4
+_GETSETELEM = 13
+_ELEM_LIST_TABLE, _ELEM_LIST_SET, _ELEM_LIST_ELEMENTS, _LIST_ELEM, _ELEM_KEY, _DATA_VALUE = 1, 2, 3, 1, 1, 1
 _OBJECT_COUNTER, _COUNTER_PACKETS = 1, 2
 
 
@@ -85,6 +87,23 @@ class Nft:
             object = netlink.attributes(body[4:])
             packets = netlink.attributes(object[_OBJ_DATA]).get(_COUNTER_PACKETS, bytes(8))
             found[object[_OBJ_NAME].rstrip(b"\0").decode()] = int.from_bytes(packets, "big")
+        return found
+
+    def keys(self, table: str, set: str) -> list[bytes]:
+        """Return the keys of the elements of a set in a table of the family inet. Raises OSError."""
+        request = struct.pack("=BBH", _NFPROTO_INET, 0, 0)
+        request += netlink.attribute(_ELEM_LIST_TABLE, table.encode() + b"\0")
+        request += netlink.attribute(_ELEM_LIST_SET, set.encode() + b"\0")
+        found = []
+        for body in netlink.dump(NETLINK_NETFILTER, _SUBSYSTEM_NFTABLES << 8 | _GETSETELEM, request):
+            elements = netlink.attributes(body[4:]).get(_ELEM_LIST_ELEMENTS, b"")
+            at = 0
+            while at + 4 <= len(elements):
+                length, kind = struct.unpack_from("=HH", elements, at)
+                if kind & 0x3FFF == _LIST_ELEM:
+                    key = netlink.attributes(elements[at + 4 : at + length])[_ELEM_KEY]
+                    found.append(netlink.attributes(key)[_DATA_VALUE])
+                at += max(4, (length + 3) & ~3)
         return found
 
 

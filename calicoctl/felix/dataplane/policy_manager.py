@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from calicoctl.desired.snapshot import Dirty
@@ -111,6 +112,7 @@ class PolicyManager(Manager):
         ruleset = Ruleset()
         try:
             update = ruleset.load(self._context.snapshot, self._context.pending_addresses(), self._ports)
+            proofs = ruleset.proofs(partial(self._nft.keys, "calico"))
             self._nft.run(update.commands)
         except CalicoError as error:
             self._retry_at = time.monotonic() + BACKOFF
@@ -118,6 +120,11 @@ class PolicyManager(Manager):
             self._context.health.record(Failure(self.error, "tables"))
             return
         self.ruleset, self.reloaded = ruleset, True
+        if proofs:
+            try:
+                self._nft.run(proofs)
+            except CalicoError as error:  # packets will prove it again
+                log.warning("%s", error)
         self._succeeded(update.affected)
 
     def _succeeded(self, affected: set[str]) -> None:

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from calicoctl.addresses import pack, version_of
@@ -150,6 +150,10 @@ class Ruleset:
         everything.topology = True
         update = self.update(snapshot, everything, pending, ports)
         return Update(_replace_tables(update.commands), update.affected)
+
+    def proofs(self, keys: Callable[[str], Collection[bytes]]) -> str:
+        """Return the commands that take over what packets have added to sets: see host_rules.HostRules.proofs."""
+        return self._hosts.proofs(keys)
 
     def recreate(self) -> str:
         """Return the commands that load the tables with the contents they had before another process changed them."""
