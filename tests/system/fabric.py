@@ -102,10 +102,11 @@ class FabricHost(Machine):
 
     @property
     def bird(self) -> int | None:
-        """The process id of this host's BIRD, None if it does not run."""
+        """The process id of this host's BIRD, None if it does not run; one that only checks a text does not count."""
         for pid in run("ip", "netns", "pids", self.namespace).out.split():
             with contextlib.suppress(OSError):
-                if Path(f"/proc/{pid}/comm").read_text() == "bird\n" and not gone(int(pid)):
+                checks = b"-p" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+                if Path(f"/proc/{pid}/comm").read_text() == "bird\n" and not checks and not gone(int(pid)):
                     return int(pid)
         return None
 
