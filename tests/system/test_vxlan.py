@@ -76,7 +76,8 @@ def hop(host: FabricHost, cidr: str) -> str | None:
 def device(host: FabricHost, name: str = "vxlan.calico") -> dict | None:
     """Return a device of a host as `ip -json` has it; None if there is none."""
     found = host.run("ip", "-json", "-details", "link", "show", name, check=False)
-    return json.loads(found.out)[0] if found.status == 0 else None
+    text = found.out.replace("fan-map ", "")  # Ubuntu's `ip` has this among the JSON
+    return json.loads(text)[0] if found.status == 0 else None
 
 
 def mtu(host: FabricHost, workload: str) -> int:
