@@ -1,9 +1,9 @@
 """Addresses that workloads on a host must not have, and networks from which no address is assigned automatically.
 
-The host's own addresses, its gateways, and the addresses of registered hosts must not be routed to a workload. If the
-host is connected to a network, other machines there use addresses that IPAM does not know of, so a workload gets an
-address of that network only if the user requests it explicitly. Plain data: host_network.py reads the kernel, hosts.py
-the registrations. IPAM and the agent's routes use this module.
+The host's own addresses, its gateways, and the addresses of registered hosts must not be routed to a workload. In a
+network that the host is connected to, other machines use addresses that IPAM does not know of. So a workload is
+assigned an address of such a network only if the user requests the address explicitly. Plain data: host_network.py
+reads the kernel, hosts.py the registered addresses. IPAM and the agent's routes use this module.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from calicoctl.datastore.keys import INTERFACE_PREFIX
 
 @dataclass(frozen=True)
 class Network:
-    """The network with the first address `first` (a number) and a prefix length, behind an interface of the host."""
+    """A network: its first address `first` (a number), prefix length, and the host's interface to it (if known)."""
 
     version: int
     first: int
@@ -26,7 +26,7 @@ class Network:
 
     @classmethod
     def of(cls, address: str, length: int, interface: str = "") -> Network:
-        """Return the network of a valid address."""
+        """Return the network that contains a valid address, and has this prefix length."""
         version, number = _number(address)
         return cls(version, number >> (BITS[version] - length) << (BITS[version] - length), length, interface)
 
@@ -65,8 +65,8 @@ class Network:
 class InterfaceAddress:
     """An address of one of the host's interfaces, and its network as the kernel sees it.
 
-    `network` is an address in that network: the peer's on a point-to-point link, else the address itself. `length` is
-    the network's prefix length.
+    `network` is an address in that network: on a point-to-point link the address of the peer, else `address` itself.
+    `length` is the prefix length of the network.
     """
 
     address: str
@@ -81,17 +81,17 @@ class HostNetwork:
     """A host's own addresses and networks.
 
     `in_use` maps the host's addresses, gateways and broadcast addresses to their descriptions. All addresses of the
-    networks `local` are the host's as well. `unfit` maps addresses that denote a whole network to their descriptions.
-    `networks` are those to which the host is connected.
+    networks in `local` are addresses of the host as well. `unfit` maps addresses that denote a whole network to their
+    descriptions. `networks` are the networks to which the host is connected.
 
-    `own` are the addresses of its interfaces, and `gateways` the next hops of routes, except those that a routing
-    daemon has learned. `routes` are the destinations of such routes, except default routes.
+    `own` are the addresses of the host's interfaces. `gateways` are the next hops of routes, and `routes` the
+    destinations; both without routes that a routing daemon has learned, and `routes` without default routes.
 
     `reached` maps the addresses of other hosts and BGP peers, and an address in each block of another host, to the
-    interfaces to which the routes to them lead: none without a route or, for a block, with only a default route.
-    `routed` are the interfaces with a router that may send what comes from other hosts: it is on a default route, or on
-    one to another host, in whatever table and with whatever metric. `macs` maps interfaces to the MACs from which this
-    host sends to others.
+    interfaces of the routes to them. The value is empty if there is no route; for a block, a default route does not
+    count. `routed` are the interfaces of default routes and of routes to other hosts, in any table and with any metric:
+    routers there may forward packets of other hosts. `macs` maps interfaces to the MACs that packets of this host to
+    other hosts have as source.
     """
 
     in_use: Mapping[str, str] = field(default_factory=dict)
@@ -118,10 +118,10 @@ class HostNetwork:
         """Derive a HostNetwork from a host's addresses and routes.
 
         `gateways` are the next hops of routes, as (address, interface). `local` are the destinations of local routes,
-        as (address, prefix length): all addresses of such a network are the host's. `on_link` are networks, as
-        (address, prefix length, interface), that are reachable without a gateway, although the host has no address in
-        them. `routes` are the destinations of other routes, as (address, prefix length). `learned` are the next hops of
-        routes that a routing daemon has learned, as (address, interface).
+        as (address, prefix length): all addresses in such a destination are addresses of the host. `on_link` are
+        networks, as (address, prefix length, interface), that are reachable without a gateway, although the host may
+        have no address in them. `routes` are the destinations of other routes, as (address, prefix length). `learned`
+        are the next hops of routes that a routing daemon has learned, as (address, interface).
         """
         own: dict[str, str] = {}
         in_use: dict[str, str] = {}
@@ -135,7 +135,7 @@ class HostNetwork:
             of_network = f"of {network.cidr} (on {one.interface})"
             if one.broadcast is not None:
                 in_use[one.broadcast] = f"the broadcast address {of_network}"
-            if network.size > 2:  # RFC 3021 and RFC 6164: in smaller ones, each address may be a machine's
+            if network.size > 2:  # RFC 3021 and RFC 6164: in smaller networks, every address may belong to a machine
                 if network.version == 4:
                     in_use[network.address(network.last)] = f"the broadcast address {of_network}"
                 what = "the network address" if network.version == 4 else "the anycast address of the routers"
@@ -147,7 +147,7 @@ class HostNetwork:
             is_known = (network.size == 1 and address in own) or any(network in other for other in networks)
             if not (is_known or interface == "lo" or interface.startswith(INTERFACE_PREFIX)):
                 networks[network] = None
-        # a workload may well be a router
+        # a gateway may be a workload: its address is not reserved
         outside = [hop for hop in gateways if not hop[1].startswith(INTERFACE_PREFIX)]
         for gateway, interface in (*outside, *(hop for hop in learned if not hop[1].startswith(INTERFACE_PREFIX))):
             in_use.setdefault(gateway, f"a gateway of this host (on {interface})")
@@ -162,7 +162,7 @@ class HostNetwork:
         )
 
     def has(self, address: str) -> str | None:
-        """Return the description of an address that the host uses, None for any other."""
+        """Return the description of an address if the host uses it, else None."""
         known = self.in_use.get(address)
         if known is None and self.local:
             place = _number(address)
@@ -171,7 +171,7 @@ class HostNetwork:
         return known
 
     def overlap(self, cidr: str) -> str | None:
-        """Return the warning about a pool that overlaps the connected networks, None if it overlaps none."""
+        """Return a warning if a pool overlaps connected networks, None if it overlaps none."""
         networks = self.overlapping(cidr)
         if not networks:
             return None
@@ -201,7 +201,7 @@ class Reserved:
     host: str = ""
 
     def user(self, address: str) -> str | None:
-        """Return a text that says which host uses an address, such as `this host's own address (on eth0)`; or None."""
+        """Say which host uses an address, for example `this host's own address (on eth0)`; None if no host does."""
         host = self.registered.get(address)
         known = self.network.has(address)
         if known is not None or host is None:
@@ -209,7 +209,7 @@ class Reserved:
         return "this host's own address (it is registered with it)" if host == self.host else f"that of host {host}"
 
     def refusal(self, address: str) -> str | None:
-        """Return a text that says why no workload may have an address; None if a workload may."""
+        """Say why no workload may have an address; None if a workload may have it."""
         return self.user(address) or self.network.unfit.get(address)
 
     def is_free_for_any(self, version: int, number: int) -> bool:

@@ -1,13 +1,15 @@
-"""Decides what the overlay is to be on this host: tunnels to other hosts, and how their workloads are reached.
+"""Decides the desired state of the overlay on this host: the tunnels to other hosts, and the routes to their workloads.
 
-Pure: it reads the snapshot, and knows no kernel. Only pools with an overlay count; the routes of the others are BIRD's.
+Pure: reads only the snapshot, not the kernel. Only pools with an overlay are considered: BIRD programs the routes of
+pools without one.
 
-* A tunnel is a VXLAN device. Each host has a MAC that follows from its address, so no host has to announce one.
-* A block of another host is routed to it as a whole, unless it overlaps something that this host needs otherwise: a
-  network it is connected to, or an address of a host or a gateway. Then its used addresses are, one by one. So is an
-  address in no block of its host (it was borrowed from another's, say).
-* Packets to unused addresses of an own block are dropped by a blackhole route, for the default route would send them
-  away, and the router perhaps back. The same blocks as in plain pools have one: routes.py decides which.
+* A tunnel is a VXLAN device. The MAC of a host's end is computed from the host's address, so no host must announce it.
+* A block of another host normally gets one route. The exception is a block that overlaps a network that this host is
+  connected to, or the address of a host or gateway: then each used address of the block gets a route. So does an
+  address of an endpoint that is in no block of its host (for example, borrowed from a block of another host).
+* A block of this host gets a blackhole route, which drops packets to unused addresses of the block: otherwise, the
+  default route would send them to a router, which might send them back. The exceptions are the same as for blocks in
+  pools without an overlay: see routes.py.
 """
 
 from __future__ import annotations
@@ -32,10 +34,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Tunnel:
-    """This host's end of the tunnels over an underlay of one IP version.
+    """This host's end of the tunnels over the underlay of one IP version.
 
-    `local` is this host's address there, `mac` the MAC of its end. `peers` maps the MACs of the other ends to the
-    addresses of their hosts.
+    `local` is this host's address in the underlay, `mac` the MAC of its end. `peers` maps the MACs of the other hosts'
+    ends to the addresses of these hosts in the underlay.
     """
 
     version: int
@@ -46,8 +48,12 @@ class Tunnel:
 
 @dataclass(frozen=True)
 class Hop:
-    """How another host's workloads are reached: through a tunnel over the underlay of the IP version `tunnel`, or
-    (None) directly, through this host's interface of that name. `gateway` is the other host's address there."""
+    """How the workloads of another host are reached.
+
+    `tunnel` is the IP version of the underlay of the tunnel. If it is None, packets are sent without a tunnel, through
+    this host's interface `interface`. `gateway` is the address of the other host: in a tunnel, the link-local address
+    of its end, else its registered address.
+    """
 
     gateway: str
     tunnel: int | None = None
@@ -55,9 +61,9 @@ class Hop:
 
 
 def macs(addresses: Iterable[str]) -> dict[str, str]:
-    """Return the MAC of the tunnel end of each host, by the host's address.
+    """Return, by host address, the MAC of the tunnel end of the host.
 
-    All hosts compute the same MACs, also in the unlikely case that the digests of two addresses are the same.
+    All hosts compute the same MACs, even in the unlikely case that the digests of two addresses collide.
     """
     found: dict[str, str] = {}
     taken: set[str] = set()
@@ -71,15 +77,15 @@ def macs(addresses: Iterable[str]) -> dict[str, str]:
 
 
 def _digest(address: str, attempt: int) -> str:
-    """Return a locally administered unicast MAC: the second bit of its first octet is set, the first is not."""
+    """Return a locally administered unicast MAC: the last two bits of its first octet are 10."""
     octets = hashlib.sha256(f"vxlan.calico {address} {attempt}".encode()).digest()[:6]
     return bytes([octets[0] & 0xFC | 0x02, *octets[1:]]).hex(":")
 
 
 def underlay_version(topology: Topology, host: str) -> int | None:
-    """Return the IP version in which this host and another one reach each other: IPv4 if both have it.
+    """Return the IP version of the tunnel between this host and another one: IPv4 if both are registered with it.
 
-    None if they have none in common.
+    None if the two hosts have no IP version in common.
     """
     for version in (4, 6):
         if topology.own(version) is not None and topology.address(host, version) is not None:
@@ -88,7 +94,7 @@ def underlay_version(topology: Topology, host: str) -> int | None:
 
 
 def tunnels(topology: Topology) -> dict[int, Tunnel]:
-    """Return this host's tunnels, by the IP version of the underlay: IPv6 only if a host has no IPv4 address."""
+    """Return this host's tunnels by IP version of the underlay. IPv6 is used only if a host has no IPv4 address."""
     found: dict[int, Tunnel] = {}
     others = topology.hosts() - {topology.host}
     for version in (4, 6):
@@ -104,18 +110,18 @@ def tunnels(topology: Topology) -> dict[int, Tunnel]:
 
 
 class Overlay:
-    """The routes of the overlay, kept up to date change by change: most changes of endpoints concern none of them."""
+    """The routes of the overlay, updated incrementally, since most changes of endpoints do not affect them."""
 
     def __init__(self, snapshot: Snapshot) -> None:
         self._snapshot = snapshot
         self._pools: list[tuple[Network, str]] = []
-        """The networks of all pools, and their modes."""
+        """The networks of all pools, and their modes of VXLAN."""
         self._blocks: dict[Network, tuple[str, str]] = {}
-        """The blocks that are routed as a whole: the host, and the mode of the pool."""
+        """By block that gets one route: its host, and the mode of its pool."""
         self._hosts: dict[tuple[int, int], dict[int, str]] = {}
-        """By IP version and number of host bits: the host that each of those blocks is routed to, by prefix."""
+        """By IP version and number of host bits: the hosts of these blocks, by the prefix of the block (a number)."""
         self._singles: dict[EndpointId, tuple[str, ...]] = {}
-        """Addresses of other hosts' endpoints that are not in a block that is routed to their host."""
+        """By endpoint of another host: its addresses that get routes of their own."""
 
     @property
     def is_needed(self) -> bool:
@@ -128,7 +134,7 @@ class Overlay:
         return pool is not None and mode == NEVER
 
     def update(self, dirty: Dirty) -> bool:
-        """Take in what has changed in the snapshot; return whether tunnels or routes may have."""
+        """Process changes of the snapshot. Return whether tunnels or routes may have changed."""
         changed = dirty.endpoints if self.is_needed else set()
         anew = dirty.pools or dirty.topology
         if anew:
@@ -140,12 +146,15 @@ class Overlay:
                 self._singles[id] = now
             else:
                 self._singles.pop(id, None)
-            # a local endpoint may have, or have had, one of them as well
+            # a local endpoint may have, or have had, an address in `_singles`: such an address gets no route
             different = different or before != now or (id.host == self._snapshot.host and bool(self._singles))
         return anew or different
 
     def routes(self) -> dict[str, Hop | None]:
-        """Return the routes by CIDR; None stands for a blackhole. What is in a plain pool is left out."""
+        """Return the routes by CIDR; None means a blackhole route.
+
+        CIDRs in pools without an overlay are left out, and those of hosts that cannot be reached.
+        """
         snapshot = self._snapshot
         wanted: dict[str, tuple[str, str]] = {block.cidr: owner for block, owner in self._blocks.items()}
         reserved = Reserved(snapshot.network, snapshot.topology.users, snapshot.host)
@@ -171,7 +180,7 @@ class Overlay:
         return found
 
     def out_of_reach(self) -> list[str]:
-        """Return the hosts that have blocks, but share no IP version with this host, in order."""
+        """Return, sorted, the hosts whose blocks get no route because they share no IP version with this host."""
         topology = self._snapshot.topology
         hosts = {host for host, _ in self._blocks.values()} & topology.hosts() - {topology.host}
         return sorted(
@@ -181,7 +190,7 @@ class Overlay:
         )
 
     def _hop(self, host: str, mode: str, version: int, tunnel_ends: dict[str, str]) -> Hop | None:
-        """Return how to reach a host's workloads in a pool of this mode and IP version; None if there is no way."""
+        """Return the hop to a host's workloads in pools of a mode and IP version; None if the host is out of reach."""
         topology = self._snapshot.topology
         address = topology.address(host, version)
         if any(topology.address(host, v) in self._snapshot.network.own for v in (4, 6)):
@@ -196,12 +205,12 @@ class Overlay:
         return None if end is None else Hop(link_local(end), underlay)
 
     def _reread_blocks(self) -> set[EndpointId]:
-        """Read pools and blocks; return the endpoints whose addresses may be in a block of their host now, or not."""
+        """Read pools and blocks from the snapshot again. Return the endpoints whose `_singles` may have changed."""
         pools, blocks = self._pools, self._blocks
         self._read_blocks()
         if not self.is_needed:
             return set(self._singles)
-        # blocks of several sizes may lie in one another
+        # blocks of different sizes may contain each other
         if pools != self._pools or len(self._hosts) > len(BITS):
             return set(self._singles) | self._snapshot.endpoints.keys()
         hosts = {host for _, (host, _) in blocks.items() ^ self._blocks.items()}
@@ -215,7 +224,7 @@ class Overlay:
             return
         surroundings = {version: Surroundings(self._snapshot, version) for version in BITS}
         claimed: set[Network] = set()
-        # two hosts that claim a block at once have affinity to it for a moment
+        # if two hosts claim a block at the same time, both have affinity to it for a moment
         for host in sorted(topology.blocks, key=lambda host: (host != topology.host, host)):
             for block in topology.blocks[host].values():
                 pool, mode = self._pool(block)
@@ -229,11 +238,11 @@ class Overlay:
                     self._hosts[block.version, bits][block.first >> bits] = host
 
     def _pool(self, network: Network) -> tuple[Network | None, str]:
-        """Return the pool that a network is in, None if it is in none, and the mode of VXLAN there."""
+        """Return the pool that contains a network, and its mode of VXLAN; (None, NEVER) if no pool contains it."""
         return next(((pool, mode) for pool, mode in self._pools if network in pool), (None, NEVER))
 
     def _singles_of(self, id: EndpointId) -> tuple[str, ...]:
-        """Return the addresses of another host's endpoint that must be routed one by one."""
+        """Return the addresses of an endpoint of another host that get routes of their own; () for local endpoints."""
         endpoint = self._snapshot.endpoints.get(id)
         if endpoint is None or id.host == self._snapshot.host or endpoint.state != "active":
             return ()
@@ -244,7 +253,7 @@ class Overlay:
         )
 
     def _host_of(self, address: str) -> str | None:
-        """Return the host that the smallest block with an address is routed to, None if no such block is."""
+        """Return the host of the smallest block in `_blocks` that contains an address, None if none does."""
         version, number = version_of(address), _number(address)
         for (of, bits), hosts in sorted(self._hosts.items()):
             if of == version and number >> bits in hosts:

@@ -1,13 +1,13 @@
-"""Decides which of this host's blocks and single addresses it announces to others, and which routes it must not learn.
+"""Decides which blocks and addresses this host announces to other hosts, and which routes it must not accept.
 
-Pure: it reads the snapshot. felix/bgp/config.py writes it down for BIRD. Only pools without an overlay count: the
-routes of the others are the agent's own.
+Pure: reads only the snapshot. felix/bgp/config.py renders the result for BIRD. Only pools without an overlay are
+considered: the agent itself programs the routes of pools with an overlay.
 
-A block is announced as a whole, and packets to its unused addresses are dropped here, unless it overlaps something else
-that this host knows a way to: a network it is connected to, a gateway, an address of its own, a registered host's
-address, or a route. Then its addresses that local endpoints have are announced one by one, and the rest is left alone.
-A route that covers a whole pool, as the default route does, is no overlap: it says where everything else is, and who
-put the pool in there meant the pool to be reached differently.
+A block is normally announced as a whole, and this host drops packets to its unused addresses. The exception is a block
+that overlaps a network that this host is connected to, a gateway, an address of this host, the address of a registered
+host, or the destination of another route. Of such a block, only the addresses of local endpoints are announced, one by
+one, and packets to other addresses are routed as before. A route whose destination contains the whole pool, such as the
+default route, does not count as an overlap: the pool was placed inside that destination on purpose.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 class Announced:
     """What a host announces in one IP version: the CIDRs of blocks, and single addresses, each in a stable order.
 
-    `split` has the blocks that are not announced as a whole, by CIDR: what each overlaps, in words.
+    `split` contains the blocks that are not announced as a whole, as (CIDR, description of what the block overlaps).
     """
 
     blocks: tuple[str, ...] = ()
@@ -40,9 +40,11 @@ class Announced:
 
 @dataclass(frozen=True)
 class Guarded:
-    """What other hosts' routes must leave alone here: CIDRs of connected networks, and addresses, in a stable order.
+    """What routes from other hosts must not override on this host.
 
-    Only what overlaps a pool is listed.
+    `networks` are the CIDRs of this host's connected and local networks. `addresses` are the addresses of this host,
+    of its gateways, and of registered hosts. Only those that overlap a pool without an overlay are listed, in a stable
+    order.
     """
 
     networks: tuple[str, ...] = ()
@@ -85,7 +87,7 @@ def announced(snapshot: Snapshot, version: int) -> Announced:
 
 
 def guarded(snapshot: Snapshot, version: int) -> Guarded:
-    """Return what other hosts' routes of an IP version must leave alone here."""
+    """Return what routes from other hosts must not override on this host, in an IP version."""
     pools = plain_pools(snapshot, version)
     inside = _Networks(pools)
     surroundings = Surroundings(snapshot, version)
@@ -95,7 +97,7 @@ def guarded(snapshot: Snapshot, version: int) -> Guarded:
 
 
 class Surroundings:
-    """What this host knows a way to, besides pools, in one IP version."""
+    """The networks, routes and addresses of one IP version that this host knows of, besides pools."""
 
     def __init__(self, snapshot: Snapshot, version: int) -> None:
         network = snapshot.network
@@ -109,7 +111,7 @@ class Surroundings:
         )
 
     def needed(self, block: Network) -> str | None:
-        """Return in words which network of this host, or which address of a host, a block overlaps; None for none."""
+        """Describe the network of this host, or the address of a host or gateway, that a block overlaps, else None."""
         for network in self.networks:
             if network.overlaps(block):
                 return f"{network.cidr}, which this host is connected to"
@@ -120,7 +122,7 @@ class Surroundings:
         return None
 
     def overlapped(self, block: Network, pool: Network) -> str | None:
-        """Return in words what a block of a pool overlaps, None for nothing."""
+        """Describe the network, address or route that a block of a pool overlaps; None if there is none."""
         needed = self.needed(block)
         if needed is not None:
             return needed

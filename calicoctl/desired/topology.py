@@ -1,6 +1,6 @@
 """The network between the hosts, from the store: hosts, their addresses and blocks, BGP peers and settings.
 
-It is a part of the snapshot, and is validated key by key like the rest. The modules that use it derive from it, for
+The topology is a part of the snapshot, and is validated key by key like the rest. Other modules use it to decide, for
 example, which routes a host announces.
 """
 
@@ -34,11 +34,11 @@ class Topology:
         self.users: dict[str, str] = {}
         """Address (canonical) of a registered host -> name of the host."""
         self.blocks: dict[str, dict[str, Network]] = defaultdict(dict)
-        """Name of a host -> the blocks with affinity to it, by CIDR."""
+        """Name of a host -> its blocks (those with affinity to it), by CIDR."""
         self.macs: dict[str, frozenset[str]] = {}
-        """Name of a host -> the source MACs of its packets to other hosts, in lower case, if they are in the store."""
+        """Name of a host -> the source MACs (lower-case) of packets to other hosts. Only hosts that publish them."""
         self.as_nums: dict[str, str] = {}
-        """Name of a host -> its AS number (decimal), for hosts that do not use the default AS number."""
+        """Name of a host -> its AS number (decimal). Only hosts that do not use the default AS number."""
         self.default_as_num = DEFAULT_AS_NUMBER
         self.mesh = True
         """Whether all hosts peer with each other."""
@@ -57,7 +57,7 @@ class Topology:
         return self._addresses.get(keys.bgp_host_address(host, version))
 
     def own(self, version: int) -> str | None:
-        """Return this host's address of an IP version, the next hop of its workloads; None if it has none."""
+        """Return this host's registered address of an IP version, the next hop to its workloads; None without one."""
         return self.address(self.host, version)
 
     def hosts(self) -> set[str]:
@@ -65,24 +65,24 @@ class Topology:
         return {host for host in map(keys.parse_bgp_host_address, self._addresses) if host is not None}
 
     def others(self) -> frozenset[str]:
-        """Return the addresses of the other hosts, and of this host's BGP peers."""
+        """Return the registered addresses of the other hosts, and the addresses of this host's BGP peers."""
         hosts = (address for address, host in self.users.items() if host != self.host)
         return frozenset(hosts) | {peer.ip for peer in self.peers.values()}
 
     def peers_without_session(self, version: int) -> list[str]:
-        """Return this host's own peers of an IP version that it is not registered for, if it is for the other one."""
+        """Return this host's own BGP peers of an IP version, if this host is registered only with the other version."""
         if self.own(version) is not None or self.host not in self.hosts():
             return []
         directory = f"{keys.bgp_peers(version, self.host)}/"
         return sorted(peer.ip for key, peer in self.peers.items() if key.startswith(directory))
 
     def inside(self) -> frozenset[str]:
-        """Return an address of each block of the other hosts."""
+        """Return the first address of each block of the other hosts."""
         blocks = (block for host, of_host in self.blocks.items() if host != self.host for block in of_host.values())
         return frozenset(block.address(block.first) for block in blocks)
 
     def as_num(self, host: str) -> str:
-        """Return the AS number of a host: its own, else the default."""
+        """Return the AS number of a host: its own or, if it has none, the default."""
         return self.as_nums.get(host, self.default_as_num)
 
     def block_of(self, host: str, address: str) -> Network | None:

@@ -1,8 +1,8 @@
-"""Determines the route of packets from one host to another, and what, except policy, may stop them on the way.
+"""Determines the route of packets from one host to another, and the obstacles on the way, other than policy.
 
-All of this is derived from two snapshots of the store, as the agents of the two hosts see it; nothing else is read. The
-store does not say whether the network between the hosts forwards the packets, or which BGP sessions of other hosts are
-up.
+Everything is derived from two snapshots of the store, one from the view of each host's agent, and from the networks of
+the hosts whose kernels the caller could read. The store does not say whether the network between the hosts forwards
+packets, or which BGP sessions of other hosts are up.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from calicoctl.desired.snapshot import Snapshot
 from calicoctl.desired.topology import Topology
 
 BGP, AGENT = "bgp", "agent"
-"""Which programs the route: BIRD, which has learned it by BGP, or the agent, which has derived it from the store."""
+"""What programs the route: BIRD, which has learned it by BGP, or the agent, which has derived it from the store."""
 
 PLAIN, VXLAN, EITHER = "plain", "vxlan", "plain or vxlan"
 """The kinds of routes. EITHER means that the kind depends on the networks of another host, which are not known here."""
@@ -28,10 +28,10 @@ PLAIN, VXLAN, EITHER = "plain", "vxlan", "plain or vxlan"
 class Route:
     """The route of one host to an address on another.
 
-    `destination` is the CIDR that the other host announces: its block, or a single address outside of its blocks. `via`
-    is the other host's address, None if it has none. `pool` is the CIDR of the pool that contains the destination; None
-    if it is in no pool, or if the destination is an address of the host itself. `is_near` says whether the two hosts
-    are connected to the same network; None if that is not known.
+    `destination` is the CIDR of the route: a block of the other host, or a single address outside its blocks. `via` is
+    the address of the other host to which packets are sent, None if it has none. `pool` is the CIDR of the pool that
+    contains the destination; None if it is in no pool, or if it is an address of the other host itself. `is_near` says
+    whether the two hosts are connected to the same network; None if that is not known.
     """
 
     from_host: str
@@ -64,13 +64,13 @@ def pool_of(snapshot: Snapshot, address: str) -> Pool | None:
 
 
 def route(sender: Snapshot, to_host: str, address: str, networks: dict[str, HostNetwork]) -> Route:
-    """Return the route to an address on another host, from the host whose snapshot `sender` is.
+    """Return the route to an address on another host, `to_host`. `sender` is the snapshot of the sending host.
 
-    `networks` are the networks, by host, of the hosts whose kernels could be read.
+    `networks` contains the networks of the hosts whose kernels could be read, by host.
     """
     topology, version = sender.topology, version_of(address)
     via = topology.address(to_host, version)
-    if address in topology.users:  # the host itself
+    if address in topology.users:  # the address of a host itself
         return Route(sender.host, to_host, PLAIN, _single(address), via)
     pool = pool_of(sender, address)
     block = topology.block_of(to_host, address)

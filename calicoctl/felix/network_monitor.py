@@ -1,6 +1,6 @@
-"""Keeps the snapshot current on this host's own addresses, gateways and connected networks.
+"""Keeps this host's own addresses, gateways and connected networks in the snapshot up to date.
 
-An endpoint must not use an address that the host, or one of the host's routes, needs. Changes nothing in the kernel.
+For example, an endpoint must not use an address of the host or of a gateway. Does not change the kernel.
 """
 
 from __future__ import annotations
@@ -18,38 +18,38 @@ if TYPE_CHECKING:
     from calicoctl.felix.health import Health
 
 PAUSE = 0.5
-"""Seconds to wait, at least, before gateways are read after a change of routes: thousands may change together."""
+"""The minimum number of seconds from a change of routes until gateways are read: many routes may change together."""
 
 BACKOFF = 10.0
-"""Seconds until reading that failed is tried again."""
+"""Seconds until a failed read is retried."""
 
 
 class NetworkMonitor:
-    """Reads the host's network when it may have changed. Used by the agent's thread."""
+    """Reads the host's network after it may have changed. Runs in the agent's thread."""
 
     def __init__(self, snapshot: Snapshot, health: Health, reading: Callable[[], None]) -> None:
-        """`reading` is called before each read. It must make later changes of routes emit GatewaysChanged again."""
+        """`reading` is called before each read. From then on, changes of routes must emit GatewaysChanged again."""
         self._snapshot = snapshot
         self._health = health
         self._reading = reading
         self._pause = PAUSE
         self._asked: tuple[frozenset[str], frozenset[str]] = frozenset(), frozenset()
-        """The addresses of other hosts and BGP peers, and those of workloads, whose routes are read."""
+        """The addresses whose routes are read: those of other hosts and BGP peers, and one in each of their blocks."""
         self.due_at: float | None = 0.0
-        """When to read (monotonic); None while nothing may have changed."""
+        """When to read next (monotonic); None while no read is needed."""
 
     def on_event(self, event: Any) -> None:
         """Schedule a read: at once if addresses have changed, a little later if gateways may have."""
         if isinstance(event, AddressesChanged) or (isinstance(event, LinkChanged) and self._has_new_mac(event)):
             self.due_at = 0.0
             return
-        # the kernel does not announce the routes that go with an interface
+        # with an interface, the kernel may remove its routes without a notification
         with_routes = isinstance(event, LinkChanged) and not event.link.name.startswith(INTERFACE_PREFIX)
         if self.due_at is None and (with_routes or isinstance(event, GatewaysChanged)):
             self.due_at = time.monotonic() + self._pause
 
     def _has_new_mac(self, event: LinkChanged) -> bool:
-        """Return whether an interface to other hosts has changed its MAC: they must learn of that at once."""
+        """Return whether an interface to other hosts has a new MAC, which these hosts must learn without delay."""
         known = self._snapshot.network.macs.get(event.link.name)
         return known is not None and not event.deleted and event.link.mac not in known
 
@@ -60,7 +60,7 @@ class NetworkMonitor:
     def read_if_due(self) -> None:
         """If a read is due, read the host's addresses, gateways and networks into the snapshot.
 
-        On failure, report it, and retry after BACKOFF.
+        If this fails, report an error, and retry after BACKOFF.
         """
         begin = time.monotonic()
         if self._snapshot.dirty.topology:

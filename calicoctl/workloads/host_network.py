@@ -1,7 +1,7 @@
 """Reads this host's addresses, gateways, and the networks to which it is connected, from the kernel.
 
-Netlink dumps take a few milliseconds even with thousands of routes and interfaces, and need no root. From the result,
-datastore/reserved.py derives which addresses workloads must not have.
+Netlink dumps take a few milliseconds even with thousands of routes and interfaces, and do not need root.
+datastore/reserved.py derives from the result which addresses workloads must not have.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ _NO_NETWORK = (b"", b"\xfe\x80")
 """The first two bytes of the packed destinations of default routes, which are empty, and of link-local routes."""
 
 _NOT_SET_BY_OTHERS = (netlink.PROTOCOL_KERNEL, netlink.PROTOCOL_BIRD)
-"""Protocols of routes that follow from addresses, or that a routing daemon has learned."""
+"""Protocols of routes that the kernel derives from addresses, or that a routing daemon has learned."""
 
 
 def read(others: Collection[str] = (), workloads: Collection[str] = ()) -> HostNetwork:
-    """Return the host's network, read in this process's network namespace. Raises CalicoError.
+    """Read the host's network in this process's network namespace. Raises CalicoError.
 
-    `others` are the addresses of other hosts and BGP peers, `workloads` some of their workloads', for its `reached`
-    and `routed`.
+    `others` are the addresses of other hosts and BGP peers, `workloads` contains an address in each block of another
+    host. `reached`, `routed` and `macs` in the result are determined from them.
     """
     with _explained():
         return _read(others, workloads)
@@ -46,11 +46,12 @@ def own_addresses() -> set[str]:
 
 
 def detect() -> tuple[dict[int, str | None], set[str]]:
-    """Return the addresses at which other hosts reach this host, by IP version; and the set of all its addresses.
+    """Choose, by IP version, an address at which other hosts can reach this host. Also return all its addresses.
 
-    The first are chosen from the interface of the default route with the lowest metric or, without a default route,
-    from the first interface: the preferred source of the route, else the first global address; None if there is none.
-    Loopback, bridges, Docker's interfaces and Calico's are left out. Raises CalicoError.
+    The interface is that of the default route with the lowest metric or, without a default route, the one with the
+    lowest index. The address is the preferred source of the route or, by default, the first global address of the
+    interface; None if there is none. Loopback, bridges, and the interfaces of Docker, libvirt and Calico are skipped.
+    Raises CalicoError.
     """
     from calicoctl.workloads import netns
 
@@ -120,7 +121,7 @@ def _read(others: Collection[str], workloads: Collection[str]) -> HostNetwork:
                 and path.protocol in (netlink.PROTOCOL_KERNEL, netlink.PROTOCOL_RA)
                 and path.destination[:2] not in _NO_NETWORK
             ):
-                # a network that a router advertises: DHCPv6 assigns the host's address without the network's length
+                # a network advertised by a router; a host address assigned by DHCPv6 does not contain its prefix length
                 network = unpack(path.destination), path.length
                 on_link.update({(*network, names[index]): None for gateway, index in path.hops if gateway is None})
         if named_by_number:
@@ -143,19 +144,19 @@ def _read(others: Collection[str], workloads: Collection[str]) -> HostNetwork:
 
 
 def _macs(indices: set[int], reaching: frozenset[int]) -> dict[str, frozenset[str]]:
-    """Return, by interface, the MACs from which this host may send to other hosts.
+    """Return, by name of the interface, the MACs that packets of this host to other hosts may have as source.
 
-    `indices` are the interfaces with an address, `reaching` those through which this host reaches others. Of the
-    former, bridges are left out: they connect containers or virtual machines, and come and go with them.
+    `indices` are the interfaces with an address, `reaching` those through which this host reaches other hosts. Bridges
+    that are only in `indices` are left out: they connect containers or virtual machines, and come and go with them.
     """
     found = {}
     for index in sorted(indices | reaching):
-        with suppress(OSError):  # it was just deleted
+        with suppress(OSError):  # the interface was just deleted
             device = netlink.device(index)
             if device.name.startswith(INTERFACE_PREFIX) or (device.kind == "bridge" and index not in reaching):
                 continue
             macs = device.macs
-            if device.kind in ("bond", "team"):  # depending on the mode, each member sends with its own
+            if device.kind in ("bond", "team"):  # depending on the mode, each member uses its own MAC
                 macs = macs.union(*(member.macs for member in netlink.devices_below(index)))
             if macs:
                 found[device.name] = macs
@@ -163,7 +164,7 @@ def _macs(indices: set[int], reaching: frozenset[int]) -> dict[str, frozenset[st
 
 
 class _Covering:
-    """Tells which routes cover one of some addresses, in the same time however many addresses there are."""
+    """Decides whether a route covers any of a set of addresses, in a time independent of the number of addresses."""
 
     def __init__(self, addresses: Collection[str]) -> None:
         self._numbers = {
@@ -171,7 +172,7 @@ class _Covering:
             for version in BITS
         }
         self._prefixes: dict[tuple[int, int], set[int]] = {}
-        """The first bits of the addresses, by IP version and how many bits."""
+        """By IP version and prefix length: the prefixes of the addresses."""
 
     def any(self, version: int, path: netlink.Paths) -> bool:
         """Return whether a route covers one of the addresses, or is a default route."""
@@ -186,10 +187,10 @@ class _Covering:
 
 
 class _Names(dict[int, str]):
-    """Interfaces' names by their indices, looked up on demand."""
+    """The names of interfaces by their indices, looked up on demand."""
 
     def __missing__(self, index: int) -> str:
         self[index] = f"interface {index}"
-        with suppress(OSError):  # it was just deleted
+        with suppress(OSError):  # the interface was just deleted
             self[index] = socket.if_indextoname(index)
         return self[index]

@@ -1,8 +1,8 @@
-"""Determines the MTU of workloads' interfaces: the underlay's, less the header of an overlay; reads the host's links.
+"""Determines the MTU of workloads' interfaces: the MTU of the underlay, minus the header of an overlay.
 
-The underlay is what carries packets between hosts. Its MTU is that of the interface with the address that this host is
-registered with. Where the MTU is used: wiring.py for the veth pairs, felix/dataplane/vxlan_manager.py for the devices
-of the overlay. The setting `MTU` (datastore/config.py) overrides it.
+The underlay is the network that carries packets between hosts. Its MTU is the MTU of the interface with this host's
+registered address, read from the kernel. wiring.py uses the result for veth pairs, felix/dataplane/vxlan_manager.py for
+the devices of the overlay. The setting `MTU` (datastore/config.py) overrides it.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
     from calicoctl.datastore.client import DatastoreClient
 
 DEFAULT = 1500
-"""The MTU where the interface is unknown: that of Ethernet."""
+"""The MTU of Ethernet, used if the interface is unknown."""
 
 HEADER = {4: 50, 6: 70}
 """The bytes that VXLAN adds to a packet, by the IP version of the underlay: the outer IP header, and those of UDP (8
 bytes), VXLAN (8) and the inner Ethernet frame (14). Source: RFC 7348, section 5."""
 
 SMALLEST = 1280
-"""The smallest MTU of a link with IPv6, which tunnels need. Source: RFC 8200, section 5."""
+"""The smallest MTU of a link with IPv6. Tunnels use IPv6. Source: RFC 8200, section 5."""
 
 _SIOCGIFMTU = 0x8921
 """The ioctl that returns an interface's MTU. Source: netdevice(7)."""
@@ -42,11 +42,12 @@ _SIOCGIFMTU = 0x8921
 
 @dataclass(frozen=True)
 class Underlay:
-    """Where packets from one address of this host to other hosts leave.
+    """The interface through which packets from an address of this host leave to other hosts, and its MTU.
 
-    `is_present` says whether the host has the address. `interface` is the index of the interface that has the address,
-    None if no interface has it, or the loopback interface: then packets may leave through any. `mtu` is the MTU of that
-    interface. If `interface` is None, it is the MTU of the default route's interface; without a default route, DEFAULT.
+    `is_present` says whether an interface has the address. `interface` is the index of that interface; None if no
+    interface has the address, or if it is the loopback interface: then packets may leave through any interface. `mtu`
+    is the MTU of the interface or, if `interface` is None, that of the default route's interface; DEFAULT if there is
+    no default route.
     """
 
     interface: int | None = None
@@ -55,7 +56,7 @@ class Underlay:
 
 
 def underlay(address: str) -> Underlay:
-    """Read from the kernel the underlay of a canonical address. Raises CalicoError."""
+    """Read the underlay of an address (canonical) from the kernel. Raises CalicoError."""
     family = FAMILIES[version_of(address)]
     try:
         index = next((one.index for one in netlink.addresses() if one.address == address), None)
@@ -75,7 +76,7 @@ def _mtu(index: int) -> int:
     with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
         request = struct.pack("=16s16x", socket.if_indextoname(index).encode())
         return int(struct.unpack_from("=i", fcntl.ioctl(any_socket, _SIOCGIFMTU, request), 16)[0])
-    return DEFAULT  # it was just deleted
+    return DEFAULT  # the interface was just deleted
 
 
 def in_overlay(mtu: int, version: int) -> int:
@@ -86,10 +87,10 @@ def in_overlay(mtu: int, version: int) -> int:
 def of_interface(
     datastore: DatastoreClient, addresses: Iterable[str], pools: Iterable[Pool], next_hops: Mapping[int, str]
 ) -> int:
-    """Return the MTU of a new interface with these addresses: the configured one, else the one that fits all of them.
+    """Return the MTU of a new interface with these addresses: the configured MTU or, by default, one that fits all.
 
-    `pools` must contain the addresses' pools; `next_hops` are this host's registered addresses by IP version, those of
-    the addresses at least. Reads one key of the store, or two. Raises CalicoError.
+    `pools` must contain the pools of the addresses. `next_hops` are this host's registered addresses by IP version, at
+    least for the IP versions of the addresses. Reads one or two keys of the store. Raises CalicoError.
     """
     configured = datastore.setting(keys.config(config.MTU.name))
     with suppress(CalicoError):  # the agent reports an invalid value
@@ -107,15 +108,15 @@ def of_interface(
             own[4] = datastore.hosts.next_hop(4)
         except StoreError:
             raise
-        except CalicoError:  # the host has none
+        except CalicoError:  # the host has no IPv4 address
             pass
     return of_addresses(modes, {version: underlay(address).mtu for version, address in own.items()})
 
 
 def of_addresses(modes: Iterable[tuple[int, str]], underlays: Mapping[int, int]) -> int:
-    """Return the MTU of an interface with addresses in these pools: (IP version, mode of VXLAN) each.
+    """Return the largest MTU that fits all addresses of an interface, each given as (IP version, its pool's mode).
 
-    `underlays` are the MTUs of the underlays that this host has, by IP version. Tunnels use IPv4 if the host has it.
+    `underlays` maps the IP versions of this host's underlays to their MTUs. Tunnels use IPv4 if the host has it.
     """
     found = []
     for version, mode in modes:

@@ -1,8 +1,8 @@
-"""Speaks to BIRD through its control socket, and parses what it answers. Decides nothing.
+"""A client of BIRD's control socket: sends commands, and parses the answers. Makes no decisions.
 
-Source of the protocol: the BIRD Programmer's Documentation, "Command line interface": each line of an answer begins
-with a code of four digits; `-` follows if there are more lines, a blank before the last one. A line that begins with a
-blank has the code of the line before it. Codes from 8000 on are errors.
+Source of the protocol: the BIRD Programmer's Documentation, "Command line interface". Each line of an answer begins
+with a code of four digits. In the last line of the answer, a space follows the code; in all others, a `-`. A line that
+begins with a space has the same code as the previous line. Codes from 8000 on are errors.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from calicoctl import clock
 from calicoctl.errors import CalicoError, one_line
 
 PATIENCE = 5.0
-"""Seconds to wait for one answer: a BIRD that is stopped accepts connections, and never answers."""
+"""Seconds to wait for an answer. The kernel accepts connections for a suspended BIRD (SIGSTOP), which never answers."""
 
 UP = "Established"
 
@@ -31,7 +31,7 @@ _FAILED = "8002"
 
 
 class Refused(CalicoError):
-    """BIRD refuses a configuration. `line` is the number of the line, counted from 1, None if it names none."""
+    """BIRD has refused a configuration. `line` is the number of the wrong line, from 1 on; None if BIRD names none."""
 
     def __init__(self, why: str, line: int | None) -> None:
         super().__init__(why)
@@ -40,12 +40,13 @@ class Refused(CalicoError):
 
 @dataclass(frozen=True)
 class Session:
-    """A BGP session: with whom, in which state, since when (ISO 8601), and how many routes it brings and takes.
+    """A BGP session, as BIRD reports it.
 
-    `kind` is "mesh", "node" or "global", `peer` the peer's address, `as_num` its AS number. `state` is that of RFC
-    4271: "Established" if the session is up, else "Idle", "Connect", "Active", "OpenSent" or "OpenConfirm".
-    `imported` and `exported` count routes; `error` is the last error, None if there was none. `suspicion` says what may
-    keep the session down, if anything points to that.
+    `kind` is "mesh", "node" or "global", `peer` the peer's address, `as_num` the peer's AS number. `state` is a state
+    of RFC 4271: "Established" if the session is up, else "Idle", "Connect", "Active", "OpenSent" or "OpenConfirm"; or
+    "Down" if BIRD has not started the session. `since` is the time of the last change of state (ISO 8601). `imported`
+    counts the routes accepted from the peer, `exported` those announced to it. `error` is the last error, None if
+    there was none. `suspicion` says what may keep the session down; None if nothing is known.
     """
 
     name: str
@@ -65,24 +66,24 @@ class Session:
 
 
 class Control:
-    """A connection to BIRD's control socket. All methods raise CalicoError when BIRD does not answer in time."""
+    """A connection to BIRD's control socket. All methods raise CalicoError if BIRD does not answer within PATIENCE."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._socket = connection
         self._rest = b""
 
     def command(self, command: str) -> list[tuple[str, str]]:
-        """Send a command, and return the lines of the answer, each with its code."""
+        """Send a command. Return the lines of the answer, as (code, text)."""
         deadline = time.monotonic() + PATIENCE
         self._send(command)
         return self._answer(deadline)
 
     def check(self, file: Path) -> None:
-        """Have BIRD read a configuration file without using it; raise Refused if it has an error."""
+        """Have BIRD check a configuration file, without using it; raise Refused if the file has an error."""
         self._configure(f'configure check "{file}"', (_CONFIGURATION_OK,))
 
     def configure(self) -> None:
-        """Have BIRD use its configuration file as it is now; raise Refused if it has an error."""
+        """Have BIRD reload its configuration file; raise Refused if the file has an error."""
         self._configure("configure", (_RECONFIGURED, _IN_PROGRESS, _QUEUED))
 
     def sessions(self) -> list[Session]:
@@ -112,7 +113,7 @@ class Control:
                     return lines
             elif line.startswith(" ") and lines:
                 lines.append((lines[-1][0], line[1:]))
-            # a line with + is a message that answers nothing
+            # a line with + is a log message, and no part of an answer
 
     def _line(self, deadline: float) -> str:
         while b"\n" not in self._rest:
@@ -131,23 +132,23 @@ class Control:
 
 @contextmanager
 def control(path: Path, may_change: bool = False) -> Iterator[Control]:
-    """Connect to BIRD's control socket; unless `may_change`, BIRD refuses what would change anything.
+    """Connect to BIRD's control socket. Unless `may_change`, the connection is restricted to commands that only read.
 
-    Raises CalicoError when BIRD does not serve.
+    Raises CalicoError if BIRD does not serve.
     """
     with socket.socket(socket.AF_UNIX) as connection:
         with _explained():
             connection.settimeout(PATIENCE)
             _connect(connection, path)
         bird = Control(connection)
-        bird._answer(time.monotonic() + PATIENCE)  # its greeting
+        bird._answer(time.monotonic() + PATIENCE)  # the greeting
         if not may_change:
             bird.command("restrict")
         yield bird
 
 
 def _connect(connection: socket.socket, path: Path) -> None:
-    """Connect to a socket whose path may be longer than the 107 bytes that the kernel takes. Raises OSError."""
+    """Connect to a socket whose path may exceed 107 bytes, the kernel's limit. Raises OSError."""
     folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         connection.connect(f"/proc/self/fd/{folder}/{path.name}")
@@ -166,7 +167,7 @@ def _explained() -> Iterator[None]:
 
 
 def refusal(text: str) -> Refused:
-    """Return the error for BIRD's words about a configuration file: `FILE:LINE:COLUMN MESSAGE`."""
+    """Return the exception for BIRD's error message about a configuration file: `FILE:LINE:COLUMN MESSAGE`."""
     match = re.fullmatch(r"(?:bird: )?(.*?):(\d+):\d+ (.*)", text.strip(), re.ASCII)
     if match is None:
         return Refused(one_line(text.strip()), None)
@@ -178,7 +179,7 @@ _COUNTS = re.compile(r"Routes:\s+(\d+) imported,(?: \d+ filtered,)? (\d+) export
 
 
 def parse_sessions(lines: Iterable[tuple[str, str]]) -> Iterator[Session]:
-    """Yield the BGP sessions in the answer to `show protocols all`; protocols with other names are left out."""
+    """Yield the BGP sessions in the answer to `show protocols all`. Protocols with other names are skipped."""
     name, since = "", ""
     details: dict[str, str] = {}
     counts = (0, 0)
@@ -196,7 +197,7 @@ def parse_sessions(lines: Iterable[tuple[str, str]]) -> Iterator[Session]:
                     *counts,
                     details.get("Last error"),
                 )
-            # name, protocol, table, state, date, time, and information
+            # name, protocol, table, state, date, time, information
             words = line.split(None, 6)
             name, since = (words[0], _in_utc(" ".join(words[4:6]))) if len(words) >= 6 else ("", "")
             details, counts = {}, (0, 0)
@@ -209,7 +210,7 @@ def parse_sessions(lines: Iterable[tuple[str, str]]) -> Iterator[Session]:
 
 
 def _in_utc(local: str) -> str:
-    """Return BIRD's local time, in its format `iso long`, in the format of clock.now; another text as it is."""
+    """Convert a local time in BIRD's format `iso long` to the format of clock.now; return any other text unchanged."""
     try:
         return clock.text(datetime.strptime(local, "%Y-%m-%d %H:%M:%S").astimezone(timezone.utc))
     except ValueError:

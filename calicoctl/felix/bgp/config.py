@@ -1,8 +1,8 @@
-"""The configuration of BIRD: derived from the snapshot as plain data, then written in BIRD's language.
+"""The configuration of BIRD: derived from the snapshot as plain data, then rendered in BIRD's language.
 
-Pure, and knows no process: bird.py speaks to BIRD, and manager.py decides when. A protocol's name says which kind of
-peer it is for, and depends on the peer's address alone, so that a change of other peers resets no session. What
-comes from etcd reaches the text only as numbers, or as addresses and networks in canonical form.
+Pure: bird.py communicates with BIRD, and manager.py decides when. The name of a BGP protocol in the configuration
+consists of the kind of the peer and the peer's address. It does not depend on other peers, so a change of those resets
+no session. Values from etcd are rendered only as numbers, or as addresses and networks in canonical form.
 
 Source of the language: the BIRD User's Guide, version 2.0.
 """
@@ -26,23 +26,23 @@ if TYPE_CHECKING:
     from calicoctl.desired.snapshot import Snapshot
 
 MESH, NODE, GLOBAL = "mesh", "node", "global"
-"""The kinds of peers: another host of the full mesh, a peer of this host, a peer of all hosts."""
+"""The kinds of peers: another host of the full mesh, a peer of this host only, a peer of all hosts."""
 
 RESTART_WAIT = 8
-"""Seconds for which a BIRD that was started after a crash keeps the kernel's routes while it waits for its peers."""
+"""After a crash, BIRD keeps its old routes in the kernel for up to this many seconds while it waits for its peers."""
 
 LONGEST_RESTART = 4095
-"""The longest time in seconds for which a BIRD that has crashed can ask its peers to keep its routes.
+"""The maximum graceful restart time in seconds: how long peers keep the routes of a BIRD that has crashed.
 
-It asks for the hold time: BIRD's default, 120, is long for a host whose agent has ended as well; an agent starts BIRD
-again in about a second. Source of the limit: RFC 4724, section 3.
+The configured time is the hold time, at most this limit. BIRD's default, 120, would be too long if the agent has ended
+as well; a running agent starts BIRD again in about a second. Source of the limit: RFC 4724, section 3.
 """
 
 LOG_SIZE = 2**20
-"""Bytes of BIRD's log, beside as many of the log before; both are in memory, below /run."""
+"""The maximum size of BIRD's log in bytes. One previous log is kept, too. Both are in memory, below /run."""
 
 _DEBUG = {"debug": "all", "info": "{ states, events }", "none": "{ states }"}
-"""By log level: what BIRD's log says of its protocols besides errors. The agent waits for changes of their states."""
+"""By log level: what BIRD logs of its protocols besides errors. It must log changes of state: see wakeups.py."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Neighbour:
 
     @property
     def name(self) -> str:
-        """The name of the peer's protocol: `mesh4_172_18_0_12`, say."""
+        """The name of the peer's protocol in BIRD, for example `mesh4_172_18_0_12`."""
         return f"{self.kind}{version_of(self.address)}_{self.address.translate(_NAME)}"
 
 
@@ -66,9 +66,10 @@ _NAME = str.maketrans(".:", "__")
 class Family:
     """The part of the configuration about one IP version.
 
-    `own` is the address that this host is registered with, None without one; `is_here` says whether an interface has
-    it. The others are CIDRs and addresses: pools from which routes are accepted, what this host announces, and what
-    routes of others must leave alone.
+    `own` is this host's registered address, None if it has none; `is_here` says whether an interface has the address,
+    or had it since the agent started. `pools` are the CIDRs of the pools from which routes are accepted. `blocks` and
+    `addresses` are announced by this host. `guarded_networks` and `guarded_addresses` are the networks and addresses
+    that routes of other hosts must not override. `neighbours` are the BGP peers.
     """
 
     version: int
@@ -84,7 +85,7 @@ class Family:
 
 @dataclass(frozen=True)
 class Config:
-    """What BIRD is to do. `hold_time` is in seconds; `as_num` is this host's AS number, as decimal text."""
+    """The configuration of BIRD. `hold_time` is in seconds; `as_num` is this host's AS number, as decimal text."""
 
     router_id: str
     as_num: str
@@ -98,9 +99,9 @@ class Config:
 
 
 def derive(snapshot: Snapshot, here: Collection[str]) -> Config:
-    """Return the configuration that follows from the store and from this host's network.
+    """Derive the configuration from the snapshot of the store and of this host's network.
 
-    `here` are those addresses that this host is registered with that its interfaces have.
+    `here` contains this host's registered addresses that its interfaces have, or had since the agent started.
     """
     topology = snapshot.topology
     return Config(
@@ -113,7 +114,7 @@ def derive(snapshot: Snapshot, here: Collection[str]) -> Config:
 
 
 def _router_id(host: str) -> str:
-    """Return a router id for a host without an IPv4 address: an address of class E, which no host has."""
+    """Return a router ID for a host without an IPv4 address: an address of class E, which is never assigned."""
     number = int.from_bytes(hashlib.sha256(host.encode()).digest()[:4], "big") | 0xF0000000
     return unpack(number.to_bytes(4, "big"))
 
@@ -135,9 +136,10 @@ def _family(snapshot: Snapshot, version: int, here: Collection[str]) -> Family:
 
 
 def _neighbours(snapshot: Snapshot, version: int) -> Iterable[Neighbour]:
-    """Return the peers of an IP version, each address once: BIRD would leave all sessions but one with it idle.
+    """Return the peers of an IP version, without this host's own addresses.
 
-    What a host is registered with goes first, then a peer of this host alone.
+    Each address occurs once, since BIRD would keep only one of several sessions to an address up. If an address is
+    configured several times, a host of the mesh takes precedence, then a peer of this host, then a global peer.
     """
     topology = snapshot.topology
     found: dict[str, Neighbour] = {}
@@ -156,9 +158,9 @@ def _neighbours(snapshot: Snapshot, version: int) -> Iterable[Neighbour]:
 
 
 def text(config: Config, passwords: Passwords, directory: Path) -> str:
-    """Return the configuration in BIRD's language; BIRD's log is in `directory`. Raises CalicoError.
+    """Render the configuration in BIRD's language. Raises CalicoError if a text cannot be quoted.
 
-    `passwords` says which sessions have one.
+    `passwords` contains the passwords of the sessions, `directory` is for BIRD's log.
     """
     log = directory / "log"
     lines = [
@@ -169,7 +171,7 @@ def text(config: Config, passwords: Passwords, directory: Path) -> str:
         "timeformat protocol iso long;",
         f"graceful restart wait {RESTART_WAIT};",
         "protocol device { scan time 10; }",
-        # without it, next hops on connected networks are not found
+        # without the protocol direct, BIRD cannot resolve next hops on connected networks
         f'protocol direct {{ ipv4; ipv6; interface -"{INTERFACE_PREFIX}*", -"docker*", -"vxlan*.calico", "*"; }}',
     ]
     for family in config.families:
@@ -178,7 +180,7 @@ def text(config: Config, passwords: Passwords, directory: Path) -> str:
 
 
 def quoted(value: str) -> str:
-    """Return a text as BIRD's language has it; raise CalicoError for one that it cannot have: there are no escapes."""
+    """Return a string literal of BIRD's language. It has no escapes: raise CalicoError if the text would need one."""
     if '"' in value or not value.isprintable():
         raise CalicoError("a text with a quotation mark or a control character cannot be told to BIRD")
     return f'"{value}"'
@@ -189,7 +191,7 @@ def _family_lines(config: Config, family: Family, passwords: Passwords) -> Itera
     source = f" krt_prefsrc = {family.own};" if family.own is not None and family.is_here else ""
     yield f"filter learned{v} {{"
     if family.guarded_networks:
-        # of networks with other machines, single addresses alone are taken: those inside of it, and those around it
+        # reject all prefixes inside or around a connected network, except single addresses: other machines are in there
         patterns = ", ".join(f"{network}{{0,{bits - 1}}}" for network in family.guarded_networks)
         yield f"  if net ~ [ {patterns} ] then reject;"
     if family.guarded_addresses:
@@ -200,13 +202,13 @@ def _family_lines(config: Config, family: Family, passwords: Passwords) -> Itera
     yield "  reject;"
     yield "}"
     yield f"filter to_kernel{v} {{"
-    # what the host itself sends to a workload elsewhere comes from its registered address
+    # packets of this host itself to other hosts' workloads have its registered address as source
     yield f"  if source = RTS_BGP then {{{source} accept; }}"
     yield f'  if proto = "blocks{v}" then accept;'
     yield "  reject;"
     yield "}"
     ours = " && ".join(f"krt_source != {number}" for number in (OUR_PROTOCOL, OVERLAY_PROTOCOL))
-    # learn: for next hops behind a router
+    # learn: import routes that BIRD did not set, to resolve next hops behind a router
     yield f"protocol kernel kernel{v} {{"
     yield f"  ipv{v} {{ import where {ours}; export filter to_kernel{v}; }};"
     yield "  learn; persist; merge paths on; scan time 20; graceful restart;"
@@ -225,7 +227,7 @@ def _family_lines(config: Config, family: Family, passwords: Passwords) -> Itera
     yield f"  multihop; graceful restart on; graceful restart time {min(config.hold_time, LONGEST_RESTART)};"
     yield f"  hold time {config.hold_time}; keepalive time {keepalive};"
     yield "  connect delay time 1; connect retry time 5; error wait time 2, 30;"
-    # import table: pools can change without asking the peer for its routes again
+    # import table: after a change of pools, BIRD filters the routes again without requesting them from the peer
     yield f"  ipv{v} {{ import table on; import filter learned{v}; export where source = RTS_STATIC; next hop self; }};"
     yield "}"
     for neighbour in family.neighbours:

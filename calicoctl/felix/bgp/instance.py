@@ -1,13 +1,14 @@
-"""BIRD as a process of this host: whether it may run here, its files, its start, its end, and what it leaves behind.
+"""The BIRD process of this host: checks whether BIRD may run here, starts, configures and ends it, and cleans up.
 
-Its folder, /run/calico/HOST/bird, has the configuration, the control socket, and its log. The folder is root's, and
-sticky, so that BIRD, which runs as the user `bird`, can replace no file but its own. It outlives the agent; a file
-beside the folder says in which boot, and in which network namespace, it ran last. A BIRD whose configuration is in
-such a folder is ours, whatever host it was started for: no two agents run in one network namespace, so one of another
-name is left from before this host was renamed.
+The folder /run/calico/HOST/bird contains BIRD's configuration, control socket and log. It belongs to root and is
+sticky, so BIRD, which runs as the user `bird`, can replace only its own files. BIRD outlives the agent. A file beside
+the folder identifies the boot and the network namespace in which BIRD ran last.
 
-BIRD takes every route with its protocol number for its own, and removes those that it does not know. So nothing is
-started beside another BIRD, or if there are such routes that are not ours.
+A BIRD whose configuration is in such a folder is called ours, even if the folder has the name of another host: since
+only one agent runs in a network namespace, this host had the other name before it was renamed.
+
+BIRD treats all routes with its protocol number as its own, and deletes those that it does not know. So the agent does
+not start BIRD if a foreign one (one that is not ours) runs, or if there are routes of a foreign one.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ USER = "bird"
 PORT = 179
 
 START_PATIENCE = 10.0
-"""Seconds to wait for BIRD to serve."""
+"""Seconds to wait, after BIRD's start, until it answers on its control socket."""
 
 END_PATIENCE = 5.0
-"""Seconds to wait for BIRD to end after SIGTERM; then it is killed."""
+"""Seconds to wait for BIRD's end after SIGTERM; then it gets SIGKILL."""
 
 _RAN = "bird.boot"
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -44,7 +45,7 @@ _LISTENING = "0A"
 
 
 class Instance:
-    """The BIRD that the agent of `host` runs. All methods but the simplest raise CalicoError, or OSError."""
+    """The BIRD that the agent of `host` runs. Most methods may raise CalicoError or OSError."""
 
     def __init__(self, host: str) -> None:
         self._host = host
@@ -60,21 +61,21 @@ class Instance:
             lock=DIRECTORY / host,
             is_ready=self._serves,
             start_patience=START_PATIENCE,
-            # its times must be in the agent's zone
+            # BIRD prints local times, which the agent parses in its own time zone
             environment={name: os.environ[name] for name in ("PATH", "TZ") if name in os.environ},
             folder=self.directory,
         )
 
     def pid(self) -> int | None:
-        """Return BIRD's process id, None while it does not run."""
+        """Return BIRD's process ID, None while it does not run."""
         return self.process.pid()
 
     def ran_here(self) -> bool:
-        """Return whether a BIRD of ours has run in this boot and in this network namespace."""
+        """Return whether the BIRD of `host` has run in this boot and in this network namespace."""
         return self._host in _hosts_that_ran()
 
     def is_here(self) -> bool:
-        """Return whether a BIRD of ours runs, or has run, in this network namespace."""
+        """Return whether the BIRD of `host` runs in this network namespace, or has run there in this boot."""
         return self._host in _hosts_here()
 
     def control(self) -> Path:
@@ -83,18 +84,20 @@ class Instance:
     # Starting
 
     def start(self, text: str | None) -> bool:
-        """Start BIRD with this configuration, or with the one of its last run in this boot if `text` is None.
+        """Start BIRD with the configuration `text` or, if it is None, with that of BIRD's last run in this boot.
 
-        Returns whether it recovers from a crash: then its peers keep its routes until it has told them anew. If BIRD
-        refuses the text, the configuration before is used, and the error is raised nevertheless, once BIRD
-        runs. Raises CalicoError if BIRD may not run here, or does not start; NotReady if there is no configuration.
+        First, the BIRDs of this host's former names are removed. Returns whether BIRD recovers from a crash (graceful
+        restart): then its peers keep its routes until it has announced them again. If BIRD refuses `text`, it is
+        started with the configuration of its last run in this boot, and Refused is raised once it runs. If there is no
+        such configuration, Refused is raised at once or, if `text` is None, NotReady. Raises CalicoError if BIRD may
+        not run here or does not start.
         """
         ran = self.ran_here()
         for former in self._former():
             former._remove(lambda text: None)
         program = refuse_missing()
         self.refuse_foreign()
-        crashed = ran and self._control.exists()  # at an end in good order, BIRD removes it
+        crashed = ran and self._control.exists()  # when BIRD ends regularly, it removes its socket
         self._make_folder()
         refused: bird.Refused | None = None
         if text is not None:
@@ -111,9 +114,9 @@ class Instance:
         return crashed
 
     def recognise(self) -> bool:
-        """Return whether a BIRD of ours runs, also one that no file names, for example since the agent was killed.
+        """Return whether the BIRD of `host` runs, even if no pid file names it (for example, if the agent was killed).
 
-        From now on, the files name it.
+        In that case, write the pid file.
         """
         if self.pid() is not None:
             return True
@@ -130,11 +133,11 @@ class Instance:
             files.replace(self._ran, _place().encode(), 0o600).close()
 
     def _former(self) -> list[Instance]:
-        """Return the instances of this host's former names, which run or have run here."""
+        """Return the instances of this host's former names, which run here or have run here."""
         return [Instance(host) for host in sorted(_hosts_here() - {self._host})]
 
     def _command(self, program: str, recover: bool) -> list[str]:
-        # the socket's path is relative to the folder: with a long host name, the whole would be too long for the kernel
+        # the socket's path is relative to the folder: with a long host name, an absolute one exceeds the kernel's limit
         command = [program, "-f", "-c", self.process.marker, "-s", self._control.name, "-u", USER, "-g", USER]
         return [*command, "-R"] if recover else command
 
@@ -145,15 +148,15 @@ class Instance:
         self.directory.chmod(0o1770)
 
     def _write(self, text: str) -> Path:
-        """Write a configuration beside the one in use, and return its path."""
+        """Write a configuration to a file beside the one in use. Return the path."""
         path = self.directory / "conf.new"
         files.replace(path, text.encode(), 0o640, (0, _ids()[1])).close()
         return path
 
     def _check_before_start(self, program: str, text: str) -> None:
-        # the same text is not written again: there may be no room for it
+        # do not write the same text again: the file system may be full
         new = self.configuration if self._configured() == text else self._write(text)
-        command = [program, "-p", "-c", str(new), "-u", USER, "-g", USER]  # as root, it would make a log of root's
+        command = [program, "-p", "-c", str(new), "-u", USER, "-g", USER]  # without -u, it would create its log as root
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=START_PATIENCE)
         if done.returncode != 0:
             raise bird.refusal(done.stderr.decode(errors="replace"))
@@ -166,7 +169,7 @@ class Instance:
             return None
 
     def configure(self, text: str) -> None:
-        """Have the running BIRD use a configuration. If it refuses, it goes on with the one before; raises Refused."""
+        """Have the running BIRD use a configuration. Raises Refused if BIRD refuses it, and keeps the previous one."""
         new = self._write(text)
         with bird.control(self._control, may_change=True) as control:
             control.check(new)
@@ -179,7 +182,7 @@ class Instance:
             return control.sessions()
 
     def wake(self) -> None:
-        """Have BIRD look for work: see wakeups.py. Raises CalicoError."""
+        """Have BIRD process its pending work: see wakeups.py. Raises CalicoError."""
         with bird.control(self._control, may_change=True):
             pass
 
@@ -190,15 +193,18 @@ class Instance:
         except CalicoError:
             return False
 
-    # What else is here
+    # The port of BGP, and foreign BIRDs
 
     def holds_port(self) -> bool:
-        """Return whether BIRD listens on the port of BGP: it does while it has a session to keep."""
+        """Return whether BIRD listens on the port of BGP: it does while at least one session is configured."""
         pid = self.pid()
         return pid is not None and bool(_listeners() & _sockets(pid))
 
     def refuse_foreign(self) -> None:
-        """Raise CalicoError if there is another BIRD, a foreign listener on the port, or a foreign BIRD's route."""
+        """Raise CalicoError if a foreign BIRD runs, another process listens on the port, or foreign routes exist.
+
+        Routes with BIRD's protocol number are foreign if no BIRD of ours runs here or has run here in this boot.
+        """
         self.refuse_other_bird()
         if _listeners().difference(*(_sockets(pid) for pid, host in _birds().items() if host)):
             raise CalicoError(
@@ -213,7 +219,7 @@ class Instance:
             )
 
     def refuse_other_bird(self) -> None:
-        """Raise CalicoError if there is another BIRD, whether ours runs or not."""
+        """Raise CalicoError if a foreign BIRD runs in this network namespace."""
         other = _foreign_bird()
         if other is not None:
             raise CalicoError(
@@ -221,13 +227,13 @@ class Instance:
                 "that one, or start the agent with --bgp=off"
             )
 
-    # The end
+    # Ending BIRD
 
     def remove(self, warn: Callable[[str], None]) -> bool:
-        """End BIRD, so that its peers withdraw its routes, and remove its routes and files; return whether it ran here.
+        """End BIRD, so that its peers withdraw its routes; then delete its routes in the kernel, and its files.
 
-        The same for this host's former names. If a foreign BIRD runs here, the routes are left to it, and `warn` is
-        called with a sentence.
+        Do the same for this host's former names. If a foreign BIRD runs here, no routes are deleted, and `warn` is
+        called with a sentence that says so. Returns whether a BIRD of ours has run here in this boot.
         """
         removed = [one._remove(warn) for one in (*self._former(), self)]
         return any(removed)
@@ -251,7 +257,7 @@ class Instance:
         return ran
 
     def stop(self) -> None:
-        """End BIRD, so that its peers withdraw its routes; the kernel keeps them."""
+        """End BIRD, so that its peers withdraw its routes. The routes in this host's kernel stay."""
         pid = self.pid()
         if pid is None:
             return
@@ -264,11 +270,11 @@ class Instance:
 
 
 class NotReady(CalicoError):
-    """There is no configuration to start BIRD with yet."""
+    """BIRD cannot be started yet, because there is no configuration."""
 
 
 def refuse_missing() -> str:
-    """Return the path of BIRD's program; raise CalicoError if it, its user, or the right version is missing."""
+    """Return the path of BIRD's program. Raises CalicoError if it or its user is missing, or if it is not version 2."""
     program = shutil.which("bird")
     if program is None:
         raise CalicoError("there is no BIRD here: install the package bird2, or start the agent with --bgp=off")
@@ -286,7 +292,7 @@ def refuse_missing() -> str:
 
 
 def _ids() -> tuple[int, int]:
-    """Return the user id and the group id of BIRD; raise CalicoError if there is no such user or group."""
+    """Return BIRD's user ID and group ID. Raises CalicoError if there is no such user or group."""
     import grp
     import pwd
 
@@ -299,7 +305,7 @@ def _ids() -> tuple[int, int]:
 
 
 def _birds() -> dict[int, str]:
-    """Return the BIRDs of this network namespace: the process id, and for which host it is ours, "" if it is not."""
+    """Return the BIRDs of this network namespace: by process ID, the host of one of ours, "" for a foreign one."""
     found, namespace = {}, os.stat("/proc/self/ns/net").st_ino
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
@@ -315,7 +321,7 @@ def _birds() -> dict[int, str]:
 
 
 def _host_of(arguments: list[str]) -> str:
-    """Return the host that the agent has started a BIRD with these arguments for; "" if no agent has."""
+    """Return the host whose agent started a BIRD with these arguments; "" if no agent did."""
     for path in map(Path, arguments):
         if path == DIRECTORY / path.parent.parent.name / "bird" / "conf":
             return path.parent.parent.name
@@ -323,12 +329,12 @@ def _host_of(arguments: list[str]) -> str:
 
 
 def _foreign_bird() -> int | None:
-    """Return the process id of a BIRD in this network namespace that is not ours, None if there is none."""
+    """Return the process ID of a foreign BIRD in this network namespace, None if there is none."""
     return next((pid for pid, host in _birds().items() if not host), None)
 
 
 def _hosts_here() -> set[str]:
-    """Return the hosts whose BIRD runs, or has run in this boot, in this network namespace."""
+    """Return the hosts whose BIRD runs in this network namespace, or has run there in this boot."""
     return ({*_birds().values()} | _hosts_that_ran()) - {""}
 
 
@@ -343,7 +349,7 @@ def _hosts_that_ran() -> set[str]:
 
 
 def _place() -> str:
-    """Return what identifies this boot and this network namespace."""
+    """Return a text that identifies this boot and this network namespace."""
     return f"{_BOOT_ID.read_text().strip()} {os.stat('/proc/self/ns/net').st_ino}\n"
 
 
@@ -381,7 +387,7 @@ def _routes() -> list[tuple[int, netlink.Route]]:
 
 
 def _delete(family: int, route: netlink.Route) -> None:
-    """Delete a route; one that is gone is no error."""
+    """Delete a route. It is no error if the route no longer exists."""
     import socket
     import struct
 

@@ -1,9 +1,9 @@
-"""BGP: has BIRD tell other hosts this host's routes, and learn theirs.
+"""BGP: runs BIRD, which announces this host's routes to other hosts, and learns their routes.
 
-The manager derives BIRD's configuration from the snapshot, and hands it to a thread, which starts and supervises BIRD,
-configures it, and asks it for its sessions: the agent's loop never waits for BIRD. What the thread finds comes back as
-events. A BIRD that runs already is adopted; if one has crashed while the store cannot be read, it is started again
-with the configuration that it had.
+The manager derives BIRD's configuration from the snapshot, and passes it to a thread. The thread starts, supervises and
+configures BIRD, and polls its sessions, so the agent's loop never waits for BIRD. The thread reports to the manager by
+events. If BIRD already runs, the thread adopts it. If BIRD has crashed while the store cannot be read, the thread
+starts it again with its last configuration.
 """
 
 from __future__ import annotations
@@ -34,30 +34,30 @@ if TYPE_CHECKING:
 log = logging.getLogger("calico.felix")
 
 SHORT_POLL, LONG_POLL = 1.0, 10.0
-"""Seconds between two looks at the sessions: while one is not up, and else."""
+"""The minimum number of seconds between two polls of the sessions: while any is down, and while all are up."""
 
-NEWS_PAUSE, NEWS_POLL = 0.01, 0.2
-"""Seconds from news in BIRD's log until BIRD is woken, and then until its sessions are looked at."""
+LOG_PAUSE, LOG_POLL = 0.01, 0.2
+"""Seconds from a change of BIRD's log until BIRD is woken, and from then until its sessions are polled."""
 
 PORT_POLL = 0.1
-"""Seconds between two looks at whether BIRD listens, after its start."""
+"""Seconds between two polls soon after BIRD's start, while it does not listen on the port of BGP yet."""
 
 PASSWORDS_POLL = 2.0
-"""Seconds between two looks at the file with the passwords."""
+"""Seconds between two checks whether the file with the passwords has changed."""
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 30.0
-"""Seconds until BIRD is started again when it has ended soon after its start, at first and at most; doubled each time.
-Also, at most, the time between two attempts to start it."""
+"""Seconds until BIRD is started again if it has ended within SHORT_LIFE after its start: the first pause, and the
+maximum. The pause is doubled each time. After a failed start, the pause is LONGEST_PAUSE at most."""
 
 SHORT_LIFE = 10.0
-"""Seconds: a BIRD that has run for longer is started again at once."""
+"""Seconds. If BIRD ends after it has run for longer, it is started again at once."""
 
 SETTLING = 10.0
-"""Seconds for which the agent's start waits for BIRD at most."""
+"""The maximum time in seconds for which the agent's start waits for BIRD."""
 
 
 class BgpManager(Manager):
-    """Derives BIRD's configuration from the snapshot, and hands it to the BgpThread."""
+    """Derives BIRD's configuration from the snapshot, and passes it to the BgpThread."""
 
     def __init__(self, context: Context, thread: BgpThread) -> None:
         self._context = context
@@ -66,12 +66,12 @@ class BgpManager(Manager):
         self._dirty = True
         self._config: Config | None = None
         self._split: dict[str, str] = {}
-        """Blocks that are not announced as a whole: what each overlaps."""
+        """By block that is not announced as a whole: what it overlaps."""
         self._settled_by: float | None = None
-        """When the agent's start waits for BIRD no longer (monotonic); None before the first configuration."""
+        """Until when the agent's start waits for BIRD (monotonic); None before the first `apply`."""
         self._settled = False
         self._here: set[str] = set()
-        """Addresses that this host was registered with and had: one that is gone for a moment resets no session."""
+        """Registered addresses that this host has or had: a short absence of an address must not reset sessions."""
 
     def on_event(self, event: Any) -> None:
         if isinstance(event, Dirty):
@@ -82,7 +82,7 @@ class BgpManager(Manager):
             self._settled = self._settled or event.settled
 
     def resync(self) -> None:
-        """Start the thread; BIRD itself compares the kernel's routes with its own every 20 s."""
+        """Start the thread if it does not run yet. BIRD itself compares the kernel's routes with its own every 20 s."""
         self._thread.start_once()
 
     @property
@@ -91,7 +91,7 @@ class BgpManager(Manager):
 
     @property
     def is_settled(self) -> bool:
-        """Whether the first configuration has reached BIRD, or is known not to, or BIRD takes too long."""
+        """Whether BIRD uses the first configuration, or failed to, or SETTLING has passed since the first `apply`."""
         late = self._settled_by is not None and time.monotonic() > self._settled_by
         return self._settled or late
 
@@ -126,10 +126,10 @@ class BgpManager(Manager):
 
 
 class BgpThread(threading.Thread):
-    """Runs BIRD with the newest configuration that it was given, and emits BgpChanged and Failure."""
+    """Runs BIRD with the latest configuration passed to `want`. Emits BgpChanged and Failure."""
 
     def __init__(self, instance: Instance, enabled: bool, put: Callable[[Any], None]) -> None:
-        """If not `enabled`, the thread ends BIRD, should it run, and then itself."""
+        """`put` is called with events. If not `enabled`, the thread only ends BIRD, and removes BIRD's routes."""
         super().__init__(name="running BIRD", daemon=True)
         self.enabled = enabled
         self._instance = instance
@@ -137,26 +137,26 @@ class BgpThread(threading.Thread):
         self._wanted: Config | None = None
         self._passwords: passwords.Passwords | None = None
         self._rendered: tuple[Config | None, passwords.Passwords | None, str | None] = (None, None, None)
-        """The last text, after what it was made of."""
+        """The configuration and the passwords that were last rendered, and the resulting text."""
         self._beside: str | None = None
-        """A sentence about another BIRD that runs beside ours, if one does."""
+        """A sentence about a foreign BIRD that runs beside ours; None if there is none."""
         self._failures: dict[str, str | None] = {}
-        """The last failure that was emitted, by subject."""
+        """By subject: the last failure that was emitted."""
         self._wakeups = Wakeups()
         self._signatures = Signatures()
         self._state = self._reported = BgpChanged()
         self._in_use: str | None = None
-        """The text that BIRD uses, None while that is not known."""
+        """The text of the configuration that BIRD uses; None while it is unknown."""
         self._refused: str | None = None
-        """The text that BIRD has refused, None if it has accepted the last one."""
+        """The text that BIRD has refused; None if BIRD has accepted the last one."""
         self._began: float | None = None
-        """When BIRD was started (monotonic), or long ago if it was adopted; None before there was one."""
+        """When BIRD was started (monotonic); SHORT_LIFE before it was adopted; None if it has not run yet."""
         self._start_at = self._poll_at = 0.0
-        """When to start it, and when to look at its sessions, next (monotonic)."""
+        """When to start BIRD, and when to poll its sessions, next (monotonic)."""
         self._not_running = ""
-        """Why BIRD is not started before `_start_at`."""
+        """Why BIRD does not run until `_start_at`."""
         self._tried: str | None = None
-        """The text of the last attempt to start BIRD; another one is tried at once."""
+        """The text of the last attempt to start BIRD. With another text, the next attempt is made at once."""
         self._pause = FIRST_PAUSE
 
     def start_once(self) -> None:
@@ -164,7 +164,7 @@ class BgpThread(threading.Thread):
             self.start()
 
     def want(self, config: Config) -> None:
-        """Hand over a configuration; return at once."""
+        """Set the configuration that BIRD should use. Does not wait for the thread."""
         self._wanted = config
         self._wakeups.request()
 
@@ -177,7 +177,7 @@ class BgpThread(threading.Thread):
             try:
                 self.round(wanted)
                 self._fail(BGP, None)
-            except Exception as error:  # of any kind: nothing else would run BIRD
+            except Exception as error:  # of any kind: the thread must go on, since nothing else runs BIRD
                 log.debug("traceback:", exc_info=True)
                 self._fail(BGP, f"BGP: {_words(error)}")
             self._state = replace(self._state, settled=wanted is not None)
@@ -195,28 +195,31 @@ class BgpThread(threading.Thread):
         self._put(BgpChanged(settled=True))
 
     def _fail(self, subject: str, why: str | None) -> None:
-        """Emit a Failure if it is news."""
+        """Emit a Failure unless the last one about the subject was the same. `why` is None if the failure has ended."""
         if self._failures.get(subject) != why:
             self._failures[subject] = why
             self._put(Failure(why, subject))
 
     def _wait(self) -> None:
-        """Wait until BIRD ends, a configuration is handed over, or something else is due."""
+        """Wait until BIRD ends, its log changes, `want` is called, or the next action is due.
+
+        If the log has changed, wake BIRD, and schedule a poll of its sessions.
+        """
         now, pid = time.monotonic(), self._state.pid
         if pid is not None:
             due = min(self._poll_at, now + PASSWORDS_POLL)
         elif self._instance.pid() is not None:
-            return  # it has just been recognised
+            return  # it has just been recognised: the next round adopts it
         else:
             due = self._start_at if self._start_at > now else now + LONGEST_PAUSE
         if self._wakeups.wait(pid, due - now):
-            time.sleep(NEWS_PAUSE)  # one line is seldom alone
-            with suppress(CalicoError):  # it is said when the sessions are looked at
+            time.sleep(LOG_PAUSE)  # BIRD usually writes several lines
+            with suppress(CalicoError):  # the next poll reports the error
                 self._instance.wake()
-            self._poll_at = min(self._poll_at, time.monotonic() + NEWS_POLL)
+            self._poll_at = min(self._poll_at, time.monotonic() + LOG_POLL)
 
     def round(self, wanted: Config | None) -> None:
-        """Do what is due now. Raises any exception; then `round` is to be called again."""
+        """Start, configure or poll BIRD, as far as it is due. Raises any exception; the next call tries again."""
         text = self._text(wanted)
         self._follow_process(self._instance.pid())
         if self._state.pid is not None and text is not None and not self._instance.control().exists():
@@ -237,7 +240,7 @@ class BgpThread(threading.Thread):
             raise CalicoError(self._beside)
 
     def _text(self, wanted: Config | None) -> str | None:
-        """Return the configuration's text, None while it is not known."""
+        """Return the text of the configuration; None while the configuration or the passwords are unknown."""
         self._passwords = passwords.read(before=self._passwords)
         self._fail(BGP_PASSWORDS, self._passwords.problem)
         if wanted is None or not self._passwords.known:
@@ -248,7 +251,7 @@ class BgpThread(threading.Thread):
         return self._rendered[2]
 
     def _follow_process(self, pid: int | None) -> None:
-        """Note that BIRD has ended, or that another process of it runs."""
+        """Update the state if BIRD has ended, or if a new BIRD process runs."""
         before, now = self._state.pid, time.monotonic()
         if pid == before:
             return
@@ -266,7 +269,7 @@ class BgpThread(threading.Thread):
             self._start_at, self._pause = now, FIRST_PAUSE
 
     def _after_pause(self) -> float:
-        """Return when to start BIRD that has ended soon after its start (monotonic); the next pause is longer."""
+        """Return the end of the pause until BIRD's next start (monotonic), and double the next pause."""
         pause, self._pause = self._pause, min(LONGEST_PAUSE, self._pause * 2)
         return time.monotonic() + pause
 
@@ -338,7 +341,7 @@ class BgpThread(threading.Thread):
         elif all(session.is_up for session in sessions):
             self._poll_at = now + max(LONG_POLL, 200 * (now - began))
         else:
-            self._poll_at = now + max(SHORT_POLL, 50 * (now - began))  # at most 2 % of the time
+            self._poll_at = now + max(SHORT_POLL, 50 * (now - began))  # polls take at most 2 % of the time
 
     def _look_beside(self) -> None:
         try:

@@ -1,11 +1,11 @@
-"""Reads the passwords of BGP sessions (TCP MD5, RFC 2385) from a file on this host, which is their only place.
+"""Reads the passwords of BGP sessions (TCP MD5, RFC 2385) from a file on this host. They are not in the store.
 
-A line is `PEER PASSWORD`, with a peer's address, or `mesh PASSWORD`, for all hosts of the full mesh; a peer's own line
-takes precedence. The password is the rest of the line, and may contain spaces. Empty lines, and lines that begin with
-`#`, are ignored.
+A line is `PEER PASSWORD`, with the address of a peer, or `mesh PASSWORD`, for all hosts of the full mesh; the line of a
+peer takes precedence. The password is the rest of the line, and may contain spaces. Empty lines, and lines that begin
+with `#`, are ignored.
 
-The file is valid as a whole or refused as a whole: without its password, a session would run unprotected, or not at
-all. A refused file leaves the passwords of the last valid one in use. No message quotes a line.
+If one line is invalid, the whole file is refused: a session without its password would be unprotected, or would not
+come up. While a file is refused, the passwords of the last valid one stay in use. Error messages never quote a line.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from calicoctl.errors import CalicoError
 PATH = Path("/etc/calico/bgp-passwords")
 
 OWNER = 0
-"""The user id that the file must belong to: root's."""
+"""The user ID of the file's owner: root."""
 
 MESH = "mesh"
 
@@ -37,17 +37,17 @@ _Stamp = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Passwords:
-    """The passwords of the last valid file, and what is wrong with the present one."""
+    """The passwords of the last valid file, and what is wrong with the current file."""
 
     peers: Mapping[str, str] = field(default_factory=dict, repr=False)
     """By address of the peer, in canonical form."""
     mesh: str | None = field(default=None, repr=False)
     problem: str | None = None
-    """A sentence that says why the present file is refused, and what to do; None for a valid or missing file."""
+    """A sentence that says why the current file is refused, and what to do; None for a valid or missing file."""
     known: bool = True
-    """False if the file is refused and none was valid before: sessions may need passwords that are not known."""
+    """False if the file is refused, and no file was valid before: then sessions may need unknown passwords."""
     stamp: _Stamp | None = None
-    """What identifies the version of the file; None for a missing file."""
+    """Identifies the version of the file; None if the file is missing, or could not be read."""
 
     def of(self, peer: str, in_mesh: bool) -> str | None:
         """Return the password of the session with a peer (its canonical address), None if the session has no password.
@@ -58,7 +58,7 @@ class Passwords:
 
 
 def read(path: Path = PATH, before: Passwords | None = None) -> Passwords:
-    """Return the passwords in a file; `before` is the last result, or None at first.
+    """Return the passwords in a file. `before` is the previous result, None in the first call.
 
     If the file has not changed, this costs one stat(2), and returns `before` itself. A missing file contains no
     passwords. No exception is raised for an invalid file: see Passwords.problem.
@@ -73,7 +73,7 @@ def read(path: Path = PATH, before: Passwords | None = None) -> Passwords:
         return before
     stamp = None
     try:
-        # O_NONBLOCK: a named pipe must not block
+        # O_NONBLOCK: to open a named pipe must not block
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
             opened = os.fstat(file.fileno())
             stamp = _stamp(opened)
@@ -149,9 +149,9 @@ def _peer(word: bytes, where: str) -> str:
 
 
 def _password(word: bytes, where: str) -> str:
-    """Return a password that a text in quotation marks can hold in BIRD's configuration, which has no escapes.
+    """Decode a password. Raises CalicoError if it cannot be a string literal of BIRD's, or is too long for TCP.
 
-    Source: the state STRING in BIRD's conf/cf-lex.l.
+    BIRD's string literals have no escapes. Source: the state STRING in BIRD's conf/cf-lex.l.
     """
     try:
         text = word.decode()

@@ -1,7 +1,7 @@
-"""Notices packets that the kernel drops because of their TCP MD5 signature: a password is wrong, or one end has none.
+"""Detects packets that the kernel drops because of their TCP MD5 signature: a password is wrong, or one end has none.
 
-BIRD does not learn of them: a session whose ends have different passwords just stays down. The kernel counts them for
-the whole network namespace, without their senders; so it can only be told which sessions they may belong to.
+BIRD is not notified of them: if the two ends have different passwords, the session just stays down. The kernel counts
+these packets for the whole network namespace, and not by sender. So they only raise a suspicion about a session.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Callable
 NETSTAT = Path("/proc/net/netstat")
 
 RECENT = 60.0
-"""Seconds for which dropped packets count. A peer that cannot connect tries again within 30 s."""
+"""Seconds for which dropped packets raise a suspicion. A peer that cannot connect tries again within 30 s."""
 
 _UNSIGNED, _SIGNED, _WRONG = "TCPMD5NotFound", "TCPMD5Unexpected", "TCPMD5Failure"
 """Counters of dropped packets: without a signature where one is expected; with one where none is; with a wrong one.
@@ -22,7 +22,7 @@ Source: net/ipv4/proc.c in Linux."""
 
 
 class Signatures:
-    """Which kinds of packets have been dropped recently because of their signature."""
+    """Knows which kinds of packets were dropped recently because of their signature."""
 
     def __init__(
         self, read: Callable[[], str] = NETSTAT.read_text, clock: Callable[[], float] = time.monotonic
@@ -32,10 +32,10 @@ class Signatures:
         self._clock = clock
         self._before: Mapping[str, int] = {}
         self._grew: dict[str, float] = {}
-        """By counter: when it was seen to have grown last."""
+        """By counter: when `update` last found that it had increased."""
 
     def update(self) -> None:
-        """Compare the counters with those of the last call. To be called every few seconds."""
+        """Compare the counters with those of the last call. Must be called every few seconds."""
         try:
             found = counters(self._read())
         except (OSError, ValueError):
@@ -46,9 +46,9 @@ class Signatures:
         self._before = found
 
     def suspicion(self, has_password: bool) -> str | None:
-        """Return what may be wrong with the password of a session that is not up; None if nothing points to that.
+        """Return what may be wrong with the password of a session that is down; None if there is no such suspicion.
 
-        `has_password` says whether this host has one for it.
+        `has_password` says whether this host has a password for the session.
         """
         recent = {name for name, grew in self._grew.items() if self._clock() - grew <= RECENT}
         if has_password and _WRONG in recent:
@@ -61,9 +61,9 @@ class Signatures:
 
 
 def counters(text: str) -> dict[str, int]:
-    """Return the counters of dropped packets in the text of /proc/net/netstat; raise ValueError for another text.
+    """Return the counters of dropped packets in the text of /proc/net/netstat. Raises ValueError if it has no TcpExt.
 
-    Each group of counters is two lines that begin with its name: the names, then the values.
+    Each group of counters consists of two lines that begin with the group's name: the counters' names, then the values.
     """
     lines = [line.split() for line in text.splitlines()]
     for names, values in zip(lines, lines[1:]):

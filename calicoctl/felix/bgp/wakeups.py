@@ -1,9 +1,10 @@
-"""What the thread that runs BIRD waits for: the end of BIRD, a request of the agent, a change of BIRD's log.
+"""Waits, for the thread that runs BIRD, for the end of BIRD, a request of the agent, or a change of BIRD's log.
 
-BIRD writes into its log when the state of a session changes. To follow the log is faster and cheaper than to ask BIRD
-again and again. BIRD itself must be woken then, by a request on its control socket: its loop (2.0.12,
-sysdep/unix/io.c) looks for work before it runs timers and long tasks. What these leave to do, such as sending a new
-peer the routes, would otherwise wait up to three seconds, until something arrives on one of its sockets.
+BIRD writes to its log when the state of a session changes. Watching the log is faster and cheaper than polling BIRD.
+
+After such a change, the thread must wake BIRD by connecting to its control socket. BIRD's main loop (version 2.0.12,
+sysdep/unix/io.c) checks for pending work before it runs timers and long tasks. Work that these add, such as sending the
+routes to a new peer, would otherwise wait for up to three seconds, until data arrives on one of BIRD's sockets.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ _IN_MODIFY = 0x2
 
 
 class Wakeups:
-    """Waits for these three. If the user may have no more instances of inotify(7), only for the first two."""
+    """Waits for these three events. If the limit of inotify(7) instances is reached, only for the first two."""
 
     def __init__(self) -> None:
         self._reader, self._writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -27,21 +28,21 @@ class Wakeups:
         self._inotify: int = self._libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
 
     def request(self) -> None:
-        """End the `wait` that is running, else the next one. Another thread may call this."""
+        """End the running `wait` or, if none is running, the next one. Another thread may call this."""
         with suppress(BlockingIOError):  # the pipe is full of requests
             os.write(self._writer, b"x")
 
     def follow(self, folder: Path) -> None:
-        """From now on, also wait for changes of the files in a folder."""
+        """Watch a folder: from now on, `wait` also ends if a file in the folder changes."""
         if self._inotify >= 0:
             self._libc.inotify_add_watch(self._inotify, os.fsencode(folder), _IN_MODIFY)
 
     def wait(self, pid: int | None, seconds: float) -> bool:
-        """Wait until `request` is called, a file in the folder changes, or the process `pid` ends.
+        """Wait until `request` is called, a file in the watched folder changes, or the process `pid` (if any) ends.
 
         Waits for `seconds` at most. Returns whether a file has changed.
         """
-        poll = select.poll()  # not select(2), which takes no descriptor above 1023
+        poll = select.poll()  # select(2) does not support descriptors above 1023
         poll.register(self._reader, select.POLLIN)
         if self._inotify >= 0:
             poll.register(self._inotify, select.POLLIN)
@@ -51,7 +52,7 @@ class Wakeups:
                     fd = os.pidfd_open(pid)
                 except ProcessLookupError:  # it has just ended
                     return False
-                except OSError:  # no more descriptors: its end is noticed later
+                except OSError:  # too many open files: the end is noticed later
                     pass
                 else:
                     stack.callback(os.close, fd)

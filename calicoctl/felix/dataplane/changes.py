@@ -1,6 +1,6 @@
 """Collects changes of our nftables tables that belong together, and renders them as the commands of one transaction.
 
-What changes, and why, is decided by ruleset.py and host_rules.py.
+ruleset.py and host_rules.py decide what changes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Callable
 from calicoctl.policy.rules import LONGEST_NEW_NAME
 
 _SAFE = re.compile(rf"[A-Za-z0-9_.-]{{1,{LONGEST_NEW_NAME}}}", re.ASCII)
-"""Names that are used in the names of chains and sets as they are: all that are allowed for new profiles and tags."""
+"""Names that become part of names of chains and sets unchanged: all names allowed for new profiles and tags."""
 
 _PROFILE_CHAINS = ("inbound/", "outbound/")
 
@@ -23,8 +23,8 @@ class Change:
     """Collects the changes of one transaction, and renders their commands in an order that nftables accepts.
 
     Unused chains and sets are deleted last, after everything that referred to them; elements of maps are deleted before
-    they are added with another value. If something is added and removed in the same change, or removed and added, no
-    command is rendered for it.
+    they are added with another value. No command is rendered for an element or a set that is added and removed in the
+    same change, or removed and added.
     """
 
     def __init__(
@@ -33,9 +33,9 @@ class Change:
         chains: dict[str, tuple[str, ...]],
         base_chains: Mapping[str, str],
     ) -> None:
-        """`elements` and `chains` are the contents of the tables, which this changes at once.
+        """`elements` and `chains` are the contents of the tables; the methods update them immediately.
 
-        `base_chains` has the definitions (type, hook, priority) of those chains that are base chains, by name.
+        `base_chains` maps the names of base chains to their definitions (type, hook, priority).
         """
         self._elements = elements
         self._chains = chains
@@ -47,7 +47,10 @@ class Change:
         self._deleted: set[str] = set()
 
     def add(self, where: tuple[str, str], element: str) -> None:
-        """Add an element to a set or map, given as (family, name)."""
+        """Add an element to the set or map `where`, a tuple (family, name).
+
+        Elements are counted: one that is added several times stays until it has been removed as many times.
+        """
         self._elements[where][element] += 1
         if self._elements[where][element] > 1:
             return
@@ -111,7 +114,7 @@ class Change:
         lines += self._element_lines("add", self._added, str)
         for name in kept:
             lines += [f"add rule inet calico {name} {rule}" for rule in self._chains[name]]
-        # chains of lists of profiles before those of the profiles, to which they jump
+        # first the chains of lists of profiles, which jump to the chains of profiles
         gone = sorted(
             (name for name in changed if name not in self._chains), key=lambda n: n.startswith(_PROFILE_CHAINS)
         )
@@ -131,8 +134,8 @@ class Change:
 
 
 def spelled(name: str) -> str:
-    """Return how a name is spelled in those of chains and sets: as it is or, if nftables rejects it, as a digest.
+    """Return a name as it is used in names of chains and sets: unchanged or, if it may be invalid there, as a digest.
 
-    The slash before the digest is in no valid name, so the two kinds never collide.
+    The digest begins with a slash, which unchanged names never contain, so a digest never equals another name.
     """
     return name if _SAFE.fullmatch(name) else "/" + hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:32]

@@ -1,16 +1,18 @@
-"""Renders what nftables enforces between hosts: who may send from which address, and who may reach BGP and VXLAN.
+"""Renders the nftables rules about other hosts: who may send from which address, and who may reach BGP and VXLAN.
 
-* **Senders.** The maps `owners4` and `owners6` have the addresses of all endpoints and hosts. A packet from outside
-  with the address of an endpoint of this host is dropped. One with the address of another host, or of one of its
-  endpoints, is checked in the chain of that host: see `_sender_chain`. All other addresses are nobody's, and pass.
-* **Ports.** Only BGP peers reach TCP port 179 of this host while our BIRD holds it, and only registered hosts reach our
-  VXLAN.
-* **Translated packets.** What this host forwards from its own address, such as packets of a container on Docker's
-  bridge, reaches no workload of another host: that host would take it for this host's own.
+* **Senders.** The maps `owners4` and `owners6` map the addresses of endpoints and hosts to verdicts for packets from
+  outside. A packet from an address of an endpoint of this host is dropped. A packet from an address of another host, or
+  of one of its endpoints, is checked in the chain of that host: see `_sender_chain`. Packets from other addresses pass,
+  but not those from this host's own addresses: the kernel drops them in IPv4, the last rule of `from-outside` in IPv6.
+* **Ports.** While our BIRD listens, only BGP peers can reach TCP port 179 of this host. Only registered hosts can reach
+  our VXLAN.
+* **Translated packets.** If this host translates the source of a packet to its own address (for example, of a packet of
+  a container on Docker's bridge), the packet cannot reach a workload of another host: that host would treat it like a
+  packet of this host itself.
 
-A rule that is wrong here cuts a network. So each check needs evidence: a host's MACs are only checked when one of them
-has been seen (the sets `proven/…`), and interfaces only when it is known how all other hosts are reached. Like
-ruleset.py, this module renders only the difference. It reads no kernel.
+A wrong rule here cuts off a whole network, so each check requires evidence. The MACs of a host are only checked on
+interfaces on which one of them has been seen (the sets `proven/…`). Interfaces are only checked if the routes to all
+other hosts are known. Like ruleset.py, this module renders only the difference. It does not access the kernel itself.
 """
 
 from __future__ import annotations
@@ -37,11 +39,11 @@ COUNTERS = {
     for protocol in ("bgp", "vxlan")
     for version in (4, 6)
 }
-"""By protocol and IP version: the counters of the packets from peers that arrive, and of those that the host's own
-firewall has let through."""
+"""By protocol and IP version, the names of two counters: of packets that arrive from BGP peers or other hosts, and of
+those that the host's own firewall has let pass."""
 
 _SPELLABLE = re.compile(r"[^\s\"*\\]+")
-"""Names of interfaces that nftables takes as they are."""
+"""Names of interfaces that can be written in nftables commands without escapes."""
 
 _IS_OUR_VXLAN = f"udp dport {PORT} @th,96,24 {VNI}"
 """Matches VXLAN with our VNI: bits 32 to 55 of its header, which follows 64 bits of UDP. Source: RFC 7348."""
@@ -93,10 +95,12 @@ add rule inet calico vxlan-port ip6 saddr @hosts6 counter name vxlan6-arrived ac
 add rule inet calico vxlan-port counter drop
 """.replace("PREFIX", INTERFACE_PREFIX).replace("BGP", str(BGP_PORT))
 )
-"""The chain `not-its-host` spares what a host needs to tell the others, through an etcd on one of them or behind one,
-that it has got another MAC: otherwise it would be cut off for good. A TCP connection can only be opened with a forged
-address by a machine that also answers ARP for it. BGP, which trusts addresses, is not spared. It has two rules of its
-own, since nftables 1.0.6 merges two adjacent `!=` about ports into one comparison."""
+"""The chain `not-its-host` drops packets that do not seem to come from the host whose address they have.
+
+It accepts the packets that a host with a new MAC needs to publish the MAC in the store, if etcd runs on another host or
+behind one; otherwise, the host would be cut off for good. To open a TCP connection with a forged address, a machine
+must also answer ARP for the address. BGP trusts addresses, so it is dropped nevertheless. That takes two rules, since
+nftables 1.0.6 merges two adjacent `!=` of ports into one comparison."""
 
 BASE_CHAINS = {
     "ports": "{ type filter hook input priority filter - 12; policy accept; }",
@@ -104,26 +108,28 @@ BASE_CHAINS = {
     "vxlan-forward": "{ type filter hook forward priority filter - 12; policy accept; }",
     "translated": "{ type filter hook postrouting priority srcnat + 10; policy accept; }",
 }
-"""Base chains that only exist while they are needed: each costs every packet a little."""
+"""Base chains that exist only while they are needed, since each costs some time for every packet."""
 
 FROM_HOST = tuple(
     f"{family} saddr @hosts{version} {family} daddr @pools{version} oifname @interfaces accept"
     for version, family in ((4, "ip"), (6, "ip6"))
 )
-"""The rules of `inbound-forward` for what other hosts send: it passes, as what this host sends does. The same is in
-`verdict.is_from_host`."""
+"""The rules of `inbound-forward` that accept packets of other hosts themselves to workloads, as packets of this host
+itself are accepted. `verdict.is_from_host` decides the same."""
 
 
 Moved = tuple[str, tuple[str, ...], tuple[str, ...]]
-"""The host of an endpoint, and the endpoint's addresses before and now."""
+"""The host of an endpoint, and the endpoint's addresses before and after a change."""
 
 
 @dataclass(frozen=True)
 class Ports:
-    """Which ports of this host are ours: that of BGP, which BIRD holds; and that of VXLAN, while a device is there.
+    """Which ports of this host are ours, and therefore protected.
 
-    The latter is ours, too, as long as a pool needs a device, unless there can be none (`blocked`): then VXLAN with our
-    VNI is another program's.
+    `bgp` says whether BIRD listens on the port of BGP, `vxlan` whether a VXLAN device of ours exists. `blocked` means
+    that a device is needed, but cannot be created. Our VXLAN is protected while a device exists. It is also protected
+    while a pool has an overlay and this host is registered, unless `blocked` is set: then VXLAN with our VNI may be
+    another program's.
     """
 
     bgp: bool = False
@@ -132,28 +138,28 @@ class Ports:
 
 
 class HostRules:
-    """The contents of our tables that are about other hosts."""
+    """The part of our tables that is about other hosts."""
 
     def __init__(self) -> None:
         self._claims: dict[str, tuple[str, ...]] = {}
-        """By address: the names of the hosts whose endpoints have it, sorted; a host with two such endpoints is there
+        """By address: the names of the hosts whose endpoints have it, sorted. A host with two such endpoints is listed
         twice."""
         self._verdicts: dict[str, str] = {}
-        """The contents of the maps `owners4` and `owners6`."""
+        """By address: the verdict in the map `owners4` or `owners6`."""
         self._users: dict[str, str] = {}
-        """By address: the registered host that uses it; and an empty name for other addresses that this host uses."""
+        """By address: the registered host that uses it. The name is empty for other addresses that this host uses."""
         self._named: dict[str, int] = {}
-        """By name of another host: how many claims it has. Each host in here, or in `_registered`, has a chain."""
+        """By host: the number of its claims. Each other host that is in here or in `_registered` has a chain."""
         self._registered: frozenset[str] = frozenset()
         self._dynamic: dict[str, str] = {}
-        """The sets that packets add to, and their types."""
+        """By name: the types of the sets to which packets add elements."""
 
     def update(
         self, snapshot: Snapshot, dirty: Dirty, moved: Iterable[Moved], ports: Ports, change: Change
     ) -> set[str]:
-        """Add what has changed to `change`; return the addresses whose connections that may deny.
+        """Add the changes of the rules to `change`; return the addresses whose connections the rules may deny now.
 
-        `moved` has the addresses of the endpoints in `dirty`, before and now.
+        `moved` contains the addresses, before and now, of the endpoints in `dirty`.
         """
         doubtful, unsure_hosts = self._update_claims(moved)
         affected: set[str] = set()
@@ -180,22 +186,22 @@ class HostRules:
         return affected
 
     def create_sets(self, change: Change) -> None:
-        """Add the creation of the sets that packets add to."""
+        """Add to `change` the creation of the sets to which packets add elements."""
         for name, type in self._dynamic.items():
             change.create_set(name, type)
 
     def proofs(self, keys: Callable[[str], Collection[bytes]]) -> str:
-        """Return the commands that add what these sets have now, as `keys` reads it, to the same sets in new tables."""
+        """Return the commands that copy the elements of these sets in the kernel, read by `keys`, into new tables."""
         commands = []
         for name in self._dynamic:
-            with suppress(OSError):  # there was no such set
+            with suppress(OSError):  # the old tables have no such set
                 for interface in (key.rstrip(b"\0").decode(errors="replace") for key in keys(name)):
                     if _SPELLABLE.fullmatch(interface):
                         commands.append(f"add element inet calico {name} {{ {_quoted([interface])} }}\n")
         return "".join(commands)
 
     def _update_claims(self, moved: Iterable[Moved]) -> tuple[set[str], set[str]]:
-        """Update which hosts have which addresses; return the addresses, and the hosts, that this changes."""
+        """Update the claims. Return the addresses, and the hosts, whose claims may have changed."""
         addresses: set[str] = set()
         hosts: set[str] = set()
         for host, before, now in moved:
@@ -215,7 +221,7 @@ class HostRules:
         return addresses, hosts
 
     def _update_owner(self, address: str, own: str, change: Change) -> None:
-        """Update what becomes of packets with this sender, according to who has the address."""
+        """Update the verdict for packets from an address, according to the hosts that have the address."""
         hosts = sorted(set(self._claims.get(address, ())))
         user = self._users.get(address)
         verdict = None
@@ -225,7 +231,7 @@ class HostRules:
             verdict = "drop"
         elif len(hosts) == 1:
             verdict = f"goto {_chain(hosts[0])}"
-        elif hosts:  # it is moving, or one of the records is obsolete
+        elif hosts:  # the address moves between hosts, or one of the endpoints is obsolete
             verdict = "goto by-interface"
         before = self._verdicts.pop(address, None)
         where = ("inet", f"owners{version_of(address)}")
@@ -258,16 +264,18 @@ def _proven(host: str) -> str:
 
 
 def _sender_chain(host: str, snapshot: Snapshot) -> tuple[str, ...]:
-    """Return the rules for packets with the address of another host, or of one of its endpoints.
+    """Return the rules for packets from an address of another host, or of one of its endpoints.
 
-    Where the two hosts share a network, such packets come from a MAC of the host's, or of another host's that forwards
-    them. That is only enforced on an interface on which the host has been seen with one of its MACs: clouds and
-    bridges over WLAN replace MACs. Elsewhere, behind routers, only the interface counts.
+    If the two hosts are connected to the same network, such packets have a MAC of that host as source or, if another
+    host forwards them, a MAC of the latter. The MAC is only checked on interfaces on which one of the host's MACs has
+    been seen, since clouds and bridges over WLAN replace MACs. On others (behind routers), only the interface is
+    checked.
     """
     network, topology = snapshot.network, snapshot.topology
     rules = []
     macs = ", ".join(sorted(topology.macs.get(host, ())))
-    # where routes come from routers that peer, packets may take the way through the router in the same network, too
+    # without the mesh, routes may come from a BGP peer that is a router: then packets may pass through that router even
+    # if the hosts are connected to the same network
     is_direct = topology.mesh or all(topology.users.get(peer.ip) for peer in topology.peers.values())
     is_direct = is_direct and snapshot.check_senders == "mac"
     for version in (4, 6):
@@ -288,10 +296,11 @@ def _sender_chain(host: str, snapshot: Snapshot) -> tuple[str, ...]:
 
 
 def _by_interface(snapshot: Snapshot) -> tuple[str, ...]:
-    """Return the rules that only accept packets from interfaces through which packets of other hosts may come.
+    """Return the rules that accept packets of other hosts from those interfaces on which such packets may arrive.
 
-    See `_fabric`. On others, hosts are known by their MACs, except on bridges, to which containers are connected. An IP
-    version is not checked while a host has no route: then it is not known which interface is its.
+    `_fabric` determines these interfaces. Packets from other interfaces are accepted if they have a MAC of another
+    host, except on bridges, to which containers are connected. An IP version is only checked if this host has a route
+    to each other host with an address of that version: otherwise, an interface may be missing.
     """
     network = snapshot.network
     others = {address for address, host in snapshot.topology.users.items() if host != snapshot.host}
@@ -326,11 +335,11 @@ def _update_sets(snapshot: Snapshot, change: Change) -> None:
 
 
 def _fabric(snapshot: Snapshot) -> set[str]:
-    """Return the interfaces from which packets of other hosts may come.
+    """Return the interfaces on which packets of other hosts may arrive.
 
-    Packets need not come the way that leads back, and routers that this host has no route to may send them. So these
-    are all interfaces with an address, but of bridges only those with a router and that with the registered address:
-    others connect containers.
+    Packets may arrive on another interface than that of the route back, and from routers to which this host has no
+    route. So all interfaces with an address are returned. Bridges are the exception, because they connect containers:
+    only those with a router, with the route to another host, or with the registered address are returned.
     """
     network = snapshot.network
     own = [
@@ -352,7 +361,8 @@ def _update_base_chains(snapshot: Snapshot, held: Ports, change: Change) -> None
         ports.append(f"tcp dport {BGP_PORT} goto bgp-port")
         passed += _passed(f"tcp dport {BGP_PORT}", "bgp")
     if vxlan:
-        # to another address, a workload's packet might come that was translated to its host's address
+        # VXLAN to other addresses of this host is dropped: it may be a workload's packet whose source another host has
+        # translated to its own address
         ports += [
             f"{_IS_OUR_VXLAN} {family} daddr {own} goto vxlan-port"
             for version, family in ((4, "ip"), (6, "ip6"))
@@ -378,16 +388,17 @@ def _update_base_chains(snapshot: Snapshot, held: Ports, change: Change) -> None
 
 
 def _translated(version: int, family: str, vxlan: bool, snapshot: Snapshot) -> list[str]:
-    """Return the rules for packets of an IP version that were translated to the address of a host."""
-    # the host's own packets have no incoming interface; those to endpoints of this host were judged already
+    """Return the rules for packets of an IP version whose source was translated to the address of a host."""
+    # packets of the host itself have no incoming interface; packets to endpoints of this host were checked before
     match = f'ct status snat ct direction original iif != 0 oifname != "{INTERFACE_PREFIX}*"'
     match += f" {family} saddr @hosts{version}"
     rules = []
     if vxlan:
-        # to whatever address: a router may translate that to a host's. The kernel has the device for incoming interface
-        # of what it sends through the device
+        # the destination does not matter, since a router may translate it to a host's address. In packets that the
+        # device itself has encapsulated, the incoming interface is the device
         rules.append(f"{match} iifname != {{ {_quoted(DEVICES.values())} }} {_IS_OUR_VXLAN} counter drop")
-    # a pool may overlap a network of this host. There, workloads of others are reached through hosts or BGP peers
+    # a pool may overlap a network of this host. Packets to workloads in there have a host or a BGP peer as next hop;
+    # packets with another next hop are for other machines, and pass
     network = snapshot.network
     doubtful = {one for pool in snapshot.pools.values() for one in network.overlapping(pool.cidr)}
     for one in sorted(doubtful, key=lambda one: (one.version, one.first, one.length, one.interface)):

@@ -1,7 +1,7 @@
-"""Policy: drives our nftables tables to the snapshot, each change as one transaction.
+"""Policy: drives our nftables tables to the state that follows from the snapshot, each change as one transaction.
 
-ruleset.py renders the commands; this module runs them. If a change is refused, or another process has modified the
-tables, it reloads the tables as a whole. If the reload fails as well, it backs off.
+ruleset.py renders the commands; this module runs them. If the kernel refuses a change, or another process has modified
+the tables, this module reloads the tables as a whole. A reload that fails is retried after BACKOFF.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 log = logging.getLogger("calico.felix")
 
 BACKOFF = 5.0
-"""Seconds until a reload that failed is tried again."""
+"""Seconds until a failed reload is retried."""
 
 
 class PolicyManager(Manager):
-    """Drives the tables to the snapshot or, while the store must not be used, keeps them as they were."""
+    """Drives the tables to the snapshot or, while the store must not be used, keeps their last contents."""
 
     def __init__(self, context: Context, nft: Nft) -> None:
         self._context = context
@@ -40,22 +40,22 @@ class PolicyManager(Manager):
         self._retry_at = 0.0
         self._restore_due = False
         self.ruleset = Ruleset()
-        """The contents of the tables. While they are not `in_sync`, the last contents that were, or should have been,
-        programmed."""
+        """The contents of the tables. If `in_sync` is False, the contents that were programmed last, or should have
+        been."""
         self.in_sync = False
         """Whether the tables in the kernel match `ruleset`. If not, the next `apply` reloads them."""
         self.error: str | None = None
-        """Why the last `apply` failed."""
+        """Why the last `apply` failed; None if it succeeded."""
         self.reloaded = False
         """Whether the last `apply` reloaded the tables as a whole."""
         self.affected: set[str] = set()
-        """Addresses whose connections the policy may deny since the last `apply`."""
+        """The addresses whose established connections may be denied as a result of the last `apply`."""
 
     def on_event(self, event: Any) -> None:
         if isinstance(event, Dirty):
             self._dirty.merge(event)
         elif isinstance(event, TablesChanged):
-            # the empty name means lost notifications, which may have been about our own changes
+            # an empty name means that notifications were lost; these may have been about our own changes
             if self.in_sync and ("calico" in event.names or ("" in event.names and not self._tables_exist())):
                 log.warning("another process has modified our nftables tables; reloading them")
                 self.in_sync, self._restore_due = False, True
@@ -73,12 +73,12 @@ class PolicyManager(Manager):
             self._ports, self._dirty.topology = ports, True
 
     def invalidate(self, backoff: float) -> None:
-        """Assume nothing about the contents of the tables; have them reloaded in `backoff` seconds."""
+        """Treat the contents of the tables as unknown. They are to be reloaded in `backoff` seconds."""
         self.in_sync, self._retry_at = False, time.monotonic() + backoff
 
     @property
     def retry_at(self) -> float | None:
-        """When to retry a failed reload (monotonic); None if no reload has failed."""
+        """When to retry a failed reload (monotonic); None if no retry is due."""
         return None if self.in_sync or not self._retry_at else self._retry_at
 
     @property
@@ -123,7 +123,7 @@ class PolicyManager(Manager):
         if proofs:
             try:
                 self._nft.run(proofs)
-            except CalicoError as error:  # packets will prove it again
+            except CalicoError as error:  # packets will add these elements again
                 log.warning("%s", error)
         self._succeeded(update.affected)
 
@@ -135,8 +135,8 @@ class PolicyManager(Manager):
     def restore(self) -> None:
         """If another process has modified the tables, reload them with their last contents.
 
-        Called while the store must not be used, since the snapshot may be wrong then. A failure is retried at each
-        Tick.
+        Called instead of `apply` while the store must not be used, since the snapshot may be wrong then. If this
+        fails, it is retried at each Tick.
         """
         if self.in_sync or not self._restore_due or not self._context.health.first_update:
             return
@@ -148,9 +148,9 @@ class PolicyManager(Manager):
             self._context.health.error(str(error))
 
     def restore_established_fast_path(self) -> None:
-        """Let packets of established connections pass without evaluation of the rules again.
+        """Let packets of established connections pass again without an evaluation of the rules.
 
-        Called when all connections are verified.
+        Called when all connections have been verified.
         """
         try:
             self._nft.run(self.ruleset.restore_established_fast_path())

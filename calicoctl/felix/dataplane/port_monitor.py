@@ -1,7 +1,8 @@
-"""Notices that the host's own firewall drops BGP or VXLAN, which other hosts cannot tell from a host that is down.
+"""Detects that the host's own firewall drops BGP or VXLAN: to other hosts, this host then seems to be down.
 
-The tables count the packets that arrive for these ports from BGP peers and other hosts, and those that the firewall has
-let through (host_rules.py). This module compares the two, and changes nothing: a firewall is its administrator's.
+Our tables count the packets from BGP peers and other hosts that arrive at these ports, and those that the firewall has
+let pass (host_rules.py). This module compares the counters. It does not change the firewall, which is the
+administrator's.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ if TYPE_CHECKING:
     from calicoctl.felix.dataplane.policy_manager import PolicyManager
 
 DROPPED_CHECKS = 2
-"""How many checks in a row must find that packets arrive and none gets through."""
+"""A failure is reported after this many checks that find that packets have arrived, but none has passed."""
 
 PAUSE = 3.0
-"""Seconds between two checks while packets seem to be dropped. Otherwise, a check comes with each Tick."""
+"""Seconds between two checks while packets seem to be dropped. Otherwise, a check runs at each Tick."""
 
 SILENT_CHECKS = 20
-"""After how many checks without any packet a failure ends: nobody tries any more."""
+"""A failure ends after this many checks without any packet: then no peer tries to send any more."""
 
 _PORTS = {
     "bgp": ("tcp", BGP_PORT, "what BGP peers send", "the sessions that they open"),
@@ -44,12 +45,12 @@ class PortMonitor(Manager):
         self._nft = nft
         self._due = False
         self._again_at: float | None = None
-        """When to check again (monotonic) although no Tick comes."""
+        """When to check again without waiting for a Tick (monotonic); None to wait for the next Tick."""
         self._before: Mapping[str, int] = {}
         self._dropped: dict[tuple[str, int], int] = {}
-        """By protocol and IP version: how many checks in a row have found that all packets are dropped."""
+        """By protocol and IP version: how many checks have found dropped packets since a packet last passed."""
         self._silent: dict[tuple[str, int], int] = {}
-        """The same for checks since the last packet."""
+        """By protocol and IP version: how many checks have found no packet since one last arrived."""
 
     def on_event(self, event: Any) -> None:
         if isinstance(event, Tick) and self._policy.ruleset.counts_ports:
@@ -90,7 +91,7 @@ class PortMonitor(Manager):
 
     def _since_before(self, name: str, now: Mapping[str, int]) -> int:
         count, before = now.get(name, 0), self._before.get(name, 0)
-        return count - before if count >= before else count  # the tables were loaded anew
+        return count - before if count >= before else count  # the tables were reloaded, so the counter began at 0 again
 
 
 def _explanation(protocol: str, versions: list[int]) -> str:

@@ -1,8 +1,8 @@
-"""The driver of the overlay: VXLAN devices, their forwarding and neighbour entries, and the routes to other hosts.
+"""The driver of the overlay: programs VXLAN devices, their forwarding and neighbour entries, and the overlay's routes.
 
-The agent recognises its routes by their protocol number (`ip route show proto 81`), and its devices by their names,
-kind and VNI: an interface of one of the names that is anything else is left alone. A device has the forwarding and
-neighbour entries that the agent sets, and no others. Which hosts and blocks there are is decided in desired/overlay.py.
+The agent recognises its routes by their protocol number (`ip route show proto 81`), and its devices by name, kind and
+VNI. Other interfaces are not changed, even if one has the name of a device. On its devices, the agent deletes
+forwarding and neighbour entries that it has not set. desired/overlay.py decides which tunnels and routes there are.
 """
 
 from __future__ import annotations
@@ -28,28 +28,28 @@ if TYPE_CHECKING:
     from pyroute2.iproute.linux import IPRoute
 
 DEVICES = {4: "vxlan.calico", 6: "vxlan-v6.calico"}
-"""The devices' names, by the IP version of the underlay: the kernel needs one device for each. The names are those of
-Calico 3."""
+"""The devices' names, by the IP version of the underlay: a device can use only one version. Calico 3 uses the same
+names."""
 VNI = 4095
-"""Docker Swarm numbers its networks from 4096 on, and the kernel refuses a second device with the same VNI and port.
+"""Below 4096: Docker Swarm uses VNIs from 4096 on, and the kernel refuses a second device with the same VNI and port.
 Source: vxlanIDStart in libnetwork's drivers/overlay/ovmanager."""
 PORT = 4789
 """The UDP port of VXLAN. Source: RFC 7348."""
 
 _DUMMY_ADDRESS = "192.0.0.8"
-"""An address for devices that need one, which nobody sends to. Source: RFC 7600, section 4.8."""
+"""An address for devices that must have one; no host uses it. Source: RFC 7600, section 4.8."""
 
 _METRIC = {4: 0, 6: 1}
-"""The smallest metric of a route, by IP version: the kernel takes 0 as 1024 in IPv6. BIRD's routes have 32."""
+"""By IP version: the smallest metric, so that our routes precede BIRD's, which have 32. In IPv6, 0 means 1024."""
 _ANY_SCOPE = 255
-"""In a request to delete a route: of any scope. Source: fib_table_delete() in the kernel's net/ipv4/fib_trie.c."""
+"""In a request to delete a route: matches any scope. Source: fib_table_delete() in the kernel's net/ipv4/fib_trie.c."""
 
 
 @dataclass(frozen=True)
 class Route:
-    """A route of the agent's to a CIDR: through an interface (its index) and a gateway, or without both a blackhole.
+    """A route of the agent to a CIDR: through the interface `index` and a gateway; if both are None, a blackhole route.
 
-    `source` is the address that the host's own packets are sent from, None to let the kernel choose.
+    `source` is the source address of this host's own packets; if it is None, the kernel chooses one.
     """
 
     cidr: str
@@ -60,7 +60,11 @@ class Route:
 
 @dataclass(frozen=True)
 class Device:
-    """A VXLAN device as the kernel has it. `port` and `vni` are numbers, `parent` is an interface's index or None."""
+    """The state of a VXLAN device in the kernel.
+
+    `learning` says whether the kernel learns forwarding entries from packets. `local` is the source address of its
+    packets in the underlay, `parent` the index of the interface that it sends them through; each is None if not set.
+    """
 
     index: int
     up: bool
@@ -74,7 +78,7 @@ class Device:
 
 
 class Vxlan:
-    """The kernel's part of the overlay, cached until the next `read`. All methods raise CalicoError."""
+    """The overlay in the kernel, cached until the next `read`. Methods raise CalicoError if the kernel refuses."""
 
     def __init__(self, netlink: IPRoute) -> None:
         self._netlink = netlink
@@ -82,12 +86,12 @@ class Vxlan:
         """The agent's routes."""
         self._devices: dict[int, Device] = {}
         self._forwarding: dict[int, set[tuple[str, str]]] = {}
-        """By the version of the underlay: (MAC, address) of the forwarding entries of its device."""
+        """By IP version of the underlay: the forwarding entries of its device, as (MAC, underlay address)."""
         self._neighbours: dict[int, set[tuple[str, str]]] = {}
-        """By the version of the underlay: (address, MAC) of the permanent neighbour entries of its device."""
+        """By IP version of the underlay: the permanent neighbour entries of its device, as (address, MAC)."""
 
     def read(self) -> None:
-        """Read everything into the cache."""
+        """Read the devices, their entries, and the agent's routes into the cache."""
         self._devices = {}
         for version, name in DEVICES.items():
             found = self._find(name)
@@ -104,19 +108,19 @@ class Vxlan:
             }
 
     def index(self, version: int) -> int | None:
-        """Return the index of the device of an underlay's IP version, None if there is none."""
+        """Return the index of our device for an underlay's IP version, None if it does not exist."""
         device = self._devices.get(version)
         return None if device is None else device.index
 
     def versions(self) -> set[int]:
-        """Return the IP versions of the underlays that have a device of ours."""
+        """Return the IP versions of the underlays for which a device of ours exists."""
         return set(self._devices)
 
     def apply_device(self, tunnel: Tunnel, parent: int | None, mtu: int) -> None:
-        """Create a tunnel's device, or correct it, and give it the peers' entries.
+        """Create or correct the device of a tunnel, and set its entries for the tunnel's peers.
 
-        `parent` is the index of the interface that the packets leave through, None for any. Raises CalicoError, also if
-        an interface that is not ours has the device's name.
+        `parent` is the index of the interface through which the device sends its packets, None for any. Raises
+        CalicoError if the kernel refuses, or if an interface that is not ours has the device's name.
         """
         name = DEVICES[tunnel.version]
         device = self._devices.get(tunnel.version)
@@ -145,17 +149,20 @@ class Vxlan:
                 self._netlink.link("set", index=device.index, state="up")
         if (device.mac, device.mtu, device.up) != (tunnel.mac, mtu, True):
             self._reread(tunnel.version, name)
-            self._neighbours[tunnel.version] = set()  # a new MAC has removed them
+            self._neighbours[tunnel.version] = set()  # with a new MAC, the kernel deletes them
         self._apply_peers(tunnel, device.index)
 
     def remove_device(self, version: int) -> None:
-        """Remove the device of an underlay's IP version, if there is one of ours."""
+        """Remove our device for an underlay's IP version, if it exists."""
         device = self._devices.get(version)
         if device is not None:
             self._remove(version, device)
 
     def apply_routes(self, desired: Iterable[Route]) -> None:
-        """Make these, one for each CIDR, the agent's only routes of the overlay. Routes are changed without a gap."""
+        """Make the desired routes, one for each CIDR, the only overlay routes. Routes are replaced without a gap.
+
+        If the kernel refuses some of them, the others are programmed nevertheless; then CalicoError is raised.
+        """
         routes = {route.cidr: route for route in desired}
         have: dict[str, set[Route]] = defaultdict(set)
         for route in self.routes:
@@ -174,17 +181,17 @@ class Vxlan:
             raise CalicoError(failures[0] + more)
 
     def underlay(self, address: str) -> Underlay:
-        """Return where packets from an address of this host leave."""
+        """Return the interface through which packets from an address of this host leave, and its MTU."""
         return underlay(address)
 
     def index_of(self, interface: str) -> int | None:
-        """Return the index of an interface, None if there is none of that name."""
+        """Return the index of an interface, None if no interface has the name."""
         with suppress(OSError):
             return socket.if_nametoindex(interface)
         return None
 
     def routed_by_bird(self) -> set[str]:
-        """Return the CIDRs that BIRD has a route to in the kernel, blackholes included."""
+        """Return the CIDRs to which BIRD has a route in the kernel, blackhole routes included."""
         with _explained("BIRD's routes cannot be read"):
             return {
                 f"{route.destination}/{route.length}"
@@ -196,7 +203,7 @@ class Vxlan:
     # Devices
 
     def _find(self, name: str) -> Device | str | None:
-        """Return an interface: a Device if it is one of VXLAN, else its kind in words; None if there is none."""
+        """Return an interface: a Device if it is a VXLAN device, else its kind; None if it does not exist."""
         from pyroute2.netlink.exceptions import NetlinkError
 
         try:
@@ -241,7 +248,7 @@ class Vxlan:
         return self._reread(tunnel.version, name)
 
     def _fits(self, device: Device, tunnel: Tunnel, parent: int | None) -> bool:
-        """Correct what can be changed in place; return False if the device must be created anew."""
+        """Correct what the kernel can change in place. Return False if the device must be removed and created again."""
         from pyroute2.netlink.exceptions import NetlinkError
 
         if device.port != PORT:
@@ -252,7 +259,7 @@ class Vxlan:
             return False
         try:
             self._netlink.link("set", index=device.index, kind="vxlan", **_changeable(tunnel, parent))
-        except NetlinkError:  # a kernel that cannot change it
+        except NetlinkError:  # this kernel cannot change it
             return False
         now = self._reread(tunnel.version, DEVICES[tunnel.version])
         return (now.local, now.parent, now.learning) == (tunnel.local, parent, False)
@@ -264,7 +271,7 @@ class Vxlan:
         self.routes = {route for route in self.routes if route.index != device.index}  # gone with the device
 
     def _apply_peers(self, tunnel: Tunnel, index: int) -> None:
-        """Give a device the forwarding and neighbour entries of the tunnel's peers, and no others."""
+        """Set the forwarding and neighbour entries of a device to those of the tunnel's peers; delete all others."""
         forwarding, neighbours = self._forwarding[tunnel.version], self._neighbours[tunnel.version]
         desired = {(mac, address) for mac, address in tunnel.peers.items()}
         resolved = {(link_local(mac), mac) for mac in tunnel.peers}
@@ -272,7 +279,7 @@ class Vxlan:
             _change_forwarding(index, mac, address, add=True)
         for address, mac in resolved - neighbours:
             _change_neighbour(index, address, mac)
-        # replaced above: entries with the same key, which is the MAC, or the neighbour's address
+        # entries with the same key (the MAC, or the neighbour's address) were replaced above: do not delete those
         for mac, address in forwarding - desired:
             if mac not in tunnel.peers:
                 _change_forwarding(index, mac, address, add=False)
@@ -284,8 +291,8 @@ class Vxlan:
     # Routes
 
     def _put(self, route: Route, before: set[Route]) -> None:
-        """Add a route in front of those of others to its CIDR, or replace ours, `before`."""
-        if len(before) > 1:  # which one would be replaced?
+        """Add a route, or replace our previous ones to its CIDR, `before`. Other programs' routes to it stay."""
+        if len(before) > 1:  # the kernel would replace only one of them
             self._delete(route.cidr, before)
             before = set()
         flags = netlink.CREATE | (netlink.REPLACE if before else 0)
@@ -294,15 +301,15 @@ class Vxlan:
         self.routes = (self.routes - before) | {route}
 
     def _delete(self, cidr: str, routes: set[Route]) -> None:
-        """Delete our routes to a CIDR, `routes`."""
+        """Delete `routes`, our routes to a CIDR."""
         with _explained(f"the kernel refused to remove the route to {cidr}", errno.ESRCH, errno.ENOENT):
-            for _ in routes:  # a request deletes one of them
+            for _ in routes:  # each request deletes one of them
                 netlink.do(socket.NETLINK_ROUTE, netlink.RTM_DELROUTE, 0, _to(cidr, 0, _ANY_SCOPE))
         self.routes -= routes
 
 
 def _changeable(tunnel: Tunnel, parent: int | None) -> dict[str, Any]:
-    """Return pyroute2's fields of a device that may change in place."""
+    """Return pyroute2's fields for those settings of a device that can be changed in place."""
     local = {"vxlan_local" if tunnel.version == 4 else "vxlan_local6": tunnel.local}
     return {**local, **({} if parent is None else {"vxlan_link": parent}), "vxlan_learning": 0}
 
@@ -310,11 +317,11 @@ def _changeable(tunnel: Tunnel, parent: int | None) -> dict[str, Any]:
 def _settings(name: str) -> dict[str, str]:
     """Return the sysctls of a device: values by path below /proc/sys/net.
 
-    What another host itself sends through the tunnel comes from its address in the underlay, to which another way leads
-    back. So the check of the reverse path must be loose here; the larger one of this value and that for all interfaces
-    is in force, hence 2 and not 0. Our tables check senders. The peers' link-local addresses, which are the gateways,
-    need IPv6. Source: fib_validate_source() in the kernel's net/ipv4/fib_frontend.c;
-    Documentation/networking/ip-sysctl.rst.
+    The check of the reverse path (rp_filter) must be loose: packets that another host itself sends through the tunnel
+    have its underlay address as source, and the route back to that address does not lead through the tunnel. The kernel
+    uses the larger of this value and the one for all interfaces, hence 2 and not 0. Our nftables tables check senders.
+    IPv6 must be enabled, since the gateways of the routes are link-local addresses of the peers. Source:
+    fib_validate_source() in the kernel's net/ipv4/fib_frontend.c; Documentation/networking/ip-sysctl.rst.
     """
     settings = {"disable_ipv6": "0", "accept_dad": "0", "accept_ra": "0"}
     return {
@@ -324,9 +331,9 @@ def _settings(name: str) -> dict[str, str]:
 
 
 def _add_address(index: int) -> None:
-    """Give a device the dummy address, unless it has it: without any, even the loose check of the reverse path drops.
+    """Add the dummy address to a device, unless the device has it already.
 
-    Source: fib_validate_source(), as above.
+    Without an IPv4 address, even the loose check of the reverse path drops packets. Source: see `_settings`.
     """
     body = struct.pack("=4BI", socket.AF_INET, 32, 0, netlink.SCOPE_LINK, index)
     body += netlink.attribute(netlink.IFA_LOCAL, pack(_DUMMY_ADDRESS))
@@ -346,7 +353,7 @@ def _routes() -> Iterator[Route]:
 
 
 def _to(cidr: str, kind: int, scope: int = netlink.SCOPE_GLOBAL) -> bytes:
-    """Return the first part of a request about our routes to a CIDR; `kind` is a type of routes, 0 for any.
+    """Return the first part of a request about our routes to a CIDR. `kind` is the type of the route, 0 for any.
 
     Source: the kernel's uapi/linux/rtnetlink.h.
     """
@@ -359,7 +366,7 @@ def _to(cidr: str, kind: int, scope: int = netlink.SCOPE_GLOBAL) -> bytes:
 
 
 def _message(route: Route) -> bytes:
-    """Return the request about a route."""
+    """Return the request to add or replace a route."""
     version = version_of(route.cidr)
     body = _to(route.cidr, netlink.BLACKHOLE if route.index is None else netlink.UNICAST)
     if route.index is not None:
@@ -375,7 +382,7 @@ def _message(route: Route) -> bytes:
 
 
 def _forwarding_entries() -> Iterator[tuple[int, str, str]]:
-    """Yield (interface's index, MAC, underlay address) of all forwarding entries that have an address."""
+    """Yield (index of the interface, MAC, underlay address) for each forwarding entry with an address."""
     request = struct.pack("=BBHiHBB", socket.AF_BRIDGE, 0, 0, 0, 0, 0, 0)
     for body in netlink.dump(socket.NETLINK_ROUTE, netlink.RTM_GETNEIGH, request):
         found = netlink.attributes(body[12:])
@@ -401,7 +408,7 @@ def _change_forwarding(index: int, mac: str, address: str, add: bool) -> None:
 
 
 def _change_neighbour(index: int, address: str, mac: str | None) -> None:
-    """Set a permanent neighbour entry of a device or, with `mac` None, remove it."""
+    """Set a permanent IPv6 neighbour entry of a device; if `mac` is None, remove it."""
     body = struct.pack("=BBHiHBB", socket.AF_INET6, 0, 0, index, netlink.NUD_PERMANENT, 0, 0)
     body += netlink.attribute(netlink.NDA_DST, pack(address))
     with _explained(f"the kernel refused to change the neighbour {address}", *(() if mac else (errno.ENOENT,))):

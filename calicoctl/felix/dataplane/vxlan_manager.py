@@ -1,11 +1,12 @@
 """The overlay: drives VXLAN devices, their entries, and the routes to other hosts' workloads to the desired state.
 
-desired/overlay.py decides what they are; the driver, vxlan.py, programs the difference. Reports the MTU that follows
-from the host's interfaces. The routes of pools without an overlay are BIRD's.
+desired/overlay.py decides the desired state; the driver, vxlan.py, programs the difference. This manager also reports
+the MTUs that follow from the host's interfaces. BIRD programs the routes of pools without an overlay.
 
-A pool that goes over from one to the other must not be without a route: a new one of ours precedes BIRD's, and an old
-one of ours stays until BIRD has put its own into the kernel, or for GIVE_UP_AFTER. Peers do the same at their pace, and
-may send through the tunnel for a while: so the devices stay for LINGER after the last pool with an overlay.
+While a pool gets or loses its overlay, it must always have routes. A new overlay route precedes BIRD's route to the
+same CIDR. An old overlay route stays until BIRD has programmed its own, or until GIVE_UP_AFTER has passed. Other hosts
+switch at other times, and may send through the tunnel for a while. So the devices stay for LINGER after the last pool
+has lost its overlay.
 """
 
 from __future__ import annotations
@@ -36,40 +37,40 @@ if TYPE_CHECKING:
     from calicoctl.felix.dataplane.vxlan import Vxlan
 
 GIVE_UP_AFTER = 5.0
-"""Seconds to wait for BIRD's route to a CIDR that is no longer in the overlay."""
+"""Seconds for which the overlay's route to a CIDR that has left the overlay waits for BIRD's route."""
 
 LINGER = 10.0
-"""Seconds that devices stay when no pool has an overlay any more: longer than other hosts' routes through them."""
+"""Seconds for which devices stay after the last pool with an overlay: longer than other hosts keep their routes."""
 
 POLL = 0.2
-"""Seconds between two looks for BIRD's routes."""
+"""Seconds between two checks for BIRD's routes."""
 
 
 class VxlanManager(Manager):
     """Programs the overlay of this host."""
 
     def __init__(self, context: Context, vxlan: Vxlan, put: Callable[[Any], None] = lambda event: None) -> None:
-        """`put` takes OverlayBlocked events."""
+        """`put` is called with OverlayBlocked events."""
         self._context = context
         self._snapshot = context.snapshot
         self._vxlan = vxlan
         self._put = put
         self._blocked = False
-        """Whether devices are needed, and none could be created."""
+        """Whether devices are needed, but none exists, because none could be created."""
         self._absent: list[str] = []
-        """The registered addresses of this host that the overlay needs, and no interface has."""
+        """The registered addresses of this host that tunnels use, but no interface has."""
         self._overlay = Overlay(context.snapshot)
         self._stale = True
         """Whether the kernel may have changed since the driver read it."""
         self._dirty = True
         self._failed = False
-        """Whether something could not be programmed; retried at the next Tick."""
+        """Whether the last `apply` failed, at least in part; it is repeated at the next Tick."""
         self._leaving: dict[str, float] = {}
-        """The CIDRs whose routes wait for BIRD's: until when (monotonic)."""
+        """By CIDR that has left the overlay: until when its route waits for BIRD's (monotonic)."""
         self._devices_until: float | None = None
-        """Until when devices stay although no pool needs them (monotonic)."""
+        """Until when devices stay although no pool has an overlay (monotonic); None outside of LINGER."""
         self._poll_at: float | None = None
-        """When to look for BIRD's routes again (monotonic)."""
+        """When to check for BIRD's routes again (monotonic); None while no route waits for them."""
         self._watched: set[int] = set()
         """The indices of the interfaces that the overlay uses."""
 
@@ -78,7 +79,7 @@ class VxlanManager(Manager):
             changed = self._overlay.update(event)
             self._dirty = self._dirty or changed or event.settings
         elif isinstance(event, LinkChanged):
-            # with an interface, its routes go without notice
+            # with an interface, the kernel may remove its routes without a notification
             if event.link.index in self._watched or event.link.name in DEVICES.values():
                 self._stale = True
         elif isinstance(event, (AddressesChanged, KernelEventsLost)):
@@ -147,7 +148,7 @@ class VxlanManager(Manager):
         self._watched |= {underlay.interface for underlay in underlays.values() if underlay.interface is not None}
 
     def _devices_stay(self) -> bool:
-        """Return whether there must be devices: while a pool has an overlay, and for LINGER after that."""
+        """Return whether devices must exist: while a pool has an overlay, and for LINGER after that."""
         now = time.monotonic()
         if self._overlay.is_needed:
             self._devices_until = None
@@ -169,14 +170,14 @@ class VxlanManager(Manager):
         return max(SMALLEST, min(largest, self._snapshot.mtu or largest))
 
     def _route(self, cidr: str, hop: Hop | None, source: str | None) -> Route | None:
-        """Return the route for a hop (None: a blackhole); None while its interface does not exist."""
+        """Return the route for a hop (None for a blackhole); None if the interface of the hop does not exist."""
         if hop is None:
             return Route(cidr)
         index = self._vxlan.index(hop.tunnel) if hop.tunnel is not None else self._vxlan.index_of(hop.interface)
         return None if index is None else Route(cidr, index, hop.gateway, source)
 
     def _kept(self, desired: set[str]) -> set[Route]:
-        """Return the old routes that stay until BIRD's are there."""
+        """Return our old routes that wait for BIRD's routes to the same CIDRs."""
         leaving = {
             route for route in self._vxlan.routes if route.cidr not in desired and self._overlay.is_plain(route.cidr)
         }
