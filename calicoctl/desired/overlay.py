@@ -136,8 +136,8 @@ class Overlay:
     def update(self, dirty: Dirty) -> bool:
         """Process changes of the snapshot. Return whether tunnels or routes may have changed."""
         changed = dirty.endpoints if self.is_needed else set()
-        anew = dirty.pools or dirty.topology
-        if anew:
+        reread = dirty.pools or dirty.topology
+        if reread:
             changed = changed | self._reread_blocks()
         different = False
         for id in changed:
@@ -148,7 +148,7 @@ class Overlay:
                 self._singles.pop(id, None)
             # a local endpoint may have, or have had, an address in `_singles`: such an address gets no route
             different = different or before != now or (id.host == self._snapshot.host and bool(self._singles))
-        return anew or different
+        return reread or different
 
     def routes(self) -> dict[str, Hop | None]:
         """Return the routes by CIDR; None means a blackhole route.
@@ -156,18 +156,18 @@ class Overlay:
         CIDRs in pools without an overlay are left out, and those of hosts that cannot be reached.
         """
         snapshot = self._snapshot
-        wanted: dict[str, tuple[str, str]] = {block.cidr: owner for block, owner in self._blocks.items()}
+        owners: dict[str, tuple[str, str]] = {block.cidr: owner for block, owner in self._blocks.items()}
         reserved = Reserved(snapshot.network, snapshot.topology.users, snapshot.host)
         for id in sorted(self._singles, key=lambda id: (id.host, id.endpoint)):
             for address in self._singles[id]:
                 if snapshot.owner(address) is None and reserved.user(address) is None:
-                    wanted.setdefault(host_net(address), (id.host, self._pool(_single(address))[1]))
+                    owners.setdefault(host_net(address), (id.host, self._pool(_single(address))[1]))
         hops: dict[tuple[str, str, int], Hop | None] = {}
         tunnel_ends = {
             address: mac for tunnel in tunnels(snapshot.topology).values() for mac, address in tunnel.peers.items()
         }
         found: dict[str, Hop | None] = {}
-        for cidr, (host, mode) in wanted.items():
+        for cidr, (host, mode) in owners.items():
             if host == snapshot.host:
                 found[cidr] = None
                 continue

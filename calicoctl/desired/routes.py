@@ -6,7 +6,7 @@ considered: the agent itself programs the routes of pools with an overlay.
 A block is normally announced as a whole, and this host drops packets to its unused addresses. The exception is a block
 that overlaps a network that this host is connected to, a gateway, an address of this host, the address of a registered
 host, or the destination of another route. Of such a block, only the addresses of local endpoints are announced, one by
-one, and packets to other addresses are routed as before. A route whose destination contains the whole pool, such as the
+one, and packets to other addresses are not dropped. A route whose destination contains the whole pool, such as the
 default route, does not count as an overlap: the pool was placed inside that destination on purpose.
 """
 
@@ -133,7 +133,7 @@ class Surroundings:
 
 
 class _Networks:
-    """Answers whether an address, given as a number, is in one of many networks of one IP version."""
+    """Decides whether an address (a number) is in any of many networks of one IP version."""
 
     def __init__(self, networks: Iterable[Network]) -> None:
         self._firsts: dict[int, set[int]] = defaultdict(set)

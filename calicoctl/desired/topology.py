@@ -43,7 +43,7 @@ class Topology:
         self.mesh = True
         """Whether all hosts peer with each other."""
         self.peers: dict[str, Peer] = {}
-        """The global BGP peers, and those of `host`, by key."""
+        """By key: the global BGP peers, and the peers of `host`."""
         self.hold_time = HOLD_TIME
         self.log_level = str(config.BGP_LOG_LEVEL.default)
         self._addresses: dict[str, str] = {}

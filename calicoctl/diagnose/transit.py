@@ -142,7 +142,7 @@ def obstacles(route: Route, sender: Topology, receiver: Topology, address: str) 
 
 
 def _without_mesh(both: list[Topology], version: int) -> Iterator[Obstacle]:
-    """Yield what is missing for two hosts to learn each other's routes from their own BGP peers."""
+    """Yield the obstacles if, without the mesh, two hosts have no common BGP peer and do not peer with each other."""
     one, other = ({peer.ip for peer in topology.peers.values() if version_of(peer.ip) == version} for topology in both)
     if one & other or (both[1].own(version) in one and both[0].own(version) in other):
         return

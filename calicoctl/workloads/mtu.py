@@ -30,8 +30,8 @@ DEFAULT = 1500
 """The MTU of Ethernet, used if the interface is unknown."""
 
 HEADER = {4: 50, 6: 70}
-"""The bytes that VXLAN adds to a packet, by the IP version of the underlay: the outer IP header, and those of UDP (8
-bytes), VXLAN (8) and the inner Ethernet frame (14). Source: RFC 7348, section 5."""
+"""The bytes that VXLAN adds to a packet, by the IP version of the underlay: the outer IP header, and the headers of
+UDP (8 bytes), VXLAN (8) and the inner Ethernet frame (14). Source: RFC 7348, section 5."""
 
 SMALLEST = 1280
 """The smallest MTU of a link with IPv6. Tunnels use IPv6. Source: RFC 8200, section 5."""

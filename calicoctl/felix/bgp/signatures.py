@@ -17,7 +17,7 @@ RECENT = 60.0
 """Seconds for which dropped packets raise a suspicion. A peer that cannot connect tries again within 30 s."""
 
 _UNSIGNED, _SIGNED, _WRONG = "TCPMD5NotFound", "TCPMD5Unexpected", "TCPMD5Failure"
-"""Counters of dropped packets: without a signature where one is expected; with one where none is; with a wrong one.
+"""Counters of dropped packets: signature missing; signature present but not expected; signature wrong.
 Source: net/ipv4/proc.c in Linux."""
 
 
