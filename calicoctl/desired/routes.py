@@ -40,7 +40,7 @@ class Announced:
 
 @dataclass(frozen=True)
 class Guarded:
-    """What routes from other hosts must not override on this host.
+    """The networks and addresses that routes learned from other hosts must not override on this host.
 
     `networks` are the CIDRs of this host's connected and local networks. `addresses` are the addresses of this host,
     of its gateways, and of registered hosts. Only those that overlap a pool without an overlay are listed, in a stable
@@ -87,7 +87,7 @@ def announced(snapshot: Snapshot, version: int) -> Announced:
 
 
 def guarded(snapshot: Snapshot, version: int) -> Guarded:
-    """Return what routes from other hosts must not override on this host, in an IP version."""
+    """Return the networks and addresses of one IP version that routes learned from other hosts must not override."""
     pools = plain_pools(snapshot, version)
     inside = _Networks(pools)
     surroundings = Surroundings(snapshot, version)

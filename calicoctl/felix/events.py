@@ -38,9 +38,9 @@ class WatchRecovered:
 
 @dataclass(frozen=True)
 class WatchFailed:
-    """The watch of a directory of the store fails. With `read` False, reading the directory fails as well.
+    """The watch of a directory of the store fails. If `read` is False, the directory cannot be read either.
 
-    `since` is the time of the last success (ISO 8601).
+    `since` is the time (ISO 8601) of the last request about the directory that succeeded; "" if none has yet.
     """
 
     directory: str
@@ -56,7 +56,10 @@ class WritesRecovered:
 
 @dataclass(frozen=True)
 class WritesFailed:
-    """The store cannot be written; `since` is the time of the last success (ISO 8601)."""
+    """The store cannot be written.
+
+    `since` is the time (ISO 8601) of the last write that succeeded; if none has yet, of the agent's start.
+    """
 
     why: str
     since: str

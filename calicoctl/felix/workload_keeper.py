@@ -212,7 +212,10 @@ class WorkloadKeeper:
             self.inbox.put(None)
 
     def resync(self, expected: dict[Key, int]) -> None:
-        """Compare all workloads with the store, of which all was read; for `expected`, see Resynced."""
+        """Compare all workloads with the store; to be called after the whole store has been read.
+
+        `expected` is as in Resynced.
+        """
         self.inbox.put(Resynced(expected))
 
     # The keeper's own thread
