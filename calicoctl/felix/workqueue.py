@@ -54,7 +54,7 @@ class WorkQueue(Generic[K]):
         self.add(key, max(at, self._backoff.get(key, at)))
 
     def back_off(self, key: K, until: float) -> None:
-        """Retry a key that failed at the time `until`. Due keys that did not fail are taken before those that did."""
+        """Retry a key, which has failed, at the time `until`. Due keys that have not failed are taken first."""
         self._backoff[key] = until
         self.add(key, until)
 

@@ -36,6 +36,7 @@ from calicoctl.workloads.workload import (
     find_state,
     has_processes,
     process_started,
+    short_id,
 )
 
 if TYPE_CHECKING:
@@ -158,8 +159,8 @@ def _refuse_other_engines(workload: Workload, ids: list[EndpointId]) -> None:
         and has_processes(workload.id)
     ):
         raise CalicoError(
-            f"Docker knows no container {workload.id[:12]}, but it runs: is it another Docker Engine's? What belongs "
-            "to it is kept"
+            f"Docker knows no container {short_id(workload.id)}, but it runs: is it another Docker Engine's? What "
+            "belongs to it is kept"
         )
 
 
@@ -310,7 +311,7 @@ def _called(workload: Workload) -> str:
     """Return the name of a workload for a log line."""
     if workload.orchestrator == DOCKER:
         name = f" ({workload.docker_name})" if workload.docker_name else ""
-        return f"container {workload.id[:12]}{name}"
+        return f"container {short_id(workload.id)}{name}"
     return f"namespace {workload.name}"
 
 

@@ -35,6 +35,7 @@ from calicoctl.workloads.workload import (
     not_connected,
     process_started,
     refuse_other_path,
+    short_id,
     stored_otherwise,
 )
 
@@ -800,7 +801,7 @@ def _reassign(session: WorkloadSession, address: IPAddress, owner: Owner, undo: 
 def _owner_text(owner: Owner | None) -> str:
     """Return the part of a message that names an address's owner, in parentheses; empty if no name is known."""
     facts = owner.secondary if owner is not None else {}
-    name = facts.get("namespace") or facts.get("workload_name") or str(facts.get("workload") or "")[:12]
+    name = facts.get("namespace") or facts.get("workload_name") or short_id(str(facts.get("workload") or ""))
     return f" ({name} on host {facts.get('host')})" if name else ""
 
 

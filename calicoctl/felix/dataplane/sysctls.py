@@ -54,7 +54,10 @@ def interface_settings(interface: str, ipv6: bool) -> dict[str, str]:
 
 
 def reset_interface(interface: str) -> None:
-    """Reset the sysctls of an interface that no longer belongs to an endpoint to the defaults. Raises CalicoError."""
+    """Set the sysctls of an interface to the values that the kernel gives new interfaces (`…/default/…`).
+
+    For an interface that no longer belongs to an endpoint. Raises CalicoError.
+    """
     for path in interface_settings(interface, True):
         default = read(path.replace(f"/{interface}/", "/default/"))
         if default is not None and read(path) is not None:
