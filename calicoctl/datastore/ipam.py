@@ -50,7 +50,7 @@ class Ipam:
         return None if block is None else block.owner(int(address) % BLOCK_SIZE)
 
     def blocks(self, version: int, network: IPNetwork | None = None) -> Iterator[Block]:
-        """Yield the blocks of an IP version, or those with addresses of a network, by address.
+        """Yield the blocks of an IP version, or those with addresses of a network, in the order of their addresses.
 
         The blocks are read one by one, since a /16 has a thousand. Raises InvalidValue for an invalid one.
         """

@@ -133,7 +133,7 @@ class Snapshot:
         self._check_local()
 
     def owner(self, thing: str) -> LocalEndpoint | None:
-        """Return the endpoint of this host that has an interface or an address."""
+        """Return this host's endpoint that has `thing`, the name of an interface or an address; or None."""
         return self._owners.get(thing)
 
     def senders(self, address: str) -> list[LocalEndpoint]:

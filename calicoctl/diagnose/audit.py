@@ -56,7 +56,7 @@ class Finding:
 
 
 def check(datastore: DatastoreClient) -> list[Finding]:
-    """Return the inconsistencies that exist now and a moment later. Raises CalicoError."""
+    """Return the inconsistencies that are found now, and again after RECHECK_DELAY. Raises CalicoError."""
     found = list(_inspect(datastore))
     if found:
         time.sleep(RECHECK_DELAY)

@@ -335,7 +335,8 @@ def _absolute(environment: Mapping[str, str]) -> dict[str, str]:
 def restart(host: str) -> int:
     """Restart the host's agent with this version's code, the old options and environment; return the new process id.
 
-    A local etcd keeps running. Raises NotFound when no agent runs, CalicoError when it cannot be restarted from here.
+    A local etcd keeps running. Raises NotFound when no agent runs, CalicoError when it runs
+    in another network namespace, or in the foreground.
     """
     pid = running(host)
     if not pid:

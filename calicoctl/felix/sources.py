@@ -180,7 +180,7 @@ class StoreEvents(_Source):
 
 
 def spread_of_reads(entries: list[Entry]) -> float:
-    """Return the seconds over which hosts should spread their re-reads, by the number of hosts that were read."""
+    """Return over how many seconds hosts should spread their re-reads: the more hosts `entries` name, the longer."""
     hosts = {entry.key.partition("/host/")[2].partition("/")[0] for entry in entries} - {""}
     return min(LONGEST_SPREAD, SPREAD_PER_HOST * len(hosts))
 
