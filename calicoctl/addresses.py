@@ -97,7 +97,7 @@ def _not_unicast(size: int) -> list[tuple[int, int]]:
     for cidr in _NOT_UNICAST[4 if size == 4 else 6]:
         first, _, length = cidr.partition("/")
         shift = 8 * size - int(length)
-        ranges.append((shift, int.from_bytes(pack(first), "big") >> shift))
+        ranges.append((shift, number_of(first) >> shift))
     return ranges
 
 
@@ -122,6 +122,11 @@ def host_net(address: IPAddress | str) -> str:
     """Return the CIDR of a single address, `192.0.2.1/32` or `2001:db8::1/128`."""
     text = str(address)
     return f"{text}/{BITS[version_of(text)]}"
+
+
+def number_of(address: str) -> int:
+    """Return a valid address of either IP version as a number."""
+    return int.from_bytes(pack(address), "big")
 
 
 def pack(address: str) -> bytes:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from calicoctl.addresses import BITS, pack, unpack, version_of
+from calicoctl.addresses import BITS, number_of, unpack, version_of
 from calicoctl.datastore.keys import INTERFACE_PREFIX
 
 
@@ -220,4 +220,4 @@ class Reserved:
 
 
 def _number(address: str) -> tuple[int, int]:
-    return version_of(address), int.from_bytes(pack(address), "big")
+    return version_of(address), number_of(address)

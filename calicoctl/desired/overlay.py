@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from calicoctl.addresses import BITS, host_net, link_local, pack, version_of
+from calicoctl.addresses import BITS, host_net, link_local, number_of, version_of
 from calicoctl.datastore.model import ALWAYS, NEVER
 from calicoctl.datastore.reserved import Network, Reserved
 from calicoctl.desired.local_endpoint import usable_addresses
@@ -196,7 +196,7 @@ class Overlay:
         if any(topology.address(host, v) in self._snapshot.network.own for v in (4, 6)):
             return None  # this host is registered under another name as well
         if mode != ALWAYS and address is not None:
-            place = version, _number(address)
+            place = version, number_of(address)
             network = next((one for one in self._snapshot.network.networks if one.has(*place)), None)
             if network is not None:
                 return Hop(address, interface=network.interface)
@@ -254,7 +254,7 @@ class Overlay:
 
     def _host_of(self, address: str) -> str | None:
         """Return the host of the smallest block in `_blocks` that contains an address, None if none does."""
-        version, number = version_of(address), _number(address)
+        version, number = version_of(address), number_of(address)
         for (of, bits), hosts in sorted(self._hosts.items()):
             if of == version and number >> bits in hosts:
                 return hosts[number >> bits]
@@ -263,7 +263,3 @@ class Overlay:
 
 def _single(address: str) -> Network:
     return Network.of(address, BITS[version_of(address)])
-
-
-def _number(address: str) -> int:
-    return int.from_bytes(pack(address), "big")

@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from calicoctl.addresses import BITS, pack, version_of
+from calicoctl.addresses import BITS, number_of, version_of
 from calicoctl.datastore.model import NEVER
 from calicoctl.datastore.reserved import Network
 
@@ -78,7 +78,7 @@ def announced(snapshot: Snapshot, version: int) -> Announced:
     for endpoint in snapshot.local.values():
         for address in endpoint.addresses:
             if version_of(address) == version:
-                number = _number(address)
+                number = number_of(address)
                 if number not in covered and number in inside:
                     singles.append((number, address))
     return Announced(
@@ -107,7 +107,7 @@ class Surroundings:
         known.update(dict.fromkeys(network.gateways, "a gateway of this host"))
         known.update({address: f"the address of host {host}" for address, host in snapshot.topology.users.items()})
         self.addresses = sorted(
-            (_number(address), address, what) for address, what in known.items() if version_of(address) == version
+            (number_of(address), address, what) for address, what in known.items() if version_of(address) == version
         )
 
     def needed(self, block: Network) -> str | None:
@@ -147,7 +147,3 @@ class _Networks:
 
 def _ordered(networks: Iterable[Network]) -> list[Network]:
     return sorted(networks, key=lambda network: (network.first, network.length))
-
-
-def _number(address: str) -> int:
-    return int.from_bytes(pack(address), "big")

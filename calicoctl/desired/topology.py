@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
-from calicoctl.addresses import pack, parse_as_number, version_of
+from calicoctl.addresses import number_of, parse_as_number, version_of
 from calicoctl.datastore import config, keys
 from calicoctl.datastore.hosts import DEFAULT_AS_NUMBER
 from calicoctl.datastore.model import Peer, load_object, load_strings
@@ -87,7 +87,7 @@ class Topology:
 
     def block_of(self, host: str, address: str) -> Network | None:
         """Return the block of a host that contains an address; None if none of its blocks does."""
-        version, number = version_of(address), int.from_bytes(pack(address), "big")
+        version, number = version_of(address), number_of(address)
         return next((block for block in self.blocks.get(host, {}).values() if block.has(version, number)), None)
 
     def take_changed_addresses(self) -> set[str]:

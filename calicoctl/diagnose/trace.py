@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from calicoctl.addresses import BITS, FAMILIES, check_unicast, pack, parse_address, version_of
+from calicoctl.addresses import BITS, FAMILIES, check_unicast, number_of, parse_address, version_of
 from calicoctl.datastore.keys import EndpointId
 from calicoctl.datastore.model import Endpoint, Rule
 from calicoctl.datastore.reserved import Network
@@ -391,7 +391,7 @@ def is_routed(address: str, pool: str) -> bool:
     from calicoctl import netlink
 
     version, shortest = version_of(address), Network.parse(pool).length
-    number = int.from_bytes(pack(address), "big")
+    number = number_of(address)
     try:
         for path in netlink.paths(FAMILIES[version], netlink.UNICAST):
             shift = BITS[version] - path.length

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from calicoctl.addresses import BITS, pack, version_of
+from calicoctl.addresses import BITS, number_of, version_of
 from calicoctl.datastore.model import ALWAYS, NEVER, Pool
 from calicoctl.datastore.reserved import HostNetwork, Network
 from calicoctl.desired.overlay import underlay_version
@@ -59,7 +59,7 @@ class Obstacle:
 
 def pool_of(snapshot: Snapshot, address: str) -> Pool | None:
     """Return the pool that contains an address, None if there is none."""
-    version, number = version_of(address), int.from_bytes(pack(address), "big")
+    version, number = version_of(address), number_of(address)
     return next((pool for pool in snapshot.pools.values() if Network.parse(pool.cidr).has(version, number)), None)
 
 
@@ -97,7 +97,7 @@ def _is_near(host: str, other: str, topology: Topology, version: int, networks: 
     for one, far in ((host, other), (other, host)):
         address, network = topology.address(far, version), networks.get(one)
         if address is not None and network is not None:
-            number = int.from_bytes(pack(address), "big")
+            number = number_of(address)
             return any(net.has(version, number) for net in network.networks)
     return None
 

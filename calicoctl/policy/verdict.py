@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Callable
 
-from calicoctl.addresses import BITS, pack, version_of
+from calicoctl.addresses import BITS, number_of, version_of
 from calicoctl.datastore.model import Rule, Rules
 from calicoctl.errors import CalicoError
 from calicoctl.policy.rules import ICMPV6, UDP, check_rule, protocol_number, versions
@@ -152,7 +152,7 @@ def _range(port: int | str) -> tuple[int, int]:
 @lru_cache(maxsize=65536)
 def _number(address: str) -> tuple[int, int]:
     """Return an address as a number, and the number of bits of its IP version's addresses."""
-    return int.from_bytes(pack(address), "big"), BITS[version_of(address)]
+    return number_of(address), BITS[version_of(address)]
 
 
 def _within(address: str, net: str) -> bool:

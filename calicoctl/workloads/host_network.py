@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from calicoctl import netlink
-from calicoctl.addresses import BITS, FAMILIES, pack, unpack, version_of
+from calicoctl.addresses import BITS, FAMILIES, number_of, unpack, version_of
 from calicoctl.datastore.keys import INTERFACE_PREFIX
 from calicoctl.datastore.reserved import HostNetwork, InterfaceAddress
 from calicoctl.errors import CalicoError
@@ -168,8 +168,7 @@ class _Covering:
 
     def __init__(self, addresses: Collection[str]) -> None:
         self._numbers = {
-            version: [int.from_bytes(pack(one), "big") for one in addresses if version_of(one) == version]
-            for version in BITS
+            version: [number_of(one) for one in addresses if version_of(one) == version] for version in BITS
         }
         self._prefixes: dict[tuple[int, int], set[int]] = {}
         """By IP version and prefix length: the prefixes of the addresses."""

@@ -24,7 +24,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from calicoctl.addresses import BITS, pack, version_of
+from calicoctl.addresses import BITS, number_of, version_of
 from calicoctl.datastore.keys import INTERFACE_PREFIX
 from calicoctl.datastore.model import NEVER
 from calicoctl.felix.dataplane.changes import Change, spelled
@@ -283,7 +283,7 @@ def _sender_chain(host: str, snapshot: Snapshot) -> tuple[str, ...]:
         address = topology.address(host, version)
         if address is None or not macs or not is_direct:
             continue
-        number = int.from_bytes(pack(address), "big")
+        number = number_of(address)
         connected = {one.interface for one in network.networks if one.has(version, number)}
         shared = list(filter(_SPELLABLE.fullmatch, connected & network.reached.get(address, frozenset())))
         if shared:
@@ -343,11 +343,7 @@ def _fabric(snapshot: Snapshot) -> set[str]:
     only those with a router, with the route to another host, or with the registered address are returned.
     """
     network = snapshot.network
-    own = [
-        (version, int.from_bytes(pack(address), "big"))
-        for version in BITS
-        if (address := snapshot.topology.own(version)) is not None
-    ]
+    own = [(version, number_of(address)) for version in BITS if (address := snapshot.topology.own(version)) is not None]
     registered = {one.interface for one in network.networks if any(one.has(*address) for address in own)}
     return registered.union(DEVICES.values(), network.macs, network.routed, *network.reached.values())
 

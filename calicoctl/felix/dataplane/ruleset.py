@@ -24,7 +24,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from calicoctl.addresses import pack, version_of
+from calicoctl.addresses import number_of, version_of
 from calicoctl.datastore.keys import INTERFACE_PREFIX, EndpointId
 from calicoctl.datastore.model import Rule
 from calicoctl.desired.local_endpoint import LocalEndpoint, usable_addresses
@@ -470,7 +470,7 @@ def _elements(endpoint: LocalEndpoint) -> list[tuple[tuple[str, str], str]]:
         elements.append((("arp", "senders"), f"{name} . {mac} . {address}"))
     for address in [*endpoint.addresses_of(6), endpoint.link_local]:
         elements.append((("inet", "senders6"), f"{name} . {mac} . {address}"))
-        number = int.from_bytes(pack(address), "big")
+        number = number_of(address)
         elements.append((("inet", "targets6"), f"{name} . {number:#034x}"))
     return elements
 
