@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,7 +69,8 @@ class Family:
     `own` is this host's registered address, None if it has none; `is_here` says whether an interface has the address,
     or had it since the agent started. `pools` are the CIDRs of the pools from which routes are accepted. `blocks` and
     `addresses` are announced by this host. `guarded_networks` and `guarded_addresses` are the networks and addresses
-    that routes of other hosts must not override. `neighbours` are the BGP peers.
+    that routes of other hosts must not override. `neighbours` are the BGP peers. `split` is as in Announced, for the
+    log only: it is not compared.
     """
 
     version: int
@@ -81,6 +82,7 @@ class Family:
     guarded_networks: tuple[str, ...] = ()
     guarded_addresses: tuple[str, ...] = ()
     neighbours: tuple[Neighbour, ...] = ()
+    split: tuple[tuple[str, str], ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,7 @@ def _family(snapshot: Snapshot, version: int, here: Collection[str]) -> Family:
         guards.networks,
         guards.addresses,
         () if own is None else tuple(_neighbours(snapshot, version)),
+        routes.split,
     )
 
 

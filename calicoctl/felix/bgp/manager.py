@@ -17,7 +17,6 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from calicoctl.desired.routes import announced
 from calicoctl.desired.snapshot import Dirty
 from calicoctl.errors import CalicoError
 from calicoctl.felix.bgp import bird, config, passwords
@@ -110,11 +109,11 @@ class BgpManager(Manager):
         derived = config.derive(self._snapshot, self._here)
         if derived != self._config:
             self._config = derived
-            self._log_split()
+            self._log_split(derived)
             self._thread.want(derived)
 
-    def _log_split(self) -> None:
-        split = dict(one for version in (4, 6) for one in announced(self._snapshot, version).split)
+    def _log_split(self, derived: Config) -> None:
+        split = dict(one for family in derived.families for one in family.split)
         for block, overlapped in split.items():
             if self._split.get(block) != overlapped:
                 log.warning(
