@@ -25,9 +25,9 @@ from calicoctl.felix.daemon import NotServing
 from calicoctl.felix.events import BGP, BGP_CONFIGURATION, BGP_PASSWORDS, BgpChanged, Failure
 from tests.unit.kernel import FakeBgp
 from tests.unit.snapshots import HOST, World
+from tests.unit.waiting import PATIENCE, wait_for
 
 OWN = "172.18.0.11"
-PATIENCE = 20.0
 SESSION = Session("mesh4_172_18_0_12", "mesh", "172.18.0.12", "64511", UP, "2026-11-26 04:50:49")
 
 
@@ -364,13 +364,6 @@ def sleeper() -> Iterator[subprocess.Popen[bytes]]:
     yield process
     process.kill()
     process.wait()
-
-
-def wait_for(condition: Callable[[], object]) -> None:
-    give_up = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < give_up
-        time.sleep(0.005)
 
 
 def test_the_thread_tells_what_has_changed_and_notices_the_end_at_once(

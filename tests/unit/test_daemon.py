@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Callable
 
 import pytest
 
@@ -18,15 +17,7 @@ from calicoctl import proc
 from calicoctl.errors import CalicoError
 from calicoctl.felix import daemon
 from calicoctl.felix.daemon import Daemon, NotServing, Process
-
-PATIENCE = 20.0
-
-
-def wait_for(condition: Callable[[], object], what: str) -> None:
-    give_up = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < give_up, what
-        time.sleep(0.005)
+from tests.unit.waiting import PATIENCE, wait_for
 
 
 class Sandbox:
