@@ -8,6 +8,8 @@ The tables (docs/agent.md lists them):
 * Endpoints with the same list of profiles share a pair of chains, `from/…` and `to/…`, which jump to the chains of the
   profiles, `outbound/…` and `inbound/…`, in order. A profile's rules exist once, and a tag's addresses are one set.
 * The two directions are two base chains, one after the other, since `accept` ends the evaluation of one base chain.
+* An ICMP error belongs to the connection of the packet that it quotes. From an interface of an endpoint, it passes if
+  that connection is the endpoint's own; otherwise, any endpoint could end the connections of others, or send them data.
 * The established fast path: packets of established connections pass without evaluation of the rules. From a change
   until the connections that it denies have been ended, packets in a connection's first direction are evaluated like
   new ones.
@@ -70,6 +72,13 @@ add rule inet calico sender6 drop
 
 add chain inet calico starts
 add rule inet calico starts ct state new tcp flags & (fin | syn | rst | ack) != syn drop
+
+add chain inet calico related
+add rule inet calico related iifname . ether saddr . ct original ip saddr @senders4 accept
+add rule inet calico related iifname . ether saddr . ct reply ip saddr @senders4 accept
+add rule inet calico related iifname . ether saddr . ct original ip6 saddr @senders6 accept
+add rule inet calico related iifname . ether saddr . ct reply ip6 saddr @senders6 accept
+add rule inet calico related drop
 
 add chain inet calico host-services
 add rule inet calico host-services meta nfproto ipv4 udp sport 68 udp dport 67 accept
@@ -449,9 +458,15 @@ _BASE_CHAINS = (
 def _base_chain_rules(name: str, fast_path: bool) -> tuple[str, ...]:
     """Return the rules of a base chain that evaluates policy, with or without the established fast path."""
     _, _, side, ask = _POLICY_BASE_CHAINS[name]
-    known = "ct state established,related accept" if fast_path else "ct state established ct direction reply accept"
-    related = () if fast_path else ("ct state related accept",)
-    return known, *related, f'{side} != "{INTERFACE_PREFIX}*" accept', "ct state invalid drop", *ask
+    rules = [f'{side} != "{INTERFACE_PREFIX}*" accept', "ct state invalid drop", *ask]
+    if name.startswith("outbound-"):  # the chains that follow accept what these do not drop
+        established, related = "ct state established", []
+        rules.insert(1, "ct state related goto related")
+    else:
+        established, related = "ct state established,related", ["ct state related accept"]
+    if fast_path:
+        return f"{established} accept", *rules
+    return "ct state established ct direction reply accept", *related, *rules
 
 
 def _elements(endpoint: LocalEndpoint) -> list[tuple[tuple[str, str], str]]:

@@ -1,0 +1,144 @@
+"""What root in a connected container tries against other containers and the host: with real packets.
+
+Spoofed addresses, ARP and neighbour discovery are in test_policy.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import select
+import socket
+import struct
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from tests.system.agent import A4, ALLOW, B4, C4, AgentHost, holds, outside_host
+from tests.system.conftest import clear_host
+from tests.system.support import Etcd, links, run
+from tests.system.traffic import PATIENT, QUICK, checksum, family_of, inside, mac_bytes, send_frame, udp_frame
+
+A6, B6, C6 = "fd80:24e2:f998:72d6::1", "fd80:24e2:f998:72d6::2", "fd80:24e2:f998:72d6::3"
+OUTSIDE, OUTSIDE6 = "198.51.100.2", "2001:db8:1::2"
+BEYOND, BEYOND6 = "203.0.113.9", "2001:db8:2::9"
+"""Addresses behind the machine `outside`, which is a router on the way."""
+HOST_MAC = "ee:ee:ee:ee:ee:ee"
+
+
+@pytest.fixture(scope="module")
+def net(etcd: Etcd) -> Iterator[AgentHost]:
+    """A host with the namespaces a and b, which may talk, c, which has no profile, and `outside` beyond the host."""
+    etcd.delete("/calico")
+    host = AgentHost(etcd)
+    with outside_host():
+        try:
+            host.start_agent()
+            host.profile("web", inbound=[ALLOW])
+            for name, *addresses in (("a", A4, A6), ("b", B4, B6), ("c", C4, C6)):
+                host.add(name, *addresses)
+            for name in "ab":
+                host.set_profiles(name, "web")
+            host.set_profiles("c")
+            run("ip", "route", "add", f"{BEYOND}/32", "via", OUTSIDE)
+            run("ip", "-6", "route", "add", f"{BEYOND6}/128", "via", OUTSIDE6)
+            host.sync()
+            yield host
+        finally:
+            clear_host()
+
+
+@contextlib.contextmanager
+def udp_server(namespace: str, address: str, port: int) -> Iterator[socket.socket]:
+    with inside(namespace, lambda: socket.socket(family_of(address), socket.SOCK_DGRAM)) as server:
+        server.bind((address, port))
+        yield server
+
+
+def is_refused(client: socket.socket, patience: float) -> bool:
+    """Return whether a connected UDP socket is told within so many seconds that its packets are not wanted."""
+    end = time.monotonic() + patience
+    while select.select([client], [], [], max(0.0, end - time.monotonic()))[0]:
+        try:
+            client.recv(100)
+        except ConnectionRefusedError:
+            return True
+    return False
+
+
+def icmp_error(target_mac: str, sender_mac: str, sender: str, flow: Flow, mtu: int | None = None) -> bytes:
+    """Return a frame with an ICMP error that quotes a datagram of a flow: a closed port or, with `mtu`, its size."""
+    quoted = udp_frame(target_mac, sender_mac, flow.source, flow.target, flow.port, flow.source_port)[14:]
+    if ":" in sender:
+        kind, code, number = (1, 4, 0) if mtu is None else (2, 0, mtu)
+        message = struct.pack("!BBHI", kind, code, 0, number) + quoted
+        addresses = socket.inet_pton(socket.AF_INET6, sender) + socket.inet_pton(socket.AF_INET6, flow.source)
+        check = checksum(addresses + struct.pack("!II", len(message), 58) + message)
+        header = struct.pack("!IHBB", 0x60000000, len(message), 58, 64) + addresses
+    else:
+        message = struct.pack("!BBHI", 3, 3 if mtu is None else 4, 0, mtu or 0) + quoted
+        check = checksum(message)
+        addresses = socket.inet_aton(sender) + socket.inet_aton(flow.source)
+        header = struct.pack("!BBHHHBBH", 0x45, 0, 20 + len(message), 1, 0, 64, 1, 0) + addresses
+        header = header[:10] + struct.pack("!H", checksum(header)) + header[12:]
+    kind = struct.pack("!H", 0x86DD if ":" in sender else 0x0800)
+    message = message[:2] + struct.pack("!H", check) + message[4:]
+    return mac_bytes(target_mac) + mac_bytes(sender_mac) + kind + header + message
+
+
+class Flow:
+    """A UDP flow that has begun: a client in a namespace (None: on the host), and where it sends to."""
+
+    def __init__(self, namespace: str | None, target: str, port: int) -> None:
+        self.namespace, self.target, self.port = namespace, target, port
+        self.client = inside(namespace, self._start)
+        self.source, self.source_port = self.client.getsockname()[:2]
+
+    def _start(self) -> socket.socket:
+        client = socket.socket(family_of(self.target), socket.SOCK_DGRAM)
+        client.connect((self.target, self.port))
+        client.send(b"x")
+        return client
+
+    def is_refused(self, patience: float) -> bool:
+        return is_refused(self.client, patience)
+
+    def mtu(self) -> int | None:
+        """Return the MTU that the client's system has learnt for the target."""
+        prefix = ["ip", "-n", self.namespace] if self.namespace else ["ip"]
+        (route,) = json.loads(run(*prefix, "-json", "route", "get", self.target).out)
+        metrics = route.get("metrics") or [{}]
+        return metrics[0].get("mtu")
+
+
+def test_icmp_errors_pass_for_flows_of_their_sender_alone(net: AgentHost) -> None:
+    with contextlib.ExitStack() as stack:
+        servers = {address: stack.enter_context(udp_server("b", address, 5000)) for address in (B4, B6)}
+        flows = [Flow(namespace, target, 5000) for namespace in ("a", None) for target in (B4, B6)]
+        beyond = [Flow("a", target, 5000) for target in (BEYOND, BEYOND6)]
+        for flow in (*flows, *beyond):
+            stack.enter_context(flow.client)
+            for mtu in (1280, None):
+                sender = C6 if ":" in flow.target else C4
+                send_frame("c", "eth1", icmp_error(HOST_MAC, net.mac("c"), sender, flow, mtu))
+        assert holds(lambda: not any(flow.is_refused(0) for flow in (*flows, *beyond)), QUICK)
+        assert [flow.mtu() for flow in (*flows, *beyond)] == [None] * 6
+
+        # errors about the sender's own flows pass, also to the other end, and those of routers beyond
+        for flow in flows:
+            for mtu in (1280, None):
+                send_frame("b", "eth1", icmp_error(HOST_MAC, net.mac("b"), flow.target, flow, mtu))
+        uplink, router = links()["uplink"]["address"], links("outside")["eth0"]["address"]
+        for flow in beyond:
+            for mtu in (1280, None):
+                sender = OUTSIDE6 if ":" in flow.target else OUTSIDE
+                send_frame("outside", "eth0", icmp_error(uplink, router, sender, flow, mtu))
+        assert all(flow.is_refused(PATIENT) for flow in (*flows, *beyond))
+        assert [flow.mtu() for flow in (*flows, *beyond)] == [1280] * 6
+        for flow in flows[:2]:
+            server = servers[flow.target]
+            server.connect((flow.source, flow.source_port))
+            flow.client.close()
+            server.send(b"x")
+            assert is_refused(server, PATIENT)
