@@ -403,7 +403,11 @@ def _counted(endpoints: dict[str, int]) -> str:
 
 
 def _refuse_alive(datastore: DatastoreClient, this_one: bool) -> None:
-    """Raise CalicoError if another agent of the host is alive than the one that is about to be stopped."""
+    """Raise CalicoError if an agent of the host is alive.
+
+    `this_one` means that the host is this machine's own. Then its agent does not count, since the command is about to
+    stop it.
+    """
     host = datastore.host
     pid = process.running(host)
     if pid is not None and not this_one:

@@ -111,7 +111,10 @@ class Surroundings:
         )
 
     def needed(self, block: Network) -> str | None:
-        """Describe the network of this host, or the address of a host or gateway, that a block overlaps, else None."""
+        """Describe the network of this host, or else the address of a host or gateway, that a block overlaps.
+
+        None if it overlaps neither.
+        """
         for network in self.networks:
             if network.overlaps(block):
                 return f"{network.cidr}, which this host is connected to"

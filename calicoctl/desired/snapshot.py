@@ -164,7 +164,7 @@ class Snapshot:
         return dirty
 
     def _set(self, key: str, entry: Entry | None) -> None:
-        """Store a key's entry, or its absence, and interpret it."""
+        """Remember a key's entry, or forget it if `entry` is None, and interpret it. Unused keys are ignored."""
         handle = self._handler(key)
         if handle is None:
             return

@@ -243,9 +243,7 @@ def _unknown_interfaces(status: dict[str, Any]) -> Iterator[Issue]:
     names = status["unknown_interfaces"]
     if names:
         some = first_few(names)
-        text = (
-            f"{len(names)} interface{'s' if len(names) > 1 else ''} cali… of this host in no endpoint's record ({some})"
-        )
+        text = f"{len(names)} interface{'s' if len(names) > 1 else ''} cali… of this host without an endpoint ({some})"
         yield Issue(HOST, f"{text}, which pass nothing", "did the host have another name when they were connected?")
 
 

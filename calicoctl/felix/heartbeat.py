@@ -152,10 +152,11 @@ class Heartbeat:
         return self._replaced_by
 
     def _compare(self) -> None:
-        """Read the status, and determine who wrote it, if it has not expired.
+        """After a failed write, read the status, and determine who wrote it, if it has not expired.
 
-        A status with our own identity was written by the previous agent, or by `claim`. If one is found at two
-        heartbeats in a row, another agent runs on this machine that is not in the pid file, such as one in a container.
+        If it has our own identity, the previous agent or `claim` wrote it, and this agent renews it from now on. If
+        that happens at two heartbeats in a row, another agent runs on this machine that is not in the pid file, such
+        as one in a container.
         """
         self._entry = self._datastore.statuses.of_host()
         writer = self._own if self._entry is None else Identity.of(self._entry)
@@ -301,6 +302,6 @@ def replaced(datastore: DatastoreClient, writer: Identity) -> str:
         else "until 'calicoctl node' takes the name back, with --force while that agent is alive"
     )
     return (
-        f"{who} reports for host {datastore.host} now. This agent changes no records any more, and leaves what it has "
-        f"set up as it is, {back}"
+        f"{who} reports for host {datastore.host} now. This agent changes nothing in etcd any more, and leaves what it "
+        f"has set up as it is, {back}"
     )

@@ -63,7 +63,10 @@ class WorkQueue(Generic[K]):
         self._backoff.pop(key, None)
 
     def retry_now(self, group: str, now: float) -> None:
-        """End the backoff of all keys of a group: they are due now."""
+        """Make the keys of a group that have failed due now, in place of at the end of their backoff.
+
+        They still count as failed, so `take` returns them after the others.
+        """
         for key in self._due:
             if key in self._backoff and self._group_of(key) == group:
                 self._due[key] = now

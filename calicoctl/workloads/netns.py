@@ -89,7 +89,7 @@ class Inspection:
 
 
 class Namespace:
-    """A network namespace, kept open, so that it stays the same one even if its path changes."""
+    """A network namespace, held open: it stays the same even if its path is deleted, or leads to another one later."""
 
     def __init__(self, path: str, name: str) -> None:
         """Open the namespace at `path`. `name` is its name in messages. Raises NamespaceError."""

@@ -53,7 +53,7 @@ class Connection:
 
 @dataclass
 class Listing:
-    """The connections from and to some addresses; if they could not be listed, `error` says why.
+    """The connections from or to some addresses; if they could not be listed, `error` says why.
 
     `host_addresses` are this host's own addresses, empty if there are no connections. One listing may answer several
     requests; `number` is the number of the last of them.
@@ -77,7 +77,7 @@ class Conntrack(threading.Thread):
         self._count = 0
 
     def request(self, addresses: Collection[str]) -> int:
-        """Request a listing of the connections from and to these addresses; return the request's number.
+        """Request a listing of the connections from or to these addresses; return the request's number.
 
         If `addresses` is empty, nothing is requested, and the number of the last request is returned.
         """
@@ -103,9 +103,9 @@ class Conntrack(threading.Thread):
             self._put(listing)
 
     def list(self, addresses: Collection[str]) -> Listing:
-        """List the connections from and to these addresses, in the caller's thread.
+        """Return the connections from or to these addresses; this blocks the calling thread.
 
-        Raises no CalicoError: its text becomes the `error` of the Listing.
+        If they cannot be listed, no error is raised: the Listing's `error` says why.
         """
         try:
             found = _connections_of(addresses) if addresses and not _is_empty() else []

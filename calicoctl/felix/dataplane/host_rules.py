@@ -222,7 +222,11 @@ class HostRules:
         return addresses, hosts
 
     def _update_owner(self, address: str, own: str, change: Change) -> None:
-        """Update the verdict for packets from an address, according to the hosts that have the address."""
+        """Update the verdict for packets from an address.
+
+        It depends on which host uses the address itself or, if none does, which hosts have an endpoint with it. `own`
+        is the name of this host.
+        """
         hosts = sorted(set(self._claims.get(address, ())))
         user = self._users.get(address)
         verdict = None

@@ -115,7 +115,7 @@ def remove_commands() -> str:
 
 
 def _replace_tables(commands: str) -> str:
-    """Return commands that replace the tables by empty ones with the static rules, followed by `commands`."""
+    """Return commands that delete our tables, create them with only the static contents, and then run `commands`."""
     tables = "".join(f"add table {family} {name}\n" for family, name in TABLES)
     return remove_commands() + tables + host_rules.SKELETON + _SKELETON + commands
 
