@@ -312,10 +312,29 @@ def test_only_hosts_reach_bgp_and_the_overlay(hosts: list[FabricHost]) -> None:
     # what this host's own firewall drops is told
     drop = ("INPUT", "-p", "tcp", "--dport", "179", "-j", "DROP")
     one.run("ip6tables", "-I", *drop)
-    wait_for(lambda: connects(two.run, one.ip6, 179) or failures(one), "the failure", 40)
-    assert "'ip6tables -I INPUT -p tcp --dport 179 -j ACCEPT'" in failures(one)
+    drop_sent = ("OUTPUT", "-p", "udp", "--dport", "4789", "-j", "DROP")
+    one.run("iptables", "-I", *drop_sent)
+    told = (
+        "'ip6tables -I INPUT -p tcp --dport 179 -j ACCEPT'",
+        "VXLAN to other hosts on UDP port 4789 over IPv4, and with it the packets of this host's workloads: let it "
+        "pass, for example with 'iptables -I OUTPUT -p udp --dport 4789 -j ACCEPT'",
+    )
+    wait_for(
+        lambda: (
+            connects(two.run, one.ip6, 179)
+            or pings(partial(one.of, "a"), C)
+            or all(text in failures(one) for text in told)
+        ),
+        "the failures",
+        40,
+    )
     one.run("ip6tables", "-D", *drop)
-    wait_for(lambda: connects(two.run, one.ip6, 179) and not failures(one), "its end", 20)
+    one.run("iptables", "-D", *drop_sent)
+    wait_for(
+        lambda: connects(two.run, one.ip6, 179) and pings(partial(one.of, "a"), C) and not failures(one),
+        "their end",
+        20,
+    )
 
     # another program's VXLAN, with another VNI on the same port
     for run_in, local, remote, address in ((one.run, one.ip, OUTSIDER, 1), (outsider, OUTSIDER, one.ip, 2)):

@@ -171,14 +171,14 @@ def test_only_peers_reach_bgp_while_our_bird_holds_the_port() -> None:
     assert "chain inet calico ports" not in tables.nft.objects
     tables.store.put("/calico/bgp/v1/host/host1/peer_v4/172.18.0.99", {"ip": "172.18.0.99", "as_num": "64512"})
     tables.update_with(Ports(bgp=True))
-    assert tables.nft.chain("ports") == ["tcp dport 179 goto bgp-port"] and tables.nft.chain("ports-passed")
+    assert tables.nft.chain("ports") == ["tcp dport 179 goto bgp-port"] and tables.nft.chain("input-passed")
     assert tables.nft.set("peers4") == [TWO, "172.18.0.99", THREE]
     tables.store.put("/calico/bgp/v1/global/node_mesh", {"enabled": False})
     tables.update_with(Ports(bgp=True))
     assert tables.nft.set("peers4") == ["172.18.0.99"]
     tables.update_with(Ports())
     assert "chain inet calico ports" not in tables.nft.objects
-    assert "chain inet calico ports-passed" not in tables.nft.objects
+    assert "chain inet calico input-passed" not in tables.nft.objects
 
 
 def test_vxlan_is_guarded_while_a_pool_or_a_device_needs_it() -> None:

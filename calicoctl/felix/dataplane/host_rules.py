@@ -36,11 +36,12 @@ if TYPE_CHECKING:
 BGP_PORT = 179
 
 COUNTERS = {
-    (protocol, version): (f"{protocol}{version}-arrived", f"{protocol}{version}-passed")
+    (protocol, hook, version): (f"{protocol}{version}-{hook}", f"{protocol}{version}-{hook}-passed")
     for protocol in ("bgp", "vxlan")
+    for hook in ("input", "output")
     for version in (4, 6)
 }
-"""By protocol and IP version, the names of two counters: of packets that arrive from BGP peers or other hosts, and of
+"""By protocol, hook and IP version, the names of two counters: of packets from or to BGP peers or other hosts, and of
 those that the host's own firewall has let pass."""
 
 _SPELLABLE = re.compile(r"[^\s\"*\\]+")
@@ -85,14 +86,14 @@ add rule inet calico from-outside ip6 saddr != fe80::/10 ip6 daddr != ff00::/8 f
 
 add chain inet calico bgp-port
 add rule inet calico bgp-port iifname "lo" accept
-add rule inet calico bgp-port ip saddr @peers4 counter name bgp4-arrived accept
-add rule inet calico bgp-port ip6 saddr @peers6 counter name bgp6-arrived accept
+add rule inet calico bgp-port ip saddr @peers4 counter name bgp4-input accept
+add rule inet calico bgp-port ip6 saddr @peers6 counter name bgp6-input accept
 add rule inet calico bgp-port counter drop
 
 add chain inet calico vxlan-port
 add rule inet calico vxlan-port iifname "PREFIX*" drop
-add rule inet calico vxlan-port ip saddr @hosts4 counter name vxlan4-arrived accept
-add rule inet calico vxlan-port ip6 saddr @hosts6 counter name vxlan6-arrived accept
+add rule inet calico vxlan-port ip saddr @hosts4 counter name vxlan4-input accept
+add rule inet calico vxlan-port ip6 saddr @hosts6 counter name vxlan6-input accept
 add rule inet calico vxlan-port counter drop
 """.replace("PREFIX", INTERFACE_PREFIX).replace("BGP", str(BGP_PORT))
 )
@@ -105,7 +106,9 @@ nftables 1.0.6 merges two adjacent `!=` of ports into one comparison."""
 
 BASE_CHAINS = {
     "ports": "{ type filter hook input priority filter - 12; policy accept; }",
-    "ports-passed": "{ type filter hook input priority filter + 20; policy accept; }",
+    "input-passed": "{ type filter hook input priority filter + 20; policy accept; }",
+    "output-sent": "{ type filter hook output priority filter - 12; policy accept; }",
+    "output-passed": "{ type filter hook output priority filter + 20; policy accept; }",
     "vxlan-forward": "{ type filter hook forward priority filter - 12; policy accept; }",
     "translated": "{ type filter hook postrouting priority srcnat + 10; policy accept; }",
 }
@@ -357,10 +360,11 @@ def _update_base_chains(snapshot: Snapshot, held: Ports, change: Change) -> None
     has_own = topology.own(4) is not None or topology.own(6) is not None
     is_needed = has_own and not held.blocked
     vxlan = held.vxlan or (is_needed and any(pool.vxlan != NEVER for pool in snapshot.pools.values()))
-    ports, passed, forward, translated = [], [], [], []
+    ports, forward, translated = [], [], []
+    counted = {}
     if held.bgp:
         ports.append(f"tcp dport {BGP_PORT} goto bgp-port")
-        passed += _passed(f"tcp dport {BGP_PORT}", "bgp")
+        counted["bgp"] = f"tcp dport {BGP_PORT}", "peers"
     if vxlan:
         # VXLAN to other addresses of this host is dropped: it may be a workload's packet whose source another host has
         # translated to its own address
@@ -370,7 +374,7 @@ def _update_base_chains(snapshot: Snapshot, held: Ports, change: Change) -> None
             if (own := topology.own(version)) is not None
         ]
         ports.append(f"{_IS_OUR_VXLAN} counter drop")
-        passed += _passed(_IS_OUR_VXLAN, "vxlan")
+        counted["vxlan"] = _IS_OUR_VXLAN, "hosts"
     has_others = any(host != snapshot.host for host in topology.users.values())
     for version, family in ((4, "ip"), (6, "ip6")):
         if vxlan:
@@ -381,9 +385,11 @@ def _update_base_chains(snapshot: Snapshot, held: Ports, change: Change) -> None
             translated += _translated(version, family, vxlan, snapshot)
     for name, rules in (
         ("ports", ports),
-        ("ports-passed", passed),
         ("vxlan-forward", forward),
         ("translated", translated),
+        ("input-passed", _counting(counted, "input", "saddr", passed=True)),
+        ("output-sent", _counting(counted, "output", "daddr", passed=False)),
+        ("output-passed", _counting(counted, "output", "daddr", passed=True)),
     ):
         change.set_chain(name, tuple(rules) or None)
 
@@ -410,10 +416,12 @@ def _translated(version: int, family: str, vxlan: bool, snapshot: Snapshot) -> l
     return [*rules, f"{match} {family} daddr @pools{version} {others} counter drop"]
 
 
-def _passed(match: str, protocol: str) -> list[str]:
+def _counting(counted: dict[str, tuple[str, str]], hook: str, other: str, passed: bool) -> list[str]:
+    """Return the rules that count packets at a hook; `counted` has the match and the set of hosts for each protocol."""
     return [
-        f'iifname != "lo" {match} meta nfproto ipv{version} counter name {COUNTERS[protocol, version][1]}'
-        for version in (4, 6)
+        f"{match} {family} {other} @{hosts}{version} counter name {COUNTERS[protocol, hook, version][passed]}"
+        for protocol, (match, hosts) in counted.items()
+        for version, family in ((4, "ip"), (6, "ip6"))
     ]
 
 

@@ -1,8 +1,8 @@
 """Detects that the host's own firewall drops BGP or VXLAN: to other hosts, this host then seems to be down.
 
-Our tables count the packets from BGP peers and other hosts that arrive at these ports, and those that the firewall has
-let pass (host_rules.py). This module compares the counters. It does not change the firewall, which is the
-administrator's.
+Our tables count the packets that arrive from BGP peers and other hosts at these ports, those that this host sends to
+them, and those that the firewall has let pass (host_rules.py). This module compares the counters. It does not change
+the firewall, which is the administrator's.
 """
 
 from __future__ import annotations
@@ -29,10 +29,14 @@ PAUSE = 3.0
 SILENT_CHECKS = 20
 """A failure ends after this many checks without any packet: then no peer tries to send any more."""
 
-_PORTS = {
-    "bgp": ("tcp", BGP_PORT, "what BGP peers send", "the sessions that they open"),
-    "vxlan": ("udp", PORT, "VXLAN from other hosts", "the packets of their workloads"),
+_PORTS = {"bgp": ("tcp", BGP_PORT), "vxlan": ("udp", PORT)}
+_LOST = {
+    ("bgp", "input"): ("what BGP peers send", "the sessions that they open"),
+    ("bgp", "output"): ("what is sent to BGP peers", "the sessions that this host opens"),
+    ("vxlan", "input"): ("VXLAN from other hosts", "the packets of their workloads"),
+    ("vxlan", "output"): ("VXLAN to other hosts", "the packets of this host's workloads"),
 }
+"""By protocol and hook, what is dropped, and what is lost with it."""
 _COMMANDS = {4: "iptables", 6: "ip6tables"}
 
 
@@ -47,10 +51,10 @@ class PortMonitor(Manager):
         self._again_at: float | None = None
         """When to check again without waiting for a Tick (monotonic); None to wait for the next Tick."""
         self._before: Mapping[str, int] = {}
-        self._dropped: dict[tuple[str, int], int] = {}
-        """By protocol and IP version: how many checks have found dropped packets since a packet last passed."""
-        self._silent: dict[tuple[str, int], int] = {}
-        """By protocol and IP version: how many checks have found no packet since one last arrived."""
+        self._dropped: dict[tuple[str, str, int], int] = {}
+        """By protocol, hook and IP version: how many checks have found dropped packets since a packet last passed."""
+        self._silent: dict[tuple[str, str, int], int] = {}
+        """By protocol, hook and IP version: how many checks have found no packet since the last one."""
 
     def on_event(self, event: Any) -> None:
         if isinstance(event, Tick) and self._policy.ruleset.counts_ports:
@@ -73,31 +77,32 @@ class PortMonitor(Manager):
         except OSError:  # checked again at the next Tick
             return
         for key, names in COUNTERS.items():
-            arrived, passed = (self._since_before(name, now) for name in names)
+            every, passed = (self._since_before(name, now) for name in names)
             if passed:
                 self._dropped[key] = 0
-            elif arrived:
+            elif every:
                 self._dropped[key] = self._dropped.get(key, 0) + 1
-            self._silent[key] = 0 if arrived else self._silent.get(key, 0) + 1
+            self._silent[key] = 0 if every else self._silent.get(key, 0) + 1
             if self._silent[key] >= SILENT_CHECKS:
                 self._dropped[key] = 0
         self._before = now
         if any(self._dropped.values()):
             self._again_at = time.monotonic() + PAUSE
-        for protocol in _PORTS:
-            versions = [version for version in (4, 6) if self._dropped.get((protocol, version), 0) >= DROPPED_CHECKS]
-            why = _explanation(protocol, versions) if versions else None
-            self._context.health.record(Failure(why, f"firewall, {protocol}"))
+        for protocol, hook in _LOST:
+            versions = [v for v in (4, 6) if self._dropped.get((protocol, hook, v), 0) >= DROPPED_CHECKS]
+            why = _explanation(protocol, hook, versions) if versions else None
+            self._context.health.record(Failure(why, f"firewall, {protocol} {hook}"))
 
     def _since_before(self, name: str, now: Mapping[str, int]) -> int:
         count, before = now.get(name, 0), self._before.get(name, 0)
         return count - before if count >= before else count  # the tables were reloaded, so the counter began at 0 again
 
 
-def _explanation(protocol: str, versions: list[int]) -> str:
-    transport, port, what, lost = _PORTS[protocol]
+def _explanation(protocol: str, hook: str, versions: list[int]) -> str:
+    transport, port = _PORTS[protocol]
+    what, lost = _LOST[protocol, hook]
     commands = " and ".join(
-        f"'{_COMMANDS[version]} -I INPUT -p {transport} --dport {port} -j ACCEPT'" for version in versions
+        f"'{_COMMANDS[version]} -I {hook.upper()} -p {transport} --dport {port} -j ACCEPT'" for version in versions
     )
     named = " and ".join(f"IPv{version}" for version in versions)
     return (

@@ -181,7 +181,7 @@ class Ruleset:
     @property
     def counts_ports(self) -> bool:
         """Whether the tables count packets to the ports of BGP or VXLAN: see host_rules.COUNTERS."""
-        return "ports-passed" in self._chains
+        return "input-passed" in self._chains
 
     def tag_contains(self, tag: str, address: str) -> bool:
         """Return whether an address belongs to a tag.
