@@ -98,9 +98,11 @@ def check(libnetwork: bool = False) -> Iterator[Check]:
     yield _old_felix()
     yield from _bird()
     yield _passwords()
-    yield _ports()
+    reported: dict[str, Any] = {}
     with suppress(CalicoError):  # the check of the host name says why
-        yield _mtu((process.report(hostname()) or {}).get("mtu"))
+        reported = process.report(hostname()) or {}
+    yield _ports(reported.get("bgp_sessions"))
+    yield _mtu(reported.get("mtu"))
     yield from _etcd()
     yield _pools()
     yield _ipip()
@@ -359,8 +361,12 @@ def _passwords() -> Check:
     return Check(name, True, f"{f'for {whose}' if whose else 'none'}, in {passwords.PATH}", False)
 
 
-def _ports() -> Check:
-    """Check whether the host's firewall, which drops by default, has any rule about the ports for other hosts."""
+def _ports(sessions: Any) -> Check:
+    """Check whether the host's firewall may drop packets to or from the ports for other hosts.
+
+    A rule that drops some of them may be right, so it is a problem only if one of `sessions`, the BGP sessions in the
+    agent's report, is not up.
+    """
     name = "firewall and other hosts"
     if os.geteuid() != 0:
         return _needs_root(name)
@@ -368,13 +374,17 @@ def _ports() -> Check:
         rules = Nft().run("list ruleset") + docker_firewall.saved()
     except CalicoError as error:
         return Check(name, False, f"not known: {error}", False, "repair the host's iptables")
-    missing = ports_not_mentioned(rules)
+    missing, dropping = ports_not_mentioned(rules), dropping_rules(rules)
+    found = "nothing drops packets to the ports of BGP and VXLAN, as far as can be seen"
+    if missing:
+        found = f"it drops packets to or from this host, and no rule mentions {' or '.join(missing)}"
+    elif dropping:
+        found = f"rules that drop, perhaps not what other hosts send: {'; '.join(dropping[:3])}"
+    is_any_down = isinstance(sessions, list) and not all(session["up"] for session in sessions)
     return Check(
         name,
-        not missing,
-        f"it drops packets to or from this host, and no rule mentions {' or '.join(missing)}"
-        if missing
-        else _dropping(rules),
+        not missing and not (dropping and is_any_down),
+        found,
         False,
         "for several hosts, accept TCP port 179 (BGP) and, for pools with --vxlan, UDP port 4789 from the other hosts",
     )
@@ -403,14 +413,6 @@ def ports_not_mentioned(rules: str) -> list[str]:
         for port, words in _PORTS.items()
         if not re.search(rf"(dport|elements).*(?<![\w.])({words})(?![\w.])", rules)
     ]
-
-
-def _dropping(rules: str) -> str:
-    """Return what is found if no port lacks a rule: it may be one that drops, whose other conditions are not known."""
-    found = dropping_rules(rules)
-    if not found:
-        return "nothing drops packets to the ports of BGP and VXLAN, as far as can be seen"
-    return f"rules that drop, perhaps not what other hosts send: {'; '.join(found[:3])}"
 
 
 def dropping_rules(rules: str) -> list[str]:

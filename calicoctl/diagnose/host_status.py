@@ -224,7 +224,9 @@ def _sessions(status: dict[str, Any]) -> Iterator[Issue]:
     down = [session for session in sessions if not session["up"]]
     if down:
         text = f"{len(down)} of {len(sessions)} BGP sessions {'is' if len(down) == 1 else 'are'} not up"
-        yield Issue(BGP, f"{text}: with {first_few(_peer(session) for session in down)}")
+        text += f": with {first_few(_peer(session) for session in down)}"
+        advice = "'calicoctl checksystem' names rules of this host's firewall that may drop them"
+        yield Issue(BGP, text, f"'calicoctl node show' says which hosts' agents are alive, {advice}")
     suspicions: dict[str, list[str]] = {}
     for session in down:
         if session["suspicion"]:

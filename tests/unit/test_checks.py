@@ -114,6 +114,18 @@ def test_rules_that_drop_what_other_hosts_may_send(rule: str, drops: bool) -> No
     assert len(found) == drops and all(one in rule for one in found if "counter" not in rule)
 
 
+def test_such_a_rule_is_a_problem_if_a_session_is_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    rules = "table inet mine {\n\t\ttcp dport 179 drop\n}\n"
+    monkeypatch.setattr(checks.os, "geteuid", lambda: 0)
+    monkeypatch.setattr(checks.Nft, "run", lambda self, commands: rules)
+    monkeypatch.setattr(checks.docker_firewall, "saved", lambda: "")
+    up, down = {"peer": "192.0.2.1", "up": True}, {"peer": "192.0.2.2", "up": False}
+    for sessions in (None, [], [up]):
+        found = checks._ports(sessions)
+        assert found.ok and "tcp dport 179 drop" in found.found
+    assert not checks._ports([up, down]).ok and not checks._ports([up, down]).needed
+
+
 @pytest.mark.parametrize(
     ("underlay", "overlay", "configured", "links", "wrong"),
     [

@@ -208,7 +208,8 @@ def test_bgp_sessions_are_told_one_a_line_and_do_not_fail(health: Health, capsys
         "  fd00::9      host9   mesh    Connect      2026-01-01T00:00:03Z  0   0    -",
         "  fd00::fe     -       global  Idle         2026-01-01T00:00:04Z  0   0    -",
         "Problems:   2",
-        "  3 of 5 BGP sessions are not up: with 192.0.2.1, fd00::9 (host9), fd00::fe",
+        "  3 of 5 BGP sessions are not up: with 192.0.2.1, fd00::9 (host9), fd00::fe; 'calicoctl node show' says which "
+        "hosts' agents are alive, 'calicoctl checksystem' names rules of this host's firewall that may drop them",
         "  BGP sessions with fd00::9 (host9), fd00::fe: no password; compare the passwords of "
         "both ends (here: /etc/calico/bgp-passwords)",
     ]
