@@ -11,8 +11,9 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
-from calicoctl.addresses import number_of, parse_as_number, version_of
+from calicoctl.addresses import BITS, number_of, parse_as_number, version_of
 from calicoctl.datastore import config, keys
+from calicoctl.datastore.blocks import BLOCK_SIZE
 from calicoctl.datastore.hosts import DEFAULT_AS_NUMBER
 from calicoctl.datastore.model import Peer, load_object, load_strings
 from calicoctl.datastore.reserved import Network
@@ -143,10 +144,14 @@ class Topology:
         blocks = self.blocks[host]
         blocks.pop(cidr, None)
         if entry is not None:
+            # a larger one, or one that begins elsewhere, would take the addresses of other hosts' blocks
             address, _, length = cidr.partition("/")
-            if not re.fullmatch("[0-9]{1,3}", length, re.ASCII) or int(length) > (32 if version == 4 else 128):
-                raise CalicoError(f"'{cidr}' is not a block")
-            blocks[cidr] = Network.of(checked_address(address, version), int(length))
+            if length != str(BITS[version] - (BLOCK_SIZE - 1).bit_length()):
+                raise CalicoError(f"'{cidr}' is not a block: blocks have {BLOCK_SIZE} addresses")
+            block = Network.of(checked_address(address, version), int(length))
+            if block.first != number_of(address):
+                raise CalicoError(f"'{cidr}' is not a block, but inside of {block.cidr}")
+            blocks[cidr] = block
         elif not blocks:
             del self.blocks[host]
 

@@ -44,7 +44,7 @@ def test_blocks(store: Store) -> None:
     found = topology.block_of("host1", "192.168.1.63")
     assert found is not None and found.cidr == "192.168.1.0/26"
     assert topology.block_of("host1", "192.168.1.64") is None and topology.block_of("host1", "fd80::7f") is not None
-    for name in ("192.168.1.0-33", "192.168.1.0", "fe80::-122", "x-26"):
+    for name in ("192.168.1.0-33", "192.168.1.0", "192.168.0.0-17", "192.168.1.5-26", "fe80::-122", "x-26"):
         store.put(f"{IPAM}/host1/ipv4/block/{name}", "")
         assert f"{IPAM}/host1/ipv4/block/{name}" in store.snapshot.problems
         store.put(f"{IPAM}/host1/ipv4/block/{name}", None)
