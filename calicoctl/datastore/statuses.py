@@ -24,6 +24,14 @@ class Statuses:
         """Return this host's status, which is its agent's heartbeat; None if it has expired, as no agent is alive."""
         return self._store.get(keys.felix_status(self.host))
 
+    def of_old_agent(self) -> bool:
+        """Return whether Felix of 2015 is alive here: its status, unlike this agent's, names no machine and no boot."""
+        status = self.of_host()
+        try:
+            return status is not None and not load_object(status.value, status.key).keys() & {"machine", "boot"}
+        except InvalidValue:
+            return False
+
     def write_host(self, status: dict[str, object], ttl: int, before: Entry | None) -> Entry:
         """Replace this host's status, read as `before`, or create it if `before` is None. Expires after `ttl` seconds.
 

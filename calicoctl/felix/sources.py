@@ -1,6 +1,7 @@
 """The threads that wait for changes: of the store, of the kernel, of the Docker Engine and of the mount table.
 
-Each thread waits for one source and puts events into a queue. It decides nothing, and changes nothing.
+Each thread waits for one source and puts events into a queue. It decides nothing, and changes nothing, with one
+exception: FirewallEvents, since packets pass until somebody has noticed that there are no tables.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ from calicoctl.felix.events import (
     WatchFailed,
     WatchRecovered,
 )
+from calicoctl.workloads.guard import Guard
 
 if TYPE_CHECKING:
     from calicoctl.datastore.client import DatastoreClient
@@ -352,16 +354,28 @@ def _sender(message: bytes) -> int:
 
 
 class FirewallEvents(_Source):
-    """Waits for changes of nftables, and so of iptables-nft, by other processes."""
+    """Waits for changes of nftables, and so of iptables-nft, by other processes.
+
+    When our tables are gone, those of workloads/guard.py drop everything until the agent has loaded its own again. To
+    load them takes milliseconds, with many rules a second.
+    """
 
     missed = TablesChanged(frozenset([""]))
 
     def __init__(self, events: Events[Any]) -> None:
         super().__init__("following nftables", events)
-        self._tables = TableEvents()
+        self._tables = TableEvents("calico", self._ensure_guard)
+        self._guard = Guard()
 
     def follow(self) -> None:
+        self._ensure_guard()
         while True:
             names, port = self._tables.wait()
             if names & {"", "calico", "filter"} and port not in own_ports():
                 self._events.put(TablesChanged(frozenset(names)))
+
+    def _ensure_guard(self) -> None:
+        try:
+            self._guard.create()
+        except CalicoError as error:  # the agent reports it, too, when it cannot load its tables
+            log.warning("%s", error)

@@ -5,7 +5,8 @@ rolls back: the undos run in reverse order. A process that is killed cannot roll
 that the next command for the same workload finds everything that was done:
 
 * The address is assigned first. Its handle names the workload; its attributes name the endpoint, and so the veth pair.
-* The host end of the veth pair is brought up last in the kernel: while the host end is down, the pair is incomplete.
+* The host end of the veth pair is brought up last in the kernel: while the host end is down, the pair is incomplete. By
+  then, there is a table that drops its packets until the agent programs it (guard.py).
 * The endpoint is written to etcd last. On disconnecting, the endpoint is removed before its addresses are released. The
   exception is an address without a handle, assigned by an old tool: only the endpoint names its owner.
 
@@ -27,6 +28,7 @@ from calicoctl.datastore.model import Endpoint, Pool
 from calicoctl.datastore.reserved import Network, Reserved
 from calicoctl.errors import AddressTaken, CalicoError, Conflict, NotFound
 from calicoctl.workloads import host_network, mtu, netns
+from calicoctl.workloads.guard import Guard
 from calicoctl.workloads.locks import WorkloadLock
 from calicoctl.workloads.workload import (
     Workload,
@@ -668,6 +670,9 @@ def _attach(
     """
     if netns.find_interface(name) is not None:
         raise CalicoError(f"this host has an interface {name} already, of another endpoint; try again")
+    with Guard() as tables:
+        if not tables.exists() and not session.datastore.statuses.of_old_agent():
+            tables.create()
     undo(netns.delete_interface, name)
     netns.create_veth(name, session.namespace, interface, size, mac)
     undo(session.namespace.restore_loopback, session.loopback)

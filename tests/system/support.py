@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import io
 import json
 import os
 import re
@@ -21,6 +22,7 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 CALICOCTL = str(Path(sys.executable).parent / "calicoctl")
 FAULTY = str(Path(__file__).parent / "faulty.py")
@@ -399,3 +401,13 @@ def import_busybox(directory: Path, host: str = "unix:///var/run/docker.sock") -
         check=True,
         capture_output=True,
     )
+
+
+def in_process(host: Host, *arguments: str) -> tuple[int, str]:
+    """Run calicoctl without the start of a program, for what is not tested; return its exit status and all it said."""
+    from calicoctl.cli.main import main
+
+    said = io.StringIO()
+    environment = mock.patch.dict(os.environ, host.environment(), clear=True)
+    with environment, contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        return main(list(arguments)), said.getvalue()

@@ -5,21 +5,16 @@ The steps are counted by a run without fault, so a step that is added later is t
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
-import os
 import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from unittest import mock
 
 import pytest
 
-from calicoctl.cli.main import main
-from tests.system.support import FAULTY, Host, Result, addresses, calico_links, links, routes, run, wait_for
+from tests.system.support import FAULTY, Host, Result, addresses, calico_links, in_process, links, routes, run, wait_for
 
 SPACE = "blue"
 PATH = "/var/run/netns/blue"
@@ -40,14 +35,6 @@ def renew_namespace() -> None:
     run("ip", "netns", "delete", SPACE, check=False)
     wait_for(lambda: not calico_links(), "namespace")
     run("ip", "netns", "add", SPACE)
-
-
-def in_process(host: Host, *arguments: str) -> tuple[int, str]:
-    """Run calicoctl without the start of a program, for what is not tested; return its exit status and all it said."""
-    said = io.StringIO()
-    environment = mock.patch.dict(os.environ, host.environment(), clear=True)
-    with environment, contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        return main(list(arguments)), said.getvalue()
 
 
 def prepared(host: Host, *arguments: str) -> None:

@@ -13,7 +13,7 @@ import re
 import socket
 import struct
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -164,9 +164,15 @@ def own_ports(protocol: int = NETLINK_NETFILTER) -> set[int]:
 
 
 class TableEvents:
-    """The kernel's notifications of changes of nftables tables, including those of iptables-nft."""
+    """The kernel's notifications of changes of nftables tables, including those of iptables-nft.
 
-    def __init__(self) -> None:
+    `urgent` is called at the first notification about the table `table` in each transaction, which has taken effect by
+    then, and when notifications were lost. To receive all of them may take a tenth of a second, since a transaction
+    that deletes many rules brings thousands.
+    """
+
+    def __init__(self, table: str, urgent: Callable[[], None]) -> None:
+        self._table, self._urgent = table, urgent
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER)
         # a single transaction may bring a notification for each of thousands of elements
         self._socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, 2**24)
@@ -187,13 +193,17 @@ class TableEvents:
                 if kind == (_SUBSYSTEM_NFTABLES << 8) | _NEWGEN:
                     tables, self._tables = self._tables, set()
                     return tables, port
-                self._tables.add(_table(message))
+                name = _table(message)
+                if name == self._table and name not in self._tables:
+                    self._urgent()
+                self._tables.add(name)
             try:
                 self._unread = self._socket.recv(2**18)
             except OSError as error:
                 if error.errno != errno.ENOBUFS:
                     raise
                 self._tables = set()
+                self._urgent()
                 return {""}, 0
 
 

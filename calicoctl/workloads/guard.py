@@ -1,0 +1,219 @@
+"""Tables that drop all packets from and to `cali…` interfaces, for a host that lacks the agent's tables.
+
+They have the names of the agent's tables, `inet calico` and `arp calico`: the agent replaces them, and `node remove`
+removes them, like its own. Created only while there are none, so that they never add to the agent's. This module sends
+its requests to the kernel itself: finding the tables there takes much less than the start of a command of nftables, and
+neither needs libnftables. Policy is not here, but in felix/dataplane/ruleset.py.
+
+Source: include/uapi/linux/netfilter/nf_tables.h and nfnetlink.h.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from calicoctl.datastore.keys import INTERFACE_PREFIX
+from calicoctl.errors import CalicoError
+from calicoctl.netlink import (
+    ACK,
+    CREATE,
+    ERROR,
+    EXCLUSIVE,
+    NESTED,
+    NETLINK_NETFILTER,
+    REQUEST,
+    attribute,
+    attributes,
+    message,
+    messages,
+    refusal,
+)
+
+_TABLE = "calico"
+_FIRST_CHAIN = "anti-spoofing"
+"""The chain of the agent's tables, and of these, that sees each packet from a `cali…` interface first."""
+
+_INET, _ARP = 1, 3
+_PREROUTING, _FORWARD, _OUTPUT, _ARP_INPUT = 0, 2, 3, 0
+_RAW, _FILTER = -300, 0
+_IIFNAME, _OIFNAME = 6, 7
+
+_CHAINS = {
+    _INET: (
+        (_FIRST_CHAIN, _PREROUTING, _RAW, _IIFNAME),
+        ("no-agent-forward", _FORWARD, _FILTER, _OIFNAME),
+        ("no-agent-output", _OUTPUT, _FILTER, _OIFNAME),
+    ),
+    _ARP: ((_FIRST_CHAIN, _ARP_INPUT, _FILTER, _IIFNAME),),
+}
+"""By family, the base chains: name, hook, priority, and the name of which interface to compare."""
+
+_SUBSYSTEM = 10 << 8
+_NEWTABLE, _DELTABLE, _NEWCHAIN, _GETCHAIN, _NEWRULE = 0, 2, 3, 4, 6
+_BATCH_BEGIN, _BATCH_END = 0x10, 0x11
+_APPEND = 0x800
+_NAME = 1
+_CHAIN_TABLE, _CHAIN_NAME, _CHAIN_HOOK, _CHAIN_POLICY, _CHAIN_USE, _CHAIN_TYPE = 1, 3, 4, 5, 6, 7
+_HOOK_NUMBER, _HOOK_PRIORITY = 1, 2
+_RULE_TABLE, _RULE_CHAIN, _RULE_EXPRESSIONS = 1, 2, 4
+_ELEMENT, _EXPRESSION_NAME, _EXPRESSION_DATA = 1, 1, 2
+_ACCEPT, _DROP, _EQUAL, _VERDICT_REGISTER, _REGISTER = 1, 0, 0, 0, 1
+
+_TIMEOUT = 60.0
+"""Seconds to wait for an answer of the kernel."""
+
+
+class Guard:
+    """A connection to the kernel's nftables that finds, and creates, the tables. Not thread-safe.
+
+    Closing it may take the kernel some milliseconds, while it frees tables that were deleted before.
+    """
+
+    def __init__(self) -> None:
+        """Raises CalicoError."""
+        with _explained():
+            self._netlink = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER)
+            self._netlink.settimeout(_TIMEOUT)
+            self._netlink.bind((0, 0))
+
+    def __enter__(self) -> Guard:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._netlink.close()
+
+    def exists(self) -> bool:
+        """Return whether both tables exist, the agent's or these, with rules. Raises CalicoError."""
+        with _explained():
+            return not self._missing()
+
+    def create(self) -> None:
+        """Create the tables if they do not exist, or have lost their rules. Raises CalicoError, without any change."""
+        with _explained():
+            for replace in (False, True):
+                missing = self._missing()
+                try:
+                    if missing:
+                        _transact(self._netlink, [part for family in missing for part in _table(family, replace)])
+                    return
+                except OSError as error:
+                    # there is such a table: the agent has just created it, or it has no rules
+                    if error.errno != errno.EEXIST or replace:
+                        raise
+
+    def _missing(self) -> list[int]:
+        """Return the families whose table does not exist, or has no rules."""
+        return [family for family in _CHAINS if not _has_rules(self._netlink, family)]
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Convert errors of the kernel."""
+    try:
+        yield
+    except OSError as error:
+        raise CalicoError(
+            f"nftables cannot be used here ({error.strerror or error}), and without it nothing would restrain a "
+            "workload until the agent runs. 'calicoctl checksystem' says what is missing."
+        ) from None
+
+
+def _has_rules(netlink: socket.socket, family: int) -> bool:
+    body = _header(family) + _text(_CHAIN_TABLE, _TABLE) + _text(_CHAIN_NAME, _FIRST_CHAIN)
+    netlink.send(message(_SUBSYSTEM | _GETCHAIN, REQUEST, 0, body))
+    for kind, answer in messages(netlink.recv(2**16)):
+        if kind == ERROR:
+            code = refusal(answer)[1]
+            if code != errno.ENOENT:
+                raise OSError(code, os.strerror(code))
+            return False
+        # the number of its rules, and of the jumps to it
+        return any(attributes(answer[20:])[_CHAIN_USE])
+    return False
+
+
+def _transact(netlink: socket.socket, requests: list[tuple[int, int, bytes]]) -> None:
+    """Send requests (type, flags, body) as one transaction. Raises OSError; then nothing was changed."""
+    # struct nfgenmsg: family, version, and for the begin and end of a batch the subsystem
+    bounds = struct.pack("!BBH", socket.AF_UNSPEC, 0, _SUBSYSTEM >> 8)
+    batch = message(_BATCH_BEGIN, REQUEST, 0, bounds)
+    for number, (kind, flags, body) in enumerate(requests, 1):
+        batch += message(_SUBSYSTEM | kind, REQUEST | ACK | flags, number, body)
+    batch += message(_BATCH_END, REQUEST, len(requests) + 1, bounds)
+    netlink.send(batch)
+    answers: list[int] = []
+    while len(answers) < len(requests):  # all are read, or a later call would take the rest for its own answers
+        for kind, answer in messages(netlink.recv(2**16)):
+            number, code = refusal(answer) if kind == ERROR else (0, 0)
+            if code and not number:  # the whole batch is refused
+                raise OSError(code, os.strerror(code))
+            answers += [code] if number else []
+    code = next(filter(None, answers), 0)
+    if code:
+        raise OSError(code, os.strerror(code))
+
+
+def _table(family: int, replace: bool) -> Iterator[tuple[int, int, bytes]]:
+    """Yield the requests that create the table of a family, each as (type, flags, body).
+
+    Without `replace`, they are refused if there is such a table.
+    """
+    table = _header(family) + _text(_NAME, _TABLE)
+    if replace:
+        yield _NEWTABLE, CREATE, table  # the next request would be refused for a table that does not exist
+        yield _DELTABLE, 0, table
+    yield _NEWTABLE, CREATE | EXCLUSIVE, table
+    for chain, hook, priority, interface in _CHAINS[family]:
+        where = attribute(_HOOK_NUMBER, struct.pack("!I", hook)) + attribute(
+            _HOOK_PRIORITY, struct.pack("!i", priority)
+        )
+        yield (
+            _NEWCHAIN,
+            CREATE,
+            _header(family)
+            + _text(_CHAIN_TABLE, _TABLE)
+            + _text(_CHAIN_NAME, chain)
+            + attribute(_CHAIN_HOOK | NESTED, where)
+            + _number(_CHAIN_POLICY, _ACCEPT)
+            + _text(_CHAIN_TYPE, "filter"),
+        )
+        yield (
+            _NEWRULE,
+            CREATE | _APPEND,
+            _header(family)
+            + _text(_RULE_TABLE, _TABLE)
+            + _text(_RULE_CHAIN, chain)
+            + attribute(_RULE_EXPRESSIONS | NESTED, b"".join(_drop_if(interface))),
+        )
+
+
+def _drop_if(interface: int) -> Iterator[bytes]:
+    """Yield the expressions of the rule `iifname "cali*" drop`, or `oifname`, by the key `interface`."""
+    # struct nft_data: a value, or a verdict
+    prefix = attribute(1, INTERFACE_PREFIX.encode())
+    verdict = attribute(2 | NESTED, _number(1, _DROP))
+    yield _expression("meta", _number(1, _REGISTER) + _number(2, interface))
+    yield _expression("cmp", _number(1, _REGISTER) + _number(2, _EQUAL) + attribute(3 | NESTED, prefix))
+    yield _expression("immediate", _number(1, _VERDICT_REGISTER) + attribute(2 | NESTED, verdict))
+
+
+def _expression(name: str, data: bytes) -> bytes:
+    content = _text(_EXPRESSION_NAME, name) + attribute(_EXPRESSION_DATA | NESTED, data)
+    return attribute(_ELEMENT | NESTED, content)
+
+
+def _header(family: int) -> bytes:
+    return struct.pack("=BBH", family, 0, 0)
+
+
+def _text(kind: int, text: str) -> bytes:
+    return attribute(kind, text.encode() + b"\0")
+
+
+def _number(kind: int, number: int) -> bytes:
+    return attribute(kind, struct.pack("!I", number))
