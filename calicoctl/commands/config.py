@@ -35,6 +35,12 @@ Options:
                        other hosts and their containers are checked for MAC
                        and interface, for the interface alone, or for
                        neither; default: mac
+    EndpointToHostServices
+                       allow, drop: whether DNS, DHCP, and ICMPv6 for
+                       neighbour discovery and multicast reach a host from
+                       its containers whatever their profiles say; with drop,
+                       rules and DefaultEndpointToHostAction decide on them
+                       like on everything else; default: allow
     LogSeverityFile, LogFilePath, InterfacePrefix, IpInIpEnabled
                        for agents of 2015; this version ignores them
   node felix

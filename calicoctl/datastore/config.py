@@ -43,6 +43,8 @@ MTU = Setting("MTU", smallest=1280, largest=65535)
 """The MTU of workloads' interfaces. The default is the MTU of the underlay minus the overlay's header."""
 CHECK_SENDERS = Setting("CheckSenders", ("mac", "interface", "off"), "mac")
 """How agents check packets from other hosts' addresses: see docs/agent.md."""
+HOST_SERVICES = Setting("EndpointToHostServices", ("allow", "drop"), "allow")
+"""Whether DHCP, DNS and some ICMPv6 reach the host from endpoints whatever their profiles say."""
 HOST_ACTION = Setting("DefaultEndpointToHostAction", ("RETURN", "DROP", "ACCEPT"), "RETURN")
 
 WRITTEN = (
@@ -54,7 +56,9 @@ WRITTEN = (
 )
 """Global settings of the agents that `calicoctl node` writes with their defaults, as the tools of 2015 did."""
 
-FELIX = {"loglevel": LOG_LEVEL, **{setting.name: setting for setting in (*WRITTEN, GRACE_TIME, MTU, CHECK_SENDERS)}}
+_READ = (GRACE_TIME, MTU, CHECK_SENDERS, HOST_SERVICES)
+
+FELIX = {"loglevel": LOG_LEVEL, **{setting.name: setting for setting in (*WRITTEN, *_READ)}}
 """Global settings of the agents, by their names on the command line."""
 
 NODE_FELIX = {HOST_ACTION.name: HOST_ACTION}

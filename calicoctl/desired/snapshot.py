@@ -82,6 +82,8 @@ class Snapshot:
         self.profiles: dict[str, Profile] = {}
         self.pools: dict[str, Pool] = {}
         self.host_action = "RETURN"
+        self.host_services = True
+        """Whether the services of verdict.is_host_service are open to all endpoints."""
         self.log_level = "info"
         self.grace_time = GRACE_TIME
         """Seconds until a workload that no longer exists, or whose state is unknown, is garbage-collected."""
@@ -189,7 +191,7 @@ class Snapshot:
             return self._set_profile if keys.parse_profile(key) is not None else None
         if key.startswith((keys.pools(4) + "/", keys.pools(6) + "/")):
             return self._set_pool
-        settings = (config.LOG_LEVEL, config.GRACE_TIME, config.MTU, config.CHECK_SENDERS)
+        settings = (config.LOG_LEVEL, config.GRACE_TIME, config.MTU, config.CHECK_SENDERS, config.HOST_SERVICES)
         if key == keys.READY or key in [keys.config(setting.name) for setting in settings]:
             return self._set_setting
         return self._set_topology if self.topology.handler(key) is not None else None
@@ -258,6 +260,10 @@ class Snapshot:
             if value:
                 config.CHECK_SENDERS.check(value)
                 self.check_senders = value
+        elif key == keys.config(config.HOST_SERVICES.name):
+            self.host_services = value in ("", "allow")
+            if value:  # fail closed for an unknown value
+                config.HOST_SERVICES.check(value)
         elif key == keys.config(config.MTU.name):
             self.mtu = None
             if value:

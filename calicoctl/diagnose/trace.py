@@ -328,8 +328,8 @@ class _Store:
     def _outbound(self, id: EndpointId, destination: Place, packet: Packet) -> Decision:
         snapshot = self._seen_by(id.host)
         to_host = destination.endpoint is None and destination.host == id.host
-        if to_host and is_host_service(packet) and id in snapshot.local:
-            why = "DHCP, DNS and neighbour discovery to the host always pass"
+        if to_host and snapshot.host_services and is_host_service(packet) and id in snapshot.local:
+            why = "DHCP, DNS and neighbour discovery to the host pass, unless EndpointToHostServices is drop"
             return Decision("outbound", True, why, host=id.host)
         decision = self._decide("outbound", id, packet)
         if to_host and decision.allowed:

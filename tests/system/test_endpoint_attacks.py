@@ -18,12 +18,24 @@ import pytest
 from tests.system.agent import A4, ALLOW, B4, C4, AgentHost, holds, outside_host
 from tests.system.conftest import clear_host
 from tests.system.support import Etcd, links, run
-from tests.system.traffic import PATIENT, QUICK, checksum, family_of, inside, mac_bytes, send_frame, udp_frame
+from tests.system.traffic import (
+    PATIENT,
+    QUICK,
+    checksum,
+    family_of,
+    inside,
+    mac_bytes,
+    ping,
+    send_frame,
+    udp,
+    udp_frame,
+)
 
 A6, B6, C6 = "fd80:24e2:f998:72d6::1", "fd80:24e2:f998:72d6::2", "fd80:24e2:f998:72d6::3"
 OUTSIDE, OUTSIDE6 = "198.51.100.2", "2001:db8:1::2"
 BEYOND, BEYOND6 = "203.0.113.9", "2001:db8:2::9"
 """Addresses behind the machine `outside`, which is a router on the way."""
+HOST, HOST6 = "192.0.2.2", "2001:db8::2"
 HOST_MAC = "ee:ee:ee:ee:ee:ee"
 
 
@@ -50,7 +62,7 @@ def net(etcd: Etcd) -> Iterator[AgentHost]:
 
 
 @contextlib.contextmanager
-def udp_server(namespace: str, address: str, port: int) -> Iterator[socket.socket]:
+def udp_server(namespace: str | None, address: str, port: int) -> Iterator[socket.socket]:
     with inside(namespace, lambda: socket.socket(family_of(address), socket.SOCK_DGRAM)) as server:
         server.bind((address, port))
         yield server
@@ -142,3 +154,28 @@ def test_icmp_errors_pass_for_flows_of_their_sender_alone(net: AgentHost) -> Non
             flow.client.close()
             server.send(b"x")
             assert is_refused(server, PATIENT)
+
+
+def test_services_of_the_host_are_open_to_all_endpoints_unless_a_setting_closes_them(net: AgentHost) -> None:
+    net.ctl("config", "node", "felix", "DefaultEndpointToHostAction", "DROP")
+    net.sync()
+    for address in (HOST, HOST6):
+        assert udp("c", None, address, 53, patience=PATIENT) and not udp("c", None, address, 54)
+    with udp_server(None, HOST, 53) as server, Flow("c", HOST, 53).client as client:
+        assert select.select([server], [], [], PATIENT)[0]
+        net.ctl("config", "felix", "EndpointToHostServices", "drop")
+        net.sync()
+        client.send(b"of an open flow")
+        assert len(server.recv(100)) == 1 and not select.select([server], [], [], QUICK)[0]
+    for address in (HOST, HOST6):
+        assert not udp("c", None, address, 53)
+    net.ctl("config", "node", "felix", "DefaultEndpointToHostAction", "RETURN")
+    net.sync()
+    for address, own in ((HOST, A4), (HOST6, A6)):
+        assert udp("a", None, address, 53, patience=PATIENT)
+        # without neighbour discovery
+        assert ping("a", address, patience=PATIENT) and ping(None, own, patience=PATIENT)
+        assert ping(None, C6 if ":" in own else C4, patience=PATIENT)
+    net.ctl("config", "felix", "EndpointToHostServices", "--remove")
+    net.sync()
+    assert udp("c", None, HOST6, 53, patience=PATIENT)

@@ -161,6 +161,19 @@ def test_an_unknown_action_for_packets_to_the_host_closes() -> None:
     assert snapshot.host_action == "RETURN"
 
 
+def test_services_of_the_host_are_open_unless_the_setting_is_anything_but_allow() -> None:
+    key = "/calico/v1/config/EndpointToHostServices"
+    snapshot = snapshot_of(entry(key, "drop"))
+    assert not snapshot.host_services and not snapshot.problems
+    snapshot.change(Change(key, entry(key, "closed")))
+    assert not snapshot.host_services and key in snapshot.problems
+    snapshot.change(Change(key, entry(key, "allow")))
+    assert snapshot.host_services
+    snapshot.change(Change(key, entry(key, "drop")))
+    snapshot.change(Change(key, None))
+    assert snapshot.host_services and not snapshot.problems
+
+
 def test_a_state_that_is_not_known_does_not_count_as_active() -> None:
     snapshot = snapshot_of(endpoint_entry("1", state="paused"), endpoint_entry("2", ipv4_nets=["192.168.0.2/32"]))
     assert set(snapshot.local) == {id_of("2")}

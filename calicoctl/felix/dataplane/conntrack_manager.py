@@ -171,7 +171,8 @@ def allowed(packet: Packet, snapshot: Snapshot, tag_contains: TagContains, host_
     """
     destination = snapshot.owner(packet.destination)
     to_host = packet.destination in host_addresses
-    for source in snapshot.senders(packet.source) if not (to_host and is_host_service(packet)) else ():
+    is_open = to_host and snapshot.host_services and is_host_service(packet)
+    for source in snapshot.senders(packet.source) if not is_open else ():
         if to_host and snapshot.host_action == "DROP":
             return False
         rules = {name: rules.outbound for name, rules in _rules(source, snapshot)}

@@ -35,7 +35,7 @@ from calicoctl.felix.dataplane import host_rules
 from calicoctl.felix.dataplane.changes import Change, spelled
 from calicoctl.felix.dataplane.host_rules import HostRules, Moved, Ports
 from calicoctl.policy.rules import ICMP, ICMPV6, protocol_number, versions
-from calicoctl.policy.verdict import port_ranges
+from calicoctl.policy.verdict import HOST_ICMPV6_TYPES, port_ranges
 
 TABLES = (("inet", "calico"), ("arp", "calico"))
 
@@ -80,14 +80,6 @@ add rule inet calico related iifname . ether saddr . ct original ip6 saddr @send
 add rule inet calico related iifname . ether saddr . ct reply ip6 saddr @senders6 accept
 add rule inet calico related drop
 
-add chain inet calico host-services
-add rule inet calico host-services meta nfproto ipv4 udp sport 68 udp dport 67 accept
-add rule inet calico host-services meta nfproto ipv6 udp sport 546 udp dport 547 accept
-add rule inet calico host-services udp dport 53 accept
-add rule inet calico host-services icmpv6 type { 130, 131, 132, 133, 135, 136 } accept
-
-add chain inet calico host-action
-
 add chain inet calico anti-spoofing { type filter hook prerouting priority raw; policy accept; }
 add rule inet calico anti-spoofing iifname != "PREFIX*" goto from-outside
 add rule inet calico anti-spoofing iifname . ether saddr . ip saddr @senders4 accept
@@ -107,6 +99,14 @@ add rule arp calico anti-spoofing iifname . arp saddr ether != @macs drop
 add rule arp calico anti-spoofing arp operation request arp saddr ip 0.0.0.0 accept
 add rule arp calico anti-spoofing iifname . arp saddr ether . arp saddr ip != @senders drop
 """.replace("PREFIX", INTERFACE_PREFIX)
+
+_HOST_SERVICES = (
+    "meta nfproto ipv4 udp sport 68 udp dport 67 accept",
+    "meta nfproto ipv6 udp sport 546 udp dport 547 accept",
+    "udp dport 53 accept",
+    f"icmpv6 type {{ {', '.join(map(str, HOST_ICMPV6_TYPES))} }} accept",
+)
+"""The rules of `host-services`. `verdict.is_host_service` decides the same."""
 
 
 def remove_commands() -> str:
@@ -236,11 +236,14 @@ class Ruleset:
         if dirty.pools:
             _update_pools(snapshot, change)
         if dirty.settings:
-            action = ("drop" if snapshot.host_action == "DROP" else "accept",)
-            if self._chains.get("host-action") != action:
-                change.set_chain("host-action", action)
-                for endpoint in self._endpoints.values():
-                    affected.update(endpoint.sources)
+            for chain, rules in (
+                ("host-action", ("drop" if snapshot.host_action == "DROP" else "accept",)),
+                ("host-services", _HOST_SERVICES if snapshot.host_services else ()),
+            ):
+                if self._chains.get(chain) != rules:
+                    change.set_chain(chain, rules)
+                    for endpoint in self._endpoints.values():
+                        affected.update(endpoint.sources)
         if affected or "to-host" not in self._chains:
             self._set_base_chains(change, fast_path=not affected)
         return Update(change.commands(), affected)
