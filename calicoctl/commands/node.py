@@ -324,7 +324,7 @@ def _stop(force: bool) -> None:
             )
     stopped = process.stop(host)
     instance = Instance(host)
-    bird = instance.pid() if instance.recognise() else None
+    bird = instance.find()
     etcd_stopped = local_etcd.stop(host)
     if stopped:
         print(f"The host agent (process {stopped}) has ended; the data plane stays.")

@@ -16,7 +16,7 @@ from calicoctl.felix.bgp.bird import Refused
 from calicoctl.felix.bgp.instance import Instance
 from tests.system.agent import holds
 from tests.system.fabric import FabricHost, fabric
-from tests.system.support import Etcd, Host, gone, run, wait_for
+from tests.system.support import AS_NOBODY, Etcd, Host, gone, run, wait_for
 
 V6 = "fd80:24e2:f998:72d6::"
 FOREIGN = "172.18.0.13"
@@ -372,6 +372,45 @@ def test_where_bgp_cannot_run_the_host_works_without(one: FabricHost) -> None:
     one.ctl("node", f"--ip={one.ip}")
     assert troubles(one) == {}
     await_routes(one, {"192.168.0.0/26": None})
+
+
+def test_a_users_process_that_is_named_bird_is_none(one: FabricHost) -> None:
+    """It neither keeps BGP off, nor has the agent remove anything, whatever its arguments are."""
+    victim = Path("/run/bird/of-another-program")  # what /run/calico/../bird would be
+    victim.parent.mkdir(exist_ok=True)
+    victim.touch()
+    one.run("mkdir", "/run/calico/former")
+    named = "import ctypes; ctypes.CDLL(None).prctl(15, b'bird'); print(1, flush=True); input()"
+    program = ("/usr/bin/python3", "-c", named, "-c")
+    fakes = [
+        subprocess.Popen(one.inside(*AS_NOBODY, *command), stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        for command in (
+            program,
+            (*program, "/run/calico/../bird/conf"),
+            (*program, "/run/calico/former/bird/conf"),
+            (*program, f"/run/calico/{one.name}/bird/conf"),
+            ("unshare", "--user", "--map-root-user", *program, "/run/calico/former/bird/conf"),
+        )
+    ]
+    try:
+        for fake in fakes:
+            assert fake.stdout.readline() == b"1\n"
+        one.start_agent()
+        one.add("a", "192.168.0.1")
+        await_routes(one, {"192.168.0.0/26": None})
+        running = bird_of(one)
+        os.kill(running, 9)
+        wait_for(lambda: gone(running) and status(one)["bird"]["restarts"] == 1, "another BIRD", PATIENCE)
+        await_routes(one, {"192.168.0.0/26": None})
+        assert troubles(one) == {}
+        one.ctl("node", "stop", "--force")
+        one.ctl("node", "remove", "--remove-endpoints")
+        assert learned(one) == {} and victim.exists()
+        assert [fake.poll() for fake in fakes] == [None] * len(fakes)
+    finally:
+        for fake in fakes:
+            fake.communicate(b"\n")
+        victim.unlink()
 
 
 def test_what_is_left_from_a_former_name_ends_and_a_foreign_bird_keeps_its_routes(one: FabricHost) -> None:

@@ -1,7 +1,8 @@
-"""Which BIRDs are ours, and which of them, with which routes, are ended. The processes are shells, without root."""
+"""Which BIRDs, with which routes, are ended. The processes are shells, without root."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from calicoctl import netlink, proc
-from calicoctl.felix.bgp import instance
+from calicoctl.errors import CalicoError
+from calicoctl.felix.bgp import instance, processes
 from calicoctl.felix.bgp.instance import Instance
 
 FOREIGN = "/etc/bird/bird.conf"
@@ -33,11 +35,12 @@ class Machine:
         return bird
 
     def run_for(self, host: str) -> subprocess.Popen[bytes]:
+        (self.directory / host).mkdir(exist_ok=True)
         return self.run(self.directory / host / "bird" / "conf")
 
     def found(self) -> dict[int, str]:
         alive = (bird.pid for bird in self.birds if bird.poll() is None)
-        return {pid: instance._host_of(proc.arguments(pid)) for pid in alive}
+        return {pid: processes.host_of(proc.arguments(pid)) for pid in alive}
 
     def delete(self, family: int, route: netlink.Route) -> None:
         self.routes = False
@@ -49,27 +52,16 @@ class Machine:
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
     machine = Machine(tmp_path)
-    monkeypatch.setattr(instance, "DIRECTORY", tmp_path)
-    monkeypatch.setattr(instance, "_birds", machine.found)
+    for module in (instance, processes):
+        monkeypatch.setattr(module, "DIRECTORY", tmp_path)
+    monkeypatch.setattr(processes, "ROOT", os.geteuid())
+    monkeypatch.setattr(instance, "birds", machine.found)
     monkeypatch.setattr(instance, "_routes", lambda: [(2, None)] if machine.routes else [])
     monkeypatch.setattr(instance, "_delete", machine.delete)
     yield machine
     for bird in machine.birds:
         bird.kill()
         bird.communicate()
-
-
-def test_a_bird_of_ours_is_told_by_its_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(instance, "DIRECTORY", tmp_path)
-    for path, host in (
-        (f"{tmp_path}/host1/bird/conf", "host1"),
-        (f"{tmp_path}/{'h' * 253}/bird/conf", "h" * 253),
-        (f"{tmp_path}/x/host1/bird/conf", ""),
-        (f"{tmp_path}/host1/bird/conf.new", ""),
-        ("bird/conf", ""),
-        (FOREIGN, ""),
-    ):
-        assert instance._host_of(["/usr/sbin/bird", "-f", "-c", path, "-s", "ctl"]) == host
 
 
 def test_one_that_no_file_names_is_ended_with_its_routes(machine: Machine) -> None:
@@ -86,6 +78,25 @@ def test_one_of_a_former_name_is_ended_with_its_routes(machine: Machine) -> None
     assert machine.remove("host1")
     assert former.wait(5) is not None and not machine.routes
     assert not Instance("former").is_here()
+
+
+def test_to_look_for_one_leaves_no_trace(machine: Machine) -> None:
+    former, own = machine.run_for("former"), machine.run_for("host1")
+    assert Instance("former").find() == former.pid and Instance("host1").find() == own.pid
+    assert [*machine.directory.glob("*/*")] == []
+    assert Instance("host1").recognise()
+    assert {path.name for path in machine.directory.glob("*/*")} == {"bird.pid", "bird.boot"}
+
+
+def test_one_of_a_former_name_goes_on_if_bird_may_not_run_here(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    former = machine.run_for("former")
+    machine.run(FOREIGN)
+    monkeypatch.setattr(instance, "refuse_missing", lambda: "bird")
+    with pytest.raises(CalicoError, match="another BIRD"):
+        Instance("host1").start("")
+    assert former.poll() is None and machine.routes
 
 
 def test_what_one_of_a_former_name_has_left_is_removed(machine: Machine) -> None:

@@ -4,8 +4,8 @@ The folder /run/calico/HOST/bird contains BIRD's configuration, control socket a
 sticky, so BIRD, which runs as the user `bird`, can replace only its own files. BIRD outlives the agent. A file beside
 the folder identifies the boot and the network namespace in which BIRD ran last.
 
-A BIRD whose configuration is in such a folder is called ours, even if the folder has the name of another host: since
-only one agent runs in a network namespace, this host had the other name before it was renamed.
+A BIRD that an agent has started is called ours (see processes.py), even if its folder has the name of another host:
+since only one agent runs in a network namespace, this host had the other name before it was renamed.
 
 BIRD treats all routes with its protocol number as its own, and deletes those that it does not know. So the agent does
 not start BIRD if a foreign one (one that is not ours) runs, or if there are routes of a foreign one.
@@ -26,10 +26,10 @@ from calicoctl import files, netlink, proc
 from calicoctl.addresses import FAMILIES
 from calicoctl.errors import CalicoError, one_line
 from calicoctl.felix.bgp import bird
+from calicoctl.felix.bgp.processes import USER, birds
 from calicoctl.felix.daemon import Daemon, Process
 from calicoctl.workloads.locks import DIRECTORY
 
-USER = "bird"
 PORT = 179
 
 START_PATIENCE = 10.0
@@ -86,17 +86,17 @@ class Instance:
     def start(self, text: str | None) -> bool:
         """Start BIRD with the configuration `text` or, if it is None, with that of BIRD's last run in this boot.
 
-        First, the BIRDs of this host's former names are removed. Returns whether BIRD recovers from a crash (graceful
-        restart): then its peers keep its routes until it has announced them again. If BIRD refuses `text`, it is
-        started with the configuration of its last run in this boot, and Refused is raised once it runs. If there is no
-        such configuration, Refused is raised at once or, if `text` is None, NotReady. Raises CalicoError if BIRD may
-        not run here or does not start.
+        If BIRD may run here, the BIRDs of this host's former names are removed first. Returns whether BIRD recovers
+        from a crash (graceful restart): then its peers keep its routes until it has announced them again. If BIRD
+        refuses `text`, it is started with the configuration of its last run in this boot, and Refused is raised once
+        it runs. If there is no such configuration, Refused is raised at once or, if `text` is None, NotReady. Raises
+        CalicoError if BIRD may not run here or does not start.
         """
         ran = self.ran_here()
-        for former in self._former():
-            former._remove(lambda text: None)
         program = refuse_missing()
         self.refuse_foreign()
+        for former in self._former():
+            former._remove(lambda text: None)
         crashed = ran and self._control.exists()  # when BIRD ends regularly, it removes its socket
         self._make_folder()
         refused: bird.Refused | None = None
@@ -113,19 +113,20 @@ class Instance:
             raise refused
         return crashed
 
-    def recognise(self) -> bool:
-        """Return whether the BIRD of `host` runs, even if no pid file names it (for example, if the agent was killed).
+    def find(self) -> int | None:
+        """Return the process ID of the BIRD of `host`, even if no pid file names it (if the agent was killed)."""
+        pid = self.pid()
+        return pid if pid is not None else next((pid for pid, host in birds().items() if host == self._host), None)
 
-        In that case, write the pid file.
-        """
-        if self.pid() is not None:
-            return True
-        pid = next((pid for pid, host in _birds().items() if host == self._host), None)
+    def recognise(self) -> bool:
+        """Return whether the BIRD of `host` runs. If no pid file names it, write the pid file."""
+        pid = self.find()
         if pid is None:
             return False
-        self.process.pid_file.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-        self.process.note(pid)
-        self._note_place()
+        if pid != self.pid():
+            self.process.pid_file.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+            self.process.note(pid)
+            self._note_place()
         return True
 
     def _note_place(self) -> None:
@@ -206,7 +207,7 @@ class Instance:
         Routes with BIRD's protocol number are foreign if no BIRD of ours runs here or has run here in this boot.
         """
         self.refuse_other_bird()
-        if _listeners().difference(*(_sockets(pid) for pid, host in _birds().items() if host)):
+        if _listeners().difference(*(_sockets(pid) for pid, host in birds().items() if host)):
             raise CalicoError(
                 f"another process listens on port {PORT}, which BGP needs: end that one, or start the agent with "
                 "--bgp=off"
@@ -239,9 +240,10 @@ class Instance:
         return any(removed)
 
     def _remove(self, warn: Callable[[str], None]) -> bool:
-        self.recognise()
-        ran = self.ran_here()
-        self.stop()
+        pid = self.find()
+        ran = pid is not None or self.ran_here()
+        if pid is not None:
+            _end(pid)
         foreign = _foreign_bird() if ran else None
         if foreign is not None:
             warn(
@@ -259,14 +261,9 @@ class Instance:
     def stop(self) -> None:
         """End BIRD, so that its peers withdraw its routes. The routes in this host's kernel stay."""
         pid = self.pid()
-        if pid is None:
-            return
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGTERM)
-            if not proc.await_end(pid, END_PATIENCE):
-                os.kill(pid, signal.SIGKILL)
-                proc.await_end(pid, END_PATIENCE)
-        self.process.pid_file.unlink(missing_ok=True)
+        if pid is not None:
+            _end(pid)
+            self.process.pid_file.unlink(missing_ok=True)
 
 
 class NotReady(CalicoError):
@@ -304,38 +301,23 @@ def _ids() -> tuple[int, int]:
         ) from None
 
 
-def _birds() -> dict[int, str]:
-    """Return the BIRDs of this network namespace: by process ID, the host of one of ours, "" for a foreign one."""
-    found, namespace = {}, os.stat("/proc/self/ns/net").st_ino
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        with suppress(OSError):
-            if (
-                (entry / "comm").read_text().strip() in ("bird", "bird6")
-                and (entry / "ns/net").stat().st_ino == namespace
-                and proc.running_since(int(entry.name)) is not None
-            ):
-                found[int(entry.name)] = _host_of(proc.arguments(int(entry.name)))
-    return found
-
-
-def _host_of(arguments: list[str]) -> str:
-    """Return the host whose agent started a BIRD with these arguments; "" if no agent did."""
-    for path in map(Path, arguments):
-        if path == DIRECTORY / path.parent.parent.name / "bird" / "conf":
-            return path.parent.parent.name
-    return ""
+def _end(pid: int) -> None:
+    """End BIRD, by force if it does not end within END_PATIENCE."""
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGTERM)
+        if not proc.await_end(pid, END_PATIENCE):
+            os.kill(pid, signal.SIGKILL)
+            proc.await_end(pid, END_PATIENCE)
 
 
 def _foreign_bird() -> int | None:
     """Return the process ID of a foreign BIRD in this network namespace, None if there is none."""
-    return next((pid for pid, host in _birds().items() if not host), None)
+    return next((pid for pid, host in birds().items() if not host), None)
 
 
 def _hosts_here() -> set[str]:
     """Return the hosts whose BIRD runs in this network namespace, or has run there in this boot."""
-    return ({*_birds().values()} | _hosts_that_ran()) - {""}
+    return ({*birds().values()} | _hosts_that_ran()) - {""}
 
 
 def _hosts_that_ran() -> set[str]:

@@ -1,0 +1,91 @@
+"""Finds the BIRD processes of this network namespace, and says which of them an agent has started. Ends none.
+
+Every user can start a process with the name `bird` and with any arguments. So a process counts as a BIRD only if it has
+the right to change the routes of this network namespace. It is called ours only if it runs as root or as the user
+`bird` as well, and if the folder of the host in its arguments exists and belongs to root.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import re
+import stat
+from contextlib import suppress
+from pathlib import Path
+
+from calicoctl import proc
+from calicoctl.datastore.hosts import check_hostname
+from calicoctl.errors import CalicoError
+from calicoctl.workloads.locks import DIRECTORY
+
+USER = "bird"
+
+ROOT = 0
+"""The user ID of root, and the owner of a host's folder below /run/calico."""
+
+_PROGRAMS = ("bird", "bird6")
+_CAP_NET_ADMIN = 12
+"""The number of the capability. Source: linux/capability.h."""
+
+
+def birds() -> dict[int, str]:
+    """Return the BIRDs of this network namespace: by process ID, the host of one of ours, "" for a foreign one."""
+    found, users = {}, _users()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with suppress(OSError, ValueError):  # it has ended meanwhile
+                if is_bird(entry) and proc.running_since(int(entry.name)) is not None:
+                    trusted = users >= set(_status(entry, "Uid"))
+                    found[int(entry.name)] = host_of(proc.arguments(int(entry.name))) if trusted else ""
+    return found
+
+
+def is_bird(process: Path) -> bool:
+    """Return whether a process, /proc/PID, is a BIRD that may change routes here. Raises OSError, ValueError.
+
+    A user can have a program with the setuid bit, such as su, started under any name, by a link. That process has all
+    rights, so the name of its program counts as well, which stays when the package is upgraded while it runs.
+    """
+    return (
+        (process / "comm").read_text().strip() in _PROGRAMS
+        and (process / "exe").readlink().name.startswith(_PROGRAMS)
+        and not (process / "exe").stat().st_mode & stat.S_ISUID
+        and _is_in_our(process, "net")
+        # in a user namespace of its own, a process may have all capabilities, but not over this network namespace
+        and _is_in_our(process, "user")
+        and bool(int(_status(process, "CapEff")[0], 16) & 1 << _CAP_NET_ADMIN)
+    )
+
+
+def host_of(arguments: list[str]) -> str:
+    """Return the host whose agent starts BIRD with these arguments; "" if no agent does, or has no folder here."""
+    for option, path in zip(arguments, arguments[1:]):
+        match = re.fullmatch(f"{re.escape(str(DIRECTORY))}/([^/]+)/bird/conf", path)
+        if option == "-c" and match is not None:
+            with suppress(CalicoError, OSError):
+                found = os.lstat(DIRECTORY / check_hostname(match[1]))
+                return match[1] if stat.S_ISDIR(found.st_mode) and found.st_uid == ROOT else ""
+    return ""
+
+
+def _users() -> set[str]:
+    """Return the IDs of the users that BIRD runs as: root's, and that of the user `bird` if there is one."""
+    users = {str(ROOT)}
+    with suppress(KeyError):
+        users.add(str(pwd.getpwnam(USER).pw_uid))
+    return users
+
+
+def _is_in_our(process: Path, kind: str) -> bool:
+    """Return whether a process is in the same namespace as this one. `kind` is "net" or "user"."""
+    return (process / "ns" / kind).stat().st_ino == os.stat(f"/proc/self/ns/{kind}").st_ino
+
+
+def _status(process: Path, field: str) -> list[str]:
+    """Return the words of a field of /proc/PID/status. Raises OSError or, if there is no such field, ValueError."""
+    for line in (process / "status").read_text(errors="replace").splitlines():
+        name, _, value = line.partition(":")
+        if name == field:
+            return value.split()
+    raise ValueError(f"{process} has no {field}")
