@@ -1,20 +1,27 @@
-"""The backend for etcd's v2 API, on python-etcd: requests, the translation of errors, and watches over long polls.
+"""The backend for etcd's v2 API, on python-etcd: requests, and the translation of errors.
 
-python-etcd's own failover is off, since it repeats unanswered writes blindly; ours is in members.py.
+Watches are in etcd2_watch.py. python-etcd's own failover is off, since it repeats unanswered writes blindly; ours is in
+members.py. Redirects are off, too: etcd sends none, and whoever does could lead a request anywhere. Every answer is
+bounded (answers.py).
 
 Sources: https://github.com/etcd-io/etcd/blob/release-3.4/Documentation/v2/api.md and …/v2/errorcode.md
 """
 
 from __future__ import annotations
 
+import http.client
 import json
 import re
+import time
 from collections.abc import Generator, Iterable
 from contextlib import suppress
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Callable, TypeVar
 from urllib.parse import quote
 
+from calicoctl import answers
+from calicoctl.datastore import etcd2_watch
+from calicoctl.datastore.etcd2_watch import Progress
 from calicoctl.datastore.members import (
     ConnectionLost,
     Deadline,
@@ -47,8 +54,11 @@ T = TypeVar("T")
 READ_TIMEOUT = 4.0
 """Seconds to wait for one member's answer. A command waits for a hanging member only once, then asks it last."""
 
-CONFIRMATION = 0.5
-"""Seconds of a second long poll, which follows a first one without a change if the store's revision has increased."""
+LARGEST_VALUE = 32 * answers.MiB
+"""Bytes of an answer about one key. A written form has 10 MiB at most, of which etcd's answer escapes some bytes."""
+
+LARGEST_DIRECTORY = 128 * answers.MiB
+"""Bytes of an answer about a directory, with all that is below it. 50,000 endpoints take about 50 MiB."""
 
 QUORUM_TIMEOUT = 3.0
 """Seconds to wait for the quorum read that shows, after a poll without a change, that the member is not partitioned."""
@@ -104,7 +114,7 @@ class Etcd2Store:
         import etcd
 
         try:
-            keys = self._read(directory, _child_keys)
+            keys = self._read(directory, _child_keys, directory=True)
         except etcd.EtcdKeyNotFound:
             return []
         return [key.rpartition("/")[2] for key in keys if key != directory]
@@ -115,7 +125,7 @@ class Etcd2Store:
         pending = [directory]
         while pending:
             with suppress(etcd.EtcdKeyNotFound):
-                keys, directories = self._read(pending.pop(), _children)
+                keys, directories = self._read(pending.pop(), _children, directory=True)
                 if keys:
                     return True
                 pending += directories
@@ -191,7 +201,7 @@ class Etcd2Store:
 
     def version(self) -> str:
         def read(client: etcd.Client, path: str) -> str:
-            answer = client.http.request("GET", f"{client.base_uri}/version", timeout=READ_TIMEOUT)
+            answer = client.http.request("GET", f"{client.base_uri}/version", timeout=READ_TIMEOUT, redirect=False)
             return str(json.loads(answer.data)["etcdserver"])
 
         return self._read("", read)
@@ -208,7 +218,7 @@ class Etcd2Store:
             return entries, reached + 1
 
         try:
-            return self._read(directory, read)
+            return self._read(directory, read, directory=True)
         except etcd.EtcdKeyNotFound as error:
             reached = error.payload.get("index")
             if not isinstance(reached, int):
@@ -216,39 +226,44 @@ class Etcd2Store:
             return [], reached + 1
 
     def watch(self, directory: str, revision: int, seconds: float) -> Generator[list[Change], None, None]:
+        progress = Progress.begin(revision)
         while True:
-            changes, revision = self._await_changes(directory, revision, seconds)
+            changes, progress = self._await_changes(directory, progress, seconds)
             yield changes
 
-    def _await_changes(self, directory: str, revision: int, seconds: float) -> tuple[list[Change], int]:
-        """Wait for a change below `directory` from `revision` on.
-
-        Returns at most one change, and the revision to continue from.
-        """
+    def _await_changes(self, directory: str, progress: Progress, seconds: float) -> tuple[list[Change], Progress]:
+        """Wait for a change below `directory`; return at most one, and the new progress."""
         import etcd
 
+        end = time.monotonic() + seconds
         deadline: Deadline | None = None
 
-        def poll(client: etcd.Client, path: str) -> tuple[list[Change], int]:
+        def poll(client: etcd.Client, path: str) -> tuple[list[Change], Progress]:
             if deadline is not None:  # the member before had no quorum: do not wait for this one unless it has
                 _confirm_quorum(client, path)
-            return _poll_for_change(client, path, revision, seconds)
+            changes, reached = etcd2_watch.poll(client, path, progress, end - time.monotonic(), READ_TIMEOUT)
+            if not changes and time.monotonic() >= end:
+                _confirm_quorum(client, path)
+            return changes, reached
 
         try:
             while True:
                 try:
-                    return self._ask(directory, poll)
+                    changes, progress = self._ask(directory, poll)
                 except ConnectionLost as failure:
                     raise WatchExpired(f"a wait for changes was cut short: {failure}") from None
                 except Unanswered as failure:
                     deadline = deadline or Deadline(WATCH_PATIENCE)
                     deadline.backoff(failure)
+                else:
+                    if changes or time.monotonic() >= end:
+                        return changes, progress
         except etcd.EtcdKeyNotFound:
             raise StoreError(f"the store does not answer as etcd does: it cannot watch {directory}") from None
 
-    def _read(self, key: str, send: Callable[[etcd.Client, str], T]) -> T:
+    def _read(self, key: str, send: Callable[[etcd.Client, str], T], directory: bool = False) -> T:
         """Send an idempotent request about a key until it is answered; see _Connection.request."""
-        return self._members.retry(lambda connection: connection.request(key, send))
+        return self._members.retry(lambda connection: connection.request(key, send, directory))
 
     def _ask(self, key: str, send: Callable[[etcd.Client, str], T]) -> T:
         """Send a request about a key once; see _Connection.request."""
@@ -263,8 +278,10 @@ class _Connection:
         self._member = member
         self._url = settings.url(member)
 
-    def request(self, key: str, send: Callable[[etcd.Client, str], T]) -> T:
+    def request(self, key: str, send: Callable[[etcd.Client, str], T], directory: bool = False) -> T:
         """Call `send` with the client and the key, quoted for a URL; return its result.
+
+        `directory` says that the answer is about a directory and what is in it, so it may be larger.
 
         If the answer is an error that the caller handles (no such key, compare failed, …), raises python-etcd's
         exception; for any other error StoreError or InvalidValue; if there is no answer, a RequestFailed (members.py).
@@ -273,12 +290,19 @@ class _Connection:
         import urllib3.exceptions
 
         try:
-            return send(self._client, quote(key))
-        except (etcd.EtcdConnectionFailed, urllib3.exceptions.HTTPError, OSError) as error:
+            with answers.bounded(LARGEST_DIRECTORY if directory else LARGEST_VALUE):
+                return send(self._client, quote(key))
+        except (
+            etcd.EtcdConnectionFailed,
+            urllib3.exceptions.HTTPError,
+            http.client.HTTPException,
+            OSError,
+            MemoryError,
+        ) as error:
             raise self._without_answer(_cause(error)) from error
         except etcd.EtcdException as error:
             raise self._translated(error, key) from None
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
             raise _no_etcd(self._url, error) from error  # JSON of another shape than etcd's
 
     @cached_property
@@ -293,6 +317,7 @@ class _Connection:
             ca_cert=settings.ca_cert,
             cert=(settings.cert, settings.key) if settings.cert else None,
             read_timeout=READ_TIMEOUT,
+            allow_redirect=False,
             allow_reconnect=False,
         )
         # urllib3 would send a PUT three times before it reports that none was answered
@@ -325,7 +350,7 @@ class _Connection:
                 f"etcd at {url} does not permit this user to use {key}: calicoctl comes as its role 'guest', which "
                 "must be allowed to read and write /calico/*"
             )
-        if isinstance(error, etcd.EtcdEventIndexCleared):
+        if isinstance(error, (etcd.EtcdEventIndexCleared, etcd.EtcdWatcherCleared)):
             return WatchExpired(f"etcd at {url} has forgotten the changes that are asked for")
         if isinstance(error, etcd.EtcdNotDir):
             return InvalidValue(cause or key, "it is a key, where a directory is expected")
@@ -383,7 +408,7 @@ def _child_keys(client: etcd.Client, path: str) -> list[str]:
     import etcd
 
     url = f"{client.base_uri}{client.key_endpoint}{path}?quorum=true"
-    answer = client.http.request("GET", url, timeout=READ_TIMEOUT, preload_content=False)
+    answer = client.http.request("GET", url, timeout=READ_TIMEOUT, preload_content=False, redirect=False)
     if answer.status != 200:
         return [child.key for child in client.read(path, quorum=True).children]  # raises what the status means
     if "x-etcd-index" not in answer.headers:
@@ -402,77 +427,19 @@ def _child_keys(client: etcd.Client, path: str) -> list[str]:
     return found
 
 
-def _poll_for_change(client: etcd.Client, path: str, revision: int, seconds: float) -> tuple[list[Change], int]:
-    """Wait for a change as python-etcd does, but read the response headers, which arrive at once, before the change.
-
-    The headers contain the store's revision at the beginning of the poll. Without it, a watch of a quiet directory
-    would fall behind: changes of busy directories would push its last revision out of the history that the store keeps.
-    """
-    import etcd
-
-    event, reached = _poll(client, path, revision, seconds)
-    if reached + 1 < revision:
-        # this is another store than the one that returned the revision, or it was restored from a copy
-        raise WatchExpired(f"the store has reached {reached} only, where {revision - 1} had been reached before")
-    next_revision = max(revision, reached + 1)
-    if event is None and reached >= revision:
-        # a change may have been delayed on its way: poll again before concluding that there is none
-        try:
-            event, _ = _poll(client, path, revision, CONFIRMATION)
-        except etcd.EtcdConnectionFailed as error:
-            if not _timed_out(_cause(error)):
-                raise
-            next_revision = revision  # a member that answers late is polled from the same revision
-    if event is None:
-        _confirm_quorum(client, path)
-        return [], next_revision
-    node = event["node"]
-    if node.get("dir") and event["action"] == "update":
-        return [], node["modifiedIndex"] + 1  # only the directory's time to live has changed, not its keys
-    gone = node.get("dir") or event["action"] in ("delete", "expire", "compareAndDelete")
-    value = node.get("value", "")
-    if not (isinstance(node["key"], str) and isinstance(value, str) and isinstance(node["modifiedIndex"], int)):
-        raise TypeError("a change of another shape")
-    entry = None if gone else Entry(node["key"], value, node["modifiedIndex"], node["createdIndex"])
-    return [Change(node["key"], entry)], node["modifiedIndex"] + 1
-
-
 def _confirm_quorum(client: etcd.Client, path: str) -> None:
     """Check by a quorum read that a member is not partitioned from the others. Raises python-etcd's exceptions.
 
-    A partitioned member still answers watches, but reports no changes.
+    A partitioned member still answers watches, but reports no changes. The key that is read does not exist, as the keys
+    in the directory may be large.
     """
     import etcd
 
-    with suppress(etcd.EtcdKeyNotFound):
-        client.read(path, quorum=True, timeout=QUORUM_TIMEOUT)
-
-
-def _poll(client: etcd.Client, path: str, revision: int, seconds: float) -> tuple[Any, int]:
-    """Do one long poll; return the event (None if there was none), and the store's revision when the poll began."""
-    import etcd
-    import urllib3.exceptions
-
-    url = f"{client.base_uri}{client.key_endpoint}{path}?wait=true&recursive=true&waitIndex={revision}"
     try:
-        answer = client.http.request("GET", url, timeout=seconds, preload_content=False)
-        try:
-            if answer.status != 200:
-                # raises the reason
-                client.read(path, wait=True, recursive=True, waitIndex=revision, timeout=READ_TIMEOUT)
-                raise TypeError(f"status {answer.status}")
-            reached = int(answer.headers["x-etcd-index"])
-            try:
-                body = answer.read()
-            except urllib3.exceptions.ReadTimeoutError:
-                return None, reached
-            if not body:
-                raise etcd.EtcdConnectionFailed(cause=ConnectionError("the watch was ended"))
-            return json.loads(body), reached
-        finally:
-            answer.release_conn()
-    except (urllib3.exceptions.HTTPError, OSError) as error:
-        raise etcd.EtcdConnectionFailed(cause=error) from error
+        client.read(f"{path}/quorum", quorum=True, timeout=QUORUM_TIMEOUT)
+    except etcd.EtcdKeyNotFound as error:
+        if "errorCode" not in error.payload:
+            raise
 
 
 def _no_etcd(url: str, error: Exception) -> StoreError:
@@ -494,7 +461,10 @@ def _cause(error: Any) -> BaseException:
 
     cause = error.cause if isinstance(error, etcd.EtcdConnectionFailed) else error
     reason = getattr(cause, "reason", None)
-    return reason if isinstance(reason, BaseException) else cause or error
+    if isinstance(reason, BaseException):
+        return reason
+    refused = [part for part in getattr(cause, "args", ()) if isinstance(part, answers.Refused)]
+    return refused[0] if refused else cause or error
 
 
 def _timed_out(cause: BaseException) -> bool:

@@ -1,0 +1,143 @@
+"""Waiting for changes in etcd's v2 API by long polls, however much is written elsewhere in the same etcd.
+
+A request names a directory and the revision from which it wants to know of changes (`waitIndex`). etcd answers with
+headers at once, which contain the revision that the store has reached (`X-Etcd-Index`). Then it searches the last 1,000
+writes, of whatever key, for the first change from that revision on, and sends it; if there is none, it waits for one.
+If it no longer has the writes from that revision on, it refuses (401), and all must be read again.
+
+So a request must not lag behind by 1,000 writes, and none of these rules may lose a change, or deliver it twice:
+
+* A change is delivered once: the next request asks from the revision after it. No change before it is skipped, since
+  etcd sends the first one.
+* A silent request shows that there is no change from its revision up to the one in its headers. As its answer may only
+  have been delayed on its way, this counts when a second request, over another connection, has been silent about the
+  same revisions. So the next request asks from the revision that the headers of the last but one have reached.
+* What is written while a request waits is later than the revision in its headers, so later requests ask for it again.
+
+Hence a request lags behind by all that is written during the two before it. The revisions in the headers tell how fast
+that is, and the wait is chosen so that it stays below ROOM. In a quiet store, a wait lasts as long as the caller wants.
+
+Sources: https://github.com/etcd-io/etcd/blob/release-3.4/Documentation/v2/api.md ("Waiting for a change") and
+server/etcdserver/api/v2store/event_history.go there.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import time
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from calicoctl import answers
+from calicoctl.datastore.store import Change, Entry
+from calicoctl.errors import WatchExpired
+
+if TYPE_CHECKING:
+    import etcd
+
+ROOM = 500
+"""Writes by which a request may lag behind; the rest of the 1,000 is for those that come while it is on its way."""
+
+SHORTEST = 0.1
+"""Seconds that a request waits at least, so that a lost packet of its answer can be sent again meanwhile."""
+
+LARGEST = 64 * answers.MiB
+"""Bytes of an answer: a change contains the key's value twice, as it was and as it is."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a watch has come: `revision` is the first whose changes are not known yet.
+
+    `searched` is the revision that the headers of the last request had reached, at the time `at` (monotonic, seconds);
+    `wait` is for how many seconds that request could wait.
+    """
+
+    revision: int
+    searched: int
+    at: float
+    wait: float = SHORTEST / 2
+
+    @classmethod
+    def begin(cls, revision: int) -> Progress:
+        return cls(revision, revision - 1, time.monotonic())
+
+
+def poll(
+    client: etcd.Client, path: str, progress: Progress, longest: float, timeout: float
+) -> tuple[list[Change], Progress]:
+    """Wait by one request for a change below `path`, for `longest` seconds at most; return it, and the new progress.
+
+    The headers must arrive within `timeout` seconds, and the change that long after its first byte. Raises WatchExpired
+    if the store is another one, python-etcd's exceptions, and others for an answer of another shape.
+    """
+    import etcd
+    import urllib3.exceptions
+
+    url = f"{client.base_uri}{client.key_endpoint}{path}?wait=true&recursive=true&waitIndex={progress.revision}"
+    try:
+        with answers.bounded(LARGEST) as bounds:
+            answer = client.http.request("GET", url, timeout=timeout, preload_content=False, redirect=False)
+            try:
+                if answer.status != 200:
+                    _refuse(answer)
+                now = time.monotonic()
+                reached = int(answer.headers["x-etcd-index"])
+                if reached + 1 < progress.revision:
+                    # this is another store than the one that returned the revision, or it was restored from a copy
+                    before = progress.revision - 1
+                    raise WatchExpired(f"the store has reached {reached} only, where {before} had been reached before")
+                wait = _wait(progress, reached, now)
+                silent = answer.length_remaining != 0 and not bounds.wait(max(SHORTEST, min(wait, longest)))
+                if silent:
+                    searched_twice = min(progress.searched, reached)
+                    return [], Progress(max(progress.revision, searched_twice + 1), reached, now, wait)
+                body = answer.read()
+            finally:
+                answer.close()
+    except (urllib3.exceptions.HTTPError, http.client.HTTPException, OSError) as error:
+        raise etcd.EtcdConnectionFailed(cause=error) from error
+    if not body:
+        raise etcd.EtcdConnectionFailed(cause=ConnectionError("the watch was ended"))
+    changes, revision = _parse(json.loads(body))
+    if revision < progress.revision:
+        raise TypeError("a change from before the revision that was asked for")
+    return changes, replace(progress, revision=revision + 1, searched=revision, at=time.monotonic())
+
+
+def _wait(progress: Progress, reached: int, now: float) -> float:
+    """Return for how many seconds a request may wait whose headers have reached a revision.
+
+    The next request will ask from `progress.searched` on, so it must be sent before ROOM writes come after that.
+    """
+    written = max(0, reached - progress.searched)
+    per_second = written / max(0.001, now - progress.at)
+    room = (ROOM - written) / per_second if written else answers.LONGEST
+    # writes that come in bursts may begin again at any time
+    return max(SHORTEST, min(room, 2 * progress.wait))
+
+
+def _parse(event: Any) -> tuple[list[Change], int]:
+    """Return the changes that an event of etcd's stands for, and its revision."""
+    node = event["node"]
+    revision = node["modifiedIndex"]
+    key, value = node["key"], node.get("value", "")
+    if not (isinstance(key, str) and isinstance(value, str) and isinstance(revision, int)):
+        raise TypeError("a change of another shape")
+    if node.get("dir") and event["action"] == "update":
+        return [], revision  # only the directory's time to live has changed, not its keys
+    if node.get("dir") or event["action"] in ("delete", "expire", "compareAndDelete"):
+        return [Change(key, None)], revision
+    return [Change(key, Entry(key, value, revision, node["createdIndex"]))], revision
+
+
+def _refuse(answer: Any) -> None:
+    """Raise python-etcd's exception for an answer with another status than 200."""
+    import etcd
+
+    try:
+        payload = {**json.loads(answer.data), "status": answer.status}
+    except (TypeError, ValueError):
+        payload = {"message": "Bad response", "cause": answer.data[:1000].decode(errors="replace")}
+    etcd.EtcdError.handle(payload)

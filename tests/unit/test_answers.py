@@ -1,0 +1,251 @@
+"""Answers of etcd, and of a man in the middle, that take for ever, never end, or have another shape than etcd's."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Callable
+
+import pytest
+
+from calicoctl import answers
+from calicoctl.datastore import etcd2, etcd2_watch
+from calicoctl.datastore.etcd2 import Etcd2Store
+from calicoctl.datastore.settings import EtcdSettings
+from calicoctl.datastore.store import Entry, Store
+from calicoctl.errors import CalicoError, StoreError, StoreUnavailable
+from tests.unit.rogue_server import OK, Answer, Client, Server, answer, serving
+
+KEY = "/calico/v1/Ready"
+TIMEOUT = 0.3
+SIZE = 2**16
+KERNEL = 2**24
+"""Bytes that the kernel buffers, at most, between a server and a client that does not read."""
+
+NODE = {"key": KEY, "value": "true", "modifiedIndex": 3, "createdIndex": 3}
+GET = json.dumps({"action": "get", "node": NODE}).encode()
+CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n"
+
+REQUESTS: dict[str, Callable[[Store], object]] = {
+    "get": lambda store: store.get(KEY),
+    "list": lambda store: store.list_for_watch("/calico"),
+    "names": lambda store: store.names("/calico"),
+    "exists": lambda store: store.exists("/calico"),
+    "version": lambda store: store.version(),
+    "watch": lambda store: next(iter(store.watch("/calico", 4, 0.1))),
+    "create": lambda store: store.create(KEY, "true"),
+    "update": lambda store: store.update(Entry(KEY, "", 1), "true"),
+    "delete": lambda store: store.delete(Entry(KEY, "", 1)),
+    "put": lambda store: store.put(KEY, "true"),
+}
+
+
+def sends(data: bytes) -> Answer:
+    return lambda client, line: client.send(data)
+
+
+def drips(before: bytes, data: bytes) -> Answer:
+    def answers(client: Client, line: str) -> None:
+        client.send(before)
+        client.drip(data)
+
+    return answers
+
+
+def floods(before: bytes, data: bytes) -> Answer:
+    def answers(client: Client, line: str) -> None:
+        client.send(before)
+        client.flood(data)
+
+    return answers
+
+
+DRIPS = {
+    "the status": drips(b"", answer(GET)),
+    "a header": drips(OK, b"X-A: " + b"a" * 1000),
+    "the body": drips(OK + b"Content-Length: 1000\r\n\r\n", GET.ljust(1000)),
+    "a body until the connection ends": drips(OK + b"\r\n", GET.ljust(1000)),
+    "the length of a chunk": drips(CHUNKED, b"0" * 1000),
+    "the trailer": drips(CHUNKED + b"%x\r\n%s\r\n0\r\n" % (len(GET), GET), b"X-A: a\r\n" * 100),
+}
+
+FLOODS = {
+    "a header": floods(OK, b"X-A: " + b"a" * SIZE),
+    "headers": floods(OK, b"X-A: a\r\n" * 1000),
+    "interim answers": floods(b"", b"HTTP/1.1 100 Continue\r\nX-A: a\r\n\r\n" * 100),
+    "the body": floods(OK + b"\r\n", b" " * SIZE),
+    "a body of the length that it says": floods(OK + b"Content-Length: 99999999999\r\n\r\n", b" " * SIZE),
+    "the length of a chunk": floods(CHUNKED, b"0" * SIZE),
+    "a chunk": floods(CHUNKED + b"fffffffffff\r\n", b" " * SIZE),
+    "chunks": floods(CHUNKED, b"1\r\n \r\n" * 1000),
+    "the trailer": floods(CHUNKED + b"%x\r\n%s\r\n0\r\n" % (len(GET), GET), b"X-A: a\r\n" * 1000),
+}
+
+
+@dataclass
+class Outcome:
+    """How a request has ended: its result or its error, after how many seconds, and the server."""
+
+    result: object
+    seconds: float
+    server: Server
+
+
+@pytest.fixture(autouse=True)
+def small_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("READ_TIMEOUT", "QUORUM_TIMEOUT", "WATCH_PATIENCE"):
+        monkeypatch.setattr(etcd2, name, TIMEOUT)
+    for module, name in ((etcd2, "LARGEST_VALUE"), (etcd2, "LARGEST_DIRECTORY"), (etcd2_watch, "LARGEST")):
+        monkeypatch.setattr(module, name, SIZE)
+
+
+def store_at(*servers: Server, patience: float = 0.0) -> Store:
+    return Etcd2Store(EtcdSettings("http", tuple(("127.0.0.1", server.port) for server in servers)), patience)
+
+
+def outcomes(attacks: dict[str, Answer], request: Callable[[Store], object]) -> dict[str, Outcome]:
+    """Return how a request to a server of each kind ends. All are asked at the same time."""
+
+    def ask(attack: Answer) -> Outcome:
+        with serving(attack) as server:
+            began = time.monotonic()
+            try:
+                result = request(store_at(server))
+            except CalicoError as error:
+                result = error
+            seconds = time.monotonic() - began
+        return Outcome(result, seconds, server)
+
+    with ThreadPoolExecutor(len(attacks)) as pool:
+        return dict(zip(attacks, pool.map(ask, attacks.values())))
+
+
+@pytest.mark.parametrize("request_", REQUESTS)
+def test_an_answer_that_drips_is_given_up(request_: str) -> None:
+    for what, outcome in outcomes(DRIPS, REQUESTS[request_]).items():
+        assert isinstance(outcome.result, CalicoError), (what, outcome)
+        assert outcome.seconds < 20 * TIMEOUT, (what, outcome)
+
+
+@pytest.mark.parametrize("request_", REQUESTS)
+def test_an_answer_without_an_end_is_not_read_to_it(request_: str) -> None:
+    for what, outcome in outcomes(FLOODS, REQUESTS[request_]).items():
+        assert isinstance(outcome.result, CalicoError), (what, outcome)
+        assert all(sent < SIZE + KERNEL for sent in outcome.server.sent), (what, outcome.server.sent)
+
+
+def test_the_error_says_what_was_wrong() -> None:
+    with serving(FLOODS["the body"]) as server, pytest.raises(StoreUnavailable, match="larger than 64 KiB"):
+        store_at(server).get(KEY)
+    with serving(DRIPS["the body"]) as server, pytest.raises(StoreUnavailable, match="timed out"):
+        store_at(server).get(KEY)
+
+
+@pytest.mark.parametrize("attack", [DRIPS["the body"], FLOODS["the body"], DRIPS["the status"], FLOODS["headers"]])
+def test_a_member_that_drips_or_floods_has_failed_and_the_next_one_is_asked(attack: Answer) -> None:
+    with serving(attack) as rogue, serving(sends(answer(GET))) as proper:
+        store = store_at(rogue, proper, patience=20)
+        assert store.get(KEY) == store.get(KEY) == Entry(KEY, "true", 3, 3)
+        keys = [line for line in rogue.requests if "/v2/" in line]
+        assert len(keys) == 1, "it is asked last from then on"
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "deflate", "br", "zstd", "gzip, gzip", "x-made-up"])
+@pytest.mark.parametrize("request_", ["get", "list", "names", "version", "watch"])
+def test_an_encoded_answer_is_not_decoded(request_: str, encoding: str) -> None:
+    head = OK + b"Content-Encoding: %s\r\n" % encoding.encode()
+    bomb = answer(gzip.compress(b" " * 2**20), head)
+    with serving(sends(bomb)) as server, pytest.raises(StoreError, match="encoded"):
+        REQUESTS[request_](store_at(server))
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_no_redirect_is_followed(status: int) -> None:
+    def redirect(client: Client, line: str) -> None:
+        head = b"HTTP/1.1 %d Elsewhere\r\nLocation: http://127.0.0.1:%d/\r\n" % (status, other.port)
+        client.send(answer(b"", head))
+
+    with serving(sends(answer(GET))) as other:
+        for name, outcome in {name: outcomes({"": redirect}, ask)[""] for name, ask in REQUESTS.items()}.items():
+            assert isinstance(outcome.result, CalicoError), (name, outcome)
+        assert other.requests == []
+
+
+DEEP = b"[" * 30_000
+SHAPES = {
+    "a list": b"[]",
+    "a number": b"5",
+    "a text": b'"x"',
+    "null": b"null",
+    "nothing": b"{}",
+    "a list as the node": b'{"action": "get", "node": []}',
+    "a text as the node": b'{"action": "get", "node": "x"}',
+    "null as the node": b'{"action": "get", "node": null}',
+    "a text as nodes": b'{"action": "get", "node": {"key": "/calico", "dir": true, "nodes": "xyz"}}',
+    "an object as nodes": b'{"action": "get", "node": {"key": "/calico", "dir": true, "nodes": {"a": 1}}}',
+    "numbers as nodes": b'{"action": "get", "node": {"key": "/calico", "dir": true, "nodes": [1, 2]}}',
+    "a number as the key": GET.replace(json.dumps(KEY).encode(), b"5"),
+    "a list as the value": GET.replace(b'"true"', b"[1]"),
+    "a text as the revision": GET.replace(b"3", b'"3"'),
+    "a list as the action": GET.replace(b'"get"', b"[]").replace(b"3", b"null"),
+    "an infinite revision": GET.replace(b"3", b"1e999"),
+    "nested too deeply": b'{"action": "get", "node": ' + DEEP,
+    "nested and whole": DEEP + b"]" * len(DEEP),
+    "half of it": GET[:30],
+    "no UTF-8": GET.replace(b"true", b"\xff\xfe"),
+    "a key without its value": b'{"action": "get", "node": {"key": "/calico/v1/Ready"}}',
+}
+
+
+@pytest.mark.parametrize("status", [200, 404, 500])
+@pytest.mark.parametrize("request_", REQUESTS)
+def test_an_answer_of_another_shape_is_an_ordinary_error(request_: str, status: int) -> None:
+    """Or it is taken for what etcd answers to other requests, which does no harm."""
+    head = OK.replace(b"200", b"%d" % status)
+    attacks = {what: sends(answer(body, head)) for what, body in SHAPES.items()}
+    for what, outcome in outcomes(attacks, REQUESTS[request_]).items():
+        if not isinstance(outcome.result, CalicoError):
+            json.dumps(outcome.result, default=vars)
+            assert outcome.seconds < 20 * TIMEOUT, (what, outcome)
+
+
+def test_a_large_answer_that_comes_slowly_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes longer than the timeout, which is for its beginning."""
+    monkeypatch.setattr(etcd2, "LARGEST_DIRECTORY", 2**22)
+    nodes = [{**NODE, "key": f"/calico/{n}", "value": "x" * 1000} for n in range(1000)]
+    whole = answer(json.dumps({"action": "get", "node": {"key": "/calico", "dir": True, "nodes": nodes}}).encode())
+
+    def slowly(client: Client, line: str) -> None:
+        for start in range(0, len(whole), len(whole) // 12):
+            client.send(whole[start : start + len(whole) // 12])
+            time.sleep(TIMEOUT / 6)
+
+    with serving(slowly) as server:
+        began = time.monotonic()
+        entries, _ = store_at(server).list_for_watch("/calico")
+        assert len(entries) == 1000 and time.monotonic() - began > TIMEOUT
+    monkeypatch.setattr(answers, "LONGEST", TIMEOUT)
+    with serving(slowly) as server, pytest.raises(StoreUnavailable):
+        store_at(server).list_for_watch("/calico")
+
+
+def test_a_wait_for_changes_is_as_long_as_it_is_quiet() -> None:
+    """Only the beginning of its answer is bounded: the change comes when it comes."""
+    event = b'{"action": "set", "node": %s}' % json.dumps({**NODE, "modifiedIndex": 6}).encode()
+    began = time.monotonic()
+    late = began + 5 * TIMEOUT
+
+    def changes_late(client: Client, line: str) -> None:
+        if "wait=true" not in line:
+            client.send(answer(b'{"errorCode": 100, "message": "Key not found"}', OK.replace(b"200", b"404")))
+            return
+        client.send(CHUNKED)
+        if not server.ended.wait(max(0.0, late - time.monotonic())):
+            client.send(b"%x\r\n%s\r\n0\r\n\r\n" % (len(event), event))
+
+    with serving(changes_late) as server:
+        (change,) = next(iter(store_at(server).watch("/calico", 6, 60)))
+        assert change.key == KEY and time.monotonic() > late
