@@ -32,7 +32,8 @@ where that is known, ids by their first 12 characters, and the table fits the
 terminal's width. In a pipe or a file, everything is shown, a container's name
 in the line below its id. The state of an active endpoint is followed by its
 status unless that is up: (down), (error), or (unknown) if the agent of its
-host is down or has not reported the endpoint yet. JSON: status, and reason.
+host is down or has not reported the endpoint yet. What is wrong with endpoints
+follows the table, on standard error. JSON: status, and reason.
 Profiles are evaluated in the order of the list; `set` without profiles clears
 it. These commands need no root, and work for the endpoints of any host.
 
@@ -63,6 +64,9 @@ from calicoctl.workloads.workload import short_id
 COLUMNS = ["Hostname", "Orchestrator ID", "Workload ID", "Endpoint ID", "Addresses", "MAC", "Profiles", "State"]
 EXPENDABLE = ("MAC", "Orchestrator ID", "Endpoint ID")
 """Columns to leave out on a narrow terminal, the least important first."""
+
+MOST_REASONS = 10
+"""How many endpoints at most are followed by the reason for their status."""
 
 
 def prepare(argv: list[str]) -> Prepared:
@@ -199,6 +203,16 @@ def show_endpoints(datastore: DatastoreClient, endpoints: Sequence[Endpoint], ar
             ]
         )
     print_table(COLUMNS, rows, expendable=EXPENDABLE, complete=not short)
+    reasons = [
+        f"Endpoint {short_id(endpoint.id.endpoint)} of {called(endpoint)} is {status}: {reason}."
+        for endpoint in endpoints
+        for status, reason in [status_of(endpoint.id)]
+        if reason is not None and status in ("error", "up")
+    ]
+    for reason in reasons[:MOST_REASONS]:
+        warn(reason)
+    if reasons[MOST_REASONS:]:
+        warn(f"{len(reasons) - MOST_REASONS} more have reasons, too: see --output=json.")
 
 
 def _state(endpoint: Endpoint, status: str, short: bool) -> str:

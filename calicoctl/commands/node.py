@@ -102,12 +102,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from calicoctl.addresses import check_unicast, parse_address, parse_as_number, parse_port
+from calicoctl import netlink
+from calicoctl.addresses import FAMILIES, check_unicast, parse_address, parse_as_number, parse_port
 from calicoctl.commands import bgp
 from calicoctl.commands.pool import readable_pools, warn_of_overlaps
 from calicoctl.datastore import keys
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.hosts import hostname
+from calicoctl.datastore.reserved import HostNetwork
 from calicoctl.datastore.store import Entry
 from calicoctl.environment import EnvironmentFile
 from calicoctl.errors import CalicoError, NotFound, StoreError, about
@@ -116,6 +118,7 @@ from calicoctl.felix.bgp.instance import Instance
 from calicoctl.felix.dataplane.sysctls import HostSettings
 from calicoctl.felix.local_etcd import LocalEtcd
 from calicoctl.grammar import Prepared, parse, require_root
+from calicoctl.netlink import OUR_PROTOCOL
 from calicoctl.output import print_json, print_table, wants_json, warn
 from calicoctl.workloads import locks
 from calicoctl.workloads.workload import DOCKER, NAMESPACE
@@ -174,6 +177,7 @@ def _start(
                 undo.callback(_stop_local_etcd_without_agent, host)
             announced = etcd.announced()
         datastore = DatastoreClient.from_environment()
+        _free_members(datastore)
         if not arguments["--force"]:
             _refuse_taken(datastore, ipv4, given[6])
         claimed = heartbeat.claim(datastore, arguments["--force"], _own_agent_writes(host), warn)
@@ -194,6 +198,29 @@ def _start(
                 agent.run(host, options)
     if not in_background:
         process.leave(0)
+
+
+def _free_members(datastore: DatastoreClient) -> None:
+    """Remove what an agent that has ended has left, and what keeps this host from its etcd, so that no agent starts."""
+    from calicoctl.felix.dataplane.lifeline import let_members_pass, take_back_routes
+    from calicoctl.felix.dataplane.nft import Nft
+    from calicoctl.workloads import servers
+
+    network = HostNetwork().with_servers(servers.current(datastore.members))
+    with suppress(CalicoError, OSError):  # the agent says later what is wrong with the kernel
+        for said in let_members_pass(network, Nft()):
+            warn(f"Warning: {said}.")
+        routed = {route.destination for of in FAMILIES.values() for route in netlink.routes(of, protocol=OUR_PROTOCOL)}
+        if routed & network.servers.members:
+            from pyroute2.iproute.linux import IPRoute
+
+            from calicoctl.felix.dataplane.routes import Routes
+
+            with IPRoute() as driver:
+                routes = Routes(driver)
+                routes.read(())
+                for said in take_back_routes(network, routes):
+                    warn(f"Warning: {said}.")
 
 
 def _refuse_taken(datastore: DatastoreClient, *addresses: str | None) -> None:

@@ -38,8 +38,10 @@ class DatastoreClient:
     its own, as `ipam` has.
     """
 
-    def __init__(self, store: Store, host: str) -> None:
+    def __init__(self, store: Store, host: str, members: tuple[str, ...] = ()) -> None:
+        """`members` are the names or addresses of the store's servers."""
         self.host = host
+        self.members = members
         self._store = store
 
     @classmethod
@@ -48,7 +50,8 @@ class DatastoreClient:
 
         `patience`: see backends.connect. Raises StoreError and CalicoError for invalid settings.
         """
-        return cls(backends.connect(EtcdSettings.from_environment(), patience), hostname())
+        settings = EtcdSettings.from_environment()
+        return cls(backends.connect(settings, patience), hostname(), tuple(name for name, _ in settings.members))
 
     @cached_property
     def ipam(self) -> Ipam:
@@ -75,7 +78,7 @@ class DatastoreClient:
 
     def for_host(self, host: str) -> DatastoreClient:
         """Return a client of the same store on behalf of another host."""
-        return DatastoreClient(self._store, host)
+        return DatastoreClient(self._store, host, self.members)
 
     # Pools
 

@@ -1,18 +1,24 @@
 """Addresses that workloads on a host must not have, and networks from which no address is assigned automatically.
 
-The host's own addresses, its gateways, and the addresses of registered hosts must not be routed to a workload. In a
-network that the host is connected to, other machines use addresses that IPAM does not know of. So a workload is
-assigned an address of such a network only if the user requests the address explicitly. Plain data: host_network.py
-reads the kernel, hosts.py the registered addresses. IPAM and the agent's routes use this module.
+The host's own addresses, its gateways, the members of its etcd, its DNS servers, and the addresses of registered hosts
+must not be routed to a workload. In a network that the host is connected to, other machines use addresses that IPAM
+does not know of. So a workload is assigned an address of such a network only if the user requests the address
+explicitly. Plain data: host_network.py reads the kernel, servers.py names and files, hosts.py the registered addresses.
+IPAM and the agent's routes use this module.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from calicoctl.addresses import BITS, number_of, unpack, version_of
 from calicoctl.datastore.keys import INTERFACE_PREFIX
+
+MEMBER = "a member of the etcd that this host uses"
+
+DNS_SERVER = "a DNS server of this host (in /etc/resolv.conf)"
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,27 @@ class Network:
         return self.version == other.version and self.first <= other.last and other.first <= self.last
 
 
+class Networks:
+    """Decides whether an address (a number) is in any of many networks."""
+
+    def __init__(self, networks: Iterable[Network]) -> None:
+        self._firsts: dict[tuple[int, int], set[int]] = defaultdict(set)
+        for network in networks:
+            shift = BITS[network.version] - network.length
+            self._firsts[network.version, shift].add(network.first >> shift)
+
+    def has(self, version: int, number: int) -> bool:
+        return any(of == version and number >> shift in firsts for (of, shift), firsts in self._firsts.items())
+
+
+@dataclass(frozen=True)
+class Servers:
+    """The canonical addresses of servers that a host depends on: the members of its etcd, and its DNS servers."""
+
+    members: frozenset[str] = frozenset()
+    dns: frozenset[str] = frozenset()
+
+
 @dataclass(frozen=True)
 class InterfaceAddress:
     """An address of one of the host's interfaces, and its network as the kernel sees it.
@@ -80,9 +107,9 @@ class InterfaceAddress:
 class HostNetwork:
     """A host's own addresses and networks.
 
-    `in_use` maps the host's addresses, gateways and broadcast addresses to their descriptions. All addresses of the
-    networks in `local` are addresses of the host as well. `unfit` maps addresses that denote a whole network to their
-    descriptions. `networks` are the networks to which the host is connected.
+    `in_use` maps the host's addresses, gateways and broadcast addresses, and the members of its etcd, to their
+    descriptions. All addresses of the networks in `local` are addresses of the host as well. `unfit` maps addresses
+    that denote a whole network to their descriptions. `networks` are the networks to which the host is connected.
 
     `own` are the addresses of the host's interfaces. `gateways` are the next hops of routes, and `routes` the
     destinations; both without routes that a routing daemon has learned, and `routes` without default routes.
@@ -91,7 +118,7 @@ class HostNetwork:
     interfaces of the routes to them. The value is empty if there is no route; for a block, a default route does not
     count. `routed` are the interfaces of default routes and of routes to other hosts, in any table and with any metric:
     routers there may forward packets of other hosts. `macs` maps interfaces to the MACs that packets of this host to
-    other hosts have as source.
+    other hosts have as source. `servers` are the servers that the host depends on.
     """
 
     in_use: Mapping[str, str] = field(default_factory=dict)
@@ -104,6 +131,7 @@ class HostNetwork:
     reached: Mapping[str, frozenset[str]] = field(default_factory=dict)
     routed: frozenset[str] = frozenset()
     macs: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    servers: Servers = Servers()
 
     @classmethod
     def of(
@@ -161,8 +189,13 @@ class HostNetwork:
             tuple(sorted((Network.of(*one) for one in routes), key=lambda one: (one.version, one.first, one.length))),
         )
 
+    def with_servers(self, servers: Servers) -> HostNetwork:
+        """Return this network with the servers that the host depends on."""
+        members = dict.fromkeys(servers.members, MEMBER)
+        return replace(self, in_use={**members, **self.in_use}, servers=servers)
+
     def has(self, address: str) -> str | None:
-        """Return the description of an address if the host uses it, else None."""
+        """Return the description of an address if the host needs it, else None: its own, a gateway or a member."""
         known = self.in_use.get(address)
         if known is None and self.local:
             place = _number(address)
@@ -209,8 +242,9 @@ class Reserved:
         return "this host's own address (it is registered with it)" if host == self.host else f"that of host {host}"
 
     def refusal(self, address: str) -> str | None:
-        """Say why no workload may have an address; None if a workload may have it."""
-        return self.user(address) or self.network.unfit.get(address)
+        """Say why no new workload may have an address; None if a workload may have it."""
+        is_dns = address in self.network.servers.dns
+        return self.user(address) or (DNS_SERVER if is_dns else self.network.unfit.get(address))
 
     def is_free_for_any(self, version: int, number: int) -> bool:
         """Return whether an address (a number) may be assigned to a workload without an explicit request."""

@@ -22,7 +22,8 @@ _INTERFACE = re.compile(INTERFACE_PREFIX + r"[A-Za-z0-9_.-]{1,11}", re.ASCII)
 class LocalEndpoint:
     """An active endpoint of this host, validated; `revision` is its revision in the store.
 
-    `addresses` are those that the workload may use; `conflict` says which ones are left out because a host uses them.
+    `addresses` are those that the workload may use; `conflict` says which ones are left out, and why; `warning` says
+    what is wrong with others: see admission.py.
     """
 
     id: EndpointId
@@ -33,6 +34,7 @@ class LocalEndpoint:
     profiles: tuple[str, ...]
     ipv6_next_hop: str | None
     conflict: str | None = None
+    warning: str | None = None
 
     @property
     def link_local(self) -> str:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from calicoctl.addresses import BITS, host_net, link_local, number_of, version_of
 from calicoctl.datastore.model import ALWAYS, NEVER
-from calicoctl.datastore.reserved import Network, Reserved
+from calicoctl.datastore.reserved import Network
 from calicoctl.desired.local_endpoint import usable_addresses
 from calicoctl.desired.routes import Surroundings
 
@@ -157,7 +157,7 @@ class Overlay:
         """
         snapshot = self._snapshot
         owners: dict[str, tuple[str, str]] = {block.cidr: owner for block, owner in self._blocks.items()}
-        reserved = Reserved(snapshot.network, snapshot.topology.users, snapshot.host)
+        reserved = snapshot.admission.reserved
         for id in sorted(self._singles, key=lambda id: (id.host, id.endpoint)):
             for address in self._singles[id]:
                 if snapshot.owner(address) is None and reserved.user(address) is None:

@@ -4,23 +4,22 @@ Pure: reads only the snapshot. felix/bgp/config.py renders the result for BIRD. 
 considered: the agent itself programs the routes of pools with an overlay.
 
 A block is normally announced as a whole, and this host drops packets to its unused addresses. The exception is a block
-that overlaps a network that this host is connected to, a gateway, an address of this host, the address of a registered
-host, or the destination of another route. Of such a block, only the addresses of local endpoints are announced, one by
-one, and packets to other addresses are not dropped. A route whose destination contains the whole pool, such as the
-default route, does not count as an overlap: the pool was placed inside that destination on purpose.
+that overlaps a network that this host is connected to, the address of a gateway, this host, a registered host, an etcd
+member or a DNS server, or the destination of another route. Of such a block, only the addresses of local endpoints are
+announced, one by one, and packets to other addresses are not dropped. A route whose destination contains the whole
+pool, such as the default route, does not count as an overlap: the pool was placed inside that destination on purpose.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from calicoctl.addresses import BITS, number_of, version_of
+from calicoctl.addresses import number_of, version_of
 from calicoctl.datastore.model import NEVER
-from calicoctl.datastore.reserved import Network
+from calicoctl.datastore.reserved import DNS_SERVER, MEMBER, Network, Networks
 
 if TYPE_CHECKING:
     from calicoctl.desired.snapshot import Snapshot
@@ -43,8 +42,8 @@ class Guarded:
     """The networks and addresses that routes learned from other hosts must not override on this host.
 
     `networks` are the CIDRs of this host's connected and local networks. `addresses` are the addresses of this host,
-    of its gateways, and of registered hosts. Only those that overlap a pool without an overlay are listed, in a stable
-    order.
+    of its gateways, of the members of its etcd, and of registered hosts. Only those that overlap a pool without an
+    overlay are listed, in a stable order.
     """
 
     networks: tuple[str, ...] = ()
@@ -73,13 +72,13 @@ def announced(snapshot: Snapshot, version: int) -> Announced:
             whole.append(block)
         else:
             split.append((block.cidr, overlapped))
-    covered, inside = _Networks(whole), _Networks(pools)
+    covered, inside = Networks(whole), Networks(pools)
     singles = []
     for endpoint in snapshot.local.values():
         for address in endpoint.addresses:
             if version_of(address) == version:
                 number = number_of(address)
-                if number not in covered and number in inside:
+                if not covered.has(version, number) and inside.has(version, number):
                     singles.append((number, address))
     return Announced(
         tuple(block.cidr for block in whole), tuple(address for _, address in sorted(set(singles))), tuple(split)
@@ -89,10 +88,10 @@ def announced(snapshot: Snapshot, version: int) -> Announced:
 def guarded(snapshot: Snapshot, version: int) -> Guarded:
     """Return the networks and addresses of one IP version that routes learned from other hosts must not override."""
     pools = plain_pools(snapshot, version)
-    inside = _Networks(pools)
+    inside = Networks(pools)
     surroundings = Surroundings(snapshot, version)
     networks = {network.cidr for network in surroundings.networks if any(network.overlaps(pool) for pool in pools)}
-    addresses = {address for number, address, _ in surroundings.addresses if number in inside}
+    addresses = {address for number, address, _ in surroundings.addresses if inside.has(version, number)}
     return Guarded(tuple(sorted(networks)), tuple(sorted(addresses)))
 
 
@@ -103,30 +102,26 @@ class Surroundings:
         network = snapshot.network
         self.networks = [one for one in (*network.networks, *network.local) if one.version == version]
         self.routes = [one for one in network.routes if one.version == version]
-        known = dict.fromkeys(network.own, "this host's own address")
+        known = dict.fromkeys(network.servers.members, MEMBER)
+        known.update(dict.fromkeys(network.own, "this host's own address"))
         known.update(dict.fromkeys(network.gateways, "a gateway of this host"))
         known.update({address: f"the address of host {host}" for address, host in snapshot.topology.users.items()})
-        self.addresses = sorted(
-            (number_of(address), address, what) for address, what in known.items() if version_of(address) == version
-        )
+        self.addresses = _of_version(known, version)
+        self._dns = _of_version(dict.fromkeys(network.servers.dns, DNS_SERVER), version)
 
     def needed(self, block: Network) -> str | None:
-        """Describe the network of this host, or else the address of a host or gateway, that a block overlaps.
+        """Describe the network of this host, or the address of a host, gateway or member, that a block overlaps.
 
-        None if it overlaps neither.
+        None if there is none. A DNS server does not count: it may be a workload of another host.
         """
         for network in self.networks:
             if network.overlaps(block):
                 return f"{network.cidr}, which this host is connected to"
-        at = bisect_left(self.addresses, (block.first,))
-        for number, address, what in self.addresses[at : at + 1]:
-            if number <= block.last:
-                return f"{address}, {what}"
-        return None
+        return _inside(block, self.addresses)
 
     def overlapped(self, block: Network, pool: Network) -> str | None:
         """Describe the network, address or route that a block of a pool overlaps; None if there is none."""
-        needed = self.needed(block)
+        needed = self.needed(block) or _inside(block, self._dns)
         if needed is not None:
             return needed
         for route in self.routes:
@@ -135,17 +130,20 @@ class Surroundings:
         return None
 
 
-class _Networks:
-    """Decides whether an address (a number) is in any of many networks of one IP version."""
+def _of_version(known: Mapping[str, str], version: int) -> list[tuple[int, str, str]]:
+    """Return the addresses of an IP version in order, each as (number, address, description)."""
+    return sorted(
+        (number_of(address), address, what) for address, what in known.items() if version_of(address) == version
+    )
 
-    def __init__(self, networks: Iterable[Network]) -> None:
-        self._firsts: dict[int, set[int]] = defaultdict(set)
-        for network in networks:
-            shift = BITS[network.version] - network.length
-            self._firsts[shift].add(network.first >> shift)
 
-    def __contains__(self, number: int) -> bool:
-        return any(number >> shift in firsts for shift, firsts in self._firsts.items())
+def _inside(block: Network, addresses: list[tuple[int, str, str]]) -> str | None:
+    """Describe the first of these addresses, which are in order, that is in a block; None if none is."""
+    at = bisect_left(addresses, (block.first,))
+    for number, address, what in addresses[at : at + 1]:
+        if number <= block.last:
+            return f"{address}, {what}"
+    return None
 
 
 def _ordered(networks: Iterable[Network]) -> list[Network]:

@@ -7,7 +7,6 @@ exception is a profile with invalid tags: it keeps the last valid ones, since ru
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -16,8 +15,9 @@ from typing import Callable
 from calicoctl.datastore import config, keys
 from calicoctl.datastore.keys import EndpointId
 from calicoctl.datastore.model import Endpoint, Pool, Rules, load_strings
-from calicoctl.datastore.reserved import HostNetwork, Reserved
+from calicoctl.datastore.reserved import HostNetwork
 from calicoctl.datastore.store import Change, Entry
+from calicoctl.desired.admission import Admission, pool_of_key
 from calicoctl.desired.claims import Claims
 from calicoctl.desired.local_endpoint import LocalEndpoint, validated
 from calicoctl.desired.topology import Topology
@@ -92,8 +92,7 @@ class Snapshot:
         self.check_senders = str(config.CHECK_SENDERS.default)
         """What packets from other hosts' addresses are checked for: one of config.CHECK_SENDERS.values."""
         self.topology = Topology(host)
-        self.network = HostNetwork()
-        """This host's own addresses and networks, as of the last `set_network`."""
+        self.admission = Admission(self.topology)
         self.problems: dict[str, str] = {}
         self.dirty = Dirty(pools=True, settings=True, topology=True)
         self._entries: dict[str, Entry] = {}
@@ -103,16 +102,17 @@ class Snapshot:
         """The endpoints in `local`, by interface and by address."""
         self._unchecked: set[EndpointId] = set()
 
+    @property
+    def network(self) -> HostNetwork:
+        """This host's own addresses and networks, as of the last `set_network`."""
+        return self.admission.network
+
     def set_network(self, network: HostNetwork) -> None:
-        """Update this host's own addresses and networks."""
-        before, self.network = self.network, network
+        """Update this host's own addresses and networks, and the servers that it depends on."""
+        before, self.admission.network = self.network, network
         self.dirty.topology = self.dirty.topology or network != before
-        if network.in_use != before.in_use or network.local != before.local:
-            self._unchecked |= {
-                id
-                for id, candidate in self._claims.candidates.items()
-                if any(network.has(address) != before.has(address) for address in candidate.addresses)
-            }
+        if (network.in_use, network.local, network.servers) != (before.in_use, before.local, before.servers):
+            self._mark_decided_anew()
             self._check_local()
 
     def replace(self, directory: str, entries: Iterable[Entry]) -> None:
@@ -123,6 +123,8 @@ class Snapshot:
         for key, entry in now.items():
             if self._entries.get(key) != entry:
                 self._set(key, entry)
+        if keys.HOSTS.startswith(directory):
+            self.admission.retain([endpoint for id, endpoint in self.endpoints.items() if id.host == self.host])
         self._check_local()
 
     def change(self, change: Change) -> None:
@@ -161,8 +163,10 @@ class Snapshot:
         return known is not None and known.rules is not None
 
     def take_dirty(self) -> Dirty:
-        """Return what has changed since the last call."""
+        """Return what has changed since the last call. From then on, endpoints keep the addresses that they have."""
         dirty, self.dirty = self.dirty, Dirty()
+        local = (id for id in dirty.endpoints if id.host == self.host and id in self.endpoints)
+        self.admission.admit(map(self.endpoints.__getitem__, local))
         return dirty
 
     def _set(self, key: str, entry: Entry | None) -> None:
@@ -202,10 +206,13 @@ class Snapshot:
         self.dirty.endpoints.add(id)
         if id.host == self.host:
             self._unchecked.add(id)
+        before = self.endpoints.get(id)
         if entry is None:
             self.endpoints.pop(id, None)
         else:
             self.endpoints[id] = Endpoint.from_json(id, entry.value, key)
+        if id.host == self.host:
+            self.admission.forget(before, self.endpoints.get(id))
 
     def _set_profile(self, key: str, entry: Entry | None) -> None:
         name = keys.parse_profile(key)
@@ -240,8 +247,10 @@ class Snapshot:
     def _set_pool(self, key: str, entry: Entry | None) -> None:
         self.pools.pop(key, None)
         self.dirty.pools = True
+        self.admission.set_pool(key, None if entry is None else pool_of_key(key))
         if entry is not None:
             self.pools[key] = Pool.from_json(entry.value, key)
+            self.admission.set_pool(key, self.pools[key].cidr)
 
     def _set_setting(self, key: str, entry: Entry | None) -> None:
         value = "" if entry is None else entry.value
@@ -286,11 +295,14 @@ class Snapshot:
         finally:
             for address in self.topology.take_changed_addresses():
                 self._unchecked |= self._claims.claimants(address)
+                self.dirty.endpoints |= self.unusable.keys()
 
     # This host's endpoints: which are valid and free of conflicts
 
     def _check_local(self) -> None:
         """Decide which of the changed local endpoints are usable, and of the endpoints that conflict with them."""
+        if self.admission.take_changed():
+            self._mark_decided_anew()
         changed, self._unchecked = self._unchecked, set()
         rivals = set(changed)
         for id in changed:
@@ -311,7 +323,7 @@ class Snapshot:
                     self._refuse(id, why)
                 continue
             owners.update(dict.fromkeys(self._claims.things(id), id))
-            usable = self._without_conflicts(candidate)
+            usable = self.admission.decide(candidate)
             if self.local.get(id) != usable:
                 self._drop(id)
                 self.local[id] = usable
@@ -336,15 +348,11 @@ class Snapshot:
             raise CalicoError(f"its state is {endpoint.state!a:.40}, neither active nor inactive")
         self._claims.add(validated(endpoint, entry.revision))
 
-    def _without_conflicts(self, candidate: LocalEndpoint) -> LocalEndpoint:
-        """Return an endpoint without the addresses that are in use by this host or by another registered host."""
-        reserved = Reserved(self.network, self.topology.users, self.host)
-        users = {address: reserved.user(address) for address in candidate.addresses}
-        conflicts = [f"its address {address} is {user}" for address, user in users.items() if user is not None]
-        if not conflicts:
-            return candidate
-        addresses = tuple(address for address, user in users.items() if user is None)
-        return dataclasses.replace(candidate, addresses=addresses, conflict="; ".join(conflicts))
+    def _mark_decided_anew(self) -> None:
+        """Mark the local endpoints about whose addresses is decided otherwise now, and all unusable ones."""
+        decide, candidates = self.admission.decide, self._claims.candidates
+        self._unchecked |= {id for id, endpoint in self.local.items() if decide(candidates[id]) != endpoint}
+        self.dirty.endpoints |= self.unusable.keys()
 
     def _refuse(self, id: EndpointId, why: str) -> None:
         key = keys.endpoint(id)

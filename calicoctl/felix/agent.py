@@ -59,6 +59,9 @@ TICK = 10.0
 RESYNC_INTERVAL = 300.0
 """Seconds between two resyncs of the managers with the kernel."""
 
+SERVERS_PATIENCE = 3.0
+"""Seconds to wait at the start until the names of etcd's members are resolved: a resolver may hang."""
+
 LOG_LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 LOG_LEVELS |= {"critical": logging.CRITICAL, "none": logging.CRITICAL + 10}
 
@@ -171,8 +174,11 @@ class Agent:
         # listen before reading, so that no change is lost between the two
         self._kernel_events.start()
         sources.FirewallEvents(self._events).start()
+        servers = sources.ServerEvents(self._datastore().members, self._events)
+        servers.start()
         for manager in self._managers:
             manager.resync()
+        servers.known.wait(SERVERS_PATIENCE)
         for directory in sorted(self._unread):
             sources.StoreEvents(self._datastore(), directory, self._events).start()
         self._reporter.start()
@@ -350,7 +356,8 @@ class Agent:
         """Drive the kernel to the snapshot or, while the store must not be used, keep the kernel as it is."""
         if not self._may_apply():
             self._conntrack.discard_listings()
-            self._policy.restore()
+            for manager in self._managers:
+                manager.restore()
             return
         try:
             self._apply()

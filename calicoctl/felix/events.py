@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from queue import SimpleQueue
 
+from calicoctl.datastore.reserved import Servers
 from calicoctl.datastore.store import Change, Entry
 from calicoctl.felix.bgp.bird import Session
 from calicoctl.felix.dataplane.links import Link
@@ -105,6 +106,13 @@ class AddressesChanged:
 @dataclass(frozen=True)
 class GatewaysChanged:
     """Routes that are not the agent's have changed; the gateways that this host uses may have changed with them."""
+
+
+@dataclass(frozen=True)
+class ServersChanged:
+    """The servers that this host depends on, as they are known now for the first time, or differ from before."""
+
+    servers: Servers
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Keeps this host's own addresses, gateways and connected networks in the snapshot up to date.
+"""Keeps this host's own addresses, gateways and connected networks, and its servers, in the snapshot up to date.
 
 For example, an endpoint must not use an address of the host or of a gateway. Does not change the kernel.
 """
@@ -9,8 +9,9 @@ import time
 from typing import TYPE_CHECKING, Any, Callable
 
 from calicoctl.datastore.keys import INTERFACE_PREFIX
+from calicoctl.datastore.reserved import Servers
 from calicoctl.errors import CalicoError
-from calicoctl.felix.events import AddressesChanged, GatewaysChanged, LinkChanged
+from calicoctl.felix.events import AddressesChanged, GatewaysChanged, LinkChanged, ServersChanged
 from calicoctl.workloads import host_network
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class NetworkMonitor:
         self._health = health
         self._reading = reading
         self._pause = PAUSE
+        self._servers = Servers()
         self._asked: tuple[frozenset[str], frozenset[str]] = frozenset(), frozenset()
         """The addresses whose routes are read: those of other hosts and BGP peers, and one in each of their blocks."""
         self.due_at: float | None = 0.0
@@ -40,6 +42,11 @@ class NetworkMonitor:
 
     def on_event(self, event: Any) -> None:
         """Schedule a read: at once if addresses have changed, a little later if gateways may have."""
+        if isinstance(event, ServersChanged):
+            self._servers, self.due_at = event.servers, 0.0
+            # at once, even if the kernel cannot be read
+            self._snapshot.set_network(self._snapshot.network.with_servers(self._servers))
+            return
         if isinstance(event, AddressesChanged) or (isinstance(event, LinkChanged) and self._has_new_mac(event)):
             self.due_at = 0.0
             return
@@ -72,7 +79,7 @@ class NetworkMonitor:
             return
         self._reading()
         try:
-            self._snapshot.set_network(host_network.read(*self._asked))
+            self._snapshot.set_network(host_network.read(*self._asked).with_servers(self._servers))
             self.due_at = None
         except Exception as error:  # of any kind: it must not end the agent
             self.due_at = begin + BACKOFF

@@ -15,11 +15,13 @@ import struct
 import threading
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from calicoctl import engine, netlink
 from calicoctl.clock import now
+from calicoctl.datastore.reserved import Servers
 from calicoctl.errors import CalicoError, WatchExpired, is_shortage
 from calicoctl.felix import shortage
 from calicoctl.felix.dataplane.links import link_of
@@ -39,6 +41,7 @@ from calicoctl.felix.events import (
     MountsChanged,
     OverlayRouteLost,
     RouteLost,
+    ServersChanged,
     StoreChanged,
     StoreRead,
     TablesChanged,
@@ -46,6 +49,7 @@ from calicoctl.felix.events import (
     WatchFailed,
     WatchRecovered,
 )
+from calicoctl.workloads import servers
 from calicoctl.workloads.guard import Guard
 
 if TYPE_CHECKING:
@@ -71,6 +75,13 @@ LONGEST_SPREAD = 4.0
 
 ENGINE_PAUSE = 0.5
 """Seconds between two attempts to reach the Docker Engine: short, since it starts containers as soon as it is up."""
+
+SERVERS_INTERVAL = 10.0
+"""Seconds after which the names of etcd's members are resolved again, and the file with the DNS servers is read."""
+
+SERVERS_KEPT = 600.0
+"""Seconds for which an address of a member counts after its name has last been resolved to it: some DNS servers return
+a few of many addresses each time."""
 
 _CONTAINER_CHANGES = {"type": "container", "event": ["start", "die", "destroy", "rename"]}
 
@@ -296,6 +307,39 @@ def _listed(containers: list[dict[str, Any]]) -> dict[str, Container]:
         runs = container["State"] in ("running", "paused")
         found[container["Id"]] = Container(runs, names[0] if names else None)
     return found
+
+
+class ServerEvents(_Source):
+    """Finds out the addresses of the servers that this host depends on, again and again: names in DNS change."""
+
+    def __init__(self, members: Iterable[str], events: Events[Any]) -> None:
+        """`members` are the names or addresses of etcd's members."""
+        super().__init__("resolving the names of etcd's members", events)
+        self._members = tuple(members)
+        self._last: Servers | None = None
+        self._resolved: dict[str, float] = {}
+        """By address of a member: when (monotonic) a name was last resolved to it."""
+        self.known = threading.Event()
+        """Set once the servers are known, as far as they can be."""
+
+    def follow(self) -> None:
+        while True:
+            self.look()
+            self.known.set()
+            time.sleep(SERVERS_INTERVAL)
+
+    def look(self) -> None:
+        """Resolve each name, which may take as long as the resolver waits, and emit what has changed at once."""
+        for member in (*self._members, None):
+            addresses = frozenset() if member is None else servers.resolved(member)
+            at = time.monotonic()
+            self._resolved.update(dict.fromkeys(addresses, at))
+            if addresses or member is None:
+                self._resolved = {one: seen for one, seen in self._resolved.items() if at <= seen + SERVERS_KEPT}
+            found = Servers(frozenset(self._resolved), servers.dns_servers())
+            if found != self._last:
+                self._last = found
+                self._events.put(ServersChanged(found))
 
 
 class MountEvents(_Source):

@@ -27,7 +27,7 @@ from calicoctl.datastore.keys import INTERFACE_PREFIX, EndpointId
 from calicoctl.datastore.model import Endpoint, Pool
 from calicoctl.datastore.reserved import Network, Reserved
 from calicoctl.errors import AddressTaken, CalicoError, Conflict, NotFound
-from calicoctl.workloads import host_network, mtu, netns
+from calicoctl.workloads import host_network, mtu, netns, servers
 from calicoctl.workloads.guard import Guard
 from calicoctl.workloads.locks import WorkloadLock
 from calicoctl.workloads.workload import (
@@ -737,7 +737,8 @@ def _except_text(networks: Collection[Network]) -> str:
 
 def reserved_addresses(datastore: DatastoreClient, version: int) -> Reserved:
     """Return the addresses that this host's workloads must not have. Raises CalicoError."""
-    return Reserved(host_network.read(), datastore.hosts.addresses(version), datastore.host)
+    network = host_network.read().with_servers(servers.current(datastore.members))
+    return Reserved(network, datastore.hosts.addresses(version), datastore.host)
 
 
 def _usable(request: AddressRequest, address: IPAddress, reserved: Reserved) -> bool:

@@ -174,6 +174,14 @@ class FakeRoutes:
                 return index
         return None
 
+    def routed(self) -> list[tuple[int, str]]:
+        return [(index, address) for index, addresses in self.routes.items() for address in addresses]
+
+    def remove_route(self, index: int, address: str) -> None:
+        if address in self.refuses:
+            raise CalicoError("the kernel refused to remove a route")
+        self.routes[index] = tuple(other for other in self.routes[index] if other != address)
+
     def indices(self) -> set[int]:
         return {index for index, addresses in self.routes.items() if addresses}
 

@@ -65,11 +65,18 @@ class Store:
             self.snapshot.change(change)
 
 
+def in_pools(snapshot: Snapshot) -> Snapshot:
+    """Return a snapshot that takes every address for one in a pool, although it knows of none."""
+    for everything in ("0.0.0.0/0", "::/0"):
+        snapshot.admission.set_pool(everything, everything)
+    return snapshot
+
+
 class World:
-    """A snapshot, and the context that managers share."""
+    """A snapshot, and the context that managers share. Every address is in a pool."""
 
     def __init__(self) -> None:
-        self.snapshot = Snapshot(HOST)
+        self.snapshot = in_pools(Snapshot(HOST))
         self.store = Store(self.snapshot)
         self.health = Health(HOST, "1")
         self.reported: list[dict[EndpointId, Status | None]] = []

@@ -28,7 +28,7 @@ from calicoctl.policy.verdict import Packet
 from calicoctl.workloads.upkeep import REATTACHED, Action
 from tests.unit.kernel import FakeBgp, FakeConntrack, FakeNft, FakeRoutes, FakeVxlan
 from tests.unit.memory_store import MemoryStore
-from tests.unit.snapshots import HOST, Store, endpoint_id
+from tests.unit.snapshots import HOST, Store, endpoint_id, in_pools
 
 A, B, OUTSIDE = "192.168.0.1", "192.168.0.2", "198.51.100.1"
 ALLOW = {"action": "allow"}
@@ -102,6 +102,7 @@ class AgentWorld:
             self.ready,
             Options(),
         )
+        in_pools(self.agent._snapshot)
         self.routes.add_link("cali1", 11)
         for manager in self.agent._managers:
             manager.resync()

@@ -10,7 +10,7 @@ from calicoctl.desired.snapshot import Dirty, Snapshot
 from calicoctl.felix.dataplane.ruleset import Ruleset, remove_commands
 from tests.random_changes import NETWORK, random_change
 from tests.unit.kernel import FakeNft
-from tests.unit.snapshots import Store, endpoint_id
+from tests.unit.snapshots import Store, endpoint_id, in_pools
 
 A, B, C, A6 = "192.168.0.1", "192.168.0.2", "192.168.0.3", "fd00::1"
 ALLOW = {"action": "allow"}
@@ -21,7 +21,7 @@ class Tables:
 
     def __init__(self) -> None:
         self.nft = FakeNft([])
-        self.snapshot = Snapshot("host1")
+        self.snapshot = in_pools(Snapshot("host1"))
         self.store = Store(self.snapshot)
         self.ruleset = Ruleset()
         self.nft.run(self.ruleset.load(self.snapshot).commands)

@@ -10,6 +10,7 @@ from calicoctl.datastore.keys import EndpointId
 from calicoctl.datastore.reserved import HostNetwork, InterfaceAddress
 from calicoctl.datastore.store import Change, Entry
 from calicoctl.desired.snapshot import Snapshot
+from tests.unit.snapshots import in_pools
 
 FOLDER = "/calico/v1/host/h/workload/docker"
 RECORD = {"state": "active", "mac": "02:00:00:00:00:01", "profile_ids": ["web"], "ipv4_nets": ["192.168.0.1/32"]}
@@ -28,7 +29,7 @@ def id_of(name: str) -> EndpointId:
 
 
 def snapshot_of(*entries: Entry) -> Snapshot:
-    snapshot = Snapshot("h")
+    snapshot = in_pools(Snapshot("h"))
     snapshot.replace("/calico/v1", entries)
     return snapshot
 
@@ -77,7 +78,7 @@ def test_of_two_that_claim_the_same_the_older_has_it_whatever_the_order_of_event
     ]
     chance = random.Random(1)
     for _ in range(50):
-        snapshot = Snapshot("h")
+        snapshot = in_pools(Snapshot("h"))
         now: dict[str, Entry] = {}
         for index in range(30):
             chosen = chance.choice(entries)

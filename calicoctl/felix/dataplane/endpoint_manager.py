@@ -14,6 +14,7 @@ from calicoctl.datastore.keys import INTERFACE_PREFIX
 from calicoctl.desired.local_endpoint import LocalEndpoint
 from calicoctl.desired.snapshot import INACTIVE, Dirty
 from calicoctl.errors import CalicoError
+from calicoctl.felix.dataplane.lifeline import take_back_routes
 from calicoctl.felix.dataplane.links import Link
 from calicoctl.felix.dataplane.manager import Context, Manager
 from calicoctl.felix.events import KernelEventsLost, LinkChanged, PolicyFailed, RouteLost, Tick
@@ -83,6 +84,14 @@ class EndpointManager(Manager):
                 self._follow_mac(before.get(name), link)
         self._routes.read(self._links.values())
         self._everything = True
+        if not self._context.health.first_update:  # the kernel remembers what endpoints had before this agent
+            names = {link.index: link.name for link in self._links.values()}
+            self._snapshot.admission.adopt((names[i], a) for i, a in self._routes.routed() if i in names)
+
+    def restore(self) -> None:
+        """Remove the routes to addresses that this host needs itself: `apply`, which does that too, is not called."""
+        for said in take_back_routes(self._snapshot.network, self._routes):
+            self._context.health.error(said)
 
     @property
     def needs_apply(self) -> bool:
@@ -191,7 +200,11 @@ class EndpointManager(Manager):
             revision, reason = unusable
             return Status("down" if reason == INACTIVE else "error", revision, reason)
         status = self._program(endpoint)
-        return status if endpoint.conflict is None else Status("error", endpoint.revision, endpoint.conflict)
+        if endpoint.conflict is not None:
+            return Status("error", endpoint.revision, endpoint.conflict)
+        if endpoint.warning is not None and status.reason is None:
+            return Status(status.status, endpoint.revision, endpoint.warning)
+        return status
 
     def _program(self, endpoint: LocalEndpoint) -> Status:
         link = self._links.get(endpoint.interface)

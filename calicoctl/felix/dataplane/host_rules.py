@@ -152,6 +152,8 @@ class HostRules:
         """By address: the verdict in the map `owners4` or `owners6`."""
         self._users: dict[str, str] = {}
         """By address: the registered host that uses it. The name is empty for other addresses that this host uses."""
+        self._spared: set[str] = set()
+        """Addresses that are nobody's endpoint, unless an endpoint of this host has them: see Admission.spared."""
         self._named: dict[str, int] = {}
         """By host: the number of its claims. Each other host that is in here or in `_registered` has a chain."""
         self._registered: frozenset[str] = frozenset()
@@ -178,6 +180,10 @@ class HostRules:
             self._registered = frozenset(snapshot.topology.users.values()) - {snapshot.host}
             unsure_hosts |= self._registered
             _update_sets(snapshot, change)
+        if dirty.topology or dirty.pools:
+            spared = snapshot.admission.spared()
+            doubtful |= spared ^ self._spared
+            self._spared = spared
         if dirty.pools:
             affected |= {address for address, host in snapshot.topology.users.items() if host != snapshot.host}
         if dirty.topology or dirty.pools:
@@ -237,6 +243,8 @@ class HostRules:
             verdict = f"goto {_chain(user)}" if user not in ("", own) else None
         elif hosts == [own]:
             verdict = "drop"
+        elif address in self._spared:
+            verdict = None
         elif len(hosts) == 1:
             verdict = f"goto {_chain(hosts[0])}"
         elif hosts:  # the address moves between hosts, or one of the endpoints is obsolete

@@ -57,6 +57,9 @@ class Manager(ABC):
         agent then resyncs all managers and reloads the tables.
         """
 
+    def restore(self) -> None:  # noqa: B027
+        """Keep the kernel as it is, and repair it. Called instead of `apply` while the store must not be used."""
+
 
 @dataclass(frozen=True)
 class PendingAddresses:

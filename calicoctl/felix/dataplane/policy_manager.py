@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from calicoctl.desired.snapshot import Dirty
 from calicoctl.errors import CalicoError
 from calicoctl.felix.dataplane.host_rules import Ports
+from calicoctl.felix.dataplane.lifeline import let_members_pass
 from calicoctl.felix.dataplane.manager import Context, Manager
 from calicoctl.felix.dataplane.ruleset import Ruleset
 from calicoctl.felix.dataplane.vxlan import DEVICES
@@ -136,11 +137,16 @@ class PolicyManager(Manager):
         """If another process has modified the tables, reload them with their last contents.
 
         Called instead of `apply` while the store must not be used, since the snapshot may be wrong then. If this
-        fails, it is retried at each Tick.
+        fails, it is retried at each Tick. Before the store was read for the first time, the tables are those of an
+        earlier agent, and only let the members of etcd pass.
         """
-        if self.in_sync or not self._restore_due or not self._context.health.first_update:
+        if self.in_sync or not self._restore_due:
             return
         self._restore_due = False
+        if not self._context.health.first_update:
+            for said in let_members_pass(self._context.snapshot.network, self._nft):
+                self._context.health.error(said)
+            return
         try:
             self._nft.run(self.ruleset.recreate())
             self.in_sync, self._retry_at = True, 0.0

@@ -77,6 +77,16 @@ class Routes:
                 return index
         return None
 
+    def routed(self) -> Iterator[tuple[int, str]]:
+        """Yield the routes of the agent, each as its interface's index and its destination, an address."""
+        for index, items in list(self._have.items()):
+            yield from [(index, item[1]) for item in items if item[0] == "route"]
+
+    def remove_route(self, index: int, address: str) -> None:
+        """Remove one of the agent's routes. Raises CalicoError."""
+        self._remove(index, ("route", address))
+        self._have[index].discard(("route", address))
+
     def indices(self) -> set[int]:
         """Return the indices of the interfaces that have routes or neighbour entries of the agent."""
         return {index for index, items in self._have.items() if items}

@@ -29,7 +29,7 @@ from dataclasses import dataclass, replace
 from calicoctl.addresses import number_of, version_of
 from calicoctl.datastore.keys import INTERFACE_PREFIX, EndpointId
 from calicoctl.datastore.model import Rule
-from calicoctl.desired.local_endpoint import LocalEndpoint, usable_addresses
+from calicoctl.desired.local_endpoint import LocalEndpoint
 from calicoctl.desired.snapshot import Dirty, Snapshot
 from calicoctl.felix.dataplane import host_rules
 from calicoctl.felix.dataplane.changes import Change, spelled
@@ -284,7 +284,7 @@ class Ruleset:
             endpoint = snapshot.endpoints.get(id)
             if endpoint is None:
                 continue
-            addresses = usable_addresses(endpoint)
+            addresses = snapshot.admission.addresses_of(endpoint)
             self._members[id] = (addresses, tuple(dict.fromkeys(endpoint.profile_ids)))
             for profile in self._members[id][1]:
                 self._members_of_profile[profile].add(id)

@@ -1,0 +1,141 @@
+"""Decides which addresses of this host's endpoints the data plane may use: none that the host itself needs.
+
+Anybody who may write to the store can list any address in the record of an endpoint. An address is refused if
+
+* this host needs it: its own addresses, gateways, and the members of its etcd (`HostNetwork.has`). That always holds,
+  also if the endpoint had the address before, since without its store the host could not be repaired from elsewhere;
+* a host is registered with it. That always holds as well: policy treats packets from it as those of a host;
+* it is in no pool, or a DNS server of this host. That does not hold for an address that the endpoint has already: a
+  pool that was removed, or cannot be read, cuts nobody off. What an endpoint has is what the agent has let it have
+  before or, when the agent starts, what the kernel routes to its interface.
+
+Reads no kernel: what that has is passed to `adopt`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Iterable
+from contextlib import suppress
+
+from calicoctl.addresses import number_of, version_of
+from calicoctl.datastore.model import Endpoint
+from calicoctl.datastore.reserved import DNS_SERVER, HostNetwork, Network, Networks, Reserved
+from calicoctl.desired.local_endpoint import LocalEndpoint, usable_addresses
+from calicoctl.desired.topology import Topology
+
+Use = tuple[str, str]
+"""The name of an interface of this host, and an address that is used through it."""
+
+
+class Admission:
+    """Which addresses this host's endpoints may use, given this host's network, the pools, and the registered hosts."""
+
+    def __init__(self, topology: Topology) -> None:
+        self.network = HostNetwork()
+        self._topology = topology
+        self._pools: dict[str, Network] = {}
+        """By key: the pools, also those whose values cannot be read, if their keys say which networks they are."""
+        self._in_pools = Networks(())
+        self._changed = False
+        self._admitted: set[Use] = set()
+
+    @property
+    def reserved(self) -> Reserved:
+        return Reserved(self.network, self._topology.users, self._topology.host)
+
+    def set_pool(self, key: str, cidr: str | None) -> None:
+        """Set the pool that a key stands for; None if there is none, or its network is not known."""
+        before = self._pools.pop(key, None)
+        if cidr is not None:
+            self._pools[key] = Network.parse(cidr)
+        if before != self._pools.get(key):
+            self._in_pools, self._changed = Networks(self._pools.values()), True
+
+    def take_changed(self) -> bool:
+        """Return whether pools have changed since the last call."""
+        changed, self._changed = self._changed, False
+        return changed
+
+    def is_in_pool(self, address: str) -> bool:
+        return self._in_pools.has(version_of(address), number_of(address))
+
+    def spared(self) -> set[str]:
+        """Return addresses of servers that are nobody's endpoint, whatever the records of other hosts list.
+
+        These are the DNS servers of this host, and the BGP peers that are in no pool. Others may be workloads.
+        """
+        peers = {peer.ip for peer in self._topology.peers.values()}
+        return {*self.network.servers.dns, *(peer for peer in peers if not self.is_in_pool(peer))}
+
+    def objection(self, interface: str, address: str) -> tuple[str, bool] | None:
+        """Say what is wrong with an address of an endpoint, None if nothing is.
+
+        Returns the reason, and whether the address is refused. If it is not, the endpoint has it already.
+        """
+        user = self.reserved.user(address)
+        if user is not None:
+            return user, True
+        why = DNS_SERVER if address in self.network.servers.dns else None
+        if why is None and not self.is_in_pool(address):
+            why = "in no pool"
+        return None if why is None else (why, (interface, address) not in self._admitted)
+
+    def decide(self, candidate: LocalEndpoint) -> LocalEndpoint:
+        """Return an endpoint without the addresses that are refused, and with the reasons."""
+        found = {address: self.objection(candidate.interface, address) for address in candidate.addresses}
+        if not any(found.values()):
+            return candidate
+        refused = [f"its address {a} is {said[0]}" for a, said in found.items() if said is not None and said[1]]
+        kept = [f"its address {a} is {said[0]}, but stays" for a, said in found.items() if said and not said[1]]
+        return dataclasses.replace(
+            candidate,
+            addresses=tuple(address for address, said in found.items() if said is None or not said[1]),
+            conflict="; ".join(refused) or None,
+            warning="; ".join(kept) or None,
+        )
+
+    def addresses_of(self, endpoint: Endpoint) -> tuple[str, ...]:
+        """Return the addresses that an endpoint contributes to tags; those that are refused here only for this host's.
+
+        Another host may have let its endpoint keep an address for reasons that are not known here.
+        """
+        addresses = usable_addresses(endpoint)
+        if endpoint.id.host != self._topology.host:
+            return addresses
+        objections = {address: self.objection(endpoint.name, address) for address in addresses}
+        return tuple(address for address, said in objections.items() if said is None or not said[1])
+
+    # What endpoints have already
+
+    def adopt(self, uses: Iterable[Use]) -> None:
+        """Take over what the kernel routes to interfaces of endpoints when the agent starts."""
+        self._admitted.update(uses)
+
+    def admit(self, endpoints: Iterable[Endpoint]) -> None:
+        """Remember the addresses that these endpoints of this host may use from now on."""
+        for endpoint in endpoints:
+            self._admitted.update((endpoint.name, address) for address in self.addresses_of(endpoint))
+
+    def forget(self, before: Endpoint | None, now: Endpoint | None) -> None:
+        """Forget what an endpoint's record no longer lists."""
+        self._admitted -= _uses(before) - _uses(now)
+
+    def retain(self, endpoints: Collection[Endpoint]) -> None:
+        """Forget what none of these endpoints' records lists."""
+        self._admitted &= set().union(*map(_uses, endpoints))
+
+
+def pool_of_key(key: str) -> str | None:
+    """Return the network that the key of a pool stands for, None if it does not say: other tools choose other keys."""
+    from calicoctl.addresses import parse_cidr
+    from calicoctl.errors import CalicoError
+
+    address, _, length = key.rpartition("/")[2].rpartition("-")
+    with suppress(CalicoError):
+        return str(parse_cidr(f"{address}/{length}"))
+    return None
+
+
+def _uses(endpoint: Endpoint | None) -> set[Use]:
+    return set() if endpoint is None else {(endpoint.name, address) for address in usable_addresses(endpoint)}

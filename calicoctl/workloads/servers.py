@@ -1,0 +1,49 @@
+"""Finds out the addresses of the servers that this host depends on: the members of its etcd, and its DNS servers.
+
+Reads names and a file only. datastore/reserved.py says why workloads must not have these addresses.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterable
+from contextlib import suppress
+
+from calicoctl.addresses import canonical
+from calicoctl.datastore.reserved import Servers
+
+RESOLV_CONF = "/etc/resolv.conf"
+
+
+def current(members: Iterable[str]) -> Servers:
+    """Return the servers: `members` are the names, or addresses, of etcd's members.
+
+    A name that cannot be resolved has no addresses. It may take as long as the resolver waits.
+    """
+    return Servers(frozenset().union(*map(resolved, members)), dns_servers())
+
+
+def resolved(name: str) -> frozenset[str]:
+    """Return the canonical addresses of a host name, or of an address (an IPv6 one may be in brackets)."""
+    with suppress(OSError, UnicodeError):  # of an invalid or unknown name
+        found = socket.getaddrinfo(name.strip("[]"), None, type=socket.SOCK_STREAM)
+        return _canonical(str(address[0]) for *_, address in found)
+    return frozenset()
+
+
+def dns_servers(path: str = RESOLV_CONF) -> frozenset[str]:
+    """Return the canonical addresses of the DNS servers that the resolver asks. Source: resolv.conf(5)."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            lines = [line.split() for line in file]
+    except OSError:
+        return frozenset()
+    return _canonical(words[1] for words in lines if len(words) > 1 and words[0] == "nameserver")
+
+
+def _canonical(texts: Iterable[str]) -> frozenset[str]:
+    found = set()
+    for text in texts:
+        with suppress(OSError, ValueError):  # such as fe80::1%eth0, which no workload can have
+            found.add(canonical(text))
+    return frozenset(found)
