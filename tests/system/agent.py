@@ -65,7 +65,7 @@ class AgentHost(Host):
         fence = {
             "name": f"calif{number}",
             "mac": "02:00:00:00:00:ff",
-            "ipv4_nets": [f"203.0.113.{number % 250 + 1}/32"],
+            "ipv4_nets": [f"192.168.255.{number % 250 + 1}/32"],
         }
         self.etcd.put(key, fence)
         wait_for(lambda: self.endpoint_status(key), f"the agent\n{self.log()}", 20)

@@ -11,6 +11,7 @@ from calicoctl.felix.dataplane.nft import Nft
 from calicoctl.felix.dataplane.ruleset import Ruleset, remove_commands
 from tests.random_changes import NETWORK, random_change
 from tests.system.support import tables
+from tests.unit.snapshots import in_pools
 
 
 def test_any_order_of_changes_comes_to_what_a_fresh_start_gives() -> None:
@@ -45,7 +46,7 @@ def test_an_endpoint_may_get_what_another_has_not_given_up_yet() -> None:
         snapshot.change(Change(key, Entry(key, json.dumps(record), 1, 1)))
 
     nft = Nft()
-    snapshot, ruleset = Snapshot("h"), Ruleset()
+    snapshot, ruleset = in_pools(Snapshot("h")), Ruleset()
     put(1, name="cali1", ipv4_nets=["192.168.0.1/32"])
     put(2, name="cali2", ipv4_nets=["192.168.0.2/32"])
     try:
