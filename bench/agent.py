@@ -40,7 +40,7 @@ def crowd_record(number: int, profile: str) -> tuple[str, dict]:
         "name": f"cali{id[:11]}",
         "mac": f"02:00:00:00:{number // 256:02x}:{number % 256:02x}",
         "profile_ids": [profile],
-        "ipv4_nets": [f"10.1.{number // 256}.{number % 256}/32"],
+        "ipv4_nets": [f"192.168.{128 + number // 256}.{number % 256}/32"],
         "ipv6_nets": [],
         "ipv4_gateway": "192.0.2.2",
         "ipv6_gateway": None,
