@@ -32,8 +32,8 @@ where that is known, ids by their first 12 characters, and the table fits the
 terminal's width. In a pipe or a file, everything is shown, a container's name
 in the line below its id. The state of an active endpoint is followed by its
 status unless that is up: (down), (error), or (unknown) if the agent of its
-host is down or has not reported the endpoint yet. What is wrong with endpoints
-follows the table, on standard error. JSON: status, and reason.
+host is down or has not reported the endpoint yet. Reasons follow the table,
+on standard error. JSON: status, and reason.
 Profiles are evaluated in the order of the list; `set` without profiles clears
 it. These commands need no root, and work for the endpoints of any host.
 
