@@ -14,7 +14,7 @@ for temporary files (TMPDIR, else /tmp). It holds this host's nftables and
 iptables rules, routes, neighbours, links, tunnels, network settings and
 connections, the agent's logs and status, BIRD's configuration, log, sessions
 and routes, Calico's keys in etcd, versions, and Docker's containers and their
-networks; what cannot be read is left out. TLS keys, passwords and the
+networks; what cannot be read is left out. TLS keys, passwords, tokens and the
 containers' environment are not included. Run it as root to
 include everything.
 

@@ -11,12 +11,15 @@ import io
 import json
 import os
 import platform
+import pwd
 import re
+import stat
 import subprocess
 import tarfile
 import tempfile
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Callable
@@ -30,7 +33,7 @@ from calicoctl.datastore.store import Entry
 from calicoctl.diagnose import checks, host_status
 from calicoctl.errors import CalicoError, redact_userinfo
 from calicoctl.felix.bgp import bird
-from calicoctl.felix.bgp.instance import Instance
+from calicoctl.felix.bgp.instance import USER, Instance
 
 Source = Callable[[], str]
 
@@ -90,10 +93,15 @@ _PLAIN = {
 }
 """The last parts of keys in etcd that the data model defines and whose values are plain text."""
 
-_NAMES = (
-    r"(?<![\w.-])[\w.-]*(?:passw|passphrase|\bpass\b|_pass\b|pwd|secret|token|credential|cookie|psk|md5"
-    r"|(?:private|api|access)[_-]?key|\bauth\b)[\w.-]*"
+_WORDS = (
+    r"(?:passw|passphrase|\bpass\b|_pass\b|pwd|secret|token|credential|cookie|psk|pre-?shared|md5"
+    r"|(?:private|api|access)[ _-]?key|\bauth\b)"
 )
+_NAMES = rf"(?<![\w.-])(?=[\w.-]*{_WORDS})[\w.-]+(?: key)?"  # a look ahead is not repeated: long texts take no time
+_VALUE = r"(?:\\?\"[^\"\n]*\"|'[^'\n]*'|[^\s\"',]+)"
+"""The value of an option: one word, or several in quotes."""
+_NEXT = r"\\?[\"']?,?[ \t]+"
+"""What is between an option and its value, in a command line or in a list of its words."""
 _SECRETS = (
     (re.compile(r"-----BEGIN [A-Z0-9 ]+-----.*?(?:-----END [A-Z0-9 ]+-----|\Z)", re.DOTALL), _HIDDEN),
     (re.compile(r"(://)[^\s\"']*@"), rf"\1{_HIDDEN}@"),
@@ -102,6 +110,19 @@ _SECRETS = (
     (re.compile(r"(\bbearer\s+)\S+", re.IGNORECASE), rf"\1{_HIDDEN}"),
     (re.compile(r"(\bauthorization\b\\?[\"']?\s*[:=]).*", re.IGNORECASE), rf"\1 {_HIDDEN}"),
     (re.compile(rf"({_NAMES}\\?[\"']?\s*[:=]).*", re.IGNORECASE), rf"\1 {_HIDDEN}"),
+    # options: --password x, of whatever name; -u user:x; -px, but not the id of a process's namespace (-proc-1-ns-net)
+    (re.compile(rf"((?<![\w-])--?(?=[\w-]*{_WORDS})[\w-]+{_NEXT}){_VALUE}", re.IGNORECASE), rf"\1{_HIDDEN}"),
+    (
+        re.compile(rf"((?<![\w-])(?:-[uU]|--(?:proxy-)?user)(?:{_NEXT}|=)?)(?=[\"']?[^\s\"':]*:){_VALUE}"),
+        rf"\1{_HIDDEN}",
+    ),
+    (re.compile(rf"((?<![\w-])-p)(?!roc-[0-9]){_VALUE}"), rf"\1{_HIDDEN}"),
+    (re.compile(rf"(\b(?:login|sshpass)\b.{{0,200}}?[ \t]-p{_NEXT}){_VALUE}"), rf"\1{_HIDDEN}"),
+    (
+        re.compile(r"(\b(?:password|passwd|requirepass)[ \t]+(?:is[ \t]+)?)(?!is\b|of\b|for\b|and\b|or\b)[^\s\"(]+"),
+        rf"\1{_HIDDEN}",
+    ),
+    (re.compile(r"(?<![\w-])eyJ[\w-]{8,}\.[\w.-]+"), _HIDDEN),  # a JSON Web Token
 )
 
 
@@ -177,7 +198,7 @@ def _versions() -> str:
     lines = [f"calicoctl {__version__}", f"Python {platform.python_version()}", " ".join(platform.uname())]
     for package in ("docopt", "python-etcd", "urllib3", "netaddr", "pyroute2", "docker"):
         lines.append(f"{package} {metadata.version(package)}")
-    return "\n".join([*lines, _end_of(Path("/etc/os-release"))])
+    return "\n".join([*lines, Path("/etc/os-release").read_text()])
 
 
 def _environment() -> str:
@@ -262,7 +283,17 @@ def _from_bird(command: str) -> str:
 
 
 def _end_of(path: Path) -> str:
-    with open(path, "rb") as file:
-        file.seek(0, os.SEEK_END)
-        file.seek(max(0, file.tell() - LOG_SIZE))
-        return file.read().decode(errors="replace")
+    """Return the end of a file of the agent's or of BIRD's, LOG_SIZE bytes at most. Raises OSError and CalicoError.
+
+    Users other than root can write to the folders of some: a link there could lead to any file, which only root may
+    read. So the file itself must be one of root's, of BIRD's or of whoever runs this, and have no other name.
+    """
+    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        found = os.fstat(file.fileno())
+        owners = {0, os.geteuid()}
+        with suppress(KeyError):
+            owners.add(pwd.getpwnam(USER).pw_uid)
+        if not stat.S_ISREG(found.st_mode) or found.st_uid not in owners or found.st_nlink != 1:
+            raise CalicoError(f"{path} is not a regular file of root's or BIRD's")
+        file.seek(max(0, found.st_size - LOG_SIZE))
+        return file.read(LOG_SIZE).decode(errors="replace")

@@ -33,6 +33,18 @@ def test_diags_are_complete_and_have_no_secrets(bare_host: Host, engine: None, t
         log.write(
             "password = correct horse\nroot:hunter2@127.0.0.1:2379 is no address\nhttp://u:hun/ter2@h:1 neither\n"
         )
+        log.write(
+            "curl -u root:hunter2 h; mysql -phunter2; x --password hunter2 --token s3cr3t\nprivate key: swordfish\n"
+        )
+    # what the user `bird` can do in its folder
+    passwords = Path("/etc/calico/bgp-passwords")
+    passwords.parent.mkdir(exist_ok=True)
+    passwords.touch(0o600)
+    passwords.write_text("mesh correct horse\n")
+    folder = Path(f"/run/calico/{host.name}/bird")
+    folder.mkdir(exist_ok=True)
+    (folder / "log").unlink(missing_ok=True)
+    (folder / "log").symlink_to(passwords)
     secrets = {
         "ETCD_PROXY": "http://user:swordfish@127.0.0.1:9",
         "DOCKER_PASS": "hunter2",
@@ -57,6 +69,7 @@ def test_diags_are_complete_and_have_no_secrets(bare_host: Host, engine: None, t
             ("links.txt", interface),
             ("settings.txt", f"net/ipv4/conf/{interface}/proxy_arp = 1"),
             ("felix.log", "is up"),
+            ("bird.log", "could not be collected"),
             ("status.json", '"up": 1'),
             ("etcd.json", "/calico/v1/host/host1/workload/namespace"),
             ("etcd.json", "/calico/v1/config/BgpPassword"),
@@ -70,6 +83,8 @@ def test_diags_are_complete_and_have_no_secrets(bare_host: Host, engine: None, t
         ):
             assert word in texts[name], name
     finally:
+        passwords.unlink()
+        (folder / "log").unlink()
         run("iptables", "-X", "mark-of-test")
         run("docker", "rm", "-f", "workload")
         host.ctl("container", "remove", "/var/run/netns/a")
