@@ -33,7 +33,8 @@ from calicoctl.datastore.store import Entry
 from calicoctl.diagnose import checks, host_status
 from calicoctl.errors import CalicoError, redact_userinfo
 from calicoctl.felix.bgp import bird
-from calicoctl.felix.bgp.instance import USER, Instance
+from calicoctl.felix.bgp.instance import Instance
+from calicoctl.felix.bgp.processes import USER
 
 Source = Callable[[], str]
 
