@@ -70,6 +70,13 @@ class Topology:
         hosts = (address for address, host in self.users.items() if host != self.host)
         return frozenset(hosts) | {peer.ip for peer in self.peers.values()}
 
+    def may_reach_bgp(self) -> set[str]:
+        """Return the addresses that may reach BGP on this host: of its peers and, in a mesh, of all other hosts."""
+        addresses = {peer.ip for peer in self.peers.values()}
+        if self.mesh:
+            addresses |= {address for address, host in self.users.items() if host != self.host}
+        return addresses
+
     def peers_without_session(self, version: int) -> list[str]:
         """Return this host's own BGP peers of an IP version, if this host is registered only with the other version."""
         if self.own(version) is not None or self.host not in self.hosts():

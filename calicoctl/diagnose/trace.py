@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 from calicoctl.addresses import BITS, FAMILIES, check_unicast, number_of, parse_address, version_of
 from calicoctl.datastore.keys import EndpointId
-from calicoctl.datastore.model import Endpoint, Rule
+from calicoctl.datastore.model import Endpoint, Pool, Rule
 from calicoctl.datastore.reserved import Network
 from calicoctl.desired.local_endpoint import usable_addresses
 from calicoctl.desired.snapshot import Snapshot
 from calicoctl.diagnose import transit
 from calicoctl.diagnose.transit import Obstacle, Route
 from calicoctl.errors import CalicoError, DockerUnavailable, NoSuchContainer, NotFound
+from calicoctl.felix import process
+from calicoctl.felix.dataplane.host_rules import BGP_PORT
 from calicoctl.policy.rules import ICMP, ICMPV6, PROTOCOLS
 from calicoctl.policy.verdict import Packet, Verdict, decide, is_from_host, is_host_service
 from calicoctl.workloads.workload import (
@@ -259,6 +261,8 @@ class _Store:
 
     def trace(self, source: Place, destination: Place, packet: Packet) -> Trace:
         """Return the path of a packet between two places, of which one is an endpoint at least."""
+        from calicoctl.workloads import host_network
+
         if source.endpoint is not None and source.endpoint == destination.endpoint:
             why = "it stays within the endpoint, where no profile applies"
             return Trace(source, destination, packet, (Decision("outbound", True, why, host=source.host),))
@@ -277,9 +281,14 @@ class _Store:
             near, far = (self._seen_by(host).topology for host in (source.host, destination.host))
             obstacles += self._between(route, near, far, packet.destination)
             obstacles += self._between(back, far, near, sent.source)
+        elif destination.host is None and source.host is not None and (pool := self._pool_of(source.host, packet)):
+            topology = self._seen_by(source.host).topology
+            obstacles.append(transit.not_routed(topology, packet.destination, pool.cidr, host_network.read().networks))
         elif destination.host is None and sent == packet and source.host is not None:
             problem = f"no pool masquerades {packet.source}, so the network outside must have a route to it"
             obstacles.append(Obstacle(source.host, problem, False))
+        if destination.endpoint is None and destination.host is not None:
+            obstacles += self._at_ports(destination.host, sent)
         sent_from = None if sent == packet else sent.source
         unique = tuple(dict.fromkeys(obstacles))
         return Trace(source, destination, packet, tuple(decisions), route, sent_from, unique)
@@ -300,6 +309,24 @@ class _Store:
         if not is_routed(address, route.pool):
             why = f"its kernel has no route to {address}: see what 'calicoctl status' says"
             yield Obstacle(sender.host, why if route.by == transit.AGENT else f"{why} of BGP", True)
+
+    def _pool_of(self, host: str, packet: Packet) -> Pool | None:
+        return transit.pool_of(self._seen_by(host), packet.destination)
+
+    def _at_ports(self, host: str, packet: Packet) -> Iterator[Obstacle]:
+        """Yield the obstacle for packets to the port of BGP of a host from others than its peers."""
+        is_bgp = packet.protocol == PROTOCOLS["tcp"] and packet.destination_port == BGP_PORT
+        if is_bgp and packet.source not in self._seen_by(host).topology.may_reach_bgp():
+            runs_bird = None
+            if host == self._datastore.host:
+                bird = (process.report(host) or {}).get("bird")
+                runs_bird = isinstance(bird, dict) and bird.get("listens") is True
+            if runs_bird is not False:
+                condition = "" if runs_bird else "if BIRD runs for its agent, "
+                problem = (
+                    f"{condition}only its BGP peers reach TCP port {BGP_PORT}, and {packet.source} is none of them"
+                )
+                yield Obstacle(host, problem, bool(runs_bird))
 
     def _at(self, place: Place) -> Iterator[Obstacle]:
         """Yield the obstacles at one end of the path: an endpoint that is not up, or an agent that is down."""

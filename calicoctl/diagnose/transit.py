@@ -7,7 +7,7 @@ packets, or which BGP sessions of other hosts are up.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from calicoctl.addresses import BITS, number_of, version_of
@@ -139,6 +139,23 @@ def obstacles(route: Route, sender: Topology, receiver: Topology, address: str) 
     if route.is_near is False:
         problem = f"a router is between it and {both[1].host}, which must have routes to pool {route.pool}"
         yield Obstacle(both[0].host, f"{problem}: if it has not, 'calicoctl pool add --vxlan=cross-subnet'", False)
+
+
+def not_routed(sender: Topology, address: str, pool: str, networks: Collection[Network]) -> Obstacle:
+    """Return why packets to an address of a pool, which no endpoint and no host has, arrive nowhere.
+
+    `networks` are those that this host is connected to: a block that overlaps one of them drops nothing.
+    """
+    version, number = version_of(address), number_of(address)
+    for host in sender.blocks:
+        block = sender.block_of(host, address)
+        if block is not None:
+            problem = (
+                f"no endpoint has {address}, and packets to unused addresses of its block {block.cidr} are dropped"
+            )
+            return Obstacle(host, problem, not any(network.has(version, number) for network in networks))
+    problem = f"no endpoint has {address} of pool {pool}, and no host announces it: it follows the host's other routes"
+    return Obstacle(sender.host, problem, False)
 
 
 def _without_mesh(both: list[Topology], version: int) -> Iterator[Obstacle]:

@@ -170,6 +170,34 @@ def test_masquerade_is_told_and_a_missing_one_is_as_well(world: World) -> None:
     assert world.trace(A, B).sent_from is None, "never between pools"
 
 
+def test_addresses_of_pools_that_no_endpoint_has(world: World) -> None:
+    unused = "no endpoint has {}, and packets to unused addresses of its block {} are dropped"
+    for host, address, block in (("host1", A, "192.168.0.0/26"), ("host2", B, "192.168.1.0/26")):
+        found = world.trace(A, f"{address}0")
+        assert problems(found) == [(host, unused.format(f"{address}0", block), True)] and not found.passes
+    found = world.trace(A, "192.168.99.1")
+    assert found.passes and "192.168.99.1 of pool 192.168.0.0/16, and no host announces it" in problems(found)[0][1]
+    world.put("/calico/ipam/v2/host/host3/ipv4/block/172.18.0.64-26", "")
+    world.put("/calico/v1/ipam/v4/pool/172.18.0.0-24", {"cidr": "172.18.0.0/24"})
+    (found_problem,) = problems(world.trace(A, "172.18.0.70"))
+    assert found_problem[0] == "host3" and not found_problem[2], "it may be a machine of host1's network"
+
+
+def test_only_peers_reach_bgp(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    reports: dict[str, Any] = {}
+    monkeypatch.setattr("calicoctl.diagnose.trace.process.report", reports.get)
+    client = DatastoreClient(world.store, "host1")
+    ((host, problem, stops),) = problems(trace(client, A, "host2", "tcp", 179))
+    assert (host, stops) == ("host2", False) and problem.startswith("if BIRD runs for its agent, only its BGP peers")
+    assert not problems(trace(client, A, "host2", "tcp", 180)) and not problems(trace(client, A, "host2", "udp", 179))
+    assert not problems(trace(client, A, "host1", "tcp", 179)), "no BIRD runs there"
+    reports["host1"] = {"bird": {"listens": True}}
+    found = trace(client, A, "host1", "tcp", 179)
+    assert not found.passes and f"{A} is none of them" in problems(found)[0][1]
+    world.put(f"/calico/bgp/v1/host/host1/peer_v4/{A}", {"ip": A, "as_num": "64512"})
+    assert trace(client, A, "host1", "tcp", 179).passes
+
+
 @pytest.mark.parametrize("option", [{}, {"vxlan_mode": "always"}])
 def test_a_host_that_is_not_registered_cannot_be_reached(world: World, option: dict) -> None:
     world.pool(**option)

@@ -338,11 +338,8 @@ def _by_interface(snapshot: Snapshot) -> tuple[str, ...]:
 def _update_sets(snapshot: Snapshot, change: Change) -> None:
     topology = snapshot.topology
     others = {host for host in topology.users.values() if host != snapshot.host}
-    peers = {peer.ip for peer in topology.peers.values()}
-    if topology.mesh:
-        peers |= {address for address, host in topology.users.items() if host != snapshot.host}
     for version in BITS:
-        for name, addresses in (("hosts", topology.users), ("peers", peers)):
+        for name, addresses in (("hosts", topology.users), ("peers", topology.may_reach_bgp())):
             chosen = (address for address in addresses if version_of(address) == version)
             change.replace(("inet", f"{name}{version}"), chosen)
     change.replace(("inet", "host-macs"), (mac for host in others for mac in topology.macs.get(host, ())))
