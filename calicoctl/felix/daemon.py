@@ -150,7 +150,10 @@ class Daemon:
     def _spawn(self, command: list[str]) -> None:
         self.process.pid_file.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
         self._log_file.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-        with self._log_file.open("ab") as output:
+        # not for everybody: it may quote the configuration
+        with open(
+            os.open(self._log_file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640), "ab"
+        ) as output:
             self._child = subprocess.Popen(
                 command,
                 env=self._environment,

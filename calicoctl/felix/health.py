@@ -16,6 +16,7 @@ from typing import Any
 
 from calicoctl.addresses import pack
 from calicoctl.clock import now
+from calicoctl.datastore import keys
 from calicoctl.datastore.keys import EndpointId
 from calicoctl.desired.snapshot import INACTIVE
 from calicoctl.felix.bgp.bird import Session
@@ -27,6 +28,9 @@ log = logging.getLogger("calico.felix")
 
 NO_MTU: dict[str, Any] = {"underlay": {"ipv4": None, "ipv6": None}, "overlay": None, "configured": None}
 """The report of MTUs that are not known."""
+
+UNTOLD = "root alone is told what (sudo calicoctl status)"
+"""What everybody is told of a reason that may quote the store."""
 
 
 @dataclass(frozen=True)
@@ -256,6 +260,25 @@ class Health:
             "last_error": session.error,
             "suspicion": session.suspicion,
         }
+
+
+def public(report: dict[str, Any]) -> dict[str, Any]:
+    """Return a report (Health.to_dict) without what may quote values of the store, for users who may not read that.
+
+    What is left of these are keys, and validated names and addresses, which the kernel shows every user.
+    """
+    host, problems, last = report["host"], report["problems"], report["last_error"]
+    invalid = {problem["key"] for problem in problems}
+    endpoints = []
+    for one in report["endpoints_in_trouble"]:
+        key = keys.endpoint(EndpointId(host, one["orchestrator"], one["workload"], one["endpoint"]))
+        endpoints.append({**one, "workload_name": None, **({"reason": UNTOLD} if key in invalid else {})})
+    return {
+        **report,
+        "endpoints_in_trouble": endpoints,
+        "problems": [{**problem, "problem": UNTOLD} for problem in problems],
+        "last_error": last and {**last, "error": UNTOLD},
+    }
 
 
 def _place(session: Session) -> tuple[int, bytes]:

@@ -9,6 +9,7 @@ agents of two host names from using one kernel.
 from __future__ import annotations
 
 import fcntl
+import io
 import json
 import logging
 import logging.handlers
@@ -64,13 +65,21 @@ def report_file(host: str) -> Path:
     return _file(host, "felix.json")
 
 
+def private(path: Path) -> Path:
+    """Return the file that holds what is left out of a report that every user may read; root alone may read it."""
+    return path.with_name("felix.root.json")
+
+
 def settings_file(host: str) -> Path:
     return _file(host, "felix.sysctls")
 
 
 def leftovers(host: str) -> list[Path]:
     """Return the files that an agent leaves behind when it ends."""
-    return [_file(host, "felix.pid"), _file(host, "felix.lock"), report_file(host), settings_file(host)]
+    return [
+        *(_file(host, "felix.pid"), _file(host, "felix.lock")),
+        *(report_file(host), private(report_file(host)), settings_file(host)),
+    ]
 
 
 def remove_directory(host: str) -> None:
@@ -90,13 +99,23 @@ def running(host: str) -> int | None:
 
 
 def report(host: str) -> dict[str, object] | None:
-    """Return the last report of the host's agent, which may have ended since; None if there is no report."""
+    """Return the last report of the host's agent, which may have ended since; None if there is no report.
+
+    Users other than root get it without what quotes the store: see health.public.
+    """
+    file = report_file(host)
+    found, whole = _read_report(file, host), _read_report(private(file), host)
+    # an agent of an older version writes no private file, and leaves that of the agent before as it is
+    return whole if whole is not None and (found is None or found.get("pid") == whole.get("pid")) else found
+
+
+def _read_report(path: Path, host: str) -> dict[str, object] | None:
     value = None
     for _ in range(2):
         try:
-            value = json.loads(report_file(host).read_text())
+            value = json.loads(path.read_text())
             break
-        except FileNotFoundError:
+        except (FileNotFoundError, PermissionError):
             return None
         except (OSError, ValueError):
             time.sleep(0.02)  # an agent that cannot open files overwrites its last report in place
@@ -244,12 +263,23 @@ class _OneLine(logging.Formatter):
         return one_line(super().formatMessage(record))
 
 
+class _LogFile(logging.handlers.RotatingFileHandler):
+    """A log that only root, and the group that it is given, can read, since it quotes the store."""
+
+    def _open(self) -> io.TextIOWrapper:
+        descriptor = os.open(self.baseFilename, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
+        file = io.TextIOWrapper(io.FileIO(descriptor, "a"), encoding=self.encoding)
+        with suppress(OSError):  # of an older version
+            os.fchmod(descriptor, os.fstat(descriptor).st_mode & 0o7770)
+        return file
+
+
 def log_to(directory: str | None) -> None:
     """Log to the file felix.log in `directory`, with rotation, or to standard error if `directory` is None."""
     handler: logging.Handler = logging.StreamHandler()
     text = "%(levelname)s: %(message)s"
     if directory is not None:
-        handler = logging.handlers.RotatingFileHandler(Path(directory) / "felix.log", maxBytes=_LOG_SIZE, backupCount=4)
+        handler = _LogFile(Path(directory) / "felix.log", maxBytes=_LOG_SIZE, backupCount=4)
         text = "%(asctime)s %(levelname)s: %(message)s"
     handler.setFormatter(_OneLine(text))
     logging.raiseExceptions = False  # there is no place to report a log that cannot be written

@@ -20,8 +20,8 @@ from calicoctl import files
 from calicoctl.clock import now
 from calicoctl.datastore.keys import EndpointId
 from calicoctl.errors import CalicoError, StoreError, StoreUnavailable, is_shortage
-from calicoctl.felix import events
-from calicoctl.felix.health import Health, Status
+from calicoctl.felix import events, process
+from calicoctl.felix.health import Health, Status, public
 from calicoctl.felix.heartbeat import INTERVAL, Heartbeat, Identity, replaced
 
 if TYPE_CHECKING:
@@ -43,12 +43,11 @@ END_PATIENCE = 5.0
 
 
 class ReportFile:
-    """The file that `calicoctl status` reads; every user may read it."""
+    """The file that `calicoctl status` reads; every user may read it. One beside it, for root, has the whole report."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        self._file: IO[bytes] | None = None
-        """The current file, kept open, so that it can be overwritten when no more files can be opened."""
+        self._public = _Replaceable(path, 0o644)
+        self._private = _Replaceable(process.private(path), 0o600)
         self._written: dict[str, Any] = {}
         self._written_at = float("-inf")
 
@@ -63,16 +62,28 @@ class ReportFile:
         if report == self._written and not self.is_due:
             return
         # the monotonic clock, to measure the age with: the time of day may jump
-        text = json.dumps({**report, "report": {"time": now(), "clock": time.clock_gettime(time.CLOCK_MONOTONIC)}})
+        times = {"time": now(), "clock": time.clock_gettime(time.CLOCK_MONOTONIC)}
         try:
-            self._replace(text.encode())
+            self._private.write(json.dumps({**report, "report": times}).encode())
+            self._public.write(json.dumps({**public(report), "report": times}).encode())
             self._written, self._written_at = report, time.monotonic()
         except OSError as error:
-            log.error("%s cannot be written: %s", self._path, error.strerror)
+            log.error("the report cannot be written: %s", error)
 
-    def _replace(self, data: bytes) -> None:
+
+class _Replaceable:
+    """A file that is replaced as a whole, or overwritten when no more files can be opened."""
+
+    def __init__(self, path: Path, mode: int) -> None:
+        self._path = path
+        self._mode = mode
+        self._file: IO[bytes] | None = None
+        """The current file, kept open, so that it can be overwritten."""
+
+    def write(self, data: bytes) -> None:
+        """Replace the file's content. Raises OSError."""
         try:
-            file = files.replace(self._path, data, 0o644)  # for everybody
+            file = files.replace(self._path, data, self._mode)
         except OSError as error:
             if self._file is None or not is_shortage(error):
                 raise

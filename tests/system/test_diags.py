@@ -61,6 +61,18 @@ def test_diags_are_complete_and_have_no_secrets(bare_host: Host, engine: None, t
         for secret in SECRETS:
             assert [name for name, text in texts.items() if secret in text] == []
         interface = host.interface("a")
+        # what other users of the host can read of the same
+        open_to_all = [
+            file
+            for folder in (LOG_DIR, Path("/run/calico"))
+            for file in folder.rglob("*")
+            if file.is_file() and not file.is_symlink() and file.stat().st_mode & 0o004
+        ]
+        assert Path(f"/run/calico/{host.name}/felix.json") in open_to_all
+        assert not [file for file in open_to_all for secret in SECRETS if secret in file.read_text()]
+        as_nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", CALICOCTL]
+        shown = host.ctl("status", command=as_nobody).out
+        assert "/calico/v1/policy/profile/odd/rules: root alone is told what" in shown and "1 up" in shown
         for name, word in (
             ("nftables.txt", "table inet calico"),
             ("iptables.txt", "mark-of-test"),

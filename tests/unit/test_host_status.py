@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,14 @@ import pytest
 from calicoctl import proc
 from calicoctl.commands import status as command
 from calicoctl.datastore.keys import EndpointId
-from calicoctl.desired.snapshot import INACTIVE
+from calicoctl.desired.snapshot import INACTIVE, Snapshot
 from calicoctl.diagnose import host_status
 from calicoctl.errors import CalicoError
 from calicoctl.felix import events, process
 from calicoctl.felix.bgp.bird import Session
 from calicoctl.felix.health import Health, Status
 from calicoctl.felix.report import ReportFile
+from tests.unit.snapshots import Store
 
 HOST = "host1"
 
@@ -262,7 +264,92 @@ def test_the_report_of_an_agent_without_bgp_is_readable(health: Health, capsys: 
     report = json.loads(file.read_text())
     del report["bird"], report["mtu"]
     file.write_text(json.dumps(report))
+    process.private(file).unlink()
     out, why = told(capsys)
     assert not why and "BGP:        none; the agent is of an older version\nProblems:   1\n" in out
     assert "does no BGP: 'calicoctl node restart' replaces it, and interrupts no traffic" in out
     assert json.loads(told(capsys, "--output=json")[0])["bird"]["pid"] is None
+
+
+SECRET = "hunter2"
+VALUES: tuple[tuple[str, Any], ...] = (
+    ("/calico/v1/policy/profile/a/rules", {"inbound_rules": [{"action": SECRET}], "outbound_rules": []}),
+    ("/calico/v1/policy/profile/b/rules", SECRET),
+    ("/calico/v1/policy/profile/c/rules", {"inbound_rules": [{"action": "allow", "src_net": SECRET}]}),
+    ("/calico/v1/policy/profile/d/tags", {"x": SECRET}),
+    ("/calico/v1/policy/profile/f/tags", [SECRET, 1]),
+    ("/calico/v1/ipam/v4/pool/192.168.0.0-16", {"cidr": SECRET}),
+    ("/calico/v1/config/GraceTime", SECRET),
+    ("/calico/v1/config/MTU", SECRET),
+    ("/calico/v1/config/CheckSenders", SECRET),
+    (f"/calico/v1/host/{HOST}/config/DefaultEndpointToHostAction", SECRET),
+    ("/calico/bgp/v1/global/peer_v4/192.0.2.9", {"ip": SECRET, "as_num": SECRET}),
+    ("/calico/bgp/v1/global/as_num", SECRET),
+    ("/calico/bgp/v1/global/node_mesh", SECRET),
+    ("/calico/bgp/v1/global/HoldTime", SECRET),
+    ("/calico/bgp/v1/host/other/ip_addr_v4", SECRET),
+    ("/calico/bgp/v1/host/other/macs", [SECRET]),
+)
+ENDPOINTS = (
+    {"state": SECRET},
+    {"mac": SECRET},
+    {"name": SECRET},
+    {"ipv4_nets": [SECRET]},
+    {"ipv6_gateway": SECRET},
+    {"profile_ids": SECRET},
+    {"workload_name": SECRET},
+)
+
+
+def test_what_everybody_may_read_quotes_no_values(
+    health: Health, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(Snapshot(HOST))
+    for key, value in VALUES:
+        store.put(key, value)
+    for number, fields in enumerate(ENDPOINTS):
+        store.snapshot.change(store.endpoint_change(number, f"192.168.0.{number}/32", **fields))
+    health.problems = store.snapshot.problems
+    assert len(health.problems) >= len(VALUES) + len(ENDPOINTS) - 2
+    for id, (revision, reason) in store.snapshot.unusable.items():
+        health.endpoints[id] = Status("error", revision, reason, SECRET)
+        health.error(f"endpoint {id.endpoint} is error: {reason}")
+    write(health)
+    file = process.report_file(HOST)
+    assert SECRET not in file.read_text() and file.stat().st_mode & 0o777 == 0o644
+    assert SECRET in process.private(file).read_text() and process.private(file).stat().st_mode & 0o077 == 0
+    assert SECRET in told(capsys)[0], "root is told"
+
+    read = Path.read_text
+
+    def as_another(path: Path, *arguments: Any, **others: Any) -> str:
+        if path.name == "felix.root.json":
+            raise PermissionError
+        return read(path, *arguments, **others)
+
+    monkeypatch.setattr(Path, "read_text", as_another)
+    out, why = told(capsys)
+    assert SECRET not in out + why and "endpoints are in error" in why
+    assert "is error: root alone is told what (sudo calicoctl status)" in out
+    report = json.loads(told(capsys, "--output=json")[0])
+    assert {problem["key"] for problem in report["problems"]} == set(health.problems)
+
+
+def test_the_log_is_not_for_everybody(tmp_path: Path) -> None:
+    file = tmp_path / "felix.log"
+    file.write_text("of an older version\n")
+    file.chmod(0o644)
+    logger = logging.getLogger("calico")
+    before = list(logger.handlers)
+    process.log_to(str(tmp_path))
+    (handler,) = set(logger.handlers) - set(before)
+    try:
+        logger.error("hé\n")
+        assert file.stat().st_mode & 0o777 == 0o640
+        handler.doRollover()  # type: ignore[attr-defined]
+        logger.error("new")
+        assert file.stat().st_mode & 0o777 == 0o640 and "new" in file.read_text()
+        assert (tmp_path / "felix.log.1").read_text().splitlines()[1].endswith("ERROR: hé\\n")
+    finally:
+        logger.removeHandler(handler)
+        handler.close()
