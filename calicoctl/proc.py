@@ -30,6 +30,14 @@ def running_since(pid: int) -> str | None:
     return None if fields[STATE] in "ZX" else fields[START_TIME]
 
 
+def is_suspended(pid: int) -> bool:
+    """Return whether a process is stopped by a signal, such as SIGSTOP, or by a debugger."""
+    try:
+        return _stat(Path(f"/proc/{pid}"))[STATE] in "Tt"
+    except OSError:
+        return False
+
+
 def _stat(process: Path) -> list[str]:
     # the command's name, in parentheses, may contain any character
     return (process / "stat").read_text(errors="replace").rpartition(")")[2].split()

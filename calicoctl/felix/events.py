@@ -99,6 +99,11 @@ class OverlayRouteLost:
 
 
 @dataclass(frozen=True)
+class BirdRouteLost:
+    """A route with BIRD's protocol number was deleted, by whomever."""
+
+
+@dataclass(frozen=True)
 class AddressesChanged:
     """An address was added to this host, or deleted."""
 

@@ -29,6 +29,7 @@ from calicoctl.felix.dataplane.nft import TableEvents, own_ports
 from calicoctl.felix.dataplane.routes import PROTOCOL
 from calicoctl.felix.events import (
     AddressesChanged,
+    BirdRouteLost,
     Container,
     ContainerChanged,
     EngineListed,
@@ -253,6 +254,8 @@ class KernelEvents(_Source):
                 elif message[21] not in _NO_GATEWAYS:
                     if _replaces(kind, message):
                         self._events.put(OverlayRouteLost(_destination(message)))
+                    if kind == netlink.RTM_DELROUTE and message[21] == netlink.PROTOCOL_BIRD:
+                        self._events.put(BirdRouteLost())
                     if not self.gateways_pending.is_set():
                         self.gateways_pending.set()
                         self._events.put(GatewaysChanged())

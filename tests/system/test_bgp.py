@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import select
+import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -411,6 +412,35 @@ def test_a_users_process_that_is_named_bird_is_none(one: FabricHost) -> None:
         for fake in fakes:
             fake.communicate(b"\n")
         victim.unlink()
+
+
+def test_a_route_that_another_program_deletes_is_back_at_once(two: list[FabricHost]) -> None:
+    """BIRD itself notices it only after 20 s. The address is a second one of its network, which is left."""
+    one, other = two
+    one.run("ip", "address", "add", "172.18.0.111/24", "dev", "eth0")
+    one.run("ip", "-batch", "-", input=f"address del {one.ip}/24 dev eth0\naddress add {one.ip}/24 dev eth0")
+    one.run("ip", "route", "replace", "default", "via", "172.18.0.1")
+    connect(one, other)
+    expected = {"192.168.0.0/26": None, "192.168.1.0/26": other.ip}
+    expected6 = {f"{V6}/122": None, f"{V6}40/122": other.ip6}
+    await_routes(one, expected)
+    await_routes(one, expected6, 6)
+    for words in (
+        ("-4", "route", "del", "192.168.1.0/26"),
+        ("-4", "route", "flush", "proto", "bird"),
+        ("-6", "route", "flush", "proto", "bird"),
+        ("address", "del", f"{one.ip}/24", "dev", "eth0"),
+    ):
+        one.run("ip", *words)
+        if "address" in words:
+            wait_for(lambda: "192.168.1.0/26" not in learned(one), "the loss", 2)
+            one.run("ip", "address", "add", f"{one.ip}/24", "dev", "eth0")
+        wait_for(lambda: (learned(one), learned(one, 6)) == (expected, expected6), f"all routes after {words}", 4)
+    assert troubles(one) == {}
+    os.kill(bird_of(one), signal.SIGSTOP)
+    wait_for(lambda: "is suspended" in troubles(one).get("bgp", ""), "the suspension in the status", 6)
+    os.kill(bird_of(one), signal.SIGCONT)
+    wait_for(lambda: troubles(one) == {}, "its end", 6)
 
 
 def test_what_is_left_from_a_former_name_ends_and_a_foreign_bird_keeps_its_routes(one: FabricHost) -> None:

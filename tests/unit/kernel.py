@@ -305,6 +305,10 @@ class FakeBgp:
         self._put = put
         self.started = False
         self.wanted: list[Config] = []
+        self.rescans = 0
+
+    def rescan(self) -> None:
+        self.rescans += 1
 
     def start_once(self) -> None:
         self.started = True

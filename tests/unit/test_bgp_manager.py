@@ -12,7 +12,7 @@ from typing import Any, Callable
 
 import pytest
 
-from calicoctl import files
+from calicoctl import files, proc
 from calicoctl.datastore.reserved import HostNetwork, InterfaceAddress
 from calicoctl.errors import CalicoError
 from calicoctl.felix.bgp import manager, passwords
@@ -22,7 +22,16 @@ from calicoctl.felix.bgp.instance import NotReady
 from calicoctl.felix.bgp.manager import BgpManager, BgpThread
 from calicoctl.felix.bgp.passwords import Passwords
 from calicoctl.felix.daemon import NotServing
-from calicoctl.felix.events import BGP, BGP_CONFIGURATION, BGP_PASSWORDS, BgpChanged, Failure
+from calicoctl.felix.events import (
+    BGP,
+    BGP_CONFIGURATION,
+    BGP_PASSWORDS,
+    AddressesChanged,
+    BgpChanged,
+    BirdRouteLost,
+    Failure,
+    KernelEventsLost,
+)
 from tests.unit.kernel import FakeBgp
 from tests.unit.snapshots import HOST, World
 from tests.unit.waiting import PATIENCE, wait_for
@@ -52,7 +61,7 @@ class FakeInstance:
         self.recovers = self.dies = False
         self.answers = True
         self.found: list[Session] = []
-        self.removed = self.woken = 0
+        self.removed = self.woken = self.rescans = 0
         self.socket = Path("/proc/self/stat")
         """One that exists."""
 
@@ -99,6 +108,9 @@ class FakeInstance:
     def refuse_other_bird(self) -> None:
         if self.other is not None:
             raise CalicoError(self.other)
+
+    def rescan(self) -> None:
+        self.rescans += 1
 
     def wake(self) -> None:
         self.woken += 1
@@ -353,6 +365,49 @@ def test_another_one_that_is_started_beside_it_is_reported(bird: Bird) -> None:
     bird.instance.other = None
     bird.now += 11
     assert bird.step(configuration("172.18.0.12")) is None
+    bird.instance.found = [Session("mesh4_172_18_0_13", "mesh", "172.18.0.13", "64511", "Connect", "x")]
+    bird.instance.other = "another BIRD runs here"
+    bird.now += 11
+    assert bird.step(configuration()) == "another BIRD runs here", "also while a session is down"
+
+
+def test_routes_are_compared_soon_after_one_is_lost_and_not_too_often(bird: Bird) -> None:
+    def rescans(after: float) -> int:
+        bird.now += after
+        bird.step(configuration())
+        return bird.instance.rescans
+
+    assert rescans(0) == rescans(30) == 0
+    for _ in range(1000):
+        bird.thread.rescan()
+    assert [rescans(0.05), rescans(0.06), rescans(30)] == [0, 1, 1]
+    bird.thread.rescan()
+    assert rescans(0.2) == 2
+    bird.thread.rescan()
+    assert [rescans(0.5), rescans(0.6)] == [2, 3], "no more than one in a second"
+
+
+def test_one_that_is_suspended_is_reported(bird: Bird, monkeypatch: pytest.MonkeyPatch) -> None:
+    suspended = [True]
+    monkeypatch.setattr(proc, "is_suspended", lambda pid: suspended[0])
+    bird.step(configuration())
+    bird.instance.found = [SESSION]
+    bird.now += 1
+    assert "BIRD (process 100) is suspended" in (bird.step(configuration()) or "") and bird.state.sessions == ()
+    suspended[0] = False
+    assert bird.step(configuration()) is None and bird.state.sessions == (SESSION,)
+
+
+def test_passwords_that_become_known_start_it_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, instance, events = [Passwords(known=False, problem="refused")], FakeInstance(), []
+    monkeypatch.setattr(passwords, "read", lambda before=None: found[0])
+    monkeypatch.setattr(manager, "PASSWORDS_POLL", 0.05)
+    thread = BgpThread(instance, True, events.append)  # type: ignore[arg-type]
+    thread.want(configuration())
+    thread.start_once()
+    wait_for(lambda: Failure("refused", BGP_PASSWORDS) in events and events[-1] == BgpChanged(settled=True))
+    found[0] = Passwords()
+    wait_for(lambda: len(instance.told) == 1)
 
 
 # The thread
@@ -498,6 +553,13 @@ def test_the_agents_start_waits_until_bird_has_been_dealt_with(monkeypatch: pyte
     slow = ManagerWorld()
     now[0] += manager.SETTLING + 1
     assert slow.manager.is_settled and slow.manager.due_at is None, "or the loop would not rest"
+
+
+@pytest.mark.parametrize("event", [BirdRouteLost(), AddressesChanged(), KernelEventsLost()])
+def test_what_may_have_taken_routes_away_has_them_compared(event: object) -> None:
+    world = ManagerWorld()
+    world.manager.on_event(event)
+    assert world.bgp.rescans == 1
 
 
 def test_without_bgp_no_configuration_is_handed_over() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 from pathlib import Path
 
@@ -23,6 +24,16 @@ def test_a_process_is_identified_by_its_start_time() -> None:
     assert proc.running_since(child.pid) is None
     with pytest.raises(FileNotFoundError):
         proc.start_time(Path(f"/proc/{child.pid}"))
+
+
+def test_a_process_that_is_suspended_is_recognised() -> None:
+    with subprocess.Popen(["sleep", "60"]) as child:
+        assert not proc.is_suspended(child.pid)
+        child.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, child.pid, os.WSTOPPED)
+        assert proc.is_suspended(child.pid)
+        child.kill()
+    assert not proc.is_suspended(child.pid)
 
 
 def test_the_name_of_a_command_may_contain_anything(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from calicoctl import clock
+from calicoctl.addresses import BITS
 from calicoctl.errors import CalicoError, one_line
 
 PATIENCE = 5.0
@@ -89,6 +90,15 @@ class Control:
     def sessions(self) -> list[Session]:
         """Return all BGP sessions, in the order of the configuration."""
         return list(parse_sessions(self.command("show protocols all")))
+
+    def rescan(self) -> None:
+        """Have BIRD read the kernel's routes, and set those of its own that are missing.
+
+        A protocol `kernel` that has `learn` schedules a scan when it is to reload. Source: krt_reload_routes in BIRD's
+        sysdep/unix/krt.c.
+        """
+        for version in BITS:
+            self.command(f"reload in kernel{version}")
 
     def _configure(self, command: str, good: Iterable[str]) -> None:
         answer = self.command(command)

@@ -187,6 +187,11 @@ class Instance:
         with bird.control(self._control, may_change=True):
             pass
 
+    def rescan(self) -> None:
+        """Have BIRD read the kernel's routes, and set those of its own that are missing. Raises CalicoError."""
+        with bird.control(self._control, may_change=True) as control:
+            control.rescan()
+
     def _serves(self) -> bool:
         try:
             with bird.control(self._control):

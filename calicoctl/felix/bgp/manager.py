@@ -14,18 +14,29 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from calicoctl import proc
 from calicoctl.desired.snapshot import Dirty
 from calicoctl.errors import CalicoError
 from calicoctl.felix.bgp import bird, config, passwords
 from calicoctl.felix.bgp.instance import Instance, NotReady
+from calicoctl.felix.bgp.rescans import Rescans
 from calicoctl.felix.bgp.signatures import Signatures
 from calicoctl.felix.bgp.wakeups import Wakeups
 from calicoctl.felix.daemon import NotServing
 from calicoctl.felix.dataplane.manager import Context, Manager
-from calicoctl.felix.events import BGP, BGP_CONFIGURATION, BGP_PASSWORDS, BgpChanged, Failure
+from calicoctl.felix.events import (
+    BGP,
+    BGP_CONFIGURATION,
+    BGP_PASSWORDS,
+    AddressesChanged,
+    BgpChanged,
+    BirdRouteLost,
+    Failure,
+    KernelEventsLost,
+)
 
 if TYPE_CHECKING:
     from calicoctl.felix.bgp.config import Config
@@ -42,7 +53,10 @@ PORT_POLL = 0.1
 """Seconds between two polls soon after BIRD's start, while it does not listen on the port of BGP yet."""
 
 PASSWORDS_POLL = 2.0
-"""Seconds between two checks whether the file with the passwords has changed."""
+"""Seconds between two checks whether the file with the passwords has changed, or BIRD was suspended."""
+
+BESIDE_POLL = 10.0
+"""The minimum number of seconds between two searches for a foreign BIRD beside ours."""
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 30.0
 """Seconds until BIRD is started again if it has ended within SHORT_LIFE after its start: the first pause, and the
@@ -79,9 +93,11 @@ class BgpManager(Manager):
         elif isinstance(event, BgpChanged):
             self._context.health.bgp = event
             self._settled = self._settled or event.settled
+        elif isinstance(event, (BirdRouteLost, AddressesChanged, KernelEventsLost)):
+            self._thread.rescan()
 
     def resync(self) -> None:
-        """Start the thread if it does not run yet. BIRD itself compares the kernel's routes with its own every 20 s."""
+        """Start the thread if it does not run yet."""
         self._thread.start_once()
 
     @property
@@ -124,6 +140,26 @@ class BgpManager(Manager):
         self._split = split
 
 
+@dataclass
+class _Beside:
+    """What is known of a foreign BIRD that runs beside ours. `error` is a sentence about it; None if there is none."""
+
+    error: str | None = None
+    look_at: float = 0.0
+    """When to look for one next (monotonic)."""
+
+    def look(self, instance: Instance) -> None:
+        """Look for one if it is due, whatever state the sessions have."""
+        began = time.monotonic()
+        if began >= self.look_at:
+            try:
+                instance.refuse_other_bird()
+                self.error = None
+            except CalicoError as error:
+                self.error = str(error)
+            self.look_at = began + max(BESIDE_POLL, 200 * (time.monotonic() - began))
+
+
 class BgpThread(threading.Thread):
     """Runs BIRD with the latest configuration passed to `want`. Emits BgpChanged and Failure."""
 
@@ -137,11 +173,11 @@ class BgpThread(threading.Thread):
         self._passwords: passwords.Passwords | None = None
         self._rendered: tuple[Config | None, passwords.Passwords | None, str | None] = (None, None, None)
         """The configuration and the passwords that were last rendered, and the resulting text."""
-        self._beside: str | None = None
-        """A sentence about a foreign BIRD that runs beside ours; None if there is none."""
+        self._beside = _Beside()
         self._failures: dict[str, str | None] = {}
         """By subject: the last failure that was emitted."""
         self._wakeups = Wakeups()
+        self._rescans = Rescans()
         self._signatures = Signatures()
         self._state = self._reported = BgpChanged()
         self._in_use: str | None = None
@@ -152,8 +188,8 @@ class BgpThread(threading.Thread):
         """When BIRD was started (monotonic); SHORT_LIFE before it was adopted; None if it has not run yet."""
         self._start_at = self._poll_at = 0.0
         """When to start BIRD, and when to poll its sessions, next (monotonic)."""
-        self._not_running = ""
-        """Why BIRD does not run until `_start_at`."""
+        self._not_running: str | None = None
+        """Why BIRD does not run until `_start_at`; None if only its configuration is not known yet."""
         self._tried: str | None = None
         """The text of the last attempt to start BIRD. With another text, the next attempt is made at once."""
         self._pause = FIRST_PAUSE
@@ -167,23 +203,29 @@ class BgpThread(threading.Thread):
         self._wanted = config
         self._wakeups.request()
 
+    def rescan(self) -> None:
+        """Have BIRD compare the kernel's routes with its own soon. Does not wait for the thread."""
+        if self._rescans.request():
+            self._wakeups.request()
+
     def run(self) -> None:
         if not self.enabled:
             self._end()
             return
         while True:
-            wanted = self._wanted
+            wanted, failed = self._wanted, False
             try:
                 self.round(wanted)
                 self._fail(BGP, None)
             except Exception as error:  # of any kind: the thread must go on, since nothing else runs BIRD
+                failed = True
                 log.debug("traceback:", exc_info=True)
                 self._fail(BGP, f"BGP: {_words(error)}")
             self._state = replace(self._state, settled=wanted is not None)
             if self._state != self._reported:
                 self._reported = self._state
                 self._put(self._state)
-            self._wait()
+            self._wait(failed)
 
     def _end(self) -> None:
         try:
@@ -199,18 +241,22 @@ class BgpThread(threading.Thread):
             self._failures[subject] = why
             self._put(Failure(why, subject))
 
-    def _wait(self) -> None:
+    def _wait(self, failed: bool) -> None:
         """Wait until BIRD ends, its log changes, `want` is called, or the next action is due.
 
+        If BIRD runs, and the last round has failed, actions that are overdue are tried again only after SHORT_POLL.
         If the log has changed, wake BIRD, and schedule a poll of its sessions.
         """
         now, pid = time.monotonic(), self._state.pid
+        due = now + PASSWORDS_POLL
         if pid is not None:
-            due = min(self._poll_at, now + PASSWORDS_POLL)
+            rescan_at = self._rescans.due_at
+            due = min(due, self._poll_at, due if rescan_at is None else rescan_at)
+            due = max(due, now + SHORT_POLL) if failed else due
         elif self._instance.pid() is not None:
             return  # it has just been recognised: the next round adopts it
-        else:
-            due = self._start_at if self._start_at > now else now + LONGEST_PAUSE
+        elif self._start_at > now:
+            due = min(due, self._start_at)
         if self._wakeups.wait(pid, due - now):
             time.sleep(LOG_PAUSE)  # BIRD usually writes several lines
             with suppress(CalicoError):  # the next poll reports the error
@@ -225,18 +271,29 @@ class BgpThread(threading.Thread):
             log.warning("the folder of BIRD is gone, so it can be told nothing: it is ended, and started again")
             self._instance.stop()
             self._follow_process(None)
+        if self._state.pid is not None and proc.is_suspended(self._state.pid):
+            self._poll_at = time.monotonic()  # its sessions may have ended meanwhile
+            raise CalicoError(
+                f"BIRD (process {self._state.pid}) is suspended: its peers delete this host's routes after the hold "
+                f"time. Continue it with 'kill -CONT {self._state.pid}'"
+            )
         if self._state.pid is None:
-            if time.monotonic() < self._start_at and text in (None, self._tried):
+            if time.monotonic() >= self._start_at or text not in (None, self._tried):
+                self._start(text)
+            elif self._not_running is not None:
                 raise CalicoError(self._not_running)
-            self._start(text)
         elif text is not None and text == self._in_use:
             self._accepted()
         elif text is not None and text != self._refused:
             self._configure(text)
         if self._state.pid is not None and time.monotonic() >= self._poll_at:
             self._poll()
-        if self._beside is not None:
-            raise CalicoError(self._beside)
+        if self._state.pid is not None:
+            if self._rescans.take():
+                self._instance.rescan()
+            self._beside.look(self._instance)
+            if self._beside.error is not None:
+                raise CalicoError(self._beside.error)
 
     def _text(self, wanted: Config | None) -> str | None:
         """Return the text of the configuration; None while the configuration or the passwords are unknown."""
@@ -254,7 +311,7 @@ class BgpThread(threading.Thread):
         before, now = self._state.pid, time.monotonic()
         if pid == before:
             return
-        self._in_use, self._beside, self._poll_at = None, None, now
+        self._in_use, self._beside, self._poll_at = None, _Beside(), now
         self._state = replace(self._state, pid=pid, running=False, sessions=())
         if pid is not None:
             self._wakeups.follow(self._instance.directory)
@@ -279,7 +336,9 @@ class BgpThread(threading.Thread):
         try:
             recovered = self._instance.start(None if text == self._refused else text)
         except NotReady:
-            return  # the store has not been read yet
+            # the store has not been read yet, or the passwords are unknown: when both are known, it is tried at once
+            self._start_at, self._not_running = time.monotonic() + LONGEST_PAUSE, None
+            return
         except bird.Refused as error:
             self._was_refused(text, error)
         except NotServing as error:
@@ -331,9 +390,6 @@ class BgpThread(threading.Thread):
         sessions = tuple(map(self._with_suspicion, self._instance.sessions()))
         running = self._instance.holds_port()
         self._state = replace(self._state, sessions=sessions, running=running)
-        self._beside = None
-        if all(session.is_up for session in sessions):
-            self._look_beside()
         now = time.monotonic()
         if sessions and not running and now - (self._began or now) < SHORT_LIFE:
             self._poll_at = now + PORT_POLL
@@ -341,12 +397,6 @@ class BgpThread(threading.Thread):
             self._poll_at = now + max(LONG_POLL, 200 * (now - began))
         else:
             self._poll_at = now + max(SHORT_POLL, 50 * (now - began))  # polls take at most 2 % of the time
-
-    def _look_beside(self) -> None:
-        try:
-            self._instance.refuse_other_bird()
-        except CalicoError as error:
-            self._beside = str(error)
 
     def _with_suspicion(self, session: bird.Session) -> bird.Session:
         if session.is_up or self._passwords is None or not self._passwords.known:
