@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from unittest import mock
 
 from calicoctl.workloads import guard
-from tests.system.agent import A4, ALLOW, B4, AgentHost, outside_host
+from tests.system.agent import A4, ALLOW, B4, C4, AgentHost, outside_host
 from tests.system.support import HOST_IP, HOST_IP6, Host, calico_links, in_process, links, run, wait_for
-from tests.system.traffic import PATIENT, mac_bytes, ping, send_frame, udp_frame
+from tests.system.traffic import PATIENT, connection, ends, flows, mac_bytes, ping, send_frame, tcp, udp_frame
 
 A6 = "fd80:24e2:f998:72d6::1"
 OTHERS = ("203.0.113.7", "2001:db8:7::7")
@@ -108,6 +111,68 @@ def test_a_workload_passes_nothing_without_the_tables_of_an_agent(bare_host: Hos
         assert counted("passed") == passed
         host.ctl("node", "remove", "--remove-endpoints")
     assert "calico" not in run("nft", "list", "tables").out
+
+
+BUSY_AGENT = """
+import os, time
+from calicoctl.felix import agent, process
+from calicoctl.felix.dataplane.nft import Nft
+from calicoctl.workloads.guard import Guard
+run, create = Nft.run, Guard.create
+def late(self, commands):
+    while os.path.exists("BUSY"): time.sleep(0.01)
+    return run(self, commands)
+def unless_too_late(self):
+    if not os.path.exists("TOO LATE"): create(self)
+Nft.run, Guard.create = late, unless_too_late
+agent.run("host1", process.Options())
+"""
+"""An agent that loads no tables while a file exists, and no guard while another does."""
+
+
+def test_what_begins_while_there_are_no_tables_does_not_last(bare_host: Host, tmp_path: Path) -> None:
+    busy, too_late = tmp_path / "busy", tmp_path / "late"
+    host = AgentHost(bare_host.etcd)
+    host.register(HOST_IP)
+    text = BUSY_AGENT.replace("BUSY", str(busy)).replace("TOO LATE", str(too_late))
+    agent = subprocess.Popen([sys.executable, "-c", text], env=host.environment(), stderr=subprocess.DEVNULL)
+    try:
+        host.add_pair()
+        host.add("c", C4)
+        host.profile("none", outbound=[{"action": "deny"}])
+        host.set_profiles("c", "none")
+        wait_for(lambda: ping("a", B4) and not tcp("c", "b", B4), "the network")
+
+        # while the agent cannot load its tables, nothing passes, not even what they allow
+        busy.touch()
+        run("nft", "flush", "ruleset")
+        wait_for(lambda: "no-agent" in run("nft", "list", "ruleset").out, "what drops everything", 5)
+        assert not ping("a", B4)
+        busy.unlink()
+        wait_for(lambda: ping("a", B4), "the network")
+
+        # what has come through before, as tables and guard were late, is ended. Another table's rule keeps connection
+        # tracking on; without it, what is not tracked is dropped later, denied or not
+        run("nft", "add table inet track; add chain inet track c { type filter hook forward priority 0; }")
+        run("nft", "add rule inet track c ct state established counter")
+        for ready in ("true", "false"):
+            host.etcd.put("/calico/v1/Ready", ready)
+            wait_for(lambda wait=ready == "false": bool(host.status()["waiting_for"]) == wait, "the agent")
+            busy.touch()
+            too_late.touch()
+            run("nft", "delete table inet calico; delete table arp calico")
+            with connection("c", "b", B4, 80) as denied, connection("a", "b", B4, 81) as allowed:
+                too_late.unlink()
+                busy.unlink()
+                ends(*denied)
+                wait_for(lambda: flows(*allowed), "the tables")
+                host.etcd.put("/calico/v1/Ready", "true")
+                wait_for(lambda: f"src={C4} dst={B4}" not in run("conntrack", "-L").out, "its end")
+                assert flows(*allowed)
+    finally:
+        run("nft", "add table inet track; delete table inet track")
+        agent.terminate()
+        agent.wait()
 
 
 def test_where_nftables_does_not_work_nothing_is_connected(host: Host) -> None:

@@ -28,7 +28,7 @@ def test_any_order_of_changes_comes_to_what_a_fresh_start_gives() -> None:
                 nft.run(ruleset.update(snapshot, snapshot.take_dirty()).commands)
             nft.run(ruleset.restore_established_fast_path())
             changed = tables()
-            nft.run(ruleset.recreate())
+            nft.run(ruleset.recreate() + ruleset.restore_established_fast_path())
             assert changed == tables(), f"seed {seed}, made again"
             fresh = Ruleset()
             nft.run(fresh.load(snapshot).commands + fresh.restore_established_fast_path())

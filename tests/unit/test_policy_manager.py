@@ -126,9 +126,10 @@ def test_lost_notifications_mean_a_reload_only_if_the_tables_are_gone(world: Pol
 
 def test_while_the_store_must_not_be_used_the_tables_are_restored_as_they_were(world: PolicyWorld) -> None:
     before = world.nft.objects
+    world.manager.restore_established_fast_path()
     world.store.profile("web", ALLOW)  # not applied: the store is not ready
     world.manager.restore()
-    assert len(world.nft.transactions) == 1, "the tables are as they were"
+    assert len(world.nft.transactions) == 2, "the tables are as they were"
     world.nft.flush_ruleset()
     world.manager.on_event(TablesChanged(frozenset(["calico"])))
     world.nft.refusals = 1
@@ -139,8 +140,11 @@ def test_while_the_store_must_not_be_used_the_tables_are_restored_as_they_were(w
     assert "by order of the test" in str(world.health.last_error)
     world.manager.on_event(Tick())
     world.manager.restore()
-    assert world.manager.in_sync and world.nft.objects == before
+    assert world.manager.in_sync and world.nft.objects == before, "without the fast path"
+    world.manager.affected = set()
     assert world.apply() == 1 and world.nft.chain("inbound/web") == ["accept"]
+    assert world.manager.reloaded and A in world.manager.affected, "connections may have begun without the tables"
+    assert not world.manager.needs_apply
 
 
 def test_nothing_is_restored_before_the_first_update(world: PolicyWorld) -> None:

@@ -48,7 +48,7 @@ def test_any_order_of_changes_comes_to_what_a_fresh_load_gives() -> None:
             nft.run(ruleset.update(snapshot, snapshot.take_dirty()).commands)
         nft.run(ruleset.restore_established_fast_path())
         changed = nft.objects
-        nft.run(ruleset.recreate())
+        nft.run(ruleset.recreate() + ruleset.restore_established_fast_path())
         assert changed == nft.objects, f"seed {seed}, recreated"
         fresh = Ruleset()
         nft.run(fresh.load(snapshot).commands + fresh.restore_established_fast_path())

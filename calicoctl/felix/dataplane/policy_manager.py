@@ -40,6 +40,9 @@ class PolicyManager(Manager):
         self._ports = Ports()
         self._retry_at = 0.0
         self._restore_due = False
+        self._restored = False
+        """Whether `restore` has loaded the tables. Then the next `apply` must have connections that began before
+        verified, so it reloads the tables as a whole."""
         self.ruleset = Ruleset()
         """The contents of the tables. If `in_sync` is False, the contents that were programmed last, or should have
         been."""
@@ -89,14 +92,14 @@ class PolicyManager(Manager):
 
     @property
     def needs_apply(self) -> bool:
-        return bool(self._dirty) or not self.in_sync
+        return bool(self._dirty) or not self.in_sync or self._restored
 
     def apply(self) -> None:
         dirty, self._dirty = self._dirty, Dirty()
         self.reloaded = False
-        if self.in_sync:
+        if self.in_sync and not self._restored:
             self._update(dirty)
-        if not self.in_sync:
+        if not self.in_sync or self._restored:
             self._reload()
 
     def _update(self, dirty: Dirty) -> None:
@@ -117,10 +120,10 @@ class PolicyManager(Manager):
             self._nft.run(update.commands)
         except CalicoError as error:
             self._retry_at = time.monotonic() + BACKOFF
-            self.error = str(error)
+            self.error, self.in_sync = str(error), False
             self._context.health.record(Failure(self.error, "tables"))
             return
-        self.ruleset, self.reloaded = ruleset, True
+        self.ruleset, self.reloaded, self._restored = ruleset, True, False
         if proofs:
             try:
                 self._nft.run(proofs)
@@ -134,7 +137,7 @@ class PolicyManager(Manager):
         self._context.health.record(Failure(None, "tables"))
 
     def restore(self) -> None:
-        """If another process has modified the tables, reload them with their last contents.
+        """If another process has modified the tables, reload them with their last contents, but no fast path.
 
         Called instead of `apply` while the store must not be used, since the snapshot may be wrong then. If this
         fails, it is retried at each Tick. Before the store was read for the first time, the tables are those of an
@@ -149,7 +152,7 @@ class PolicyManager(Manager):
             return
         try:
             self._nft.run(self.ruleset.recreate())
-            self.in_sync, self._retry_at = True, 0.0
+            self.in_sync, self._restored, self._retry_at = True, True, 0.0
         except CalicoError as error:
             self._context.health.error(str(error))
 

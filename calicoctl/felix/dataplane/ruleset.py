@@ -165,7 +165,11 @@ class Ruleset:
         return self._hosts.proofs(keys)
 
     def recreate(self) -> str:
-        """Return the commands that load the tables with the contents they had before another process changed them."""
+        """Return the commands that load the tables with the contents they had before another process changed them.
+
+        The established fast path is left out, since connections may have begun while there were no tables.
+        """
+        self._chains.update({name: _base_chain_rules(name, fast_path=False) for name in _POLICY_BASE_CHAINS})
         change = Change(defaultdict(Counter), {}, _BASE_CHAINS)
         for tag in self._profiles_of_tag:
             for version in (4, 6):
