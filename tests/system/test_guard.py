@@ -171,6 +171,7 @@ def test_what_begins_while_there_are_no_tables_does_not_last(bare_host: Host, tm
                 assert flows(*allowed)
     finally:
         run("nft", "add table inet track; delete table inet track")
+        busy.unlink(missing_ok=True)
         agent.terminate()
         agent.wait()
 
