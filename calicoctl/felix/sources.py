@@ -318,10 +318,9 @@ class ServerEvents(_Source):
     def __init__(self, members: Iterable[str], events: Events[Any]) -> None:
         """`members` are the names or addresses of etcd's members."""
         super().__init__("resolving the names of etcd's members", events)
-        self._members = tuple(members)
         self._last: Servers | None = None
-        self._resolved: dict[str, float] = {}
-        """By address of a member: when (monotonic) a name was last resolved to it."""
+        self._resolved: dict[str, dict[str, float]] = {member: {} for member in members}
+        """By member: its addresses, each with the time (monotonic) when the name was last resolved to it."""
         self.known = threading.Event()
         """Set once the servers are known, as far as they can be."""
 
@@ -333,13 +332,12 @@ class ServerEvents(_Source):
 
     def look(self) -> None:
         """Resolve each name, which may take as long as the resolver waits, and emit what has changed at once."""
-        for member in (*self._members, None):
-            addresses = frozenset() if member is None else servers.resolved(member)
+        for member in (*self._resolved, None):
             at = time.monotonic()
-            self._resolved.update(dict.fromkeys(addresses, at))
-            if addresses or member is None:
-                self._resolved = {one: seen for one, seen in self._resolved.items() if at <= seen + SERVERS_KEPT}
-            found = Servers(frozenset(self._resolved), servers.dns_servers())
+            if member is not None and (addresses := servers.resolved(member)):
+                kept = {one: seen for one, seen in self._resolved[member].items() if at <= seen + SERVERS_KEPT}
+                self._resolved[member] = {**kept, **dict.fromkeys(addresses, at)}
+            found = Servers(frozenset().union(*self._resolved.values()), servers.dns_servers())
             if found != self._last:
                 self._last = found
                 self._events.put(ServersChanged(found))
