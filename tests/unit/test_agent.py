@@ -13,7 +13,7 @@ import pytest
 
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.keys import EndpointId
-from calicoctl.datastore.reserved import HostNetwork, InterfaceAddress
+from calicoctl.datastore.reserved import HostNetwork, InterfaceAddress, Servers
 from calicoctl.datastore.store import Change
 from calicoctl.desired.snapshot import Snapshot
 from calicoctl.errors import CalicoError
@@ -272,6 +272,25 @@ def test_an_agent_that_is_replaced_changes_nothing_until_it_has_the_host_again(w
     assert world.agent._health.replaced == "Another machine reports" and world.agent._health.last_error
     assert world.step(events.Replaced(None))[:3] == ["report resync", "keeper resync", "nft"]
     assert world.nft.chain("inbound/web") == []
+
+
+def test_what_keeps_the_host_from_its_store_is_taken_back_before_the_store_is_read(fresh: AgentWorld) -> None:
+    fresh.routes.routes = {11: (A, B)}
+    fresh.step()
+    assert fresh.routes.routes == {11: (A, B)}
+    fresh.step(events.ServersChanged(Servers(frozenset([B]))))
+    assert fresh.routes.routes == {11: (A,)}
+    error = fresh.agent._health.last_error
+    assert error is not None and f"the route to {B} led to an endpoint, but that is a member" in error["error"]
+    fresh.start(fresh.store.endpoint_change(2, B))
+    assert fresh.routes.routes == {11: (A,)} and str(fresh.status(2)).startswith(f"('error', 'its address {B} is")
+
+
+def test_a_member_that_is_known_later_is_taken_from_an_endpoint_without_the_store(world: AgentWorld) -> None:
+    world.step(events.WatchFailed("/calico/v1", "no answer", ""), events.ServersChanged(Servers(frozenset([A]))))
+    assert world.routes.routes.get(11, ()) == ()
+    status = world.status(1)
+    assert status is not None and status[0] == "error" and "a member of the etcd" in str(status[1])
 
 
 def test_listings_that_arrive_while_the_store_is_not_ready_are_requested_again(world: AgentWorld) -> None:

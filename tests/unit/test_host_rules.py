@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from calicoctl.datastore.reserved import HostNetwork, Network
+from calicoctl.datastore.reserved import HostNetwork, Network, Servers
 from calicoctl.felix.dataplane.host_rules import BASE_CHAINS, Ports
 from tests.unit.test_ruleset import Tables
 
@@ -87,6 +87,23 @@ def test_addresses_that_this_host_needs_are_nobodys_endpoint() -> None:
     tables.snapshot.set_network(HostNetwork())
     tables.update()
     assert tables.owner("172.18.0.1") == "goto host/host2"
+
+
+def test_packets_of_servers_are_dropped_whatever_records_say_by_nobody() -> None:
+    tables = Hosts()
+    member, dns, peer, workload = "10.0.0.1", "10.0.0.2", "10.0.0.3", "192.168.0.99"
+    tables.snapshot.set_network(HostNetwork().with_servers(Servers(frozenset([member]), frozenset([dns, workload]))))
+    tables.store.put(f"/calico/bgp/v1/global/peer_v4/{peer}", {"ip": peer, "as_num": "64512"})
+    tables.store.endpoint(1, A, member, dns, peer, "10.0.0.9", state="inactive")
+    tables.store.endpoint(2, member, dns, peer, host="host2")
+    tables.update()
+    assert tables.owner(A) == "drop"
+    assert [tables.owner(address) for address in (member, dns)] == [None, None]
+    tables.snapshot.admission.set_pool("0.0.0.0/0", None)  # the one that every address is in
+    tables.store.put("/calico/v1/ipam/v4/pool/10.9.0.0-16", {"cidr": "10.9.0.0/16"})
+    tables.store.endpoint(1, A, peer, "10.0.0.7", state="inactive", name="cali9")
+    tables.update()
+    assert [tables.owner(address) for address in (A, peer, "10.0.0.7")] == ["drop", None, None]
 
 
 def test_macs_count_in_a_common_network_and_interfaces_everywhere() -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from calicoctl.datastore.reserved import HostNetwork, InterfaceAddress
-from calicoctl.desired.routes import Announced, Guarded, announced, guarded
+from calicoctl.datastore.reserved import HostNetwork, InterfaceAddress, Network, Servers
+from calicoctl.desired.routes import Announced, Guarded, Surroundings, announced, guarded
 from calicoctl.desired.snapshot import Snapshot
 from tests.unit.snapshots import HOST, Store
 
@@ -129,3 +129,20 @@ def test_others_routes_leave_alone_what_this_host_needs(store: Store) -> None:
     )
     assert guarded(snapshot, 4) == Guarded(("192.168.9.0/24",), ("192.168.7.1", "192.168.8.1", "192.168.9.1"))
     assert guarded(snapshot, 6) == Guarded(("fd80::/120",), ("fd80::5",))
+
+
+def test_a_block_with_a_server_of_this_host_is_announced_by_single_addresses(store: Store) -> None:
+    store.endpoint(1, "192.168.1.1", "192.168.1.70")
+    servers = Servers(frozenset(["192.168.1.9", "192.168.2.9"]), frozenset(["192.168.1.99", "192.168.2.99"]))
+    store.snapshot.set_network(HostNetwork.of([HOME]).with_servers(servers))
+    found = announced(store.snapshot, 4)
+    assert (found.blocks, found.addresses) == ((), ("192.168.1.1", "192.168.1.70"))
+    assert [why for _, why in found.split] == [
+        "192.168.1.9, a member of the etcd that this host uses",
+        "192.168.1.99, a DNS server of this host (in /etc/resolv.conf)",
+    ]
+    # routes of other hosts must not lead to a member; a DNS server may well be a workload of theirs
+    assert guarded(store.snapshot, 4).addresses == ("192.168.1.9", "192.168.2.9")
+    around = Surroundings(store.snapshot, 4)
+    assert around.needed(Network.parse("192.168.2.0/26")) is not None
+    assert around.needed(Network.parse("192.168.2.64/26")) is None
