@@ -120,7 +120,7 @@ from calicoctl.felix.local_etcd import LocalEtcd
 from calicoctl.grammar import Prepared, parse, require_root
 from calicoctl.netlink import OUR_PROTOCOL
 from calicoctl.output import print_json, print_table, wants_json, warn
-from calicoctl.workloads import locks
+from calicoctl.workloads import connected, locks
 from calicoctl.workloads.workload import DOCKER, NAMESPACE
 
 
@@ -261,6 +261,8 @@ def _register(
 
     `given` are the addresses in the options, by IP version; `every` contains all addresses of this host's interfaces.
     """
+    if not datastore.hosts.is_registered():  # no older version has connected anything here
+        connected.set_learned(datastore.host)
     datastore.hosts.register(ipv4, given[6], as_num)
     for address in filter(None, given.values()):
         if address not in every:
@@ -390,7 +392,7 @@ def _remove(other: str | None, remove_endpoints: bool, force: bool) -> None:
         workloads = {(id.orchestrator, id.workload) for id in ids} | datastore.ipam.workloads()
         if this_one:
             for orchestrator in (DOCKER, NAMESPACE):
-                left = {*locks.interrupted(host, orchestrator), *locks.remembered(host, orchestrator)}
+                left = {*locks.interrupted(host, orchestrator), *connected.every(host, orchestrator)}
                 workloads |= {(orchestrator, id) for id in left}
         disconnected = _disconnect(datastore, workloads)
         from calicoctl.felix.removal import remove_all, remove_former_bird
@@ -405,6 +407,7 @@ def _remove(other: str | None, remove_endpoints: bool, force: bool) -> None:
         local_etcd.stop(host)
         local_etcd.unannounce(had_local_etcd)
     process.remove_directory(datastore.host)
+    connected.remove_all(datastore.host)
     if not registered and not disconnected and not ran:
         raise NotFound(f"Host {datastore.host} is not registered.")
     if registered:

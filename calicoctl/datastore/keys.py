@@ -5,6 +5,7 @@ The layout is a contract with the Calico programs of 2015: see docs/datamodel.md
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 ROOT = "/calico"
@@ -40,6 +41,16 @@ class EndpointId:
     def interface(self) -> str:
         """The name of the host's end of the endpoint's veth pair."""
         return INTERFACE_PREFIX + self.endpoint[:11]
+
+    @property
+    def is_valid(self) -> bool:
+        """Whether an interface can have that name: the kernel takes one with `%d` for a pattern."""
+        return is_endpoint_id(self.endpoint)
+
+
+def is_endpoint_id(text: str) -> bool:
+    """Return whether a text can be an endpoint's own id: hexadecimal digits only."""
+    return re.fullmatch("[0-9a-f]+", text) is not None
 
 
 def config(name: str) -> str:

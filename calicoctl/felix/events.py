@@ -134,10 +134,14 @@ class TablesChanged:
 
 @dataclass(frozen=True)
 class Container:
-    """A container in the Docker Engine's list: whether it runs, and its name (None if the list has no name for it)."""
+    """A container in the Docker Engine's list: whether it runs, and its name (None if the list has no name for it).
+
+    `network_mode` is the value of `docker run --net`, such as `none`.
+    """
 
     runs: bool
     name: str | None
+    network_mode: str = ""
 
 
 @dataclass(frozen=True)

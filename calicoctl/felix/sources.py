@@ -308,7 +308,8 @@ def _listed(containers: list[dict[str, Any]]) -> dict[str, Container]:
         # besides its name, it has one for each container that links to it: /other/alias
         names = [name[1:] for name in container.get("Names") or () if "/" not in name[1:]]
         runs = container["State"] in ("running", "paused")
-        found[container["Id"]] = Container(runs, names[0] if names else None)
+        mode = str((container.get("HostConfig") or {}).get("NetworkMode"))
+        found[container["Id"]] = Container(runs, names[0] if names else None, mode)
     return found
 
 

@@ -10,10 +10,12 @@ and for the Docker Engine. If the engine hangs, as a whole or for one container,
 
 from __future__ import annotations
 
+import heapq
 import logging
 import socket
 import threading
 import time
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -25,9 +27,18 @@ from calicoctl.desired.snapshot import GRACE_TIME
 from calicoctl.errors import CalicoError, Conflict, DockerUnavailable, NamespaceError, StoreUnavailable, printable
 from calicoctl.felix import events, sources
 from calicoctl.felix.workqueue import WorkerPool, WorkQueue
-from calicoctl.workloads import locks, upkeep
-from calicoctl.workloads.upkeep import Action
-from calicoctl.workloads.workload import DOCKER, NAMESPACE, WorkloadState, container_pids, namespace_at, workload_of
+from calicoctl.output import first_few
+from calicoctl.workloads import connected, learning, locks, upkeep
+from calicoctl.workloads.upkeep import Action, NotConnectedHere
+from calicoctl.workloads.workload import (
+    DOCKER,
+    NAMESPACE,
+    WorkloadState,
+    container_pids,
+    namespace_at,
+    short_id,
+    workload_of,
+)
 
 if TYPE_CHECKING:
     from calicoctl.datastore.client import DatastoreClient
@@ -88,11 +99,13 @@ class Compared:
     """Containers' endpoints were compared with the engine's list of containers.
 
     `keys` are the workloads whose endpoints do not match the list. `connected` are endpoints that match it, but whose
-    interfaces may not be inside their containers. `error` is the exception if the comparison failed.
+    interfaces may not be inside their containers. `refused` are containers that nobody has connected on this host.
+    `error` is the exception if the comparison failed.
     """
 
     keys: list[Key]
     connected: list[EndpointId]
+    refused: frozenset[Key] | None = None
     error: Exception | None = None
 
 
@@ -143,6 +156,34 @@ class _Tracked:
     """The failure that was reported last; the empty string for a first failure, which is not reported yet."""
 
 
+class Refused:
+    """Workloads with endpoints that nobody has connected on this host: they are not attached, but reported."""
+
+    def __init__(self, report: Callable[[Any], None]) -> None:
+        self.keys: set[Key] = set()
+        self._report = report
+        self._text: str | None = None
+
+    def replace(self, orchestrator: str, keys: Collection[Key]) -> None:
+        """Replace the workloads of an orchestrator by `keys`, and report them."""
+        self.keys = {key for key in self.keys if key[0] != orchestrator} | {*keys}
+        self.remove(())
+
+    def remove(self, keys: Collection[Key]) -> None:
+        """Remove workloads that somebody has connected meanwhile, and report the others, in one sentence."""
+        self.keys.difference_update(keys)
+        text = None
+        if self.keys:
+            names = first_few(printable(short_id(id)[:64]) for _, id in heapq.nsmallest(4, self.keys))
+            text = (
+                f"nobody has connected {len(self.keys)} of the workloads that have endpoints here, so they are not "
+                f"attached: {names}. 'calicoctl container add' connects one, 'calicoctl container remove' removes it"
+            )
+        if text != self._text:
+            self._text = text
+            self._report(events.Failure(text, "not connected"))
+
+
 class WorkloadKeeper:
     """Reconciles this host's workloads, and garbage-collects those that no longer exist."""
 
@@ -175,6 +216,7 @@ class WorkloadKeeper:
         """By workload id: the namespace (device and inode) that was seen last at its path, None if none was."""
         self._containers: dict[str, events.Container] | None = None
         """The engine's last list of its containers, by id; None to ask for a new one."""
+        self._refused = Refused(report)
         self._engine_was_away = False
         self._engine_back = NEVER
         """When the engine last began to list containers: before, its list may have been empty or incomplete."""
@@ -258,7 +300,10 @@ class WorkloadKeeper:
         if isinstance(item, WorkResult):
             self._on_result(item)
         elif isinstance(item, EndpointChanged) and item.deleted:
+            self._refused.keys.discard(item.key)
             self._add(item.key, now + DELETED_PAUSE)
+        elif isinstance(item, EndpointChanged) and item.key[0] == NAMESPACE and not self._is_connected(item.key):
+            self._refused.keys.add(item.key)  # there may be many of them, so they take no worker's time
         elif isinstance(item, EndpointChanged):
             # a workload may remove its own interface again and again
             self._add(item.key, max(now, self._known(item.key).reattached_at + REATTACH_INTERVAL))
@@ -320,6 +365,9 @@ class WorkloadKeeper:
         if upkeep.is_managed(*key):
             self._queue.add_after_backoff(key, at)
 
+    def _is_connected(self, key: Key) -> bool:
+        return connected.get(self._datastore.host, *key) is not None
+
     def _track(self, key: Key) -> _Tracked:
         """Return the _Tracked of a workload, for writing: it is created if there is none."""
         return self._tracked.setdefault(key, _Tracked())
@@ -338,29 +386,36 @@ class WorkloadKeeper:
             orchestrator, _, workload = handle.partition(".")
             if total != self._expected.get((orchestrator, workload), 0):
                 self._add((orchestrator, workload), now)
-        remembered = locks.remembered(self._datastore.host, NAMESPACE)
-        connected = {}
+        _learn_once(self._report, self._datastore.host, NAMESPACE, learning.learn_namespaces, self._datastore)
+        known = connected.every(self._datastore.host, NAMESPACE)
+        paths: dict[EndpointId, str] = {}
+        refused: set[Key] = set()
         for endpoint in self._datastore.readable_endpoints(self._datastore.host)[0]:
             orchestrator, workload = workload_of(endpoint.id)
             if orchestrator != NAMESPACE:
                 continue
-            if endpoint.state == "active" and workload in remembered:
-                connected[endpoint.id] = remembered[workload]
+            if workload not in known:
+                refused.add((NAMESPACE, workload))
+            elif endpoint.state == "active":
+                paths[endpoint.id] = known[workload].path
             else:
                 self._add((NAMESPACE, workload), now)
-        for id in upkeep.misattached(connected):
+        self._refused.replace(NAMESPACE, refused)
+        for id in upkeep.misattached(paths):
             self._add(workload_of(id), now)
         del self._jobs[self._scan_store]
 
     def _compare_with_engine(self) -> None:
         """Have a worker compare containers' endpoints with the engine's list."""
         if not self._queue.is_paused(DOCKER):  # else they are listed again when the engine is back
-            self._pool.submit(DOCKER, partial(_compare_states, self._containers))
+            self._pool.submit(DOCKER, partial(_compare_states, self._report, self._containers))
         self._containers = None
         self._jobs[self._compare_with_engine] = self._clock() + COMPARE_INTERVAL
 
     def _on_compared(self, item: Compared) -> None:
         now = self._clock()
+        if item.refused is not None:
+            self._refused.replace(DOCKER, item.refused)
         for key in item.keys:
             self._add(key, now)
         if item.connected:
@@ -382,9 +437,11 @@ class WorkloadKeeper:
             for id in locks.interrupted(host, orchestrator):
                 self._add_after_backoff((orchestrator, id), now)
         before, self._namespaces = self._namespaces, {}
-        for id, path in locks.remembered(host, NAMESPACE).items():
+        known = {orchestrator: connected.every(host, orchestrator) for orchestrator in connected.ORCHESTRATORS}
+        self._refused.remove({(orchestrator, id) for orchestrator, ids in known.items() for id in ids})
+        for id, one in known[NAMESPACE].items():
             try:
-                seen = self._namespaces[id] = namespace_at(path)
+                seen = self._namespaces[id] = namespace_at(one.path)
             except NamespaceError:
                 if id in before:
                     self._namespaces[id] = before[id]
@@ -459,6 +516,8 @@ class WorkloadKeeper:
         if result.state is WorkloadState.MISSING:
             self._namespaces[key[1]] = None  # so that a sweep notices when it is back, even with the same inode
         self._note_reachability(tracked, result, now)
+        if isinstance(result.error, NotConnectedHere):
+            self._refused.keys.add(key)
         if not isinstance(result.error, Conflict):
             tracked.locked_since = None
         elif tracked.locked_since is None:
@@ -468,7 +527,7 @@ class WorkloadKeeper:
         elif isinstance(result.error, StoreUnavailable):
             self._add(key, now)
             raise result.error
-        elif result.error is not None:
+        elif result.error is not None and not isinstance(result.error, NotConnectedHere):
             self._backoff(key, tracked, result.error, result.seconds)
         else:
             tracked.failure = None
@@ -512,17 +571,43 @@ class WorkloadKeeper:
         self._queue.back_off(key, self._clock() + pause)
 
 
+def _learn_once(
+    report: Callable[[Any], None], host: str, orchestrator: str, learn: Callable[..., None], *arguments: Any
+) -> None:
+    """Call one of the functions of learning.py, unless that is done, and report whether it fails.
+
+    Raises StoreUnavailable and Conflict.
+    """
+    why = None
+    try:
+        if connected.is_learned(host, orchestrator):
+            return
+        learn(*arguments)
+    except (StoreUnavailable, Conflict):
+        raise
+    except CalicoError as error:
+        why = f"what an older version has connected cannot be learned, and is not re-attached: {error}"
+    report(events.Failure(why, f"learning of {orchestrator}"))
+
+
 # Run by workers
 
 
-def _compare_states(containers: dict[str, events.Container] | None, datastore: DatastoreClient) -> Compared:
+def _compare_states(
+    report: Callable[[Any], None], containers: dict[str, events.Container] | None, datastore: DatastoreClient
+) -> Compared:
     """Compare the endpoints of this host's containers with `containers`, the engine's list (None: ask for a list)."""
     found: list[Key] = []
-    connected: list[EndpointId] = []
+    running: list[EndpointId] = []
+    refused: set[Key] = set()
     try:
-        endpoints, unreadable = datastore.readable_endpoints(datastore.host)
         if containers is None:
             containers = sources.list_containers()
+        modes = {id: container.network_mode for id, container in containers.items()}
+        _learn_once(report, datastore.host, DOCKER, learning.learn_containers, datastore, modes)
+        known = connected.every(datastore.host, DOCKER)
+        found += [(DOCKER, id) for id in known if id not in containers]
+        endpoints, unreadable = datastore.readable_endpoints(datastore.host)
         interfaces = {name for _, name in socket.if_nameindex()}
         for id in filter(None, (parse_endpoint(error.key) for error in unreadable)):
             if id.orchestrator == DOCKER and id.workload not in containers:
@@ -539,17 +624,19 @@ def _compare_states(containers: dict[str, events.Container] | None, datastore: D
             ):
                 found.append((DOCKER, endpoint.id.workload))
             elif container.runs:
-                connected.append(endpoint.id)
+                running.append(endpoint.id)
+            if container is not None and endpoint.id.workload not in known:
+                refused.add((DOCKER, endpoint.id.workload))
     except Exception as error:
-        return Compared([], [], error)
-    return Compared(found, connected)
+        return Compared([], [], error=error)
+    return Compared(found, running, frozenset(refused))
 
 
-def _compare_places(connected: list[EndpointId], datastore: DatastoreClient) -> Compared:
+def _compare_places(running: list[EndpointId], datastore: DatastoreClient) -> Compared:
     """Find endpoints of running containers whose interface is not inside the container, or not set up completely."""
     try:
-        pids = container_pids(id.workload for id in connected)
-        paths = {id: f"/proc/{pids[id.workload]}/ns/net" for id in connected if id.workload in pids}
+        pids = container_pids(id.workload for id in running)
+        paths = {id: f"/proc/{pids[id.workload]}/ns/net" for id in running if id.workload in pids}
         return Compared([workload_of(id) for id in upkeep.misattached(paths)], [])
     except Exception as error:
-        return Compared([], [], error)
+        return Compared([], [], error=error)

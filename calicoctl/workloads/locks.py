@@ -1,8 +1,7 @@
 """One lock per workload, so that only one command, or the agent, changes the workload at a time.
 
-The locks are files under /run/calico/<host name>/, held with flock(2), so a process that dies releases them. While a
-namespace is connected, its lock file contains the namespace's path, which cannot be derived from the workload's id. If
-the path leads through a process (/proc/PID/ns/net), the file also says when that process was started.
+The locks are files under /run/calico/<host name>/, held with flock(2), so a process that dies releases them. (An older
+version kept the path of a connected namespace in there, which `paths_of_older_version` reads.)
 
 While a change is in progress, a second file, the mark, exists beside the lock file. A mark whose lock is free means
 that the change was interrupted, for example by `kill -9`. The mark contains the workload's id and, if it is known, the
@@ -11,15 +10,14 @@ container's name.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
 from contextlib import suppress
-from functools import lru_cache
 from pathlib import Path
 
 from calicoctl import files
 from calicoctl.errors import CalicoError, Conflict
+from calicoctl.workloads.connected import file_name, id_of
 
 DIRECTORY = Path("/run/calico")
 
@@ -31,15 +29,13 @@ _MARK = "unfinished."
 
 
 class WorkloadLock:
-    """The lock of a workload, held inside `with`. A lock file without content is removed on leaving."""
+    """The lock of a workload, held inside `with`; its file exists only meanwhile."""
 
     def __init__(self, host: str, orchestrator: str, workload: str, wait: bool = True) -> None:
         """Without `wait`, entering the context raises Conflict at once if another process holds the lock."""
         self._directory = DIRECTORY / host
         self._workload = workload
-        name = f"{orchestrator}.{workload}"
-        if len(os.fsencode(name)) > 200:
-            name = f"{orchestrator}.{hashlib.sha256(os.fsencode(workload)).hexdigest()}"
+        name = f"{orchestrator}.{file_name(workload)}"
         self.path = self._directory / name
         self.mark = self._directory / f"{_MARK}{name}"
         self._wait = wait
@@ -67,31 +63,8 @@ class WorkloadLock:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if os.fstat(self._fd).st_size == 0:
-            self.path.unlink(missing_ok=True)
+        self.path.unlink(missing_ok=True)
         os.close(self._fd)
-
-    def remember(self, path: str, started: str | None = None) -> None:
-        """Store a namespace's path in the lock file, until `forget` is called.
-
-        If the path leads through a process, `started` is the result of process_started: clock ticks since boot, as
-        text.
-        """
-        os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, "\0".join([path, started] if started else [path]).encode(), 0)
-
-    def remembered_path(self) -> str:
-        """Return the path that `remember` has stored, an empty string if there is none."""
-        return self._content()[0]
-
-    def started(self) -> str | None:
-        """Return the `started` that `remember` has stored, None if it has stored none."""
-        return self._content()[2] or None
-
-    def forget(self) -> None:
-        """Remove the stored path, and the mark, since the workload is disconnected now."""
-        os.ftruncate(self._fd, 0)
-        self.clear_all()
 
     def mark_in_progress(self, name: str = "") -> None:
         """Write the mark of a change in progress, with the `name` of the container, if any. Raises CalicoError."""
@@ -110,9 +83,6 @@ class WorkloadLock:
         """Remove the mark: this change, and an earlier one that was interrupted, are complete or rolled back."""
         self.mark.unlink(missing_ok=True)
         self.interrupted = False
-
-    def _content(self) -> tuple[str, str, str]:
-        return os.pread(self._fd, 2**16, 0).decode(errors="replace").partition("\0")
 
     def _acquired(self) -> bool:
         fd = files.try_lock(self.path)
@@ -171,24 +141,15 @@ def _no_link(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
 
 
-def remembered(host: str, orchestrator: str) -> dict[str, str]:
-    """Return the namespace paths that lock files store, by the workloads' ids."""
+def paths_of_older_version(host: str, orchestrator: str) -> dict[str, str]:
+    """Return the namespaces' paths that an older version has kept in lock files, by the workloads' ids."""
     prefix = f"{orchestrator}."
     found = {}
-    with suppress(FileNotFoundError), os.scandir(DIRECTORY / host) as entries:
-        for file in entries:
-            if file.name.startswith(prefix):
-                with suppress(OSError):  # such as one that was just removed
-                    status = file.stat(follow_symlinks=False)
-                    path = _read_once(file.path, (status.st_ino, status.st_size, status.st_mtime_ns))
-                    found[_id(orchestrator, file.name[len(prefix) :], path)] = path
-    return {id: path for id, path in found.items() if id and path}
-
-
-@lru_cache(maxsize=4096)
-def _read_once(path: str, version: tuple[int, ...]) -> str:
-    """Return the namespace path that the lock file at `path` stores, reading each `version` of the file only once."""
-    return Path(path).read_text(errors="replace").partition("\0")[0]
+    for name in _names(host):
+        if name.startswith(prefix):
+            path = _content_of(DIRECTORY / host / name)[0]
+            found[id_of(name[len(prefix) :], path)] = path
+    return {id: path for id, path in found.items() if path.startswith("/")}
 
 
 def _names(host: str) -> list[str]:
@@ -203,11 +164,3 @@ def _content_of(mark: Path) -> tuple[str, str, str]:
         return mark.read_text(errors="replace").partition("\0")
     except OSError:
         return ("", "", "")
-
-
-def _id(orchestrator: str, part: str, path: str) -> str:
-    """Return a workload's id from `part`, which ends its lock file's name, and the namespace `path` in that file.
-
-    The part is the id, or a hash of a long one: then a namespace's id is derived from the path.
-    """
-    return path.replace("/", "-") if orchestrator == "namespace" and not part.startswith("-") else part

@@ -347,12 +347,13 @@ def interfaces() -> list[Interface]:
         return [_interface(link) for link in netlink.get_links()]
 
 
-def check_attachments(namespaces: Mapping[str, str]) -> dict[str, bool]:
+def check_attachments(namespaces: Mapping[str, str], next_hops: bool = True) -> dict[str, bool]:
     """Check that interfaces of the host lead into the right namespaces; return the results by interface name.
 
     `namespaces` maps the names of the interfaces to the paths of the namespaces. The result is True if the other end of
-    the veth pair is in that namespace, and the next hops there have permanent neighbour entries with the MAC of the
-    host end. Interfaces that do not exist, or whose path leads to no namespace, are left out. Raises NamespaceError.
+    the veth pair is in that namespace and, with `next_hops`, the next hops there have permanent neighbour entries with
+    the MAC of the host end. Interfaces that do not exist, or whose path leads to no namespace, are left out. Raises
+    NamespaceError.
     """
     from pyroute2.iproute.linux import IPRoute
 
@@ -362,8 +363,8 @@ def check_attachments(namespaces: Mapping[str, str]) -> dict[str, bool]:
         for interface in namespaces.keys() & links.keys():
             with suppress(NamespaceError), Namespace(namespaces[interface], interface) as namespace:
                 link = links[interface]
-                found[interface] = _leads_to(netlink, link, namespace.fileno()) and namespace.has_next_hops(
-                    link.get_attr("IFLA_LINK"), link.get_attr("IFLA_ADDRESS")
+                found[interface] = _leads_to(netlink, link, namespace.fileno()) and (
+                    not next_hops or namespace.has_next_hops(link.get_attr("IFLA_LINK"), link.get_attr("IFLA_ADDRESS"))
                 )
     return found
 

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Callable
 from calicoctl.addresses import host_net, parse_address, version_of
 from calicoctl.clock import now
 from calicoctl.errors import AddressTaken, CalicoError
-from calicoctl.workloads import locks, netns
+from calicoctl.workloads import connected, locks, netns
+from calicoctl.workloads.connected import Connected
 from calicoctl.workloads.locks import WorkloadLock
 from calicoctl.workloads.wiring import (
     DEFAULT_INTERFACE,
     WorkloadSession,
     interfaces_of,
     owner_of,
-    paths_of,
     reattach,
     reserved_addresses,
 )
@@ -35,7 +35,6 @@ from calicoctl.workloads.workload import (
     endpoints_of,
     find_state,
     has_processes,
-    process_started,
     short_id,
 )
 
@@ -58,6 +57,13 @@ class Action:
     text: str
 
 
+class NotConnectedHere(CalicoError):
+    """A workload has an endpoint in the store, but nobody has connected it on this host: it is not wired."""
+
+    def __init__(self, id: str) -> None:
+        super().__init__(f"nobody has connected {id} on this host")
+
+
 def is_managed(orchestrator: str, workload: str) -> bool:
     """Return whether a workload is of a kind that is reconciled: a Docker container, or a namespace with a path."""
     if orchestrator == DOCKER:
@@ -78,7 +84,8 @@ def reconcile(
     the workload is garbage-collected; if it returns False, the endpoints become inactive. `removed` says that the
     engine has reported the container's removal.
 
-    Raises Conflict if another process is changing the workload, DockerUnavailable or NamespaceError if its state cannot
+    Raises Conflict if another process is changing the workload, NotConnectedHere if it would have to be wired, although
+    nobody has connected it on this host, DockerUnavailable or NamespaceError if its state cannot
     be determined, and CalicoError if a change fails.
     """
     if not is_managed(orchestrator, id) or not _has_anything(datastore, orchestrator, id):
@@ -86,18 +93,20 @@ def reconcile(
     with_handle = datastore.ipam.handles.exists(f"{orchestrator}.{id}")
     with WorkloadLock(datastore.host, orchestrator, id, wait=False) as lock:
         ids, held = _read(datastore, Workload(orchestrator, id, id))
-        paths = [lock.remembered_path(), *paths_of(held)]
-        path = next((path for path in paths if isinstance(path, str) and path.startswith("/")), "")
+        known = connected.get(datastore.host, orchestrator, id)
+        path = known.path if known is not None else ""
         if not ids:
             workload = Workload(orchestrator, id, path or id)
-            yield from _release_leaked(datastore, workload, lock, [], held)
+            yield from _release_leaked(datastore, workload, [], held)
+            if known is not None and (lock.interrupted or _is_over(orchestrator, id, known, may_collect)):
+                connected.forget(datastore.host, orchestrator, id)
             lock.clear_all()
             if with_handle and not held and not datastore.ipam.handles.exists(workload.handle):
                 yield Action(COLLECTED, f"{_called(workload)} had a handle that held nothing: removed")
             return
-        if orchestrator == NAMESPACE and not path:
-            return  # its path is not known, for example because an old tool connected it
-        state, workload = find_state(orchestrator, id, path, _started(lock, path, ids))
+        if orchestrator == NAMESPACE and known is None:
+            raise NotConnectedHere(id)
+        state, workload = find_state(orchestrator, id, path, known.started if known is not None else None)
         if state is WorkloadState.GONE and not removed:
             _refuse_other_engines(workload, ids)
         is_absent = state in (WorkloadState.MISSING, WorkloadState.GONE)
@@ -108,14 +117,12 @@ def reconcile(
         yield from _update_name(datastore, workload, endpoints, held)
         if is_absent:
             yield from _set_inactive(datastore, workload, endpoints, state)
-            if path and not lock.remembered_path():  # after a reboot
-                lock.remember(path)
         elif state is WorkloadState.STOPPED:
             lock.mark_in_progress()
             yield from _set_inactive(datastore, workload, endpoints, state)
             for endpoint in endpoints:
                 netns.delete_interface(endpoint.id.interface)
-            yield from _release_leaked(datastore, workload, lock, endpoints, held)
+            yield from _release_leaked(datastore, workload, endpoints, held)
         else:
             with netns.Namespace(workload.namespace_path(), workload.name) as namespace:
                 yield from _reconcile_running(WorkloadSession(datastore, workload, lock, namespace), held)
@@ -127,6 +134,7 @@ def _has_anything(datastore: DatastoreClient, orchestrator: str, id: str) -> boo
     workload = Workload(orchestrator, id, id)
     return (
         locks.exists(datastore.host, orchestrator, id)
+        or connected.get(datastore.host, orchestrator, id) is not None
         or bool(endpoint_ids_of(datastore, workload))
         or datastore.ipam.handles.exists(workload.handle)
     )
@@ -140,15 +148,10 @@ def _read(datastore: DatastoreClient, workload: Workload) -> tuple[list[Endpoint
     }
 
 
-def _started(lock: WorkloadLock, path: str, ids: list[EndpointId]) -> str | None:
-    """Return the start time of the process that `path` led through when the workload was connected, None if unknown.
-
-    The time is in clock ticks since boot, as text; see process_started.
-    """
-    started = lock.started()
-    if started is None and any(netns.find_interface(id.interface) for id in ids):
-        return process_started(path)  # an older version did not store it, but the workload is still connected
-    return started
+def _is_over(orchestrator: str, id: str, known: Connected, may_collect: Callable[[WorkloadState], bool]) -> bool:
+    """Return whether a workload without endpoints, because the store has lost them, may be forgotten: it is gone."""
+    state, _ = find_state(orchestrator, id, known.path, known.started)
+    return may_collect(state) and state in (WorkloadState.MISSING, WorkloadState.GONE)
 
 
 def _refuse_other_engines(workload: Workload, ids: list[EndpointId]) -> None:
@@ -184,6 +187,8 @@ def _reconcile_running(session: WorkloadSession, held: dict[IPAddress, Owner]) -
     if attached is not None and session.attached_interface() is None and session.lock.interrupted:
         attached = None  # an interrupted command has created it, and not set it up completely
     if attached is None:
+        if session.known is None:
+            raise NotConnectedHere(workload.id)
         reattach(session, endpoint)
         since = endpoint.inactive_since
         why = f"it runs again, was inactive since {since}" if since else "it had none"
@@ -200,7 +205,7 @@ def _reconcile_running(session: WorkloadSession, held: dict[IPAddress, Owner]) -
     if attached is not None and left:
         versions = {version_of(net) for net in left} - {version_of(net) for net in endpoint.nets}
         session.namespace.unconfigure(attached, left, versions)
-    yield from _release_leaked(datastore, workload, session.lock, [endpoint], held)
+    yield from _release_leaked(datastore, workload, [endpoint], held)
 
 
 def _update_name(
@@ -270,7 +275,8 @@ def _garbage_collect(
     for id in ids:
         datastore.remove_endpoint(id)
     datastore.ipam.release(held, {workload.handle})
-    lock.forget()
+    connected.forget(datastore.host, workload.orchestrator, workload.id)
+    lock.clear_all()
     text = f"{_called(workload)} no longer exists; removed {len(ids)} endpoint{'' if len(ids) == 1 else 's'}"
     text += f", released {', '.join(map(str, sorted(held)))}" if held else ""
     if kept:
@@ -281,21 +287,17 @@ def _garbage_collect(
 def _release_leaked(
     datastore: DatastoreClient,
     workload: Workload,
-    lock: WorkloadLock,
     endpoints: list[Endpoint],
     held: dict[IPAddress, Owner],
 ) -> Iterator[Action]:
     """Release the `held` addresses that no endpoint lists, and delete the veth pairs of the endpoints they name.
 
-    `endpoints` are those of the workload; if there are none, the content of the lock file is deleted, too. The caller
-    holds the workload's `lock`.
+    `endpoints` are those of the workload, whose lock the caller holds.
     """
     left = _unlisted(endpoints, held)
     pairs = interfaces_of(left) - {endpoint.id.interface for endpoint in endpoints}
     pairs = {name for name in pairs if netns.delete_interface(name)}
     datastore.ipam.release(left, {workload.handle})
-    if not endpoints:
-        lock.forget()
     if left:
         text = f"{_called(workload)} had {', '.join(map(str, sorted(left)))} of an interrupted command"
         text += f", and the interface {', '.join(sorted(pairs))}" if pairs else ""
@@ -320,9 +322,9 @@ def _called(workload: Workload) -> str:
 
 def release_leaked(datastore: DatastoreClient, workload: Workload) -> list[Action]:
     """Release addresses that an interrupted command has left, and no endpoint lists, and delete their veth pairs."""
-    with WorkloadLock(datastore.host, workload.orchestrator, workload.id) as lock:
+    with WorkloadLock(datastore.host, workload.orchestrator, workload.id):
         return list(
-            _release_leaked(datastore, workload, lock, endpoints_of(datastore, workload), _read(datastore, workload)[1])
+            _release_leaked(datastore, workload, endpoints_of(datastore, workload), _read(datastore, workload)[1])
         )
 
 
@@ -337,8 +339,9 @@ def restore_address(datastore: DatastoreClient, id: EndpointId, address: str) ->
     why = reserved_addresses(datastore, version_of(address)).user(address)
     if why is not None:
         raise CalicoError(f"it is {why} now")
-    with WorkloadLock(datastore.host, id.orchestrator, id.workload) as lock:
-        workload = Workload(id.orchestrator, id.workload, id.workload, path=lock.remembered_path() or None)
+    with WorkloadLock(datastore.host, id.orchestrator, id.workload):
+        known = connected.get(datastore.host, id.orchestrator, id.workload)
+        workload = Workload(id.orchestrator, id.workload, id.workload, path=known.path or None if known else None)
         endpoint = next((endpoint for endpoint in endpoints_of(datastore, workload) if endpoint.id == id), None)
         if endpoint is None or address not in endpoint.addresses:
             return False

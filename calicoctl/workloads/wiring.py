@@ -23,11 +23,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Callable, Iterator
 
 from calicoctl.addresses import host_net, parse_address, parse_pool_cidr, version_of
-from calicoctl.datastore.keys import INTERFACE_PREFIX, EndpointId
+from calicoctl.datastore.keys import INTERFACE_PREFIX, EndpointId, is_endpoint_id
 from calicoctl.datastore.model import Endpoint, Pool
 from calicoctl.datastore.reserved import Network, Reserved
 from calicoctl.errors import AddressTaken, CalicoError, Conflict, NotFound
-from calicoctl.workloads import host_network, mtu, netns, servers
+from calicoctl.workloads import connected, host_network, mtu, netns, servers
 from calicoctl.workloads.guard import Guard
 from calicoctl.workloads.locks import WorkloadLock
 from calicoctl.workloads.workload import (
@@ -184,8 +184,8 @@ def _connect_new(session: WorkloadSession, request: AddressRequest, interface: s
     session.refuse_interface(interface)
 
     with _rollback_on_failure(session) as undo:
-        undo(session.lock.forget)
-        session.remember()
+        undo(session.lock.clear_all)
+        session.remember(undo)
         undo(datastore.ipam.release_by_handle, workload.handle)
         address, id = _adopt(session, request, interface, reserved)
         if address is None:
@@ -245,7 +245,7 @@ def reattach(
     session.refuse_interface(interface)
 
     with _rollback_on_failure(session) as undo:
-        session.remember()
+        session.remember(undo)
         nets = list(endpoint.nets)
         if address is None and request is not None:
             # its last address was removed before it lost its interface
@@ -283,9 +283,10 @@ def disconnect(datastore: DatastoreClient, workload: Workload) -> None:
     with WorkloadLock(datastore.host, workload.orchestrator, workload.id) as lock:
         ids = endpoint_ids_of(datastore, workload)
         held = datastore.ipam.held_by(workload.handle)
-        refuse_other_path(workload, lock.remembered_path(), *paths_of(held or {}))
+        known = connected.get(datastore.host, workload.orchestrator, workload.id)
+        refuse_other_path(workload, *([known.path] if known is not None else paths_of(held or {})))
         if not ids and held is None:
-            lock.forget()
+            _forget(datastore, workload, lock)
             raise NotFound(f"{workload.name} is not connected to Calico.")
         _clear(datastore, workload, lock, ids, held or {})
 
@@ -311,7 +312,13 @@ def _clear(
         datastore.ipam.release(map(parse_address, endpoint.addresses if endpoint is not None else ()), {None})
         datastore.remove_endpoint(id)
     datastore.ipam.release_by_handle(workload.handle)
-    lock.forget()
+    _forget(datastore, workload, lock)
+
+
+def _forget(datastore: DatastoreClient, workload: Workload, lock: WorkloadLock) -> None:
+    """Note that a workload is not connected any more, and that no change of it is in progress. Raises CalicoError."""
+    connected.forget(datastore.host, workload.orchestrator, workload.id)
+    lock.clear_all()
 
 
 def add_address(
@@ -327,6 +334,7 @@ def add_address(
     with WorkloadSession.enter(datastore, workload) as session:
         workload = session.workload
         endpoint, attached = session.connected(interface)
+        session.remember()
         version = request.version
         next_hop = datastore.hosts.next_hop(version)
         reserved = reserved_addresses(datastore, version)
@@ -419,9 +427,9 @@ def _without(net: str) -> Callable[[Endpoint], bool]:
 class WorkloadSession:
     """A workload, locked, and with its namespace open if it has one; and its state in the store and in the kernel.
 
-    `held` are the addresses of the workload's handle, with their owners. `endpoint` is the workload's endpoint, None if
-    it has none. `host_mac` is the MAC of the host end of the veth pair: HOST_MAC until `attached_interface` has found
-    that end.
+    `known` is what connected.py knew of it before: None if nobody has connected it on this host. `held` are the
+    addresses of the workload's handle, with their owners. `endpoint` is the workload's endpoint, None if it has none.
+    `host_mac` is the MAC of the host end of the veth pair: HOST_MAC until `attached_interface` has found that end.
     """
 
     def __init__(
@@ -443,8 +451,14 @@ class WorkloadSession:
                 + ", ".join(endpoint.id.endpoint for endpoint in endpoints)
             )
         self.endpoint = endpoints[0] if endpoints else None
+        if self.endpoint is not None and not self.endpoint.id.is_valid:
+            raise CalicoError(
+                f"the id of {workload.name}'s endpoint, {self.endpoint.id.endpoint!r}, is not hexadecimal. Run "
+                f"'calicoctl container remove {workload.name}' and connect it again."
+            )
         self.held = datastore.ipam.held_by(workload.handle) or {}
-        refuse_other_path(workload, lock.remembered_path(), *paths_of(self.held))
+        self.known = connected.get(datastore.host, workload.orchestrator, workload.id)
+        refuse_other_path(workload, *([self.known.path] if self.known is not None else paths_of(self.held)))
         self.refresh()
 
     @classmethod
@@ -580,16 +594,21 @@ class WorkloadSession:
         now = process_started(self.workload.path or "")
         if (
             self.endpoint is not None
-            and now not in (None, self.lock.started())
+            and now not in (None, self.known and self.known.started)
             and self.attached_interface(also_down=True) is None
         ):
             _clear(self.datastore, self.workload, self.lock, [self.endpoint.id], self.held)
-            self.endpoint, self.held = None, {}
+            self.endpoint, self.known, self.held = None, None, {}
 
-    def remember(self) -> None:
-        """Store the namespace's path in the workload's lock file, where it stays while the workload is connected."""
-        if self.workload.path is not None:
-            self.lock.remember(self.workload.path, process_started(self.workload.path))
+    def remember(self, undo: Callable[..., object] | None = None) -> None:
+        """Note that the workload is connected on this host; see connected.py. Raises CalicoError.
+
+        `undo`, from _rollback_on_failure, has that forgotten unless it was known before.
+        """
+        key, path = (self.datastore.host, self.workload.orchestrator, self.workload.id), self.workload.path or ""
+        if undo is not None and self.known is None:
+            undo(connected.forget, *key)
+        connected.put(*key, path, process_started(path))
 
     def refuse_other_endpoint(self) -> None:
         """Raise CalicoError if the namespace is already connected as another workload, such as under another path."""
@@ -844,7 +863,7 @@ def _new_endpoint() -> str:
 def _endpoint_of(owner: Owner) -> str | None:
     """Return the endpoint id in an address's attributes, None if there is no valid one."""
     id = owner.secondary.get("endpoint")
-    return id if isinstance(id, str) and len(id) == 32 and set(id) <= set("0123456789abcdef") else None
+    return id if isinstance(id, str) and len(id) == 32 and is_endpoint_id(id) else None
 
 
 def interfaces_of(held: dict[IPAddress, Owner]) -> set[str]:

@@ -23,15 +23,14 @@ from calicoctl.errors import (
     NoSuchContainer,
     NotFound,
 )
-from calicoctl.workloads import locks
+from calicoctl.workloads import connected, locks
 
 if TYPE_CHECKING:
     from calicoctl.datastore.client import DatastoreClient
     from calicoctl.datastore.keys import EndpointId
     from calicoctl.datastore.model import Endpoint
 
-DOCKER = "docker"
-NAMESPACE = "namespace"
+DOCKER, NAMESPACE = connected.ORCHESTRATORS
 
 _RUN, _VAR_RUN = "/run/", "/var/run/"
 """Two paths of the same directory on most hosts; messages of `ip netns` contain one or the other."""

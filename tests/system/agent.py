@@ -61,7 +61,7 @@ class AgentHost(Host):
         It reports changes in their order, but for endpoints with a new address, which have theirs among themselves.
         """
         number = next(_fences)
-        key = f"/calico/v1/host/{self.name}/workload/test/fence/endpoint/fence{number}"
+        key = f"/calico/v1/host/{self.name}/workload/test/fence/endpoint/fe{number:030x}"
         fence = {
             "name": f"calif{number}",
             "mac": "02:00:00:00:00:ff",

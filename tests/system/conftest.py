@@ -80,6 +80,8 @@ def clear_host() -> None:
     for name in left:
         run("ip", "link", "delete", name)
     shutil.rmtree("/run/calico", ignore_errors=True)
+    for folder in Path("/var/lib/calico").glob("*/workloads"):
+        shutil.rmtree(folder)
     shutil.rmtree(LOG_DIR, ignore_errors=True)
     shutil.rmtree("/etc/calico", ignore_errors=True)
     assert not left, f"interfaces without a namespace: {left}"

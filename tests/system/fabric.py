@@ -28,7 +28,7 @@ ROUTER = 254
 _SETUP = """
 mount --make-private / && mkdir -p /etc/calico /run/calico /run/netns &&
 mount --bind "$1/run" /run/calico && mount --bind "$1/netns" /run/netns && mount --bind "$1/log" /var/log &&
-mount --bind "$1/etc" /etc/calico && mount --bind "$1/machine-id" /etc/machine-id &&
+mount --bind "$1/etc" /etc/calico && mount --bind "$1/lib" /var/lib && mount --bind "$1/machine-id" /etc/machine-id &&
 mount --bind "$1/boot-id" /proc/sys/kernel/random/boot_id || exit 99
 echo ready
 exec sleep infinity
@@ -36,7 +36,7 @@ exec sleep infinity
 
 
 class FabricHost(Machine):
-    """A host of the fabric: what is run on it sees its network, `/run/calico`, `/run/netns`, and logs alone."""
+    """A host of the fabric: what is run on it sees its own network, `/run/calico`, `/run/netns`, `/var/lib`, logs."""
 
     def __init__(self, etcd: Etcd, number: int, network: int = 0) -> None:
         """`number` is the last part of its addresses, and of its name; `network` the number of its bridge."""

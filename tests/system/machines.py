@@ -15,7 +15,8 @@ HOME = Path("/run/calico-tests/machines")
 
 _ENTER = """
 mount --bind "$1/run" /run/calico && mount --bind "$1/netns" /run/netns && mount --bind "$1/log" /var/log &&
-mount --bind "$1/machine-id" /etc/machine-id && mount --bind "$1/boot-id" /proc/sys/kernel/random/boot_id || exit 99
+mount --bind "$1/lib" /var/lib && mount --bind "$1/machine-id" /etc/machine-id &&
+mount --bind "$1/boot-id" /proc/sys/kernel/random/boot_id || exit 99
 shift
 exec "$@"
 """
@@ -29,7 +30,7 @@ class Machine(AgentHost):
         super().__init__(etcd)
         self.namespace = namespace
         self.home = HOME / uuid.uuid4().hex
-        for folder in ("run", "netns", "log"):
+        for folder in ("run", "netns", "log", "lib"):
             (self.home / folder).mkdir(parents=True)
         (self.home / "machine-id").write_text(f"{machine_id or uuid.uuid4().hex}\n")
         self.boot()

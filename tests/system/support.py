@@ -356,6 +356,7 @@ class Host:
         assert self.handles() == {}
         assert calico_links() == set()
         assert not list(Path("/run/calico").glob("*/*"))
+        assert not list(Path("/var/lib/calico").glob("*/workloads/*/*"))
         leftover = self.etcd._request("GET", f"/calico/v1/host/{self.name}/workload", "?recursive=true")
         found = [node for top in (leftover or {"node": {}})["node"].get("nodes", []) for node in top.get("nodes", [])]
         assert not (folders and found), "a workload's folder is still there"

@@ -113,6 +113,7 @@ class Stage:
         self.host.etcd.delete(f"/calico/v1/host/{self.host.name}/workload")
         self.host.etcd.delete("/calico/ipam")
         shutil.rmtree("/run/calico", ignore_errors=True)
+        shutil.rmtree("/var/lib/calico", ignore_errors=True)
         self.scenario.before(self.host)
 
     def play(self, fault: str) -> Result:

@@ -238,7 +238,7 @@ def test_fields_of_newer_tools_in_a_block(host: Host) -> None:
 
 HOLDER = """
 import fcntl, sys
-file = open("/run/calico/host1/namespace.-var-run-netns-a")
+file = open("/run/calico/host1/namespace.-var-run-netns-a", "w")
 fcntl.flock(file, fcntl.LOCK_EX)
 print("held", flush=True)
 sys.stdin.read()

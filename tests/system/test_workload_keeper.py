@@ -66,6 +66,7 @@ def is_clean(host: Host) -> bool:
         and host.handles() == {}
         and calico_links() == set()
         and not [name for name in files if name.startswith(("docker.", "namespace.", "unfinished."))]
+        and not list(Path("/var/lib/calico").glob("*/workloads/*/*"))
     )
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+from calicoctl import state
 
 # a property is tried with few examples where a developer waits for the answer, and with many where nobody does
 settings.register_profile("local", max_examples=25, deadline=None)
@@ -17,3 +20,8 @@ settings.load_profile("ci" if os.environ.get("CI") else "local")
 def no_file_of_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep what this machine's file says out of the tests."""
     monkeypatch.setenv("CALICO_ENV_FILE", os.devnull)
+
+
+@pytest.fixture(autouse=True)
+def state_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(state, "DIRECTORY", tmp_path / "var-lib-calico")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import subprocess
 import sys
 import threading
@@ -89,26 +90,27 @@ def test_an_interrupted_change_is_detected() -> None:
     assert not locks.exists("vm", "docker", "c")
 
 
-@pytest.mark.parametrize("path", ["/var/run/netns/blue", "/proc/7/ns/net", "/x" * 300])
-def test_the_paths_of_namespaces_are_stored(path: str) -> None:
-    id = path.replace("/", "-")
+@pytest.mark.parametrize("id", ["/etc/passwd", "../../x", "..", "a\0b"])
+def test_an_id_leads_to_no_other_folder(directory: Path, id: str) -> None:
     with WorkloadLock("vm", "namespace", id) as lock:
-        lock.remember(path, "4711" if path.startswith("/proc") else None)
         lock.mark_in_progress()
-    assert locks.remembered("vm", "namespace") == {id: path}
-    assert locks.interrupted("vm", "namespace") == [id]
-    assert locks.remembered("vm", "docker") == locks.remembered("elsewhere", "namespace") == {}
-    with WorkloadLock("vm", "namespace", id) as lock:
-        assert (lock.remembered_path(), lock.started()) == (path, "4711" if path.startswith("/proc") else None)
-        lock.forget()
-    assert locks.remembered("vm", "namespace") == {}
+        assert {file.parent for file in directory.rglob("*") if file.is_file()} == {directory / "vm"}
+    assert locks.interrupted("vm", "namespace") == [id.partition("\0")[0]]
 
 
-def test_another_path_with_the_same_id_replaces_the_first() -> None:
-    for path in ("/x/a-b", "/x/a/b"):
-        with WorkloadLock("vm", "namespace", "-x-a-b") as lock:
-            lock.remember(path)
-        assert locks.remembered("vm", "namespace") == {"-x-a-b": path}
+def test_paths_that_an_older_version_has_kept_are_read(directory: Path) -> None:
+    (directory / "vm").mkdir()
+    long = "/x" * 300
+    hashed = hashlib.sha256(long.replace("/", "-").encode()).hexdigest()
+    (directory / "vm" / "namespace.-var-run-netns-blue").write_text("/var/run/netns/blue")
+    (directory / "vm" / "namespace.-proc-7-ns-net").write_text("/proc/7/ns/net\x004711")
+    (directory / "vm" / f"namespace.{hashed}").write_text(long)
+    (directory / "vm" / "namespace.-empty").touch()
+    assert locks.paths_of_older_version("vm", "namespace") == {
+        "-var-run-netns-blue": "/var/run/netns/blue",
+        "-proc-7-ns-net": "/proc/7/ns/net",
+        long.replace("/", "-"): long,
+    }
 
 
 def test_without_waiting_a_held_lock_is_a_conflict() -> None:

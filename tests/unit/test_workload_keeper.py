@@ -21,9 +21,9 @@ from calicoctl.datastore.model import Endpoint
 from calicoctl.errors import CalicoError, Conflict, DockerUnavailable, NamespaceError, StoreUnavailable
 from calicoctl.felix import events, sources, workload_keeper
 from calicoctl.felix.workload_keeper import WorkloadKeeper
-from calicoctl.workloads import locks, upkeep
+from calicoctl.workloads import connected, learning, locks, upkeep
 from calicoctl.workloads.locks import WorkloadLock
-from calicoctl.workloads.upkeep import COLLECTED, REATTACHED, Action
+from calicoctl.workloads.upkeep import COLLECTED, REATTACHED, Action, NotConnectedHere
 from calicoctl.workloads.workload import WorkloadState
 from tests.unit.memory_store import MemoryStore
 
@@ -111,6 +111,8 @@ class Bench:
 def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Bench:
     monkeypatch.setattr(locks, "DIRECTORY", tmp_path)
     monkeypatch.setattr(workload_keeper, "WorkerPool", InlinePool)
+    connected.set_learned("vm")
+    connected.put("vm", "namespace", BLUE, "/proc/self/ns/net")
     datastore = DatastoreClient(MemoryStore(), "vm")
     reported: list[Any] = []
     keeper = WorkloadKeeper(lambda: datastore, reported.append, clock=lambda: made.now)
@@ -137,6 +139,10 @@ def docker(id: str) -> EndpointId:
 
 def namespace(id: str) -> EndpointId:
     return EndpointId("vm", "namespace", id, "f" * 32)
+
+
+def put_endpoint(bench: Bench, id: EndpointId) -> None:
+    bench.datastore.create_endpoint(Endpoint(id))
 
 
 def test_a_container_that_changes_is_reconciled(bench: Bench) -> None:
@@ -183,10 +189,11 @@ def test_a_missing_namespace_is_collected_when_the_grace_time_is_over(bench: Ben
     bench.outcomes[BLUE] = Outcome(state=WorkloadState.MISSING)
     bench.keeper.enqueue(namespace(BLUE))
     assert bench.take() == [BLUE]
-    assert bench.wait(59.0) == []
+    bench.wait(59.0)
     assert bench.collected == []
     assert bench.wait(1.0) == [BLUE]
     assert bench.collected == [BLUE]
+    connected.forget("vm", "namespace", BLUE)
     assert bench.wait(600) == []
 
 
@@ -359,6 +366,7 @@ def test_an_unavailable_store_holds_up_everything_for_a_second(bench: Bench) -> 
     bench.outcomes[BLUE] = Outcome(state=None, error=StoreUnavailable("no etcd"))
     bench.keeper.enqueue(namespace(BLUE))
     assert bench.take() == [BLUE]
+    connected.put("vm", "namespace", "-x", "/proc/self/ns/net")
     bench.keeper.enqueue(namespace("-x"))
     assert bench.wait(0.9) == []
     del bench.outcomes[BLUE]
@@ -413,8 +421,7 @@ def test_a_namespace_whose_path_comes_back_is_reconciled_when_something_is_mount
 ) -> None:
     path = tmp_path / "blue"
     id = str(path).replace("/", "-")
-    with WorkloadLock("vm", "namespace", id) as lock:
-        lock.remember(str(path))
+    connected.put("vm", "namespace", id, str(path))
     bench.outcomes[id] = Outcome(state=WorkloadState.MISSING)
     assert bench.take() == [id], "nothing is at its path"
     bench.outcomes = {}
@@ -426,6 +433,56 @@ def test_a_namespace_whose_path_comes_back_is_reconciled_when_something_is_mount
     assert bench.take() == [id]
     bench.outcomes = {}
     assert bench.take(events.MountsChanged()) == [id], "it was missing meanwhile, though it looks as before"
+
+
+def test_a_namespace_that_nobody_has_connected_is_reported_and_costs_no_workers_time(bench: Bench) -> None:
+    put_endpoint(bench, namespace("-a"))
+    put_endpoint(bench, namespace(BLUE))
+    bench.keeper.enqueue(namespace("-a"))
+    assert bench.take(workload_keeper.Resynced({})) == []
+    bench.keeper.enqueue(namespace("-b"))
+    assert bench.wait(10) == []
+    one, two = bench.failures()
+    assert "connected 1 of the workloads" in one and "not attached: -a." in one
+    assert "connected 2 of the workloads" in two and "not attached: -a, -b." in two
+    connected.put("vm", "namespace", "-a", "/proc/self/ns/net")
+    bench.keeper.enqueue(namespace("-b"), deleted=True)
+    bench.wait(10)
+    assert bench.failures()[2:] == [None]
+
+
+def test_a_container_that_nobody_has_connected_is_reported_and_not_retried(bench: Bench) -> None:
+    bench.outcomes[ONE] = Outcome(error=NotConnectedHere(ONE))
+    put_endpoint(bench, docker(ONE))
+    bench.containers = [ONE]
+    assert bench.take(listed(ONE)) == [ONE], "it has no interface"
+    (said,) = bench.failures()
+    assert f"connected 1 of the workloads that have endpoints here, so they are not attached: {ONE[:12]}." in said
+    assert bench.wait(100) == []
+
+
+def test_containers_that_were_removed_while_no_agent_ran_are_reconciled_even_without_endpoints(bench: Bench) -> None:
+    connected.put("vm", "docker", ONE)
+    connected.put("vm", "docker", TWO)
+    assert bench.take(listed(TWO)) == [ONE]
+
+
+def test_what_cannot_be_learned_is_reported_once_and_tried_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    connected.remove_all("vm")
+
+    def full(*_: object) -> None:
+        raise CalicoError("there is no space")
+
+    monkeypatch.setattr(learning, "learn_containers", full)
+    bench.take(listed(ONE))
+    (said,) = bench.failures()
+    assert said is not None and said.endswith("cannot be learned, and is not re-attached: there is no space")
+    bench.take(workload_keeper.Resynced({}))
+    learnt: list[dict[str, str]] = []
+    monkeypatch.setattr(learning, "learn_containers", lambda _, modes: learnt.append(modes))
+    bench.containers = [ONE]
+    bench.wait(300)
+    assert learnt == [{ONE: ""}] and bench.failures()[-1] is None
 
 
 def test_the_end_of_a_source_is_reported_to_the_agent(bench: Bench) -> None:

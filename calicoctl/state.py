@@ -1,0 +1,123 @@
+"""What a host keeps across reboots: files below /var/lib/calico/HOST, of root alone.
+
+Each file has the mode 0600, each folder 0700, and no name below /var/lib/calico may be a symbolic link. Files are
+replaced as a whole, and are on disk when the call returns. The local etcd's data lies beside them (local_etcd.py).
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from calicoctl import files
+from calicoctl.errors import CalicoError
+
+DIRECTORY = Path("/var/lib/calico")
+
+_SIZE = 2**16
+"""Bytes of a file that are read at most."""
+
+
+def path(host: str, *names: str) -> Path:
+    """Return the path of a host's folder or, with `names`, of what is below it."""
+    return DIRECTORY.joinpath(host, *names)
+
+
+def read(host: str, *names: str) -> bytes | None:
+    """Return the content of the file below the host's folder, None if there is none. Raises CalicoError."""
+    with _explained(host, *names), _opened(host, *names[:-1]) as folder:
+        return None if folder is None else _content(folder, names[-1])
+
+
+def read_all(host: str, *names: str) -> dict[str, bytes]:
+    """Return the contents of all files of a folder below the host's, by name; empty if there is no such folder.
+
+    Raises CalicoError.
+    """
+    found: dict[str, bytes] = {}
+    with _explained(host, *names), _opened(host, *names) as folder:
+        if folder is not None:
+            with os.scandir(folder) as entries:
+                contents = {entry.name: _content(folder, entry.name) for entry in entries if entry.name[0] != "."}
+            found = {name: content for name, content in contents.items() if content is not None}
+    return found
+
+
+def write(host: str, *names: str, content: bytes) -> None:
+    """Write a file below the host's folder, unless it has this content already. Raises CalicoError."""
+    with _explained(host, *names), _opened(host, *names[:-1], create=True) as folder:
+        assert folder is not None, "it was created"
+        if _content(folder, names[-1]) != content:
+            files.replace(Path(f"/proc/self/fd/{folder}", names[-1]), content, 0o600, durable=True).close()
+            os.fsync(folder)
+
+
+def remove(host: str, *names: str) -> None:
+    """Remove a file below the host's folder, if it exists. Raises CalicoError."""
+    with _explained(host, *names), _opened(host, *names[:-1]) as folder:
+        if folder is not None:
+            with suppress(FileNotFoundError):
+                os.unlink(names[-1], dir_fd=folder)
+
+
+def remove_empty(host: str, *names: str) -> None:
+    """Remove a folder below the host's and, if they are empty then, those around it; do nothing if it is not empty."""
+    parts = [host, *names]
+    with suppress(OSError):
+        while parts:
+            DIRECTORY.joinpath(*parts).rmdir()
+            parts.pop()
+
+
+def _content(folder: int, name: str) -> bytes | None:
+    try:
+        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
+    except FileNotFoundError:
+        return None
+    with open(fd, "rb") as file:
+        return file.read(_SIZE) if stat.S_ISREG(os.fstat(fd).st_mode) else None
+
+
+@contextmanager
+def _opened(host: str, *names: str, create: bool = False) -> Iterator[int | None]:
+    """Yield a descriptor of a folder below the host's, None if there is none. With `create`, make what is missing.
+
+    Raises OSError if a folder is a symbolic link, and CalicoError if somebody else may write to it.
+    """
+    if create:
+        DIRECTORY.mkdir(mode=0o755, parents=True, exist_ok=True)
+    try:
+        fd = os.open(DIRECTORY, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        yield None
+        return
+    try:
+        for number, name in enumerate((host, *names), 1):
+            if create:
+                with suppress(FileExistsError):
+                    os.mkdir(name, 0o700, dir_fd=fd)
+            try:
+                below = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
+            except FileNotFoundError:
+                yield None
+                return
+            os.close(fd)
+            fd = below
+            status = os.fstat(fd)
+            if status.st_uid != os.geteuid() or status.st_mode & 0o022:
+                folder = path(host, *names[: number - 1])
+                raise CalicoError(f"{folder} must belong to root, and nobody else may write to it")
+        yield fd
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def _explained(host: str, *names: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CalicoError(f"{path(host, *names)}: {error.strerror}") from None

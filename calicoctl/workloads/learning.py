@@ -1,0 +1,67 @@
+"""Learns, once, which workloads an older version has connected on this host; see connected.py.
+
+What is wired counts: the endpoint's own interface exists, and leads into the workload. So does, since containers lose
+their interfaces at a reboot, a container that runs without a network of its own, and whose addresses in the store name
+this host. No path from the store is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from calicoctl.workloads import connected, locks, netns
+from calicoctl.workloads.locks import WorkloadLock
+from calicoctl.workloads.workload import DOCKER, NAMESPACE, container_pids, process_started, workload_of
+
+if TYPE_CHECKING:
+    from calicoctl.datastore.client import DatastoreClient
+    from calicoctl.datastore.keys import EndpointId
+
+
+def learn_namespaces(datastore: DatastoreClient) -> None:
+    """Learn the namespaces that are wired. Raises CalicoError."""
+    host = datastore.host
+    paths = locks.paths_of_older_version(host, NAMESPACE)
+    ids = [id for id in _endpoints(datastore, NAMESPACE) if id.workload in paths]
+    for id in _wired({id: paths[id.workload] for id in ids}):
+        _learn(host, NAMESPACE, id.workload, paths[id.workload])
+    connected.set_learned(host, NAMESPACE)
+
+
+def learn_containers(datastore: DatastoreClient, network_modes: dict[str, str]) -> None:
+    """Learn the containers that are wired, or that have no other network.
+
+    `network_modes` are the values of `docker run --net`, by the ids of all containers that the engine knows. If it
+    knows none of those that have endpoints, it may not have its data yet: then that is not counted as done. Raises
+    CalicoError.
+    """
+    host = datastore.host
+    endpoints = _endpoints(datastore, DOCKER)
+    known = [id for id in endpoints if id.workload in network_modes]
+    ours = {workload for orchestrator, workload in datastore.ipam.workloads() if orchestrator == DOCKER}
+    found = {id.workload for id in known if network_modes[id.workload] == "none" and id.workload in ours}
+    pids = container_pids(id.workload for id in known if id.workload not in found)
+    paths = {id: f"/proc/{pids[id.workload]}/ns/net" for id in known if id.workload in pids}
+    found |= {id.workload for id in _wired(paths)}
+    for workload in sorted(found):
+        _learn(host, DOCKER, workload, "")
+    if known or not endpoints:
+        connected.set_learned(host, DOCKER)
+
+
+def _endpoints(datastore: DatastoreClient, orchestrator: str) -> list[EndpointId]:
+    ids = datastore.endpoint_ids()
+    return [id for id in ids if id.is_valid and workload_of(id)[0] == orchestrator]
+
+
+def _wired(paths: dict[EndpointId, str]) -> Iterable[EndpointId]:
+    """Return the endpoints whose interface leads into the namespace at the given path."""
+    lead = netns.check_attachments({id.interface: path for id, path in paths.items()}, next_hops=False)
+    return [id for id in paths if lead.get(id.interface)]
+
+
+def _learn(host: str, orchestrator: str, workload: str, path: str) -> None:
+    with WorkloadLock(host, orchestrator, workload):  # on leaving, it removes the file of the older version
+        if connected.get(host, orchestrator, workload) is None:
+            connected.put(host, orchestrator, workload, path, process_started(path))
