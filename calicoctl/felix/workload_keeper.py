@@ -396,6 +396,9 @@ class WorkloadKeeper:
                 continue
             if workload not in known:
                 refused.add((NAMESPACE, workload))
+                if endpoint.state == "active" and upkeep.is_managed(NAMESPACE, workload):
+                    # after those of workloads that are here
+                    self._queue.back_off((NAMESPACE, workload), now)
             elif endpoint.state == "active":
                 paths[endpoint.id] = known[workload].path
             else:

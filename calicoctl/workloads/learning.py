@@ -8,6 +8,7 @@ this host. No path from the store is used.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from calicoctl.workloads import connected, locks, netns
@@ -18,11 +19,17 @@ if TYPE_CHECKING:
     from calicoctl.datastore.client import DatastoreClient
     from calicoctl.datastore.keys import EndpointId
 
+_NAMED = Path("/run/netns")
+"""The folder of `ip netns`."""
+
 
 def learn_namespaces(datastore: DatastoreClient) -> None:
     """Learn the namespaces that are wired. Raises CalicoError."""
     host = datastore.host
-    paths = locks.paths_of_older_version(host, NAMESPACE)
+    # the tool of 2015 has kept no paths
+    names = [path.name for path in _NAMED.iterdir()] if _NAMED.exists() else []
+    named = [f"{prefix}/netns/{name}" for prefix in ("/run", "/var/run") for name in names]
+    paths = {path.replace("/", "-"): path for path in named} | locks.paths_of_older_version(host, NAMESPACE)
     ids = [id for id in _endpoints(datastore, NAMESPACE) if id.workload in paths]
     for id in _wired({id: paths[id.workload] for id in ids}):
         _learn(host, NAMESPACE, id.workload, paths[id.workload])

@@ -105,6 +105,10 @@ def reconcile(
                 yield Action(COLLECTED, f"{_called(workload)} had a handle that held nothing: removed")
             return
         if orchestrator == NAMESPACE and known is None:
+            workload = Workload(orchestrator, id, id)
+            if not any(netns.find_interface(endpoint.interface) for endpoint in ids):
+                endpoints = endpoints_of(datastore, workload)
+                yield from _set_inactive(datastore, workload, endpoints, WorkloadState.MISSING)
             raise NotConnectedHere(id)
         state, workload = find_state(orchestrator, id, path, known.started if known is not None else None)
         if state is WorkloadState.GONE and not removed:

@@ -435,11 +435,13 @@ def test_a_namespace_whose_path_comes_back_is_reconciled_when_something_is_mount
     assert bench.take(events.MountsChanged()) == [id], "it was missing meanwhile, though it looks as before"
 
 
-def test_a_namespace_that_nobody_has_connected_is_reported_and_costs_no_workers_time(bench: Bench) -> None:
+def test_a_namespace_that_nobody_has_connected_is_reported_and_costs_little_of_a_workers_time(bench: Bench) -> None:
+    bench.outcomes["-a"] = Outcome(state=None, error=NotConnectedHere("-a"))
     put_endpoint(bench, namespace("-a"))
     put_endpoint(bench, namespace(BLUE))
     bench.keeper.enqueue(namespace("-a"))
-    assert bench.take(workload_keeper.Resynced({})) == []
+    assert bench.take(workload_keeper.Resynced({})) == ["-a"], "once, to become inactive"
+    bench.keeper.enqueue(namespace("-a"))
     bench.keeper.enqueue(namespace("-b"))
     assert bench.wait(10) == []
     one, two = bench.failures()
