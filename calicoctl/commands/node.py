@@ -65,8 +65,9 @@ alive on another machine is refused, too. If it is unknown which machine the
 agent was on, for example after a reboot of this one, `node` waits until its
 heartbeat expires, 30 s at most. --force takes over the name with its
 endpoints: those whose workloads are not on this machine become inactive, and
-containers' are removed a minute later. The other agent notices, and changes neither
-records nor packets until `calicoctl node` on its machine takes the name back.
+containers' are removed a minute later. The other agent notices, and changes
+neither records nor packets until `calicoctl node` on its machine takes the
+name back.
 
 `restart` replaces the agent in the background with one of this version, with
 the options and the environment that it was started with.
