@@ -41,6 +41,9 @@ Options:
                        its containers whatever their profiles say; with drop,
                        rules and DefaultEndpointToHostAction decide on them
                        like on everything else; default: allow
+    MaxConnections     256 to 1048576: how many connections, tracked by the
+                       kernel, a container may have at a time; new ones are
+                       dropped then; default: 16384
     LogSeverityFile, LogFilePath, InterfacePrefix, IpInIpEnabled
                        for agents of 2015; this version ignores them
   node felix

@@ -45,6 +45,8 @@ CHECK_SENDERS = Setting("CheckSenders", ("mac", "interface", "off"), "mac")
 """How agents check packets from other hosts' addresses: see docs/agent.md."""
 HOST_SERVICES = Setting("EndpointToHostServices", ("allow", "drop"), "allow")
 """Whether DHCP, DNS and some ICMPv6 reach the host from endpoints whatever their profiles say."""
+MAX_CONNECTIONS = Setting("MaxConnections", default="16384", smallest=256, largest=1048576)
+"""How many tracked connections an endpoint may have at a time."""
 HOST_ACTION = Setting("DefaultEndpointToHostAction", ("RETURN", "DROP", "ACCEPT"), "RETURN")
 
 WRITTEN = (
@@ -56,7 +58,7 @@ WRITTEN = (
 )
 """Global settings of the agents that `calicoctl node` writes with their defaults, as the tools of 2015 did."""
 
-_READ = (GRACE_TIME, MTU, CHECK_SENDERS, HOST_SERVICES)
+_READ = (GRACE_TIME, MTU, CHECK_SENDERS, HOST_SERVICES, MAX_CONNECTIONS)
 
 FELIX = {"loglevel": LOG_LEVEL, **{setting.name: setting for setting in (*WRITTEN, *_READ)}}
 """Global settings of the agents, by their names on the command line."""

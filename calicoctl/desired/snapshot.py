@@ -27,6 +27,11 @@ from calicoctl.policy.verdict import readable
 INACTIVE = "it is inactive"
 
 GRACE_TIME = int(config.GRACE_TIME.default or 0)
+MAX_CONNECTIONS = int(config.MAX_CONNECTIONS.default or 0)
+
+_READ = (config.LOG_LEVEL, config.GRACE_TIME, config.MTU, config.CHECK_SENDERS, config.HOST_SERVICES)
+_SETTINGS = {keys.READY, *(keys.config(setting.name) for setting in (*_READ, config.MAX_CONNECTIONS))}
+"""The keys of all hosts' settings that the agent uses."""
 """The default grace time, in seconds."""
 
 
@@ -82,6 +87,7 @@ class Snapshot:
         self.profiles: dict[str, Profile] = {}
         self.pools: dict[str, Pool] = {}
         self.host_action = "RETURN"
+        self.max_connections = MAX_CONNECTIONS
         self.host_services = True
         """Whether the services of verdict.is_host_service are open to all endpoints."""
         self.log_level = "info"
@@ -195,8 +201,7 @@ class Snapshot:
             return self._set_profile if keys.parse_profile(key) is not None else None
         if key.startswith((keys.pools(4) + "/", keys.pools(6) + "/")):
             return self._set_pool
-        settings = (config.LOG_LEVEL, config.GRACE_TIME, config.MTU, config.CHECK_SENDERS, config.HOST_SERVICES)
-        if key == keys.READY or key in [keys.config(setting.name) for setting in settings]:
+        if key in _SETTINGS:
             return self._set_setting
         return self._set_topology if self.topology.handler(key) is not None else None
 
@@ -273,6 +278,11 @@ class Snapshot:
             self.host_services = value in ("", "allow")
             if value:  # fail closed for an unknown value
                 config.HOST_SERVICES.check(value)
+        elif key == keys.config(config.MAX_CONNECTIONS.name):
+            self.max_connections = MAX_CONNECTIONS
+            if value:
+                config.MAX_CONNECTIONS.check(value)
+                self.max_connections = int(value)
         elif key == keys.config(config.MTU.name):
             self.mtu = None
             if value:

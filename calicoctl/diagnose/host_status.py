@@ -61,6 +61,7 @@ _NOTHING: dict[str, Any] = {
     "resyncs": 0,
     "healed": 0,  # re-attached workloads: the name is fixed, since scripts read it
     "collected": 0,
+    "refused_connections": 0,
     "mtu": NO_MTU,
     "bird": {"pid": None, "listens": False, "restarts": 0, "refused_configurations": 0},
     "bgp_sessions": [],

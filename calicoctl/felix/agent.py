@@ -29,6 +29,7 @@ from calicoctl.errors import CalicoError, is_shortage
 from calicoctl.felix import events, process, report, shortage, sources
 from calicoctl.felix.bgp.instance import Instance
 from calicoctl.felix.bgp.manager import BgpManager, BgpThread
+from calicoctl.felix.dataplane.connection_limit import ConnectionLimit
 from calicoctl.felix.dataplane.conntrack import Conntrack
 from calicoctl.felix.dataplane.conntrack_manager import ConntrackManager
 from calicoctl.felix.dataplane.endpoint_manager import EndpointManager
@@ -147,6 +148,7 @@ class Agent:
         self._policy = PolicyManager(context, drivers.nft)
         self._bgp = BgpManager(context, drivers.bgp)
         self._forwarding: list[Manager] = [
+            ConnectionLimit(context, drivers.nft),
             EndpointManager(context, drivers.routes, self._keeper.enqueue),
             VxlanManager(context, drivers.vxlan, queue.put),
             self._bgp,

@@ -165,6 +165,8 @@ class Health:
     """Workloads that were re-attached; `healed` in the report and in metrics."""
     collected: int = 0
     """Workloads, and leftovers of interrupted commands, that were garbage-collected."""
+    refused_connections: int = 0
+    """New connections of endpoints that had as many as they may have: see connection_limit.py."""
 
     def __post_init__(self, followed: frozenset[str]) -> None:
         self.store = StoreHealth(followed)
@@ -236,6 +238,7 @@ class Health:
             "resyncs": self.resyncs,
             "healed": self.reattached,
             "collected": self.collected,
+            "refused_connections": self.refused_connections,
             "mtu": self.mtu,
             "bird": {
                 "pid": self.bgp.pid,

@@ -66,6 +66,11 @@ class _HealthCollector:
             "Garbage-collected workloads and leftovers of commands.",
             self._health.collected,
         )
+        yield CounterMetricFamily(
+            "calico_felix_refused_connections",
+            "Packets of new connections that were dropped, since their endpoint had too many.",
+            self._health.refused_connections,
+        )
         yield GaugeMetricFamily(
             "calico_felix_store_reachable",
             "1 while the store can be read, written and followed.",

@@ -12,7 +12,7 @@ from calicoctl import engine
 from calicoctl.errors import DockerUnavailable
 from calicoctl.felix import process
 from calicoctl.felix.bgp.instance import Instance
-from calicoctl.felix.dataplane import docker_firewall, sysctls
+from calicoctl.felix.dataplane import connection_limit, docker_firewall, sysctls
 from calicoctl.felix.dataplane.links import list_links
 from calicoctl.felix.dataplane.nft import Nft
 from calicoctl.felix.dataplane.routes import Routes
@@ -66,7 +66,7 @@ def _remove_from_kernel(host: str, warn: Callable[[str], None]) -> None:
         sysctls.reset_interface(link.name)
     docker_firewall.remove()
     sysctls.HostSettings(process.settings_file(host)).restore(lambda path: True, _needed_by_engine(warn))
-    Nft().run(remove_commands())
+    Nft().run(remove_commands() + connection_limit.REMOVE)
 
 
 def _needed_by_engine(warn: Callable[[str], None]) -> set[str]:

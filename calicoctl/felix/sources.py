@@ -24,6 +24,7 @@ from calicoctl.clock import now
 from calicoctl.datastore.reserved import Servers
 from calicoctl.errors import CalicoError, WatchExpired, is_shortage
 from calicoctl.felix import shortage
+from calicoctl.felix.dataplane import connection_limit
 from calicoctl.felix.dataplane.links import link_of
 from calicoctl.felix.dataplane.nft import TableEvents, own_ports
 from calicoctl.felix.dataplane.routes import PROTOCOL
@@ -417,7 +418,7 @@ class FirewallEvents(_Source):
         self._ensure_guard()
         while True:
             names, port = self._tables.wait()
-            if names & {"", "calico", "filter"} and port not in own_ports():
+            if names & {"", "calico", connection_limit.TABLE, "filter"} and port not in own_ports():
                 self._events.put(TablesChanged(frozenset(names)))
 
     def _ensure_guard(self) -> None:

@@ -67,6 +67,7 @@ def clear_host() -> None:
     end_agents()
     for family in ("inet", "arp"):
         run("nft", f"add table {family} calico; delete table {family} calico")
+    run("nft", "add table inet calico-connections; delete table inet calico-connections")
     for version, proto in product(("-4", "-6"), ("80", "81", "bird")):
         command = ("ip", version, "route", "flush", "proto", proto)
         # fails for a route that goes away by itself meanwhile

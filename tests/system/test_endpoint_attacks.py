@@ -17,7 +17,7 @@ import pytest
 
 from tests.system.agent import A4, ALLOW, B4, C4, AgentHost, holds, outside_host
 from tests.system.conftest import clear_host
-from tests.system.support import Etcd, links, run
+from tests.system.support import Etcd, links, run, wait_for
 from tests.system.traffic import (
     PATIENT,
     QUICK,
@@ -179,3 +179,38 @@ def test_services_of_the_host_are_open_to_all_endpoints_unless_a_setting_closes_
     net.ctl("config", "felix", "EndpointToHostServices", "--remove")
     net.sync()
     assert udp("c", None, HOST6, 53, patience=PATIENT)
+
+
+def test_an_endpoint_cannot_fill_connection_tracking(net: AgentHost) -> None:
+    net.ctl("config", "felix", "MaxConnections", "512")
+    for name in "ab":
+        net.profile(name, inbound=[ALLOW])
+        net.set_profiles(name, name)
+    net.sync()
+    run("conntrack", "-F")  # those from before the change may be in lists that count no more
+
+    def flood(namespace: str, target: str) -> None:
+        with inside(namespace, lambda: socket.socket(family_of(target), socket.SOCK_DGRAM)) as sender:
+            for port in range(10000, 11000):
+                with contextlib.suppress(ConnectionRefusedError):
+                    sender.sendto(b"x", (target, port))
+
+    def held(address: str) -> int:
+        version = "ipv6" if ":" in address else "ipv4"
+        return len(run("conntrack", "-L", "-f", version, "-p", "udp", "--orig-src", address).out.splitlines())
+
+    # to other endpoints, beyond, and to the host; before and after the agent is started again
+    for target in (B4, BEYOND6, HOST6):
+        flood("a", target)
+    net.start_agent()
+    for target in (B6, BEYOND, HOST):
+        flood("a", target)
+    assert 256 < held(A4) + held(A6) <= 512
+    assert not udp("a", "b", B4, 81) and udp("b", "a", A4, 81, patience=PATIENT), "others go on"
+    wait_for(lambda: f"({net.interface('a')}) are dropped" in net.ctl("status").out, "the report", 20)
+    assert f"({net.interface('b')})" not in net.ctl("status").out
+
+    # room again
+    run("conntrack", "-D", "--orig-src", A4)
+    run("conntrack", "-D", "-f", "ipv6", "--orig-src", A6)
+    wait_for(lambda: udp("a", "b", B4, 81), "the end of the limit", 10)

@@ -85,32 +85,35 @@ class FakeNft:
 
     def _run(self, objects: dict[str, list[str]], line: str) -> None:
         verb, kind, family, *words = line.split(" ", 5)
-        name = f"{family} calico {words[1]}" if len(words) > 1 else f"{family} {words[0]}"
+        name = f"{family} {words[0]} {words[1]}" if len(words) > 1 else f"{family} {words[0]}"
         rest = words[2] if len(words) > 2 else ""
         if (verb, kind) == ("add", "table"):
             objects.setdefault(f"table {name}", [])
         elif (verb, kind) == ("delete", "table"):
             self._get(objects, f"table {name}")
-            for object in [object for object in objects if f" {name}" in object]:
+            for object in [object for object in objects if f" {name} " in f"{object} "]:
                 del objects[object]
         elif verb == "add" and kind in ("set", "map"):
-            self._get(objects, f"table {family} calico")
+            self._get(objects, f"table {family} {words[0]}")
             objects.setdefault(f"set {name}", [])
         elif (verb, kind) == ("add", "counter"):
             objects.setdefault(f"counter {name}", [])
         elif (verb, kind) == ("add", "chain"):
-            self._get(objects, f"table {family} calico")
+            self._get(objects, f"table {family} {words[0]}")
             objects.setdefault(f"chain {name}", [])
+        elif (verb, kind) == ("flush", "table"):
+            for object in [object for object in objects if object.startswith(f"chain {name} ")]:
+                objects[object].clear()
         elif (verb, kind) == ("flush", "chain"):
             self._get(objects, f"chain {name}").clear()
         elif (verb, kind) == ("add", "rule"):
-            self._check_references(objects, family, rest)
+            self._check_references(objects, f"{family} {words[0]}", rest)
             self._get(objects, f"chain {name}").append(rest)
         elif kind == "element":
             elements = self._get(objects, f"set {name}")
             for element in rest.strip("{ }").split(", "):
                 if verb == "add":
-                    self._check_references(objects, family, element)
+                    self._check_references(objects, f"{family} {words[0]}", element)
                     key = element.partition(" : ")[0]
                     if any(there.partition(" : ")[0] == key and there != element for there in elements):
                         raise NftError(f"nftables refused a change: {element} is there with another value")
@@ -136,9 +139,9 @@ class FakeNft:
         names = re.findall(r"@(?!th,)(\S+)|\b(?:jump|goto) ([^\s,}]+)", text)
         return [one or other for one, other in names]
 
-    def _check_references(self, objects: dict[str, list[str]], family: str, text: str) -> None:
+    def _check_references(self, objects: dict[str, list[str]], table: str, text: str) -> None:
         for name in self._references(text):
-            if f"set {family} calico {name}" not in objects and f"chain {family} calico {name}" not in objects:
+            if f"set {table} {name}" not in objects and f"chain {table} {name}" not in objects:
                 raise NftError(f"nftables refused a change: no such set or chain: {name}")
 
 

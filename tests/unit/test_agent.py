@@ -20,6 +20,7 @@ from calicoctl.errors import CalicoError
 from calicoctl.felix import agent as module
 from calicoctl.felix import events, network_monitor, process
 from calicoctl.felix.agent import RESYNC_INTERVAL, TICK, Agent, Drivers
+from calicoctl.felix.dataplane import connection_limit
 from calicoctl.felix.dataplane.conntrack import Connection
 from calicoctl.felix.dataplane.manager import Manager
 from calicoctl.felix.dataplane.policy_manager import BACKOFF
@@ -173,6 +174,7 @@ def test_at_the_start_the_host_forwards_when_policy_is_there_and_denied_connecti
         f"end {OUTSIDE}",
         "nft",  # the fast path
         "host forward",
+        "nft",  # the limit of connections
         "route cali1",
         "report set",
         "keeper start",
@@ -248,7 +250,7 @@ def test_nothing_is_routed_while_the_tables_cannot_be_programmed(world: AgentWor
 
 
 def test_while_the_store_is_not_ready_everything_stays_and_lost_tables_are_restored(world: AgentWorld) -> None:
-    before = world.nft.objects
+    before = {name: object for name, object in world.nft.objects.items() if connection_limit.TABLE not in name}
     deny = world.store.profile_changes("web")
     assert world.step(world.store.change(READY, "false"), *deny, world.store.endpoint_change(1)) == []
     world.nft.flush_ruleset()

@@ -1,0 +1,131 @@
+"""Limits how many tracked connections each endpoint has: one alone could fill the host's connection tracking.
+
+The kernel counts, in a table of its own, which is not reloaded with the others: a reload would begin to count anew.
+Counted is what an endpoint starts, when policy has accepted it, and whatever its destination is. To count a connection,
+the kernel looks up all others in the same list; so an endpoint has not one list, but many short ones, chosen by address
+and ports. If a list is full, the endpoint's new connections are dropped for a moment without counting.
+"""
+
+from __future__ import annotations
+
+import logging
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from calicoctl.datastore.keys import INTERFACE_PREFIX
+from calicoctl.desired.snapshot import Dirty
+from calicoctl.errors import CalicoError
+from calicoctl.felix.dataplane.manager import Context, Manager
+from calicoctl.felix.events import Failure, TablesChanged, Tick
+from calicoctl.output import first_few
+
+if TYPE_CHECKING:
+    from calicoctl.felix.dataplane.nft import Nft
+
+log = logging.getLogger("calico.felix")
+
+TABLE = "calico-connections"
+
+LIST = 256
+"""Connections in a list. Elements keep the limit that they were created with, so it is the same for all settings."""
+
+_PROTOCOLS = "{ icmp, tcp, udp, dccp, ipv6-icmp, sctp, udplite }"
+"""Protocols whose first 32 bits differ between connections of the same two addresses."""
+
+_LISTS = """
+add table inet TABLE
+add counter inet TABLE refusals
+add set inet TABLE lists { type ifname . mark; size 1048576; flags dynamic; }
+add set inet TABLE paused { type ifname; size 65536; flags dynamic,timeout; timeout 50ms; }
+add set inet TABLE refused { type ifname; size 65536; flags dynamic,timeout; timeout 1m; }
+add chain inet TABLE refuse
+add chain inet TABLE pause
+add chain inet TABLE count
+add chain inet TABLE forward { type filter hook forward priority filter - 9; policy accept; }
+add chain inet TABLE to-host { type filter hook input priority filter - 9; policy accept; }
+flush table inet TABLE
+add rule inet TABLE refuse update @refused { iifname } counter name refusals drop
+add rule inet TABLE pause update @paused { iifname } goto refuse
+add rule inet TABLE count iifname @paused goto refuse
+add rule inet TABLE count meta l4proto PROTOCOLS add @lists { iifname . jhash ip daddr . @th,0,32 mod COUNT FULL
+add rule inet TABLE count meta l4proto PROTOCOLS add @lists { iifname . jhash ip6 daddr . @th,0,32 mod COUNT FULL
+add rule inet TABLE count meta l4proto != PROTOCOLS add @lists { iifname . 0 FULL
+add rule inet TABLE forward iifname "PREFIX*" ct status & confirmed == 0 goto count
+add rule inet TABLE to-host iifname "PREFIX*" ct status & confirmed == 0 goto count
+"""
+"""Evaluated after policy, which has priorities up to -10. A connection that is not confirmed is a new one."""
+
+REMOVE = f"add table inet {TABLE}\ndelete table inet {TABLE}\n"
+"""The commands that delete the table, whether it exists or not."""
+
+
+def commands(largest: int) -> str:
+    """Return the commands that create the table, or change it and keep what is counted; `largest` is LIST or more."""
+    text = _LISTS.replace("FULL", "ct count over LIST } goto pause").replace("LIST", str(LIST))
+    text = text.replace("COUNT", str(largest // LIST)).replace("PROTOCOLS", _PROTOCOLS)
+    return text.replace("TABLE", TABLE).replace("PREFIX", INTERFACE_PREFIX)
+
+
+class ConnectionLimit(Manager):
+    """Keeps the table as the setting MaxConnections has it, and reports endpoints that have reached the limit."""
+
+    def __init__(self, context: Context, nft: Nft) -> None:
+        self._context = context
+        self._nft = nft
+        self._loaded: int | None = None
+        """The limit in the table; None if the table is to be loaded."""
+        self._due = False
+        self._refusals = 0
+        """What the table's counter had when it was read last."""
+
+    def on_event(self, event: Any) -> None:
+        if isinstance(event, Dirty):
+            if self._loaded != self._context.snapshot.max_connections:
+                self._loaded = None
+        elif isinstance(event, TablesChanged):
+            if event.names & {"", TABLE}:
+                self._loaded = None
+        elif isinstance(event, Tick):
+            self._due = True
+
+    @property
+    def needs_apply(self) -> bool:
+        return self._due or self._loaded is None
+
+    def apply(self) -> None:
+        """Load the table, if it must be. A kernel that cannot count has policy all the same, without this limit."""
+        if self._loaded is None and (self._due or "connection limit" not in self._context.health.failures):
+            self._load()
+        if self._due:
+            self._due = False
+            with suppress(OSError):  # read again at the next Tick
+                self._report()
+
+    def _load(self) -> None:
+        largest, why = self._context.snapshot.max_connections, None
+        try:
+            self._nft.run(commands(largest))
+            self._loaded = largest
+        except CalicoError as error:
+            why = f"the connections of endpoints are not limited: {error}"
+        self._context.health.record(Failure(why, "connection limit"))
+
+    def _report(self) -> None:
+        now = self._nft.counters(TABLE).get("refusals", 0)
+        # a table that was loaded anew begins at 0
+        self._context.health.refused_connections += now - self._refusals if now >= self._refusals else now
+        self._refusals = now
+        snapshot, why = self._context.snapshot, None
+        interfaces = {key.rstrip(b"\0").decode(errors="replace") for key in self._nft.keys(TABLE, "refused")}
+        names = sorted(
+            f"{snapshot.endpoints[id].workload_name or id.workload} ({endpoint.interface})"
+            for id, endpoint in snapshot.local.items()
+            if endpoint.interface in interfaces and id in snapshot.endpoints
+        )
+        if names:
+            why = (
+                f"new connections of {first_few(names)} are dropped: an endpoint may have {snapshot.max_connections} "
+                "at a time. Find out what they are ('conntrack -L -s ADDRESS'), or raise the number ('calicoctl config "
+                "felix MaxConnections NUMBER')"
+            )
+        self._context.health.record(Failure(why, "connections"))

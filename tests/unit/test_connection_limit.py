@@ -1,0 +1,73 @@
+"""The limit of connections follows its setting; a kernel without it is reported, and so is who has reached it."""
+
+from __future__ import annotations
+
+from calicoctl.desired.snapshot import Dirty
+from calicoctl.felix.dataplane.connection_limit import TABLE, ConnectionLimit
+from calicoctl.felix.events import TablesChanged, Tick
+from tests.unit.kernel import FakeNft
+from tests.unit.snapshots import World
+
+
+class LimitWorld(World):
+    def __init__(self) -> None:
+        super().__init__()
+        self.nft = FakeNft([])
+        self.manager = ConnectionLimit(self.context, self.nft)  # type: ignore[arg-type]
+
+    def step(self, event: object) -> str:
+        """Handle an event; return what fails."""
+        self.manager.on_event(event)
+        if self.manager.needs_apply:
+            self.manager.apply()
+        return "; ".join(failure["error"] for failure in self.health.failures.values())
+
+    def lists(self) -> str:
+        return self.nft.objects[f"chain inet {TABLE} count"][1]
+
+
+def test_the_number_of_lists_follows_the_setting_and_what_is_counted_stays() -> None:
+    world = LimitWorld()
+    assert not world.step(Dirty(settings=True)) and "mod 64 ct count over 256 }" in world.lists()
+    world.nft.objects[f"set inet {TABLE} lists"].append("a list")
+    world.store.put("/calico/v1/config/MaxConnections", "1000")
+    assert not world.step(Dirty(settings=True)) and "mod 3 ct count over 256 }" in world.lists()
+    assert world.nft.objects[f"set inet {TABLE} lists"] == ["a list"]
+    assert not world.manager.needs_apply
+    for value in ("0", "many"):
+        world.store.put("/calico/v1/config/MaxConnections", value)
+        assert world.snapshot.max_connections == 16384 and world.snapshot.problems
+
+
+def test_it_is_loaded_again_when_another_process_has_changed_it() -> None:
+    world = LimitWorld()
+    world.step(Dirty())
+    world.step(TablesChanged(frozenset(["filter"])))
+    assert len(world.nft.transactions) == 1
+    world.nft.flush_ruleset()
+    world.step(TablesChanged(frozenset([TABLE])))
+    assert "mod 64" in world.lists()
+
+
+def test_a_kernel_that_cannot_count_is_reported_and_asked_again_now_and_then() -> None:
+    world = LimitWorld()
+    world.nft.refusals = 2
+    assert "not limited" in world.step(Dirty()) and world.step(Dirty())
+    assert len(world.nft.transactions) == 1
+    assert world.step(Tick())
+    assert not world.step(Tick())
+
+
+def test_endpoints_that_have_reached_the_limit_are_named() -> None:
+    world = LimitWorld()
+    world.store.endpoint(1, "10.0.0.1")
+    world.store.endpoint(2, "10.0.0.2")
+    world.step(Dirty())
+    world.nft.counted["refusals"] = 5
+    world.nft.objects[f"set inet {TABLE} refused"] = ['"cali2"', '"cali3"']
+    text = world.step(Tick())
+    assert "of web (cali2) are dropped" in text and "16384 at a time" in text
+    assert world.health.refused_connections == 5
+    world.nft.counted["refusals"] = 2  # the table was loaded anew
+    world.nft.objects[f"set inet {TABLE} refused"] = []
+    assert not world.step(Tick()) and world.health.refused_connections == 7
