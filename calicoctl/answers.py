@@ -29,6 +29,10 @@ class Refused(http.client.HTTPException):
     """An answer is not read to its end: it is too large, or encoded in a way that was not asked for."""
 
 
+class TooLarge(Refused):
+    """An answer is larger than its bound."""
+
+
 class Bounds:
     """What an answer may take: `size` is in bytes, with its headers.
 
@@ -80,7 +84,7 @@ class Bounds:
         """Add bytes that were received; raise Refused if they are too many."""
         self._received += received
         if self._received > self.size:
-            raise Refused(f"the answer is larger than {self.size // 1024} KiB")
+            raise TooLarge(f"the answer is larger than {self.size // 1024} KiB")
 
 
 _bounds = threading.local()

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Callable, TypeVar
 from urllib.parse import quote
 
 from calicoctl import answers
-from calicoctl.datastore import etcd2_watch
+from calicoctl.datastore import etcd2_tree, etcd2_watch
 from calicoctl.datastore.etcd2_watch import Progress
 from calicoctl.datastore.members import (
     ConnectionLost,
@@ -108,7 +108,7 @@ class Etcd2Store:
             return None
 
     def tree(self, directory: str) -> list[Entry]:
-        return self.list_for_watch(directory)[0]
+        return [entry for entry in self.list_for_watch(directory)[0] if entry.problem is None]
 
     def names(self, directory: str) -> list[str]:
         import etcd
@@ -209,16 +209,9 @@ class Etcd2Store:
     def list_for_watch(self, directory: str) -> tuple[list[Entry], int]:
         import etcd
 
-        def read(client: etcd.Client, path: str) -> tuple[list[Entry], int]:
-            result = client.read(path, recursive=True, quorum=True)
-            entries = [_entry(leaf) for leaf in result.leaves if not leaf.dir]
-            reached = result.etcd_index  # python-etcd invents a revision if the header is missing
-            if not (result.dir or result.key == directory) or any(entry.revision > reached for entry in entries):
-                raise TypeError("something else than what was asked for")
-            return entries, reached + 1
-
         try:
-            return self._read(directory, read, directory=True)
+            read = self._read(directory, lambda client, path: etcd2_tree.read(client, directory), directory=True)
+            return read[0], read[1] + 1
         except etcd.EtcdKeyNotFound as error:
             reached = error.payload.get("index")
             if not isinstance(reached, int):

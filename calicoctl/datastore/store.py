@@ -27,12 +27,16 @@ class Entry:
     creation, and its v3 API does not. So `created` may only be used to decide which of two conflicting objects is the
     older one (endpoints that claim the same address, pools that overlap): this program writes these by `create` and
     `update` only. Nothing may break if a blind overwrite reverses their order.
+
+    `problem` says why what is at or below the key was not read; None if it was. Only `list_for_watch` returns such
+    entries.
     """
 
     key: str
     value: str
     revision: int
     created: int = 0
+    problem: str | None = None
 
 
 @dataclass(frozen=True)

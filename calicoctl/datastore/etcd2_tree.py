@@ -1,0 +1,125 @@
+"""Reads a directory of etcd's v2 API with all that is below it, however deep, many or large its keys are.
+
+Python's JSON parser is recursive, so one key some 500 levels deep would make an answer unreadable. Here, an answer is
+searched for its innermost objects, which are its keys and its empty directories; what is around them does not matter.
+If an answer is too large, each directory in it is asked for by itself, down to the depth of this program's keys.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+from calicoctl import answers
+from calicoctl.datastore.store import Entry
+
+if TYPE_CHECKING:
+    import etcd
+
+DEEPEST = 10
+"""How many parts a directory's path may have that is divided when the answer about it is too large: no key of Calico's
+has more."""
+
+_scan_string: Any = json.decoder.scanstring  # type: ignore[attr-defined]
+"""The function in C that finds the end of a string."""
+
+_SIGNIFICANT = re.compile('["{}]')
+
+
+def read(client: etcd.Client, directory: str) -> tuple[list[Entry], int]:
+    """Return all entries below a directory, and the revision that the store had when the first answer began.
+
+    For each directory below that is too large to be read, there is an Entry with a `problem`. Raises python-etcd's
+    exceptions, and KeyError, TypeError or ValueError for an answer that etcd would not give.
+    """
+    import etcd
+
+    entries: list[Entry] = []
+    reached: int | None = None
+    pending = [directory]
+    while pending:
+        path = pending.pop()
+        try:
+            nodes, index = _ask(client, path, recursive=True)
+        except etcd.EtcdKeyNotFound:
+            if reached is None:
+                raise
+            continue  # it was deleted meanwhile
+        except etcd.EtcdException as error:
+            if not _is_too_large(error):
+                raise
+            try:
+                if path.count("/") >= DEEPEST:
+                    raise
+                nodes, index = _ask(client, path, recursive=False)
+                pending += [node["key"] for node in nodes if node.get("dir") and node["key"] != path]
+            except etcd.EtcdKeyNotFound:
+                nodes, index = [], reached or 0
+            except etcd.EtcdException as again:
+                if reached is None or not _is_too_large(again):
+                    raise
+                why = "what is below it is too large, and not read"
+                nodes, index = [{"key": path, "modifiedIndex": 0, "createdIndex": 0, "problem": why}], reached or 0
+        entries += [_entry(node, path) for node in nodes if not node.get("dir")]
+        # a watch from here has all that is written while the others are read
+        reached = index if reached is None else reached
+    assert reached is not None, "there is at least one answer"
+    return entries, reached
+
+
+def _ask(client: etcd.Client, path: str, recursive: bool) -> tuple[list[dict[str, Any]], int]:
+    """Return the keys and the empty directories below a path, and the store's revision; python-etcd's exceptions."""
+    options = {"quorum": "true", **({"recursive": "true"} if recursive else {})}
+    answer = client.api_execute(client.key_endpoint + quote(path), "GET", params=options)
+    index = int(answer.headers["x-etcd-index"])
+    nodes = list(innermost(answer.data.decode("latin-1")))
+    if not nodes or any(node.get("modifiedIndex", 0) > index for node in nodes):
+        raise TypeError("something else than what was asked for")
+    return nodes, index
+
+
+def innermost(text: str) -> Iterator[dict[str, Any]]:
+    """Yield the objects in a JSON text that contain no other objects; raise ValueError unless its braces match.
+
+    `text` is UTF-8, decoded as Latin-1: so it takes a byte for a character, whatever characters are in it.
+    """
+    position = depth = 0
+    begin: int | None = None
+    while (match := _SIGNIFICANT.search(text, position)) is not None:
+        position = match.end()
+        character = match[0]
+        if character == '"':
+            _, position = _scan_string(text, position, True)
+        elif character == "{":
+            begin = position - 1
+            depth += 1
+        else:
+            depth -= 1
+            if begin is not None:
+                yield json.loads(text[begin:position].encode("latin-1"))
+            begin = None
+            if depth < 0:
+                break
+    if depth != 0:
+        raise ValueError("the JSON is not whole")
+
+
+def _entry(node: dict[str, Any], path: str) -> Entry:
+    key, value = node["key"], node.get("value") or ""
+    revision, created = node["modifiedIndex"], node["createdIndex"]
+    if not (isinstance(key, str) and (key + "/").startswith(path + "/")):
+        raise TypeError("something else than what was asked for")
+    if not (isinstance(value, str) and isinstance(revision, int) and isinstance(created, int)):
+        raise TypeError(f"{key[:100]} is no key of etcd's")
+    return Entry(key, value, revision, created, node.get("problem"))
+
+
+def _is_too_large(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, answers.TooLarge):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

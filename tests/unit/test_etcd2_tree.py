@@ -1,0 +1,105 @@
+"""A directory of etcd is read with all that is below it, whatever the depth and the size of single keys."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import pytest
+
+from calicoctl.datastore import etcd2
+from calicoctl.datastore.etcd2 import Etcd2Store
+from calicoctl.datastore.etcd2_tree import innermost
+from calicoctl.datastore.settings import EtcdSettings
+from calicoctl.errors import StoreError
+from tests.unit.rogue_server import Client, Server, answer, serving
+
+REVISION = 5
+
+
+class FakeEtcd:
+    """Answers GET requests for a directory as etcd's v2 API does, from a dict of keys and values."""
+
+    def __init__(self, keys: dict[str, str]) -> None:
+        self.keys = keys
+
+    def __call__(self, client: Client, line: str) -> None:
+        url = urlsplit(line.split()[1])
+        path = unquote(url.path).replace("/v2/keys", "", 1)
+        client.send(answer(json_of(self.keys, path, "recursive" in parse_qs(url.query)).encode()))
+
+
+def json_of(keys: dict[str, str], path: str, recursive: bool) -> str:
+    """Return the answer as text, built without recursion."""
+    children: dict[str, set[str]] = {}
+    for key in keys:
+        while key != path and key.startswith(path + "/"):
+            parent = key.rpartition("/")[0]
+            children.setdefault(parent, set()).add(key)
+            key = parent
+    texts: dict[str, str] = {}
+    for key in sorted({path, *children, *(key for of in children.values() for key in of)}, key=len, reverse=True):
+        node: dict[str, Any] = {"key": key, "modifiedIndex": REVISION, "createdIndex": REVISION}
+        if key in keys:
+            texts[key] = json.dumps({**node, "value": keys[key]})
+            continue
+        shown = sorted(children.get(key, ())) if recursive or key == path else []
+        nodes = f', "nodes": [{", ".join(texts.pop(child) for child in shown)}]' if shown else ""
+        texts[key] = json.dumps({**node, "dir": True})[:-1] + nodes + "}"
+    return f'{{"action": "get", "node": {texts[path]}}}'
+
+
+def store_of(server: Server) -> Etcd2Store:
+    return Etcd2Store(EtcdSettings.from_environment({"ETCD_AUTHORITY": f"127.0.0.1:{server.port}"}), 0.1)
+
+
+@pytest.mark.parametrize("depth", [500, 20_000])
+def test_a_deep_key_does_not_keep_others_from_being_read(depth: int) -> None:
+    body = '{"key":"/d","dir":true,"nodes":[' * depth + '{"key":"/x","value":"{}[\\"\\\\"}' + "]}" * depth
+    assert list(innermost(body)) == [{"key": "/x", "value": '{}["\\'}]
+
+
+@pytest.mark.parametrize("body", ["{", '{"a": {}', "}", '{"a": "}', '{"a": {}}}'])
+def test_an_answer_that_is_not_whole_is_an_error(body: str) -> None:
+    with pytest.raises(ValueError):
+        list(innermost(body))
+
+
+def test_all_keys_are_read_with_their_values_and_revisions() -> None:
+    keys = {
+        "/calico/a": 'value with {"braces"}',
+        "/calico/b/c": "é€😀",
+        "/calico/b/d/e": "",
+        "/calico" + "/x" * 600: "1",
+    }
+    with serving(FakeEtcd(keys)) as server:
+        entries, revision = store_of(server).list_for_watch("/calico")
+    assert {entry.key: entry.value for entry in entries} == keys
+    assert {(entry.revision, entry.created) for entry in entries} == {(REVISION, REVISION)}
+    assert revision == REVISION + 1
+
+
+def test_what_is_too_large_is_left_out_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(etcd2, "LARGEST_DIRECTORY", 20_000)
+    flood = {f"/calico/v1/flood/{number}": "x" * 400 for number in range(100)}
+    deep = {"/calico/v1/deep" + f"/{'d' * 50}" * 40 + "/x": "x" * 500}
+    sound = {"/calico/v1/a": "1", "/calico/v1/deep/b": "2", "/calico/bgp/c/d": "3"}
+    with serving(FakeEtcd({**flood, **deep, **sound})) as server:
+        entries, revision = store_of(server).list_for_watch("/calico")
+        seen = store_of(server).tree("/calico")
+    assert {entry.key: entry.value for entry in entries if entry.problem is None} == sound
+    skipped = {entry.key for entry in entries if entry.problem is not None}
+    assert "/calico/v1/flood" in skipped and len(skipped) == 2
+    assert {entry.key for entry in seen} == sound.keys()
+    assert revision == REVISION + 1
+
+
+def test_a_directory_that_cannot_be_read_at_all_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise, the agent would take the store for empty."""
+    monkeypatch.setattr(etcd2, "LARGEST_DIRECTORY", 20_000)
+    with (
+        serving(FakeEtcd({f"/calico/{number}": "x" * 400 for number in range(100)})) as server,
+        pytest.raises(StoreError, match="larger than"),
+    ):
+        store_of(server).list_for_watch("/calico")
