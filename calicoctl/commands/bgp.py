@@ -89,6 +89,8 @@ def _remove_peer(name: str, of_this_host: bool) -> None:
 def _add_peer(address: IPAddress, as_num: str, of_this_host: bool) -> None:
     host = hostname() if of_this_host else None
     datastore = DatastoreClient.from_environment()
+    if of_this_host and str(address) in datastore.hosts.own_addresses():
+        raise CalicoError(f"{address} is an address of this host, which cannot have a BGP session with itself.")
     before = datastore.put_bgp_peer(Peer(str(address), as_num), host)
     if before is None:
         print(f"BGP peer {address} with AS number {as_num} is set")
@@ -137,6 +139,11 @@ def _default_node_as(as_num: str | None, as_json: bool) -> None:
     if as_num is not None:
         datastore.set(keys.BGP_AS_NUM, as_num)
     now = datastore.hosts.default_as_num()
+    stored = datastore.setting(keys.BGP_AS_NUM)
+    try:
+        parse_as_number(now if stored is None else stored)
+    except CalicoError as error:
+        warn(f"Warning: the stored value is invalid, and agents use {now}: {printable(str(error))}")
     if as_json:
         print_json({"as_num": now})
     else:

@@ -79,7 +79,7 @@ from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.config import RESERVED, Setting, settings_of
 from calicoctl.errors import CalicoError, NotFound, about, printable
 from calicoctl.grammar import Prepared, parse
-from calicoctl.output import print_json, wants_json
+from calicoctl.output import print_json, wants_json, warn
 
 
 def prepare(argv: list[str]) -> Prepared:
@@ -119,6 +119,12 @@ def _config(setting: Setting, arguments: dict[str, Any]) -> None:
     elif value is not None:
         datastore.set(key, value)
     now = datastore.setting(key)
+    if now is not None and setting.default is not None and not (felix or of_node):
+        try:
+            setting.check(now)
+        except CalicoError as error:
+            warn(f"Warning: the stored value '{printable(now)}' is invalid, and agents use {setting.default}: {error}")
+            now = None
     if now is None:
         now = setting.default
     if as_json:

@@ -116,8 +116,12 @@ class Hosts:
         return _Reports(self._store.tree(keys.FELIX_HOSTS if host is None else keys.felix_host(host))).status
 
     def default_as_num(self) -> str:
-        """Return the AS number of hosts that have no AS number of their own."""
-        return self._text(keys.BGP_AS_NUM) or DEFAULT_AS_NUMBER
+        """Return the AS number of hosts that have no AS number of their own: as for agents, not an invalid one."""
+        from calicoctl.addresses import parse_as_number
+
+        with suppress(CalicoError):
+            return parse_as_number(self._text(keys.BGP_AS_NUM) or DEFAULT_AS_NUMBER)
+        return DEFAULT_AS_NUMBER
 
     def addresses(self, version: int | None = None) -> dict[str, str]:
         """Return canonical address -> host, for all registered hosts; with `version`, for that IP version only.

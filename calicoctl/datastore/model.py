@@ -296,7 +296,10 @@ class Peer:
         data = load_object(text, key)
         try:
             ip = str(parse_address(str(data.pop("ip", None))))
-            as_num = parse_as_number(str(data.pop("as_num", None)))
+            stored = data.pop("as_num", None)
+            if not isinstance(stored, (str, int)):  # a number like 1.5 would be read as asdot
+                raise CalicoError(f"'{stored}' is not a valid AS number: it must be a text or a whole number")
+            as_num = parse_as_number(str(stored))
         except CalicoError as error:
             raise InvalidValue(key, str(error)) from None
         return cls(ip, as_num, data)

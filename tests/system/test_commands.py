@@ -175,6 +175,11 @@ def test_bgp_peers(host: Host, words: tuple[str, ...]) -> None:
     refused(host, *words, "peer", "add", "192.0.2.3", "as", "65536.1", because="AS number")
     refused(host, *words, "peer", "add", "224.0.0.5", "as", "1", because="not for hosts")
     refused(host, *words, "peer", "add", "192.0.2", "as", "1", because="IP address")
+    host.etcd.put("/calico/bgp/v1/host/host1/ip_addr_v4", "192.0.2.9")
+    if words[0] == "node":
+        refused(host, *words, "peer", "add", "192.0.2.9", "as", "1", because="a BGP session with itself")
+    else:
+        host.ctl(*words, "peer", "add", "192.0.2.9", "as", "1")
 
 
 def test_the_mesh_and_the_default_as_number(host: Host) -> None:
@@ -186,6 +191,13 @@ def test_the_mesh_and_the_default_as_number(host: Host) -> None:
     assert host.etcd.get("/calico/bgp/v1/global/as_num") == "65536"
     assert json.loads(host.ctl("bgp", "default-node-as", "--output=json").out) == {"as_num": "65536"}
     refused(host, "bgp", "default-node-as", "0", because="AS number")
+    for command, key, value, used in (
+        (("bgp", "default-node-as"), "as_num", "0", "64511"),
+        (("config", "bgp", "HoldTime"), "HoldTime", "1", "30"),
+    ):
+        host.etcd.put(f"/calico/bgp/v1/global/{key}", value)
+        shown = host.ctl(*command)
+        assert shown.out == f"{used}\n" and "invalid, and agents use" in shown.err
 
 
 def test_settings(host: Host) -> None:

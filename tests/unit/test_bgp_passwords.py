@@ -96,7 +96,9 @@ def test_what_is_no_file_is_refused(tmp_path: Path, file: Path) -> None:
     assert "has more than" in read(file).problem
     file.unlink()
     file.symlink_to(tmp_path / "elsewhere")
-    assert read(file) == Passwords(), "a link to nothing is no file yet"
+    assert not read(file).known and "to a file that does not exist" in read(file).problem
+    kept = read(file, Passwords({}, SECRET))
+    assert (kept.mesh, kept.known) == (SECRET, True) and "stay in use" in kept.problem
 
 
 def test_the_file_is_read_again_only_when_it_has_changed(file: Path) -> None:

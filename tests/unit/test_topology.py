@@ -80,6 +80,8 @@ def test_peers_are_the_global_ones_and_those_of_this_host(store: Store) -> None:
     assert {peer.ip for peer in topology.peers.values()} == {"172.18.0.254", "fd00:18::fe"}
     store.put(f"{BGP}/global/peer_v4/172.18.0.254", {"ip": "224.0.0.1", "as_num": "64512"})
     assert {peer.ip for peer in topology.peers.values()} == {"fd00:18::fe"} and len(store.snapshot.problems) == 1
+    store.put(f"{BGP}/global/peer_v4/172.18.0.254", {"ip": "172.18.0.254", "as_num": 64512.0})
+    assert len(topology.peers) == 1 and len(store.snapshot.problems) == 1, "it is not 64512 times 65536"
     assert topology.peers_without_session(6) == [], "the host is not registered"
     store.put(f"{BGP}/host/host1/ip_addr_v4", "172.18.0.11")
     assert topology.peers_without_session(6) == ["fd00:18::fe"], "a global peer may be for other hosts"

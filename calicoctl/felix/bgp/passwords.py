@@ -66,6 +66,8 @@ def read(path: Path = PATH, before: Passwords | None = None) -> Passwords:
     try:
         found = os.stat(path)
     except FileNotFoundError:
+        if path.is_symlink():
+            return _refused(before, f"{path} is a symbolic link to a file that does not exist", None)
         return before if before is not None and before.stamp is None and before.problem is None else Passwords()
     except OSError as error:
         return _refused(before, f"{path} cannot be read: {error.strerror}", None)
