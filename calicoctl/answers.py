@@ -149,7 +149,7 @@ class _CountedFile(io.RawIOBase):
     """What comes from a socket. Unlike socket.SocketIO, it can be read again after a timeout."""
 
     def __init__(self, sock: Any, bounds: Bounds) -> None:
-        self._socket = sock
+        self.sock = sock  # by this name, docker-py closes it
         self._timeout = sock.gettimeout()
         self._open = sock.makefile("rb", buffering=0)  # the socket stays open as long as this is
         self._bounds = bounds
@@ -158,14 +158,14 @@ class _CountedFile(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        self._socket.settimeout(self._bounds.left())
-        count = int(self._socket.recv_into(buffer))
+        self.sock.settimeout(self._bounds.left())
+        count = int(self.sock.recv_into(buffer))
         self._bounds.count(count)
         return count
 
     def close(self) -> None:
         if not self.closed:
             with suppress(OSError):  # it may be closed already
-                self._socket.settimeout(self._timeout)  # the next request may use it
+                self.sock.settimeout(self._timeout)  # the next request may use it
             self._open.close()
         super().close()

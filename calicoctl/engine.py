@@ -1,12 +1,20 @@
-"""The only client of the Docker Engine: finds it as Docker's own tools do, and converts errors to CalicoErrors."""
+"""The only client of the Docker Engine: finds it as Docker's own tools do, and converts errors to CalicoErrors.
+
+Answers are bounded in time and size (answers.py), are neither redirected nor encoded, and have the shape that callers
+rely on: what has another one is an error like no answer.
+"""
 
 from __future__ import annotations
 
+import http.client
+import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
+from calicoctl import answers
 from calicoctl.errors import DockerNotRunning, DockerUnavailable, NoSuchContainer, redact_userinfo
 
 SOCKET = "unix:///var/run/docker.sock"
@@ -15,7 +23,16 @@ SCHEMES = ("unix", "http+unix", "tcp", "http", "https")
 """The URL schemes that DOCKER_HOST may have. Source: docker.utils.parse_host."""
 
 TIMEOUT = 20
-"""Seconds to wait for an answer of the Docker Engine."""
+"""Seconds to wait for the beginning of an answer of the Docker Engine."""
+
+LARGEST = 32 * answers.MiB
+"""Bytes of an answer. The list of 10,000 containers takes about 25 MiB."""
+
+LARGEST_EVENT = answers.MiB
+"""Bytes of an event: it contains the labels of its container."""
+
+CHANGES = ("start", "die", "destroy", "rename")
+"""The events of containers that matter here."""
 
 
 def may_be_there() -> bool:
@@ -26,14 +43,62 @@ def may_be_there() -> bool:
 
 def info() -> dict[str, Any]:
     """Return the engine's own description, as `docker info` shows it; raise DockerUnavailable."""
-    with client("about itself") as docker:
-        return docker.info()  # type: ignore[no-any-return]
+    with _client("about itself") as docker:
+        return _checked(docker.info(), {})  # type: ignore[no-any-return]
 
 
 def containers() -> list[dict[str, Any]]:
-    """Return all containers, running or not, as the engine lists them; raise DockerUnavailable."""
-    with client("for its containers") as docker:
-        return docker.containers(all=True)  # type: ignore[no-any-return]
+    """Return all containers, running or not, as the engine lists them; raise DockerUnavailable.
+
+    `Id` and `State` are texts, `Names` is a list of texts, or missing.
+    """
+    with _client("for its containers") as docker:
+        return _listed(docker)
+
+
+def inspect(name: str) -> dict[str, Any]:
+    """Return what the engine knows of a container; raise NoSuchContainer or DockerUnavailable.
+
+    `Id`, `Name` and `NetworkMode` in `HostConfig` are texts; `Pid` in `State` is a number, `Running` true or false.
+    """
+    with _client(f"about {name}") as docker:
+        shape = {"Id": _ID, "Name": str, "State": {"Running": bool, "Pid": int}, "HostConfig": {"NetworkMode": str}}
+        return _checked(docker.inspect_container(name), shape)  # type: ignore[no-any-return]
+
+
+@contextmanager
+def followed(since: int) -> Iterator[tuple[list[dict[str, Any]], Iterator[Any]]]:
+    """Yield all containers, and then their changes: the events in CHANGES, of whatever shape, as they come.
+
+    The events begin at `since` (seconds since 1970). An event of more than LARGEST_EVENT ends them. Raises
+    DockerUnavailable, also from the iterator.
+    """
+    with _client("for its events") as docker, answers.bounded(LARGEST_EVENT) as bounds:
+        parts = docker.events(since=since, filters={"type": "container", "event": list(CHANGES)}, decode=False)
+        try:
+            with answers.bounded(LARGEST):
+                listed = _listed(docker)
+            yield listed, _events(parts, bounds)
+        finally:
+            with suppress(OSError):  # the engine may have ended it
+                parts.close()
+
+
+def _events(parts: Iterable[bytes], bounds: answers.Bounds) -> Iterator[Any]:
+    """Decode the events of an answer that comes in parts. It may be quiet for any time."""
+    bounds.renew(None)
+    pending = bytearray()
+    for part in parts:
+        bounds.renew(None)
+        pending += part
+        if b"\n" in part:
+            *whole, rest = bytes(pending).split(b"\n")
+            pending = bytearray(rest)
+            for event in whole:
+                if event.strip():
+                    yield json.loads(event)
+        if len(pending) > LARGEST_EVENT:
+            raise ValueError(f"an event of more than {LARGEST_EVENT} bytes")
 
 
 def forwards(ipv6: bool) -> bool:
@@ -42,16 +107,55 @@ def forwards(ipv6: bool) -> bool:
     Returns False if no engine is running. Raises DockerUnavailable if an engine is running, but does not answer.
     """
     try:
-        with client("for its networks", timeout=5) as docker:
-            networks = docker.networks()
+        with _client("for its networks", timeout=5) as docker:
+            networks = _checked(docker.networks(), [{}])
     except DockerNotRunning:
         return False
     of_its_own = [network for network in networks if network.get("Driver") not in ("host", "null")]
     return any(network.get("EnableIPv6") for network in of_its_own) if ipv6 else bool(of_its_own)
 
 
+_ID = re.compile("[0-9a-f]{1,64}")
+"""Ids of containers, which become parts of keys and paths."""
+
+
+def is_id(value: Any) -> bool:
+    """Return whether a value of JSON can be the id of a container."""
+    return isinstance(value, str) and _ID.fullmatch(value) is not None
+
+
+def _listed(docker: Any) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = _checked(docker.containers(all=True), [{"Id": _ID, "State": str}])
+    for container in found:
+        _checked(container.get("Names") or [], [str])
+    return found
+
+
+def _checked(value: Any, shape: Any) -> Any:
+    """Return a value of JSON; raise ValueError unless it has a shape.
+
+    A shape is a type, _ID, a list with the shape of all its items, or an object with the shapes of some
+    of its values.
+    """
+    if isinstance(shape, type):
+        fits = type(value) is shape
+    elif shape is _ID:
+        fits = is_id(value)
+    else:
+        fits = isinstance(value, type(shape))
+    if not fits:
+        raise ValueError(f"{str(value)[:80]} is not what was asked for")
+    if isinstance(shape, list):
+        for item in value:
+            _checked(item, shape[0])
+    elif isinstance(shape, dict):
+        for key, part in shape.items():
+            _checked(value.get(key), part)
+    return value
+
+
 @contextmanager
-def client(what: str, timeout: int = TIMEOUT) -> Iterator[Any]:
+def _client(what: str, timeout: int | None = None) -> Iterator[Any]:
     """Connect to the Docker Engine, and yield docker-py's APIClient; `what` completes the error "Cannot ask Docker …".
 
     Errors, including those in the body of `with`, are converted to NoSuchContainer or DockerUnavailable. `timeout` is
@@ -64,20 +168,24 @@ def client(what: str, timeout: int = TIMEOUT) -> Iterator[Any]:
             why = "DOCKER_HOST names an engine behind ssh, and only containers of this host can be connected"
         advice = f"Unset it, or set it to this host's engine, usually {SOCKET}."
         raise DockerUnavailable(f"Cannot ask Docker {what}: {why}. {advice}")
-    from docker.api.client import APIClient
     from docker.errors import APIError, DockerException, NotFound
     from docker.utils import kwargs_from_env
     from requests.exceptions import RequestException
+    from urllib3.exceptions import HTTPError
 
     try:
-        with APIClient(timeout=timeout, **kwargs_from_env()) as docker:
+        with answers.bounded(LARGEST), _api_client()(timeout=timeout or TIMEOUT, **kwargs_from_env()) as docker:
             yield docker
     except APIError as error:
         # not for every status 404: another server may answer instead of the engine
         if isinstance(error, NotFound) and "no such container" in str(error.explanation).lower():
             raise NoSuchContainer(f"No such container: {what.partition(' ')[2]}") from None
         raise DockerUnavailable(f"Docker refused the request {what}: {error.explanation or error}") from None
-    except (DockerException, RequestException, OSError, ValueError) as error:  # ValueError: an invalid DOCKER_HOST
+    except (
+        *(DockerException, RequestException, HTTPError, http.client.HTTPException, OSError, MemoryError),
+        ValueError,  # an invalid DOCKER_HOST, or another shape than was asked for
+        *(AttributeError, LookupError, RecursionError, TypeError),  # docker-py itself relies on the shape of answers
+    ) as error:
         where = os.environ.get("DOCKER_HOST") or SOCKET
         text = str(error)
         if "@" in where:
@@ -91,3 +199,21 @@ def client(what: str, timeout: int = TIMEOUT) -> Iterator[Any]:
             answer = " ".join(text.split())[:160].rstrip(".")
             hint = f"the server at {where} does not answer like a Docker Engine ({answer})"
         raise DockerUnavailable(f"Cannot ask Docker {what}: {hint}.") from None
+
+
+def _api_client() -> type[Any]:
+    """Return the class of docker-py's client, changed so that it follows no redirect, and takes texts for UTF-8.
+
+    requests would guess the encoding of an answer that does not say it, which takes long for a large one.
+    """
+    from docker.api.client import APIClient
+
+    class Client(APIClient):  # type: ignore[misc]
+        def request(self, method: str, url: str, **options: Any) -> Any:
+            options["headers"] = {**(options.get("headers") or {}), "Accept-Encoding": "identity"}
+            options["timeout"] = options.get("timeout") or self.timeout  # events have none; see _events
+            answer = super().request(method, url, **{**options, "allow_redirects": False})
+            answer.encoding = "utf-8"
+            return answer
+
+    return Client

@@ -85,7 +85,9 @@ SERVERS_KEPT = 600.0
 """Seconds for which an address of a member counts after its name has last been resolved to it: some DNS servers return
 a few of many addresses each time."""
 
-_CONTAINER_CHANGES = {"type": "container", "event": ["start", "die", "destroy", "rename"]}
+FLOOD, FLOOD_PERIOD = 1000, 10.0
+"""How many of Docker's events are taken within how many seconds. When there are more, they are not read any more until
+that time is over, and one list of all containers replaces them."""
 
 _NO_GATEWAYS = (PROTOCOL, netlink.OVERLAY_PROTOCOL, netlink.PROTOCOL_KERNEL)
 """The protocols of routes whose gateways do not matter: those of the agent lead to endpoints, and to other hosts."""
@@ -272,13 +274,14 @@ class EngineEvents(_Source):
         unavailable = False
         while True:
             try:
-                with engine.client("for its events") as docker:
-                    # from a moment ago, so that no change is lost between events and list
-                    changes = docker.events(since=int(time.time()) - 1, filters=_CONTAINER_CHANGES, decode=True)
-                    self._events.put(EngineListed(_listed(docker.containers(all=True))))
+                # from a moment ago, so that no change is lost between events and list
+                with engine.followed(int(time.time()) - 1) as (containers, changes):
+                    self._events.put(EngineListed(_listed(containers)))
                     unavailable = False
-                    for change in changes:
-                        self._events.put(container_changed(change))
+                    pause = self._emit_changes(changes)
+                if pause is not None:
+                    time.sleep(pause)
+                    continue
                 why = "the Docker Engine has ended"
             except Exception as error:  # of any kind: an end of this thread would end the agent
                 why = str(error) if isinstance(error, CalicoError) else f"Docker cannot be followed: {error!r}"
@@ -289,13 +292,38 @@ class EngineEvents(_Source):
             while not engine.may_be_there():  # many hosts have none
                 time.sleep(ENGINE_PAUSE)
 
+    def _emit_changes(self, changes: Iterable[Any]) -> float | None:
+        """Emit an event for each change until there are no more, or too many: then return how long to wait."""
+        began, count = time.monotonic(), 0
+        for change in changes:
+            now = time.monotonic()
+            if now - began > FLOOD_PERIOD:
+                began, count = now, 0
+            count += 1
+            if count > FLOOD:
+                log.info(
+                    "Docker sends more than %d events in %d s; listing its containers instead", FLOOD, FLOOD_PERIOD
+                )
+                return max(ENGINE_PAUSE, began + FLOOD_PERIOD - now)
+            event = container_changed(change)
+            if event is not None:
+                self._events.put(event)
+        return None
 
-def container_changed(change: dict[str, Any]) -> ContainerChanged:
-    """Translate one of the engine's events. Source: Docker Engine API, GET /events, versions 1.22 to 1.52.
 
-    Before 1.52, the container's id was given beside `Actor` as well.
+def container_changed(change: Any) -> ContainerChanged | None:
+    """Translate one of the engine's events; return None for one of another shape, or about something else.
+
+    Before API version 1.52, the container's id was given beside `Actor` as well.
+    Source: Docker Engine API, GET /events, versions 1.22 to 1.52.
     """
-    return ContainerChanged(change["Actor"]["ID"], removed=change["Action"] == "destroy")
+    try:
+        id, action = change["Actor"]["ID"], change["Action"]
+    except (LookupError, TypeError):
+        return None
+    if action not in engine.CHANGES or not engine.is_id(id):
+        return None
+    return ContainerChanged(id, removed=action == "destroy")
 
 
 def list_containers() -> dict[str, Container]:

@@ -334,8 +334,7 @@ def _name_of(id: str) -> str:
 def _inspect(name: str) -> dict[str, Any]:
     """Query the Docker Engine for a container. Raises NoSuchContainer or DockerUnavailable."""
     try:
-        with engine.client(f"about {name}") as docker:
-            return docker.inspect_container(name)  # type: ignore[no-any-return]
+        return engine.inspect(name)
     except (NoSuchContainer, DockerUnavailable) as error:
         path = f"/var/run/netns/{name}"
         if not os.path.exists(path):
