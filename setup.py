@@ -17,17 +17,26 @@ setup(
     license="Apache-2.0",
     packages=find_packages(include=["calicoctl", "calicoctl.*"]),
     python_requires=">=3.9",
+    # The floors are releases without known holes (osv.dev). For Python 3.9, there is none of urllib3 and requests; what
+    # is open in these is not reached here: see docs/security.md.
     install_requires=[
         "docopt>=0.6.2,<0.7",
         "python-etcd>=0.4.5,<0.5",
-        "urllib3>=1.26,<3",
-        "netaddr>=1.0,<2",
+        "urllib3>=2.8,<3; python_version>='3.10'",
+        "urllib3>=2.6.3,<3; python_version<'3.10'",
+        "netaddr>=1.2.1,<2",
         "pyroute2>=0.9.1,<0.10",
         "docker>=7.0,<8",
         "prettytable>=3.8,<4",
         "sdnotify>=0.3.2,<0.4",
         "prometheus_client>=0.16,<1",
-        "tqdm>=4.60,<5",
+        "tqdm>=4.66.3,<5",
+        # what the above bring along
+        "requests>=2.33,<3; python_version>='3.10'",
+        "requests>=2.32.4,<3; python_version<'3.10'",
+        "certifi>=2024.7.4",
+        "dnspython>=2.6.1,<3",
+        "idna>=3.15,<4",
     ],
     extras_require={
         "test": ["pytest>=7", "pytest-xdist>=3", "hypothesis>=6"],

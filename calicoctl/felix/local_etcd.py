@@ -11,13 +11,12 @@ import fcntl
 import http.client
 import os
 import socket
-import urllib.request
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
-from calicoctl import proc
+from calicoctl import answers, proc
 from calicoctl.datastore.settings import EtcdSettings
 from calicoctl.environment import STORE, EnvironmentFile
 from calicoctl.errors import CalicoError
@@ -267,13 +266,15 @@ class LocalEtcd:
 
     def _answers(self, path: str) -> bytes | None:
         """Return the body of the response to a GET request for a path, None if there is no response."""
+        import urllib3
+        import urllib3.exceptions
+
         try:
-            # without a proxy that the environment may name
-            opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-            with opener.open(f"{self.url}{path}", timeout=2) as answer:
-                return bytes(answer.read(2**16))
-        except (OSError, http.client.HTTPException, ValueError):
+            with answers.bounded(answers.MiB), urllib3.PoolManager(retries=False) as pool:
+                answer = pool.request("GET", f"{self.url}{path}", timeout=2, redirect=False)
+        except (urllib3.exceptions.HTTPError, http.client.HTTPException, OSError):
             return None
+        return answer.data if answer.status == 200 else None
 
 
 def _is_local(settings: EtcdSettings) -> bool:
