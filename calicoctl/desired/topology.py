@@ -84,6 +84,11 @@ class Topology:
         directory = f"{keys.bgp_peers(version, self.host)}/"
         return sorted(peer.ip for key, peer in self.peers.items() if key.startswith(directory))
 
+    def own_peers(self) -> list[str]:
+        """Return the BGP peers of this host that are its own registered addresses: there is no session with them."""
+        own = {self.own(4), self.own(6)}
+        return sorted(peer.ip for key, peer in self.peers.items() if f"/host/{self.host}/" in key and peer.ip in own)
+
     def inside(self) -> frozenset[str]:
         """Return the first address of each block of the other hosts."""
         blocks = (block for host, of_host in self.blocks.items() if host != self.host for block in of_host.values())

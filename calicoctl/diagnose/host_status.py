@@ -69,6 +69,9 @@ _NOTHING: dict[str, Any] = {
 }
 """All fields of a report, with the values that are used if there is no report."""
 
+_NO_ROOM = "Kernel MD5 auth"
+"""BIRD's error if the kernel takes no password (TCP_MD5SIG), usually since there are too many."""
+
 _LATER = ("bgp", "bird", "mtu")
 """Fields that reports of older agents lack."""
 
@@ -228,6 +231,10 @@ def _sessions(status: dict[str, Any]) -> Iterator[Issue]:
         text += f": with {first_few(_peer(session) for session in down)}"
         advice = "'calicoctl checksystem' names rules of this host's firewall that may drop them"
         yield Issue(BGP, text, f"'calicoctl node show' says which hosts' agents are alive, {advice}")
+    full = [_peer(session) for session in down if _NO_ROOM in (session["last_error"] or "")]
+    if full:
+        text = f"the kernel has no room for the password of the BGP session with {first_few(full)}"
+        yield Issue(BGP, text, "set net.core.optmem_max to 131072 with sysctl")
     suspicions: dict[str, list[str]] = {}
     for session in down:
         if session["suspicion"]:

@@ -434,7 +434,7 @@ class Agent:
         self._health.record(events.Failure(why, "registration"))
 
     def _check_peers(self) -> None:
-        """Record which peers of this host are of an IP version that it is not registered for."""
+        """Record which peers of this host are itself, or of an IP version that it is not registered for."""
         for version, option in ((4, "--ip"), (6, "--ip6")):
             peers, why = self._snapshot.topology.peers_without_session(version), None
             if peers:
@@ -443,6 +443,13 @@ class Agent:
                     f"IPv{version} address: register it with 'calicoctl node {option}=ADDRESS', and its other options"
                 )
             self._health.record(events.Failure(why, f"bgp peers of IPv{version}"))
+        peers, why = self._snapshot.topology.own_peers(), None
+        if peers:
+            why = (
+                f"BGP peer {first_few(peers)} is this host itself, so there is no session with it: remove it with "
+                f"'calicoctl node bgp peer remove {peers[0]}'"
+            )
+        self._health.record(events.Failure(why, "bgp peers that are this host"))
 
     def _apply_settings(self, dirty: Dirty) -> None:
         if dirty.settings:

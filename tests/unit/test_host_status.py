@@ -235,6 +235,13 @@ def test_bgp_sessions_are_told_one_a_line_and_do_not_fail(health: Health, capsys
     }
 
 
+def test_a_password_that_the_kernel_has_no_room_for_is_told(health: Health, capsys: pytest.CaptureFixture[str]) -> None:
+    session = Session("mesh4_10_0_0_1", "mesh", "10.0.0.1", "1", "Active", "x", error="Socket: Kernel MD5 auth failed")
+    health.bgp = events.BgpChanged(True, 7, True, (session,))
+    write(health)
+    assert "with 10.0.0.1; set net.core.optmem_max" in told(capsys)[0]
+
+
 def test_what_keeps_bgp_from_running_is_told(health: Health, capsys: pytest.CaptureFixture[str]) -> None:
     def line() -> str:
         write(health)

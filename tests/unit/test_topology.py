@@ -85,6 +85,13 @@ def test_peers_are_the_global_ones_and_those_of_this_host(store: Store) -> None:
     assert topology.peers_without_session(6) == [], "the host is not registered"
     store.put(f"{BGP}/host/host1/ip_addr_v4", "172.18.0.11")
     assert topology.peers_without_session(6) == ["fd00:18::fe"], "a global peer may be for other hosts"
+    assert topology.own_peers() == []
+    for place in ("global", "host/host1"):
+        store.put(f"{BGP}/{place}/peer_v4/172.18.0.11", {"ip": "172.18.0.11", "as_num": "64512"})
+        assert topology.own_peers() == ([] if place == "global" else ["172.18.0.11"])
+        assert topology.peers_without_session(4) == []
+    store.put(f"{BGP}/host/host1/peer_v4/172.18.0.11", None)
+    store.put(f"{BGP}/global/peer_v4/172.18.0.11", None)
     store.put(f"{BGP}/host/host1/peer_v4/172.18.0.1", {"ip": "172.18.0.1", "as_num": "64512"})
     store.put(f"{BGP}/host/host1/ip_addr_v6", "fd00:18::11")
     store.put(f"{BGP}/host/host1/ip_addr_v4", None)
