@@ -30,9 +30,10 @@ RTM_NEWNEIGH, RTM_DELNEIGH, RTM_GETNEIGH = 28, 29, 30
 _RTM_GETLINK, _RTM_GETADDR, _RTM_GETROUTE, _RTM_GETNEIGHTBL, _RTM_GETNEXTHOP = 18, 22, 26, 66, 106
 _RTM_F_FIB_MATCH = 0x2000
 _IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MASTER, _IFLA_LINKINFO, _IFLA_EXT_MASK, _IFLA_PERM_ADDRESS = 1, 3, 10, 18, 29, 54
+_IFLA_LINK_NETNSID = 37
 _IFLA_INFO_KIND, _RTEXT_FILTER_SKIP_STATS, _ARPHRD_ETHER = 1, 8, 1
 _NDTA_THRESH3, _NDTA_STATS = 4, 7
-NDA_DST, NDA_LLADDR = 1, 2
+NDA_DST, NDA_LLADDR, _NDA_IFINDEX = 1, 2, 8
 NUD_NOARP, NUD_PERMANENT = 0x40, 0x80
 NTF_SELF, NTF_PROXY = 0x02, 0x08
 _IFA_ADDRESS, IFA_LOCAL, _IFA_BROADCAST = 1, 2, 4
@@ -93,12 +94,13 @@ def refusal(message: bytes) -> tuple[int, int]:
     return struct.unpack_from("=I", message, 8)[0], -struct.unpack_from("=i", message, 16)[0]
 
 
-def dump(protocol: int, kind: int, body: bytes, strict: bool = False) -> Iterator[bytes]:
+def dump(protocol: int, kind: int, body: bytes, strict: bool = False, most: int | None = None) -> Iterator[bytes]:
     """Send a dump request of type `kind`, and yield the answers, without their headers. Raises OSError.
 
     `protocol` is the netlink family, such as NETLINK_ROUTE. With `strict`, the kernel filters by the fields of `body`;
-    kernels before 4.20 do not filter.
+    kernels before 4.20 do not filter. More than `most` answers are an error, with the code E2BIG.
     """
+    count = 0
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, protocol) as netlink:
         netlink.settimeout(_TIMEOUT)
         if strict:
@@ -115,6 +117,9 @@ def dump(protocol: int, kind: int, body: bytes, strict: bool = False) -> Iterato
                 if type == ERROR:
                     code = refusal(answer)[1]
                     raise OSError(code, os.strerror(code))
+                count += 1
+                if most is not None and count > most:
+                    raise OSError(errno.E2BIG, f"it has more than {most} of what is to be read")
                 yield answer[16:]
 
 
@@ -136,16 +141,28 @@ class Route:
     kind: int = UNICAST
 
 
-def routes(family: int, lengths: Collection[int] = range(129), protocol: int | None = None) -> Iterator[Route]:
-    """Yield the routes of the main table with one of these prefix lengths and, if it is given, this protocol.
+def routes(
+    family: int,
+    lengths: Collection[int] = range(129),
+    protocol: int | None = None,
+    index: int | None = None,
+    most: int | None = None,
+) -> Iterator[Route]:
+    """Yield the routes of the main table with one of these prefix lengths and, if they are given, this protocol or
+    outgoing interface. For `most`, see dump.
 
     Skipping other routes is cheap, even if there are many: pyroute2 takes a hundred times as long, and its
     get_default_routes() does not read all of the kernel's answer if it begins with many other routes. Raises OSError.
     """
     # struct rtmsg: family, length of destination and of source, tos, table, protocol, scope, type, flags
-    for body in dump(socket.NETLINK_ROUTE, _RTM_GETROUTE, struct.pack("=8BI", family, 0, 0, 0, 0, 0, 0, 0, 0)):
+    request = struct.pack("=8BI", family, 0, 0, 0, 0, 0, 0, 0, 0)
+    if index is not None:
+        request += attribute(RTA_OIF, struct.pack("=I", index))
+    for body in dump(socket.NETLINK_ROUTE, _RTM_GETROUTE, request, strict=index is not None, most=most):
         if body[4] == TABLE_MAIN and body[1] in lengths and protocol in (None, body[5]):
-            yield _route(family, body)
+            route = _route(family, body)
+            if index in (None, route.index):  # kernels before 4.20 do not filter
+                yield route
 
 
 def _route(family: int, body: bytes) -> Route:
@@ -182,20 +199,26 @@ class Neighbour:
     mac: str | None
 
 
-def neighbours(family: int, proxies: bool = False) -> Iterator[Neighbour]:
+def neighbours(
+    family: int, proxies: bool = False, index: int | None = None, most: int | None = None
+) -> Iterator[Neighbour]:
     """Yield the permanent entries of the neighbour table or, with `proxies`, its proxy entries.
 
-    pyroute2 cannot request proxy entries. Source: neigh_dump_info() in the kernel's net/core/neighbour.c. Raises
-    OSError.
+    If it is given, `index` is the interface that they are on; for `most`, see dump. pyroute2 cannot request proxy
+    entries. Source: neigh_dump_info() in the kernel's net/core/neighbour.c. Raises OSError.
     """
     # struct ndmsg: family, padding, interface, state, flags, type
     body = struct.pack("=BBHiHBB", family, 0, 0, 0, 0, NTF_PROXY if proxies else 0, 0)
-    for answer in dump(socket.NETLINK_ROUTE, RTM_GETNEIGH, body):
-        index, state = struct.unpack_from("=iH", answer, 4)
+    if index is not None:
+        body += attribute(_NDA_IFINDEX, struct.pack("=I", index))
+    for answer in dump(socket.NETLINK_ROUTE, RTM_GETNEIGH, body, most=most):
+        on, state = struct.unpack_from("=iH", answer, 4)
+        if answer[0] != family or index not in (None, on) or not (proxies or state & NUD_PERMANENT):
+            continue
         found = attributes(answer[12:])
-        if answer[0] == family and NDA_DST in found and (proxies or state & NUD_PERMANENT):
+        if NDA_DST in found:
             mac = found[NDA_LLADDR].hex(":") if NDA_LLADDR in found else None
-            yield Neighbour(index, socket.inet_ntop(family, found[NDA_DST]), mac)
+            yield Neighbour(on, socket.inet_ntop(family, found[NDA_DST]), mac)
 
 
 @dataclass(frozen=True)
@@ -362,6 +385,20 @@ def device(index: int) -> Device:
                 raise OSError(code, os.strerror(code))
             return _device(answer[16:])
     raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+
+
+def veths_into(namespace: int) -> Iterator[int]:
+    """Yield the indices of the veths whose other end is in the namespace with this id (IFLA_LINK_NETNSID).
+
+    Raises OSError.
+    """
+    request = struct.pack("=BBHiII", 0, 0, 0, 0, 0, 0)
+    request += attribute(_IFLA_EXT_MASK, struct.pack("=I", _RTEXT_FILTER_SKIP_STATS))
+    wanted = attribute(_IFLA_LINK_NETNSID, struct.pack("=i", namespace))
+    for body in dump(socket.NETLINK_ROUTE, _RTM_GETLINK, request):
+        # the search spares taking each message apart
+        if wanted in body and attributes(body[16:]).get(_IFLA_LINK_NETNSID) == wanted[4:]:
+            yield struct.unpack_from("=i", body, 4)[0]
 
 
 def devices_below(master: int) -> list[Device]:

@@ -64,7 +64,7 @@ COMPARE_INTERVAL = 300.0
 DELETED_PAUSE = 30.0
 """Seconds from the deletion of an endpoint until its workload is reconciled: another tool may recreate the endpoint."""
 
-WORKERS = {DOCKER: 8, NAMESPACE: 1}
+WORKERS = {DOCKER: 8, NAMESPACE: 4}
 """How many workloads of each orchestrator are reconciled at a time."""
 
 REATTACH_INTERVAL = 10.0

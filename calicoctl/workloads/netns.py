@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Callable, TypeVar
 
 from calicoctl.addresses import BITS, FAMILIES, host_net, version_of
 from calicoctl.errors import CalicoError, NamespaceError
-from calicoctl.netlink import IFF_UP, NUD_PERMANENT, PROTOCOL_STATIC, SCOPE_LINK, neighbours, routes
+from calicoctl.netlink import IFF_UP, NUD_PERMANENT, PROTOCOL_STATIC, SCOPE_LINK, neighbours, routes, veths_into
 
 if TYPE_CHECKING:
     from pyroute2.iproute.linux import IPRoute
@@ -43,6 +43,12 @@ HOST_END_IPV6 = {"accept_dad": "0", "accept_ra": "0"}
 With duplicate address detection, the host end could not use its own address for a second or two. Router advertisements
 are not accepted, since the workload is no router for this host. Source: the kernel's
 Documentation/networking/ip-sysctl.rst.
+"""
+
+MOST = 20_000
+"""Routes, or entries of the neighbour table, that are read of a namespace at most: about a quarter of a second's work.
+
+Who is in the namespace may add as many as there is memory for.
 """
 
 _LOOPBACK_INDEX = 1
@@ -81,9 +87,8 @@ class Loopback:
 
 @dataclass
 class Inspection:
-    """A namespace's interfaces by name, its default routes (as `via A dev B`) by IP version, and its loopback state."""
+    """A namespace's default routes (as `via A dev B`) by IP version, and its loopback state."""
 
-    interfaces: dict[str, Interface] = field(default_factory=dict)
     default_routes: dict[int, str] = field(default_factory=dict)
     loopback: Loopback = Loopback(up=True, ipv6=True)
 
@@ -166,28 +171,44 @@ class Namespace:
         return outcome["result"]  # type: ignore[no-any-return]
 
     def inspect(self) -> Inspection:
-        """Return the interfaces and default routes of this namespace."""
-        with _explained(f"{self.name}: reading its interfaces"):
+        """Return the default routes of this namespace, and the state of its loopback interface."""
+        with _explained(f"{self.name}: reading its routes"):
             return self.run(inspect)
 
-    def other_end(self, own: Interface) -> Interface | None:
-        """Return the host's interface that is the other end of the veth `own` of this namespace, None if there is none.
+    def interface(self, name: str) -> Interface | None:
+        """Return an interface of this namespace, None if there is none of that name."""
+        with _explained(f"{self.name}: reading its interface {name}"):
+            return self.run(lambda netlink: _named(netlink, name))
+
+    def own_end(self, host_end: Interface) -> Interface | None:
+        """Return the other end of a veth of the host if that end is in this namespace, else None.
 
         Comparing the interfaces' indices is not sufficient: processes in the namespace may choose them.
         """
         from pyroute2.iproute.linux import IPRoute
-        from pyroute2.netlink.exceptions import NetlinkError
 
-        if own.kind != "veth" or not own.peer_index:
-            return None
         with _explained("reading this host's interfaces"), IPRoute() as netlink:
-            try:
-                link = netlink.get_links(own.peer_index)[0]
-            except (NetlinkError, IndexError):
+            link = _link(netlink, host_end.index)
+            if link is None or not _leads_to(netlink, link, self._fd):
                 return None
-            host_end = _interface(link)
-            is_pair = host_end.kind == "veth" and host_end.peer_index == own.index
-            return host_end if is_pair and _leads_to(netlink, link, self._fd) else None
+        with _explained(f"{self.name}: reading its interfaces"):
+            own = self.run(lambda netlink: _link(netlink, host_end.peer_index or 0))
+        found = None if own is None else _interface(own)
+        return found if found is not None and (found.kind, found.peer_index) == ("veth", host_end.index) else None
+
+    def pairs(self) -> list[tuple[Interface, Interface]]:
+        """Return the veth pairs between this namespace and the host: the end in here, then the host's.
+
+        They are looked for on the host: in here, there may be any number of interfaces.
+        """
+        from pyroute2.iproute.linux import IPRoute
+
+        with _explained("reading this host's interfaces"), IPRoute() as netlink:
+            id = netlink.get_netnsid(fd=self._fd)["nsid"]
+            known = id is not None and 0 <= id < 2**31  # else no pair leads there from this namespace
+            links = [_link(netlink, index) for index in veths_into(id)] if known else []
+        ends = [_interface(link) for link in links if link is not None]
+        return [(own, host_end) for own, host_end in ((self.own_end(end), end) for end in ends) if own is not None]
 
     def ipv6_is_off(self, interface: str) -> bool:
         """Return whether IPv6 is disabled on an interface; Docker disables it on all interfaces of a container."""
@@ -279,9 +300,7 @@ class Namespace:
             index = _index(netlink, interface)
             for version in versions:
                 lengths = (0, BITS[version])
-                for route in list(routes(FAMILIES[version], lengths=lengths, protocol=PROTOCOL_STATIC)):
-                    if route.index != index:
-                        continue
+                for route in list(routes(FAMILIES[version], lengths, PROTOCOL_STATIC, index, MOST)):
                     if route.gateway:  # before the route, which names the gateway
                         with _ignoring(errno.ENOENT):
                             netlink.neigh("del", family=FAMILIES[version], dst=route.gateway, ifindex=index)
@@ -335,8 +354,7 @@ def find_interface(name: str) -> Interface | None:
     from pyroute2.iproute.linux import IPRoute
 
     with _explained(f"reading interface {name}"), IPRoute() as netlink:
-        found = netlink.link_lookup(ifname=name)
-        return _interface(netlink.get_links(found[0])[0]) if found else None
+        return _named(netlink, name)
 
 
 def interfaces() -> list[Interface]:
@@ -383,18 +401,17 @@ def delete_interface(name: str) -> bool:
 
 
 def inspect(netlink: IPRoute) -> Inspection:
-    """Return the interfaces and default routes of the namespace that `netlink` is in."""
+    """Return the default routes of the namespace that `netlink` is in, and the state of its loopback interface."""
     found = Inspection()
-    for link in netlink.get_links():
-        interface = _interface(link)
-        found.interfaces[interface.name] = interface
-    names = {interface.index: interface.name for interface in found.interfaces.values()}
     for version, family in FAMILIES.items():
-        for route in routes(family, lengths=(0,)):
+        route = next(routes(family, lengths=(0,), most=MOST), None)
+        if route is not None:
             where = [f"via {route.gateway}"] if route.gateway else []
-            where += [f"dev {names.get(route.index, route.index)}"] if route.index else []
-            found.default_routes.setdefault(version, " ".join(where) or "of another kind")
-    up = any(interface.is_loopback and interface.up for interface in found.interfaces.values())
+            link = _link(netlink, route.index) if route.index else None
+            where += [f"dev {route.index if link is None else _interface(link).name}"] if route.index else []
+            found.default_routes[version] = " ".join(where) or "of another kind"
+    loopback = _link(netlink, _LOOPBACK_INDEX)
+    up = loopback is not None and _interface(loopback).up
     found.loopback = Loopback(up, ipv6=True)
     with suppress(FileNotFoundError):  # a kernel without IPv6
         found.loopback = Loopback(up, _read_sysctl("net/ipv6/conf/lo/disable_ipv6") == "0")
@@ -405,6 +422,23 @@ def _leads_to(netlink: IPRoute, link: Any, namespace: int) -> bool:
     """Return whether the other end of a link of the host is in `namespace`, an open file descriptor."""
     id = link.get_attr("IFLA_LINK_NETNSID")
     return id is not None and bool(netlink.get_netnsid(fd=namespace)["nsid"] == id)
+
+
+def _link(netlink: IPRoute, index: int) -> Any:
+    """Return the link with an index, None if there is none."""
+    from pyroute2.netlink.exceptions import NetlinkError
+
+    try:
+        return next(iter(netlink.get_links(index)), None) if index > 0 else None
+    except NetlinkError as error:
+        if error.code != errno.ENODEV:
+            raise
+        return None
+
+
+def _named(netlink: IPRoute, name: str) -> Interface | None:
+    found = netlink.link_lookup(ifname=name)
+    return _interface(netlink.get_links(found[0])[0]) if found else None
 
 
 def _interface(link: Any) -> Interface:
@@ -437,9 +471,9 @@ def _missing_next_hops(index: int, mac: str) -> set[str]:
     """Return the next hops of an interface's default routes that have no permanent neighbour entry with this MAC."""
     found: set[str] = set()
     for version, family in FAMILIES.items():
-        hops = {route.gateway for route in routes(family, lengths=(0,)) if route.index == index} - {None}
+        hops = {route.gateway for route in routes(family, lengths=(0,), index=index, most=MOST)} - {None}
         if hops:
-            hops -= {entry.address for entry in neighbours(family) if (entry.index, entry.mac) == (index, mac)}
+            hops -= {entry.address for entry in neighbours(family, index=index, most=MOST) if entry.mac == mac}
         found |= {hop for hop in hops if hop is not None and version_of(hop) == version}
     return found
 

@@ -497,7 +497,7 @@ class WorkloadSession:
         return self._inspection.loopback
 
     def refresh(self) -> None:
-        """Read the namespace's interfaces and routes."""
+        """Read the namespace's default routes, and the state of its loopback interface."""
         self._inspection = netns.Inspection() if self._namespace is None else self._namespace.inspect()
 
     def attached_interface(self, also_down: bool = False) -> str | None:
@@ -509,26 +509,22 @@ class WorkloadSession:
         if host_end is None or not (host_end.up or also_down):
             return None
         self.host_mac = host_end.mac
-        for interface, other_end in self._pairs():
-            if other_end.index == host_end.index:
-                return interface.name
-        return None
+        own = self._namespace.own_end(host_end) if self._namespace is not None else None
+        return None if own is None else own.name
 
     def mtu(self, attached: str) -> int:
         """Return the MTU of the workload's Calico interface."""
-        return self._inspection.interfaces[attached].mtu
+        interface = self.namespace.interface(attached)
+        return interface.mtu if interface is not None else 0
 
     def set_mtu(self, attached: str, size: int) -> None:
         """Set the MTU of both ends of the workload's veth pair; `attached` is the name of the workload's end."""
         self.namespace.set_mtu(attached, size)
         netns.set_mtu(self.only_endpoint().id.interface, size)
 
-    def _pairs(self) -> Iterator[tuple[netns.Interface, netns.Interface]]:
-        """Yield the veth pairs between the namespace and the host: the end in the namespace, then the host end."""
-        for interface in list(self._inspection.interfaces.values()):
-            other_end = self.namespace.other_end(interface)
-            if other_end is not None:
-                yield interface, other_end
+    def _pairs(self) -> list[tuple[netns.Interface, netns.Interface]]:
+        """Return the veth pairs between the namespace and the host: the end in the namespace, then the host end."""
+        return [] if self._namespace is None else self._namespace.pairs()
 
     def only_endpoint(self) -> Endpoint:
         """Return the workload's endpoint; raise NotFound when it has none."""
@@ -628,7 +624,7 @@ class WorkloadSession:
             )
 
     def refuse_interface(self, name: str) -> None:
-        if name in self._inspection.interfaces:
+        if self.namespace.interface(name) is not None:
             raise CalicoError(
                 f"{self.workload.name} has an interface {name} already. Choose another name with --interface."
             )

@@ -289,3 +289,19 @@ def test_wait_0_reports_the_current_state(pair: AgentHost) -> None:
     run("ip", "link", "delete", pair.interface("b"))
     said = pair.ctl("container", "add", "/var/run/netns/b", B4, "--wait=0", status=1).err
     assert "the agent of this host is not running" in said
+
+
+def test_a_namespace_full_of_interfaces_or_routes_delays_no_other(pair: AgentHost) -> None:
+    """The agent looks for its own interfaces only, and gives up on a namespace that has too much else."""
+    run("ip", "-n", "a", "-batch", "-", input="\n".join(f"link add x{n} type veth peer name y{n}" for n in range(1500)))
+    run("ip", "-n", "a", "link", "delete", "eth1")
+    run("ip", "-n", "b", "link", "delete", "eth1")
+    wait_for(lambda: run("ip", "-n", "b", "link", "show", "eth1", check=False).status == 0, pair.log(), 4)
+    wait_for(lambda: run("ip", "-n", "a", "link", "show", "eth1", check=False).status == 0, pair.log(), 4)
+    # what it has too many of is its own failure
+    routes = (f"route add 10.{n >> 8}.{n & 255}.0/24 dev lo" for n in range(20_001))
+    run("ip", "-n", "a", "-batch", "-", input="\n".join(routes))
+    said = pair.ctl("container", "/var/run/netns/a", "ip", "add", "192.168.0.7", status=1).err
+    assert "more than 20000" in said and said.count("\n") == 1
+    pair.ctl("container", "/var/run/netns/b", "ip", "add", "192.168.0.7")
+    pair.ctl("container", "remove", "/var/run/netns/a")
