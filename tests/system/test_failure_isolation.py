@@ -299,7 +299,7 @@ def test_a_namespace_full_of_interfaces_or_routes_delays_no_other(pair: AgentHos
     wait_for(lambda: run("ip", "-n", "b", "link", "show", "eth1", check=False).status == 0, pair.log(), 4)
     wait_for(lambda: run("ip", "-n", "a", "link", "show", "eth1", check=False).status == 0, pair.log(), 4)
     # what it has too many of is its own failure
-    routes = (f"route add 10.{n >> 8}.{n & 255}.0/24 dev lo" for n in range(20_001))
+    routes = (f"route add 10.{n >> 8}.{n & 255}.0/24 dev eth1" for n in range(20_001))
     run("ip", "-n", "a", "-batch", "-", input="\n".join(routes))
     said = pair.ctl("container", "/var/run/netns/a", "ip", "add", "192.168.0.7", status=1).err
     assert "more than 20000" in said and said.count("\n") == 1
