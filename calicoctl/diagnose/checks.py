@@ -95,6 +95,7 @@ def check(libnetwork: bool = False) -> Iterator[Check]:
     yield from _tools(docker.ok)
     yield docker
     yield _firewall(docker.ok)
+    yield nftables_service()
     yield _old_felix()
     yield from _bird()
     yield _passwords()
@@ -296,6 +297,35 @@ def _firewall(docker_runs: bool) -> Check:
         f"{', '.join(missing)} would drop forwarded packets; the agent {agent}",
         running,
         "see the agent's last error in 'calicoctl status'",
+    )
+
+
+def nftables_service(etc: Path = Path("/etc")) -> Check:
+    """Check whether the service nftables of Debian deletes all tables, the agent's too, when it is started or ended.
+
+    Its unit runs `nft -f /etc/nftables.conf`, whose first line is `flush ruleset`, and at its end `nft flush ruleset`.
+    """
+    name = "nftables.service and the agent's tables"
+    units = etc / "systemd/system"
+    try:
+        flushes = re.search(r"^\s*flush\s+ruleset\b", (etc / "nftables.conf").read_text(errors="replace"), re.MULTILINE)
+        settings = "".join(file.read_text(errors="replace") for file in units.glob("nftables.service.d/*.conf"))
+        enabled = any(units.glob("*.wants/nftables.service"))
+    except FileNotFoundError:
+        return Check(name, True, "there is no /etc/nftables.conf", False)
+    except OSError as error:
+        return Check(name, False, f"not known: {error.strerror or error}", False, "run this as root, to find out")
+    how = ["starts, by 'flush ruleset' in /etc/nftables.conf"] if flushes else []
+    if not re.search(r"^ExecStop=\s*$", settings, re.MULTILINE):
+        how.append("ends, by its ExecStop")
+    if not enabled or not how:
+        return Check(name, True, "does not delete them" if enabled else "it is not enabled", False)
+    return Check(
+        name,
+        False,
+        f"it deletes them when it {' and when it '.join(how)}",
+        False,
+        "have it delete only its own tables: see 'Services that flush nftables' in docs/agent.md",
     )
 
 

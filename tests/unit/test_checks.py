@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import socket
+from pathlib import Path
 
 import pytest
 
@@ -148,3 +149,25 @@ def test_interfaces_that_send_larger_packets_than_the_underlay_carries(
     reported = {"underlay": dict(zip(("ipv4", "ipv6"), underlay)), "overlay": overlay, "configured": configured}
     found = checks.mtu_check("MTU", reported, links)
     assert found.ok is not bool(wrong) and wrong in found.found and not found.needed
+
+
+def test_a_service_that_flushes_all_tables_is_found(tmp_path: Path) -> None:
+    def found() -> tuple[bool, str]:
+        check = checks.nftables_service(tmp_path)
+        assert not check.needed
+        return check.ok, check.found
+
+    assert found() == (True, "there is no /etc/nftables.conf")
+    (tmp_path / "nftables.conf").write_text("#!/usr/sbin/nft -f\n\nflush ruleset\n\ntable inet filter {\n}\n")
+    assert found() == (True, "it is not enabled")
+    wants = tmp_path / "systemd/system/sysinit.target.wants"
+    wants.mkdir(parents=True)
+    (wants / "nftables.service").symlink_to("/lib/systemd/system/nftables.service")
+    ok, text = found()
+    assert not ok and "'flush ruleset' in /etc/nftables.conf" in text and "ExecStop" in text
+    (tmp_path / "nftables.conf").write_text("# flush ruleset\ntable inet filter\ndelete table inet filter\n")
+    assert found() == (False, "it deletes them when it ends, by its ExecStop")
+    own = tmp_path / "systemd/system/nftables.service.d/override.conf"
+    own.parent.mkdir()
+    own.write_text("[Service]\nExecStop=\nExecStop=/usr/sbin/nft delete table inet filter\n")
+    assert found() == (True, "does not delete them")
