@@ -20,7 +20,7 @@ RELEASES ?= trixie noble
 LEFT_OUT = fault_injection concurrency memory_usage soak hosts hosts_gone
 ON_RELEASES ?= unit system ARGS='$(LEFT_OUT:%=--ignore=tests/system/test_%.py)'
 
-.PHONY: help packages lint types docs unit system test test-all releases soak tox bench demo demo-clean demo-hosts demo-hosts-clean install uninstall clean
+.PHONY: help packages lint types docs unit system test test-all releases soak lock tox bench demo demo-clean demo-hosts demo-hosts-clean install uninstall clean
 
 help:
 	@echo 'make demo         connect three containers for real; make demo-clean removes everything'
@@ -31,6 +31,7 @@ help:
 	@echo 'make unit         unit tests (no root needed once $(VENV) exists)'
 	@echo 'make system       system tests; ARGS="-k name" selects'
 	@echo 'make docs         generate the pages of the commands and the man page'
+	@echo 'make lock         pin the newest versions of the libraries that make install installs, by their hashes'
 	@echo 'make tox          unit tests on Python 3.9 to 3.13'
 	@echo 'make releases     unit and system tests on other releases of Debian and Ubuntu; RELEASES=trixie selects,'
 	@echo '                  ON_RELEASES=test runs make test there'
@@ -67,11 +68,19 @@ unit: $(VENV)/ready
 system: $(VENV)/ready $(VENV)/wheels/ready | packages
 	$(VENV)/bin/pytest --tx '2*popen//python=tests/sandboxed-python' --dist loadfile tests/system $(ARGS)
 
-# for the test of `make install`, on a host without a network
-$(VENV)/wheels/ready: setup.py | $(VENV)/ready
-	$(VENV)/bin/pip wheel --quiet --wheel-dir $(VENV)/wheels . 'setuptools>=61' wheel
-	rm -rf $(VENV)/wheels/calicoctl-*.whl build/lib build/bdist.*
+# for the test of `make install`, on a host without a network: what it installs, as it was published
+$(VENV)/wheels/ready: setup/requirements.txt setup/build-requirements.txt | $(VENV)/ready
+	rm -rf $(VENV)/wheels
+	$(VENV)/bin/pip download --quiet --require-hashes --dest $(VENV)/wheels $(foreach file,$(filter %.txt,$^),-r $(file))
 	touch $@
+
+# what `make install` installs: the newest versions that setup.py allows, for all Pythons, with the hashes of all files
+LOCK = $(VENV)/bin/uv pip compile --quiet --universal --upgrade --python-version 3.9 --generate-hashes \
+	--no-emit-index-url --no-emit-find-links --no-annotate --custom-compile-command 'make lock'
+lock: $(VENV)/ready
+	$(VENV)/bin/pip install --quiet uv
+	$(LOCK) setup.py --output-file setup/requirements.txt
+	printf 'setuptools>=61\nwheel\n' | $(LOCK) - --output-file setup/build-requirements.txt
 
 test: lint types unit system
 

@@ -22,7 +22,7 @@ from tests.system.traffic import PATIENT, ping
 
 ROOT = Path(__file__).parent.parent.parent
 WHEELS = Path(CALICOCTL).parent.parent / "wheels"
-"""What calicoctl needs, for a host without a network; made by `make .venv/wheels/ready`."""
+"""What `make install` installs, as published, for a host without a network; made by `make .venv/wheels/ready`."""
 
 NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
 
@@ -44,10 +44,12 @@ esac
 """
 
 
-def make(target: str, prefix: Path, path: str = "", by: tuple[str, ...] = (), **variables: str) -> Result:
+def make(
+    target: str, prefix: Path, path: str = "", by: tuple[str, ...] = (), wheels: Path = WHEELS, **variables: str
+) -> Result:
     """Run make as an administrator does, who knows nothing of the agent's environment."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("ETCD_", "HOSTNAME", "PIP_"))}
-    offline = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(WHEELS), "PIP_CONFIG_FILE": os.devnull}
+    offline = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(wheels), "PIP_CONFIG_FILE": os.devnull}
     arguments = [f"{name}={value}" for name, value in variables.items()]
     environment = {**kept, **offline, "PATH": f"{path}{kept['PATH']}"}
     return run(
@@ -125,6 +127,16 @@ def test_installing_over_a_running_agent_restarts_it_on_whole_files_and_no_packe
 
     failed = make("install", prefix, PYTHON="/bin/false")
     assert failed.status != 0 and "The installed version is unchanged" in failed.err, failed
+    forged = tmp_path / "forged"
+    forged.mkdir()
+    for file in WHEELS.iterdir():
+        (forged / file.name).symlink_to(file)
+    (wheel,) = forged.glob("setuptools-*.whl")
+    content = wheel.read_bytes()
+    wheel.unlink()
+    wheel.write_bytes(content + b"\0")
+    failed = make("install", prefix, wheels=forged)
+    assert failed.status != 0 and "DO NOT MATCH THE HASHES" in failed.err and "is unchanged" in failed.err, failed
     assert host.pid == old and tree(prefix) == before
 
     with pinging():
