@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import http.client
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 
 import pytest
 
-from calicoctl.datastore import keys
+from calicoctl.datastore import etcd2_watch, keys
 from calicoctl.datastore.backends import PATIENCE, connect
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.etcd2 import Etcd2Store
@@ -116,3 +119,51 @@ def test_a_directory_is_no_key_nor_a_key_a_directory(bare_host: Host) -> None:
             read("/calico/a/b")
     with pytest.raises(InvalidValue, match="/calico/a "):
         store.get("/calico/a")
+
+
+def test_what_is_written_elsewhere_costs_a_watch_little_and_hides_nothing(
+    bare_host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """etcd forgets 1,000 writes in some three seconds here, and all changes of ours come, each once."""
+    store, other = connect(settings(bare_host.etcd.port)), connect(settings(bare_host.etcd.port))
+    polls = []
+    poll = etcd2_watch.poll
+
+    def counted(*arguments: object) -> object:
+        polls.append(arguments)
+        return poll(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(etcd2_watch, "poll", counted)
+    began, seconds, per_second, threads = time.monotonic(), 7.0, 300, 4
+    written = [0] * threads
+
+    def write_elsewhere(which: int) -> None:
+        form = {"Content-Type": "application/x-www-form-urlencoded"}
+        with closing(http.client.HTTPConnection("127.0.0.1", bare_host.etcd.port)) as connection:
+            while time.monotonic() < began + seconds:
+                connection.request("PUT", f"/v2/keys/elsewhere/{which}", "value=1", form)
+                connection.getresponse().read()
+                written[which] += 1
+                time.sleep(max(0.0, began + written[which] * threads / per_second - time.monotonic()))
+
+    def write_ours() -> None:
+        for number in range(3):
+            time.sleep(seconds / 4)
+            other.put(f"/calico/{number}", "1")
+        other.put("/calico/last", "1")
+
+    revision = store.list_for_watch("/calico")[1]
+    writers = [threading.Thread(target=write_elsewhere, args=(which,)) for which in range(threads)]
+    writers.append(threading.Thread(target=write_ours))
+    for writer in writers:
+        writer.start()
+    watch = store.watch("/calico", revision, 4.0)
+    found: list[str] = []
+    while time.monotonic() < began + seconds or "/calico/last" not in found:
+        found += [change.key for change in next(watch)]
+    for writer in writers:
+        writer.join()
+    assert found == ["/calico/0", "/calico/1", "/calico/2", "/calico/last"]
+    assert sum(written) > 1100, "else nothing is forgotten"
+    assert len(polls) < 5 * seconds
+    other.remove_tree("/elsewhere")

@@ -1,0 +1,79 @@
+"""How long a request for changes may wait, and what it proves; the requests themselves are tested with a real etcd."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from calicoctl.datastore import etcd2_watch
+from calicoctl.datastore.etcd2_watch import SHORTEST, Progress
+from tests.unit.rogue_server import OK, Client, answer, serving
+
+KEPT = 1000
+"""Writes that etcd keeps."""
+
+
+@pytest.mark.parametrize("per_second", [0, 1, 20, 150, 400, 1500, 3000])
+def test_requests_keep_up_with_what_is_written(per_second: int) -> None:
+    """Each lags behind by what is written during the two before it: the next one asks from `searched` on."""
+    progress, now, waits = Progress(1, 0, 0.0), 0.01, []
+    for _ in range(200):
+        reached = int(now * per_second)
+        assert reached - progress.searched < KEPT / 2 + per_second * SHORTEST
+        wait = min(4.0, etcd2_watch._wait(progress, reached, now))
+        waits.append(wait)
+        after = Progress(max(progress.revision, progress.searched + 1), reached, now, wait)
+        now += wait
+        assert int(now * per_second) - after.revision < KEPT
+        progress = after
+    assert waits[0] == SHORTEST, "how fast it goes is not known yet"
+    requests = len(waits) / sum(waits)
+    assert requests < max(0.3, per_second / etcd2_watch.ROOM * 3.5)
+
+
+def test_a_burst_after_a_pause_finds_short_waits() -> None:
+    """The wait at most doubles, so a store that was busy a moment ago is not waited for at length."""
+    progress, reached = Progress(1, 1000, 10.0, wait=SHORTEST), 1000
+    assert etcd2_watch._wait(progress, reached, 10.1) == 2 * SHORTEST
+    assert etcd2_watch._wait(progress, reached + 900, 10.1) == SHORTEST
+
+
+def test_two_requests_must_be_silent_about_a_revision() -> None:
+    """What the first one was not told may only have been delayed."""
+    import etcd
+
+    index = itertools.chain([10, 15, 20], itertools.repeat(25))
+    asked = []
+
+    def silent(client: Client, line: str) -> None:
+        asked.append(int(line.rpartition("=")[2]))
+        client.send(OK.replace(b"Index: 5", b"Index: %d" % next(index)) + b"Transfer-Encoding: chunked\r\n\r\n")
+        client.hold()
+
+    with serving(silent) as server:
+        client = etcd.Client(port=server.port)
+        progress = Progress.begin(6)
+        for _ in range(4):
+            changes, progress = etcd2_watch.poll(client, "/calico", progress, 0.0, 5.0)
+            assert changes == []
+    assert asked == [6, 6, 11, 16]
+
+
+def test_a_change_that_begins_to_arrive_is_no_silence() -> None:
+    import etcd
+
+    def stuck(client: Client, line: str) -> None:
+        client.send(OK + b"Transfer-Encoding: chunked\r\n\r\n4")
+        client.hold()
+
+    with serving(stuck) as server, pytest.raises(etcd.EtcdConnectionFailed):
+        etcd2_watch.poll(etcd.Client(port=server.port), "/calico", Progress.begin(6), 0.0, 0.3)
+
+
+def test_a_change_is_not_taken_twice() -> None:
+    import etcd
+
+    old = b'{"action":"set","node":{"key":"/calico/a","value":"","modifiedIndex":5,"createdIndex":5}}'
+    with serving(lambda client, line: client.send(answer(old))) as server, pytest.raises(TypeError, match="before"):
+        etcd2_watch.poll(etcd.Client(port=server.port), "/calico", Progress.begin(6), 0.0, 5.0)
