@@ -96,8 +96,8 @@ class FakeNft:
         elif verb == "add" and kind in ("set", "map"):
             self._get(objects, f"table {family} {words[0]}")
             objects.setdefault(f"set {name}", [])
-        elif (verb, kind) == ("add", "counter"):
-            objects.setdefault(f"counter {name}", [])
+        elif verb == "add" and kind in ("counter", "limit"):
+            objects.setdefault(f"{kind} {name}", [])
         elif (verb, kind) == ("add", "chain"):
             self._get(objects, f"table {family} {words[0]}")
             objects.setdefault(f"chain {name}", [])

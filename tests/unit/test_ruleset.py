@@ -167,6 +167,18 @@ def test_names_that_nftables_cannot_spell_are_replaced_by_digests() -> None:
     assert ";" not in str(tables.nft.set("from")) and "goto from//" in str(tables.nft.set("from"))
 
 
+def test_a_log_rule_writes_the_profile_and_its_number_and_is_limited() -> None:
+    tables = Tables()
+    for name in ("web", 'a" accept'):
+        tables.store.profile(name, ALLOW, {"action": "log", "protocol": "tcp"})
+        tables.store.endpoint(1, A, profile_ids=[name])
+        tables.update()
+        (chain,) = [chain for key, chain in tables.nft.objects.items() if " inbound/" in key]
+        if name == "web":
+            assert 'log prefix "calico-packet: profile web, inbound rule 2: "' in chain[1]
+        assert chain[1].count('"') == 4 and 'limit rate 10/second burst 50 packets limit name "log-rules"' in chain[1]
+
+
 def test_the_hosts_action_and_pools_are_in_the_tables() -> None:
     tables = Tables()
     tables.store.endpoint(1, A)

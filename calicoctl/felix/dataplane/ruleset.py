@@ -22,6 +22,7 @@ not run them.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -39,14 +40,14 @@ from calicoctl.policy.verdict import HOST_ICMPV6_TYPES, port_ranges
 
 TABLES = (("inet", "calico"), ("arp", "calico"))
 
-LOG_PREFIX = "calico-packet: "
-
-_LOG = f'limit rate 10/second burst 50 packets log prefix "{LOG_PREFIX}" level warn'
-"""The action of a log rule. Without the limit, a container could fill the host's disk with a line per packet."""
+_LOG = 'limit rate 10/second burst 50 packets limit name "log-rules" log prefix "calico-packet: {where}: " level warn'
+"""The action of a log rule. Without its own limit, and that of all log rules together, a container could fill the
+host's disk. The kernel takes a prefix of up to 127 bytes."""
 
 _TYPES = {4: "ipv4_addr", 6: "ipv6_addr"}
 
 _SKELETON = """
+add limit inet calico log-rules { rate 50/second burst 200 packets ; }
 add map inet calico from { type ifname : verdict; }
 add map inet calico to { type ifname : verdict; }
 add set inet calico interfaces { type ifname; }
@@ -407,16 +408,21 @@ class Ruleset:
             elif of_direction is None:
                 change.set_chain(chain, ("drop",))
             else:
-                change.set_chain(chain, tuple(line for rule in of_direction for line in rule_lines(rule)))
+                places = (f"profile {spelled(profile)}, {word} rule {number}" for number in itertools.count(1))
+                lines = [line for rule, place in zip(of_direction, places) for line in rule_lines(rule, place)]
+                change.set_chain(chain, tuple(lines))
 
 
-def rule_lines(rule: Rule) -> list[str]:
-    """Render a rule as nftables rules: one, or one per IP version if they differ; none if no packet can match."""
+def rule_lines(rule: Rule, where: str) -> list[str]:
+    """Render a rule as nftables rules: one, or one per IP version if they differ; none if no packet can match.
+
+    The lines of a log rule begin with `where`, which must not need escapes.
+    """
     number = None if rule.protocol is None else protocol_number(rule.protocol)
     by_version = (
         number in (ICMP, ICMPV6) or rule.ip_version or rule.src_tag or rule.dst_tag or rule.src_net or rule.dst_net
     )
-    verdict = {"allow": "accept", "deny": "drop", "log": _LOG}[rule.action]
+    verdict = {"allow": "accept", "deny": "drop", "log": _LOG.format(where=where)}[rule.action]
     lines = []
     for version in versions(rule) if by_version else (None,):
         parts = []
