@@ -63,7 +63,7 @@ def underlay(address: str) -> Underlay:
         loopback = socket.if_nametoindex("lo")
         if index in (None, loopback):
             defaults = sorted(netlink.routes(family, lengths=(0,)), key=lambda route: route.metric)
-            outside = next((route.index for route in defaults if route.index is not None), None)
+            outside = next((route.index for route in defaults if route.index not in (None, loopback)), None)
             return Underlay(None, index is not None, DEFAULT if outside is None else _mtu(outside))
         assert index is not None, "checked above"
         return Underlay(index, True, _mtu(index))

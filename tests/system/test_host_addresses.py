@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from calicoctl.workloads import host_network
+from calicoctl.workloads import host_network, mtu
 from tests.system.agent import LOG_DIR, AgentHost
 from tests.system.support import CALICOCTL, HOST_IP, HOST_IP6, Host, run, wait_for
 
@@ -254,3 +254,11 @@ def cable(name: str, address: str) -> Iterator[str]:
         yield link["address"]
     finally:
         run("ip", "link", "delete", name)
+
+
+def test_a_default_route_to_the_loopback_interface_says_nothing_of_the_mtu(bare_host: Host) -> None:
+    run("ip", "route", "add", "default", "dev", "lo")
+    try:
+        assert mtu.underlay("192.0.2.2").mtu == mtu.DEFAULT == 1500
+    finally:
+        run("ip", "route", "delete", "default", "dev", "lo")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.system.agent import A4, AgentHost
-from tests.system.support import Etcd, addresses, calico_links, run, tables
+from tests.system.support import Etcd, addresses, calico_links, run, tables, wait_for
 
 A = "/var/run/netns/a"
 
@@ -65,6 +65,7 @@ def test_a_write_that_is_refused_leaves_all_as_it_was(guest: AgentHost) -> None:
 def test_an_interrupted_lock_is_not_removed_either(guest: AgentHost) -> None:
     """A pair that lost its record belongs to nobody; it goes only when another can be made."""
     run("ip", "link", "set", next(iter(calico_links())), "down")
+    wait_for(lambda: "linkdown" in run("ip", "-n", "a", "route").out, "the kernel to notice that the pair is down", 5)
     before = state(guest)
     said = guest.ctl("container", "add", A, A4, status=1).err
     assert "does not permit this user" in said
