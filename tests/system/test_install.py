@@ -158,6 +158,8 @@ def test_installing_over_a_running_agent_restarts_it_on_whole_files_and_no_packe
     assert (prefix / "share/zsh/site-functions/_calicoctl").read_text().startswith("#compdef calicoctl\n")
     unit = prefix / "lib/systemd/system/calico-node.service"
     assert f"ExecStart={prefix}/bin/calicoctl node --detach=false" in unit.read_text()
+    assert run("systemd-analyze", "verify", "--man=no", "--recursive-errors=no", str(unit)).err == ""
+    run("systemd-analyze", "security", "--offline=true", "--threshold=50", "--no-pager", str(unit))
     assert run("find", str(prefix), "!", "-type", "l", "!", "-perm", "-o=r").out == "", "all of it is for everybody"
 
     before = tree(prefix)
