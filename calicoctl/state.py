@@ -64,11 +64,12 @@ def remove(host: str, *names: str) -> None:
 
 
 def remove_empty(host: str, *names: str) -> None:
-    """Remove a folder below the host's and, if they are empty then, those around it; do nothing if it is not empty."""
+    """Remove a folder below the host's, if there is one, and those around it, up to the first that is not empty."""
     parts = [host, *names]
     with suppress(OSError):
         while parts:
-            DIRECTORY.joinpath(*parts).rmdir()
+            with suppress(FileNotFoundError):
+                DIRECTORY.joinpath(*parts).rmdir()
             parts.pop()
 
 

@@ -113,6 +113,8 @@ def test_removing_a_host_leaves_what_others_keep_there() -> None:
     assert not [name for name in modes(state.DIRECTORY / "vm") if name != "member"]
     assert not connected.is_learned("vm", "docker") and not connected.is_learned("vm", "namespace")
     connected.remove_all("other")
+    connected.set_learned("only registered")
+    connected.remove_all("only registered")
     connected.remove_all("never was here")
     assert list(state.DIRECTORY.iterdir()) == [state.DIRECTORY / "vm"]
 
