@@ -215,3 +215,36 @@ def test_an_endpoint_cannot_fill_connection_tracking(net: AgentHost) -> None:
     assert not udp("a", "b", B4, 81)
     run("conntrack", "-F")
     wait_for(lambda: udp("a", "b", B4, 81), "room", 10)
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_a_packet_from_an_interface_that_a_container_makes_on_the_host_is_dropped(net: AgentHost, version: int) -> None:
+    """c makes a pair whose other end is on the host, through the id that its own pair has for the host's namespace.
+
+    The other end is set up here; with a request that iproute2 cannot spell, or on a host that sets up what it finds, c
+    needs nobody for that.
+    """
+    own, target, nobody = {4: (A4, B4, "203.0.113.77"), 6: (A6, B6, "2001:db8:2::77")}[version]
+    (pair,) = json.loads(run("ip", "-n", "c", "-json", "link", "show", "eth1").out)
+    host = str(pair["link_netnsid"])
+    for name in ("evil", f"cali{'9' * 11}"):  # also one that looks like an endpoint's
+        make = f"link add evil0 link-netnsid {host} type veth peer name {name}"
+        run("ip", "-n", "c", *make.split())
+        run("ip", "-n", "c", "link", "set", "evil0", "up")
+        run("ip", "link", "set", name, "up")
+        run("sysctl", "-qw", "net.ipv4.conf.all.rp_filter=0", f"net.ipv4.conf.{name}.rp_filter=0")
+        wait_for(lambda n=name: links()[n]["operstate"] == "UP", "the interface", 5)
+        with udp_server("b", target, 5000) as server, udp_server(None, HOST if version == 4 else HOST6, 5000) as here:
+            for receiver in (server, here):
+                address = receiver.getsockname()[0]
+                for mac in (net.mac("a"), "02:00:00:00:00:66"):
+                    frame = udp_frame(mac, links()[name]["address"], own, address, 5000)
+                    send_frame("c", "evil0", frame)
+                # what no endpoint has passes, so frames arrive
+                foreign = udp_frame("02:00:00:00:00:66", links()[name]["address"], nobody, address, 5000)
+                if name == "evil":
+                    send_frame("c", "evil0", foreign)
+                    assert select.select([receiver], [], [], PATIENT)[0] and receiver.recvfrom(9)[1][0] != own
+                else:
+                    assert not select.select([receiver], [], [], QUICK)[0]
+        run("ip", "-n", "c", "link", "delete", "evil0")
