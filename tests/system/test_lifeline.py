@@ -17,13 +17,15 @@ EVERYTHING = ("198.51.0.0/16", "203.0.113.0/24", "2001:db8:1::/64")
 
 @pytest.fixture
 def remote(bare_host: Host, tmp_path: Path) -> Iterator[AgentHost]:
-    """A host whose etcd is another machine, at an IPv4 and an IPv6 address, with a namespace `a`."""
+    """A host whose etcd is another machine, by a name and at an IPv6 address, with a namespace `a`."""
     with outside_host() as outside:
         etcd = Etcd(tmp_path / "etcd", address=MEMBER, namespace=outside)
         urls = f"{etcd.url},http://[{MEMBER6}]:{etcd.port}"
         etcd.start(None, f"--listen-client-urls={urls}", f"--advertise-client-urls={urls}")
         etcd.await_ready()
-        host = AgentHost(etcd, endpoints=urls)
+        with open("/etc/hosts", "a") as names:
+            names.write(f"{MEMBER} etcd.test\n")
+        host = AgentHost(etcd, endpoints=urls.replace(MEMBER, "etcd.test"))
         Path("/etc/resolv.conf").write_text("nameserver 203.0.113.53\n")
         run("ip", "route", "add", "10.99.0.0/16", "via", "198.51.100.7")
         host.start_agent()
