@@ -12,9 +12,10 @@ import io
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, Callable
 
 MiB = 2**20
 
@@ -41,14 +42,16 @@ class Bounds:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._file: io.BufferedReader | None = None
+        # weak, since the file refers to these bounds: Python 3.13 complains of an answer that is left to its collector
+        self._file: Callable[[], io.BufferedReader | None] = lambda: None
         self.renew(None)
 
     def attach(self, sock: Any) -> io.BufferedReader:
         """Return the file of an answer that begins to arrive at a socket, whose timeout is that of the request."""
-        self._file = _CountedReader(_CountedFile(sock, self), self)
+        file = _CountedReader(_CountedFile(sock, self), self)
+        self._file = weakref.ref(file)
         self.renew(sock.gettimeout())
-        return self._file
+        return file
 
     def renew(self, seconds: float | None) -> None:
         """Count anew from here: what follows of the answer must begin within `seconds`; None: it may begin any time."""
@@ -64,8 +67,9 @@ class Bounds:
         timeout = self._seconds
         self.renew(seconds)
         try:
-            if self._file is not None:
-                self._file.peek(1)
+            file = self._file()
+            if file is not None:
+                file.peek(1)
         except socket.timeout:
             return False
         self.renew(timeout)
