@@ -22,6 +22,9 @@ and announced to it. JSON: bgp_sessions is an array of objects with peer, host
 (null for a peer that is no host), kind, as_num, state, up, since, routes_in,
 routes_out, last_error and suspicion (what may be wrong with its password).
 
+What comes from etcd or Docker, such as names of containers and the reasons of
+errors, is shown to root alone.
+
 The exit status is 1 when etcd cannot be read, written or watched, when an
 endpoint is in error, and when the current status is unknown: the agent is not
 running, or its report is older than half a minute (it is written every ten

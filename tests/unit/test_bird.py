@@ -189,6 +189,17 @@ def test_one_that_does_not_answer_is_not_waited_for_for_ever(tmp_path: Path, mon
         one.sessions()
 
 
+@pytest.mark.parametrize("answer", ["1002-" + "x" * 5000, "1002-x\n" * 1000])
+def test_an_endless_answer_is_not_read_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: str) -> None:
+    monkeypatch.setattr(bird, "LARGEST_ANSWER", 500)
+    with (
+        serving(tmp_path, RESTRICTED, answer, "") as (path, _),
+        control(path) as one,
+        pytest.raises(CalicoError, match="too long"),
+    ):
+        one.sessions()
+
+
 def test_one_that_does_not_serve(tmp_path: Path) -> None:
     with pytest.raises(CalicoError, match="does not serve: No such file"), control(tmp_path / "ctl"):
         pass

@@ -24,6 +24,9 @@ from calicoctl.errors import CalicoError, one_line
 PATIENCE = 5.0
 """Seconds to wait for an answer. The kernel accepts connections for a suspended BIRD (SIGSTOP), which never answers."""
 
+LARGEST_ANSWER = 2**24
+"""Bytes that are read of one answer. A session takes some 500; thousands of them are far below."""
+
 UP = "Established"
 
 _CONFIGURATION_OK, _RECONFIGURED, _IN_PROGRESS, _QUEUED = "0020", "0003", "0004", "0005"
@@ -115,8 +118,12 @@ class Control:
 
     def _answer(self, deadline: float) -> list[tuple[str, str]]:
         lines: list[tuple[str, str]] = []
+        length = 0
         while True:
             line = self._line(deadline)
+            length += len(line)
+            if length > LARGEST_ANSWER:
+                raise CalicoError("BIRD's answer is too long")
             if re.match(r"\d{4}[ -]", line, re.ASCII):
                 lines.append((line[:4], line[5:]))
                 if line[4] == " ":
@@ -136,6 +143,8 @@ class Control:
             if not data:
                 raise CalicoError("BIRD has closed the connection to its control socket")
             self._rest += data
+            if len(self._rest) > LARGEST_ANSWER:
+                raise CalicoError("BIRD's answer is too long")
         line, _, self._rest = self._rest.partition(b"\n")
         return line.decode(errors="replace")
 
