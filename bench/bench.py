@@ -239,7 +239,7 @@ def fill(host: Host, count: int) -> None:
             "name": f"cali{number:011x}",
             "mac": "86:32:73:fd:c6:86",
             "profile_ids": ["web"],
-            "ipv4_nets": [f"10.0.{number // 256}.{number % 256}/32"],
+            "ipv4_nets": [f"192.168.{128 + number // 256}.{number % 256}/32"],
             "ipv6_nets": [],
             "ipv4_gateway": "192.0.2.2",
             "ipv6_gateway": None,
