@@ -13,7 +13,8 @@ in error (endpoints of stopped containers are down, which is no problem); how
 many workloads the agent has re-attached, and how many it has
 garbage-collected; the MTU of new interfaces; the last error; the BGP sessions
 with other hosts and routers; then the current problems, worst first, ten
-lines at most.
+lines at most. JSON has up to 100 problems of each kind, and 1,000 sessions;
+left_out has the number of the others, by list.
 
 A BGP session is with a host of the full mesh (mesh), a peer of all hosts
 (global) or a peer of this host (node). If it is up, its state is Established,
@@ -42,9 +43,10 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+from calicoctl import limits
 from calicoctl.datastore.hosts import hostname
 from calicoctl.diagnose import host_status
-from calicoctl.diagnose.host_status import AGENT, ENDPOINT, STORE, Issue
+from calicoctl.diagnose.host_status import AGENT, STORE, Issue
 from calicoctl.errors import CalicoError, one_line
 from calicoctl.felix import events
 from calicoctl.grammar import Prepared, parse
@@ -67,14 +69,14 @@ def _status(as_json: bool) -> None:
     if as_json:
         print_json(status)
     elif status["report"]["time"] is not None:
-        for line in [*_lines(status), *_issue_lines(issues)]:
+        for line in [*_lines(status), *_issue_lines(issues, any(status["left_out"].values()))]:
             print(one_line(line))
     elif status["other_agent"] or any(issue.kind != AGENT for issue in issues):
-        for line in _issue_lines(issues):
+        for line in _issue_lines(issues, any(status["left_out"].values())):
             print(one_line(line))
     failures = [issue for issue in issues if issue.fails]
     if failures:
-        raise CalicoError(_summary(failures))
+        raise CalicoError(_summary(failures, status["endpoints"]["error"]))
 
 
 def _lines(status: dict[str, Any]) -> list[str]:
@@ -148,26 +150,27 @@ def _absent(status: dict[str, Any]) -> str:
     return "another one reports for this host" if status["other_agent"] else "not running"
 
 
-def _issue_lines(issues: list[Issue]) -> list[str]:
-    """Return the lines about problems: at most MOST_LINES lines."""
+def _issue_lines(issues: list[Issue], left_out: bool) -> list[str]:
+    """Return the lines about problems: at most MOST_LINES lines. `left_out`: whether the report has not all of them."""
     if not issues:
         return ["Problems:   none"]
     shown = len(issues) if len(issues) <= MOST_LINES else MOST_LINES - 1
-    lines = [f"Problems:   {len(issues)}", *(f"  {issue}" for issue in issues[:shown])]
+    least = "more than " if left_out else ""
+    lines = [f"Problems:   {least}{len(issues)}", *(f"  {issue}" for issue in issues[:shown])]
     if len(issues) > shown:
-        lines.append(f"  … and {len(issues) - shown} more (calicoctl status --output=json shows all)")
+        which = f"{limits.REPORTED} of each kind" if left_out else "all"
+        lines.append(f"  … and {least}{len(issues) - shown} more (calicoctl status --output=json shows {which})")
     return lines
 
 
-def _summary(failures: list[Issue]) -> str:
-    """Return one sentence that explains an exit status other than 0."""
+def _summary(failures: list[Issue], in_error: int) -> str:
+    """Return one sentence that explains an exit status other than 0; `in_error` is the number of such endpoints."""
     for issue in failures:
         if issue.kind == AGENT:
             return f"{issue}."
     parts = []
     if any(issue.kind == STORE for issue in failures):
         parts.append("its agent cannot fully use etcd")
-    in_error = sum(issue.kind == ENDPOINT for issue in failures)
     if in_error:
         parts.append(f"{in_error} endpoint{'s are' if in_error > 1 else ' is'} in error")
     return f"This host has problems: {', and '.join(parts)}."

@@ -19,7 +19,7 @@ from calicoctl.datastore import backends, config, keys
 from calicoctl.datastore.backends import PATIENCE
 from calicoctl.datastore.hosts import Hosts, hostname
 from calicoctl.datastore.keys import EndpointId
-from calicoctl.datastore.model import Endpoint, Peer, Pool, Rules, load_object, load_strings
+from calicoctl.datastore.model import Endpoint, Peer, Pool, Rules, check_tags, load_object, load_tags
 from calicoctl.datastore.settings import EtcdSettings
 from calicoctl.datastore.statuses import Statuses
 from calicoctl.datastore.store import Entry, Store, Watch, create_if_missing, modify, set_value
@@ -261,7 +261,7 @@ class DatastoreClient:
     def tags(self, name: str) -> list[str]:
         """Return a profile's tags; raise NotFound when there is no such profile."""
         entry = self._profile_entry(keys.profile_tags(name), name)
-        return [] if entry is None else load_strings(entry.value, entry.key)
+        return [] if entry is None else load_tags(entry.value, entry.key)
 
     def all_tags(self) -> frozenset[str] | None:
         """Return the tags of all profiles; None if the tags of any profile are invalid."""
@@ -269,7 +269,7 @@ class DatastoreClient:
         for entry in self._store.tree(keys.PROFILES):
             if keys.last(entry.key) == "tags" and keys.parse_profile(entry.key) is not None:
                 try:
-                    found += load_strings(entry.value, entry.key)
+                    found += load_tags(entry.value, entry.key)
                 except InvalidValue:
                     return None
         return frozenset(found)
@@ -283,8 +283,8 @@ class DatastoreClient:
         key = keys.profile_tags(name)
 
         def text_of(old: str) -> str | None:
-            tags = load_strings(old, key)
-            return json.dumps(tags) if change(tags) else None
+            tags = load_tags(old, key)
+            return json.dumps(check_tags(tags)) if change(tags) else None
 
         self._complete(key, name, "[]")
         return modify(self._store, key, _no_profile(name), text_of)

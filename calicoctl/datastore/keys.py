@@ -24,6 +24,9 @@ AS_NUM, MACS = "as_num", "macs"
 BGP_AS_NUM = f"{BGP_GLOBAL}/{AS_NUM}"
 BGP_NODE_MESH = f"{BGP_GLOBAL}/node_mesh"
 
+DEEPEST = 10
+"""The levels of the deepest key: that of an endpoint's status."""
+
 INTERFACE_PREFIX = "cali"
 """The prefix of the names of the endpoints' interfaces on their hosts. No other interface's name may begin with it."""
 

@@ -9,12 +9,15 @@ from __future__ import annotations
 import json
 import re
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from calicoctl import limits
 from calicoctl.addresses import BITS, FAMILIES, canonical
 from calicoctl.datastore.keys import EndpointId
-from calicoctl.errors import InvalidValue
+from calicoctl.errors import CalicoError, InvalidValue
 
 
 def load_object(text: str, key: str) -> dict[str, Any]:
@@ -33,13 +36,54 @@ def load_strings(text: str, key: str) -> list[str]:
     return list(value)
 
 
+def check_tags(tags: list[str]) -> list[str]:
+    """Return the tags of a profile; raise CalicoError if they are more than it may have."""
+    if len(tags) > limits.TAGS:
+        raise CalicoError(f"a profile can have {limits.TAGS} tags, and these are {len(tags)}")
+    return tags
+
+
+def load_tags(text: str, key: str) -> list[str]:
+    """Parse `text`, the value of `key`, as the tags of a profile; raise InvalidValue."""
+    with _limited(key):
+        return check_tags(load_strings(text, key))
+
+
+@contextmanager
+def _limited(key: str) -> Iterator[None]:
+    """Convert errors about limits to InvalidValue of a key."""
+    try:
+        yield
+    except InvalidValue:
+        raise
+    except CalicoError as error:
+        raise InvalidValue(key, str(error)) from None
+
+
+def _is_deep(value: Any) -> bool:
+    """Return whether lists and objects are nested deeper than is accepted."""
+    level = [value]
+    for _ in range(limits.DEPTH + 1):
+        level = [item for item in level if isinstance(item, (dict, list))]
+        if not level:
+            return False
+        level = [inner for item in level for inner in (item.values() if isinstance(item, dict) else item)]
+    return True
+
+
 def _load(text: str, key: str) -> Any:
+    if len(text) > limits.VALUE:
+        raise InvalidValue(key, f"it has more than {limits.VALUE // 1024} KiB")
     try:
         value = json.loads(text)
+        if text.count("[") + text.count("{") > limits.DEPTH and _is_deep(value):
+            raise RecursionError
         if "\\ud" in text or "\\uD" in text:  # an escaped lone surrogate parses, but cannot be encoded
             json.dumps(value, ensure_ascii=False).encode()
         return value
-    except (ValueError, RecursionError):
+    except RecursionError:
+        raise InvalidValue(key, f"it is nested deeper than {limits.DEPTH} levels") from None
+    except ValueError:
         raise InvalidValue(key, f"it holds no JSON but {_excerpt(text)}") from None
 
 
@@ -113,7 +157,19 @@ class Endpoint:
         for name in ("inactive_since", "workload_name"):
             value = data.pop(name, None)
             known[name] = value if isinstance(value, str) and value else None
-        return cls(id=id, extra=data, **known)
+        endpoint = cls(id=id, extra=data, **known)
+        with _limited(key):
+            endpoint.check_size()
+        return endpoint
+
+    def check_size(self) -> None:
+        """Raise CalicoError if the endpoint has more profiles or addresses than one may have."""
+        for most, count, what in (
+            (limits.PROFILES, len(self.profile_ids), "profiles"),
+            (limits.ADDRESSES, len(self.nets), "addresses"),
+        ):
+            if count > most:
+                raise CalicoError(f"an endpoint can have {most} {what}, and this would have {count}")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the endpoint as the JSON object in the store."""
@@ -132,6 +188,8 @@ class Endpoint:
         }
 
     def to_json(self) -> str:
+        """Return the value for the store; raise CalicoError if the endpoint is larger than one may be."""
+        self.check_size()
         return json.dumps(self.to_dict())
 
     @property
@@ -217,7 +275,16 @@ class Rules:
                 raise InvalidValue(key, f'"{name}" should be a list of objects')
             lists.append([Rule.from_dict(rule) for rule in value])
         data.pop("id", None)
-        return cls(profile, inbound=lists[0], outbound=lists[1], extra=data)
+        rules = cls(profile, inbound=lists[0], outbound=lists[1], extra=data)
+        with _limited(key):
+            rules.check_size()
+        return rules
+
+    def check_size(self) -> None:
+        """Raise CalicoError if there are more rules than a profile may have."""
+        count = len(self.inbound) + len(self.outbound)
+        if count > limits.RULES:
+            raise CalicoError(f"a profile can have {limits.RULES} rules, and this would have {count}")
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -228,7 +295,12 @@ class Rules:
         }
 
     def to_json(self) -> str:
-        return json.dumps(self.to_dict())
+        """Return the value for the store; raise CalicoError if the rules are more than a profile may have."""
+        self.check_size()
+        text = json.dumps(self.to_dict())
+        if len(text) > limits.VALUE:
+            raise CalicoError(f"the rules of a profile can have {limits.VALUE // 1024} KiB, and these have more")
+        return text
 
 
 VXLAN_MODES = (NEVER, ALWAYS, CROSS_SUBNET) = ("never", "always", "cross-subnet")

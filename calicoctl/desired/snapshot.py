@@ -7,14 +7,16 @@ exception is a profile with invalid tags: it keeps the last valid ones, since ru
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Callable
 
+from calicoctl import limits
 from calicoctl.datastore import config, keys
 from calicoctl.datastore.keys import EndpointId
-from calicoctl.datastore.model import Endpoint, Pool, Rules, load_strings
+from calicoctl.datastore.model import Endpoint, Pool, Rules, load_tags
 from calicoctl.datastore.reserved import HostNetwork
 from calicoctl.datastore.store import Change, Entry
 from calicoctl.desired.admission import Admission, pool_of_key
@@ -27,12 +29,13 @@ from calicoctl.policy.verdict import readable
 INACTIVE = "it is inactive"
 
 GRACE_TIME = int(config.GRACE_TIME.default or 0)
+"""The default grace time, in seconds."""
+
 MAX_CONNECTIONS = int(config.MAX_CONNECTIONS.default or 0)
 
 _READ = (config.LOG_LEVEL, config.GRACE_TIME, config.MTU, config.CHECK_SENDERS, config.HOST_SERVICES)
 _SETTINGS = {keys.READY, *(keys.config(setting.name) for setting in (*_READ, config.MAX_CONNECTIONS))}
 """The keys of all hosts' settings that the agent uses."""
-"""The default grace time, in seconds."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,8 @@ class Snapshot:
         self.topology = Topology(host)
         self.admission = Admission(self.topology)
         self.problems: dict[str, str] = {}
+        self.skipped: dict[str, str] = {}
+        """By key: why a key, or what is below it, is not read; the first limits.REPORTED of them."""
         self.dirty = Dirty(pools=True, settings=True, topology=True)
         self._entries: dict[str, Entry] = {}
         self._claims = Claims()
@@ -124,6 +129,7 @@ class Snapshot:
     def replace(self, directory: str, entries: Iterable[Entry]) -> None:
         """Replace everything below a directory by these entries."""
         now = {entry.key: entry for entry in entries}
+        self._forget_skipped(directory)
         for key in [key for key in self._entries if key.startswith(directory + "/") and key not in now]:
             self._set(key, None)
         for key, entry in now.items():
@@ -138,9 +144,13 @@ class Snapshot:
         if change.entry is not None or change.key in self._entries:
             self._set(change.key, change.entry)
         else:
+            self._forget_skipped(change.key)
             for key in [key for key in self._entries if key.startswith(change.key + "/")]:
                 self._set(key, None)
         self._check_local()
+
+    def _forget_skipped(self, directory: str) -> None:
+        self.skipped = {key: why for key, why in self.skipped.items() if not (key + "/").startswith(directory + "/")}
 
     def owner(self, thing: str) -> LocalEndpoint | None:
         """Return this host's endpoint that has `thing`, the name of an interface or an address; or None."""
@@ -179,16 +189,28 @@ class Snapshot:
         """Remember a key's entry, or forget it if `entry` is None, and interpret it. Unused keys are ignored."""
         handle = self._handler(key)
         if handle is None:
+            self._skip(key, entry)
             return
         if entry is None:
             self._entries.pop(key, None)
         else:
+            if len(entry.value) > limits.VALUE:  # it is invalid, and need not be kept
+                entry = dataclasses.replace(entry, value=entry.value[: limits.VALUE + 1])
             self._entries[key] = entry
         self.problems.pop(key, None)
         try:
             handle(key, entry)
         except CalicoError as error:
             self.problems[key] = str(error)
+
+    def _skip(self, key: str, entry: Entry | None) -> None:
+        """Name a key that was not read, or is deeper than any of Calico's, if it is one of the first of its kind."""
+        self.skipped.pop(key, None)
+        if entry is None or len(self.skipped) >= limits.REPORTED:
+            return
+        levels = key.count("/")
+        if entry.problem is not None or levels > keys.DEEPEST:
+            self.skipped[key] = entry.problem or f"it is skipped: no key of Calico's has {levels} levels"
 
     def _handler(self, key: str) -> Callable[[str, Entry | None], None] | None:
         """Return the method that interprets a key, None for a key that the agent does not use."""
@@ -235,7 +257,7 @@ class Snapshot:
         rules: Rules | None = None
         if tags_entry is not None:
             try:
-                tags = tuple(dict.fromkeys(load_strings(tags_entry.value, tags_key)))
+                tags = tuple(dict.fromkeys(load_tags(tags_entry.value, tags_key)))
             except CalicoError as error:
                 tags = () if before is None else before.tags
                 self.problems[tags_key] = (

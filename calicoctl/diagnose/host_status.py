@@ -57,6 +57,7 @@ _NOTHING: dict[str, Any] = {
     "unknown_interfaces": [],
     "problems": [],
     "troubles": [],
+    "left_out": {"endpoints_in_trouble": 0, "unknown_interfaces": 0, "problems": 0, "troubles": 0, "bgp_sessions": 0},
     "last_error": None,
     "resyncs": 0,
     "healed": 0,  # re-attached workloads: the name is fixed, since scripts read it
@@ -72,7 +73,7 @@ _NOTHING: dict[str, Any] = {
 _NO_ROOM = "Kernel MD5 auth"
 """BIRD's error if the kernel takes no password (TCP_MD5SIG), usually since there are too many."""
 
-_LATER = ("bgp", "bird", "mtu")
+_LATER = ("bgp", "bird", "mtu", "left_out")
 """Fields that reports of older agents lack."""
 
 _OLDEST = {name: value for name, value in _NOTHING.items() if name not in _LATER}

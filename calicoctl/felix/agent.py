@@ -220,7 +220,7 @@ class Agent:
         self._reconcile()
         self._keeper.set_ready(self._may_apply())
         self._health.waiting_for = self._waiting_for()
-        self._health.problems = self._snapshot.problems
+        self._health.problems, self._health.skipped = self._snapshot.problems, self._snapshot.skipped
         if self._events.empty() or self._file.is_due or is_ready:
             self._file.write(self._health)
         if is_ready and self._ready is not None:

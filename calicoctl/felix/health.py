@@ -6,6 +6,7 @@ Plain state, which the agent's thread changes; report.py and metrics.py publish 
 from __future__ import annotations
 
 import copy
+import heapq
 import json
 import logging
 import os
@@ -14,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import InitVar, dataclass, field
 from typing import Any
 
+from calicoctl import limits
 from calicoctl.addresses import pack
 from calicoctl.clock import now
 from calicoctl.datastore import keys
@@ -21,6 +23,7 @@ from calicoctl.datastore.keys import EndpointId
 from calicoctl.desired.snapshot import INACTIVE
 from calicoctl.felix.bgp.bird import Session
 from calicoctl.felix.events import BgpChanged, Failure
+from calicoctl.limits import shortened
 from calicoctl.workloads.upkeep import COLLECTED, REATTACHED, Action
 
 log = logging.getLogger("calico.felix")
@@ -150,6 +153,8 @@ class Health:
     endpoints: dict[EndpointId, Status] = field(default_factory=dict)
     problems: dict[str, str] = field(default_factory=dict)
     """By key of the store: what is wrong with its entry."""
+    skipped: dict[str, str] = field(default_factory=dict)
+    """By key of the store: why it, or what is below it, is not read."""
     failures: dict[str, dict[str, str]] = field(default_factory=dict)
     """What fails on this host now, by subject: `since` when (ISO 8601), and the `error`."""
     last_error: dict[str, str] | None = None
@@ -178,6 +183,7 @@ class Health:
 
     def error(self, sentence: str) -> None:
         """Log an error, and keep it as the last one."""
+        sentence = shortened(sentence, limits.TEXT)
         log.error("%s", sentence)
         self.last_error = {"time": now(), "error": sentence}
 
@@ -204,8 +210,18 @@ class Health:
     def to_dict(self) -> dict[str, Any]:
         """Return the report that `calicoctl status` reads.
 
-        Scripts read it as JSON: `troubles` and `healed` keep their names for compatibility.
+        Scripts read it as JSON: `troubles` and `healed` keep their names for compatibility. Lists are bounded, with the
+        worst items first; `left_out` has the number of the others.
         """
+        troubled, problems = self._troubled(), {**self.problems, **self.skipped}
+        shown = self._worst(troubled)
+        # the reasons of endpoints are in another list
+        some = heapq.nsmallest(
+            limits.REPORTED, problems, key=lambda key: (keys.parse_endpoint(key) in self.endpoints, key)
+        )
+        subjects = sorted(self.failures)[: limits.REPORTED]
+        sessions = sorted(self.bgp.sessions, key=_place)[: limits.SESSIONS]
+        interfaces = self.unknown_interfaces[: limits.REPORTED]
         return {
             "host": self.host,
             "version": self.version,
@@ -219,21 +235,27 @@ class Health:
             "endpoints": self.counts(),
             "endpoints_in_trouble": [
                 {
-                    "orchestrator": id.orchestrator,
-                    "workload": id.workload,
-                    "workload_name": status.workload_name,
-                    "endpoint": id.endpoint,
+                    "orchestrator": shortened(id.orchestrator, limits.NAME),
+                    "workload": shortened(id.workload, limits.NAME),
+                    "workload_name": status.workload_name and shortened(status.workload_name, limits.NAME),
+                    "endpoint": shortened(id.endpoint, limits.NAME),
                     "status": status.status,
-                    "reason": status.reason,
+                    "reason": shortened(status.reason or "", limits.TEXT),
                 }
-                for id, status in sorted(
-                    (item for item in self.endpoints.items() if item[1].reason and not item[1].is_stopped),
-                    key=lambda item: item[0].endpoint,
-                )
+                for id, status in shown
             ],
-            "unknown_interfaces": self.unknown_interfaces,
-            "problems": [{"key": key, "problem": self.problems[key]} for key in sorted(self.problems)],
-            "troubles": [{"subject": subject, **self.failures[subject]} for subject in sorted(self.failures)],
+            "unknown_interfaces": interfaces,
+            "problems": [
+                {"key": shortened(key, limits.NAME), "problem": shortened(problems[key], limits.TEXT)} for key in some
+            ],
+            "troubles": [{"subject": subject, **self.failures[subject]} for subject in subjects],
+            "left_out": {
+                "endpoints_in_trouble": len(troubled) - len(shown),
+                "unknown_interfaces": len(self.unknown_interfaces) - len(interfaces),
+                "problems": len(problems) - len(some),
+                "troubles": len(self.failures) - len(subjects),
+                "bgp_sessions": len(self.bgp.sessions) - len(sessions),
+            },
             "last_error": self.last_error,
             "resyncs": self.resyncs,
             "healed": self.reattached,
@@ -246,13 +268,41 @@ class Health:
                 "restarts": self.bgp.restarts,
                 "refused_configurations": self.bgp.refusals,
             },
-            "bgp_sessions": [self._session(session) for session in sorted(self.bgp.sessions, key=_place)],
+            "bgp_sessions": [self._session(session) for session in sessions],
         }
+
+    def public(self, report: dict[str, Any]) -> dict[str, Any]:
+        """Return a report, just made by `to_dict`, without what may quote values of the store, for users who may not
+        read that.
+
+        What is left of these are keys, and validated names and addresses, which the kernel shows every user.
+        """
+        endpoints = []
+        for one, (id, _) in zip(report["endpoints_in_trouble"], self._worst(self._troubled())):
+            untold = {"reason": UNTOLD} if keys.endpoint(id) in self.problems else {}
+            endpoints.append({**one, "workload_name": None, **untold})
+        last = report["last_error"]
+        return {
+            **report,
+            "endpoints_in_trouble": endpoints,
+            "problems": [{**problem, "problem": UNTOLD} for problem in report["problems"]],
+            "last_error": last and {**last, "error": UNTOLD},
+        }
+
+    def _troubled(self) -> list[tuple[EndpointId, Status]]:
+        return [item for item in self.endpoints.items() if item[1].reason and not item[1].is_stopped]
+
+    @staticmethod
+    def _worst(troubled: list[tuple[EndpointId, Status]]) -> list[tuple[EndpointId, Status]]:
+        """Return the endpoints that are reported: those in error before others, by id."""
+        return heapq.nsmallest(
+            limits.REPORTED, troubled, key=lambda item: (item[1].status != "error", item[0].endpoint, item[0].workload)
+        )
 
     def _session(self, session: Session) -> dict[str, Any]:
         return {
             "peer": session.peer,
-            "host": self.users.get(session.peer),
+            "host": shortened(self.users.get(session.peer, ""), limits.NAME) or None,
             "kind": session.kind,
             "as_num": session.as_num,
             "state": session.state,
@@ -263,25 +313,6 @@ class Health:
             "last_error": session.error,
             "suspicion": session.suspicion,
         }
-
-
-def public(report: dict[str, Any]) -> dict[str, Any]:
-    """Return a report (Health.to_dict) without what may quote values of the store, for users who may not read that.
-
-    What is left of these are keys, and validated names and addresses, which the kernel shows every user.
-    """
-    host, problems, last = report["host"], report["problems"], report["last_error"]
-    invalid = {problem["key"] for problem in problems}
-    endpoints = []
-    for one in report["endpoints_in_trouble"]:
-        key = keys.endpoint(EndpointId(host, one["orchestrator"], one["workload"], one["endpoint"]))
-        endpoints.append({**one, "workload_name": None, **({"reason": UNTOLD} if key in invalid else {})})
-    return {
-        **report,
-        "endpoints_in_trouble": endpoints,
-        "problems": [{**problem, "problem": UNTOLD} for problem in problems],
-        "last_error": last and {**last, "error": UNTOLD},
-    }
 
 
 def _place(session: Session) -> tuple[int, bytes]:

@@ -21,7 +21,7 @@ from calicoctl.clock import now
 from calicoctl.datastore.keys import EndpointId
 from calicoctl.errors import CalicoError, StoreError, StoreUnavailable, is_shortage
 from calicoctl.felix import events, process
-from calicoctl.felix.health import Health, Status, public
+from calicoctl.felix.health import Health, Status
 from calicoctl.felix.heartbeat import INTERVAL, Heartbeat, Identity, replaced
 
 if TYPE_CHECKING:
@@ -37,6 +37,9 @@ PATIENCE = 6.0
 
 FILE_INTERVAL = 5.0
 """Seconds after which the file is written although nothing has changed: its age shows that the agent is alive."""
+
+ERRORS_AT_ONCE = 50
+"""Statuses `error` that are written before a pause of a second: a flood of them must leave time for others."""
 
 END_PATIENCE = 5.0
 """Seconds that writing may take when the agent ends; the heartbeat expires in any case."""
@@ -65,7 +68,7 @@ class ReportFile:
         times = {"time": now(), "clock": time.clock_gettime(time.CLOCK_MONOTONIC)}
         try:
             self._private.write(json.dumps({**report, "report": times}).encode())
-            self._public.write(json.dumps({**public(report), "report": times}).encode())
+            self._public.write(json.dumps({**health.public(report), "report": times}).encode())
             self._written, self._written_at = report, time.monotonic()
         except OSError as error:
             log.error("the report cannot be written: %s", error)
@@ -164,6 +167,10 @@ class StoreReporter(threading.Thread):
         self._lock = threading.Lock()
         self._desired: dict[EndpointId, str] = {}
         self._changed: set[EndpointId] = set()
+        self._errors: set[EndpointId] = set()
+        """Those that have changed to `error`; they are written after the others, some at a time."""
+        self._errors_at = 0.0
+        """When the next of these may be written, by the monotonic clock."""
         self._written: dict[EndpointId, str] | None = None
         self._macs: frozenset[str] | None = None
         """The MACs of this host that are still to be written; None if there are none."""
@@ -183,7 +190,9 @@ class StoreReporter(threading.Thread):
                     self._desired.pop(id, None)
                 else:
                     self._desired[id] = status.to_json()
-                self._changed.add(id)
+                failed = status is not None and status.status == "error"
+                (self._errors if failed else self._changed).add(id)
+                (self._changed if failed else self._errors).discard(id)
         self._wake.set()
 
     def publish_macs(self, macs: frozenset[str]) -> None:
@@ -206,7 +215,8 @@ class StoreReporter(threading.Thread):
     def run(self) -> None:
         ending = False
         while not ending:
-            self._wake.wait(max(0.1, min(INTERVAL, self._beaten + INTERVAL - time.monotonic())))
+            longest = 1.0 if self._errors else INTERVAL
+            self._wake.wait(max(0.1, min(longest, self._beaten + INTERVAL - time.monotonic())))
             self._wake.clear()
             ending = not self._alive
             try:
@@ -277,18 +287,27 @@ class StoreReporter(threading.Thread):
         Raises StoreUnavailable at once, but any other error only after all statuses were tried.
         """
         refused: dict[EndpointId, CalicoError] = {}
+        errors = 0
         with self._lock:
             written = self._written
         if written is None:
             written = self._datastore.statuses.of_endpoints()
             with self._lock:
                 self._written = written
-                self._changed = set(self._desired) | set(written)
+                self._errors = {id for id, status in self._desired.items() if json.loads(status)["status"] == "error"}
+                self._changed = (set(self._desired) | set(written)) - self._errors
         while True:
+            if time.monotonic() >= self._beaten + INTERVAL:  # a flood of changes must not cost the heartbeat
+                self._wake.set()
+                break
             with self._lock:
-                if not self._changed:
+                if self._changed:
+                    id = self._changed.pop()
+                elif self._errors and errors < ERRORS_AT_ONCE and time.monotonic() >= self._errors_at:
+                    id = self._errors.pop()
+                    errors += 1
+                else:
                     break
-                id = self._changed.pop()
                 status = self._desired.get(id)
             try:
                 if status is None and id in written:
@@ -303,6 +322,8 @@ class StoreReporter(threading.Thread):
                 raise
             except CalicoError as error:
                 refused[id] = error
+        if errors == ERRORS_AT_ONCE:
+            self._errors_at = time.monotonic() + 1
         if refused:
             with self._lock:
                 self._changed |= refused.keys()

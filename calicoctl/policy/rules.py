@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Collection, Sequence
 from typing import Any
 
+from calicoctl import limits
 from calicoctl.addresses import parse_cidr, version_of
 from calicoctl.datastore.model import RULE_FIELDS, Rule, Rules
 from calicoctl.errors import CalicoError, UsageError
@@ -263,6 +264,8 @@ def _check_sense(rule: Rule) -> None:
         raise CalicoError("an ICMP code needs an ICMP type")
     if rule.icmp_type is not None and not _has_icmp_type(rule):
         raise CalicoError("an ICMP type goes with the protocols icmp and icmpv6 only")
+    if any(len(ports) > limits.PORTS for ports in (rule.src_ports or (), rule.dst_ports or ())):
+        raise CalicoError(f"a rule can have {limits.PORTS} ports and ranges on each side: join them, or use more rules")
     if (rule.src_ports or rule.dst_ports) and not _has_ports(rule):
         raise CalicoError("ports go with a protocol that has ports only, such as tcp and udp")
 
