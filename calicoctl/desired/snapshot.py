@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Callable
 
@@ -76,6 +77,39 @@ class Dirty:
         return bool(self.endpoints or self.profiles or self.pools or self.settings or self.topology)
 
 
+class _Entries(dict[str, Entry]):
+    """The entries by key. Knows without a search whether any are below a directory: most deleted keys are none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._below: Counter[str] = Counter()
+
+    def put(self, key: str, entry: Entry) -> None:
+        if key not in self:
+            self._below.update(_directories(key))
+        self[key] = entry
+
+    def forget(self, key: str) -> None:
+        """Remove a key, if it is there."""
+        if self.pop(key, None) is not None:
+            for directory in _directories(key):
+                self._below[directory] -= 1
+                if not self._below[directory]:
+                    del self._below[directory]
+
+    def below(self, directory: str) -> list[str]:
+        """Return the keys below a directory."""
+        return [key for key in self if key.startswith(directory + "/")] if directory in self._below else []
+
+
+def _directories(key: str) -> Iterator[str]:
+    """Yield the directories above a key."""
+    end = key.rfind("/")
+    while end > 0:
+        yield key[:end]
+        end = key.rfind("/", 0, end)
+
+
 class Snapshot:
     """The store as `host` sees it. See the module's docstring."""
 
@@ -106,7 +140,7 @@ class Snapshot:
         self.skipped: dict[str, str] = {}
         """By key: why a key, or what is below it, is not read; the first limits.REPORTED of them."""
         self.dirty = Dirty(pools=True, settings=True, topology=True)
-        self._entries: dict[str, Entry] = {}
+        self._entries = _Entries()
         self._claims = Claims()
         """This host's endpoints that are valid, whether or not they conflict with others."""
         self._owners: dict[str, LocalEndpoint] = {}
@@ -130,8 +164,9 @@ class Snapshot:
         """Replace everything below a directory by these entries."""
         now = {entry.key: entry for entry in entries}
         self._forget_skipped(directory)
-        for key in [key for key in self._entries if key.startswith(directory + "/") and key not in now]:
-            self._set(key, None)
+        for key in self._entries.below(directory):
+            if key not in now:
+                self._set(key, None)
         for key, entry in now.items():
             if self._entries.get(key) != entry:
                 self._set(key, entry)
@@ -145,7 +180,7 @@ class Snapshot:
             self._set(change.key, change.entry)
         else:
             self._forget_skipped(change.key)
-            for key in [key for key in self._entries if key.startswith(change.key + "/")]:
+            for key in self._entries.below(change.key):
                 self._set(key, None)
         self._check_local()
 
@@ -192,11 +227,11 @@ class Snapshot:
             self._skip(key, entry)
             return
         if entry is None:
-            self._entries.pop(key, None)
+            self._entries.forget(key)
         else:
             if len(entry.value) > limits.VALUE:  # it is invalid, and need not be kept
                 entry = dataclasses.replace(entry, value=entry.value[: limits.VALUE + 1])
-            self._entries[key] = entry
+            self._entries.put(key, entry)
         self.problems.pop(key, None)
         try:
             handle(key, entry)

@@ -222,7 +222,7 @@ class Agent:
         self._health.waiting_for = self._waiting_for()
         self._health.problems, self._health.skipped = self._snapshot.problems, self._snapshot.skipped
         if self._events.empty() or self._file.is_due or is_ready:
-            self._file.write(self._health)
+            self._file.write(self._health, at_once=is_ready)
         if is_ready and self._ready is not None:
             self._ready()  # now that the report can be read
             self._ready = None
@@ -233,8 +233,7 @@ class Agent:
         due = [self._tick_at]
         if self._policy.retry_at is not None and self._may_apply():
             due.append(self._policy.retry_at)
-        if self._network.due_at is not None:
-            due.append(self._network.due_at)
+        due += [source.due_at for source in (self._network, self._file) if source.due_at is not None]
         if self._may_apply():
             due += [manager.due_at for manager in self._forwarding if manager.due_at is not None]
         return min(due)

@@ -38,6 +38,9 @@ PATIENCE = 6.0
 FILE_INTERVAL = 5.0
 """Seconds after which the file is written although nothing has changed: its age shows that the agent is alive."""
 
+LONG = 0.02
+"""Seconds of computing after which a report has taken long: with some thousand endpoints in error."""
+
 ERRORS_AT_ONCE = 50
 """Statuses `error` that are written before a pause of a second: a flood of them must leave time for others."""
 
@@ -53,15 +56,28 @@ class ReportFile:
         self._private = _Replaceable(process.private(path), 0o600)
         self._written: dict[str, Any] = {}
         self._written_at = float("-inf")
+        self._rests_until = float("-inf")
+        self.due_at: float | None = None
+        """When a change is to be written that was not written yet (monotonic); None if there is none."""
 
     @property
     def is_due(self) -> bool:
         """Whether the file must be written even if nothing has changed."""
         return time.monotonic() >= self._written_at + FILE_INTERVAL
 
-    def write(self, health: Health) -> None:
-        """Write the file if it is due, or its content has changed. An error is only logged."""
+    def write(self, health: Health, at_once: bool = False) -> None:
+        """Write the file if it is due, or its content has changed. An error is only logged.
+
+        A report that took long is not made again for ten times as long, unless `at_once`: see `due_at`.
+        """
+        self.due_at = self._rests_until
+        if time.monotonic() < self._rests_until and not at_once:
+            return
+        self.due_at = None
+        began = time.thread_time()
         report = health.to_dict()
+        took = time.thread_time() - began
+        self._rests_until = time.monotonic() + (10 * took if took > LONG else 0)
         if report == self._written and not self.is_due:
             return
         # the monotonic clock, to measure the age with: the time of day may jump

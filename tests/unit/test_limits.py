@@ -63,7 +63,9 @@ def test_an_endpoint_beyond_a_limit_is_an_error_by_itself(store: Store, fields: 
 
 def test_an_endpoint_at_the_limits_is_valid(store: Store) -> None:
     profiles = [f"p{number}" for number in range(limits.PROFILES)]
-    store.endpoint(1, *(net.replace("10.1.0.", "192.168.7.").partition("/")[0] for net in NETS[:-1]), profile_ids=profiles)
+    store.endpoint(
+        1, *(net.replace("10.1.0.", "192.168.7.").partition("/")[0] for net in NETS[:-1]), profile_ids=profiles
+    )
     assert len(store.snapshot.local[endpoint_id(1)].addresses) == limits.ADDRESSES
 
 
@@ -197,3 +199,35 @@ def test_a_flood_of_statuses_does_not_cost_the_heartbeat(monkeypatch: pytest.Mon
         store.fault = lambda: None
         beats.set()
         reporter.end()
+
+
+def test_a_report_that_takes_long_is_made_less_often(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "DIRECTORY", tmp_path)
+    monkeypatch.setattr(report, "LONG", -1.0)
+    (tmp_path / HOST).mkdir()
+    health = Health(HOST, "1")
+    clock = iter(range(1000))
+    monkeypatch.setattr(report.time, "thread_time", lambda: next(clock))
+    file = ReportFile(process.report_file(HOST))
+    file.write(health)
+    assert file.due_at is None
+    health.error("a change")
+    file.write(health)
+    assert file.due_at is not None and "a change" not in process.private(process.report_file(HOST)).read_text()
+    file.write(health, at_once=True)
+    assert file.due_at is None and "a change" in process.private(process.report_file(HOST)).read_text()
+
+
+def test_a_deleted_key_that_is_no_directory_costs_no_search(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = store.snapshot._entries
+    monkeypatch.setattr(type(entries), "__iter__", lambda self: pytest.fail("a search"))
+    store.put("/calico/v1/junk/1", None)
+    store.put(keys.workload(HOST, "docker", "w7"), None)
+    monkeypatch.undo()
+    store.put(keys.host(HOST), None)
+    assert set(entries) == {
+        keys.profile_tags("web"),
+        keys.profile_rules("web"),
+        *(key for key in entries if "pool" in key),
+    }
+    assert not [key for key in entries._below if key.startswith(keys.host(HOST))]
