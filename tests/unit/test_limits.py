@@ -184,21 +184,46 @@ def test_a_flood_of_statuses_does_not_cost_the_heartbeat(monkeypatch: pytest.Mon
             beats.set()
         return beat(self, fields)
 
-    def more() -> None:
+    put = store.put
+
+    def put_and_change_more(key: str, value: str) -> None:
+        put(key, value)
         if not beats.is_set():  # each write is followed by another change
             count[1] += 1
             reporter.set({endpoint_id(count[1]): Status("up", 1)})
 
     monkeypatch.setattr(heartbeat.Heartbeat, "beat", counted)
-    store.fault = more
-    reporter.set({endpoint_id(0): Status("error", 1)})
+    monkeypatch.setattr(store, "put", put_and_change_more)
+    reporter.set({endpoint_id(0): Status("up", 1)})
     reporter.start()
     try:
         assert beats.wait(10)
+        assert count[1] > 3, "it was a flood"
     finally:
-        store.fault = lambda: None
         beats.set()
         reporter.end()
+
+
+def test_errors_are_written_after_what_works_and_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "ERRORS_AT_ONCE", 3)
+    store = MemoryStore()
+    health = Health(HOST, "1", first_update=True)
+    reporter = StoreReporter(DatastoreClient(store, HOST), health, lambda event: None)
+    reporter.set({endpoint_id(number): Status("error", 1) for number in range(8)})
+    reporter.set({endpoint_id(number): Status("up", 1) for number in range(10, 20)})
+
+    def written() -> list[str]:
+        return [entry.value for key, entry in store.entries.items() if "/workload/" in key]
+
+    reporter._beaten = report.time.monotonic()
+    reporter._write_endpoints()
+    assert sorted(json.loads(value)["status"] for value in written()) == ["error"] * 3 + ["up"] * 10
+    reporter._write_endpoints()
+    assert len(written()) == 13, "the others wait"
+    monkeypatch.setattr(report.time, "monotonic", lambda: reporter._errors_at)
+    reporter._beaten = reporter._errors_at
+    reporter._write_endpoints()
+    assert len(written()) == 16
 
 
 def test_a_report_that_takes_long_is_made_less_often(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
