@@ -36,7 +36,8 @@ class Admission:
         self._topology = topology
         self._pools: dict[str, Network] = {}
         """By key: the pools, also those whose values cannot be read, if their keys say which networks they are."""
-        self._in_pools = Networks(())
+        self._in_pools: Networks | None = None
+        """The networks of `_pools`; None if they have changed since it was last needed."""
         self._changed = False
         self._admitted: set[Use] = set()
 
@@ -50,7 +51,7 @@ class Admission:
         if cidr is not None:
             self._pools[key] = Network.parse(cidr)
         if before != self._pools.get(key):
-            self._in_pools, self._changed = Networks(self._pools.values()), True
+            self._in_pools, self._changed = None, True
 
     def take_changed(self) -> bool:
         """Return whether pools have changed since the last call."""
@@ -58,6 +59,8 @@ class Admission:
         return changed
 
     def is_in_pool(self, address: str) -> bool:
+        if self._in_pools is None:
+            self._in_pools = Networks(self._pools.values())
         return self._in_pools.has(version_of(address), number_of(address))
 
     def spared(self) -> set[str]:

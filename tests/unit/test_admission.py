@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from calicoctl.datastore.reserved import HostNetwork, InterfaceAddress, Servers
+from calicoctl.datastore.reserved import HostNetwork, InterfaceAddress, Networks, Servers
+from calicoctl.datastore.store import Entry
+from calicoctl.desired import admission
 from calicoctl.desired.admission import pool_of_key
 from calicoctl.desired.snapshot import Snapshot
 from tests.unit.snapshots import HOST, Store, endpoint_id
@@ -121,3 +123,15 @@ def test_servers_that_may_be_no_workloads_are_spared(store: Admitted) -> None:
     for ip in ("10.0.0.9", "192.168.0.9"):
         store.put(f"/calico/bgp/v1/global/peer_v4/{ip}", {"ip": ip, "as_num": "64512"})
     assert store.snapshot.admission.spared() == {"192.168.0.53", "10.0.0.9"}
+
+
+def test_many_pools_are_looked_up_as_one(store: Admitted, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = []
+    monkeypatch.setattr(admission, "Networks", lambda networks: (built.append(1), Networks(networks))[1])
+    store.endpoint(1, A, "10.0.7.1")
+    cidrs = [f"10.0.{number}.0/24" for number in range(200)]
+    entries = [
+        Entry(f"/calico/v1/ipam/v4/pool/{cidr.replace('/', '-')}", f'{{"cidr": "{cidr}"}}', 9, 9) for cidr in cidrs
+    ]
+    store.snapshot.replace("/calico/v1/ipam/v4", entries)
+    assert store.snapshot.local[endpoint_id(1)].addresses == ("10.0.7.1",) and len(built) <= 2
