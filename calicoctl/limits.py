@@ -18,6 +18,9 @@ PROFILES = 64
 ADDRESSES = 256
 """Addresses of an endpoint: each is an element of four sets, a route, and a neighbour."""
 
+CLAIMANTS = 100
+"""Endpoints that list the same interface or address: if there are more, reasons do not name the one that has it."""
+
 TAGS = 256
 """Tags of a profile: each tag in a rule has all addresses of the profile's endpoints."""
 

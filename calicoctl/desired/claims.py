@@ -1,59 +1,135 @@
-"""The valid endpoints of a host, and which of them claim the same interface or address.
+"""Which of this host's valid endpoints get the interface and the addresses that they claim. Reads no store.
 
-snapshot.py decides which of the claimants gets the interface or the address.
+Of the endpoints that claim the same interface or address, the one that was created first has it. An endpoint that
+loses one of its claims has none, so the next one may have the others. Anybody who may write to the store can have any
+number of endpoints claim the same: only those are decided anew about which a change can make a difference.
 """
 
 from __future__ import annotations
 
+import heapq
+from bisect import bisect_right, insort
 from collections.abc import Iterable
 
+from calicoctl import limits
 from calicoctl.datastore.keys import EndpointId
 from calicoctl.desired.local_endpoint import LocalEndpoint
 
+_Claim = tuple[int, str, str, str]
+"""The place of an endpoint among others: when it was created; its id, workload and orchestrator if that is the same."""
+
 
 class Claims:
-    """The candidates: valid endpoints. If several claim the same interface or address, only one can have it."""
+    """The candidates: valid endpoints. `decide` says which of them have what they claim."""
 
     def __init__(self) -> None:
         self.candidates: dict[EndpointId, LocalEndpoint] = {}
-        self._claimants: dict[str, set[EndpointId]] = {}
+        self._claims: dict[EndpointId, _Claim] = {}
+        self._ids: dict[_Claim, EndpointId] = {}
+        self._claimants: dict[str, list[_Claim]] = {}
+        """By interface and address: who claims it, in order."""
+        self._holders: dict[str, _Claim] = {}
+        """By interface and address: who has it, as of the last `decide`; perhaps no candidate any more."""
+        self._held: dict[EndpointId, tuple[str, ...]] = {}
+        """What the winners have."""
+        self._crossed: set[str] = set()
+        """What has come to be claimed by more, or by no more, than limits.CLAIMANTS since the last `decide`."""
 
-    def add(self, candidate: LocalEndpoint) -> None:
-        """Add a candidate. Its id must not be among the candidates yet."""
-        self.candidates[candidate.id] = candidate
-        for thing in self.things(candidate.id):
-            self._claimants.setdefault(thing, set()).add(candidate.id)
+    def add(self, candidate: LocalEndpoint, created: int) -> None:
+        """Add a candidate, which was created at a revision. Its id must not be among the candidates yet."""
+        id = candidate.id
+        claim = (created, id.endpoint, id.workload, id.orchestrator)
+        self.candidates[id], self._claims[id], self._ids[claim] = candidate, claim, id
+        for thing in self.things(id):
+            claimants = self._claimants.setdefault(thing, [])
+            insort(claimants, claim)
+            if len(claimants) == limits.CLAIMANTS + 1:
+                self._crossed.add(thing)
 
-    def withdraw(self, id: EndpointId) -> set[EndpointId]:
-        """Remove an endpoint, if it is a candidate.
-
-        Returns the other candidates that claim its interface or one of its addresses.
-        """
-        others = set()
+    def withdraw(self, id: EndpointId) -> None:
+        """Remove an endpoint, if it is a candidate."""
         for thing in self.things(id):
             claimants = self._claimants[thing]
-            claimants.discard(id)
-            others |= claimants
+            del claimants[bisect_right(claimants, self._claims[id]) - 1]
+            if len(claimants) == limits.CLAIMANTS:
+                self._crossed.add(thing)
             if not claimants:
                 del self._claimants[thing]
-        self.candidates.pop(id, None)
-        return others
+        if self.candidates.pop(id, None) is not None:
+            del self._ids[self._claims.pop(id)]
 
     def things(self, id: EndpointId) -> tuple[str, ...]:
         """Return the interface and the addresses that an endpoint claims; nothing if it is not a candidate."""
         candidate = self.candidates.get(id)
         return () if candidate is None else (candidate.interface, *candidate.addresses)
 
-    def claimants(self, thing: str) -> set[EndpointId]:
-        """Return the candidates that claim an interface or an address."""
-        return self._claimants.get(thing, set())
+    def holder(self, thing: str) -> EndpointId | None:
+        """Return the candidate that has an interface or an address, as of the last `decide`."""
+        claim = self._holders.get(thing)
+        return None if claim is None else self._ids.get(claim)
 
-    def rivals(self, ids: Iterable[EndpointId]) -> set[EndpointId]:
-        """Return these endpoints, and all candidates that share a claim with one of them, directly or transitively."""
-        found = set(ids)
-        unseen = set(found)
-        while unseen:
-            for thing in self.things(unseen.pop()):
-                unseen |= self._claimants[thing] - found
-                found |= self._claimants[thing]
+    def decide(self, changed: Iterable[EndpointId]) -> dict[EndpointId, str | None]:
+        """Decide about endpoints that were added or withdrawn, and about all others for which that matters.
+
+        Returns those of them that are candidates, in the order of their claims, with the reason why an endpoint loses,
+        None if it wins.
+        """
+        freed: set[str] = set()
+        waiting: list[_Claim] = []
+        found: dict[EndpointId, str | None] = {}
+        for thing in self._crossed:  # the reason names the winner, or does so no longer
+            waiting += self._claimants.get(thing, ())[: limits.CLAIMANTS + 1]
+        self._crossed = set()
+        for id in changed:
+            claim, things = self._claims.get(id), self.things(id)
+            for thing in self._held.get(id, ()):
+                if self._holders.get(thing) != claim or thing not in things:
+                    del self._holders[thing]
+                    freed.add(thing)
+                    waiting += self._claimants.get(thing, ())[:1]
+            if claim is None:
+                self._held.pop(id, None)
+            else:
+                waiting.append(claim)
+        heapq.heapify(waiting)
+        while waiting:
+            claim = heapq.heappop(waiting)
+            id = self._ids[claim]
+            if id not in found:
+                found[id] = self._decide(claim, id, freed, waiting)
         return found
+
+    def _decide(self, claim: _Claim, id: EndpointId, freed: set[str], waiting: list[_Claim]) -> str | None:
+        """Decide about a candidate; all before it are decided. Add those after it that are affected to `waiting`."""
+        things = self.things(id)
+        lost = next((thing for thing in things if self._holders.get(thing, claim) < claim), None)
+        if lost is None:
+            for thing in things:
+                before = self._holders.get(thing)
+                if before != claim:
+                    if before is not None:
+                        heapq.heappush(waiting, before)
+                    self._holders[thing] = claim
+                    if len(self._claimants[thing]) <= limits.CLAIMANTS:
+                        for later in self._after(claim, thing, limits.CLAIMANTS):
+                            heapq.heappush(waiting, later)
+            self._held[id] = things
+            return None
+        for thing in self._held.pop(id, ()):
+            if self._holders.get(thing) == claim:
+                del self._holders[thing]
+                freed.add(thing)
+        for thing in things:
+            if thing in freed and thing not in self._holders:
+                for later in self._after(claim, thing, 1):
+                    heapq.heappush(waiting, later)
+        if len(self._claimants[lost]) > limits.CLAIMANTS:
+            return f"its interface or an address is another's already (more than {limits.CLAIMANTS} endpoints list it)"
+        owner = self._ids[self._holders[lost]]
+        return f"its interface or an address is that of endpoint {owner.endpoint} already"
+
+    def _after(self, claim: _Claim, thing: str, most: int) -> list[_Claim]:
+        """Return the next claimants of a thing after one of them."""
+        claimants = self._claimants[thing]
+        place = bisect_right(claimants, claim)
+        return claimants[place : place + most]

@@ -361,7 +361,8 @@ class Snapshot:
             handle(key, entry)
         finally:
             for address in self.topology.take_changed_addresses():
-                self._unchecked |= self._claims.claimants(address)
+                holder = self._claims.holder(address)
+                self._unchecked |= set() if holder is None else {holder}
                 self.dirty.endpoints |= self.unusable.keys()
 
     # This host's endpoints: which are valid and free of conflicts
@@ -371,26 +372,19 @@ class Snapshot:
         if self.admission.take_changed():
             self._mark_decided_anew()
         changed, self._unchecked = self._unchecked, set()
-        rivals = set(changed)
         for id in changed:
-            rivals |= self._withdraw(id)
+            self._withdraw(id)
             try:
                 self._validate(id)
             except CalicoError as error:
                 self._refuse(id, str(error))
-        rivals = self._claims.rivals(rivals)
-        owners: dict[str, EndpointId] = {}
-        for id in sorted(rivals & self._claims.candidates.keys(), key=self._order):
-            candidate = self._claims.candidates[id]
-            owner = next((owners[thing] for thing in self._claims.things(id) if thing in owners), None)
-            if owner is not None:
-                why = f"its interface or an address is that of endpoint {owner.endpoint} already"
+        for id, why in self._claims.decide(changed).items():
+            if why is not None:
                 if self.unusable.get(id, (0, ""))[1] != why:
                     self._drop(id)
                     self._refuse(id, why)
                 continue
-            owners.update(dict.fromkeys(self._claims.things(id), id))
-            usable = self.admission.decide(candidate)
+            usable = self.admission.decide(self._claims.candidates[id])
             if self.local.get(id) != usable:
                 self._drop(id)
                 self.local[id] = usable
@@ -413,7 +407,7 @@ class Snapshot:
             return
         if endpoint.state != "active":
             raise CalicoError(f"its state is {endpoint.state!a:.40}, neither active nor inactive")
-        self._claims.add(validated(endpoint, entry.revision))
+        self._claims.add(validated(endpoint, entry.revision), entry.created)
 
     def _mark_decided_anew(self) -> None:
         """Mark the local endpoints about whose addresses is decided otherwise now, and all unusable ones."""
@@ -427,14 +421,11 @@ class Snapshot:
         self.unusable[id] = (self._entries[key].revision, why)
         self.dirty.endpoints.add(id)
 
-    def _withdraw(self, id: EndpointId) -> set[EndpointId]:
-        """Remove an endpoint from the usable and the unusable ones, and withdraw its claims.
-
-        Returns the other endpoints that claim its interface or one of its addresses.
-        """
+    def _withdraw(self, id: EndpointId) -> None:
+        """Remove an endpoint from the usable and the unusable ones, and withdraw its claims."""
         self._drop(id)
         self.unusable.pop(id, None)
-        return self._claims.withdraw(id)
+        self._claims.withdraw(id)
 
     def _drop(self, id: EndpointId) -> None:
         """Remove an endpoint from the usable ones (`local`)."""
@@ -445,7 +436,3 @@ class Snapshot:
         for thing in (endpoint.interface, *endpoint.addresses):
             if self._owners.get(thing) is endpoint:
                 del self._owners[thing]
-
-    def _order(self, id: EndpointId) -> tuple[int, str]:
-        """Return the sort key for conflicts: the endpoint that was created first wins."""
-        return self._entries[keys.endpoint(id)].created, id.endpoint
