@@ -104,13 +104,21 @@ from pathlib import Path
 from typing import Any
 
 from calicoctl import netlink
-from calicoctl.addresses import FAMILIES, check_unicast, parse_address, parse_as_number, parse_port
+from calicoctl.addresses import (
+    FAMILIES,
+    check_unicast,
+    number_of,
+    parse_address,
+    parse_as_number,
+    parse_port,
+    version_of,
+)
 from calicoctl.commands import bgp
 from calicoctl.commands.pool import readable_pools, warn_of_overlaps
-from calicoctl.datastore import keys
+from calicoctl.datastore import keys, last_known
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.hosts import hostname
-from calicoctl.datastore.reserved import HostNetwork
+from calicoctl.datastore.reserved import HostNetwork, Network
 from calicoctl.datastore.store import Entry
 from calicoctl.environment import EnvironmentFile
 from calicoctl.errors import CalicoError, NotFound, StoreError, about
@@ -119,7 +127,7 @@ from calicoctl.felix.bgp.instance import Instance
 from calicoctl.felix.dataplane.sysctls import HostSettings
 from calicoctl.felix.local_etcd import LocalEtcd
 from calicoctl.grammar import Prepared, parse, require_root
-from calicoctl.netlink import OUR_PROTOCOL
+from calicoctl.netlink import OUR_PROTOCOLS
 from calicoctl.output import print_json, print_table, wants_json, warn
 from calicoctl.workloads import connected, locks
 from calicoctl.workloads.workload import DOCKER, NAMESPACE
@@ -203,25 +211,44 @@ def _start(
 
 def _free_members(datastore: DatastoreClient) -> None:
     """Remove what an agent that has ended has left, and what keeps this host from its etcd, so that no agent starts."""
-    from calicoctl.felix.dataplane.lifeline import let_members_pass, take_back_routes
-    from calicoctl.felix.dataplane.nft import Nft
     from calicoctl.workloads import servers
 
-    network = HostNetwork().with_servers(servers.current(datastore.members))
+    known = servers.current(datastore.members)
+    freed = _free(HostNetwork().with_servers(known))
+    if freed and known.unknown:  # now that DNS works again
+        _free(HostNetwork().with_servers(servers.current(datastore.members)))
+
+
+def _free(network: HostNetwork) -> bool:
+    """Do what _free_members does, for what is known of the servers; return whether there was anything to remove."""
+    from calicoctl.felix.dataplane.lifeline import let_members_pass, take_back_blocks, take_back_routes
+    from calicoctl.felix.dataplane.nft import Nft
+
+    removed: list[str] = []
     with suppress(CalicoError, OSError):  # the agent says later what is wrong with the kernel
-        for said in let_members_pass(network, Nft()):
-            warn(f"Warning: {said}.")
-        routed = {route.destination for of in FAMILIES.values() for route in netlink.routes(of, protocol=OUR_PROTOCOL)}
-        if routed & network.servers.members:
+        removed += let_members_pass(network, Nft())
+        routed = [
+            Network.of(route.destination, route.length)
+            for family in FAMILIES.values()
+            for protocol in OUR_PROTOCOLS
+            for route in netlink.routes(family, protocol=protocol)
+            if route.destination is not None
+        ]
+        if any(one.has(version_of(a), number_of(a)) for one in routed for a in network.servers.vital):
             from pyroute2.iproute.linux import IPRoute
 
             from calicoctl.felix.dataplane.routes import Routes
+            from calicoctl.felix.dataplane.vxlan import Vxlan
 
             with IPRoute() as driver:
-                routes = Routes(driver)
+                routes, vxlan = Routes(driver), Vxlan(driver)
                 routes.read(())
-                for said in take_back_routes(network, routes):
-                    warn(f"Warning: {said}.")
+                vxlan.read()
+                removed += take_back_routes(network, routes)
+                removed += take_back_blocks(network, vxlan)
+    for said in removed:
+        warn(f"Warning: {said}.")
+    return bool(removed)
 
 
 def _refuse_taken(datastore: DatastoreClient, *addresses: str | None) -> None:
@@ -408,6 +435,7 @@ def _remove(other: str | None, remove_endpoints: bool, force: bool) -> None:
         local_etcd.stop(host)
         local_etcd.unannounce(had_local_etcd)
     process.remove_directory(datastore.host)
+    last_known.forget(datastore.host)
     connected.remove_all(datastore.host)
     if not registered and not disconnected and not ran:
         raise NotFound(f"Host {datastore.host} is not registered.")

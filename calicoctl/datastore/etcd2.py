@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Callable, TypeVar
 from urllib.parse import quote
 
 from calicoctl import answers
-from calicoctl.datastore import etcd2_tree, etcd2_watch
+from calicoctl.datastore import etcd2_tree, etcd2_watch, last_known
 from calicoctl.datastore.etcd2_watch import Progress
 from calicoctl.datastore.members import (
     ConnectionLost,
@@ -315,6 +315,7 @@ class _Connection:
         )
         # urllib3 would send a PUT three times before it reports that none was answered
         client.http.connection_pool_kw["retries"] = False
+        client.http.pool_classes_by_scheme = last_known.pools()
         if settings.scheme == "https":
             client.http.connection_pool_kw["ssl_context"] = _tls_context(settings)
         return client

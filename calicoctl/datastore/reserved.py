@@ -18,7 +18,7 @@ from calicoctl.datastore.keys import INTERFACE_PREFIX
 
 MEMBER = "a member of the etcd that this host uses"
 
-DNS_SERVER = "a DNS server of this host (in /etc/resolv.conf)"
+DNS_SERVER = "a DNS server of this host"
 
 
 @dataclass(frozen=True)
@@ -82,10 +82,19 @@ class Networks:
 
 @dataclass(frozen=True)
 class Servers:
-    """The canonical addresses of servers that a host depends on: the members of its etcd, and its DNS servers."""
+    """The canonical addresses of servers that a host depends on: the members of its etcd, and its DNS servers.
+
+    `unknown` are the names of members of which no address is known.
+    """
 
     members: frozenset[str] = frozenset()
     dns: frozenset[str] = frozenset()
+    unknown: frozenset[str] = frozenset()
+
+    @property
+    def vital(self) -> frozenset[str]:
+        """The addresses without which the host does not reach its etcd."""
+        return self.members | self.dns if self.unknown else self.members
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ Anybody who may write to the store can list any address in the record of an endp
 * this host needs it: its own addresses, gateways, and the members of its etcd (`HostNetwork.has`). That always holds,
   also if the endpoint had the address before, since without its store the host could not be repaired from elsewhere;
 * a host is registered with it. That always holds as well: policy treats packets from it as those of a host;
-* it is in no pool, or a DNS server of this host. That does not hold for an address that the endpoint has already: a
-  pool that was removed, or cannot be read, cuts nobody off. What an endpoint has is what the agent has let it have
-  before or, when the agent starts, what the kernel routes to its interface.
+* it is in no pool, or a DNS server of this host. One of the two does not hold for an address that the endpoint has
+  already: a pool that was removed, or cannot be read, cuts nobody off. What an endpoint has is what the agent has let
+  it have before or, when the agent starts, what the kernel routes to its interface.
 
 Reads no kernel: what that has is passed to `adopt`.
 """
@@ -79,10 +79,11 @@ class Admission:
         user = self.reserved.user(address)
         if user is not None:
             return user, True
-        why = DNS_SERVER if address in self.network.servers.dns else None
-        if why is None and not self.is_in_pool(address):
-            why = "in no pool"
-        return None if why is None else (why, (interface, address) not in self._admitted)
+        stays = (interface, address) in self._admitted
+        in_pool = self.is_in_pool(address)
+        if address in self.network.servers.dns:
+            return DNS_SERVER, not (stays and in_pool)
+        return None if in_pool else ("in no pool", not stays)
 
     def decide(self, candidate: LocalEndpoint) -> LocalEndpoint:
         """Return an endpoint without the addresses that are refused, and with the reasons."""

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from calicoctl import engine, netlink
 from calicoctl.clock import now
+from calicoctl.datastore import last_known
 from calicoctl.datastore.reserved import Servers
 from calicoctl.errors import CalicoError, WatchExpired, is_shortage
 from calicoctl.felix import shortage
@@ -349,7 +350,8 @@ class ServerEvents(_Source):
         """`members` are the names or addresses of etcd's members."""
         super().__init__("resolving the names of etcd's members", events)
         self._last: Servers | None = None
-        self._resolved: dict[str, dict[str, float]] = {member: {} for member in members}
+        now = time.monotonic()
+        self._resolved = {member: dict.fromkeys(last_known.addresses(member), now) for member in members}
         """By member: its addresses, each with the time (monotonic) when the name was last resolved to it."""
         self.known = threading.Event()
         """Set once the servers are known, as far as they can be."""
@@ -367,10 +369,15 @@ class ServerEvents(_Source):
             if member is not None and (addresses := servers.resolved(member)):
                 kept = {one: seen for one, seen in self._resolved[member].items() if at <= seen + SERVERS_KEPT}
                 self._resolved[member] = {**kept, **dict.fromkeys(addresses, at)}
-            found = Servers(frozenset().union(*self._resolved.values()), servers.dns_servers())
+            unknown = frozenset(name for name, addresses in self._resolved.items() if not addresses)
+            found = Servers(frozenset().union(*self._resolved.values()), servers.dns_servers(), unknown)
             if found != self._last:
                 self._last = found
                 self._events.put(ServersChanged(found))
+                try:
+                    last_known.remember({name: set(known) for name, known in self._resolved.items() if known})
+                except CalicoError as error:
+                    log.warning("the addresses of etcd's members cannot be kept: %s", error)
 
 
 class MountEvents(_Source):

@@ -10,17 +10,21 @@ from collections.abc import Iterable
 from contextlib import suppress
 
 from calicoctl.addresses import canonical
+from calicoctl.datastore import last_known
 from calicoctl.datastore.reserved import Servers
 
-RESOLV_CONF = "/etc/resolv.conf"
+RESOLV_CONF = ("/etc/resolv.conf", "/run/systemd/resolve/resolv.conf")
+"""The first may name a resolver of this host alone; the second has the servers that systemd-resolved asks."""
 
 
 def current(members: Iterable[str]) -> Servers:
     """Return the servers: `members` are the names, or addresses, of etcd's members.
 
-    A name that cannot be resolved has no addresses. It may take as long as the resolver waits.
+    A name that cannot be resolved has its last known addresses. It may take as long as the resolver waits.
     """
-    return Servers(frozenset().union(*map(resolved, members)), dns_servers())
+    found = {member: resolved(member) or last_known.addresses(member) for member in members}
+    unknown = frozenset(member for member, addresses in found.items() if not addresses)
+    return Servers(frozenset().union(*found.values()), dns_servers(), unknown)
 
 
 def resolved(name: str) -> frozenset[str]:
@@ -31,13 +35,15 @@ def resolved(name: str) -> frozenset[str]:
     return frozenset()
 
 
-def dns_servers(path: str = RESOLV_CONF) -> frozenset[str]:
-    """Return the canonical addresses of the DNS servers that the resolver asks. Source: resolv.conf(5)."""
-    try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            lines = [line.split() for line in file]
-    except OSError:
-        return frozenset()
+def dns_servers(paths: Iterable[str] = RESOLV_CONF) -> frozenset[str]:
+    """Return the canonical addresses of the DNS servers that the resolver asks.
+
+    Sources: resolv.conf(5), and systemd-resolved.service(8) about its file.
+    """
+    lines = []
+    for path in paths:
+        with suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
+            lines += [line.split() for line in file]
     return _canonical(words[1] for words in lines if len(words) > 1 and words[0] == "nameserver")
 
 

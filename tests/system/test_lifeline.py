@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -107,9 +109,89 @@ def test_a_host_that_has_lost_its_etcd_takes_the_route_back(remote: AgentHost) -
     hijack()
     said = remote.ctl("node", "--ip=192.0.2.2", f"--log-dir={LOG_DIR}").err
     assert f"the route to {MEMBER} led to an endpoint, but that is a member of the etcd" in said
-    assert f"packets from {MEMBER6}, a member of etcd" in said
+    assert f"packets from {MEMBER6}, on the way to etcd" in said
     remote.sync()
     assert ours() == {"192.168.0.1"}
+
+
+DNS = "203.0.113.53"
+
+DNS_SERVER = f"""
+import socket
+server, upstream = (socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(2))
+if {{stub}}:  # asks another server
+    server.bind(("127.0.0.53", 53))
+else:
+    server.bind(("{DNS}", 53))
+while True:
+    query, client = server.recvfrom(2000)
+    if {{stub}}:
+        upstream.settimeout(0.2)
+        upstream.sendto(query, ("{DNS}", 53))
+        try:
+            server.sendto(upstream.recv(2000), client)
+        except OSError:
+            pass
+        continue
+    end = query.index(b"\\0", 12) + 5
+    answers = [b"\\xc0\\x0c\\0\\1\\0\\1\\0\\0\\0\\1\\0\\4" + socket.inet_aton("{MEMBER}")] * (query[end - 3] == 1)
+    count = bytes([0, len(answers), 0, 0, 0, 0])
+    server.sendto(query[:2] + b"\\x81\\x80" + query[4:6] + count + query[12:end] + b"".join(answers), client)
+"""
+
+
+@pytest.fixture
+def named(bare_host: Host, tmp_path: Path) -> Iterator[AgentHost]:
+    """A host whose etcd is another machine, by a name that its resolver of its own asks yet another server for."""
+    with outside_host() as outside:
+        run("ip", "-n", outside, "address", "add", f"{DNS}/32", "dev", "lo")
+        run("ip", "route", "add", f"{DNS}/32", "via", MEMBER)
+        inside = ["ip", "netns", "exec", outside, sys.executable, "-c", DNS_SERVER.format(stub=False)]
+        servers = [subprocess.Popen(inside)]
+        servers.append(subprocess.Popen([sys.executable, "-c", DNS_SERVER.format(stub=True)]))
+        Path("/etc/resolv.conf").write_text("nameserver 127.0.0.53\noptions timeout:1 attempts:1\n")
+        Path("/etc/nsswitch.conf").write_text("hosts: files dns\n")
+        etcd = Etcd(tmp_path / "etcd", address=MEMBER, namespace=outside)
+        etcd.start()
+        etcd.await_ready()
+        host = AgentHost(etcd, endpoints=f"http://etcd.example.test:{etcd.port}")
+        host.start_agent()
+        host.add("a", "192.168.0.1")
+        host.sync()
+        yield host
+        etcd.stop(9)
+        for server in servers:
+            server.kill()
+            server.wait()
+
+
+def test_a_host_without_dns_still_reads_its_etcd(named: AgentHost) -> None:
+    """A record takes a DNS server that this host cannot know of; then an older version's blackhole takes etcd."""
+    key, pool = named.key("a"), f"/calico/v1/ipam/v4/pool/{DNS}-32"
+    record = json.loads(named.etcd.get(key))
+
+    def hijack() -> None:
+        named.etcd.put(pool, {"cidr": f"{DNS}/32"})
+        named.etcd.put(key, {**record, "ipv4_nets": ["192.168.0.1/32", f"{DNS}/32"]})
+        wait_for(lambda: DNS in ours(), "the route")
+
+    hijack()
+    named.etcd.put(key, record)
+    wait_for(lambda: ours() == {"192.168.0.1"}, "the agent to read that the address is gone", 30)
+    hijack()
+    named.kill_agent()
+    named.etcd.put(key, record)
+    run("ip", "route", "add", "blackhole", f"{MEMBER}/31", "proto", "81")
+    said = named.ctl("node", "--ip=192.0.2.2", f"--log-dir={LOG_DIR}").err
+    assert f"the route to {MEMBER}/31 kept packets from {MEMBER}, on the way to etcd; it was removed" in said
+    named.sync()
+    assert ours() == {"192.168.0.1"}
+    # a server that the host is told of too late is left to the endpoint only while it is in a pool
+    hijack()
+    Path("/run/systemd/resolve").mkdir(parents=True)
+    Path("/run/systemd/resolve/resolv.conf").write_text(f"nameserver {DNS}\n")
+    named.etcd.delete(pool)
+    wait_for(lambda: ours() == {"192.168.0.1"}, "the route to be removed", 30)
 
 
 def test_what_a_removed_pool_contained_goes_on(remote: AgentHost) -> None:

@@ -139,7 +139,7 @@ def test_a_block_with_a_server_of_this_host_is_announced_by_single_addresses(sto
     assert (found.blocks, found.addresses) == ((), ("192.168.1.1", "192.168.1.70"))
     assert [why for _, why in found.split] == [
         "192.168.1.9, a member of the etcd that this host uses",
-        "192.168.1.99, a DNS server of this host (in /etc/resolv.conf)",
+        "192.168.1.99, a DNS server of this host",
     ]
     # routes of other hosts must not lead to a member; a DNS server may well be a workload of theirs
     assert guarded(store.snapshot, 4).addresses == ("192.168.1.9", "192.168.2.9")

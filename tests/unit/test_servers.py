@@ -23,8 +23,10 @@ def test_members_are_resolved_and_dns_servers_read(tmp_path: Path) -> None:
     file = tmp_path / "resolv.conf"
     text = "; nameserver 192.0.2.9\nnameserver 192.0.2.1 # ours\n nameserver 2001:db8:0::1\nnameserver fe80::1%eth0\n"
     file.write_text(f"{text}nameserver\nnameserver none\nsearch 192.0.2.8\n")
-    assert servers.dns_servers(str(file)) == {"192.0.2.1", "2001:db8::1"}
-    assert servers.dns_servers(str(tmp_path / "none")) == frozenset()
+    (tmp_path / "resolved").write_text("nameserver 192.0.2.7\n")
+    files = [str(tmp_path / name) for name in ("none", "resolv.conf", "resolved")]
+    assert servers.dns_servers(files) == {"192.0.2.1", "2001:db8::1", "192.0.2.7"}
+    assert servers.dns_servers(files[:1]) == frozenset()
 
 
 class Names:
@@ -63,8 +65,8 @@ def names(monkeypatch: pytest.MonkeyPatch) -> Names:
     return Names(monkeypatch)
 
 
-def of(*members: str) -> Servers:
-    return Servers(frozenset(members), frozenset(["192.0.2.53"]))
+def of(*members: str, unknown: tuple[str, ...] = ()) -> Servers:
+    return Servers(frozenset(members), frozenset(["192.0.2.53"]), frozenset(unknown))
 
 
 def test_names_may_have_several_addresses_which_change(names: Names) -> None:
@@ -90,7 +92,20 @@ def test_a_resolver_that_hangs_keeps_nobody_from_what_is_known(names: Names) -> 
     names.known = {"etcd1": ["192.0.2.1"], "etcd2": ["192.0.2.2"]}
     names.hang = threading.Event()
     names.source.start()
-    assert names.queue.get(timeout=10).servers == of("192.0.2.1")
+    assert names.queue.get(timeout=10).servers == of("192.0.2.1", unknown=("etcd2",))
     assert not names.source.known.wait(0.05), "the agent waits for it for some seconds only"
     names.hang.set()
     assert names.queue.get(timeout=10).servers == of("192.0.2.1", "192.0.2.2") and names.source.known.wait(10)
+
+
+def test_what_a_name_had_outlives_the_agent(names: Names) -> None:
+    names.known = {"etcd1": ["192.0.2.1"]}
+    names.source.look()
+    names.known = {}
+    again = ServerEvents(["etcd1", "etcd2"], names.queue)
+    names.found()
+    again.look()
+    assert names.found() == [of("192.0.2.1", unknown=("etcd2",))]
+    now = servers.current(["etcd1", "etcd2"])
+    assert now == of("192.0.2.1", unknown=("etcd2",)) and now.vital == {"192.0.2.1", "192.0.2.53"}
+    assert of("192.0.2.1").vital == {"192.0.2.1"}, "DNS is not on the way to it"

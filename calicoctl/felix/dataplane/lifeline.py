@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from calicoctl.addresses import pack
-from calicoctl.datastore.reserved import HostNetwork
+from calicoctl.addresses import number_of, pack, version_of
+from calicoctl.datastore.reserved import DNS_SERVER, HostNetwork, Network
 from calicoctl.errors import CalicoError
 
 if TYPE_CHECKING:
     from calicoctl.felix.dataplane.nft import Nft
     from calicoctl.felix.dataplane.routes import Routes
+    from calicoctl.felix.dataplane.vxlan import Vxlan
 
 
 def take_back_routes(network: HostNetwork, routes: Routes) -> Iterator[str]:
@@ -25,7 +26,7 @@ def take_back_routes(network: HostNetwork, routes: Routes) -> Iterator[str]:
     Yields a sentence for each route. The driver must have read the routes before.
     """
     for index, address in list(routes.routed()):
-        why = network.has(address)
+        why = network.has(address) or (DNS_SERVER if address in network.servers.vital else None)
         if why is not None:
             try:
                 routes.remove_route(index, address)
@@ -34,13 +35,35 @@ def take_back_routes(network: HostNetwork, routes: Routes) -> Iterator[str]:
                 yield str(error)
 
 
-def let_members_pass(network: HostNetwork, nft: Nft) -> Iterator[str]:
-    """Remove the members of etcd from the maps with the addresses of endpoints, whose packets are dropped or checked.
+def take_back_blocks(network: HostNetwork, vxlan: Vxlan) -> Iterator[str]:
+    """Remove the overlay's routes to networks that contain the address of a server on the way to etcd.
 
-    Yields a sentence for each member that was in there.
+    Yields a sentence for each route. The driver must have read the routes before.
+    """
+    covering = {}
+    for route in vxlan.routes:
+        block = Network.parse(route.cidr)
+        inside = [a for a in sorted(network.servers.vital) if block.has(version_of(a), number_of(a))]
+        if inside:
+            covering[route] = inside[0]
+    if not covering:
+        return
+    try:
+        vxlan.apply_routes(vxlan.routes - covering.keys())
+    except CalicoError as error:
+        yield str(error)
+    for route, address in covering.items():
+        if route not in vxlan.routes:
+            yield f"the route to {route.cidr} kept packets from {address}, on the way to etcd; it was removed"
+
+
+def let_members_pass(network: HostNetwork, nft: Nft) -> Iterator[str]:
+    """Remove the servers on the way to etcd from the maps with the addresses of endpoints, which it drops or checks.
+
+    Yields a sentence for each server that was in there.
     """
     for name, size in (("owners4", 4), ("owners6", 16)):
-        members = {pack(address): address for address in network.servers.members if len(pack(address)) == size}
+        members = {pack(address): address for address in network.servers.vital if len(pack(address)) == size}
         if not members:
             continue
         try:
@@ -50,6 +73,6 @@ def let_members_pass(network: HostNetwork, nft: Nft) -> Iterator[str]:
         for address in sorted(map(members.__getitem__, found)):
             try:
                 nft.run(f"delete element inet calico {name} {{ {address} }}\n")
-                yield f"packets from {address}, a member of etcd, were taken for those of an endpoint; they pass again"
+                yield f"packets from {address}, on the way to etcd, were taken for an endpoint's; they pass again"
             except CalicoError as error:
                 yield str(error)
