@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Callable
 
-from calicoctl import engine, netlink
+from calicoctl import engine, iptables, netlink
 from calicoctl.addresses import FAMILIES
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.hosts import hostname
@@ -334,7 +334,7 @@ def _old_felix() -> Check:
     if os.geteuid() != 0:
         return _needs_root(name)
     try:
-        found = docker_firewall.old_felix_chains()
+        found = iptables.old_felix_chains()
     except CalicoError as error:
         return Check(name, False, str(error), False, "repair the host's iptables")
     chains = "; ".join(

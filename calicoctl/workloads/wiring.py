@@ -686,7 +686,7 @@ def _attach(
     if netns.find_interface(name) is not None:
         raise CalicoError(f"this host has an interface {name} already, of another endpoint; try again")
     with Guard() as tables:
-        if not tables.exists() and not session.datastore.statuses.of_old_agent():
+        if not tables.exists() and not _has_old_felix(session.datastore):
             tables.create()
     undo(netns.delete_interface, name)
     netns.create_veth(name, session.namespace, interface, size, mac)
@@ -694,6 +694,19 @@ def _attach(
     mac = session.namespace.configure(interface, nets, next_hops, netns.HOST_MAC)
     netns.set_up(name)
     return mac
+
+
+def _has_old_felix(datastore: DatastoreClient) -> bool:
+    """Return whether Felix of 2015 runs on this host: it has rules of its own. Raises CalicoError.
+
+    The store alone does not decide: whoever may write to it could have workloads connected without any rules. Chains
+    that Felix has left drop the packets of interfaces that it does not know.
+    """
+    if not datastore.statuses.of_old_agent():
+        return False
+    from calicoctl import iptables  # imports subprocess, which most commands do not need
+
+    return any("felix-FORWARD" in chains for chains in iptables.old_felix_chains().values())
 
 
 def _adopt(

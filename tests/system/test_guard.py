@@ -192,5 +192,12 @@ def test_where_nftables_does_not_work_nothing_is_connected(host: Host) -> None:
 def test_beside_a_felix_of_2015_its_own_rules_decide(host: Host) -> None:
     run("ip", "netns", "add", "a")
     host.etcd.put(f"/calico/felix/v1/host/{host.name}/status", {"time": "2026-01-01T00:00:00Z", "uptime": 1.0})
-    host.ctl("container", "add", "/var/run/netns/a", A4)
-    assert "calico" not in run("nft", "list", "tables").out
+    run("iptables", "-N", "felix-FORWARD")
+    try:
+        host.ctl("container", "add", "/var/run/netns/a", A4)
+        assert "calico" not in run("nft", "list", "tables").out
+    finally:
+        run("iptables", "-X", "felix-FORWARD")
+    run("ip", "netns", "add", "b")
+    host.ctl("container", "add", "/var/run/netns/b", "192.168.0.2")
+    assert "calico" in run("nft", "list", "tables").out, "the status in etcd alone proves nothing"

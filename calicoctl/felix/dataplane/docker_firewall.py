@@ -12,22 +12,13 @@ legacy. A host without that command may still have such a firewall.
 from __future__ import annotations
 
 import shlex
-import shutil
-import subprocess
 from collections import defaultdict
 from contextlib import suppress
-from pathlib import Path
 
+from calicoctl import iptables
 from calicoctl.datastore.keys import INTERFACE_PREFIX
 from calicoctl.errors import CalicoError
 from calicoctl.felix.dataplane.nft import Nft, NftError
-
-COMMANDS = ("iptables", "ip6tables")
-
-_OLD_FELIX = "felix-"
-
-PATIENCE = 15.0
-"""Seconds to wait for iptables, which itself waits up to ten for its lock."""
 
 _COMMENT = "calico"
 _OURS = f"{INTERFACE_PREFIX}+"
@@ -106,13 +97,13 @@ def ensure() -> list[str]:
 
     Raises CalicoError when iptables fails, or is missing while a firewall may drop forwarded packets.
     """
-    return [line for command in COMMANDS for line in _bring(command, remove=False)]
+    return [line for command in iptables.COMMANDS for line in _bring(command, remove=False)]
 
 
 def remove() -> None:
     """Remove our rules. If the iptables command is missing, they stay: they only accept. Raises CalicoError."""
-    for command in COMMANDS:
-        if _is_there(command):
+    for command in iptables.COMMANDS:
+        if iptables.is_there(command):
             _bring(command, remove=True)
 
 
@@ -122,7 +113,7 @@ def missing() -> list[str]:
     Raises CalicoError if that cannot be determined.
     """
     found = []
-    for command in COMMANDS:
+    for command in iptables.COMMANDS:
         current = _current(command)
         if current is None or not current.would_drop():
             continue
@@ -131,43 +122,11 @@ def missing() -> list[str]:
     return found
 
 
-def old_felix_chains() -> dict[str, list[str]]:
-    """Return the chains that Felix of 2015 has left, by the iptables command that lists them.
-
-    They drop packets from and to `cali…` interfaces that Felix does not know. Felix ran in an image that had its own
-    iptables, so they may be in tables that the host's iptables does not list. Raises CalicoError if that cannot be
-    determined.
-    Source: Felix's frules.py and dispatch.py.
-    """
-    found: dict[str, list[str]] = {}
-    for command in COMMANDS:
-        legacy = f"{command}-legacy"
-        if _is_there(command):
-            _find_old_felix(command, found)
-            # if there are no such tables, listing them would load kernel modules
-            if "nf_tables" in _run(command, "--version") and _legacy_tables(command) and _is_there(legacy):
-                _find_old_felix(legacy, found)
-    return found
-
-
 def saved() -> str:
     """Return the host's own rules in the table `filter`, as iptables-save prints them. Raises CalicoError."""
-    return "".join(_run(f"{command}-save", "-t", "filter") for command in COMMANDS if _is_there(command))
-
-
-def _find_old_felix(command: str, found: dict[str, list[str]]) -> None:
-    lines = _run(f"{command}-save").splitlines()
-    chains = sorted({line[1:].split()[0] for line in lines if line.startswith(f":{_OLD_FELIX}")})
-    if chains:
-        found[command] = chains
-
-
-def _legacy_tables(command: str) -> list[str]:
-    """Return the names of the tables of iptables-legacy, or of ip6tables-legacy, that the kernel has."""
-    try:
-        return (Path("/proc/net") / f"{command.replace('tables', '')}_tables_names").read_text().split()
-    except OSError:  # a kernel without them
-        return []
+    return "".join(
+        iptables.run(f"{command}-save", "-t", "filter") for command in iptables.COMMANDS if iptables.is_there(command)
+    )
 
 
 def sends_events() -> bool:
@@ -175,7 +134,7 @@ def sends_events() -> bool:
 
     Changes of iptables-legacy do not, nor does the installation of the command.
     """
-    return _is_there("iptables") and "nf_tables" in _run("iptables", "--version")
+    return iptables.is_there("iptables") and "nf_tables" in iptables.run("iptables", "--version")
 
 
 def _bring(command: str, remove: bool) -> list[str]:
@@ -195,10 +154,10 @@ def _bring(command: str, remove: bool) -> list[str]:
         elif not ours:
             continue
         for rule in ours:
-            _run(command, "-w", "10", "-t", "filter", "-D", chain, *rule)
+            iptables.run(command, "-w", "10", "-t", "filter", "-D", chain, *rule)
         if chain == desired:
             for rule in reversed(_RULES):
-                _run(command, "-w", "10", "-t", "filter", "-I", chain, "1", *rule)
+                iptables.run(command, "-w", "10", "-t", "filter", "-I", chain, "1", *rule)
             done.append(f"{command}: accepting {_OURS} in chain {chain}, which would drop it otherwise")
         else:
             done.append(f"{command}: no longer accepting {_OURS} in chain {chain}")
@@ -210,8 +169,8 @@ def _current(command: str) -> Filter | None:
 
     Raises CalicoError if the command fails, or if it is missing and a firewall may drop forwarded packets.
     """
-    if _is_there(command):
-        return Filter(_run(f"{command}-save", "-t", "filter"))
+    if iptables.is_there(command):
+        return Filter(iptables.run(f"{command}-save", "-t", "filter"))
     why = _may_drop(command)
     if why is not None:
         raise CalicoError(
@@ -221,16 +180,12 @@ def _current(command: str) -> Filter | None:
     return None
 
 
-def _is_there(command: str) -> bool:
-    return all(shutil.which(name) is not None for name in (command, f"{command}-save"))
-
-
 def _may_drop(command: str) -> str | None:
     """Return a clause that says which firewall may drop forwarded packets, None if there is no such firewall.
 
     Does not run `command`.
     """
-    if "filter" in _legacy_tables(command):
+    if "filter" in iptables.legacy_tables(command):
         return f"this host has an {command}-legacy firewall, which may drop what is forwarded"
     family = command.replace("tables", "")
     nft = Nft()
@@ -238,16 +193,3 @@ def _may_drop(command: str) -> str | None:
         if Filter.from_nft(nft.run(f"list table {family} filter")).would_drop():
             return f"this host's {command} chain FORWARD would drop what is forwarded"
     return None
-
-
-def _run(*command: str) -> str:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
-    except subprocess.TimeoutExpired:
-        raise CalicoError(f"{command[0]} did not answer within {PATIENCE:.0f} s") from None
-    except OSError as error:
-        raise CalicoError(f"{command[0]} cannot be run: {error.strerror}") from None
-    if done.returncode != 0:
-        why = " ".join(done.stderr.split())[:200] or f"it ends with status {done.returncode}"
-        raise CalicoError(f"'{' '.join(command)}' failed: {why}")
-    return done.stdout
