@@ -436,7 +436,7 @@ def _remove(other: str | None, remove_endpoints: bool, force: bool) -> None:
         local_etcd.unannounce(had_local_etcd)
     process.remove_directory(datastore.host)
     last_known.forget(datastore.host)
-    connected.remove_all(datastore.host)
+    connected.forget_all(datastore.host)
     if not registered and not disconnected and not ran:
         raise NotFound(f"Host {datastore.host} is not registered.")
     if registered:

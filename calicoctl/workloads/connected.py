@@ -77,12 +77,14 @@ def set_learned(host: str, *orchestrators: str) -> None:
         state.write(host, _FOLDER, f"{orchestrator}.{_LEARNED}", content=b"")
 
 
-def remove_all(host: str) -> None:
-    """Remove everything that is known of a host's workloads, which are disconnected. Raises CalicoError."""
+def forget_all(host: str) -> None:
+    """Note that a host's workloads are all disconnected. Raises CalicoError.
+
+    That they have been learned stays: else whoever writes to etcd could have them connected again.
+    """
     for orchestrator in ORCHESTRATORS:
         for name in state.read_all(host, _FOLDER, orchestrator):
             state.remove(host, _FOLDER, orchestrator, name)
-        state.remove(host, _FOLDER, f"{orchestrator}.{_LEARNED}")
         state.remove_empty(host, _FOLDER, orchestrator)
 
 

@@ -106,8 +106,19 @@ def test_what_nobody_has_connected_gets_no_network(guarded: AgentHost) -> None:
     run("docker", "rm", "-f", "workload")
     wait_for(lambda: not list(STATE.glob("*/*")), guarded.log())
     guarded.ctl("node", "remove", "--remove-endpoints")
-    assert not Path("/var/lib/calico/host1").exists()
+    assert sorted(path.name for path in STATE.iterdir()) == ["docker.learned", "namespace.learned"]
     guarded.check_nothing_left(folders=False)
+
+    # whoever writes to etcd puts everything back: nothing is learned a second time
+    run("docker", "run", "--net=none", "--name", "again", "-tid", "busybox")
+    try:
+        again = plant(guarded, "docker", id_of("again"), A4, None, "3" * 32)
+        guarded.etcd.put(f"/calico/bgp/v1/host/{guarded.name}/ip_addr_v4", HOST_IP)
+        guarded.start_agent()
+        wait_for(lambda: "connected 1 of" in told(guarded), guarded.log())
+        assert not calico_links() and guarded.endpoint_status(again)["status"] == "down"
+    finally:
+        run("docker", "rm", "-f", "again")
 
 
 def test_paths_are_not_taken_from_the_store(pair: AgentHost) -> None:

@@ -98,7 +98,7 @@ def test_the_message_after_a_reboot_says_how_to_remove_the_demo(tmp_path: Path) 
     run("sh", "-c", data)
     assert not Path("/var/lib/calico/etcd").exists()
     assert run(str(ROOT / "demo/clean"), env=environment).err == ""
-    Path("/var/lib/calico").rmdir()
+    shutil.rmtree("/var/lib/calico")
 
 
 def test_a_demo_that_lacks_a_program_says_so_and_makes_nothing(tmp_path: Path) -> None:

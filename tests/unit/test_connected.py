@@ -108,14 +108,13 @@ def test_removing_a_host_leaves_what_others_keep_there() -> None:
     connected.put("vm", "docker", "1" * 64)
     connected.put("other", "docker", "1" * 64)
     (state.DIRECTORY / "vm" / "member").mkdir()
-    connected.remove_all("vm")
+    connected.forget_all("vm")
     assert modes(state.DIRECTORY).keys() >= {"vm/member", "other/workloads/docker"}
-    assert not [name for name in modes(state.DIRECTORY / "vm") if name != "member"]
-    assert not connected.is_learned("vm", "docker") and not connected.is_learned("vm", "namespace")
-    connected.remove_all("other")
-    connected.set_learned("only registered")
-    connected.remove_all("only registered")
-    connected.remove_all("never was here")
+    learned = {"workloads", "workloads/docker.learned", "workloads/namespace.learned"}
+    assert modes(state.DIRECTORY / "vm").keys() == {"member", *learned}, "learning is not repeated"
+    assert connected.is_learned("vm", "docker") and connected.is_learned("vm", "namespace")
+    connected.forget_all("other")
+    connected.forget_all("never was here")
     assert list(state.DIRECTORY.iterdir()) == [state.DIRECTORY / "vm"]
 
 

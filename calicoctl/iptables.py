@@ -1,0 +1,69 @@
+"""Runs the host's iptables commands, and lists the chains that Felix of 2015 has created with them."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+from calicoctl.errors import CalicoError
+
+COMMANDS = ("iptables", "ip6tables")
+
+_OLD_FELIX = "felix-"
+
+PATIENCE = 15.0
+"""Seconds to wait for iptables, which itself waits up to ten for its lock."""
+
+
+def old_felix_chains() -> dict[str, list[str]]:
+    """Return the chains that Felix of 2015 has left, by the iptables command that lists them.
+
+    They drop packets from and to `cali…` interfaces that Felix does not know. Felix ran in an image that had its own
+    iptables, so they may be in tables that the host's iptables does not list. Raises CalicoError if that cannot be
+    determined.
+    Source: Felix's frules.py and dispatch.py.
+    """
+    found: dict[str, list[str]] = {}
+    for command in COMMANDS:
+        legacy = f"{command}-legacy"
+        if is_there(command):
+            _find_old_felix(command, found)
+            # if there are no such tables, listing them would load kernel modules
+            if "nf_tables" in run(command, "--version") and legacy_tables(command) and is_there(legacy):
+                _find_old_felix(legacy, found)
+    return found
+
+
+def _find_old_felix(command: str, found: dict[str, list[str]]) -> None:
+    lines = run(f"{command}-save").splitlines()
+    chains = sorted({line[1:].split()[0] for line in lines if line.startswith(f":{_OLD_FELIX}")})
+    if chains:
+        found[command] = chains
+
+
+def legacy_tables(command: str) -> list[str]:
+    """Return the names of the tables of iptables-legacy, or of ip6tables-legacy, that the kernel has."""
+    try:
+        return (Path("/proc/net") / f"{command.replace('tables', '')}_tables_names").read_text().split()
+    except OSError:  # a kernel without them
+        return []
+
+
+def is_there(command: str) -> bool:
+    """Return whether this host has `command`, and the one that saves its rules."""
+    return all(shutil.which(name) is not None for name in (command, f"{command}-save"))
+
+
+def run(*command: str) -> str:
+    """Run a command and return its output. Raises CalicoError if it fails or takes longer than PATIENCE."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    except subprocess.TimeoutExpired:
+        raise CalicoError(f"{command[0]} did not answer within {PATIENCE:.0f} s") from None
+    except OSError as error:
+        raise CalicoError(f"{command[0]} cannot be run: {error.strerror}") from None
+    if done.returncode != 0:
+        why = " ".join(done.stderr.split())[:200] or f"it ends with status {done.returncode}"
+        raise CalicoError(f"'{' '.join(command)}' failed: {why}")
+    return done.stdout
