@@ -14,6 +14,7 @@ from typing import Any, Callable
 
 import pytest
 
+from calicoctl import state
 from calicoctl.datastore import keys
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.keys import EndpointId
@@ -470,7 +471,8 @@ def test_containers_that_were_removed_while_no_agent_ran_are_reconciled_even_wit
 
 
 def test_what_cannot_be_learned_is_reported_once_and_tried_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    connected.remove_all("vm")
+    for orchestrator in connected.ORCHESTRATORS:
+        state.remove("vm", "workloads", f"{orchestrator}.learned")
 
     def full(*_: object) -> None:
         raise CalicoError("there is no space")
