@@ -7,11 +7,11 @@ from calicoctl.datastore.settings import EtcdSettings
 from calicoctl.datastore.store import Store
 
 PATIENCE = 20.0
-"""Seconds for which a request is sent again while the cluster cannot serve it, for example while electing a leader."""
+"""Seconds for which a request is retried while the cluster cannot serve it, for example while it elects a leader."""
 
 
 def connect(settings: EtcdSettings, patience: float = PATIENCE) -> Store:
-    """Return the store that the settings name; nothing is sent yet. `patience`: see PATIENCE."""
+    """Return a client of the cluster in `settings`; nothing is sent yet. `patience`: see PATIENCE."""
     from calicoctl.datastore.etcd2 import Etcd2Store
 
     return Etcd2Store(settings, patience, keys.implied_directories)

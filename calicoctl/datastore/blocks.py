@@ -34,8 +34,8 @@ class Owner:
 class Block:
     """64 addresses from `first` (as a number) on. `allocations[i]` is None or an index into `owners`.
 
-    `affinity` is `host:NAME` or None. `owners` are objects of the store's JSON: handle_id and secondary, see Owner.
-    `extra` has the block's unknown fields.
+    `affinity` is `host:NAME` or None. `owners` are the objects in "attributes" of the JSON, with handle_id and
+    secondary: see Owner. `extra` contains the other fields.
     """
 
     version: int
@@ -98,8 +98,8 @@ class Block:
     def free(self) -> list[int]:
         """Return the ordinals (offsets from `first`) of the free addresses, in the order in which to assign them.
 
-        Tools from 2016 on keep that order in the block, as "unallocated", and rely on it; a released address comes
-        last. If that list and the allocations differ, the allocations are right. Source: `unallocated` in
+        Tools from 2016 on keep that order in the block, as "unallocated", and rely on it; they append a released
+        address. If that list and the allocations differ, the allocations are right. Source: `unallocated` in
         pycalico/block.py of libcalico 0.8.
         """
         listed = self.extra.get("unallocated")
@@ -121,7 +121,7 @@ class Block:
 
     @property
     def is_strict(self) -> bool:
-        """Whether only the host with affinity may assign addresses of the block."""
+        """Whether only the host to which the block has affinity may assign addresses of the block."""
         return self.extra.get("strict_affinity") not in (None, False)
 
     def owner(self, ordinal: int) -> Owner | None:
@@ -196,7 +196,7 @@ def block_key(address: IPAddress) -> str:
 
 
 def first_addresses(names: Iterable[str]) -> Iterator[int]:
-    """Yield the first addresses (as numbers) of blocks, given the last parts of their keys; skip invalid ones."""
+    """Yield the first addresses (as numbers) of blocks. `names` are the last parts of their keys; skip invalid ones."""
     from calicoctl.addresses import parse_cidr
 
     for name in names:

@@ -1,8 +1,8 @@
-"""All access to Calico's data in the store: endpoints, profiles, pools, BGP peers and settings.
+"""Access to Calico's data in the store: endpoints, profiles, pools, BGP peers and settings.
 
-Other modules are about addresses (`ipam`), registrations of hosts (`hosts`) and reports of agents (`statuses`).
-Each method is one operation of a command or of the agent. Errors name the key at fault. Uses no netlink and no API of a
-backend.
+Three attributes of the client cover the rest, each with a module of its own: `ipam` (addresses), `hosts` (registrations
+of hosts) and `statuses` (reports of agents). Each method is one operation of a command or of the agent. Errors name the
+key at fault. Uses neither netlink nor the API of a backend.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 class DatastoreClient:
     """Reads and changes the data that all hosts share, on behalf of one of them, `host`.
 
-    The class is long because it is flat: short methods without shared state, by subject. A new subject gets a module of
-    its own, as `ipam` has.
+    The class is long because it is flat: short methods without shared state, grouped by subject. A new subject gets a
+    module of its own, like ipam.py.
     """
 
     def __init__(self, store: Store, host: str, members: tuple[str, ...] = ()) -> None:
@@ -46,9 +46,9 @@ class DatastoreClient:
 
     @classmethod
     def from_environment(cls, patience: float = PATIENCE) -> DatastoreClient:
-        """Return a client of the store that the environment names, for this host; nothing is sent yet.
+        """Return a client for this host, of the store that the environment variables name; nothing is sent yet.
 
-        `patience`: see backends.connect. Raises StoreError and CalicoError for invalid settings.
+        `patience`: see backends.PATIENCE. Raises StoreError for invalid settings, CalicoError for an invalid host name.
         """
         settings = EtcdSettings.from_environment()
         return cls(backends.connect(settings, patience), hostname(), tuple(name for name, _ in settings.members))
@@ -99,7 +99,9 @@ class DatastoreClient:
     def put_pool(self, pool: Pool) -> Pool | None:
         """Write a pool, keeping its unknown fields; return the pool as it was before, None for a new one.
 
-        Raises CalicoError when another command adds an overlapping pool concurrently.
+        A pool that another tool wrote to another key stays at that key. For a pool with IP-in-IP, the global setting
+        IpInIpEnabled is set as well. Raises CalicoError if another command adds an overlapping pool concurrently,
+        NotFound if one deletes the pool concurrently, and InvalidValue if the pool's key has an invalid value.
         """
         version = version_of(pool.cidr)
         if pool.ipip:
@@ -124,7 +126,7 @@ class DatastoreClient:
         return before
 
     def _refuse_overlap(self, key: str, pool: Pool) -> None:
-        """If an overlapping pool was created before the one just created, remove the latter, and raise CalicoError.
+        """Delete `pool`, just created at `key`, and raise CalicoError if an overlapping pool was created before it.
 
         Each of two writers reads the pools after its own write, so the later writer always sees the earlier pool.
         Entry.created says which pool is the earlier one, since both are written by `create`.
@@ -151,14 +153,18 @@ class DatastoreClient:
         return found, invalid
 
     def pool_keys(self, name: str) -> list[str]:
-        """Return the keys of the pools, of both IP versions, whose CIDR is `name`, or whose key ends with it.
+        """Return the keys of the pools (of both IP versions) that have the CIDR `name`.
 
-        The keys are compared, too, to find pools with invalid values.
+        `name` is compared with the CIDR in the value and with the last part of the key, which finds invalid pools, too.
         """
         return self._keys_called(name, [keys.pools(version) for version in (4, 6)], lambda e: Pool.from_json(*e).cidr)
 
     def _keys_called(self, name: str, directories: list[str], named: Callable[[tuple[str, str]], str]) -> list[str]:
-        """Return the keys below directories whose last part is `name`, or whose `named((value, key))` is `name`."""
+        """Return the keys below `directories` that match `name`.
+
+        A key matches if its last part is `name`, as it stands or converted by `keys.undashed`, or if
+        `named((value, key))` returns `name`. If `named` raises InvalidValue, only the last part of the key counts.
+        """
         found = []
         for entry in (entry for directory in directories for entry in self._store.tree(directory)):
             names = {keys.last(entry.key), keys.undashed(keys.last(entry.key))}
@@ -171,7 +177,10 @@ class DatastoreClient:
     # BGP
 
     def readable_bgp_peers(self, version: int, host: str | None = None) -> tuple[list[Peer], list[InvalidValue]]:
-        """Return the valid global BGP peers, or those of a host, by address, and an error for each invalid one."""
+        """Return the valid BGP peers of an IP version, ordered by address, and an error for each invalid one.
+
+        With `host`, these are the peers of that host alone, else the global peers.
+        """
         from calicoctl.addresses import parse_address
 
         peers, invalid = [], []
@@ -183,7 +192,11 @@ class DatastoreClient:
         return sorted(peers, key=lambda peer: parse_address(peer.ip)), invalid
 
     def put_bgp_peer(self, peer: Peer, host: str | None = None) -> Peer | None:
-        """Write a BGP peer, keeping its unknown fields; return the peer as it was before, None for a new one."""
+        """Write a BGP peer, keeping its unknown fields; return the peer as it was before, None for a new one.
+
+        With `host`, it becomes a peer of that host alone, else a global peer. Raises NotFound if another command
+        deletes the peer concurrently, and InvalidValue if its key has an invalid value.
+        """
         key = keys.bgp_peer(version_of(peer.ip), peer.ip, host)
         if create_if_missing(self._store, key, peer.to_json()):
             return None
@@ -199,12 +212,15 @@ class DatastoreClient:
         return before
 
     def bgp_peer_keys(self, name: str, host: str | None = None) -> list[str]:
-        """Return the keys of the BGP peers whose address is `name`, or whose key ends with it; see pool_keys."""
+        """Return the keys of the BGP peers with the address `name`: those of `host` or, without it, the global ones.
+
+        `name` is compared with values and keys as in `pool_keys`.
+        """
         directories = [keys.bgp_peers(version, host) for version in (4, 6)]
         return self._keys_called(name, directories, lambda e: Peer.from_json(*e).ip)
 
     def node_mesh(self) -> bool:
-        """Return whether all hosts peer with each other (full mesh); raise InvalidValue."""
+        """Return whether all hosts peer with each other (full mesh): True if it is not set. Raises InvalidValue."""
         entry = self._store.get(keys.BGP_NODE_MESH)
         if entry is None:
             return True
@@ -248,7 +264,7 @@ class DatastoreClient:
     def create_profile(self, name: str) -> bool:
         """Create a profile with the default tag and rules; return whether anything was written.
 
-        If the profile exists, only its tags or its rules are written, if they are missing.
+        Tags or rules that exist already are kept.
         """
         tags = create_if_missing(self._store, keys.profile_tags(name), json.dumps([name]))
         rules = create_if_missing(self._store, keys.profile_rules(name), Rules.default(name).to_json())
@@ -259,7 +275,10 @@ class DatastoreClient:
         self._store.remove_tree(keys.profile(name))
 
     def tags(self, name: str) -> list[str]:
-        """Return a profile's tags; raise NotFound when there is no such profile."""
+        """Return a profile's tags; an empty list if only their key is missing.
+
+        Raises NotFound if there is no such profile, and InvalidValue for invalid tags.
+        """
         entry = self._profile_entry(keys.profile_tags(name), name)
         return [] if entry is None else load_tags(entry.value, entry.key)
 
@@ -278,7 +297,8 @@ class DatastoreClient:
         """Change the tags of a profile by compare-and-swap; return whether they were written.
 
         `change` modifies the list of tags in place, and returns whether to write it. After a concurrent write, `change`
-        is called again with the new tags. Raises NotFound if there is no such profile.
+        is called again with the new tags. Raises NotFound if there is no such profile, InvalidValue if its tags are
+        invalid, and CalicoError if the changed tags are too many.
         """
         key = keys.profile_tags(name)
 
@@ -290,12 +310,15 @@ class DatastoreClient:
         return modify(self._store, key, _no_profile(name), text_of)
 
     def rules(self, name: str) -> Rules:
-        """Return a profile's rules; raise NotFound when there is no such profile."""
+        """Return a profile's rules; no rules if only their key is missing.
+
+        Raises NotFound if there is no such profile, and InvalidValue for invalid rules.
+        """
         entry = self._profile_entry(keys.profile_rules(name), name)
         return Rules(name) if entry is None else Rules.from_json(name, entry.value, entry.key)
 
     def modify_rules(self, name: str, change: Callable[[Rules], bool]) -> bool:
-        """Change the rules of a profile; return whether they were written. For `change`, see modify_tags."""
+        """Change the rules of a profile; return whether they were written. `change`, errors: see modify_tags."""
         key = keys.profile_rules(name)
 
         def text_of(old: str) -> str | None:
@@ -308,21 +331,24 @@ class DatastoreClient:
     def replace_rules(self, rules: Rules) -> None:
         """Overwrite a profile's rules, even if those in the store are invalid.
 
-        Raises NotFound if there is no such profile.
+        Raises NotFound if there is no such profile, and CalicoError if the rules are too large.
         """
         key = keys.profile_rules(rules.id)
         self._complete(key, rules.id, rules.to_json())
         modify(self._store, key, _no_profile(rules.id), lambda old: rules.to_json())
 
     def _profile_entry(self, key: str, name: str) -> Entry | None:
-        """Return the entry of a key of a profile, None if there is none; raise NotFound if there is no such profile."""
+        """Return the entry of `key`, a key of the profile `name`; None if only this key is missing.
+
+        Raises NotFound if there is no such profile.
+        """
         entry = self._store.get(key)
         if entry is None:
             self.require_profile(name)
         return entry
 
     def _complete(self, key: str, name: str, value: str) -> None:
-        """Write a key that is missing in a profile; raise NotFound if there is no such profile."""
+        """Create a profile's `key` with `value` if it is missing; raise NotFound if there is no such profile."""
         if self._profile_entry(key, name) is None:
             create_if_missing(self._store, key, value)
 
@@ -342,9 +368,10 @@ class DatastoreClient:
         return found, invalid
 
     def endpoints_with(self, address: IPAddress) -> list[EndpointId]:
-        """Return the ids of the endpoints, of any host and even if invalid, that list an address.
+        """Return the ids of the endpoints of all hosts that list an address. For invalid endpoints, see `_lists`.
 
-        If one of them is the owner of the address in IPAM, only that one is returned.
+        If one of them is the owner of the address in IPAM, only its id is returned. Raises InvalidValue if the block of
+        the address is invalid.
         """
         text = str(address)
         owner = self.ipam.owner(address)
@@ -391,14 +418,15 @@ class DatastoreClient:
         return None
 
     def workload_ids(self, orchestrator: str) -> list[str]:
-        """Return the ids of this host's workloads of an orchestrator that have an endpoint."""
+        """Return, sorted, the ids of an orchestrator's workloads on this host that have at least one endpoint."""
         entries = self._store.tree(keys.workloads(self.host, orchestrator))
         return sorted({id.workload for id in (keys.parse_endpoint(entry.key) for entry in entries) if id is not None})
 
     def workloads_named(self, orchestrator: str, name: str) -> list[str]:
-        """Return the ids of this host's workloads of an orchestrator that were connected under a name.
+        """Return, sorted, the ids of an orchestrator's workloads on this host that were connected as `name`.
 
-        Old tools remove the name from the endpoint, but not from the attributes of the workload's addresses.
+        If no endpoint has the name, the attributes of the workloads' addresses are searched: old tools remove the name
+        from the endpoint, but not from there.
         """
         endpoints = self.readable_endpoints(self.host)[0]
         ids = {e.id.workload for e in endpoints if (e.id.orchestrator, e.workload_name) == (orchestrator, name)}
@@ -407,8 +435,8 @@ class DatastoreClient:
     def knows_interface(self, name: str) -> bool:
         """Return whether an interface of this host belongs to an endpoint, or may belong to one.
 
-        If any endpoint of this host is invalid, every interface may belong to it. An endpoint that is being set up has
-        addresses already, but is not in the store yet.
+        If any endpoint of this host is invalid, every interface may belong to it. The addresses in IPAM are searched as
+        well, since an endpoint that is being set up has addresses already, but is not in the store yet.
         """
         endpoints, invalid = self.readable_endpoints(self.host)
         if invalid or any(name in (endpoint.name, endpoint.id.interface) for endpoint in endpoints):
@@ -416,11 +444,15 @@ class DatastoreClient:
         return name in self.ipam.interfaces()
 
     def create_endpoint(self, endpoint: Endpoint) -> None:
-        """Write a new endpoint; raise KeyExists when its id is taken."""
+        """Create an endpoint; raise KeyExists if it exists, CalicoError if it has too many profiles or addresses."""
         self._store.create(keys.endpoint(endpoint.id), endpoint.to_json())
 
     def modify_endpoint(self, id: EndpointId, change: Callable[[Endpoint], bool]) -> bool:
-        """Change an endpoint; return whether it was written. For `change`, see modify_tags. Raises NotFound."""
+        """Change an endpoint; return whether it was written. For `change`, see modify_tags.
+
+        Raises NotFound if there is no such endpoint, InvalidValue if it is invalid, and CalicoError if it gets too many
+        profiles or addresses.
+        """
         key = keys.endpoint(id)
 
         def text_of(old: str) -> str | None:
@@ -442,7 +474,7 @@ class DatastoreClient:
         set_value(self._store, keys.endpoint(id), None)
 
     def touch_endpoint(self, id: EndpointId) -> None:
-        """Write an endpoint unchanged, so that the agent reports its status again, with the new revision."""
+        """Write an endpoint unchanged, if it exists: the agent then reports its status again, with the new revision."""
         entry = self._store.get(keys.endpoint(id))
         if entry is not None:
             with suppress(CompareFailed):  # another writer had the same effect
@@ -473,8 +505,8 @@ def _pool(entry: Entry, version: int) -> Pool:
 def _lists(entry: Entry, id: EndpointId, address: str, owned: bool = False) -> bool:
     """Return whether an endpoint in the store lists an address.
 
-    An invalid endpoint is assumed to list it if its text contains the address, or if IPAM says that it owns the address
-    (`owned`).
+    An invalid endpoint is assumed to list the address if its JSON text contains the address, or if the endpoint is the
+    owner of the address in IPAM (`owned`).
     """
     try:
         return address in Endpoint.from_json(id, entry.value, entry.key).addresses

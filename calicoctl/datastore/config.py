@@ -76,11 +76,15 @@ NODE_BGP = {BGP_LOG_LEVEL.name: BGP_LOG_LEVEL}
 """Settings of one host's routing daemon."""
 
 RESERVED = ("marker", "as_num", "macs", "node_mesh", "peer_v4", "peer_v6", "ip_addr_v4", "ip_addr_v6")
-"""Names of keys beside the settings in the store that are not settings: commands other than `config` write them."""
+"""The last parts of keys that are in the directories of settings, but are not settings. `calicoctl config` refuses
+these names, since other commands write the keys."""
 
 
 def settings_of(daemon: str, of_node: bool) -> dict[str, Setting]:
-    """Return the settings of a daemon ("felix" or "bgp") by name: the global ones or, with `of_node`, a host's."""
+    """Return a daemon's settings by name: the global ones or, with `of_node`, those of one host.
+
+    `daemon` is "felix" or "bgp".
+    """
     if daemon == "felix":
         return NODE_FELIX if of_node else FELIX
     return NODE_BGP if of_node else BGP

@@ -1,8 +1,8 @@
 """The backend for etcd's v2 API, on python-etcd: requests, and the translation of errors.
 
 Watches are in etcd2_watch.py. python-etcd's own failover is off, since it repeats unanswered writes blindly; ours is in
-members.py. Redirects are off, too: etcd sends none, and whoever does could lead a request anywhere. Every answer is
-bounded (answers.py).
+members.py. Redirects are off, too: etcd sends none, and another server could redirect a request anywhere. The size of
+every answer, and the time that it takes, are bounded (answers.py).
 
 Sources: https://github.com/etcd-io/etcd/blob/release-3.4/Documentation/v2/api.md and …/v2/errorcode.md
 """
@@ -55,10 +55,10 @@ READ_TIMEOUT = 4.0
 """Seconds to wait for one member's answer. A command waits for a hanging member only once, then asks it last."""
 
 LARGEST_VALUE = 32 * answers.MiB
-"""Bytes of an answer about one key. A written form has 10 MiB at most, of which etcd's answer escapes some bytes."""
+"""The largest answer about one key, in bytes. etcd accepts forms of 10 MiB; in its answer, some bytes are escaped."""
 
 LARGEST_DIRECTORY = 128 * answers.MiB
-"""Bytes of an answer about a directory, with all that is below it. 50,000 endpoints take about 50 MiB."""
+"""The largest answer about a directory with all that is below it, in bytes. 50,000 endpoints take about 50 MiB."""
 
 QUORUM_TIMEOUT = 3.0
 """Seconds to wait for the quorum read that shows, after a poll without a change, that the member is not partitioned."""
@@ -95,7 +95,7 @@ class Etcd2Store:
         patience: float,
         implied_directories: Callable[[str], Iterable[str]] = lambda key: (),
     ) -> None:
-        """`patience`: seconds for which a request is sent again while the members that can be reached do not answer."""
+        """`patience`: seconds for which a request is retried while the members that can be reached do not answer."""
         self._members = Members(settings, lambda member: _Connection(settings, member), patience)
         self._implied_directories = implied_directories
 
@@ -173,7 +173,7 @@ class Etcd2Store:
         self._prune(self._implied_directories(entry.key))
 
     def _prune(self, directories: Iterable[str]) -> None:
-        """Remove these directories in order, as long as they are empty; stop at the first that is not."""
+        """Remove these directories in order, until one of them is not empty. Errors end it silently."""
         import etcd
 
         # the key is deleted already, and an empty directory that stays does no harm
@@ -225,7 +225,11 @@ class Etcd2Store:
             yield changes
 
     def _await_changes(self, directory: str, progress: Progress, seconds: float) -> tuple[list[Change], Progress]:
-        """Wait for a change below `directory`; return at most one, and the new progress."""
+        """Wait for a change below `directory`, for `seconds` at most; return at most one change, and the new progress.
+
+        Raises WatchExpired if changes may have been missed, and StoreUnavailable if no member answers for
+        WATCH_PATIENCE.
+        """
         import etcd
 
         end = time.monotonic() + seconds
@@ -277,7 +281,8 @@ class _Connection:
         `directory` says that the answer is about a directory and what is in it, so it may be larger.
 
         If the answer is an error that the caller handles (no such key, compare failed, …), raises python-etcd's
-        exception; for any other error StoreError or InvalidValue; if there is no answer, a RequestFailed (members.py).
+        exception; for any other error StoreError, WatchExpired or InvalidValue. If there is no answer, raises a
+        RequestFailed (members.py) or, if this host lacks memory or file descriptors, StoreUnavailable.
         """
         import etcd
         import urllib3.exceptions
@@ -331,7 +336,7 @@ class _Connection:
         return kind(f"{self._url} did not answer ({_reason(cause)})", garbled)
 
     def _translated(self, error: Any, key: str) -> Any:
-        """Return the exception to raise for the answer `error`: the same if the caller of `request` handles it."""
+        """Return the exception to raise for the answer `error`: itself if the caller of `request` handles it."""
         import etcd
 
         url = self._url
@@ -393,7 +398,7 @@ def _children(client: etcd.Client, path: str) -> tuple[list[str], list[str]]:
 
 
 def _child_keys(client: etcd.Client, path: str) -> list[str]:
-    """Return the keys and directories that are directly in a directory, as full paths.
+    """Return the keys and directories that are directly in a directory, as full paths; the directory may be among them.
 
     etcd sends the values as well; with the blocks of a /16, the parsed answer would take some 80 MiB. So the answer is
     searched for keys while it arrives. That is safe because every quote in a value is escaped, so no value looks like a
@@ -450,7 +455,7 @@ def _entry(result: etcd.EtcdResult) -> Entry:
 
 
 def _cause(error: Any) -> BaseException:
-    """Return the error of urllib3 or of the operating system that made a request fail."""
+    """Return the error that made a request fail: one of urllib3, of the operating system, or of answers.py."""
     import etcd
 
     cause = error.cause if isinstance(error, etcd.EtcdConnectionFailed) else error

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     import etcd
 
 DEEPEST = 10
-"""How many parts a directory's path may have that is divided when the answer about it is too large: no key of Calico's
-has more."""
+"""A directory whose path has this many parts, or more, is not read in parts if the answer about it is too large: no key
+of Calico has more parts."""
 
 _scan_string: Any = json.decoder.scanstring  # type: ignore[attr-defined]
 """The function in C that finds the end of a string."""
@@ -30,10 +30,11 @@ _SIGNIFICANT = re.compile('["{}]')
 
 
 def read(client: etcd.Client, directory: str) -> tuple[list[Entry], int]:
-    """Return all entries below a directory, and the revision that the store had when the first answer began.
+    """Return all entries below a directory, and the revision of the store at the first answer.
 
-    For each directory below that is too large to be read, there is an Entry with a `problem`. Raises python-etcd's
-    exceptions, and KeyError, TypeError or ValueError for an answer that etcd would not give.
+    For each directory below it that is too large to be read, there is an Entry with a `problem`. Raises python-etcd's
+    exceptions (EtcdKeyNotFound if there is no such directory), and KeyError, TypeError or ValueError for an answer that
+    is not etcd's.
     """
     import etcd
 
@@ -71,7 +72,11 @@ def read(client: etcd.Client, directory: str) -> tuple[list[Entry], int]:
 
 
 def _ask(client: etcd.Client, path: str, recursive: bool) -> tuple[list[dict[str, Any]], int]:
-    """Return the keys and the empty directories below a path, and the store's revision; python-etcd's exceptions."""
+    """Return the keys and the empty directories below a path, as etcd's JSON objects, and the store's revision.
+
+    Without `recursive`, these are the keys and all directories directly in it. Raises python-etcd's exceptions, and
+    KeyError, TypeError or ValueError for an answer that is not etcd's.
+    """
     options = {"quorum": "true", **({"recursive": "true"} if recursive else {})}
     answer = client.api_execute(client.key_endpoint + quote(path), "GET", params=options)
     index = int(answer.headers["x-etcd-index"])
@@ -82,9 +87,10 @@ def _ask(client: etcd.Client, path: str, recursive: bool) -> tuple[list[dict[str
 
 
 def innermost(text: str) -> Iterator[dict[str, Any]]:
-    """Yield the objects in a JSON text that contain no other objects; raise ValueError unless its braces match.
+    """Yield the objects in a JSON text that contain no other objects; raise ValueError if braces do not match.
 
-    `text` is UTF-8, decoded as Latin-1: so it takes a byte for a character, whatever characters are in it.
+    `text` is UTF-8 that was decoded as Latin-1: so each of its bytes takes one byte of memory, whatever characters it
+    contains.
     """
     position = depth = 0
     begin: int | None = None

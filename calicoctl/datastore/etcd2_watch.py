@@ -1,21 +1,24 @@
 """Waiting for changes in etcd's v2 API by long polls, however much is written elsewhere in the same etcd.
 
 A request names a directory and the revision from which it wants to know of changes (`waitIndex`). etcd answers with
-headers at once, which contain the revision that the store has reached (`X-Etcd-Index`). Then it searches the last 1,000
-writes, of whatever key, for the first change from that revision on, and sends it; if there is none, it waits for one.
-If it no longer has the writes from that revision on, it refuses (401), and all must be read again.
+headers at once, which contain the revision that the store has reached (`X-Etcd-Index`). Then it searches its last 1,000
+writes, of any key, for the first change in the directory from `waitIndex` on. It sends this change or, if there is
+none, waits for one. If it no longer has all writes from `waitIndex` on, it answers with error 401, and the caller must
+read the whole directory again.
 
-So a request must not lag behind by 1,000 writes, and none of these rules may lose a change, or deliver it twice:
+So a request must not lag behind by 1,000 writes. But no change may be lost, or delivered twice:
 
-* A change is delivered once: the next request asks from the revision after it. No change before it is skipped, since
-  etcd sends the first one.
-* A silent request shows that there is no change from its revision up to the one in its headers. As its answer may only
-  have been delayed on its way, this counts when a second request, over another connection, has been silent about the
-  same revisions. So the next request asks from the revision that the headers of the last but one have reached.
+* After a change, the next request asks from the revision after the change, so the change is delivered once. No earlier
+  change is lost, since etcd sends the first one.
+* A request is silent if its wait ends without a change. That shows that there is no change from `waitIndex` up to the
+  revision in the headers, unless a change was sent and is delayed in the network. So it counts only when a second
+  request, over another connection, was silent about the same revisions: the next request asks from the revision that
+  the headers of the last request but one contained.
 * What is written while a request waits is later than the revision in its headers, so later requests ask for it again.
 
-Hence a request lags behind by all that is written during the two before it. The revisions in the headers tell how fast
-that is, and the wait is chosen so that it stays below ROOM. In a quiet store, a wait lasts as long as the caller wants.
+Hence a request lags behind by all that is written during the two requests before it. The revisions in the headers show
+how many writes that is per second, and the wait is chosen so that the lag stays below ROOM. In a quiet store, a wait
+lasts as long as the caller wants.
 
 Sources: https://github.com/etcd-io/etcd/blob/release-3.4/Documentation/v2/api.md ("Waiting for a change") and
 server/etcdserver/api/v2store/event_history.go there.
@@ -37,21 +40,22 @@ if TYPE_CHECKING:
     import etcd
 
 ROOM = 500
-"""Writes by which a request may lag behind; the rest of the 1,000 is for those that come while it is on its way."""
+"""Writes by which a request may lag behind; the rest of the 1,000 is for writes while the request is on its way."""
 
 SHORTEST = 0.1
 """Seconds that a request waits at least, so that a lost packet of its answer can be sent again meanwhile."""
 
 LARGEST = 64 * answers.MiB
-"""Bytes of an answer: a change contains the key's value twice, as it was and as it is."""
+"""The largest answer, in bytes: a change contains the key's value twice, as it was and as it is."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a watch has come: `revision` is the first whose changes are not known yet.
+    """How far a watch has come: `revision` is the first revision from which changes are not known yet.
 
-    `searched` is the revision that the headers of the last request had reached, at the time `at` (monotonic, seconds);
-    `wait` is for how many seconds that request could wait.
+    `searched` is the revision that etcd had searched when the last request was answered, at the time `at` (monotonic,
+    seconds): the one in the headers or, if there was a change, that of the change. `wait` is the wait of the last
+    silent request, in seconds, as `_wait` chose it.
     """
 
     revision: int
@@ -67,10 +71,12 @@ class Progress:
 def poll(
     client: etcd.Client, path: str, progress: Progress, longest: float, timeout: float
 ) -> tuple[list[Change], Progress]:
-    """Wait by one request for a change below `path`, for `longest` seconds at most; return it, and the new progress.
+    """Wait by one request for a change below `path`, for at most `longest` seconds, but at least SHORTEST.
 
-    The headers must arrive within `timeout` seconds, and the change that long after its first byte. Raises WatchExpired
-    if the store is another one, python-etcd's exceptions, and others for an answer of another shape.
+    Returns the change (a list of one or, if there was none, an empty list) and the new progress. The answer's headers
+    must begin to arrive within `timeout` seconds. Raises WatchExpired if the store has not reached the revision: then
+    it is another store, or was restored from a copy. Raises python-etcd's exceptions for errors of etcd or of the
+    connection, and LookupError, TypeError or ValueError for an answer that is not etcd's.
     """
     import etcd
     import urllib3.exceptions
@@ -107,9 +113,10 @@ def poll(
 
 
 def _wait(progress: Progress, reached: int, now: float) -> float:
-    """Return for how many seconds a request may wait whose headers have reached a revision.
+    """Return for how many seconds a request may wait. Its headers arrived at `now`, with the revision `reached`.
 
-    The next request will ask from `progress.searched` on, so it must be sent before ROOM writes come after that.
+    The next request will ask from `progress.searched` on, so it must be sent before ROOM writes have followed that
+    revision.
     """
     written = max(0, reached - progress.searched)
     per_second = written / max(0.001, now - progress.at)
@@ -119,7 +126,7 @@ def _wait(progress: Progress, reached: int, now: float) -> float:
 
 
 def _parse(event: Any) -> tuple[list[Change], int]:
-    """Return the changes that an event of etcd's stands for, and its revision."""
+    """Return the changes (at most one) that an event of etcd stands for, and the revision of the event."""
     node = event["node"]
     revision = node["modifiedIndex"]
     key, value = node["key"], node.get("value", "")

@@ -1,7 +1,7 @@
-"""Handles: the blocks in which each workload has addresses, and how many, so that not all blocks need be read.
+"""Handles: how many addresses each workload has in which block, so that they are found without reading all blocks.
 
 If a handle's counts differ from the blocks, the blocks are right. A count is increased before its block is written, and
-decreased afterwards. So whatever a crash leaves, the handle names every block in which it has an address.
+decreased afterwards. So even after a crash, a handle names every block with an address of the handle.
 """
 
 from __future__ import annotations
@@ -57,11 +57,12 @@ class Handles:
         return 0 if entry is None else Block.from_entry(entry).count(handle)
 
     def recount(self, handle: str, planned: Mapping[str, int] | None = None) -> Entry | None:
-        """Correct a handle's counts: for each block that it names, count its addresses in the block.
+        """Correct a handle's counts, by counting the handle's addresses in each block that the handle names.
 
-        `planned` maps the CIDR of a block to the count that the block will have after the caller has written it. A
-        handle without addresses is deleted. Returns the handle's entry after the change, None if the handle was
-        deleted. Raises Conflict if other writers keep changing it.
+        `planned` maps CIDRs of blocks to the counts that are right once the caller has written the blocks: they are
+        used as they are. A handle without addresses is deleted. Returns the handle's entry after the change, None if
+        there is no handle any more. Raises Conflict if other writers keep changing the handle, and InvalidValue if the
+        handle or a block is invalid.
         """
         planned = planned or {}
         key = keys.ipam_handle(handle)

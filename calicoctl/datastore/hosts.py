@@ -45,9 +45,10 @@ def check_hostname(name: str) -> str:
 class HostSummary:
     """What is in the store about one host: strings as they are stored, None for missing ones.
 
-    `agent` is "up", "starting" until the first snapshot is in the kernel, or "down"; `reported` is the time (ISO 8601)
-    of the agent's last heartbeat, None while the agent is down. `endpoints` counts the host's endpoints by the status
-    that the agent has reported: "up", "down", "error", or "unknown". All are "unknown" unless the agent is "up".
+    `as_num` is the default AS number if the host has no AS number of its own. `agent` is "up", "starting" until the
+    first snapshot is in the kernel, or "down". `reported` is the time (ISO 8601) of the agent's last heartbeat, None if
+    the agent is down. `endpoints` counts the host's endpoints by the status that the agent has reported: "up", "down",
+    "error", or "unknown". All are "unknown" unless the agent is "up".
     """
 
     name: str
@@ -109,14 +110,15 @@ class Hosts:
         return [found[name] for name in sorted(found)]
 
     def endpoint_statuses(self, host: str | None = None) -> Callable[[EndpointId], tuple[str, str | None]]:
-        """Return a function that takes an endpoint of any host, or of one, and returns its status and the reason.
+        """Read the statuses of all hosts' endpoints, or of those of `host`. Return a function that looks one up.
 
-        The status is one of ENDPOINT_STATES, as counted in a HostSummary; the reason is None if there is none.
+        The function takes an endpoint's id, and returns the status (one of ENDPOINT_STATES, see HostSummary) and the
+        reason, None if there is none.
         """
         return _Reports(self._store.tree(keys.FELIX_HOSTS if host is None else keys.felix_host(host))).status
 
     def default_as_num(self) -> str:
-        """Return the AS number of hosts that have no AS number of their own: as for agents, not an invalid one."""
+        """Return the AS number of hosts without one of their own; DEFAULT_AS_NUMBER if it is missing or invalid."""
         from calicoctl.addresses import parse_as_number
 
         with suppress(CalicoError):
@@ -126,7 +128,7 @@ class Hosts:
     def addresses(self, version: int | None = None) -> dict[str, str]:
         """Return canonical address -> host, for all registered hosts; with `version`, for that IP version only.
 
-        An address of both this host and another one maps to the other one.
+        Invalid addresses are left out. An address of both this host and another one maps to the other one.
         """
         from calicoctl.addresses import parse_address
 
@@ -161,7 +163,7 @@ class Hosts:
     def unregister(self) -> bool:
         """Delete this host's keys and release its block affinities; addresses in use stay assigned.
 
-        Returns whether there was any such key or affinity.
+        Returns whether the host was registered (see `is_registered`), or had any affinity.
         """
         from calicoctl.datastore.ipam import Ipam
 
@@ -177,7 +179,11 @@ class Hosts:
         return found
 
     def register(self, ipv4: str | None, ipv6: str | None, as_num: str | None) -> None:
-        """Write missing global settings, then this host's keys; `marker`, which old tools wait for, comes last."""
+        """Write missing global settings and default pools, then this host's keys.
+
+        An address of None is written as an empty value. Without `as_num`, the host's own AS number is deleted. `marker`
+        is written last: old tools wait for it. The default pool is created if there is no pool of its IP version.
+        """
         for setting in config.WRITTEN:
             create_if_missing(self._store, keys.config(setting.name), str(setting.default))
         create_if_missing(self._store, keys.BGP_AS_NUM, DEFAULT_AS_NUMBER)
@@ -195,7 +201,7 @@ class Hosts:
         set_value(self._store, keys.host_config(self.host, "marker"), "created")
 
     def publish_macs(self, macs: Collection[str]) -> None:
-        """Write the MACs from which this host sends to other hosts."""
+        """Write the source MACs of this host's packets to other hosts."""
         set_value(self._store, keys.bgp_host_macs(self.host), json.dumps(sorted(macs)))
 
     def own_addresses(self) -> set[str]:

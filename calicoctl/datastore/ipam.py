@@ -94,11 +94,12 @@ class Ipam:
         ]
 
     def held_by(self, handle: str) -> dict[IPAddress, Owner] | None:
-        """Return address -> owner for the addresses of `handle` on this host; None if this host has no such handle.
+        """Return address -> owner for the addresses of `handle` on this host.
 
-        Two hosts may have namespaces with the same path, and so the same handle; the owner's attributes name the host.
-        A handle without any address is deleted, and the result is empty. If an interrupted command has left wrong
-        counts, they are corrected, so the caller must hold the workload's lock.
+        Returns None if there is no such handle, or if all its addresses are on other hosts: two hosts may have
+        namespaces with the same path, and so the same handle. The owner's attributes name the host. A handle without
+        any address is deleted, and the result is empty. If an interrupted command has left wrong counts, they are
+        corrected, so the caller must hold the workload's lock. Raises InvalidValue.
         """
         entry = self._store.get(keys.ipam_handle(handle))
         if entry is None:
@@ -121,7 +122,7 @@ class Ipam:
         return held or None
 
     def recount(self, handle: str, blocks: Iterable[str]) -> None:
-        """Correct a handle's counts, for the blocks that it names and for `blocks` (CIDRs)."""
+        """Correct a handle's counts for the blocks that the handle names, and for `blocks` (CIDRs)."""
         self.handles.recount(handle, {cidr: self.handles.held_in(handle, cidr) for cidr in blocks})
 
     def repair_free_list(self, version: int, cidr: str) -> None:
@@ -151,8 +152,9 @@ class Ipam:
         """Assign up to `count` free addresses of `pools` (of one IP version) to `owner`; return them.
 
         Tries, in this order: blocks with affinity to this host; new blocks, which this host claims; other hosts'
-        blocks. Addresses that are `reserved`, or in a network to which this host is connected, are left out, and no
-        block that overlaps such a network is claimed.
+        blocks. Addresses that are `reserved`, or in a network to which this host is connected, are left out, and no new
+        block that overlaps such a network is claimed. Raises InvalidValue for an invalid block, and Conflict if other
+        writers keep changing one.
         """
         ranges = [_range(pool) for pool in pools]
         reserved = reserved or Reserved()
@@ -173,8 +175,8 @@ class Ipam:
     def release(self, addresses: Iterable[IPAddress], holders: set[str | None] | None = None) -> list[IPAddress]:
         """Release addresses; return those that were not assigned.
 
-        With `holders`, only addresses of these handles (None: no handle) are released, and any other address is
-        returned as if it were not assigned.
+        With `holders`, only addresses of these handles are released (None among them stands for addresses without a
+        handle). Any other address is returned as if it were not assigned.
         """
         by_block: dict[tuple[int, int], set[int]] = {}
         for address in addresses:
@@ -189,7 +191,7 @@ class Ipam:
         return missing
 
     def release_by_handle(self, handle: str) -> list[IPAddress]:
-        """Release all addresses of `handle` on this host; return them. A handle that is then empty is deleted."""
+        """Release all addresses of `handle` on this host; return them. A handle without addresses is deleted."""
         held = list(self.held_by(handle) or ())
         self.release(held, {handle})
         self.handles.recount(handle)
@@ -236,9 +238,9 @@ class Ipam:
                     yield from ((block.address(ordinal), owner) for ordinal, owner in block.held())
 
     def affinities(self) -> tuple[dict[tuple[int, str], set[str]], list[InvalidValue]]:
-        """Return (IP version, block's CIDR) -> hosts with an affinity's key, and an error for each invalid key.
+        """Return (IP version, block's CIDR) -> hosts that have an affinity key, and an error for each invalid key.
 
-        The blocks themselves need not exist, and may have affinity to another host.
+        The blocks themselves need not exist, and may name another host in their affinity.
         """
         found: dict[tuple[int, str], set[str]] = {}
         invalid = []
@@ -254,7 +256,10 @@ class Ipam:
         return found, invalid
 
     def repair_affinity(self, version: int, cidr: str) -> None:
-        """Create this host's affinity to a block, or delete it, as the block itself says. Raises InvalidValue."""
+        """Create the key of this host's affinity to a block, or delete it if the block does not name this host.
+
+        Raises InvalidValue for an invalid block.
+        """
         entry = self._store.get(keys.ipam_block(version, cidr))
         if entry is not None and Block.from_entry(entry).affinity == f"host:{self._host}":
             create_if_missing(self._store, keys.ipam_affinity(self._host, version, cidr), "")
@@ -303,8 +308,8 @@ class Ipam:
     ) -> Iterator[tuple[int, int, bool]]:
         """Yield (IP version, first address, whether to claim the block) of blocks to assign from, the best ones first.
 
-        `ranges` are (IP version, first address, last address); all addresses are numbers. Blocks with addresses of
-        `networks` are not claimed.
+        `ranges` are (IP version, first address, last address); all addresses are numbers. No new block that overlaps
+        one of `networks` is claimed.
         """
         version = ranges[0][0] if ranges else 4
 
@@ -337,11 +342,12 @@ class Ipam:
     def _allocate(
         self, version: int, first: int, owner: Owner, ordinals: list[int], count: int, claim: bool, exact: bool = False
     ) -> list[IPAddress]:
-        """Assign up to `count` free addresses of a block, out of these ordinals; return the addresses.
+        """Assign up to `count` free addresses of a block to `owner`, out of these ordinals; return them in order.
 
-        With `claim`, a block that does not exist is created, with affinity to this host; if another host has created it
-        meanwhile, it is skipped. With `exact`, another host's block is used, too, and an address that the owner has
-        already is returned as if it were newly assigned.
+        With `claim`, a block that does not exist is created, with affinity to this host; if it turns out to be another
+        host's block, it is skipped. With `exact`, another host's block is used even then, and an address that the owner
+        has already is returned as if it were newly assigned. With strict affinity, another host's block is skipped or,
+        with `exact`, raises CalicoError. Raises Conflict if other writers keep changing the block.
         """
         cidr = block_cidr(version, first)
         key = keys.ipam_block(version, cidr)
@@ -394,7 +400,7 @@ class Ipam:
 
     @contextmanager
     def _recount_on_failure(self, owner: Owner) -> Iterator[None]:
-        """Recount the owner's handle if the body of `with` fails: a count may be too high."""
+        """Recount the owner's handle if the body of `with` fails, since a count may be too high then."""
         try:
             yield
         except BaseException:  # KeyboardInterrupt included
@@ -414,7 +420,7 @@ class Ipam:
     def _release_in_block(
         self, version: int, first: int, ordinals: set[int], holders: set[str | None] | None
     ) -> tuple[set[int], set[str]]:
-        """Release addresses of one block; return the released ordinals, and the handles that held them."""
+        """Release addresses of one block; return the released ordinals, and their handles. `holders`: see `release`."""
         key = keys.ipam_block(version, block_cidr(version, first))
         released: set[int] = set()
         handles: set[str] = set()
@@ -460,7 +466,7 @@ def _range(pool: Pool) -> tuple[int, int, int]:
 
 
 def _without(ranges: list[tuple[int, int, int]], networks: list[Network]) -> Iterator[tuple[int, int]]:
-    """Yield the `ranges` rounded to whole blocks, as (first, last address), without blocks that overlap a network."""
+    """Yield `ranges`, extended to whole blocks, as (first, last address). Leave out blocks that overlap `networks`."""
     for _, low, high in ranges:
         at = low - low % BLOCK_SIZE
         for network in sorted(networks, key=lambda network: network.first):

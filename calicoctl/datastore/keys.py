@@ -20,12 +20,12 @@ BGP_HOSTS = "/calico/bgp/v1/host"
 BGP_GLOBAL = "/calico/bgp/v1/global"
 IPAM_HOSTS = "/calico/ipam/v2/host"
 AS_NUM, MACS = "as_num", "macs"
-"""The last parts of keys: of a host's own AS number, and of the source MACs of its packets to other hosts."""
+"""The last parts of two kinds of keys: an AS number, and the source MACs of a host's packets to other hosts."""
 BGP_AS_NUM = f"{BGP_GLOBAL}/{AS_NUM}"
 BGP_NODE_MESH = f"{BGP_GLOBAL}/node_mesh"
 
 DEEPEST = 10
-"""The levels of the deepest key: that of an endpoint's status."""
+"""The number of parts of the longest key, which is that of an endpoint's status."""
 
 INTERFACE_PREFIX = "cali"
 """The prefix of the names of the endpoints' interfaces on their hosts. No other interface's name may begin with it."""
@@ -47,12 +47,15 @@ class EndpointId:
 
     @property
     def is_valid(self) -> bool:
-        """Whether an interface can have that name: the kernel takes one with `%d` for a pattern."""
+        """Whether `interface` can be the name of an interface: the endpoint's own id must be hexadecimal.
+
+        With other ids, the kernel might treat the name as a pattern (`%d`).
+        """
         return is_endpoint_id(self.endpoint)
 
 
 def is_endpoint_id(text: str) -> bool:
-    """Return whether a text can be an endpoint's own id: hexadecimal digits only."""
+    """Return whether a text can be an endpoint's own id: lower-case hexadecimal digits only."""
     return re.fullmatch("[0-9a-f]+", text) is not None
 
 
@@ -231,8 +234,9 @@ def felix_endpoint(id: EndpointId) -> str:
 def implied_directories(key: str) -> list[str]:
     """Return the directories, deepest first, that are removed if they are empty after the key is deleted.
 
-    For an endpoint and its status, these are the directories of the workload. All other directories stay: the programs
-    of 2015 expect them. This matters only to stores that have directories, such as etcd's v2 API.
+    For the key of an endpoint, these are the directories of its workload. For the key of an endpoint's status, the
+    directory of the orchestrator is added. For any other key, there are none: the programs of 2015 expect that its
+    directories stay. This matters only to stores that have directories, such as etcd's v2 API.
     """
     id, levels = parse_endpoint(key), 2
     if id is None:

@@ -1,10 +1,10 @@
 """Failover over the members of a cluster, and writes whose outcome is unknown. Shared by all backends.
 
-`Members` has a connection of the backend's to each member. If a request gets no answer, the connection raises NotSent,
-Unanswered or ConnectionLost; any other exception is an answer, and is passed on to the caller. A request that did not
-reach a member is sent to the next one, so the failure of one member does no harm. A write that may have been applied is
-sent again only after its key was read: a verdict (`created`, `updated` or `deleted` below) decides from the key's
-entry.
+`Members` has one connection to each member, of a class of the backend. If a request gets no answer, the connection
+raises NotSent, Unanswered or ConnectionLost. Any other exception is an answer, and is passed on to the caller. A
+request that did not reach a member is sent to the next one, so the failure of one member does no harm. A write that may
+have been applied is sent again only after its key was read: a verdict (`created`, `updated` or `deleted` below) decides
+from the key's entry whether the write was applied.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ T = TypeVar("T")
 C = TypeVar("C")
 
 Verdict = Callable[["Entry | None"], "Entry | None"]
-"""A function that decides about a write of unknown outcome from the entry found afterwards (None: no key). Returns the
-entry as written if the write was applied, None if it was not applied and may be sent again. Raises KeyExists or
-CompareFailed if another writer has changed the key, so that the outcome stays unknown."""
+"""A function that decides whether a write of unknown outcome was applied. Its argument is the key's entry, read after
+the write (None: there is no such key). Returns the entry as written if the write was applied, None if it was not, so
+that it may be sent again. Raises KeyExists or CompareFailed if another writer has changed the key, so that the outcome
+stays unknown."""
 
 
 class RequestFailed(Exception):
-    """A request got no answer. The text says which member it was, and why.
+    """A request got no answer. The text says from which member, and why.
 
-    `garbled` says that the server's answer, if any, was not in the expected protocol: it may speak another one.
+    `garbled` says that the server may speak another protocol: its answer, if any, was not in the expected protocol.
     """
 
     def __init__(self, why: str, garbled: bool = False) -> None:
@@ -50,7 +51,7 @@ class ConnectionLost(Unanswered):
 
 
 class Deadline:
-    """The time, `seconds` from now, until which a request without an answer is sent again."""
+    """The time, `seconds` from now, until which a request without an answer is retried."""
 
     def __init__(self, seconds: float) -> None:
         self._end = time.monotonic() + seconds
@@ -68,8 +69,8 @@ class Members(Generic[C]):
     def __init__(self, settings: EtcdSettings, connect: Callable[[Member], C], patience: float) -> None:
         """`connect` creates a connection, and sends nothing.
 
-        `patience` is for how many seconds a request is sent again if the members that can be reached do not answer, for
-        example because they elect a leader."""
+        For `patience` seconds, a request is retried while the members that can be reached do not answer, for example
+        because they elect a leader."""
         self._settings = settings
         self._connect = connect
         self._patience = patience
@@ -80,8 +81,9 @@ class Members(Generic[C]):
     def ask(self, send: Callable[[C], T]) -> T:
         """Send a request to the first member that can be reached, and return its answer.
 
-        Raises Unanswered if the outcome is unknown, StoreUnavailable if the request could not be sent to any member,
-        and any other exception of `send`. A member that failed is asked after the others from then on.
+        A member that failed is asked after the others from then on. A member that speaks another protocol is skipped.
+        Raises Unanswered if the outcome is unknown, StoreUnavailable if no member is left to ask, and any other
+        exception of `send`.
         """
         reasons: list[str] = []
         mismatches = 0
@@ -122,8 +124,9 @@ class Members(Generic[C]):
         """Send a conditional write until its outcome is known; return the entry as it was written.
 
         `send` raises KeyExists or CompareFailed if the write's condition is not met. The reason may be that an earlier
-        attempt, which got no answer, was applied. In that case, and if there is no answer at all, `verdict` decides
-        from the entry that `read` returns.
+        attempt, which got no answer, was applied. So after such an attempt, `verdict` decides from the entry that
+        `read` returns. Raises KeyExists or CompareFailed if the write was not applied, or if that stays unknown, and
+        StoreUnavailable if there is no answer for `patience` seconds.
         """
         deadline = Deadline(self._patience)
         doubtful = False
@@ -154,7 +157,7 @@ class Members(Generic[C]):
         self._order.append(member)
 
     def _mismatch(self, member: Member, failure: RequestFailed) -> str | None:
-        """Return a text that says which other protocol a member speaks, None if that is not why the request failed."""
+        """Return a text that says which other protocol a member speaks; None if that is not why the request failed."""
         if member in self._answered or not failure.garbled:
             return None
         from calicoctl.datastore import probe
@@ -163,7 +166,7 @@ class Members(Generic[C]):
 
 
 def created(key: str, value: str) -> Verdict:
-    """Return the verdict for a `create` of unknown outcome: it decides from the key's entry whether it was applied."""
+    """Return the verdict for a `create`: applied if the key has `value`, not applied if there is no key."""
 
     def verdict(now: Entry | None) -> Entry | None:
         if now is not None and now.value != value:
@@ -174,7 +177,7 @@ def created(key: str, value: str) -> Verdict:
 
 
 def updated(entry: Entry, value: str) -> Verdict:
-    """Return the verdict for an `update` of unknown outcome: it decides from the key's entry whether it was applied."""
+    """Return the verdict for an `update`: not applied if `entry` is unchanged, applied if the key has `value`."""
 
     def verdict(now: Entry | None) -> Entry | None:
         if now is not None and now.revision == entry.revision:
@@ -187,7 +190,7 @@ def updated(entry: Entry, value: str) -> Verdict:
 
 
 def deleted(entry: Entry) -> Verdict:
-    """Return the verdict for a `delete` of unknown outcome: it decides from the key's entry whether it was applied."""
+    """Return the verdict for a `delete`: not applied if `entry` is unchanged, applied if there is no key."""
 
     def verdict(now: Entry | None) -> Entry | None:
         if now is None:

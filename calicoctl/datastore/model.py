@@ -37,7 +37,7 @@ def load_strings(text: str, key: str) -> list[str]:
 
 
 def check_tags(tags: list[str]) -> list[str]:
-    """Return the tags of a profile; raise CalicoError if they are more than it may have."""
+    """Return `tags`; raise CalicoError if there are more than a profile can have (limits.TAGS)."""
     if len(tags) > limits.TAGS:
         raise CalicoError(f"a profile can have {limits.TAGS} tags, and these are {len(tags)}")
     return tags
@@ -51,7 +51,7 @@ def load_tags(text: str, key: str) -> list[str]:
 
 @contextmanager
 def _limited(key: str) -> Iterator[None]:
-    """Convert errors about limits to InvalidValue of a key."""
+    """Convert a CalicoError inside `with`, which is about a limit, to InvalidValue for `key`."""
     try:
         yield
     except InvalidValue:
@@ -61,7 +61,7 @@ def _limited(key: str) -> Iterator[None]:
 
 
 def _is_deep(value: Any) -> bool:
-    """Return whether lists and objects are nested deeper than is accepted."""
+    """Return whether lists and objects are nested deeper than limits.DEPTH levels."""
     level = [value]
     for _ in range(limits.DEPTH + 1):
         level = [item for item in level if isinstance(item, (dict, list))]
@@ -92,7 +92,7 @@ def _excerpt(text: str) -> str:
 
 
 def _is_net(text: str, version: int) -> bool:
-    """Return whether a text is an address with prefix length. Does not use netaddr, whose import takes too long."""
+    """Return whether a text is an address and a prefix length. Avoids netaddr: importing it takes too long."""
     address, _, length = text.partition("/")
     try:
         socket.inet_pton(FAMILIES[version], address)
@@ -109,9 +109,10 @@ def _is_strings(value: Any) -> bool:
 class Endpoint:
     """One interface of a workload.
 
-    `name` is the name of the host end of the veth pair. Nets are `address/32` or `address/128`. Gateways are the
-    workload's next hops: addresses of the host. `profile_ids` is in order of evaluation. `inactive_since` is when the
-    workload was found stopped (ISO 8601, UTC), `workload_name` the name of the Docker container; old tools remove both.
+    `state` is "active" or "inactive". `name` is the name of the veth pair's end on the host. Nets should be
+    `address/32` or `address/128`: the agent refuses an endpoint with other nets. Gateways are the workload's next hops:
+    addresses of the host. `profile_ids` is in order of evaluation. `inactive_since` is when the workload was found
+    stopped (ISO 8601, UTC); `workload_name` is the name of the Docker container. Old tools remove both.
     """
 
     id: EndpointId
@@ -129,7 +130,7 @@ class Endpoint:
 
     @classmethod
     def from_json(cls, id: EndpointId, text: str, key: str) -> Endpoint:
-        """Parse the value of `key`; raise InvalidValue."""
+        """Parse `text`, the value of `key`; raise InvalidValue. A single `profile_id` becomes a list of one profile."""
         data = load_object(text, key)
         profile = data.pop("profile_id", None)
         if profile is not None and data.get("profile_ids") is None:
@@ -163,7 +164,7 @@ class Endpoint:
         return endpoint
 
     def check_size(self) -> None:
-        """Raise CalicoError if the endpoint has more profiles or addresses than one may have."""
+        """Raise CalicoError if there are more than limits.PROFILES profiles or limits.ADDRESSES addresses."""
         for most, count, what in (
             (limits.PROFILES, len(self.profile_ids), "profiles"),
             (limits.ADDRESSES, len(self.nets), "addresses"),
@@ -188,7 +189,7 @@ class Endpoint:
         }
 
     def to_json(self) -> str:
-        """Return the value for the store; raise CalicoError if the endpoint is larger than one may be."""
+        """Return the value for the store; raise CalicoError if there are too many profiles or addresses."""
         self.check_size()
         return json.dumps(self.to_dict())
 
@@ -219,7 +220,7 @@ class Endpoint:
 class Rule:
     """One rule of a profile. All conditions are optional and ANDed; see docs/datamodel.md for what they mean.
 
-    `protocol` is a name or a number, a net a CIDR, a port a number or `"first:last"`. `extra` contains unknown fields.
+    `protocol` is a name or a number. A net is a CIDR. A port is a number or a range, `"first:last"`.
     """
 
     action: str = "allow"
@@ -260,7 +261,7 @@ class Rules:
 
     @classmethod
     def default(cls, profile: str) -> Rules:
-        """Return the rules of a new profile: allow inbound from endpoints with the profile's tag, and all outbound."""
+        """Return the rules of a new profile: allow inbound from the tag of the profile's name, and all outbound."""
         return cls(profile, inbound=[Rule(src_tag=profile)], outbound=[Rule()])
 
     @classmethod
@@ -281,7 +282,7 @@ class Rules:
         return rules
 
     def check_size(self) -> None:
-        """Raise CalicoError if there are more rules than a profile may have."""
+        """Raise CalicoError if there are more than limits.RULES rules, both directions together."""
         count = len(self.inbound) + len(self.outbound)
         if count > limits.RULES:
             raise CalicoError(f"a profile can have {limits.RULES} rules, and this would have {count}")
@@ -295,7 +296,7 @@ class Rules:
         }
 
     def to_json(self) -> str:
-        """Return the value for the store; raise CalicoError if the rules are more than a profile may have."""
+        """Return the value for the store; raise CalicoError if there are too many rules, or the value is too long."""
         self.check_size()
         text = json.dumps(self.to_dict())
         if len(text) > limits.VALUE:
@@ -310,8 +311,9 @@ VXLAN_MODES = (NEVER, ALWAYS, CROSS_SUBNET) = ("never", "always", "cross-subnet"
 class Pool:
     """A range that addresses are assigned from. `cidr` is canonical; `ipip` names the IP-in-IP device, if any.
 
-    `vxlan` says which packets between hosts are encapsulated in VXLAN: one of VXLAN_MODES. With "cross-subnet", these
-    are packets to hosts in networks to which the sending host is not connected.
+    With `masquerade`, packets to destinations outside all pools get the host's address as source. `vxlan` is one of
+    VXLAN_MODES: it says which packets between hosts are encapsulated in VXLAN. With "cross-subnet", these are packets
+    to hosts in networks to which the sending host is not connected.
     """
 
     cidr: str
@@ -353,7 +355,7 @@ class Pool:
 
 @dataclass
 class Peer:
-    """A BGP peer of one host or of all. `ip` is canonical, `as_num` decimal text (asplain, RFC 5396)."""
+    """A BGP peer of one host or of all hosts. `ip` is canonical; `as_num` is decimal text (asplain, RFC 5396)."""
 
     ip: str
     as_num: str

@@ -1,4 +1,4 @@
-"""Determines which protocol a server speaks that does not answer like etcd: TLS, plain HTTP, or gRPC only.
+"""If a server does not answer like etcd, determines which protocol it speaks: TLS, plain HTTP, or gRPC only.
 
 Used for error messages. Source: RFC 9113, 3.4 and 6.5: the first thing that an HTTP/2 server sends is a SETTINGS frame,
 even if the client speaks HTTP/1.1.
@@ -17,7 +17,7 @@ _SETTINGS_FRAME = 4
 
 
 def mismatch(scheme: str, host: str, port: int) -> str | None:
-    """Return a text: what a server speaks instead of `scheme` (http or https), and the remedy. None if unknown."""
+    """Return what a server speaks instead of `scheme` (http or https), and the remedy, as a text; None if unknown."""
     host = host.strip("[]")
     if scheme == "https":
         if _first_bytes(host, port).startswith(b"HTTP/"):

@@ -3,8 +3,8 @@
 The host's own addresses, its gateways, the members of its etcd, its DNS servers, and the addresses of registered hosts
 must not be routed to a workload. In a network that the host is connected to, other machines use addresses that IPAM
 does not know of. So a workload is assigned an address of such a network only if the user requests the address
-explicitly. Plain data: host_network.py reads the kernel, servers.py names and files, hosts.py the registered addresses.
-IPAM and the agent's routes use this module.
+explicitly. Plain data: host_network.py reads them from the kernel, servers.py resolves names and reads resolv.conf, and
+hosts.py reads the registered addresses. IPAM and the agent's routes use this module.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ DNS_SERVER = "a DNS server of this host"
 
 @dataclass(frozen=True)
 class Network:
-    """A network: its first address `first` (a number), prefix length, and the host's interface to it (if known)."""
+    """A network: its first address (a number), its prefix length, and the host's interface to it ("" if unknown)."""
 
     version: int
     first: int
@@ -32,7 +32,7 @@ class Network:
 
     @classmethod
     def of(cls, address: str, length: int, interface: str = "") -> Network:
-        """Return the network that contains a valid address, and has this prefix length."""
+        """Return the network with the prefix length `length` that contains a valid address."""
         version, number = _number(address)
         return cls(version, number >> (BITS[version] - length) << (BITS[version] - length), length, interface)
 
@@ -101,8 +101,8 @@ class Servers:
 class InterfaceAddress:
     """An address of one of the host's interfaces, and its network as the kernel sees it.
 
-    `network` is an address in that network: on a point-to-point link the address of the peer, else `address` itself.
-    `length` is the prefix length of the network.
+    `network` is an address in that network: on a point-to-point link, the address of the peer, else `address` itself.
+    `length` is the prefix length of the network. `interface` is the interface's name.
     """
 
     address: str
@@ -116,18 +116,19 @@ class InterfaceAddress:
 class HostNetwork:
     """A host's own addresses and networks.
 
-    `in_use` maps the host's addresses, gateways and broadcast addresses, and the members of its etcd, to their
-    descriptions. All addresses of the networks in `local` are addresses of the host as well. `unfit` maps addresses
-    that denote a whole network to their descriptions. `networks` are the networks to which the host is connected.
+    `in_use` maps addresses to their descriptions: the host's own, those of its gateways and of the members of its etcd,
+    and broadcast addresses. All addresses of the networks in `local` are addresses of the host as well. `unfit` maps
+    the addresses that stand for a whole network (network address, anycast address of the routers) to their
+    descriptions. `networks` are the networks to which the host is connected.
 
-    `own` are the addresses of the host's interfaces. `gateways` are the next hops of routes, and `routes` the
-    destinations; both without routes that a routing daemon has learned, and `routes` without default routes.
+    `own` are the addresses of the host's interfaces. `gateways` are the next hops of routes. `routes` are the
+    destinations of routes, without default routes. Neither contains what a routing daemon has learned.
 
-    `reached` maps the addresses of other hosts and BGP peers, and an address in each block of another host, to the
+    `reached` maps the addresses of other hosts and of BGP peers, and one address in each block of another host, to the
     interfaces of the routes to them. The value is empty if there is no route; for a block, a default route does not
     count. `routed` are the interfaces of default routes and of routes to other hosts, in any table and with any metric:
-    routers there may forward packets of other hosts. `macs` maps interfaces to the MACs that packets of this host to
-    other hosts have as source. `servers` are the servers that the host depends on.
+    routers there may forward packets of other hosts. `macs` maps interfaces to the source MACs of this host's packets
+    to other hosts. `servers` are the servers that the host depends on.
     """
 
     in_use: Mapping[str, str] = field(default_factory=dict)
@@ -152,7 +153,7 @@ class HostNetwork:
         routes: Iterable[tuple[str, int]] = (),
         learned: Iterable[tuple[str, str]] = (),
     ) -> HostNetwork:
-        """Derive a HostNetwork from a host's addresses and routes.
+        """Derive a HostNetwork from a host's addresses and routes. Its other fields keep their defaults.
 
         `gateways` are the next hops of routes, as (address, interface). `local` are the destinations of local routes,
         as (address, prefix length): all addresses in such a destination are addresses of the host. `on_link` are
@@ -204,7 +205,7 @@ class HostNetwork:
         return replace(self, in_use={**members, **self.in_use}, servers=servers)
 
     def has(self, address: str) -> str | None:
-        """Return the description of an address if the host needs it, else None: its own, a gateway or a member."""
+        """Return the description of an address in `in_use` or `local`, None for any other address."""
         known = self.in_use.get(address)
         if known is None and self.local:
             place = _number(address)
@@ -213,7 +214,7 @@ class HostNetwork:
         return known
 
     def overlap(self, cidr: str) -> str | None:
-        """Return a warning if a pool overlaps connected networks, None if it overlaps none."""
+        """Return a warning if a pool overlaps networks to which the host is connected, else None."""
         networks = self.overlapping(cidr)
         if not networks:
             return None
@@ -226,7 +227,7 @@ class HostNetwork:
         return f"pool {cidr} overlaps {named}, which this host is connected to, {rest}"
 
     def overlapping(self, cidr: str) -> list[Network]:
-        """Return the connected networks that overlap a pool."""
+        """Return the networks to which the host is connected and that overlap a pool."""
         pool = Network.parse(cidr)
         return [network for network in self.networks if network.overlaps(pool)]
 
@@ -243,7 +244,7 @@ class Reserved:
     host: str = ""
 
     def user(self, address: str) -> str | None:
-        """Say which host uses an address, for example `this host's own address (on eth0)`; None if no host does."""
+        """Describe an address that is in use, for example `this host's own address (on eth0)`; None for any other."""
         host = self.registered.get(address)
         known = self.network.has(address)
         if known is not None or host is None:

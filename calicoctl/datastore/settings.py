@@ -21,8 +21,8 @@ DEFAULT_MEMBERS: tuple[Member, ...] = (("127.0.0.1", 2379),)
 class EtcdSettings:
     """The members of the cluster, and the TLS files (PEM) for connections to them.
 
-    `scheme` is "http" or "https". `is_default` says that the environment names no member, so that port 2379 of this
-    host is used.
+    `scheme` is "http" or "https". `is_default` says that none of the variables ETCD_ENDPOINTS, ETCD_AUTHORITY and
+    ETCD_SCHEME is set, so that port 2379 of this host is used.
     """
 
     scheme: str
@@ -34,7 +34,10 @@ class EtcdSettings:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> EtcdSettings:
-        """Read ETCD_ENDPOINTS, else ETCD_AUTHORITY and ETCD_SCHEME, and the TLS files; raise StoreError."""
+        """Read the settings from environment variables, and check that the TLS files can be used; raise StoreError.
+
+        ETCD_AUTHORITY and ETCD_SCHEME are read only if ETCD_ENDPOINTS is not set.
+        """
         if environment.get("ETCD_ENDPOINTS"):
             scheme, members = _parse_endpoints(environment["ETCD_ENDPOINTS"])
             source = "ETCD_ENDPOINTS"
@@ -71,10 +74,10 @@ class EtcdSettings:
         return f"{self.scheme}://{member[0]}:{member[1]}"
 
     def local_etcd_hint(self, one: str, local: str, would_do: bool = False) -> str:
-        """Return what `calicoctl node --local-etcd` would do on this host, an empty string if it would refuse.
+        """Return, for an error message, what `calicoctl node --local-etcd` would do here; "" if it would refuse.
 
-        The text calls the etcd `one` if there has been none on this host yet, `local` if it would be started again.
-        `would_do` says that the command would start a first etcd although the environment names a member.
+        In the text, `one` stands for an etcd that it would start for the first time, and `local` for one that it would
+        start again. With `would_do`, it would start a first one even if the environment names a member.
         """
         command = "'calicoctl node --local-etcd'"
         if self.is_default or would_do:

@@ -21,11 +21,14 @@ class Statuses:
         self._store = store
 
     def of_host(self) -> Entry | None:
-        """Return this host's status, which is its agent's heartbeat; None if it has expired, as no agent is alive."""
+        """Return this host's status, the heartbeat of its agent; None if there is none, since no agent is alive."""
         return self._store.get(keys.felix_status(self.host))
 
     def of_old_agent(self) -> bool:
-        """Return whether Felix of 2015 is alive here: its status, unlike this agent's, names no machine and no boot."""
+        """Return whether Felix of 2015 is alive on this host: unlike this agent, it reports no `machine` and no `boot`.
+
+        False if the status is invalid.
+        """
         status = self.of_host()
         try:
             return status is not None and not load_object(status.value, status.key).keys() & {"machine", "boot"}
@@ -33,7 +36,7 @@ class Statuses:
             return False
 
     def write_host(self, status: dict[str, object], ttl: int, before: Entry | None) -> Entry:
-        """Replace this host's status, read as `before`, or create it if `before` is None. Expires after `ttl` seconds.
+        """Replace this host's status, read as `before`, or create it if `before` is None. `ttl` is in seconds.
 
         Raises KeyExists or CompareFailed if the status was written or has expired since `before` was read.
         """

@@ -1,4 +1,4 @@
-"""The interface of the store (`Store`), which each backend implements, and writes by compare-and-swap on top of it.
+"""The interface that each backend implements (`Store`), and writes by compare-and-swap on top of it.
 
 Depends on no backend, and on nothing that is specific to Calico. backends.py chooses the backend.
 """
@@ -28,8 +28,8 @@ class Entry:
     older one (endpoints that claim the same address, pools that overlap): this program writes these by `create` and
     `update` only. Nothing may break if a blind overwrite reverses their order.
 
-    `problem` says why what is at or below the key was not read; None if it was. Only `list_for_watch` returns such
-    entries.
+    `problem` is the reason if the key, or the keys below it, could not be read, else None. Only `list_for_watch`
+    returns entries with a problem.
     """
 
     key: str
@@ -50,8 +50,8 @@ class Change:
 class Watch(Protocol):
     """The changes below a directory, in order and without a gap: an iterator of batches.
 
-    If nothing changes for the `seconds` that were passed to `Store.watch`, it yields an empty batch. A majority of the
-    cluster has confirmed an empty batch: a member that is partitioned from the others would see no changes, either.
+    If nothing changes for the `seconds` that were passed to `Store.watch`, it yields an empty batch, but only after a
+    majority of the cluster has answered: a member that is partitioned from the others sees no changes at all.
 
     `next` blocks until there is a batch. It raises StoreError if the store cannot be watched. It raises WatchExpired if
     changes may have been missed: because the store no longer keeps them, because it was restored from a copy, or
@@ -71,21 +71,25 @@ class Store(Protocol):
     """Keys with text values, ordered by a revision that grows with each write of any key.
 
     Keys are paths, such as `/calico/v1/Ready`. A directory is a common prefix of keys, up to a slash, and exists only
-    while there are such keys. Reads are linearizable: they see all writes that were answered before. After a write
-    whose answer was lost, the key is read until the outcome is known; no write is applied twice.
+    while there are such keys. Reads are linearizable: they see all writes that were answered before.
+
+    If the answer to `create`, `update` or `delete` is lost, the key is read before the write is sent again, so that the
+    write is not applied twice. If another writer has changed the key meanwhile, KeyExists or CompareFailed is raised.
+    `put` and `remove_tree` are sent again without a read.
 
     Every method raises StoreUnavailable if no member of the store answers, and StoreError if the store refuses the
-    request. Stores that have directories raise InvalidValue for a directory where a key is expected, or the reverse.
+    request. Stores that have directories raise InvalidValue for a directory where a key is expected. For a key where a
+    directory is expected, they may do so.
     """
 
     def get(self, key: str) -> Entry | None:
         """Return the entry of `key`, None if there is no such key."""
 
     def tree(self, directory: str) -> list[Entry]:
-        """Return all entries below `directory`, at any depth."""
+        """Return all entries below `directory`, at any depth, except what cannot be read (see `Entry.problem`)."""
 
     def names(self, directory: str) -> list[str]:
-        """Return the next parts of all keys below `directory`, each once.
+        """Return the first part after `directory` of each key below it, without duplicates.
 
         For `/a/b`, `/a/x/y` and `/a/x/z` below `/a`, these are `b` and `x`. Values are not kept in memory. A store that
         has directories (etcd's v2 API) may also return the name of an empty one: do not conclude from a name that there
@@ -112,7 +116,7 @@ class Store(Protocol):
         """Delete `entry`; do nothing if it is deleted already; raise CompareFailed if it was changed since the read."""
 
     def remove_tree(self, directory: str) -> None:
-        """Delete all keys below `directory`, and the key of that name."""
+        """Delete all keys below `directory`, and the key `directory` itself; do nothing if there are none."""
 
     def put(self, key: str, value: str) -> None:
         """Write `key` blindly, whatever its value is. It never expires."""
@@ -124,7 +128,11 @@ class Store(Protocol):
         """Return the version of the server."""
 
     def list_for_watch(self, directory: str) -> tuple[list[Entry], int]:
-        """Return all entries below `directory` at one moment, and the revision from which to watch later changes."""
+        """Return all entries below `directory`, and the revision from which to watch later changes.
+
+        If the directory is too large for one answer, its parts are read one after another. A watch from the revision
+        then yields all changes that were made meanwhile. What cannot be read has an entry with a `problem`.
+        """
 
     def watch(self, directory: str, revision: int, seconds: float) -> Watch:
         """Return a watch of the changes below `directory` from `revision` on. Nothing is sent before the first batch.
@@ -165,8 +173,9 @@ def set_value(store: Store, key: str, value: str | None) -> None:
 def modify(store: Store, key: str, missing: str, change: Callable[[str], str | None]) -> bool:
     """Change a value by compare-and-swap: read it, let `change` compute the new one, write it; retry on a conflict.
 
-    `change` returns None if there is nothing to change. Returns whether this call changed the value. Raises NotFound
-    with the message `missing` if there is no such key, and Conflict if other writers keep changing it.
+    `change` returns None if there is nothing to change. Returns whether this call changed the value; also True if an
+    earlier attempt without an answer may have changed it. Raises NotFound with the message `missing` if there is no
+    such key, and Conflict if other writers keep changing it.
     """
     done = False
     for attempt in range(ATTEMPTS):

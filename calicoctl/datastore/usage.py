@@ -15,9 +15,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class Usage:
-    """The numbers of addresses of a pool (a CIDR). `borrowed` counts used addresses in blocks of other hosts.
+    """The numbers of addresses of a pool (`pool` is its CIDR).
 
-    For addresses that are in no pool, `pool`, `addresses` and `free` are None.
+    `borrowed` counts the addresses that a host uses although their block has affinity to another host. In the usage of
+    addresses that are in no pool, `pool`, `addresses` and `free` are None.
     """
 
     pool: str | None
@@ -28,7 +29,10 @@ class Usage:
 
 
 def usages(pools: Iterable[Pool], blocks: Iterable[Block]) -> list[Usage]:
-    """Return the usage of each pool of an IP version. If addresses in no pool are used, their usage comes last."""
+    """Return the usage of each pool. `pools` and `blocks` are all those of one IP version.
+
+    If addresses that are in no pool are used, their usage comes last.
+    """
     from netaddr.ip import IPNetwork
 
     networks = [IPNetwork(pool.cidr) for pool in pools]

@@ -1,6 +1,6 @@
 """Decides which addresses of this host's endpoints the data plane may use: none that the host itself needs.
 
-Anybody who may write to the store can list any address in the record of an endpoint. An address is refused if
+Anybody who may write to the store can list any address in an endpoint. An address is refused
 
 * this host needs it: its own addresses, gateways, and the members of its etcd (`HostNetwork.has`). That always holds,
   also if the endpoint had the address before, since without its store the host could not be repaired from elsewhere;
@@ -9,7 +9,7 @@ Anybody who may write to the store can list any address in the record of an endp
   already: a pool that was removed, or cannot be read, cuts nobody off. What an endpoint has is what the agent has let
   it have before or, when the agent starts, what the kernel routes to its interface.
 
-Reads no kernel: what that has is passed to `adopt`.
+Does not read the kernel: the caller passes these routes to `adopt`.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Admission:
         return Reserved(self.network, self._topology.users, self._topology.host)
 
     def set_pool(self, key: str, cidr: str | None) -> None:
-        """Set the pool that a key stands for; None if there is none, or its network is not known."""
+        """Set the CIDR of the pool at a key; None if there is no pool, or if its CIDR is not known."""
         before = self._pools.pop(key, None)
         if cidr is not None:
             self._pools[key] = Network.parse(cidr)
@@ -54,7 +54,7 @@ class Admission:
             self._in_pools, self._changed = None, True
 
     def take_changed(self) -> bool:
-        """Return whether pools have changed since the last call."""
+        """Return whether the networks of pools have changed since the last call."""
         changed, self._changed = self._changed, False
         return changed
 
@@ -64,17 +64,18 @@ class Admission:
         return self._in_pools.has(version_of(address), number_of(address))
 
     def spared(self) -> set[str]:
-        """Return addresses of servers that are nobody's endpoint, whatever the records of other hosts list.
+        """Return the addresses that do not count as an endpoint's, even if an endpoint of another host lists them.
 
-        These are the DNS servers of this host, and the BGP peers that are in no pool. Others may be workloads.
+        These are the DNS servers of this host, and the BGP peers that are in no pool. A BGP peer in a pool may be a
+        workload.
         """
         peers = {peer.ip for peer in self._topology.peers.values()}
         return {*self.network.servers.dns, *(peer for peer in peers if not self.is_in_pool(peer))}
 
     def objection(self, interface: str, address: str) -> tuple[str, bool] | None:
-        """Say what is wrong with an address of an endpoint, None if nothing is.
+        """Say what is wrong with an address of the endpoint with this interface; None if nothing is.
 
-        Returns the reason, and whether the address is refused. If it is not, the endpoint has it already.
+        Returns the reason, and whether the address is refused. It is not refused if the endpoint may keep it.
         """
         user = self.reserved.user(address)
         if user is not None:
@@ -86,7 +87,7 @@ class Admission:
         return None if in_pool else ("in no pool", not stays)
 
     def decide(self, candidate: LocalEndpoint) -> LocalEndpoint:
-        """Return an endpoint without the addresses that are refused, and with the reasons."""
+        """Return an endpoint without the addresses that are refused; `conflict` and `warning` give the reasons."""
         found = {address: self.objection(candidate.interface, address) for address in candidate.addresses}
         if not any(found.values()):
             return candidate
@@ -100,9 +101,10 @@ class Admission:
         )
 
     def addresses_of(self, endpoint: Endpoint) -> tuple[str, ...]:
-        """Return the addresses that an endpoint contributes to tags; those that are refused here only for this host's.
+        """Return the addresses that an endpoint contributes to tags: for one of this host, without those refused.
 
-        Another host may have let its endpoint keep an address for reasons that are not known here.
+        An endpoint of another host contributes all its addresses: that host may have let it keep them, which is not
+        known here.
         """
         addresses = usable_addresses(endpoint)
         if endpoint.id.host != self._topology.host:
@@ -113,25 +115,25 @@ class Admission:
     # What endpoints have already
 
     def adopt(self, uses: Iterable[Use]) -> None:
-        """Take over what the kernel routes to interfaces of endpoints when the agent starts."""
+        """When the agent starts, count as admitted the addresses that the kernel routes to interfaces of endpoints."""
         self._admitted.update(uses)
 
     def admit(self, endpoints: Iterable[Endpoint]) -> None:
-        """Remember the addresses that these endpoints of this host may use from now on."""
+        """Remember as admitted the addresses that these endpoints of this host may use now."""
         for endpoint in endpoints:
             self._admitted.update((endpoint.name, address) for address in self.addresses_of(endpoint))
 
     def forget(self, before: Endpoint | None, now: Endpoint | None) -> None:
-        """Forget what an endpoint's record no longer lists."""
+        """Forget the addresses that an endpoint listed `before`, and does not list `now` (None: no endpoint)."""
         self._admitted -= _uses(before) - _uses(now)
 
     def retain(self, endpoints: Collection[Endpoint]) -> None:
-        """Forget what none of these endpoints' records lists."""
+        """Forget the addresses that none of these endpoints lists."""
         self._admitted &= set().union(*map(_uses, endpoints))
 
 
 def pool_of_key(key: str) -> str | None:
-    """Return the network that the key of a pool stands for, None if it does not say: other tools choose other keys."""
+    """Return the CIDR in the key of a pool, None if there is none: other tools choose other keys."""
     from calicoctl.addresses import parse_cidr
     from calicoctl.errors import CalicoError
 

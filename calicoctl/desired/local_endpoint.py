@@ -22,8 +22,8 @@ _INTERFACE = re.compile(INTERFACE_PREFIX + r"[A-Za-z0-9_.-]{1,11}", re.ASCII)
 class LocalEndpoint:
     """An active endpoint of this host, validated; `revision` is its revision in the store.
 
-    `addresses` are those that the workload may use; `conflict` says which ones are left out, and why; `warning` says
-    what is wrong with others: see admission.py.
+    `addresses` are those that the workload may use. `conflict` says which addresses were refused, and why. `warning`
+    says which of `addresses` are kept only because the workload had them before. See admission.py.
     """
 
     id: EndpointId
@@ -91,7 +91,10 @@ def usable_addresses(endpoint: Endpoint) -> tuple[str, ...]:
 
 
 def checked_address(address: str, version: int, whose: str = "an endpoint") -> str:
-    """Return an address in canonical form; raise CalicoError, which says `whose` it is, if nobody can have it."""
+    """Return an address in canonical form; raise CalicoError if it is not a unicast address of the IP version.
+
+    `whose` is the word for its owner in the error.
+    """
     try:
         packed = socket.inet_pton(FAMILIES[version], address)
     except (OSError, ValueError):

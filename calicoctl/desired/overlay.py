@@ -4,9 +4,9 @@ Pure: reads only the snapshot, not the kernel. Only pools with an overlay are co
 pools without one.
 
 * A tunnel is a VXLAN device. The MAC of a host's end is computed from the host's address, so no host must announce it.
-* A block of another host normally gets one route. The exception is a block that overlaps a network that this host is
-  connected to, or the address of a host or gateway: then each used address of the block gets a route. So does an
-  address of an endpoint that is in no block of its host (for example, borrowed from a block of another host).
+* A block of another host normally gets one route. The exception is a block that overlaps a network to which this host
+  is connected, or the address of a host, a gateway or a member of etcd: then each used address of the block gets a
+  route. So does an address of an endpoint if it is in no block of the endpoint's host, for example a borrowed one.
 * A block of this host gets a blackhole route, which drops packets to unused addresses of the block: otherwise, the
   default route would send them to a router, which might send them back. The exceptions are the same as for blocks in
   pools without an overlay: see routes.py.
@@ -61,7 +61,7 @@ class Hop:
 
 
 def macs(addresses: Iterable[str]) -> dict[str, str]:
-    """Return, by host address, the MAC of the tunnel end of the host.
+    """Return host address -> MAC of the host's end of the tunnel.
 
     All hosts compute the same MACs, even in the unlikely case that the digests of two addresses collide.
     """
@@ -77,13 +77,13 @@ def macs(addresses: Iterable[str]) -> dict[str, str]:
 
 
 def _digest(address: str, attempt: int) -> str:
-    """Return a locally administered unicast MAC: the last two bits of its first octet are 10."""
+    """Return a locally administered unicast MAC (the last two bits of its first octet are 10) for a host's address."""
     octets = hashlib.sha256(f"vxlan.calico {address} {attempt}".encode()).digest()[:6]
     return bytes([octets[0] & 0xFC | 0x02, *octets[1:]]).hex(":")
 
 
 def underlay_version(topology: Topology, host: str) -> int | None:
-    """Return the IP version of the tunnel between this host and another one: IPv4 if both are registered with it.
+    """Return the IP version of the tunnel between this host and `host`: IPv4 if both are registered with it, else 6.
 
     None if the two hosts have no IP version in common.
     """
@@ -94,7 +94,7 @@ def underlay_version(topology: Topology, host: str) -> int | None:
 
 
 def tunnels(topology: Topology) -> dict[int, Tunnel]:
-    """Return this host's tunnels by IP version of the underlay. IPv6 is used only if a host has no IPv4 address."""
+    """Return this host's tunnels by IP version of the underlay. IPv6 is used only for hosts without IPv4 in common."""
     found: dict[int, Tunnel] = {}
     others = topology.hosts() - {topology.host}
     for version in (4, 6):
@@ -115,13 +115,13 @@ class Overlay:
     def __init__(self, snapshot: Snapshot) -> None:
         self._snapshot = snapshot
         self._pools: list[tuple[Network, str]] = []
-        """The networks of all pools, and their modes of VXLAN."""
+        """The networks of all pools, each with the pool's mode of VXLAN."""
         self._blocks: dict[Network, tuple[str, str]] = {}
-        """By block that gets one route: its host, and the mode of its pool."""
+        """The blocks that get one route each, with their host and their pool's mode of VXLAN."""
         self._hosts: dict[tuple[int, int], dict[int, str]] = {}
-        """By IP version and number of host bits: the hosts of these blocks, by the prefix of the block (a number)."""
+        """(IP version, number of host bits) -> prefix of a block in `_blocks` (a number) -> host of the block."""
         self._singles: dict[EndpointId, tuple[str, ...]] = {}
-        """By endpoint of another host: its addresses that get routes of their own."""
+        """Endpoint of another host -> its addresses that get routes of their own."""
 
     @property
     def is_needed(self) -> bool:
@@ -153,7 +153,7 @@ class Overlay:
     def routes(self) -> dict[str, Hop | None]:
         """Return the routes by CIDR; None means a blackhole route.
 
-        CIDRs in pools without an overlay are left out, and those of hosts that cannot be reached.
+        CIDRs in pools without an overlay are left out. So are CIDRs of hosts that cannot be reached.
         """
         snapshot = self._snapshot
         owners: dict[str, tuple[str, str]] = {block.cidr: owner for block, owner in self._blocks.items()}
@@ -190,7 +190,11 @@ class Overlay:
         )
 
     def _hop(self, host: str, mode: str, version: int, tunnel_ends: dict[str, str]) -> Hop | None:
-        """Return the hop to a host's workloads in pools of a mode and IP version; None if the host is out of reach."""
+        """Return the hop to a host's workloads with addresses of an IP version, in pools with a VXLAN mode.
+
+        None if the host is out of reach, or is this host under another name. `tunnel_ends` maps the addresses of other
+        hosts to the MACs of their tunnel ends.
+        """
         topology = self._snapshot.topology
         address = topology.address(host, version)
         if any(topology.address(host, v) in self._snapshot.network.own for v in (4, 6)):
@@ -238,7 +242,7 @@ class Overlay:
                     self._hosts[block.version, bits][block.first >> bits] = host
 
     def _pool(self, network: Network) -> tuple[Network | None, str]:
-        """Return the pool that contains a network, and its mode of VXLAN; (None, NEVER) if no pool contains it."""
+        """Return the pool that contains a network, and the pool's mode of VXLAN; (None, NEVER) if none contains it."""
         return next(((pool, mode) for pool, mode in self._pools if network in pool), (None, NEVER))
 
     def _singles_of(self, id: EndpointId) -> tuple[str, ...]:

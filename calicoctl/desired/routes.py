@@ -4,10 +4,14 @@ Pure: reads only the snapshot. felix/bgp/config.py renders the result for BIRD. 
 considered: the agent itself programs the routes of pools with an overlay.
 
 A block is normally announced as a whole, and this host drops packets to its unused addresses. The exception is a block
-that overlaps a network that this host is connected to, the address of a gateway, this host, a registered host, an etcd
-member or a DNS server, or the destination of another route. Of such a block, only the addresses of local endpoints are
-announced, one by one, and packets to other addresses are not dropped. A route whose destination contains the whole
-pool, such as the default route, does not count as an overlap: the pool was placed inside that destination on purpose.
+that overlaps one of these:
+
+* a network to which this host is connected, or the destination of another route. A route to the whole pool, or more,
+  such as the default route, does not count: the pool was placed inside its destination on purpose;
+* the address of this host, a gateway, a registered host, a member of etcd, or a DNS server.
+
+Of such a block, only the addresses of local endpoints are announced, one by one, and packets to other addresses are not
+dropped.
 """
 
 from __future__ import annotations
@@ -51,7 +55,7 @@ class Guarded:
 
 
 def plain_pools(snapshot: Snapshot, version: int) -> list[Network]:
-    """Return the networks of the pools without an overlay, in order."""
+    """Return the networks of an IP version's pools without an overlay, in order."""
     pools = {Network.parse(pool.cidr) for pool in snapshot.pools.values() if pool.vxlan == NEVER}
     return _ordered(pool for pool in pools if pool.version == version)
 
@@ -110,9 +114,10 @@ class Surroundings:
         self._dns = _of_version(dict.fromkeys(network.servers.dns, DNS_SERVER), version)
 
     def needed(self, block: Network) -> str | None:
-        """Describe the network of this host, or the address of a host, gateway or member, that a block overlaps.
+        """Describe what a block overlaps: a network of this host, or the address of a host, a gateway or a member.
 
-        None if there is none. A DNS server does not count: it may be a workload of another host.
+        Returns None if the block overlaps none of these. A DNS server does not count: it may be a workload of another
+        host.
         """
         for network in self.networks:
             if network.overlaps(block):
@@ -120,7 +125,7 @@ class Surroundings:
         return _inside(block, self.addresses)
 
     def overlapped(self, block: Network, pool: Network) -> str | None:
-        """Describe the network, address or route that a block of a pool overlaps; None if there is none."""
+        """Describe what a block of `pool` overlaps: as in `needed`, or a DNS server or a route; None if nothing."""
         needed = self.needed(block) or _inside(block, self._dns)
         if needed is not None:
             return needed
@@ -138,7 +143,7 @@ def _of_version(known: Mapping[str, str], version: int) -> list[tuple[int, str, 
 
 
 def _inside(block: Network, addresses: list[tuple[int, str, str]]) -> str | None:
-    """Describe the first of these addresses, which are in order, that is in a block; None if none is."""
+    """Describe the first of `addresses` (from `_of_version`) that is in a block; None if none is."""
     at = bisect_left(addresses, (block.first,))
     for number, address, what in addresses[at : at + 1]:
         if number <= block.last:

@@ -53,8 +53,8 @@ class Dirty:
 
     `topology` says whether the network between the hosts has changed, or this host's own addresses and networks.
 
-    `interfaces` are the interfaces of this host's endpoints that were deleted or changed, also if the endpoint still
-    has the interface after the change.
+    `interfaces` are the interfaces that endpoints of this host had before they were changed or deleted. Some of them
+    may still have the interface.
     """
 
     endpoints: set[EndpointId] = field(default_factory=set)
@@ -78,7 +78,7 @@ class Dirty:
 
 
 class _Entries(dict[str, Entry]):
-    """The entries by key. Knows without a search whether any are below a directory: most deleted keys are none."""
+    """The entries by key. Counts those below each directory, so that deleting a key that is none takes no search."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ class _Entries(dict[str, Entry]):
 
 
 def _directories(key: str) -> Iterator[str]:
-    """Yield the directories above a key."""
+    """Yield the directories above a key, deepest first."""
     end = key.rfind("/")
     while end > 0:
         yield key[:end]
@@ -120,7 +120,7 @@ class Snapshot:
         """The endpoints of all hosts, each as it was in the store when it was last valid."""
         self.local: dict[EndpointId, LocalEndpoint] = {}
         self.unusable: dict[EndpointId, tuple[int, str]] = {}
-        """This host's endpoints that are not in `local`: the revision of each in the store, and the reason."""
+        """This host's endpoints that are not in `local`, each with its revision in the store, and the reason."""
         self.profiles: dict[str, Profile] = {}
         self.pools: dict[str, Pool] = {}
         self.host_action = "RETURN"
@@ -133,16 +133,16 @@ class Snapshot:
         self.mtu: int | None = None
         """The MTU for workloads' interfaces; None if it must be derived from the host's own interfaces."""
         self.check_senders = str(config.CHECK_SENDERS.default)
-        """What packets from other hosts' addresses are checked for: one of config.CHECK_SENDERS.values."""
+        """How packets from other hosts' addresses are checked: one of config.CHECK_SENDERS.values."""
         self.topology = Topology(host)
         self.admission = Admission(self.topology)
         self.problems: dict[str, str] = {}
         self.skipped: dict[str, str] = {}
-        """By key: why a key, or what is below it, is not read; the first limits.REPORTED of them."""
+        """Key -> why it, or what is below it, is not read. At most limits.REPORTED keys."""
         self.dirty = Dirty(pools=True, settings=True, topology=True)
         self._entries = _Entries()
         self._claims = Claims()
-        """This host's endpoints that are valid, whether or not they conflict with others."""
+        """This host's endpoints that are valid and active, whether or not they conflict with others."""
         self._owners: dict[str, LocalEndpoint] = {}
         """The endpoints in `local`, by interface and by address."""
         self._unchecked: set[EndpointId] = set()
@@ -188,7 +188,7 @@ class Snapshot:
         self.skipped = {key: why for key, why in self.skipped.items() if not (key + "/").startswith(directory + "/")}
 
     def owner(self, thing: str) -> LocalEndpoint | None:
-        """Return this host's endpoint that has `thing`, the name of an interface or an address; or None."""
+        """Return this host's endpoint that has the interface or the address `thing`, None if there is none."""
         return self._owners.get(thing)
 
     def senders(self, address: str) -> list[LocalEndpoint]:
@@ -214,7 +214,10 @@ class Snapshot:
         return known is not None and known.rules is not None
 
     def take_dirty(self) -> Dirty:
-        """Return what has changed since the last call. From then on, endpoints keep the addresses that they have."""
+        """Return what has changed since the last call.
+
+        The addresses that the changed endpoints of this host may use count as admitted from now on: see admission.py.
+        """
         dirty, self.dirty = self.dirty, Dirty()
         local = (id for id in dirty.endpoints if id.host == self.host and id in self.endpoints)
         self.admission.admit(map(self.endpoints.__getitem__, local))
@@ -239,7 +242,10 @@ class Snapshot:
             self.problems[key] = str(error)
 
     def _skip(self, key: str, entry: Entry | None) -> None:
-        """Name a key that was not read, or is deeper than any of Calico's, if it is one of the first of its kind."""
+        """Update `skipped` for a key that the agent does not use.
+
+        The key is added if it was not read, or has too many levels, unless limits.REPORTED keys are there already.
+        """
         self.skipped.pop(key, None)
         if entry is None or len(self.skipped) >= limits.REPORTED:
             return
@@ -368,7 +374,7 @@ class Snapshot:
     # This host's endpoints: which are valid and free of conflicts
 
     def _check_local(self) -> None:
-        """Decide which of the changed local endpoints are usable, and of the endpoints that conflict with them."""
+        """Decide whether local endpoints are usable: those that have changed, and those that conflict with them."""
         if self.admission.take_changed():
             self._mark_decided_anew()
         changed, self._unchecked = self._unchecked, set()
@@ -394,7 +400,10 @@ class Snapshot:
                 self.dirty.endpoints.add(id)
 
     def _validate(self, id: EndpointId) -> None:
-        """Make an endpoint a candidate if it is active; raise CalicoError if it is invalid."""
+        """Make an endpoint a candidate if it is active, or unusable if it is inactive.
+
+        Does nothing if the endpoint was deleted; raises CalicoError if it is invalid.
+        """
         key = keys.endpoint(id)
         entry = self._entries.get(key)
         if entry is None:
@@ -410,7 +419,10 @@ class Snapshot:
         self._claims.add(validated(endpoint, entry.revision), entry.created)
 
     def _mark_decided_anew(self) -> None:
-        """Mark the local endpoints about whose addresses is decided otherwise now, and all unusable ones."""
+        """Have those local endpoints checked again for which `Admission.decide` has another result now.
+
+        All unusable endpoints are marked as changed.
+        """
         decide, candidates = self.admission.decide, self._claims.candidates
         self._unchecked |= {id for id, endpoint in self.local.items() if decide(candidates[id]) != endpoint}
         self.dirty.endpoints |= self.unusable.keys()

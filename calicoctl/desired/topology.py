@@ -85,7 +85,10 @@ class Topology:
         return sorted(peer.ip for key, peer in self.peers.items() if key.startswith(directory))
 
     def own_peers(self) -> list[str]:
-        """Return the BGP peers of this host that are its own registered addresses: there is no session with them."""
+        """Return those of this host's own (not global) BGP peers that are its registered addresses.
+
+        There is no session with them.
+        """
         own = {self.own(4), self.own(6)}
         return sorted(peer.ip for key, peer in self.peers.items() if f"/host/{self.host}/" in key and peer.ip in own)
 
@@ -99,7 +102,7 @@ class Topology:
         return self.as_nums.get(host, self.default_as_num)
 
     def block_of(self, host: str, address: str) -> Network | None:
-        """Return the block of a host that contains an address; None if none of its blocks does."""
+        """Return the block with affinity to a host that contains an address; None if there is none."""
         version, number = version_of(address), number_of(address)
         return next((block for block in self.blocks.get(host, {}).values() if block.has(version, number)), None)
 
@@ -111,7 +114,7 @@ class Topology:
     # Interpreting entries of the store
 
     def handler(self, key: str) -> Callable[[str, Entry | None], None] | None:
-        """Return the method that interprets a key's entry; None for a key that is not about the network between hosts.
+        """Return the method that interprets the entry of a key, None if the key does not belong to the topology.
 
         The method is called with None as entry if the key was deleted. It raises CalicoError for an invalid value,
         after it has removed the previous value.

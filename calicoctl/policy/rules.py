@@ -76,8 +76,8 @@ def check_tag(name: str) -> str:
 def parse(words: Sequence[str], is_new: bool = True) -> Rule:
     """Parse a rule from the words of a command line, or from one word that is a JSON object (see `check_rule`).
 
-    If it is not `is_new`, a rule that can match no packet is accepted, and so are names of tags that are not allowed in
-    new rules. Raises UsageError for misplaced words, CalicoError for invalid values.
+    With `is_new=False`, a rule that can match no packet is accepted. Unless it is JSON, so are invalid names of tags.
+    Raises UsageError for misplaced words, CalicoError for invalid values.
     """
     if len(words) == 1 and words[0].startswith("{"):
         try:
@@ -182,7 +182,7 @@ def _ports(text: str) -> list[int | str]:
 
 
 def check_rule(data: Any, must_match: bool = True) -> Rule:
-    """Return the rule in a JSON object; raise CalicoError for unknown fields or invalid values.
+    """Return the rule in `data`, a JSON object; raise CalicoError for unknown fields or invalid values.
 
     With `must_match`, a rule that can match no packet is invalid, too: the user has made a mistake.
     """
@@ -259,7 +259,7 @@ def check_rules(profile: str, text: str) -> Rules:
 
 
 def _check_sense(rule: Rule) -> None:
-    """Raise CalicoError if a rule lacks a condition that another of its conditions requires."""
+    """Raise CalicoError if a condition lacks another one that it requires, or if there are too many ports."""
     if rule.icmp_code is not None and rule.icmp_type is None:
         raise CalicoError("an ICMP code needs an ICMP type")
     if rule.icmp_type is not None and not _has_icmp_type(rule):

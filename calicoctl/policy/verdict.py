@@ -1,4 +1,4 @@
-"""Evaluates a profile's rules: the verdict for one packet. Reads neither the kernel nor the store.
+"""Evaluates the rules of profiles: the verdict for one packet. Reads neither the kernel nor the store.
 
 This is the only evaluation in Python. `felix/dataplane/ruleset.py` expresses the same in nftables; tests compare the
 two with real packets.
@@ -74,9 +74,9 @@ def decide(
 ) -> Verdict:
     """Return the verdict of a list of profiles, evaluated in order, in one direction.
 
-    `rules` has each profile's rules for that direction, as returned by `readable`. If a profile is missing there, or
-    its rules are None, it denies every packet that no profile before it has decided on. A packet that no rule matches
-    is denied.
+    `rules` maps each profile to its rules for that direction, as returned by `readable`. If a profile is missing there,
+    or its rules are None, it denies every packet that no profile before it has decided on. Rules with the action "log"
+    decide nothing. A packet that no rule matches is denied.
     """
     for profile in profiles:
         of_profile = rules.get(profile)
@@ -112,9 +112,10 @@ def matches(rule: Rule, packet: Packet, tag_contains: TagContains) -> bool:
 
 
 def is_host_service(packet: Packet) -> bool:
-    """Return whether a packet to the host itself passes regardless of profiles: DHCP, DNS, and some ICMPv6.
+    """Return whether a packet of an endpoint to its host passes regardless of profiles: DHCP, DNS, and some ICMPv6.
 
-    Source: Calico's Felix of 2015, the chain felix-INPUT.
+    The setting EndpointToHostServices can close these services: callers check it. Source: Calico's Felix of 2015, the
+    chain felix-INPUT.
     """
     if packet.protocol == ICMPV6:
         return packet.icmp_type in HOST_ICMPV6_TYPES
@@ -127,8 +128,8 @@ def is_host_service(packet: Packet) -> bool:
 def is_from_host(packet: Packet, hosts: Container[str], pools: Iterable[str]) -> bool:
     """Return whether a packet to an endpoint passes regardless of its inbound rules, because another host sends it.
 
-    `hosts` are the addresses of all registered hosts, `pools` the CIDRs of all pools: what a host reaches on itself, it
-    reaches on the others.
+    `hosts` are the addresses of all registered hosts, and `pools` the CIDRs of all pools. So a host reaches endpoints
+    on other hosts as it reaches those on itself.
     """
     return packet.source in hosts and any(_within(packet.destination, cidr) for cidr in pools)
 
