@@ -101,7 +101,7 @@ class DatastoreClient:
 
         A pool that another tool wrote to another key stays at that key. For a pool with IP-in-IP, the global setting
         IpInIpEnabled is set as well. Raises CalicoError if another command adds an overlapping pool concurrently,
-        NotFound if one deletes the pool concurrently, and InvalidValue if the pool's key has an invalid value.
+        NotFound if another one deletes the pool, and InvalidValue if the pool's key has an invalid value.
         """
         version = version_of(pool.cidr)
         if pool.ipip:
@@ -318,7 +318,7 @@ class DatastoreClient:
         return Rules(name) if entry is None else Rules.from_json(name, entry.value, entry.key)
 
     def modify_rules(self, name: str, change: Callable[[Rules], bool]) -> bool:
-        """Change the rules of a profile; return whether they were written. `change`, errors: see modify_tags."""
+        """Change the rules of a profile; return whether they were written. `change` and errors: see modify_tags."""
         key = keys.profile_rules(name)
 
         def text_of(old: str) -> str | None:

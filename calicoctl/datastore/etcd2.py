@@ -55,7 +55,7 @@ READ_TIMEOUT = 4.0
 """Seconds to wait for one member's answer. A command waits for a hanging member only once, then asks it last."""
 
 LARGEST_VALUE = 32 * answers.MiB
-"""The largest answer about one key, in bytes. etcd accepts forms of 10 MiB; in its answer, some bytes are escaped."""
+"""The largest answer about one key, in bytes. A write has at most 10 MiB (an HTTP form); etcd escapes some of them."""
 
 LARGEST_DIRECTORY = 128 * answers.MiB
 """The largest answer about a directory with all that is below it, in bytes. 50,000 endpoints take about 50 MiB."""

@@ -1,7 +1,7 @@
 """Waiting for changes in etcd's v2 API by long polls, however much is written elsewhere in the same etcd.
 
-A request names a directory and the revision from which it wants to know of changes (`waitIndex`). etcd answers with
-headers at once, which contain the revision that the store has reached (`X-Etcd-Index`). Then it searches its last 1,000
+A request names a directory and the revision from which changes are wanted (`waitIndex`). etcd sends the headers of its
+answer at once: they contain the revision that the store has reached (`X-Etcd-Index`). Then etcd searches its last 1,000
 writes, of any key, for the first change in the directory from `waitIndex` on. It sends this change or, if there is
 none, waits for one. If it no longer has all writes from `waitIndex` on, it answers with error 401, and the caller must
 read the whole directory again.
@@ -74,8 +74,8 @@ def poll(
     """Wait by one request for a change below `path`, for at most `longest` seconds, but at least SHORTEST.
 
     Returns the change (a list of one or, if there was none, an empty list) and the new progress. The answer's headers
-    must begin to arrive within `timeout` seconds. Raises WatchExpired if the store has not reached the revision: then
-    it is another store, or was restored from a copy. Raises python-etcd's exceptions for errors of etcd or of the
+    must begin to arrive within `timeout` seconds. Raises WatchExpired if the store's revision is lower than it was:
+    then it is another store, or was restored from a copy. Raises python-etcd's exceptions for errors of etcd or of the
     connection, and LookupError, TypeError or ValueError for an answer that is not etcd's.
     """
     import etcd

@@ -1,4 +1,4 @@
-"""Handles: how many addresses each workload has in which block, so that they are found without reading all blocks.
+"""Handles: for each workload, the number of its addresses in each block. So not all blocks need be read to find them.
 
 If a handle's counts differ from the blocks, the blocks are right. A count is increased before its block is written, and
 decreased afterwards. So even after a crash, a handle names every block with an address of the handle.

@@ -118,7 +118,7 @@ class Hosts:
         return _Reports(self._store.tree(keys.FELIX_HOSTS if host is None else keys.felix_host(host))).status
 
     def default_as_num(self) -> str:
-        """Return the AS number of hosts without one of their own; DEFAULT_AS_NUMBER if it is missing or invalid."""
+        """Return the global AS number in the store; DEFAULT_AS_NUMBER if it is missing or, as for agents, invalid."""
         from calicoctl.addresses import parse_as_number
 
         with suppress(CalicoError):

@@ -85,7 +85,7 @@ class Ipam:
         return block_cidr(version, first)
 
     def used_in(self, network: IPNetwork) -> list[IPAddress]:
-        """Return the assigned addresses of a network, in order."""
+        """Return the assigned addresses of a network, in order; raise InvalidValue for an invalid block."""
         return [
             block.address(ordinal)
             for block in self.blocks(network.version, network)
@@ -138,8 +138,8 @@ class Ipam:
     def assign(self, address: IPAddress, owner: Owner) -> None:
         """Assign `address` to `owner`. Idempotent for the same owner.
 
-        Raises AddressTaken if another owner has it, CalicoError if its block has strict affinity to another host, and
-        Conflict if other writers keep changing its block.
+        Raises AddressTaken if another owner has it, CalicoError if its block has strict affinity, but not to this host,
+        InvalidValue if its block is invalid, and Conflict if other writers keep changing its block.
         """
         version, first, ordinal = place(address)
         with self._recount_on_failure(owner):
@@ -198,7 +198,10 @@ class Ipam:
         return held
 
     def set_workload_name(self, handle: str, addresses: Iterable[IPAddress], name: str) -> None:
-        """Write a workload's name into the attributes of the addresses of its `handle` on this host."""
+        """Write a workload's name into the attributes of its addresses, those of `handle` on this host.
+
+        `addresses` name the blocks to change. Raises NotFound if one of the blocks does not exist.
+        """
         for version, first in {place(address)[:2] for address in addresses}:
             key = keys.ipam_block(version, block_cidr(version, first))
 
@@ -346,8 +349,8 @@ class Ipam:
 
         With `claim`, a block that does not exist is created, with affinity to this host; if it turns out to be another
         host's block, it is skipped. With `exact`, another host's block is used even then, and an address that the owner
-        has already is returned as if it were newly assigned. With strict affinity, another host's block is skipped or,
-        with `exact`, raises CalicoError. Raises Conflict if other writers keep changing the block.
+        has already is returned as if it were newly assigned. A block with strict affinity, but not to this host, is
+        skipped or, with `exact`, raises CalicoError. Raises Conflict if other writers keep changing the block.
         """
         cidr = block_cidr(version, first)
         key = keys.ipam_block(version, cidr)

@@ -110,9 +110,9 @@ class Endpoint:
     """One interface of a workload.
 
     `state` is "active" or "inactive". `name` is the name of the veth pair's end on the host. Nets should be
-    `address/32` or `address/128`: the agent refuses an endpoint with other nets. Gateways are the workload's next hops:
-    addresses of the host. `profile_ids` is in order of evaluation. `inactive_since` is when the workload was found
-    stopped (ISO 8601, UTC); `workload_name` is the name of the Docker container. Old tools remove both.
+    `address/32` or `address/128`: the host's agent refuses an endpoint with other nets. Gateways are the workload's
+    next hops: addresses of the host. `profile_ids` is in order of evaluation. `inactive_since` is when the workload was
+    found stopped (ISO 8601, UTC); `workload_name` is the name of the Docker container. Old tools remove both.
     """
 
     id: EndpointId
@@ -266,7 +266,7 @@ class Rules:
 
     @classmethod
     def from_json(cls, profile: str, text: str, key: str) -> Rules:
-        """Parse the value of `key`; raise InvalidValue."""
+        """Parse `text`, the value of `key`; raise InvalidValue."""
         data = load_object(text, key)
         lists = []
         for name in ("inbound_rules", "outbound_rules"):
@@ -324,7 +324,7 @@ class Pool:
 
     @classmethod
     def from_json(cls, text: str, key: str) -> Pool:
-        """Parse the value of `key`; raise InvalidValue."""
+        """Parse `text`, the value of `key`; raise InvalidValue."""
         from calicoctl.addresses import parse_cidr
         from calicoctl.errors import CalicoError
 
@@ -363,7 +363,7 @@ class Peer:
 
     @classmethod
     def from_json(cls, text: str, key: str) -> Peer:
-        """Parse the value of `key`; raise InvalidValue."""
+        """Parse `text`, the value of `key`; raise InvalidValue."""
         from calicoctl.addresses import parse_address, parse_as_number
         from calicoctl.errors import CalicoError
 

@@ -21,7 +21,7 @@ class Statuses:
         self._store = store
 
     def of_host(self) -> Entry | None:
-        """Return this host's status, the heartbeat of its agent; None if there is none, since no agent is alive."""
+        """Return this host's status, the heartbeat of its agent; None if it has expired or was deleted."""
         return self._store.get(keys.felix_status(self.host))
 
     def of_old_agent(self) -> bool:

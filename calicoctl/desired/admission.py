@@ -101,10 +101,10 @@ class Admission:
         )
 
     def addresses_of(self, endpoint: Endpoint) -> tuple[str, ...]:
-        """Return the addresses that an endpoint contributes to tags: for one of this host, without those refused.
+        """Return the addresses that an endpoint contributes to tags, without refused ones if it is one of this host.
 
-        An endpoint of another host contributes all its addresses: that host may have let it keep them, which is not
-        known here.
+        An endpoint of another host contributes all its addresses: this host does not know which ones the other host
+        lets it keep.
         """
         addresses = usable_addresses(endpoint)
         if endpoint.id.host != self._topology.host:

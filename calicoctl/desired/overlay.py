@@ -77,13 +77,16 @@ def macs(addresses: Iterable[str]) -> dict[str, str]:
 
 
 def _digest(address: str, attempt: int) -> str:
-    """Return a locally administered unicast MAC (the last two bits of its first octet are 10) for a host's address."""
+    """Return a MAC for a host's address, another one for each `attempt`.
+
+    It is a locally administered unicast MAC: the last two bits of its first octet are 10.
+    """
     octets = hashlib.sha256(f"vxlan.calico {address} {attempt}".encode()).digest()[:6]
     return bytes([octets[0] & 0xFC | 0x02, *octets[1:]]).hex(":")
 
 
 def underlay_version(topology: Topology, host: str) -> int | None:
-    """Return the IP version of the tunnel between this host and `host`: IPv4 if both are registered with it, else 6.
+    """Return the IP version of the tunnel to another host: IPv4 if both hosts are registered with it, else IPv6.
 
     None if the two hosts have no IP version in common.
     """
@@ -153,7 +156,8 @@ class Overlay:
     def routes(self) -> dict[str, Hop | None]:
         """Return the routes by CIDR; None means a blackhole route.
 
-        CIDRs in pools without an overlay are left out. So are CIDRs of hosts that cannot be reached.
+        CIDRs in pools without an overlay are left out. So are CIDRs of hosts that cannot be reached, and single
+        addresses that a local endpoint has or a host needs.
         """
         snapshot = self._snapshot
         owners: dict[str, tuple[str, str]] = {block.cidr: owner for block, owner in self._blocks.items()}

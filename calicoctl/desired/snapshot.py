@@ -49,7 +49,7 @@ class Profile:
 
 @dataclass
 class Dirty:
-    """What has changed: which endpoints (of all hosts) and profiles, and whether any pool or setting has.
+    """What has changed: endpoints (of all hosts) and profiles; and whether any pool or any setting has changed.
 
     `topology` says whether the network between the hosts has changed, or this host's own addresses and networks.
 
@@ -78,7 +78,7 @@ class Dirty:
 
 
 class _Entries(dict[str, Entry]):
-    """The entries by key. Counts those below each directory, so that deleting a key that is none takes no search."""
+    """The entries by key. Counts those below each directory: if a deleted key is no directory, no search is needed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -419,7 +419,7 @@ class Snapshot:
         self._claims.add(validated(endpoint, entry.revision), entry.created)
 
     def _mark_decided_anew(self) -> None:
-        """Have those local endpoints checked again for which `Admission.decide` has another result now.
+        """Mark a local endpoint to be checked again if `Admission.decide` has another result for it now.
 
         All unusable endpoints are marked as changed.
         """

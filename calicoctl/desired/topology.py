@@ -39,7 +39,7 @@ class Topology:
         self.macs: dict[str, frozenset[str]] = {}
         """Name of a host -> the source MACs (lower-case) of packets to other hosts. Only hosts that publish them."""
         self.as_nums: dict[str, str] = {}
-        """Name of a host -> its AS number (decimal). Only hosts that do not use the default AS number."""
+        """Name of a host -> its AS number (decimal). Only hosts with an AS number of their own."""
         self.default_as_num = DEFAULT_AS_NUMBER
         self.mesh = True
         """Whether all hosts peer with each other."""
@@ -102,7 +102,7 @@ class Topology:
         return self.as_nums.get(host, self.default_as_num)
 
     def block_of(self, host: str, address: str) -> Network | None:
-        """Return the block with affinity to a host that contains an address; None if there is none."""
+        """Return the one of a host's blocks that contains an address; None if there is none."""
         version, number = version_of(address), number_of(address)
         return next((block for block in self.blocks.get(host, {}).values() if block.has(version, number)), None)
 

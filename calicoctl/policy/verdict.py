@@ -17,7 +17,9 @@ from calicoctl.errors import CalicoError
 from calicoctl.policy.rules import ICMPV6, UDP, check_rule, protocol_number, versions
 
 HOST_ICMPV6_TYPES = (130, 131, 132, 133, 135, 136)
-"""Multicast listener messages, router solicitations, and both neighbor messages. Source: RFC 4443, 2710, 4861."""
+"""Multicast listener messages, router solicitations, neighbour solicitations and advertisements.
+
+Source: RFC 4443, 2710, 4861."""
 
 TagContains = Callable[[str, str], bool]
 """A function of a tag and a canonical address: returns whether an endpoint with the tag has the address."""
