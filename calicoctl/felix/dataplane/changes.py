@@ -14,7 +14,9 @@ from typing import Callable
 from calicoctl.policy.rules import LONGEST_NEW_NAME
 
 _SAFE = re.compile(rf"[A-Za-z0-9_.-]{{1,{LONGEST_NEW_NAME}}}", re.ASCII)
-"""Names that become part of names of chains and sets unchanged: all names allowed for new profiles and tags."""
+"""Matches the names that become part of names of chains and sets unchanged.
+
+All names that are allowed for new profiles and tags match."""
 
 _PROFILE_CHAINS = ("inbound/", "outbound/")
 
@@ -23,8 +25,8 @@ class Change:
     """Collects the changes of one transaction, and renders their commands in an order that nftables accepts.
 
     Unused chains and sets are deleted last, after everything that referred to them; elements of maps are deleted before
-    they are added with another value. No command is rendered for an element or a set that is added and removed in the
-    same change, or removed and added.
+    they are added with another value. If a change adds an element or a set and then removes it again, or removes it and
+    then adds it again, no command is rendered.
     """
 
     def __init__(
@@ -33,7 +35,10 @@ class Change:
         chains: dict[str, tuple[str, ...]],
         base_chains: Mapping[str, str],
     ) -> None:
-        """`elements` and `chains` are the contents of the tables; the methods update them immediately.
+        """`elements` and `chains` are the contents of the tables; the methods update them in place.
+
+        `elements` maps a set or map, as (family, name), to its elements with their reference counts. `chains` maps the
+        names of chains to their rules.
 
         `base_chains` maps the names of base chains to their definitions (type, hook, priority).
         """

@@ -1,9 +1,10 @@
-"""Limits how many tracked connections each endpoint has: one alone could fill the host's connection tracking.
+"""Limits how many tracked connections each endpoint may have started, so that none alone fills connection tracking.
 
-The kernel counts, in a table of its own, which is not reloaded with the others: a reload would begin to count anew.
-Counted is what an endpoint starts, when policy has accepted it, and whatever its destination is. To count a connection,
-the kernel looks up all others in the same list; so an endpoint has not one list, but many short ones, chosen by address
-and ports. If a list is full, the endpoint's new connections are dropped for a moment without counting.
+The kernel counts the connections, in a table that is not reloaded with our other tables, since a reload would reset the
+counts. It counts the connections that an endpoint starts and policy accepts, whatever their destination. To count a
+connection, the kernel looks up all others in the same list. So each endpoint has many short lists; the connection's
+destination address and ports determine its list. If a list is full, the endpoint's new connections are dropped for 50
+ms, without counting.
 """
 
 from __future__ import annotations
@@ -27,10 +28,11 @@ log = logging.getLogger("calico.felix")
 TABLE = "calico-connections"
 
 LIST = 256
-"""Connections in a list. Elements keep the limit that they were created with, so it is the same for all settings."""
+"""The maximum number of connections in a list. The setting determines the number of lists, but not this limit, since an
+element of the set `lists` keeps the limit that it was created with."""
 
 _PROTOCOLS = "{ icmp, tcp, udp, dccp, ipv6-icmp, sctp, udplite }"
-"""Protocols whose first 32 bits differ between connections of the same two addresses."""
+"""The protocols whose headers begin with 32 bits that differ between connections of the same two addresses."""
 
 _LISTS = """
 add table inet TABLE
@@ -53,21 +55,25 @@ add rule inet TABLE count meta l4proto != PROTOCOLS add @lists { iifname . 0 FUL
 add rule inet TABLE forward iifname "PREFIX*" ct status & confirmed == 0 goto count
 add rule inet TABLE to-host iifname "PREFIX*" ct status & confirmed == 0 goto count
 """
-"""Evaluated after policy, which has priorities up to -10. A connection that is not confirmed is a new one."""
+"""The commands, with placeholders that `commands` replaces. The base chains are evaluated after those of policy, which
+have priorities up to filter - 10. A connection that is not confirmed is a new one."""
 
 REMOVE = f"add table inet {TABLE}\ndelete table inet {TABLE}\n"
 """The commands that delete the table, whether it exists or not."""
 
 
 def commands(largest: int) -> str:
-    """Return the commands that create the table, or change it and keep what is counted; `largest` is LIST or more."""
+    """Return the commands that create the table or, if it exists, change its rules and keep the counts.
+
+    `largest` is the maximum number of connections of an endpoint, LIST or more.
+    """
     text = _LISTS.replace("FULL", "ct count over LIST } goto pause").replace("LIST", str(LIST))
     text = text.replace("COUNT", str(largest // LIST)).replace("PROTOCOLS", _PROTOCOLS)
     return text.replace("TABLE", TABLE).replace("PREFIX", INTERFACE_PREFIX)
 
 
 class ConnectionLimit(Manager):
-    """Keeps the table as the setting MaxConnections has it, and reports endpoints that have reached the limit."""
+    """Keeps the table in line with the setting MaxConnections, and reports endpoints that have reached the limit."""
 
     def __init__(self, context: Context, nft: Nft) -> None:
         self._context = context
@@ -76,7 +82,7 @@ class ConnectionLimit(Manager):
         """The limit in the table; None if the table is to be loaded."""
         self._due = False
         self._refusals = 0
-        """What the table's counter had when it was read last."""
+        """The value of the table's counter `refusals` when it was last read."""
 
     def on_event(self, event: Any) -> None:
         if isinstance(event, Dirty):
@@ -93,7 +99,10 @@ class ConnectionLimit(Manager):
         return self._due or self._loaded is None
 
     def apply(self) -> None:
-        """Load the table, if it must be. A kernel that cannot count has policy all the same, without this limit."""
+        """Load the table if necessary. After a Tick, also report the endpoints that have reached the limit.
+
+        If the kernel refuses the table, policy applies without this limit, and the table is loaded at the next Tick.
+        """
         if self._loaded is None and (self._due or "connection limit" not in self._context.health.failures):
             self._load()
         if self._due:

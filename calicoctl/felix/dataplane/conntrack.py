@@ -1,8 +1,8 @@
 """The driver of the kernel's connection tracking: lists entries of the table, and deletes them. Evaluates no policy.
 
-An entry is described by its first packet as the forward hook saw it: from its source, to its destination after any
-destination NAT. Deleting an entry ends the connection, because our tables drop TCP packets that belong to no connection
-and start none.
+An entry is described by the connection's first packet as the forward hook saw it: with the original source, and the
+destination after any destination NAT. After the deletion of an entry, the rules evaluate the connection's next packet
+like that of a new connection. Our tables drop TCP packets that belong to no connection and start none.
 
 The netlink messages are composed and parsed here, since pyroute2 takes a hundred times longer to list and to delete
 entries. A host may have hundreds of thousands of entries, so they are listed in a thread.
@@ -45,7 +45,11 @@ _BATCH = 64
 
 @dataclass(frozen=True)
 class Connection:
-    """An entry: its first packet as the forward hook saw it, and the netlink attributes that identify the entry."""
+    """An entry of the table.
+
+    `forwarded` is the connection's first packet as the forward hook saw it. `entry` contains the netlink attributes
+    that identify the entry.
+    """
 
     forwarded: Packet
     entry: bytes
@@ -56,7 +60,7 @@ class Listing:
     """The connections from or to some addresses; if they could not be listed, `error` says why.
 
     `host_addresses` are this host's own addresses, empty if there are no connections. One listing may answer several
-    requests; `number` is the number of the last of them.
+    requests; `number` is the number of the last of them, 0 for a listing without a request.
     """
 
     addresses: Collection[str]
@@ -70,7 +74,7 @@ class Conntrack(threading.Thread):
     """The kernel's connection tracking table, and the thread that lists connections on request."""
 
     def __init__(self, put: Callable[[Listing], None]) -> None:
-        """`put` is called with the Listing for each request, even an empty one; one may answer several requests."""
+        """`put` is called with each Listing, even with one without connections. It may answer several requests."""
         super().__init__(name="listing connections", daemon=True)
         self._put = put
         self._requests: SimpleQueue[tuple[int, frozenset[str]]] = SimpleQueue()
@@ -114,9 +118,11 @@ class Conntrack(threading.Thread):
             return Listing(addresses, [], (), str(error))
 
     def delete(self, connections: Sequence[Connection]) -> None:
-        """Delete the entries of these connections, ignoring those that have ended meanwhile. Raises CalicoError.
+        """Delete the entries of these connections, ignoring those that have ended meanwhile.
 
-        Deletions are sent in batches, since one at a time takes the kernel a hundred times longer.
+        If the kernel refuses to delete some of them, the others are deleted nevertheless; then CalicoError is raised.
+        It is raised at once if the kernel cannot be reached. Deletions are sent in batches, since one at a time takes
+        the kernel a hundred times longer.
         """
         failed: list[str] = []
         try:
@@ -142,7 +148,7 @@ def _is_empty() -> bool:
 
 
 def _connections_of(addresses: Collection[str]) -> list[Connection]:
-    """List the connections that come from one of these addresses, or whose replies do."""
+    """List the connections whose first packet, or whose replies, come from these addresses. Raises CalicoError."""
     found = []
     for version, family in FAMILIES.items():
         desired = {pack(address) for address in addresses if version_of(address) == version}
@@ -163,9 +169,10 @@ def _connections_of(addresses: Collection[str]) -> list[Connection]:
 
 
 def parse(message: bytes, addresses: Collection[bytes]) -> Connection | None:
-    """Parse an entry's attributes. Return None unless the connection, or its replies, come from one of `addresses`.
+    """Parse the netlink attributes of an entry, `message`. Return None if they cannot be parsed.
 
-    `addresses` are packed, in network byte order. Returns None, too, if the attributes cannot be parsed.
+    Return None, too, if neither the connection's first packet nor its replies come from one of `addresses`, which are
+    packed, in network byte order.
     """
     try:
         entry = netlink.attributes(message)
@@ -218,7 +225,7 @@ def _header(family: int) -> bytes:
 
 
 def _refusals(kernel: socket.socket) -> Iterator[tuple[int, int]]:
-    """Yield the number and the errno of each message that the kernel has refused. Does not wait for answers.
+    """Yield the sequence number and the errno of each message that the kernel has refused, without waiting for answers.
 
     The kernel puts its answers into the socket's buffer before send() returns.
     """

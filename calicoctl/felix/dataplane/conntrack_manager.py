@@ -41,13 +41,16 @@ class ConntrackManager(Manager):
         self._conntrack = conntrack
         self._pending = context.pending
         self._admitted: set[EndpointId] = set()
-        """Endpoints whose pending addresses are verified now: the next round programs them."""
+        """Endpoints whose pending addresses have been verified: the next `defer_new_addresses` makes them dirty."""
         self._affected: set[str] = set()
-        """Unverified addresses for which no listing was requested yet."""
+        """Unverified addresses for which no listing has been requested yet."""
         self._unverified: dict[str, int] = {}
-        """Addresses whose connections a change may deny, with the number of the listing that must be verified."""
+        """By unverified address: the number of the request whose listing must be verified; 0 before the request."""
         self._failed: set[str] = set()
-        """Addresses whose connections could not be listed, or deleted; retried at the next Tick."""
+        """Addresses whose connections are listed again at the next Tick.
+
+        They could not be listed or deleted, or the listing could not be verified, because the tables or the store could
+        not be used."""
         self._listings: list[Listing] = []
 
     def on_event(self, event: Any) -> None:
@@ -59,11 +62,12 @@ class ConntrackManager(Manager):
             self._failed = set()
 
     def defer_new_addresses(self, dirty: Dirty) -> None:
-        """Make addresses that are new to their endpoint pending; add endpoints to `dirty` that have none pending now.
+        """Make addresses that are new to their endpoint pending. Add endpoints with verified addresses to `dirty`.
 
-        Another endpoint may have had such an address before, and may have left connections, whose packets would pass
-        on the fast path. A new endpoint is deferred as a whole: it is removed from `dirty`. For an endpoint that is in
-        the tables already, everything but the new addresses is programmed.
+        Another endpoint may have had such an address before, and may have left connections: their packets would pass on
+        the fast path. If an endpoint is not in the tables yet, it is deferred as a whole: it is removed from `dirty`,
+        unless the tables are reloaded anyway. For other endpoints, everything but the new addresses is programmed.
+        Before the first update, nothing is deferred.
         """
         if not self._context.health.first_update:  # at the start, all connections are verified before any route is set
             return
@@ -80,7 +84,10 @@ class ConntrackManager(Manager):
         self._admitted.clear()
 
     def mark_unverified(self) -> None:
-        """Mark addresses as unverified whose open connections the policy that was just applied may deny."""
+        """Mark the addresses as unverified whose open connections may be denied since the PolicyManager's last `apply`.
+
+        If it has reloaded the tables, all addresses that are still unverified or pending are verified again.
+        """
         affected = set(self._policy.affected)
         if self._policy.reloaded:  # what was being verified is verified again
             affected |= self._failed.union(self._unverified, *(pending.addresses for pending in self._pending.values()))
@@ -103,14 +110,20 @@ class ConntrackManager(Manager):
         self._end_denied_connections(self._conntrack.list(affected))
 
     def verify_listings(self) -> bool:
-        """Verify the listings that have arrived; return whether there were any. Called after `apply`, in each round."""
+        """Verify the listings that have arrived; return whether there were any.
+
+        Called in each round in which the store may be used, after `apply` if that is called.
+        """
         listings, self._listings = self._listings, []
         for listing in listings:
             self._on_conntrack_listing(listing)
         return bool(listings)
 
     def discard_listings(self) -> None:
-        """Discard the listings that have arrived, since the store must not be used now; request them again later."""
+        """Discard the listings that have arrived, since the store must not be used now.
+
+        Their addresses are listed again after the next Tick.
+        """
         for listing in self._listings:
             self._failed.update(listing.addresses)
         self._listings = []
@@ -133,7 +146,10 @@ class ConntrackManager(Manager):
                 self._context.statuses.set(id, Status("error", self._snapshot.local[id].revision, why))
 
     def _end_denied_connections(self, listing: Listing) -> str | None:
-        """Delete the listed connections that policy denies. Return None or, on failure, the reason: it is retried."""
+        """Delete the listed connections that policy denies. Return None or, on failure, the reason.
+
+        After a failure, the connections are listed again at the next Tick.
+        """
         try:
             if listing.error is not None:
                 raise CalicoError(listing.error)
@@ -164,10 +180,13 @@ class ConntrackManager(Manager):
 
 
 def allowed(packet: Packet, snapshot: Snapshot, tag_contains: TagContains, host_addresses: Collection[str]) -> bool:
-    """Return whether this host's policy allows a packet.
+    """Return whether this host's policy allows a packet. `host_addresses` are this host's own addresses.
 
-    The packet must be allowed out of the endpoint that has its source address, and into the one that has its
-    destination address. An address that no endpoint of this host has allows every packet.
+    The packet must be allowed out of each endpoint of this host that may send from its source address, and into the
+    endpoint of this host that has its destination address. If no endpoint of this host has the address, policy does not
+    restrict that direction. There are three exceptions, as in the tables: open services of the host can always be
+    reached; with the host action DROP, endpoints cannot reach the host otherwise; and packets of a host itself are
+    allowed into endpoints.
     """
     destination = snapshot.owner(packet.destination)
     to_host = packet.destination in host_addresses
@@ -188,7 +207,7 @@ def allowed(packet: Packet, snapshot: Snapshot, tag_contains: TagContains, host_
 
 
 def _rules(endpoint: LocalEndpoint, snapshot: Snapshot) -> Iterator[tuple[str, Rules]]:
-    """Yield the names and rules of an endpoint's profiles, of those with valid rules."""
+    """Yield (name, rules) for each of an endpoint's profiles that exists and has valid rules."""
     for name in endpoint.profiles:
         profile = snapshot.profiles.get(name)
         if profile is not None and profile.rules is not None:

@@ -51,7 +51,8 @@ class Filter:
     def from_nft(cls, text: str) -> Filter:
         """Parse nft's listing of the table `filter` of iptables-nft.
 
-        Policies are parsed. Of the rules, only jumps and drops are, each as ("-j", target).
+        The result contains all policies. Of the rules, it contains only those that jump, drop or reject, each as
+        ("-j", target).
         """
         found, chain = cls(""), ""
         for line in text.splitlines():
@@ -70,7 +71,8 @@ class Filter:
     def desired_chain(self) -> str | None:
         """Return the chain that our rules belong to, None if nothing would drop forwarded packets.
 
-        It is DOCKER-USER if FORWARD jumps there; after `iptables -F`, it does not.
+        It is DOCKER-USER if FORWARD jumps to that chain, even if nothing would drop packets. After `iptables -F`,
+        DOCKER-USER exists, but FORWARD does not jump to it.
         """
         if any(("-j", "DOCKER-USER") in zip(rule, rule[1:]) for rule in self.rules.get("FORWARD", ())):
             return "DOCKER-USER"
@@ -81,7 +83,10 @@ class Filter:
         return self.policies.get("FORWARD") == "DROP" or self._drops("FORWARD", set())
 
     def _drops(self, chain: str, seen: set[str]) -> bool:
-        """Return whether a rule of a chain, or of a chain that it jumps to, drops anything."""
+        """Return whether a rule of `chain`, or of a chain that is reached from it, drops anything.
+
+        `seen` contains the chains that have been examined; they are skipped.
+        """
         seen.add(chain)
         for rule in self.rules.get(chain, ()):
             for flag, target in zip(rule, rule[1:]):
@@ -108,9 +113,10 @@ def remove() -> None:
 
 
 def missing() -> list[str]:
-    """Return the chains, such as "iptables chain FORWARD", that would drop endpoints' packets and lack our rules.
+    """Return the chains that would drop endpoints' packets because our rules are missing.
 
-    Raises CalicoError if that cannot be determined.
+    Each is a text: "iptables chain FORWARD" or "ip6tables chain FORWARD". Raises CalicoError if that cannot be
+    determined.
     """
     found = []
     for command in iptables.COMMANDS:
@@ -132,7 +138,8 @@ def saved() -> str:
 def sends_events() -> bool:
     """Return whether changes of the host's iptables deliver nftables events.
 
-    Changes of iptables-legacy do not, nor does the installation of the command.
+    Changes of iptables-legacy deliver none. If the command is missing, its later installation delivers none either, so
+    False is returned. Raises CalicoError if the command fails.
     """
     return iptables.is_there("iptables") and "nf_tables" in iptables.run("iptables", "--version")
 

@@ -1,7 +1,8 @@
 """Endpoints: drives routes, neighbour entries and sysctls of this host's `cali…` interfaces to the desired state.
 
 Reports the status of each endpoint, and garbage-collects what belongs to no endpoint. workload_keeper.py manages the
-interfaces themselves, and everything inside workloads; it is asked to check a workload if the interface is missing.
+interfaces themselves, and everything inside workloads. This manager requests a check of a workload if the interface of
+its endpoint is missing or has a new MAC, or if its container's endpoint lacks the container's name.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ class EndpointManager(Manager):
         self._readable: set[str] = set()
         """Profiles that exist and have valid rules."""
         self._unknown: set[str] = set()
-        """Interfaces without an endpoint at the last Tick: a command may be about to write the endpoint."""
+        """Interfaces that had no endpoint at the last Tick. A command may be about to write the endpoint, so they are
+        reported only if they still have none at the next Tick."""
 
     def on_event(self, event: Any) -> None:
         if isinstance(event, Dirty):
@@ -73,9 +75,10 @@ class EndpointManager(Manager):
                 self._report_unknown_interfaces(self._unknown)
 
     def resync(self) -> None:
-        """Read routes and neighbour entries, and links if their events were lost.
+        """Read routes and neighbour entries. Read links at the first call, and if their events were lost.
 
-        Raises CalicoError and pyroute2's exceptions.
+        Before the first update, endpoints keep the addresses to which an earlier agent has set routes. Raises
+        CalicoError and pyroute2's exceptions.
         """
         if self._links_stale:
             before, self._links = self._links, {link.name: link for link in self._routes.list_links()}
@@ -89,7 +92,7 @@ class EndpointManager(Manager):
             self._snapshot.admission.adopt((names[i], a) for i, a in self._routes.routed() if i in names)
 
     def restore(self) -> None:
-        """Remove the routes to addresses that this host needs itself: `apply`, which does that too, is not called."""
+        """Remove the routes to endpoints that lead to addresses which this host needs itself."""
         for said in take_back_routes(self._snapshot.network, self._routes):
             self._context.health.error(said)
 
@@ -157,7 +160,7 @@ class EndpointManager(Manager):
                     self._mark_owner(link.name)
 
     def _follow_mac(self, before: Link | None, now: Link) -> None:
-        """If an interface has a new MAC, have the neighbour entry of the next hop in its workload updated."""
+        """If an endpoint's interface has a new MAC, have the workload's neighbour entry of its next hop updated."""
         endpoint = self._snapshot.owner(now.name)
         if endpoint and before and before.index == now.index and before.mac != now.mac:
             log.info("interface %s has the MAC %s now", now.name, now.mac)

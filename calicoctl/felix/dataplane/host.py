@@ -28,16 +28,17 @@ FIREWALL_DELAY = 0.3
 """Seconds from a change of the host's firewall until it is checked: Docker makes many changes at a time."""
 
 FIREWALL_INTERVAL = 5.0
-"""Seconds between two checks of a firewall of iptables-legacy, whose changes deliver no events."""
+"""Seconds between two checks of the firewall if its changes deliver no events: see docker_firewall.sends_events."""
 
 END_PATIENCE = 5.0
 """Seconds that a check may take when the agent ends."""
 
 
 class HostReconciler(threading.Thread):
-    """Keeps IP forwarding enabled, and the rules in the host's firewall that accept packets from and to endpoints.
+    """Keeps IP forwarding enabled, and keeps rules in the host's firewall that accept packets from and to endpoints.
 
     Until the thread is started, its owner may call `forward` and `check_firewall`; afterwards, only the thread may.
+    These methods do not raise: `put` is called with each Failure, and they are retried after INTERVAL.
     """
 
     def __init__(self, settings: HostSettings, put: Callable[[Failure], None]) -> None:
@@ -50,11 +51,11 @@ class HostReconciler(threading.Thread):
         self._firewall_at = 0.0
         self._polls = False
         self._failures: dict[str, str | None] = {}
-        """The last failure that was emitted, by subject."""
+        """By subject: the reason of the last failure; None if the last attempt succeeded."""
         self._alive = True
 
     def set_ipv6(self, ipv6: bool) -> None:
-        """Request that IPv6 is forwarded, too, or no longer."""
+        """Request that the host forwards IPv6, too, or that it no longer does."""
         self._requests.put(ipv6)
 
     def firewall_changed(self) -> None:
@@ -62,7 +63,7 @@ class HostReconciler(threading.Thread):
         self._requests.put(None)
 
     def end(self) -> None:
-        """End the thread after the check that is running; wait for that, for END_PATIENCE at most."""
+        """End the thread when the running check is done. Wait for its end, but not longer than END_PATIENCE."""
         self._alive = False
         self._requests.put(None)
         if self.is_alive():
@@ -85,7 +86,7 @@ class HostReconciler(threading.Thread):
                 self.check_firewall()
 
     def forward(self, ipv6: bool) -> None:
-        """Make the host forward IPv4 and, with `ipv6`, IPv6."""
+        """Make the host forward IPv4 and, with `ipv6`, IPv6: see HostSettings.forward."""
         self._ipv6 = ipv6
         self._try("what the host forwards", lambda: self._settings.forward(ipv6))
         self._forward_at = time.monotonic() + INTERVAL
@@ -102,7 +103,8 @@ class HostReconciler(threading.Thread):
             log.info("%s", line)
 
     def _try(self, subject: str, work: Callable[[], None]) -> bool:
-        """Run `work`, and return whether it succeeded. Emit a Failure when it begins to fail and when that ends."""
+        """Run `work`, and return whether it succeeded. Emit a Failure when it begins to fail, or fails for another
+        reason than before, and when it succeeds again."""
         why = None
         try:
             work()

@@ -41,11 +41,11 @@ COUNTERS = {
     for hook in ("input", "output")
     for version in (4, 6)
 }
-"""By protocol, hook and IP version, the names of two counters: of packets from or to BGP peers or other hosts, and of
-those that the host's own firewall has let pass."""
+"""By protocol, hook and IP version: the names of two counters. The first counts packets from ("input") or to ("output")
+BGP peers or other hosts, the second those of them that the host's own firewall has let pass."""
 
 _SPELLABLE = re.compile(r"[^\s\"*\\]+")
-"""Names of interfaces that can be written in nftables commands without escapes."""
+"""Matches the names of interfaces that can be written in nftables commands without escapes."""
 
 _IS_OUR_VXLAN = f"udp dport {PORT} @th,96,24 {VNI}"
 """Matches VXLAN with our VNI: bits 32 to 55 of its header, which follows 64 bits of UDP. Source: RFC 7348."""
@@ -118,8 +118,8 @@ FROM_HOST = tuple(
     f"{family} saddr @hosts{version} {family} daddr @pools{version} oifname @interfaces accept"
     for version, family in ((4, "ip"), (6, "ip6"))
 )
-"""The rules of `inbound-forward` that accept packets of other hosts themselves to workloads, as packets of this host
-itself are accepted. `verdict.is_from_host` decides the same."""
+"""The rules of `inbound-forward` that accept packets to workloads if another host itself has sent them: packets that
+this host itself has sent are accepted, too. `verdict.is_from_host` decides the same."""
 
 
 Moved = tuple[str, tuple[str, ...], tuple[str, ...]]
@@ -151,11 +151,12 @@ class HostRules:
         self._verdicts: dict[str, str] = {}
         """By address: the verdict in the map `owners4` or `owners6`."""
         self._users: dict[str, str] = {}
-        """By address: the registered host that uses it. The name is empty for other addresses that this host uses."""
+        """By address: the name of the registered host that has it; "" for other addresses that this host needs: see
+        HostNetwork.in_use."""
         self._spared: set[str] = set()
-        """Addresses that are nobody's endpoint, unless an endpoint of this host has them: see Admission.spared."""
+        """Addresses whose packets pass even if endpoints of other hosts have the address: see Admission.spared."""
         self._named: dict[str, int] = {}
-        """By host: the number of its claims. Each other host that is in here or in `_registered` has a chain."""
+        """By host: how many addresses its endpoints have. Each other host in here, or in `_registered`, has a chain."""
         self._registered: frozenset[str] = frozenset()
         self._dynamic: dict[str, str] = {}
         """By name: the types of the sets to which packets add elements."""
@@ -165,7 +166,7 @@ class HostRules:
     ) -> set[str]:
         """Add the changes of the rules to `change`; return the addresses whose connections the rules may deny now.
 
-        `moved` contains the addresses, before and now, of the endpoints in `dirty`.
+        `moved` contains the endpoints, of all hosts, whose addresses have changed.
         """
         doubtful, unsure_hosts = self._update_claims(moved)
         affected: set[str] = set()
@@ -201,7 +202,11 @@ class HostRules:
             change.create_set(name, type)
 
     def proofs(self, keys: Callable[[str], Collection[bytes]]) -> str:
-        """Return the commands that copy the elements of these sets in the kernel, read by `keys`, into new tables."""
+        """Return the commands that add the kernel's current elements of these sets to tables that are loaded anew.
+
+        `keys` is called with the name of each set. It returns the keys of the elements, or raises OSError if the kernel
+        has no such set; such a set is skipped.
+        """
         commands = []
         for name in self._dynamic:
             with suppress(OSError):  # the old tables have no such set
@@ -233,8 +238,8 @@ class HostRules:
     def _update_owner(self, address: str, own: str, change: Change) -> None:
         """Update the verdict for packets from an address.
 
-        It depends on which host uses the address itself or, if none does, which hosts have an endpoint with it. `own`
-        is the name of this host.
+        The verdict depends on the host that has the address itself or, if there is none, on the hosts of the endpoints
+        that have it. `own` is the name of this host.
         """
         hosts = sorted(set(self._claims.get(address, ())))
         user = self._users.get(address)
@@ -282,10 +287,11 @@ def _proven(host: str) -> str:
 def _sender_chain(host: str, snapshot: Snapshot) -> tuple[str, ...]:
     """Return the rules for packets from an address of another host, or of one of its endpoints.
 
-    If the two hosts are connected to the same network, such packets have a MAC of that host as source or, if another
-    host forwards them, a MAC of the latter. The MAC is only checked on interfaces on which one of the host's MACs has
-    been seen, since clouds and bridges over WLAN replace MACs. On others (behind routers), only the interface is
-    checked.
+    If this host and the other host are connected to the same network, the source MAC of such packets belongs to the
+    other host or, if a third host forwards them, to that one. The MAC is only checked on interfaces on which one of the
+    other host's MACs has been seen, since clouds and bridges over WLAN replace MACs. Elsewhere, for example behind
+    routers, only the interface is checked. So it is if MACs must not be checked (`snapshot.check_senders`), or if the
+    routes may come from a BGP peer that is no host.
     """
     network, topology = snapshot.network, snapshot.topology
     rules = []
@@ -316,7 +322,8 @@ def _by_interface(snapshot: Snapshot) -> tuple[str, ...]:
 
     `_fabric` determines these interfaces. Packets from other interfaces are accepted if they have a MAC of another
     host, except on bridges, to which containers are connected. An IP version is only checked if this host has a route
-    to each other host with an address of that version: otherwise, an interface may be missing.
+    to each other host with an address of that version: otherwise, an interface may be missing. If no version is
+    checked, or checks are off, there are no rules.
     """
     network = snapshot.network
     others = {address for address, host in snapshot.topology.users.items() if host != snapshot.host}
@@ -422,7 +429,12 @@ def _translated(version: int, family: str, vxlan: bool, snapshot: Snapshot) -> l
 
 
 def _counting(counted: dict[str, tuple[str, str]], hook: str, other: str, passed: bool) -> list[str]:
-    """Return the rules that count packets at a hook; `counted` has the match and the set of hosts for each protocol."""
+    """Return the rules that count packets at a hook.
+
+    `counted` maps a protocol to the match of its packets, and to the set of the other ends, without the IP version.
+    `other` is the field with the other end's address, "saddr" or "daddr". `passed` selects the counter of packets that
+    have passed the firewall: see COUNTERS.
+    """
     return [
         f"{match} {family} {other} @{hosts}{version} counter name {COUNTERS[protocol, hook, version][passed]}"
         for protocol, (match, hosts) in counted.items()

@@ -1,8 +1,8 @@
-"""Takes back what an earlier agent has given to endpoints although this host needs it: the way to etcd, above all.
+"""Removes what an earlier agent has programmed for endpoints with addresses that this host needs, above all etcd's.
 
-While it runs, the agent gives nothing of that to endpoints (desired/admission.py). But a host whose store cannot be
-reached because of a route to an endpoint would never read in the store that the route is wrong. So this works without
-the store: by what the kernel has, and what this host needs.
+A running agent refuses endpoints such addresses (desired/admission.py). But if a route to an endpoint cuts this host
+off from the store, the agent can never read in the store that the route is wrong. So this module does not need the
+store: it compares the state of the kernel with the addresses that this host needs.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 
 
 def take_back_routes(network: HostNetwork, routes: Routes) -> Iterator[str]:
-    """Remove the agent's routes that lead to endpoints, but to addresses that this host needs.
+    """Remove those of the agent's routes to endpoints whose destinations are addresses that this host needs.
 
-    Yields a sentence for each route. The driver must have read the routes before.
+    Yields a sentence for each such route: it was removed, or why it could not be. The driver `routes` must have read
+    the routes before.
     """
     for index, address in list(routes.routed()):
         why = network.has(address) or (DNS_SERVER if address in network.servers.vital else None)

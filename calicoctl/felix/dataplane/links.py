@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Link:
-    """A network interface of this host."""
+    """A network interface of this host. `up` is the flag IFF_UP; `mac` is "" if the interface has no MAC."""
 
     name: str
     index: int

@@ -21,16 +21,16 @@ if TYPE_CHECKING:
 class Manager(ABC):
     """Drives one part of the kernel to the desired state. All methods are called by the agent's thread.
 
-    In each round of its loop, the agent calls `on_event` for each event, then `apply`: only while the store may be
-    used, and in the order that docs/agent.md gives.
+    In each round of its loop, the agent calls `on_event` for each event. Then it calls `apply`, in the order of
+    docs/agent.md or, while the store must not be used, `restore`.
     """
 
     def on_event(self, event: Any) -> None:  # noqa: B027 not every manager needs it
         """Mark what an event makes dirty. Must be cheap, and change nothing in the kernel.
 
-        An event is a Dirty, which says what has changed in the desired state, or an event about the kernel (events.py).
-        Tick means: retry what failed. PolicyFailed means: the nftables tables could not be programmed, so `apply` is
-        not called in this round.
+        An event is a Dirty, which says what has changed in the desired state, a conntrack.Listing, or an event of
+        events.py, for example about the kernel or BIRD. Tick means: retry what failed. PolicyFailed means: the nftables
+        tables could not be programmed, so no other manager's `apply` is called in this round.
         """
 
     def resync(self) -> None:  # noqa: B027
@@ -42,11 +42,11 @@ class Manager(ABC):
     @property
     @abstractmethod
     def needs_apply(self) -> bool:
-        """Whether `apply` has anything to do."""
+        """Whether `apply` has anything to do. If any manager needs it, `apply` of all managers is called."""
 
     @property
     def due_at(self) -> float | None:
-        """When `apply` has something to do by then (monotonic) even if no event comes; None for never."""
+        """The time (monotonic) at which `apply` will have something to do even if no event comes; None for never."""
         return None
 
     @abstractmethod
@@ -58,14 +58,17 @@ class Manager(ABC):
         """
 
     def restore(self) -> None:  # noqa: B027
-        """Keep the kernel as it is, and repair it. Called instead of `apply` while the store must not be used."""
+        """Repair the state of the kernel as far as that is possible without the store, and change nothing else.
+
+        Called instead of `apply` while the store must not be used.
+        """
 
 
 @dataclass(frozen=True)
 class PendingAddresses:
     """Addresses that an endpoint must not use until a listing of their connections has been verified.
 
-    `requested` is the number of that listing: see Conntrack.request.
+    `requested` is the number of the request for that listing: see Conntrack.request.
     """
 
     addresses: set[str]
@@ -83,7 +86,7 @@ class Context:
     statuses: EndpointStatuses
     """Where managers set the status of each endpoint."""
     pending: dict[EndpointId, PendingAddresses] = field(default_factory=dict)
-    """Written by the ConntrackManager. The other managers do not program these addresses for the endpoint."""
+    """By endpoint: its pending addresses, set by the ConntrackManager. The other managers do not program them."""
 
     def pending_addresses(self) -> Mapping[EndpointId, set[str]]:
         """Return the pending addresses by endpoint."""

@@ -41,7 +41,10 @@ class NftError(CalicoError):
 
 
 class Nft:
-    """A handle of libnftables in this process's network namespace. Not thread-safe."""
+    """A handle of libnftables in this process's network namespace. Not thread-safe.
+
+    Creating one raises NftError if libnftables cannot be used.
+    """
 
     def __init__(self) -> None:
         try:
@@ -75,9 +78,10 @@ class Nft:
         return str((self._library.nft_ctx_get_output_buffer(self._context) or b"").decode(errors="replace"))
 
     def counters(self, table: str) -> dict[str, int]:
-        """Return the packets that the named counters of a table, of the family inet, have counted. Raises OSError.
+        """Return how many packets each named counter of a table of the family inet has counted. Raises OSError.
 
-        libnftables lists a counter only together with all elements of all sets, which may take long.
+        The counters are requested by netlink, since libnftables lists a counter only together with all elements of all
+        sets, which may take long.
         """
         request = struct.pack("=BBH", _NFPROTO_INET, 0, 0)
         request += netlink.attribute(_OBJ_TABLE, table.encode() + b"\0")
@@ -90,7 +94,10 @@ class Nft:
         return found
 
     def keys(self, table: str, set: str) -> list[bytes]:
-        """Return the keys of the elements of a set in a table of the family inet. Raises OSError."""
+        """Return the keys of the elements of a set or map in a table of the family inet, encoded as in the kernel.
+
+        Raises OSError, for example if there is no such table or set.
+        """
         request = struct.pack("=BBH", _NFPROTO_INET, 0, 0)
         request += netlink.attribute(_ELEM_LIST_TABLE, table.encode() + b"\0")
         request += netlink.attribute(_ELEM_LIST_SET, set.encode() + b"\0")
@@ -166,9 +173,9 @@ def own_ports(protocol: int = NETLINK_NETFILTER) -> set[int]:
 class TableEvents:
     """The kernel's notifications of changes of nftables tables, including those of iptables-nft.
 
-    `urgent` is called at the first notification about the table `table` in each transaction, which has taken effect by
-    then, and when notifications were lost. To receive all of them may take a tenth of a second, since a transaction
-    that deletes many rules brings thousands.
+    `urgent` is called at a transaction's first notification about the table `table`; the transaction has taken effect
+    by then. It is also called when notifications were lost. `wait` may return a tenth of a second later, since a
+    transaction that deletes many rules brings thousands of notifications.
     """
 
     def __init__(self, table: str, urgent: Callable[[], None]) -> None:
@@ -184,7 +191,7 @@ class TableEvents:
     def wait(self) -> tuple[set[str], int]:
         """Wait for the end of a transaction; return the names of the changed tables, and the sender's netlink port.
 
-        If the kernel has dropped notifications, return the empty name alone, and port 0.
+        If the kernel has dropped notifications, return the empty name alone, and port 0. Raises OSError.
         """
         while True:
             while len(self._unread) >= 20:
@@ -210,8 +217,8 @@ class TableEvents:
 def _table(attributes: bytes) -> str:
     """Return the name of the table that a message is about, "" if the message names none.
 
-    It is attribute 1 in all kinds of messages. Other attributes are not decoded, since one change of the ruleset may
-    send many thousand messages.
+    The name is attribute 1 in all kinds of messages. Other attributes are not decoded, since one change of the ruleset
+    may bring many thousand messages.
     """
     at = 0
     while at + 4 <= len(attributes):

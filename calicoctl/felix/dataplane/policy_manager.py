@@ -41,8 +41,8 @@ class PolicyManager(Manager):
         self._retry_at = 0.0
         self._restore_due = False
         self._restored = False
-        """Whether `restore` has loaded the tables. Then the next `apply` must have connections that began before
-        verified, so it reloads the tables as a whole."""
+        """Whether `restore` has loaded the tables. Then all existing connections must be verified, so the next `apply`
+        reloads the tables as a whole."""
         self.ruleset = Ruleset()
         """The contents of the tables. If `in_sync` is False, the contents that were programmed last, or should have
         been."""
@@ -82,7 +82,7 @@ class PolicyManager(Manager):
 
     @property
     def retry_at(self) -> float | None:
-        """When to retry a failed reload (monotonic); None if no retry is due."""
+        """When to retry a failed reload (monotonic); None if no reload has failed since the last success."""
         return None if self.in_sync or not self._retry_at else self._retry_at
 
     @property
@@ -137,11 +137,11 @@ class PolicyManager(Manager):
         self._context.health.record(Failure(None, "tables"))
 
     def restore(self) -> None:
-        """If another process has modified the tables, reload them with their last contents, but no fast path.
+        """If the tables have been modified, or a change failed, reload them with their last contents, but no fast path.
 
         Called instead of `apply` while the store must not be used, since the snapshot may be wrong then. If this
-        fails, it is retried at each Tick. Before the store was read for the first time, the tables are those of an
-        earlier agent, and only let the members of etcd pass.
+        fails, it is retried at each Tick. Before the first update, the tables are those of an earlier agent: then the
+        only change is that packets from the members of etcd pass.
         """
         if self.in_sync or not self._restore_due:
             return
@@ -159,7 +159,7 @@ class PolicyManager(Manager):
     def restore_established_fast_path(self) -> None:
         """Let packets of established connections pass again without an evaluation of the rules.
 
-        Called when all connections have been verified.
+        Called when all connections have been verified. If this fails, the tables are reloaded.
         """
         try:
             self._nft.run(self.ruleset.restore_established_fast_path())

@@ -21,13 +21,14 @@ if TYPE_CHECKING:
     from calicoctl.felix.dataplane.policy_manager import PolicyManager
 
 DROPPED_CHECKS = 2
-"""A failure is reported after this many checks that find that packets have arrived, but none has passed."""
+"""A failure is reported after this many checks that have found packets of which none has passed the firewall. A check
+that finds a packet that has passed resets their number."""
 
 PAUSE = 3.0
 """Seconds between two checks while packets seem to be dropped. Otherwise, a check runs at each Tick."""
 
 SILENT_CHECKS = 20
-"""A failure ends after this many checks without any packet: then no peer tries to send any more."""
+"""A failure ends after this many consecutive checks without any packet: nobody seems to send any more."""
 
 _PORTS = {"bgp": ("tcp", BGP_PORT), "vxlan": ("udp", PORT)}
 _LOST = {
@@ -41,7 +42,7 @@ _COMMANDS = {4: "iptables", 6: "ip6tables"}
 
 
 class PortMonitor(Manager):
-    """Compares the counters from time to time, and reports a failure for each port whose packets are dropped."""
+    """Compares the counters from time to time, and reports a failure for each protocol and direction with drops."""
 
     def __init__(self, context: Context, policy: PolicyManager, nft: Nft) -> None:
         self._context = context
@@ -54,7 +55,7 @@ class PortMonitor(Manager):
         self._dropped: dict[tuple[str, str, int], int] = {}
         """By protocol, hook and IP version: how many checks have found dropped packets since a packet last passed."""
         self._silent: dict[tuple[str, str, int], int] = {}
-        """By protocol, hook and IP version: how many checks have found no packet since the last one."""
+        """By protocol, hook and IP version: how many checks in a row have found no packet."""
 
     def on_event(self, event: Any) -> None:
         if isinstance(event, Tick) and self._policy.ruleset.counts_ports:

@@ -48,7 +48,7 @@ class Routes:
         return list_links(self._netlink)
 
     def read(self, links: Collection[Link]) -> None:
-        """Read all of the agent's routes, and its neighbour entries on these interfaces, into the cache.
+        """Read all of the agent's routes, and its neighbour and proxy entries on these interfaces, into the cache.
 
         Raises CalicoError.
         """
@@ -66,7 +66,7 @@ class Routes:
                 self._have[entry.index].add(("proxy", entry.address))
 
     def forget(self, index: int) -> None:
-        """Drop an interface from the cache: the kernel has removed its routes or neighbour entries, or some of them."""
+        """Drop an interface from the cache, since the kernel has removed some or all of its routes and entries."""
         self._have.pop(index, None)
 
     def forget_route(self, address: str) -> int | None:
@@ -78,7 +78,7 @@ class Routes:
         return None
 
     def routed(self) -> Iterator[tuple[int, str]]:
-        """Yield the routes of the agent, each as its interface's index and its destination, an address."""
+        """Yield the routes of the agent, each as (index of the interface, destination address)."""
         for index, items in list(self._have.items()):
             yield from [(index, item[1]) for item in items if item[0] == "route"]
 
@@ -92,7 +92,7 @@ class Routes:
         return {index for index, items in self._have.items() if items}
 
     def apply(self, endpoint: LocalEndpoint, link: Link, next_hop: str | None) -> None:
-        """Program what an endpoint needs, and remove the agent's other routes and entries from its interface.
+        """Set the sysctls, routes and entries that an endpoint needs. Remove the agent's others from its interface.
 
         `next_hop` is the IPv6 address that the workload uses as its next hop, None if it is unknown. Raises
         CalicoError.

@@ -155,14 +155,17 @@ class Ruleset:
         pending: Mapping[EndpointId, Collection[str]] | None = None,
         ports: Ports = Ports(),  # noqa: B008 it cannot change
     ) -> Update:
-        """Return the commands that load the whole tables, replacing any contents. Call it only on a new Ruleset."""
+        """Return the commands that load the whole tables, replacing any contents. Call it only on a new Ruleset.
+
+        For the arguments, see `update`.
+        """
         everything = Dirty(set(snapshot.endpoints), profiles=set(snapshot.profiles), pools=True, settings=True)
         everything.topology = True
         update = self.update(snapshot, everything, pending, ports)
         return Update(_replace_tables(update.commands), update.affected)
 
     def proofs(self, keys: Callable[[str], Collection[bytes]]) -> str:
-        """Return the commands that take over what packets have added to sets: see host_rules.HostRules.proofs."""
+        """Return the commands that add to new tables what packets have added to sets: see HostRules.proofs."""
         return self._hosts.proofs(keys)
 
     def recreate(self) -> str:
@@ -213,8 +216,9 @@ class Ruleset:
     ) -> Update:
         """Return the commands for what has changed. The Ruleset assumes from then on that they were run.
 
-        `pending` are addresses that endpoints of this host must not use yet. Call `restore_established_fast_path` when
-        the connections of the affected addresses have been verified.
+        `pending` maps endpoints of this host to addresses that they must not use yet. If addresses are affected, the
+        commands remove the established fast path. Call `restore_established_fast_path` when the connections of all
+        these addresses have been verified.
         """
         change = Change(self._elements, self._chains, _BASE_CHAINS)
         affected, moved = self._update_members(snapshot, dirty, change)
@@ -266,9 +270,9 @@ class Ruleset:
     # A tag's addresses: those of all endpoints, of all hosts, that have a profile with that tag
 
     def _update_members(self, snapshot: Snapshot, dirty: Dirty, change: Change) -> tuple[set[str], list[Moved]]:
-        """Update the addresses of all tags; return the addresses whose connections that may deny.
+        """Update the addresses of all tags. Return the addresses whose connections may be denied as a result.
 
-        Returns also which endpoints, of all hosts, have other addresses now.
+        Return also a Moved for each endpoint, of any host, whose addresses have changed.
         """
         changed: Counter[tuple[str, str]] = Counter()
         ids = set(dirty.endpoints)
@@ -416,7 +420,7 @@ class Ruleset:
 def rule_lines(rule: Rule, where: str) -> list[str]:
     """Render a rule as nftables rules: one, or one per IP version if they differ; none if no packet can match.
 
-    The lines of a log rule begin with `where`, which must not need escapes.
+    What a log rule writes to the kernel's log begins with "calico-packet: " and `where`, which must not need escapes.
     """
     number = None if rule.protocol is None else protocol_number(rule.protocol)
     by_version = (
@@ -465,7 +469,7 @@ _BASE_CHAINS = (
         for name, (hook, priority, _, _) in _POLICY_BASE_CHAINS.items()
     }
 )
-"""Base chains whose rules change, or that do not always exist."""
+"""By name: the definitions of base chains whose rules change, or that do not always exist."""
 
 
 def _base_chain_rules(name: str, fast_path: bool) -> tuple[str, ...]:

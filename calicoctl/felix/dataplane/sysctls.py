@@ -95,12 +95,16 @@ def _is_sound(found: object) -> bool:
 
 
 class HostSettings:
-    """The host-wide sysctls that the agent changes, and the file that keeps their original values."""
+    """The host-wide sysctls that the agent changes, and the file that keeps their original values.
+
+    Creating it raises CalicoError if the file exists, but is invalid or cannot be read.
+    """
 
     def __init__(self, file: Path) -> None:
         self._file = file
         self._found: dict[str, list[str]] = {}
-        """By path: the original value, and the value that replaced it, set by the agent or by the kernel."""
+        """By path: the original value, and the value to be replaced by it. The latter is the value that the agent has
+        set or, if the path changes with forwarding, the value that the kernel sets when forwarding is disabled."""
         self._kept = True
         """Whether all of `_found` is in the file."""
         try:
@@ -132,9 +136,10 @@ class HostSettings:
             self._switch_on(IPV6_FORWARDING)
 
     def restore(self, chosen: Callable[[str], bool], needed: Collection[str] = ()) -> None:
-        """Restore the original values of the `chosen` paths, and remove them from the file. Raises CalicoError.
+        """Restore the original values of the paths for which `chosen` returns True, and remove these from the file.
 
-        A path keeps its value if another process has changed the agent's value meanwhile, or if the path is `needed`.
+        A path keeps its value if another process has changed the agent's value meanwhile, or if the path is in
+        `needed`. If `needed` contains IPv6 forwarding, all paths of accept_ra are needed, too. Raises CalicoError.
         """
         if (
             IPV6_FORWARDING in needed
@@ -153,8 +158,9 @@ class HostSettings:
     def _switch_on(self, path: str) -> None:
         """Enable forwarding, and remember the settings that the kernel will change when it is disabled again.
 
-        These are the setting of each interface, and whether redirects of IPv4 are accepted. Source: inet_forward_change
-        in the kernel's net/ipv4/devinet.c, addrconf_fixup_forwarding in net/ipv6/addrconf.c.
+        These are the forwarding of each interface and, for IPv4, accept_redirects. `path` is IPV4_FORWARDING or
+        IPV6_FORWARDING. Raises CalicoError. Source: inet_forward_change in the kernel's net/ipv4/devinet.c,
+        addrconf_fixup_forwarding in net/ipv6/addrconf.c.
         """
         if read(path) == "0" and path not in self._found:
             names = ["default", *(name for _, name in socket.if_nameindex() if not name.startswith(INTERFACE_PREFIX))]

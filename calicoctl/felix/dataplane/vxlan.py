@@ -159,9 +159,10 @@ class Vxlan:
             self._remove(version, device)
 
     def apply_routes(self, desired: Iterable[Route]) -> None:
-        """Make the desired routes, one for each CIDR, the only overlay routes. Routes are replaced without a gap.
+        """Make the desired routes, one for each CIDR, the only overlay routes.
 
-        If the kernel refuses some of them, the others are programmed nevertheless; then CalicoError is raised.
+        A route is replaced without a gap, unless there are several to its CIDR. If the kernel refuses some routes, the
+        others are programmed nevertheless; then CalicoError is raised.
         """
         routes = {route.cidr: route for route in desired}
         have: dict[str, set[Route]] = defaultdict(set)
@@ -203,7 +204,10 @@ class Vxlan:
     # Devices
 
     def _find(self, name: str) -> Device | str | None:
-        """Return an interface: a Device if it is a VXLAN device, else its kind; None if it does not exist."""
+        """Return a Device for a VXLAN device, or the kind of another interface ("unknown" if it has none).
+
+        Return None if there is no interface `name`.
+        """
         from pyroute2.netlink.exceptions import NetlinkError
 
         try:
@@ -291,7 +295,7 @@ class Vxlan:
     # Routes
 
     def _put(self, route: Route, before: set[Route]) -> None:
-        """Add a route, or replace our previous ones to its CIDR, `before`. Other programs' routes to it stay."""
+        """Add a route, or replace `before`, our routes to the same CIDR. Routes of other programs to the CIDR stay."""
         if len(before) > 1:  # the kernel would replace only one of them
             self._delete(route.cidr, before)
             before = set()

@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     from calicoctl.felix.dataplane.vxlan import Vxlan
 
 GIVE_UP_AFTER = 5.0
-"""Seconds for which the overlay's route to a CIDR that has left the overlay waits for BIRD's route."""
+"""The maximum number of seconds for which the overlay's route to a CIDR stays until BIRD has one, after the CIDR has
+left the overlay."""
 
 LINGER = 10.0
 """Seconds for which devices stay after the last pool with an overlay: longer than other hosts keep their routes."""
@@ -68,7 +69,9 @@ class VxlanManager(Manager):
         self._leaving: dict[str, float] = {}
         """By CIDR that has left the overlay: until when its route waits for BIRD's (monotonic)."""
         self._devices_until: float | None = None
-        """Until when devices stay although no pool has an overlay (monotonic); None outside of LINGER."""
+        """Until when devices stay although no pool has an overlay (monotonic).
+
+        None while a pool has an overlay, and after that time."""
         self._poll_at: float | None = None
         """When to check for BIRD's routes again (monotonic); None while no route waits for them."""
         self._watched: set[int] = set()
