@@ -5,8 +5,9 @@ snapshot of the store and from the state of the kernel. The order in which the m
 property: see `_apply`, and docs/agent.md. The managers are in dataplane/.
 
 All of this module runs in one thread. Other threads wait for changes (sources.py), list connections
-(dataplane/conntrack.py) and write to the store (report.py). Two more threads reconcile what can be programmed in any
-order: workloads (workload_keeper.py), and the host's own settings and firewall (dataplane/host.py).
+(dataplane/conntrack.py), run BIRD (bgp/manager.py) and write to the store (report.py). What can be programmed in any
+order is reconciled by threads as well: workloads (workload_keeper.py), and the host's own settings and firewall
+(dataplane/host.py).
 """
 
 from __future__ import annotations
@@ -70,8 +71,8 @@ LOG_LEVELS |= {"critical": logging.CRITICAL, "none": logging.CRITICAL + 10}
 def run(host: str, options: Options) -> None:
     """Run the host's agent in this process until it receives SIGTERM, SIGINT or SIGHUP.
 
-    Raises CalicoError when the agent cannot start, for example because another one runs, or when a thread that it needs
-    has died.
+    Raises CalicoError when the agent cannot start, for example because another agent runs, or when a thread that the
+    agent needs has died; also what Agent.run raises.
     """
     from pyroute2.iproute.linux import IPRoute
 
@@ -123,7 +124,8 @@ class Agent:
     ):
         """`datastore` creates a client of the store; it is called once for each thread that needs one.
 
-        The drivers put their events into `queue`. `ready` is called when the first snapshot is in the kernel.
+        Its argument, if any, is the number of seconds to wait for the store. The drivers put their events into `queue`.
+        `ready` is called once, when the first snapshot is in the kernel and BIRD is settled.
         """
         client = datastore()
         self._datastore = datastore
@@ -206,7 +208,10 @@ class Agent:
                     self._handle(event)
 
     def step(self) -> bool:
-        """Wait for events, and run one round of the loop; return False when the agent is asked to end."""
+        """Wait for events, and run one round of the loop; return False when the agent is asked to end.
+
+        Raises CalicoError when a thread that the agent needs has died.
+        """
         # ready is called in the round after the first update, so that the report has the host's own failures by then
         is_ready = self._ready is not None and self._health.first_update and self._bgp.is_settled
         found = self._wait(0.0 if is_ready else self._next_at())
@@ -416,14 +421,17 @@ class Agent:
             self._on_first_update()
 
     def _publish_macs(self) -> None:
-        """Let the other hosts know the MACs of this one, unless the store has them already."""
+        """Have this host's MACs written to the store for the other hosts, unless they are there already.
+
+        Does nothing if this host is not registered.
+        """
         macs = frozenset().union(*self._snapshot.network.macs.values())
         topology = self._snapshot.topology
         if self._snapshot.host in topology.hosts() and topology.macs.get(self._snapshot.host) != macs:
             self._reporter.publish_macs(macs)
 
     def _check_registration(self) -> None:
-        """Record whether this host has been removed from the store, from another host, while it was cut off."""
+        """Report whether this host is not registered: another host may have removed it while it was cut off."""
         host, why = self._snapshot.host, None
         if self._snapshot.ready and host not in self._snapshot.topology.hosts():
             why = (
@@ -433,7 +441,8 @@ class Agent:
         self._health.record(events.Failure(why, "registration"))
 
     def _check_peers(self) -> None:
-        """Record which peers of this host are itself, or of an IP version that it is not registered for."""
+        """Report the BGP peers without a session: this host itself, and those of an IP version of which this host has
+        no registered address."""
         for version, option in ((4, "--ip"), (6, "--ip6")):
             peers, why = self._snapshot.topology.peers_without_session(version), None
             if peers:

@@ -1,7 +1,7 @@
-"""The events that drive the agent's loop, as plain data.
+"""The events that drive the loops of the agent and of the WorkloadKeeper, as plain data.
 
-The threads of sources.py, report.py, workload_keeper.py and dataplane/ put them into a queue. The thread that reads the
-queue decides what an event means.
+The threads of sources.py, report.py, workload_keeper.py, dataplane/ and bgp/ put them into a queue. The thread that
+reads the queue decides what an event means.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class LinkChanged:
 
 @dataclass(frozen=True)
 class RouteLost:
-    """Another process has deleted one of the agent's routes, or replaced it; `address` is the route's destination."""
+    """Another process may have deleted or replaced one of the agent's routes; `address` is the route's destination."""
 
     address: str
 
@@ -105,7 +105,7 @@ class BirdRouteLost:
 
 @dataclass(frozen=True)
 class AddressesChanged:
-    """An address was added to this host, or deleted."""
+    """An address of this host was added or deleted; IPv6 link-local addresses do not count."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class GatewaysChanged:
 
 @dataclass(frozen=True)
 class ServersChanged:
-    """The servers that this host depends on, as they are known now for the first time, or differ from before."""
+    """The servers that this host depends on, when they become known, and whenever they have changed."""
 
     servers: Servers
 
@@ -175,7 +175,8 @@ class MountsChanged:
 class Failure:
     """An operation failed, for a workload or for the host as a whole.
 
-    With a `subject`, the failure lasts until an event of the same subject replaces it or, with `why` None, ends it.
+    A failure with a `subject` lasts until an event with the same subject replaces it. If that event's `why` is None,
+    the failure has ended.
     """
 
     why: str | None
@@ -188,7 +189,10 @@ BGP, BGP_CONFIGURATION, BGP_PASSWORDS = "bgp", "bgp configuration", "bgp passwor
 
 @dataclass(frozen=True)
 class OverlayBlocked:
-    """Whether the kernel has refused all devices of the overlay: another program's have our VNI, or our names."""
+    """Whether the overlay needs devices, but none could be created.
+
+    For example, another program's devices may have our VNI or our names.
+    """
 
     blocked: bool
 
@@ -197,10 +201,10 @@ class OverlayBlocked:
 class BgpChanged:
     """What is known of BIRD: the process that the agent runs, and its BGP sessions, in order of their addresses.
 
-    `settled` says whether the first configuration that follows from the store has been dealt with, even if BIRD could
-    not be started or has refused it. `pid` is None while BIRD does not run; `running` says whether it holds the port of
-    BGP, which it does while there is a session to keep. `restarts` and `refusals` count since the agent's start how
-    often BIRD was started again, and how many configurations it has refused.
+    `settled` says whether BIRD uses the first configuration that follows from the store, or has failed to; with BGP
+    off, whether BIRD has been ended. `pid` is None while BIRD does not run. `running` says whether BIRD listens on the
+    port of BGP, as it does while a session is configured. `restarts` counts how often BIRD was started again since the
+    agent's start, `refusals` how many configurations it has refused.
     """
 
     settled: bool = False

@@ -1,6 +1,6 @@
-"""Keeps this host's own addresses, gateways and connected networks, and its servers, in the snapshot up to date.
+"""Keeps the snapshot's view of this host's network up to date: addresses, gateways, connected networks, and servers.
 
-For example, an endpoint must not use an address of the host or of a gateway. Does not change the kernel.
+For example, an endpoint must not use an address of the host or of a gateway. This module does not change the kernel.
 """
 
 from __future__ import annotations
@@ -41,7 +41,10 @@ class NetworkMonitor:
         """When to read next (monotonic); None while no read is needed."""
 
     def on_event(self, event: Any) -> None:
-        """Schedule a read: at once if addresses have changed, a little later if gateways may have."""
+        """Schedule a read: at once if addresses, MACs or servers have changed, a little later if gateways may have.
+
+        New servers are in the snapshot at once, even if the kernel cannot be read.
+        """
         if isinstance(event, ServersChanged):
             self._servers, self.due_at = event.servers, 0.0
             # at once, even if the kernel cannot be read
@@ -67,7 +70,8 @@ class NetworkMonitor:
     def read_if_due(self) -> None:
         """If a read is due, read the host's addresses, gateways and networks into the snapshot.
 
-        If this fails, report an error, and retry after BACKOFF.
+        A read is also due if other hosts, BGP peers or blocks have changed, since the routes to them are read as well.
+        If the read fails, report an error, and retry after BACKOFF.
         """
         begin = time.monotonic()
         if self._snapshot.dirty.topology:

@@ -1,7 +1,7 @@
-"""The threads that wait for changes: of the store, of the kernel, of the Docker Engine and of the mount table.
+"""The threads that wait for changes: of the store, the kernel, the Docker Engine, the mount table, and DNS.
 
-Each thread waits for one source and puts events into a queue. It decides nothing, and changes nothing, with one
-exception: FirewallEvents, since packets pass until somebody has noticed that there are no tables.
+Each thread waits for one source, and puts events into a queue. It decides nothing, and changes nothing. The exception
+is FirewallEvents, which creates tables when the agent's are gone: until then, packets pass without policy.
 """
 
 from __future__ import annotations
@@ -70,17 +70,17 @@ LONGEST_PAUSE = 5.0
 """Seconds between two attempts to reach the store, at most: the limit of the backoff."""
 
 SPREAD_PER_HOST = 0.05
-"""Seconds by which each host in the store lengthens the time over which all hosts spread their re-reads: about what one
-read of some thousand endpoints takes etcd and an agent together."""
+"""Seconds for each host in the store: all hosts together spread their re-reads over that time. It is about the time
+that etcd and an agent together need for one read of some thousand endpoints."""
 
 LONGEST_SPREAD = 4.0
-"""Seconds over which re-reads are spread at most."""
+"""The maximum number of seconds over which re-reads are spread."""
 
 ENGINE_PAUSE = 0.5
 """Seconds between two attempts to reach the Docker Engine: short, since it starts containers as soon as it is up."""
 
 SERVERS_INTERVAL = 10.0
-"""Seconds after which the names of etcd's members are resolved again, and the file with the DNS servers is read."""
+"""Seconds after which the names of etcd's members are resolved, and the file with the DNS servers is read, again."""
 
 SERVERS_KEPT = 600.0
 """Seconds for which an address of a member counts after its name has last been resolved to it: some DNS servers return
@@ -91,7 +91,8 @@ FLOOD, FLOOD_PERIOD = 1000, 10.0
 that time is over, and one list of all containers replaces them."""
 
 _NO_GATEWAYS = (PROTOCOL, netlink.OVERLAY_PROTOCOL, netlink.PROTOCOL_KERNEL)
-"""The protocols of routes whose gateways do not matter: those of the agent lead to endpoints, and to other hosts."""
+"""The protocols of routes whose gateways do not matter: the agent's routes lead to endpoints and through the overlay,
+and the kernel's have no gateway."""
 
 _RTMGRP_LINK = 0x1
 _RTMGRP_IPV4_ROUTE = 0x40
@@ -101,10 +102,10 @@ _RTMGRP_IPV6_IFADDR = 0x100
 
 
 class _Source(ABC, threading.Thread):
-    """A thread that runs `follow`, which never returns; the agent ends when it raises.
+    """A thread that runs `follow`, which never returns. If `follow` raises, ThreadDied is emitted, and the agent ends.
 
-    If `follow` fails for lack of descriptors or memory, it is run again later, and the event `missed` is emitted, which
-    says that changes may have been lost.
+    But if it fails for lack of descriptors or memory, a Failure is emitted, and `follow` is run again later. Then
+    `missed` is emitted as well: an event which says that changes may have been lost, or None.
     """
 
     missed: Any = None
@@ -143,7 +144,7 @@ class StoreEvents(_Source):
         self._datastore = datastore
         self._directory = directory
         self._failure: WatchFailed | None = WatchFailed(directory, "it has not been read yet", "")
-        """The last failure that was emitted, None while the watch works."""
+        """The last failure that was emitted; None while the watch works. The first one has not been emitted."""
         self._worked = now()
         """When a request last succeeded (ISO 8601)."""
 
@@ -215,7 +216,7 @@ def _back_off(pause: float, spread: float = 0.0) -> float:
 
 
 class KernelEvents(_Source):
-    """Waits for changes of this host's interfaces, addresses and gateways, and for the loss of the agent's routes.
+    """Waits for changes of this host's interfaces, addresses and gateways, and for lost routes of the agent and BIRD.
 
     After one GatewaysChanged, which may stand for thousands of routes, no other is emitted until `gateways_pending` is
     cleared.
@@ -294,7 +295,10 @@ class EngineEvents(_Source):
                 time.sleep(ENGINE_PAUSE)
 
     def _emit_changes(self, changes: Iterable[Any]) -> float | None:
-        """Emit an event for each change until there are no more, or too many: then return how long to wait."""
+        """Emit an event for each change. Return None when there are no more, since the connection has ended.
+
+        If there are too many (see FLOOD), return for how many seconds to wait before containers are listed instead.
+        """
         began, count = time.monotonic(), 0
         for change in changes:
             now = time.monotonic()
@@ -313,9 +317,9 @@ class EngineEvents(_Source):
 
 
 def container_changed(change: Any) -> ContainerChanged | None:
-    """Translate one of the engine's events; return None for one of another shape, or about something else.
+    """Translate one of the engine's events; return None if it has another shape, or is not one of engine.CHANGES.
 
-    Before API version 1.52, the container's id was given beside `Actor` as well.
+    Before API version 1.52, the event contained the container's id beside `Actor` as well.
     Source: Docker Engine API, GET /events, versions 1.22 to 1.52.
     """
     try:
@@ -363,7 +367,10 @@ class ServerEvents(_Source):
             time.sleep(SERVERS_INTERVAL)
 
     def look(self) -> None:
-        """Resolve each name, which may take as long as the resolver waits, and emit what has changed at once."""
+        """Resolve each name, and read the DNS servers; emit ServersChanged after each step that has brought a change.
+
+        A step may take as long as the resolver waits.
+        """
         for member in (*self._resolved, None):
             at = time.monotonic()
             if member is not None and (addresses := servers.resolved(member)):
@@ -438,8 +445,8 @@ def _sender(message: bytes) -> int:
 class FirewallEvents(_Source):
     """Waits for changes of nftables, and so of iptables-nft, by other processes.
 
-    When our tables are gone, those of workloads/guard.py drop everything until the agent has loaded its own again. To
-    load them takes milliseconds, with many rules a second.
+    When our tables are gone, this thread has workloads/guard.py create tables that drop all packets of endpoints. They
+    stay until the agent has loaded its own tables again, which takes milliseconds or, with many rules, a second.
     """
 
     missed = TablesChanged(frozenset([""]))

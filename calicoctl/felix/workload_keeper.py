@@ -50,7 +50,7 @@ INTERVAL = 10.0
 """Seconds between two sweeps for interrupted changes, which no event reports, and between two retries."""
 
 LOCK_PAUSE = 0.5
-"""Seconds until a workload is retried if another process holds its lock, or if it failed at once."""
+"""Seconds until a workload is retried if another process holds its lock, or after a first failure within this time."""
 
 STORE_PAUSE = 1.0
 """Seconds until the store is tried again after it was unavailable."""
@@ -68,7 +68,7 @@ WORKERS = {DOCKER: 8, NAMESPACE: 4}
 """How many workloads of each orchestrator are reconciled at a time."""
 
 REATTACH_INTERVAL = 10.0
-"""Seconds between two re-attachments of a workload that keeps losing its interface."""
+"""The minimum number of seconds between two re-attachments of a workload that keeps losing its interface."""
 
 END_PATIENCE = 5.0
 """Seconds that workers may take to finish when the agent ends. The next agent finds changes that are interrupted."""
@@ -88,7 +88,11 @@ class Resynced:
 
 @dataclass(frozen=True)
 class EndpointChanged:
-    """The interface of a workload's endpoint is missing or has changed, or the endpoint was `deleted` in the store."""
+    """A workload must be reconciled.
+
+    The reason is that the interface of its endpoint is missing or has a new MAC, that its container's endpoint lacks
+    the container's name, or that the endpoint was `deleted` in the store.
+    """
 
     key: Key
     deleted: bool
@@ -96,11 +100,12 @@ class EndpointChanged:
 
 @dataclass(frozen=True)
 class Compared:
-    """Containers' endpoints were compared with the engine's list of containers.
+    """The result of comparing containers' endpoints with the engine's list of containers or, in a second step, with the
+    insides of running containers.
 
-    `keys` are the workloads whose endpoints do not match the list. `connected` are endpoints that match it, but whose
-    interfaces may not be inside their containers. `refused` are containers that nobody has connected on this host.
-    `error` is the exception if the comparison failed.
+    `keys` are the workloads to reconcile. `connected` are endpoints that match the list; the second step checks their
+    interfaces. `refused` are listed containers that have endpoints on this host although nobody has connected them
+    here; None if that was not determined. `error` is the exception if the comparison failed.
     """
 
     keys: list[Key]
@@ -111,7 +116,7 @@ class Compared:
 
 @dataclass(frozen=True)
 class WorkItem:
-    """A workload to reconcile. `removed` says that the engine has reported its removal.
+    """A workload to reconcile. `removed` says whether the engine has reported the removal of the container.
 
     If the workload is found to be MISSING, its grace period began at `missing_since`; if it is found to be GONE, at
     `gone_since`. Both are times of the keeper's clock.
@@ -125,10 +130,10 @@ class WorkItem:
 
 @dataclass(frozen=True)
 class WorkResult:
-    """The `actions` done while a workload was reconciled, and the exception that ended that (`error`), if any.
+    """The result of reconciling a workload: the `actions` that were done, and the exception that ended it (`error`).
 
-    `state` is None if the workload's state could not be determined. `kept_since` is when the workload's grace period
-    began, None if it has none. `seconds` is how long reconciling took.
+    `error` is None if nothing failed. `state` is None if the workload's state was not determined. `kept_since` is when
+    the workload's grace period began, None if it has none. `seconds` is how long reconciling took.
     """
 
     key: Key
@@ -146,18 +151,23 @@ class _Tracked:
     kept_since: float | None = None
     """When the grace period of a MISSING or GONE workload began; None if it has none."""
     unreachable_at: float = NEVER
-    """When its state last could not be determined: the engine did not answer, or its path could not be read."""
+    """When its state could not be determined, since the engine did not answer, or the namespace's path could not be
+    read; NEVER if the last attempt has determined the state."""
     locked_since: float | None = None
-    """Since when another process has held its lock."""
+    """Since when another process has held its lock; None if none does."""
     reattached_at: float = NEVER
+    """When its interface was last re-attached; NEVER if that is longer ago than REATTACH_INTERVAL."""
     removed: bool = False
-    """Whether the engine has reported its removal."""
+    """Whether the engine has reported the removal of the container."""
     failure: str | None = None
-    """The failure that was reported last; the empty string for a first failure, which is not reported yet."""
+    """The failure that was reported last; "" for a first failure that is not reported yet; None if there is none."""
 
 
 class Refused:
-    """Workloads with endpoints that nobody has connected on this host: they are not attached, but reported."""
+    """Workloads that have endpoints on this host although nobody has connected them here.
+
+    They are reported, but not attached.
+    """
 
     def __init__(self, report: Callable[[Any], None]) -> None:
         self.keys: set[Key] = set()
@@ -199,7 +209,7 @@ class WorkloadKeeper:
         """
         self.inbox: events.Events[Any] = SimpleQueue()
         self.grace_time: float = GRACE_TIME
-        """Seconds to keep endpoints and addresses of a workload that is MISSING or GONE, or of unknown state."""
+        """Seconds to keep endpoints and addresses of a workload that is MISSING or GONE, or whose state is unknown."""
         self._clock = clock
         self._datastore = datastore()
         self._report = report
@@ -210,16 +220,17 @@ class WorkloadKeeper:
         self._jobs: dict[Callable[[], None], float] = {self._sweep: NEVER}
         """Jobs that find workloads to reconcile, and when each is due."""
         self._expected: dict[Key, int] = {}
+        """As in Resynced."""
         self._tracked: dict[Key, _Tracked] = {}
         self._swept_grace_time: float = self.grace_time
         self._namespaces: dict[str, tuple[int, int] | None] = {}
         """By workload id: the namespace (device and inode) that was seen last at its path, None if none was."""
         self._containers: dict[str, events.Container] | None = None
-        """The engine's last list of its containers, by id; None to ask for a new one."""
+        """The engine's list of its containers, by id, for the next comparison; None if that must request a new list."""
         self._refused = Refused(report)
         self._engine_was_away = False
         self._engine_back = NEVER
-        """When the engine last began to list containers: before, its list may have been empty or incomplete."""
+        """When the engine was last available again: until then, its list may have been empty or incomplete."""
         self._ready = True
         """Whether the store may be used."""
         self._store_retry_at = NEVER
@@ -244,7 +255,7 @@ class WorkloadKeeper:
             self._thread.join(END_PATIENCE)
 
     def enqueue(self, id: EndpointId, deleted: bool = False) -> None:
-        """Have the workload of an endpoint reconciled: its interface has changed, or the endpoint was deleted."""
+        """Have the workload of an endpoint reconciled, for one of the reasons in EndpointChanged."""
         self.inbox.put(EndpointChanged(workload_of(id), deleted))
 
     def set_ready(self, ready: bool) -> None:
@@ -356,12 +367,15 @@ class WorkloadKeeper:
             self._pool.submit(key[0], partial(self._reconcile, self._work_item(key)))
 
     def _add(self, key: Key, at: float) -> None:
-        """Schedule a workload to be reconciled at a time, because of an event."""
+        """Schedule a workload to be reconciled at a time, whatever its backoff; ignore it if it is not managed."""
         if upkeep.is_managed(*key):
             self._queue.add(key, at)
 
     def _add_after_backoff(self, key: Key, at: float) -> None:
-        """Schedule a workload, for which there was no event, to be reconciled at a time, but not before its backoff."""
+        """Schedule a workload to be reconciled at a time, but not before its backoff is over.
+
+        For workloads without a new event. A workload that is not managed is ignored.
+        """
         if upkeep.is_managed(*key):
             self._queue.add_after_backoff(key, at)
 
@@ -379,7 +393,12 @@ class WorkloadKeeper:
     # Jobs that find workloads to reconcile
 
     def _scan_store(self) -> None:
-        """Enqueue workloads whose addresses and endpoints in the store are inconsistent: no event reports those."""
+        """Compare addresses and namespaces with the endpoints in the store, and enqueue workloads that do not match.
+
+        These are workloads that have another number of addresses than their endpoints list, and namespaces that have an
+        endpoint which is not active, or which is not attached to the namespace. Namespaces that nobody has connected
+        here are reported, and enqueued after all others. The job is done once. Raises StoreUnavailable.
+        """
         now = self._clock()
         totals = self._datastore.ipam.handles.totals()
         for handle, total in totals.items():
@@ -409,7 +428,7 @@ class WorkloadKeeper:
         del self._jobs[self._scan_store]
 
     def _compare_with_engine(self) -> None:
-        """Have a worker compare containers' endpoints with the engine's list."""
+        """Have a worker compare containers' endpoints with the engine's list, unless the engine is unavailable."""
         if not self._queue.is_paused(DOCKER):  # else they are listed again when the engine is back
             self._pool.submit(DOCKER, partial(_compare_states, self._report, self._containers))
         self._containers = None
@@ -432,7 +451,11 @@ class WorkloadKeeper:
             raise item.error
 
     def _sweep(self) -> None:
-        """Enqueue workloads whose last change was interrupted, and namespaces that have appeared or disappeared."""
+        """Enqueue workloads whose last change was interrupted, and namespaces that have appeared or disappeared.
+
+        Also remove stale locks, report no longer as refused what has been connected meanwhile, apply a changed grace
+        time, and drop state that is no longer needed.
+        """
         now = self._clock()
         host = self._datastore.host
         for orchestrator in (DOCKER, NAMESPACE):
@@ -540,7 +563,7 @@ class WorkloadKeeper:
             del self._tracked[key]
 
     def _note_reachability(self, tracked: _Tracked, result: WorkResult, now: float) -> None:
-        """Note whether the state of a workload could be determined.
+        """Store in `tracked` whether the state of a workload could be determined.
 
         Once the engine answers for one container again, the other containers for which it did not answer are retried.
         """
@@ -577,9 +600,9 @@ class WorkloadKeeper:
 def _learn_once(
     report: Callable[[Any], None], host: str, orchestrator: str, learn: Callable[..., None], *arguments: Any
 ) -> None:
-    """Call one of the functions of learning.py, unless that is done, and report whether it fails.
+    """Call `learn`, a function of learning.py, with `arguments`, unless that has succeeded on this host before.
 
-    Raises StoreUnavailable and Conflict.
+    Report a failure, or that an earlier one has ended. Raises StoreUnavailable and Conflict, which are not reported.
     """
     why = None
     try:
@@ -599,7 +622,10 @@ def _learn_once(
 def _compare_states(
     report: Callable[[Any], None], containers: dict[str, events.Container] | None, datastore: DatastoreClient
 ) -> Compared:
-    """Compare the endpoints of this host's containers with `containers`, the engine's list (None: ask for a list)."""
+    """Compare the endpoints of this host's containers with `containers`, the engine's list; None to request a list.
+
+    Raises nothing: see Compared.error.
+    """
     found: list[Key] = []
     running: list[EndpointId] = []
     refused: set[Key] = set()
@@ -636,7 +662,10 @@ def _compare_states(
 
 
 def _compare_places(running: list[EndpointId], datastore: DatastoreClient) -> Compared:
-    """Find endpoints of running containers whose interface is not inside the container, or not set up completely."""
+    """Find the running containers to reconcile: their interface is not inside, or is not set up completely.
+
+    `running` are the endpoints of running containers. Raises nothing: see Compared.error.
+    """
     try:
         pids = container_pids(id.workload for id in running)
         paths = {id: f"/proc/{pids[id.workload]}/ns/net" for id in running if id.workload in pids}

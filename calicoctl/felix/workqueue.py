@@ -46,7 +46,7 @@ class WorkQueue(Generic[K]):
         return key in self._in_progress
 
     def add(self, key: K, at: float) -> None:
-        """Make a key due at a time, whatever its backoff. A key that is due earlier already stays so."""
+        """Make a key due at a time, whatever its backoff. A key that is already due earlier keeps its time."""
         self._due[key] = min(at, self._due.get(key, at))
 
     def add_after_backoff(self, key: K, at: float) -> None:
@@ -54,7 +54,10 @@ class WorkQueue(Generic[K]):
         self.add(key, max(at, self._backoff.get(key, at)))
 
     def back_off(self, key: K, until: float) -> None:
-        """Retry a key, which has failed, at the time `until`. Due keys that have not failed are taken first."""
+        """Treat a key as failed: retry it at the time `until`, and take due keys that have not failed first.
+
+        A key that is already due earlier keeps its time.
+        """
         self._backoff[key] = until
         self.add(key, until)
 
@@ -63,7 +66,7 @@ class WorkQueue(Generic[K]):
         self._backoff.pop(key, None)
 
     def retry_now(self, group: str, now: float) -> None:
-        """Make the keys of a group that have failed due now, in place of at the end of their backoff.
+        """Make those keys of a group that have failed due now instead of at the end of their backoff.
 
         They still count as failed, so `take` returns them after the others.
         """
@@ -82,11 +85,14 @@ class WorkQueue(Generic[K]):
         return group in self._paused
 
     def next_due(self) -> float:
-        """Return when the next key is due, of those for which a worker is free; infinity if there is none."""
+        """Return when the next key for which a worker is free is due; infinity if there is none."""
         return min((at for key, at in self._due.items() if self._has_worker(key)), default=float("inf"))
 
     def take(self, now: float) -> list[K]:
-        """Return the keys that are due and for which a worker is free; they are in progress from then on."""
+        """Return the keys that are due and for which a worker is free; they are in progress from then on.
+
+        Keys that failed at their last attempt come after the others.
+        """
         taken = []
         for key, at in sorted(self._due.items(), key=lambda item: (item[0] in self._backoff, item[1])):
             if at <= now and self._has_worker(key):

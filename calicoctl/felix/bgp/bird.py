@@ -25,7 +25,7 @@ PATIENCE = 5.0
 """Seconds to wait for an answer. The kernel accepts connections for a suspended BIRD (SIGSTOP), which never answers."""
 
 LARGEST_ANSWER = 2**24
-"""Bytes that are read of one answer. A session takes some 500; thousands of them are far below."""
+"""The maximum size of an answer in bytes. A session takes some 500 bytes, so thousands of sessions are far below."""
 
 UP = "Established"
 
@@ -46,11 +46,12 @@ class Refused(CalicoError):
 class Session:
     """A BGP session, as BIRD reports it.
 
-    `kind` is "mesh", "node" or "global", `peer` the peer's address, `as_num` the peer's AS number. `state` is a state
-    of RFC 4271: "Established" if the session is up, else "Idle", "Connect", "Active", "OpenSent" or "OpenConfirm"; or
-    "Down" if BIRD has not started the session. `since` is the time of the last change of state (ISO 8601). `imported`
-    counts the routes accepted from the peer, `exported` those announced to it. `error` is the last error, None if
-    there was none. `suspicion` says what may keep the session down; None if nothing is known.
+    `name` is the name of BIRD's protocol. `kind` is "mesh", "node" or "global", `peer` the peer's address, `as_num` the
+    peer's AS number. `state` is "Down" if BIRD has not started the session; otherwise it is a state of RFC 4271:
+    "Established" if the session is up, else "Idle", "Connect", "Active", "OpenSent" or "OpenConfirm". `since` is the
+    time when BIRD's protocol last changed its state (ISO 8601). `imported` counts the routes accepted from the peer,
+    `exported` those announced to it. `error` is the last error, None if there was none. `suspicion` says what may keep
+    the session down; None if nothing is known.
     """
 
     name: str
@@ -70,14 +71,17 @@ class Session:
 
 
 class Control:
-    """A connection to BIRD's control socket. All methods raise CalicoError if BIRD does not answer within PATIENCE."""
+    """A connection to BIRD's control socket.
+
+    All methods raise CalicoError if BIRD does not answer within PATIENCE, or closes the connection.
+    """
 
     def __init__(self, connection: socket.socket) -> None:
         self._socket = connection
         self._rest = b""
 
     def command(self, command: str) -> list[tuple[str, str]]:
-        """Send a command. Return the lines of the answer, as (code, text)."""
+        """Send a command. Return the lines of the answer, as (code, text), even if the code is that of an error."""
         deadline = time.monotonic() + PATIENCE
         self._send(command)
         return self._answer(deadline)
@@ -151,9 +155,10 @@ class Control:
 
 @contextmanager
 def control(path: Path, may_change: bool = False) -> Iterator[Control]:
-    """Connect to BIRD's control socket. Unless `may_change`, the connection is restricted to commands that only read.
+    """Connect to BIRD's control socket, and close the connection at the end.
 
-    Raises CalicoError if BIRD does not serve.
+    Without `may_change`, the connection is restricted to commands that only read. Raises CalicoError if BIRD does not
+    serve or answer.
     """
     with socket.socket(socket.AF_UNIX) as connection:
         with _explained():
@@ -198,7 +203,10 @@ _COUNTS = re.compile(r"Routes:\s+(\d+) imported,(?: \d+ filtered,)? (\d+) export
 
 
 def parse_sessions(lines: Iterable[tuple[str, str]]) -> Iterator[Session]:
-    """Yield the BGP sessions in the answer to `show protocols all`. Protocols with other names are skipped."""
+    """Yield the BGP sessions in the answer to `show protocols all`: `lines`, as (code, text).
+
+    Protocols whose names do not have the form of config.Neighbour.name are skipped.
+    """
     name, since = "", ""
     details: dict[str, str] = {}
     counts = (0, 0)

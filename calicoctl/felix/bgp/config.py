@@ -1,8 +1,9 @@
 """The configuration of BIRD: derived from the snapshot as plain data, then rendered in BIRD's language.
 
 Pure: bird.py communicates with BIRD, and manager.py decides when. The name of a BGP protocol in the configuration
-consists of the kind of the peer and the peer's address. It does not depend on other peers, so a change of those resets
-no session. Values from etcd are rendered only as numbers, or as addresses and networks in canonical form.
+consists of the kind of the peer, the IP version, and the peer's address. The name does not depend on other peers, so a
+change of another peer resets no session. Values from etcd are rendered only as numbers, or as addresses and networks in
+canonical form.
 
 Source of the language: the BIRD User's Guide, version 2.0.
 """
@@ -116,7 +117,7 @@ def derive(snapshot: Snapshot, here: Collection[str]) -> Config:
 
 
 def _router_id(host: str) -> str:
-    """Return a router ID for a host without an IPv4 address: an address of class E, which is never assigned."""
+    """Return a router ID for a host without an IPv4 address: an unassigned address (class E), derived from its name."""
     number = int.from_bytes(hashlib.sha256(host.encode()).digest()[:4], "big") | 0xF0000000
     return unpack(number.to_bytes(4, "big"))
 
@@ -163,7 +164,7 @@ def _neighbours(snapshot: Snapshot, version: int) -> Iterable[Neighbour]:
 def text(config: Config, passwords: Passwords, directory: Path) -> str:
     """Render the configuration in BIRD's language. Raises CalicoError if a text cannot be quoted.
 
-    `passwords` contains the passwords of the sessions, `directory` is for BIRD's log.
+    `passwords` contains the passwords of the sessions, `directory` is the folder of BIRD's log.
     """
     log = directory / "log"
     lines = [
@@ -183,7 +184,10 @@ def text(config: Config, passwords: Passwords, directory: Path) -> str:
 
 
 def quoted(value: str) -> str:
-    """Return a string literal of BIRD's language. It has no escapes: raise CalicoError if the text would need one."""
+    """Return a text as a string literal of BIRD's language.
+
+    BIRD's string literals have no escapes, so CalicoError is raised if the text would need one.
+    """
     if '"' in value or not value.isprintable():
         raise CalicoError("a text with a quotation mark or a control character cannot be told to BIRD")
     return f'"{value}"'

@@ -67,7 +67,7 @@ class Instance:
         )
 
     def pid(self) -> int | None:
-        """Return BIRD's process ID, None while it does not run."""
+        """Return BIRD's process ID; None if it does not run, or if no pid file names it: see `find`."""
         return self.process.pid()
 
     def ran_here(self) -> bool:
@@ -114,7 +114,10 @@ class Instance:
         return crashed
 
     def find(self) -> int | None:
-        """Return the process ID of the BIRD of `host`, even if no pid file names it (if the agent was killed)."""
+        """Return the process ID of the BIRD of `host`, None if it does not run.
+
+        The process is found even if no pid file names it, which may be so after the agent was killed.
+        """
         pid = self.pid()
         return pid if pid is not None else next((pid for pid, host in birds().items() if host == self._host), None)
 
@@ -134,7 +137,7 @@ class Instance:
             files.replace(self._ran, _place().encode(), 0o600).close()
 
     def _former(self) -> list[Instance]:
-        """Return the instances of this host's former names, which run here or have run here."""
+        """Return an Instance for each former name of this host: its BIRD runs here, or has run here in this boot."""
         return [Instance(host) for host in sorted(_hosts_here() - {self._host})]
 
     def _command(self, program: str, recover: bool) -> list[str]:
@@ -170,7 +173,10 @@ class Instance:
             return None
 
     def configure(self, text: str) -> None:
-        """Have the running BIRD use a configuration. Raises Refused if BIRD refuses it, and keeps the previous one."""
+        """Have the running BIRD use a configuration.
+
+        If BIRD refuses it, Refused is raised, and BIRD keeps the previous configuration.
+        """
         new = self._write(text)
         with bird.control(self._control, may_change=True) as control:
             control.check(new)

@@ -84,7 +84,8 @@ class BgpManager(Manager):
         """Until when the agent's start waits for BIRD (monotonic); None before the first `apply`."""
         self._settled = False
         self._here: set[str] = set()
-        """Registered addresses that this host has or had: a short absence of an address must not reset sessions."""
+        """This host's registered addresses that it has, or had since the agent's start: if an address is absent for a
+        short time, its sessions must not be reset."""
 
     def on_event(self, event: Any) -> None:
         if isinstance(event, Dirty):
@@ -106,7 +107,10 @@ class BgpManager(Manager):
 
     @property
     def is_settled(self) -> bool:
-        """Whether BIRD uses the first configuration, or failed to, or SETTLING has passed since the first `apply`."""
+        """Whether the agent's start need not wait for BIRD: see BgpChanged.settled.
+
+        Also True when SETTLING has passed since the first `apply`.
+        """
         late = self._settled_by is not None and time.monotonic() > self._settled_by
         return self._settled or late
 
@@ -142,14 +146,14 @@ class BgpManager(Manager):
 
 @dataclass
 class _Beside:
-    """What is known of a foreign BIRD that runs beside ours. `error` is a sentence about it; None if there is none."""
+    """What is known about a foreign BIRD beside ours. `error` is a sentence about it; None if none has been found."""
 
     error: str | None = None
     look_at: float = 0.0
-    """When to look for one next (monotonic)."""
+    """When to look for a foreign BIRD next (monotonic)."""
 
     def look(self, instance: Instance) -> None:
-        """Look for one if it is due, whatever state the sessions have."""
+        """Look for a foreign BIRD, if that is due, and update `error`."""
         began = time.monotonic()
         if began >= self.look_at:
             try:
@@ -164,7 +168,10 @@ class BgpThread(threading.Thread):
     """Runs BIRD with the latest configuration passed to `want`. Emits BgpChanged and Failure."""
 
     def __init__(self, instance: Instance, enabled: bool, put: Callable[[Any], None]) -> None:
-        """`put` is called with events. If not `enabled`, the thread only ends BIRD, and removes BIRD's routes."""
+        """`put` is called with events.
+
+        If `enabled` is False, the thread only ends BIRD, and removes BIRD's routes and files.
+        """
         super().__init__(name="running BIRD", daemon=True)
         self.enabled = enabled
         self._instance = instance
@@ -183,13 +190,14 @@ class BgpThread(threading.Thread):
         self._in_use: str | None = None
         """The text of the configuration that BIRD uses; None while it is unknown."""
         self._refused: str | None = None
-        """The text that BIRD has refused; None if BIRD has accepted the last one."""
+        """The text of the configuration that BIRD has refused; None if BIRD has accepted the last one."""
         self._began: float | None = None
-        """When BIRD was started (monotonic); SHORT_LIFE before it was adopted; None if it has not run yet."""
+        """When BIRD was started (monotonic). For an adopted BIRD: SHORT_LIFE before its adoption. None if none has run
+        yet."""
         self._start_at = self._poll_at = 0.0
         """When to start BIRD, and when to poll its sessions, next (monotonic)."""
         self._not_running: str | None = None
-        """Why BIRD does not run until `_start_at`; None if only its configuration is not known yet."""
+        """Why BIRD does not run until `_start_at`; None if it runs, or if only its configuration is not known yet."""
         self._tried: str | None = None
         """The text of the last attempt to start BIRD. With another text, the next attempt is made at once."""
         self._pause = FIRST_PAUSE
@@ -242,7 +250,7 @@ class BgpThread(threading.Thread):
             self._put(Failure(why, subject))
 
     def _wait(self, failed: bool) -> None:
-        """Wait until BIRD ends, its log changes, `want` is called, or the next action is due.
+        """Wait until BIRD ends, its log changes, `want` or `rescan` is called, or the next action is due.
 
         If BIRD runs, and the last round has failed, actions that are overdue are tried again only after SHORT_POLL.
         If the log has changed, wake BIRD, and schedule a poll of its sessions.
@@ -264,7 +272,11 @@ class BgpThread(threading.Thread):
             self._poll_at = min(self._poll_at, time.monotonic() + LOG_POLL)
 
     def round(self, wanted: Config | None) -> None:
-        """Start, configure or poll BIRD, as far as it is due. Raises any exception; the next call tries again."""
+        """Start, configure and poll BIRD, and have it rescan, whatever of this is due.
+
+        If the folder of a running BIRD is gone, BIRD is ended, and started again. May raise any exception, for example
+        if BIRD is suspended or a foreign BIRD runs. The next call tries again.
+        """
         text = self._text(wanted)
         self._follow_process(self._instance.pid())
         if self._state.pid is not None and text is not None and not self._instance.control().exists():

@@ -1,8 +1,8 @@
 """Finds the BIRD processes of this network namespace, and says which of them an agent has started. Ends none.
 
 Every user can start a process with the name `bird` and with any arguments. So a process counts as a BIRD only if it has
-the right to change the routes of this network namespace. It is called ours only if it runs as root or as the user
-`bird` as well, and if the folder of the host in its arguments exists and belongs to root.
+the right to change the routes of this network namespace. A BIRD is called ours only if it also runs as root or as the
+user `bird`, and if its arguments name the folder of a host that exists and belongs to root.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _CAP_NET_ADMIN = 12
 
 
 def birds() -> dict[int, str]:
-    """Return the BIRDs of this network namespace: by process ID, the host of one of ours, "" for a foreign one."""
+    """Return the BIRDs of this network namespace, by process ID: for one of ours, its host; for a foreign one, ""."""
     found, users = {}, _users()
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -42,10 +42,11 @@ def birds() -> dict[int, str]:
 
 
 def is_bird(process: Path) -> bool:
-    """Return whether a process, /proc/PID, is a BIRD that may change routes here. Raises OSError, ValueError.
+    """Return whether a process is a BIRD that may change routes here. Raises OSError, ValueError.
 
-    A user can have a program with the setuid bit, such as su, started under any name, by a link. That process has all
-    rights, so the name of its program counts as well, which stays when the package is upgraded while it runs.
+    `process` is the directory /proc/PID. Through a link, every user can start a setuid program, such as su, under the
+    name `bird`, and its process has all capabilities. So the program's file must have BIRD's name as well, and must not
+    be setuid. If the package was upgraded while BIRD runs, the link /proc/PID/exe still begins with that name.
     """
     return (
         (process / "comm").read_text().strip() in _PROGRAMS
@@ -59,7 +60,10 @@ def is_bird(process: Path) -> bool:
 
 
 def host_of(arguments: list[str]) -> str:
-    """Return the host whose agent starts BIRD with these arguments; "" if no agent does, or has no folder here."""
+    """Return the host whose agent starts BIRD with these arguments.
+
+    Return "" if no agent does, or if the host has no folder here that belongs to root.
+    """
     for option, path in zip(arguments, arguments[1:]):
         match = re.fullmatch(f"{re.escape(str(DIRECTORY))}/([^/]+)/bird/conf", path)
         if option == "-c" and match is not None:

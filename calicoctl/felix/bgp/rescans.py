@@ -1,8 +1,9 @@
-"""Schedules when BIRD must compare the kernel's routes with its own, besides doing so every 20 seconds by itself.
+"""Schedules rescans: BIRD compares the kernel's routes with its own, in addition to its own scan every 20 seconds.
 
-BIRD does not notice it if another process, or the kernel, deletes one of its routes. The agent's thread requests a
-rescan when a route with BIRD's protocol number is deleted, or an address is added or deleted. BIRD's own deletions
-request one, too. It then finds nothing to do, so there is no loop. With 5,000 routes, a rescan takes BIRD 3 ms.
+BIRD does not notice when another process, or the kernel, deletes one of its routes. The agent's thread requests a
+rescan when a route with BIRD's protocol number is deleted, when an address is added or deleted, and when the kernel's
+events were lost. A deletion by BIRD itself leads to a rescan, too; BIRD then finds nothing to do, so there is no loop.
+With 5,000 routes, a rescan takes BIRD 3 ms.
 """
 
 from __future__ import annotations

@@ -35,7 +35,10 @@ class Signatures:
         """By counter: when `update` last found that it had increased."""
 
     def update(self) -> None:
-        """Compare the counters with those of the last call. Must be called every few seconds."""
+        """Compare the counters with those of the last call. Must be called every few seconds.
+
+        If the counters cannot be read, this does nothing.
+        """
         try:
             found = counters(self._read())
         except (OSError, ValueError):

@@ -1,10 +1,11 @@
-"""Waits, for the thread that runs BIRD, for the end of BIRD, a request of the agent, or a change of BIRD's log.
+"""Lets the thread that runs BIRD wait for three events: BIRD ends, the agent requests something, or BIRD's log changes.
 
 BIRD writes to its log when the state of a session changes. Watching the log is faster and cheaper than polling BIRD.
 
-After such a change, the thread must wake BIRD by connecting to its control socket. BIRD's main loop (version 2.0.12,
-sysdep/unix/io.c) checks for pending work before it runs timers and long tasks. Work that these add, such as sending the
-routes to a new peer, would otherwise wait for up to three seconds, until data arrives on one of BIRD's sockets.
+After a change of the log, the thread must wake BIRD by connecting to its control socket. BIRD's main loop (version
+2.0.12, sysdep/unix/io.c) checks for pending work before it runs timers and long tasks. Work that these add, such as
+sending the routes to a new peer, would otherwise wait until data arrives on one of BIRD's sockets, for up to three
+seconds.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _IN_MODIFY = 0x2
 
 
 class Wakeups:
-    """Waits for these three events. If the limit of inotify(7) instances is reached, only for the first two."""
+    """Waits for these three events; for changes of the log only if the limit of inotify(7) instances permits it."""
 
     def __init__(self) -> None:
         self._reader, self._writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)

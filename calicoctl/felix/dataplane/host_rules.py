@@ -290,7 +290,7 @@ def _sender_chain(host: str, snapshot: Snapshot) -> tuple[str, ...]:
     If this host and the other host are connected to the same network, the source MAC of such packets belongs to the
     other host or, if a third host forwards them, to that one. The MAC is only checked on interfaces on which one of the
     other host's MACs has been seen, since clouds and bridges over WLAN replace MACs. Elsewhere, for example behind
-    routers, only the interface is checked. So it is if MACs must not be checked (`snapshot.check_senders`), or if the
+    routers, only the interface is checked. MACs are not checked either if `snapshot.check_senders` is not "mac", or if
     routes may come from a BGP peer that is no host.
     """
     network, topology = snapshot.network, snapshot.topology
