@@ -322,7 +322,10 @@ class Agent:
             self._reporter.beat_soon()  # to find out at once whether it can be written
 
     def _on_replaced(self, why: str | None) -> None:
-        """Stop changing endpoints and the kernel: another agent reports for this host. Resume if `why` is None."""
+        """Stop changing endpoints and the kernel, since another agent reports for this host: `why` names that agent.
+
+        If `why` is None, no other agent does any more: resume.
+        """
         self._health.replaced = why
         if why is not None:
             self._health.error(why)

@@ -68,9 +68,9 @@ class WritesFailed:
 
 @dataclass(frozen=True)
 class Replaced:
-    """Another agent reports for this host; `why` is a sentence that names it.
+    """Another agent reports for this host; `why` is a sentence that names that agent.
 
-    None means that this agent reports for the host again.
+    If `why` is None, this agent reports for the host again.
     """
 
     why: str | None
@@ -136,7 +136,7 @@ class TablesChanged:
 class Container:
     """A container in the Docker Engine's list: whether it runs, and its name (None if the list has no name for it).
 
-    `network_mode` is the value of `docker run --net`, such as `none`.
+    A paused container counts as running. `network_mode` is the value of `docker run --net`, such as `none`.
     """
 
     runs: bool

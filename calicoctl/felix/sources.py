@@ -62,12 +62,12 @@ if TYPE_CHECKING:
 log = logging.getLogger("calico.felix")
 
 LONG_POLL = 4.0
-"""Seconds that one watch request lasts at most. After a request without a change, the etcd member that served it must
-show that it still has a quorum; otherwise another member is asked. Together with the store's QUORUM_TIMEOUT, that makes
-changes arrive within ten seconds."""
+"""The maximum duration of one watch request in seconds. After a request without a change, the etcd member that served
+it must show, within the store's QUORUM_TIMEOUT, that it still has a quorum; otherwise another member is used. So
+changes arrive within ten seconds, even if a member is cut off from the others."""
 
 LONGEST_PAUSE = 5.0
-"""Seconds between two attempts to reach the store, at most: the limit of the backoff."""
+"""The maximum number of seconds between two attempts to reach the store: the limit of the backoff."""
 
 SPREAD_PER_HOST = 0.05
 """Seconds for each host in the store: all hosts together spread their re-reads over that time. It is about the time
@@ -83,12 +83,12 @@ SERVERS_INTERVAL = 10.0
 """Seconds after which the names of etcd's members are resolved, and the file with the DNS servers is read, again."""
 
 SERVERS_KEPT = 600.0
-"""Seconds for which an address of a member counts after its name has last been resolved to it: some DNS servers return
-a few of many addresses each time."""
+"""Seconds for which an address of an etcd member is kept after the member's name was last resolved to it: some DNS
+servers return only a few of many addresses each time."""
 
 FLOOD, FLOOD_PERIOD = 1000, 10.0
-"""How many of Docker's events are taken within how many seconds. When there are more, they are not read any more until
-that time is over, and one list of all containers replaces them."""
+"""If Docker sends more than FLOOD events within FLOOD_PERIOD seconds, no more events are read until that time is over.
+Then all containers are listed once, in place of these events."""
 
 _NO_GATEWAYS = (PROTOCOL, netlink.OVERLAY_PROTOCOL, netlink.PROTOCOL_KERNEL)
 """The protocols of routes whose gateways do not matter: the agent's routes lead to endpoints and through the overlay,
@@ -135,8 +135,8 @@ class _Source(ABC, threading.Thread):
 class StoreEvents(_Source):
     """Reads a directory of the store, then watches it; reads it again (a resync) when the watch has missed changes.
 
-    It also resyncs after the store was unreachable. The address may then lead to another store, whose revision is
-    higher than the last one seen, and the watch would not notice.
+    It also resyncs after the store was unreachable: the store's address may then lead to another store. If that has a
+    higher revision than the last one seen, a watch would not reveal the difference.
     """
 
     def __init__(self, datastore: DatastoreClient, directory: str, events: Events[Any]) -> None:
@@ -205,10 +205,10 @@ def spread_of_reads(entries: list[Entry]) -> float:
 
 
 def _back_off(pause: float, spread: float = 0.0) -> float:
-    """Sleep before the next full read of the store, longer than the last `pause` (seconds); return the new pause.
+    """Sleep before the next full read of the store. Return the new pause in seconds: twice `pause`, the last one.
 
-    With jitter, and up to `spread` seconds more: a full read is the most expensive request for the store, and after a
-    burst of changes all hosts need one at the same time.
+    The pause is LONGEST_PAUSE at most. The sleep has jitter, and takes up to `spread` seconds more: a full read is the
+    most expensive request for the store, and after a burst of changes all hosts need one at the same time.
     """
     pause = min(LONGEST_PAUSE, max(0.2, pause * 2))
     time.sleep(pause * random.uniform(0.5, 1) + random.uniform(0, spread))
@@ -348,7 +348,7 @@ def _listed(containers: list[dict[str, Any]]) -> dict[str, Container]:
 
 
 class ServerEvents(_Source):
-    """Finds out the addresses of the servers that this host depends on, again and again: names in DNS change."""
+    """Finds the addresses of the servers that this host depends on, every SERVERS_INTERVAL, since they may change."""
 
     def __init__(self, members: Iterable[str], events: Events[Any]) -> None:
         """`members` are the names or addresses of etcd's members."""
@@ -358,7 +358,7 @@ class ServerEvents(_Source):
         self._resolved = {member: dict.fromkeys(last_known.addresses(member), now) for member in members}
         """By member: its addresses, each with the time (monotonic) when the name was last resolved to it."""
         self.known = threading.Event()
-        """Set once the servers are known, as far as they can be."""
+        """Set when each name has been looked up once, even if some could not be resolved."""
 
     def follow(self) -> None:
         while True:
@@ -408,7 +408,7 @@ def _is_loss(kind: int, message: bytes) -> bool:
     """Return whether a message may be about the loss of one of the agent's routes. On a busy host, most are not.
 
     The message begins with its header of 16 bytes, then struct rtmsg: family, dst_len, src_len, tos, table, protocol.
-    The kernel announces a replaced route as a new one.
+    If another route replaces one of the agent's, the kernel announces only the new route.
     """
     if kind == netlink.RTM_DELROUTE:
         return message[21] == PROTOCOL
@@ -417,7 +417,7 @@ def _is_loss(kind: int, message: bytes) -> bool:
 
 
 def _replaces(kind: int, message: bytes) -> bool:
-    """Return whether a message says that a new route has replaced another one."""
+    """Return whether a message says that a new route in the main table has replaced another one."""
     flags = struct.unpack_from("=H", message, 6)[0]
     return kind == netlink.RTM_NEWROUTE and flags & netlink.REPLACE != 0 and message[20] == netlink.TABLE_MAIN
 

@@ -175,12 +175,15 @@ class Refused:
         self._text: str | None = None
 
     def replace(self, orchestrator: str, keys: Collection[Key]) -> None:
-        """Replace the workloads of an orchestrator by `keys`, and report them."""
+        """Make `keys` the refused workloads of an orchestrator, and report the refused workloads of all."""
         self.keys = {key for key in self.keys if key[0] != orchestrator} | {*keys}
         self.remove(())
 
     def remove(self, keys: Collection[Key]) -> None:
-        """Remove workloads that somebody has connected meanwhile, and report the others, in one sentence."""
+        """Remove workloads that somebody has connected meanwhile. Report the others if the report changes.
+
+        They are reported as one Failure; its `why` is None if there are none.
+        """
         self.keys.difference_update(keys)
         text = None
         if self.keys:

@@ -1,8 +1,8 @@
 """A work queue with one item per key, with delays and backoff, and the worker threads that process its items.
 
-It decides which item is due, and how many items of a group are processed at a time. The caller knows what an item
-means, and how long to back off. Like the workqueue of Kubernetes' client-go, it never gives one key to two workers at
-once.
+The queue decides which item is due, and how many items of a group are processed at a time. The caller knows what an
+item means, and how long to back off. Like the workqueue of Kubernetes' client-go, the queue never gives one key to two
+workers at once.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ class WorkQueue(Generic[K]):
 
 
 class Worker(threading.Thread, Generic[R]):
-    """A thread that calls one task after another with its own resource, and `report` with each result."""
+    """A thread that calls one task after another, each with the thread's `resource`, and `report` with each result."""
 
     def __init__(
         self, name: str, tasks: SimpleQueue[Callable[[R], Any]], resource: R, report: Callable[[Any], None]

@@ -99,10 +99,10 @@ class Control:
         return list(parse_sessions(self.command("show protocols all")))
 
     def rescan(self) -> None:
-        """Have BIRD read the kernel's routes, and set those of its own that are missing.
+        """Have BIRD read the kernel's routes, and set its own routes that are missing there.
 
-        A protocol `kernel` that has `learn` schedules a scan when it is to reload. Source: krt_reload_routes in BIRD's
-        sysdep/unix/krt.c.
+        A protocol `kernel` with the option `learn` schedules such a scan when it is reloaded. Source: krt_reload_routes
+        in BIRD's sysdep/unix/krt.c.
         """
         for version in BITS:
             self.command(f"reload in kernel{version}")
@@ -191,7 +191,10 @@ def _explained() -> Iterator[None]:
 
 
 def refusal(text: str) -> Refused:
-    """Return the exception for BIRD's error message about a configuration file: `FILE:LINE:COLUMN MESSAGE`."""
+    """Return the exception for BIRD's error message about a configuration file: `FILE:LINE:COLUMN MESSAGE`.
+
+    For a message of another form, the exception names no line.
+    """
     match = re.fullmatch(r"(?:bird: )?(.*?):(\d+):\d+ (.*)", text.strip(), re.ASCII)
     if match is None:
         return Refused(one_line(text.strip()), None)

@@ -43,7 +43,7 @@ LOG_SIZE = 2**20
 """The maximum size of BIRD's log in bytes. One previous log is kept, too. Both are in memory, below /run."""
 
 _DEBUG = {"debug": "all", "info": "{ states, events }", "none": "{ states }"}
-"""By log level: what BIRD logs of its protocols besides errors. It must log changes of state: see wakeups.py."""
+"""By log level: what BIRD logs about its protocols besides errors. BIRD must log changes of state: see wakeups.py."""
 
 
 @dataclass(frozen=True)
@@ -68,10 +68,10 @@ class Family:
     """The part of the configuration about one IP version.
 
     `own` is this host's registered address, None if it has none; `is_here` says whether an interface has the address,
-    or had it since the agent started. `pools` are the CIDRs of the pools from which routes are accepted. `blocks` and
-    `addresses` are announced by this host. `guarded_networks` and `guarded_addresses` are the networks and addresses
-    that routes of other hosts must not override. `neighbours` are the BGP peers. `split` is as in Announced, for the
-    log only: it is not compared.
+    or had it since the agent started. `pools` are CIDRs: routes to destinations inside them are accepted from peers.
+    `blocks` and `addresses` are announced by this host. `guarded_networks` and `guarded_addresses` are the networks and
+    addresses that routes of other hosts must not override. `neighbours` are the BGP peers. `split` is as in Announced;
+    it is only logged, and ignored when two configurations are compared.
     """
 
     version: int

@@ -8,7 +8,7 @@ A BIRD that an agent has started is called ours (see processes.py), even if its 
 since only one agent runs in a network namespace, this host had the other name before it was renamed.
 
 BIRD treats all routes with its protocol number as its own, and deletes those that it does not know. So the agent does
-not start BIRD if a foreign one (one that is not ours) runs, or if there are routes of a foreign one.
+not start BIRD while a foreign BIRD (one that is not ours) runs, or while routes of a foreign BIRD exist.
 """
 
 from __future__ import annotations
@@ -194,7 +194,7 @@ class Instance:
             pass
 
     def rescan(self) -> None:
-        """Have BIRD read the kernel's routes, and set those of its own that are missing. Raises CalicoError."""
+        """Have BIRD read the kernel's routes, and set its own routes that are missing there. Raises CalicoError."""
         with bird.control(self._control, may_change=True) as control:
             control.rescan()
 

@@ -59,8 +59,8 @@ BESIDE_POLL = 10.0
 """The minimum number of seconds between two searches for a foreign BIRD beside ours."""
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 30.0
-"""Seconds until BIRD is started again if it has ended within SHORT_LIFE after its start: the first pause, and the
-maximum. The pause is doubled each time. After a failed start, the pause is LONGEST_PAUSE at most."""
+"""The first and the maximum pause in seconds until BIRD is started again, if it has ended within SHORT_LIFE after its
+start. The pause is doubled each time. After a failed start, the pause is LONGEST_PAUSE at most."""
 
 SHORT_LIFE = 10.0
 """Seconds. If BIRD ends after it has run for longer, it is started again at once."""
@@ -182,7 +182,7 @@ class BgpThread(threading.Thread):
         """The configuration and the passwords that were last rendered, and the resulting text."""
         self._beside = _Beside()
         self._failures: dict[str, str | None] = {}
-        """By subject: the last failure that was emitted."""
+        """By subject: the reason of the last Failure that was emitted; None if it has ended."""
         self._wakeups = Wakeups()
         self._rescans = Rescans()
         self._signatures = Signatures()
@@ -195,11 +195,12 @@ class BgpThread(threading.Thread):
         """When BIRD was started (monotonic). For an adopted BIRD: SHORT_LIFE before its adoption. None if none has run
         yet."""
         self._start_at = self._poll_at = 0.0
-        """When to start BIRD, and when to poll its sessions, next (monotonic)."""
+        """When to start BIRD next, and when to poll its sessions next (monotonic)."""
         self._not_running: str | None = None
         """Why BIRD does not run until `_start_at`; None if it runs, or if only its configuration is not known yet."""
         self._tried: str | None = None
-        """The text of the last attempt to start BIRD. With another text, the next attempt is made at once."""
+        """The text of the configuration with which the last start of BIRD was attempted, None if it was not known. With
+        another text, the next attempt is made at once."""
         self._pause = FIRST_PAUSE
 
     def start_once(self) -> None:
@@ -319,7 +320,7 @@ class BgpThread(threading.Thread):
         return self._rendered[2]
 
     def _follow_process(self, pid: int | None) -> None:
-        """Update the state if BIRD has ended, or if a new BIRD process runs."""
+        """Update the state if BIRD has ended, or if a new BIRD process runs. `pid` is None if BIRD does not run."""
         before, now = self._state.pid, time.monotonic()
         if pid == before:
             return

@@ -92,7 +92,7 @@ class EndpointManager(Manager):
             self._snapshot.admission.adopt((names[i], a) for i, a in self._routes.routed() if i in names)
 
     def restore(self) -> None:
-        """Remove the routes to endpoints that lead to addresses which this host needs itself."""
+        """Remove each route to an endpoint whose destination is an address that this host needs itself."""
         for said in take_back_routes(self._snapshot.network, self._routes):
             self._context.health.error(said)
 

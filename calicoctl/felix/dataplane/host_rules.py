@@ -3,8 +3,8 @@
 * **Senders.** The maps `owners4` and `owners6` map the addresses of endpoints and hosts to verdicts for packets from
   outside. A packet from an address of an endpoint of this host is dropped. A packet from an address of another host, or
   of one of its endpoints, is checked in the chain of that host: see `_sender_chain`. If endpoints of several hosts have
-  the address, only the interface is checked: see `_by_interface`. Packets from other addresses pass, but not those from
-  this host's own addresses: the kernel drops them in IPv4, the last rule of `from-outside` in IPv6.
+  the address, only the interface is checked: see `_by_interface`. Packets from this host's own addresses are dropped:
+  by the kernel in IPv4, by the last rule of `from-outside` in IPv6. Packets from all other addresses pass.
 * **Ports.** While our BIRD listens, only BGP peers can reach TCP port 179 of this host. Only registered hosts can reach
   our VXLAN.
 * **Translated packets.** If this host translates the source of a packet to its own address (for example, of a packet of

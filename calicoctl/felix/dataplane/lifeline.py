@@ -1,4 +1,4 @@
-"""Removes what an earlier agent has programmed for endpoints with addresses that this host needs, above all etcd's.
+"""Removes what an earlier agent has programmed for an endpoint's address if this host needs that address, as for etcd.
 
 A running agent refuses endpoints such addresses (desired/admission.py). But if a route to an endpoint cuts this host
 off from the store, the agent can never read in the store that the route is wrong. So this module does not need the

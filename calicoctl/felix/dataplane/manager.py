@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 class Manager(ABC):
     """Drives one part of the kernel to the desired state. All methods are called by the agent's thread.
 
-    In each round of its loop, the agent calls `on_event` for each event. Then it calls `apply`, in the order of
-    docs/agent.md or, while the store must not be used, `restore`.
+    In each round of its loop, the agent calls `on_event` for each event, and then `apply`, in the order of
+    docs/agent.md. While the store must not be used, it calls `restore` instead of `apply`.
     """
 
     def on_event(self, event: Any) -> None:  # noqa: B027 not every manager needs it

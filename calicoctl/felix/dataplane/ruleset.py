@@ -41,8 +41,8 @@ from calicoctl.policy.verdict import HOST_ICMPV6_TYPES, port_ranges
 TABLES = (("inet", "calico"), ("arp", "calico"))
 
 _LOG = 'limit rate 10/second burst 50 packets limit name "log-rules" log prefix "calico-packet: {where}: " level warn'
-"""The action of a log rule. Without its own limit, and that of all log rules together, a container could fill the
-host's disk. The kernel takes a prefix of up to 127 bytes."""
+"""The action of a log rule. Without the limit of each rule, and the limit of all log rules together, a container could
+fill the host's disk. The kernel accepts a prefix of up to 127 bytes."""
 
 _TYPES = {4: "ipv4_addr", 6: "ipv6_addr"}
 
@@ -134,8 +134,8 @@ class Ruleset:
 
     def __init__(self) -> None:
         self._elements: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
-        """By (family, name) of a set or map: its elements, with reference counts. An endpoint may get an element that
-        another endpoint, which is deferred, still has."""
+        """By (family, name) of a set or map: its elements, with reference counts. They are counted, since an endpoint
+        may get an element while another endpoint, whose update is deferred, still has it."""
         self._chains: dict[str, tuple[str, ...]] = {}
         # which endpoints and profiles use which chains and sets, so that unused ones are removed
         self._endpoints: dict[EndpointId, LocalEndpoint] = {}
