@@ -72,7 +72,7 @@ def run(host: str, options: Options) -> None:
     """Run the host's agent in this process until it receives SIGTERM, SIGINT or SIGHUP.
 
     Raises CalicoError when the agent cannot start, for example because another agent runs, or when a thread that the
-    agent needs has died; also what Agent.run raises.
+    agent needs has died. Raises any other exception that Agent.run raises.
     """
     from pyroute2.iproute.linux import IPRoute
 
@@ -434,7 +434,8 @@ class Agent:
             self._reporter.publish_macs(macs)
 
     def _check_registration(self) -> None:
-        """Report whether this host is not registered: another host may have removed it while it was cut off."""
+        """Report a failure if this host is not registered: it may have been removed, from another host, while it was
+        cut off from the store."""
         host, why = self._snapshot.host, None
         if self._snapshot.ready and host not in self._snapshot.topology.hosts():
             why = (

@@ -46,7 +46,7 @@ def is_bird(process: Path) -> bool:
 
     `process` is the directory /proc/PID. Through a link, every user can start a setuid program, such as su, under the
     name `bird`, and its process has all capabilities. So the program's file must have BIRD's name as well, and must not
-    be setuid. If the package was upgraded while BIRD runs, the link /proc/PID/exe still begins with that name.
+    be setuid. If the package is upgraded while BIRD runs, the target of /proc/PID/exe is still a file of that name.
     """
     return (
         (process / "comm").read_text().strip() in _PROGRAMS

@@ -74,7 +74,7 @@ class Conntrack(threading.Thread):
     """The kernel's connection tracking table, and the thread that lists connections on request."""
 
     def __init__(self, put: Callable[[Listing], None]) -> None:
-        """`put` is called with each Listing, even with one without connections. It may answer several requests."""
+        """`put` is called with each Listing, even if it has no connections. A Listing may answer several requests."""
         super().__init__(name="listing connections", daemon=True)
         self._put = put
         self._requests: SimpleQueue[tuple[int, frozenset[str]]] = SimpleQueue()
@@ -109,7 +109,7 @@ class Conntrack(threading.Thread):
     def list(self, addresses: Collection[str]) -> Listing:
         """Return the connections from or to these addresses; this blocks the calling thread.
 
-        If they cannot be listed, no error is raised: the Listing's `error` says why.
+        If they cannot be listed, no CalicoError is raised: the Listing's `error` says why.
         """
         try:
             found = _connections_of(addresses) if addresses and not _is_empty() else []
@@ -121,8 +121,8 @@ class Conntrack(threading.Thread):
         """Delete the entries of these connections, ignoring those that have ended meanwhile.
 
         If the kernel refuses to delete some of them, the others are deleted nevertheless; then CalicoError is raised.
-        It is raised at once if the kernel cannot be reached. Deletions are sent in batches, since one at a time takes
-        the kernel a hundred times longer.
+        CalicoError is raised at once if the socket fails. Deletions are sent in batches, since one at a time takes the
+        kernel a hundred times longer.
         """
         failed: list[str] = []
         try:

@@ -97,12 +97,12 @@ add rule inet calico vxlan-port ip6 saddr @hosts6 counter name vxlan6-input acce
 add rule inet calico vxlan-port counter drop
 """.replace("PREFIX", INTERFACE_PREFIX).replace("BGP", str(BGP_PORT))
 )
-"""The chain `not-its-host` drops packets that do not seem to come from the host whose address they have.
+"""The chain `not-its-host` drops packets that do not seem to come from the host to which their source address belongs.
 
 It accepts the packets that a host with a new MAC needs to publish the MAC in the store, if etcd runs on another host or
-behind one; otherwise, the host would be cut off for good. To open a TCP connection with a forged address, a machine
-must also answer ARP for the address. BGP trusts addresses, so it is dropped nevertheless. That takes two rules, since
-nftables 1.0.6 merges two adjacent `!=` of ports into one comparison."""
+is reached through one; otherwise, the host would be cut off for good. That is no great risk: to open a TCP connection
+with a forged address, a machine must also answer ARP for the address. BGP is dropped nevertheless, since it trusts
+addresses. That takes two rules, since nftables 1.0.6 merges two adjacent `!=` of ports into one comparison."""
 
 BASE_CHAINS = {
     "ports": "{ type filter hook input priority filter - 12; policy accept; }",
@@ -154,7 +154,7 @@ class HostRules:
         """By address: the name of the registered host that has it; "" for other addresses that this host needs: see
         HostNetwork.in_use."""
         self._spared: set[str] = set()
-        """Addresses whose packets pass even if endpoints of other hosts have the address: see Admission.spared."""
+        """Addresses from which packets pass even if endpoints of other hosts have them: see Admission.spared."""
         self._named: dict[str, int] = {}
         """By host: how many addresses its endpoints have. Each other host in here, or in `_registered`, has a chain."""
         self._registered: frozenset[str] = frozenset()

@@ -1,8 +1,9 @@
-"""Removes what an earlier agent has programmed for an endpoint's address if this host needs that address, as for etcd.
+"""Removes routes and map elements that an earlier agent has set for an endpoint's address, if this host needs it.
 
-A running agent refuses endpoints such addresses (desired/admission.py). But if a route to an endpoint cuts this host
-off from the store, the agent can never read in the store that the route is wrong. So this module does not need the
-store: it compares the state of the kernel with the addresses that this host needs.
+Above all, this host needs the addresses of etcd's members. A running agent refuses endpoints such addresses
+(desired/admission.py). But if a route to an endpoint cuts this host off from the store, the agent can never read in the
+store that the route is wrong. So this module does not need the store: it compares the state of the kernel with the
+addresses that this host needs.
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ class PolicyManager(Manager):
 
     @property
     def retry_at(self) -> float | None:
-        """When to retry a failed reload (monotonic); None if no reload has failed since the last success."""
+        """When to reload the tables after a failure (monotonic); None if no such reload is scheduled."""
         return None if self.in_sync or not self._retry_at else self._retry_at
 
     @property

@@ -47,9 +47,10 @@ _ANY_SCOPE = 255
 
 @dataclass(frozen=True)
 class Route:
-    """A route of the agent to a CIDR: through the interface `index` and a gateway; if both are None, a blackhole route.
+    """A route of the agent to a CIDR. If `index` and `gateway` are None, it is a blackhole route.
 
-    `source` is the source address of this host's own packets; if it is None, the kernel chooses one.
+    `index` is the index of the interface. `source` is the source address of this host's own packets; if it is None, the
+    kernel chooses one.
     """
 
     cidr: str
