@@ -1,8 +1,8 @@
-"""Bounds of answers over HTTP, those of the store and of the Docker Engine: how long they take, and how large they are.
+"""Bounds the time and the size of HTTP answers, from the store and from the Docker Engine.
 
 http.client and urllib3 bound the time until the next byte only: a server that sends a byte a second keeps a request for
-ever, and one that never ends its body, a header or a chunk fills the memory. So, inside `bounded`, all that is read
-from a connection is counted, whatever part of an answer it is. Knows nothing of what the answers contain.
+ever, and a server that never ends a body, a header or a chunk fills the memory. So, inside `bounded`, all bytes that
+are read from a connection are counted, whatever part of an answer they are. The content of answers does not matter.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from typing import Any, Callable
 MiB = 2**20
 
 SLOWEST = 64 * 1024
-"""Bytes a second that an answer must come at, on average, after its first byte."""
+"""The least average rate of an answer after its first byte, in bytes a second."""
 
 LONGEST = 60.0
-"""Seconds that an answer may take in all."""
+"""The longest time for a whole answer, in seconds."""
 
 
 class Refused(http.client.HTTPException):
@@ -35,9 +35,9 @@ class TooLarge(Refused):
 
 
 class Bounds:
-    """What an answer may take: `size` is in bytes, with its headers.
+    """The bounds of one answer: `size` is the most bytes, headers included.
 
-    Its first byte must come within the timeout of the request, the others at SLOWEST, and the last one within LONGEST.
+    The first byte must come within the timeout of the request, the others at SLOWEST, and the last one within LONGEST.
     """
 
     def __init__(self, size: int) -> None:
@@ -47,22 +47,22 @@ class Bounds:
         self.renew(None)
 
     def attach(self, sock: Any) -> io.BufferedReader:
-        """Return the file of an answer that begins to arrive at a socket, whose timeout is that of the request."""
+        """Return a file to read the next answer from a socket, and start counting. The socket's timeout is used."""
         file = _CountedReader(_CountedFile(sock, self), self)
         self._file = weakref.ref(file)
         self.renew(sock.gettimeout())
         return file
 
     def renew(self, seconds: float | None) -> None:
-        """Count anew from here: what follows of the answer must begin within `seconds`; None: it may begin any time."""
+        """Count bytes and time anew: the rest of the answer must begin within `seconds`; None: no bound of the time."""
         self._seconds = seconds
         self._began = time.monotonic()
         self._received = 0
 
     def wait(self, seconds: float) -> bool:
-        """Wait until more of an answer has arrived, or its end; return whether it has within `seconds`.
+        """Wait until more of the answer, or its end, has arrived; return False if neither has within `seconds`.
 
-        The connection stays as it is; what arrives has the bounds of a new answer.
+        After False, the answer can still be read. Bytes and time are counted anew.
         """
         timeout = self._seconds
         self.renew(seconds)
@@ -76,7 +76,7 @@ class Bounds:
         return True
 
     def left(self) -> float | None:
-        """Return the seconds until the next byte is too late, None if it never is; raise socket.timeout if it is."""
+        """Return the seconds within which the next byte must come, None without a bound; raise socket.timeout at 0."""
         if self._seconds is None:
             return None
         left = self._began + min(LONGEST, self._seconds + self._received / SLOWEST) - time.monotonic()
@@ -85,7 +85,7 @@ class Bounds:
         return left
 
     def count(self, received: int) -> None:
-        """Add bytes that were received; raise Refused if they are too many."""
+        """Add a number of bytes that were received; raise TooLarge if the answer has more than `size` now."""
         self._received += received
         if self._received > self.size:
             raise TooLarge(f"the answer is larger than {self.size // 1024} KiB")
@@ -96,10 +96,10 @@ _bounds = threading.local()
 
 @contextmanager
 def bounded(size: int) -> Iterator[Bounds]:
-    """Bound each answer that urllib3 gets in this thread, inside `with`, for itself; the innermost bounds hold.
+    """Inside `with`, bound each answer that urllib3 gets in this thread to `size` bytes, and to the times of Bounds.
 
-    Exceeding them fails as other faults of a connection do, by a timeout or an http.client.HTTPException, which urllib3
-    and requests convert to their own.
+    Nested, only the innermost bounds hold. An answer beyond the bounds fails like a broken connection, with a timeout
+    or an http.client.HTTPException, which urllib3 and requests convert to their own exceptions.
     """
     from urllib3.connection import HTTPConnection
 
@@ -139,7 +139,7 @@ class _Counted:
 
 
 class _CountedReader(io.BufferedReader):
-    """Buffers a _CountedFile. It does not allocate what a server says that it will send, only what may come."""
+    """Buffers a _CountedFile. Allocates at most the bound of the answer, whatever length the server announces."""
 
     def __init__(self, file: _CountedFile, bounds: Bounds) -> None:
         super().__init__(file)
@@ -150,7 +150,7 @@ class _CountedReader(io.BufferedReader):
 
 
 class _CountedFile(io.RawIOBase):
-    """What comes from a socket. Unlike socket.SocketIO, it can be read again after a timeout."""
+    """The bytes from a socket, as a file that counts them. Unlike socket.SocketIO, it can be read after a timeout."""
 
     def __init__(self, sock: Any, bounds: Bounds) -> None:
         self.sock = sock  # by this name, docker-py closes it

@@ -8,7 +8,7 @@ _FORMAT = "%Y-%m-%dT%H:%M:%SZ"
 
 
 def now() -> str:
-    """Return the time in UTC, in ISO 8601, such as `2026-11-25T21:33:11Z`."""
+    """Return the current time in UTC, in ISO 8601, such as `2026-11-25T21:33:11Z`."""
     return text(datetime.now(timezone.utc))
 
 

@@ -1,7 +1,7 @@
 """The only client of the Docker Engine: finds it as Docker's own tools do, and converts errors to CalicoErrors.
 
-Answers are bounded in time and size (answers.py), are neither redirected nor encoded, and have the shape that callers
-rely on: what has another one is an error like no answer.
+Answers are bounded in time and size (answers.py). Redirects, encoded answers, and answers without the JSON shape that
+callers rely on are errors (DockerUnavailable), as if there were no answer.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ TIMEOUT = 20
 """Seconds to wait for the beginning of an answer of the Docker Engine."""
 
 LARGEST = 32 * answers.MiB
-"""Bytes of an answer. The list of 10,000 containers takes about 25 MiB."""
+"""The most bytes of an answer. The list of 10,000 containers takes about 25 MiB."""
 
 LARGEST_EVENT = answers.MiB
-"""Bytes of an event: it contains the labels of its container."""
+"""The most bytes of an event, which contains the labels of its container."""
 
 CHANGES = ("start", "die", "destroy", "rename")
-"""The events of containers that matter here."""
+"""The events of containers that `followed` requests."""
 
 
 def may_be_there() -> bool:
@@ -50,7 +50,7 @@ def info() -> dict[str, Any]:
 def containers() -> list[dict[str, Any]]:
     """Return all containers, running or not, as the engine lists them; raise DockerUnavailable.
 
-    `Id` and `State` are texts, `Names` is a list of texts, or missing.
+    In each, `Id` and `State` are texts, and `Names` is a list of texts, null or missing.
     """
     with _client("for its containers") as docker:
         return _listed(docker)
@@ -68,10 +68,10 @@ def inspect(name: str) -> dict[str, Any]:
 
 @contextmanager
 def followed(since: int) -> Iterator[tuple[list[dict[str, Any]], Iterator[Any]]]:
-    """Yield all containers, and then their changes: the events in CHANGES, of whatever shape, as they come.
+    """Yield the list of all containers (see `containers`), and an iterator that waits for their events.
 
-    The events begin at `since` (seconds since 1970). An event of more than LARGEST_EVENT ends them. Raises
-    DockerUnavailable, also from the iterator.
+    The events are those in CHANGES since `since` (seconds since 1970), as JSON values of any shape. An event of more
+    than LARGEST_EVENT bytes is an error. Errors of the iterator, too, leave the `with` statement as DockerUnavailable.
     """
     with _client("for its events") as docker, answers.bounded(LARGEST_EVENT) as bounds:
         parts = docker.events(since=since, filters={"type": "container", "event": list(CHANGES)}, decode=False)
@@ -85,7 +85,7 @@ def followed(since: int) -> Iterator[tuple[list[dict[str, Any]], Iterator[Any]]]
 
 
 def _events(parts: Iterable[bytes], bounds: answers.Bounds) -> Iterator[Any]:
-    """Decode the events of an answer that comes in parts. It may be quiet for any time."""
+    """Decode the events of an answer that comes in parts. Any time may pass between two parts."""
     bounds.renew(None)
     pending = bytearray()
     for part in parts:
@@ -132,10 +132,9 @@ def _listed(docker: Any) -> list[dict[str, Any]]:
 
 
 def _checked(value: Any, shape: Any) -> Any:
-    """Return a value of JSON; raise ValueError unless it has a shape.
+    """Return a JSON value; raise ValueError unless it has the given shape.
 
-    A shape is a type, _ID, a list with the shape of all its items, or an object with the shapes of some
-    of its values.
+    A shape is a type, _ID, a list with the shape of all items, or a dictionary with the shapes of some of the values.
     """
     if isinstance(shape, type):
         fits = type(value) is shape
@@ -202,9 +201,9 @@ def _client(what: str, timeout: int | None = None) -> Iterator[Any]:
 
 
 def _api_client() -> type[Any]:
-    """Return the class of docker-py's client, changed so that it follows no redirect, and takes texts for UTF-8.
+    """Return docker-py's client class, changed so that it follows no redirects, and decodes texts as UTF-8.
 
-    requests would guess the encoding of an answer that does not say it, which takes long for a large one.
+    If an answer does not name its text encoding, requests would guess it, which takes long for a large answer.
     """
     from docker.api.client import APIClient
 

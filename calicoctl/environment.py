@@ -1,6 +1,6 @@
 """The settings file that every command and the systemd unit read, and how its variables complete the environment.
 
-`complete` is called once, when a command starts. After that, no code needs to know whether a variable comes from the
+Commands call `complete` when they start. After that, no code needs to know whether a variable comes from the
 environment or from the file. `calicoctl node --local-etcd` writes its own lines into the file, between two comments.
 
 Source of the syntax: EnvironmentFile= in systemd.exec(5), and systemd's src/basic/env-file.c (since version 254, a
@@ -176,10 +176,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 
 
 def parse(text: str, name: str) -> dict[str, str]:
-    """Return the variables that are set in a text in systemd's syntax; `name` is its name in errors.
-
-    Raises CalicoError.
-    """
+    """Return the variables that a text in systemd's syntax sets. Raises CalicoError, with the text's `name`."""
     found = {}
     place = _end(_GAP, text, 0)
     while place < len(text):
@@ -200,7 +197,10 @@ def parse(text: str, name: str) -> dict[str, str]:
 
 
 def _value(text: str, place: int, where: str) -> tuple[str, int]:
-    """Parse the value that begins at index `place`; return it, and the index of its end. Errors begin with `where`."""
+    """Parse the value at index `place`; return the value, and the index of its end.
+
+    Raises CalicoError with a text that begins with `where`.
+    """
     pieces = []
     while True:
         place = _end(_BLANKS, text, place)

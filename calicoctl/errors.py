@@ -29,17 +29,17 @@ def is_shortage(error: BaseException | None) -> bool:
 
 
 def printable(text: str) -> str:
-    """Return a text with control characters escaped: values from etcd may contain some, and be shown on a terminal."""
+    """Return a text with all unprintable characters escaped, except newlines: values from etcd may contain some."""
     return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 def one_line(text: str) -> str:
-    """Return a text with control characters and newlines escaped."""
+    """Return a text with all unprintable characters and newlines escaped."""
     return printable(text).replace("\n", "\\n")
 
 
 def redact_userinfo(text: str) -> str:
-    """Return a URL without the part before '@', which may be a password, since messages are logged."""
+    """Return a URL with `…` for all before '@', which may contain a password: messages are logged."""
     return "…@" + text.rpartition("@")[2] if "@" in text else text
 
 
@@ -54,7 +54,10 @@ class CalicoError(Exception):
 
 @contextmanager
 def about(option: str) -> Iterator[None]:
-    """Prefix the text of a CalicoError from the body of `with` with the option that caused it, such as `--ip`."""
+    """Prefix the text of a CalicoError from the body of `with` with the option that caused the error, such as `--ip`.
+
+    The new error is a plain CalicoError, whatever the subclass was.
+    """
     try:
         yield
     except CalicoError as error:
@@ -62,7 +65,7 @@ def about(option: str) -> Iterator[None]:
 
 
 class UsageError(CalicoError):
-    """The command line does not match the grammar; `usage` is the usage text to show."""
+    """The command line does not match the grammar, or has an invalid value; `usage` is the usage text to show."""
 
     exit_status = 2
 
@@ -152,7 +155,7 @@ class CompareFailed(CalicoError):
 
 
 class AddressTaken(CalicoError):
-    """The requested address is assigned to another workload."""
+    """An address is assigned to another workload, or a host uses it."""
 
 
 class DockerUnavailable(CalicoError):

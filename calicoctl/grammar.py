@@ -40,7 +40,7 @@ Prepared = Callable[[], None]
 
 
 class GrammarMismatch(UsageError):
-    """The command line does not match a command's grammar; the text is docopt's message, which may be empty."""
+    """`argv` does not match a command's `grammar`; the error's text is docopt's message, which may be empty."""
 
     def __init__(self, grammar: str, argv: list[str], why: str) -> None:
         super().__init__(why)
@@ -54,9 +54,9 @@ def grammar_of(command: str) -> str:
 
 
 def parse(grammar: str, argv: list[str]) -> dict[str, Any]:
-    """Parse `argv` with a command's grammar; return docopt's name -> value.
+    """Parse `argv` with a command's grammar; return docopt's dictionary, such as `{"<IP>": "192.0.2.1"}`.
 
-    Raises GrammarMismatch, and UsageError for an invalid value.
+    The word `--` is removed. Raises GrammarMismatch; UsageError if nothing follows `--`, or if --output is invalid.
     """
     import docopt
 

@@ -1,7 +1,8 @@
-"""How much of anything is accepted from the store, and told of it: one table, for the agent and for the commands.
+"""Limits of what is accepted from the store, and of what reports contain, for the agent and for the commands.
 
-Whoever may write to the store can write without end. A record beyond a limit is invalid by itself, so that what one key
-can cost is bounded, and others go on. The limits are far above what deployments need. docs/agent.md lists them.
+Anyone who may write to the store can write any amount. A value beyond a limit is invalid, and only that value: so the
+cost of one key is bounded, and other keys stay valid. The limits are far above what deployments need. docs/agent.md
+lists them.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ VALUE = 512 * 1024
 """Characters of a value. 5,000 rules with a net, a tag and ports take about this much."""
 
 DEPTH = 32
-"""Levels of lists and objects in a value: Calico's have four, and unknown fields are written back by recursion."""
+"""Nested levels of lists and objects in a value. Calico's values have four; recursion writes unknown fields back."""
 
 PROFILES = 64
 """Profiles of an endpoint: each list of profiles is a chain in nftables, with a jump for each."""
@@ -22,19 +23,19 @@ CLAIMANTS = 100
 """Endpoints that list the same interface or address: if there are more, reasons do not name the one that has it."""
 
 TAGS = 256
-"""Tags of a profile: each tag in a rule has all addresses of the profile's endpoints."""
+"""Tags of a profile: a tag in a rule stands for the addresses of all endpoints of the profile."""
 
 RULES = 5000
 """Rules of a profile, both directions together: nftables takes about half a second for so many."""
 
 PORTS = 100
-"""Ports and ranges in one list of a rule: each is an element of a set, and iptables had 15."""
+"""Ports and port ranges in one list of a rule: each is an element of a set. iptables allowed 15."""
 
 REPORTED = 100
 """Items of each list in the agent's report, and so in `calicoctl status`."""
 
 SESSIONS = 1000
-"""BGP sessions in the report: a full mesh of so many hosts is beyond what BGP can do without route reflectors."""
+"""BGP sessions in the agent's report: with more hosts than this, a full mesh does not work; use route reflectors."""
 
 NAME = 200
 """Characters of a key or a name in a report."""
@@ -44,6 +45,6 @@ TEXT = 1000
 
 
 def shortened(text: str, longest: int) -> str:
-    """Return a text of at most `longest` characters, with an ellipsis in its middle if it was longer."""
+    """Return a text, shortened to at most `longest` characters, with `…` in its middle, if it is longer."""
     half = (longest - 1) // 2
     return text if len(text) <= longest else f"{text[:half]}…{text[-half:]}"

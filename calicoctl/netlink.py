@@ -49,8 +49,8 @@ PROTOCOL_KERNEL, PROTOCOL_STATIC, PROTOCOL_RA = 2, 4, 9
 """Protocols of routes: set by the kernel itself, static, and learned from router advertisements (RA)."""
 PROTOCOL_BIRD = 12
 OUR_PROTOCOL, OVERLAY_PROTOCOL = 80, 81
-"""The protocol numbers of our routes to endpoints of this host, and to those of other hosts through the overlay
-(`ip route show proto 81`). Source: numbers from 5 up are free, rtnetlink(7)."""
+"""The protocol numbers of our routes: to endpoints of this host, and through the overlay to endpoints of other hosts
+(`ip route show proto 81`). Source: rtnetlink(7); numbers from 5 up are free."""
 OUR_PROTOCOLS = (OUR_PROTOCOL, OVERLAY_PROTOCOL)
 SOL_NETLINK, _NETLINK_GET_STRICT_CHK = 270, 12
 NETLINK_NETFILTER = 12
@@ -70,7 +70,7 @@ def attribute(kind: int, value: bytes) -> bytes:
 
 
 def attributes(data: bytes) -> dict[int, bytes]:
-    """Return type -> value of consecutive attributes: those of a message, or those nested in another attribute."""
+    """Return the values, by type, of consecutive attributes: those of a message, or those nested in an attribute."""
     found = {}
     at = 0
     while at + 4 <= len(data):
@@ -98,7 +98,7 @@ def dump(protocol: int, kind: int, body: bytes, strict: bool = False, most: int 
     """Send a dump request of type `kind`, and yield the answers, without their headers. Raises OSError.
 
     `protocol` is the netlink family, such as NETLINK_ROUTE. With `strict`, the kernel filters by the fields of `body`;
-    kernels before 4.20 do not filter. More than `most` answers are an error, with the code E2BIG.
+    kernels before 4.20 do not filter. More than `most` answers raise OSError with the code E2BIG.
     """
     count = 0
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, protocol) as netlink:
@@ -127,8 +127,9 @@ def dump(protocol: int, kind: int, body: bytes, strict: bool = False, most: int 
 class Route:
     """A route to `destination` (None: a default route) with a prefix length; `index` is that of the outgoing interface.
 
-    Of a multipath route, `index` and `gateway` are those of the first next hop. `source` is the preferred source;
-    `kind` is the route's type, such as UNICAST.
+    Of a multipath route, `index` and `gateway` are those of the first next hop. They are None for a route without an
+    interface or a gateway, or with a nexthop object. `source` is the preferred source; `kind` is the route's type, such
+    as UNICAST.
     """
 
     destination: str | None
@@ -148,8 +149,8 @@ def routes(
     index: int | None = None,
     most: int | None = None,
 ) -> Iterator[Route]:
-    """Yield the routes of the main table with one of these prefix lengths and, if they are given, this protocol or
-    outgoing interface. For `most`, see dump.
+    """Yield the routes of the main table with one of these prefix `lengths`; with `protocol` or `index`, only those of
+    this protocol, or through the interface with this index. For `most`, see dump.
 
     Skipping other routes is cheap, even if there are many: pyroute2 takes a hundred times as long, and its
     get_default_routes() does not read all of the kernel's answer if it begins with many other routes. Raises OSError.
@@ -204,7 +205,7 @@ def neighbours(
 ) -> Iterator[Neighbour]:
     """Yield the permanent entries of the neighbour table or, with `proxies`, its proxy entries.
 
-    If it is given, `index` is the interface that they are on; for `most`, see dump. pyroute2 cannot request proxy
+    With `index`, only entries on the interface with this index. For `most`, see dump. pyroute2 cannot request proxy
     entries. Source: neigh_dump_info() in the kernel's net/core/neighbour.c. Raises OSError.
     """
     # struct ndmsg: family, padding, interface, state, flags, type
@@ -223,14 +224,14 @@ def neighbours(
 
 @dataclass(frozen=True)
 class NeighbourLimit:
-    """The limit of entries in the neighbour table that are not permanent, and the number of overflows since boot."""
+    """The limit of non-permanent entries in the neighbour table, and the number of the table's overflows since boot."""
 
     limit: int
     overflows: int
 
 
 def neighbour_limit(family: int) -> NeighbourLimit:
-    """Return the limit of the neighbour table, which all network namespaces share. Raises OSError.
+    """Return the limit of the IP version's neighbour table, which all network namespaces share. Raises OSError.
 
     Source: struct ndt_stats in the kernel's uapi/linux/neighbour.h; its last field, table_fulls, counts the overflows.
     """
@@ -289,7 +290,10 @@ class Paths(NamedTuple):
 
 
 def paths(family: int, type: int, but: Collection[int] = ()) -> Iterator[Paths]:
-    """Yield the routes of a type, such as UNICAST, in all tables, except for the protocols `but`. Raises OSError."""
+    """Yield the routes of a type, such as UNICAST, in all tables, without those of the protocols `but`.
+
+    Raises OSError.
+    """
     request = struct.pack("=8BI", family, 0, 0, 0, 0, 0, 0, type, 0)
     known: dict[bytes, tuple[tuple[str | None, int], ...]] = {}  # thousands of routes have few next hops
     for body in dump(socket.NETLINK_ROUTE, _RTM_GETROUTE, request, strict=True):
@@ -331,8 +335,8 @@ def _gateway(family: int, found: dict[int, bytes]) -> str | None:
 def interfaces_to(addresses: Iterable[str], default: bool = True) -> dict[str, frozenset[int]]:
     """Return, by address, the indices of the interfaces to which the kernel's routes to that address lead.
 
-    A multipath route leads to several. The set is empty for an address without a route and, without `default`, for one
-    with only a default route. Raises OSError.
+    A multipath route leads to several. The set is empty for an address without a route and, unless `default`, for an
+    address with only a default route. Raises OSError.
     """
     found = {}
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as netlink:
@@ -360,9 +364,9 @@ def _route_to(netlink: socket.socket, address: str, flags: int) -> tuple[int | N
 
 @dataclass(frozen=True)
 class Device:
-    """A network interface, as far as it matters who sends through it. `macs` are empty for one without Ethernet.
+    """A network interface. `macs` are its current and its permanent MAC, empty for an interface without Ethernet.
 
-    `kind` is the kernel's name for its type, such as `bridge`, and empty for hardware.
+    `kind` is the kernel's name for the interface's type, such as `bridge`, and empty for hardware.
     """
 
     name: str

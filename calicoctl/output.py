@@ -14,7 +14,7 @@ from calicoctl.errors import one_line, printable
 T = TypeVar("T")
 
 _SHORT = 10
-"""Words of up to this many characters are not broken if possible: an ISO date has 10."""
+"""Words of up to this many characters are not broken at hyphens if possible: an ISO date has 10."""
 
 
 def wants_json(arguments: dict[str, Any]) -> bool:
@@ -65,7 +65,11 @@ def print_table(
 
 
 def fit(lines: list[list[str]], width: int, expendable: Sequence[str] = ()) -> tuple[list[list[str]], list[str]]:
-    """Wrap the cells of a table's rows, heading first, to fit `width`; return the rows, and the columns left out."""
+    """Wrap the cells of a table's rows (`lines`, the heading first) so that the table has at most `width` characters.
+
+    Columns of `expendable` are left out, one by one, if wrapping between words is not enough. Returns the rows, and the
+    names of the columns left out.
+    """
     left_out: list[str] = []
     while True:
         narrowest = [max(_least_width(cell) for cell in column) for column in zip(*lines)]

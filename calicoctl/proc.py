@@ -1,4 +1,5 @@
-"""Information about processes from proc(5): when one was started, its arguments, and when it has ended.
+"""Information about processes: from proc(5), when one was started, its arguments, and whether it still runs or is
+suspended; also waits until one has ended.
 
 A process id alone does not identify a process, since the kernel reuses ids. The id and the start time together do.
 """
@@ -31,7 +32,7 @@ def running_since(pid: int) -> str | None:
 
 
 def is_suspended(pid: int) -> bool:
-    """Return whether a process is stopped by a signal, such as SIGSTOP, or by a debugger."""
+    """Return whether a process is stopped by a signal, such as SIGSTOP, or by a debugger; False if it has ended."""
     try:
         return _stat(Path(f"/proc/{pid}"))[STATE] in "Tt"
     except OSError:

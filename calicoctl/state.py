@@ -1,7 +1,7 @@
-"""What a host keeps across reboots: files below /var/lib/calico/HOST, of root alone.
+"""Reads and writes the files that a host keeps across reboots, below /var/lib/calico/HOST. Only root may read them.
 
 Each file has the mode 0600, each folder 0700, and no name below /var/lib/calico may be a symbolic link. Files are
-replaced as a whole, and are on disk when the call returns. The local etcd's data lies beside them (local_etcd.py).
+replaced as a whole, and are on disk when `write` returns. The local etcd's data is beside them (local_etcd.py).
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from calicoctl.errors import CalicoError
 DIRECTORY = Path("/var/lib/calico")
 
 _SIZE = 2**16
-"""Bytes of a file that are read at most."""
+"""The most bytes that are read from a file; the rest is ignored."""
 
 
 def path(host: str, *names: str) -> Path:
-    """Return the path of a host's folder or, with `names`, of what is below it."""
+    """Return the path of a host's folder or, with `names`, of the file or folder at these names below it."""
     return DIRECTORY.joinpath(host, *names)
 
 
 def read(host: str, *names: str) -> bytes | None:
-    """Return the content of the file below the host's folder, None if there is none. Raises CalicoError."""
+    """Return the content of a file below the host's folder, None if there is no regular file. Raises CalicoError."""
     with _explained(host, *names), _opened(host, *names[:-1]) as folder:
         return None if folder is None else _content(folder, names[-1])
 
 
 def read_all(host: str, *names: str) -> dict[str, bytes]:
-    """Return the contents of all files of a folder below the host's, by name; empty if there is no such folder.
+    """Return the contents of all files in a folder below the host's, by file name; empty if there is no such folder.
 
-    Raises CalicoError.
+    Files with a name that begins with a dot are skipped. Raises CalicoError.
     """
     found: dict[str, bytes] = {}
     with _explained(host, *names), _opened(host, *names) as folder:
@@ -64,7 +64,10 @@ def remove(host: str, *names: str) -> None:
 
 
 def remove_empty(host: str, *names: str) -> None:
-    """Remove a folder below the host's, if there is one, and those around it, up to the first that is not empty."""
+    """Remove a folder below the host's if it is empty, then its parents, up to the first that is not empty.
+
+    Errors are ignored.
+    """
     parts = [host, *names]
     with suppress(OSError):
         while parts:
@@ -84,9 +87,10 @@ def _content(folder: int, name: str) -> bytes | None:
 
 @contextmanager
 def _opened(host: str, *names: str, create: bool = False) -> Iterator[int | None]:
-    """Yield a descriptor of a folder below the host's, None if there is none. With `create`, make what is missing.
+    """Yield a descriptor of a folder below the host's, None if there is none. With `create`, create missing folders.
 
-    Raises OSError if a folder is a symbolic link, and CalicoError if somebody else may write to it.
+    Raises OSError if a folder is a symbolic link, and CalicoError if it belongs to another user, or if the group or
+    others may write to it.
     """
     if create:
         DIRECTORY.mkdir(mode=0o755, parents=True, exist_ok=True)

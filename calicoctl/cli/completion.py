@@ -33,7 +33,10 @@ _HARMLESS = re.compile(r"[A-Za-z0-9_./:=@%+,-]+", re.ASCII)
 
 
 def candidates(line: str) -> list[str]:
-    """Return the candidates for the last word of a command line, which ends at the cursor."""
+    """Return the candidates for the last word of `line`, the command line up to the cursor.
+
+    FILES or DIRECTORIES is returned only if there is no other candidate.
+    """
     words, partial = _split(line)
     if words[:1] == ["help"]:
         words = words[1:]

@@ -28,7 +28,7 @@ def _in_order(words: list[str], commands: list[str]) -> bool:
 
 
 def _part(text: str, chosen: list[Usage], words: list[str]) -> str:
-    """Return the part of a command's help that is about the chosen usages."""
+    """Return the part of a command's help that is about the chosen usages, with examples that contain all `words`."""
     names = {name for usage in chosen for name in usage.arguments()}
     names |= {name for usage in chosen for o in usage.options() for name in (o.long, o.short) if name}
     own = {word for usage in chosen for word in usage.commands()}

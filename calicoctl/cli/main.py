@@ -158,7 +158,10 @@ def main(argv: list[str], where: str = "", prepared: Prepared | None = None) -> 
 
 
 def prepare(argv: list[str]) -> Prepared:
-    """Check a command line without its global options; return the function that runs it. Raises CalicoError."""
+    """Check a command line, `argv` without the global options; return the function that runs it. Raises CalicoError.
+
+    For most commands, adds the settings file's variables to the environment.
+    """
     for word in argv:
         if "\0" in word or any("\ud800" <= c <= "\udfff" for c in word):
             raise CalicoError(f"{word!a} cannot be used: it is not UTF-8 text")

@@ -19,7 +19,7 @@ _ELSEWHERE = {
     ("node", "start"): "calicoctl node",
     ("ipam", "add"): "calicoctl pool add",
 }
-"""Words that users try -> the command that does it."""
+"""Words that users try -> the command that does what they mean."""
 
 MOST = 2
 """The maximum number of command lines to suggest."""
@@ -68,7 +68,10 @@ def _reach(usages: list[Usage], words: list[str]) -> tuple[int, list[Fit]]:
 
 
 def _closest(usages: list[Usage], found: list[Fit], words: list[str]) -> Usage:
-    """Return the closest usage: one that matches, with most of the words among its keywords."""
+    """Return the usage closest to the words: a matching usage if there is one, with most of the words as keywords.
+
+    `found` says how the words match each usage.
+    """
 
     def score(number: int) -> tuple[bool, int]:
         return bool(found[number]), len(set(words) & set(usages[number].commands()))
@@ -84,7 +87,7 @@ def _line(words: Sequence[str]) -> str:
 
 
 def _unknown_option(usages: list[Usage], argv: list[str]) -> str | None:
-    """Return the error for an option that no usage has."""
+    """Return the error for an option that no usage has, None if there is no such option."""
     known = {name: o for usage in usages for o in usage.options() for name in (o.long, o.short) if name}
     for word in argv:
         name = word.partition("=")[0] if word.startswith("--") else word[:2]
@@ -103,7 +106,7 @@ def _unknown_option(usages: list[Usage], argv: list[str]) -> str | None:
 
 
 def _option_value(why: str) -> str | None:
-    """Return the error for an option whose value is missing or not allowed, from docopt's message."""
+    """Return the error for an option that lacks its value, or takes none, from docopt's message `why`; else None."""
     if "requires argument" in why:
         name = why.split()[0]
         return f"{name} needs a value: {name}=VALUE"
@@ -113,7 +116,7 @@ def _option_value(why: str) -> str | None:
 
 
 def _option_out_of_place(usages: list[Usage], found: list[Fit], argv: list[str]) -> str | None:
-    """Return the error for an option that the usages which the words match do not have."""
+    """Return the error for an option that the command has, but in other usages than the words match; else None."""
     fitting = [usage for usage, fit in zip(usages, found) if fit.complete]
     if not fitting:
         return None
@@ -128,7 +131,7 @@ def _option_out_of_place(usages: list[Usage], found: list[Fit], argv: list[str])
 
 
 def _options_clash(found: list[Fit], argv: list[str]) -> str | None:
-    """Return the error for options that exclude each other, if the words are complete."""
+    """Return the error for options that exclude each other, None without options or if the words are incomplete."""
     options = _options(argv)
     if not options or not any(fit.complete for fit in found):
         return None
@@ -150,7 +153,10 @@ def _options(argv: list[str]) -> list[str]:
 
 
 def _word_mismatch(usages: list[Usage], words: list[str], reach: int, found: list[Fit]) -> tuple[str, list[str]]:
-    """Return the error for the first word that does not match, with a suggestion, and the words probably meant."""
+    """Return the error for the first word that does not match, with a suggestion, and the words probably meant.
+
+    `reach` and `found` are from _reach.
+    """
     bad, before = words[reach], words[:reach]
     commands = set().union(*(fit.commands() for fit in found))
     arguments = set().union(*(fit.arguments() for fit in found))
@@ -176,9 +182,10 @@ def _elsewhere(words: list[str], place: int) -> str | None:
 
 
 def _repaired(usages: list[Usage], words: list[str], reach: int) -> list[list[str]]:
-    """Return up to MOST valid command lines that differ in one mistake.
+    """Return up to MOST valid command lines that `words` may have been meant for.
 
-    The mistake is a misspelt word, else a missing word, else two swapped words.
+    They correct a misspelt word, else a missing word, else two swapped words, else two swapped words and a missing one.
+    `reach` is the number of first words that match a usage.
     """
     own = {name for usage in usages for name in usage.commands()}
 
@@ -217,7 +224,7 @@ def _is_whole(usages: list[Usage], line: list[str], own: set[str]) -> bool:
 
 
 def _is_accepted(line: list[str]) -> bool:
-    """Return whether a command accepts these words. A command line that it rejects is not suggested."""
+    """Return whether a command accepts these words, perhaps only from root. Other command lines are not suggested."""
     try:
         importlib.import_module(f"calicoctl.commands.{line[0]}").prepare(line)
     except NotRoot:

@@ -24,7 +24,7 @@ from types import FrameType
 from calicoctl.grammar import Prepared, parse
 
 TIMEOUT = 2
-"""Seconds that a completion may take."""
+"""Seconds until the source of candidates that is being queried is aborted; after one more, the completion ends."""
 
 BASH = """\
 # bash completion for calicoctl

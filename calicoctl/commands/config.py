@@ -136,7 +136,10 @@ def _config(setting: Setting, arguments: dict[str, Any]) -> None:
 
 
 def _checked_name(name: str) -> str:
-    """Return a name that can be part of a key; raise CalicoError. etcd hides keys that begin with an underscore."""
+    """Return a setting's name if it can be part of a key, and no other command writes it; else raise CalicoError.
+
+    It must not begin with an underscore: etcd hides such keys.
+    """
     if name in RESERVED:
         raise CalicoError(f"'{name}' is not a setting: other commands write it")
     if not re.fullmatch("[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", name, re.ASCII):

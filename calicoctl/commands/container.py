@@ -129,7 +129,10 @@ def _seconds(text: str | None) -> float | None:
 
 
 def _await_agent(datastore: DatastoreClient, name: str, id: EndpointId, patience: float) -> None:
-    """Wait until the agent reports the current revision of the endpoint as up. Raises CalicoError."""
+    """Wait at most `patience` seconds until this host's agent reports the endpoint as up; older reports do not count.
+
+    Raises CalicoError, with the reason, if the agent does not report that in time.
+    """
     from calicoctl.felix import process
 
     give_up = time.monotonic() + patience

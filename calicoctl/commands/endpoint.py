@@ -66,7 +66,7 @@ EXPENDABLE = ("MAC", "Orchestrator ID", "Endpoint ID")
 """Columns to leave out on a narrow terminal, the least important first."""
 
 MOST_REASONS = 10
-"""How many endpoints at most are followed by the reason for their status."""
+"""The maximum number of endpoints for which the reason for their status is printed."""
 
 
 def prepare(argv: list[str]) -> Prepared:
@@ -109,7 +109,10 @@ def _show(arguments: dict[str, Any]) -> None:
 
 
 def _matching(datastore: DatastoreClient, arguments: dict[str, Any], endpoint_id: str | None) -> list[Endpoint]:
-    """Return the valid endpoints that the options select; warn about invalid ones."""
+    """Return the valid endpoints that the options select; warn about invalid ones.
+
+    `endpoint_id` is an endpoint's id, or its beginning; None selects all.
+    """
     return [
         endpoint
         for endpoint in readable_endpoints(datastore, arguments["--host"])
@@ -171,14 +174,17 @@ def called(endpoint: Endpoint) -> str:
 
 
 def workload_cell(endpoint: Endpoint, short: bool) -> str:
-    """Return the table cell for an endpoint's workload: its name or, in full, its id with the name below."""
+    """Return the table cell for an endpoint's workload: its name if `short`, else its id with the name below."""
     if short:
         return called(endpoint)
     return "\n".join(filter(None, (endpoint.id.workload, endpoint.workload_name)))
 
 
 def show_endpoints(datastore: DatastoreClient, endpoints: Sequence[Endpoint], arguments: dict[str, Any]) -> None:
-    """Print endpoints with all their fields, abridged on a terminal (see output.abridges)."""
+    """Print endpoints with all their fields, as JSON or as a table, abridged on a terminal (see output.abridges).
+
+    Below a table, warns with the reasons for the statuses of up to MOST_REASONS endpoints.
+    """
     hosts = {endpoint.id.host for endpoint in endpoints}
     status_of = datastore.hosts.endpoint_statuses(hosts.pop() if len(hosts) == 1 else None)
     if wants_json(arguments):
@@ -216,7 +222,10 @@ def show_endpoints(datastore: DatastoreClient, endpoints: Sequence[Endpoint], ar
 
 
 def _state(endpoint: Endpoint, status: str, short: bool) -> str:
-    """Return the table cell for an endpoint's state and, for an active one that is not up, its status."""
+    """Return the table cell for an endpoint's state, with the time since when an endpoint is inactive, if it is known.
+
+    For an active endpoint that is not up, the cell contains the status, too.
+    """
     since = endpoint.inactive_since
     if since:
         return f"{endpoint.state} {_duration(since) if short else f'since {since}'}"
@@ -230,7 +239,10 @@ def _as_json(endpoint: Endpoint, status: str, reason: str | None) -> dict[str, A
 
 
 def _duration(since: str) -> str:
-    """Return the time since `since` (ISO 8601, UTC) as a short text, such as "for 5min"."""
+    """Return the time since `since` (see clock.py) as a short text, such as "for 5min".
+
+    If `since` has another format, returns it as it is.
+    """
     try:
         begin = clock.parse(since)
     except ValueError:  # in another program's format
@@ -253,8 +265,8 @@ def show_profiles(endpoint: Endpoint, as_json: bool) -> None:
 def profile_names(arguments: dict[str, Any]) -> list[str]:
     """Return the profiles on the command line; raise CalicoError for names that are missing, repeated or invalid.
 
-    `remove` accepts any name, since an old tool may have added any name to an endpoint's list. `set` without names
-    empties the list.
+    `remove` accepts repeated names, and any name, since an old tool may have added any name to an endpoint's list.
+    `set` without names empties the list.
     """
     names = list(arguments["<PROFILES>"])
     if not names and (arguments["append"] or arguments["remove"]):
@@ -268,7 +280,7 @@ def profile_names(arguments: dict[str, Any]) -> list[str]:
 
 
 def check_known_profile(name: str) -> str:
-    """Return the name of a profile, also one that only other tools allow; raise NotFound if no profile can have it."""
+    """Return a name that a profile can have, even if only other tools allow it; raise NotFound for any other."""
     if not keys.can_be_part(name):
         raise NotFound(f"There is no such profile: '{name}' is not a valid profile name.")
     return name
@@ -277,7 +289,10 @@ def check_known_profile(name: str) -> str:
 def change_profiles(
     datastore: DatastoreClient, endpoint: Endpoint, name: str, arguments: dict[str, Any], profiles: list[str]
 ) -> None:
-    """Append profiles to an endpoint's list, remove them, or set the list. Messages call the endpoint `name`."""
+    """Append profiles to an endpoint's list, remove them, or set the list. Messages call the endpoint `name`.
+
+    Raises NotFound, without a change, if a profile to remove is not in the list, or if another profile does not exist.
+    """
     if arguments["remove"]:
         missing = [profile for profile in profiles if profile not in endpoint.profile_ids]
         if missing:

@@ -287,7 +287,9 @@ def _register(
 ) -> None:
     """Register this host, print its addresses, and warn about likely mistakes.
 
-    `given` are the addresses in the options, by IP version; `every` contains all addresses of this host's interfaces.
+    `ipv4` is the IPv4 address to register, from the options or detected. `given` are the addresses in the options, by
+    IP version; `every` contains all addresses of this host's interfaces. If the host was not registered before, this
+    also notes that no workload of an older version is left to learn.
     """
     if not datastore.hosts.is_registered():  # no older version has connected anything here
         connected.set_learned(datastore.host)
@@ -309,7 +311,10 @@ def _register(
 
 
 def _start_agent(host: str, options: process.Options) -> None:
-    """Start the host's agent in the background, unless it is running."""
+    """Start the host's agent in the background. If it is running, warn about options that have no effect on it.
+
+    Raises CalicoError if it cannot be started, or if the running agent reports that another one has replaced it.
+    """
     pid = process.running(host)
     if not pid:
         print(f"The host agent is running (process {process.start(host, options)}).")
@@ -526,7 +531,7 @@ def _make(log_dir: str) -> None:
 
 
 def _host_address(text: str | None, version: int, option: str) -> str | None:
-    """Return an option's address; raise CalicoError unless it is a unicast address of that IP version."""
+    """Return an option's address, None if `text` is None; raise CalicoError unless it is unicast, of that version."""
     if text is None:
         return None
     with about(option):

@@ -83,7 +83,7 @@ def prepare(argv: list[str]) -> Prepared:
 
 
 def _checked_mode(mode: str) -> str:
-    """Return a mode of VXLAN; raise CalicoError for a word that is none."""
+    """Return `mode` if it is a mode of VXLAN; raise CalicoError for any other word."""
     if mode not in VXLAN_MODES:
         from calicoctl.spelling import did_you_mean, nearest
 
@@ -147,13 +147,16 @@ def _shown(pool: Pool) -> dict[str, Any]:
 
 
 def _options(pool: Pool) -> dict[str, str]:
-    """Return a pool's options: "on" or "off", or the mode of VXLAN."""
+    """Return a pool's options, by name: "on" or "off"; for `vxlan`, the mode."""
     switches = {name: "on" if on else "off" for name, on in (("ipip", pool.ipip), ("nat-outgoing", pool.masquerade))}
     return {"ipip": switches["ipip"], "vxlan": pool.vxlan, "nat-outgoing": switches["nat-outgoing"]}
 
 
 def _networks_of_range(start: str, end: str) -> list[IPNetwork]:
-    """Return the fewest CIDRs that cover exactly the range from one address to another; raise CalicoError."""
+    """Return the fewest CIDRs that cover exactly the range from one address to another.
+
+    Raises CalicoError unless the range consists of whole IPAM blocks.
+    """
     from netaddr.ip import IPAddress, iprange_to_cidrs
 
     from calicoctl.datastore.blocks import BLOCK_SIZE
@@ -181,7 +184,7 @@ def _network(text: str) -> IPNetwork:
 
 
 def _known(text: str) -> IPNetwork | str:
-    """Return the network of a CIDR, or the text itself: it may be the last part of the key of an invalid pool."""
+    """Return the network of a pool's CIDR. Returns any other text as it is: an invalid pool's key may end with it."""
     try:
         return _network(text)
     except CalicoError:

@@ -297,7 +297,7 @@ def _rule_add(profile: str, direction: str, position: int | None, rule: Rule) ->
 
 
 def _warn_of_tags(datastore: DatastoreClient, rules: list[Rule]) -> None:
-    """Warn about tags in rules that no profile has: they may be misspelt."""
+    """Warn about tags that `rules` name and no profile has: they may be misspelt."""
     named = {tag for rule in rules for tag in (rule.src_tag, rule.dst_tag) if tag is not None}
     known = datastore.all_tags() if named else None
     if known is None:

@@ -106,7 +106,7 @@ def _lines(status: dict[str, Any]) -> list[str]:
 
 
 def _mtu(mtu: dict[str, Any]) -> str:
-    """Return which MTU new interfaces get, and that of the underlay, from which it follows."""
+    """Return a text about the MTU of new interfaces, which is configured or follows from the underlay's MTU."""
     of_versions = {version: value for version, value in mtu["underlay"].items() if value is not None}
     same = len(set(of_versions.values())) == 1
     names = {"ipv4": "IPv4", "ipv6": "IPv6"}
@@ -151,7 +151,7 @@ def _absent(status: dict[str, Any]) -> str:
 
 
 def _issue_lines(issues: list[Issue], left_out: bool) -> list[str]:
-    """Return the lines about problems: at most MOST_LINES lines. `left_out`: whether the report has not all of them."""
+    """Return a heading, and at most MOST_LINES lines about problems. `left_out`: whether the report lacks some."""
     if not issues:
         return ["Problems:   none"]
     shown = len(issues) if len(issues) <= MOST_LINES else MOST_LINES - 1
@@ -164,7 +164,7 @@ def _issue_lines(issues: list[Issue], left_out: bool) -> list[str]:
 
 
 def _summary(failures: list[Issue], in_error: int) -> str:
-    """Return one sentence that explains an exit status other than 0; `in_error` is the number of such endpoints."""
+    """Return one sentence that explains an exit status other than 0; `in_error` is the number of endpoints in error."""
     for issue in failures:
         if issue.kind == AGENT:
             return f"{issue}."

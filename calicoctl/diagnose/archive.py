@@ -69,7 +69,8 @@ _VARIABLES = (
     *("DOCKER_HOST", "DOCKER_TLS_VERIFY", "DOCKER_CERT_PATH", "HOSTNAME", "CALICO_DEBUG", "CALICO_ENV_FILE"),
     "DATASTORE_TYPE",
 )
-"""Variables whose values are included, without userinfo in URLs. For other ones, such as ETCD_…, only the name is."""
+"""Variables that are included with their values, without userinfo in URLs. Of other ETCD_…, DOCKER_… and CALICO_…
+variables, only the names are included."""
 
 _FIELDS = {
     *(name for kind in (Endpoint, Rule, Pool, Peer) for name in kind.__dataclass_fields__ if name != "extra"),
@@ -128,7 +129,7 @@ _SECRETS = (
 
 
 def sources(log_dir: str) -> dict[str, Source]:
-    """Return the sources of the archive's files: functions that return their texts."""
+    """Return the sources of the archive's files, by file name: functions that return the texts, or raise any error."""
     found: dict[str, Source] = {"versions.txt": _versions, "environment.txt": _environment, "checksystem.json": _checks}
     for name, command in _COMMANDS.items():
         found[name] = lambda command=command: _output(command)  # type: ignore[misc]
@@ -172,7 +173,7 @@ def collect(found: Iterable[tuple[str, Source]]) -> Path:
 
 
 def without_secrets(text: str) -> str:
-    """Return a text without anything that looks like a password, a token or a key."""
+    """Return a text with `(left out)` for anything that looks like a password, a token or a key."""
     begin, end = text.find("-----BEGIN "), text.find("-----END ")
     if end >= 0 and not 0 <= begin < end:  # the included end of a log may begin inside a key
         text = _HIDDEN + text[end:]
@@ -239,7 +240,10 @@ def _store() -> str:
 
 
 def _known_value(entry: Entry) -> Any:
-    """Return the known part of a key's value: a plain value of a known key, or the known fields of JSON."""
+    """Return the known part of a key's value: a plain value of a known key, or the known fields of JSON.
+
+    Any other value is returned as `(left out)`.
+    """
     if keys.last(entry.key) in _PLAIN or not entry.value:
         return entry.value
     try:
@@ -250,9 +254,9 @@ def _known_value(entry: Entry) -> Any:
 
 
 def _known_fields(value: Any, objects: bool = False) -> Any:
-    """Return a JSON value without the values of unknown fields. CIDRs are known fields, since handles have them.
+    """Return a JSON value without the values of unknown fields. CIDRs are known as names of fields: handles have such.
 
-    With `objects`, a list should contain objects only, and its other items are left out, too.
+    With `objects`, a list should contain only objects, and its other items are left out, too.
     """
     if isinstance(value, list):
         return [_known_fields(item) if isinstance(item, dict) or not objects else _HIDDEN for item in value]
@@ -284,10 +288,11 @@ def _from_bird(command: str) -> str:
 
 
 def _end_of(path: Path) -> str:
-    """Return the end of a file of the agent's or of BIRD's, LOG_SIZE bytes at most. Raises OSError and CalicoError.
+    """Return the end, at most LOG_SIZE bytes, of a file that the agent or BIRD has written.
 
-    Users other than root can write to the folders of some: a link there could lead to any file, which only root may
-    read. So the file itself must be one of root's, of BIRD's or of whoever runs this, and have no other name.
+    Users other than root can write to some of the folders: a link there could lead to a file that only root may read.
+    So this must be a regular file without another name (hard link), and belong to root, to BIRD's user, or to the user
+    who runs this. Raises CalicoError for any other file, and OSError.
     """
     with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
         found = os.fstat(file.fileno())

@@ -33,8 +33,9 @@ RECHECK_DELAY = 1.0
 
 @dataclass(frozen=True)
 class Finding:
-    """An inconsistency. `kind` says what `subject` is: an address, a block's CIDR, a handle, an endpoint's id or a key.
+    """An inconsistency. `kind` says what `subject` is: an address, a block's CIDR, a handle, or an endpoint's id.
 
+    If the kind is `unreadable`, `subject` is a key with an invalid value.
     `advice` says what the user can do without `--fix`.
     """
 
@@ -141,10 +142,10 @@ def _is_key(handle: str) -> bool:
 def _of_affinities(
     datastore: DatastoreClient, version: int, cidr: str, block: Block | None, hosts: set[str], registered: set[str]
 ) -> Iterator[Finding]:
-    """Check a block's affinity against the affinities' keys, by which hosts announce blocks.
+    """Compare a block's affinity with the hosts' affinity keys. A host announces the blocks for which it has a key.
 
-    `block` is None if the block does not exist. `hosts` have a key of their affinity to it; `registered` are the names
-    of the registered hosts.
+    `block` is None if the block does not exist. `hosts` are the hosts with a key for this block; `registered` are the
+    names of the registered hosts.
     """
     affine = "" if block is None else (block.affinity or "").partition(":")[2]
     for host in sorted(hosts | ({affine} - {""})):
@@ -186,7 +187,10 @@ def _repair_affinity(there: DatastoreClient, version: int, cidr: str) -> bool:
 
 
 def _of_block(datastore: DatastoreClient, block: Block) -> Iterator[Finding]:
-    """Check a block's fields of tools from 2016 on: the list of free addresses, strict affinity."""
+    """Check the fields of a block that tools write since 2016: the list of free addresses, and strict affinity.
+
+    In a block with strict affinity, also checks whether other hosts use its addresses.
+    """
     problem = block.free_list_problem()
     if problem is not None:
         fix = partial(_repair_free_list, datastore, block.version, block.cidr)
@@ -260,7 +264,10 @@ def _of_address(
 
 
 def _holds(owner: Owner, id: EndpointId) -> bool:
-    """Return whether an address's owner is an endpoint's workload, even if an old tool stored that as `docker`."""
+    """Return whether an address's owner is the workload of an endpoint.
+
+    That is also so for a namespace's endpoint that an old tool stored under `docker`.
+    """
     its = owner.handle in (f"{id.orchestrator}.{id.workload}", ".".join(workload_of(id)))
     return its and owner.secondary.get("host", id.host) == id.host
 

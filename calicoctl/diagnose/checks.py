@@ -64,9 +64,9 @@ add chain arp check input { type filter hook input priority filter; }
 
 @dataclass(frozen=True)
 class Check:
-    """The result of one check. `found` says what was found; `advice` is what to do unless it is `ok`.
+    """The result of one check. `found` says what was found; `advice` says what to do if the check is not `ok`.
 
-    `needed` says whether a failure is an error or only a warning.
+    `needed` says that a failure is an error; otherwise, it is only a warning.
     """
 
     name: str
@@ -86,7 +86,7 @@ class Check:
 
 
 def check(libnetwork: bool = False) -> Iterator[Check]:
-    """Run all checks. With `libnetwork`, a Docker Engine that is recent enough for networks is needed."""
+    """Run all checks; yield each result. With `libnetwork`, the lack of a Docker Engine with networks is an error."""
     yield _root()
     yield from _kernel()
     yield from _settings()
@@ -111,7 +111,7 @@ def check(libnetwork: bool = False) -> Iterator[Check]:
 
 
 def load_modules() -> list[str]:
-    """Load the kernel modules that are needed; return the errors."""
+    """Load the kernel modules in MODULES; return the errors as texts. Needs root."""
     failed = []
     for module in MODULES:
         try:
@@ -246,7 +246,7 @@ def _tools(docker_runs: bool) -> Iterator[Check]:
 
 
 def _version(command: str) -> str | None:
-    """Return the version that a command prints, "there" if it prints none, None if the command is not installed."""
+    """Return the version that a command prints, "there" if that fails, None if the command is not installed."""
     if shutil.which(command) is None:
         return None
     with suppress(OSError, subprocess.SubprocessError):
@@ -275,7 +275,7 @@ def _docker(libnetwork: bool) -> Check:
 
 
 def _needs_root(name: str) -> Check:
-    """Return the result, for any user but root, of a check that only root can do."""
+    """Return the result of a check that only root can do, for other users."""
     return Check(name, False, "not known", False, "run this as root, to find out")
 
 
@@ -301,9 +301,10 @@ def _firewall(docker_runs: bool) -> Check:
 
 
 def nftables_service(etc: Path = Path("/etc")) -> Check:
-    """Check whether the service nftables of Debian deletes all tables, the agent's too, when it is started or ended.
+    """Check whether Debian's nftables.service deletes all tables, also the agent's, when it starts or stops.
 
-    Its unit runs `nft -f /etc/nftables.conf`, whose first line is `flush ruleset`, and at its end `nft flush ruleset`.
+    Its unit runs `nft -f /etc/nftables.conf`, a file that begins with `flush ruleset`, when it starts, and
+    `nft flush ruleset` when it stops. `etc` is the directory /etc.
     """
     name = "nftables.service and the agent's tables"
     units = etc / "systemd/system"
@@ -352,7 +353,7 @@ def _old_felix() -> Check:
 
 
 def _bird() -> Iterator[Check]:
-    """Check what `calicoctl node` needs to exchange routes with other hosts; one host works without."""
+    """Check what `calicoctl node` needs to exchange routes with other hosts. A single host needs none of it."""
     name = "BIRD 2 (for several hosts)"
     try:
         instance.refuse_missing()
@@ -392,10 +393,10 @@ def _passwords() -> Check:
 
 
 def _ports(sessions: Any) -> Check:
-    """Check whether the host's firewall may drop packets to or from the ports for other hosts.
+    """Check whether the host's firewall may drop packets of BGP or VXLAN to or from other hosts.
 
-    A rule that drops some of them may be right, so it is a problem only if one of `sessions`, the BGP sessions in the
-    agent's report, is not up.
+    A rule that drops some of these packets may be right, so such a rule is a problem only if a BGP session is not up.
+    `sessions` are the BGP sessions in the agent's report, None if there are none.
     """
     name = "firewall and other hosts"
     if os.geteuid() != 0:
@@ -421,13 +422,13 @@ def _ports(sessions: Any) -> Check:
 
 
 _PORTS = {f"TCP port {instance.PORT}": f"{instance.PORT}|bgp", f"UDP port {vxlan.PORT}": str(vxlan.PORT)}
-"""The ports for other hosts, with what they are in rules."""
+"""The ports of BGP and VXLAN, each with a regular expression that matches it in a rule."""
 
 
 def ports_not_mentioned(rules: str) -> list[str]:
-    """Return the ports for other hosts that no rule mentions, if the host's packets are dropped by default.
+    """Return the ports in _PORTS that no rule mentions; none if packets to and from this host pass by default.
 
-    `rules` is a text of nft and of iptables-save.
+    `rules` is the output of `nft list ruleset` and iptables-save.
     """
     rules = _of_others(rules)
     drops = re.search(
@@ -446,14 +447,14 @@ def ports_not_mentioned(rules: str) -> list[str]:
 
 
 def dropping_rules(rules: str) -> list[str]:
-    """Return the rules that drop packets from or to a port for other hosts, as nft and iptables-save write them."""
+    """Return the rules that drop packets from or to a port in _PORTS; for `rules`, see ports_not_mentioned."""
     words = "|".join(_PORTS.values())
     pattern = re.compile(rf"[ds]ports?\b.*(?<![\w.])({words})(?![\w.]).*\b(drop|reject)\b", re.IGNORECASE)
     return [" ".join(line.split()) for line in _of_others(rules).splitlines() if pattern.search(line)]
 
 
 def _of_others(rules: str) -> str:
-    """Return the rules without ours, and without counts."""
+    """Return `rules` without the agent's tables, and without the counts of packets and bytes."""
     rules = re.sub(r"^table \w+ calico {.*?^}", "", rules, flags=re.MULTILINE | re.DOTALL)
     return re.sub(r"packets \d+ bytes \d+", "", rules)
 
@@ -468,7 +469,7 @@ def _etcd() -> Iterator[Check]:
 
 
 def _local_etcd() -> Check:
-    """Check what 'calicoctl node --local-etcd' would do here."""
+    """Check whether 'calicoctl node --local-etcd' could run an etcd here."""
     name, agent = "local etcd", _agent()
     try:
         etcd = LocalEtcd(hostname(), process.DEFAULT_LOG_DIR)
@@ -545,7 +546,7 @@ def _host() -> Iterator[Check]:
 
 
 def _mtu(reported: Any) -> Check:
-    """Check the MTU of endpoints' interfaces; `reported` is what the agent reports of it."""
+    """Check the MTU of endpoints' interfaces; `reported` is the field `mtu` of the agent's report, None if missing."""
     name = "MTU of containers' interfaces"
     if not isinstance(reported, dict):
         return Check(name, True, "not known: there is no report of a host agent", False)
@@ -555,9 +556,10 @@ def _mtu(reported: Any) -> Check:
 
 
 def mtu_check(name: str, reported: dict[str, Any], links: dict[str, int]) -> Check:
-    """Compare the MTU of endpoints' interfaces, by name, with what can be carried to other hosts.
+    """Compare the MTUs of endpoints' interfaces, and the configured MTU, with what the underlay and overlay can carry.
 
-    `reported` is the field `mtu` of the agent's report.
+    `name` is the name of the check. `reported` is the field `mtu` of the agent's report. `links` maps the names of the
+    interfaces to their MTUs.
     """
     underlay = [mtu for mtu in reported["underlay"].values() if mtu is not None]
     carried = [*underlay, *filter(None, [reported["overlay"]])]

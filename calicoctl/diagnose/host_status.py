@@ -100,10 +100,17 @@ class Issue:
 def read(host: str) -> dict[str, Any]:
     """Return the last report of the host's agent, and an assessment of it, always in the same shape.
 
-    These fields are added to the report: `running`, whether the agent runs; `other_agent`, if the agent does not run
-    and another one reports for this host, with its `machine` (null if unknown) and a `text`, else null; in `report`,
-    the `age` of the report in seconds (null if there is none), and whether the report is `current`; and `issues`, each
-    with the fields of Issue. If no agent runs, `unknown_interfaces` are determined now, and not taken from the report.
+    These fields are added to the report:
+
+    * `running`: whether the agent runs.
+    * `other_agent`: if the agent does not run and another one reports for this host, its `machine` (null if unknown)
+      and a `text`; else null.
+    * In `report`: its `age` in seconds (null if there is no report, or it is from before a reboot); whether it is
+      `current`; and whether it is `readable`, false only for a report of an unknown version.
+    * `issues`: each with the fields of Issue.
+
+    If no agent runs and the store can be read, `unknown_interfaces` are determined now, not taken from the report.
+    Raises CalicoError.
     """
     pid = process.running(host)
     found = process.report(host)
@@ -224,7 +231,7 @@ def _host_failures(status: dict[str, Any]) -> Iterator[Issue]:
 
 
 def _sessions(status: dict[str, Any]) -> Iterator[Issue]:
-    """Yield one sentence about the BGP sessions that are not up, and one for each guess why."""
+    """Yield an Issue about all BGP sessions that are not up, and one for each cause that the report suggests."""
     sessions = status["bgp_sessions"]
     down = [session for session in sessions if not session["up"]]
     if down:

@@ -47,7 +47,7 @@ _ECHO_REQUEST = {ICMP: 8, ICMPV6: 128}
 class Place:
     """One end of a packet's path: the user's name for it, its address, and its endpoint's id (None: no endpoint).
 
-    `host` is the host of the endpoint, or the one that has the address; None: neither.
+    `host` is the host of the endpoint, or the host that has the address itself; None if there is none.
     """
 
     name: str
@@ -95,7 +95,7 @@ class Trace:
 
     @property
     def passes(self) -> bool:
-        """Whether the packet passes, judging from the store."""
+        """Whether policy lets the packet pass, and no obstacle certainly stops it."""
         return self.allowed and self.stopped_by is None
 
     @property
@@ -105,7 +105,7 @@ class Trace:
 
     @property
     def stopped_by(self) -> Obstacle | None:
-        """The first obstacle that certainly stops the packet, None for none."""
+        """The first obstacle that certainly stops the packet or its answer, None if there is none."""
         return next((obstacle for obstacle in self.obstacles if obstacle.stops), None)
 
     def to_dict(self) -> dict[str, Any]:
@@ -134,9 +134,10 @@ def trace(
 ) -> Trace:
     """Evaluate the path of a packet: the first packet of a connection, or an echo request.
 
-    `source` and `destination` are containers, namespace paths or endpoint ids, of any host, names of hosts or
-    addresses; `protocol` is `tcp`, `udp`, `icmp` or `icmpv6`. `source_port` is SOURCE_PORT unless it is given. Raises
-    CalicoError.
+    `source` and `destination` are containers, namespace paths or endpoint ids of any host, or names of hosts, or
+    addresses. `protocol` is `tcp`, `udp`, `icmp` or `icmpv6`. `source_port` is SOURCE_PORT by default. If both places
+    have several addresses, the first ones are used, IPv4 before IPv6. Raises CalicoError, also if neither place is an
+    endpoint.
     """
     store = _Store(datastore)
     number = PROTOCOLS[protocol]
@@ -212,7 +213,7 @@ class _Store:
         return [Place(name, address, endpoint.id, endpoint.id.host) for address in usable_ones]
 
     def _host_with(self, address: str) -> str | None:
-        """Return the host that has an address: one that is registered with it, or this host; None for none."""
+        """Return the host that has an address: a host registered with it, or this host; None if no host has it."""
         from calicoctl.workloads import host_network
 
         host = self._seen_by(self._datastore.host).topology.users.get(address)
@@ -260,7 +261,7 @@ class _Store:
     # The path
 
     def trace(self, source: Place, destination: Place, packet: Packet) -> Trace:
-        """Return the path of a packet between two places, of which one is an endpoint at least."""
+        """Return the path of a packet between two places. At least one of them is an endpoint."""
         from calicoctl.workloads import host_network
 
         if source.endpoint is not None and source.endpoint == destination.endpoint:
@@ -314,7 +315,7 @@ class _Store:
         return transit.pool_of(self._seen_by(host), packet.destination)
 
     def _at_ports(self, host: str, packet: Packet) -> Iterator[Obstacle]:
-        """Yield the obstacle for packets to the port of BGP of a host from others than its peers."""
+        """Yield the obstacle for packets to a host's BGP port, if their source is none of its BGP peers."""
         is_bgp = packet.protocol == PROTOCOLS["tcp"] and packet.destination_port == BGP_PORT
         if is_bgp and packet.source not in self._seen_by(host).topology.may_reach_bgp():
             runs_bird = None
@@ -329,7 +330,7 @@ class _Store:
                 yield Obstacle(host, problem, bool(runs_bird))
 
     def _at(self, place: Place) -> Iterator[Obstacle]:
-        """Yield the obstacles at one end of the path: an endpoint that is not up, or an agent that is down."""
+        """Yield the obstacle at one end of the path: an endpoint that is not up, or an agent that is down."""
         if place.host is None:
             return
         statuses = self._datastore.for_host(place.host).statuses
@@ -414,7 +415,10 @@ class _Store:
 
 
 def is_routed(address: str, pool: str) -> bool:
-    """Return whether this host's kernel has a route to an address of a pool that is not one to more than the pool."""
+    """Return whether this host's kernel has a route to an address of a pool (a CIDR), in any table.
+
+    Routes to more than the pool, such as default routes, do not count. Raises CalicoError.
+    """
     from calicoctl import netlink
 
     version, shortest = version_of(address), Network.parse(pool).length

@@ -28,10 +28,11 @@ PLAIN, VXLAN, EITHER = "plain", "vxlan", "plain or vxlan"
 class Route:
     """The route of one host to an address on another.
 
-    `destination` is the CIDR of the route: a block of the other host, or a single address outside its blocks. `via` is
-    the address of the other host to which packets are sent, None if it has none. `pool` is the CIDR of the pool that
-    contains the destination; None if it is in no pool, or if it is an address of the other host itself. `is_near` says
-    whether the two hosts are connected to the same network; None if that is not known.
+    `kind` is PLAIN, VXLAN or EITHER. `destination` is the CIDR of the route: a block of the other host, or a single
+    address outside its blocks. `via` is the address of the other host to which packets are sent, None if that host has
+    no suitable address. `pool` is the CIDR of the pool that contains the destination; None if the destination is in no
+    pool, or is an address of the other host itself. `by` is BGP or AGENT. `is_near` says whether the two hosts are
+    connected to the same network; None if that is not known, or does not matter.
     """
 
     from_host: str
@@ -142,9 +143,10 @@ def obstacles(route: Route, sender: Topology, receiver: Topology, address: str) 
 
 
 def not_routed(sender: Topology, address: str, pool: str, networks: Collection[Network]) -> Obstacle:
-    """Return why packets to an address of a pool, which no endpoint and no host has, arrive nowhere.
+    """Return the obstacle for packets to an address of a pool, if no endpoint and no host has the address.
 
-    `networks` are those that this host is connected to: a block that overlaps one of them drops nothing.
+    `networks` are those that this host is connected to. If one of them contains the address, the packets may arrive
+    there, even if the address is in a host's block.
     """
     version, number = version_of(address), number_of(address)
     for host in sender.blocks:

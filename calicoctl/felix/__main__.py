@@ -1,4 +1,7 @@
-"""The agent's background process: `python -m calicoctl.felix OPTIONS`, started only by process.start()."""
+"""The agent's background process: `python -m calicoctl.felix OPTIONS`, started only by process.start().
+
+OPTIONS is process.Options in JSON.
+"""
 
 import json
 import sys

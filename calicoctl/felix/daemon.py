@@ -1,4 +1,4 @@
-"""A daemon that runs beside the agent, and is supervised by it: etcd today.
+"""A daemon that runs beside the agent, and is supervised by it: the local etcd, or BIRD.
 
 Responsible for the daemon's process: starting it once, waiting until it serves, starting it again with backoff when it
 ends, and adopting it if it runs already. The caller provides the command line and the configuration.
@@ -56,7 +56,10 @@ class Process:
             return None
 
     def note(self, pid: int) -> None:
-        """Write the pid file. One that exists is overwritten in place, for which a full file system has room."""
+        """Write the pid file. An existing file is overwritten in place: that works even if the file system is full.
+
+        Raises OSError.
+        """
         with open(os.open(self.pid_file, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644), "w") as file:
             file.write(f"{pid}\n")
             file.truncate()
@@ -94,9 +97,9 @@ class Daemon:
         environment: Mapping[str, str],
         folder: Path = Path("/"),
     ) -> None:
-        """`lock` is a file or folder that is locked while the daemon is started, so that there are never two.
+        """`lock` is a file or folder that is locked while the daemon is started, so that there are never two daemons.
 
-        The daemon's output is appended to `log_file`, and `environment` is its whole environment, and `folder` its
+        The daemon's output is appended to `log_file`. `environment` is the daemon's whole environment, and `folder` its
         working directory. `is_ready` is called until it returns True, for `start_patience` seconds at most.
         """
         self.process = process
@@ -178,7 +181,7 @@ class Daemon:
             time.sleep(0.05)  # a daemon does not announce that it is ready
 
     def _end_child(self) -> None:
-        """End the process that this object has started, but no daemon that another process has started meanwhile."""
+        """End the process that this object has started; remove the pid file unless it names another daemon by now."""
         if self._child is None:
             return
         runs_as = self.process.pid()

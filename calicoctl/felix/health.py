@@ -33,7 +33,7 @@ NO_MTU: dict[str, Any] = {"underlay": {"ipv4": None, "ipv6": None}, "overlay": N
 """The report of MTUs that are not known."""
 
 UNTOLD = "root alone is told what (sudo calicoctl status)"
-"""What everybody is told of a reason that may quote the store."""
+"""Replaces reasons that may quote the store, in the report that every user may read."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,10 @@ class Status:
 
 
 class Ability:
-    """Whether one use of the store, such as reading it, works; since when, and why not.
+    """Whether one use of the store, such as reading, works; since when, and why not.
 
-    Its users are known by name: for example, one thread for each directory. It works when it works for all of them.
+    Each user of the store has a name, such as the directory that a thread reads. The ability works if it works for all
+    users.
     """
 
     def __init__(self, users: Iterable[str]) -> None:
@@ -152,9 +153,9 @@ class Health:
     """Interfaces `cali…` of this host that belong to no endpoint in the store."""
     endpoints: dict[EndpointId, Status] = field(default_factory=dict)
     problems: dict[str, str] = field(default_factory=dict)
-    """By key of the store: what is wrong with its entry."""
+    """By key of the store: what is wrong with the key's value."""
     skipped: dict[str, str] = field(default_factory=dict)
-    """By key of the store: why it, or what is below it, is not read."""
+    """By key of the store: why the key, or the keys below it, are not read."""
     failures: dict[str, dict[str, str]] = field(default_factory=dict)
     """What fails on this host now, by subject: `since` when (ISO 8601), and the `error`."""
     last_error: dict[str, str] | None = None
@@ -171,7 +172,7 @@ class Health:
     collected: int = 0
     """Workloads, and leftovers of interrupted commands, that were garbage-collected."""
     refused_connections: int = 0
-    """New connections of endpoints that had as many as they may have: see connection_limit.py."""
+    """Packets of new connections that were dropped, since their endpoint had too many: see connection_limit.py."""
 
     def __post_init__(self, followed: frozenset[str]) -> None:
         self.store = StoreHealth(followed)
@@ -188,7 +189,10 @@ class Health:
         self.last_error = {"time": now(), "error": sentence}
 
     def record(self, failure: Failure) -> None:
-        """Record a failure, or the end of one. An error that lasts is logged once."""
+        """Note a failure, or the end of a failure (its `why` is None). A failure is logged when it begins, or changes.
+
+        A failure without a subject does not last: it only becomes the last error.
+        """
         if failure.subject is None:
             self.error(failure.why or "")
             return
@@ -200,7 +204,7 @@ class Health:
             self.error(failure.why)
 
     def counts(self) -> dict[str, int]:
-        """Return the number of endpoints by status; those that are stopped are counted as down, too."""
+        """Return the number of endpoints by status. `stopped` endpoints are counted as `down`, too."""
         counts = {"up": 0, "down": 0, "error": 0, "stopped": 0}
         for status in list(self.endpoints.values()):  # the thread that serves metrics calls this, too
             counts[status.status] += 1
@@ -211,7 +215,7 @@ class Health:
         """Return the report that `calicoctl status` reads.
 
         Scripts read it as JSON: `troubles` and `healed` keep their names for compatibility. Lists are bounded, with the
-        worst items first; `left_out` has the number of the others.
+        worst items first; `left_out` contains the numbers of further items.
         """
         troubled, problems = self._troubled(), {**self.problems, **self.skipped}
         shown = self._worst(troubled)
@@ -272,10 +276,9 @@ class Health:
         }
 
     def public(self, report: dict[str, Any]) -> dict[str, Any]:
-        """Return a report, just made by `to_dict`, without what may quote values of the store, for users who may not
-        read that.
+        """Return `report`, which `to_dict` has just returned, without texts that may quote values of the store.
 
-        What is left of these are keys, and validated names and addresses, which the kernel shows every user.
+        Only root may read those. Keys, and validated names and addresses, stay: the kernel shows them to every user.
         """
         endpoints = []
         for one, (id, _) in zip(report["endpoints_in_trouble"], self._worst(self._troubled())):

@@ -1,7 +1,7 @@
 """The agent's heartbeat: the host's status in the store. It expires, and names the machine whose agent writes it.
 
 The status is written by compare-and-swap alone, so one request both renews it and detects that another agent has
-written it: that of a second machine with the same host name, for example. `claim` decides whether this machine keeps
+written it, such as the agent of a second machine with the same host name. `claim` decides whether this machine keeps
 the host name when `calicoctl node` runs, before that command writes anything else; `Heartbeat` decides it for a running
 agent. Suppose that another agent has replaced this one, and that the status names its machine. Then this agent never
 takes the host name back by itself, even when the status has expired: the other machine may be rebooting, and
@@ -218,9 +218,10 @@ def _write(datastore: DatastoreClient, own: Identity, before: Entry | None) -> E
 def _await_expiry(
     datastore: DatastoreClient, own: Identity, entry: Entry, notify: Callable[[str], None]
 ) -> Entry | None:
-    """Wait until a status expires, and return None. If it is not renewed within EXPIRY_PATIENCE, return it.
+    """Wait until a status expires, and return None. If it neither expires nor is renewed in EXPIRY_PATIENCE, return it.
 
-    Raises CalicoError if another agent renews the status. A status that this machine has written meanwhile is returned.
+    If this machine has written a status meanwhile, return that one. Raises CalicoError if another agent renews the
+    status.
     """
     writer = Identity.of(entry)
     notify(
@@ -243,6 +244,7 @@ def _await_expiry(
 def _take_over(datastore: DatastoreClient, own: Identity, entry: Entry, notify: Callable[[str], None]) -> Entry:
     """Overwrite another agent's status, then wait for YIELD_PATIENCE, so that the agent notices and stops writing.
 
+    Returns the status of this machine, renewed after the wait.
     Raises CalicoError if the other agent goes on writing its status: agents of older versions do not check.
     """
     who = _with_addresses(datastore, Identity.of(entry).describe(own))
@@ -279,7 +281,7 @@ def _with_addresses(datastore: DatastoreClient, who: str) -> str:
 def other_writer(datastore: DatastoreClient, status: Entry, own_agent_writes: bool) -> str | None:
     """Return how to name the writer of a host's status at the beginning of a sentence; None if this machine wrote it.
 
-    `own_agent_writes` is as for `claim`.
+    With `own_agent_writes`, a status that names no machine counts as this machine's, as for `claim`.
     """
     writer, own = Identity.of(status), Identity.own()
     if _is_ours(writer, own, own_agent_writes):

@@ -127,7 +127,7 @@ class LocalEtcd:
     def resolve_port(self, stay: bool = False) -> None:
         """Set the port, and so `url`, to that of the running etcd, else choose the one to start etcd at.
 
-        With `stay`, the port is fixed: a running agent would not find etcd at another one. Raises CalicoError if the
+        With `stay`, the port is fixed: a running agent would not find etcd at another port. Raises CalicoError if the
         port is in use and must not change, or if no port is free.
         """
         pid = self.running()
@@ -187,7 +187,8 @@ class LocalEtcd:
     def announced(self) -> Iterator[bool]:
         """Write lines that name this etcd into the settings file; yield whether the file was changed.
 
-        When the body of `with` fails, the lines are restored. Raises CalicoError.
+        The file stays as it is if the user's lines name a store. When the body of `with` fails, the former lines are
+        restored. Raises CalicoError.
         """
         before = self._file.own()
         if before == self._variables or not EtcdSettings.from_environment(self._file.others()).is_default:
@@ -250,7 +251,8 @@ class LocalEtcd:
     def borrowed(self) -> Iterator[None]:
         """Run the local etcd inside `with` if it is this host's store, and does not run.
 
-        It is that store if its data exists, and lines that calicoctl wrote name it or no etcd serves at the port.
+        The local etcd is the host's store if its data exists and, besides, lines that calicoctl wrote name it, or no
+        etcd serves at its port. Raises CalicoError.
         """
         is_named = self._may_move and bool(self._file.own())
         needed = (DATA / "member").exists() and self.running() is None and (is_named or not self._healthy())
@@ -265,7 +267,7 @@ class LocalEtcd:
         return b'"health":"true"' in (self._answers("/health") or b"").replace(b" ", b"")
 
     def _answers(self, path: str) -> bytes | None:
-        """Return the body of the response to a GET request for a path, None if there is no response."""
+        """Return the body of the response to a GET request for a path; None without a response of the status 200."""
         import urllib3
         import urllib3.exceptions
 

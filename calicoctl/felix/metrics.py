@@ -22,7 +22,11 @@ class _NoTimer:
 
 
 class Metrics:
-    """Serves the metrics on a port of loopback; without a port, measures and serves nothing."""
+    """Serves the metrics on a port of loopback; without a port, measures and serves nothing.
+
+    `apply_time.time()` is a context manager that measures how long programming the kernel takes. The constructor raises
+    CalicoError if the port cannot be bound.
+    """
 
     def __init__(self, health: Health, port: int | None) -> None:
         self.apply_time: Any = _NoTimer()

@@ -1,4 +1,4 @@
-"""The agent as a process: starts it in the background or the foreground, finds it, restarts it, stops it.
+"""The agent as a process: starts it in the background, finds it, restarts it, stops it; and its locks, log and files.
 
 Its files are under /run/calico/<host name>/: the pid file, which every user may read, with the start time of the
 process, so that a stale pid file is recognised; a lock that the agent holds as long as it lives; its report
@@ -47,8 +47,8 @@ _LOG_SIZE = 10 * 2**20
 class Options:
     """The agent's options.
 
-    If `log_dir` is None, the agent logs to standard error. If `metrics_port` is None, it serves no metrics.
-    `bgp` says whether the agent also runs BIRD.
+    If `log_dir` is None, the agent logs to standard error. If `metrics_port` is None, the agent serves no metrics.
+    `local_etcd` says whether the agent supervises the local etcd, `bgp` whether it runs BIRD.
     """
 
     log_dir: str | None = None
@@ -66,7 +66,7 @@ def report_file(host: str) -> Path:
 
 
 def private(path: Path) -> Path:
-    """Return the file that holds what is left out of a report that every user may read; root alone may read it."""
+    """Return the path of the whole report, which only root may read; `path` is that of the report for every user."""
     return path.with_name("felix.root.json")
 
 
@@ -75,7 +75,7 @@ def settings_file(host: str) -> Path:
 
 
 def leftovers(host: str) -> list[Path]:
-    """Return the files that an agent leaves behind when it ends."""
+    """Return the paths of the files that an agent may leave behind when it ends."""
     return [
         *(_file(host, "felix.pid"), _file(host, "felix.lock")),
         *(report_file(host), private(report_file(host)), settings_file(host)),
@@ -101,7 +101,7 @@ def running(host: str) -> int | None:
 def report(host: str) -> dict[str, object] | None:
     """Return the last report of the host's agent, which may have ended since; None if there is no report.
 
-    Users other than root get it without what quotes the store: see health.public.
+    Users other than root get the report without texts that may quote the store: see Health.public.
     """
     file = report_file(host)
     found, whole = _read_report(file, host), _read_report(private(file), host)
@@ -129,7 +129,10 @@ def troubles(host: str) -> list[str]:
 
 
 def without_bgp(found: Mapping[str, object] | None) -> str | None:
-    """Return a clause with advice if a report is of an agent of an older version, which reports nothing of BGP."""
+    """Return a clause with advice if `found`, a report, is of an older agent, which does not report on BGP; else None.
+
+    None is also returned if there is no report.
+    """
     if found is None or found.get("bgp") is not None:
         return None
     return (
@@ -264,7 +267,7 @@ class _OneLine(logging.Formatter):
 
 
 class _LogFile(logging.handlers.RotatingFileHandler):
-    """A log that only root, and the group that it is given, can read, since it quotes the store."""
+    """A log that only root and the file's group can read, since the log quotes the store."""
 
     def _open(self) -> io.TextIOWrapper:
         descriptor = os.open(self.baseFilename, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
@@ -365,8 +368,8 @@ def _absolute(environment: Mapping[str, str]) -> dict[str, str]:
 def restart(host: str) -> int:
     """Restart the host's agent with this version's code, the old options and environment; return the new process id.
 
-    A local etcd keeps running. Raises NotFound when no agent runs, CalicoError when it runs
-    in another network namespace, or in the foreground.
+    A local etcd keeps running. Raises NotFound when no agent runs, and CalicoError when the agent runs in another
+    network namespace or in the foreground, or cannot be stopped or started.
     """
     pid = running(host)
     if not pid:

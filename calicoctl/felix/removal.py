@@ -24,7 +24,7 @@ def remove_all(host: str, warn: Callable[[str], None]) -> bool:
     """End BIRD, remove routes, neighbours, devices, firewall rules and tables, restore settings; no agent may run.
 
     The tables are removed last, so that no packet is forwarded that they would drop. If the Docker Engine does not
-    answer, forwarding stays enabled, and `warn` is called with a sentence; so it is if a foreign BIRD keeps routes.
+    answer, forwarding stays enabled. `warn` is called with a sentence about that, and if a foreign BIRD keeps routes.
     Returns whether an agent of the host has left files here. Raises CalicoError, also if the agent runs.
     """
     found = any(file.exists() for file in process.leftovers(host))
@@ -37,9 +37,10 @@ def remove_all(host: str, warn: Callable[[str], None]) -> bool:
 
 
 def remove_former_bird(host: str, warn: Callable[[str], None]) -> bool:
-    """End the BIRD that this host runs under a former name, if it does, remove its routes, and return whether it did.
+    """End the BIRD of `host`, a former name of this host, and remove the routes of that BIRD.
 
-    `warn` is called with a sentence if a foreign BIRD keeps the routes. Raises CalicoError, also if an agent runs here.
+    Returns whether such a BIRD was running in this network namespace, or had run here in this boot. `warn` is called
+    with a sentence if a foreign BIRD keeps the routes. Raises CalicoError, also if an agent runs here.
     """
     bird = Instance(host)
     if not bird.is_here():

@@ -39,7 +39,8 @@ FILE_INTERVAL = 5.0
 """Seconds after which the file is written although nothing has changed: its age shows that the agent is alive."""
 
 LONG = 0.02
-"""Seconds of computing after which a report has taken long: with some thousand endpoints in error."""
+"""A report that takes more than these seconds of computing is made less often. Some thousand endpoints in error take
+so long."""
 
 ERRORS_AT_ONCE = 50
 """Statuses `error` that are written before a pause of a second: a flood of them must leave time for others."""
@@ -49,7 +50,7 @@ END_PATIENCE = 5.0
 
 
 class ReportFile:
-    """The file that `calicoctl status` reads; every user may read it. One beside it, for root, has the whole report."""
+    """The file that `calicoctl status` reads; every user may read it. A second file, for root, has the whole report."""
 
     def __init__(self, path: Path) -> None:
         self._public = _Replaceable(path, 0o644)
@@ -66,7 +67,7 @@ class ReportFile:
         return time.monotonic() >= self._written_at + FILE_INTERVAL
 
     def write(self, health: Health, at_once: bool = False) -> None:
-        """Write the file if it is due, or its content has changed. An error is only logged.
+        """Write both files if that is due, or if the report has changed. An error is only logged.
 
         A report that took long is not made again for ten times as long, unless `at_once`: see `due_at`.
         """
@@ -184,9 +185,9 @@ class StoreReporter(threading.Thread):
         self._desired: dict[EndpointId, str] = {}
         self._changed: set[EndpointId] = set()
         self._errors: set[EndpointId] = set()
-        """Those that have changed to `error`; they are written after the others, some at a time."""
+        """The endpoints that have changed to `error`: written after the others, ERRORS_AT_ONCE at a time."""
         self._errors_at = 0.0
-        """When the next of these may be written, by the monotonic clock."""
+        """When the next of `_errors` may be written, by the monotonic clock."""
         self._written: dict[EndpointId, str] | None = None
         self._macs: frozenset[str] | None = None
         """The MACs of this host that are still to be written; None if there are none."""
@@ -199,7 +200,7 @@ class StoreReporter(threading.Thread):
         self._refused: str | None = None
 
     def set(self, statuses: dict[EndpointId, Status | None]) -> None:
-        """Set the desired statuses of some endpoints; None for an endpoint that was deleted."""
+        """Have the thread write the statuses of some endpoints; None for an endpoint that was deleted."""
         with self._lock:
             for id, status in statuses.items():
                 if status is None:
@@ -212,19 +213,19 @@ class StoreReporter(threading.Thread):
         self._wake.set()
 
     def publish_macs(self, macs: frozenset[str]) -> None:
-        """Write the MACs from which this host sends to other hosts."""
+        """Have the thread write the MACs from which this host sends to other hosts."""
         with self._lock:
             self._macs = macs
         self._wake.set()
 
     def resync(self) -> None:
-        """Read the statuses from the store again: after an outage, they may differ from what was written."""
+        """Have the thread read the statuses from the store again, and write those that differ, as after an outage."""
         with self._lock:
             self._written = None
         self._wake.set()
 
     def beat_soon(self) -> None:
-        """Send the next heartbeat now, rather than when it is due."""
+        """Have the thread send the next heartbeat now, rather than when it is due."""
         self._beaten = 0.0
         self._wake.set()
 
@@ -298,9 +299,10 @@ class StoreReporter(threading.Thread):
                     self._macs = None
 
     def _write_endpoints(self) -> None:
-        """Write the statuses that have changed.
+        """Write the statuses that have changed, but only ERRORS_AT_ONCE of those that have changed to `error`.
 
-        Raises StoreUnavailable at once, but any other error only after all statuses were tried.
+        Stops early if the heartbeat is due. Raises StoreUnavailable at once, but any other error only after all
+        statuses were tried. The next call tries again to write the rest.
         """
         refused: dict[EndpointId, CalicoError] = {}
         errors = 0

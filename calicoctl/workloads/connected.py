@@ -1,11 +1,12 @@
-"""Which workloads somebody has connected on this host: what etcd says of a workload does not make the agent wire it.
+"""Notes on disk which workloads were connected on this host. The agent wires only these, whatever etcd contains.
 
-A workload that is connected has a file /var/lib/calico/HOST/workloads/ORCHESTRATOR/ID. wiring.py writes it, and it is
-removed when the workload is disconnected or no longer exists; it outlives reboots, and the loss of etcd. A namespace's
-file contains its path, which cannot be derived from its id; if the path leads through a process, it also says in which
-boot, and when, that process was started. A container's file is empty.
+A connected workload has a file /var/lib/calico/HOST/workloads/ORCHESTRATOR/ID (see file_name), which wiring.py or
+learning.py writes. The file is removed when the workload is disconnected or no longer exists; it outlives reboots, and
+the loss of etcd. A namespace's file contains the namespace's path, which cannot be derived from the id. If the path
+leads through a process, the file also contains the id of the boot, and the process's start time. A container's file is
+empty.
 
-A file beside these folders says that workloads which an older version has connected need not be learned any more.
+Beside the folders, a file ORCHESTRATOR.learned notes that no workload of an older version is left to learn.
 """
 
 from __future__ import annotations
@@ -29,9 +30,11 @@ _ANOTHER_BOOT = "in another boot"
 
 @dataclass(frozen=True)
 class Connected:
-    """A namespace's path, empty for a container; if it leads through a process, when that was started, else None.
+    """What a connected workload's file contains: `path` is the namespace's path, empty for a container.
 
-    `started` is what process_started has returned: of a process of another boot, a text that it never returns.
+    `started` is what process_started returned for the path when the file was written: the start time of the process
+    that the path leads through, None if there is none. After a reboot, `started` is a text that process_started never
+    returns.
     """
 
     path: str = ""
@@ -39,7 +42,10 @@ class Connected:
 
 
 def get(host: str, orchestrator: str, id: str) -> Connected | None:
-    """Return what is known of a connected workload of a host, None if nobody has connected it. Raises CalicoError."""
+    """Return the content of a connected workload's file; None if nobody has connected the workload on the host.
+
+    Workloads of orchestrators that are not in ORCHESTRATORS are never connected. Raises CalicoError.
+    """
     if orchestrator not in ORCHESTRATORS:
         return None
     content = state.read(host, _FOLDER, orchestrator, file_name(id))
@@ -47,32 +53,32 @@ def get(host: str, orchestrator: str, id: str) -> Connected | None:
 
 
 def put(host: str, orchestrator: str, id: str, path: str = "", started: str | None = None) -> None:
-    """Note that a workload is connected; for the arguments, see Connected. Raises CalicoError."""
+    """Note that a workload is connected; for `path` and `started`, see Connected. Raises CalicoError."""
     parts = [path, _boot(), started] if started else [path]
     content = os.fsencode("\0".join(parts))
     state.write(host, _FOLDER, orchestrator, file_name(id), content=content)
 
 
 def forget(host: str, orchestrator: str, id: str) -> None:
-    """Note that a workload is not connected any more. Raises CalicoError."""
+    """Note that a workload is not connected any more, if it was. Raises CalicoError."""
     if orchestrator in ORCHESTRATORS:
         state.remove(host, _FOLDER, orchestrator, file_name(id))
 
 
 def every(host: str, orchestrator: str) -> dict[str, Connected]:
-    """Return all connected workloads of a host and an orchestrator, by id. Raises CalicoError."""
+    """Return the connected workloads of an orchestrator on a host, by the workloads' ids. Raises CalicoError."""
     contents = state.read_all(host, _FOLDER, orchestrator)
     found = {name: _parsed(content) for name, content in contents.items()}
     return {id_of(name, known.path): known for name, known in found.items()}
 
 
 def is_learned(host: str, orchestrator: str) -> bool:
-    """Return whether the workloads that an older version has connected have been learned. Raises CalicoError."""
+    """Return whether no workload of an older version is left to learn (learning.py). Raises CalicoError."""
     return state.read(host, _FOLDER, f"{orchestrator}.{_LEARNED}") is not None
 
 
 def set_learned(host: str, *orchestrators: str) -> None:
-    """Note that there is nothing to learn any more. Raises CalicoError."""
+    """Note that no workload of these orchestrators (default: all) is left to learn. Raises CalicoError."""
     for orchestrator in orchestrators or ORCHESTRATORS:
         state.write(host, _FOLDER, f"{orchestrator}.{_LEARNED}", content=b"")
 
@@ -89,14 +95,20 @@ def forget_all(host: str) -> None:
 
 
 def file_name(id: str) -> str:
-    """Return the name of a workload's files: its id, or a hash of one that is too long, or cannot be a file's name."""
+    """Return the file name for a workload: its id, or the SHA-256 of an id that is too long or not a valid file name.
+
+    An id that begins with a dot is replaced by its hash, too.
+    """
     if len(os.fsencode(id)) <= 190 and not id.startswith(".") and not set(id) & {"/", "\0"}:
         return id
     return hashlib.sha256(os.fsencode(id)).hexdigest()
 
 
 def id_of(name: str, path: str) -> str:
-    """Return the workload's id from a file_name: of a namespace whose id is long, it is derived from its path."""
+    """Return the id of the workload with this file name. If the name is a hash, derive the id from `path`.
+
+    `path` is the namespace's path, empty for a container: the file name of a container is always its id.
+    """
     return path.replace("/", "-") if path and not name.startswith("-") else name
 
 
@@ -109,7 +121,7 @@ def _parsed(content: bytes) -> Connected:
 
 
 def _boot() -> str:
-    """Return the id of the kernel's boot. Source: random(4)."""
+    """Return the id of this boot of the kernel, empty if it cannot be read. Source: random(4)."""
     with suppress(OSError):
         return _BOOT_ID.read_text().strip()
     return ""

@@ -1,9 +1,10 @@
-"""Tables that drop all packets from and to `cali…` interfaces, for a host that lacks the agent's tables.
+"""Creates nftables tables that drop all packets of workloads, on a host that lacks the agent's tables.
 
-They have the names of the agent's tables, `inet calico` and `arp calico`: the agent replaces them, and `node remove`
-removes them, like its own. Created only while there are none, so that they never add to the agent's. This module sends
-its requests to the kernel itself: finding the tables there takes much less than the start of a command of nftables, and
-neither needs libnftables. Policy is not here, but in felix/dataplane/ruleset.py.
+They drop all IP packets from and to `cali…` interfaces, and ARP packets from these. They have the names of the agent's
+tables, `inet calico` and `arp calico`: the agent replaces them, and `node remove` removes them, as if they were the
+agent's. They are created only while no such table exists, so they never add chains to the agent's tables. This module
+talks netlink to the kernel: that takes much less time than to start `nft`, and needs no libnftables. Policy is not
+here, but in felix/dataplane/ruleset.py.
 
 Source: include/uapi/linux/netfilter/nf_tables.h and nfnetlink.h.
 """
@@ -36,7 +37,7 @@ from calicoctl.netlink import (
 
 _TABLE = "calico"
 _FIRST_CHAIN = "anti-spoofing"
-"""The chain of the agent's tables, and of these, that sees each packet from a `cali…` interface first."""
+"""The chain that sees each packet from a `cali…` interface first. It has this name in the agent's tables, too."""
 
 _INET, _ARP = 1, 3
 _PREROUTING, _FORWARD, _OUTPUT, _ARP_INPUT = 0, 2, 3, 0
@@ -51,7 +52,7 @@ _CHAINS = {
     ),
     _ARP: ((_FIRST_CHAIN, _ARP_INPUT, _FILTER, _IIFNAME),),
 }
-"""By family, the base chains: name, hook, priority, and the name of which interface to compare."""
+"""By nftables family, the base chains: name, hook, priority, and the `meta` key that is compared with `cali*`."""
 
 _SUBSYSTEM = 10 << 8
 _NEWTABLE, _DELTABLE, _NEWCHAIN, _GETCHAIN, _NEWRULE = 0, 2, 3, 4, 6
@@ -69,13 +70,13 @@ _TIMEOUT = 60.0
 
 
 class Guard:
-    """A connection to the kernel's nftables that finds, and creates, the tables. Not thread-safe.
+    """A netlink connection to the kernel's nftables, to find and create the tables. Not thread-safe.
 
-    Closing it may take the kernel some milliseconds, while it frees tables that were deleted before.
+    Closing the connection may take some milliseconds, while the kernel frees tables that were deleted before.
     """
 
     def __init__(self) -> None:
-        """Raises CalicoError."""
+        """Open the connection. Raises CalicoError."""
         with _explained():
             self._netlink = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER)
             self._netlink.settimeout(_TIMEOUT)
@@ -88,12 +89,15 @@ class Guard:
         self._netlink.close()
 
     def exists(self) -> bool:
-        """Return whether both tables exist, the agent's or these, with rules. Raises CalicoError."""
+        """Return whether both tables exist and have rules, whoever created them. Raises CalicoError."""
         with _explained():
             return not self._missing()
 
     def create(self) -> None:
-        """Create the tables if they do not exist, or have lost their rules. Raises CalicoError, without any change."""
+        """Create each table that does not exist, and replace each that has no rules.
+
+        Raises CalicoError; then nothing was changed.
+        """
         with _explained():
             for replace in (False, True):
                 missing = self._missing()
@@ -113,7 +117,7 @@ class Guard:
 
 @contextmanager
 def _explained() -> Iterator[None]:
-    """Convert errors of the kernel."""
+    """Convert an OSError of the kernel into a CalicoError that says what is missing."""
     try:
         yield
     except OSError as error:
@@ -161,7 +165,7 @@ def _transact(netlink: socket.socket, requests: list[tuple[int, int, bytes]]) ->
 def _table(family: int, replace: bool) -> Iterator[tuple[int, int, bytes]]:
     """Yield the requests that create the table of a family, each as (type, flags, body).
 
-    Without `replace`, they are refused if there is such a table.
+    Without `replace`, the kernel refuses them if the table exists; with it, they first delete that table.
     """
     table = _header(family) + _text(_NAME, _TABLE)
     if replace:
@@ -193,7 +197,10 @@ def _table(family: int, replace: bool) -> Iterator[tuple[int, int, bytes]]:
 
 
 def _drop_if(interface: int) -> Iterator[bytes]:
-    """Yield the expressions of the rule `iifname "cali*" drop`, or `oifname`, by the key `interface`."""
+    """Yield the expressions of the rule `iifname "cali*" drop`, or the same with `oifname`.
+
+    `interface` is the `meta` key, _IIFNAME or _OIFNAME.
+    """
     # struct nft_data: a value, or a verdict
     prefix = attribute(1, INTERFACE_PREFIX.encode())
     verdict = attribute(2 | NESTED, _number(1, _DROP))

@@ -23,17 +23,17 @@ if TYPE_CHECKING:
     from calicoctl.workloads.netns import Interface
 
 _NO_NETWORK = (b"", b"\xfe\x80")
-"""The first two bytes of the packed destinations of default routes, which are empty, and of link-local routes."""
+"""The first two bytes of a route's packed destination: none for a default route, fe80 for an IPv6 link-local route."""
 
 _NOT_SET_BY_OTHERS = (netlink.PROTOCOL_KERNEL, netlink.PROTOCOL_BIRD)
-"""Protocols of routes that the kernel derives from addresses, or that a routing daemon has learned."""
+"""Protocols of routes that the kernel has derived from addresses, or that BIRD has learned."""
 
 
 def read(others: Collection[str] = (), workloads: Collection[str] = ()) -> HostNetwork:
     """Read the host's network in this process's network namespace. Raises CalicoError.
 
-    `others` are the addresses of other hosts and BGP peers, `workloads` contains an address in each block of another
-    host. `reached`, `routed` and `macs` in the result are determined from them.
+    `others` are the addresses of other hosts and BGP peers; `workloads` contains one address of each IPAM block of
+    other hosts. In the result, `reached` and `macs` depend on both, and `routed` depends on `others`.
     """
     with _explained():
         return _read(others, workloads)
@@ -46,12 +46,12 @@ def own_addresses() -> set[str]:
 
 
 def detect() -> tuple[dict[int, str | None], set[str]]:
-    """Choose, by IP version, an address at which other hosts can reach this host. Also return all its addresses.
+    """Return, by IP version, an address at which other hosts can reach this host, and the set of all its addresses.
 
-    The interface is that of the default route with the lowest metric or, without a default route, the one with the
-    lowest index. The address is the preferred source of the route or, by default, the first global address of the
-    interface; None if there is none. Loopback, bridges, and the interfaces of Docker, libvirt and Calico are skipped.
-    Raises CalicoError.
+    The address is on the interface of the default route with the lowest metric, else on the interface with the lowest
+    index. Interfaces without a global address are skipped, and so are loopback, bridges, and the interfaces of Docker,
+    libvirt and Calico. The address is the default route's preferred source if the interface has that address, else the
+    first global address of the interface; None if no interface is left. Raises CalicoError.
     """
     from calicoctl.workloads import netns
 
@@ -144,10 +144,11 @@ def _read(others: Collection[str], workloads: Collection[str]) -> HostNetwork:
 
 
 def _macs(indices: set[int], reaching: frozenset[int]) -> dict[str, frozenset[str]]:
-    """Return, by name of the interface, the MACs that packets of this host to other hosts may have as source.
+    """Return, by interface name, the source MACs that this host's packets to other hosts may have.
 
-    `indices` are the interfaces with an address, `reaching` those through which this host reaches other hosts. Bridges
-    that are only in `indices` are left out: they connect containers or virtual machines, and come and go with them.
+    `indices` are the interfaces with an address, `reaching` those through which this host reaches other hosts. The
+    workloads' interfaces are left out, and so are bridges that are only in `indices`: these come and go with the
+    containers or virtual machines that they connect.
     """
     found = {}
     for index in sorted(indices | reaching):
@@ -164,7 +165,7 @@ def _macs(indices: set[int], reaching: frozenset[int]) -> dict[str, frozenset[st
 
 
 class _Covering:
-    """Decides whether a route covers any of a set of addresses, in a time independent of the number of addresses."""
+    """Decides whether a route covers any of many addresses. After the first route of a prefix length, this is fast."""
 
     def __init__(self, addresses: Collection[str]) -> None:
         self._numbers = {
@@ -186,7 +187,7 @@ class _Covering:
 
 
 class _Names(dict[int, str]):
-    """The names of interfaces by their indices, looked up on demand."""
+    """The names of interfaces by their indices, looked up on demand; `interface INDEX` for one that was deleted."""
 
     def __missing__(self, index: int) -> str:
         self[index] = f"interface {index}"

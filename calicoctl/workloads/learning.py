@@ -1,8 +1,8 @@
-"""Learns, once, which workloads an older version has connected on this host; see connected.py.
+"""Finds out, once, which workloads an older version connected on this host, and notes them (connected.py).
 
-What is wired counts: the endpoint's own interface exists, and leads into the workload. So does, since containers lose
-their interfaces at a reboot, a container that runs without a network of its own, and whose addresses in the store name
-this host. No path from the store is used.
+A workload counts as connected if its endpoint's interface exists and leads into the workload. A container loses its
+interface at a reboot, so it also counts if it was created with --net=none and IPAM has an address for it on this host,
+whether it runs or not. No path from the store is used.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ _NAMED = Path("/run/netns")
 
 
 def learn_namespaces(datastore: DatastoreClient) -> None:
-    """Learn the namespaces that are wired. Raises CalicoError."""
+    """Learn which namespaces are wired, among those below /run/netns and those at paths that an older version kept.
+
+    Raises CalicoError.
+    """
     host = datastore.host
     # the tool of 2015 has kept no paths
     names = [path.name for path in _NAMED.iterdir()] if _NAMED.exists() else []
@@ -37,11 +40,11 @@ def learn_namespaces(datastore: DatastoreClient) -> None:
 
 
 def learn_containers(datastore: DatastoreClient, network_modes: dict[str, str]) -> None:
-    """Learn the containers that are wired, or that have no other network.
+    """Learn which containers are wired, or have an address and no other network.
 
-    `network_modes` are the values of `docker run --net`, by the ids of all containers that the engine knows. If it
-    knows none of those that have endpoints, it may not have its data yet: then that is not counted as done. Raises
-    CalicoError.
+    `network_modes` maps the ids of all containers of the engine to their values of `docker run --net`. If none of them
+    has an endpoint, although the store has endpoints of containers, the engine may not have its data yet: then it is
+    not noted that nothing is left to learn. Raises CalicoError.
     """
     host = datastore.host
     endpoints = _endpoints(datastore, DOCKER)

@@ -1,7 +1,7 @@
 """One lock per workload, so that only one command, or the agent, changes the workload at a time.
 
 The locks are files under /run/calico/<host name>/, held with flock(2), so a process that dies releases them. (An older
-version kept the path of a connected namespace in there, which `paths_of_older_version` reads.)
+version kept the path of a connected namespace in the lock file; `paths_of_older_version` reads it.)
 
 While a change is in progress, a second file, the mark, exists beside the lock file. A mark whose lock is free means
 that the change was interrupted, for example by `kill -9`. The mark contains the workload's id and, if it is known, the
@@ -32,7 +32,7 @@ class WorkloadLock:
     """The lock of a workload, held inside `with`; its file exists only meanwhile."""
 
     def __init__(self, host: str, orchestrator: str, workload: str, wait: bool = True) -> None:
-        """Without `wait`, entering the context raises Conflict at once if another process holds the lock."""
+        """`workload` is an id. Without `wait`, entering raises Conflict at once if another process holds the lock."""
         self._directory = DIRECTORY / host
         self._workload = workload
         name = f"{orchestrator}.{file_name(workload)}"

@@ -34,7 +34,7 @@ HEADER = {4: 50, 6: 70}
 UDP (8 bytes), VXLAN (8) and the inner Ethernet frame (14). Source: RFC 7348, section 5."""
 
 SMALLEST = 1280
-"""The smallest MTU of a link with IPv6. Tunnels use IPv6. Source: RFC 8200, section 5."""
+"""The smallest MTU that IPv6 permits on a link, and so the smallest inside a tunnel. Source: RFC 8200, section 5."""
 
 _SIOCGIFMTU = 0x8921
 """The ioctl that returns an interface's MTU. Source: netdevice(7)."""
@@ -80,7 +80,7 @@ def _mtu(index: int) -> int:
 
 
 def in_overlay(mtu: int, version: int) -> int:
-    """Return the MTU inside a tunnel over an underlay of this MTU and IP version."""
+    """Return the MTU inside a tunnel over an underlay of this MTU and IP version, at least SMALLEST."""
     return max(SMALLEST, mtu - HEADER[version])
 
 
@@ -89,8 +89,9 @@ def of_interface(
 ) -> int:
     """Return the MTU of a new interface with these addresses: the configured MTU or, by default, one that fits all.
 
-    `pools` must contain the pools of the addresses. `next_hops` are this host's registered addresses by IP version, at
-    least for the IP versions of the addresses. Reads one or two keys of the store. Raises CalicoError.
+    An invalid setting is ignored: the agent reports it. `pools` must contain the pools of the addresses. `next_hops`
+    are this host's registered addresses by IP version, at least for the IP versions of the addresses. Reads one or two
+    keys of the store. Raises CalicoError.
     """
     configured = datastore.setting(keys.config(config.MTU.name))
     with suppress(CalicoError):  # the agent reports an invalid value
@@ -114,9 +115,11 @@ def of_interface(
 
 
 def of_addresses(modes: Iterable[tuple[int, str]], underlays: Mapping[int, int]) -> int:
-    """Return the largest MTU that fits all addresses of an interface, each given as (IP version, its pool's mode).
+    """Return the largest MTU that fits all addresses of an interface.
 
-    `underlays` maps the IP versions of this host's underlays to their MTUs. Tunnels use IPv4 if the host has it.
+    `modes` has the IP version of each address, and the VXLAN mode of the address's pool.
+    `underlays` maps the IP versions of this host's underlays to their MTUs; tunnels use IPv4 if it is among them. If
+    there are no addresses, this is the smallest MTU of the underlays; without underlays, DEFAULT.
     """
     found = []
     for version, mode in modes:

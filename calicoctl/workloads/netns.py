@@ -46,9 +46,9 @@ Documentation/networking/ip-sysctl.rst.
 """
 
 MOST = 20_000
-"""Routes, or entries of the neighbour table, that are read of a namespace at most: about a quarter of a second's work.
+"""The most routes or neighbour entries that are read from a namespace; more are an error.
 
-Who is in the namespace may add as many as there is memory for.
+Reading so many takes about a quarter of a second. Processes in the namespace may add as many as memory allows.
 """
 
 _LOOPBACK_INDEX = 1
@@ -87,14 +87,14 @@ class Loopback:
 
 @dataclass
 class Inspection:
-    """A namespace's default routes (as `via A dev B`) by IP version, and its loopback state."""
+    """A namespace's default routes by IP version, such as `via ADDRESS dev INTERFACE`, and its loopback state."""
 
     default_routes: dict[int, str] = field(default_factory=dict)
     loopback: Loopback = Loopback(up=True, ipv6=True)
 
 
 class Namespace:
-    """A network namespace, held open: it stays the same even if its path is deleted, or leads to another one later."""
+    """A network namespace, held open: it stays the same even if the path is deleted, or leads elsewhere later."""
 
     def __init__(self, path: str, name: str) -> None:
         """Open the namespace at `path`. `name` is its name in messages. Raises NamespaceError."""
@@ -197,9 +197,9 @@ class Namespace:
         return found if found is not None and (found.kind, found.peer_index) == ("veth", host_end.index) else None
 
     def pairs(self) -> list[tuple[Interface, Interface]]:
-        """Return the veth pairs between this namespace and the host: the end in here, then the host's.
+        """Return the veth pairs between this namespace and the host, as (end in this namespace, host end).
 
-        They are looked for on the host: in here, there may be any number of interfaces.
+        The host's interfaces are searched, since this namespace may contain any number of interfaces.
         """
         from pyroute2.iproute.linux import IPRoute
 
@@ -235,8 +235,8 @@ class Namespace:
         """Bring `interface` up, and add addresses and default routes; return the interface's MAC. Idempotent.
 
         `nets` are `address/32` or `address/128`. `next_hops` are the gateways of the default routes, by IP version. For
-        each of them, an on-link route and a permanent neighbour entry with `host_mac` are added. The loopback interface
-        is brought up, too.
+        each gateway, an on-link route and a permanent neighbour entry with `host_mac` are added. The loopback interface
+        is brought up, too. If a net is of IPv6, IPv6 is enabled on both interfaces.
         """
 
         def work(netlink: IPRoute) -> str:
@@ -267,7 +267,10 @@ class Namespace:
             self.run(lambda netlink: netlink.link("set", index=_index(netlink, interface), mtu=mtu))
 
     def update_next_hops(self, interface: str, host_mac: str) -> bool:
-        """Set neighbour entries of the interface's next hops to `host_mac`; return whether one has changed."""
+        """Set the neighbour entries of the interface's next hops to `host_mac`; return whether one has changed.
+
+        If so, the loopback interface is brought up, and IPv6 enabled on it if a changed entry is of IPv6.
+        """
 
         def work(netlink: IPRoute) -> bool:
             index = _index(netlink, interface)
@@ -290,10 +293,10 @@ class Namespace:
             return not self._within(lambda: _missing_next_hops(index, mac))
 
     def unconfigure(self, interface: str, nets: list[str], versions: Collection[int]) -> None:
-        """Remove addresses from `interface`, and what `configure` added for some IP `versions`.
+        """Remove addresses (`nets`, as in `configure`) from `interface`, and the routes of some IP `versions`.
 
-        That is the default routes, the routes to the next hops, and the neighbour entries. Idempotent. The interface
-        stays up.
+        The routes are those that `configure` added: the default routes, and the routes to the next hops. The neighbour
+        entries of the next hops are removed, too. Idempotent. The interface stays up.
         """
 
         def work(netlink: IPRoute) -> None:
@@ -401,7 +404,11 @@ def delete_interface(name: str) -> bool:
 
 
 def inspect(netlink: IPRoute) -> Inspection:
-    """Return the default routes of the namespace that `netlink` is in, and the state of its loopback interface."""
+    """Return the default routes of the namespace of the socket `netlink`, and the state of its loopback interface.
+
+    Must be called in a thread that is in this namespace. A default route without a gateway and an interface is given as
+    `of another kind`.
+    """
     found = Inspection()
     for version, family in FAMILIES.items():
         route = next(routes(family, lengths=(0,), most=MOST), None)
@@ -425,7 +432,7 @@ def _leads_to(netlink: IPRoute, link: Any, namespace: int) -> bool:
 
 
 def _link(netlink: IPRoute, index: int) -> Any:
-    """Return the link with an index, None if there is none."""
+    """Return pyroute2's message about the link with an index, None if there is no such link."""
     from pyroute2.netlink.exceptions import NetlinkError
 
     try:

@@ -1,6 +1,6 @@
 """Finds out the addresses of the servers that this host depends on: the members of its etcd, and its DNS servers.
 
-Reads names and a file only. datastore/reserved.py says why workloads must not have these addresses.
+Only resolves names, and reads resolv.conf. datastore/reserved.py says why workloads must not have these addresses.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ def current(members: Iterable[str]) -> Servers:
 
 
 def resolved(name: str) -> frozenset[str]:
-    """Return the canonical addresses of a host name, or of an address (an IPv6 one may be in brackets)."""
+    """Return the canonical addresses of a host name, empty if it cannot be resolved; of an address, this address.
+
+    An IPv6 address may be in brackets.
+    """
     with suppress(OSError, UnicodeError):  # of an invalid or unknown name
         found = socket.getaddrinfo(name.strip("[]"), None, type=socket.SOCK_STREAM)
         return _canonical(str(address[0]) for *_, address in found)

@@ -82,11 +82,11 @@ def reconcile(
 
     `may_collect` is called with the workload's state. If the workload is MISSING or GONE, and the call returns True,
     the workload is garbage-collected; if it returns False, the endpoints become inactive. `removed` says that the
-    engine has reported the container's removal.
+    engine has reported the container's removal; without that, a container that still runs under another engine is kept.
 
-    Raises Conflict if another process is changing the workload, NotConnectedHere if it would have to be wired, although
-    nobody has connected it on this host, DockerUnavailable or NamespaceError if its state cannot
-    be determined, and CalicoError if a change fails.
+    Raises Conflict if another process is changing the workload, NotConnectedHere if nobody has connected the workload
+    on this host and it would have to be wired, DockerUnavailable or NamespaceError if its state cannot be determined,
+    and CalicoError if a change fails.
     """
     if not is_managed(orchestrator, id) or not _has_anything(datastore, orchestrator, id):
         return
@@ -134,7 +134,10 @@ def reconcile(
 
 
 def _has_anything(datastore: DatastoreClient, orchestrator: str, id: str) -> bool:
-    """Return whether a workload may have endpoints, addresses or locks. Does not lock: most containers have none."""
+    """Return whether a workload may have endpoints, addresses, or files on this host (see locks.py and connected.py).
+
+    Does not lock the workload: most containers have none of these.
+    """
     workload = Workload(orchestrator, id, id)
     return (
         locks.exists(datastore.host, orchestrator, id)
@@ -153,13 +156,19 @@ def _read(datastore: DatastoreClient, workload: Workload) -> tuple[list[Endpoint
 
 
 def _is_over(orchestrator: str, id: str, known: Connected, may_collect: Callable[[WorkloadState], bool]) -> bool:
-    """Return whether a workload without endpoints, because the store has lost them, may be forgotten: it is gone."""
+    """Return whether to forget a connected workload whose endpoints the store has lost.
+
+    That is so if the workload is MISSING or GONE, and `may_collect` returns True for its state.
+    """
     state, _ = find_state(orchestrator, id, known.path, known.started)
     return may_collect(state) and state in (WorkloadState.MISSING, WorkloadState.GONE)
 
 
 def _refuse_other_engines(workload: Workload, ids: list[EndpointId]) -> None:
-    """Raise CalicoError if a container runs that this engine does not know: it may belong to another engine."""
+    """Raise CalicoError if a container that this engine does not know runs, and has an interface of its endpoints.
+
+    Such a container may belong to another engine.
+    """
     if (
         workload.orchestrator == DOCKER
         and any(netns.find_interface(id.interface) for id in ids)
@@ -172,11 +181,11 @@ def _refuse_other_engines(workload: Workload, ids: list[EndpointId]) -> None:
 
 
 def misattached(paths: dict[EndpointId, str]) -> list[EndpointId]:
-    """Return the endpoints whose interface is not paired with one in the namespace at the given path.
+    """Return the endpoints whose interface is not paired with one in their namespace, the one at the endpoint's path.
 
-    Such an interface leads into a namespace that was at that path before: a namespace exists as long as a process is in
-    it, even if its path was deleted. Endpoints whose workload lacks the neighbour entry of its next hop are returned,
-    too.
+    Such an interface leads into a namespace that was at the path before: a namespace exists as long as a process is in
+    it, even if its path was deleted. Endpoints whose workload lacks the neighbour entry of a next hop are returned,
+    too; endpoints without an interface, or whose path leads to no namespace, are not.
     """
     sound = netns.check_attachments({id.interface: path for id, path in paths.items()})
     return [id for id in paths if sound.get(id.interface) is False]
@@ -294,9 +303,9 @@ def _release_leaked(
     endpoints: list[Endpoint],
     held: dict[IPAddress, Owner],
 ) -> Iterator[Action]:
-    """Release the `held` addresses that no endpoint lists, and delete the veth pairs of the endpoints they name.
+    """Release the `held` addresses that no endpoint lists, and delete the veth pairs that their attributes identify.
 
-    `endpoints` are those of the workload, whose lock the caller holds.
+    `endpoints` are all endpoints of the workload; their veth pairs are kept. The caller holds the workload's lock.
     """
     left = _unlisted(endpoints, held)
     pairs = interfaces_of(left) - {endpoint.id.interface for endpoint in endpoints}
@@ -325,7 +334,10 @@ def _called(workload: Workload) -> str:
 
 
 def release_leaked(datastore: DatastoreClient, workload: Workload) -> list[Action]:
-    """Release addresses that an interrupted command has left, and no endpoint lists, and delete their veth pairs."""
+    """Release a workload's addresses on this host that no endpoint lists, and delete their veth pairs.
+
+    An interrupted command has left them. Returns what was done. Raises CalicoError.
+    """
     with WorkloadLock(datastore.host, workload.orchestrator, workload.id):
         return list(
             _release_leaked(datastore, workload, endpoints_of(datastore, workload), _read(datastore, workload)[1])
@@ -335,8 +347,8 @@ def release_leaked(datastore: DatastoreClient, workload: Workload) -> list[Actio
 def restore_address(datastore: DatastoreClient, id: EndpointId, address: str) -> bool:
     """Assign a free address to the workload of an endpoint of this host that lists it; return whether that was done.
 
-    It is not done if the address is no longer free, or if the endpoint no longer lists it. Raises CalicoError if a host
-    uses the address.
+    The address is not assigned if it is no longer free, or if the endpoint no longer lists it. Raises CalicoError, also
+    if a host uses the address.
     """
     from calicoctl.datastore.blocks import Owner
 

@@ -6,11 +6,12 @@ that the next command for the same workload finds everything that was done:
 
 * The address is assigned first. Its handle names the workload; its attributes name the endpoint, and so the veth pair.
 * The host end of the veth pair is brought up last in the kernel: while the host end is down, the pair is incomplete. By
-  then, there is a table that drops its packets until the agent programs it (guard.py).
+  then, a table drops the workload's packets until the agent programs it: the agent's table, or that of guard.py, except
+  beside a Felix of 2015, which has its own rules.
 * The endpoint is written to etcd last. On disconnecting, the endpoint is removed before its addresses are released. The
   exception is an address without a handle, assigned by an old tool: only the endpoint names its owner.
 
-A workload's lock is held from before the first read until the end. Used by the container command, and by upkeep.py.
+A workload's lock is held from before the first read until the end. The container command and upkeep.py use this module.
 """
 
 from __future__ import annotations
@@ -128,7 +129,8 @@ def check_interface_name(name: str) -> None:
 class Attachment:
     """How a workload is connected: endpoint id, an address, and the name and MAC of the interface inside the workload.
 
-    `existed` says that the workload was connected like this before, and that nothing has been changed.
+    `mac` is None if the endpoint has none. `existed` says that the workload was connected like this before, and that
+    nothing has been changed.
     """
 
     id: EndpointId
@@ -149,7 +151,8 @@ def connect(
 
     `interface` is the interface's name inside the workload. None means the name that it had before, else
     DEFAULT_INTERFACE. With `exist_ok`, it is no error if the workload is already connected with an address that
-    satisfies the request and with this interface. Raises CalicoError, after a rollback.
+    satisfies the request and with this interface. If the namespace's path now leads to another process, the workload of
+    the earlier process is disconnected first. Raises CalicoError, after a rollback.
     """
     with WorkloadSession.enter(datastore, workload) as session:
         session.clear_after_another_process()
@@ -278,7 +281,7 @@ def disconnect(datastore: DatastoreClient, workload: Workload) -> None:
     """Remove a workload's endpoints, interfaces and addresses, as far as they exist; raise NotFound if none does.
 
     The container and its namespace need not exist. An address that has a handle is released only after the endpoint
-    that lists it has been removed.
+    that lists it has been removed. Raises CalicoError if another namespace's path has the same id.
     """
     with WorkloadLock(datastore.host, workload.orchestrator, workload.id) as lock:
         ids = endpoint_ids_of(datastore, workload)
@@ -327,9 +330,9 @@ def add_address(
     """Add an address to a connected workload; return the address, and whether it is new to the workload.
 
     If it is the first address of an IP version, the next hop and the default route of that version are added, too. An
-    address that the workload has already is configured in the kernel again, in case it is missing there. Raises
-    CalicoError, after a rollback, also if the workload is connected through an interface that is not `interface` (None:
-    any).
+    address that the workload has already is configured in the kernel again, in case it is missing there. The MTU of the
+    interface is lowered if the new address requires that. Raises CalicoError, after a rollback; also if the workload is
+    connected through an interface that is not `interface` (None: any).
     """
     with WorkloadSession.enter(datastore, workload) as session:
         workload = session.workload
@@ -425,9 +428,9 @@ def _without(net: str) -> Callable[[Endpoint], bool]:
 
 
 class WorkloadSession:
-    """A workload, locked, and with its namespace open if it has one; and its state in the store and in the kernel.
+    """A locked workload, with its namespace open if it has one, and with its state in the store and in the kernel.
 
-    `known` is what connected.py knew of it before: None if nobody has connected it on this host. `held` are the
+    `known` is what connected.get returned at the start: None if nobody has connected it on this host. `held` are the
     addresses of the workload's handle, with their owners. `endpoint` is the workload's endpoint, None if it has none.
     `host_mac` is the MAC of the host end of the veth pair: HOST_MAC until `attached_interface` has found that end.
     """
@@ -513,7 +516,7 @@ class WorkloadSession:
         return None if own is None else own.name
 
     def mtu(self, attached: str) -> int:
-        """Return the MTU of the workload's Calico interface."""
+        """Return the MTU of the workload's interface with this name, 0 if there is none."""
         interface = self.namespace.interface(attached)
         return interface.mtu if interface is not None else 0
 
@@ -586,7 +589,10 @@ class WorkloadSession:
             self.refresh()
 
     def clear_after_another_process(self) -> None:
-        """If the workload's path now leads to another process, disconnect the workload of the earlier process."""
+        """If the workload's path now leads to another process, disconnect the workload of the earlier process.
+
+        The workload stays connected if its veth pair still leads into the namespace at the path.
+        """
         now = process_started(self.workload.path or "")
         if (
             self.endpoint is not None
@@ -599,7 +605,7 @@ class WorkloadSession:
     def remember(self, undo: Callable[..., object] | None = None) -> None:
         """Note that the workload is connected on this host; see connected.py. Raises CalicoError.
 
-        `undo`, from _rollback_on_failure, has that forgotten unless it was known before.
+        With `undo`, from _rollback_on_failure, a rollback removes the note, unless there was one before.
         """
         key, path = (self.datastore.host, self.workload.orchestrator, self.workload.id), self.workload.path or ""
         if undo is not None and self.known is None:
@@ -638,8 +644,9 @@ class WorkloadSession:
 def _rollback_on_failure(session: WorkloadSession) -> Iterator[Callable[..., object]]:
     """Yield a function that registers an undo (a function and its arguments). If the body of `with` fails, run them.
 
-    The undo that was registered last runs first. An undo must be harmless if its step was not done. If an undo fails,
-    the others still run, and the error says why it failed, and what to do.
+    The undo that was registered last runs first. An undo must be harmless if its step was not done. If an undo raises
+    CalicoError, the others still run, and the final error says why it failed, and what to do. Meanwhile, the workload
+    has the mark of a change in progress (locks.py), which stays if an undo has failed.
     """
     failures: list[str] = []
 
@@ -679,6 +686,8 @@ def _attach(
     undo: Callable[..., object],
 ) -> str:
     """Create a veth pair and configure both ends, the host's last; return the MAC of the workload's end.
+
+    If no table drops the packets of workloads, guard.py's are created before, unless a Felix of 2015 runs.
 
     `name` is the name of the host end, `interface` that of the workload's end; `next_hops` are addresses by IP version;
     `mac` is the MAC for the workload's end, None for any; `size` is the MTU; `undo` is from _rollback_on_failure.
@@ -770,7 +779,10 @@ def reserved_addresses(datastore: DatastoreClient, version: int) -> Reserved:
 
 
 def _usable(request: AddressRequest, address: IPAddress, reserved: Reserved) -> bool:
-    """Return whether an address of a workload's handle may be used for a request."""
+    """Return whether an address of a workload's handle satisfies a request.
+
+    An address that is excluded from automatic assignment does so only if it is the requested one.
+    """
     if request.address is not None:
         return request.fits(address)
     return request.fits(address) and reserved.is_free_for_any(address.version, int(address))
@@ -800,7 +812,7 @@ def _release_unlisted(datastore: DatastoreClient, workload: Workload, endpoint: 
 
 
 def _next_hop(datastore: DatastoreClient, endpoint: Endpoint, version: int) -> str:
-    """Return the workloads' next hop of an IP version on this host, else the one in the endpoint.
+    """Return this host's next hop for workloads, of an IP version; if the host has none, the one in the endpoint.
 
     Raises CalicoError if there is neither.
     """
@@ -814,7 +826,7 @@ def _next_hop(datastore: DatastoreClient, endpoint: Endpoint, version: int) -> s
 
 
 def _reassign(session: WorkloadSession, address: IPAddress, owner: Owner, undo: Callable[..., object]) -> None:
-    """If an address that the workload's endpoint lists is free, assign it to `owner`, which is the workload, again.
+    """Assign an address that the workload's endpoint lists to the workload (`owner`) again, if the address is free.
 
     Raises AddressTaken if another workload or a host has the address. An address that an old tool has assigned, without
     a handle, is left as it is.
@@ -863,8 +875,8 @@ def owner_of(workload: Workload, id: EndpointId, interface: str) -> Owner:
 def _new_endpoint() -> str:
     """Return a new endpoint id: random, in the form of a UUID of version 1.
 
-    The host's interface is named after the first digits. In a real UUID, these are derived from the time, so they could
-    be the same for two commands that run at once.
+    The name of the host end contains the id's first digits. In a real UUID of version 1, these are derived from the
+    time, so they could be the same for two commands that run at once.
     """
     return uuid.UUID(bytes=os.urandom(16), version=1).hex
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 DOCKER, NAMESPACE = connected.ORCHESTRATORS
 
 _RUN, _VAR_RUN = "/run/", "/var/run/"
-"""Two paths of the same directory on most hosts; messages of `ip netns` contain one or the other."""
+"""Two paths of the same directory on most hosts. A namespace may be named by either path."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class WorkloadState(Enum):
     RUNNING = "is running"
     STOPPED = "has stopped"
     MISSING = "is missing"
-    """There is no namespace at the workload's path now, but there may be one later."""
+    """There is no namespace at the workload's path now, but a namespace may be there later."""
     GONE = "no longer exists"
 
 
@@ -124,8 +124,9 @@ def namespace_at(path: str) -> tuple[int, int] | None:
 def process_started(path: str) -> str | None:
     """Return when the process or thread that a path leads through was started: clock ticks since boot, as text.
 
-    Returns None if the path leads through no process, as paths of `ip netns` do not, or if the process has ended. A
-    path through a process, below /proc or by a symbolic link, may lead to another process later: ids are reused.
+    Returns None if the path leads through no process, such as a path of `ip netns`, if it leads through /proc/1 or
+    /proc/self, and if the process has ended. A path through a process, below /proc or by a symbolic link, may lead to
+    another process later: ids are reused.
     Raises NamespaceError if the path cannot be read. Source: namespaces(7).
     """
     place, left, links = Path("/"), [*reversed(Path(path).parts[1:])], 0
@@ -256,7 +257,10 @@ def ambiguous(name: str, containers: list[tuple[str, str]]) -> CalicoError:
 
 
 def _stored_by_id(prefix: str, datastore: DatastoreClient) -> set[str]:
-    """Return the ids, of containers with an endpoint on this host or with a handle, that have this prefix."""
+    """Return the ids with this prefix of the containers with an endpoint on this host, or if none match, with a handle.
+
+    The prefix must have 4 to 64 hexadecimal digits; otherwise, the result is empty.
+    """
     if not re.fullmatch(r"[0-9a-f]{4,64}", prefix):
         return set()
     handle = f"{DOCKER}."
@@ -316,7 +320,7 @@ def endpoint_ids_of(datastore: DatastoreClient, workload: Workload) -> list[Endp
 
 
 def endpoints_of(datastore: DatastoreClient, workload: Workload) -> list[Endpoint]:
-    """Return a workload's endpoints on this host. For a namespace, an old tool stored them under `docker`."""
+    """Return a workload's endpoints on this host; for a namespace without any, those of an old tool under `docker`."""
     found = datastore.workload_endpoints(workload.orchestrator, workload.id)
     if not found and workload.orchestrator == NAMESPACE:
         found = datastore.workload_endpoints(DOCKER, workload.id)
