@@ -107,7 +107,7 @@ class EnvironmentFile:
     def remove_own(self) -> None:
         """Remove the lines that calicoctl wrote; remove the file, too, if calicoctl created it and it is then empty.
 
-        Raises CalicoError.
+        The same holds for the file's folder. Raises CalicoError.
         """
         text = self._text()
         found = _OWN_LINES.search(text)

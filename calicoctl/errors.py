@@ -127,7 +127,7 @@ class InvalidValue(CalicoError):
 
 
 class StoreError(CalicoError):
-    """The store refused a request, or is misconfigured."""
+    """The store refused a request or gave a wrong answer, or the settings that select the store are invalid."""
 
 
 class StoreUnavailable(StoreError):

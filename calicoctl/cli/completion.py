@@ -80,7 +80,10 @@ def _of_command(words: list[str], partial: str) -> set[str]:
 
 
 def _options(usages: list[Usage], words: list[str], partial: str) -> set[str]:
-    """Return the candidates for `partial`, an option or an option with `=` and a value; `words` match the `usages`."""
+    """Return the candidates for `partial`, the beginning of an option or of `--option=value`.
+
+    `words` are the words before it, without options; `usages` are those that match them.
+    """
     name, equals, _ = partial.partition("=")
     found = {"--help", *GLOBAL_OPTIONS}
     for option in (option for usage in usages for option in usage.options()):
@@ -96,7 +99,10 @@ def _options(usages: list[Usage], words: list[str], partial: str) -> set[str]:
 
 
 def _values(name: str, words: list[str], partial: str) -> list[str]:
-    """Return the candidates for an argument or an option's value; none if they cannot be determined."""
+    """Return the candidates for the value of `name`, such as `<IP>` or `--host`; none if they cannot be determined.
+
+    `words` are the words before the value, without options; `partial` is the beginning of the value.
+    """
     found: list[str] = []
     with suppress(CalicoError, OutOfTime):
         if name in _SOURCES:

@@ -75,7 +75,7 @@ class _Output(io.FileIO):
 
     @classmethod
     def over(cls, stream: Any) -> io.TextIOWrapper:
-        """Return a stream to the same file that escapes characters which the encoding does not have."""
+        """Return a stream to the same file that escapes the characters that its encoding lacks."""
         binary = io.BufferedWriter(cls(stream.fileno(), "w", closefd=False))
         lines = stream is sys.stderr or stream.isatty()
         return io.TextIOWrapper(binary, stream.encoding, "backslashreplace", line_buffering=lines)

@@ -222,9 +222,10 @@ def show_endpoints(datastore: DatastoreClient, endpoints: Sequence[Endpoint], ar
 
 
 def _state(endpoint: Endpoint, status: str, short: bool) -> str:
-    """Return the table cell for an endpoint's state, with the time since when an endpoint is inactive, if it is known.
+    """Return the table cell for an endpoint's state.
 
-    For an active endpoint that is not up, the cell contains the status, too.
+    For an inactive endpoint, it says for how long (`short`) or since when, if that is known; for an active endpoint
+    that is not up, it contains the status.
     """
     since = endpoint.inactive_since
     if since:

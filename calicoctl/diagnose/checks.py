@@ -86,7 +86,10 @@ class Check:
 
 
 def check(libnetwork: bool = False) -> Iterator[Check]:
-    """Run all checks; yield each result. With `libnetwork`, the lack of a Docker Engine with networks is an error."""
+    """Run all checks; yield each result. With `libnetwork`, it is an error if Docker is older than OLDEST_DOCKER.
+
+    It is also an error then if no Docker Engine answers.
+    """
     yield _root()
     yield from _kernel()
     yield from _settings()
@@ -246,7 +249,7 @@ def _tools(docker_runs: bool) -> Iterator[Check]:
 
 
 def _version(command: str) -> str | None:
-    """Return the version that a command prints, "there" if that fails, None if the command is not installed."""
+    """Return the version that a command prints, "there" if it cannot be found, None if the command is not installed."""
     if shutil.which(command) is None:
         return None
     with suppress(OSError, subprocess.SubprocessError):

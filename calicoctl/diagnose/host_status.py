@@ -27,7 +27,7 @@ from calicoctl.output import first_few
 from calicoctl.workloads.workload import short_id
 
 OLDEST_REPORT = 30.0
-"""Age in seconds at which a report is stale: the loop of a working agent writes it every ten (agent.TICK) at least."""
+"""Age in seconds beyond which a report is stale: a working agent writes its report at least every agent.TICK (10 s)."""
 
 AGENT, STORE, ENDPOINT, HOST, KEY, BGP = "agent", "store", "endpoint", "host", "key", "bgp"
 
@@ -71,7 +71,7 @@ _NOTHING: dict[str, Any] = {
 """All fields of a report, with the values that are used if there is no report."""
 
 _NO_ROOM = "Kernel MD5 auth"
-"""BIRD's error if the kernel takes no password (TCP_MD5SIG), usually since there are too many."""
+"""BIRD's error if the kernel refuses the password of a session (TCP_MD5SIG), usually because it has too many."""
 
 _LATER = ("bgp", "bird", "mtu", "left_out")
 """Fields that reports of older agents lack."""
@@ -84,8 +84,9 @@ _OLDEST = {name: value for name, value in _NOTHING.items() if name not in _LATER
 class Issue:
     """A problem: its kind, its text, and advice, if there is any.
 
-    `fails` says whether it sets the exit status to 1. That is so if the agent's status is unknown, its store does not
-    work, or an endpoint is in error.
+    `fails` says whether the problem sets the exit status to 1. That is so if the agent does not report (unless an older
+    agent does, in its place), if another agent has replaced it, if it cannot use the store, or if an endpoint is in
+    error.
     """
 
     kind: str
@@ -110,7 +111,6 @@ def read(host: str) -> dict[str, Any]:
     * `issues`: each with the fields of Issue.
 
     If no agent runs and the store can be read, `unknown_interfaces` are determined now, not taken from the report.
-    Raises CalicoError.
     """
     pid = process.running(host)
     found = process.report(host)
@@ -156,7 +156,7 @@ def _issues(status: dict[str, Any], pid: int | None) -> Iterator[Issue]:
 
 
 def _agent(status: dict[str, Any], pid: int | None) -> Iterator[Issue]:
-    """Yield the problems that make the agent's report unreliable."""
+    """Yield the problems of the agent itself, such as that it does not run, or that its report is old."""
     host, report = status["host"], status["report"]
     other = status["other_agent"]
     if pid is None and other is not None:

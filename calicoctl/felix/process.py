@@ -1,7 +1,7 @@
 """The agent as a process: starts it in the background, finds it, restarts it, stops it; and its locks, log and files.
 
-Its files are under /run/calico/<host name>/: the pid file, which every user may read, with the start time of the
-process, so that a stale pid file is recognised; a lock that the agent holds as long as it lives; its report
+The agent's files are under /run/calico/<host name>/: the pid file, which every user may read, with the start time of
+the process, so that a stale pid file is recognised; a lock that the agent holds as long as it lives; its report
 (report.py); and the original values of settings (dataplane/sysctls.py). Another lock, of the network namespace, keeps
 agents of two host names from using one kernel.
 """

@@ -1,8 +1,9 @@
 """Publishes the agent's health (health.py): in a file, for `calicoctl status`, and in the store, for all hosts.
 
-The status of each endpoint, and the host's heartbeat (heartbeat.py), are written to the store. The file contains all of
-that and the reasons, and can be read while the store is unreachable. A thread writes to the store, so that a slow store
-does not delay the agent's loop. metrics.py serves the same figures to Prometheus.
+The status of each endpoint, and the host's heartbeat (heartbeat.py), are written to the store. The file contains the
+numbers of endpoints by status, the endpoints in trouble, and all that fails on the host. It can be read while the store
+is unreachable. A thread writes to the store, so that a slow store does not delay the agent's loop. metrics.py serves
+the same figures to Prometheus.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ LONG = 0.02
 so long."""
 
 ERRORS_AT_ONCE = 50
-"""Statuses `error` that are written before a pause of a second: a flood of them must leave time for others."""
+"""The most statuses `error` that are written before a pause of a second: many of them must leave time for others."""
 
 END_PATIENCE = 5.0
 """Seconds that writing may take when the agent ends; the heartbeat expires in any case."""
@@ -69,7 +70,8 @@ class ReportFile:
     def write(self, health: Health, at_once: bool = False) -> None:
         """Write both files if that is due, or if the report has changed. An error is only logged.
 
-        A report that took long is not made again for ten times as long, unless `at_once`: see `due_at`.
+        If making the report took longer than LONG, it is not made again for ten times as long, unless `at_once`. If
+        this call did not make it, `due_at` says when it is due.
         """
         self.due_at = self._rests_until
         if time.monotonic() < self._rests_until and not at_once:

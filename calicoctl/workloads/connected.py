@@ -1,4 +1,4 @@
-"""Notes on disk which workloads were connected on this host. The agent wires only these, whatever etcd contains.
+"""Keeps files that say which workloads are connected on this host. The agent wires only these, whatever etcd contains.
 
 A connected workload has a file /var/lib/calico/HOST/workloads/ORCHESTRATOR/ID (see file_name), which wiring.py or
 learning.py writes. The file is removed when the workload is disconnected or no longer exists; it outlives reboots, and
@@ -95,9 +95,9 @@ def forget_all(host: str) -> None:
 
 
 def file_name(id: str) -> str:
-    """Return the file name for a workload: its id, or the SHA-256 of an id that is too long or not a valid file name.
+    """Return the file name for a workload: its id or, if that cannot be a visible file's name, the id's SHA-256.
 
-    An id that begins with a dot is replaced by its hash, too.
+    An id cannot be the name if it is longer than 190 bytes, begins with a dot, or contains a slash or a NUL.
     """
     if len(os.fsencode(id)) <= 190 and not id.startswith(".") and not set(id) & {"/", "\0"}:
         return id

@@ -117,7 +117,7 @@ class Guard:
 
 @contextmanager
 def _explained() -> Iterator[None]:
-    """Convert an OSError of the kernel into a CalicoError that says what is missing."""
+    """Convert an OSError of the kernel into a CalicoError with advice."""
     try:
         yield
     except OSError as error:

@@ -43,8 +43,8 @@ def learn_containers(datastore: DatastoreClient, network_modes: dict[str, str]) 
     """Learn which containers are wired, or have an address and no other network.
 
     `network_modes` maps the ids of all containers of the engine to their values of `docker run --net`. If none of them
-    has an endpoint, although the store has endpoints of containers, the engine may not have its data yet: then it is
-    not noted that nothing is left to learn. Raises CalicoError.
+    has an endpoint, although the store has endpoints of containers, the engine may lack its data at the moment: then
+    this must be repeated (is_learned stays False). Raises CalicoError.
     """
     host = datastore.host
     endpoints = _endpoints(datastore, DOCKER)

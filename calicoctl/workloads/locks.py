@@ -115,7 +115,10 @@ def interrupted_named(host: str, orchestrator: str, name: str) -> set[str]:
 
 
 def _marks(host: str, orchestrator: str) -> list[tuple[str, tuple[str, str, str]]]:
-    """Return the marks, each as the id (or a hash) in its file's name, and its content: (id, NUL, container's name)."""
+    """Return each mark as the id (or a hash) in the name of its file, and its content: (id, NUL, container's name).
+
+    The container's name is empty if the mark has none; all three are empty if the mark cannot be read.
+    """
     prefix = f"{_MARK}{orchestrator}."
     names = [name for name in _names(host) if name.startswith(prefix)]
     return [(name[len(prefix) :], _content_of(DIRECTORY / host / name)) for name in names]

@@ -1,4 +1,4 @@
-"""Determines the MTU of workloads' interfaces: the MTU of the underlay, minus the header of an overlay.
+"""Determines the MTU of workloads' interfaces: the MTU of the underlay, minus the headers of the overlay, if any.
 
 The underlay is the network that carries packets between hosts. Its MTU is the MTU of the interface with this host's
 registered address, read from the kernel. wiring.py uses the result for veth pairs, felix/dataplane/vxlan_manager.py for

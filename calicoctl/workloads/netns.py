@@ -2,6 +2,9 @@
 
 A namespace is entered only in a short-lived thread that is started for that purpose; the main thread never leaves the
 host's namespace. So no failure leaves another part of the process in the wrong namespace.
+
+Public functions and methods raise NamespaceError if the kernel refuses an operation, except for Namespace.run and
+`inspect`, which do not convert errors.
 """
 
 from __future__ import annotations
@@ -60,8 +63,9 @@ _NODAD = 0x02
 class Interface:
     """An interface, as seen in its own namespace.
 
-    For a veth, `peer_index` is the index of the other end, in the namespace of the other end. `kind` is the kernel's
-    name for the type, such as `veth` or `bridge`; None for hardware and for lo.
+    `up` says whether it was set up, not whether it has a carrier. For a veth, `peer_index` is the index of the other
+    end, in the namespace of the other end. `kind` is the kernel's name for the type, such as `veth` or `bridge`; None
+    for hardware and for lo.
     """
 
     name: str

@@ -165,9 +165,9 @@ def _is_over(orchestrator: str, id: str, known: Connected, may_collect: Callable
 
 
 def _refuse_other_engines(workload: Workload, ids: list[EndpointId]) -> None:
-    """Raise CalicoError if a container that this engine does not know runs, and has an interface of its endpoints.
+    """Raise CalicoError if the workload, a container that Docker does not know, runs nevertheless.
 
-    Such a container may belong to another engine.
+    It may belong to another engine. Only containers with a veth pair of one of their endpoints (`ids`) are checked.
     """
     if (
         workload.orchestrator == DOCKER
@@ -181,7 +181,7 @@ def _refuse_other_engines(workload: Workload, ids: list[EndpointId]) -> None:
 
 
 def misattached(paths: dict[EndpointId, str]) -> list[EndpointId]:
-    """Return the endpoints whose interface is not paired with one in their namespace, the one at the endpoint's path.
+    """Return the endpoints whose interface does not lead into the namespace at the endpoint's path (in `paths`).
 
     Such an interface leads into a namespace that was at the path before: a namespace exists as long as a process is in
     it, even if its path was deleted. Endpoints whose workload lacks the neighbour entry of a next hop are returned,

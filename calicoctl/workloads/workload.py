@@ -59,7 +59,10 @@ class Workload:
         return f"{self.orchestrator}.{self.id}"
 
     def namespace_path(self) -> str:
-        """Return the path of the network namespace; raise CalicoError for a container that is stopped or shares one."""
+        """Return the path of the network namespace.
+
+        Raises CalicoError for a container that is stopped, or shares the network of the host or of another container.
+        """
         if self.path is not None:
             return self.path
         if self.pid is None:
