@@ -1,7 +1,7 @@
 """Checks this host's prerequisites: kernel, tools, settings, Docker, etcd.
 
-Each check is about one prerequisite, and changes nothing on the host. If it fails, the other checks still run. Kernel
-features are tested by using them, in a temporary network namespace.
+Each check is about one prerequisite, and changes no setting of the host. If it fails, the other checks still run.
+Kernel features are tested by using them, in a temporary network namespace. Only `load_modules` changes the host.
 """
 
 from __future__ import annotations

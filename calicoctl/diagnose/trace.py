@@ -58,14 +58,18 @@ class Place:
 
 @dataclass(frozen=True)
 class Decision:
-    """The decision in one direction (`outbound` of the source, `inbound` of the destination), and its reason."""
+    """The decision in one direction (`outbound` of the source, `inbound` of the destination), and its reason.
+
+    `profile` is the profile whose rule decided, or which is missing or has invalid rules; None if no rule matched, or
+    if something other than a profile decided.
+    """
 
     direction: str
     allowed: bool
     why: str
     profile: str | None = None
     rule: int | None = None
-    """The position of the rule that decided in the profile's list for this direction, counted from 1."""
+    """The position of the rule that decided, in the profile's list for this direction, from 1; None if no rule did."""
     host: str | None = None
     """The host that enforces the decision."""
 
@@ -183,7 +187,10 @@ class _Store:
     # From names to places
 
     def places(self, name: str) -> list[Place]:
-        """Return the Place of an address, or one for each address of an endpoint or host. Raises CalicoError."""
+        """Return the Place of an address, or a Place for each address of an endpoint or a host; `name` as for `trace`.
+
+        Raises CalicoError.
+        """
         try:
             address = str(parse_address(name))
         except CalicoError:

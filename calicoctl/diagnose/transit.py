@@ -67,7 +67,7 @@ def pool_of(snapshot: Snapshot, address: str) -> Pool | None:
 def route(sender: Snapshot, to_host: str, address: str, networks: dict[str, HostNetwork]) -> Route:
     """Return the route to an address on another host, `to_host`. `sender` is the snapshot of the sending host.
 
-    `networks` contains the networks of the hosts whose kernels could be read, by host.
+    `networks` maps the names of the hosts whose kernels could be read to their networks.
     """
     topology, version = sender.topology, version_of(address)
     via = topology.address(to_host, version)

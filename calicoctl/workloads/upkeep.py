@@ -1,8 +1,8 @@
 """Reconciles a workload of this host after restarts, removals, crashes and interrupted commands.
 
-Each function holds the workload's lock while it reads and changes, so it never interferes with a command in progress.
-Out of scope: other hosts' workloads, addresses without a handle, and workloads that are neither Docker containers nor
-namespaces with a known path. Used by the agent, and by `ipam check --fix`.
+The public functions that change something hold the workload's lock meanwhile, so they never interfere with a command in
+progress. Out of scope: other hosts' workloads, addresses without a handle, and workloads that are neither Docker
+containers nor namespaces with a known path. Used by the agent, and by `ipam check --fix`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Connects workloads to the network, and disconnects them: address, veth pair and endpoint, as one transaction.
 
-Each function lists its steps from top to bottom, with the undo of a step beside it. Any failure, an interrupt included,
-rolls back: the undos run in reverse order. A process that is killed cannot roll back. So the steps are ordered such
-that the next command for the same workload finds everything that was done:
+Each function lists its steps from top to bottom, with the undo of a step beside it. If connecting a workload or adding
+an address fails, an interrupt included, the undos run in reverse order. Removals have no undo: they can be repeated. A
+process that is killed cannot roll back. So the steps are ordered such that the next command for the same workload finds
+everything that was done:
 
 * The address is assigned first. Its handle names the workload; its attributes name the endpoint, and so the veth pair.
 * The host end of the veth pair is brought up last in the kernel: while the host end is down, the pair is incomplete. By
@@ -281,7 +282,8 @@ def disconnect(datastore: DatastoreClient, workload: Workload) -> None:
     """Remove a workload's endpoints, interfaces and addresses, as far as they exist; raise NotFound if none does.
 
     The container and its namespace need not exist. An address that has a handle is released only after the endpoint
-    that lists it has been removed. Raises CalicoError if another namespace's path has the same id.
+    that lists it has been removed. Raises CalicoError, also if another namespace's path has the same id. What was
+    removed before a failure stays removed: a further call removes the rest.
     """
     with WorkloadLock(datastore.host, workload.orchestrator, workload.id) as lock:
         ids = endpoint_ids_of(datastore, workload)
@@ -388,7 +390,8 @@ def remove_address(datastore: DatastoreClient, workload: Workload, address: IPAd
     """Remove an address from a workload, which need not run. Raises NotFound when the workload does not have it.
 
     If it is the last address of an IP version, the next hop and the default route of that version are removed, too.
-    Raises CalicoError if the workload is connected through an interface that is not `interface` (None: any).
+    Raises CalicoError, without a rollback; also if the workload is connected through an interface that is not
+    `interface` (None: any).
     """
     with WorkloadSession.enter(datastore, workload, must_run=False) as session:
         endpoint = session.only_endpoint()

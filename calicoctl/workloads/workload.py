@@ -339,7 +339,10 @@ def _name_of(id: str) -> str:
 
 
 def _inspect(name: str) -> dict[str, Any]:
-    """Query the Docker Engine for a container. Raises NoSuchContainer or DockerUnavailable."""
+    """Query the Docker Engine for a container. Raises NoSuchContainer or DockerUnavailable.
+
+    If `ip netns` has a namespace of that name, the error asks whether that was meant.
+    """
     try:
         return engine.inspect(name)
     except (NoSuchContainer, DockerUnavailable) as error:
