@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import select
+from contextlib import suppress
 from pathlib import Path
 
 START_TIME, STATE = 19, 0
@@ -52,6 +53,40 @@ def arguments(pid: int) -> list[str]:
 def strings(pid: int, name: str) -> list[str]:
     """Return the zero-terminated strings in the file /proc/PID/`name`. Raises OSError."""
     return [os.fsdecode(part) for part in Path(f"/proc/{pid}/{name}").read_bytes().split(b"\0")[:-1]]
+
+
+def sockets(pid: int) -> set[str]:
+    """Return the inodes of a process's sockets, none if they cannot be read."""
+    found = set()
+    with suppress(OSError):
+        for fd in Path(f"/proc/{pid}/fd").iterdir():
+            with suppress(OSError):
+                target = str(fd.readlink())
+                if target.startswith("socket:["):
+                    found.add(target[8:-1])
+    return found
+
+
+def udp_holder(port: int) -> str | None:
+    """Describe a process that holds a UDP port of this network namespace, None if none does.
+
+    A process in another PID namespace is described by its user alone. Source: proc_pid_net(5).
+    """
+    users = {}
+    for name in ("udp", "udp6"):
+        with suppress(OSError), open(f"/proc/self/net/{name}") as table:
+            for words in map(str.split, table):
+                if len(words) > 9 and words[1].endswith(f":{port:04X}"):
+                    users[words[9]] = words[7]
+    if not users:
+        return None
+    for process in Path("/proc").glob("[0-9]*"):
+        held = users.keys() & sockets(int(process.name))
+        if held:
+            with suppress(OSError):
+                command = (process / "comm").read_text(errors="replace").rstrip("\n")
+                return f"process {process.name} ({command!a}) of user {users[held.pop()]}"
+    return f"a process of user {next(iter(users.values()))}"
 
 
 def await_end(pid: int, seconds: float | None = None) -> bool:

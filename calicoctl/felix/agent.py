@@ -147,7 +147,7 @@ class Agent:
             self._snapshot, self._health, self._reporter.set, lambda id: self._keeper.enqueue(id, deleted=True)
         )
         context = Context(self._snapshot, self._health, self._statuses)
-        self._policy = PolicyManager(context, drivers.nft)
+        self._policy = PolicyManager(context, drivers.nft, drivers.vxlan.states)
         self._bgp = BgpManager(context, drivers.bgp)
         self._forwarding: list[Manager] = [
             ConnectionLimit(context, drivers.nft),

@@ -17,7 +17,7 @@ import pytest
 
 from tests.system.agent import holds
 from tests.system.fabric import NETWORKS, ROUTER, FabricHost, fabric
-from tests.system.support import Etcd, wait_for
+from tests.system.support import AS_NOBODY, Etcd, wait_for
 
 POOL, POOL6 = "10.65.0.0/16", "fd65::/64"
 OVERLAY = "81"
@@ -337,3 +337,43 @@ def test_a_pool_goes_over_to_the_overlay_and_back(open_etcd: Etcd) -> None:
         for lost in lists:
             assert max(lost) * 0.02 < 1, lost
         assert all_reach_each_other(hosts)
+
+
+_HOLD = """
+import socket
+held = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+held.bind(("0.0.0.0", 4789))
+print("held", flush=True)
+while True:
+    print(held.recvfrom(2000)[0], flush=True)
+"""
+
+_SEND = """
+import socket
+sender = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+for vni in (4095, 77):
+    sender.sendto(b"\\x08\\0\\0\\0" + vni.to_bytes(3, "big") + b"\\0for VNI %d" % vni, ("HOST", 4789))
+"""
+
+
+def test_a_user_who_holds_the_port_reads_nothing_of_the_overlay(open_etcd: Etcd) -> None:
+    with fabric(open_etcd, 0, 1) as hosts:
+        one, other = hosts
+        holding = one.inside(*AS_NOBODY, sys.executable, "-c", _HOLD)
+        with subprocess.Popen(holding, stdout=subprocess.PIPE, text=True) as user, contextlib.ExitStack() as cleanup:
+            cleanup.callback(user.kill)
+            assert user.stdout is not None and user.stdout.readline() == "held\n"
+            for host in hosts:
+                host.start_agent("--bgp=off")
+            one.ctl("pool", "add", POOL, "--vxlan=always")
+            why = "needs UDP port 4789, which process [0-9]+ \\('.*'\\) of user 65534 holds: end that one"
+            wait_for(lambda: re.search(why, one.ctl("status").out), "the report", 15)
+            other.run(sys.executable, "-c", _SEND.replace("HOST", one.ip))
+            assert "for VNI 77" in user.stdout.readline(), "that is another program's"
+        wait_for(lambda: "UP" in (device(one) or {})["flags"], "the device", 15)
+        one.add("a", addresses(one)[0])
+        other.add("b", addresses(other)[0])
+        one.ctl("profile", "add", "web")
+        one.set_profiles("a", "web")
+        other.set_profiles("b", "web")
+        wait_for(lambda: one.reaches("a", addresses(other)[0]), "the overlay", 10)

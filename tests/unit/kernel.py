@@ -272,6 +272,9 @@ class FakeVxlan:
     def versions(self) -> set[int]:
         return set(self.devices)
 
+    def states(self) -> dict[int, bool]:
+        return dict.fromkeys(self.devices, True)
+
     def apply_device(self, tunnel: Tunnel, parent: int | None, mtu: int) -> None:
         if tunnel.version in self.refuses:
             raise CalicoError("the interface vxlan.calico is not the agent's")

@@ -203,6 +203,10 @@ def test_vxlan_is_guarded_while_a_pool_or_a_device_needs_it() -> None:
     assert "chain inet calico vxlan-forward" not in tables.nft.objects
     tables.store.put(key, {"cidr": "192.168.0.0/16", "vxlan_mode": "always"})
     tables.update()
+    assert tables.nft.chain("ports") == ["udp dport 4789 @th,96,24 4095 counter drop"], "another may hold the port"
+    tables.update_with(Ports(vxlan=frozenset([4]), up=frozenset([6])))
+    assert tables.nft.chain("ports") == ["udp dport 4789 @th,96,24 4095 counter drop"]
+    tables.update_with(Ports(vxlan=frozenset([4]), up=frozenset([4])))
     assert tables.nft.chain("ports") == [
         f"udp dport 4789 @th,96,24 4095 ip daddr {ONE} goto vxlan-port",
         "udp dport 4789 @th,96,24 4095 counter drop",
@@ -212,7 +216,7 @@ def test_vxlan_is_guarded_while_a_pool_or_a_device_needs_it() -> None:
     tables.update_with(Ports(blocked=True))
     assert "chain inet calico ports" not in tables.nft.objects, "it is another program's"
     tables.store.put(key, {"cidr": "192.168.0.0/16"})
-    tables.update_with(Ports(vxlan=True))
+    tables.update_with(Ports(vxlan=frozenset([4])))
     assert tables.nft.chain("ports") and tables.nft.chain("vxlan-forward")
     tables.update_with(Ports())
     assert "chain inet calico vxlan-forward" not in tables.nft.objects

@@ -25,7 +25,8 @@ class PolicyWorld(World):
         self.clock = 1000.0
         monkeypatch.setattr(policy_manager.time, "monotonic", lambda: self.clock)
         self.nft = FakeNft([])
-        self.manager = PolicyManager(self.context, self.nft)  # type: ignore[arg-type]
+        self.devices: dict[int, bool] = {}
+        self.manager = PolicyManager(self.context, self.nft, lambda: self.devices)  # type: ignore[arg-type]
         self.store.profile("web")
         self.store.endpoint(1, A)
         self.apply()
@@ -180,15 +181,23 @@ def test_the_ports_are_guarded_while_bird_holds_one_and_a_device_the_other(world
         world.apply()
         return world.nft.objects.get("chain inet calico ports", [])
 
+    world.store.put(f"/calico/bgp/v1/host/{world.snapshot.host}/ip_addr_v4", "172.18.0.9")
     assert not guarded()
     world.manager.on_event(BgpChanged(running=True))
     assert len(guarded()) == 1
     assert world.apply() == 0, "nothing has changed"
-    world.manager.on_event(LinkChanged(Link("vxlan.calico", 7, True)))
+    world.devices[4] = False
     world.manager.on_event(LinkChanged(Link("vxlan7", 8, True)))
-    assert len(guarded()) == 2
+    assert len(guarded()) == 1
+    world.manager.on_event(LinkChanged(Link("vxlan.calico", 7, False)))
+    down = guarded()
+    assert len(down) == 2 and down[-1].endswith("counter drop"), "another process may hold the port"
+    world.devices[4] = True
+    world.manager.on_event(LinkChanged(Link("vxlan.calico", 7, True)))
+    assert len(guarded()) == 3
     world.manager.invalidate(-1)
-    assert len(guarded()) == 2, "also in tables that are loaded anew"
+    assert len(guarded()) == 3, "also in tables that are loaded anew"
+    world.devices.clear()
     world.manager.on_event(LinkChanged(Link("vxlan.calico", 7, True), deleted=True))
     world.manager.on_event(BgpChanged(running=False))
     assert not guarded()

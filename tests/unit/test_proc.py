@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 from pathlib import Path
 
@@ -59,3 +60,12 @@ def test_waiting_for_the_end_of_a_process() -> None:
         child.kill()
         assert proc.await_end(child.pid, 10)
     assert proc.await_end(child.pid), "it has ended already"
+
+
+def test_who_holds_a_udp_port_is_found() -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as held:
+        held.bind(("127.0.0.1", 0))
+        found = str(proc.udp_holder(held.getsockname()[1]))
+        assert found.startswith(f"process {os.getpid()} ('") and found.endswith(f" of user {os.getuid()}")
+        port = held.getsockname()[1]
+    assert proc.udp_holder(port) is None

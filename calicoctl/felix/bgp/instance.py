@@ -210,7 +210,7 @@ class Instance:
     def holds_port(self) -> bool:
         """Return whether BIRD listens on the port of BGP: it does while at least one session is configured."""
         pid = self.pid()
-        return pid is not None and bool(_listeners() & _sockets(pid))
+        return pid is not None and bool(_listeners() & proc.sockets(pid))
 
     def refuse_foreign(self) -> None:
         """Raise CalicoError if a foreign BIRD runs, another process listens on the port, or foreign routes exist.
@@ -218,7 +218,7 @@ class Instance:
         Routes with BIRD's protocol number are foreign if no BIRD of ours runs here or has run here in this boot.
         """
         self.refuse_other_bird()
-        if _listeners().difference(*(_sockets(pid) for pid, host in birds().items() if host)):
+        if _listeners().difference(*(proc.sockets(pid) for pid, host in birds().items() if host)):
             raise CalicoError(
                 f"another process listens on port {PORT}, which BGP needs: end that one, or start the agent with "
                 "--bgp=off"
@@ -355,18 +355,6 @@ def _listeners() -> set[str]:
                 words = line.split()
                 if len(words) > 9 and words[3] == _LISTENING and words[1].endswith(f":{PORT:04X}"):
                     found.add(words[9])
-    return found
-
-
-def _sockets(pid: int) -> set[str]:
-    """Return the inodes of a process's sockets."""
-    found = set()
-    with suppress(OSError):
-        for fd in Path(f"/proc/{pid}/fd").iterdir():
-            with suppress(OSError):
-                target = str(fd.readlink())
-                if target.startswith("socket:["):
-                    found.add(target[8:-1])
     return found
 
 

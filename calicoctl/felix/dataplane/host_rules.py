@@ -130,14 +130,16 @@ Moved = tuple[str, tuple[str, ...], tuple[str, ...]]
 class Ports:
     """Which ports of this host are ours, and therefore protected.
 
-    `bgp` says whether BIRD listens on the port of BGP, `vxlan` whether a VXLAN device of ours exists. `blocked` means
-    that a device is needed, but cannot be created. Our VXLAN is protected while a device exists. It is also protected
-    while a pool has an overlay and this host is registered, unless `blocked` is set: then VXLAN with our VNI may be
-    another program's.
+    `bgp` says whether BIRD listens on the port of BGP. `vxlan` are the IP versions for which a VXLAN device of ours
+    exists, `up` those for which it is up. `blocked` means that a device is needed, but cannot be created. Our VXLAN is
+    protected while a device exists. It is also protected while a pool has an overlay and this host is registered,
+    unless `blocked` is set: then VXLAN with our VNI may be another program's. Until the device is up, any user's
+    process may hold its port, so nobody's VXLAN passes.
     """
 
     bgp: bool = False
-    vxlan: bool = False
+    vxlan: frozenset[int] = frozenset()
+    up: frozenset[int] = frozenset()
     blocked: bool = False
 
 
@@ -371,7 +373,7 @@ def _update_base_chains(snapshot: Snapshot, held: Ports, change: Change) -> None
     topology = snapshot.topology
     has_own = topology.own(4) is not None or topology.own(6) is not None
     is_needed = has_own and not held.blocked
-    vxlan = held.vxlan or (is_needed and any(pool.vxlan != NEVER for pool in snapshot.pools.values()))
+    vxlan = bool(held.vxlan) or (is_needed and any(pool.vxlan != NEVER for pool in snapshot.pools.values()))
     ports, forward, translated = [], [], []
     counted = {}
     if held.bgp:
@@ -383,7 +385,7 @@ def _update_base_chains(snapshot: Snapshot, held: Ports, change: Change) -> None
         ports += [
             f"{_IS_OUR_VXLAN} {family} daddr {own} goto vxlan-port"
             for version, family in ((4, "ip"), (6, "ip6"))
-            if (own := topology.own(version)) is not None
+            if version in held.up and (own := topology.own(version)) is not None
         ]
         ports.append(f"{_IS_OUR_VXLAN} counter drop")
         counted["vxlan"] = _IS_OUR_VXLAN, "hosts"

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -33,9 +35,11 @@ BACKOFF = 5.0
 class PolicyManager(Manager):
     """Drives the tables to the snapshot or, while the store must not be used, keeps their last contents."""
 
-    def __init__(self, context: Context, nft: Nft) -> None:
+    def __init__(self, context: Context, nft: Nft, devices: Callable[[], Mapping[int, bool]] = dict) -> None:
+        """`devices` returns which devices of the overlay exist: by IP version, whether each is up."""
         self._context = context
         self._nft = nft
+        self._devices = devices
         self._dirty = Dirty()
         self._ports = Ports()
         self._retry_at = 0.0
@@ -65,12 +69,22 @@ class PolicyManager(Manager):
                 self.in_sync, self._restore_due = False, True
         elif isinstance(event, Tick):
             self._restore_due = True
+            self._read_devices()
         elif isinstance(event, BgpChanged):
             self._set_ports(replace(self._ports, bgp=event.running))
         elif isinstance(event, OverlayBlocked):
             self._set_ports(replace(self._ports, blocked=event.blocked))
         elif isinstance(event, LinkChanged) and event.link.name in DEVICES.values():
-            self._set_ports(replace(self._ports, vxlan=not event.deleted))
+            self._read_devices()
+
+    def resync(self) -> None:
+        self._read_devices()
+
+    def _read_devices(self) -> None:
+        with suppress(CalicoError):  # it is read again at the next Tick
+            found = self._devices()
+            up = frozenset(version for version, is_up in found.items() if is_up)
+            self._set_ports(replace(self._ports, vxlan=frozenset(found), up=up))
 
     def _set_ports(self, ports: Ports) -> None:
         if ports != self._ports:

@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from calicoctl import netlink
+from calicoctl import netlink, proc
 from calicoctl.addresses import FAMILIES, link_local, pack, version_of
 from calicoctl.desired.overlay import Tunnel
 from calicoctl.errors import CalicoError
@@ -93,11 +93,7 @@ class Vxlan:
 
     def read(self) -> None:
         """Read the devices, their entries, and the agent's routes into the cache."""
-        self._devices = {}
-        for version, name in DEVICES.items():
-            found = self._find(name)
-            if isinstance(found, Device) and found.vni == VNI:
-                self._devices[version] = found
+        self._devices = self._find_devices()
         with _explained("the overlay's routes and entries cannot be read"):
             self.routes = set(_routes())
             entries = list(_forwarding_entries()) if self._devices else []
@@ -107,6 +103,10 @@ class Vxlan:
             self._neighbours[version] = {
                 (one.address, one.mac) for one in neighbours if one.index == device.index and one.mac is not None
             }
+
+    def states(self) -> dict[int, bool]:
+        """Return, by IP version of the underlay, whether our device is up now; nothing for one that does not exist."""
+        return {version: device.up for version, device in self._find_devices().items()}
 
     def index(self, version: int) -> int | None:
         """Return the index of our device for an underlay's IP version, None if it does not exist."""
@@ -147,7 +147,7 @@ class Vxlan:
                 sysctls.write(path, value)
             _add_address(device.index)
             if not device.up:
-                self._netlink.link("set", index=device.index, state="up")
+                self._bring_up(name, device)
         if (device.mac, device.mtu, device.up) != (tunnel.mac, mtu, True):
             self._reread(tunnel.version, name)
             self._neighbours[tunnel.version] = set()  # with a new MAC, the kernel deletes them
@@ -203,6 +203,24 @@ class Vxlan:
             }
 
     # Devices
+
+    def _find_devices(self) -> dict[int, Device]:
+        found = {version: self._find(name) for version, name in DEVICES.items()}
+        return {version: one for version, one in found.items() if isinstance(one, Device) and one.vni == VNI}
+
+    def _bring_up(self, name: str, device: Device) -> None:
+        from pyroute2.netlink.exceptions import NetlinkError
+
+        try:
+            self._netlink.link("set", index=device.index, state="up")
+        except NetlinkError as error:
+            if error.code != errno.EADDRINUSE:
+                raise
+            holder = proc.udp_holder(PORT) or "another program"
+            raise CalicoError(
+                f"the overlay is down: {name} needs UDP port {PORT}, which {holder} holds: end that one (ss -ulnp "
+                f"'sport = {PORT}'), and the agent brings {name} up within 10 seconds"
+            ) from None
 
     def _find(self, name: str) -> Device | str | None:
         """Return a Device for a VXLAN device, or the kind of another interface ("unknown" if it has none).
