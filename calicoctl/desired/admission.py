@@ -1,6 +1,6 @@
 """Decides which addresses of this host's endpoints the data plane may use: none that the host itself needs.
 
-Anybody who may write to the store can list any address in an endpoint. An address is refused
+Anybody who may write to the store can list any address in an endpoint. An address is refused if
 
 * this host needs it: its own addresses, gateways, and the members of its etcd (`HostNetwork.has`). That always holds,
   also if the endpoint had the address before, since without its store the host could not be repaired from elsewhere;

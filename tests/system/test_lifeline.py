@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.system.agent import ALLOW, LOG_DIR, AgentHost, outside_host
-from tests.system.support import Etcd, Host, run, wait_for
+from tests.system.support import Etcd, Host, links, run, wait_for
 
 MEMBER, MEMBER6 = "198.51.100.2", "2001:db8:1::2"
 EVERYTHING = ("198.51.0.0/16", "203.0.113.0/24", "2001:db8:1::/64")
@@ -82,7 +82,7 @@ def test_a_record_takes_nothing_that_the_host_needs(remote: AgentHost) -> None:
         assert address in refused
     sets = [run("nft", "list", kind, *where.split()).out for kind, where in SETS]
     taken = {address for address in needed if any(f" {address} " in text.replace(",", " ") for text in sets)}
-    assert taken == {"198.51.100.8", "203.0.114.9"}, "these are those of other hosts"
+    assert taken == {"198.51.100.8"}, "that is another host's"
     remote.etcd.put(key, record)
     wait_for(lambda: (remote.endpoint_status(key) or {}).get("status") == "up", "the endpoint to be up")
 
@@ -112,6 +112,66 @@ def test_a_host_that_has_lost_its_etcd_takes_the_route_back(remote: AgentHost) -
     assert f"packets from {MEMBER6}, on the way to etcd" in said
     remote.sync()
     assert ours() == {"192.168.0.1"}
+
+
+ANSWERER = """
+import socket
+server = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+server.bind(("198.51.100.53", 53))
+while True:
+    server.sendto(*server.recvfrom(999))
+"""
+
+ASK = """
+import socket
+client = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+client.settimeout(1)
+client.sendto(b"x", ("198.51.100.53", 53))
+print(client.recv(9))
+"""
+
+
+def test_records_of_other_hosts_cut_nobody_off(remote: AgentHost) -> None:
+    """A host is registered with a server's address; and a record lists that of a container on a bridge."""
+    run("ip", "-n", "outside", "address", "add", "198.51.100.53/24", "dev", "eth0")
+    run("ip", "-n", "outside", "route", "add", "172.30.0.0/24", "via", "198.51.100.1")
+    server = subprocess.Popen(["ip", "netns", "exec", "outside", sys.executable, "-c", ANSWERER])
+    run("ip", "netns", "add", "plain")
+    for command in (
+        "link add br9 type bridge",
+        "address add 172.30.0.1/24 dev br9",
+        "link set br9 up",
+        "link add vp master br9 type veth peer name eth0 netns plain",
+        "link set vp up",
+        "-n plain address add 172.30.0.2/24 dev eth0",
+        "-n plain link set eth0 up",
+        "-n plain route add default via 172.30.0.1",
+    ):
+        run("ip", *command.split())
+
+    def is_answered() -> bool:
+        return run(sys.executable, "-c", ASK, check=False).status == 0
+
+    def is_connected() -> bool:
+        return run("ip", "netns", "exec", "plain", "ping", "-c1", "-W1", MEMBER, check=False).status == 0
+
+    wait_for(is_answered, "the server to answer")
+    wait_for(is_connected, "the container to reach outside")
+    host = "/calico/bgp/v1/host/evil"
+    remote.etcd.put(f"{host}/ip_addr_v4", "198.51.100.53")
+    remote.etcd.put(f"{host}/macs", json.dumps([links("outside")["eth0"]["address"]]))
+    record = {"state": "active", "name": "cali5", "mac": "02:00:00:00:00:05", "profile_ids": []}
+    nets = {"ipv4_nets": ["172.30.0.2/32"], "ipv6_nets": []}
+    remote.etcd.put("/calico/v1/host/nobody/workload/docker/w/endpoint/5", {**record, **nets})
+    remote.sync()
+    assert is_answered(), "its packets prove the MAC"
+    remote.etcd.put(f"{host}/macs", json.dumps(["02:00:00:00:00:77"]))
+    remote.sync()
+    chain = run("nft", "list", "chain", "inet", "calico", "host/evil").out
+    assert "02:00:00:00:00:77" in chain
+    assert is_answered() and is_connected()
+    server.kill()
+    server.wait()
 
 
 DNS = "203.0.113.53"

@@ -106,6 +106,22 @@ def test_packets_of_servers_are_dropped_whatever_records_say_by_nobody() -> None
     assert [tables.owner(address) for address in (A, peer, "10.0.0.7")] == ["drop", None, None]
 
 
+def test_an_address_in_no_pool_is_no_endpoint_of_another_host() -> None:
+    tables = Hosts()
+    tables.snapshot.admission.set_pool("0.0.0.0/0", None)  # the one that every address is in
+    bridged = "172.30.0.2"
+    tables.store.endpoint(2, B, bridged, host="host2")
+    tables.update()
+    assert (tables.owner(B), tables.owner(bridged)) == ("goto host/host2", None)
+    tables.store.put("/calico/v1/ipam/v4/pool/172.30.0.0-16", {"cidr": "172.30.0.0/16"})
+    tables.store.endpoint(1, bridged)
+    tables.update()
+    assert tables.owner(bridged) == "goto by-interface"
+    tables.store.put("/calico/v1/ipam/v4/pool/172.30.0.0-16", None)
+    tables.update()
+    assert tables.owner(bridged) == "drop", "an endpoint of this host keeps it"
+
+
 def test_macs_count_in_a_common_network_and_interfaces_everywhere() -> None:
     tables = Hosts()
     learn, enforce, last = tables.nft.chain("host/host2")

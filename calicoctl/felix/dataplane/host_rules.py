@@ -74,6 +74,11 @@ add rule inet calico not-its-host ip saddr @hosts4 fib daddr type local udp dpor
 add rule inet calico not-its-host ip6 saddr @hosts6 fib daddr type local meta l4proto tcp accept
 add rule inet calico not-its-host ip6 saddr @hosts6 ip6 daddr != @pools6 meta l4proto tcp accept
 add rule inet calico not-its-host ip6 saddr @hosts6 fib daddr type local udp dport 53 accept
+add rule inet calico not-its-host udp dport VXLAN counter drop
+add rule inet calico not-its-host ip saddr @hosts4 fib daddr type local udp sport { 53, 123 } accept
+add rule inet calico not-its-host ip saddr @hosts4 icmp type ERRORS4 accept
+add rule inet calico not-its-host ip6 saddr @hosts6 fib daddr type local udp sport { 53, 123 } accept
+add rule inet calico not-its-host ip6 saddr @hosts6 icmpv6 type ERRORS6 accept
 add rule inet calico not-its-host counter drop
 
 add chain inet calico by-interface
@@ -95,14 +100,22 @@ add rule inet calico vxlan-port iifname "PREFIX*" drop
 add rule inet calico vxlan-port ip saddr @hosts4 counter name vxlan4-input accept
 add rule inet calico vxlan-port ip6 saddr @hosts6 counter name vxlan6-input accept
 add rule inet calico vxlan-port counter drop
-""".replace("PREFIX", INTERFACE_PREFIX).replace("BGP", str(BGP_PORT))
+""".replace("PREFIX", INTERFACE_PREFIX)
+    .replace("BGP", str(BGP_PORT))
+    .replace("VXLAN", str(PORT))
+    .replace("ERRORS4", "{ destination-unreachable, time-exceeded, parameter-problem }")
+    .replace("ERRORS6", "{ destination-unreachable, packet-too-big, time-exceeded, parameter-problem }")
 )
 """The chain `not-its-host` drops packets that do not seem to come from the host to which their source address belongs.
 
 It accepts the packets that a host with a new MAC needs to publish the MAC in the store, if etcd runs on another host or
 is reached through one; otherwise, the host would be cut off for good. That is no great risk: to open a TCP connection
 with a forged address, a machine must also answer ARP for the address. BGP is dropped nevertheless, since it trusts
-addresses. That takes two rules, since nftables 1.0.6 merges two adjacent `!=` of ports into one comparison."""
+addresses. That takes two rules, since nftables 1.0.6 merges two adjacent `!=` of ports into one comparison.
+
+It also accepts what servers and gateways of this host send, since anybody who may write to the store can register a
+host with such an address and other MACs: answers of DNS and NTP to this host itself, but no VXLAN, whatever port it
+comes from; and errors of ICMP, which every router may send anyway."""
 
 BASE_CHAINS = {
     "ports": "{ type filter hook input priority filter - 12; policy accept; }",
@@ -186,6 +199,8 @@ class HostRules:
         if dirty.topology or dirty.pools:
             spared = snapshot.admission.spared()
             doubtful |= spared ^ self._spared
+            if dirty.pools:
+                doubtful |= self._claims.keys()
             self._spared = spared
         if dirty.pools:
             affected |= {address for address, host in snapshot.topology.users.items() if host != snapshot.host}
@@ -193,7 +208,7 @@ class HostRules:
             change.set_chain("by-interface", _by_interface(snapshot))
             _update_base_chains(snapshot, ports, change)
         for address in doubtful:
-            self._update_owner(address, snapshot.host, change)
+            self._update_owner(address, snapshot, change)
         for host in unsure_hosts:
             self._update_chain(host, snapshot, change)
         return affected
@@ -237,13 +252,16 @@ class HostRules:
                 del self._named[host]
         return addresses, hosts
 
-    def _update_owner(self, address: str, own: str, change: Change) -> None:
+    def _update_owner(self, address: str, snapshot: Snapshot, change: Change) -> None:
         """Update the verdict for packets from an address.
 
         The verdict depends on the host that has the address itself or, if there is none, on the hosts of the endpoints
-        that have it. `own` is the name of this host.
+        that have it. In no pool, endpoints of other hosts do not count: a container on a bridge here may have it.
         """
+        own = snapshot.host
         hosts = sorted(set(self._claims.get(address, ())))
+        if hosts not in ([], [own]) and not snapshot.admission.is_in_pool(address):
+            hosts = [host for host in hosts if host == own]
         user = self._users.get(address)
         verdict = None
         if user is not None:  # this host's own addresses are checked by the kernel, or by the last rule of from-outside
