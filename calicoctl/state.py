@@ -17,7 +17,7 @@ from calicoctl.errors import CalicoError
 
 DIRECTORY = Path("/var/lib/calico")
 
-_SIZE = 2**16
+_SIZE = 2**20
 """The most bytes that are read from a file; the rest is ignored."""
 
 

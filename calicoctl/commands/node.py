@@ -122,7 +122,7 @@ from calicoctl.datastore.reserved import HostNetwork, Network
 from calicoctl.datastore.store import Entry
 from calicoctl.environment import EnvironmentFile
 from calicoctl.errors import CalicoError, NotFound, StoreError, about
-from calicoctl.felix import heartbeat, local_etcd, process
+from calicoctl.felix import heartbeat, kept_addresses, local_etcd, process
 from calicoctl.felix.bgp.instance import Instance
 from calicoctl.felix.dataplane.sysctls import HostSettings
 from calicoctl.felix.local_etcd import LocalEtcd
@@ -441,6 +441,7 @@ def _remove(other: str | None, remove_endpoints: bool, force: bool) -> None:
         local_etcd.unannounce(had_local_etcd)
     process.remove_directory(datastore.host)
     last_known.forget(datastore.host)
+    kept_addresses.write(datastore.host, ())
     connected.forget_all(datastore.host)
     if not registered and not disconnected and not ran:
         raise NotFound(f"Host {datastore.host} is not registered.")

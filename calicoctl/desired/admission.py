@@ -7,7 +7,7 @@ Anybody who may write to the store can list any address in an endpoint. An addre
 * a host is registered with it. That always holds as well: policy treats packets from it as those of a host;
 * it is in no pool, or a DNS server of this host. One of the two does not hold for an address that the endpoint has
   already: a pool that was removed, or cannot be read, cuts nobody off. What an endpoint has is what the agent has let
-  it have before or, when the agent starts, what the kernel routes to its interface.
+  it have before or, when the agent starts, what the kernel routes to its interface, and what `exceptions` was last.
 
 Does not read the kernel: the caller passes these routes to `adopt`.
 """
@@ -113,6 +113,11 @@ class Admission:
         return tuple(address for address, said in objections.items() if said is None or not said[1])
 
     # What endpoints have already
+
+    def exceptions(self) -> frozenset[Use]:
+        """Return what endpoints have already, and would be refused if it were new."""
+        dns = self.network.servers.dns
+        return frozenset(use for use in self._admitted if use[1] in dns or not self.is_in_pool(use[1]))
 
     def adopt(self, uses: Iterable[Use]) -> None:
         """When the agent starts, count as admitted the addresses that the kernel routes to interfaces of endpoints."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -272,6 +273,8 @@ def test_what_a_removed_pool_contained_goes_on(remote: AgentHost) -> None:
     wait_for(lambda: status() == warning, "the warning")
     assert "192.168.0.1 is in no pool, but stays" in remote.ctl("status").out
     remote.kill_agent()
+    shutil.rmtree("/run/calico")  # as after a reboot
+    run("ip", "route", "flush", "proto", "80")
     remote.start_agent()
     remote.sync()
     assert status() == warning and run("ping", "-c1", "-W1", "192.168.0.1").status == 0

@@ -110,6 +110,7 @@ def test_a_dns_server_is_refused_unless_the_endpoint_was_there_before(store: Adm
     assert store.programmed()[:2] == ((A,), None) and "a DNS server" in str(store.programmed()[2])
     store.endpoint(2, B)
     assert store.programmed(2)[0] == () and "a DNS server of this host" in str(store.programmed(2)[1])
+    assert store.snapshot.admission.exceptions() == {("cali1", A)}, "which outlives a reboot"
     store.put(POOL, None)
     assert store.programmed()[0] == (), "one in no pool is hardly a workload"
 

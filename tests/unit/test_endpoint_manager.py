@@ -8,6 +8,7 @@ import pytest
 
 from calicoctl.datastore.keys import EndpointId
 from calicoctl.desired.snapshot import INACTIVE
+from calicoctl.felix import kept_addresses
 from calicoctl.felix.dataplane.endpoint_manager import EndpointManager
 from calicoctl.felix.dataplane.manager import PendingAddresses
 from calicoctl.felix.events import KernelEventsLost, LinkChanged, PolicyFailed, RouteLost, Tick
@@ -231,3 +232,26 @@ def test_unknown_interfaces_are_reported_at_once_at_the_start() -> None:
     manager.resync()
     manager.apply()
     assert world.health.unknown_interfaces == ["cali9"]
+
+
+def test_what_a_removed_pool_contained_outlives_a_reboot(world: EndpointWorld) -> None:
+    host = world.snapshot.host
+    assert kept_addresses.read(host) == []
+    world.store.endpoint(2, B, state="inactive")
+    world.apply()
+    world.snapshot.admission.set_pool("0.0.0.0/0", None)  # the one that every address is in
+    world.store.put("/calico/v1/ipam/v4/pool/10.9.0.0-16", {"cidr": "10.9.0.0/16"})
+    world.apply()
+    assert kept_addresses.read(host) == [("cali1", A), ("cali2", B)]
+    again = World()
+    again.snapshot.admission.set_pool("0.0.0.0/0", None)
+    routes = FakeRoutes([])
+    manager = EndpointManager(again.context, routes, lambda id: None)  # type: ignore[arg-type]
+    manager.resync()
+    assert again.snapshot.admission.exceptions() == {("cali1", A), ("cali2", B)}
+    world.store.endpoint(2)
+    world.apply()
+    assert kept_addresses.read(host) == [("cali1", A)], "no record lists the other any more"
+    world.store.put("/calico/v1/ipam/v4/pool/192.168.0.0-16", {"cidr": "192.168.0.0/16"})
+    world.apply()
+    assert kept_addresses.read(host) == []

@@ -12,13 +12,15 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from calicoctl.datastore.keys import INTERFACE_PREFIX
+from calicoctl.desired.admission import Use
 from calicoctl.desired.local_endpoint import LocalEndpoint
 from calicoctl.desired.snapshot import INACTIVE, Dirty
 from calicoctl.errors import CalicoError
+from calicoctl.felix import kept_addresses
 from calicoctl.felix.dataplane.lifeline import take_back_routes
 from calicoctl.felix.dataplane.links import Link
 from calicoctl.felix.dataplane.manager import Context, Manager
-from calicoctl.felix.events import KernelEventsLost, LinkChanged, PolicyFailed, RouteLost, Tick
+from calicoctl.felix.events import Failure, KernelEventsLost, LinkChanged, PolicyFailed, RouteLost, Tick
 from calicoctl.felix.health import Status
 from calicoctl.workloads.workload import DOCKER, workload_of
 
@@ -51,6 +53,8 @@ class EndpointManager(Manager):
         """Whether something that belongs to no endpoint could not be removed; retried at the next Tick."""
         self._readable: set[str] = set()
         """Profiles that exist and have valid rules."""
+        self._kept: frozenset[Use] | None = None
+        """Which addresses endpoints keep, as written last; None if it is to be written anew."""
         self._unknown: set[str] = set()
         """Interfaces that had no endpoint at the last Tick. A command may be about to write the endpoint, so they are
         reported only if they still have none at the next Tick."""
@@ -90,6 +94,10 @@ class EndpointManager(Manager):
         if not self._context.health.first_update:  # the kernel remembers what endpoints had before this agent
             names = {link.index: link.name for link in self._links.values()}
             self._snapshot.admission.adopt((names[i], a) for i, a in self._routes.routed() if i in names)
+            try:
+                self._snapshot.admission.adopt(kept_addresses.read(self._snapshot.host))
+            except CalicoError as error:
+                self._context.health.error(str(error))
 
     def restore(self) -> None:
         """Remove each route to an endpoint whose destination is an address that this host needs itself."""
@@ -110,6 +118,19 @@ class EndpointManager(Manager):
             self._dirty.discard(id)
         if not self._context.health.first_update:
             self._report_unknown_interfaces()
+        if self._kept is None:
+            self._keep()
+
+    def _keep(self) -> None:
+        """Write which addresses endpoints keep, for the agent after a reboot."""
+        kept = self._snapshot.admission.exceptions()
+        why = None
+        try:
+            kept_addresses.write(self._snapshot.host, kept)
+            self._kept = kept
+        except CalicoError as error:
+            why = str(error)
+        self._context.health.record(Failure(why, "kept addresses"))
 
     # Marking
 
@@ -117,6 +138,8 @@ class EndpointManager(Manager):
         local = {id for id in dirty.endpoints if id.host == self._snapshot.host}
         self._dirty |= local
         self._released |= dirty.interfaces
+        if dirty.pools or dirty.topology or (local and self._kept):
+            self._kept = None
         self._everything = self._everything or dirty.settings  # the next hop of IPv6 is one of them
         for id in local:
             endpoint = self._snapshot.endpoints.get(id)
