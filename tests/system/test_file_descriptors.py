@@ -99,7 +99,7 @@ def test_an_agent_that_can_open_no_files_waits_and_goes_on(bare_host: Host) -> N
     # what an agent that hangs has said vouches for nothing
     os.kill(pid, signal.SIGSTOP)
     try:
-        file = Path(f"/run/calico/{host.name}/felix.json")
+        file = Path(f"/run/calico/{host.name}/felix.root.json")
         report = json.loads(file.read_text())
         report["report"]["clock"] -= 31
         file.write_text(json.dumps(report))

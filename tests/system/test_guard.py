@@ -28,7 +28,7 @@ add chain inet watch forward { type filter hook forward priority 300; }
 add chain inet watch output { type filter hook output priority 300; }
 add chain arp watch input { type filter hook input priority 300; }
 add rule inet watch arrived iifname "cali*" counter comment "arrived"
-add rule inet watch input iifname "cali*" counter comment "passed"
+add rule inet watch input iifname "cali*" meta l4proto != icmpv6 counter comment "passed"
 add rule inet watch forward iifname "cali*" counter comment "passed"
 add rule inet watch output oifname "cali*" meta l4proto != icmpv6 counter comment "passed"
 add rule arp watch input iifname "cali*" counter comment "passed"

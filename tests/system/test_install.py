@@ -227,4 +227,3 @@ def test_an_agent_of_systemds_is_restarted_and_ended_by_systemd(
         assert tree(prefix) == set()
     finally:
         booted.rmdir()
-        booted.parent.rmdir()
