@@ -173,6 +173,8 @@ def test_records_of_other_hosts_cut_nobody_off(remote: AgentHost) -> None:
     assert is_answered() and is_connected()
     server.kill()
     server.wait()
+    run("ip", "link", "delete", "br9")
+    run("ip", "netns", "delete", "plain")
 
 
 DNS = "203.0.113.53"
@@ -220,6 +222,7 @@ def named(bare_host: Host, tmp_path: Path) -> Iterator[AgentHost]:
         host.add("a", "192.168.0.1")
         host.sync()
         yield host
+        shutil.rmtree("/run/systemd/resolve", ignore_errors=True)
         etcd.stop(9)
         for server in servers:
             server.kill()
