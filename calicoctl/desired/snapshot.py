@@ -111,7 +111,11 @@ def _directories(key: str) -> Iterator[str]:
 
 
 class Snapshot:
-    """The store as `host` sees it. See the module's docstring."""
+    """The store as `host` sees it. See the module's docstring.
+
+    It has more attributes than other classes because each setting in the store is one, and the managers read them
+    directly.
+    """
 
     def __init__(self, host: str) -> None:
         self.host = host

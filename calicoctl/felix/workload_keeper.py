@@ -198,7 +198,10 @@ class Refused:
 
 
 class WorkloadKeeper:
-    """Reconciles this host's workloads, and garbage-collects those that no longer exist."""
+    """Reconciles this host's workloads, and garbage-collects those that no longer exist.
+
+    The class is long because each source of events needs a method; what is done to a workload is in upkeep.py.
+    """
 
     def __init__(
         self,

@@ -165,7 +165,11 @@ class _Beside:
 
 
 class BgpThread(threading.Thread):
-    """Runs BIRD with the latest configuration passed to `want`. Emits BgpChanged and Failure."""
+    """Runs BIRD with the latest configuration passed to `want`. Emits BgpChanged and Failure.
+
+    It has more attributes than other classes because all are the state of one process: what is wanted, what BIRD uses,
+    and when to do what next.
+    """
 
     def __init__(self, instance: Instance, enabled: bool, put: Callable[[Any], None]) -> None:
         """`put` is called with events.
