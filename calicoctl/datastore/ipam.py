@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 class Ipam:
     """Assigns and releases addresses on behalf of one host.
 
-    The class is long because each change involves a block, a handle and an affinity, whose order matters if a command is
-    interrupted: it is easier to follow in one place.
+    The class is long because each change involves a block, a handle and an affinity, and their order matters if a
+    command is interrupted: that is easier to follow in one place.
     """
 
     def __init__(self, store: Store, host: str) -> None:
