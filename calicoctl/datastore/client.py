@@ -195,7 +195,8 @@ class DatastoreClient:
         """Write a BGP peer, keeping its unknown fields; return the peer as it was before, None for a new one.
 
         With `host`, it becomes a peer of that host alone, else a global peer. Raises NotFound if another command
-        deletes the peer concurrently, and InvalidValue if its key has an invalid value.
+        deletes the peer concurrently, Conflict if others keep changing it, and InvalidValue if its key has an invalid
+        value.
         """
         key = keys.bgp_peer(version_of(peer.ip), peer.ip, host)
         if create_if_missing(self._store, key, peer.to_json()):

@@ -187,9 +187,9 @@ def claim(
     Returns the entry that was written, None if no write was needed. Raises StoreError. Raises CalicoError, having
     changed nothing, if another agent writes the status.
 
-    `own_agent_writes` says that this host's agent is running; a status that names no machine is then assumed to be that
-    agent's. With `force`, the status is taken over from any other agent; CalicoError is then raised, after the change,
-    if that agent goes on writing. `notify` is called with a sentence before each wait.
+    `own_agent_writes` says that this host's agent is running; a status that names neither a machine nor a boot is then
+    assumed to be that agent's. With `force`, the status is taken over from any other agent; CalicoError is then raised,
+    after the change, if that agent goes on writing. `notify` is called with a sentence before each wait.
     """
     own = Identity.own()
     while True:
@@ -279,9 +279,11 @@ def _with_addresses(datastore: DatastoreClient, who: str) -> str:
 
 
 def other_writer(datastore: DatastoreClient, status: Entry, own_agent_writes: bool) -> str | None:
-    """Return how to name the writer of a host's status at the beginning of a sentence; None if this machine wrote it.
+    """Return the words for the agent that wrote a host's status, as the beginning of a sentence.
 
-    With `own_agent_writes`, a status that names no machine counts as this machine's, as for `claim`.
+    None if the status names this machine and its current boot. With `own_agent_writes`, as for `claim`, two more
+    statuses count as this machine's: one that names neither a machine nor a boot and, if this machine has no machine
+    id, one that names its current boot.
     """
     writer, own = Identity.of(status), Identity.own()
     if _is_ours(writer, own, own_agent_writes):
