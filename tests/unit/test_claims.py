@@ -60,7 +60,9 @@ def test_changes_one_by_one_decide_as_all_at_once(most: int, monkeypatch: pytest
     for seed in range(40):
         chosen = random.Random(seed)
         ids = [EndpointId("h", "docker", "w", f"{number:02}") for number in range(16)]
-        claims, made, known = Claims(), dict[EndpointId, tuple[int, LocalEndpoint]](), dict[EndpointId, str | None]()
+        claims = Claims()
+        made: dict[EndpointId, tuple[int, LocalEndpoint]] = {}
+        known: dict[EndpointId, str | None] = {}
         for step in range(60):
             changed = chosen.sample(ids, chosen.choice((1, 1, 1, 4)))
             for id in changed:
