@@ -28,7 +28,7 @@ help:
 	@echo '                  removes everything'
 	@echo 'make test         lint, types, unit and system tests'
 	@echo 'make test-all     the same, other Pythons and releases, and the soak test: what CI runs'
-	@echo 'make unit         unit tests (no root needed once $(VENV) exists)'
+	@echo 'make unit         unit tests (no root needed once $(VENV) and BIRD exist)'
 	@echo 'make system       system tests; ARGS="-k name" selects'
 	@echo 'make docs         generate the pages of the commands and the man page'
 	@echo 'make lock         pin the newest versions of the libraries that make install installs, by their hashes'
@@ -61,7 +61,9 @@ types: $(VENV)/ready
 docs: $(VENV)/ready
 	$(VENV)/bin/python docs/generate.py
 
+# the tests give BIRD the configuration that we write for it
 unit: $(VENV)/ready
+	@demo/packages $(BGP)
 	$(VENV)/bin/pytest tests/unit $(ARGS)
 
 # no more hosts at a time than cores: tests have deadlines
@@ -99,6 +101,7 @@ empty =
 space = $(empty) $(empty)
 
 tox: $(VENV)/ready
+	@demo/packages $(BGP)
 	$(VENV)/bin/pip install --quiet tox
 	PATH="$(subst $(space),:,$(PYENV_BINS)):$$PATH" $(VENV)/bin/tox run-parallel
 
