@@ -13,7 +13,7 @@ import http.client
 import json
 import re
 import time
-from collections.abc import Generator, Iterable
+from collections.abc import Collection, Generator, Iterable, Sequence
 from contextlib import suppress
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Callable, TypeVar
@@ -34,7 +34,7 @@ from calicoctl.datastore.members import (
     updated,
 )
 from calicoctl.datastore.settings import EtcdSettings, Member
-from calicoctl.datastore.store import Change, Entry
+from calicoctl.datastore.store import Change, Entry, Write, write_in_order
 from calicoctl.errors import (
     CalicoError,
     CompareFailed,
@@ -89,6 +89,9 @@ class Etcd2Store:
     crash in between leaves empty directories, which `tree` and `exists` ignore.
     """
 
+    atomic = False
+    leases = False
+
     def __init__(
         self,
         settings: EtcdSettings,
@@ -110,14 +113,19 @@ class Etcd2Store:
     def tree(self, directory: str) -> list[Entry]:
         return [entry for entry in self.list_for_watch(directory)[0] if entry.problem is None]
 
-    def names(self, directory: str) -> list[str]:
+    def read(
+        self, keys: Sequence[str], directories: Sequence[str] = ()
+    ) -> tuple[list[Entry | None], list[list[Entry]]]:
+        return [self.get(key) for key in keys], [self.tree(directory) for directory in directories]
+
+    def names(self, directory: str, but: Collection[str] = ()) -> list[str]:
         import etcd
 
         try:
             keys = self._read(directory, _child_keys, directory=True)
         except etcd.EtcdKeyNotFound:
             return []
-        return [key.rpartition("/")[2] for key in keys if key != directory]
+        return [name for name in (key.rpartition("/")[2] for key in keys if key != directory) if name not in but]
 
     def exists(self, directory: str) -> bool:
         import etcd
@@ -172,6 +180,12 @@ class Etcd2Store:
         self._members.write(send, lambda: self.get(entry.key), deleted(entry))
         self._prune(self._implied_directories(entry.key))
 
+    def commit(self, writes: Sequence[Write]) -> list[Entry]:
+        return write_in_order(self, writes)
+
+    def touch(self, entry: Entry, value: str, ttl: int) -> Entry:
+        return self.update(entry, value, ttl)
+
     def _prune(self, directories: Iterable[str]) -> None:
         """Remove these directories in order, until one of them is not empty. Errors end it silently."""
         import etcd
@@ -189,8 +203,8 @@ class Etcd2Store:
         with suppress(etcd.EtcdKeyNotFound):
             self._read(directory, lambda client, path: client.delete(path, recursive=True, dir=True))
 
-    def put(self, key: str, value: str) -> None:
-        self._read(key, lambda client, path: client.write(path, value))  # idempotent
+    def put(self, key: str, value: str, ttl: int | None = None) -> None:
+        self._read(key, lambda client, path: client.write(path, value, ttl=ttl))  # idempotent
 
     def check_writable(self, key: str) -> None:
         import etcd

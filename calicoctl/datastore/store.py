@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Callable, Protocol
+from typing import Callable, Protocol, Union
 
 from calicoctl.errors import CompareFailed, Conflict, KeyExists, NotFound
 
@@ -47,6 +47,36 @@ class Change:
     entry: Entry | None
 
 
+@dataclass(frozen=True)
+class Create:
+    """A write for `Store.commit`: create `key`, as `Store.create` does."""
+
+    key: str
+    value: str
+
+
+@dataclass(frozen=True)
+class Update:
+    """A write for `Store.commit`: write `value` over `entry`, as `Store.update` does. The value may be the same."""
+
+    entry: Entry
+    value: str
+
+
+@dataclass(frozen=True)
+class Delete:
+    """A write for `Store.commit`: delete `entry`, as `Store.delete` does, which does nothing if it is gone already."""
+
+    entry: Entry
+
+
+Write = Union[Create, Update, Delete]
+
+MOST_AT_ONCE = 100
+"""The most keys and directories of one `Store.read`, and the most writes of one `Store.commit`. etcd's v3 API takes 128
+operations in a transaction by default."""
+
+
 class Watch(Protocol):
     """The changes below a directory, in order and without a gap: an iterator of batches.
 
@@ -77,10 +107,23 @@ class Store(Protocol):
     write is not applied twice. If another writer has changed the key meanwhile, KeyExists or CompareFailed is raised.
     `put` and `remove_tree` are sent again without a read.
 
+    Some stores have leases (`leases`): all keys that one Store object has written last with the same `ttl` hang on one
+    lease, and live as long as it does. Each such write, and `touch`, keeps the lease alive. So `touch` for one of the
+    keys keeps the others alive, too. When it is not called in time, they all expire together. A write without `ttl`, or
+    by another Store object, takes a key off the lease. Without leases, each key has an expiry of its own.
+
     Every method raises StoreUnavailable if no member of the store answers, and StoreError if the store refuses the
     request. Stores that have directories raise InvalidValue for a directory where a key is expected. For a key where a
     directory is expected, they may do so.
     """
+
+    @property
+    def atomic(self) -> bool:
+        """Whether `commit` writes all or nothing, and `read` reads all at one revision, each in one request."""
+
+    @property
+    def leases(self) -> bool:
+        """Whether keys with a `ttl` hang on leases, see above; then a key that is only kept alive is not written."""
 
     def get(self, key: str) -> Entry | None:
         """Return the entry of `key`, None if there is no such key."""
@@ -88,12 +131,22 @@ class Store(Protocol):
     def tree(self, directory: str) -> list[Entry]:
         """Return all entries below `directory`, at any depth, except what cannot be read (see `Entry.problem`)."""
 
-    def names(self, directory: str) -> list[str]:
-        """Return the first part after `directory` of each key below it, without duplicates.
+    def read(
+        self, keys: Sequence[str], directories: Sequence[str] = ()
+    ) -> tuple[list[Entry | None], list[list[Entry]]]:
+        """Return what `get` returns for each of `keys`, and what `tree` returns for each of `directories`.
+
+        An atomic store reads all in one request, at one revision; the directories should be small. Other stores read
+        one after another, in this order. There are at most MOST_AT_ONCE keys and directories.
+        """
+
+    def names(self, directory: str, but: Collection[str] = ()) -> list[str]:
+        """Return the first part after `directory` of each key below it, without duplicates, and without those in `but`.
 
         For `/a/b`, `/a/x/y` and `/a/x/z` below `/a`, these are `b` and `x`. Values are not kept in memory. A store that
         has directories (etcd's v2 API) may also return the name of an empty one: do not conclude from a name that there
-        are keys below it.
+        are keys below it. A store that has none may have to read all keys below `directory`; but if few names are not
+        in `but`, it reads few keys.
         """
 
     def exists(self, directory: str) -> bool:
@@ -115,11 +168,31 @@ class Store(Protocol):
     def delete(self, entry: Entry) -> None:
         """Delete `entry`; do nothing if it is deleted already; raise CompareFailed if it was changed since the read."""
 
+    def commit(self, writes: Sequence[Write]) -> list[Entry]:
+        """Make some writes of different keys, at most MOST_AT_ONCE; return each one's entry, for a Delete its own.
+
+        Raises KeyExists or CompareFailed for the first write whose condition is not met. An atomic store has written
+        nothing then. Other stores make the writes one after another, in this order, and those before the failed one
+        stay written: choose an order in which that is safe. The same holds if the process is killed, or if another
+        exception is raised.
+
+        If an answer is lost, an atomic store sends the writes again. If they then fail, it reads the keys: if all are
+        as the writes leave them, they were applied; else it raises KeyExists, or CompareFailed with `maybe_applied`.
+        """
+
+    def touch(self, entry: Entry, value: str, ttl: int) -> Entry:
+        """Have the key of `entry` expire `ttl` seconds from now; return its entry after that.
+
+        If the key hangs on this object's lease of that `ttl`, the lease is kept alive, and nothing is written: `value`
+        is not used. Otherwise, `value` is written as by `update`. In both cases, raises CompareFailed if the key was
+        changed or deleted, or has expired, since `entry` was read.
+        """
+
     def remove_tree(self, directory: str) -> None:
         """Delete all keys below `directory`, and the key `directory` itself; do nothing if there are none."""
 
-    def put(self, key: str, value: str) -> None:
-        """Write `key` blindly, whatever its value is. It never expires."""
+    def put(self, key: str, value: str, ttl: int | None = None) -> None:
+        """Write `key` blindly, whatever its value is. `ttl`: see `update`."""
 
     def check_writable(self, key: str) -> None:
         """Raise StoreError if this user may not write `key`. Changes nothing."""
@@ -148,6 +221,39 @@ def create_if_missing(store: Store, key: str, value: str) -> bool:
     except KeyExists:
         return False
     return True
+
+
+def create_missing(store: Store, values: Mapping[str, str]) -> bool:
+    """Write those of some keys that do not exist, in this order; return whether any was written."""
+    if not store.atomic:
+        written = [create_if_missing(store, key, value) for key, value in values.items()]
+        return any(written)
+    missing = dict(values)
+    for _ in range(ATTEMPTS):
+        try:
+            store.commit([Create(key, value) for key, value in missing.items()])
+            return True
+        except KeyExists:
+            pass
+        found = store.read(list(values))[0]
+        missing = {key: values[key] for key, entry in zip(values, found) if entry is None}
+        if not missing:
+            return False
+    raise _contended(next(iter(missing)))
+
+
+def write_in_order(store: Store, writes: Sequence[Write]) -> list[Entry]:
+    """Make some writes one after another: `commit` of a store that is not atomic."""
+    entries = []
+    for write in writes:
+        if isinstance(write, Create):
+            entries.append(store.create(write.key, write.value))
+        elif isinstance(write, Update):
+            entries.append(store.update(write.entry, write.value))
+        else:
+            store.delete(write.entry)
+            entries.append(write.entry)
+    return entries
 
 
 def set_value(store: Store, key: str, value: str | None) -> None:

@@ -6,13 +6,13 @@ It is the one test double of the store. store_contract.py holds it against the r
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Collection, Generator, Sequence
 from dataclasses import dataclass
 from threading import Condition
 from typing import Callable, Union
 
 from calicoctl.datastore.members import Verdict, created, deleted, updated
-from calicoctl.datastore.store import Change, Entry, Store
+from calicoctl.datastore.store import Change, Create, Delete, Entry, Store, Update, Write, write_in_order
 from calicoctl.errors import CompareFailed, KeyExists, StoreUnavailable, WatchExpired
 
 HISTORY = 1000
@@ -33,7 +33,9 @@ Fault = Union[str, Lost, None]
 class MemoryStore:
     """Implements the Store protocol. Time passes only when a test adds to `clock`, in seconds.
 
-    `fault` is called before each create, update and delete, and returns what goes wrong with it:
+    With `modern`, it is atomic and has leases, as etcd's v3 API. `requests` counts what would be requests to a server.
+
+    `fault` is called before each create, update, delete, touch and atomic commit, and returns what goes wrong with it:
 
     * None: nothing;
     * "conflict": another writer changes the key right before;
@@ -44,58 +46,141 @@ class MemoryStore:
     `before_read` is called before each read and each batch of a watch, and may raise what goes wrong with it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, modern: bool = False) -> None:
+        self.atomic = self.leases = modern
+        self.requests = 0
         self.entries: dict[str, Entry] = {}
         self.revision = 0
         self.clock = 0.0
         self.fault: Callable[[], Fault] = lambda: None
         self.before_read: Callable[[], None] = lambda: None
         self._expiry: dict[str, float] = {}
+        self._lease_of: dict[str, tuple[MemoryStore, int]] = {}
+        """Key -> the lease that it hangs on: the object that has granted it, and its `ttl`."""
         self._history: deque[tuple[int, Change]] = deque(maxlen=HISTORY)
         self._changed = Condition()
 
+    def client(self) -> MemoryStore:
+        """Return another client of the same data, with leases of its own."""
+        other = MemoryStore()
+        other.__dict__ = self.__dict__
+        return other
+
     def get(self, key: str) -> Entry | None:
-        self.before_read()
+        self._begin_read()
         return self._now(key)
 
+    def read(
+        self, keys: Sequence[str], directories: Sequence[str] = ()
+    ) -> tuple[list[Entry | None], list[list[Entry]]]:
+        if not self.atomic:
+            return [self.get(key) for key in keys], [self.tree(directory) for directory in directories]
+        self._begin_read()
+        return [self._now(key) for key in keys], [self._below(directory) for directory in directories]
+
     def tree(self, directory: str) -> list[Entry]:
+        self._begin_read()
+        return self._below(directory)
+
+    def _begin_read(self) -> None:
         self.before_read()
+        self.requests += 1
+
+    def _below(self, directory: str) -> list[Entry]:
         self._expire()
         return [entry for key, entry in sorted(self.entries.items()) if key.startswith(directory + "/")]
 
-    def names(self, directory: str) -> list[str]:
-        return sorted({entry.key[len(directory) + 1 :].partition("/")[0] for entry in self.tree(directory)})
+    def names(self, directory: str, but: Collection[str] = ()) -> list[str]:
+        names = {entry.key[len(directory) + 1 :].partition("/")[0] for entry in self.tree(directory)}
+        return sorted(names.difference(but))
 
     def exists(self, directory: str) -> bool:
         return bool(self.tree(directory))
 
     def create(self, key: str, value: str, ttl: int | None = None) -> Entry:
         def apply() -> Entry:
-            if self._now(key) is not None:
-                raise KeyExists(f"etcd key {key} exists already")
+            self._check(Create(key, value))
             return self._put(key, value, ttl)
 
         return self._write(key, apply, created(key, value))
 
     def update(self, entry: Entry, value: str, ttl: int | None = None) -> Entry:
         def apply() -> Entry:
-            now = self._now(entry.key)
-            if now is None or now.revision != entry.revision:
-                raise CompareFailed(entry.key)
-            return self._put(entry.key, value, ttl, now.created)
+            self._check(Update(entry, value))
+            return self._put(entry.key, value, ttl, entry.created)
 
         return self._write(entry.key, apply, updated(entry, value))
 
-    def delete(self, entry: Entry) -> None:
+    def touch(self, entry: Entry, value: str, ttl: int) -> Entry:
         def apply() -> Entry:
-            now = self._now(entry.key)
-            if now is not None:
-                if now.revision != entry.revision:
-                    raise CompareFailed(entry.key)
-                self._remove(entry.key)
+            self._check(Update(entry, value))
+            self._keep_alive(ttl)
             return entry
 
+        if self._lease_of.get(entry.key) != (self, ttl):
+            return self.update(entry, value, ttl)
+        return self._write(entry.key, apply, lambda now: None)  # idempotent
+
+    def delete(self, entry: Entry) -> None:
+        def apply() -> Entry:
+            self._check(Delete(entry))
+            return self._apply(Delete(entry))
+
         self._write(entry.key, apply, deleted(entry))
+
+    def commit(self, writes: Sequence[Write]) -> list[Entry]:
+        if not self.atomic:
+            return write_in_order(self, writes)
+        done: list[Entry] = []
+
+        def apply() -> Entry:
+            for write in writes:
+                self._check(write)
+            before, done[:] = self.revision, []
+            for write in writes:
+                self.revision = before  # all get the same one
+                done.append(self._apply(write))
+            self.revision = before + 1
+            return done[0]
+
+        def verdict(_: Entry | None) -> Entry | None:
+            if done and all(self._is_done(write) for write in writes):
+                return done[0]
+            for write in writes:
+                try:
+                    self._check(write)
+                except CompareFailed:
+                    raise CompareFailed(key_of(write), maybe_applied=True) from None
+            return None
+
+        existing = [key for key in map(key_of, writes) if key in self.entries]
+        self._write((existing or [key_of(writes[0])])[0], apply, verdict)
+        return done
+
+    def _check(self, write: Write) -> None:
+        """Raise KeyExists or CompareFailed unless the condition of a write is met."""
+        now = self._now(key_of(write))
+        if isinstance(write, Create):
+            if now is not None:
+                raise KeyExists(f"etcd key {write.key} exists already")
+        elif now is None:
+            if isinstance(write, Update):
+                raise CompareFailed(write.entry.key)
+        elif now.revision != write.entry.revision:
+            raise CompareFailed(write.entry.key)
+
+    def _apply(self, write: Write) -> Entry:
+        if isinstance(write, Create):
+            return self._put(write.key, write.value)
+        if isinstance(write, Update):
+            return self._put(write.entry.key, write.value, created=write.entry.created)
+        if self._now(write.entry.key) is not None:
+            self._remove(write.entry.key)
+        return write.entry
+
+    def _is_done(self, write: Write) -> bool:
+        now = self._now(key_of(write))
+        return now is None if isinstance(write, Delete) else now is not None and now.value == write.value
 
     def remove_tree(self, directory: str) -> None:
         for key in [key for key in self.entries if (key + "/").startswith(directory + "/")]:
@@ -104,8 +189,9 @@ class MemoryStore:
     def check_writable(self, key: str) -> None:
         """Everybody may write everything here."""
 
-    def put(self, key: str, value: str) -> None:
-        self._put(key, value)
+    def put(self, key: str, value: str, ttl: int | None = None) -> None:
+        self.requests += 1
+        self._put(key, value, ttl)
 
     def version(self) -> str:
         return "0.0"
@@ -129,6 +215,7 @@ class MemoryStore:
 
     def _write(self, key: str, apply: Callable[[], Entry], verdict: Verdict) -> Entry:
         """Apply a conditional write, with what goes wrong."""
+        self.requests += 1
         fault = self.fault()
         if fault == "down":
             raise StoreUnavailable("etcd cannot be reached")
@@ -155,8 +242,12 @@ class MemoryStore:
             self.revision += 1
             entry = self.entries[key] = Entry(key, value, self.revision, self.revision if created is None else created)
             self._expiry.pop(key, None)
+            self._lease_of.pop(key, None)
             if ttl is not None:
                 self._expiry[key] = self.clock + ttl
+                if self.leases:
+                    self._lease_of[key] = (self, ttl)
+                    self._keep_alive(ttl)
             self._history.append((self.revision, Change(key, entry)))
             self._changed.notify_all()
         return entry
@@ -166,8 +257,14 @@ class MemoryStore:
             self.revision += 1
             del self.entries[key]
             self._expiry.pop(key, None)
+            self._lease_of.pop(key, None)
             self._history.append((self.revision, Change(key, None)))
             self._changed.notify_all()
+
+    def _keep_alive(self, ttl: int) -> None:
+        """Keep the lease with this `ttl` of this object alive."""
+        for key in [key for key, lease in self._lease_of.items() if lease == (self, ttl)]:
+            self._expiry[key] = self.clock + ttl
 
     def _now(self, key: str) -> Entry | None:
         self._expire()
@@ -175,7 +272,12 @@ class MemoryStore:
 
     def _expire(self) -> None:
         for key in [key for key, end in self._expiry.items() if end <= self.clock]:
-            self._remove(key)
+            if key in self.entries:  # else a test has deleted it
+                self._remove(key)
+
+
+def key_of(write: Write) -> str:
+    return write.key if isinstance(write, Create) else write.entry.key
 
 
 def memory_store() -> Store:

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import pytest
 
-from calicoctl.datastore.store import Change, Entry, Store, Watch
+from calicoctl.datastore.store import Change, Create, Delete, Entry, Store, Update, Watch
 from calicoctl.errors import CompareFailed, KeyExists, WatchExpired
 from tests.unit.memory_store import Lost
 
@@ -167,6 +167,133 @@ class StoreContract:
         with pytest.raises(CompareFailed):
             store.update(Entry(KEY, "1", 1), "2", ttl=2)
         assert store.create(KEY, "3").value == "3"
+
+    def test_a_touch_lets_a_key_live_on(self, backend: Backend) -> None:
+        """With leases, it writes nothing, and keeps alive what this object has written last with that time to live."""
+        store = backend.store
+        revision = store.list_for_watch("/calico")[1]
+        one, ours = store.create(KEY, "1", ttl=3), store.create("/calico/ours", "1", ttl=3)
+        store.put("/calico/put", "1", ttl=3)
+        backend.other.put("/calico/other", "1", ttl=3)
+        backend.other.create("/calico/taken over", "1", ttl=3)
+        store.put("/calico/taken over", "2", ttl=3)
+        for number in range(3):
+            backend.pass_time(1)
+            now = store.touch(one, str(number), 3)
+            assert store.get(KEY) == now and now.created == one.created
+            assert (now == one) == store.leases and now.value == ("1" if store.leases else str(number))
+            one = now
+        backend.pass_time(1.5)
+        left = {KEY} | ({ours.key, "/calico/put", "/calico/taken over"} if store.leases else set())
+        assert {entry.key for entry in store.tree("/calico")} == left
+        watch = store.watch("/calico", revision, 0.3)
+        found = collected(watch, 7 if store.leases else 9)
+        assert store.leases == (sum(change.key == KEY for change in found) == 1)
+        backend.pass_time(5)
+        assert store.tree("/calico") == []
+
+    def test_a_touch_needs_the_entry_as_it_was_read(self, backend: Backend) -> None:
+        store = backend.store
+        one = store.create(KEY, "1", ttl=60)
+        two = backend.other.update(one, "2", ttl=60)
+        with pytest.raises(CompareFailed):
+            store.touch(one, "3", 60)
+        assert now(store) == "2"
+        three = store.touch(two, "3", 60)
+        assert (three.value, now(store)) == ("3", "3"), "it is not on a lease of ours"
+        assert store.touch(three, "3", 60).value == "3"
+        four = store.touch(three if store.leases else is_there(store), "4", 50)
+        assert four.value == now(store) == "4", "it was on another lease"
+        backend.other.delete(four)
+        with pytest.raises(CompareFailed):
+            store.touch(four, "5", 50)
+        assert now(store) is None
+
+    def test_a_touch_finds_out_that_the_key_has_expired(self, backend: Backend) -> None:
+        store = backend.store
+        one = store.create(KEY, "1", ttl=2)
+        backend.pass_time(5)
+        with pytest.raises(CompareFailed):
+            store.touch(one, "2", 2)
+        store.create("/calico/c", "1", ttl=2)
+        with pytest.raises(CompareFailed):
+            store.touch(one, "2", 2)
+        one = store.create(KEY, "1", ttl=2)
+        assert store.touch(one, "1", 2).key == KEY and store.exists("/calico/a")
+
+    def test_several_keys_and_directories_are_read_at_once(self, store: Store) -> None:
+        assert store.read([]) == ([], []) and store.read([KEY], ["/calico"]) == ([None], [[]])
+        one, two, three = (store.create(key, "1") for key in (KEY, "/calico/x/y/z", "/calico/x/yy"))
+        keys, directories = store.read([three.key, "/calico/y", KEY, KEY], ["/calico/x/y", "/calico/none", "/calico/x"])
+        assert keys == [three, None, one, one]
+        assert directories[:2] == [[two], []] and sorted(directories[2], key=str) == sorted([two, three], key=str)
+
+    def test_names_may_leave_some_out(self, store: Store) -> None:
+        for name in ("b", "b.c", "b0/x", "d/e/f", "d/g", "e", "é"):
+            store.put(f"/calico/a/{name}", "1")
+        for but in ([], ["b"], ["d", "e"], ["b", "b.c", "b0", "d", "e", "é"], ["", "a", "b.", "z"]):
+            assert sorted(store.names("/calico/a", but)) == sorted({"b", "b.c", "b0", "d", "e", "é"} - set(but))
+        assert store.names("/calico/none", ["a"]) == []
+
+    # Several writes at once
+
+    def test_several_writes_are_made_at_once(self, store: Store) -> None:
+        one, two, gone = (store.create(f"/calico/{name}", "1") for name in ("1", "2", "gone"))
+        store.delete(gone)
+        created, updated, *deleted = store.commit([Create(KEY, "1"), Update(one, "2"), Delete(two), Delete(gone)])
+        assert store.tree("/calico") in ([updated, created], [created, updated]) and deleted == [two, gone]
+        assert (created.key, created.value, updated.key, updated.value) == (KEY, "1", one.key, "2")
+        assert updated.created == one.created and created.created == created.revision
+        assert not store.atomic or created.revision == updated.revision
+        same = store.commit([Update(updated, "2")])[0]
+        assert same.revision > updated.revision and store.get(one.key) == same
+
+    def test_of_several_writes_all_or_those_before_the_failure_are_made(self, backend: Backend) -> None:
+        store = backend.store
+        old = store.create("/calico/changed", "1")
+        changed = store.update(old, "2")
+        one = store.create("/calico/1", "1")
+        for failing, error in (
+            (Create(changed.key, "2"), KeyExists),
+            (Update(old, "3"), CompareFailed),
+            (Delete(old), CompareFailed),
+            (Update(Entry("/calico/none", "1", 1), "3"), CompareFailed),
+        ):
+            with pytest.raises(error) as failed:
+                store.commit([Create(KEY, "1"), Update(one, "2"), failing, Create("/calico/z", "1")])
+            assert not getattr(failed.value, "maybe_applied", False)
+            assert store.get(changed.key) == changed and store.get("/calico/z") is None
+            now_one = is_there(store, one.key)
+            assert (store.get(KEY) is None, now_one == one) == (store.atomic, store.atomic)
+            if not store.atomic:
+                store.delete(is_there(store))
+                one = now_one
+
+    @pytest.mark.parametrize("applied", [True, False])
+    def test_lost_answers_of_several_writes_do_not_matter_without_another_writer(
+        self, backend: Backend, applied: bool
+    ) -> None:
+        store = backend.store
+        one, two, gone = (store.create(f"/calico/{name}", "1") for name in ("1", "2", "gone"))
+        store.delete(gone)
+        backend.lose_answer(Lost(applied))
+        created, updated, *_ = store.commit([Create(KEY, "1"), Update(one, "2"), Delete(two), Delete(gone)])
+        assert sorted(store.tree("/calico"), key=str) == sorted([updated, created], key=str)
+        assert (created.value, updated.value) == ("1", "2")
+
+    @pytest.mark.parametrize("applied", [True, False])
+    def test_several_writes_that_were_lost_yield_to_another_writer(self, backend: Backend, applied: bool) -> None:
+        store, other = backend.store, backend.other
+        one, two = store.create(KEY, "1"), store.create("/calico/2", "1")
+        backend.lose_answer(Lost(applied, lambda: other.update(is_there(other), "3")))
+        with pytest.raises(CompareFailed) as failed:
+            store.commit([Update(one, "2"), Update(two, "2")])
+        assert failed.value.maybe_applied and now(store) == "3"
+        assert now(store, two.key) == ("2" if store.atomic and applied else "1")
+        backend.lose_answer(Lost(applied, lambda: other.put("/calico/new", "3")))
+        with pytest.raises(KeyExists):
+            store.commit([Create("/calico/new", "2"), Update(is_there(store), "4")])
+        assert now(store, "/calico/new") == "3" and now(store) == ("4" if store.atomic and applied else "3")
 
     def test_asking_whether_a_key_may_be_written_changes_nothing(self, store: Store) -> None:
         one = store.create(KEY, "1")

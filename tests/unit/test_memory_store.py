@@ -5,15 +5,16 @@ from __future__ import annotations
 import pytest
 
 from calicoctl.datastore import store as store_module
-from calicoctl.datastore.store import Store, create_if_missing, modify, set_value
+from calicoctl.datastore.store import Store, create_if_missing, create_missing, modify, set_value
 from calicoctl.errors import Conflict, NotFound
 from tests.unit.memory_store import HISTORY, Fault, Lost, MemoryStore, memory_store
 from tests.unit.store_contract import Backend, StoreContract
 
 
 class MemoryBackend:
-    def __init__(self) -> None:
-        self.memory = MemoryStore()
+    def __init__(self, modern: bool) -> None:
+        self.memory = MemoryStore(modern)
+        self.another = self.memory.client()
 
     @property
     def store(self) -> Store:
@@ -21,7 +22,7 @@ class MemoryBackend:
 
     @property
     def other(self) -> Store:
-        return self.memory
+        return self.another
 
     def lose_answer(self, lost: Lost) -> None:
         def once() -> Fault:
@@ -39,9 +40,9 @@ class MemoryBackend:
 
 
 class TestMemoryStore(StoreContract):
-    @pytest.fixture
-    def backend(self) -> Backend:
-        return MemoryBackend()
+    @pytest.fixture(params=[False, True], ids=["v2", "v3"])
+    def backend(self, request: pytest.FixtureRequest) -> Backend:
+        return MemoryBackend(request.param)
 
 
 @pytest.fixture(autouse=True)
@@ -62,6 +63,18 @@ def test_a_key_is_created_only_where_it_is_missing() -> None:
     store = memory_store()
     assert create_if_missing(store, "/k", "1") and not create_if_missing(store, "/k", "2")
     assert [entry.value for entry in store.tree("")] == ["1"]
+
+
+@pytest.mark.parametrize("modern", [False, True])
+def test_those_of_some_keys_are_created_that_are_missing(modern: bool) -> None:
+    store, values = MemoryStore(modern), {"/a": "1", "/b": "2"}
+    assert create_missing(store, values) and store.requests == (1 if modern else 2)
+    before, store.requests = store.tree(""), 0
+    assert not create_missing(store, values) and store.requests == 2
+    assert store.tree("") == before
+    store.delete(before[0])
+    assert create_missing(store, values)
+    assert {entry.key: entry.value for entry in store.tree("")} == values and store.get("/b") == before[1]
 
 
 def test_a_value_is_set_in_spite_of_other_writers() -> None:
