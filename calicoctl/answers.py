@@ -96,14 +96,24 @@ _bounds = threading.local()
 
 @contextmanager
 def bounded(size: int) -> Iterator[Bounds]:
-    """Inside `with`, bound each answer that urllib3 gets in this thread to `size` bytes, and to the times of Bounds.
+    """Inside `with`, bound each answer that urllib3 gets in this thread; see `bounded_here`.
 
-    Nested, only the innermost bounds hold. An answer beyond the bounds fails like a broken connection, with a timeout
-    or an http.client.HTTPException, which urllib3 and requests convert to their own exceptions.
+    urllib3 and requests convert what an answer beyond the bounds raises to their own exceptions.
     """
     from urllib3.connection import HTTPConnection
 
-    HTTPConnection.response_class = _Answer  # docker's connections derive from it
+    HTTPConnection.response_class = Answer  # docker's connections derive from it
+    with bounded_here(size) as bounds:
+        yield bounds
+
+
+@contextmanager
+def bounded_here(size: int) -> Iterator[Bounds]:
+    """Inside `with`, bound each `Answer` of this thread to `size` bytes, and to the times of Bounds.
+
+    Nested, only the innermost bounds hold. An answer beyond the bounds fails like a broken connection, with a timeout
+    or an http.client.HTTPException.
+    """
     before = getattr(_bounds, "now", None)
     _bounds.now = bounds = Bounds(size)
     try:
@@ -112,8 +122,8 @@ def bounded(size: int) -> Iterator[Bounds]:
         _bounds.now = before
 
 
-class _Answer(http.client.HTTPResponse):
-    """An answer with the bounds of the thread that reads it, if it has any."""
+class Answer(http.client.HTTPResponse):
+    """An answer with the bounds of the thread that reads it, if it has any: a `response_class` of connections."""
 
     def __init__(self, sock: Any, *arguments: Any, **options: Any) -> None:
         self._bounds: Bounds | None = getattr(_bounds, "now", None)
