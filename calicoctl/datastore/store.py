@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Callable, Protocol, Union
 
 from calicoctl.errors import CompareFailed, Conflict, KeyExists, NotFound
@@ -28,8 +28,8 @@ class Entry:
     older one (endpoints that claim the same address, pools that overlap): this program writes these by `create` and
     `update` only. Nothing may break if a blind overwrite reverses their order.
 
-    `problem` is the reason if the key, or the keys below it, could not be read, else None. Only `list_for_watch`
-    returns entries with a problem.
+    `problem` is the reason if the key, or the keys below it, could not be read, else None. Only `list_for_watch` and
+    watches return entries with a problem.
     """
 
     key: str
@@ -41,10 +41,14 @@ class Entry:
 
 @dataclass(frozen=True)
 class Change:
-    """A key was written (`entry`). If `entry` is None, it was deleted or has expired, with all keys below it."""
+    """A key was written (`entry`). If `entry` is None, it was deleted or has expired, with all keys below it.
+
+    But if `alone` is true, the keys below it were not deleted: in a store without directories, there may be such keys.
+    """
 
     key: str
     entry: Entry | None
+    alone: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -62,12 +66,20 @@ class Update:
     entry: Entry
     value: str
 
+    @property
+    def key(self) -> str:
+        return self.entry.key
+
 
 @dataclass(frozen=True)
 class Delete:
     """A write for `Store.commit`: delete `entry`, as `Store.delete` does, which does nothing if it is gone already."""
 
     entry: Entry
+
+    @property
+    def key(self) -> str:
+        return self.entry.key
 
 
 Write = Union[Create, Update, Delete]

@@ -180,7 +180,7 @@ class Snapshot:
 
     def change(self, change: Change) -> None:
         """Apply one change of the store."""
-        if change.entry is not None or change.key in self._entries:
+        if change.entry is not None or change.alone or change.key in self._entries:
             self._set(change.key, change.entry)
         else:
             self._forget_skipped(change.key)

@@ -258,7 +258,7 @@ class MemoryStore:
             del self.entries[key]
             self._expiry.pop(key, None)
             self._lease_of.pop(key, None)
-            self._history.append((self.revision, Change(key, None)))
+            self._history.append((self.revision, Change(key, None, alone=True)))
             self._changed.notify_all()
 
     def _keep_alive(self, ttl: int) -> None:

@@ -59,6 +59,8 @@ def test_replacing_marks_what_differs_alone() -> None:
 
 def test_a_directory_that_goes_takes_all_along() -> None:
     snapshot = snapshot_of(endpoint_entry("1"), endpoint_entry("2", ipv4_nets=[]), entry("/calico/v1/Ready", "true"))
+    snapshot.change(Change(f"{FOLDER}/1", None, alone=True))  # a key, not the directory
+    assert len(snapshot.endpoints) == 2
     snapshot.change(Change(f"{FOLDER}/1", None))
     assert set(snapshot.local) == {id_of("2")} and snapshot.ready
     snapshot.change(Change("/calico", None))
