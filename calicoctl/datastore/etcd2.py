@@ -32,6 +32,7 @@ from calicoctl.datastore.members import (
     created,
     deleted,
     updated,
+    why,
 )
 from calicoctl.datastore.settings import EtcdSettings, Member
 from calicoctl.datastore.store import Change, Entry, Write, write_in_order
@@ -342,12 +343,12 @@ class _Connection:
     def _without_answer(self, cause: BaseException) -> Exception:
         """Return the exception to raise if a connection failed because of `cause`."""
         if is_shortage(cause):
-            return StoreUnavailable(f"etcd cannot be asked: {_reason(cause)}")
+            return StoreUnavailable(f"etcd cannot be asked: {why(cause)}")
         garbled = type(cause).__name__ in _GARBLED
         if type(cause).__name__ in _NOT_SENT:
-            return NotSent(f"{self._url} ({_reason(cause)})", garbled)
+            return NotSent(f"{self._url} ({why(cause)})", garbled)
         kind = Unanswered if _timed_out(cause) else ConnectionLost
-        return kind(f"{self._url} did not answer ({_reason(cause)})", garbled)
+        return kind(f"{self._url} did not answer ({why(cause)})", garbled)
 
     def _translated(self, error: Any, key: str) -> Any:
         """Return the exception to raise for the answer `error`: itself if the caller of `request` handles it."""
@@ -483,15 +484,3 @@ def _cause(error: Any) -> BaseException:
 def _timed_out(cause: BaseException) -> bool:
     """Return whether a request failed because the answer took too long; False if the connection was lost."""
     return "Timeout" in type(cause).__name__
-
-
-def _reason(cause: BaseException) -> str:
-    """Return in a few words why a member could not be reached."""
-    text = str(cause)
-    for words in ("Connection refused", "timed out", "No route to host", "Network is unreachable"):
-        if words in text:
-            return words.lower()
-    if "resolve" in text or "Name or service" in text:
-        return "unknown host name"
-    text = re.sub(r"\(_ssl\.c:\d+\)", "", text)
-    return text.rpartition(": ")[2].strip("()'\" ,") or type(cause).__name__

@@ -44,6 +44,17 @@ def forget(host: str) -> None:
     state.remove(host, _FILE)
 
 
+def connect(name: str, port: int, seconds: float) -> socket.socket:
+    """Return a connected socket, whose timeout is `seconds`, to a member; raise OSError or UnicodeError."""
+    try:
+        return socket.create_connection((name, port), seconds)
+    except socket.gaierror:
+        for address in addresses(name):
+            with suppress(OSError):
+                return socket.create_connection((address, port), seconds)
+        raise
+
+
 @cache
 def pools() -> dict[str, Any]:
     """Return the classes of urllib3's pools, by scheme, whose connections fall back to these addresses."""

@@ -10,6 +10,7 @@ from the key's entry whether the write was applied.
 from __future__ import annotations
 
 import random
+import re
 import time
 from typing import Callable, Generic, TypeVar
 
@@ -113,11 +114,25 @@ class Members(Generic[C]):
 
     def retry(self, send: Callable[[C], T]) -> T:
         """Send an idempotent request until it is answered; raise StoreUnavailable after `patience` seconds."""
+        return self.resend(lambda connection, doubtful: send(connection))
+
+    def resend(self, send: Callable[[C, bool], T]) -> T:
+        """Send a request that cannot be applied twice until it is answered; return the answer.
+
+        `send` is told whether an earlier attempt may have been applied. Raises StoreUnavailable after `patience`
+        seconds.
+        """
         deadline = Deadline(self._patience)
+        doubtful = False
+
+        def attempt(connection: C) -> T:
+            return send(connection, doubtful)
+
         while True:
             try:
-                return self.ask(send)
+                return self.ask(attempt)
             except Unanswered as failure:
+                doubtful = True
                 deadline.backoff(failure)
 
     def write(self, send: Callable[[C], Entry], read: Callable[[], Entry | None], verdict: Verdict) -> Entry:
@@ -200,3 +215,15 @@ def deleted(entry: Entry) -> Verdict:
         raise CompareFailed(entry.key, maybe_applied=True)
 
     return verdict
+
+
+def why(cause: BaseException) -> str:
+    """Return in a few words why a member could not be reached."""
+    text = str(cause)
+    for words in ("Connection refused", "timed out", "No route to host", "Network is unreachable"):
+        if words in text:
+            return words.lower()
+    if "resolve" in text or "Name or service" in text:
+        return "unknown host name"
+    text = re.sub(r"\(_ssl\.c:\d+\)", "", text)
+    return text.rpartition(": ")[2].strip("()'\" ,") or type(cause).__name__
