@@ -1,10 +1,13 @@
-"""A proxy before etcd that gives answers etcd would not give on demand: late ones, refusals, nonsense."""
+"""A proxy before etcd, for both of its APIs, that gives answers etcd would not give on demand: late ones, refusals,
+nonsense. It also counts the requests of the v3 API."""
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import http.client
 import http.server
+import json
 import socketserver
 import threading
 from collections.abc import Iterator
@@ -34,6 +37,8 @@ class Proxy:
     """How many requests have been answered so."""
     refused: str | None = None
     """The part of a key that tells which writes are refused; all others go through to etcd."""
+    asked: list[str] = field(default_factory=list)
+    """The paths of all requests of the v3 API, in order."""
     lost: Lost | None = None
     """What happens to the next write, whose connection is closed without an answer."""
     hold: threading.Event = field(default_factory=threading.Event)
@@ -46,6 +51,7 @@ class Proxy:
 
 class _Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
     proxy: Proxy
 
     def log_message(self, *arguments: object) -> None:
@@ -58,11 +64,17 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self._answer(proxy.instead)
             proxy.answered += 1
             return
-        if proxy.refused is not None and self.command != "GET" and proxy.refused in self.path:
-            self._answer(Answer(401, '{"errorCode":110,"message":"The request requires user authentication"}'))
+        v3 = self.path.startswith("/v3/")
+        if v3:
+            proxy.asked.append(self.path)
+        written = _written(json.loads(body)) if v3 else [self.path] if self.command != "GET" else []
+        if proxy.refused is not None and any(proxy.refused in key for key in written):
+            v2_error = '{"errorCode":110,"message":"The request requires user authentication"}'
+            v3_error = '{"error":"etcdserver: permission denied","message":"etcdserver: permission denied","code":7}'
+            self._answer(Answer(403, v3_error, None) if v3 else Answer(401, v2_error))
             return
         self.close_connection = True
-        lost = proxy.lost if self.command != "GET" else None
+        lost = proxy.lost if written else None
         if lost is not None:
             proxy.lost = None
             if not lost.applied:
@@ -75,8 +87,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             proxy.passed.wait(60)
         etcd = http.client.HTTPConnection("127.0.0.1", proxy.etcd_port, timeout=60)
         with contextlib.closing(etcd), contextlib.suppress(OSError, http.client.HTTPException):
-            kind = self.headers.get("Content-Type")
-            etcd.request(self.command, self.path, body, {"Content-Type": kind} if kind else {})
+            passed = ("Content-Type", "Authorization", "Grpc-Metadata-hasleader")
+            kept = {name: self.headers[name] for name in passed if name in self.headers}
+            etcd.request(self.command, self.path, body, kept)
             answer = etcd.getresponse()
             if lost is not None:
                 lost.meanwhile()
@@ -88,6 +101,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.send_header("Connection", "close")
             self.end_headers()
             self.wfile.flush()
+            if self.path == "/v3/watch":
+                while part := answer.read1(2**16):
+                    self.wfile.write(part)
+                return
             text = answer.read()
             if hold:
                 proxy.mended.wait(60)
@@ -103,6 +120,15 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
+
+
+def _written(request: dict) -> list[str]:
+    """Return the keys that a request of the v3 API writes or deletes, if its condition is met."""
+    operations = [operation for part in request.get("success", ()) for operation in part.items()]
+    puts = [body for kind, body in operations if kind != "request_range"]
+    if "value" in request:
+        puts.append(request)
+    return [base64.b64decode(put["key"]).decode() for put in puts]
 
 
 class _Server(socketserver.ThreadingMixIn, http.server.HTTPServer):

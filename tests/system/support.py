@@ -165,6 +165,12 @@ class Etcd:
                 return None
             raise
 
+    def v3(self, path: str, body: dict) -> dict:
+        """Send a request of the v3 API, such as `kv/range`; return its answer."""
+        request = urllib.request.Request(f"{self.url}/v3/{path}", json.dumps(body).encode(), method="POST")
+        with urllib.request.urlopen(request, timeout=20) as answer:
+            return json.load(answer)
+
     def get(self, key: str) -> str | None:
         answer = self._request("GET", key, "?quorum=true")
         return None if answer is None else answer["node"].get("value")

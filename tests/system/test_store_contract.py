@@ -1,4 +1,7 @@
-"""The backend for etcd's v2 API does what every store must do, and what is its own business alone."""
+"""The backends for etcd's two APIs do what every store must do, and the one for the v2 API what is its own business.
+
+What is the business of the one for the v3 API alone is in test_etcd3.py.
+"""
 
 from __future__ import annotations
 
@@ -35,6 +38,7 @@ class EtcdBackend:
     """A store that is reached through a proxy."""
 
     def __init__(self, etcd: Etcd, proxy: Proxy) -> None:
+        self.etcd = etcd
         self.proxy = proxy
         self.store: Store = connect(settings(proxy.port))
         self.other: Store = connect(settings(etcd.port))
@@ -61,6 +65,22 @@ class TestEtcd2Store(StoreContract):
     @pytest.fixture
     def backend(self, backend: EtcdBackend) -> Backend:
         return backend
+
+
+class Etcd3Backend(EtcdBackend):
+    def forget_history(self) -> None:
+        self.other.put("/elsewhere", "1")  # the last change is kept
+        reached = self.etcd.v3("kv/range", {"key": "AA=="})["header"]["revision"]
+        self.etcd.v3("kv/compaction", {"revision": reached})
+
+
+class TestEtcd3Store(StoreContract):
+    @pytest.fixture
+    def backend(self, bare_host: Host, monkeypatch: pytest.MonkeyPatch) -> Iterator[Backend]:
+        monkeypatch.setenv("DATASTORE_TYPE", "etcdv3")
+        bare_host.etcd.v3("kv/deleterange", {"key": "AA==", "range_end": "AA=="})  # everything
+        with proxy_before(bare_host.etcd.port) as proxy:
+            yield Etcd3Backend(bare_host.etcd, proxy)
 
 
 def directories(etcd: Etcd) -> set[str]:

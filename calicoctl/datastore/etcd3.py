@@ -1,0 +1,581 @@
+"""The backend for etcd's v3 API: what each operation of `Store` is in requests, and the words for refusals.
+
+Connections and the bounds of answers are in etcd3_http.py, the JSON is in etcd3_json.py, and watches in etcd3_watch.py.
+Failover, and the time for which a request is retried, are in members.py.
+
+All writes with a condition are transactions that cannot be applied twice, since what they write makes their condition
+false. So if an answer is lost, the transaction is sent again. If its condition fails then, the values of its keys come
+with the answer, and tell whether the first attempt was applied.
+
+Source: https://github.com/etcd-io/etcd/blob/release-3.4/Documentation/learning/api.md
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Callable, Generic, TypeVar
+
+from calicoctl import answers
+from calicoctl.datastore import etcd3_http, etcd3_json
+from calicoctl.datastore.etcd3_http import Authorize, Connection, ErrorAnswer
+from calicoctl.datastore.etcd3_json import base64, below, encoded, number, revision
+from calicoctl.datastore.etcd3_watch import OpenWatch
+from calicoctl.datastore.members import ConnectionLost, Deadline, Members, Unanswered, created, deleted, updated
+from calicoctl.datastore.settings import EtcdSettings
+from calicoctl.datastore.store import MOST_AT_ONCE, Change, Create, Delete, Entry, Update, Write
+from calicoctl.errors import CompareFailed, KeyExists, StoreError, StoreUnavailable, WatchExpired
+
+T = TypeVar("T")
+
+PAGE = 1000
+"""The most keys that are asked for at once."""
+
+READS = 5
+"""How often a directory is read from the beginning, if its revision is compacted before it is read to the end."""
+
+QUORUM_TIMEOUT = 3.0
+"""Seconds to wait for the linearizable read that shows that a quiet member neither hangs nor is partitioned."""
+
+WATCH_PATIENCE = 3.0
+"""Seconds until a watch fails if no member answers: short, so that the agent soon reports the store as lost."""
+
+TOO_LARGE = "its value is too large, and not read"
+
+_NEVER = str(2**63 - 1)
+"""A revision that no key ever has."""
+
+
+class _Compacted(StoreError):
+    """The revision that was asked for is compacted, or the store was restored from a copy and has not reached it."""
+
+
+class _NoLease(StoreError):
+    """The lease that a key was to be attached to has expired."""
+
+
+@dataclass(frozen=True)
+class _Page(Generic[T]):
+    """What was made of some keys of a directory, the last one of them, and the revision of the store.
+
+    `more` says that other keys follow; `limit` how many were asked for.
+    """
+
+    items: list[T]
+    last: bytes
+    revision: int
+    more: bool
+    limit: int
+
+
+class Etcd3Store:
+    """`Store` over the v3 API of an etcd cluster. Not thread-safe.
+
+    There are no directories: a key may have others below it. Keys with a time to live hang on a lease, one for each
+    time to live that is used. So a write with a time to live also prolongs that of the other keys on its lease.
+    """
+
+    atomic = True
+    leases = True
+
+    def __init__(self, settings: EtcdSettings, patience: float, authorize: Authorize | None = None) -> None:
+        """`patience`: seconds for which a request is retried while the members that can be reached do not answer.
+
+        `authorize` returns tokens; see Authorize."""
+        self._members = Members(settings, lambda member: Connection(settings, member, authorize), patience)
+        self._leases: dict[int, str] = {}
+        """Time to live in seconds -> the id of the lease."""
+
+    # Reads
+
+    def get(self, key: str) -> Entry | None:
+        return self._get(key)[0]
+
+    def read(
+        self, keys: Sequence[str], directories: Sequence[str] = ()
+    ) -> tuple[list[Entry | None], list[list[Entry]]]:
+        if not (keys or directories):
+            return [], []
+        ranges = [_key(key) for key in keys] + [_range(*below(directory), 0) for directory in directories]
+
+        request = {"success": [{"request_range": one} for one in ranges]}
+
+        def parse(answer: Any) -> tuple[list[Entry | None], list[list[Entry]]]:
+            found = [of_one.get("kvs", []) for of_one in _ranges(answer, len(ranges))]
+            entries = [_entry_of(kvs, key) for kvs, key in zip(found, keys)]
+            return entries, [list(filter(None, map(_readable, kvs))) for kvs in found[len(keys) :]]
+
+        return self._ask("/v3/kv/txn", request, (*keys, *directories)[0], parse)
+
+    def tree(self, directory: str) -> list[Entry]:
+        return [entry for entry in self._list(directory, _readable)[0] if entry is not None]
+
+    def list_for_watch(self, directory: str) -> tuple[list[Entry], int]:
+        entries, reached = self._list(directory, etcd3_json.followed)
+        return entries, reached + 1
+
+    def names(self, directory: str, but: Collection[str] = ()) -> list[str]:
+        prefix = below(directory)[0]
+        names: set[bytes] = set()
+        gaps = _gaps(directory, but)
+        while gaps:
+            pages = self._first_keys(directory, gaps[:MOST_AT_ONCE])
+            left = gaps[len(pages) :]
+            for (_, stop), (found, more) in zip(gaps, pages):
+                names.update(key[len(prefix) :].partition(b"/")[0] for key in found)
+                if more:  # what else is below the last name is skipped
+                    name, slash, _ = found[-1][len(prefix) :].partition(b"/")
+                    left.append((prefix + name + (b"0" if slash else b"\0"), stop))
+            gaps = [gap for gap in left if gap[0] < gap[1]]
+        return [name.decode() for name in sorted(names) if name and _is_utf8(name)]
+
+    def exists(self, directory: str) -> bool:
+        return bool(self._first_keys(directory, [below(directory)], 1)[0][0])
+
+    def version(self) -> str:
+        def send(connection: Connection) -> str:
+            with _translated(connection, "/version"):
+                return str(connection.exchange("GET", "/version")["etcdserver"])
+
+        return self._members.retry(send)
+
+    def check_writable(self, key: str) -> None:
+        # etcd checks the permissions for all that a transaction may do, before it looks at the condition
+        never = {**_key(key), "target": "MOD", "result": "EQUAL", "mod_revision": _NEVER}
+        self._ask("/v3/kv/txn", {"compare": [never], "success": [{"request_put": _key(key)}]}, key, revision)
+
+    # Writes
+
+    def create(self, key: str, value: str, ttl: int | None = None) -> Entry:
+        return self._commit([Create(key, value)], ttl)[0]
+
+    def update(self, entry: Entry, value: str, ttl: int | None = None) -> Entry:
+        return self._commit([Update(entry, value)], ttl)[0]
+
+    def delete(self, entry: Entry) -> None:
+        self.commit([Delete(entry)])
+
+    def commit(self, writes: Sequence[Write]) -> list[Entry]:
+        return self._commit(writes, None)
+
+    def _commit(self, writes: Sequence[Write], ttl: int | None) -> list[Entry]:
+        """Do what `commit` does, and attach what is written to the lease for `ttl`."""
+        known: dict[str, Entry] = {}
+
+        def send(connection: Connection, doubtful: bool) -> None:
+            while len(known) < len(writes):
+                left = [write for write in writes if write.key not in known]
+                reached, found = self._transact(connection, left, ttl)
+                if reached is not None:
+                    known.update({write.key: _written(write, reached) for write in left})
+                    return
+                with _translated(connection, left[0].key):
+                    known.update(_settled(left, found, doubtful))
+
+        self._members.resend(send)
+        return [known[write.key] for write in writes]
+
+    def touch(self, entry: Entry, value: str, ttl: int) -> Entry:
+        if self._members.retry(lambda connection: self._keep_alive(connection, ttl)):
+            now, lease = self._get(entry.key)
+            if now is None or now.revision != entry.revision:
+                raise CompareFailed(entry.key)
+            if lease == self._leases[ttl]:
+                return now
+        return self.update(entry, value, ttl)
+
+    def put(self, key: str, value: str, ttl: int | None = None) -> None:
+        def send(connection: Connection) -> None:
+            self._attached(connection, key, ttl, lambda lease: connection.post("/v3/kv/put", _put(key, value, lease)))
+
+        self._members.retry(send)  # idempotent
+
+    def remove_tree(self, directory: str) -> None:
+        start, end = map(base64, below(directory))
+        ranges = [{"key": start, "range_end": end}, _key(directory)]
+        request = {"success": [{"request_delete_range": keys} for keys in ranges]}
+        self._ask("/v3/kv/txn", request, directory, revision)  # idempotent
+
+    def _transact(
+        self, connection: Connection, writes: Sequence[Write], ttl: int | None
+    ) -> tuple[int | None, list[Entry | None]]:
+        """Send a transaction of these writes; return its revision, or None and what its keys hold, if it failed."""
+
+        def send(lease: str | None) -> tuple[int | None, list[Entry | None]]:
+            request = {
+                "compare": [_condition(write) for write in writes],
+                "success": [_operation(write, lease) for write in writes],
+                "failure": [{"request_range": _key(write.key)} for write in writes],
+            }
+            answer = connection.post("/v3/kv/txn", request)
+            if answer.get("succeeded"):
+                return revision(answer), []
+            found = _ranges(answer, len(writes))
+            return None, [_entry_of(of_one.get("kvs", []), write.key) for of_one, write in zip(found, writes)]
+
+        return self._attached(connection, writes[0].key, ttl, send)
+
+    def _attached(self, connection: Connection, key: str, ttl: int | None, send: Callable[[str | None], T]) -> T:
+        """Call `send`, which writes `key`, with a lease that lives for `ttl` seconds from now on; None: with none."""
+        while True:
+            try:
+                with _translated(connection, key):
+                    if ttl is not None and not self._keep_alive(connection, ttl):
+                        granted = connection.post("/v3/lease/grant", {"TTL": str(ttl)})
+                        number(granted, "ID")
+                        self._leases[ttl] = granted["ID"]
+                    return send(None if ttl is None else self._leases[ttl])
+            except _NoLease:
+                if ttl is None:
+                    raise
+                self._leases.pop(ttl, None)  # it has expired since it was kept alive
+
+    def _keep_alive(self, connection: Connection, ttl: int) -> bool:
+        """Let a lease of this store live for `ttl` seconds more; return False, and forget it, if there is none."""
+        if ttl not in self._leases:
+            return False
+        with _translated(connection, "a lease"):
+            answer = connection.post("/v3/lease/keepalive", {"ID": self._leases[ttl]})
+            if number(answer["result"], "TTL") == 0:
+                del self._leases[ttl]
+        return ttl in self._leases
+
+    # Watches
+
+    def watch(self, directory: str, revision: int, seconds: float) -> Generator[list[Change], None, None]:
+        watch: OpenWatch | None = None
+
+        def close() -> None:
+            nonlocal watch
+            if watch is not None:
+                watch.close()
+                watch = None
+
+        def poll(connection: Connection, end: float) -> list[Change]:
+            nonlocal watch, revision
+            if watch is not None and watch.connection is not connection:
+                close()
+            try:
+                with _translated(connection, directory):
+                    if watch is None:
+                        _confirm_quorum(connection, directory)
+                        watch = OpenWatch(connection, directory, revision)
+                    changes = watch.changes(end - time.monotonic())
+                    if not changes:
+                        _confirm_quorum(connection, directory)
+                    revision = watch.revision
+            except BaseException:
+                close()
+                raise
+            return changes
+
+        try:
+            while True:
+                yield self._await_changes(poll, time.monotonic() + seconds)
+        finally:
+            close()
+
+    def _await_changes(self, poll: Callable[[Connection, float], list[Change]], end: float) -> list[Change]:
+        """Call `poll` with a member until it returns; if one hangs or has no quorum, with the next one.
+
+        Raises WatchExpired if a connection was lost, and StoreUnavailable if no member answers for WATCH_PATIENCE.
+        """
+        deadline: Deadline | None = None
+        while True:
+            try:
+                return self._members.ask(lambda connection: poll(connection, end))
+            except ConnectionLost as failure:
+                raise WatchExpired(f"a wait for changes was cut short: {failure}") from None
+            except Unanswered as failure:
+                deadline = deadline or Deadline(WATCH_PATIENCE)
+                deadline.backoff(failure)
+
+    # Requests
+
+    def _ask(self, path: str, request: dict[str, Any], key: str, parse: Callable[[dict[str, Any]], T]) -> T:
+        """Send an idempotent request about a key until it is answered; return what `parse` makes of the answer."""
+
+        def send(connection: Connection) -> T:
+            with _translated(connection, key):
+                return parse(connection.post(path, request))
+
+        return self._members.retry(send)
+
+    def _get(self, key: str) -> tuple[Entry | None, str | None]:
+        """Return a key's entry, and the lease that it hangs on; None for what does not exist."""
+
+        def parse(answer: dict[str, Any]) -> tuple[Entry | None, str | None]:
+            kvs = answer.get("kvs", [])
+            return _entry_of(kvs, key), kvs[0].get("lease") if kvs else None
+
+        return self._ask("/v3/kv/range", _key(key), key, parse)
+
+    def _list(self, directory: str, item: Callable[[Any], T]) -> tuple[list[T], int]:
+        """Return what `item` makes of each key below a directory, and the revision at which all were read.
+
+        A key that is too large to be read has a `problem` in its JSON object.
+        """
+        for _ in range(READS):
+            try:
+                return self._list_once(directory, item)
+            except _Compacted:
+                continue
+        raise StoreUnavailable(f"etcd forgets what is below {directory} before it is read to the end; try again later")
+
+    def _list_once(self, directory: str, item: Callable[[Any], T]) -> tuple[list[T], int]:
+        found: list[T] = []
+        start, end = below(directory)
+        at, limit = 0, PAGE
+        while True:
+            page = self._page(directory, start, end, item, limit, at)
+            found += page.items
+            at = at or page.revision
+            if not page.more:
+                return found, at
+            start, limit = page.last + b"\0", min(PAGE, 2 * page.limit)
+
+    def _page(
+        self,
+        directory: str,
+        start: bytes,
+        end: bytes,
+        item: Callable[[Any], T],
+        limit: int,
+        at: int,
+    ) -> _Page[T]:
+        """Return what `item` makes of the first keys from `start` on, before `end`: of `limit` keys at most.
+
+        They are read at the revision `at`; 0: now. If the answer is too large, fewer keys are asked for.
+        """
+
+        def send(connection: Connection) -> _Page[T]:
+            count, problem = limit, None
+            while True:
+                try:
+                    with _translated(connection, directory):
+                        answer = connection.post("/v3/kv/range", _range(start, end, count, at, problem is not None))
+                        return _page_of(answer, start, end, item, count, problem)
+                except ConnectionLost as lost:
+                    if not isinstance(lost.__cause__, answers.TooLarge) or problem is not None:
+                        raise
+                    count, problem = max(1, count // 4), TOO_LARGE if count == 1 else None
+
+        return self._members.retry(send)
+
+    def _first_keys(
+        self, directory: str, gaps: Sequence[tuple[bytes, bytes]], limit: int = PAGE
+    ) -> list[tuple[list[bytes], bool]]:
+        """Return the first keys, `limit` at most, in each of these ranges of keys, and whether others follow there.
+
+        If the answer is too large, only the first ranges, and fewer keys, are asked for.
+        """
+
+        def send(connection: Connection) -> list[tuple[list[bytes], bool]]:
+            count, most = len(gaps), limit
+            while True:
+                try:
+                    with _translated(connection, directory):
+                        ranges = [{"request_range": _range(*gap, most, keys_only=True)} for gap in gaps[:count]]
+                        found = _ranges(connection.post("/v3/kv/txn", {"success": ranges}), count)
+                        pages = [_page_of(one, *gap, _raw_key) for one, gap in zip(found, gaps)]
+                        return [(page.items, page.more) for page in pages]
+                except ConnectionLost as lost:
+                    if not isinstance(lost.__cause__, answers.TooLarge) or (count, most) == (1, 1):
+                        raise
+                    count, most = max(1, count // 4), max(1, most // 4)
+
+        return self._members.retry(send)
+
+
+@contextmanager
+def _translated(connection: Connection, key: str) -> Iterator[None]:
+    """Convert the refusal of a request about a key, and what is raised for JSON of another shape, to a StoreError."""
+    try:
+        yield
+    except ErrorAnswer as error:
+        raise _refusal(error, key, connection.url) from None
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise connection.no_etcd(error) from error
+
+
+def _refusal(error: ErrorAnswer, key: str, url: str) -> StoreError:
+    """Return the exception for what etcd refused."""
+    code, text = error.code, " ".join(error.message.split())[:200]
+    if error.is_about_token:
+        return StoreError(f"etcd at {url} asks for a user: set ETCD_USERNAME and ETCD_PASSWORD")
+    if code == etcd3_http.PERMISSION_DENIED:
+        return StoreError(
+            f"etcd at {url} does not permit this user to use {key}: a role of the user must be allowed to read and "
+            "write all keys below /calico/"
+        )
+    if code == etcd3_http.OUT_OF_RANGE and "required revision" in text:
+        return _Compacted(f"etcd at {url} has forgotten what is asked for ({text})")
+    if code == etcd3_http.NOT_FOUND and "lease" in text:
+        return _NoLease(f"etcd at {url} has ended a lease ({text})")
+    if "database space exceeded" in text:
+        return StoreError(
+            f"etcd at {url} has no space left, and takes no writes: compact and defragment it, or raise its "
+            "--quota-backend-bytes, then disarm its alarm ('etcdctl compact', 'etcdctl defrag', 'etcdctl alarm disarm')"
+        )
+    if "too large" in text or "larger than max" in text:
+        return StoreError(f"etcd at {url} refuses the value of {key}: it is too large for one request ({text})")
+    if code == etcd3_http.UNIMPLEMENTED:
+        return StoreError(
+            f"etcd at {url} does not serve its v3 API over HTTP: etcd 3.4 or later is needed, with its gRPC gateway on"
+        )
+    if code == etcd3_http.UNAVAILABLE:
+        return StoreError(
+            f"etcd at {url} cannot connect to itself: with --client-cert-auth, its own certificate must be good for "
+            f"clients, too (extended key usage clientAuth) ({text})"
+        )
+    return StoreError(f"etcd at {url} refuses a request about {key}: {text}")
+
+
+def _confirm_quorum(connection: Connection, directory: str) -> None:
+    """Check by a linearizable read that a member neither hangs nor is partitioned from the others.
+
+    The key that is read does not exist, as the keys in the directory may be large. Raises what Connection.post raises.
+    """
+    revision(connection.post("/v3/kv/range", _key(f"{directory}/quorum"), QUORUM_TIMEOUT))
+
+
+def _key(key: str) -> dict[str, Any]:
+    return {"key": base64(encoded(key))}
+
+
+def _put(key: str, value: str, lease: str | None) -> dict[str, Any]:
+    request = {**_key(key), "value": base64(encoded(value))}
+    return request if lease is None else {**request, "lease": lease}
+
+
+def _range(start: bytes, end: bytes, limit: int, at: int = 0, keys_only: bool = False) -> dict[str, Any]:
+    request: dict[str, Any] = {"key": base64(start), "range_end": base64(end), "limit": str(limit)}
+    if at:
+        request["revision"] = str(at)
+    if keys_only:
+        request["keys_only"] = True
+    return request
+
+
+def _page_of(
+    answer: Any, start: bytes, end: bytes, item: Callable[[Any], T], limit: int = PAGE, problem: str | None = None
+) -> _Page[T]:
+    """Return the page that an answer stands for. `problem` is what is wrong with each key of it, if anything is."""
+    kvs, more = answer.get("kvs", []), bool(answer.get("more"))
+    last = etcd3_json.raw(kvs[-1]["key"]) if kvs else b""
+    if (kvs and not start <= last < end) or (more and not kvs):
+        raise TypeError("something else than what was asked for")
+    if problem is not None:
+        kvs = [{**kv, "problem": problem} for kv in kvs]
+    return _Page([item(kv) for kv in kvs], last, revision(answer), more, limit)
+
+
+def _entry_of(kvs: list[Any], key: str) -> Entry | None:
+    """Return the entry of a key that was asked for, None if it does not exist."""
+    if not kvs:
+        return None
+    entry = etcd3_json.read(kvs[0])
+    if entry.key != key:
+        raise TypeError("something else than what was asked for")
+    return entry
+
+
+def _ranges(answer: Any, count: int) -> list[Any]:
+    """Return the answers to the `count` reads of a transaction."""
+    responses = answer.get("responses", [])
+    if len(responses) != count:
+        raise TypeError("something else than what was asked for")
+    return [response["response_range"] for response in responses]
+
+
+def _gaps(directory: str, but: Collection[str]) -> list[tuple[bytes, bytes]]:
+    """Return the ranges of keys below a directory, but for keys of these names and what is below them."""
+    start, end = below(directory)
+    gaps = []
+    # between the key of a name and what is below it, there may be others: "a", "a.b", "a/c"
+    paths = [start + encoded(name) for name in but]
+    for begin, stop in sorted(part for path in paths for part in ((path, path + b"\0"), (path + b"/", path + b"0"))):
+        gaps.append((start, begin))
+        start = max(start, stop)
+    gaps.append((start, end))
+    return [gap for gap in gaps if gap[0] < gap[1]]
+
+
+def _readable(kv: Any) -> Entry | None:
+    """Return a key's entry, None if it cannot be read."""
+    return etcd3_json.read(kv) if "problem" not in kv and _is_utf8(_raw_key(kv)) else None
+
+
+def _raw_key(kv: Any) -> bytes:
+    return etcd3_json.raw(kv["key"])
+
+
+def _is_utf8(raw: bytes) -> bool:
+    try:
+        raw.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+# Conditional writes
+
+
+def _condition(write: Write) -> dict[str, Any]:
+    if isinstance(write, Create):
+        return {**_key(write.key), "target": "CREATE", "result": "EQUAL", "create_revision": "0"}
+    return {**_key(write.key), "target": "MOD", "result": "EQUAL", "mod_revision": str(write.entry.revision)}
+
+
+def _operation(write: Write, lease: str | None) -> dict[str, Any]:
+    if isinstance(write, Delete):
+        return {"request_delete_range": _key(write.key)}
+    return {"request_put": _put(write.key, write.value, lease)}
+
+
+def _written(write: Write, reached: int) -> Entry:
+    """Return the entry of a write that was applied at the revision `reached`; of a delete, the one that was deleted."""
+    if isinstance(write, Delete):
+        return write.entry
+    return Entry(write.key, write.value, reached, reached if isinstance(write, Create) else write.entry.created)
+
+
+def _settled(writes: Sequence[Write], found: Sequence[Entry | None], doubtful: bool) -> dict[str, Entry]:
+    """After a transaction whose conditions were not met, return the entries of those writes that need no other attempt.
+
+    `found` are the entries of its keys at that moment. `doubtful` says that an earlier attempt may have been applied:
+    then all its own values are there. Otherwise, only a key that was to be deleted, and is gone, needs nothing more.
+    Raises KeyExists or CompareFailed.
+    """
+    verdicts = [_verdict(write, now, doubtful) for write, now in zip(writes, found)]
+    settled = {write.key: entry for write, entry in zip(writes, verdicts) if entry is not None}
+    if len(settled) < len(writes):  # the attempt was not applied: what looks like its values is of other writers
+        for write in writes:
+            if write.key in settled and not isinstance(write, Delete):
+                raise _conflict(write, doubtful)
+    if not settled:
+        raise TypeError("a transaction failed although its conditions are met")
+    return settled
+
+
+def _verdict(write: Write, now: Entry | None, doubtful: bool) -> Entry | None:
+    """Return the entry of a write if its key is as if it was applied, None if its condition is met.
+
+    Raises KeyExists or CompareFailed if another writer has changed the key.
+    """
+    if isinstance(write, Create):
+        if now is not None and not doubtful:
+            raise _conflict(write, doubtful)
+        return created(write.key, write.value)(now)
+    unchanged = now is not None and now.revision == write.entry.revision
+    if not (doubtful or unchanged or (now is None and isinstance(write, Delete))):
+        raise _conflict(write, doubtful)
+    return (deleted(write.entry) if isinstance(write, Delete) else updated(write.entry, write.value))(now)
+
+
+def _conflict(write: Write, doubtful: bool) -> KeyExists | CompareFailed:
+    if isinstance(write, Create):
+        return KeyExists(f"etcd key {write.key} exists already")
+    return CompareFailed(write.key, maybe_applied=doubtful)

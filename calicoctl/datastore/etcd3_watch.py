@@ -1,0 +1,116 @@
+"""Watches over etcd's v3 API: a stream of a member, on which the changes below a directory arrive as they are made.
+
+A watch begins at a revision. etcd's first message says that it was created, and which revision the member has reached.
+Then each message has the changes of one revision or more, in order. These are the traps:
+
+* If the changes from that revision on were compacted, or the watch is refused, a message says `canceled`, but the
+  stream stays open, and nothing follows.
+* If the store was restored from a copy, and has not reached that revision yet, nothing follows either, until it has.
+  So the revision in the first message is compared with the one that was reached before. A member may also lag behind
+  the others, so whoever opens a watch must have had a linearizable answer of the same member before.
+* A large message comes in fragments. After all but the last one, the changes of a revision may be incomplete.
+* A member that hangs sends nothing. Etcd3Store.watch asks the member something else when it is quiet for long.
+* A message without changes says that there are none up to its revision. etcd sends one every ten minutes, so that a
+  watch which goes on at another member need not begin at a revision that has been compacted meanwhile.
+
+Sources: https://github.com/etcd-io/etcd/blob/release-3.4/Documentation/learning/api.md ("Watch API") and
+etcdserver/api/v3rpc/watch.go there.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from calicoctl import answers
+from calicoctl.datastore import etcd3_json
+from calicoctl.datastore.etcd3_http import PERMISSION_DENIED, READ_TIMEOUT, Connection, ErrorAnswer
+from calicoctl.datastore.members import Unanswered
+from calicoctl.datastore.store import Change
+from calicoctl.errors import StoreError, WatchExpired
+
+LARGEST = 64 * answers.MiB
+"""The largest message, in bytes. etcd fragments what is larger than its limit for a request, 1.5 MiB, but not a single
+change."""
+
+
+class OpenWatch:
+    """A watch of one member. `revision` is the first revision from which changes are not known yet."""
+
+    def __init__(self, connection: Connection, directory: str, revision: int) -> None:
+        """Open it, from `revision` on.
+
+        Raises WatchExpired if the changes are compacted, or the store is another one, ErrorAnswer or StoreError if the
+        watch is refused, and what Connection.post raises.
+        """
+        self.connection = connection
+        self.revision = revision
+        self._directory = directory
+        start, end = etcd3_json.below(directory)
+        request = {
+            "key": etcd3_json.base64(start),
+            "range_end": etcd3_json.base64(end),
+            "start_revision": str(revision),
+            "progress_notify": True,
+            "fragment": True,
+        }
+        self._stream = connection.stream("/v3/watch", {"create_request": request}, LARGEST)
+        try:
+            self._await_created()
+        except BaseException:
+            self.close()
+            raise
+
+    def changes(self, seconds: float) -> list[Change]:
+        """Wait for changes, for at most `seconds`; return those of one message, an empty list if there were none.
+
+        Raises what opening it raises. After an exception, the watch must be closed.
+        """
+        end = time.monotonic() + seconds
+        while (message := self._stream.next(end - time.monotonic())) is not None:
+            changes = self._changes(message)
+            if changes:
+                return changes
+        return []
+
+    def close(self) -> None:
+        """Close the connection of the watch."""
+        self._stream.close()
+
+    def _await_created(self) -> None:
+        message = self._stream.next(READ_TIMEOUT)
+        if message is None:
+            raise Unanswered(f"{self.connection.url} did not answer (timed out)")
+        if not message.get("created"):
+            raise TypeError("something else than a watch")
+        self._refuse_canceled(message)
+        reached = etcd3_json.revision(message)
+        if reached + 1 < self.revision:
+            # this is another store than the one that returned the revision, or it was restored from a copy
+            before = self.revision - 1
+            raise WatchExpired(f"the store has reached {reached} only, where {before} had been reached before")
+
+    def _changes(self, message: dict[str, Any]) -> list[Change]:
+        """Return the changes in a message, and note how far it goes."""
+        self._refuse_canceled(message)
+        events = message.get("events", [])
+        if not events:
+            self.revision = max(self.revision, etcd3_json.revision(message) + 1)
+            return []
+        changes = [etcd3_json.change(event) for event in events]
+        last = etcd3_json.number(events[-1]["kv"], "mod_revision")
+        if last < self.revision:
+            raise TypeError("a change from before the revision that was asked for")
+        self.revision = last if message.get("fragment") else last + 1
+        return changes
+
+    def _refuse_canceled(self, message: dict[str, Any]) -> None:
+        if not message.get("canceled"):
+            return
+        url = self.connection.url
+        if "compact_revision" in message:
+            raise WatchExpired(f"etcd at {url} has forgotten the changes that are asked for")
+        reason = str(message.get("cancel_reason", ""))
+        if not reason or "permission denied" in reason:
+            raise ErrorAnswer(PERMISSION_DENIED, reason)
+        raise StoreError(f"etcd at {url} does not let {self._directory} be watched: {' '.join(reason.split())[:120]}")
