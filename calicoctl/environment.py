@@ -25,7 +25,7 @@ PATH_VARIABLE = "CALICO_ENV_FILE"
 
 STORE = (
     *("DATASTORE_TYPE", "ETCD_ENDPOINTS", "ETCD_AUTHORITY", "ETCD_SCHEME", "ETCD_CA_CERT_FILE", "ETCD_CERT_FILE"),
-    *("ETCD_KEY_FILE", "ETCD_USERNAME", "ETCD_PASSWORD"),
+    *("ETCD_KEY_FILE", "ETCD_USERNAME", "ETCD_PASSWORD", "ETCD_PASSWORD_FILE"),
 )
 """Variables that select the store. Those in the file are used only if the environment sets none of them."""
 

@@ -1,4 +1,4 @@
-"""The addresses of etcd's members, and the TLS files for them, read from the environment. Sends nothing."""
+"""Where etcd is, which of its APIs to use, and as whom, read from the environment. Sends nothing."""
 
 from __future__ import annotations
 
@@ -16,13 +16,25 @@ Member = tuple[str, int]
 
 DEFAULT_MEMBERS: tuple[Member, ...] = (("127.0.0.1", 2379),)
 
+TYPE = "DATASTORE_TYPE"
+"""The variable that names the API of etcd to use; if it is not set, what is in etcd decides (detection.py)."""
+
+V2, V3 = "etcdv2", "etcdv3"
+"""The values of that variable."""
+
+LONGEST_PASSWORD = 4096
+"""The maximum size of a file with a password, in bytes."""
+
+_USER_ELSEWHERE = "the name and the password of a user are set by ETCD_USERNAME and ETCD_PASSWORD"
+
 
 @dataclass(frozen=True)
 class EtcdSettings:
     """The members of the cluster, and the TLS files (PEM) for connections to them.
 
     `scheme` is "http" or "https". `is_default` says that none of the variables ETCD_ENDPOINTS, ETCD_AUTHORITY and
-    ETCD_SCHEME is set, so that port 2379 of this host is used.
+    ETCD_SCHEME is set, so that port 2379 of this host is used. `api` is V2 or V3, None if the environment names none.
+    `username` and `password` are both set or both None.
     """
 
     scheme: str
@@ -31,13 +43,19 @@ class EtcdSettings:
     cert: str | None = None
     key: str | None = None
     is_default: bool = field(default=False, compare=False)
+    api: str | None = None
+    username: str | None = None
+    password: str | None = field(default=None, repr=False)
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> EtcdSettings:
-        """Read the settings from environment variables, and check that the TLS files can be used; raise StoreError.
+        """Read the settings from environment variables, and check that the files can be used; raise StoreError.
 
         ETCD_AUTHORITY and ETCD_SCHEME are read only if ETCD_ENDPOINTS is not set.
         """
+        api = environment.get(TYPE) or None
+        if api not in (None, V2, V3):
+            raise StoreError(f"{TYPE} is '{api}': it must be {V2} or {V3}, or unset, to use the one with the data")
         if environment.get("ETCD_ENDPOINTS"):
             scheme, members = _parse_endpoints(environment["ETCD_ENDPOINTS"])
             source = "ETCD_ENDPOINTS"
@@ -67,7 +85,14 @@ class EtcdSettings:
             _check_tls_files(files["ETCD_CA_CERT_FILE"], files["ETCD_CERT_FILE"], files["ETCD_KEY_FILE"])
         is_default = not any(environment.get(name) for name in ("ETCD_ENDPOINTS", "ETCD_AUTHORITY", "ETCD_SCHEME"))
         return cls(
-            scheme, members, files["ETCD_CA_CERT_FILE"], files["ETCD_CERT_FILE"], files["ETCD_KEY_FILE"], is_default
+            scheme,
+            members,
+            files["ETCD_CA_CERT_FILE"],
+            files["ETCD_CERT_FILE"],
+            files["ETCD_KEY_FILE"],
+            is_default,
+            api,
+            *_user(environment),
         )
 
     def url(self, member: Member) -> str:
@@ -86,6 +111,37 @@ class EtcdSettings:
             if EnvironmentFile().own().get("ETCD_AUTHORITY") in {f"{name}:{port}" for name, port in self.members}:
                 return f"{command}, which has written this address into {EnvironmentFile().path}, starts {local} again"
         return ""
+
+
+def _user(environment: Mapping[str, str]) -> tuple[str | None, str | None]:
+    """Return the name and the password of etcd's user, None without one. Raises StoreError, which quotes no password.
+
+    A file with the password has one line, whose end is no part of the password.
+    """
+    username = environment.get("ETCD_USERNAME") or None
+    password, path = (environment.get(name) or None for name in ("ETCD_PASSWORD", "ETCD_PASSWORD_FILE"))
+    if password is not None and path is not None:
+        raise StoreError("ETCD_PASSWORD and ETCD_PASSWORD_FILE are both set: set one")
+    if username is None and (password or path):
+        raise StoreError(f"{'ETCD_PASSWORD' if password else 'ETCD_PASSWORD_FILE'} is set without ETCD_USERNAME")
+    if username is not None and not (password or path):
+        raise StoreError("ETCD_USERNAME is set without ETCD_PASSWORD or ETCD_PASSWORD_FILE: a user needs a password")
+    return username, password if path is None else _password_in(path)
+
+
+def _password_in(path: str) -> str:
+    try:
+        # O_NONBLOCK: a named pipe must not block
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            content = file.read(LONGEST_PASSWORD + 1) or b""
+        password = content.decode().rstrip("\r\n")
+    except OSError as error:
+        raise StoreError(f"ETCD_PASSWORD_FILE: cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise StoreError(f"ETCD_PASSWORD_FILE: {path} is not UTF-8 text") from None
+    if not password or len(content) > LONGEST_PASSWORD or not password.isprintable():
+        raise StoreError(f"ETCD_PASSWORD_FILE: {path} must hold a password, in one line, and nothing else")
+    return password
 
 
 def _check_tls_files(ca_cert: str | None, cert: str | None, key: str | None) -> None:
@@ -110,7 +166,7 @@ def _check_tls_files(ca_cert: str | None, cert: str | None, key: str | None) -> 
 
 def _parse_endpoints(text: str) -> tuple[str, tuple[Member, ...]]:
     if "@" in text:  # checked before splitting at commas and colons, which a password may contain
-        raise StoreError(f"ETCD_ENDPOINTS: '{redact_userinfo(text)}': a user and a password are not supported")
+        raise StoreError(f"ETCD_ENDPOINTS: '{redact_userinfo(text)}': {_USER_ELSEWHERE}")
     scheme = ""
     members = []
     for url in (part.strip() for part in text.split(",")):
@@ -131,7 +187,7 @@ def _parse_authority(variable: str, text: str) -> Member:
             return (f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname, parts.port)
     except ValueError:
         pass
-    why = "; a user and a password are not supported" if "@" in text else ""
+    why = f"; {_USER_ELSEWHERE}" if "@" in text else ""
     raise StoreError(
         f"{variable}: '{redact_userinfo(text)}' is not an address such as 192.0.2.1:2379 (host and port){why}"
     )

@@ -67,7 +67,7 @@ _HIDDEN = "(left out)"
 _VARIABLES = (
     *("ETCD_ENDPOINTS", "ETCD_AUTHORITY", "ETCD_SCHEME", "ETCD_CA_CERT_FILE", "ETCD_CERT_FILE", "ETCD_KEY_FILE"),
     *("DOCKER_HOST", "DOCKER_TLS_VERIFY", "DOCKER_CERT_PATH", "HOSTNAME", "CALICO_DEBUG", "CALICO_ENV_FILE"),
-    "DATASTORE_TYPE",
+    *("DATASTORE_TYPE", "ETCD_USERNAME"),
 )
 """Variables that are included with their values, without userinfo in URLs. Of other ETCD_…, DOCKER_… and CALICO_…
 variables, only the names are included."""

@@ -359,7 +359,7 @@ def _await_ready(process: subprocess.Popen[bytes], ready: socket.socket, host: s
 
 def _absolute(environment: Mapping[str, str]) -> dict[str, str]:
     """Return `environment` with the paths in it made absolute, for a process with another working directory."""
-    files = ("ETCD_CA_CERT_FILE", "ETCD_CERT_FILE", "ETCD_KEY_FILE", "CALICO_ENV_FILE")
+    files = ("ETCD_CA_CERT_FILE", "ETCD_CERT_FILE", "ETCD_KEY_FILE", "ETCD_PASSWORD_FILE", "CALICO_ENV_FILE")
     return {
         name: str(Path(value).absolute()) if name in files and value else value for name, value in environment.items()
     }

@@ -76,6 +76,7 @@ def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ),
         ("ETCD_AUTHORITY=a:1", {"DATASTORE_TYPE": "etcdv2"}, {"DATASTORE_TYPE": "etcdv2"}),
         ("DATASTORE_TYPE=etcdv3\nETCD_PASSWORD=x", {"ETCD_AUTHORITY": "b:1"}, {"ETCD_AUTHORITY": "b:1"}),
+        ("ETCD_USERNAME=a\nETCD_PASSWORD_FILE=/a", {"ETCD_AUTHORITY": "b:1"}, {"ETCD_AUTHORITY": "b:1"}),
         ("ETCD_AUTHORITY=a:1", {"ETCD_ENDPOINTS": ""}, {"ETCD_ENDPOINTS": "", "ETCD_AUTHORITY": "a:1"}),
         ("ETCD_AUTHORITY=a:1", {"ETCD_NAME": "m0"}, {"ETCD_NAME": "m0", "ETCD_AUTHORITY": "a:1"}),
         # the others, one by one

@@ -54,11 +54,40 @@ def test_endpoints_go_before_authority(tmp_path: Path) -> None:
             {"ETCD_SCHEME": "https", "ETCD_CERT_FILE": "/dev/null", "ETCD_KEY_FILE": "/dev/null"},
             "ETCD_CERT_FILE and ETCD_KEY_FILE: /dev/null",
         ),
+        ({"DATASTORE_TYPE": "kubernetes"}, "DATASTORE_TYPE is 'kubernetes': it must be etcdv2 or etcdv3, or unset"),
+        ({"ETCD_USERNAME": "calico"}, "ETCD_USERNAME is set without ETCD_PASSWORD or ETCD_PASSWORD_FILE"),
+        ({"ETCD_PASSWORD": "hunter2"}, "ETCD_PASSWORD is set without ETCD_USERNAME"),
+        ({"ETCD_PASSWORD_FILE": "/dev/null"}, "ETCD_PASSWORD_FILE is set without ETCD_USERNAME"),
+        ({"ETCD_USERNAME": "a", "ETCD_PASSWORD": "b", "ETCD_PASSWORD_FILE": "/dev/null"}, "both set: set one"),
+        ({"ETCD_USERNAME": "a", "ETCD_PASSWORD_FILE": "/nonexistent"}, "ETCD_PASSWORD_FILE: cannot read /nonexistent"),
+        ({"ETCD_USERNAME": "a", "ETCD_PASSWORD_FILE": "/"}, "ETCD_PASSWORD_FILE: cannot read /: Is a directory"),
+        ({"ETCD_USERNAME": "a", "ETCD_PASSWORD_FILE": "/dev/null"}, "/dev/null must hold a password, in one line"),
+        ({"ETCD_ENDPOINTS": "http://a:b@c:1"}, "the name and the password of a user are set by ETCD_USERNAME"),
     ],
 )
 def test_what_is_wrong_in_the_environment_is_named(environment: dict, why: str) -> None:
     with pytest.raises(StoreError, match=why):
         EtcdSettings.from_environment(environment)
+
+
+def test_the_api_and_the_user(tmp_path: Path) -> None:
+    assert EtcdSettings.from_environment({}).api is None
+    assert EtcdSettings.from_environment({"DATASTORE_TYPE": "etcdv2"}).api == "etcdv2"
+    file = tmp_path / "password"
+    file.write_text(" hunter 2\r\n")
+    user = {"ETCD_USERNAME": "calico"}
+    for more, password in (({"ETCD_PASSWORD": "x y "}, "x y "), ({"ETCD_PASSWORD_FILE": str(file)}, " hunter 2")):
+        settings = EtcdSettings.from_environment({**user, **more})
+        assert (settings.username, settings.password) == ("calico", password)
+        assert password not in repr(settings)
+
+
+@pytest.mark.parametrize("content", [b"hunter2\nhunter3\n", b"hunter2" * 1000, b"hunter2\xff\n", b"\n", b"hunter2\0"])
+def test_a_file_that_holds_no_password_is_refused_and_not_quoted(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "file").write_bytes(content)
+    with pytest.raises(StoreError, match=r"^ETCD_PASSWORD_FILE: .*/file ") as refused:
+        EtcdSettings.from_environment({"ETCD_USERNAME": "calico", "ETCD_PASSWORD_FILE": str(tmp_path / "file")})
+    assert "hunter" not in str(refused.value)
 
 
 def test_the_host_name(monkeypatch: pytest.MonkeyPatch) -> None:
