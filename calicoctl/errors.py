@@ -134,6 +134,10 @@ class StoreUnavailable(StoreError):
     """No member of the store answered."""
 
 
+class Frozen(StoreError):
+    """The store may not be changed now: its data is being moved to another API of etcd."""
+
+
 class WatchExpired(StoreError):
     """A watch has missed changes, for example because the store no longer keeps them: read everything again."""
 

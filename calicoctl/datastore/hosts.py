@@ -183,6 +183,7 @@ class Hosts:
 
         An address of None is written as an empty value. Without `as_num`, the host's own AS number is deleted. `marker`
         is written last: old tools wait for it. The default pool is created if there is no pool of its IP version.
+        Raises Frozen, and writes nothing, if the store is frozen.
         """
         for setting in config.WRITTEN:
             create_if_missing(self._store, keys.config(setting.name), str(setting.default))
@@ -191,7 +192,7 @@ class Hosts:
         for version, cidr in DEFAULT_POOLS.items():
             if not self._store.exists(keys.pools(version)):
                 create_if_missing(self._store, keys.pool(version, cidr), Pool(cidr).to_json())
-        set_value(self._store, keys.READY, "true")
+        create_if_missing(self._store, keys.READY, "true")
         set_value(self._store, keys.host_bird_ip(self.host), ipv4 or "")
         action = config.HOST_ACTION
         create_if_missing(self._store, keys.host_config(self.host, action.name), str(action.default))
