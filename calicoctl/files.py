@@ -11,6 +11,9 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
+RUN = Path("/run/calico")
+"""The folder of root's files that are gone after a reboot."""
+
 
 def try_lock(path: Path, create: bool = True) -> int | None:
     """Lock a file exclusively, and return its descriptor, which holds the lock until it is closed.

@@ -74,7 +74,8 @@ class ErrorAnswer(Exception):
 
 Authorize = Callable[["Connection", Optional[str]], Optional[str]]
 """Returns the token for requests to the cluster of a connection, None to send none. The second argument is the token
-that the member refused, or None. It may ask the member, by `Connection.exchange`, and raise StoreError."""
+that the member refused, "" if it refused a request without one, None before the first request. It may ask the member,
+by `Connection.exchange`, and raise StoreError."""
 
 
 class Connection:
@@ -83,7 +84,7 @@ class Connection:
     def __init__(self, settings: EtcdSettings, member: Member, authorize: Authorize | None = None) -> None:
         self.url = settings.url(member)
         self.token: str | None = None
-        """The token that was sent with the last request."""
+        """The token that is sent with requests: what the header `Authorization` says."""
         self._settings = settings
         self._member = member
         self._authorize = authorize
@@ -101,9 +102,18 @@ class Connection:
     ) -> dict[str, Any]:
         """Send a request, and return the JSON object of its answer, which must begin within `seconds`.
 
-        The default of `seconds` is READ_TIMEOUT. Raises NotSent, Unanswered or ConnectionLost (members.py) if there is
-        no answer, and ErrorAnswer if it is a refusal. Raises StoreUnavailable if this host lacks memory or file
-        descriptors, and StoreError for an answer that is not etcd's.
+        The default of `seconds` is READ_TIMEOUT. Raises what `fetch` raises, ErrorAnswer for a refusal, and StoreError
+        for an answer that is not etcd's.
+        """
+        return self._parsed(*self.fetch(method, path, body, seconds))
+
+    def fetch(
+        self, method: str, path: str, body: dict[str, Any] | None = None, seconds: float | None = None
+    ) -> tuple[int, bytes]:
+        """Send a request as `exchange` does; return the status and the body of its answer, whatever they are.
+
+        Raises NotSent, Unanswered or ConnectionLost (members.py) if there is no answer, and StoreUnavailable if this
+        host lacks memory or file descriptors.
         """
         kept, self._kept = self._kept, None
         if kept is not None and _is_over(kept):
@@ -119,7 +129,7 @@ class Connection:
             raise
         if connection.sock is not None:  # else the server ends the connection after the answer
             self._kept = connection
-        return self._parsed(response.status, content)
+        return response.status, content
 
     def stream(self, path: str, body: dict[str, Any], largest: int) -> Stream:
         """Send a request whose answer goes on and on; return it. Its messages have at most `largest` bytes each.
@@ -157,7 +167,7 @@ class Connection:
         except ErrorAnswer as error:
             if not error.is_about_token:
                 raise
-            refused, self.token = self.token, self._authorize(self, self.token)
+            refused, self.token = self.token, self._authorize(self, self.token or "")
             if self.token == refused:
                 raise
         return send()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from base64 import b64encode
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Mapping
@@ -97,6 +98,18 @@ class EtcdSettings:
 
     def url(self, member: Member) -> str:
         return f"{self.scheme}://{member[0]}:{member[1]}"
+
+    @property
+    def urls(self) -> str:
+        """The URLs of all members, for messages."""
+        return ", ".join(map(self.url, self.members))
+
+    @property
+    def basic(self) -> str | None:
+        """The value of the header `Authorization` in requests of the v2 API; None without a user."""
+        if self.username is None:
+            return None
+        return f"Basic {b64encode(f'{self.username}:{self.password}'.encode()).decode()}"
 
     def local_etcd_hint(self, one: str, local: str, would_do: bool = False) -> str:
         """Return, for an error message, what `calicoctl node --local-etcd` would do here; "" if it would refuse.

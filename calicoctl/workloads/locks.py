@@ -19,7 +19,7 @@ from calicoctl import files
 from calicoctl.errors import CalicoError, Conflict
 from calicoctl.workloads.connected import file_name, id_of
 
-DIRECTORY = Path("/run/calico")
+DIRECTORY = files.RUN
 
 PATIENCE = 30.0
 """Seconds to wait for a lock that another process holds."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from calicoctl import state
+from calicoctl import files, state
 
 # a property is tried with few examples where a developer waits for the answer, and with many where nobody does
 settings.register_profile("local", max_examples=25, deadline=None)
@@ -25,3 +25,4 @@ def no_file_of_settings(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def state_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(state, "DIRECTORY", tmp_path / "var-lib-calico")
+    monkeypatch.setattr(files, "RUN", tmp_path / "run-calico")

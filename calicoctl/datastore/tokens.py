@@ -1,0 +1,126 @@
+"""Logs in to etcd's v3 API as the user of the environment, and keeps the token for the next command.
+
+To log in costs etcd a tenth of a second, more than most commands take. So the last token is in a file that only the
+caller can read, below /run/calico for root and in the runtime folder for other users; without such a folder, there is
+none. etcd forgets tokens, for example after five minutes, or when it is restarted: a refused one is replaced without a
+word. No message contains a password or a token.
+
+Source: https://github.com/etcd-io/etcd/blob/release-3.4/Documentation/op-guide/authentication.md
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import os
+import secrets
+import stat
+import threading
+from contextlib import suppress
+from pathlib import Path
+
+from calicoctl import files
+from calicoctl.datastore.etcd3_http import FAILED_PRECONDITION, Authorize, Connection, ErrorAnswer
+from calicoctl.datastore.settings import EtcdSettings
+from calicoctl.errors import StoreError
+
+_NAME = ".etcd-token"
+"""The name of the file. No host has this name, and so no folder in /run/calico."""
+
+_lock = threading.Lock()
+_tokens: dict[EtcdSettings, str | None] = {}
+"""The last tokens of this process, None for an etcd that asked for none."""
+
+
+def authorize(settings: EtcdSettings) -> Authorize | None:
+    """Return the function that gets a token of the user in `settings`; None without a user."""
+    if settings.username is None:
+        return None
+
+    def token(member: Connection, refused: str | None) -> str | None:
+        with _lock:  # the agent has many connections, of which only one needs to log in
+            found = _tokens.get(settings)
+            usable = settings in _tokens and (refused is None or (found or "") != refused)
+            if not usable:
+                found = _read(settings)
+                if found is None or found == refused:
+                    found = _logged_in(member, settings)
+                    _keep(settings, found)
+                _tokens[settings] = found
+            return found
+
+    return token
+
+
+def forget() -> None:
+    """Remove the file with the caller's token, if there is one."""
+    path = _path(create=False)
+    if path is not None:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+def _logged_in(member: Connection, settings: EtcdSettings) -> str | None:
+    """Return a new token, None if this etcd asks for none. Raises StoreError, and what Connection.exchange raises."""
+    member.token = None  # etcd refuses a password that comes with a token that it does not know
+    user = {"name": settings.username, "password": settings.password}
+    try:
+        token = member.exchange("POST", "/v3/auth/authenticate", user).get("token")
+    except ErrorAnswer as error:
+        if error.code == FAILED_PRECONDITION:  # users are not switched on
+            return None
+        raise StoreError(
+            f"etcd at {member.url} does not let user '{settings.username}' in ({error.message}): see ETCD_USERNAME and "
+            "ETCD_PASSWORD, or ETCD_PASSWORD_FILE"
+        ) from None
+    if not isinstance(token, str) or not token.isprintable():
+        raise member.no_etcd("there is no token in the answer to a password")
+    return token
+
+
+def _read(settings: EtcdSettings) -> str | None:
+    """Return the token in the file, if it is of this user, with this password, at these servers; else None."""
+    path = _path(create=False)
+    try:
+        if path is None:
+            return None
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            found = os.fstat(file.fileno())
+            if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
+                return None
+            salt, whose, token = json.loads(file.read(2**16) or b"")
+        own = hmac.compare_digest(whose, _digest(settings, salt))
+        return str(token) if own and str(token).isprintable() else None
+    except (OSError, RecursionError, TypeError, ValueError):
+        return None
+
+
+def _keep(settings: EtcdSettings, token: str | None) -> None:
+    path = _path(create=True) if token is not None else None
+    if path is not None:
+        salt = secrets.token_hex(16)
+        content = json.dumps([salt, _digest(settings, salt), token]).encode()
+        with suppress(OSError):  # the next command logs in, too
+            files.replace(path, content, 0o600, suffix=f".{os.getpid()}").close()
+
+
+def _digest(settings: EtcdSettings, salt: str) -> str:
+    """Return a text by which a token is used for this user, password and cluster alone, and which reveals none."""
+    whose = [salt, settings.scheme, sorted(settings.members), settings.ca_cert, settings.username, settings.password]
+    return hashlib.sha256(json.dumps(whose).encode()).hexdigest()
+
+
+def _path(create: bool) -> Path | None:
+    """Return where the caller's token is, None if there is no folder for it. With `create`, root's is created."""
+    user = os.geteuid()
+    folder = files.RUN if user == 0 else Path(os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{user}")
+    try:
+        if create and user == 0:
+            folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+        found = folder.lstat()
+    except OSError:
+        return None
+    others = 0o022 if user == 0 else 0o077
+    usable = stat.S_ISDIR(found.st_mode) and found.st_uid == user and not found.st_mode & others
+    return folder / _NAME if usable else None
