@@ -134,6 +134,10 @@ class StoreUnavailable(StoreError):
     """No member of the store answered."""
 
 
+class NoSuchApi(StoreError):
+    """The servers do not have the API of etcd that was asked for."""
+
+
 class Frozen(StoreError):
     """The store may not be changed now: its data is being moved to another API of etcd."""
 

@@ -1,31 +1,87 @@
-"""Chooses the backend of the store. No other module names a backend."""
+"""The backends of the store, one for each API of etcd, and the choice between them. No other module names a backend."""
 
 from __future__ import annotations
 
-import os
+import time
+from dataclasses import replace
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 from calicoctl.datastore import keys
-from calicoctl.datastore.settings import EtcdSettings
+from calicoctl.datastore.chosen import FRESH, ChosenStore
+from calicoctl.datastore.detection import Choice, ask_v3, detect, foreign
+from calicoctl.datastore.settings import TYPE, V3, EtcdSettings
 from calicoctl.datastore.store import Store
-from calicoctl.errors import StoreError
+
+if TYPE_CHECKING:
+    from calicoctl.datastore.etcd3 import Etcd3Store
 
 PATIENCE = 20.0
 """Seconds for which a request is retried while the cluster cannot serve it, for example while it elects a leader."""
 
+_recent: dict[EtcdSettings, Choice] = {}
+"""The last choices of this process: a batch, and the agent's threads, need not make each of them anew."""
 
-def connect(settings: EtcdSettings, patience: float = PATIENCE) -> Store:
-    """Return a client of the cluster in `settings`; nothing is sent yet. `patience`: see PATIENCE.
 
-    The environment variable DATASTORE_TYPE says which API of etcd is used: etcdv2, the default, or etcdv3. Raises
-    StoreError for another one.
-    """
-    kind = os.environ.get("DATASTORE_TYPE") or "etcdv2"
-    if kind == "etcdv3":
+def connect(settings: EtcdSettings, patience: float = PATIENCE) -> ChosenStore:
+    """Return a client of the cluster in `settings`; nothing is sent yet. `patience`: see PATIENCE."""
+    backends = Backends(settings, patience)
+    return ChosenStore(backends.choose, backends.open)
+
+
+class Backends:
+    """The backends for one cluster, each with connections of its own; nothing is sent before they are used."""
+
+    def __init__(self, settings: EtcdSettings, patience: float = PATIENCE) -> None:
+        self._settings = settings
+        self._patience = patience
+
+    def open(self, api: str) -> Store:
+        """Return the backend for an API (V2 or V3), the same one each time."""
+        return self._v3 if api == V3 else self._v2
+
+    @cached_property
+    def _v2(self) -> Store:
+        from calicoctl.datastore.etcd2 import Etcd2Store
+
+        return Etcd2Store(self._settings, self._patience, keys.implied_directories)
+
+    @cached_property
+    def _v3(self) -> Etcd3Store:
+        from calicoctl.datastore import tokens
         from calicoctl.datastore.etcd3 import Etcd3Store
 
-        return Etcd3Store(settings, patience)
-    if kind != "etcdv2":
-        raise StoreError(f"DATASTORE_TYPE is '{kind}': it must be etcdv2 or etcdv3")
-    from calicoctl.datastore.etcd2 import Etcd2Store
+        return Etcd3Store(self._settings, self._patience, tokens.authorize(self._settings))
 
-    return Etcd2Store(settings, patience, keys.implied_directories)
+    def choose(self, before: Choice | None) -> Choice:
+        """Return which API to use; for `before`, see ChosenStore. Raises StoreError."""
+        if before is None:
+            recent = _recent.get(self._settings)
+            if recent is not None and time.monotonic() - recent.at <= FRESH:
+                return recent
+        choice = self._current(before)
+        if choice.frozen is False:
+            _recent[self._settings] = choice
+        return choice
+
+    def _current(self, before: Choice | None) -> Choice:
+        api = self._settings.api
+        if api is not None and before is None:
+            return Choice(api, None, f"{TYPE} says so")
+        if api is not None:
+            return Choice(api, self._ready(api) == "false", f"{TYPE} says so")
+        if before is not None and before.frozen is False and self._ready(before.api) == "true":
+            return replace(before, is_new=False, at=time.monotonic())
+        return detect(self._settings, self._v3, self._patience)
+
+    def _ready(self, api: str) -> str | None:
+        """Return the value of Ready in one of the APIs. Raises StoreError, also if Calico 3 uses it."""
+        if api != V3:
+            entry = self._v2.get(keys.READY)
+            return None if entry is None else entry.value
+        shown = ask_v3(self._v3)
+        if shown.refused is not None:
+            raise shown.refused
+        if shown.foreign:
+            raise foreign(self._settings.urls)
+        return shown.ready

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Callable
 from calicoctl.addresses import version_of
 from calicoctl.datastore import backends, config, keys
 from calicoctl.datastore.backends import PATIENCE
+from calicoctl.datastore.chosen import ChosenStore
+from calicoctl.datastore.detection import Choice
 from calicoctl.datastore.hosts import Hosts, hostname
 from calicoctl.datastore.keys import EndpointId
 from calicoctl.datastore.model import Endpoint, Peer, Pool, Rules, check_tags, load_object, load_tags
@@ -75,6 +77,10 @@ class DatastoreClient:
         """Check that the store can be read, and return the version of its server; raise StoreError."""
         self._store.names(keys.ROOT)
         return self._store.version()
+
+    def choice(self) -> Choice | None:
+        """Return which API of etcd is used, and why; None for a store that has no choice. Raises StoreError."""
+        return self._store.choice() if isinstance(self._store, ChosenStore) else None
 
     def for_host(self, host: str) -> DatastoreClient:
         """Return a client of the same store on behalf of another host."""

@@ -2,16 +2,29 @@
 
 In etcd 3.4 and 3.5, the APIs v2 and v3 have a store each, which share nothing, and etcd 3.6 has v3 alone. The key Ready
 says which of them is current: `true` in the store in use, `false` in one that is frozen, as both are while data moves
-from one to the other. `decide` is the table of all cases, and a pure function of what the two APIs show.
+from one to the other. `decide` is the table of all cases, and a pure function of what the two APIs show. They are asked
+at the same time, so that a command waits for one answer only.
+
+Nothing is remembered for the next command: v3 has to be asked whether it is current each time, and once that is known,
+asking v2 beside it costs no time.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from calicoctl.datastore import keys
-from calicoctl.datastore.settings import TYPE, V2, V3
-from calicoctl.errors import InvalidValue, StoreError
+from calicoctl.datastore.etcd3_http import Connection
+from calicoctl.datastore.members import Members, Unanswered
+from calicoctl.datastore.settings import TYPE, V2, V3, EtcdSettings, Member
+from calicoctl.errors import InvalidValue, NoSuchApi, StoreError, StoreUnavailable
+
+if TYPE_CHECKING:
+    from calicoctl.datastore.etcd3 import Etcd3Store
 
 
 @dataclass(frozen=True)
@@ -31,11 +44,22 @@ class Shown:
 
 @dataclass(frozen=True)
 class Choice:
-    """The API to use (V2 or V3), whether its data is frozen, and why it was chosen, as a clause."""
+    """The API to use (V2 or V3), and why it was chosen, as a clause.
+
+    `frozen` says whether its data must not be changed, None if that is not known; `at` is when that was read
+    (monotonic). `is_new` says that there is no data in either API, as far as is known.
+    """
 
     api: str
-    frozen: bool
+    frozen: bool | None
     why: str
+    is_new: bool = False
+    at: float = field(default_factory=lambda: time.monotonic(), compare=False)
+
+    @property
+    def version(self) -> str:
+        """The name of the API for messages: v2 or v3."""
+        return self.api[-2:]
 
 
 def decide(v3: Shown, v2: Shown, where: str) -> Choice:
@@ -76,8 +100,8 @@ def _chosen(v3: Shown, v2: Shown) -> Choice:
     if v3.ready == "false":
         return Choice(V3, True, f"{keys.READY} is false in v3, and v2 has none")
     if not v3.served:
-        return Choice(V2, False, "etcd serves v2 alone")
-    return Choice(V3, False, f"neither v2 nor v3 has {keys.READY}, and v3 is the default")
+        return Choice(V2, False, "etcd serves v2 alone", is_new=True)
+    return Choice(V3, False, f"there is no data yet ({keys.READY}), and v3 is the default", is_new=True)
 
 
 def foreign(where: str) -> StoreError:
@@ -86,3 +110,86 @@ def foreign(where: str) -> StoreError:
         f"etcd at {where} has the data of another Calico in its v3 API ({keys.OTHER_CALICO}/), and both would assign "
         "the same addresses: use another etcd"
     )
+
+
+def detect(settings: EtcdSettings, v3: Etcd3Store, patience: float) -> Choice:
+    """Ask both APIs, v3 through its backend, and return the one to use. Raises what `decide` raises, and StoreError.
+
+    `patience`: see backends.PATIENCE.
+    """
+    question = _Question(settings, patience)
+    question.start()
+    shown = ask_v3(v3)
+    return decide(shown, question.answer(), settings.urls)
+
+
+def ask_v3(v3: Etcd3Store) -> Shown:
+    """Return what the v3 API shows. Raises StoreUnavailable."""
+    try:
+        ready, foreign = v3.peek(keys.READY, keys.OTHER_CALICO)
+    except NoSuchApi:
+        return Shown(served=False)
+    except StoreUnavailable:
+        raise
+    except StoreError as error:
+        return Shown(refused=error)
+    return Shown(ready=None if ready is None else ready.value, foreign=foreign)
+
+
+class _Question(threading.Thread):
+    """Asks the v2 API, without python-etcd: its import takes longer than the question."""
+
+    def __init__(self, settings: EtcdSettings, patience: float) -> None:
+        super().__init__(name="etcd's v2 API", daemon=True)
+        self._settings = settings
+        self._members = Members(settings, self._connection, patience)
+        self._shown: Shown | Exception | None = None
+
+    def run(self) -> None:
+        try:
+            self._shown = self._members.retry(_read_ready)
+        except StoreUnavailable as error:
+            self._shown = error
+        except StoreError as error:
+            self._shown = Shown(refused=error)
+        except Exception as error:  # it is raised in the thread that waits for the answer
+            self._shown = error
+
+    def answer(self) -> Shown:
+        """Wait for the answer, and return what the v2 API shows. Raises StoreUnavailable."""
+        self.join()
+        assert self._shown is not None
+        if isinstance(self._shown, Exception):
+            raise self._shown
+        return self._shown
+
+    def _connection(self, member: Member) -> Connection:
+        connection = Connection(self._settings, member)
+        connection.token = self._settings.basic
+        return connection
+
+
+def _read_ready(member: Connection) -> Shown:
+    """Ask a member for Ready in its v2 API.
+
+    Source: https://github.com/etcd-io/etcd/blob/release-3.4/Documentation/v2/errorcode.md
+    """
+    status, content = member.fetch("GET", f"/v2/keys{keys.READY}?quorum=true")
+    try:
+        answer = json.loads(content)
+    except (RecursionError, ValueError):
+        answer = None
+    if not isinstance(answer, dict):
+        if status == 404:
+            return Shown(served=False)
+        answer = {}
+    code, node = answer.get("errorCode"), answer.get("node")
+    if code == 100:
+        return Shown()
+    if code == 110:
+        return Shown(refused=StoreError(f"etcd at {member.url} does not let this user read {keys.READY} in its v2 API"))
+    if code in (300, 301) or status in (500, 503):
+        raise Unanswered(f"{member.url} says: {answer.get('message', status)}")
+    if status == 200 and isinstance(node, dict) and isinstance(node.get("value"), str):
+        return Shown(ready=node["value"])
+    raise member.no_etcd(f"status {status}, {content[:100].decode(errors='replace')}")

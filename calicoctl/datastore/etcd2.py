@@ -34,13 +34,14 @@ from calicoctl.datastore.members import (
     updated,
     why,
 )
-from calicoctl.datastore.settings import EtcdSettings, Member
+from calicoctl.datastore.settings import TYPE, V2, EtcdSettings, Member
 from calicoctl.datastore.store import Change, Entry, Write, write_in_order
 from calicoctl.errors import (
     CalicoError,
     CompareFailed,
     InvalidValue,
     KeyExists,
+    NoSuchApi,
     StoreError,
     StoreUnavailable,
     WatchExpired,
@@ -69,11 +70,6 @@ WATCH_PATIENCE = 3.0
 
 _NO_INDEX = 2**63 - 1
 """A revision that no entry ever has."""
-
-_ENABLE_V2 = (
-    "start it with --enable-v2 (for Debian's package etcd-server: "
-    "echo ETCD_ENABLE_V2=true | sudo tee -a /etc/default/etcd && sudo systemctl restart etcd)"
-)
 
 _NOT_SENT = ("NewConnectionError", "ConnectTimeoutError", "NameResolutionError", "SSLError", "LocationParseError")
 """The errors of urllib3 that mean that no request left this host."""
@@ -333,6 +329,9 @@ class _Connection:
             allow_redirect=False,
             allow_reconnect=False,
         )
+        if settings.basic is not None:
+            client.http.headers["Authorization"] = settings.basic
+            client._get_headers = client.http.headers.copy  # python-etcd's own can encode Latin-1 only
         # urllib3 would send a PUT three times before it reports that none was answered
         client.http.connection_pool_kw["retries"] = False
         client.http.pool_classes_by_scheme = last_known.pools()
@@ -360,9 +359,11 @@ class _Connection:
         if isinstance(error, etcd.EtcdKeyNotFound) and "errorCode" not in payload:
             return self._without_v2()
         if isinstance(error, etcd.EtcdInsufficientPermissions):
+            user = self._settings.username
+            who = "role 'guest'" if user is None else f"user '{user}' (if the password is right)"
             return StoreError(
-                f"etcd at {url} does not permit this user to use {key}: calicoctl comes as its role 'guest', which "
-                "must be allowed to read and write /calico/*"
+                f"etcd at {url} does not permit this user to use {key}: calicoctl comes as its {who}, who must be "
+                "allowed to read and write /calico/*"
             )
         if isinstance(error, (etcd.EtcdEventIndexCleared, etcd.EtcdWatcherCleared)):
             return WatchExpired(f"etcd at {url} has forgotten the changes that are asked for")
@@ -379,10 +380,8 @@ class _Connection:
         return _no_etcd(url, error)
 
     def _without_v2(self) -> StoreError:
-        hint = self._settings.local_etcd_hint("another one, at a free port", "its own")
-        return StoreError(
-            f"etcd at {self._url} does not serve its v2 API: {_ENABLE_V2}{f', or, {hint}' if hint else ''}"
-        )
+        asked = f", which {TYPE}={V2} asks for: unset that to use v3" if self._settings.api else ", where the data was"
+        return NoSuchApi(f"etcd at {self._url} does not serve its v2 API{asked}; etcd 3.4 and 3.5 do with --enable-v2")
 
 
 def _tls_context(settings: EtcdSettings) -> Any:

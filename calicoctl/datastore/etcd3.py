@@ -26,7 +26,7 @@ from calicoctl.datastore.etcd3_watch import OpenWatch
 from calicoctl.datastore.members import ConnectionLost, Deadline, Members, Unanswered, created, deleted, updated
 from calicoctl.datastore.settings import EtcdSettings
 from calicoctl.datastore.store import MOST_AT_ONCE, Change, Create, Delete, Entry, Update, Write
-from calicoctl.errors import CompareFailed, KeyExists, StoreError, StoreUnavailable, WatchExpired
+from calicoctl.errors import CompareFailed, KeyExists, NoSuchApi, StoreError, StoreUnavailable, WatchExpired
 
 T = TypeVar("T")
 
@@ -108,6 +108,17 @@ class Etcd3Store:
             return entries, [list(filter(None, map(_readable, kvs))) for kvs in found[len(keys) :]]
 
         return self._ask("/v3/kv/txn", request, (*keys, *directories)[0], parse)
+
+    def peek(self, key: str, directory: str) -> tuple[Entry | None, bool]:
+        """Return the entry of a key, and whether there is any key below `directory`, by one request."""
+        ranges = (_key(key), _range(*below(directory), 1, keys_only=True))
+        request = {"success": [{"request_range": one} for one in ranges]}
+
+        def parse(answer: Any) -> tuple[Entry | None, bool]:
+            of_key, of_directory = (of_one.get("kvs", []) for of_one in _ranges(answer, 2))
+            return _entry_of(of_key, key), bool(of_directory)
+
+        return self._ask("/v3/kv/txn", request, key, parse)
 
     def tree(self, directory: str) -> list[Entry]:
         return [entry for entry in self._list(directory, _readable)[0] if entry is not None]
@@ -422,7 +433,7 @@ def _refusal(error: ErrorAnswer, key: str, url: str) -> StoreError:
     if "too large" in text or "larger than max" in text:
         return StoreError(f"etcd at {url} refuses the value of {key}: it is too large for one request ({text})")
     if code == etcd3_http.UNIMPLEMENTED:
-        return StoreError(
+        return NoSuchApi(
             f"etcd at {url} does not serve its v3 API over HTTP: etcd 3.4 or later is needed, with its gRPC gateway on"
         )
     if code == etcd3_http.UNAVAILABLE:

@@ -463,9 +463,13 @@ def _of_others(rules: str) -> str:
 
 
 def _etcd() -> Iterator[Check]:
-    name = "etcd with its v2 API"
+    name = "use of etcd"
     try:
-        yield Check(name, True, f"version {DatastoreClient.from_environment().store_version()}")
+        datastore = DatastoreClient.from_environment()
+        found, choice = f"version {datastore.store_version()}", datastore.choice()
+        if choice is not None:
+            found += f", its {choice.version} API: {choice.why}"
+        yield Check(name, choice is None or not choice.frozen, found, False, "see 'Frozen' in docs/etcd.md")
     except CalicoError as error:
         yield Check(name, False, str(error), advice="see 'Found'")
     yield _local_etcd()

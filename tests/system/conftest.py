@@ -81,6 +81,8 @@ def clear_host() -> None:
     for name in left:
         run("ip", "link", "delete", name)
     shutil.rmtree("/run/calico", ignore_errors=True)
+    for file in Path("/var/lib/calico").glob("*/api"):
+        file.unlink()
     for folder in Path("/var/lib/calico").glob("*/workloads"):
         shutil.rmtree(folder)
         with contextlib.suppress(OSError):  # what others keep there

@@ -28,6 +28,8 @@ CALICOCTL = str(Path(sys.executable).parent / "calicoctl")
 FAULTY = str(Path(__file__).parent / "faulty.py")
 AS_NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
 """Runs the command after it as a user without any rights."""
+V2 = {"DATASTORE_TYPE": "etcdv2"}
+"""The API of etcd that tests use, in the environment of commands: they look at keys there (Etcd)."""
 HOST = "host1"
 HOST_IP, HOST_IP6 = "192.0.2.2", "2001:db8::2"
 
@@ -271,7 +273,7 @@ class Host:
         etcd = (
             {"ETCD_ENDPOINTS": self.endpoints} if self.endpoints else {"ETCD_AUTHORITY": f"127.0.0.1:{self.etcd.port}"}
         )
-        return {**kept, "HOSTNAME": self.name, **etcd, **extra}
+        return {**kept, "HOSTNAME": self.name, **V2, **etcd, **extra}
 
     def ctl(self, *arguments: str, status: int | None = 0, env: dict[str, str] | None = None, **options) -> Result:
         """Run calicoctl; check its exit status, and that no traceback came out."""

@@ -29,6 +29,7 @@ from tests.system.support import (
     AS_NOBODY,
     CALICOCTL,
     HOST_IP,
+    V2,
     Host,
     calico_links,
     end_process,
@@ -134,7 +135,7 @@ def test_a_renamed_interface_passes_nothing_until_it_is_recreated(pair: AgentHos
 
 def test_an_interface_that_has_just_come_back_is_not_recreated(pair: AgentHost) -> None:
     """Between the look that has not found it and the repair, it may have been named back."""
-    datastore = DatastoreClient(backends.connect(EtcdSettings.from_environment({})), pair.name)
+    datastore = DatastoreClient(backends.connect(EtcdSettings.from_environment(V2)), pair.name)
     path = "/var/run/netns/b"
     before = run("ip", "link", "show", pair.interface("b")).out
     workload = Workload("namespace", "-var-run-netns-b", path, path=path)

@@ -22,7 +22,7 @@ def test_checksystem(bare_host: Host) -> None:
     found = checks(bare_host)
     assert found["root"]["ok"] and found["veth"]["ok"]
     assert found["nftables: policy, connection tracking, NAT, ARP"]["found"] == "works"
-    assert found["etcd with its v2 API"]["found"].startswith("version 3.")
+    assert found["use of etcd"]["found"].startswith("version 3.")
     (limit,) = re.findall(r"thresh3 (\d+)", run("ip", "ntable", "show", "name", "arp_cache").out)
     assert f"room for {limit} endpoints" in found["neighbour table of IPv4"]["found"]
     assert found["VXLAN (for pools with --vxlan)"]["found"] == "works"
@@ -54,7 +54,7 @@ def test_checksystem_without_prerequisites(bare_host: Host, tmp_path: Path) -> N
 def test_checksystem_where_nothing_is_as_it_should_be(bare_host: Host, engine: None, tmp_path: Path) -> None:
     """Each check fails for itself alone."""
     found = checks(bare_host, status=1, HOSTNAME="-x")
-    assert "host name" in found["host name"]["found"] and not found["etcd with its v2 API"]["ok"]
+    assert "host name" in found["host name"]["found"] and not found["use of etcd"]["ok"]
     assert "1.2.3.4:abc" in checks(bare_host, DOCKER_HOST="tcp://1.2.3.4:abc")["Docker Engine"]["found"]
     with not_installed("iptables*", "conntrack"):
         found = checks(bare_host, status=1)
@@ -67,7 +67,7 @@ def test_checksystem_where_nothing_is_as_it_should_be(bare_host: Host, engine: N
     assert found["Docker's firewall"]["ok"] and found["iptables chains of an old Felix"]["ok"], "there is none"
     bare_host.etcd.put("/calico", "x")
     try:
-        assert "a key, where a directory is expected" in checks(bare_host, status=1)["etcd with its v2 API"]["found"]
+        assert "a key, where a directory is expected" in checks(bare_host, status=1)["use of etcd"]["found"]
     finally:
         bare_host.etcd._request("DELETE", "/calico")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -169,7 +170,7 @@ def test_the_command_lines_work_on_several_hosts(open_etcd: Etcd, engine: None, 
                     wait_for(lambda h=host: sessions_up(h), host.log(), 30)
                 continue
             for host in (hosts[number - 1] for number in step.hosts):
-                environment = {n: v for n, v in host.environment().items() if not n.startswith("ETCD_")}
+                environment = {n: v for n, v in host.environment().items() if not n.startswith(("ETCD_", "DATASTORE_"))}
                 environment["PATH"] = f"{tools}:{environment['PATH']}"
                 for line, fails in step.lines:
                     line = line.replace("172.18.0.1:2379", f"172.18.0.1:{open_etcd.port}")
@@ -212,7 +213,8 @@ def die(host: FabricHost) -> None:
     """Let a host die, and its heartbeat expire."""
     host.unplug()
     host.end()
-    host.etcd.delete(f"/calico/felix/v1/host/{host.name}/status")
+    v3 = ("etcdctl", f"--endpoints={host.etcd.url}", "del")
+    run(*v3, f"/calico/felix/v1/host/{host.name}/status", env={**os.environ, "ETCDCTL_API": "3"})
 
 
 BEFORE_ON_HOSTS = {

@@ -183,7 +183,8 @@ def test_an_agent_of_systemds_is_restarted_and_ended_by_systemd(
     home.mkdir()
     unit = prefix / "lib/systemd/system/calico-node.service"
     # what the unit's EnvironmentFile would set
-    environment = " ".join(f"{name}={host.environment()[name]}" for name in ("HOSTNAME", "ETCD_AUTHORITY"))
+    names = ("HOSTNAME", "ETCD_AUTHORITY", "DATASTORE_TYPE")
+    environment = " ".join(f"{name}={host.environment()[name]}" for name in names)
     stand_in = SYSTEMCTL.format(home=home, prefix=prefix, unit=unit, ip=HOST_IP, environment=environment)
     (home / "systemctl").write_text(stand_in)
     (home / "systemctl").chmod(0o755)

@@ -14,7 +14,19 @@ from pathlib import Path
 import pytest
 
 from tests.system.agent import A4, LOG_DIR, AgentHost
-from tests.system.support import CALICOCTL, HOST_IP, Etcd, Host, Result, calico_links, end_process, gone, run, wait_for
+from tests.system.support import (
+    CALICOCTL,
+    HOST_IP,
+    V2,
+    Etcd,
+    Host,
+    Result,
+    calico_links,
+    end_process,
+    gone,
+    run,
+    wait_for,
+)
 
 FILE = Path("/etc/calico/node.env")
 NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
@@ -32,7 +44,8 @@ def bare(*words: str, by: tuple[str, ...] = (), status: int = 0, **env: str) -> 
 def elsewhere(own_etcd: Etcd) -> Iterator[Etcd]:
     """A store that only the file of settings tells of."""
     FILE.parent.mkdir(exist_ok=True)
-    FILE.write_text(f'# of this host\nETCD_AUTHORITY="127.0.0.1:{own_etcd.port}"\nHOSTNAME=host7\n')
+    store = f'ETCD_AUTHORITY="127.0.0.1:{own_etcd.port}"\nDATASTORE_TYPE=etcdv2\n'
+    FILE.write_text(f"# of this host\n{store}HOSTNAME=host7\n")
     yield own_etcd
     FILE.unlink(missing_ok=True)
 
@@ -45,7 +58,8 @@ def test_everybody_sees_the_host_and_the_store_of_the_file(bare_host: Host, else
     bare("profile", "add", "web", by=NOBODY)
     assert elsewhere.get("/calico/v1/policy/profile/web/tags") == '["web"]'
     # what the environment says goes before, and where it names a store, nothing of the file's is mixed in
-    assert bare("profile", "show", "--output=json", ETCD_AUTHORITY=f"127.0.0.1:{bare_host.etcd.port}").out == "[]\n"
+    another = {"ETCD_AUTHORITY": f"127.0.0.1:{bare_host.etcd.port}", **V2}
+    assert bare("profile", "show", "--output=json", **another).out == "[]\n"
     assert "127.0.0.1:1 " in bare("pool", "show", status=1, ETCD_ENDPOINTS="http://127.0.0.1:1").err
     bare("node", "stop", HOSTNAME="host8", status=1)
     bare("node", "remove", "--remove-endpoints")
@@ -64,12 +78,13 @@ def test_a_file_that_cannot_be_read_leads_to_no_other_store(bare_host: Host, els
     said = bare("profile", "add", "web", status=1)
     assert said.err.startswith(f"{FILE}, line 1: 'export ETCD_AUTHORITY' is not the name of a variable")
     assert (bare_host.etcd.tree(), elsewhere.tree()) == before
-    bare("profile", "add", "web", CALICO_ENV_FILE=os.devnull)
+    bare("profile", "add", "web", CALICO_ENV_FILE=os.devnull, **V2)
     assert bare_host.etcd.get("/calico/v1/policy/profile/web/tags") == '["web"]'
 
 
 def test_a_test_host_has_a_file_of_its_own(bare_host: Host, elsewhere: Etcd, tmp_path: Path) -> None:
-    (tmp_path / "node.env").write_text(f"ETCD_AUTHORITY=127.0.0.1:{bare_host.etcd.port}\nHOSTNAME=host1\n")
+    store = f"ETCD_AUTHORITY=127.0.0.1:{bare_host.etcd.port}\nDATASTORE_TYPE=etcdv2\n"
+    (tmp_path / "node.env").write_text(f"{store}HOSTNAME=host1\n")
     host = AgentHost(bare_host.etcd)
     done = run(
         *(CALICOCTL, "node", f"--ip={HOST_IP}", f"--log-dir={LOG_DIR}"),
@@ -93,13 +108,9 @@ class StockEtcd:
     def __init__(self, directory: Path) -> None:
         self.process: subprocess.Popen | None = None
         self.directory = directory
-        self.defaults = directory / "default"  # what is /etc/default/etcd there
 
-    def restart(self) -> None:
-        self.stop()
+    def start(self) -> None:
         environment = {"PATH": os.environ["PATH"], "ETCD_NAME": "vm", "ETCD_DATA_DIR": str(self.directory / "data")}
-        if self.defaults.exists():
-            environment |= dict(re.findall(r"^(ETCD_\w+)=(.*)$", self.defaults.read_text(), re.MULTILINE))
         with (self.directory / "log").open("ab") as log:
             self.process = subprocess.Popen(["etcd"], env=environment, stdout=log, stderr=log)
         wait_for(lambda: run("curl", "-sf", "http://127.0.0.1:2379/health", check=False).status == 0, "etcd")
@@ -112,10 +123,10 @@ class StockEtcd:
 
 @pytest.fixture
 def stock(bare_host: Host, tmp_path: Path) -> Iterator[StockEtcd]:
-    """A stock Debian host: its etcd has etcd's own port, and no v2 API."""
+    """A stock Debian host: its etcd has etcd's own port, and its v3 API alone."""
     bare_host.etcd.stop()
     server = StockEtcd(tmp_path)
-    server.restart()
+    server.start()
     yield server
     if PID_FILE.exists():
         end_process(PID_FILE.parent / "felix.pid")
@@ -143,12 +154,16 @@ def local_etcd_row() -> dict:
     return next(check for check in found if check["name"] == "local etcd")
 
 
-def test_a_stock_host_finds_the_way_and_stays_on_it(stock: StockEtcd, tmp_path: Path) -> None:
-    said = bare(*NODE, status=1).err
-    assert "'calicoctl node --local-etcd' starts another one, at a free port" in said
-    checked = bare("checksystem", status=1)
-    assert "'calicoctl node --local-etcd'" in checked.out and "http://127.0.0.1:2389" in checked.out
+def test_a_stock_host_has_an_etcd_that_serves(stock: StockEtcd) -> None:
+    bare(*NODE)
+    checked = {row["name"]: row["found"] for row in json.loads(bare("checksystem", "--output=json").out)}
+    assert checked["local etcd"] == "none, for the host agent runs without one"
+    assert re.fullmatch(r"version 3\.\S+, its v3 API: /calico/v1/Ready is true in v3 alone", checked["use of etcd"])
+    bare("node", "remove")
 
+
+def test_a_local_etcd_is_found_and_stays_in_use(stock: StockEtcd) -> None:
+    assert "http://127.0.0.1:2389" in bare("checksystem").out
     done = bare(*NODE, "--local-etcd").out
     assert "A local etcd is running at http://127.0.0.1:2389." in done and str(FILE) in done
     assert FILE.stat().st_mode & 0o777 == 0o644
@@ -191,24 +206,6 @@ def test_a_stock_host_finds_the_way_and_stays_on_it(stock: StockEtcd, tmp_path: 
     assert not FILE.parent.exists() and not calico_links() and not PID_FILE.exists()
 
 
-def test_the_documented_commands_work_on_debian(stock: StockEtcd, tmp_path: Path) -> None:
-    said = bare(*NODE, status=1).err
-    (line,) = re.findall(r"\(for Debian's package etcd-server: (.*?)\)", said)
-    tools = tmp_path / "bin"
-    tools.mkdir()
-    (tools / "sudo").write_text('#!/bin/sh\nexec "$@"\n')
-    (tools / "systemctl").write_text(f'#!/bin/sh\necho "$@" >>{tmp_path}/asked\n')
-    for tool in tools.iterdir():
-        tool.chmod(0o755)
-    line = line.replace("/etc/default/etcd", str(stock.defaults))
-    run("bash", "-c", line, env={"PATH": f"{tools}:{os.environ['PATH']}"})
-    assert (tmp_path / "asked").read_text() == "restart etcd\n"
-    stock.restart()
-    bare(*NODE)
-    assert local_etcd_row()["found"] == "none, for the host agent runs without one"
-    bare("node", "remove")
-
-
 def test_the_local_etcd_keeps_to_its_own_lines(stock: StockEtcd) -> None:
     FILE.parent.mkdir()
     mine = "# mine\nHOSTNAME=host7\nCALICO_NODE_OPTIONS=--local-etcd \\\n"
@@ -236,7 +233,7 @@ def test_the_local_etcd_keeps_to_its_own_lines(stock: StockEtcd) -> None:
 def test_the_local_etcd_ends_with_its_agent_and_its_lines_go_whatever_store_is_named_later(
     stock: StockEtcd, own_etcd: Etcd
 ) -> None:
-    other = f"ETCD_ENDPOINTS=http://127.0.0.1:{own_etcd.port}\n"
+    other = f"ETCD_ENDPOINTS=http://127.0.0.1:{own_etcd.port}\nDATASTORE_TYPE=etcdv2\n"
     bare(*NODE, "--local-etcd")
     etcd = int(PID_FILE.read_text())
     with FILE.open("a") as file:  # the host is to have another store
@@ -251,11 +248,11 @@ def test_the_local_etcd_ends_with_its_agent_and_its_lines_go_whatever_store_is_n
     # where the environment names another one for a single command
     bare(*NODE, "--local-etcd")
     etcd = int(PID_FILE.read_text())
-    bare("node", "remove", ETCD_AUTHORITY=f"127.0.0.1:{own_etcd.port}")
+    bare("node", "remove", ETCD_AUTHORITY=f"127.0.0.1:{own_etcd.port}", **V2)
     assert gone(etcd) and not FILE.exists()
     # the lines of a host whose etcd does not run are no concern of others
     bare(*NODE, "--local-etcd")
     bare("node", "stop", "--force")
-    bare("node", "remove", HOSTNAME="host8", ETCD_AUTHORITY=f"127.0.0.1:{own_etcd.port}", status=1)
+    bare("node", "remove", HOSTNAME="host8", ETCD_AUTHORITY=f"127.0.0.1:{own_etcd.port}", status=1, **V2)
     assert FILE.exists()
     bare("node", "remove")

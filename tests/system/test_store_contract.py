@@ -14,7 +14,7 @@ from contextlib import closing
 import pytest
 
 from calicoctl.datastore import etcd2_watch, keys
-from calicoctl.datastore.backends import PATIENCE, connect
+from calicoctl.datastore.backends import PATIENCE, Backends
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.etcd2 import Etcd2Store
 from calicoctl.datastore.keys import EndpointId
@@ -34,14 +34,21 @@ def settings(port: int) -> EtcdSettings:
     return EtcdSettings("http", (("127.0.0.1", port),))
 
 
+def backend_of(port: int, api: str = "etcdv2") -> Store:
+    """Return a backend itself, which asks etcd for nothing but what it is told."""
+    return Backends(settings(port)).open(api)
+
+
 class EtcdBackend:
     """A store that is reached through a proxy."""
+
+    api = "etcdv2"
 
     def __init__(self, etcd: Etcd, proxy: Proxy) -> None:
         self.etcd = etcd
         self.proxy = proxy
-        self.store: Store = connect(settings(proxy.port))
-        self.other: Store = connect(settings(etcd.port))
+        self.store = backend_of(proxy.port, self.api)
+        self.other = backend_of(etcd.port, self.api)
 
     def lose_answer(self, lost: Lost) -> None:
         self.proxy.lost = lost
@@ -68,6 +75,8 @@ class TestEtcd2Store(StoreContract):
 
 
 class Etcd3Backend(EtcdBackend):
+    api = "etcdv3"
+
     def forget_history(self) -> None:
         self.other.put("/elsewhere", "1")  # the last change is kept
         reached = self.etcd.v3("kv/range", {"key": "AA=="})["header"]["revision"]
@@ -76,8 +85,7 @@ class Etcd3Backend(EtcdBackend):
 
 class TestEtcd3Store(StoreContract):
     @pytest.fixture
-    def backend(self, bare_host: Host, monkeypatch: pytest.MonkeyPatch) -> Iterator[Backend]:
-        monkeypatch.setenv("DATASTORE_TYPE", "etcdv3")
+    def backend(self, bare_host: Host) -> Iterator[Backend]:
         bare_host.etcd.v3("kv/deleterange", {"key": "AA==", "range_end": "AA=="})  # everything
         with proxy_before(bare_host.etcd.port) as proxy:
             yield Etcd3Backend(bare_host.etcd, proxy)
@@ -95,7 +103,7 @@ def directories(etcd: Etcd) -> set[str]:
 
 
 def test_an_endpoint_takes_the_directories_of_its_workload_along(bare_host: Host) -> None:
-    client = DatastoreClient(connect(settings(bare_host.etcd.port)), "host1")
+    client = DatastoreClient(backend_of(bare_host.etcd.port), "host1")
     other = EndpointId("host1", "docker", "w2", "e2")
     for id in (ID, other):
         client.create_endpoint(Endpoint(id))
@@ -132,7 +140,7 @@ def test_what_a_crash_leaves_of_a_delete_counts_as_nothing(bare_host: Host) -> N
 
 
 def test_a_directory_is_no_key_nor_a_key_a_directory(bare_host: Host) -> None:
-    store = connect(settings(bare_host.etcd.port))
+    store = backend_of(bare_host.etcd.port)
     store.create("/calico/a/b", "1")
     for read in (store.names, store.exists):
         with pytest.raises(InvalidValue, match="/calico/a/b"):
@@ -145,7 +153,7 @@ def test_what_is_written_elsewhere_costs_a_watch_little_and_hides_nothing(
     bare_host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """etcd forgets 1,000 writes in some three seconds here, and all changes of ours come, each once."""
-    store, other = connect(settings(bare_host.etcd.port)), connect(settings(bare_host.etcd.port))
+    store, other = backend_of(bare_host.etcd.port), backend_of(bare_host.etcd.port)
     polls = []
     poll = etcd2_watch.poll
 

@@ -1,12 +1,20 @@
-"""Which of etcd's APIs holds the data, by what they show; how that is read is tested with a real etcd."""
+"""Which of etcd's APIs holds the data, by what they show, and how they are asked."""
 
 from __future__ import annotations
 
+import http.server
+import json
+import threading
+from base64 import b64encode
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 
+from calicoctl.datastore import backends, keys
 from calicoctl.datastore.detection import Shown, decide
+from calicoctl.datastore.settings import EtcdSettings
 from calicoctl.errors import CalicoError, StoreError
 
 NO_API = Shown(served=False)
@@ -81,3 +89,116 @@ def test_another_calico_in_v3_is_refused_unless_the_data_is_in_v2(v3: str | None
 def test_another_value_of_ready_is_named(v3: str | None, v2: str | None) -> None:
     with pytest.raises(CalicoError, match=r"/calico/v1/Ready has an invalid value: .* API, is neither true nor"):
         decide(ready(v3), ready(v2), "http://a:1")
+
+
+class FakeEtcd(http.server.ThreadingHTTPServer):
+    """A server that answers no request before all that are expected are there, each in a connection of its own."""
+
+    daemon_threads = True
+
+    def __init__(self, expected: int, v2: tuple[int, str], ready: str | None = "true") -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.together = threading.Barrier(expected)
+        self.v2 = v2
+        found = [{"key": base64(keys.READY), "value": base64(ready)}] if ready else []
+        responses = [{"response_range": {"kvs": found}}, {"response_range": {}}]
+        self.v3 = json.dumps({"header": {"revision": "7"}, "succeeded": True, "responses": responses})
+        self.asked: list[str] = []
+
+    def settings(self, **more: str) -> EtcdSettings:
+        return EtcdSettings("http", (("127.0.0.1", self.server_port),), **more)
+
+
+def base64(text: str) -> str:
+    return b64encode(text.encode()).decode()
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: FakeEtcd
+
+    def _answer(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.server.asked.append(f"{self.path} {self.headers.get('Authorization')}")
+        self.server.together.wait(20)
+        status, body = self.server.v2 if self.path.startswith("/v2/") else (200, self.server.v3)
+        if self.path == "/v3/auth/authenticate":
+            body = '{"token": "a.1"}'
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body.encode())
+
+    do_GET = do_POST = _answer
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@contextmanager
+def fake(expected: int, v2: tuple[int, str], ready: str | None = "true") -> Iterator[FakeEtcd]:
+    with FakeEtcd(expected, v2, ready) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+NOT_FOUND = (404, '{"errorCode":100,"message":"Key not found","cause":"/calico","index":3}')
+NO_PAGE = (404, "404 page not found\n")
+
+
+@pytest.mark.parametrize("v2", [NOT_FOUND, NO_PAGE])
+def test_both_apis_are_asked_at_the_same_time_and_once(v2: tuple[int, str]) -> None:
+    with fake(2, v2) as server:
+        store = backends.connect(server.settings(), patience=0)
+        assert (store.choice().api, store.choice().frozen) == V3
+        assert sorted(path.partition("?")[0] for path in server.asked) == [
+            "/v2/keys/calico/v1/Ready",
+            "/v3/kv/txn None",
+        ]
+        # other clients in this process know it for a while
+        assert backends.connect(server.settings(), patience=0).choice() == store.choice()
+        assert len(server.asked) == 2
+
+
+def test_an_api_that_is_named_is_asked_for_nothing_but_before_a_write() -> None:
+    with fake(1, (200, '{"node": {"key": "/calico/v1/Ready", "value": "true"}}')) as server:
+        store = backends.connect(server.settings(api="etcdv3"), patience=0)
+        assert store.choice().frozen is None and server.asked == []
+        store.put("/calico/x", "1")
+        store.put("/calico/x", "2")
+        assert len(server.asked) == 3 and store.choice().frozen is False
+
+
+@pytest.mark.parametrize(
+    ("v2", "api"),
+    [
+        ((200, '{"action":"get","node":{"key":"/calico/v1/Ready","value":"true","modifiedIndex":4}}'), V2),
+        ((200, '{"action":"get","node":{"key":"/calico/v1/Ready","value":"false","modifiedIndex":4}}'), V2_FROZEN),
+        (NOT_FOUND, V3),
+        (
+            (401, '{"errorCode":110,"message":"The request requires user authentication","index":0}'),
+            r"does not let this user read .* set DATASTORE_TYPE",
+        ),
+        ((500, '{"errorCode":300,"message":"Raft Internal Error","index":0}'), "says: Raft Internal Error"),
+        ((503, "no leader"), "says: 503"),
+        ((200, '{"action":"get","node":{"key":"/calico/v1/Ready","dir":true}}'), "does not answer as etcd does"),
+        ((200, "[" * 100000), "does not answer as etcd does"),
+        ((302, "elsewhere"), "does not answer as etcd does: status 302"),
+    ],
+    ids=range(9),
+)
+def test_what_the_v2_api_answers(v2: tuple[int, str], api: tuple[str, bool] | str) -> None:
+    with fake(2, v2, ready=None) as server:
+        server.together = threading.Barrier(1)  # a failed request may be repeated
+        store = backends.connect(server.settings(username="calico", password="hunter2"), patience=0)
+        if isinstance(api, tuple):
+            assert (store.choice().api, store.choice().frozen) == api
+        else:
+            with pytest.raises(StoreError, match=api) as refused:
+                store.choice()
+            assert "hunter2" not in str(refused.value)
+        basic = base64("calico:hunter2")
+        assert {f"/v2/keys/calico/v1/Ready?quorum=true Basic {basic}"} == {
+            path for path in server.asked if "/v2/" in path
+        }
