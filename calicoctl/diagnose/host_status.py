@@ -20,7 +20,7 @@ from calicoctl.datastore import keys
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.keys import INTERFACE_PREFIX, EndpointId
 from calicoctl.errors import CalicoError
-from calicoctl.felix import heartbeat, process
+from calicoctl.felix import heartbeat, local_etcd, process
 from calicoctl.felix.bgp import passwords
 from calicoctl.felix.health import NO_MTU
 from calicoctl.output import first_few
@@ -152,6 +152,7 @@ def _issues(status: dict[str, Any], pid: int | None) -> Iterator[Issue]:
     yield from _unknown_interfaces(status)
     yield from _endpoints(status, "down")
     yield from _endpoints(status, "up")
+    yield from _local_etcd(status)
     yield from _keys(status)
 
 
@@ -283,6 +284,13 @@ def _without_agent(datastore: DatastoreClient) -> dict[str, Any]:
         unknown -= {name for endpoint in endpoints for name in (endpoint.name, endpoint.id.interface)}
         unknown -= {id.interface for id in (keys.parse_endpoint(error.key) for error in invalid) if id is not None}
     return {"other_agent": other, "unknown_interfaces": sorted(unknown)}
+
+
+def _local_etcd(status: dict[str, Any]) -> Iterator[Issue]:
+    """Yield an Issue if the local etcd still serves the v2 API, since an older version has made its data there."""
+    if status["local_etcd"] and local_etcd.serves_v2(status["host"]):
+        text = "the local etcd has its data in etcd's v2 API, which etcd 3.6 does not have any more"
+        yield Issue(STORE, text, "'calicoctl datastore migrate' moves it to the v3 API")
 
 
 def _keys(status: dict[str, Any]) -> Iterator[Issue]:

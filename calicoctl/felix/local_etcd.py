@@ -3,6 +3,9 @@
 Responsible for the port, the command line and the data of that etcd; daemon.py starts and supervises the process. Every
 command, also the one that starts etcd after a reboot, finds etcd's address in the lines of the settings file that
 calicoctl wrote itself (environment.py).
+
+A new one serves etcd's v3 API alone. Data that an older version of this program has made is in the v2 API: that etcd
+goes on serving both, until the data has moved.
 """
 
 from __future__ import annotations
@@ -10,20 +13,28 @@ from __future__ import annotations
 import fcntl
 import http.client
 import os
+import re
 import socket
+import subprocess
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
 from calicoctl import answers, proc
-from calicoctl.datastore.settings import EtcdSettings
+from calicoctl.datastore.settings import V2, EtcdSettings
 from calicoctl.environment import STORE, EnvironmentFile
 from calicoctl.errors import CalicoError
 from calicoctl.felix.daemon import Daemon, Process
 from calicoctl.workloads.locks import DIRECTORY
 
 DATA = Path("/var/lib/calico/etcd")
+
+V3_ALONE = "v3"
+"""The name of a file in that folder which says that there is no data of the v2 API. etcd leaves it alone."""
+
+FIRST_WITHOUT_V2 = (3, 6)
+"""The first version of etcd that has no v2 API."""
 
 START_PATIENCE = 60.0
 """Seconds to wait for etcd to serve."""
@@ -32,11 +43,18 @@ _PORTS = range(2379, 32768, 10)
 """Ports to try: etcd's default first, then others below the range that the kernel assigns to connections."""
 
 _CLIENT_URL = "--listen-client-urls=http://127.0.0.1:"
+_ENABLE_V2 = "--enable-v2"
 
 
 def running(host: str) -> int | None:
     """Return the process id of a host's local etcd, None while it does not run."""
     return _process(host).pid()
+
+
+def serves_v2(host: str) -> bool:
+    """Return whether a host's local etcd runs, and serves the v2 API."""
+    pid = running(host)
+    return pid is not None and _ENABLE_V2 in proc.arguments(pid)
 
 
 def stop(host: str) -> bool:
@@ -86,6 +104,7 @@ class LocalEtcd:
                 f"environment and from {EnvironmentFile().path}, or omit --local-etcd"
             )
         self._file = EnvironmentFile()
+        self._asked_for_v2 = settings.api == V2
         self._may_move = settings.is_default or self._named_by_own_lines()
         self._daemon = Daemon(
             _process(host),
@@ -160,9 +179,7 @@ class LocalEtcd:
             way = "end the host agent with 'calicoctl node stop --force' and repeat this, to have it at another port"
         if not self._healthy():
             return CalicoError(f"port {self._port} of 127.0.0.1 is in use by another program: end that one, or {way}")
-        if self._answers("/v2/keys"):
-            return CalicoError(f"an etcd answers at {self.url} already: omit --local-etcd to use that one, or {way}")
-        return CalicoError(f"an etcd answers at {self.url} already, and does not serve its v2 API: {way}")
+        return CalicoError(f"an etcd answers at {self.url} already: omit --local-etcd to use that one, or {way}")
 
     def start(self, stay: bool = False) -> bool:
         """Start etcd unless it runs, and wait until it serves; return whether it was started. Raises CalicoError.
@@ -204,11 +221,12 @@ class LocalEtcd:
                 self._file.remove_own()
             raise
 
-    @staticmethod
-    def _make_data_folder() -> None:
+    def _make_data_folder(self) -> None:
         try:
             DATA.mkdir(mode=0o700, parents=True, exist_ok=True)
             DATA.chmod(0o700)
+            if not self._asked_for_v2 and not (DATA / "member").exists():
+                (DATA / V3_ALONE).touch(mode=0o600)
         except OSError as error:
             raise CalicoError(f"--local-etcd: {error.filename}: {error.strerror}") from None
 
@@ -219,6 +237,9 @@ class LocalEtcd:
         self._choose_port(stay)
         if which("etcd") is None:
             raise CalicoError("--local-etcd: there is no etcd here: install the package etcd-server")
+        v2 = self._asked_for_v2 or not (DATA / V3_ALONE).exists()
+        if v2:
+            _refuse_etcd_without_v2()
         # there are no other members, but it must listen for them
         peer_url = f"http://127.0.0.1:{_free_port(range(self._port + 1, 65536))}"
         self._refuse_shared_data()
@@ -226,7 +247,10 @@ class LocalEtcd:
             "etcd",
             "--name=local",
             self._daemon.process.marker,
-            "--enable-v2",
+            *((_ENABLE_V2,) if v2 else ()),
+            # the agents' statuses alone would fill the store with their history
+            "--auto-compaction-mode=periodic",
+            "--auto-compaction-retention=1h",
             f"{_CLIENT_URL}{self._port}",
             f"--advertise-client-urls={self.url}",
             f"--listen-peer-urls={peer_url}",
@@ -277,6 +301,18 @@ class LocalEtcd:
         except (urllib3.exceptions.HTTPError, http.client.HTTPException, OSError):
             return None
         return answer.data if answer.status == 200 else None
+
+
+def _refuse_etcd_without_v2() -> None:
+    """Raise CalicoError if the etcd that is installed has no v2 API."""
+    with suppress(OSError, subprocess.SubprocessError):  # then it says itself what is wrong
+        said = subprocess.run(["etcd", "--version"], stdout=subprocess.PIPE, timeout=10).stdout
+        found = re.search(r"etcd Version: (\d+)\.(\d+)", said.decode(errors="replace"))
+        if found is not None and (int(found[1]), int(found[2])) >= FIRST_WITHOUT_V2:
+            raise CalicoError(
+                f"--local-etcd: what is in {DATA} is of etcd's v2 API, which etcd {found[1]}.{found[2]} does not have: "
+                "install etcd 3.4 or 3.5, and move it to the v3 API with 'calicoctl datastore migrate' first"
+            )
 
 
 def _is_local(settings: EtcdSettings) -> bool:
