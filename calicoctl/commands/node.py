@@ -115,13 +115,13 @@ from calicoctl.addresses import (
 )
 from calicoctl.commands import bgp
 from calicoctl.commands.pool import readable_pools, warn_of_overlaps
-from calicoctl.datastore import keys, last_known
+from calicoctl.datastore import keys, last_api, last_known, tokens
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.hosts import hostname
 from calicoctl.datastore.reserved import HostNetwork, Network
 from calicoctl.datastore.store import Entry
 from calicoctl.environment import EnvironmentFile
-from calicoctl.errors import CalicoError, NotFound, StoreError, about
+from calicoctl.errors import CalicoError, Frozen, NotFound, StoreError, about
 from calicoctl.felix import heartbeat, kept_addresses, local_etcd, process
 from calicoctl.felix.bgp.instance import Instance
 from calicoctl.felix.dataplane.sysctls import HostSettings
@@ -187,6 +187,10 @@ def _start(
             announced = etcd.announced()
         datastore = DatastoreClient.from_environment()
         _free_members(datastore)
+        choice = datastore.choice()
+        if choice is not None:
+            last_api.refuse_other(host, datastore.members, choice)
+            last_api.remember(host, datastore.members, choice)  # before anything else is kept of the host
         if not arguments["--force"]:
             _refuse_taken(datastore, ipv4, given[6])
         claimed = heartbeat.claim(datastore, arguments["--force"], _own_agent_writes(host), warn)
@@ -289,11 +293,19 @@ def _register(
 
     `ipv4` is the IPv4 address to register, from the options or detected. `given` are the addresses in the options, by
     IP version; `every` contains all addresses of this host's interfaces. If the host was not registered before, this
-    also notes that no workload of an older version is left to learn.
+    also notes that no workload of an older version is left to learn. While the store is frozen, a registered host
+    stays registered as it is, so that its agent, and a local etcd, can be started. Raises Frozen for another host.
     """
-    if not datastore.hosts.is_registered():  # no older version has connected anything here
+    registered = datastore.hosts.is_registered()
+    if not registered:  # no older version has connected anything here
         connected.set_learned(datastore.host)
-    datastore.hosts.register(ipv4, given[6], as_num)
+    try:
+        datastore.hosts.register(ipv4, given[6], as_num)
+    except Frozen as error:
+        if not registered:
+            raise
+        warn(f"Warning: {error}. Host {datastore.host} stays registered as it is.")
+        return
     for address in filter(None, given.values()):
         if address not in every:
             warn(f"Warning: {address} is not an address of this host, as far as can be seen.")
@@ -441,6 +453,9 @@ def _remove(other: str | None, remove_endpoints: bool, force: bool) -> None:
         local_etcd.unannounce(had_local_etcd)
     process.remove_directory(datastore.host)
     last_known.forget(datastore.host)
+    last_api.forget(datastore.host)
+    if this_one:
+        tokens.forget()
     kept_addresses.write(datastore.host, ())
     connected.forget_all(datastore.host)
     if not registered and not disconnected and not ran:

@@ -1,0 +1,44 @@
+"""Remembers in which API of which etcd the data of a host was, in /var/lib/calico/HOST/api.
+
+If an etcd is started again without its v2 API, or upgraded to one that has none, its v3 API looks like that of a new
+installation. A host that registers there would drop what is connected to it. Versions of this program that knew v2
+alone have not written this file, but others in the same folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from calicoctl import state
+from calicoctl.datastore.detection import Choice
+from calicoctl.datastore.settings import TYPE, V2, V3
+from calicoctl.errors import CalicoError
+
+_FILE = "api"
+
+
+def refuse_other(host: str, members: Collection[str], choice: Choice) -> None:
+    """Raise CalicoError if the data of a host was in v2, and the choice fell on v3 because there is none in either.
+
+    `members` are the names of the etcd's servers. If none of them was one when the host was registered, this is another
+    etcd, which may be new.
+    """
+    if not choice.is_new or choice.api == V2 or not state.path(host).exists():
+        return
+    api, *before = (state.read(host, _FILE) or V2.encode()).decode(errors="replace").split()
+    if api == V2 and (not before or set(before) & set(members)):
+        raise CalicoError(
+            f"The data of host {host} was in etcd's v2 API, and there is none now: neither there nor in its v3 API. If "
+            "this is the right etcd, start it with --enable-v2 (etcd 3.4 or 3.5) to have it back; to begin anew in v3, "
+            f"set {TYPE}={V3}"
+        )
+
+
+def remember(host: str, members: Collection[str], choice: Choice) -> None:
+    """Note that a host is registered in the chosen API of an etcd with these servers. Raises CalicoError."""
+    state.write(host, _FILE, content=f"{' '.join([choice.api, *members])}\n".encode())
+
+
+def forget(host: str) -> None:
+    """Remove the note about a host. Raises CalicoError."""
+    state.remove(host, _FILE)
