@@ -2,7 +2,7 @@
 
 If an etcd is started again without its v2 API, or upgraded to one that has none, its v3 API looks like that of a new
 installation. A host that registers there would drop what is connected to it. Versions of this program that knew v2
-alone have not written this file, but others in the same folder.
+alone have not written this file; of them, what is connected says that the host had its data there.
 """
 
 from __future__ import annotations
@@ -23,15 +23,21 @@ def refuse_other(host: str, members: Collection[str], choice: Choice) -> None:
     `members` are the names of the etcd's servers. If none of them was one when the host was registered, this is another
     etcd, which may be new.
     """
-    if not choice.is_new or choice.api == V2 or not state.path(host).exists():
+    if not choice.is_new or choice.api == V2:
         return
-    api, *before = (state.read(host, _FILE) or V2.encode()).decode(errors="replace").split()
+    api, *before = (state.read(host, _FILE) or _of_older_version(host)).decode(errors="replace").split() or [""]
     if api == V2 and (not before or set(before) & set(members)):
         raise CalicoError(
             f"The data of host {host} was in etcd's v2 API, and there is none now: neither there nor in its v3 API. If "
             "this is the right etcd, start it with --enable-v2 (etcd 3.4 or 3.5) to have it back; to begin anew in v3, "
             f"set {TYPE}={V3}"
         )
+
+
+def _of_older_version(host: str) -> bytes:
+    """Return what an older version would have written in the file of this host."""
+    is_connected = any(state.read_all(host, "workloads", orchestrator) for orchestrator in ("docker", "namespace"))
+    return V2.encode() if is_connected else b""
 
 
 def remember(host: str, members: Collection[str], choice: Choice) -> None:

@@ -38,7 +38,7 @@ def test_checksystem_without_prerequisites(bare_host: Host, tmp_path: Path) -> N
     nowhere = {"ETCD_AUTHORITY": "127.0.0.1:1", "DOCKER_HOST": "unix:///nowhere", "PATH": str(tmp_path)}
     with not_installed("conntrack"):
         said = bare_host.ctl("checksystem", "--output=json", status=1, env=nowhere)
-    assert said.err.startswith("This host lacks prerequisites: etcd")
+    assert said.err.startswith("This host lacks prerequisites: use of etcd")
     found = {check["name"]: check for check in json.loads(said.out)}
     assert "nothing listens" in found["Docker Engine"]["found"] and not found["Docker Engine"]["needed"]
     assert found["conntrack"]["advice"] == "install the package conntrack"

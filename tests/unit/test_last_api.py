@@ -33,11 +33,12 @@ def test_a_new_host_begins_in_v3_and_one_whose_data_was_in_v2_does_not() -> None
     assert not refused()
     last_api.remember("host1", HERE, Choice("etcdv2", False, "it has the data"))
     last_api.forget("host1")
-    state.remove_empty("host1")
     assert not refused()
 
 
-@pytest.mark.parametrize("name", ["members", "kept"])
-def test_what_an_older_version_has_left_was_of_a_host_in_v2(name: str) -> None:
-    state.write("host1", name, content=b"{}")
+@pytest.mark.parametrize("orchestrator", ["docker", "namespace"])
+def test_what_an_older_version_has_connected_was_in_v2(orchestrator: str) -> None:
+    state.write("host1", "members", content=b"{}")
+    assert not refused()
+    state.write("host1", "workloads", orchestrator, "a", content=b"")
     assert refused()
