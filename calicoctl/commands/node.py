@@ -451,11 +451,10 @@ def _remove(other: str | None, remove_endpoints: bool, force: bool) -> None:
     if this_one:
         local_etcd.stop(host)
         local_etcd.unannounce(had_local_etcd)
+        tokens.forget()
     process.remove_directory(datastore.host)
     last_known.forget(datastore.host)
     last_api.forget(datastore.host)
-    if this_one:
-        tokens.forget()
     kept_addresses.write(datastore.host, ())
     connected.forget_all(datastore.host)
     if not registered and not disconnected and not ran:

@@ -206,6 +206,45 @@ def test_a_local_etcd_is_found_and_stays_in_use(stock: StockEtcd) -> None:
     assert not FILE.parent.exists() and not calico_links() and not PID_FILE.exists()
 
 
+def test_the_local_etcd_has_v3_alone_unless_its_data_is_in_v2(stock: StockEtcd) -> None:
+    def command_line() -> list[str]:
+        return Path(f"/proc/{PID_FILE.read_text().strip()}/cmdline").read_text().split("\0")
+
+    # as an older version has made it
+    bare(*NODE, "--local-etcd", **V2)
+    there = re.search(r"^ETCD_AUTHORITY=(.*)$", FILE.read_text(), re.MULTILINE)
+    assert there is not None
+    bare("profile", "add", "web", ETCD_AUTHORITY=there[1], **V2)
+    bare("node", "stop", "--force")
+    bare(*NODE, "--local-etcd")
+    assert bare("profile", "show", "--output=json").out == '[\n  {\n    "name": "web"\n  }\n]\n'
+    for option in ("--enable-v2", "--auto-compaction-mode=periodic", "--auto-compaction-retention=1h"):
+        assert option in command_line()
+    assert "its v2 API: /calico/v1/Ready is true in v2 alone" in bare("checksystem", "--output=json").out
+    said = bare("status", by=NOBODY).out
+    assert "the local etcd has its data in etcd's v2 API" in said and "'calicoctl datastore migrate'" in said
+    bare("node", "remove")
+    # what etcd 3.6 would say to such data
+    newer = Path("/run/newer")
+    newer.mkdir()
+    (newer / "etcd").write_text("#!/bin/sh\necho etcd Version: 3.6.1\n")
+    (newer / "etcd").chmod(0o755)
+    said = bare(*NODE, "--local-etcd", PATH=f"{newer}:{Path(CALICOCTL).parent}:/usr/bin:/bin", status=1).err
+    assert "/var/lib/calico/etcd is of etcd's v2 API, which etcd 3.6 does not have" in said and "migrate" in said
+    shutil.rmtree(newer)
+
+    shutil.rmtree("/var/lib/calico/etcd")
+    bare(*NODE, "--local-etcd")
+    assert "--enable-v2" not in command_line() and "--auto-compaction-retention=1h" in command_line()
+    assert "Problems:   none" in bare("status").out
+    bare("profile", "add", "db")
+    os.kill(int(PID_FILE.read_text()), 9)
+    bare("node", "stop", "--force")
+    bare(*NODE, "--local-etcd")
+    assert "db" in bare("profile", "show").out and "--enable-v2" not in command_line()
+    bare("node", "remove")
+
+
 def test_the_local_etcd_keeps_to_its_own_lines(stock: StockEtcd) -> None:
     FILE.parent.mkdir()
     mine = "# mine\nHOSTNAME=host7\nCALICO_NODE_OPTIONS=--local-etcd \\\n"
