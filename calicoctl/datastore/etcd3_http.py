@@ -52,7 +52,14 @@ _BUSY = "too many requests"
 _BAD_HANDSHAKE = "authentication handshake failed"
 """The gateway connects to its own member by TLS. This part of an UNAVAILABLE says that it never can."""
 
-_GARBLED = ("SSLError", "SSLEOFError", "RemoteDisconnected", "ConnectionResetError", "BadStatusLine")
+_GARBLED = (
+    "SSLError",
+    "SSLEOFError",
+    "SSLZeroReturnError",
+    "RemoteDisconnected",
+    "ConnectionResetError",
+    "BadStatusLine",
+)
 """The errors with which requests fail at a server that speaks another protocol."""
 
 
@@ -233,7 +240,7 @@ class Connection:
             text = content[:1000].decode(errors="replace")
             if status == 404 and "not found" in text.lower():
                 raise ErrorAnswer(UNIMPLEMENTED, text)
-            if 500 <= status < 600:
+            if status in (500, 502, 503, 504):  # as proxies answer
                 raise Unanswered(f"{self.url} says: {' '.join(text.split())[:120] or status}")
             raise self.no_etcd(text if status == 200 else f"status {status}, {text}")
         raise self.meaning(*error)

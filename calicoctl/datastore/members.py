@@ -223,7 +223,7 @@ def why(cause: BaseException) -> str:
     for words in ("Connection refused", "timed out", "No route to host", "Network is unreachable"):
         if words in text:
             return words.lower()
-    if "resolve" in text or "Name or service" in text:
+    if "resol" in text or "Name or service" in text:
         return "unknown host name"
     text = re.sub(r"\(_ssl\.c:\d+\)", "", text)
     return text.rpartition(": ")[2].strip("()'\" ,") or type(cause).__name__
