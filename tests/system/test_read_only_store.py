@@ -62,6 +62,19 @@ def test_a_write_that_is_refused_leaves_all_as_it_was(guest: AgentHost) -> None:
         assert state(guest) == before, words
 
 
+def test_a_user_of_the_v2_api_may_do_what_its_role_says(own_etcd: Etcd) -> None:
+    host = AgentHost(own_etcd)
+    own_etcd.put("/calico/v1/Ready", "true")
+    forbid_writing(own_etcd)
+    host.ctl("profile", "add", "db", status=1)
+    root = {"ETCD_USERNAME": "root", "ETCD_PASSWORD": "secret"}
+    for api in ("etcdv2", ""):
+        host.ctl("profile", "add", f"db{api}", env={**root, "DATASTORE_TYPE": api})
+        assert f"db{api}" in host.ctl("profile", "show", env={**root, "DATASTORE_TYPE": api}).out
+    said = host.ctl("profile", "show", env={**root, "ETCD_PASSWORD": "wrong€"}, status=1).err
+    assert "its user 'root' (if the password is right)" in said and said.count("\n") == 1
+
+
 def test_an_interrupted_lock_is_not_removed_either(guest: AgentHost) -> None:
     """A pair that lost its record belongs to nobody; it goes only when another can be made."""
     run("ip", "link", "set", next(iter(calico_links())), "down")
