@@ -242,6 +242,11 @@ class Connection:
                 raise ErrorAnswer(UNIMPLEMENTED, text)
             if status in (500, 502, 503, 504):  # as proxies answer
                 raise Unanswered(f"{self.url} says: {' '.join(text.split())[:120] or status}")
+            if status == 400 and "CommonName" in text:
+                raise StoreError(
+                    f"etcd at {self.url} has users, and accepts no client certificate with a common name (CN) over "
+                    "HTTP: use one without it (ETCD_CERT_FILE), and ETCD_USERNAME"
+                )
             raise self.no_etcd(text if status == 200 else f"status {status}, {text}")
         raise self.meaning(*error)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 import urllib.request
@@ -183,6 +184,10 @@ def test_status_says_that_there_is_no_majority(bare_host: Host, members: list[Et
     assert "Problems:   none" in host.ctl("status").out
 
 
+OPTIONS = {"cacert": "ETCD_CA_CERT_FILE", "cert": "ETCD_CERT_FILE", "key": "ETCD_KEY_FILE"}
+"""What etcdctl calls the files of these variables."""
+
+
 def test_etcd_over_tls(bare_host: Host, tmp_path: Path) -> None:
     def openssl(*arguments: str) -> None:
         run("openssl", *arguments, cwd=tmp_path)
@@ -190,8 +195,8 @@ def test_etcd_over_tls(bare_host: Host, tmp_path: Path) -> None:
     for name in ("ca", "other"):
         openssl(*f"req -x509 -days 2 -subj /CN={name} -keyout {name}.key -out {name}.pem".split(), *KEY)
     (tmp_path / "san").write_text("subjectAltName=IP:127.0.0.1\nextendedKeyUsage=serverAuth,clientAuth\n")
-    for name in ("server", "client"):
-        openssl(*f"req -newkey rsa:2048 -nodes -keyout {name}.key -out {name}.csr -subj /CN={name}".split())
+    for name, subject in (("server", "/CN=server"), ("client", "/CN=client"), ("host", "/O=host")):
+        openssl(*f"req -newkey rsa:2048 -nodes -keyout {name}.key -out {name}.csr -subj {subject}".split())
         openssl(
             *f"x509 -req -in {name}.csr -CA ca.pem -CAkey ca.key -CAcreateserial".split(),
             *f"-days 2 -out {name}.pem -extfile san".split(),
@@ -233,5 +238,16 @@ def test_etcd_over_tls(bare_host: Host, tmp_path: Path) -> None:
         # one that can be spoken to is found behind one that cannot
         mixed = {**right, "ETCD_ENDPOINTS": f"https://127.0.0.1:{bare_host.etcd.port},{url}"}
         assert "web" in bare_host.ctl("profile", "show", env=mixed).out
+
+        # with users, etcd's gateway accepts no certificate with a common name
+        etcdctl = ("etcdctl", f"--endpoints={url}", *(f"--{o}={tls[n]}" for o, n in OPTIONS.items()))
+        for words in ("add root:x", "grant-role root root"):
+            run(*etcdctl, "user", *words.split(), env={**os.environ, "ETCDCTL_API": "3"})
+        run(*etcdctl, "auth", "enable", env={**os.environ, "ETCDCTL_API": "3"})
+        user = {**right, "DATASTORE_TYPE": "etcdv3", "ETCD_USERNAME": "root", "ETCD_PASSWORD": "x"}
+        said = bare_host.ctl("profile", "show", env=user, status=1).err
+        assert "accepts no client certificate with a common name (CN)" in said and said.count("\n") == 1
+        of_host = {"ETCD_CERT_FILE": str(tmp_path / "host.pem"), "ETCD_KEY_FILE": str(tmp_path / "host.key")}
+        assert bare_host.ctl("profile", "add", "db", env={**user, **of_host}).out == "Created profile db\n"
     finally:
         server.stop()
