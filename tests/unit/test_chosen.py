@@ -7,6 +7,7 @@ import pytest
 from calicoctl.datastore import chosen, keys
 from calicoctl.datastore.chosen import ChosenStore
 from calicoctl.datastore.detection import Choice
+from calicoctl.datastore.hosts import Hosts
 from calicoctl.datastore.store import Create, Delete, Update
 from calicoctl.errors import Frozen, StoreError
 from tests.unit.memory_store import MemoryStore
@@ -103,6 +104,15 @@ def test_whether_it_is_frozen_is_only_asked_for_before_a_write_and_again_after_a
     world.frozen = False
     world.store.put(TAGS, "[2]")  # at once
     assert len(world.asked) == 4
+
+
+def test_registering_a_host_creates_ready_and_never_changes_it() -> None:
+    store = MemoryStore()
+    for value in ("true", "false"):
+        Hosts(store, "host1").register("192.0.2.2", None, None)
+        entry = store.get(keys.READY)
+        assert entry is not None and entry.value == value
+        store.put(keys.READY, "false")
 
 
 def test_a_store_that_has_moved_is_followed() -> None:
