@@ -25,7 +25,7 @@ from calicoctl import engine, iptables, netlink
 from calicoctl.addresses import FAMILIES
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.hosts import hostname
-from calicoctl.datastore.keys import INTERFACE_PREFIX
+from calicoctl.datastore.keys import INTERFACE_PREFIX, READY
 from calicoctl.errors import CalicoError, DockerUnavailable
 from calicoctl.felix import process
 from calicoctl.felix.bgp import instance, passwords
@@ -469,7 +469,9 @@ def _etcd() -> Iterator[Check]:
         found, choice = f"version {datastore.store_version()}", datastore.choice()
         if choice is not None:
             found += f", its {choice.version} API: {choice.why}"
-        yield Check(name, choice is None or not choice.frozen, found, False, "see 'Frozen' in docs/etcd.md")
+        frozen = datastore.setting(READY) == "false"
+        found += "; its data is frozen" if frozen else ""
+        yield Check(name, not frozen, found, advice="see 'Frozen' in docs/etcd.md")
     except CalicoError as error:
         yield Check(name, False, str(error), advice="see 'Found'")
     yield _local_etcd()

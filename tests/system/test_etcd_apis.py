@@ -22,6 +22,7 @@ from tests.system.support import (
     Etcd,
     Host,
     Result,
+    addresses,
     calico_links,
     links,
     run,
@@ -167,7 +168,12 @@ def test_a_frozen_host_stays_as_it_is(free: FreeHost) -> None:
     run("ip", "netns", "add", "b")
     set_ready(etcd, "false", None)
     wait_for(lambda: free.status()["waiting_for"], "the agent to notice")
-    before = (tables(), calico_links(), links("a"), sorted(Path("/run/calico").rglob("*namespace*")))
+
+    def state() -> list[object]:
+        files = sorted(path for path in Path("/run/calico").rglob("*") if "namespace" in path.name)
+        return [tables(), calico_links(), addresses("a", "eth1"), files]
+
+    before = state()
     for words in (
         ("container", "add", "/var/run/netns/b", "ipv4"),
         ("container", "remove", path),
@@ -180,8 +186,11 @@ def test_a_frozen_host_stays_as_it_is(free: FreeHost) -> None:
         ("node", "remove", "--remove-endpoints"),
     ):
         refused(free, *words, says="etcd's data is frozen")
-    assert (tables(), calico_links(), links("a"), sorted(Path("/run/calico").rglob("*namespace*"))) == before
-    assert links("b") == {}
+    assert state() == before and links("b") == {}
+    for api in ("", "etcdv3"):
+        checked = json.loads(free.ctl("checksystem", "--output=json", status=1, env={"DATASTORE_TYPE": api}).out)
+        (row,) = [row for row in checked if row["name"] == "use of etcd"]
+        assert row["found"].endswith("; its data is frozen") and not row["ok"]
     for words in (("container", path, "endpoint", "show"), ("pool", "show"), ("node", "show"), ("status",)):
         assert free.ctl(*words).out
     # the agent tells that it lives, and may be started again; a host that is not registered must wait
