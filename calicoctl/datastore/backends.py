@@ -72,7 +72,10 @@ class Backends:
             return Choice(api, self._ready(api) == "false", f"{TYPE} says so")
         if before is not None and before.frozen is False and self._ready(before.api) == "true":
             return replace(before, is_new=False, at=time.monotonic())
-        return detect(self._settings, self._v3, self._patience)
+        choice = detect(self._settings, self._v3, self._patience)
+        if choice.api != V3:
+            del self._v3  # with its connection, which an agent would keep
+        return choice
 
     def _ready(self, api: str) -> str | None:
         """Return the value of Ready in one of the APIs. Raises StoreError, also if Calico 3 uses it."""

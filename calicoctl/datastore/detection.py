@@ -175,6 +175,7 @@ def _read_ready(member: Connection) -> Shown:
     Source: https://github.com/etcd-io/etcd/blob/release-3.4/Documentation/v2/errorcode.md
     """
     status, content = member.fetch("GET", f"/v2/keys{keys.READY}?quorum=true")
+    member.close()
     try:
         answer = json.loads(content)
     except (RecursionError, ValueError):
