@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 PATIENCE = 20.0
 """Seconds for which a request is retried while the cluster cannot serve it, for example while it elects a leader."""
 
-_recent: dict[EtcdSettings, Choice] = {}
-"""The last choices of this process: a batch, and the agent's threads, need not make each of them anew."""
+_latest: dict[EtcdSettings, Choice] = {}
+"""The last choices of this process: a batch, and the agent's threads, need not make each of them anew, and follow."""
 
 
 def connect(settings: EtcdSettings, patience: float = PATIENCE) -> ChosenStore:
     """Return a client of the cluster in `settings`; nothing is sent yet. `patience`: see PATIENCE."""
     backends = Backends(settings, patience)
-    return ChosenStore(backends.choose, backends.open)
+    return ChosenStore(backends.choose, backends.latest, backends.open)
 
 
 class Backends:
@@ -37,7 +37,7 @@ class Backends:
         self._patience = patience
 
     def open(self, api: str) -> Store:
-        """Return the backend for an API (V2 or V3), the same one each time."""
+        """Return the backend for an API (V2 or V3), the same one as long as it is used."""
         return self._v3 if api == V3 else self._v2
 
     @cached_property
@@ -55,14 +55,17 @@ class Backends:
 
     def choose(self, before: Choice | None) -> Choice:
         """Return which API to use; for `before`, see ChosenStore. Raises StoreError."""
-        if before is None:
-            recent = _recent.get(self._settings)
-            if recent is not None and time.monotonic() - recent.at <= FRESH:
-                return recent
+        latest = self.latest()
+        if before is None and latest is not None and time.monotonic() - latest.at <= FRESH:
+            return latest
         choice = self._current(before)
         if choice.frozen is False:
-            _recent[self._settings] = choice
+            _latest[self._settings] = choice
         return choice
+
+    def latest(self) -> Choice | None:
+        """Return the last choice in this process of an API whose data is not frozen, None if there was none."""
+        return _latest.get(self._settings)
 
     def _current(self, before: Choice | None) -> Choice:
         api = self._settings.api

@@ -3,19 +3,21 @@
 While the data moves from one API of etcd to the other, both stores are frozen: what is written then could be lost. So
 this store refuses to be changed while the key Ready is `false`, except for the statuses that agents report, which do
 not move. It reads that key before a write, unless it has done so moments ago. When Ready is not true any more, the data
-may have moved, and the backend is chosen again.
+may have moved, and the backend is chosen again: an agent notices it by its heartbeat. From then on, all clients in this
+process use the other backend, and watches end, so that everything is read anew there.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Generator, Sequence
+from contextlib import closing
 from typing import Callable, Optional
 
 from calicoctl.datastore import keys
 from calicoctl.datastore.detection import Choice
-from calicoctl.datastore.store import Create, Entry, Store, Watch, Write
-from calicoctl.errors import Frozen
+from calicoctl.datastore.store import Change, Create, Entry, Store, Write
+from calicoctl.errors import Frozen, WatchExpired
 
 FRESH = 5.0
 """Seconds for which a store that was not frozen is written to without another look. A command that has begun to write
@@ -27,20 +29,30 @@ _STATUSES = keys.FELIX_HOSTS + "/"
 class ChosenStore:
     """`Store` by the backend that was chosen. Not thread-safe."""
 
-    def __init__(self, choose: Callable[[Optional[Choice]], Choice], open: Callable[[str], Store]) -> None:
+    def __init__(
+        self,
+        choose: Callable[[Optional[Choice]], Choice],
+        latest: Callable[[], Optional[Choice]],
+        open: Callable[[str], Store],
+    ) -> None:
         """Sends nothing. `open` returns the backend for an API, the same one each time.
 
         `choose` gets None or, when it must be known whether the store is frozen, the choice so far, and returns the
-        current one. It raises StoreError if none may be used, and is called again for the next request.
+        current one. It raises StoreError if none may be used, and is called again for the next request. `latest`
+        returns the last choice that any client has made in this process; it sends nothing.
         """
         self._choose = choose
+        self._latest = latest
         self._open = open
         self._choice: Choice | None = None
 
     def choice(self) -> Choice:
         """Return which backend is used, and why. Raises StoreError."""
+        latest = self._latest()
         if self._choice is None:
             self._choice = self._choose(None)
+        elif latest is not None and latest.at > self._choice.at and latest.api != self._choice.api:
+            self._choice = latest
         return self._choice
 
     @property
@@ -115,5 +127,10 @@ class ChosenStore:
     def list_for_watch(self, directory: str) -> tuple[list[Entry], int]:
         return self._store.list_for_watch(directory)
 
-    def watch(self, directory: str, revision: int, seconds: float) -> Watch:
-        return self._store.watch(directory, revision, seconds)
+    def watch(self, directory: str, revision: int, seconds: float) -> Generator[list[Change], None, None]:
+        api = self.choice().api
+        with closing(self._open(api).watch(directory, revision, seconds)) as watch:
+            for changes in watch:
+                if self.choice().api != api:
+                    raise WatchExpired("the data has moved to etcd's other API")
+                yield changes

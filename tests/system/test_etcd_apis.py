@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.system.agent import A4, LOG_DIR, AgentHost
+from tests.system.agent import A4, B4, LOG_DIR, AgentHost
 from tests.system.proxy import proxy_before
 from tests.system.support import (
     AS_NOBODY,
@@ -29,6 +29,7 @@ from tests.system.support import (
     tables,
     wait_for,
 )
+from tests.system.traffic import PATIENT, ping
 
 READY = "/calico/v1/Ready"
 OTHER_CALICO = "/calico/resources/v3/projectcalico.org/felixconfigurations/default"
@@ -80,6 +81,11 @@ def everything(etcd: Etcd) -> tuple[dict[str, str], object]:
     v3 = etcd.v3("kv/range", {"key": coded("/calico/"), "range_end": coded("/calico0")}).get("kvs", [])
     v2 = {key: value for key, value in etcd.tree().items() if "/felix/" not in key}
     return v2, [entry for entry in v3 if b"/felix/" not in base64.b64decode(entry["key"])]
+
+
+def keys_v3(etcd: Etcd) -> list[str]:
+    found = etcd.v3("kv/range", {"key": coded("/calico/"), "range_end": coded("/calico0"), "keys_only": True})
+    return [base64.b64decode(entry["key"]).decode() for entry in found.get("kvs", [])]
 
 
 def refused(host: Host, *words: str, says: str, **env: str) -> Result:
@@ -212,6 +218,31 @@ def test_a_frozen_host_stays_as_it_is(free: FreeHost) -> None:
     free.ctl("node", "remove", "--remove-endpoints")
     set_ready(etcd, "false", None)
     refused(free, *NODE, says="etcd's data is frozen")
+
+
+def test_a_running_agent_goes_over_to_the_api_that_has_the_data(free: FreeHost) -> None:
+    etcd = free.etcd
+    set_ready(etcd, None, "true")
+    free.start_agent()
+    free.add("a", A4)
+    wait_for(lambda: ping(None, A4), "the network")
+    pid = free.pid
+    set_ready(etcd, None, "false")
+    wait_for(lambda: free.status()["waiting_for"], "the agent to notice")
+    for key, value in etcd.tree().items():
+        if "/felix/" not in key and key != READY:
+            set_v3(etcd, key, value)
+    set_ready(etcd, "true", "false")
+    answered = []
+    wait_for(lambda: answered.append(ping(None, A4)) or not free.status()["waiting_for"], "the agent", 30)
+    run("ip", "netns", "add", "b")
+    free.ctl("container", "add", "/var/run/netns/b", B4, "--wait=20")
+    answered += [ping(None, A4), ping(None, B4, PATIENT)]
+    assert all(answered) and free.pid == pid
+    # the host's status, and one of each endpoint
+    wait_for(lambda: sum(key.startswith("/calico/felix/") for key in keys_v3(etcd)) == 3, "the statuses")
+    assert "Problems:   none" in free.ctl("status").out
+    free.ctl("node", "remove", "--remove-endpoints")
 
 
 def documented() -> list[str]:

@@ -9,7 +9,7 @@ from calicoctl.datastore.chosen import ChosenStore
 from calicoctl.datastore.detection import Choice
 from calicoctl.datastore.hosts import Hosts
 from calicoctl.datastore.store import Create, Delete, Update
-from calicoctl.errors import Frozen, StoreError
+from calicoctl.errors import Frozen, StoreError, WatchExpired
 from tests.unit.memory_store import MemoryStore
 
 STATUS = keys.felix_status("host1")
@@ -23,14 +23,20 @@ class World:
         self.backends = {"etcdv2": MemoryStore(), "etcdv3": MemoryStore()}
         self.api, self.frozen = api, frozen
         self.asked: list[Choice | None] = []
-        self.store = ChosenStore(self._choose, self.backends.__getitem__)
+        self.latest: Choice | None = None
+        self.store = self.client()
+
+    def client(self) -> ChosenStore:
+        return ChosenStore(self._choose, lambda: self.latest, self.backends.__getitem__)
 
     def _choose(self, before: Choice | None) -> Choice:
         self.asked.append(before)
         if self.api == "":
             raise StoreError("it is not known")
         unknown = before is None and self.frozen is None
-        return Choice(self.api, None if unknown else bool(self.frozen), "for a test")
+        choice = Choice(self.api, None if unknown else bool(self.frozen), "for a test")
+        self.latest = self.latest if choice.frozen else choice
+        return choice
 
     def refuses(self, call) -> None:
         before = [store.tree("/calico") for store in self.backends.values()]
@@ -64,7 +70,7 @@ def test_nothing_but_statuses_is_changed_while_the_data_is_frozen() -> None:
     world = World()
     entry = world.store.create(TAGS, "[]")
     world.frozen = True
-    store = world.store = ChosenStore(world._choose, world.backends.__getitem__)
+    store = world.store = world.client()
     assert store.get(TAGS) == entry and store.exists(keys.PROFILES) and store.names(keys.PROFILES) == ["web"]
     assert store.version() == world.backends["etcdv3"].version() and store.atomic == world.backends["etcdv3"].atomic
     assert store.tree("/calico") == store.list_for_watch("/calico")[0] == store.read((), ["/calico"])[1][0] == [entry]
@@ -123,3 +129,26 @@ def test_a_store_that_has_moved_is_followed() -> None:
     world.store.put(TAGS, "[]")
     assert [entry.value for entry in world.backends["etcdv3"].tree("/calico")] == ["{1}", "[]"]
     assert [entry.value for entry in world.backends["etcdv2"].tree("/calico")] == ["{}"]
+
+
+def test_all_clients_of_a_process_follow_one_that_has_noticed_that_the_data_has_moved() -> None:
+    world = World("etcdv2")
+    reader, watcher = world.client(), world.client()
+    assert reader.get(TAGS) is None
+    world.backends["etcdv2"].put(TAGS, "[]")
+    watch = watcher.watch("/calico", watcher.list_for_watch("/calico")[1], 0)
+    world.frozen = True
+    world.store.put(STATUS, "{}")  # the heartbeat; this API is frozen, so nobody leaves it
+    assert [change.key for change in next(watch)] == [STATUS] and reader.get(TAGS) is not None
+    world.api, world.frozen = "etcdv3", False
+    assert reader.get(TAGS) is not None
+    world.store.put(STATUS, "{}")
+    assert reader.get(TAGS) is None and reader.get(STATUS) is not None
+    with pytest.raises(WatchExpired, match="the data has moved"):
+        next(watch)
+    entries, revision = watcher.list_for_watch("/calico")
+    assert [entry.key for entry in entries] == [STATUS]
+    watch = watcher.watch("/calico", revision, 0)
+    world.store.put(TAGS, "[]")
+    assert [change.key for change in next(watch)] == [TAGS]
+    watch.close()
