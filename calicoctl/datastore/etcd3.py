@@ -259,13 +259,14 @@ class Etcd3Store:
         watch: OpenWatch | None = None
 
         def close() -> None:
-            nonlocal watch
+            nonlocal watch, revision
             if watch is not None:
                 watch.close()
+                revision = watch.revision
                 watch = None
 
         def poll(connection: Connection, end: float) -> list[Change]:
-            nonlocal watch, revision
+            nonlocal watch
             if watch is not None and watch.connection is not connection:
                 close()
             try:
@@ -276,7 +277,6 @@ class Etcd3Store:
                     changes = watch.changes(end - time.monotonic())
                     if not changes:
                         _confirm_quorum(connection, directory)
-                    revision = watch.revision
             except BaseException:
                 close()
                 raise

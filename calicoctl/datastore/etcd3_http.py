@@ -16,7 +16,7 @@ import json
 import select
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Callable, Optional, TypeVar
 
 from calicoctl import answers
@@ -128,8 +128,12 @@ class Connection:
             kept = None
         connection = kept or self._connect()
         try:
-            with self.no_answer(), answers.bounded_here(LARGEST):
-                response = self._ask(connection, method, path, body, READ_TIMEOUT if seconds is None else seconds)
+            timeout = READ_TIMEOUT if seconds is None else seconds
+            with (
+                self.no_answer(),
+                answers.bounded_here(LARGEST),
+                closing(self._ask(connection, method, path, body, timeout)) as response,
+            ):
                 content = response.read()
         except BaseException:
             connection.close()
@@ -156,10 +160,11 @@ class Connection:
         try:
             with self.no_answer(), answers.bounded_here(largest) as bounds:
                 response = self._ask(connection, "POST", path, body, READ_TIMEOUT)
-                if response.status != 200:
+                if response.status == 200:
+                    return Stream(self, connection, response, bounds)
+                with closing(response):
                     self._parsed(response.status, response.read())
-                    raise http.client.HTTPException("it is no stream")
-            return Stream(self, connection, response, bounds)
+            raise self.no_etcd(f"status {response.status}")
         except BaseException:
             connection.close()
             raise

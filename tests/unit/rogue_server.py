@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import threading
 from collections.abc import Iterator
@@ -25,6 +26,8 @@ class Client:
     def __init__(self, connection: socket.socket, ended: threading.Event) -> None:
         self._connection = connection
         self._ended = ended
+        self.body = b""
+        """What the client has sent after the headers."""
         self.sent = 0
         """Bytes that the client, or the kernel on its behalf, has taken."""
 
@@ -80,12 +83,15 @@ class Server:
     def _serve_one(self, connection: socket.socket) -> None:
         client = Client(connection, self.ended)
         with connection, suppress(OSError):
-            request = b""
-            while b"\r\n\r\n" not in request:
+            request, length = b"", 0
+            while b"\r\n\r\n" not in request or len(client.body) < length:
                 part = connection.recv(2**16)
                 if not part:
                     return
                 request += part
+                head, _, client.body = request.partition(b"\r\n\r\n")
+                found = re.search(rb"(?i)content-length: (\d+)", head)
+                length = int(found[1]) if found else 0
             line = request.split(b" HTTP/")[0].decode()
             self.requests.append(line)
             self.answers(client, line)

@@ -12,8 +12,9 @@ from typing import Callable
 import pytest
 
 from calicoctl import answers
-from calicoctl.datastore import etcd2, etcd2_watch
+from calicoctl.datastore import etcd2, etcd2_watch, etcd3, etcd3_http, etcd3_watch
 from calicoctl.datastore.etcd2 import Etcd2Store
+from calicoctl.datastore.etcd3 import Etcd3Store
 from calicoctl.datastore.settings import EtcdSettings
 from calicoctl.datastore.store import Entry, Store
 from calicoctl.errors import CalicoError, StoreError, StoreUnavailable
@@ -27,6 +28,8 @@ KERNEL = 2**24
 
 NODE = {"key": KEY, "value": "true", "modifiedIndex": 3, "createdIndex": 3}
 GET = json.dumps({"action": "get", "node": NODE}).encode()
+KV = {"key": "L2NhbGljby92MS9SZWFkeQ==", "value": "dHJ1ZQ==", "mod_revision": "3", "create_revision": "3"}
+GET3 = json.dumps({"header": {"revision": "5"}, "kvs": [KV], "count": "1"}).encode()
 CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n"
 
 REQUESTS: dict[str, Callable[[Store], object]] = {
@@ -36,10 +39,12 @@ REQUESTS: dict[str, Callable[[Store], object]] = {
     "exists": lambda store: store.exists("/calico"),
     "version": lambda store: store.version(),
     "watch": lambda store: next(iter(store.watch("/calico", 4, 0.1))),
+    "read": lambda store: store.read([KEY], ["/calico/v1"]),
     "create": lambda store: store.create(KEY, "true"),
     "update": lambda store: store.update(Entry(KEY, "", 1), "true"),
     "delete": lambda store: store.delete(Entry(KEY, "", 1)),
     "put": lambda store: store.put(KEY, "true"),
+    "lease": lambda store: store.put(KEY, "true", ttl=30),
 }
 
 
@@ -94,26 +99,48 @@ class Outcome:
     server: Server
 
 
+_TIMEOUTS = (
+    *((etcd2, "READ_TIMEOUT"), (etcd2, "QUORUM_TIMEOUT"), (etcd2, "WATCH_PATIENCE")),
+    *((etcd3, "QUORUM_TIMEOUT"), (etcd3, "WATCH_PATIENCE")),
+    *((etcd3_http, "READ_TIMEOUT"), (etcd3_watch, "READ_TIMEOUT")),
+)
+_SIZES = (
+    *((etcd2, "LARGEST_VALUE"), (etcd2, "LARGEST_DIRECTORY"), (etcd2_watch, "LARGEST")),
+    *((etcd3_http, "LARGEST"), (etcd3_watch, "LARGEST")),
+)
+
+
 @pytest.fixture(autouse=True)
 def small_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("READ_TIMEOUT", "QUORUM_TIMEOUT", "WATCH_PATIENCE"):
-        monkeypatch.setattr(etcd2, name, TIMEOUT)
-    for module, name in ((etcd2, "LARGEST_VALUE"), (etcd2, "LARGEST_DIRECTORY"), (etcd2_watch, "LARGEST")):
+    for module, name in _TIMEOUTS:
+        monkeypatch.setattr(module, name, TIMEOUT)
+    for module, name in _SIZES:
         monkeypatch.setattr(module, name, SIZE)
 
 
-def store_at(*servers: Server, patience: float = 0.0) -> Store:
-    return Etcd2Store(EtcdSettings("http", tuple(("127.0.0.1", server.port) for server in servers)), patience)
+MakeStore = Callable[[EtcdSettings, float], Store]
 
 
-def outcomes(attacks: dict[str, Answer], request: Callable[[Store], object]) -> dict[str, Outcome]:
+@pytest.fixture(params=[Etcd2Store, Etcd3Store])
+def make(request: pytest.FixtureRequest) -> MakeStore:
+    """The class of the store that is tested."""
+    return request.param  # type: ignore[no-any-return]
+
+
+def store_at(*servers: Server, make: MakeStore = Etcd2Store, patience: float = 0.0) -> Store:
+    return make(EtcdSettings("http", tuple(("127.0.0.1", server.port) for server in servers)), patience)
+
+
+def outcomes(
+    attacks: dict[str, Answer], request: Callable[[Store], object], make: MakeStore = Etcd2Store
+) -> dict[str, Outcome]:
     """Return how a request to a server of each kind ends. All are asked at the same time."""
 
     def ask(attack: Answer) -> Outcome:
         with serving(attack) as server:
             began = time.monotonic()
             try:
-                result = request(store_at(server))
+                result = request(store_at(server, make=make))
             except CalicoError as error:
                 result = error
             seconds = time.monotonic() - began
@@ -124,52 +151,53 @@ def outcomes(attacks: dict[str, Answer], request: Callable[[Store], object]) -> 
 
 
 @pytest.mark.parametrize("request_", REQUESTS)
-def test_an_answer_that_drips_is_given_up(request_: str) -> None:
-    for what, outcome in outcomes(DRIPS, REQUESTS[request_]).items():
+def test_an_answer_that_drips_is_given_up(request_: str, make: MakeStore) -> None:
+    for what, outcome in outcomes(DRIPS, REQUESTS[request_], make).items():
         assert isinstance(outcome.result, CalicoError), (what, outcome)
         assert outcome.seconds < 20 * TIMEOUT, (what, outcome)
 
 
 @pytest.mark.parametrize("request_", REQUESTS)
-def test_an_answer_without_an_end_is_not_read_to_it(request_: str) -> None:
-    for what, outcome in outcomes(FLOODS, REQUESTS[request_]).items():
+def test_an_answer_without_an_end_is_not_read_to_it(request_: str, make: MakeStore) -> None:
+    for what, outcome in outcomes(FLOODS, REQUESTS[request_], make).items():
         assert isinstance(outcome.result, CalicoError), (what, outcome)
         assert all(sent < SIZE + KERNEL for sent in outcome.server.sent), (what, outcome.server.sent)
 
 
-def test_the_error_says_what_was_wrong() -> None:
+def test_the_error_says_what_was_wrong(make: MakeStore) -> None:
     with serving(FLOODS["the body"]) as server, pytest.raises(StoreUnavailable, match="larger than 64 KiB"):
-        store_at(server).get(KEY)
+        store_at(server, make=make).get(KEY)
     with serving(DRIPS["the body"]) as server, pytest.raises(StoreUnavailable, match="timed out"):
-        store_at(server).get(KEY)
+        store_at(server, make=make).get(KEY)
 
 
 @pytest.mark.parametrize("attack", [DRIPS["the body"], FLOODS["the body"], DRIPS["the status"], FLOODS["headers"]])
-def test_a_member_that_drips_or_floods_has_failed_and_the_next_one_is_asked(attack: Answer) -> None:
-    with serving(attack) as rogue, serving(sends(answer(GET))) as proper:
-        store = store_at(rogue, proper, patience=20)
+def test_a_member_that_drips_or_floods_has_failed_and_the_next_one_is_asked(attack: Answer, make: MakeStore) -> None:
+    proper_answer = answer(GET if make is Etcd2Store else GET3)
+    with serving(attack) as rogue, serving(sends(proper_answer)) as proper:
+        store = store_at(rogue, proper, make=make, patience=20)
         assert store.get(KEY) == store.get(KEY) == Entry(KEY, "true", 3, 3)
-        keys = [line for line in rogue.requests if "/v2/" in line]
+        keys = [line for line in rogue.requests if "/v2/" in line or "/v3/" in line]
         assert len(keys) == 1, "it is asked last from then on"
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "deflate", "br", "zstd", "gzip, gzip", "x-made-up"])
 @pytest.mark.parametrize("request_", ["get", "list", "names", "version", "watch"])
-def test_an_encoded_answer_is_not_decoded(request_: str, encoding: str) -> None:
+def test_an_encoded_answer_is_not_decoded(request_: str, encoding: str, make: MakeStore) -> None:
     head = OK + b"Content-Encoding: %s\r\n" % encoding.encode()
     bomb = answer(gzip.compress(b" " * 2**20), head)
     with serving(sends(bomb)) as server, pytest.raises(StoreError, match="encoded"):
-        REQUESTS[request_](store_at(server))
+        REQUESTS[request_](store_at(server, make=make))
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
-def test_no_redirect_is_followed(status: int) -> None:
+def test_no_redirect_is_followed(status: int, make: MakeStore) -> None:
     def redirect(client: Client, line: str) -> None:
         head = b"HTTP/1.1 %d Elsewhere\r\nLocation: http://127.0.0.1:%d/\r\n" % (status, other.port)
         client.send(answer(b"", head))
 
     with serving(sends(answer(GET))) as other:
-        for name, outcome in {name: outcomes({"": redirect}, ask)[""] for name, ask in REQUESTS.items()}.items():
+        for name, outcome in {name: outcomes({"": redirect}, ask, make)[""] for name, ask in REQUESTS.items()}.items():
             assert isinstance(outcome.result, CalicoError), (name, outcome)
         assert other.requests == []
 
@@ -200,13 +228,36 @@ SHAPES = {
 }
 
 
+SHAPES3 = {
+    **{what: body for what, body in SHAPES.items() if "node" not in what},
+    "a list as the header": GET3.replace(b'{"revision": "5"}', b"[]"),
+    "no header": GET3.replace(b"header", b"other"),
+    "a number as the revision": GET3.replace(b'"5"', b"5"),
+    "a revision without an end": GET3.replace(b'"5"', b'"%s"' % (b"9" * 30_000)),
+    "a revision that is negative": GET3.replace(b'"5"', b'"-5"'),
+    "another key": GET3.replace(b"L2Nh", b"L3Nh"),
+    "a key that is no base64": GET3.replace(b"L2Nh", b"L2N"),
+    "a number as the key": GET3.replace(b'"L2NhbGljby92MS9SZWFkeQ=="', b"5"),
+    "a list as the value": GET3.replace(b'"dHJ1ZQ=="', b"[1]"),
+    "an object as kvs": GET3.replace(b"[", b'{"a": ').replace(b"]", b"}"),
+    "numbers as kvs": b'{"header": {"revision": "5"}, "kvs": [1, 2]}',
+    "more, and nothing": b'{"header": {"revision": "5"}, "more": true}',
+    "an error that is a list": b'{"error": [], "message": {}, "code": "x"}',
+    "an error that is no error": b'{"error": {"grpc_code": "x"}}',
+    "numbers as responses": b'{"header": {"revision": "5"}, "responses": [1]}',
+    "other responses": b'{"header": {"revision": "5"}, "responses": [{"response_put": {}}]}',
+    "responses that are a text": b'{"header": {"revision": "5"}, "responses": "x"}',
+}
+
+
 @pytest.mark.parametrize("status", [200, 404, 500])
 @pytest.mark.parametrize("request_", REQUESTS)
-def test_an_answer_of_another_shape_is_an_ordinary_error(request_: str, status: int) -> None:
+def test_an_answer_of_another_shape_is_an_ordinary_error(request_: str, status: int, make: MakeStore) -> None:
     """Or it is taken for what etcd answers to other requests, which does no harm."""
     head = OK.replace(b"200", b"%d" % status)
-    attacks = {what: sends(answer(body, head)) for what, body in SHAPES.items()}
-    for what, outcome in outcomes(attacks, REQUESTS[request_]).items():
+    shapes = SHAPES if make is Etcd2Store else SHAPES3
+    attacks = {what: sends(answer(body, head)) for what, body in shapes.items()}
+    for what, outcome in outcomes(attacks, REQUESTS[request_], make).items():
         if not isinstance(outcome.result, CalicoError):
             json.dumps(outcome.result, default=vars)
             assert outcome.seconds < 20 * TIMEOUT, (what, outcome)
