@@ -24,7 +24,7 @@ from typing import Any
 
 from calicoctl import answers
 from calicoctl.datastore import etcd3_json
-from calicoctl.datastore.etcd3_http import PERMISSION_DENIED, READ_TIMEOUT, Connection, ErrorAnswer
+from calicoctl.datastore.etcd3_http import PERMISSION_DENIED, READ_TIMEOUT, UNAUTHENTICATED, Connection, ErrorAnswer
 from calicoctl.datastore.members import Unanswered
 from calicoctl.datastore.store import Change
 from calicoctl.errors import StoreError, WatchExpired
@@ -113,4 +113,6 @@ class OpenWatch:
         reason = str(message.get("cancel_reason", ""))
         if not reason or "permission denied" in reason:
             raise ErrorAnswer(PERMISSION_DENIED, reason)
+        if "auth token" in reason or "user name is empty" in reason:
+            raise ErrorAnswer(UNAUTHENTICATED, reason)
         raise StoreError(f"etcd at {url} does not let {self._directory} be watched: {' '.join(reason.split())[:120]}")

@@ -28,18 +28,18 @@ def members() -> Iterator[list[Etcd]]:
 
 
 @contextmanager
-def running(servers: list[Etcd]) -> Iterator[list[Etcd]]:
+def running(servers: list[Etcd], *options: str) -> Iterator[list[Etcd]]:
     """A cluster of these members."""
     try:
         for server in servers:
-            server.start(cluster_of(servers))
+            server.start(cluster_of(servers), *options)
         for server in servers:
             server.await_ready()
         yield servers
     finally:
         for server in servers:
             server.stop(9)
-        shutil.rmtree(HOME)
+            shutil.rmtree(server.directory)
 
 
 def cluster_of(servers: list[Etcd]) -> str:

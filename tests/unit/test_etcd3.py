@@ -441,6 +441,11 @@ ENDS: dict[str, tuple[type[Exception], str, list[Any]]] = {
         "does not permit",
         [result(created=True, canceled=True, cancel_reason="code = PermissionDenied desc = permission denied")],
     ),
+    "without a user": (
+        StoreError,
+        "asks for a user",
+        [result(created=True, canceled=True, cancel_reason="code = Unauthenticated desc = invalid auth token")],
+    ),
     "refused": (
         StoreError,
         "not let /calico be watched: why",
