@@ -95,7 +95,7 @@ class Connection:
         self._settings = settings
         self._member = member
         self._authorize = authorize
-        self._kept: http.client.HTTPConnection | None = None
+        self._kept: socket.socket | None = None
 
     def post(self, path: str, body: dict[str, Any], seconds: float | None = None) -> dict[str, Any]:
         """Send a request with a token, if there is one, and return its answer: see `exchange`.
@@ -126,20 +126,22 @@ class Connection:
         if kept is not None and _is_over(kept):
             kept.close()
             kept = None
-        connection = kept or self._connect()
+        sock = kept or self._connect()
         try:
-            timeout = READ_TIMEOUT if seconds is None else seconds
+            sock.settimeout(READ_TIMEOUT if seconds is None else seconds)
             with (
                 self.no_answer(),
                 answers.bounded_here(LARGEST),
-                closing(self._ask(connection, method, path, body, timeout)) as response,
+                closing(self._ask(sock, method, path, body)) as response,
             ):
                 content = response.read()
         except BaseException:
-            connection.close()
+            sock.close()
             raise
-        if connection.sock is not None:  # else the server ends the connection after the answer
-            self._kept = connection
+        if response.will_close:
+            sock.close()
+        else:
+            self._kept = sock
         return response.status, content
 
     def stream(self, path: str, body: dict[str, Any], largest: int) -> Stream:
@@ -149,24 +151,18 @@ class Connection:
         """
         return self._with_token(lambda: self._stream(path, body, largest))
 
-    def close(self) -> None:
-        """Close the connection that is kept. The next request opens another one."""
-        if self._kept is not None:
-            self._kept.close()
-            self._kept = None
-
     def _stream(self, path: str, body: dict[str, Any], largest: int) -> Stream:
-        connection = self._connect()
+        sock = self._connect()
         try:
             with self.no_answer(), answers.bounded_here(largest) as bounds:
-                response = self._ask(connection, "POST", path, body, READ_TIMEOUT)
+                response = self._ask(sock, "POST", path, body)
                 if response.status == 200:
-                    return Stream(self, connection, response, bounds)
+                    return Stream(self, sock, response, bounds)
                 with closing(response):
                     self._parsed(response.status, response.read())
             raise self.no_etcd(f"status {response.status}")
         except BaseException:
-            connection.close()
+            sock.close()
             raise
 
     def _with_token(self, send: Callable[[], T]) -> T:
@@ -184,18 +180,14 @@ class Connection:
                 raise
         return send()
 
-    def _connect(self) -> http.client.HTTPConnection:
-        """Return a connection that is open. Raises NotSent, or StoreUnavailable if this host lacks descriptors."""
-        name, port = self._member
-        connection = http.client.HTTPConnection(name, port)
-        connection.auto_open = 0
-        connection.response_class = answers.Answer
+    def _connect(self) -> socket.socket:
+        """Return a connection, with READ_TIMEOUT. Raises NotSent, and StoreUnavailable for want of descriptors."""
+        name, port = self._member[0].strip("[]"), self._member[1]
         try:
-            plain = last_known.connect(connection.host, port, READ_TIMEOUT)
+            plain = last_known.connect(name, port, READ_TIMEOUT)
             try:
                 plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                secure = self._settings.scheme == "https"
-                connection.sock = _tls(self._settings, plain, connection.host) if secure else plain
+                return _tls(self._settings, plain, name) if self._settings.scheme == "https" else plain
             except BaseException:
                 plain.close()
                 raise
@@ -203,23 +195,31 @@ class Connection:
             if is_shortage(error):
                 raise StoreUnavailable(f"etcd cannot be asked: {why(error)}") from error
             raise NotSent(f"{self.url} ({why(error)})", type(error).__name__ in _GARBLED) from error
-        return connection
 
-    def _ask(
-        self,
-        connection: http.client.HTTPConnection,
-        method: str,
-        path: str,
-        body: dict[str, Any] | None,
-        timeout: float,
-    ) -> http.client.HTTPResponse:
-        headers = {"Grpc-Metadata-hasleader": "true"}  # a member without a leader refuses it at once
-        if self.token is not None:
-            headers["Authorization"] = self.token
-        connection.sock.settimeout(timeout)
-        content = None if body is None else json.dumps(body, separators=(",", ":")).encode()
-        connection.request(method, path, content, headers)
-        return connection.getresponse()
+    def _ask(self, sock: socket.socket, method: str, path: str, body: dict[str, Any] | None) -> answers.Answer:
+        """Send a request, and return its answer, whose headers have been read. Raises OSError or HTTPException.
+
+        All is sent at once: else the end of a TLS connection, if the server refuses the client's certificate, may be
+        noticed by a second attempt to send, and not by the server's alert, which says why.
+        """
+        content = b"" if body is None else json.dumps(body, separators=(",", ":")).encode()
+        lines = [
+            f"{method} {path} HTTP/1.1",
+            f"Host: {self._member[0]}:{self._member[1]}",
+            "Accept-Encoding: identity",
+            "Content-Type: application/json",
+            f"Content-Length: {len(content)}",
+            "Grpc-Metadata-hasleader: true",  # a member without a leader refuses the request at once
+            *([] if self.token is None else [f"Authorization: {''.join(filter(str.isprintable, self.token))}"]),
+        ]
+        sock.sendall("\r\n".join([*lines, "", ""]).encode() + content)
+        answer = answers.Answer(sock, method=method)
+        try:
+            answer.begin()
+        except BaseException:
+            answer.close()
+            raise
+        return answer
 
     @contextmanager
     def no_answer(self) -> Iterator[None]:
@@ -273,12 +273,12 @@ class Stream:
     def __init__(
         self,
         member: Connection,
-        connection: http.client.HTTPConnection,
-        response: http.client.HTTPResponse,
+        sock: socket.socket,
+        response: answers.Answer,
         bounds: answers.Bounds,
     ) -> None:
         self._member = member
-        self._connection = connection
+        self._socket = sock
         self._response = response
         self._bounds = bounds
         self._rest = b""
@@ -337,7 +337,7 @@ class Stream:
     def close(self) -> None:
         with suppress(OSError):
             self._response.close()
-        self._connection.close()
+        self._socket.close()
 
 
 def _error(answer: Any) -> tuple[int, str] | None:
@@ -352,10 +352,10 @@ def _error(answer: Any) -> tuple[int, str] | None:
     return (code, text) if isinstance(code, int) and isinstance(text, str) else None
 
 
-def _is_over(connection: http.client.HTTPConnection) -> bool:
+def _is_over(sock: socket.socket) -> bool:
     """Return whether a server has closed a kept connection, or has sent what was not asked for."""
     waiting = select.poll()
-    waiting.register(connection.sock, select.POLLIN)
+    waiting.register(sock, select.POLLIN)
     return bool(waiting.poll(0))
 
 

@@ -51,6 +51,17 @@ def test_a_connection_falls_back_to_what_is_known(port: int) -> None:
     assert last_known.addresses(NAME) == []
 
 
+def test_a_plain_socket_falls_back_to_what_is_known(port: int) -> None:
+    with pytest.raises(OSError, match="Name or service not known"):
+        last_known.connect(NAME, port, 5)
+    last_known.remember({NAME: {"127.0.0.9", "127.0.0.1"}})
+    with last_known.connect(NAME, port, 5) as found:
+        assert found.getpeername() == ("127.0.0.1", port) and found.gettimeout() == 5
+    last_known.remember({NAME: {"127.0.0.9"}})
+    with pytest.raises(OSError, match="Name or service not known"):
+        last_known.connect(NAME, port, 5)
+
+
 @pytest.mark.parametrize("content", [b"{", b"[]", b'{"etcd.invalid": ["x", 1, "192.0.2.1"]}', b"\xff"])
 def test_a_damaged_file_is_not_believed(content: bytes) -> None:
     state.write(hostname(), "members", content=content)
