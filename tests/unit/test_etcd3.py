@@ -10,13 +10,14 @@ from typing import Any, Callable
 
 import pytest
 
-from calicoctl.datastore import etcd3, etcd3_http, etcd3_watch, members
+from calicoctl.datastore import etcd3, etcd3_http, etcd3_json, etcd3_watch, members
 from calicoctl.datastore.etcd3 import Etcd3Store
 from calicoctl.datastore.etcd3_http import Connection
 from calicoctl.datastore.settings import EtcdSettings
 from calicoctl.datastore.store import Change, Create, Delete, Entry, Update
 from calicoctl.errors import CompareFailed, KeyExists, StoreError, StoreUnavailable, WatchExpired
 from tests.unit.rogue_server import Client, Server, answer, serving
+from tests.unit.waiting import wait_for
 
 REVISION = 5
 KEPT = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
@@ -178,6 +179,12 @@ def test_names_that_are_too_long_for_one_answer_are_read_in_several(
     assert store.names("/calico", names[::2]) == names[1::2]
 
 
+@pytest.mark.parametrize("text", ["9" * 25, "-1", "", "1e3", 5, None, ["1"]])
+def test_what_is_no_revision_is_an_error(text: object) -> None:
+    with pytest.raises(TypeError, match="x is no number"):
+        etcd3_json.number({"x": text}, "x")
+
+
 # Refusals
 
 
@@ -303,6 +310,7 @@ def test_a_token_is_renewed_unseen(gateway: Gateway, server: Server) -> None:
 
     def authorize(connection: Connection, token: str | None) -> str:
         refused.append(token)
+        connection.token = None
         return str(connection.exchange("POST", "/v3/auth/authenticate", {"name": "u"})["token"])
 
     store = store_of(server, authorize=authorize)
@@ -336,9 +344,8 @@ def test_a_connection_is_kept_and_one_that_the_server_has_closed_is_replaced_wit
     with serving(serve) as server:
         store = store_of(server)
         store.put("/k", "1")
-        again.set()  # the connection ends
-        (thread,) = server._threads
-        thread.join(10)
+        again.set()
+        wait_for(lambda: server.sent, "the end of the connection")
         store.put("/k", "1")
         assert len(server.requests) == 2
 
@@ -384,7 +391,8 @@ def test_changes_come_as_they_are_made_whatever_pieces_they_come_in(short: None)
     puts = [{"kv": kv(f"/calico/{number}", "é", 6 + number)} for number in range(3)]
     delete = {"type": "DELETE", "kv": {"key": encoded("/calico/0"), "mod_revision": "9"}}
     text = json.dumps(result(8, events=puts)).encode() + b"\n" + json.dumps(result(9, events=[delete])).encode() + b"\n"
-    with serving(Stream(CREATED, text[:100], text[100:101], text[101:-5], text[-5:])) as server:
+    stream = Stream(CREATED, text[:100], text[100:101], text[101:-5], text[-5:])
+    with serving(stream) as server:
         watch = store_of(server).watch("/calico", 6, 0.3)
         assert [change.entry for change in next(watch)] == [
             Entry(f"/calico/{number}", "é", 6 + number, 6 + number) for number in range(3)
@@ -393,8 +401,11 @@ def test_changes_come_as_they_are_made_whatever_pieces_they_come_in(short: None)
         assert change == Change("/calico/0", None) and change.alone
         assert next(watch) == next(watch) == [], "the end of a chunk is no message that begins"
         watch.close()
-        server.ended.wait(0.1)
-        assert len(server.sent) == len(server.requests), "its connection is closed"
+        wait_for(lambda: len(server.sent) == len(server.requests), "the end of its connection")
+    paths = [path for path, _ in stream.asked]
+    assert paths == ["/v3/kv/range", "/v3/watch", "/v3/kv/range", "/v3/kv/range"], (
+        "a member that lags behind would look like a store that was set back"
+    )
 
 
 def test_what_is_not_utf8_in_a_change_is_named(short: None) -> None:
