@@ -16,6 +16,7 @@ import time
 from collections.abc import Collection, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Callable, Generic, TypeVar
 
 from calicoctl import answers
@@ -33,8 +34,12 @@ T = TypeVar("T")
 PAGE = 1000
 """The most keys that are asked for at once."""
 
-READS = 5
-"""How often a directory is read from the beginning, if its revision is compacted before it is read to the end."""
+ATTEMPTS = 5
+"""How often a directory is read from the beginning, if its revision is compacted before it is read to the end; and how
+often a lease is granted, if it expires before it is used."""
+
+MOST_KEYS = 1_000_000
+"""The most keys below one directory that are read. With it, an answer in parts has an end, whatever the server says."""
 
 QUORUM_TIMEOUT = 3.0
 """Seconds to wait for the linearizable read that shows that a quiet member neither hangs nor is partitioned."""
@@ -99,15 +104,21 @@ class Etcd3Store:
         if not (keys or directories):
             return [], []
         ranges = [_key(key) for key in keys] + [_range(*below(directory), 0) for directory in directories]
-
         request = {"success": [{"request_range": one} for one in ranges]}
 
-        def parse(answer: Any) -> tuple[list[Entry | None], list[list[Entry]]]:
-            found = [of_one.get("kvs", []) for of_one in _ranges(answer, len(ranges))]
-            entries = [_entry_of(kvs, key) for kvs, key in zip(found, keys)]
-            return entries, [list(filter(None, map(_readable, kvs))) for kvs in found[len(keys) :]]
+        def send(connection: Connection) -> tuple[list[Entry | None], list[list[Entry]]] | None:
+            try:
+                with _translated(connection, (*keys, *directories)[0]):
+                    answer = connection.post("/v3/kv/txn", request)
+                    found = [of_one.get("kvs", []) for of_one in _ranges(answer, len(ranges))]
+                    entries = [_entry_of(kvs, key) for kvs, key in zip(found, keys)]
+                    return entries, [list(filter(None, map(_readable, kvs))) for kvs in found[len(keys) :]]
+            except ConnectionLost as lost:
+                if _is_too_large(lost):
+                    return None
+                raise
 
-        return self._ask("/v3/kv/txn", request, (*keys, *directories)[0], parse)
+        return self._members.retry(send) or (list(map(self.get, keys)), list(map(self.tree, directories)))
 
     def peek(self, key: str, directory: str) -> tuple[Entry | None, bool]:
         """Return the entry of a key, and whether there is any key below `directory`, by one request."""
@@ -136,6 +147,7 @@ class Etcd3Store:
             left = gaps[len(pages) :]
             for (_, stop), (found, more) in zip(gaps, pages):
                 names.update(key[len(prefix) :].partition(b"/")[0] for key in found)
+                _check_count(directory, len(names))
                 if more:  # what else is below the last name is skipped
                     name, slash, _ = found[-1][len(prefix) :].partition(b"/")
                     left.append((prefix + name + (b"0" if slash else b"\0"), stop))
@@ -175,17 +187,17 @@ class Etcd3Store:
         """Do what `commit` does, and attach what is written to the lease for `ttl`."""
         known: dict[str, Entry] = {}
 
-        def send(connection: Connection, doubtful: bool) -> None:
+        def send(lease: str | None, connection: Connection, doubtful: bool) -> None:
             while len(known) < len(writes):
                 left = [write for write in writes if write.key not in known]
-                reached, found = self._transact(connection, left, ttl)
-                if reached is not None:
-                    known.update({write.key: _written(write, reached) for write in left})
-                    return
                 with _translated(connection, left[0].key):
-                    known.update(_settled(left, found, doubtful))
+                    answer = connection.post("/v3/kv/txn", _transaction(left, lease))
+                    if answer.get("succeeded"):
+                        known.update({write.key: _written(write, revision(answer)) for write in left})
+                    else:
+                        known.update(_settled(left, answer, doubtful))
 
-        self._members.resend(send)
+        self._attached(ttl, lambda lease: self._members.resend(partial(send, lease)))
         return [known[write.key] for write in writes]
 
     def touch(self, entry: Entry, value: str, ttl: int) -> Entry:
@@ -198,10 +210,7 @@ class Etcd3Store:
         return self.update(entry, value, ttl)
 
     def put(self, key: str, value: str, ttl: int | None = None) -> None:
-        def send(connection: Connection) -> None:
-            self._attached(connection, key, ttl, lambda lease: connection.post("/v3/kv/put", _put(key, value, lease)))
-
-        self._members.retry(send)  # idempotent
+        self._attached(ttl, lambda lease: self._ask("/v3/kv/put", _put(key, value, lease), key, revision))  # idempotent
 
     def remove_tree(self, directory: str) -> None:
         start, end = map(base64, below(directory))
@@ -209,39 +218,25 @@ class Etcd3Store:
         request = {"success": [{"request_delete_range": keys} for keys in ranges]}
         self._ask("/v3/kv/txn", request, directory, revision)  # idempotent
 
-    def _transact(
-        self, connection: Connection, writes: Sequence[Write], ttl: int | None
-    ) -> tuple[int | None, list[Entry | None]]:
-        """Send a transaction of these writes; return its revision, or None and what its keys hold, if it failed."""
-
-        def send(lease: str | None) -> tuple[int | None, list[Entry | None]]:
-            request = {
-                "compare": [_condition(write) for write in writes],
-                "success": [_operation(write, lease) for write in writes],
-                "failure": [{"request_range": _key(write.key)} for write in writes],
-            }
-            answer = connection.post("/v3/kv/txn", request)
-            if answer.get("succeeded"):
-                return revision(answer), []
-            found = _ranges(answer, len(writes))
-            return None, [_entry_of(of_one.get("kvs", []), write.key) for of_one, write in zip(found, writes)]
-
-        return self._attached(connection, writes[0].key, ttl, send)
-
-    def _attached(self, connection: Connection, key: str, ttl: int | None, send: Callable[[str | None], T]) -> T:
-        """Call `send`, which writes `key`, with a lease that lives for `ttl` seconds from now on; None: with none."""
-        while True:
+    def _attached(self, ttl: int | None, send: Callable[[str | None], T]) -> T:
+        """Call `send`, which writes, with a lease that lives for `ttl` seconds from now on; None: without a lease."""
+        if ttl is None:
+            return send(None)
+        for _ in range(ATTEMPTS):
             try:
-                with _translated(connection, key):
-                    if ttl is not None and not self._keep_alive(connection, ttl):
-                        granted = connection.post("/v3/lease/grant", {"TTL": str(ttl)})
-                        number(granted, "ID")
-                        self._leases[ttl] = granted["ID"]
-                    return send(None if ttl is None else self._leases[ttl])
-            except _NoLease:
-                if ttl is None:
-                    raise
-                self._leases.pop(ttl, None)  # it has expired since it was kept alive
+                return send(self._members.retry(lambda connection: self._lease(connection, ttl)))
+            except _NoLease:  # it has expired since it was kept alive
+                self._leases.pop(ttl, None)
+        raise StoreUnavailable(f"etcd ends leases of {ttl} s before they are used; try again later")
+
+    def _lease(self, connection: Connection, ttl: int) -> str:
+        """Return a lease that lives for `ttl` seconds from now on."""
+        if not self._keep_alive(connection, ttl):
+            with _translated(connection, "a lease"):
+                granted = connection.post("/v3/lease/grant", {"TTL": str(ttl)})
+                number(granted, "ID")
+                self._leases[ttl] = granted["ID"]
+        return self._leases[ttl]
 
     def _keep_alive(self, connection: Connection, ttl: int) -> bool:
         """Let a lease of this store live for `ttl` seconds more; return False, and forget it, if there is none."""
@@ -328,7 +323,7 @@ class Etcd3Store:
 
         A key that is too large to be read has a `problem` in its JSON object.
         """
-        for _ in range(READS):
+        for _ in range(ATTEMPTS):
             try:
                 return self._list_once(directory, item)
             except _Compacted:
@@ -345,6 +340,7 @@ class Etcd3Store:
             at = at or page.revision
             if not page.more:
                 return found, at
+            _check_count(directory, len(found))
             start, limit = page.last + b"\0", min(PAGE, 2 * page.limit)
 
     def _page(
@@ -369,7 +365,7 @@ class Etcd3Store:
                         answer = connection.post("/v3/kv/range", _range(start, end, count, at, problem is not None))
                         return _page_of(answer, start, end, item, count, problem)
                 except ConnectionLost as lost:
-                    if not isinstance(lost.__cause__, answers.TooLarge) or problem is not None:
+                    if not _is_too_large(lost) or problem is not None:
                         raise
                     count, problem = max(1, count // 4), TOO_LARGE if count == 1 else None
 
@@ -393,7 +389,7 @@ class Etcd3Store:
                         pages = [_page_of(one, *gap, _raw_key) for one, gap in zip(found, gaps)]
                         return [(page.items, page.more) for page in pages]
                 except ConnectionLost as lost:
-                    if not isinstance(lost.__cause__, answers.TooLarge) or (count, most) == (1, 1):
+                    if not _is_too_large(lost) or (count, most) == (1, 1):
                         raise
                     count, most = max(1, count // 4), max(1, most // 4)
 
@@ -442,6 +438,16 @@ def _refusal(error: ErrorAnswer, key: str, url: str) -> StoreError:
             f"clients, too (extended key usage clientAuth) ({text})"
         )
     return StoreError(f"etcd at {url} refuses a request about {key}: {text}")
+
+
+def _check_count(directory: str, count: int) -> None:
+    """Raise StoreError if there are too many keys below a directory."""
+    if count > MOST_KEYS:
+        raise StoreError(f"there are more than {MOST_KEYS} keys below {directory}, and they are not read")
+
+
+def _is_too_large(lost: ConnectionLost) -> bool:
+    return isinstance(lost.__cause__, answers.TooLarge)
 
 
 def _confirm_quorum(connection: Connection, directory: str) -> None:
@@ -534,6 +540,15 @@ def _is_utf8(raw: bytes) -> bool:
 # Conditional writes
 
 
+def _transaction(writes: Sequence[Write], lease: str | None) -> dict[str, Any]:
+    """Return the request that makes all of these writes, or none; then the answer has what their keys hold."""
+    return {
+        "compare": [_condition(write) for write in writes],
+        "success": [_operation(write, lease) for write in writes],
+        "failure": [{"request_range": _key(write.key)} for write in writes],
+    }
+
+
 def _condition(write: Write) -> dict[str, Any]:
     if isinstance(write, Create):
         return {**_key(write.key), "target": "CREATE", "result": "EQUAL", "create_revision": "0"}
@@ -553,14 +568,15 @@ def _written(write: Write, reached: int) -> Entry:
     return Entry(write.key, write.value, reached, reached if isinstance(write, Create) else write.entry.created)
 
 
-def _settled(writes: Sequence[Write], found: Sequence[Entry | None], doubtful: bool) -> dict[str, Entry]:
+def _settled(writes: Sequence[Write], answer: Any, doubtful: bool) -> dict[str, Entry]:
     """After a transaction whose conditions were not met, return the entries of those writes that need no other attempt.
 
-    `found` are the entries of its keys at that moment. `doubtful` says that an earlier attempt may have been applied:
-    then all its own values are there. Otherwise, only a key that was to be deleted, and is gone, needs nothing more.
-    Raises KeyExists or CompareFailed.
+    The answer has the entries of its keys at that moment. `doubtful` says that an earlier attempt may have been
+    applied: then all its own values are there. Otherwise, only a key that was to be deleted, and is gone, needs nothing
+    more. Raises KeyExists or CompareFailed.
     """
-    verdicts = [_verdict(write, now, doubtful) for write, now in zip(writes, found)]
+    found = [one.get("kvs", []) for one in _ranges(answer, len(writes))]
+    verdicts = [_verdict(write, _entry_of(kvs, write.key), doubtful) for write, kvs in zip(writes, found)]
     settled = {write.key: entry for write, entry in zip(writes, verdicts) if entry is not None}
     if len(settled) < len(writes):  # the attempt was not applied: what looks like its values is of other writers
         for write in writes:

@@ -131,7 +131,7 @@ def test_a_list_whose_revision_is_forgotten_meanwhile_is_read_again(gateway: Gat
     first, forgotten = [kv("/calico/0000")], refusal(11, "etcdserver: mvcc: required revision has been compacted")
     gateway.instead = [reply({"kvs": first, "more": True}), forgotten]
     assert len(store.tree("/calico")) == 1500
-    gateway.instead = [reply({"kvs": first, "more": True}), forgotten] * etcd3.READS
+    gateway.instead = [reply({"kvs": first, "more": True}), forgotten] * etcd3.ATTEMPTS
     with pytest.raises(StoreUnavailable, match="try again later"):
         store.tree("/calico")
     assert not gateway.instead
@@ -156,6 +156,26 @@ def test_what_is_not_utf8_is_named_and_does_not_hide_the_rest(gateway: Gateway, 
     found = store.get("/calico/b")
     assert found is not None and found.value == "{\N{REPLACEMENT CHARACTER}}", "so it can be deleted"
     assert store.read(["/calico/b"], ["/calico"]) == ([found], [store.tree("/calico")])
+
+
+def test_a_list_without_an_end_is_given_up(
+    gateway: Gateway, store: Etcd3Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(etcd3, "MOST_KEYS", 1000)
+    gateway.kvs = {b"/calico/%04d" % number: b"" for number in range(2001)}
+    for read in (store.tree, store.names):
+        with pytest.raises(StoreError, match="more than 1000 keys below /calico, and they are not read"):
+            read("/calico")
+    assert len(gateway.asked) == 4
+
+
+def test_what_is_too_large_for_one_answer_is_read_one_by_one(
+    gateway: Gateway, store: Etcd3Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(etcd3_http, "LARGEST", 20_000)
+    gateway.kvs = {b"/calico/%02d" % number: b"x" * 400 for number in range(50)} | {b"/k": b"1"}
+    (one,), (tree,) = store.read(["/k"], ["/calico"])
+    assert one is not None and one.value == "1" and len(tree) == 50
 
 
 def test_names_skip_what_is_below_them(gateway: Gateway, store: Etcd3Store) -> None:
@@ -296,6 +316,13 @@ def test_a_lease_that_has_expired_is_granted_anew(gateway: Gateway, store: Etcd3
         *("keepalive", "range", "keepalive", "txn"),
         *("keepalive", "grant", "txn"),
     ]
+    gone = refusal(5, "etcdserver: requested lease not found", 404)
+    gateway.instead = [alive, *[gone, reply({"ID": "15"})] * (etcd3.ATTEMPTS - 1), gone]
+    with pytest.raises(StoreUnavailable, match="ends leases of 30 s"):
+        store.put("/k", "1", ttl=30)
+    assert not gateway.instead
+    gateway.instead = [reply({"ID": "16"})]
+    entry = store.create("/k", "1", ttl=30)
     error = {"grpc_code": 14, "http_code": 503, "message": "etcdserver: no leader", "http_status": "X"}
     gateway.instead = [reply({"error": error})]
     with pytest.raises(StoreUnavailable, match="no leader"):
