@@ -36,7 +36,7 @@ def encoded(text: str) -> str:
 def alone(bare_host: Host, tmp_path: Path) -> Iterator[Etcd]:
     """An etcd whose quota is small."""
     etcd = Etcd(tmp_path / "etcd")
-    etcd.start(None, "--quota-backend-bytes=2000000")
+    etcd.start(None, "--quota-backend-bytes=4000000")
     etcd.await_ready()
     yield etcd
     etcd.stop(9)
@@ -119,7 +119,7 @@ def test_a_store_at_its_limits_says_so_and_can_still_be_read_and_emptied(alone: 
     assert not store.exists("/calico")
     one = store.create(KEY, "1")
     with pytest.raises(StoreError, match="has no space left, and takes no writes: compact"):
-        for number in range(10):
+        for number in range(20):
             store.put(f"/calico/large/{number}", "x" * 500_000)
     for write in (lambda: store.update(one, "2"), lambda: store.check_writable(KEY)):
         with pytest.raises(StoreError, match="has no space left"):
