@@ -151,6 +151,12 @@ class Connection:
         """
         return self._with_token(lambda: self._stream(path, body, largest))
 
+    def close(self) -> None:
+        """Close the connection that is kept. The next request opens another one."""
+        if self._kept is not None:
+            self._kept.close()
+            self._kept = None
+
     def _stream(self, path: str, body: dict[str, Any], largest: int) -> Stream:
         sock = self._connect()
         try:

@@ -197,6 +197,7 @@ def test_members_that_hang_die_or_have_no_quorum(members: list[Etcd]) -> None:
     first.process.send_signal(18)
 
     # the one that is watched dies: all must be read anew, from another one
+    wait_for(lambda: not follows(first), "the end of the watch of the one that had hung")
     watched = next(server for server in members if follows(server))
     watched.stop(9)
     with pytest.raises(WatchExpired, match="cut short"):
