@@ -81,8 +81,8 @@ def test_changes_that_etcd_no_longer_has(pair: AgentHost) -> None:
 def test_a_store_that_is_not_ready(bare_host: Host) -> None:
     host = AgentHost(bare_host.etcd)
     host.register("192.0.2.2")
-    host.etcd.put("/calico/v1/Ready", "false")
     host.add_pair()
+    host.etcd.put("/calico/v1/Ready", "false")
 
     def made() -> dict[str, str]:
         # the kernel's own routes come when it has checked an interface's address
