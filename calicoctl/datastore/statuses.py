@@ -20,6 +20,11 @@ class Statuses:
         self.host = host
         self._store = store
 
+    @property
+    def hang_together(self) -> bool:
+        """Whether the statuses that an agent writes with the same `ttl` hang on one lease; see Store."""
+        return self._store.leases
+
     def of_host(self) -> Entry | None:
         """Return this host's status, the heartbeat of its agent; None if it has expired or was deleted."""
         return self._store.get(keys.felix_status(self.host))
@@ -44,15 +49,27 @@ class Statuses:
             return self._store.create(keys.felix_status(self.host), json.dumps(status), ttl)
         return self._store.update(before, json.dumps(status), ttl)
 
+    def renew_host(self, status: dict[str, object], ttl: int, before: Entry) -> Entry:
+        """Have this host's status, written as `before`, expire `ttl` seconds from now; return it as it is then.
+
+        A store with leases keeps alive whatever this client has written with the same `ttl`, and writes nothing. Other
+        stores write `status`. Raises CompareFailed if the status was written or has expired since.
+        """
+        return self._store.touch(before, json.dumps(status), ttl)
+
     def remove_host(self, before: Entry) -> None:
         """Delete this host's status, unless another agent has written one since `before` was read."""
         with suppress(CompareFailed):
             self._store.delete(before)
 
-    def report_endpoint(self, id: EndpointId, status: str | None) -> None:
-        """Write the status (JSON text) of an endpoint of this host; None deletes it."""
+    def report_endpoint(self, id: EndpointId, status: str | None, ttl: int | None = None) -> None:
+        """Write the status (JSON text) of an endpoint of this host; None deletes it.
+
+        If statuses hang together, it hangs on the lease of this `ttl`, as the host's status. Else it does not expire:
+        readers ignore it without the host's.
+        """
         if status is not None:
-            self._store.put(keys.felix_endpoint(id), status)
+            self._store.put(keys.felix_endpoint(id), status, ttl if self._store.leases else None)
         else:
             set_value(self._store, keys.felix_endpoint(id), None)
 

@@ -1,7 +1,9 @@
 """The agent's heartbeat: the host's status in the store. It expires, and names the machine whose agent writes it.
 
-The status is written by compare-and-swap alone, so one request both renews it and detects that another agent has
-written it, such as the agent of a second machine with the same host name. `claim` decides whether this machine keeps
+The status is renewed by compare-and-swap, or on a store with leases by a touch (`Store.touch`), so one operation both
+renews it and detects that another agent has written it, such as the agent of a second machine with the same host name.
+With leases, a status is not written while it stays the same: that it exists says that its agent is alive, its `time`
+does not. `claim` decides whether this machine keeps
 the host name when `calicoctl node` runs, before that command writes anything else; `Heartbeat` decides it for a running
 agent. Suppose that another agent has replaced this one, and that the status names its machine. Then this agent never
 takes the host name back by itself, even when the status has expired: the other machine may be rebooting, and
@@ -37,11 +39,18 @@ TIME_TO_LIVE = 30
 EXPIRY_PATIENCE = 30.0
 """Seconds to wait for a status to expire. Felix of 2015 renews its status every 30 s, with a time to live of 90 s."""
 
+LEASE_PATIENCE = TIME_TO_LIVE + 5.0
+"""Seconds after which a status on a store with leases has expired, unless its agent is alive. etcd needs up to a second
+to delete what has expired."""
+
 YIELD_PATIENCE = INTERVAL + 2
 """Seconds within which an agent notices that another one has written its status."""
 
 POLL_INTERVAL = 0.5
 """Seconds between two reads of a status while waiting."""
+
+TIMES = ("time", "uptime")
+"""The fields of a status that always change. A status that differs in nothing else need not be written."""
 
 _APPLICATION = uuid.UUID("b42e1f91-5bde-4911-a361-abec26e34313").bytes
 
@@ -125,6 +134,11 @@ class Heartbeat:
         self._own = Identity.own()
         self._entry: Entry | None = None
         """The status as this agent wrote it last."""
+        self._lasting: dict[str, Any] | None = None
+        """The status without TIMES, if `_entry` is what this agent itself has written, else None."""
+        self.has_begun = False
+        """Whether the last `beat` wrote the status for the first time, or after it was lost to an expiry or to another
+        writer. What hung on the lease of the status before that may be gone, or hang on another lease."""
         self._contested = False
         """Whether an agent of the same identity wrote the status between the last two heartbeats of this one."""
         self._replaced_by: Identity | None = None
@@ -138,12 +152,15 @@ class Heartbeat:
         contested = False
         if self._replaced_by is not None:
             self._try_to_regain(self._replaced_by)
+        status = {**status, **self._own.to_dict()}
+        lasting = {name: value for name, value in status.items() if name not in TIMES}
         while self._replaced_by is None:
             try:
-                self._entry = self._datastore.statuses.write_host(
-                    {**status, **self._own.to_dict()}, TIME_TO_LIVE, self._entry
-                )
-                self._contested = contested
+                if self._entry is not None and self._lasting == lasting:
+                    self._entry = self._datastore.statuses.renew_host(status, TIME_TO_LIVE, self._entry)
+                else:
+                    self._entry = self._datastore.statuses.write_host(status, TIME_TO_LIVE, self._entry)
+                self.has_begun, self._lasting, self._contested = self._lasting is None, lasting, contested
                 return None
             except (KeyExists, CompareFailed):
                 had_it = self._entry is not None
@@ -158,6 +175,7 @@ class Heartbeat:
         that happens at two heartbeats in a row, another agent runs on this machine that is not in the pid file, such
         as one in a container.
         """
+        self._lasting = None
         self._entry = self._datastore.statuses.of_host()
         writer = self._own if self._entry is None else Identity.of(self._entry)
         if writer != self._own or self._contested:
@@ -221,14 +239,16 @@ def _await_expiry(
     """Wait until a status expires, and return None. If it neither expires nor is renewed in EXPIRY_PATIENCE, return it.
 
     If this machine has written a status meanwhile, return that one. Raises CalicoError if another agent renews the
-    status.
+    status: with leases, that is not seen, so if the status has not expired in LEASE_PATIENCE.
     """
     writer = Identity.of(entry)
+    leases = datastore.statuses.hang_together
+    patience = LEASE_PATIENCE if leases else EXPIRY_PATIENCE
     notify(
         f"Host {datastore.host} has a status in etcd that may be another agent's: waiting for it to expire, for "
-        f"{EXPIRY_PATIENCE:.0f} s at most."
+        f"{patience:.0f} s at most."
     )
-    give_up = time.monotonic() + EXPIRY_PATIENCE
+    give_up = time.monotonic() + patience
     while time.monotonic() < give_up:
         time.sleep(POLL_INTERVAL)
         found = datastore.statuses.of_host()
@@ -238,6 +258,8 @@ def _await_expiry(
             if _is_ours(Identity.of(found), own, False):
                 return found  # another command on this host was faster
             raise CalicoError(_in_use(datastore, writer, own))
+    if leases:
+        raise CalicoError(_in_use(datastore, writer, own))
     return entry
 
 

@@ -1,9 +1,9 @@
 """Publishes the agent's health (health.py): in a file, for `calicoctl status`, and in the store, for all hosts.
 
-The status of each endpoint, and the host's heartbeat (heartbeat.py), are written to the store. The file contains the
-numbers of endpoints by status, the endpoints in trouble, and all that fails on the host. It can be read while the store
-is unreachable. A thread writes to the store, so that a slow store does not delay the agent's loop. metrics.py serves
-the same figures to Prometheus.
+The status of each endpoint, and the host's heartbeat (heartbeat.py), are written to the store. If the store has
+leases, they hang on one lease, which the heartbeat keeps alive. The file contains the numbers of endpoints by status,
+the endpoints in trouble, and all that fails on the host. It can be read while the store is unreachable. A thread writes
+to the store, so that a slow store does not delay the agent's loop. metrics.py serves the same figures to Prometheus.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from calicoctl.datastore.keys import EndpointId
 from calicoctl.errors import CalicoError, StoreError, StoreUnavailable, is_shortage
 from calicoctl.felix import events, process
 from calicoctl.felix.health import Health, Status
-from calicoctl.felix.heartbeat import INTERVAL, Heartbeat, Identity, replaced
+from calicoctl.felix.heartbeat import INTERVAL, TIME_TO_LIVE, Heartbeat, Identity, replaced
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -191,6 +191,8 @@ class StoreReporter(threading.Thread):
         self._errors_at = 0.0
         """When the next of `_errors` may be written, by the monotonic clock."""
         self._written: dict[EndpointId, str] | None = None
+        self._hanging: set[EndpointId] = set()
+        """The endpoints whose statuses were written since the host's own was written for the first time."""
         self._macs: frozenset[str] | None = None
         """The MACs of this host that are still to be written; None if there are none."""
         self._wake = threading.Event()
@@ -267,6 +269,9 @@ class StoreReporter(threading.Thread):
                 "first_update": self._health.first_update,
             }
         )
+        if replaced_by is None and self._heartbeat.has_begun:
+            self._hanging.clear()
+            self.resync()
         if replaced_by != self._replaced_by:
             self._replaced_by = replaced_by
             why = None if replaced_by is None else replaced(self._datastore, replaced_by)
@@ -312,6 +317,9 @@ class StoreReporter(threading.Thread):
             written = self._written
         if written is None:
             written = self._datastore.statuses.of_endpoints()
+            if self._datastore.statuses.hang_together:
+                # the others hang on the lease of an earlier agent, or on none: they are written again, to hang on ours
+                written = {id: status if id in self._hanging else "" for id, status in written.items()}
             with self._lock:
                 self._written = written
                 self._errors = {id for id, status in self._desired.items() if json.loads(status)["status"] == "error"}
@@ -333,9 +341,11 @@ class StoreReporter(threading.Thread):
                 if status is None and id in written:
                     self._datastore.statuses.report_endpoint(id, None)
                     written.pop(id, None)
+                    self._hanging.discard(id)
                 elif status is not None and written.get(id) != status:
-                    self._datastore.statuses.report_endpoint(id, status)
+                    self._datastore.statuses.report_endpoint(id, status, TIME_TO_LIVE)
                     written[id] = status
+                    self._hanging.add(id)
             except StoreUnavailable:
                 with self._lock:
                     self._changed |= {id, *refused}

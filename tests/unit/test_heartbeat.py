@@ -39,9 +39,8 @@ class Machine:
 class World:
     """Some machines, and the store that they share; time passes only while somebody waits."""
 
-    def __init__(self, patch: pytest.MonkeyPatch, folder: Path) -> None:
-        self.store = MemoryStore()
-        self.datastore = DatastoreClient(self.store, "host1")
+    def __init__(self, patch: pytest.MonkeyPatch, folder: Path, modern: bool) -> None:
+        self.store = MemoryStore(modern)
         self.patch, self.folder = patch, folder
         self.clock = 0.0
         self.meanwhile: list[Any] = []
@@ -51,28 +50,32 @@ class World:
 
     def _sleep(self, seconds: float) -> None:
         self.clock += seconds
+        self.store.clock += seconds
         for do in self.meanwhile:
             do()
 
     def machine(self, id: str | None = MACHINE_ID, boot: str = "boot1") -> Machine:
         return Machine(self.patch, self.folder, id, boot)
 
+    def client(self) -> DatastoreClient:
+        return DatastoreClient(self.store.client(), "host1")
+
     def agent(self, machine: Machine) -> Heartbeat:
         with machine:
-            return Heartbeat(self.datastore)
+            return Heartbeat(self.client())
 
     def claim(self, machine: Machine, force: bool = False, own_agent_writes: bool = False) -> Any:
         with machine:
-            return claim(self.datastore, force, own_agent_writes, self.told.append)
+            return claim(self.client(), force, own_agent_writes, self.told.append)
 
     @property
     def value(self) -> dict[str, Any]:
         return dict(json.loads(self.store.entries[KEY].value))
 
 
-@pytest.fixture
-def world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> World:
-    return World(monkeypatch, tmp_path)
+@pytest.fixture(params=[False, True], ids=["v2", "v3"])
+def world(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> World:
+    return World(monkeypatch, tmp_path, request.param)
 
 
 def test_a_machine_is_identified_by_an_id_that_systemd_derives(world: World) -> None:
@@ -96,8 +99,8 @@ def test_a_heartbeat_is_one_request(world: World) -> None:
         real = getattr(world.store, name)
         world.patch.setattr(world.store, name, lambda *args, name=name, real=real: requests.append(name) or real(*args))
     assert agent.beat({"uptime": 2}) is None
-    assert requests == ["update"]
-    assert world.value["uptime"] == 2 and len(world.value["machine"]) == 32 and world.value["boot"] == "boot1"
+    assert requests == ([] if world.store.leases else ["update"])
+    assert world.value["uptime"] == (1 if world.store.leases else 2) and len(world.value["machine"]) == 32 and world.value["boot"] == "boot1"
     assert MACHINE_ID not in world.store.entries[KEY].value
 
 
@@ -207,11 +210,11 @@ def test_another_machines_name_is_refused_at_once_and_nothing_written(world: Wor
 )
 def test_node_waits_for_the_status_of_an_unknown_machine_to_expire(world: World, mine: Any, its: Any) -> None:
     def write() -> None:
-        if its is None:
-            world.store.put(KEY, OLD)
-        else:
+        value = OLD
+        if its is not None:
             with world.machine(*its):
-                world.store.put(KEY, json.dumps({"uptime": 1, **Identity.own().to_dict()}))
+                value = json.dumps({"uptime": 1, **Identity.own().to_dict()})
+        world.store.client().put(KEY, value, heartbeat.TIME_TO_LIVE if world.store.leases else 90)
 
     write()
     world.meanwhile = [lambda: world.store.entries.pop(KEY, None) if world.clock >= 12 else None]
@@ -238,6 +241,61 @@ def test_node_waits_for_the_status_of_an_unknown_machine_to_expire(world: World,
         world.claim(here)
     assert world.clock - began == 9
     assert world.store.entries[KEY].value == before.value
+
+
+def test_node_does_not_take_an_agent_that_writes_nothing_for_a_dead_one(world: World) -> None:
+    before_boot, here = world.machine(boot="boot1"), world.machine(boot="boot2")
+    agent = world.agent(before_boot)
+    agent.beat({"uptime": 1.0})
+    world.meanwhile = [lambda: agent.beat({"uptime": world.clock}) if world.clock % 10 == 0 else None]
+    with pytest.raises(CalicoError, match="Another boot, or a copy, of this machine reports for host host1"):
+        world.claim(here)
+    assert world.clock == (35 if world.store.leases else 10)
+    assert world.value["boot"] == "boot1" and agent.beat({"uptime": 1.0}) is None
+
+
+def test_what_lasts_of_a_status_is_written_at_once(world: World) -> None:
+    agent = world.agent(world.machine())
+    for number, first in enumerate([False, False, True, True]):
+        before = world.store.revision
+        agent.beat({"time": str(number), "uptime": number, "first_update": first})
+        assert (world.store.revision == before) == (world.store.leases and number in (1, 3))
+        assert world.value["first_update"] is first
+
+
+def test_an_agent_says_when_what_hangs_on_its_status_may_be_lost(world: World) -> None:
+    one, other = world.machine(), world.machine("a" * 32)
+    agent = world.agent(one)
+    begun = []
+
+    def beat() -> None:
+        agent.beat({"uptime": len(begun)})
+        begun.append(agent.has_begun)
+
+    beat(), beat()
+    world.store.clock += 40
+    beat(), beat()
+    world.claim(other, force=True)
+    assert agent.beat({}) is not None
+    world.store.clock += 40
+    world.claim(one)
+    beat(), beat()
+    world.store.fault = lambda: "down"
+    with pytest.raises(StoreUnavailable):
+        agent.beat({})
+    world.store.fault = lambda: None
+    beat()
+    assert begun == [True, False, True, False, True, False, False]
+
+
+def test_a_claimed_status_does_not_expire_once_the_agent_has_it(world: World) -> None:
+    """It hung on the lease of the command, which has ended."""
+    world.claim(world.machine())
+    agent = world.agent(world.machine())
+    for _ in range(5):
+        assert agent.beat({}) is None
+        world.store.clock += 10
+        assert world.value
 
 
 def test_this_hosts_own_agent_of_an_older_version_is_known_by_its_pid_file(world: World) -> None:

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from typing import Any
 
+import pytest
+
+from calicoctl.datastore import keys
 from calicoctl.datastore.client import DatastoreClient
-from calicoctl.felix.health import Health
+from calicoctl.datastore.keys import EndpointId
+from calicoctl.felix import heartbeat
+from calicoctl.felix.health import Health, Status
+from calicoctl.felix.heartbeat import Identity, claim
 from calicoctl.felix.report import StoreReporter
 from tests.unit.memory_store import Fault, MemoryStore
 
@@ -53,3 +60,86 @@ def test_a_heartbeat_that_fails_is_sent_again() -> None:
             assert json.loads(store.entries[KEY].value)["first_update"] is False
     finally:
         reporter.end()
+
+
+ID, OTHER, GONE = (EndpointId("host1", "docker", "w", name) for name in ("e1", "e2", "e3"))
+UP, FAILED = Status("up", 3), Status("error", 4, "broken")
+
+
+class Reported:
+    """An agent's reporter, whose turns a test takes one by one."""
+
+    def __init__(self, store: MemoryStore) -> None:
+        self.store = store
+        self.health = Health("host1", "1")
+        self.health.first_update = True
+        self.reporter = StoreReporter(DatastoreClient(store.client(), "host1"), self.health, lambda event: None)
+        self.reporter.set({ID: UP, OTHER: FAILED})
+
+    def turn(self) -> list[str]:
+        """Beat, and write what is due; return the keys that were written."""
+        revision = self.store.revision
+        self.reporter._beaten = time.monotonic()
+        self.reporter._beat()
+        self.reporter._write_endpoints()
+        return [change.key for at, change in self.store._history if at > revision and change.entry is not None]
+
+    def statuses(self) -> dict[str, str]:
+        found = self.store.tree("/calico/felix/v1/host/host1/workload")
+        return {entry.key.rpartition("/")[2]: json.loads(entry.value)["status"] for entry in found}
+
+
+@pytest.mark.parametrize("modern", [False, True], ids=["v2", "v3"])
+def test_statuses_of_endpoints_live_as_long_as_the_hosts(modern: bool) -> None:
+    store = MemoryStore(modern)
+    store.put(keys.felix_endpoint(GONE), "{}")
+    one = Reported(store)
+    assert len(one.turn()) == 3 and one.statuses() == {"e1": "up", "e2": "error"}
+    for _ in range(6):
+        store.clock += 10
+        assert one.turn() == ([] if modern else [KEY])
+        one.reporter.resync()
+    assert one.statuses() == {"e1": "up", "e2": "error"}
+    one.reporter.set({OTHER: None})
+    one.turn()
+    assert one.statuses() == {"e1": "up"} and not one.reporter._hanging - {ID}
+
+    store.clock += 40  # the agent could not reach the store
+    assert one.statuses() == ({} if modern else {"e1": "up"})
+    assert len(one.turn()) == (2 if modern else 1) and one.statuses() == {"e1": "up"}
+
+
+def test_a_new_agent_does_not_let_statuses_expire_with_the_old_ones_lease() -> None:
+    """That also holds for statuses without a lease, which came from a store without leases."""
+    store = MemoryStore(modern=True)
+    old = Reported(store)
+    old.turn()
+    store.put(keys.felix_endpoint(OTHER), FAILED.to_json())
+    old.reporter._heartbeat.end()
+    new = Reported(store)
+    assert len(new.turn()) == 3
+    for _ in range(5):
+        store.clock += 10
+        assert new.turn() == []
+    assert new.statuses() == {"e1": "up", "e2": "error"}
+    store.clock += 40  # it has died
+    assert store.tree("") == []
+
+
+def test_a_second_agent_of_the_host_makes_the_statuses_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = MemoryStore(modern=True)
+    first = Reported(store)
+    first.turn()
+    monkeypatch.setattr(Identity, "own", lambda: Identity("another", "boot"))
+    second = Reported(store)
+    second.reporter.set({OTHER: None})
+    monkeypatch.setattr(heartbeat, "YIELD_PATIENCE", 0.0)
+    claim(DatastoreClient(store.client(), "host1"), True, False, lambda text: None)
+    assert len(second.turn()) == 2
+    first.reporter._beat()
+    assert first.reporter._replaced_by == Identity("another", "boot")
+    for _ in range(5):
+        store.clock += 10
+        second.turn()
+        first.reporter._beat()
+    assert second.statuses() == {"e1": "up"}, "the one that only the first has written has expired"
