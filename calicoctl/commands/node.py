@@ -63,7 +63,7 @@ is refused: if that is this host's former name, keep using it (HOSTNAME=OLD),
 or remove it from etcd (node remove --hostname=OLD). A name whose agent is
 alive on another machine is refused, too. If it is unknown which machine the
 agent was on, for example after a reboot of this one, `node` waits until its
-heartbeat expires, 30 s at most. --force takes over the name with its
+heartbeat expires, 35 s at most. --force takes over the name with its
 endpoints: those whose workloads are not on this machine become inactive, and
 containers' are removed a minute later. The other agent notices, and changes
 neither records nor packets until `calicoctl node` on its machine takes the
@@ -82,8 +82,9 @@ peers, and for passwords, see calicoctl bgp --help. All commands but `bgp` and
 `show` lists all hosts that etcd knows, whether their agents are alive, and
 how many endpoints they have. The agent of a host is `up`, `starting` until it
 has applied the desired state, or `down`; then, the status of its endpoints is
-unknown. JSON: name, ipv4, ipv6, as_num, agent, reported (the time of its last
-heartbeat), and endpoints, counted as up, down, error and unknown.
+unknown. JSON: name, ipv4, ipv6, as_num, agent, reported (when the status of
+an agent that is alive was written; with etcd's v3 API, that is not renewed),
+and endpoints, counted as up, down, error and unknown.
 
 Examples:
   sudo calicoctl node --ip=192.0.2.2

@@ -46,9 +46,10 @@ class HostSummary:
     """What is in the store about one host: strings as they are stored, None for missing ones.
 
     `as_num` is the default AS number if the host has no AS number of its own. `agent` is "up", "starting" until the
-    first snapshot is in the kernel, or "down". `reported` is the time (ISO 8601) of the agent's last heartbeat, None if
-    the agent is down. `endpoints` counts the host's endpoints by the status that the agent has reported: "up", "down",
-    "error", or "unknown". All are "unknown" unless the agent is "up".
+    first snapshot is in the kernel, or "down". `reported` is the time (ISO 8601) when the host's status was written,
+    None if the agent is down; on a store with leases, it may be long ago. `endpoints` counts the host's endpoints by
+    the status that the agent has reported: "up", "down", "error", or "unknown". All are "unknown" unless the agent is
+    "up".
     """
 
     name: str

@@ -35,6 +35,8 @@ class Proxy:
     """What every reading request is answered with."""
     answered: int = 0
     """How many requests have been answered so."""
+    asked: list[str] = field(default_factory=list)
+    """All requests: methods and paths."""
     refused: str | None = None
     """The part of a key that tells which writes are refused; all others go through to etcd."""
     asked: list[str] = field(default_factory=list)
@@ -60,6 +62,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def _pass_on(self) -> None:
         proxy = self.proxy
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        proxy.asked.append(f"{self.command} {self.path}")
         if proxy.instead is not None and self.command == "GET":
             self._answer(proxy.instead)
             proxy.answered += 1

@@ -100,7 +100,11 @@ def test_a_heartbeat_is_one_request(world: World) -> None:
         world.patch.setattr(world.store, name, lambda *args, name=name, real=real: requests.append(name) or real(*args))
     assert agent.beat({"uptime": 2}) is None
     assert requests == ([] if world.store.leases else ["update"])
-    assert world.value["uptime"] == (1 if world.store.leases else 2) and len(world.value["machine"]) == 32 and world.value["boot"] == "boot1"
+    assert (
+        world.value["uptime"] == (1 if world.store.leases else 2)
+        and len(world.value["machine"]) == 32
+        and world.value["boot"] == "boot1"
+    )
     assert MACHINE_ID not in world.store.entries[KEY].value
 
 

@@ -130,6 +130,7 @@ def test_a_second_agent_of_the_host_makes_the_statuses_its_own(monkeypatch: pyte
     store = MemoryStore(modern=True)
     first = Reported(store)
     first.turn()
+    own = Identity.own()
     monkeypatch.setattr(Identity, "own", lambda: Identity("another", "boot"))
     second = Reported(store)
     second.reporter.set({OTHER: None})
@@ -143,3 +144,7 @@ def test_a_second_agent_of_the_host_makes_the_statuses_its_own(monkeypatch: pyte
         second.turn()
         first.reporter._beat()
     assert second.statuses() == {"e1": "up"}, "the one that only the first has written has expired"
+
+    monkeypatch.setattr(Identity, "own", lambda: own)
+    claim(DatastoreClient(store.client(), "host1"), True, False, lambda text: None)
+    assert len(first.turn()) == 3, "the other one is as this agent has written it, but hangs on the second's lease"
