@@ -1,7 +1,8 @@
 """Handles: for each workload, the number of its addresses in each block. So not all blocks need be read to find them.
 
-If a handle's counts differ from the blocks, the blocks are right. A count is increased before its block is written, and
-decreased afterwards. So even after a crash, a handle names every block with an address of the handle.
+If a handle's counts differ from the blocks, the blocks are right. On a store that is atomic, a count changes together
+with its block. On other stores, a count is increased before its block is written, and decreased afterwards. So even
+after a crash, a handle names every block with an address of the handle.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from calicoctl.addresses import version_of
 from calicoctl.datastore import keys
 from calicoctl.datastore.blocks import Block
 from calicoctl.datastore.model import load_object
-from calicoctl.datastore.store import ATTEMPTS, Entry, Store, pause
+from calicoctl.datastore.store import ATTEMPTS, Create, Delete, Entry, Store, Update, Write, pause, read_all
 from calicoctl.errors import CompareFailed, Conflict, InvalidValue, KeyExists
 
 
@@ -24,7 +25,11 @@ class Handles:
         self._store = store
 
     def exists(self, handle: str) -> bool:
-        return self._store.get(keys.ipam_handle(handle)) is not None
+        return self.read(handle) is not None
+
+    def read(self, handle: str) -> Entry | None:
+        """Return the entry of a handle, None if there is no such handle."""
+        return self._store.get(keys.ipam_handle(handle))
 
     def names(self) -> list[str]:
         return self._store.names(keys.ipam_handles())
@@ -68,24 +73,37 @@ class Handles:
         key = keys.ipam_handle(handle)
         for attempt in range(ATTEMPTS):
             entry = self._store.get(key)
-            data = load_object(entry.value, key) if entry is not None else {"id": handle}
             counts = counts_of(entry) if entry is not None else {}
-            actual = {}
-            for cidr in {**counts, **planned}:
-                count = planned[cidr] if cidr in planned else self.held_in(handle, cidr)
-                if count:
-                    actual[cidr] = count
-            value = json.dumps({**data, "block": actual})
+            unknown = [cidr for cidr in counts if cidr not in planned]
+            blocks = read_all(self._store, [keys.ipam_block(version_of(cidr), cidr) for cidr in unknown])
+            actual = {**dict.fromkeys(unknown, 0), **planned}
+            actual.update({block.cidr: block.count(handle) for block in map(Block.from_entry, blocks.values())})
+            if entry is not None and counts and actual == counts and all(counts.values()):
+                return entry
+            write = counted(handle, entry, actual)
             try:
-                if entry is None:
-                    return self._store.create(key, value) if actual else None
-                if not actual:
-                    self._store.delete(entry)
-                    return None
-                return entry if actual == counts else self._store.update(entry, value)
+                written = self._store.commit([write]) if write is not None else []
+                return None if isinstance(write, Delete) or not written else written[0]
             except (KeyExists, CompareFailed):
                 pause(attempt)
         raise Conflict(f"IPAM handle {handle} keeps being modified concurrently; retry")
+
+
+def counted(handle: str, entry: Entry | None, counts: Mapping[str, int]) -> Write | None:
+    """Return the write by which a handle, read as `entry` (None: it does not exist), gets these counts.
+
+    `counts` maps CIDRs of blocks to numbers of addresses; the counts of other blocks stay. A handle without addresses
+    is deleted; None if it does not exist. An unchanged handle is written, too: then another host that has read it
+    before, and has not seen the block change, fails to delete it. Raises InvalidValue.
+    """
+    key = keys.ipam_handle(handle)
+    data = {"id": handle} if entry is None else load_object(entry.value, key)
+    merged = {**({} if entry is None else counts_of(entry)), **counts}
+    actual = {cidr: count for cidr, count in merged.items() if count}
+    value = json.dumps({**data, "block": actual})
+    if entry is None:
+        return Create(key, value) if actual else None
+    return Update(entry, value) if actual else Delete(entry)
 
 
 def counts_of(entry: Entry) -> dict[str, int]:

@@ -1,9 +1,10 @@
 """Assigns addresses to workloads, and releases them: chooses blocks, and writes blocks, affinities and handles.
 
-Every change of a key is a compare-and-swap on the value that was read, retried a bounded number of times. The writes
-are ordered such that a crash at any point leaks no address: a handle's count is increased before an address is assigned
-in the block, and decreased after the address is released there; and the count is corrected from the blocks before it is
-changed.
+Every change of a key is a compare-and-swap on the value that was read, retried a bounded number of times. An atomic
+store changes a block and the handles of its addresses at once. On other stores, the writes are ordered such that a
+crash at any point leaks no address: a handle's count is increased before an address is assigned in the block, and
+decreased after the address is released there. A count that is too high is corrected from the blocks when the handle is
+read the next time.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from calicoctl.addresses import version_of
@@ -25,15 +27,44 @@ from calicoctl.datastore.blocks import (
     first_addresses,
     place,
 )
-from calicoctl.datastore.handles import Handles, counts_of
+from calicoctl.datastore.handles import Handles, counted, counts_of
 from calicoctl.datastore.keys import EndpointId
 from calicoctl.datastore.model import Pool
 from calicoctl.datastore.reserved import Network, Reserved
-from calicoctl.datastore.store import ATTEMPTS, Entry, Store, create_if_missing, modify, pause
+from calicoctl.datastore.store import (
+    ATTEMPTS,
+    Create,
+    Entry,
+    Store,
+    Update,
+    Write,
+    create_if_missing,
+    modify,
+    pause,
+    read_all,
+)
 from calicoctl.errors import AddressTaken, CalicoError, CompareFailed, Conflict, InvalidValue, KeyExists
 
 if TYPE_CHECKING:
     from netaddr import IPAddress, IPNetwork
+
+
+BLOCKS_AT_ONCE = 16
+"""The most blocks that are written by one commit. A full block has some 30 KiB, and etcd takes 1.5 MiB at once."""
+
+
+@dataclass(frozen=True)
+class Holding:
+    """What a handle holds on this host, as it was read.
+
+    `entry` is the handle's entry, None if there is no such handle any more. `owners` are the addresses on this host,
+    with their owners. `blocks` are the entries of all blocks that the handle names.
+    """
+
+    handle: str
+    entry: Entry | None
+    owners: dict[IPAddress, Owner]
+    blocks: list[Entry]
 
 
 class Ipam:
@@ -105,25 +136,29 @@ class Ipam:
         any address is deleted, and the result is empty. If an interrupted command has left wrong counts, they are
         corrected, so the caller must hold the workload's lock. Raises InvalidValue.
         """
-        entry = self._store.get(keys.ipam_handle(handle))
+        holding = self.holding(handle, self.handles.read(handle))
+        return None if holding is None else holding.owners
+
+    def holding(self, handle: str, entry: Entry | None) -> Holding | None:
+        """Return what `handle` holds on this host; see held_by. `entry` is the handle's entry, as it was just read."""
         if entry is None:
             return None
         counts, actual = counts_of(entry), {}
         held: dict[IPAddress, Owner] = {}
-        for cidr in counts:
-            block_entry = self._store.get(keys.ipam_block(version_of(cidr), cidr))
-            if block_entry is not None:
-                block = Block.from_entry(block_entry)
-                mine = {block.address(o): owner for o, owner in block.held() if owner.handle == handle}
-                actual[cidr] = len(mine)
-                held.update(
-                    {a: owner for a, owner in mine.items() if owner.secondary.get("host", self._host) == self._host}
-                )
+        blocks = read_all(self._store, [keys.ipam_block(version_of(cidr), cidr) for cidr in counts])
+        for block in map(Block.from_entry, blocks.values()):
+            mine = {block.address(o): owner for o, owner in block.held() if owner.handle == handle}
+            actual[block.cidr] = len(mine)
+            held.update({address: owner for address, owner in mine.items() if self._is_here(owner)})
         if counts != actual or not counts:
-            self.handles.recount(handle)
+            entry = self.handles.recount(handle)
             if not any(actual.values()):
-                return {}
-        return held or None
+                return Holding(handle, entry, {}, [])
+        return Holding(handle, entry, held, list(blocks.values())) if held else None
+
+    def _is_here(self, owner: Owner) -> bool:
+        """Return whether an owner is on this host, as far as its attributes tell."""
+        return bool(owner.secondary.get("host", self._host) == self._host)
 
     def recount(self, handle: str, blocks: Iterable[str]) -> None:
         """Correct a handle's counts for the blocks that the handle names, and for `blocks` (CIDRs)."""
@@ -151,20 +186,26 @@ class Ipam:
                 raise AddressTaken(f"IP {address} is already assigned")
 
     def auto_assign(
-        self, count: int, pools: list[Pool], owner: Owner, reserved: Reserved | None = None
+        self,
+        count: int,
+        pools: list[Pool],
+        owner: Owner,
+        reserved: Reserved | None = None,
+        affine: Iterable[str] | None = None,
     ) -> list[IPAddress]:
         """Assign up to `count` free addresses of `pools` (of one IP version) to `owner`; return them.
 
         Tries, in this order: blocks with affinity to this host; new blocks, which this host claims; other hosts'
         blocks. Addresses that are `reserved`, or in a network to which this host is connected, are left out, and no new
-        block that overlaps such a network is claimed. Raises InvalidValue for an invalid block, and Conflict if other
+        block that overlaps such a network is claimed. `affine` are the names (last parts of keys) of the blocks with
+        affinity to this host, if they were just read. Raises InvalidValue for an invalid block, and Conflict if other
         writers keep changing one.
         """
         ranges = [_range(pool) for pool in pools]
         reserved = reserved or Reserved()
         found: list[IPAddress] = []
         with self._recount_on_failure(owner):
-            for version, first, claim in self._candidates(ranges, reserved.network.networks):
+            for version, first, claim in self._candidates(ranges, reserved.network.networks, affine):
                 ordinals = [o for o in range(BLOCK_SIZE) if any(low <= first + o <= high for _, low, high in ranges)]
                 ordinals = [o for o in ordinals if reserved.is_free_for_any(version, first + o)]
                 if not ordinals:
@@ -190,9 +231,34 @@ class Ipam:
         for (version, first), ordinals in by_block.items():
             released, handles = self._release_in_block(version, first, ordinals, holders)
             missing += [address_at(version, first + ordinal) for ordinal in sorted(ordinals - released)]
-            for handle in handles:
-                self.handles.recount(handle)
+            if not self._store.atomic:
+                for handle in handles:
+                    self.handles.recount(handle)
         return missing
+
+    def release_held(self, holding: Holding) -> None:
+        """Release all addresses that a handle held on this host when it was read. A handle without any is deleted.
+
+        If the handle or a block was changed meanwhile, they are read again, and all that the handle holds on this host
+        then is released. The caller holds the workload's lock.
+        """
+        writes: list[Write] = []
+        counts: dict[str, int] = {}
+        for entry in holding.blocks:
+            block = Block.from_entry(entry)
+            ours = [o for o, owner in block.held() if owner.handle == holding.handle and self._is_here(owner)]
+            for ordinal in ours:
+                block.release(ordinal)
+            counts[block.cidr] = block.count(holding.handle)
+            writes += [Update(entry, block.to_json())] if ours else []
+        count = counted(holding.handle, holding.entry, counts)
+        try:
+            if len(writes) > BLOCKS_AT_ONCE:
+                self.release_by_handle(holding.handle)
+            elif writes:
+                self._store.commit([*writes, *([count] if count is not None else [])])
+        except (KeyExists, CompareFailed):
+            self.release_by_handle(holding.handle)
 
     def release_by_handle(self, handle: str) -> list[IPAddress]:
         """Release all addresses of `handle` on this host; return them. A handle without addresses is deleted."""
@@ -311,12 +377,12 @@ class Ipam:
         raise Conflict(f"etcd key {key} keeps being modified concurrently; retry")
 
     def _candidates(
-        self, ranges: list[tuple[int, int, int]], networks: Iterable[Network]
+        self, ranges: list[tuple[int, int, int]], networks: Iterable[Network], names: Iterable[str] | None
     ) -> Iterator[tuple[int, int, bool]]:
         """Yield (IP version, first address, whether to claim the block) of blocks to assign from, the best ones first.
 
         `ranges` are (IP version, first address, last address); all addresses are numbers. No new block that overlaps
-        one of `networks` is claimed.
+        one of `networks` is claimed. `names`: see `affine` of auto_assign.
         """
         version = ranges[0][0] if ranges else 4
 
@@ -329,7 +395,7 @@ class Ipam:
         def existing() -> set[int]:
             return set(first_addresses(self._store.names(keys.ipam_blocks(version))))
 
-        ours = affine()
+        ours = affine() if names is None else set(first_addresses(names))
         for first in sorted(filter(wanted, ours)):
             yield version, first, True
         known = existing()
@@ -358,9 +424,15 @@ class Ipam:
         """
         cidr = block_cidr(version, first)
         key = keys.ipam_block(version, cidr)
+        handle = None if owner.handle is None else keys.ipam_handle(owner.handle)
         before: set[int] | None = set() if exact else None
+        is_count_too_high = False
         for attempt in range(ATTEMPTS):
-            entry = self._store.get(key)
+            counts: Entry | None = None
+            if self._store.atomic and handle is not None:
+                entry, counts = self._store.read([key, handle])[0]
+            else:
+                entry = self._store.get(key)
             if entry is not None:
                 block = Block.from_entry(entry)
                 if claim and block.affinity != f"host:{self._host}":
@@ -382,20 +454,21 @@ class Ipam:
                     raise CalicoError(_strict_refusal(block, free[0]))
                 free = []
             if free:
-                counted = None
-                if owner.handle is not None:
-                    counted = self.handles.recount(owner.handle, {cidr: block.count(owner.handle) + len(free)})
+                count_write = None
+                if owner.handle is not None and handle is not None:
+                    if not self._store.atomic:
+                        counts = self._store.get(handle)
+                    count_write = counted(owner.handle, counts, {cidr: block.count(owner.handle) + len(free)})
                 for ordinal in free:
                     block.allocate(ordinal, owner)
+                write: Write = Create(key, block.to_json()) if entry is None else Update(entry, block.to_json())
                 try:
-                    if entry is None:
-                        self._store.create(key, block.to_json())
-                    else:
-                        self._store.update(entry, block.to_json())
+                    written = self._store.commit([write] if count_write is None else [count_write, write])
                 except (KeyExists, CompareFailed):
+                    is_count_too_high = count_write is not None and not self._store.atomic
                     pause(attempt)
                     continue
-                if counted is not None and self._store.get(counted.key) != counted:
+                if handle is not None and not self._store.atomic and self._store.get(handle) != written[0]:
                     # another host with the same handle recounted it concurrently, without this address
                     self.handles.recount(str(owner.handle))
             if taken or free:
@@ -403,6 +476,8 @@ class Ipam:
             break
         else:
             raise Conflict(f"block {cidr} keeps being modified concurrently; retry")
+        if is_count_too_high:
+            self.handles.recount(str(owner.handle))
         return []
 
     @contextmanager
@@ -446,13 +521,27 @@ class Ipam:
             for ordinal in now:
                 block.release(ordinal)
             try:
-                self._store.update(entry, block.to_json())
+                self._store.commit([Update(entry, block.to_json()), *self._counts_after(block, handles)])
                 return released | now, handles
+            except KeyExists:
+                pause(attempt)
             except CompareFailed as failed:
                 if failed.maybe_applied:
                     released |= now
                 pause(attempt)
         raise Conflict(f"block {block_cidr(version, first)} keeps being modified concurrently; retry")
+
+    def _counts_after(self, block: Block, handles: set[str]) -> list[Write]:
+        """Return the writes by which handles get their counts of a block whose addresses were released.
+
+        Without them if the store is not atomic: there, the handles are recounted afterwards.
+        """
+        if not self._store.atomic:
+            return []
+        names = sorted(handles)
+        entries = self._store.read([keys.ipam_handle(handle) for handle in names])[0]
+        writes = [counted(handle, entry, {block.cidr: block.count(handle)}) for handle, entry in zip(names, entries)]
+        return [write for write in writes if write is not None]
 
 
 def _strict_refusal(block: Block, ordinal: int) -> str:

@@ -226,6 +226,16 @@ class Store(Protocol):
         """
 
 
+def read_all(store: Store, keys: Collection[str]) -> dict[str, Entry]:
+    """Return the entries of those of some keys that exist, by key, in the order of `keys`; any number of them."""
+    found: dict[str, Entry] = {}
+    wanted = list(keys)
+    for start in range(0, len(wanted), MOST_AT_ONCE):
+        entries = store.read(wanted[start : start + MOST_AT_ONCE])[0]
+        found.update({entry.key: entry for entry in entries if entry is not None})
+    return found
+
+
 def create_if_missing(store: Store, key: str, value: str) -> bool:
     """Write `key` unless it exists; return whether it was written."""
     try:
