@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Callable
 
@@ -24,13 +25,36 @@ from calicoctl.datastore.keys import EndpointId
 from calicoctl.datastore.model import Endpoint, Peer, Pool, Rules, check_tags, load_object, load_tags
 from calicoctl.datastore.settings import EtcdSettings
 from calicoctl.datastore.statuses import Statuses
-from calicoctl.datastore.store import Entry, Store, Watch, create_if_missing, modify, set_value
+from calicoctl.datastore.store import Entry, Store, Watch, create_if_missing, create_missing, modify, set_value
 from calicoctl.errors import CalicoError, CompareFailed, InvalidValue, NotFound
 
 if TYPE_CHECKING:
     from netaddr import IPAddress
 
     from calicoctl.datastore.ipam import Ipam
+
+
+@dataclass(frozen=True)
+class StoredWorkload:
+    """What the store has of a workload: the entry of its handle, None if it has none, and those of its endpoints."""
+
+    handle: Entry | None
+    endpoints: dict[EndpointId, Entry]
+
+
+@dataclass(frozen=True)
+class AddressFacts:
+    """What the address of a workload depends on, read from the store at once.
+
+    `hosts` are the entries below keys.BGP_HOSTS, `pools` those of the pools of the address's IP version. `mtu` is the
+    setting MTU, None if it is not set. `affine` are the names of the blocks with affinity to this host, None if they
+    were not read.
+    """
+
+    hosts: list[Entry]
+    pools: list[Entry]
+    mtu: str | None
+    affine: list[str] | None
 
 
 class DatastoreClient:
@@ -95,12 +119,17 @@ class DatastoreClient:
             raise error
         return pools
 
-    def readable_pools(self, version: int) -> tuple[list[Pool], list[InvalidValue]]:
-        """Return the valid pools of an IP version, in order of address, and an error for each invalid one."""
+    def readable_pools(
+        self, version: int, entries: Iterable[Entry] | None = None
+    ) -> tuple[list[Pool], list[InvalidValue]]:
+        """Return the valid pools of an IP version, in order of address, and an error for each invalid one.
+
+        `entries` are those below keys.pools(version), if they were just read.
+        """
         from netaddr.ip import IPNetwork
 
-        entries, invalid = self._pool_entries(version)
-        return sorted((pool for _, pool in entries), key=lambda pool: IPNetwork(pool.cidr)), invalid
+        found, invalid = self._pool_entries(version, entries)
+        return sorted((pool for _, pool in found), key=lambda pool: IPNetwork(pool.cidr)), invalid
 
     def put_pool(self, pool: Pool) -> Pool | None:
         """Write a pool, keeping its unknown fields; return the pool as it was before, None for a new one.
@@ -147,11 +176,13 @@ class DatastoreClient:
                 set_value(self._store, key, None)
                 raise CalicoError(f"{pool.cidr} overlaps with {other.cidr}, which was added concurrently.")
 
-    def _pool_entries(self, version: int) -> tuple[list[tuple[Entry, Pool]], list[InvalidValue]]:
+    def _pool_entries(
+        self, version: int, entries: Iterable[Entry] | None = None
+    ) -> tuple[list[tuple[Entry, Pool]], list[InvalidValue]]:
         """Return the valid pools of an IP version with their entries, and an error for each invalid one."""
         found: list[tuple[Entry, Pool]] = []
         invalid: list[InvalidValue] = []
-        for entry in self._store.tree(keys.pools(version)):
+        for entry in self._store.tree(keys.pools(version)) if entries is None else entries:
             try:
                 found.append((entry, _pool(entry, version)))
             except InvalidValue as error:
@@ -273,9 +304,8 @@ class DatastoreClient:
 
         Tags or rules that exist already are kept.
         """
-        tags = create_if_missing(self._store, keys.profile_tags(name), json.dumps([name]))
-        rules = create_if_missing(self._store, keys.profile_rules(name), Rules.default(name).to_json())
-        return tags or rules
+        values = {keys.profile_tags(name): json.dumps([name]), keys.profile_rules(name): Rules.default(name).to_json()}
+        return create_missing(self._store, values)
 
     def remove_profile(self, name: str) -> None:
         """Delete a profile with all keys below it, whatever they are."""
@@ -412,6 +442,32 @@ class DatastoreClient:
                 found.append(Endpoint.from_json(id, entry.value, entry.key))
         return found
 
+    def read_workload(self, handle: str, places: Sequence[tuple[str, str]]) -> StoredWorkload:
+        """Return the entry of a workload's handle, and its endpoints on this host, including invalid ones.
+
+        They are those of the first of `places`, each given as (orchestrator, workload's id), that has any. All is read
+        at once, if the store can.
+        """
+        directories = [keys.endpoints(self.host, *place) for place in places]
+        key = keys.ipam_handle(handle)
+        if self._store.atomic:
+            (entry,), trees = self._store.read([key], directories)
+            found = next(filter(None, trees), [])
+        else:
+            found = next(filter(None, map(self._store.tree, directories)), [])
+            entry = self._store.get(key)
+        ids = {keys.parse_endpoint(entry.key): entry for entry in found}
+        return StoredWorkload(entry, {id: entry for id, entry in ids.items() if id is not None})
+
+    def read_for_address(self, version: int, automatic: bool) -> AddressFacts:
+        """Return what the address of a workload depends on. `automatic`: any free address is wanted."""
+        directories = [keys.BGP_HOSTS, keys.pools(version)]
+        if automatic:
+            directories.append(keys.ipam_affinities(self.host, version))
+        (mtu,), (hosts, pools, *blocks) = self._store.read([keys.config(config.MTU.name)], directories)
+        affine = [keys.last(entry.key) for entry in blocks[0]] if blocks else None
+        return AddressFacts(hosts, pools, None if mtu is None else mtu.value, affine)
+
     def workload_endpoint_ids(self, orchestrator: str, workload: str) -> list[EndpointId]:
         """Return the ids of the endpoints of one workload on this host, including invalid ones."""
         found = self._store.names(keys.endpoints(self.host, orchestrator, workload))
@@ -476,8 +532,12 @@ class DatastoreClient:
         for key in (*map(keys.endpoint, ids), keys.ipam_handle(handle)):
             self._store.check_writable(key)
 
-    def remove_endpoint(self, id: EndpointId) -> None:
-        """Delete an endpoint, even if it is invalid."""
+    def remove_endpoint(self, id: EndpointId, entry: Entry | None = None) -> None:
+        """Delete an endpoint, even if it is invalid. `entry` is its entry, if it was just read."""
+        with suppress(CompareFailed):
+            if entry is not None:
+                self._store.delete(entry)
+                return
         set_value(self._store, keys.endpoint(id), None)
 
     def touch_endpoint(self, id: EndpointId) -> None:

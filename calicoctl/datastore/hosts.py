@@ -126,23 +126,24 @@ class Hosts:
             return parse_as_number(self._text(keys.BGP_AS_NUM) or DEFAULT_AS_NUMBER)
         return DEFAULT_AS_NUMBER
 
-    def addresses(self, version: int | None = None) -> dict[str, str]:
+    def addresses(self, version: int | None = None, entries: Iterable[Entry] | None = None) -> dict[str, str]:
         """Return canonical address -> host, for all registered hosts; with `version`, for that IP version only.
 
-        Invalid addresses are left out. An address of both this host and another one maps to the other one.
+        Invalid addresses are left out. An address of both this host and another one maps to the other one. `entries`
+        are those below keys.BGP_HOSTS, if they were just read.
         """
         from calicoctl.addresses import parse_address
 
         texts: list[tuple[str, str]] = []
         complete: set[str] = set()
-        for entry in self._store.tree(keys.BGP_HOSTS):
+        for entry in self._store.tree(keys.BGP_HOSTS) if entries is None else entries:
             host = keys.parse_bgp_host_address(entry.key)
             if host is not None and entry.value:
                 texts.append((entry.value, host))
                 complete.update({host} if entry.key == keys.bgp_host_address(host, 4) else ())
         if version != 6:
             # normally this is the same address, but a host that an older tool has registered may have it only here
-            for host in set(self._store.names(keys.HOSTS)) - complete:
+            for host in self._store.names(keys.HOSTS, complete):
                 texts.append((self._text(keys.host_bird_ip(host)) or "", host))
         found: dict[str, str] = {}
         for text, host in sorted(texts, key=lambda one: one[1] != self.host):
@@ -216,15 +217,18 @@ class Hosts:
                 found.add(str(parse_address(self._text(key) or "")))
         return found
 
-    def next_hop(self, version: int) -> str:
-        """Return this host's address of an IP version, the next hop of its workloads.
+    def next_hop(self, version: int, entries: Iterable[Entry] | None = None) -> str:
+        """Return this host's address of an IP version, the next hop of its workloads. `entries`: see `addresses`.
 
         Raises CalicoError when the host is not registered for that IP version, InvalidValue for an invalid address.
         """
         from calicoctl.addresses import parse_address
 
         key = keys.bgp_host_address(self.host, version)
-        entry = self._store.get(key)
+        if entries is None:
+            entry = self._store.get(key)
+        else:
+            entry = next((entry for entry in entries if entry.key == key), None)
         if entry is None or not entry.value:
             option = "--ip" if version == 4 else "--ip6"
             # scripts may look for this first sentence, which the 2015 tool printed as well: do not change it

@@ -84,16 +84,24 @@ def in_overlay(mtu: int, version: int) -> int:
     return max(SMALLEST, mtu - HEADER[version])
 
 
+def configured(datastore: DatastoreClient) -> str | None:
+    """Return the setting MTU, None if it is not set."""
+    return datastore.setting(keys.config(config.MTU.name))
+
+
 def of_interface(
-    datastore: DatastoreClient, addresses: Iterable[str], pools: Iterable[Pool], next_hops: Mapping[int, str]
+    datastore: DatastoreClient,
+    addresses: Iterable[str],
+    pools: Iterable[Pool],
+    next_hops: Mapping[int, str],
+    configured: str | None,
 ) -> int:
     """Return the MTU of a new interface with these addresses: the configured MTU or, by default, one that fits all.
 
     An invalid setting is ignored: the agent reports it. `pools` must contain the pools of the addresses. `next_hops`
-    are this host's registered addresses by IP version, at least for the IP versions of the addresses. Reads one or two
-    keys of the store. Raises CalicoError.
+    are this host's registered addresses by IP version, at least for the IP versions of the addresses. `configured` is
+    the setting. Reads a key of the store at most. Raises CalicoError.
     """
-    configured = datastore.setting(keys.config(config.MTU.name))
     with suppress(CalicoError):  # the agent reports an invalid value
         config.MTU.check(configured or "")
         return int(configured or "")

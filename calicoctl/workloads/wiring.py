@@ -20,7 +20,7 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Collection
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Callable, Iterator
 
@@ -28,19 +28,16 @@ from calicoctl.addresses import host_net, parse_address, parse_pool_cidr, versio
 from calicoctl.datastore.keys import INTERFACE_PREFIX, EndpointId, is_endpoint_id
 from calicoctl.datastore.model import Endpoint, Pool
 from calicoctl.datastore.reserved import Network, Reserved
-from calicoctl.errors import AddressTaken, CalicoError, Conflict, NotFound
+from calicoctl.errors import AddressTaken, CalicoError, Conflict, InvalidValue, NotFound
 from calicoctl.workloads import connected, host_network, mtu, netns, servers
 from calicoctl.workloads.guard import Guard
 from calicoctl.workloads.locks import WorkloadLock
 from calicoctl.workloads.workload import (
     Workload,
-    endpoint_ids_of,
-    endpoints_of,
     not_connected,
     process_started,
     refuse_other_path,
     short_id,
-    stored_otherwise,
 )
 
 if TYPE_CHECKING:
@@ -48,6 +45,8 @@ if TYPE_CHECKING:
 
     from calicoctl.datastore.blocks import Owner
     from calicoctl.datastore.client import DatastoreClient
+    from calicoctl.datastore.ipam import Holding
+    from calicoctl.datastore.store import Entry
 
 DEFAULT_INTERFACE = "eth1"
 
@@ -76,11 +75,14 @@ class AddressRequest:
             ) from None
         return cls(address.version, address=address)
 
-    def pools(self, datastore: DatastoreClient) -> list[Pool]:
-        """Return the pools that the address may be assigned from; raise CalicoError when there is none."""
+    def pools(self, datastore: DatastoreClient, entries: list[Entry] | None = None) -> list[Pool]:
+        """Return the pools that the address may be assigned from; raise CalicoError when there is none.
+
+        `entries` are those of the pools of its IP version, if they were just read.
+        """
         from netaddr.ip import IPNetwork
 
-        pools, invalid = datastore.readable_pools(self.version)
+        pools, invalid = datastore.readable_pools(self.version, entries)
         if self.cidr is not None:
             chosen = [pool for pool in pools if pool.cidr == self.cidr]
             missing = f"{self.cidr} is not the CIDR of a pool"
@@ -106,6 +108,32 @@ class AddressRequest:
         if self.cidr is not None:
             return address in IPNetwork(self.cidr)
         return bool(address.version == self.version)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a new address depends on. `pools` are those that it may be from, `mtu` is the setting of that name.
+
+    `affine` are the names of the blocks with affinity to this host, None if a certain address is requested.
+    """
+
+    next_hop: str
+    reserved: Reserved
+    pools: list[Pool]
+    mtu: str | None
+    affine: list[str] | None
+
+    @classmethod
+    def read(cls, datastore: DatastoreClient, request: AddressRequest, next_hop: str | None = None) -> Terms:
+        """Read them. `next_hop` replaces the one in the store.
+
+        Raises CalicoError if there is no next hop or no pool, or if no workload may have the requested address.
+        """
+        facts = datastore.read_for_address(request.version, automatic=request.address is None)
+        next_hop = next_hop or datastore.hosts.next_hop(request.version, facts.hosts)
+        reserved = reserved_addresses(datastore, request.version, facts.hosts)
+        _refuse_reserved(request, reserved)
+        return cls(next_hop, reserved, request.pools(datastore, facts.pools), facts.mtu, facts.affine)
 
 
 def is_interface_name(name: object) -> bool:
@@ -177,10 +205,8 @@ def connect(
 def _connect_new(session: WorkloadSession, request: AddressRequest, interface: str) -> Attachment:
     """Connect a workload that has no endpoint; adopt, or remove, what an interrupted command has left."""
     datastore, workload, version = session.datastore, session.workload, request.version
-    next_hop = datastore.hosts.next_hop(version)
-    reserved = reserved_addresses(datastore, version)
-    _refuse_reserved(request, reserved)
-    pools = request.pools(datastore)
+    terms = Terms.read(datastore, request)
+    next_hops = {version: terms.next_hop}
     session.remove_incomplete_pairs()
     session.remove_orphans()
     session.refuse_other_endpoint()
@@ -191,16 +217,16 @@ def _connect_new(session: WorkloadSession, request: AddressRequest, interface: s
         undo(session.lock.clear_all)
         session.remember(undo)
         undo(datastore.ipam.release_by_handle, workload.handle)
-        address, id = _adopt(session, request, interface, reserved)
+        address, id = _adopt(session, request, interface, terms.reserved)
         if address is None:
-            address = _assign(datastore, owner_of(workload, id, interface), request, pools, reserved)
+            address = _assign(datastore, owner_of(workload, id, interface), request, terms)
 
-        size = mtu.of_interface(datastore, [str(address)], pools, {version: next_hop})
-        mac = _attach(session, id.interface, interface, [host_net(address)], {version: next_hop}, None, size, undo)
+        size = mtu.of_interface(datastore, [str(address)], terms.pools, next_hops, terms.mtu)
+        mac = _attach(session, id.interface, interface, [host_net(address)], next_hops, None, size, undo)
 
         endpoint = Endpoint(id, name=id.interface, mac=mac, workload_name=workload.docker_name or None)
         endpoint.nets_of(version).append(host_net(address))
-        endpoint.set_gateway(version, next_hop)
+        endpoint.set_gateway(version, terms.next_hop)
         undo(datastore.remove_endpoint, id)
         datastore.create_endpoint(endpoint)
         session.lock.clear_all()  # what an interrupted command has left was adopted or removed
@@ -236,10 +262,10 @@ def reattach(
     if request is not None and not addresses:
         versions = {request.version}
     next_hops = {version: _next_hop(datastore, endpoint, version) for version in versions}
+    terms = None
     if request is not None and not addresses:
-        reserved = reserved_addresses(datastore, request.version)
-        _refuse_reserved(request, reserved)
-        pools = request.pools(datastore)
+        terms = Terms.read(datastore, request, next_hops[request.version])
+        pools = terms.pools
     else:
         pools = [pool for version in versions for pool in datastore.readable_pools(version)[0]]
     session.remove_remains(endpoint)
@@ -251,16 +277,17 @@ def reattach(
     with _rollback_on_failure(session) as undo:
         session.remember(undo)
         nets = list(endpoint.nets)
-        if address is None and request is not None:
+        if address is None and request is not None and terms is not None:
             # its last address was removed before it lost its interface
             undo(_release_unlisted, datastore, workload, endpoint)
             owner = owner_of(workload, endpoint.id, interface)
-            address = _assign(datastore, owner, request, pools, reserved)
+            address = _assign(datastore, owner, request, terms)
             nets.append(host_net(address))
         for own in addresses:
             if own not in session.held:
                 _reassign(session, own, owner_of(workload, endpoint.id, interface), undo)
-        size = mtu.of_interface(datastore, [net.partition("/")[0] for net in nets], pools, next_hops)
+        configured = mtu.configured(datastore) if terms is None else terms.mtu
+        size = mtu.of_interface(datastore, [net.partition("/")[0] for net in nets], pools, next_hops, configured)
         mac = _attach(session, endpoint.id.interface, interface, nets, next_hops, endpoint.mac, size, undo)
 
         def update(stored: Endpoint) -> bool:
@@ -286,38 +313,48 @@ def disconnect(datastore: DatastoreClient, workload: Workload) -> None:
     removed before a failure stays removed: a further call removes the rest.
     """
     with WorkloadLock(datastore.host, workload.orchestrator, workload.id) as lock:
-        ids = endpoint_ids_of(datastore, workload)
-        held = datastore.ipam.held_by(workload.handle)
+        stored = datastore.read_workload(workload.handle, workload.stored_as)
+        holding = datastore.ipam.holding(workload.handle, stored.handle)
         known = connected.get(datastore.host, workload.orchestrator, workload.id)
-        refuse_other_path(workload, *([known.path] if known is not None else paths_of(held or {})))
-        if not ids and held is None:
+        refuse_other_path(
+            workload, *([known.path] if known is not None else paths_of(holding.owners if holding else {}))
+        )
+        if not stored.endpoints and holding is None:
             _forget(datastore, workload, lock)
             raise NotFound(f"{workload.name} is not connected to Calico.")
-        _clear(datastore, workload, lock, ids, held or {})
+        _clear(datastore, workload, lock, stored.endpoints, holding)
 
 
 def _clear(
     datastore: DatastoreClient,
     workload: Workload,
     lock: WorkloadLock,
-    ids: list[EndpointId],
-    held: dict[IPAddress, Owner],
+    endpoints: dict[EndpointId, Entry],
+    holding: Holding | None,
 ) -> None:
-    """Remove a workload's endpoints (`ids`), their interfaces and addresses, and all addresses of its handle.
+    """Remove a workload's `endpoints`, their interfaces and addresses, and all addresses of its handle.
 
-    The caller holds the workload's `lock`. `held` are the addresses of the handle, with their owners.
+    The caller holds the workload's `lock`, and has read the endpoints, and what the handle holds, under it.
     """
-    datastore.check_endpoints_writable(ids, workload.handle)
+    held = {} if holding is None else holding.owners
+    datastore.check_endpoints_writable(endpoints, workload.handle)
     lock.mark_in_progress()
-    for name in {id.interface for id in ids} | interfaces_of(held):
+    for name in {id.interface for id in endpoints} | interfaces_of(held):
         netns.delete_interface(name)
-    for id in ids:
+    for id, entry in endpoints.items():
         # addresses of old tools have no handle: without the endpoint, their owner would be unknown
-        endpoint = datastore.readable(id)
-        datastore.ipam.release(map(parse_address, endpoint.addresses if endpoint is not None else ()), {None})
-        datastore.remove_endpoint(id)
-    datastore.ipam.release_by_handle(workload.handle)
+        datastore.ipam.release([address for address in _listed(id, entry) if address not in held], {None})
+        datastore.remove_endpoint(id, entry)
+    if holding is not None:
+        datastore.ipam.release_held(holding)
     _forget(datastore, workload, lock)
+
+
+def _listed(id: EndpointId, entry: Entry) -> list[IPAddress]:
+    """Return the addresses that an endpoint lists, none if it is invalid."""
+    with suppress(InvalidValue):
+        return list(map(parse_address, Endpoint.from_json(id, entry.value, entry.key).addresses))
+    return []
 
 
 def _forget(datastore: DatastoreClient, workload: Workload, lock: WorkloadLock) -> None:
@@ -341,23 +378,20 @@ def add_address(
         endpoint, attached = session.connected(interface)
         session.remember()
         version = request.version
-        next_hop = datastore.hosts.next_hop(version)
-        reserved = reserved_addresses(datastore, version)
-        _refuse_reserved(request, reserved)
-        pools = request.pools(datastore)
+        terms = Terms.read(datastore, request)
         nets = endpoint.nets_of(version)
         if request.address is not None and host_net(request.address) in nets:
             session.namespace.configure(attached, [host_net(request.address)], {}, session.host_mac)
             return request.address, False
-        next_hops = {} if nets else {version: next_hop}
+        next_hops = {} if nets else {version: terms.next_hop}
         if next_hops:
             session.refuse_default_route(version, but_through=attached)
 
         with _rollback_on_failure(session) as undo:
             owner = owner_of(workload, endpoint.id, attached)
-            left = [a for a in session.held if host_net(a) not in endpoint.nets and _usable(request, a, reserved)]
+            left = [a for a in session.held if host_net(a) not in endpoint.nets and _usable(request, a, terms.reserved)]
             undo(_release_unlisted, datastore, workload, endpoint)
-            address = left[0] if left else _assign(datastore, owner, request, pools, reserved)
+            address = left[0] if left else _assign(datastore, owner, request, terms)
 
             net = host_net(address)
             if version == 6 and session.namespace.ipv6_is_off(attached):
@@ -365,10 +399,9 @@ def add_address(
             undo(session.namespace.restore_loopback, session.loopback)
             undo(session.namespace.unconfigure, attached, [net], next_hops)
             session.namespace.configure(attached, [net], next_hops, session.host_mac)
-            size, before = (
-                mtu.of_interface(datastore, [str(address)], pools, {version: next_hop}),
-                session.mtu(attached),
-            )
+            hops = {version: terms.next_hop}
+            size = mtu.of_interface(datastore, [str(address)], terms.pools, hops, terms.mtu)
+            before = session.mtu(attached)
             if before > size:
                 undo(session.set_mtu, attached, before)
                 session.set_mtu(attached, size)
@@ -378,7 +411,7 @@ def add_address(
                     return False
                 stored.nets_of(version).append(net)
                 if next_hops:
-                    stored.set_gateway(version, next_hop)
+                    stored.set_gateway(version, terms.next_hop)
                 return True
 
             undo(datastore.modify_endpoint, endpoint.id, _without(net))
@@ -450,7 +483,12 @@ class WorkloadSession:
         self.lock = lock
         self.host_mac = netns.HOST_MAC
         self._namespace = namespace
-        endpoints = endpoints_of(datastore, workload)
+        twin = workload.other_spelling
+        places = workload.stored_as + (twin.stored_as if twin is not None else [])
+        stored = datastore.read_workload(workload.handle, places)
+        self.stored_otherwise = {id.workload for id in stored.endpoints} - {workload.id} != set()
+        self._entries = {} if self.stored_otherwise else stored.endpoints
+        endpoints = [Endpoint.from_json(id, entry.value, entry.key) for id, entry in self._entries.items()]
         if len(endpoints) > 1:
             raise CalicoError(
                 f"{workload.name} has {len(endpoints)} endpoints, where this command knows one: "
@@ -462,7 +500,8 @@ class WorkloadSession:
                 f"the id of {workload.name}'s endpoint, {self.endpoint.id.endpoint!r}, is not hexadecimal. Run "
                 f"'calicoctl container remove {workload.name}' and connect it again."
             )
-        self.held = datastore.ipam.held_by(workload.handle) or {}
+        self._holding = datastore.ipam.holding(workload.handle, stored.handle)
+        self.held = {} if self._holding is None else self._holding.owners
         self.known = connected.get(datastore.host, workload.orchestrator, workload.id)
         refuse_other_path(workload, *([self.known.path] if self.known is not None else paths_of(self.held)))
         self.refresh()
@@ -486,8 +525,8 @@ class WorkloadSession:
             if namespace is not None and namespace.is_own():
                 raise CalicoError(f"{workload.name} cannot be connected: its network namespace is the host's own.")
             session = cls(datastore, workload, lock, namespace)
-            twin = stored_otherwise(datastore, workload) if session.endpoint is None else None
-            if twin is not None:
+            twin = workload.other_spelling
+            if session.stored_otherwise and twin is not None:
                 lock = stack.enter_context(WorkloadLock(datastore.host, twin.orchestrator, twin.id))
                 session = cls(datastore, twin, lock, namespace)
             yield session
@@ -602,7 +641,7 @@ class WorkloadSession:
             and now not in (None, self.known and self.known.started)
             and self.attached_interface(also_down=True) is None
         ):
-            _clear(self.datastore, self.workload, self.lock, [self.endpoint.id], self.held)
+            _clear(self.datastore, self.workload, self.lock, self._entries, self._holding)
             self.endpoint, self.known, self.held = None, None, {}
 
     def remember(self, undo: Callable[..., object] | None = None) -> None:
@@ -747,14 +786,13 @@ def _is_like(owner: Owner, other: Owner) -> bool:
     return owner.handle == other.handle and facts == others
 
 
-def _assign(
-    datastore: DatastoreClient, owner: Owner, request: AddressRequest, pools: list[Pool], reserved: Reserved
-) -> IPAddress:
+def _assign(datastore: DatastoreClient, owner: Owner, request: AddressRequest, terms: Terms) -> IPAddress:
     """Assign an address that satisfies the request; raise CalicoError when there is none."""
+    pools = terms.pools
     if request.address is None:
-        taken = datastore.ipam.auto_assign(1, pools, owner, reserved)
+        taken = datastore.ipam.auto_assign(1, pools, owner, terms.reserved, terms.affine)
         if not taken:
-            networks = {network for pool in pools for network in reserved.network.overlapping(pool.cidr)}
+            networks = {network for pool in pools for network in terms.reserved.network.overlapping(pool.cidr)}
             raise CalicoError(
                 f"There is no free IP address in {', '.join(pool.cidr for pool in pools)}{_except_text(networks)}."
             )
@@ -775,10 +813,13 @@ def _except_text(networks: Collection[Network]) -> str:
     return f", but for the networks that this host is connected to: {named}" if named else ""
 
 
-def reserved_addresses(datastore: DatastoreClient, version: int) -> Reserved:
-    """Return the addresses that this host's workloads must not have. Raises CalicoError."""
+def reserved_addresses(datastore: DatastoreClient, version: int, hosts: list[Entry] | None = None) -> Reserved:
+    """Return the addresses that this host's workloads must not have. Raises CalicoError.
+
+    `hosts` are the entries below keys.BGP_HOSTS, if they were just read.
+    """
     network = host_network.read().with_servers(servers.current(datastore.members))
-    return Reserved(network, datastore.hosts.addresses(version), datastore.host)
+    return Reserved(network, datastore.hosts.addresses(version, hosts), datastore.host)
 
 
 def _usable(request: AddressRequest, address: IPAddress, reserved: Reserved) -> bool:

@@ -58,6 +58,21 @@ class Workload:
         """The IPAM handle of the workload's addresses."""
         return f"{self.orchestrator}.{self.id}"
 
+    @property
+    def stored_as(self) -> list[tuple[str, str]]:
+        """Where its endpoints may be stored, as (orchestrator, id). Old tools stored namespaces' under `docker`."""
+        orchestrators = [self.orchestrator, DOCKER] if self.orchestrator == NAMESPACE else [self.orchestrator]
+        return [(orchestrator, self.id) for orchestrator in orchestrators]
+
+    @property
+    def other_spelling(self) -> Workload | None:
+        """The workload of a namespace under the other spelling of its path, if there is one.
+
+        An older version, and the tool of 2015, stored a path below /run as the user had typed it.
+        """
+        other = None if self.path is None else _other_spelling(self.path)
+        return None if other is None else replace(self, id=other.replace("/", "-"), path=other)
+
     def namespace_path(self) -> str:
         """Return the path of the network namespace.
 
@@ -214,15 +229,9 @@ def _other_spelling(path: str) -> str | None:
 
 
 def stored_otherwise(datastore: DatastoreClient, workload: Workload) -> Workload | None:
-    """Return the workload of a namespace under the other spelling of its path, if it has an endpoint; None otherwise.
-
-    An older version, and the tool of 2015, stored a path below /run as the user had typed it.
-    """
-    other = None if workload.path is None else _other_spelling(workload.path)
-    if other is None:
-        return None
-    twin = replace(workload, id=other.replace("/", "-"), path=other)
-    return twin if endpoint_ids_of(datastore, twin) else None
+    """Return the workload of a namespace under the other spelling of its path, None if it has no endpoint."""
+    twin = workload.other_spelling
+    return twin if twin is not None and endpoint_ids_of(datastore, twin) else None
 
 
 def find_connected(name: str, datastore: DatastoreClient) -> Workload:

@@ -70,14 +70,16 @@ def test_the_mtu_of_a_new_interface(
 ) -> None:
     datastore = DatastoreClient(store, "host1")
     pools = [PLAIN, OVERLAY, PLAIN6, OVERLAY6]
-    assert of_interface(datastore, addresses, pools, next_hops) == expected
+    assert of_interface(datastore, addresses, pools, next_hops, mtu.configured(datastore)) == expected
     store.create(keys.config("MTU"), "900")
-    assert of_interface(datastore, addresses, pools, next_hops) == expected, "that is no valid value"
+    assert of_interface(datastore, addresses, pools, next_hops, mtu.configured(datastore)) == expected, (
+        "that is no valid value"
+    )
     DatastoreClient(store, "host1").unset(keys.config("MTU"))
     store.create(keys.config("MTU"), "1400")
-    assert of_interface(datastore, addresses, pools, next_hops) == 1400
+    assert of_interface(datastore, addresses, pools, next_hops, mtu.configured(datastore)) == 1400
 
 
 def test_a_host_with_ipv6_alone_has_the_longer_header(store: MemoryStore) -> None:
     datastore = DatastoreClient(store, "host2")
-    assert of_interface(datastore, ["fd02::1"], [OVERLAY6], {6: "2001:db8::2"}) == 1430
+    assert of_interface(datastore, ["fd02::1"], [OVERLAY6], {6: "2001:db8::2"}, None) == 1430
