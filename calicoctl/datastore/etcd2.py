@@ -423,7 +423,7 @@ def _child_keys(client: etcd.Client, path: str) -> list[str]:
     url = f"{client.base_uri}{client.key_endpoint}{path}?quorum=true"
     answer = client.http.request("GET", url, timeout=READ_TIMEOUT, preload_content=False, redirect=False)
     if answer.status != 200:
-        return [child.key for child in client.read(path, quorum=True).children]  # raises what the status means
+        client._handle_server_response(answer)  # raises what the status means
     if "x-etcd-index" not in answer.headers:
         raise etcd.EtcdException("there is no etcd index in the answer")
     found: list[str] = []
