@@ -510,8 +510,8 @@ class DatastoreClient:
         """Create an endpoint; raise KeyExists if it exists, CalicoError if it has too many profiles or addresses."""
         self._store.create(keys.endpoint(endpoint.id), endpoint.to_json())
 
-    def modify_endpoint(self, id: EndpointId, change: Callable[[Endpoint], bool]) -> bool:
-        """Change an endpoint; return whether it was written. For `change`, see modify_tags.
+    def modify_endpoint(self, id: EndpointId, change: Callable[[Endpoint], bool], known: Entry | None = None) -> bool:
+        """Change an endpoint; return whether it was written. For `change`, see modify_tags; for `known`, store.modify.
 
         Raises NotFound if there is no such endpoint, InvalidValue if it is invalid, and CalicoError if it gets too many
         profiles or addresses.
@@ -522,7 +522,7 @@ class DatastoreClient:
             endpoint = Endpoint.from_json(id, old, key)
             return endpoint.to_json() if change(endpoint) else None
 
-        return modify(self._store, key, f"endpoint {id.endpoint} no longer exists", text_of)
+        return modify(self._store, key, f"endpoint {id.endpoint} no longer exists", text_of, known)
 
     def check_endpoints_writable(self, ids: Iterable[EndpointId], handle: str) -> None:
         """Raise StoreError if this user may not write these endpoints or their workload's handle. Changes nothing.

@@ -17,6 +17,9 @@ from calicoctl.datastore.model import load_object
 from calicoctl.datastore.store import ATTEMPTS, Create, Delete, Entry, Store, Update, Write, pause, read_all
 from calicoctl.errors import CompareFailed, Conflict, InvalidValue, KeyExists
 
+UNREAD = Entry("", "", 0)
+"""Stands for the entry of a handle that was not read yet."""
+
 
 class Handles:
     """The handles of all hosts."""

@@ -10,7 +10,7 @@ read the next time.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -27,7 +27,7 @@ from calicoctl.datastore.blocks import (
     first_addresses,
     place,
 )
-from calicoctl.datastore.handles import Handles, counted, counts_of
+from calicoctl.datastore.handles import UNREAD, Handles, counted, counts_of
 from calicoctl.datastore.keys import EndpointId
 from calicoctl.datastore.model import Pool
 from calicoctl.datastore.reserved import Network, Reserved
@@ -174,15 +174,16 @@ class Ipam:
 
         modify(self._store, key, f"block {cidr} no longer exists", text_of)
 
-    def assign(self, address: IPAddress, owner: Owner) -> None:
+    def assign(self, address: IPAddress, owner: Owner, known: Entry | None = UNREAD) -> None:
         """Assign `address` to `owner`. Idempotent for the same owner.
 
+        `known` is the entry of the owner's handle, if it was just read: None if there is no such handle.
         Raises AddressTaken if another owner has it, CalicoError if its block has strict affinity, but not to this host,
         InvalidValue if its block is invalid, and Conflict if other writers keep changing its block.
         """
         version, first, ordinal = place(address)
         with self._recount_on_failure(owner):
-            if not self._allocate(version, first, owner, [ordinal], count=1, claim=True, exact=True):
+            if not self._allocate(version, first, owner, [ordinal], 1, True, known, exact=True):
                 raise AddressTaken(f"IP {address} is already assigned")
 
     def auto_assign(
@@ -192,14 +193,15 @@ class Ipam:
         owner: Owner,
         reserved: Reserved | None = None,
         affine: Iterable[str] | None = None,
+        known: Entry | None = UNREAD,
     ) -> list[IPAddress]:
         """Assign up to `count` free addresses of `pools` (of one IP version) to `owner`; return them.
 
         Tries, in this order: blocks with affinity to this host; new blocks, which this host claims; other hosts'
         blocks. Addresses that are `reserved`, or in a network to which this host is connected, are left out, and no new
         block that overlaps such a network is claimed. `affine` are the names (last parts of keys) of the blocks with
-        affinity to this host, if they were just read. Raises InvalidValue for an invalid block, and Conflict if other
-        writers keep changing one.
+        affinity to this host, if they were just read; for `known`, see `assign`. Raises InvalidValue for an invalid
+        block, and Conflict if other writers keep changing one.
         """
         ranges = [_range(pool) for pool in pools]
         reserved = reserved or Reserved()
@@ -210,7 +212,7 @@ class Ipam:
                 ordinals = [o for o in ordinals if reserved.is_free_for_any(version, first + o)]
                 if not ordinals:
                     continue
-                found += self._allocate(version, first, owner, ordinals, count - len(found), claim)
+                found += self._allocate(version, first, owner, ordinals, count - len(found), claim, known)
                 if len(found) >= count:
                     return found
         if owner.handle is not None:
@@ -236,29 +238,28 @@ class Ipam:
                     self.handles.recount(handle)
         return missing
 
-    def release_held(self, holding: Holding) -> None:
-        """Release all addresses that a handle held on this host when it was read. A handle without any is deleted.
+    def release_held(self, holding: Holding, addresses: Collection[IPAddress]) -> None:
+        """Release `addresses`, as far as the handle held them when it was read. A handle without any is deleted.
 
-        If the handle or a block was changed meanwhile, they are read again, and all that the handle holds on this host
-        then is released. The caller holds the workload's lock.
+        The caller holds the workload's lock.
         """
         writes: list[Write] = []
         counts: dict[str, int] = {}
         for entry in holding.blocks:
             block = Block.from_entry(entry)
-            ours = [o for o, owner in block.held() if owner.handle == holding.handle and self._is_here(owner)]
+            ours = [o for o, _ in block.held() if block.address(o) in holding.owners and block.address(o) in addresses]
             for ordinal in ours:
                 block.release(ordinal)
             counts[block.cidr] = block.count(holding.handle)
             writes += [Update(entry, block.to_json())] if ours else []
         count = counted(holding.handle, holding.entry, counts)
-        try:
-            if len(writes) > BLOCKS_AT_ONCE:
-                self.release_by_handle(holding.handle)
-            elif writes:
-                self._store.commit([*writes, *([count] if count is not None else [])])
-        except (KeyExists, CompareFailed):
-            self.release_by_handle(holding.handle)
+        with suppress(KeyExists, CompareFailed):  # another writer has changed the handle or a block meanwhile
+            if len(writes) <= BLOCKS_AT_ONCE:
+                if writes:
+                    self._store.commit([*writes, *([count] if count is not None else [])])
+                return
+        self.release(addresses, {holding.handle})
+        self.handles.recount(holding.handle)  # the blocks may be written, and the handle not
 
     def release_by_handle(self, handle: str) -> list[IPAddress]:
         """Release all addresses of `handle` on this host; return them. A handle without addresses is deleted."""
@@ -413,14 +414,23 @@ class Ipam:
             yield version, first, False
 
     def _allocate(
-        self, version: int, first: int, owner: Owner, ordinals: list[int], count: int, claim: bool, exact: bool = False
+        self,
+        version: int,
+        first: int,
+        owner: Owner,
+        ordinals: list[int],
+        count: int,
+        claim: bool,
+        known: Entry | None,
+        exact: bool = False,
     ) -> list[IPAddress]:
         """Assign up to `count` free addresses of a block to `owner`, out of these ordinals; return them in order.
 
         With `claim`, a block that does not exist is created, with affinity to this host; if it turns out to be another
         host's block, it is skipped. With `exact`, another host's block is used even then, and an address that the owner
         has already is returned as if it were newly assigned. A block with strict affinity, but not to this host, is
-        skipped or, with `exact`, raises CalicoError. Raises Conflict if other writers keep changing the block.
+        skipped or, with `exact`, raises CalicoError. For `known`, see `assign`. Raises Conflict if other writers keep
+        changing the block.
         """
         cidr = block_cidr(version, first)
         key = keys.ipam_block(version, cidr)
@@ -457,7 +467,8 @@ class Ipam:
                 count_write = None
                 if owner.handle is not None and handle is not None:
                     if not self._store.atomic:
-                        counts = self._store.get(handle)
+                        counts = self._store.get(handle) if known is UNREAD else known
+                        known = UNREAD
                     count_write = counted(owner.handle, counts, {cidr: block.count(owner.handle) + len(free)})
                 for ordinal in free:
                     block.allocate(ordinal, owner)

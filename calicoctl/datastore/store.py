@@ -298,16 +298,18 @@ def set_value(store: Store, key: str, value: str | None) -> None:
     raise _contended(key)
 
 
-def modify(store: Store, key: str, missing: str, change: Callable[[str], str | None]) -> bool:
+def modify(
+    store: Store, key: str, missing: str, change: Callable[[str], str | None], known: Entry | None = None
+) -> bool:
     """Change a value by compare-and-swap: read it, let `change` compute the new one, write it; retry on a conflict.
 
-    `change` returns None if there is nothing to change. Returns whether this call changed the value; also True if an
-    earlier attempt without an answer may have changed it. Raises NotFound with the message `missing` if there is no
-    such key, and Conflict if other writers keep changing it.
+    `known` is the key's entry, if it was just read. `change` returns None if there is nothing to change. Returns
+    whether this call changed the value; also True if an earlier attempt without an answer may have changed it. Raises
+    NotFound with the message `missing` if there is no such key, and Conflict if other writers keep changing it.
     """
     done = False
     for attempt in range(ATTEMPTS):
-        entry = store.get(key)
+        entry, known = known or store.get(key), None
         if entry is None:
             raise NotFound(missing)
         value = change(entry.value)

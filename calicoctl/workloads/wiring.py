@@ -219,7 +219,7 @@ def _connect_new(session: WorkloadSession, request: AddressRequest, interface: s
         undo(datastore.ipam.release_by_handle, workload.handle)
         address, id = _adopt(session, request, interface, terms.reserved)
         if address is None:
-            address = _assign(datastore, owner_of(workload, id, interface), request, terms)
+            address = _assign(session, owner_of(workload, id, interface), request, terms)
 
         size = mtu.of_interface(datastore, [str(address)], terms.pools, next_hops, terms.mtu)
         mac = _attach(session, id.interface, interface, [host_net(address)], next_hops, None, size, undo)
@@ -281,7 +281,7 @@ def reattach(
             # its last address was removed before it lost its interface
             undo(_release_unlisted, datastore, workload, endpoint)
             owner = owner_of(workload, endpoint.id, interface)
-            address = _assign(datastore, owner, request, terms)
+            address = _assign(session, owner, request, terms)
             nets.append(host_net(address))
         for own in addresses:
             if own not in session.held:
@@ -301,7 +301,7 @@ def reattach(
                 stored.nets_of(address.version).extend(nets)
             return stored.to_dict() != old
 
-        datastore.modify_endpoint(endpoint.id, update)
+        datastore.modify_endpoint(endpoint.id, update, session.entry)
     return None if address is None else Attachment(endpoint.id, address, interface, mac)
 
 
@@ -346,7 +346,7 @@ def _clear(
         datastore.ipam.release([address for address in _listed(id, entry) if address not in held], {None})
         datastore.remove_endpoint(id, entry)
     if holding is not None:
-        datastore.ipam.release_held(holding)
+        datastore.ipam.release_held(holding, holding.owners)
     _forget(datastore, workload, lock)
 
 
@@ -391,7 +391,7 @@ def add_address(
             owner = owner_of(workload, endpoint.id, attached)
             left = [a for a in session.held if host_net(a) not in endpoint.nets and _usable(request, a, terms.reserved)]
             undo(_release_unlisted, datastore, workload, endpoint)
-            address = left[0] if left else _assign(datastore, owner, request, terms)
+            address = left[0] if left else _assign(session, owner, request, terms)
 
             net = host_net(address)
             if version == 6 and session.namespace.ipv6_is_off(attached):
@@ -415,7 +415,7 @@ def add_address(
                 return True
 
             undo(datastore.modify_endpoint, endpoint.id, _without(net))
-            datastore.modify_endpoint(endpoint.id, add)
+            datastore.modify_endpoint(endpoint.id, add, session.entry)
         return address, True
 
 
@@ -441,10 +441,11 @@ def remove_address(datastore: DatastoreClient, workload: Workload, address: IPAd
         if address not in session.held:
             # assigned by an old tool, without a handle: only the endpoint names its owner, so it is released first
             datastore.ipam.release([address], {None})
-        datastore.modify_endpoint(endpoint.id, _without(net))
+        datastore.modify_endpoint(endpoint.id, _without(net), session.entry)
         if attached is not None:
             session.namespace.unconfigure(attached, [net], [] if others else [address.version])
-        datastore.ipam.release([address], {workload.handle})
+        if session.holding is not None:
+            datastore.ipam.release_held(session.holding, [address])
         session.lock.clear_mark()
 
 
@@ -467,7 +468,8 @@ class WorkloadSession:
     """A locked workload, with its namespace open if it has one, and with its state in the store and in the kernel.
 
     `known` is what connected.get returned at the start: None if nobody has connected it on this host. `held` are the
-    addresses of the workload's handle, with their owners. `endpoint` is the workload's endpoint, None if it has none.
+    addresses of the workload's handle, with their owners; `holding` and `handle` are the same as it was read: what the
+    handle holds on this host, and its entry. `endpoint` is the workload's endpoint, None if it has none.
     `host_mac` is the MAC of the host end of the veth pair: HOST_MAC until `attached_interface` has found that end.
     """
 
@@ -500,8 +502,9 @@ class WorkloadSession:
                 f"the id of {workload.name}'s endpoint, {self.endpoint.id.endpoint!r}, is not hexadecimal. Run "
                 f"'calicoctl container remove {workload.name}' and connect it again."
             )
-        self._holding = datastore.ipam.holding(workload.handle, stored.handle)
-        self.held = {} if self._holding is None else self._holding.owners
+        self.holding = datastore.ipam.holding(workload.handle, stored.handle)
+        self.held = {} if self.holding is None else self.holding.owners
+        self.handle = stored.handle if self.holding is None else self.holding.entry
         self.known = connected.get(datastore.host, workload.orchestrator, workload.id)
         refuse_other_path(workload, *([self.known.path] if self.known is not None else paths_of(self.held)))
         self.refresh()
@@ -530,6 +533,11 @@ class WorkloadSession:
                 lock = stack.enter_context(WorkloadLock(datastore.host, twin.orchestrator, twin.id))
                 session = cls(datastore, twin, lock, namespace)
             yield session
+
+    @property
+    def entry(self) -> Entry | None:
+        """The entry of the workload's endpoint, as it was read at the start; None if it has none."""
+        return next(iter(self._entries.values()), None)
 
     @property
     def namespace(self) -> netns.Namespace:
@@ -641,7 +649,7 @@ class WorkloadSession:
             and now not in (None, self.known and self.known.started)
             and self.attached_interface(also_down=True) is None
         ):
-            _clear(self.datastore, self.workload, self.lock, self._entries, self._holding)
+            _clear(self.datastore, self.workload, self.lock, self._entries, self.holding)
             self.endpoint, self.known, self.held = None, None, {}
 
     def remember(self, undo: Callable[..., object] | None = None) -> None:
@@ -786,11 +794,11 @@ def _is_like(owner: Owner, other: Owner) -> bool:
     return owner.handle == other.handle and facts == others
 
 
-def _assign(datastore: DatastoreClient, owner: Owner, request: AddressRequest, terms: Terms) -> IPAddress:
+def _assign(session: WorkloadSession, owner: Owner, request: AddressRequest, terms: Terms) -> IPAddress:
     """Assign an address that satisfies the request; raise CalicoError when there is none."""
-    pools = terms.pools
+    datastore, pools = session.datastore, terms.pools
     if request.address is None:
-        taken = datastore.ipam.auto_assign(1, pools, owner, terms.reserved, terms.affine)
+        taken = datastore.ipam.auto_assign(1, pools, owner, terms.reserved, terms.affine, session.handle)
         if not taken:
             networks = {network for pool in pools for network in terms.reserved.network.overlapping(pool.cidr)}
             raise CalicoError(
@@ -798,7 +806,7 @@ def _assign(datastore: DatastoreClient, owner: Owner, request: AddressRequest, t
             )
         return taken[0]
     try:
-        datastore.ipam.assign(request.address, owner)
+        datastore.ipam.assign(request.address, owner, session.handle)
     except AddressTaken as error:
         holder = datastore.ipam.owner(request.address)
         raise AddressTaken(

@@ -33,16 +33,14 @@ def counted(host: Host) -> Iterator[Counted]:
 
 
 def test_commands_make_few_requests(counted: Counted) -> None:
-    found = {}
-    found["first add"] = counted.count("container", "add", PATH, "192.168.0.1")
-    found["remove"] = counted.count("container", "remove", PATH)
-    found["add"] = counted.count("container", "add", PATH, "192.168.0.1")
+    """Of a namespace, which has two spellings, and which old tools stored elsewhere; a container's are fewer."""
+    counted.count("container", "add", PATH, "192.168.0.1")  # with the first block
     counted.count("container", "remove", PATH)
-    found["add any"] = counted.count("container", "add", PATH, "ipv4")
-    found["ip add"] = counted.count("container", PATH, "ip", "add", "192.168.0.7")
-    found["ip remove"] = counted.count("container", PATH, "ip", "remove", "192.168.0.7")
-    found["remove"] = counted.count("container", "remove", PATH)
-    found["profile add"] = counted.count("profile", "add", "web")
-    found["profile add again"] = counted.count("profile", "add", "web")
-    print(found)
-    assert found == {}
+    assert counted.count("container", "add", PATH, "192.168.0.1") <= 14
+    assert counted.count("container", "remove", PATH) <= 11
+    assert counted.count("container", "add", PATH, "ipv4") <= 15
+    assert counted.count("container", PATH, "ip", "add", "192.168.0.7") <= 12
+    assert counted.count("container", PATH, "ip", "remove", "192.168.0.7") <= 9
+    assert counted.count("container", "remove", PATH) <= 11
+    assert counted.count("profile", "add", "web") <= 2
+    assert counted.count("profile", "add", "web") <= 2
