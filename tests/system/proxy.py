@@ -1,5 +1,5 @@
 """A proxy before etcd, for both of its APIs, that gives answers etcd would not give on demand: late ones, refusals,
-nonsense. It also counts the requests of the v3 API."""
+nonsense. It also counts the requests."""
 
 from __future__ import annotations
 
@@ -35,12 +35,10 @@ class Proxy:
     """What every reading request is answered with."""
     answered: int = 0
     """How many requests have been answered so."""
-    asked: list[str] = field(default_factory=list)
-    """All requests: methods and paths."""
     refused: str | None = None
     """The part of a key that tells which writes are refused; all others go through to etcd."""
     asked: list[str] = field(default_factory=list)
-    """The paths of all requests of the v3 API, in order."""
+    """The paths of all requests, in order."""
     lost: Lost | None = None
     """What happens to the next write, whose connection is closed without an answer."""
     hold: threading.Event = field(default_factory=threading.Event)
@@ -62,14 +60,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def _pass_on(self) -> None:
         proxy = self.proxy
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        proxy.asked.append(f"{self.command} {self.path}")
+        proxy.asked.append(self.path)
         if proxy.instead is not None and self.command == "GET":
             self._answer(proxy.instead)
             proxy.answered += 1
             return
         v3 = self.path.startswith("/v3/")
-        if v3:
-            proxy.asked.append(self.path)
         written = _written(json.loads(body)) if v3 else [self.path] if self.command != "GET" else []
         if proxy.refused is not None and any(proxy.refused in key for key in written):
             v2_error = '{"errorCode":110,"message":"The request requires user authentication"}'
