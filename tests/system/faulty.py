@@ -8,15 +8,19 @@ FAULT=dead:N    etcd is gone from the N-th change on
 FAULT=none:0    no fault
 FAULT_LOG=FILE  gets a line for each change
 
-The seams are the calls of the two libraries that change something, so no step of the program can be missed.
+The seams are the calls of the two libraries that change something, and what is sent to etcd's v3 API, so no step of
+the program can be missed.
 """
 
+import base64
 import os
 import signal
 import sys
 
 from calicoctl import slim
 from calicoctl.cli.main import entry
+from calicoctl.datastore import etcd3_http
+from calicoctl.datastore.members import ConnectionLost, NotSent
 from calicoctl.workloads import netns
 
 slim.install()
@@ -80,6 +84,41 @@ def faulty_read():
     etcd.Client.read = call
 
 
+def faulty_v3():
+    original = etcd3_http.Connection.exchange
+
+    def call(self, method, path, body=None, seconds=None):
+        if MODE == "dead" and changes > int(NUMBER):
+            raise NotSent("http://127.0.0.1 (connection refused)")
+        changed = changed_keys(path, body or {})
+        if not changed:
+            return original(self, method, path, body, seconds)
+        hit = count(f"etcd {' '.join(changed)}")
+        if MODE == "dead" and changes > int(NUMBER):
+            raise NotSent("http://127.0.0.1 (connection refused)")
+        if hit and MODE == "fail":
+            raise etcd3_http.ErrorAnswer(etcd3_http.PERMISSION_DENIED, "etcdserver: permission denied")
+        try:
+            result = original(self, method, path, body, seconds)
+        finally:
+            if hit and MODE in SIGNALS:
+                os.kill(os.getpid(), SIGNALS[MODE])
+        if hit and MODE == "lost":
+            raise ConnectionLost("http://127.0.0.1 did not answer (connection aborted)")
+        return result
+
+    etcd3_http.Connection.exchange = call
+
+
+def changed_keys(path, body):
+    """Return what a request of the v3 API does to which keys; nothing for one whose condition is never met."""
+    if any(str(NO_INDEX) in one.values() for one in body.get("compare", ())):
+        return []
+    steps = [step for one in body.get("success", ()) for step in one.items() if step[0] != "request_range"]
+    steps += [(path, body)] if path in ("/v3/kv/put", "/v3/kv/deleterange") else []
+    return [f"{kind.rpartition('_')[2]} {base64.b64decode(one['key']).decode()}" for kind, one in steps]
+
+
 def faulty_netlink(name):
     original = getattr(linux.RTNL_API, name)
 
@@ -114,6 +153,7 @@ def faulty_sysctl():
 faulty_etcd("write")
 faulty_etcd("delete")
 faulty_read()
+faulty_v3()
 for request in ("link", "addr", "route", "neigh"):
     faulty_netlink(request)
 faulty_sysctl()
