@@ -186,8 +186,8 @@ def test_a_flood_of_statuses_does_not_cost_the_heartbeat(monkeypatch: pytest.Mon
 
     put = store.put
 
-    def put_and_change_more(key: str, value: str) -> None:
-        put(key, value)
+    def put_and_change_more(key: str, value: str, ttl: int | None) -> None:
+        put(key, value, ttl)
         if not beats.is_set():  # each write is followed by another change
             count[1] += 1
             reporter.set({endpoint_id(count[1]): Status("up", 1)})
