@@ -17,7 +17,7 @@ from calicoctl.datastore.ipam import Ipam
 from calicoctl.datastore.model import Pool
 from calicoctl.datastore.reserved import HostNetwork, InterfaceAddress, Reserved
 from calicoctl.errors import AddressTaken, CalicoError, InvalidValue, StoreUnavailable
-from tests.unit.memory_store import MemoryStore
+from tests.unit.memory_store import Fault, Lost, MemoryStore
 
 HOSTS = ("host1", "host2", "host3")
 POOLS = {4: [Pool("10.0.0.0/25"), Pool("10.0.1.32/27")], 6: [Pool("fd00::/121")]}
@@ -460,3 +460,39 @@ def test_a_stale_affinity_hides_no_free_address() -> None:
     left = ["conflict"]
     store.fault = lambda: left.pop() if left else None
     assert len(Ipam(store, "host2").auto_assign(1, pools, Owner("h2", {}))) == 1
+
+
+@pytest.mark.parametrize("modern", [False, True], ids=["v2", "v3"])
+def test_a_block_that_another_host_uses_up_meanwhile_is_not_counted(modern: bool) -> None:
+    store = MemoryStore(modern)
+    ipam, other, pools = Ipam(store, "host1"), Ipam(store.client(), "host2"), [Pool("10.0.0.0/25")]
+    ipam.auto_assign(63, pools, Owner("h0", {}))
+    before = iter([] if modern else ["the count"])
+
+    def fault() -> Fault:
+        if next(before, None):
+            return None
+        store.fault = lambda: None
+        return Lost(False, lambda: other.assign(IPAddress("10.0.0.63"), Owner("h2", {})))
+
+    store.fault = fault
+    assert ipam.auto_assign(1, pools, Owner("h1", {})) == [IPAddress("10.0.0.64")]
+    assert raw_handles(store) == {"h0": {"10.0.0.0/26": 63}, "h1": {"10.0.0.64/26": 1}, "h2": {"10.0.0.0/26": 1}}
+
+
+@pytest.mark.parametrize("modern", [False, True], ids=["v2", "v3"])
+def test_what_was_read_of_a_handle_may_be_outdated(modern: bool) -> None:
+    store = MemoryStore(modern)
+    ipam = Ipam(store, "host1")
+    for last, known in ((1, None), (2, None), (3, store.get("/calico/ipam/v2/handle/h1"))):
+        ipam.assign(IPAddress(f"10.0.0.{last}"), Owner("h1", {}), known)
+    assert raw_handles(store) == {"h1": {"10.0.0.0/26": 3}}
+
+
+def test_a_count_of_nothing_is_removed() -> None:
+    store = MemoryStore()
+    ipam = Ipam(store, "host1")
+    ipam.assign(IPAddress("10.0.0.1"), Owner("h1", {}))
+    store.put("/calico/ipam/v2/handle/h1", json.dumps({"id": "h1", "block": {"10.0.0.0/26": 1, "10.0.0.64/26": 0}}))
+    ipam.recount("h1", [])
+    assert raw_handles(store) == {"h1": {"10.0.0.0/26": 1}}
