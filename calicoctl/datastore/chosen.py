@@ -10,7 +10,7 @@ process use the other backend, and watches end, so that everything is read anew 
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import closing
 from typing import Callable, Optional
 
@@ -117,6 +117,9 @@ class ChosenStore:
 
     def put(self, key: str, value: str, ttl: int | None = None) -> None:
         self._writable(key).put(key, value, ttl)
+
+    def put_all(self, values: Mapping[str, str], ttl: int | None = None) -> None:
+        self._writable(*values).put_all(values, ttl)
 
     def check_writable(self, key: str) -> None:
         self._writable(key).check_writable(key)

@@ -13,7 +13,7 @@ import http.client
 import json
 import re
 import time
-from collections.abc import Collection, Generator, Iterable, Sequence
+from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Callable, TypeVar
@@ -202,6 +202,10 @@ class Etcd2Store:
 
     def put(self, key: str, value: str, ttl: int | None = None) -> None:
         self._read(key, lambda client, path: client.write(path, value, ttl=ttl))  # idempotent
+
+    def put_all(self, values: Mapping[str, str], ttl: int | None = None) -> None:
+        for key, value in values.items():
+            self.put(key, value, ttl)
 
     def check_writable(self, key: str) -> None:
         import etcd

@@ -13,7 +13,7 @@ Source: https://github.com/etcd-io/etcd/blob/release-3.4/Documentation/learning/
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Generator, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -210,7 +210,15 @@ class Etcd3Store:
         return self.update(entry, value, ttl)
 
     def put(self, key: str, value: str, ttl: int | None = None) -> None:
-        self._attached(ttl, lambda lease: self._ask("/v3/kv/put", _put(key, value, lease), key, revision))  # idempotent
+        self.put_all({key: value}, ttl)
+
+    def put_all(self, values: Mapping[str, str], ttl: int | None = None) -> None:
+        def send(lease: str | None) -> None:
+            puts = [{"request_put": _put(key, value, lease)} for key, value in values.items()]
+            self._ask("/v3/kv/txn", {"success": puts}, next(iter(values)), revision)  # idempotent
+
+        if values:
+            self._attached(ttl, send)
 
     def remove_tree(self, directory: str) -> None:
         start, end = map(base64, below(directory))

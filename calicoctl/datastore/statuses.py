@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -72,6 +73,11 @@ class Statuses:
             self._store.put(keys.felix_endpoint(id), status, ttl if self._store.leases else None)
         else:
             set_value(self._store, keys.felix_endpoint(id), None)
+
+    def report_endpoints(self, statuses: Mapping[EndpointId, str], ttl: int) -> None:
+        """Write the statuses of at most MOST_AT_ONCE endpoints of this host; see report_endpoint."""
+        values = {keys.felix_endpoint(id): status for id, status in statuses.items()}
+        self._store.put_all(values, ttl if self._store.leases else None)
 
     def of_endpoints(self) -> dict[EndpointId, str]:
         """Return endpoint -> status (JSON text) for this host's endpoints."""

@@ -117,7 +117,7 @@ class Store(Protocol):
 
     If the answer to `create`, `update` or `delete` is lost, the key is read before the write is sent again, so that the
     write is not applied twice. If another writer has changed the key meanwhile, KeyExists or CompareFailed is raised.
-    `put` and `remove_tree` are sent again without a read.
+    `put`, `put_all` and `remove_tree` are sent again without a read.
 
     Some stores have leases (`leases`): all keys that one Store object has written last with the same `ttl` hang on one
     lease, and live as long as it does. Each such write, and `touch`, keeps the lease alive. So `touch` for one of the
@@ -205,6 +205,9 @@ class Store(Protocol):
 
     def put(self, key: str, value: str, ttl: int | None = None) -> None:
         """Write `key` blindly, whatever its value is. `ttl`: see `update`."""
+
+    def put_all(self, values: Mapping[str, str], ttl: int | None = None) -> None:
+        """Write some keys blindly, at most MOST_AT_ONCE, as `put` does; an atomic store writes them all at once."""
 
     def check_writable(self, key: str) -> None:
         """Raise StoreError if this user may not write `key`. Changes nothing."""

@@ -43,6 +43,9 @@ LONG = 0.02
 """A report that takes more than these seconds of computing is made less often. Some thousand endpoints in error take
 so long."""
 
+AT_ONCE = 50
+"""The most statuses that are written by one request."""
+
 ERRORS_AT_ONCE = 50
 """The most statuses `error` that are written before a pause of a second: many of them must leave time for others."""
 
@@ -291,6 +294,30 @@ class StoreReporter(threading.Thread):
             self._put(events.Failure(refused, "statuses"))
         self._failed, self._refused = failed, refused
 
+    def _hang(self, found: dict[EndpointId, str]) -> dict[EndpointId, str]:
+        """Write the statuses that do not hang on the lease of the host's status, but for those with an error.
+
+        `found` are the statuses in the store; some may hang on the lease of an earlier agent, or on none. Returns those
+        that are in the store now, with an empty text for each that must be written to hang on the right lease. Raises
+        StoreUnavailable. What the store refuses is left out, to be tried one by one.
+        """
+        written = {id: status if id in self._hanging else "" for id, status in found.items()}
+        with self._lock:
+            desired = {id: status for id, status in self._desired.items() if id not in self._hanging}
+        left = [id for id, status in desired.items() if json.loads(status)["status"] != "error"]
+        while left and time.monotonic() < self._beaten + INTERVAL:
+            some = {id: desired[id] for id in left[:AT_ONCE]}
+            del left[:AT_ONCE]
+            try:
+                self._datastore.statuses.report_endpoints(some, TIME_TO_LIVE)
+            except StoreUnavailable:
+                raise
+            except CalicoError:
+                continue
+            self._hanging |= some.keys()
+            written.update(some)
+        return written
+
     def end(self) -> None:
         """Write the remaining statuses, and remove the heartbeat, unless that takes longer than END_PATIENCE."""
         self._alive = False
@@ -318,8 +345,7 @@ class StoreReporter(threading.Thread):
         if written is None:
             written = self._datastore.statuses.of_endpoints()
             if self._datastore.statuses.hang_together:
-                # the others hang on the lease of an earlier agent, or on none: they are written again, to hang on ours
-                written = {id: status if id in self._hanging else "" for id, status in written.items()}
+                written = self._hang(written)
             with self._lock:
                 self._written = written
                 self._errors = {id for id, status in self._desired.items() if json.loads(status)["status"] == "error"}

@@ -6,7 +6,7 @@ It is the one test double of the store. store_contract.py holds it against the r
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from threading import Condition
 from typing import Callable, Union
@@ -192,6 +192,13 @@ class MemoryStore:
     def put(self, key: str, value: str, ttl: int | None = None) -> None:
         self.requests += 1
         self._put(key, value, ttl)
+
+    def put_all(self, values: Mapping[str, str], ttl: int | None = None) -> None:
+        self.requests += 1 if self.atomic else len(values)
+        before = self.revision
+        for key, value in values.items():
+            self.revision = before if self.atomic else self.revision
+            self._put(key, value, ttl)
 
     def version(self) -> str:
         return "0.0"

@@ -113,6 +113,19 @@ class StoreContract:
         store.put(KEY, "2")
         assert now(store) == "2" and is_there(store).revision > one.revision
 
+    def test_several_keys_are_put_at_once(self, backend: Backend) -> None:
+        store = backend.store
+        store.put_all({})
+        one = store.create(KEY, "1")
+        backend.lose_answer(Lost())
+        store.put_all({KEY: "2", "/calico/c": "3"}, ttl=2)
+        two, three = is_there(store), is_there(store, "/calico/c")
+        assert (two.value, three.value) == ("2", "3") and two.revision > one.revision
+        assert not store.atomic or two.revision == three.revision
+        store.put_all({"/calico/c": "4"})
+        backend.pass_time(4)
+        assert [(entry.key, entry.value) for entry in store.tree("/calico")] == [("/calico/c", "4")]
+
     def test_tree_names_and_exists_go_by_whole_parts_of_keys(self, store: Store) -> None:
         assert store.tree("/calico") == [] and store.names("/calico") == [] and not store.exists("/calico")
         odd = "/calico/a/c d?e#f%41:-é"

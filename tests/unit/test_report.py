@@ -12,6 +12,7 @@ import pytest
 from calicoctl.datastore import keys
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.keys import EndpointId
+from calicoctl.errors import StoreError
 from calicoctl.felix import heartbeat
 from calicoctl.felix.health import Health, Status
 from calicoctl.felix.heartbeat import Identity, claim
@@ -148,3 +149,29 @@ def test_a_second_agent_of_the_host_makes_the_statuses_its_own(monkeypatch: pyte
     monkeypatch.setattr(Identity, "own", lambda: own)
     claim(DatastoreClient(store.client(), "host1"), True, False, lambda text: None)
     assert len(first.turn()) == 3, "the other one is as this agent has written it, but hangs on the second's lease"
+
+
+def test_many_statuses_hang_on_a_lease_after_few_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = MemoryStore(modern=True)
+    many = {EndpointId("host1", "docker", "w", f"{number:x}"): UP for number in range(120)}
+
+    def agent() -> Reported:
+        reported = Reported(store)
+        reported.reporter.set({**many, OTHER: None})
+        store.requests = 0
+        reported.turn()
+        assert len(store._lease_of) == len(reported.statuses()) + 1 == 122
+        assert len(set(store._lease_of.values())) == 1
+        return reported
+
+    agent()
+    assert store.requests < 8
+    agent().reporter.resync()
+    assert store.requests < 10, "the one before has left the same statuses, but they hang on its lease"
+
+    def refuse(self: MemoryStore, values: object, ttl: object) -> None:
+        raise StoreError("too large")
+
+    monkeypatch.setattr(MemoryStore, "put_all", refuse)
+    agent()
+    assert store.requests > 120, "they are tried one by one"
