@@ -121,8 +121,8 @@ class ChosenStore:
     def put_all(self, values: Mapping[str, str], ttl: int | None = None) -> None:
         self._writable(*values).put_all(values, ttl)
 
-    def check_writable(self, key: str) -> None:
-        self._writable(key).check_writable(key)
+    def check_writable(self, *keys: str) -> None:
+        self._writable(*keys).check_writable(*keys)
 
     def version(self) -> str:
         return self._store.version()

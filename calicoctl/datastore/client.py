@@ -529,8 +529,7 @@ class DatastoreClient:
 
         For callers that change the kernel before the store.
         """
-        for key in (*map(keys.endpoint, ids), keys.ipam_handle(handle)):
-            self._store.check_writable(key)
+        self._store.check_writable(*map(keys.endpoint, ids), keys.ipam_handle(handle))
 
     def remove_endpoint(self, id: EndpointId, entry: Entry | None = None) -> None:
         """Delete an endpoint, even if it is invalid. `entry` is its entry, if it was just read."""

@@ -207,12 +207,13 @@ class Etcd2Store:
         for key, value in values.items():
             self.put(key, value, ttl)
 
-    def check_writable(self, key: str) -> None:
+    def check_writable(self, *keys: str) -> None:
         import etcd
 
-        # etcd checks the permission before it compares the revision, which no entry has
-        with suppress(etcd.EtcdCompareFailed, etcd.EtcdKeyNotFound):
-            self._read(key, lambda client, path: client.write(path, "", prevIndex=_NO_INDEX))
+        for key in keys:
+            # etcd checks the permission before it compares the revision, which no entry has
+            with suppress(etcd.EtcdCompareFailed, etcd.EtcdKeyNotFound):
+                self._read(key, lambda client, path: client.write(path, "", prevIndex=_NO_INDEX))
 
     def version(self) -> str:
         def read(client: etcd.Client, path: str) -> str:

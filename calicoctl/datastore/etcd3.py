@@ -164,10 +164,11 @@ class Etcd3Store:
 
         return self._members.retry(send)
 
-    def check_writable(self, key: str) -> None:
+    def check_writable(self, *keys: str) -> None:
         # etcd checks the permissions for all that a transaction may do, before it looks at the condition
-        never = {**_key(key), "target": "MOD", "result": "EQUAL", "mod_revision": _NEVER}
-        self._ask("/v3/kv/txn", {"compare": [never], "success": [{"request_put": _key(key)}]}, key, revision)
+        never = {**_key(keys[0]), "target": "MOD", "result": "EQUAL", "mod_revision": _NEVER}
+        puts = [{"request_put": _key(key)} for key in keys]
+        self._ask("/v3/kv/txn", {"compare": [never], "success": puts}, " or ".join(keys), revision)
 
     # Writes
 

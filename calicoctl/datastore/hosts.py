@@ -159,8 +159,7 @@ class Hosts:
 
     def check_writable(self) -> None:
         """Raise StoreError if this user may not write this host's keys. Changes nothing."""
-        for key in (keys.host_bird_ip(self.host), keys.bgp_host_address(self.host, 4)):
-            self._store.check_writable(key)
+        self._store.check_writable(keys.host_bird_ip(self.host), keys.bgp_host_address(self.host, 4))
 
     def unregister(self) -> bool:
         """Delete this host's keys and release its block affinities; addresses in use stay assigned.

@@ -209,8 +209,8 @@ class Store(Protocol):
     def put_all(self, values: Mapping[str, str], ttl: int | None = None) -> None:
         """Write some keys blindly, at most MOST_AT_ONCE, as `put` does; an atomic store writes them all at once."""
 
-    def check_writable(self, key: str) -> None:
-        """Raise StoreError if this user may not write `key`. Changes nothing."""
+    def check_writable(self, *keys: str) -> None:
+        """Raise StoreError if this user may not write one of `keys`. Changes nothing."""
 
     def version(self) -> str:
         """Return the version of the server."""

@@ -186,7 +186,7 @@ class MemoryStore:
         for key in [key for key in self.entries if (key + "/").startswith(directory + "/")]:
             self._remove(key)
 
-    def check_writable(self, key: str) -> None:
+    def check_writable(self, *keys: str) -> None:
         """Everybody may write everything here."""
 
     def put(self, key: str, value: str, ttl: int | None = None) -> None:

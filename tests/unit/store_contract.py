@@ -317,7 +317,7 @@ class StoreContract:
         one = store.create(KEY, "1")
         before = store.list_for_watch("/calico")
         store.check_writable(KEY)
-        store.check_writable("/calico/not/there")
+        store.check_writable("/calico/not/there", KEY, "/calico/not")
         assert store.get(KEY) == one and store.get("/calico/not/there") is None
         assert store.list_for_watch("/calico") == before
 
