@@ -449,15 +449,11 @@ class DatastoreClient:
         at once, if the store can.
         """
         directories = [keys.endpoints(self.host, *place) for place in places]
-        key = keys.ipam_handle(handle)
         if self._store.atomic:
-            (entry,), trees = self._store.read([key], directories)
-            found = next(filter(None, trees), [])
-        else:
-            found = next(filter(None, map(self._store.tree, directories)), [])
-            entry = self._store.get(key)
-        ids = {keys.parse_endpoint(entry.key): entry for entry in found}
-        return StoredWorkload(entry, {id: entry for id, entry in ids.items() if id is not None})
+            (entry,), trees = self._store.read([keys.ipam_handle(handle)], directories)
+            return StoredWorkload(entry, next(filter(None, map(_endpoint_entries, trees)), {}))
+        found = next(filter(None, map(_endpoint_entries, map(self._store.tree, directories))), {})
+        return StoredWorkload(self._store.get(keys.ipam_handle(handle)), found)
 
     def read_for_address(self, version: int, automatic: bool) -> AddressFacts:
         """Return what the address of a workload depends on. `automatic`: any free address is wanted."""
@@ -566,6 +562,12 @@ def _pool(entry: Entry, version: int) -> Pool:
     if version_of(pool.cidr) != version:
         raise InvalidValue(entry.key, f"{pool.cidr} is not an IPv{version} CIDR")
     return pool
+
+
+def _endpoint_entries(entries: Iterable[Entry]) -> dict[EndpointId, Entry]:
+    """Return those of some entries that are endpoints, valid or not."""
+    ids = ((keys.parse_endpoint(entry.key), entry) for entry in entries)
+    return {id: entry for id, entry in ids if id is not None}
 
 
 def _lists(entry: Entry, id: EndpointId, address: str, owned: bool = False) -> bool:

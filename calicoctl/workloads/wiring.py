@@ -502,9 +502,9 @@ class WorkloadSession:
                 f"the id of {workload.name}'s endpoint, {self.endpoint.id.endpoint!r}, is not hexadecimal. Run "
                 f"'calicoctl container remove {workload.name}' and connect it again."
             )
-        self.holding = datastore.ipam.holding(workload.handle, stored.handle)
+        self.holding: Holding | None = datastore.ipam.holding(workload.handle, stored.handle)
         self.held = {} if self.holding is None else self.holding.owners
-        self.handle = stored.handle if self.holding is None else self.holding.entry
+        self.handle: Entry | None = stored.handle if self.holding is None else self.holding.entry
         self.known = connected.get(datastore.host, workload.orchestrator, workload.id)
         refuse_other_path(workload, *([self.known.path] if self.known is not None else paths_of(self.held)))
         self.refresh()
@@ -650,7 +650,8 @@ class WorkloadSession:
             and self.attached_interface(also_down=True) is None
         ):
             _clear(self.datastore, self.workload, self.lock, self._entries, self.holding)
-            self.endpoint, self.known, self.held = None, None, {}
+            self.endpoint, self.known = None, None
+            self.held, self.holding, self.handle = {}, None, None
 
     def remember(self, undo: Callable[..., object] | None = None) -> None:
         """Note that the workload is connected on this host; see connected.py. Raises CalicoError.
