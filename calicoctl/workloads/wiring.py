@@ -301,7 +301,7 @@ def reattach(
                 stored.nets_of(address.version).extend(nets)
             return stored.to_dict() != old
 
-        datastore.modify_endpoint(endpoint.id, update, session.entry)
+        datastore.modify_endpoint(endpoint.id, update)  # reads it again: it may be gone, and need no change
     return None if address is None else Attachment(endpoint.id, address, interface, mac)
 
 
