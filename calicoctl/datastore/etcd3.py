@@ -211,7 +211,7 @@ class Etcd3Store:
         return self.update(entry, value, ttl)
 
     def put(self, key: str, value: str, ttl: int | None = None) -> None:
-        self.put_all({key: value}, ttl)
+        self._attached(ttl, lambda lease: self._ask("/v3/kv/put", _put(key, value, lease), key, revision))  # idempotent
 
     def put_all(self, values: Mapping[str, str], ttl: int | None = None) -> None:
         def send(lease: str | None) -> None:
