@@ -151,6 +151,19 @@ def test_a_long_list_is_read_in_pages_and_removed_at_once(bare_host: Host) -> No
     assert after == found[-1].entry.revision + 1 and not store.exists("/calico")
 
 
+def test_a_watch_that_was_too_slow_for_what_is_forgotten_expires(own_etcd: Etcd) -> None:
+    """What it has not taken yet, and etcd has no room for, is compacted."""
+    store, other = store_of(own_etcd), store_of(own_etcd)
+    with closing(store.watch("/calico", store.list_for_watch("/calico")[1], WATCH)) as watch:
+        await_change(watch, other.create(KEY, "1"), 5)
+        for _ in range(400):
+            other.put("/calico/large", "x" * 100_000)
+        own_etcd.v3("kv/compaction", {"revision": str(other.list_for_watch("/calico")[1] - 1)})
+        with pytest.raises(WatchExpired, match="forgotten"):
+            for _ in range(400):
+                next(watch)
+
+
 # Clusters
 
 
