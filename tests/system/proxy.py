@@ -61,7 +61,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         proxy = self.proxy
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         proxy.asked.append(self.path)
-        if proxy.instead is not None and self.command == "GET":
+        if proxy.instead is not None and (
+            self.command == "GET" or (self.path.startswith(("/v3/kv/", "/v3/watch")) and not _written(json.loads(body)))
+        ):
             self._answer(proxy.instead)
             proxy.answered += 1
             return
