@@ -29,13 +29,16 @@ from calicoctl.datastore.keys import INTERFACE_PREFIX
 from calicoctl.errors import CalicoError, DockerUnavailable
 from calicoctl.felix import process
 from calicoctl.felix.bgp import instance, passwords
-from calicoctl.felix.dataplane import docker_firewall, vxlan
+from calicoctl.felix.dataplane import connection_limit, docker_firewall, vxlan
 from calicoctl.felix.dataplane.nft import Nft
 from calicoctl.felix.local_etcd import LocalEtcd
 from calicoctl.output import first_few
 from calicoctl.workloads import host_network, netns
 
-MODULES = ("veth", "nf_tables", "nf_conntrack", "nft_ct", "nft_nat", "nft_masq", "vxlan")
+MODULES = (
+    *("veth", "nf_tables", "nf_conntrack", "nft_ct", "nft_nat", "nft_masq"),
+    *("nft_limit", "nft_log", "nft_connlimit", "nft_hash", "vxlan"),
+)
 """The modules that `--fix` loads, for kernels that do not load them on demand."""
 
 OLDEST_DOCKER = (1, 9)
@@ -140,10 +143,12 @@ def _kernel() -> Iterator[Check]:
     release = platform.release()
     yield Check("kernel", platform.system() == "Linux", f"{platform.system()} {release}", advice="use a Linux host")
     advice = "run 'calicoctl checksystem --fix' to load what is missing, or use a kernel that has it"
+    limit = connection_limit.commands(connection_limit.LIST)
     for name, work, needed in (
         ("network namespaces", lambda: None, True),
         ("veth", partial(_try_link, kind="veth", peer={"ifname": "check1"}), True),
         ("nftables: policy, connection tracking, NAT, ARP", lambda: Nft().run(_TABLES), True),
+        ("nftables: limits of connections", lambda: Nft().run(limit), False),
         ("VXLAN (for pools with --vxlan)", partial(_try_link, kind="vxlan", vxlan_id=1, vxlan_port=vxlan.PORT), False),
     ):
         if os.geteuid() != 0:
