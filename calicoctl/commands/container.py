@@ -195,7 +195,7 @@ def _ip_remove(name: str, address: IPAddress, interface: str | None) -> None:
 
 
 def _request_and_interface(arguments: dict[str, Any]) -> tuple[AddressRequest, str | None]:
-    """Return the requested address, and the value of --interface (None if it is not given). Raises CalicoError."""
+    """Return the address request (from <IP>), and the value of --interface, None without it. Raises CalicoError."""
     from calicoctl.workloads import wiring
 
     interface = arguments["--interface"]

@@ -1,7 +1,8 @@
-"""A daemon that runs beside the agent, and is supervised by it: the local etcd, or BIRD.
+"""A daemon that runs beside the agent: the local etcd, or BIRD.
 
 Responsible for the daemon's process: starting it once, waiting until it serves, starting it again with backoff when it
-ends, and adopting it if it runs already. The caller provides the command line and the configuration.
+ends (`supervise`, for the local etcd; bgp/manager.py decides when BIRD is started again), and adopting it if it runs
+already. The caller provides the command line and the configuration.
 
 A daemon survives the agent: it keeps running when the agent is restarted, upgraded or killed. The next agent, and every
 command, finds the daemon by its pid file. To recognise a stale pid file, the process must also have the `marker` among

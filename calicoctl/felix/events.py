@@ -217,7 +217,7 @@ class BgpChanged:
 
 @dataclass(frozen=True)
 class Tick:
-    """Ten seconds have passed: retry what failed."""
+    """The interval of the agent (TICK in agent.py) has passed: retry what failed."""
 
 
 @dataclass(frozen=True)

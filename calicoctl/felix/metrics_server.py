@@ -71,7 +71,7 @@ class _Server(socketserver.ThreadingMixIn, WSGIServer):
         super().process_request(request, client_address)
 
     def service_actions(self) -> None:
-        """End connections that have been open for too long. Called after each accept, and once per interval."""
+        """Close connections that have been open for too long. Called after each accept, and once per interval."""
         with self._changed:
             for connection, since in self._open.items():
                 if time.monotonic() > since + LONGEST:

@@ -146,7 +146,7 @@ class WorkResult:
 
 @dataclass
 class _Tracked:
-    """What earlier reconciliations have found about one workload. All times are of the keeper's clock."""
+    """What is known of one workload between its reconciliations. All times are of the keeper's clock."""
 
     kept_since: float | None = None
     """When the grace period of a MISSING or GONE workload began; None if it has none."""

@@ -85,7 +85,10 @@ class WorkQueue(Generic[K]):
         return group in self._paused
 
     def next_due(self) -> float:
-        """Return when the next key for which a worker is free is due; infinity if there is none."""
+        """Return the time at which the next key that can be taken is due; infinity if there is none.
+
+        A key can be taken if it is not in progress, and its group has a free worker and is not paused.
+        """
         return min((at for key, at in self._due.items() if self._has_worker(key)), default=float("inf"))
 
     def take(self, now: float) -> list[K]:

@@ -67,7 +67,7 @@ class Instance:
         )
 
     def pid(self) -> int | None:
-        """Return BIRD's process ID; None if it does not run, or if no pid file names it: see `find`."""
+        """Return BIRD's process ID; None if it does not run, or if the pid file does not name it: see `find`."""
         return self.process.pid()
 
     def ran_here(self) -> bool:
@@ -116,7 +116,7 @@ class Instance:
     def find(self) -> int | None:
         """Return the process ID of the BIRD of `host`, None if it does not run.
 
-        The process is found even if no pid file names it, which may be so after the agent was killed.
+        The process is found even if the pid file is missing or outdated, which may be so after the agent was killed.
         """
         pid = self.pid()
         return pid if pid is not None else next((pid for pid, host in birds().items() if host == self._host), None)
