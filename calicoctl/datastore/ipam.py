@@ -202,9 +202,9 @@ class Ipam:
         return held
 
     def set_workload_name(self, handle: str, addresses: Iterable[IPAddress], name: str) -> None:
-        """Write a workload's name into the attributes of its addresses, those of `handle` on this host.
+        """Write a workload's name into the attributes of the addresses that `handle` has on this host.
 
-        `addresses` name the blocks to change. Raises NotFound if one of the blocks does not exist.
+        Only the blocks that contain `addresses` are changed. Raises NotFound if one of these blocks does not exist.
         """
         for version, first in {place(address)[:2] for address in addresses}:
             key = keys.ipam_block(version, block_cidr(version, first))
@@ -353,7 +353,7 @@ class Ipam:
 
         With `claim`, a block that does not exist is created, with affinity to this host; if it turns out to be another
         host's block, it is skipped. With `exact`, another host's block is used even then, and an address that the owner
-        has already is returned as if it were newly assigned. A block with strict affinity, but not to this host, is
+        already has is returned as if it were newly assigned. A block with strict affinity, but not to this host, is
         skipped or, with `exact`, raises CalicoError. Raises Conflict if other writers keep changing the block.
         """
         cidr = block_cidr(version, first)

@@ -112,10 +112,10 @@ class Admission:
         objections = {address: self.objection(endpoint.name, address) for address in addresses}
         return tuple(address for address, said in objections.items() if said is None or not said[1])
 
-    # What endpoints have already
+    # What endpoints already have
 
     def exceptions(self) -> frozenset[Use]:
-        """Return what endpoints have already, and would be refused if it were new."""
+        """Return the addresses that endpoints already have, and that would be refused if they were new."""
         dns = self.network.servers.dns
         return frozenset(use for use in self._admitted if use[1] in dns or not self.is_in_pool(use[1]))
 

@@ -332,7 +332,7 @@ def add_address(
     """Add an address to a connected workload; return the address, and whether it is new to the workload.
 
     If it is the first address of an IP version, the next hop and the default route of that version are added, too. An
-    address that the workload has already is configured in the kernel again, in case it is missing there. The MTU of the
+    address that the workload already has is configured in the kernel again, in case it is missing there. The MTU of the
     interface is lowered if the new address requires that. Raises CalicoError, after a rollback; also if the workload is
     connected through an interface that is not `interface` (None: any).
     """
