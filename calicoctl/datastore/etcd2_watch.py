@@ -140,7 +140,7 @@ def _parse(event: Any) -> tuple[list[Change], int]:
 
 
 def _refuse(answer: Any) -> None:
-    """Raise python-etcd's exception for an answer with another status than 200."""
+    """Raise python-etcd's exception for an answer whose HTTP status is not 200."""
     import etcd
 
     try:

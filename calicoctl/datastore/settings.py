@@ -89,7 +89,11 @@ class EtcdSettings:
 
 
 def _check_tls_files(ca_cert: str | None, cert: str | None, key: str | None) -> None:
-    """Raise StoreError if a file does not contain the kind of certificate or key that its variable stands for."""
+    """Raise StoreError if a file cannot be used as what its variable says.
+
+    The CA file must contain a certificate in PEM format; the client's certificate and key must be in PEM format,
+    without a password, and belong to each other.
+    """
     import ssl
 
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)

@@ -129,7 +129,7 @@ class Claims:
         return f"its interface or an address is that of endpoint {owner.endpoint} already"
 
     def _after(self, claim: _Claim, thing: str, most: int) -> list[_Claim]:
-        """Return the next claimants of a thing after one of them."""
+        """Return at most `most` claims to `thing`, an interface or an address, that come after `claim`, in order."""
         claimants = self._claimants[thing]
         place = bisect_right(claimants, claim)
         return claimants[place : place + most]

@@ -416,7 +416,10 @@ def remove_address(datastore: DatastoreClient, workload: Workload, address: IPAd
 
 
 def _without(net: str) -> Callable[[Endpoint], bool]:
-    """Return a function for modify_endpoint: it removes `net` and, with the last net of an IP version, the next hop."""
+    """Return a function for modify_endpoint that removes `net`.
+
+    If no net of its IP version is left, it also removes the next hop of that version.
+    """
 
     def change(endpoint: Endpoint) -> bool:
         version = version_of(net)
