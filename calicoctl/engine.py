@@ -85,7 +85,10 @@ def followed(since: int) -> Iterator[tuple[list[dict[str, Any]], Iterator[Any]]]
 
 
 def _events(parts: Iterable[bytes], bounds: answers.Bounds) -> Iterator[Any]:
-    """Decode the events of an answer that comes in parts. Any time may pass between two parts."""
+    """Decode the events of an answer that comes in parts. Any time may pass between two parts.
+
+    Raises ValueError if an event is not JSON, or has more than LARGEST_EVENT bytes.
+    """
     bounds.renew(None)
     pending = bytearray()
     for part in parts:
@@ -102,9 +105,10 @@ def _events(parts: Iterable[bytes], bounds: answers.Bounds) -> Iterator[Any]:
 
 
 def forwards(ipv6: bool) -> bool:
-    """Return whether the Docker Engine needs IP forwarding, because it has networks or, for `ipv6`, one with IPv6.
+    """Return whether the Docker Engine needs IP forwarding: whether it has networks or, with `ipv6`, one with IPv6.
 
-    Returns False if no engine is running. Raises DockerUnavailable if an engine is running, but does not answer.
+    The networks `host` and `none` do not count. Returns False if no engine is running. Raises DockerUnavailable if an
+    engine is running, but does not answer.
     """
     try:
         with _client("for its networks", timeout=5) as docker:
@@ -134,7 +138,8 @@ def _listed(docker: Any) -> list[dict[str, Any]]:
 def _checked(value: Any, shape: Any) -> Any:
     """Return a JSON value; raise ValueError unless it has the given shape.
 
-    A shape is a type, _ID, a list with the shape of all items, or a dictionary with the shapes of some of the values.
+    A shape is a type, _ID, a list with one shape for all items, or a dictionary with the shapes of the values that must
+    exist.
     """
     if isinstance(shape, type):
         fits = type(value) is shape
@@ -203,7 +208,8 @@ def _client(what: str, timeout: int | None = None) -> Iterator[Any]:
 def _api_client() -> type[Any]:
     """Return docker-py's client class, changed so that it follows no redirects, and decodes texts as UTF-8.
 
-    If an answer does not name its text encoding, requests would guess it, which takes long for a large answer.
+    It also requests answers without a content encoding. If an answer does not name its text encoding, requests would
+    guess that encoding, which takes long for a large answer.
     """
     from docker.api.client import APIClient
 

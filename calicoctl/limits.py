@@ -14,13 +14,13 @@ DEPTH = 32
 """Nested levels of lists and objects in a value. Calico's values have four; recursion writes unknown fields back."""
 
 PROFILES = 64
-"""Profiles of an endpoint: each list of profiles is a chain in nftables, with a jump for each."""
+"""Profiles of an endpoint: each list of profiles is a chain in nftables, with a jump for each profile."""
 
 ADDRESSES = 256
 """Addresses of an endpoint: each is an element of four sets, a route, and a neighbour."""
 
 CLAIMANTS = 100
-"""Endpoints that list the same interface or address: if there are more, reasons do not name the one that has it."""
+"""Endpoints that list the same interface or address: if there are more, reasons do not name the one that uses it."""
 
 TAGS = 256
 """Tags of a profile: a tag in a rule stands for the addresses of all endpoints of the profile."""

@@ -49,8 +49,8 @@ PROTOCOL_KERNEL, PROTOCOL_STATIC, PROTOCOL_RA = 2, 4, 9
 """Protocols of routes: set by the kernel itself, static, and learned from router advertisements (RA)."""
 PROTOCOL_BIRD = 12
 OUR_PROTOCOL, OVERLAY_PROTOCOL = 80, 81
-"""The protocol numbers of our routes: to endpoints of this host, and through the overlay to endpoints of other hosts
-(`ip route show proto 81`). Source: rtnetlink(7); numbers from 5 up are free."""
+"""The protocol numbers of the agent's routes: to endpoints of this host, and through the overlay to endpoints of other
+hosts (`ip route show proto 81`). Source: rtnetlink(7); numbers from 5 up are free."""
 OUR_PROTOCOLS = (OUR_PROTOCOL, OVERLAY_PROTOCOL)
 SOL_NETLINK, _NETLINK_GET_STRICT_CHK = 270, 12
 NETLINK_NETFILTER = 12
@@ -278,9 +278,10 @@ def addresses() -> Iterator[Address]:
 
 
 class Paths(NamedTuple):
-    """A route's next hops, each as a gateway (None if directly connected) and an interface's index.
+    """A route with all its next hops: `hops` are pairs of a gateway (None if on-link) and an interface's index.
 
-    `destination` is packed, and empty for a default route. `hops` is empty if the route refers to a nexthop object.
+    `destination` is packed, and empty for a default route; `length` is the prefix length. `hops` is empty if the route
+    refers to a nexthop object.
     """
 
     destination: bytes
@@ -290,7 +291,7 @@ class Paths(NamedTuple):
 
 
 def paths(family: int, type: int, but: Collection[int] = ()) -> Iterator[Paths]:
-    """Yield the routes of a type, such as UNICAST, in all tables, without those of the protocols `but`.
+    """Yield the routes of a type, such as UNICAST, in all tables. Routes of the protocols in `but` are left out.
 
     Raises OSError.
     """
@@ -333,9 +334,9 @@ def _gateway(family: int, found: dict[int, bytes]) -> str | None:
 
 
 def interfaces_to(addresses: Iterable[str], default: bool = True) -> dict[str, frozenset[int]]:
-    """Return, by address, the indices of the interfaces to which the kernel's routes to that address lead.
+    """Return, by address, the indices of the interfaces through which the kernel routes packets to that address.
 
-    A multipath route leads to several. The set is empty for an address without a route and, unless `default`, for an
+    A multipath route has several. The set is empty for an address without a route and, unless `default`, for an
     address with only a default route. Raises OSError.
     """
     found = {}
@@ -428,7 +429,7 @@ def _device(body: bytes) -> Device:
 
 
 def next_hops() -> Iterator[tuple[str, int]]:
-    """Yield (gateway, interface's index) of the nexthop objects (`ip nexthop`) that have a gateway.
+    """Yield (gateway, interface's index) for each nexthop object (`ip nexthop`) that has a gateway.
 
     Raises OSError, in particular on kernels without such objects (before 5.3).
     """
@@ -440,7 +441,10 @@ def next_hops() -> Iterator[tuple[str, int]]:
 
 
 def do(protocol: int, kind: int, flags: int, body: bytes) -> None:
-    """Send a request that changes something; raise OSError when the kernel refuses it."""
+    """Send a request that changes something; raise OSError if the kernel refuses it.
+
+    `protocol` is the netlink family, `kind` the message type; REQUEST and ACK are added to `flags`.
+    """
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, protocol) as netlink:
         netlink.settimeout(_TIMEOUT)
         netlink.bind((0, 0))

@@ -22,7 +22,7 @@ _SIZE = 2**20
 
 
 def path(host: str, *names: str) -> Path:
-    """Return the path of a host's folder or, with `names`, of the file or folder at these names below it."""
+    """Return the path of a host's folder or, with `names` as further parts, of a file or folder below it."""
     return DIRECTORY.joinpath(host, *names)
 
 
@@ -64,9 +64,9 @@ def remove(host: str, *names: str) -> None:
 
 
 def remove_empty(host: str, *names: str) -> None:
-    """Remove a folder below the host's if it is empty, then its parents, up to the first that is not empty.
+    """Remove a folder below the host's if it is empty, then its parents, until one is not empty.
 
-    Errors are ignored.
+    The host's folder is the last that is removed. Errors are ignored.
     """
     parts = [host, *names]
     with suppress(OSError):

@@ -118,7 +118,7 @@ def _mtu(mtu: dict[str, Any]) -> str:
 
 
 def _bgp_lines(status: dict[str, Any]) -> list[str]:
-    """Return a line about BIRD, and a table of its sessions."""
+    """Return a line about BIRD and, if BIRD has sessions, the lines of a table of them."""
     label, sessions = "BGP:        ", status["bgp_sessions"]
     if status["bgp"] is None:
         return [f"{label}none; the agent is of an older version"]
@@ -151,7 +151,7 @@ def _absent(status: dict[str, Any]) -> str:
 
 
 def _issue_lines(issues: list[Issue], left_out: bool) -> list[str]:
-    """Return a heading, and at most MOST_LINES lines about problems. `left_out`: whether the report lacks some."""
+    """Return a heading, and at most MOST_LINES lines about problems. `left_out` says that the report lacks some."""
     if not issues:
         return ["Problems:   none"]
     shown = len(issues) if len(issues) <= MOST_LINES else MOST_LINES - 1

@@ -89,9 +89,9 @@ class Check:
 
 
 def check(libnetwork: bool = False) -> Iterator[Check]:
-    """Run all checks; yield each result. With `libnetwork`, it is an error if Docker is older than OLDEST_DOCKER.
+    """Run all checks; yield each result.
 
-    It is also an error then if no Docker Engine answers.
+    With `libnetwork`, it is an error if no Docker Engine answers, or if it is older than OLDEST_DOCKER.
     """
     yield _root()
     yield from _kernel()
@@ -254,7 +254,7 @@ def _tools(docker_runs: bool) -> Iterator[Check]:
 
 
 def _version(command: str) -> str | None:
-    """Return the version that a command prints, "there" if it cannot be found, None if the command is not installed."""
+    """Return the version that a command prints, "there" if it prints none, None if the command is not installed."""
     if shutil.which(command) is None:
         return None
     with suppress(OSError, subprocess.SubprocessError):
@@ -283,7 +283,7 @@ def _docker(libnetwork: bool) -> Check:
 
 
 def _needs_root(name: str) -> Check:
-    """Return the result of a check that only root can do, for other users."""
+    """Return the result that users other than root get for a check that only root can do."""
     return Check(name, False, "not known", False, "run this as root, to find out")
 
 
@@ -311,8 +311,8 @@ def _firewall(docker_runs: bool) -> Check:
 def nftables_service(etc: Path = Path("/etc")) -> Check:
     """Check whether Debian's nftables.service deletes all tables, also the agent's, when it starts or stops.
 
-    Its unit runs `nft -f /etc/nftables.conf`, a file that begins with `flush ruleset`, when it starts, and
-    `nft flush ruleset` when it stops. `etc` is the directory /etc.
+    When it starts, it runs `nft -f /etc/nftables.conf`; by default, this file begins with `flush ruleset`. When it
+    stops, it runs `nft flush ruleset`, unless a drop-in changes that. `etc` is the directory /etc.
     """
     name = "nftables.service and the agent's tables"
     units = etc / "systemd/system"

@@ -47,7 +47,7 @@ class Underlay:
     `is_present` says whether an interface has the address. `interface` is the index of that interface; None if no
     interface has the address, or if it is the loopback interface: then packets may leave through any interface. `mtu`
     is the MTU of the interface or, if `interface` is None, that of the default route's interface; DEFAULT if there is
-    no default route.
+    no default route, or if the interface was just deleted.
     """
 
     interface: int | None = None
@@ -56,7 +56,7 @@ class Underlay:
 
 
 def underlay(address: str) -> Underlay:
-    """Read the underlay of an address (canonical) from the kernel. Raises CalicoError."""
+    """Read the underlay for one of this host's addresses (in canonical form) from the kernel. Raises CalicoError."""
     family = FAMILIES[version_of(address)]
     try:
         index = next((one.index for one in netlink.addresses() if one.address == address), None)
@@ -89,9 +89,9 @@ def of_interface(
 ) -> int:
     """Return the MTU of a new interface with these addresses: the configured MTU or, by default, one that fits all.
 
-    An invalid setting is ignored: the agent reports it. `pools` must contain the pools of the addresses. `next_hops`
-    are this host's registered addresses by IP version, at least for the IP versions of the addresses. Reads one or two
-    keys of the store. Raises CalicoError.
+    An invalid setting is ignored: the agent reports it. `pools` must contain the pools of the addresses; an address in
+    no pool counts as not encapsulated. `next_hops` are this host's registered addresses by IP version, at least for the
+    IP versions of the addresses. Reads one or two keys of the store. Raises CalicoError.
     """
     configured = datastore.setting(keys.config(config.MTU.name))
     with suppress(CalicoError):  # the agent reports an invalid value
@@ -117,9 +117,10 @@ def of_interface(
 def of_addresses(modes: Iterable[tuple[int, str]], underlays: Mapping[int, int]) -> int:
     """Return the largest MTU that fits all addresses of an interface.
 
-    `modes` has the IP version of each address, and the VXLAN mode of the address's pool.
-    `underlays` maps the IP versions of this host's underlays to their MTUs; tunnels use IPv4 if it is among them. If
-    there are no addresses, this is the smallest MTU of the underlays; without underlays, DEFAULT.
+    `modes` contains a pair for each address: its IP version, and the VXLAN mode of its pool. `underlays` maps the IP
+    versions of this host's underlays to their MTUs; tunnels use IPv4 if it is among them. The MTU of a missing underlay
+    is assumed to be DEFAULT. If there are no addresses, the result is the smallest MTU of the underlays; if there are
+    no underlays either, DEFAULT.
     """
     found = []
     for version, mode in modes:

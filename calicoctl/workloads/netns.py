@@ -180,12 +180,12 @@ class Namespace:
             return self.run(inspect)
 
     def interface(self, name: str) -> Interface | None:
-        """Return an interface of this namespace, None if there is none of that name."""
+        """Return the interface of this namespace with a name, None if there is none."""
         with _explained(f"{self.name}: reading its interface {name}"):
             return self.run(lambda netlink: _named(netlink, name))
 
     def own_end(self, host_end: Interface) -> Interface | None:
-        """Return the other end of a veth of the host if that end is in this namespace, else None.
+        """Return the other end of `host_end`, a veth of the host, if that other end is in this namespace, else None.
 
         Comparing the interfaces' indices is not sufficient: processes in the namespace may choose them.
         """
@@ -240,7 +240,7 @@ class Namespace:
 
         `nets` are `address/32` or `address/128`. `next_hops` are the gateways of the default routes, by IP version. For
         each gateway, an on-link route and a permanent neighbour entry with `host_mac` are added. The loopback interface
-        is brought up, too. If a net is of IPv6, IPv6 is enabled on both interfaces.
+        is brought up, too. If one of `nets` is of IPv6, IPv6 is enabled on both interfaces.
         """
 
         def work(netlink: IPRoute) -> str:
@@ -271,9 +271,10 @@ class Namespace:
             self.run(lambda netlink: netlink.link("set", index=_index(netlink, interface), mtu=mtu))
 
     def update_next_hops(self, interface: str, host_mac: str) -> bool:
-        """Set the neighbour entries of the interface's next hops to `host_mac`; return whether one has changed.
+        """Set the neighbour entries of the interface's next hops to `host_mac`; return whether any entry was changed.
 
-        If so, the loopback interface is brought up, and IPv6 enabled on it if a changed entry is of IPv6.
+        If an entry was changed, the loopback interface is brought up, too. If that entry is of IPv6, IPv6 is enabled on
+        the loopback interface.
         """
 
         def work(netlink: IPRoute) -> bool:
@@ -292,7 +293,7 @@ class Namespace:
             return self.run(work)
 
     def has_next_hops(self, index: int, mac: str) -> bool:
-        """Return whether an interface has permanent neighbour entries for its next hops, with this MAC."""
+        """Return whether all next hops of the interface `index` have permanent neighbour entries with this MAC."""
         with _explained(f"{self.name}: reading its next hops"):
             return not self._within(lambda: _missing_next_hops(index, mac))
 
@@ -357,7 +358,7 @@ def set_mtu(name: str, mtu: int) -> None:
 
 
 def find_interface(name: str) -> Interface | None:
-    """Return an interface of the host, None if there is none of that name."""
+    """Return the interface of the host with a name, None if there is none."""
     from pyroute2.iproute.linux import IPRoute
 
     with _explained(f"reading interface {name}"), IPRoute() as netlink:
@@ -410,8 +411,8 @@ def delete_interface(name: str) -> bool:
 def inspect(netlink: IPRoute) -> Inspection:
     """Return the default routes of the namespace of the socket `netlink`, and the state of its loopback interface.
 
-    Must be called in a thread that is in this namespace. A default route without a gateway and an interface is given as
-    `of another kind`.
+    Must be called in a thread that is in this namespace. The text for a default route that has neither a gateway nor an
+    interface is `of another kind`.
     """
     found = Inspection()
     for version, family in FAMILIES.items():
@@ -430,13 +431,16 @@ def inspect(netlink: IPRoute) -> Inspection:
 
 
 def _leads_to(netlink: IPRoute, link: Any, namespace: int) -> bool:
-    """Return whether the other end of a link of the host is in `namespace`, an open file descriptor."""
+    """Return whether the other end of `link`, pyroute2's message about an interface of the host, is in a namespace.
+
+    `namespace` is an open file descriptor.
+    """
     id = link.get_attr("IFLA_LINK_NETNSID")
     return id is not None and bool(netlink.get_netnsid(fd=namespace)["nsid"] == id)
 
 
 def _link(netlink: IPRoute, index: int) -> Any:
-    """Return pyroute2's message about the link with an index, None if there is no such link."""
+    """Return pyroute2's message about the interface with an index, None if there is no such interface."""
     from pyroute2.netlink.exceptions import NetlinkError
 
     try:

@@ -54,7 +54,7 @@ DEFAULT_INTERFACE = "eth1"
 
 @dataclass(frozen=True)
 class AddressRequest:
-    """The address that a user requests: `address`, else any from the pool `cidr`, else any of IP version `version`."""
+    """The address that a user requests: `address` if set; else any of the pool `cidr` if set; else any of `version`."""
 
     version: int
     address: IPAddress | None = None
@@ -279,7 +279,7 @@ def reattach(
 
 
 def disconnect(datastore: DatastoreClient, workload: Workload) -> None:
-    """Remove a workload's endpoints, interfaces and addresses, as far as they exist; raise NotFound if none does.
+    """Remove a workload's endpoints, interfaces and addresses. Raises NotFound if it has neither endpoint nor handle.
 
     The container and its namespace need not exist. An address that has a handle is released only after the endpoint
     that lists it has been removed. Raises CalicoError, also if another namespace's path has the same id. What was
@@ -332,7 +332,8 @@ def add_address(
     """Add an address to a connected workload; return the address, and whether it is new to the workload.
 
     If it is the first address of an IP version, the next hop and the default route of that version are added, too. An
-    address that the workload already has is configured in the kernel again, in case it is missing there. The MTU of the
+    address that an interrupted command has assigned is used first, if it satisfies the request. If the workload already
+    has the requested address, that is configured in the kernel again, in case it is missing there. The MTU of the
     interface is lowered if the new address requires that. Raises CalicoError, after a rollback; also if the workload is
     connected through an interface that is not `interface` (None: any).
     """
@@ -556,7 +557,7 @@ class WorkloadSession:
         return endpoint, attached
 
     def remove_incomplete_pairs(self) -> None:
-        """Delete veth pairs that an interrupted command has made for this workload."""
+        """Delete the veth pairs that an interrupted command has created for this workload."""
         for name in interfaces_of(self.held):
             self._delete(name)
 
@@ -648,7 +649,7 @@ class WorkloadSession:
 
 @contextmanager
 def _rollback_on_failure(session: WorkloadSession) -> Iterator[Callable[..., object]]:
-    """Yield a function that registers an undo (a function and its arguments). If the body of `with` fails, run them.
+    """Yield a function that registers an undo (a function and its arguments). If the body of `with` fails, run undos.
 
     The undo that was registered last runs first. An undo must be harmless if its step was not done. If an undo raises
     CalicoError, the others still run, and the final error says why it failed, and what to do. Meanwhile, the workload
@@ -693,7 +694,7 @@ def _attach(
 ) -> str:
     """Create a veth pair and configure both ends, the host's last; return the MAC of the workload's end.
 
-    If no table drops the packets of workloads, guard.py's are created before, unless a Felix of 2015 runs.
+    If no table drops the packets of workloads yet, the tables of guard.py are created first, unless Felix of 2015 runs.
 
     `name` is the name of the host end, `interface` that of the workload's end; `next_hops` are addresses by IP version;
     `mac` is the MAC for the workload's end, None for any; `size` is the MTU; `undo` is from _rollback_on_failure.
@@ -818,9 +819,9 @@ def _release_unlisted(datastore: DatastoreClient, workload: Workload, endpoint: 
 
 
 def _next_hop(datastore: DatastoreClient, endpoint: Endpoint, version: int) -> str:
-    """Return this host's next hop for workloads, of an IP version; if the host has none, the one in the endpoint.
+    """Return this host's next hop for workloads in an IP version or, if the host has none, the endpoint's next hop.
 
-    Raises CalicoError if there is neither.
+    Raises CalicoError if the endpoint has none either.
     """
     try:
         return datastore.hosts.next_hop(version)
@@ -832,10 +833,10 @@ def _next_hop(datastore: DatastoreClient, endpoint: Endpoint, version: int) -> s
 
 
 def _reassign(session: WorkloadSession, address: IPAddress, owner: Owner, undo: Callable[..., object]) -> None:
-    """Assign an address that the workload's endpoint lists to the workload (`owner`) again, if the address is free.
+    """Assign `address`, which the workload's endpoint lists, to the workload (`owner`) again, if the address is free.
 
-    Raises AddressTaken if another workload or a host has the address. An address that an old tool has assigned, without
-    a handle, is left as it is.
+    Raises AddressTaken if another workload or a host has the address. If an old tool has assigned the address without a
+    handle, nothing is changed.
     """
     ipam = session.datastore.ipam
     holder = ipam.owner(address)

@@ -127,10 +127,10 @@ def namespace_at(path: str) -> tuple[int, int] | None:
 def process_started(path: str) -> str | None:
     """Return when the process or thread that a path leads through was started: clock ticks since boot, as text.
 
-    Returns None if the path leads through no process, such as a path of `ip netns`, if it leads through /proc/1 or
-    /proc/self, and if the process has ended. A path through a process, below /proc or by a symbolic link, may lead to
-    another process later: ids are reused.
-    Raises NamespaceError if the path cannot be read. Source: namespaces(7).
+    Returns None if the path leads through no process, such as a path of `ip netns`, if it leads through /proc/1,
+    /proc/self or /proc/thread-self, if it does not exist, for example since the process has ended, and if it has more
+    than 40 symbolic links. A path through a process, below /proc or by a symbolic link, may lead to another process
+    later, since ids are reused. Raises NamespaceError if the path cannot be read. Source: namespaces(7).
     """
     place, left, links = Path("/"), [*reversed(Path(path).parts[1:])], 0
     try:
@@ -162,9 +162,9 @@ def process_started(path: str) -> str | None:
 def find(name: str) -> Workload:
     """Return the workload that a user calls `name`.
 
-    An absolute path names a namespace; then the namespace is not opened, and the Docker Engine is not asked.
-    /run/netns/a is treated as /var/run/netns/a. Raises NoSuchContainer, DockerUnavailable if the engine does not
-    answer, and CalicoError for an invalid name.
+    An absolute path names a namespace; then the namespace is not opened, and the Docker Engine is not queried.
+    /run/netns/a is treated as /var/run/netns/a if /run and /var/run are the same directory. Raises NoSuchContainer,
+    DockerUnavailable if the engine does not answer, and CalicoError for an invalid name.
     """
     check_workload_name(name)
     if name.startswith("/"):
@@ -228,9 +228,12 @@ def stored_otherwise(datastore: DatastoreClient, workload: Workload) -> Workload
 def find_connected(name: str, datastore: DatastoreClient) -> Workload:
     """Return the workload that a user calls `name`, even if Docker no longer knows it, or does not answer.
 
-    In these cases, `name` is compared with the names of the containers that have endpoints, handles or marks on this
-    host, and with the beginnings of their ids. If none matches, this raises the exception of `find`; if several match,
-    CalicoError with a list.
+    In these cases, `name` may be the beginning of a container's id (see _stored_by_id). Otherwise, the names in the
+    endpoints, in the attributes of addresses, and in the marks of interrupted changes on this host are searched.
+    Containers that exist under another name now are left out. If none matches, this raises the exception of `find`; if
+    several match, CalicoError with a list.
+
+    A namespace without an endpoint is also searched under the other spelling of its path (see stored_otherwise).
     """
     try:
         workload = find(name)
@@ -252,7 +255,7 @@ def find_connected(name: str, datastore: DatastoreClient) -> Workload:
 
 
 def ambiguous(name: str, containers: list[tuple[str, str]]) -> CalicoError:
-    """Return the error for a name that several `containers`, each given as (id, host), have."""
+    """Return the error for a name that may mean any of several `containers`, which are pairs (id, host)."""
     lengths = (length for length in range(12, 65) if len({id[:length] for id, _ in containers}) == len(containers))
     length = next(lengths, 64)
     some = ", ".join(f"{id[:length]} on {host}" for id, host in sorted(containers, key=lambda one: one[::-1]))
@@ -260,9 +263,10 @@ def ambiguous(name: str, containers: list[tuple[str, str]]) -> CalicoError:
 
 
 def _stored_by_id(prefix: str, datastore: DatastoreClient) -> set[str]:
-    """Return the ids with this prefix of the containers with an endpoint on this host, or if none match, with a handle.
+    """Return the ids, beginning with `prefix`, of the containers that have an endpoint on this host.
 
-    The prefix must have 4 to 64 hexadecimal digits; otherwise, the result is empty.
+    If there are none, returns such ids of the containers that have an IPAM handle, on any host. The prefix must have 4
+    to 64 hexadecimal digits; otherwise, the result is empty.
     """
     if not re.fullmatch(r"[0-9a-f]{4,64}", prefix):
         return set()
@@ -315,7 +319,10 @@ def workload_of(id: EndpointId) -> tuple[str, str]:
 
 
 def endpoint_ids_of(datastore: DatastoreClient, workload: Workload) -> list[EndpointId]:
-    """Return the ids of a workload's endpoints on this host, including invalid endpoints; see endpoints_of."""
+    """Return the ids of a workload's endpoints on this host, including invalid endpoints.
+
+    For a namespace without any, returns the ids that an old tool stored under `docker`.
+    """
     found = datastore.workload_endpoint_ids(workload.orchestrator, workload.id)
     if not found and workload.orchestrator == NAMESPACE:
         found = datastore.workload_endpoint_ids(DOCKER, workload.id)
@@ -323,7 +330,10 @@ def endpoint_ids_of(datastore: DatastoreClient, workload: Workload) -> list[Endp
 
 
 def endpoints_of(datastore: DatastoreClient, workload: Workload) -> list[Endpoint]:
-    """Return a workload's endpoints on this host; for a namespace without any, those of an old tool under `docker`."""
+    """Return a workload's endpoints on this host; for a namespace without any, those an old tool stored under `docker`.
+
+    Raises InvalidValue if one of them is invalid.
+    """
     found = datastore.workload_endpoints(workload.orchestrator, workload.id)
     if not found and workload.orchestrator == NAMESPACE:
         found = datastore.workload_endpoints(DOCKER, workload.id)
@@ -331,7 +341,7 @@ def endpoints_of(datastore: DatastoreClient, workload: Workload) -> list[Endpoin
 
 
 def _name_of(id: str) -> str:
-    """Return the name of a container, or its id if Docker does not answer."""
+    """Return the name of a container, or its id if Docker does not answer or does not know it."""
     try:
         return str(_inspect(id)["Name"]).lstrip("/")
     except CalicoError:
@@ -339,9 +349,10 @@ def _name_of(id: str) -> str:
 
 
 def _inspect(name: str) -> dict[str, Any]:
-    """Query the Docker Engine for a container. Raises NoSuchContainer or DockerUnavailable.
+    """Return what the Docker Engine knows of a container, as engine.inspect does.
 
-    If `ip netns` has a namespace of that name, the error asks whether that was meant.
+    Raises NoSuchContainer or DockerUnavailable. If /var/run/netns has a namespace of that name, the error asks whether
+    that was meant.
     """
     try:
         return engine.inspect(name)
@@ -359,9 +370,9 @@ def short_id(id: str) -> str:
 
 
 def has_processes(id: str) -> bool:
-    """Return whether a container runs, of whichever engine: its id is in the names of its processes' control groups.
+    """Return whether a container runs, even under an unknown engine: whether any process's control group has its id.
 
-    Source: cgroups(7), /proc/PID/cgroup. Docker, podman and Kubernetes name a container's control group after its id.
+    Docker, podman and Kubernetes name a container's control group after its id. Source: cgroups(7), /proc/PID/cgroup.
     """
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(FileNotFoundError, ProcessLookupError, PermissionError):
