@@ -58,7 +58,7 @@ class Bounds:
         return file
 
     def renew(self, seconds: float | None) -> None:
-        """Count bytes and time anew: the rest of the answer must begin within `seconds` (None: no limit of the time)."""
+        """Count bytes and time anew: the rest of the answer must begin within `seconds`. None: any time may pass."""
         self._seconds = seconds
         self._began = time.monotonic()
         self._received = 0
@@ -80,7 +80,10 @@ class Bounds:
         return True
 
     def left(self) -> float | None:
-        """Return the seconds within which the next byte must arrive, None if unbounded; raise socket.timeout at 0."""
+        """Return the seconds within which the next byte must arrive; None if time is not bounded.
+
+        Raises socket.timeout if no time is left.
+        """
         if self._seconds is None:
             return None
         left = self._began + min(LONGEST, self._seconds + self._received / SLOWEST) - time.monotonic()

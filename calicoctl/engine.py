@@ -1,7 +1,7 @@
 """The only client of the Docker Engine: finds it as Docker's own tools do, and converts errors to CalicoErrors.
 
-Answers are bounded in time and size (answers.py). Redirects, encoded answers, and answers without the JSON shape that
-callers rely on are errors (DockerUnavailable), as if there were no answer.
+Answers are bounded in time and size (answers.py). Redirects, answers with a content encoding, and answers without the
+JSON shape that callers rely on are errors (DockerUnavailable), as if there were no answer.
 """
 
 from __future__ import annotations

@@ -49,8 +49,8 @@ def replace(
     """Replace a file atomically: a reader finds the old content or the new one. Return the new file, open for writing.
 
     `mode` is set regardless of the umask; `owner` is a user id and a group id, -1 for the process's own. The new file
-    is first created beside the old one, under the same name with a `suffix`, which must be unique if several processes
-    may replace the file at once. With `durable`, the content is on disk before the old file is replaced. Raises
+    is first created beside the old one, as `.NAME` with the `suffix`, which must be unique if several processes may
+    replace the file at once. With `durable`, the content is on disk before the old file is replaced. Raises
     OSError; then the old file is unchanged.
     """
     new = path.with_name(f".{path.name}{suffix}")

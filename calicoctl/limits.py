@@ -11,7 +11,7 @@ VALUE = 512 * 1024
 """Characters of a value. 5,000 rules with a net, a tag and ports take about this much."""
 
 DEPTH = 32
-"""Nested levels of lists and objects in a value. Calico's values have four; recursion writes unknown fields back."""
+"""Nested levels of lists and objects in a value. Calico's values have four; unknown fields are written recursively."""
 
 PROFILES = 64
 """Profiles of an endpoint: each list of profiles is a chain in nftables, with a jump for each profile."""

@@ -149,11 +149,11 @@ def routes(
     index: int | None = None,
     most: int | None = None,
 ) -> Iterator[Route]:
-    """Yield the routes of the main table with one of these prefix `lengths`; with `protocol` or `index`, only those of
-    this protocol, or through the interface with this index. For `most`, see dump.
+    """Yield the routes of the main table with one of these prefix `lengths`. Raises OSError.
 
-    Skipping other routes is cheap, even if there are many: pyroute2 takes a hundred times as long, and its
-    get_default_routes() does not read all of the kernel's answer if it begins with many other routes. Raises OSError.
+    With `protocol`, only routes of this protocol; with `index`, only routes through the interface with this index. For
+    `most`, see dump. Skipping other routes is cheap, even if there are many. pyroute2 takes a hundred times as long.
+    Its get_default_routes() does not read all of the kernel's answer if that begins with many other routes.
     """
     # struct rtmsg: family, length of destination and of source, tos, table, protocol, scope, type, flags
     request = struct.pack("=8BI", family, 0, 0, 0, 0, 0, 0, 0, 0)
@@ -231,7 +231,7 @@ class NeighbourLimit:
 
 
 def neighbour_limit(family: int) -> NeighbourLimit:
-    """Return the limit of the IP version's neighbour table, which all network namespaces share. Raises OSError.
+    """Return the limit (gc_thresh3) of a family's neighbour table, which all network namespaces share. Raises OSError.
 
     Source: struct ndt_stats in the kernel's uapi/linux/neighbour.h; its last field, table_fulls, counts the overflows.
     """

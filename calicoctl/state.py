@@ -89,8 +89,8 @@ def _content(folder: int, name: str) -> bytes | None:
 def _opened(host: str, *names: str, create: bool = False) -> Iterator[int | None]:
     """Yield a descriptor of a folder below the host's, None if there is none. With `create`, create missing folders.
 
-    Raises OSError if a folder is a symbolic link, and CalicoError if it belongs to another user, or if the group or
-    others may write to it.
+    Raises OSError if a folder is a symbolic link. Raises CalicoError if a folder belongs to another user, or if its
+    group or others may write to it.
     """
     if create:
         DIRECTORY.mkdir(mode=0o755, parents=True, exist_ok=True)

@@ -59,7 +59,7 @@ def usage_error_for(mismatch: GrammarMismatch) -> UsageError:
 
 
 def _reach(usages: list[Usage], words: list[str]) -> tuple[int, list[Fit]]:
-    """Return how many of the first words match a usage, at most, and how these words match each usage."""
+    """Return the length of the longest beginning of `words` that matches a usage, and how it matches each usage."""
     for count in range(len(words), 0, -1):
         found = fits(usages, words[:count])
         if any(found):
@@ -68,9 +68,9 @@ def _reach(usages: list[Usage], words: list[str]) -> tuple[int, list[Fit]]:
 
 
 def _closest(usages: list[Usage], found: list[Fit], words: list[str]) -> Usage:
-    """Return the usage closest to the words: of those that match, or else of all, the one with most words as keywords.
+    """Return the usage closest to the words: of the matching usages, the one that has most of the words as keywords.
 
-    `found` says how the words match each usage.
+    If no usage matches, all are compared. `found` says how the words match each usage.
     """
 
     def score(number: int) -> tuple[bool, int]:
@@ -190,8 +190,8 @@ def _elsewhere(words: list[str], place: int) -> str | None:
 def _repaired(usages: list[Usage], words: list[str], reach: int) -> list[list[str]]:
     """Return up to MOST valid command lines that the user may have meant by `words`.
 
-    They correct a misspelt word. If that yields none, they insert a missing word; if not, they swap two words; if not,
-    they do both. `reach` is how many of the first words match a usage, at most.
+    Tries four repairs, until one yields such lines: to correct a misspelt word, to insert a missing word, to swap two
+    words, and to do the last two. `reach` is from _reach.
     """
     own = {name for usage in usages for name in usage.commands()}
 

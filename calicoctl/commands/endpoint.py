@@ -148,7 +148,7 @@ def _profile(arguments: dict[str, Any], names: list[str]) -> None:
 
 
 def readable_endpoints(datastore: DatastoreClient, host: str | None = None) -> list[Endpoint]:
-    """Return the valid endpoints of all hosts or of one, in display order; warn about invalid ones."""
+    """Return the valid endpoints of all hosts or, with `host`, of one, in display order; warn about invalid ones."""
     endpoints, invalid = datastore.readable_endpoints(host)
     for error in sorted(invalid, key=lambda error: error.key):
         warn(f"Warning: {error}")
@@ -242,7 +242,7 @@ def _as_json(endpoint: Endpoint, status: str, reason: str | None) -> dict[str, A
 def _duration(since: str) -> str:
     """Return the time since `since` (see clock.py) as a short text, such as "for 5min".
 
-    If `since` has another format, returns it as it is.
+    If `since` has another format, returns "since", followed by that text.
     """
     try:
         begin = clock.parse(since)

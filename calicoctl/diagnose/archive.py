@@ -173,7 +173,7 @@ def collect(found: Iterable[tuple[str, Source]]) -> Path:
 
 
 def without_secrets(text: str) -> str:
-    """Return a text with `(left out)` for anything that looks like a password, a token or a key."""
+    """Return a text with `(left out)` instead of anything that looks like a password, a token or a key."""
     begin, end = text.find("-----BEGIN "), text.find("-----END ")
     if end >= 0 and not 0 <= begin < end:  # the included end of a log may begin inside a key
         text = _HIDDEN + text[end:]

@@ -170,7 +170,10 @@ def _of_affinities(
 
 
 def _is_gone(there: DatastoreClient) -> bool:
-    """Return whether a host is not registered, has no endpoints, and no agent reports for it. `there`: its client."""
+    """Return whether a host is not registered, has no endpoints, and no agent reports for it.
+
+    `there` is the datastore client for that host.
+    """
     return not (there.host in there.hosts.registered() or there.statuses.of_host() or there.endpoint_ids())
 
 
@@ -264,9 +267,9 @@ def _of_address(
 
 
 def _holds(owner: Owner, id: EndpointId) -> bool:
-    """Return whether an address's owner is the workload of an endpoint, also if the endpoint is a namespace's.
+    """Return whether an address's owner is the workload of an endpoint.
 
-    An old tool stored such an endpoint under `docker`, while the handle names `namespace`.
+    The handle of a namespace may also belong to an endpoint that an old tool stored under `docker`.
     """
     its = owner.handle in (f"{id.orchestrator}.{id.workload}", ".".join(workload_of(id)))
     return its and owner.secondary.get("host", id.host) == id.host
@@ -313,7 +316,7 @@ def _recount(datastore: DatastoreClient, handle: str, blocks: list[str]) -> bool
 
 
 def repair(finding: Finding) -> str | None:
-    """Repair a finding. Return None for success, else why it was not repaired: without a `fix`, its advice."""
+    """Repair a finding. Return None for success, else why it was not repaired; if it has no `fix`, its advice."""
     if finding.fix is None:
         return finding.advice
     try:

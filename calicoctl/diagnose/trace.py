@@ -140,8 +140,8 @@ def trace(
 
     `source` and `destination` are containers, namespace paths or endpoint ids of any host, or names of hosts, or
     addresses. `protocol` is `tcp`, `udp`, `icmp` or `icmpv6`. `port` is the destination port; ICMP ignores both ports.
-    `source_port` is SOURCE_PORT by default. Of several addresses, the first two of the same IP version are used, IPv4
-    before IPv6. Raises CalicoError, also if neither place is an endpoint.
+    `source_port` is SOURCE_PORT by default. If the places have several addresses, the first pair of the same IP version
+    is used, IPv4 before IPv6. Raises CalicoError, also if neither place is an endpoint.
     """
     store = _Store(datastore)
     number = PROTOCOLS[protocol]
@@ -175,7 +175,7 @@ class _Store:
         self._snapshots: dict[str, Snapshot] = {}
         self._endpoints = self._seen_by(datastore.host).endpoints
         self._members: dict[str, set[str]] = {}
-        """The addresses of each tag, computed when the tag is first needed."""
+        """By tag: the addresses of the endpoints with a profile that has the tag; computed when first needed."""
 
     def _seen_by(self, host: str) -> Snapshot:
         if host not in self._snapshots:

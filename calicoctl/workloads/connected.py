@@ -1,7 +1,7 @@
 """Keeps files that say which workloads are connected on this host. The agent wires only these, whatever etcd contains.
 
 A connected workload has a file /var/lib/calico/HOST/workloads/ORCHESTRATOR/ID (see file_name), which wiring.py or
-learning.py writes. The file is removed when the workload is disconnected or no longer exists; it outlives reboots, and
+learning.py writes. The file is removed when the workload is disconnected or no longer exists; it survives reboots, and
 the loss of etcd. A namespace's file contains the namespace's path, which cannot be derived from the id. If the path
 leads through a process, the file also contains the id of the boot, and the process's start time. A container's file is
 empty.
@@ -93,8 +93,8 @@ def set_learned(host: str, *orchestrators: str) -> None:
 def forget_all(host: str) -> None:
     """Remove the files of all workloads of a host. Raises CalicoError.
 
-    The files ORCHESTRATOR.learned stay: without them, learning.py would search again, and others can write to the
-    endpoints in etcd from which it starts.
+    The files ORCHESTRATOR.learned stay. Without them, learning.py would search again, and trust the endpoints in etcd,
+    which others can write.
     """
     for orchestrator in ORCHESTRATORS:
         for name in state.read_all(host, _FOLDER, orchestrator):

@@ -117,7 +117,7 @@ class Guard:
 
 @contextmanager
 def _explained() -> Iterator[None]:
-    """Convert an OSError in the body of `with`, which the kernel has returned, into a CalicoError with advice."""
+    """Convert an OSError from the body of `with` into a CalicoError with advice."""
     try:
         yield
     except OSError as error:

@@ -176,7 +176,7 @@ class _Covering:
         """By IP version and prefix length: the prefixes of the addresses, as numbers without the bits after them."""
 
     def any(self, version: int, path: netlink.Paths) -> bool:
-        """Return whether the route `path`, of an IP version, covers one of the addresses, or is a default route."""
+        """Return whether the route `path` covers one of the addresses of its IP version, or is a default route."""
         if path.length == 0:
             return True
         spare = BITS[version] - path.length

@@ -2,7 +2,7 @@
 
 The underlay is the network that carries packets between hosts. Its MTU is the MTU of the interface with this host's
 registered address, read from the kernel. wiring.py uses the result for veth pairs, felix/dataplane/vxlan_manager.py for
-the devices of the overlay. The setting `MTU` (datastore/config.py) overrides it.
+the devices of the overlay. The setting `MTU` (datastore/config.py) overrides the result.
 """
 
 from __future__ import annotations

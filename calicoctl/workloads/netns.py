@@ -63,9 +63,9 @@ _NODAD = 0x02
 class Interface:
     """An interface, as seen in its own namespace.
 
-    `up` says whether it was set up, not whether it has a carrier. For a veth, `peer_index` is the index of the other
-    end, in the namespace of the other end. `kind` is the kernel's name for the type, such as `veth` or `bridge`; None
-    for hardware and for lo.
+    `up` says whether it was brought up, not whether it has a carrier. For a veth, `peer_index` is the index of the
+    other end, in the namespace of the other end. `kind` is the kernel's name for the type, such as `veth` or `bridge`;
+    None for hardware and for lo.
     """
 
     name: str
@@ -515,7 +515,7 @@ def _write_sysctl(path: str, value: str) -> None:
 
 @contextmanager
 def _ignoring(*codes: int) -> Iterator[None]:
-    """Ignore errors of the kernel with these codes, which mean that the object does not exist."""
+    """Ignore kernel errors with these codes in the body of `with`: they mean that the object does not exist."""
     from pyroute2.netlink.exceptions import NetlinkError
 
     try:
@@ -527,7 +527,7 @@ def _ignoring(*codes: int) -> Iterator[None]:
 
 @contextmanager
 def _explained(doing: str) -> Iterator[None]:
-    """Convert errors of the kernel into a NamespaceError that says what was being done."""
+    """Convert kernel errors and CalicoErrors from the body of `with` into a NamespaceError that begins with `doing`."""
     from pyroute2.netlink.exceptions import NetlinkError
 
     try:

@@ -198,7 +198,7 @@ def _reconcile_running(session: WorkloadSession, held: dict[IPAddress, Owner]) -
     """Reconcile a running workload: its interface, its endpoint's state, and its neighbour entries; yield each action.
 
     Also removes the `held` addresses (from _read) that its endpoint does not list. Raises NotConnectedHere if the
-    interface is missing and nobody has connected the workload on this host, and CalicoError.
+    interface is missing and nobody has connected the workload on this host. Raises CalicoError if a change fails.
     """
     datastore, workload, endpoint = session.datastore, session.workload, session.only_endpoint()
     if session.namespace.is_own():

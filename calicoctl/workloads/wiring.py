@@ -562,7 +562,7 @@ class WorkloadSession:
             self._delete(name)
 
     def remove_orphans(self) -> None:
-        """Delete pairs whose endpoints are no longer in the store, for example because the store was restored."""
+        """Delete veth pairs whose endpoints are no longer in the store, for example because the store was restored."""
         for _, host_end in self._pairs():
             # a pair whose host end is down may belong to another command in progress
             if (
@@ -649,7 +649,7 @@ class WorkloadSession:
 
 @contextmanager
 def _rollback_on_failure(session: WorkloadSession) -> Iterator[Callable[..., object]]:
-    """Yield a function that registers an undo (a function and its arguments). If the body of `with` fails, run undos.
+    """Yield a function that registers an undo (a function and its arguments), to run if the body of `with` fails.
 
     The undo that was registered last runs first. An undo must be harmless if its step was not done. If an undo raises
     CalicoError, the others still run, and the final error says why it failed, and what to do. Meanwhile, the workload

@@ -127,8 +127,8 @@ def namespace_at(path: str) -> tuple[int, int] | None:
 def process_started(path: str) -> str | None:
     """Return when the process or thread that a path leads through was started: clock ticks since boot, as text.
 
-    Returns None if the path leads through no process, such as a path of `ip netns`, if it leads through /proc/1,
-    /proc/self or /proc/thread-self, if it does not exist, for example since the process has ended, and if it has more
+    Returns None if the path leads through no process, such as a path of `ip netns`; if it leads through /proc/1,
+    /proc/self or /proc/thread-self; if it does not exist, for example because the process has ended; and if it has more
     than 40 symbolic links. A path through a process, below /proc or by a symbolic link, may lead to another process
     later, since ids are reused. Raises NamespaceError if the path cannot be read. Source: namespaces(7).
     """
@@ -365,12 +365,12 @@ def _inspect(name: str) -> dict[str, Any]:
 
 
 def short_id(id: str) -> str:
-    """Return the first 12 characters of a hexadecimal id, such as a container's or an endpoint's; other ids as is."""
+    """Return the first 12 characters of a hexadecimal id, such as a container's; return any other id as it is."""
     return id[:12] if re.fullmatch("[0-9a-f]+", id) else id
 
 
 def has_processes(id: str) -> bool:
-    """Return whether a container runs, even under an unknown engine: whether any process's control group has its id.
+    """Return whether a container of any engine runs: whether any process's control group has the id in its name.
 
     Docker, podman and Kubernetes name a container's control group after its id. Source: cgroups(7), /proc/PID/cgroup.
     """
