@@ -40,9 +40,10 @@ _RUN, _VAR_RUN = "/run/", "/var/run/"
 class Workload:
     """A container or a namespace that is connected to the network, or will be.
 
-    `name` is the name that the user gave, `id` the workload's id in the store. `path` is the namespace's path, None for
-    a Docker container. For a container, `docker_name` is its name in Docker, `pid` the id of its first process (None
-    if it does not run), and `network_mode` the value of `docker run --net`, such as `none` or `container:NAME`.
+    `name` is its name in messages, usually as the user typed it; `id` is the workload's id in the store. `path` is the
+    namespace's path, None for a Docker container. For a container, `docker_name` is its name in Docker, `pid` the id of
+    its first process (None if it does not run), and `network_mode` the value of `docker run --net`, such as `none` or
+    `container:NAME`.
     """
 
     orchestrator: str
