@@ -55,7 +55,7 @@ READ_TIMEOUT = 4.0
 """Seconds to wait for one member's answer. A command waits for a hanging member only once, then asks it last."""
 
 LARGEST_VALUE = 32 * answers.MiB
-"""The largest answer about one key, in bytes. A write has at most 10 MiB (an HTTP form); etcd escapes some of them."""
+"""The largest answer about one key, in bytes. A value has at most 10 MiB; in JSON, its escapes take more."""
 
 LARGEST_DIRECTORY = 128 * answers.MiB
 """The largest answer about a directory with all that is below it, in bytes. 50,000 endpoints take about 50 MiB."""
@@ -281,8 +281,9 @@ class _Connection:
         `directory` says that the answer is about a directory and what is in it, so it may be larger.
 
         If the answer is an error that the caller handles (no such key, compare failed, …), raises python-etcd's
-        exception; for any other error StoreError, WatchExpired or InvalidValue. If there is no answer, raises a
-        RequestFailed (members.py) or, if this host lacks memory or file descriptors, StoreUnavailable.
+        exception; for any other error StoreError, WatchExpired or InvalidValue. If there is no answer, or if the member
+        has no leader, raises a RequestFailed (members.py). If this host lacks memory or file descriptors, raises
+        StoreUnavailable.
         """
         import etcd
         import urllib3.exceptions
@@ -336,7 +337,7 @@ class _Connection:
         return kind(f"{self._url} did not answer ({_reason(cause)})", garbled)
 
     def _translated(self, error: Any, key: str) -> Any:
-        """Return the exception to raise for the answer `error`: itself if the caller of `request` handles it."""
+        """Return the exception to raise for an answer: `error` itself if the caller of `request` handles it."""
         import etcd
 
         url = self._url

@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     import etcd
 
 DEEPEST = 10
-"""A directory whose path has this many parts, or more, is not read in parts if the answer about it is too large: no key
-of Calico has more parts."""
+"""If the answer about a directory is too large, the directory is read in parts only if its path has fewer parts than
+this: no key of Calico has more."""
 
 _scan_string: Any = json.decoder.scanstring  # type: ignore[attr-defined]
-"""The function in C that finds the end of a string."""
+"""The function of the module json that finds the end of a JSON string; it is written in C."""
 
 _SIGNIFICANT = re.compile('["{}]')
 
@@ -74,8 +74,9 @@ def read(client: etcd.Client, directory: str) -> tuple[list[Entry], int]:
 def _ask(client: etcd.Client, path: str, recursive: bool) -> tuple[list[dict[str, Any]], int]:
     """Return the keys and the empty directories below a path, as etcd's JSON objects, and the store's revision.
 
-    Without `recursive`, these are the keys and all directories directly in it. Raises python-etcd's exceptions, and
-    KeyError, TypeError or ValueError for an answer that is not etcd's.
+    Without `recursive`, only what is directly in the directory `path` is returned: keys and directories, empty or not.
+    In both cases, the directory itself may be among them. Raises python-etcd's exceptions, and KeyError, TypeError or
+    ValueError for an answer that is not etcd's.
     """
     options = {"quorum": "true", **({"recursive": "true"} if recursive else {})}
     answer = client.api_execute(client.key_endpoint + quote(path), "GET", params=options)
@@ -89,8 +90,8 @@ def _ask(client: etcd.Client, path: str, recursive: bool) -> tuple[list[dict[str
 def innermost(text: str) -> Iterator[dict[str, Any]]:
     """Yield the objects in a JSON text that contain no other objects; raise ValueError if braces do not match.
 
-    `text` is UTF-8 that was decoded as Latin-1: so each of its bytes takes one byte of memory, whatever characters it
-    contains.
+    `text` is UTF-8 that was decoded as Latin-1, so that each byte takes one byte of memory, whatever characters the
+    text contains.
     """
     position = depth = 0
     begin: int | None = None

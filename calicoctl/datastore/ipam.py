@@ -84,7 +84,7 @@ class Ipam:
 
     @staticmethod
     def cidr_of(address: IPAddress) -> str:
-        """Return the CIDR of the block of an address, whether that block exists or not."""
+        """Return the CIDR of the block that contains an address, even if no such block exists."""
         version, first, _ = place(address)
         return block_cidr(version, first)
 
@@ -101,9 +101,9 @@ class Ipam:
         """Return address -> owner for the addresses of `handle` on this host.
 
         Returns None if there is no such handle, or if all its addresses are on other hosts: two hosts may have
-        namespaces with the same path, and so the same handle. The owner's attributes name the host. A handle without
-        any address is deleted, and the result is empty. If an interrupted command has left wrong counts, they are
-        corrected, so the caller must hold the workload's lock. Raises InvalidValue.
+        namespaces with the same path, and so the same handle. The owner's attributes name the host; if they name none,
+        it is this host. A handle without any address is deleted, and the result is empty. If an interrupted command has
+        left wrong counts, they are corrected, so the caller must hold the workload's lock. Raises InvalidValue.
         """
         entry = self._store.get(keys.ipam_handle(handle))
         if entry is None:
@@ -263,7 +263,7 @@ class Ipam:
         return found, invalid
 
     def repair_affinity(self, version: int, cidr: str) -> None:
-        """Create the key of this host's affinity to a block, or delete it if the block does not name this host.
+        """Create the key of this host's affinity to a block; delete it if the block does not name this host, or exist.
 
         Raises InvalidValue for an invalid block.
         """
@@ -456,7 +456,7 @@ class Ipam:
 
 
 def _strict_refusal(block: Block, ordinal: int) -> str:
-    """Return why this host cannot assign an address of another host's block."""
+    """Return why this host cannot assign an address of a block with strict affinity, but not to this host."""
     whose = f"of {block.affinity.replace(':', ' ', 1)}" if block.affinity else "of no host"
     return (
         f"IP {block.address(ordinal)} is in the block {block.cidr} {whose}, which no other host takes addresses from "
