@@ -127,7 +127,7 @@ class DatastoreClient:
         return before
 
     def _refuse_overlap(self, key: str, pool: Pool) -> None:
-        """If an overlapping pool is older than `pool`, delete `key`, where `pool` was just created, and raise.
+        """If an overlapping pool is older than `pool`, delete the new pool's `key`, and raise CalicoError.
 
         Each of two writers reads the pools after its own write, so the later writer always sees the earlier pool.
         Entry.created says which pool is the earlier one, since both are written by `create`.

@@ -76,7 +76,7 @@ class Hosts:
         return any(self._store.exists(directory) for directory in directories)
 
     def registered(self) -> list[str]:
-        """Return, sorted, the names of the hosts with a key of a BGP address, even an empty one.
+        """Return, sorted, the names of the hosts with a key of a BGP address, even if its value is empty.
 
         Other settings of a host do not count.
         """
@@ -221,7 +221,7 @@ class Hosts:
         return found
 
     def next_hop(self, version: int) -> str:
-        """Return this host's registered address of an IP version, which is the next hop of its workloads.
+        """Return this host's registered address of an IP version: the next hop of its workloads.
 
         Raises CalicoError when the host is not registered for that IP version, InvalidValue for an invalid address.
         """

@@ -263,9 +263,9 @@ class Ipam:
         return found, invalid
 
     def repair_affinity(self, version: int, cidr: str) -> None:
-        """Create the key of this host's affinity to a block; delete it if the block does not name this host, or exist.
+        """Create the key of this host's affinity to a block, if the block has this affinity; else delete the key.
 
-        Raises InvalidValue for an invalid block.
+        The key is also deleted if the block does not exist. Raises InvalidValue for an invalid block.
         """
         entry = self._store.get(keys.ipam_block(version, cidr))
         if entry is not None and Block.from_entry(entry).affinity == f"host:{self._host}":

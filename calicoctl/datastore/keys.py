@@ -28,7 +28,7 @@ DEEPEST = 10
 """The number of parts of the deepest key: the key of an endpoint's status."""
 
 INTERFACE_PREFIX = "cali"
-"""The prefix of the names of the endpoints' interfaces on their hosts. No other interface's name may begin with it."""
+"""The names of endpoints' interfaces on their host begin with this. No other interface's name may begin with it."""
 
 
 @dataclass(frozen=True)
@@ -254,7 +254,7 @@ def dashed(cidr: str) -> str:
 
 
 def undashed(name: str) -> str:
-    """Return the CIDR that is written as part of a key; see dashed."""
+    """Return the CIDR in a part of a key: the inverse of `dashed`."""
     address, _, prefix = name.rpartition("-")
     return f"{address}/{prefix}"
 

@@ -232,7 +232,7 @@ class HostNetwork:
         return f"pool {cidr} overlaps {named}, which this host is connected to, {rest}"
 
     def overlapping(self, cidr: str) -> list[Network]:
-        """Return the networks to which the host is connected and that overlap a pool."""
+        """Return those of the host's connected networks (`networks`) that overlap a pool."""
         pool = Network.parse(cidr)
         return [network for network in self.networks if network.overlaps(pool)]
 

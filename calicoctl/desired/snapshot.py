@@ -36,7 +36,7 @@ MAX_CONNECTIONS = int(config.MAX_CONNECTIONS.default or 0)
 
 _READ = (config.LOG_LEVEL, config.GRACE_TIME, config.MTU, config.CHECK_SENDERS, config.HOST_SERVICES)
 _SETTINGS = {keys.READY, *(keys.config(setting.name) for setting in (*_READ, config.MAX_CONNECTIONS))}
-"""The keys of all hosts' settings that the agent uses."""
+"""The keys of the global settings that the agent uses."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,12 @@ class Profile:
 
 @dataclass
 class Dirty:
-    """What has changed: endpoints (of all hosts) and profiles; and whether any pool or any setting has changed.
+    """What has changed: endpoints (of all hosts), profiles (by name), and whether any pool or any setting has changed.
 
     `topology` says whether the network between the hosts has changed, or this host's own addresses and networks.
 
-    `interfaces` are the interfaces that endpoints of this host had before they were changed or deleted. Some of them
-    may still have the interface.
+    `interfaces` are the interfaces that usable endpoints of this host had before they changed, became unusable or were
+    deleted. Some of these endpoints may still have the same interface.
     """
 
     endpoints: set[EndpointId] = field(default_factory=set)
@@ -78,7 +78,7 @@ class Dirty:
 
 
 class _Entries(dict[str, Entry]):
-    """The entries by key. Counts those below each directory: if a deleted key is no directory, no search is needed."""
+    """The entries by key. Counts the entries below each directory, so that `below` searches only if there are any."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -228,7 +228,11 @@ class Snapshot:
         return dirty
 
     def _set(self, key: str, entry: Entry | None) -> None:
-        """Remember a key's entry, or forget it if `entry` is None, and interpret it. Unused keys are ignored."""
+        """Remember a key's entry, or forget it if `entry` is None, and interpret it.
+
+        If the entry is invalid, `problems` gets the reason. For a key that the agent does not use, only `skipped` is
+        updated.
+        """
         handle = self._handler(key)
         if handle is None:
             self._skip(key, entry)
@@ -378,7 +382,7 @@ class Snapshot:
     # This host's endpoints: which are valid and free of conflicts
 
     def _check_local(self) -> None:
-        """Decide whether local endpoints are usable: those that have changed, and those that conflict with them."""
+        """Decide which of the local endpoints in `_unchecked`, and of those that conflict with them, are usable."""
         if self.admission.take_changed():
             self._mark_decided_anew()
         changed, self._unchecked = self._unchecked, set()
@@ -423,7 +427,7 @@ class Snapshot:
         self._claims.add(validated(endpoint, entry.revision), entry.created)
 
     def _mark_decided_anew(self) -> None:
-        """Mark a local endpoint to be checked again if `Admission.decide` has another result for it now.
+        """Mark each endpoint in `local` to be checked again if `Admission.decide` returns another result for it now.
 
         All unusable endpoints are marked as changed.
         """
