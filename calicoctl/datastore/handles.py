@@ -1,4 +1,4 @@
-"""Handles: for each workload, the number of its addresses in each block. So its addresses are found in a few reads.
+"""Handles: for each workload, the number of its addresses in each block. So the addresses are found in a few reads.
 
 If a handle's counts differ from the blocks, the blocks are right. A count is increased before its block is written, and
 decreased afterwards. So even after a crash, a handle names every block with an address of the handle.

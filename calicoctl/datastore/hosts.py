@@ -84,7 +84,7 @@ class Hosts:
         return sorted({host for host in map(keys.parse_bgp_host_address, (e.key for e in entries)) if host is not None})
 
     def summaries(self) -> list[HostSummary]:
-        """Return a HostSummary of each host with an address, an AS number, a heartbeat or an endpoint, by name."""
+        """Return, sorted by name, a HostSummary for each host with an address, AS number, heartbeat or endpoint."""
         found: dict[str, HostSummary] = {}
 
         def summary(name: str) -> HostSummary:
@@ -263,7 +263,7 @@ class _Reports:
                 self.heartbeats[name] = _fields(entry.value)
 
     def status(self, id: EndpointId) -> tuple[str, str | None]:
-        """See Hosts.endpoint_statuses."""
+        """Return an endpoint's status, and the reason or None; see Hosts.endpoint_statuses."""
         heartbeat, said = self.heartbeats.get(id.host), self._statuses.get(id, {})
         state, reason = said.get("status"), said.get("reason")
         if heartbeat is None or heartbeat.get("first_update") is False or state not in ENDPOINT_STATES:

@@ -79,7 +79,7 @@ class Claims:
         return None if claim is None else self._ids.get(claim)
 
     def decide(self, changed: Iterable[EndpointId]) -> dict[EndpointId, str | None]:
-        """Decide about endpoints that were added or withdrawn, and again about all candidates that this affects.
+        """Decide about the endpoints `changed` (added or withdrawn), and again about all candidates that this affects.
 
         Returns, for each candidate that was decided about, the reason why it loses, None if it wins. The smallest claim
         comes first.

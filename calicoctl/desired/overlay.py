@@ -188,7 +188,7 @@ class Overlay:
         return found
 
     def out_of_reach(self) -> list[str]:
-        """Return, sorted, the registered hosts with blocks that get no route: hosts without an IP version in common."""
+        """Return, sorted, the registered hosts with blocks that share no IP version with this host, so get no route."""
         topology = self._snapshot.topology
         hosts = {host for host, _ in self._blocks.values()} & topology.hosts() - {topology.host}
         return sorted(

@@ -52,7 +52,7 @@ LONGEST_NEW_NAME = 39
 
 
 def check_name(name: str, what: str) -> str:
-    """Return `name`; raise CalicoError if no new profile or tag may have this name. `what` is "profile" or "tag".
+    """Return `name`; raise CalicoError if it is not allowed for a new `what` ("profile" or "tag").
 
     A profile's name must not begin with '_': etcd hides such keys, and no command would list the profile.
     """
