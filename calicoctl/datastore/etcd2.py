@@ -75,10 +75,10 @@ _ENABLE_V2 = (
 )
 
 _NOT_SENT = ("NewConnectionError", "ConnectTimeoutError", "NameResolutionError", "SSLError", "LocationParseError")
-"""The errors of urllib3 that mean that no request left this host."""
+"""The names of those errors of urllib3 after which no request can have left this host."""
 
 _GARBLED = ("SSLError", "ProtocolError", "RemoteDisconnected", "ConnectionResetError", "BadStatusLine")
-"""The errors with which requests fail at a server that speaks another protocol."""
+"""The names of the errors with which requests fail at a server that speaks another protocol."""
 
 
 class Etcd2Store:

@@ -51,7 +51,7 @@ LARGEST = 64 * answers.MiB
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a watch has come: `revision` is the first revision from which changes are not known yet.
+    """How far a watch has come: changes from `revision` on are not known yet.
 
     `searched` is the revision up to which etcd had searched when the last request was answered, at the time `at`
     (monotonic, seconds): the one in the headers or, if there was a change, that of the change. `wait` is the wait of

@@ -238,7 +238,7 @@ class Ipam:
         return {EndpointId("", "", "", str(facts.get("endpoint"))).interface for facts in owners}
 
     def _held(self) -> Iterator[tuple[IPAddress, Owner]]:
-        """Yield all assigned addresses with their owners, of all valid blocks."""
+        """Yield the assigned addresses of all valid blocks, with their owners."""
         for version in (4, 6):
             for block in self.all_blocks(version):
                 if isinstance(block, Block):

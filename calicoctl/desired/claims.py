@@ -66,7 +66,7 @@ class Claims:
             del self._ids[self._claims.pop(id)]
 
     def things(self, id: EndpointId) -> tuple[str, ...]:
-        """Return the interface and the addresses that an endpoint claims; nothing if it is not a candidate."""
+        """Return the interface and the addresses that an endpoint claims; () if it is not a candidate."""
         candidate = self.candidates.get(id)
         return () if candidate is None else (candidate.interface, *candidate.addresses)
 

@@ -126,7 +126,7 @@ class Overlay:
         self._blocks: dict[Network, tuple[str, str]] = {}
         """The blocks that get one route each, with their host and their pool's mode of VXLAN."""
         self._hosts: dict[tuple[int, int], dict[int, str]] = {}
-        """(IP version, number of host bits) -> prefix of a block in `_blocks` (a number) -> host of the block."""
+        """(IP version, bits after the prefix) -> prefix of a block in `_blocks` (a number) -> the block's host."""
         self._singles: dict[EndpointId, tuple[str, ...]] = {}
         """Endpoint of another host -> its addresses that get routes of their own."""
 

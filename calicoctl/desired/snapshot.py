@@ -252,7 +252,8 @@ class Snapshot:
     def _skip(self, key: str, entry: Entry | None) -> None:
         """Update `skipped` for a key that the agent does not use.
 
-        The key is added if it was not read, or has too many levels, unless limits.REPORTED keys are there already.
+        If the key was not read, or has too many levels, it is added, as long as there are fewer than limits.REPORTED
+        keys. Otherwise, it is removed.
         """
         self.skipped.pop(key, None)
         if entry is None or len(self.skipped) >= limits.REPORTED:
