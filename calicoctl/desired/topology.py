@@ -216,12 +216,14 @@ class Topology:
 
     def _set_log_level(self, key: str, entry: Entry | None) -> None:
         self._settings.pop(key, None)
-        if entry is not None:
-            config.BGP_LOG_LEVEL.check(entry.value)
-            self._settings[key] = entry.value
-        own, of_all = (keys.bgp_setting(config.BGP_LOG_LEVEL.name, host) for host in (self.host, None))
-        default = str(config.BGP_LOG_LEVEL.default)
-        self.log_level = self._settings.get(own) or self._settings.get(of_all) or default
+        try:
+            if entry is not None:
+                config.BGP_LOG_LEVEL.check(entry.value)
+                self._settings[key] = entry.value
+        finally:
+            own, of_all = (keys.bgp_setting(config.BGP_LOG_LEVEL.name, host) for host in (self.host, None))
+            default = str(config.BGP_LOG_LEVEL.default)
+            self.log_level = self._settings.get(own) or self._settings.get(of_all) or default
 
 
 def _affinity(key: str) -> tuple[str, int, str]:
