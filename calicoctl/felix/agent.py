@@ -234,7 +234,7 @@ class Agent:
         return True
 
     def _next_at(self) -> float:
-        """Return when the next round is due (monotonic) even if no event comes."""
+        """Return the time (monotonic) at which the next round is due even if no event comes."""
         due = [self._tick_at]
         if self._policy.retry_at is not None and self._may_apply():
             due.append(self._policy.retry_at)
@@ -255,7 +255,7 @@ class Agent:
     def _may_apply(self) -> bool:
         """Return whether the kernel may be driven to the snapshot.
 
-        It may when the store was read and is ready, and no other agent reports for this host.
+        True when the whole store has been read, the store is ready, and no other agent reports for this host.
         """
         return not self._unread and self._snapshot.ready and self._health.replaced is None
 
@@ -324,7 +324,7 @@ class Agent:
     def _on_replaced(self, why: str | None) -> None:
         """Stop changing endpoints and the kernel, since another agent reports for this host: `why` names that agent.
 
-        If `why` is None, no other agent does any more: resume.
+        If `why` is None, no other agent reports any more: resume.
         """
         self._health.replaced = why
         if why is not None:
@@ -336,7 +336,7 @@ class Agent:
             self._keeper.resync(self._snapshot.addresses_listed())
 
     def _tick(self) -> None:
-        """Retry what failed, and resync with the kernel from time to time."""
+        """Retry what failed. If RESYNC_INTERVAL has passed, also resync."""
         self._tick_at = time.monotonic() + TICK
         self._health.record(events.Failure(shortage.descriptors_lacking(), "descriptors"))
         for manager in self._managers:
@@ -345,7 +345,7 @@ class Agent:
             self._resync()
 
     def _resync(self) -> None:
-        """Have everything compared with the state of the kernel and of the store.
+        """Have the managers read the kernel again, the network monitor the host's network, and the reporter the store.
 
         Listing the kernel's state may fail if it changes meanwhile. Then the resync is repeated at the next tick.
         """
@@ -386,7 +386,7 @@ class Agent:
     def _apply(self) -> None:
         """Drive the kernel to the snapshot; skip what has not changed.
 
-        No packet may pass that policy denies. The order of the five steps ensures that: see docs/agent.md.
+        The order of the five steps ensures that no packet passes which policy denies: see docs/agent.md.
         """
         dirty = self._snapshot.take_dirty()
         # 1. addresses that are new to an endpoint are pending until their denied connections have been ended
@@ -434,8 +434,10 @@ class Agent:
             self._reporter.publish_macs(macs)
 
     def _check_registration(self) -> None:
-        """Report a failure if this host is not registered: it may have been removed, from another host, while it was
-        cut off from the store."""
+        """Report a failure if this host is not registered.
+
+        Somebody may have removed this host, on another one, while this host was cut off from the store.
+        """
         host, why = self._snapshot.host, None
         if self._snapshot.ready and host not in self._snapshot.topology.hosts():
             why = (
@@ -445,8 +447,11 @@ class Agent:
         self._health.record(events.Failure(why, "registration"))
 
     def _check_peers(self) -> None:
-        """Report the BGP peers without a session: this host itself, and those of an IP version of which this host has
-        no registered address."""
+        """Report the BGP peers without a session.
+
+        These are the peers of an IP version for which this host has no registered address, and a peer that is this host
+        itself.
+        """
         for version, option in ((4, "--ip"), (6, "--ip6")):
             peers, why = self._snapshot.topology.peers_without_session(version), None
             if peers:

@@ -68,7 +68,7 @@ class Process:
     def stop(self) -> bool:
         """End the daemon, wait until it has ended, and return whether it was running.
 
-        Raises CalicoError when it does not end within END_PATIENCE.
+        Raises CalicoError when the daemon does not end within END_PATIENCE.
         """
         pid = self.pid()
         if pid is None:
@@ -82,7 +82,7 @@ class Process:
 
 
 class NotServing(CalicoError):
-    """The daemon was started, and does not serve: it has ended, or takes too long."""
+    """The daemon does not serve: it has ended, or has not become ready in time."""
 
 
 class Daemon:
@@ -113,9 +113,12 @@ class Daemon:
         self._child: subprocess.Popen[bytes] | None = None
 
     def start(self, command: Callable[[], list[str]], adopt: Callable[[int], None]) -> bool:
-        """Launch the daemon, and wait until it is ready; return whether it was started. For arguments, see `launch`.
+        """Launch the daemon, and wait until it is ready; return False if it was running before.
 
-        A daemon that was started, and does not become ready, is ended, since it would not be supervised.
+        For the arguments, see `launch`.
+
+        If a daemon that this call has started does not become ready, or if the call is interrupted, that daemon is
+        ended, since nothing would supervise it.
         """
         try:
             started = self.launch(command, adopt)
@@ -126,7 +129,7 @@ class Daemon:
             raise
 
     def launch(self, command: Callable[[], list[str]], adopt: Callable[[int], None]) -> bool:
-        """Start the daemon's process unless it runs; return whether it was started.
+        """Start the daemon's process unless it runs; return False if it was running before.
 
         `command` returns the command line, whose first word is looked up in PATH. If the process runs already, `adopt`
         is called with its id instead. Both are called with the lock held.
@@ -172,7 +175,7 @@ class Daemon:
             time.sleep(0.001)  # the arguments of a new process can be read only a moment later
 
     def await_ready(self) -> None:
-        """Wait until the daemon is ready; raise NotServing when it ends before that, or takes too long."""
+        """Wait until the daemon is ready; raise NotServing when it ends before that, or after `start_patience`."""
         give_up = time.monotonic() + self._start_patience
         while not self._is_ready():
             if self._child_has_ended() or self.process.pid() is None or time.monotonic() > give_up:
@@ -182,7 +185,7 @@ class Daemon:
             time.sleep(0.05)  # a daemon does not announce that it is ready
 
     def _end_child(self) -> None:
-        """End the process that this object has started; remove the pid file unless it names another daemon by now."""
+        """End the process that this object has started, if any. Remove the pid file unless it names another daemon."""
         if self._child is None:
             return
         runs_as = self.process.pid()
@@ -224,7 +227,10 @@ class Daemon:
             pause = min(LONGEST_PAUSE, pause * 2)
 
     def _child_has_ended(self) -> bool:
-        """Return whether the process that this object has started has ended; if so, reap it."""
+        """Reap the process that this object has started if it has ended, and return whether it has.
+
+        Returns False if this object has started none.
+        """
         return self._child is not None and self._child.poll() is not None
 
     def _last_log_line(self) -> str:

@@ -30,17 +30,18 @@ log = logging.getLogger("calico.felix")
 
 
 NO_MTU: dict[str, Any] = {"underlay": {"ipv4": None, "ipv6": None}, "overlay": None, "configured": None}
-"""The report of MTUs that are not known."""
+"""What is reported as `mtu` while the MTUs are not known."""
 
 UNTOLD = "root alone is told what (sudo calicoctl status)"
-"""Replaces reasons that may quote the store, in the report that every user may read."""
+"""Replaces texts that may quote the store, in the report that every user may read."""
 
 
 @dataclass(frozen=True)
 class Status:
     """An endpoint's `status` ("up", "down" or "error"), and the `reason`, if there is one.
 
-    `revision` is the endpoint's revision in the store; `workload_name` is the container's name, as stored there.
+    `revision` is the endpoint's revision in the store; `workload_name` is the container's name, as
+    the endpoint in the store contains it.
     """
 
     status: str
@@ -145,7 +146,7 @@ class Health:
     since: str = field(default_factory=now)
     started: float = field(default_factory=time.monotonic)
     first_update: bool = False
-    """Whether the first snapshot is in the kernel: the agent is ready."""
+    """Whether the first snapshot is in the kernel."""
     waiting_for: str | None = None
     replaced: str | None = None
     """A sentence that names the other agent that reports for this host now; None while this agent reports."""
@@ -160,8 +161,9 @@ class Health:
     """What fails on this host now, by subject: `since` when (ISO 8601), and the `error`."""
     last_error: dict[str, str] | None = None
     mtu: dict[str, Any] = field(default_factory=lambda: copy.deepcopy(NO_MTU))
-    """The MTU that new interfaces of workloads get: that of the `underlay`, by IP version, for pools without an
-    overlay; that of the `overlay` for pools with one (None if there are none); or the one `configured` for all."""
+    """The MTU that new interfaces of workloads get. For pools without an overlay, that is the MTU of the `underlay`, by
+    IP version; for pools with an overlay, that of the `overlay` (None if there are no such pools). If an MTU is
+    `configured`, it is used for all."""
     bgp: BgpChanged = field(default_factory=BgpChanged)
     """What is known of BIRD."""
     users: Mapping[str, str] = field(default_factory=dict)
@@ -189,7 +191,7 @@ class Health:
         self.last_error = {"time": now(), "error": sentence}
 
     def record(self, failure: Failure) -> None:
-        """Note a failure, or the end of a failure (its `why` is None). A failure is logged when it begins, or changes.
+        """Note a failure, or the end of a failure if `why` is None. A failure is logged when it begins, or changes.
 
         A failure without a subject does not last: it only becomes the last error.
         """
@@ -214,8 +216,8 @@ class Health:
     def to_dict(self) -> dict[str, Any]:
         """Return the report that `calicoctl status` reads.
 
-        Scripts read it as JSON: `troubles` and `healed` keep their names for compatibility. Lists are bounded, with the
-        worst items first; `left_out` contains the numbers of further items.
+        Scripts read it as JSON: `troubles` and `healed` keep their names for compatibility. The length of each list is
+        limited (limits.py), and the worst endpoints come first. `left_out` says how many items each list lacks.
         """
         troubled, problems = self._troubled(), {**self.problems, **self.skipped}
         shown = self._worst(troubled)
@@ -297,7 +299,7 @@ class Health:
 
     @staticmethod
     def _worst(troubled: list[tuple[EndpointId, Status]]) -> list[tuple[EndpointId, Status]]:
-        """Return the endpoints that are reported: those in error before others, by id."""
+        """Return the endpoints to report, limits.REPORTED at most: those in error first, in order of their ids."""
         return heapq.nsmallest(
             limits.REPORTED, troubled, key=lambda item: (item[1].status != "error", item[0].endpoint, item[0].workload)
         )
@@ -319,7 +321,7 @@ class Health:
 
 
 def _place(session: Session) -> tuple[int, bytes]:
-    """Return the key that sorts sessions by their peers' addresses, IPv4 first."""
+    """Return a sort key that orders sessions by their peers' addresses, IPv4 first."""
     try:
         packed = pack(session.peer)
     except (OSError, ValueError):  # BIRD names none

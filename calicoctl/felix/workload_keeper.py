@@ -50,7 +50,8 @@ INTERVAL = 10.0
 """Seconds between two sweeps for interrupted changes, which no event reports, and between two retries."""
 
 LOCK_PAUSE = 0.5
-"""Seconds until a workload is retried if another process holds its lock, or after a first failure within this time."""
+"""Seconds until a workload is retried if another process holds its lock, or after a first attempt that failed within
+this time."""
 
 STORE_PAUSE = 1.0
 """Seconds until the store is tried again after it was unavailable."""
@@ -175,7 +176,7 @@ class Refused:
         self._text: str | None = None
 
     def replace(self, orchestrator: str, keys: Collection[Key]) -> None:
-        """Make `keys` the refused workloads of an orchestrator, and report the refused workloads of all."""
+        """Make `keys` the refused workloads of an orchestrator. Report those of all if the report changes."""
         self.keys = {key for key in self.keys if key[0] != orchestrator} | {*keys}
         self.remove(())
 
@@ -211,7 +212,7 @@ class WorkloadKeeper:
     ) -> None:
         """`datastore` creates a client of the store, once for each thread.
 
-        `report` is called with each Action, Failure and ThreadDied.
+        `report` is called with each Action, Failure and ThreadDied, by several threads. `clock` returns seconds.
         """
         self.inbox: events.Events[Any] = SimpleQueue()
         self.grace_time: float = GRACE_TIME
@@ -232,13 +233,15 @@ class WorkloadKeeper:
         self._namespaces: dict[str, tuple[int, int] | None] = {}
         """By workload id: the namespace (device and inode) that was seen last at its path, None if none was."""
         self._containers: dict[str, events.Container] | None = None
-        """The engine's list of its containers, by id, for the next comparison; None if that must request a new list."""
+        """The engine's list of its containers, by id, for the next comparison; if None, a new list is requested."""
         self._refused = Refused(report)
         self._engine_was_away = False
         self._engine_back = NEVER
-        """When the engine was last available again: until then, its list may have been empty or incomplete."""
+        """When the engine last became available again, or last listed no container that has an endpoint.
+
+        Until then, its list may have been empty or incomplete."""
         self._ready = True
-        """Whether the store may be used."""
+        """Whether the store may be used: see `set_ready`."""
         self._store_retry_at = NEVER
         self._alive = True
 
@@ -265,7 +268,7 @@ class WorkloadKeeper:
         self.inbox.put(EndpointChanged(workload_of(id), deleted))
 
     def set_ready(self, ready: bool) -> None:
-        """Set whether the store may be used."""
+        """Set whether the store may be used. While it may not, no workload is reconciled."""
         if ready != self._ready:
             self._ready = ready
             self.inbox.put(None)
@@ -373,14 +376,14 @@ class WorkloadKeeper:
             self._pool.submit(key[0], partial(self._reconcile, self._work_item(key)))
 
     def _add(self, key: Key, at: float) -> None:
-        """Schedule a workload to be reconciled at a time, whatever its backoff; ignore it if it is not managed."""
+        """Schedule a workload to be reconciled at the time `at`, even during its backoff; ignore unmanaged ones."""
         if upkeep.is_managed(*key):
             self._queue.add(key, at)
 
     def _add_after_backoff(self, key: Key, at: float) -> None:
-        """Schedule a workload to be reconciled at a time, but not before its backoff is over.
+        """Schedule a workload to be reconciled at the time `at`, but not before its backoff is over.
 
-        For workloads without a new event. A workload that is not managed is ignored.
+        For workloads about which there is no new event. Unmanaged workloads are ignored.
         """
         if upkeep.is_managed(*key):
             self._queue.add_after_backoff(key, at)
@@ -401,9 +404,10 @@ class WorkloadKeeper:
     def _scan_store(self) -> None:
         """Compare addresses and namespaces with the endpoints in the store, and enqueue workloads that do not match.
 
-        These are workloads that have another number of addresses than their endpoints list, and namespaces that have an
-        endpoint which is not active, or which is not attached to the namespace. Namespaces that nobody has connected
-        here are reported, and enqueued after all others. The job is done once. Raises StoreUnavailable.
+        These are workloads that have more or fewer addresses than their endpoints list, and namespaces that have an
+        endpoint which is not active, or which is not attached to the namespace. Namespaces that have endpoints here,
+        but that nobody has connected here, are reported; those with an active endpoint are enqueued after all others.
+        When the job has succeeded, it removes itself from the jobs until the next resync. Raises StoreUnavailable.
         """
         now = self._clock()
         totals = self._datastore.ipam.handles.totals()
@@ -457,10 +461,10 @@ class WorkloadKeeper:
             raise item.error
 
     def _sweep(self) -> None:
-        """Enqueue workloads whose last change was interrupted, and namespaces that have appeared or disappeared.
+        """Enqueue workloads whose last change was interrupted, and namespaces that have changed or do not exist.
 
-        Also remove stale locks, report no longer as refused what has been connected meanwhile, apply a changed grace
-        time, and drop state that is no longer needed.
+        Also remove stale locks, stop reporting refused workloads that somebody has connected meanwhile, apply a changed
+        grace time, and drop state that is no longer needed.
         """
         now = self._clock()
         host = self._datastore.host
@@ -569,7 +573,7 @@ class WorkloadKeeper:
             del self._tracked[key]
 
     def _note_reachability(self, tracked: _Tracked, result: WorkResult, now: float) -> None:
-        """Store in `tracked` whether the state of a workload could be determined.
+        """Note in `tracked` whether the state of a workload could be determined.
 
         Once the engine answers for one container again, the other containers for which it did not answer are retried.
         """
@@ -584,10 +588,12 @@ class WorkloadKeeper:
             tracked.unreachable_at = now
 
     def _backoff(self, key: Key, tracked: _Tracked, error: Exception, seconds: float) -> None:
-        """Retry a workload later, and report each failure once. The longer the attempt took, the longer the pause.
+        """Retry a workload later, and report each failure once. `seconds` is how long the attempt took.
 
-        A failure that occurs at once may mean that the workload is just ending. So it is retried soon, and reported
-        only if it occurs again.
+        The pause is as long as the attempt, but at least INTERVAL.
+
+        A first attempt that fails within LOCK_PAUSE may mean that the workload is just ending. So it is retried after
+        LOCK_PAUSE, and the failure is reported only if it occurs again.
         """
         pause = max(INTERVAL, seconds)
         if isinstance(error, DockerUnavailable) and self._queue.is_paused(DOCKER):  # which has been logged
@@ -630,7 +636,7 @@ def _compare_states(
 ) -> Compared:
     """Compare the endpoints of this host's containers with `containers`, the engine's list; None to request a list.
 
-    Raises nothing: see Compared.error.
+    First, learn what an older version has connected (_learn_once). Raises nothing: see Compared.error.
     """
     found: list[Key] = []
     running: list[EndpointId] = []
@@ -668,7 +674,7 @@ def _compare_states(
 
 
 def _compare_places(running: list[EndpointId], datastore: DatastoreClient) -> Compared:
-    """Find the running containers to reconcile: their interface is not inside, or is not set up completely.
+    """Find the running containers whose interface does not lead into them, or that lack a next hop's neighbour entry.
 
     `running` are the endpoints of running containers. Raises nothing: see Compared.error.
     """

@@ -17,7 +17,7 @@ R = TypeVar("R")
 
 
 class WorkQueue(Generic[K]):
-    """Keys to process, and when each is due. Not thread-safe: one thread owns it.
+    """Keys to process, and when each is due. Not thread-safe: only one thread may use the queue.
 
     Times are seconds of any clock that never goes back; the caller always passes them in. Each key belongs to a group,
     and each group has a number of workers.
@@ -34,7 +34,7 @@ class WorkQueue(Generic[K]):
         self._paused: set[str] = set()
 
     def __contains__(self, key: K) -> bool:
-        """Return whether a key waits to be processed; one that is only in progress does not."""
+        """Return whether a key waits to be processed. A key in progress counts only if it was added again meanwhile."""
         return key in self._due
 
     @property
@@ -46,27 +46,30 @@ class WorkQueue(Generic[K]):
         return key in self._in_progress
 
     def add(self, key: K, at: float) -> None:
-        """Make a key due at a time, whatever its backoff. A key that is already due earlier keeps its time."""
+        """Make a key due at the time `at`, even during its backoff. A key that is already due earlier stays so."""
         self._due[key] = min(at, self._due.get(key, at))
 
     def add_after_backoff(self, key: K, at: float) -> None:
-        """Make a key due at a time, but not before its backoff is over."""
+        """Make a key due at the time `at` or, if that is later, at the end of its backoff.
+
+        A key that is already due earlier keeps its time.
+        """
         self.add(key, max(at, self._backoff.get(key, at)))
 
     def back_off(self, key: K, until: float) -> None:
-        """Treat a key as failed: retry it at the time `until`, and take due keys that have not failed first.
+        """Count a key as failed, and make it due at the time `until`. A key that is already due earlier keeps its time.
 
-        A key that is already due earlier keeps its time.
+        `take` returns failed keys after the others.
         """
         self._backoff[key] = until
         self.add(key, until)
 
     def reset_backoff(self, key: K) -> None:
-        """Treat a key as if it had never failed."""
+        """Stop counting a key as failed. The time at which it is due does not change."""
         self._backoff.pop(key, None)
 
     def retry_now(self, group: str, now: float) -> None:
-        """Make those keys of a group that have failed due now instead of at the end of their backoff.
+        """Make all failed keys of a group that wait due at the time `now`, instead of at the end of their backoff.
 
         They still count as failed, so `take` returns them after the others.
         """
@@ -75,7 +78,7 @@ class WorkQueue(Generic[K]):
                 self._due[key] = now
 
     def pause(self, group: str) -> None:
-        """Hand out no keys of a group until it is resumed; those in progress go on."""
+        """Let `take` return no keys of a group until `resume` is called. Keys in progress are not affected."""
         self._paused.add(group)
 
     def resume(self, group: str) -> None:
@@ -85,14 +88,14 @@ class WorkQueue(Generic[K]):
         return group in self._paused
 
     def next_due(self) -> float:
-        """Return the time at which the next key that can be taken is due; infinity if there is none.
+        """Return the earliest time at which a key that can be taken is due; infinity if no key can be taken.
 
-        A key can be taken if it is not in progress, and its group has a free worker and is not paused.
+        A key can be taken if it is not in progress, and if its group has a free worker and is not paused.
         """
         return min((at for key, at in self._due.items() if self._has_worker(key)), default=float("inf"))
 
     def take(self, now: float) -> list[K]:
-        """Return the keys that are due and for which a worker is free; they are in progress from then on.
+        """Return the keys that are due and can be taken (see `next_due`). From then on, these keys are in progress.
 
         Keys that failed at their last attempt come after the others.
         """
@@ -105,7 +108,10 @@ class WorkQueue(Generic[K]):
         return taken
 
     def done(self, key: K) -> None:
-        """Note that a key was processed, which frees its worker and resets its backoff."""
+        """Note that the processing of a key has ended. This frees its worker, and resets its backoff.
+
+        If the processing failed, call `back_off` afterwards.
+        """
         self._in_progress.discard(key)
         self._backoff.pop(key, None)
 
@@ -117,7 +123,7 @@ class WorkQueue(Generic[K]):
 
 
 class Worker(threading.Thread, Generic[R]):
-    """A thread that calls one task after another, each with the thread's `resource`, and `report` with each result."""
+    """A thread that takes tasks from a queue, calls each with `resource`, and calls `report` with the result."""
 
     def __init__(
         self, name: str, tasks: SimpleQueue[Callable[[R], Any]], resource: R, report: Callable[[Any], None]
