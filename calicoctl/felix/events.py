@@ -195,7 +195,8 @@ class Failure:
 
 
 BGP, BGP_CONFIGURATION, BGP_PASSWORDS = "bgp", "bgp configuration", "bgp passwords"
-"""Subjects of failures: BIRD does not run or answer; it refuses a configuration; the passwords' file is refused."""
+"""Subjects of failures: BIRD does not run or answer; BIRD refuses a configuration; the agent refuses the file with the
+passwords."""
 
 
 @dataclass(frozen=True)

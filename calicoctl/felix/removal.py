@@ -24,8 +24,8 @@ from calicoctl.felix.dataplane.vxlan import Vxlan
 def remove_all(host: str, warn: Callable[[str], None]) -> bool:
     """End BIRD; remove routes, neighbour entries, devices, firewall rules and tables; restore the original sysctls.
 
-    The nftables tables are removed last: as long as the host forwards, they drop what policy denies. If the Docker
-    Engine does not answer, forwarding stays enabled. `warn` is called with a sentence about that, and with another one
+    The nftables tables are removed last, so that they drop what policy denies until then. If the Docker Engine does not
+    answer, forwarding stays enabled. `warn` is called with a sentence about that, and with another one
     if a foreign BIRD keeps routes. Returns whether an agent of the host had left files below /run/calico. Raises
     CalicoError, also if the host's agent, or another agent in this network namespace, runs.
     """

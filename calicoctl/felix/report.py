@@ -44,7 +44,7 @@ LONG = 0.02
 so long."""
 
 ERRORS_AT_ONCE = 50
-"""The most statuses `error` that are written before a pause of a second: many of them must leave time for others."""
+"""The maximum number of statuses `error` written at a time. Then follows a pause of a second, for other writes."""
 
 END_PATIENCE = 5.0
 """Seconds that writing may take when the agent ends; the heartbeat expires in any case."""
@@ -171,7 +171,7 @@ class EndpointStatuses:
 
 
 class StoreReporter(threading.Thread):
-    """Writes the statuses passed to `set` to the store, retrying, unless another agent reports for this host."""
+    """Writes the heartbeat to the store and, unless another agent reports for this host, statuses and MACs. Retries."""
 
     def __init__(self, datastore: DatastoreClient, health: Health, put: Callable[[Any], None]) -> None:
         """`put` is called with events: whether the store can be written (WritesRecovered, WritesFailed), other failures

@@ -78,7 +78,7 @@ LONGEST_SPREAD = 4.0
 """The maximum number of seconds over which re-reads are spread."""
 
 ENGINE_PAUSE = 0.5
-"""Seconds between two attempts to reach the Docker Engine: few, since the engine starts containers once it is up."""
+"""Seconds between two attempts to reach the Docker Engine: short, since a new engine starts containers at once."""
 
 SERVERS_INTERVAL = 10.0
 """Seconds between two rounds of resolving the names of etcd's members and reading the files with the DNS servers."""

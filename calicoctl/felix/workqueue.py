@@ -46,18 +46,18 @@ class WorkQueue(Generic[K]):
         return key in self._in_progress
 
     def add(self, key: K, at: float) -> None:
-        """Make a key due at the time `at`, even during its backoff. A key that is already due earlier stays so."""
+        """Make a key due at the time `at`, even during its backoff. An earlier due time of the key is kept."""
         self._due[key] = min(at, self._due.get(key, at))
 
     def add_after_backoff(self, key: K, at: float) -> None:
         """Make a key due at the time `at` or, if that is later, at the end of its backoff.
 
-        A key that is already due earlier keeps its time.
+        An earlier due time of the key is kept.
         """
         self.add(key, max(at, self._backoff.get(key, at)))
 
     def back_off(self, key: K, until: float) -> None:
-        """Count a key as failed, and make it due at the time `until`. A key that is already due earlier keeps its time.
+        """Count a key as failed, and make it due at the time `until`. An earlier due time of the key is kept.
 
         `take` returns failed keys after the others.
         """
@@ -69,9 +69,9 @@ class WorkQueue(Generic[K]):
         self._backoff.pop(key, None)
 
     def retry_now(self, group: str, now: float) -> None:
-        """Make all failed keys of a group that wait due at the time `now`, instead of at the end of their backoff.
+        """Set the due time of a group's failed keys to `now`, instead of the end of their backoff.
 
-        They still count as failed, so `take` returns them after the others.
+        These keys still count as failed, so `take` returns them after the others.
         """
         for key in self._due:
             if key in self._backoff and self._group_of(key) == group:

@@ -206,7 +206,7 @@ _COUNTS = re.compile(r"Routes:\s+(\d+) imported,(?: \d+ filtered,)? (\d+) export
 
 
 def parse_sessions(lines: Iterable[tuple[str, str]]) -> Iterator[Session]:
-    """Yield the BGP sessions in the answer to `show protocols all`: `lines`, as (code, text).
+    """Yield the BGP sessions in `lines`, the answer to `show protocols all`, each line as (code, text).
 
     Protocols whose names do not have the form of config.Neighbour.name are skipped.
     """

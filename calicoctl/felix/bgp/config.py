@@ -70,8 +70,8 @@ class Family:
     `own` is this host's registered address, None if it has none; `is_here` says whether an interface has the address,
     or had it since the agent started. `pools` are CIDRs: routes to destinations inside them are accepted from peers.
     `blocks` and `addresses` are announced by this host. `guarded_networks` and `guarded_addresses` are the networks and
-    addresses that routes of other hosts must not override. `neighbours` are the BGP peers. `split` is as in Announced;
-    it is only logged, and ignored when two configurations are compared.
+    addresses that routes of other hosts must not override. `neighbours` are the BGP peers. `split` is as in
+    Announced (desired/routes.py); it is only logged, and ignored when two configurations are compared.
     """
 
     version: int

@@ -33,7 +33,8 @@ from calicoctl.workloads.locks import DIRECTORY
 PORT = 179
 
 START_PATIENCE = 10.0
-"""Seconds to wait, after BIRD's start, until it answers on its control socket."""
+"""Seconds to wait, after BIRD's start, until it answers on its control socket; also for its check of a
+configuration before the start."""
 
 END_PATIENCE = 5.0
 """Seconds to wait for BIRD's end after SIGTERM; then it gets SIGKILL."""
@@ -122,7 +123,7 @@ class Instance:
         return pid if pid is not None else next((pid for pid, host in birds().items() if host == self._host), None)
 
     def recognise(self) -> bool:
-        """Return whether the BIRD of `host` runs. If no pid file names it, write the pid file."""
+        """Return whether the BIRD of `host` runs. If it does, write the pid file if that is missing or outdated."""
         pid = self.find()
         if pid is None:
             return False
@@ -137,7 +138,10 @@ class Instance:
             files.replace(self._ran, _place().encode(), 0o600).close()
 
     def _former(self) -> list[Instance]:
-        """Return an Instance for each former name of this host: its BIRD runs here, or has run here in this boot."""
+        """Return an Instance for each former name of this host.
+
+        Former names are other host names whose BIRD runs here, or has run here in this boot.
+        """
         return [Instance(host) for host in sorted(_hosts_here() - {self._host})]
 
     def _command(self, program: str, recover: bool) -> list[str]:
@@ -282,7 +286,10 @@ class NotReady(CalicoError):
 
 
 def refuse_missing() -> str:
-    """Return the path of BIRD's program. Raises CalicoError if it or its user is missing, or if it is not version 2."""
+    """Return the path of BIRD's program. Raises CalicoError if the program is missing, or not of version 2.
+
+    Also raises CalicoError if BIRD's user or group is missing.
+    """
     program = shutil.which("bird")
     if program is None:
         raise CalicoError("there is no BIRD here: install the package bird2, or start the agent with --bgp=off")
@@ -313,7 +320,7 @@ def _ids() -> tuple[int, int]:
 
 
 def _end(pid: int) -> None:
-    """End BIRD, by force if it does not end within END_PATIENCE."""
+    """End the BIRD process `pid`, by SIGKILL if it does not end within END_PATIENCE after SIGTERM."""
     with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGTERM)
         if not proc.await_end(pid, END_PATIENCE):

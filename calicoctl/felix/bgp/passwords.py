@@ -151,7 +151,7 @@ def _peer(word: bytes, where: str) -> str:
 
 
 def _password(word: bytes, where: str) -> str:
-    """Decode a password. Raises CalicoError if it cannot be a string literal of BIRD's, or is too long for TCP.
+    """Decode a password. Raises CalicoError if BIRD's language cannot quote it, or if it is too long for TCP.
 
     BIRD's string literals have no escapes. Source: the state STRING in BIRD's conf/cf-lex.l.
     """

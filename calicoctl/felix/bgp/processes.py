@@ -30,7 +30,7 @@ _CAP_NET_ADMIN = 12
 
 
 def birds() -> dict[int, str]:
-    """Return the BIRDs of this network namespace, by process ID: for one of ours, its host; for a foreign one, ""."""
+    """Return the host of each BIRD of this network namespace, by process ID; "" if the BIRD is foreign."""
     found, users = {}, _users()
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -74,7 +74,7 @@ def host_of(arguments: list[str]) -> str:
 
 
 def _users() -> set[str]:
-    """Return the IDs of the users that BIRD runs as: root's, and that of the user `bird` if there is one."""
+    """Return the IDs, as decimal text, of the users that BIRD may run as: root and, if it exists, the user `bird`."""
     users = {str(ROOT)}
     with suppress(KeyError):
         users.add(str(pwd.getpwnam(USER).pw_uid))

@@ -75,7 +75,7 @@ class Change:
             self._removed[where][element] = None
 
     def replace(self, where: tuple[str, str], elements: Iterable[str]) -> None:
-        """Replace the elements of a set."""
+        """Replace the elements of the set `where`, a tuple (family, name)."""
         desired = set(elements)
         for element in sorted(self._elements[where].keys() - desired):
             self.remove(where, element)

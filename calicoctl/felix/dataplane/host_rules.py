@@ -219,10 +219,10 @@ class HostRules:
             change.create_set(name, type)
 
     def proofs(self, keys: Callable[[str], Collection[bytes]]) -> str:
-        """Return the commands that add the kernel's current elements of these sets to tables that are loaded anew.
+        """Return the commands that add to newly loaded tables what packets have added to sets of the current tables.
 
-        `keys` is called with the name of each set. It returns the keys of the elements, or raises OSError if the kernel
-        has no such set; such a set is skipped.
+        `keys` is called with the name of each of these sets. It returns the keys of the elements, or raises OSError if
+        the kernel has no such set; such a set is skipped.
         """
         commands = []
         for name in self._dynamic:
@@ -256,7 +256,8 @@ class HostRules:
         """Update the verdict for packets from an address.
 
         The verdict depends on the host that has the address itself or, if there is none, on the hosts of the endpoints
-        that have it. In no pool, endpoints of other hosts do not count: a container on a bridge here may have it.
+        that have it. If the address is in no pool, endpoints of other hosts do not count, since a container on a bridge
+        of this host may have it.
         """
         own = snapshot.host
         hosts = sorted(set(self._claims.get(address, ())))
@@ -308,10 +309,10 @@ def _sender_chain(host: str, snapshot: Snapshot) -> tuple[str, ...]:
     """Return the rules for packets from an address of another host, or of one of its endpoints.
 
     If this host and the other host are connected to the same network, the source MAC of such packets belongs to the
-    other host or, if a third host forwards them, to that one. The MAC is only checked on interfaces on which one of the
-    other host's MACs has been seen, since clouds and bridges over WLAN replace MACs. Elsewhere, for example behind
-    routers, only the interface is checked. MACs are not checked either if `snapshot.check_senders` is not "mac", or if
-    routes may come from a BGP peer that is no host.
+    other host or, if a third host forwards them, to the third one. The MAC is only checked on interfaces on which one
+    of the other host's MACs has been seen, since clouds and bridges over WLAN replace MACs. Elsewhere, for example
+    behind routers, only the interface is checked. MACs are not checked either if `snapshot.check_senders` is not "mac",
+    or if routes may come from a BGP peer that is no host.
     """
     network, topology = snapshot.network, snapshot.topology
     rules = []
@@ -427,7 +428,10 @@ def _update_base_chains(snapshot: Snapshot, held: Ports, change: Change) -> None
 
 
 def _translated(version: int, family: str, vxlan: bool, snapshot: Snapshot) -> list[str]:
-    """Return the rules for packets of an IP version whose source was translated to the address of a host."""
+    """Return the rules of an IP version for packets if their source was translated to the address of a host.
+
+    `vxlan` says whether our VXLAN is protected: see Ports.
+    """
     # packets of the host itself have no incoming interface; packets to endpoints of this host were checked before
     match = f'ct status snat ct direction original iif != 0 oifname != "{INTERFACE_PREFIX}*"'
     match += f" {family} saddr @hosts{version}"

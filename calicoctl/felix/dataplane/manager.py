@@ -36,13 +36,14 @@ class Manager(ABC):
     def resync(self) -> None:  # noqa: B027
         """Read the state of the kernel, and mark dirty whatever may differ from the desired state.
 
-        It may raise any exception. Then the agent calls it again at the next tick or, if the agent is starting, ends.
+        May raise any exception. Then the agent repeats the resync of all managers at the next tick. An agent that is
+        starting ends instead.
         """
 
     @property
     @abstractmethod
     def needs_apply(self) -> bool:
-        """Whether `apply` has anything to do. If any manager needs it, `apply` of all managers is called."""
+        """Whether `apply` has anything to do. If this is True for any manager, `apply` of all managers is called."""
 
     @property
     def due_at(self) -> float | None:

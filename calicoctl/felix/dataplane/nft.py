@@ -146,7 +146,7 @@ def _is_inherited(fd: int) -> bool:
 
 
 def _netlink_sockets() -> set[str]:
-    """Return the names of all netlink sockets, as the links in /proc/PID/fd have them."""
+    """Return the names of all netlink sockets, in the form of the links in /proc/PID/fd: `socket:[INODE]`."""
     with open("/proc/net/netlink") as table:
         return {f"socket:[{line.split()[-1]}]" for line in table}
 

@@ -194,7 +194,7 @@ class Ruleset:
     def tag_contains(self, tag: str, address: str) -> bool:
         """Return whether an address belongs to a tag.
 
-        It does if an endpoint, of any host, has the address and a profile with that tag.
+        True if an endpoint, of any host, has the address and a profile with that tag.
         """
         return address in self._addresses.get(tag, ())
 
@@ -418,9 +418,10 @@ class Ruleset:
 
 
 def rule_lines(rule: Rule, where: str) -> list[str]:
-    """Render a rule as nftables rules: one, or one per IP version if they differ; none if no packet can match.
+    """Render a rule as nftables rules: one or, if it needs a match that differs by IP version, one per version.
 
-    What a log rule writes to the kernel's log begins with "calico-packet: " and `where`, which must not need escapes.
+    The list is empty if no packet can match. What a log rule writes to the kernel's log begins with "calico-packet: "
+    and `where`, a text without characters that nftables would need to have escaped.
     """
     number = None if rule.protocol is None else protocol_number(rule.protocol)
     by_version = (

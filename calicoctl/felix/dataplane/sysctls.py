@@ -1,6 +1,7 @@
-"""The driver of sysctls (/proc/sys/net). It saves the host-wide ones before the agent changes them.
+"""The driver of sysctls (/proc/sys/net): of those of interfaces, and of the host-wide ones.
 
-The original values are kept in a file until they are restored. Like the sysctls, the file does not survive a reboot.
+The original values of host-wide sysctls are written to a file before the agent changes them, and kept until they are
+restored. Like the sysctls, the file does not survive a reboot.
 """
 
 from __future__ import annotations

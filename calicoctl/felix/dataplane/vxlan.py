@@ -105,7 +105,7 @@ class Vxlan:
             }
 
     def states(self) -> dict[int, bool]:
-        """Return, by IP version of the underlay, whether our device is up now; nothing for one that does not exist."""
+        """Read from the kernel which of our devices exist, and whether each is up: by IP version of the underlay."""
         return {version: device.up for version, device in self._find_devices().items()}
 
     def index(self, version: int) -> int | None:
@@ -405,7 +405,7 @@ def _message(route: Route) -> bytes:
 
 
 def _forwarding_entries() -> Iterator[tuple[int, str, str]]:
-    """Yield (index of the interface, MAC, underlay address) for each forwarding entry with an address."""
+    """Yield (index of the interface, MAC, underlay address) for each forwarding entry with an underlay address."""
     request = struct.pack("=BBHiHBB", socket.AF_BRIDGE, 0, 0, 0, 0, 0, 0)
     for body in netlink.dump(socket.NETLINK_ROUTE, netlink.RTM_GETNEIGH, request):
         found = netlink.attributes(body[12:])

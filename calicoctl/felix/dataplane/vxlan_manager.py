@@ -173,7 +173,10 @@ class VxlanManager(Manager):
         return max(SMALLEST, min(largest, self._snapshot.mtu or largest))
 
     def _route(self, cidr: str, hop: Hop | None, source: str | None) -> Route | None:
-        """Return the route for a hop (None for a blackhole); None if the interface of the hop does not exist."""
+        """Return the route to `cidr` by `hop` or, if that is None, a blackhole route. For `source`, see Route.
+
+        Return None if the interface of the hop does not exist.
+        """
         if hop is None:
             return Route(cidr)
         index = self._vxlan.index(hop.tunnel) if hop.tunnel is not None else self._vxlan.index_of(hop.interface)
