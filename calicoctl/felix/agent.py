@@ -62,7 +62,7 @@ RESYNC_INTERVAL = 300.0
 """Seconds between two resyncs of the managers with the kernel."""
 
 SERVERS_PATIENCE = 3.0
-"""Seconds to wait at the start until the names of etcd's members are resolved: a resolver may hang."""
+"""The maximum number of seconds to wait at the start until the names of etcd's members are resolved."""
 
 LOG_LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 LOG_LEVELS |= {"critical": logging.CRITICAL, "none": logging.CRITICAL + 10}
@@ -102,7 +102,7 @@ def run(host: str, options: Options) -> None:
 
 @dataclass(frozen=True)
 class Drivers:
-    """The drivers through which the managers read and change the kernel, and BIRD."""
+    """The drivers through which the managers read and change the kernel and BIRD."""
 
     nft: Nft
     routes: Routes
@@ -124,8 +124,8 @@ class Agent:
     ):
         """`datastore` creates a client of the store; it is called once for each thread that needs one.
 
-        Its argument, if any, is the number of seconds to wait for the store. The drivers put their events into `queue`.
-        `ready` is called once, when the first snapshot is in the kernel and BIRD is settled.
+        The argument of `datastore`, if any, is the number of seconds to wait for the store. The drivers put their
+        events into `queue`. `ready` is called once, when the first snapshot is in the kernel and BIRD is settled.
         """
         client = datastore()
         self._datastore = datastore
@@ -169,8 +169,8 @@ class Agent:
     def run(self) -> None:
         """Start the threads, and reconcile until SIGTERM, SIGINT or SIGHUP is received.
 
-        Raises CalicoError when a thread that the agent needs has died. At the start, it also raises any exception that
-        Manager.resync raises.
+        Raises CalicoError when a thread that the agent needs has died. An exception of Manager.resync at the start is
+        raised, too.
         """
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self._stop)
@@ -345,7 +345,7 @@ class Agent:
             self._resync()
 
     def _resync(self) -> None:
-        """Have the managers read the kernel again, the network monitor the host's network, and the reporter the store.
+        """Have the managers read the kernel again. Schedule reads of the host's network and of statuses in the store.
 
         Listing the kernel's state may fail if it changes meanwhile. Then the resync is repeated at the next tick.
         """
@@ -362,7 +362,7 @@ class Agent:
     # Applying
 
     def _reconcile(self) -> None:
-        """Drive the kernel to the snapshot or, while the store must not be used, keep the kernel as it is."""
+        """Drive the kernel to the snapshot; while the store must not be used, only repair it: see Manager.restore."""
         if not self._may_apply():
             self._conntrack.discard_listings()
             for manager in self._managers:
@@ -386,7 +386,7 @@ class Agent:
     def _apply(self) -> None:
         """Drive the kernel to the snapshot; skip what has not changed.
 
-        The order of the five steps ensures that no packet passes which policy denies: see docs/agent.md.
+        The order of the five steps ensures that packets which policy denies never pass: see docs/agent.md.
         """
         dirty = self._snapshot.take_dirty()
         # 1. addresses that are new to an endpoint are pending until their denied connections have been ended
@@ -436,7 +436,7 @@ class Agent:
     def _check_registration(self) -> None:
         """Report a failure if this host is not registered.
 
-        Somebody may have removed this host, on another one, while this host was cut off from the store.
+        A command on another host may have removed this host while it was cut off from the store.
         """
         host, why = self._snapshot.host, None
         if self._snapshot.ready and host not in self._snapshot.topology.hosts():

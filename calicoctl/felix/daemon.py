@@ -5,8 +5,9 @@ ends (`supervise`, for the local etcd; bgp/manager.py decides when BIRD is start
 already. The caller provides the command line and the configuration.
 
 A daemon survives the agent: it keeps running when the agent is restarted, upgraded or killed. The next agent, and every
-command, finds the daemon by its pid file. To recognise a stale pid file, the process must also have the `marker` among
-its arguments: an argument that only this daemon has, such as its data folder or its configuration file.
+command, finds the daemon by its pid file. A pid file may be stale, so a process counts as the daemon only if the
+`marker` is among its arguments: an argument that only this daemon has, such as its data folder or its configuration
+file.
 """
 
 from __future__ import annotations
@@ -132,7 +133,7 @@ class Daemon:
         """Start the daemon's process unless it runs; return False if it was running before.
 
         `command` returns the command line, whose first word is looked up in PATH. If the process runs already, `adopt`
-        is called with its id instead. Both are called with the lock held.
+        is called with its id instead. `command` and `adopt` are called with the lock held.
         """
         try:
             with self._locked():
@@ -201,8 +202,8 @@ class Daemon:
     def supervise(self, launch: Callable[[], object]) -> None:
         """Start a thread that calls `launch` at once, and again whenever the daemon has ended.
 
-        `launch` starts the daemon unless it runs. If it raises an exception, of any kind, it is called again after a
-        pause. The thread ends with this process.
+        `launch` starts the daemon unless it runs. If `launch` raises an exception of any kind, it is called again after
+        a pause. The thread ends with this process.
         """
         threading.Thread(
             target=self._supervise, args=(launch,), name=f"supervising {self.process.name}", daemon=True

@@ -201,7 +201,7 @@ passwords."""
 
 @dataclass(frozen=True)
 class OverlayBlocked:
-    """Whether the overlay needs devices, but none could be created.
+    """The overlay needs devices, but none could be created; with `blocked` False, that is no longer so.
 
     For example, another program's devices may have our VNI or our names.
     """

@@ -73,7 +73,7 @@ class Ability:
 
     @property
     def works(self) -> bool | None:
-        """Whether the ability works: False if any user fails, else None until every user has tried."""
+        """Whether the ability works: False if any user fails; else None until every user has tried, then True."""
         return False if self._failing else None if self._untried else True
 
     @property
@@ -112,7 +112,7 @@ class StoreHealth:
     """Whether the store can be read, written and followed."""
 
     def __init__(self, directories: Iterable[str]) -> None:
-        """`directories` are those that the agent reads and watches."""
+        """`directories` are the directories of the store that the agent reads and watches."""
         directories = list(directories)
         self.reads = Ability(directories)
         self.watch = Ability(directories)
@@ -158,7 +158,7 @@ class Health:
     skipped: dict[str, str] = field(default_factory=dict)
     """By key of the store: why the key, or the keys below it, are not read."""
     failures: dict[str, dict[str, str]] = field(default_factory=dict)
-    """What fails on this host now, by subject: `since` when (ISO 8601), and the `error`."""
+    """By subject: what fails on this host now, as the `error` (a sentence) and the time `since` when (ISO 8601)."""
     last_error: dict[str, str] | None = None
     mtu: dict[str, Any] = field(default_factory=lambda: copy.deepcopy(NO_MTU))
     """The MTU that new interfaces of workloads get. For pools without an overlay, that is the MTU of the `underlay`, by
@@ -280,7 +280,8 @@ class Health:
     def public(self, report: dict[str, Any]) -> dict[str, Any]:
         """Return `report`, which `to_dict` has just returned, without texts that may quote values of the store.
 
-        Only root may read those. Keys, and validated names and addresses, stay: the kernel shows them to every user.
+        Only root may read such texts. Keys, and validated names and addresses, stay: the kernel shows them to every
+        user.
         """
         endpoints = []
         for one, (id, _) in zip(report["endpoints_in_trouble"], self._worst(self._troubled())):

@@ -29,7 +29,7 @@ class NetworkMonitor:
     """Reads the host's network after it may have changed. Runs in the agent's thread."""
 
     def __init__(self, snapshot: Snapshot, health: Health, reading: Callable[[], None]) -> None:
-        """`reading` is called before each read. After it, the next change of routes must emit GatewaysChanged."""
+        """`reading` is called before each read. After the call, a change of routes must emit GatewaysChanged again."""
         self._snapshot = snapshot
         self._health = health
         self._reading = reading
@@ -65,7 +65,7 @@ class NetworkMonitor:
         return known is not None and not event.deleted and event.link.mac not in known
 
     def resync(self) -> None:
-        """Make the next call of `read_if_due` read."""
+        """Schedule a read for the next call of `read_if_due`."""
         self.due_at = 0.0
 
     def read_if_due(self) -> None:

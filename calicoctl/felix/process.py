@@ -34,7 +34,7 @@ from calicoctl.workloads.locks import DIRECTORY
 DEFAULT_LOG_DIR = "/var/log/calico"
 
 START_PATIENCE = 60.0
-"""Seconds to wait until the agent's first update is in the kernel, or until `node remove` releases the locks."""
+"""Seconds to wait until the agent is ready (see `start`), or until `node remove` releases the locks."""
 
 STOP_PATIENCE = 25.0
 """Seconds to wait for the agent to end after SIGTERM."""
@@ -256,7 +256,7 @@ def _explained(path: Path) -> Iterator[None]:
 
 
 def leave(status: int) -> None:
-    """End this process, an agent that has stopped, at once.
+    """End this agent process at once, with the exit status `status`.
 
     The interpreter's own exit could wait forever: a daemon thread may hold the import lock, or a lock of a library.
     """
@@ -310,10 +310,12 @@ def log_to(directory: str | None) -> None:
 
 
 def start(host: str, options: Options, environment: Mapping[str, str] = os.environ) -> int:
-    """Start the host's agent in the background, wait until its first update is in the kernel; return its process id.
+    """Start the host's agent in the background, wait until it is ready, and return its process id.
+
+    The agent is ready when its first update is in the kernel and BIRD is settled (see BgpManager.is_settled).
 
     `environment` contains the agent's environment variables. If another command has started the agent at the same time,
-    that agent's process id is returned. Raises CalicoError when the agent ends before its first update. Raises
+    that agent's process id is returned. Raises CalicoError when the agent ends before it is ready. Raises
     CalicoError after START_PATIENCE, too, but then the agent keeps running. When the wait is interrupted, for example
     by Ctrl-C, the agent is ended.
     """

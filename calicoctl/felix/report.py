@@ -40,8 +40,7 @@ FILE_INTERVAL = 5.0
 """Seconds after which the file is written although nothing has changed: its age shows that the agent is alive."""
 
 LONG = 0.02
-"""A report that takes more than these seconds of computing is made less often. Some thousand endpoints in error take
-so long."""
+"""Seconds of CPU time. A report that takes longer, as with thousands of endpoints in error, is made less often."""
 
 ERRORS_AT_ONCE = 50
 """The maximum number of statuses `error` written at a time. Then follows a pause of a second, for other writes."""
@@ -60,7 +59,7 @@ class ReportFile:
         self._written_at = float("-inf")
         self._rests_until = float("-inf")
         self.due_at: float | None = None
-        """When a change is to be written that was not written yet (monotonic); None if there is none."""
+        """When to write a change that is not in the file yet (monotonic); None if there is none."""
 
     @property
     def is_due(self) -> bool:

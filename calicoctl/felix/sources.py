@@ -71,7 +71,7 @@ LONGEST_PAUSE = 5.0
 """The maximum number of seconds between two attempts to reach the store: the limit of the backoff."""
 
 SPREAD_PER_HOST = 0.05
-"""Seconds for each host in the store: all hosts together spread their re-reads over that time. It is about the time
+"""Seconds per host in the store: the re-reads of all hosts are spread over the sum. One host's share is about the time
 that etcd and an agent together need for one read of some thousand endpoints."""
 
 LONGEST_SPREAD = 4.0

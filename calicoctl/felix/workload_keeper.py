@@ -72,7 +72,7 @@ REATTACH_INTERVAL = 10.0
 """The minimum number of seconds between two re-attachments of a workload that keeps losing its interface."""
 
 END_PATIENCE = 5.0
-"""Seconds that workers may take to finish when the agent ends. The next agent finds changes that are interrupted."""
+"""Seconds that workers may take to finish when the agent ends. The next agent finds changes that take longer."""
 
 NEVER = float("-inf")
 
@@ -91,8 +91,8 @@ class Resynced:
 class EndpointChanged:
     """A workload must be reconciled.
 
-    The reason is that the interface of its endpoint is missing or has a new MAC, that its container's endpoint lacks
-    the container's name, or that the endpoint was `deleted` in the store.
+    The reason is that the interface of the workload's endpoint is missing or has a new MAC, that the endpoint of a
+    container lacks the container's name, or, with `deleted`, that the endpoint was deleted in the store.
     """
 
     key: Key
@@ -102,7 +102,7 @@ class EndpointChanged:
 @dataclass(frozen=True)
 class Compared:
     """The result of comparing containers' endpoints with the engine's list of containers or, in a second step, with the
-    insides of running containers.
+    network namespaces of running containers.
 
     `keys` are the workloads to reconcile. `connected` are endpoints that match the list; the second step checks their
     interfaces. `refused` are listed containers that have endpoints on this host although nobody has connected them
@@ -227,7 +227,7 @@ class WorkloadKeeper:
         self._jobs: dict[Callable[[], None], float] = {self._sweep: NEVER}
         """Jobs that find workloads to reconcile, and when each is due."""
         self._expected: dict[Key, int] = {}
-        """As in Resynced."""
+        """By workload: the number of addresses that its endpoints list."""
         self._tracked: dict[Key, _Tracked] = {}
         self._swept_grace_time: float = self.grace_time
         self._namespaces: dict[str, tuple[int, int] | None] = {}
@@ -304,7 +304,7 @@ class WorkloadKeeper:
             self._report(events.Failure(f"the workload keeper failed ({type(error).__name__}: {error})"))
 
     def _wait(self) -> list[Any]:
-        """Wait for items in the inbox, but only until the next work is due; return them."""
+        """Wait for items in the inbox, but only until the next work is due; return the items that have come."""
         until = self._clock() + INTERVAL
         if self._alive and self._ready:
             until = max(self._store_retry_at, min(until, self._queue.next_due(), *self._jobs.values()))
@@ -674,7 +674,7 @@ def _compare_states(
 
 
 def _compare_places(running: list[EndpointId], datastore: DatastoreClient) -> Compared:
-    """Find the running containers whose interface does not lead into them, or that lack a next hop's neighbour entry.
+    """Find running containers without a sound attachment: see upkeep.misattached.
 
     `running` are the endpoints of running containers. Raises nothing: see Compared.error.
     """

@@ -1,9 +1,9 @@
 """The configuration of BIRD: derived from the snapshot as plain data, then rendered in BIRD's language.
 
-Pure: bird.py communicates with BIRD, and manager.py decides when. The name of a BGP protocol in the configuration
-consists of the kind of the peer, the IP version, and the peer's address. The name does not depend on other peers, so a
-change of another peer resets no session. Values from etcd are rendered only as numbers, or as addresses and networks in
-canonical form.
+This module reads and writes no files: bird.py communicates with BIRD, and manager.py decides when. The name of a BGP
+protocol in the configuration consists of the kind of the peer, the IP version, and the peer's address. The name does
+not depend on other peers, so a change of another peer resets no session. Values from etcd are rendered only as numbers,
+or as addresses and networks in canonical form.
 
 Source of the language: the BIRD User's Guide, version 2.0.
 """
@@ -88,7 +88,10 @@ class Family:
 
 @dataclass(frozen=True)
 class Config:
-    """The configuration of BIRD. `hold_time` is in seconds; `as_num` is this host's AS number, as decimal text."""
+    """The configuration of BIRD. `hold_time` is in seconds; `as_num` is this host's AS number, as decimal text.
+
+    `router_id` is an IPv4 address as text. `log_level` is "none", "debug" or "info".
+    """
 
     router_id: str
     as_num: str

@@ -33,11 +33,11 @@ from calicoctl.workloads.locks import DIRECTORY
 PORT = 179
 
 START_PATIENCE = 10.0
-"""Seconds to wait, after BIRD's start, until it answers on its control socket; also for its check of a
-configuration before the start."""
+"""Seconds to wait, after BIRD's start, until it answers on its control socket. Before the start, BIRD may take as long
+to check its configuration."""
 
 END_PATIENCE = 5.0
-"""Seconds to wait for BIRD's end after SIGTERM; then it gets SIGKILL."""
+"""Seconds to wait for BIRD's end after SIGTERM. Then SIGKILL is sent."""
 
 _RAN = "bird.boot"
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -90,8 +90,8 @@ class Instance:
         If BIRD may run here, the BIRDs of this host's former names are removed first. Returns whether BIRD recovers
         from a crash (graceful restart): then its peers keep its routes until it has announced them again. If BIRD
         refuses `text`, it is started with the configuration of its last run in this boot, and Refused is raised once
-        it runs. If there is no such configuration, Refused is raised at once or, if `text` is None, NotReady. Raises
-        CalicoError if BIRD may not run here or does not start.
+        it runs. If there is no such configuration, Refused is raised at once; if `text` is None, NotReady is raised
+        instead. Raises CalicoError if BIRD may not run here or does not start.
         """
         ran = self.ran_here()
         program = refuse_missing()
@@ -117,7 +117,7 @@ class Instance:
     def find(self) -> int | None:
         """Return the process ID of the BIRD of `host`, None if it does not run.
 
-        The process is found even if the pid file is missing or outdated, which may be so after the agent was killed.
+        The process is found even if the pid file is missing or outdated, which may happen if the agent is killed.
         """
         pid = self.pid()
         return pid if pid is not None else next((pid for pid, host in birds().items() if host == self._host), None)

@@ -53,7 +53,7 @@ PORT_POLL = 0.1
 """Seconds between two polls soon after BIRD's start, while it does not listen on the port of BGP yet."""
 
 PASSWORDS_POLL = 2.0
-"""Seconds between two checks whether the file with the passwords has changed, or BIRD was suspended."""
+"""Seconds between two checks whether the file with the passwords has changed, and whether BIRD is suspended."""
 
 BESIDE_POLL = 10.0
 """The minimum number of seconds between two searches for a foreign BIRD beside ours."""
@@ -63,7 +63,7 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.1, 30.0
 start. The pause is doubled each time. After a failed start, the pause is LONGEST_PAUSE at most."""
 
 SHORT_LIFE = 10.0
-"""Seconds. If BIRD ends after it has run for longer, it is started again at once."""
+"""If BIRD has run for more than this many seconds when it ends, it is started again at once."""
 
 SETTLING = 10.0
 """The maximum time in seconds for which the agent's start waits for BIRD."""
@@ -79,7 +79,7 @@ class BgpManager(Manager):
         self._dirty = True
         self._config: Config | None = None
         self._split: dict[str, str] = {}
-        """By block that is not announced as a whole: what it overlaps."""
+        """By CIDR of a block that is not announced as a whole: a description of what the block overlaps."""
         self._settled_by: float | None = None
         """Until when the agent's start waits for BIRD (monotonic); None before the first `apply`."""
         self._settled = False
@@ -146,7 +146,7 @@ class BgpManager(Manager):
 
 @dataclass
 class _Beside:
-    """What is known about a foreign BIRD beside ours. `error` is a sentence about it; None if none has been found."""
+    """What is known about a foreign BIRD beside ours. `error` is a sentence about it; None if none runs."""
 
     error: str | None = None
     look_at: float = 0.0
@@ -186,7 +186,7 @@ class BgpThread(threading.Thread):
         """The configuration and the passwords that were last rendered, and the resulting text."""
         self._beside = _Beside()
         self._failures: dict[str, str | None] = {}
-        """By subject: the reason of the last Failure that was emitted; None if it has ended."""
+        """By subject: the reason of the last Failure that was emitted; None if the failure has ended."""
         self._wakeups = Wakeups()
         self._rescans = Rescans()
         self._signatures = Signatures()

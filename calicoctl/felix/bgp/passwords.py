@@ -45,7 +45,7 @@ class Passwords:
     problem: str | None = None
     """A sentence that says why the current file is refused, and what to do; None for a valid or missing file."""
     known: bool = True
-    """False if the file is refused and no earlier one was valid: then it is unknown which passwords sessions need."""
+    """False if the file is refused and no earlier version was valid: then the passwords of sessions are unknown."""
     stamp: _Stamp | None = None
     """Identifies the version of the file; None if the file is missing, or could not be read."""
 

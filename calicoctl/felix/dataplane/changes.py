@@ -54,7 +54,7 @@ class Change:
     def add(self, where: tuple[str, str], element: str) -> None:
         """Add an element to the set or map `where`, a tuple (family, name).
 
-        Elements are counted: one that is added several times stays until it has been removed as many times.
+        Elements are counted: an element that is added several times stays until it has been removed as many times.
         """
         self._elements[where][element] += 1
         if self._elements[where][element] > 1:

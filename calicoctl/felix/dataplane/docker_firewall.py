@@ -69,10 +69,10 @@ class Filter:
         return found
 
     def desired_chain(self) -> str | None:
-        """Return the chain that our rules belong to, None if nothing would drop forwarded packets.
+        """Return the chain that our rules belong to, None if they are not needed.
 
-        It is DOCKER-USER if FORWARD jumps to that chain, even if nothing would drop packets. After `iptables -F`,
-        DOCKER-USER exists, but FORWARD does not jump to it.
+        If FORWARD jumps to DOCKER-USER, return DOCKER-USER, even if no packets would be dropped. Otherwise, return
+        FORWARD if it may drop packets. After `iptables -F`, DOCKER-USER exists, but FORWARD does not jump to it.
         """
         if any(("-j", "DOCKER-USER") in zip(rule, rule[1:]) for rule in self.rules.get("FORWARD", ())):
             return "DOCKER-USER"

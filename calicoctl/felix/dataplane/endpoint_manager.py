@@ -79,10 +79,10 @@ class EndpointManager(Manager):
                 self._report_unknown_interfaces(self._unknown)
 
     def resync(self) -> None:
-        """Read routes and neighbour entries. Read links at the first call, and if their events were lost.
+        """Read routes and neighbour entries. Read interfaces at the first call, and after KernelEventsLost.
 
-        Before the first update, endpoints keep the addresses to which an earlier agent has set routes. Raises
-        CalicoError and pyroute2's exceptions.
+        Before the first update, adopt the addresses that endpoints had before this agent: those with a route to the
+        endpoint's interface, and those in the file of kept_addresses.py. Raises CalicoError and pyroute2's exceptions.
         """
         if self._links_stale:
             before, self._links = self._links, {link.name: link for link in self._routes.list_links()}

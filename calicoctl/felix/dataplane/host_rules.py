@@ -131,8 +131,8 @@ FROM_HOST = tuple(
     f"{family} saddr @hosts{version} {family} daddr @pools{version} oifname @interfaces accept"
     for version, family in ((4, "ip"), (6, "ip6"))
 )
-"""The rules of `inbound-forward` that accept packets to workloads if another host itself has sent them: packets that
-this host itself has sent are accepted, too. `verdict.is_from_host` decides the same."""
+"""The rules of `inbound-forward` that accept packets to workloads if another host itself has sent them, just as packets
+of this host itself are accepted. `verdict.is_from_host` decides the same."""
 
 
 Moved = tuple[str, tuple[str, ...], tuple[str, ...]]
@@ -171,7 +171,7 @@ class HostRules:
         self._spared: set[str] = set()
         """Addresses from which packets pass even if endpoints of other hosts have them: see Admission.spared."""
         self._named: dict[str, int] = {}
-        """By host: how many addresses its endpoints have. Each other host in here, or in `_registered`, has a chain."""
+        """By host: how many addresses its endpoints have. Each other host in this, or in `_registered`, has a chain."""
         self._registered: frozenset[str] = frozenset()
         self._dynamic: dict[str, str] = {}
         """By name: the types of the sets to which packets add elements."""
@@ -233,7 +233,7 @@ class HostRules:
         return "".join(commands)
 
     def _update_claims(self, moved: Iterable[Moved]) -> tuple[set[str], set[str]]:
-        """Update the claims. Return the addresses, and the hosts, whose claims may have changed."""
+        """Update `_claims` and `_named`. Return the addresses and the hosts about which these may have changed."""
         addresses: set[str] = set()
         hosts: set[str] = set()
         for host, before, now in moved:
@@ -455,7 +455,8 @@ def _translated(version: int, family: str, vxlan: bool, snapshot: Snapshot) -> l
 def _counting(counted: dict[str, tuple[str, str]], hook: str, other: str, passed: bool) -> list[str]:
     """Return the rules that count packets at a hook.
 
-    `counted` maps a protocol to the match of its packets, and to the set of the other ends, without the IP version.
+    `counted` maps a protocol to a pair: the match of its packets, and the name, without the IP version, of the set with
+    the addresses of the other ends.
     `other` is the field with the other end's address, "saddr" or "daddr". `passed` selects the counter of packets that
     have passed the firewall: see COUNTERS.
     """

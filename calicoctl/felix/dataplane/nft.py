@@ -43,7 +43,7 @@ class NftError(CalicoError):
 class Nft:
     """A handle of libnftables in this process's network namespace. Not thread-safe.
 
-    Creating one raises NftError if libnftables cannot be used.
+    The constructor raises NftError if libnftables cannot be used.
     """
 
     def __init__(self) -> None:
@@ -174,8 +174,8 @@ class TableEvents:
     """The kernel's notifications of changes of nftables tables, including those of iptables-nft.
 
     `urgent` is called at a transaction's first notification about the table `table`; the transaction has taken effect
-    by then. It is also called when notifications were lost. `wait` may return a tenth of a second later, since a
-    transaction that deletes many rules brings thousands of notifications.
+    by then. It is also called when notifications were lost. `wait` may return a tenth of a second after that call,
+    since a transaction that deletes many rules brings thousands of notifications.
     """
 
     def __init__(self, table: str, urgent: Callable[[], None]) -> None:

@@ -155,8 +155,8 @@ class PolicyManager(Manager):
 
         The established fast path is left out. Called instead of `apply` while the store must not be used, since the
         snapshot may be wrong then. A failed reload is retried at each Tick. Before the first update, the tables are
-        those of an earlier agent. Then they are not reloaded, but packets from servers on the way to etcd are let pass:
-        see lifeline.py.
+        those of an earlier agent. Then they are not reloaded, but changed so that packets from servers on the way to
+        etcd pass: see lifeline.py.
         """
         if self.in_sync or not self._restore_due:
             return

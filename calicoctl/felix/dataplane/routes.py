@@ -33,7 +33,7 @@ _METRIC6 = 1
 """The smallest metric of an IPv6 route: the kernel takes 0 as 1024."""
 
 Item = tuple[str, ...]
-"""("route", address), ("neighbour", address, MAC), or ("proxy", address)."""
+"""A route or entry of an interface: ("route", address), ("neighbour", address, MAC), or ("proxy", address)."""
 
 
 class Routes:

@@ -214,7 +214,7 @@ class Ruleset:
         pending: Mapping[EndpointId, Collection[str]] | None = None,
         ports: Ports = Ports(),  # noqa: B008 it cannot change
     ) -> Update:
-        """Return the commands for what has changed. The Ruleset assumes from then on that they were run.
+        """Return the commands for what has changed. From then on, the Ruleset assumes that these commands were run.
 
         `pending` maps endpoints of this host to addresses that they must not use yet. If addresses are affected, the
         commands remove the established fast path. Call `restore_established_fast_path` when the connections of all
@@ -460,7 +460,8 @@ _POLICY_BASE_CHAINS = {
     "outbound-to-host": ("input", -11, "iifname", ("jump host-services", "jump starts", "iifname vmap @from", "drop")),
     "to-host": ("input", -10, "iifname", ("jump host-services", "jump host-action")),
 }
-"""The base chains that evaluate policy: hook, priority relative to `filter`, side of the interface, rules."""
+"""By name, the base chains that evaluate policy: hook, priority relative to `filter`, the interface to match ("iifname"
+or "oifname"), rules."""
 
 _BASE_CHAINS = (
     host_rules.BASE_CHAINS

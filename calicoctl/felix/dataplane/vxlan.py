@@ -31,7 +31,8 @@ DEVICES = {4: "vxlan.calico", 6: "vxlan-v6.calico"}
 """The devices' names, by the IP version of the underlay: a device can use only one version. Calico 3 uses the same
 names."""
 VNI = 4095
-"""Below 4096: Docker Swarm uses VNIs from 4096 on, and the kernel refuses a second device with the same VNI and port.
+"""The VNI of our devices. It is below 4096, since Docker Swarm uses VNIs from 4096 on, and the kernel refuses a second
+device with the same VNI and port.
 Source: vxlanIDStart in libnetwork's drivers/overlay/ovmanager."""
 PORT = 4789
 """The UDP port of VXLAN. Source: RFC 7348."""
@@ -63,8 +64,9 @@ class Route:
 class Device:
     """The state of a VXLAN device in the kernel.
 
-    `learning` says whether the kernel learns forwarding entries from packets. `local` is the source address of its
-    packets in the underlay, `parent` the index of the interface that it sends them through; each is None if not set.
+    `learning` says whether the kernel learns forwarding entries from packets. `local` is the source address of the
+    device's packets in the underlay, `parent` the index of the interface through which they are sent; each is None if
+    it is not set.
     """
 
     index: int

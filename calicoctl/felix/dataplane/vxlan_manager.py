@@ -67,7 +67,7 @@ class VxlanManager(Manager):
         self._failed = False
         """Whether the last `apply` failed, at least in part; it is repeated at the next Tick."""
         self._leaving: dict[str, float] = {}
-        """By CIDR that has left the overlay: until when its route waits for BIRD's (monotonic)."""
+        """By CIDR that has left the overlay: until when our route to it stays if BIRD has set none (monotonic)."""
         self._devices_until: float | None = None
         """Until when devices stay although no pool has an overlay (monotonic).
 
