@@ -91,9 +91,9 @@ class Ability:
         return True
 
     def failed(self, user: str, why: str, since: str) -> bool:
-        """Note that the ability has been failing for a user since a time (ISO 8601).
+        """Note that the ability has been failing for a user since the time `since` (ISO 8601).
 
-        Return False if it was failing for any user already.
+        Return False if the ability was failing for any user already, else True.
         """
         before = self.works
         self._untried.discard(user)

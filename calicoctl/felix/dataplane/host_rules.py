@@ -174,7 +174,7 @@ class HostRules:
         """By host: how many addresses its endpoints have. Each other host in this, or in `_registered`, has a chain."""
         self._registered: frozenset[str] = frozenset()
         self._dynamic: dict[str, str] = {}
-        """By name: the types of the sets to which packets add elements."""
+        """By name of each set to which packets add elements: the type of the set, in nftables' syntax."""
 
     def update(
         self, snapshot: Snapshot, dirty: Dirty, moved: Iterable[Moved], ports: Ports, change: Change

@@ -64,8 +64,8 @@ def let_members_pass(network: HostNetwork, nft: Nft) -> Iterator[str]:
     """Let packets from servers on the way to etcd pass, even if an endpoint has the address of such a server.
 
     Our tables drop or check packets from the addresses in the maps `owners4` and `owners6` (host_rules.py). The
-    addresses of these servers are removed from the maps. Yields a sentence for each: that packets from it pass again,
-    or why it could not be removed.
+    addresses of these servers are removed from the maps. Yields a sentence for each address that was in a map: that
+    packets from it pass again, or why it could not be removed.
     """
     for name, size in (("owners4", 4), ("owners6", 16)):
         members = {pack(address): address for address in network.servers.vital if len(pack(address)) == size}

@@ -1,4 +1,4 @@
-"""The host ends of the endpoints' veth pairs, as read from the kernel. Changes nothing."""
+"""Interfaces of this host, above all the host ends of endpoints' veth pairs. Only reads the kernel."""
 
 from __future__ import annotations
 

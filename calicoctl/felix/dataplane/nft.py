@@ -218,7 +218,7 @@ def _table(attributes: bytes) -> str:
     """Return the name of the table that a message is about, "" if the message names none.
 
     The name is attribute 1 in all kinds of messages. Other attributes are not decoded, since one change of the ruleset
-    may bring many thousand messages.
+    may bring thousands of messages.
     """
     at = 0
     while at + 4 <= len(attributes):
