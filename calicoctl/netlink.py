@@ -54,6 +54,8 @@ hosts (`ip route show proto 81`). Source: rtnetlink(7); numbers from 5 up are fr
 OUR_PROTOCOLS = (OUR_PROTOCOL, OVERLAY_PROTOCOL)
 SOL_NETLINK, _NETLINK_GET_STRICT_CHK = 270, 12
 NETLINK_NETFILTER = 12
+SO_RCVBUFFORCE = 33
+"""Sets the size of a socket's receive buffer, whatever net.core.rmem_max is. Source: socket(7)."""
 
 _TIMEOUT = 60.0
 """Seconds to wait for an answer of the kernel."""

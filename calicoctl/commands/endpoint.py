@@ -281,7 +281,10 @@ def profile_names(arguments: dict[str, Any]) -> list[str]:
 
 
 def check_known_profile(name: str) -> str:
-    """Return `name` if a profile can have it, even if only other tools allow it; otherwise, raise NotFound."""
+    """Return `name` if it can be part of a key in etcd, and raise NotFound if it cannot.
+
+    Profiles that other tools have created may have such names. Whether the profile exists is not checked.
+    """
     if not keys.can_be_part(name):
         raise NotFound(f"There is no such profile: '{name}' is not a valid profile name.")
     return name

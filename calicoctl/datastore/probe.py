@@ -32,9 +32,10 @@ def mismatch(scheme: str, host: str, port: int) -> str | None:
 
 
 def _first_bytes(host: str, port: int) -> bytes:
-    """Return the first nine bytes (the header of an HTTP/2 frame) of a server's answer to a plain HTTP request.
+    """Return the first nine bytes of a server's answer to a plain HTTP request.
 
-    If the connection fails or ends before that, returns the bytes that have arrived, if any.
+    The header of an HTTP/2 frame has nine bytes. If the connection fails or ends before that, returns the bytes that
+    have arrived, if any.
     """
     answer = b""
     try:

@@ -229,7 +229,7 @@ class KernelEvents(_Source):
     def __init__(self, events: Events[Any]) -> None:
         super().__init__("following the kernel's interfaces", events)
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**21)
+        self._socket.setsockopt(socket.SOL_SOCKET, netlink.SO_RCVBUFFORCE, 2**21)
         groups = _RTMGRP_LINK | _RTMGRP_IPV4_IFADDR | _RTMGRP_IPV6_IFADDR | _RTMGRP_IPV4_ROUTE | _RTMGRP_IPV6_ROUTE
         self._socket.bind((0, groups))
         self.gateways_pending = threading.Event()

@@ -212,9 +212,12 @@ def reattach(
 ) -> Attachment | None:
     """Recreate the interface of a workload whose endpoint is in etcd, with the same addresses, MAC and name.
 
-    Returns an Attachment with the endpoint's first address that satisfies `request` (None: any). If the endpoint has no
-    addresses, one is assigned as `request` says; with `request` None, none is assigned, and None is returned. Raises
-    CalicoError, after a rollback.
+    If the interface's name in the workload is not known any more, it is `interface`, or DEFAULT_INTERFACE. Returns an
+    Attachment with the endpoint's first address that satisfies `request` (None: any). If the endpoint has no addresses,
+    one is assigned as `request` says; with `request` None, none is assigned, and None is returned.
+
+    Raises CalicoError if no address satisfies `request`, if `interface` is not the name that is known, or if a step
+    fails, after a rollback.
     """
     datastore, workload = session.datastore, session.workload
     addresses = [parse_address(address) for address in endpoint.addresses]

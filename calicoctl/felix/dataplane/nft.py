@@ -19,12 +19,11 @@ from pathlib import Path
 
 from calicoctl import netlink
 from calicoctl.errors import CalicoError
-from calicoctl.netlink import NETLINK_NETFILTER, SOL_NETLINK
+from calicoctl.netlink import NETLINK_NETFILTER, SO_RCVBUFFORCE, SOL_NETLINK
 
 LIBRARY = "libnftables.so.1"
 
 _FD_SETSIZE = 1024
-_SO_RCVBUFFORCE = 33
 _NETLINK_ADD_MEMBERSHIP = 1
 _NFNLGRP_NFTABLES = 7
 _SUBSYSTEM_NFTABLES = 10
@@ -182,7 +181,7 @@ class TableEvents:
         self._table, self._urgent = table, urgent
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER)
         # a single transaction may bring a notification for each of thousands of elements
-        self._socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, 2**24)
+        self._socket.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 2**24)
         self._socket.bind((0, 0))
         self._socket.setsockopt(SOL_NETLINK, _NETLINK_ADD_MEMBERSHIP, _NFNLGRP_NFTABLES)
         self._tables: set[str] = set()
