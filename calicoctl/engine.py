@@ -105,7 +105,9 @@ def _events(parts: Iterable[bytes], bounds: answers.Bounds) -> Iterator[Any]:
 
 
 def forwards(ipv6: bool) -> bool:
-    """Return whether the Docker Engine needs IP forwarding: whether it has networks or, with `ipv6`, one with IPv6.
+    """Return whether the Docker Engine needs IPv4 forwarding or, if `ipv6` is set, IPv6 forwarding.
+
+    It needs IPv4 forwarding if it has any network, and IPv6 forwarding if it has one with IPv6.
 
     The networks `host` and `none` do not count. Returns False if no engine is running. Raises DockerUnavailable if an
     engine is running, but does not answer.

@@ -46,12 +46,12 @@ def check_hostname(name: str) -> str:
 
 @dataclass
 class HostSummary:
-    """What is in the store about one host: strings as they are stored, None for missing ones.
+    """A summary of what is in the store about one host. Addresses are as stored, None if they are missing.
 
     `as_num` is the default AS number if the host has no AS number of its own. `agent` is "up", "starting" until the
     first snapshot is in the kernel, or "down". `reported` is the time (ISO 8601) of the agent's last heartbeat, None if
     the agent is down. `endpoints` counts the host's endpoints by the status that the agent has reported: "up", "down",
-    "error", or "unknown". All are "unknown" unless the agent is "up".
+    or "error". Those without a reported status, and all if the agent is not "up", are counted as "unknown".
     """
 
     name: str

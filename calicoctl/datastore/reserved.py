@@ -260,7 +260,7 @@ class Reserved:
         return "this host's own address (it is registered with it)" if host == self.host else f"that of host {host}"
 
     def refusal(self, address: str) -> str | None:
-        """Say why no new workload may have an address; None if a workload may have it."""
+        """Return why `address` must not be assigned to a workload that does not have it yet; None if it may be."""
         is_dns = address in self.network.servers.dns
         return self.user(address) or (DNS_SERVER if is_dns else self.network.unfit.get(address))
 

@@ -120,7 +120,7 @@ class WorkItem:
     """A workload to reconcile. `removed` says whether the engine has reported the removal of the container.
 
     If the workload is found to be MISSING, its grace period began at `missing_since`; if it is found to be GONE, at
-    `gone_since`. Both are times of the keeper's clock.
+    `gone_since`. Both are times by the keeper's clock.
     """
 
     key: Key
@@ -147,7 +147,7 @@ class WorkResult:
 
 @dataclass
 class _Tracked:
-    """What is known of one workload between its reconciliations. All times are of the keeper's clock."""
+    """What is known of one workload between its reconciliations. All times are by the keeper's clock."""
 
     kept_since: float | None = None
     """When the grace period of a MISSING or GONE workload began; None if it has none."""

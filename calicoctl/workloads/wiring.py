@@ -514,9 +514,9 @@ class WorkloadSession:
         self._inspection = netns.Inspection() if self._namespace is None else self._namespace.inspect()
 
     def attached_interface(self, also_down: bool = False) -> str | None:
-        """Return the name, inside the workload, of its Calico interface; None if it has none, or an incomplete one.
+        """Return the name, inside the workload, of its Calico interface; None if it has none.
 
-        Its veth pair is complete when the host end is up. With `also_down`, the host end may be down.
+        An interface whose host end is down does not count, unless `also_down` is set: the host end is set up last.
         """
         host_end = netns.find_interface(self.endpoint.id.interface) if self.endpoint is not None else None
         if host_end is None or not (host_end.up or also_down):
@@ -697,7 +697,8 @@ def _attach(
 ) -> str:
     """Create a veth pair and configure both ends, the host's last; return the MAC of the workload's end.
 
-    If no table drops the packets of workloads yet, the tables of guard.py are created first, unless Felix of 2015 runs.
+    If neither the agent's tables nor those of guard.py exist, those of guard.py are created first, so that the
+    workload's packets are dropped; not if Felix of 2015 runs.
 
     `name` is the name of the host end, `interface` that of the workload's end; `next_hops` are addresses by IP version;
     `mac` is the MAC for the workload's end, None for any; `size` is the MTU; `undo` is from _rollback_on_failure.

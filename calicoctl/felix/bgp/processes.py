@@ -2,7 +2,7 @@
 
 Every user can start a process with the name `bird` and with any arguments. So a process counts as a BIRD only if it has
 the right to change the routes of this network namespace. A BIRD is called ours only if it also runs as root or as the
-user `bird`, and if its arguments name the folder of a host that exists and belongs to root.
+user `bird`, and if its arguments name the folder of a host, and this folder exists and belongs to root.
 """
 
 from __future__ import annotations
