@@ -170,7 +170,7 @@ def _of_affinities(
 
 
 def _is_gone(there: DatastoreClient) -> bool:
-    """Return whether a host is not registered, has no endpoints, and no agent reports for it.
+    """Return whether a host is neither registered nor has endpoints, nor a status from its agent.
 
     `there` is the datastore client for that host.
     """

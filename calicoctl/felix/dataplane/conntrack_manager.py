@@ -120,7 +120,7 @@ class ConntrackManager(Manager):
         return bool(listings)
 
     def discard_listings(self) -> None:
-        """Discard the listings that have arrived, since the store must not be used now.
+        """Discard the listings that have arrived: they cannot be verified while the snapshot must not be applied.
 
         Their addresses are listed again after the next Tick.
         """

@@ -22,7 +22,7 @@ class Manager(ABC):
     """Drives one part of the kernel to the desired state. All methods are called by the agent's thread.
 
     In each round of its loop, the agent calls `on_event` for each event, and then `apply`, in the order of
-    docs/agent.md. While the store must not be used, it calls `restore` instead of `apply`.
+    docs/agent.md. While the snapshot must not be applied, it calls `restore` instead of `apply`.
     """
 
     def on_event(self, event: Any) -> None:  # noqa: B027 not every manager needs it
@@ -59,9 +59,9 @@ class Manager(ABC):
         """
 
     def restore(self) -> None:  # noqa: B027
-        """Repair the state of the kernel as far as that is possible without the store, and change nothing else.
+        """Repair the state of the kernel as far as that is possible without the snapshot, and change nothing else.
 
-        Called instead of `apply` while the store must not be used.
+        Called instead of `apply` while the snapshot must not be applied: see `Agent._may_apply`.
         """
 
 

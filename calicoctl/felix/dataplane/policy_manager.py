@@ -33,7 +33,7 @@ BACKOFF = 5.0
 
 
 class PolicyManager(Manager):
-    """Drives the tables to the snapshot or, while the store must not be used, keeps their last contents."""
+    """Drives the tables to the snapshot or, while the snapshot must not be applied, keeps their last contents."""
 
     def __init__(self, context: Context, nft: Nft, devices: Callable[[], Mapping[int, bool]] = dict) -> None:
         """`devices` returns which devices of the overlay exist: by IP version, whether each is up."""
@@ -153,7 +153,7 @@ class PolicyManager(Manager):
     def restore(self) -> None:
         """If the tables have been modified, or a change failed, reload them with their last contents.
 
-        The established fast path is left out. Called instead of `apply` while the store must not be used, since the
+        The established fast path is left out. Called instead of `apply` while the snapshot must not be applied, since the
         snapshot may be wrong then. A failed reload is retried at each Tick. Before the first update, the tables are
         those of an earlier agent. Then they are not reloaded, but changed so that packets from servers on the way to
         etcd pass: see lifeline.py.
