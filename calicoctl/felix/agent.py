@@ -362,7 +362,7 @@ class Agent:
     # Applying
 
     def _reconcile(self) -> None:
-        """Drive the kernel to the snapshot; while it must not be applied, only repair the kernel: see Manager.restore."""
+        """Drive the kernel to the snapshot; while that must not be applied, only repair it: see Manager.restore."""
         if not self._may_apply():
             self._conntrack.discard_listings()
             for manager in self._managers:

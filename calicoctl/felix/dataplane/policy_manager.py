@@ -153,8 +153,8 @@ class PolicyManager(Manager):
     def restore(self) -> None:
         """If the tables have been modified, or a change failed, reload them with their last contents.
 
-        The established fast path is left out. Called instead of `apply` while the snapshot must not be applied, since the
-        snapshot may be wrong then. A failed reload is retried at each Tick. Before the first update, the tables are
+        The established fast path is left out. Called instead of `apply` while the snapshot must not be applied.
+        A failed reload is retried at each Tick. Before the first update, the tables are
         those of an earlier agent. Then they are not reloaded, but changed so that packets from servers on the way to
         etcd pass: see lifeline.py.
         """
