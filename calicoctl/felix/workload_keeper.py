@@ -332,7 +332,7 @@ class WorkloadKeeper:
             if item.removed and upkeep.is_managed(*key):
                 tracked = self._track(key)
                 tracked.removed, tracked.kept_since = True, None
-            self._add(key, now)
+            self._add(key, now, last=False)
         elif isinstance(item, events.EngineListed):
             self._on_engine_listed(item, now)
         elif isinstance(item, events.EngineUnavailable):
@@ -375,10 +375,13 @@ class WorkloadKeeper:
         for key in self._queue.take(now):
             self._pool.submit(key[0], partial(self._reconcile, self._work_item(key)))
 
-    def _add(self, key: Key, at: float) -> None:
-        """Schedule a workload to be reconciled at the time `at`, even during its backoff; ignore unmanaged ones."""
+    def _add(self, key: Key, at: float, last: bool | None = None) -> None:
+        """Schedule a workload to be reconciled at the time `at`, even during its backoff; ignore unmanaged ones.
+
+        For `last`, see WorkQueue.add; the default is what `_is_last` returns.
+        """
         if upkeep.is_managed(*key):
-            self._queue.add(key, at)
+            self._queue.add(key, at, self._is_last(key) if last is None else last)
 
     def _add_after_backoff(self, key: Key, at: float) -> None:
         """Schedule a workload to be reconciled at the time `at`, but not before its backoff is over.
@@ -386,7 +389,16 @@ class WorkloadKeeper:
         For workloads about which there is no new event. Unmanaged workloads are ignored.
         """
         if upkeep.is_managed(*key):
-            self._queue.add_after_backoff(key, at)
+            self._queue.add_after_backoff(key, at, self._is_last(key))
+
+    def _is_last(self, key: Key) -> bool:
+        """Return whether a workload is reconciled after all others: if nobody has connected it here.
+
+        Everybody who may write to the store can invent any number of such workloads.
+        """
+        with suppress(CalicoError):  # which reconciling the workload reports
+            return not self._is_connected(key)
+        return False
 
     def _is_connected(self, key: Key) -> bool:
         return connected.get(self._datastore.host, *key) is not None
@@ -425,9 +437,8 @@ class WorkloadKeeper:
                 continue
             if workload not in known:
                 refused.add((NAMESPACE, workload))
-                if endpoint.state == "active" and upkeep.is_managed(NAMESPACE, workload):
-                    # after those of workloads that are here
-                    self._queue.back_off((NAMESPACE, workload), now)
+                if endpoint.state == "active":
+                    self._add((NAMESPACE, workload), now)
             elif endpoint.state == "active":
                 paths[endpoint.id] = known[workload].path
             else:
@@ -606,7 +617,7 @@ class WorkloadKeeper:
             if tracked.failure != text:
                 self._report(events.Failure(f"{key[0]} {printable(key[1][:64])}: {text}"))
             tracked.failure = text
-        self._queue.back_off(key, self._clock() + pause)
+        self._queue.back_off(key, self._clock() + pause, self._is_last(key))
 
 
 def _learn_once(
