@@ -10,6 +10,10 @@ from __future__ import annotations
 VALUE = 512 * 1024
 """Characters of a value. 5,000 rules with a net, a tag and ports take about this much."""
 
+KEY = 5000
+"""Characters of a key. A namespace's path, which is part of a key, may have 4,095. etcd takes 1 MiB, each as up to 12
+bytes, but no request for a key that is much longer, so it could be neither read nor written by itself."""
+
 DEPTH = 32
 """Nested levels of lists and objects in a value. Calico's values have four; unknown fields are written recursively."""
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from calicoctl import limits
+
 ROOT = "/calico"
 POLICY_AND_HOSTS = "/calico/v1"
 READY = "/calico/v1/Ready"
@@ -101,8 +103,8 @@ def endpoint(id: EndpointId) -> str:
 
 
 def parse_endpoint(key: str) -> EndpointId | None:
-    """Return the endpoint that a key identifies, None for any other key."""
-    if not key.startswith(HOSTS + "/"):
+    """Return the endpoint that a key identifies, None for any other key, and for one longer than limits.KEY."""
+    if not key.startswith(HOSTS + "/") or len(key) > limits.KEY:
         return None
     parts = key[len(HOSTS) + 1 :].split("/")
     if len(parts) == 6 and parts[1] == "workload" and parts[4] == "endpoint":

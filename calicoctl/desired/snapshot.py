@@ -252,8 +252,8 @@ class Snapshot:
     def _skip(self, key: str, entry: Entry | None) -> None:
         """Update `skipped` for a key that the agent does not use.
 
-        If the key was not read, or has too many levels, it is added, as long as there are fewer than limits.REPORTED
-        keys. Otherwise, it is removed.
+        If the key was not read, has too many levels, or is too long, it is added, as long as there are fewer than
+        limits.REPORTED keys. Otherwise, it is removed.
         """
         self.skipped.pop(key, None)
         if entry is None or len(self.skipped) >= limits.REPORTED:
@@ -261,9 +261,13 @@ class Snapshot:
         levels = key.count("/")
         if entry.problem is not None or levels > keys.DEEPEST:
             self.skipped[key] = entry.problem or f"it is skipped: no key of Calico's has {levels} levels"
+        elif len(key) > limits.KEY:
+            self.skipped[key] = f"it is skipped: it has {len(key)} characters, and keys may have {limits.KEY}"
 
     def _handler(self, key: str) -> Callable[[str, Entry | None], None] | None:
         """Return the method that interprets a key, None for a key that the agent does not use."""
+        if len(key) > limits.KEY:
+            return None
         if key.startswith(keys.HOSTS + "/"):
             if keys.parse_endpoint(key) is not None:
                 return self._set_endpoint

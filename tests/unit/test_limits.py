@@ -145,6 +145,21 @@ def test_what_is_skipped_is_named_as_long_as_it_is_there() -> None:
     assert snapshot.skipped == {}
 
 
+def test_a_key_that_is_too_long_is_skipped_and_named_and_nothing_is_written_for_it() -> None:
+    snapshot = Snapshot(HOST)
+    snapshot.take_dirty()
+    base = f"/calico/v1/host/{HOST}/workload/x/"
+    longest, longer = (base.ljust(length - 11, "<") + "/endpoint/1" for length in (limits.KEY, limits.KEY + 1))
+    rules = f"/calico/v1/policy/profile/{'<' * limits.KEY}/rules"
+    snapshot.replace("/calico/v1", [Entry(key, "{", 1, 1) for key in (longest, longer, rules)])
+    assert [keys.endpoint(id) for id in snapshot.take_dirty().endpoints] == [longest], "the others get no status"
+    assert snapshot.problems.keys() == {longest}
+    assert snapshot.skipped.keys() == {longer, rules} and "has 5001 characters" in snapshot.skipped[longer]
+    store = MemoryStore()
+    store.put(longer.replace("/v1/", "/felix/v1/", 1), "{}")
+    assert DatastoreClient(store, HOST).statuses.of_endpoints() == {}
+
+
 def test_the_report_is_bounded_and_has_the_worst(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process, "DIRECTORY", tmp_path)
     (tmp_path / HOST).mkdir()
