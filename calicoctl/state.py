@@ -1,7 +1,8 @@
 """Reads and writes the files that a host keeps across reboots, below /var/lib/calico/HOST. Only root may read them.
 
 Each file has the mode 0600, each folder 0700, and no name below /var/lib/calico may be a symbolic link. Files are
-replaced as a whole, and are on disk when `write` returns. The local etcd's data is beside them (local_etcd.py).
+replaced and read as a whole, however large they are, and are on disk when `write` returns. The local etcd's data is
+beside them (local_etcd.py).
 """
 
 from __future__ import annotations
@@ -16,9 +17,6 @@ from calicoctl import files
 from calicoctl.errors import CalicoError
 
 DIRECTORY = Path("/var/lib/calico")
-
-_SIZE = 2**20
-"""The most bytes that are read from a file; the rest is ignored."""
 
 
 def path(host: str, *names: str) -> Path:
@@ -82,7 +80,7 @@ def _content(folder: int, name: str) -> bytes | None:
     except FileNotFoundError:
         return None
     with open(fd, "rb") as file:
-        return file.read(_SIZE) if stat.S_ISREG(os.fstat(fd).st_mode) else None
+        return file.read() if stat.S_ISREG(os.fstat(fd).st_mode) else None
 
 
 @contextmanager

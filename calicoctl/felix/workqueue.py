@@ -134,9 +134,7 @@ class WorkQueue(Generic[K]):
     def _free(self) -> dict[str, int]:
         """Return the number of free workers of each group; none of a group that is paused."""
         busy = Counter(self._group_of(key) for key in self._in_progress)
-        return {
-            group: 0 if group in self._paused else count - busy[group] for group, count in self._workers.items()
-        }
+        return {group: 0 if group in self._paused else count - busy[group] for group, count in self._workers.items()}
 
     def _can_be_taken(self, key: K, free: Mapping[str, int]) -> bool:
         return free[self._group_of(key)] > 0 and key not in self._in_progress

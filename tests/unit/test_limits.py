@@ -166,7 +166,7 @@ def test_the_report_is_bounded_and_has_the_worst(tmp_path: Path, monkeypatch: py
     health = Health(HOST, "1", first_update=True)
     long = "w" * 100_000
     for number in range(20_000):
-        id = EndpointId(HOST, "docker", long, f"{number:032x}")
+        id = EndpointId(HOST, "docker", "w" * (limits.KEY - 200), f"{number:032x}")
         health.endpoints[id] = Status("down" if number else "error", 1, long, long)
         health.problems[keys.endpoint(id)] = long
         health.failures[f"failure {number}"] = {"since": "", "error": ""}
