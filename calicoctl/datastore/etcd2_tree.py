@@ -28,6 +28,10 @@ _scan_string: Any = json.decoder.scanstring  # type: ignore[attr-defined]
 
 _SIGNIFICANT = re.compile('["{}]')
 
+_MOST_STRINGS = 64
+"""The most strings between two braces, as a bound of the time that an answer takes which is not etcd's. An object of
+etcd's has up to 8 names, and 3 values that are strings."""
+
 
 def read(client: etcd.Client, directory: str) -> tuple[list[Entry], int]:
     """Return all entries below a directory, and the revision of the store at the first answer.
@@ -64,7 +68,7 @@ def read(client: etcd.Client, directory: str) -> tuple[list[Entry], int]:
                     raise
                 why = "what is below it is too large, and not read"
                 nodes, index = [{"key": path, "modifiedIndex": 0, "createdIndex": 0, "problem": why}], reached or 0
-        entries += [_entry(node, path) for node in nodes if not node.get("dir")]
+        entries += [_entry(node) for node in nodes if not node.get("dir")]
         # a watch from here has all that is written while the others are read
         reached = index if reached is None else reached
     assert reached is not None, "there is at least one answer"
@@ -81,26 +85,55 @@ def _ask(client: etcd.Client, path: str, recursive: bool) -> tuple[list[dict[str
     options = {"quorum": "true", **({"recursive": "true"} if recursive else {})}
     answer = client.api_execute(client.key_endpoint + quote(path), "GET", params=options)
     index = int(answer.headers["x-etcd-index"])
-    nodes = list(innermost(answer.data.decode("latin-1")))
-    if not nodes or any(node.get("modifiedIndex", 0) > index for node in nodes):
-        raise TypeError("something else than what was asked for")
+    nodes = []
+    for node in innermost(answer.data.decode("latin-1")):  # each is checked before the next is kept
+        _check(node, path, index)
+        nodes.append(node)
+    if not nodes:
+        raise _unasked()
     return nodes, index
 
 
+def _check(node: dict[str, Any], path: str, index: int) -> None:
+    """Raise TypeError unless an object is a key, or an empty directory, that an answer may contain.
+
+    The answer is about `path`, and the store's revision is `index`.
+    """
+    key, value, revision = node.get("key"), node.get("value") or "", node.get("modifiedIndex")
+    if not (isinstance(key, str) and (key + "/").startswith(path + "/")):
+        raise _unasked()
+    if not (isinstance(value, str) and isinstance(revision, int) and isinstance(node.get("createdIndex"), int)):
+        raise TypeError(f"{key[:100]} is no key of etcd's")
+    if revision > index:
+        raise _unasked()
+
+
+def _unasked() -> TypeError:
+    return TypeError("something else than what was asked for")
+
+
 def innermost(text: str) -> Iterator[dict[str, Any]]:
-    """Yield the objects in a JSON text that contain no other objects; raise ValueError if braces do not match.
+    """Yield the objects in a JSON text that contain no other objects.
 
     `text` is UTF-8 that was decoded as Latin-1, so that each byte takes one byte of memory, whatever characters the
-    text contains.
+    text contains. Raises ValueError if braces do not match, if an object between the outermost and an innermost one
+    does not begin with its key, as etcd's directories do, or if there are more strings than etcd writes.
     """
-    position = depth = 0
+    position = depth = strings = 0
     begin: int | None = None
     while (match := _SIGNIFICANT.search(text, position)) is not None:
         position = match.end()
         character = match[0]
         if character == '"':
             _, position = _scan_string(text, position, True)
-        elif character == "{":
+            strings += 1
+            if strings > _MOST_STRINGS:
+                raise ValueError("there are more strings than etcd writes")
+            continue
+        strings = 0
+        if character == "{":
+            if begin is not None and depth > 1 and '"key"' not in text[begin:position]:
+                raise ValueError("there is a directory without a key")
             begin = position - 1
             depth += 1
         else:
@@ -114,14 +147,8 @@ def innermost(text: str) -> Iterator[dict[str, Any]]:
         raise ValueError("the JSON is not whole")
 
 
-def _entry(node: dict[str, Any], path: str) -> Entry:
-    key, value = node["key"], node.get("value") or ""
-    revision, created = node["modifiedIndex"], node["createdIndex"]
-    if not (isinstance(key, str) and (key + "/").startswith(path + "/")):
-        raise TypeError("something else than what was asked for")
-    if not (isinstance(value, str) and isinstance(revision, int) and isinstance(created, int)):
-        raise TypeError(f"{key[:100]} is no key of etcd's")
-    return Entry(key, value, revision, created, node.get("problem"))
+def _entry(node: dict[str, Any]) -> Entry:
+    return Entry(node["key"], node.get("value") or "", node["modifiedIndex"], node["createdIndex"], node.get("problem"))
 
 
 def _is_too_large(error: BaseException | None) -> bool:
