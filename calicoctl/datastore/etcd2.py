@@ -12,6 +12,7 @@ from __future__ import annotations
 import http.client
 import json
 import re
+import secrets
 import time
 from collections.abc import Generator, Iterable
 from contextlib import suppress
@@ -431,12 +432,12 @@ def _confirm_quorum(client: etcd.Client, path: str) -> None:
     """Check by a quorum read that a member is not partitioned from the others. Raises python-etcd's exceptions.
 
     A partitioned member still answers watches, but reports no changes. The key that is read does not exist, as the keys
-    in the directory may be large.
+    in the directory may be large. Its name is random, so that nobody can have written it before.
     """
     import etcd
 
     try:
-        client.read(f"{path}/quorum", quorum=True, timeout=QUORUM_TIMEOUT)
+        client.read(f"{path}/{secrets.token_hex(16)}", quorum=True, timeout=QUORUM_TIMEOUT)
     except etcd.EtcdKeyNotFound as error:
         if "errorCode" not in error.payload:
             raise
