@@ -121,7 +121,17 @@ _SECRETS = (
     (re.compile(rf"((?<![\w-])-p)(?!roc-[0-9]){_VALUE}"), rf"\1{_HIDDEN}"),
     (re.compile(rf"(\b(?:login|sshpass)\b.{{0,200}}?[ \t]-p{_NEXT}){_VALUE}"), rf"\1{_HIDDEN}"),
     (
-        re.compile(r"(\b(?:password|passwd|requirepass)[ \t]+(?:is[ \t]+)?)(?!is\b|of\b|for\b|and\b|or\b)[^\s\"(]+"),
+        re.compile(
+            rf"((?<![\w-])[\w-]*user(?:name)?\\?[\"']?\s*[:=]\s*)(?=\\?[\"']?[^\s\"':]*:[^\s\"']){_VALUE}",
+            re.IGNORECASE,
+        ),
+        rf"\1{_HIDDEN}",
+    ),
+    (
+        re.compile(
+            r"(\b(?:password|passwd|requirepass)[ \t]+(?:is[ \t]+)?)(?!is\b|of\b|for\b|and\b|or\b)"
+            r"(?:'[^'\n]*'?|\\'[^'\n]+'?|\\\"[^\"\n]*\"?|\\.|[^\s\"('\\])+"
+        ),
         rf"\1{_HIDDEN}",
     ),
     (re.compile(r"(?<![\w-])eyJ[\w-]{8,}\.[\w.-]+"), _HIDDEN),  # a JSON Web Token
