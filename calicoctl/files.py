@@ -17,6 +17,8 @@ def try_lock(path: Path, create: bool = True) -> int | None:
 
     Returns None if another process holds the lock, or has just removed the file; the caller may try again. If the file
     does not exist, it is created with mode 0600; without `create`, None is returned. Raises OSError.
+
+    Whoever may read a file may lock it, so a lock is never a file or a folder that others may read.
     """
     flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_CREAT if create else 0)
     try:

@@ -12,7 +12,6 @@ file.
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import signal
@@ -25,13 +24,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
 
-from calicoctl import proc
+from calicoctl import files, proc
 from calicoctl.errors import CalicoError
 
 log = logging.getLogger("calico.felix")
 
 END_PATIENCE = 30.0
 """Seconds to wait for a daemon to end."""
+
+LOCK_PATIENCE = 30.0
+"""Seconds to wait until another process that starts the daemon has done so."""
 
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0
 """Seconds until a daemon that ended is started again: at first, and at most. The pause doubles each time. It is reset
@@ -99,7 +101,8 @@ class Daemon:
         environment: Mapping[str, str],
         folder: Path = Path("/"),
     ) -> None:
-        """`lock` is a file or folder that is locked while the daemon is started, so that there are never two daemons.
+        """`lock` is a file that is locked while the daemon is started, so that there are never two daemons. Only root
+        may write to its folder, which must exist.
 
         The daemon's output is appended to `log_file`. `environment` is the daemon's whole environment, and `folder` its
         working directory. `is_ready` is called until it returns True, for `start_patience` seconds at most.
@@ -148,11 +151,18 @@ class Daemon:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        fd = os.open(self._lock, os.O_RDONLY | os.O_CLOEXEC)
+        give_up = time.monotonic() + LOCK_PATIENCE
+        while (fd := files.try_lock(self._lock)) is None:
+            if time.monotonic() > give_up:
+                raise CalicoError(
+                    f"{self.process.name} is not started: another process has kept {self._lock} locked for "
+                    f"{LOCK_PATIENCE:.0f} s"
+                )
+            time.sleep(0.02)  # flock(2) waits for ever or not at all
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
             yield
         finally:
+            self._lock.unlink(missing_ok=True)
             os.close(fd)
 
     def _spawn(self, command: list[str]) -> None:

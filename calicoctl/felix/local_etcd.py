@@ -90,7 +90,7 @@ class LocalEtcd:
         self._daemon = Daemon(
             _process(host),
             Path(log_dir) / "etcd.log",
-            lock=DATA,
+            lock=DATA.with_name("etcd.lock"),
             is_ready=self._healthy,
             start_patience=START_PATIENCE,
             # etcd reads settings from its environment that would clash with its options

@@ -59,7 +59,7 @@ class Instance:
         self._daemon = Daemon(
             self.process,
             self.output,
-            lock=DIRECTORY / host,
+            lock=DIRECTORY / host / "bird.lock",
             is_ready=self._serves,
             start_patience=START_PATIENCE,
             # BIRD prints local times, which the agent parses in its own time zone
