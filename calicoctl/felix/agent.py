@@ -69,35 +69,48 @@ LOG_LEVELS |= {"critical": logging.CRITICAL, "none": logging.CRITICAL + 10}
 
 
 def run(host: str, options: Options) -> None:
-    """Run the host's agent in this process until it receives SIGTERM, SIGINT or SIGHUP.
+    """Run the host's agent in this process until it receives SIGTERM, SIGINT or SIGHUP; log why it ends.
 
     Raises CalicoError when the agent cannot start, for example because another agent runs, or when a thread that the
     agent needs has died. Raises any other exception that Agent.run raises.
     """
+    with process.only_one(host) as killed:
+        process.log_to(options.log_dir)
+        if killed is not None:
+            log.info("the agent before (process %s) was killed, or crashed", killed)
+        try:
+            _run(host, options)
+        except CalicoError as error:
+            log.critical("the agent ends: %s", error)
+            raise
+        except BaseException:
+            log.critical("the agent ends of an internal error", exc_info=True)
+            raise
+
+
+def _run(host: str, options: Options) -> None:
     from pyroute2.iproute.linux import IPRoute
 
-    with process.only_one(host):
-        process.log_to(options.log_dir)
-        if options.local_etcd:
-            LocalEtcd(host, options.log_dir or process.DEFAULT_LOG_DIR).supervise()
-        queue: events.Events[Any] = SimpleQueue()
-        with IPRoute() as netlink:
-            conntrack = Conntrack(queue.put)
-            agent = Agent(
-                DatastoreClient.from_environment,
-                Drivers(
-                    Nft(),
-                    Routes(netlink),
-                    conntrack,
-                    Vxlan(netlink),
-                    BgpThread(Instance(host), options.bgp, queue.put),
-                ),
-                queue,
-                process.notify_ready,
-                options,
-            )
-            conntrack.start()
-            agent.run()
+    if options.local_etcd:
+        LocalEtcd(host, options.log_dir or process.DEFAULT_LOG_DIR).supervise()
+    queue: events.Events[Any] = SimpleQueue()
+    with IPRoute() as netlink:
+        conntrack = Conntrack(queue.put)
+        agent = Agent(
+            DatastoreClient.from_environment,
+            Drivers(
+                Nft(),
+                Routes(netlink),
+                conntrack,
+                Vxlan(netlink),
+                BgpThread(Instance(host), options.bgp, queue.put),
+            ),
+            queue,
+            process.notify_ready,
+            options,
+        )
+        conntrack.start()
+        agent.run()
 
 
 @dataclass(frozen=True)
@@ -216,12 +229,14 @@ class Agent:
         is_ready = self._ready is not None and self._health.first_update and self._bgp.is_settled
         found = self._wait(0.0 if is_ready else self._next_at())
         for event in found:
-            self._handle(event)
+            if isinstance(event, events.ThreadDied):
+                raise CalicoError(event.why)
+            try:
+                self._handle(event)
+            except Exception as error:
+                self._on_unusable(event, error)
         if any(isinstance(event, events.Stop) for event in found):
             return False
-        if time.monotonic() >= self._tick_at:
-            self._tick()
-        self._network.read_if_due()
         self._reconcile()
         self._keeper.set_ready(self._may_apply())
         self._health.waiting_for = self._waiting_for()
@@ -288,10 +303,23 @@ class Agent:
             log.info("%s", event.text)
         elif isinstance(event, events.Failure):
             self._health.record(event)
-        elif isinstance(event, events.ThreadDied):
-            raise CalicoError(event.why)
         else:
             self._on_kernel_event(event)
+
+    def _on_unusable(self, event: Any, error: Exception) -> None:
+        """Go on after an internal error with an event: resync with the kernel at the next tick.
+
+        If the event was one of the store, report a failure that lasts until the agent is restarted.
+        """
+        log.debug("traceback:", exc_info=error)
+        what = type(event).__name__
+        why = f"the agent had an internal error with an event, {what} ({type(error).__name__}: {error})"
+        of_store = isinstance(event, (events.StoreChanged, events.StoreRead))
+        advice = "; 'calicoctl node restart' has the store read again"
+        self._health.record(events.Failure(why + advice, what) if of_store else events.Failure(why))
+        self._resync_at = 0.0
+        for manager in self._managers:
+            manager.on_event(events.KernelEventsLost())
 
     def _on_kernel_event(self, event: Any) -> None:
         self._network.on_event(event)
@@ -362,13 +390,19 @@ class Agent:
     # Applying
 
     def _reconcile(self) -> None:
-        """Drive the kernel to the snapshot; while that must not be applied, only repair it: see Manager.restore."""
-        if not self._may_apply():
-            self._conntrack.discard_listings()
-            for manager in self._managers:
-                manager.restore()
-            return
+        """Retry and read what is due, then drive the kernel to the snapshot.
+
+        While the snapshot must not be applied, only repair the kernel: see Manager.restore.
+        """
         try:
+            if time.monotonic() >= self._tick_at:
+                self._tick()
+            self._network.read_if_due()
+            if not self._may_apply():
+                self._conntrack.discard_listings()
+                for manager in self._managers:
+                    manager.restore()
+                return
             self._apply()
             if self._conntrack.verify_listings():
                 self._statuses.publish()

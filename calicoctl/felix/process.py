@@ -20,6 +20,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -150,17 +151,22 @@ def without_bgp(found: Mapping[str, object] | None) -> str | None:
 
 
 @contextmanager
-def only_one(host: str) -> Iterator[None]:
+def only_one(host: str) -> Iterator[str | None]:
     """Hold the locks of the host's agent inside `with`, and keep the process id of this process in the pid file.
+
+    Yields the process id of the agent before if it was killed, or crashed, in this boot.
 
     Raises CalicoError when an agent runs already, for this host name or in this network namespace, when `node remove`
     takes longer than START_PATIENCE, or when a file cannot be written.
     """
     pid_file = _file(host, "felix.pid")
     with _held(host):
+        left = None
+        with suppress(OSError):
+            left = pid_file.read_text().partition(" ")[0]
         with _explained(pid_file):
             files.replace(pid_file, f"{os.getpid()} {proc.running_since(os.getpid())}\n".encode(), 0o644).close()
-        yield
+        yield left
         pid_file.unlink(missing_ok=True)
 
 
@@ -286,7 +292,7 @@ class _LogFile(logging.handlers.RotatingFileHandler):
 
     def _open(self) -> io.TextIOWrapper:
         descriptor = os.open(self.baseFilename, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
-        file = io.TextIOWrapper(io.FileIO(descriptor, "a"), encoding=self.encoding)
+        file = io.TextIOWrapper(io.FileIO(descriptor, "a"), self.encoding, "backslashreplace")
         with suppress(OSError):  # of an older version
             os.fchmod(descriptor, os.fstat(descriptor).st_mode & 0o7770)
         return file
@@ -305,6 +311,9 @@ def log_to(directory: str | None) -> None:
     handler.setFormatter(_OneLine(text))
     logging.raiseExceptions = False  # there is no place to report a log that cannot be written
     logger = logging.getLogger("calico")
+    threading.excepthook = lambda died: logger.critical(
+        "the thread %s has died", died.thread.name if died.thread else "?", exc_info=died.exc_value
+    )
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
 
