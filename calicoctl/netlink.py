@@ -424,10 +424,21 @@ def _device(body: bytes) -> Device:
     kind = attributes(found.get(_IFLA_LINKINFO, b"")).get(_IFLA_INFO_KIND, b"")
     is_ethernet = struct.unpack_from("=H", body, 2)[0] == _ARPHRD_ETHER
     macs = {found.get(_IFLA_ADDRESS, b""), found.get(_IFLA_PERM_ADDRESS, b"")} if is_ethernet else ()
-    name = found.get(_IFLA_IFNAME, b"").rstrip(b"\0").decode(errors="replace")
     return Device(
-        name, kind.rstrip(b"\0").decode(), frozenset(mac.hex(":") for mac in macs if len(mac) == 6 and any(mac))
+        name_of(found.get(_IFLA_IFNAME)),
+        kind.rstrip(b"\0").decode(errors="replace"),
+        frozenset(mac.hex(":") for mac in macs if len(mac) == 6 and any(mac)),
     )
+
+
+def name_of(name: str | bytes | None) -> str:
+    """Return an interface's name, as the kernel's message or pyroute2 has it, as text; "" if there is none.
+
+    A name may contain any bytes but white space, `/` and `:`. pyroute2 returns a name that is no UTF-8 as bytes. In the
+    text, bytes that are no UTF-8 are lone surrogates, as in socket.if_nameindex(), and in paths below /proc/sys.
+    Source: dev_valid_name in the kernel's net/core/dev.c.
+    """
+    return name.rstrip(b"\0").decode(errors="surrogateescape") if isinstance(name, bytes) else name or ""
 
 
 def next_hops() -> Iterator[tuple[str, int]]:

@@ -55,7 +55,9 @@ class Status:
         return self.reason == INACTIVE
 
     def to_json(self) -> str:
-        reason = {} if self.reason is None else {"reason": self.reason}
+        # JSON with the lone surrogates of an interface's name could not be read again
+        text = None if self.reason is None else self.reason.encode(errors="backslashreplace").decode()
+        reason = {} if text is None else {"reason": text}
         return json.dumps({"status": self.status, "index": self.revision, **reason})
 
 

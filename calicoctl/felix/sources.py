@@ -57,6 +57,8 @@ from calicoctl.workloads import servers
 from calicoctl.workloads.guard import Guard
 
 if TYPE_CHECKING:
+    from pyroute2.netlink.rtnl.marshal import MarshalRtnl
+
     from calicoctl.datastore.client import DatastoreClient
     from calicoctl.datastore.store import Entry, Watch
 
@@ -247,25 +249,35 @@ class KernelEvents(_Source):
                 self._events.put(KernelEventsLost())
                 continue
             for kind, message in netlink.messages(data):
-                if kind in (netlink.RTM_NEWLINK, netlink.RTM_DELLINK):
-                    for parsed in marshal.parse(message):
-                        self._events.put(LinkChanged(link_of(parsed), deleted=kind == netlink.RTM_DELLINK))
-                elif kind in (netlink.RTM_NEWADDR, netlink.RTM_DELADDR):
-                    if _is_assignable(message):
-                        self._events.put(AddressesChanged())
-                elif _is_loss(kind, message) and _sender(message) not in own_ports(socket.NETLINK_ROUTE):
-                    for parsed in marshal.parse(message):
-                        self._events.put(RouteLost(parsed.get_attr("RTA_DST")))
-                elif kind == netlink.RTM_DELROUTE and message[21] == netlink.OVERLAY_PROTOCOL:
-                    self._events.put(OverlayRouteLost(_destination(message)))
-                elif message[21] not in _NO_GATEWAYS:
-                    if _replaces(kind, message):
-                        self._events.put(OverlayRouteLost(_destination(message)))
-                    if kind == netlink.RTM_DELROUTE and message[21] == netlink.PROTOCOL_BIRD:
-                        self._events.put(BirdRouteLost())
-                    if not self.gateways_pending.is_set():
-                        self.gateways_pending.set()
-                        self._events.put(GatewaysChanged())
+                try:
+                    self._emit(marshal, kind, message)
+                except Exception as error:  # of any kind: an end of this thread would end the agent
+                    if is_shortage(error):
+                        raise
+                    log.error("a message of the kernel cannot be read, of type %d: %r", kind, error)
+                    self._events.put(KernelEventsLost())
+
+    def _emit(self, marshal: MarshalRtnl, kind: int, message: bytes) -> None:
+        """Emit the events that a message of the kernel stands for; `kind` is its type."""
+        if kind in (netlink.RTM_NEWLINK, netlink.RTM_DELLINK):
+            for parsed in marshal.parse(message):
+                self._events.put(LinkChanged(link_of(parsed), deleted=kind == netlink.RTM_DELLINK))
+        elif kind in (netlink.RTM_NEWADDR, netlink.RTM_DELADDR):
+            if _is_assignable(message):
+                self._events.put(AddressesChanged())
+        elif _is_loss(kind, message) and _sender(message) not in own_ports(socket.NETLINK_ROUTE):
+            for parsed in marshal.parse(message):
+                self._events.put(RouteLost(parsed.get_attr("RTA_DST")))
+        elif kind == netlink.RTM_DELROUTE and message[21] == netlink.OVERLAY_PROTOCOL:
+            self._events.put(OverlayRouteLost(_destination(message)))
+        elif message[21] not in _NO_GATEWAYS:
+            if _replaces(kind, message):
+                self._events.put(OverlayRouteLost(_destination(message)))
+            if kind == netlink.RTM_DELROUTE and message[21] == netlink.PROTOCOL_BIRD:
+                self._events.put(BirdRouteLost())
+            if not self.gateways_pending.is_set():
+                self.gateways_pending.set()
+                self._events.put(GatewaysChanged())
 
 
 class EngineEvents(_Source):

@@ -74,7 +74,7 @@ def underlay(address: str) -> Underlay:
 
 def _mtu(index: int) -> int:
     with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
-        request = struct.pack("=16s16x", socket.if_indextoname(index).encode())
+        request = struct.pack("=16s16x", os.fsencode(socket.if_indextoname(index)))
         return int(struct.unpack_from("=i", fcntl.ioctl(any_socket, _SIOCGIFMTU, request), 16)[0])
     return DEFAULT  # the interface was just deleted
 

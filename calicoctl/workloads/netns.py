@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import socket
 import stat
 import threading
 from collections.abc import Collection, Iterator, Mapping
@@ -21,7 +22,16 @@ from typing import TYPE_CHECKING, Any, Callable, TypeVar
 
 from calicoctl.addresses import BITS, FAMILIES, host_net, version_of
 from calicoctl.errors import CalicoError, NamespaceError
-from calicoctl.netlink import IFF_UP, NUD_PERMANENT, PROTOCOL_STATIC, SCOPE_LINK, neighbours, routes, veths_into
+from calicoctl.netlink import (
+    IFF_UP,
+    NUD_PERMANENT,
+    PROTOCOL_STATIC,
+    SCOPE_LINK,
+    name_of,
+    neighbours,
+    routes,
+    veths_into,
+)
 
 if TYPE_CHECKING:
     from pyroute2.iproute.linux import IPRoute
@@ -244,7 +254,7 @@ class Namespace:
         """
 
         def work(netlink: IPRoute) -> str:
-            index = _index(netlink, interface)
+            index = _index(interface)
             netlink.link("set", index=_LOOPBACK_INDEX, state="up")
             netlink.link("set", index=index, state="up")
             if any(version_of(net) == 6 for net in nets):
@@ -268,7 +278,7 @@ class Namespace:
 
     def set_mtu(self, interface: str, mtu: int) -> None:
         with _explained(f"{self.name}: setting the MTU of {interface}"):
-            self.run(lambda netlink: netlink.link("set", index=_index(netlink, interface), mtu=mtu))
+            self.run(lambda netlink: netlink.link("set", index=_index(interface), mtu=mtu))
 
     def update_next_hops(self, interface: str, host_mac: str) -> bool:
         """Set the neighbour entries of the interface's next hops to `host_mac`; return whether any entry was changed.
@@ -278,7 +288,7 @@ class Namespace:
         """
 
         def work(netlink: IPRoute) -> bool:
-            index = _index(netlink, interface)
+            index = _index(interface)
             unknown = _missing_next_hops(index, host_mac)
             if not unknown:
                 return False
@@ -305,7 +315,7 @@ class Namespace:
         """
 
         def work(netlink: IPRoute) -> None:
-            index = _index(netlink, interface)
+            index = _index(interface)
             for version in versions:
                 lengths = (0, BITS[version])
                 for route in list(routes(FAMILIES[version], lengths, PROTOCOL_STATIC, index, MOST)):
@@ -346,7 +356,7 @@ def set_up(name: str) -> None:
         with suppress(FileNotFoundError):  # a kernel without IPv6
             for setting, value in HOST_END_IPV6.items():
                 _write_sysctl(f"net/ipv6/conf/{name}/{setting}", value)
-        netlink.link("set", index=_index(netlink, name), state="up")
+        netlink.link("set", index=_index(name), state="up")
 
 
 def set_mtu(name: str, mtu: int) -> None:
@@ -354,7 +364,7 @@ def set_mtu(name: str, mtu: int) -> None:
     from pyroute2.iproute.linux import IPRoute
 
     with _explained(f"setting the MTU of interface {name}"), IPRoute() as netlink:
-        netlink.link("set", index=_index(netlink, name), mtu=mtu)
+        netlink.link("set", index=_index(name), mtu=mtu)
 
 
 def find_interface(name: str) -> Interface | None:
@@ -385,7 +395,7 @@ def check_attachments(namespaces: Mapping[str, str], next_hops: bool = True) -> 
 
     found = {}
     with _explained("reading this host's interfaces"), IPRoute() as netlink:
-        links = {link.get_attr("IFLA_IFNAME"): link for link in netlink.get_links()}
+        links = {name_of(link.get_attr("IFLA_IFNAME")): link for link in netlink.get_links()}
         for interface in namespaces.keys() & links.keys():
             with suppress(NamespaceError), Namespace(namespaces[interface], interface) as namespace:
                 link = links[interface]
@@ -400,11 +410,11 @@ def delete_interface(name: str) -> bool:
     from pyroute2.iproute.linux import IPRoute
 
     with _explained(f"deleting interface {name}"), IPRoute() as netlink:
-        found = netlink.link_lookup(ifname=name)
-        if not found:
+        index = _find(name)
+        if index is None:
             return False
         with _ignoring(errno.ENODEV):
-            netlink.link("del", index=found[0])
+            netlink.link("del", index=index)
         return True
 
 
@@ -452,14 +462,15 @@ def _link(netlink: IPRoute, index: int) -> Any:
 
 
 def _named(netlink: IPRoute, name: str) -> Interface | None:
-    found = netlink.link_lookup(ifname=name)
-    return _interface(netlink.get_links(found[0])[0]) if found else None
+    index = _find(name)
+    link = None if index is None else _link(netlink, index)
+    return None if link is None else _interface(link)
 
 
 def _interface(link: Any) -> Interface:
     info = link.get_attr("IFLA_LINKINFO")
     return Interface(
-        name=link.get_attr("IFLA_IFNAME"),
+        name=name_of(link.get_attr("IFLA_IFNAME")),
         index=link["index"],
         mac=link.get_attr("IFLA_ADDRESS") or "",
         up=link["flags"] & IFF_UP != 0,
@@ -469,11 +480,22 @@ def _interface(link: Any) -> Interface:
     )
 
 
-def _index(netlink: IPRoute, name: str) -> int:
-    found = netlink.link_lookup(ifname=name)
-    if not found:
+def _index(name: str) -> int:
+    index = _find(name)
+    if index is None:
         raise CalicoError(f"there is no interface {name}")
-    return int(found[0])
+    return index
+
+
+def _find(name: str) -> int | None:
+    """Return the index of the interface with a name, in the namespace of this thread; None if there is none.
+
+    pyroute2 cannot look up a name that is no UTF-8.
+    """
+    try:
+        return socket.if_nametoindex(name)
+    except OSError:
+        return None
 
 
 def _route(version: int, address: str | None, index: int) -> dict[str, Any]:

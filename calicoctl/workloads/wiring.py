@@ -865,7 +865,8 @@ def _owner_text(owner: Owner | None) -> str:
 def owner_of(workload: Workload, id: EndpointId, interface: str) -> Owner:
     """Return the owner for an address, with attributes that identify the endpoint, and suffice to re-attach it.
 
-    `interface` is the interface's name inside the workload.
+    `interface` is the interface's name inside the workload. If the workload has given it a name that is no text, which
+    JSON cannot contain, DEFAULT_INTERFACE stands for it.
     """
     from calicoctl.datastore.blocks import Owner
 
@@ -876,7 +877,7 @@ def owner_of(workload: Workload, id: EndpointId, interface: str) -> Owner:
             "orchestrator": id.orchestrator,
             "workload": id.workload,
             "endpoint": id.endpoint,
-            "interface": interface,
+            "interface": interface if is_interface_name(interface) else DEFAULT_INTERFACE,
             "namespace": workload.path,
             **({"workload_name": workload.docker_name} if workload.docker_name else {}),
         },

@@ -44,8 +44,9 @@ COUNTERS = {
 """By protocol, hook and IP version: the names of two counters. The first counts packets from ("input") or to ("output")
 BGP peers or other hosts, the second those of them that the host's own firewall has let pass."""
 
-_SPELLABLE = re.compile(r"[^\s\"*\\]+")
-"""Matches the names of interfaces that can be written in nftables commands without escapes."""
+_SPELLABLE = re.compile(r"[^\s\"*\\\x00-\x1f\x7f\ud800-\udfff]+")
+"""Matches the names of interfaces that can be written in nftables commands without escapes. A name that is no UTF-8
+contains surrogates, and cannot be written at all."""
 
 _IS_OUR_VXLAN = f"udp dport {PORT} @th,96,24 {VNI}"
 """Matches VXLAN with our VNI: bits 32 to 55 of its header, which follows 64 bits of UDP. Source: RFC 7348."""
