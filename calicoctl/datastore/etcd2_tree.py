@@ -66,7 +66,7 @@ def read(client: etcd.Client, directory: str) -> tuple[list[Entry], int]:
             except etcd.EtcdException as again:
                 if reached is None or not _is_too_large(again):
                     raise
-                why = "what is below it is too large, and not read"
+                why = "it is too large, so nothing below it is read; delete what does not belong there"
                 nodes, index = [{"key": path, "modifiedIndex": 0, "createdIndex": 0, "problem": why}], reached or 0
         entries += [_entry(node) for node in nodes if not node.get("dir")]
         # a watch from here has all that is written while the others are read

@@ -142,7 +142,9 @@ class Snapshot:
         self.admission = Admission(self.topology)
         self.problems: dict[str, str] = {}
         self.skipped: dict[str, str] = {}
-        """Key -> why it, or what is below it, is not read. At most limits.REPORTED keys."""
+        """Key -> why it, or what is below it, is not read. At most limits.REPORTED keys, and those in `unread`."""
+        self.unread: set[str] = set()
+        """Directories that were too large to be read. For the keys below, the last values that were read are used."""
         self.dirty = Dirty(pools=True, settings=True, topology=True)
         self._entries = _Entries()
         self._claims = Claims()
@@ -165,11 +167,13 @@ class Snapshot:
             self._check_local()
 
     def replace(self, directory: str, entries: Iterable[Entry]) -> None:
-        """Replace everything below a directory by these entries."""
+        """Replace everything below a directory by these entries, but keep what is below those with a `problem`."""
         now = {entry.key: entry for entry in entries}
+        unread = {key for key, entry in now.items() if entry.problem is not None}
         self._forget_skipped(directory)
+        self.unread |= unread
         for key in self._entries.below(directory):
-            if key not in now:
+            if key not in now and unread.isdisjoint(_directories(key)):
                 self._set(key, None)
         for key, entry in now.items():
             if self._entries.get(key) != entry:
@@ -189,6 +193,7 @@ class Snapshot:
         self._check_local()
 
     def _forget_skipped(self, directory: str) -> None:
+        self.unread = {key for key in self.unread if not (key + "/").startswith(directory + "/")}
         self.skipped = {key: why for key, why in self.skipped.items() if not (key + "/").startswith(directory + "/")}
 
     def owner(self, thing: str) -> LocalEndpoint | None:
@@ -253,14 +258,17 @@ class Snapshot:
         """Update `skipped` for a key that the agent does not use.
 
         If the key was not read, has too many levels, or is too long, it is added, as long as there are fewer than
-        limits.REPORTED keys. Otherwise, it is removed.
+        limits.REPORTED keys (a key that was not read is added in any case). Otherwise, it is removed.
         """
         self.skipped.pop(key, None)
+        if entry is not None and entry.problem is not None:
+            self.skipped[key] = entry.problem
+            return
         if entry is None or len(self.skipped) >= limits.REPORTED:
             return
         levels = key.count("/")
-        if entry.problem is not None or levels > keys.DEEPEST:
-            self.skipped[key] = entry.problem or f"it is skipped: no key of Calico's has {levels} levels"
+        if levels > keys.DEEPEST:
+            self.skipped[key] = f"it is skipped: no key of Calico's has {levels} levels"
         elif len(key) > limits.KEY:
             self.skipped[key] = f"it is skipped: it has {len(key)} characters, and keys may have {limits.KEY}"
 

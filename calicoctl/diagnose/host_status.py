@@ -85,8 +85,8 @@ class Issue:
     """A problem: its kind, its text, and advice, if there is any.
 
     `fails` says whether the problem sets the exit status to 1. That is so if the agent does not report, if another
-    agent has replaced it, if it cannot use the store, or if an endpoint is in error. It is not so if the agent does not
-    run and an agent of an older version, perhaps on this machine, reports for this host.
+    agent has replaced it, if it cannot use the store or read a directory of it, or if an endpoint is in error. It is
+    not so if the agent does not run and an agent of an older version, perhaps on this machine, reports for this host.
     """
 
     kind: str
@@ -295,7 +295,8 @@ def _keys(status: dict[str, Any]) -> Iterator[Issue]:
     for problem in status["problems"]:
         if problem["key"] not in named:
             key, why = problem["key"], problem["problem"]
-            yield Issue(KEY, why if key in why else f"{key}: {why}")
+            # a report of an older version does not say which directories were not read
+            yield Issue(KEY, why if key in why else f"{key}: {why}", "", problem.get("unread", False))
 
 
 def _has_shape(value: Any, shape: Any) -> bool:

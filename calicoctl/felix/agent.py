@@ -241,6 +241,7 @@ class Agent:
         self._keeper.set_ready(self._may_apply())
         self._health.waiting_for = self._waiting_for()
         self._health.problems, self._health.skipped = self._snapshot.problems, self._snapshot.skipped
+        self._health.unread = self._snapshot.unread
         if self._events.empty() or self._file.is_due or is_ready:
             self._file.write(self._health, at_once=is_ready)
         if is_ready and self._ready is not None:

@@ -159,6 +159,8 @@ class Health:
     """By key of the store: what is wrong with the key's value."""
     skipped: dict[str, str] = field(default_factory=dict)
     """By key of the store: why the key, or the keys below it, are not read."""
+    unread: set[str] = field(default_factory=set)
+    """Those of `skipped` that are directories which were too large to be read."""
     failures: dict[str, dict[str, str]] = field(default_factory=dict)
     """By subject: what fails on this host now, as the `error` (a sentence) and the time `since` when (ISO 8601)."""
     last_error: dict[str, str] | None = None
@@ -225,7 +227,9 @@ class Health:
         shown = self._worst(troubled)
         # the reasons of endpoints are in another list
         some = heapq.nsmallest(
-            limits.REPORTED, problems, key=lambda key: (keys.parse_endpoint(key) in self.endpoints, key)
+            limits.REPORTED,
+            problems,
+            key=lambda key: (key not in self.unread, keys.parse_endpoint(key) in self.endpoints, key),
         )
         subjects = sorted(self.failures)[: limits.REPORTED]
         sessions = sorted(self.bgp.sessions, key=_place)[: limits.SESSIONS]
@@ -254,7 +258,12 @@ class Health:
             ],
             "unknown_interfaces": interfaces,
             "problems": [
-                {"key": shortened(key, limits.NAME), "problem": shortened(problems[key], limits.TEXT)} for key in some
+                {
+                    "key": shortened(key, limits.NAME),
+                    "problem": shortened(problems[key], limits.TEXT),
+                    "unread": key in self.unread,
+                }
+                for key in some
             ],
             "troubles": [{"subject": subject, **self.failures[subject]} for subject in subjects],
             "left_out": {

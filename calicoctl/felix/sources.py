@@ -64,6 +64,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("calico.felix")
 
+REREAD_INTERVAL = 30.0
+"""The minimum number of seconds between two reads of the store in the hope that a directory is no longer too large."""
+
 LONG_POLL = 4.0
 """The maximum duration of one watch request in seconds. After a request without a change, the etcd member that served
 it must show, within the store's QUORUM_TIMEOUT, that it still has a quorum; otherwise another member is used. So
@@ -155,12 +158,16 @@ class StoreEvents(_Source):
         watch: Watch | None = None
         pause = spread = 0.0
         failed = 0  # watches that ended since one yielded a batch
+        unread: set[str] = set()  # directories that were too large to be read
+        may_reread_at = reread_at = float("inf")
         while True:
             reading = watch is None
             try:
                 if watch is None:
                     entries, revision = self._datastore.list_for_watch(self._directory)
                     spread = spread_of_reads(entries)
+                    unread = {entry.key for entry in entries if entry.problem is not None}
+                    may_reread_at, reread_at = time.monotonic() + REREAD_INTERVAL, float("inf")
                     self._events.put(StoreRead(self._directory, entries))
                     del entries
                     self._worked = now()
@@ -176,6 +183,11 @@ class StoreEvents(_Source):
                 self._emit_recovered()
                 for change in changes:
                     self._events.put(StoreChanged(change))
+                    if unread and _may_shrink(change.key, unread):
+                        reread_at = may_reread_at
+                if time.monotonic() >= reread_at:
+                    watch.close()
+                    watch = None
             except WatchExpired as lost:
                 log.info("%s; reading all below %s", lost, self._directory)
                 watch = None
@@ -199,6 +211,11 @@ class StoreEvents(_Source):
         if self._failure is None or (self._failure.read and not read) or not self._failure.since:
             self._failure = WatchFailed(self._directory, why, self._worked, read)
             self._events.put(self._failure)
+
+
+def _may_shrink(key: str, directories: set[str]) -> bool:
+    """Return whether a change of a key may make one of these directories smaller, without what is below it."""
+    return any(key.rpartition("/")[0] == one or (one + "/").startswith(key + "/") for one in directories)
 
 
 def spread_of_reads(entries: list[Entry]) -> float:

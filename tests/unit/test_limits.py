@@ -145,6 +145,24 @@ def test_what_is_skipped_is_named_as_long_as_it_is_there() -> None:
     assert snapshot.skipped == {}
 
 
+def test_what_is_below_a_directory_that_is_too_large_stays_as_it_was_read_last() -> None:
+    read = Store(in_pools(Snapshot(HOST)))
+    snapshot = read.snapshot
+    read.profile("web", {"action": "allow"})
+    read.endpoint(0, "192.168.0.1", profile_ids=["web"])
+    id = endpoint_id(0)
+    snapshot.take_dirty()
+    for large in ("/calico/v1/policy", "/calico/v1/host"):
+        rest = [entry for key, entry in snapshot._entries.items() if not key.startswith(large + "/")]
+        snapshot.replace("/calico/v1", [*rest, Entry(large, "", 0, 0, "it is too large")])
+        assert id in snapshot.local and snapshot.has_valid_rules("web")
+        assert snapshot.unread == snapshot.skipped.keys() == {large} and not snapshot.take_dirty()
+    read.profile("web", {"action": "deny"})
+    assert snapshot.take_dirty().profiles == {"web"}, "changes are followed"
+    snapshot.replace("/calico/v1", [])
+    assert snapshot.unread == set() and id not in snapshot.endpoints and not snapshot.has_valid_rules("web")
+
+
 def test_a_key_that_is_too_long_is_skipped_and_named_and_nothing_is_written_for_it() -> None:
     snapshot = Snapshot(HOST)
     snapshot.take_dirty()
