@@ -71,6 +71,10 @@ class DatastoreClient:
         """Return all entries below `/calico`, except what cannot be read (see `Entry.problem`)."""
         return self._store.tree(keys.ROOT)
 
+    def unread(self) -> list[str]:
+        """Return the directories below `/calico` that are too large to be read: other methods find nothing there."""
+        return sorted(entry.key for entry in self._store.list_for_watch(keys.ROOT)[0] if entry.problem is not None)
+
     def store_version(self) -> str:
         """Check that the store can be read, and return the version of its server; raise StoreError."""
         self._store.names(keys.ROOT)

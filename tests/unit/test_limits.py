@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from netaddr import IPAddress
 
 from calicoctl import limits
-from calicoctl.commands import profile
+from calicoctl.commands import ipam, profile
 from calicoctl.datastore import keys
+from calicoctl.datastore.blocks import Owner
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.keys import EndpointId
 from calicoctl.datastore.model import Endpoint, Rule, Rules, load_object, load_tags
@@ -161,6 +163,25 @@ def test_what_is_below_a_directory_that_is_too_large_stays_as_it_was_read_last()
     assert snapshot.take_dirty().profiles == {"web"}, "changes are followed"
     snapshot.replace("/calico/v1", [])
     assert snapshot.unread == set() and id not in snapshot.endpoints and not snapshot.has_valid_rules("web")
+
+
+def test_what_cannot_be_read_is_not_repaired(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The addresses of endpoints that are not read would be released."""
+    memory = MemoryStore()
+    client = DatastoreClient(memory, HOST)
+    client.ipam.assign(IPAddress("192.168.0.1"), Owner("docker.w", {"host": HOST, "orchestrator": "docker"}))
+    monkeypatch.setattr(DatastoreClient, "from_environment", lambda: client)
+    unread = Entry(keys.HOSTS, "", 0, 0, "it is too large")
+    monkeypatch.setattr(memory, "list_for_watch", lambda directory: ([unread], 1))
+    before = dict(memory.entries)
+    with pytest.raises(CalicoError, match=f"^{keys.HOSTS} is too large to be read, so nothing is repaired"):
+        ipam.prepare(["ipam", "check", "--fix"])()
+    assert memory.entries == before
+    with pytest.raises(CalicoError, match="problems remain"):
+        ipam.prepare(["ipam", "check"])()
+    assert f"Warning: {keys.HOSTS} is too large" in capsys.readouterr().err
 
 
 def test_a_key_that_is_too_long_is_skipped_and_named_and_nothing_is_written_for_it() -> None:
