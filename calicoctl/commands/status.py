@@ -27,12 +27,12 @@ What comes from etcd or Docker, such as names of containers and the reasons of
 errors, is shown to root alone.
 
 The exit status is 1 when etcd cannot be read, written or watched, when a
-directory in it is too large to be read, when an endpoint is in error, and when
-the current status is unknown: the agent is not running, or its report is older
-than half a minute (it is written every ten seconds), or an agent on another
-machine has taken over the host's name. In all other cases it is 0, also if BGP
-sessions are down, or an old agent (Felix) reports for this host and none of
-this version runs here.
+directory in it is too large to be read, when an endpoint is in error, and
+when the current status is unknown: the agent is not running, or its report is
+older than half a minute (it is written every ten seconds), or an agent on
+another machine has taken over the host's name. In all other cases it is 0,
+also if BGP sessions are down, or an old agent (Felix) reports for this host
+and none of this version runs here.
 
 Examples:
   calicoctl status
