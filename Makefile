@@ -68,7 +68,7 @@ unit: $(VENV)/ready
 
 # no more hosts at a time than cores: tests have deadlines
 system: $(VENV)/ready $(VENV)/wheels/ready | packages
-	$(VENV)/bin/pytest --tx '2*popen//python=tests/sandboxed-python' --dist loadfile tests/system $(ARGS)
+	$(VENV)/bin/pytest --tx '2*popen//python=tests/sandboxed-python' --dist loadfile --durations=20 tests/system $(ARGS)
 
 # for the test of `make install`, on a host without a network: what it installs, as it was published
 $(VENV)/wheels/ready: setup/requirements.txt setup/build-requirements.txt | $(VENV)/ready
@@ -92,7 +92,7 @@ test-all: test tox releases soak
 releases:
 	@demo/packages mmdebstrap:mmdebstrap distro-info-data git:git
 	@for release in $(RELEASES); do \
-		echo "On $$release:" && MAKEFLAGS= tests/release $$release make $(ON_RELEASES) || exit 1; \
+		echo "On $$release:" && MAKEFLAGS= CI= tests/release $$release make $(ON_RELEASES) || exit 1; \
 	done
 
 # interpreters come from the path and from pyenv, if there is one

@@ -79,7 +79,7 @@ def check_unicast(network: IPAddress | IPNetwork) -> None:
 
 
 def is_unicast(packed: bytes) -> bool:
-    """Return whether hosts and workloads can use an address of 4 or 16 bytes.
+    """Return whether hosts and workloads can use an address, given as 4 or 16 bytes.
 
     The same test as in `check_unicast`, but without netaddr: the agent calls it for every address of every endpoint.
     """
@@ -92,7 +92,7 @@ def is_unicast(packed: bytes) -> bool:
 
 @cache
 def _not_unicast(size: int) -> list[tuple[int, int]]:
-    """Return the unusable ranges of addresses of `size` bytes: the number of bits after the prefix, and the prefix."""
+    """Return the unusable ranges for addresses of `size` bytes, each as (number of bits after the prefix, prefix)."""
     ranges = []
     for cidr in _NOT_UNICAST[4 if size == 4 else 6]:
         first, _, length = cidr.partition("/")
@@ -135,7 +135,7 @@ def pack(address: str) -> bytes:
 
 
 def unpack(packed: bytes) -> str:
-    """Return the canonical text of an address of 4 or 16 bytes."""
+    """Return the canonical text of an address, given as 4 or 16 bytes."""
     return socket.inet_ntop(socket.AF_INET if len(packed) == 4 else socket.AF_INET6, packed)
 
 

@@ -2,7 +2,7 @@
 
 http.client and urllib3 bound the time until the next byte only: a server that sends a byte a second keeps a request for
 ever, and a server that never ends a body, a header or a chunk fills the memory. So, inside `bounded`, all bytes that
-are read from a connection are counted, whatever part of an answer they are. The content of answers does not matter.
+are read from a connection are counted, whatever part of an answer they are. The content of answers is not checked here.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LONGEST = 60.0
 
 
 class Refused(http.client.HTTPException):
-    """An answer is not read to its end: it is too large, or encoded in a way that was not asked for."""
+    """An answer is not read to its end: it is too large, or has a content encoding that was not requested."""
 
 
 class TooLarge(Refused):
@@ -37,7 +37,8 @@ class TooLarge(Refused):
 class Bounds:
     """The bounds of one answer: `size` is the most bytes, headers included.
 
-    The first byte must come within the timeout of the request, the others at SLOWEST, and the last one within LONGEST.
+    The first byte must arrive within the timeout of the request, the others at an average rate of at least SLOWEST, and
+    the last one within LONGEST.
     """
 
     def __init__(self, size: int) -> None:
@@ -47,14 +48,17 @@ class Bounds:
         self.renew(None)
 
     def attach(self, sock: Any) -> io.BufferedReader:
-        """Return a file to read the next answer from a socket, and start counting. The socket's timeout is used."""
+        """Return a file from which to read the next answer on a socket. Counts bytes and time anew.
+
+        The answer must begin within the socket's timeout.
+        """
         file = _CountedReader(_CountedFile(sock, self), self)
         self._file = weakref.ref(file)
         self.renew(sock.gettimeout())
         return file
 
     def renew(self, seconds: float | None) -> None:
-        """Count bytes and time anew: the rest of the answer must begin within `seconds`; None: no bound of the time."""
+        """Count bytes and time anew: the rest of the answer must begin within `seconds`. None: any time may pass."""
         self._seconds = seconds
         self._began = time.monotonic()
         self._received = 0
@@ -76,7 +80,10 @@ class Bounds:
         return True
 
     def left(self) -> float | None:
-        """Return the seconds within which the next byte must come, None without a bound; raise socket.timeout at 0."""
+        """Return the seconds within which the next byte must arrive; None if time is not bounded.
+
+        Raises socket.timeout if no time is left.
+        """
         if self._seconds is None:
             return None
         left = self._began + min(LONGEST, self._seconds + self._received / SLOWEST) - time.monotonic()
@@ -85,7 +92,7 @@ class Bounds:
         return left
 
     def count(self, received: int) -> None:
-        """Add a number of bytes that were received; raise TooLarge if the answer has more than `size` now."""
+        """Add the number of bytes `received`; raise TooLarge if the answer now has more than `size` bytes."""
         self._received += received
         if self._received > self.size:
             raise TooLarge(f"the answer is larger than {self.size // 1024} KiB")
@@ -98,7 +105,8 @@ _bounds = threading.local()
 def bounded(size: int) -> Iterator[Bounds]:
     """Inside `with`, bound each answer that urllib3 gets in this thread; see `bounded_here`.
 
-    urllib3 and requests convert what an answer beyond the bounds raises to their own exceptions.
+    Yields the Bounds, which all these answers share, one after another. If `bounded` is nested, only the innermost
+    bounds hold. urllib3 and requests convert what an answer beyond the bounds raises to their own exceptions.
     """
     from urllib3.connection import HTTPConnection
 

@@ -1,7 +1,7 @@
 """The only client of the Docker Engine: finds it as Docker's own tools do, and converts errors to CalicoErrors.
 
-Answers are bounded in time and size (answers.py). Redirects, encoded answers, and answers without the JSON shape that
-callers rely on are errors (DockerUnavailable), as if there were no answer.
+Answers are bounded in time and size (answers.py). Redirects, answers with a content encoding, and answers without the
+JSON shape that callers rely on are errors (DockerUnavailable), as if there were no answer.
 """
 
 from __future__ import annotations
@@ -85,7 +85,10 @@ def followed(since: int) -> Iterator[tuple[list[dict[str, Any]], Iterator[Any]]]
 
 
 def _events(parts: Iterable[bytes], bounds: answers.Bounds) -> Iterator[Any]:
-    """Decode the events of an answer that comes in parts. Any time may pass between two parts."""
+    """Decode the events of an answer that comes in parts. Any time may pass between two parts.
+
+    Raises ValueError if an event is not JSON, or has more than LARGEST_EVENT bytes.
+    """
     bounds.renew(None)
     pending = bytearray()
     for part in parts:
@@ -102,9 +105,12 @@ def _events(parts: Iterable[bytes], bounds: answers.Bounds) -> Iterator[Any]:
 
 
 def forwards(ipv6: bool) -> bool:
-    """Return whether the Docker Engine needs IP forwarding, because it has networks or, for `ipv6`, one with IPv6.
+    """Return whether the Docker Engine needs IPv4 forwarding or, if `ipv6` is set, IPv6 forwarding.
 
-    Returns False if no engine is running. Raises DockerUnavailable if an engine is running, but does not answer.
+    It needs IPv4 forwarding if it has any network, and IPv6 forwarding if it has one with IPv6.
+
+    The networks `host` and `none` do not count. Returns False if no engine is running. Raises DockerUnavailable if an
+    engine is running, but does not answer.
     """
     try:
         with _client("for its networks", timeout=5) as docker:
@@ -134,7 +140,8 @@ def _listed(docker: Any) -> list[dict[str, Any]]:
 def _checked(value: Any, shape: Any) -> Any:
     """Return a JSON value; raise ValueError unless it has the given shape.
 
-    A shape is a type, _ID, a list with the shape of all items, or a dictionary with the shapes of some of the values.
+    A shape is a type, _ID, a list with one shape for all items, or a dictionary with the shapes of the values that must
+    exist.
     """
     if isinstance(shape, type):
         fits = type(value) is shape
@@ -203,7 +210,8 @@ def _client(what: str, timeout: int | None = None) -> Iterator[Any]:
 def _api_client() -> type[Any]:
     """Return docker-py's client class, changed so that it follows no redirects, and decodes texts as UTF-8.
 
-    If an answer does not name its text encoding, requests would guess it, which takes long for a large answer.
+    It also requests answers without a content encoding. If an answer does not name its text encoding, requests would
+    guess that encoding, which takes long for a large answer.
     """
     from docker.api.client import APIClient
 

@@ -1,6 +1,6 @@
 """The exceptions of this program. Each carries the sentence that the user reads.
 
-Only `cli/main.py` prints them and, for the agent's background process, `felix/__main__.py`.
+They are printed only by `cli/main.py` and, in the agent's background process, by `felix/__main__.py`.
 
 An exception of a library is converted by the code that calls the library: that code knows what was attempted, and what
 the user can do about the failure.
@@ -39,7 +39,10 @@ def one_line(text: str) -> str:
 
 
 def redact_userinfo(text: str) -> str:
-    """Return a URL with `…` for all before '@', which may contain a password: messages are logged."""
+    """Return a URL with `…` instead of all before '@', which may contain a password; messages are logged.
+
+    A text without '@' is returned as it is.
+    """
     return "…@" + text.rpartition("@")[2] if "@" in text else text
 
 
@@ -98,7 +101,7 @@ class Failures(CalicoError):
 
 
 def for_each(things: Iterable[T], act: Callable[[T], None]) -> None:
-    """Call `act` for each thing, even after one has failed. Raises Failures at the end if any has."""
+    """Call `act` for each of `things`, even after a CalicoError. At the end, raises Failures if there were any."""
     errors: list[CalicoError] = []
     for thing in things:
         try:
@@ -151,10 +154,10 @@ class KeyExists(CalicoError):
 
 
 class CompareFailed(CalicoError):
-    """A compare-and-swap found another value than the one that was read.
+    """A compare-and-swap failed, since the key no longer had the value that was read.
 
-    `maybe_applied` is true when an earlier, unanswered attempt of the same write may have been applied
-    before another writer overwrote the key.
+    `maybe_applied` is true if an earlier, unanswered attempt of the same write may have been applied before another
+    writer overwrote the key.
     """
 
     def __init__(self, key: str, maybe_applied: bool = False) -> None:
@@ -167,7 +170,7 @@ class AddressTaken(CalicoError):
 
 
 class DockerUnavailable(CalicoError):
-    """The Docker Engine did not answer, or refused a request."""
+    """The Docker Engine did not answer, refused a request, or gave an unusable answer; or DOCKER_HOST is invalid."""
 
 
 class DockerNotRunning(DockerUnavailable):
@@ -179,4 +182,4 @@ class NoSuchContainer(NotFound):
 
 
 class NamespaceError(CalicoError):
-    """An operation on an interface or a network namespace failed in the kernel."""
+    """An operation on an interface or a network namespace failed, or a path is not that of a network namespace."""

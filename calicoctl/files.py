@@ -20,6 +20,8 @@ def try_lock(path: Path, create: bool = True) -> int | None:
 
     Returns None if another process holds the lock, or has just removed the file; the caller may try again. If the file
     does not exist, it is created with mode 0600; without `create`, None is returned. Raises OSError.
+
+    Whoever may read a file may lock it, so a lock is never a file or a folder that others may read.
     """
     flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_CREAT if create else 0)
     try:
@@ -52,8 +54,8 @@ def replace(
     """Replace a file atomically: a reader finds the old content or the new one. Return the new file, open for writing.
 
     `mode` is set regardless of the umask; `owner` is a user id and a group id, -1 for the process's own. The new file
-    is first created beside the old one, under the same name with a `suffix`, which must be unique if several processes
-    may replace the file at once. With `durable`, the content is on disk before the old file is replaced. Raises
+    is first created beside the old one, as `.NAME` with the `suffix`, which must be unique if several processes may
+    replace the file at once. With `durable`, the content is on disk before the old file is replaced. Raises
     OSError; then the old file is unchanged.
     """
     new = path.with_name(f".{path.name}{suffix}")

@@ -1,7 +1,7 @@
-"""The grammar of the command line: the list of commands, and the parser for their docstrings.
+"""The grammar of the command line: the list of commands, and the parser of command lines.
 
-Every command imports this module. This module imports a command's module only to read the docstring there, and
-uses neither etcd nor Docker.
+The grammar of a command is the docstring of its module. Every command imports this module. This module imports a
+command's module only to read the docstring there, and uses neither etcd nor Docker.
 """
 
 from __future__ import annotations

@@ -19,10 +19,9 @@ PATIENCE = 15.0
 def old_felix_chains() -> dict[str, list[str]]:
     """Return the chains that Felix of 2015 has left, by the iptables command that lists them.
 
-    They drop packets from and to `cali…` interfaces that Felix does not know. Felix ran in an image that had its own
-    iptables, so they may be in tables that the host's iptables does not list. Raises CalicoError if that cannot be
-    determined.
-    Source: Felix's frules.py and dispatch.py.
+    These chains drop packets from and to `cali…` interfaces that Felix does not know. Felix ran in an image that had
+    its own iptables, so the chains may be in legacy tables, which a host's iptables for nftables does not list. Raises
+    CalicoError if the chains cannot be listed. Source: Felix's frules.py and dispatch.py.
     """
     found: dict[str, list[str]] = {}
     for command in COMMANDS:
@@ -43,7 +42,10 @@ def _find_old_felix(command: str, found: dict[str, list[str]]) -> None:
 
 
 def legacy_tables(command: str) -> list[str]:
-    """Return the names of the tables of iptables-legacy, or of ip6tables-legacy, that the kernel has."""
+    """Return the names of the legacy tables in the kernel for `command`, which is iptables or ip6tables.
+
+    The result is empty if the kernel does not support them.
+    """
     try:
         return (Path("/proc/net") / f"{command.replace('tables', '')}_tables_names").read_text().split()
     except OSError:  # a kernel without them
@@ -51,7 +53,7 @@ def legacy_tables(command: str) -> list[str]:
 
 
 def is_there(command: str) -> bool:
-    """Return whether this host has `command`, and the one that saves its rules."""
+    """Return whether this host has both `command` and `command`-save, such as iptables and iptables-save."""
     return all(shutil.which(name) is not None for name in (command, f"{command}-save"))
 
 

@@ -10,17 +10,21 @@ from __future__ import annotations
 VALUE = 512 * 1024
 """Characters of a value. 5,000 rules with a net, a tag and ports take about this much."""
 
+KEY = 5000
+"""Characters of a key. A namespace's path, which is part of a key, may have 4,095. etcd takes 1 MiB, each as up to 12
+bytes, but no request for a key that is much longer, so it could be neither read nor written by itself."""
+
 DEPTH = 32
-"""Nested levels of lists and objects in a value. Calico's values have four; recursion writes unknown fields back."""
+"""Nested levels of lists and objects in a value. Calico's values have four; unknown fields are written recursively."""
 
 PROFILES = 64
-"""Profiles of an endpoint: each list of profiles is a chain in nftables, with a jump for each."""
+"""Profiles of an endpoint: each list of profiles is a chain in nftables, with a jump for each profile."""
 
 ADDRESSES = 256
 """Addresses of an endpoint: each is an element of four sets, a route, and a neighbour."""
 
 CLAIMANTS = 100
-"""Endpoints that list the same interface or address: if there are more, reasons do not name the one that has it."""
+"""Endpoints that list the same interface or address: if there are more, reasons do not name the one that uses it."""
 
 TAGS = 256
 """Tags of a profile: a tag in a rule stands for the addresses of all endpoints of the profile."""

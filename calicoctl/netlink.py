@@ -49,11 +49,13 @@ PROTOCOL_KERNEL, PROTOCOL_STATIC, PROTOCOL_RA = 2, 4, 9
 """Protocols of routes: set by the kernel itself, static, and learned from router advertisements (RA)."""
 PROTOCOL_BIRD = 12
 OUR_PROTOCOL, OVERLAY_PROTOCOL = 80, 81
-"""The protocol numbers of our routes: to endpoints of this host, and through the overlay to endpoints of other hosts
-(`ip route show proto 81`). Source: rtnetlink(7); numbers from 5 up are free."""
+"""The protocol numbers of the agent's routes: to endpoints of this host, and through the overlay to endpoints of other
+hosts (`ip route show proto 81`). Source: rtnetlink(7); numbers from 5 up are free."""
 OUR_PROTOCOLS = (OUR_PROTOCOL, OVERLAY_PROTOCOL)
 SOL_NETLINK, _NETLINK_GET_STRICT_CHK = 270, 12
 NETLINK_NETFILTER = 12
+SO_RCVBUFFORCE = 33
+"""Sets the size of a socket's receive buffer, whatever net.core.rmem_max is. Source: socket(7)."""
 
 _TIMEOUT = 60.0
 """Seconds to wait for an answer of the kernel."""
@@ -149,11 +151,11 @@ def routes(
     index: int | None = None,
     most: int | None = None,
 ) -> Iterator[Route]:
-    """Yield the routes of the main table with one of these prefix `lengths`; with `protocol` or `index`, only those of
-    this protocol, or through the interface with this index. For `most`, see dump.
+    """Yield the routes of the main table with one of these prefix `lengths`. Raises OSError.
 
-    Skipping other routes is cheap, even if there are many: pyroute2 takes a hundred times as long, and its
-    get_default_routes() does not read all of the kernel's answer if it begins with many other routes. Raises OSError.
+    With `protocol`, only routes of this protocol; with `index`, only routes through the interface with this index. For
+    `most`, see dump. Skipping other routes is cheap, even if there are many. pyroute2 takes a hundred times as long.
+    Its get_default_routes() does not read all of the kernel's answer if that begins with many other routes.
     """
     # struct rtmsg: family, length of destination and of source, tos, table, protocol, scope, type, flags
     request = struct.pack("=8BI", family, 0, 0, 0, 0, 0, 0, 0, 0)
@@ -231,7 +233,7 @@ class NeighbourLimit:
 
 
 def neighbour_limit(family: int) -> NeighbourLimit:
-    """Return the limit of the IP version's neighbour table, which all network namespaces share. Raises OSError.
+    """Return the limit (gc_thresh3) of a family's neighbour table, which all network namespaces share. Raises OSError.
 
     Source: struct ndt_stats in the kernel's uapi/linux/neighbour.h; its last field, table_fulls, counts the overflows.
     """
@@ -278,9 +280,10 @@ def addresses() -> Iterator[Address]:
 
 
 class Paths(NamedTuple):
-    """A route's next hops, each as a gateway (None if directly connected) and an interface's index.
+    """A route with all its next hops: `hops` are pairs of a gateway (None if on-link) and an interface's index.
 
-    `destination` is packed, and empty for a default route. `hops` is empty if the route refers to a nexthop object.
+    `destination` is packed, and empty for a default route; `length` is the prefix length. `hops` is empty if the route
+    refers to a nexthop object.
     """
 
     destination: bytes
@@ -290,7 +293,7 @@ class Paths(NamedTuple):
 
 
 def paths(family: int, type: int, but: Collection[int] = ()) -> Iterator[Paths]:
-    """Yield the routes of a type, such as UNICAST, in all tables, without those of the protocols `but`.
+    """Yield the routes of a type, such as UNICAST, in all tables. Routes of the protocols in `but` are left out.
 
     Raises OSError.
     """
@@ -333,9 +336,9 @@ def _gateway(family: int, found: dict[int, bytes]) -> str | None:
 
 
 def interfaces_to(addresses: Iterable[str], default: bool = True) -> dict[str, frozenset[int]]:
-    """Return, by address, the indices of the interfaces to which the kernel's routes to that address lead.
+    """Return, by address, the indices of the interfaces through which the kernel routes packets to that address.
 
-    A multipath route leads to several. The set is empty for an address without a route and, unless `default`, for an
+    A multipath route has several. The set is empty for an address without a route and, unless `default`, for an
     address with only a default route. Raises OSError.
     """
     found = {}
@@ -421,14 +424,25 @@ def _device(body: bytes) -> Device:
     kind = attributes(found.get(_IFLA_LINKINFO, b"")).get(_IFLA_INFO_KIND, b"")
     is_ethernet = struct.unpack_from("=H", body, 2)[0] == _ARPHRD_ETHER
     macs = {found.get(_IFLA_ADDRESS, b""), found.get(_IFLA_PERM_ADDRESS, b"")} if is_ethernet else ()
-    name = found.get(_IFLA_IFNAME, b"").rstrip(b"\0").decode(errors="replace")
     return Device(
-        name, kind.rstrip(b"\0").decode(), frozenset(mac.hex(":") for mac in macs if len(mac) == 6 and any(mac))
+        name_of(found.get(_IFLA_IFNAME)),
+        kind.rstrip(b"\0").decode(errors="replace"),
+        frozenset(mac.hex(":") for mac in macs if len(mac) == 6 and any(mac)),
     )
 
 
+def name_of(name: str | bytes | None) -> str:
+    """Return an interface's name, as the kernel's message or pyroute2 has it, as text; "" if there is none.
+
+    A name may contain any bytes but white space, `/` and `:`. pyroute2 returns a name that is no UTF-8 as bytes. In the
+    text, bytes that are no UTF-8 are lone surrogates, as in socket.if_nameindex(), and in paths below /proc/sys.
+    Source: dev_valid_name in the kernel's net/core/dev.c.
+    """
+    return name.rstrip(b"\0").decode(errors="surrogateescape") if isinstance(name, bytes) else name or ""
+
+
 def next_hops() -> Iterator[tuple[str, int]]:
-    """Yield (gateway, interface's index) of the nexthop objects (`ip nexthop`) that have a gateway.
+    """Yield (gateway, interface's index) for each nexthop object (`ip nexthop`) that has a gateway.
 
     Raises OSError, in particular on kernels without such objects (before 5.3).
     """
@@ -440,7 +454,10 @@ def next_hops() -> Iterator[tuple[str, int]]:
 
 
 def do(protocol: int, kind: int, flags: int, body: bytes) -> None:
-    """Send a request that changes something; raise OSError when the kernel refuses it."""
+    """Send a request that changes something; raise OSError if the kernel refuses it.
+
+    `protocol` is the netlink family, `kind` the message type; REQUEST and ACK are added to `flags`.
+    """
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, protocol) as netlink:
         netlink.settimeout(_TIMEOUT)
         netlink.bind((0, 0))

@@ -44,7 +44,7 @@ def print_table(
 
     On a terminal, unless `complete`, the table is fitted to the width: cells are wrapped between words; if that is not
     enough, the `expendable` columns are left out one by one, with a warning; if that is not enough either, words are
-    broken. If the output is not a terminal, only cells of more than `widest` characters are wrapped.
+    broken. Otherwise, only cells of more than `widest` characters (None: no cells) are wrapped.
     """
     import shutil
 
@@ -111,7 +111,7 @@ def _wrapped(cell: str, width: int) -> list[str]:
 
 
 def with_progress(items: Sequence[T], what: str) -> Iterator[T]:
-    """Yield items; if standard error is a terminal, show a progress bar titled `what` meanwhile."""
+    """Yield the items; if standard error is a terminal, show a progress bar with the title `what` meanwhile."""
     if not sys.stderr.isatty():
         yield from items
         return

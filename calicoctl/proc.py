@@ -1,5 +1,4 @@
-"""Information about processes: from proc(5), when one was started, its arguments, and whether it still runs or is
-suspended; also waits until one has ended.
+"""Reads facts about processes from /proc: start time, state, arguments and sockets. Also waits for a process to end.
 
 A process id alone does not identify a process, since the kernel reuses ids. The id and the start time together do.
 """
@@ -18,13 +17,13 @@ START_TIME, STATE = 19, 0
 def start_time(process: Path) -> str:
     """Return when a process or thread was started: clock ticks since boot, as decimal text.
 
-    `process` is its directory, /proc/PID or /proc/PID/task/TID. Raises OSError if there is none.
+    `process` is its directory, /proc/PID or /proc/PID/task/TID. Raises OSError if the directory does not exist.
     """
     return _stat(process)[START_TIME]
 
 
 def running_since(pid: int) -> str | None:
-    """Return when a process was started (see `start_time`); None when it has ended, even if it is a zombie."""
+    """Return when a process was started (see `start_time`); None if it has ended, or is a zombie."""
     try:
         fields = _stat(Path(f"/proc/{pid}"))
     except OSError:
@@ -56,7 +55,7 @@ def strings(pid: int, name: str) -> list[str]:
 
 
 def sockets(pid: int) -> set[str]:
-    """Return the inodes of a process's sockets, none if they cannot be read."""
+    """Return the inodes of a process's sockets as decimal texts; empty if they cannot be read."""
     found = set()
     with suppress(OSError):
         for fd in Path(f"/proc/{pid}/fd").iterdir():
@@ -68,9 +67,10 @@ def sockets(pid: int) -> set[str]:
 
 
 def udp_holder(port: int) -> str | None:
-    """Describe a process that holds a UDP port of this network namespace, None if none does.
+    """Describe a process that holds a UDP port of this network namespace; return None if no process holds it.
 
-    A process in another PID namespace is described by its user alone. Source: proc_pid_net(5).
+    If the process cannot be found, for example in another PID namespace, only its user id is named. Source:
+    proc_pid_net(5).
     """
     users = {}
     for name in ("udp", "udp6"):

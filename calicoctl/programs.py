@@ -8,7 +8,7 @@ _SYSTEM = ("/usr/local/sbin", "/usr/sbin", "/sbin")
 
 
 def look_in_system_folders() -> None:
-    """Append the system's folders to PATH, for this process and its children.
+    """Append the sbin folders to PATH, for this process and its children, unless they are in PATH already.
 
     The PATH of cron jobs, of many services, and of ordinary users lacks them.
     """

@@ -46,7 +46,7 @@ class _Placeholder(ModuleType):
 
 
 class _Deferred:
-    """Loader of a deferred module: makes a placeholder, with the attributes that importing libraries use at once."""
+    """Loader of a deferred module: creates a placeholder, with the attributes that libraries use on importing it."""
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         module = _Placeholder(spec.name)
@@ -89,7 +89,7 @@ def install() -> None:
 
 
 def _load(name: str) -> ModuleType:
-    """Replace the placeholders of `name` and of its package by the real modules; return the module."""
+    """Replace the placeholders of the module `name` and of its package by the real modules; return the real `name`."""
     for part in (name.partition(".")[0], name):
         if part in _finder.deferred:
             _finder.deferred.discard(part)

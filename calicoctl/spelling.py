@@ -42,7 +42,7 @@ SYNONYMS = {
     "-q": "--quiet",
     "-d": "--debug",
 }
-"""Words of other tools -> the words of calicoctl for the same."""
+"""Words that users of other tools, or of other commands, may try -> the words of calicoctl with the same meaning."""
 
 
 def nearest(word: str, names: Iterable[str]) -> str | None:
@@ -60,5 +60,5 @@ def nearest(word: str, names: Iterable[str]) -> str | None:
 
 
 def did_you_mean(suggestion: str | None) -> str:
-    """Return the end of an error's sentence, an empty string if there is no suggestion."""
+    """Return `; did you mean …?` as the end of an error's sentence; an empty string if there is no suggestion."""
     return f"; did you mean {suggestion}?" if suggestion else ""

@@ -1,7 +1,8 @@
 """Reads and writes the files that a host keeps across reboots, below /var/lib/calico/HOST. Only root may read them.
 
 Each file has the mode 0600, each folder 0700, and no name below /var/lib/calico may be a symbolic link. Files are
-replaced as a whole, and are on disk when `write` returns. The local etcd's data is beside them (local_etcd.py).
+replaced and read as a whole, however large they are, and are on disk when `write` returns. The local etcd's data is
+beside them (local_etcd.py).
 """
 
 from __future__ import annotations
@@ -17,12 +18,9 @@ from calicoctl.errors import CalicoError
 
 DIRECTORY = Path("/var/lib/calico")
 
-_SIZE = 2**20
-"""The most bytes that are read from a file; the rest is ignored."""
-
 
 def path(host: str, *names: str) -> Path:
-    """Return the path of a host's folder or, with `names`, of the file or folder at these names below it."""
+    """Return the path of a host's folder or, with `names` as further parts, of a file or folder below it."""
     return DIRECTORY.joinpath(host, *names)
 
 
@@ -64,9 +62,9 @@ def remove(host: str, *names: str) -> None:
 
 
 def remove_empty(host: str, *names: str) -> None:
-    """Remove a folder below the host's if it is empty, then its parents, up to the first that is not empty.
+    """Remove a folder below the host's if it is empty, then its parents, until one is not empty.
 
-    Errors are ignored.
+    The host's folder is the last that is removed. Errors are ignored.
     """
     parts = [host, *names]
     with suppress(OSError):
@@ -82,15 +80,15 @@ def _content(folder: int, name: str) -> bytes | None:
     except FileNotFoundError:
         return None
     with open(fd, "rb") as file:
-        return file.read(_SIZE) if stat.S_ISREG(os.fstat(fd).st_mode) else None
+        return file.read() if stat.S_ISREG(os.fstat(fd).st_mode) else None
 
 
 @contextmanager
 def _opened(host: str, *names: str, create: bool = False) -> Iterator[int | None]:
     """Yield a descriptor of a folder below the host's, None if there is none. With `create`, create missing folders.
 
-    Raises OSError if a folder is a symbolic link, and CalicoError if it belongs to another user, or if the group or
-    others may write to it.
+    Raises OSError if a folder is a symbolic link. Raises CalicoError if a folder belongs to another user, or if its
+    group or others may write to it.
     """
     if create:
         DIRECTORY.mkdir(mode=0o755, parents=True, exist_ok=True)

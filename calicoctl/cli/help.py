@@ -9,7 +9,7 @@ from calicoctl.grammar import grammar_of
 
 
 def help_of(words: list[str]) -> str:
-    """Return the help of a command or, if further words select some of its usages, only of those."""
+    """Return the help of a command, `words[0]`. If further words select some of its usages, return only their part."""
     text = grammar_of(words[0]).strip()
     usages = usages_of(text)
     plain = positional(words, usages)
@@ -22,7 +22,7 @@ def help_of(words: list[str]) -> str:
 
 
 def _in_order(words: list[str], commands: list[str]) -> bool:
-    """Return whether all the words are among the commands, in the same order."""
+    """Return whether `commands` contains all of `words`, in the same order."""
     left = iter(commands)
     return all(word in left for word in words)
 

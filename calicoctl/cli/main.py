@@ -75,7 +75,7 @@ class _Output(io.FileIO):
 
     @classmethod
     def over(cls, stream: Any) -> io.TextIOWrapper:
-        """Return a stream to the same file that escapes the characters that its encoding lacks."""
+        """Return a text stream to the file of `stream`, in its encoding. Characters that it lacks are escaped."""
         binary = io.BufferedWriter(cls(stream.fileno(), "w", closefd=False))
         lines = stream is sys.stderr or stream.isatty()
         return io.TextIOWrapper(binary, stream.encoding, "backslashreplace", line_buffering=lines)
@@ -160,7 +160,7 @@ def main(argv: list[str], where: str = "", prepared: Prepared | None = None) -> 
 def prepare(argv: list[str]) -> Prepared:
     """Check a command line, `argv` without the global options; return the function that runs it. Raises CalicoError.
 
-    For most commands, adds the settings file's variables to the environment.
+    Except for help and the commands in WITHOUT_SETTINGS, adds the settings file's variables to the environment.
     """
     for word in argv:
         if "\0" in word or any("\ud800" <= c <= "\udfff" for c in word):

@@ -1,4 +1,4 @@
-"""Explains why a command line does not match the grammar, and suggests the nearest one that does: "did you mean …".
+"""Explains why a command line does not match the grammar, and suggests a valid one: "did you mean …".
 
 Imported only after such an error.
 """
@@ -59,7 +59,7 @@ def usage_error_for(mismatch: GrammarMismatch) -> UsageError:
 
 
 def _reach(usages: list[Usage], words: list[str]) -> tuple[int, list[Fit]]:
-    """Return the largest number of first words that match a usage, and how these words match each usage."""
+    """Return the length of the longest beginning of `words` that matches a usage, and how it matches each usage."""
     for count in range(len(words), 0, -1):
         found = fits(usages, words[:count])
         if any(found):
@@ -68,9 +68,9 @@ def _reach(usages: list[Usage], words: list[str]) -> tuple[int, list[Fit]]:
 
 
 def _closest(usages: list[Usage], found: list[Fit], words: list[str]) -> Usage:
-    """Return the usage closest to the words: a matching usage if there is one, with most of the words as keywords.
+    """Return the usage closest to the words: of the matching usages, the one that has most of the words as keywords.
 
-    `found` says how the words match each usage.
+    If no usage matches, all are compared. `found` says how the words match each usage.
     """
 
     def score(number: int) -> tuple[bool, int]:
@@ -106,7 +106,10 @@ def _unknown_option(usages: list[Usage], argv: list[str]) -> str | None:
 
 
 def _option_value(why: str) -> str | None:
-    """Return the error for an option that lacks its value, or takes none, from docopt's message `why`; else None."""
+    """Return the error for an option without its value, or with a value that it does not take; else None.
+
+    `why` is docopt's message.
+    """
     if "requires argument" in why:
         name = why.split()[0]
         return f"{name} needs a value: {name}=VALUE"
@@ -116,7 +119,7 @@ def _option_value(why: str) -> str | None:
 
 
 def _option_out_of_place(usages: list[Usage], found: list[Fit], argv: list[str]) -> str | None:
-    """Return the error for an option that the command has, but in other usages than the words match; else None."""
+    """Return the error for an option that the command has, but not in the usages that the words match; else None."""
     fitting = [usage for usage, fit in zip(usages, found) if fit.complete]
     if not fitting:
         return None
@@ -131,7 +134,10 @@ def _option_out_of_place(usages: list[Usage], found: list[Fit], argv: list[str])
 
 
 def _options_clash(found: list[Fit], argv: list[str]) -> str | None:
-    """Return the error for options that exclude each other, None without options or if the words are incomplete."""
+    """Return the error for a repeated option, or for options that exclude each other.
+
+    Returns None if there are no options, or if the words do not match a whole usage.
+    """
     options = _options(argv)
     if not options or not any(fit.complete for fit in found):
         return None
@@ -143,7 +149,7 @@ def _options_clash(found: list[Fit], argv: list[str]) -> str | None:
 
 
 def _options(argv: list[str]) -> list[str]:
-    """Return the names of the options on a command line."""
+    """Return the names of the options on a command line, up to the word `--`."""
     before = argv[: argv.index("--")] if "--" in argv else argv
     words = [word for word in before if word.startswith("-") and word != "-"]
     return [word.partition("=")[0] if word.startswith("--") else word[:2] for word in words]
@@ -182,10 +188,10 @@ def _elsewhere(words: list[str], place: int) -> str | None:
 
 
 def _repaired(usages: list[Usage], words: list[str], reach: int) -> list[list[str]]:
-    """Return up to MOST valid command lines that `words` may have been meant for.
+    """Return up to MOST valid command lines that the user may have meant by `words`.
 
-    They correct a misspelt word, else a missing word, else two swapped words, else two swapped words and a missing one.
-    `reach` is the number of first words that match a usage.
+    Tries four repairs, until one yields such lines: to correct a misspelt word, to insert a missing word, to swap two
+    words, and to do the last two. `reach` is from _reach.
     """
     own = {name for usage in usages for name in usage.commands()}
 

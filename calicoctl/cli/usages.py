@@ -92,10 +92,10 @@ def _fit(usage: Usage, words: list[str], own: list[bool]) -> Fit:
 
 
 def _walk(node: Node, words: list[str], starts: set[int], expected: set[Node], own: list[bool]) -> set[int]:
-    """Match words against a node; return the possible numbers of words that are consumed up to the node's end.
+    """Match words against a node; return how many words may be consumed up to the node's end: a set of numbers.
 
     `starts` are the possible numbers before the node; `own` says for each word whether it is a keyword. Nodes that
-    could consume another word after the last one are added to `expected`.
+    could consume a word after the last of `words` are added to `expected`.
     """
     name = kind(node)
     if name in ("Command", "Argument"):

@@ -1,1 +1,1 @@
-"""One module per command: its docstring is its grammar, and `prepare` returns the function that runs it."""
+"""One module per command. Its docstring is the command's grammar; its `prepare` returns the function to run."""

@@ -72,7 +72,7 @@ def _read(file: str | None) -> str:
 
 @dataclass(frozen=True)
 class Line:
-    """A command of a batch: the prefix of its errors, its words, and the function that runs it."""
+    """A command of a batch: `place` is the prefix of its errors, `prepared` the function that runs it."""
 
     place: str
     words: list[str]

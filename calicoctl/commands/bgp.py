@@ -58,7 +58,10 @@ def prepare(argv: list[str]) -> Prepared:
 
 
 def prepare_peers(arguments: dict[str, Any], of_this_host: bool) -> Prepared:
-    """Check a command about the global BGP peers, or about this host's peers; return the function that runs it."""
+    """Check a command about the global BGP peers, or this host's BGP peers; return the function that runs the command.
+
+    `arguments` are docopt's. Raises CalicoError.
+    """
     if arguments["show"]:
         return partial(_show, arguments, of_this_host)
     if arguments["remove"]:
@@ -69,9 +72,9 @@ def prepare_peers(arguments: dict[str, Any], of_this_host: bool) -> Prepared:
 
 
 def _remove_peer(name: str, of_this_host: bool) -> None:
-    """Remove a BGP peer, found by its address or by the last part of its key.
+    """Remove a BGP peer. `name` is its address, or the last part of its key.
 
-    The key is looked at, too, since another tool may have written an invalid value.
+    The peer is also searched by its key, since another tool may have written a key with an invalid value.
     """
     host = hostname() if of_this_host else None
     datastore = DatastoreClient.from_environment()

@@ -24,7 +24,7 @@ from types import FrameType
 from calicoctl.grammar import Prepared, parse
 
 TIMEOUT = 2
-"""Seconds until the source of candidates that is being queried is aborted; after one more, the completion ends."""
+"""Seconds after which the query for candidates is aborted. One second later, the process exits without candidates."""
 
 BASH = """\
 # bash completion for calicoctl
@@ -81,7 +81,7 @@ def prepare(argv: list[str]) -> Prepared:
 
 
 def _out_of_time(number: int, frame: FrameType | None) -> None:
-    """Handle an alarm: abort the source of candidates that is being queried; at the second alarm, exit."""
+    """Handle SIGALRM: abort the query for candidates by OutOfTime; at the next alarm, a second later, exit."""
     from calicoctl.cli.completion import OutOfTime
 
     signal.signal(signal.SIGALRM, lambda number, frame: os._exit(0))

@@ -131,7 +131,9 @@ def _seconds(text: str | None) -> float | None:
 def _await_agent(datastore: DatastoreClient, name: str, id: EndpointId, patience: float) -> None:
     """Wait at most `patience` seconds until this host's agent reports the endpoint as up; older reports do not count.
 
-    Raises CalicoError, with the reason, if the agent does not report that in time.
+    If the first report read says `up`, the endpoint is touched in etcd, so that the agent must report again. Raises
+    CalicoError, with the reason, if the agent does not report `up` in time, or if the workload is disconnected
+    meanwhile. `name` is the workload's name in these errors.
     """
     from calicoctl.felix import process
 
@@ -195,7 +197,7 @@ def _ip_remove(name: str, address: IPAddress, interface: str | None) -> None:
 
 
 def _request_and_interface(arguments: dict[str, Any]) -> tuple[AddressRequest, str | None]:
-    """Return the requested address, and the value of --interface (None if it is not given). Raises CalicoError."""
+    """Return the address request (from <IP>), and the value of --interface (None if absent). Raises CalicoError."""
     from calicoctl.workloads import wiring
 
     interface = arguments["--interface"]

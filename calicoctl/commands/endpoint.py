@@ -148,7 +148,7 @@ def _profile(arguments: dict[str, Any], names: list[str]) -> None:
 
 
 def readable_endpoints(datastore: DatastoreClient, host: str | None = None) -> list[Endpoint]:
-    """Return the valid endpoints of all hosts or of one, in display order; warn about invalid ones."""
+    """Return the valid endpoints of all hosts or, with `host`, of one, in display order; warn about invalid ones."""
     endpoints, invalid = datastore.readable_endpoints(host)
     for error in sorted(invalid, key=lambda error: error.key):
         warn(f"Warning: {error}")
@@ -183,7 +183,7 @@ def workload_cell(endpoint: Endpoint, short: bool) -> str:
 def show_endpoints(datastore: DatastoreClient, endpoints: Sequence[Endpoint], arguments: dict[str, Any]) -> None:
     """Print endpoints with all their fields, as JSON or as a table, abridged on a terminal (see output.abridges).
 
-    Below a table, warns with the reasons for the statuses of up to MOST_REASONS endpoints.
+    Below a table, prints the reasons for the statuses `error` and `up` as warnings, for up to MOST_REASONS endpoints.
     """
     hosts = {endpoint.id.host for endpoint in endpoints}
     status_of = datastore.hosts.endpoint_statuses(hosts.pop() if len(hosts) == 1 else None)
@@ -242,7 +242,7 @@ def _as_json(endpoint: Endpoint, status: str, reason: str | None) -> dict[str, A
 def _duration(since: str) -> str:
     """Return the time since `since` (see clock.py) as a short text, such as "for 5min".
 
-    If `since` has another format, returns it as it is.
+    If `since` has another format, returns "since", followed by that text.
     """
     try:
         begin = clock.parse(since)
@@ -281,7 +281,10 @@ def profile_names(arguments: dict[str, Any]) -> list[str]:
 
 
 def check_known_profile(name: str) -> str:
-    """Return a name that a profile can have, even if only other tools allow it; raise NotFound for any other."""
+    """Return `name` if it can be part of a key in etcd, and raise NotFound if it cannot.
+
+    Profiles that other tools have created may have such names. Whether the profile exists is not checked.
+    """
     if not keys.can_be_part(name):
         raise NotFound(f"There is no such profile: '{name}' is not a valid profile name.")
     return name
@@ -292,7 +295,8 @@ def change_profiles(
 ) -> None:
     """Append profiles to an endpoint's list, remove them, or set the list. Messages call the endpoint `name`.
 
-    Raises NotFound, without a change, if a profile to remove is not in the list, or if another profile does not exist.
+    Raises NotFound, without a change, if a profile to remove is not in the list, or if a profile to append or set does
+    not exist.
     """
     if arguments["remove"]:
         missing = [profile for profile in profiles if profile not in endpoint.profile_ids]

@@ -46,7 +46,7 @@ from calicoctl.datastore.usage import usages
 from calicoctl.diagnose import audit
 from calicoctl.errors import CalicoError, InvalidValue, NotFound, for_each, one_line
 from calicoctl.grammar import Prepared, parse
-from calicoctl.output import print_json, print_table, wants_json, warn
+from calicoctl.output import first_few, print_json, print_table, wants_json, warn
 
 if TYPE_CHECKING:
     from netaddr import IPAddress
@@ -165,7 +165,14 @@ def _readable_blocks(datastore: DatastoreClient, version: int) -> Iterator[Block
 
 
 def _check(fix: bool, as_json: bool) -> None:
-    findings = audit.check(DatastoreClient.from_environment())
+    datastore = DatastoreClient.from_environment()
+    unread = datastore.unread()
+    if unread:  # addresses of the endpoints in there would be released
+        why = f"{first_few(unread)} {'is' if len(unread) == 1 else 'are'} too large to be read"
+        if fix:
+            raise CalicoError(f"{why}, so nothing is repaired: delete what does not belong there.")
+        warn(f"Warning: {why}, so what is below counts as missing here.")
+    findings = audit.check(datastore)
     left = 0
     shown = []
     for finding in findings:

@@ -215,7 +215,10 @@ def _start(
 
 
 def _free_members(datastore: DatastoreClient) -> None:
-    """Remove what an agent that has ended has left, and what keeps this host from its etcd, so that no agent starts."""
+    """Remove routes and map elements, left by an earlier agent, that keep this host from reaching its etcd.
+
+    Without etcd, a new agent could not start, and would not remove them. Warns of each. See lifeline.py.
+    """
     from calicoctl.workloads import servers
 
     known = servers.current(datastore.members)
@@ -225,7 +228,10 @@ def _free_members(datastore: DatastoreClient) -> None:
 
 
 def _free(network: HostNetwork) -> bool:
-    """Do what _free_members does, for what is known of the servers; return whether there was anything to remove."""
+    """Do what _free_members does, for the servers that are known in `network`; return whether anything was found.
+
+    If the kernel refuses, stops without an error: the agent reports later what is wrong.
+    """
     from calicoctl.felix.dataplane.lifeline import let_members_pass, take_back_blocks, take_back_routes
     from calicoctl.felix.dataplane.nft import Nft
 
@@ -277,7 +283,10 @@ def _own_agent_writes(host: str) -> bool:
 
 @contextmanager
 def _claim_released_on_failure(datastore: DatastoreClient, claimed: Entry | None) -> Iterator[None]:
-    """If the body of `with` fails, delete the status that heartbeat.claim returned, unless the agent has renewed it."""
+    """If the body of `with` fails, delete `claimed`, the host's status from heartbeat.claim, unless it has changed.
+
+    Does nothing if `claimed` is None.
+    """
     try:
         yield
     except BaseException:
@@ -293,9 +302,10 @@ def _register(
     """Register this host, print its addresses, and warn about likely mistakes.
 
     `ipv4` is the IPv4 address to register, from the options or detected. `given` are the addresses in the options, by
-    IP version; `every` contains all addresses of this host's interfaces. If the host was not registered before, this
-    also notes that no workload of an older version is left to learn. While the store is frozen, a registered host
-    stays registered as it is, so that its agent, and a local etcd, can be started. Raises Frozen for another host.
+    IP version; `every` contains all addresses of this host's interfaces. If the host was not registered before, no
+    older version has connected a workload here: this is noted for learning.py (connected.set_learned). While the store
+    is frozen, a registered host stays registered as it is, so that its agent, and a local etcd, can be started. Raises
+    Frozen for another host.
     """
     registered = datastore.hosts.is_registered()
     if not registered:  # no older version has connected anything here
@@ -485,8 +495,8 @@ def _counted(endpoints: dict[str, int]) -> str:
 def _refuse_alive(datastore: DatastoreClient, this_one: bool) -> None:
     """Raise CalicoError if an agent of the host is alive.
 
-    `this_one` means that the host is this machine's own. Then its agent does not count, since the command is about to
-    stop it.
+    `this_one` means that the host is this machine's own. Then the agent on this machine does not count, since the
+    command is about to stop it.
     """
     host = datastore.host
     pid = process.running(host)
@@ -528,7 +538,10 @@ def _local_etcd(host: str) -> LocalEtcd | None:
 
 
 def _absolute(log_dir: str | None, default: str | None) -> str | None:
-    """Return the absolute path of `log_dir`, else of `default`, if any; raise CalicoError for an empty text."""
+    """Return the absolute path of `log_dir` or, if that is None, of `default`; None if both are None.
+
+    Raises CalicoError for an empty text.
+    """
     if log_dir is None:
         log_dir = default
     if log_dir is None:
@@ -539,7 +552,7 @@ def _absolute(log_dir: str | None, default: str | None) -> str | None:
 
 
 def _make(log_dir: str) -> None:
-    """Create a directory if it does not exist; raise CalicoError."""
+    """Create the log directory and its parents if they do not exist. Raises CalicoError."""
     try:
         Path(log_dir).mkdir(mode=0o755, parents=True, exist_ok=True)
     except OSError as error:
@@ -547,7 +560,10 @@ def _make(log_dir: str) -> None:
 
 
 def _host_address(text: str | None, version: int, option: str) -> str | None:
-    """Return an option's address, None if `text` is None; raise CalicoError unless it is unicast, of that version."""
+    """Return the address `text`, the value of an option, in canonical form; None if `text` is None.
+
+    Raises CalicoError unless it is a unicast address of this IP version.
+    """
     if text is None:
         return None
     with about(option):

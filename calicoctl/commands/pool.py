@@ -95,7 +95,10 @@ def _checked_mode(mode: str) -> str:
 
 
 def _check_new(networks: list[IPNetwork], ipip: bool) -> None:
-    """Raise CalicoError for networks that cannot be pools, regardless of existing pools."""
+    """Raise CalicoError for networks that cannot be new pools, for example because they overlap each other.
+
+    Existing pools are not checked.
+    """
     from calicoctl.datastore.blocks import BLOCK_SIZE
 
     for network in networks:

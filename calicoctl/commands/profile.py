@@ -297,7 +297,10 @@ def _rule_add(profile: str, direction: str, position: int | None, rule: Rule) ->
 
 
 def _warn_of_tags(datastore: DatastoreClient, rules: list[Rule]) -> None:
-    """Warn about tags that `rules` name and no profile has: they may be misspelt."""
+    """Warn about tags in `rules` that no profile has: they may be misspelt.
+
+    Does not warn if the tags of any profile are invalid, so that it is unknown which tags exist.
+    """
     named = {tag for rule in rules for tag in (rule.src_tag, rule.dst_tag) if tag is not None}
     known = datastore.all_tags() if named else None
     if known is None:
@@ -386,7 +389,7 @@ def _trace_lines(found: Trace, here: str) -> Iterator[str]:
 
 
 def _way(found: Trace) -> Iterator[str]:
-    """Yield the lines that show how a packet gets from its host to another, or outside."""
+    """Yield the lines about a packet's way out of its host: its masqueraded source, and its route to another host."""
     if found.sent_from is not None:
         yield f"From {found.source.host}: with the source address {found.sent_from}, by masquerade"
     route = found.route
@@ -407,7 +410,7 @@ def _parse_rule(words: list[str], is_new: bool) -> Rule:
 
 
 def _rule_usage(words: list[str]) -> str:
-    """Return the form of a rule, from the help of `profile`, that is closest to an invalid rule."""
+    """Return the usage to show for an invalid rule, `words`: the closest form of a rule in the help of `profile`."""
     forms = re.findall("^  (ACTION .*)", str(__doc__), re.MULTILINE)
     form: str = max(forms, key=lambda form: (len(set(re.findall("[a-z0-9]+", form)) & set(words)), -len(form)))
     form = form.replace("ACTION", "(allow|deny|log)").replace("SIDE", "[tag T] [cidr C]")

@@ -26,12 +26,13 @@ routes_out, last_error and suspicion (what may be wrong with its password).
 What comes from etcd or Docker, such as names of containers and the reasons of
 errors, is shown to root alone.
 
-The exit status is 1 when etcd cannot be read, written or watched, when an
-endpoint is in error, and when the current status is unknown: the agent is not
-running, or its report is older than half a minute (it is written every ten
-seconds), or an agent on another machine has taken over the host's name. In
-all other cases it is 0, also if BGP sessions are down, or an old agent
-(Felix) reports for this host and none of this version runs here.
+The exit status is 1 when etcd cannot be read, written or watched, when a
+directory in it is too large to be read, when an endpoint is in error, and
+when the current status is unknown: the agent is not running, or its report is
+older than half a minute (it is written every ten seconds), or an agent on
+another machine has taken over the host's name. In all other cases it is 0,
+also if BGP sessions are down, or an old agent (Felix) reports for this host
+and none of this version runs here.
 
 Examples:
   calicoctl status
@@ -46,7 +47,7 @@ from typing import Any
 from calicoctl import limits
 from calicoctl.datastore.hosts import hostname
 from calicoctl.diagnose import host_status
-from calicoctl.diagnose.host_status import AGENT, STORE, Issue
+from calicoctl.diagnose.host_status import AGENT, KEY, STORE, Issue
 from calicoctl.errors import CalicoError, one_line
 from calicoctl.felix import events
 from calicoctl.grammar import Prepared, parse
@@ -118,7 +119,7 @@ def _mtu(mtu: dict[str, Any]) -> str:
 
 
 def _bgp_lines(status: dict[str, Any]) -> list[str]:
-    """Return a line about BIRD, and a table of its sessions."""
+    """Return a line about BIRD and, if BIRD has sessions, the lines of a table of them."""
     label, sessions = "BGP:        ", status["bgp_sessions"]
     if status["bgp"] is None:
         return [f"{label}none; the agent is of an older version"]
@@ -151,7 +152,7 @@ def _absent(status: dict[str, Any]) -> str:
 
 
 def _issue_lines(issues: list[Issue], left_out: bool) -> list[str]:
-    """Return a heading, and at most MOST_LINES lines about problems. `left_out`: whether the report lacks some."""
+    """Return a heading, and at most MOST_LINES lines about problems. `left_out` says that the report lacks some."""
     if not issues:
         return ["Problems:   none"]
     shown = len(issues) if len(issues) <= MOST_LINES else MOST_LINES - 1
@@ -171,6 +172,8 @@ def _summary(failures: list[Issue], in_error: int) -> str:
     parts = []
     if any(issue.kind == STORE for issue in failures):
         parts.append("its agent cannot fully use etcd")
+    if any(issue.kind == KEY for issue in failures):
+        parts.append("its agent cannot read a part of etcd")
     if in_error:
         parts.append(f"{in_error} endpoint{'s are' if in_error > 1 else ' is'} in error")
     return f"This host has problems: {', and '.join(parts)}."

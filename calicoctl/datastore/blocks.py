@@ -32,10 +32,11 @@ class Owner:
 
 @dataclass
 class Block:
-    """64 addresses from `first` (as a number) on. `allocations[i]` is None or an index into `owners`.
+    """64 consecutive addresses of an IP version, `version`. `first` is the first one, as a number.
 
-    `affinity` is `host:NAME` or None. `owners` are the objects in "attributes" of the JSON, with handle_id and
-    secondary: see Owner. `extra` contains the other fields.
+    `allocations[i]` is None if the address `first + i` is free, else the index of its owner in `owners`. `affinity` is
+    `host:NAME` or None. `owners` are the objects in "attributes" of the JSON, with the fields "handle_id" and
+    "secondary": see Owner. `extra` contains the other fields of the JSON.
     """
 
     version: int
@@ -98,9 +99,9 @@ class Block:
     def free(self) -> list[int]:
         """Return the ordinals (offsets from `first`) of the free addresses, in the order in which to assign them.
 
-        Tools from 2016 on keep that order in the block, as "unallocated", and rely on it; they append a released
-        address. If that list and the allocations differ, the allocations are right. Source: `unallocated` in
-        pycalico/block.py of libcalico 0.8.
+        The order is that of the block's list "unallocated", if it has one. Free addresses that the list lacks come
+        last; addresses in the list that are not free are left out. Tools from 2016 on write the list and rely on it:
+        they append a released address. Source: `unallocated` in pycalico/block.py of libcalico 0.8.
         """
         listed = self.extra.get("unallocated")
         ordinals = [ordinal for ordinal in listed if type(ordinal) is int] if isinstance(listed, list) else []
@@ -108,7 +109,7 @@ class Block:
         return list(dict.fromkeys([*(ordinal for ordinal in ordinals if ordinal in free), *free]))
 
     def free_list_problem(self) -> str | None:
-        """Return what is wrong with the block's "unallocated" list (see `free`), None if it is correct."""
+        """Return what is wrong with the block's list "unallocated" (see `free`); None if it is correct or missing."""
         listed, free = self.extra.get("unallocated"), self.free()
         if listed is None or listed == free:
             return None
@@ -154,14 +155,17 @@ class Block:
         self.allocations[ordinal] = self.owners.index(attributes)
 
     def release(self, ordinal: int) -> None:
-        """Release the address `first + ordinal`, and remove attributes that no address refers to any more."""
+        """Release the address `first + ordinal`, and remove each of `owners` that has no address any more."""
         self.allocations[ordinal] = None
         used = sorted({index for index in self.allocations if index is not None})
         self.owners = [self.owners[index] for index in used]
         self.allocations = [None if index is None else used.index(index) for index in self.allocations]
 
     def set_workload_name(self, handle: str, host: str, name: str) -> bool:
-        """Set the workload's name in the attributes of a handle's addresses on a host; return whether any changed."""
+        """Write a workload's name into the attributes of the addresses that `handle` has on `host`.
+
+        Returns whether any attribute has changed.
+        """
         changed = False
         for attributes in self.owners:
             facts = attributes.get("secondary")
@@ -185,7 +189,7 @@ def block_cidr(version: int, first: int) -> str:
 
 
 def place(address: IPAddress) -> tuple[int, int, int]:
-    """Return the IP version of an address, the first address (as a number) of its block, and its ordinal there."""
+    """Return (IP version, first address of the block as a number, ordinal in the block) of an address."""
     value = int(address)
     return address.version, value - value % BLOCK_SIZE, value % BLOCK_SIZE
 
@@ -196,7 +200,10 @@ def block_key(address: IPAddress) -> str:
 
 
 def first_addresses(names: Iterable[str]) -> Iterator[int]:
-    """Yield the first addresses (as numbers) of blocks. `names` are the last parts of their keys; skip invalid ones."""
+    """Yield the first address (as a number) of each block in `names`. Invalid names are skipped.
+
+    `names` are the last parts of the keys of blocks, or of affinities.
+    """
     from calicoctl.addresses import parse_cidr
 
     for name in names:

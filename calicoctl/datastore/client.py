@@ -72,7 +72,7 @@ class DatastoreClient:
 
     @classmethod
     def from_environment(cls, patience: float = PATIENCE) -> DatastoreClient:
-        """Return a client for this host, of the store that the environment variables name; nothing is sent yet.
+        """Return a client on behalf of this host, for the store that the environment names; nothing is sent yet.
 
         `patience`: see backends.PATIENCE. Raises StoreError for invalid settings, CalicoError for an invalid host name.
         """
@@ -94,8 +94,12 @@ class DatastoreClient:
         return Statuses(self._store, self.host)
 
     def everything(self) -> list[Entry]:
-        """Return all entries below `/calico`."""
+        """Return all entries below `/calico`, except what cannot be read (see `Entry.problem`)."""
         return self._store.tree(keys.ROOT)
+
+    def unread(self) -> list[str]:
+        """Return the directories below `/calico` that are too large to be read: other methods find nothing there."""
+        return sorted(entry.key for entry in self._store.list_for_watch(keys.ROOT)[0] if entry.problem is not None)
 
     def store_version(self) -> str:
         """Check that the store can be read, and return the version of its server; raise StoreError."""
@@ -132,11 +136,12 @@ class DatastoreClient:
         return sorted((pool for _, pool in found), key=lambda pool: IPNetwork(pool.cidr)), invalid
 
     def put_pool(self, pool: Pool) -> Pool | None:
-        """Write a pool, keeping its unknown fields; return the pool as it was before, None for a new one.
+        """Write a pool, and keep the unknown fields that it has in the store.
 
-        A pool that another tool wrote to another key stays at that key. For a pool with IP-in-IP, the global setting
-        IpInIpEnabled is set as well. Raises CalicoError if another command adds an overlapping pool concurrently,
-        NotFound if another one deletes the pool, and InvalidValue if the pool's key has an invalid value.
+        Returns the pool as it was before, None for a new one. A pool that another tool wrote to another key stays at
+        that key. For a pool with IP-in-IP, the global setting IpInIpEnabled is set as well. Raises CalicoError if
+        another command adds an overlapping pool concurrently, NotFound if another command deletes the pool
+        concurrently, Conflict if others keep changing it, and InvalidValue if the pool's key has an invalid value.
         """
         version = version_of(pool.cidr)
         if pool.ipip:
@@ -161,7 +166,7 @@ class DatastoreClient:
         return before
 
     def _refuse_overlap(self, key: str, pool: Pool) -> None:
-        """Delete `pool`, just created at `key`, and raise CalicoError if an overlapping pool was created before it.
+        """If an overlapping pool is older than `pool`, delete the new pool's `key`, and raise CalicoError.
 
         Each of two writers reads the pools after its own write, so the later writer always sees the earlier pool.
         Entry.created says which pool is the earlier one, since both are written by `create`.
@@ -216,7 +221,7 @@ class DatastoreClient:
     def readable_bgp_peers(self, version: int, host: str | None = None) -> tuple[list[Peer], list[InvalidValue]]:
         """Return the valid BGP peers of an IP version, ordered by address, and an error for each invalid one.
 
-        With `host`, these are the peers of that host alone, else the global peers.
+        With `host`, these are the peers of that host alone; without `host`, the global peers.
         """
         from calicoctl.addresses import parse_address
 
@@ -229,11 +234,11 @@ class DatastoreClient:
         return sorted(peers, key=lambda peer: parse_address(peer.ip)), invalid
 
     def put_bgp_peer(self, peer: Peer, host: str | None = None) -> Peer | None:
-        """Write a BGP peer, keeping its unknown fields; return the peer as it was before, None for a new one.
+        """Write a BGP peer, and keep the unknown fields that it has in the store.
 
-        With `host`, it becomes a peer of that host alone, else a global peer. Raises NotFound if another command
-        deletes the peer concurrently, Conflict if others keep changing it, and InvalidValue if its key has an invalid
-        value.
+        Returns the peer as it was before, None for a new one. With `host`, it is a peer of that host alone; without
+        `host`, a global peer. Raises NotFound if another command deletes the peer concurrently, Conflict if others keep
+        changing it, and InvalidValue if its key has an invalid value.
         """
         key = keys.bgp_peer(version_of(peer.ip), peer.ip, host)
         if create_if_missing(self._store, key, peer.to_json()):
@@ -258,7 +263,7 @@ class DatastoreClient:
         return self._keys_called(name, directories, lambda e: Peer.from_json(*e).ip)
 
     def node_mesh(self) -> bool:
-        """Return whether all hosts peer with each other (full mesh): True if it is not set. Raises InvalidValue."""
+        """Return whether all hosts peer with each other (full mesh), True if the key is missing; raise InvalidValue."""
         entry = self._store.get(keys.BGP_NODE_MESH)
         if entry is None:
             return True
@@ -273,7 +278,7 @@ class DatastoreClient:
     # Settings: keys with plain text
 
     def setting(self, key: str) -> str | None:
-        """Return the value of a key, None if it is not set."""
+        """Return the value of a key, None if there is no such key."""
         entry = self._store.get(key)
         return None if entry is None else entry.value
 
@@ -295,7 +300,7 @@ class DatastoreClient:
         return self._store.exists(keys.profile(name))
 
     def require_profile(self, name: str) -> None:
-        """Raise NotFound unless there is such a profile."""
+        """Raise NotFound if there is no profile with this name."""
         if not self.profile_exists(name):
             raise NotFound(_no_profile(name))
 
@@ -312,7 +317,7 @@ class DatastoreClient:
         self._store.remove_tree(keys.profile(name))
 
     def tags(self, name: str) -> list[str]:
-        """Return a profile's tags; an empty list if only their key is missing.
+        """Return a profile's tags; an empty list if the profile exists, but the key of its tags does not.
 
         Raises NotFound if there is no such profile, and InvalidValue for invalid tags.
         """
@@ -335,7 +340,7 @@ class DatastoreClient:
 
         `change` modifies the list of tags in place, and returns whether to write it. After a concurrent write, `change`
         is called again with the new tags. Raises NotFound if there is no such profile, InvalidValue if its tags are
-        invalid, and CalicoError if the changed tags are too many.
+        invalid, CalicoError if the changed tags are too many, and Conflict if others keep changing them.
         """
         key = keys.profile_tags(name)
 
@@ -347,7 +352,7 @@ class DatastoreClient:
         return modify(self._store, key, _no_profile(name), text_of)
 
     def rules(self, name: str) -> Rules:
-        """Return a profile's rules; no rules if only their key is missing.
+        """Return a profile's rules; no rules if the profile exists, but the key of its rules does not.
 
         Raises NotFound if there is no such profile, and InvalidValue for invalid rules.
         """
@@ -355,7 +360,10 @@ class DatastoreClient:
         return Rules(name) if entry is None else Rules.from_json(name, entry.value, entry.key)
 
     def modify_rules(self, name: str, change: Callable[[Rules], bool]) -> bool:
-        """Change the rules of a profile; return whether they were written. `change` and errors: see modify_tags."""
+        """Change the rules of a profile by compare-and-swap; return whether they were written.
+
+        `change` and the errors: see `modify_tags`. CalicoError is raised if the changed rules are too many or too long.
+        """
         key = keys.profile_rules(name)
 
         def text_of(old: str) -> str | None:
@@ -368,14 +376,15 @@ class DatastoreClient:
     def replace_rules(self, rules: Rules) -> None:
         """Overwrite a profile's rules, even if those in the store are invalid.
 
-        Raises NotFound if there is no such profile, and CalicoError if the rules are too large.
+        Raises NotFound if there is no such profile, CalicoError if the rules are too many or too long, and Conflict if
+        others keep changing them.
         """
         key = keys.profile_rules(rules.id)
         self._complete(key, rules.id, rules.to_json())
         modify(self._store, key, _no_profile(rules.id), lambda old: rules.to_json())
 
     def _profile_entry(self, key: str, name: str) -> Entry | None:
-        """Return the entry of `key`, a key of the profile `name`; None if only this key is missing.
+        """Return the entry of `key`, a key of the profile `name`; None if the profile exists, but `key` does not.
 
         Raises NotFound if there is no such profile.
         """
@@ -385,7 +394,10 @@ class DatastoreClient:
         return entry
 
     def _complete(self, key: str, name: str, value: str) -> None:
-        """Create a profile's `key` with `value` if it is missing; raise NotFound if there is no such profile."""
+        """Create `key`, a key of the profile `name`, with `value` if it is missing.
+
+        Raises NotFound if there is no such profile.
+        """
         if self._profile_entry(key, name) is None:
             create_if_missing(self._store, key, value)
 
@@ -405,10 +417,10 @@ class DatastoreClient:
         return found, invalid
 
     def endpoints_with(self, address: IPAddress) -> list[EndpointId]:
-        """Return the ids of the endpoints of all hosts that list an address. For invalid endpoints, see `_lists`.
+        """Return the ids of the endpoints, on any host, that list `address`. For invalid endpoints, see `_lists`.
 
-        If one of them is the owner of the address in IPAM, only its id is returned. Raises InvalidValue if the block of
-        the address is invalid.
+        If an endpoint that lists the address owns it in IPAM, only the id of this endpoint is returned. Raises
+        InvalidValue if the block of the address is invalid.
         """
         text = str(address)
         owner = self.ipam.owner(address)
@@ -434,7 +446,10 @@ class DatastoreClient:
         return None if entry is None else entry.revision
 
     def workload_endpoints(self, orchestrator: str, workload: str) -> list[Endpoint]:
-        """Return the endpoints of one workload on this host, reading that workload's keys only; raise InvalidValue."""
+        """Return the endpoints of one workload on this host; raise InvalidValue for an invalid one.
+
+        Only that workload's keys are read.
+        """
         found = []
         for entry in self._store.tree(keys.endpoints(self.host, orchestrator, workload)):
             id = keys.parse_endpoint(entry.key)
@@ -482,10 +497,10 @@ class DatastoreClient:
         return sorted({id.workload for id in (keys.parse_endpoint(entry.key) for entry in entries) if id is not None})
 
     def workloads_named(self, orchestrator: str, name: str) -> list[str]:
-        """Return, sorted, the ids of an orchestrator's workloads on this host that were connected as `name`.
+        """Return, sorted, the ids of an orchestrator's workloads on this host that were connected under a name.
 
         If no endpoint has the name, the attributes of the workloads' addresses are searched: old tools remove the name
-        from the endpoint, but not from there.
+        from the endpoint, but not from the attributes.
         """
         endpoints = self.readable_endpoints(self.host)[0]
         ids = {e.id.workload for e in endpoints if (e.id.orchestrator, e.workload_name) == (orchestrator, name)}
@@ -509,8 +524,8 @@ class DatastoreClient:
     def modify_endpoint(self, id: EndpointId, change: Callable[[Endpoint], bool], known: Entry | None = None) -> bool:
         """Change an endpoint; return whether it was written. For `change`, see modify_tags; for `known`, store.modify.
 
-        Raises NotFound if there is no such endpoint, InvalidValue if it is invalid, and CalicoError if it gets too many
-        profiles or addresses.
+        Raises NotFound if there is no such endpoint, InvalidValue if it is invalid, CalicoError if it would have too
+        many profiles or addresses, and Conflict if others keep changing it.
         """
         key = keys.endpoint(id)
 

@@ -11,9 +11,9 @@ from calicoctl.errors import CalicoError
 
 @dataclass(frozen=True)
 class Setting:
-    """A setting: its name in the store, its allowed values (None: any text), and the default if it is not set.
+    """A setting: its name in the store, its allowed values, and the default (None: there is no fixed one).
 
-    With `largest`, the value is a whole number from `smallest` to `largest` instead.
+    If `values` is None, any text is allowed or, with `largest`, a whole number from `smallest` to `largest`.
     """
 
     name: str
@@ -56,7 +56,7 @@ WRITTEN = (
     Setting("LogFilePath", None, "none"),
     IPIP,
 )
-"""Global settings of the agents that `calicoctl node` writes with their defaults, as the tools of 2015 did."""
+"""Global settings of the agents. `calicoctl node` writes the defaults of missing ones, as the tools of 2015 did."""
 
 _READ = (GRACE_TIME, MTU, CHECK_SENDERS, HOST_SERVICES, MAX_CONNECTIONS)
 
@@ -76,8 +76,8 @@ NODE_BGP = {BGP_LOG_LEVEL.name: BGP_LOG_LEVEL}
 """Settings of one host's routing daemon."""
 
 RESERVED = ("marker", "as_num", "macs", "node_mesh", "peer_v4", "peer_v6", "ip_addr_v4", "ip_addr_v6")
-"""The last parts of keys that are in the directories of settings, but are not settings. `calicoctl config` refuses
-these names, since other commands write the keys."""
+"""The last parts of the keys that are in the same directories as settings, but are not settings. `calicoctl config`
+refuses these names, since other commands write the keys."""
 
 
 def settings_of(daemon: str, of_node: bool) -> dict[str, Setting]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import http.client
 import json
 import re
+import secrets
 import time
 from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -57,7 +58,7 @@ READ_TIMEOUT = 4.0
 """Seconds to wait for one member's answer. A command waits for a hanging member only once, then asks it last."""
 
 LARGEST_VALUE = 32 * answers.MiB
-"""The largest answer about one key, in bytes. A write has at most 10 MiB (an HTTP form); etcd escapes some of them."""
+"""The largest answer about one key, in bytes. A value has at most 10 MiB; in JSON, its escapes take more."""
 
 LARGEST_DIRECTORY = 128 * answers.MiB
 """The largest answer about a directory with all that is below it, in bytes. 50,000 endpoints take about 50 MiB."""
@@ -72,10 +73,10 @@ _NO_INDEX = 2**63 - 1
 """A revision that no entry ever has."""
 
 _NOT_SENT = ("NewConnectionError", "ConnectTimeoutError", "NameResolutionError", "SSLError", "LocationParseError")
-"""The errors of urllib3 that mean that no request left this host."""
+"""The names of those errors of urllib3 after which no request can have left this host."""
 
 _GARBLED = ("SSLError", "ProtocolError", "RemoteDisconnected", "ConnectionResetError", "BadStatusLine")
-"""The errors with which requests fail at a server that speaks another protocol."""
+"""The names of the errors with which requests fail at a server that speaks another protocol."""
 
 
 class Etcd2Store:
@@ -297,8 +298,9 @@ class _Connection:
         `directory` says that the answer is about a directory and what is in it, so it may be larger.
 
         If the answer is an error that the caller handles (no such key, compare failed, …), raises python-etcd's
-        exception; for any other error StoreError, WatchExpired or InvalidValue. If there is no answer, raises a
-        RequestFailed (members.py) or, if this host lacks memory or file descriptors, StoreUnavailable.
+        exception; for any other error StoreError, WatchExpired or InvalidValue. If there is no answer, or if the member
+        has no leader, raises a RequestFailed (members.py). If this host lacks memory or file descriptors, raises
+        StoreUnavailable.
         """
         import etcd
         import urllib3.exceptions
@@ -355,7 +357,7 @@ class _Connection:
         return kind(f"{self._url} did not answer ({why(cause)})", garbled)
 
     def _translated(self, error: Any, key: str) -> Any:
-        """Return the exception to raise for the answer `error`: itself if the caller of `request` handles it."""
+        """Return the exception to raise for an answer: `error` itself if the caller of `request` handles it."""
         import etcd
 
         url = self._url
@@ -449,12 +451,12 @@ def _confirm_quorum(client: etcd.Client, path: str) -> None:
     """Check by a quorum read that a member is not partitioned from the others. Raises python-etcd's exceptions.
 
     A partitioned member still answers watches, but reports no changes. The key that is read does not exist, as the keys
-    in the directory may be large.
+    in the directory may be large. Its name is random, so that nobody can have written it before.
     """
     import etcd
 
     try:
-        client.read(f"{path}/quorum", quorum=True, timeout=QUORUM_TIMEOUT)
+        client.read(f"{path}/{secrets.token_hex(16)}", quorum=True, timeout=QUORUM_TIMEOUT)
     except etcd.EtcdKeyNotFound as error:
         if "errorCode" not in error.payload:
             raise

@@ -11,9 +11,9 @@ So a request must not lag behind by 1,000 writes. But no change may be lost, or 
 * After a change, the next request asks from the revision after the change, so the change is delivered once. No earlier
   change is lost, since etcd sends the first one.
 * A request is silent if its wait ends without a change. That shows that there is no change from `waitIndex` up to the
-  revision in the headers, unless a change was sent and is delayed in the network. So it counts only when a second
-  request, over another connection, was silent about the same revisions: the next request asks from the revision that
-  the headers of the last request but one contained.
+  revision in the headers, unless a change was sent and is delayed in the network. So silence counts only when a second
+  request, over another connection, was silent about the same revisions: the next request asks from the revision after
+  the one in the headers of the last request but one.
 * What is written while a request waits is later than the revision in its headers, so later requests ask for it again.
 
 Hence a request lags behind by all that is written during the two requests before it. The revisions in the headers show
@@ -51,11 +51,11 @@ LARGEST = 64 * answers.MiB
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a watch has come: `revision` is the first revision from which changes are not known yet.
+    """How far a watch has come: changes from `revision` on are not known yet.
 
-    `searched` is the revision that etcd had searched when the last request was answered, at the time `at` (monotonic,
-    seconds): the one in the headers or, if there was a change, that of the change. `wait` is the wait of the last
-    silent request, in seconds, as `_wait` chose it.
+    `searched` is the revision up to which etcd had searched when the last request was answered, at the time `at`
+    (monotonic, seconds): the one in the headers or, if there was a change, that of the change. `wait` is the wait of
+    the last silent request, in seconds, as `_wait` chose it.
     """
 
     revision: int
@@ -115,8 +115,8 @@ def poll(
 def _wait(progress: Progress, reached: int, now: float) -> float:
     """Return for how many seconds a request may wait. Its headers arrived at `now`, with the revision `reached`.
 
-    The next request will ask from `progress.searched` on, so it must be sent before ROOM writes have followed that
-    revision.
+    The next request will ask for changes after `progress.searched`, so it must be sent before ROOM writes have followed
+    that revision.
     """
     written = max(0, reached - progress.searched)
     per_second = written / max(0.001, now - progress.at)
@@ -140,7 +140,7 @@ def _parse(event: Any) -> tuple[list[Change], int]:
 
 
 def _refuse(answer: Any) -> None:
-    """Raise python-etcd's exception for an answer with another status than 200."""
+    """Raise python-etcd's exception for an answer whose HTTP status is not 200."""
     import etcd
 
     try:

@@ -1,4 +1,4 @@
-"""Handles: for each workload, the number of its addresses in each block. So not all blocks need be read to find them.
+"""Handles: for each workload, the number of its addresses in each block. So the addresses are found in a few reads.
 
 If a handle's counts differ from the blocks, the blocks are right. On a store that is atomic, a count changes together
 with its block. On other stores, a count is increased before its block is written, and decreased afterwards. So even

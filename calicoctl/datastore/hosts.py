@@ -23,7 +23,10 @@ DEFAULT_POOLS = {4: "192.168.0.0/16", 6: "fd80:24e2:f998:72d6::/64"}
 
 
 def hostname() -> str:
-    """Return this host's name: $HOSTNAME, else the system's; raise CalicoError for an invalid one."""
+    """Return this host's name: $HOSTNAME or, if that is empty or not set, the system's host name.
+
+    Raises CalicoError for an invalid name.
+    """
     name = os.environ.get("HOSTNAME") or socket.gethostname()
     try:
         return check_hostname(name)
@@ -43,13 +46,13 @@ def check_hostname(name: str) -> str:
 
 @dataclass
 class HostSummary:
-    """What is in the store about one host: strings as they are stored, None for missing ones.
+    """A summary of what is in the store about one host. Addresses are as stored, None if they are missing.
 
     `as_num` is the default AS number if the host has no AS number of its own. `agent` is "up", "starting" until the
     first snapshot is in the kernel, or "down". `reported` is the time (ISO 8601) when the host's status was written,
     None if the agent is down; on a store with leases, it may be long ago. `endpoints` counts the host's endpoints by
-    the status that the agent has reported: "up", "down", "error", or "unknown". All are "unknown" unless the agent is
-    "up".
+    the status that the agent has reported: "up", "down", or "error". Those without a reported status, and all if the
+    agent is not "up", are counted as "unknown".
     """
 
     name: str
@@ -74,12 +77,15 @@ class Hosts:
         return any(self._store.exists(directory) for directory in directories)
 
     def registered(self) -> list[str]:
-        """Return the names of the hosts that are registered with BGP addresses; settings alone do not count."""
+        """Return, sorted, the names of the hosts with a key of a BGP address, even if its value is empty.
+
+        Other settings of a host do not count.
+        """
         entries = self._store.tree(keys.BGP_HOSTS)
         return sorted({host for host in map(keys.parse_bgp_host_address, (e.key for e in entries)) if host is not None})
 
     def summaries(self) -> list[HostSummary]:
-        """Return a HostSummary of each host, ordered by name."""
+        """Return, sorted by name, a HostSummary for each host with an address, AS number, heartbeat or endpoint."""
         found: dict[str, HostSummary] = {}
 
         def summary(name: str) -> HostSummary:
@@ -111,7 +117,7 @@ class Hosts:
         return [found[name] for name in sorted(found)]
 
     def endpoint_statuses(self, host: str | None = None) -> Callable[[EndpointId], tuple[str, str | None]]:
-        """Read the statuses of all hosts' endpoints, or of those of `host`. Return a function that looks one up.
+        """Read the statuses of all endpoints, or of the endpoints of `host`. Return a function that looks one up.
 
         The function takes an endpoint's id, and returns the status (one of ENDPOINT_STATES, see HostSummary) and the
         reason, None if there is none.
@@ -119,7 +125,7 @@ class Hosts:
         return _Reports(self._store.tree(keys.FELIX_HOSTS if host is None else keys.felix_host(host))).status
 
     def default_as_num(self) -> str:
-        """Return the global AS number in the store; DEFAULT_AS_NUMBER if it is missing or, as for agents, invalid."""
+        """Return the global AS number in the store; like the agents, DEFAULT_AS_NUMBER if it is missing or invalid."""
         from calicoctl.addresses import parse_as_number
 
         with suppress(CalicoError):
@@ -129,8 +135,8 @@ class Hosts:
     def addresses(self, version: int | None = None, entries: Iterable[Entry] | None = None) -> dict[str, str]:
         """Return canonical address -> host, for all registered hosts; with `version`, for that IP version only.
 
-        Invalid addresses are left out. An address of both this host and another one maps to the other one. `entries`
-        are those below keys.BGP_HOSTS, if they were just read.
+        Invalid addresses are left out. If this host and another host have the same address, it maps to the other host.
+        `entries` are those below keys.BGP_HOSTS, if they were just read.
         """
         from calicoctl.addresses import parse_address
 
@@ -158,7 +164,7 @@ class Hosts:
         return {address: host for address, host in self.addresses().items() if host != self.host}
 
     def check_writable(self) -> None:
-        """Raise StoreError if this user may not write this host's keys. Changes nothing."""
+        """Raise StoreError if this user may not write this host's keys. Tries two of them, and changes nothing."""
         self._store.check_writable(keys.host_bird_ip(self.host), keys.bgp_host_address(self.host, 4))
 
     def unregister(self) -> bool:
@@ -203,7 +209,7 @@ class Hosts:
         set_value(self._store, keys.host_config(self.host, "marker"), "created")
 
     def publish_macs(self, macs: Collection[str]) -> None:
-        """Write the source MACs of this host's packets to other hosts."""
+        """Write `macs` to the store: the source MACs of the packets that this host sends to other hosts."""
         set_value(self._store, keys.bgp_host_macs(self.host), json.dumps(sorted(macs)))
 
     def own_addresses(self) -> set[str]:
@@ -217,7 +223,8 @@ class Hosts:
         return found
 
     def next_hop(self, version: int, entries: Iterable[Entry] | None = None) -> str:
-        """Return this host's address of an IP version, the next hop of its workloads. `entries`: see `addresses`.
+        """Return this host's registered address of an IP version: the next hop of its workloads. `entries`: see
+        `addresses`.
 
         Raises CalicoError when the host is not registered for that IP version, InvalidValue for an invalid address.
         """
@@ -262,7 +269,7 @@ class _Reports:
                 self.heartbeats[name] = _fields(entry.value)
 
     def status(self, id: EndpointId) -> tuple[str, str | None]:
-        """See Hosts.endpoint_statuses."""
+        """Return an endpoint's status, and the reason or None; see Hosts.endpoint_statuses."""
         heartbeat, said = self.heartbeats.get(id.host), self._statuses.get(id, {})
         state, reason = said.get("status"), said.get("reason")
         if heartbeat is None or heartbeat.get("first_update") is False or state not in ENDPOINT_STATES:

@@ -115,7 +115,7 @@ class Ipam:
 
     @staticmethod
     def cidr_of(address: IPAddress) -> str:
-        """Return the CIDR of the block of an address, whether that block exists or not."""
+        """Return the CIDR of the block that contains an address, even if no such block exists."""
         version, first, _ = place(address)
         return block_cidr(version, first)
 
@@ -132,9 +132,9 @@ class Ipam:
         """Return address -> owner for the addresses of `handle` on this host.
 
         Returns None if there is no such handle, or if all its addresses are on other hosts: two hosts may have
-        namespaces with the same path, and so the same handle. The owner's attributes name the host. A handle without
-        any address is deleted, and the result is empty. If an interrupted command has left wrong counts, they are
-        corrected, so the caller must hold the workload's lock. Raises InvalidValue.
+        namespaces with the same path, and so the same handle. The owner's attributes name the host; if they name none,
+        it is this host. A handle without any address is deleted, and the result is empty. If an interrupted command has
+        left wrong counts, they are corrected, so the caller must hold the workload's lock. Raises InvalidValue.
         """
         holding = self.holding(handle, self.handles.read(handle))
         return None if holding is None else holding.owners
@@ -269,9 +269,9 @@ class Ipam:
         return held
 
     def set_workload_name(self, handle: str, addresses: Iterable[IPAddress], name: str) -> None:
-        """Write a workload's name into the attributes of its addresses, those of `handle` on this host.
+        """Write a workload's name into the attributes of the addresses that `handle` has on this host.
 
-        `addresses` name the blocks to change. Raises NotFound if one of the blocks does not exist.
+        Only the blocks that contain `addresses` are changed. Raises NotFound if one of these blocks does not exist.
         """
         for version, first in {place(address)[:2] for address in addresses}:
             key = keys.ipam_block(version, block_cidr(version, first))
@@ -305,7 +305,7 @@ class Ipam:
         return {EndpointId("", "", "", str(facts.get("endpoint"))).interface for facts in owners}
 
     def _held(self) -> Iterator[tuple[IPAddress, Owner]]:
-        """Yield all assigned addresses with their owners, of all valid blocks."""
+        """Yield the assigned addresses of all valid blocks, with their owners."""
         for version in (4, 6):
             for block in self.all_blocks(version):
                 if isinstance(block, Block):
@@ -330,9 +330,9 @@ class Ipam:
         return found, invalid
 
     def repair_affinity(self, version: int, cidr: str) -> None:
-        """Create the key of this host's affinity to a block, or delete it if the block does not name this host.
+        """Create the key of this host's affinity to a block, if the block has this affinity; else delete the key.
 
-        Raises InvalidValue for an invalid block.
+        The key is also deleted if the block does not exist. Raises InvalidValue for an invalid block.
         """
         entry = self._store.get(keys.ipam_block(version, cidr))
         if entry is not None and Block.from_entry(entry).affinity == f"host:{self._host}":
@@ -428,7 +428,7 @@ class Ipam:
 
         With `claim`, a block that does not exist is created, with affinity to this host; if it turns out to be another
         host's block, it is skipped. With `exact`, another host's block is used even then, and an address that the owner
-        has already is returned as if it were newly assigned. A block with strict affinity, but not to this host, is
+        already has is returned as if it were newly assigned. A block with strict affinity, but not to this host, is
         skipped or, with `exact`, raises CalicoError. For `known`, see `assign`. Raises Conflict if other writers keep
         changing the block.
         """
@@ -556,7 +556,7 @@ class Ipam:
 
 
 def _strict_refusal(block: Block, ordinal: int) -> str:
-    """Return why this host cannot assign an address of another host's block."""
+    """Return why this host cannot assign an address of a block with strict affinity, but not to this host."""
     whose = f"of {block.affinity.replace(':', ' ', 1)}" if block.affinity else "of no host"
     return (
         f"IP {block.address(ordinal)} is in the block {block.cidr} {whose}, which no other host takes addresses from "

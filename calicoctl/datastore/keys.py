@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from calicoctl import limits
+
 ROOT = "/calico"
 POLICY_AND_HOSTS = "/calico/v1"
 READY = "/calico/v1/Ready"
@@ -28,15 +30,18 @@ BGP_AS_NUM = f"{BGP_GLOBAL}/{AS_NUM}"
 BGP_NODE_MESH = f"{BGP_GLOBAL}/node_mesh"
 
 DEEPEST = 10
-"""The number of parts of the longest key, which is that of an endpoint's status."""
+"""The number of parts of the deepest key: the key of an endpoint's status."""
 
 INTERFACE_PREFIX = "cali"
-"""The prefix of the names of the endpoints' interfaces on their hosts. No other interface's name may begin with it."""
+"""The names of endpoints' interfaces on their host begin with this. No other interface's name may begin with it."""
 
 
 @dataclass(frozen=True)
 class EndpointId:
-    """Identifies one endpoint: host, orchestrator (`docker`, `namespace`), workload, and an id of 32 hex digits."""
+    """Identifies one endpoint: host, orchestrator (`docker`, `namespace`), workload, and the endpoint's own id.
+
+    The own id has 32 hex digits if this program created the endpoint.
+    """
 
     host: str
     orchestrator: str
@@ -75,7 +80,7 @@ def host_bird_ip(host: str) -> str:
 
 
 def parse_host_bird_ip(key: str) -> str | None:
-    """Return the host whose IPv4 address a key holds, None for any other key."""
+    """Return the host to which a key `bird_ip` (an IPv4 address) belongs, None for any other key."""
     parts = key.split("/")
     return parts[4] if len(parts) == 6 and parts[5] == "bird_ip" and key.startswith(HOSTS + "/") else None
 
@@ -101,8 +106,8 @@ def endpoint(id: EndpointId) -> str:
 
 
 def parse_endpoint(key: str) -> EndpointId | None:
-    """Return the endpoint that a key identifies, None for any other key."""
-    if not key.startswith(HOSTS + "/"):
+    """Return the endpoint that a key identifies, None for any other key, and for one longer than limits.KEY."""
+    if not key.startswith(HOSTS + "/") or len(key) > limits.KEY:
         return None
     parts = key[len(HOSTS) + 1 :].split("/")
     if len(parts) == 6 and parts[1] == "workload" and parts[4] == "endpoint":
@@ -111,7 +116,7 @@ def parse_endpoint(key: str) -> EndpointId | None:
 
 
 def parse_felix_endpoint(key: str) -> EndpointId | None:
-    """Return the endpoint whose status a key holds, None for any other key."""
+    """Return the endpoint to which the key of a status belongs, None for any other key."""
     return parse_endpoint(key.replace(FELIX_HOSTS, HOSTS, 1)) if key.startswith(FELIX_HOSTS + "/") else None
 
 
@@ -128,7 +133,7 @@ def profile_rules(name: str) -> str:
 
 
 def parse_profile(key: str) -> str | None:
-    """Return the profile whose tags or rules a key holds, None for any other key."""
+    """Return the profile to which a key of tags or rules belongs, None for any other key."""
     parts = key.split("/")
     return parts[5] if len(parts) == 7 and parts[6] in ("tags", "rules") and key.startswith(PROFILES + "/") else None
 
@@ -163,7 +168,7 @@ def bgp_host_address(host: str, version: int) -> str:
 
 
 def parse_bgp_host_address(key: str) -> str | None:
-    """Return the host whose BGP address a key holds, None for any other key."""
+    """Return the host to which a key of a BGP address belongs, None for any other key."""
     parts = key.split("/")
     of_host = len(parts) == 7 and key.startswith(BGP_HOSTS + "/")
     return parts[5] if of_host and parts[6] in ("ip_addr_v4", "ip_addr_v6") else None
@@ -178,7 +183,7 @@ def bgp_host_macs(host: str) -> str:
 
 
 def parse_bgp_host_setting(key: str, name: str) -> str | None:
-    """Return the host whose BGP setting of this name a key holds, None for any other key."""
+    """Return the host to which a key of the BGP setting `name` belongs, None for any other key."""
     parts = key.split("/")
     return parts[5] if len(parts) == 7 and parts[6] == name and key.startswith(BGP_HOSTS + "/") else None
 
@@ -238,8 +243,8 @@ def implied_directories(key: str) -> list[str]:
     """Return the directories, deepest first, that are removed if they are empty after the key is deleted.
 
     For the key of an endpoint, these are the directories of its workload. For the key of an endpoint's status, the
-    directory of the orchestrator is added. For any other key, there are none: the programs of 2015 expect that its
-    directories stay. This matters only to stores that have directories, such as etcd's v2 API.
+    directory of the orchestrator is added. For any other key, there are none: the programs of 2015 expect that the
+    directories above it stay. This matters only to stores that have directories, such as etcd's v2 API.
     """
     id, levels = parse_endpoint(key), 2
     if id is None:
@@ -254,7 +259,7 @@ def dashed(cidr: str) -> str:
 
 
 def undashed(name: str) -> str:
-    """Return the CIDR that is written as part of a key; see dashed."""
+    """Return the CIDR in a part of a key: the inverse of `dashed`."""
     address, _, prefix = name.rpartition("-")
     return f"{address}/{prefix}"
 

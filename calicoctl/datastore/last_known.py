@@ -1,8 +1,9 @@
-"""Reaches members of etcd whose names cannot be resolved: at the addresses that the names had when they last could be.
+"""Reaches members of etcd although their names cannot be resolved: at the addresses that were resolved last.
 
-Without that, a host whose DNS is cut off, for example by a route to a container, would not read in etcd that the route
-is gone. The agent keeps the addresses in /var/lib/calico/HOST/members (JSON: a list of addresses by name), of root
-alone, so they outlive it, and reboots. TLS still asks for the name.
+Without this, a host that is cut off from DNS, for example by a route to a container, could not read in etcd that the
+route is gone. The agent writes the addresses to the file /var/lib/calico/HOST/members, which only root may read (JSON:
+an object, name -> list of addresses). So they survive the agent, and reboots. TLS still checks the certificate against
+the name.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ _FILE = "members"
 
 
 def addresses(name: str) -> list[str]:
-    """Return the canonical addresses that a member's name had when it was last resolved; empty if they are unknown."""
+    """Return, sorted, the canonical addresses that a member's name had when it was last resolved.
+
+    The list is empty if they are unknown, or if this process may not read the file.
+    """
     found = set()
     with suppress(CalicoError, ValueError):  # only root may read the file
         known = json.loads(state.read(hostname(), _FILE) or b"{}")
@@ -34,13 +38,13 @@ def addresses(name: str) -> list[str]:
 
 
 def remember(known: Mapping[str, Collection[str]]) -> None:
-    """Keep the addresses of members' names. Raises CalicoError."""
+    """Replace the file: write the addresses of members by name. Raises CalicoError."""
     content = json.dumps({name: sorted(found) for name, found in sorted(known.items())})
     state.write(hostname(), _FILE, content=content.encode())
 
 
 def forget(host: str) -> None:
-    """Remove what is known of the members of a host that is removed. Raises CalicoError."""
+    """Remove the file of a host that is no longer registered. Raises CalicoError."""
     state.remove(host, _FILE)
 
 
@@ -57,7 +61,10 @@ def connect(name: str, port: int, seconds: float) -> socket.socket:
 
 @cache
 def pools() -> dict[str, Any]:
-    """Return the classes of urllib3's pools, by scheme, whose connections fall back to these addresses."""
+    """Return classes of connection pools for urllib3, by scheme ("http", "https").
+
+    If a connection cannot resolve the name of a member, it tries the addresses that `addresses` returns.
+    """
     from urllib3.connection import HTTPConnection, HTTPSConnection
     from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
     from urllib3.exceptions import NameResolutionError

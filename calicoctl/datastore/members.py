@@ -1,6 +1,6 @@
 """Failover over the members of a cluster, and writes whose outcome is unknown. Shared by all backends.
 
-`Members` has one connection to each member, of a class of the backend. If a request gets no answer, the connection
+`Members` has one connection to each member; the backend defines its class. If a request gets no answer, the connection
 raises NotSent, Unanswered or ConnectionLost. Any other exception is an answer, and is passed on to the caller. A
 request that did not reach a member is sent to the next one, so the failure of one member does no harm. A write that may
 have been applied is sent again only after its key was read: a verdict (`created`, `updated` or `deleted` below) decides

@@ -51,7 +51,7 @@ def load_tags(text: str, key: str) -> list[str]:
 
 @contextmanager
 def _limited(key: str) -> Iterator[None]:
-    """Convert a CalicoError inside `with`, which is about a limit, to InvalidValue for `key`."""
+    """Convert a CalicoError from the body of `with` (a limit is exceeded) to an InvalidValue for `key`."""
     try:
         yield
     except InvalidValue:
@@ -92,7 +92,10 @@ def _excerpt(text: str) -> str:
 
 
 def _is_net(text: str, version: int) -> bool:
-    """Return whether a text is an address and a prefix length. Avoids netaddr: importing it takes too long."""
+    """Return whether a text is an address of an IP version with a prefix length, such as `192.0.2.1/32`.
+
+    Avoids netaddr: importing it takes too long.
+    """
     address, _, length = text.partition("/")
     try:
         socket.inet_pton(FAMILIES[version], address)
@@ -130,7 +133,10 @@ class Endpoint:
 
     @classmethod
     def from_json(cls, id: EndpointId, text: str, key: str) -> Endpoint:
-        """Parse `text`, the value of `key`; raise InvalidValue. A single `profile_id` becomes a list of one profile."""
+        """Parse `text`, the value of `key`; raise InvalidValue.
+
+        If there are no `profile_ids`, a single `profile_id` becomes a list of one profile.
+        """
         data = load_object(text, key)
         profile = data.pop("profile_id", None)
         if profile is not None and data.get("profile_ids") is None:
@@ -261,7 +267,7 @@ class Rules:
 
     @classmethod
     def default(cls, profile: str) -> Rules:
-        """Return the rules of a new profile: allow inbound from the tag of the profile's name, and all outbound."""
+        """Return the rules of a new profile: allow inbound packets from the tag `profile`, and all outbound packets."""
         return cls(profile, inbound=[Rule(src_tag=profile)], outbound=[Rule()])
 
     @classmethod

@@ -11,13 +11,13 @@ import ssl
 from contextlib import closing
 
 PATIENCE = 1.0
-"""Seconds to wait for each answer."""
+"""Seconds to wait for a connection, and for each part of an answer."""
 
 _SETTINGS_FRAME = 4
 
 
 def mismatch(scheme: str, host: str, port: int) -> str | None:
-    """Return what a server speaks instead of `scheme` (http or https), and the remedy, as a text; None if unknown."""
+    """Return, as a text, what a server speaks instead of `scheme` (http or https), and the remedy; None if unknown."""
     host = host.strip("[]")
     if scheme == "https":
         if _first_bytes(host, port).startswith(b"HTTP/"):
@@ -32,7 +32,11 @@ def mismatch(scheme: str, host: str, port: int) -> str | None:
 
 
 def _first_bytes(host: str, port: int) -> bytes:
-    """Return at most nine bytes (the header of an HTTP/2 frame) of a server's answer to a plain HTTP request."""
+    """Return the first nine bytes of a server's answer to a plain HTTP request.
+
+    The header of an HTTP/2 frame has nine bytes. If the connection fails or ends before that, returns the bytes that
+    have arrived, if any.
+    """
     answer = b""
     try:
         with closing(socket.create_connection((host, port), PATIENCE)) as connection:

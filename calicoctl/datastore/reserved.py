@@ -3,8 +3,10 @@
 The host's own addresses, its gateways, the members of its etcd, its DNS servers, and the addresses of registered hosts
 must not be routed to a workload. In a network that the host is connected to, other machines use addresses that IPAM
 does not know of. So a workload is assigned an address of such a network only if the user requests the address
-explicitly. Plain data: host_network.py reads them from the kernel, servers.py resolves names and reads resolv.conf, and
-hosts.py reads the registered addresses. IPAM and the agent's routes use this module.
+explicitly.
+
+Plain data: host_network.py reads addresses and networks from the kernel, servers.py resolves names and reads
+resolv.conf, and hosts.py reads the registered addresses. IPAM and the agent's routes use this module.
 """
 
 from __future__ import annotations
@@ -32,13 +34,13 @@ class Network:
 
     @classmethod
     def of(cls, address: str, length: int, interface: str = "") -> Network:
-        """Return the network with the prefix length `length` that contains a valid address."""
+        """Return the network with the prefix length `length` that contains `address`, which must be valid."""
         version, number = _number(address)
         return cls(version, number >> (BITS[version] - length) << (BITS[version] - length), length, interface)
 
     @classmethod
     def parse(cls, cidr: str) -> Network:
-        """Return the network of a valid CIDR."""
+        """Return the network of a CIDR, which must be valid."""
         address, _, length = cidr.partition("/")
         return cls.of(address, int(length))
 
@@ -84,7 +86,7 @@ class Networks:
 class Servers:
     """The canonical addresses of servers that a host depends on: the members of its etcd, and its DNS servers.
 
-    `unknown` are the names of members of which no address is known.
+    `unknown` are the names of those members of which no address is known.
     """
 
     members: frozenset[str] = frozenset()
@@ -93,7 +95,7 @@ class Servers:
 
     @property
     def vital(self) -> frozenset[str]:
-        """The addresses without which the host does not reach its etcd."""
+        """The addresses that the host needs to reach its etcd, including DNS servers if `unknown` is not empty."""
         return self.members | self.dns if self.unknown else self.members
 
 
@@ -116,13 +118,14 @@ class InterfaceAddress:
 class HostNetwork:
     """A host's own addresses and networks.
 
-    `in_use` maps addresses to their descriptions: the host's own, those of its gateways and of the members of its etcd,
-    and broadcast addresses. All addresses of the networks in `local` are addresses of the host as well. `unfit` maps
-    the addresses that stand for a whole network (network address, anycast address of the routers) to their
-    descriptions. `networks` are the networks to which the host is connected.
+    `in_use` maps addresses to their descriptions. It contains the host's own addresses, the addresses of its gateways
+    and of the members of its etcd, and broadcast addresses. All addresses of the networks in `local` are addresses of
+    the host as well. `unfit` maps the addresses that stand for a whole network (network address, anycast address of the
+    routers) to their descriptions. `networks` are the networks to which the host is connected.
 
-    `own` are the addresses of the host's interfaces. `gateways` are the next hops of routes. `routes` are the
-    destinations of routes, without default routes. Neither contains what a routing daemon has learned.
+    `own` are the addresses of the host's interfaces. `gateways` are the next hops of routes, except routes through
+    workloads' interfaces. `routes` are the destinations of routes, without default routes. Neither contains what a
+    routing daemon has learned.
 
     `reached` maps the addresses of other hosts and of BGP peers, and one address in each block of another host, to the
     interfaces of the routes to them. The value is empty if there is no route; for a block, a default route does not
@@ -153,7 +156,9 @@ class HostNetwork:
         routes: Iterable[tuple[str, int]] = (),
         learned: Iterable[tuple[str, str]] = (),
     ) -> HostNetwork:
-        """Derive a HostNetwork from a host's addresses and routes. Its other fields keep their defaults.
+        """Derive a HostNetwork from a host's addresses and routes.
+
+        The fields `reached`, `routed`, `macs` and `servers` of the result keep their defaults.
 
         `gateways` are the next hops of routes, as (address, interface). `local` are the destinations of local routes,
         as (address, prefix length): all addresses in such a destination are addresses of the host. `on_link` are
@@ -200,7 +205,7 @@ class HostNetwork:
         )
 
     def with_servers(self, servers: Servers) -> HostNetwork:
-        """Return this network with the servers that the host depends on."""
+        """Return a copy with the servers that the host depends on; the members are added to `in_use`."""
         members = dict.fromkeys(servers.members, MEMBER)
         return replace(self, in_use={**members, **self.in_use}, servers=servers)
 
@@ -227,7 +232,7 @@ class HostNetwork:
         return f"pool {cidr} overlaps {named}, which this host is connected to, {rest}"
 
     def overlapping(self, cidr: str) -> list[Network]:
-        """Return the networks to which the host is connected and that overlap a pool."""
+        """Return those of the host's connected networks (`networks`) that overlap a pool."""
         pool = Network.parse(cidr)
         return [network for network in self.networks if network.overlaps(pool)]
 
@@ -244,7 +249,10 @@ class Reserved:
     host: str = ""
 
     def user(self, address: str) -> str | None:
-        """Describe an address that is in use, for example `this host's own address (on eth0)`; None for any other."""
+        """Describe an address that is in use, for example `this host's own address (on eth0)`.
+
+        Returns None for any other address.
+        """
         host = self.registered.get(address)
         known = self.network.has(address)
         if known is not None or host is None:
@@ -252,7 +260,7 @@ class Reserved:
         return "this host's own address (it is registered with it)" if host == self.host else f"that of host {host}"
 
     def refusal(self, address: str) -> str | None:
-        """Say why no new workload may have an address; None if a workload may have it."""
+        """Return why `address` must not be assigned to a workload that does not have it yet; None if it may be."""
         is_dns = address in self.network.servers.dns
         return self.user(address) or (DNS_SERVER if is_dns else self.network.unfit.get(address))
 

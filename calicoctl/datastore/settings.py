@@ -114,8 +114,8 @@ class EtcdSettings:
     def local_etcd_hint(self, one: str, local: str, would_do: bool = False) -> str:
         """Return, for an error message, what `calicoctl node --local-etcd` would do here; "" if it would refuse.
 
-        In the text, `one` stands for an etcd that it would start for the first time, and `local` for one that it would
-        start again. With `would_do`, it would start a first one even if the environment names a member.
+        `one` is what the text calls an etcd that the command starts for the first time, and `local` an etcd that it
+        starts again. `would_do`: the command would start a first etcd although the environment names a member.
         """
         command = "'calicoctl node --local-etcd'"
         if self.is_default or would_do:
@@ -158,7 +158,11 @@ def _password_in(path: str) -> str:
 
 
 def _check_tls_files(ca_cert: str | None, cert: str | None, key: str | None) -> None:
-    """Raise StoreError if a file does not contain the kind of certificate or key that its variable stands for."""
+    """Raise StoreError if a TLS file cannot be used; None stands for a file that is not set.
+
+    The CA file must contain a certificate in PEM format; the client's certificate and key must be in PEM format,
+    without a password, and belong to each other.
+    """
     import ssl
 
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)

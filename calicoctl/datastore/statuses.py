@@ -33,7 +33,7 @@ class Statuses:
     def of_old_agent(self) -> bool:
         """Return whether Felix of 2015 is alive on this host: unlike this agent, it reports no `machine` and no `boot`.
 
-        False if the status is invalid.
+        False if the status is missing or invalid.
         """
         status = self.of_host()
         try:

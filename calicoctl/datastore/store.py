@@ -223,9 +223,10 @@ class Store(Protocol):
         """
 
     def watch(self, directory: str, revision: int, seconds: float) -> Watch:
-        """Return a watch of the changes below `directory` from `revision` on. Nothing is sent before the first batch.
+        """Return a watch of the changes below `directory` from `revision` on, that one included.
 
-        If nothing changes for `seconds`, the watch yields an empty batch.
+        No request is sent until `next` is called for the first time. If nothing changes for `seconds`, the watch yields
+        an empty batch.
         """
 
 

@@ -1,4 +1,4 @@
-"""Counts the addresses of pools: used, free and borrowed. Reads every block; changes nothing."""
+"""Counts the addresses of pools: used, free and borrowed. The caller reads pools and blocks from the store."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Usage:
-    """The numbers of addresses of a pool (`pool` is its CIDR).
+    """The numbers of addresses of a pool. `pool` is its CIDR; `addresses` counts all its addresses, used or free.
 
     `borrowed` counts the addresses that a host uses although their block has affinity to another host. In the usage of
     addresses that are in no pool, `pool`, `addresses` and `free` are None.
@@ -31,7 +31,7 @@ class Usage:
 def usages(pools: Iterable[Pool], blocks: Iterable[Block]) -> list[Usage]:
     """Return the usage of each pool. `pools` and `blocks` are all those of one IP version.
 
-    If addresses that are in no pool are used, their usage comes last.
+    If addresses in no pool are used, their usage comes last.
     """
     from netaddr.ip import IPNetwork
 

@@ -1,15 +1,19 @@
 """Decides which addresses of this host's endpoints the data plane may use: none that the host itself needs.
 
-Anybody who may write to the store can list any address in an endpoint. An address is refused if
+Anybody who may write to the store can list any address in an endpoint. There are four objections to an address:
 
-* this host needs it: its own addresses, gateways, and the members of its etcd (`HostNetwork.has`). That always holds,
-  also if the endpoint had the address before, since without its store the host could not be repaired from elsewhere;
-* a host is registered with it. That always holds as well: policy treats packets from it as those of a host;
-* it is in no pool, or a DNS server of this host. One of the two does not hold for an address that the endpoint has
-  already: a pool that was removed, or cannot be read, cuts nobody off. What an endpoint has is what the agent has let
-  it have before or, when the agent starts, what the kernel routes to its interface, and what `exceptions` was last.
+* This host needs the address: it belongs to the host, a gateway or a member of its etcd (see `HostNetwork.has`).
+* A host is registered with the address: policy treats packets from the address as packets of that host.
+* The address is in no pool.
+* It is the address of a DNS server of this host.
 
-Does not read the kernel: the caller passes these routes to `adopt`.
+Each of the first two is enough to refuse an address, even if the endpoint had it before: a host that does not reach its
+etcd could not be repaired from elsewhere. Each of the last two is enough to refuse a new address. An address that the
+endpoint already has is refused only if both apply: nobody is cut off because a pool was removed, or cannot be read.
+
+An endpoint already has the addresses that were admitted before. When the agent starts, these are the addresses that the
+kernel routes to the endpoint's interface, and those that `exceptions` returned last, which the agent keeps in a file.
+Reads neither the kernel nor this file: the caller passes the addresses to `adopt`.
 """
 
 from __future__ import annotations
@@ -35,9 +39,9 @@ class Admission:
         self.network = HostNetwork()
         self._topology = topology
         self._pools: dict[str, Network] = {}
-        """By key: the pools, also those whose values cannot be read, if their keys say which networks they are."""
+        """Key of a pool -> its network. If its value cannot be read, the network is that in its key, if any."""
         self._in_pools: Networks | None = None
-        """The networks of `_pools`; None if they have changed since it was last needed."""
+        """The networks of `_pools`; None if `_pools` has changed since these were last needed."""
         self._changed = False
         self._admitted: set[Use] = set()
 
@@ -46,7 +50,7 @@ class Admission:
         return Reserved(self.network, self._topology.users, self._topology.host)
 
     def set_pool(self, key: str, cidr: str | None) -> None:
-        """Set the CIDR of the pool at a key; None if there is no pool, or if its CIDR is not known."""
+        """Set the CIDR of the pool at a key. None stands for no pool, or for a pool with an unknown CIDR."""
         before = self._pools.pop(key, None)
         if cidr is not None:
             self._pools[key] = Network.parse(cidr)
@@ -73,9 +77,9 @@ class Admission:
         return {*self.network.servers.dns, *(peer for peer in peers if not self.is_in_pool(peer))}
 
     def objection(self, interface: str, address: str) -> tuple[str, bool] | None:
-        """Say what is wrong with an address of the endpoint with this interface; None if nothing is.
+        """Return the objection to an address of the endpoint with this interface, None if there is none.
 
-        Returns the reason, and whether the address is refused. It is not refused if the endpoint may keep it.
+        Returns (reason, whether the address is refused). It is not refused if the endpoint may keep it.
         """
         user = self.reserved.user(address)
         if user is not None:
@@ -87,7 +91,10 @@ class Admission:
         return None if in_pool else ("in no pool", not stays)
 
     def decide(self, candidate: LocalEndpoint) -> LocalEndpoint:
-        """Return an endpoint without the addresses that are refused; `conflict` and `warning` give the reasons."""
+        """Return an endpoint without its refused addresses.
+
+        `conflict` says which addresses are refused, and `warning` which ones stay despite an objection; both say why.
+        """
         found = {address: self.objection(candidate.interface, address) for address in candidate.addresses}
         if not any(found.values()):
             return candidate
@@ -101,10 +108,10 @@ class Admission:
         )
 
     def addresses_of(self, endpoint: Endpoint) -> tuple[str, ...]:
-        """Return the addresses that an endpoint contributes to tags, without refused ones if it is one of this host.
+        """Return the addresses that an endpoint contributes to tags.
 
-        An endpoint of another host contributes all its addresses: this host does not know which ones the other host
-        lets it keep.
+        Refused addresses of this host's endpoints are left out. An endpoint of another host contributes all its
+        addresses: this host does not know which ones the other host lets it keep.
         """
         addresses = usable_addresses(endpoint)
         if endpoint.id.host != self._topology.host:
@@ -112,15 +119,15 @@ class Admission:
         objections = {address: self.objection(endpoint.name, address) for address in addresses}
         return tuple(address for address, said in objections.items() if said is None or not said[1])
 
-    # What endpoints have already
+    # What endpoints already have
 
     def exceptions(self) -> frozenset[Use]:
-        """Return what endpoints have already, and would be refused if it were new."""
+        """Return the addresses that were admitted, and would be refused as new: in no pool, or of a DNS server."""
         dns = self.network.servers.dns
         return frozenset(use for use in self._admitted if use[1] in dns or not self.is_in_pool(use[1]))
 
     def adopt(self, uses: Iterable[Use]) -> None:
-        """When the agent starts, count as admitted the addresses that the kernel routes to interfaces of endpoints."""
+        """Count addresses as admitted. Called when the agent starts: see the module's docstring."""
         self._admitted.update(uses)
 
     def admit(self, endpoints: Iterable[Endpoint]) -> None:
@@ -138,7 +145,7 @@ class Admission:
 
 
 def pool_of_key(key: str) -> str | None:
-    """Return the CIDR in the key of a pool, None if there is none: other tools choose other keys."""
+    """Return the CIDR in the key of a pool, None if the key contains no CIDR: other tools choose other keys."""
     from calicoctl.addresses import parse_cidr
     from calicoctl.errors import CalicoError
 

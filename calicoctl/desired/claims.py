@@ -1,8 +1,10 @@
-"""Which of this host's valid endpoints get the interface and the addresses that they claim. Reads no store.
+"""Decides which of this host's valid endpoints get the interface and the addresses that they claim. Reads no store.
 
-Of the endpoints that claim the same interface or address, the one that was created first has it. An endpoint that
-loses one of its claims has none, so the next one may have the others. Anybody who may write to the store can have any
-number of endpoints claim the same: only those are decided anew about which a change can make a difference.
+An endpoint wins all that it claims, or nothing. It loses if an endpoint that was created earlier has won the same
+interface or address. Whatever else the loser claims can be won by endpoints that were created later.
+
+Anybody who may write to the store can create any number of endpoints with the same claims. So after a change, only the
+endpoints that it can affect are decided again.
 """
 
 from __future__ import annotations
@@ -16,27 +18,32 @@ from calicoctl.datastore.keys import EndpointId
 from calicoctl.desired.local_endpoint import LocalEndpoint
 
 _Claim = tuple[int, str, str, str]
-"""The place of an endpoint among others: when it was created; its id, workload and orchestrator if that is the same."""
+"""The claim of an endpoint to its interface and its addresses: the revision at which the endpoint was created, and the
+endpoint's own id, workload and orchestrator. The smallest claim wins."""
 
 
 class Claims:
-    """The candidates: valid endpoints. `decide` says which of them have what they claim."""
+    """The candidates: the valid and active endpoints of this host. `decide` says which of them win what they claim."""
 
     def __init__(self) -> None:
         self.candidates: dict[EndpointId, LocalEndpoint] = {}
         self._claims: dict[EndpointId, _Claim] = {}
         self._ids: dict[_Claim, EndpointId] = {}
         self._claimants: dict[str, list[_Claim]] = {}
-        """By interface and address: who claims it, in order."""
+        """Interface or address -> the claims to it, the smallest first."""
         self._holders: dict[str, _Claim] = {}
-        """By interface and address: who has it, as of the last `decide`; perhaps no candidate any more."""
+        """Interface or address -> the claim that won it in the last `decide`; it may have been withdrawn since."""
         self._held: dict[EndpointId, tuple[str, ...]] = {}
-        """What the winners have."""
+        """Winner -> its interface and its addresses, as of the last `decide`."""
         self._crossed: set[str] = set()
-        """What has come to be claimed by more, or by no more, than limits.CLAIMANTS since the last `decide`."""
+        """The interfaces and addresses for which the number of claims has risen above limits.CLAIMANTS, or has fallen
+        to it, since the last `decide`."""
 
     def add(self, candidate: LocalEndpoint, created: int) -> None:
-        """Add a candidate, which was created at a revision. Its id must not be among the candidates yet."""
+        """Add a candidate; `created` is the revision at which it was created in the store.
+
+        Its id must not be among the candidates yet.
+        """
         id = candidate.id
         claim = (created, id.endpoint, id.workload, id.orchestrator)
         self.candidates[id], self._claims[id], self._ids[claim] = candidate, claim, id
@@ -59,20 +66,23 @@ class Claims:
             del self._ids[self._claims.pop(id)]
 
     def things(self, id: EndpointId) -> tuple[str, ...]:
-        """Return the interface and the addresses that an endpoint claims; nothing if it is not a candidate."""
+        """Return the interface and the addresses that an endpoint claims; () if it is not a candidate."""
         candidate = self.candidates.get(id)
         return () if candidate is None else (candidate.interface, *candidate.addresses)
 
     def holder(self, thing: str) -> EndpointId | None:
-        """Return the candidate that has an interface or an address, as of the last `decide`."""
+        """Return the winner of an interface or an address, as of the last `decide`.
+
+        None if there is no winner, or if it was withdrawn since.
+        """
         claim = self._holders.get(thing)
         return None if claim is None else self._ids.get(claim)
 
     def decide(self, changed: Iterable[EndpointId]) -> dict[EndpointId, str | None]:
-        """Decide about endpoints that were added or withdrawn, and about all others for which that matters.
+        """Decide about the endpoints `changed` (added or withdrawn), and again about all candidates that this affects.
 
-        Returns those of them that are candidates, in the order of their claims, with the reason why an endpoint loses,
-        None if it wins.
+        Returns, for each candidate that was decided about, the reason why it loses, None if it wins. The smallest claim
+        comes first.
         """
         freed: set[str] = set()
         waiting: list[_Claim] = []
@@ -100,7 +110,11 @@ class Claims:
         return found
 
     def _decide(self, claim: _Claim, id: EndpointId, freed: set[str], waiting: list[_Claim]) -> str | None:
-        """Decide about a candidate; all before it are decided. Add those after it that are affected to `waiting`."""
+        """Decide about the candidate `id`, after all with smaller claims. Return why it loses, None if it wins.
+
+        The larger claims that this affects are pushed on the heap `waiting`. `freed` contains the interfaces and the
+        addresses that have lost their winner in this call of `decide`; more are added here.
+        """
         things = self.things(id)
         lost = next((thing for thing in things if self._holders.get(thing, claim) < claim), None)
         if lost is None:
@@ -129,7 +143,7 @@ class Claims:
         return f"its interface or an address is that of endpoint {owner.endpoint} already"
 
     def _after(self, claim: _Claim, thing: str, most: int) -> list[_Claim]:
-        """Return the next claimants of a thing after one of them."""
+        """Return, in order, at most `most` claims to `thing` (an interface or an address) that come after `claim`."""
         claimants = self._claimants[thing]
         place = bisect_right(claimants, claim)
         return claimants[place : place + most]

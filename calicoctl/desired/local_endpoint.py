@@ -93,7 +93,7 @@ def usable_addresses(endpoint: Endpoint) -> tuple[str, ...]:
 def checked_address(address: str, version: int, whose: str = "an endpoint") -> str:
     """Return an address in canonical form; raise CalicoError if it is not a unicast address of the IP version.
 
-    `whose` is the word for its owner in the error.
+    In the error's text, `whose` names the owner of the address.
     """
     try:
         packed = socket.inet_pton(FAMILIES[version], address)

@@ -5,8 +5,8 @@ pools without one.
 
 * A tunnel is a VXLAN device. The MAC of a host's end is computed from the host's address, so no host must announce it.
 * A block of another host normally gets one route. The exception is a block that overlaps a network to which this host
-  is connected, or the address of a host, a gateway or a member of etcd: then each used address of the block gets a
-  route. So does an address of an endpoint if it is in no block of the endpoint's host, for example a borrowed one.
+  is connected, or the address of a host, a gateway or a member of etcd: then each endpoint's address in the block gets
+  a route. So does any endpoint's address that is in no block of the endpoint's host, for example a borrowed address.
 * A block of this host gets a blackhole route, which drops packets to unused addresses of the block: otherwise, the
   default route would send them to a router, which might send them back. The exceptions are the same as for blocks in
   pools without an overlay: see routes.py.
@@ -97,7 +97,11 @@ def underlay_version(topology: Topology, host: str) -> int | None:
 
 
 def tunnels(topology: Topology) -> dict[int, Tunnel]:
-    """Return this host's tunnels by IP version of the underlay. IPv6 is used only for hosts without IPv4 in common."""
+    """Return this host's tunnels by IP version of the underlay.
+
+    There is a tunnel over IPv4 if this host is registered with IPv4. There is a tunnel over IPv6 if this host is
+    registered with IPv6 alone, or shares only IPv6 with another host.
+    """
     found: dict[int, Tunnel] = {}
     others = topology.hosts() - {topology.host}
     for version in (4, 6):
@@ -122,7 +126,7 @@ class Overlay:
         self._blocks: dict[Network, tuple[str, str]] = {}
         """The blocks that get one route each, with their host and their pool's mode of VXLAN."""
         self._hosts: dict[tuple[int, int], dict[int, str]] = {}
-        """(IP version, number of host bits) -> prefix of a block in `_blocks` (a number) -> host of the block."""
+        """(IP version, bits after the prefix) -> prefix of a block in `_blocks` (a number) -> the block's host."""
         self._singles: dict[EndpointId, tuple[str, ...]] = {}
         """Endpoint of another host -> its addresses that get routes of their own."""
 
@@ -157,7 +161,7 @@ class Overlay:
         """Return the routes by CIDR; None means a blackhole route.
 
         CIDRs in pools without an overlay are left out. So are CIDRs of hosts that cannot be reached, and single
-        addresses that a local endpoint has or a host needs.
+        addresses that a local endpoint has, or that a host uses (see `Reserved.user`).
         """
         snapshot = self._snapshot
         owners: dict[str, tuple[str, str]] = {block.cidr: owner for block, owner in self._blocks.items()}
@@ -184,7 +188,7 @@ class Overlay:
         return found
 
     def out_of_reach(self) -> list[str]:
-        """Return, sorted, the hosts whose blocks get no route because they share no IP version with this host."""
+        """Return, sorted, the registered hosts with blocks that share no IP version with this host, so get no route."""
         topology = self._snapshot.topology
         hosts = {host for host, _ in self._blocks.values()} & topology.hosts() - {topology.host}
         return sorted(
@@ -194,7 +198,7 @@ class Overlay:
         )
 
     def _hop(self, host: str, mode: str, version: int, tunnel_ends: dict[str, str]) -> Hop | None:
-        """Return the hop to a host's workloads with addresses of an IP version, in pools with a VXLAN mode.
+        """Return how packets reach a host's workloads at addresses of an IP version, in pools with a mode of VXLAN.
 
         None if the host is out of reach, or is this host under another name. `tunnel_ends` maps the addresses of other
         hosts to the MACs of their tunnel ends.
@@ -250,7 +254,10 @@ class Overlay:
         return next(((pool, mode) for pool, mode in self._pools if network in pool), (None, NEVER))
 
     def _singles_of(self, id: EndpointId) -> tuple[str, ...]:
-        """Return the addresses of an endpoint of another host that get routes of their own; () for local endpoints."""
+        """Return the addresses of an endpoint of another host that get routes of their own.
+
+        () if the endpoint is local, is not active, or does not exist.
+        """
         endpoint = self._snapshot.endpoints.get(id)
         if endpoint is None or id.host == self._snapshot.host or endpoint.state != "active":
             return ()

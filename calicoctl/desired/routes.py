@@ -116,8 +116,8 @@ class Surroundings:
     def needed(self, block: Network) -> str | None:
         """Describe what a block overlaps: a network of this host, or the address of a host, a gateway or a member.
 
-        Returns None if the block overlaps none of these. A DNS server does not count: it may be a workload of another
-        host.
+        The members are those of etcd. Returns None if the block overlaps none of these. A DNS server does not count: it
+        may be a workload of another host.
         """
         for network in self.networks:
             if network.overlaps(block):
@@ -125,7 +125,10 @@ class Surroundings:
         return _inside(block, self.addresses)
 
     def overlapped(self, block: Network, pool: Network) -> str | None:
-        """Describe what a block of `pool` overlaps: as in `needed`, or a DNS server or a route; None if nothing."""
+        """Describe what a block of `pool` overlaps: as in `needed`, or a DNS server, or the destination of a route.
+
+        Routes to the whole pool, or more, do not count. Returns None if the block overlaps nothing.
+        """
         needed = self.needed(block) or _inside(block, self._dns)
         if needed is not None:
             return needed

@@ -36,7 +36,7 @@ MAX_CONNECTIONS = int(config.MAX_CONNECTIONS.default or 0)
 
 _READ = (config.LOG_LEVEL, config.GRACE_TIME, config.MTU, config.CHECK_SENDERS, config.HOST_SERVICES)
 _SETTINGS = {keys.READY, *(keys.config(setting.name) for setting in (*_READ, config.MAX_CONNECTIONS))}
-"""The keys of all hosts' settings that the agent uses."""
+"""The keys of the global settings that the agent uses."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,12 @@ class Profile:
 
 @dataclass
 class Dirty:
-    """What has changed: endpoints (of all hosts) and profiles; and whether any pool or any setting has changed.
+    """What has changed: endpoints (of all hosts), profiles (by name), and whether any pool or any setting has changed.
 
     `topology` says whether the network between the hosts has changed, or this host's own addresses and networks.
 
-    `interfaces` are the interfaces that endpoints of this host had before they were changed or deleted. Some of them
-    may still have the interface.
+    `interfaces` are the interfaces that usable endpoints of this host had before they changed, became unusable or were
+    deleted. Some of these endpoints may still have the same interface.
     """
 
     endpoints: set[EndpointId] = field(default_factory=set)
@@ -78,7 +78,7 @@ class Dirty:
 
 
 class _Entries(dict[str, Entry]):
-    """The entries by key. Counts those below each directory: if a deleted key is no directory, no search is needed."""
+    """The entries by key. Counts the entries below each directory, so that `below` searches only if there are any."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -142,7 +142,9 @@ class Snapshot:
         self.admission = Admission(self.topology)
         self.problems: dict[str, str] = {}
         self.skipped: dict[str, str] = {}
-        """Key -> why it, or what is below it, is not read. At most limits.REPORTED keys."""
+        """Key -> why it, or what is below it, is not read. At most limits.REPORTED keys, and those in `unread`."""
+        self.unread: set[str] = set()
+        """Directories that were too large to be read. For the keys below, the last values that were read are used."""
         self.dirty = Dirty(pools=True, settings=True, topology=True)
         self._entries = _Entries()
         self._claims = Claims()
@@ -165,11 +167,13 @@ class Snapshot:
             self._check_local()
 
     def replace(self, directory: str, entries: Iterable[Entry]) -> None:
-        """Replace everything below a directory by these entries."""
+        """Replace everything below a directory by these entries, but keep what is below those with a `problem`."""
         now = {entry.key: entry for entry in entries}
+        unread = {key for key, entry in now.items() if entry.problem is not None}
         self._forget_skipped(directory)
+        self.unread |= unread
         for key in self._entries.below(directory):
-            if key not in now:
+            if key not in now and unread.isdisjoint(_directories(key)):
                 self._set(key, None)
         for key, entry in now.items():
             if self._entries.get(key) != entry:
@@ -189,6 +193,7 @@ class Snapshot:
         self._check_local()
 
     def _forget_skipped(self, directory: str) -> None:
+        self.unread = {key for key in self.unread if not (key + "/").startswith(directory + "/")}
         self.skipped = {key: why for key, why in self.skipped.items() if not (key + "/").startswith(directory + "/")}
 
     def owner(self, thing: str) -> LocalEndpoint | None:
@@ -228,7 +233,11 @@ class Snapshot:
         return dirty
 
     def _set(self, key: str, entry: Entry | None) -> None:
-        """Remember a key's entry, or forget it if `entry` is None, and interpret it. Unused keys are ignored."""
+        """Remember a key's entry, or forget it if `entry` is None, and interpret it.
+
+        If the entry is invalid, `problems` gets the reason. For a key that the agent does not use, only `skipped` is
+        updated.
+        """
         handle = self._handler(key)
         if handle is None:
             self._skip(key, entry)
@@ -248,17 +257,25 @@ class Snapshot:
     def _skip(self, key: str, entry: Entry | None) -> None:
         """Update `skipped` for a key that the agent does not use.
 
-        The key is added if it was not read, or has too many levels, unless limits.REPORTED keys are there already.
+        If the key was not read, has too many levels, or is too long, it is added, as long as there are fewer than
+        limits.REPORTED keys (a key that was not read is added in any case). Otherwise, it is removed.
         """
         self.skipped.pop(key, None)
+        if entry is not None and entry.problem is not None:
+            self.skipped[key] = entry.problem
+            return
         if entry is None or len(self.skipped) >= limits.REPORTED:
             return
         levels = key.count("/")
-        if entry.problem is not None or levels > keys.DEEPEST:
-            self.skipped[key] = entry.problem or f"it is skipped: no key of Calico's has {levels} levels"
+        if levels > keys.DEEPEST:
+            self.skipped[key] = f"it is skipped: no key of Calico's has {levels} levels"
+        elif len(key) > limits.KEY:
+            self.skipped[key] = f"it is skipped: it has {len(key)} characters, and keys may have {limits.KEY}"
 
     def _handler(self, key: str) -> Callable[[str, Entry | None], None] | None:
         """Return the method that interprets a key, None for a key that the agent does not use."""
+        if len(key) > limits.KEY:
+            return None
         if key.startswith(keys.HOSTS + "/"):
             if keys.parse_endpoint(key) is not None:
                 return self._set_endpoint
@@ -378,7 +395,7 @@ class Snapshot:
     # This host's endpoints: which are valid and free of conflicts
 
     def _check_local(self) -> None:
-        """Decide whether local endpoints are usable: those that have changed, and those that conflict with them."""
+        """Decide which of the local endpoints in `_unchecked`, and of those that conflict with them, are usable."""
         if self.admission.take_changed():
             self._mark_decided_anew()
         changed, self._unchecked = self._unchecked, set()
@@ -423,7 +440,7 @@ class Snapshot:
         self._claims.add(validated(endpoint, entry.revision), entry.created)
 
     def _mark_decided_anew(self) -> None:
-        """Mark a local endpoint to be checked again if `Admission.decide` has another result for it now.
+        """Mark each endpoint in `local` to be checked again if `Admission.decide` returns another result for it now.
 
         All unusable endpoints are marked as changed.
         """

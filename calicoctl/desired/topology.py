@@ -37,7 +37,7 @@ class Topology:
         self.blocks: dict[str, dict[str, Network]] = defaultdict(dict)
         """Name of a host -> its blocks (those with affinity to it), by CIDR."""
         self.macs: dict[str, frozenset[str]] = {}
-        """Name of a host -> the source MACs (lower-case) of packets to other hosts. Only hosts that publish them."""
+        """Name of a host -> the source MACs (lower-case) of its packets to other hosts, if the host publishes them."""
         self.as_nums: dict[str, str] = {}
         """Name of a host -> its AS number (decimal). Only hosts with an AS number of their own."""
         self.default_as_num = DEFAULT_AS_NUMBER
@@ -58,7 +58,7 @@ class Topology:
         return self._addresses.get(keys.bgp_host_address(host, version))
 
     def own(self, version: int) -> str | None:
-        """Return this host's registered address of an IP version, the next hop to its workloads; None without one."""
+        """Return this host's registered BGP address of an IP version, None if it has none."""
         return self.address(self.host, version)
 
     def hosts(self) -> set[str]:
@@ -71,21 +71,25 @@ class Topology:
         return frozenset(hosts) | {peer.ip for peer in self.peers.values()}
 
     def may_reach_bgp(self) -> set[str]:
-        """Return the addresses that may reach BGP on this host: of its peers and, in a mesh, of all other hosts."""
+        """Return the addresses that may connect to BGP on this host: its peers and, in a full mesh, all other hosts."""
         addresses = {peer.ip for peer in self.peers.values()}
         if self.mesh:
             addresses |= {address for address, host in self.users.items() if host != self.host}
         return addresses
 
     def peers_without_session(self, version: int) -> list[str]:
-        """Return this host's own BGP peers of an IP version, if this host is registered only with the other version."""
+        """Return, sorted, this host's own (not global) BGP peers of an IP version, if no session with them is possible.
+
+        That is so if this host is registered for BGP, but has no address of this IP version. Otherwise, the list is
+        empty.
+        """
         if self.own(version) is not None or self.host not in self.hosts():
             return []
         directory = f"{keys.bgp_peers(version, self.host)}/"
         return sorted(peer.ip for key, peer in self.peers.items() if key.startswith(directory))
 
     def own_peers(self) -> list[str]:
-        """Return those of this host's own (not global) BGP peers that are its registered addresses.
+        """Return, sorted, this host's own (not global) BGP peers that are addresses of this host itself.
 
         There is no session with them.
         """
@@ -102,7 +106,7 @@ class Topology:
         return self.as_nums.get(host, self.default_as_num)
 
     def block_of(self, host: str, address: str) -> Network | None:
-        """Return the one of a host's blocks that contains an address; None if there is none."""
+        """Return the block of a host that contains an address, None if none does."""
         version, number = version_of(address), number_of(address)
         return next((block for block in self.blocks.get(host, {}).values() if block.has(version, number)), None)
 
@@ -212,12 +216,14 @@ class Topology:
 
     def _set_log_level(self, key: str, entry: Entry | None) -> None:
         self._settings.pop(key, None)
-        if entry is not None:
-            config.BGP_LOG_LEVEL.check(entry.value)
-            self._settings[key] = entry.value
-        own, of_all = (keys.bgp_setting(config.BGP_LOG_LEVEL.name, host) for host in (self.host, None))
-        default = str(config.BGP_LOG_LEVEL.default)
-        self.log_level = self._settings.get(own) or self._settings.get(of_all) or default
+        try:
+            if entry is not None:
+                config.BGP_LOG_LEVEL.check(entry.value)
+                self._settings[key] = entry.value
+        finally:
+            own, of_all = (keys.bgp_setting(config.BGP_LOG_LEVEL.name, host) for host in (self.host, None))
+            default = str(config.BGP_LOG_LEVEL.default)
+            self.log_level = self._settings.get(own) or self._settings.get(of_all) or default
 
 
 def _affinity(key: str) -> tuple[str, int, str]:

@@ -1,1 +1,1 @@
-"""Diagnosis of the host, the store and the policy. Only repairs that the user asks for change anything."""
+"""Diagnosis of the host, the store and the policy. Changes nothing, except for repairs that the user requests."""

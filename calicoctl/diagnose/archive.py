@@ -1,4 +1,4 @@
-"""Collects diagnostics of this host into one archive, without secrets. Changes nothing.
+"""Collects diagnostics of this host into one archive, without secrets. Writes nothing but the archive.
 
 If a source fails, the error is written into its file. Environment variables and etcd keys are included with their
 values only if they are named in the lists below; the environment of Docker's containers is never included. Afterwards,
@@ -121,7 +121,17 @@ _SECRETS = (
     (re.compile(rf"((?<![\w-])-p)(?!roc-[0-9]){_VALUE}"), rf"\1{_HIDDEN}"),
     (re.compile(rf"(\b(?:login|sshpass)\b.{{0,200}}?[ \t]-p{_NEXT}){_VALUE}"), rf"\1{_HIDDEN}"),
     (
-        re.compile(r"(\b(?:password|passwd|requirepass)[ \t]+(?:is[ \t]+)?)(?!is\b|of\b|for\b|and\b|or\b)[^\s\"(]+"),
+        re.compile(
+            rf"((?<![\w-])[\w-]*user(?:name)?\\?[\"']?\s*[:=]\s*)(?=\\?[\"']?[^\s\"':]*:[^\s\"']){_VALUE}",
+            re.IGNORECASE,
+        ),
+        rf"\1{_HIDDEN}",
+    ),
+    (
+        re.compile(
+            r"(\b(?:password|passwd|requirepass)[ \t]+(?:is[ \t]+)?)(?!is\b|of\b|for\b|and\b|or\b)"
+            r"(?:'[^'\n]*'?|\\'[^'\n]+'?|\\\"[^\"\n]*\"?|\\.|[^\s\"('\\])+"
+        ),
         rf"\1{_HIDDEN}",
     ),
     (re.compile(r"(?<![\w-])eyJ[\w-]{8,}\.[\w.-]+"), _HIDDEN),  # a JSON Web Token
@@ -173,7 +183,7 @@ def collect(found: Iterable[tuple[str, Source]]) -> Path:
 
 
 def without_secrets(text: str) -> str:
-    """Return a text with `(left out)` for anything that looks like a password, a token or a key."""
+    """Return a text with `(left out)` instead of anything that looks like a password, a token or a key."""
     begin, end = text.find("-----BEGIN "), text.find("-----END ")
     if end >= 0 and not 0 <= begin < end:  # the included end of a log may begin inside a key
         text = _HIDDEN + text[end:]
@@ -240,9 +250,9 @@ def _store() -> str:
 
 
 def _known_value(entry: Entry) -> Any:
-    """Return the known part of a key's value: a plain value of a known key, or the known fields of JSON.
+    """Return the known part of a key's value: a plain value of a known key, an empty value, or the known JSON fields.
 
-    Any other value is returned as `(left out)`.
+    For any other value, returns `(left out)`.
     """
     if keys.last(entry.key) in _PLAIN or not entry.value:
         return entry.value
@@ -254,7 +264,7 @@ def _known_value(entry: Entry) -> Any:
 
 
 def _known_fields(value: Any, objects: bool = False) -> Any:
-    """Return a JSON value without the values of unknown fields. CIDRs are known as names of fields: handles have such.
+    """Return a JSON value without the values of unknown fields. CIDRs count as known field names: handles contain them.
 
     With `objects`, a list should contain only objects, and its other items are left out, too.
     """
@@ -288,11 +298,11 @@ def _from_bird(command: str) -> str:
 
 
 def _end_of(path: Path) -> str:
-    """Return the end, at most LOG_SIZE bytes, of a file that the agent or BIRD has written.
+    """Return the end, at most LOG_SIZE bytes, of a file that the agent, its etcd or BIRD has written.
 
     Users other than root can write to some of the folders: a link there could lead to a file that only root may read.
-    So this must be a regular file without another name (hard link), and belong to root, to BIRD's user, or to the user
-    who runs this. Raises CalicoError for any other file, and OSError.
+    So `path` must be a regular file without another name (hard link), and belong to root, to BIRD's user, or to the
+    user who runs this. Raises CalicoError for any other file, and OSError.
     """
     with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
         found = os.fstat(file.fileno())

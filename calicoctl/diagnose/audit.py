@@ -1,9 +1,9 @@
 """Checks whether blocks, handles and endpoints in the whole store are consistent, and repairs some inconsistencies.
 
-While a command runs, the store is inconsistent for a moment. So everything is checked twice, and before a workload's
-addresses are repaired, they are checked again under the workload's lock. Locks are local to a host, so only addresses
-of this host's workloads are repaired; affinities, counts of handles and lists of free addresses are repaired for all
-hosts.
+While a command runs, the store is inconsistent for a moment. So an inconsistency is reported only if a second check
+finds it again. Before a workload's addresses are repaired, they are checked once more under the workload's lock. Locks
+are local to a host, so only addresses of this host's workloads are repaired; affinities, counts of handles and lists of
+free addresses are repaired for all hosts.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Finding:
     problem: str
     advice: str = ""
     fix: Callable[[], bool] | None = None
-    """Repairs the inconsistency, and returns whether that was done; raises CalicoError. None: `--fix` does nothing."""
+    """Repairs the inconsistency, and returns whether that was done; raises CalicoError. None if `--fix` cannot help."""
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -170,7 +170,10 @@ def _of_affinities(
 
 
 def _is_gone(there: DatastoreClient) -> bool:
-    """Return whether a host is not registered, has no endpoints, and no agent reports for it."""
+    """Return whether a host is neither registered nor has endpoints, nor a status from its agent.
+
+    `there` is the datastore client for that host.
+    """
     return not (there.host in there.hosts.registered() or there.statuses.of_host() or there.endpoint_ids())
 
 
@@ -266,7 +269,7 @@ def _of_address(
 def _holds(owner: Owner, id: EndpointId) -> bool:
     """Return whether an address's owner is the workload of an endpoint.
 
-    That is also so for a namespace's endpoint that an old tool stored under `docker`.
+    The handle of a namespace may also belong to an endpoint that an old tool stored under `docker`.
     """
     its = owner.handle in (f"{id.orchestrator}.{id.workload}", ".".join(workload_of(id)))
     return its and owner.secondary.get("host", id.host) == id.host
@@ -313,7 +316,7 @@ def _recount(datastore: DatastoreClient, handle: str, blocks: list[str]) -> bool
 
 
 def repair(finding: Finding) -> str | None:
-    """Repair a finding. Return None for success, else why it was not repaired: without a `fix`, its advice."""
+    """Repair a finding. Return None for success, else why it was not repaired; if it has no `fix`, its advice."""
     if finding.fix is None:
         return finding.advice
     try:

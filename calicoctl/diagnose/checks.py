@@ -29,13 +29,16 @@ from calicoctl.datastore.keys import INTERFACE_PREFIX, READY
 from calicoctl.errors import CalicoError, DockerUnavailable
 from calicoctl.felix import process
 from calicoctl.felix.bgp import instance, passwords
-from calicoctl.felix.dataplane import docker_firewall, vxlan
+from calicoctl.felix.dataplane import connection_limit, docker_firewall, vxlan
 from calicoctl.felix.dataplane.nft import Nft
 from calicoctl.felix.local_etcd import LocalEtcd
 from calicoctl.output import first_few
 from calicoctl.workloads import host_network, netns
 
-MODULES = ("veth", "nf_tables", "nf_conntrack", "nft_ct", "nft_nat", "nft_masq", "vxlan")
+MODULES = (
+    *("veth", "nf_tables", "nf_conntrack", "nft_ct", "nft_nat", "nft_masq"),
+    *("nft_limit", "nft_log", "nft_connlimit", "nft_hash", "vxlan"),
+)
 """The modules that `--fix` loads, for kernels that do not load them on demand."""
 
 OLDEST_DOCKER = (1, 9)
@@ -86,9 +89,9 @@ class Check:
 
 
 def check(libnetwork: bool = False) -> Iterator[Check]:
-    """Run all checks; yield each result. With `libnetwork`, it is an error if Docker is older than OLDEST_DOCKER.
+    """Run all checks; yield each result.
 
-    It is also an error then if no Docker Engine answers.
+    With `libnetwork`, it is an error if no Docker Engine answers, or if it is older than OLDEST_DOCKER.
     """
     yield _root()
     yield from _kernel()
@@ -140,10 +143,12 @@ def _kernel() -> Iterator[Check]:
     release = platform.release()
     yield Check("kernel", platform.system() == "Linux", f"{platform.system()} {release}", advice="use a Linux host")
     advice = "run 'calicoctl checksystem --fix' to load what is missing, or use a kernel that has it"
+    limit = connection_limit.commands(connection_limit.LIST)
     for name, work, needed in (
         ("network namespaces", lambda: None, True),
         ("veth", partial(_try_link, kind="veth", peer={"ifname": "check1"}), True),
         ("nftables: policy, connection tracking, NAT, ARP", lambda: Nft().run(_TABLES), True),
+        ("nftables: limits of connections", lambda: Nft().run(limit), False),
         ("VXLAN (for pools with --vxlan)", partial(_try_link, kind="vxlan", vxlan_id=1, vxlan_port=vxlan.PORT), False),
     ):
         if os.geteuid() != 0:
@@ -249,7 +254,7 @@ def _tools(docker_runs: bool) -> Iterator[Check]:
 
 
 def _version(command: str) -> str | None:
-    """Return the version that a command prints, "there" if it cannot be found, None if the command is not installed."""
+    """Return the version that a command prints, "there" if it prints none, None if the command is not installed."""
     if shutil.which(command) is None:
         return None
     with suppress(OSError, subprocess.SubprocessError):
@@ -278,7 +283,7 @@ def _docker(libnetwork: bool) -> Check:
 
 
 def _needs_root(name: str) -> Check:
-    """Return the result of a check that only root can do, for other users."""
+    """Return the result that users other than root get for a check that only root can do."""
     return Check(name, False, "not known", False, "run this as root, to find out")
 
 
@@ -306,8 +311,8 @@ def _firewall(docker_runs: bool) -> Check:
 def nftables_service(etc: Path = Path("/etc")) -> Check:
     """Check whether Debian's nftables.service deletes all tables, also the agent's, when it starts or stops.
 
-    Its unit runs `nft -f /etc/nftables.conf`, a file that begins with `flush ruleset`, when it starts, and
-    `nft flush ruleset` when it stops. `etc` is the directory /etc.
+    When it starts, it runs `nft -f /etc/nftables.conf`; by default, this file begins with `flush ruleset`. When it
+    stops, it runs `nft flush ruleset`, unless a drop-in changes that. `etc` is the directory /etc.
     """
     name = "nftables.service and the agent's tables"
     units = etc / "systemd/system"

@@ -71,7 +71,7 @@ _NOTHING: dict[str, Any] = {
 """All fields of a report, with the values that are used if there is no report."""
 
 _NO_ROOM = "Kernel MD5 auth"
-"""BIRD's error if the kernel refuses the password of a session (TCP_MD5SIG), usually because it has too many."""
+"""BIRD's error if the kernel refuses the password of a session (TCP_MD5SIG), usually because there are too many."""
 
 _LATER = ("bgp", "bird", "mtu", "left_out")
 """Fields that reports of older agents lack."""
@@ -84,9 +84,9 @@ _OLDEST = {name: value for name, value in _NOTHING.items() if name not in _LATER
 class Issue:
     """A problem: its kind, its text, and advice, if there is any.
 
-    `fails` says whether the problem sets the exit status to 1. That is so if the agent does not report (unless an older
-    agent does, in its place), if another agent has replaced it, if it cannot use the store, or if an endpoint is in
-    error.
+    `fails` says whether the problem sets the exit status to 1. That is so if the agent does not report, if another
+    agent has replaced it, if it cannot use the store or read a directory of it, or if an endpoint is in error. It is
+    not so if the agent does not run and an agent of an older version, perhaps on this machine, reports for this host.
     """
 
     kind: str
@@ -189,7 +189,7 @@ def _agent(status: dict[str, Any], pid: int | None) -> Iterator[Issue]:
 
 
 def _full(host: str) -> str | None:
-    """Return a clause if the report of a host's agent cannot be written for lack of space, else None."""
+    """Return a clause for a message if the report of a host's agent cannot be written for lack of space, else None."""
     file = process.report_file(host)
     directory = file.parent
     with suppress(OSError):  # it is gone
@@ -202,7 +202,7 @@ def _full(host: str) -> str | None:
 
 
 def _store(status: dict[str, Any]) -> Iterator[Issue]:
-    """Yield one Issue for each reason why the store cannot be read, written or followed."""
+    """Yield one Issue for each reason why the agent cannot read, write or watch the store."""
     failing: dict[str, list[str]] = {}
     since: dict[str, str] = {}
     for what, verb in (("reads", "read"), ("writes", "written"), ("watch", "followed")):
@@ -303,7 +303,8 @@ def _keys(status: dict[str, Any]) -> Iterator[Issue]:
     for problem in status["problems"]:
         if problem["key"] not in named:
             key, why = problem["key"], problem["problem"]
-            yield Issue(KEY, why if key in why else f"{key}: {why}")
+            # a report of an older version does not say which directories were not read
+            yield Issue(KEY, why if key in why else f"{key}: {why}", "", problem.get("unread", False))
 
 
 def _has_shape(value: Any, shape: Any) -> bool:

@@ -79,9 +79,9 @@ class Trace:
     """The path of a packet: both ends, and the decision at each end that is an endpoint, in order.
 
     The decision at the destination is included even if the packet is dropped at the source. `route` leads from one host
-    to the other; None: the packet stays on one host, or leaves the hosts. `sent_from` is the source address that the
-    packet leaves its host with, if the host translates it. `obstacles` are what stops the packet or its answer, or may
-    stop it, beyond policy.
+    to the other; None: the packet stays on one host, or leaves the hosts. `sent_from` is the source address with which
+    the packet leaves its host if that masquerades it, else None. `obstacles` stop the packet or its answer, or may stop
+    it, for reasons other than policy.
     """
 
     source: Place
@@ -139,9 +139,9 @@ def trace(
     """Evaluate the path of a packet: the first packet of a connection, or an echo request.
 
     `source` and `destination` are containers, namespace paths or endpoint ids of any host, or names of hosts, or
-    addresses. `protocol` is `tcp`, `udp`, `icmp` or `icmpv6`. `source_port` is SOURCE_PORT by default. If both places
-    have several addresses, the first ones are used, IPv4 before IPv6. Raises CalicoError, also if neither place is an
-    endpoint.
+    addresses. `protocol` is `tcp`, `udp`, `icmp` or `icmpv6`. `port` is the destination port; ICMP ignores both ports.
+    `source_port` is SOURCE_PORT by default. If the places have several addresses, the first pair of the same IP version
+    is used, IPv4 before IPv6. Raises CalicoError, also if neither place is an endpoint.
     """
     store = _Store(datastore)
     number = PROTOCOLS[protocol]
@@ -167,7 +167,7 @@ def _of(place: Place, version: int) -> bool:
 
 
 class _Store:
-    """The store, read once, as the hosts of the two endpoints see it."""
+    """A copy of the watched part of the store, and the snapshots that hosts' agents would derive from it."""
 
     def __init__(self, datastore: DatastoreClient) -> None:
         self._datastore = datastore
@@ -175,7 +175,7 @@ class _Store:
         self._snapshots: dict[str, Snapshot] = {}
         self._endpoints = self._seen_by(datastore.host).endpoints
         self._members: dict[str, set[str]] = {}
-        """The addresses of each tag, computed when the tag is first needed."""
+        """By tag: the addresses of the endpoints with a profile that has the tag; computed when first needed."""
 
     def _seen_by(self, host: str) -> Snapshot:
         if host not in self._snapshots:
@@ -254,7 +254,10 @@ class _Store:
         return endpoints[0]
 
     def _of_another_host(self, name: str, workload: Workload) -> Endpoint:
-        """Return the endpoint of a workload that is not connected here, such as a namespace of another host."""
+        """Return the endpoint of a workload that is not connected here, such as a namespace of another host.
+
+        Raises NotFound if there is none, and CalicoError if several hosts have one.
+        """
         wanted = (workload.orchestrator, workload.id)
         found = [endpoint for id, endpoint in self._endpoints.items() if workload_of(id) == wanted]
         if not found:
@@ -322,7 +325,10 @@ class _Store:
         return transit.pool_of(self._seen_by(host), packet.destination)
 
     def _at_ports(self, host: str, packet: Packet) -> Iterator[Obstacle]:
-        """Yield the obstacle for packets to a host's BGP port, if their source is none of its BGP peers."""
+        """Yield the obstacle for packets to a host's BGP port from an address that is not one of its BGP peers.
+
+        Yields none if the packet is for another port, or if BIRD is known not to listen on this host.
+        """
         is_bgp = packet.protocol == PROTOCOLS["tcp"] and packet.destination_port == BGP_PORT
         if is_bgp and packet.source not in self._seen_by(host).topology.may_reach_bgp():
             runs_bird = None
@@ -337,7 +343,10 @@ class _Store:
                 yield Obstacle(host, problem, bool(runs_bird))
 
     def _at(self, place: Place) -> Iterator[Obstacle]:
-        """Yield the obstacle at one end of the path: an endpoint that is not up, or an agent that is down."""
+        """Yield the obstacle at one end of the path, if any.
+
+        That is an agent that is down, or an endpoint that the agent has not set up yet, or that is not up.
+        """
         if place.host is None:
             return
         statuses = self._datastore.for_host(place.host).statuses
@@ -412,7 +421,7 @@ class _Store:
         return Decision(direction, verdict.allowed, why, verdict.profile, verdict.rule, id.host)
 
     def _tagged(self, tag: str, address: str) -> bool:
-        """Return whether an address belongs to a tag, on any host."""
+        """Return whether an address belongs to an endpoint, on any host, with a profile that has the tag."""
         if tag not in self._members:
             profiles = self._seen_by(self._datastore.host).profiles
             with_tag = {name for name, profile in profiles.items() if tag in profile.tags}

@@ -1,8 +1,8 @@
 """Determines the route of packets from one host to another, and the obstacles on the way, other than policy.
 
-Everything is derived from two snapshots of the store, one from the view of each host's agent, and from the networks of
-the hosts whose kernels the caller could read. The store does not say whether the network between the hosts forwards
-packets, or which BGP sessions of other hosts are up.
+Everything is derived from two snapshots of the store, as the agents of the two hosts see it, and from the networks to
+which the hosts are connected, if the caller could read these from a host's kernel. The store does not say whether the
+network between the hosts forwards packets, or which BGP sessions of other hosts are up.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PLAIN, VXLAN, EITHER = "plain", "vxlan", "plain or vxlan"
 
 @dataclass(frozen=True)
 class Route:
-    """The route of one host to an address on another.
+    """The route from one host to an address on another.
 
     `kind` is PLAIN, VXLAN or EITHER. `destination` is the CIDR of the route: a block of the other host, or a single
     address outside its blocks. `via` is the address of the other host to which packets are sent, None if that host has
@@ -67,7 +67,7 @@ def pool_of(snapshot: Snapshot, address: str) -> Pool | None:
 def route(sender: Snapshot, to_host: str, address: str, networks: dict[str, HostNetwork]) -> Route:
     """Return the route to an address on another host, `to_host`. `sender` is the snapshot of the sending host.
 
-    `networks` maps the names of the hosts whose kernels could be read to their networks.
+    `networks` maps names of hosts to their networks; it lacks the hosts whose kernels could not be read.
     """
     topology, version = sender.topology, version_of(address)
     via = topology.address(to_host, version)
@@ -145,8 +145,8 @@ def obstacles(route: Route, sender: Topology, receiver: Topology, address: str) 
 def not_routed(sender: Topology, address: str, pool: str, networks: Collection[Network]) -> Obstacle:
     """Return the obstacle for packets to an address of a pool, if no endpoint and no host has the address.
 
-    `networks` are those that this host is connected to. If one of them contains the address, the packets may arrive
-    there, even if the address is in a host's block.
+    `networks` are those to which this host is connected. If one of them contains the address, the packets may reach a
+    machine in that network, even if the address is in a host's block.
     """
     version, number = version_of(address), number_of(address)
     for host in sender.blocks:

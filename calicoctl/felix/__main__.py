@@ -5,6 +5,7 @@ OPTIONS is process.Options in JSON.
 
 import json
 import sys
+import traceback
 
 from calicoctl import programs, slim
 
@@ -19,5 +20,8 @@ try:
     agent.run(hostname(), process.Options(**json.loads(sys.argv[1])))
 except CalicoError as error:
     print(error, file=sys.stderr)
+    process.leave(1)
+except BaseException:
+    traceback.print_exc()
     process.leave(1)
 process.leave(0)

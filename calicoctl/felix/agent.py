@@ -62,47 +62,60 @@ RESYNC_INTERVAL = 300.0
 """Seconds between two resyncs of the managers with the kernel."""
 
 SERVERS_PATIENCE = 3.0
-"""Seconds to wait at the start until the names of etcd's members are resolved: a resolver may hang."""
+"""The maximum number of seconds to wait at the start until the names of etcd's members are resolved."""
 
 LOG_LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 LOG_LEVELS |= {"critical": logging.CRITICAL, "none": logging.CRITICAL + 10}
 
 
 def run(host: str, options: Options) -> None:
-    """Run the host's agent in this process until it receives SIGTERM, SIGINT or SIGHUP.
+    """Run the host's agent in this process until it receives SIGTERM, SIGINT or SIGHUP; log why it ends.
 
     Raises CalicoError when the agent cannot start, for example because another agent runs, or when a thread that the
     agent needs has died. Raises any other exception that Agent.run raises.
     """
+    with process.only_one(host) as killed:
+        process.log_to(options.log_dir)
+        if killed is not None:
+            log.info("the agent before (process %s) was killed, or crashed", killed)
+        try:
+            _run(host, options)
+        except CalicoError as error:
+            log.critical("the agent ends: %s", error)
+            raise
+        except BaseException:
+            log.critical("the agent ends of an internal error", exc_info=True)
+            raise
+
+
+def _run(host: str, options: Options) -> None:
     from pyroute2.iproute.linux import IPRoute
 
-    with process.only_one(host):
-        process.log_to(options.log_dir)
-        if options.local_etcd:
-            LocalEtcd(host, options.log_dir or process.DEFAULT_LOG_DIR).supervise()
-        queue: events.Events[Any] = SimpleQueue()
-        with IPRoute() as netlink:
-            conntrack = Conntrack(queue.put)
-            agent = Agent(
-                DatastoreClient.from_environment,
-                Drivers(
-                    Nft(),
-                    Routes(netlink),
-                    conntrack,
-                    Vxlan(netlink),
-                    BgpThread(Instance(host), options.bgp, queue.put),
-                ),
-                queue,
-                process.notify_ready,
-                options,
-            )
-            conntrack.start()
-            agent.run()
+    if options.local_etcd:
+        LocalEtcd(host, options.log_dir or process.DEFAULT_LOG_DIR).supervise()
+    queue: events.Events[Any] = SimpleQueue()
+    with IPRoute() as netlink:
+        conntrack = Conntrack(queue.put)
+        agent = Agent(
+            DatastoreClient.from_environment,
+            Drivers(
+                Nft(),
+                Routes(netlink),
+                conntrack,
+                Vxlan(netlink),
+                BgpThread(Instance(host), options.bgp, queue.put),
+            ),
+            queue,
+            process.notify_ready,
+            options,
+        )
+        conntrack.start()
+        agent.run()
 
 
 @dataclass(frozen=True)
 class Drivers:
-    """The drivers through which the managers read and change the kernel, and BIRD."""
+    """The drivers through which the managers read and change the kernel and BIRD."""
 
     nft: Nft
     routes: Routes
@@ -124,8 +137,8 @@ class Agent:
     ):
         """`datastore` creates a client of the store; it is called once for each thread that needs one.
 
-        Its argument, if any, is the number of seconds to wait for the store. The drivers put their events into `queue`.
-        `ready` is called once, when the first snapshot is in the kernel and BIRD is settled.
+        The argument of `datastore`, if any, is the number of seconds to wait for the store. The drivers put their
+        events into `queue`. `ready` is called once, when the first snapshot is in the kernel and BIRD is settled.
         """
         client = datastore()
         self._datastore = datastore
@@ -169,8 +182,8 @@ class Agent:
     def run(self) -> None:
         """Start the threads, and reconcile until SIGTERM, SIGINT or SIGHUP is received.
 
-        Raises CalicoError when a thread that the agent needs has died. At the start, it also raises any exception that
-        Manager.resync raises.
+        Raises CalicoError when a thread that the agent needs has died. An exception of Manager.resync at the start is
+        raised, too.
         """
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self._stop)
@@ -216,16 +229,19 @@ class Agent:
         is_ready = self._ready is not None and self._health.first_update and self._bgp.is_settled
         found = self._wait(0.0 if is_ready else self._next_at())
         for event in found:
-            self._handle(event)
+            if isinstance(event, events.ThreadDied):
+                raise CalicoError(event.why)
+            try:
+                self._handle(event)
+            except Exception as error:
+                self._on_unusable(event, error)
         if any(isinstance(event, events.Stop) for event in found):
             return False
-        if time.monotonic() >= self._tick_at:
-            self._tick()
-        self._network.read_if_due()
         self._reconcile()
         self._keeper.set_ready(self._may_apply())
         self._health.waiting_for = self._waiting_for()
         self._health.problems, self._health.skipped = self._snapshot.problems, self._snapshot.skipped
+        self._health.unread = self._snapshot.unread
         if self._events.empty() or self._file.is_due or is_ready:
             self._file.write(self._health, at_once=is_ready)
         if is_ready and self._ready is not None:
@@ -234,7 +250,7 @@ class Agent:
         return True
 
     def _next_at(self) -> float:
-        """Return when the next round is due (monotonic) even if no event comes."""
+        """Return the time (monotonic) at which the next round is due even if no event comes."""
         due = [self._tick_at]
         if self._policy.retry_at is not None and self._may_apply():
             due.append(self._policy.retry_at)
@@ -255,7 +271,7 @@ class Agent:
     def _may_apply(self) -> bool:
         """Return whether the kernel may be driven to the snapshot.
 
-        It may when the store was read and is ready, and no other agent reports for this host.
+        True when the whole store has been read, the store is ready, and no other agent reports for this host.
         """
         return not self._unread and self._snapshot.ready and self._health.replaced is None
 
@@ -288,10 +304,23 @@ class Agent:
             log.info("%s", event.text)
         elif isinstance(event, events.Failure):
             self._health.record(event)
-        elif isinstance(event, events.ThreadDied):
-            raise CalicoError(event.why)
         else:
             self._on_kernel_event(event)
+
+    def _on_unusable(self, event: Any, error: Exception) -> None:
+        """Go on after an internal error with an event: resync with the kernel at the next tick.
+
+        If the event was one of the store, report a failure that lasts until the agent is restarted.
+        """
+        log.debug("traceback:", exc_info=error)
+        what = type(event).__name__
+        why = f"the agent had an internal error with an event, {what} ({type(error).__name__}: {error})"
+        of_store = isinstance(event, (events.StoreChanged, events.StoreRead))
+        advice = "; 'calicoctl node restart' has the store read again"
+        self._health.record(events.Failure(why + advice, what) if of_store else events.Failure(why))
+        self._resync_at = 0.0
+        for manager in self._managers:
+            manager.on_event(events.KernelEventsLost())
 
     def _on_kernel_event(self, event: Any) -> None:
         self._network.on_event(event)
@@ -324,7 +353,7 @@ class Agent:
     def _on_replaced(self, why: str | None) -> None:
         """Stop changing endpoints and the kernel, since another agent reports for this host: `why` names that agent.
 
-        If `why` is None, no other agent does any more: resume.
+        If `why` is None, no other agent reports any more: resume.
         """
         self._health.replaced = why
         if why is not None:
@@ -336,7 +365,7 @@ class Agent:
             self._keeper.resync(self._snapshot.addresses_listed())
 
     def _tick(self) -> None:
-        """Retry what failed, and resync with the kernel from time to time."""
+        """Retry what failed. If RESYNC_INTERVAL has passed, also resync."""
         self._tick_at = time.monotonic() + TICK
         self._health.record(events.Failure(shortage.descriptors_lacking(), "descriptors"))
         for manager in self._managers:
@@ -345,7 +374,7 @@ class Agent:
             self._resync()
 
     def _resync(self) -> None:
-        """Have everything compared with the state of the kernel and of the store.
+        """Have the managers read the kernel again. Schedule reads of the host's network and of statuses in the store.
 
         Listing the kernel's state may fail if it changes meanwhile. Then the resync is repeated at the next tick.
         """
@@ -362,13 +391,19 @@ class Agent:
     # Applying
 
     def _reconcile(self) -> None:
-        """Drive the kernel to the snapshot or, while the store must not be used, keep the kernel as it is."""
-        if not self._may_apply():
-            self._conntrack.discard_listings()
-            for manager in self._managers:
-                manager.restore()
-            return
+        """Retry and read what is due, then drive the kernel to the snapshot.
+
+        While the snapshot must not be applied, only repair the kernel: see Manager.restore.
+        """
         try:
+            if time.monotonic() >= self._tick_at:
+                self._tick()
+            self._network.read_if_due()
+            if not self._may_apply():
+                self._conntrack.discard_listings()
+                for manager in self._managers:
+                    manager.restore()
+                return
             self._apply()
             if self._conntrack.verify_listings():
                 self._statuses.publish()
@@ -386,7 +421,7 @@ class Agent:
     def _apply(self) -> None:
         """Drive the kernel to the snapshot; skip what has not changed.
 
-        No packet may pass that policy denies. The order of the five steps ensures that: see docs/agent.md.
+        The order of the five steps ensures that packets which policy denies never pass: see docs/agent.md.
         """
         dirty = self._snapshot.take_dirty()
         # 1. addresses that are new to an endpoint are pending until their denied connections have been ended
@@ -434,8 +469,10 @@ class Agent:
             self._reporter.publish_macs(macs)
 
     def _check_registration(self) -> None:
-        """Report a failure if this host is not registered: it may have been removed, from another host, while it was
-        cut off from the store."""
+        """Report a failure if this host is not registered.
+
+        A command on another host may have removed this host while it was cut off from the store.
+        """
         host, why = self._snapshot.host, None
         if self._snapshot.ready and host not in self._snapshot.topology.hosts():
             why = (
@@ -445,8 +482,11 @@ class Agent:
         self._health.record(events.Failure(why, "registration"))
 
     def _check_peers(self) -> None:
-        """Report the BGP peers without a session: this host itself, and those of an IP version of which this host has
-        no registered address."""
+        """Report the BGP peers without a session.
+
+        These are the peers of an IP version for which this host has no registered address, and a peer that is this host
+        itself.
+        """
         for version, option in ((4, "--ip"), (6, "--ip6")):
             peers, why = self._snapshot.topology.peers_without_session(version), None
             if peers:

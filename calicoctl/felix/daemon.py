@@ -1,16 +1,17 @@
-"""A daemon that runs beside the agent, and is supervised by it: the local etcd, or BIRD.
+"""A daemon that runs beside the agent: the local etcd, or BIRD.
 
 Responsible for the daemon's process: starting it once, waiting until it serves, starting it again with backoff when it
-ends, and adopting it if it runs already. The caller provides the command line and the configuration.
+ends (`supervise`, for the local etcd; bgp/manager.py decides when BIRD is started again), and adopting it if it runs
+already. The caller provides the command line and the configuration.
 
 A daemon survives the agent: it keeps running when the agent is restarted, upgraded or killed. The next agent, and every
-command, finds the daemon by its pid file. To recognise a stale pid file, the process must also have the `marker` among
-its arguments: an argument that only this daemon has, such as its data folder or its configuration file.
+command, finds the daemon by its pid file. A pid file may be stale, so a process counts as the daemon only if the
+`marker` is among its arguments: an argument that only this daemon has, such as its data folder or its configuration
+file.
 """
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import signal
@@ -23,13 +24,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
 
-from calicoctl import proc
+from calicoctl import files, proc
 from calicoctl.errors import CalicoError
 
 log = logging.getLogger("calico.felix")
 
 END_PATIENCE = 30.0
 """Seconds to wait for a daemon to end."""
+
+LOCK_PATIENCE = 30.0
+"""Seconds to wait until another process that starts the daemon has done so."""
 
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0
 """Seconds until a daemon that ended is started again: at first, and at most. The pause doubles each time. It is reset
@@ -67,7 +71,7 @@ class Process:
     def stop(self) -> bool:
         """End the daemon, wait until it has ended, and return whether it was running.
 
-        Raises CalicoError when it does not end within END_PATIENCE.
+        Raises CalicoError when the daemon does not end within END_PATIENCE.
         """
         pid = self.pid()
         if pid is None:
@@ -81,7 +85,7 @@ class Process:
 
 
 class NotServing(CalicoError):
-    """The daemon was started, and does not serve: it has ended, or takes too long."""
+    """The daemon does not serve: it has ended, or has not become ready in time."""
 
 
 class Daemon:
@@ -97,7 +101,8 @@ class Daemon:
         environment: Mapping[str, str],
         folder: Path = Path("/"),
     ) -> None:
-        """`lock` is a file or folder that is locked while the daemon is started, so that there are never two daemons.
+        """`lock` is a file that is locked while the daemon is started, so that there are never two daemons. Only root
+        may write to its folder, which must exist.
 
         The daemon's output is appended to `log_file`. `environment` is the daemon's whole environment, and `folder` its
         working directory. `is_ready` is called until it returns True, for `start_patience` seconds at most.
@@ -112,9 +117,12 @@ class Daemon:
         self._child: subprocess.Popen[bytes] | None = None
 
     def start(self, command: Callable[[], list[str]], adopt: Callable[[int], None]) -> bool:
-        """Launch the daemon, and wait until it is ready; return whether it was started. For arguments, see `launch`.
+        """Launch the daemon, and wait until it is ready; return False if it was running before.
 
-        A daemon that was started, and does not become ready, is ended, since it would not be supervised.
+        For the arguments, see `launch`.
+
+        If a daemon that this call has started does not become ready, or if the call is interrupted, that daemon is
+        ended, since nothing would supervise it.
         """
         try:
             started = self.launch(command, adopt)
@@ -125,10 +133,10 @@ class Daemon:
             raise
 
     def launch(self, command: Callable[[], list[str]], adopt: Callable[[int], None]) -> bool:
-        """Start the daemon's process unless it runs; return whether it was started.
+        """Start the daemon's process unless it runs; return False if it was running before.
 
         `command` returns the command line, whose first word is looked up in PATH. If the process runs already, `adopt`
-        is called with its id instead. Both are called with the lock held.
+        is called with its id instead. `command` and `adopt` are called with the lock held.
         """
         try:
             with self._locked():
@@ -143,11 +151,18 @@ class Daemon:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        fd = os.open(self._lock, os.O_RDONLY | os.O_CLOEXEC)
+        give_up = time.monotonic() + LOCK_PATIENCE
+        while (fd := files.try_lock(self._lock)) is None:
+            if time.monotonic() > give_up:
+                raise CalicoError(
+                    f"{self.process.name} is not started: another process has kept {self._lock} locked for "
+                    f"{LOCK_PATIENCE:.0f} s"
+                )
+            time.sleep(0.02)  # flock(2) waits for ever or not at all
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
             yield
         finally:
+            self._lock.unlink(missing_ok=True)
             os.close(fd)
 
     def _spawn(self, command: list[str]) -> None:
@@ -171,7 +186,7 @@ class Daemon:
             time.sleep(0.001)  # the arguments of a new process can be read only a moment later
 
     def await_ready(self) -> None:
-        """Wait until the daemon is ready; raise NotServing when it ends before that, or takes too long."""
+        """Wait until the daemon is ready; raise NotServing when it ends before that, or after `start_patience`."""
         give_up = time.monotonic() + self._start_patience
         while not self._is_ready():
             if self._child_has_ended() or self.process.pid() is None or time.monotonic() > give_up:
@@ -181,7 +196,7 @@ class Daemon:
             time.sleep(0.05)  # a daemon does not announce that it is ready
 
     def _end_child(self) -> None:
-        """End the process that this object has started; remove the pid file unless it names another daemon by now."""
+        """End the process that this object has started, if any. Remove the pid file unless it names another daemon."""
         if self._child is None:
             return
         runs_as = self.process.pid()
@@ -197,8 +212,8 @@ class Daemon:
     def supervise(self, launch: Callable[[], object]) -> None:
         """Start a thread that calls `launch` at once, and again whenever the daemon has ended.
 
-        `launch` starts the daemon unless it runs. If it raises an exception, of any kind, it is called again after a
-        pause. The thread ends with this process.
+        `launch` starts the daemon unless it runs. If `launch` raises an exception of any kind, it is called again after
+        a pause. The thread ends with this process.
         """
         threading.Thread(
             target=self._supervise, args=(launch,), name=f"supervising {self.process.name}", daemon=True
@@ -223,7 +238,10 @@ class Daemon:
             pause = min(LONGEST_PAUSE, pause * 2)
 
     def _child_has_ended(self) -> bool:
-        """Return whether the process that this object has started has ended; if so, reap it."""
+        """Reap the process that this object has started if it has ended, and return whether it has.
+
+        Returns False if this object has started none.
+        """
         return self._child is not None and self._child.poll() is not None
 
     def _last_log_line(self) -> str:

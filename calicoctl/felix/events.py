@@ -1,7 +1,8 @@
 """The events that drive the loops of the agent and of the WorkloadKeeper, as plain data.
 
 The threads of sources.py, report.py, workload_keeper.py, dataplane/ and bgp/ put them into a queue. The thread that
-reads the queue decides what an event means.
+reads the queue decides what an event means. The agent's loop itself sends Tick and PolicyFailed to the managers,
+without a queue.
 """
 
 from __future__ import annotations
@@ -32,16 +33,17 @@ class StoreChanged:
 
 @dataclass(frozen=True)
 class WatchRecovered:
-    """The watch of a directory of the store works again, or for the first time."""
+    """The watch of a directory of the store works again, or works for the first time."""
 
     directory: str
 
 
 @dataclass(frozen=True)
 class WatchFailed:
-    """The watch of a directory of the store fails. If `read` is False, the directory cannot be read either.
+    """The watch of a directory of the store fails. `read` says whether the directory can still be read.
 
-    `since` is the time (ISO 8601) of the last request about the directory that succeeded; "" if none has yet.
+    `since` is the time (ISO 8601) of the last request about the directory that succeeded; if none has yet, of the
+    agent's start.
     """
 
     directory: str
@@ -52,7 +54,7 @@ class WatchFailed:
 
 @dataclass(frozen=True)
 class WritesRecovered:
-    """The store can be written again, or for the first time."""
+    """The store can be written again, or could be written for the first time."""
 
 
 @dataclass(frozen=True)
@@ -86,21 +88,27 @@ class LinkChanged:
 
 @dataclass(frozen=True)
 class RouteLost:
-    """Another process may have deleted or replaced one of the agent's routes; `address` is the route's destination."""
+    """Another process may have deleted or replaced one of the agent's routes to endpoints.
+
+    `address` is the route's destination, without a prefix length.
+    """
 
     address: str
 
 
 @dataclass(frozen=True)
 class OverlayRouteLost:
-    """A route of the overlay may have been deleted, or replaced by another process; `cidr` is its destination."""
+    """A route of the overlay was deleted, or may have been replaced by another process.
+
+    `cidr` is the destination of the route.
+    """
 
     cidr: str
 
 
 @dataclass(frozen=True)
 class BirdRouteLost:
-    """A route with BIRD's protocol number was deleted, by whomever."""
+    """A route with BIRD's protocol number was deleted, by BIRD or by another process."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +123,7 @@ class GatewaysChanged:
 
 @dataclass(frozen=True)
 class ServersChanged:
-    """The servers that this host depends on, when they become known, and whenever they have changed."""
+    """The servers that this host depends on have become known, or have changed."""
 
     servers: Servers
 
@@ -127,7 +135,10 @@ class KernelEventsLost:
 
 @dataclass(frozen=True)
 class TablesChanged:
-    """Another process has changed nftables tables of these names; the empty name stands for any table."""
+    """Another process has changed nftables tables of these names.
+
+    The empty name stands for any table: notifications were lost.
+    """
 
     names: frozenset[str]
 
@@ -184,12 +195,13 @@ class Failure:
 
 
 BGP, BGP_CONFIGURATION, BGP_PASSWORDS = "bgp", "bgp configuration", "bgp passwords"
-"""Subjects of failures: BIRD does not run or answer; it refuses a configuration; the passwords' file is refused."""
+"""Subjects of failures: BIRD does not run or answer; BIRD refuses a configuration; the agent refuses the file with the
+passwords."""
 
 
 @dataclass(frozen=True)
 class OverlayBlocked:
-    """Whether the overlay needs devices, but none could be created.
+    """The overlay needs devices, but none could be created; with `blocked` False, that is no longer so.
 
     For example, another program's devices may have our VNI or our names.
     """
@@ -201,10 +213,10 @@ class OverlayBlocked:
 class BgpChanged:
     """What is known of BIRD: the process that the agent runs, and its BGP sessions, in order of their addresses.
 
-    `settled` says whether BIRD uses the first configuration that follows from the store, or has failed to; with BGP
-    off, whether BIRD has been ended. `pid` is None while BIRD does not run. `running` says whether BIRD listens on the
-    port of BGP, as it does while a session is configured. `restarts` counts how often BIRD was started again since the
-    agent's start, `refusals` how many configurations it has refused.
+    `settled` says whether BIRD uses the first configuration that follows from the store, or the attempt has failed. If
+    BGP is off, `settled` says that the attempt to end BIRD is over. `pid` is None while BIRD does not run. `running`
+    says whether BIRD listens on the port of BGP, as it does while a session is configured. `restarts` counts how often
+    BIRD was started again since the agent's start, `refusals` how many configurations it has refused.
     """
 
     settled: bool = False
@@ -217,7 +229,7 @@ class BgpChanged:
 
 @dataclass(frozen=True)
 class Tick:
-    """Ten seconds have passed: retry what failed."""
+    """The interval of the agent (TICK in agent.py) has passed: retry what failed."""
 
 
 @dataclass(frozen=True)

@@ -30,17 +30,18 @@ log = logging.getLogger("calico.felix")
 
 
 NO_MTU: dict[str, Any] = {"underlay": {"ipv4": None, "ipv6": None}, "overlay": None, "configured": None}
-"""The report of MTUs that are not known."""
+"""What is reported as `mtu` while the MTUs are not known."""
 
 UNTOLD = "root alone is told what (sudo calicoctl status)"
-"""Replaces reasons that may quote the store, in the report that every user may read."""
+"""Replaces texts that may quote the store, in the report that every user may read."""
 
 
 @dataclass(frozen=True)
 class Status:
     """An endpoint's `status` ("up", "down" or "error"), and the `reason`, if there is one.
 
-    `revision` is the endpoint's revision in the store; `workload_name` is the container's name, as stored there.
+    `revision` is the endpoint's revision in the store; `workload_name` is the container's name, as
+    the endpoint in the store contains it.
     """
 
     status: str
@@ -54,7 +55,9 @@ class Status:
         return self.reason == INACTIVE
 
     def to_json(self) -> str:
-        reason = {} if self.reason is None else {"reason": self.reason}
+        # JSON with the lone surrogates of an interface's name could not be read again
+        text = None if self.reason is None else self.reason.encode(errors="backslashreplace").decode()
+        reason = {} if text is None else {"reason": text}
         return json.dumps({"status": self.status, "index": self.revision, **reason})
 
 
@@ -72,7 +75,7 @@ class Ability:
 
     @property
     def works(self) -> bool | None:
-        """Whether the ability works: False if any user fails, else None until every user has tried."""
+        """Whether the ability works: False if any user fails; else None until every user has tried, then True."""
         return False if self._failing else None if self._untried else True
 
     @property
@@ -90,9 +93,9 @@ class Ability:
         return True
 
     def failed(self, user: str, why: str, since: str) -> bool:
-        """Note that the ability has been failing for a user since a time (ISO 8601).
+        """Note that the ability has been failing for a user since the time `since` (ISO 8601).
 
-        Return False if it was failing for any user already.
+        Return False if the ability was failing for any user already, else True.
         """
         before = self.works
         self._untried.discard(user)
@@ -111,7 +114,7 @@ class StoreHealth:
     """Whether the store can be read, written and followed."""
 
     def __init__(self, directories: Iterable[str]) -> None:
-        """`directories` are those that the agent reads and watches."""
+        """`directories` are the directories of the store that the agent reads and watches."""
         directories = list(directories)
         self.reads = Ability(directories)
         self.watch = Ability(directories)
@@ -145,7 +148,7 @@ class Health:
     since: str = field(default_factory=now)
     started: float = field(default_factory=time.monotonic)
     first_update: bool = False
-    """Whether the first snapshot is in the kernel: the agent is ready."""
+    """Whether the first snapshot is in the kernel."""
     waiting_for: str | None = None
     replaced: str | None = None
     """A sentence that names the other agent that reports for this host now; None while this agent reports."""
@@ -156,12 +159,15 @@ class Health:
     """By key of the store: what is wrong with the key's value."""
     skipped: dict[str, str] = field(default_factory=dict)
     """By key of the store: why the key, or the keys below it, are not read."""
+    unread: set[str] = field(default_factory=set)
+    """Those of `skipped` that are directories which were too large to be read."""
     failures: dict[str, dict[str, str]] = field(default_factory=dict)
-    """What fails on this host now, by subject: `since` when (ISO 8601), and the `error`."""
+    """By subject: what fails on this host now, as the `error` (a sentence) and the time `since` when (ISO 8601)."""
     last_error: dict[str, str] | None = None
     mtu: dict[str, Any] = field(default_factory=lambda: copy.deepcopy(NO_MTU))
-    """The MTU that new interfaces of workloads get: that of the `underlay`, by IP version, for pools without an
-    overlay; that of the `overlay` for pools with one (None if there are none); or the one `configured` for all."""
+    """The MTU that new interfaces of workloads get. For pools without an overlay, that is the MTU of the `underlay`, by
+    IP version; for pools with an overlay, that of the `overlay` (None if there are no such pools). If an MTU is
+    `configured`, it is used for all."""
     bgp: BgpChanged = field(default_factory=BgpChanged)
     """What is known of BIRD."""
     users: Mapping[str, str] = field(default_factory=dict)
@@ -189,7 +195,7 @@ class Health:
         self.last_error = {"time": now(), "error": sentence}
 
     def record(self, failure: Failure) -> None:
-        """Note a failure, or the end of a failure (its `why` is None). A failure is logged when it begins, or changes.
+        """Note a failure, or the end of a failure if `why` is None. A failure is logged when it begins, or changes.
 
         A failure without a subject does not last: it only becomes the last error.
         """
@@ -214,14 +220,16 @@ class Health:
     def to_dict(self) -> dict[str, Any]:
         """Return the report that `calicoctl status` reads.
 
-        Scripts read it as JSON: `troubles` and `healed` keep their names for compatibility. Lists are bounded, with the
-        worst items first; `left_out` contains the numbers of further items.
+        Scripts read it as JSON: `troubles` and `healed` keep their names for compatibility. The length of each list is
+        limited (limits.py), and the worst endpoints come first. `left_out` says how many items each list lacks.
         """
         troubled, problems = self._troubled(), {**self.problems, **self.skipped}
         shown = self._worst(troubled)
         # the reasons of endpoints are in another list
         some = heapq.nsmallest(
-            limits.REPORTED, problems, key=lambda key: (keys.parse_endpoint(key) in self.endpoints, key)
+            limits.REPORTED,
+            problems,
+            key=lambda key: (key not in self.unread, keys.parse_endpoint(key) in self.endpoints, key),
         )
         subjects = sorted(self.failures)[: limits.REPORTED]
         sessions = sorted(self.bgp.sessions, key=_place)[: limits.SESSIONS]
@@ -250,7 +258,12 @@ class Health:
             ],
             "unknown_interfaces": interfaces,
             "problems": [
-                {"key": shortened(key, limits.NAME), "problem": shortened(problems[key], limits.TEXT)} for key in some
+                {
+                    "key": shortened(key, limits.NAME),
+                    "problem": shortened(problems[key], limits.TEXT),
+                    "unread": key in self.unread,
+                }
+                for key in some
             ],
             "troubles": [{"subject": subject, **self.failures[subject]} for subject in subjects],
             "left_out": {
@@ -278,7 +291,8 @@ class Health:
     def public(self, report: dict[str, Any]) -> dict[str, Any]:
         """Return `report`, which `to_dict` has just returned, without texts that may quote values of the store.
 
-        Only root may read those. Keys, and validated names and addresses, stay: the kernel shows them to every user.
+        Only root may read such texts. Keys, and validated names and addresses, stay: the kernel shows them to every
+        user.
         """
         endpoints = []
         for one, (id, _) in zip(report["endpoints_in_trouble"], self._worst(self._troubled())):
@@ -297,7 +311,7 @@ class Health:
 
     @staticmethod
     def _worst(troubled: list[tuple[EndpointId, Status]]) -> list[tuple[EndpointId, Status]]:
-        """Return the endpoints that are reported: those in error before others, by id."""
+        """Return the endpoints to report, limits.REPORTED at most: those in error first, in order of their ids."""
         return heapq.nsmallest(
             limits.REPORTED, troubled, key=lambda item: (item[1].status != "error", item[0].endpoint, item[0].workload)
         )
@@ -319,7 +333,7 @@ class Health:
 
 
 def _place(session: Session) -> tuple[int, bytes]:
-    """Return the key that sorts sessions by their peers' addresses, IPv4 first."""
+    """Return a sort key that orders sessions by their peers' addresses, IPv4 first."""
     try:
         packed = pack(session.peer)
     except (OSError, ValueError):  # BIRD names none

@@ -1,7 +1,8 @@
-"""Keeps across reboots which addresses endpoints of this host have although they would be refused today.
+"""Keeps the addresses that endpoints of this host may go on using although a new endpoint would be refused them.
 
-The file /var/lib/calico/HOST/kept (JSON), of root alone, has the interface and the address of each. There is none while
-there is no such address. desired/admission.py decides which addresses are refused.
+They are kept across reboots, in the file /var/lib/calico/HOST/kept, which only root can read: a JSON list of pairs,
+each an interface and an address. Without such addresses, there is no file. desired/admission.py decides which addresses
+are refused.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ _FILE = "kept"
 
 
 def read(host: str) -> list[Use]:
-    """Return the interfaces and addresses that were written last. Raises CalicoError."""
+    """Return the (interface, address) pairs that were written last, empty if there is no file.
+
+    Raises CalicoError if the file is damaged or cannot be read.
+    """
     try:
         return [(str(interface), str(address)) for interface, address in json.loads(state.read(host, _FILE) or b"[]")]
     except (TypeError, ValueError):
@@ -25,7 +29,7 @@ def read(host: str) -> list[Use]:
 
 
 def write(host: str, kept: Iterable[Use]) -> None:
-    """Replace what is kept. Raises CalicoError."""
+    """Replace the pairs in the file by `kept`; remove the file if there are none. Raises CalicoError."""
     found = sorted(kept)
     if found:
         state.write(host, _FILE, content=json.dumps(found).encode())

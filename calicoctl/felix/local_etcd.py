@@ -109,7 +109,7 @@ class LocalEtcd:
         self._daemon = Daemon(
             _process(host),
             Path(log_dir) / "etcd.log",
-            lock=DATA,
+            lock=DATA.with_name("etcd.lock"),
             is_ready=self._healthy,
             start_patience=START_PATIENCE,
             # etcd reads settings from its environment that would clash with its options
@@ -291,7 +291,7 @@ class LocalEtcd:
         return b'"health":"true"' in (self._answers("/health") or b"").replace(b" ", b"")
 
     def _answers(self, path: str) -> bytes | None:
-        """Return the body of the response to a GET request for a path; None without a response of the status 200."""
+        """Return the body of the response to a GET request for a path; None on failure or if its status is not 200."""
         import urllib3
         import urllib3.exceptions
 

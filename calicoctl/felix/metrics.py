@@ -22,10 +22,10 @@ class _NoTimer:
 
 
 class Metrics:
-    """Serves the metrics on a port of loopback; without a port, measures and serves nothing.
+    """Serves the metrics on a TCP port of loopback; if `port` is None, measures and serves nothing.
 
-    `apply_time.time()` is a context manager that measures how long programming the kernel takes. The constructor raises
-    CalicoError if the port cannot be bound.
+    `apply_time.time()` returns a context manager that measures how long programming the kernel takes. The constructor
+    raises CalicoError if the port cannot be bound.
     """
 
     def __init__(self, health: Health, port: int | None) -> None:

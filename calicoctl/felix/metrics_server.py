@@ -20,7 +20,7 @@ from calicoctl.felix import shortage
 log = logging.getLogger("calico.felix")
 
 MOST_CONNECTIONS = 8
-"""The largest number of open connections. One more closes the oldest."""
+"""The maximum number of open connections. A further connection closes the oldest."""
 
 LONGEST = 5.0
 """Seconds that a connection may be open."""
@@ -30,7 +30,7 @@ INTERVAL = 1.0
 
 
 def serve(app: Any, address: str, port: int) -> None:
-    """Serve a WSGI application from a thread. Raises OSError when the port cannot be bound."""
+    """Serve a WSGI application in a thread of its own. Raises OSError when the port cannot be bound."""
     server = _Server((address, port), _Handler)
     server.set_app(app)
     threading.Thread(target=server.serve_forever, args=(INTERVAL,), name="serving metrics", daemon=True).start()
@@ -49,7 +49,7 @@ class _Server(socketserver.ThreadingMixIn, WSGIServer):
         super().__init__(*arguments)
 
     def server_bind(self) -> None:
-        """Bind without resolving the host's name, as the library would."""
+        """Bind as the library does, but without resolving the host's name."""
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
         self.setup_environ()
@@ -71,7 +71,7 @@ class _Server(socketserver.ThreadingMixIn, WSGIServer):
         super().process_request(request, client_address)
 
     def service_actions(self) -> None:
-        """End connections that have been open for too long. Called after each accept, and once per interval."""
+        """Close connections that have been open for too long. Called after each accept, and once per interval."""
         with self._changed:
             for connection, since in self._open.items():
                 if time.monotonic() > since + LONGEST:

@@ -1,4 +1,4 @@
-"""Keeps the snapshot's view of this host's network up to date: addresses, gateways, connected networks, and servers.
+"""Keeps the snapshot's view of this host's network up to date: addresses, MACs, gateways, networks, and servers.
 
 For example, an endpoint must not use an address of the host or of a gateway. This module does not change the kernel.
 """
@@ -29,21 +29,22 @@ class NetworkMonitor:
     """Reads the host's network after it may have changed. Runs in the agent's thread."""
 
     def __init__(self, snapshot: Snapshot, health: Health, reading: Callable[[], None]) -> None:
-        """`reading` is called before each read. From then on, changes of routes must emit GatewaysChanged again."""
+        """`reading` is called before each read. After the call, a change of routes must emit GatewaysChanged again."""
         self._snapshot = snapshot
         self._health = health
         self._reading = reading
         self._pause = PAUSE
         self._servers = Servers()
         self._asked: tuple[frozenset[str], frozenset[str]] = frozenset(), frozenset()
-        """The addresses whose routes are read: those of other hosts and BGP peers, and one in each of their blocks."""
+        """The destinations of the routes to read: first the addresses of other hosts and of BGP peers, then one address
+        in each block of the other hosts."""
         self.due_at: float | None = 0.0
         """When to read next (monotonic); None while no read is needed."""
 
     def on_event(self, event: Any) -> None:
-        """Schedule a read: at once if addresses, MACs or servers have changed, a little later if gateways may have.
+        """Schedule a read: at once if addresses, MACs or servers have changed, later if gateways may have changed.
 
-        New servers are in the snapshot at once, even if the kernel cannot be read.
+        New servers are written into the snapshot right away, even if the kernel cannot be read.
         """
         if isinstance(event, ServersChanged):
             self._servers, self.due_at = event.servers, 0.0
@@ -64,7 +65,7 @@ class NetworkMonitor:
         return known is not None and not event.deleted and event.link.mac not in known
 
     def resync(self) -> None:
-        """Read at the next `read_if_due`."""
+        """Schedule a read for the next call of `read_if_due`."""
         self.due_at = 0.0
 
     def read_if_due(self) -> None:

@@ -1,9 +1,10 @@
 """The agent as a process: starts it in the background, finds it, restarts it, stops it; and its locks, log and files.
 
-The agent's files are under /run/calico/<host name>/: the pid file, which every user may read, with the start time of
-the process, so that a stale pid file is recognised; a lock that the agent holds as long as it lives; its report
-(report.py); and the original values of settings (dataplane/sysctls.py). Another lock, of the network namespace, keeps
-agents of two host names from using one kernel.
+The agent's files are under /run/calico/<host name>/: the pid file, a lock that the agent holds as long as it runs, its
+reports (report.py), and the original values of sysctls (dataplane/sysctls.py). Every user may read the pid file. It
+also contains the start time of the process, by which a stale pid file is recognised. A second lock,
+/run/calico/agent.<inode of the network namespace>, ensures that only one agent runs in a network namespace, whatever
+its host name.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -33,7 +35,7 @@ from calicoctl.workloads.locks import DIRECTORY
 DEFAULT_LOG_DIR = "/var/log/calico"
 
 START_PATIENCE = 60.0
-"""Seconds to wait until the agent's first update is in the kernel."""
+"""Seconds to wait until the agent is ready (see `start`), or until `node remove` releases the locks."""
 
 STOP_PATIENCE = 25.0
 """Seconds to wait for the agent to end after SIGTERM."""
@@ -47,8 +49,9 @@ _LOG_SIZE = 10 * 2**20
 class Options:
     """The agent's options.
 
-    If `log_dir` is None, the agent logs to standard error. If `metrics_port` is None, the agent serves no metrics.
-    `local_etcd` says whether the agent supervises the local etcd, `bgp` whether it runs BIRD.
+    `log_dir` is the folder of the log file; if it is None, the agent logs to standard error. `metrics_port` is a TCP
+    port on loopback; if it is None, the agent serves no metrics. `local_etcd` says whether the agent supervises the
+    local etcd, `bgp` whether it runs BIRD.
     """
 
     log_dir: str | None = None
@@ -66,7 +69,10 @@ def report_file(host: str) -> Path:
 
 
 def private(path: Path) -> Path:
-    """Return the path of the whole report, which only root may read; `path` is that of the report for every user."""
+    """Return the path of the whole report, which only root may read.
+
+    `path` is the path of the report that every user may read.
+    """
     return path.with_name("felix.root.json")
 
 
@@ -83,7 +89,7 @@ def leftovers(host: str) -> list[Path]:
 
 
 def remove_directory(host: str) -> None:
-    """Remove the folder of a host's files, and the folder of all hosts, if they are empty."""
+    """Remove the folder of a host's files, then the folder of all hosts; keep a folder that is not empty."""
     with suppress(OSError):
         (DIRECTORY / host).rmdir()
         DIRECTORY.rmdir()
@@ -99,7 +105,7 @@ def running(host: str) -> int | None:
 
 
 def report(host: str) -> dict[str, object] | None:
-    """Return the last report of the host's agent, which may have ended since; None if there is no report.
+    """Return the last report of the host's agent, which may have ended since; None if there is no valid report.
 
     Users other than root get the report without texts that may quote the store: see Health.public.
     """
@@ -123,15 +129,18 @@ def _read_report(path: Path, host: str) -> dict[str, object] | None:
 
 
 def troubles(host: str) -> list[str]:
-    """Return the failures of the host as a whole that its agent reports, such as a firewall that drops packets."""
+    """Return the agent's sentences about failures of the host as a whole, such as a firewall that drops packets.
+
+    Empty if there is no report.
+    """
     found = (report(host) or {}).get("troubles")
     return [str(failure["error"]) for failure in found] if isinstance(found, list) else []
 
 
 def without_bgp(found: Mapping[str, object] | None) -> str | None:
-    """Return a clause with advice if `found`, a report, is of an older agent, which does not report on BGP; else None.
+    """Return a clause with advice if the agent is of an older version, which has no BGP; None if it is not.
 
-    None is also returned if there is no report.
+    `found` is the agent's report, as returned by `report`. If it is None, None is returned.
     """
     if found is None or found.get("bgp") is not None:
         return None
@@ -142,28 +151,37 @@ def without_bgp(found: Mapping[str, object] | None) -> str | None:
 
 
 @contextmanager
-def only_one(host: str) -> Iterator[None]:
-    """Hold the locks and the pid file of the host's agent inside `with`.
+def only_one(host: str) -> Iterator[str | None]:
+    """Hold the locks of the host's agent inside `with`, and keep the process id of this process in the pid file.
 
-    Raises CalicoError when an agent runs already, for this host name or in this network namespace.
+    Yields the process id of the agent before if it was killed, or crashed, in this boot.
+
+    Raises CalicoError when an agent runs already, for this host name or in this network namespace, when `node remove`
+    takes longer than START_PATIENCE, or when a file cannot be written.
     """
     pid_file = _file(host, "felix.pid")
     with _held(host):
+        left = None
+        with suppress(OSError):
+            left = pid_file.read_text().partition(" ")[0]
         with _explained(pid_file):
             files.replace(pid_file, f"{os.getpid()} {proc.running_since(os.getpid())}\n".encode(), 0o644).close()
-        yield
+        yield left
         pid_file.unlink(missing_ok=True)
 
 
 @contextmanager
 def none_starts(host: str) -> Iterator[None]:
-    """Keep agents of the host from starting inside `with`. Raises CalicoError when one runs."""
+    """Keep agents of the host, and agents in this network namespace, from starting inside `with`.
+
+    Raises CalicoError when such an agent runs, and whenever `only_one` does.
+    """
     with _held(host):
         yield
 
 
 def refuse_other(host: str) -> None:
-    """Raise CalicoError when an agent under another host name runs in this network namespace."""
+    """Raise CalicoError when an agent runs in this network namespace under another host name than `host`."""
     try:
         with _namespace_file().open() as file:
             other = file.read().strip()
@@ -188,7 +206,7 @@ def _namespace_file() -> Path:
 def _held(host: str) -> Iterator[None]:
     """Hold the lock of the host's agent, and that of this network namespace, inside `with`.
 
-    Raises CalicoError when another process holds one of them, or a file cannot be written.
+    Raises CalicoError when another process keeps one of them (see `_refuse_running`), or a file cannot be written.
     """
     lock, namespace = _file(host, "felix.lock"), _namespace_file()
     with _explained(lock), ExitStack() as stack:
@@ -206,7 +224,10 @@ def _held(host: str) -> Iterator[None]:
 
 
 def _refuse_running(host: str, began: float) -> None:
-    """Raise CalicoError if the lock, awaited since `began` (monotonic), will probably not be released soon."""
+    """Raise CalicoError if the caller has waited for a lock for too long, since `began` (monotonic).
+
+    Too long is 1 second while the host's agent runs, and START_PATIENCE while `node remove` holds the lock.
+    """
     pid = running(host)
     # without a process id, `node remove` holds the lock
     if time.monotonic() - began > (1 if pid else START_PATIENCE):
@@ -241,7 +262,7 @@ def _explained(path: Path) -> Iterator[None]:
 
 
 def leave(status: int) -> None:
-    """End this process, an agent that has stopped, at once.
+    """End this agent process at once, with the exit status `status`.
 
     The interpreter's own exit could wait forever: a daemon thread may hold the import lock, or a lock of a library.
     """
@@ -271,14 +292,17 @@ class _LogFile(logging.handlers.RotatingFileHandler):
 
     def _open(self) -> io.TextIOWrapper:
         descriptor = os.open(self.baseFilename, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
-        file = io.TextIOWrapper(io.FileIO(descriptor, "a"), encoding=self.encoding)
+        file = io.TextIOWrapper(io.FileIO(descriptor, "a"), self.encoding, "backslashreplace")
         with suppress(OSError):  # of an older version
             os.fchmod(descriptor, os.fstat(descriptor).st_mode & 0o7770)
         return file
 
 
 def log_to(directory: str | None) -> None:
-    """Log to the file felix.log in `directory`, with rotation, or to standard error if `directory` is None."""
+    """Log to the file felix.log in `directory`, with rotation, or to standard error if `directory` is None.
+
+    Raises OSError if the file cannot be opened.
+    """
     handler: logging.Handler = logging.StreamHandler()
     text = "%(levelname)s: %(message)s"
     if directory is not None:
@@ -287,16 +311,22 @@ def log_to(directory: str | None) -> None:
     handler.setFormatter(_OneLine(text))
     logging.raiseExceptions = False  # there is no place to report a log that cannot be written
     logger = logging.getLogger("calico")
+    threading.excepthook = lambda died: logger.critical(
+        "the thread %s has died", died.thread.name if died.thread else "?", exc_info=died.exc_value
+    )
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
 
 
 def start(host: str, options: Options, environment: Mapping[str, str] = os.environ) -> int:
-    """Start the host's agent in the background, wait until its first update is in the kernel; return its process id.
+    """Start the host's agent in the background, wait until it is ready, and return its process id.
 
-    If another command has started the agent at the same time, that agent's process id is returned. Raises CalicoError
-    when the agent ends before its first update. Raises CalicoError after START_PATIENCE, too, but then the agent keeps
-    running.
+    The agent is ready when its first update is in the kernel and BIRD is settled (see BgpManager.is_settled).
+
+    `environment` contains the agent's environment variables. If another command has started the agent at the same time,
+    that agent's process id is returned. Raises CalicoError when the agent ends before it is ready. Raises
+    CalicoError after START_PATIENCE, too, but then the agent keeps running. When the wait is interrupted, for example
+    by Ctrl-C, the agent is ended.
     """
     assert options.log_dir is not None, "a process in the background needs a log file"
     DIRECTORY.mkdir(mode=0o755, parents=True, exist_ok=True)
@@ -358,7 +388,7 @@ def _await_ready(process: subprocess.Popen[bytes], ready: socket.socket, host: s
 
 
 def _absolute(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return `environment` with the paths in it made absolute, for a process with another working directory."""
+    """Return `environment` with absolute paths in its variables for files: the agent's working directory is /."""
     files = ("ETCD_CA_CERT_FILE", "ETCD_CERT_FILE", "ETCD_KEY_FILE", "ETCD_PASSWORD_FILE", "CALICO_ENV_FILE")
     return {
         name: str(Path(value).absolute()) if name in files and value else value for name, value in environment.items()
@@ -366,7 +396,7 @@ def _absolute(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def restart(host: str) -> int:
-    """Restart the host's agent with this version's code, the old options and environment; return the new process id.
+    """Restart the host's agent: this version's code, with the old options and environment. Return the new process id.
 
     A local etcd keeps running. Raises NotFound when no agent runs, and CalicoError when the agent runs in another
     network namespace or in the foreground, or cannot be stopped or started.

@@ -1,7 +1,8 @@
-"""Removes what the agent has programmed into the kernel, for `calicoctl node remove`.
+"""Removes what the agent has programmed into the kernel, and its files, for `calicoctl node remove`.
 
-`calicoctl node remove` deletes endpoints with their interfaces before it calls this. A `cali…` interface that belongs
-to no endpoint in etcd is kept, but the routes, neighbour entries and sysctls that the agent set for it are removed.
+`calicoctl node remove` deletes endpoints with their interfaces before it calls `remove_all`. A `cali…` interface that
+belongs to no endpoint in etcd is kept, but the agent's routes and neighbour entries on it are removed, and its sysctls
+are reset.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ from calicoctl.felix.dataplane.vxlan import Vxlan
 
 
 def remove_all(host: str, warn: Callable[[str], None]) -> bool:
-    """End BIRD, remove routes, neighbours, devices, firewall rules and tables, restore settings; no agent may run.
+    """End BIRD; remove routes, neighbour entries, devices, firewall rules and tables; restore the original sysctls.
 
-    The tables are removed last, so that no packet is forwarded that they would drop. If the Docker Engine does not
-    answer, forwarding stays enabled. `warn` is called with a sentence about that, and if a foreign BIRD keeps routes.
-    Returns whether an agent of the host has left files here. Raises CalicoError, also if the agent runs.
+    The nftables tables are removed last, so that they drop what policy denies until then. If the Docker Engine does not
+    answer, forwarding stays enabled. `warn` is called with a sentence about that, and with another one
+    if a foreign BIRD keeps routes. Returns whether an agent of the host had left files below /run/calico. Raises
+    CalicoError, also if the host's agent, or another agent in this network namespace, runs.
     """
     found = any(file.exists() for file in process.leftovers(host))
     with process.none_starts(host):
@@ -40,7 +42,8 @@ def remove_former_bird(host: str, warn: Callable[[str], None]) -> bool:
     """End the BIRD of `host`, a former name of this host, and remove the routes of that BIRD.
 
     Returns whether such a BIRD was running in this network namespace, or had run here in this boot. `warn` is called
-    with a sentence if a foreign BIRD keeps the routes. Raises CalicoError, also if an agent runs here.
+    with a sentence if a foreign BIRD keeps the routes. Raises CalicoError, also if an agent runs in this network
+    namespace.
     """
     bird = Instance(host)
     if not bird.is_here():
@@ -71,7 +74,10 @@ def _remove_from_kernel(host: str, warn: Callable[[str], None]) -> None:
 
 
 def _needed_by_engine(warn: Callable[[str], None]) -> set[str]:
-    """Return the paths of the forwarding sysctls that a Docker Engine on this host needs, or may need."""
+    """Return the paths of the forwarding sysctls that a Docker Engine on this host needs.
+
+    If the engine does not answer, all of them are returned, and `warn` is called with a sentence about that.
+    """
     settings = {sysctls.IPV4_FORWARDING: False, sysctls.IPV6_FORWARDING: True}
     try:
         return {path for path, ipv6 in settings.items() if engine.forwards(ipv6)}

@@ -40,14 +40,13 @@ FILE_INTERVAL = 5.0
 """Seconds after which the file is written although nothing has changed: its age shows that the agent is alive."""
 
 LONG = 0.02
-"""A report that takes more than these seconds of computing is made less often. Some thousand endpoints in error take
-so long."""
+"""Seconds of CPU time. A report that takes longer, as with thousands of endpoints in error, is made less often."""
 
 AT_ONCE = 50
 """The most statuses that are written by one request."""
 
 ERRORS_AT_ONCE = 50
-"""The most statuses `error` that are written before a pause of a second: many of them must leave time for others."""
+"""The maximum number of statuses `error` written at a time. Then follows a pause of a second, for other writes."""
 
 END_PATIENCE = 5.0
 """Seconds that writing may take when the agent ends; the heartbeat expires in any case."""
@@ -63,7 +62,7 @@ class ReportFile:
         self._written_at = float("-inf")
         self._rests_until = float("-inf")
         self.due_at: float | None = None
-        """When a change is to be written that was not written yet (monotonic); None if there is none."""
+        """When to write a change that is not in the file yet (monotonic); None if there is none."""
 
     @property
     def is_due(self) -> bool:
@@ -174,7 +173,7 @@ class EndpointStatuses:
 
 
 class StoreReporter(threading.Thread):
-    """Writes the statuses passed to `set` to the store, retrying, unless another agent reports for this host."""
+    """Writes the heartbeat to the store and, unless another agent reports for this host, statuses and MACs. Retries."""
 
     def __init__(self, datastore: DatastoreClient, health: Health, put: Callable[[Any], None]) -> None:
         """`put` is called with events: whether the store can be written (WritesRecovered, WritesFailed), other failures

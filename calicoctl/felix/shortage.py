@@ -1,4 +1,4 @@
-"""Shortage of file descriptors or memory: it must not end the agent, only make it wait."""
+"""Makes the agent wait instead of end when file descriptors or memory are short."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ PAUSE = 1.0
 
 
 def wait_out() -> None:
-    """Wait until a file can be opened again, at least for PAUSE."""
+    """Wait for PAUSE seconds, and then until this process can open files again."""
     time.sleep(PAUSE)
     while descriptors_lacking() is not None:
         time.sleep(PAUSE)
 
 
 def descriptors_lacking() -> str | None:
-    """Return a sentence if this process can open no more files, None if it can."""
+    """Return a sentence for the report if this process cannot open a file; None if it can.
+
+    If the process has reached its limit, the sentence advises how to raise the limit.
+    """
     try:
         os.close(os.open("/proc/self/limits", os.O_RDONLY | os.O_CLOEXEC))
         return None

@@ -1,7 +1,8 @@
 """The threads that wait for changes: of the store, the kernel, the Docker Engine, the mount table, and DNS.
 
-Each thread waits for one source, and puts events into a queue. It decides nothing, and changes nothing. The exception
-is FirewallEvents, which creates tables when the agent's are gone: until then, packets pass without policy.
+Each thread waits for one source, and puts events into a queue. It decides nothing, and changes nothing, with two
+exceptions: FirewallEvents creates tables when the agent's are gone, since packets pass without policy until then, and
+ServerEvents writes the addresses of etcd's members to a file.
 """
 
 from __future__ import annotations
@@ -56,10 +57,15 @@ from calicoctl.workloads import servers
 from calicoctl.workloads.guard import Guard
 
 if TYPE_CHECKING:
+    from pyroute2.netlink.rtnl.marshal import MarshalRtnl
+
     from calicoctl.datastore.client import DatastoreClient
     from calicoctl.datastore.store import Entry, Watch
 
 log = logging.getLogger("calico.felix")
+
+REREAD_INTERVAL = 30.0
+"""The minimum number of seconds between two reads of the store in the hope that a directory is no longer too large."""
 
 LONG_POLL = 4.0
 """The maximum duration of one watch request in seconds. After a request without a change, the etcd member that served
@@ -70,17 +76,17 @@ LONGEST_PAUSE = 5.0
 """The maximum number of seconds between two attempts to reach the store: the limit of the backoff."""
 
 SPREAD_PER_HOST = 0.05
-"""Seconds for each host in the store: all hosts together spread their re-reads over that time. It is about the time
+"""Seconds per host in the store: the re-reads of all hosts are spread over the sum. One host's share is about the time
 that etcd and an agent together need for one read of some thousand endpoints."""
 
 LONGEST_SPREAD = 4.0
 """The maximum number of seconds over which re-reads are spread."""
 
 ENGINE_PAUSE = 0.5
-"""Seconds between two attempts to reach the Docker Engine: short, since it starts containers as soon as it is up."""
+"""Seconds between two attempts to reach the Docker Engine: short, since a new engine starts containers at once."""
 
 SERVERS_INTERVAL = 10.0
-"""Seconds after which the names of etcd's members are resolved, and the file with the DNS servers is read, again."""
+"""Seconds between two rounds of resolving the names of etcd's members and reading the files with the DNS servers."""
 
 SERVERS_KEPT = 600.0
 """Seconds for which an address of an etcd member is kept after the member's name was last resolved to it: some DNS
@@ -91,8 +97,8 @@ FLOOD, FLOOD_PERIOD = 1000, 10.0
 Then all containers are listed once, in place of these events."""
 
 _NO_GATEWAYS = (PROTOCOL, netlink.OVERLAY_PROTOCOL, netlink.PROTOCOL_KERNEL)
-"""The protocols of routes whose gateways do not matter: the agent's routes lead to endpoints and through the overlay,
-and the kernel's have no gateway."""
+"""Protocol numbers of routes. Changes of these routes emit no GatewaysChanged: the agent's routes lead to endpoints and
+through the overlay, and the kernel's have no gateway."""
 
 _RTMGRP_LINK = 0x1
 _RTMGRP_IPV4_ROUTE = 0x40
@@ -104,8 +110,8 @@ _RTMGRP_IPV6_IFADDR = 0x100
 class _Source(ABC, threading.Thread):
     """A thread that runs `follow`, which never returns. If `follow` raises, ThreadDied is emitted, and the agent ends.
 
-    But if it fails for lack of descriptors or memory, a Failure is emitted, and `follow` is run again later. Then
-    `missed` is emitted as well: an event which says that changes may have been lost, or None.
+    But if `follow` fails for lack of descriptors or memory, a Failure is emitted. When the lack is over, `missed` is
+    emitted, and `follow` is run again. `missed` is an event which says that changes may have been lost, or None.
     """
 
     missed: Any = None
@@ -129,14 +135,14 @@ class _Source(ABC, threading.Thread):
 
     @abstractmethod
     def follow(self) -> None:
-        """Wait for changes, and emit events."""
+        """Wait for changes, and emit events. Must not return."""
 
 
 class StoreEvents(_Source):
     """Reads a directory of the store, then watches it; reads it again (a resync) when the watch has missed changes.
 
-    It also resyncs after the store was unreachable: the store's address may then lead to another store. If that has a
-    higher revision than the last one seen, a watch would not reveal the difference.
+    It also resyncs after the store was unreachable: the store's address may then lead to another store. If the other
+    store has a higher revision than the last one seen, a watch would not reveal the difference.
     """
 
     def __init__(self, datastore: DatastoreClient, directory: str, events: Events[Any]) -> None:
@@ -144,20 +150,24 @@ class StoreEvents(_Source):
         self._datastore = datastore
         self._directory = directory
         self._failure: WatchFailed | None = WatchFailed(directory, "it has not been read yet", "")
-        """The last failure that was emitted; None while the watch works. The first one has not been emitted."""
+        """The last failure that was emitted; None while the watch works. The initial value is not emitted."""
         self._worked = now()
-        """When a request last succeeded (ISO 8601)."""
+        """When a request last succeeded; before the first one, when this object was created (ISO 8601)."""
 
     def follow(self) -> None:
         watch: Watch | None = None
         pause = spread = 0.0
         failed = 0  # watches that ended since one yielded a batch
+        unread: set[str] = set()  # directories that were too large to be read
+        may_reread_at = reread_at = float("inf")
         while True:
             reading = watch is None
             try:
                 if watch is None:
                     entries, revision = self._datastore.list_for_watch(self._directory)
                     spread = spread_of_reads(entries)
+                    unread = {entry.key for entry in entries if entry.problem is not None}
+                    may_reread_at, reread_at = time.monotonic() + REREAD_INTERVAL, float("inf")
                     self._events.put(StoreRead(self._directory, entries))
                     del entries
                     self._worked = now()
@@ -173,6 +183,11 @@ class StoreEvents(_Source):
                 self._emit_recovered()
                 for change in changes:
                     self._events.put(StoreChanged(change))
+                    if unread and _may_shrink(change.key, unread):
+                        reread_at = may_reread_at
+                if time.monotonic() >= reread_at:
+                    watch.close()
+                    watch = None
             except WatchExpired as lost:
                 log.info("%s; reading all below %s", lost, self._directory)
                 watch = None
@@ -198,6 +213,11 @@ class StoreEvents(_Source):
             self._events.put(self._failure)
 
 
+def _may_shrink(key: str, directories: set[str]) -> bool:
+    """Return whether a change of a key may make one of these directories smaller, without what is below it."""
+    return any(key.rpartition("/")[0] == one or (one + "/").startswith(key + "/") for one in directories)
+
+
 def spread_of_reads(entries: list[Entry]) -> float:
     """Return over how many seconds hosts should spread their re-reads: the more hosts `entries` name, the longer."""
     hosts = {entry.key.partition("/host/")[2].partition("/")[0] for entry in entries} - {""}
@@ -205,10 +225,11 @@ def spread_of_reads(entries: list[Entry]) -> float:
 
 
 def _back_off(pause: float, spread: float = 0.0) -> float:
-    """Sleep before the next full read of the store. Return the new pause in seconds: twice `pause`, the last one.
+    """Sleep before the next full read of the store, and return the new pause in seconds.
 
-    The pause is LONGEST_PAUSE at most. The sleep has jitter, and takes up to `spread` seconds more: a full read is the
-    most expensive request for the store, and after a burst of changes all hosts need one at the same time.
+    The new pause is twice as long as `pause`, the last one (0 for none), but at least 0.2 and at most LONGEST_PAUSE.
+    The sleep takes half of the new pause to all of it, and up to `spread` seconds more: a full read is the most
+    expensive request for the store, and after a burst of changes all hosts need one at the same time.
     """
     pause = min(LONGEST_PAUSE, max(0.2, pause * 2))
     time.sleep(pause * random.uniform(0.5, 1) + random.uniform(0, spread))
@@ -227,7 +248,7 @@ class KernelEvents(_Source):
     def __init__(self, events: Events[Any]) -> None:
         super().__init__("following the kernel's interfaces", events)
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**21)
+        self._socket.setsockopt(socket.SOL_SOCKET, netlink.SO_RCVBUFFORCE, 2**21)
         groups = _RTMGRP_LINK | _RTMGRP_IPV4_IFADDR | _RTMGRP_IPV6_IFADDR | _RTMGRP_IPV4_ROUTE | _RTMGRP_IPV6_ROUTE
         self._socket.bind((0, groups))
         self.gateways_pending = threading.Event()
@@ -245,29 +266,42 @@ class KernelEvents(_Source):
                 self._events.put(KernelEventsLost())
                 continue
             for kind, message in netlink.messages(data):
-                if kind in (netlink.RTM_NEWLINK, netlink.RTM_DELLINK):
-                    for parsed in marshal.parse(message):
-                        self._events.put(LinkChanged(link_of(parsed), deleted=kind == netlink.RTM_DELLINK))
-                elif kind in (netlink.RTM_NEWADDR, netlink.RTM_DELADDR):
-                    if _is_assignable(message):
-                        self._events.put(AddressesChanged())
-                elif _is_loss(kind, message) and _sender(message) not in own_ports(socket.NETLINK_ROUTE):
-                    for parsed in marshal.parse(message):
-                        self._events.put(RouteLost(parsed.get_attr("RTA_DST")))
-                elif kind == netlink.RTM_DELROUTE and message[21] == netlink.OVERLAY_PROTOCOL:
-                    self._events.put(OverlayRouteLost(_destination(message)))
-                elif message[21] not in _NO_GATEWAYS:
-                    if _replaces(kind, message):
-                        self._events.put(OverlayRouteLost(_destination(message)))
-                    if kind == netlink.RTM_DELROUTE and message[21] == netlink.PROTOCOL_BIRD:
-                        self._events.put(BirdRouteLost())
-                    if not self.gateways_pending.is_set():
-                        self.gateways_pending.set()
-                        self._events.put(GatewaysChanged())
+                try:
+                    self._emit(marshal, kind, message)
+                except Exception as error:  # of any kind: an end of this thread would end the agent
+                    if is_shortage(error):
+                        raise
+                    log.error("a message of the kernel cannot be read, of type %d: %r", kind, error)
+                    self._events.put(KernelEventsLost())
+
+    def _emit(self, marshal: MarshalRtnl, kind: int, message: bytes) -> None:
+        """Emit the events that a message of the kernel stands for; `kind` is its type."""
+        if kind in (netlink.RTM_NEWLINK, netlink.RTM_DELLINK):
+            for parsed in marshal.parse(message):
+                self._events.put(LinkChanged(link_of(parsed), deleted=kind == netlink.RTM_DELLINK))
+        elif kind in (netlink.RTM_NEWADDR, netlink.RTM_DELADDR):
+            if _is_assignable(message):
+                self._events.put(AddressesChanged())
+        elif _is_loss(kind, message) and _sender(message) not in own_ports(socket.NETLINK_ROUTE):
+            for parsed in marshal.parse(message):
+                self._events.put(RouteLost(parsed.get_attr("RTA_DST")))
+        elif kind == netlink.RTM_DELROUTE and message[21] == netlink.OVERLAY_PROTOCOL:
+            self._events.put(OverlayRouteLost(_destination(message)))
+        elif message[21] not in _NO_GATEWAYS:
+            if _replaces(kind, message):
+                self._events.put(OverlayRouteLost(_destination(message)))
+            if kind == netlink.RTM_DELROUTE and message[21] == netlink.PROTOCOL_BIRD:
+                self._events.put(BirdRouteLost())
+            if not self.gateways_pending.is_set():
+                self.gateways_pending.set()
+                self._events.put(GatewaysChanged())
 
 
 class EngineEvents(_Source):
-    """Lists the Docker Engine's containers, then follows its events; lists them again after a lost connection."""
+    """Lists the Docker Engine's containers, then follows its events.
+
+    Lists the containers again after the connection was lost, and after too many events (see FLOOD).
+    """
 
     def __init__(self, events: Events[Any]) -> None:
         super().__init__("following the Docker Engine", events)
@@ -295,9 +329,10 @@ class EngineEvents(_Source):
                 time.sleep(ENGINE_PAUSE)
 
     def _emit_changes(self, changes: Iterable[Any]) -> float | None:
-        """Emit an event for each change. Return None when there are no more, since the connection has ended.
+        """Emit an event for each change. Return None when the connection has ended, so that no more changes follow.
 
-        If there are too many (see FLOOD), return for how many seconds to wait before containers are listed instead.
+        If there are too many changes (see FLOOD), return for how many seconds to wait before containers are listed
+        instead.
         """
         began, count = time.monotonic(), 0
         for change in changes:
@@ -317,7 +352,7 @@ class EngineEvents(_Source):
 
 
 def container_changed(change: Any) -> ContainerChanged | None:
-    """Translate one of the engine's events; return None if it has another shape, or is not one of engine.CHANGES.
+    """Translate one of the engine's events. Return None if it is malformed, or not one of engine.CHANGES.
 
     Before API version 1.52, the event contained the container's id beside `Actor` as well.
     Source: Docker Engine API, GET /events, versions 1.22 to 1.52.
@@ -369,7 +404,8 @@ class ServerEvents(_Source):
     def look(self) -> None:
         """Resolve each name, and read the DNS servers; emit ServersChanged after each step that has brought a change.
 
-        A step may take as long as the resolver waits.
+        The addresses of members are then also written to a file (last_known.py). A step may take as long as the
+        resolver waits.
         """
         for member in (*self._resolved, None):
             at = time.monotonic()
@@ -405,7 +441,7 @@ class MountEvents(_Source):
 
 
 def _is_loss(kind: int, message: bytes) -> bool:
-    """Return whether a message may be about the loss of one of the agent's routes. On a busy host, most are not.
+    """Return whether a message may be about the loss of one of the agent's routes to endpoints.
 
     The message begins with its header of 16 bytes, then struct rtmsg: family, dst_len, src_len, tos, table, protocol.
     If another route replaces one of the agent's, the kernel announces only the new route.
@@ -445,8 +481,9 @@ def _sender(message: bytes) -> int:
 class FirewallEvents(_Source):
     """Waits for changes of nftables, and so of iptables-nft, by other processes.
 
-    When our tables are gone, this thread has workloads/guard.py create tables that drop all packets of endpoints. They
-    stay until the agent has loaded its own tables again, which takes milliseconds or, with many rules, a second.
+    If our tables are missing when this thread starts, or are gone later, it has workloads/guard.py create tables that
+    drop all packets of endpoints. These tables stay until the agent has loaded its own again, which takes milliseconds
+    or, with many rules, a second.
     """
 
     missed = TablesChanged(frozenset([""]))

@@ -50,7 +50,8 @@ INTERVAL = 10.0
 """Seconds between two sweeps for interrupted changes, which no event reports, and between two retries."""
 
 LOCK_PAUSE = 0.5
-"""Seconds until a workload is retried if another process holds its lock, or after a first failure within this time."""
+"""Seconds until a workload is retried if another process holds its lock, or after a first attempt that failed within
+this time."""
 
 STORE_PAUSE = 1.0
 """Seconds until the store is tried again after it was unavailable."""
@@ -71,7 +72,7 @@ REATTACH_INTERVAL = 10.0
 """The minimum number of seconds between two re-attachments of a workload that keeps losing its interface."""
 
 END_PATIENCE = 5.0
-"""Seconds that workers may take to finish when the agent ends. The next agent finds changes that are interrupted."""
+"""Seconds that workers may take to finish when the agent ends. The next agent finds changes that take longer."""
 
 NEVER = float("-inf")
 
@@ -90,8 +91,8 @@ class Resynced:
 class EndpointChanged:
     """A workload must be reconciled.
 
-    The reason is that the interface of its endpoint is missing or has a new MAC, that its container's endpoint lacks
-    the container's name, or that the endpoint was `deleted` in the store.
+    The reason is that the interface of the workload's endpoint is missing or has a new MAC, that the endpoint of a
+    container lacks the container's name, or, with `deleted`, that the endpoint was deleted in the store.
     """
 
     key: Key
@@ -101,7 +102,7 @@ class EndpointChanged:
 @dataclass(frozen=True)
 class Compared:
     """The result of comparing containers' endpoints with the engine's list of containers or, in a second step, with the
-    insides of running containers.
+    network namespaces of running containers.
 
     `keys` are the workloads to reconcile. `connected` are endpoints that match the list; the second step checks their
     interfaces. `refused` are listed containers that have endpoints on this host although nobody has connected them
@@ -119,7 +120,7 @@ class WorkItem:
     """A workload to reconcile. `removed` says whether the engine has reported the removal of the container.
 
     If the workload is found to be MISSING, its grace period began at `missing_since`; if it is found to be GONE, at
-    `gone_since`. Both are times of the keeper's clock.
+    `gone_since`. Both are times by the keeper's clock.
     """
 
     key: Key
@@ -146,7 +147,7 @@ class WorkResult:
 
 @dataclass
 class _Tracked:
-    """What earlier reconciliations have found about one workload. All times are of the keeper's clock."""
+    """What is known of one workload between its reconciliations. All times are by the keeper's clock."""
 
     kept_since: float | None = None
     """When the grace period of a MISSING or GONE workload began; None if it has none."""
@@ -175,7 +176,7 @@ class Refused:
         self._text: str | None = None
 
     def replace(self, orchestrator: str, keys: Collection[Key]) -> None:
-        """Make `keys` the refused workloads of an orchestrator, and report the refused workloads of all."""
+        """Make `keys` the refused workloads of an orchestrator. Report those of all if the report changes."""
         self.keys = {key for key in self.keys if key[0] != orchestrator} | {*keys}
         self.remove(())
 
@@ -211,7 +212,7 @@ class WorkloadKeeper:
     ) -> None:
         """`datastore` creates a client of the store, once for each thread.
 
-        `report` is called with each Action, Failure and ThreadDied.
+        `report` is called with each Action, Failure and ThreadDied, by several threads. `clock` returns seconds.
         """
         self.inbox: events.Events[Any] = SimpleQueue()
         self.grace_time: float = GRACE_TIME
@@ -226,19 +227,21 @@ class WorkloadKeeper:
         self._jobs: dict[Callable[[], None], float] = {self._sweep: NEVER}
         """Jobs that find workloads to reconcile, and when each is due."""
         self._expected: dict[Key, int] = {}
-        """As in Resynced."""
+        """By workload: the number of addresses that its endpoints list."""
         self._tracked: dict[Key, _Tracked] = {}
         self._swept_grace_time: float = self.grace_time
         self._namespaces: dict[str, tuple[int, int] | None] = {}
         """By workload id: the namespace (device and inode) that was seen last at its path, None if none was."""
         self._containers: dict[str, events.Container] | None = None
-        """The engine's list of its containers, by id, for the next comparison; None if that must request a new list."""
+        """The engine's list of its containers, by id, for the next comparison; if None, a new list is requested."""
         self._refused = Refused(report)
         self._engine_was_away = False
         self._engine_back = NEVER
-        """When the engine was last available again: until then, its list may have been empty or incomplete."""
+        """When the engine last became available again, or last listed no container that has an endpoint.
+
+        Until then, its list may have been empty or incomplete."""
         self._ready = True
-        """Whether the store may be used."""
+        """Whether the store may be used: see `set_ready`."""
         self._store_retry_at = NEVER
         self._alive = True
 
@@ -265,7 +268,7 @@ class WorkloadKeeper:
         self.inbox.put(EndpointChanged(workload_of(id), deleted))
 
     def set_ready(self, ready: bool) -> None:
-        """Set whether the store may be used."""
+        """Set whether the store may be used. While it may not, no workload is reconciled."""
         if ready != self._ready:
             self._ready = ready
             self.inbox.put(None)
@@ -301,7 +304,7 @@ class WorkloadKeeper:
             self._report(events.Failure(f"the workload keeper failed ({type(error).__name__}: {error})"))
 
     def _wait(self) -> list[Any]:
-        """Wait for items in the inbox, but only until the next work is due; return them."""
+        """Wait for items in the inbox, but only until the next work is due; return the items that have come."""
         until = self._clock() + INTERVAL
         if self._alive and self._ready:
             until = max(self._store_retry_at, min(until, self._queue.next_due(), *self._jobs.values()))
@@ -329,7 +332,7 @@ class WorkloadKeeper:
             if item.removed and upkeep.is_managed(*key):
                 tracked = self._track(key)
                 tracked.removed, tracked.kept_since = True, None
-            self._add(key, now)
+            self._add(key, now, last=False)
         elif isinstance(item, events.EngineListed):
             self._on_engine_listed(item, now)
         elif isinstance(item, events.EngineUnavailable):
@@ -372,18 +375,30 @@ class WorkloadKeeper:
         for key in self._queue.take(now):
             self._pool.submit(key[0], partial(self._reconcile, self._work_item(key)))
 
-    def _add(self, key: Key, at: float) -> None:
-        """Schedule a workload to be reconciled at a time, whatever its backoff; ignore it if it is not managed."""
-        if upkeep.is_managed(*key):
-            self._queue.add(key, at)
+    def _add(self, key: Key, at: float, last: bool | None = None) -> None:
+        """Schedule a workload to be reconciled at the time `at`, even during its backoff; ignore unmanaged ones.
 
-    def _add_after_backoff(self, key: Key, at: float) -> None:
-        """Schedule a workload to be reconciled at a time, but not before its backoff is over.
-
-        For workloads without a new event. A workload that is not managed is ignored.
+        For `last`, see WorkQueue.add; the default is what `_is_last` returns.
         """
         if upkeep.is_managed(*key):
-            self._queue.add_after_backoff(key, at)
+            self._queue.add(key, at, self._is_last(key) if last is None else last)
+
+    def _add_after_backoff(self, key: Key, at: float) -> None:
+        """Schedule a workload to be reconciled at the time `at`, but not before its backoff is over.
+
+        For workloads about which there is no new event. Unmanaged workloads are ignored.
+        """
+        if upkeep.is_managed(*key):
+            self._queue.add_after_backoff(key, at, self._is_last(key))
+
+    def _is_last(self, key: Key) -> bool:
+        """Return whether a workload is reconciled after all others: if nobody has connected it here.
+
+        Everybody who may write to the store can invent any number of such workloads.
+        """
+        with suppress(CalicoError):  # which reconciling the workload reports
+            return not self._is_connected(key)
+        return False
 
     def _is_connected(self, key: Key) -> bool:
         return connected.get(self._datastore.host, *key) is not None
@@ -401,9 +416,10 @@ class WorkloadKeeper:
     def _scan_store(self) -> None:
         """Compare addresses and namespaces with the endpoints in the store, and enqueue workloads that do not match.
 
-        These are workloads that have another number of addresses than their endpoints list, and namespaces that have an
-        endpoint which is not active, or which is not attached to the namespace. Namespaces that nobody has connected
-        here are reported, and enqueued after all others. The job is done once. Raises StoreUnavailable.
+        These are workloads that have more or fewer addresses than their endpoints list, and namespaces that have an
+        endpoint which is not active, or which is not attached to the namespace. Namespaces that have endpoints here,
+        but that nobody has connected here, are reported; those with an active endpoint are enqueued after all others.
+        When the job has succeeded, it removes itself from the jobs until the next resync. Raises StoreUnavailable.
         """
         now = self._clock()
         totals = self._datastore.ipam.handles.totals()
@@ -421,9 +437,8 @@ class WorkloadKeeper:
                 continue
             if workload not in known:
                 refused.add((NAMESPACE, workload))
-                if endpoint.state == "active" and upkeep.is_managed(NAMESPACE, workload):
-                    # after those of workloads that are here
-                    self._queue.back_off((NAMESPACE, workload), now)
+                if endpoint.state == "active":
+                    self._add((NAMESPACE, workload), now)
             elif endpoint.state == "active":
                 paths[endpoint.id] = known[workload].path
             else:
@@ -457,10 +472,10 @@ class WorkloadKeeper:
             raise item.error
 
     def _sweep(self) -> None:
-        """Enqueue workloads whose last change was interrupted, and namespaces that have appeared or disappeared.
+        """Enqueue workloads whose last change was interrupted, and namespaces that have changed or do not exist.
 
-        Also remove stale locks, report no longer as refused what has been connected meanwhile, apply a changed grace
-        time, and drop state that is no longer needed.
+        Also remove stale locks, stop reporting refused workloads that somebody has connected meanwhile, apply a changed
+        grace time, and drop state that is no longer needed.
         """
         now = self._clock()
         host = self._datastore.host
@@ -569,7 +584,7 @@ class WorkloadKeeper:
             del self._tracked[key]
 
     def _note_reachability(self, tracked: _Tracked, result: WorkResult, now: float) -> None:
-        """Store in `tracked` whether the state of a workload could be determined.
+        """Note in `tracked` whether the state of a workload could be determined.
 
         Once the engine answers for one container again, the other containers for which it did not answer are retried.
         """
@@ -584,10 +599,12 @@ class WorkloadKeeper:
             tracked.unreachable_at = now
 
     def _backoff(self, key: Key, tracked: _Tracked, error: Exception, seconds: float) -> None:
-        """Retry a workload later, and report each failure once. The longer the attempt took, the longer the pause.
+        """Retry a workload later, and report each failure once. `seconds` is how long the attempt took.
 
-        A failure that occurs at once may mean that the workload is just ending. So it is retried soon, and reported
-        only if it occurs again.
+        The pause is as long as the attempt, but at least INTERVAL.
+
+        A first attempt that fails within LOCK_PAUSE may mean that the workload is just ending. So it is retried after
+        LOCK_PAUSE, and the failure is reported only if it occurs again.
         """
         pause = max(INTERVAL, seconds)
         if isinstance(error, DockerUnavailable) and self._queue.is_paused(DOCKER):  # which has been logged
@@ -600,7 +617,7 @@ class WorkloadKeeper:
             if tracked.failure != text:
                 self._report(events.Failure(f"{key[0]} {printable(key[1][:64])}: {text}"))
             tracked.failure = text
-        self._queue.back_off(key, self._clock() + pause)
+        self._queue.back_off(key, self._clock() + pause, self._is_last(key))
 
 
 def _learn_once(
@@ -630,7 +647,7 @@ def _compare_states(
 ) -> Compared:
     """Compare the endpoints of this host's containers with `containers`, the engine's list; None to request a list.
 
-    Raises nothing: see Compared.error.
+    First, learn what an older version has connected (_learn_once). Raises nothing: see Compared.error.
     """
     found: list[Key] = []
     running: list[EndpointId] = []
@@ -668,7 +685,7 @@ def _compare_states(
 
 
 def _compare_places(running: list[EndpointId], datastore: DatastoreClient) -> Compared:
-    """Find the running containers to reconcile: their interface is not inside, or is not set up completely.
+    """Find running containers without a sound attachment: see upkeep.misattached.
 
     `running` are the endpoints of running containers. Raises nothing: see Compared.error.
     """

@@ -8,6 +8,7 @@ workers at once.
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Hashable, Mapping
 from queue import SimpleQueue
 from typing import Any, Callable, Generic, TypeVar
@@ -17,7 +18,7 @@ R = TypeVar("R")
 
 
 class WorkQueue(Generic[K]):
-    """Keys to process, and when each is due. Not thread-safe: one thread owns it.
+    """Keys to process, and when each is due. Not thread-safe: only one thread may use the queue.
 
     Times are seconds of any clock that never goes back; the caller always passes them in. Each key belongs to a group,
     and each group has a number of workers.
@@ -30,11 +31,13 @@ class WorkQueue(Generic[K]):
         self._due: dict[K, float] = {}
         self._backoff: dict[K, float] = {}
         """Keys that failed at their last attempt, and when to retry each."""
+        self._last: set[K] = set()
+        """Keys that `take` returns after all others, failed ones included."""
         self._in_progress: set[K] = set()
         self._paused: set[str] = set()
 
     def __contains__(self, key: K) -> bool:
-        """Return whether a key waits to be processed; one that is only in progress does not."""
+        """Return whether a key waits to be processed. A key in progress counts only if it was added again meanwhile."""
         return key in self._due
 
     @property
@@ -45,37 +48,47 @@ class WorkQueue(Generic[K]):
     def is_in_progress(self, key: K) -> bool:
         return key in self._in_progress
 
-    def add(self, key: K, at: float) -> None:
-        """Make a key due at a time, whatever its backoff. A key that is already due earlier keeps its time."""
+    def add(self, key: K, at: float, last: bool = False) -> None:
+        """Make a key due at the time `at`, even during its backoff. An earlier due time of the key is kept.
+
+        With `last`, `take` returns the key after all others, unless it was added without `last` and still waits.
+        """
+        if not last:
+            self._last.discard(key)
+        elif key not in self._due:
+            self._last.add(key)
         self._due[key] = min(at, self._due.get(key, at))
 
-    def add_after_backoff(self, key: K, at: float) -> None:
-        """Make a key due at a time, but not before its backoff is over."""
-        self.add(key, max(at, self._backoff.get(key, at)))
+    def add_after_backoff(self, key: K, at: float, last: bool = False) -> None:
+        """Make a key due at the time `at` or, if that is later, at the end of its backoff.
 
-    def back_off(self, key: K, until: float) -> None:
-        """Treat a key as failed: retry it at the time `until`, and take due keys that have not failed first.
+        An earlier due time of the key is kept. For `last`, see `add`.
+        """
+        self.add(key, max(at, self._backoff.get(key, at)), last)
 
-        A key that is already due earlier keeps its time.
+    def back_off(self, key: K, until: float, last: bool = False) -> None:
+        """Count a key as failed, and make it due at the time `until`. An earlier due time of the key is kept.
+
+        `take` returns failed keys after the others. For `last`, see `add`.
         """
         self._backoff[key] = until
-        self.add(key, until)
+        self.add(key, until, last)
 
     def reset_backoff(self, key: K) -> None:
-        """Treat a key as if it had never failed."""
+        """Stop counting a key as failed. The time at which it is due does not change."""
         self._backoff.pop(key, None)
 
     def retry_now(self, group: str, now: float) -> None:
-        """Make those keys of a group that have failed due now instead of at the end of their backoff.
+        """Set the due time of a group's failed keys to `now`, instead of the end of their backoff.
 
-        They still count as failed, so `take` returns them after the others.
+        These keys still count as failed, so `take` returns them after the others.
         """
         for key in self._due:
             if key in self._backoff and self._group_of(key) == group:
                 self._due[key] = now
 
     def pause(self, group: str) -> None:
-        """Hand out no keys of a group until it is resumed; those in progress go on."""
+        """Let `take` return no keys of a group until `resume` is called. Keys in progress are not affected."""
         self._paused.add(group)
 
     def resume(self, group: str) -> None:
@@ -85,36 +98,50 @@ class WorkQueue(Generic[K]):
         return group in self._paused
 
     def next_due(self) -> float:
-        """Return when the next key for which a worker is free is due; infinity if there is none."""
-        return min((at for key, at in self._due.items() if self._has_worker(key)), default=float("inf"))
+        """Return the earliest time at which a key that can be taken is due; infinity if no key can be taken.
+
+        A key can be taken if it is not in progress, and if its group has a free worker and is not paused.
+        """
+        free = self._free()
+        return min((at for key, at in self._due.items() if self._can_be_taken(key, free)), default=float("inf"))
 
     def take(self, now: float) -> list[K]:
-        """Return the keys that are due and for which a worker is free; they are in progress from then on.
+        """Return the keys that are due and can be taken (see `next_due`). From then on, these keys are in progress.
 
-        Keys that failed at their last attempt come after the others.
+        Keys that failed at their last attempt come after the others, and keys that were added as `last` after these.
         """
-        taken = []
-        for key, at in sorted(self._due.items(), key=lambda item: (item[0] in self._backoff, item[1])):
-            if at <= now and self._has_worker(key):
+        taken: list[K] = []
+        free = self._free()
+        # many keys may wait, and few of them can be taken
+        found = [key for key, at in self._due.items() if at <= now and self._can_be_taken(key, free)]
+        for key in sorted(found, key=lambda key: (key in self._last, key in self._backoff, self._due[key])):
+            if self._can_be_taken(key, free):
+                free[self._group_of(key)] -= 1
                 del self._due[key]
+                self._last.discard(key)
                 self._in_progress.add(key)
                 taken.append(key)
         return taken
 
     def done(self, key: K) -> None:
-        """Note that a key was processed, which frees its worker and resets its backoff."""
+        """Note that the processing of a key has ended. This frees its worker, and resets its backoff.
+
+        If the processing failed, call `back_off` afterwards.
+        """
         self._in_progress.discard(key)
         self._backoff.pop(key, None)
 
-    def _has_worker(self, key: K) -> bool:
-        group = self._group_of(key)
-        if key in self._in_progress or group in self._paused:
-            return False
-        return sum(self._group_of(other) == group for other in self._in_progress) < self._workers[group]
+    def _free(self) -> dict[str, int]:
+        """Return the number of free workers of each group; none of a group that is paused."""
+        busy = Counter(self._group_of(key) for key in self._in_progress)
+        return {group: 0 if group in self._paused else count - busy[group] for group, count in self._workers.items()}
+
+    def _can_be_taken(self, key: K, free: Mapping[str, int]) -> bool:
+        return free[self._group_of(key)] > 0 and key not in self._in_progress
 
 
 class Worker(threading.Thread, Generic[R]):
-    """A thread that calls one task after another, each with the thread's `resource`, and `report` with each result."""
+    """A thread that takes tasks from a queue, calls each with `resource`, and calls `report` with the result."""
 
     def __init__(
         self, name: str, tasks: SimpleQueue[Callable[[R], Any]], resource: R, report: Callable[[Any], None]

@@ -52,7 +52,7 @@ LONGEST_NEW_NAME = 39
 
 
 def check_name(name: str, what: str) -> str:
-    """Return the name of a new profile or tag (`what`); raise CalicoError when the name is not allowed.
+    """Return `name`; raise CalicoError if it is not allowed for a new `what` ("profile" or "tag").
 
     A profile's name must not begin with '_': etcd hides such keys, and no command would list the profile.
     """
@@ -67,7 +67,10 @@ def check_name(name: str, what: str) -> str:
 
 
 def check_tag(name: str) -> str:
-    """Return the name of a tag in a rule; raise CalicoError if it is invalid. Other tools allow names of any length."""
+    """Return `name`, the name of a tag in a rule; raise CalicoError if it is invalid.
+
+    Its length is not limited, since other tools do not limit the names of tags.
+    """
     if not re.fullmatch(_NAME, name, re.ASCII):
         raise CalicoError(f"'{name}' is not a valid tag name: it must have letters, digits, '_', '.' and '-'")
     return name
@@ -76,8 +79,9 @@ def check_tag(name: str) -> str:
 def parse(words: Sequence[str], is_new: bool = True) -> Rule:
     """Parse a rule from the words of a command line, or from one word that is a JSON object (see `check_rule`).
 
-    With `is_new=False`, a rule that can match no packet is accepted. Unless it is JSON, so are invalid names of tags.
-    Raises UsageError for misplaced words, CalicoError for invalid values.
+    With `is_new=False`, the rule may be one that another tool has written: a rule that can match no packet is accepted.
+    Invalid names of tags are then accepted in words, but not in JSON. Raises UsageError for misplaced words, and
+    CalicoError for invalid values.
     """
     if len(words) == 1 and words[0].startswith("{"):
         try:
@@ -118,7 +122,10 @@ def parse(words: Sequence[str], is_new: bool = True) -> Rule:
 
 
 def _parse_side(rule: Rule, left: deque[str], word: str, side: str, is_new: bool) -> None:
-    """Parse the words after `from` or `to`. The keyword `cidr` may be missing, as in old scripts."""
+    """Parse the words after `word` ("from" or "to") into the fields of `rule` for that `side` ("src" or "dst").
+
+    `left` begins with these words; they are removed. The keyword `cidr` may be missing, as in old scripts.
+    """
     seen = False
     while left and left[0] not in ("from", "to"):
         kind = left.popleft()
@@ -182,7 +189,7 @@ def _ports(text: str) -> list[int | str]:
 
 
 def check_rule(data: Any, must_match: bool = True) -> Rule:
-    """Return the rule in `data`, a JSON object; raise CalicoError for unknown fields or invalid values.
+    """Return the rule in `data`, parsed JSON; raise CalicoError for unknown fields or invalid values.
 
     With `must_match`, a rule that can match no packet is invalid, too: the user has made a mistake.
     """
@@ -259,7 +266,7 @@ def check_rules(profile: str, text: str) -> Rules:
 
 
 def _check_sense(rule: Rule) -> None:
-    """Raise CalicoError if a condition lacks another one that it requires, or if there are too many ports."""
+    """Raise CalicoError if a rule lacks a condition that another one requires, or has too many ports."""
     if rule.icmp_code is not None and rule.icmp_type is None:
         raise CalicoError("an ICMP code needs an ICMP type")
     if rule.icmp_type is not None and not _has_icmp_type(rule):

@@ -114,7 +114,7 @@ def matches(rule: Rule, packet: Packet, tag_contains: TagContains) -> bool:
 
 
 def is_host_service(packet: Packet) -> bool:
-    """Return whether a packet of an endpoint to its host passes regardless of profiles: DHCP, DNS, and some ICMPv6.
+    """Return whether a packet from an endpoint to its host passes regardless of profiles: DHCP, DNS, and some ICMPv6.
 
     The setting EndpointToHostServices can close these services: callers check it. Source: Calico's Felix of 2015, the
     chain felix-INPUT.
@@ -128,10 +128,10 @@ def is_host_service(packet: Packet) -> bool:
 
 
 def is_from_host(packet: Packet, hosts: Container[str], pools: Iterable[str]) -> bool:
-    """Return whether a packet to an endpoint passes regardless of its inbound rules, because another host sends it.
+    """Return whether a packet to an endpoint passes regardless of inbound rules, because another host sends it.
 
-    `hosts` are the addresses of all registered hosts, and `pools` the CIDRs of all pools. So a host reaches endpoints
-    on other hosts as it reaches those on itself.
+    That is so if its source is in `hosts`, the addresses of all registered hosts, and its destination is in one of
+    `pools`, the CIDRs of all pools. So a host reaches endpoints on other hosts as it reaches its own endpoints.
     """
     return packet.source in hosts and any(_within(packet.destination, cidr) for cidr in pools)
 
@@ -154,7 +154,7 @@ def _range(port: int | str) -> tuple[int, int]:
 
 @lru_cache(maxsize=65536)
 def _number(address: str) -> tuple[int, int]:
-    """Return an address as a number, and the number of bits of its IP version's addresses."""
+    """Return an address as a number, and the length of addresses of its IP version in bits."""
     return number_of(address), BITS[version_of(address)]
 
 

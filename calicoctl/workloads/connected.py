@@ -1,12 +1,13 @@
 """Keeps files that say which workloads are connected on this host. The agent wires only these, whatever etcd contains.
 
 A connected workload has a file /var/lib/calico/HOST/workloads/ORCHESTRATOR/ID (see file_name), which wiring.py or
-learning.py writes. The file is removed when the workload is disconnected or no longer exists; it outlives reboots, and
+learning.py writes. The file is removed when the workload is disconnected or no longer exists; it survives reboots, and
 the loss of etcd. A namespace's file contains the namespace's path, which cannot be derived from the id. If the path
 leads through a process, the file also contains the id of the boot, and the process's start time. A container's file is
 empty.
 
-Beside the folders, a file ORCHESTRATOR.learned notes that no workload of an older version is left to learn.
+Beside the folder ORCHESTRATOR, the empty file ORCHESTRATOR.learned means that learning.py need not search for workloads
+that an older version has connected: it has found them, or there were none.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Connected:
 def get(host: str, orchestrator: str, id: str) -> Connected | None:
     """Return the content of a connected workload's file; None if nobody has connected the workload on the host.
 
-    Workloads of orchestrators that are not in ORCHESTRATORS are never connected. Raises CalicoError.
+    Returns None, too, if the orchestrator is not in ORCHESTRATORS. Raises CalicoError.
     """
     if orchestrator not in ORCHESTRATORS:
         return None
@@ -53,14 +54,17 @@ def get(host: str, orchestrator: str, id: str) -> Connected | None:
 
 
 def put(host: str, orchestrator: str, id: str, path: str = "", started: str | None = None) -> None:
-    """Note that a workload is connected; for `path` and `started`, see Connected. Raises CalicoError."""
+    """Write a workload's file, so that the workload counts as connected. Raises CalicoError.
+
+    For `path` and `started`, see Connected.
+    """
     parts = [path, _boot(), started] if started else [path]
     content = os.fsencode("\0".join(parts))
     state.write(host, _FOLDER, orchestrator, file_name(id), content=content)
 
 
 def forget(host: str, orchestrator: str, id: str) -> None:
-    """Note that a workload is not connected any more, if it was. Raises CalicoError."""
+    """Remove a workload's file, if any, so that the workload no longer counts as connected. Raises CalicoError."""
     if orchestrator in ORCHESTRATORS:
         state.remove(host, _FOLDER, orchestrator, file_name(id))
 
@@ -73,20 +77,24 @@ def every(host: str, orchestrator: str) -> dict[str, Connected]:
 
 
 def is_learned(host: str, orchestrator: str) -> bool:
-    """Return whether no workload of an older version is left to learn (learning.py). Raises CalicoError."""
+    """Return whether learning.py need not search for workloads that an older version has connected.
+
+    Raises CalicoError.
+    """
     return state.read(host, _FOLDER, f"{orchestrator}.{_LEARNED}") is not None
 
 
 def set_learned(host: str, *orchestrators: str) -> None:
-    """Note that no workload of these orchestrators (default: all) is left to learn. Raises CalicoError."""
+    """Let is_learned return True for these orchestrators (default: all) from now on. Raises CalicoError."""
     for orchestrator in orchestrators or ORCHESTRATORS:
         state.write(host, _FOLDER, f"{orchestrator}.{_LEARNED}", content=b"")
 
 
 def forget_all(host: str) -> None:
-    """Note that a host's workloads are all disconnected. Raises CalicoError.
+    """Remove the files of all workloads of a host. Raises CalicoError.
 
-    That they have been learned stays: else whoever writes to etcd could have them connected again.
+    The files ORCHESTRATOR.learned stay. Without them, learning.py would search again, and trust the endpoints in etcd,
+    which others can write.
     """
     for orchestrator in ORCHESTRATORS:
         for name in state.read_all(host, _FOLDER, orchestrator):
@@ -95,9 +103,9 @@ def forget_all(host: str) -> None:
 
 
 def file_name(id: str) -> str:
-    """Return the file name for a workload: its id or, if that cannot be a visible file's name, the id's SHA-256.
+    """Return the file name for a workload: its id or, if a file cannot have that name, the SHA-256 of the id in hex.
 
-    An id cannot be the name if it is longer than 190 bytes, begins with a dot, or contains a slash or a NUL.
+    The SHA-256 replaces ids that are longer than 190 bytes, begin with a dot, or contain a slash or a NUL.
     """
     if len(os.fsencode(id)) <= 190 and not id.startswith(".") and not set(id) & {"/", "\0"}:
         return id

@@ -2,9 +2,9 @@
 
 They drop all IP packets from and to `cali…` interfaces, and ARP packets from these. They have the names of the agent's
 tables, `inet calico` and `arp calico`: the agent replaces them, and `node remove` removes them, as if they were the
-agent's. They are created only while no such table exists, so they never add chains to the agent's tables. This module
-talks netlink to the kernel: that takes much less time than to start `nft`, and needs no libnftables. Policy is not
-here, but in felix/dataplane/ruleset.py.
+agent's. Each is created only if no table of that name exists, or if that table has no rules and is replaced. So they
+never add chains to the agent's tables. This module talks netlink to the kernel: that takes much less time than to start
+`nft`, and needs no libnftables. The rules for policy are in felix/dataplane/ruleset.py.
 
 Source: include/uapi/linux/netfilter/nf_tables.h and nfnetlink.h.
 """
@@ -117,7 +117,7 @@ class Guard:
 
 @contextmanager
 def _explained() -> Iterator[None]:
-    """Convert an OSError of the kernel into a CalicoError with advice."""
+    """Convert an OSError from the body of `with` into a CalicoError with advice."""
     try:
         yield
     except OSError as error:

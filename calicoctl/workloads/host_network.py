@@ -46,12 +46,13 @@ def own_addresses() -> set[str]:
 
 
 def detect() -> tuple[dict[int, str | None], set[str]]:
-    """Return, by IP version, an address at which other hosts can reach this host, and the set of all its addresses.
+    """Detect, for each IP version, an address at which other hosts can probably reach this host. Raises CalicoError.
 
-    The address is on the interface of the default route with the lowest metric, else on the interface with the lowest
-    index. Interfaces without a global address are skipped, and so are loopback, bridges, and the interfaces of Docker,
-    libvirt and Calico. The address is the default route's preferred source if the interface has that address, else the
-    first global address of the interface; None if no interface is left. Raises CalicoError.
+    Returns these addresses by IP version, and the set of all addresses of this host. A detected address is on the
+    interface of the default route with the lowest metric, else on the interface with the lowest index. Interfaces
+    without a global address are skipped, and so are loopback, bridges, and the interfaces of Docker, libvirt and
+    Calico. The address is the default route's preferred source if the interface has that address, else the first global
+    address of the interface; None if no interface is left.
     """
     from calicoctl.workloads import netns
 
@@ -172,10 +173,10 @@ class _Covering:
             version: [number_of(one) for one in addresses if version_of(one) == version] for version in BITS
         }
         self._prefixes: dict[tuple[int, int], set[int]] = {}
-        """By IP version and prefix length: the prefixes of the addresses."""
+        """By IP version and prefix length: the prefixes of the addresses, as numbers without the bits after them."""
 
     def any(self, version: int, path: netlink.Paths) -> bool:
-        """Return whether a route covers one of the addresses, or is a default route."""
+        """Return whether the route `path` covers one of the addresses of its IP version, or is a default route."""
         if path.length == 0:
             return True
         spare = BITS[version] - path.length

@@ -24,9 +24,9 @@ _NAMED = Path("/run/netns")
 
 
 def learn_namespaces(datastore: DatastoreClient) -> None:
-    """Learn which namespaces are wired, among those below /run/netns and those at paths that an older version kept.
+    """Write the files (connected.py) of the namespaces that an older version has wired. Raises CalicoError.
 
-    Raises CalicoError.
+    Checks the namespaces below /run/netns, and those at paths that an older version has kept in lock files.
     """
     host = datastore.host
     # the tool of 2015 has kept no paths
@@ -40,11 +40,11 @@ def learn_namespaces(datastore: DatastoreClient) -> None:
 
 
 def learn_containers(datastore: DatastoreClient, network_modes: dict[str, str]) -> None:
-    """Learn which containers are wired, or have an address and no other network.
+    """Write the files (connected.py) of the containers that are wired, or have an address and no other network.
 
     `network_modes` maps the ids of all containers of the engine to their values of `docker run --net`. If none of them
     has an endpoint, although the store has endpoints of containers, the engine may lack its data at the moment: then
-    this must be repeated (is_learned stays False). Raises CalicoError.
+    is_learned stays False, and the caller must repeat this later. Raises CalicoError.
     """
     host = datastore.host
     endpoints = _endpoints(datastore, DOCKER)

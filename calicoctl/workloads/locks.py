@@ -3,9 +3,9 @@
 The locks are files under /run/calico/<host name>/, held with flock(2), so a process that dies releases them. (An older
 version kept the path of a connected namespace in the lock file; `paths_of_older_version` reads it.)
 
-While a change is in progress, a second file, the mark, exists beside the lock file. A mark whose lock is free means
-that the change was interrupted, for example by `kill -9`. The mark contains the workload's id and, if it is known, the
-container's name.
+While a change is in progress, a second file, the mark, exists beside the lock file. If the mark exists and the lock is
+free, the change was interrupted, for example by `kill -9`, or it failed and was not rolled back completely. The mark
+contains the workload's id and, if it is known, the container's name.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ _MARK = "unfinished."
 
 
 class WorkloadLock:
-    """The lock of a workload, held inside `with`; its file exists only meanwhile."""
+    """The lock of a workload, held inside `with`. The lock file is removed when the lock is released."""
 
     def __init__(self, host: str, orchestrator: str, workload: str, wait: bool = True) -> None:
-        """`workload` is an id. Without `wait`, entering raises Conflict at once if another process holds the lock."""
+        """`workload` is the workload's id. Without `wait`, `with` raises Conflict at once if the lock is not free."""
         self._directory = DIRECTORY / host
         self._workload = workload
         name = f"{orchestrator}.{file_name(workload)}"
@@ -45,7 +45,7 @@ class WorkloadLock:
     def __enter__(self) -> WorkloadLock:
         """Wait for the lock; raise Conflict after PATIENCE, and CalicoError if the lock file cannot be created.
 
-        Sets `interrupted`: whether an earlier change of the workload was interrupted.
+        Sets `interrupted`: whether a mark shows that an earlier change of the workload was not completed.
         """
         give_up = time.monotonic() + (PATIENCE if self._wait else 0)
         try:
@@ -75,7 +75,7 @@ class WorkloadLock:
             raise CalicoError(f"cannot write {self.mark}: {error.strerror}") from None
 
     def clear_mark(self) -> None:
-        """Remove the mark, since this change is done or rolled back; keep it if an earlier change was interrupted."""
+        """Remove the mark after this change, done or rolled back; keep it if an earlier change was interrupted."""
         if not self.interrupted:
             self.mark.unlink(missing_ok=True)
 
@@ -115,9 +115,9 @@ def interrupted_named(host: str, orchestrator: str, name: str) -> set[str]:
 
 
 def _marks(host: str, orchestrator: str) -> list[tuple[str, tuple[str, str, str]]]:
-    """Return each mark as the id (or a hash) in the name of its file, and its content: (id, NUL, container's name).
+    """Return each mark as a pair: the id (or its hash) in the file name, and the content (id, NUL, container's name).
 
-    The container's name is empty if the mark has none; all three are empty if the mark cannot be read.
+    The container's name is empty if the mark contains none; all three parts are empty if the mark cannot be read.
     """
     prefix = f"{_MARK}{orchestrator}."
     names = [name for name in _names(host) if name.startswith(prefix)]
@@ -125,7 +125,10 @@ def _marks(host: str, orchestrator: str) -> list[tuple[str, tuple[str, str, str]
 
 
 def remove_stale(host: str, orchestrator: str) -> None:
-    """Remove empty lock files that no process holds: commands that were killed before any change have left them."""
+    """Remove empty lock files that no process has locked, which killed commands have left.
+
+    Lock files with content are kept, since paths_of_older_version reads them.
+    """
     empty: list[Path] = []
     with suppress(FileNotFoundError), os.scandir(DIRECTORY / host) as entries:
         empty = [Path(file) for file in entries if file.name.startswith(f"{orchestrator}.") and not file.stat().st_size]

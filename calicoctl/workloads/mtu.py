@@ -2,7 +2,7 @@
 
 The underlay is the network that carries packets between hosts. Its MTU is the MTU of the interface with this host's
 registered address, read from the kernel. wiring.py uses the result for veth pairs, felix/dataplane/vxlan_manager.py for
-the devices of the overlay. The setting `MTU` (datastore/config.py) overrides it.
+the devices of the overlay. The setting `MTU` (datastore/config.py) overrides the result.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Underlay:
     `is_present` says whether an interface has the address. `interface` is the index of that interface; None if no
     interface has the address, or if it is the loopback interface: then packets may leave through any interface. `mtu`
     is the MTU of the interface or, if `interface` is None, that of the default route's interface; DEFAULT if there is
-    no default route.
+    no default route, or if the interface was just deleted.
     """
 
     interface: int | None = None
@@ -56,7 +56,7 @@ class Underlay:
 
 
 def underlay(address: str) -> Underlay:
-    """Read the underlay of an address (canonical) from the kernel. Raises CalicoError."""
+    """Read the underlay for one of this host's addresses (in canonical form) from the kernel. Raises CalicoError."""
     family = FAMILIES[version_of(address)]
     try:
         index = next((one.index for one in netlink.addresses() if one.address == address), None)
@@ -74,7 +74,7 @@ def underlay(address: str) -> Underlay:
 
 def _mtu(index: int) -> int:
     with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
-        request = struct.pack("=16s16x", socket.if_indextoname(index).encode())
+        request = struct.pack("=16s16x", os.fsencode(socket.if_indextoname(index)))
         return int(struct.unpack_from("=i", fcntl.ioctl(any_socket, _SIOCGIFMTU, request), 16)[0])
     return DEFAULT  # the interface was just deleted
 
@@ -98,9 +98,9 @@ def of_interface(
 ) -> int:
     """Return the MTU of a new interface with these addresses: the configured MTU or, by default, one that fits all.
 
-    An invalid setting is ignored: the agent reports it. `pools` must contain the pools of the addresses. `next_hops`
-    are this host's registered addresses by IP version, at least for the IP versions of the addresses. `configured` is
-    the setting. Reads a key of the store at most. Raises CalicoError.
+    An invalid setting is ignored: the agent reports it. `pools` must contain the pools of the addresses; an address in
+    no pool counts as not encapsulated. `next_hops` are this host's registered addresses by IP version, at least for the
+    IP versions of the addresses. `configured` is the setting. Reads at most one key of the store. Raises CalicoError.
     """
     with suppress(CalicoError):  # the agent reports an invalid value
         config.MTU.check(configured or "")
@@ -125,9 +125,10 @@ def of_interface(
 def of_addresses(modes: Iterable[tuple[int, str]], underlays: Mapping[int, int]) -> int:
     """Return the largest MTU that fits all addresses of an interface.
 
-    `modes` has the IP version of each address, and the VXLAN mode of the address's pool.
-    `underlays` maps the IP versions of this host's underlays to their MTUs; tunnels use IPv4 if it is among them. If
-    there are no addresses, this is the smallest MTU of the underlays; without underlays, DEFAULT.
+    `modes` contains a pair for each address: its IP version, and the VXLAN mode of its pool. `underlays` maps the IP
+    versions of this host's underlays to their MTUs; tunnels use IPv4 if it is among them. The MTU of a missing underlay
+    is assumed to be DEFAULT. If there are no addresses, the result is the smallest MTU of the underlays; if there are
+    no underlays either, DEFAULT.
     """
     found = []
     for version, mode in modes:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import socket
 import stat
 import threading
 from collections.abc import Collection, Iterator, Mapping
@@ -21,7 +22,16 @@ from typing import TYPE_CHECKING, Any, Callable, TypeVar
 
 from calicoctl.addresses import BITS, FAMILIES, host_net, version_of
 from calicoctl.errors import CalicoError, NamespaceError
-from calicoctl.netlink import IFF_UP, NUD_PERMANENT, PROTOCOL_STATIC, SCOPE_LINK, neighbours, routes, veths_into
+from calicoctl.netlink import (
+    IFF_UP,
+    NUD_PERMANENT,
+    PROTOCOL_STATIC,
+    SCOPE_LINK,
+    name_of,
+    neighbours,
+    routes,
+    veths_into,
+)
 
 if TYPE_CHECKING:
     from pyroute2.iproute.linux import IPRoute
@@ -63,9 +73,9 @@ _NODAD = 0x02
 class Interface:
     """An interface, as seen in its own namespace.
 
-    `up` says whether it was set up, not whether it has a carrier. For a veth, `peer_index` is the index of the other
-    end, in the namespace of the other end. `kind` is the kernel's name for the type, such as `veth` or `bridge`; None
-    for hardware and for lo.
+    `up` says whether it was brought up, not whether it has a carrier. For a veth, `peer_index` is the index of the
+    other end, in the namespace of the other end. `kind` is the kernel's name for the type, such as `veth` or `bridge`;
+    None for hardware and for lo.
     """
 
     name: str
@@ -180,12 +190,12 @@ class Namespace:
             return self.run(inspect)
 
     def interface(self, name: str) -> Interface | None:
-        """Return an interface of this namespace, None if there is none of that name."""
+        """Return the interface of this namespace with a name, None if there is none."""
         with _explained(f"{self.name}: reading its interface {name}"):
             return self.run(lambda netlink: _named(netlink, name))
 
     def own_end(self, host_end: Interface) -> Interface | None:
-        """Return the other end of a veth of the host if that end is in this namespace, else None.
+        """Return the other end of `host_end`, a veth of the host, if that other end is in this namespace, else None.
 
         Comparing the interfaces' indices is not sufficient: processes in the namespace may choose them.
         """
@@ -240,11 +250,11 @@ class Namespace:
 
         `nets` are `address/32` or `address/128`. `next_hops` are the gateways of the default routes, by IP version. For
         each gateway, an on-link route and a permanent neighbour entry with `host_mac` are added. The loopback interface
-        is brought up, too. If a net is of IPv6, IPv6 is enabled on both interfaces.
+        is brought up, too. If one of `nets` is of IPv6, IPv6 is enabled on both interfaces.
         """
 
         def work(netlink: IPRoute) -> str:
-            index = _index(netlink, interface)
+            index = _index(interface)
             netlink.link("set", index=_LOOPBACK_INDEX, state="up")
             netlink.link("set", index=index, state="up")
             if any(version_of(net) == 6 for net in nets):
@@ -268,16 +278,17 @@ class Namespace:
 
     def set_mtu(self, interface: str, mtu: int) -> None:
         with _explained(f"{self.name}: setting the MTU of {interface}"):
-            self.run(lambda netlink: netlink.link("set", index=_index(netlink, interface), mtu=mtu))
+            self.run(lambda netlink: netlink.link("set", index=_index(interface), mtu=mtu))
 
     def update_next_hops(self, interface: str, host_mac: str) -> bool:
-        """Set the neighbour entries of the interface's next hops to `host_mac`; return whether one has changed.
+        """Set the neighbour entries of the interface's next hops to `host_mac`; return whether any entry was changed.
 
-        If so, the loopback interface is brought up, and IPv6 enabled on it if a changed entry is of IPv6.
+        If an entry was changed, the loopback interface is brought up, too. If that entry is of IPv6, IPv6 is enabled on
+        the loopback interface.
         """
 
         def work(netlink: IPRoute) -> bool:
-            index = _index(netlink, interface)
+            index = _index(interface)
             unknown = _missing_next_hops(index, host_mac)
             if not unknown:
                 return False
@@ -292,7 +303,7 @@ class Namespace:
             return self.run(work)
 
     def has_next_hops(self, index: int, mac: str) -> bool:
-        """Return whether an interface has permanent neighbour entries for its next hops, with this MAC."""
+        """Return whether all next hops of the interface `index` have permanent neighbour entries with this MAC."""
         with _explained(f"{self.name}: reading its next hops"):
             return not self._within(lambda: _missing_next_hops(index, mac))
 
@@ -304,7 +315,7 @@ class Namespace:
         """
 
         def work(netlink: IPRoute) -> None:
-            index = _index(netlink, interface)
+            index = _index(interface)
             for version in versions:
                 lengths = (0, BITS[version])
                 for route in list(routes(FAMILIES[version], lengths, PROTOCOL_STATIC, index, MOST)):
@@ -345,7 +356,7 @@ def set_up(name: str) -> None:
         with suppress(FileNotFoundError):  # a kernel without IPv6
             for setting, value in HOST_END_IPV6.items():
                 _write_sysctl(f"net/ipv6/conf/{name}/{setting}", value)
-        netlink.link("set", index=_index(netlink, name), state="up")
+        netlink.link("set", index=_index(name), state="up")
 
 
 def set_mtu(name: str, mtu: int) -> None:
@@ -353,11 +364,11 @@ def set_mtu(name: str, mtu: int) -> None:
     from pyroute2.iproute.linux import IPRoute
 
     with _explained(f"setting the MTU of interface {name}"), IPRoute() as netlink:
-        netlink.link("set", index=_index(netlink, name), mtu=mtu)
+        netlink.link("set", index=_index(name), mtu=mtu)
 
 
 def find_interface(name: str) -> Interface | None:
-    """Return an interface of the host, None if there is none of that name."""
+    """Return the interface of the host with a name, None if there is none."""
     from pyroute2.iproute.linux import IPRoute
 
     with _explained(f"reading interface {name}"), IPRoute() as netlink:
@@ -384,7 +395,7 @@ def check_attachments(namespaces: Mapping[str, str], next_hops: bool = True) -> 
 
     found = {}
     with _explained("reading this host's interfaces"), IPRoute() as netlink:
-        links = {link.get_attr("IFLA_IFNAME"): link for link in netlink.get_links()}
+        links = {name_of(link.get_attr("IFLA_IFNAME")): link for link in netlink.get_links()}
         for interface in namespaces.keys() & links.keys():
             with suppress(NamespaceError), Namespace(namespaces[interface], interface) as namespace:
                 link = links[interface]
@@ -399,19 +410,19 @@ def delete_interface(name: str) -> bool:
     from pyroute2.iproute.linux import IPRoute
 
     with _explained(f"deleting interface {name}"), IPRoute() as netlink:
-        found = netlink.link_lookup(ifname=name)
-        if not found:
+        index = _find(name)
+        if index is None:
             return False
         with _ignoring(errno.ENODEV):
-            netlink.link("del", index=found[0])
+            netlink.link("del", index=index)
         return True
 
 
 def inspect(netlink: IPRoute) -> Inspection:
     """Return the default routes of the namespace of the socket `netlink`, and the state of its loopback interface.
 
-    Must be called in a thread that is in this namespace. A default route without a gateway and an interface is given as
-    `of another kind`.
+    Must be called in a thread that is in this namespace. The text for a default route that has neither a gateway nor an
+    interface is `of another kind`.
     """
     found = Inspection()
     for version, family in FAMILIES.items():
@@ -430,13 +441,16 @@ def inspect(netlink: IPRoute) -> Inspection:
 
 
 def _leads_to(netlink: IPRoute, link: Any, namespace: int) -> bool:
-    """Return whether the other end of a link of the host is in `namespace`, an open file descriptor."""
+    """Return whether the other end of `link`, pyroute2's message about an interface of the host, is in a namespace.
+
+    `namespace` is an open file descriptor.
+    """
     id = link.get_attr("IFLA_LINK_NETNSID")
     return id is not None and bool(netlink.get_netnsid(fd=namespace)["nsid"] == id)
 
 
 def _link(netlink: IPRoute, index: int) -> Any:
-    """Return pyroute2's message about the link with an index, None if there is no such link."""
+    """Return pyroute2's message about the interface with an index, None if there is no such interface."""
     from pyroute2.netlink.exceptions import NetlinkError
 
     try:
@@ -448,14 +462,15 @@ def _link(netlink: IPRoute, index: int) -> Any:
 
 
 def _named(netlink: IPRoute, name: str) -> Interface | None:
-    found = netlink.link_lookup(ifname=name)
-    return _interface(netlink.get_links(found[0])[0]) if found else None
+    index = _find(name)
+    link = None if index is None else _link(netlink, index)
+    return None if link is None else _interface(link)
 
 
 def _interface(link: Any) -> Interface:
     info = link.get_attr("IFLA_LINKINFO")
     return Interface(
-        name=link.get_attr("IFLA_IFNAME"),
+        name=name_of(link.get_attr("IFLA_IFNAME")),
         index=link["index"],
         mac=link.get_attr("IFLA_ADDRESS") or "",
         up=link["flags"] & IFF_UP != 0,
@@ -465,11 +480,22 @@ def _interface(link: Any) -> Interface:
     )
 
 
-def _index(netlink: IPRoute, name: str) -> int:
-    found = netlink.link_lookup(ifname=name)
-    if not found:
+def _index(name: str) -> int:
+    index = _find(name)
+    if index is None:
         raise CalicoError(f"there is no interface {name}")
-    return int(found[0])
+    return index
+
+
+def _find(name: str) -> int | None:
+    """Return the index of the interface with a name, in the namespace of this thread; None if there is none.
+
+    pyroute2 cannot look up a name that is no UTF-8.
+    """
+    try:
+        return socket.if_nametoindex(name)
+    except OSError:
+        return None
 
 
 def _route(version: int, address: str | None, index: int) -> dict[str, Any]:
@@ -511,7 +537,7 @@ def _write_sysctl(path: str, value: str) -> None:
 
 @contextmanager
 def _ignoring(*codes: int) -> Iterator[None]:
-    """Ignore errors of the kernel with these codes, which mean that the object does not exist."""
+    """Ignore kernel errors with these codes in the body of `with`: they mean that the object does not exist."""
     from pyroute2.netlink.exceptions import NetlinkError
 
     try:
@@ -523,7 +549,7 @@ def _ignoring(*codes: int) -> Iterator[None]:
 
 @contextmanager
 def _explained(doing: str) -> Iterator[None]:
-    """Convert errors of the kernel into a NamespaceError that says what was being done."""
+    """Convert kernel errors and CalicoErrors from the body of `with` into a NamespaceError that begins with `doing`."""
     from pyroute2.netlink.exceptions import NetlinkError
 
     try:

@@ -14,13 +14,14 @@ from calicoctl.datastore import last_known
 from calicoctl.datastore.reserved import Servers
 
 RESOLV_CONF = ("/etc/resolv.conf", "/run/systemd/resolve/resolv.conf")
-"""The first may name a resolver of this host alone; the second has the servers that systemd-resolved asks."""
+"""The first file may name only a local resolver; the second names the servers that systemd-resolved queries."""
 
 
 def current(members: Iterable[str]) -> Servers:
-    """Return the servers: `members` are the names, or addresses, of etcd's members.
+    """Return the servers. `members` are the names, or addresses, of etcd's members.
 
-    A name that cannot be resolved has its last known addresses. It may take as long as the resolver waits.
+    For a name that cannot be resolved, its last known addresses (last_known.py) are used. If none are known, the name
+    is in `unknown`. The call may take as long as the resolver waits for its servers.
     """
     found = {member: resolved(member) or last_known.addresses(member) for member in members}
     unknown = frozenset(member for member, addresses in found.items() if not addresses)
@@ -28,9 +29,9 @@ def current(members: Iterable[str]) -> Servers:
 
 
 def resolved(name: str) -> frozenset[str]:
-    """Return the canonical addresses of a host name, empty if it cannot be resolved; of an address, this address.
+    """Return the canonical addresses of a host name; empty if it cannot be resolved.
 
-    An IPv6 address may be in brackets.
+    `name` may also be an address, an IPv6 address perhaps in brackets: then the result is this address.
     """
     with suppress(OSError, UnicodeError):  # of an invalid or unknown name
         found = socket.getaddrinfo(name.strip("[]"), None, type=socket.SOCK_STREAM)
@@ -39,9 +40,9 @@ def resolved(name: str) -> frozenset[str]:
 
 
 def dns_servers(paths: Iterable[str] = RESOLV_CONF) -> frozenset[str]:
-    """Return the canonical addresses of the DNS servers that the resolver asks.
+    """Return the canonical addresses of the DNS servers in these files. Files that cannot be read are skipped.
 
-    Sources: resolv.conf(5), and systemd-resolved.service(8) about its file.
+    Sources: resolv.conf(5), and systemd-resolved.service(8) for the second file.
     """
     lines = []
     for path in paths:

@@ -80,13 +80,15 @@ def reconcile(
 ) -> Iterator[Action]:
     """Reconcile a workload's endpoints, interfaces and addresses with its state; yield each action when it is done.
 
-    `may_collect` is called with the workload's state. If the workload is MISSING or GONE, and the call returns True,
-    the workload is garbage-collected; if it returns False, the endpoints become inactive. `removed` says that the
-    engine has reported the container's removal; without that, a container that still runs under another engine is kept.
+    Does nothing for a workload that is not managed (is_managed). `may_collect` is called with the workload's state. If
+    the workload is MISSING or GONE, and the call returns True, the workload is garbage-collected; if it returns False,
+    the endpoints become inactive. `removed` says that the engine has reported the container's removal; without that, a
+    container that still runs under another engine is kept, and CalicoError is raised.
 
-    Raises Conflict if another process is changing the workload, NotConnectedHere if nobody has connected the workload
-    on this host and it would have to be wired, DockerUnavailable or NamespaceError if its state cannot be determined,
-    and CalicoError if a change fails.
+    Raises Conflict if another process is changing the workload, DockerUnavailable or NamespaceError if its state cannot
+    be determined, and CalicoError if a change fails. Raises NotConnectedHere if nobody has connected the workload on
+    this host, and it is a namespace with an endpoint, or a running container without its interface. The endpoints of
+    such a namespace become inactive before, if none of their interfaces exists.
     """
     if not is_managed(orchestrator, id) or not _has_anything(datastore, orchestrator, id):
         return
@@ -148,7 +150,7 @@ def _has_anything(datastore: DatastoreClient, orchestrator: str, id: str) -> boo
 
 
 def _read(datastore: DatastoreClient, workload: Workload) -> tuple[list[EndpointId], dict[IPAddress, Owner]]:
-    """Return a workload's endpoint ids, and the addresses of its handle on this host, with their owners."""
+    """Return a workload's endpoint ids, and its handle's addresses on this host, with their owners."""
     held = datastore.ipam.held_by(workload.handle) or {}
     return endpoint_ids_of(datastore, workload), {
         address: owner for address, owner in held.items() if owner.secondary.get("host") == datastore.host
@@ -156,7 +158,7 @@ def _read(datastore: DatastoreClient, workload: Workload) -> tuple[list[Endpoint
 
 
 def _is_over(orchestrator: str, id: str, known: Connected, may_collect: Callable[[WorkloadState], bool]) -> bool:
-    """Return whether to forget a connected workload whose endpoints the store has lost.
+    """Return whether a connected workload without endpoints is to be forgotten (connected.forget).
 
     That is so if the workload is MISSING or GONE, and `may_collect` returns True for its state.
     """
@@ -165,9 +167,10 @@ def _is_over(orchestrator: str, id: str, known: Connected, may_collect: Callable
 
 
 def _refuse_other_engines(workload: Workload, ids: list[EndpointId]) -> None:
-    """Raise CalicoError if the workload, a container that Docker does not know, runs nevertheless.
+    """Raise CalicoError if the workload is a container that runs although Docker does not know it.
 
-    It may belong to another engine. Only containers with a veth pair of one of their endpoints (`ids`) are checked.
+    It may belong to another engine. The container is checked only if the interface of one of its endpoints (`ids`)
+    exists.
     """
     if (
         workload.orchestrator == DOCKER
@@ -192,7 +195,11 @@ def misattached(paths: dict[EndpointId, str]) -> list[EndpointId]:
 
 
 def _reconcile_running(session: WorkloadSession, held: dict[IPAddress, Owner]) -> Iterator[Action]:
-    """Reconcile a running workload: afterwards it has its interface, and no address that its endpoint does not list."""
+    """Reconcile a running workload: its interface, its endpoint's state, and its neighbour entries; yield each action.
+
+    Also removes the `held` addresses (from _read) that its endpoint does not list. Raises NotConnectedHere if the
+    interface is missing and nobody has connected the workload on this host. Raises CalicoError if a change fails.
+    """
     datastore, workload, endpoint = session.datastore, session.workload, session.only_endpoint()
     if session.namespace.is_own():
         raise CalicoError(f"{workload.name} cannot be connected: its network namespace is the host's own.")
@@ -252,7 +259,7 @@ def _active(endpoint: Endpoint) -> bool:
 def _set_inactive(
     datastore: DatastoreClient, workload: Workload, endpoints: list[Endpoint], state: WorkloadState
 ) -> Iterator[Action]:
-    """Set the active endpoints of a workload, which does not run, to inactive."""
+    """Set the active endpoints of a workload that does not run to inactive; `state` is for the text of the action."""
     since = now()
 
     def change(endpoint: Endpoint) -> bool:
@@ -273,9 +280,9 @@ def _garbage_collect(
     ids: list[EndpointId],
     held: dict[IPAddress, Owner],
 ) -> Action:
-    """Remove the endpoints, interfaces and addresses of a workload that no longer exists.
+    """Remove the endpoints (`ids`), interfaces and `held` addresses of a workload that no longer exists.
 
-    Addresses without a handle are kept.
+    Addresses without a handle are kept. The caller holds the workload's `lock`.
     """
     datastore.check_endpoints_writable(ids, workload.handle)
     lock.mark_in_progress()
@@ -305,7 +312,8 @@ def _release_leaked(
 ) -> Iterator[Action]:
     """Release the `held` addresses that no endpoint lists, and delete the veth pairs that their attributes identify.
 
-    `endpoints` are all endpoints of the workload; their veth pairs are kept. The caller holds the workload's lock.
+    `endpoints` are all endpoints of the workload. The veth pairs of these endpoints are kept. The caller holds the
+    workload's lock.
     """
     left = _unlisted(endpoints, held)
     pairs = interfaces_of(left) - {endpoint.id.interface for endpoint in endpoints}
@@ -336,7 +344,7 @@ def _called(workload: Workload) -> str:
 def release_leaked(datastore: DatastoreClient, workload: Workload) -> list[Action]:
     """Release a workload's addresses on this host that no endpoint lists, and delete their veth pairs.
 
-    An interrupted command has left them. Returns what was done. Raises CalicoError.
+    An interrupted command has left them. Returns the actions that were done. Raises CalicoError.
     """
     with WorkloadLock(datastore.host, workload.orchestrator, workload.id):
         return list(
@@ -345,10 +353,10 @@ def release_leaked(datastore: DatastoreClient, workload: Workload) -> list[Actio
 
 
 def restore_address(datastore: DatastoreClient, id: EndpointId, address: str) -> bool:
-    """Assign a free address to the workload of an endpoint of this host that lists it; return whether that was done.
+    """Assign an unassigned address to the workload of the endpoint `id`, which lists it; return whether that was done.
 
-    The address is not assigned if it is no longer free, or if the endpoint no longer lists it. Raises CalicoError, also
-    if a host uses the address.
+    The endpoint is on this host. The address is not assigned if it is no longer free, or if the endpoint no longer
+    lists it. Raises CalicoError, also if a host uses the address.
     """
     from calicoctl.datastore.blocks import Owner
 

@@ -53,7 +53,7 @@ DEFAULT_INTERFACE = "eth1"
 
 @dataclass(frozen=True)
 class AddressRequest:
-    """The address that a user requests: `address`, else any from the pool `cidr`, else any of IP version `version`."""
+    """The address that a user requests: `address` if set; else any of the pool `cidr` if set; else any of `version`."""
 
     version: int
     address: IPAddress | None = None
@@ -238,9 +238,12 @@ def reattach(
 ) -> Attachment | None:
     """Recreate the interface of a workload whose endpoint is in etcd, with the same addresses, MAC and name.
 
-    Returns an Attachment with the endpoint's first address that satisfies `request` (None: any). If the endpoint has no
-    addresses, one is assigned as `request` says; with `request` None, none is assigned, and None is returned. Raises
-    CalicoError, after a rollback.
+    If the interface's name in the workload is not known any more, it is `interface`, or DEFAULT_INTERFACE. Returns an
+    Attachment with the endpoint's first address that satisfies `request` (None: any). If the endpoint has no addresses,
+    one is assigned as `request` says; with `request` None, none is assigned, and None is returned.
+
+    Raises CalicoError if no address satisfies `request`, if `interface` is not the name that is known, or if a step
+    fails, after a rollback.
     """
     datastore, workload = session.datastore, session.workload
     addresses = [parse_address(address) for address in endpoint.addresses]
@@ -306,7 +309,7 @@ def reattach(
 
 
 def disconnect(datastore: DatastoreClient, workload: Workload) -> None:
-    """Remove a workload's endpoints, interfaces and addresses, as far as they exist; raise NotFound if none does.
+    """Remove a workload's endpoints, interfaces and addresses. Raises NotFound if it has neither endpoint nor handle.
 
     The container and its namespace need not exist. An address that has a handle is released only after the endpoint
     that lists it has been removed. Raises CalicoError, also if another namespace's path has the same id. What was
@@ -369,7 +372,8 @@ def add_address(
     """Add an address to a connected workload; return the address, and whether it is new to the workload.
 
     If it is the first address of an IP version, the next hop and the default route of that version are added, too. An
-    address that the workload has already is configured in the kernel again, in case it is missing there. The MTU of the
+    address that an interrupted command has assigned is used first, if it satisfies the request. If the workload already
+    has the requested address, that is configured in the kernel again, in case it is missing there. The MTU of the
     interface is lowered if the new address requires that. Raises CalicoError, after a rollback; also if the workload is
     connected through an interface that is not `interface` (None: any).
     """
@@ -450,7 +454,10 @@ def remove_address(datastore: DatastoreClient, workload: Workload, address: IPAd
 
 
 def _without(net: str) -> Callable[[Endpoint], bool]:
-    """Return a function for modify_endpoint: it removes `net` and, with the last net of an IP version, the next hop."""
+    """Return a function for modify_endpoint that removes `net`.
+
+    If no net of its IP version is left, it also removes the next hop of that version.
+    """
 
     def change(endpoint: Endpoint) -> bool:
         version = version_of(net)
@@ -554,9 +561,9 @@ class WorkloadSession:
         self._inspection = netns.Inspection() if self._namespace is None else self._namespace.inspect()
 
     def attached_interface(self, also_down: bool = False) -> str | None:
-        """Return the name, inside the workload, of its Calico interface; None if it has none, or an incomplete one.
+        """Return the name, inside the workload, of its Calico interface; None if it has none.
 
-        Its veth pair is complete when the host end is up. With `also_down`, the host end may be down.
+        An interface whose host end is down does not count, unless `also_down` is set: the host end is set up last.
         """
         host_end = netns.find_interface(self.endpoint.id.interface) if self.endpoint is not None else None
         if host_end is None or not (host_end.up or also_down):
@@ -600,12 +607,12 @@ class WorkloadSession:
         return endpoint, attached
 
     def remove_incomplete_pairs(self) -> None:
-        """Delete veth pairs that an interrupted command has made for this workload."""
+        """Delete the veth pairs that an interrupted command has created for this workload."""
         for name in interfaces_of(self.held):
             self._delete(name)
 
     def remove_orphans(self) -> None:
-        """Delete pairs whose endpoints are no longer in the store, for example because the store was restored."""
+        """Delete veth pairs whose endpoints are no longer in the store, for example because the store was restored."""
         for _, host_end in self._pairs():
             # a pair whose host end is down may belong to another command in progress
             if (
@@ -693,7 +700,7 @@ class WorkloadSession:
 
 @contextmanager
 def _rollback_on_failure(session: WorkloadSession) -> Iterator[Callable[..., object]]:
-    """Yield a function that registers an undo (a function and its arguments). If the body of `with` fails, run them.
+    """Yield a function that registers an undo (a function and its arguments), to run if the body of `with` fails.
 
     The undo that was registered last runs first. An undo must be harmless if its step was not done. If an undo raises
     CalicoError, the others still run, and the final error says why it failed, and what to do. Meanwhile, the workload
@@ -738,7 +745,8 @@ def _attach(
 ) -> str:
     """Create a veth pair and configure both ends, the host's last; return the MAC of the workload's end.
 
-    If no table drops the packets of workloads, guard.py's are created before, unless a Felix of 2015 runs.
+    If neither the agent's tables nor those of guard.py exist, those of guard.py are created first, so that the
+    workload's packets are dropped; not if Felix of 2015 runs.
 
     `name` is the name of the host end, `interface` that of the workload's end; `next_hops` are addresses by IP version;
     `mac` is the MAC for the workload's end, None for any; `size` is the MTU; `undo` is from _rollback_on_failure.
@@ -865,9 +873,9 @@ def _release_unlisted(datastore: DatastoreClient, workload: Workload, endpoint: 
 
 
 def _next_hop(datastore: DatastoreClient, endpoint: Endpoint, version: int) -> str:
-    """Return this host's next hop for workloads, of an IP version; if the host has none, the one in the endpoint.
+    """Return this host's next hop for workloads in an IP version or, if the host has none, the endpoint's next hop.
 
-    Raises CalicoError if there is neither.
+    Raises CalicoError if the endpoint has none either.
     """
     try:
         return datastore.hosts.next_hop(version)
@@ -879,10 +887,10 @@ def _next_hop(datastore: DatastoreClient, endpoint: Endpoint, version: int) -> s
 
 
 def _reassign(session: WorkloadSession, address: IPAddress, owner: Owner, undo: Callable[..., object]) -> None:
-    """Assign an address that the workload's endpoint lists to the workload (`owner`) again, if the address is free.
+    """Assign `address`, which the workload's endpoint lists, to the workload (`owner`) again, if the address is free.
 
-    Raises AddressTaken if another workload or a host has the address. An address that an old tool has assigned, without
-    a handle, is left as it is.
+    Raises AddressTaken if another workload or a host has the address. If an old tool has assigned the address without a
+    handle, nothing is changed.
     """
     ipam = session.datastore.ipam
     holder = ipam.owner(address)
@@ -907,7 +915,8 @@ def _owner_text(owner: Owner | None) -> str:
 def owner_of(workload: Workload, id: EndpointId, interface: str) -> Owner:
     """Return the owner for an address, with attributes that identify the endpoint, and suffice to re-attach it.
 
-    `interface` is the interface's name inside the workload.
+    `interface` is the interface's name inside the workload. If the workload has given it a name that is no text, which
+    JSON cannot contain, DEFAULT_INTERFACE stands for it.
     """
     from calicoctl.datastore.blocks import Owner
 
@@ -918,7 +927,7 @@ def owner_of(workload: Workload, id: EndpointId, interface: str) -> Owner:
             "orchestrator": id.orchestrator,
             "workload": id.workload,
             "endpoint": id.endpoint,
-            "interface": interface,
+            "interface": interface if is_interface_name(interface) else DEFAULT_INTERFACE,
             "namespace": workload.path,
             **({"workload_name": workload.docker_name} if workload.docker_name else {}),
         },

@@ -40,9 +40,10 @@ _RUN, _VAR_RUN = "/run/", "/var/run/"
 class Workload:
     """A container or a namespace that is connected to the network, or will be.
 
-    `name` is the name that the user gave, `id` the workload's id in the store. `path` is the namespace's path, None for
-    a Docker container. For a container, `docker_name` is its name in Docker, `pid` the id of its first process (None
-    if it does not run), and `network_mode` the value of `docker run --net`, such as `none` or `container:NAME`.
+    `name` is its name in messages, usually as the user typed it; `id` is the workload's id in the store. `path` is the
+    namespace's path, None for a Docker container. For a container, `docker_name` is its name in Docker, `pid` the id of
+    its first process (None if it does not run), and `network_mode` the value of `docker run --net`, such as `none` or
+    `container:NAME`.
     """
 
     orchestrator: str
@@ -142,10 +143,10 @@ def namespace_at(path: str) -> tuple[int, int] | None:
 def process_started(path: str) -> str | None:
     """Return when the process or thread that a path leads through was started: clock ticks since boot, as text.
 
-    Returns None if the path leads through no process, such as a path of `ip netns`, if it leads through /proc/1 or
-    /proc/self, and if the process has ended. A path through a process, below /proc or by a symbolic link, may lead to
-    another process later: ids are reused.
-    Raises NamespaceError if the path cannot be read. Source: namespaces(7).
+    Returns None if the path leads through no process, such as a path of `ip netns`; if it leads through /proc/1,
+    /proc/self or /proc/thread-self; if it does not exist, for example because the process has ended; and if it has more
+    than 40 symbolic links. A path through a process, below /proc or by a symbolic link, may lead to another process
+    later, since ids are reused. Raises NamespaceError if the path cannot be read. Source: namespaces(7).
     """
     place, left, links = Path("/"), [*reversed(Path(path).parts[1:])], 0
     try:
@@ -177,9 +178,9 @@ def process_started(path: str) -> str | None:
 def find(name: str) -> Workload:
     """Return the workload that a user calls `name`.
 
-    An absolute path names a namespace; then the namespace is not opened, and the Docker Engine is not asked.
-    /run/netns/a is treated as /var/run/netns/a. Raises NoSuchContainer, DockerUnavailable if the engine does not
-    answer, and CalicoError for an invalid name.
+    An absolute path names a namespace; then the namespace is not opened, and the Docker Engine is not queried.
+    /run/netns/a is treated as /var/run/netns/a if /run and /var/run are the same directory. Raises NoSuchContainer,
+    DockerUnavailable if the engine does not answer, and CalicoError for an invalid name.
     """
     check_workload_name(name)
     if name.startswith("/"):
@@ -237,9 +238,12 @@ def stored_otherwise(datastore: DatastoreClient, workload: Workload) -> Workload
 def find_connected(name: str, datastore: DatastoreClient) -> Workload:
     """Return the workload that a user calls `name`, even if Docker no longer knows it, or does not answer.
 
-    In these cases, `name` is compared with the names of the containers that have endpoints, handles or marks on this
-    host, and with the beginnings of their ids. If none matches, this raises the exception of `find`; if several match,
-    CalicoError with a list.
+    In these cases, `name` may be the beginning of a container's id (see _stored_by_id). Otherwise, the names in the
+    endpoints, in the attributes of addresses, and in the marks of interrupted changes on this host are searched.
+    Containers that exist under another name now are left out. If none matches, this raises the exception of `find`; if
+    several match, CalicoError with a list.
+
+    A namespace without an endpoint is also searched under the other spelling of its path (see stored_otherwise).
     """
     try:
         workload = find(name)
@@ -261,7 +265,7 @@ def find_connected(name: str, datastore: DatastoreClient) -> Workload:
 
 
 def ambiguous(name: str, containers: list[tuple[str, str]]) -> CalicoError:
-    """Return the error for a name that several `containers`, each given as (id, host), have."""
+    """Return the error for a name that may mean any of several `containers`, which are pairs (id, host)."""
     lengths = (length for length in range(12, 65) if len({id[:length] for id, _ in containers}) == len(containers))
     length = next(lengths, 64)
     some = ", ".join(f"{id[:length]} on {host}" for id, host in sorted(containers, key=lambda one: one[::-1]))
@@ -269,9 +273,10 @@ def ambiguous(name: str, containers: list[tuple[str, str]]) -> CalicoError:
 
 
 def _stored_by_id(prefix: str, datastore: DatastoreClient) -> set[str]:
-    """Return the ids with this prefix of the containers with an endpoint on this host, or if none match, with a handle.
+    """Return the ids, beginning with `prefix`, of the containers that have an endpoint on this host.
 
-    The prefix must have 4 to 64 hexadecimal digits; otherwise, the result is empty.
+    If there are none, returns such ids of the containers that have an IPAM handle, on any host. The prefix must have 4
+    to 64 hexadecimal digits; otherwise, the result is empty.
     """
     if not re.fullmatch(r"[0-9a-f]{4,64}", prefix):
         return set()
@@ -324,7 +329,10 @@ def workload_of(id: EndpointId) -> tuple[str, str]:
 
 
 def endpoint_ids_of(datastore: DatastoreClient, workload: Workload) -> list[EndpointId]:
-    """Return the ids of a workload's endpoints on this host, including invalid endpoints; see endpoints_of."""
+    """Return the ids of a workload's endpoints on this host, including invalid endpoints.
+
+    For a namespace without any, returns the ids that an old tool stored under `docker`.
+    """
     found = datastore.workload_endpoint_ids(workload.orchestrator, workload.id)
     if not found and workload.orchestrator == NAMESPACE:
         found = datastore.workload_endpoint_ids(DOCKER, workload.id)
@@ -332,7 +340,10 @@ def endpoint_ids_of(datastore: DatastoreClient, workload: Workload) -> list[Endp
 
 
 def endpoints_of(datastore: DatastoreClient, workload: Workload) -> list[Endpoint]:
-    """Return a workload's endpoints on this host; for a namespace without any, those of an old tool under `docker`."""
+    """Return a workload's endpoints on this host; for a namespace without any, those an old tool stored under `docker`.
+
+    Raises InvalidValue if one of them is invalid.
+    """
     found = datastore.workload_endpoints(workload.orchestrator, workload.id)
     if not found and workload.orchestrator == NAMESPACE:
         found = datastore.workload_endpoints(DOCKER, workload.id)
@@ -340,7 +351,7 @@ def endpoints_of(datastore: DatastoreClient, workload: Workload) -> list[Endpoin
 
 
 def _name_of(id: str) -> str:
-    """Return the name of a container, or its id if Docker does not answer."""
+    """Return the name of a container, or its id if Docker does not answer or does not know it."""
     try:
         return str(_inspect(id)["Name"]).lstrip("/")
     except CalicoError:
@@ -348,9 +359,10 @@ def _name_of(id: str) -> str:
 
 
 def _inspect(name: str) -> dict[str, Any]:
-    """Query the Docker Engine for a container. Raises NoSuchContainer or DockerUnavailable.
+    """Return what the Docker Engine knows of a container, as engine.inspect does.
 
-    If `ip netns` has a namespace of that name, the error asks whether that was meant.
+    Raises NoSuchContainer or DockerUnavailable. If /var/run/netns has a namespace of that name, the error asks whether
+    that was meant.
     """
     try:
         return engine.inspect(name)
@@ -363,14 +375,14 @@ def _inspect(name: str) -> dict[str, Any]:
 
 
 def short_id(id: str) -> str:
-    """Return the first 12 characters of a hexadecimal id, such as a container's or an endpoint's; other ids as is."""
+    """Return the first 12 characters of a hexadecimal id, such as a container's; return any other id as it is."""
     return id[:12] if re.fullmatch("[0-9a-f]+", id) else id
 
 
 def has_processes(id: str) -> bool:
-    """Return whether a container runs, of whichever engine: its id is in the names of its processes' control groups.
+    """Return whether a container of any engine runs: whether any process's control group has the id in its name.
 
-    Source: cgroups(7), /proc/PID/cgroup. Docker, podman and Kubernetes name a container's control group after its id.
+    Docker, podman and Kubernetes name a container's control group after its id. Source: cgroups(7), /proc/PID/cgroup.
     """
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(FileNotFoundError, ProcessLookupError, PermissionError):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import json
 import os
 import re
-import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -121,15 +121,14 @@ class AgentHost(Host):
 
 @contextmanager
 def locked(host: Host, namespace: str) -> Iterator[None]:
-    """Hold the lock of a namespace's workload, as a command does."""
+    """Hold the lock of a namespace's workload, as a command does: whoever had it before may have removed its file."""
     lock = f"/run/calico/{host.name}/namespace.-var-run-netns-{namespace}"
-    command = ["flock", lock, "sh", "-c", "echo; read end"]
-    holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    try:
-        assert holder.stdout and holder.stdout.readline()
-        yield
-    finally:
-        holder.communicate(b"\n")
+    while True:
+        with open(lock, "w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if os.path.exists(lock) and os.path.samestat(os.stat(lock), os.fstat(file.fileno())):
+                yield
+                return
 
 
 @contextmanager

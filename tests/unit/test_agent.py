@@ -334,6 +334,35 @@ def test_an_internal_error_has_everything_resynced_and_reloaded(world: AgentWorl
     assert world.nft.has_fast_path()
 
 
+def test_an_event_that_cannot_be_handled_does_not_end_the_agent(world: AgentWorld) -> None:
+    world.step(events.LinkChanged(None, deleted=False))  # type: ignore[arg-type]
+    assert "had an internal error with an event, LinkChanged" in str(world.agent._health.last_error)
+    assert "LinkChanged" not in world.agent._health.failures
+    world.clock += TICK
+    assert "report resync" in world.step(), "the kernel is read again"
+    world.step(events.StoreChanged(None))  # type: ignore[arg-type]
+    assert "calicoctl node restart" in world.agent._health.failures["StoreChanged"]["error"], "it lasts"
+
+
+@pytest.mark.parametrize("error", [RuntimeError("an internal error"), CalicoError("a thread failed")])
+def test_an_agent_logs_why_it_ends(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(process, "DIRECTORY", tmp_path)
+    monkeypatch.setattr(process, "log_to", lambda _: None)
+    caplog.set_level(logging.INFO, "calico")
+    monkeypatch.setattr(module, "_run", fail)
+    with pytest.raises(type(error)):
+        module.run(HOST, Options())
+    assert "the agent ends" in caplog.text and str(error) in caplog.text
+    with pytest.raises(type(error)):
+        module.run(HOST, Options())
+    assert "the agent before" in caplog.text, "also if it could not"
+
+
 def test_lost_events_of_the_kernel_are_followed_by_a_resync(world: AgentWorld) -> None:
     world.routes.add_link("cali1", 21)
     world.network = HostNetwork.of([InterfaceAddress(B, B, 32, "eth0")])

@@ -281,4 +281,6 @@ def test_bird_accepts_the_text(bgp: Bgp, tmp_path: Path) -> None:
     text = config.text(bgp.config, Passwords({"172.18.0.254": "tor's; {secret}"}, "ö # of the mesh"), tmp_path)
     (tmp_path / "conf").write_text(text)
     done = subprocess.run([bird, "-p", "-c", str(tmp_path / "conf")], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
+    # BIRD 2.17 warns of an option that BIRD 2.0 does not know
+    complaints = [line for line in done.stderr.splitlines() if "authentication option, assuming MD5" not in line]
+    assert (done.returncode, complaints) == (0, [])

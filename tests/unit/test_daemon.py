@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from calicoctl import proc
+from calicoctl import files, proc
 from calicoctl.errors import CalicoError
 from calicoctl.felix import daemon
 from calicoctl.felix.daemon import Daemon, NotServing, Process
@@ -36,7 +36,7 @@ class Sandbox:
         return Daemon(
             self.process,
             self.log,
-            lock=self.folder,
+            lock=self.folder / "lock",
             is_ready=self.ready.exists,
             start_patience=patience,
             environment={"PATH": os.environ["PATH"], "WORD": "hello"},
@@ -221,3 +221,16 @@ def test_supervision_continues_after_any_failure(sandbox: Sandbox, monkeypatch: 
     monkeypatch.setattr(daemon, "FIRST_PAUSE", 0.0)
     sandbox.supervise(sandbox.daemon(), [CalicoError("no port is free"), OSError("no memory"), KeyError("a defect")])
     wait_for(lambda: sandbox.process.pid() is not None, "the daemon")
+
+
+def test_a_daemon_that_another_process_starts_is_waited_for_but_not_for_ever(
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(daemon, "LOCK_PATIENCE", 0.05)
+    lock = files.try_lock(sandbox.folder / "lock")
+    assert lock is not None
+    with pytest.raises(CalicoError, match="is not started: another process has kept"):
+        sandbox.start(sandbox.daemon())
+    os.close(lock)
+    assert sandbox.start(sandbox.daemon())
+    assert not (sandbox.folder / "lock").exists()

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from calicoctl import state
 from calicoctl.datastore.keys import EndpointId
 from calicoctl.desired.snapshot import INACTIVE
 from calicoctl.felix import kept_addresses
@@ -232,6 +233,13 @@ def test_unknown_interfaces_are_reported_at_once_at_the_start() -> None:
     manager.resync()
     manager.apply()
     assert world.health.unknown_interfaces == ["cali9"]
+
+
+def test_nothing_that_is_kept_is_cut_however_much_it_is() -> None:
+    kept = sorted((f"calix{n // 256:04}abc", f"192.168.{64 + n // 256}.{n % 256}") for n in range(130 * 256))
+    kept_addresses.write("vm", kept)
+    assert state.path("vm", "kept").stat().st_size > 2**20
+    assert kept_addresses.read("vm") == kept
 
 
 def test_what_a_removed_pool_contained_outlives_a_reboot(world: EndpointWorld) -> None:

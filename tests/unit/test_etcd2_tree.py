@@ -8,7 +8,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 
-from calicoctl.datastore import etcd2
+from calicoctl.datastore import etcd2, etcd2_tree
 from calicoctl.datastore.etcd2 import Etcd2Store
 from calicoctl.datastore.etcd2_tree import innermost
 from calicoctl.datastore.settings import EtcdSettings
@@ -64,6 +64,21 @@ def test_a_deep_key_does_not_keep_others_from_being_read(depth: int) -> None:
 def test_an_answer_that_is_not_whole_is_an_error(body: str) -> None:
     with pytest.raises(ValueError):
         list(innermost(body))
+
+
+@pytest.mark.parametrize("body", ['{"node":{' + "{}" * 100 + "}}", '{"node":' * 100, '{"node":{' + '""' * 1000 + "}}"])
+def test_an_answer_that_is_not_etcds_is_not_read_to_its_end(body: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would take minutes and gigabytes to keep every object of a large one."""
+    parsed: list[Any] = []
+    for module, name in ((etcd2_tree.json, "loads"), (etcd2_tree, "_scan_string")):
+        before = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *of, before=before: parsed.append(of) or before(*of))
+    with (
+        serving(lambda client, line: client.send(answer(body.encode()))) as server,
+        pytest.raises(StoreError, match="does not answer as etcd does"),
+    ):
+        store_of(server).list_for_watch("/calico")
+    assert 0 < len(parsed) < 80
 
 
 def test_all_keys_are_read_with_their_values_and_revisions() -> None:

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from calicoctl.datastore import etcd2_watch
+from calicoctl.datastore import etcd2, etcd2_watch
 from calicoctl.datastore.etcd2_watch import SHORTEST, Progress
 from tests.unit.rogue_server import OK, Client, answer, serving
 
@@ -77,3 +77,20 @@ def test_a_change_is_not_taken_twice() -> None:
     old = b'{"action":"set","node":{"key":"/calico/a","value":"","modifiedIndex":5,"createdIndex":5}}'
     with serving(lambda client, line: client.send(answer(old))) as server, pytest.raises(TypeError, match="before"):
         etcd2_watch.poll(etcd.Client(port=server.port), "/calico", Progress.begin(6), 0.0, 5.0)
+
+
+def test_a_quorum_is_confirmed_by_a_key_that_nobody_can_have_written() -> None:
+    """A large value there would end every wait."""
+    import etcd
+
+    asked = []
+
+    def missing(client: Client, line: str) -> None:
+        asked.append(line)
+        body = b'{"errorCode":100,"message":"Key not found","index":5}'
+        client.send(answer(body, OK.replace(b"200 OK", b"404 Not Found")))
+
+    with serving(missing) as server:
+        for _ in range(2):
+            etcd2._confirm_quorum(etcd.Client(port=server.port), "/calico/v1")
+    assert len(set(asked)) == 2 and all("/calico/v1/" in line and "quorum=true" in line for line in asked)

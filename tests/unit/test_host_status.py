@@ -116,6 +116,19 @@ def test_a_container_is_called_by_its_name(health: Health, capsys: pytest.Captur
     assert first["workload"] == "1" * 64 and first["workload_name"] == "web" and first["endpoint"] == "2" * 32
 
 
+def test_a_directory_that_is_too_large_to_be_read_is_named_first_and_fails(
+    health: Health, capsys: pytest.CaptureFixture[str]
+) -> None:
+    health.problems = {f"/calico/v1/a{number}": "it is no JSON" for number in range(200)}
+    health.skipped, health.unread = {"/calico/v1/host": "it is too large"}, {"/calico/v1/host"}
+    write(health)
+    out, why = told(capsys)
+    assert "/calico/v1/host: " in out and why == "This host has problems: its agent cannot read a part of etcd."
+    health.skipped, health.unread = {}, set()
+    write(health)
+    assert told(capsys)[1] == "", "invalid values are nobody else's problem"
+
+
 def test_a_key_is_named_once(health: Health) -> None:
     health.problems = {"/calico/x": "etcd key /calico/x has an invalid value", "/calico/y": "its rules key is missing"}
     write(health)

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from netaddr import IPAddress
 
 from calicoctl import limits
-from calicoctl.commands import profile
+from calicoctl.commands import ipam, profile
 from calicoctl.datastore import keys
+from calicoctl.datastore.blocks import Owner
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.keys import EndpointId
 from calicoctl.datastore.model import Endpoint, Rule, Rules, load_object, load_tags
@@ -145,13 +147,65 @@ def test_what_is_skipped_is_named_as_long_as_it_is_there() -> None:
     assert snapshot.skipped == {}
 
 
+def test_what_is_below_a_directory_that_is_too_large_stays_as_it_was_read_last() -> None:
+    read = Store(in_pools(Snapshot(HOST)))
+    snapshot = read.snapshot
+    read.profile("web", {"action": "allow"})
+    read.endpoint(0, "192.168.0.1", profile_ids=["web"])
+    id = endpoint_id(0)
+    snapshot.take_dirty()
+    for large in ("/calico/v1/policy", "/calico/v1/host"):
+        rest = [entry for key, entry in snapshot._entries.items() if not key.startswith(large + "/")]
+        snapshot.replace("/calico/v1", [*rest, Entry(large, "", 0, 0, "it is too large")])
+        assert id in snapshot.local and snapshot.has_valid_rules("web")
+        assert snapshot.unread == snapshot.skipped.keys() == {large} and not snapshot.take_dirty()
+    read.profile("web", {"action": "deny"})
+    assert snapshot.take_dirty().profiles == {"web"}, "changes are followed"
+    snapshot.replace("/calico/v1", [])
+    assert snapshot.unread == set() and id not in snapshot.endpoints and not snapshot.has_valid_rules("web")
+
+
+def test_what_cannot_be_read_is_not_repaired(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The addresses of endpoints that are not read would be released."""
+    memory = MemoryStore()
+    client = DatastoreClient(memory, HOST)
+    client.ipam.assign(IPAddress("192.168.0.1"), Owner("docker.w", {"host": HOST, "orchestrator": "docker"}))
+    monkeypatch.setattr(DatastoreClient, "from_environment", lambda: client)
+    unread = Entry(keys.HOSTS, "", 0, 0, "it is too large")
+    monkeypatch.setattr(memory, "list_for_watch", lambda directory: ([unread], 1))
+    before = dict(memory.entries)
+    with pytest.raises(CalicoError, match=f"^{keys.HOSTS} is too large to be read, so nothing is repaired"):
+        ipam.prepare(["ipam", "check", "--fix"])()
+    assert memory.entries == before
+    with pytest.raises(CalicoError, match="problems remain"):
+        ipam.prepare(["ipam", "check"])()
+    assert f"Warning: {keys.HOSTS} is too large" in capsys.readouterr().err
+
+
+def test_a_key_that_is_too_long_is_skipped_and_named_and_nothing_is_written_for_it() -> None:
+    snapshot = Snapshot(HOST)
+    snapshot.take_dirty()
+    base = f"/calico/v1/host/{HOST}/workload/x/"
+    longest, longer = (base.ljust(length - 11, "<") + "/endpoint/1" for length in (limits.KEY, limits.KEY + 1))
+    rules = f"/calico/v1/policy/profile/{'<' * limits.KEY}/rules"
+    snapshot.replace("/calico/v1", [Entry(key, "{", 1, 1) for key in (longest, longer, rules)])
+    assert [keys.endpoint(id) for id in snapshot.take_dirty().endpoints] == [longest], "the others get no status"
+    assert snapshot.problems.keys() == {longest}
+    assert snapshot.skipped.keys() == {longer, rules} and "has 5001 characters" in snapshot.skipped[longer]
+    store = MemoryStore()
+    store.put(longer.replace("/v1/", "/felix/v1/", 1), "{}")
+    assert DatastoreClient(store, HOST).statuses.of_endpoints() == {}
+
+
 def test_the_report_is_bounded_and_has_the_worst(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process, "DIRECTORY", tmp_path)
     (tmp_path / HOST).mkdir()
     health = Health(HOST, "1", first_update=True)
     long = "w" * 100_000
     for number in range(20_000):
-        id = EndpointId(HOST, "docker", long, f"{number:032x}")
+        id = EndpointId(HOST, "docker", "w" * (limits.KEY - 200), f"{number:032x}")
         health.endpoints[id] = Status("down" if number else "error", 1, long, long)
         health.problems[keys.endpoint(id)] = long
         health.failures[f"failure {number}"] = {"since": "", "error": ""}

@@ -103,6 +103,33 @@ def test_a_directory_is_read_again_when_the_watch_has_expired(followed: Followed
     assert followed.next() == StoreChanged(Change("/calico/b", last)), "an expired watch is no failure"
 
 
+def test_a_directory_that_was_too_large_is_read_again_when_something_right_in_it_has_changed(
+    followed: Followed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "REREAD_INTERVAL", 0.1)
+    read = followed.store.list_for_watch
+    unread = Entry("/calico/a", "", 0, 0, "it is too large")
+    answers = [[unread], [unread]]
+
+    def list_for_watch(directory: str) -> tuple[list[Entry], int]:
+        entries, revision = read(directory)
+        return (answers.pop() if answers else entries), revision
+
+    monkeypatch.setattr(followed.store, "list_for_watch", list_for_watch)
+    followed.thread.start()
+    assert followed.next() == StoreRead("/calico", [unread])
+    assert followed.next() == WatchRecovered("/calico")
+    for key, again in (("/calico/a/deep/b", None), ("/calico/a/b", [unread])):
+        entry = followed.store.create(key, "1")
+        assert followed.next() == StoreChanged(Change(key, entry))
+        if again:
+            assert followed.next() == StoreRead("/calico", again)
+    followed.store.remove_tree("/calico/a")
+    while isinstance(event := followed.next(), StoreChanged):
+        assert event.change.entry is None
+    assert event == StoreRead("/calico", [])
+
+
 def test_re_reads_are_spread_by_the_number_of_hosts() -> None:
     def spread(hosts: int) -> float:
         keys = [f"/calico/v1/host/h{number % hosts}/workload/docker/{number}" for number in range(3 * hosts)]

@@ -67,10 +67,12 @@ def test_bgp_settings(store: Store) -> None:
     assert topology.log_level == "debug", "this host's own goes first"
     store.put(f"{BGP}/host/host1/loglevel", None)
     assert topology.log_level == "info"
-    for key, value in (("global/as_num", "0"), ("global/node_mesh", "on"), ("global/HoldTime", "2")):
+    invalid = {"global/as_num": "0", "global/node_mesh": "on", "global/HoldTime": "2", "global/loglevel": "loud"}
+    for key, value in invalid.items():
         store.put(f"{BGP}/{key}", value)
         assert f"{BGP}/{key}" in store.snapshot.problems
     assert (topology.as_num("host1"), topology.mesh, topology.hold_time) == ("64511", True, 30)
+    assert topology.log_level == "none"
 
 
 def test_peers_are_the_global_ones_and_those_of_this_host(store: Store) -> None:

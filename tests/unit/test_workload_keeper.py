@@ -464,6 +464,32 @@ def test_a_container_that_nobody_has_connected_is_reported_and_not_retried(bench
     assert bench.wait(100) == []
 
 
+def test_containers_that_exist_only_in_the_store_are_reconciled_after_all_others(bench: Bench) -> None:
+    connected.put("vm", "docker", ONE)
+    connected.put("vm", "docker", TWO)
+    bench.containers = [ONE, TWO]
+    invented = {f"{number:064x}" for number in range(200)}
+    for id in invented:
+        put_endpoint(bench, docker(id))
+        bench.outcomes[id] = Outcome(WorkloadState.GONE)
+    assert set(bench.take(listed(ONE, TWO))) < invented
+    bench.outcomes[ONE] = Outcome(None, error=CalicoError("it is just ending"))
+    for id in (*invented, ONE):
+        bench.keeper.enqueue(docker(id))
+    some = bench.take(changed(TWO))
+    assert {ONE, TWO} <= set(some[:8])
+    assert some.count(ONE) == 1 and len(bench.reconciled) < len(invented)
+    assert bench.wait(1)[0] == ONE, "its retry does not wait for them either"
+    for _ in range(10):
+        bench.take()
+    assert set(bench.reconciled) == {*invented, ONE, TWO}
+    bench.collected.clear()
+    bench.wait(700)
+    for _ in range(10):
+        bench.take()
+    assert set(bench.collected) == invented, "they are collected when the grace time is over"
+
+
 def test_containers_that_were_removed_while_no_agent_ran_are_reconciled_even_without_endpoints(bench: Bench) -> None:
     connected.put("vm", "docker", ONE)
     connected.put("vm", "docker", TWO)

@@ -91,6 +91,20 @@ def test_keys_that_failed_do_not_keep_others_waiting(queue: WorkQueue[str]) -> N
     assert queue.take(3.0) == ["b/failed"]
 
 
+def test_keys_added_as_last_come_after_those_that_failed_unless_they_were_added_otherwise(
+    queue: WorkQueue[str],
+) -> None:
+    queue.add("a/1", 1.0, last=True)
+    queue.add("a/2", 1.0, last=True)
+    queue.add("a/2", 3.0)
+    queue.add("a/2", 3.0, last=True)
+    queue.back_off("a/3", 2.0)
+    assert queue.take(3.0) == ["a/2", "a/3"]
+    queue.done("a/2")
+    queue.add("a/2", 4.0)
+    assert queue.take(4.0) == ["a/2"]
+
+
 def test_all_keys_of_a_group_in_backoff_can_be_retried_at_once(queue: WorkQueue[str]) -> None:
     queue.back_off("a/1", 10.0)
     queue.back_off("b/1", 10.0)

@@ -25,7 +25,7 @@ PATIENCE = 5.0
 """Seconds to wait for an answer. The kernel accepts connections for a suspended BIRD (SIGSTOP), which never answers."""
 
 LARGEST_ANSWER = 2**24
-"""The maximum size of an answer in bytes. A session takes some 500 bytes, so thousands of sessions are far below."""
+"""The maximum size of an answer in bytes. A session takes some 500 bytes, so thousands of sessions fit."""
 
 UP = "Established"
 
@@ -35,7 +35,7 @@ _FAILED = "8002"
 
 
 class Refused(CalicoError):
-    """BIRD has refused a configuration. `line` is the number of the wrong line, from 1 on; None if BIRD names none."""
+    """BIRD has refused a configuration. `line` is the number of the wrong line, from 1 on; None if it is not known."""
 
     def __init__(self, why: str, line: int | None) -> None:
         super().__init__(why)
@@ -47,11 +47,11 @@ class Session:
     """A BGP session, as BIRD reports it.
 
     `name` is the name of BIRD's protocol. `kind` is "mesh", "node" or "global", `peer` the peer's address, `as_num` the
-    peer's AS number. `state` is "Down" if BIRD has not started the session; otherwise it is a state of RFC 4271:
-    "Established" if the session is up, else "Idle", "Connect", "Active", "OpenSent" or "OpenConfirm". `since` is the
-    time when BIRD's protocol last changed its state (ISO 8601). `imported` counts the routes accepted from the peer,
-    `exported` those announced to it. `error` is the last error, None if there was none. `suspicion` says what may keep
-    the session down; None if nothing is known.
+    peer's AS number as decimal text. `state` is "Down" if BIRD has not started the session; otherwise it is a state of
+    RFC 4271: "Established" if the session is up, else "Idle", "Connect", "Active", "OpenSent" or "OpenConfirm". `since`
+    is the time when BIRD's protocol last changed its state (ISO 8601). `imported` counts the routes accepted from the
+    peer, `exported` those announced to it. `error` is the last error, None if there was none. `suspicion` says what may
+    keep the session down; None if nothing is known.
     """
 
     name: str
@@ -155,7 +155,7 @@ class Control:
 
 @contextmanager
 def control(path: Path, may_change: bool = False) -> Iterator[Control]:
-    """Connect to BIRD's control socket, and close the connection at the end.
+    """Connect to BIRD's control socket, and close the connection at the end of `with`.
 
     Without `may_change`, the connection is restricted to commands that only read. Raises CalicoError if BIRD does not
     serve or answer.
@@ -206,7 +206,7 @@ _COUNTS = re.compile(r"Routes:\s+(\d+) imported,(?: \d+ filtered,)? (\d+) export
 
 
 def parse_sessions(lines: Iterable[tuple[str, str]]) -> Iterator[Session]:
-    """Yield the BGP sessions in the answer to `show protocols all`: `lines`, as (code, text).
+    """Yield the BGP sessions in `lines`, the answer to `show protocols all`, each line as (code, text).
 
     Protocols whose names do not have the form of config.Neighbour.name are skipped.
     """

@@ -1,9 +1,9 @@
 """The configuration of BIRD: derived from the snapshot as plain data, then rendered in BIRD's language.
 
-Pure: bird.py communicates with BIRD, and manager.py decides when. The name of a BGP protocol in the configuration
-consists of the kind of the peer, the IP version, and the peer's address. The name does not depend on other peers, so a
-change of another peer resets no session. Values from etcd are rendered only as numbers, or as addresses and networks in
-canonical form.
+This module reads and writes no files: bird.py communicates with BIRD, and manager.py decides when. The name of a BGP
+protocol in the configuration consists of the kind of the peer, the IP version, and the peer's address. The name does
+not depend on other peers, so a change of another peer resets no session. Values from etcd are rendered only as numbers,
+or as addresses and networks in canonical form.
 
 Source of the language: the BIRD User's Guide, version 2.0.
 """
@@ -70,8 +70,8 @@ class Family:
     `own` is this host's registered address, None if it has none; `is_here` says whether an interface has the address,
     or had it since the agent started. `pools` are CIDRs: routes to destinations inside them are accepted from peers.
     `blocks` and `addresses` are announced by this host. `guarded_networks` and `guarded_addresses` are the networks and
-    addresses that routes of other hosts must not override. `neighbours` are the BGP peers. `split` is as in Announced;
-    it is only logged, and ignored when two configurations are compared.
+    addresses that routes of other hosts must not override. `neighbours` are the BGP peers. `split` is as in
+    Announced (desired/routes.py); it is only logged, and ignored when two configurations are compared.
     """
 
     version: int
@@ -88,7 +88,10 @@ class Family:
 
 @dataclass(frozen=True)
 class Config:
-    """The configuration of BIRD. `hold_time` is in seconds; `as_num` is this host's AS number, as decimal text."""
+    """The configuration of BIRD. `hold_time` is in seconds; `as_num` is this host's AS number, as decimal text.
+
+    `router_id` is an IPv4 address as text. `log_level` is "none", "debug" or "info".
+    """
 
     router_id: str
     as_num: str

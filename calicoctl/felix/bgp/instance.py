@@ -33,10 +33,11 @@ from calicoctl.workloads.locks import DIRECTORY
 PORT = 179
 
 START_PATIENCE = 10.0
-"""Seconds to wait, after BIRD's start, until it answers on its control socket."""
+"""Seconds to wait, after BIRD's start, until it answers on its control socket. Before the start, BIRD may take as long
+to check its configuration."""
 
 END_PATIENCE = 5.0
-"""Seconds to wait for BIRD's end after SIGTERM; then it gets SIGKILL."""
+"""Seconds to wait for BIRD's end after SIGTERM. Then SIGKILL is sent."""
 
 _RAN = "bird.boot"
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -58,7 +59,7 @@ class Instance:
         self._daemon = Daemon(
             self.process,
             self.output,
-            lock=DIRECTORY / host,
+            lock=DIRECTORY / host / "bird.lock",
             is_ready=self._serves,
             start_patience=START_PATIENCE,
             # BIRD prints local times, which the agent parses in its own time zone
@@ -67,7 +68,7 @@ class Instance:
         )
 
     def pid(self) -> int | None:
-        """Return BIRD's process ID; None if it does not run, or if no pid file names it: see `find`."""
+        """Return BIRD's process ID; None if it does not run, or if the pid file does not name it: see `find`."""
         return self.process.pid()
 
     def ran_here(self) -> bool:
@@ -89,8 +90,8 @@ class Instance:
         If BIRD may run here, the BIRDs of this host's former names are removed first. Returns whether BIRD recovers
         from a crash (graceful restart): then its peers keep its routes until it has announced them again. If BIRD
         refuses `text`, it is started with the configuration of its last run in this boot, and Refused is raised once
-        it runs. If there is no such configuration, Refused is raised at once or, if `text` is None, NotReady. Raises
-        CalicoError if BIRD may not run here or does not start.
+        it runs. If there is no such configuration, Refused is raised at once; if `text` is None, NotReady is raised
+        instead. Raises CalicoError if BIRD may not run here or does not start.
         """
         ran = self.ran_here()
         program = refuse_missing()
@@ -116,13 +117,13 @@ class Instance:
     def find(self) -> int | None:
         """Return the process ID of the BIRD of `host`, None if it does not run.
 
-        The process is found even if no pid file names it, which may be so after the agent was killed.
+        The process is found even if the pid file is missing or outdated, which may happen if the agent is killed.
         """
         pid = self.pid()
         return pid if pid is not None else next((pid for pid, host in birds().items() if host == self._host), None)
 
     def recognise(self) -> bool:
-        """Return whether the BIRD of `host` runs. If no pid file names it, write the pid file."""
+        """Return whether the BIRD of `host` runs. If it does, write the pid file if that is missing or outdated."""
         pid = self.find()
         if pid is None:
             return False
@@ -137,7 +138,10 @@ class Instance:
             files.replace(self._ran, _place().encode(), 0o600).close()
 
     def _former(self) -> list[Instance]:
-        """Return an Instance for each former name of this host: its BIRD runs here, or has run here in this boot."""
+        """Return an Instance for each former name of this host.
+
+        Former names are other host names whose BIRD runs here, or has run here in this boot.
+        """
         return [Instance(host) for host in sorted(_hosts_here() - {self._host})]
 
     def _command(self, program: str, recover: bool) -> list[str]:
@@ -282,7 +286,10 @@ class NotReady(CalicoError):
 
 
 def refuse_missing() -> str:
-    """Return the path of BIRD's program. Raises CalicoError if it or its user is missing, or if it is not version 2."""
+    """Return the path of BIRD's program. Raises CalicoError if the program is missing, or not of version 2.
+
+    Also raises CalicoError if BIRD's user or group is missing.
+    """
     program = shutil.which("bird")
     if program is None:
         raise CalicoError("there is no BIRD here: install the package bird2, or start the agent with --bgp=off")
@@ -313,7 +320,7 @@ def _ids() -> tuple[int, int]:
 
 
 def _end(pid: int) -> None:
-    """End BIRD, by force if it does not end within END_PATIENCE."""
+    """End the BIRD process `pid`, by SIGKILL if it does not end within END_PATIENCE after SIGTERM."""
     with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGTERM)
         if not proc.await_end(pid, END_PATIENCE):

@@ -53,7 +53,7 @@ PORT_POLL = 0.1
 """Seconds between two polls soon after BIRD's start, while it does not listen on the port of BGP yet."""
 
 PASSWORDS_POLL = 2.0
-"""Seconds between two checks whether the file with the passwords has changed, or BIRD was suspended."""
+"""Seconds between two checks whether the file with the passwords has changed, and whether BIRD is suspended."""
 
 BESIDE_POLL = 10.0
 """The minimum number of seconds between two searches for a foreign BIRD beside ours."""
@@ -63,7 +63,7 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.1, 30.0
 start. The pause is doubled each time. After a failed start, the pause is LONGEST_PAUSE at most."""
 
 SHORT_LIFE = 10.0
-"""Seconds. If BIRD ends after it has run for longer, it is started again at once."""
+"""If BIRD has run for more than this many seconds when it ends, it is started again at once."""
 
 SETTLING = 10.0
 """The maximum time in seconds for which the agent's start waits for BIRD."""
@@ -79,13 +79,13 @@ class BgpManager(Manager):
         self._dirty = True
         self._config: Config | None = None
         self._split: dict[str, str] = {}
-        """By block that is not announced as a whole: what it overlaps."""
+        """By CIDR of a block that is not announced as a whole: a description of what the block overlaps."""
         self._settled_by: float | None = None
         """Until when the agent's start waits for BIRD (monotonic); None before the first `apply`."""
         self._settled = False
         self._here: set[str] = set()
-        """This host's registered addresses that it has, or had since the agent's start: if an address is absent for a
-        short time, its sessions must not be reset."""
+        """This host's registered addresses that its interfaces have, or had since the agent's start: if an address is
+        absent for a short time, its sessions must not be reset."""
 
     def on_event(self, event: Any) -> None:
         if isinstance(event, Dirty):
@@ -107,9 +107,9 @@ class BgpManager(Manager):
 
     @property
     def is_settled(self) -> bool:
-        """Whether the agent's start need not wait for BIRD: see BgpChanged.settled.
+        """Whether the agent's start can go on: BIRD is settled (see BgpChanged), or SETTLING is over.
 
-        Also True when SETTLING has passed since the first `apply`.
+        SETTLING begins at the first `apply`.
         """
         late = self._settled_by is not None and time.monotonic() > self._settled_by
         return self._settled or late
@@ -146,7 +146,7 @@ class BgpManager(Manager):
 
 @dataclass
 class _Beside:
-    """What is known about a foreign BIRD beside ours. `error` is a sentence about it; None if none has been found."""
+    """What is known about a foreign BIRD beside ours. `error` is a sentence about it; None if none runs."""
 
     error: str | None = None
     look_at: float = 0.0
@@ -186,7 +186,7 @@ class BgpThread(threading.Thread):
         """The configuration and the passwords that were last rendered, and the resulting text."""
         self._beside = _Beside()
         self._failures: dict[str, str | None] = {}
-        """By subject: the reason of the last Failure that was emitted; None if it has ended."""
+        """By subject: the reason of the last Failure that was emitted; None if the failure has ended."""
         self._wakeups = Wakeups()
         self._rescans = Rescans()
         self._signatures = Signatures()
@@ -201,7 +201,9 @@ class BgpThread(threading.Thread):
         self._start_at = self._poll_at = 0.0
         """When to start BIRD next, and when to poll its sessions next (monotonic)."""
         self._not_running: str | None = None
-        """Why BIRD does not run until `_start_at`; None if it runs, or if only its configuration is not known yet."""
+        """Why BIRD does not run until `_start_at`; None if only its configuration is not known yet.
+
+        Not updated while BIRD runs."""
         self._tried: str | None = None
         """The text of the configuration with which the last start of BIRD was attempted, None if it was not known. With
         another text, the next attempt is made at once."""
@@ -277,7 +279,7 @@ class BgpThread(threading.Thread):
             self._poll_at = min(self._poll_at, time.monotonic() + LOG_POLL)
 
     def round(self, wanted: Config | None) -> None:
-        """Start, configure and poll BIRD, and have it rescan, whatever of this is due.
+        """Start, configure and poll BIRD, and have it rescan: each of these only if it is due.
 
         If the folder of a running BIRD is gone, BIRD is ended, and started again. May raise any exception, for example
         if BIRD is suspended or a foreign BIRD runs. The next call tries again.
@@ -313,7 +315,10 @@ class BgpThread(threading.Thread):
                 raise CalicoError(self._beside.error)
 
     def _text(self, wanted: Config | None) -> str | None:
-        """Return the text of the configuration; None while the configuration or the passwords are unknown."""
+        """Return the text of the configuration; None while the configuration or the passwords are unknown.
+
+        Read the file with the passwords if it has changed, and report whether the file is refused.
+        """
         self._passwords = passwords.read(before=self._passwords)
         self._fail(BGP_PASSWORDS, self._passwords.problem)
         if wanted is None or not self._passwords.known:

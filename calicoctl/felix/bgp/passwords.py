@@ -5,7 +5,8 @@ peer takes precedence. The password is the rest of the line, and may contain spa
 with `#`, are ignored.
 
 If one line is invalid, the whole file is refused: a session without its password would be unprotected, or would not
-come up. While a file is refused, the passwords of the last valid one stay in use. Error messages never quote a line.
+come up. Until the file is valid again, the passwords of its last valid version stay in use. Error messages never quote
+a line.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ _Stamp = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Passwords:
-    """The passwords of the last valid file, and what is wrong with the current file."""
+    """The passwords of the last valid version of the file, and what is wrong with the current version."""
 
     peers: Mapping[str, str] = field(default_factory=dict, repr=False)
     """By address of the peer, in canonical form."""
@@ -45,7 +46,7 @@ class Passwords:
     problem: str | None = None
     """A sentence that says why the current file is refused, and what to do; None for a valid or missing file."""
     known: bool = True
-    """False if the file is refused and no earlier one was valid: then it is unknown which passwords sessions need."""
+    """False if the file is refused and no earlier version was valid: then the passwords of sessions are unknown."""
     stamp: _Stamp | None = None
     """Identifies the version of the file; None if the file is missing, or could not be read."""
 
@@ -104,7 +105,7 @@ def _refused(before: Passwords | None, why: str, stamp: _Stamp | None) -> Passwo
 
 
 def _check(path: Path, found: os.stat_result) -> None:
-    """Raise CalicoError unless the file is a regular one that only root can read or write."""
+    """Raise CalicoError unless the file is a regular file that only root can read or write. `found` is its status."""
     if not stat.S_ISREG(found.st_mode):
         raise CalicoError(f"{path} is not a regular file: replace it by one, of root and with mode 0600")
     mode = stat.S_IMODE(found.st_mode)
@@ -151,7 +152,7 @@ def _peer(word: bytes, where: str) -> str:
 
 
 def _password(word: bytes, where: str) -> str:
-    """Decode a password. Raises CalicoError if it cannot be a string literal of BIRD's, or is too long for TCP.
+    """Decode a password. Raises CalicoError if BIRD's language cannot quote it, or if it is too long for TCP.
 
     BIRD's string literals have no escapes. Source: the state STRING in BIRD's conf/cf-lex.l.
     """

@@ -2,7 +2,7 @@
 
 Every user can start a process with the name `bird` and with any arguments. So a process counts as a BIRD only if it has
 the right to change the routes of this network namespace. A BIRD is called ours only if it also runs as root or as the
-user `bird`, and if its arguments name the folder of a host that exists and belongs to root.
+user `bird`, and if its arguments name the folder of a host, and this folder exists and belongs to root.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _CAP_NET_ADMIN = 12
 
 
 def birds() -> dict[int, str]:
-    """Return the BIRDs of this network namespace, by process ID: for one of ours, its host; for a foreign one, ""."""
+    """Return the host of each BIRD of this network namespace, by process ID; "" if the BIRD is foreign."""
     found, users = {}, _users()
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -74,7 +74,7 @@ def host_of(arguments: list[str]) -> str:
 
 
 def _users() -> set[str]:
-    """Return the IDs of the users that BIRD runs as: root's, and that of the user `bird` if there is one."""
+    """Return the IDs, as decimal text, of the users that BIRD may run as: root and, if it exists, the user `bird`."""
     users = {str(ROOT)}
     with suppress(KeyError):
         users.add(str(pwd.getpwnam(USER).pw_uid))

@@ -32,7 +32,7 @@ class Rescans:
         return True
 
     def take(self) -> bool:
-        """Return whether a rescan is due; if so, it counts as done, even if it then fails."""
+        """Return whether a rescan is due. If so, it counts as done from then on, even if it fails."""
         if self.due_at is None or time.monotonic() < self.due_at:
             return False
         self._last, self.due_at = time.monotonic(), None

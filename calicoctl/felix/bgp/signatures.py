@@ -64,7 +64,9 @@ class Signatures:
 
 
 def counters(text: str) -> dict[str, int]:
-    """Return the counters of dropped packets in the text of /proc/net/netstat. Raises ValueError if it has no TcpExt.
+    """Return the counters of dropped packets, by name, in the text of /proc/net/netstat.
+
+    Raises ValueError if the text has no valid group TcpExt.
 
     Each group of counters consists of two lines that begin with the group's name: the counters' names, then the values.
     """

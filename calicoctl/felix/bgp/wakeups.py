@@ -21,7 +21,10 @@ _IN_MODIFY = 0x2
 
 
 class Wakeups:
-    """Waits for these three events; for changes of the log only if the limit of inotify(7) instances permits it."""
+    """Waits for BIRD's end, for requests, and for changes of BIRD's log.
+
+    Changes of the log are noticed only if the limit of inotify(7) instances permits it.
+    """
 
     def __init__(self) -> None:
         self._reader, self._writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)

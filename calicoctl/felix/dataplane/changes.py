@@ -54,7 +54,7 @@ class Change:
     def add(self, where: tuple[str, str], element: str) -> None:
         """Add an element to the set or map `where`, a tuple (family, name).
 
-        Elements are counted: one that is added several times stays until it has been removed as many times.
+        Elements are counted: an element that is added several times stays until it has been removed as many times.
         """
         self._elements[where][element] += 1
         if self._elements[where][element] > 1:
@@ -75,7 +75,7 @@ class Change:
             self._removed[where][element] = None
 
     def replace(self, where: tuple[str, str], elements: Iterable[str]) -> None:
-        """Replace the elements of a set."""
+        """Replace the elements of the set `where`, a tuple (family, name)."""
         desired = set(elements)
         for element in sorted(self._elements[where].keys() - desired):
             self.remove(where, element)

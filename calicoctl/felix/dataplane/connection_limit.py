@@ -1,4 +1,4 @@
-"""Limits how many tracked connections each endpoint may have started, so that none alone fills connection tracking.
+"""Limits how many tracked connections each endpoint may have started: no endpoint alone may fill connection tracking.
 
 The kernel counts the connections, in a table that is not reloaded with our other tables, since a reload would reset the
 counts. It counts the connections that an endpoint starts and policy accepts, whatever their destination. To count a

@@ -84,9 +84,9 @@ class ConntrackManager(Manager):
         self._admitted.clear()
 
     def mark_unverified(self) -> None:
-        """Mark the addresses as unverified whose open connections may be denied since the PolicyManager's last `apply`.
+        """Mark addresses as unverified if the PolicyManager's last `apply` may deny their open connections.
 
-        If it has reloaded the tables, all addresses that are still unverified or pending are verified again.
+        If that `apply` has reloaded the tables, all addresses that are still unverified or pending are verified again.
         """
         affected = set(self._policy.affected)
         if self._policy.reloaded:  # what was being verified is verified again
@@ -120,7 +120,7 @@ class ConntrackManager(Manager):
         return bool(listings)
 
     def discard_listings(self) -> None:
-        """Discard the listings that have arrived, since the store must not be used now.
+        """Discard the listings that have arrived: they cannot be verified while the snapshot must not be applied.
 
         Their addresses are listed again after the next Tick.
         """

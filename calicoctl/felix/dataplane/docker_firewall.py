@@ -69,17 +69,17 @@ class Filter:
         return found
 
     def desired_chain(self) -> str | None:
-        """Return the chain that our rules belong to, None if nothing would drop forwarded packets.
+        """Return the chain that our rules belong to, None if they are not needed.
 
-        It is DOCKER-USER if FORWARD jumps to that chain, even if nothing would drop packets. After `iptables -F`,
-        DOCKER-USER exists, but FORWARD does not jump to it.
+        If FORWARD jumps to DOCKER-USER, return DOCKER-USER, even if no packets would be dropped. Otherwise, return
+        FORWARD if it may drop packets. After `iptables -F`, DOCKER-USER exists, but FORWARD does not jump to it.
         """
         if any(("-j", "DOCKER-USER") in zip(rule, rule[1:]) for rule in self.rules.get("FORWARD", ())):
             return "DOCKER-USER"
         return "FORWARD" if self.would_drop() else None
 
     def would_drop(self) -> bool:
-        """Return whether forwarded packets may be dropped."""
+        """Return whether the chain FORWARD, or a chain reached from it, may drop packets."""
         return self.policies.get("FORWARD") == "DROP" or self._drops("FORWARD", set())
 
     def _drops(self, chain: str, seen: set[str]) -> bool:
@@ -129,7 +129,10 @@ def missing() -> list[str]:
 
 
 def saved() -> str:
-    """Return the host's own rules in the table `filter`, as iptables-save prints them. Raises CalicoError."""
+    """Return the rules of both commands in the table `filter`, ours included, as iptables-save prints them.
+
+    A command that is missing is skipped. Raises CalicoError.
+    """
     return "".join(
         iptables.run(f"{command}-save", "-t", "filter") for command in iptables.COMMANDS if iptables.is_there(command)
     )

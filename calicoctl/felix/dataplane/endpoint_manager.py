@@ -54,7 +54,7 @@ class EndpointManager(Manager):
         self._readable: set[str] = set()
         """Profiles that exist and have valid rules."""
         self._kept: frozenset[Use] | None = None
-        """Which addresses endpoints keep, as written last; None if it is to be written anew."""
+        """The content of the file of kept_addresses.py; None if the file must be written again."""
         self._unknown: set[str] = set()
         """Interfaces that had no endpoint at the last Tick. A command may be about to write the endpoint, so they are
         reported only if they still have none at the next Tick."""
@@ -79,10 +79,10 @@ class EndpointManager(Manager):
                 self._report_unknown_interfaces(self._unknown)
 
     def resync(self) -> None:
-        """Read routes and neighbour entries. Read links at the first call, and if their events were lost.
+        """Read routes and neighbour entries. Read interfaces at the first call, and after KernelEventsLost.
 
-        Before the first update, endpoints keep the addresses to which an earlier agent has set routes. Raises
-        CalicoError and pyroute2's exceptions.
+        Before the first update, adopt the addresses that endpoints had before this agent: those with a route to the
+        endpoint's interface, and those in the file of kept_addresses.py. Raises CalicoError and pyroute2's exceptions.
         """
         if self._links_stale:
             before, self._links = self._links, {link.name: link for link in self._routes.list_links()}
@@ -100,7 +100,7 @@ class EndpointManager(Manager):
                 self._context.health.error(str(error))
 
     def restore(self) -> None:
-        """Remove each route to an endpoint whose destination is an address that this host needs itself."""
+        """Remove each of the agent's routes to an address that this host needs itself: see lifeline.py."""
         for said in take_back_routes(self._snapshot.network, self._routes):
             self._context.health.error(said)
 
@@ -122,7 +122,7 @@ class EndpointManager(Manager):
             self._keep()
 
     def _keep(self) -> None:
-        """Write which addresses endpoints keep, for the agent after a reboot."""
+        """Write the addresses that endpoints keep to the file of kept_addresses.py. Report whether that fails."""
         kept = self._snapshot.admission.exceptions()
         why = None
         try:
@@ -183,7 +183,10 @@ class EndpointManager(Manager):
                     self._mark_owner(link.name)
 
     def _follow_mac(self, before: Link | None, now: Link) -> None:
-        """If an endpoint's interface has a new MAC, have the workload's neighbour entry of its next hop updated."""
+        """If an endpoint's interface has another MAC `now` than `before`, request a check of the workload.
+
+        The workload's neighbour entry for its next hop must contain the new MAC.
+        """
         endpoint = self._snapshot.owner(now.name)
         if endpoint and before and before.index == now.index and before.mac != now.mac:
             log.info("interface %s has the MAC %s now", now.name, now.mac)
@@ -198,7 +201,10 @@ class EndpointManager(Manager):
     # Applying
 
     def _collect_unowned(self) -> None:
-        """Garbage-collect routes and neighbour entries of interfaces that belong to no endpoint."""
+        """Garbage-collect routes and neighbour entries of interfaces that belong to no endpoint.
+
+        Unless `_everything` is set, only the interfaces in `_released` are examined.
+        """
         unwanted = {self._links[name].index for name in self._unowned(self._released) if name in self._links}
         self._released = set()
         if self._everything:
@@ -213,7 +219,7 @@ class EndpointManager(Manager):
                 self._context.health.error(str(error))
 
     def _unowned(self, interfaces: Iterable[str]) -> set[str]:
-        """Return those interfaces that belong to no endpoint."""
+        """Return those of `interfaces` that belong to no endpoint."""
         return {name for name in interfaces if self._snapshot.owner(name) is None}
 
     def _apply_endpoint(self, id: EndpointId) -> Status | None:
@@ -252,7 +258,7 @@ class EndpointManager(Manager):
         return Status("up", endpoint.revision)
 
     def _report_unknown_interfaces(self, before: set[str] | None = None) -> None:
-        """Report `cali…` interfaces that belong to no endpoint; if `before` is given, only those that are in it."""
+        """Report `cali…` interfaces that belong to no endpoint; unless `before` is None, only those in `before`."""
         known = set()
         for id in self._snapshot.unusable:
             known |= {id.interface, self._snapshot.endpoints[id].name if id in self._snapshot.endpoints else ""}

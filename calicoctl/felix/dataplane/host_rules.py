@@ -44,8 +44,9 @@ COUNTERS = {
 """By protocol, hook and IP version: the names of two counters. The first counts packets from ("input") or to ("output")
 BGP peers or other hosts, the second those of them that the host's own firewall has let pass."""
 
-_SPELLABLE = re.compile(r"[^\s\"*\\]+")
-"""Matches the names of interfaces that can be written in nftables commands without escapes."""
+_SPELLABLE = re.compile(r"[^\s\"*\\\x00-\x1f\x7f\ud800-\udfff]+")
+"""Matches the names of interfaces that can be written in nftables commands without escapes. A name that is no UTF-8
+contains surrogates, and cannot be written at all."""
 
 _IS_OUR_VXLAN = f"udp dport {PORT} @th,96,24 {VNI}"
 """Matches VXLAN with our VNI: bits 32 to 55 of its header, which follows 64 bits of UDP. Source: RFC 7348."""
@@ -131,8 +132,8 @@ FROM_HOST = tuple(
     f"{family} saddr @hosts{version} {family} daddr @pools{version} oifname @interfaces accept"
     for version, family in ((4, "ip"), (6, "ip6"))
 )
-"""The rules of `inbound-forward` that accept packets to workloads if another host itself has sent them: packets that
-this host itself has sent are accepted, too. `verdict.is_from_host` decides the same."""
+"""The rules of `inbound-forward` that accept packets to workloads if another host itself has sent them, just as packets
+of this host itself are accepted. `verdict.is_from_host` decides the same."""
 
 
 Moved = tuple[str, tuple[str, ...], tuple[str, ...]]
@@ -171,10 +172,10 @@ class HostRules:
         self._spared: set[str] = set()
         """Addresses from which packets pass even if endpoints of other hosts have them: see Admission.spared."""
         self._named: dict[str, int] = {}
-        """By host: how many addresses its endpoints have. Each other host in here, or in `_registered`, has a chain."""
+        """By host: how many addresses its endpoints have. Each other host in this, or in `_registered`, has a chain."""
         self._registered: frozenset[str] = frozenset()
         self._dynamic: dict[str, str] = {}
-        """By name: the types of the sets to which packets add elements."""
+        """By name of each set to which packets add elements: the type of the set, in nftables' syntax."""
 
     def update(
         self, snapshot: Snapshot, dirty: Dirty, moved: Iterable[Moved], ports: Ports, change: Change
@@ -219,10 +220,10 @@ class HostRules:
             change.create_set(name, type)
 
     def proofs(self, keys: Callable[[str], Collection[bytes]]) -> str:
-        """Return the commands that add the kernel's current elements of these sets to tables that are loaded anew.
+        """Return the commands that add to newly loaded tables what packets have added to sets of the current tables.
 
-        `keys` is called with the name of each set. It returns the keys of the elements, or raises OSError if the kernel
-        has no such set; such a set is skipped.
+        `keys` is called with the name of each of these sets. It returns the keys of the elements, or raises OSError if
+        the kernel has no such set; such a set is skipped.
         """
         commands = []
         for name in self._dynamic:
@@ -233,7 +234,7 @@ class HostRules:
         return "".join(commands)
 
     def _update_claims(self, moved: Iterable[Moved]) -> tuple[set[str], set[str]]:
-        """Update the claims. Return the addresses, and the hosts, whose claims may have changed."""
+        """Update `_claims` and `_named`. Return the addresses and the hosts about which these may have changed."""
         addresses: set[str] = set()
         hosts: set[str] = set()
         for host, before, now in moved:
@@ -256,7 +257,8 @@ class HostRules:
         """Update the verdict for packets from an address.
 
         The verdict depends on the host that has the address itself or, if there is none, on the hosts of the endpoints
-        that have it. In no pool, endpoints of other hosts do not count: a container on a bridge here may have it.
+        that have it. If the address is in no pool, endpoints of other hosts do not count, since a container on a bridge
+        of this host may have it.
         """
         own = snapshot.host
         hosts = sorted(set(self._claims.get(address, ())))
@@ -308,10 +310,10 @@ def _sender_chain(host: str, snapshot: Snapshot) -> tuple[str, ...]:
     """Return the rules for packets from an address of another host, or of one of its endpoints.
 
     If this host and the other host are connected to the same network, the source MAC of such packets belongs to the
-    other host or, if a third host forwards them, to that one. The MAC is only checked on interfaces on which one of the
-    other host's MACs has been seen, since clouds and bridges over WLAN replace MACs. Elsewhere, for example behind
-    routers, only the interface is checked. MACs are not checked either if `snapshot.check_senders` is not "mac", or if
-    routes may come from a BGP peer that is no host.
+    other host or, if a third host forwards them, to the third one. The MAC is only checked on interfaces on which one
+    of the other host's MACs has been seen, since clouds and bridges over WLAN replace MACs. Elsewhere, for example
+    behind routers, only the interface is checked. MACs are not checked either if `snapshot.check_senders` is not "mac",
+    or if routes may come from a BGP peer that is no host.
     """
     network, topology = snapshot.network, snapshot.topology
     rules = []
@@ -427,7 +429,10 @@ def _update_base_chains(snapshot: Snapshot, held: Ports, change: Change) -> None
 
 
 def _translated(version: int, family: str, vxlan: bool, snapshot: Snapshot) -> list[str]:
-    """Return the rules for packets of an IP version whose source was translated to the address of a host."""
+    """Return the rules of an IP version for packets if their source was translated to the address of a host.
+
+    `vxlan` says whether our VXLAN is protected: see Ports.
+    """
     # packets of the host itself have no incoming interface; packets to endpoints of this host were checked before
     match = f'ct status snat ct direction original iif != 0 oifname != "{INTERFACE_PREFIX}*"'
     match += f" {family} saddr @hosts{version}"
@@ -451,7 +456,8 @@ def _translated(version: int, family: str, vxlan: bool, snapshot: Snapshot) -> l
 def _counting(counted: dict[str, tuple[str, str]], hook: str, other: str, passed: bool) -> list[str]:
     """Return the rules that count packets at a hook.
 
-    `counted` maps a protocol to the match of its packets, and to the set of the other ends, without the IP version.
+    `counted` maps a protocol to a pair: the match of its packets, and the name, without the IP version, of the set with
+    the addresses of the other ends.
     `other` is the field with the other end's address, "saddr" or "daddr". `passed` selects the counter of packets that
     have passed the firewall: see COUNTERS.
     """

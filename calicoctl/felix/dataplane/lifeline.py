@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 
 def take_back_routes(network: HostNetwork, routes: Routes) -> Iterator[str]:
-    """Remove those of the agent's routes to endpoints whose destinations are addresses that this host needs.
+    """Remove the agent's route to an endpoint if its destination is an address that this host needs.
 
-    Yields a sentence for each such route: it was removed, or why it could not be. The driver `routes` must have read
-    the routes before.
+    Yields a sentence for each such route: that it was removed, or why it could not be removed. The driver `routes` must
+    have read the routes before.
     """
     for index, address in list(routes.routed()):
         why = network.has(address) or (DNS_SERVER if address in network.servers.vital else None)
@@ -40,7 +40,8 @@ def take_back_routes(network: HostNetwork, routes: Routes) -> Iterator[str]:
 def take_back_blocks(network: HostNetwork, vxlan: Vxlan) -> Iterator[str]:
     """Remove the overlay's routes to networks that contain the address of a server on the way to etcd.
 
-    Yields a sentence for each route. The driver must have read the routes before.
+    Yields a sentence for each route that was removed, and one if the kernel has refused to remove a route. The driver
+    `vxlan` must have read the routes before.
     """
     covering = {}
     for route in vxlan.routes:
@@ -60,9 +61,11 @@ def take_back_blocks(network: HostNetwork, vxlan: Vxlan) -> Iterator[str]:
 
 
 def let_members_pass(network: HostNetwork, nft: Nft) -> Iterator[str]:
-    """Remove the servers on the way to etcd from the maps with the addresses of endpoints, which it drops or checks.
+    """Let packets from servers on the way to etcd pass, even if an endpoint has the address of such a server.
 
-    Yields a sentence for each server that was in there.
+    Our tables drop or check packets from the addresses in the maps `owners4` and `owners6` (host_rules.py). The
+    addresses of these servers are removed from the maps. Yields a sentence for each address that was in a map: that
+    packets from it pass again, or why it could not be removed.
     """
     for name, size in (("owners4", 4), ("owners6", 16)):
         members = {pack(address): address for address in network.servers.vital if len(pack(address)) == size}

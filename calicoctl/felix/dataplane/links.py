@@ -1,4 +1,4 @@
-"""The host ends of the endpoints' veth pairs, as read from the kernel. Changes nothing."""
+"""Interfaces of this host, above all the host ends of endpoints' veth pairs. Only reads the kernel."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from calicoctl.datastore.keys import INTERFACE_PREFIX
-from calicoctl.netlink import IFF_UP
+from calicoctl.netlink import IFF_UP, name_of
 
 if TYPE_CHECKING:
     from pyroute2.iproute.linux import IPRoute
@@ -25,7 +25,7 @@ class Link:
 def link_of(message: Any) -> Link:
     """Convert a link message of pyroute2 into a Link."""
     return Link(
-        message.get_attr("IFLA_IFNAME") or "",
+        name_of(message.get_attr("IFLA_IFNAME")),
         message["index"],
         message["flags"] & IFF_UP != 0,
         message.get_attr("IFLA_ADDRESS") or "",

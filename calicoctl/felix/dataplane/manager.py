@@ -22,7 +22,7 @@ class Manager(ABC):
     """Drives one part of the kernel to the desired state. All methods are called by the agent's thread.
 
     In each round of its loop, the agent calls `on_event` for each event, and then `apply`, in the order of
-    docs/agent.md. While the store must not be used, it calls `restore` instead of `apply`.
+    docs/agent.md. While the snapshot must not be applied, it calls `restore` instead of `apply`.
     """
 
     def on_event(self, event: Any) -> None:  # noqa: B027 not every manager needs it
@@ -36,13 +36,14 @@ class Manager(ABC):
     def resync(self) -> None:  # noqa: B027
         """Read the state of the kernel, and mark dirty whatever may differ from the desired state.
 
-        It may raise any exception. Then the agent calls it again at the next tick or, if the agent is starting, ends.
+        May raise any exception. Then the agent repeats the resync of all managers at the next tick. An agent that is
+        starting ends instead.
         """
 
     @property
     @abstractmethod
     def needs_apply(self) -> bool:
-        """Whether `apply` has anything to do. If any manager needs it, `apply` of all managers is called."""
+        """Whether `apply` has anything to do. If this is True for any manager, `apply` of all managers is called."""
 
     @property
     def due_at(self) -> float | None:
@@ -58,9 +59,9 @@ class Manager(ABC):
         """
 
     def restore(self) -> None:  # noqa: B027
-        """Repair the state of the kernel as far as that is possible without the store, and change nothing else.
+        """Repair the state of the kernel as far as that is possible without the snapshot, and change nothing else.
 
-        Called instead of `apply` while the store must not be used.
+        Called instead of `apply` while the snapshot must not be applied: see `Agent._may_apply`.
         """
 
 

@@ -19,12 +19,11 @@ from pathlib import Path
 
 from calicoctl import netlink
 from calicoctl.errors import CalicoError
-from calicoctl.netlink import NETLINK_NETFILTER, SOL_NETLINK
+from calicoctl.netlink import NETLINK_NETFILTER, SO_RCVBUFFORCE, SOL_NETLINK
 
 LIBRARY = "libnftables.so.1"
 
 _FD_SETSIZE = 1024
-_SO_RCVBUFFORCE = 33
 _NETLINK_ADD_MEMBERSHIP = 1
 _NFNLGRP_NFTABLES = 7
 _SUBSYSTEM_NFTABLES = 10
@@ -43,7 +42,7 @@ class NftError(CalicoError):
 class Nft:
     """A handle of libnftables in this process's network namespace. Not thread-safe.
 
-    Creating one raises NftError if libnftables cannot be used.
+    The constructor raises NftError if libnftables cannot be used.
     """
 
     def __init__(self) -> None:
@@ -146,7 +145,7 @@ def _is_inherited(fd: int) -> bool:
 
 
 def _netlink_sockets() -> set[str]:
-    """Return the names of all netlink sockets, as the links in /proc/PID/fd have them."""
+    """Return the names of all netlink sockets, in the form of the links in /proc/PID/fd: `socket:[INODE]`."""
     with open("/proc/net/netlink") as table:
         return {f"socket:[{line.split()[-1]}]" for line in table}
 
@@ -174,15 +173,15 @@ class TableEvents:
     """The kernel's notifications of changes of nftables tables, including those of iptables-nft.
 
     `urgent` is called at a transaction's first notification about the table `table`; the transaction has taken effect
-    by then. It is also called when notifications were lost. `wait` may return a tenth of a second later, since a
-    transaction that deletes many rules brings thousands of notifications.
+    by then. It is also called when notifications were lost. `wait` may return a tenth of a second after that call,
+    since a transaction that deletes many rules brings thousands of notifications.
     """
 
     def __init__(self, table: str, urgent: Callable[[], None]) -> None:
         self._table, self._urgent = table, urgent
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER)
         # a single transaction may bring a notification for each of thousands of elements
-        self._socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, 2**24)
+        self._socket.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 2**24)
         self._socket.bind((0, 0))
         self._socket.setsockopt(SOL_NETLINK, _NETLINK_ADD_MEMBERSHIP, _NFNLGRP_NFTABLES)
         self._tables: set[str] = set()
@@ -218,7 +217,7 @@ def _table(attributes: bytes) -> str:
     """Return the name of the table that a message is about, "" if the message names none.
 
     The name is attribute 1 in all kinds of messages. Other attributes are not decoded, since one change of the ruleset
-    may bring many thousand messages.
+    may bring thousands of messages.
     """
     at = 0
     while at + 4 <= len(attributes):

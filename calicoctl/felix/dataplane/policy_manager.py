@@ -33,7 +33,7 @@ BACKOFF = 5.0
 
 
 class PolicyManager(Manager):
-    """Drives the tables to the snapshot or, while the store must not be used, keeps their last contents."""
+    """Drives the tables to the snapshot or, while the snapshot must not be applied, keeps their last contents."""
 
     def __init__(self, context: Context, nft: Nft, devices: Callable[[], Mapping[int, bool]] = dict) -> None:
         """`devices` returns which devices of the overlay exist: by IP version, whether each is up."""
@@ -48,8 +48,8 @@ class PolicyManager(Manager):
         """Whether `restore` has loaded the tables. Then all existing connections must be verified, so the next `apply`
         reloads the tables as a whole."""
         self.ruleset = Ruleset()
-        """The contents of the tables. If `in_sync` is False, the contents that were programmed last, or should have
-        been."""
+        """The contents of the tables. If `in_sync` is False, the contents that were programmed last, or that a failed
+        change should have programmed."""
         self.in_sync = False
         """Whether the tables in the kernel match `ruleset`. If not, the next `apply` reloads them."""
         self.error: str | None = None
@@ -91,17 +91,17 @@ class PolicyManager(Manager):
             self._ports, self._dirty.topology = ports, True
 
     def invalidate(self, backoff: float) -> None:
-        """Treat the contents of the tables as unknown. They are to be reloaded in `backoff` seconds."""
+        """Treat the contents of the tables as unknown, so that the tables are reloaded in `backoff` seconds."""
         self.in_sync, self._retry_at = False, time.monotonic() + backoff
 
     @property
     def retry_at(self) -> float | None:
-        """When to reload the tables after a failure (monotonic); None if no such reload is scheduled."""
+        """When to reload the tables after a failure or `invalidate` (monotonic); None if no reload is scheduled."""
         return None if self.in_sync or not self._retry_at else self._retry_at
 
     @property
     def is_backing_off(self) -> bool:
-        """Whether a failed reload waits for its retry. Until then, the other managers must not program anything."""
+        """Whether `retry_at` has not been reached yet. Until then, the other managers must not program anything."""
         return self.retry_at is not None and time.monotonic() < self._retry_at
 
     @property
@@ -151,11 +151,12 @@ class PolicyManager(Manager):
         self._context.health.record(Failure(None, "tables"))
 
     def restore(self) -> None:
-        """If the tables have been modified, or a change failed, reload them with their last contents, but no fast path.
+        """If the tables have been modified, or a change failed, reload them with their last contents.
 
-        Called instead of `apply` while the store must not be used, since the snapshot may be wrong then. If this
-        fails, it is retried at each Tick. Before the first update, the tables are those of an earlier agent: then the
-        only change is that packets from the members of etcd pass.
+        The established fast path is left out. Called instead of `apply` while the snapshot must not be applied.
+        A failed reload is retried at each Tick. Before the first update, the tables are
+        those of an earlier agent. Then they are not reloaded, but changed so that packets from servers on the way to
+        etcd pass: see lifeline.py.
         """
         if self.in_sync or not self._restore_due:
             return

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from calicoctl.felix.dataplane.policy_manager import PolicyManager
 
 DROPPED_CHECKS = 2
-"""A failure is reported after this many checks that have found packets of which none has passed the firewall. A check
-that finds a packet that has passed resets their number."""
+"""A failure is reported after this many checks that found packets, but none that had passed the firewall. When a check
+finds that packets have passed, the count begins again."""
 
 PAUSE = 3.0
 """Seconds between two checks while packets seem to be dropped. Otherwise, a check runs at each Tick."""

@@ -33,7 +33,7 @@ _METRIC6 = 1
 """The smallest metric of an IPv6 route: the kernel takes 0 as 1024."""
 
 Item = tuple[str, ...]
-"""("route", address), ("neighbour", address, MAC), or ("proxy", address)."""
+"""A route or entry of an interface: ("route", address), ("neighbour", address, MAC), or ("proxy", address)."""
 
 
 class Routes:
@@ -92,7 +92,9 @@ class Routes:
         return {index for index, items in self._have.items() if items}
 
     def apply(self, endpoint: LocalEndpoint, link: Link, next_hop: str | None) -> None:
-        """Set the sysctls, routes and entries that an endpoint needs. Remove the agent's others from its interface.
+        """Set the sysctls, routes and entries that an endpoint needs on its interface, `link`.
+
+        Remove the agent's other routes and entries from that interface.
 
         `next_hop` is the IPv6 address that the workload uses as its next hop, None if it is unknown. Raises
         CalicoError.

@@ -194,7 +194,7 @@ class Ruleset:
     def tag_contains(self, tag: str, address: str) -> bool:
         """Return whether an address belongs to a tag.
 
-        It does if an endpoint, of any host, has the address and a profile with that tag.
+        True if an endpoint, of any host, has the address and a profile with that tag.
         """
         return address in self._addresses.get(tag, ())
 
@@ -214,7 +214,7 @@ class Ruleset:
         pending: Mapping[EndpointId, Collection[str]] | None = None,
         ports: Ports = Ports(),  # noqa: B008 it cannot change
     ) -> Update:
-        """Return the commands for what has changed. The Ruleset assumes from then on that they were run.
+        """Return the commands for what has changed. From then on, the Ruleset assumes that these commands were run.
 
         `pending` maps endpoints of this host to addresses that they must not use yet. If addresses are affected, the
         commands remove the established fast path. Call `restore_established_fast_path` when the connections of all
@@ -418,9 +418,10 @@ class Ruleset:
 
 
 def rule_lines(rule: Rule, where: str) -> list[str]:
-    """Render a rule as nftables rules: one, or one per IP version if they differ; none if no packet can match.
+    """Render a rule as nftables rules: one or, if it needs a match that differs by IP version, one per version.
 
-    What a log rule writes to the kernel's log begins with "calico-packet: " and `where`, which must not need escapes.
+    The list is empty if no packet can match. What a log rule writes to the kernel's log begins with "calico-packet: "
+    and `where`, a text without characters that nftables would need to have escaped.
     """
     number = None if rule.protocol is None else protocol_number(rule.protocol)
     by_version = (
@@ -459,7 +460,8 @@ _POLICY_BASE_CHAINS = {
     "outbound-to-host": ("input", -11, "iifname", ("jump host-services", "jump starts", "iifname vmap @from", "drop")),
     "to-host": ("input", -10, "iifname", ("jump host-services", "jump host-action")),
 }
-"""The base chains that evaluate policy: hook, priority relative to `filter`, side of the interface, rules."""
+"""By name, the base chains that evaluate policy: hook, priority relative to `filter`, the interface to match ("iifname"
+or "oifname"), rules."""
 
 _BASE_CHAINS = (
     host_rules.BASE_CHAINS

@@ -1,6 +1,7 @@
-"""The driver of sysctls (/proc/sys/net). It saves the host-wide ones before the agent changes them.
+"""The driver of sysctls (/proc/sys/net), both for endpoints' interfaces and for the whole host.
 
-The original values are kept in a file until they are restored. Like the sysctls, the file does not survive a reboot.
+The original values of host-wide sysctls are written to a file before the agent changes them, and kept until they are
+restored. Like the sysctls, the file does not survive a reboot.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ def _is_sound(found: object) -> bool:
 class HostSettings:
     """The host-wide sysctls that the agent changes, and the file that keeps their original values.
 
-    Creating it raises CalicoError if the file exists, but is invalid or cannot be read.
+    The constructor raises CalicoError if the file exists, but is invalid or cannot be read.
     """
 
     def __init__(self, file: Path) -> None:
@@ -157,7 +158,7 @@ class HostSettings:
             self._keep()
 
     def _switch_on(self, path: str) -> None:
-        """Enable forwarding, and remember the settings that the kernel will change when it is disabled again.
+        """Enable forwarding, and remember the settings that the kernel will change when forwarding is disabled again.
 
         These are the forwarding of each interface and, for IPv4, accept_redirects. `path` is IPV4_FORWARDING or
         IPV6_FORWARDING. Raises CalicoError. Source: inet_forward_change in the kernel's net/ipv4/devinet.c,

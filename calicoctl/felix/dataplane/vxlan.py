@@ -1,8 +1,8 @@
-"""The driver of the overlay: programs VXLAN devices, their forwarding and neighbour entries, and the overlay's routes.
+"""The driver of the overlay: programs VXLAN devices, their FDB and neighbour entries, and the overlay's routes.
 
 The agent recognises its routes by their protocol number (`ip route show proto 81`), and its devices by name, kind and
 VNI. Other interfaces are not changed, even if one has the name of a device. On its devices, the agent deletes
-forwarding and neighbour entries that it has not set. desired/overlay.py decides which tunnels and routes there are.
+FDB and neighbour entries that it has not set. desired/overlay.py decides which tunnels and routes there are.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ DEVICES = {4: "vxlan.calico", 6: "vxlan-v6.calico"}
 """The devices' names, by the IP version of the underlay: a device can use only one version. Calico 3 uses the same
 names."""
 VNI = 4095
-"""Below 4096: Docker Swarm uses VNIs from 4096 on, and the kernel refuses a second device with the same VNI and port.
+"""The VNI of our devices. It is below 4096, since Docker Swarm uses VNIs from 4096 on, and the kernel refuses a second
+device with the same VNI and port.
 Source: vxlanIDStart in libnetwork's drivers/overlay/ovmanager."""
 PORT = 4789
 """The UDP port of VXLAN. Source: RFC 7348."""
@@ -63,8 +64,9 @@ class Route:
 class Device:
     """The state of a VXLAN device in the kernel.
 
-    `learning` says whether the kernel learns forwarding entries from packets. `local` is the source address of its
-    packets in the underlay, `parent` the index of the interface that it sends them through; each is None if not set.
+    `learning` says whether the kernel learns FDB entries (MAC to underlay address) from packets. `local` is the source
+    address of the device's packets in the underlay, `parent` the index of the interface through which they are sent;
+    each is None if it is not set.
     """
 
     index: int
@@ -79,15 +81,18 @@ class Device:
 
 
 class Vxlan:
-    """The overlay in the kernel, cached until the next `read`. Methods raise CalicoError if the kernel refuses."""
+    """The VXLAN devices, their entries, and the overlay's routes, cached as they were at the last `read` or change.
+
+    `states` and `routed_by_bird` ask the kernel instead. Methods raise CalicoError if the kernel refuses.
+    """
 
     def __init__(self, netlink: IPRoute) -> None:
         self._netlink = netlink
         self.routes: set[Route] = set()
         """The agent's routes."""
         self._devices: dict[int, Device] = {}
-        self._forwarding: dict[int, set[tuple[str, str]]] = {}
-        """By IP version of the underlay: the forwarding entries of its device, as (MAC, underlay address)."""
+        self._fdb: dict[int, set[tuple[str, str]]] = {}
+        """By IP version of the underlay: the FDB entries of its device, as (MAC, underlay address)."""
         self._neighbours: dict[int, set[tuple[str, str]]] = {}
         """By IP version of the underlay: the permanent neighbour entries of its device, as (address, MAC)."""
 
@@ -96,16 +101,16 @@ class Vxlan:
         self._devices = self._find_devices()
         with _explained("the overlay's routes and entries cannot be read"):
             self.routes = set(_routes())
-            entries = list(_forwarding_entries()) if self._devices else []
+            entries = list(_fdb_entries()) if self._devices else []
             neighbours = list(netlink.neighbours(socket.AF_INET6)) if self._devices else []
         for version, device in self._devices.items():
-            self._forwarding[version] = {(mac, address) for index, mac, address in entries if index == device.index}
+            self._fdb[version] = {(mac, address) for index, mac, address in entries if index == device.index}
             self._neighbours[version] = {
                 (one.address, one.mac) for one in neighbours if one.index == device.index and one.mac is not None
             }
 
     def states(self) -> dict[int, bool]:
-        """Return, by IP version of the underlay, whether our device is up now; nothing for one that does not exist."""
+        """Read from the kernel which of our devices exist, and whether each is up: by IP version of the underlay."""
         return {version: device.up for version, device in self._find_devices().items()}
 
     def index(self, version: int) -> int | None:
@@ -267,7 +272,7 @@ class Vxlan:
         fields = {"address": tunnel.mac, "mtu": mtu, "vxlan_id": VNI, "vxlan_port": PORT}
         with _explained(f"the kernel refused to create {name}, with the VNI {VNI} on port {PORT}"):
             self._netlink.link("add", ifname=name, kind="vxlan", **fields, **_changeable(tunnel, parent))
-        self._forwarding[tunnel.version], self._neighbours[tunnel.version] = set(), set()
+        self._fdb[tunnel.version], self._neighbours[tunnel.version] = set(), set()
         return self._reread(tunnel.version, name)
 
     def _fits(self, device: Device, tunnel: Tunnel, parent: int | None) -> bool:
@@ -294,22 +299,22 @@ class Vxlan:
         self.routes = {route for route in self.routes if route.index != device.index}  # gone with the device
 
     def _apply_peers(self, tunnel: Tunnel, index: int) -> None:
-        """Set the forwarding and neighbour entries of a device to those of the tunnel's peers; delete all others."""
-        forwarding, neighbours = self._forwarding[tunnel.version], self._neighbours[tunnel.version]
+        """Set the FDB and neighbour entries of a device to those of the tunnel's peers; delete all others."""
+        fdb, neighbours = self._fdb[tunnel.version], self._neighbours[tunnel.version]
         desired = {(mac, address) for mac, address in tunnel.peers.items()}
         resolved = {(link_local(mac), mac) for mac in tunnel.peers}
-        for mac, address in desired - forwarding:
-            _change_forwarding(index, mac, address, add=True)
+        for mac, address in desired - fdb:
+            _change_fdb(index, mac, address, add=True)
         for address, mac in resolved - neighbours:
             _change_neighbour(index, address, mac)
         # entries with the same key (the MAC, or the neighbour's address) were replaced above: do not delete those
-        for mac, address in forwarding - desired:
+        for mac, address in fdb - desired:
             if mac not in tunnel.peers:
-                _change_forwarding(index, mac, address, add=False)
+                _change_fdb(index, mac, address, add=False)
         for address, _ in neighbours - resolved:
             if address not in dict(resolved):
                 _change_neighbour(index, address, None)
-        self._forwarding[tunnel.version], self._neighbours[tunnel.version] = desired, resolved
+        self._fdb[tunnel.version], self._neighbours[tunnel.version] = desired, resolved
 
     # Routes
 
@@ -404,8 +409,8 @@ def _message(route: Route) -> bytes:
     return body
 
 
-def _forwarding_entries() -> Iterator[tuple[int, str, str]]:
-    """Yield (index of the interface, MAC, underlay address) for each forwarding entry with an address."""
+def _fdb_entries() -> Iterator[tuple[int, str, str]]:
+    """Yield (index of the interface, MAC, underlay address) for each FDB entry that leads to an underlay address."""
     request = struct.pack("=BBHiHBB", socket.AF_BRIDGE, 0, 0, 0, 0, 0, 0)
     for body in netlink.dump(socket.NETLINK_ROUTE, netlink.RTM_GETNEIGH, request):
         found = netlink.attributes(body[12:])
@@ -416,8 +421,8 @@ def _forwarding_entries() -> Iterator[tuple[int, str, str]]:
             yield index, found[netlink.NDA_LLADDR].hex(":"), socket.inet_ntop(family, packed)
 
 
-def _change_forwarding(index: int, mac: str, address: str, add: bool) -> None:
-    """Add or remove a device's forwarding entry: frames for `mac` go to `address`."""
+def _change_fdb(index: int, mac: str, address: str, add: bool) -> None:
+    """Add or remove a device's FDB entry: frames for `mac` go to `address`."""
     body = struct.pack(
         "=BBHiHBB",
         *(socket.AF_BRIDGE, 0, 0, index),

@@ -67,7 +67,7 @@ class VxlanManager(Manager):
         self._failed = False
         """Whether the last `apply` failed, at least in part; it is repeated at the next Tick."""
         self._leaving: dict[str, float] = {}
-        """By CIDR that has left the overlay: until when its route waits for BIRD's (monotonic)."""
+        """By CIDR that has left the overlay: until when our route to it stays if BIRD has set none (monotonic)."""
         self._devices_until: float | None = None
         """Until when devices stay although no pool has an overlay (monotonic).
 
@@ -173,7 +173,10 @@ class VxlanManager(Manager):
         return max(SMALLEST, min(largest, self._snapshot.mtu or largest))
 
     def _route(self, cidr: str, hop: Hop | None, source: str | None) -> Route | None:
-        """Return the route for a hop (None for a blackhole); None if the interface of the hop does not exist."""
+        """Return the route to `cidr` by `hop` or, if that is None, a blackhole route. For `source`, see Route.
+
+        Return None if the interface of the hop does not exist.
+        """
         if hop is None:
             return Route(cidr)
         index = self._vxlan.index(hop.tunnel) if hop.tunnel is not None else self._vxlan.index_of(hop.interface)
