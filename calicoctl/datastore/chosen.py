@@ -66,8 +66,8 @@ class ChosenStore:
             choice = self._choice = self._choose(choice)
         if choice.frozen and not all(key.startswith(_STATUSES) for key in written):
             raise Frozen(
-                f"Nothing can be changed: etcd's data is frozen ({keys.READY} is false) until 'calicoctl datastore "
-                "migrate' has moved it"
+                f"Nothing can be changed: etcd's data is frozen, since {keys.READY} is false. An administrator sets "
+                "that before data is moved or restored, and sets it to true afterwards"
             )
         return self._open(choice.api)
 

@@ -290,7 +290,7 @@ def _local_etcd(status: dict[str, Any]) -> Iterator[Issue]:
     """Yield an Issue if the local etcd still serves the v2 API, since an older version has made its data there."""
     if status["local_etcd"] and local_etcd.serves_v2(status["host"]):
         text = "the local etcd has its data in etcd's v2 API, which etcd 3.6 does not have any more"
-        yield Issue(STORE, text, "'calicoctl datastore migrate' moves it to the v3 API")
+        yield Issue(STORE, text, "keep etcd 3.4 or 3.5 on this host")
 
 
 def _keys(status: dict[str, Any]) -> Iterator[Issue]:

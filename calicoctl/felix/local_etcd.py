@@ -311,7 +311,7 @@ def _refuse_etcd_without_v2() -> None:
         if found is not None and (int(found[1]), int(found[2])) >= FIRST_WITHOUT_V2:
             raise CalicoError(
                 f"--local-etcd: what is in {DATA} is of etcd's v2 API, which etcd {found[1]}.{found[2]} does not have: "
-                "install etcd 3.4 or 3.5, and move it to the v3 API with 'calicoctl datastore migrate' first"
+                "install etcd 3.4 or 3.5"
             )
 
 
