@@ -44,7 +44,8 @@ def print_table(
 
     On a terminal, unless `complete`, the table is fitted to the width: cells are wrapped between words; if that is not
     enough, the `expendable` columns are left out one by one, with a warning; if that is not enough either, words are
-    broken. Otherwise, only cells of more than `widest` characters (None: no cells) are wrapped.
+    broken. If the output is not a terminal, or with `complete`, only cells of more than `widest` characters (None: no
+    cells) are wrapped.
     """
     import shutil
 

@@ -163,7 +163,8 @@ class HostNetwork:
         `gateways` are the next hops of routes, as (address, interface). `local` are the destinations of local routes,
         as (address, prefix length): all addresses in such a destination are addresses of the host. `on_link` are
         networks, as (address, prefix length, interface), that are reachable without a gateway, although the host may
-        have no address in them. `routes` are the destinations of other routes, as (address, prefix length). `learned`
+        have no address in them. `routes` are the destinations of unicast routes, without default routes and those that
+        the kernel derives from addresses, as (address, prefix length); some may be `on_link`, too. `learned`
         are the next hops of routes that a routing daemon has learned, as (address, interface).
         """
         own: dict[str, str] = {}

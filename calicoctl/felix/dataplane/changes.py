@@ -1,4 +1,4 @@
-"""Collects changes of our nftables tables that belong together, and renders them as the commands of one transaction.
+"""Collects related changes to our nftables tables, and renders them as the commands of one transaction.
 
 ruleset.py and host_rules.py decide what changes.
 """

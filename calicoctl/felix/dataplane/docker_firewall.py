@@ -139,10 +139,10 @@ def saved() -> str:
 
 
 def sends_events() -> bool:
-    """Return whether changes of the host's iptables deliver nftables events.
+    """Return whether changes to the host's iptables rules cause nftables events.
 
-    Changes of iptables-legacy deliver none. If the command is missing, its later installation delivers none either, so
-    False is returned. Raises CalicoError if the command fails.
+    Changes by iptables-legacy cause none. Returns False if the command `iptables` is missing: if it is installed later,
+    no event says so. Raises CalicoError if the command fails.
     """
     return iptables.is_there("iptables") and "nf_tables" in iptables.run("iptables", "--version")
 
