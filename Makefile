@@ -17,7 +17,7 @@ BENCH = $(TEST) containernetworking-plugins
 # other releases of Debian and Ubuntu, by code name, and what `make` runs there: without the tests of what cannot differ
 # between releases, such as a failure at each step of a command, concurrency, memory usage and endurance
 RELEASES ?= trixie noble
-LEFT_OUT = fault_injection concurrency memory_usage soak hosts hosts_gone
+LEFT_OUT = fault_injection concurrency memory_usage soak hosts hosts_gone host_identity failure_isolation file_descriptors
 ON_RELEASES ?= unit system ARGS='$(LEFT_OUT:%=--ignore=tests/system/test_%.py)'
 
 .PHONY: help packages lint types docs unit system test test-all releases soak lock tox bench demo demo-clean demo-hosts demo-hosts-clean install uninstall clean
