@@ -113,7 +113,7 @@ def test_ready_says_which_api_is_used_and_whether_it_may_be_changed(free: FreeHo
         set_ready(free.etcd, v3, v2)
         assert free.profiles() == [used], (v3, v2)
         if frozen:
-            refused(free, "profile", "add", "new", says=f"etcd's data is frozen ({READY} is false)")
+            refused(free, "profile", "add", "new", says=f"etcd's data is frozen, since {READY} is false")
         else:
             free.ctl("profile", "add", "new")
             assert sorted(free.profiles()) == sorted(["new", used]), (v3, v2)
