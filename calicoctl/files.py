@@ -8,8 +8,10 @@ from __future__ import annotations
 import fcntl
 import io
 import os
+import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Callable
 
 RUN = Path("/run/calico")
 """The folder of root's files that are gone after a reboot."""
@@ -41,6 +43,17 @@ def try_lock(path: Path, create: bool = True) -> int | None:
         raise
     os.close(fd)
     return None
+
+
+def lock(path: Path, refuse: Callable[[], object]) -> int:
+    """Lock a file as `try_lock` does, but wait while another process holds the lock; return the descriptor.
+
+    `refuse` is called after each attempt that failed, and may raise an exception to end the wait. Raises OSError.
+    """
+    while (fd := try_lock(path)) is None:
+        refuse()
+        time.sleep(0.02)  # flock(2) waits for ever or not at all
+    return fd
 
 
 def replace(

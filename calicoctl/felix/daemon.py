@@ -152,13 +152,15 @@ class Daemon:
     @contextmanager
     def _locked(self) -> Iterator[None]:
         give_up = time.monotonic() + LOCK_PATIENCE
-        while (fd := files.try_lock(self._lock)) is None:
+
+        def refuse() -> None:
             if time.monotonic() > give_up:
                 raise CalicoError(
                     f"{self.process.name} is not started: another process has kept {self._lock} locked for "
                     f"{LOCK_PATIENCE:.0f} s"
                 )
-            time.sleep(0.02)  # flock(2) waits for ever or not at all
+
+        fd = files.lock(self._lock, refuse)
         try:
             yield
         finally:

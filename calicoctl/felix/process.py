@@ -243,14 +243,8 @@ def _refuse_running_here(host: str, began: float) -> None:
 @contextmanager
 def _locked(path: Path, refuse: Callable[[], None]) -> Iterator[TextIO]:
     """Hold the lock of a file, and yield the file; `refuse` is called while another process holds it, and may raise."""
-    while True:
-        fd = files.try_lock(path)
-        if fd is not None:
-            with open(fd, "r+") as file:
-                yield file
-            return
-        refuse()
-        time.sleep(0.02)  # flock(2) waits for ever or not at all
+    with open(files.lock(path, refuse), "r+") as file:
+        yield file
 
 
 @contextmanager

@@ -48,15 +48,17 @@ class WorkloadLock:
         Sets `interrupted`: whether a mark shows that an earlier change of the workload was not completed.
         """
         give_up = time.monotonic() + (PATIENCE if self._wait else 0)
+
+        def refuse() -> None:
+            if time.monotonic() > give_up:
+                raise Conflict(
+                    f"another command has been working on this workload for {PATIENCE:.0f} s ({self.path} is "
+                    "locked); try again when it is done"
+                )
+
         try:
             self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            while not self._acquired():
-                if time.monotonic() > give_up:
-                    raise Conflict(
-                        f"another command has been working on this workload for {PATIENCE:.0f} s ({self.path} is "
-                        "locked); try again when it is done"
-                    )
-                time.sleep(0.02)  # flock(2) waits for ever or not at all
+            self._fd = files.lock(self.path, refuse)
             self.interrupted = self.mark.exists()
         except OSError as error:
             raise CalicoError(f"cannot lock {self.path}: {error.strerror}") from None
@@ -83,13 +85,6 @@ class WorkloadLock:
         """Remove the mark: this change, and an earlier one that was interrupted, are complete or rolled back."""
         self.mark.unlink(missing_ok=True)
         self.interrupted = False
-
-    def _acquired(self) -> bool:
-        fd = files.try_lock(self.path)
-        if fd is None:
-            return False
-        self._fd = fd
-        return True
 
 
 def exists(host: str, orchestrator: str, workload: str) -> bool:
