@@ -1,6 +1,6 @@
-"""Strict parsers for addresses, CIDRs, AS numbers and ports that users type; the errors say what is wrong.
+"""Parses addresses, CIDRs, AS numbers and ports that users type, and converts addresses.
 
-netaddr alone would parse `1.2` as 1.0.0.2 and `10` as 10.0.0.0/8, which no user means.
+The parsers are strict: netaddr alone would parse `1.2` as 1.0.0.2, and `10` as 10.0.0.0/8.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ BITS = {4: 32, 6: 128}
 
 
 def parse_address(text: str, what: str = "IP address") -> IPAddress:
-    """Parse an IP address in full notation. Raises CalicoError for an invalid one; `what` is its name in the error."""
+    """Parse an IP address; raise CalicoError if it is invalid. `what` is its name in the error."""
     from netaddr.core import INET_PTON, AddrFormatError
     from netaddr.ip import IPAddress
 
@@ -36,7 +36,7 @@ def parse_address(text: str, what: str = "IP address") -> IPAddress:
 def parse_cidr(text: str) -> IPNetwork:
     """Parse a CIDR such as `10.0.0.0/8`; an address without a prefix length is a /32 or /128.
 
-    Host bits are cleared. Raises CalicoError when the text is not a CIDR.
+    Host bits are cleared. Raises CalicoError if the text is not a CIDR.
     """
     from netaddr.core import AddrFormatError
     from netaddr.ip import IPNetwork
@@ -79,10 +79,7 @@ def check_unicast(network: IPAddress | IPNetwork) -> None:
 
 
 def is_unicast(packed: bytes) -> bool:
-    """Return whether hosts and workloads can use an address, given as 4 or 16 bytes.
-
-    The same test as in `check_unicast`, but without netaddr: the agent calls it for every address of every endpoint.
-    """
+    """Return whether hosts and workloads can use an address; `packed` are its 4 or 16 bytes."""
     number = int.from_bytes(packed, "big")
     for shift, prefix in _not_unicast(len(packed)):  # noqa: SIM110, since all() would take twice as long
         if number >> shift == prefix:
@@ -112,7 +109,7 @@ def parse_as_number(text: str) -> str:
 
 
 def parse_port(text: str, what: str) -> int:
-    """Parse a port, 1 to 65535. Raises CalicoError for an invalid one; `what` is its name in the error."""
+    """Parse a port, 1 to 65535; raise CalicoError if it is invalid. `what` is its name in the error."""
     if not re.fullmatch("[0-9]{1,5}", text, re.ASCII) or not 0 < int(text) < 65536:
         raise CalicoError(f"{what} is '{text}': it must be a port, 1 to 65535")
     return int(text)
@@ -125,17 +122,17 @@ def host_net(address: IPAddress | str) -> str:
 
 
 def number_of(address: str) -> int:
-    """Return a valid address of either IP version as a number."""
+    """Return a valid address of either IP version as an integer."""
     return int.from_bytes(pack(address), "big")
 
 
 def pack(address: str) -> bytes:
-    """Return an address as 4 or 16 bytes; raise OSError, or ValueError, for a text that is no address."""
+    """Return an address as 4 or 16 bytes; raise OSError or ValueError if the text is not an address."""
     return socket.inet_pton(FAMILIES[version_of(address)], address)
 
 
 def unpack(packed: bytes) -> str:
-    """Return the canonical text of an address, given as 4 or 16 bytes."""
+    """Return the canonical text of an address; `packed` are its 4 or 16 bytes."""
     return socket.inet_ntop(socket.AF_INET if len(packed) == 4 else socket.AF_INET6, packed)
 
 
@@ -146,7 +143,7 @@ def link_local(mac: str) -> str:
 
 
 def canonical(address: str) -> str:
-    """Return an address in canonical form; raise OSError, or ValueError, for a text that is no address."""
+    """Return an address in canonical form; raise OSError or ValueError if the text is not an address."""
     return unpack(pack(address))
 
 

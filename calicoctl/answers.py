@@ -1,8 +1,8 @@
 """Bounds the time and the size of HTTP answers, from the store and from the Docker Engine.
 
-http.client and urllib3 bound the time until the next byte only: a server that sends a byte a second keeps a request for
-ever, and a server that never ends a body, a header or a chunk fills the memory. So, inside `bounded`, all bytes that
-are read from a connection are counted, whatever part of an answer they are. The content of answers is not checked here.
+http.client and urllib3 bound only the time until the next byte, so a server could keep a request waiting for ever, or
+fill the memory. Inside `bounded` and `bounded_here`, all bytes read from a connection are counted, headers and chunk
+headers included. The content of answers is not checked here, except for its encoding.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from typing import Any, Callable
 MiB = 2**20
 
 SLOWEST = 64 * 1024
-"""The least average rate of an answer after its first byte, in bytes a second."""
+"""The minimum average rate of an answer after its first byte, in bytes per second."""
 
 LONGEST = 60.0
-"""The longest time for a whole answer, in seconds."""
+"""The maximum time for a whole answer, in seconds."""
 
 
 class Refused(http.client.HTTPException):
-    """An answer is not read to its end: it is too large, or has a content encoding that was not requested."""
+    """An answer was not read completely, since it is too large, or has a content encoding."""
 
 
 class TooLarge(Refused):
@@ -35,11 +35,7 @@ class TooLarge(Refused):
 
 
 class Bounds:
-    """The bounds of one answer: `size` is the most bytes, headers included.
-
-    The first byte must arrive within the timeout of the request, the others at an average rate of at least SLOWEST, and
-    the last one within LONGEST.
-    """
+    """The bounds of one answer: its `size` in bytes, headers included, and its time (see `left`)."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -48,7 +44,7 @@ class Bounds:
         self.renew(None)
 
     def attach(self, sock: Any) -> io.BufferedReader:
-        """Return a file from which to read the next answer on a socket. Counts bytes and time anew.
+        """Return a file that reads the next answer from a socket, and reset the counts of bytes and time.
 
         The answer must begin within the socket's timeout.
         """
@@ -58,15 +54,15 @@ class Bounds:
         return file
 
     def renew(self, seconds: float | None) -> None:
-        """Count bytes and time anew: the rest of the answer must begin within `seconds`. None: any time may pass."""
+        """Reset the counts of bytes and time. The next byte must arrive within `seconds`; None: time is not bounded."""
         self._seconds = seconds
         self._began = time.monotonic()
         self._received = 0
 
     def wait(self, seconds: float) -> bool:
-        """Wait until more of the answer, or its end, has arrived; return False if neither has within `seconds`.
+        """Wait until more of the answer, or its end, has arrived; return False if neither has arrived within `seconds`.
 
-        After False, the answer can still be read. Bytes and time are counted anew.
+        After False, the answer can still be read. The counts of bytes and time are reset.
         """
         timeout = self._seconds
         self.renew(seconds)
@@ -82,7 +78,8 @@ class Bounds:
     def left(self) -> float | None:
         """Return the seconds within which the next byte must arrive; None if time is not bounded.
 
-        Raises socket.timeout if no time is left.
+        Since the last reset, the time available is the `seconds` of `renew`, plus one second for each SLOWEST bytes
+        received, and at most LONGEST. Raises socket.timeout if no time is left.
         """
         if self._seconds is None:
             return None
@@ -92,7 +89,7 @@ class Bounds:
         return left
 
     def count(self, received: int) -> None:
-        """Add the number of bytes `received`; raise TooLarge if the answer now has more than `size` bytes."""
+        """Add `received` to the number of bytes; raise TooLarge if it exceeds `size`."""
         self._received += received
         if self._received > self.size:
             raise TooLarge(f"the answer is larger than {self.size // 1024} KiB")
@@ -103,10 +100,9 @@ _bounds = threading.local()
 
 @contextmanager
 def bounded(size: int) -> Iterator[Bounds]:
-    """Inside `with`, bound each answer that urllib3 gets in this thread; see `bounded_here`.
+    """Bound each answer that urllib3 receives in this thread inside `with`; see `bounded_here`.
 
-    Yields the Bounds, which all these answers share, one after another. If `bounded` is nested, only the innermost
-    bounds hold. urllib3 and requests convert what an answer beyond the bounds raises to their own exceptions.
+    urllib3 and requests convert the exceptions of `bounded_here` to their own.
     """
     from urllib3.connection import HTTPConnection
 
@@ -117,10 +113,10 @@ def bounded(size: int) -> Iterator[Bounds]:
 
 @contextmanager
 def bounded_here(size: int) -> Iterator[Bounds]:
-    """Inside `with`, bound each `Answer` of this thread to `size` bytes, and to the times of Bounds.
+    """Bound each `Answer` that this thread creates inside `with` to `size` bytes, and to the times of Bounds.
 
-    Nested, only the innermost bounds hold. An answer beyond the bounds fails like a broken connection, with a timeout
-    or an http.client.HTTPException.
+    Yields the Bounds, which all these answers share, one after another. If `with` statements are nested, only the
+    innermost bounds apply. Reading an answer beyond its bounds raises socket.timeout or an http.client.HTTPException.
     """
     before = getattr(_bounds, "now", None)
     _bounds.now = bounds = Bounds(size)
@@ -131,7 +127,7 @@ def bounded_here(size: int) -> Iterator[Bounds]:
 
 
 class Answer(http.client.HTTPResponse):
-    """An answer with the bounds of the thread that reads it, if it has any: a `response_class` of connections."""
+    """An HTTP answer for `response_class` of connections; bounded if created inside `bounded_here` or `bounded`."""
 
     def __init__(self, sock: Any, *arguments: Any, **options: Any) -> None:
         self._bounds: Bounds | None = getattr(_bounds, "now", None)
@@ -146,7 +142,7 @@ class Answer(http.client.HTTPResponse):
 
 
 class _Counted:
-    """A socket as http.client.HTTPResponse uses it: all that is read from its file is counted."""
+    """Stands for a socket in http.client.HTTPResponse, which only calls `makefile`."""
 
     def __init__(self, sock: Any, bounds: Bounds) -> None:
         self._socket = sock
@@ -157,7 +153,7 @@ class _Counted:
 
 
 class _CountedReader(io.BufferedReader):
-    """Buffers a _CountedFile. Allocates at most the bound of the answer, whatever length the server announces."""
+    """A buffered reader of a _CountedFile. `read` never allocates more than the bound of the answer plus one byte."""
 
     def __init__(self, file: _CountedFile, bounds: Bounds) -> None:
         super().__init__(file)
@@ -168,7 +164,7 @@ class _CountedReader(io.BufferedReader):
 
 
 class _CountedFile(io.RawIOBase):
-    """The bytes from a socket, as a file that counts them. Unlike socket.SocketIO, it can be read after a timeout."""
+    """A raw file that counts the bytes read from a socket. Unlike socket.SocketIO, it can be read after a timeout."""
 
     def __init__(self, sock: Any, bounds: Bounds) -> None:
         self.sock = sock  # by this name, docker-py closes it

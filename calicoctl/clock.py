@@ -1,4 +1,4 @@
-"""The time as text, in the format that is used in the store and in reports."""
+"""Converts times to text and back, in the format of the store and of reports."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ def now() -> str:
 
 
 def text(time: datetime) -> str:
-    """Return a time (UTC) in the format of `now`."""
+    """Format a time, which must be in UTC, as `now` does."""
     return time.strftime(_FORMAT)
 
 
 def parse(text: str) -> datetime:
-    """Parse a time (UTC) in the format of `now`; raise ValueError for any other text."""
+    """Parse a time in the format of `now`; raise ValueError for any other text."""
     return datetime.strptime(text, _FORMAT).replace(tzinfo=timezone.utc)

@@ -1,7 +1,7 @@
-"""The only client of the Docker Engine: finds it as Docker's own tools do, and converts errors to CalicoErrors.
+"""The only client of the Docker Engine. Uses DOCKER_HOST and the variables for TLS, as Docker's own tools do.
 
 Answers are bounded in time and size (answers.py). Redirects, answers with a content encoding, and answers without the
-JSON shape that callers rely on are errors (DockerUnavailable), as if there were no answer.
+expected JSON shape raise DockerUnavailable.
 """
 
 from __future__ import annotations
@@ -23,43 +23,43 @@ SCHEMES = ("unix", "http+unix", "tcp", "http", "https")
 """The URL schemes that DOCKER_HOST may have. Source: docker.utils.parse_host."""
 
 TIMEOUT = 20
-"""Seconds to wait for the beginning of an answer of the Docker Engine."""
+"""Seconds to wait for the beginning of an answer."""
 
 LARGEST = 32 * answers.MiB
-"""The most bytes of an answer. The list of 10,000 containers takes about 25 MiB."""
+"""The maximum size of an answer, in bytes. The list of 10,000 containers takes about 25 MiB."""
 
 LARGEST_EVENT = answers.MiB
-"""The most bytes of an event, which contains the labels of its container."""
+"""The maximum size of an event, in bytes. An event contains the labels of its container."""
 
 CHANGES = ("start", "die", "destroy", "rename")
 """The events of containers that `followed` requests."""
 
 
 def may_be_there() -> bool:
-    """Return whether a Docker Engine may be reachable: False only if its Unix socket does not exist."""
+    """Return False if the Unix socket in DOCKER_HOST, or SOCKET by default, does not exist; else True."""
     where = os.environ.get("DOCKER_HOST") or SOCKET
     return not where.startswith("unix://") or os.path.exists(where[len("unix://") :])
 
 
 def info() -> dict[str, Any]:
-    """Return the engine's own description, as `docker info` shows it; raise DockerUnavailable."""
+    """Return the engine's own description, as `docker info` shows it. Raises DockerUnavailable."""
     with _client("about itself") as docker:
         return _checked(docker.info(), {})  # type: ignore[no-any-return]
 
 
 def containers() -> list[dict[str, Any]]:
-    """Return all containers, running or not, as the engine lists them; raise DockerUnavailable.
+    """Return all containers, running or not, as the engine lists them. Raises DockerUnavailable.
 
-    In each, `Id` and `State` are texts, and `Names` is a list of texts, null or missing.
+    In each, `Id` and `State` are strings; `Names` is a list of strings, null or missing.
     """
     with _client("for its containers") as docker:
         return _listed(docker)
 
 
 def inspect(name: str) -> dict[str, Any]:
-    """Return what the engine knows of a container; raise NoSuchContainer or DockerUnavailable.
+    """Return the engine's description of a container. Raises NoSuchContainer or DockerUnavailable.
 
-    `Id`, `Name` and `NetworkMode` in `HostConfig` are texts; `Pid` in `State` is a number, `Running` true or false.
+    `Id`, `Name` and `HostConfig.NetworkMode` are strings, `State.Pid` is an integer, `State.Running` a boolean.
     """
     with _client(f"about {name}") as docker:
         shape = {"Id": _ID, "Name": str, "State": {"Running": bool, "Pid": int}, "HostConfig": {"NetworkMode": str}}
@@ -68,10 +68,11 @@ def inspect(name: str) -> dict[str, Any]:
 
 @contextmanager
 def followed(since: int) -> Iterator[tuple[list[dict[str, Any]], Iterator[Any]]]:
-    """Yield the list of all containers (see `containers`), and an iterator that waits for their events.
+    """Yield the list of all containers (see `containers`), and an iterator that blocks until their next event.
 
-    The events are those in CHANGES since `since` (seconds since 1970), as JSON values of any shape. An event of more
-    than LARGEST_EVENT bytes is an error. Errors of the iterator, too, leave the `with` statement as DockerUnavailable.
+    The iterator yields the events in CHANGES since `since` (seconds since 1970), as JSON values of any shape. If the
+    iterator fails, the `with` statement raises DockerUnavailable. An event of more than LARGEST_EVENT bytes is an
+    error.
     """
     with _client("for its events") as docker, answers.bounded(LARGEST_EVENT) as bounds:
         parts = docker.events(since=since, filters={"type": "container", "event": list(CHANGES)}, decode=False)
@@ -85,7 +86,7 @@ def followed(since: int) -> Iterator[tuple[list[dict[str, Any]], Iterator[Any]]]
 
 
 def _events(parts: Iterable[bytes], bounds: answers.Bounds) -> Iterator[Any]:
-    """Decode the events of an answer that comes in parts. Any time may pass between two parts.
+    """Decode the events of an answer that arrives in `parts`. Any time may pass between two parts.
 
     Raises ValueError if an event is not JSON, or has more than LARGEST_EVENT bytes.
     """
@@ -105,12 +106,10 @@ def _events(parts: Iterable[bytes], bounds: answers.Bounds) -> Iterator[Any]:
 
 
 def forwards(ipv6: bool) -> bool:
-    """Return whether the Docker Engine needs IPv4 forwarding or, if `ipv6` is set, IPv6 forwarding.
+    """Return whether the Docker Engine has a network that needs IPv4 forwarding or, if `ipv6` is set, IPv6 forwarding.
 
-    It needs IPv4 forwarding if it has any network, and IPv6 forwarding if it has one with IPv6.
-
-    The networks `host` and `none` do not count. Returns False if no engine is running. Raises DockerUnavailable if an
-    engine is running, but does not answer.
+    The networks `host` and `none` do not need forwarding. Returns False if no engine is running. Raises
+    DockerUnavailable if an engine is running, but does not answer.
     """
     try:
         with _client("for its networks", timeout=5) as docker:
@@ -122,11 +121,11 @@ def forwards(ipv6: bool) -> bool:
 
 
 _ID = re.compile("[0-9a-f]{1,64}")
-"""Ids of containers, which become parts of keys and paths."""
+"""The ids of containers. An id becomes a part of keys and paths."""
 
 
 def is_id(value: Any) -> bool:
-    """Return whether a value of JSON can be the id of a container."""
+    """Return whether a JSON value can be the id of a container: 1 to 64 lower-case hexadecimal digits."""
     return isinstance(value, str) and _ID.fullmatch(value) is not None
 
 
@@ -140,8 +139,7 @@ def _listed(docker: Any) -> list[dict[str, Any]]:
 def _checked(value: Any, shape: Any) -> Any:
     """Return a JSON value; raise ValueError unless it has the given shape.
 
-    A shape is a type, _ID, a list with one shape for all items, or a dictionary with the shapes of the values that must
-    exist.
+    A shape is a type, _ID, a list with one shape for all items, or a dictionary with the shapes of the required fields.
     """
     if isinstance(shape, type):
         fits = type(value) is shape
@@ -164,8 +162,8 @@ def _checked(value: Any, shape: Any) -> Any:
 def _client(what: str, timeout: int | None = None) -> Iterator[Any]:
     """Connect to the Docker Engine, and yield docker-py's APIClient; `what` completes the error "Cannot ask Docker …".
 
-    Errors, including those in the body of `with`, are converted to NoSuchContainer or DockerUnavailable. `timeout` is
-    in seconds.
+    Errors of docker-py and its libraries, and errors from the body of `with`, are converted to NoSuchContainer or
+    DockerUnavailable. `timeout` is in seconds; None means TIMEOUT.
     """
     scheme, _, rest = os.environ.get("DOCKER_HOST", "").partition("://")
     if rest and scheme.lower() not in SCHEMES:
@@ -208,11 +206,7 @@ def _client(what: str, timeout: int | None = None) -> Iterator[Any]:
 
 
 def _api_client() -> type[Any]:
-    """Return docker-py's client class, changed so that it follows no redirects, and decodes texts as UTF-8.
-
-    It also requests answers without a content encoding. If an answer does not name its text encoding, requests would
-    guess that encoding, which takes long for a large answer.
-    """
+    """Return a subclass of docker-py's client that follows no redirects and requests no content encoding."""
     from docker.api.client import APIClient
 
     class Client(APIClient):  # type: ignore[misc]
@@ -220,7 +214,7 @@ def _api_client() -> type[Any]:
             options["headers"] = {**(options.get("headers") or {}), "Accept-Encoding": "identity"}
             options["timeout"] = options.get("timeout") or self.timeout  # events have none; see _events
             answer = super().request(method, url, **{**options, "allow_redirects": False})
-            answer.encoding = "utf-8"
+            answer.encoding = "utf-8"  # requests would guess it, which takes long for a large answer
             return answer
 
     return Client

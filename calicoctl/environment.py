@@ -1,11 +1,10 @@
-"""The settings file that every command and the systemd unit read, and how its variables complete the environment.
+"""The settings file that every command and the systemd unit read, and whose variables complete the environment.
 
-Commands call `complete` when they start. After that, no code needs to know whether a variable comes from the
-environment or from the file. `calicoctl node --local-etcd` writes its own lines into the file, between two comments.
+Commands call `complete` when they start. `calicoctl node --local-etcd` writes its own lines into the file, between two
+comments.
 
-Source of the syntax: EnvironmentFile= in systemd.exec(5), and systemd's src/basic/env-file.c (since version 254, a
-comment ends with its line, even after a backslash). systemd skips an invalid line with a warning; here such a line is
-an error, because without it a command might use another store.
+Source of the syntax: EnvironmentFile= in systemd.exec(5), and systemd's src/basic/env-file.c. A comment ends with its
+line, even after a backslash, as in systemd since version 254. An invalid line is an error, unlike in systemd.
 """
 
 from __future__ import annotations
@@ -30,10 +29,11 @@ STORE = (
 """Variables that select the store. Those in the file are used only if the environment sets none of them."""
 
 DOCKER_TLS = ("DOCKER_TLS_VERIFY", "DOCKER_CERT_PATH")
-"""Variables that belong to DOCKER_HOST: those in the file are used only if the environment does not set DOCKER_HOST."""
+"""Variables that belong to DOCKER_HOST. Those in the file are used only if the environment does not set DOCKER_HOST."""
 
 SINGLE = ("HOSTNAME", "DOCKER_HOST", *DOCKER_TLS, "CALICO_DEBUG")
-"""Other variables: each one in the file is used if the environment does not set it."""
+"""Variables that are used from the file if the environment does not set them. Those in DOCKER_TLS depend on
+DOCKER_HOST, too."""
 
 LARGEST = 2**20
 """The maximum size of a settings file, in bytes."""
@@ -46,9 +46,10 @@ _MADE_FILE, _MADE_FOLDER = "and this file", "and this file and its folder"
 
 
 def complete(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Add the settings file's variables to `environment`, by the rules at STORE, DOCKER_TLS and SINGLE.
+    """Add the settings file's variables to `environment`, as described at STORE, DOCKER_TLS and SINGLE.
 
-    An empty variable counts as not set. Raises CalicoError for an unreadable or invalid file.
+    An empty variable counts as not set. Raises CalicoError if the file is unreadable or invalid, or if it sets
+    CALICO_ENV_FILE.
     """
     file = EnvironmentFile(environment)
     written = file.variables()
@@ -68,29 +69,26 @@ def complete(environment: MutableMapping[str, str] = os.environ) -> None:
 
 
 class EnvironmentFile:
-    """The settings file at CALICO_ENV_FILE, /etc/calico/node.env by default. A missing file counts as empty."""
+    """The settings file: the file named by CALICO_ENV_FILE, or DEFAULT_PATH. A missing file counts as empty."""
 
     def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
         self.path = Path(environment.get(PATH_VARIABLE) or DEFAULT_PATH).absolute()
 
     def variables(self) -> dict[str, str]:
-        """Return the variables that the file sets. Raises CalicoError for an unreadable or invalid file."""
+        """Return the variables that the file sets. Raises CalicoError if the file is unreadable or invalid."""
         return parse(self._text(), str(self.path))
 
     def own(self) -> dict[str, str]:
-        """Return the variables that are set in the lines that calicoctl wrote, between its two comments.
-
-        Raises CalicoError.
-        """
+        """Return the variables in the lines that calicoctl wrote. Raises CalicoError."""
         found = _OWN_LINES.search(self._text())
         return parse(found["lines"], str(self.path)) if found else {}
 
     def others(self) -> dict[str, str]:
-        """Return the variables that are set in the lines that calicoctl did not write. Raises CalicoError."""
+        """Return the variables in the lines that calicoctl did not write. Raises CalicoError."""
         return parse(_OWN_LINES.sub("", self._text()), str(self.path))
 
     def set_own(self, variables: Mapping[str, str]) -> None:
-        """Replace the lines that calicoctl wrote by lines for `variables`; keep other lines. Raises CalicoError."""
+        """Replace the lines that calicoctl wrote by lines for `variables`; keep the other lines. Raises CalicoError."""
         text = self._text()
         found = _OWN_LINES.search(text)
         if found is not None:
@@ -105,9 +103,10 @@ class EnvironmentFile:
         self._replace(f"{_BEGIN}{made}\n{lines}{_END}\n{_OWN_LINES.sub('', text)}")
 
     def remove_own(self) -> None:
-        """Remove the lines that calicoctl wrote; remove the file, too, if calicoctl created it and it is then empty.
+        """Remove the lines that calicoctl wrote.
 
-        The same holds for the file's folder. Raises CalicoError.
+        If calicoctl created the file, and no other lines are left, the file is removed. If calicoctl created the
+        directory, too, and it is then empty, the directory is removed. Raises CalicoError.
         """
         text = self._text()
         found = _OWN_LINES.search(text)
@@ -150,7 +149,7 @@ class EnvironmentFile:
         raise CalicoError(f"{self.path}, which says which store and host name to use, cannot be read: {why}")
 
     def _replace(self, text: str) -> None:
-        """Replace the file atomically, keeping its owner and mode. Raises CalicoError."""
+        """Write the file atomically; keep the owner and the mode of an existing file. Raises CalicoError."""
         path = self.path.resolve()  # a symbolic link stays one
         try:
             path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
@@ -176,7 +175,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 
 
 def parse(text: str, name: str) -> dict[str, str]:
-    """Return the variables that a text in systemd's syntax sets. Raises CalicoError, with the text's `name`."""
+    """Parse a text in systemd's syntax; return its variables. Raises CalicoError, which begins with `name`."""
     found = {}
     place = _end(_GAP, text, 0)
     while place < len(text):
@@ -199,7 +198,7 @@ def parse(text: str, name: str) -> dict[str, str]:
 def _value(text: str, place: int, where: str) -> tuple[str, int]:
     """Parse the value at index `place`; return the value, and the index of its end.
 
-    Raises CalicoError with a text that begins with `where`.
+    Raises CalicoError; its text begins with `where`.
     """
     pieces = []
     while True:
@@ -220,7 +219,7 @@ def _value(text: str, place: int, where: str) -> tuple[str, int]:
 
 
 def _end(pattern: re.Pattern[str], text: str, place: int) -> int:
-    """Match `pattern` at index `place`, and return the index where the match ends. The pattern must always match."""
+    """Match `pattern`, which must match any text, at index `place`; return the index where the match ends."""
     match = pattern.match(text, place)
     assert match is not None
     return match.end()

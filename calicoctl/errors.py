@@ -1,9 +1,6 @@
-"""The exceptions of this program. Each carries the sentence that the user reads.
+"""The exceptions whose texts are shown to the user.
 
-They are printed only by `cli/main.py` and, in the agent's background process, by `felix/__main__.py`.
-
-An exception of a library is converted by the code that calls the library: that code knows what was attempted, and what
-the user can do about the failure.
+Code that calls a library converts the library's exceptions to these, since that code knows what was attempted.
 """
 
 from __future__ import annotations
@@ -29,7 +26,7 @@ def is_shortage(error: BaseException | None) -> bool:
 
 
 def printable(text: str) -> str:
-    """Return a text with all unprintable characters escaped, except newlines: values from etcd may contain some."""
+    """Return a text with all unprintable characters escaped, except newlines."""
     return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
@@ -39,17 +36,17 @@ def one_line(text: str) -> str:
 
 
 def redact_userinfo(text: str) -> str:
-    """Return a URL with `…` instead of all before '@', which may contain a password; messages are logged.
+    """Return a text with `…` instead of everything before its last '@'; in a URL, that part may contain a password.
 
-    A text without '@' is returned as it is.
+    A text without '@' is returned unchanged.
     """
     return "…@" + text.rpartition("@")[2] if "@" in text else text
 
 
 class CalicoError(Exception):
-    """The base class of all errors that reach the user. The text is one line.
+    """The base class of all errors that are shown to the user.
 
-    `exit_status` is the exit status of the process: 1 ("not done") unless a subclass says otherwise.
+    `exit_status` is the exit status of the process. It is 1 ("not done") in this class.
     """
 
     exit_status = 1
@@ -57,9 +54,9 @@ class CalicoError(Exception):
 
 @contextmanager
 def about(option: str) -> Iterator[None]:
-    """Prefix the text of a CalicoError from the body of `with` with the option that caused the error, such as `--ip`.
+    """Prefix the text of a CalicoError from the body of `with` with an option of the command line, such as `--ip`.
 
-    The new error is a plain CalicoError, whatever the subclass was.
+    The new error is a plain CalicoError, not of the original error's subclass.
     """
     try:
         yield
@@ -68,7 +65,7 @@ def about(option: str) -> Iterator[None]:
 
 
 class UsageError(CalicoError):
-    """The command line does not match the grammar, or has an invalid value; `usage` is the usage text to show."""
+    """The command line does not match the grammar, or contains an invalid value. `usage` is the usage text to show."""
 
     exit_status = 2
 
@@ -78,13 +75,13 @@ class UsageError(CalicoError):
 
 
 class NotRoot(CalicoError):
-    """The command needs root."""
+    """The command must be run as root."""
 
     exit_status = 2
 
 
 class Failed(CalicoError):
-    """An operation failed, and the process is to end with `exit_status`."""
+    """An operation failed, and the process must end with `exit_status`."""
 
     def __init__(self, why: str, exit_status: int) -> None:
         super().__init__(why)
@@ -101,7 +98,7 @@ class Failures(CalicoError):
 
 
 def for_each(things: Iterable[T], act: Callable[[T], None]) -> None:
-    """Call `act` for each of `things`, even after a CalicoError. At the end, raises Failures if there were any."""
+    """Call `act` for each of `things`, even after a CalicoError. Raises Failures at the end if there was an error."""
     errors: list[CalicoError] = []
     for thing in things:
         try:
@@ -121,7 +118,7 @@ class Conflict(CalicoError):
 
 
 class InvalidValue(CalicoError):
-    """A key of the store has an invalid value; `why` says what is wrong with it."""
+    """A key of the store has an invalid value. `why` describes what is wrong with the value."""
 
     def __init__(self, key: str, why: str) -> None:
         super().__init__(f"etcd key {key} has an invalid value: {why}; fix or delete it")
@@ -130,7 +127,7 @@ class InvalidValue(CalicoError):
 
 
 class StoreError(CalicoError):
-    """The store refused a request or gave a wrong answer, or the settings that select the store are invalid."""
+    """A request to the store failed, or the settings that select the store are invalid."""
 
 
 class StoreUnavailable(StoreError):
@@ -138,26 +135,26 @@ class StoreUnavailable(StoreError):
 
 
 class NoSuchApi(StoreError):
-    """The servers do not have the API of etcd that was asked for."""
+    """The etcd servers do not offer the requested API."""
 
 
 class Frozen(StoreError):
-    """The store may not be changed now: its data is being moved to another API of etcd."""
+    """The store must not be written at present, since its data is being moved to another API of etcd."""
 
 
 class WatchExpired(StoreError):
-    """A watch has missed changes, for example because the store no longer keeps them: read everything again."""
+    """A watch may have missed changes, so everything must be read again."""
 
 
 class KeyExists(CalicoError):
-    """A create-only write found an existing key."""
+    """A key that was to be created exists already."""
 
 
 class CompareFailed(CalicoError):
-    """A compare-and-swap failed, since the key no longer had the value that was read.
+    """A conditional write failed, since the key was changed or deleted after it had been read.
 
     `maybe_applied` is true if an earlier, unanswered attempt of the same write may have been applied before another
-    writer overwrote the key.
+    writer changed the key.
     """
 
     def __init__(self, key: str, maybe_applied: bool = False) -> None:
@@ -178,8 +175,8 @@ class DockerNotRunning(DockerUnavailable):
 
 
 class NoSuchContainer(NotFound):
-    """The Docker Engine has no container of that name or id."""
+    """The Docker Engine has no container with that name or id."""
 
 
 class NamespaceError(CalicoError):
-    """An operation on an interface or a network namespace failed, or a path is not that of a network namespace."""
+    """An operation on a network namespace or an interface failed, or a path does not lead to a network namespace."""

@@ -1,6 +1,6 @@
-"""Files that several processes use at once: locks, and files that are replaced as a whole.
+"""Locks files, and replaces files atomically.
 
-A lock is flock(2) on a file, so a process that dies releases it.
+A lock is a flock(2) on a file, so the kernel releases it when the process ends.
 """
 
 from __future__ import annotations
@@ -14,20 +14,18 @@ from pathlib import Path
 from typing import Callable
 
 RUN = Path("/run/calico")
-"""The folder of root's files that are gone after a reboot."""
+"""The directory of root's files that do not outlive a reboot."""
 
 
 def try_lock(path: Path, create: bool = True) -> int | None:
-    """Lock a file exclusively, and return its descriptor, which holds the lock until it is closed.
+    """Lock a file exclusively, and return its descriptor. Closing the descriptor releases the lock.
 
-    Returns None if another process holds the lock, or has just removed the file; the caller may try again. If the file
-    does not exist, it is created with mode 0600; without `create`, None is returned. Raises OSError.
-
-    Whoever may read a file may lock it, so a lock is never a file or a folder that others may read.
+    Returns None if another process holds the lock, or has removed the file meanwhile. If the file does not exist, it is
+    created with mode 0600; without `create`, None is returned. Raises OSError.
     """
     flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_CREAT if create else 0)
     try:
-        fd = os.open(path, flags, 0o600)
+        fd = os.open(path, flags, 0o600)  # other users must not lock it: whoever may open a file may lock it
     except FileNotFoundError:
         if create:  # the file would have been created, so the folder is missing
             raise
@@ -46,9 +44,9 @@ def try_lock(path: Path, create: bool = True) -> int | None:
 
 
 def lock(path: Path, refuse: Callable[[], object]) -> int:
-    """Lock a file as `try_lock` does, but wait while another process holds the lock; return the descriptor.
+    """Lock a file like `try_lock`, but wait while another process holds the lock; return the descriptor.
 
-    `refuse` is called after each attempt that failed, and may raise an exception to end the wait. Raises OSError.
+    After each failed attempt, `refuse` is called; it may raise an exception to end the wait. Raises OSError.
     """
     while (fd := try_lock(path)) is None:
         refuse()
@@ -64,12 +62,12 @@ def replace(
     suffix: str = ".new",
     durable: bool = False,
 ) -> io.FileIO:
-    """Replace a file atomically: a reader finds the old content or the new one. Return the new file, open for writing.
+    """Replace a file atomically; return the new file, open for writing.
 
-    `mode` is set regardless of the umask; `owner` is a user id and a group id, -1 for the process's own. The new file
+    `mode` is set regardless of the umask. `owner` is a user id and a group id; -1 means the process's own. The new file
     is first created beside the old one, as `.NAME` with the `suffix`, which must be unique if several processes may
-    replace the file at once. With `durable`, the content is on disk before the old file is replaced. Raises
-    OSError; then the old file is unchanged.
+    replace the file at once. With `durable`, the content is on disk before the old file is replaced. Raises OSError;
+    then the old file is unchanged.
     """
     new = path.with_name(f".{path.name}{suffix}")
     new.unlink(missing_ok=True)  # left by a process that was killed

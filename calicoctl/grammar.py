@@ -1,7 +1,7 @@
 """The grammar of the command line: the list of commands, and the parser of command lines.
 
-The grammar of a command is the docstring of its module. Every command imports this module. This module imports a
-command's module only to read the docstring there, and uses neither etcd nor Docker.
+The grammar of a command is the docstring of its module. This module imports a command's module only to read that
+docstring.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ FORMATS = ("text", "json")
 """The values of --output."""
 
 Prepared = Callable[[], None]
-"""What a command's `prepare(argv)` returns: the function that does the work; `argv` has been checked."""
+"""The result of a command's `prepare(argv)`, which checks `argv`: the function that executes the command."""
 
 
 class GrammarMismatch(UsageError):
-    """`argv` does not match a command's `grammar`; the error's text is docopt's message, which may be empty."""
+    """`argv` does not match a command's `grammar`. The error's text is docopt's message, which may be empty."""
 
     def __init__(self, grammar: str, argv: list[str], why: str) -> None:
         super().__init__(why)
@@ -56,7 +56,8 @@ def grammar_of(command: str) -> str:
 def parse(grammar: str, argv: list[str]) -> dict[str, Any]:
     """Parse `argv` with a command's grammar; return docopt's dictionary, such as `{"<IP>": "192.0.2.1"}`.
 
-    The word `--` is removed. Raises GrammarMismatch; UsageError if nothing follows `--`, or if --output is invalid.
+    The word `--` is removed. Raises GrammarMismatch if `argv` does not match. Raises UsageError if nothing follows
+    `--`, or if --output is invalid.
     """
     import docopt
 

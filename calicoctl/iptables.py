@@ -1,4 +1,4 @@
-"""Runs the host's iptables commands, and lists the chains that Felix of 2015 has created with them."""
+"""Runs the host's iptables commands, and finds the chains of Felix of 2015, the agent of an old Calico."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ COMMANDS = ("iptables", "ip6tables")
 _OLD_FELIX = "felix-"
 
 PATIENCE = 15.0
-"""Seconds to wait for iptables, which itself waits up to ten for its lock."""
+"""Seconds to wait for an iptables command, which may itself wait ten seconds for its lock."""
 
 
 def old_felix_chains() -> dict[str, list[str]]:
-    """Return the chains that Felix of 2015 has left, by the iptables command that lists them.
+    """Return the chains of Felix of 2015, by the iptables command that lists them.
 
-    These chains drop packets from and to `cali…` interfaces that Felix does not know. Felix ran in an image that had
-    its own iptables, so the chains may be in legacy tables, which a host's iptables for nftables does not list. Raises
-    CalicoError if the chains cannot be listed. Source: Felix's frules.py and dispatch.py.
+    Such a chain drops packets of `cali…` interfaces that Felix does not know. Raises CalicoError if the chains cannot
+    be listed. Source: Felix's frules.py and dispatch.py.
     """
     found: dict[str, list[str]] = {}
     for command in COMMANDS:
+        # Felix ran in an image with its own iptables, so its chains may be in the legacy tables
         legacy = f"{command}-legacy"
         if is_there(command):
             _find_old_felix(command, found)
@@ -42,9 +42,9 @@ def _find_old_felix(command: str, found: dict[str, list[str]]) -> None:
 
 
 def legacy_tables(command: str) -> list[str]:
-    """Return the names of the legacy tables in the kernel for `command`, which is iptables or ip6tables.
+    """Return the names of the kernel's legacy tables for `command`, which is iptables or ip6tables.
 
-    The result is empty if the kernel does not support them.
+    The result is empty if the kernel does not support legacy tables, or if the names cannot be read.
     """
     try:
         return (Path("/proc/net") / f"{command.replace('tables', '')}_tables_names").read_text().split()
@@ -53,12 +53,12 @@ def legacy_tables(command: str) -> list[str]:
 
 
 def is_there(command: str) -> bool:
-    """Return whether this host has both `command` and `command`-save, such as iptables and iptables-save."""
+    """Return whether `command` and `command`-save are installed; `command` is iptables, for example."""
     return all(shutil.which(name) is not None for name in (command, f"{command}-save"))
 
 
 def run(*command: str) -> str:
-    """Run a command and return its output. Raises CalicoError if it fails or takes longer than PATIENCE."""
+    """Run a command; return its standard output. Raises CalicoError if it cannot be run, fails, or exceeds PATIENCE."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     except subprocess.TimeoutExpired:

@@ -1,54 +1,54 @@
-"""Limits of what is accepted from the store, and of what reports contain, for the agent and for the commands.
+"""Limits on data in the store, and on the contents of reports, for the agent and for the commands.
 
-Anyone who may write to the store can write any amount. A value beyond a limit is invalid, and only that value: so the
-cost of one key is bounded, and other keys stay valid. The limits are far above what deployments need. docs/agent.md
-lists them.
+docs/agent.md lists the limits.
 """
 
 from __future__ import annotations
 
 VALUE = 512 * 1024
-"""Characters of a value. 5,000 rules with a net, a tag and ports take about this much."""
+"""Maximum length of a value, in characters. 5,000 rules with a net, a tag and ports have about this length."""
 
+# a namespace's path of up to 4,095 characters is a part of a key; etcd accepts keys that are too long for a request
 KEY = 5000
-"""Characters of a key. A namespace's path, which is part of a key, may have 4,095. etcd takes 1 MiB, each as up to 12
-bytes, but no request for a key that is much longer, so it could be neither read nor written by itself."""
+"""Maximum length of a key, in characters."""
 
 DEPTH = 32
-"""Nested levels of lists and objects in a value. Calico's values have four; unknown fields are written recursively."""
+"""Maximum nesting of lists and objects in a value."""
 
 PROFILES = 64
-"""Profiles of an endpoint: each list of profiles is a chain in nftables, with a jump for each profile."""
+"""Maximum number of profiles of an endpoint. A list of profiles is a chain in nftables, with a jump for each
+profile."""
 
 ADDRESSES = 256
-"""Addresses of an endpoint: each is an element of four sets, a route, and a neighbour."""
+"""Maximum number of addresses of an endpoint. An address is an element of four sets, a route and a neighbour entry."""
 
 CLAIMANTS = 100
-"""Endpoints that list the same interface or address: if there are more, reasons do not name the one that uses it."""
+"""If more endpoints than this list the same interface or address, errors do not name the endpoint that uses it."""
 
 TAGS = 256
-"""Tags of a profile: a tag in a rule stands for the addresses of all endpoints of the profile."""
+"""Maximum number of tags of a profile."""
 
 RULES = 5000
-"""Rules of a profile, both directions together: nftables takes about half a second for so many."""
+"""Maximum number of rules of a profile, inbound and outbound together. nftables loads this many in about half a
+second."""
 
 PORTS = 100
-"""Ports and port ranges in one list of a rule: each is an element of a set. iptables allowed 15."""
+"""Maximum number of ports and port ranges in one list of a rule."""
 
 REPORTED = 100
-"""Items of each list in the agent's report, and so in `calicoctl status`."""
+"""Maximum number of items in each list of the agent's report, except the list of BGP sessions."""
 
 SESSIONS = 1000
-"""BGP sessions in the agent's report: with more hosts than this, a full mesh does not work; use route reflectors."""
+"""Maximum number of BGP sessions in the agent's report."""
 
 NAME = 200
-"""Characters of a key or a name in a report."""
+"""Maximum length of a key or a name in a report, in characters."""
 
 TEXT = 1000
-"""Characters of a reason or an error in a report or in the log."""
+"""Maximum length of a reason or an error in a report or in the log, in characters."""
 
 
 def shortened(text: str, longest: int) -> str:
-    """Return a text, shortened to at most `longest` characters, with `…` in its middle, if it is longer."""
+    """Return a text, shortened to at most `longest` characters. If it is too long, `…` replaces its middle."""
     half = (longest - 1) // 2
     return text if len(text) <= longest else f"{text[:half]}…{text[-half:]}"

@@ -1,7 +1,4 @@
-"""Prints results: ASCII tables for people, JSON for scripts.
-
-On a terminal, a table fits the terminal's width; elsewhere it is complete, whatever its width.
-"""
+"""Prints results: ASCII tables, or JSON for scripts."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ from calicoctl.errors import one_line, printable
 T = TypeVar("T")
 
 _SHORT = 10
-"""Words of up to this many characters are not broken at hyphens if possible: an ISO date has 10."""
+"""Words of up to this many characters, such as an ISO date, are not broken at hyphens if possible."""
 
 
 def wants_json(arguments: dict[str, Any]) -> bool:
@@ -29,7 +26,7 @@ def print_json(value: Any) -> None:
 
 
 def abridges(arguments: dict[str, Any]) -> bool:
-    """Return whether to shorten ids and fit tables to the width: on a terminal, unless --no-trunc was given."""
+    """Return whether to shorten ids and fit tables to the terminal: on a terminal, unless --no-trunc was given."""
     return sys.stdout.isatty() and not arguments["--no-trunc"]
 
 
@@ -40,12 +37,11 @@ def print_table(
     expendable: Sequence[str] = (),
     complete: bool = False,
 ) -> None:
-    """Print a table with a heading row; cells are aligned to the left.
+    """Print a table with a heading row, aligned to the left.
 
-    On a terminal, unless `complete`, the table is fitted to the width: cells are wrapped between words; if that is not
-    enough, the `expendable` columns are left out one by one, with a warning; if that is not enough either, words are
-    broken. If the output is not a terminal, or with `complete`, only cells of more than `widest` characters (None: no
-    cells) are wrapped.
+    On a terminal, unless `complete` is set, the table is fitted to the terminal's width (see `fit`), and a warning
+    names the columns that were left out. Otherwise, only cells of more than `widest` characters are wrapped (None: no
+    cells).
     """
     import shutil
 
@@ -66,10 +62,11 @@ def print_table(
 
 
 def fit(lines: list[list[str]], width: int, expendable: Sequence[str] = ()) -> tuple[list[list[str]], list[str]]:
-    """Wrap the cells of a table's rows (`lines`, the heading first) so that the table has at most `width` characters.
+    """Wrap the cells of a table so that the table is at most `width` characters wide.
 
-    Columns of `expendable` are left out, one by one, if wrapping between words is not enough. Returns the rows, and the
-    names of the columns left out.
+    `lines` are the rows, the heading first. Cells are wrapped between words. If that is not enough, the columns named
+    in `expendable` are left out one by one, then words are broken. Returns the rows, and the names of the columns left
+    out.
     """
     left_out: list[str] = []
     while True:
@@ -90,7 +87,7 @@ def fit(lines: list[list[str]], width: int, expendable: Sequence[str] = ()) -> t
 
 
 def _least_width(cell: str) -> int:
-    """Return the least width of a cell if it is wrapped between words, and long words at hyphens."""
+    """Return the smallest width at which a cell can be wrapped between words, and long words at hyphens."""
     words = cell.split()
     parts = [part + "-" for word in words for part in word.split("-")]
     return min(_longest(words), max(_SHORT, _longest(parts)))
@@ -101,7 +98,7 @@ def _longest(words: list[str]) -> int:
 
 
 def _wrapped(cell: str, width: int) -> list[str]:
-    """Wrap a cell's lines between words or, if a word is too long, at its hyphens or anywhere."""
+    """Wrap a cell's lines between words. If a word is longer than `width`, break it at its hyphens, or anywhere."""
     import textwrap
 
     lines = []
@@ -112,7 +109,7 @@ def _wrapped(cell: str, width: int) -> list[str]:
 
 
 def with_progress(items: Sequence[T], what: str) -> Iterator[T]:
-    """Yield the items; if standard error is a terminal, show a progress bar with the title `what` meanwhile."""
+    """Yield the items. If standard error is a terminal, show a progress bar with the title `what`."""
     if not sys.stderr.isatty():
         yield from items
         return
@@ -128,7 +125,7 @@ def with_progress(items: Sequence[T], what: str) -> Iterator[T]:
 
 
 def first_few(texts: Iterable[str]) -> str:
-    """Return the first three of some texts as a list in a sentence, with an ellipsis for further ones."""
+    """Return the first three texts, separated by commas; append `…` if there are more."""
     some = list(texts)
     return ", ".join(some[:3]) + (", …" if some[3:] else "")
 

@@ -1,6 +1,6 @@
 """Reads facts about processes from /proc: start time, state, arguments and sockets. Also waits for a process to end.
 
-A process id alone does not identify a process, since the kernel reuses ids. The id and the start time together do.
+The kernel reuses process ids. Only the id and the start time together identify a process.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ START_TIME, STATE = 19, 0
 
 
 def start_time(process: Path) -> str:
-    """Return when a process or thread was started: clock ticks since boot, as decimal text.
+    """Return the start time of a process or thread: clock ticks since boot, as decimal text.
 
     `process` is its directory, /proc/PID or /proc/PID/task/TID. Raises OSError if the directory does not exist.
     """
@@ -23,7 +23,7 @@ def start_time(process: Path) -> str:
 
 
 def running_since(pid: int) -> str | None:
-    """Return when a process was started (see `start_time`); None if it has ended, or is a zombie."""
+    """Return the start time of a process (see `start_time`); None if the process has ended, or is a zombie."""
     try:
         fields = _stat(Path(f"/proc/{pid}"))
     except OSError:
@@ -45,7 +45,7 @@ def _stat(process: Path) -> list[str]:
 
 
 def arguments(pid: int) -> list[str]:
-    """Return the command line of a process, empty for a zombie. Raises OSError if there is no such process."""
+    """Return the command line of a process, empty for a zombie. Raises OSError if the process does not exist."""
     return strings(pid, "cmdline")
 
 
@@ -55,7 +55,7 @@ def strings(pid: int, name: str) -> list[str]:
 
 
 def sockets(pid: int) -> set[str]:
-    """Return the inodes of a process's sockets as decimal texts; empty if they cannot be read."""
+    """Return the inodes of a process's sockets as decimal texts; an empty set if they cannot be read."""
     found = set()
     with suppress(OSError):
         for fd in Path(f"/proc/{pid}/fd").iterdir():
@@ -69,8 +69,8 @@ def sockets(pid: int) -> set[str]:
 def udp_holder(port: int) -> str | None:
     """Describe a process that holds a UDP port of this network namespace; return None if no process holds it.
 
-    If the process cannot be found, for example in another PID namespace, only its user id is named. Source:
-    proc_pid_net(5).
+    If the process cannot be found, for example because it is in another PID namespace, only its user id is included.
+    Source: proc_pid_net(5).
     """
     users = {}
     for name in ("udp", "udp6"):
@@ -90,9 +90,9 @@ def udp_holder(port: int) -> str | None:
 
 
 def await_end(pid: int, seconds: float | None = None) -> bool:
-    """Wait until all threads of a process have ended, so that its ports and files are free; return True then.
+    """Wait until a process, with all its threads, has ended, and return True.
 
-    Returns False after `seconds`; with None, waits for ever.
+    Returns False if it has not ended after `seconds`; with None, there is no time limit.
     """
     try:
         fd = os.pidfd_open(pid)

@@ -1,16 +1,14 @@
-"""Loads libraries without the parts this program never uses.
+"""Shortens the import of third-party libraries by leaving out the parts that this program never uses.
 
-A cold command spends most of its time on imports. Some libraries import much more than this program uses:
-`pyroute2`, `netaddr` and `docker` import their whole tree in their `__init__`; `etcd` imports a DNS resolver for SRV
-discovery, which is not used here; `urllib3` imports the package metadata reader for an HTTP/2 mode that is off;
-`requests` imports a character set detector for bodies of unknown encoding. `install()` adds an
-import finder that leaves those parts out:
+`install()` adds an import finder for two kinds of modules:
 
-* a *bare* package keeps its path but does not run its `__init__`, so that `import pyroute2.iproute` loads just that;
-* a *deferred* module is a placeholder that loads the real module when one of its attributes is used.
+* A bare package, in BARE: its `__init__` does not run, since it would import the whole package. Its submodules can be
+  imported.
+* A deferred module, in DEFERRED: a placeholder is imported instead. The real module is loaded when an attribute is read
+  that the placeholder lacks.
 
-No library guarantees that this works. Tests check each library in the version installed. Without `install()`,
-everything works, too, only slower.
+Without `install()`, imports take longer. The libraries do not guarantee that their parts can be left out, so tests
+check the installed versions.
 """
 
 from __future__ import annotations
@@ -23,11 +21,13 @@ from typing import Any
 
 BARE = frozenset({"pyroute2", "netaddr", "docker"})
 
+# etcd uses dns for SRV discovery, urllib3 importlib.metadata for HTTP/2, requests charset_normalizer for bodies of
+# unknown encoding: this program needs none of these
 DEFERRED = frozenset({"dns", "dns.resolver", "importlib.metadata", "charset_normalizer"})
 
 
 class _Bare:
-    """Loader of a bare package: leaves the module empty instead of executing `__init__`."""
+    """The loader of a bare package: leaves the module empty instead of executing `__init__`."""
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return None
@@ -37,7 +37,7 @@ class _Bare:
 
 
 class _Placeholder(ModuleType):
-    """A module that is replaced by the real one when one of its attributes is used."""
+    """The placeholder of a deferred module. Reading an attribute that it lacks loads the real module."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -46,7 +46,7 @@ class _Placeholder(ModuleType):
 
 
 class _Deferred:
-    """Loader of a deferred module: creates a placeholder, with the attributes that libraries use on importing it."""
+    """The loader of a deferred module: creates a placeholder, with the attributes that libraries read on import."""
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         module = _Placeholder(spec.name)
@@ -63,7 +63,7 @@ class _Deferred:
 
 
 class _Finder:
-    """Finds bare and deferred modules; leaves all others to the next finders."""
+    """The import finder for bare and deferred modules."""
 
     def __init__(self) -> None:
         self.deferred = set(DEFERRED)
@@ -83,13 +83,13 @@ _finder = _Finder()
 
 
 def install() -> None:
-    """Add the finder before Python's own. Modules that are loaded already stay as they are."""
+    """Install the finder. Modules that are already loaded are not replaced."""
     if _finder not in sys.meta_path:
         sys.meta_path.insert(0, _finder)
 
 
 def _load(name: str) -> ModuleType:
-    """Replace the placeholders of the module `name` and of its package by the real modules; return the real `name`."""
+    """Import the real module `name`, and its real parent package, instead of their placeholders; return the module."""
     for part in (name.partition(".")[0], name):
         if part in _finder.deferred:
             _finder.deferred.discard(part)

@@ -1,4 +1,4 @@
-"""Finds the known word closest to a misspelt one, for "did you mean …". Imported only after an error."""
+"""Finds the known word closest to a misspelt one, for "did you mean …"."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ SYNONYMS = {
     "-q": "--quiet",
     "-d": "--debug",
 }
-"""Words that users of other tools, or of other commands, may try -> the words of calicoctl with the same meaning."""
+"""Words of other tools and other commands -> the words of calicoctl with the same meaning."""
 
 
 def nearest(word: str, names: Iterable[str]) -> str | None:
-    """Return the name in `names` closest to the misspelt `word`, or None. `word` must not be in `names`."""
+    """Return the name in `names` that is closest to the misspelt `word`, or None. `word` must not be in `names`."""
     meant = SYNONYMS.get(word, word)
     alike = [name for name in sorted(set(names)) if name.startswith("-") == meant.startswith("-")]
     known = {name.lower().lstrip("-"): name for name in alike}  # dashes would make all options look alike
@@ -60,5 +60,5 @@ def nearest(word: str, names: Iterable[str]) -> str | None:
 
 
 def did_you_mean(suggestion: str | None) -> str:
-    """Return `; did you mean …?` as the end of an error's sentence; an empty string if there is no suggestion."""
+    """Return `; did you mean …?`, the end of an error's text; an empty string if `suggestion` is None or empty."""
     return f"; did you mean {suggestion}?" if suggestion else ""

@@ -1,8 +1,7 @@
-"""Reads and writes the files that a host keeps across reboots, below /var/lib/calico/HOST. Only root may read them.
+"""Reads and writes the files that a host keeps across reboots, below /var/lib/calico/HOST.
 
-Each file has the mode 0600, each folder 0700, and no name below /var/lib/calico may be a symbolic link. Files are
-replaced and read as a whole, however large they are, and are on disk when `write` returns. The local etcd's data is
-beside them (local_etcd.py).
+Files have the mode 0600, directories 0700, and none may be a symbolic link. A file is replaced as a whole, and is on
+disk when `write` returns.
 """
 
 from __future__ import annotations
@@ -20,20 +19,20 @@ DIRECTORY = Path("/var/lib/calico")
 
 
 def path(host: str, *names: str) -> Path:
-    """Return the path of a host's folder or, with `names` as further parts, of a file or folder below it."""
+    """Return the path of a host's directory or, with `names` as further parts, of a file or directory below it."""
     return DIRECTORY.joinpath(host, *names)
 
 
 def read(host: str, *names: str) -> bytes | None:
-    """Return the content of a file below the host's folder, None if there is no regular file. Raises CalicoError."""
+    """Return the content of a file below the host's directory; None if it is not a regular file. Raises CalicoError."""
     with _explained(host, *names), _opened(host, *names[:-1]) as folder:
         return None if folder is None else _content(folder, names[-1])
 
 
 def read_all(host: str, *names: str) -> dict[str, bytes]:
-    """Return the contents of all files in a folder below the host's, by file name; empty if there is no such folder.
+    """Return the contents of the regular files in a directory below the host's, by file name; empty if there is none.
 
-    Files with a name that begins with a dot are skipped. Raises CalicoError.
+    Files whose names begin with a dot are skipped. Raises CalicoError.
     """
     found: dict[str, bytes] = {}
     with _explained(host, *names), _opened(host, *names) as folder:
@@ -45,7 +44,7 @@ def read_all(host: str, *names: str) -> dict[str, bytes]:
 
 
 def write(host: str, *names: str, content: bytes) -> None:
-    """Write a file below the host's folder, unless it has this content already. Raises CalicoError."""
+    """Write a file below the host's directory, unless it has this content already. Raises CalicoError."""
     with _explained(host, *names), _opened(host, *names[:-1], create=True) as folder:
         assert folder is not None, "it was created"
         if _content(folder, names[-1]) != content:
@@ -54,7 +53,7 @@ def write(host: str, *names: str, content: bytes) -> None:
 
 
 def remove(host: str, *names: str) -> None:
-    """Remove a file below the host's folder, if it exists. Raises CalicoError."""
+    """Remove a file below the host's directory, if it exists. Raises CalicoError."""
     with _explained(host, *names), _opened(host, *names[:-1]) as folder:
         if folder is not None:
             with suppress(FileNotFoundError):
@@ -62,9 +61,9 @@ def remove(host: str, *names: str) -> None:
 
 
 def remove_empty(host: str, *names: str) -> None:
-    """Remove a folder below the host's if it is empty, then its parents, until one is not empty.
+    """Remove a directory below the host's, then its parents up to the host's, as long as they are empty.
 
-    The host's folder is the last that is removed. Errors are ignored.
+    Errors are ignored.
     """
     parts = [host, *names]
     with suppress(OSError):
@@ -85,10 +84,10 @@ def _content(folder: int, name: str) -> bytes | None:
 
 @contextmanager
 def _opened(host: str, *names: str, create: bool = False) -> Iterator[int | None]:
-    """Yield a descriptor of a folder below the host's, None if there is none. With `create`, create missing folders.
+    """Yield a descriptor of a directory below the host's, None if it does not exist. `create` creates missing ones.
 
-    Raises OSError if a folder is a symbolic link. Raises CalicoError if a folder belongs to another user, or if its
-    group or others may write to it.
+    Raises OSError if a directory is a symbolic link. Raises CalicoError if a directory belongs to another user, or if
+    its group or others may write to it.
     """
     if create:
         DIRECTORY.mkdir(mode=0o755, parents=True, exist_ok=True)
