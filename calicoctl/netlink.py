@@ -23,7 +23,7 @@ NESTED = 0x8000
 
 ERROR, _DONE = 2, 3
 _KIND = 0x3FFF
-"""Mask of an attribute's type, without the flag bits."""
+"""The mask of an attribute's type, without flags."""
 
 RTM_NEWLINK, RTM_DELLINK, RTM_NEWADDR, RTM_DELADDR, RTM_NEWROUTE, RTM_DELROUTE = 16, 17, 20, 21, 24, 25
 RTM_NEWNEIGH, RTM_DELNEIGH, RTM_GETNEIGH = 28, 29, 30
@@ -44,18 +44,18 @@ TABLE_MAIN = 254
 SCOPE_GLOBAL, SCOPE_LINK = 0, 253
 IFF_UP = 0x1
 UNICAST, LOCAL, BLACKHOLE = 1, 2, 6
-"""Types of routes: unicast, local (to addresses of this host), and to drop packets silently."""
+"""Types of routes: to other hosts or networks, to addresses of this host, and to drop packets silently."""
 PROTOCOL_KERNEL, PROTOCOL_STATIC, PROTOCOL_RA = 2, 4, 9
 """Protocols of routes: set by the kernel itself, static, and learned from router advertisements (RA)."""
 PROTOCOL_BIRD = 12
 OUR_PROTOCOL, OVERLAY_PROTOCOL = 80, 81
-"""The protocol numbers of the agent's routes: to endpoints of this host, and through the overlay to endpoints of other
-hosts (`ip route show proto 81`). Source: rtnetlink(7); numbers from 5 up are free."""
+"""The protocols of the agent's routes: to endpoints of this host, and to the blocks of pools with VXLAN on other
+hosts."""
 OUR_PROTOCOLS = (OUR_PROTOCOL, OVERLAY_PROTOCOL)
 SOL_NETLINK, _NETLINK_GET_STRICT_CHK = 270, 12
 NETLINK_NETFILTER = 12
 SO_RCVBUFFORCE = 33
-"""Sets the size of a socket's receive buffer, whatever net.core.rmem_max is. Source: socket(7)."""
+"""The socket option that sets the size of the receive buffer regardless of net.core.rmem_max. Source: socket(7)."""
 
 _TIMEOUT = 60.0
 """Seconds to wait for an answer of the kernel."""
@@ -72,7 +72,7 @@ def attribute(kind: int, value: bytes) -> bytes:
 
 
 def attributes(data: bytes) -> dict[int, bytes]:
-    """Return the values, by type, of consecutive attributes: those of a message, or those nested in an attribute."""
+    """Return the values of consecutive attributes, by type. The attributes may be nested in an attribute."""
     found = {}
     at = 0
     while at + 4 <= len(data):
@@ -92,15 +92,15 @@ def messages(data: bytes) -> Iterator[tuple[int, bytes]]:
 
 
 def refusal(message: bytes) -> tuple[int, int]:
-    """Decode a message (with header) of type ERROR: return the request's sequence number, and the errno, 0 for none."""
+    """Decode a message (with header) of type ERROR; return the request's sequence number and its errno (0: success)."""
     return struct.unpack_from("=I", message, 8)[0], -struct.unpack_from("=i", message, 16)[0]
 
 
 def dump(protocol: int, kind: int, body: bytes, strict: bool = False, most: int | None = None) -> Iterator[bytes]:
-    """Send a dump request of type `kind`, and yield the answers, without their headers. Raises OSError.
+    """Send a dump request of type `kind`; yield the answers, without their headers. Raises OSError.
 
     `protocol` is the netlink family, such as NETLINK_ROUTE. With `strict`, the kernel filters by the fields of `body`;
-    kernels before 4.20 do not filter. More than `most` answers raise OSError with the code E2BIG.
+    kernels before 4.20 do not filter. If there are more than `most` answers, the error's code is E2BIG.
     """
     count = 0
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, protocol) as netlink:
@@ -127,11 +127,11 @@ def dump(protocol: int, kind: int, body: bytes, strict: bool = False, most: int 
 
 @dataclass(frozen=True)
 class Route:
-    """A route to `destination` (None: a default route) with a prefix length; `index` is that of the outgoing interface.
+    """A route to the network `destination`/`length`; `destination` is None for a default route.
 
-    Of a multipath route, `index` and `gateway` are those of the first next hop. They are None for a route without an
-    interface or a gateway, or with a nexthop object. `source` is the preferred source; `kind` is the route's type, such
-    as UNICAST.
+    `index` is the index of the outgoing interface, `source` the preferred source address, `kind` the route's type, such
+    as UNICAST. For a multipath route, `index` and `gateway` are those of the first next hop. Each is None if the route
+    has none; both are None if the route refers to a nexthop object.
     """
 
     destination: str | None
@@ -153,10 +153,10 @@ def routes(
 ) -> Iterator[Route]:
     """Yield the routes of the main table with one of these prefix `lengths`. Raises OSError.
 
-    With `protocol`, only routes of this protocol; with `index`, only routes through the interface with this index. For
-    `most`, see dump. Skipping other routes is cheap, even if there are many. pyroute2 takes a hundred times as long.
-    Its get_default_routes() does not read all of the kernel's answer if that begins with many other routes.
+    With `protocol`, only routes of this protocol are included; with `index`, only routes through this interface. For
+    `most`, see dump.
     """
+    # pyroute2 takes a hundred times as long, and its get_default_routes() may miss routes if there are many others
     # struct rtmsg: family, length of destination and of source, tos, table, protocol, scope, type, flags
     request = struct.pack("=8BI", family, 0, 0, 0, 0, 0, 0, 0, 0)
     if index is not None:
@@ -205,10 +205,10 @@ class Neighbour:
 def neighbours(
     family: int, proxies: bool = False, index: int | None = None, most: int | None = None
 ) -> Iterator[Neighbour]:
-    """Yield the permanent entries of the neighbour table or, with `proxies`, its proxy entries.
+    """Yield the permanent entries of the neighbour table or, with `proxies`, its proxy entries. Raises OSError.
 
-    With `index`, only entries on the interface with this index. For `most`, see dump. pyroute2 cannot request proxy
-    entries. Source: neigh_dump_info() in the kernel's net/core/neighbour.c. Raises OSError.
+    With `index`, only entries on this interface are included. For `most`, see dump. Source: neigh_dump_info() in the
+    kernel's net/core/neighbour.c.
     """
     # struct ndmsg: family, padding, interface, state, flags, type
     body = struct.pack("=BBHiHBB", family, 0, 0, 0, 0, NTF_PROXY if proxies else 0, 0)
@@ -226,7 +226,7 @@ def neighbours(
 
 @dataclass(frozen=True)
 class NeighbourLimit:
-    """The limit of non-permanent entries in the neighbour table, and the number of the table's overflows since boot."""
+    """The limit on non-permanent entries in the neighbour table, and how often the table has overflowed since boot."""
 
     limit: int
     overflows: int
@@ -248,7 +248,7 @@ def neighbour_limit(family: int) -> NeighbourLimit:
 
 @dataclass(frozen=True)
 class Address:
-    """An address of the interface with this index. `length` is the prefix length of the address's network.
+    """An address of the interface `index`; `length` is the prefix length of the address's network.
 
     `network` is an address in that network: the peer's on a point-to-point link, else the address itself.
     """
@@ -263,7 +263,7 @@ class Address:
 
 
 def addresses() -> Iterator[Address]:
-    """Yield all addresses of all interfaces, including those that are down. Raises OSError."""
+    """Yield all addresses of all interfaces, including interfaces that are down. Raises OSError."""
     # struct ifaddrmsg: family (any), length of the network, flags, scope, index
     for body in dump(socket.NETLINK_ROUTE, _RTM_GETADDR, struct.pack("=4BI", 0, 0, 0, 0, 0)):
         family, length, _, scope, index = struct.unpack_from("=4BI", body)
@@ -293,7 +293,7 @@ class Paths(NamedTuple):
 
 
 def paths(family: int, type: int, but: Collection[int] = ()) -> Iterator[Paths]:
-    """Yield the routes of a type, such as UNICAST, in all tables. Routes of the protocols in `but` are left out.
+    """Yield the routes of a type, such as UNICAST, in all tables, except routes of the protocols in `but`.
 
     Raises OSError.
     """
@@ -336,10 +336,10 @@ def _gateway(family: int, found: dict[int, bytes]) -> str | None:
 
 
 def interfaces_to(addresses: Iterable[str], default: bool = True) -> dict[str, frozenset[int]]:
-    """Return, by address, the indices of the interfaces through which the kernel routes packets to that address.
+    """Return, by address, the indices of the interfaces through which the kernel would send packets to that address.
 
-    A multipath route has several. The set is empty for an address without a route and, unless `default`, for an
-    address with only a default route. Raises OSError.
+    There are several for a multipath route, and none if there is no route. Without `default`, there are none either if
+    the only route is a default route. Raises OSError.
     """
     found = {}
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as netlink:
@@ -355,7 +355,7 @@ def interfaces_to(addresses: Iterable[str], default: bool = True) -> dict[str, f
 
 
 def _route_to(netlink: socket.socket, address: str, flags: int) -> tuple[int | None, list[tuple[str | None, int]]]:
-    """Return the prefix length of the route to an address, None if there is none, and its next hops."""
+    """Return the prefix length of the route to an address (None: there is no route), and the route's next hops."""
     version = version_of(address)
     body = struct.pack("=8BI", FAMILIES[version], BITS[version], 0, 0, 0, 0, 0, 0, flags)
     netlink.send(message(_RTM_GETROUTE, REQUEST, 0, body + attribute(RTA_DST, pack(address))))
@@ -367,9 +367,9 @@ def _route_to(netlink: socket.socket, address: str, flags: int) -> tuple[int | N
 
 @dataclass(frozen=True)
 class Device:
-    """A network interface. `macs` are its current and its permanent MAC, empty for an interface without Ethernet.
+    """A network interface. `macs` are its current and its permanent MAC; empty if the interface is not Ethernet.
 
-    `kind` is the kernel's name for the interface's type, such as `bridge`, and empty for hardware.
+    `kind` is the kernel's name for the interface's type, such as `bridge`; empty for hardware.
     """
 
     name: str
@@ -409,7 +409,7 @@ def veths_into(namespace: int) -> Iterator[int]:
 
 
 def devices_below(master: int) -> list[Device]:
-    """Return the interfaces that belong to a bond, team or bridge with this index. Raises OSError."""
+    """Return the interfaces that belong to the bond, team or bridge with this index. Raises OSError."""
     request = struct.pack("=BBHiII", 0, 0, 0, 0, 0, 0) + attribute(_IFLA_MASTER, struct.pack("=I", master))
     found = []
     for body in dump(socket.NETLINK_ROUTE, _RTM_GETLINK, request):
@@ -432,19 +432,17 @@ def _device(body: bytes) -> Device:
 
 
 def name_of(name: str | bytes | None) -> str:
-    """Return an interface's name, as the kernel's message or pyroute2 has it, as text; "" if there is none.
+    """Return an interface's name as text; `name` is a value of a netlink message or of pyroute2, and None yields "".
 
-    A name may contain any bytes but white space, `/` and `:`. pyroute2 returns a name that is no UTF-8 as bytes. In the
-    text, bytes that are no UTF-8 are lone surrogates, as in socket.if_nameindex(), and in paths below /proc/sys.
-    Source: dev_valid_name in the kernel's net/core/dev.c.
+    Bytes that are not UTF-8 become lone surrogates, as in socket.if_nameindex().
     """
     return name.rstrip(b"\0").decode(errors="surrogateescape") if isinstance(name, bytes) else name or ""
 
 
 def next_hops() -> Iterator[tuple[str, int]]:
-    """Yield (gateway, interface's index) for each nexthop object (`ip nexthop`) that has a gateway.
+    """Yield (gateway, interface's index) for each nexthop object (`ip nexthop`) with a gateway.
 
-    Raises OSError, in particular on kernels without such objects (before 5.3).
+    Raises OSError, in particular on kernels without nexthop objects (before 5.3).
     """
     # struct nhmsg: family, scope, protocol, reserved, flags
     for body in dump(socket.NETLINK_ROUTE, _RTM_GETNEXTHOP, struct.pack("=4BI", 0, 0, 0, 0, 0)):
@@ -456,7 +454,7 @@ def next_hops() -> Iterator[tuple[str, int]]:
 def do(protocol: int, kind: int, flags: int, body: bytes) -> None:
     """Send a request that changes something; raise OSError if the kernel refuses it.
 
-    `protocol` is the netlink family, `kind` the message type; REQUEST and ACK are added to `flags`.
+    `protocol` is the netlink family, `kind` the message type. REQUEST and ACK are added to `flags`.
     """
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, protocol) as netlink:
         netlink.settimeout(_TIMEOUT)

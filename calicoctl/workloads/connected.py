@@ -1,13 +1,12 @@
-"""Keeps files that say which workloads are connected on this host. The agent wires only these, whatever etcd contains.
+"""Stores, in files, which workloads are connected on this host. The agent wires only these, whatever etcd contains.
 
-A connected workload has a file /var/lib/calico/HOST/workloads/ORCHESTRATOR/ID (see file_name), which wiring.py or
-learning.py writes. The file is removed when the workload is disconnected or no longer exists; it survives reboots, and
-the loss of etcd. A namespace's file contains the namespace's path, which cannot be derived from the id. If the path
-leads through a process, the file also contains the id of the boot, and the process's start time. A container's file is
-empty.
+A connected workload has a file /var/lib/calico/HOST/workloads/ORCHESTRATOR/ID (see file_name). It is removed when the
+workload is disconnected or no longer exists. It survives reboots, and the loss of etcd. A namespace's file contains the
+namespace's path; if the path leads through a process, also the id of the boot, and the process's start time. A
+container's file is empty.
 
-Beside the folder ORCHESTRATOR, the empty file ORCHESTRATOR.learned means that learning.py need not search for workloads
-that an older version has connected: it has found them, or there were none.
+The empty file ORCHESTRATOR.learned, beside the directory ORCHESTRATOR, says that learning.py has already searched for
+workloads that an older version had connected.
 """
 
 from __future__ import annotations
@@ -31,11 +30,10 @@ _ANOTHER_BOOT = "in another boot"
 
 @dataclass(frozen=True)
 class Connected:
-    """What a connected workload's file contains: `path` is the namespace's path, empty for a container.
+    """The content of a connected workload's file. `path` is the namespace's path, empty for a container.
 
     `started` is what process_started returned for the path when the file was written: the start time of the process
-    that the path leads through, None if there is none. After a reboot, `started` is a text that process_started never
-    returns.
+    that the path leads through, None if there is none. After a reboot, `started` equals no result of process_started.
     """
 
     path: str = ""
@@ -43,7 +41,7 @@ class Connected:
 
 
 def get(host: str, orchestrator: str, id: str) -> Connected | None:
-    """Return the content of a connected workload's file; None if nobody has connected the workload on the host.
+    """Return the content of a connected workload's file; None if the workload is not connected on the host.
 
     Returns None, too, if the orchestrator is not in ORCHESTRATORS. Raises CalicoError.
     """
@@ -77,25 +75,19 @@ def every(host: str, orchestrator: str) -> dict[str, Connected]:
 
 
 def is_learned(host: str, orchestrator: str) -> bool:
-    """Return whether learning.py need not search for workloads that an older version has connected.
-
-    Raises CalicoError.
-    """
+    """Return whether the file ORCHESTRATOR.learned exists. Raises CalicoError."""
     return state.read(host, _FOLDER, f"{orchestrator}.{_LEARNED}") is not None
 
 
 def set_learned(host: str, *orchestrators: str) -> None:
-    """Let is_learned return True for these orchestrators (default: all) from now on. Raises CalicoError."""
+    """Create the files ORCHESTRATOR.learned of these orchestrators, all by default. Raises CalicoError."""
     for orchestrator in orchestrators or ORCHESTRATORS:
         state.write(host, _FOLDER, f"{orchestrator}.{_LEARNED}", content=b"")
 
 
 def forget_all(host: str) -> None:
-    """Remove the files of all workloads of a host. Raises CalicoError.
-
-    The files ORCHESTRATOR.learned stay. Without them, learning.py would search again, and trust the endpoints in etcd,
-    which others can write.
-    """
+    """Remove the files of all workloads of a host, but not the files ORCHESTRATOR.learned. Raises CalicoError."""
+    # ORCHESTRATOR.learned stays: without it, learning.py would search again, and trust endpoints that others can write
     for orchestrator in ORCHESTRATORS:
         for name in state.read_all(host, _FOLDER, orchestrator):
             state.remove(host, _FOLDER, orchestrator, name)
@@ -103,7 +95,7 @@ def forget_all(host: str) -> None:
 
 
 def file_name(id: str) -> str:
-    """Return the file name for a workload: its id or, if a file cannot have that name, the SHA-256 of the id in hex.
+    """Return the file name for a workload: its id, or the SHA-256 of the id in hex.
 
     The SHA-256 replaces ids that are longer than 190 bytes, begin with a dot, or contain a slash or a NUL.
     """
@@ -113,9 +105,9 @@ def file_name(id: str) -> str:
 
 
 def id_of(name: str, path: str) -> str:
-    """Return the id of the workload with this file name. If the name is a hash, derive the id from `path`.
+    """Return the id of the workload with this file name. If the name is a hash, the id is derived from `path`.
 
-    `path` is the namespace's path, empty for a container: the file name of a container is always its id.
+    `path` is the namespace's path, empty for a container, whose file name is always its id.
     """
     return path.replace("/", "-") if path and not name.startswith("-") else name
 
@@ -129,7 +121,7 @@ def _parsed(content: bytes) -> Connected:
 
 
 def _boot() -> str:
-    """Return the id of this boot of the kernel, empty if it cannot be read. Source: random(4)."""
+    """Return the id of this boot of the kernel; empty if it cannot be read. Source: random(4)."""
     with suppress(OSError):
         return _BOOT_ID.read_text().strip()
     return ""

@@ -1,10 +1,8 @@
-"""Creates nftables tables that drop all packets of workloads, on a host that lacks the agent's tables.
+"""Creates nftables tables that drop all packets of workloads, on a host without the agent's tables.
 
-They drop all IP packets from and to `cali…` interfaces, and ARP packets from these. They have the names of the agent's
-tables, `inet calico` and `arp calico`: the agent replaces them, and `node remove` removes them, as if they were the
-agent's. Each is created only if no table of that name exists, or if that table has no rules and is replaced. So they
-never add chains to the agent's tables. This module talks netlink to the kernel: that takes much less time than to start
-`nft`, and needs no libnftables. The rules for policy are in felix/dataplane/ruleset.py.
+The tables drop all IP packets from and to `cali…` interfaces, and ARP packets from these. They have the names of the
+agent's tables, `inet calico` and `arp calico`, so the agent replaces them, and `node remove` removes them. A table that
+exists is replaced only if it has no rules. The rules for policy are in felix/dataplane/ruleset.py.
 
 Source: include/uapi/linux/netfilter/nf_tables.h and nfnetlink.h.
 """
@@ -37,7 +35,7 @@ from calicoctl.netlink import (
 
 _TABLE = "calico"
 _FIRST_CHAIN = "anti-spoofing"
-"""The chain that sees each packet from a `cali…` interface first. It has this name in the agent's tables, too."""
+"""The chain that is the first to see a packet from a `cali…` interface. The agent's tables have this chain, too."""
 
 _INET, _ARP = 1, 3
 _PREROUTING, _FORWARD, _OUTPUT, _ARP_INPUT = 0, 2, 3, 0
@@ -70,10 +68,7 @@ _TIMEOUT = 60.0
 
 
 class Guard:
-    """A netlink connection to the kernel's nftables, to find and create the tables. Not thread-safe.
-
-    Closing the connection may take some milliseconds, while the kernel frees tables that were deleted before.
-    """
+    """A netlink connection to the kernel's nftables, to find and create the tables. Not thread-safe."""
 
     def __init__(self) -> None:
         """Open the connection. Raises CalicoError."""
@@ -89,12 +84,12 @@ class Guard:
         self._netlink.close()
 
     def exists(self) -> bool:
-        """Return whether both tables exist and have rules, whoever created them. Raises CalicoError."""
+        """Return whether both tables exist, and have rules in their first chain. Raises CalicoError."""
         with _explained():
             return not self._missing()
 
     def create(self) -> None:
-        """Create each table that does not exist, and replace each that has no rules.
+        """Create each table that does not exist, and replace each table without rules.
 
         Raises CalicoError; then nothing was changed.
         """
@@ -111,7 +106,7 @@ class Guard:
                         raise
 
     def _missing(self) -> list[int]:
-        """Return the families whose table does not exist, or has no rules."""
+        """Return the families whose table does not exist, or has no rules in its first chain."""
         return [family for family in _CHAINS if not _has_rules(self._netlink, family)]
 
 
@@ -165,7 +160,7 @@ def _transact(netlink: socket.socket, requests: list[tuple[int, int, bytes]]) ->
 def _table(family: int, replace: bool) -> Iterator[tuple[int, int, bytes]]:
     """Yield the requests that create the table of a family, each as (type, flags, body).
 
-    Without `replace`, the kernel refuses them if the table exists; with it, they first delete that table.
+    If the table exists, the kernel refuses them without `replace`; with it, the table is deleted first.
     """
     table = _header(family) + _text(_NAME, _TABLE)
     if replace:
@@ -197,7 +192,7 @@ def _table(family: int, replace: bool) -> Iterator[tuple[int, int, bytes]]:
 
 
 def _drop_if(interface: int) -> Iterator[bytes]:
-    """Yield the expressions of the rule `iifname "cali*" drop`, or the same with `oifname`.
+    """Yield the expressions of the rule `iifname "cali*" drop` or `oifname "cali*" drop`.
 
     `interface` is the `meta` key, _IIFNAME or _OIFNAME.
     """

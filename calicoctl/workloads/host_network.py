@@ -1,7 +1,6 @@
-"""Reads this host's addresses, gateways, and the networks to which it is connected, from the kernel.
+"""Reads this host's addresses, its gateways, and the networks to which it is connected, from the kernel.
 
-Netlink dumps take a few milliseconds even with thousands of routes and interfaces, and do not need root.
-datastore/reserved.py derives from the result which addresses workloads must not have.
+datastore/reserved.py derives from them which addresses workloads must not have.
 """
 
 from __future__ import annotations
@@ -23,7 +22,8 @@ if TYPE_CHECKING:
     from calicoctl.workloads.netns import Interface
 
 _NO_NETWORK = (b"", b"\xfe\x80")
-"""The first two bytes of a route's packed destination: none for a default route, fe80 for an IPv6 link-local route."""
+"""The first two bytes of a route's packed destination that is no network: a default route, and IPv6 link-local
+(fe80)."""
 
 _NOT_SET_BY_OTHERS = (netlink.PROTOCOL_KERNEL, netlink.PROTOCOL_BIRD)
 """Protocols of routes that the kernel has derived from addresses, or that BIRD has learned."""
@@ -40,19 +40,19 @@ def read(others: Collection[str] = (), workloads: Collection[str] = ()) -> HostN
 
 
 def own_addresses() -> set[str]:
-    """Return all addresses of this host, broadcast addresses included. Raises CalicoError."""
+    """Return all addresses of this host, including broadcast addresses. Raises CalicoError."""
     with _explained():
         return {text for one in netlink.addresses() for text in (one.address, one.broadcast) if text is not None}
 
 
 def detect() -> tuple[dict[int, str | None], set[str]]:
-    """Detect, for each IP version, an address at which other hosts can probably reach this host. Raises CalicoError.
+    """Choose, for each IP version, an address at which other hosts can probably reach this host. Raises CalicoError.
 
-    Returns these addresses by IP version, and the set of all addresses of this host. A detected address is on the
-    interface of the default route with the lowest metric, else on the interface with the lowest index. Interfaces
-    without a global address are skipped, and so are loopback, bridges, and the interfaces of Docker, libvirt and
-    Calico. The address is the default route's preferred source if the interface has that address, else the first global
-    address of the interface; None if no interface is left.
+    Returns the chosen addresses by IP version, and the set of all addresses of this host. Interfaces without a global
+    address are skipped, and so are loopback, bridges, and the interfaces of Docker, libvirt and Calico. If an interface
+    is left, the address is chosen on the interface of the default route with the lowest metric, else on the interface
+    with the lowest index. It is the route's preferred source if the interface has that address, else the first global
+    address of the interface. If no interface is left, it is None.
     """
     from calicoctl.workloads import netns
 
@@ -147,14 +147,14 @@ def _read(others: Collection[str], workloads: Collection[str]) -> HostNetwork:
 def _macs(indices: set[int], reaching: frozenset[int]) -> dict[str, frozenset[str]]:
     """Return, by interface name, the source MACs that this host's packets to other hosts may have.
 
-    `indices` are the interfaces with an address, `reaching` those through which this host reaches other hosts. The
-    workloads' interfaces are left out, and so are bridges that are only in `indices`: these come and go with the
-    containers or virtual machines that they connect.
+    `indices` are the interfaces with an address, `reaching` those through which this host reaches other hosts.
+    Workloads' interfaces are left out, and so are bridges that are only in `indices`.
     """
     found = {}
     for index in sorted(indices | reaching):
         with suppress(OSError):  # the interface was just deleted
             device = netlink.device(index)
+            # bridges of containers and virtual machines come and go
             if device.name.startswith(INTERFACE_PREFIX) or (device.kind == "bridge" and index not in reaching):
                 continue
             macs = device.macs
@@ -166,17 +166,17 @@ def _macs(indices: set[int], reaching: frozenset[int]) -> dict[str, frozenset[st
 
 
 class _Covering:
-    """Decides whether a route covers any of many addresses. After the first route of a prefix length, this is fast."""
+    """Decides whether a route covers any of many addresses. Caches the addresses' prefixes by prefix length."""
 
     def __init__(self, addresses: Collection[str]) -> None:
         self._numbers = {
             version: [number_of(one) for one in addresses if version_of(one) == version] for version in BITS
         }
         self._prefixes: dict[tuple[int, int], set[int]] = {}
-        """By IP version and prefix length: the prefixes of the addresses, as numbers without the bits after them."""
+        """By IP version and prefix length: the prefixes of the addresses, as integers without the host bits."""
 
     def any(self, version: int, path: netlink.Paths) -> bool:
-        """Return whether the route `path` covers one of the addresses of its IP version, or is a default route."""
+        """Return whether the route `path` is a default route, or covers one of the addresses of its IP version."""
         if path.length == 0:
             return True
         spare = BITS[version] - path.length
@@ -188,7 +188,7 @@ class _Covering:
 
 
 class _Names(dict[int, str]):
-    """The names of interfaces by their indices, looked up on demand; `interface INDEX` for one that was deleted."""
+    """The names of interfaces by index, looked up on demand; `interface INDEX` for an interface that was deleted."""
 
     def __missing__(self, index: int) -> str:
         self[index] = f"interface {index}"

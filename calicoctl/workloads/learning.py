@@ -1,8 +1,8 @@
-"""Finds out, once, which workloads an older version connected on this host, and notes them (connected.py).
+"""Finds, once, the workloads that an older version connected on this host, and writes their files (connected.py).
 
-A workload counts as connected if its endpoint's interface exists and leads into the workload. A container loses its
-interface at a reboot, so it also counts if it was created with --net=none and IPAM has an address for it on this host,
-whether it runs or not. No path from the store is used.
+A workload counts as connected if its endpoint's interface exists and leads into the workload's namespace. A container
+also counts if it was created with --net=none and IPAM has an address for it on this host, since it loses its interface
+at a reboot. Paths in the store are not trusted.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from calicoctl.datastore.keys import EndpointId
 
 _NAMED = Path("/run/netns")
-"""The folder of `ip netns`."""
+"""The directory of `ip netns`."""
 
 
 def learn_namespaces(datastore: DatastoreClient) -> None:
     """Write the files (connected.py) of the namespaces that an older version has wired. Raises CalicoError.
 
-    Checks the namespaces below /run/netns, and those at paths that an older version has kept in lock files.
+    Checks the namespaces in /run/netns, and those at paths that an older version stored in lock files.
     """
     host = datastore.host
     # the tool of 2015 has kept no paths
@@ -42,9 +42,9 @@ def learn_namespaces(datastore: DatastoreClient) -> None:
 def learn_containers(datastore: DatastoreClient, network_modes: dict[str, str]) -> None:
     """Write the files (connected.py) of the containers that are wired, or have an address and no other network.
 
-    `network_modes` maps the ids of all containers of the engine to their values of `docker run --net`. If none of them
-    has an endpoint, although the store has endpoints of containers, the engine may lack its data at the moment: then
-    is_learned stays False, and the caller must repeat this later. Raises CalicoError.
+    `network_modes` maps the ids of all containers of the engine to their values of `docker run --net`. If the store has
+    endpoints of containers, but none of a container in `network_modes`, the engine may not have loaded its data yet:
+    then is_learned stays False, and the caller must call this again later. Raises CalicoError.
     """
     host = datastore.host
     endpoints = _endpoints(datastore, DOCKER)
@@ -66,7 +66,7 @@ def _endpoints(datastore: DatastoreClient, orchestrator: str) -> list[EndpointId
 
 
 def _wired(paths: dict[EndpointId, str]) -> Iterable[EndpointId]:
-    """Return the endpoints whose interface leads into the namespace at the given path."""
+    """Return the endpoints whose interface leads into the namespace at the endpoint's path."""
     lead = netns.check_attachments({id.interface: path for id, path in paths.items()}, next_hops=False)
     return [id for id in paths if lead.get(id.interface)]
 

@@ -1,11 +1,8 @@
-"""One lock per workload, so that only one command, or the agent, changes the workload at a time.
+"""Locks workloads, so that only one process, a command or the agent, changes a workload at a time.
 
-The locks are files under /run/calico/<host name>/, held with flock(2), so a process that dies releases them. (An older
-version kept the path of a connected namespace in the lock file; `paths_of_older_version` reads it.)
-
-While a change is in progress, a second file, the mark, exists beside the lock file. If the mark exists and the lock is
-free, the change was interrupted, for example by `kill -9`, or it failed and was not rolled back completely. The mark
-contains the workload's id and, if it is known, the container's name.
+A lock is a flock(2) on a file below /run/calico/HOST. During a change, a second file exists beside it: the mark. If the
+mark exists and the lock is free, the change was interrupted, for example by `kill -9`, or its rollback failed. The mark
+contains the workload's id and, if known, the container's name.
 """
 
 from __future__ import annotations
@@ -25,14 +22,17 @@ PATIENCE = 30.0
 """Seconds to wait for a lock that another process holds."""
 
 _MARK = "unfinished."
-"""The prefix of a mark's file name; the lock's file name follows."""
+"""The prefix of a mark's file name. The name of the lock file follows it."""
 
 
 class WorkloadLock:
-    """The lock of a workload, held inside `with`. The lock file is removed when the lock is released."""
+    """The lock of a workload, held inside `with`. The lock file is removed when the lock is released.
+
+    `interrupted` says whether the mark existed when the lock was acquired.
+    """
 
     def __init__(self, host: str, orchestrator: str, workload: str, wait: bool = True) -> None:
-        """`workload` is the workload's id. Without `wait`, `with` raises Conflict at once if the lock is not free."""
+        """`workload` is the workload's id. With `wait`, `with` waits for the lock, at most PATIENCE."""
         self._directory = DIRECTORY / host
         self._workload = workload
         name = f"{orchestrator}.{file_name(workload)}"
@@ -43,10 +43,7 @@ class WorkloadLock:
         self.interrupted = False
 
     def __enter__(self) -> WorkloadLock:
-        """Wait for the lock; raise Conflict after PATIENCE, and CalicoError if the lock file cannot be created.
-
-        Sets `interrupted`: whether a mark shows that an earlier change of the workload was not completed.
-        """
+        """Acquire the lock. Raises Conflict if it stays locked, CalicoError if the lock file cannot be used."""
         give_up = time.monotonic() + (PATIENCE if self._wait else 0)
 
         def refuse() -> None:
@@ -69,7 +66,7 @@ class WorkloadLock:
         os.close(self._fd)
 
     def mark_in_progress(self, name: str = "") -> None:
-        """Write the mark of a change in progress, with the `name` of the container, if any. Raises CalicoError."""
+        """Write the mark; `name` is the name of the container, if any. Raises CalicoError."""
         try:
             with open(self.mark, "w", opener=_no_link) as mark:
                 mark.write("\0".join([self._workload, name] if name else [self._workload]))
@@ -77,32 +74,32 @@ class WorkloadLock:
             raise CalicoError(f"cannot write {self.mark}: {error.strerror}") from None
 
     def clear_mark(self) -> None:
-        """Remove the mark after this change, done or rolled back; keep it if an earlier change was interrupted."""
+        """Remove the mark, unless an earlier change was interrupted."""
         if not self.interrupted:
             self.mark.unlink(missing_ok=True)
 
     def clear_all(self) -> None:
-        """Remove the mark: this change, and an earlier one that was interrupted, are complete or rolled back."""
+        """Remove the mark in any case. The caller has completed, or rolled back, an interrupted change, too."""
         self.mark.unlink(missing_ok=True)
         self.interrupted = False
 
 
 def exists(host: str, orchestrator: str, workload: str) -> bool:
-    """Return whether a workload has a lock file, held or not, or the mark of an interrupted change."""
+    """Return whether a workload has a lock file, locked or not, or a mark."""
     lock = WorkloadLock(host, orchestrator, workload)
     return lock.path.exists() or lock.mark.exists()
 
 
 def interrupted(host: str, orchestrator: str) -> list[str]:
-    """Return the ids of the workloads whose last change is in progress, or was interrupted."""
+    """Return the ids of the workloads with a mark: the last change is in progress, or was interrupted."""
     # the content of a mark is the id, unless writing the mark itself was interrupted
     return [content[0] or id for id, content in _marks(host, orchestrator)]
 
 
 def interrupted_named(host: str, orchestrator: str, name: str) -> set[str]:
-    """Return the ids of containers with this name whose last change is in progress or was interrupted.
+    """Return the ids of the containers with a mark that contains this name.
 
-    Only root can read the names: for other users, the result is empty.
+    Only root can read the marks; for other users, the result is empty.
     """
     with suppress(PermissionError):
         return {content[0] for _, content in _marks(host, orchestrator) if content[2] == name}
@@ -110,9 +107,9 @@ def interrupted_named(host: str, orchestrator: str, name: str) -> set[str]:
 
 
 def _marks(host: str, orchestrator: str) -> list[tuple[str, tuple[str, str, str]]]:
-    """Return each mark as a pair: the id (or its hash) in the file name, and the content (id, NUL, container's name).
+    """Return each mark as a pair: the part of its file name that is derived from the id, and its content.
 
-    The container's name is empty if the mark contains none; all three parts are empty if the mark cannot be read.
+    The content is the workload's id, NUL, and the container's name, if any; all parts are empty if it cannot be read.
     """
     prefix = f"{_MARK}{orchestrator}."
     names = [name for name in _names(host) if name.startswith(prefix)]
@@ -120,10 +117,7 @@ def _marks(host: str, orchestrator: str) -> list[tuple[str, tuple[str, str, str]
 
 
 def remove_stale(host: str, orchestrator: str) -> None:
-    """Remove empty lock files that no process has locked, which killed commands have left.
-
-    Lock files with content are kept, since paths_of_older_version reads them.
-    """
+    """Remove empty lock files that no process has locked. Killed commands leave such files."""
     empty: list[Path] = []
     with suppress(FileNotFoundError), os.scandir(DIRECTORY / host) as entries:
         empty = [Path(file) for file in entries if file.name.startswith(f"{orchestrator}.") and not file.stat().st_size]
@@ -143,7 +137,7 @@ def _no_link(path: str, flags: int) -> int:
 
 
 def paths_of_older_version(host: str, orchestrator: str) -> dict[str, str]:
-    """Return the namespaces' paths that an older version has kept in lock files, by the workloads' ids."""
+    """Return the paths of namespaces that an older version stored in lock files, by the workloads' ids."""
     prefix = f"{orchestrator}."
     found = {}
     for name in _names(host):

@@ -1,8 +1,7 @@
 """Determines the MTU of workloads' interfaces: the MTU of the underlay, minus the headers of the overlay, if any.
 
 The underlay is the network that carries packets between hosts. Its MTU is the MTU of the interface with this host's
-registered address, read from the kernel. wiring.py uses the result for veth pairs, felix/dataplane/vxlan_manager.py for
-the devices of the overlay. The setting `MTU` (datastore/config.py) overrides the result.
+registered address. The setting `MTU` (datastore/config.py) overrides the result.
 """
 
 from __future__ import annotations
@@ -27,14 +26,14 @@ if TYPE_CHECKING:
     from calicoctl.datastore.client import DatastoreClient
 
 DEFAULT = 1500
-"""The MTU of Ethernet, used if the interface is unknown."""
+"""The MTU of Ethernet, used if the underlay's MTU is unknown."""
 
 HEADER = {4: 50, 6: 70}
 """The bytes that VXLAN adds to a packet, by the IP version of the underlay: the outer IP header, and the headers of
-UDP (8 bytes), VXLAN (8) and the inner Ethernet frame (14). Source: RFC 7348, section 5."""
+UDP, VXLAN and the inner Ethernet frame. Source: RFC 7348, section 5."""
 
 SMALLEST = 1280
-"""The smallest MTU that IPv6 permits on a link, and so the smallest inside a tunnel. Source: RFC 8200, section 5."""
+"""The smallest MTU that IPv6 permits on a link. Source: RFC 8200, section 5."""
 
 _SIOCGIFMTU = 0x8921
 """The ioctl that returns an interface's MTU. Source: netdevice(7)."""
@@ -45,9 +44,8 @@ class Underlay:
     """The interface through which packets from an address of this host leave to other hosts, and its MTU.
 
     `is_present` says whether an interface has the address. `interface` is the index of that interface; None if no
-    interface has the address, or if it is the loopback interface: then packets may leave through any interface. `mtu`
-    is the MTU of the interface or, if `interface` is None, that of the default route's interface; DEFAULT if there is
-    no default route, or if the interface was just deleted.
+    interface has the address, or if it is the loopback interface. `mtu` is the MTU of the interface; if `interface` is
+    None, the MTU of the default route's interface; DEFAULT if that cannot be read either.
     """
 
     interface: int | None = None
@@ -80,12 +78,12 @@ def _mtu(index: int) -> int:
 
 
 def in_overlay(mtu: int, version: int) -> int:
-    """Return the MTU inside a tunnel over an underlay of this MTU and IP version, at least SMALLEST."""
+    """Return the MTU inside a tunnel over an underlay of this MTU and IP version; at least SMALLEST."""
     return max(SMALLEST, mtu - HEADER[version])
 
 
 def configured(datastore: DatastoreClient) -> str | None:
-    """Return the setting MTU, None if it is not set."""
+    """Return the setting MTU; None if it is not set."""
     return datastore.setting(keys.config(config.MTU.name))
 
 
@@ -96,11 +94,11 @@ def of_interface(
     next_hops: Mapping[int, str],
     configured: str | None,
 ) -> int:
-    """Return the MTU of a new interface with these addresses: the configured MTU or, by default, one that fits all.
+    """Return the MTU of a new interface with these addresses: the setting or, by default, an MTU that fits them all.
 
-    An invalid setting is ignored: the agent reports it. `pools` must contain the pools of the addresses; an address in
-    no pool counts as not encapsulated. `next_hops` are this host's registered addresses by IP version, at least for the
-    IP versions of the addresses. `configured` is the setting. Reads at most one key of the store. Raises CalicoError.
+    `pools` must contain the pools of the addresses; an address in no pool counts as not encapsulated. `next_hops` are
+    this host's registered addresses by IP version, at least for the IP versions of the addresses. `configured` is the
+    setting; an invalid one is ignored. Raises CalicoError if the store or the kernel cannot be read.
     """
     with suppress(CalicoError):  # the agent reports an invalid value
         config.MTU.check(configured or "")
@@ -125,10 +123,10 @@ def of_interface(
 def of_addresses(modes: Iterable[tuple[int, str]], underlays: Mapping[int, int]) -> int:
     """Return the largest MTU that fits all addresses of an interface.
 
-    `modes` contains a pair for each address: its IP version, and the VXLAN mode of its pool. `underlays` maps the IP
-    versions of this host's underlays to their MTUs; tunnels use IPv4 if it is among them. The MTU of a missing underlay
-    is assumed to be DEFAULT. If there are no addresses, the result is the smallest MTU of the underlays; if there are
-    no underlays either, DEFAULT.
+    `modes` contains, for each address, its IP version and the VXLAN mode of its pool. `underlays` maps the IP versions
+    of this host's underlays to their MTUs; tunnels use IPv4 if it is among them. The MTU of a missing underlay is
+    assumed to be DEFAULT. If there are no addresses, the result is the smallest MTU of the underlays; if there are no
+    underlays either, DEFAULT.
     """
     found = []
     for version, mode in modes:

@@ -1,6 +1,6 @@
-"""Finds out the addresses of the servers that this host depends on: the members of its etcd, and its DNS servers.
+"""Determines the addresses of the servers that this host depends on: the members of its etcd, and its DNS servers.
 
-Only resolves names, and reads resolv.conf. datastore/reserved.py says why workloads must not have these addresses.
+Workloads must not have these addresses (datastore/reserved.py).
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ RESOLV_CONF = ("/etc/resolv.conf", "/run/systemd/resolve/resolv.conf")
 
 
 def current(members: Iterable[str]) -> Servers:
-    """Return the servers. `members` are the names, or addresses, of etcd's members.
+    """Return the current servers; `members` are the names, or addresses, of etcd's members.
 
-    For a name that cannot be resolved, its last known addresses (last_known.py) are used. If none are known, the name
-    is in `unknown`. The call may take as long as the resolver waits for its servers.
+    If a name cannot be resolved, its last known addresses are used (last_known.py). If none are known, the name is in
+    `unknown`. The call blocks until the resolver answers or gives up.
     """
     found = {member: resolved(member) or last_known.addresses(member) for member in members}
     unknown = frozenset(member for member, addresses in found.items() if not addresses)
@@ -29,9 +29,9 @@ def current(members: Iterable[str]) -> Servers:
 
 
 def resolved(name: str) -> frozenset[str]:
-    """Return the canonical addresses of a host name; empty if it cannot be resolved.
+    """Return the canonical addresses of a host name; an empty set if it cannot be resolved.
 
-    `name` may also be an address, an IPv6 address perhaps in brackets: then the result is this address.
+    `name` may also be an address, an IPv6 address with or without brackets.
     """
     with suppress(OSError, UnicodeError):  # of an invalid or unknown name
         found = socket.getaddrinfo(name.strip("[]"), None, type=socket.SOCK_STREAM)
