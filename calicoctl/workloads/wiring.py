@@ -1,18 +1,16 @@
 """Connects workloads to the network, and disconnects them: address, veth pair and endpoint, as one transaction.
 
-Each function lists its steps from top to bottom, with the undo of a step beside it. If connecting a workload or adding
-an address fails, an interrupt included, the undos run in reverse order. Removals have no undo: they can be repeated. A
-process that is killed cannot roll back. So the steps are ordered such that the next command for the same workload finds
-everything that was done:
+If connecting a workload or adding an address fails, the completed steps are undone in reverse order. Removals are not
+undone: they can be repeated. A killed process cannot undo its steps, so their order lets the next command for the same
+workload find all of them:
 
-* The address is assigned first. Its handle names the workload; its attributes name the endpoint, and so the veth pair.
-* The host end of the veth pair is brought up last in the kernel: while the host end is down, the pair is incomplete. By
-  then, a table drops the workload's packets until the agent programs it: the agent's table, or that of guard.py, except
-  beside a Felix of 2015, which has its own rules.
-* The endpoint is written to etcd last. On disconnecting, the endpoint is removed before its addresses are released. The
-  exception is an address without a handle, assigned by an old tool: only the endpoint names its owner.
+* The address is assigned first. Its attributes contain the endpoint id, from which the name of the veth pair is
+  derived.
+* The host end of the veth pair is brought up last: while it is down, the pair is incomplete.
+* The endpoint is written to etcd last. On disconnecting, it is removed before its addresses are released, except
+  addresses without a handle, whose owner is known only from the endpoint.
 
-A workload's lock is held from before the first read until the end. The container command and upkeep.py use this module.
+A function that changes a workload holds the workload's lock from its first read until it returns.
 """
 
 from __future__ import annotations
@@ -53,7 +51,9 @@ DEFAULT_INTERFACE = "eth1"
 
 @dataclass(frozen=True)
 class AddressRequest:
-    """The address that a user requests: `address` if set; else any of the pool `cidr` if set; else any of `version`."""
+    """The address that a user requests: `address` if set, else any address of the pool `cidr` if set, else any of
+    `version`.
+    """
 
     version: int
     address: IPAddress | None = None
@@ -61,7 +61,7 @@ class AddressRequest:
 
     @classmethod
     def parse(cls, text: str) -> AddressRequest:
-        """Parse an address, `ipv4`, `ipv6`, or a CIDR. Raises CalicoError."""
+        """Parse an address, `ipv4`, `ipv6`, or the CIDR of a pool. Raises CalicoError if the text is none of these."""
         if text.lower() in ("ipv4", "ipv6"):
             return cls(int(text[-1]))
         if "/" in text:
@@ -76,9 +76,9 @@ class AddressRequest:
         return cls(address.version, address=address)
 
     def pools(self, datastore: DatastoreClient, entries: list[Entry] | None = None) -> list[Pool]:
-        """Return the pools that the address may be assigned from; raise CalicoError when there is none.
+        """Return the pools from which the address may be assigned; raise CalicoError if there is none.
 
-        `entries` are those of the pools of its IP version, if they were just read.
+        `entries` are the store's entries of the pools of this IP version, if they were just read.
         """
         from netaddr.ip import IPNetwork
 
@@ -112,9 +112,9 @@ class AddressRequest:
 
 @dataclass(frozen=True)
 class Terms:
-    """What a new address depends on. `pools` are those that it may be from, `mtu` is the setting of that name.
+    """The data on which the choice of a new address depends. `pools` may contain the address; `mtu` is the setting MTU.
 
-    `affine` are the names of the blocks with affinity to this host, None if a certain address is requested.
+    `affine` are the names of the blocks with affinity to this host; None if a certain address is requested.
     """
 
     next_hop: str
@@ -125,7 +125,7 @@ class Terms:
 
     @classmethod
     def read(cls, datastore: DatastoreClient, request: AddressRequest, next_hop: str | None = None) -> Terms:
-        """Read them. `next_hop` replaces the one in the store.
+        """Read the terms for a request. `next_hop` replaces the next hop in the store.
 
         Raises CalicoError if there is no next hop or no pool, or if no workload may have the requested address.
         """
@@ -137,9 +137,9 @@ class Terms:
 
 
 def is_interface_name(name: object) -> bool:
-    """Return whether the kernel accepts a name for an interface.
+    """Return whether `name` is a string that the kernel accepts as the name of an interface.
 
-    Source: dev_valid_name() in the kernel's net/core/dev.c; a name with '%' would be a pattern, such as `eth%d`.
+    A name with '%' is not accepted: it would be a pattern. Source: dev_valid_name() in the kernel's net/core/dev.c.
     """
     if not isinstance(name, str) or not name.isprintable() or name in (".", ".."):
         return False
@@ -147,7 +147,7 @@ def is_interface_name(name: object) -> bool:
 
 
 def check_interface_name(name: str) -> None:
-    """Raise CalicoError for a name that the kernel does not accept for an interface."""
+    """Raise CalicoError if the kernel does not accept `name` as the name of an interface."""
     if not is_interface_name(name):
         raise CalicoError(
             f"'{name}' is not a valid interface name: it must have 1 to 15 bytes, and no '/', ':', '%' or blanks"
@@ -156,10 +156,10 @@ def check_interface_name(name: str) -> None:
 
 @dataclass(frozen=True)
 class Attachment:
-    """How a workload is connected: endpoint id, an address, and the name and MAC of the interface inside the workload.
+    """A workload's connection: endpoint id, an address, and the name and MAC of the interface inside the workload.
 
-    `mac` is None if the endpoint has none. `existed` says that the workload was connected like this before, and that
-    nothing has been changed.
+    `mac` is None if the endpoint has none. `existed` says that the workload was connected already, and nothing was
+    changed.
     """
 
     id: EndpointId
@@ -176,12 +176,12 @@ def connect(
     interface: str | None = None,
     exist_ok: bool = False,
 ) -> Attachment:
-    """Connect a workload, or re-attach one that has lost its interface.
+    """Connect a workload, or re-attach a workload that has lost its interface.
 
-    `interface` is the interface's name inside the workload. None means the name that it had before, else
-    DEFAULT_INTERFACE. With `exist_ok`, it is no error if the workload is already connected with an address that
-    satisfies the request and with this interface. If the namespace's path now leads to another process, the workload of
-    the earlier process is disconnected first. Raises CalicoError, after a rollback.
+    `interface` is the interface's name inside the workload; None means its previous name or, for a new workload,
+    DEFAULT_INTERFACE. With `exist_ok`, a workload that is already connected with an address that satisfies the request,
+    and with this interface, is not an error. If the namespace's path now leads to another process, the workload of the
+    earlier process is disconnected first. Raises CalicoError, after a rollback.
     """
     with WorkloadSession.enter(datastore, workload) as session:
         session.clear_after_another_process()
@@ -203,7 +203,7 @@ def connect(
 
 
 def _connect_new(session: WorkloadSession, request: AddressRequest, interface: str) -> Attachment:
-    """Connect a workload that has no endpoint; adopt, or remove, what an interrupted command has left."""
+    """Connect a workload that has no endpoint; adopt or remove what an interrupted command has left."""
     datastore, workload, version = session.datastore, session.workload, request.version
     terms = Terms.read(datastore, request)
     next_hops = {version: terms.next_hop}
@@ -240,10 +240,10 @@ def reattach(
 
     If the interface's name in the workload is not known any more, it is `interface`, or DEFAULT_INTERFACE. Returns an
     Attachment with the endpoint's first address that satisfies `request` (None: any). If the endpoint has no addresses,
-    one is assigned as `request` says; with `request` None, none is assigned, and None is returned.
+    one is assigned as `request` says; if `request` is None, none is assigned, and None is returned.
 
-    Raises CalicoError if no address satisfies `request`, if `interface` is not the name that is known, or if a step
-    fails, after a rollback.
+    Raises CalicoError if the endpoint has addresses, but none satisfies `request`; if `interface` is not the known
+    name; or if a step fails, after a rollback.
     """
     datastore, workload = session.datastore, session.workload
     addresses = [parse_address(address) for address in endpoint.addresses]
@@ -309,11 +309,10 @@ def reattach(
 
 
 def disconnect(datastore: DatastoreClient, workload: Workload) -> None:
-    """Remove a workload's endpoints, interfaces and addresses. Raises NotFound if it has neither endpoint nor handle.
+    """Remove a workload's endpoints, interfaces and addresses. Raises NotFound if there is nothing to remove.
 
-    The container and its namespace need not exist. An address that has a handle is released only after the endpoint
-    that lists it has been removed. Raises CalicoError, also if another namespace's path has the same id. What was
-    removed before a failure stays removed: a further call removes the rest.
+    The container and its namespace need not exist. Raises CalicoError if a step fails, or if a namespace with another
+    path has the same id. What was removed before a failure stays removed: a further call removes the rest.
     """
     with WorkloadLock(datastore.host, workload.orchestrator, workload.id) as lock:
         stored = datastore.read_workload(workload.handle, workload.stored_as)
@@ -337,7 +336,7 @@ def _clear(
 ) -> None:
     """Remove a workload's `endpoints`, their interfaces and addresses, and all addresses of its handle.
 
-    The caller holds the workload's `lock`, and has read the endpoints, and what the handle holds, under it.
+    The caller holds the workload's `lock`, and has read `endpoints` and `holding` while it held the lock.
     """
     held = {} if holding is None else holding.owners
     datastore.check_endpoints_writable(endpoints, workload.handle)
@@ -354,14 +353,14 @@ def _clear(
 
 
 def _listed(id: EndpointId, entry: Entry) -> list[IPAddress]:
-    """Return the addresses that an endpoint lists, none if it is invalid."""
+    """Return the addresses that an endpoint lists; none if the endpoint is invalid."""
     with suppress(InvalidValue):
         return list(map(parse_address, Endpoint.from_json(id, entry.value, entry.key).addresses))
     return []
 
 
 def _forget(datastore: DatastoreClient, workload: Workload, lock: WorkloadLock) -> None:
-    """Note that a workload is not connected any more, and that no change of it is in progress. Raises CalicoError."""
+    """Store that a workload is not connected any more, and that no change of it is in progress. Raises CalicoError."""
     connected.forget(datastore.host, workload.orchestrator, workload.id)
     lock.clear_all()
 
@@ -372,10 +371,11 @@ def add_address(
     """Add an address to a connected workload; return the address, and whether it is new to the workload.
 
     If it is the first address of an IP version, the next hop and the default route of that version are added, too. An
-    address that an interrupted command has assigned is used first, if it satisfies the request. If the workload already
-    has the requested address, that is configured in the kernel again, in case it is missing there. The MTU of the
-    interface is lowered if the new address requires that. Raises CalicoError, after a rollback; also if the workload is
-    connected through an interface that is not `interface` (None: any).
+    address that an interrupted command has assigned is preferred, if it satisfies the request. If the endpoint already
+    lists the requested address, the address is only configured in the kernel again. The MTU of the interface is lowered
+    if necessary.
+
+    Raises CalicoError, after a rollback; also if the workload's interface is not `interface` (None: any).
     """
     with WorkloadSession.enter(datastore, workload) as session:
         workload = session.workload
@@ -424,11 +424,10 @@ def add_address(
 
 
 def remove_address(datastore: DatastoreClient, workload: Workload, address: IPAddress, interface: str | None) -> None:
-    """Remove an address from a workload, which need not run. Raises NotFound when the workload does not have it.
+    """Remove an address from a workload, which need not run. Raises NotFound if the workload does not have the address.
 
     If it is the last address of an IP version, the next hop and the default route of that version are removed, too.
-    Raises CalicoError, without a rollback; also if the workload is connected through an interface that is not
-    `interface` (None: any).
+    Raises CalicoError, without a rollback; also if the workload's interface is not `interface` (None: any).
     """
     with WorkloadSession.enter(datastore, workload, must_run=False) as session:
         endpoint = session.only_endpoint()
@@ -456,7 +455,7 @@ def remove_address(datastore: DatastoreClient, workload: Workload, address: IPAd
 def _without(net: str) -> Callable[[Endpoint], bool]:
     """Return a function for modify_endpoint that removes `net`.
 
-    If no net of its IP version is left, it also removes the next hop of that version.
+    If no net of the same IP version is left, the function also removes the next hop of that version.
     """
 
     def change(endpoint: Endpoint) -> bool:
@@ -472,12 +471,12 @@ def _without(net: str) -> Callable[[Endpoint], bool]:
 
 
 class WorkloadSession:
-    """A locked workload, with its namespace open if it has one, and with its state in the store and in the kernel.
+    """A locked workload with its open namespace, if any, and its state in the store and in the kernel.
 
-    `known` is what connected.get returned at the start: None if nobody has connected it on this host. `held` are the
-    addresses of the workload's handle, with their owners; `holding` and `handle` are the same as it was read: what the
-    handle holds on this host, and its entry. `endpoint` is the workload's endpoint, None if it has none.
-    `host_mac` is the MAC of the host end of the veth pair: HOST_MAC until `attached_interface` has found that end.
+    `known` is the result of connected.get. `held` maps the addresses of the workload's handle on this host to their
+    owners. `holding` contains the same, as it was read, or is None; `handle` is the handle's entry, or None. `endpoint`
+    is the workload's endpoint, or None. `host_mac` is the MAC of the host end of the veth pair: HOST_MAC until
+    `attached_interface` has read it.
     """
 
     def __init__(
@@ -522,7 +521,7 @@ class WorkloadSession:
         """Lock the workload, open its namespace, and read its state from the store and the kernel. Raises CalicoError.
 
         Without `must_run`, the namespace may be missing. If the endpoint is stored under the other spelling of the
-        namespace's path (`stored_otherwise`), the session is for that workload.
+        namespace's path (Workload.other_spelling), the session is for that workload.
         """
         with ExitStack() as stack:
             lock = stack.enter_context(WorkloadLock(datastore.host, workload.orchestrator, workload.id))
@@ -543,7 +542,7 @@ class WorkloadSession:
 
     @property
     def entry(self) -> Entry | None:
-        """The entry of the workload's endpoint, as it was read at the start; None if it has none."""
+        """The entry of the workload's endpoint, as it was read at the start; None if there is no endpoint."""
         return next(iter(self._entries.values()), None)
 
     @property
@@ -553,7 +552,7 @@ class WorkloadSession:
 
     @property
     def loopback(self) -> netns.Loopback:
-        """The state of the namespace's loopback interface at the last refresh."""
+        """The state of the namespace's loopback interface at the last `refresh`."""
         return self._inspection.loopback
 
     def refresh(self) -> None:
@@ -561,9 +560,9 @@ class WorkloadSession:
         self._inspection = netns.Inspection() if self._namespace is None else self._namespace.inspect()
 
     def attached_interface(self, also_down: bool = False) -> str | None:
-        """Return the name, inside the workload, of its Calico interface; None if it has none.
+        """Return the name of the Calico interface inside the workload; None if there is none.
 
-        An interface whose host end is down does not count, unless `also_down` is set: the host end is set up last.
+        An interface whose host end is down does not count, unless `also_down` is set.
         """
         host_end = netns.find_interface(self.endpoint.id.interface) if self.endpoint is not None else None
         if host_end is None or not (host_end.up or also_down):
@@ -573,7 +572,7 @@ class WorkloadSession:
         return None if own is None else own.name
 
     def mtu(self, attached: str) -> int:
-        """Return the MTU of the workload's interface with this name, 0 if there is none."""
+        """Return the MTU of the workload's interface with this name; 0 if there is none."""
         interface = self.namespace.interface(attached)
         return interface.mtu if interface is not None else 0
 
@@ -583,19 +582,19 @@ class WorkloadSession:
         netns.set_mtu(self.only_endpoint().id.interface, size)
 
     def _pairs(self) -> list[tuple[netns.Interface, netns.Interface]]:
-        """Return the veth pairs between the namespace and the host: the end in the namespace, then the host end."""
+        """Return the veth pairs between the namespace and the host, as (end in the namespace, host end)."""
         return [] if self._namespace is None else self._namespace.pairs()
 
     def only_endpoint(self) -> Endpoint:
-        """Return the workload's endpoint; raise NotFound when it has none."""
+        """Return the workload's endpoint; raise NotFound if it has none."""
         if self.endpoint is None:
             raise not_connected(self.workload.name)
         return self.endpoint
 
     def connected(self, interface: str | None) -> tuple[Endpoint, str]:
-        """Return the endpoint, and its interface's name inside the workload; raise CalicoError if one is missing.
+        """Return the endpoint, and the name of its interface inside the workload.
 
-        Raises CalicoError, too, if that name is not `interface` (None: any).
+        Raises CalicoError if either is missing, or if the name is not `interface` (None: any).
         """
         endpoint, attached = self.only_endpoint(), self.attached_interface()
         if attached is None:
@@ -623,7 +622,7 @@ class WorkloadSession:
                 self._delete(host_end.name)
 
     def remove_remains(self, endpoint: Endpoint) -> None:
-        """Delete the veth pair of an endpoint if the pair is incomplete, or its host end was renamed.
+        """Delete the veth pair of an endpoint that is incomplete, or whose host end was renamed.
 
         Raises Conflict if the pair is complete now.
         """
@@ -637,7 +636,7 @@ class WorkloadSession:
     def _delete(self, name: str) -> None:
         """Delete an interface of the host, if it exists.
 
-        Raises CalicoError, without deleting the interface, if the store cannot be written.
+        Raises CalicoError if the store cannot be written; then the interface is not deleted.
         """
         if netns.find_interface(name) is not None:
             ids = [self.endpoint.id] if self.endpoint is not None else []
@@ -646,7 +645,7 @@ class WorkloadSession:
             self.refresh()
 
     def clear_after_another_process(self) -> None:
-        """If the workload's path now leads to another process, disconnect the workload of the earlier process.
+        """Disconnect the workload of an earlier process if the namespace's path now leads to another process.
 
         The workload stays connected if its veth pair still leads into the namespace at the path.
         """
@@ -661,9 +660,9 @@ class WorkloadSession:
             self.held, self.holding, self.handle = {}, None, None
 
     def remember(self, undo: Callable[..., object] | None = None) -> None:
-        """Note that the workload is connected on this host; see connected.py. Raises CalicoError.
+        """Store that the workload is connected on this host (connected.py). Raises CalicoError.
 
-        With `undo`, from _rollback_on_failure, a rollback removes the note, unless there was one before.
+        With `undo`, from _rollback_on_failure, a rollback reverts this, unless the workload was connected before.
         """
         key, path = (self.datastore.host, self.workload.orchestrator, self.workload.id), self.workload.path or ""
         if undo is not None and self.known is None:
@@ -671,7 +670,7 @@ class WorkloadSession:
         connected.put(*key, path, process_started(path))
 
     def refuse_other_endpoint(self) -> None:
-        """Raise CalicoError if the namespace is already connected as another workload, such as under another path."""
+        """Raise CalicoError if the namespace is connected as another workload, for example under another path."""
         for interface, host_end in self._pairs():
             if host_end.name.startswith(INTERFACE_PREFIX):
                 raise CalicoError(
@@ -700,11 +699,11 @@ class WorkloadSession:
 
 @contextmanager
 def _rollback_on_failure(session: WorkloadSession) -> Iterator[Callable[..., object]]:
-    """Yield a function that registers an undo (a function and its arguments), to run if the body of `with` fails.
+    """Yield a function that registers an undo: a function and its arguments, called if the body of `with` fails.
 
-    The undo that was registered last runs first. An undo must be harmless if its step was not done. If an undo raises
-    CalicoError, the others still run, and the final error says why it failed, and what to do. Meanwhile, the workload
-    has the mark of a change in progress (locks.py), which stays if an undo has failed.
+    Undos run in reverse order. An undo must be harmless if its step was not done. If an undo raises CalicoError, the
+    others still run, and the final error describes the failure. Inside `with`, the workload has the mark of a change in
+    progress (locks.py); the mark stays if an undo has failed.
     """
     failures: list[str] = []
 
@@ -745,11 +744,11 @@ def _attach(
 ) -> str:
     """Create a veth pair and configure both ends, the host's last; return the MAC of the workload's end.
 
-    If neither the agent's tables nor those of guard.py exist, those of guard.py are created first, so that the
-    workload's packets are dropped; not if Felix of 2015 runs.
+    If there are neither the agent's tables nor those of guard.py, those of guard.py are created first, to drop the
+    workload's packets until the agent programs it; but not if Felix of 2015 runs.
 
-    `name` is the name of the host end, `interface` that of the workload's end; `next_hops` are addresses by IP version;
-    `mac` is the MAC for the workload's end, None for any; `size` is the MTU; `undo` is from _rollback_on_failure.
+    `name` is the name of the host end, `interface` that of the workload's end. `next_hops` are addresses by IP version.
+    `mac` is the MAC of the workload's end, None for any. `size` is the MTU. `undo` is from _rollback_on_failure.
     """
     if netns.find_interface(name) is not None:
         raise CalicoError(f"this host has an interface {name} already, of another endpoint; try again")
@@ -765,13 +764,10 @@ def _attach(
 
 
 def _has_old_felix(datastore: DatastoreClient) -> bool:
-    """Return whether Felix of 2015 runs on this host: it has rules of its own. Raises CalicoError.
-
-    The store alone does not decide: whoever may write to it could have workloads connected without any rules. Chains
-    that Felix has left drop the packets of interfaces that it does not know.
-    """
+    """Return whether Felix of 2015, which has rules of its own, runs on this host. Raises CalicoError."""
     if not datastore.statuses.of_old_agent():
         return False
+    # others may write to the store, so it does not suffice; chains that Felix has left drop packets as well
     from calicoctl import iptables  # imports subprocess, which most commands do not need
 
     return any("felix-FORWARD" in chains for chains in iptables.old_felix_chains().values())
@@ -782,7 +778,7 @@ def _adopt(
 ) -> tuple[IPAddress | None, EndpointId]:
     """Adopt one address that an interrupted command has assigned, and release the others.
 
-    Returns the adopted address and the endpoint id in its attributes; if no address satisfies the request, None and a
+    Returns the adopted address, and the endpoint id in its attributes. If no address can be adopted, returns None and a
     new id.
     """
     workload = session.workload
@@ -804,7 +800,7 @@ def _is_like(owner: Owner, other: Owner) -> bool:
 
 
 def _assign(session: WorkloadSession, owner: Owner, request: AddressRequest, terms: Terms) -> IPAddress:
-    """Assign an address that satisfies the request; raise CalicoError when there is none."""
+    """Assign an address that satisfies the request; raise CalicoError if there is none."""
     datastore, pools = session.datastore, terms.pools
     if request.address is None:
         taken = datastore.ipam.auto_assign(1, pools, owner, terms.reserved, terms.affine, session.handle)
@@ -831,7 +827,7 @@ def _except_text(networks: Collection[Network]) -> str:
 
 
 def reserved_addresses(datastore: DatastoreClient, version: int, hosts: list[Entry] | None = None) -> Reserved:
-    """Return the addresses that this host's workloads must not have. Raises CalicoError.
+    """Return the addresses of an IP version that this host's workloads must not have. Raises CalicoError.
 
     `hosts` are the entries below keys.BGP_HOSTS, if they were just read.
     """
@@ -842,7 +838,7 @@ def reserved_addresses(datastore: DatastoreClient, version: int, hosts: list[Ent
 def _usable(request: AddressRequest, address: IPAddress, reserved: Reserved) -> bool:
     """Return whether an address of a workload's handle satisfies a request.
 
-    An address that is excluded from automatic assignment does so only if it is the requested one.
+    An address that is excluded from automatic assignment satisfies only a request for exactly this address.
     """
     if request.address is not None:
         return request.fits(address)
@@ -873,7 +869,7 @@ def _release_unlisted(datastore: DatastoreClient, workload: Workload, endpoint: 
 
 
 def _next_hop(datastore: DatastoreClient, endpoint: Endpoint, version: int) -> str:
-    """Return this host's next hop for workloads in an IP version or, if the host has none, the endpoint's next hop.
+    """Return this host's next hop for workloads or, if none is registered, the next hop in the endpoint.
 
     Raises CalicoError if the endpoint has none either.
     """
@@ -887,10 +883,10 @@ def _next_hop(datastore: DatastoreClient, endpoint: Endpoint, version: int) -> s
 
 
 def _reassign(session: WorkloadSession, address: IPAddress, owner: Owner, undo: Callable[..., object]) -> None:
-    """Assign `address`, which the workload's endpoint lists, to the workload (`owner`) again, if the address is free.
+    """Assign `address`, which the workload's endpoint lists, to `owner` again, if the address is free.
 
-    Raises AddressTaken if another workload or a host has the address. If an old tool has assigned the address without a
-    handle, nothing is changed.
+    Raises AddressTaken if another workload or a host has the address. If the address is assigned without a handle,
+    nothing is changed.
     """
     ipam = session.datastore.ipam
     holder = ipam.owner(address)
@@ -913,10 +909,10 @@ def _owner_text(owner: Owner | None) -> str:
 
 
 def owner_of(workload: Workload, id: EndpointId, interface: str) -> Owner:
-    """Return the owner for an address, with attributes that identify the endpoint, and suffice to re-attach it.
+    """Return the owner for an address; its attributes identify the endpoint, and suffice to re-attach it.
 
-    `interface` is the interface's name inside the workload. If the workload has given it a name that is no text, which
-    JSON cannot contain, DEFAULT_INTERFACE stands for it.
+    `interface` is the interface's name inside the workload. If is_interface_name rejects it, DEFAULT_INTERFACE is
+    stored instead.
     """
     from calicoctl.datastore.blocks import Owner
 
@@ -935,16 +931,13 @@ def owner_of(workload: Workload, id: EndpointId, interface: str) -> Owner:
 
 
 def _new_endpoint() -> str:
-    """Return a new endpoint id: random, in the form of a UUID of version 1.
-
-    The name of the host end contains the id's first digits. In a real UUID of version 1, these are derived from the
-    time, so they could be the same for two commands that run at once.
-    """
+    """Return a new endpoint id: random, in the form of a UUID of version 1."""
+    # a host end is named by the first digits: those of a real version 1 are from the time, so two could be the same
     return uuid.UUID(bytes=os.urandom(16), version=1).hex
 
 
 def _endpoint_of(owner: Owner) -> str | None:
-    """Return the endpoint id in an address's attributes, None if there is no valid one."""
+    """Return the endpoint id in an address's attributes; None if there is no valid one."""
     id = owner.secondary.get("endpoint")
     return id if isinstance(id, str) and len(id) == 32 and is_endpoint_id(id) else None
 
@@ -956,5 +949,5 @@ def interfaces_of(held: dict[IPAddress, Owner]) -> set[str]:
 
 
 def paths_of(held: dict[IPAddress, Owner]) -> list[object]:
-    """Return the namespace paths in these addresses' attributes, as they are stored: None for a container."""
+    """Return the namespace paths in these addresses' attributes, as they are stored; None for a container's address."""
     return [owner.secondary.get("namespace") for owner in held.values()]
