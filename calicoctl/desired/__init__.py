@@ -1,1 +1,1 @@
-"""The desired state of this host, from the store."""
+"""The desired state of this host, computed from the store."""

@@ -1,19 +1,18 @@
-"""Decides which addresses of this host's endpoints the data plane may use: none that the host itself needs.
+"""Decides which addresses this host's endpoints may use. An address that the host itself needs is refused.
 
 Anybody who may write to the store can list any address in an endpoint. There are four objections to an address:
 
-* This host needs the address: it belongs to the host, a gateway or a member of its etcd (see `HostNetwork.has`).
+* This host needs the address: see `HostNetwork.has`.
 * A host is registered with the address: policy treats packets from the address as packets of that host.
 * The address is in no pool.
-* It is the address of a DNS server of this host.
+* A DNS server of this host uses the address.
 
-Each of the first two is enough to refuse an address, even if the endpoint had it before: a host that does not reach its
-etcd could not be repaired from elsewhere. Each of the last two is enough to refuse a new address. An address that the
-endpoint already has is refused only if both apply: nobody is cut off because a pool was removed, or cannot be read.
+An address with one of the first two objections is always refused. An address with only one of the last two objections
+is refused if it is new to the endpoint; with both, it is always refused.
 
-An endpoint already has the addresses that were admitted before. When the agent starts, these are the addresses that the
-kernel routes to the endpoint's interface, and those that `exceptions` returned last, which the agent keeps in a file.
-Reads neither the kernel nor this file: the caller passes the addresses to `adopt`.
+An address is not new to an endpoint if it was admitted before. When the agent starts, the caller passes the admitted
+addresses to `adopt`: those that the kernel routes to the endpoint's interface, and those in the file of
+felix/kept_addresses.py.
 """
 
 from __future__ import annotations
@@ -29,19 +28,19 @@ from calicoctl.desired.local_endpoint import LocalEndpoint, usable_addresses
 from calicoctl.desired.topology import Topology
 
 Use = tuple[str, str]
-"""The name of an interface of this host, and an address that is used through it."""
+"""An address that an endpoint of this host uses: (name of the endpoint's interface, address)."""
 
 
 class Admission:
-    """Which addresses this host's endpoints may use, given this host's network, the pools, and the registered hosts."""
+    """Decides about addresses, given this host's network, the pools, and the registered hosts."""
 
     def __init__(self, topology: Topology) -> None:
         self.network = HostNetwork()
         self._topology = topology
         self._pools: dict[str, Network] = {}
-        """Key of a pool -> its network. If its value cannot be read, the network is that in its key, if any."""
+        """Key of a pool -> its network. If the value of the key is invalid, the network comes from the key itself."""
         self._in_pools: Networks | None = None
-        """The networks of `_pools`; None if `_pools` has changed since these were last needed."""
+        """The networks of `_pools`; None if they must be computed again."""
         self._changed = False
         self._admitted: set[Use] = set()
 
@@ -50,7 +49,7 @@ class Admission:
         return Reserved(self.network, self._topology.users, self._topology.host)
 
     def set_pool(self, key: str, cidr: str | None) -> None:
-        """Set the CIDR of the pool at a key. None stands for no pool, or for a pool with an unknown CIDR."""
+        """Set the CIDR of the pool with the store's key `key`. With None, remove the pool."""
         before = self._pools.pop(key, None)
         if cidr is not None:
             self._pools[key] = Network.parse(cidr)
@@ -68,18 +67,17 @@ class Admission:
         return self._in_pools.has(version_of(address), number_of(address))
 
     def spared(self) -> set[str]:
-        """Return the addresses that do not count as an endpoint's, even if an endpoint of another host lists them.
+        """Return the addresses from which packets pass even if endpoints of other hosts have them.
 
-        These are the DNS servers of this host, and the BGP peers that are in no pool. A BGP peer in a pool may be a
-        workload.
+        These are the DNS servers of this host, and the BGP peers that are in no pool.
         """
         peers = {peer.ip for peer in self._topology.peers.values()}
         return {*self.network.servers.dns, *(peer for peer in peers if not self.is_in_pool(peer))}
 
     def objection(self, interface: str, address: str) -> tuple[str, bool] | None:
-        """Return the objection to an address of the endpoint with this interface, None if there is none.
+        """Return the objection to an address of the endpoint with this interface, or None if there is none.
 
-        Returns (reason, whether the address is refused). It is not refused if the endpoint may keep it.
+        The objection is a tuple: the reason, and whether the address is refused because of it.
         """
         user = self.reserved.user(address)
         if user is not None:
@@ -91,9 +89,10 @@ class Admission:
         return None if in_pool else ("in no pool", not stays)
 
     def decide(self, candidate: LocalEndpoint) -> LocalEndpoint:
-        """Return an endpoint without its refused addresses.
+        """Return a copy of an endpoint without its refused addresses.
 
-        `conflict` says which addresses are refused, and `warning` which ones stay despite an objection; both say why.
+        The field `conflict` of the copy names the refused addresses, and `warning` the addresses that stay despite an
+        objection; each with the reason.
         """
         found = {address: self.objection(candidate.interface, address) for address in candidate.addresses}
         if not any(found.values()):
@@ -110,8 +109,8 @@ class Admission:
     def addresses_of(self, endpoint: Endpoint) -> tuple[str, ...]:
         """Return the addresses that an endpoint contributes to tags.
 
-        Refused addresses of this host's endpoints are left out. An endpoint of another host contributes all its
-        addresses: this host does not know which ones the other host lets it keep.
+        Refused addresses of this host's endpoints are left out. Endpoints of other hosts contribute all their
+        addresses.
         """
         addresses = usable_addresses(endpoint)
         if endpoint.id.host != self._topology.host:
@@ -122,30 +121,35 @@ class Admission:
     # What endpoints already have
 
     def exceptions(self) -> frozenset[Use]:
-        """Return the addresses that were admitted, and would be refused as new: in no pool, or of a DNS server."""
+        """Return the admitted addresses that would be refused if they were new: those in no pool, or of a DNS
+        server.
+        """
         dns = self.network.servers.dns
         return frozenset(use for use in self._admitted if use[1] in dns or not self.is_in_pool(use[1]))
 
     def adopt(self, uses: Iterable[Use]) -> None:
-        """Count addresses as admitted. Called when the agent starts: see the module's docstring."""
+        """Mark addresses as admitted, although this object has not decided about them. Called when the agent starts."""
         self._admitted.update(uses)
 
     def admit(self, endpoints: Iterable[Endpoint]) -> None:
-        """Remember as admitted the addresses that these endpoints of this host may use now."""
+        """Mark the addresses that these endpoints of this host may use now as admitted."""
         for endpoint in endpoints:
             self._admitted.update((endpoint.name, address) for address in self.addresses_of(endpoint))
 
     def forget(self, before: Endpoint | None, now: Endpoint | None) -> None:
-        """Forget the addresses that an endpoint listed `before`, and does not list `now` (None: no endpoint)."""
+        """Remove the admission of the addresses that an endpoint listed `before`, but does not list `now`.
+
+        None stands for an endpoint that does not exist.
+        """
         self._admitted -= _uses(before) - _uses(now)
 
     def retain(self, endpoints: Collection[Endpoint]) -> None:
-        """Forget the addresses that none of these endpoints lists."""
+        """Remove the admission of all addresses that none of these endpoints lists."""
         self._admitted &= set().union(*map(_uses, endpoints))
 
 
 def pool_of_key(key: str) -> str | None:
-    """Return the CIDR in the key of a pool, None if the key contains no CIDR: other tools choose other keys."""
+    """Return the CIDR in the key of a pool, or None if the key contains no valid CIDR."""
     from calicoctl.addresses import parse_cidr
     from calicoctl.errors import CalicoError
 

@@ -1,10 +1,10 @@
-"""Decides which of this host's valid endpoints get the interface and the addresses that they claim. Reads no store.
+"""Decides which of this host's valid endpoints get the interface and the addresses that they claim.
 
-An endpoint wins all that it claims, or nothing. It loses if an endpoint that was created earlier has won the same
-interface or address. Whatever else the loser claims can be won by endpoints that were created later.
+An endpoint wins its interface and all its addresses, or nothing. It loses if an endpoint that was created earlier has
+won the same interface or address. Endpoints that were created later can win whatever a loser claims.
 
-Anybody who may write to the store can create any number of endpoints with the same claims. So after a change, only the
-endpoints that it can affect are decided again.
+Only the endpoints that a change can affect are decided again: anybody who may write to the store can create any number
+of endpoints with the same claims.
 """
 
 from __future__ import annotations
@@ -19,30 +19,32 @@ from calicoctl.desired.local_endpoint import LocalEndpoint
 
 _Claim = tuple[int, str, str, str]
 """The claim of an endpoint to its interface and its addresses: the revision at which the endpoint was created, and the
-endpoint's own id, workload and orchestrator. The smallest claim wins."""
+endpoint's id, workload and orchestrator. The smallest claim wins.
+"""
 
 
 class Claims:
-    """The candidates: the valid and active endpoints of this host. `decide` says which of them win what they claim."""
+    """The candidates (the valid, active endpoints of this host), and which of them win what they claim."""
 
     def __init__(self) -> None:
         self.candidates: dict[EndpointId, LocalEndpoint] = {}
         self._claims: dict[EndpointId, _Claim] = {}
         self._ids: dict[_Claim, EndpointId] = {}
         self._claimants: dict[str, list[_Claim]] = {}
-        """Interface or address -> the claims to it, the smallest first."""
+        """Interface or address -> the claims to it, in ascending order."""
         self._holders: dict[str, _Claim] = {}
-        """Interface or address -> the claim that won it in the last `decide`; it may have been withdrawn since."""
+        """Interface or address -> the claim that won it in the last `decide`. The claim may have been withdrawn since
+        then.
+        """
         self._held: dict[EndpointId, tuple[str, ...]] = {}
         """Winner -> its interface and its addresses, as of the last `decide`."""
         self._crossed: set[str] = set()
-        """The interfaces and addresses for which the number of claims has risen above limits.CLAIMANTS, or has fallen
-        to it, since the last `decide`."""
+        """The interfaces and addresses whose number of claims has crossed limits.CLAIMANTS since the last `decide`."""
 
     def add(self, candidate: LocalEndpoint, created: int) -> None:
-        """Add a candidate; `created` is the revision at which it was created in the store.
+        """Add an endpoint to the candidates. `created` is the revision of the store at which the endpoint was created.
 
-        Its id must not be among the candidates yet.
+        The endpoint must not be a candidate yet.
         """
         id = candidate.id
         claim = (created, id.endpoint, id.workload, id.orchestrator)
@@ -54,7 +56,7 @@ class Claims:
                 self._crossed.add(thing)
 
     def withdraw(self, id: EndpointId) -> None:
-        """Remove an endpoint, if it is a candidate."""
+        """Remove an endpoint from the candidates, if it is a candidate."""
         for thing in self.things(id):
             claimants = self._claimants[thing]
             del claimants[bisect_right(claimants, self._claims[id]) - 1]
@@ -66,23 +68,22 @@ class Claims:
             del self._ids[self._claims.pop(id)]
 
     def things(self, id: EndpointId) -> tuple[str, ...]:
-        """Return the interface and the addresses that an endpoint claims; () if it is not a candidate."""
+        """Return the interface and the addresses that an endpoint claims; () if the endpoint is not a candidate."""
         candidate = self.candidates.get(id)
         return () if candidate is None else (candidate.interface, *candidate.addresses)
 
     def holder(self, thing: str) -> EndpointId | None:
-        """Return the winner of an interface or an address, as of the last `decide`.
+        """Return the endpoint that won an interface or an address in the last `decide`.
 
-        None if there is no winner, or if it was withdrawn since.
+        Return None if no endpoint won it, or if the winner was withdrawn since then.
         """
         claim = self._holders.get(thing)
         return None if claim is None else self._ids.get(claim)
 
     def decide(self, changed: Iterable[EndpointId]) -> dict[EndpointId, str | None]:
-        """Decide about the endpoints `changed` (added or withdrawn), and again about all candidates that this affects.
+        """Decide about the endpoints `changed` (added or withdrawn), and about all candidates that this affects.
 
-        Returns, for each candidate that was decided about, the reason why it loses, None if it wins. The smallest claim
-        comes first.
+        Return the reason why each of these candidates loses, None for a winner, in ascending order of their claims.
         """
         freed: set[str] = set()
         waiting: list[_Claim] = []
@@ -110,10 +111,11 @@ class Claims:
         return found
 
     def _decide(self, claim: _Claim, id: EndpointId, freed: set[str], waiting: list[_Claim]) -> str | None:
-        """Decide about the candidate `id`, after all with smaller claims. Return why it loses, None if it wins.
+        """Decide about the candidate `id`, after all candidates with smaller claims. Return why it loses, or None if it
+        wins.
 
-        The larger claims that this affects are pushed on the heap `waiting`. `freed` contains the interfaces and the
-        addresses that have lost their winner in this call of `decide`; more are added here.
+        Add the larger claims that this affects to the heap `waiting`, and interfaces and addresses that lose their
+        winner to `freed`.
         """
         things = self.things(id)
         lost = next((thing for thing in things if self._holders.get(thing, claim) < claim), None)
@@ -143,7 +145,7 @@ class Claims:
         return f"its interface or an address is that of endpoint {owner.endpoint} already"
 
     def _after(self, claim: _Claim, thing: str, most: int) -> list[_Claim]:
-        """Return, in order, at most `most` claims to `thing` (an interface or an address) that come after `claim`."""
+        """Return at most `most` claims to an interface or address that follow `claim`, in ascending order."""
         claimants = self._claimants[thing]
         place = bisect_right(claimants, claim)
         return claimants[place : place + most]

@@ -1,6 +1,6 @@
-"""An endpoint of this host as the data plane needs it: valid values only, in canonical form. Reads no store.
+"""An endpoint of this host as the data plane needs it: with valid values only, in canonical form.
 
-Addresses of other hosts' endpoints, which tags refer to, are validated here as well.
+Also validates the addresses that endpoints of all hosts contribute to tags.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ _INTERFACE = re.compile(INTERFACE_PREFIX + r"[A-Za-z0-9_.-]{1,11}", re.ASCII)
 
 @dataclass(frozen=True)
 class LocalEndpoint:
-    """An active endpoint of this host, validated; `revision` is its revision in the store.
+    """An active endpoint of this host, with valid values. `revision` is the endpoint's revision in the store.
 
-    `addresses` are those that the workload may use. `conflict` says which addresses were refused, and why. `warning`
-    says which of `addresses` are kept only because the workload had them before. See admission.py.
+    `addresses` are the addresses that the workload may use. `conflict` names the refused addresses, and `warning` those
+    of `addresses` that stay despite an objection; each with the reason (see admission.py). Both may be None.
     """
 
     id: EndpointId
@@ -38,12 +38,11 @@ class LocalEndpoint:
 
     @property
     def link_local(self) -> str:
-        """The link-local address of the workload's interface."""
         return link_local(self.mac)
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """All addresses that the workload may send packets from."""
+        """All addresses from which the workload may send packets."""
         return (*self.addresses, self.link_local)
 
     def addresses_of(self, version: int) -> list[str]:
@@ -51,7 +50,7 @@ class LocalEndpoint:
 
 
 def validated(endpoint: Endpoint, revision: int) -> LocalEndpoint:
-    """Validate an endpoint for the data plane; raise CalicoError for an invalid value."""
+    """Return an endpoint of this host as a LocalEndpoint. Raise CalicoError if one of its values is invalid."""
     if not _INTERFACE.fullmatch(endpoint.name):
         raise CalicoError(f"its interface {endpoint.name!r} is not a name of ours (cali and up to 11 characters)")
     if endpoint.mac is None:
@@ -78,7 +77,7 @@ def validated(endpoint: Endpoint, revision: int) -> LocalEndpoint:
 def usable_addresses(endpoint: Endpoint) -> tuple[str, ...]:
     """Return the addresses that an endpoint contributes to tags, in canonical form.
 
-    These are its nets that are single addresses; invalid ones are left out.
+    These are the endpoint's valid nets with the prefix length of a single address.
     """
     found: dict[str, None] = {}
     for version, length in BITS.items():
@@ -91,9 +90,9 @@ def usable_addresses(endpoint: Endpoint) -> tuple[str, ...]:
 
 
 def checked_address(address: str, version: int, whose: str = "an endpoint") -> str:
-    """Return an address in canonical form; raise CalicoError if it is not a unicast address of the IP version.
+    """Return an address in canonical form. Raise CalicoError if it is not a unicast address of the IP version.
 
-    In the error's text, `whose` names the owner of the address.
+    The error's text calls the owner of the address `whose`.
     """
     try:
         packed = socket.inet_pton(FAMILIES[version], address)

@@ -1,15 +1,13 @@
-"""Decides the desired state of the overlay on this host: the tunnels to other hosts, and the routes to their workloads.
+"""Computes the desired state of the overlay: the tunnels to other hosts, and the routes to their workloads.
 
-Pure: reads only the snapshot, not the kernel. Only pools with an overlay are considered: BIRD programs the routes of
-pools without one.
+Reads only the snapshot. Pools without an overlay are left out, since BIRD programs their routes.
 
-* A tunnel is a VXLAN device. The MAC of a host's end is computed from the host's address, so no host must announce it.
-* A block of another host normally gets one route. The exception is a block that overlaps a network to which this host
-  is connected, or the address of a host, a gateway or a member of etcd: then each endpoint's address in the block gets
-  a route. So does any endpoint's address that is in no block of the endpoint's host, for example a borrowed address.
-* A block of this host gets a blackhole route, which drops packets to unused addresses of the block: otherwise, the
-  default route would send them to a router, which might send them back. The exceptions are the same as for blocks in
-  pools without an overlay: see routes.py.
+* A tunnel is a VXLAN device. A host's tunnel end has a MAC that every host computes from the host's address.
+* A block of another host gets one route, unless the block overlaps a network of this host, or contains the address of a
+  host, a gateway or a member of etcd. In such a block, each endpoint's address gets a route. So does an endpoint's
+  address outside the blocks of the endpoint's host, such as a borrowed address.
+* A block of this host gets a blackhole route, which drops packets to unused addresses of the block. The exceptions are
+  the same as for blocks in pools without an overlay: see routes.py.
 """
 
 from __future__ import annotations
@@ -34,10 +32,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Tunnel:
-    """This host's end of the tunnels over the underlay of one IP version.
+    """This host's end of the tunnels over one IP version.
 
-    `local` is this host's address in the underlay, `mac` the MAC of its end. `peers` maps the MACs of the other hosts'
-    ends to the addresses of these hosts in the underlay.
+    `local` is this host's address in the underlay, `mac` the MAC of this host's end. `peers` maps the MAC of each other
+    host's end to the address of that host in the underlay.
     """
 
     version: int
@@ -48,11 +46,11 @@ class Tunnel:
 
 @dataclass(frozen=True)
 class Hop:
-    """How the workloads of another host are reached.
+    """How packets reach the workloads of another host.
 
-    `tunnel` is the IP version of the underlay of the tunnel. If it is None, packets are sent without a tunnel, through
-    this host's interface `interface`. `gateway` is the address of the other host: in a tunnel, the link-local address
-    of its end, else its registered address.
+    `tunnel` is the IP version of the tunnel's underlay. If it is None, packets leave through the interface `interface`
+    without a tunnel. `gateway` is the link-local address of the other host's tunnel end or, without a tunnel, the other
+    host's registered address.
     """
 
     gateway: str
@@ -61,9 +59,9 @@ class Hop:
 
 
 def macs(addresses: Iterable[str]) -> dict[str, str]:
-    """Return host address -> MAC of the host's end of the tunnel.
+    """Return the MAC of each host's tunnel end, by the host's address.
 
-    All hosts compute the same MACs, even in the unlikely case that the digests of two addresses collide.
+    The result depends only on the addresses, so all hosts compute the same MACs.
     """
     found: dict[str, str] = {}
     taken: set[str] = set()
@@ -77,18 +75,15 @@ def macs(addresses: Iterable[str]) -> dict[str, str]:
 
 
 def _digest(address: str, attempt: int) -> str:
-    """Return a MAC for a host's address, another one for each `attempt`.
-
-    It is a locally administered unicast MAC: the last two bits of its first octet are 10.
-    """
+    """Return a locally administered unicast MAC for a host's address. The MAC depends on `attempt`."""
     octets = hashlib.sha256(f"vxlan.calico {address} {attempt}".encode()).digest()[:6]
     return bytes([octets[0] & 0xFC | 0x02, *octets[1:]]).hex(":")
 
 
 def underlay_version(topology: Topology, host: str) -> int | None:
-    """Return the IP version of the tunnel to another host: IPv4 if both hosts are registered with it, else IPv6.
+    """Return the IP version of the tunnel to another host: 4 if both hosts have a registered IPv4 address, else 6.
 
-    None if the two hosts have no IP version in common.
+    Return None if the two hosts have no IP version in common.
     """
     for version in (4, 6):
         if topology.own(version) is not None and topology.address(host, version) is not None:
@@ -99,8 +94,8 @@ def underlay_version(topology: Topology, host: str) -> int | None:
 def tunnels(topology: Topology) -> dict[int, Tunnel]:
     """Return this host's tunnels by IP version of the underlay.
 
-    There is a tunnel over IPv4 if this host is registered with IPv4. There is a tunnel over IPv6 if this host is
-    registered with IPv6 alone, or shares only IPv6 with another host.
+    A tunnel over IPv4 exists if this host has a registered IPv4 address. A tunnel over IPv6 exists if this host has
+    only a registered IPv6 address, or shares only IPv6 with another host.
     """
     found: dict[int, Tunnel] = {}
     others = topology.hosts() - {topology.host}
@@ -117,18 +112,18 @@ def tunnels(topology: Topology) -> dict[int, Tunnel]:
 
 
 class Overlay:
-    """The routes of the overlay, updated incrementally, since most changes of endpoints do not affect them."""
+    """The routes of the overlay on this host, updated with each change of the snapshot."""
 
     def __init__(self, snapshot: Snapshot) -> None:
         self._snapshot = snapshot
         self._pools: list[tuple[Network, str]] = []
-        """The networks of all pools, each with the pool's mode of VXLAN."""
+        """The networks of all pools, each with the pool's VXLAN mode."""
         self._blocks: dict[Network, tuple[str, str]] = {}
-        """The blocks that get one route each, with their host and their pool's mode of VXLAN."""
+        """The blocks that get one route each -> (host, VXLAN mode of the pool)."""
         self._hosts: dict[tuple[int, int], dict[int, str]] = {}
-        """(IP version, bits after the prefix) -> prefix of a block in `_blocks` (a number) -> the block's host."""
+        """(IP version, bits after the prefix) -> prefix of a block in `_blocks`, as a number -> host of the block."""
         self._singles: dict[EndpointId, tuple[str, ...]] = {}
-        """Endpoint of another host -> its addresses that get routes of their own."""
+        """Endpoint of another host -> those of its addresses that need a route of their own."""
 
     @property
     def is_needed(self) -> bool:
@@ -158,10 +153,10 @@ class Overlay:
         return reread or different
 
     def routes(self) -> dict[str, Hop | None]:
-        """Return the routes by CIDR; None means a blackhole route.
+        """Return the routes by CIDR. None stands for a blackhole route.
 
-        CIDRs in pools without an overlay are left out. So are CIDRs of hosts that cannot be reached, and single
-        addresses that a local endpoint has, or that a host uses (see `Reserved.user`).
+        Left out are CIDRs in pools without an overlay, CIDRs of unreachable hosts, and single addresses that a local
+        endpoint or a host uses (see `Reserved.user`).
         """
         snapshot = self._snapshot
         owners: dict[str, tuple[str, str]] = {block.cidr: owner for block, owner in self._blocks.items()}
@@ -188,7 +183,7 @@ class Overlay:
         return found
 
     def out_of_reach(self) -> list[str]:
-        """Return, sorted, the registered hosts with blocks that share no IP version with this host, so get no route."""
+        """Return, sorted, the registered hosts that have blocks, but share no IP version with this host."""
         topology = self._snapshot.topology
         hosts = {host for host, _ in self._blocks.values()} & topology.hosts() - {topology.host}
         return sorted(
@@ -198,10 +193,11 @@ class Overlay:
         )
 
     def _hop(self, host: str, mode: str, version: int, tunnel_ends: dict[str, str]) -> Hop | None:
-        """Return how packets reach a host's workloads at addresses of an IP version, in pools with a mode of VXLAN.
+        """Return how packets reach a host's workloads at addresses of an IP version, in pools with the VXLAN mode
+        `mode`.
 
-        None if the host is out of reach, or is this host under another name. `tunnel_ends` maps the addresses of other
-        hosts to the MACs of their tunnel ends.
+        Return None if the host is unreachable, or is this host under another name. `tunnel_ends` maps the address of
+        each other host to the MAC of its tunnel end.
         """
         topology = self._snapshot.topology
         address = topology.address(host, version)
@@ -250,13 +246,14 @@ class Overlay:
                     self._hosts[block.version, bits][block.first >> bits] = host
 
     def _pool(self, network: Network) -> tuple[Network | None, str]:
-        """Return the pool that contains a network, and the pool's mode of VXLAN; (None, NEVER) if none contains it."""
+        """Return the pool that contains a network, and the pool's VXLAN mode. Return (None, NEVER) if no pool contains
+        it.
+        """
         return next(((pool, mode) for pool, mode in self._pools if network in pool), (None, NEVER))
 
     def _singles_of(self, id: EndpointId) -> tuple[str, ...]:
-        """Return the addresses of an endpoint of another host that get routes of their own.
-
-        () if the endpoint is local, is not active, or does not exist.
+        """Return the addresses of an active endpoint of another host that need a route of their own; () for other
+        endpoints.
         """
         endpoint = self._snapshot.endpoints.get(id)
         if endpoint is None or id.host == self._snapshot.host or endpoint.state != "active":
@@ -268,7 +265,7 @@ class Overlay:
         )
 
     def _host_of(self, address: str) -> str | None:
-        """Return the host of the smallest block in `_blocks` that contains an address, None if none does."""
+        """Return the host of the smallest block in `_blocks` that contains an address, or None."""
         version, number = version_of(address), number_of(address)
         for (of, bits), hosts in sorted(self._hosts.items()):
             if of == version and number >> bits in hosts:

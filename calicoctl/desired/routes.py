@@ -1,17 +1,17 @@
-"""Decides which blocks and addresses this host announces to other hosts, and which routes it must not accept.
+"""Decides which blocks and addresses this host announces to other hosts, and which learned routes it rejects.
 
-Pure: reads only the snapshot. felix/bgp/config.py renders the result for BIRD. Only pools without an overlay are
-considered: the agent itself programs the routes of pools with an overlay.
+Reads only the snapshot. felix/bgp/config.py renders the result for BIRD. Pools with an overlay are left out, since the
+agent itself programs their routes.
 
-A block is normally announced as a whole, and this host drops packets to its unused addresses. The exception is a block
-that overlaps one of these:
+A block is announced as a whole, and this host drops packets to its unused addresses, unless the block overlaps one of
+these:
 
-* a network to which this host is connected, or the destination of another route. A route to the whole pool, or more,
-  such as the default route, does not count: the pool was placed inside its destination on purpose;
+* a network to which this host is connected, or the destination of another route. The destination does not count if it
+  contains the whole pool, like that of the default route;
 * the address of this host, a gateway, a registered host, a member of etcd, or a DNS server.
 
-Of such a block, only the addresses of local endpoints are announced, one by one, and packets to other addresses are not
-dropped.
+Of such a block, only the addresses of local endpoints are announced, one by one. Packets to other addresses of the
+block are not dropped.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Announced:
-    """What a host announces in one IP version: the CIDRs of blocks, and single addresses, each in a stable order.
+    """The CIDRs of blocks and the single addresses that a host announces in one IP version, each in a stable order.
 
     `split` contains the blocks that are not announced as a whole, as (CIDR, description of what the block overlaps).
     """
@@ -46,8 +46,8 @@ class Guarded:
     """The networks and addresses that routes learned from other hosts must not override on this host.
 
     `networks` are the CIDRs of this host's connected and local networks. `addresses` are the addresses of this host,
-    of its gateways, of the members of its etcd, and of registered hosts. Only those that overlap a pool without an
-    overlay are listed, in a stable order.
+    its gateways, the members of its etcd, and the registered hosts. Those that overlap no pool without an overlay are
+    left out. The order is stable.
     """
 
     networks: tuple[str, ...] = ()
@@ -55,7 +55,7 @@ class Guarded:
 
 
 def plain_pools(snapshot: Snapshot, version: int) -> list[Network]:
-    """Return the networks of an IP version's pools without an overlay, in order."""
+    """Return the networks of the pools without an overlay, of one IP version, in ascending order."""
     pools = {Network.parse(pool.cidr) for pool in snapshot.pools.values() if pool.vxlan == NEVER}
     return _ordered(pool for pool in pools if pool.version == version)
 
@@ -90,7 +90,7 @@ def announced(snapshot: Snapshot, version: int) -> Announced:
 
 
 def guarded(snapshot: Snapshot, version: int) -> Guarded:
-    """Return the networks and addresses of one IP version that routes learned from other hosts must not override."""
+    """Return the networks and addresses of an IP version that routes learned from other hosts must not override."""
     pools = plain_pools(snapshot, version)
     inside = Networks(pools)
     surroundings = Surroundings(snapshot, version)
@@ -100,7 +100,7 @@ def guarded(snapshot: Snapshot, version: int) -> Guarded:
 
 
 class Surroundings:
-    """The networks, routes and addresses of one IP version that this host knows of, besides pools."""
+    """The networks, routes and addresses of one IP version outside of pools, as this host knows them."""
 
     def __init__(self, snapshot: Snapshot, version: int) -> None:
         network = snapshot.network
@@ -114,10 +114,10 @@ class Surroundings:
         self._dns = _of_version(dict.fromkeys(network.servers.dns, DNS_SERVER), version)
 
     def needed(self, block: Network) -> str | None:
-        """Describe what a block overlaps: a network of this host, or the address of a host, a gateway or a member.
+        """Describe a network of this host, or an address of a host, a gateway or a member of etcd, that a block
+        overlaps.
 
-        The members are those of etcd. Returns None if the block overlaps none of these. A DNS server does not count: it
-        may be a workload of another host.
+        Return None if the block overlaps none of these.
         """
         for network in self.networks:
             if network.overlaps(block):
@@ -125,9 +125,9 @@ class Surroundings:
         return _inside(block, self.addresses)
 
     def overlapped(self, block: Network, pool: Network) -> str | None:
-        """Describe what a block of `pool` overlaps: as in `needed`, or a DNS server, or the destination of a route.
+        """Describe what a block of `pool` overlaps: as `needed` does, or a DNS server, or the destination of a route.
 
-        Routes to the whole pool, or more, do not count. Returns None if the block overlaps nothing.
+        Routes whose destination contains the whole pool are ignored. Return None if the block overlaps nothing.
         """
         needed = self.needed(block) or _inside(block, self._dns)
         if needed is not None:
@@ -139,14 +139,16 @@ class Surroundings:
 
 
 def _of_version(known: Mapping[str, str], version: int) -> list[tuple[int, str, str]]:
-    """Return the addresses of an IP version in order, each as (number, address, description)."""
+    """Return the addresses of an IP version in ascending order, each as (number, address, description)."""
     return sorted(
         (number_of(address), address, what) for address, what in known.items() if version_of(address) == version
     )
 
 
 def _inside(block: Network, addresses: list[tuple[int, str, str]]) -> str | None:
-    """Describe the first of `addresses` (from `_of_version`) that is in a block; None if none is."""
+    """Describe the first of `addresses` (the result of `_of_version`) that a block contains. Return None if there is
+    none.
+    """
     at = bisect_left(addresses, (block.first,))
     for number, address, what in addresses[at : at + 1]:
         if number <= block.last:

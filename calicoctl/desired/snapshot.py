@@ -1,8 +1,12 @@
-"""The desired state: the store as this host sees it, validated, and updated change by change.
+"""The desired state: the contents of the store as this host uses them, validated, and updated with each change.
 
-An invalid value affects only the object that its key names: the object is left out, and `problems` has the reason. The
-exception is a profile with invalid tags: it keeps the last valid ones, since rules of other profiles may deny by a tag.
-`take_dirty` returns what has changed since it was last called.
+An invalid value affects only what its key names, and `problems` contains the reason:
+
+* A profile with invalid rules denies everything.
+* A profile with invalid tags keeps its last valid tags, since rules of other profiles may deny by a tag.
+* An endpoint keeps its last valid value in `endpoints`, but is not in `local`.
+* A setting has its default or a stricter value.
+* Any other object is left out.
 """
 
 from __future__ import annotations
@@ -41,7 +45,9 @@ _SETTINGS = {keys.READY, *(keys.config(setting.name) for setting in (*_READ, con
 
 @dataclass(frozen=True)
 class Profile:
-    """A profile's tags, and its rules (None if they are missing or invalid)."""
+    """A profile's tags and rules. `rules` is None if the rules are missing or invalid: the profile then denies
+    everything.
+    """
 
     tags: tuple[str, ...]
     rules: Rules | None
@@ -51,10 +57,9 @@ class Profile:
 class Dirty:
     """What has changed: endpoints (of all hosts), profiles (by name), and whether any pool or any setting has changed.
 
-    `topology` says whether the network between the hosts has changed, or this host's own addresses and networks.
-
-    `interfaces` are the interfaces that usable endpoints of this host had before they changed, became unusable or were
-    deleted. Some of these endpoints may still have the same interface.
+    `topology` says whether the network between the hosts, or this host's own addresses and networks, have changed.
+    `interfaces` are the former interfaces of this host's endpoints that changed, became unusable or were deleted. An
+    interface may still belong to the same endpoint.
     """
 
     endpoints: set[EndpointId] = field(default_factory=set)
@@ -65,7 +70,7 @@ class Dirty:
     topology: bool = False
 
     def merge(self, other: Dirty) -> None:
-        """Add the changes in `other` to these."""
+        """Add the changes in `other` to this object."""
         self.endpoints |= other.endpoints
         self.interfaces |= other.interfaces
         self.profiles |= other.profiles
@@ -78,7 +83,7 @@ class Dirty:
 
 
 class _Entries(dict[str, Entry]):
-    """The entries by key. Counts the entries below each directory, so that `below` searches only if there are any."""
+    """The entries of the store by key, with a count of the entries below each directory."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -90,7 +95,6 @@ class _Entries(dict[str, Entry]):
         self[key] = entry
 
     def forget(self, key: str) -> None:
-        """Remove a key, if it is there."""
         if self.pop(key, None) is not None:
             for directory in _directories(key):
                 self._below[directory] -= 1
@@ -98,7 +102,6 @@ class _Entries(dict[str, Entry]):
                     del self._below[directory]
 
     def below(self, directory: str) -> list[str]:
-        """Return the keys below a directory."""
         return [key for key in self if key.startswith(directory + "/")] if directory in self._below else []
 
 
@@ -111,44 +114,42 @@ def _directories(key: str) -> Iterator[str]:
 
 
 class Snapshot:
-    """The store as `host` sees it. See the module's docstring.
-
-    It has more attributes than other classes because each setting in the store is one, and the managers read them
-    directly.
-    """
+    """The contents of the store, validated for `host`. See the module's docstring."""
 
     def __init__(self, host: str) -> None:
         self.host = host
         self.ready = False
         self.endpoints: dict[EndpointId, Endpoint] = {}
-        """The endpoints of all hosts, each as it was in the store when it was last valid."""
+        """The endpoints of all hosts, each with its last valid value."""
         self.local: dict[EndpointId, LocalEndpoint] = {}
         self.unusable: dict[EndpointId, tuple[int, str]] = {}
-        """This host's endpoints that are not in `local`, each with its revision in the store, and the reason."""
+        """This host's endpoints that are not in `local` -> (revision in the store, reason)."""
         self.profiles: dict[str, Profile] = {}
         self.pools: dict[str, Pool] = {}
         self.host_action = "RETURN"
         self.max_connections = MAX_CONNECTIONS
         self.host_services = True
-        """Whether the services of verdict.is_host_service are open to all endpoints."""
+        """Whether all endpoints may reach the services of verdict.is_host_service on this host."""
         self.log_level = "info"
         self.grace_time = GRACE_TIME
         """Seconds until a workload that no longer exists, or whose state is unknown, is garbage-collected."""
         self.mtu: int | None = None
-        """The MTU for workloads' interfaces; None if it must be derived from the host's own interfaces."""
+        """The MTU for workloads' interfaces; None if it is derived from the host's interfaces."""
         self.check_senders = str(config.CHECK_SENDERS.default)
         """How packets from other hosts' addresses are checked: one of config.CHECK_SENDERS.values."""
         self.topology = Topology(host)
         self.admission = Admission(self.topology)
         self.problems: dict[str, str] = {}
         self.skipped: dict[str, str] = {}
-        """Key -> why it, or what is below it, is not read. At most limits.REPORTED keys, and those in `unread`."""
+        """Key -> why the key, or the keys below it, are not read. At most limits.REPORTED keys, besides those in
+        `unread`.
+        """
         self.unread: set[str] = set()
-        """Directories that were too large to be read. For the keys below, the last values that were read are used."""
+        """Directories that were too large to be read. The keys below them keep their last values."""
         self.dirty = Dirty(pools=True, settings=True, topology=True)
         self._entries = _Entries()
         self._claims = Claims()
-        """This host's endpoints that are valid and active, whether or not they conflict with others."""
+        """This host's valid and active endpoints, including those that conflict with others."""
         self._owners: dict[str, LocalEndpoint] = {}
         """The endpoints in `local`, by interface and by address."""
         self._unchecked: set[EndpointId] = set()
@@ -159,7 +160,7 @@ class Snapshot:
         return self.admission.network
 
     def set_network(self, network: HostNetwork) -> None:
-        """Update this host's own addresses and networks, and the servers that it depends on."""
+        """Set this host's own addresses and networks, and the servers that it depends on."""
         before, self.admission.network = self.network, network
         self.dirty.topology = self.dirty.topology or network != before
         if (network.in_use, network.local, network.servers) != (before.in_use, before.local, before.servers):
@@ -167,7 +168,7 @@ class Snapshot:
             self._check_local()
 
     def replace(self, directory: str, entries: Iterable[Entry]) -> None:
-        """Replace everything below a directory by these entries, but keep what is below those with a `problem`."""
+        """Replace everything below a directory by these entries, except what is below an entry with a `problem`."""
         now = {entry.key: entry for entry in entries}
         unread = {key for key, entry in now.items() if entry.problem is not None}
         self._forget_skipped(directory)
@@ -197,11 +198,13 @@ class Snapshot:
         self.skipped = {key: why for key, why in self.skipped.items() if not (key + "/").startswith(directory + "/")}
 
     def owner(self, thing: str) -> LocalEndpoint | None:
-        """Return this host's endpoint that has the interface or the address `thing`, None if there is none."""
+        """Return this host's usable endpoint that has the interface or address `thing`, or None."""
         return self._owners.get(thing)
 
     def senders(self, address: str) -> list[LocalEndpoint]:
-        """Return this host's endpoints that may send from an address: several may share a link-local address."""
+        """Return this host's endpoints that may send from an address. Several endpoints may share a link-local
+        address.
+        """
         owner = self._owners.get(address)
         if owner is not None:
             return [owner]
@@ -210,7 +213,7 @@ class Snapshot:
         return [endpoint for endpoint in self.local.values() if endpoint.link_local == address]
 
     def addresses_listed(self) -> dict[tuple[str, str], int]:
-        """Return, by (orchestrator, workload), the number of addresses in the workload's endpoints, on all hosts."""
+        """Return how many addresses the endpoints of each workload list, by (orchestrator, workload), on all hosts."""
         counts: dict[tuple[str, str], int] = {}
         for id, endpoint in self.endpoints.items():
             key = (id.orchestrator, id.workload)
@@ -223,9 +226,9 @@ class Snapshot:
         return known is not None and known.rules is not None
 
     def take_dirty(self) -> Dirty:
-        """Return what has changed since the last call.
+        """Return what has changed since the last call, and mark the addresses of the changed endpoints as admitted.
 
-        The addresses that the changed endpoints of this host may use count as admitted from now on: see admission.py.
+        See admission.py about admitted addresses.
         """
         dirty, self.dirty = self.dirty, Dirty()
         local = (id for id in dirty.endpoints if id.host == self.host and id in self.endpoints)
@@ -233,10 +236,10 @@ class Snapshot:
         return dirty
 
     def _set(self, key: str, entry: Entry | None) -> None:
-        """Remember a key's entry, or forget it if `entry` is None, and interpret it.
+        """Store a key's entry, or remove it if `entry` is None, and interpret it.
 
-        If the entry is invalid, `problems` gets the reason. For a key that the agent does not use, only `skipped` is
-        updated.
+        If the entry is invalid, the reason is added to `problems`. For a key that the agent does not use, only
+        `skipped` is updated.
         """
         handle = self._handler(key)
         if handle is None:
@@ -257,8 +260,7 @@ class Snapshot:
     def _skip(self, key: str, entry: Entry | None) -> None:
         """Update `skipped` for a key that the agent does not use.
 
-        If the key was not read, has too many levels, or is too long, it is added, as long as there are fewer than
-        limits.REPORTED keys (a key that was not read is added in any case). Otherwise, it is removed.
+        The key is added if it could not be read, has too many levels, or is too long; otherwise, it is removed.
         """
         self.skipped.pop(key, None)
         if entry is not None and entry.problem is not None:
@@ -273,7 +275,7 @@ class Snapshot:
             self.skipped[key] = f"it is skipped: it has {len(key)} characters, and keys may have {limits.KEY}"
 
     def _handler(self, key: str) -> Callable[[str, Entry | None], None] | None:
-        """Return the method that interprets a key, None for a key that the agent does not use."""
+        """Return the method that interprets a key, or None if the agent does not use the key."""
         if len(key) > limits.KEY:
             return None
         if key.startswith(keys.HOSTS + "/"):
@@ -423,7 +425,7 @@ class Snapshot:
     def _validate(self, id: EndpointId) -> None:
         """Make an endpoint a candidate if it is active, or unusable if it is inactive.
 
-        Does nothing if the endpoint was deleted; raises CalicoError if it is invalid.
+        Do nothing if the endpoint was deleted. Raise CalicoError if it is invalid.
         """
         key = keys.endpoint(id)
         entry = self._entries.get(key)
@@ -440,9 +442,9 @@ class Snapshot:
         self._claims.add(validated(endpoint, entry.revision), entry.created)
 
     def _mark_decided_anew(self) -> None:
-        """Mark each endpoint in `local` to be checked again if `Admission.decide` returns another result for it now.
+        """Mark the endpoints in `local` about which `Admission.decide` now decides differently, to be checked again.
 
-        All unusable endpoints are marked as changed.
+        Mark all unusable endpoints as changed.
         """
         decide, candidates = self.admission.decide, self._claims.candidates
         self._unchecked |= {id for id, endpoint in self.local.items() if decide(candidates[id]) != endpoint}
@@ -455,13 +457,13 @@ class Snapshot:
         self.dirty.endpoints.add(id)
 
     def _withdraw(self, id: EndpointId) -> None:
-        """Remove an endpoint from the usable and the unusable ones, and withdraw its claims."""
+        """Remove an endpoint from `local`, `unusable` and the candidates."""
         self._drop(id)
         self.unusable.pop(id, None)
         self._claims.withdraw(id)
 
     def _drop(self, id: EndpointId) -> None:
-        """Remove an endpoint from the usable ones (`local`)."""
+        """Remove an endpoint from `local`."""
         endpoint = self.local.pop(id, None)
         if endpoint is None:
             return

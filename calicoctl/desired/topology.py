@@ -1,7 +1,6 @@
 """The network between the hosts, from the store: hosts, their addresses and blocks, BGP peers and settings.
 
-The topology is a part of the snapshot, and is validated key by key like the rest. Other modules use it to decide, for
-example, which routes a host announces.
+The topology is a part of the snapshot, and validated in the same way.
 """
 
 from __future__ import annotations
@@ -28,37 +27,39 @@ _MAC = re.compile("([0-9a-f]{2}:){5}[0-9a-f]{2}")
 
 
 class Topology:
-    """The registered hosts, their blocks, and the BGP configuration, as `host` sees them."""
+    """The registered hosts, their blocks, and the BGP configuration of `host`."""
 
     def __init__(self, host: str) -> None:
         self.host = host
         self.users: dict[str, str] = {}
-        """Address (canonical) of a registered host -> name of the host."""
+        """Registered address of a host (canonical) -> name of the host."""
         self.blocks: dict[str, dict[str, Network]] = defaultdict(dict)
-        """Name of a host -> its blocks (those with affinity to it), by CIDR."""
+        """Name of a host -> CIDR -> block with affinity to the host."""
         self.macs: dict[str, frozenset[str]] = {}
-        """Name of a host -> the source MACs (lower-case) of its packets to other hosts, if the host publishes them."""
+        """Name of a host -> the source MACs (lower-case) of its packets to other hosts. Contains only hosts that
+        publish their MACs.
+        """
         self.as_nums: dict[str, str] = {}
-        """Name of a host -> its AS number (decimal). Only hosts with an AS number of their own."""
+        """Name of a host -> its AS number (decimal). Contains only hosts that have an AS number of their own."""
         self.default_as_num = DEFAULT_AS_NUMBER
         self.mesh = True
         """Whether all hosts peer with each other."""
         self.peers: dict[str, Peer] = {}
-        """By key: the global BGP peers, and the peers of `host`."""
+        """The global BGP peers, and the peers of `host`, by key."""
         self.hold_time = HOLD_TIME
         self.log_level = str(config.BGP_LOG_LEVEL.default)
         self._addresses: dict[str, str] = {}
         """The addresses of registered hosts, by key."""
         self._changed: set[str] = set()
         self._settings: dict[str, str] = {}
-        """The values of BGP settings, global and of `host`, by key."""
+        """The log level of BIRD, global and of `host`, by key."""
 
     def address(self, host: str, version: int) -> str | None:
-        """Return a host's registered BGP address of an IP version, None if it has none."""
+        """Return a host's registered BGP address of an IP version, or None if it has none."""
         return self._addresses.get(keys.bgp_host_address(host, version))
 
     def own(self, version: int) -> str | None:
-        """Return this host's registered BGP address of an IP version, None if it has none."""
+        """Return this host's registered BGP address of an IP version, or None if it has none."""
         return self.address(self.host, version)
 
     def hosts(self) -> set[str]:
@@ -78,10 +79,9 @@ class Topology:
         return addresses
 
     def peers_without_session(self, version: int) -> list[str]:
-        """Return, sorted, this host's own (not global) BGP peers of an IP version, if no session with them is possible.
+        """Return, sorted, this host's own (not global) BGP peers of an IP version for which this host has no address.
 
-        That is so if this host is registered for BGP, but has no address of this IP version. Otherwise, the list is
-        empty.
+        Return an empty list if this host is not registered for BGP at all.
         """
         if self.own(version) is not None or self.host not in self.hosts():
             return []
@@ -89,10 +89,7 @@ class Topology:
         return sorted(peer.ip for key, peer in self.peers.items() if key.startswith(directory))
 
     def own_peers(self) -> list[str]:
-        """Return, sorted, this host's own (not global) BGP peers that are addresses of this host itself.
-
-        There is no session with them.
-        """
+        """Return, sorted, this host's own (not global) BGP peers that are addresses of this host itself."""
         own = {self.own(4), self.own(6)}
         return sorted(peer.ip for key, peer in self.peers.items() if f"/host/{self.host}/" in key and peer.ip in own)
 
@@ -102,26 +99,26 @@ class Topology:
         return frozenset(block.address(block.first) for block in blocks)
 
     def as_num(self, host: str) -> str:
-        """Return the AS number of a host: its own or, if it has none, the default."""
+        """Return the AS number of a host, or the default AS number if it has none of its own."""
         return self.as_nums.get(host, self.default_as_num)
 
     def block_of(self, host: str, address: str) -> Network | None:
-        """Return the block of a host that contains an address, None if none does."""
+        """Return the block of a host that contains an address, or None."""
         version, number = version_of(address), number_of(address)
         return next((block for block in self.blocks.get(host, {}).values() if block.has(version, number)), None)
 
     def take_changed_addresses(self) -> set[str]:
-        """Return the hosts' addresses that were registered, or are no longer registered, since the last call."""
+        """Return the addresses of hosts that were added to or removed from the store since the last call."""
         changed, self._changed = self._changed, set()
         return changed
 
     # Interpreting entries of the store
 
     def handler(self, key: str) -> Callable[[str, Entry | None], None] | None:
-        """Return the method that interprets the entry of a key, None if the key does not belong to the topology.
+        """Return the method that interprets the entry of a key, or None if the key does not belong to the topology.
 
-        The method is called with None as entry if the key was deleted. It raises CalicoError for an invalid value,
-        after it has removed the previous value.
+        The method is called with (key, entry); the entry is None if the key was deleted. For an invalid value, the
+        method removes the previous value and raises CalicoError.
         """
         if keys.parse_bgp_host_address(key) is not None or keys.parse_host_bird_ip(key) is not None:
             return self._set_address
