@@ -1,13 +1,12 @@
-"""The agent's loop: receives events, and has the managers drive the kernel to the desired state, in a safe order.
+"""The agent's loop: receives events, and has the managers drive the kernel to the desired state.
 
-The reconcile loop is level-triggered: an event only marks what is dirty. What must be done is computed from the
-snapshot of the store and from the state of the kernel. The order in which the managers are applied is a security
-property: see `_apply`, and docs/agent.md. The managers are in dataplane/.
+An event only marks what is dirty (the loop is level-triggered). The managers compute from the snapshot of the store,
+and from the state of the kernel, what must be done. The order in which they are applied is a security property: see
+`_apply`, and docs/agent.md.
 
-All of this module runs in one thread. Other threads wait for changes (sources.py), list connections
-(dataplane/conntrack.py), run BIRD (bgp/manager.py) and write to the store (report.py). What can be programmed in any
-order is reconciled by threads as well: workloads (workload_keeper.py), and the host's own settings and firewall
-(dataplane/host.py).
+This module runs in one thread. Other threads wait for changes (sources.py), list connections (dataplane/conntrack.py),
+run BIRD (bgp/manager.py), write to the store (report.py), reconcile workloads (workload_keeper.py), and reconcile the
+host's own settings and firewall (dataplane/host.py).
 """
 
 from __future__ import annotations
@@ -56,23 +55,23 @@ from calicoctl.workloads.upkeep import Action
 log = logging.getLogger("calico.felix")
 
 TICK = 10.0
-"""Seconds between two retries of what failed."""
+"""Seconds between two retries of operations that failed."""
 
 RESYNC_INTERVAL = 300.0
 """Seconds between two resyncs of the managers with the kernel."""
 
 SERVERS_PATIENCE = 3.0
-"""The maximum number of seconds to wait at the start until the names of etcd's members are resolved."""
+"""The maximum number of seconds for which the agent's start waits until the names of etcd's members are resolved."""
 
 LOG_LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 LOG_LEVELS |= {"critical": logging.CRITICAL, "none": logging.CRITICAL + 10}
 
 
 def run(host: str, options: Options) -> None:
-    """Run the host's agent in this process until it receives SIGTERM, SIGINT or SIGHUP; log why it ends.
+    """Run the host's agent in this process until it receives SIGTERM, SIGINT or SIGHUP. Log why it ends.
 
-    Raises CalicoError when the agent cannot start, for example because another agent runs, or when a thread that the
-    agent needs has died. Raises any other exception that Agent.run raises.
+    Raises CalicoError if the agent cannot start, for example because another agent runs, or if a thread that the agent
+    needs has died. Raises OSError if the log file cannot be opened, and any other exception of `Agent.run`.
     """
     with process.only_one(host) as killed:
         process.log_to(options.log_dir)
@@ -125,7 +124,7 @@ class Drivers:
 
 
 class Agent:
-    """The agent of one host; `run` is its loop."""
+    """The agent of one host. `run` is its loop."""
 
     def __init__(
         self,
@@ -135,17 +134,18 @@ class Agent:
         ready: Callable[[], None],
         options: Options,
     ):
-        """`datastore` creates a client of the store; it is called once for each thread that needs one.
+        """`datastore` creates a client of the store for one thread. Its argument, if any, is how many seconds to wait
+        for the store.
 
-        The argument of `datastore`, if any, is the number of seconds to wait for the store. The drivers put their
-        events into `queue`. `ready` is called once, when the first snapshot is in the kernel and BIRD is settled.
+        The drivers put their events into `queue`. `ready` is called once, when the first snapshot is in the kernel and
+        BIRD is settled.
         """
         client = datastore()
         self._datastore = datastore
         self._events = queue
         self._snapshot = Snapshot(client.host)
         self._unread: set[str] = set(client.followed())
-        """Directories of the store whose initial sync has not been received yet."""
+        """Directories of the store that have not been read yet."""
         self._health = Health(client.host, __version__, asdict(options), frozenset(self._unread))
         self._health.users = self._snapshot.topology.users
         self._ready: Callable[[], None] | None = ready
@@ -170,7 +170,7 @@ class Agent:
             PortMonitor(context, self._policy, drivers.nft),
             # a new manager goes here
         ]
-        """The managers that make the host forward packets: applied only when the policy is in the kernel."""
+        """The managers that make the host forward packets. They are applied only while policy is in the kernel."""
         self._conntrack = ConntrackManager(context, self._policy, drivers.conntrack)
         self._tick_at = 0.0
         self._resync_at = time.monotonic() + RESYNC_INTERVAL
@@ -182,8 +182,8 @@ class Agent:
     def run(self) -> None:
         """Start the threads, and reconcile until SIGTERM, SIGINT or SIGHUP is received.
 
-        Raises CalicoError when a thread that the agent needs has died. An exception of Manager.resync at the start is
-        raised, too.
+        Raises CalicoError if a thread that the agent needs has died. Also raises the exceptions of Manager.resync at
+        the start.
         """
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self._stop)
@@ -213,7 +213,7 @@ class Agent:
         self._events.put(events.Stop())
 
     def _count_last_actions(self) -> None:
-        """Count the actions that the WorkloadKeeper has done since the agent was asked to end."""
+        """Count the actions of the WorkloadKeeper that are still in the queue when the loop has ended."""
         with suppress(Empty):
             while True:
                 event = self._events.get_nowait()
@@ -221,9 +221,9 @@ class Agent:
                     self._handle(event)
 
     def step(self) -> bool:
-        """Wait for events, and run one round of the loop; return False when the agent is asked to end.
+        """Wait for events, and run one round of the loop. Return False if the agent must end.
 
-        Raises CalicoError when a thread that the agent needs has died.
+        Raises CalicoError if a thread that the agent needs has died.
         """
         # ready is called in the round after the first update, so that the report has the host's own failures by then
         is_ready = self._ready is not None and self._health.first_update and self._bgp.is_settled
@@ -250,7 +250,7 @@ class Agent:
         return True
 
     def _next_at(self) -> float:
-        """Return the time (monotonic) at which the next round is due even if no event comes."""
+        """Return when the next round is due even without an event (monotonic)."""
         due = [self._tick_at]
         if self._policy.retry_at is not None and self._may_apply():
             due.append(self._policy.retry_at)
@@ -260,7 +260,7 @@ class Agent:
         return min(due)
 
     def _wait(self, until: float) -> list[Any]:
-        """Wait for events, until the time `until` (monotonic) at most; return all that have arrived."""
+        """Wait for events until the time `until` (monotonic). Return all events that have arrived."""
         found: list[Any] = []
         with suppress(Empty):
             found.append(self._events.get(timeout=max(0.0, until - time.monotonic())))
@@ -271,7 +271,7 @@ class Agent:
     def _may_apply(self) -> bool:
         """Return whether the kernel may be driven to the snapshot.
 
-        True when the whole store has been read, the store is ready, and no other agent reports for this host.
+        That is so if the whole store has been read, the store is ready, and no other agent reports for this host.
         """
         return not self._unread and self._snapshot.ready and self._health.replaced is None
 
@@ -308,9 +308,9 @@ class Agent:
             self._on_kernel_event(event)
 
     def _on_unusable(self, event: Any, error: Exception) -> None:
-        """Go on after an internal error with an event: resync with the kernel at the next tick.
+        """Handle an internal error in the handling of an event: schedule a resync with the kernel for the next tick.
 
-        If the event was one of the store, report a failure that lasts until the agent is restarted.
+        For an event of the store, report a failure that lasts until the agent is restarted.
         """
         log.debug("traceback:", exc_info=error)
         what = type(event).__name__
@@ -351,9 +351,9 @@ class Agent:
             self._reporter.beat_soon()  # to find out at once whether it can be written
 
     def _on_replaced(self, why: str | None) -> None:
-        """Stop changing endpoints and the kernel, since another agent reports for this host: `why` names that agent.
+        """Stop changing endpoints and the kernel, since another agent reports for this host; `why` names that agent.
 
-        If `why` is None, no other agent reports any more: resume.
+        If `why` is None, resume, since this agent reports again.
         """
         self._health.replaced = why
         if why is not None:
@@ -365,7 +365,7 @@ class Agent:
             self._keeper.resync(self._snapshot.addresses_listed())
 
     def _tick(self) -> None:
-        """Retry what failed. If RESYNC_INTERVAL has passed, also resync."""
+        """Retry operations that failed. If a resync is due, also resync."""
         self._tick_at = time.monotonic() + TICK
         self._health.record(events.Failure(shortage.descriptors_lacking(), "descriptors"))
         for manager in self._managers:
@@ -374,9 +374,9 @@ class Agent:
             self._resync()
 
     def _resync(self) -> None:
-        """Have the managers read the kernel again. Schedule reads of the host's network and of statuses in the store.
+        """Have the managers, the NetworkMonitor and the StoreReporter read again what they have cached.
 
-        Listing the kernel's state may fail if it changes meanwhile. Then the resync is repeated at the next tick.
+        If a manager fails, the resync is repeated at the next tick.
         """
         self._resync_at = time.monotonic() + RESYNC_INTERVAL
         self._reporter.resync()
@@ -391,9 +391,9 @@ class Agent:
     # Applying
 
     def _reconcile(self) -> None:
-        """Retry and read what is due, then drive the kernel to the snapshot.
+        """Process what is due, then drive the kernel to the snapshot.
 
-        While the snapshot must not be applied, only repair the kernel: see Manager.restore.
+        While the snapshot must not be applied, call Manager.restore instead.
         """
         try:
             if time.monotonic() >= self._tick_at:
@@ -419,9 +419,9 @@ class Agent:
             self._resync()
 
     def _apply(self) -> None:
-        """Drive the kernel to the snapshot; skip what has not changed.
+        """Drive the kernel to the snapshot, in five steps. Skip what has not changed.
 
-        The order of the five steps ensures that packets which policy denies never pass: see docs/agent.md.
+        The order of the steps ensures that packets which policy denies never pass: see docs/agent.md.
         """
         dirty = self._snapshot.take_dirty()
         # 1. addresses that are new to an endpoint are pending until their denied connections have been ended
@@ -459,9 +459,8 @@ class Agent:
             self._on_first_update()
 
     def _publish_macs(self) -> None:
-        """Have this host's MACs written to the store for the other hosts, unless they are there already.
-
-        Does nothing if this host is not registered.
+        """Have this host's MACs written to the store, if the host is registered and they differ from those in the
+        store.
         """
         macs = frozenset().union(*self._snapshot.network.macs.values())
         topology = self._snapshot.topology
@@ -469,10 +468,7 @@ class Agent:
             self._reporter.publish_macs(macs)
 
     def _check_registration(self) -> None:
-        """Report a failure if this host is not registered.
-
-        A command on another host may have removed this host while it was cut off from the store.
-        """
+        """Report a failure if this host is not registered. A command on another host may have removed it."""
         host, why = self._snapshot.host, None
         if self._snapshot.ready and host not in self._snapshot.topology.hosts():
             why = (
@@ -482,9 +478,9 @@ class Agent:
         self._health.record(events.Failure(why, "registration"))
 
     def _check_peers(self) -> None:
-        """Report the BGP peers without a session.
+        """Report the BGP peers with which no session is possible.
 
-        These are the peers of an IP version for which this host has no registered address, and a peer that is this host
+        These are peers of an IP version for which this host has no registered address, and peers that are this host
         itself.
         """
         for version, option in ((4, "--ip"), (6, "--ip6")):
@@ -511,7 +507,7 @@ class Agent:
             logging.getLogger("calico").setLevel(LOG_LEVELS.get(self._snapshot.log_level, logging.INFO))
 
     def _on_first_update(self) -> None:
-        """Start what may only run when the first snapshot is in the kernel."""
+        """Note that the first snapshot is in the kernel, and start the threads that must wait for it."""
         self._health.first_update = True
         self._keeper.start(self._snapshot.addresses_listed())
         self._host.check_firewall()

@@ -1,13 +1,10 @@
-"""A daemon that runs beside the agent: the local etcd, or BIRD.
+"""Starts, adopts and supervises a process that outlives the agent: the local etcd, or BIRD.
 
-Responsible for the daemon's process: starting it once, waiting until it serves, starting it again with backoff when it
-ends (`supervise`, for the local etcd; bgp/manager.py decides when BIRD is started again), and adopting it if it runs
-already. The caller provides the command line and the configuration.
+The caller provides the command line and the configuration of the daemon. bgp/manager.py itself decides when BIRD is
+restarted; `supervise` does so for the local etcd.
 
-A daemon survives the agent: it keeps running when the agent is restarted, upgraded or killed. The next agent, and every
-command, finds the daemon by its pid file. A pid file may be stale, so a process counts as the daemon only if the
-`marker` is among its arguments: an argument that only this daemon has, such as its data folder or its configuration
-file.
+The next agent, and every command, find the daemon by its pid file. A pid file may be stale, so a process counts as the
+daemon only if `marker` is among its arguments: an argument that no other process has, such as the daemon's data folder.
 """
 
 from __future__ import annotations
@@ -33,18 +30,19 @@ END_PATIENCE = 30.0
 """Seconds to wait for a daemon to end."""
 
 LOCK_PATIENCE = 30.0
-"""Seconds to wait until another process that starts the daemon has done so."""
+"""Seconds to wait for another process that holds the lock, since it starts the daemon."""
 
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0
-"""Seconds until a daemon that ended is started again: at first, and at most. The pause doubles each time. It is reset
-after the daemon has run for longer than the longest pause."""
+"""The first and the longest pause in seconds until a daemon that ended is started again. The pause doubles each time.
+It is reset if the daemon has run for longer than the longest pause.
+"""
 
 
 @dataclass(frozen=True)
 class Process:
     """A daemon's process, identified by a pid file and by `marker`, an argument that no other process has.
 
-    `name` is what messages call the daemon.
+    `name` is the daemon's name in messages.
     """
 
     name: str
@@ -52,7 +50,7 @@ class Process:
     marker: str
 
     def pid(self) -> int | None:
-        """Return the daemon's process id, None while it does not run."""
+        """Return the daemon's process id, or None if it does not run."""
         try:
             pid = int(self.pid_file.read_text())
             return pid if self.marker in proc.arguments(pid) else None
@@ -60,18 +58,16 @@ class Process:
             return None
 
     def note(self, pid: int) -> None:
-        """Write the pid file. An existing file is overwritten in place: that works even if the file system is full.
-
-        Raises OSError.
-        """
+        """Write the pid file. Raises OSError."""
+        # overwritten in place: that works even if the file system is full
         with open(os.open(self.pid_file, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644), "w") as file:
             file.write(f"{pid}\n")
             file.truncate()
 
     def stop(self) -> bool:
-        """End the daemon, wait until it has ended, and return whether it was running.
+        """End the daemon, and wait until it has ended. Return whether it was running.
 
-        Raises CalicoError when the daemon does not end within END_PATIENCE.
+        Raises CalicoError if the daemon does not end within END_PATIENCE.
         """
         pid = self.pid()
         if pid is None:
@@ -85,11 +81,11 @@ class Process:
 
 
 class NotServing(CalicoError):
-    """The daemon does not serve: it has ended, or has not become ready in time."""
+    """The daemon has ended, or has not become ready in time."""
 
 
 class Daemon:
-    """Starts a daemon's process and supervises it. All methods but `supervise` raise CalicoError."""
+    """Starts a daemon's process, and supervises it. All methods but `supervise` raise CalicoError."""
 
     def __init__(
         self,
@@ -101,8 +97,8 @@ class Daemon:
         environment: Mapping[str, str],
         folder: Path = Path("/"),
     ) -> None:
-        """`lock` is a file that is locked while the daemon is started, so that there are never two daemons. Only root
-        may write to its folder, which must exist.
+        """`lock` is a file that is locked while the daemon is started. Its folder must exist, and be writable only for
+        root.
 
         The daemon's output is appended to `log_file`. `environment` is the daemon's whole environment, and `folder` its
         working directory. `is_ready` is called until it returns True, for `start_patience` seconds at most.
@@ -117,12 +113,10 @@ class Daemon:
         self._child: subprocess.Popen[bytes] | None = None
 
     def start(self, command: Callable[[], list[str]], adopt: Callable[[int], None]) -> bool:
-        """Launch the daemon, and wait until it is ready; return False if it was running before.
+        """Launch the daemon, and wait until it is ready. Return False if it was running before.
 
-        For the arguments, see `launch`.
-
-        If a daemon that this call has started does not become ready, or if the call is interrupted, that daemon is
-        ended, since nothing would supervise it.
+        The arguments are those of `launch`. If the call fails or is interrupted, a daemon that it has launched is
+        ended.
         """
         try:
             started = self.launch(command, adopt)
@@ -133,10 +127,10 @@ class Daemon:
             raise
 
     def launch(self, command: Callable[[], list[str]], adopt: Callable[[int], None]) -> bool:
-        """Start the daemon's process unless it runs; return False if it was running before.
+        """Start the daemon's process if it does not run. Return False if it was running before.
 
-        `command` returns the command line, whose first word is looked up in PATH. If the process runs already, `adopt`
-        is called with its id instead. `command` and `adopt` are called with the lock held.
+        `command` returns the command line; its first word is looked up in PATH. If the daemon was running before,
+        `adopt` is called with its process id. Both are called while the lock is held.
         """
         try:
             with self._locked():
@@ -188,7 +182,9 @@ class Daemon:
             time.sleep(0.001)  # the arguments of a new process can be read only a moment later
 
     def await_ready(self) -> None:
-        """Wait until the daemon is ready; raise NotServing when it ends before that, or after `start_patience`."""
+        """Wait until the daemon is ready. Raise NotServing if it ends before that, or after `start_patience`
+        seconds.
+        """
         give_up = time.monotonic() + self._start_patience
         while not self._is_ready():
             if self._child_has_ended() or self.process.pid() is None or time.monotonic() > give_up:
@@ -198,7 +194,7 @@ class Daemon:
             time.sleep(0.05)  # a daemon does not announce that it is ready
 
     def _end_child(self) -> None:
-        """End the process that this object has started, if any. Remove the pid file unless it names another daemon."""
+        """End the process that this object has started, if any. Remove the pid file unless it names another process."""
         if self._child is None:
             return
         runs_as = self.process.pid()
@@ -212,10 +208,10 @@ class Daemon:
             self.process.pid_file.unlink(missing_ok=True)
 
     def supervise(self, launch: Callable[[], object]) -> None:
-        """Start a thread that calls `launch` at once, and again whenever the daemon has ended.
+        """Start a thread that calls `launch` now, and again whenever the daemon has ended.
 
-        `launch` starts the daemon unless it runs. If `launch` raises an exception of any kind, it is called again after
-        a pause. The thread ends with this process.
+        `launch` must start the daemon if it does not run. After an exception of `launch`, the thread pauses, and calls
+        it again. The thread ends with this process.
         """
         threading.Thread(
             target=self._supervise, args=(launch,), name=f"supervising {self.process.name}", daemon=True
@@ -240,10 +236,7 @@ class Daemon:
             pause = min(LONGEST_PAUSE, pause * 2)
 
     def _child_has_ended(self) -> bool:
-        """Reap the process that this object has started if it has ended, and return whether it has.
-
-        Returns False if this object has started none.
-        """
+        """Return whether the process that this object has started has ended. Return False if it has started none."""
         return self._child is not None and self._child.poll() is not None
 
     def _last_log_line(self) -> str:

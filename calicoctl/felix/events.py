@@ -1,8 +1,8 @@
 """The events that drive the loops of the agent and of the WorkloadKeeper, as plain data.
 
-The threads of sources.py, report.py, workload_keeper.py, dataplane/ and bgp/ put them into a queue. The thread that
-reads the queue decides what an event means. The agent's loop itself sends Tick and PolicyFailed to the managers,
-without a queue.
+The threads of sources.py, report.py, workload_keeper.py, dataplane/ and bgp/ put events into a queue. The thread that
+reads the queue handles them. Tick and PolicyFailed do not pass through a queue: the agent's loop sends them to the
+managers.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class StoreRead:
 
 @dataclass(frozen=True)
 class StoreChanged:
-    """One change that a watch delivered."""
+    """One change that a watch of the store has delivered."""
 
     change: Change
 
@@ -42,7 +42,7 @@ class WatchRecovered:
 class WatchFailed:
     """The watch of a directory of the store fails. `read` says whether the directory can still be read.
 
-    `since` is the time (ISO 8601) of the last request about the directory that succeeded; if none has yet, of the
+    `since` is the time (ISO 8601) of the last successful request about the directory or, before the first one, of the
     agent's start.
     """
 
@@ -54,14 +54,14 @@ class WatchFailed:
 
 @dataclass(frozen=True)
 class WritesRecovered:
-    """The store can be written again, or could be written for the first time."""
+    """The store can be written again, or for the first time."""
 
 
 @dataclass(frozen=True)
 class WritesFailed:
     """The store cannot be written.
 
-    `since` is the time (ISO 8601) of the last write that succeeded; if none has yet, of the agent's start.
+    `since` is the time (ISO 8601) of the last successful write or, before the first one, of the agent's start.
     """
 
     why: str
@@ -80,7 +80,7 @@ class Replaced:
 
 @dataclass(frozen=True)
 class LinkChanged:
-    """An interface was added, changed or, with `deleted`, removed."""
+    """An interface was added or changed or, with `deleted`, removed."""
 
     link: Link
     deleted: bool = False
@@ -88,7 +88,7 @@ class LinkChanged:
 
 @dataclass(frozen=True)
 class RouteLost:
-    """Another process may have deleted or replaced one of the agent's routes to endpoints.
+    """One of the agent's routes to endpoints may have been deleted or replaced by another process.
 
     `address` is the route's destination, without a prefix length.
     """
@@ -113,12 +113,12 @@ class BirdRouteLost:
 
 @dataclass(frozen=True)
 class AddressesChanged:
-    """An address of this host was added or deleted; IPv6 link-local addresses do not count."""
+    """An address of this host, other than an IPv6 link-local address, was added or deleted."""
 
 
 @dataclass(frozen=True)
 class GatewaysChanged:
-    """Routes that are not the agent's have changed; the gateways that this host uses may have changed with them."""
+    """Routes that are not the agent's have changed, and possibly the gateways that this host uses."""
 
 
 @dataclass(frozen=True)
@@ -135,9 +135,9 @@ class KernelEventsLost:
 
 @dataclass(frozen=True)
 class TablesChanged:
-    """Another process has changed nftables tables of these names.
+    """Another process has changed the nftables tables with these names.
 
-    The empty name stands for any table: notifications were lost.
+    The empty name stands for any table: the kernel has dropped notifications.
     """
 
     names: frozenset[str]
@@ -145,9 +145,10 @@ class TablesChanged:
 
 @dataclass(frozen=True)
 class Container:
-    """A container in the Docker Engine's list: whether it runs, and its name (None if the list has no name for it).
+    """A container in the Docker Engine's list. `runs` is True also for a paused container.
 
-    A paused container counts as running. `network_mode` is the value of `docker run --net`, such as `none`.
+    `name` is None if the list contains no name for it. `network_mode` is the value of `docker run --net`, such as
+    `none`.
     """
 
     runs: bool
@@ -157,7 +158,7 @@ class Container:
 
 @dataclass(frozen=True)
 class EngineListed:
-    """The Docker Engine's containers, by id. Changes follow as ContainerChanged."""
+    """The Docker Engine's containers, by id."""
 
     containers: dict[str, Container]
 
@@ -184,9 +185,9 @@ class MountsChanged:
 
 @dataclass(frozen=True)
 class Failure:
-    """An operation failed, for a workload or for the host as a whole.
+    """An operation failed, for a workload or for the host as a whole. `why` is a sentence.
 
-    A failure with a `subject` lasts until an event with the same subject replaces it. If that event's `why` is None,
+    A failure with a `subject` lasts until an event with the same subject replaces it. If `why` is None in that event,
     the failure has ended.
     """
 
@@ -196,14 +197,15 @@ class Failure:
 
 BGP, BGP_CONFIGURATION, BGP_PASSWORDS = "bgp", "bgp configuration", "bgp passwords"
 """Subjects of failures: BIRD does not run or answer; BIRD refuses a configuration; the agent refuses the file with the
-passwords."""
+passwords.
+"""
 
 
 @dataclass(frozen=True)
 class OverlayBlocked:
-    """The overlay needs devices, but none could be created; with `blocked` False, that is no longer so.
+    """The overlay needs devices, but none could be created. If `blocked` is False, that is no longer so.
 
-    For example, another program's devices may have our VNI or our names.
+    One cause is a device of another program with our VNI or our names.
     """
 
     blocked: bool
@@ -211,12 +213,12 @@ class OverlayBlocked:
 
 @dataclass(frozen=True)
 class BgpChanged:
-    """What is known of BIRD: the process that the agent runs, and its BGP sessions, in order of their addresses.
+    """The state of BIRD: its process, and its BGP sessions. Emitted when the state has changed.
 
-    `settled` says whether BIRD uses the first configuration that follows from the store, or the attempt has failed. If
-    BGP is off, `settled` says that the attempt to end BIRD is over. `pid` is None while BIRD does not run. `running`
-    says whether BIRD listens on the port of BGP, as it does while a session is configured. `restarts` counts how often
-    BIRD was started again since the agent's start, `refusals` how many configurations it has refused.
+    `settled` is True from the first attempt to apply the configuration that follows from the store, even if the attempt
+    failed. If BGP is off, it is True once the agent has tried to end BIRD. `pid` is None while BIRD does not run.
+    `running` says whether BIRD listens on the port of BGP, as it does while a session is configured. `restarts` counts
+    the restarts of BIRD, and `refusals` the configurations that BIRD has refused, both since the agent's start.
     """
 
     settled: bool = False
@@ -229,22 +231,19 @@ class BgpChanged:
 
 @dataclass(frozen=True)
 class Tick:
-    """The interval of the agent (TICK in agent.py) has passed: retry what failed."""
+    """The interval TICK (agent.py) has passed: retry operations that failed."""
 
 
 @dataclass(frozen=True)
 class PolicyFailed:
-    """The nftables tables could not be programmed.
-
-    So routes, and whatever else makes the host forward, are not programmed in this round of the agent's loop.
-    """
+    """The nftables tables could not be programmed, so this round of the agent's loop programs nothing else."""
 
     why: str
 
 
 @dataclass(frozen=True)
 class Stop:
-    """The agent was asked to end."""
+    """The agent was asked to end, by a signal."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The agent's health: statuses of endpoints, whether the store works, what fails on the host.
 
-Plain state, which the agent's thread changes; report.py and metrics.py publish it.
+Only the agent's thread changes this state. report.py and metrics.py publish it.
 """
 
 from __future__ import annotations
@@ -30,18 +30,17 @@ log = logging.getLogger("calico.felix")
 
 
 NO_MTU: dict[str, Any] = {"underlay": {"ipv4": None, "ipv6": None}, "overlay": None, "configured": None}
-"""What is reported as `mtu` while the MTUs are not known."""
+"""The value of `mtu` in the report while the MTUs are unknown."""
 
 UNTOLD = "root alone is told what (sudo calicoctl status)"
-"""Replaces texts that may quote the store, in the report that every user may read."""
+"""Replaces texts that may quote the store in the report that every user may read."""
 
 
 @dataclass(frozen=True)
 class Status:
-    """An endpoint's `status` ("up", "down" or "error"), and the `reason`, if there is one.
+    """An endpoint's `status` ("up", "down" or "error"), and the `reason`, None if there is none.
 
-    `revision` is the endpoint's revision in the store; `workload_name` is the container's name, as
-    the endpoint in the store contains it.
+    `revision` is the endpoint's revision in the store. `workload_name` is the container's name in the endpoint.
     """
 
     status: str
@@ -62,10 +61,9 @@ class Status:
 
 
 class Ability:
-    """Whether one use of the store, such as reading, works; since when, and why not.
+    """Whether one use of the store, such as reading, works for all its users; since when, and why not.
 
-    Each user of the store has a name, such as the directory that a thread reads. The ability works if it works for all
-    users.
+    The name of a user is, for example, the directory that a thread reads.
     """
 
     def __init__(self, users: Iterable[str]) -> None:
@@ -75,7 +73,7 @@ class Ability:
 
     @property
     def works(self) -> bool | None:
-        """Whether the ability works: False if any user fails; else None until every user has tried, then True."""
+        """False if the store fails for any user; else None until every user has tried, then True."""
         return False if self._failing else None if self._untried else True
 
     @property
@@ -83,7 +81,7 @@ class Ability:
         return next(iter(self._failing.values()), None)
 
     def succeeded(self, user: str) -> bool:
-        """Note that the ability works for a user; return True if this makes it work for all users."""
+        """Note a success of a user. Return whether the ability has begun to work for all users."""
         before = self.works
         self._untried.discard(user)
         self._failing.pop(user, None)
@@ -93,9 +91,9 @@ class Ability:
         return True
 
     def failed(self, user: str, why: str, since: str) -> bool:
-        """Note that the ability has been failing for a user since the time `since` (ISO 8601).
+        """Note that the ability has failed for a user since the time `since` (ISO 8601).
 
-        Return False if the ability was failing for any user already, else True.
+        Return False if it was failing for any user before, else True.
         """
         before = self.works
         self._untried.discard(user)
@@ -111,7 +109,7 @@ class Ability:
 
 
 class StoreHealth:
-    """Whether the store can be read, written and followed."""
+    """Whether the store can be read, written and watched."""
 
     def __init__(self, directories: Iterable[str]) -> None:
         """`directories` are the directories of the store that the agent reads and watches."""
@@ -137,12 +135,12 @@ class StoreHealth:
 
 @dataclass
 class Health:
-    """The agent's state, as it is reported. Changed by the agent's thread alone."""
+    """The agent's state, as it is reported. Only the agent's thread changes it."""
 
     host: str
     version: str
     options: dict[str, Any] = field(default_factory=dict)
-    """How the agent was started: see process.Options."""
+    """The agent's options: the fields of process.Options."""
     followed: InitVar[frozenset[str]] = frozenset()
     pid: int = field(default_factory=os.getpid)
     since: str = field(default_factory=now)
@@ -151,25 +149,25 @@ class Health:
     """Whether the first snapshot is in the kernel."""
     waiting_for: str | None = None
     replaced: str | None = None
-    """A sentence that names the other agent that reports for this host now; None while this agent reports."""
+    """A sentence that names the other agent that reports for this host; None while this agent reports."""
     unknown_interfaces: list[str] = field(default_factory=list)
     """Interfaces `cali…` of this host that belong to no endpoint in the store."""
     endpoints: dict[EndpointId, Status] = field(default_factory=dict)
     problems: dict[str, str] = field(default_factory=dict)
-    """By key of the store: what is wrong with the key's value."""
+    """Key of the store -> what is wrong with the key's value."""
     skipped: dict[str, str] = field(default_factory=dict)
-    """By key of the store: why the key, or the keys below it, are not read."""
+    """Key of the store -> why the key, or the keys below it, are not read."""
     unread: set[str] = field(default_factory=set)
-    """Those of `skipped` that are directories which were too large to be read."""
+    """Those keys of `skipped` that are directories, and were too large to be read."""
     failures: dict[str, dict[str, str]] = field(default_factory=dict)
-    """By subject: what fails on this host now, as the `error` (a sentence) and the time `since` when (ISO 8601)."""
+    """Subject -> the current failure: its `error` (a sentence), and `since` when it lasts (ISO 8601)."""
     last_error: dict[str, str] | None = None
     mtu: dict[str, Any] = field(default_factory=lambda: copy.deepcopy(NO_MTU))
-    """The MTU that new interfaces of workloads get. For pools without an overlay, that is the MTU of the `underlay`, by
-    IP version; for pools with an overlay, that of the `overlay` (None if there are no such pools). If an MTU is
-    `configured`, it is used for all."""
+    """The MTU of new interfaces of workloads. In pools without an overlay, it is the MTU of the `underlay`, by IP
+    version; in pools with an overlay, that of the `overlay` (None if there are no such pools). If an MTU is
+    `configured`, it replaces both.
+    """
     bgp: BgpChanged = field(default_factory=BgpChanged)
-    """What is known of BIRD."""
     users: Mapping[str, str] = field(default_factory=dict)
     """Address -> name of the host that is registered with it: see Topology."""
     resyncs: int = 0
@@ -178,24 +176,23 @@ class Health:
     collected: int = 0
     """Workloads, and leftovers of interrupted commands, that were garbage-collected."""
     refused_connections: int = 0
-    """Packets of new connections that were dropped, since their endpoint had too many: see connection_limit.py."""
+    """Packets of new connections that were dropped because their endpoint had too many: see connection_limit.py."""
 
     def __post_init__(self, followed: frozenset[str]) -> None:
         self.store = StoreHealth(followed)
 
     def count(self, act: Action) -> None:
-        """Count an action of the WorkloadKeeper."""
         self.reattached += act.kind == REATTACHED
         self.collected += act.kind == COLLECTED
 
     def error(self, sentence: str) -> None:
-        """Log an error, and keep it as the last one."""
+        """Log an error, and store it as the last error."""
         sentence = shortened(sentence, limits.TEXT)
         log.error("%s", sentence)
         self.last_error = {"time": now(), "error": sentence}
 
     def record(self, failure: Failure) -> None:
-        """Note a failure, or the end of a failure if `why` is None. A failure is logged when it begins, or changes.
+        """Note a failure, or its end if `why` is None. A failure is logged when it begins or changes.
 
         A failure without a subject does not last: it only becomes the last error.
         """
@@ -210,7 +207,7 @@ class Health:
             self.error(failure.why)
 
     def counts(self) -> dict[str, int]:
-        """Return the number of endpoints by status. `stopped` endpoints are counted as `down`, too."""
+        """Return the number of endpoints by status. `stopped` endpoints are also counted as `down`."""
         counts = {"up": 0, "down": 0, "error": 0, "stopped": 0}
         for status in list(self.endpoints.values()):  # the thread that serves metrics calls this, too
             counts[status.status] += 1
@@ -220,8 +217,8 @@ class Health:
     def to_dict(self) -> dict[str, Any]:
         """Return the report that `calicoctl status` reads.
 
-        Scripts read it as JSON: `troubles` and `healed` keep their names for compatibility. The length of each list is
-        limited (limits.py), and the worst endpoints come first. `left_out` says how many items each list lacks.
+        Scripts read it as JSON, so `troubles` and `healed` keep their names. Each list is limited (limits.py), with the
+        worst endpoints first. `left_out` contains the number of items that are missing in each list.
         """
         troubled, problems = self._troubled(), {**self.problems, **self.skipped}
         shown = self._worst(troubled)
@@ -289,10 +286,10 @@ class Health:
         }
 
     def public(self, report: dict[str, Any]) -> dict[str, Any]:
-        """Return `report`, which `to_dict` has just returned, without texts that may quote values of the store.
+        """Return a copy of `report`, the result of `to_dict`, without texts that may quote values of the store.
 
-        Only root may read such texts. Keys, and validated names and addresses, stay: the kernel shows them to every
-        user.
+        The health must not have changed since `to_dict` was called. Keys, and validated names and addresses, are not
+        removed, since the kernel shows them to every user.
         """
         endpoints = []
         for one, (id, _) in zip(report["endpoints_in_trouble"], self._worst(self._troubled())):
@@ -311,7 +308,7 @@ class Health:
 
     @staticmethod
     def _worst(troubled: list[tuple[EndpointId, Status]]) -> list[tuple[EndpointId, Status]]:
-        """Return the endpoints to report, limits.REPORTED at most: those in error first, in order of their ids."""
+        """Return limits.REPORTED endpoints at most: those in error first, then in the order of their ids."""
         return heapq.nsmallest(
             limits.REPORTED, troubled, key=lambda item: (item[1].status != "error", item[0].endpoint, item[0].workload)
         )

@@ -1,13 +1,13 @@
 """The agent's heartbeat: the host's status in the store. It expires, and names the machine whose agent writes it.
 
-The status is renewed by compare-and-swap, or on a store with leases by a touch (`Store.touch`), so one operation both
-renews it and detects that another agent has written it, such as the agent of a second machine with the same host name.
-With leases, a status is not written while it stays the same: that it exists says that its agent is alive, its `time`
-does not. `claim` decides whether this machine keeps
-the host name when `calicoctl node` runs, before that command writes anything else; `Heartbeat` decides it for a running
-agent. Suppose that another agent has replaced this one, and that the status names its machine. Then this agent never
-takes the host name back by itself, even when the status has expired: the other machine may be rebooting, and
-reconciling its endpoints from here would remove them.
+The status is renewed by compare-and-swap or, on a store with leases, by a touch (`Store.touch`). Both detect that
+another agent has written the status, such as that of a second machine with the same host name. With leases, a status
+that has not changed is not written again, so its `time` may be old while its agent is alive.
+
+`claim` decides for `calicoctl node` whether this machine may use the host name, before that command writes anything
+else. `Heartbeat` decides it for a running agent: after an agent of a known machine has written the status, this agent
+does not write it again by itself, even if the status expires. The other machine may be rebooting, and reconciling its
+endpoints from here would remove them.
 """
 
 from __future__ import annotations
@@ -41,16 +41,17 @@ EXPIRY_PATIENCE = 30.0
 
 LEASE_PATIENCE = TIME_TO_LIVE + 5.0
 """Seconds after which a status on a store with leases has expired, unless its agent is alive. etcd needs up to a second
-to delete what has expired."""
+to delete it.
+"""
 
 YIELD_PATIENCE = INTERVAL + 2
-"""Seconds within which an agent notices that another one has written its status."""
+"""Seconds within which an agent notices that another agent has written its status."""
 
 POLL_INTERVAL = 0.5
 """Seconds between two reads of a status while waiting."""
 
 TIMES = ("time", "uptime")
-"""The fields of a status that always change. A status that differs in nothing else need not be written."""
+"""The fields of a status that always change. A status that differs only in these fields need not be written."""
 
 _APPLICATION = uuid.UUID("b42e1f91-5bde-4911-a361-abec26e34313").bytes
 
@@ -60,10 +61,10 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 @dataclass(frozen=True)
 class Identity:
-    """A machine and its boot. A field is None if it is not known.
+    """A machine and its boot. A field is None if it is unknown.
 
-    A machine id is confidential, so `machine` is derived from it as machine-id(5) demands. `systemd-id128 machine-id
-    --app-specific=b42e1f915bde4911a361abec26e34313` prints the same.
+    `machine` is derived from the confidential machine id, as machine-id(5) demands. `systemd-id128 machine-id
+    --app-specific=b42e1f915bde4911a361abec26e34313` prints the same value.
     """
 
     machine: str | None
@@ -81,7 +82,7 @@ class Identity:
 
     @classmethod
     def of(cls, status: Entry) -> Identity:
-        """Return the identity in a host's status; both fields are None if Felix or an old agent wrote it."""
+        """Return the identity in a host's status. Both fields are None if Felix or an old agent wrote the status."""
         try:
             value = json.loads(status.value)
         except ValueError:
@@ -99,7 +100,7 @@ class Identity:
         return None not in (self.machine, own.machine) and self.machine != own.machine
 
     def describe(self, own: Identity) -> str:
-        """Return how to name an agent of this identity at the beginning of a sentence."""
+        """Return a name for an agent with this identity, as the beginning of a sentence."""
         if self.machine is None and self.boot is not None:
             return "An agent on a machine without a machine id"
         if self.machine is None:
@@ -119,7 +120,7 @@ def _read(path: Path) -> str:
 
 
 def _derived(machine_id: bytes) -> str:
-    """Return an id that identifies a machine without its machine id. Source: sd_id128_get_machine_app_specific(3)."""
+    """Return an id derived from a machine id. Source: sd_id128_get_machine_app_specific(3)."""
     digest = bytearray(hmac.new(machine_id, _APPLICATION, hashlib.sha256).digest()[:16])
     digest[6] = digest[6] & 0x0F | 0x40  # the form of a random UUID
     digest[8] = digest[8] & 0x3F | 0x80
@@ -127,25 +128,26 @@ def _derived(machine_id: bytes) -> str:
 
 
 class Heartbeat:
-    """Keeps the host's status in the store alive, for the agent. Not thread-safe."""
+    """Writes and renews the host's status in the store. Not thread-safe."""
 
     def __init__(self, datastore: DatastoreClient) -> None:
         self._datastore = datastore
         self._own = Identity.own()
         self._entry: Entry | None = None
-        """The status as this agent wrote it last."""
+        """The status that the next `beat` renews; None if there is none."""
         self._lasting: dict[str, Any] | None = None
-        """The status without TIMES, if `_entry` is what this agent itself has written, else None."""
+        """The status without TIMES, if this agent has written `_entry`; else None."""
         self.has_begun = False
-        """Whether the last `beat` wrote the status for the first time, or after it was lost to an expiry or to another
-        writer. What hung on the lease of the status before that may be gone, or hang on another lease."""
+        """Whether the last `beat` wrote the status anew: for the first time, or after it had expired or was changed by
+        another writer. The statuses of endpoints may then be gone, or be attached to another lease.
+        """
         self._contested = False
-        """Whether an agent of the same identity wrote the status between the last two heartbeats of this one."""
+        """Whether an agent of the same identity wrote the status between the last two heartbeats of this agent."""
         self._replaced_by: Identity | None = None
         """The identity of the other agent that writes the status; None while this agent writes it."""
 
     def beat(self, status: dict[str, Any]) -> Identity | None:
-        """Renew the status, and return None. If another agent writes it, return the identity of that agent.
+        """Write or renew the status, and return None. If another agent writes it, return that agent's identity.
 
         Raises StoreError.
         """
@@ -169,11 +171,10 @@ class Heartbeat:
         return self._replaced_by
 
     def _compare(self) -> None:
-        """After a failed write, read the status, and determine who wrote it, if it has not expired.
+        """After a failed write, read the status, and determine who wrote it.
 
-        If it has our own identity, the previous agent or `claim` wrote it, and this agent renews it from now on. If
-        that happens at two heartbeats in a row, another agent runs on this machine that is not in the pid file, such
-        as one in a container.
+        If the status has this agent's identity, this agent renews it from now on: the previous agent or `claim` wrote
+        it. If that happens at two heartbeats in a row, another agent runs on this machine, for example in a container.
         """
         self._lasting = None
         self._entry = self._datastore.statuses.of_host()
@@ -182,7 +183,9 @@ class Heartbeat:
             self._entry, self._replaced_by, self._contested = None, writer, False
 
     def _try_to_regain(self, writer: Identity) -> None:
-        """Read the status, last written by another agent (`writer`), and note if this agent may write it again."""
+        """Read the status, which another agent (`writer`) wrote last, and determine whether this agent may write it
+        again.
+        """
         entry = self._datastore.statuses.of_host()
         if entry is not None and Identity.of(entry) != self._own:
             self._replaced_by = Identity.of(entry)
@@ -200,14 +203,15 @@ class Heartbeat:
 def claim(
     datastore: DatastoreClient, force: bool, own_agent_writes: bool, notify: Callable[[str], None]
 ) -> Entry | None:
-    """Write the host's status in this machine's name, provided that no other agent writes it.
+    """Write the host's status with this machine's identity, if no other agent writes the status.
 
-    Returns the entry that was written, None if no write was needed. Raises StoreError. Raises CalicoError, having
-    changed nothing, if another agent writes the status.
+    `own_agent_writes` says whether this host's agent is running: a status that names neither a machine nor a boot then
+    counts as that agent's. With `force`, another agent's status is overwritten. `notify` is called with a sentence
+    before each wait.
 
-    `own_agent_writes` says that this host's agent is running; a status that names neither a machine nor a boot is then
-    assumed to be that agent's. With `force`, the status is taken over from any other agent; CalicoError is then raised,
-    after the change, if that agent goes on writing. `notify` is called with a sentence before each wait.
+    Returns the written entry, or None if this host's running agent writes the status. Raises StoreError. Raises
+    CalicoError, without a change, if another agent writes the status; with `force`, raises CalicoError only if that
+    agent goes on writing after the change.
     """
     own = Identity.own()
     while True:
@@ -236,10 +240,11 @@ def _write(datastore: DatastoreClient, own: Identity, before: Entry | None) -> E
 def _await_expiry(
     datastore: DatastoreClient, own: Identity, entry: Entry, notify: Callable[[str], None]
 ) -> Entry | None:
-    """Wait until a status expires, and return None. If it neither expires nor is renewed in EXPIRY_PATIENCE, return it.
+    """Wait until a status expires, and return None.
 
-    If this machine has written a status meanwhile, return that one. Raises CalicoError if another agent renews the
-    status: with leases, that is not seen, so if the status has not expired in LEASE_PATIENCE.
+    If another command on this host writes the status meanwhile, return the new entry. If the status neither expires nor
+    is renewed in EXPIRY_PATIENCE, return `entry`. Raise CalicoError if another agent renews the status. On a store with
+    leases, a renewal is not visible, so raise CalicoError if the status has not expired in LEASE_PATIENCE.
     """
     writer = Identity.of(entry)
     leases = datastore.statuses.hang_together
@@ -264,10 +269,10 @@ def _await_expiry(
 
 
 def _take_over(datastore: DatastoreClient, own: Identity, entry: Entry, notify: Callable[[str], None]) -> Entry:
-    """Overwrite another agent's status, then wait for YIELD_PATIENCE, so that the agent notices and stops writing.
+    """Overwrite another agent's status, wait for YIELD_PATIENCE until that agent has noticed, and write the status
+    again.
 
-    Returns the status of this machine, renewed after the wait.
-    Raises CalicoError if the other agent goes on writing its status: agents of older versions do not check.
+    Return the last entry. Raise CalicoError if the other agent goes on writing: agents of older versions do not check.
     """
     who = _with_addresses(datastore, Identity.of(entry).describe(own))
     notify(
@@ -301,11 +306,11 @@ def _with_addresses(datastore: DatastoreClient, who: str) -> str:
 
 
 def other_writer(datastore: DatastoreClient, status: Entry, own_agent_writes: bool) -> str | None:
-    """Return the words for the agent that wrote a host's status, as the beginning of a sentence.
+    """Return a name for the other agent that wrote a host's status, as the beginning of a sentence.
 
-    None if the status names this machine and its current boot. With `own_agent_writes`, as for `claim`, two more
-    statuses count as this machine's: one that names neither a machine nor a boot and, if this machine has no machine
-    id, one that names its current boot.
+    Return None if this machine's agent wrote it: if the status names this machine and its current boot. With
+    `own_agent_writes`, as for `claim`, a status that names neither a machine nor a boot counts as this machine's, too.
+    So does a status that names only the current boot, if this machine has no machine id.
     """
     writer, own = Identity.of(status), Identity.own()
     if _is_ours(writer, own, own_agent_writes):

@@ -1,8 +1,7 @@
-"""Keeps the addresses that endpoints of this host may go on using although a new endpoint would be refused them.
+"""Stores the addresses that endpoints of this host may use only because they used them before.
 
-They are kept across reboots, in the file /var/lib/calico/HOST/kept, which only root can read: a JSON list of pairs,
-each an interface and an address. Without such addresses, there is no file. desired/admission.py decides which addresses
-are refused.
+The file /var/lib/calico/HOST/kept survives reboots, and only root can read it. It is a JSON list of pairs (interface,
+address). Without such addresses, there is no file. desired/admission.py decides which addresses these are.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ _FILE = "kept"
 
 
 def read(host: str) -> list[Use]:
-    """Return the (interface, address) pairs that were written last, empty if there is no file.
+    """Return the (interface, address) pairs in the file; an empty list if there is no file.
 
     Raises CalicoError if the file is damaged or cannot be read.
     """
@@ -29,7 +28,7 @@ def read(host: str) -> list[Use]:
 
 
 def write(host: str, kept: Iterable[Use]) -> None:
-    """Replace the pairs in the file by `kept`; remove the file if there are none. Raises CalicoError."""
+    """Replace the pairs in the file by `kept`. Remove the file if `kept` is empty. Raises CalicoError."""
     found = sorted(kept)
     if found:
         state.write(host, _FILE, content=json.dumps(found).encode())

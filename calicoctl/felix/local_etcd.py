@@ -1,11 +1,10 @@
-"""An etcd for a single host: the distribution's package, on loopback, started by `calicoctl node --local-etcd`.
+"""The local etcd: an etcd for a single host, on loopback, started by `calicoctl node --local-etcd`.
 
-Responsible for the port, the command line and the data of that etcd; daemon.py starts and supervises the process. Every
-command, also the one that starts etcd after a reboot, finds etcd's address in the lines of the settings file that
-calicoctl wrote itself (environment.py).
+This module chooses the port and the command line; daemon.py starts and supervises the process. Commands find the
+address of the local etcd in the lines that calicoctl wrote into the settings file (environment.py).
 
-A new one serves etcd's v3 API alone. Data that an older version of this program has made is in the v2 API: that etcd
-goes on serving both, until the data has moved.
+A new local etcd serves only etcd's v3 API. If its data is that of an older version of this program, it also serves the
+v2 API until the data has been migrated.
 """
 
 from __future__ import annotations
@@ -31,10 +30,10 @@ from calicoctl.workloads.locks import DIRECTORY
 DATA = Path("/var/lib/calico/etcd")
 
 V3_ALONE = "v3"
-"""The name of a file in that folder which says that there is no data of the v2 API. etcd leaves it alone."""
+"""The name of a file in DATA which says that there is no data of the v2 API. etcd does not change the file."""
 
 FIRST_WITHOUT_V2 = (3, 6)
-"""The first version of etcd that has no v2 API."""
+"""The first version of etcd without a v2 API."""
 
 START_PATIENCE = 60.0
 """Seconds to wait for etcd to serve."""
@@ -47,7 +46,7 @@ _ENABLE_V2 = "--enable-v2"
 
 
 def running(host: str) -> int | None:
-    """Return the process id of a host's local etcd, None while it does not run."""
+    """Return the process id of a host's local etcd, or None if it does not run."""
     return _process(host).pid()
 
 
@@ -58,9 +57,9 @@ def serves_v2(host: str) -> bool:
 
 
 def stop(host: str) -> bool:
-    """End a host's local etcd, even if the settings name another store now; return whether it was running.
+    """End a host's local etcd, whatever store the settings name. Return whether it was running.
 
-    Raises CalicoError when it does not end.
+    Raises CalicoError if it does not end.
     """
     return _process(host).stop()
 
@@ -70,9 +69,10 @@ def _process(host: str) -> Process:
 
 
 def unannounce(was_ours: bool) -> None:
-    """Remove the lines that calicoctl wrote, which name the local etcd, from the settings file. Raises CalicoError.
+    """Remove the lines that calicoctl wrote from the settings file. Raises CalicoError.
 
-    `was_ours` says that this host had a local etcd. If not, and the environment names another store, the lines stay.
+    The lines stay if the environment names another store, unless `was_ours`, which says that this host had a local
+    etcd.
     """
     file = EnvironmentFile()
     if was_ours or _environment_matches(file):
@@ -89,12 +89,12 @@ def _environment_matches(file: EnvironmentFile) -> bool:
 class LocalEtcd:
     """The local etcd, at the port of 127.0.0.1 that the settings name, else at 2379 or another free port.
 
-    The port is fixed if the environment, or a line of the user's in the settings file, names it. If only lines that
-    calicoctl wrote name the port, or nothing does, and the port is in use, another port is chosen.
+    The port is fixed if the environment, or a line of the user in the settings file, names it. Otherwise, another port
+    is chosen if the port is in use.
     """
 
     def __init__(self, host: str, log_dir: str) -> None:
-        """Raises CalicoError when the settings name another store."""
+        """Raises CalicoError if the settings name another store."""
         settings = EtcdSettings.from_environment()
         name, self._port = settings.members[0]
         if not _is_local(settings):
@@ -131,11 +131,11 @@ class LocalEtcd:
         return {"ETCD_AUTHORITY": f"127.0.0.1:{self._port}"}
 
     def running(self) -> int | None:
-        """Return the process id of this etcd, None while it does not run."""
+        """Return the process id of this etcd, or None if it does not run."""
         return self._daemon.process.pid()
 
     def refuse_other_settings(self) -> None:
-        """Raise CalicoError when the user's lines in the settings file name another store."""
+        """Raise CalicoError if the user's lines in the settings file name another store."""
         others = EtcdSettings.from_environment(self._file.others())
         if not others.is_default and not (_is_local(others) and others.members[0][1] == self._port):
             raise CalicoError(
@@ -144,10 +144,10 @@ class LocalEtcd:
             )
 
     def resolve_port(self, stay: bool = False) -> None:
-        """Set the port, and so `url`, to that of the running etcd, else choose the one to start etcd at.
+        """Set the port, and so `url`, to that of the running etcd, or choose a port if etcd does not run.
 
-        With `stay`, the port is fixed: a running agent would not find etcd at another port. Raises CalicoError if the
-        port is in use and must not change, or if no port is free.
+        With `stay`, the port must not change, since a running agent would not find etcd at another port. Raises
+        CalicoError if the port is in use and must not change, or if no port is free.
         """
         pid = self.running()
         if pid is not None:
@@ -162,7 +162,7 @@ class LocalEtcd:
             self._port = _free_port(_PORTS)
 
     def _adopt(self, pid: int) -> None:
-        """Set the port to that of the running process; raise CalicoError when the settings name another one."""
+        """Set the port to that of the running process. Raise CalicoError if the settings name another port."""
         ports = [int(word[len(_CLIENT_URL) :]) for word in proc.arguments(pid) if word.startswith(_CLIENT_URL)]
         if ports and ports[0] != self._port:
             if not self._may_move:
@@ -173,7 +173,6 @@ class LocalEtcd:
             self._port = ports[0]
 
     def _taken(self) -> CalicoError:
-        """Return the error for a port that is in use."""
         way = f"name no store, in the environment and {self._file.path}, to have it at a free port"
         if self._may_move:
             way = "end the host agent with 'calicoctl node stop --force' and repeat this, to have it at another port"
@@ -182,9 +181,10 @@ class LocalEtcd:
         return CalicoError(f"an etcd answers at {self.url} already: omit --local-etcd to use that one, or {way}")
 
     def start(self, stay: bool = False) -> bool:
-        """Start etcd unless it runs, and wait until it serves; return whether it was started. Raises CalicoError.
+        """Start etcd if it does not run, and wait until it serves. Return whether it was started. Raises CalicoError.
 
-        From then on, this process's environment names this etcd. For `stay`, see `resolve_port`.
+        If the port is not fixed, the environment variables of this process then name this etcd. For `stay`, see
+        `resolve_port`.
         """
         self._make_data_folder()
         started = self._daemon.start(partial(self._command, stay), self._adopt)
@@ -193,7 +193,7 @@ class LocalEtcd:
         return started
 
     def supervise(self) -> None:
-        """Start etcd unless it runs, and again whenever it ends, as long as this process lives."""
+        """Start etcd if it does not run, and again whenever it ends, as long as this process lives. Returns at once."""
         self._daemon.supervise(self._launch)
 
     def _launch(self) -> None:
@@ -202,10 +202,10 @@ class LocalEtcd:
 
     @contextmanager
     def announced(self) -> Iterator[bool]:
-        """Write lines that name this etcd into the settings file; yield whether the file was changed.
+        """Write lines that name this etcd into the settings file. Yield whether the file was changed.
 
-        The file stays as it is if the user's lines name a store. When the body of `with` fails, the former lines are
-        restored. Raises CalicoError.
+        The file is not changed if it already contains these lines, or if the user's lines name a store. If the body of
+        `with` fails, the former lines are restored. Raises CalicoError.
         """
         before = self._file.own()
         if before == self._variables or not EtcdSettings.from_environment(self._file.others()).is_default:
@@ -231,7 +231,7 @@ class LocalEtcd:
             raise CalicoError(f"--local-etcd: {error.filename}: {error.strerror}") from None
 
     def _command(self, stay: bool) -> list[str]:
-        """Choose the port, and return etcd's command line. Raises CalicoError; for `stay`, see `resolve_port`."""
+        """Choose the port, and return etcd's command line. Raises CalicoError. For `stay`, see `resolve_port`."""
         from shutil import which
 
         self._choose_port(stay)
@@ -273,10 +273,10 @@ class LocalEtcd:
 
     @contextmanager
     def borrowed(self) -> Iterator[None]:
-        """Run the local etcd inside `with` if it is this host's store, and does not run.
+        """Run the local etcd inside `with` if it is this host's store and does not run.
 
-        The local etcd is the host's store if its data exists and, besides, lines that calicoctl wrote name it, or no
-        etcd serves at its port. Raises CalicoError.
+        The local etcd is the host's store if its data exists and, besides, either lines that calicoctl wrote name it,
+        or no etcd serves at its port. Raises CalicoError.
         """
         is_named = self._may_move and bool(self._file.own())
         needed = (DATA / "member").exists() and self.running() is None and (is_named or not self._healthy())
@@ -291,7 +291,9 @@ class LocalEtcd:
         return b'"health":"true"' in (self._answers("/health") or b"").replace(b" ", b"")
 
     def _answers(self, path: str) -> bytes | None:
-        """Return the body of the response to a GET request for a path; None on failure or if its status is not 200."""
+        """Return the body of the response to a GET request for a path. Return None for any failure or status other than
+        200.
+        """
         import urllib3
         import urllib3.exceptions
 
@@ -304,7 +306,7 @@ class LocalEtcd:
 
 
 def _refuse_etcd_without_v2() -> None:
-    """Raise CalicoError if the etcd that is installed has no v2 API."""
+    """Raise CalicoError if the installed etcd has no v2 API."""
     with suppress(OSError, subprocess.SubprocessError):  # then it says itself what is wrong
         said = subprocess.run(["etcd", "--version"], stdout=subprocess.PIPE, timeout=10).stdout
         found = re.search(r"etcd Version: (\d+)\.(\d+)", said.decode(errors="replace"))
@@ -316,7 +318,7 @@ def _refuse_etcd_without_v2() -> None:
 
 
 def _is_local(settings: EtcdSettings) -> bool:
-    """Return whether settings name a store that could be the local etcd."""
+    """Return whether the settings name a single member of etcd, on loopback and without TLS, as the local etcd is."""
     (name, _), *others = settings.members
     return not others and settings.scheme == "http" and name in ("127.0.0.1", "localhost")
 
@@ -333,7 +335,7 @@ def _is_free(port: int) -> bool:
 
 
 def _free_port(ports: range) -> int:
-    """Return the first port that is free; raise CalicoError when none is."""
+    """Return the first free port. Raise CalicoError if none is free."""
     for port in ports:
         if _is_free(port):
             return port

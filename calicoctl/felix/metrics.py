@@ -1,4 +1,4 @@
-"""The metrics that the agent serves to Prometheus, on loopback, if `--metrics-port` is given."""
+"""The metrics that the agent serves to Prometheus, on loopback, if `--metrics-port` is set."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class _NoTimer:
 
 
 class Metrics:
-    """Serves the metrics on a TCP port of loopback; if `port` is None, measures and serves nothing.
+    """Serves the metrics on a TCP port of loopback. If `port` is None, nothing is measured or served.
 
     `apply_time.time()` returns a context manager that measures how long programming the kernel takes. The constructor
     raises CalicoError if the port cannot be bound.

@@ -1,6 +1,6 @@
 """The HTTP server for the metrics. Every user of the host may connect.
 
-The number of connections is limited, and so is their duration, so that no user can exhaust the agent's descriptors.
+The number and the duration of connections are limited, so that no user can exhaust the agent's file descriptors.
 """
 
 from __future__ import annotations
@@ -20,36 +20,34 @@ from calicoctl.felix import shortage
 log = logging.getLogger("calico.felix")
 
 MOST_CONNECTIONS = 8
-"""The maximum number of open connections. A further connection closes the oldest."""
+"""The maximum number of open connections. A further connection closes the oldest one."""
 
 LONGEST = 5.0
-"""Seconds that a connection may be open."""
+"""The maximum duration of a connection in seconds."""
 
 INTERVAL = 1.0
-"""Seconds between two checks of how long connections have been open."""
+"""Seconds between two checks for connections that have lasted too long."""
 
 
 def serve(app: Any, address: str, port: int) -> None:
-    """Serve a WSGI application in a thread of its own. Raises OSError when the port cannot be bound."""
+    """Serve a WSGI application in a new thread. Raises OSError if the port cannot be bound."""
     server = _Server((address, port), _Handler)
     server.set_app(app)
     threading.Thread(target=server.serve_forever, args=(INTERVAL,), name="serving metrics", daemon=True).start()
 
 
 class _Server(socketserver.ThreadingMixIn, WSGIServer):
-    """Serves each connection in a thread of its own."""
-
     daemon_threads = True
     request_queue_size = 128
 
     def __init__(self, *arguments: Any) -> None:
         self._changed = threading.Condition()
         self._open: dict[socket.socket, float] = {}
-        """Open connections, the oldest first, and when they were accepted (monotonic)."""
+        """Open connections, the oldest first, and when each was accepted (monotonic)."""
         super().__init__(*arguments)
 
     def server_bind(self) -> None:
-        """Bind as the library does, but without resolving the host's name."""
+        # unlike the library's method, this does not resolve the host's name
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
         self.setup_environ()
@@ -71,7 +69,9 @@ class _Server(socketserver.ThreadingMixIn, WSGIServer):
         super().process_request(request, client_address)
 
     def service_actions(self) -> None:
-        """Close connections that have been open for too long. Called after each accept, and once per interval."""
+        """Close connections that have lasted too long. The library calls this after each accept, and once per
+        INTERVAL.
+        """
         with self._changed:
             for connection, since in self._open.items():
                 if time.monotonic() > since + LONGEST:
@@ -88,7 +88,7 @@ class _Server(socketserver.ThreadingMixIn, WSGIServer):
 
 
 def _end(connection: socket.socket) -> None:
-    """Shut a connection down; the thread that serves it then reads end of file, and closes the socket."""
+    """Shut a connection down. The thread that serves it then reads end of file, and closes the socket."""
     with suppress(OSError):
         connection.shutdown(socket.SHUT_RDWR)
 

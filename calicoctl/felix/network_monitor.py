@@ -1,6 +1,6 @@
-"""Keeps the snapshot's view of this host's network up to date: addresses, MACs, gateways, networks, and servers.
+"""Updates the snapshot when this host's own network changes: addresses, MACs, gateways, networks, and servers.
 
-For example, an endpoint must not use an address of the host or of a gateway. This module does not change the kernel.
+Does not change the kernel.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class NetworkMonitor:
     """Reads the host's network after it may have changed. Runs in the agent's thread."""
 
     def __init__(self, snapshot: Snapshot, health: Health, reading: Callable[[], None]) -> None:
-        """`reading` is called before each read. After the call, a change of routes must emit GatewaysChanged again."""
+        """`reading` is called before each read. From then on, a change of routes must emit GatewaysChanged again."""
         self._snapshot = snapshot
         self._health = health
         self._reading = reading
@@ -37,14 +37,15 @@ class NetworkMonitor:
         self._servers = Servers()
         self._asked: tuple[frozenset[str], frozenset[str]] = frozenset(), frozenset()
         """The destinations of the routes to read: first the addresses of other hosts and of BGP peers, then one address
-        in each block of the other hosts."""
+        in each block of the other hosts.
+        """
         self.due_at: float | None = 0.0
         """When to read next (monotonic); None while no read is needed."""
 
     def on_event(self, event: Any) -> None:
         """Schedule a read: at once if addresses, MACs or servers have changed, later if gateways may have changed.
 
-        New servers are written into the snapshot right away, even if the kernel cannot be read.
+        New servers are also written into the snapshot immediately.
         """
         if isinstance(event, ServersChanged):
             self._servers, self.due_at = event.servers, 0.0
@@ -60,7 +61,9 @@ class NetworkMonitor:
             self.due_at = time.monotonic() + self._pause
 
     def _has_new_mac(self, event: LinkChanged) -> bool:
-        """Return whether an interface to other hosts has a new MAC, which these hosts must learn without delay."""
+        """Return whether an interface that leads to other hosts has a new MAC. The other hosts must learn it without
+        delay.
+        """
         known = self._snapshot.network.macs.get(event.link.name)
         return known is not None and not event.deleted and event.link.mac not in known
 
@@ -71,8 +74,8 @@ class NetworkMonitor:
     def read_if_due(self) -> None:
         """If a read is due, read the host's addresses, gateways and networks into the snapshot.
 
-        A read is also due if other hosts, BGP peers or blocks have changed, since the routes to them are read as well.
-        If the read fails, report an error, and retry after BACKOFF.
+        A read is also due if other hosts, BGP peers or blocks have changed, since the routes to them are read, too. If
+        the read fails, report an error, and retry after BACKOFF.
         """
         begin = time.monotonic()
         if self._snapshot.dirty.topology:

@@ -1,10 +1,9 @@
-"""The agent as a process: starts it in the background, finds it, restarts it, stops it; and its locks, log and files.
+"""The agent as a process: starts it in the background, finds it, restarts it and stops it; its locks, log and files.
 
-The agent's files are under /run/calico/<host name>/: the pid file, a lock that the agent holds as long as it runs, its
-reports (report.py), and the original values of sysctls (dataplane/sysctls.py). Every user may read the pid file. It
-also contains the start time of the process, by which a stale pid file is recognised. A second lock,
-/run/calico/agent.<inode of the network namespace>, ensures that only one agent runs in a network namespace, whatever
-its host name.
+The folder /run/calico/HOST contains the pid file, a lock that the agent holds as long as it runs, its reports
+(report.py), and the original values of sysctls (dataplane/sysctls.py). The pid file also contains the start time of the
+process, so a stale pid file is recognised. A second lock, /run/calico/agent.<inode of the network namespace>, ensures
+that only one agent runs in a network namespace, whatever its host name.
 """
 
 from __future__ import annotations
@@ -89,14 +88,14 @@ def leftovers(host: str) -> list[Path]:
 
 
 def remove_directory(host: str) -> None:
-    """Remove the folder of a host's files, then the folder of all hosts; keep a folder that is not empty."""
+    """Remove the folder of a host's files, then DIRECTORY. A folder that is not empty is not removed."""
     with suppress(OSError):
         (DIRECTORY / host).rmdir()
         DIRECTORY.rmdir()
 
 
 def running(host: str) -> int | None:
-    """Return the process id of the host's agent, None while none runs."""
+    """Return the process id of the host's agent, or None if none runs."""
     try:
         pid, started = _file(host, "felix.pid").read_text().split()
         return int(pid) if proc.running_since(int(pid)) == started else None
@@ -105,7 +104,7 @@ def running(host: str) -> int | None:
 
 
 def report(host: str) -> dict[str, object] | None:
-    """Return the last report of the host's agent, which may have ended since; None if there is no valid report.
+    """Return the last report of the host's agent, or None if there is no valid report. The agent may have ended since.
 
     Users other than root get the report without texts that may quote the store: see Health.public.
     """
@@ -131,16 +130,16 @@ def _read_report(path: Path, host: str) -> dict[str, object] | None:
 def troubles(host: str) -> list[str]:
     """Return the agent's sentences about failures of the host as a whole, such as a firewall that drops packets.
 
-    Empty if there is no report.
+    Return an empty list if there is no report.
     """
     found = (report(host) or {}).get("troubles")
     return [str(failure["error"]) for failure in found] if isinstance(found, list) else []
 
 
 def without_bgp(found: Mapping[str, object] | None) -> str | None:
-    """Return a clause with advice if the agent is of an older version, which has no BGP; None if it is not.
+    """Return a clause with advice if the agent is of an older version without BGP, else None.
 
-    `found` is the agent's report, as returned by `report`. If it is None, None is returned.
+    `found` is the result of `report`.
     """
     if found is None or found.get("bgp") is not None:
         return None
@@ -152,12 +151,11 @@ def without_bgp(found: Mapping[str, object] | None) -> str | None:
 
 @contextmanager
 def only_one(host: str) -> Iterator[str | None]:
-    """Hold the locks of the host's agent inside `with`, and keep the process id of this process in the pid file.
+    """Hold the locks of the host's agent inside `with`; the pid file contains the process id of this process.
 
-    Yields the process id of the agent before if it was killed, or crashed, in this boot.
-
-    Raises CalicoError when an agent runs already, for this host name or in this network namespace, when `node remove`
-    takes longer than START_PATIENCE, or when a file cannot be written.
+    Yields the process id of the previous agent if it was killed, or crashed, in this boot, else None. Raises
+    CalicoError if an agent runs already for this host name or in this network namespace, if `node remove` takes longer
+    than START_PATIENCE, or if a file cannot be written.
     """
     pid_file = _file(host, "felix.pid")
     with _held(host):
@@ -172,16 +170,16 @@ def only_one(host: str) -> Iterator[str | None]:
 
 @contextmanager
 def none_starts(host: str) -> Iterator[None]:
-    """Keep agents of the host, and agents in this network namespace, from starting inside `with`.
+    """Prevent agents of the host, and agents in this network namespace, from starting inside `with`.
 
-    Raises CalicoError when such an agent runs, and whenever `only_one` does.
+    Raises CalicoError if such an agent runs, and in the other cases in which `only_one` raises it.
     """
     with _held(host):
         yield
 
 
 def refuse_other(host: str) -> None:
-    """Raise CalicoError when an agent runs in this network namespace under another host name than `host`."""
+    """Raise CalicoError if an agent runs in this network namespace under another host name than `host`."""
     try:
         with _namespace_file().open() as file:
             other = file.read().strip()
@@ -206,7 +204,8 @@ def _namespace_file() -> Path:
 def _held(host: str) -> Iterator[None]:
     """Hold the lock of the host's agent, and that of this network namespace, inside `with`.
 
-    Raises CalicoError when another process keeps one of them (see `_refuse_running`), or a file cannot be written.
+    Raises CalicoError if another process does not release a lock in time (see `_refuse_running`), if an agent of
+    another host name runs here, or if a file cannot be written.
     """
     lock, namespace = _file(host, "felix.lock"), _namespace_file()
     with _explained(lock), ExitStack() as stack:
@@ -224,9 +223,9 @@ def _held(host: str) -> Iterator[None]:
 
 
 def _refuse_running(host: str, began: float) -> None:
-    """Raise CalicoError if the caller has waited for a lock for too long, since `began` (monotonic).
+    """Raise CalicoError if the caller has waited for a lock for too long, since the time `began` (monotonic).
 
-    Too long is 1 second while the host's agent runs, and START_PATIENCE while `node remove` holds the lock.
+    The limit is 1 second while the host's agent runs, else START_PATIENCE.
     """
     pid = running(host)
     # without a process id, `node remove` holds the lock
@@ -242,7 +241,9 @@ def _refuse_running_here(host: str, began: float) -> None:
 
 @contextmanager
 def _locked(path: Path, refuse: Callable[[], None]) -> Iterator[TextIO]:
-    """Hold the lock of a file, and yield the file; `refuse` is called while another process holds it, and may raise."""
+    """Lock a file inside `with`, and yield it. `refuse` is called while another process holds the lock, and may
+    raise.
+    """
     with open(files.lock(path, refuse), "r+") as file:
         yield file
 
@@ -256,10 +257,8 @@ def _explained(path: Path) -> Iterator[None]:
 
 
 def leave(status: int) -> None:
-    """End this agent process at once, with the exit status `status`.
-
-    The interpreter's own exit could wait forever: a daemon thread may hold the import lock, or a lock of a library.
-    """
+    """End this agent process at once, with the exit status `status`."""
+    # the interpreter's own exit could wait forever: a daemon thread may hold the import lock, or a lock of a library
     logging.shutdown()
     with suppress(OSError):
         sys.stdout.flush()
@@ -275,14 +274,14 @@ def notify_ready() -> None:
 
 
 class _OneLine(logging.Formatter):
-    """Keeps each log record on one line, whatever names from etcd it contains."""
+    """Writes each log record as one line, whatever names from etcd it contains."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         return one_line(super().formatMessage(record))
 
 
 class _LogFile(logging.handlers.RotatingFileHandler):
-    """A log that only root and the file's group can read, since the log quotes the store."""
+    """A log that only root and the file's group can read, since it may quote the store."""
 
     def _open(self) -> io.TextIOWrapper:
         descriptor = os.open(self.baseFilename, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
@@ -316,11 +315,11 @@ def start(host: str, options: Options, environment: Mapping[str, str] = os.envir
     """Start the host's agent in the background, wait until it is ready, and return its process id.
 
     The agent is ready when its first update is in the kernel and BIRD is settled (see BgpManager.is_settled).
-
     `environment` contains the agent's environment variables. If another command has started the agent at the same time,
-    that agent's process id is returned. Raises CalicoError when the agent ends before it is ready. Raises
-    CalicoError after START_PATIENCE, too, but then the agent keeps running. When the wait is interrupted, for example
-    by Ctrl-C, the agent is ended.
+    that agent's process id is returned.
+
+    Raises CalicoError if the agent ends before it is ready. Also raises CalicoError after START_PATIENCE, but then the
+    agent keeps running. If the wait is interrupted, for example by Ctrl-C, the agent is ended.
     """
     assert options.log_dir is not None, "a process in the background needs a log file"
     DIRECTORY.mkdir(mode=0o755, parents=True, exist_ok=True)
@@ -355,7 +354,8 @@ def start(host: str, options: Options, environment: Mapping[str, str] = os.envir
 
 
 def _await_ready(process: subprocess.Popen[bytes], ready: socket.socket, host: str) -> int | None:
-    """Wait until the host's agent is ready, and return its process id; None if `process` ends and no agent runs.
+    """Wait until the host's agent is ready, and return its process id. Return None if `process` has ended and no agent
+    runs.
 
     `ready` is the socket on which `process` sends its sd_notify(3) message. Raises CalicoError after START_PATIENCE.
     """
@@ -382,7 +382,8 @@ def _await_ready(process: subprocess.Popen[bytes], ready: socket.socket, host: s
 
 
 def _absolute(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return `environment` with absolute paths in its variables for files: the agent's working directory is /."""
+    """Return a copy of `environment` with absolute paths in the variables that name files."""
+    # the agent's working directory is /
     files = ("ETCD_CA_CERT_FILE", "ETCD_CERT_FILE", "ETCD_KEY_FILE", "ETCD_PASSWORD_FILE", "CALICO_ENV_FILE")
     return {
         name: str(Path(value).absolute()) if name in files and value else value for name, value in environment.items()
@@ -390,10 +391,11 @@ def _absolute(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def restart(host: str) -> int:
-    """Restart the host's agent: this version's code, with the old options and environment. Return the new process id.
+    """Restart the host's agent with the code of this version, and with its options and environment. Return its process
+    id.
 
-    A local etcd keeps running. Raises NotFound when no agent runs, and CalicoError when the agent runs in another
-    network namespace or in the foreground, or cannot be stopped or started.
+    A local etcd keeps running. Raises NotFound if no agent runs. Raises CalicoError if the agent runs in another
+    network namespace or in the foreground, or if it cannot be stopped or started.
     """
     pid = running(host)
     if not pid:
@@ -421,9 +423,9 @@ def restart(host: str) -> int:
 
 
 def stop(host: str) -> int | None:
-    """End the host's agent, and wait until it has ended; return its process id, None if none was running.
+    """End the host's agent, and wait until it has ended. Return its process id, or None if none was running.
 
-    Raises CalicoError when the agent is another user's, or does not end within STOP_PATIENCE.
+    Raises CalicoError if the agent belongs to another user, or does not end within STOP_PATIENCE.
     """
     pid = running(host)
     if not pid:

@@ -1,8 +1,7 @@
 """Removes what the agent has programmed into the kernel, and its files, for `calicoctl node remove`.
 
-`calicoctl node remove` deletes endpoints with their interfaces before it calls `remove_all`. A `cali…` interface that
-belongs to no endpoint in etcd is kept, but the agent's routes and neighbour entries on it are removed, and its sysctls
-are reset.
+`calicoctl node remove` deletes endpoints and their interfaces before it calls `remove_all`. Other `cali…` interfaces
+stay, but the agent's routes and neighbour entries on them are removed, and their sysctls are reset.
 """
 
 from __future__ import annotations
@@ -22,12 +21,11 @@ from calicoctl.felix.dataplane.vxlan import Vxlan
 
 
 def remove_all(host: str, warn: Callable[[str], None]) -> bool:
-    """End BIRD; remove routes, neighbour entries, devices, firewall rules and tables; restore the original sysctls.
+    """End BIRD, remove what the agent has programmed into the kernel, restore the original sysctls, and remove files.
 
-    The nftables tables are removed last, so that they drop what policy denies until then. If the Docker Engine does not
-    answer, forwarding stays enabled. `warn` is called with a sentence about that, and with another one
-    if a foreign BIRD keeps routes. Returns whether an agent of the host had left files below /run/calico. Raises
-    CalicoError, also if the host's agent, or another agent in this network namespace, runs.
+    If the Docker Engine does not answer, forwarding stays enabled. `warn` is called with a sentence about that, and
+    with a sentence if a foreign BIRD keeps routes. Returns whether an agent of the host had left files below
+    /run/calico. Raises CalicoError, also if the host's agent, or another agent in this network namespace, runs.
     """
     found = any(file.exists() for file in process.leftovers(host))
     with process.none_starts(host):
@@ -41,7 +39,7 @@ def remove_all(host: str, warn: Callable[[str], None]) -> bool:
 def remove_former_bird(host: str, warn: Callable[[str], None]) -> bool:
     """End the BIRD of `host`, a former name of this host, and remove the routes of that BIRD.
 
-    Returns whether such a BIRD was running in this network namespace, or had run here in this boot. `warn` is called
+    Returns whether that BIRD was running in this network namespace, or had run in it in this boot. `warn` is called
     with a sentence if a foreign BIRD keeps the routes. Raises CalicoError, also if an agent runs in this network
     namespace.
     """
@@ -70,13 +68,14 @@ def _remove_from_kernel(host: str, warn: Callable[[str], None]) -> None:
         sysctls.reset_interface(link.name)
     docker_firewall.remove()
     sysctls.HostSettings(process.settings_file(host)).restore(lambda path: True, _needed_by_engine(warn))
+    # last, so that the tables drop what policy denies until then
     Nft().run(remove_commands() + connection_limit.REMOVE)
 
 
 def _needed_by_engine(warn: Callable[[str], None]) -> set[str]:
     """Return the paths of the forwarding sysctls that a Docker Engine on this host needs.
 
-    If the engine does not answer, all of them are returned, and `warn` is called with a sentence about that.
+    If the engine does not answer, return all of them, and call `warn` with a sentence about that.
     """
     settings = {sysctls.IPV4_FORWARDING: False, sysctls.IPV6_FORWARDING: True}
     try:

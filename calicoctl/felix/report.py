@@ -1,9 +1,11 @@
-"""Publishes the agent's health (health.py): in a file, for `calicoctl status`, and in the store, for all hosts.
+"""Publishes the agent's health (health.py): in files, for `calicoctl status`, and in the store, for all hosts.
 
-The status of each endpoint, and the host's heartbeat (heartbeat.py), are written to the store. If the store has
-leases, they hang on one lease, which the heartbeat keeps alive. The file contains the numbers of endpoints by status,
-the endpoints in trouble, and all that fails on the host. It can be read while the store is unreachable. A thread writes
-to the store, so that a slow store does not delay the agent's loop. metrics.py serves the same figures to Prometheus.
+The files contain the number of endpoints by status, the endpoints in trouble, and all failures of the host. They can be
+read while the store is unreachable.
+
+A thread writes the host's heartbeat (heartbeat.py) and the status of each endpoint to the store, so a slow store does
+not delay the agent's loop. If the store has leases, all these statuses are attached to one lease, which the heartbeat
+keeps alive.
 """
 
 from __future__ import annotations
@@ -34,26 +36,28 @@ if TYPE_CHECKING:
 log = logging.getLogger("calico.felix")
 
 PATIENCE = 6.0
-"""Seconds to retry a store that answers with errors before it is reported as unavailable."""
+"""Seconds for which requests are retried if the store answers with errors. Then it is reported as unavailable."""
 
 FILE_INTERVAL = 5.0
-"""Seconds after which the file is written although nothing has changed: its age shows that the agent is alive."""
+"""Seconds after which the files are written although nothing has changed: their age shows that the agent is alive."""
 
 LONG = 0.02
 """Seconds of CPU time. A report that takes longer, as with thousands of endpoints in error, is made less often."""
 
 AT_ONCE = 50
-"""The most statuses that are written by one request."""
+"""The maximum number of statuses in one request."""
 
 ERRORS_AT_ONCE = 50
-"""The maximum number of statuses `error` written at a time. Then follows a pause of a second, for other writes."""
+"""The maximum number of statuses `error` that are written per second, so that other writes are not delayed."""
 
 END_PATIENCE = 5.0
-"""Seconds that writing may take when the agent ends; the heartbeat expires in any case."""
+"""Seconds for which the agent's end waits for the last writes."""
 
 
 class ReportFile:
-    """The file that `calicoctl status` reads; every user may read it. A second file, for root, has the whole report."""
+    """The file that `calicoctl status` reads. Every user may read it. A second file, for root, contains the whole
+    report.
+    """
 
     def __init__(self, path: Path) -> None:
         self._public = _Replaceable(path, 0o644)
@@ -62,7 +66,7 @@ class ReportFile:
         self._written_at = float("-inf")
         self._rests_until = float("-inf")
         self.due_at: float | None = None
-        """When to write a change that is not in the file yet (monotonic); None if there is none."""
+        """When a change that is not in the file yet must be written (monotonic); None if there is no such change."""
 
     @property
     def is_due(self) -> bool:
@@ -70,10 +74,10 @@ class ReportFile:
         return time.monotonic() >= self._written_at + FILE_INTERVAL
 
     def write(self, health: Health, at_once: bool = False) -> None:
-        """Write both files if that is due, or if the report has changed. An error is only logged.
+        """Write both files if the report has changed, or if `is_due`. An OSError is only logged.
 
-        If making the report took longer than LONG, it is not made again for ten times as long, unless `at_once`. If
-        this call did not make it, `due_at` says when it is due.
+        If making the last report took longer than LONG, no report is made for ten times as long, unless `at_once` is
+        set: then `due_at` says when the next report is due.
         """
         self.due_at = self._rests_until
         if time.monotonic() < self._rests_until and not at_once:
@@ -96,7 +100,7 @@ class ReportFile:
 
 
 class _Replaceable:
-    """A file that is replaced as a whole, or overwritten when no more files can be opened."""
+    """A file that is replaced as a whole, or overwritten if no more files can be opened."""
 
     def __init__(self, path: Path, mode: int) -> None:
         self._path = path
@@ -120,7 +124,7 @@ class _Replaceable:
 
 
 class EndpointStatuses:
-    """The statuses that are set during one round of the agent, to be published together."""
+    """Collects the statuses that are set during one round of the agent, and publishes them together."""
 
     def __init__(
         self,
@@ -144,7 +148,7 @@ class EndpointStatuses:
         self._set[id] = status
 
     def publish(self) -> None:
-        """Report, and log, the statuses that have changed."""
+        """Report and log the statuses that have changed."""
         changed: dict[EndpointId, Status | None] = {}
         statuses, self._set = self._set, {}
         for id, status in statuses.items():
@@ -173,11 +177,14 @@ class EndpointStatuses:
 
 
 class StoreReporter(threading.Thread):
-    """Writes the heartbeat to the store and, unless another agent reports for this host, statuses and MACs. Retries."""
+    """The thread that writes the heartbeat, the statuses of endpoints, and this host's MACs to the store. Retries.
+
+    While another agent reports for this host, the thread writes no statuses and no MACs.
+    """
 
     def __init__(self, datastore: DatastoreClient, health: Health, put: Callable[[Any], None]) -> None:
-        """`put` is called with events: whether the store can be written (WritesRecovered, WritesFailed), other failures
-        (Failure), and that another agent has begun to report for this host, or has stopped (Replaced).
+        """`put` is called with events: WritesRecovered, WritesFailed, Replaced, and Failure if the store refuses
+        statuses.
         """
         super().__init__(name="reporting", daemon=True)
         self._datastore = datastore
@@ -189,24 +196,24 @@ class StoreReporter(threading.Thread):
         self._desired: dict[EndpointId, str] = {}
         self._changed: set[EndpointId] = set()
         self._errors: set[EndpointId] = set()
-        """The endpoints that have changed to `error`: written after the others, ERRORS_AT_ONCE at a time."""
+        """The endpoints that have changed to `error`. They are written after the others, ERRORS_AT_ONCE at a time."""
         self._errors_at = 0.0
-        """When the next of `_errors` may be written, by the monotonic clock."""
+        """When the next of `_errors` may be written (monotonic)."""
         self._written: dict[EndpointId, str] | None = None
         self._hanging: set[EndpointId] = set()
-        """The endpoints whose statuses were written since the host's own was written for the first time."""
+        """The endpoints whose statuses were written since the heartbeat last began (see Heartbeat.has_begun)."""
         self._macs: frozenset[str] | None = None
         """The MACs of this host that are still to be written; None if there are none."""
         self._wake = threading.Event()
         self._alive = True
         self._beaten = 0.0
-        """When the last heartbeat was sent, by the monotonic clock; 0 to send the next one now."""
+        """When the last heartbeat was sent (monotonic); 0 to send the next one now."""
         self._written_last = now()
         self._failed: events.WritesFailed | None = events.WritesFailed("nothing has been written yet", "")
         self._refused: str | None = None
 
     def set(self, statuses: dict[EndpointId, Status | None]) -> None:
-        """Have the thread write the statuses of some endpoints; None for an endpoint that was deleted."""
+        """Have the thread write the statuses of some endpoints, None for an endpoint that was deleted."""
         with self._lock:
             for id, status in statuses.items():
                 if status is None:
@@ -219,19 +226,19 @@ class StoreReporter(threading.Thread):
         self._wake.set()
 
     def publish_macs(self, macs: frozenset[str]) -> None:
-        """Have the thread write the MACs from which this host sends to other hosts."""
+        """Have the thread write the source MACs of this host's packets to other hosts."""
         with self._lock:
             self._macs = macs
         self._wake.set()
 
     def resync(self) -> None:
-        """Have the thread read the statuses from the store again, and write those that differ, as after an outage."""
+        """Have the thread read the statuses from the store again, and write those that differ."""
         with self._lock:
             self._written = None
         self._wake.set()
 
     def beat_soon(self) -> None:
-        """Have the thread send the next heartbeat now, rather than when it is due."""
+        """Have the thread send the next heartbeat now."""
         self._beaten = 0.0
         self._wake.set()
 
@@ -280,7 +287,10 @@ class StoreReporter(threading.Thread):
             self._put(events.Replaced(why))
 
     def _emit(self, error: Exception | None) -> None:
-        """Emit what has changed: whether the store can be written, and whether it accepts all statuses."""
+        """Emit an event if it has changed whether the store can be written, or whether it accepts all statuses.
+
+        `error` is the exception of the last attempt, None if it succeeded.
+        """
         failed, refused = None, None
         if isinstance(error, StoreError):
             failed = events.WritesFailed(str(error), self._written_last)
@@ -294,11 +304,11 @@ class StoreReporter(threading.Thread):
         self._failed, self._refused = failed, refused
 
     def _hang(self, found: dict[EndpointId, str]) -> dict[EndpointId, str]:
-        """Write the statuses that do not hang on the lease of the host's status, but for those with an error.
+        """Write the statuses other than `error` that are not attached to the lease of the host's status.
 
-        `found` are the statuses in the store; some may hang on the lease of an earlier agent, or on none. Returns those
-        that are in the store now, with an empty text for each that must be written to hang on the right lease. Raises
-        StoreUnavailable. What the store refuses is left out, to be tried one by one.
+        `found` contains the statuses in the store. Returns the statuses in the store after that, with an empty text for
+        each that must be written again to attach it. A status that the store refuses is not written. Raises
+        StoreUnavailable.
         """
         written = {id: status if id in self._hanging else "" for id, status in found.items()}
         with self._lock:
@@ -318,7 +328,9 @@ class StoreReporter(threading.Thread):
         return written
 
     def end(self) -> None:
-        """Write the remaining statuses, and remove the heartbeat, unless that takes longer than END_PATIENCE."""
+        """Have the thread write the remaining statuses, remove the heartbeat, and end. Wait for END_PATIENCE at
+        most.
+        """
         self._alive = False
         self._wake.set()
         self.join(END_PATIENCE)
@@ -334,8 +346,8 @@ class StoreReporter(threading.Thread):
     def _write_endpoints(self) -> None:
         """Write the statuses that have changed, but only ERRORS_AT_ONCE of those that have changed to `error`.
 
-        Stops early if the heartbeat is due. Raises StoreUnavailable at once, but any other error only after all
-        statuses were tried. The next call tries again to write the rest.
+        Stops early if the heartbeat is due; the next call writes the rest. Raises StoreUnavailable at once, but any
+        other CalicoError only after all statuses were tried.
         """
         refused: dict[EndpointId, CalicoError] = {}
         errors = 0

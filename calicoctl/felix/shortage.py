@@ -1,4 +1,4 @@
-"""Makes the agent wait instead of end when file descriptors or memory are short."""
+"""Pauses the agent while file descriptors or memory are short."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def wait_out() -> None:
 
 
 def descriptors_lacking() -> str | None:
-    """Return a sentence for the report if this process cannot open a file; None if it can.
+    """Return a sentence for the report if this process cannot open a file, else None.
 
-    If the process has reached its limit, the sentence advises how to raise the limit.
+    If the process has reached its limit of descriptors, the sentence says how to raise the limit.
     """
     try:
         os.close(os.open("/proc/self/limits", os.O_RDONLY | os.O_CLOEXEC))

@@ -1,8 +1,8 @@
 """The threads that wait for changes: of the store, the kernel, the Docker Engine, the mount table, and DNS.
 
-Each thread waits for one source, and puts events into a queue. It decides nothing, and changes nothing, with two
-exceptions: FirewallEvents creates tables when the agent's are gone, since packets pass without policy until then, and
-ServerEvents writes the addresses of etcd's members to a file.
+Each thread waits for one source, and puts events into a queue. With two exceptions, the threads change nothing:
+FirewallEvents creates tables if the agent's tables are missing, since packets would pass without policy; ServerEvents
+writes the addresses of etcd's members to a file.
 """
 
 from __future__ import annotations
@@ -65,40 +65,44 @@ if TYPE_CHECKING:
 log = logging.getLogger("calico.felix")
 
 REREAD_INTERVAL = 30.0
-"""The minimum number of seconds between two reads of the store in the hope that a directory is no longer too large."""
+"""The minimum number of seconds until the store is read again because a directory may no longer be too large."""
 
 LONG_POLL = 4.0
 """The maximum duration of one watch request in seconds. After a request without a change, the etcd member that served
-it must show, within the store's QUORUM_TIMEOUT, that it still has a quorum; otherwise another member is used. So
-changes arrive within ten seconds, even if a member is cut off from the others."""
+it must show, within the store's QUORUM_TIMEOUT, that it still has a quorum; otherwise, another member is used.
+"""
 
 LONGEST_PAUSE = 5.0
-"""The maximum number of seconds between two attempts to reach the store: the limit of the backoff."""
+"""The limit of the backoff between two attempts to reach the store, in seconds."""
 
 SPREAD_PER_HOST = 0.05
-"""Seconds per host in the store: the re-reads of all hosts are spread over the sum. One host's share is about the time
-that etcd and an agent together need for one read of some thousand endpoints."""
+"""Seconds per host in the store: the re-reads of all hosts are spread over the sum. It is about the time that etcd and
+an agent need for one read of some thousand endpoints.
+"""
 
 LONGEST_SPREAD = 4.0
 """The maximum number of seconds over which re-reads are spread."""
 
 ENGINE_PAUSE = 0.5
-"""Seconds between two attempts to reach the Docker Engine: short, since a new engine starts containers at once."""
+"""Seconds between two attempts to reach the Docker Engine. Short, since a new engine starts containers at once."""
 
 SERVERS_INTERVAL = 10.0
 """Seconds between two rounds of resolving the names of etcd's members and reading the files with the DNS servers."""
 
 SERVERS_KEPT = 600.0
-"""Seconds for which an address of an etcd member is kept after the member's name was last resolved to it: some DNS
-servers return only a few of many addresses each time."""
+"""Seconds for which an address of an etcd member is used after the member's name was last resolved to it. Some DNS
+servers return only a few of many addresses each time.
+"""
 
 FLOOD, FLOOD_PERIOD = 1000, 10.0
-"""If Docker sends more than FLOOD events within FLOOD_PERIOD seconds, no more events are read until that time is over.
-Then all containers are listed once, in place of these events."""
+"""If Docker sends more than FLOOD events within FLOOD_PERIOD seconds, no more events are read until that period is
+over. Then all containers are listed once instead.
+"""
 
 _NO_GATEWAYS = (PROTOCOL, netlink.OVERLAY_PROTOCOL, netlink.PROTOCOL_KERNEL)
-"""Protocol numbers of routes. Changes of these routes emit no GatewaysChanged: the agent's routes lead to endpoints and
-through the overlay, and the kernel's have no gateway."""
+"""Protocol numbers of routes whose changes emit no GatewaysChanged. The agent's routes lead to endpoints and through
+the overlay, and the kernel's routes have no gateway.
+"""
 
 _RTMGRP_LINK = 0x1
 _RTMGRP_IPV4_ROUTE = 0x40
@@ -108,10 +112,11 @@ _RTMGRP_IPV6_IFADDR = 0x100
 
 
 class _Source(ABC, threading.Thread):
-    """A thread that runs `follow`, which never returns. If `follow` raises, ThreadDied is emitted, and the agent ends.
+    """A thread that runs `follow`, which must not return. If `follow` raises, ThreadDied is emitted, and the thread
+    ends.
 
-    But if `follow` fails for lack of descriptors or memory, a Failure is emitted. When the lack is over, `missed` is
-    emitted, and `follow` is run again. `missed` is an event which says that changes may have been lost, or None.
+    If `follow` fails for lack of descriptors or memory, a Failure is emitted instead. When the lack is over, the event
+    `missed` is emitted, since changes may have been lost (None if there is no such event), and `follow` is run again.
     """
 
     missed: Any = None
@@ -139,10 +144,9 @@ class _Source(ABC, threading.Thread):
 
 
 class StoreEvents(_Source):
-    """Reads a directory of the store, then watches it; reads it again (a resync) when the watch has missed changes.
+    """Reads a directory of the store, then watches it. Reads it again (a resync) if the watch has missed changes.
 
-    It also resyncs after the store was unreachable: the store's address may then lead to another store. If the other
-    store has a higher revision than the last one seen, a watch would not reveal the difference.
+    Also resyncs after the store was unreachable, since the store's address may then lead to another store.
     """
 
     def __init__(self, datastore: DatastoreClient, directory: str, events: Events[Any]) -> None:
@@ -152,7 +156,7 @@ class StoreEvents(_Source):
         self._failure: WatchFailed | None = WatchFailed(directory, "it has not been read yet", "")
         """The last failure that was emitted; None while the watch works. The initial value is not emitted."""
         self._worked = now()
-        """When a request last succeeded; before the first one, when this object was created (ISO 8601)."""
+        """When the last request succeeded (ISO 8601); before the first success, when this object was created."""
 
     def follow(self) -> None:
         watch: Watch | None = None
@@ -214,12 +218,14 @@ class StoreEvents(_Source):
 
 
 def _may_shrink(key: str, directories: set[str]) -> bool:
-    """Return whether a change of a key may make one of these directories smaller, without what is below it."""
+    """Return whether a change of a key may make one of these directories smaller. Their subdirectories do not count."""
     return any(key.rpartition("/")[0] == one or (one + "/").startswith(key + "/") for one in directories)
 
 
 def spread_of_reads(entries: list[Entry]) -> float:
-    """Return over how many seconds hosts should spread their re-reads: the more hosts `entries` name, the longer."""
+    """Return over how many seconds hosts should spread their re-reads. It grows with the number of hosts in
+    `entries`.
+    """
     hosts = {entry.key.partition("/host/")[2].partition("/")[0] for entry in entries} - {""}
     return min(LONGEST_SPREAD, SPREAD_PER_HOST * len(hosts))
 
@@ -227,9 +233,9 @@ def spread_of_reads(entries: list[Entry]) -> float:
 def _back_off(pause: float, spread: float = 0.0) -> float:
     """Sleep before the next full read of the store, and return the new pause in seconds.
 
-    The new pause is twice as long as `pause`, the last one (0 for none), but at least 0.2 and at most LONGEST_PAUSE.
-    The sleep takes half of the new pause to all of it, and up to `spread` seconds more: a full read is the most
-    expensive request for the store, and after a burst of changes all hosts need one at the same time.
+    The new pause is twice `pause`, the last one (0 for none), but at least 0.2 and at most LONGEST_PAUSE. The sleep
+    takes a random time from half of the new pause to all of it, plus a random part of `spread` seconds, so that not all
+    hosts read at the same time.
     """
     pause = min(LONGEST_PAUSE, max(0.2, pause * 2))
     time.sleep(pause * random.uniform(0.5, 1) + random.uniform(0, spread))
@@ -239,8 +245,7 @@ def _back_off(pause: float, spread: float = 0.0) -> float:
 class KernelEvents(_Source):
     """Waits for changes of this host's interfaces, addresses and gateways, and for lost routes of the agent and BIRD.
 
-    After one GatewaysChanged, which may stand for thousands of routes, no other is emitted until `gateways_pending` is
-    cleared.
+    After one GatewaysChanged, no other is emitted until `gateways_pending` is cleared: thousands of routes may change.
     """
 
     missed = KernelEventsLost()
@@ -275,7 +280,7 @@ class KernelEvents(_Source):
                     self._events.put(KernelEventsLost())
 
     def _emit(self, marshal: MarshalRtnl, kind: int, message: bytes) -> None:
-        """Emit the events that a message of the kernel stands for; `kind` is its type."""
+        """Emit the events for a message of the kernel. `kind` is the message's type."""
         if kind in (netlink.RTM_NEWLINK, netlink.RTM_DELLINK):
             for parsed in marshal.parse(message):
                 self._events.put(LinkChanged(link_of(parsed), deleted=kind == netlink.RTM_DELLINK))
@@ -329,10 +334,9 @@ class EngineEvents(_Source):
                 time.sleep(ENGINE_PAUSE)
 
     def _emit_changes(self, changes: Iterable[Any]) -> float | None:
-        """Emit an event for each change. Return None when the connection has ended, so that no more changes follow.
+        """Emit an event for each change. Return None when the connection has ended.
 
-        If there are too many changes (see FLOOD), return for how many seconds to wait before containers are listed
-        instead.
+        After too many changes (see FLOOD), return how many seconds to wait until containers are listed instead.
         """
         began, count = time.monotonic(), 0
         for change in changes:
@@ -352,9 +356,9 @@ class EngineEvents(_Source):
 
 
 def container_changed(change: Any) -> ContainerChanged | None:
-    """Translate one of the engine's events. Return None if it is malformed, or not one of engine.CHANGES.
+    """Convert one of the engine's events. Return None if it is malformed, or if its action is not one of
+    engine.CHANGES.
 
-    Before API version 1.52, the event contained the container's id beside `Actor` as well.
     Source: Docker Engine API, GET /events, versions 1.22 to 1.52.
     """
     try:
@@ -391,7 +395,7 @@ class ServerEvents(_Source):
         self._last: Servers | None = None
         now = time.monotonic()
         self._resolved = {member: dict.fromkeys(last_known.addresses(member), now) for member in members}
-        """By member: its addresses, each with the time (monotonic) when the name was last resolved to it."""
+        """Member -> its addresses, each with the time (monotonic) when the name was last resolved to it."""
         self.known = threading.Event()
         """Set when each name has been looked up once, even if some could not be resolved."""
 
@@ -402,9 +406,9 @@ class ServerEvents(_Source):
             time.sleep(SERVERS_INTERVAL)
 
     def look(self) -> None:
-        """Resolve each name, and read the DNS servers; emit ServersChanged after each step that has brought a change.
+        """Resolve each name, and read the DNS servers. Emit ServersChanged after each step that has brought a change.
 
-        The addresses of members are then also written to a file (last_known.py). A step may take as long as the
+        After a change, also write the addresses of members to a file (last_known.py). A step may take as long as the
         resolver waits.
         """
         for member in (*self._resolved, None):
@@ -453,7 +457,7 @@ def _is_loss(kind: int, message: bytes) -> bool:
 
 
 def _replaces(kind: int, message: bytes) -> bool:
-    """Return whether a message says that a new route in the main table has replaced another one."""
+    """Return whether a message says that a new route in the main table has replaced another route."""
     flags = struct.unpack_from("=H", message, 6)[0]
     return kind == netlink.RTM_NEWROUTE and flags & netlink.REPLACE != 0 and message[20] == netlink.TABLE_MAIN
 
@@ -466,7 +470,7 @@ def _destination(message: bytes) -> str:
 
 
 def _is_assignable(message: bytes) -> bool:
-    """Return whether a message is about an address that an endpoint could have: not an IPv6 link-local one.
+    """Return whether a message is about an address other than an IPv6 link-local address.
 
     The message begins with its header of 16 bytes, then struct ifaddrmsg: family, length, flags, scope, index.
     """
@@ -481,9 +485,8 @@ def _sender(message: bytes) -> int:
 class FirewallEvents(_Source):
     """Waits for changes of nftables, and so of iptables-nft, by other processes.
 
-    If our tables are missing when this thread starts, or are gone later, it has workloads/guard.py create tables that
-    drop all packets of endpoints. These tables stay until the agent has loaded its own again, which takes milliseconds
-    or, with many rules, a second.
+    If our tables are missing, it has workloads/guard.py create tables that drop all packets of endpoints. These tables
+    stay until the agent has loaded its own tables again.
     """
 
     missed = TablesChanged(frozenset([""]))

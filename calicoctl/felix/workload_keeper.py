@@ -1,11 +1,11 @@
 """Keeps this host's workloads connected: decides from events which workload is reconciled, and when.
 
-Events of the Docker Engine, of mounts, and of the agent (for example: an endpoint has no interface) only put a workload
-into the work queue (workqueue.py). `upkeep.reconcile` then determines what must be done for the workload, with the
-workload's lock held. Actions and failures are reported to the agent's loop.
+Events of the Docker Engine, of mounts, and of the agent only put a workload into the work queue (workqueue.py). Then
+`upkeep.reconcile` determines what must be done for the workload, while it holds the workload's lock. Actions and
+failures are reported to the agent's loop.
 
-One thread owns the queue and all state of this module. Worker threads reconcile, since that means waiting for the store
-and for the Docker Engine. If the engine hangs, as a whole or for one container, namespaces are reconciled all the same.
+One thread, the keeper's thread, owns the queue and all state of this module. Worker threads reconcile, since they wait
+for the store and for the Docker Engine. Namespaces have workers of their own, so a slow engine does not delay them.
 """
 
 from __future__ import annotations
@@ -47,11 +47,12 @@ if TYPE_CHECKING:
 log = logging.getLogger("calico.felix")
 
 INTERVAL = 10.0
-"""Seconds between two sweeps for interrupted changes, which no event reports, and between two retries."""
+"""Seconds between two searches for interrupted changes (see `_sweep`), and between two retries."""
 
 LOCK_PAUSE = 0.5
 """Seconds until a workload is retried if another process holds its lock, or after a first attempt that failed within
-this time."""
+this time.
+"""
 
 STORE_PAUSE = 1.0
 """Seconds until the store is tried again after it was unavailable."""
@@ -60,7 +61,9 @@ COMPARE_PAUSE = 60.0
 """Seconds until a failed comparison with the engine's list of containers is retried."""
 
 COMPARE_INTERVAL = 300.0
-"""Seconds between two comparisons with the engine's list: a connection that died silently delivers no events."""
+"""Seconds between two comparisons with the engine's list of containers. They find changes that no event has
+reported.
+"""
 
 DELETED_PAUSE = 30.0
 """Seconds from the deletion of an endpoint until its workload is reconciled: another tool may recreate the endpoint."""
@@ -69,30 +72,32 @@ WORKERS = {DOCKER: 8, NAMESPACE: 4}
 """How many workloads of each orchestrator are reconciled at a time."""
 
 REATTACH_INTERVAL = 10.0
-"""The minimum number of seconds between two re-attachments of a workload that keeps losing its interface."""
+"""The minimum number of seconds between two re-attachments of a workload that repeatedly loses its interface."""
 
 END_PATIENCE = 5.0
-"""Seconds that workers may take to finish when the agent ends. The next agent finds changes that take longer."""
+"""Seconds for which the agent's end waits for the workers. The next agent completes interrupted changes."""
 
 NEVER = float("-inf")
 
 Key = tuple[str, str]
-"""A workload: its orchestrator and its id."""
+"""A workload, as (orchestrator, workload id)."""
 
 
 @dataclass(frozen=True)
 class Resynced:
-    """The whole store has been read; `expected` is the number of addresses that each workload's endpoints list."""
+    """The whole store has been read. `expected` contains the number of addresses that each workload's endpoints
+    list.
+    """
 
     expected: dict[Key, int]
 
 
 @dataclass(frozen=True)
 class EndpointChanged:
-    """A workload must be reconciled.
+    """A workload must be reconciled because of its endpoint. With `deleted`, the endpoint was deleted in the store.
 
-    The reason is that the interface of the workload's endpoint is missing or has a new MAC, that the endpoint of a
-    container lacks the container's name, or, with `deleted`, that the endpoint was deleted in the store.
+    Otherwise, the endpoint's interface is missing or has a new MAC, or the endpoint of a container lacks the
+    container's name.
     """
 
     key: Key
@@ -105,8 +110,8 @@ class Compared:
     network namespaces of running containers.
 
     `keys` are the workloads to reconcile. `connected` are endpoints that match the list; the second step checks their
-    interfaces. `refused` are listed containers that have endpoints on this host although nobody has connected them
-    here; None if that was not determined. `error` is the exception if the comparison failed.
+    interfaces. `refused` are the listed containers that have endpoints on this host, although nobody has connected them
+    here; None if that was not determined. `error` is the exception of a failed comparison, else None.
     """
 
     keys: list[Key]
@@ -117,10 +122,11 @@ class Compared:
 
 @dataclass(frozen=True)
 class WorkItem:
-    """A workload to reconcile. `removed` says whether the engine has reported the removal of the container.
+    """A workload to reconcile. `removed` says whether the engine has reported the removal of the container; if so,
+    there is no grace period.
 
-    If the workload is found to be MISSING, its grace period began at `missing_since`; if it is found to be GONE, at
-    `gone_since`. Both are times by the keeper's clock.
+    `missing_since` is when the workload's grace period began if its state is MISSING, `gone_since` if its state is
+    GONE. Both are times of the keeper's clock.
     """
 
     key: Key
@@ -131,10 +137,11 @@ class WorkItem:
 
 @dataclass(frozen=True)
 class WorkResult:
-    """The result of reconciling a workload: the `actions` that were done, and the exception that ended it (`error`).
+    """The result of reconciling a workload: the `actions` that were done, and the exception that ended it (`error`, or
+    None).
 
-    `error` is None if nothing failed. `state` is None if the workload's state was not determined. `kept_since` is when
-    the workload's grace period began, None if it has none. `seconds` is how long reconciling took.
+    `state` is None if the workload's state was not determined. `kept_since` is when the workload's grace period began,
+    None if it has none. `seconds` is how long reconciling took.
     """
 
     key: Key
@@ -147,17 +154,18 @@ class WorkResult:
 
 @dataclass
 class _Tracked:
-    """What is known of one workload between its reconciliations. All times are by the keeper's clock."""
+    """What is known of one workload between its reconciliations. All times are those of the keeper's clock."""
 
     kept_since: float | None = None
     """When the grace period of a MISSING or GONE workload began; None if it has none."""
     unreachable_at: float = NEVER
-    """When its state could not be determined, since the engine did not answer, or the namespace's path could not be
-    read; NEVER if the last attempt has determined the state."""
+    """When the last attempt failed to determine the workload's state, since the engine did not answer or the
+    namespace's path could not be read; NEVER if it succeeded.
+    """
     locked_since: float | None = None
-    """Since when another process has held its lock; None if none does."""
+    """Since when another process has held the workload's lock; None if none does."""
     reattached_at: float = NEVER
-    """When its interface was last re-attached; NEVER if that is longer ago than REATTACH_INTERVAL."""
+    """When the workload was last re-attached; NEVER if that is longer ago than REATTACH_INTERVAL."""
     removed: bool = False
     """Whether the engine has reported the removal of the container."""
     failure: str | None = None
@@ -165,7 +173,7 @@ class _Tracked:
 
 
 class Refused:
-    """Workloads that have endpoints on this host although nobody has connected them here.
+    """Workloads that have endpoints on this host, although nobody has connected them here.
 
     They are reported, but not attached.
     """
@@ -176,14 +184,16 @@ class Refused:
         self._text: str | None = None
 
     def replace(self, orchestrator: str, keys: Collection[Key]) -> None:
-        """Make `keys` the refused workloads of an orchestrator. Report those of all if the report changes."""
+        """Replace the refused workloads of an orchestrator by `keys`. If the report about all refused workloads
+        changes, send it.
+        """
         self.keys = {key for key in self.keys if key[0] != orchestrator} | {*keys}
         self.remove(())
 
     def remove(self, keys: Collection[Key]) -> None:
-        """Remove workloads that somebody has connected meanwhile. Report the others if the report changes.
+        """Remove workloads that somebody has connected meanwhile. If the report about the others changes, send it.
 
-        They are reported as one Failure; its `why` is None if there are none.
+        The report is one Failure. Its `why` is None if there are no refused workloads.
         """
         self.keys.difference_update(keys)
         text = None
@@ -199,10 +209,7 @@ class Refused:
 
 
 class WorkloadKeeper:
-    """Reconciles this host's workloads, and garbage-collects those that no longer exist.
-
-    The class is long because each source of events needs a method; what is done to a workload is in upkeep.py.
-    """
+    """Reconciles this host's workloads, and garbage-collects those that no longer exist."""
 
     def __init__(
         self,
@@ -227,19 +234,20 @@ class WorkloadKeeper:
         self._jobs: dict[Callable[[], None], float] = {self._sweep: NEVER}
         """Jobs that find workloads to reconcile, and when each is due."""
         self._expected: dict[Key, int] = {}
-        """By workload: the number of addresses that its endpoints list."""
+        """Workload -> the number of addresses that its endpoints list."""
         self._tracked: dict[Key, _Tracked] = {}
         self._swept_grace_time: float = self.grace_time
         self._namespaces: dict[str, tuple[int, int] | None] = {}
-        """By workload id: the namespace (device and inode) that was seen last at its path, None if none was."""
+        """Workload id -> the namespace (device and inode) that was last found at its path, None if none was found."""
         self._containers: dict[str, events.Container] | None = None
-        """The engine's list of its containers, by id, for the next comparison; if None, a new list is requested."""
+        """The engine's containers, by id, for the next comparison; if None, they are listed again."""
         self._refused = Refused(report)
         self._engine_was_away = False
         self._engine_back = NEVER
         """When the engine last became available again, or last listed no container that has an endpoint.
 
-        Until then, its list may have been empty or incomplete."""
+        Until then, its list may have been incomplete.
+        """
         self._ready = True
         """Whether the store may be used: see `set_ready`."""
         self._store_retry_at = NEVER
@@ -248,7 +256,7 @@ class WorkloadKeeper:
     # For the agent's thread
 
     def start(self, expected: dict[Key, int]) -> None:
-        """Start the threads, and reconcile the workloads that differ from the store; for `expected`, see Resynced."""
+        """Start the threads, and reconcile the workloads that differ from the store. For `expected`, see Resynced."""
         self._expected = expected
         self._jobs[self._scan_store] = NEVER
         sources.EngineEvents(self.inbox).start()
@@ -264,20 +272,17 @@ class WorkloadKeeper:
             self._thread.join(END_PATIENCE)
 
     def enqueue(self, id: EndpointId, deleted: bool = False) -> None:
-        """Have the workload of an endpoint reconciled, for one of the reasons in EndpointChanged."""
+        """Have the workload of an endpoint reconciled, for a reason in EndpointChanged."""
         self.inbox.put(EndpointChanged(workload_of(id), deleted))
 
     def set_ready(self, ready: bool) -> None:
-        """Set whether the store may be used. While it may not, no workload is reconciled."""
+        """Set whether the store may be used. While it must not be used, no workload is reconciled."""
         if ready != self._ready:
             self._ready = ready
             self.inbox.put(None)
 
     def resync(self, expected: dict[Key, int]) -> None:
-        """Compare all workloads with the store; to be called after the whole store has been read.
-
-        `expected` is as in Resynced.
-        """
+        """Have all workloads compared with the store, which has just been read. For `expected`, see Resynced."""
         self.inbox.put(Resynced(expected))
 
     # The keeper's own thread
@@ -287,7 +292,7 @@ class WorkloadKeeper:
             self.process(self._wait())
 
     def process(self, items: list[Any]) -> None:
-        """Handle items from the inbox, then hand due work to the workers. Raises nothing: that would end the thread."""
+        """Handle items from the inbox, then pass due work to the workers. Raises nothing."""
         for item in items:
             self._guarded(partial(self._handle, item))
         if self._alive and self._ready and self._clock() >= self._store_retry_at:
@@ -304,7 +309,7 @@ class WorkloadKeeper:
             self._report(events.Failure(f"the workload keeper failed ({type(error).__name__}: {error})"))
 
     def _wait(self) -> list[Any]:
-        """Wait for items in the inbox, but only until the next work is due; return the items that have come."""
+        """Wait for items in the inbox until the next work is due. Return the items that have arrived."""
         until = self._clock() + INTERVAL
         if self._alive and self._ready:
             until = max(self._store_retry_at, min(until, self._queue.next_due(), *self._jobs.values()))
@@ -361,7 +366,7 @@ class WorkloadKeeper:
         self._jobs[self._compare_with_engine] = now
 
     def _dispatch(self) -> None:
-        """Run the jobs that are due, and hand due workloads to the workers. Raises StoreUnavailable."""
+        """Run the jobs that are due, and pass due workloads to the workers. Raises StoreUnavailable."""
         now = self._clock()
         for job, at in list(self._jobs.items()):
             if at > now:
@@ -376,26 +381,25 @@ class WorkloadKeeper:
             self._pool.submit(key[0], partial(self._reconcile, self._work_item(key)))
 
     def _add(self, key: Key, at: float, last: bool | None = None) -> None:
-        """Schedule a workload to be reconciled at the time `at`, even during its backoff; ignore unmanaged ones.
+        """Schedule a workload to be reconciled at the time `at`, even during its backoff. Ignore unmanaged workloads.
 
-        For `last`, see WorkQueue.add; the default is what `_is_last` returns.
+        For `last`, see WorkQueue.add; the default is the result of `_is_last`.
         """
         if upkeep.is_managed(*key):
             self._queue.add(key, at, self._is_last(key) if last is None else last)
 
     def _add_after_backoff(self, key: Key, at: float) -> None:
-        """Schedule a workload to be reconciled at the time `at`, but not before its backoff is over.
+        """Schedule a workload to be reconciled at the time `at`, but not during its backoff. Ignore unmanaged
+        workloads.
 
-        For workloads about which there is no new event. Unmanaged workloads are ignored.
+        For workloads about which there is no new event.
         """
         if upkeep.is_managed(*key):
             self._queue.add_after_backoff(key, at, self._is_last(key))
 
     def _is_last(self, key: Key) -> bool:
-        """Return whether a workload is reconciled after all others: if nobody has connected it here.
-
-        Everybody who may write to the store can invent any number of such workloads.
-        """
+        """Return whether a workload is reconciled after all others, since nobody has connected it here."""
+        # everybody who may write to the store can invent any number of such workloads
         with suppress(CalicoError):  # which reconciling the workload reports
             return not self._is_connected(key)
         return False
@@ -404,22 +408,23 @@ class WorkloadKeeper:
         return connected.get(self._datastore.host, *key) is not None
 
     def _track(self, key: Key) -> _Tracked:
-        """Return the _Tracked of a workload, for writing: it is created if there is none."""
+        """Return the _Tracked of a workload, for writing. It is created if there is none."""
         return self._tracked.setdefault(key, _Tracked())
 
     def _known(self, key: Key) -> _Tracked:
-        """Return the _Tracked of a workload, for reading: an empty one if there is none."""
+        """Return the _Tracked of a workload, for reading. It is a new one if there is none."""
         return self._tracked.get(key, _Tracked())
 
     # Jobs that find workloads to reconcile
 
     def _scan_store(self) -> None:
-        """Compare addresses and namespaces with the endpoints in the store, and enqueue workloads that do not match.
+        """Compare addresses and namespaces with the endpoints in the store, and enqueue the workloads that do not
+        match.
 
-        These are workloads that have more or fewer addresses than their endpoints list, and namespaces that have an
-        endpoint which is not active, or which is not attached to the namespace. Namespaces that have endpoints here,
-        but that nobody has connected here, are reported; those with an active endpoint are enqueued after all others.
-        When the job has succeeded, it removes itself from the jobs until the next resync. Raises StoreUnavailable.
+        These are workloads that have more or fewer addresses than their endpoints list, and namespaces with an endpoint
+        that is inactive or not attached. Namespaces that nobody has connected here are reported as refused, and
+        enqueued if their endpoint is active. A successful scan is not repeated until the next resync. Raises
+        StoreUnavailable.
         """
         now = self._clock()
         totals = self._datastore.ipam.handles.totals()
@@ -510,10 +515,8 @@ class WorkloadKeeper:
     # One workload
 
     def _work_item(self, key: Key) -> WorkItem:
-        """Return the WorkItem by which a worker reconciles a workload.
+        """Return the WorkItem with which a worker reconciles a workload."""
 
-        There is no grace period for a container whose removal the engine has reported.
-        """
         tracked = self._known(key)
         kept_since = self._clock() if tracked.kept_since is None else tracked.kept_since
         gone_since = max(tracked.unreachable_at, NEVER if tracked.kept_since is None else tracked.kept_since)
@@ -522,7 +525,7 @@ class WorkloadKeeper:
         return WorkItem(key, tracked.removed, max(tracked.unreachable_at, kept_since), gone_since)
 
     def _reconcile(self, item: WorkItem, datastore: DatastoreClient) -> WorkResult:
-        """Reconcile a workload; runs in a worker, and raises nothing."""
+        """Reconcile a workload. Runs in a worker, and raises nothing."""
         found: WorkloadState | None = None
         kept_since: float | None = None
 
@@ -547,7 +550,7 @@ class WorkloadKeeper:
         return WorkResult(item.key, actions, failure, found, kept_since, self._clock() - started)
 
     def _on_result(self, result: WorkResult) -> None:
-        """Report what was done for a workload, and enqueue it again if necessary. Raises StoreUnavailable."""
+        """Report what was done for a workload, and enqueue the workload again if necessary. Raises StoreUnavailable."""
         key, now = result.key, self._clock()
         self._queue.done(key)
         tracked = self._track(key)
@@ -586,7 +589,7 @@ class WorkloadKeeper:
     def _note_reachability(self, tracked: _Tracked, result: WorkResult, now: float) -> None:
         """Note in `tracked` whether the state of a workload could be determined.
 
-        Once the engine answers for one container again, the other containers for which it did not answer are retried.
+        If the engine answers for a container again, retry the other containers for which it did not answer.
         """
         if result.error is None or result.state is not None:
             was_unreachable, tracked.unreachable_at = tracked.unreachable_at > NEVER, NEVER
@@ -599,17 +602,12 @@ class WorkloadKeeper:
             tracked.unreachable_at = now
 
     def _backoff(self, key: Key, tracked: _Tracked, error: Exception, seconds: float) -> None:
-        """Retry a workload later, and report each failure once. `seconds` is how long the attempt took.
-
-        The pause is as long as the attempt, but at least INTERVAL.
-
-        A first attempt that fails within LOCK_PAUSE may mean that the workload is just ending. So it is retried after
-        LOCK_PAUSE, and the failure is reported only if it occurs again.
-        """
+        """Retry a workload later, and report each failure once. `seconds` is how long the failed attempt took."""
         pause = max(INTERVAL, seconds)
         if isinstance(error, DockerUnavailable) and self._queue.is_paused(DOCKER):  # which has been logged
             log.debug("%s", error)
         elif tracked.failure is None and seconds < LOCK_PAUSE:
+            # the workload may just be ending: the failure is reported only if it occurs again
             tracked.failure = ""
             pause = LOCK_PAUSE
         else:
@@ -625,7 +623,7 @@ def _learn_once(
 ) -> None:
     """Call `learn`, a function of learning.py, with `arguments`, unless that has succeeded on this host before.
 
-    Report a failure, or that an earlier one has ended. Raises StoreUnavailable and Conflict, which are not reported.
+    Report a failure, or the end of an earlier failure. Raises StoreUnavailable and Conflict, which are not reported.
     """
     why = None
     try:
@@ -645,7 +643,8 @@ def _learn_once(
 def _compare_states(
     report: Callable[[Any], None], containers: dict[str, events.Container] | None, datastore: DatastoreClient
 ) -> Compared:
-    """Compare the endpoints of this host's containers with `containers`, the engine's list; None to request a list.
+    """Compare the endpoints of this host's containers with `containers`, the engine's list; if it is None, request the
+    list.
 
     First, learn what an older version has connected (_learn_once). Raises nothing: see Compared.error.
     """
@@ -685,7 +684,7 @@ def _compare_states(
 
 
 def _compare_places(running: list[EndpointId], datastore: DatastoreClient) -> Compared:
-    """Find running containers without a sound attachment: see upkeep.misattached.
+    """Find running containers that are not properly attached: see upkeep.misattached.
 
     `running` are the endpoints of running containers. Raises nothing: see Compared.error.
     """

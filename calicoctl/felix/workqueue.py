@@ -1,8 +1,7 @@
 """A work queue with one item per key, with delays and backoff, and the worker threads that process its items.
 
-The queue decides which item is due, and how many items of a group are processed at a time. The caller knows what an
-item means, and how long to back off. Like the workqueue of Kubernetes' client-go, the queue never gives one key to two
-workers at once.
+The queue decides which item is due, and how many items of a group are processed at a time. The caller decides how long
+to back off. Like the workqueue of Kubernetes' client-go, the queue never passes one key to two workers at once.
 """
 
 from __future__ import annotations
@@ -18,10 +17,10 @@ R = TypeVar("R")
 
 
 class WorkQueue(Generic[K]):
-    """Keys to process, and when each is due. Not thread-safe: only one thread may use the queue.
+    """Keys to process, and when each is due. Not thread-safe.
 
-    Times are seconds of any clock that never goes back; the caller always passes them in. Each key belongs to a group,
-    and each group has a number of workers.
+    Times are seconds of any monotonic clock; the caller always passes them in. Each key belongs to a group, and each
+    group has a number of workers.
     """
 
     def __init__(self, workers: Mapping[str, int], group_of: Callable[[K], str]) -> None:
@@ -49,9 +48,9 @@ class WorkQueue(Generic[K]):
         return key in self._in_progress
 
     def add(self, key: K, at: float, last: bool = False) -> None:
-        """Make a key due at the time `at`, even during its backoff. An earlier due time of the key is kept.
+        """Make a key due at the time `at`, even during its backoff, unless it is already due earlier.
 
-        With `last`, `take` returns the key after all others, unless it was added without `last` and still waits.
+        With `last`, `take` returns the key after all others, unless the key already waits without `last`.
         """
         if not last:
             self._last.discard(key)
@@ -60,14 +59,15 @@ class WorkQueue(Generic[K]):
         self._due[key] = min(at, self._due.get(key, at))
 
     def add_after_backoff(self, key: K, at: float, last: bool = False) -> None:
-        """Make a key due at the time `at` or, if that is later, at the end of its backoff.
+        """Make a key due at the time `at` or, if that is later, at the end of its backoff, unless it is already due
+        earlier.
 
-        An earlier due time of the key is kept. For `last`, see `add`.
+        For `last`, see `add`.
         """
         self.add(key, max(at, self._backoff.get(key, at)), last)
 
     def back_off(self, key: K, until: float, last: bool = False) -> None:
-        """Count a key as failed, and make it due at the time `until`. An earlier due time of the key is kept.
+        """Mark a key as failed, and make it due at the time `until`, unless it is already due earlier.
 
         `take` returns failed keys after the others. For `last`, see `add`.
         """
@@ -75,20 +75,17 @@ class WorkQueue(Generic[K]):
         self.add(key, until, last)
 
     def reset_backoff(self, key: K) -> None:
-        """Stop counting a key as failed. The time at which it is due does not change."""
+        """Remove the mark of a failed key. The time at which the key is due does not change."""
         self._backoff.pop(key, None)
 
     def retry_now(self, group: str, now: float) -> None:
-        """Set the due time of a group's failed keys to `now`, instead of the end of their backoff.
-
-        These keys still count as failed, so `take` returns them after the others.
-        """
+        """Make a group's failed keys that wait due at the time `now`. They stay marked as failed."""
         for key in self._due:
             if key in self._backoff and self._group_of(key) == group:
                 self._due[key] = now
 
     def pause(self, group: str) -> None:
-        """Let `take` return no keys of a group until `resume` is called. Keys in progress are not affected."""
+        """Make `take` return no keys of a group until `resume` is called. Keys in progress are not affected."""
         self._paused.add(group)
 
     def resume(self, group: str) -> None:
@@ -106,9 +103,9 @@ class WorkQueue(Generic[K]):
         return min((at for key, at in self._due.items() if self._can_be_taken(key, free)), default=float("inf"))
 
     def take(self, now: float) -> list[K]:
-        """Return the keys that are due and can be taken (see `next_due`). From then on, these keys are in progress.
+        """Return the keys that are due and can be taken (see `next_due`), and mark them as in progress.
 
-        Keys that failed at their last attempt come after the others, and keys that were added as `last` after these.
+        Failed keys come after the others, and keys that were added as `last` after these.
         """
         taken: list[K] = []
         free = self._free()
@@ -124,7 +121,7 @@ class WorkQueue(Generic[K]):
         return taken
 
     def done(self, key: K) -> None:
-        """Note that the processing of a key has ended. This frees its worker, and resets its backoff.
+        """Note that the processing of a key has ended. This frees its worker, and removes the mark of a failed key.
 
         If the processing failed, call `back_off` afterwards.
         """
@@ -132,7 +129,7 @@ class WorkQueue(Generic[K]):
         self._backoff.pop(key, None)
 
     def _free(self) -> dict[str, int]:
-        """Return the number of free workers of each group; none of a group that is paused."""
+        """Return the number of free workers by group; 0 for a paused group."""
         busy = Counter(self._group_of(key) for key in self._in_progress)
         return {group: 0 if group in self._paused else count - busy[group] for group, count in self._workers.items()}
 
