@@ -1,7 +1,7 @@
 """Network namespaces, veth pairs, and their addresses, routes and neighbours in the kernel. Does not use the store.
 
 A namespace is entered only in a short-lived thread that is started for that purpose; the main thread never leaves the
-host's namespace. So no failure leaves another part of the process in the wrong namespace.
+host's namespace.
 
 Public functions and methods raise NamespaceError if the kernel refuses an operation, except for Namespace.run and
 `inspect`, which do not convert errors.
@@ -44,25 +44,20 @@ _NS_GET_NSTYPE = 0xB703
 CLONE_NEWNET = 0x40000000
 """The type of network namespaces. Source: clone(2)."""
 
+# udev would change a random MAC (MACAddressPolicy in systemd.link(5)) after the workload has learned it
 HOST_MAC = "ee:ee:ee:ee:ee:ee"
-"""The MAC of the host end of every veth pair: the one that other Calico tools have set since 2016.
+"""The MAC of the host end of every veth pair, as in other Calico tools since 2016."""
 
-A random MAC would be changed by udev (MACAddressPolicy in systemd.link(5)) after the workload has learned it.
-"""
-
+# duplicate address detection would delay the use of the address; the workload is no router for this host
 HOST_END_IPV6 = {"accept_dad": "0", "accept_ra": "0"}
 """IPv6 sysctls that are set on the host end of every veth pair before it is brought up.
 
-With duplicate address detection, the host end could not use its own address for a second or two. Router advertisements
-are not accepted, since the workload is no router for this host. Source: the kernel's
-Documentation/networking/ip-sysctl.rst.
+Source: the kernel's Documentation/networking/ip-sysctl.rst.
 """
 
+# processes in a namespace may add as many as memory allows; reading so many takes a quarter of a second
 MOST = 20_000
-"""The most routes or neighbour entries that are read from a namespace; more are an error.
-
-Reading so many takes about a quarter of a second. Processes in the namespace may add as many as memory allows.
-"""
+"""The maximum number of routes or neighbour entries that are read from a namespace; more are an error."""
 
 _LOOPBACK_INDEX = 1
 """The index of the loopback interface in every namespace. Source: LOOPBACK_IFINDEX in the kernel's net/flow.h."""
@@ -73,9 +68,9 @@ _NODAD = 0x02
 class Interface:
     """An interface, as seen in its own namespace.
 
-    `up` says whether it was brought up, not whether it has a carrier. For a veth, `peer_index` is the index of the
-    other end, in the namespace of the other end. `kind` is the kernel's name for the type, such as `veth` or `bridge`;
-    None for hardware and for lo.
+    `up` is the administrative state, not the carrier. For a veth, `peer_index` is the index of the other end in the
+    namespace of the other end. `kind` is the kernel's name for the type, such as `veth` or `bridge`; None for hardware
+    and for lo.
     """
 
     name: str
@@ -108,7 +103,7 @@ class Inspection:
 
 
 class Namespace:
-    """A network namespace, held open: it stays the same even if the path is deleted, or leads elsewhere later."""
+    """An open network namespace. It stays the same even if the path is deleted, or leads elsewhere later."""
 
     def __init__(self, path: str, name: str) -> None:
         """Open the namespace at `path`. `name` is its name in messages. Raises NamespaceError."""
@@ -134,14 +129,14 @@ class Namespace:
         return self._fd
 
     def is_own(self) -> bool:
-        """Return whether this is the namespace of this process, that is, the host's namespace."""
+        """Return whether this is the namespace of this process, which is the host's namespace."""
         here, there = os.stat("/proc/self/ns/net"), os.fstat(self._fd)
         return (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino)
 
     def run(self, work: Callable[[IPRoute], T]) -> T:
-        """Call `work` with a netlink socket of this namespace, in a thread that has entered it; return its result.
+        """Call `work` with a netlink socket of this namespace, in a thread that has entered it; return the result.
 
-        In that thread, /proc/sys/net has this namespace's sysctls, too. Raises the exceptions of `work`.
+        In that thread, /proc/sys/net contains this namespace's sysctls. Raises the exceptions of `work`.
         """
         from pyroute2.iproute.linux import IPRoute
 
@@ -190,17 +185,15 @@ class Namespace:
             return self.run(inspect)
 
     def interface(self, name: str) -> Interface | None:
-        """Return the interface of this namespace with a name, None if there is none."""
+        """Return the interface with this name; None if there is none."""
         with _explained(f"{self.name}: reading its interface {name}"):
             return self.run(lambda netlink: _named(netlink, name))
 
     def own_end(self, host_end: Interface) -> Interface | None:
-        """Return the other end of `host_end`, a veth of the host, if that other end is in this namespace, else None.
-
-        Comparing the interfaces' indices is not sufficient: processes in the namespace may choose them.
-        """
+        """Return the other end of `host_end`, a veth of the host, if that other end is in this namespace, else None."""
         from pyroute2.iproute.linux import IPRoute
 
+        # indices alone prove nothing: processes in the namespace may choose them
         with _explained("reading this host's interfaces"), IPRoute() as netlink:
             link = _link(netlink, host_end.index)
             if link is None or not _leads_to(netlink, link, self._fd):
@@ -211,21 +204,19 @@ class Namespace:
         return found if found is not None and (found.kind, found.peer_index) == ("veth", host_end.index) else None
 
     def pairs(self) -> list[tuple[Interface, Interface]]:
-        """Return the veth pairs between this namespace and the host, as (end in this namespace, host end).
-
-        The host's interfaces are searched, since this namespace may contain any number of interfaces.
-        """
+        """Return the veth pairs between this namespace and the host, as (end in this namespace, host end)."""
         from pyroute2.iproute.linux import IPRoute
 
         with _explained("reading this host's interfaces"), IPRoute() as netlink:
             id = netlink.get_netnsid(fd=self._fd)["nsid"]
             known = id is not None and 0 <= id < 2**31  # else no pair leads there from this namespace
+            # of the host, since the namespace may contain any number of interfaces
             links = [_link(netlink, index) for index in veths_into(id)] if known else []
         ends = [_interface(link) for link in links if link is not None]
         return [(own, host_end) for own, host_end in ((self.own_end(end), end) for end in ends) if own is not None]
 
     def ipv6_is_off(self, interface: str) -> bool:
-        """Return whether IPv6 is disabled on an interface; Docker disables it on all interfaces of a container."""
+        """Return whether IPv6 is disabled on an interface."""
         with _explained(f"{self.name}: reading whether IPv6 is disabled on {interface}"):
             return self.run(lambda _: _read_sysctl(f"net/ipv6/conf/{interface}/disable_ipv6")) == "1"
 
@@ -250,7 +241,7 @@ class Namespace:
 
         `nets` are `address/32` or `address/128`. `next_hops` are the gateways of the default routes, by IP version. For
         each gateway, an on-link route and a permanent neighbour entry with `host_mac` are added. The loopback interface
-        is brought up, too. If one of `nets` is of IPv6, IPv6 is enabled on both interfaces.
+        is brought up, too. If `nets` contains an IPv6 address, IPv6 is enabled on both interfaces.
         """
 
         def work(netlink: IPRoute) -> str:
@@ -283,7 +274,7 @@ class Namespace:
     def update_next_hops(self, interface: str, host_mac: str) -> bool:
         """Set the neighbour entries of the interface's next hops to `host_mac`; return whether any entry was changed.
 
-        If an entry was changed, the loopback interface is brought up, too. If that entry is of IPv6, IPv6 is enabled on
+        If an entry was changed, the loopback interface is brought up. If an IPv6 entry was changed, IPv6 is enabled on
         the loopback interface.
         """
 
@@ -308,10 +299,10 @@ class Namespace:
             return not self._within(lambda: _missing_next_hops(index, mac))
 
     def unconfigure(self, interface: str, nets: list[str], versions: Collection[int]) -> None:
-        """Remove addresses (`nets`, as in `configure`) from `interface`, and the routes of some IP `versions`.
+        """Remove the addresses `nets` from `interface`, and the routes of the IP `versions`. Idempotent.
 
-        The routes are those that `configure` added: the default routes, and the routes to the next hops. The neighbour
-        entries of the next hops are removed, too. Idempotent. The interface stays up.
+        The routes are the static default routes and host routes through the interface. The neighbour entries of the
+        default routes' gateways are removed, too. The interface stays up.
         """
 
         def work(netlink: IPRoute) -> None:
@@ -336,8 +327,8 @@ class Namespace:
 def create_veth(name: str, namespace: Namespace, interface: str, mtu: int, mac: str | None = None) -> None:
     """Create a veth pair, both ends down: `name` on the host, and `interface`, directly inside `namespace`.
 
-    `mac` is the MAC of the end inside the namespace; None lets the kernel choose. Raises NamespaceError if no pair was
-    created.
+    `mac` is the MAC of the end inside the namespace; None lets the kernel choose one. Raises NamespaceError if no pair
+    was created.
     """
     from pyroute2.iproute.linux import IPRoute
 
@@ -349,7 +340,7 @@ def create_veth(name: str, namespace: Namespace, interface: str, mtu: int, mac: 
 
 
 def set_up(name: str) -> None:
-    """Bring the host end of a veth pair up, so that it can receive IPv6 packets at once."""
+    """Set the sysctls HOST_END_IPV6 on the host end of a veth pair, and bring it up."""
     from pyroute2.iproute.linux import IPRoute
 
     with _explained(f"bringing interface {name} up"), IPRoute() as netlink:
@@ -368,7 +359,7 @@ def set_mtu(name: str, mtu: int) -> None:
 
 
 def find_interface(name: str) -> Interface | None:
-    """Return the interface of the host with a name, None if there is none."""
+    """Return the interface of the host with this name; None if there is none."""
     from pyroute2.iproute.linux import IPRoute
 
     with _explained(f"reading interface {name}"), IPRoute() as netlink:
@@ -376,7 +367,7 @@ def find_interface(name: str) -> Interface | None:
 
 
 def interfaces() -> list[Interface]:
-    """Return the interfaces of the host. Raises NamespaceError."""
+    """Return the interfaces of the host."""
     from pyroute2.iproute.linux import IPRoute
 
     with _explained("reading this host's interfaces"), IPRoute() as netlink:
@@ -386,10 +377,9 @@ def interfaces() -> list[Interface]:
 def check_attachments(namespaces: Mapping[str, str], next_hops: bool = True) -> dict[str, bool]:
     """Check that interfaces of the host lead into the right namespaces; return the results by interface name.
 
-    `namespaces` maps the names of the interfaces to the paths of the namespaces. The result is True if the other end of
+    `namespaces` maps the names of the interfaces to the paths of the namespaces. A result is True if the other end of
     the veth pair is in that namespace and, with `next_hops`, the next hops there have permanent neighbour entries with
-    the MAC of the host end. Interfaces that do not exist, or whose path leads to no namespace, are left out. Raises
-    NamespaceError.
+    the MAC of the host end. Interfaces that do not exist are left out, and so are paths that lead to no namespace.
     """
     from pyroute2.iproute.linux import IPRoute
 
@@ -406,7 +396,9 @@ def check_attachments(namespaces: Mapping[str, str], next_hops: bool = True) -> 
 
 
 def delete_interface(name: str) -> bool:
-    """Delete an interface of the host, and with it the other end of the veth pair; return whether it existed."""
+    """Delete an interface of the host, and with it the other end of a veth pair; return whether the interface
+    existed.
+    """
     from pyroute2.iproute.linux import IPRoute
 
     with _explained(f"deleting interface {name}"), IPRoute() as netlink:
@@ -421,7 +413,7 @@ def delete_interface(name: str) -> bool:
 def inspect(netlink: IPRoute) -> Inspection:
     """Return the default routes of the namespace of the socket `netlink`, and the state of its loopback interface.
 
-    Must be called in a thread that is in this namespace. The text for a default route that has neither a gateway nor an
+    Must be called in a thread that is in this namespace. The text for a default route with neither a gateway nor an
     interface is `of another kind`.
     """
     found = Inspection()
@@ -441,16 +433,16 @@ def inspect(netlink: IPRoute) -> Inspection:
 
 
 def _leads_to(netlink: IPRoute, link: Any, namespace: int) -> bool:
-    """Return whether the other end of `link`, pyroute2's message about an interface of the host, is in a namespace.
+    """Return whether the other end of an interface of the host is in a namespace, given by an open file descriptor.
 
-    `namespace` is an open file descriptor.
+    `link` is pyroute2's message about the interface.
     """
     id = link.get_attr("IFLA_LINK_NETNSID")
     return id is not None and bool(netlink.get_netnsid(fd=namespace)["nsid"] == id)
 
 
 def _link(netlink: IPRoute, index: int) -> Any:
-    """Return pyroute2's message about the interface with an index, None if there is no such interface."""
+    """Return pyroute2's message about the interface with this index; None if there is none."""
     from pyroute2.netlink.exceptions import NetlinkError
 
     try:
@@ -488,12 +480,9 @@ def _index(name: str) -> int:
 
 
 def _find(name: str) -> int | None:
-    """Return the index of the interface with a name, in the namespace of this thread; None if there is none.
-
-    pyroute2 cannot look up a name that is no UTF-8.
-    """
+    """Return the index of the interface with this name, in the namespace of this thread; None if there is none."""
     try:
-        return socket.if_nametoindex(name)
+        return socket.if_nametoindex(name)  # pyroute2 cannot look up a name that is not UTF-8
     except OSError:
         return None
 
@@ -505,7 +494,7 @@ def _route(version: int, address: str | None, index: int) -> dict[str, Any]:
 
 
 def _missing_next_hops(index: int, mac: str) -> set[str]:
-    """Return the next hops of an interface's default routes that have no permanent neighbour entry with this MAC."""
+    """Return the gateways of an interface's default routes that have no permanent neighbour entry with this MAC."""
     found: set[str] = set()
     for version, family in FAMILIES.items():
         hops = {route.gateway for route in routes(family, lengths=(0,), index=index, most=MOST)} - {None}
@@ -516,10 +505,7 @@ def _missing_next_hops(index: int, mac: str) -> set[str]:
 
 
 def _add_neighbours(netlink: IPRoute, index: int, mac: str) -> None:
-    """Add permanent neighbour entries for the next hops of an interface, so that they need not be resolved.
-
-    Since Linux 5.0, such entries do not count against the kernel's limit (gc_thresh3).
-    """
+    """Add the missing permanent neighbour entries for the gateways of an interface's default routes."""
     for hop in _missing_next_hops(index, mac):
         family = FAMILIES[version_of(hop)]
         netlink.neigh("replace", family=family, dst=hop, lladdr=mac, ifindex=index, state=NUD_PERMANENT)
@@ -537,7 +523,7 @@ def _write_sysctl(path: str, value: str) -> None:
 
 @contextmanager
 def _ignoring(*codes: int) -> Iterator[None]:
-    """Ignore kernel errors with these codes in the body of `with`: they mean that the object does not exist."""
+    """Suppress kernel errors with these codes in the body of `with`."""
     from pyroute2.netlink.exceptions import NetlinkError
 
     try:

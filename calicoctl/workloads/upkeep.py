@@ -1,8 +1,7 @@
-"""Reconciles a workload of this host after restarts, removals, crashes and interrupted commands.
+"""Reconciles the state of a workload of this host after restarts, removals, crashes and interrupted commands.
 
-The public functions that change something hold the workload's lock meanwhile, so they never interfere with a command in
-progress. Out of scope: other hosts' workloads, addresses without a handle, and workloads that are neither Docker
-containers nor namespaces with a known path. Used by the agent, and by `ipam check --fix`.
+Used by the agent, and by `ipam check --fix`. Public functions that change something hold the workload's lock. Other
+hosts' workloads, addresses without a handle, and workloads that are not managed (see is_managed) are not touched.
 """
 
 from __future__ import annotations
@@ -51,21 +50,25 @@ REATTACHED, COLLECTED, CHANGED = "reattached", "collected", "changed"
 
 @dataclass(frozen=True)
 class Action:
-    """What was done for a workload: `kind` is REATTACHED, COLLECTED or CHANGED; `text` is a sentence for the log."""
+    """A completed action: `kind` is REATTACHED, COLLECTED or CHANGED; `text` is a sentence for the log."""
 
     kind: str
     text: str
 
 
 class NotConnectedHere(CalicoError):
-    """A workload has an endpoint in the store, but nobody has connected it on this host: it is not wired."""
+    """A workload has an endpoint in the store, but was not connected on this host (connected.py), so it is not
+    wired.
+    """
 
     def __init__(self, id: str) -> None:
         super().__init__(f"nobody has connected {id} on this host")
 
 
 def is_managed(orchestrator: str, workload: str) -> bool:
-    """Return whether a workload is of a kind that is reconciled: a Docker container, or a namespace with a path."""
+    """Return whether the workload can be reconciled: a container with a full Docker id, or a namespace whose id is a
+    path.
+    """
     if orchestrator == DOCKER:
         return re.fullmatch("[0-9a-f]{64}", workload) is not None
     return orchestrator == NAMESPACE and workload.startswith("-") and "\0" not in workload
@@ -78,17 +81,17 @@ def reconcile(
     may_collect: Callable[[WorkloadState], bool],
     removed: bool = False,
 ) -> Iterator[Action]:
-    """Reconcile a workload's endpoints, interfaces and addresses with its state; yield each action when it is done.
+    """Reconcile a workload's endpoints, interfaces and addresses with its state; yield each completed action.
 
-    Does nothing for a workload that is not managed (is_managed). `may_collect` is called with the workload's state. If
-    the workload is MISSING or GONE, and the call returns True, the workload is garbage-collected; if it returns False,
-    the endpoints become inactive. `removed` says that the engine has reported the container's removal; without that, a
-    container that still runs under another engine is kept, and CalicoError is raised.
+    Does nothing if the workload is not managed. `may_collect` is called with the workload's state. A workload that is
+    MISSING or GONE is garbage-collected if `may_collect` returns True; otherwise, its endpoints become inactive.
+    `removed` says that the engine has reported the container's removal. Without it, CalicoError is raised for a
+    container that the engine does not know, but that runs under another engine.
 
-    Raises Conflict if another process is changing the workload, DockerUnavailable or NamespaceError if its state cannot
-    be determined, and CalicoError if a change fails. Raises NotConnectedHere if nobody has connected the workload on
-    this host, and it is a namespace with an endpoint, or a running container without its interface. The endpoints of
-    such a namespace become inactive before, if none of their interfaces exists.
+    Raises Conflict if another process holds the workload's lock, DockerUnavailable or NamespaceError if the workload's
+    state cannot be determined, and CalicoError if a change fails. Raises NotConnectedHere for a workload that was not
+    connected on this host, if it is a namespace with an endpoint, or a running container without its interface. Before
+    that, the endpoints of such a namespace become inactive if none of their interfaces exists.
     """
     if not is_managed(orchestrator, id) or not _has_anything(datastore, orchestrator, id):
         return
@@ -136,10 +139,7 @@ def reconcile(
 
 
 def _has_anything(datastore: DatastoreClient, orchestrator: str, id: str) -> bool:
-    """Return whether a workload may have endpoints, addresses, or files on this host (see locks.py and connected.py).
-
-    Does not lock the workload: most containers have none of these.
-    """
+    """Return whether a workload may have endpoints, a handle, or files on this host (locks.py, connected.py)."""
     workload = Workload(orchestrator, id, id)
     return (
         locks.exists(datastore.host, orchestrator, id)
@@ -158,19 +158,15 @@ def _read(datastore: DatastoreClient, workload: Workload) -> tuple[list[Endpoint
 
 
 def _is_over(orchestrator: str, id: str, known: Connected, may_collect: Callable[[WorkloadState], bool]) -> bool:
-    """Return whether a connected workload without endpoints is to be forgotten (connected.forget).
-
-    That is so if the workload is MISSING or GONE, and `may_collect` returns True for its state.
-    """
+    """Return whether a connected workload is MISSING or GONE, and `may_collect` returns True for its state."""
     state, _ = find_state(orchestrator, id, known.path, known.started)
     return may_collect(state) and state in (WorkloadState.MISSING, WorkloadState.GONE)
 
 
 def _refuse_other_engines(workload: Workload, ids: list[EndpointId]) -> None:
-    """Raise CalicoError if the workload is a container that runs although Docker does not know it.
+    """Raise CalicoError if the workload is a container that Docker does not know, but that runs under another engine.
 
-    It may belong to another engine. The container is checked only if the interface of one of its endpoints (`ids`)
-    exists.
+    This is checked only if the interface of one of the workload's endpoints (`ids`) exists.
     """
     if (
         workload.orchestrator == DOCKER
@@ -186,19 +182,19 @@ def _refuse_other_engines(workload: Workload, ids: list[EndpointId]) -> None:
 def misattached(paths: dict[EndpointId, str]) -> list[EndpointId]:
     """Return the endpoints whose interface does not lead into the namespace at the endpoint's path (in `paths`).
 
-    Such an interface leads into a namespace that was at the path before: a namespace exists as long as a process is in
-    it, even if its path was deleted. Endpoints whose workload lacks the neighbour entry of a next hop are returned,
-    too; endpoints without an interface, or whose path leads to no namespace, are not.
+    Endpoints whose workload lacks the neighbour entry of a next hop are returned, too. Endpoints without an interface,
+    and endpoints whose path leads to no namespace, are not returned.
     """
+    # a namespace exists as long as a process is in it, even if its path was deleted or leads elsewhere
     sound = netns.check_attachments({id.interface: path for id, path in paths.items()})
     return [id for id in paths if sound.get(id.interface) is False]
 
 
 def _reconcile_running(session: WorkloadSession, held: dict[IPAddress, Owner]) -> Iterator[Action]:
-    """Reconcile a running workload: its interface, its endpoint's state, and its neighbour entries; yield each action.
+    """Reconcile a running workload: its interface, its endpoint's state and its neighbour entries; yield each action.
 
-    Also removes the `held` addresses (from _read) that its endpoint does not list. Raises NotConnectedHere if the
-    interface is missing and nobody has connected the workload on this host. Raises CalicoError if a change fails.
+    Also releases the addresses in `held` (from _read) that its endpoint does not list. Raises NotConnectedHere if the
+    interface is missing and the workload was not connected on this host. Raises CalicoError if a change fails.
     """
     datastore, workload, endpoint = session.datastore, session.workload, session.only_endpoint()
     if session.namespace.is_own():
@@ -231,7 +227,7 @@ def _reconcile_running(session: WorkloadSession, held: dict[IPAddress, Owner]) -
 def _update_name(
     datastore: DatastoreClient, workload: Workload, endpoints: list[Endpoint], held: dict[IPAddress, Owner]
 ) -> Iterator[Action]:
-    """Write a container's current name into its endpoints and its addresses' attributes, if it is not there yet."""
+    """Write a container's current name into its endpoints and its addresses' attributes, if they contain another."""
     name = workload.docker_name
     if not name:
         return
@@ -259,7 +255,7 @@ def _active(endpoint: Endpoint) -> bool:
 def _set_inactive(
     datastore: DatastoreClient, workload: Workload, endpoints: list[Endpoint], state: WorkloadState
 ) -> Iterator[Action]:
-    """Set the active endpoints of a workload that does not run to inactive; `state` is for the text of the action."""
+    """Set the active endpoints of a workload to inactive. The workload's `state` appears in the action's text."""
     since = now()
 
     def change(endpoint: Endpoint) -> bool:
@@ -280,9 +276,9 @@ def _garbage_collect(
     ids: list[EndpointId],
     held: dict[IPAddress, Owner],
 ) -> Action:
-    """Remove the endpoints (`ids`), interfaces and `held` addresses of a workload that no longer exists.
+    """Remove the endpoints (`ids`), interfaces and addresses (`held`) of a workload that no longer exists.
 
-    Addresses without a handle are kept. The caller holds the workload's `lock`.
+    Addresses without a handle are not released. The caller holds the workload's `lock`.
     """
     datastore.check_endpoints_writable(ids, workload.handle)
     lock.mark_in_progress()
@@ -310,10 +306,10 @@ def _release_leaked(
     endpoints: list[Endpoint],
     held: dict[IPAddress, Owner],
 ) -> Iterator[Action]:
-    """Release the `held` addresses that no endpoint lists, and delete the veth pairs that their attributes identify.
+    """Release the addresses in `held` that no endpoint lists, and delete the veth pairs that their attributes identify.
 
-    `endpoints` are all endpoints of the workload. The veth pairs of these endpoints are kept. The caller holds the
-    workload's lock.
+    `endpoints` are all endpoints of the workload; their veth pairs are not deleted. The caller holds the workload's
+    lock.
     """
     left = _unlisted(endpoints, held)
     pairs = interfaces_of(left) - {endpoint.id.interface for endpoint in endpoints}
@@ -344,7 +340,7 @@ def _called(workload: Workload) -> str:
 def release_leaked(datastore: DatastoreClient, workload: Workload) -> list[Action]:
     """Release a workload's addresses on this host that no endpoint lists, and delete their veth pairs.
 
-    An interrupted command has left them. Returns the actions that were done. Raises CalicoError.
+    Returns the completed actions. Raises CalicoError.
     """
     with WorkloadLock(datastore.host, workload.orchestrator, workload.id):
         return list(
@@ -353,9 +349,9 @@ def release_leaked(datastore: DatastoreClient, workload: Workload) -> list[Actio
 
 
 def restore_address(datastore: DatastoreClient, id: EndpointId, address: str) -> bool:
-    """Assign an unassigned address to the workload of the endpoint `id`, which lists it; return whether that was done.
+    """Assign a free address to the workload of the endpoint `id`, which lists it; return whether it was assigned.
 
-    The endpoint is on this host. The address is not assigned if it is no longer free, or if the endpoint no longer
+    The endpoint must be on this host. False means that the address is assigned already, or that the endpoint no longer
     lists it. Raises CalicoError, also if a host uses the address.
     """
     from calicoctl.datastore.blocks import Owner

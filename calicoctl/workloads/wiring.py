@@ -51,9 +51,7 @@ DEFAULT_INTERFACE = "eth1"
 
 @dataclass(frozen=True)
 class AddressRequest:
-    """The address that a user requests: `address` if set, else any address of the pool `cidr` if set, else any of
-    `version`.
-    """
+    """The requested address: `address` if set, else any of the pool `cidr` if set, else any of `version`."""
 
     version: int
     address: IPAddress | None = None

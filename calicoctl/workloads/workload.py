@@ -1,6 +1,5 @@
-"""Finds a workload by a container's name or id, or by a namespace's path, and determines its state.
-
-Also finds a workload's endpoints in the store. Changes nothing.
+"""Finds workloads by a container's name or id, or by a namespace's path, and determines their state. Changes
+nothing.
 """
 
 from __future__ import annotations
@@ -38,12 +37,12 @@ _RUN, _VAR_RUN = "/run/", "/var/run/"
 
 @dataclass(frozen=True)
 class Workload:
-    """A container or a namespace that is connected to the network, or will be.
+    """A container or a namespace that is connected to the network, or is to be connected.
 
-    `name` is its name in messages, usually as the user typed it; `id` is the workload's id in the store. `path` is the
-    namespace's path, None for a Docker container. For a container, `docker_name` is its name in Docker, `pid` the id of
-    its first process (None if it does not run), and `network_mode` the value of `docker run --net`, such as `none` or
-    `container:NAME`.
+    `name` is its name in messages, usually as the user typed it. `id` identifies the workload in the store. `path` is
+    the namespace's path, None for a Docker container. For a container, `docker_name` is its name in Docker, `pid` the
+    id of its first process (None if it does not run), and `network_mode` the value of `docker run --net`, such as
+    `none` or `container:NAME`.
     """
 
     orchestrator: str
@@ -61,23 +60,25 @@ class Workload:
 
     @property
     def stored_as(self) -> list[tuple[str, str]]:
-        """Where its endpoints may be stored, as (orchestrator, id). Old tools stored namespaces' under `docker`."""
+        """The places of its endpoints in the store, as (orchestrator, id). Old tools stored namespaces under
+        `docker`.
+        """
         orchestrators = [self.orchestrator, DOCKER] if self.orchestrator == NAMESPACE else [self.orchestrator]
         return [(orchestrator, self.id) for orchestrator in orchestrators]
 
     @property
     def other_spelling(self) -> Workload | None:
-        """The workload of a namespace under the other spelling of its path, if there is one.
-
-        An older version, and the tool of 2015, stored a path below /run as the user had typed it.
+        """The workload of the namespace's path with /run instead of /var/run, or the reverse (see _other_spelling),
+        or None.
         """
         other = None if self.path is None else _other_spelling(self.path)
         return None if other is None else replace(self, id=other.replace("/", "-"), path=other)
 
     def namespace_path(self) -> str:
-        """Return the path of the network namespace.
+        """Return the path of the workload's network namespace.
 
-        Raises CalicoError for a container that is stopped, or shares the network of the host or of another container.
+        Raises CalicoError for a container that is stopped, or that shares the network of the host or of another
+        container.
         """
         if self.path is not None:
             return self.path
@@ -96,21 +97,21 @@ class Workload:
 
 
 class WorkloadState(Enum):
-    """The state of a workload; the values complete the sentence `the workload …`."""
+    """The state of a workload. The values complete the sentence `the workload …`."""
 
     RUNNING = "is running"
     STOPPED = "has stopped"
     MISSING = "is missing"
-    """There is no namespace at the workload's path now, but a namespace may be there later."""
+    """No namespace is at the workload's path now, but one may be there later."""
     GONE = "no longer exists"
 
 
 def find_state(orchestrator: str, id: str, path: str, started: str | None) -> tuple[WorkloadState, Workload]:
     """Return the state of a workload of this host, and the workload as it is now.
 
-    For a namespace, `path` is its path. If the path leads through a process, `started` is what process_started returned
-    when the workload was connected, None if that is not known. Both are unused for a container. Raises
-    DockerUnavailable or NamespaceError if the state cannot be determined.
+    For a namespace, `path` is its path, and `started` the result of process_started when the workload was connected,
+    None if that is not known. For a container, both are unused. Raises DockerUnavailable or NamespaceError if the state
+    cannot be determined.
     """
     if orchestrator == DOCKER:
         try:
@@ -141,12 +142,11 @@ def namespace_at(path: str) -> tuple[int, int] | None:
 
 
 def process_started(path: str) -> str | None:
-    """Return when the process or thread that a path leads through was started: clock ticks since boot, as text.
+    """Return the start time of the process or thread through which a path leads: clock ticks since boot, as text.
 
-    Returns None if the path leads through no process, such as a path of `ip netns`; if it leads through /proc/1,
-    /proc/self or /proc/thread-self; if it does not exist, for example because the process has ended; and if it has more
-    than 40 symbolic links. A path through a process, below /proc or by a symbolic link, may lead to another process
-    later, since ids are reused. Raises NamespaceError if the path cannot be read. Source: namespaces(7).
+    Such a path may lead to another process later, since process ids are reused. Returns None if the path leads through
+    no process, through /proc/1, /proc/self or /proc/thread-self, or through more than 40 symbolic links, and if it does
+    not exist. Raises NamespaceError if the path cannot be read. Source: namespaces(7).
     """
     place, left, links = Path("/"), [*reversed(Path(path).parts[1:])], 0
     try:
@@ -178,9 +178,8 @@ def process_started(path: str) -> str | None:
 def find(name: str) -> Workload:
     """Return the workload that a user calls `name`.
 
-    An absolute path names a namespace; then the namespace is not opened, and the Docker Engine is not queried.
-    /run/netns/a is treated as /var/run/netns/a if /run and /var/run are the same directory. Raises NoSuchContainer,
-    DockerUnavailable if the engine does not answer, and CalicoError for an invalid name.
+    An absolute path names a namespace; it is not checked whether the path exists. Any other name is looked up in
+    Docker. Raises NoSuchContainer, DockerUnavailable, or CalicoError for an invalid name.
     """
     check_workload_name(name)
     if name.startswith("/"):
@@ -204,7 +203,7 @@ def find(name: str) -> Workload:
 
 
 def check_workload_name(name: str) -> None:
-    """Raise CalicoError for a text that can be neither a container's name or id, nor a namespace's absolute path."""
+    """Raise CalicoError if `name` is neither a valid name or id of a container, nor a valid absolute path."""
     if name.startswith("/"):
         if _normal_path(name) == "/":
             raise CalicoError(f"'{name}' is not the path of a network namespace")
@@ -230,18 +229,18 @@ def _other_spelling(path: str) -> str | None:
 
 
 def stored_otherwise(datastore: DatastoreClient, workload: Workload) -> Workload | None:
-    """Return the workload of a namespace under the other spelling of its path, None if it has no endpoint."""
+    """Return the workload under the other spelling of its namespace's path; None if that workload has no endpoint."""
     twin = workload.other_spelling
     return twin if twin is not None and endpoint_ids_of(datastore, twin) else None
 
 
 def find_connected(name: str, datastore: DatastoreClient) -> Workload:
-    """Return the workload that a user calls `name`, even if Docker no longer knows it, or does not answer.
+    """Return the workload that a user calls `name`, even if Docker does not know it any more, or does not answer.
 
-    In these cases, `name` may be the beginning of a container's id (see _stored_by_id). Otherwise, the names in the
-    endpoints, in the attributes of addresses, and in the marks of interrupted changes on this host are searched.
-    Containers that exist under another name now are left out. If none matches, this raises the exception of `find`; if
-    several match, CalicoError with a list.
+    Raises the exceptions of `find`. If that is NoSuchContainer or DockerUnavailable, the store and the marks of
+    interrupted changes on this host are searched first: for an id that begins with `name` (see _stored_by_id), else for
+    a container with that name. After NoSuchContainer, containers that exist under another name now do not count. Raises
+    CalicoError if several match.
 
     A namespace without an endpoint is also searched under the other spelling of its path (see stored_otherwise).
     """
@@ -265,7 +264,7 @@ def find_connected(name: str, datastore: DatastoreClient) -> Workload:
 
 
 def ambiguous(name: str, containers: list[tuple[str, str]]) -> CalicoError:
-    """Return the error for a name that may mean any of several `containers`, which are pairs (id, host)."""
+    """Return the error for a name that matches several `containers`, which are pairs (id, host)."""
     lengths = (length for length in range(12, 65) if len({id[:length] for id, _ in containers}) == len(containers))
     length = next(lengths, 64)
     some = ", ".join(f"{id[:length]} on {host}" for id, host in sorted(containers, key=lambda one: one[::-1]))
@@ -299,9 +298,9 @@ def not_connected(name: str) -> NotFound:
 
 
 def refuse_other_path(workload: Workload, *paths: object) -> None:
-    """Raise CalicoError if one of `paths`, which are stored under the namespace's id, is not the namespace's path.
+    """Raise CalicoError if one of `paths`, stored under the id of `workload`, is not the path of `workload`.
 
-    `/a-b` and `/a/b`, for example, have the same id. None and empty strings in `paths` are ignored.
+    Different paths may have the same id, such as `/a-b` and `/a/b`. None and empty strings in `paths` are ignored.
     """
     for path in paths:
         if workload.path is not None and path not in (None, "", workload.path):
@@ -320,7 +319,7 @@ def refuse_others_endpoint(datastore: DatastoreClient, workload: Workload, endpo
 
 
 def workload_of(id: EndpointId) -> tuple[str, str]:
-    """Return the orchestrator and id of an endpoint's workload.
+    """Return the orchestrator and the id of an endpoint's workload.
 
     For a namespace, the orchestrator is NAMESPACE, even if an old tool stored `docker`.
     """
@@ -331,7 +330,7 @@ def workload_of(id: EndpointId) -> tuple[str, str]:
 def endpoint_ids_of(datastore: DatastoreClient, workload: Workload) -> list[EndpointId]:
     """Return the ids of a workload's endpoints on this host, including invalid endpoints.
 
-    For a namespace without any, returns the ids that an old tool stored under `docker`.
+    If a namespace has none, returns the ids that an old tool stored under `docker`.
     """
     found = datastore.workload_endpoint_ids(workload.orchestrator, workload.id)
     if not found and workload.orchestrator == NAMESPACE:
@@ -340,9 +339,9 @@ def endpoint_ids_of(datastore: DatastoreClient, workload: Workload) -> list[Endp
 
 
 def endpoints_of(datastore: DatastoreClient, workload: Workload) -> list[Endpoint]:
-    """Return a workload's endpoints on this host; for a namespace without any, those an old tool stored under `docker`.
+    """Return a workload's endpoints on this host. Raises InvalidValue if one of them is invalid.
 
-    Raises InvalidValue if one of them is invalid.
+    If a namespace has none, returns the endpoints that an old tool stored under `docker`.
     """
     found = datastore.workload_endpoints(workload.orchestrator, workload.id)
     if not found and workload.orchestrator == NAMESPACE:
@@ -351,7 +350,7 @@ def endpoints_of(datastore: DatastoreClient, workload: Workload) -> list[Endpoin
 
 
 def _name_of(id: str) -> str:
-    """Return the name of a container, or its id if Docker does not answer or does not know it."""
+    """Return the name of a container; its id if Docker does not answer, or does not know the container."""
     try:
         return str(_inspect(id)["Name"]).lstrip("/")
     except CalicoError:
@@ -359,10 +358,9 @@ def _name_of(id: str) -> str:
 
 
 def _inspect(name: str) -> dict[str, Any]:
-    """Return what the Docker Engine knows of a container, as engine.inspect does.
+    """Return the Docker Engine's description of a container, as engine.inspect does.
 
-    Raises NoSuchContainer or DockerUnavailable. If /var/run/netns has a namespace of that name, the error asks whether
-    that was meant.
+    Raises NoSuchContainer or DockerUnavailable. If /var/run/netns contains `name`, the error suggests that path.
     """
     try:
         return engine.inspect(name)
@@ -375,12 +373,12 @@ def _inspect(name: str) -> dict[str, Any]:
 
 
 def short_id(id: str) -> str:
-    """Return the first 12 characters of a hexadecimal id, such as a container's; return any other id as it is."""
+    """Return the first 12 characters of a hexadecimal id, such as a container's; return any other id unchanged."""
     return id[:12] if re.fullmatch("[0-9a-f]+", id) else id
 
 
 def has_processes(id: str) -> bool:
-    """Return whether a container of any engine runs: whether any process's control group has the id in its name.
+    """Return whether a container of any engine runs: whether any process's control group contains the id in its name.
 
     Docker, podman and Kubernetes name a container's control group after its id. Source: cgroups(7), /proc/PID/cgroup.
     """
@@ -392,9 +390,9 @@ def has_processes(id: str) -> bool:
 
 
 def container_pids(ids: Iterable[str]) -> dict[str, int]:
-    """Return the id of each running container's first process, by container id.
+    """Return the process id of each running container's first process, by container id.
 
-    Skips the first container for which the engine does not answer; raises DockerUnavailable for the second.
+    A container for which the engine does not answer is skipped; raises DockerUnavailable if there is a second one.
     """
     found: dict[str, int] = {}
     failures = 0
