@@ -1,6 +1,6 @@
 """Computes the completion candidates of a command line: keywords of the grammars, and names of existing objects.
 
-The grammars are the commands' docstrings, parsed by docopt; there is no other list of keywords.
+The grammars are the module docstrings of commands/, and GRAMMAR in policy/rules.py.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from calicoctl.grammar import COMMANDS, FORMATS, GLOBAL_OPTIONS, grammar_of
 
 
 class OutOfTime(BaseException):
-    """Raised by a timer when a source of candidates, such as etcd, takes too long to answer."""
+    """Raised by a timer (commands/completion.py) if etcd or Docker takes too long to answer."""
 
 
 FILES, DIRECTORIES = ":files", ":directories"
-"""Candidates that tell the shell to complete the names of files, or of directories, itself."""
+"""Candidates that make the shell's completion script complete names of files or directories."""
 
 _HARMLESS = re.compile(r"[A-Za-z0-9_./:=@%+,-]+", re.ASCII)
-"""Words without special meaning to a shell. Only these are offered: names from etcd and Docker may contain anything."""
+"""Matches words without special characters of a shell. Other candidates are dropped."""
 
 
 def candidates(line: str) -> list[str]:
-    """Return the candidates for the last word of `line`, the command line up to the cursor.
+    """Return the sorted candidates for the last word of `line`, the command line up to the cursor.
 
     FILES or DIRECTORIES is returned only if there is no other candidate.
     """
@@ -51,7 +51,7 @@ def candidates(line: str) -> list[str]:
 
 
 def _split(line: str) -> tuple[list[str], str]:
-    """Return the complete words after `calicoctl`, without global options; and the word that is being typed."""
+    """Return the complete words after `calicoctl`, without global options, and the partial word at the cursor."""
     try:
         words = shlex.split(line)
     except ValueError:  # an open quote
@@ -82,7 +82,7 @@ def _of_command(words: list[str], partial: str) -> set[str]:
 def _options(usages: list[Usage], words: list[str], partial: str) -> set[str]:
     """Return the candidates for `partial`, the beginning of an option or of `--option=value`.
 
-    `words` are the words before it, without options; `usages` are those that match them.
+    `words` are the words before `partial`, without options; `usages` are the usages that `words` match.
     """
     name, equals, _ = partial.partition("=")
     found = {"--help", *GLOBAL_OPTIONS}
@@ -99,9 +99,10 @@ def _options(usages: list[Usage], words: list[str], partial: str) -> set[str]:
 
 
 def _values(name: str, words: list[str], partial: str) -> list[str]:
-    """Return the candidates for the value of `name`, such as `<IP>` or `--host`; none if they cannot be determined.
+    """Return the candidates for the value of `name`: an argument such as `<IP>`, or an option such as `--host`.
 
-    `words` are the words before the value, without options; `partial` is the beginning of the value.
+    `words` are the words before the value, without options; `partial` is the beginning of the value. Candidates that
+    cannot be determined, for example because etcd does not answer, are left out.
     """
     found: list[str] = []
     with suppress(CalicoError, OutOfTime):
@@ -166,7 +167,7 @@ def _tags(words: list[str]) -> list[str]:
 
 
 def _rule_words(words: list[str]) -> list[str]:
-    """Return the candidates for the next word of a rule. The first words of the rule are at the end of `words`."""
+    """Return the candidates for the next word of a rule, whose first words are at the end of `words`."""
     from calicoctl.policy.rules import GRAMMAR
 
     direction = next(number for number, word in enumerate(words) if word in ("inbound", "outbound") and number > 2)
@@ -221,4 +222,4 @@ _SOURCES: dict[str, Callable[[list[str]], Iterable[str]]] = {
     "--vxlan": _fixed(*VXLAN_MODES),
     "--detach": _fixed("true", "false"),
 }
-"""Argument or option -> a function that returns the candidates for its value, given the words before it."""
+"""Argument or option -> function (words before the value) that returns candidates for the value."""

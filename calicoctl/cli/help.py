@@ -1,4 +1,4 @@
-"""The text of `--help`: the docstring of a command, or the part of it that is about a subcommand."""
+"""The text of `--help`: the module docstring of a command, or the parts of it that concern a subcommand."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from calicoctl.grammar import grammar_of
 
 
 def help_of(words: list[str]) -> str:
-    """Return the help of a command, `words[0]`. If further words select some of its usages, return only their part."""
+    """Return the help text of the command `words[0]`.
+
+    If the other words match only some usages of the command, only the parts that concern these usages are returned.
+    """
     text = grammar_of(words[0]).strip()
     usages = usages_of(text)
     plain = positional(words, usages)
@@ -22,13 +25,12 @@ def help_of(words: list[str]) -> str:
 
 
 def _in_order(words: list[str], commands: list[str]) -> bool:
-    """Return whether `commands` contains all of `words`, in the same order."""
     left = iter(commands)
     return all(word in left for word in words)
 
 
 def _part(text: str, chosen: list[Usage], words: list[str]) -> str:
-    """Return the part of a command's help that is about the chosen usages, with examples that contain all `words`."""
+    """Return the parts of a help text that concern the `chosen` usages, with the examples that contain all `words`."""
     names = {name for usage in chosen for name in usage.arguments()}
     names |= {name for usage in chosen for o in usage.options() for name in (o.long, o.short) if name}
     own = {word for usage in chosen for word in usage.commands()}
@@ -47,7 +49,8 @@ def _part(text: str, chosen: list[Usage], words: list[str]) -> str:
             lines = [line for line in block.splitlines()[1:] if set(words) <= set(line.split())]
             block = "\n".join(["Examples:", *lines]) if lines else ""
         else:
-            # a paragraph that begins with a word in backquotes is about usages with it; indented ones belong to that
+            # a paragraph that begins with words in backquotes concerns the usages with one of these words; so do the
+            # indented paragraphs after it
             about = re.match(r"`([^`]+)`", block)
             if not block.startswith(" "):
                 keep = about is None or bool(own & set(about[1].split()))

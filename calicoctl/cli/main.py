@@ -53,11 +53,11 @@ ETCD_ENDPOINTS, DOCKER_HOST and others) and, where it does not set them, from
 """
 
 WITHOUT_SETTINGS = ("completion", "version")
-"""Commands that work with an invalid settings file. `completion` reads that file only to query the store or Docker."""
+"""Commands that run even if the settings file is invalid. `completion` reads the file only to query etcd or Docker."""
 
 
 class Interrupted(BaseException):
-    """A signal asked the process to end. What was done so far is rolled back while this exception propagates."""
+    """A signal (`number`) asks the process to end. Changes are rolled back while this exception propagates."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -65,7 +65,7 @@ class Interrupted(BaseException):
 
 
 class _Output(io.FileIO):
-    """A standard stream that ignores a closed pipe: without a reader, the command still runs to its end."""
+    """A standard stream that ignores a closed pipe, so that the command completes even without a reader."""
 
     def write(self, data: Any) -> int:
         try:
@@ -75,7 +75,10 @@ class _Output(io.FileIO):
 
     @classmethod
     def over(cls, stream: Any) -> io.TextIOWrapper:
-        """Return a text stream to the file of `stream`, in its encoding. Characters that it lacks are escaped."""
+        """Return a text stream with the file descriptor and the encoding of `stream`.
+
+        Characters that the encoding lacks are escaped.
+        """
         binary = io.BufferedWriter(cls(stream.fileno(), "w", closefd=False))
         lines = stream is sys.stderr or stream.isatty()
         return io.TextIOWrapper(binary, stream.encoding, "backslashreplace", line_buffering=lines)
@@ -111,7 +114,7 @@ def entry() -> NoReturn:
 
 
 def _open_standard_streams() -> None:
-    """Open /dev/null for closed standard streams: otherwise, files opened later would get their descriptors."""
+    """Open /dev/null for each closed standard stream, so that no other file uses its descriptor."""
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         if getattr(sys, name) is None:
             fd = os.open(os.devnull, os.O_RDWR)
@@ -122,9 +125,10 @@ def _open_standard_streams() -> None:
 
 
 def main(argv: list[str], where: str = "", prepared: Prepared | None = None) -> int:
-    """Run one command line; return its exit status. `prepared` is what `prepare` returned, if it was called already.
+    """Run the command line `argv`; return its exit status. Errors are printed to standard error.
 
-    Errors are printed as one line, prefixed with `where` (such as a line number); no exception is raised.
+    `where` is a prefix for error messages, such as a line number. `prepared` is the result of `prepare` for this
+    command line, if the caller has called it.
     """
     debug = "--debug" in argv
     quiet = "--quiet" in argv
@@ -158,9 +162,10 @@ def main(argv: list[str], where: str = "", prepared: Prepared | None = None) -> 
 
 
 def prepare(argv: list[str]) -> Prepared:
-    """Check a command line, `argv` without the global options; return the function that runs it. Raises CalicoError.
+    """Check the command line `argv`, without global options; return the function that runs it. Raises CalicoError.
 
-    Except for help and the commands in WITHOUT_SETTINGS, adds the settings file's variables to the environment.
+    Also adds the variables of the settings file to the environment, except for help, `--version`, and the commands in
+    WITHOUT_SETTINGS.
     """
     for word in argv:
         if "\0" in word or any("\ud800" <= c <= "\udfff" for c in word):

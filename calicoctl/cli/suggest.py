@@ -1,7 +1,4 @@
-"""Explains why a command line does not match the grammar, and suggests a valid one: "did you mean …".
-
-Imported only after such an error.
-"""
+"""Explains why a command line does not match the grammar, and suggests a valid one: "did you mean …"."""
 
 from __future__ import annotations
 
@@ -19,7 +16,7 @@ _ELSEWHERE = {
     ("node", "start"): "calicoctl node",
     ("ipam", "add"): "calicoctl pool add",
 }
-"""Words that users try -> the command that does what they mean."""
+"""(Command, subcommand) that does not exist -> existing command for the same purpose."""
 
 MOST = 2
 """The maximum number of command lines to suggest."""
@@ -59,7 +56,7 @@ def usage_error_for(mismatch: GrammarMismatch) -> UsageError:
 
 
 def _reach(usages: list[Usage], words: list[str]) -> tuple[int, list[Fit]]:
-    """Return the length of the longest beginning of `words` that matches a usage, and how it matches each usage."""
+    """Return the length of the longest prefix of `words` that matches a usage, and the Fit of each usage for it."""
     for count in range(len(words), 0, -1):
         found = fits(usages, words[:count])
         if any(found):
@@ -68,9 +65,9 @@ def _reach(usages: list[Usage], words: list[str]) -> tuple[int, list[Fit]]:
 
 
 def _closest(usages: list[Usage], found: list[Fit], words: list[str]) -> Usage:
-    """Return the usage closest to the words: of the matching usages, the one that has most of the words as keywords.
+    """Return the usage that contains most of `words` as keywords, among the matching usages.
 
-    If no usage matches, all are compared. `found` says how the words match each usage.
+    If no usage matches, all usages are compared. `found` is the Fit of `words` for each usage.
     """
 
     def score(number: int) -> tuple[bool, int]:
@@ -87,7 +84,7 @@ def _line(words: Sequence[str]) -> str:
 
 
 def _unknown_option(usages: list[Usage], argv: list[str]) -> str | None:
-    """Return the error for an option that no usage has, None if there is no such option."""
+    """Return the error for the first option that no usage contains, None if there is no such option."""
     known = {name: o for usage in usages for o in usage.options() for name in (o.long, o.short) if name}
     for word in argv:
         name = word.partition("=")[0] if word.startswith("--") else word[:2]
@@ -106,10 +103,7 @@ def _unknown_option(usages: list[Usage], argv: list[str]) -> str | None:
 
 
 def _option_value(why: str) -> str | None:
-    """Return the error for an option without its value, or with a value that it does not take; else None.
-
-    `why` is docopt's message.
-    """
+    """Return the error for a missing or unexpected option value, as reported in docopt's message `why`; else None."""
     if "requires argument" in why:
         name = why.split()[0]
         return f"{name} needs a value: {name}=VALUE"
@@ -119,7 +113,7 @@ def _option_value(why: str) -> str | None:
 
 
 def _option_out_of_place(usages: list[Usage], found: list[Fit], argv: list[str]) -> str | None:
-    """Return the error for an option that the command has, but not in the usages that the words match; else None."""
+    """Return the error for an option of the command that no matching usage contains; None if there is no such one."""
     fitting = [usage for usage, fit in zip(usages, found) if fit.complete]
     if not fitting:
         return None
@@ -134,9 +128,9 @@ def _option_out_of_place(usages: list[Usage], found: list[Fit], argv: list[str])
 
 
 def _options_clash(found: list[Fit], argv: list[str]) -> str | None:
-    """Return the error for a repeated option, or for options that exclude each other.
+    """Return the error for options that are repeated, or that do not fit each other or the words.
 
-    Returns None if there are no options, or if the words do not match a whole usage.
+    Returns None if there are no options, or if no Fit in `found` is complete.
     """
     options = _options(argv)
     if not options or not any(fit.complete for fit in found):
@@ -149,7 +143,7 @@ def _options_clash(found: list[Fit], argv: list[str]) -> str | None:
 
 
 def _options(argv: list[str]) -> list[str]:
-    """Return the names of the options on a command line, up to the word `--`."""
+    """Return the names of the options in `argv` before the word `--`."""
     before = argv[: argv.index("--")] if "--" in argv else argv
     words = [word for word in before if word.startswith("-") and word != "-"]
     return [word.partition("=")[0] if word.startswith("--") else word[:2] for word in words]
@@ -159,9 +153,9 @@ def _options(argv: list[str]) -> list[str]:
 
 
 def _word_mismatch(usages: list[Usage], words: list[str], reach: int, found: list[Fit]) -> tuple[str, list[str]]:
-    """Return the error for the first word that does not match, with a suggestion, and the words probably meant.
+    """Return the error for `words[reach]`, the first word that does not match, and the words probably meant.
 
-    `reach` and `found` are from _reach.
+    `reach` and `found` are the results of `_reach`.
     """
     bad, before = words[reach], words[:reach]
     commands = set().union(*(fit.commands() for fit in found))
@@ -181,7 +175,7 @@ def _word_mismatch(usages: list[Usage], words: list[str], reach: int, found: lis
 
 
 def _elsewhere(words: list[str], place: int) -> str | None:
-    """Return another command that does what the word at `place` means, None if there is none or `place` is not 1."""
+    """Return the existing command to suggest for `words[1]`, None if there is none or `place` is not 1."""
     if place != 1:
         return None
     return _ELSEWHERE.get((words[0], words[1])) or _ELSEWHERE.get((words[0], SYNONYMS.get(words[1], words[1])))
@@ -190,8 +184,8 @@ def _elsewhere(words: list[str], place: int) -> str | None:
 def _repaired(usages: list[Usage], words: list[str], reach: int) -> list[list[str]]:
     """Return up to MOST valid command lines that the user may have meant by `words`.
 
-    Tries four repairs, until one yields such lines: to correct a misspelt word, to insert a missing word, to swap two
-    words, and to do the last two. `reach` is from _reach.
+    Tries these repairs until one succeeds: correct a misspelt word; insert a word; swap `words[reach]` with the word
+    before it; swap them and insert a word.
     """
     own = {name for usage in usages for name in usage.commands()}
 
@@ -221,7 +215,7 @@ def _repaired(usages: list[Usage], words: list[str], reach: int) -> list[list[st
 
 
 def _is_whole(usages: list[Usage], line: list[str], own: set[str]) -> bool:
-    """Return whether a command line is complete, and none of the keywords (`own`) is interpreted as an argument."""
+    """Return whether a command line matches a usage completely, with no keyword (`own`) matched as an argument."""
     return any(
         fit.complete
         and all(word in fits([usage], line[:place])[0].commands() for place, word in enumerate(line) if word in own)
@@ -230,7 +224,7 @@ def _is_whole(usages: list[Usage], line: list[str], own: set[str]) -> bool:
 
 
 def _is_accepted(line: list[str]) -> bool:
-    """Return whether a command accepts these words, perhaps only from root. Other command lines are not suggested."""
+    """Return whether the command accepts the words `line`, at least if root runs it."""
     try:
         importlib.import_module(f"calicoctl.commands.{line[0]}").prepare(line)
     except NotRoot:
@@ -241,7 +235,7 @@ def _is_accepted(line: list[str]) -> bool:
 
 
 def _missing(usages: list[Usage], words: list[str], found: list[Fit]) -> tuple[str, list[str]]:
-    """Return the error for words that match but are incomplete, and the words probably meant."""
+    """Return the error for words that match the beginning of a usage only, and the words probably meant."""
     commands = set().union(*(fit.commands() for fit in found))
     arguments = set().union(*(fit.arguments() for fit in found))
     last, before = words[-1], words[:-1]

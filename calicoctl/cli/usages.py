@@ -1,7 +1,7 @@
-"""Matches words against the usages of a command: for completion, the help of a subcommand, and error messages.
+"""Matches words against the usages of a command, for completion, the help of a subcommand, and error messages.
 
 docopt parses the grammars into trees of `Command`, `Argument`, `Option`, `Either`, `Required`, `Optional` and
-`OneOrMore`; this module walks them. It is imported only when needed: a correct command line does not pay for it.
+`OneOrMore`; this module walks these trees.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 Node = Any
-"""A node of docopt's tree: it has `name`, or `children`, or an option's names, `short` and `long`."""
+"""A node of docopt's tree: a leaf with `name` (an option: with `short` and `long`), or a branch with `children`."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Usage:
 
 
 def usages_of(grammar: str) -> list[Usage]:
-    """Return the usages of a command's docstring, in order."""
+    """Parse a grammar in docopt's syntax; return its usages in order."""
     import docopt
 
     section = docopt.printable_usage(grammar)
@@ -57,7 +57,11 @@ def leaves(node: Node) -> list[Node]:
 
 @dataclass(frozen=True)
 class Fit:
-    """How words match one usage: the nodes that may follow, and whether the words are complete."""
+    """The result of matching words against one usage.
+
+    `expected` are the keywords and arguments that may follow the words. `complete` says whether the words are a
+    complete match.
+    """
 
     expected: frozenset[Node]
     complete: bool
@@ -74,9 +78,9 @@ class Fit:
 
 
 def fits(usages: list[Usage], words: list[str]) -> list[Fit]:
-    """Match words, without options, against each of the usages.
+    """Match `words`, which contain no options, against each usage; return a Fit for each.
 
-    A word that is a keyword at its position in one of the usages is not interpreted as an argument in any of them.
+    A word that is a keyword at its position in any usage is not matched as an argument in the others.
     """
     own: list[bool] = []
     for number, word in enumerate(words):
@@ -92,10 +96,10 @@ def _fit(usage: Usage, words: list[str], own: list[bool]) -> Fit:
 
 
 def _walk(node: Node, words: list[str], starts: set[int], expected: set[Node], own: list[bool]) -> set[int]:
-    """Match words against a node; return how many words may be consumed up to the node's end: a set of numbers.
+    """Match words against a node; return the possible numbers of words consumed up to the end of the node.
 
-    `starts` are the possible numbers before the node; `own` says for each word whether it is a keyword. Nodes that
-    could consume a word after the last of `words` are added to `expected`.
+    `starts` are the possible numbers of words consumed before the node. `own[i]` is true if `words[i]` is a keyword.
+    Nodes that may follow the last word are added to `expected`.
     """
     name = kind(node)
     if name in ("Command", "Argument"):

@@ -1,1 +1,1 @@
-"""Policy rules: their text, and their verdict for one packet."""
+"""Policy rules: parsing, validation, and the verdict for one packet."""

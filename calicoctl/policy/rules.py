@@ -1,8 +1,4 @@
-"""The text of a rule, as users type and read it, and the validation of rules in JSON.
-
-`parse` and `text` are inverse to each other for every rule that an agent can enforce and that a packet can match. For
-any other rule, the text ends with the reason, and `parse` does not accept it.
-"""
+"""Parses, formats and validates the rules of profiles: text on the command line, JSON in files and in the store."""
 
 from __future__ import annotations
 
@@ -18,7 +14,7 @@ from calicoctl.datastore.model import RULE_FIELDS, Rule, Rules
 from calicoctl.errors import CalicoError, UsageError
 
 PROTOCOLS = {"icmp": 1, "tcp": 6, "udp": 17, "icmpv6": 58, "sctp": 132, "udplite": 136}
-"""IP protocol numbers by their names in rules. Source: IANA, Assigned Internet Protocol Numbers."""
+"""Protocol name in rules -> IP protocol number. Source: IANA, Assigned Internet Protocol Numbers."""
 
 ICMP, UDP, ICMPV6 = PROTOCOLS["icmp"], PROTOCOLS["udp"], PROTOCOLS["icmpv6"]
 
@@ -41,20 +37,20 @@ GRAMMAR = """Usage:
             [(from [(tag <TAG>)] [(cidr <CIDR>)])] [(to [(tag <TAG>)] [(cidr <CIDR>)])]
   calicoctl (allow|deny|log) [ipv4|ipv6] [(from [(tag <TAG>)] [(cidr <CIDR>)])] [(to [(tag <TAG>)] [(cidr <CIDR>)])]
 """
-"""A rule's words in their documented order, for completion; `parse` accepts some other orders, too."""
+"""The grammar of a rule in docopt's syntax, used for completion. `parse` accepts more than this grammar."""
 
 KEYWORDS = ("from", "to", "ports", "tag", "cidr", "type", "code", "protocol", *_VERSIONS)
 KEYWORDS += PORT_PROTOCOLS + ICMP_PROTOCOLS
 
 _NAME = r"[A-Za-z0-9_.-]+"
 LONGEST_NEW_NAME = 39
-"""The largest number of characters in the name of a new profile or tag."""
+"""The maximum length of the name of a new profile or tag."""
 
 
 def check_name(name: str, what: str) -> str:
-    """Return `name`; raise CalicoError if it is not allowed for a new `what` ("profile" or "tag").
+    """Return `name`, the name of a new profile or tag; raise CalicoError if it is invalid.
 
-    A profile's name must not begin with '_': etcd hides such keys, and no command would list the profile.
+    `what` is "profile" or "tag".
     """
     if what == "profile" and name.startswith("_"):
         raise CalicoError(f"'{name}' is not a valid profile name: etcd hides what begins with '_'")
@@ -67,21 +63,18 @@ def check_name(name: str, what: str) -> str:
 
 
 def check_tag(name: str) -> str:
-    """Return `name`, the name of a tag in a rule; raise CalicoError if it is invalid.
-
-    Its length is not limited, since other tools do not limit the names of tags.
-    """
+    """Return `name`, the name of a tag in a rule; raise CalicoError if it is invalid."""
+    # the length is not limited, since other tools do not limit it
     if not re.fullmatch(_NAME, name, re.ASCII):
         raise CalicoError(f"'{name}' is not a valid tag name: it must have letters, digits, '_', '.' and '-'")
     return name
 
 
 def parse(words: Sequence[str], is_new: bool = True) -> Rule:
-    """Parse a rule from the words of a command line, or from one word that is a JSON object (see `check_rule`).
+    """Parse a rule from the words of a command line, or from a single word that is a JSON object.
 
-    With `is_new=False`, the rule may be one that another tool has written: a rule that can match no packet is accepted.
-    Invalid names of tags are then accepted in words, but not in JSON. Raises UsageError for misplaced words, and
-    CalicoError for invalid values.
+    With `is_new=False`, rules that match no packet are accepted, and invalid tag names as well, unless the rule is
+    JSON. Raises UsageError for missing or unexpected words, and CalicoError for invalid values.
     """
     if len(words) == 1 and words[0].startswith("{"):
         try:
@@ -122,9 +115,9 @@ def parse(words: Sequence[str], is_new: bool = True) -> Rule:
 
 
 def _parse_side(rule: Rule, left: deque[str], word: str, side: str, is_new: bool) -> None:
-    """Parse the words after `word` ("from" or "to") into the fields of `rule` for that `side` ("src" or "dst").
+    """Parse the words at the start of `left` into the fields of `rule` with the prefix `side` ("src" or "dst").
 
-    `left` begins with these words; they are removed. The keyword `cidr` may be missing, as in old scripts.
+    The parsed words are removed from `left`. `word` is the keyword before them: "from" or "to".
     """
     seen = False
     while left and left[0] not in ("from", "to"):
@@ -134,6 +127,7 @@ def _parse_side(rule: Rule, left: deque[str], word: str, side: str, is_new: bool
         elif kind == "tag" and getattr(rule, f"{side}_tag") is None:
             tag = _value(left, "tag")
             setattr(rule, f"{side}_tag", check_tag(tag) if is_new else tag)
+        # old scripts omit the keyword `cidr`
         elif (kind == "cidr" or kind[0:1].isdigit() or ":" in kind) and getattr(rule, f"{side}_net") is None:
             setattr(rule, f"{side}_net", str(parse_cidr(_value(left, "cidr") if kind == "cidr" else kind)))
         else:
@@ -189,9 +183,9 @@ def _ports(text: str) -> list[int | str]:
 
 
 def check_rule(data: Any, must_match: bool = True) -> Rule:
-    """Return the rule in `data`, parsed JSON; raise CalicoError for unknown fields or invalid values.
+    """Return the rule in `data`, a decoded JSON value; raise CalicoError for unknown fields or invalid values.
 
-    With `must_match`, a rule that can match no packet is invalid, too: the user has made a mistake.
+    With `must_match`, a rule that matches no packet, since it mixes IPv4 and IPv6, raises CalicoError as well.
     """
     if not isinstance(data, dict):
         raise CalicoError(f"a rule must be a JSON object, not {json.dumps(data)[:60]}")
@@ -234,7 +228,7 @@ def _text(value: Any, name: str) -> str:
 
 
 def check_rules(profile: str, text: str) -> Rules:
-    """Parse a user's JSON (`text`) as the rules of `profile`; raise CalicoError when anything in it is invalid."""
+    """Parse `text`, JSON from the user, as the rules of `profile`; raise CalicoError if the text is invalid."""
     try:
         data = json.loads(text)
     except ValueError as error:
@@ -266,7 +260,6 @@ def check_rules(profile: str, text: str) -> Rules:
 
 
 def _check_sense(rule: Rule) -> None:
-    """Raise CalicoError if a rule lacks a condition that another one requires, or has too many ports."""
     if rule.icmp_code is not None and rule.icmp_type is None:
         raise CalicoError("an ICMP code needs an ICMP type")
     if rule.icmp_type is not None and not _has_icmp_type(rule):
@@ -290,7 +283,7 @@ def _has_icmp_type(rule: Rule) -> bool:
 
 
 def versions(rule: Rule) -> Collection[int]:
-    """Return the IP versions of packets that a rule can match: both, one, or none if its conditions conflict."""
+    """Return the IP versions (4, 6) of the packets that a rule can match; none if its conditions conflict."""
     possible = {4, 6}
     if rule.ip_version is not None:
         possible &= {rule.ip_version}
@@ -304,16 +297,14 @@ def versions(rule: Rule) -> Collection[int]:
 
 
 def _check_versions(rule: Rule) -> None:
-    """Raise CalicoError if a rule mixes IP versions, so that no packet can match it."""
     if not versions(rule):
         raise CalicoError("a rule that mixes IPv4 and IPv6 (icmp is IPv4, icmpv6 is IPv6) would never match")
 
 
 def text(rule: Rule) -> str:
-    """Return a rule's text, as users type it.
+    """Return a rule as the text that users type.
 
-    If an agent cannot enforce the rule, or no packet can match it, the text ends with the reason in brackets, and
-    `parse` does not accept it.
+    If the rule is invalid, or matches no packet, the reason follows in brackets. `parse` rejects such a text.
     """
     try:
         sound = check_rule(rule.to_dict(), must_match=False)

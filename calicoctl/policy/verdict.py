@@ -1,7 +1,6 @@
-"""Evaluates the rules of profiles: the verdict for one packet. Reads neither the kernel nor the store.
+"""Evaluates the rules of profiles for one packet. Does not access the kernel or the store.
 
-This is the only evaluation in Python. `felix/dataplane/ruleset.py` expresses the same in nftables; tests compare the
-two with real packets.
+`felix/dataplane/ruleset.py` implements the same rules in nftables; tests compare both with real packets.
 """
 
 from __future__ import annotations
@@ -17,12 +16,11 @@ from calicoctl.errors import CalicoError
 from calicoctl.policy.rules import ICMPV6, UDP, check_rule, protocol_number, versions
 
 HOST_ICMPV6_TYPES = (130, 131, 132, 133, 135, 136)
-"""Multicast listener messages, router solicitations, neighbour solicitations and advertisements.
-
-Source: RFC 4443, 2710, 4861."""
+"""ICMPv6 types: multicast listener query, report and done; router solicitation; neighbour solicitation and
+advertisement. Source: RFC 2710 and RFC 4861."""
 
 TagContains = Callable[[str, str], bool]
-"""A function of a tag and a canonical address: returns whether an endpoint with the tag has the address."""
+"""A function (tag, canonical address) -> whether an endpoint with this tag has this address."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +42,11 @@ class Packet:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a packet passes, and why.
+    """Whether a packet is allowed, and why.
 
-    If a rule of a profile matched, `rule` is its number, from 1. If only `profile` is set, that profile is missing or
-    has invalid rules. If neither is set, no rule matches.
+    If a rule decided, `profile` is the rule's profile, and `rule` is the rule's number, from 1, among the profile's
+    rules for the direction. If only `profile` is set, that profile is missing or has invalid rules. If neither is set,
+    no rule matched.
     """
 
     allowed: bool
@@ -56,7 +55,7 @@ class Verdict:
 
 
 def readable(rules: Rules) -> Rules:
-    """Return rules with every value validated and in canonical form; raise CalicoError for an invalid one."""
+    """Return a copy of `rules` with all values validated and canonical; raise CalicoError for an invalid value."""
     lists: list[list[Rule]] = []
     for word, rules_of in (("inbound", rules.inbound), ("outbound", rules.outbound)):
         lists.append([])
@@ -74,11 +73,11 @@ def decide(
     packet: Packet,
     tag_contains: TagContains,
 ) -> Verdict:
-    """Return the verdict of a list of profiles, evaluated in order, in one direction.
+    """Evaluate `profiles` in order for a packet in one direction; return the verdict.
 
-    `rules` maps each profile to its rules for that direction, as returned by `readable`. If a profile is missing there,
-    or its rules are None, it denies every packet that no profile before it has decided on. Rules with the action "log"
-    decide nothing. A packet that no rule matches is denied.
+    `rules` maps each profile to its rules for that direction, validated by `readable`. If a profile is missing in
+    `rules`, or maps to None, it denies the packet unless an earlier profile has decided. Rules with the action "log"
+    are skipped. A packet that matches no rule is denied.
     """
     for profile in profiles:
         of_profile = rules.get(profile)
@@ -114,10 +113,10 @@ def matches(rule: Rule, packet: Packet, tag_contains: TagContains) -> bool:
 
 
 def is_host_service(packet: Packet) -> bool:
-    """Return whether a packet from an endpoint to its host passes regardless of profiles: DHCP, DNS, and some ICMPv6.
+    """Return whether a packet from an endpoint to its host is DHCP, DNS over UDP, or ICMPv6 of certain types.
 
-    The setting EndpointToHostServices can close these services: callers check it. Source: Calico's Felix of 2015, the
-    chain felix-INPUT.
+    Such packets are allowed regardless of profiles, unless the setting EndpointToHostServices is "drop": callers check
+    the setting. Source: the chain felix-INPUT of Calico's Felix, 2015.
     """
     if packet.protocol == ICMPV6:
         return packet.icmp_type in HOST_ICMPV6_TYPES
@@ -128,16 +127,16 @@ def is_host_service(packet: Packet) -> bool:
 
 
 def is_from_host(packet: Packet, hosts: Container[str], pools: Iterable[str]) -> bool:
-    """Return whether a packet to an endpoint passes regardless of inbound rules, because another host sends it.
+    """Return whether a packet to an endpoint is allowed regardless of inbound rules, because another host sends it.
 
-    That is so if its source is in `hosts`, the addresses of all registered hosts, and its destination is in one of
-    `pools`, the CIDRs of all pools. So a host reaches endpoints on other hosts as it reaches its own endpoints.
+    True if the source is in `hosts`, the addresses of all registered hosts, and the destination is in one of `pools`,
+    the CIDRs of all pools.
     """
     return packet.source in hosts and any(_within(packet.destination, cidr) for cidr in pools)
 
 
 def port_ranges(ports: Sequence[int | str]) -> list[tuple[int, int]]:
-    """Return a rule's ports as ranges (first, last), both included, sorted and without overlap."""
+    """Return a rule's ports as sorted and merged ranges (first port, last port), both inclusive."""
     merged: list[tuple[int, int]] = []
     for low, high in sorted(_range(port) for port in ports):
         if merged and low <= merged[-1][1] + 1:
@@ -154,7 +153,7 @@ def _range(port: int | str) -> tuple[int, int]:
 
 @lru_cache(maxsize=65536)
 def _number(address: str) -> tuple[int, int]:
-    """Return an address as a number, and the length of addresses of its IP version in bits."""
+    """Return (address as a number, number of bits of an address of the same IP version)."""
     return number_of(address), BITS[version_of(address)]
 
 
