@@ -1,8 +1,8 @@
 """Collects diagnostics of this host into one archive, without secrets. Writes nothing but the archive.
 
 If a source fails, the error is written into its file. Environment variables and etcd keys are included with their
-values only if they are named in the lists below; the environment of Docker's containers is never included. Afterwards,
-everything that looks like a secret is removed from every file, since a log may contain secrets.
+values only if they are named in the lists below; the environment of Docker's containers is never included. Everything
+that looks like a secret is removed from every file.
 """
 
 from __future__ import annotations
@@ -79,13 +79,13 @@ _FIELDS = {
     *("namespace", "node", "block", "vxlan_mode", "disabled"),
     *("enabled", "time", "uptime", "first_update", "machine", "boot", "status", "index", "reason"),
 }
-"""The fields of JSON values in etcd that the data model defines. The values of other fields are left out."""
+"""The fields of JSON values in etcd that are included. The values of other fields are left out."""
 
 _JSON_KEYS = re.compile(
     "/calico/v1/host/[^/]+/workload/|/calico/v1/policy/profile/[^/]+/(tags|rules)$|/calico/v1/ipam/v[46]/pool/"
     "|/calico/ipam/v2/|/calico/felix/v1/|/calico/bgp/v1/(global|host/[^/]+)/(peer_v[46]/|node_mesh$|macs$)"
 )
-"""The keys with JSON values."""
+"""The keys in etcd with JSON values."""
 
 _PLAIN = {
     *("Ready", "marker", "bird_ip", "ip_addr_v4", "ip_addr_v6", "as_num"),
@@ -93,7 +93,7 @@ _PLAIN = {
     *config.NODE_FELIX,
     *config.BGP,
 }
-"""The last parts of keys in etcd that the data model defines and whose values are plain text."""
+"""The last parts of the keys in etcd with plain text values that are included."""
 
 _WORDS = (
     r"(?:passw|passphrase|\bpass\b|_pass\b|pwd|secret|token|credential|cookie|psk|pre-?shared|md5"
@@ -103,7 +103,7 @@ _NAMES = rf"(?<![\w.-])(?=[\w.-]*{_WORDS})[\w.-]+(?: key)?"  # a look ahead is n
 _VALUE = r"(?:\\?\"[^\"\n]*\"|'[^'\n]*'|[^\s\"',]+)"
 """The value of an option: one word, or several in quotes."""
 _NEXT = r"\\?[\"']?,?[ \t]+"
-"""What is between an option and its value, in a command line or in a list of its words."""
+"""The text between an option and its value, in a command line or in a list of its words."""
 _SECRETS = (
     (re.compile(r"-----BEGIN [A-Z0-9 ]+-----.*?(?:-----END [A-Z0-9 ]+-----|\Z)", re.DOTALL), _HIDDEN),
     (re.compile(r"(://)[^\s\"']*@"), rf"\1{_HIDDEN}@"),
@@ -139,7 +139,9 @@ _SECRETS = (
 
 
 def sources(log_dir: str) -> dict[str, Source]:
-    """Return the sources of the archive's files, by file name: functions that return the texts, or raise any error."""
+    """Return, by file name, the functions that return the texts of the archive's files. They may raise any
+    exception.
+    """
     found: dict[str, Source] = {"versions.txt": _versions, "environment.txt": _environment, "checksystem.json": _checks}
     for name, command in _COMMANDS.items():
         found[name] = lambda command=command: _output(command)  # type: ignore[misc]
@@ -158,7 +160,7 @@ def sources(log_dir: str) -> dict[str, Source]:
 
 
 def collect(found: Iterable[tuple[str, Source]]) -> Path:
-    """Write an archive that only its owner can read, with a file for each (name, source); return the archive's path.
+    """Write an archive that only its owner can read, with a file for each (name, source); return its path.
 
     Raises CalicoError if the archive cannot be written.
     """
@@ -244,15 +246,15 @@ def _status() -> str:
 
 
 def _store() -> str:
-    """Return all of Calico's keys, with the parts of their values that the data model defines."""
+    """Return all of Calico's keys, with the known parts of their values, as JSON."""
     datastore = DatastoreClient.from_environment()
     return json.dumps({entry.key: _known_value(entry) for entry in datastore.everything()}, indent=1)
 
 
 def _known_value(entry: Entry) -> Any:
-    """Return the known part of a key's value: a plain value of a known key, an empty value, or the known JSON fields.
+    """Return the value of a key: a plain value of a known key, the known fields of a JSON value, or an empty value.
 
-    For any other value, returns `(left out)`.
+    Any other value is replaced by `(left out)`.
     """
     if keys.last(entry.key) in _PLAIN or not entry.value:
         return entry.value
@@ -264,9 +266,9 @@ def _known_value(entry: Entry) -> Any:
 
 
 def _known_fields(value: Any, objects: bool = False) -> Any:
-    """Return a JSON value without the values of unknown fields. CIDRs count as known field names: handles contain them.
+    """Return a JSON value with `(left out)` instead of the values of unknown fields. CIDRs count as known fields.
 
-    With `objects`, a list should contain only objects, and its other items are left out, too.
+    With `objects`, items of a list that are not objects are replaced, too.
     """
     if isinstance(value, list):
         return [_known_fields(item) if isinstance(item, dict) or not objects else _HIDDEN for item in value]
@@ -298,12 +300,12 @@ def _from_bird(command: str) -> str:
 
 
 def _end_of(path: Path) -> str:
-    """Return the end, at most LOG_SIZE bytes, of a file that the agent, its etcd or BIRD has written.
+    """Return the end, at most LOG_SIZE bytes, of a log of the agent, its etcd or BIRD.
 
-    Users other than root can write to some of the folders: a link there could lead to a file that only root may read.
-    So `path` must be a regular file without another name (hard link), and belong to root, to BIRD's user, or to the
-    user who runs this. Raises CalicoError for any other file, and OSError.
+    Raises CalicoError unless `path` is a regular file with one hard link that belongs to root, to BIRD's user, or to
+    the user of this process. Raises OSError if it cannot be read.
     """
+    # users other than root can write to some of the folders: a link may lead to a file that only root may read
     with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
         found = os.fstat(file.fileno())
         owners = {0, os.geteuid()}

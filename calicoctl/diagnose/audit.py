@@ -1,9 +1,8 @@
 """Checks whether blocks, handles and endpoints in the whole store are consistent, and repairs some inconsistencies.
 
-While a command runs, the store is inconsistent for a moment. So an inconsistency is reported only if a second check
-finds it again. Before a workload's addresses are repaired, they are checked once more under the workload's lock. Locks
-are local to a host, so only addresses of this host's workloads are repaired; affinities, counts of handles and lists of
-free addresses are repaired for all hosts.
+A running command makes the store inconsistent for a moment, so an inconsistency is reported only if a second check
+finds it again. Addresses are repaired under their workload's lock. Locks are local to a host, so only addresses of this
+host's workloads are repaired. Affinities, counts of handles and lists of free addresses are repaired for all hosts.
 """
 
 from __future__ import annotations
@@ -35,8 +34,8 @@ RECHECK_DELAY = 1.0
 class Finding:
     """An inconsistency. `kind` says what `subject` is: an address, a block's CIDR, a handle, or an endpoint's id.
 
-    If the kind is `unreadable`, `subject` is a key with an invalid value.
-    `advice` says what the user can do without `--fix`.
+    If the kind is `unreadable`, `subject` is a key with an invalid value. `advice` is what the user can do without
+    `--fix`.
     """
 
     kind: str
@@ -44,7 +43,8 @@ class Finding:
     problem: str
     advice: str = ""
     fix: Callable[[], bool] | None = None
-    """Repairs the inconsistency, and returns whether that was done; raises CalicoError. None if `--fix` cannot help."""
+    """Repairs the inconsistency; returns whether it was repaired; raises CalicoError. None if `--fix` cannot repair
+    it."""
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -57,7 +57,7 @@ class Finding:
 
 
 def check(datastore: DatastoreClient) -> list[Finding]:
-    """Return the inconsistencies that are found now, and again after RECHECK_DELAY. Raises CalicoError."""
+    """Return the inconsistencies that exist now, and again after RECHECK_DELAY. Raises CalicoError."""
     found = list(_inspect(datastore))
     if found:
         time.sleep(RECHECK_DELAY)
@@ -67,7 +67,7 @@ def check(datastore: DatastoreClient) -> list[Finding]:
 
 
 def _order(finding: Finding) -> tuple[object, ...]:
-    """Return the sort key of a finding: its kind and its subject, addresses as numbers."""
+    """Return the sort key of a finding: kind and subject; addresses are sorted by number."""
     number = int(parse_address(finding.subject)) if finding.kind == "address" else 0
     return finding.kind, ":" in finding.subject, number, finding.subject, finding.problem
 
@@ -135,7 +135,7 @@ def _inspect(datastore: DatastoreClient) -> Iterator[Finding]:
 
 
 def _is_key(handle: str) -> bool:
-    """Return whether a handle can be part of a key. The store hides keys that begin with an underscore."""
+    """Return whether a handle can be part of a key. etcd's v2 API hides keys that begin with an underscore."""
     return bool(handle) and "/" not in handle and not handle.startswith("_")
 
 
@@ -170,7 +170,7 @@ def _of_affinities(
 
 
 def _is_gone(there: DatastoreClient) -> bool:
-    """Return whether a host is neither registered nor has endpoints, nor a status from its agent.
+    """Return whether a host has no registration, no endpoints, and no status of an agent.
 
     `there` is the datastore client for that host.
     """
@@ -190,7 +190,7 @@ def _repair_affinity(there: DatastoreClient, version: int, cidr: str) -> bool:
 
 
 def _of_block(datastore: DatastoreClient, block: Block) -> Iterator[Finding]:
-    """Check the fields of a block that tools write since 2016: the list of free addresses, and strict affinity.
+    """Check fields that tools write since 2016: the list of free addresses, and strict affinity.
 
     In a block with strict affinity, also checks whether other hosts use its addresses.
     """
@@ -223,7 +223,7 @@ def _of_address(
 ) -> Iterator[Finding]:
     """Check an assigned address against the endpoints that list it; `block` is the CIDR of the address's block.
 
-    `sound` says that no endpoint is invalid; `registered` are the names of the registered hosts.
+    `sound` says that every endpoint can be read; `registered` are the names of the registered hosts.
     """
     release = f"'calicoctl ipam release {address}' releases it"
     if owner.handle is not None and not _is_key(owner.handle):
@@ -316,7 +316,7 @@ def _recount(datastore: DatastoreClient, handle: str, blocks: list[str]) -> bool
 
 
 def repair(finding: Finding) -> str | None:
-    """Repair a finding. Return None for success, else why it was not repaired; if it has no `fix`, its advice."""
+    """Repair a finding; return None if it was repaired, else why not. A finding without `fix` returns its advice."""
     if finding.fix is None:
         return finding.advice
     try:

@@ -1,6 +1,5 @@
 """Checks this host's prerequisites: kernel, tools, settings, Docker, etcd.
 
-Each check is about one prerequisite, and changes no setting of the host. If it fails, the other checks still run.
 Kernel features are tested by using them, in a temporary network namespace. Only `load_modules` changes the host.
 """
 
@@ -44,13 +43,13 @@ MODULES = (
 OLDEST_DOCKER = (1, 9)
 """The first version of the Docker Engine whose networks support the libnetwork plugin."""
 
+# permanent entries, for its addresses and its next hop, do not count since Linux 5.0
 _SHORT_LIVED = {4: 1, 6: 6}
-"""How many temporary entries of the neighbour table an endpoint may cause: for its loopback interface and, in IPv6, for
-multicast groups at both ends and its link-local address. The entries for its addresses and its next hop are permanent,
-and since Linux 5.0 the kernel does not count those."""
+"""How many temporary neighbour entries an endpoint may cause: for its loopback interface and, in IPv6, for multicast
+groups at both ends and its link-local address."""
 
 _ROOMY = 4096
-"""A limit of the neighbour table that only a host with very many endpoints, or neighbours, needs to raise."""
+"""A limit of the neighbour table that suffices, except on a host with very many endpoints or neighbours."""
 
 _TABLES = """
 add table inet check
@@ -67,9 +66,9 @@ add chain arp check input { type filter hook input priority filter; }
 
 @dataclass(frozen=True)
 class Check:
-    """The result of one check. `found` says what was found; `advice` says what to do if the check is not `ok`.
+    """The result of one check. `found` describes what was found; `advice` says what to do if the check is not `ok`.
 
-    `needed` says that a failure is an error; otherwise, it is only a warning.
+    `needed` says that a failure is an error, not a warning.
     """
 
     name: str
@@ -89,7 +88,7 @@ class Check:
 
 
 def check(libnetwork: bool = False) -> Iterator[Check]:
-    """Run all checks; yield each result.
+    """Run all checks; yield each result. If a check fails, the others still run.
 
     With `libnetwork`, it is an error if no Docker Engine answers, or if it is older than OLDEST_DOCKER.
     """
@@ -166,7 +165,7 @@ def _try_link(**options: Any) -> None:
 
 
 def _in_new_namespace(work: Callable[[], object]) -> str | None:
-    """Call `work` in a new network namespace; return why it failed, None for success."""
+    """Call `work` in a new network namespace; return its error as a text, None if it succeeded."""
     failed: list[str] = []
 
     def body() -> None:
@@ -283,7 +282,7 @@ def _docker(libnetwork: bool) -> Check:
 
 
 def _needs_root(name: str) -> Check:
-    """Return the result that users other than root get for a check that only root can do."""
+    """Return the result of a check that only root can do, for other users."""
     return Check(name, False, "not known", False, "run this as root, to find out")
 
 
@@ -309,10 +308,10 @@ def _firewall(docker_runs: bool) -> Check:
 
 
 def nftables_service(etc: Path = Path("/etc")) -> Check:
-    """Check whether Debian's nftables.service deletes all tables, also the agent's, when it starts or stops.
+    """Check whether Debian's nftables.service deletes all tables, the agent's included, when it starts or stops.
 
-    When it starts, it runs `nft -f /etc/nftables.conf`; by default, this file begins with `flush ruleset`. When it
-    stops, it runs `nft flush ruleset`, unless a drop-in changes that. `etc` is the directory /etc.
+    When it starts, it runs /etc/nftables.conf, which begins with `flush ruleset` by default. When it stops, it runs
+    `nft flush ruleset`, unless a drop-in changes that. `etc` is the directory /etc.
     """
     name = "nftables.service and the agent's tables"
     units = etc / "systemd/system"
@@ -403,8 +402,8 @@ def _passwords() -> Check:
 def _ports(sessions: Any) -> Check:
     """Check whether the host's firewall may drop packets of BGP or VXLAN to or from other hosts.
 
-    A rule that drops some of these packets may be right, so such a rule is a problem only if a BGP session is not up.
-    `sessions` are the BGP sessions in the agent's report, None if there are none.
+    A rule that drops some of these packets is reported as a problem only if a BGP session is not up. `sessions` are the
+    BGP sessions in the agent's report, None if there are none.
     """
     name = "firewall and other hosts"
     if os.geteuid() != 0:
@@ -537,7 +536,7 @@ def _ipip() -> Check:
 
 
 def _agent() -> int | None:
-    """Return the process id of this host's agent, None if no agent runs, or the host has no valid name."""
+    """Return the process id of this host's agent; None if no agent runs, or the host name is invalid."""
     with suppress(CalicoError):
         return process.running(hostname())
     return None
@@ -570,7 +569,7 @@ def _mtu(reported: Any) -> Check:
 
 
 def mtu_check(name: str, reported: dict[str, Any], links: dict[str, int]) -> Check:
-    """Compare the MTUs of endpoints' interfaces, and the configured MTU, with what the underlay and overlay can carry.
+    """Compare the MTUs of endpoints' interfaces, and the configured MTU, with the MTUs of the underlay and the overlay.
 
     `name` is the name of the check. `reported` is the field `mtu` of the agent's report. `links` maps the names of the
     interfaces to their MTUs.

@@ -1,9 +1,8 @@
 """Reads the status of this host's agent, running or not, and lists its problems, worst first. Prints nothing.
 
 The agent's report (felix/report.py) is a file that every user may read, even while the store is unreachable. In the
-report, `problems` are the keys with invalid values, and `troubles` the failures that concern the whole host: scripts
-read this JSON, so its fields keep these names. Problems of every kind are listed as Issues. For a new kind, add a
-function to `_issues`.
+report, `problems` are the keys with invalid values, and `troubles` the failures that concern the whole host. Problems
+of all kinds become Issues in `_issues`.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from calicoctl.output import first_few
 from calicoctl.workloads.workload import short_id
 
 OLDEST_REPORT = 30.0
-"""Age in seconds beyond which a report is stale: a working agent writes its report at least every agent.TICK (10 s)."""
+"""The age, in seconds, beyond which a report is stale. An agent writes its report at least every agent.TICK (10 s)."""
 
 AGENT, STORE, ENDPOINT, HOST, KEY, BGP = "agent", "store", "endpoint", "host", "key", "bgp"
 
@@ -77,16 +76,14 @@ _LATER = ("bgp", "bird", "mtu", "left_out")
 """Fields that reports of older agents lack."""
 
 _OLDEST = {name: value for name, value in _NOTHING.items() if name not in _LATER}
-"""The shape of the oldest report that can be read."""
+"""The fields of the oldest report that can be read."""
 
 
 @dataclass(frozen=True)
 class Issue:
     """A problem: its kind, its text, and advice, if there is any.
 
-    `fails` says whether the problem sets the exit status to 1. That is so if the agent does not report, if another
-    agent has replaced it, if it cannot use the store or read a directory of it, or if an endpoint is in error. It is
-    not so if the agent does not run and an agent of an older version, perhaps on this machine, reports for this host.
+    `fails` says whether the problem sets the exit status to 1.
     """
 
     kind: str
@@ -104,11 +101,11 @@ def read(host: str) -> dict[str, Any]:
     These fields are added to the report:
 
     * `running`: whether the agent runs.
-    * `other_agent`: if the agent does not run and another one reports for this host, its `machine` (null if unknown)
-      and a `text`; else null.
+    * `other_agent`: null, or, if the agent does not run and another one reports for this host, its `machine` (null if
+      unknown) and a `text`.
     * In `report`: its `age` in seconds (null if there is no report, or it is from before a reboot); whether it is
       `current`; and whether it is `readable`, false only for a report of an unknown version.
-    * `issues`: each with the fields of Issue.
+    * `issues`: a list of objects with the fields of Issue.
 
     If no agent runs and the store can be read, `unknown_interfaces` are determined now, not taken from the report.
     """
@@ -202,7 +199,7 @@ def _full(host: str) -> str | None:
 
 
 def _store(status: dict[str, Any]) -> Iterator[Issue]:
-    """Yield one Issue for each reason why the agent cannot read, write or watch the store."""
+    """Yield an Issue for each error due to which the agent cannot read, write or watch the store."""
     failing: dict[str, list[str]] = {}
     since: dict[str, str] = {}
     for what, verb in (("reads", "read"), ("writes", "written"), ("watch", "followed")):
@@ -258,7 +255,7 @@ def _peer(session: dict[str, Any]) -> str:
 
 
 def _unknown_interfaces(status: dict[str, Any]) -> Iterator[Issue]:
-    """Yield one Issue about the interfaces of this host that belong to no endpoint."""
+    """Yield an Issue about the interfaces of this host that belong to no endpoint, if there are any."""
     names = status["unknown_interfaces"]
     if names:
         some = first_few(names)
@@ -267,10 +264,9 @@ def _unknown_interfaces(status: dict[str, Any]) -> Iterator[Issue]:
 
 
 def _without_agent(datastore: DatastoreClient) -> dict[str, Any]:
-    """Return the fields `other_agent` and `unknown_interfaces` for this host, whose agent does not run.
+    """Return the fields `other_agent` and `unknown_interfaces` of the status of this host, whose agent does not run.
 
-    They say which agent of another machine or program reports for this host, and which `cali…` interfaces belong to no
-    endpoint. Raises StoreError.
+    Raises StoreError.
     """
     other = None
     status = datastore.statuses.of_host()
@@ -287,14 +283,14 @@ def _without_agent(datastore: DatastoreClient) -> dict[str, Any]:
 
 
 def _local_etcd(status: dict[str, Any]) -> Iterator[Issue]:
-    """Yield an Issue if the local etcd still serves the v2 API, since an older version has made its data there."""
+    """Yield an Issue if the local etcd still serves the v2 API, for data of an older version."""
     if status["local_etcd"] and local_etcd.serves_v2(status["host"]):
         text = "the local etcd has its data in etcd's v2 API, which etcd 3.6 does not have any more"
         yield Issue(STORE, text, "keep etcd 3.4 or 3.5 on this host")
 
 
 def _keys(status: dict[str, Any]) -> Iterator[Issue]:
-    """Yield an Issue for each key with an invalid value, except for endpoints that have an Issue already."""
+    """Yield an Issue for each key with an invalid value, except keys of endpoints that have an Issue already."""
     host = status["host"]
     named = {
         keys.endpoint(EndpointId(host, one["orchestrator"], one["workload"], one["endpoint"]))

@@ -1,8 +1,8 @@
 """Evaluates whether a packet would pass between two places, and which rule decides. Sends no packet.
 
-Reads the store, queries Docker for containers' ids, and reads this host's own addresses and networks. The policy of an
-endpoint is computed as on its own host, from a snapshot for that host (snapshot.py) and with the agent's meaning of
-rules (verdict.py). What happens between two hosts is in transit.py.
+Reads the store, queries Docker for containers' ids, and reads this host's addresses, routes and networks. The policy of
+an endpoint is evaluated as on the endpoint's host: with a snapshot for that host (snapshot.py), and with the agent's
+semantics of rules (verdict.py).
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ if TYPE_CHECKING:
     from calicoctl.desired.topology import Topology
 
 SOURCE_PORT = 40000
-"""Stands for an ephemeral port of a client; Linux uses 32768 to 60999 by default."""
+"""The default source port. It is in the range of ephemeral ports."""
 
 _ECHO_REQUEST = {ICMP: 8, ICMPV6: 128}
 
 
 @dataclass(frozen=True)
 class Place:
-    """One end of a packet's path: the user's name for it, its address, and its endpoint's id (None: no endpoint).
+    """One end of a packet's path: the user's name for it, its address, and the id of its endpoint (None: no endpoint).
 
-    `host` is the host of the endpoint, or the host that has the address itself; None if there is none.
+    `host` is the host of the endpoint, or the host that has the address itself; None if there is neither.
     """
 
     name: str
@@ -58,10 +58,10 @@ class Place:
 
 @dataclass(frozen=True)
 class Decision:
-    """The decision in one direction (`outbound` of the source, `inbound` of the destination), and its reason.
+    """One endpoint's decision about the packet; `direction` is `outbound` at the source, `inbound` at the destination.
 
-    `profile` is the profile whose rule decided, or which is missing or has invalid rules; None if no rule matched, or
-    if something other than a profile decided.
+    `profile` is the profile whose rule decided, or the profile that is missing or has invalid rules. It is None if no
+    rule matched, or if the decision does not depend on profiles.
     """
 
     direction: str
@@ -69,19 +69,20 @@ class Decision:
     why: str
     profile: str | None = None
     rule: int | None = None
-    """The position of the rule that decided, in the profile's list for this direction, from 1; None if no rule did."""
+    """The position, from 1, of the rule that decided, in the profile's list for this direction; None if no rule
+    decided."""
     host: str | None = None
     """The host that enforces the decision."""
 
 
 @dataclass(frozen=True)
 class Trace:
-    """The path of a packet: both ends, and the decision at each end that is an endpoint, in order.
+    """The path of a packet, with the decision at each end that is an endpoint, the source first.
 
     The decision at the destination is included even if the packet is dropped at the source. `route` leads from one host
-    to the other; None: the packet stays on one host, or leaves the hosts. `sent_from` is the source address with which
-    the packet leaves its host if that masquerades it, else None. `obstacles` stop the packet or its answer, or may stop
-    it, for reasons other than policy.
+    to the other; None if the packet stays on one host, or leaves the hosts. `sent_from` is the masqueraded source
+    address, None if the source address is not changed. `obstacles` stop, or may stop, the packet or its answer for
+    reasons other than policy.
     """
 
     source: Place
@@ -104,12 +105,12 @@ class Trace:
 
     @property
     def denied_by(self) -> Decision | None:
-        """The first decision that drops the packet, None if policy lets it pass."""
+        """The first decision that drops the packet; None if policy lets it pass."""
         return next((decision for decision in self.decisions if not decision.allowed), None)
 
     @property
     def stopped_by(self) -> Obstacle | None:
-        """The first obstacle that certainly stops the packet or its answer, None if there is none."""
+        """The first obstacle that certainly stops the packet or its answer; None if there is none."""
         return next((obstacle for obstacle in self.obstacles if obstacle.stops), None)
 
     def to_dict(self) -> dict[str, Any]:
@@ -138,10 +139,10 @@ def trace(
 ) -> Trace:
     """Evaluate the path of a packet: the first packet of a connection, or an echo request.
 
-    `source` and `destination` are containers, namespace paths or endpoint ids of any host, or names of hosts, or
-    addresses. `protocol` is `tcp`, `udp`, `icmp` or `icmpv6`. `port` is the destination port; ICMP ignores both ports.
-    `source_port` is SOURCE_PORT by default. If the places have several addresses, the first pair of the same IP version
-    is used, IPv4 before IPv6. Raises CalicoError, also if neither place is an endpoint.
+    `source` and `destination` are each a container, a namespace's path, an endpoint id, a host name or an address. If
+    they have several addresses, the first pair of the same IP version is used, IPv4 before IPv6. `protocol` is `tcp`,
+    `udp`, `icmp` or `icmpv6`. `port` is the destination port; `source_port` is SOURCE_PORT by default; ICMP ignores
+    both. Raises CalicoError, also if neither place is an endpoint.
     """
     store = _Store(datastore)
     number = PROTOCOLS[protocol]
@@ -175,7 +176,7 @@ class _Store:
         self._snapshots: dict[str, Snapshot] = {}
         self._endpoints = self._seen_by(datastore.host).endpoints
         self._members: dict[str, set[str]] = {}
-        """By tag: the addresses of the endpoints with a profile that has the tag; computed when first needed."""
+        """By tag, computed on demand: the addresses of the endpoints with a profile that has the tag."""
 
     def _seen_by(self, host: str) -> Snapshot:
         if host not in self._snapshots:
@@ -187,9 +188,8 @@ class _Store:
     # From names to places
 
     def places(self, name: str) -> list[Place]:
-        """Return the Place of an address, or a Place for each address of an endpoint or a host; `name` as for `trace`.
-
-        Raises CalicoError.
+        """Return a Place for each address of `name`, which may be any place that `trace` accepts. Raises
+        CalicoError.
         """
         try:
             address = str(parse_address(name))
@@ -254,9 +254,9 @@ class _Store:
         return endpoints[0]
 
     def _of_another_host(self, name: str, workload: Workload) -> Endpoint:
-        """Return the endpoint of a workload that is not connected here, such as a namespace of another host.
+        """Return the endpoint, on any host, of a workload that has none on this host.
 
-        Raises NotFound if there is none, and CalicoError if several hosts have one.
+        Raises NotFound if there is none, CalicoError if several hosts have one.
         """
         wanted = (workload.orchestrator, workload.id)
         found = [endpoint for id, endpoint in self._endpoints.items() if workload_of(id) == wanted]
@@ -271,7 +271,7 @@ class _Store:
     # The path
 
     def trace(self, source: Place, destination: Place, packet: Packet) -> Trace:
-        """Return the path of a packet between two places. At least one of them is an endpoint."""
+        """Return the path of a packet between two places, at least one of which is an endpoint."""
         from calicoctl.workloads import host_network
 
         if source.endpoint is not None and source.endpoint == destination.endpoint:
@@ -327,7 +327,7 @@ class _Store:
     def _at_ports(self, host: str, packet: Packet) -> Iterator[Obstacle]:
         """Yield the obstacle for packets to a host's BGP port from an address that is not one of its BGP peers.
 
-        Yields none if the packet is for another port, or if BIRD is known not to listen on this host.
+        Yields none if the packet is for another port, or if this host's agent reports that its BIRD does not listen.
         """
         is_bgp = packet.protocol == PROTOCOLS["tcp"] and packet.destination_port == BGP_PORT
         if is_bgp and packet.source not in self._seen_by(host).topology.may_reach_bgp():
@@ -343,9 +343,8 @@ class _Store:
                 yield Obstacle(host, problem, bool(runs_bird))
 
     def _at(self, place: Place) -> Iterator[Obstacle]:
-        """Yield the obstacle at one end of the path, if any.
-
-        That is an agent that is down, or an endpoint that the agent has not set up yet, or that is not up.
+        """Yield the obstacle at one end of the path, if any: an agent that is down, or an endpoint that is not set
+        up or not up.
         """
         if place.host is None:
             return

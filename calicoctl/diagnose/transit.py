@@ -1,8 +1,8 @@
 """Determines the route of packets from one host to another, and the obstacles on the way, other than policy.
 
-Everything is derived from two snapshots of the store, as the agents of the two hosts see it, and from the networks to
-which the hosts are connected, if the caller could read these from a host's kernel. The store does not say whether the
-network between the hosts forwards packets, or which BGP sessions of other hosts are up.
+The input is a snapshot of the store for each of the two hosts and, if the caller could read them from the kernel, the
+networks to which a host is connected. The store does not say whether the network between the hosts forwards packets, or
+which BGP sessions are up.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from calicoctl.desired.snapshot import Snapshot
 from calicoctl.desired.topology import Topology
 
 BGP, AGENT = "bgp", "agent"
-"""What programs the route: BIRD, which has learned it by BGP, or the agent, which has derived it from the store."""
+"""What programs the route: BIRD, which learns routes by BGP, or the agent, which derives routes from the store."""
 
 PLAIN, VXLAN, EITHER = "plain", "vxlan", "plain or vxlan"
-"""The kinds of routes. EITHER means that the kind depends on the networks of another host, which are not known here."""
+"""The kinds of routes. EITHER means that the kind depends on the networks of another host, which are unknown."""
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,10 @@ class Route:
     """The route from one host to an address on another.
 
     `kind` is PLAIN, VXLAN or EITHER. `destination` is the CIDR of the route: a block of the other host, or a single
-    address outside its blocks. `via` is the address of the other host to which packets are sent, None if that host has
-    no suitable address. `pool` is the CIDR of the pool that contains the destination; None if the destination is in no
-    pool, or is an address of the other host itself. `by` is BGP or AGENT. `is_near` says whether the two hosts are
-    connected to the same network; None if that is not known, or does not matter.
+    address outside its blocks. `via` is the address of the other host to which packets are sent; None if the other host
+    has no suitable address. `pool` is the CIDR of the pool that contains the destination; None if no pool contains it,
+    or if it is an address of the other host itself. `by` is BGP or AGENT. `is_near` says whether the two hosts are
+    connected to the same network; None if that is unknown or irrelevant.
     """
 
     from_host: str
@@ -59,7 +59,7 @@ class Obstacle:
 
 
 def pool_of(snapshot: Snapshot, address: str) -> Pool | None:
-    """Return the pool that contains an address, None if there is none."""
+    """Return the pool that contains an address; None if no pool contains it."""
     version, number = version_of(address), number_of(address)
     return next((pool for pool in snapshot.pools.values() if Network.parse(pool.cidr).has(version, number)), None)
 
@@ -90,10 +90,9 @@ def route(sender: Snapshot, to_host: str, address: str, networks: dict[str, Host
 
 
 def _is_near(host: str, other: str, topology: Topology, version: int, networks: dict[str, HostNetwork]) -> bool | None:
-    """Return whether two hosts are connected to the same network of an IP version; None if that is not known.
+    """Return whether two hosts are connected to the same network of an IP version; None if that is unknown.
 
-    The networks of either host suffice to decide: if one host is connected to the other's network, then the reverse is
-    true as well.
+    The networks of either host suffice: if a host is connected to the other's network, the reverse is true as well.
     """
     for one, far in ((host, other), (other, host)):
         address, network = topology.address(far, version), networks.get(one)
@@ -143,7 +142,7 @@ def obstacles(route: Route, sender: Topology, receiver: Topology, address: str) 
 
 
 def not_routed(sender: Topology, address: str, pool: str, networks: Collection[Network]) -> Obstacle:
-    """Return the obstacle for packets to an address of a pool, if no endpoint and no host has the address.
+    """Return the obstacle for packets to an address of a pool that neither an endpoint nor a host has.
 
     `networks` are those to which this host is connected. If one of them contains the address, the packets may reach a
     machine in that network, even if the address is in a host's block.
@@ -161,7 +160,7 @@ def not_routed(sender: Topology, address: str, pool: str, networks: Collection[N
 
 
 def _without_mesh(both: list[Topology], version: int) -> Iterator[Obstacle]:
-    """Yield the obstacles if, without the mesh, two hosts have no common BGP peer and do not peer with each other."""
+    """Yield the obstacles if, without the BGP mesh, two hosts have no common peer and do not peer with each other."""
     one, other = ({peer.ip for peer in topology.peers.values() if version_of(peer.ip) == version} for topology in both)
     if one & other or (both[1].own(version) in one and both[0].own(version) in other):
         return

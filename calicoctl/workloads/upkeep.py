@@ -66,9 +66,7 @@ class NotConnectedHere(CalicoError):
 
 
 def is_managed(orchestrator: str, workload: str) -> bool:
-    """Return whether the workload can be reconciled: a container with a full Docker id, or a namespace whose id is a
-    path.
-    """
+    """Return whether a workload can be reconciled: a container with a full id, or a namespace whose id is a path."""
     if orchestrator == DOCKER:
         return re.fullmatch("[0-9a-f]{64}", workload) is not None
     return orchestrator == NAMESPACE and workload.startswith("-") and "\0" not in workload

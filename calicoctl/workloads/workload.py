@@ -68,9 +68,7 @@ class Workload:
 
     @property
     def other_spelling(self) -> Workload | None:
-        """The workload of the namespace's path with /run instead of /var/run, or the reverse (see _other_spelling),
-        or None.
-        """
+        """The workload of the same namespace with /run instead of /var/run in its path, or the reverse; else None."""
         other = None if self.path is None else _other_spelling(self.path)
         return None if other is None else replace(self, id=other.replace("/", "-"), path=other)
 
