@@ -1,4 +1,4 @@
-"""The backends of the store, one for each API of etcd, and the choice between them. No other module names a backend."""
+"""Creates the backends of the store, one for each API of etcd, and chooses between them."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ if TYPE_CHECKING:
     from calicoctl.datastore.etcd3 import Etcd3Store
 
 PATIENCE = 20.0
-"""Seconds for which a request is retried while the cluster cannot serve it, for example while it elects a leader."""
+"""Seconds for which a request is retried while the cluster cannot serve it, for example during a leader election."""
 
 _latest: dict[EtcdSettings, Choice] = {}
-"""The last choices of this process: a batch, and the agent's threads, need not make each of them anew, and follow."""
+"""Cluster -> the last choice in this process of an API whose data is not frozen. All clients share these choices."""
 
 
 def connect(settings: EtcdSettings, patience: float = PATIENCE) -> ChosenStore:
-    """Return a client of the cluster in `settings`; nothing is sent yet. `patience`: see PATIENCE."""
+    """Return the store of the cluster in `settings`. Sends no request. `patience`: see PATIENCE."""
     backends = Backends(settings, patience)
     return ChosenStore(backends.choose, backends.latest, backends.open)
 
 
 class Backends:
-    """The backends for one cluster, each with connections of its own; nothing is sent before they are used."""
+    """The backends for one cluster, created when they are first used."""
 
     def __init__(self, settings: EtcdSettings, patience: float = PATIENCE) -> None:
         self._settings = settings
         self._patience = patience
 
     def open(self, api: str) -> Store:
-        """Return the backend for an API (V2 or V3), the same one as long as it is used."""
+        """Return the backend for an API (V2 or V3)."""
         return self._v3 if api == V3 else self._v2
 
     @cached_property
@@ -54,7 +54,10 @@ class Backends:
         return Etcd3Store(self._settings, self._patience, tokens.authorize(self._settings))
 
     def choose(self, before: Choice | None) -> Choice:
-        """Return which API to use; for `before`, see ChosenStore. Raises StoreError."""
+        """Return which API to use. `before` is the previous choice, to be checked again, or None.
+
+        Raises StoreError if no API may be used, and InvalidValue if the key Ready is neither `true` nor `false`.
+        """
         latest = self.latest()
         if before is None and latest is not None and time.monotonic() - latest.at <= FRESH:
             return latest
@@ -64,7 +67,7 @@ class Backends:
         return choice
 
     def latest(self) -> Choice | None:
-        """Return the last choice in this process of an API whose data is not frozen, None if there was none."""
+        """Return the last choice in this process of an API whose data is not frozen, None if there is none."""
         return _latest.get(self._settings)
 
     def _current(self, before: Choice | None) -> Choice:
@@ -81,7 +84,10 @@ class Backends:
         return choice
 
     def _ready(self, api: str) -> str | None:
-        """Return the value of Ready in one of the APIs. Raises StoreError, also if Calico 3 uses it."""
+        """Return the value of the key Ready in an API, None if there is no such key.
+
+        Raises StoreError if the key cannot be read, or if Calico 3 uses the API.
+        """
         if api != V3:
             entry = self._v2.get(keys.READY)
             return None if entry is None else entry.value

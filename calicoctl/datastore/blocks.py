@@ -1,6 +1,6 @@
 """Blocks of 64 addresses, and the owner of each address: plain data, converted from and to the JSON in the store.
 
-Does not access the store; ipam.py decides which owner gets which address.
+Does not access the store: ipam.py reads and writes the blocks.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from netaddr import IPAddress
 
 BLOCK_SIZE = 64
-"""Addresses in a block: a /26 in IPv4, a /122 in IPv6."""
+"""The number of addresses in a block: a /26 in IPv4, a /122 in IPv6."""
 
 
 @dataclass
@@ -32,11 +32,11 @@ class Owner:
 
 @dataclass
 class Block:
-    """64 consecutive addresses of an IP version, `version`. `first` is the first one, as a number.
+    """A block: 64 consecutive addresses of the IP version `version`. `first` is the first address, as a number.
 
     `allocations[i]` is None if the address `first + i` is free, else the index of its owner in `owners`. `affinity` is
-    `host:NAME` or None. `owners` are the objects in "attributes" of the JSON, with the fields "handle_id" and
-    "secondary": see Owner. `extra` contains the other fields of the JSON.
+    `host:NAME` or None. `owners` is the list "attributes" of the JSON: objects with the fields "handle_id" and
+    "secondary" (see Owner). `extra` contains the other fields of the JSON.
     """
 
     version: int
@@ -52,7 +52,7 @@ class Block:
 
     @classmethod
     def from_entry(cls, entry: Entry) -> Block:
-        """Parse a block; raise InvalidValue when its value or its key is invalid."""
+        """Parse a block; raise InvalidValue for an invalid key or value."""
         from calicoctl.addresses import parse_cidr
 
         data = load_object(entry.value, entry.key)
@@ -97,12 +97,12 @@ class Block:
         return keys.ipam_block(self.version, self.cidr)
 
     def free(self) -> list[int]:
-        """Return the ordinals (offsets from `first`) of the free addresses, in the order in which to assign them.
+        """Return the ordinals (offsets from `first`) of the free addresses, in the order of assignment.
 
-        The order is that of the block's list "unallocated", if it has one. Free addresses that the list lacks come
-        last; addresses in the list that are not free are left out. Tools from 2016 on write the list and rely on it:
-        they append a released address. Source: `unallocated` in pycalico/block.py of libcalico 0.8.
+        The order is that of the block's list "unallocated". Free addresses that are not in the list follow in ascending
+        order. Source: `unallocated` in pycalico/block.py of libcalico 0.8.
         """
+        # tools from 2016 on append a released address to this list, so that it is assigned last
         listed = self.extra.get("unallocated")
         ordinals = [ordinal for ordinal in listed if type(ordinal) is int] if isinstance(listed, list) else []
         free = {ordinal: None for ordinal in range(BLOCK_SIZE) if self.allocations[ordinal] is None}
@@ -126,7 +126,7 @@ class Block:
         return self.extra.get("strict_affinity") not in (None, False)
 
     def owner(self, ordinal: int) -> Owner | None:
-        """Return the owner of the address `first + ordinal`, None if it is free."""
+        """Return the owner of the address `first + ordinal`, None if the address is free."""
         index = self.allocations[ordinal]
         if index is None:
             return None
@@ -138,7 +138,7 @@ class Block:
         )
 
     def held(self) -> Iterator[tuple[int, Owner]]:
-        """Yield the ordinals of the assigned addresses, with their owners."""
+        """Yield (ordinal, owner) for each assigned address."""
         for ordinal in range(BLOCK_SIZE):
             owner = self.owner(ordinal)
             if owner is not None:
@@ -155,17 +155,14 @@ class Block:
         self.allocations[ordinal] = self.owners.index(attributes)
 
     def release(self, ordinal: int) -> None:
-        """Release the address `first + ordinal`, and remove each of `owners` that has no address any more."""
+        """Release the address `first + ordinal`, and remove the owners without addresses from `owners`."""
         self.allocations[ordinal] = None
         used = sorted({index for index in self.allocations if index is not None})
         self.owners = [self.owners[index] for index in used]
         self.allocations = [None if index is None else used.index(index) for index in self.allocations]
 
     def set_workload_name(self, handle: str, host: str, name: str) -> bool:
-        """Write a workload's name into the attributes of the addresses that `handle` has on `host`.
-
-        Returns whether any attribute has changed.
-        """
+        """Set the attribute "workload_name" of the addresses of `handle` on `host`; return whether it has changed."""
         changed = False
         for attributes in self.owners:
             facts = attributes.get("secondary")
@@ -202,7 +199,7 @@ def block_key(address: IPAddress) -> str:
 def first_addresses(names: Iterable[str]) -> Iterator[int]:
     """Yield the first address (as a number) of each block in `names`. Invalid names are skipped.
 
-    `names` are the last parts of the keys of blocks, or of affinities.
+    `names` are the last parts of the keys of blocks or affinities, such as `192.168.0.0-26`.
     """
     from calicoctl.addresses import parse_cidr
 

@@ -1,10 +1,9 @@
-"""The store as commands and agents use it: one of two backends, chosen at the first request, and never written frozen.
+"""The store that commands and agents use: it forwards requests to the backend that was chosen.
 
-While the data moves from one API of etcd to the other, both stores are frozen: what is written then could be lost. So
-this store refuses to be changed while the key Ready is `false`, except for the statuses that agents report, which do
-not move. It reads that key before a write, unless it has done so moments ago. When Ready is not true any more, the data
-may have moved, and the backend is chosen again: an agent notices it by its heartbeat. From then on, all clients in this
-process use the other backend, and watches end, so that everything is read anew there.
+While the key Ready is `false`, the data is frozen, since it may be moved from one API of etcd to the other. Writes then
+raise Frozen, except for the statuses that agents report, which are not moved. Ready is read before a write, unless it
+was read less than FRESH seconds ago. If Ready is not `true`, the backend is chosen again. A new choice applies to all
+clients in this process, and ends the watches at the other backend.
 """
 
 from __future__ import annotations
@@ -20,14 +19,14 @@ from calicoctl.datastore.store import Change, Create, Entry, Store, Write
 from calicoctl.errors import Frozen, WatchExpired
 
 FRESH = 5.0
-"""Seconds for which a store that was not frozen is written to without another look. A command that has begun to write
-normally ends within that time. What freezes a store has to wait for longer before it relies on that."""
+"""Seconds after which Ready is read again before a write. A tool that freezes the data must wait for longer before the
+move."""
 
 _STATUSES = keys.FELIX_HOSTS + "/"
 
 
 class ChosenStore:
-    """`Store` by the backend that was chosen. Not thread-safe."""
+    """Implements `Store` by the chosen backend. Not thread-safe."""
 
     def __init__(
         self,
@@ -35,11 +34,11 @@ class ChosenStore:
         latest: Callable[[], Optional[Choice]],
         open: Callable[[str], Store],
     ) -> None:
-        """Sends nothing. `open` returns the backend for an API, the same one each time.
+        """Sends no request. `open` returns the backend for an API.
 
-        `choose` gets None or, when it must be known whether the store is frozen, the choice so far, and returns the
-        current one. It raises StoreError if none may be used, and is called again for the next request. `latest`
-        returns the last choice that any client has made in this process; it sends nothing.
+        `choose` returns the API to use. Its argument is None for the first choice, and else the previous choice, to be
+        checked again. `choose` raises StoreError or InvalidValue if no API may be used. `latest` returns the last
+        choice of any client in this process, or None, and sends no request.
         """
         self._choose = choose
         self._latest = latest
@@ -47,7 +46,7 @@ class ChosenStore:
         self._choice: Choice | None = None
 
     def choice(self) -> Choice:
-        """Return which backend is used, and why. Raises StoreError."""
+        """Return the choice in effect; choose first if there is none. Raises StoreError or InvalidValue."""
         latest = self._latest()
         if self._choice is None:
             self._choice = self._choose(None)
@@ -60,7 +59,7 @@ class ChosenStore:
         return self._open(self.choice().api)
 
     def _writable(self, *written: str) -> Store:
-        """Return the store to write to some keys; raise Frozen if that is not allowed now."""
+        """Return the backend for a write to the keys `written`; raise Frozen if the data is frozen."""
         choice = self.choice()
         if choice.frozen is not False or time.monotonic() - choice.at > FRESH:
             choice = self._choice = self._choose(choice)

@@ -1,8 +1,7 @@
 """Access to Calico's data in the store: endpoints, profiles, pools, BGP peers and settings.
 
-Three attributes of the client cover the rest, each with a module of its own: `ipam` (addresses), `hosts` (registrations
-of hosts) and `statuses` (reports of agents). Each method is one operation of a command or of the agent. Errors name the
-key at fault. Uses neither netlink nor the API of a backend.
+For other data, the client has the attributes `ipam` (addresses), `hosts` (registrations of hosts) and `statuses`
+(reports of agents).
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StoredWorkload:
-    """What the store has of a workload: the entry of its handle, None if it has none, and those of its endpoints."""
+    """The entry of a workload's handle, None if there is no handle, and the entries of its endpoints, by id."""
 
     handle: Entry | None
     endpoints: dict[EndpointId, Entry]
@@ -44,11 +43,11 @@ class StoredWorkload:
 
 @dataclass(frozen=True)
 class AddressFacts:
-    """What the address of a workload depends on, read from the store at once.
+    """The data from the store that is needed to assign an address to a workload.
 
-    `hosts` are the entries below keys.BGP_HOSTS, `pools` those of the pools of the address's IP version. `mtu` is the
-    setting MTU, None if it is not set. `affine` are the names of the blocks with affinity to this host, None if they
-    were not read.
+    `hosts` are the entries below keys.BGP_HOSTS, `pools` the entries of the pools of the address's IP version. `mtu` is
+    the setting MTU, None if it is not set. `affine` are the names (last parts of keys) of the blocks with affinity to
+    this host, None if they were not read.
     """
 
     hosts: list[Entry]
@@ -58,11 +57,7 @@ class AddressFacts:
 
 
 class DatastoreClient:
-    """Reads and changes the data that all hosts share, on behalf of one of them, `host`.
-
-    The class is long because it is flat: short methods without shared state, grouped by subject. A new subject gets a
-    module of its own, like ipam.py.
-    """
+    """Reads and changes Calico's data in the store on behalf of one host, `host`."""
 
     def __init__(self, store: Store, host: str, members: tuple[str, ...] = ()) -> None:
         """`members` are the names or addresses of the store's servers."""
@@ -72,7 +67,7 @@ class DatastoreClient:
 
     @classmethod
     def from_environment(cls, patience: float = PATIENCE) -> DatastoreClient:
-        """Return a client on behalf of this host, for the store that the environment names; nothing is sent yet.
+        """Return a client for this host and the etcd that the environment variables select. Sends no request.
 
         `patience`: see backends.PATIENCE. Raises StoreError for invalid settings, CalicoError for an invalid host name.
         """
@@ -94,30 +89,30 @@ class DatastoreClient:
         return Statuses(self._store, self.host)
 
     def everything(self) -> list[Entry]:
-        """Return all entries below `/calico`, except what cannot be read (see `Entry.problem`)."""
+        """Return all entries below `/calico`, except those that cannot be read (see `Entry.problem`)."""
         return self._store.tree(keys.ROOT)
 
     def unread(self) -> list[str]:
-        """Return the directories below `/calico` that are too large to be read: other methods find nothing there."""
+        """Return the sorted keys and directories below `/calico` that cannot be read, for example due to their size."""
         return sorted(entry.key for entry in self._store.list_for_watch(keys.ROOT)[0] if entry.problem is not None)
 
     def store_version(self) -> str:
-        """Check that the store can be read, and return the version of its server; raise StoreError."""
+        """Check that the store can be read, and return its server's version; raise StoreError."""
         self._store.names(keys.ROOT)
         return self._store.version()
 
     def choice(self) -> Choice | None:
-        """Return which API of etcd is used, and why; None for a store that has no choice. Raises StoreError."""
+        """Return the API of etcd in use; None for a store without such a choice. Raises StoreError or InvalidValue."""
         return self._store.choice() if isinstance(self._store, ChosenStore) else None
 
     def for_host(self, host: str) -> DatastoreClient:
-        """Return a client of the same store on behalf of another host."""
+        """Return a client of the same store on behalf of `host`."""
         return DatastoreClient(self._store, host, self.members)
 
     # Pools
 
     def pools(self, version: int) -> list[Pool]:
-        """Return the pools of an IP version, in order of address; raise InvalidValue for an invalid one."""
+        """Return the pools of an IP version, ordered by address; raise InvalidValue for an invalid pool."""
         pools, invalid = self.readable_pools(version)
         for error in invalid:
             raise error
@@ -126,9 +121,9 @@ class DatastoreClient:
     def readable_pools(
         self, version: int, entries: Iterable[Entry] | None = None
     ) -> tuple[list[Pool], list[InvalidValue]]:
-        """Return the valid pools of an IP version, in order of address, and an error for each invalid one.
+        """Return the valid pools of an IP version, ordered by address, and an error for each invalid pool.
 
-        `entries` are those below keys.pools(version), if they were just read.
+        `entries` are the entries below keys.pools(version), if the caller has just read them.
         """
         from netaddr.ip import IPNetwork
 
@@ -136,12 +131,12 @@ class DatastoreClient:
         return sorted((pool for _, pool in found), key=lambda pool: IPNetwork(pool.cidr)), invalid
 
     def put_pool(self, pool: Pool) -> Pool | None:
-        """Write a pool, and keep the unknown fields that it has in the store.
+        """Create or update a pool; return the previous pool, None if the pool was created.
 
-        Returns the pool as it was before, None for a new one. A pool that another tool wrote to another key stays at
-        that key. For a pool with IP-in-IP, the global setting IpInIpEnabled is set as well. Raises CalicoError if
-        another command adds an overlapping pool concurrently, NotFound if another command deletes the pool
-        concurrently, Conflict if others keep changing it, and InvalidValue if the pool's key has an invalid value.
+        The key of an existing pool and its unknown fields are preserved. For a pool with IP-in-IP, the global setting
+        IpInIpEnabled is set as well. Raises CalicoError if an overlapping pool was added concurrently, NotFound if the
+        pool was deleted concurrently, Conflict if other writers keep changing it, and InvalidValue if the stored pool
+        is invalid.
         """
         version = version_of(pool.cidr)
         if pool.ipip:
@@ -166,13 +161,10 @@ class DatastoreClient:
         return before
 
     def _refuse_overlap(self, key: str, pool: Pool) -> None:
-        """If an overlapping pool is older than `pool`, delete the new pool's `key`, and raise CalicoError.
-
-        Each of two writers reads the pools after its own write, so the later writer always sees the earlier pool.
-        Entry.created says which pool is the earlier one, since both are written by `create`.
-        """
+        """Delete `key`, just created for `pool`, and raise CalicoError if an older pool overlaps with `pool`."""
         from netaddr.ip import IPNetwork
 
+        # of two writers, each reads the pools after its own write, so the later writer always sees the earlier pool
         own, mine = IPNetwork(pool.cidr), self._store.get(key)
         for entry, other in self._pool_entries(own.version)[0]:
             network = IPNetwork(other.cidr)
@@ -184,7 +176,6 @@ class DatastoreClient:
     def _pool_entries(
         self, version: int, entries: Iterable[Entry] | None = None
     ) -> tuple[list[tuple[Entry, Pool]], list[InvalidValue]]:
-        """Return the valid pools of an IP version with their entries, and an error for each invalid one."""
         found: list[tuple[Entry, Pool]] = []
         invalid: list[InvalidValue] = []
         for entry in self._store.tree(keys.pools(version)) if entries is None else entries:
@@ -195,17 +186,14 @@ class DatastoreClient:
         return found, invalid
 
     def pool_keys(self, name: str) -> list[str]:
-        """Return the keys of the pools (of both IP versions) that have the CIDR `name`.
-
-        `name` is compared with the CIDR in the value and with the last part of the key, which finds invalid pools, too.
-        """
+        """Return the keys of the pools (IPv4 and IPv6) with the CIDR `name`, in the value or in the key."""
         return self._keys_called(name, [keys.pools(version) for version in (4, 6)], lambda e: Pool.from_json(*e).cidr)
 
     def _keys_called(self, name: str, directories: list[str], named: Callable[[tuple[str, str]], str]) -> list[str]:
         """Return the keys below `directories` that match `name`.
 
-        A key matches if its last part is `name`, as it stands or converted by `keys.undashed`, or if
-        `named((value, key))` returns `name`. If `named` raises InvalidValue, only the last part of the key counts.
+        A key matches if its last part is `name`, or becomes `name` by `keys.undashed`, or if `named((value, key))`
+        returns `name`. `named` may raise InvalidValue.
         """
         found = []
         for entry in (entry for directory in directories for entry in self._store.tree(directory)):
@@ -219,9 +207,9 @@ class DatastoreClient:
     # BGP
 
     def readable_bgp_peers(self, version: int, host: str | None = None) -> tuple[list[Peer], list[InvalidValue]]:
-        """Return the valid BGP peers of an IP version, ordered by address, and an error for each invalid one.
+        """Return the valid BGP peers of an IP version, ordered by address, and an error for each invalid peer.
 
-        With `host`, these are the peers of that host alone; without `host`, the global peers.
+        With `host`, returns only the peers of that host; without `host`, only the global peers.
         """
         from calicoctl.addresses import parse_address
 
@@ -234,11 +222,11 @@ class DatastoreClient:
         return sorted(peers, key=lambda peer: parse_address(peer.ip)), invalid
 
     def put_bgp_peer(self, peer: Peer, host: str | None = None) -> Peer | None:
-        """Write a BGP peer, and keep the unknown fields that it has in the store.
+        """Create or update a BGP peer; return the previous peer, None if the peer was created.
 
-        Returns the peer as it was before, None for a new one. With `host`, it is a peer of that host alone; without
-        `host`, a global peer. Raises NotFound if another command deletes the peer concurrently, Conflict if others keep
-        changing it, and InvalidValue if its key has an invalid value.
+        With `host`, it is a peer of that host; without `host`, a global peer. Unknown fields of an existing peer are
+        preserved. Raises NotFound if the peer was deleted concurrently, Conflict if other writers keep changing it, and
+        InvalidValue if the stored peer is invalid.
         """
         key = keys.bgp_peer(version_of(peer.ip), peer.ip, host)
         if create_if_missing(self._store, key, peer.to_json()):
@@ -255,15 +243,15 @@ class DatastoreClient:
         return before
 
     def bgp_peer_keys(self, name: str, host: str | None = None) -> list[str]:
-        """Return the keys of the BGP peers with the address `name`: those of `host` or, without it, the global ones.
+        """Return the keys of the BGP peers with the address `name`, in the value or in the last part of the key.
 
-        `name` is compared with values and keys as in `pool_keys`.
+        With `host`, only that host's peers are searched; without `host`, only the global peers.
         """
         directories = [keys.bgp_peers(version, host) for version in (4, 6)]
         return self._keys_called(name, directories, lambda e: Peer.from_json(*e).ip)
 
     def node_mesh(self) -> bool:
-        """Return whether all hosts peer with each other (full mesh), True if the key is missing; raise InvalidValue."""
+        """Return whether the full mesh between hosts is enabled; True if the key is missing. Raises InvalidValue."""
         entry = self._store.get(keys.BGP_NODE_MESH)
         if entry is None:
             return True
@@ -307,17 +295,17 @@ class DatastoreClient:
     def create_profile(self, name: str) -> bool:
         """Create a profile with the default tag and rules; return whether anything was written.
 
-        Tags or rules that exist already are kept.
+        Existing tags or rules are not changed.
         """
         values = {keys.profile_tags(name): json.dumps([name]), keys.profile_rules(name): Rules.default(name).to_json()}
         return create_missing(self._store, values)
 
     def remove_profile(self, name: str) -> None:
-        """Delete a profile with all keys below it, whatever they are."""
+        """Delete a profile, with all keys below it."""
         self._store.remove_tree(keys.profile(name))
 
     def tags(self, name: str) -> list[str]:
-        """Return a profile's tags; an empty list if the profile exists, but the key of its tags does not.
+        """Return a profile's tags; an empty list if the profile exists without the key of its tags.
 
         Raises NotFound if there is no such profile, and InvalidValue for invalid tags.
         """
@@ -339,8 +327,9 @@ class DatastoreClient:
         """Change the tags of a profile by compare-and-swap; return whether they were written.
 
         `change` modifies the list of tags in place, and returns whether to write it. After a concurrent write, `change`
-        is called again with the new tags. Raises NotFound if there is no such profile, InvalidValue if its tags are
-        invalid, CalicoError if the changed tags are too many, and Conflict if others keep changing them.
+        is called again with the new tags. Raises NotFound if there is no such profile, InvalidValue if the stored tags
+        are invalid, CalicoError if there are too many tags after the change, and Conflict if other writers keep
+        changing them.
         """
         key = keys.profile_tags(name)
 
@@ -352,7 +341,7 @@ class DatastoreClient:
         return modify(self._store, key, _no_profile(name), text_of)
 
     def rules(self, name: str) -> Rules:
-        """Return a profile's rules; no rules if the profile exists, but the key of its rules does not.
+        """Return a profile's rules; empty Rules if the profile exists without the key of its rules.
 
         Raises NotFound if there is no such profile, and InvalidValue for invalid rules.
         """
@@ -362,7 +351,8 @@ class DatastoreClient:
     def modify_rules(self, name: str, change: Callable[[Rules], bool]) -> bool:
         """Change the rules of a profile by compare-and-swap; return whether they were written.
 
-        `change` and the errors: see `modify_tags`. CalicoError is raised if the changed rules are too many or too long.
+        `change` and the exceptions: see `modify_tags`. CalicoError is raised if the changed rules are too many or too
+        long.
         """
         key = keys.profile_rules(name)
 
@@ -374,37 +364,31 @@ class DatastoreClient:
         return modify(self._store, key, _no_profile(name), text_of)
 
     def replace_rules(self, rules: Rules) -> None:
-        """Overwrite a profile's rules, even if those in the store are invalid.
+        """Overwrite a profile's rules, even if the stored rules are invalid.
 
-        Raises NotFound if there is no such profile, CalicoError if the rules are too many or too long, and Conflict if
-        others keep changing them.
+        Raises NotFound if there is no such profile, CalicoError if the new rules are too many or too long, and Conflict
+        if other writers keep changing them.
         """
         key = keys.profile_rules(rules.id)
         self._complete(key, rules.id, rules.to_json())
         modify(self._store, key, _no_profile(rules.id), lambda old: rules.to_json())
 
     def _profile_entry(self, key: str, name: str) -> Entry | None:
-        """Return the entry of `key`, a key of the profile `name`; None if the profile exists, but `key` does not.
-
-        Raises NotFound if there is no such profile.
-        """
+        """Return the entry of `key`, None if it is missing; raise NotFound if the profile `name` does not exist."""
         entry = self._store.get(key)
         if entry is None:
             self.require_profile(name)
         return entry
 
     def _complete(self, key: str, name: str, value: str) -> None:
-        """Create `key`, a key of the profile `name`, with `value` if it is missing.
-
-        Raises NotFound if there is no such profile.
-        """
+        """Create `key` with `value` if it is missing; raise NotFound if the profile `name` does not exist."""
         if self._profile_entry(key, name) is None:
             create_if_missing(self._store, key, value)
 
     # Endpoints
 
     def readable_endpoints(self, host: str | None = None) -> tuple[list[Endpoint], list[InvalidValue]]:
-        """Return the valid endpoints of a host, or of all hosts, and an error for each invalid one."""
+        """Return the valid endpoints of `host` (None: all hosts), and an error for each invalid endpoint."""
         found: list[Endpoint] = []
         invalid: list[InvalidValue] = []
         for entry in self._store.tree(keys.HOSTS if host is None else f"{keys.host(host)}/workload"):
@@ -417,10 +401,10 @@ class DatastoreClient:
         return found, invalid
 
     def endpoints_with(self, address: IPAddress) -> list[EndpointId]:
-        """Return the ids of the endpoints, on any host, that list `address`. For invalid endpoints, see `_lists`.
+        """Return the ids of the endpoints, on any host, that have the address `address`.
 
-        If an endpoint that lists the address owns it in IPAM, only the id of this endpoint is returned. Raises
-        InvalidValue if the block of the address is invalid.
+        If one of them is the owner of the address in IPAM, only its id is returned. For invalid endpoints, see
+        `_lists`. Raises InvalidValue if the block of the address is invalid.
         """
         text = str(address)
         owner = self.ipam.owner(address)
@@ -436,20 +420,17 @@ class DatastoreClient:
         return [id for entry, id in entries if id is not None and _lists(entry, id, text)]
 
     def endpoint_ids(self) -> list[EndpointId]:
-        """Return the ids of this host's endpoints, including invalid ones."""
+        """Return the ids of this host's endpoints, including invalid endpoints."""
         ids = (keys.parse_endpoint(entry.key) for entry in self._store.tree(f"{keys.host(self.host)}/workload"))
         return [id for id in ids if id is not None]
 
     def endpoint_revision(self, id: EndpointId) -> int | None:
-        """Return the current revision of an endpoint in the store, None if it does not exist."""
+        """Return the revision of an endpoint's key, None if the endpoint does not exist."""
         entry = self._store.get(keys.endpoint(id))
         return None if entry is None else entry.revision
 
     def workload_endpoints(self, orchestrator: str, workload: str) -> list[Endpoint]:
-        """Return the endpoints of one workload on this host; raise InvalidValue for an invalid one.
-
-        Only that workload's keys are read.
-        """
+        """Return the endpoints of one workload on this host; raise InvalidValue for an invalid endpoint."""
         found = []
         for entry in self._store.tree(keys.endpoints(self.host, orchestrator, workload)):
             id = keys.parse_endpoint(entry.key)
@@ -458,10 +439,10 @@ class DatastoreClient:
         return found
 
     def read_workload(self, handle: str, places: Sequence[tuple[str, str]]) -> StoredWorkload:
-        """Return the entry of a workload's handle, and its endpoints on this host, including invalid ones.
+        """Return the entry of a workload's handle, and the entries of its endpoints on this host, valid or not.
 
-        They are those of the first of `places`, each given as (orchestrator, workload's id), that has any. All is read
-        at once, if the store can.
+        `places` are pairs (orchestrator, workload id). The endpoints of the first pair that has any are returned. An
+        atomic store reads everything in one request.
         """
         directories = [keys.endpoints(self.host, *place) for place in places]
         if self._store.atomic:
@@ -471,7 +452,10 @@ class DatastoreClient:
         return StoredWorkload(self._store.get(keys.ipam_handle(handle)), found)
 
     def read_for_address(self, version: int, automatic: bool) -> AddressFacts:
-        """Return what the address of a workload depends on. `automatic`: any free address is wanted."""
+        """Return the data that is needed to assign an address of an IP version to a workload.
+
+        With `automatic`, no specific address is requested, and `affine` is read as well.
+        """
         directories = [keys.BGP_HOSTS, keys.pools(version)]
         if automatic:
             directories.append(keys.ipam_affinities(self.host, version))
@@ -480,7 +464,7 @@ class DatastoreClient:
         return AddressFacts(hosts, pools, None if mtu is None else mtu.value, affine)
 
     def workload_endpoint_ids(self, orchestrator: str, workload: str) -> list[EndpointId]:
-        """Return the ids of the endpoints of one workload on this host, including invalid ones."""
+        """Return the ids of the endpoints of one workload on this host, including invalid endpoints."""
         found = self._store.names(keys.endpoints(self.host, orchestrator, workload))
         return [EndpointId(self.host, orchestrator, workload, endpoint) for endpoint in found]
 
@@ -492,29 +476,29 @@ class DatastoreClient:
         return None
 
     def workload_ids(self, orchestrator: str) -> list[str]:
-        """Return, sorted, the ids of an orchestrator's workloads on this host that have at least one endpoint."""
+        """Return the sorted ids of an orchestrator's workloads on this host that have at least one endpoint."""
         entries = self._store.tree(keys.workloads(self.host, orchestrator))
         return sorted({id.workload for id in (keys.parse_endpoint(entry.key) for entry in entries) if id is not None})
 
     def workloads_named(self, orchestrator: str, name: str) -> list[str]:
-        """Return, sorted, the ids of an orchestrator's workloads on this host that were connected under a name.
+        """Return the sorted ids of an orchestrator's workloads on this host whose name is `name`.
 
-        If no endpoint has the name, the attributes of the workloads' addresses are searched: old tools remove the name
-        from the endpoint, but not from the attributes.
+        The endpoints are searched first. If no endpoint matches, the attributes of the assigned addresses are searched.
         """
         endpoints = self.readable_endpoints(self.host)[0]
         ids = {e.id.workload for e in endpoints if (e.id.orchestrator, e.workload_name) == (orchestrator, name)}
+        # old tools remove the name from the endpoint, but not from the attributes
         return sorted(ids or {id for of, id in self.ipam.workloads(name) if of == orchestrator})
 
     def knows_interface(self, name: str) -> bool:
-        """Return whether an interface of this host belongs to an endpoint, or may belong to one.
+        """Return whether an interface of this host may belong to an endpoint.
 
-        If any endpoint of this host is invalid, every interface may belong to it. The addresses in IPAM are searched as
-        well, since an endpoint that is being set up has addresses already, but is not in the store yet.
+        If any endpoint of this host is invalid, this is true of every interface.
         """
         endpoints, invalid = self.readable_endpoints(self.host)
         if invalid or any(name in (endpoint.name, endpoint.id.interface) for endpoint in endpoints):
             return True
+        # an endpoint that is being set up has addresses in IPAM before it is in the store
         return name in self.ipam.interfaces()
 
     def create_endpoint(self, endpoint: Endpoint) -> None:
@@ -522,10 +506,11 @@ class DatastoreClient:
         self._store.create(keys.endpoint(endpoint.id), endpoint.to_json())
 
     def modify_endpoint(self, id: EndpointId, change: Callable[[Endpoint], bool], known: Entry | None = None) -> bool:
-        """Change an endpoint; return whether it was written. For `change`, see modify_tags; for `known`, store.modify.
+        """Change an endpoint by compare-and-swap; return whether it was written.
 
-        Raises NotFound if there is no such endpoint, InvalidValue if it is invalid, CalicoError if it would have too
-        many profiles or addresses, and Conflict if others keep changing it.
+        `change`: see `modify_tags`. `known` is the endpoint's entry, if the caller has just read it. Raises NotFound if
+        there is no such endpoint, InvalidValue if it is invalid, CalicoError if it would have too many profiles or
+        addresses, and Conflict if other writers keep changing it.
         """
         key = keys.endpoint(id)
 
@@ -536,14 +521,11 @@ class DatastoreClient:
         return modify(self._store, key, f"endpoint {id.endpoint} no longer exists", text_of, known)
 
     def check_endpoints_writable(self, ids: Iterable[EndpointId], handle: str) -> None:
-        """Raise StoreError if this user may not write these endpoints or their workload's handle. Changes nothing.
-
-        For callers that change the kernel before the store.
-        """
+        """Raise StoreError if etcd does not permit writes to these endpoints or to `handle`. Changes nothing."""
         self._store.check_writable(*map(keys.endpoint, ids), keys.ipam_handle(handle))
 
     def remove_endpoint(self, id: EndpointId, entry: Entry | None = None) -> None:
-        """Delete an endpoint, even if it is invalid. `entry` is its entry, if it was just read."""
+        """Delete an endpoint, even if it is invalid. `entry` is its entry, if the caller has just read it."""
         with suppress(CompareFailed):
             if entry is not None:
                 self._store.delete(entry)
@@ -551,7 +533,7 @@ class DatastoreClient:
         set_value(self._store, keys.endpoint(id), None)
 
     def touch_endpoint(self, id: EndpointId) -> None:
-        """Write an endpoint unchanged, if it exists: the agent then reports its status again, with the new revision."""
+        """Write an endpoint unchanged, if it exists, so that the agent reports its status again."""
         entry = self._store.get(keys.endpoint(id))
         if entry is not None:
             with suppress(CompareFailed):  # another writer had the same effect
@@ -580,16 +562,16 @@ def _pool(entry: Entry, version: int) -> Pool:
 
 
 def _endpoint_entries(entries: Iterable[Entry]) -> dict[EndpointId, Entry]:
-    """Return those of some entries that are endpoints, valid or not."""
+    """Return endpoint id -> entry for those of `entries` that are endpoints, valid or not."""
     ids = ((keys.parse_endpoint(entry.key), entry) for entry in entries)
     return {id: entry for id, entry in ids if id is not None}
 
 
 def _lists(entry: Entry, id: EndpointId, address: str, owned: bool = False) -> bool:
-    """Return whether an endpoint in the store lists an address.
+    """Return whether an endpoint has the address `address`.
 
-    An invalid endpoint is assumed to list the address if its JSON text contains the address, or if the endpoint is the
-    owner of the address in IPAM (`owned`).
+    For an invalid endpoint, return whether its JSON text contains the address, or True if it owns the address
+    (`owned`).
     """
     try:
         return address in Endpoint.from_json(id, entry.value, entry.key).addresses

@@ -1,4 +1,4 @@
-"""The settings in the store, in one table: name, allowed values, default. Their keys are in keys.py."""
+"""The settings in the store: names, allowed values and defaults."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from calicoctl.errors import CalicoError
 
 @dataclass(frozen=True)
 class Setting:
-    """A setting: its name in the store, its allowed values, and the default (None: there is no fixed one).
+    """A setting: its name in the store, its allowed values, and its default (None: there is no fixed default).
 
-    If `values` is None, any text is allowed or, with `largest`, a whole number from `smallest` to `largest`.
+    With `largest`, a whole number from `smallest` to `largest` is allowed. Otherwise, if `values` is None, any text is
+    allowed.
     """
 
     name: str
@@ -23,7 +24,7 @@ class Setting:
     smallest: int = 0
 
     def check(self, value: str) -> None:
-        """Raise CalicoError for a value that is not allowed."""
+        """Raise CalicoError if `value` is not allowed."""
         allowed = None
         if self.largest is not None:
             if not re.fullmatch("[0-9]{1,9}", value, re.ASCII) or not self.smallest <= int(value) <= self.largest:
@@ -42,11 +43,11 @@ IPIP = Setting("IpInIpEnabled", ("true", "false"), "false")
 MTU = Setting("MTU", smallest=1280, largest=65535)
 """The MTU of workloads' interfaces. The default is the MTU of the underlay minus the overlay's header."""
 CHECK_SENDERS = Setting("CheckSenders", ("mac", "interface", "off"), "mac")
-"""How agents check packets from other hosts' addresses: see docs/agent.md."""
+"""How agents check packets that come from other hosts' addresses: see docs/agent.md."""
 HOST_SERVICES = Setting("EndpointToHostServices", ("allow", "drop"), "allow")
-"""Whether DHCP, DNS and some ICMPv6 reach the host from endpoints whatever their profiles say."""
+"""Whether endpoints may send DHCP, DNS and some ICMPv6 to their host, regardless of their profiles."""
 MAX_CONNECTIONS = Setting("MaxConnections", default="16384", smallest=256, largest=1048576)
-"""How many tracked connections an endpoint may have at a time."""
+"""The maximum number of tracked connections of an endpoint."""
 HOST_ACTION = Setting("DefaultEndpointToHostAction", ("RETURN", "DROP", "ACCEPT"), "RETURN")
 
 WRITTEN = (
@@ -56,7 +57,7 @@ WRITTEN = (
     Setting("LogFilePath", None, "none"),
     IPIP,
 )
-"""Global settings of the agents. `calicoctl node` writes the defaults of missing ones, as the tools of 2015 did."""
+"""Global settings of the agents for which `calicoctl node` writes the default if they are missing."""
 
 _READ = (GRACE_TIME, MTU, CHECK_SENDERS, HOST_SERVICES, MAX_CONNECTIONS)
 
@@ -76,12 +77,12 @@ NODE_BGP = {BGP_LOG_LEVEL.name: BGP_LOG_LEVEL}
 """Settings of one host's routing daemon."""
 
 RESERVED = ("marker", "as_num", "macs", "node_mesh", "peer_v4", "peer_v6", "ip_addr_v4", "ip_addr_v6")
-"""The last parts of the keys that are in the same directories as settings, but are not settings. `calicoctl config`
-refuses these names, since other commands write the keys."""
+"""The names that `calicoctl config` refuses, since other commands write these keys. Each is the last part of a key in
+the same directory as settings."""
 
 
 def settings_of(daemon: str, of_node: bool) -> dict[str, Setting]:
-    """Return a daemon's settings by name: the global ones or, with `of_node`, those of one host.
+    """Return the global settings of a daemon by name; with `of_node`, the settings of one host's daemon.
 
     `daemon` is "felix" or "bgp".
     """

@@ -1,12 +1,8 @@
 """Determines which of etcd's two APIs holds Calico's data, if DATASTORE_TYPE does not say so. Changes nothing.
 
-In etcd 3.4 and 3.5, the APIs v2 and v3 have a store each, which share nothing, and etcd 3.6 has v3 alone. The key Ready
-says which of them is current: `true` in the store in use, `false` in one that is frozen, as both are while data moves
-from one to the other. `decide` is the table of all cases, and a pure function of what the two APIs show. They are asked
-at the same time, so that a command waits for one answer only.
-
-Nothing is remembered for the next command: v3 has to be asked whether it is current each time, and once that is known,
-asking v2 beside it costs no time.
+In etcd 3.4 and 3.5, the APIs v2 and v3 have separate data; etcd 3.6 has only v3. The key Ready is `true` in the API
+whose data is current. It is `false` in an API whose data is frozen, as the data of both APIs is during a move. Both
+APIs are queried at the same time.
 """
 
 from __future__ import annotations
@@ -29,11 +25,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Shown:
-    """What one of the APIs shows of Calico's data.
+    """The state of Calico's data in one API of etcd.
 
-    `served` says whether the servers have this API at all, and `ready` is the value of the key Ready, None if there is
-    no such key. `refused` is the error if this user may not read it. `foreign` says that there is data of Calico 3,
-    which is only looked for in v3.
+    `served` says whether the servers have this API. `ready` is the value of the key Ready, None if there is no such
+    key. `refused` is the error if etcd refused to return the key. `foreign` says whether there is data of Calico 3; it
+    is determined for v3 only.
     """
 
     served: bool = True
@@ -44,10 +40,10 @@ class Shown:
 
 @dataclass(frozen=True)
 class Choice:
-    """The API to use (V2 or V3), and why it was chosen, as a clause.
+    """The API to use (V2 or V3). `why` is the reason, as a clause.
 
-    `frozen` says whether its data must not be changed, None if that is not known; `at` is when that was read
-    (monotonic). `is_new` says that there is no data in either API, as far as is known.
+    `frozen` says whether the data must not be changed, None if that is unknown. `at` is the time of the choice
+    (monotonic, seconds). `is_new` says that no data was found in either API.
     """
 
     api: str
@@ -63,9 +59,9 @@ class Choice:
 
 
 def decide(v3: Shown, v2: Shown, where: str) -> Choice:
-    """Return the API that holds Calico's data; raise StoreError if it must not be used, or if that is not clear.
+    """Return the API that holds Calico's data; raise StoreError if this is unclear, or if the API must not be used.
 
-    `where` names the servers in messages. Raises InvalidValue for a Ready that is neither true nor false.
+    `where` is the servers' URLs, for messages. Raises InvalidValue if a value of Ready is neither `true` nor `false`.
     """
     for api, shown in (("v3", v3), ("v2", v2)):
         if shown.ready not in (None, "true", "false"):
@@ -105,7 +101,7 @@ def _chosen(v3: Shown, v2: Shown) -> Choice:
 
 
 def foreign(where: str) -> StoreError:
-    """Return the error for the v3 API of an etcd that Calico 3 uses."""
+    """Return the error for an etcd whose v3 API holds data of Calico 3."""
     return StoreError(
         f"etcd at {where} has the data of another Calico in its v3 API ({keys.OTHER_CALICO}/), and both would assign "
         "the same addresses: use another etcd"
@@ -113,7 +109,7 @@ def foreign(where: str) -> StoreError:
 
 
 def detect(settings: EtcdSettings, v3: Etcd3Store, patience: float) -> Choice:
-    """Ask both APIs, v3 through its backend, and return the one to use. Raises what `decide` raises, and StoreError.
+    """Query both APIs, v3 through the backend `v3`, and return the API to use. Raises StoreError or InvalidValue.
 
     `patience`: see backends.PATIENCE.
     """
@@ -124,7 +120,7 @@ def detect(settings: EtcdSettings, v3: Etcd3Store, patience: float) -> Choice:
 
 
 def ask_v3(v3: Etcd3Store) -> Shown:
-    """Return what the v3 API shows. Raises StoreUnavailable."""
+    """Query the v3 API, and return its state. Raises StoreUnavailable."""
     try:
         ready, foreign = v3.peek(keys.READY, keys.OTHER_CALICO)
     except NoSuchApi:
@@ -137,7 +133,7 @@ def ask_v3(v3: Etcd3Store) -> Shown:
 
 
 class _Question(threading.Thread):
-    """Asks the v2 API, without python-etcd: its import takes longer than the question."""
+    """A thread that queries the v2 API. It does not use python-etcd, whose import takes longer than the query."""
 
     def __init__(self, settings: EtcdSettings, patience: float) -> None:
         super().__init__(name="etcd's v2 API", daemon=True)
@@ -156,7 +152,7 @@ class _Question(threading.Thread):
             self._shown = error
 
     def answer(self) -> Shown:
-        """Wait for the answer, and return what the v2 API shows. Raises StoreUnavailable."""
+        """Wait for the thread; return the state of the v2 API, or raise the thread's exception."""
         self.join()
         assert self._shown is not None
         if isinstance(self._shown, Exception):
@@ -170,7 +166,7 @@ class _Question(threading.Thread):
 
 
 def _read_ready(member: Connection) -> Shown:
-    """Ask a member for Ready in its v2 API.
+    """Return the state of the v2 API, from one member's answer to a read of Ready.
 
     Source: https://github.com/etcd-io/etcd/blob/release-3.4/Documentation/v2/errorcode.md
     """
