@@ -1,4 +1,4 @@
-"""A client of BIRD's control socket: sends commands, and parses the answers. Makes no decisions.
+"""A client of BIRD's control socket: sends commands, and parses the answers.
 
 Source of the protocol: the BIRD Programmer's Documentation, "Command line interface". Each line of an answer begins
 with a code of four digits. In the last line of the answer, a space follows the code; in all others, a `-`. A line that
@@ -22,10 +22,12 @@ from calicoctl.addresses import BITS
 from calicoctl.errors import CalicoError, one_line
 
 PATIENCE = 5.0
-"""Seconds to wait for an answer. The kernel accepts connections for a suspended BIRD (SIGSTOP), which never answers."""
+"""Seconds to wait for an answer. A suspended BIRD (SIGSTOP) never answers, although the kernel accepts connections for
+it.
+"""
 
 LARGEST_ANSWER = 2**24
-"""The maximum size of an answer in bytes. A session takes some 500 bytes, so thousands of sessions fit."""
+"""The maximum size of an answer in bytes. It suffices for thousands of sessions, with about 500 bytes each."""
 
 UP = "Established"
 
@@ -35,7 +37,9 @@ _FAILED = "8002"
 
 
 class Refused(CalicoError):
-    """BIRD has refused a configuration. `line` is the number of the wrong line, from 1 on; None if it is not known."""
+    """BIRD has refused a configuration. `line` is the number of the wrong line, counted from 1; None if it is
+    unknown.
+    """
 
     def __init__(self, why: str, line: int | None) -> None:
         super().__init__(why)
@@ -47,11 +51,10 @@ class Session:
     """A BGP session, as BIRD reports it.
 
     `name` is the name of BIRD's protocol. `kind` is "mesh", "node" or "global", `peer` the peer's address, `as_num` the
-    peer's AS number as decimal text. `state` is "Down" if BIRD has not started the session; otherwise it is a state of
-    RFC 4271: "Established" if the session is up, else "Idle", "Connect", "Active", "OpenSent" or "OpenConfirm". `since`
-    is the time when BIRD's protocol last changed its state (ISO 8601). `imported` counts the routes accepted from the
-    peer, `exported` those announced to it. `error` is the last error, None if there was none. `suspicion` says what may
-    keep the session down; None if nothing is known.
+    peer's AS number as decimal text. `state` is a state of RFC 4271, such as "Established" or "Connect", or "Down" if
+    BIRD has not started the session. `since` is when BIRD's protocol last changed its state (ISO 8601). `imported`
+    counts the routes accepted from the peer, `exported` those announced to it. `error` is the last error, None if there
+    was none. `suspicion` says what may keep the session down, None if nothing is known.
     """
 
     name: str
@@ -81,17 +84,17 @@ class Control:
         self._rest = b""
 
     def command(self, command: str) -> list[tuple[str, str]]:
-        """Send a command. Return the lines of the answer, as (code, text), even if the code is that of an error."""
+        """Send a command. Return the lines of the answer, as (code, text). An error is returned in the same form."""
         deadline = time.monotonic() + PATIENCE
         self._send(command)
         return self._answer(deadline)
 
     def check(self, file: Path) -> None:
-        """Have BIRD check a configuration file, without using it; raise Refused if the file has an error."""
+        """Have BIRD check a configuration file without using it. Raise Refused if the file has an error."""
         self._configure(f'configure check "{file}"', (_CONFIGURATION_OK,))
 
     def configure(self) -> None:
-        """Have BIRD reload its configuration file; raise Refused if the file has an error."""
+        """Have BIRD reload its configuration file. Raise Refused if the file has an error."""
         self._configure("configure", (_RECONFIGURED, _IN_PROGRESS, _QUEUED))
 
     def sessions(self) -> list[Session]:
@@ -99,11 +102,9 @@ class Control:
         return list(parse_sessions(self.command("show protocols all")))
 
     def rescan(self) -> None:
-        """Have BIRD read the kernel's routes, and set its own routes that are missing there.
-
-        A protocol `kernel` with the option `learn` schedules such a scan when it is reloaded. Source: krt_reload_routes
-        in BIRD's sysdep/unix/krt.c.
-        """
+        """Have BIRD read the kernel's routes, and add its own routes that are missing in the kernel."""
+        # a protocol `kernel` with the option `learn` schedules a scan when it is reloaded
+        # Source: krt_reload_routes in BIRD's sysdep/unix/krt.c
         for version in BITS:
             self.command(f"reload in kernel{version}")
 
@@ -157,8 +158,7 @@ class Control:
 def control(path: Path, may_change: bool = False) -> Iterator[Control]:
     """Connect to BIRD's control socket, and close the connection at the end of `with`.
 
-    Without `may_change`, the connection is restricted to commands that only read. Raises CalicoError if BIRD does not
-    serve or answer.
+    Without `may_change`, only commands that read are allowed. Raises CalicoError if BIRD does not serve or answer.
     """
     with socket.socket(socket.AF_UNIX) as connection:
         with _explained():
@@ -193,7 +193,7 @@ def _explained() -> Iterator[None]:
 def refusal(text: str) -> Refused:
     """Return the exception for BIRD's error message about a configuration file: `FILE:LINE:COLUMN MESSAGE`.
 
-    For a message of another form, the exception names no line.
+    For a message of another form, the exception contains no line number.
     """
     match = re.fullmatch(r"(?:bird: )?(.*?):(\d+):\d+ (.*)", text.strip(), re.ASCII)
     if match is None:
@@ -240,7 +240,7 @@ def parse_sessions(lines: Iterable[tuple[str, str]]) -> Iterator[Session]:
 
 
 def _in_utc(local: str) -> str:
-    """Convert a local time in BIRD's format `iso long` to the format of clock.now; return any other text unchanged."""
+    """Convert a local time in BIRD's format `iso long` to the format of clock.now. Return any other text unchanged."""
     try:
         return clock.text(datetime.strptime(local, "%Y-%m-%d %H:%M:%S").astimezone(timezone.utc))
     except ValueError:

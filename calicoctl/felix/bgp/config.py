@@ -1,9 +1,8 @@
 """The configuration of BIRD: derived from the snapshot as plain data, then rendered in BIRD's language.
 
-This module reads and writes no files: bird.py communicates with BIRD, and manager.py decides when. The name of a BGP
-protocol in the configuration consists of the kind of the peer, the IP version, and the peer's address. The name does
-not depend on other peers, so a change of another peer resets no session. Values from etcd are rendered only as numbers,
-or as addresses and networks in canonical form.
+The name of a BGP protocol in the configuration consists of the kind of the peer, the IP version, and the peer's
+address. It does not depend on other peers, so a change of another peer resets no session. Values from etcd are rendered
+only as numbers, or as addresses and networks in canonical form.
 
 Source of the language: the BIRD User's Guide, version 2.0.
 """
@@ -30,20 +29,21 @@ MESH, NODE, GLOBAL = "mesh", "node", "global"
 """The kinds of peers: another host of the full mesh, a peer of this host only, a peer of all hosts."""
 
 RESTART_WAIT = 8
-"""After a crash, BIRD keeps its old routes in the kernel for up to this many seconds while it waits for its peers."""
+"""After a crash, BIRD waits for its peers for up to this many seconds. Until then, its old routes stay in the
+kernel.
+"""
 
 LONGEST_RESTART = 4095
 """The maximum graceful restart time in seconds: how long peers keep the routes of a BIRD that has crashed.
 
-The configured time is the hold time, at most this limit. BIRD's default, 120, would be too long if the agent has ended
-as well; a running agent starts BIRD again in about a second. Source of the limit: RFC 4724, section 3.
+The configured time is the hold time, limited to this maximum. Source of the maximum: RFC 4724, section 3.
 """
 
 LOG_SIZE = 2**20
 """The maximum size of BIRD's log in bytes. One previous log is kept, too. Both are in memory, below /run."""
 
 _DEBUG = {"debug": "all", "info": "{ states, events }", "none": "{ states }"}
-"""By log level: what BIRD logs about its protocols besides errors. BIRD must log changes of state: see wakeups.py."""
+"""Log level -> what BIRD logs about its protocols besides errors. BIRD must log changes of state: see wakeups.py."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,11 @@ _NAME = str.maketrans(".:", "__")
 class Family:
     """The part of the configuration about one IP version.
 
-    `own` is this host's registered address, None if it has none; `is_here` says whether an interface has the address,
+    `own` is this host's registered address, None if it has none. `is_here` says whether an interface has that address,
     or had it since the agent started. `pools` are CIDRs: routes to destinations inside them are accepted from peers.
-    `blocks` and `addresses` are announced by this host. `guarded_networks` and `guarded_addresses` are the networks and
-    addresses that routes of other hosts must not override. `neighbours` are the BGP peers. `split` is as in
-    Announced (desired/routes.py); it is only logged, and ignored when two configurations are compared.
+    `blocks` and `addresses` are announced by this host. Learned routes must not override `guarded_networks` and
+    `guarded_addresses`. `neighbours` are the BGP peers. `split` is as in Announced (desired/routes.py); it is only
+    logged, and ignored when two configurations are compared.
     """
 
     version: int
@@ -105,7 +105,7 @@ class Config:
 
 
 def derive(snapshot: Snapshot, here: Collection[str]) -> Config:
-    """Derive the configuration from the snapshot of the store and of this host's network.
+    """Derive the configuration from the snapshot.
 
     `here` contains this host's registered addresses that its interfaces have, or had since the agent started.
     """
@@ -120,7 +120,7 @@ def derive(snapshot: Snapshot, here: Collection[str]) -> Config:
 
 
 def _router_id(host: str) -> str:
-    """Return a router ID for a host without an IPv4 address: an unassigned address (class E), derived from its name."""
+    """Return a router ID for a host without an IPv4 address: a class E address, computed from the host's name."""
     number = int.from_bytes(hashlib.sha256(host.encode()).digest()[:4], "big") | 0xF0000000
     return unpack(number.to_bytes(4, "big"))
 
@@ -143,12 +143,13 @@ def _family(snapshot: Snapshot, version: int, here: Collection[str]) -> Family:
 
 
 def _neighbours(snapshot: Snapshot, version: int) -> Iterable[Neighbour]:
-    """Return the peers of an IP version, without this host's own addresses.
+    """Return the peers of an IP version, in ascending order of their addresses, without this host's own addresses.
 
-    Each address occurs once, since BIRD would keep only one of several sessions to an address up. If an address is
-    configured several times, a host of the mesh takes precedence, then a peer of this host, then a global peer.
+    If an address is configured several times, a host of the mesh takes precedence, then a peer of this host, then a
+    global peer.
     """
     topology = snapshot.topology
+    # by address: of several sessions to an address, BIRD would keep only one up
     found: dict[str, Neighbour] = {}
     if topology.mesh:
         for host in sorted(topology.hosts()):
@@ -187,10 +188,7 @@ def text(config: Config, passwords: Passwords, directory: Path) -> str:
 
 
 def quoted(value: str) -> str:
-    """Return a text as a string literal of BIRD's language.
-
-    BIRD's string literals have no escapes, so CalicoError is raised if the text would need one.
-    """
+    """Return a text as a string literal of BIRD's language. Raise CalicoError if the text would need an escape."""
     if '"' in value or not value.isprintable():
         raise CalicoError("a text with a quotation mark or a control character cannot be told to BIRD")
     return f'"{value}"'

@@ -1,14 +1,14 @@
 """The BIRD process of this host: checks whether BIRD may run here, starts, configures and ends it, and cleans up.
 
 The folder /run/calico/HOST/bird contains BIRD's configuration, control socket and log. It belongs to root and is
-sticky, so BIRD, which runs as the user `bird`, can replace only its own files. BIRD outlives the agent. A file beside
-the folder identifies the boot and the network namespace in which BIRD ran last.
+sticky, so BIRD, which runs as the user `bird`, can replace only its own files. A file beside the folder identifies the
+boot and the network namespace in which BIRD last ran.
 
-A BIRD that an agent has started is called ours (see processes.py), even if its folder has the name of another host:
-since only one agent runs in a network namespace, this host had the other name before it was renamed.
+A BIRD that an agent has started is ours (see processes.py), even if its folder is that of another host name: only one
+agent runs in a network namespace, so this host had that name before. Any other BIRD is foreign.
 
-BIRD treats all routes with its protocol number as its own, and deletes those that it does not know. So the agent does
-not start BIRD while a foreign BIRD (one that is not ours) runs, or while routes of a foreign BIRD exist.
+BIRD deletes routes with its protocol number that it does not know. So the agent does not start BIRD while a foreign
+BIRD runs, or while routes of a foreign BIRD exist.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ from calicoctl.workloads.locks import DIRECTORY
 PORT = 179
 
 START_PATIENCE = 10.0
-"""Seconds to wait, after BIRD's start, until it answers on its control socket. Before the start, BIRD may take as long
-to check its configuration."""
+"""Seconds to wait, after BIRD's start, until it answers on its control socket; also the limit for the check of its
+configuration before the start.
+"""
 
 END_PATIENCE = 5.0
 """Seconds to wait for BIRD's end after SIGTERM. Then SIGKILL is sent."""
@@ -46,7 +47,7 @@ _LISTENING = "0A"
 
 
 class Instance:
-    """The BIRD that the agent of `host` runs. Most methods may raise CalicoError or OSError."""
+    """The BIRD of the agent of `host`. Most methods may raise CalicoError or OSError."""
 
     def __init__(self, host: str) -> None:
         self._host = host
@@ -68,7 +69,7 @@ class Instance:
         )
 
     def pid(self) -> int | None:
-        """Return BIRD's process ID; None if it does not run, or if the pid file does not name it: see `find`."""
+        """Return the process ID of the BIRD of `host`, or None if the pid file names no running BIRD."""
         return self.process.pid()
 
     def ran_here(self) -> bool:
@@ -76,7 +77,7 @@ class Instance:
         return self._host in _hosts_that_ran()
 
     def is_here(self) -> bool:
-        """Return whether the BIRD of `host` runs in this network namespace, or has run there in this boot."""
+        """Return whether the BIRD of `host` runs in this network namespace, or has run in it in this boot."""
         return self._host in _hosts_here()
 
     def control(self) -> Path:
@@ -88,10 +89,11 @@ class Instance:
         """Start BIRD with the configuration `text` or, if it is None, with that of BIRD's last run in this boot.
 
         If BIRD may run here, the BIRDs of this host's former names are removed first. Returns whether BIRD recovers
-        from a crash (graceful restart): then its peers keep its routes until it has announced them again. If BIRD
-        refuses `text`, it is started with the configuration of its last run in this boot, and Refused is raised once
-        it runs. If there is no such configuration, Refused is raised at once; if `text` is None, NotReady is raised
-        instead. Raises CalicoError if BIRD may not run here or does not start.
+        from a crash (graceful restart).
+
+        If BIRD refuses `text`, it is started with the configuration of its last run in this boot, and then Refused is
+        raised. Without such a configuration, Refused is raised and BIRD is not started; if `text` is None, NotReady is
+        raised instead. Raises CalicoError if BIRD may not run here or does not start.
         """
         ran = self.ran_here()
         program = refuse_missing()
@@ -115,15 +117,15 @@ class Instance:
         return crashed
 
     def find(self) -> int | None:
-        """Return the process ID of the BIRD of `host`, None if it does not run.
+        """Return the process ID of the BIRD of `host`, or None if it does not run.
 
-        The process is found even if the pid file is missing or outdated, which may happen if the agent is killed.
+        Unlike `pid`, this also finds a BIRD with a missing or outdated pid file.
         """
         pid = self.pid()
         return pid if pid is not None else next((pid for pid, host in birds().items() if host == self._host), None)
 
     def recognise(self) -> bool:
-        """Return whether the BIRD of `host` runs. If it does, write the pid file if that is missing or outdated."""
+        """Return whether the BIRD of `host` runs. If it does, correct the pid file."""
         pid = self.find()
         if pid is None:
             return False
@@ -138,10 +140,7 @@ class Instance:
             files.replace(self._ran, _place().encode(), 0o600).close()
 
     def _former(self) -> list[Instance]:
-        """Return an Instance for each former name of this host.
-
-        Former names are other host names whose BIRD runs here, or has run here in this boot.
-        """
+        """Return an Instance for each other host name whose BIRD runs here, or has run here in this boot."""
         return [Instance(host) for host in sorted(_hosts_here() - {self._host})]
 
     def _command(self, program: str, recover: bool) -> list[str]:
@@ -177,10 +176,7 @@ class Instance:
             return None
 
     def configure(self, text: str) -> None:
-        """Have the running BIRD use a configuration.
-
-        If BIRD refuses it, Refused is raised, and BIRD keeps the previous configuration.
-        """
+        """Have the running BIRD use a configuration. Raise Refused if BIRD refuses it and keeps the previous one."""
         new = self._write(text)
         with bird.control(self._control, may_change=True) as control:
             control.check(new)
@@ -193,12 +189,12 @@ class Instance:
             return control.sessions()
 
     def wake(self) -> None:
-        """Have BIRD process its pending work: see wakeups.py. Raises CalicoError."""
+        """Have BIRD process its pending work: see wakeups.py."""
         with bird.control(self._control, may_change=True):
             pass
 
     def rescan(self) -> None:
-        """Have BIRD read the kernel's routes, and set its own routes that are missing there. Raises CalicoError."""
+        """Have BIRD read the kernel's routes, and add its own routes that are missing in the kernel."""
         with bird.control(self._control, may_change=True) as control:
             control.rescan()
 
@@ -212,12 +208,13 @@ class Instance:
     # The port of BGP, and foreign BIRDs
 
     def holds_port(self) -> bool:
-        """Return whether BIRD listens on the port of BGP: it does while at least one session is configured."""
+        """Return whether BIRD listens on the port of BGP, as it does while at least one session is configured."""
         pid = self.pid()
         return pid is not None and bool(_listeners() & proc.sockets(pid))
 
     def refuse_foreign(self) -> None:
-        """Raise CalicoError if a foreign BIRD runs, another process listens on the port, or foreign routes exist.
+        """Raise CalicoError if a foreign BIRD runs, another process listens on the port of BGP, or foreign routes
+        exist.
 
         Routes with BIRD's protocol number are foreign if no BIRD of ours runs here or has run here in this boot.
         """
@@ -246,10 +243,10 @@ class Instance:
     # Ending BIRD
 
     def remove(self, warn: Callable[[str], None]) -> bool:
-        """End BIRD, so that its peers withdraw its routes; then delete its routes in the kernel, and its files.
+        """End BIRD, then delete its routes in the kernel, and its files. Do the same for this host's former names.
 
-        Do the same for this host's former names. If a foreign BIRD runs here, no routes are deleted, and `warn` is
-        called with a sentence that says so. Returns whether a BIRD of ours has run here in this boot.
+        If a foreign BIRD runs here, no routes are deleted, and `warn` is called with a sentence that says so. Returns
+        whether a BIRD of ours was running, or had run here in this boot.
         """
         removed = [one._remove(warn) for one in (*self._former(), self)]
         return any(removed)
@@ -286,9 +283,9 @@ class NotReady(CalicoError):
 
 
 def refuse_missing() -> str:
-    """Return the path of BIRD's program. Raises CalicoError if the program is missing, or not of version 2.
+    """Return the path of BIRD's program. Raise CalicoError if the program is missing, or not of version 2.
 
-    Also raises CalicoError if BIRD's user or group is missing.
+    Also raise CalicoError if BIRD's user or group is missing.
     """
     program = shutil.which("bird")
     if program is None:
@@ -307,7 +304,7 @@ def refuse_missing() -> str:
 
 
 def _ids() -> tuple[int, int]:
-    """Return BIRD's user ID and group ID. Raises CalicoError if there is no such user or group."""
+    """Return BIRD's user ID and group ID. Raise CalicoError if there is no such user or group."""
     import grp
     import pwd
 
@@ -329,12 +326,12 @@ def _end(pid: int) -> None:
 
 
 def _foreign_bird() -> int | None:
-    """Return the process ID of a foreign BIRD in this network namespace, None if there is none."""
+    """Return the process ID of a foreign BIRD in this network namespace, or None."""
     return next((pid for pid, host in birds().items() if not host), None)
 
 
 def _hosts_here() -> set[str]:
-    """Return the hosts whose BIRD runs in this network namespace, or has run there in this boot."""
+    """Return the hosts whose BIRD runs in this network namespace, or has run in it in this boot."""
     return ({*birds().values()} | _hosts_that_ran()) - {""}
 
 
@@ -375,7 +372,7 @@ def _routes() -> list[tuple[int, netlink.Route]]:
 
 
 def _delete(family: int, route: netlink.Route) -> None:
-    """Delete a route. It is no error if the route no longer exists."""
+    """Delete a route. Do nothing if the route no longer exists."""
     import socket
     import struct
 

@@ -1,9 +1,9 @@
 """BGP: runs BIRD, which announces this host's routes to other hosts, and learns their routes.
 
 The manager derives BIRD's configuration from the snapshot, and passes it to a thread. The thread starts, supervises and
-configures BIRD, and polls its sessions, so the agent's loop never waits for BIRD. The thread reports to the manager by
-events. If BIRD already runs, the thread adopts it. If BIRD has crashed while the store cannot be read, the thread
-starts it again with its last configuration.
+configures BIRD, polls its sessions, and reports to the manager by events, so the agent's loop never waits for BIRD. If
+BIRD already runs, the thread adopts it. If BIRD crashes while the store cannot be read, the thread restarts it with its
+last configuration.
 """
 
 from __future__ import annotations
@@ -59,14 +59,15 @@ BESIDE_POLL = 10.0
 """The minimum number of seconds between two searches for a foreign BIRD beside ours."""
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 30.0
-"""The first and the maximum pause in seconds until BIRD is started again, if it has ended within SHORT_LIFE after its
-start. The pause is doubled each time. After a failed start, the pause is LONGEST_PAUSE at most."""
+"""The first and the maximum pause in seconds until BIRD is restarted after it has ended within SHORT_LIFE, or has not
+become ready. The pause is doubled each time. After other failures, it is the maximum.
+"""
 
 SHORT_LIFE = 10.0
-"""If BIRD has run for more than this many seconds when it ends, it is started again at once."""
+"""If BIRD has run for more than this many seconds when it ends, it is restarted at once."""
 
 SETTLING = 10.0
-"""The maximum time in seconds for which the agent's start waits for BIRD."""
+"""The maximum number of seconds for which the agent's start waits for BIRD."""
 
 
 class BgpManager(Manager):
@@ -79,13 +80,14 @@ class BgpManager(Manager):
         self._dirty = True
         self._config: Config | None = None
         self._split: dict[str, str] = {}
-        """By CIDR of a block that is not announced as a whole: a description of what the block overlaps."""
+        """CIDR of a block that is not announced as a whole -> a description of what the block overlaps."""
         self._settled_by: float | None = None
         """Until when the agent's start waits for BIRD (monotonic); None before the first `apply`."""
         self._settled = False
         self._here: set[str] = set()
         """This host's registered addresses that its interfaces have, or had since the agent's start: if an address is
-        absent for a short time, its sessions must not be reset."""
+        absent for a short time, its sessions must not be reset.
+        """
 
     def on_event(self, event: Any) -> None:
         if isinstance(event, Dirty):
@@ -107,9 +109,8 @@ class BgpManager(Manager):
 
     @property
     def is_settled(self) -> bool:
-        """Whether the agent's start can go on: BIRD is settled (see BgpChanged), or SETTLING is over.
-
-        SETTLING begins at the first `apply`.
+        """Whether the agent's start need not wait for BIRD any more: BIRD is settled (see BgpChanged), or SETTLING is
+        over.
         """
         late = self._settled_by is not None and time.monotonic() > self._settled_by
         return self._settled or late
@@ -146,14 +147,14 @@ class BgpManager(Manager):
 
 @dataclass
 class _Beside:
-    """What is known about a foreign BIRD beside ours. `error` is a sentence about it; None if none runs."""
+    """The search for a foreign BIRD beside ours. `error` is a sentence about it; None if none runs."""
 
     error: str | None = None
     look_at: float = 0.0
-    """When to look for a foreign BIRD next (monotonic)."""
+    """When to search next (monotonic)."""
 
     def look(self, instance: Instance) -> None:
-        """Look for a foreign BIRD, if that is due, and update `error`."""
+        """Search for a foreign BIRD, if that is due, and update `error`."""
         began = time.monotonic()
         if began >= self.look_at:
             try:
@@ -165,11 +166,7 @@ class _Beside:
 
 
 class BgpThread(threading.Thread):
-    """Runs BIRD with the latest configuration passed to `want`. Emits BgpChanged and Failure.
-
-    It has more attributes than other classes because all are the state of one process: what is wanted, what BIRD uses,
-    and when to do what next.
-    """
+    """Runs BIRD with the latest configuration passed to `want`. Emits BgpChanged and Failure."""
 
     def __init__(self, instance: Instance, enabled: bool, put: Callable[[Any], None]) -> None:
         """`put` is called with events.
@@ -186,7 +183,7 @@ class BgpThread(threading.Thread):
         """The configuration and the passwords that were last rendered, and the resulting text."""
         self._beside = _Beside()
         self._failures: dict[str, str | None] = {}
-        """By subject: the reason of the last Failure that was emitted; None if the failure has ended."""
+        """Subject -> the reason of the last Failure that was emitted; None if the failure has ended."""
         self._wakeups = Wakeups()
         self._rescans = Rescans()
         self._signatures = Signatures()
@@ -196,17 +193,17 @@ class BgpThread(threading.Thread):
         self._refused: str | None = None
         """The text of the configuration that BIRD has refused; None if BIRD has accepted the last one."""
         self._began: float | None = None
-        """When BIRD was started (monotonic). For an adopted BIRD: SHORT_LIFE before its adoption. None if none has run
-        yet."""
+        """When BIRD was started (monotonic). For an adopted BIRD: SHORT_LIFE before its adoption. None before both."""
         self._start_at = self._poll_at = 0.0
         """When to start BIRD next, and when to poll its sessions next (monotonic)."""
         self._not_running: str | None = None
-        """Why BIRD does not run until `_start_at`; None if only its configuration is not known yet.
-
-        Not updated while BIRD runs."""
+        """Why BIRD does not run until `_start_at`; None if only its configuration is unknown. Not updated while BIRD
+        runs.
+        """
         self._tried: str | None = None
-        """The text of the configuration with which the last start of BIRD was attempted, None if it was not known. With
-        another text, the next attempt is made at once."""
+        """The text of the configuration with which the last start of BIRD was attempted, None if it was unknown. With
+        another text, the next attempt is made at once.
+        """
         self._pause = FIRST_PAUSE
 
     def start_once(self) -> None:
@@ -219,7 +216,7 @@ class BgpThread(threading.Thread):
         self._wakeups.request()
 
     def rescan(self) -> None:
-        """Have BIRD compare the kernel's routes with its own soon. Does not wait for the thread."""
+        """Request a rescan (rescans.py). Does not wait for the thread."""
         if self._rescans.request():
             self._wakeups.request()
 
@@ -259,8 +256,8 @@ class BgpThread(threading.Thread):
     def _wait(self, failed: bool) -> None:
         """Wait until BIRD ends, its log changes, `want` or `rescan` is called, or the next action is due.
 
-        If BIRD runs, and the last round has failed, actions that are overdue are tried again only after SHORT_POLL.
-        If the log has changed, wake BIRD, and schedule a poll of its sessions.
+        After a failed round, wait for at least SHORT_POLL if BIRD runs. If the log has changed, wake BIRD, and schedule
+        a poll of its sessions.
         """
         now, pid = time.monotonic(), self._state.pid
         due = now + PASSWORDS_POLL
@@ -281,8 +278,7 @@ class BgpThread(threading.Thread):
     def round(self, wanted: Config | None) -> None:
         """Start, configure and poll BIRD, and have it rescan: each of these only if it is due.
 
-        If the folder of a running BIRD is gone, BIRD is ended, and started again. May raise any exception, for example
-        if BIRD is suspended or a foreign BIRD runs. The next call tries again.
+        May raise any exception, for example if BIRD is suspended or a foreign BIRD runs. The next call tries again.
         """
         text = self._text(wanted)
         self._follow_process(self._instance.pid())

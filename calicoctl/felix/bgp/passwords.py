@@ -4,9 +4,8 @@ A line is `PEER PASSWORD`, with the address of a peer, or `mesh PASSWORD`, for a
 peer takes precedence. The password is the rest of the line, and may contain spaces. Empty lines, and lines that begin
 with `#`, are ignored.
 
-If one line is invalid, the whole file is refused: a session without its password would be unprotected, or would not
-come up. Until the file is valid again, the passwords of its last valid version stay in use. Error messages never quote
-a line.
+If one line is invalid, the whole file is refused, and the passwords of its last valid version stay in use. Error
+messages never quote a line.
 """
 
 from __future__ import annotations
@@ -41,17 +40,18 @@ class Passwords:
     """The passwords of the last valid version of the file, and what is wrong with the current version."""
 
     peers: Mapping[str, str] = field(default_factory=dict, repr=False)
-    """By address of the peer, in canonical form."""
+    """Address of a peer (canonical) -> password."""
     mesh: str | None = field(default=None, repr=False)
     problem: str | None = None
     """A sentence that says why the current file is refused, and what to do; None for a valid or missing file."""
     known: bool = True
-    """False if the file is refused and no earlier version was valid: then the passwords of sessions are unknown."""
+    """False if the file is refused and no earlier version was valid. Then the passwords of sessions are unknown."""
     stamp: _Stamp | None = None
     """Identifies the version of the file; None if the file is missing, or could not be read."""
 
     def of(self, peer: str, in_mesh: bool) -> str | None:
-        """Return the password of the session with a peer (its canonical address), None if the session has no password.
+        """Return the password of the session with a peer (its canonical address), or None if the session has no
+        password.
 
         `in_mesh` says whether the peer is a host of the full mesh.
         """
@@ -61,8 +61,8 @@ class Passwords:
 def read(path: Path = PATH, before: Passwords | None = None) -> Passwords:
     """Return the passwords in a file. `before` is the previous result, None in the first call.
 
-    If the file has not changed, this costs one stat(2), and returns `before` itself. A missing file contains no
-    passwords. No exception is raised for an invalid file: see Passwords.problem.
+    If the file has not changed, return `before`. A missing file contains no passwords. An invalid file raises no
+    exception: see Passwords.problem.
     """
     try:
         found = os.stat(path)
@@ -118,7 +118,7 @@ def _check(path: Path, found: os.stat_result) -> None:
 
 
 def parse(content: bytes, name: str) -> Passwords:
-    """Return the passwords in a file's content. Errors name the file as `name`, and do not quote its content.
+    """Return the passwords in a file's content. Errors contain the file's name `name`, but none of its content.
 
     Raises CalicoError for the first invalid line.
     """
@@ -152,9 +152,9 @@ def _peer(word: bytes, where: str) -> str:
 
 
 def _password(word: bytes, where: str) -> str:
-    """Decode a password. Raises CalicoError if BIRD's language cannot quote it, or if it is too long for TCP.
+    """Decode a password. Raise CalicoError if BIRD's language cannot quote it, or if it is too long for TCP.
 
-    BIRD's string literals have no escapes. Source: the state STRING in BIRD's conf/cf-lex.l.
+    Source: the state STRING in BIRD's conf/cf-lex.l.
     """
     try:
         text = word.decode()

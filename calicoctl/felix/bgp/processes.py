@@ -1,8 +1,8 @@
-"""Finds the BIRD processes of this network namespace, and says which of them an agent has started. Ends none.
+"""Finds the BIRD processes of this network namespace, and determines which of them an agent has started.
 
 Every user can start a process with the name `bird` and with any arguments. So a process counts as a BIRD only if it has
-the right to change the routes of this network namespace. A BIRD is called ours only if it also runs as root or as the
-user `bird`, and if its arguments name the folder of a host, and this folder exists and belongs to root.
+the right to change the routes of this network namespace. A BIRD is ours only if it also runs as root or as the user
+`bird`, and if its arguments name the folder of a host that exists and belongs to root. Any other BIRD is foreign.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from calicoctl.workloads.locks import DIRECTORY
 USER = "bird"
 
 ROOT = 0
-"""The user ID of root, and the owner of a host's folder below /run/calico."""
+"""The user ID of root, who owns a host's folder below /run/calico."""
 
 _PROGRAMS = ("bird", "bird6")
 _CAP_NET_ADMIN = 12
@@ -44,10 +44,11 @@ def birds() -> dict[int, str]:
 def is_bird(process: Path) -> bool:
     """Return whether a process is a BIRD that may change routes here. Raises OSError, ValueError.
 
-    `process` is the directory /proc/PID. Through a link, every user can start a setuid program, such as su, under the
-    name `bird`, and its process has all capabilities. So the program's file must have BIRD's name as well, and must not
-    be setuid. If the package is upgraded while BIRD runs, the target of /proc/PID/exe is still a file of that name.
+    `process` is the directory /proc/PID.
     """
+    # through a link, every user can start a setuid program, such as su, under the name `bird`, and its process has all
+    # capabilities; so the program's file must have BIRD's name as well, and must not be setuid. If the package is
+    # upgraded while BIRD runs, the target of /proc/PID/exe is still a file of that name
     return (
         (process / "comm").read_text().strip() in _PROGRAMS
         and (process / "exe").readlink().name.startswith(_PROGRAMS)
@@ -62,7 +63,7 @@ def is_bird(process: Path) -> bool:
 def host_of(arguments: list[str]) -> str:
     """Return the host whose agent starts BIRD with these arguments.
 
-    Return "" if no agent does, or if the host has no folder here that belongs to root.
+    Return "" if there is no such host, or if it has no folder here that belongs to root.
     """
     for option, path in zip(arguments, arguments[1:]):
         match = re.fullmatch(f"{re.escape(str(DIRECTORY))}/([^/]+)/bird/conf", path)
@@ -74,7 +75,7 @@ def host_of(arguments: list[str]) -> str:
 
 
 def _users() -> set[str]:
-    """Return the IDs, as decimal text, of the users that BIRD may run as: root and, if it exists, the user `bird`."""
+    """Return the IDs (decimal text) of the users that BIRD may run as: root and, if it exists, the user `bird`."""
     users = {str(ROOT)}
     with suppress(KeyError):
         users.add(str(pwd.getpwnam(USER).pw_uid))
@@ -82,12 +83,12 @@ def _users() -> set[str]:
 
 
 def _is_in_our(process: Path, kind: str) -> bool:
-    """Return whether a process is in the same namespace as this one. `kind` is "net" or "user"."""
+    """Return whether a process is in the same namespace as this process. `kind` is "net" or "user"."""
     return (process / "ns" / kind).stat().st_ino == os.stat(f"/proc/self/ns/{kind}").st_ino
 
 
 def _status(process: Path, field: str) -> list[str]:
-    """Return the words of a field of /proc/PID/status. Raises OSError or, if there is no such field, ValueError."""
+    """Return the words of a field of /proc/PID/status. Raise OSError or, if there is no such field, ValueError."""
     for line in (process / "status").read_text(errors="replace").splitlines():
         name, _, value = line.partition(":")
         if name == field:

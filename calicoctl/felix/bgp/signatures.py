@@ -1,7 +1,7 @@
 """Detects packets that the kernel drops because of their TCP MD5 signature: a password is wrong, or one end has none.
 
-BIRD is not notified of them: if the two ends have different passwords, the session just stays down. The kernel counts
-these packets for the whole network namespace, and not by sender. So they only raise a suspicion about a session.
+BIRD is not notified of them. The kernel counts them for the whole network namespace, and not by sender, so they only
+raise a suspicion about a session that is down.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ RECENT = 60.0
 """Seconds for which dropped packets raise a suspicion. A peer that cannot connect tries again within 30 s."""
 
 _UNSIGNED, _SIGNED, _WRONG = "TCPMD5NotFound", "TCPMD5Unexpected", "TCPMD5Failure"
-"""Counters of dropped packets: signature missing; signature present but not expected; signature wrong.
-Source: net/ipv4/proc.c in Linux."""
+"""Counters of dropped packets: signature missing; signature present but not expected; signature wrong. Source:
+net/ipv4/proc.c in Linux.
+"""
 
 
 class Signatures:
-    """Knows which kinds of packets were dropped recently because of their signature."""
+    """Records which kinds of packets were dropped recently because of their signature."""
 
     def __init__(
         self, read: Callable[[], str] = NETSTAT.read_text, clock: Callable[[], float] = time.monotonic
@@ -32,7 +33,7 @@ class Signatures:
         self._clock = clock
         self._before: Mapping[str, int] = {}
         self._grew: dict[str, float] = {}
-        """By counter: when `update` last found that it had increased."""
+        """Counter -> when `update` last found that it had increased."""
 
     def update(self) -> None:
         """Compare the counters with those of the last call. Must be called every few seconds.
@@ -49,7 +50,7 @@ class Signatures:
         self._before = found
 
     def suspicion(self, has_password: bool) -> str | None:
-        """Return what may be wrong with the password of a session that is down; None if there is no such suspicion.
+        """Return what may be wrong with the password of a session that is down, or None.
 
         `has_password` says whether this host has a password for the session.
         """
@@ -66,9 +67,8 @@ class Signatures:
 def counters(text: str) -> dict[str, int]:
     """Return the counters of dropped packets, by name, in the text of /proc/net/netstat.
 
-    Raises ValueError if the text has no valid group TcpExt.
-
-    Each group of counters consists of two lines that begin with the group's name: the counters' names, then the values.
+    Raises ValueError if the text has no valid group TcpExt. A group consists of two lines that begin with the group's
+    name: the counters' names, then the values.
     """
     lines = [line.split() for line in text.splitlines()]
     for names, values in zip(lines, lines[1:]):

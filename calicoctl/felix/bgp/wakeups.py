@@ -1,11 +1,10 @@
 """Lets the thread that runs BIRD wait for three events: BIRD ends, the agent requests something, or BIRD's log changes.
 
-BIRD writes to its log when the state of a session changes. Watching the log is faster and cheaper than polling BIRD.
+BIRD logs each change of a session's state, so the thread need not poll BIRD often.
 
 After a change of the log, the thread must wake BIRD by connecting to its control socket. BIRD's main loop (version
 2.0.12, sysdep/unix/io.c) checks for pending work before it runs timers and long tasks. Work that these add, such as
-sending the routes to a new peer, would otherwise wait until data arrives on one of BIRD's sockets, for up to three
-seconds.
+sending the routes to a new peer, would otherwise wait for up to three seconds.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ _IN_MODIFY = 0x2
 class Wakeups:
     """Waits for BIRD's end, for requests, and for changes of BIRD's log.
 
-    Changes of the log are noticed only if the limit of inotify(7) instances permits it.
+    If the limit of inotify(7) instances is reached, changes of the log are not noticed.
     """
 
     def __init__(self) -> None:
