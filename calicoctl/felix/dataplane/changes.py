@@ -1,6 +1,6 @@
 """Collects related changes to our nftables tables, and renders them as the commands of one transaction.
 
-ruleset.py and host_rules.py decide what changes.
+ruleset.py and host_rules.py determine the changes.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Callable
 from calicoctl.policy.rules import LONGEST_NEW_NAME
 
 _SAFE = re.compile(rf"[A-Za-z0-9_.-]{{1,{LONGEST_NEW_NAME}}}", re.ASCII)
-"""Matches the names that become part of names of chains and sets unchanged.
-
-All names that are allowed for new profiles and tags match."""
+"""Matches the names that become part of names of chains and sets unchanged, such as all names of new profiles and
+tags.
+"""
 
 _PROFILE_CHAINS = ("inbound/", "outbound/")
 
@@ -24,9 +24,7 @@ _PROFILE_CHAINS = ("inbound/", "outbound/")
 class Change:
     """Collects the changes of one transaction, and renders their commands in an order that nftables accepts.
 
-    Unused chains and sets are deleted last, after everything that referred to them; elements of maps are deleted before
-    they are added with another value. If a change adds an element or a set and then removes it again, or removes it and
-    then adds it again, no command is rendered.
+    Changes that cancel each other are not rendered.
     """
 
     def __init__(
@@ -35,12 +33,11 @@ class Change:
         chains: dict[str, tuple[str, ...]],
         base_chains: Mapping[str, str],
     ) -> None:
-        """`elements` and `chains` are the contents of the tables; the methods update them in place.
+        """`elements` and `chains` are the contents of the tables. The methods update them in place.
 
         `elements` maps a set or map, as (family, name), to its elements with their reference counts. `chains` maps the
-        names of chains to their rules.
-
-        `base_chains` maps the names of base chains to their definitions (type, hook, priority).
+        names of chains to their rules. `base_chains` maps the names of base chains to their definitions (type, hook,
+        priority).
         """
         self._elements = elements
         self._chains = chains
@@ -54,7 +51,7 @@ class Change:
     def add(self, where: tuple[str, str], element: str) -> None:
         """Add an element to the set or map `where`, a tuple (family, name).
 
-        Elements are counted: an element that is added several times stays until it has been removed as many times.
+        Elements are counted: an element that was added several times stays until it has been removed as many times.
         """
         self._elements[where][element] += 1
         if self._elements[where][element] > 1:
@@ -99,7 +96,7 @@ class Change:
         self._elements.pop(where, None)
 
     def set_chain(self, name: str, rules: tuple[str, ...] | None) -> None:
-        """Set the rules of a chain; None deletes it."""
+        """Set the rules of a chain; None deletes the chain."""
         self._old_chains.setdefault(name, self._chains.get(name))
         if rules is None:
             self._chains.pop(name, None)
@@ -107,6 +104,7 @@ class Change:
             self._chains[name] = rules
 
     def commands(self) -> str:
+        # unused chains and sets are deleted last, after all that referred to them
         lines = []
         changed = {name for name, old in self._old_chains.items() if old != self._chains.get(name)}
         for name, type in self._created.items():
@@ -139,8 +137,9 @@ class Change:
 
 
 def spelled(name: str) -> str:
-    """Return a name as it is used in names of chains and sets: unchanged or, if it may be invalid there, as a digest.
+    """Return the form of a name that is used in names of chains and sets: the name itself or, if it may be invalid, a
+    digest.
 
-    The digest begins with a slash, which unchanged names never contain, so a digest never equals another name.
+    A digest begins with a slash, which no name that is used unchanged contains.
     """
     return name if _SAFE.fullmatch(name) else "/" + hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:32]

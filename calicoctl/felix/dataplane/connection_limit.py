@@ -1,10 +1,11 @@
-"""Limits how many tracked connections each endpoint may have started: no endpoint alone may fill connection tracking.
+"""Limits how many tracked connections each endpoint may have started, so that none fills connection tracking alone.
 
-The kernel counts the connections, in a table that is not reloaded with our other tables, since a reload would reset the
-counts. It counts the connections that an endpoint starts and policy accepts, whatever their destination. To count a
-connection, the kernel looks up all others in the same list. So each endpoint has many short lists; the connection's
-destination address and ports determine its list. If a list is full, the endpoint's new connections are dropped for 50
-ms, without counting.
+The kernel counts the connections that an endpoint starts and policy accepts, whatever their destination. The counts are
+in a table of their own, since a reload of our other tables would reset them.
+
+To count a connection, the kernel looks up all others in the same list. So each endpoint has many short lists, and a
+hash of the connection's destination address and ports selects the list. Connections of protocols other than _PROTOCOLS
+share one list per endpoint. If a list is full, the endpoint's new connections are dropped for 50 ms, without counting.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ log = logging.getLogger("calico.felix")
 TABLE = "calico-connections"
 
 LIST = 256
-"""The maximum number of connections in a list. The setting determines the number of lists, but not this limit, since an
-element of the set `lists` keeps the limit that it was created with."""
+"""The maximum number of connections in a list. It does not depend on the setting, since an element of the set `lists`
+keeps the limit with which it was created. The setting determines the number of lists.
+"""
 
 _PROTOCOLS = "{ icmp, tcp, udp, dccp, ipv6-icmp, sctp, udplite }"
 """The protocols whose headers begin with 32 bits that differ between connections of the same two addresses."""
@@ -56,14 +58,15 @@ add rule inet TABLE forward iifname "PREFIX*" ct status & confirmed == 0 goto co
 add rule inet TABLE to-host iifname "PREFIX*" ct status & confirmed == 0 goto count
 """
 """The commands, with placeholders that `commands` replaces. The base chains are evaluated after those of policy, which
-have priorities up to filter - 10. A connection that is not confirmed is a new one."""
+have priorities up to filter - 10. A connection that is not confirmed is a new one.
+"""
 
 REMOVE = f"add table inet {TABLE}\ndelete table inet {TABLE}\n"
 """The commands that delete the table, whether it exists or not."""
 
 
 def commands(largest: int) -> str:
-    """Return the commands that create the table or, if it exists, change its rules and keep the counts.
+    """Return the commands that create the table or, if it exists, change its rules. The counts do not change.
 
     `largest` is the maximum number of connections of an endpoint, LIST or more.
     """
@@ -73,13 +76,13 @@ def commands(largest: int) -> str:
 
 
 class ConnectionLimit(Manager):
-    """Keeps the table in line with the setting MaxConnections, and reports endpoints that have reached the limit."""
+    """Applies the setting MaxConnections to the table, and reports endpoints that have reached the limit."""
 
     def __init__(self, context: Context, nft: Nft) -> None:
         self._context = context
         self._nft = nft
         self._loaded: int | None = None
-        """The limit in the table; None if the table is to be loaded."""
+        """The limit in the table; None if the table must be loaded."""
         self._due = False
         self._refusals = 0
         """The value of the table's counter `refusals` when it was last read."""
@@ -101,7 +104,7 @@ class ConnectionLimit(Manager):
     def apply(self) -> None:
         """Load the table if necessary. After a Tick, also report the endpoints that have reached the limit.
 
-        If the kernel refuses the table, policy applies without this limit, and the table is loaded at the next Tick.
+        If the kernel refuses the table, a failure is reported, and the table is loaded again at the next Tick.
         """
         if self._loaded is None and (self._due or "connection limit" not in self._context.health.failures):
             self._load()

@@ -1,11 +1,11 @@
-"""The driver of the kernel's connection tracking: lists entries of the table, and deletes them. Evaluates no policy.
+"""The driver of the kernel's connection tracking: lists entries of the table, and deletes them.
 
 An entry is described by the connection's first packet as the forward hook saw it: with the original source, and the
 destination after any destination NAT. After the deletion of an entry, the rules evaluate the connection's next packet
 like that of a new connection. Our tables drop TCP packets that belong to no connection and start none.
 
-The netlink messages are composed and parsed here, since pyroute2 takes a hundred times longer to list and to delete
-entries. A host may have hundreds of thousands of entries, so they are listed in a thread.
+Netlink messages are built and parsed here, since pyroute2 takes a hundred times longer. A host may have hundreds of
+thousands of entries, so a thread lists them.
 
 Source: the kernel's uapi/linux/netfilter/nfnetlink_conntrack.h.
 """
@@ -40,7 +40,7 @@ _NUMBER, _SOURCE_PORT = 1, 2
 _ICMP_TYPE, _ICMP_CODE, _ICMPV6_TYPE, _ICMPV6_CODE = 5, 6, 8, 9
 
 _BATCH = 64
-"""The number of deletions that are sent at once: the answers to all of them must fit into a socket's buffer."""
+"""The number of deletions that are sent at once. The answers to all of them must fit into a socket's buffer."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,10 @@ class Connection:
 
 @dataclass
 class Listing:
-    """The connections from or to some addresses; if they could not be listed, `error` says why.
+    """The connections from or to some addresses. If they could not be listed, `error` says why.
 
-    `host_addresses` are this host's own addresses, empty if there are no connections. One listing may answer several
-    requests; `number` is the number of the last of them, 0 for a listing without a request.
+    `host_addresses` are this host's own addresses, empty if there are no connections. `number` is the number of the
+    last request that the listing answers, 0 for a listing without a request.
     """
 
     addresses: Collection[str]
@@ -81,7 +81,7 @@ class Conntrack(threading.Thread):
         self._count = 0
 
     def request(self, addresses: Collection[str]) -> int:
-        """Request a listing of the connections from or to these addresses; return the request's number.
+        """Request a listing of the connections from or to these addresses. Return the request's number.
 
         If `addresses` is empty, nothing is requested, and the number of the last request is returned.
         """
@@ -107,9 +107,9 @@ class Conntrack(threading.Thread):
             self._put(listing)
 
     def list(self, addresses: Collection[str]) -> Listing:
-        """Return the connections from or to these addresses; this blocks the calling thread.
+        """Return the connections from or to these addresses. Blocks the calling thread.
 
-        If they cannot be listed, no CalicoError is raised: the Listing's `error` says why.
+        If they cannot be listed, Listing.error says why.
         """
         try:
             found = _connections_of(addresses) if addresses and not _is_empty() else []
@@ -118,16 +118,16 @@ class Conntrack(threading.Thread):
             return Listing(addresses, [], (), str(error))
 
     def delete(self, connections: Sequence[Connection]) -> None:
-        """Delete the entries of these connections, ignoring those that have ended meanwhile.
+        """Delete the entries of these connections. Connections that have ended meanwhile are ignored.
 
-        If the kernel refuses to delete some of them, the others are deleted nevertheless; then CalicoError is raised.
-        CalicoError is raised at once if the socket fails. Deletions are sent in batches, since one at a time takes the
-        kernel a hundred times longer.
+        If the kernel refuses to delete some of them, the others are deleted, and then CalicoError is raised. If the
+        socket fails, CalicoError is raised at once.
         """
         failed: list[str] = []
         try:
             with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, netlink.NETLINK_NETFILTER) as kernel:
                 kernel.bind((0, 0))
+                # in batches: one deletion at a time takes the kernel a hundred times longer
                 for first in range(0, len(connections), _BATCH):
                     batch = connections[first : first + _BATCH]
                     kernel.send(b"".join(_deletion(connection, number) for number, connection in enumerate(batch)))
@@ -169,10 +169,9 @@ def _connections_of(addresses: Collection[str]) -> list[Connection]:
 
 
 def parse(message: bytes, addresses: Collection[bytes]) -> Connection | None:
-    """Parse the netlink attributes of an entry, `message`. Return None if they cannot be parsed.
+    """Parse the netlink attributes of an entry. Return None if they cannot be parsed.
 
-    Return None, too, if neither the connection's first packet nor its replies come from one of `addresses`, which are
-    packed, in network byte order.
+    Also return None if neither the connection's first packet nor its replies come from one of `addresses` (packed).
     """
     try:
         entry = netlink.attributes(message)
@@ -225,7 +224,7 @@ def _header(family: int) -> bytes:
 
 
 def _refusals(kernel: socket.socket) -> Iterator[tuple[int, int]]:
-    """Yield the sequence number and the errno of each message that the kernel has refused, without waiting for answers.
+    """Yield (sequence number, errno) for each message that the kernel has refused, without waiting for answers.
 
     The kernel puts its answers into the socket's buffer before send() returns.
     """

@@ -1,10 +1,9 @@
-"""Ends connections that policy denies; keeps an endpoint's new address pending until that address is verified.
+"""Ends connections that policy denies; keeps an endpoint's new address pending until its connections are verified.
 
-Packets of an established connection pass without evaluation of the rules (the established fast path), so a new rule
-alone would never apply to them. After a change of policy, the addresses that it affects are *unverified*. The tables
-then evaluate the rules for all packets in a connection's first direction (ruleset.py), the connections of these
-addresses are listed (conntrack.py, in a thread of its own), and those that policy denies now are deleted. When every
-address is verified, the fast path is restored.
+Packets of an established connection pass without evaluation of the rules (the established fast path). So after a change
+of policy, the addresses that it affects are *unverified*: until all addresses are verified, the tables evaluate the
+rules for all packets in a connection's first direction (ruleset.py). Meanwhile, the connections of the unverified
+addresses are listed (conntrack.py, in a thread of its own), and those that policy denies now are deleted.
 """
 
 from __future__ import annotations
@@ -41,16 +40,15 @@ class ConntrackManager(Manager):
         self._conntrack = conntrack
         self._pending = context.pending
         self._admitted: set[EndpointId] = set()
-        """Endpoints whose pending addresses have been verified: the next `defer_new_addresses` makes them dirty."""
+        """Endpoints whose pending addresses have been verified. The next `defer_new_addresses` makes them dirty."""
         self._affected: set[str] = set()
         """Unverified addresses for which no listing has been requested yet."""
         self._unverified: dict[str, int] = {}
-        """By unverified address: the number of the request whose listing must be verified; 0 before the request."""
+        """Unverified address -> the number of the request whose listing must be verified; 0 before the request."""
         self._failed: set[str] = set()
-        """Addresses whose connections are listed again at the next Tick.
-
-        They could not be listed or deleted, or the listing could not be verified, because the tables or the store could
-        not be used."""
+        """Addresses whose connections are listed again at the next Tick, since listing, verifying or deleting them
+        failed.
+        """
         self._listings: list[Listing] = []
 
     def on_event(self, event: Any) -> None:
@@ -64,10 +62,9 @@ class ConntrackManager(Manager):
     def defer_new_addresses(self, dirty: Dirty) -> None:
         """Make addresses that are new to their endpoint pending. Add endpoints with verified addresses to `dirty`.
 
-        Another endpoint may have had such an address before, and may have left connections: their packets would pass on
-        the fast path. If an endpoint is not in the tables yet, it is deferred as a whole: it is removed from `dirty`,
-        unless the tables are reloaded anyway. For other endpoints, everything but the new addresses is programmed.
-        Before the first update, nothing is deferred.
+        Another endpoint may have had such an address before, and its connections would pass on the fast path. An
+        endpoint that is not in the tables yet is removed from `dirty`, unless the tables are reloaded anyway. For other
+        endpoints, everything but the new addresses is programmed. Before the first update, nothing is made pending.
         """
         if not self._context.health.first_update:  # at the start, all connections are verified before any route is set
             return
@@ -84,9 +81,9 @@ class ConntrackManager(Manager):
         self._admitted.clear()
 
     def mark_unverified(self) -> None:
-        """Mark addresses as unverified if the PolicyManager's last `apply` may deny their open connections.
+        """Mark the addresses whose open connections the PolicyManager's last `apply` may deny as unverified.
 
-        If that `apply` has reloaded the tables, all addresses that are still unverified or pending are verified again.
+        If it has reloaded the tables, all addresses that are unverified or pending must be verified again.
         """
         affected = set(self._policy.affected)
         if self._policy.reloaded:  # what was being verified is verified again
@@ -100,20 +97,17 @@ class ConntrackManager(Manager):
         return bool(self._affected)
 
     def apply(self) -> None:
-        """Request a listing of the connections of the unverified addresses; the Listing arrives as an event."""
+        """Request a listing of the connections of the unverified addresses. The Listing arrives as an event."""
         affected, self._affected = self._affected, set()
         self._unverified.update(dict.fromkeys(affected, self._conntrack.request(affected)))
 
     def verify_now(self) -> None:
-        """List and verify connections synchronously: at the agent's start, before the host forwards."""
+        """List and verify connections synchronously. Called at the agent's start, before the host forwards."""
         affected, self._affected = self._affected, set()
         self._end_denied_connections(self._conntrack.list(affected))
 
     def verify_listings(self) -> bool:
-        """Verify the listings that have arrived; return whether there were any.
-
-        Called in each round in which the store may be used, after `apply` if that is called.
-        """
+        """Verify the listings that have arrived. Return whether there were any."""
         listings, self._listings = self._listings, []
         for listing in listings:
             self._on_conntrack_listing(listing)
@@ -122,7 +116,7 @@ class ConntrackManager(Manager):
     def discard_listings(self) -> None:
         """Discard the listings that have arrived: they cannot be verified while the snapshot must not be applied.
 
-        Their addresses are listed again after the next Tick.
+        The connections of their addresses are listed again after the next Tick.
         """
         for listing in self._listings:
             self._failed.update(listing.addresses)
@@ -183,10 +177,9 @@ def allowed(packet: Packet, snapshot: Snapshot, tag_contains: TagContains, host_
     """Return whether this host's policy allows a packet. `host_addresses` are this host's own addresses.
 
     The packet must be allowed out of each endpoint of this host that may send from its source address, and into the
-    endpoint of this host that has its destination address. If no endpoint of this host has the address, policy does not
-    restrict that direction. There are three exceptions, as in the tables: open services of the host can always be
-    reached; with the host action DROP, endpoints cannot reach the host otherwise; and packets of a host itself are
-    allowed into endpoints.
+    endpoint of this host that has its destination address. Without such an endpoint, policy does not restrict the
+    direction. There are three exceptions, as in the tables. Endpoints always reach open services of the host. With the
+    host action DROP, endpoints reach nothing else of the host. Packets of a host itself are allowed into endpoints.
     """
     destination = snapshot.owner(packet.destination)
     to_host = packet.destination in host_addresses

@@ -1,9 +1,9 @@
 """The driver of the host's own iptables firewall: adds rules that accept endpoints' packets, if it would drop them.
 
-The Docker Engine sets the policy of the chain FORWARD to DROP, and an accept in our own tables does not override a drop
-in another. Our tables hook in earlier, so they have already dropped what policy denies. Docker does not change the
-chain DOCKER-USER, and FORWARD jumps to it first. If that chain is in use, our rules are added to it, otherwise to
-FORWARD. Source: Docker's documentation, "Packet filtering and firewalls".
+The Docker Engine sets the policy of the chain FORWARD to DROP, and an accept in our tables does not override a drop in
+another table. Our tables are evaluated earlier, so they have already dropped what policy denies. Our rules are added to
+the chain DOCKER-USER, if FORWARD jumps to it, since Docker does not change that chain; otherwise, to FORWARD. Source:
+Docker's documentation, "Packet filtering and firewalls".
 
 The host's `iptables` command is used, so that our rules are added to the backend of the host's own rules: nf_tables or
 legacy. A host without that command may still have such a firewall.
@@ -51,8 +51,7 @@ class Filter:
     def from_nft(cls, text: str) -> Filter:
         """Parse nft's listing of the table `filter` of iptables-nft.
 
-        The result contains all policies. Of the rules, it contains only those that jump, drop or reject, each as
-        ("-j", target).
+        The result contains all policies, but only the rules that jump, drop or reject, each as ("-j", target).
         """
         found, chain = cls(""), ""
         for line in text.splitlines():
@@ -69,23 +68,23 @@ class Filter:
         return found
 
     def desired_chain(self) -> str | None:
-        """Return the chain that our rules belong to, None if they are not needed.
+        """Return the chain that our rules belong to, or None if they are not needed.
 
         If FORWARD jumps to DOCKER-USER, return DOCKER-USER, even if no packets would be dropped. Otherwise, return
-        FORWARD if it may drop packets. After `iptables -F`, DOCKER-USER exists, but FORWARD does not jump to it.
+        FORWARD if it may drop packets.
         """
+        # after `iptables -F`, DOCKER-USER exists, but FORWARD does not jump to it
         if any(("-j", "DOCKER-USER") in zip(rule, rule[1:]) for rule in self.rules.get("FORWARD", ())):
             return "DOCKER-USER"
         return "FORWARD" if self.would_drop() else None
 
     def would_drop(self) -> bool:
-        """Return whether the chain FORWARD, or a chain reached from it, may drop packets."""
+        """Return whether the chain FORWARD, or a chain that it jumps to, may drop packets."""
         return self.policies.get("FORWARD") == "DROP" or self._drops("FORWARD", set())
 
     def _drops(self, chain: str, seen: set[str]) -> bool:
-        """Return whether a rule of `chain`, or of a chain that is reached from it, drops anything.
-
-        `seen` contains the chains that have been examined; they are skipped.
+        """Return whether a rule of `chain`, or of a chain that it jumps to, drops anything. Skip the chains in
+        `seen`.
         """
         seen.add(chain)
         for rule in self.rules.get(chain, ()):
@@ -98,9 +97,9 @@ class Filter:
 
 
 def ensure() -> list[str]:
-    """Add our rules to the chains that need them, and remove them elsewhere; return a line for each change.
+    """Add our rules to the chains that need them, and remove them elsewhere. Return a line for each change.
 
-    Raises CalicoError when iptables fails, or is missing while a firewall may drop forwarded packets.
+    Raises CalicoError if iptables fails, or is missing while a firewall may drop forwarded packets.
     """
     return [line for command in iptables.COMMANDS for line in _bring(command, remove=False)]
 
@@ -129,7 +128,7 @@ def missing() -> list[str]:
 
 
 def saved() -> str:
-    """Return the rules of both commands in the table `filter`, ours included, as iptables-save prints them.
+    """Return the rules of iptables and ip6tables in the table `filter`, ours included, as iptables-save prints them.
 
     A command that is missing is skipped. Raises CalicoError.
     """
@@ -141,8 +140,8 @@ def saved() -> str:
 def sends_events() -> bool:
     """Return whether changes to the host's iptables rules cause nftables events.
 
-    Changes by iptables-legacy cause none. Returns False if the command `iptables` is missing: if it is installed later,
-    no event says so. Raises CalicoError if the command fails.
+    Changes by iptables-legacy cause none. Returns False if the command `iptables` is missing. Raises CalicoError if the
+    command fails.
     """
     return iptables.is_there("iptables") and "nf_tables" in iptables.run("iptables", "--version")
 
@@ -175,7 +174,7 @@ def _bring(command: str, remove: bool) -> list[str]:
 
 
 def _current(command: str) -> Filter | None:
-    """Return the table `filter`. If `command` is missing and no firewall may drop forwarded packets, return None.
+    """Return the table `filter`, or None if `command` is missing and no firewall may drop forwarded packets.
 
     Raises CalicoError if the command fails, or if it is missing and a firewall may drop forwarded packets.
     """
@@ -191,7 +190,7 @@ def _current(command: str) -> Filter | None:
 
 
 def _may_drop(command: str) -> str | None:
-    """Return a clause that says which firewall may drop forwarded packets, None if there is no such firewall.
+    """Return a clause that says which firewall may drop forwarded packets, or None if there is no such firewall.
 
     Does not run `command`.
     """

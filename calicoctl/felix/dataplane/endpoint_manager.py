@@ -1,8 +1,7 @@
 """Endpoints: drives routes, neighbour entries and sysctls of this host's `cali…` interfaces to the desired state.
 
-Reports the status of each endpoint, and garbage-collects what belongs to no endpoint. workload_keeper.py manages the
-interfaces themselves, and everything inside workloads. This manager requests a check of a workload if the interface of
-its endpoint is missing or has a new MAC, or if its container's endpoint lacks the container's name.
+Reports the status of each endpoint, and garbage-collects routes and neighbour entries of interfaces that belong to no
+endpoint. workload_keeper.py manages the interfaces themselves, and everything inside workloads.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ class EndpointManager(Manager):
     """Programs the endpoints of this host, except those with pending addresses."""
 
     def __init__(self, context: Context, routes: Routes, check_workload: Callable[[EndpointId], None]) -> None:
-        """`check_workload` asks the WorkloadKeeper to check an endpoint's workload; it returns at once."""
+        """`check_workload` asks the WorkloadKeeper to check an endpoint's workload. It returns at once."""
         self._context = context
         self._snapshot = context.snapshot
         self._routes = routes
@@ -44,20 +43,21 @@ class EndpointManager(Manager):
         self._links_stale = True
         self._dirty: set[EndpointId] = set()
         self._failed: set[EndpointId] = set()
-        """Endpoints that could not be programmed; retried at the next Tick."""
+        """Endpoints that could not be programmed. They are retried at the next Tick."""
         self._released: set[str] = set()
-        """Interfaces that no longer belong to the endpoint that had them."""
+        """Interfaces that may no longer belong to the endpoint to which they belonged before."""
         self._everything = True
         """Whether all endpoints are dirty, and the interfaces that belong to no endpoint must be garbage-collected."""
         self._collection_failed = False
-        """Whether something that belongs to no endpoint could not be removed; retried at the next Tick."""
+        """Whether garbage collection has failed, so that it must be repeated at the next Tick."""
         self._readable: set[str] = set()
         """Profiles that exist and have valid rules."""
         self._kept: frozenset[Use] | None = None
         """The content of the file of kept_addresses.py; None if the file must be written again."""
         self._unknown: set[str] = set()
-        """Interfaces that had no endpoint at the last Tick. A command may be about to write the endpoint, so they are
-        reported only if they still have none at the next Tick."""
+        """Interfaces without an endpoint at the last Tick. They are reported only if they still have none at the next
+        Tick, since a command may be about to write the endpoint.
+        """
 
     def on_event(self, event: Any) -> None:
         if isinstance(event, Dirty):
@@ -81,8 +81,8 @@ class EndpointManager(Manager):
     def resync(self) -> None:
         """Read routes and neighbour entries. Read interfaces at the first call, and after KernelEventsLost.
 
-        Before the first update, adopt the addresses that endpoints had before this agent: those with a route to the
-        endpoint's interface, and those in the file of kept_addresses.py. Raises CalicoError and pyroute2's exceptions.
+        Before the first update, mark the addresses that endpoints had before this agent as admitted (see admission.py).
+        Raises CalicoError and pyroute2's exceptions.
         """
         if self._links_stale:
             before, self._links = self._links, {link.name: link for link in self._routes.list_links()}
@@ -122,7 +122,9 @@ class EndpointManager(Manager):
             self._keep()
 
     def _keep(self) -> None:
-        """Write the addresses that endpoints keep to the file of kept_addresses.py. Report whether that fails."""
+        """Write the addresses of Admission.exceptions to the file of kept_addresses.py. Report a failure, or its
+        end.
+        """
         kept = self._snapshot.admission.exceptions()
         why = None
         try:
@@ -183,7 +185,7 @@ class EndpointManager(Manager):
                     self._mark_owner(link.name)
 
     def _follow_mac(self, before: Link | None, now: Link) -> None:
-        """If an endpoint's interface has another MAC `now` than `before`, request a check of the workload.
+        """Request a check of an interface's workload if the interface's MAC has changed from `before` to `now`.
 
         The workload's neighbour entry for its next hop must contain the new MAC.
         """
@@ -203,7 +205,7 @@ class EndpointManager(Manager):
     def _collect_unowned(self) -> None:
         """Garbage-collect routes and neighbour entries of interfaces that belong to no endpoint.
 
-        Unless `_everything` is set, only the interfaces in `_released` are examined.
+        If `_everything` is False, only the interfaces in `_released` are examined.
         """
         unwanted = {self._links[name].index for name in self._unowned(self._released) if name in self._links}
         self._released = set()
@@ -219,7 +221,6 @@ class EndpointManager(Manager):
                 self._context.health.error(str(error))
 
     def _unowned(self, interfaces: Iterable[str]) -> set[str]:
-        """Return those of `interfaces` that belong to no endpoint."""
         return {name for name in interfaces if self._snapshot.owner(name) is None}
 
     def _apply_endpoint(self, id: EndpointId) -> Status | None:
@@ -258,7 +259,9 @@ class EndpointManager(Manager):
         return Status("up", endpoint.revision)
 
     def _report_unknown_interfaces(self, before: set[str] | None = None) -> None:
-        """Report `cali…` interfaces that belong to no endpoint; unless `before` is None, only those in `before`."""
+        """Report `cali…` interfaces that belong to no endpoint. If `before` is not None, report only those in
+        `before`.
+        """
         known = set()
         for id in self._snapshot.unusable:
             known |= {id.interface, self._snapshot.endpoints[id].name if id in self._snapshot.endpoints else ""}

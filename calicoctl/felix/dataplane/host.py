@@ -1,7 +1,7 @@
-"""The host as a whole: enables IP forwarding, and makes the host's own iptables firewall accept endpoints' packets.
+"""Enables IP forwarding on the host, and makes the host's own iptables firewall accept endpoints' packets.
 
-This is done in a thread of its own, so that it does not delay policy: iptables may wait for another process that holds
-its lock, and the Docker Engine may be slow to answer.
+A thread does this, so that it does not delay policy: iptables may wait for another process that holds its lock, and the
+Docker Engine may be slow to answer.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from calicoctl.felix.events import Failure
 log = logging.getLogger("calico.felix")
 
 INTERVAL = 10.0
-"""Seconds between two checks of the sysctls, whose changes deliver no events, and between two retries."""
+"""Seconds between two checks of the sysctls, whose changes cause no events, and between two retries."""
 
 FIREWALL_DELAY = 0.3
 """Seconds from a change of the host's firewall until it is checked: Docker makes many changes at a time."""
 
 FIREWALL_INTERVAL = 5.0
-"""Seconds between two checks of the firewall if its changes deliver no events: see docker_firewall.sends_events."""
+"""Seconds between two checks of the firewall if its changes cause no events: see docker_firewall.sends_events."""
 
 END_PATIENCE = 5.0
-"""Seconds that a check may take when the agent ends."""
+"""Seconds for which the agent's end waits for a running check."""
 
 
 class HostReconciler(threading.Thread):
-    """Keeps IP forwarding enabled, and keeps rules in the host's firewall that accept packets from and to endpoints.
+    """The thread that keeps IP forwarding enabled, and our rules in the host's firewall.
 
     Until the thread is started, its owner may call `forward` and `check_firewall`; afterwards, only the thread may.
     These methods do not raise: `put` is called with each Failure, and they are retried after INTERVAL.
@@ -51,7 +51,7 @@ class HostReconciler(threading.Thread):
         self._firewall_at = 0.0
         self._polls = False
         self._failures: dict[str, str | None] = {}
-        """By subject: the reason of the last failure; None if the last attempt succeeded."""
+        """Subject -> the reason of the last failure; None if the last attempt succeeded."""
         self._alive = True
 
     def set_ipv6(self, ipv6: bool) -> None:
@@ -63,7 +63,7 @@ class HostReconciler(threading.Thread):
         self._requests.put(None)
 
     def end(self) -> None:
-        """End the thread when the running check is done. Wait for its end, but not longer than END_PATIENCE."""
+        """End the thread after the running check. Wait for END_PATIENCE at most."""
         self._alive = False
         self._requests.put(None)
         if self.is_alive():
@@ -103,8 +103,9 @@ class HostReconciler(threading.Thread):
             log.info("%s", line)
 
     def _try(self, subject: str, work: Callable[[], None]) -> bool:
-        """Run `work`, and return whether it succeeded. Emit a Failure when it begins to fail, or fails for another
-        reason than before, and when it succeeds again."""
+        """Run `work`, and return whether it succeeded. Emit a Failure if the result differs from the last one for the
+        subject.
+        """
         why = None
         try:
             work()

@@ -11,9 +11,11 @@
   a container on Docker's bridge), the packet cannot reach a workload of another host: that host would treat it like a
   packet of this host itself.
 
-A wrong rule here cuts off a whole network, so each check requires evidence. The MACs of a host are only checked on
-interfaces on which one of them has been seen (the sets `proven/…`). Interfaces are only checked if the routes to all
-other hosts are known. Like ruleset.py, this module renders only the difference. It does not access the kernel itself.
+A wrong rule could cut off a whole network, so a check is only rendered if it is certain to be right. The MACs of a host
+are only checked on interfaces on which one of them has been seen (the sets `proven/…`). Interfaces are only checked if
+the routes to all other hosts are known.
+
+Like ruleset.py, this module renders only the difference, and does not access the kernel.
 """
 
 from __future__ import annotations
@@ -41,12 +43,14 @@ COUNTERS = {
     for hook in ("input", "output")
     for version in (4, 6)
 }
-"""By protocol, hook and IP version: the names of two counters. The first counts packets from ("input") or to ("output")
-BGP peers or other hosts, the second those of them that the host's own firewall has let pass."""
+"""(protocol, hook, IP version) -> the names of two counters. The first counts packets from ("input") or to ("output")
+BGP peers or other hosts, the second those of them that the host's own firewall has let pass.
+"""
 
 _SPELLABLE = re.compile(r"[^\s\"*\\\x00-\x1f\x7f\ud800-\udfff]+")
-"""Matches the names of interfaces that can be written in nftables commands without escapes. A name that is no UTF-8
-contains surrogates, and cannot be written at all."""
+"""Matches the names of interfaces that can be written in nftables commands without escapes. A name that is not UTF-8
+contains surrogates, and cannot be written at all.
+"""
 
 _IS_OUR_VXLAN = f"udp dport {PORT} @th,96,24 {VNI}"
 """Matches VXLAN with our VNI: bits 32 to 55 of its header, which follows 64 bits of UDP. Source: RFC 7348."""
@@ -107,16 +111,18 @@ add rule inet calico vxlan-port counter drop
     .replace("ERRORS4", "{ destination-unreachable, time-exceeded, parameter-problem }")
     .replace("ERRORS6", "{ destination-unreachable, packet-too-big, time-exceeded, parameter-problem }")
 )
-"""The chain `not-its-host` drops packets that do not seem to come from the host to which their source address belongs.
+"""The static commands of this module.
 
-It accepts the packets that a host with a new MAC needs to publish the MAC in the store, if etcd runs on another host or
-is reached through one; otherwise, the host would be cut off for good. That is no great risk: to open a TCP connection
-with a forged address, a machine must also answer ARP for the address. BGP is dropped nevertheless, since it trusts
-addresses. That takes two rules, since nftables 1.0.6 merges two adjacent `!=` of ports into one comparison.
+The chain `not-its-host` drops packets that do not seem to come from the host to which their source address belongs. The
+exceptions are:
 
-It also accepts what servers and gateways of this host send, since anybody who may write to the store can register a
-host with such an address and other MACs: answers of DNS and NTP to this host itself, but no VXLAN, whatever port it
-comes from; and errors of ICMP, which every router may send anyway."""
+* packets that a host with a new MAC needs to publish the MAC in the store, if etcd runs on another host or is reached
+  through one. To open a TCP connection with a forged address, a machine must also answer ARP for the address. BGP is
+  dropped nevertheless, since it trusts addresses. That takes two rules: nftables 1.0.6 merges two adjacent `!=` of
+  ports into one comparison;
+* answers of DNS and NTP to this host itself (but no VXLAN, whatever port it comes from), and errors of ICMP. Anybody
+  who may write to the store can register a host with the address of a server or gateway of this host, and other MACs.
+"""
 
 BASE_CHAINS = {
     "ports": "{ type filter hook input priority filter - 12; policy accept; }",
@@ -132,8 +138,9 @@ FROM_HOST = tuple(
     f"{family} saddr @hosts{version} {family} daddr @pools{version} oifname @interfaces accept"
     for version, family in ((4, "ip"), (6, "ip6"))
 )
-"""The rules of `inbound-forward` that accept packets to workloads if another host itself has sent them, just as packets
-of this host itself are accepted. `verdict.is_from_host` decides the same."""
+"""The rules of `inbound-forward` that accept packets from another host itself to workloads, like packets of this host
+itself. `verdict.is_from_host` decides the same.
+"""
 
 
 Moved = tuple[str, tuple[str, ...], tuple[str, ...]]
@@ -145,10 +152,11 @@ class Ports:
     """Which ports of this host are ours, and therefore protected.
 
     `bgp` says whether BIRD listens on the port of BGP. `vxlan` are the IP versions for which a VXLAN device of ours
-    exists, `up` those for which it is up. `blocked` means that a device is needed, but cannot be created. Our VXLAN is
-    protected while a device exists. It is also protected while a pool has an overlay and this host is registered,
-    unless `blocked` is set: then VXLAN with our VNI may be another program's. Until the device is up, any user's
-    process may hold its port, so nobody's VXLAN passes.
+    exists, `up` those for which it is up. `blocked` means that a device is needed, but cannot be created.
+
+    Our VXLAN is protected while a device exists. It is also protected while a pool has an overlay and this host is
+    registered, unless `blocked` is set: then VXLAN with our VNI may be another program's. Until the device is up, any
+    user's process may hold its port, so all VXLAN with our VNI is dropped.
     """
 
     bgp: bool = False
@@ -162,25 +170,25 @@ class HostRules:
 
     def __init__(self) -> None:
         self._claims: dict[str, tuple[str, ...]] = {}
-        """By address: the names of the hosts whose endpoints have it, sorted. A host with two such endpoints is listed
-        twice."""
+        """Address -> the names of the hosts whose endpoints have it, sorted. A host with two such endpoints is listed
+        twice.
+        """
         self._verdicts: dict[str, str] = {}
-        """By address: the verdict in the map `owners4` or `owners6`."""
+        """Address -> the verdict in the map `owners4` or `owners6`."""
         self._users: dict[str, str] = {}
-        """By address: the name of the registered host that has it; "" for other addresses that this host needs: see
-        HostNetwork.in_use."""
+        """Address -> the name of the registered host that has it; "" for other addresses in HostNetwork.in_use."""
         self._spared: set[str] = set()
         """Addresses from which packets pass even if endpoints of other hosts have them: see Admission.spared."""
         self._named: dict[str, int] = {}
-        """By host: how many addresses its endpoints have. Each other host in this, or in `_registered`, has a chain."""
+        """Host -> how many addresses its endpoints have. Each other host in `_named` or `_registered` has a chain."""
         self._registered: frozenset[str] = frozenset()
         self._dynamic: dict[str, str] = {}
-        """By name of each set to which packets add elements: the type of the set, in nftables' syntax."""
+        """Name of a set to which packets add elements -> the type of the set, in nftables' syntax."""
 
     def update(
         self, snapshot: Snapshot, dirty: Dirty, moved: Iterable[Moved], ports: Ports, change: Change
     ) -> set[str]:
-        """Add the changes of the rules to `change`; return the addresses whose connections the rules may deny now.
+        """Add the changes of the rules to `change`. Return the addresses whose connections the rules may now deny.
 
         `moved` contains the endpoints, of all hosts, whose addresses have changed.
         """
@@ -215,12 +223,12 @@ class HostRules:
         return affected
 
     def create_sets(self, change: Change) -> None:
-        """Add to `change` the creation of the sets to which packets add elements."""
+        """Add the creation of the sets to which packets add elements to `change`."""
         for name, type in self._dynamic.items():
             change.create_set(name, type)
 
     def proofs(self, keys: Callable[[str], Collection[bytes]]) -> str:
-        """Return the commands that add to newly loaded tables what packets have added to sets of the current tables.
+        """Return the commands that copy the elements that packets have added to sets into newly loaded tables.
 
         `keys` is called with the name of each of these sets. It returns the keys of the elements, or raises OSError if
         the kernel has no such set; such a set is skipped.
@@ -234,7 +242,7 @@ class HostRules:
         return "".join(commands)
 
     def _update_claims(self, moved: Iterable[Moved]) -> tuple[set[str], set[str]]:
-        """Update `_claims` and `_named`. Return the addresses and the hosts about which these may have changed."""
+        """Update `_claims` and `_named`. Return the addresses and the hosts in `moved`."""
         addresses: set[str] = set()
         hosts: set[str] = set()
         for host, before, now in moved:
@@ -257,7 +265,7 @@ class HostRules:
         """Update the verdict for packets from an address.
 
         The verdict depends on the host that has the address itself or, if there is none, on the hosts of the endpoints
-        that have it. If the address is in no pool, endpoints of other hosts do not count, since a container on a bridge
+        that have it. If the address is in no pool, endpoints of other hosts are ignored, since a container on a bridge
         of this host may have it.
         """
         own = snapshot.host
@@ -309,14 +317,14 @@ def _proven(host: str) -> str:
 def _sender_chain(host: str, snapshot: Snapshot) -> tuple[str, ...]:
     """Return the rules for packets from an address of another host, or of one of its endpoints.
 
-    If this host and the other host are connected to the same network, the source MAC of such packets belongs to the
-    other host or, if a third host forwards them, to the third one. The MAC is only checked on interfaces on which one
-    of the other host's MACs has been seen, since clouds and bridges over WLAN replace MACs. Elsewhere, for example
-    behind routers, only the interface is checked. MACs are not checked either if `snapshot.check_senders` is not "mac",
-    or if routes may come from a BGP peer that is no host.
+    The source MAC is checked if this host and the other host are connected to the same network, on interfaces on which
+    one of the other host's MACs has been seen. Otherwise, for example behind routers, only the interface is checked.
+    The same holds if `snapshot.check_senders` is not "mac", or if routes may come from a BGP peer that is no host.
     """
     network, topology = snapshot.network, snapshot.topology
     rules = []
+    # clouds and bridges over WLAN replace MACs, so MACs are not checked before one was seen; a third host that forwards
+    # packets of the other host has a MAC in @host-macs, too
     macs = ", ".join(sorted(topology.macs.get(host, ())))
     # without the mesh, routes may come from a BGP peer that is a router: then packets may pass through that router even
     # if the hosts are connected to the same network
@@ -340,12 +348,11 @@ def _sender_chain(host: str, snapshot: Snapshot) -> tuple[str, ...]:
 
 
 def _by_interface(snapshot: Snapshot) -> tuple[str, ...]:
-    """Return the rules that accept packets of other hosts from those interfaces on which such packets may arrive.
+    """Return the rules that accept packets of other hosts from the interfaces in `_fabric`.
 
-    `_fabric` determines these interfaces. Packets from other interfaces are accepted if they have a MAC of another
-    host, except on bridges, to which containers are connected. An IP version is only checked if this host has a route
-    to each other host with an address of that version: otherwise, an interface may be missing. If no version is
-    checked, or checks are off, there are no rules.
+    From other interfaces, packets with a MAC of another host are accepted, except on bridges, to which containers are
+    connected. An IP version is only checked if this host has a route to each other host with an address of that
+    version. If no version is checked, or checks are off, there are no rules.
     """
     network = snapshot.network
     others = {address for address, host in snapshot.topology.users.items() if host != snapshot.host}
@@ -379,9 +386,9 @@ def _update_sets(snapshot: Snapshot, change: Change) -> None:
 def _fabric(snapshot: Snapshot) -> set[str]:
     """Return the interfaces on which packets of other hosts may arrive.
 
-    Packets may arrive on another interface than that of the route back, and from routers to which this host has no
-    route. So all interfaces with an address are returned. Bridges are the exception, because they connect containers:
-    only those with a router, with the route to another host, or with the registered address are returned.
+    These are the devices of the overlay, and the interfaces with an address, since packets may arrive on another
+    interface than that of the route back. A bridge is left out, since it connects containers, unless it leads to a
+    router or another host, or has the registered address.
     """
     network = snapshot.network
     own = [(version, number_of(address)) for version in BITS if (address := snapshot.topology.own(version)) is not None]
@@ -429,7 +436,7 @@ def _update_base_chains(snapshot: Snapshot, held: Ports, change: Change) -> None
 
 
 def _translated(version: int, family: str, vxlan: bool, snapshot: Snapshot) -> list[str]:
-    """Return the rules of an IP version for packets if their source was translated to the address of a host.
+    """Return the rules of an IP version for packets whose source was translated to the address of a host.
 
     `vxlan` says whether our VXLAN is protected: see Ports.
     """
@@ -456,10 +463,9 @@ def _translated(version: int, family: str, vxlan: bool, snapshot: Snapshot) -> l
 def _counting(counted: dict[str, tuple[str, str]], hook: str, other: str, passed: bool) -> list[str]:
     """Return the rules that count packets at a hook.
 
-    `counted` maps a protocol to a pair: the match of its packets, and the name, without the IP version, of the set with
-    the addresses of the other ends.
-    `other` is the field with the other end's address, "saddr" or "daddr". `passed` selects the counter of packets that
-    have passed the firewall: see COUNTERS.
+    `counted` maps a protocol to a pair: the match of its packets, and the name (without IP version) of the set with the
+    addresses of the other ends. `other` is the field with the other end's address, "saddr" or "daddr". `passed` selects
+    the counter of packets that have passed the firewall: see COUNTERS.
     """
     return [
         f"{match} {family} {other} @{hosts}{version} counter name {COUNTERS[protocol, hook, version][passed]}"

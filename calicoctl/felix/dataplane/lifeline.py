@@ -1,9 +1,8 @@
-"""Removes routes and map elements that an earlier agent has set for an endpoint's address, if this host needs it.
+"""Removes routes and map elements of an earlier agent that keep this host from reaching its store.
 
-Above all, this host needs the addresses of etcd's members. A running agent refuses endpoints such addresses
-(desired/admission.py). But if a route to an endpoint cuts this host off from the store, the agent can never read in the
-store that the route is wrong. So this module does not need the store: it compares the state of the kernel with the
-addresses that this host needs.
+A running agent refuses endpoints the addresses that this host needs (desired/admission.py). But if an earlier agent has
+programmed such an address, above all one of a member of etcd, the agent may be unable to read the store. So this module
+does not need the store: it compares the state of the kernel with the addresses that this host needs.
 """
 
 from __future__ import annotations
@@ -38,9 +37,9 @@ def take_back_routes(network: HostNetwork, routes: Routes) -> Iterator[str]:
 
 
 def take_back_blocks(network: HostNetwork, vxlan: Vxlan) -> Iterator[str]:
-    """Remove the overlay's routes to networks that contain the address of a server on the way to etcd.
+    """Remove the overlay's routes to networks that contain an address that this host needs to reach etcd.
 
-    Yields a sentence for each route that was removed, and one if the kernel has refused to remove a route. The driver
+    Yields a sentence for each removed route, and a sentence if the kernel has refused to remove a route. The driver
     `vxlan` must have read the routes before.
     """
     covering = {}
@@ -61,11 +60,10 @@ def take_back_blocks(network: HostNetwork, vxlan: Vxlan) -> Iterator[str]:
 
 
 def let_members_pass(network: HostNetwork, nft: Nft) -> Iterator[str]:
-    """Let packets from servers on the way to etcd pass, even if an endpoint has the address of such a server.
+    """Remove the addresses that this host needs to reach etcd from the maps `owners4` and `owners6` (host_rules.py).
 
-    Our tables drop or check packets from the addresses in the maps `owners4` and `owners6` (host_rules.py). The
-    addresses of these servers are removed from the maps. Yields a sentence for each address that was in a map: that
-    packets from it pass again, or why it could not be removed.
+    Our tables drop or check packets from the addresses in these maps. Yields a sentence for each address that was in a
+    map: that it was removed, or why it could not be removed.
     """
     for name, size in (("owners4", 4), ("owners6", 16)):
         members = {pack(address): address for address in network.servers.vital if len(pack(address)) == size}

@@ -1,4 +1,4 @@
-"""Interfaces of this host, above all the host ends of endpoints' veth pairs. Only reads the kernel."""
+"""Reads the interfaces of this host from the kernel, above all the host ends of endpoints' veth pairs."""
 
 from __future__ import annotations
 

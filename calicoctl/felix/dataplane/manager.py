@@ -1,7 +1,7 @@
 """The interface between the agent and its managers. Each manager drives one part of the kernel to the desired state.
 
 A manager computes what must be in the kernel. Its drivers (nft.py, routes.py, conntrack.py …) read and change the
-kernel, and do not evaluate policy. A new data plane is one file with a manager, and one line in the agent's list.
+kernel. A new manager needs one file, and one line in the agent's list.
 """
 
 from __future__ import annotations
@@ -26,18 +26,15 @@ class Manager(ABC):
     """
 
     def on_event(self, event: Any) -> None:  # noqa: B027 not every manager needs it
-        """Mark what an event makes dirty. Must be cheap, and change nothing in the kernel.
+        """Mark what an event makes dirty. Must be cheap, and must not change the kernel.
 
-        An event is a Dirty, which says what has changed in the desired state, a conntrack.Listing, or an event of
-        events.py, for example about the kernel or BIRD. Tick means: retry what failed. PolicyFailed means: the nftables
-        tables could not be programmed, so no other manager's `apply` is called in this round.
+        An event is a Dirty (a change of the desired state), a conntrack.Listing, or an event of events.py.
         """
 
     def resync(self) -> None:  # noqa: B027
         """Read the state of the kernel, and mark dirty whatever may differ from the desired state.
 
-        May raise any exception. Then the agent repeats the resync of all managers at the next tick. An agent that is
-        starting ends instead.
+        May raise any exception. Then the agent repeats the resync at the next tick or, at its start, ends.
         """
 
     @property
@@ -47,7 +44,7 @@ class Manager(ABC):
 
     @property
     def due_at(self) -> float | None:
-        """The time (monotonic) at which `apply` will have something to do even if no event comes; None for never."""
+        """When `apply` will have something to do even without an event (monotonic); None for never."""
         return None
 
     @abstractmethod
@@ -78,16 +75,16 @@ class PendingAddresses:
 
 @dataclass(frozen=True)
 class Context:
-    """What all managers share."""
+    """Objects that all managers share."""
 
     snapshot: Snapshot
     """The desired state."""
     health: Health
-    """Where managers report failures that concern the host as a whole."""
+    """Receives failures of the host as a whole."""
     statuses: EndpointStatuses
-    """Where managers set the status of each endpoint."""
+    """Receives the status of each endpoint."""
     pending: dict[EndpointId, PendingAddresses] = field(default_factory=dict)
-    """By endpoint: its pending addresses, set by the ConntrackManager. The other managers do not program them."""
+    """Endpoint -> its pending addresses. The ConntrackManager sets them, and the other managers do not program them."""
 
     def pending_addresses(self) -> Mapping[EndpointId, set[str]]:
         """Return the pending addresses by endpoint."""

@@ -70,18 +70,15 @@ class Nft:
         library.nft_ctx_buffer_error(self._context)
 
     def run(self, commands: str) -> str:
-        """Run commands in nft's syntax as one transaction; return what they print. Raises NftError."""
+        """Run commands in nft's syntax as one transaction. Return their output. Raises NftError."""
         if self._library.nft_run_cmd_from_buffer(self._context, commands.encode()) != 0:
             said = (self._library.nft_ctx_get_error_buffer(self._context) or b"").decode(errors="replace")
             raise NftError(f"nftables refused a change: {' '.join(said.split())[:300]}")
         return str((self._library.nft_ctx_get_output_buffer(self._context) or b"").decode(errors="replace"))
 
     def counters(self, table: str) -> dict[str, int]:
-        """Return how many packets each named counter of a table of the family inet has counted. Raises OSError.
-
-        The counters are requested by netlink, since libnftables lists a counter only together with all elements of all
-        sets, which may take long.
-        """
+        """Return the number of packets of each named counter of a table of the family inet. Raises OSError."""
+        # by netlink: libnftables lists a counter only together with all elements of all sets, which may take long
         request = struct.pack("=BBH", _NFPROTO_INET, 0, 0)
         request += netlink.attribute(_OBJ_TABLE, table.encode() + b"\0")
         request += netlink.attribute(_OBJ_TYPE, struct.pack("!I", _OBJECT_COUNTER))
@@ -115,11 +112,10 @@ class Nft:
 
 @contextmanager
 def _low_descriptor() -> Iterator[None]:
-    """Ensure that the next file descriptor is below 1024.
+    """Ensure that the next file descriptor is below 1024. Raise NftError if that is impossible.
 
-    libnftables calls select(2), and aborts the process if the descriptor is higher. If this process has inherited so
-    many descriptors that no lower one is free, one of those is moved to a higher number. Raises NftError if none can be
-    moved.
+    libnftables calls select(2), and aborts the process if the descriptor is higher. If this process has inherited all
+    lower descriptors, one of them is moved to a higher number.
     """
     try:
         free = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
@@ -151,7 +147,7 @@ def _netlink_sockets() -> set[str]:
 
 
 def own_ports(protocol: int = NETLINK_NETFILTER) -> set[int]:
-    """Return the netlink ports of this process's sockets of a protocol.
+    """Return the netlink ports of this process's sockets of a netlink protocol.
 
     The kernel's notification of a change contains the port of the socket that requested the change.
     """
@@ -172,9 +168,9 @@ def own_ports(protocol: int = NETLINK_NETFILTER) -> set[int]:
 class TableEvents:
     """The kernel's notifications of changes of nftables tables, including those of iptables-nft.
 
-    `urgent` is called at a transaction's first notification about the table `table`; the transaction has taken effect
-    by then. It is also called when notifications were lost. `wait` may return a tenth of a second after that call,
-    since a transaction that deletes many rules brings thousands of notifications.
+    `urgent` is called at a transaction's first notification about the table `table`, when the transaction has already
+    taken effect. It is also called if notifications were lost. `wait` returns later, at the transaction's last
+    notification.
     """
 
     def __init__(self, table: str, urgent: Callable[[], None]) -> None:
@@ -188,9 +184,9 @@ class TableEvents:
         self._unread = b""
 
     def wait(self) -> tuple[set[str], int]:
-        """Wait for the end of a transaction; return the names of the changed tables, and the sender's netlink port.
+        """Wait for the end of a transaction. Return the names of the changed tables, and the sender's netlink port.
 
-        If the kernel has dropped notifications, return the empty name alone, and port 0. Raises OSError.
+        If the kernel has dropped notifications, return ({""}, 0). Raises OSError.
         """
         while True:
             while len(self._unread) >= 20:
@@ -214,11 +210,11 @@ class TableEvents:
 
 
 def _table(attributes: bytes) -> str:
-    """Return the name of the table that a message is about, "" if the message names none.
+    """Return the name of the table that a message is about, "" if the message contains none.
 
-    The name is attribute 1 in all kinds of messages. Other attributes are not decoded, since one change of the ruleset
-    may bring thousands of messages.
+    The name is attribute 1 in all kinds of messages.
     """
+    # other attributes are not decoded: one change of the ruleset may bring thousands of messages
     at = 0
     while at + 4 <= len(attributes):
         length, kind = struct.unpack_from("=HH", attributes, at)

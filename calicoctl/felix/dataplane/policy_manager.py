@@ -33,7 +33,7 @@ BACKOFF = 5.0
 
 
 class PolicyManager(Manager):
-    """Drives the tables to the snapshot or, while the snapshot must not be applied, keeps their last contents."""
+    """Drives the tables to the snapshot or, while the snapshot must not be applied, restores their last contents."""
 
     def __init__(self, context: Context, nft: Nft, devices: Callable[[], Mapping[int, bool]] = dict) -> None:
         """`devices` returns which devices of the overlay exist: by IP version, whether each is up."""
@@ -45,11 +45,11 @@ class PolicyManager(Manager):
         self._retry_at = 0.0
         self._restore_due = False
         self._restored = False
-        """Whether `restore` has loaded the tables. Then all existing connections must be verified, so the next `apply`
-        reloads the tables as a whole."""
+        """Whether `restore` has loaded the tables. Then all connections must be verified, so the next `apply` reloads
+        the tables.
+        """
         self.ruleset = Ruleset()
-        """The contents of the tables. If `in_sync` is False, the contents that were programmed last, or that a failed
-        change should have programmed."""
+        """The contents of the tables. If `in_sync` is False, the kernel's tables may differ."""
         self.in_sync = False
         """Whether the tables in the kernel match `ruleset`. If not, the next `apply` reloads them."""
         self.error: str | None = None
@@ -57,7 +57,7 @@ class PolicyManager(Manager):
         self.reloaded = False
         """Whether the last `apply` reloaded the tables as a whole."""
         self.affected: set[str] = set()
-        """The addresses whose established connections may be denied as a result of the last `apply`."""
+        """The addresses whose established connections the last `apply` may deny."""
 
     def on_event(self, event: Any) -> None:
         if isinstance(event, Dirty):
@@ -91,7 +91,7 @@ class PolicyManager(Manager):
             self._ports, self._dirty.topology = ports, True
 
     def invalidate(self, backoff: float) -> None:
-        """Treat the contents of the tables as unknown, so that the tables are reloaded in `backoff` seconds."""
+        """Mark the contents of the tables as unknown, so that the tables are reloaded in `backoff` seconds."""
         self.in_sync, self._retry_at = False, time.monotonic() + backoff
 
     @property
@@ -153,10 +153,9 @@ class PolicyManager(Manager):
     def restore(self) -> None:
         """If the tables have been modified, or a change failed, reload them with their last contents.
 
-        The established fast path is left out. Called instead of `apply` while the snapshot must not be applied.
-        A failed reload is retried at each Tick. Before the first update, the tables are
-        those of an earlier agent. Then they are not reloaded, but changed so that packets from servers on the way to
-        etcd pass: see lifeline.py.
+        The established fast path is left out. A failed reload is retried at each Tick. Before the first update, the
+        tables are those of an earlier agent: they are not reloaded, but changed so that packets from the servers that
+        this host needs to reach etcd pass (see lifeline.py).
         """
         if self.in_sync or not self._restore_due:
             return

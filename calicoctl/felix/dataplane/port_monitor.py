@@ -1,8 +1,8 @@
-"""Detects that the host's own firewall drops BGP or VXLAN: to other hosts, this host then seems to be down.
+"""Detects that the host's own firewall drops BGP or VXLAN, so that other hosts do not reach this host.
 
-Our tables count the packets that arrive from BGP peers and other hosts at these ports, those that this host sends to
+Our tables count the packets of BGP peers and other hosts that arrive at these ports, those that this host sends to
 them, and those that the firewall has let pass (host_rules.py). This module compares the counters. It does not change
-the firewall, which is the administrator's.
+the firewall.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ if TYPE_CHECKING:
     from calicoctl.felix.dataplane.policy_manager import PolicyManager
 
 DROPPED_CHECKS = 2
-"""A failure is reported after this many checks that found packets, but none that had passed the firewall. When a check
-finds that packets have passed, the count begins again."""
+"""A failure is reported after this many checks that found packets, but none that had passed the firewall. The count
+begins again when a check finds packets that have passed.
+"""
 
 PAUSE = 3.0
 """Seconds between two checks while packets seem to be dropped. Otherwise, a check runs at each Tick."""
 
 SILENT_CHECKS = 20
-"""A failure ends after this many consecutive checks without any packet: nobody seems to send any more."""
+"""A failure ends after this many consecutive checks without any packet."""
 
 _PORTS = {"bgp": ("tcp", BGP_PORT), "vxlan": ("udp", PORT)}
 _LOST = {
@@ -37,7 +38,7 @@ _LOST = {
     ("vxlan", "input"): ("VXLAN from other hosts", "the packets of their workloads"),
     ("vxlan", "output"): ("VXLAN to other hosts", "the packets of this host's workloads"),
 }
-"""By protocol and hook, what is dropped, and what is lost with it."""
+"""(protocol, hook) -> what is dropped, and what fails as a result."""
 _COMMANDS = {4: "iptables", 6: "ip6tables"}
 
 
@@ -53,9 +54,9 @@ class PortMonitor(Manager):
         """When to check again without waiting for a Tick (monotonic); None to wait for the next Tick."""
         self._before: Mapping[str, int] = {}
         self._dropped: dict[tuple[str, str, int], int] = {}
-        """By protocol, hook and IP version: how many checks have found dropped packets since a packet last passed."""
+        """(protocol, hook, IP version) -> how many checks have found dropped packets since a packet last passed."""
         self._silent: dict[tuple[str, str, int], int] = {}
-        """By protocol, hook and IP version: how many checks in a row have found no packet."""
+        """(protocol, hook, IP version) -> how many consecutive checks have found no packet."""
 
     def on_event(self, event: Any) -> None:
         if isinstance(event, Tick) and self._policy.ruleset.counts_ports:

@@ -1,7 +1,6 @@
 """The driver of endpoints' routes, neighbour entries and interface sysctls: programs only what is missing or wrong.
 
-The agent recognises its own routes by their protocol number. Its own neighbour entries are those that are permanent and
-on a `cali…` interface.
+The agent's routes have its protocol number. Its neighbour entries are the permanent ones on `cali…` interfaces.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ Item = tuple[str, ...]
 
 
 class Routes:
-    """The kernel's routes and neighbour entries that are ours, cached by interface index."""
+    """The agent's routes and neighbour entries in the kernel, cached by interface index."""
 
     def __init__(self, netlink: IPRoute) -> None:
         self._netlink = netlink
@@ -66,11 +65,13 @@ class Routes:
                 self._have[entry.index].add(("proxy", entry.address))
 
     def forget(self, index: int) -> None:
-        """Drop an interface from the cache, since the kernel has removed some or all of its routes and entries."""
+        """Remove an interface from the cache, since the kernel has removed some or all of its routes and entries."""
         self._have.pop(index, None)
 
     def forget_route(self, address: str) -> int | None:
-        """Drop the route to an address from the cache; return its interface's index, None if there was no route."""
+        """Remove the route to an address from the cache. Return the index of its interface, or None if there was no
+        route.
+        """
         for index, items in self._have.items():
             if ("route", address) in items:
                 items.discard(("route", address))
@@ -78,7 +79,7 @@ class Routes:
         return None
 
     def routed(self) -> Iterator[tuple[int, str]]:
-        """Yield the routes of the agent, each as (index of the interface, destination address)."""
+        """Yield the agent's routes, each as (index of the interface, destination address)."""
         for index, items in list(self._have.items()):
             yield from [(index, item[1]) for item in items if item[0] == "route"]
 
@@ -94,10 +95,8 @@ class Routes:
     def apply(self, endpoint: LocalEndpoint, link: Link, next_hop: str | None) -> None:
         """Set the sysctls, routes and entries that an endpoint needs on its interface, `link`.
 
-        Remove the agent's other routes and entries from that interface.
-
-        `next_hop` is the IPv6 address that the workload uses as its next hop, None if it is unknown. Raises
-        CalicoError.
+        Remove the agent's other routes and entries from that interface. `next_hop` is the IPv6 address that the
+        workload uses as its next hop, None if it is unknown. Raises CalicoError.
         """
         for path, value in sysctls.interface_settings(link.name, bool(endpoint.addresses_of(6))).items():
             sysctls.write(path, value)
@@ -157,7 +156,7 @@ class Routes:
 
 
 def _add_route(family: int, address: str, index: int) -> None:
-    """Add a route before any other route to the same address; the other route is kept. Raises OSError.
+    """Add a route before any other route to the same address. The other route stays. Raises OSError.
 
     pyroute2 would replace the other route, or fail. Source: the kernel's uapi/linux/rtnetlink.h, and fib_table_insert()
     in its net/ipv4/fib_trie.c: without a flag about existing routes, the new route precedes them.

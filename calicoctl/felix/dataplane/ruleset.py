@@ -3,20 +3,18 @@
 The tables (docs/agent.md lists them):
 
 * Base chains contain the rules that are the same for all endpoints, and look up the chain of an interface in two
-  verdict maps, `from` and `to`. So the cost of a packet does not depend on the number of endpoints, and the packets of
-  an interface that is in no map are dropped.
+  verdict maps, `from` and `to`. The packets of an interface that is in no map are dropped.
 * Endpoints with the same list of profiles share a pair of chains, `from/…` and `to/…`, which jump to the chains of the
   profiles, `outbound/…` and `inbound/…`, in order. A profile's rules exist once, and a tag's addresses are one set.
 * The two directions are two base chains, one after the other, since `accept` ends the evaluation of one base chain.
-* An ICMP error belongs to the connection of the packet that it quotes. From an interface of an endpoint, it passes if
-  that connection is the endpoint's own; otherwise, any endpoint could end the connections of others, or send them data.
+* An ICMP error belongs to the connection of the packet that it quotes. From an endpoint's interface, it passes only if
+  that connection is the endpoint's own.
 * The established fast path: packets of established connections pass without evaluation of the rules. From a change
-  until the connections that it denies have been ended, packets in a connection's first direction are evaluated like
-  new ones.
+  until the connections that it denies have been ended, packets in a connection's first direction are evaluated like new
+  ones.
 
-`Ruleset` caches the contents of the tables, and renders commands only for the difference: their number grows with the
-change, not with the number of endpoints. All commands that one call returns belong in one transaction. This module does
-not run them.
+`Ruleset` caches the contents of the tables, and renders commands only for the difference. All commands that one call
+returns belong in one transaction. policy_manager.py runs them.
 """
 
 from __future__ import annotations
@@ -42,7 +40,8 @@ TABLES = (("inet", "calico"), ("arp", "calico"))
 
 _LOG = 'limit rate 10/second burst 50 packets limit name "log-rules" log prefix "calico-packet: {where}: " level warn'
 """The action of a log rule. Without the limit of each rule, and the limit of all log rules together, a container could
-fill the host's disk. The kernel accepts a prefix of up to 127 bytes."""
+fill the host's disk. The kernel accepts a prefix of up to 127 bytes.
+"""
 
 _TYPES = {4: "ipv4_addr", 6: "ipv6_addr"}
 
@@ -134,8 +133,9 @@ class Ruleset:
 
     def __init__(self) -> None:
         self._elements: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
-        """By (family, name) of a set or map: its elements, with reference counts. They are counted, since an endpoint
-        may get an element while another endpoint, whose update is deferred, still has it."""
+        """(family, name) of a set or map -> its elements, with reference counts. An endpoint may get an element while
+        another endpoint, whose update is deferred, still has it.
+        """
         self._chains: dict[str, tuple[str, ...]] = {}
         # which endpoints and profiles use which chains and sets, so that unused ones are removed
         self._endpoints: dict[EndpointId, LocalEndpoint] = {}
@@ -155,7 +155,7 @@ class Ruleset:
         pending: Mapping[EndpointId, Collection[str]] | None = None,
         ports: Ports = Ports(),  # noqa: B008 it cannot change
     ) -> Update:
-        """Return the commands that load the whole tables, replacing any contents. Call it only on a new Ruleset.
+        """Return the commands that replace the whole tables. Call it only on a new Ruleset.
 
         For the arguments, see `update`.
         """
@@ -165,11 +165,13 @@ class Ruleset:
         return Update(_replace_tables(update.commands), update.affected)
 
     def proofs(self, keys: Callable[[str], Collection[bytes]]) -> str:
-        """Return the commands that add to new tables what packets have added to sets: see HostRules.proofs."""
+        """Return the commands that copy the elements that packets have added to sets into new tables: see
+        HostRules.proofs.
+        """
         return self._hosts.proofs(keys)
 
     def recreate(self) -> str:
-        """Return the commands that load the tables with the contents they had before another process changed them.
+        """Return the commands that load the tables with the contents that they had before another process changed them.
 
         The established fast path is left out, since connections may have begun while there were no tables.
         """
@@ -192,10 +194,7 @@ class Ruleset:
         return "input-passed" in self._chains
 
     def tag_contains(self, tag: str, address: str) -> bool:
-        """Return whether an address belongs to a tag.
-
-        True if an endpoint, of any host, has the address and a profile with that tag.
-        """
+        """Return whether an endpoint, of any host, has the address and a profile with the tag."""
         return address in self._addresses.get(tag, ())
 
     def has(self, id: EndpointId) -> bool:
@@ -203,7 +202,7 @@ class Ruleset:
         return id in self._endpoints
 
     def addresses_of(self, id: EndpointId) -> tuple[str, ...]:
-        """Return the addresses that an endpoint of this host has in the tables."""
+        """Return the addresses of an endpoint of this host in the tables; () if the endpoint is not in the tables."""
         endpoint = self._endpoints.get(id)
         return () if endpoint is None else endpoint.addresses
 
@@ -214,11 +213,11 @@ class Ruleset:
         pending: Mapping[EndpointId, Collection[str]] | None = None,
         ports: Ports = Ports(),  # noqa: B008 it cannot change
     ) -> Update:
-        """Return the commands for what has changed. From then on, the Ruleset assumes that these commands were run.
+        """Return the commands for what has changed. The Ruleset assumes that the caller runs them.
 
-        `pending` maps endpoints of this host to addresses that they must not use yet. If addresses are affected, the
-        commands remove the established fast path. Call `restore_established_fast_path` when the connections of all
-        these addresses have been verified.
+        `pending` maps endpoints of this host to addresses that they must not use yet. `ports` are the ports to protect.
+        If addresses are affected, the commands remove the established fast path. Call `restore_established_fast_path`
+        when the connections of all these addresses have been verified.
         """
         change = Change(self._elements, self._chains, _BASE_CHAINS)
         affected, moved = self._update_members(snapshot, dirty, change)
@@ -272,7 +271,7 @@ class Ruleset:
     def _update_members(self, snapshot: Snapshot, dirty: Dirty, change: Change) -> tuple[set[str], list[Moved]]:
         """Update the addresses of all tags. Return the addresses whose connections may be denied as a result.
 
-        Return also a Moved for each endpoint, of any host, whose addresses have changed.
+        Also return a Moved for each endpoint, of any host, whose addresses have changed.
         """
         changed: Counter[tuple[str, str]] = Counter()
         ids = set(dirty.endpoints)
@@ -300,6 +299,9 @@ class Ruleset:
                 for tag in self._tags.get(profile, ()):
                     changed.update((tag, address) for address in addresses)
         affected = set()
+        # a new address of a tag that only `allow` rules name denies no connection, and neither does the removal of an
+        # address from a tag that only `deny` rules name: so most changes of other hosts require no listing of
+        # connections. If the rules of a profile change at the same time, its endpoints are affected anyway
         actions = {tag: self._actions_by_tag(tag, snapshot) for tag, _ in changed if self._profiles_of_tag.get(tag)}
         for (tag, address), difference in changed.items():
             before = self._addresses[tag][address]
@@ -320,12 +322,7 @@ class Ruleset:
         return affected, [(id.host, before_by_id[id], after[id]) for id in ids if before_by_id[id] != after[id]]
 
     def _actions_by_tag(self, tag: str, snapshot: Snapshot) -> set[str]:
-        """Return the actions of the rules in use that name a tag.
-
-        If only `allow` rules name a tag, adding an address to the tag denies no connection; if only `deny` rules name
-        it, removing an address denies none. So most changes of other hosts require no listing of connections. If the
-        rules of a profile change at the same time, its endpoints are affected anyway.
-        """
+        """Return the actions of the rules in use that name a tag."""
         profiles = [snapshot.profiles.get(name) for name in self._profiles_of_tag[tag]]
         found = [known.rules for known in profiles if known is not None and known.rules is not None]
         rules = [rule for each in found for rule in (*each.inbound, *each.outbound)]
@@ -421,7 +418,7 @@ def rule_lines(rule: Rule, where: str) -> list[str]:
     """Render a rule as nftables rules: one or, if it needs a match that differs by IP version, one per version.
 
     The list is empty if no packet can match. What a log rule writes to the kernel's log begins with "calico-packet: "
-    and `where`, a text without characters that nftables would need to have escaped.
+    and `where`, a text without characters that need escapes in nftables.
     """
     number = None if rule.protocol is None else protocol_number(rule.protocol)
     by_version = (
@@ -460,8 +457,9 @@ _POLICY_BASE_CHAINS = {
     "outbound-to-host": ("input", -11, "iifname", ("jump host-services", "jump starts", "iifname vmap @from", "drop")),
     "to-host": ("input", -10, "iifname", ("jump host-services", "jump host-action")),
 }
-"""By name, the base chains that evaluate policy: hook, priority relative to `filter`, the interface to match ("iifname"
-or "oifname"), rules."""
+"""Name -> base chain that evaluates policy: hook, priority relative to `filter`, the interface to match ("iifname" or
+"oifname"), rules.
+"""
 
 _BASE_CHAINS = (
     host_rules.BASE_CHAINS
@@ -471,7 +469,7 @@ _BASE_CHAINS = (
         for name, (hook, priority, _, _) in _POLICY_BASE_CHAINS.items()
     }
 )
-"""By name: the definitions of base chains whose rules change, or that do not always exist."""
+"""Name -> definition of a base chain whose rules change, or that does not always exist."""
 
 
 def _base_chain_rules(name: str, fast_path: bool) -> tuple[str, ...]:

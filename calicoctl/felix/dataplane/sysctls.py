@@ -1,7 +1,7 @@
 """The driver of sysctls (/proc/sys/net), both for endpoints' interfaces and for the whole host.
 
-The original values of host-wide sysctls are written to a file before the agent changes them, and kept until they are
-restored. Like the sysctls, the file does not survive a reboot.
+The original values of host-wide sysctls are written to a file before the agent changes them. Like the sysctls, the file
+does not survive a reboot.
 """
 
 from __future__ import annotations
@@ -32,10 +32,7 @@ _SETTING = re.compile(
 def interface_settings(interface: str, ipv6: bool) -> dict[str, str]:
     """Return the sysctls for the host end of an endpoint's veth pair: values by path below /proc/sys/net.
 
-    `ipv6` says whether the endpoint has an IPv6 address.
-
-    Source: the kernel's Documentation/networking/ip-sysctl.rst. A host answers a neighbour solicitation only for an
-    address of the receiving interface, hence proxy_ndp; proxy_delay would delay the answer by up to 0.8 s.
+    `ipv6` says whether the endpoint has an IPv6 address. Source: the kernel's Documentation/networking/ip-sysctl.rst.
     """
     settings = {
         f"ipv4/conf/{interface}/proxy_arp": "1",
@@ -48,6 +45,8 @@ def interface_settings(interface: str, ipv6: bool) -> dict[str, str]:
     if (ROOT / "ipv6/conf" / interface).exists():
         settings |= {
             **{f"ipv6/conf/{interface}/{name}": value for name, value in HOST_END_IPV6.items()},
+            # a host answers a neighbour solicitation only for an address of the receiving interface; proxy_delay would
+            # delay the answer by up to 0.8 s
             f"ipv6/conf/{interface}/proxy_ndp": "1",
             f"ipv6/neigh/{interface}/proxy_delay": "0",
         }
@@ -55,10 +54,7 @@ def interface_settings(interface: str, ipv6: bool) -> dict[str, str]:
 
 
 def reset_interface(interface: str) -> None:
-    """Set the sysctls of an interface to the values that the kernel gives new interfaces (`…/default/…`).
-
-    For an interface that no longer belongs to an endpoint. Raises CalicoError.
-    """
+    """Set the sysctls of an interface to the kernel's values for new interfaces (`…/default/…`). Raises CalicoError."""
     for path in interface_settings(interface, True):
         default = read(path.replace(f"/{interface}/", "/default/"))
         if default is not None and read(path) is not None:
@@ -96,7 +92,7 @@ def _is_sound(found: object) -> bool:
 
 
 class HostSettings:
-    """The host-wide sysctls that the agent changes, and the file that keeps their original values.
+    """The host-wide sysctls that the agent changes, and the file with their original values.
 
     The constructor raises CalicoError if the file exists, but is invalid or cannot be read.
     """
@@ -104,9 +100,10 @@ class HostSettings:
     def __init__(self, file: Path) -> None:
         self._file = file
         self._found: dict[str, list[str]] = {}
-        """By path: the original value, and the value that `restore` replaces by it. The latter is the value that the
+        """Path -> the original value, and the value that `restore` replaces by it. The latter is the value that the
         agent has set or, if the path changes with forwarding, the value that the kernel sets when forwarding is
-        disabled."""
+        disabled.
+        """
         self._kept = True
         """Whether all of `_found` is in the file."""
         try:
@@ -119,7 +116,7 @@ class HostSettings:
             raise CalicoError(f"{file} cannot be read: {error}; remove it") from None
 
     def forward(self, ipv6: bool) -> None:
-        """Make this host forward IPv4 and, with `ipv6`, IPv6, keeping the routes learned from router advertisements.
+        """Make this host forward IPv4 and, with `ipv6`, IPv6. Routes learned from router advertisements stay.
 
         Without `ipv6`, the original IPv6 settings are restored, unless the Docker Engine needs forwarding. Raises
         CalicoError.
@@ -138,7 +135,8 @@ class HostSettings:
             self._switch_on(IPV6_FORWARDING)
 
     def restore(self, chosen: Callable[[str], bool], needed: Collection[str] = ()) -> None:
-        """Restore the original values of the paths for which `chosen` returns True, and remove these from the file.
+        """Restore the original values of the paths for which `chosen` returns True, and remove these paths from the
+        file.
 
         A path keeps its value if another process has changed the agent's value meanwhile, or if the path is in
         `needed`. If `needed` contains IPv6 forwarding, all paths of accept_ra are needed, too. Raises CalicoError.
@@ -158,7 +156,7 @@ class HostSettings:
             self._keep()
 
     def _switch_on(self, path: str) -> None:
-        """Enable forwarding, and remember the settings that the kernel will change when forwarding is disabled again.
+        """Enable forwarding, and store the settings that the kernel will change when forwarding is disabled again.
 
         These are the forwarding of each interface and, for IPv4, accept_redirects. `path` is IPV4_FORWARDING or
         IPV6_FORWARDING. Raises CalicoError. Source: inet_forward_change in the kernel's net/ipv4/devinet.c,

@@ -1,8 +1,8 @@
 """The driver of the overlay: programs VXLAN devices, their FDB and neighbour entries, and the overlay's routes.
 
-The agent recognises its routes by their protocol number (`ip route show proto 81`), and its devices by name, kind and
-VNI. Other interfaces are not changed, even if one has the name of a device. On its devices, the agent deletes
-FDB and neighbour entries that it has not set. desired/overlay.py decides which tunnels and routes there are.
+The agent's overlay routes have the protocol number 81 (`ip route show proto 81`). Its devices are recognised by name,
+kind and VNI; other interfaces are not changed, even if one has the name of a device. On its devices, the agent deletes
+FDB and neighbour entries that it has not set.
 """
 
 from __future__ import annotations
@@ -29,19 +29,20 @@ if TYPE_CHECKING:
 
 DEVICES = {4: "vxlan.calico", 6: "vxlan-v6.calico"}
 """The devices' names, by the IP version of the underlay: a device can use only one version. Calico 3 uses the same
-names."""
+names.
+"""
 VNI = 4095
 """The VNI of our devices. It is below 4096, since Docker Swarm uses VNIs from 4096 on, and the kernel refuses a second
-device with the same VNI and port.
-Source: vxlanIDStart in libnetwork's drivers/overlay/ovmanager."""
+device with the same VNI and port. Source: vxlanIDStart in libnetwork's drivers/overlay/ovmanager.
+"""
 PORT = 4789
 """The UDP port of VXLAN. Source: RFC 7348."""
 
 _DUMMY_ADDRESS = "192.0.0.8"
-"""An address for devices that must have one; no host uses it. Source: RFC 7600, section 4.8."""
+"""An address that no host uses, for devices that must have an address. Source: RFC 7600, section 4.8."""
 
 _METRIC = {4: 0, 6: 1}
-"""By IP version: the smallest metric, so that our routes precede BIRD's, which have 32. In IPv6, 0 means 1024."""
+"""IP version -> the smallest metric, so that our routes precede BIRD's, which have 32. In IPv6, 0 means 1024."""
 _ANY_SCOPE = 255
 """In a request to delete a route: matches any scope. Source: fib_table_delete() in the kernel's net/ipv4/fib_trie.c."""
 
@@ -83,7 +84,7 @@ class Device:
 class Vxlan:
     """The VXLAN devices, their entries, and the overlay's routes, cached as they were at the last `read` or change.
 
-    `states` and `routed_by_bird` ask the kernel instead. Methods raise CalicoError if the kernel refuses.
+    `states` and `routed_by_bird` read from the kernel. Methods raise CalicoError if the kernel refuses.
     """
 
     def __init__(self, netlink: IPRoute) -> None:
@@ -92,9 +93,9 @@ class Vxlan:
         """The agent's routes."""
         self._devices: dict[int, Device] = {}
         self._fdb: dict[int, set[tuple[str, str]]] = {}
-        """By IP version of the underlay: the FDB entries of its device, as (MAC, underlay address)."""
+        """IP version of the underlay -> the FDB entries of its device, as (MAC, underlay address)."""
         self._neighbours: dict[int, set[tuple[str, str]]] = {}
-        """By IP version of the underlay: the permanent neighbour entries of its device, as (address, MAC)."""
+        """IP version of the underlay -> the permanent neighbour entries of its device, as (address, MAC)."""
 
     def read(self) -> None:
         """Read the devices, their entries, and the agent's routes into the cache."""
@@ -114,7 +115,7 @@ class Vxlan:
         return {version: device.up for version, device in self._find_devices().items()}
 
     def index(self, version: int) -> int | None:
-        """Return the index of our device for an underlay's IP version, None if it does not exist."""
+        """Return the index of our device for an underlay's IP version, or None if it does not exist."""
         device = self._devices.get(version)
         return None if device is None else device.index
 
@@ -165,10 +166,10 @@ class Vxlan:
             self._remove(version, device)
 
     def apply_routes(self, desired: Iterable[Route]) -> None:
-        """Make the desired routes, one for each CIDR, the only overlay routes.
+        """Make the desired routes, at most one for each CIDR, the only overlay routes.
 
         A route is replaced without a gap, unless there are several to its CIDR. If the kernel refuses some routes, the
-        others are programmed nevertheless; then CalicoError is raised.
+        others are programmed, and then CalicoError is raised.
         """
         routes = {route.cidr: route for route in desired}
         have: dict[str, set[Route]] = defaultdict(set)
@@ -192,7 +193,7 @@ class Vxlan:
         return underlay(address)
 
     def index_of(self, interface: str) -> int | None:
-        """Return the index of an interface, None if no interface has the name."""
+        """Return the index of an interface, or None if no interface has the name."""
         with suppress(OSError):
             return socket.if_nametoindex(interface)
         return None
@@ -228,9 +229,9 @@ class Vxlan:
             ) from None
 
     def _find(self, name: str) -> Device | str | None:
-        """Return a Device for a VXLAN device, or the kind of another interface ("unknown" if it has none).
+        """Return the Device of the VXLAN device `name`, or None if there is no interface `name`.
 
-        Return None if there is no interface `name`.
+        If the interface is no VXLAN device, return its kind, "unknown" if it has none.
         """
         from pyroute2.netlink.exceptions import NetlinkError
 
@@ -276,7 +277,9 @@ class Vxlan:
         return self._reread(tunnel.version, name)
 
     def _fits(self, device: Device, tunnel: Tunnel, parent: int | None) -> bool:
-        """Correct what the kernel can change in place. Return False if the device must be removed and created again."""
+        """Correct the settings that the kernel can change in place. Return False if the device must be removed and
+        created again.
+        """
         from pyroute2.netlink.exceptions import NetlinkError
 
         if device.port != PORT:
@@ -299,7 +302,7 @@ class Vxlan:
         self.routes = {route for route in self.routes if route.index != device.index}  # gone with the device
 
     def _apply_peers(self, tunnel: Tunnel, index: int) -> None:
-        """Set the FDB and neighbour entries of a device to those of the tunnel's peers; delete all others."""
+        """Set the FDB and neighbour entries of a device to those of the tunnel's peers. Delete all others."""
         fdb, neighbours = self._fdb[tunnel.version], self._neighbours[tunnel.version]
         desired = {(mac, address) for mac, address in tunnel.peers.items()}
         resolved = {(link_local(mac), mac) for mac in tunnel.peers}
@@ -345,14 +348,15 @@ def _changeable(tunnel: Tunnel, parent: int | None) -> dict[str, Any]:
 def _settings(name: str) -> dict[str, str]:
     """Return the sysctls of a device: values by path below /proc/sys/net.
 
-    The check of the reverse path (rp_filter) must be loose: packets that another host itself sends through the tunnel
-    have its underlay address as source, and the route back to that address does not lead through the tunnel. The kernel
-    uses the larger of this value and the one for all interfaces, hence 2 and not 0. Our nftables tables check senders.
-    IPv6 must be enabled, since the gateways of the routes are link-local addresses of the peers. Source:
-    fib_validate_source() in the kernel's net/ipv4/fib_frontend.c; Documentation/networking/ip-sysctl.rst.
+    Source: fib_validate_source() in the kernel's net/ipv4/fib_frontend.c; Documentation/networking/ip-sysctl.rst.
     """
+    # IPv6 must be enabled, since the gateways of the routes are link-local addresses of the peers
     settings = {"disable_ipv6": "0", "accept_dad": "0", "accept_ra": "0"}
     return {
+        # the check of the reverse path must be loose: packets that another host itself sends through the tunnel have
+        # that host's underlay address as source, and the route back to that address does not lead through the tunnel.
+        # The kernel uses the larger of this value and the one for all interfaces, hence 2 and not 0. Our nftables
+        # tables check senders
         f"ipv4/conf/{name}/rp_filter": "2",
         **{f"ipv6/conf/{name}/{setting}": value for setting, value in settings.items()},
     }
@@ -436,7 +440,7 @@ def _change_fdb(index: int, mac: str, address: str, add: bool) -> None:
 
 
 def _change_neighbour(index: int, address: str, mac: str | None) -> None:
-    """Set a permanent IPv6 neighbour entry of a device; if `mac` is None, remove it."""
+    """Set a permanent IPv6 neighbour entry of a device. If `mac` is None, remove the entry."""
     body = struct.pack("=BBHiHBB", socket.AF_INET6, 0, 0, index, netlink.NUD_PERMANENT, 0, 0)
     body += netlink.attribute(netlink.NDA_DST, pack(address))
     with _explained(f"the kernel refused to change the neighbour {address}", *(() if mac else (errno.ENOENT,))):
@@ -449,7 +453,7 @@ def _change_neighbour(index: int, address: str, mac: str | None) -> None:
 
 @contextmanager
 def _explained(what: str, *ignored: int) -> Iterator[None]:
-    """Turn the kernel's errors into a CalicoError that begins with `what`; ignore those with the codes `ignored`."""
+    """Turn the kernel's errors into a CalicoError that begins with `what`. Ignore those with the codes `ignored`."""
     from pyroute2.netlink.exceptions import NetlinkError
 
     try:

@@ -1,12 +1,11 @@
 """The overlay: drives VXLAN devices, their entries, and the routes to other hosts' workloads to the desired state.
 
 desired/overlay.py decides the desired state; the driver, vxlan.py, programs the difference. This manager also reports
-the MTUs that follow from the host's interfaces. BIRD programs the routes of pools without an overlay.
+the MTUs that follow from the host's interfaces.
 
 While a pool gets or loses its overlay, it must always have routes. A new overlay route precedes BIRD's route to the
 same CIDR. An old overlay route stays until BIRD has programmed its own, or until GIVE_UP_AFTER has passed. Other hosts
-switch at other times, and may send through the tunnel for a while. So the devices stay for LINGER after the last pool
-has lost its overlay.
+may still send through the tunnel, so the devices stay for LINGER after the last pool has lost its overlay.
 """
 
 from __future__ import annotations
@@ -37,11 +36,14 @@ if TYPE_CHECKING:
     from calicoctl.felix.dataplane.vxlan import Vxlan
 
 GIVE_UP_AFTER = 5.0
-"""The maximum number of seconds for which the overlay's route to a CIDR stays until BIRD has one, after the CIDR has
-left the overlay."""
+"""The maximum number of seconds for which an overlay route stays after its CIDR has left the overlay, if BIRD has no
+route to the CIDR.
+"""
 
 LINGER = 10.0
-"""Seconds for which devices stay after the last pool with an overlay: longer than other hosts keep their routes."""
+"""Seconds for which devices stay after the last pool has lost its overlay: longer than other hosts keep their
+routes.
+"""
 
 POLL = 0.2
 """Seconds between two checks for BIRD's routes."""
@@ -65,13 +67,14 @@ class VxlanManager(Manager):
         """Whether the kernel may have changed since the driver read it."""
         self._dirty = True
         self._failed = False
-        """Whether the last `apply` failed, at least in part; it is repeated at the next Tick."""
+        """Whether the last `apply` failed, at least in part. It is repeated at the next Tick."""
         self._leaving: dict[str, float] = {}
-        """By CIDR that has left the overlay: until when our route to it stays if BIRD has set none (monotonic)."""
+        """CIDR that has left the overlay -> until when our route to it stays if BIRD has set none (monotonic)."""
         self._devices_until: float | None = None
         """Until when devices stay although no pool has an overlay (monotonic).
 
-        None while a pool has an overlay, and after that time."""
+        None while a pool has an overlay, and after that time.
+        """
         self._poll_at: float | None = None
         """When to check for BIRD's routes again (monotonic); None while no route waits for them."""
         self._watched: set[int] = set()
@@ -173,7 +176,7 @@ class VxlanManager(Manager):
         return max(SMALLEST, min(largest, self._snapshot.mtu or largest))
 
     def _route(self, cidr: str, hop: Hop | None, source: str | None) -> Route | None:
-        """Return the route to `cidr` by `hop` or, if that is None, a blackhole route. For `source`, see Route.
+        """Return the route to `cidr` through `hop` or, if that is None, a blackhole route. For `source`, see Route.
 
         Return None if the interface of the hop does not exist.
         """
