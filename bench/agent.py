@@ -1,7 +1,7 @@
-"""Prints how the agent fares with many endpoints, as ratios of things measured side by side in one run.
+"""Prints how the agent performs with many endpoints, as ratios of measurements of the same run.
 
-The endpoints are interfaces of the host whose other ends lie in one namespace; two of them are real workloads, in
-namespaces of their own. `make bench` runs it; an argument is the number of repetitions (10).
+The endpoints are veth pairs whose other ends are in one namespace, and two real workloads in namespaces of their own.
+`make bench` runs this; its argument is the number of repetitions (default: 10).
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def crowd_record(number: int, profile: str) -> tuple[str, dict]:
 
 
 def crowd(host: AgentHost, count: int, profiles: int) -> None:
-    """Make interfaces and records of so many endpoints, spread over profiles."""
+    """Create the interfaces and the endpoint keys of `count` endpoints, spread over `profiles` profiles."""
     run("ip", "netns", "add", "crowd")
     pairs = [crowd_record(number, f"crowd{number % profiles}") for number in range(count)]
     lines = []
@@ -71,7 +71,7 @@ def clear_crowd(host: AgentHost, count: int) -> None:
 
 
 def first_ping(host: AgentHost, repetitions: int) -> list[float]:
-    """Return the seconds from the write of an endpoint's record to the first answered ping from another's namespace."""
+    """Return the seconds from the write of an endpoint to the first answer to a packet from another namespace."""
     key = host.key("b")
     record = host.etcd.get(key)
     run("conntrack", "-F")  # writing all the records has left thousands of entries, which are no endpoints'
@@ -101,7 +101,7 @@ def _until_answered(address: str) -> None:
 
 
 def echo(namespace: str, address: str) -> None:
-    """Answer UDP packets in a namespace, from a thread of its own."""
+    """Start a thread that answers UDP packets in a namespace."""
 
     def make() -> socket.socket:
         server = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
@@ -126,7 +126,7 @@ def agent_start(host: AgentHost) -> float:
 
 
 def profile_change(host: AgentHost, name: str, repetitions: int) -> list[float]:
-    """Return the seconds from the write of a profile's rules until the agent has applied it, by the table's text."""
+    """Return the seconds from the write of a profile's rules until the agent has applied it, for each repetition."""
     taken = []
     for number in range(repetitions):
         rule = {"action": "allow", "protocol": "tcp", "dst_ports": [1000 + number]}
@@ -138,16 +138,16 @@ def profile_change(host: AgentHost, name: str, repetitions: int) -> list[float]:
 
 
 def throughput(seconds: float = 2.0, source: str = "a", target: str = "b", address: str = "192.168.0.2") -> float:
-    """Return the bytes a second of one TCP stream from one namespace to another, which has the address.
+    """Return the bytes per second of one TCP stream from the namespace `source` to `target`, which has the address.
 
-    The sender is a process of its own, on a core of its own. Its congestion control is one that does not pace: else the
-    timers' grain would be measured, and not what a packet costs.
+    The sender is a process of its own, on another core.
     """
     total = 0
     cores = os.sched_getaffinity(0)
     with listener(target, address, 5001) as server:
         client = connect(source, address, 5001)
         assert client is not None
+        # it does not pace: else the grain of the timers would be measured, not the cost of a packet
         client.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")
         accepted, _ = server.accept()
         sender = os.fork()
@@ -167,7 +167,7 @@ def throughput(seconds: float = 2.0, source: str = "a", target: str = "b", addre
 
 
 def _send(client: socket.socket, seconds: float, core: int) -> NoReturn:
-    """Send as much as can be, and end the process."""
+    """Send as much as possible for some seconds, and end the process."""
     try:
         os.sched_setaffinity(0, {core})
         client.settimeout(5)

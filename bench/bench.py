@@ -1,7 +1,7 @@
-"""Prints how fast commands are, as ratios of things measured side by side in one run.
+"""Prints how fast commands are, as ratios of measurements of the same run.
 
-Seconds mean little on a shared machine, so every figure is the median of the ratios of pairs that ran one right after
-the other. Run it with `make bench`; an argument is the number of pairs (10).
+Each figure is the median of the ratios of pairs; the two commands of a pair run one right after the other. `make bench`
+runs this; its argument is the number of pairs (default: 10).
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ def run_all(host: Host, pairs: int) -> None:
 
 
 def batches(host: Host) -> None:
-    """Connect a hundred namespaces, one by one and in a batch."""
+    """Compare connecting a hundred namespaces in a batch with connecting them one by one."""
     names = [f"bench{number}" for number in range(100)]
     for name in names:
         run("ip", "netns", "add", name)
@@ -205,7 +205,7 @@ def kernel_work() -> float:
 
 
 def cni_ptp() -> float:
-    """Let CNI's ptp plugin make the same: a pair, an address, routes. It is timed from its start to its end."""
+    """Return the seconds that CNI's ptp plugin takes to create a veth pair, an address and routes."""
     network = {
         "cniVersion": "0.4.0",
         "name": "bench",
@@ -230,7 +230,7 @@ def cni_ptp() -> float:
 
 
 def fill(host: Host, count: int) -> None:
-    """Write endpoints of the same host, of other workloads."""
+    """Write `count` endpoints of other workloads on the same host into etcd."""
 
     def write(number: int) -> None:
         folder = f"/calico/v1/host/bench/workload/docker/{number:064x}"

@@ -1,6 +1,7 @@
-"""Prints how several hosts fare together, as ratios or against a bound in seconds, measured in one run.
+"""Prints how several hosts perform together, as ratios or in seconds, measured in one run.
 
-The hosts are network namespaces on one bridge. `make bench` runs it; an argument is the number of repetitions (10).
+The hosts are network namespaces on one bridge. `make bench` runs this; its argument is the number of repetitions
+(default: 10).
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ PEERS = 50
 
 @contextmanager
 def hosts_of(count: int) -> Iterator[Net]:
-    """So many hosts on one bridge, with an etcd; without agents yet."""
+    """Yield `count` hosts on one bridge, with an etcd, but without agents."""
     with open_etcds(HOME / "etcds") as members, fabric(members[0], *[0] * count) as hosts:
         net = Net(members, hosts)
         try:
@@ -64,7 +65,7 @@ def twenty_hosts() -> None:
 
 
 def first_answer(net: Net, host: FabricHost, address: str) -> float:
-    """Return the seconds from `container add` and `profile set` until a workload of host 11 gets an answer."""
+    """Return the seconds from the start of `container add` on `host` until a workload of host 11 receives an answer."""
     host.run("ip", "netns", "add", "new")
     host.run("ip", "-n", "new", "link", "set", "lo", "up")
     start = time.perf_counter()
@@ -160,7 +161,7 @@ def three_hosts(repetitions: int) -> None:
 
 
 def memory_with_peers() -> None:
-    """The peers are BIRDs on one other host, which has an address of each IP version for each of them."""
+    """Report the memory of BIRD. Its peers are BIRDs on one other host, which has two addresses for each of them."""
     with hosts_of(2) as net, ExitStack() as undo:
         host, others = net.hosts.values()
         for number in range(100, 100 + PEERS):
@@ -174,7 +175,7 @@ def memory_with_peers() -> None:
 
 
 def _start_peer(net: Net, host: FabricHost, others: FabricHost, number: int, undo: ExitStack) -> None:
-    """Register a host, and start a BIRD in its place, which announces a block of each IP version."""
+    """Register a host, and start a BIRD in its place that announces a block of each IP version."""
     lines = [f"router id 172.18.0.{number};", "protocol device { }"]
     for version, own, address, block in (
         (4, host.ip, f"172.18.0.{number}", f"192.168.{number}.0/26"),

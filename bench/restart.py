@@ -1,6 +1,7 @@
-"""Prints how soon a container that starts again is connected, beside what the engine itself takes to restart it.
+"""Prints how soon a restarted container is connected, compared with the time that the engine takes to restart it.
 
-`make bench` runs it; an argument is the number of repetitions (30). Then ten containers start again at a time.
+Restarts one container at a time, then ten at once. `make bench` runs this; its argument is the number of repetitions
+(default: 30).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from tests.system.support import Etcd, import_busybox, run, start_docker
 
 
 def started_at(name: str) -> float:
-    """Return when the engine says that a container was started, in seconds since 1970."""
+    """Return when, according to the engine, a container was started, in seconds since 1970."""
     text = run("docker", "inspect", "--format", "{{.State.StartedAt}}", name).out.strip()
     whole, _, fraction = text.rstrip("Z").partition(".")
     return datetime.fromisoformat(f"{whole}+00:00").timestamp() + float(f"0.{fraction or 0}")
@@ -51,7 +52,7 @@ def await_answer(address: str) -> float:
 
 
 def at_once(host: AgentHost, count: int, repetitions: int) -> list[float]:
-    """Return the seconds from the starts of so many containers, restarted at once, until each answers."""
+    """Return, for `count` containers that are restarted at once, the seconds from each one's start until it answers."""
     names = {f"crowd{number}": f"192.168.0.{100 + number}" for number in range(count)}
     taken = []
     try:

@@ -1,4 +1,4 @@
-"""Generates the pages of the commands and the man page from the help texts: `make docs`.
+"""Generates the commands' pages and the man page from the help texts: `make docs`.
 
 A command's help is its module's docstring: a sentence, then sections whose headings end in a colon.
 """
@@ -24,7 +24,7 @@ EXIT_STATUS = [
 
 
 def main(target: Path) -> None:
-    """Write the man page, and one page per command, into a folder."""
+    """Write the man page, and one page per command, into a directory."""
     usage = _constant(PACKAGE / "cli/main.py", "USAGE")
     helps = {
         path.stem: str(ast.get_docstring(ast.parse(path.read_text())))
@@ -45,7 +45,9 @@ def _constant(path: Path, name: str) -> str:
 
 
 def sections(text: str) -> tuple[str, list[tuple[str, str]]]:
-    """Return the first sentence of a help text, and its parts with their headings, "" for plain text."""
+    """Return the first sentence of a help text, and its sections as (heading, text); the heading of plain text is
+    "".
+    """
     first, _, rest = text.strip().partition("\n\n")
     parts: list[tuple[str, str]] = []
     for block in rest.split("\n\n"):
@@ -77,7 +79,7 @@ def page(name: str, text: str) -> str:
 
 
 def man(usage: str, helps: dict[str, str], readme: str) -> str:
-    """Return the man page, in roff; ENVIRONMENT and FILES come from tables of the README."""
+    """Return the man page, in roff. ENVIRONMENT and FILES are generated from tables of the README."""
     first, _, rest = usage.strip().partition("\n\n")
     lines = [".TH CALICOCTL 1", ".SH NAME", f"calicoctl \\- {_escaped(first[0].lower() + first[1:].rstrip('.'))}"]
     lines += [".SH SYNOPSIS", *_verbatim(rest)]
@@ -108,7 +110,7 @@ def man(usage: str, helps: dict[str, str], readme: str) -> str:
 
 
 def table(text: str, heading: str) -> list[tuple[str, ...]]:
-    """Return the rows of the table below a heading of a Markdown text, without quotes."""
+    """Return the rows of the table below a heading of a Markdown text, without backquotes."""
     rows = re.findall(r"^\|(.*)\|$", text.partition(f"\n## {heading}\n")[2].partition("\n## ")[0], re.MULTILINE)
     return [tuple(cell.strip().replace("`", "") for cell in row.split("|")) for row in rows[2:]]
 

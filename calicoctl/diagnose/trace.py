@@ -343,9 +343,7 @@ class _Store:
                 yield Obstacle(host, problem, bool(runs_bird))
 
     def _at(self, place: Place) -> Iterator[Obstacle]:
-        """Yield the obstacle at one end of the path, if any: an agent that is down, or an endpoint that is not set
-        up or not up.
-        """
+        """Yield the obstacle at one end of the path, if any: an agent that is down, or an endpoint that is not up."""
         if place.host is None:
             return
         statuses = self._datastore.for_host(place.host).statuses

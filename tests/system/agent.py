@@ -1,4 +1,4 @@
-"""A host with its agent, and namespaces on it: what the tests of the agent set up, and how they wait for it."""
+"""A host with its agent, and namespaces on it: set-up for the tests of the agent."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _fences = itertools.count()
 
 
 class AgentHost(Host):
-    """A host whose agent runs, started the way an operator does."""
+    """A host with an agent, which is started by `calicoctl node`."""
 
     def start_agent(self, *options: str, **env: str) -> None:
         self.ctl("node", f"--ip={HOST_IP}", f"--ip6={HOST_IP6}", f"--log-dir={LOG_DIR}", *options, env=env)
@@ -32,7 +32,7 @@ class AgentHost(Host):
         return int(Path(f"/run/calico/{self.name}/felix.pid").read_text().split()[0])
 
     def kill_agent(self) -> None:
-        """Kill the agent with -9, and wait until it is gone."""
+        """Kill the agent with SIGKILL, and wait until it has ended."""
         pid = self.pid
         os.kill(pid, 9)
         wait_for(lambda: not self.agent_runs(pid), "the agent's end")
@@ -51,15 +51,13 @@ class AgentHost(Host):
         return json.loads(self.ctl("status", "--output=json", status=None).out)
 
     def endpoint_status(self, key: str) -> dict | None:
-        """Return what the agent has reported of the endpoint with this key."""
+        """Return the status that the agent has reported of the endpoint with this key; None if there is none."""
         value = self.etcd.get(key.replace("/calico/v1", "/calico/felix/v1", 1))
         return None if value is None else json.loads(value)
 
     def sync(self) -> None:
-        """Wait until the agent has applied all that was written before.
-
-        It reports changes in their order, but for endpoints with a new address, which have theirs among themselves.
-        """
+        """Wait until the agent has applied everything that was written before."""
+        # the agent reports endpoints with a new address in order, among themselves: a new one is reported last
         number = next(_fences)
         key = f"/calico/v1/host/{self.name}/workload/test/fence/endpoint/fe{number:030x}"
         fence = {
@@ -79,7 +77,7 @@ class AgentHost(Host):
         return "direction reply" not in run("nft", "list", "chain", "inet", "calico", "to-host", check=False).out
 
     def profile(self, name: str, inbound: list | None = None, outbound: list | None = None, tags: list | None = None):
-        """Write a profile: by default, all may go out, and nothing come in."""
+        """Write a profile: by default, all outbound traffic is allowed, and no inbound traffic."""
         rules = {"id": name, "inbound_rules": inbound or [], "outbound_rules": outbound or [{"action": "allow"}]}
         self.etcd.put(f"/calico/v1/policy/profile/{name}/rules", rules)
         self.etcd.put(f"/calico/v1/policy/profile/{name}/tags", [name] if tags is None else tags)
@@ -95,7 +93,7 @@ class AgentHost(Host):
         return key
 
     def add(self, namespace: str, *addresses: str) -> None:
-        """Make a namespace and connect it."""
+        """Create a namespace and connect it."""
         run("ip", "netns", "add", namespace)
         run("ip", "-n", namespace, "link", "set", "lo", "up")
         path = f"/var/run/netns/{namespace}"
@@ -104,7 +102,7 @@ class AgentHost(Host):
             self.ctl("container", path, "ip", "add", address)
 
     def add_pair(self) -> None:
-        """Connect two namespaces, a and b, that may talk to each other."""
+        """Connect two namespaces, a and b, whose profile allows traffic between them."""
         self.add("a", A4)
         self.add("b", B4)
         self.profile("web", inbound=[ALLOW])
@@ -112,7 +110,7 @@ class AgentHost(Host):
         self.set_profiles("b", "web")
 
     def interface(self, namespace: str) -> str:
-        """Return the host's end of a namespace's pair."""
+        """Return the name of the host end of a namespace's veth pair."""
         return json.loads(self.etcd.get(self.key(namespace)))["name"]
 
     def mac(self, namespace: str) -> str:
@@ -121,11 +119,12 @@ class AgentHost(Host):
 
 @contextmanager
 def locked(host: Host, namespace: str) -> Iterator[None]:
-    """Hold the lock of a namespace's workload, as a command does: whoever had it before may have removed its file."""
+    """Hold the lock of a namespace's workload, as a command does."""
     lock = f"/run/calico/{host.name}/namespace.-var-run-netns-{namespace}"
     while True:
         with open(lock, "w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
+            # the holder before may have removed the file
             if os.path.exists(lock) and os.path.samestat(os.stat(lock), os.fstat(file.fileno())):
                 yield
                 return
@@ -133,7 +132,7 @@ def locked(host: Host, namespace: str) -> Iterator[None]:
 
 @contextmanager
 def outside_host(name: str = "outside", network: str = "198.51.100", network6: str = "2001:db8:1::") -> Iterator[str]:
-    """A machine beyond the host, in a namespace: it routes everything through the host."""
+    """Create a machine outside the host: a namespace whose default route is through the host. Yields its name."""
     run("ip", "netns", "add", name)
     run("ip", "link", "add", "uplink", "type", "veth", "peer", "name", "eth0", "netns", name)
     for prefix, device, number in ((["ip"], "uplink", 1), (["ip", "-n", name], "eth0", 2)):
@@ -151,7 +150,7 @@ def outside_host(name: str = "outside", network: str = "198.51.100", network6: s
 
 
 def kernel() -> dict[str, str]:
-    """All that an agent may change in the kernel, as text."""
+    """Return, as texts, everything in the kernel that an agent may change."""
     routes = run("sh", "-c", "ip route show table all; ip -6 route show table all").out.splitlines()
     settings = run("sh", "-c", "sysctl -a 2>/dev/null | grep -E '^net.ipv[46]' | grep -v 'neigh.*gc'").out
     return {
@@ -165,7 +164,7 @@ def kernel() -> dict[str, str]:
 
 
 def holds(condition, seconds: float) -> bool:
-    """Return whether a condition holds all the time for so long."""
+    """Return whether a condition stays true for so many seconds."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         if not condition():

@@ -1,6 +1,6 @@
-"""How system tests inspect the system: etcd over plain HTTP, the kernel through `ip`, calicoctl as a command.
+"""Access to the system for system tests: etcd over plain HTTP, the kernel through `ip`, calicoctl as a command.
 
-Nothing here uses the code under test.
+Nothing here uses the code under test, except in_process.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from unittest import mock
 CALICOCTL = str(Path(sys.executable).parent / "calicoctl")
 FAULTY = str(Path(__file__).parent / "faulty.py")
 AS_NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
-"""Runs the command after it as a user without any rights."""
+"""A prefix for commands, which runs them as a user without privileges."""
 V2 = {"DATASTORE_TYPE": "etcdv2"}
-"""The API of etcd's that most tests use, in the environment of commands."""
+"""The environment of commands that use etcd's v2 API."""
 HOST = "host1"
 HOST_IP, HOST_IP6 = "192.0.2.2", "2001:db8::2"
 
 
 @dataclass
 class Result:
-    """What a command ended with."""
+    """The exit status, standard output and standard error of a command."""
 
     status: int
     out: str
@@ -53,7 +53,7 @@ def run(*command: str, check: bool = True, **options) -> Result:
 
 
 def wait_for(condition, what: str, seconds: float = 30):
-    """Return the first true value of `condition`, asked again and again; fail when it takes too long."""
+    """Call `condition` until it returns a true value, and return that value; fail after `seconds`."""
     give_up = time.monotonic() + seconds
     pause = 0.001
     while True:
@@ -72,7 +72,7 @@ def free_port() -> int:
 
 
 def end_process(pid_file: Path) -> None:
-    """Kill the process that a pid file names, and wait until it is gone. Works for those of others, too."""
+    """Kill the process that a pid file names, and wait until it has ended. It need not be a child of this process."""
     text = next(iter(pid_file.read_text().split()), "")
     if text and Path(f"/proc/{text}").exists():
         with contextlib.suppress(ProcessLookupError):
@@ -81,14 +81,14 @@ def end_process(pid_file: Path) -> None:
 
 
 def end_agents(folder: Path = Path("/run/calico")) -> None:
-    """Kill the agents whose files are below a folder, and then the BIRDs that they have left running."""
+    """Kill the agents whose pid files are below a directory, and then the BIRDs that they have left running."""
     for name in ("felix.pid", "bird.pid"):
         for file in folder.glob(f"*/{name}"):
             end_process(file)
 
 
 def gone(pid: int) -> bool:
-    """Return whether a process has ended, even if nobody has asked for its exit status yet."""
+    """Return whether a process has ended; a zombie has."""
     try:
         return "\nState:\tZ" in Path(f"/proc/{pid}/status").read_text()
     except (FileNotFoundError, ProcessLookupError):
@@ -100,7 +100,7 @@ def b64(text: str) -> str:
 
 
 class Etcd:
-    """An etcd server on loopback, and a small client of its API: `api` is "etcdv2" or "etcdv3"."""
+    """An etcd server on loopback, and a client of its API: `api` is "etcdv2" or "etcdv3"."""
 
     api = os.environ.get("TESTED_API", "etcdv2")
 
@@ -113,7 +113,7 @@ class Etcd:
         address: str = "127.0.0.1",
         namespace: str | None = None,
     ) -> None:
-        """`address` is where it listens, in a network `namespace` if one is named."""
+        """The server listens on `address`, in a network `namespace` if one is named."""
         self.name, self.directory = name, directory
         self.port, self.peer = port or free_port(), peer or free_port()
         self.url, self.peer_url = f"http://{address}:{self.port}", f"http://{address}:{self.peer}"
@@ -203,7 +203,7 @@ class Etcd:
             self._request("DELETE", key, "?recursive=true")
 
     def tree(self, directory: str = "/calico") -> dict[str, str]:
-        """Return all keys below a directory with their values."""
+        """Return the keys below a directory with their values."""
         if self.api == "etcdv3":
             found = self.v3("kv/range", {"key": b64(f"{directory}/"), "range_end": b64(f"{directory}0")}).get("kvs", [])
             return {b64decode(kv["key"]).decode(): b64decode(kv.get("value", "")).decode() for kv in found}
@@ -220,7 +220,7 @@ class Etcd:
 
 @contextlib.contextmanager
 def not_installed(*patterns: str) -> Iterator[None]:
-    """Make this a host that lacks those programs of /usr/sbin whose names match."""
+    """Hide the programs in /usr/sbin whose names match any of `patterns`, inside `with`."""
     over = Path("/run/over/usr-sbin")
     for name in ("new", "work"):
         (over / name).mkdir(parents=True)
@@ -236,14 +236,14 @@ def not_installed(*patterns: str) -> Iterator[None]:
 
 
 def links(namespace: str | None = None) -> dict[str, dict]:
-    """Return the interfaces of the host, or of a namespace, by name, but for loopback."""
+    """Return the interfaces of the host, or of a namespace, by name, without loopback."""
     prefix = ["ip", "-n", namespace] if namespace else ["ip"]
     found = json.loads(run(*prefix, "-details", "-json", "address", "show").out or "[]")
     return {link["ifname"]: link for link in found if link.get("ifname") not in (None, "lo")}
 
 
 def tables() -> list[str]:
-    """Return all that nftables has, in an order that does not depend on how it came about."""
+    """Return the nftables ruleset as JSON texts, in an order that does not depend on its history."""
     text = run("nft", "-j", "list", "ruleset").out
     found = []
     for item in json.loads(text)["nftables"]:
@@ -265,7 +265,7 @@ def tables() -> list[str]:
 
 
 def calico_links() -> set[str]:
-    """Return the host ends of all veth pairs of Calico's."""
+    """Return the names of the host's `cali…` interfaces."""
     return {name for name in links() if name.startswith("cali")}
 
 
@@ -281,7 +281,7 @@ def routes(namespace: str, version: int = 4) -> list[str]:
 
 @dataclass
 class Host:
-    """A host with an etcd: what a test types on it, and what it finds there afterwards."""
+    """A host with an etcd: runs commands on it, and reads the results."""
 
     etcd: Etcd
     name: str = HOST
@@ -298,7 +298,7 @@ class Host:
         return {**kept, "HOSTNAME": self.name, "DATASTORE_TYPE": self.etcd.api, **etcd, **extra}
 
     def ctl(self, *arguments: str, status: int | None = 0, env: dict[str, str] | None = None, **options) -> Result:
-        """Run calicoctl; check its exit status, and that no traceback came out."""
+        """Run calicoctl; check its exit status (None: any), and that it printed no traceback."""
         command = options.pop("command", [CALICOCTL])
         result = run(*command, *arguments, check=False, env=self.environment(**(env or {})), **options)
         assert "Traceback" not in result.err, result.err
@@ -308,7 +308,7 @@ class Host:
         return result
 
     def register(self, ipv4: str = HOST_IP, ipv6: str = "") -> None:
-        """Write what `calicoctl node` writes, without it, and without an agent."""
+        """Write the keys that `calicoctl node` writes, without running it."""
         for key, value in {
             "/calico/v1/Ready": "true",
             "/calico/v1/ipam/v4/pool/192.168.0.0-16": {"cidr": "192.168.0.0/16"},
@@ -333,7 +333,7 @@ class Host:
     # what etcd says
 
     def records(self) -> dict[str, dict]:
-        """Return the endpoint records of all hosts by key."""
+        """Return the endpoints of all hosts by key."""
         tree = self.etcd.tree("/calico/v1/host")
         return {key: json.loads(value) for key, value in tree.items() if "/endpoint/" in key}
 
@@ -342,7 +342,7 @@ class Host:
         return record
 
     def allocations(self) -> dict[str, dict]:
-        """Return what is assigned: address -> {"handle_id", "secondary"}. Fails for a block that is not well formed."""
+        """Return the assigned addresses: address -> {"handle_id", "secondary"}. Fails if a block is malformed."""
         import ipaddress
 
         found: dict[str, dict] = {}
@@ -365,7 +365,7 @@ class Host:
     # what must be true whenever no command is under way
 
     def check_consistent(self) -> None:
-        """Fail when an address has no owner, a veth pair no record, a record no interface, or a handle miscounts."""
+        """Fail if addresses, endpoints, interfaces and handles are not consistent, or if an interface is down."""
         records = self.records()
         owned = {
             net.partition("/")[0] for record in records.values() for net in record["ipv4_nets"] + record["ipv6_nets"]
@@ -382,7 +382,7 @@ class Host:
         assert {handle: sum(blocks.values()) for handle, blocks in self.handles().items()} == counted
 
     def check_nothing_left(self, folders: bool = True) -> None:
-        """Fail when any workload has left anything behind; without `folders`, but for empty folders in etcd."""
+        """Fail if any workload has left anything behind. Without `folders`, empty directories in etcd are ignored."""
         assert self.records() == {}
         assert self.allocations() == {}
         assert self.handles() == {}
@@ -397,7 +397,7 @@ class Host:
 
 
 def start_docker(directory: Path, *options: str, host: str = "unix:///var/run/docker.sock") -> subprocess.Popen:
-    """Start a Docker Engine of our own, wait until it answers. Without `options`, it has no bridge and no firewall."""
+    """Start a Docker Engine, and wait until it answers. Without `options`, it has no bridge and no firewall."""
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / "log").open("ab") as log:
         engine = subprocess.Popen(
@@ -419,7 +419,7 @@ def start_docker(directory: Path, *options: str, host: str = "unix:///var/run/do
 
 
 def import_busybox(directory: Path, host: str = "unix:///var/run/docker.sock") -> None:
-    """Make the image `busybox` out of the host's busybox, and of the libraries it is linked with, if any."""
+    """Create the image `busybox` from the host's busybox, and the libraries it is linked with, if any."""
     tools = directory / "bin"
     tools.mkdir(parents=True)
     busybox = shutil.which("busybox") or "/bin/busybox"
@@ -439,7 +439,7 @@ def import_busybox(directory: Path, host: str = "unix:///var/run/docker.sock") -
 
 
 def in_process(host: Host, *arguments: str) -> tuple[int, str]:
-    """Run calicoctl without the start of a program, for what is not tested; return its exit status and all it said."""
+    """Run calicoctl in this process; return its exit status and its output. Faster than a new process."""
     from calicoctl.cli.main import main
 
     said = io.StringIO()

@@ -1,6 +1,6 @@
-"""The store in memory, for what a real one cannot be made to do at a given moment: conflicts and lost answers.
+"""A store in memory, which tests can make fail in ways in which a real store cannot be made to fail.
 
-It is the one test double of the store. store_contract.py holds it against the real ones.
+It is the only test double of the store. Tests in store_contract.py run against it and against real stores.
 """
 
 from __future__ import annotations
@@ -16,12 +16,15 @@ from calicoctl.datastore.store import Change, Create, Delete, Entry, Store, Upda
 from calicoctl.errors import CompareFailed, KeyExists, StoreUnavailable, WatchExpired
 
 HISTORY = 1000
-"""How many changes a watch can go back, as many as etcd's v2 API keeps."""
+"""How many changes a watch can go back, as many as in etcd's v2 API."""
 
 
 @dataclass(frozen=True)
 class Lost:
-    """The answer of the next write is lost. `meanwhile` is called before its writer looks what became of it."""
+    """The answer of the next write is lost; `applied` says whether the write is applied.
+
+    `meanwhile` is called before the writer reads the key again.
+    """
 
     applied: bool = True
     meanwhile: Callable[[], object] = lambda: None
@@ -33,17 +36,18 @@ Fault = Union[str, Lost, None]
 class MemoryStore:
     """Implements the Store protocol. Time passes only when a test adds to `clock`, in seconds.
 
-    With `modern`, it is atomic and has leases, as etcd's v3 API. `requests` counts what would be requests to a server.
+    With `modern`, it is atomic and has leases, like etcd's v3 API. `requests` counts the requests that a server would
+    receive.
 
-    `fault` is called before each create, update, delete, touch and atomic commit, and returns what goes wrong with it:
+    `fault` is called before each create, update, delete, touch and atomic commit, and returns how it fails:
 
-    * None: nothing;
-    * "conflict": another writer changes the key right before;
-    * "lost": it is applied, but its answer is lost, and another writer changes the key right after;
-    * a Lost;
+    * None: it does not fail.
+    * "conflict": another writer changes the key immediately before.
+    * "lost": it is applied, but its answer is lost, and another writer changes the key immediately after.
+    * a Lost.
     * "down": the store cannot be reached.
 
-    `before_read` is called before each read and each batch of a watch, and may raise what goes wrong with it.
+    `before_read` is called before each read and each batch of a watch, and may raise an exception.
     """
 
     def __init__(self, modern: bool = False) -> None:
@@ -56,7 +60,7 @@ class MemoryStore:
         self.before_read: Callable[[], None] = lambda: None
         self._expiry: dict[str, float] = {}
         self._lease_of: dict[str, tuple[MemoryStore, int]] = {}
-        """Key -> the lease that it hangs on: the object that has granted it, and its `ttl`."""
+        """Key -> its lease: the client that has granted the lease, and its `ttl`."""
         self._history: deque[tuple[int, Change]] = deque(maxlen=HISTORY)
         self._changed = Condition()
 
@@ -158,7 +162,7 @@ class MemoryStore:
         return done
 
     def _check(self, write: Write) -> None:
-        """Raise KeyExists or CompareFailed unless the condition of a write is met."""
+        """Raise KeyExists or CompareFailed unless the condition of a write holds."""
         now = self._now(key_of(write))
         if isinstance(write, Create):
             if now is not None:
@@ -187,7 +191,7 @@ class MemoryStore:
             self._remove(key)
 
     def check_writable(self, *keys: str) -> None:
-        """Everybody may write everything here."""
+        """Does nothing: every key is writable."""
 
     def put(self, key: str, value: str, ttl: int | None = None) -> None:
         self.requests += 1
@@ -221,7 +225,7 @@ class MemoryStore:
             yield changes
 
     def _write(self, key: str, apply: Callable[[], Entry], verdict: Verdict) -> Entry:
-        """Apply a conditional write, with what goes wrong."""
+        """Apply a conditional write, with the failure that `fault` returns."""
         self.requests += 1
         fault = self.fault()
         if fault == "down":
@@ -240,7 +244,7 @@ class MemoryStore:
         return apply()
 
     def _reformat(self, key: str) -> None:
-        """Write other JSON of the same meaning, as another writer that changes something else in the value."""
+        """Write other JSON with the same meaning, as a writer does that changes another part of the value."""
         if key in self.entries:
             self._put(key, self.entries[key].value + " ", created=self.entries[key].created)
 
@@ -269,7 +273,7 @@ class MemoryStore:
             self._changed.notify_all()
 
     def _keep_alive(self, ttl: int) -> None:
-        """Keep the lease with this `ttl` of this object alive."""
+        """Renew the lease with this `ttl` of this client."""
         for key in [key for key, lease in self._lease_of.items() if lease == (self, ttl)]:
             self._expiry[key] = self.clock + ttl
 
@@ -288,5 +292,5 @@ def key_of(write: Write) -> str:
 
 
 def memory_store() -> Store:
-    """Return a new MemoryStore; the types say that it is a Store."""
+    """Return a new MemoryStore, with the type Store."""
     return MemoryStore()

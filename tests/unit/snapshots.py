@@ -1,4 +1,4 @@
-"""Snapshots of the store for tests: entries are written as JSON, as etcd has them."""
+"""Snapshots of the store for tests. Entries are written as JSON, as they are in etcd."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def endpoint_id(number: int, host: str = HOST) -> EndpointId:
 
 
 class Store:
-    """Writes into a snapshot what etcd's watch would."""
+    """Writes entries into a snapshot, as the watch of etcd does."""
 
     def __init__(self, snapshot: Snapshot) -> None:
         self.snapshot = snapshot
         self.revision = 0
 
     def change(self, key: str, value: Any) -> Change:
-        """Return the change of a key to a value, None for its deletion."""
+        """Return the change of a key to a value; None means that the key is deleted."""
         self.revision += 1
         text = value if isinstance(value, str) else json.dumps(value)
         return Change(key, None if value is None else Entry(key, text, self.revision, self.revision))
@@ -36,7 +36,7 @@ class Store:
         self.snapshot.change(self.change(key, value))
 
     def endpoint_change(self, number: int, *addresses: str, host: str = HOST, **fields: Any) -> Change:
-        """Return the change of an endpoint's record; no addresses and no fields delete it."""
+        """Return the change of an endpoint; without addresses and fields, its deletion."""
         id = endpoint_id(number, host)
         key = f"/calico/v1/host/{id.host}/workload/{id.orchestrator}/{id.workload}/endpoint/{id.endpoint}"
         record = {
@@ -60,20 +60,20 @@ class Store:
         return [self.change(f"{below}/rules", rules), self.change(f"{below}/tags", list(tags))]
 
     def profile(self, name: str, *inbound: Any, tags: Any = ()) -> None:
-        """Write a profile: by default, nothing may come in, and everything go out."""
+        """Write a profile; by default, it allows no inbound and all outbound traffic."""
         for change in self.profile_changes(name, *inbound, tags=tags):
             self.snapshot.change(change)
 
 
 def in_pools(snapshot: Snapshot) -> Snapshot:
-    """Return a snapshot that takes every address for one in a pool, although it knows of none."""
+    """Return the snapshot, changed so that every address counts as in a pool."""
     for everything in ("0.0.0.0/0", "::/0"):
         snapshot.admission.set_pool(everything, everything)
     return snapshot
 
 
 class World:
-    """A snapshot, and the context that managers share. Every address is in a pool."""
+    """A snapshot in which every address is in a pool, and the context that managers share."""
 
     def __init__(self) -> None:
         self.snapshot = in_pools(Snapshot(HOST))
@@ -85,7 +85,7 @@ class World:
         self.context = Context(self.snapshot, self.health, statuses)
 
     def status(self, number: int) -> tuple[str, str | None] | None:
-        """Publish the statuses that were set; return an endpoint's."""
+        """Publish the statuses that were set; return an endpoint's status and reason, None if it has no status."""
         self.context.statuses.publish()
         status = self.health.endpoints.get(endpoint_id(number))
         return None if status is None else (status.status, status.reason)
