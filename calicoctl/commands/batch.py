@@ -80,7 +80,7 @@ class Line:
 
 
 def _lines(text: str, name: str) -> list[Line]:
-    """Parse and check the commands of a batch; raise CalicoError for an invalid line."""
+    """Parse and check the commands of a batch. Raise CalicoError for an invalid line."""
     lines = []
     for number, line in enumerate(text.split("\n"), start=1):
         place = f"{name}, line {number}: "
@@ -105,7 +105,7 @@ def _nothing_run(error: Exception) -> str:
 
 
 def _prepared(words: list[str]) -> Prepared:
-    """Check one command; raise CalicoError if it is invalid, or not allowed in a batch."""
+    """Check one command. Raise CalicoError if it is invalid, or not allowed in a batch."""
     words = [word for word in words if word not in GLOBAL_OPTIONS]
     prepared = cli.prepare(words)
     endless = words[0] == "node" and parse(grammar_of("node"), words)["--detach"] == "false"

@@ -58,9 +58,10 @@ def prepare(argv: list[str]) -> Prepared:
 
 
 def prepare_peers(arguments: dict[str, Any], of_this_host: bool) -> Prepared:
-    """Check a command about the global BGP peers, or this host's BGP peers; return the function that runs the command.
+    """Check a command about BGP peers, and return the function that runs the command.
 
-    `arguments` are docopt's. Raises CalicoError.
+    `arguments` are docopt's. The command is about this host's peers if `of_this_host`, else about the global peers.
+    Raises CalicoError.
     """
     if arguments["show"]:
         return partial(_show, arguments, of_this_host)
@@ -72,12 +73,10 @@ def prepare_peers(arguments: dict[str, Any], of_this_host: bool) -> Prepared:
 
 
 def _remove_peer(name: str, of_this_host: bool) -> None:
-    """Remove a BGP peer. `name` is its address, or the last part of its key.
-
-    The peer is also searched by its key, since another tool may have written a key with an invalid value.
-    """
+    """Remove a BGP peer. `name` is the peer's address, or the last part of its key."""
     host = hostname() if of_this_host else None
     datastore = DatastoreClient.from_environment()
+    # by key first: another tool may have written a key with an invalid value
     found = datastore.bgp_peer_keys(name, host)
     if not found:
         name = str(parse_address(name))

@@ -81,7 +81,7 @@ def prepare(argv: list[str]) -> Prepared:
 
 
 def _out_of_time(number: int, frame: FrameType | None) -> None:
-    """Handle SIGALRM: abort the query for candidates by OutOfTime; at the next alarm, a second later, exit."""
+    """Handle SIGALRM: raise OutOfTime, and let the next SIGALRM, a second later, end the process."""
     from calicoctl.cli.completion import OutOfTime
 
     signal.signal(signal.SIGALRM, lambda number, frame: os._exit(0))

@@ -136,12 +136,12 @@ def _config(setting: Setting, arguments: dict[str, Any]) -> None:
 
 
 def _checked_name(name: str) -> str:
-    """Return a setting's name if it can be part of a key, and no other command writes it; else raise CalicoError.
-
-    It must not begin with an underscore: etcd hides such keys.
+    """Return a setting's name. Raise CalicoError if it cannot be part of a key, or if other commands write the
+    setting.
     """
     if name in RESERVED:
         raise CalicoError(f"'{name}' is not a setting: other commands write it")
+    # etcd hides keys that begin with an underscore
     if not re.fullmatch("[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", name, re.ASCII):
         raise CalicoError(f"'{name}' cannot be a setting: it must have up to 64 letters, digits, '_', '.' and '-'")
     return name

@@ -109,7 +109,7 @@ def _show(arguments: dict[str, Any]) -> None:
 
 
 def _matching(datastore: DatastoreClient, arguments: dict[str, Any], endpoint_id: str | None) -> list[Endpoint]:
-    """Return the valid endpoints that the options select; warn about invalid ones.
+    """Return the valid endpoints that the options select, in display order. Print a warning for each invalid endpoint.
 
     `endpoint_id` is an endpoint's id, or its beginning; None selects all.
     """
@@ -148,7 +148,10 @@ def _profile(arguments: dict[str, Any], names: list[str]) -> None:
 
 
 def readable_endpoints(datastore: DatastoreClient, host: str | None = None) -> list[Endpoint]:
-    """Return the valid endpoints of all hosts or, with `host`, of one, in display order; warn about invalid ones."""
+    """Return the valid endpoints of all hosts or, with `host`, of one host, in display order.
+
+    Prints a warning for each invalid endpoint.
+    """
     endpoints, invalid = datastore.readable_endpoints(host)
     for error in sorted(invalid, key=lambda error: error.key):
         warn(f"Warning: {error}")
@@ -224,8 +227,8 @@ def show_endpoints(datastore: DatastoreClient, endpoints: Sequence[Endpoint], ar
 def _state(endpoint: Endpoint, status: str, short: bool) -> str:
     """Return the table cell for an endpoint's state.
 
-    For an inactive endpoint, it says for how long (`short`) or since when, if that is known; for an active endpoint
-    that is not up, it contains the status.
+    If known, add for how long (`short`) or since when an endpoint is inactive. Add the status if an active endpoint is
+    not up.
     """
     since = endpoint.inactive_since
     if since:
@@ -234,15 +237,15 @@ def _state(endpoint: Endpoint, status: str, short: bool) -> str:
 
 
 def _as_json(endpoint: Endpoint, status: str, reason: str | None) -> dict[str, Any]:
-    """Return an endpoint with all its fields, including those that the store omits when they have no value."""
+    """Return an endpoint with all its fields, including those that the store omits because they have no value."""
     optional = {"inactive_since": endpoint.inactive_since, "workload_name": endpoint.workload_name}
     return {**asdict(endpoint.id), **endpoint.to_dict(), **optional, "status": status, "reason": reason}
 
 
 def _duration(since: str) -> str:
-    """Return the time since `since` (see clock.py) as a short text, such as "for 5min".
+    """Return the time since `since` (a text of clock.py) in words, such as "for 5min".
 
-    If `since` has another format, returns "since", followed by that text.
+    If `since` has another format, return "since", followed by that text.
     """
     try:
         begin = clock.parse(since)
@@ -264,10 +267,11 @@ def show_profiles(endpoint: Endpoint, as_json: bool) -> None:
 
 
 def profile_names(arguments: dict[str, Any]) -> list[str]:
-    """Return the profiles on the command line; raise CalicoError for names that are missing, repeated or invalid.
+    """Return the profiles on the command line.
 
-    `remove` accepts repeated names, and any name, since an old tool may have added any name to an endpoint's list.
-    `set` without names empties the list.
+    Raises UsageError if `append` or `remove` has no names, CalicoError for a name that is repeated, and NotFound for an
+    invalid name. `remove` accepts repeated names, and any name, since an old tool may have added any name to an
+    endpoint's list.
     """
     names = list(arguments["<PROFILES>"])
     if not names and (arguments["append"] or arguments["remove"]):
@@ -281,9 +285,9 @@ def profile_names(arguments: dict[str, Any]) -> list[str]:
 
 
 def check_known_profile(name: str) -> str:
-    """Return `name` if it can be part of a key in etcd, and raise NotFound if it cannot.
+    """Return `name` if it can be part of a key in etcd, else raise NotFound. Whether the profile exists is not checked.
 
-    Profiles that other tools have created may have such names. Whether the profile exists is not checked.
+    It may be the name of a profile that another tool has created, and that would be invalid for a new profile.
     """
     if not keys.can_be_part(name):
         raise NotFound(f"There is no such profile: '{name}' is not a valid profile name.")

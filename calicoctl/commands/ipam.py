@@ -156,7 +156,7 @@ def _show(as_json: bool) -> None:
 
 
 def _readable_blocks(datastore: DatastoreClient, version: int) -> Iterator[Block]:
-    """Yield the valid blocks of an IP version; warn about invalid ones."""
+    """Yield the valid blocks of an IP version. Print a warning for each invalid block."""
     for block in datastore.ipam.all_blocks(version):
         if isinstance(block, InvalidValue):
             warn(f"Warning: {block}")

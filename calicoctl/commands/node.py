@@ -215,12 +215,13 @@ def _start(
 
 
 def _free_members(datastore: DatastoreClient) -> None:
-    """Remove routes and map elements, left by an earlier agent, that keep this host from reaching its etcd.
+    """Remove routes and map elements of an earlier agent that keep this host from reaching its etcd. See lifeline.py.
 
-    Without etcd, a new agent could not start, and would not remove them. Warns of each. See lifeline.py.
+    Prints a warning for each.
     """
     from calicoctl.workloads import servers
 
+    # a new agent needs etcd to start, so it could not remove them itself
     known = servers.current(datastore.members)
     freed = _free(HostNetwork().with_servers(known))
     if freed and known.unknown:  # now that DNS works again
@@ -228,9 +229,9 @@ def _free_members(datastore: DatastoreClient) -> None:
 
 
 def _free(network: HostNetwork) -> bool:
-    """Do what _free_members does, for the servers that are known in `network`; return whether anything was found.
+    """Remove what keeps this host from reaching the servers in `network`, and print a warning for each removal.
 
-    If the kernel refuses, stops without an error: the agent reports later what is wrong.
+    Return whether there was anything to remove. Stop without an error if the kernel refuses.
     """
     from calicoctl.felix.dataplane.lifeline import let_members_pass, take_back_blocks, take_back_routes
     from calicoctl.felix.dataplane.nft import Nft
@@ -263,7 +264,7 @@ def _free(network: HostNetwork) -> bool:
 
 
 def _refuse_taken(datastore: DatastoreClient, *addresses: str | None) -> None:
-    """Raise CalicoError for an address that another registered host has."""
+    """Raise CalicoError if another registered host has one of these addresses."""
     hosts = datastore.hosts.addresses_of_others()
     for address in addresses:
         other = hosts.get(str(parse_address(address))) if address is not None else None
@@ -302,14 +303,13 @@ def _register(
     """Register this host, print its addresses, and warn about likely mistakes.
 
     `ipv4` is the IPv4 address to register, from the options or detected. `given` are the addresses in the options, by
-    IP version; `every` contains all addresses of this host's interfaces. If the host was not registered before, no
-    older version has connected a workload here: this is noted for learning.py (connected.set_learned). While the store
-    is frozen, a registered host stays registered as it is, so that its agent, and a local etcd, can be started. Raises
-    Frozen for another host.
+    IP version; `every` contains all addresses of this host's interfaces. While the store is frozen, a registered host
+    stays registered as it is. Raises Frozen for another host.
     """
     registered = datastore.hosts.is_registered()
-    if not registered:  # no older version has connected anything here
+    if not registered:  # no older version has connected a workload here: see learning.py
         connected.set_learned(datastore.host)
+    # a frozen store must not keep the agent, or a local etcd, from starting
     try:
         datastore.hosts.register(ipv4, given[6], as_num)
     except Frozen as error:
@@ -336,7 +336,8 @@ def _register(
 def _start_agent(host: str, options: process.Options) -> None:
     """Start the host's agent in the background. If it is running, warn about options that have no effect on it.
 
-    Raises CalicoError if it cannot be started, or if the running agent reports that another one has replaced it.
+    Raises CalicoError if the agent cannot be started, or if the running agent reports that another agent has replaced
+    it.
     """
     pid = process.running(host)
     if not pid:
@@ -364,7 +365,7 @@ def _start_agent(host: str, options: process.Options) -> None:
 
 
 def _started_etcd(host: str, log_dir: str) -> tuple[LocalEtcd, bool]:
-    """Start the local etcd, unless it is running; return its object, and whether it was started. Raises CalicoError."""
+    """Start the local etcd if it does not run. Return its object, and whether it was started. Raises CalicoError."""
     pid = process.running(host)
     if pid and (process.report(host) or {}).get("local_etcd") is False:
         raise CalicoError(
@@ -388,7 +389,7 @@ def _restart() -> None:
 
 
 def _stop_local_etcd_without_agent(host: str) -> None:
-    """Stop the local etcd, unless an agent other than this process supervises it."""
+    """Stop the local etcd, unless an agent in another process may supervise it."""
     if process.running(host) in (None, os.getpid()):
         local_etcd.stop(host)
 
@@ -495,8 +496,8 @@ def _counted(endpoints: dict[str, int]) -> str:
 def _refuse_alive(datastore: DatastoreClient, this_one: bool) -> None:
     """Raise CalicoError if an agent of the host is alive.
 
-    `this_one` means that the host is this machine's own. Then the agent on this machine does not count, since the
-    command is about to stop it.
+    `this_one` says that the host is this machine's own. Its agent on this machine is then ignored, since the command is
+    about to stop it.
     """
     host = datastore.host
     pid = process.running(host)
@@ -517,7 +518,7 @@ def _refuse_alive(datastore: DatastoreClient, this_one: bool) -> None:
 
 
 def _disconnect(datastore: DatastoreClient, workloads: set[tuple[str, str]]) -> bool:
-    """Disconnect workloads, given as (orchestrator, id); return whether any of them was connected."""
+    """Disconnect workloads, given as (orchestrator, id). Return whether any of them was connected."""
     from calicoctl.workloads import wiring
     from calicoctl.workloads.workload import Workload
 
@@ -538,7 +539,7 @@ def _local_etcd(host: str) -> LocalEtcd | None:
 
 
 def _absolute(log_dir: str | None, default: str | None) -> str | None:
-    """Return the absolute path of `log_dir` or, if that is None, of `default`; None if both are None.
+    """Return the absolute path of `log_dir` or, if that is None, of `default`. Return None if both are None.
 
     Raises CalicoError for an empty text.
     """

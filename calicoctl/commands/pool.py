@@ -83,7 +83,7 @@ def prepare(argv: list[str]) -> Prepared:
 
 
 def _checked_mode(mode: str) -> str:
-    """Return `mode` if it is a mode of VXLAN; raise CalicoError for any other word."""
+    """Return `mode` if it is a mode of VXLAN. Raise CalicoError for any other word."""
     if mode not in VXLAN_MODES:
         from calicoctl.spelling import did_you_mean, nearest
 
@@ -144,13 +144,13 @@ def _add(networks: list[IPNetwork], arguments: dict[str, Any]) -> None:
 
 
 def _shown(pool: Pool) -> dict[str, Any]:
-    """Return a pool with all its fields, including those that the store omits when they are off."""
+    """Return a pool with all its fields, including those that the store omits because they are off."""
     options = {"ipip": pool.ipip, "masquerade": pool.masquerade, "vxlan_mode": pool.vxlan}
     return {"cidr": pool.cidr, **options, **pool.extra}
 
 
 def _options(pool: Pool) -> dict[str, str]:
-    """Return a pool's options, by name: "on" or "off"; for `vxlan`, the mode."""
+    """Return a pool's options by name. The values are "on" or "off"; for `vxlan`, the mode."""
     switches = {name: "on" if on else "off" for name, on in (("ipip", pool.ipip), ("nat-outgoing", pool.masquerade))}
     return {"ipip": switches["ipip"], "vxlan": pool.vxlan, "nat-outgoing": switches["nat-outgoing"]}
 
@@ -177,7 +177,7 @@ def _networks_of_range(start: str, end: str) -> list[IPNetwork]:
 
 
 def _network(text: str) -> IPNetwork:
-    """Parse the CIDR of a pool; raise CalicoError for host bits, or a missing prefix length."""
+    """Parse the CIDR of a pool. Raise CalicoError for host bits, or a missing prefix length."""
     network = parse_pool_cidr(text)
     if "/" not in text:
         raise CalicoError(
@@ -187,7 +187,7 @@ def _network(text: str) -> IPNetwork:
 
 
 def _known(text: str) -> IPNetwork | str:
-    """Return the network of a pool's CIDR. Returns any other text as it is: an invalid pool's key may end with it."""
+    """Return the network of a pool's CIDR. Return any other text unchanged: an invalid pool's key may end with it."""
     try:
         return _network(text)
     except CalicoError:
@@ -235,7 +235,7 @@ def _show(arguments: dict[str, Any]) -> None:
 
 
 def warn_of_overlaps(cidrs: Iterable[str]) -> None:
-    """Warn about pools that overlap networks to which this host is connected."""
+    """Print a warning for each of the pools `cidrs` that overlaps a network to which this host is connected."""
     try:
         own = host_network.read()
     except CalicoError as error:
@@ -246,7 +246,7 @@ def warn_of_overlaps(cidrs: Iterable[str]) -> None:
 
 
 def readable_pools(datastore: DatastoreClient, version: int) -> list[Pool]:
-    """Return the valid pools of an IP version; warn about invalid ones."""
+    """Return the valid pools of an IP version. Prints a warning for each invalid pool."""
     pools, invalid = datastore.readable_pools(version)
     for error in invalid:
         warn(f"Warning: {error}")

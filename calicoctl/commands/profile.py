@@ -151,7 +151,7 @@ def _show(arguments: dict[str, Any]) -> None:
 
 
 def _as_json(datastore: DatastoreClient, name: str, endpoints: list[Endpoint]) -> dict[str, Any]:
-    """Return all data of a profile. Invalid tags or rules are null, and a warning is printed."""
+    """Return all data of a profile. Invalid tags or rules are None, and a warning is printed."""
 
     def readable(read: Callable[[], T]) -> T | None:
         try:
@@ -297,9 +297,9 @@ def _rule_add(profile: str, direction: str, position: int | None, rule: Rule) ->
 
 
 def _warn_of_tags(datastore: DatastoreClient, rules: list[Rule]) -> None:
-    """Warn about tags in `rules` that no profile has: they may be misspelt.
+    """Print a warning for each tag in `rules` that no profile has, since it may be misspelt.
 
-    Does not warn if the tags of any profile are invalid, so that it is unknown which tags exist.
+    If the tags of any profile are invalid, no warning is printed.
     """
     named = {tag for rule in rules for tag in (rule.src_tag, rule.dst_tag) if tag is not None}
     known = datastore.all_tags() if named else None

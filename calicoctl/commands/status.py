@@ -165,7 +165,7 @@ def _issue_lines(issues: list[Issue], left_out: bool) -> list[str]:
 
 
 def _summary(failures: list[Issue], in_error: int) -> str:
-    """Return one sentence that explains an exit status other than 0; `in_error` is the number of endpoints in error."""
+    """Return one sentence that explains a non-zero exit status. `in_error` is the number of endpoints in error."""
     for issue in failures:
         if issue.kind == AGENT:
             return f"{issue}."
