@@ -87,7 +87,6 @@ def first_ping(host: AgentHost, repetitions: int) -> list[float]:
 
 
 def _until_answered(address: str) -> None:
-    """Send a packet each millisecond until an echo server answers one."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
         client.connect((address, 7))
         client.settimeout(0.001)
@@ -167,7 +166,6 @@ def throughput(seconds: float = 2.0, source: str = "a", target: str = "b", addre
 
 
 def _send(client: socket.socket, seconds: float, core: int) -> NoReturn:
-    """Send as much as possible for some seconds, and end the process."""
     try:
         os.sched_setaffinity(0, {core})
         client.settimeout(5)

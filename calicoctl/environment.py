@@ -149,7 +149,6 @@ class EnvironmentFile:
         raise CalicoError(f"{self.path}, which says which store and host name to use, cannot be read: {why}")
 
     def _replace(self, text: str) -> None:
-        """Write the file atomically; keep the owner and the mode of an existing file. Raises CalicoError."""
         path = self.path.resolve()  # a symbolic link stays one
         try:
             path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
@@ -219,7 +218,6 @@ def _value(text: str, place: int, where: str) -> tuple[str, int]:
 
 
 def _end(pattern: re.Pattern[str], text: str, place: int) -> int:
-    """Match `pattern`, which must match any text, at index `place`; return the index where the match ends."""
     match = pattern.match(text, place)
     assert match is not None
     return match.end()

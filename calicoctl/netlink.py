@@ -317,7 +317,6 @@ def paths(family: int, type: int, but: Collection[int] = ()) -> Iterator[Paths]:
 
 
 def _hops(family: int, found: dict[int, bytes]) -> Iterator[tuple[str | None, int]]:
-    """Yield the next hops (gateway or None, interface's index) in a route's attributes."""
     several = found.get(_RTA_MULTIPATH, b"")
     at = 0
     while at + 8 <= len(several):

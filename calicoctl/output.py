@@ -98,7 +98,6 @@ def _longest(words: list[str]) -> int:
 
 
 def _wrapped(cell: str, width: int) -> list[str]:
-    """Wrap a cell's lines between words. If a word is longer than `width`, break it at its hyphens, or anywhere."""
     import textwrap
 
     lines = []

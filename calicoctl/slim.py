@@ -63,8 +63,6 @@ class _Deferred:
 
 
 class _Finder:
-    """The import finder for bare and deferred modules."""
-
     def __init__(self) -> None:
         self.deferred = set(DEFERRED)
 

@@ -246,7 +246,6 @@ def _status() -> str:
 
 
 def _store() -> str:
-    """Return all of Calico's keys, with the known parts of their values, as JSON."""
     datastore = DatastoreClient.from_environment()
     return json.dumps({entry.key: _known_value(entry) for entry in datastore.everything()}, indent=1)
 
@@ -294,7 +293,6 @@ def _docker() -> str:
 
 
 def _from_bird(command: str) -> str:
-    """Return the answer of the agent's BIRD to a command. Raises CalicoError."""
     with bird.control(Instance(hostname()).control()) as control:
         return "".join(f"{line}\n" for _, line in control.command(command))
 

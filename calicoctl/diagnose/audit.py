@@ -67,13 +67,11 @@ def check(datastore: DatastoreClient) -> list[Finding]:
 
 
 def _order(finding: Finding) -> tuple[object, ...]:
-    """Return the sort key of a finding: kind and subject; addresses are sorted by number."""
     number = int(parse_address(finding.subject)) if finding.kind == "address" else 0
     return finding.kind, ":" in finding.subject, number, finding.subject, finding.problem
 
 
 def _inspect(datastore: DatastoreClient) -> Iterator[Finding]:
-    """Yield the inconsistencies that exist now."""
     endpoints, invalid = datastore.readable_endpoints()
     registered = set(datastore.hosts.registered())
     listed: dict[str, list[Endpoint]] = defaultdict(list)

@@ -461,7 +461,6 @@ def dropping_rules(rules: str) -> list[str]:
 
 
 def _of_others(rules: str) -> str:
-    """Return `rules` without the agent's tables, and without the counts of packets and bytes."""
     rules = re.sub(r"^table \w+ calico {.*?^}", "", rules, flags=re.MULTILINE | re.DOTALL)
     return re.sub(r"packets \d+ bytes \d+", "", rules)
 
@@ -482,7 +481,6 @@ def _etcd() -> Iterator[Check]:
 
 
 def _local_etcd() -> Check:
-    """Check whether 'calicoctl node --local-etcd' could run an etcd here."""
     name, agent = "local etcd", _agent()
     try:
         etcd = LocalEtcd(hostname(), process.DEFAULT_LOG_DIR)
@@ -536,7 +534,6 @@ def _ipip() -> Check:
 
 
 def _agent() -> int | None:
-    """Return the process id of this host's agent; None if no agent runs, or the host name is invalid."""
     with suppress(CalicoError):
         return process.running(hostname())
     return None

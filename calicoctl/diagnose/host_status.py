@@ -154,7 +154,6 @@ def _issues(status: dict[str, Any], pid: int | None) -> Iterator[Issue]:
 
 
 def _agent(status: dict[str, Any], pid: int | None) -> Iterator[Issue]:
-    """Yield the problems of the agent itself, such as that it does not run, or that its report is old."""
     host, report = status["host"], status["report"]
     other = status["other_agent"]
     if pid is None and other is not None:
@@ -255,7 +254,6 @@ def _peer(session: dict[str, Any]) -> str:
 
 
 def _unknown_interfaces(status: dict[str, Any]) -> Iterator[Issue]:
-    """Yield an Issue about the interfaces of this host that belong to no endpoint, if there are any."""
     names = status["unknown_interfaces"]
     if names:
         some = first_few(names)

@@ -271,7 +271,6 @@ class _Store:
     # The path
 
     def trace(self, source: Place, destination: Place, packet: Packet) -> Trace:
-        """Return the path of a packet between two places, at least one of which is an endpoint."""
         from calicoctl.workloads import host_network
 
         if source.endpoint is not None and source.endpoint == destination.endpoint:
@@ -418,7 +417,6 @@ class _Store:
         return Decision(direction, verdict.allowed, why, verdict.profile, verdict.rule, id.host)
 
     def _tagged(self, tag: str, address: str) -> bool:
-        """Return whether an address belongs to an endpoint, on any host, with a profile that has the tag."""
         if tag not in self._members:
             profiles = self._seen_by(self._datastore.host).profiles
             with_tag = {name for name, profile in profiles.items() if tag in profile.tags}

@@ -24,6 +24,7 @@ ORCHESTRATORS = ("docker", "namespace")
 
 _FOLDER = "workloads"
 _LEARNED = "learned"
+# Source: random(4)
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _ANOTHER_BOOT = "in another boot"
 
@@ -121,7 +122,6 @@ def _parsed(content: bytes) -> Connected:
 
 
 def _boot() -> str:
-    """Return the id of this boot of the kernel; empty if it cannot be read. Source: random(4)."""
     with suppress(OSError):
         return _BOOT_ID.read_text().strip()
     return ""

@@ -106,13 +106,11 @@ class Guard:
                         raise
 
     def _missing(self) -> list[int]:
-        """Return the families whose table does not exist, or has no rules in its first chain."""
         return [family for family in _CHAINS if not _has_rules(self._netlink, family)]
 
 
 @contextmanager
 def _explained() -> Iterator[None]:
-    """Convert an OSError from the body of `with` into a CalicoError with advice."""
     try:
         yield
     except OSError as error:

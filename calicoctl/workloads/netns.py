@@ -480,7 +480,6 @@ def _index(name: str) -> int:
 
 
 def _find(name: str) -> int | None:
-    """Return the index of the interface with this name, in the namespace of this thread; None if there is none."""
     try:
         return socket.if_nametoindex(name)  # pyroute2 cannot look up a name that is not UTF-8
     except OSError:
@@ -488,7 +487,6 @@ def _find(name: str) -> int | None:
 
 
 def _route(version: int, address: str | None, index: int) -> dict[str, Any]:
-    """Return pyroute2's fields for the route to `address` (None: the default route) through an interface."""
     destination = "default" if address is None else host_net(address)
     return {"family": FAMILIES[version], "dst": destination, "oif": index, "proto": PROTOCOL_STATIC}
 

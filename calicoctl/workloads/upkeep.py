@@ -137,7 +137,6 @@ def reconcile(
 
 
 def _has_anything(datastore: DatastoreClient, orchestrator: str, id: str) -> bool:
-    """Return whether a workload may have endpoints, a handle, or files on this host (locks.py, connected.py)."""
     workload = Workload(orchestrator, id, id)
     return (
         locks.exists(datastore.host, orchestrator, id)
@@ -148,7 +147,6 @@ def _has_anything(datastore: DatastoreClient, orchestrator: str, id: str) -> boo
 
 
 def _read(datastore: DatastoreClient, workload: Workload) -> tuple[list[EndpointId], dict[IPAddress, Owner]]:
-    """Return a workload's endpoint ids, and its handle's addresses on this host, with their owners."""
     held = datastore.ipam.held_by(workload.handle) or {}
     return endpoint_ids_of(datastore, workload), {
         address: owner for address, owner in held.items() if owner.secondary.get("host") == datastore.host
@@ -325,7 +323,6 @@ def _unlisted(endpoints: list[Endpoint], held: dict[IPAddress, Owner]) -> dict[I
 
 
 def _called(workload: Workload) -> str:
-    """Return the name of a workload for a log line."""
     if workload.orchestrator == DOCKER:
         name = f" ({workload.docker_name})" if workload.docker_name else ""
         return f"container {short_id(workload.id)}{name}"

@@ -201,7 +201,6 @@ def connect(
 
 
 def _connect_new(session: WorkloadSession, request: AddressRequest, interface: str) -> Attachment:
-    """Connect a workload that has no endpoint; adopt or remove what an interrupted command has left."""
     datastore, workload, version = session.datastore, session.workload, request.version
     terms = Terms.read(datastore, request)
     next_hops = {version: terms.next_hop}
@@ -351,14 +350,12 @@ def _clear(
 
 
 def _listed(id: EndpointId, entry: Entry) -> list[IPAddress]:
-    """Return the addresses that an endpoint lists; none if the endpoint is invalid."""
     with suppress(InvalidValue):
         return list(map(parse_address, Endpoint.from_json(id, entry.value, entry.key).addresses))
     return []
 
 
 def _forget(datastore: DatastoreClient, workload: Workload, lock: WorkloadLock) -> None:
-    """Store that a workload is not connected any more, and that no change of it is in progress. Raises CalicoError."""
     connected.forget(datastore.host, workload.orchestrator, workload.id)
     lock.clear_all()
 
@@ -540,7 +537,6 @@ class WorkloadSession:
 
     @property
     def entry(self) -> Entry | None:
-        """The entry of the workload's endpoint, as it was read at the start; None if there is no endpoint."""
         return next(iter(self._entries.values()), None)
 
     @property
@@ -550,7 +546,6 @@ class WorkloadSession:
 
     @property
     def loopback(self) -> netns.Loopback:
-        """The state of the namespace's loopback interface at the last `refresh`."""
         return self._inspection.loopback
 
     def refresh(self) -> None:
@@ -580,7 +575,6 @@ class WorkloadSession:
         netns.set_mtu(self.only_endpoint().id.interface, size)
 
     def _pairs(self) -> list[tuple[netns.Interface, netns.Interface]]:
-        """Return the veth pairs between the namespace and the host, as (end in the namespace, host end)."""
         return [] if self._namespace is None else self._namespace.pairs()
 
     def only_endpoint(self) -> Endpoint:
@@ -762,7 +756,6 @@ def _attach(
 
 
 def _has_old_felix(datastore: DatastoreClient) -> bool:
-    """Return whether Felix of 2015, which has rules of its own, runs on this host. Raises CalicoError."""
     if not datastore.statuses.of_old_agent():
         return False
     # others may write to the store, so it does not suffice; chains that Felix has left drop packets as well
@@ -792,13 +785,12 @@ def _adopt(
 
 
 def _is_like(owner: Owner, other: Owner) -> bool:
-    """Return whether two owners are the same, ignoring the container's name, which may have changed."""
+    # the container's name may have changed
     facts, others = ({**one.secondary, "workload_name": None} for one in (owner, other))
     return owner.handle == other.handle and facts == others
 
 
 def _assign(session: WorkloadSession, owner: Owner, request: AddressRequest, terms: Terms) -> IPAddress:
-    """Assign an address that satisfies the request; raise CalicoError if there is none."""
     datastore, pools = session.datastore, terms.pools
     if request.address is None:
         taken = datastore.ipam.auto_assign(1, pools, owner, terms.reserved, terms.affine, session.handle)
@@ -844,7 +836,6 @@ def _usable(request: AddressRequest, address: IPAddress, reserved: Reserved) -> 
 
 
 def _refuse_reserved(request: AddressRequest, reserved: Reserved) -> None:
-    """Raise CalicoError if no workload may have the requested address."""
     why = None if request.address is None else reserved.refusal(str(request.address))
     if why is not None:
         raise CalicoError(f"IP {request.address} is {why}. Give another, or 'ipv{request.version}' for any.")
@@ -861,7 +852,6 @@ def _refuse_in_use(session: WorkloadSession, address: IPAddress) -> None:
 
 
 def _release_unlisted(datastore: DatastoreClient, workload: Workload, endpoint: Endpoint) -> None:
-    """Release the addresses of a workload's handle that its endpoint does not list."""
     held = datastore.ipam.held_by(workload.handle) or {}
     datastore.ipam.release([a for a in held if host_net(a) not in endpoint.nets], {workload.handle})
 
@@ -900,7 +890,6 @@ def _reassign(session: WorkloadSession, address: IPAddress, owner: Owner, undo: 
 
 
 def _owner_text(owner: Owner | None) -> str:
-    """Return the part of a message that names an address's owner, in parentheses; empty if no name is known."""
     facts = owner.secondary if owner is not None else {}
     name = facts.get("namespace") or facts.get("workload_name") or short_id(str(facts.get("workload") or ""))
     return f" ({name} on host {facts.get('host')})" if name else ""
@@ -929,13 +918,11 @@ def owner_of(workload: Workload, id: EndpointId, interface: str) -> Owner:
 
 
 def _new_endpoint() -> str:
-    """Return a new endpoint id: random, in the form of a UUID of version 1."""
     # a host end is named by the first digits: those of a real version 1 are from the time, so two could be the same
     return uuid.UUID(bytes=os.urandom(16), version=1).hex
 
 
 def _endpoint_of(owner: Owner) -> str | None:
-    """Return the endpoint id in an address's attributes; None if there is no valid one."""
     id = owner.secondary.get("endpoint")
     return id if isinstance(id, str) and len(id) == 32 and is_endpoint_id(id) else None
 

@@ -55,7 +55,6 @@ class Workload:
 
     @property
     def handle(self) -> str:
-        """The IPAM handle of the workload's addresses."""
         return f"{self.orchestrator}.{self.id}"
 
     @property
@@ -348,7 +347,6 @@ def endpoints_of(datastore: DatastoreClient, workload: Workload) -> list[Endpoin
 
 
 def _name_of(id: str) -> str:
-    """Return the name of a container; its id if Docker does not answer, or does not know the container."""
     try:
         return str(_inspect(id)["Name"]).lstrip("/")
     except CalicoError:
