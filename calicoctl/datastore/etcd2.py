@@ -1,10 +1,9 @@
-"""The backend for etcd's v2 API, on python-etcd: requests, and the translation of errors.
+"""The backend for etcd's v2 API, on python-etcd: sends requests, and converts errors.
 
-Watches are in etcd2_watch.py. python-etcd's own failover is off, since it repeats unanswered writes blindly; ours is in
-members.py. Redirects are off, too: etcd sends none, and another server could redirect a request anywhere. The size of
-every answer, and the time that it takes, are bounded (answers.py).
+Directories are read by etcd2_tree.py, and watched by etcd2_watch.py. Failover is in members.py, and the bounds on the
+size and duration of answers are in answers.py.
 
-Sources: https://github.com/etcd-io/etcd/blob/release-3.4/Documentation/v2/api.md and …/v2/errorcode.md
+Sources: https://github.com/etcd-io/etcd/blob/release-3.4/Documentation/v2/api.md and errorcode.md there.
 """
 
 from __future__ import annotations
@@ -55,37 +54,32 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 READ_TIMEOUT = 4.0
-"""Seconds to wait for one member's answer. A command waits for a hanging member only once, then asks it last."""
+"""Seconds to wait for one member's answer."""
 
 LARGEST_VALUE = 32 * answers.MiB
-"""The largest answer about one key, in bytes. A value has at most 10 MiB; in JSON, its escapes take more."""
+"""The maximum size of an answer about one key, in bytes. A value has at most 10 MiB, and more with JSON's escapes."""
 
 LARGEST_DIRECTORY = 128 * answers.MiB
-"""The largest answer about a directory with all that is below it, in bytes. 50,000 endpoints take about 50 MiB."""
+"""The maximum size of an answer about a directory tree, in bytes. 50,000 endpoints take about 50 MiB."""
 
 QUORUM_TIMEOUT = 3.0
-"""Seconds to wait for the quorum read that shows, after a poll without a change, that the member is not partitioned."""
+"""Timeout in seconds of the quorum read in `_confirm_quorum`."""
 
 WATCH_PATIENCE = 3.0
-"""Seconds until a watch fails if no member answers: short, so that the agent soon reports the store as lost."""
+"""Seconds after which a watch fails if no member answers."""
 
 _NO_INDEX = 2**63 - 1
 """A revision that no entry ever has."""
 
 _NOT_SENT = ("NewConnectionError", "ConnectTimeoutError", "NameResolutionError", "SSLError", "LocationParseError")
-"""The names of those errors of urllib3 after which no request can have left this host."""
+"""The names of the errors of urllib3 that occur before a request is sent."""
 
 _GARBLED = ("SSLError", "ProtocolError", "RemoteDisconnected", "ConnectionResetError", "BadStatusLine")
-"""The names of the errors with which requests fail at a server that speaks another protocol."""
+"""The names of the errors that occur if a server speaks another protocol."""
 
 
 class Etcd2Store:
-    """`Store` over the v2 API of an etcd cluster.
-
-    This API has directories: a write creates those above its key. `implied_directories` returns the directories,
-    deepest first, that exist only because of a key. After the key is deleted, they are removed if they are empty. A
-    crash in between leaves empty directories, which `tree` and `exists` ignore.
-    """
+    """Implements `Store` on etcd's v2 API. A write of a key also creates the directories above the key."""
 
     atomic = False
     leases = False
@@ -96,7 +90,10 @@ class Etcd2Store:
         patience: float,
         implied_directories: Callable[[str], Iterable[str]] = lambda key: (),
     ) -> None:
-        """`patience`: seconds for which a request is retried while the members that can be reached do not answer."""
+        """`patience`: seconds for which a request is retried while the members that can be reached do not answer.
+
+        `implied_directories` returns, for a deleted key, the directories to remove if they are empty, deepest first.
+        """
         self._members = Members(settings, lambda member: _Connection(settings, member), patience)
         self._implied_directories = implied_directories
 
@@ -185,7 +182,7 @@ class Etcd2Store:
         return self.update(entry, value, ttl)
 
     def _prune(self, directories: Iterable[str]) -> None:
-        """Remove these directories in order, until one of them is not empty. Errors end it silently."""
+        """Remove empty directories in this order, until one is not empty. Errors stop this silently."""
         import etcd
 
         # the key is deleted already, and an empty directory that stays does no harm
@@ -242,7 +239,7 @@ class Etcd2Store:
             yield changes
 
     def _await_changes(self, directory: str, progress: Progress, seconds: float) -> tuple[list[Change], Progress]:
-        """Wait for a change below `directory`, for `seconds` at most; return at most one change, and the new progress.
+        """Wait for at most `seconds` for a change below `directory`; return at most one change, and the new progress.
 
         Raises WatchExpired if changes may have been missed, and StoreUnavailable if no member answers for
         WATCH_PATIENCE.
@@ -276,16 +273,16 @@ class Etcd2Store:
             raise StoreError(f"the store does not answer as etcd does: it cannot watch {directory}") from None
 
     def _read(self, key: str, send: Callable[[etcd.Client, str], T], directory: bool = False) -> T:
-        """Send an idempotent request about a key until it is answered; see _Connection.request."""
+        """Send an idempotent request about a key, again if it is not answered. See _Connection.request."""
         return self._members.retry(lambda connection: connection.request(key, send, directory))
 
     def _ask(self, key: str, send: Callable[[etcd.Client, str], T]) -> T:
-        """Send a request about a key once; see _Connection.request."""
+        """Send a request about a key once. See _Connection.request."""
         return self._members.ask(lambda connection: connection.request(key, send))
 
 
 class _Connection:
-    """python-etcd's client of one member; its errors are converted to those of this program."""
+    """python-etcd's client of one member. Converts exceptions of python-etcd to those of this program."""
 
     def __init__(self, settings: EtcdSettings, member: Member) -> None:
         self._settings = settings
@@ -293,14 +290,12 @@ class _Connection:
         self._url = settings.url(member)
 
     def request(self, key: str, send: Callable[[etcd.Client, str], T], directory: bool = False) -> T:
-        """Call `send` with the client and the key, quoted for a URL; return its result.
+        """Call `send` with python-etcd's client and the URL-quoted key; return the result.
 
-        `directory` says that the answer is about a directory and what is in it, so it may be larger.
-
-        If the answer is an error that the caller handles (no such key, compare failed, …), raises python-etcd's
-        exception; for any other error StoreError, WatchExpired or InvalidValue. If there is no answer, or if the member
-        has no leader, raises a RequestFailed (members.py). If this host lacks memory or file descriptors, raises
-        StoreUnavailable.
+        With `directory`, the answer may have up to LARGEST_DIRECTORY bytes, otherwise up to LARGEST_VALUE. Raises
+        python-etcd's exception for an error that callers handle, such as a missing key or a failed comparison. Raises
+        StoreError, WatchExpired or InvalidValue for other errors of etcd, RequestFailed (members.py) if there is no
+        answer or no leader, and StoreUnavailable if this host lacks memory or file descriptors.
         """
         import etcd
         import urllib3.exceptions
@@ -333,8 +328,8 @@ class _Connection:
             ca_cert=settings.ca_cert,
             cert=(settings.cert, settings.key) if settings.cert else None,
             read_timeout=READ_TIMEOUT,
-            allow_redirect=False,
-            allow_reconnect=False,
+            allow_redirect=False,  # etcd sends none, and another server could redirect a request anywhere
+            allow_reconnect=False,  # python-etcd would repeat a write that may have been applied
         )
         if settings.basic is not None:
             client.http.headers["Authorization"] = settings.basic
@@ -347,7 +342,7 @@ class _Connection:
         return client
 
     def _without_answer(self, cause: BaseException) -> Exception:
-        """Return the exception to raise if a connection failed because of `cause`."""
+        """Return the exception to raise if a request failed because of `cause`, without an answer."""
         if is_shortage(cause):
             return StoreUnavailable(f"etcd cannot be asked: {why(cause)}")
         garbled = type(cause).__name__ in _GARBLED
@@ -357,7 +352,7 @@ class _Connection:
         return kind(f"{self._url} did not answer ({why(cause)})", garbled)
 
     def _translated(self, error: Any, key: str) -> Any:
-        """Return the exception to raise for an answer: `error` itself if the caller of `request` handles it."""
+        """Return the exception for python-etcd's `error`: `error` itself if the callers of `request` handle it."""
         import etcd
 
         url = self._url
@@ -392,15 +387,13 @@ class _Connection:
 
 
 def _tls_context(settings: EtcdSettings) -> Any:
-    """Return an ssl.SSLContext that accepts every certificate authority that etcd and its tools accept.
-
-    By default, Python 3.13 refuses an authority without the key usage extension; `openssl req -x509` creates such ones.
-    """
+    """Return the ssl.SSLContext for connections to etcd."""
     import ssl
 
     from urllib3.util.ssl_ import create_urllib3_context
 
     context = create_urllib3_context()
+    # Python 3.13 refuses an authority without the key usage extension, as `openssl req -x509` creates; etcd accepts it
     context.verify_flags &= ~ssl.VERIFY_X509_STRICT
     if settings.ca_cert is None:
         context.load_default_certs()
@@ -408,7 +401,7 @@ def _tls_context(settings: EtcdSettings) -> Any:
 
 
 def _children(client: etcd.Client, path: str) -> tuple[list[str], list[str]]:
-    """Return the keys that are directly in a directory, and the directories directly in it, as full paths."""
+    """Return the keys, and the subdirectories, directly in a directory, both as lists of full paths."""
     import etcd
 
     result = client.read(path, quorum=True)
@@ -419,12 +412,7 @@ def _children(client: etcd.Client, path: str) -> tuple[list[str], list[str]]:
 
 
 def _child_keys(client: etcd.Client, path: str) -> list[str]:
-    """Return the keys and directories that are directly in a directory, as full paths; the directory may be among them.
-
-    etcd sends the values as well; with the blocks of a /16, the parsed answer would take some 80 MiB. So the answer is
-    searched for keys while it arrives. That is safe because every quote in a value is escaped, so no value looks like a
-    key.
-    """
+    """Return the full paths of the keys and subdirectories directly in a directory, perhaps also its own path."""
     import etcd
 
     url = f"{client.base_uri}{client.key_endpoint}{path}?quorum=true"
@@ -433,6 +421,8 @@ def _child_keys(client: etcd.Client, path: str) -> list[str]:
         client._handle_server_response(answer)  # raises what the status means
     if "x-etcd-index" not in answer.headers:
         raise etcd.EtcdException("there is no etcd index in the answer")
+    # the values are in the answer, too: with the blocks of a /16, the parsed answer would take some 80 MiB, so it is
+    # searched while it arrives; each quote in a value is escaped, so no value looks like a key
     found: list[str] = []
     rest = b""
     for chunk in answer.stream(2**16):
@@ -450,11 +440,11 @@ def _child_keys(client: etcd.Client, path: str) -> list[str]:
 def _confirm_quorum(client: etcd.Client, path: str) -> None:
     """Check by a quorum read that a member is not partitioned from the others. Raises python-etcd's exceptions.
 
-    A partitioned member still answers watches, but reports no changes. The key that is read does not exist, as the keys
-    in the directory may be large. Its name is random, so that nobody can have written it before.
+    A partitioned member answers a watch as if there were no changes.
     """
     import etcd
 
+    # a key that does not exist, since existing keys may be large; its name is random, so that nobody has written it
     try:
         client.read(f"{path}/{secrets.token_hex(16)}", quorum=True, timeout=QUORUM_TIMEOUT)
     except etcd.EtcdKeyNotFound as error:
@@ -488,5 +478,4 @@ def _cause(error: Any) -> BaseException:
 
 
 def _timed_out(cause: BaseException) -> bool:
-    """Return whether a request failed because the answer took too long; False if the connection was lost."""
     return "Timeout" in type(cause).__name__

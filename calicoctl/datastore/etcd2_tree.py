@@ -1,8 +1,8 @@
-"""Reads a directory of etcd's v2 API with all that is below it, however deep, many or large its keys are.
+"""Reads a directory tree of etcd's v2 API, however deep or large it is.
 
-Python's JSON parser is recursive, so one key some 500 levels deep would make an answer unreadable. Here, an answer is
-searched for its innermost objects, which are its keys and its empty directories; what is around them does not matter.
-If an answer is too large, each directory in it is asked for by itself, down to the depth of this program's keys.
+Python's recursive JSON parser fails on an answer that is nested too deeply. So only the innermost objects of an answer
+are parsed: keys and empty directories. If an answer is too large, each subdirectory is requested separately, down to
+the depth DEEPEST.
 """
 
 from __future__ import annotations
@@ -20,25 +20,24 @@ if TYPE_CHECKING:
     import etcd
 
 DEEPEST = 10
-"""If the answer about a directory is too large, the directory is read in parts only if its path has fewer parts than
-this: no key of Calico has more."""
+"""The number of parts of the longest key of Calico. A directory at this depth or below is not read in parts."""
 
 _scan_string: Any = json.decoder.scanstring  # type: ignore[attr-defined]
-"""The function of the module json that finds the end of a JSON string; it is written in C."""
+"""The C function of the module json that finds the end of a JSON string."""
 
 _SIGNIFICANT = re.compile('["{}]')
 
 _MOST_STRINGS = 64
-"""The most strings between two braces, as a bound of the time that an answer takes which is not etcd's. An object of
-etcd's has up to 8 names, and 3 values that are strings."""
+"""The maximum number of strings between two braces, which bounds the time for an answer that is not etcd's. An object
+of etcd has up to 8 names, and 3 values that are strings."""
 
 
 def read(client: etcd.Client, directory: str) -> tuple[list[Entry], int]:
-    """Return all entries below a directory, and the revision of the store at the first answer.
+    """Return all entries below a directory, and the store's revision at the first answer.
 
-    For each directory below it that is too large to be read, there is an Entry with a `problem`. Raises python-etcd's
-    exceptions (EtcdKeyNotFound if there is no such directory), and KeyError, TypeError or ValueError for an answer that
-    is not etcd's.
+    A subdirectory that is too large to be read is returned as an Entry with a `problem`. Raises python-etcd's
+    exceptions (EtcdKeyNotFound if there is no such directory), and KeyError, RecursionError, TypeError or ValueError
+    for an answer that is not etcd's.
     """
     import etcd
 
@@ -76,11 +75,10 @@ def read(client: etcd.Client, directory: str) -> tuple[list[Entry], int]:
 
 
 def _ask(client: etcd.Client, path: str, recursive: bool) -> tuple[list[dict[str, Any]], int]:
-    """Return the keys and the empty directories below a path, as etcd's JSON objects, and the store's revision.
+    """Return the keys and the empty directories below `path`, as etcd's JSON objects, and the store's revision.
 
-    Without `recursive`, only what is directly in the directory `path` is returned: keys and directories, empty or not.
-    In both cases, the directory itself may be among them. Raises python-etcd's exceptions, and KeyError, TypeError or
-    ValueError for an answer that is not etcd's.
+    Without `recursive`, returns the keys and subdirectories directly in `path`, empty or not. The directory `path`
+    itself may be included. Exceptions: see `read`.
     """
     options = {"quorum": "true", **({"recursive": "true"} if recursive else {})}
     answer = client.api_execute(client.key_endpoint + quote(path), "GET", params=options)
@@ -95,9 +93,9 @@ def _ask(client: etcd.Client, path: str, recursive: bool) -> tuple[list[dict[str
 
 
 def _check(node: dict[str, Any], path: str, index: int) -> None:
-    """Raise TypeError unless an object is a key, or an empty directory, that an answer may contain.
+    """Raise TypeError if an object is not a key or a directory of etcd, or cannot be in an answer about `path`.
 
-    The answer is about `path`, and the store's revision is `index`.
+    `index` is the store's revision: no key in the answer can have a later one.
     """
     key, value, revision = node.get("key"), node.get("value") or "", node.get("modifiedIndex")
     if not (isinstance(key, str) and (key + "/").startswith(path + "/")):
@@ -115,9 +113,9 @@ def _unasked() -> TypeError:
 def innermost(text: str) -> Iterator[dict[str, Any]]:
     """Yield the objects in a JSON text that contain no other objects.
 
-    `text` is UTF-8 that was decoded as Latin-1, so that each byte takes one byte of memory, whatever characters the
-    text contains. Raises ValueError if braces do not match, if an object between the outermost and an innermost one
-    does not begin with its key, as etcd's directories do, or if there are more strings than etcd writes.
+    `text` is UTF-8 that was decoded as Latin-1, which saves memory. Raises ValueError if the text is not an answer of
+    etcd: if braces do not match, if a directory has no key, or if there are more than _MOST_STRINGS strings between two
+    braces.
     """
     position = depth = strings = 0
     begin: int | None = None

@@ -1,24 +1,17 @@
-"""Waiting for changes in etcd's v2 API by long polls, however much is written elsewhere in the same etcd.
+"""Waits for changes in etcd's v2 API by long polls.
 
-A request names a directory and the revision from which changes are wanted (`waitIndex`). etcd sends the headers of its
-answer at once: they contain the revision that the store has reached (`X-Etcd-Index`). Then etcd searches its last 1,000
-writes, of any key, for the first change in the directory from `waitIndex` on. It sends this change or, if there is
-none, waits for one. If it no longer has all writes from `waitIndex` on, it answers with error 401, and the caller must
-read the whole directory again.
+A request names a directory and `waitIndex`, the revision from which changes are wanted. etcd sends the headers of the
+answer at once; they contain the store's current revision (`X-Etcd-Index`). Then etcd sends the first change in the
+directory from `waitIndex` on, or waits for a change. etcd keeps the last 1,000 writes of all keys. If `waitIndex` is
+older, etcd answers with error 401, and the caller must read the whole directory again.
 
-So a request must not lag behind by 1,000 writes. But no change may be lost, or delivered twice:
+So `waitIndex` must advance, even if nothing changes in the directory, but without missing a change:
 
-* After a change, the next request asks from the revision after the change, so the change is delivered once. No earlier
-  change is lost, since etcd sends the first one.
-* A request is silent if its wait ends without a change. That shows that there is no change from `waitIndex` up to the
-  revision in the headers, unless a change was sent and is delayed in the network. So silence counts only when a second
-  request, over another connection, was silent about the same revisions: the next request asks from the revision after
-  the one in the headers of the last request but one.
-* What is written while a request waits is later than the revision in its headers, so later requests ask for it again.
-
-Hence a request lags behind by all that is written during the two requests before it. The revisions in the headers show
-how many writes that is per second, and the wait is chosen so that the lag stays below ROOM. In a quiet store, a wait
-lasts as long as the caller wants.
+* After a change, the next `waitIndex` is the revision after the change.
+* If a request ends without a change, there may still be a change before the revision in its headers: it may have been
+  sent, and be delayed in the network. So only after two requests in succession, over different connections, without a
+  change, the next `waitIndex` is the revision after the first one's `X-Etcd-Index`.
+* Waits are so short that fewer than ROOM writes happen during two requests.
 
 Sources: https://github.com/etcd-io/etcd/blob/release-3.4/Documentation/v2/api.md ("Waiting for a change") and
 server/etcdserver/api/v2store/event_history.go there.
@@ -40,22 +33,22 @@ if TYPE_CHECKING:
     import etcd
 
 ROOM = 500
-"""Writes by which a request may lag behind; the rest of the 1,000 is for writes while the request is on its way."""
+"""The number of writes by which `waitIndex` may lag behind. The rest of etcd's 1,000 is a reserve."""
 
 SHORTEST = 0.1
-"""Seconds that a request waits at least, so that a lost packet of its answer can be sent again meanwhile."""
+"""The minimum wait for a change, in seconds. It allows for the retransmission of a lost packet."""
 
 LARGEST = 64 * answers.MiB
-"""The largest answer, in bytes: a change contains the key's value twice, as it was and as it is."""
+"""The maximum size of an answer, in bytes. A change contains the key's old and new value."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a watch has come: changes from `revision` on are not known yet.
+    """The progress of a watch. `revision` is the `waitIndex` of the next request.
 
-    `searched` is the revision up to which etcd had searched when the last request was answered, at the time `at`
-    (monotonic, seconds): the one in the headers or, if there was a change, that of the change. `wait` is the wait of
-    the last silent request, in seconds, as `_wait` chose it.
+    `searched` is the `X-Etcd-Index` of the last answer or, if the answer was a change, the revision of the change. `at`
+    is the time of that answer (monotonic, seconds). `wait` is the result of `_wait` for the last answer without a
+    change.
     """
 
     revision: int
@@ -71,12 +64,12 @@ class Progress:
 def poll(
     client: etcd.Client, path: str, progress: Progress, longest: float, timeout: float
 ) -> tuple[list[Change], Progress]:
-    """Wait by one request for a change below `path`, for at most `longest` seconds, but at least SHORTEST.
+    """Send one request for a change below `path`; wait for at most `longest` seconds, but at least SHORTEST.
 
-    Returns the change (a list of one or, if there was none, an empty list) and the new progress. The answer's headers
-    must begin to arrive within `timeout` seconds. Raises WatchExpired if the store's revision is lower than it was:
-    then it is another store, or was restored from a copy. Raises python-etcd's exceptions for errors of etcd or of the
-    connection, and LookupError, TypeError or ValueError for an answer that is not etcd's.
+    `path` is URL-quoted. Returns a list of at most one change, and the new progress. The answer must begin within
+    `timeout` seconds. Raises WatchExpired if the store's revision is lower than before, since the store was replaced or
+    restored. Raises python-etcd's exceptions for errors of etcd or of the connection, and LookupError, RecursionError,
+    TypeError or ValueError for an answer that is not etcd's.
     """
     import etcd
     import urllib3.exceptions
@@ -113,10 +106,9 @@ def poll(
 
 
 def _wait(progress: Progress, reached: int, now: float) -> float:
-    """Return for how many seconds a request may wait. Its headers arrived at `now`, with the revision `reached`.
+    """Return for how many seconds to wait for a change, so that the next request lags behind by at most ROOM writes.
 
-    The next request will ask for changes after `progress.searched`, so it must be sent before ROOM writes have followed
-    that revision.
+    `reached` is the revision in the headers of the current answer, which arrived at the time `now`.
     """
     written = max(0, reached - progress.searched)
     per_second = written / max(0.001, now - progress.at)
@@ -126,7 +118,7 @@ def _wait(progress: Progress, reached: int, now: float) -> float:
 
 
 def _parse(event: Any) -> tuple[list[Change], int]:
-    """Return the changes (at most one) that an event of etcd stands for, and the revision of the event."""
+    """Return the changes (at most one) in an event of etcd, and the event's revision."""
     node = event["node"]
     revision = node["modifiedIndex"]
     key, value = node["key"], node.get("value", "")

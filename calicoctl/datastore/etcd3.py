@@ -1,11 +1,11 @@
-"""The backend for etcd's v3 API: what each operation of `Store` is in requests, and the words for refusals.
+"""The backend for etcd's v3 API: converts the operations of `Store` to requests, and etcd's refusals to exceptions.
 
-Connections and the bounds of answers are in etcd3_http.py, the JSON is in etcd3_json.py, and watches in etcd3_watch.py.
-Failover, and the time for which a request is retried, are in members.py.
+Connections are in etcd3_http.py, JSON is in etcd3_json.py, and watches are in etcd3_watch.py. Failover and retries are
+in members.py.
 
-All writes with a condition are transactions that cannot be applied twice, since what they write makes their condition
-false. So if an answer is lost, the transaction is sent again. If its condition fails then, the values of its keys come
-with the answer, and tell whether the first attempt was applied.
+Each conditional write is a transaction that cannot be applied twice, since it makes its own condition false. So if the
+answer is lost, the transaction is sent again. If the condition fails then, the answer contains the current values of
+the keys, which show whether the first attempt was applied.
 
 Source: https://github.com/etcd-io/etcd/blob/release-3.4/Documentation/learning/api.md
 """
@@ -32,20 +32,20 @@ from calicoctl.errors import CompareFailed, KeyExists, NoSuchApi, StoreError, St
 T = TypeVar("T")
 
 PAGE = 1000
-"""The most keys that are asked for at once."""
+"""The maximum number of keys per request for a range."""
 
 ATTEMPTS = 5
-"""How often a directory is read from the beginning, if its revision is compacted before it is read to the end; and how
-often a lease is granted, if it expires before it is used."""
+"""The maximum number of attempts to read a directory whose revision is compacted during the read, and to use a lease
+that expires before it is used."""
 
 MOST_KEYS = 1_000_000
-"""The most keys below one directory that are read. With it, an answer in parts has an end, whatever the server says."""
+"""The maximum number of keys that are read below one directory."""
 
 QUORUM_TIMEOUT = 3.0
-"""Seconds to wait for the linearizable read that shows that a quiet member neither hangs nor is partitioned."""
+"""Timeout in seconds of the linearizable read in `_confirm_quorum`."""
 
 WATCH_PATIENCE = 3.0
-"""Seconds until a watch fails if no member answers: short, so that the agent soon reports the store as lost."""
+"""Seconds after which a watch fails if no member answers."""
 
 TOO_LARGE = "its value is too large, and not read"
 
@@ -54,18 +54,18 @@ _NEVER = str(2**63 - 1)
 
 
 class _Compacted(StoreError):
-    """The revision that was asked for is compacted, or the store was restored from a copy and has not reached it."""
+    """The store does not have the requested revision: it was compacted, or the store was restored to an earlier one."""
 
 
 class _NoLease(StoreError):
-    """The lease that a key was to be attached to has expired."""
+    """The lease of a request has expired."""
 
 
 @dataclass(frozen=True)
 class _Page(Generic[T]):
-    """What was made of some keys of a directory, the last one of them, and the revision of the store.
+    """A page of a directory: the converted keys (`items`), the last key (`last`), and the store's revision.
 
-    `more` says that other keys follow; `limit` how many were asked for.
+    `more` says whether other keys follow. `limit` is the number of keys that were requested.
     """
 
     items: list[T]
@@ -76,10 +76,9 @@ class _Page(Generic[T]):
 
 
 class Etcd3Store:
-    """`Store` over the v3 API of an etcd cluster. Not thread-safe.
+    """Implements `Store` on etcd's v3 API. Not thread-safe.
 
-    There are no directories: a key may have others below it. Keys with a time to live hang on a lease, one for each
-    time to live that is used. So a write with a time to live also prolongs that of the other keys on its lease.
+    All keys with the same time to live are attached to one lease, which each write with this time to live renews.
     """
 
     atomic = True
@@ -88,10 +87,11 @@ class Etcd3Store:
     def __init__(self, settings: EtcdSettings, patience: float, authorize: Authorize | None = None) -> None:
         """`patience`: seconds for which a request is retried while the members that can be reached do not answer.
 
-        `authorize` returns tokens; see Authorize."""
+        `authorize`: see Authorize.
+        """
         self._members = Members(settings, lambda member: Connection(settings, member, authorize), patience)
         self._leases: dict[int, str] = {}
-        """Time to live in seconds -> the id of the lease."""
+        """Time to live in seconds -> id of the lease."""
 
     # Reads
 
@@ -185,7 +185,7 @@ class Etcd3Store:
         return self._commit(writes, None)
 
     def _commit(self, writes: Sequence[Write], ttl: int | None) -> list[Entry]:
-        """Do what `commit` does, and attach what is written to the lease for `ttl`."""
+        """Do what `commit` does. With `ttl`, attach the written keys to the lease for this time to live."""
         known: dict[str, Entry] = {}
 
         def send(lease: str | None, connection: Connection, doubtful: bool) -> None:
@@ -228,7 +228,7 @@ class Etcd3Store:
         self._ask("/v3/kv/txn", request, directory, revision)  # idempotent
 
     def _attached(self, ttl: int | None, send: Callable[[str | None], T]) -> T:
-        """Call `send`, which writes, with a lease that lives for `ttl` seconds from now on; None: without a lease."""
+        """Call `send` with the id of a lease that expires in `ttl` seconds, or with None; return the result."""
         if ttl is None:
             return send(None)
         for _ in range(ATTEMPTS):
@@ -239,7 +239,7 @@ class Etcd3Store:
         raise StoreUnavailable(f"etcd ends leases of {ttl} s before they are used; try again later")
 
     def _lease(self, connection: Connection, ttl: int) -> str:
-        """Return a lease that lives for `ttl` seconds from now on."""
+        """Return the id of the lease for `ttl`, which is renewed, or created if there is none."""
         if not self._keep_alive(connection, ttl):
             with _translated(connection, "a lease"):
                 granted = connection.post("/v3/lease/grant", {"TTL": str(ttl)})
@@ -248,7 +248,7 @@ class Etcd3Store:
         return self._leases[ttl]
 
     def _keep_alive(self, connection: Connection, ttl: int) -> bool:
-        """Let a lease of this store live for `ttl` seconds more; return False, and forget it, if there is none."""
+        """Renew the lease for `ttl`; return False if there is none, or if it has expired."""
         if ttl not in self._leases:
             return False
         with _translated(connection, "a lease"):
@@ -293,7 +293,7 @@ class Etcd3Store:
             close()
 
     def _await_changes(self, poll: Callable[[Connection, float], list[Change]], end: float) -> list[Change]:
-        """Call `poll` with a member until it returns; if one hangs or has no quorum, with the next one.
+        """Return the result of `poll` at the first member that answers and has a quorum.
 
         Raises WatchExpired if a connection was lost, and StoreUnavailable if no member answers for WATCH_PATIENCE.
         """
@@ -310,7 +310,7 @@ class Etcd3Store:
     # Requests
 
     def _ask(self, path: str, request: dict[str, Any], key: str, parse: Callable[[dict[str, Any]], T]) -> T:
-        """Send an idempotent request about a key until it is answered; return what `parse` makes of the answer."""
+        """Send an idempotent request about a key, again if it is not answered; return `parse(answer)`."""
 
         def send(connection: Connection) -> T:
             with _translated(connection, key):
@@ -319,7 +319,7 @@ class Etcd3Store:
         return self._members.retry(send)
 
     def _get(self, key: str) -> tuple[Entry | None, str | None]:
-        """Return a key's entry, and the lease that it hangs on; None for what does not exist."""
+        """Return a key's entry and the id of the key's lease, each None if there is none."""
 
         def parse(answer: dict[str, Any]) -> tuple[Entry | None, str | None]:
             kvs = answer.get("kvs", [])
@@ -328,9 +328,9 @@ class Etcd3Store:
         return self._ask("/v3/kv/range", _key(key), key, parse)
 
     def _list(self, directory: str, item: Callable[[Any], T]) -> tuple[list[T], int]:
-        """Return what `item` makes of each key below a directory, and the revision at which all were read.
+        """Return `item(kv)` for each key below a directory, and the revision at which all keys were read.
 
-        A key that is too large to be read has a `problem` in its JSON object.
+        `kv` is the JSON object of a key. If the value is too large to be read, `kv` has an additional field "problem".
         """
         for _ in range(ATTEMPTS):
             try:
@@ -361,9 +361,10 @@ class Etcd3Store:
         limit: int,
         at: int,
     ) -> _Page[T]:
-        """Return what `item` makes of the first keys from `start` on, before `end`: of `limit` keys at most.
+        """Return a page of up to `limit` keys from `start` on, before `end`. `item`: see `_list`.
 
-        They are read at the revision `at`; 0: now. If the answer is too large, fewer keys are asked for.
+        The keys are read at the revision `at`, or at the current one if `at` is 0. If the answer is too large, fewer
+        keys are requested.
         """
 
         def send(connection: Connection) -> _Page[T]:
@@ -383,9 +384,9 @@ class Etcd3Store:
     def _first_keys(
         self, directory: str, gaps: Sequence[tuple[bytes, bytes]], limit: int = PAGE
     ) -> list[tuple[list[bytes], bool]]:
-        """Return the first keys, `limit` at most, in each of these ranges of keys, and whether others follow there.
+        """Return up to `limit` keys in each of the ranges `gaps`, and whether other keys follow in the range.
 
-        If the answer is too large, only the first ranges, and fewer keys, are asked for.
+        If the answer is too large, fewer ranges and fewer keys are requested, so the result may be shorter than `gaps`.
         """
 
         def send(connection: Connection) -> list[tuple[list[bytes], bool]]:
@@ -407,7 +408,7 @@ class Etcd3Store:
 
 @contextmanager
 def _translated(connection: Connection, key: str) -> Iterator[None]:
-    """Convert the refusal of a request about a key, and what is raised for JSON of another shape, to a StoreError."""
+    """Convert an ErrorAnswer, and exceptions for JSON of unexpected shape, to a StoreError."""
     try:
         yield
     except ErrorAnswer as error:
@@ -417,7 +418,7 @@ def _translated(connection: Connection, key: str) -> Iterator[None]:
 
 
 def _refusal(error: ErrorAnswer, key: str, url: str) -> StoreError:
-    """Return the exception for what etcd refused."""
+    """Return the StoreError for a refusal of etcd."""
     code, text = error.code, " ".join(error.message.split())[:200]
     if error.is_about_token:
         return StoreError(f"etcd at {url} asks for a user: set ETCD_USERNAME and ETCD_PASSWORD")
@@ -450,7 +451,6 @@ def _refusal(error: ErrorAnswer, key: str, url: str) -> StoreError:
 
 
 def _check_count(directory: str, count: int) -> None:
-    """Raise StoreError if there are too many keys below a directory."""
     if count > MOST_KEYS:
         raise StoreError(f"there are more than {MOST_KEYS} keys below {directory}, and they are not read")
 
@@ -460,10 +460,11 @@ def _is_too_large(lost: ConnectionLost) -> bool:
 
 
 def _confirm_quorum(connection: Connection, directory: str) -> None:
-    """Check by a linearizable read that a member neither hangs nor is partitioned from the others.
+    """Check by a linearizable read that a member answers, and is not partitioned from the others.
 
-    The key that is read does not exist, as the keys in the directory may be large. Raises what Connection.post raises.
+    Raises what Connection.post raises.
     """
+    # a key that does not exist, since the keys in the directory may be large
     revision(connection.post("/v3/kv/range", _key(f"{directory}/quorum"), QUORUM_TIMEOUT))
 
 
@@ -488,7 +489,7 @@ def _range(start: bytes, end: bytes, limit: int, at: int = 0, keys_only: bool = 
 def _page_of(
     answer: Any, start: bytes, end: bytes, item: Callable[[Any], T], limit: int = PAGE, problem: str | None = None
 ) -> _Page[T]:
-    """Return the page that an answer stands for. `problem` is what is wrong with each key of it, if anything is."""
+    """Convert an answer to a page. If `problem` is not None, it is added to the JSON object of each key."""
     kvs, more = answer.get("kvs", []), bool(answer.get("more"))
     last = etcd3_json.raw(kvs[-1]["key"]) if kvs else b""
     if (kvs and not start <= last < end) or (more and not kvs):
@@ -499,7 +500,7 @@ def _page_of(
 
 
 def _entry_of(kvs: list[Any], key: str) -> Entry | None:
-    """Return the entry of a key that was asked for, None if it does not exist."""
+    """Return the entry in the answer to a read of `key`, None if the key does not exist."""
     if not kvs:
         return None
     entry = etcd3_json.read(kvs[0])
@@ -517,7 +518,7 @@ def _ranges(answer: Any, count: int) -> list[Any]:
 
 
 def _gaps(directory: str, but: Collection[str]) -> list[tuple[bytes, bytes]]:
-    """Return the ranges of keys below a directory, but for keys of these names and what is below them."""
+    """Return the ranges (first key, end) of keys below `directory`, without the names in `but` and the keys below."""
     start, end = below(directory)
     gaps = []
     # between the key of a name and what is below it, there may be others: "a", "a.b", "a/c"
@@ -530,7 +531,7 @@ def _gaps(directory: str, but: Collection[str]) -> list[tuple[bytes, bytes]]:
 
 
 def _readable(kv: Any) -> Entry | None:
-    """Return a key's entry, None if it cannot be read."""
+    """Return a key's entry, None if its value is too large, or if the key is not UTF-8."""
     return etcd3_json.read(kv) if "problem" not in kv and _is_utf8(_raw_key(kv)) else None
 
 
@@ -550,7 +551,7 @@ def _is_utf8(raw: bytes) -> bool:
 
 
 def _transaction(writes: Sequence[Write], lease: str | None) -> dict[str, Any]:
-    """Return the request that makes all of these writes, or none; then the answer has what their keys hold."""
+    """Return a request that applies all writes or, if a condition fails, reads the entries of all their keys."""
     return {
         "compare": [_condition(write) for write in writes],
         "success": [_operation(write, lease) for write in writes],
@@ -571,18 +572,18 @@ def _operation(write: Write, lease: str | None) -> dict[str, Any]:
 
 
 def _written(write: Write, reached: int) -> Entry:
-    """Return the entry of a write that was applied at the revision `reached`; of a delete, the one that was deleted."""
+    """Return the entry of a write that was applied at the revision `reached`; for a Delete, the deleted entry."""
     if isinstance(write, Delete):
         return write.entry
     return Entry(write.key, write.value, reached, reached if isinstance(write, Create) else write.entry.created)
 
 
 def _settled(writes: Sequence[Write], answer: Any, doubtful: bool) -> dict[str, Entry]:
-    """After a transaction whose conditions were not met, return the entries of those writes that need no other attempt.
+    """Return key -> entry for those writes of a failed transaction that need not be sent again.
 
-    The answer has the entries of its keys at that moment. `doubtful` says that an earlier attempt may have been
-    applied: then all its own values are there. Otherwise, only a key that was to be deleted, and is gone, needs nothing
-    more. Raises KeyExists or CompareFailed.
+    `answer` contains the current entries of the keys. `doubtful` says that an earlier attempt may have been applied: if
+    it was, all keys are as written, and no write is left. If it was not, only the deletes of missing keys are done.
+    Raises KeyExists or CompareFailed if another writer has changed a key.
     """
     found = [one.get("kvs", []) for one in _ranges(answer, len(writes))]
     verdicts = [_verdict(write, _entry_of(kvs, write.key), doubtful) for write, kvs in zip(writes, found)]
@@ -597,9 +598,9 @@ def _settled(writes: Sequence[Write], answer: Any, doubtful: bool) -> dict[str, 
 
 
 def _verdict(write: Write, now: Entry | None, doubtful: bool) -> Entry | None:
-    """Return the entry of a write if its key is as if it was applied, None if its condition is met.
+    """Return a write's entry if the key is as the write leaves it, None if the write's condition is met.
 
-    Raises KeyExists or CompareFailed if another writer has changed the key.
+    Raises KeyExists or CompareFailed in any other case.
     """
     if isinstance(write, Create):
         if now is not None and not doubtful:

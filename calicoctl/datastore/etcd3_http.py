@@ -1,12 +1,11 @@
 """HTTP connections to the members of an etcd cluster, for the JSON gateway of etcd's v3 API.
 
-Responsible for sockets, TLS, tokens, bounds of answers, and for what an error means: that a request was not sent, that
-its outcome is unknown, or that etcd refused it. What requests are about is the business of etcd3.py and etcd3_watch.py.
-Redirects are not followed: etcd sends none, and another server could redirect a request anywhere.
+Handles sockets, TLS, tokens, and the bounds of answers. An exception says whether a request was not sent, was refused
+by etcd, or has an unknown outcome. Redirects are not followed: etcd sends none, and another server could redirect a
+request anywhere.
 
-Sources: https://github.com/etcd-io/etcd/blob/release-3.4/Documentation/dev-guide/api_grpc_gateway.md, and
-etcdserver/api/v3rpc/rpctypes/error.go there; the codes are those of
-https://github.com/grpc/grpc/blob/master/doc/statuscodes.md.
+Sources: https://github.com/etcd-io/etcd/blob/release-3.4/Documentation/dev-guide/api_grpc_gateway.md,
+etcdserver/api/v3rpc/rpctypes/error.go there, and https://github.com/grpc/grpc/blob/master/doc/statuscodes.md.
 """
 
 from __future__ import annotations
@@ -31,10 +30,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 READ_TIMEOUT = 4.0
-"""Seconds to wait for one member's answer. A command waits for a hanging member only once, then asks it last."""
+"""Seconds to wait for one member's answer."""
 
 LARGEST = 16 * answers.MiB
-"""The largest answer, in bytes. etcd's own limit for a value is 1.5 MiB, which are 2 MiB in JSON; it can be raised."""
+"""The maximum size of an answer, in bytes. etcd's default limit for a value is 1.5 MiB, which is 2 MiB in base64."""
 
 INVALID_ARGUMENT, NOT_FOUND, PERMISSION_DENIED, RESOURCE_EXHAUSTED = 3, 5, 7, 8
 FAILED_PRECONDITION, OUT_OF_RANGE, UNIMPLEMENTED, UNAVAILABLE, DATA_LOSS, UNAUTHENTICATED = 9, 11, 12, 14, 15, 16
@@ -43,14 +42,15 @@ _REFUSALS = {
     *(INVALID_ARGUMENT, NOT_FOUND, PERMISSION_DENIED, RESOURCE_EXHAUSTED),
     *(FAILED_PRECONDITION, OUT_OF_RANGE, UNIMPLEMENTED, DATA_LOSS, UNAUTHENTICATED),
 }
-"""The codes with which etcd says that it did not do what was asked, and will not. With any other, it may have done it,
-or may do it when it is asked again: a write without a quorum, for example, has code 2 in etcd 3.4, and 4 in 3.5."""
+"""The codes of errors after which a request was not applied, and a retry would fail as well. After other errors, the
+request may have been applied, or a retry may succeed: a write without a quorum, for example, has code 2 in etcd 3.4,
+and 4 in 3.5."""
 
 _BUSY = "too many requests"
-"""A RESOURCE_EXHAUSTED that passes by itself."""
+"""Part of the message of a RESOURCE_EXHAUSTED after which a retry may succeed."""
 
 _BAD_HANDSHAKE = "authentication handshake failed"
-"""The gateway connects to its own member by TLS. This part of an UNAVAILABLE says that it never can."""
+"""Part of the message of a permanent UNAVAILABLE: etcd's gateway cannot connect to its own member by TLS."""
 
 _GARBLED = (
     "SSLError",
@@ -60,11 +60,11 @@ _GARBLED = (
     "ConnectionResetError",
     "BadStatusLine",
 )
-"""The errors with which requests fail at a server that speaks another protocol."""
+"""The names of the errors that occur if a server speaks another protocol."""
 
 
 class ErrorAnswer(Exception):
-    """etcd refused a request, and has not applied it. `code` is gRPC's, `message` etcd's text."""
+    """etcd refused a request, and has not applied it. `code` is the gRPC status code, `message` is etcd's text."""
 
     def __init__(self, code: int, message: str) -> None:
         super().__init__(message)
@@ -73,51 +73,51 @@ class ErrorAnswer(Exception):
 
     @property
     def is_about_token(self) -> bool:
-        """Whether another token may help: it is missing, expired, older than a change of permissions, or forgotten."""
+        """Whether the request may succeed with another token."""
         return self.code == UNAUTHENTICATED or (
             self.code == INVALID_ARGUMENT and ("user name is empty" in self.message or "auth store" in self.message)
         )
 
 
 Authorize = Callable[["Connection", Optional[str]], Optional[str]]
-"""Returns the token for requests to the cluster of a connection, None to send none. The second argument is the token
-that the member refused, "" if it refused a request without one, None before the first request. It may ask the member,
-by `Connection.exchange`, and raise StoreError."""
+"""A function (connection, refused token) -> token for requests over the connection, None to send no token. The second
+argument is None before the first request, and "" if the member refused a request without a token. The function may send
+requests by `Connection.exchange`, and may raise StoreError."""
 
 
 class Connection:
-    """A member: a connection that is kept for requests, and one of its own for each stream. Not thread-safe."""
+    """Access to one member: a persistent connection for requests, and a new one for each stream. Not thread-safe."""
 
     def __init__(self, settings: EtcdSettings, member: Member, authorize: Authorize | None = None) -> None:
         self.url = settings.url(member)
         self.token: str | None = None
-        """The token that is sent with requests: what the header `Authorization` says."""
+        """The value of the header `Authorization` in requests, None for no such header."""
         self._settings = settings
         self._member = member
         self._authorize = authorize
         self._kept: socket.socket | None = None
 
     def post(self, path: str, body: dict[str, Any], seconds: float | None = None) -> dict[str, Any]:
-        """Send a request with a token, if there is one, and return its answer: see `exchange`.
+        """Send a POST request with a token, and return the answer; see `exchange`.
 
-        If the token is refused, the request is sent again with another one.
+        If the token is refused, the request is sent again with a new one.
         """
         return self._with_token(lambda: self.exchange("POST", path, body, seconds))
 
     def exchange(
         self, method: str, path: str, body: dict[str, Any] | None = None, seconds: float | None = None
     ) -> dict[str, Any]:
-        """Send a request, and return the JSON object of its answer, which must begin within `seconds`.
+        """Send a request; return the JSON object in the answer, which must begin within `seconds`.
 
-        The default of `seconds` is READ_TIMEOUT. Raises what `fetch` raises, ErrorAnswer for a refusal, and StoreError
-        for an answer that is not etcd's.
+        The default of `seconds` is READ_TIMEOUT. Raises what `fetch` raises, ErrorAnswer if etcd refuses the request,
+        and StoreError if the answer is not etcd's.
         """
         return self._parsed(*self.fetch(method, path, body, seconds))
 
     def fetch(
         self, method: str, path: str, body: dict[str, Any] | None = None, seconds: float | None = None
     ) -> tuple[int, bytes]:
-        """Send a request as `exchange` does; return the status and the body of its answer, whatever they are.
+        """Send a request; return the HTTP status and the body of the answer, which must begin within `seconds`.
 
         Raises NotSent, Unanswered or ConnectionLost (members.py) if there is no answer, and StoreUnavailable if this
         host lacks memory or file descriptors.
@@ -145,14 +145,14 @@ class Connection:
         return response.status, content
 
     def stream(self, path: str, body: dict[str, Any], largest: int) -> Stream:
-        """Send a request whose answer goes on and on; return it. Its messages have at most `largest` bytes each.
+        """Send a POST request whose answer is a stream; return the stream. Each message has at most `largest` bytes.
 
         Raises what `post` raises.
         """
         return self._with_token(lambda: self._stream(path, body, largest))
 
     def close(self) -> None:
-        """Close the connection that is kept. The next request opens another one."""
+        """Close the persistent connection. The next request opens a new one."""
         if self._kept is not None:
             self._kept.close()
             self._kept = None
@@ -187,7 +187,10 @@ class Connection:
         return send()
 
     def _connect(self) -> socket.socket:
-        """Return a connection, with READ_TIMEOUT. Raises NotSent, and StoreUnavailable for want of descriptors."""
+        """Return a new socket, with TLS if needed, and with the timeout READ_TIMEOUT.
+
+        Raises NotSent, and StoreUnavailable if this host lacks memory or file descriptors.
+        """
         name, port = self._member[0].strip("[]"), self._member[1]
         try:
             plain = last_known.connect(name, port, READ_TIMEOUT)
@@ -203,11 +206,7 @@ class Connection:
             raise NotSent(f"{self.url} ({why(error)})", type(error).__name__ in _GARBLED) from error
 
     def _ask(self, sock: socket.socket, method: str, path: str, body: dict[str, Any] | None) -> answers.Answer:
-        """Send a request, and return its answer, whose headers have been read. Raises OSError or HTTPException.
-
-        All is sent at once: else the end of a TLS connection, if the server refuses the client's certificate, may be
-        noticed by a second attempt to send, and not by the server's alert, which says why.
-        """
+        """Send a request; return the answer after its headers were read. Raises OSError or HTTPException."""
         content = b"" if body is None else json.dumps(body, separators=(",", ":")).encode()
         lines = [
             f"{method} {path} HTTP/1.1",
@@ -218,6 +217,7 @@ class Connection:
             "Grpc-Metadata-hasleader: true",  # a member without a leader refuses the request at once
             *([] if self.token is None else [f"Authorization: {''.join(filter(str.isprintable, self.token))}"]),
         ]
+        # one write: if a second one failed, the server's TLS alert, which contains the reason, would not be read
         sock.sendall("\r\n".join([*lines, "", ""]).encode() + content)
         answer = answers.Answer(sock, method=method)
         try:
@@ -229,7 +229,7 @@ class Connection:
 
     @contextmanager
     def no_answer(self) -> Iterator[None]:
-        """Convert what is raised while an answer is awaited."""
+        """Convert the exceptions of sockets and of HTTP to Unanswered, ConnectionLost or StoreUnavailable."""
         try:
             yield
         except (http.client.HTTPException, OSError, MemoryError) as error:
@@ -239,7 +239,7 @@ class Connection:
             raise kind(f"{self.url} did not answer ({why(error)})", type(error).__name__ in _GARBLED) from error
 
     def _parsed(self, status: int, content: bytes) -> dict[str, Any]:
-        """Return the JSON object of an answer with status 200; raise what another one means."""
+        """Return the JSON object in an answer; raise ErrorAnswer, Unanswered or StoreError for an error."""
         try:
             answer = json.loads(content)
             error = _error(answer)
@@ -262,19 +262,19 @@ class Connection:
         raise self.meaning(*error)
 
     def meaning(self, code: int, message: str) -> Exception:
-        """Return the exception for an error of etcd."""
+        """Return the exception for an error of etcd: ErrorAnswer if it is final, else Unanswered."""
         refused = code in _REFUSALS and _BUSY not in message
         if refused or _BAD_HANDSHAKE in message:
             return ErrorAnswer(code, message)
         return Unanswered(f"{self.url} says: {' '.join(message.split())[:300]}")
 
     def no_etcd(self, what: object) -> StoreError:
-        """Return the error for an answer, or a part of it, that is not etcd's."""
+        """Return the error for an answer that is not etcd's. `what` describes the answer, for the message."""
         return StoreError(f"{self.url} does not answer as etcd does: {' '.join(str(what).split())[:120]}")
 
 
 class Stream:
-    """An answer that goes on and on: a JSON object a line."""
+    """An answer that is a stream of messages: one JSON object per line."""
 
     def __init__(
         self,
@@ -290,11 +290,11 @@ class Stream:
         self._rest = b""
 
     def next(self, seconds: float) -> dict[str, Any] | None:
-        """Return the `result` of the next message, None if none has begun to arrive within `seconds`.
+        """Return the `result` of the next message, None if no message begins within `seconds`.
 
-        Raises ConnectionLost at the end of the stream, Unanswered if a message does not go on or the member has no
-        leader, ErrorAnswer for a refusal, and StoreError for a message that is not etcd's. After an exception, the
-        stream must be closed.
+        Raises ConnectionLost at the end of the stream, Unanswered if a message is interrupted or the member has no
+        leader, ErrorAnswer for a refusal, StoreError for a message that is not etcd's, and StoreUnavailable if this
+        host lacks memory. After an exception, the stream must be closed.
         """
         with self._member.no_answer():
             if not self._rest:
@@ -321,10 +321,8 @@ class Stream:
         raise ConnectionLost(f"{self._member.url} has ended the stream ({' '.join(text.split())[:120]})")
 
     def _part(self) -> bytes:
-        """Return more bytes, all of a chunk if the answer comes in chunks. Raises OSError or HTTPException.
-
-        http.client leaves the end of a chunk unread. Then it would look as if the next message had begun.
-        """
+        """Return the next bytes of the answer: a whole chunk if it is chunked. Raises OSError or HTTPException."""
+        # http.client leaves the end of a chunk unread, which would look like the beginning of the next message
         file = self._response.fp
         if not self._response.chunked:
             part = self._response.read1(2**16)
@@ -347,34 +345,29 @@ class Stream:
 
 
 def _error(answer: Any) -> tuple[int, str] | None:
-    """Return the code and the text of an error of etcd, None for another answer.
-
-    In answers that are streams, an error is an object in the answer, and its code has another name in etcd 3.4.
-    """
+    """Return the gRPC code and the message if `answer` is an error of etcd, else None."""
     if not isinstance(answer, dict):
         return None
+    # in a stream, the error is an object in the answer, and etcd 3.4 calls the code grpc_code
     error = answer["error"] if isinstance(answer.get("error"), dict) else answer
     code, text = error.get("grpc_code", error.get("code")), error.get("message")
     return (code, text) if isinstance(code, int) and isinstance(text, str) else None
 
 
 def _is_over(sock: socket.socket) -> bool:
-    """Return whether a server has closed a kept connection, or has sent what was not asked for."""
+    """Return whether the server has closed an idle connection, or has sent unexpected data."""
     waiting = select.poll()
     waiting.register(sock, select.POLLIN)
     return bool(waiting.poll(0))
 
 
 def _tls(settings: EtcdSettings, plain: socket.socket, name: str) -> ssl.SSLSocket:
-    """Return the socket with TLS on it. The files are read for each connection, since certificates are renewed.
-
-    It accepts every certificate authority that etcd and its tools accept: by default, Python 3.13 refuses an authority
-    without the key usage extension; `openssl req -x509` creates such ones.
-    """
+    """Return `plain` with TLS. The files with certificates are read each time, since they may be renewed."""
     import ssl
 
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
+    # Python 3.13 refuses an authority without the key usage extension, as `openssl req -x509` creates; etcd accepts it
     context.verify_flags &= ~ssl.VERIFY_X509_STRICT
     context.set_alpn_protocols(["http/1.1"])
     if settings.ca_cert is None:

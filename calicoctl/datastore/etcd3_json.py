@@ -1,7 +1,7 @@
-"""What etcd's v3 API says as JSON: keys and values in base64, revisions, entries, changes. Sends nothing.
+"""Converts the JSON of etcd's v3 API: keys and values in base64, revisions, entries, changes.
 
-int64 come as texts, and what is zero, false or empty is left out. The functions raise LookupError, TypeError,
-AttributeError or ValueError (binascii.Error is one) for JSON of another shape.
+In this JSON, int64 values are strings, and fields that are zero, false or empty are omitted. For JSON of unexpected
+shape, the functions raise LookupError, TypeError, AttributeError or ValueError (including binascii.Error).
 
 Source: https://github.com/etcd-io/etcd/blob/release-3.4/Documentation/learning/api.md
 """
@@ -20,14 +20,14 @@ def base64(raw: bytes) -> str:
 
 
 def raw(text: str) -> bytes:
-    """Return what a key or a value is in base64; raise TypeError or ValueError."""
+    """Decode a key or a value from base64; raise TypeError or ValueError."""
     if not isinstance(text, str):
         raise TypeError("no text")
     return binascii.a2b_base64(text)
 
 
 def encoded(key: str) -> bytes:
-    """Return a key, or a value, as etcd has it; raise InvalidValue if it is not valid Unicode."""
+    """Encode a key or a value in UTF-8; raise InvalidValue if it is not valid Unicode."""
     try:
         return key.encode()
     except UnicodeEncodeError:
@@ -35,13 +35,13 @@ def encoded(key: str) -> bytes:
 
 
 def below(directory: str) -> tuple[bytes, bytes]:
-    """Return the first key that may be below a directory, and the first one after all of them."""
+    """Return the range of the keys below a directory: the first possible key, and the end, which is excluded."""
     path = encoded(directory)
     return path + b"/", path + b"0"  # the character after the slash
 
 
 def number(thing: Any, name: str) -> int:
-    """Return a revision, or another int64 that is not negative."""
+    """Return the field `name` of a JSON object, an int64 that is not negative; 0 if it is missing."""
     text = thing.get(name, "0")
     if not (isinstance(text, str) and text.isdecimal() and len(text) < 20):
         raise TypeError(f"{name} is no number")
@@ -49,12 +49,12 @@ def number(thing: Any, name: str) -> int:
 
 
 def revision(answer: Any) -> int:
-    """Return the revision that the store had reached at an answer."""
+    """Return the store's revision in the header of an answer."""
     return number(answer["header"], "revision")
 
 
 def read(kv: Any) -> Entry:
-    """Return a key's entry; bytes of its value that are not UTF-8 become U+FFFD. Its key must be UTF-8."""
+    """Return a key's entry. Invalid UTF-8 in the value is replaced by U+FFFD; in the key, it raises ValueError."""
     return Entry(
         raw(kv["key"]).decode(),
         raw(kv.get("value", "")).decode(errors="replace"),
@@ -64,9 +64,9 @@ def read(kv: Any) -> Entry:
 
 
 def followed(kv: Any) -> Entry:
-    """Return a key's entry, with a problem, and no value, if its key or its value is not UTF-8.
+    """Return a key's entry, which has a `problem` and no value if the key or the value is not UTF-8.
 
-    A JSON object with a `problem` has it anyway.
+    If the JSON object has a field "problem", the entry has this `problem`.
     """
     value, problem = "", kv.get("problem")
     for what, part in (("key", kv["key"]), ("value", kv.get("value", ""))):
@@ -79,12 +79,12 @@ def followed(kv: Any) -> Entry:
 
 
 def name(kv: Any) -> str:
-    """Return a key as text, with escapes for what is not UTF-8 in it."""
+    """Return a key as text. Bytes that are not UTF-8 are escaped."""
     return raw(kv["key"]).decode(errors="backslashreplace")
 
 
 def change(event: Any) -> Change:
-    """Return the change that an event stands for."""
+    """Convert an event of a watch to a Change."""
     kv = event["kv"]
     if event.get("type", "PUT") == "DELETE":
         return Change(name(kv), None, alone=True)

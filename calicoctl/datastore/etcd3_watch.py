@@ -1,17 +1,17 @@
-"""Watches over etcd's v3 API: a stream of a member, on which the changes below a directory arrive as they are made.
+"""A watch in etcd's v3 API: a stream from one member, with the changes below a directory.
 
-A watch begins at a revision. etcd's first message says that it was created, and which revision the member has reached.
-Then each message has the changes of one revision or more, in order. These are the traps:
+A watch begins at a revision. The first message says that the watch was created, and contains the member's revision.
+Each further message contains the changes of one revision or more, in order. Special cases:
 
-* If the changes from that revision on were compacted, or the watch is refused, a message says `canceled`, but the
-  stream stays open, and nothing follows.
-* If the store was restored from a copy, and has not reached that revision yet, nothing follows either, until it has.
-  So the revision in the first message is compared with the one that was reached before. A member may also lag behind
-  the others, so whoever opens a watch must have had a linearizable answer of the same member before.
-* A large message comes in fragments. After all but the last one, the changes of a revision may be incomplete.
-* A member that hangs sends nothing. Etcd3Store.watch asks the member something else when it is quiet for long.
-* A message without changes says that there are none up to its revision. etcd sends one every ten minutes, so that a
-  watch which goes on at another member need not begin at a revision that has been compacted meanwhile.
+* If the changes were compacted, or the watch is refused, a message says `canceled`. The stream stays open, but no
+  message follows.
+* If the store was restored from a backup, its revision may be lower than that of the watch, and no message follows. So
+  the revision in the first message is compared with that of the watch. A member may also lag behind the others, so the
+  caller must make a linearizable read at the same member before it opens a watch.
+* A large message is sent in fragments. Before the last fragment, the changes of a revision may be incomplete.
+* A member that hangs sends nothing. Etcd3Store.watch detects this.
+* A message without changes says that there are no changes up to its revision. etcd sends such messages every ten
+  minutes, so that a new watch at another member need not begin at an old, compacted revision.
 
 Sources: https://github.com/etcd-io/etcd/blob/release-3.4/Documentation/learning/api.md ("Watch API") and
 etcdserver/api/v3rpc/watch.go there.
@@ -30,18 +30,18 @@ from calicoctl.datastore.store import Change
 from calicoctl.errors import StoreError, WatchExpired
 
 LARGEST = 64 * answers.MiB
-"""The largest message, in bytes. etcd fragments what is larger than its limit for a request, 1.5 MiB, but not a single
-change."""
+"""The maximum size of a message, in bytes. etcd splits messages of more than 1.5 MiB, but not a single change."""
 
 
 class OpenWatch:
-    """A watch of one member. `revision` is the first revision from which changes are not known yet."""
+    """A watch at one member. `revision` is the first revision whose changes have not been received completely."""
 
     def __init__(self, connection: Connection, directory: str, revision: int) -> None:
-        """Open it, from `revision` on.
+        """Open a watch of the changes below `directory` from `revision` on.
 
-        Raises WatchExpired if the changes are compacted, or the store is another one, ErrorAnswer or StoreError if the
-        watch is refused, and what Connection.post raises.
+        Raises WatchExpired if the changes were compacted, or if the store's revision is too low. Raises ErrorAnswer or
+        StoreError if the watch is refused, LookupError, TypeError or ValueError for an unexpected message, and what
+        Connection.post raises.
         """
         self.connection = connection
         self.revision = revision
@@ -62,9 +62,9 @@ class OpenWatch:
             raise
 
     def changes(self, seconds: float) -> list[Change]:
-        """Wait for changes, for at most `seconds`; return those of one message, an empty list if there were none.
+        """Wait for at most `seconds` for changes; return those of one message, or an empty list.
 
-        Raises what opening it raises. After an exception, the watch must be closed.
+        Raises what `__init__` raises. After an exception, the watch must be closed.
         """
         end = time.monotonic() + seconds
         while (message := self._stream.next(end - time.monotonic())) is not None:
@@ -91,7 +91,7 @@ class OpenWatch:
             raise WatchExpired(f"the store has reached {reached} only, where {before} had been reached before")
 
     def _changes(self, message: dict[str, Any]) -> list[Change]:
-        """Return the changes in a message, and note how far it goes."""
+        """Return the changes in a message, and advance `revision`."""
         self._refuse_canceled(message)
         events = message.get("events", [])
         if not events:
