@@ -89,9 +89,9 @@ class Admission:
         return None if in_pool else ("in no pool", not stays)
 
     def decide(self, candidate: LocalEndpoint) -> LocalEndpoint:
-        """Return a copy of an endpoint without its refused addresses.
+        """Return an endpoint without its refused addresses.
 
-        The field `conflict` of the copy names the refused addresses, and `warning` the addresses that stay despite an
+        The field `conflict` of the result names the refused addresses, and `warning` the addresses that stay despite an
         objection; each with the reason.
         """
         found = {address: self.objection(candidate.interface, address) for address in candidate.addresses}
@@ -128,11 +128,11 @@ class Admission:
         return frozenset(use for use in self._admitted if use[1] in dns or not self.is_in_pool(use[1]))
 
     def adopt(self, uses: Iterable[Use]) -> None:
-        """Mark addresses as admitted, although this object has not decided about them. Called when the agent starts."""
+        """Mark addresses as admitted: those that endpoints have used since before the agent's start."""
         self._admitted.update(uses)
 
     def admit(self, endpoints: Iterable[Endpoint]) -> None:
-        """Mark the addresses that these endpoints of this host may use now as admitted."""
+        """Mark as admitted the addresses that these endpoints of this host may use now."""
         for endpoint in endpoints:
             self._admitted.update((endpoint.name, address) for address in self.addresses_of(endpoint))
 

@@ -83,7 +83,8 @@ class Claims:
     def decide(self, changed: Iterable[EndpointId]) -> dict[EndpointId, str | None]:
         """Decide about the endpoints `changed` (added or withdrawn), and about all candidates that this affects.
 
-        Return the reason why each of these candidates loses, None for a winner, in ascending order of their claims.
+        Return, for each of these candidates, the reason why it loses, or None if it wins. The smallest claim comes
+        first.
         """
         freed: set[str] = set()
         waiting: list[_Claim] = []

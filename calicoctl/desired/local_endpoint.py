@@ -92,7 +92,7 @@ def usable_addresses(endpoint: Endpoint) -> tuple[str, ...]:
 def checked_address(address: str, version: int, whose: str = "an endpoint") -> str:
     """Return an address in canonical form. Raise CalicoError if it is not a unicast address of the IP version.
 
-    The error's text calls the owner of the address `whose`.
+    `whose` names the owner of the address in the error's text.
     """
     try:
         packed = socket.inet_pton(FAMILIES[version], address)

@@ -183,7 +183,9 @@ class Overlay:
         return found
 
     def out_of_reach(self) -> list[str]:
-        """Return, sorted, the registered hosts that have blocks, but share no IP version with this host."""
+        """Return, sorted, the registered hosts that have blocks in the overlay, but share no IP version with this
+        host.
+        """
         topology = self._snapshot.topology
         hosts = {host for host, _ in self._blocks.values()} & topology.hosts() - {topology.host}
         return sorted(

@@ -46,8 +46,8 @@ class Guarded:
     """The networks and addresses that routes learned from other hosts must not override on this host.
 
     `networks` are the CIDRs of this host's connected and local networks. `addresses` are the addresses of this host,
-    its gateways, the members of its etcd, and the registered hosts. Those that overlap no pool without an overlay are
-    left out. The order is stable.
+    its gateways, the members of its etcd, and the registered hosts. Networks and addresses outside of all pools without
+    an overlay are left out. The order is stable.
     """
 
     networks: tuple[str, ...] = ()
@@ -100,7 +100,9 @@ def guarded(snapshot: Snapshot, version: int) -> Guarded:
 
 
 class Surroundings:
-    """The networks, routes and addresses of one IP version outside of pools, as this host knows them."""
+    """This host's networks and routes, and the addresses that it knows of, in one IP version. Blocks may overlap
+    them.
+    """
 
     def __init__(self, snapshot: Snapshot, version: int) -> None:
         network = snapshot.network

@@ -308,7 +308,8 @@ class Agent:
             self._on_kernel_event(event)
 
     def _on_unusable(self, event: Any, error: Exception) -> None:
-        """Handle an internal error in the handling of an event: schedule a resync with the kernel for the next tick.
+        """Continue after the handling of an event has raised `error`: schedule a resync with the kernel for the next
+        tick.
 
         For an event of the store, report a failure that lasts until the agent is restarted.
         """

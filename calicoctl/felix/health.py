@@ -63,7 +63,7 @@ class Status:
 class Ability:
     """Whether one use of the store, such as reading, works for all its users; since when, and why not.
 
-    The name of a user is, for example, the directory that a thread reads.
+    Users are identified by names, such as the directory that a thread reads.
     """
 
     def __init__(self, users: Iterable[str]) -> None:

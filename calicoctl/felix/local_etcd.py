@@ -94,7 +94,7 @@ class LocalEtcd:
     """
 
     def __init__(self, host: str, log_dir: str) -> None:
-        """Raises CalicoError if the settings name another store."""
+        """`log_dir` is the folder of etcd's log. Raises CalicoError if the settings name another store."""
         settings = EtcdSettings.from_environment()
         name, self._port = settings.members[0]
         if not _is_local(settings):
@@ -324,7 +324,6 @@ def _is_local(settings: EtcdSettings) -> bool:
 
 
 def _is_free(port: int) -> bool:
-    """Return whether a server could listen on a port of 127.0.0.1."""
     with closing(socket.socket()) as one:
         one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as etcd does
         try:

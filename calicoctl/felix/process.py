@@ -151,7 +151,7 @@ def without_bgp(found: Mapping[str, object] | None) -> str | None:
 
 @contextmanager
 def only_one(host: str) -> Iterator[str | None]:
-    """Hold the locks of the host's agent inside `with`; the pid file contains the process id of this process.
+    """Hold the locks of the host's agent inside `with`, and write the id of this process to the pid file.
 
     Yields the process id of the previous agent if it was killed, or crashed, in this boot, else None. Raises
     CalicoError if an agent runs already for this host name or in this network namespace, if `node remove` takes longer
@@ -391,7 +391,7 @@ def _absolute(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def restart(host: str) -> int:
-    """Restart the host's agent with the code of this version, and with its options and environment. Return its process
+    """Restart the host's agent with the code of this version. Its options and environment stay. Return the new process
     id.
 
     A local etcd keeps running. Raises NotFound if no agent runs. Raises CalicoError if the agent runs in another

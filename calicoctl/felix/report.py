@@ -76,8 +76,8 @@ class ReportFile:
     def write(self, health: Health, at_once: bool = False) -> None:
         """Write both files if the report has changed, or if `is_due`. An OSError is only logged.
 
-        If making the last report took longer than LONG, no report is made for ten times as long, unless `at_once` is
-        set: then `due_at` says when the next report is due.
+        After a report that took longer than LONG to make, no report is made for ten times as long, unless `at_once` is
+        set. `due_at` is the end of that time.
         """
         self.due_at = self._rests_until
         if time.monotonic() < self._rests_until and not at_once:

@@ -218,7 +218,9 @@ class StoreEvents(_Source):
 
 
 def _may_shrink(key: str, directories: set[str]) -> bool:
-    """Return whether a change of a key may make one of these directories smaller. Their subdirectories do not count."""
+    """Return whether a change of a key may make one of these directories smaller. Changes in a subdirectory do not
+    count.
+    """
     return any(key.rpartition("/")[0] == one or (one + "/").startswith(key + "/") for one in directories)
 
 

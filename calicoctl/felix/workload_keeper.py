@@ -282,7 +282,9 @@ class WorkloadKeeper:
             self.inbox.put(None)
 
     def resync(self, expected: dict[Key, int]) -> None:
-        """Have all workloads compared with the store, which has just been read. For `expected`, see Resynced."""
+        """Have the keeper compare all workloads with the store, after the whole store has been read. For `expected`,
+        see Resynced.
+        """
         self.inbox.put(Resynced(expected))
 
     # The keeper's own thread
@@ -398,7 +400,7 @@ class WorkloadKeeper:
             self._queue.add_after_backoff(key, at, self._is_last(key))
 
     def _is_last(self, key: Key) -> bool:
-        """Return whether a workload is reconciled after all others, since nobody has connected it here."""
+        """Return whether nobody has connected a workload here, so that it is reconciled after all others."""
         # everybody who may write to the store can invent any number of such workloads
         with suppress(CalicoError):  # which reconciling the workload reports
             return not self._is_connected(key)
@@ -412,7 +414,7 @@ class WorkloadKeeper:
         return self._tracked.setdefault(key, _Tracked())
 
     def _known(self, key: Key) -> _Tracked:
-        """Return the _Tracked of a workload, for reading. It is a new one if there is none."""
+        """Return the _Tracked of a workload, for reading only: an empty one if there is none."""
         return self._tracked.get(key, _Tracked())
 
     # Jobs that find workloads to reconcile
@@ -515,7 +517,6 @@ class WorkloadKeeper:
     # One workload
 
     def _work_item(self, key: Key) -> WorkItem:
-        """Return the WorkItem with which a worker reconciles a workload."""
 
         tracked = self._known(key)
         kept_since = self._clock() if tracked.kept_since is None else tracked.kept_since

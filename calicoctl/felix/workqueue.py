@@ -75,7 +75,7 @@ class WorkQueue(Generic[K]):
         self.add(key, until, last)
 
     def reset_backoff(self, key: K) -> None:
-        """Remove the mark of a failed key. The time at which the key is due does not change."""
+        """Clear the failure mark of a key. The time at which the key is due does not change."""
         self._backoff.pop(key, None)
 
     def retry_now(self, group: str, now: float) -> None:
@@ -121,7 +121,7 @@ class WorkQueue(Generic[K]):
         return taken
 
     def done(self, key: K) -> None:
-        """Note that the processing of a key has ended. This frees its worker, and removes the mark of a failed key.
+        """Note that the processing of a key has ended. This frees its worker, and clears its failure mark.
 
         If the processing failed, call `back_off` afterwards.
         """

@@ -147,7 +147,7 @@ class BgpManager(Manager):
 
 @dataclass
 class _Beside:
-    """The search for a foreign BIRD beside ours. `error` is a sentence about it; None if none runs."""
+    """The search for a foreign BIRD beside ours. `error` is a sentence about the foreign BIRD; None if none runs."""
 
     error: str | None = None
     look_at: float = 0.0

@@ -81,9 +81,9 @@ class ConntrackManager(Manager):
         self._admitted.clear()
 
     def mark_unverified(self) -> None:
-        """Mark the addresses whose open connections the PolicyManager's last `apply` may deny as unverified.
+        """Mark as unverified the addresses whose open connections may be denied since the PolicyManager's last `apply`.
 
-        If it has reloaded the tables, all addresses that are unverified or pending must be verified again.
+        If that `apply` has reloaded the tables, all addresses that are unverified or pending must be verified again.
         """
         affected = set(self._policy.affected)
         if self._policy.reloaded:  # what was being verified is verified again

@@ -185,7 +185,7 @@ class EndpointManager(Manager):
                     self._mark_owner(link.name)
 
     def _follow_mac(self, before: Link | None, now: Link) -> None:
-        """Request a check of an interface's workload if the interface's MAC has changed from `before` to `now`.
+        """Request a check of an interface's workload if the MAC in `now` differs from that in `before`.
 
         The workload's neighbour entry for its next hop must contain the new MAC.
         """

@@ -223,7 +223,7 @@ class HostRules:
         return affected
 
     def create_sets(self, change: Change) -> None:
-        """Add the creation of the sets to which packets add elements to `change`."""
+        """Create the sets to which packets add elements, as a part of `change`."""
         for name, type in self._dynamic.items():
             change.create_set(name, type)
 

@@ -332,7 +332,6 @@ class Vxlan:
         self.routes = (self.routes - before) | {route}
 
     def _delete(self, cidr: str, routes: set[Route]) -> None:
-        """Delete `routes`, our routes to a CIDR."""
         with _explained(f"the kernel refused to remove the route to {cidr}", errno.ESRCH, errno.ENOENT):
             for _ in routes:  # each request deletes one of them
                 netlink.do(socket.NETLINK_ROUTE, netlink.RTM_DELROUTE, 0, _to(cidr, 0, _ANY_SCOPE))
