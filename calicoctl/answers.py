@@ -78,8 +78,8 @@ class Bounds:
     def left(self) -> float | None:
         """Return the seconds within which the next byte must arrive; None if time is not bounded.
 
-        Since the last reset, the time available is the `seconds` of `renew`, plus one second for each SLOWEST bytes
-        received, and at most LONGEST. Raises socket.timeout if no time is left.
+        The time since the last reset is limited to the `seconds` of `renew`, plus one second for each SLOWEST bytes
+        received, and to LONGEST. Raises socket.timeout if no time is left.
         """
         if self._seconds is None:
             return None
@@ -115,8 +115,9 @@ def bounded(size: int) -> Iterator[Bounds]:
 def bounded_here(size: int) -> Iterator[Bounds]:
     """Bound each `Answer` that this thread creates inside `with` to `size` bytes, and to the times of Bounds.
 
-    Yields the Bounds, which all these answers share, one after another. If `with` statements are nested, only the
-    innermost bounds apply. Reading an answer beyond its bounds raises socket.timeout or an http.client.HTTPException.
+    Yields the Bounds. All these answers share it, so they must be read one after another. If `with` statements are
+    nested, only the innermost bounds apply. Reading an answer beyond its bounds raises socket.timeout or an
+    http.client.HTTPException.
     """
     before = getattr(_bounds, "now", None)
     _bounds.now = bounds = Bounds(size)

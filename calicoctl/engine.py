@@ -162,8 +162,8 @@ def _checked(value: Any, shape: Any) -> Any:
 def _client(what: str, timeout: int | None = None) -> Iterator[Any]:
     """Connect to the Docker Engine, and yield docker-py's APIClient; `what` completes the error "Cannot ask Docker …".
 
-    Errors of docker-py and its libraries, and errors from the body of `with`, are converted to NoSuchContainer or
-    DockerUnavailable. `timeout` is in seconds; None means TIMEOUT.
+    Exceptions of docker-py and its libraries, and those that an unexpected answer causes in the body of `with`, are
+    converted to NoSuchContainer or DockerUnavailable. `timeout` is in seconds; None means TIMEOUT.
     """
     scheme, _, rest = os.environ.get("DOCKER_HOST", "").partition("://")
     if rest and scheme.lower() not in SCHEMES:

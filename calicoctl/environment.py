@@ -174,7 +174,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 
 
 def parse(text: str, name: str) -> dict[str, str]:
-    """Parse a text in systemd's syntax; return its variables. Raises CalicoError, which begins with `name`."""
+    """Parse a text in systemd's syntax; return its variables. Raises CalicoError; its text begins with `name`."""
     found = {}
     place = _end(_GAP, text, 0)
     while place < len(text):

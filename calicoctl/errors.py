@@ -163,7 +163,7 @@ class CompareFailed(CalicoError):
 
 
 class AddressTaken(CalicoError):
-    """An address is assigned to another workload, or a host uses it."""
+    """An address is assigned to another workload, or is in use by a host or a server (datastore/reserved.py)."""
 
 
 class DockerUnavailable(CalicoError):

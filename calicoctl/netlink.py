@@ -100,7 +100,7 @@ def dump(protocol: int, kind: int, body: bytes, strict: bool = False, most: int 
     """Send a dump request of type `kind`; yield the answers, without their headers. Raises OSError.
 
     `protocol` is the netlink family, such as NETLINK_ROUTE. With `strict`, the kernel filters by the fields of `body`;
-    kernels before 4.20 do not filter. If there are more than `most` answers, the error's code is E2BIG.
+    kernels before 4.20 do not filter. After `most` answers, any further answer raises OSError with the code E2BIG.
     """
     count = 0
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, protocol) as netlink:
@@ -335,10 +335,10 @@ def _gateway(family: int, found: dict[int, bytes]) -> str | None:
 
 
 def interfaces_to(addresses: Iterable[str], default: bool = True) -> dict[str, frozenset[int]]:
-    """Return, by address, the indices of the interfaces through which the kernel would send packets to that address.
+    """Return, by address, the indices of the interfaces through which the kernel sends packets to the address.
 
-    There are several for a multipath route, and none if there is no route. Without `default`, there are none either if
-    the only route is a default route. Raises OSError.
+    A multipath route has several. The set is empty if there is no route or, without `default`, only a default route.
+    Raises OSError.
     """
     found = {}
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as netlink:

@@ -81,9 +81,9 @@ _OLDEST = {name: value for name, value in _NOTHING.items() if name not in _LATER
 
 @dataclass(frozen=True)
 class Issue:
-    """A problem: its kind, its text, and advice, if there is any.
+    """A problem: its `kind`, such as AGENT, its text, and advice, if there is any.
 
-    `fails` says whether the problem sets the exit status to 1.
+    `fails` says whether the exit status of `calicoctl status` is 1 due to this problem.
     """
 
     kind: str
@@ -101,10 +101,11 @@ def read(host: str) -> dict[str, Any]:
     These fields are added to the report:
 
     * `running`: whether the agent runs.
-    * `other_agent`: null, or, if the agent does not run and another one reports for this host, its `machine` (null if
+    * `other_agent`: null, or, if the agent does not run and another agent reports for this host, its `machine` (null if
       unknown) and a `text`.
-    * In `report`: its `age` in seconds (null if there is no report, or it is from before a reboot); whether it is
-      `current`; and whether it is `readable`, false only for a report of an unknown version.
+    * In `report`: its `age` in seconds (null if there is no report, or it is from before a reboot); `current`, whether
+      it is the running agent's and not older than OLDEST_REPORT; and `readable`, false for a report of an unknown
+      version.
     * `issues`: a list of objects with the fields of Issue.
 
     If no agent runs and the store can be read, `unknown_interfaces` are determined now, not taken from the report.
@@ -262,7 +263,7 @@ def _unknown_interfaces(status: dict[str, Any]) -> Iterator[Issue]:
 
 
 def _without_agent(datastore: DatastoreClient) -> dict[str, Any]:
-    """Return the fields `other_agent` and `unknown_interfaces` of the status of this host, whose agent does not run.
+    """Return the fields `other_agent` and `unknown_interfaces` of the status, for a host whose agent does not run.
 
     Raises StoreError.
     """

@@ -58,7 +58,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Decision:
-    """One endpoint's decision about the packet; `direction` is `outbound` at the source, `inbound` at the destination.
+    """The decision about the packet at one endpoint: `outbound` at the source, `inbound` at the destination.
 
     `profile` is the profile whose rule decided, or the profile that is missing or has invalid rules. It is None if no
     rule matched, or if the decision does not depend on profiles.

@@ -31,7 +31,7 @@ class Route:
     `kind` is PLAIN, VXLAN or EITHER. `destination` is the CIDR of the route: a block of the other host, or a single
     address outside its blocks. `via` is the address of the other host to which packets are sent; None if the other host
     has no suitable address. `pool` is the CIDR of the pool that contains the destination; None if no pool contains it,
-    or if it is an address of the other host itself. `by` is BGP or AGENT. `is_near` says whether the two hosts are
+    or if the destination is the other host itself. `by` is BGP or AGENT. `is_near` says whether the two hosts are
     connected to the same network; None if that is unknown or irrelevant.
     """
 
@@ -142,7 +142,7 @@ def obstacles(route: Route, sender: Topology, receiver: Topology, address: str) 
 
 
 def not_routed(sender: Topology, address: str, pool: str, networks: Collection[Network]) -> Obstacle:
-    """Return the obstacle for packets to an address of a pool that neither an endpoint nor a host has.
+    """Return the obstacle for packets to an address in a pool, if no endpoint and no host has the address.
 
     `networks` are those to which this host is connected. If one of them contains the address, the packets may reach a
     machine in that network, even if the address is in a host's block.

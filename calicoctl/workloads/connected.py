@@ -1,4 +1,4 @@
-"""Stores, in files, which workloads are connected on this host. The agent wires only these, whatever etcd contains.
+"""Stores, in files, which workloads are connected on this host. The agent creates interfaces only for these.
 
 A connected workload has a file /var/lib/calico/HOST/workloads/ORCHESTRATOR/ID (see file_name). It is removed when the
 workload is disconnected or no longer exists. It survives reboots, and the loss of etcd. A namespace's file contains the

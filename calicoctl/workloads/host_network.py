@@ -48,11 +48,13 @@ def own_addresses() -> set[str]:
 def detect() -> tuple[dict[int, str | None], set[str]]:
     """Choose, for each IP version, an address at which other hosts can probably reach this host. Raises CalicoError.
 
-    Returns the chosen addresses by IP version, and the set of all addresses of this host. Interfaces without a global
-    address are skipped, and so are loopback, bridges, and the interfaces of Docker, libvirt and Calico. If an interface
-    is left, the address is chosen on the interface of the default route with the lowest metric, else on the interface
-    with the lowest index. It is the route's preferred source if the interface has that address, else the first global
-    address of the interface. If no interface is left, it is None.
+    Returns the chosen addresses by IP version (None if no interface qualifies), and the set of all addresses of this
+    host.
+
+    An interface qualifies if it has a global address, and is not loopback, a bridge, or an interface of Docker, libvirt
+    or Calico. The interface of the default route with the lowest metric is preferred, then the interface with the
+    lowest index. The address is the preferred source of that default route, if the interface has this address, else the
+    first global address of the interface.
     """
     from calicoctl.workloads import netns
 

@@ -1,8 +1,8 @@
 """Finds, once, the workloads that an older version connected on this host, and writes their files (connected.py).
 
-A workload counts as connected if its endpoint's interface exists and leads into the workload's namespace. A container
-also counts if it was created with --net=none and IPAM has an address for it on this host, since it loses its interface
-at a reboot. Paths in the store are not trusted.
+A workload is wired if its endpoint's interface exists and leads into the workload's namespace. A workload counts as
+connected if it is wired. A container also counts if it was created with --net=none and IPAM has an address for it on
+this host, since it loses its interface at a reboot. Paths in the store are not trusted.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _NAMED = Path("/run/netns")
 
 
 def learn_namespaces(datastore: DatastoreClient) -> None:
-    """Write the files (connected.py) of the namespaces that an older version has wired. Raises CalicoError.
+    """Write the files (connected.py) of the wired namespaces. Raises CalicoError.
 
     Checks the namespaces in /run/netns, and those at paths that an older version stored in lock files.
     """
@@ -44,7 +44,7 @@ def learn_containers(datastore: DatastoreClient, network_modes: dict[str, str]) 
 
     `network_modes` maps the ids of all containers of the engine to their values of `docker run --net`. If the store has
     endpoints of containers, but none of a container in `network_modes`, the engine may not have loaded its data yet:
-    then is_learned stays False, and the caller must call this again later. Raises CalicoError.
+    then is_learned stays False, and the caller must call this function again later. Raises CalicoError.
     """
     host = datastore.host
     endpoints = _endpoints(datastore, DOCKER)
@@ -66,7 +66,6 @@ def _endpoints(datastore: DatastoreClient, orchestrator: str) -> list[EndpointId
 
 
 def _wired(paths: dict[EndpointId, str]) -> Iterable[EndpointId]:
-    """Return the endpoints whose interface leads into the namespace at the endpoint's path."""
     lead = netns.check_attachments({id.interface: path for id, path in paths.items()}, next_hops=False)
     return [id for id in paths if lead.get(id.interface)]
 

@@ -32,7 +32,7 @@ class WorkloadLock:
     """
 
     def __init__(self, host: str, orchestrator: str, workload: str, wait: bool = True) -> None:
-        """`workload` is the workload's id. With `wait`, `with` waits for the lock, at most PATIENCE."""
+        """`workload` is the workload's id. `wait` says whether `with` waits for the lock, at most PATIENCE."""
         self._directory = DIRECTORY / host
         self._workload = workload
         name = f"{orchestrator}.{file_name(workload)}"
@@ -79,7 +79,10 @@ class WorkloadLock:
             self.mark.unlink(missing_ok=True)
 
     def clear_all(self) -> None:
-        """Remove the mark in any case. The caller has completed, or rolled back, an interrupted change, too."""
+        """Remove the mark, even if an earlier change was interrupted.
+
+        Must be called only after that earlier change was completed or rolled back, too.
+        """
         self.mark.unlink(missing_ok=True)
         self.interrupted = False
 
@@ -91,13 +94,13 @@ def exists(host: str, orchestrator: str, workload: str) -> bool:
 
 
 def interrupted(host: str, orchestrator: str) -> list[str]:
-    """Return the ids of the workloads with a mark: the last change is in progress, or was interrupted."""
+    """Return the ids of the workloads that have a mark."""
     # the content of a mark is the id, unless writing the mark itself was interrupted
     return [content[0] or id for id, content in _marks(host, orchestrator)]
 
 
 def interrupted_named(host: str, orchestrator: str, name: str) -> set[str]:
-    """Return the ids of the containers with a mark that contains this name.
+    """Return the ids of the containers that have a mark with this name.
 
     Only root can read the marks; for other users, the result is empty.
     """

@@ -44,8 +44,9 @@ class Underlay:
     """The interface through which packets from an address of this host leave to other hosts, and its MTU.
 
     `is_present` says whether an interface has the address. `interface` is the index of that interface; None if no
-    interface has the address, or if it is the loopback interface. `mtu` is the MTU of the interface; if `interface` is
-    None, the MTU of the default route's interface; DEFAULT if that cannot be read either.
+    interface has the address, or if it is the loopback interface. `mtu` is the MTU of the interface or, if `interface`
+    is None, of the default route's interface; DEFAULT if there is no default route, or if the interface was just
+    deleted.
     """
 
     interface: int | None = None

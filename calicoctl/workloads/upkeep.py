@@ -57,9 +57,7 @@ class Action:
 
 
 class NotConnectedHere(CalicoError):
-    """A workload has an endpoint in the store, but was not connected on this host (connected.py), so it is not
-    wired.
-    """
+    """A workload has an endpoint in the store, but was not connected on this host (connected.py)."""
 
     def __init__(self, id: str) -> None:
         super().__init__(f"nobody has connected {id} on this host")
@@ -88,8 +86,8 @@ def reconcile(
 
     Raises Conflict if another process holds the workload's lock, DockerUnavailable or NamespaceError if the workload's
     state cannot be determined, and CalicoError if a change fails. Raises NotConnectedHere for a workload that was not
-    connected on this host, if it is a namespace with an endpoint, or a running container without its interface. Before
-    that, the endpoints of such a namespace become inactive if none of their interfaces exists.
+    connected on this host, if it is a namespace with an endpoint, or a running container without its interface. If none
+    of the interfaces of such a namespace exists, its endpoints become inactive first.
     """
     if not is_managed(orchestrator, id) or not _has_anything(datastore, orchestrator, id):
         return
@@ -189,8 +187,9 @@ def misattached(paths: dict[EndpointId, str]) -> list[EndpointId]:
 def _reconcile_running(session: WorkloadSession, held: dict[IPAddress, Owner]) -> Iterator[Action]:
     """Reconcile a running workload: its interface, its endpoint's state and its neighbour entries; yield each action.
 
-    Also releases the addresses in `held` (from _read) that its endpoint does not list. Raises NotConnectedHere if the
-    interface is missing and the workload was not connected on this host. Raises CalicoError if a change fails.
+    Also releases the addresses in `held`, the workload's addresses on this host, that its endpoint does not list.
+    Raises NotConnectedHere if the interface is missing and the workload was not connected on this host. Raises
+    CalicoError if a change fails.
     """
     datastore, workload, endpoint = session.datastore, session.workload, session.only_endpoint()
     if session.namespace.is_own():
@@ -347,7 +346,7 @@ def restore_address(datastore: DatastoreClient, id: EndpointId, address: str) ->
     """Assign a free address to the workload of the endpoint `id`, which lists it; return whether it was assigned.
 
     The endpoint must be on this host. False means that the address is assigned already, or that the endpoint no longer
-    lists it. Raises CalicoError, also if a host uses the address.
+    lists it. Raises CalicoError, also if the address is in use (Reserved.user).
     """
     from calicoctl.datastore.blocks import Owner
 

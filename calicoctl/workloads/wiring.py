@@ -110,9 +110,10 @@ class AddressRequest:
 
 @dataclass(frozen=True)
 class Terms:
-    """The data on which the choice of a new address depends. `pools` may contain the address; `mtu` is the setting MTU.
+    """The data on which the choice of a new address depends.
 
-    `affine` are the names of the blocks with affinity to this host; None if a certain address is requested.
+    The address may be from any of `pools`. `mtu` is the setting MTU. `affine` are the names of the blocks with affinity
+    to this host; None if a certain address is requested.
     """
 
     next_hop: str
@@ -469,9 +470,9 @@ class WorkloadSession:
     """A locked workload with its open namespace, if any, and its state in the store and in the kernel.
 
     `known` is the result of connected.get. `held` maps the addresses of the workload's handle on this host to their
-    owners. `holding` contains the same, as it was read, or is None; `handle` is the handle's entry, or None. `endpoint`
-    is the workload's endpoint, or None. `host_mac` is the MAC of the host end of the veth pair: HOST_MAC until
-    `attached_interface` has read it.
+    owners; `holding` is the ipam.Holding that contains them, or None. `handle` is the handle's entry, or None.
+    `endpoint` is the workload's endpoint, or None. `host_mac` is the MAC of the host end of the veth pair: HOST_MAC
+    until `attached_interface` has read it.
     """
 
     def __init__(
@@ -614,7 +615,7 @@ class WorkloadSession:
                 self._delete(host_end.name)
 
     def remove_remains(self, endpoint: Endpoint) -> None:
-        """Delete the veth pair of an endpoint that is incomplete, or whose host end was renamed.
+        """Delete the remains of an endpoint's veth pair: an incomplete pair, or a pair whose host end was renamed.
 
         Raises Conflict if the pair is complete now.
         """
@@ -736,8 +737,9 @@ def _attach(
 ) -> str:
     """Create a veth pair and configure both ends, the host's last; return the MAC of the workload's end.
 
-    If there are neither the agent's tables nor those of guard.py, those of guard.py are created first, to drop the
-    workload's packets until the agent programs it; but not if Felix of 2015 runs.
+    If there are neither the agent's nftables tables nor those of guard.py, those of guard.py are created first. They
+    drop the workload's packets until the agent programs its policy. They are not created if Felix of 2015, the agent of
+    an old Calico with rules of its own, runs on this host.
 
     `name` is the name of the host end, `interface` that of the workload's end. `next_hops` are addresses by IP version.
     `mac` is the MAC of the workload's end, None for any. `size` is the MTU. `undo` is from _rollback_on_failure.
@@ -842,7 +844,7 @@ def _refuse_reserved(request: AddressRequest, reserved: Reserved) -> None:
 
 
 def _refuse_in_use(session: WorkloadSession, address: IPAddress) -> None:
-    """Raise AddressTaken if a host now uses an address of the session's workload."""
+    """Raise AddressTaken if `address`, which the workload's endpoint lists, is in use otherwise now (Reserved.user)."""
     why = reserved_addresses(session.datastore, address.version).user(str(address))
     if why is not None:
         raise AddressTaken(
@@ -873,8 +875,8 @@ def _next_hop(datastore: DatastoreClient, endpoint: Endpoint, version: int) -> s
 def _reassign(session: WorkloadSession, address: IPAddress, owner: Owner, undo: Callable[..., object]) -> None:
     """Assign `address`, which the workload's endpoint lists, to `owner` again, if the address is free.
 
-    Raises AddressTaken if another workload or a host has the address. If the address is assigned without a handle,
-    nothing is changed.
+    Raises AddressTaken if the address is assigned to another workload, or is in use otherwise (Reserved.user). If it is
+    assigned without a handle, nothing is changed.
     """
     ipam = session.datastore.ipam
     holder = ipam.owner(address)

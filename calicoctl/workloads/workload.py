@@ -59,9 +59,7 @@ class Workload:
 
     @property
     def stored_as(self) -> list[tuple[str, str]]:
-        """The places of its endpoints in the store, as (orchestrator, id). Old tools stored namespaces under
-        `docker`.
-        """
+        """The places of the workload's endpoints in the store, as (orchestrator, id)."""
         orchestrators = [self.orchestrator, DOCKER] if self.orchestrator == NAMESPACE else [self.orchestrator]
         return [(orchestrator, self.id) for orchestrator in orchestrators]
 
@@ -226,7 +224,7 @@ def _other_spelling(path: str) -> str | None:
 
 
 def stored_otherwise(datastore: DatastoreClient, workload: Workload) -> Workload | None:
-    """Return the workload under the other spelling of its namespace's path; None if that workload has no endpoint."""
+    """Return the workload `workload.other_spelling` if it has an endpoint, else None."""
     twin = workload.other_spelling
     return twin if twin is not None and endpoint_ids_of(datastore, twin) else None
 
@@ -234,10 +232,9 @@ def stored_otherwise(datastore: DatastoreClient, workload: Workload) -> Workload
 def find_connected(name: str, datastore: DatastoreClient) -> Workload:
     """Return the workload that a user calls `name`, even if Docker does not know it any more, or does not answer.
 
-    Raises the exceptions of `find`. If that is NoSuchContainer or DockerUnavailable, the store and the marks of
-    interrupted changes on this host are searched first: for an id that begins with `name` (see _stored_by_id), else for
-    a container with that name. After NoSuchContainer, containers that exist under another name now do not count. Raises
-    CalicoError if several match.
+    If `find` raises NoSuchContainer or DockerUnavailable, the store, and the marks of interrupted changes on this host,
+    are searched for a container whose id begins with `name`, or whose name is `name`. Raises the exception of `find` if
+    none matches, and CalicoError if several match.
 
     A namespace without an endpoint is also searched under the other spelling of its path (see stored_otherwise).
     """
