@@ -273,7 +273,7 @@ class Etcd2Store:
             raise StoreError(f"the store does not answer as etcd does: it cannot watch {directory}") from None
 
     def _read(self, key: str, send: Callable[[etcd.Client, str], T], directory: bool = False) -> T:
-        """Send an idempotent request about a key, again if it is not answered. See _Connection.request."""
+        """Send an idempotent request about a key, repeatedly until it is answered. See _Connection.request."""
         return self._members.retry(lambda connection: connection.request(key, send, directory))
 
     def _ask(self, key: str, send: Callable[[etcd.Client, str], T]) -> T:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import etcd
 
 DEEPEST = 10
-"""The number of parts of the longest key of Calico. A directory at this depth or below is not read in parts."""
+"""The number of parts of Calico's deepest key. A directory at this depth or below is not read in parts."""
 
 _scan_string: Any = json.decoder.scanstring  # type: ignore[attr-defined]
 """The C function of the module json that finds the end of a JSON string."""

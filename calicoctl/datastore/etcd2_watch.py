@@ -8,9 +8,9 @@ older, etcd answers with error 401, and the caller must read the whole directory
 So `waitIndex` must advance, even if nothing changes in the directory, but without missing a change:
 
 * After a change, the next `waitIndex` is the revision after the change.
-* If a request ends without a change, there may still be a change before the revision in its headers: it may have been
-  sent, and be delayed in the network. So only after two requests in succession, over different connections, without a
-  change, the next `waitIndex` is the revision after the first one's `X-Etcd-Index`.
+* If a request ends without a change, a change may have been sent, and be delayed in the network. So `waitIndex`
+  advances only after two requests in succession, over different connections, without a change: to the revision after
+  the first one's `X-Etcd-Index`.
 * Waits are so short that fewer than ROOM writes happen during two requests.
 
 Sources: https://github.com/etcd-io/etcd/blob/release-3.4/Documentation/v2/api.md ("Waiting for a change") and

@@ -310,7 +310,7 @@ class Etcd3Store:
     # Requests
 
     def _ask(self, path: str, request: dict[str, Any], key: str, parse: Callable[[dict[str, Any]], T]) -> T:
-        """Send an idempotent request about a key, again if it is not answered; return `parse(answer)`."""
+        """Send an idempotent request about a key, repeatedly until it is answered; return `parse(answer)`."""
 
         def send(connection: Connection) -> T:
             with _translated(connection, key):

@@ -1,8 +1,8 @@
-"""Handles: for each workload, the number of its addresses in each block. So the addresses are found in a few reads.
+"""IPAM handles: for each workload, the number of its addresses in each block.
 
-If a handle's counts differ from the blocks, the blocks are right. On a store that is atomic, a count changes together
-with its block. On other stores, a count is increased before its block is written, and decreased afterwards. So even
-after a crash, a handle names every block with an address of the handle.
+If a handle and a block disagree, the block is right. An atomic store changes a count together with the block. On other
+stores, a count is increased before the block is written, and decreased afterwards, so a handle always names all blocks
+with addresses of the workload.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from calicoctl.datastore.store import ATTEMPTS, Create, Delete, Entry, Store, Up
 from calicoctl.errors import CompareFailed, Conflict, InvalidValue, KeyExists
 
 UNREAD = Entry("", "", 0)
-"""Stands for the entry of a handle that was not read yet."""
+"""A placeholder for the entry of a handle that was not read yet."""
 
 
 class Handles:
-    """The handles of all hosts."""
+    """Reads and corrects handles in the store."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -57,20 +57,16 @@ class Handles:
         return {**totals, **{keys.last(error.key): None for error in invalid}}
 
     def held_in(self, handle: str, cidr: str) -> int:
-        """Return how many addresses of the block `cidr` are assigned to `handle`.
-
-        They are counted in the block itself, not taken from the handle.
-        """
+        """Read the block `cidr`, and return how many of its addresses are assigned to `handle`. Raises InvalidValue."""
         entry = self._store.get(keys.ipam_block(version_of(cidr), cidr))
         return 0 if entry is None else Block.from_entry(entry).count(handle)
 
     def recount(self, handle: str, planned: Mapping[str, int] | None = None) -> Entry | None:
-        """Correct a handle's counts, by counting the handle's addresses in each block that the handle names.
+        """Correct the counts of a handle; return its entry after the change, None if there is no handle then.
 
-        `planned` maps CIDRs of blocks to the counts that are right once the caller has written the blocks: they are
-        used as they are. A handle without addresses is deleted. Returns the handle's entry after the change, None if
-        there is no handle any more. Raises Conflict if other writers keep changing the handle, and InvalidValue if the
-        handle or a block is invalid.
+        The handle's addresses are counted in each block that the handle names. For the blocks in `planned` (CIDR ->
+        count), that count is written instead. A handle without addresses is deleted. Raises Conflict if other writers
+        keep changing the handle, and InvalidValue if the handle or a block is invalid.
         """
         planned = planned or {}
         key = keys.ipam_handle(handle)
@@ -93,11 +89,10 @@ class Handles:
 
 
 def counted(handle: str, entry: Entry | None, counts: Mapping[str, int]) -> Write | None:
-    """Return the write by which a handle, read as `entry` (None: it does not exist), gets these counts.
+    """Return the write that sets the counts of some blocks in a handle, None if there is nothing to write.
 
-    `counts` maps CIDRs of blocks to numbers of addresses; the counts of other blocks stay. A handle without addresses
-    is deleted; None if it does not exist. An unchanged handle is written, too: then another host that has read it
-    before, and has not seen the block change, fails to delete it. Raises InvalidValue.
+    `entry` is the handle's entry, None if there is no such handle. `counts` maps CIDRs of blocks to numbers of
+    addresses; the counts of other blocks do not change. A handle without addresses is deleted. Raises InvalidValue.
     """
     key = keys.ipam_handle(handle)
     data = {"id": handle} if entry is None else load_object(entry.value, key)
@@ -106,11 +101,12 @@ def counted(handle: str, entry: Entry | None, counts: Mapping[str, int]) -> Writ
     value = json.dumps({**data, "block": actual})
     if entry is None:
         return Create(key, value) if actual else None
+    # written even if unchanged: then a host that has read the handle, and an older state of the block, cannot delete it
     return Update(entry, value) if actual else Delete(entry)
 
 
 def counts_of(entry: Entry) -> dict[str, int]:
-    """Parse the entry of a handle: return CIDR of a block -> number of addresses. Raises InvalidValue."""
+    """Parse the entry of a handle; return CIDR of a block -> number of addresses. Raises InvalidValue."""
     counts = load_object(entry.value, entry.key).get("block")
     if not isinstance(counts, dict) or not all(type(count) is int for count in counts.values()):
         raise InvalidValue(entry.key, '"block" should be an object of numbers')

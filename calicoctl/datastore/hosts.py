@@ -1,4 +1,4 @@
-"""The registration of hosts: names, addresses and AS numbers. Does not access the kernel."""
+"""The registration of hosts in the store: names, addresses and AS numbers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def hostname() -> str:
 
 
 def check_hostname(name: str) -> str:
-    """Return `name`, a host's name; raise CalicoError for an invalid one."""
+    """Return `name`, a host's name; raise CalicoError if it is invalid."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,252}", name, re.ASCII):
         raise CalicoError(
             f"the host name '{name}' cannot be used: it must have letters, digits, '_', '.' and '-', with a letter or "
@@ -46,13 +46,12 @@ def check_hostname(name: str) -> str:
 
 @dataclass
 class HostSummary:
-    """A summary of what is in the store about one host. Addresses are as stored, None if they are missing.
+    """A summary of the data about one host in the store. Addresses are as stored, None if they are missing.
 
-    `as_num` is the default AS number if the host has no AS number of its own. `agent` is "up", "starting" until the
-    first snapshot is in the kernel, or "down". `reported` is the time (ISO 8601) when the host's status was written,
-    None if the agent is down; on a store with leases, it may be long ago. `endpoints` counts the host's endpoints by
-    the status that the agent has reported: "up", "down", or "error". Those without a reported status, and all if the
-    agent is not "up", are counted as "unknown".
+    `as_num` is the host's AS number or, without one, the global AS number. `agent` is "up", "starting" (until the first
+    snapshot is in the kernel) or "down". `reported` is the time (ISO 8601) at which the host's status was last written,
+    None if it is unknown. `endpoints` maps each of ENDPOINT_STATES to a number of endpoints. Endpoints without a
+    reported status, and all endpoints while the agent is not "up", count as "unknown".
     """
 
     name: str
@@ -65,7 +64,7 @@ class HostSummary:
 
 
 class Hosts:
-    """The registrations of all hosts in the store, read and changed on behalf of one of them, `host`."""
+    """Reads the registrations of all hosts, and writes the registration of `host`."""
 
     def __init__(self, store: Store, host: str) -> None:
         self.host = host
@@ -77,15 +76,12 @@ class Hosts:
         return any(self._store.exists(directory) for directory in directories)
 
     def registered(self) -> list[str]:
-        """Return, sorted, the names of the hosts with a key of a BGP address, even if its value is empty.
-
-        Other settings of a host do not count.
-        """
+        """Return the sorted names of the hosts that have a key for a BGP address, even if its value is empty."""
         entries = self._store.tree(keys.BGP_HOSTS)
         return sorted({host for host in map(keys.parse_bgp_host_address, (e.key for e in entries)) if host is not None})
 
     def summaries(self) -> list[HostSummary]:
-        """Return, sorted by name, a HostSummary for each host with an address, AS number, heartbeat or endpoint."""
+        """Return a HostSummary for each host with an address, AS number, heartbeat or endpoint, sorted by name."""
         found: dict[str, HostSummary] = {}
 
         def summary(name: str) -> HostSummary:
@@ -117,15 +113,14 @@ class Hosts:
         return [found[name] for name in sorted(found)]
 
     def endpoint_statuses(self, host: str | None = None) -> Callable[[EndpointId], tuple[str, str | None]]:
-        """Read the statuses of all endpoints, or of the endpoints of `host`. Return a function that looks one up.
+        """Read the statuses of all endpoints, or of those of `host`; return a function that looks up one of them.
 
-        The function takes an endpoint's id, and returns the status (one of ENDPOINT_STATES, see HostSummary) and the
-        reason, None if there is none.
+        The function maps an endpoint's id to the status (one of ENDPOINT_STATES) and the reason (None: no reason).
         """
         return _Reports(self._store.tree(keys.FELIX_HOSTS if host is None else keys.felix_host(host))).status
 
     def default_as_num(self) -> str:
-        """Return the global AS number in the store; like the agents, DEFAULT_AS_NUMBER if it is missing or invalid."""
+        """Return the global AS number; DEFAULT_AS_NUMBER if it is missing or invalid."""
         from calicoctl.addresses import parse_as_number
 
         with suppress(CalicoError):
@@ -135,8 +130,8 @@ class Hosts:
     def addresses(self, version: int | None = None, entries: Iterable[Entry] | None = None) -> dict[str, str]:
         """Return canonical address -> host, for all registered hosts; with `version`, for that IP version only.
 
-        Invalid addresses are left out. If this host and another host have the same address, it maps to the other host.
-        `entries` are those below keys.BGP_HOSTS, if they were just read.
+        Invalid addresses are omitted. An address of both this host and another host maps to the other host. `entries`
+        are the entries below keys.BGP_HOSTS, if the caller has just read them.
         """
         from calicoctl.addresses import parse_address
 
@@ -164,7 +159,7 @@ class Hosts:
         return {address: host for address, host in self.addresses().items() if host != self.host}
 
     def check_writable(self) -> None:
-        """Raise StoreError if this user may not write this host's keys. Tries two of them, and changes nothing."""
+        """Raise StoreError if etcd does not permit writes to two of this host's keys. Changes nothing."""
         self._store.check_writable(keys.host_bird_ip(self.host), keys.bgp_host_address(self.host, 4))
 
     def unregister(self) -> bool:
@@ -186,11 +181,10 @@ class Hosts:
         return found
 
     def register(self, ipv4: str | None, ipv6: str | None, as_num: str | None) -> None:
-        """Write missing global settings and default pools, then this host's keys.
+        """Write this host's keys, after missing global settings and default pools.
 
-        An address of None is written as an empty value. Without `as_num`, the host's own AS number is deleted. `marker`
-        is written last: old tools wait for it. The default pool is created if there is no pool of its IP version.
-        Raises Frozen, and writes nothing, if the store is frozen.
+        An address of None is written as an empty value. With `as_num=None`, the host's own AS number is deleted. A
+        default pool is created if there is no pool of its IP version. Raises Frozen if the store is frozen.
         """
         for setting in config.WRITTEN:
             create_if_missing(self._store, keys.config(setting.name), str(setting.default))
@@ -206,14 +200,14 @@ class Hosts:
         set_value(self._store, keys.bgp_host_address(self.host, 4), ipv4 or "")
         set_value(self._store, keys.bgp_host_address(self.host, 6), ipv6 or "")
         set_value(self._store, keys.bgp_host_as_num(self.host), as_num)
-        set_value(self._store, keys.host_config(self.host, "marker"), "created")
+        set_value(self._store, keys.host_config(self.host, "marker"), "created")  # last: old tools wait for it
 
     def publish_macs(self, macs: Collection[str]) -> None:
         """Write `macs` to the store: the source MACs of the packets that this host sends to other hosts."""
         set_value(self._store, keys.bgp_host_macs(self.host), json.dumps(sorted(macs)))
 
     def own_addresses(self) -> set[str]:
-        """Return this host's registered addresses in canonical form; invalid ones are left out."""
+        """Return this host's registered addresses in canonical form; invalid addresses are omitted."""
         from calicoctl.addresses import parse_address
 
         found = set()
@@ -223,10 +217,10 @@ class Hosts:
         return found
 
     def next_hop(self, version: int, entries: Iterable[Entry] | None = None) -> str:
-        """Return this host's registered address of an IP version: the next hop of its workloads. `entries`: see
-        `addresses`.
+        """Return this host's registered address of an IP version, which is the next hop of its workloads.
 
-        Raises CalicoError when the host is not registered for that IP version, InvalidValue for an invalid address.
+        `entries`: see `addresses`. Raises CalicoError if the host is not registered for that IP version, and
+        InvalidValue if the address is invalid.
         """
         from calicoctl.addresses import parse_address
 
@@ -278,7 +272,7 @@ class _Reports:
 
 
 def _fields(text: str) -> dict[str, Any]:
-    """Return the fields of a status (JSON text); no fields if it is invalid, since other agents write statuses, too."""
+    """Parse the JSON text of a status; return its fields, or no fields if the text is invalid."""
     try:
         return load_object(text, "")
     except InvalidValue:

@@ -1,10 +1,8 @@
-"""Assigns addresses to workloads, and releases them: chooses blocks, and writes blocks, affinities and handles.
+"""Assigns addresses to workloads, and releases them.
 
-Every change of a key is a compare-and-swap on the value that was read, retried a bounded number of times. An atomic
-store changes a block and the handles of its addresses at once. On other stores, the writes are ordered such that a
-crash at any point leaks no address: a handle's count is increased before an address is assigned in the block, and
-decreased after the address is released there. A count that is too high is corrected from the blocks when the handle is
-read the next time.
+Each write is a compare-and-swap, with a limited number of attempts. For the order in which blocks and handles are
+written, see handles.py. If a crash leaves a count that is too high, it is corrected when the handle is read the next
+time.
 """
 
 from __future__ import annotations
@@ -50,15 +48,15 @@ if TYPE_CHECKING:
 
 
 BLOCKS_AT_ONCE = 16
-"""The most blocks that are written by one commit. A full block has some 30 KiB, and etcd takes 1.5 MiB at once."""
+"""The maximum number of blocks in one commit. A full block has about 30 KiB; etcd accepts 1.5 MiB per request."""
 
 
 @dataclass(frozen=True)
 class Holding:
-    """What a handle holds on this host, as it was read.
+    """The addresses of a handle on this host, as they were read.
 
-    `entry` is the handle's entry, None if there is no such handle any more. `owners` are the addresses on this host,
-    with their owners. `blocks` are the entries of all blocks that the handle names.
+    `entry` is the handle's entry, None if the handle was deleted. `owners` maps each address to its owner. `blocks` are
+    the entries of all blocks that the handle names, none if `owners` is empty.
     """
 
     handle: str
@@ -68,11 +66,7 @@ class Holding:
 
 
 class Ipam:
-    """Assigns and releases addresses on behalf of one host.
-
-    The class is long because each change involves a block, a handle and an affinity, and their order matters if a
-    command is interrupted: that is easier to follow in one place.
-    """
+    """Assigns and releases addresses on behalf of one host."""
 
     def __init__(self, store: Store, host: str) -> None:
         self.handles = Handles(store)
@@ -80,14 +74,14 @@ class Ipam:
         self._host = host
 
     def owner(self, address: IPAddress) -> Owner | None:
-        """Return the owner of `address`, None if it is free; raise InvalidValue for an invalid block."""
+        """Return the owner of `address`, None if the address is free; raise InvalidValue for an invalid block."""
         block = self.block_of(address)
         return None if block is None else block.owner(int(address) % BLOCK_SIZE)
 
     def blocks(self, version: int, network: IPNetwork | None = None) -> Iterator[Block]:
-        """Yield the blocks of an IP version, or those with addresses of a network, in the order of their addresses.
+        """Yield the blocks of an IP version, ordered by address; with `network`, only blocks that overlap it.
 
-        The blocks are read one by one, since a /16 has a thousand. Raises InvalidValue for an invalid one.
+        The blocks are read one by one. Raises InvalidValue for an invalid block.
         """
         for first in sorted(first_addresses(self._store.names(keys.ipam_blocks(version)))):
             if network is None or (first <= network.last and first + BLOCK_SIZE > network.first):
@@ -96,7 +90,7 @@ class Ipam:
                     yield Block.from_entry(entry)
 
     def all_blocks(self, version: int) -> Iterator[Block | InvalidValue]:
-        """Yield the valid blocks of an IP version, and an error for each invalid one; reads them one by one."""
+        """Yield the valid blocks of an IP version, and an error for each invalid block. Reads them one by one."""
         for name in self._store.names(keys.ipam_blocks(version)):
             try:
                 entry = self._store.get(f"{keys.ipam_blocks(version)}/{name}")
@@ -109,18 +103,18 @@ class Ipam:
                 yield error
 
     def block_of(self, address: IPAddress) -> Block | None:
-        """Return the block that an address is in, None if that block does not exist; raise InvalidValue."""
+        """Return the block that contains `address`, None if it does not exist; raise InvalidValue if it is invalid."""
         entry = self._store.get(block_key(address))
         return None if entry is None else Block.from_entry(entry)
 
     @staticmethod
     def cidr_of(address: IPAddress) -> str:
-        """Return the CIDR of the block that contains an address, even if no such block exists."""
+        """Return the CIDR of the block that contains `address`, even if the block does not exist."""
         version, first, _ = place(address)
         return block_cidr(version, first)
 
     def used_in(self, network: IPNetwork) -> list[IPAddress]:
-        """Return the assigned addresses of a network, in order; raise InvalidValue for an invalid block."""
+        """Return the sorted assigned addresses of a network; raise InvalidValue for an invalid block."""
         return [
             block.address(ordinal)
             for block in self.blocks(network.version, network)
@@ -131,16 +125,15 @@ class Ipam:
     def held_by(self, handle: str) -> dict[IPAddress, Owner] | None:
         """Return address -> owner for the addresses of `handle` on this host.
 
-        Returns None if there is no such handle, or if all its addresses are on other hosts: two hosts may have
-        namespaces with the same path, and so the same handle. The owner's attributes name the host; if they name none,
-        it is this host. A handle without any address is deleted, and the result is empty. If an interrupted command has
-        left wrong counts, they are corrected, so the caller must hold the workload's lock. Raises InvalidValue.
+        Returns None if there is no such handle, or if all its addresses are on other hosts. An owner without the
+        attribute "host" counts as being on this host. Wrong counts are corrected, and a handle without addresses is
+        deleted, so the caller must hold the workload's lock. Raises InvalidValue or Conflict.
         """
         holding = self.holding(handle, self.handles.read(handle))
         return None if holding is None else holding.owners
 
     def holding(self, handle: str, entry: Entry | None) -> Holding | None:
-        """Return what `handle` holds on this host; see held_by. `entry` is the handle's entry, as it was just read."""
+        """Like `held_by`, but return a Holding. `entry` is the handle's entry, just read (None: no such handle)."""
         if entry is None:
             return None
         counts, actual = counts_of(entry), {}
@@ -157,7 +150,7 @@ class Ipam:
         return Holding(handle, entry, held, list(blocks.values())) if held else None
 
     def _is_here(self, owner: Owner) -> bool:
-        """Return whether an owner is on this host, as far as its attributes tell."""
+        # two hosts may have namespaces with the same path, and so the same handle
         return bool(owner.secondary.get("host", self._host) == self._host)
 
     def recount(self, handle: str, blocks: Iterable[str]) -> None:
@@ -165,7 +158,7 @@ class Ipam:
         self.handles.recount(handle, {cidr: self.handles.held_in(handle, cidr) for cidr in blocks})
 
     def repair_free_list(self, version: int, cidr: str) -> None:
-        """Rewrite a block's `unallocated` list from its allocations; raise NotFound if the block does not exist."""
+        """Correct a block's list "unallocated" (see Block.free); raise NotFound if the block does not exist."""
         key = keys.ipam_block(version, cidr)
 
         def text_of(old: str) -> str | None:
@@ -175,11 +168,12 @@ class Ipam:
         modify(self._store, key, f"block {cidr} no longer exists", text_of)
 
     def assign(self, address: IPAddress, owner: Owner, known: Entry | None = UNREAD) -> None:
-        """Assign `address` to `owner`. Idempotent for the same owner.
+        """Assign `address` to `owner`, unless it is already assigned to `owner`.
 
-        `known` is the entry of the owner's handle, if it was just read: None if there is no such handle.
-        Raises AddressTaken if another owner has it, CalicoError if its block has strict affinity, but not to this host,
-        InvalidValue if its block is invalid, and Conflict if other writers keep changing its block.
+        `known` is the entry of the owner's handle, if the caller has just read it; None means that there is no such
+        handle. Raises AddressTaken if the address has another owner, CalicoError if its block has strict affinity, but
+        not to this host, InvalidValue if the block or the handle is invalid, and Conflict if other writers keep
+        changing the block.
         """
         version, first, ordinal = place(address)
         with self._recount_on_failure(owner):
@@ -197,11 +191,11 @@ class Ipam:
     ) -> list[IPAddress]:
         """Assign up to `count` free addresses of `pools` (of one IP version) to `owner`; return them.
 
-        Tries, in this order: blocks with affinity to this host; new blocks, which this host claims; other hosts'
-        blocks. Addresses that are `reserved`, or in a network to which this host is connected, are left out, and no new
-        block that overlaps such a network is claimed. `affine` are the names (last parts of keys) of the blocks with
-        affinity to this host, if they were just read; for `known`, see `assign`. Raises InvalidValue for an invalid
-        block, and Conflict if other writers keep changing one.
+        Uses, in this order: blocks with affinity to this host; new blocks, which get affinity to this host; blocks of
+        other hosts. Addresses that are `reserved`, or in a network to which this host is connected, are not used, and
+        no new block that overlaps with such a network is created. `affine` are the names (last parts of keys) of the
+        blocks with affinity to this host, if the caller has just read them; for `known`, see `assign`. Raises
+        InvalidValue for an invalid block, and Conflict if other writers keep changing a block.
         """
         ranges = [_range(pool) for pool in pools]
         reserved = reserved or Reserved()
@@ -220,10 +214,11 @@ class Ipam:
         return found
 
     def release(self, addresses: Iterable[IPAddress], holders: set[str | None] | None = None) -> list[IPAddress]:
-        """Release addresses; return those that were not assigned.
+        """Release addresses; return the addresses that were not assigned.
 
-        With `holders`, only addresses of these handles are released (None among them stands for addresses without a
-        handle). Any other address is returned as if it were not assigned.
+        With `holders`, only addresses of these handles are released (None: addresses without a handle). All other
+        addresses are returned, too. Raises InvalidValue for an invalid block, and Conflict if other writers keep
+        changing a block.
         """
         by_block: dict[tuple[int, int], set[int]] = {}
         for address in addresses:
@@ -239,9 +234,9 @@ class Ipam:
         return missing
 
     def release_held(self, holding: Holding, addresses: Collection[IPAddress]) -> None:
-        """Release `addresses`, as far as the handle held them when it was read. A handle without any is deleted.
+        """Release those of `addresses` that are in `holding`. If the handle has no other addresses, it is deleted.
 
-        The caller holds the workload's lock.
+        The caller must hold the workload's lock.
         """
         writes: list[Write] = []
         counts: dict[str, int] = {}
@@ -269,7 +264,7 @@ class Ipam:
         return held
 
     def set_workload_name(self, handle: str, addresses: Iterable[IPAddress], name: str) -> None:
-        """Write a workload's name into the attributes of the addresses that `handle` has on this host.
+        """Set the attribute "workload_name" of the addresses that `handle` has on this host.
 
         Only the blocks that contain `addresses` are changed. Raises NotFound if one of these blocks does not exist.
         """
@@ -283,9 +278,10 @@ class Ipam:
             modify(self._store, key, f"etcd key {key} no longer exists", renamed)
 
     def workloads(self, name: str | None = None) -> set[tuple[str, str]]:
-        """Return the workloads, as (orchestrator, id), with addresses on this host and a handle `orchestrator.id`.
+        """Return (orchestrator, workload id) of each workload with addresses on this host.
 
-        With a `name`, only those that were connected under that name.
+        With `name`, only workloads with that name are returned. Only addresses with a handle `orchestrator.id` are
+        considered.
         """
         found = set()
         for _, owner in self._held():
@@ -297,24 +293,24 @@ class Ipam:
         return found
 
     def interfaces(self) -> set[str]:
-        """Return the names of the interfaces of this host's endpoints that have addresses.
+        """Return the names of the interfaces of this host's endpoints, from the attributes of their addresses.
 
-        They are derived from the addresses' attributes, so the endpoints need not be in the store.
+        The endpoints need not be in the store.
         """
         owners = [owner.secondary for _, owner in self._held() if owner.secondary.get("host") == self._host]
         return {EndpointId("", "", "", str(facts.get("endpoint"))).interface for facts in owners}
 
     def _held(self) -> Iterator[tuple[IPAddress, Owner]]:
-        """Yield the assigned addresses of all valid blocks, with their owners."""
+        """Yield (address, owner) for the assigned addresses of all valid blocks."""
         for version in (4, 6):
             for block in self.all_blocks(version):
                 if isinstance(block, Block):
                     yield from ((block.address(ordinal), owner) for ordinal, owner in block.held())
 
     def affinities(self) -> tuple[dict[tuple[int, str], set[str]], list[InvalidValue]]:
-        """Return (IP version, block's CIDR) -> hosts that have an affinity key, and an error for each invalid key.
+        """Return (IP version, CIDR of a block) -> hosts with an affinity key for it, and an error for each invalid key.
 
-        The blocks themselves need not exist, and may name another host in their affinity.
+        The blocks are not read: they may not exist, or may have affinity to another host.
         """
         found: dict[tuple[int, str], set[str]] = {}
         invalid = []
@@ -330,9 +326,9 @@ class Ipam:
         return found, invalid
 
     def repair_affinity(self, version: int, cidr: str) -> None:
-        """Create the key of this host's affinity to a block, if the block has this affinity; else delete the key.
+        """If a block has affinity to this host, create the affinity's key; otherwise, delete the key.
 
-        The key is also deleted if the block does not exist. Raises InvalidValue for an invalid block.
+        Raises InvalidValue for an invalid block.
         """
         entry = self._store.get(keys.ipam_block(version, cidr))
         if entry is not None and Block.from_entry(entry).affinity == f"host:{self._host}":
@@ -341,9 +337,9 @@ class Ipam:
             self._delete_affinity(version, cidr)
 
     def release_affinities(self) -> bool:
-        """Release this host's affinities: empty blocks are deleted, the others lose their affinity.
+        """Release this host's affinities; return whether there were any.
 
-        Returns whether there were any affinities.
+        Empty blocks with affinity to this host are deleted; other blocks lose the affinity.
         """
         found = False
         for version in (4, 6):
@@ -380,10 +376,10 @@ class Ipam:
     def _candidates(
         self, ranges: list[tuple[int, int, int]], networks: Iterable[Network], names: Iterable[str] | None
     ) -> Iterator[tuple[int, int, bool]]:
-        """Yield (IP version, first address, whether to claim the block) of blocks to assign from, the best ones first.
+        """Yield (IP version, first address, `claim`) for the blocks to assign from, in order of preference.
 
-        `ranges` are (IP version, first address, last address); all addresses are numbers. No new block that overlaps
-        one of `networks` is claimed. `names`: see `affine` of auto_assign.
+        `claim`: see `_allocate`. `ranges` are (IP version, first address, last address). All addresses are numbers. New
+        blocks that overlap with `networks` are omitted. `names`: see `affine` of `auto_assign`.
         """
         version = ranges[0][0] if ranges else 4
 
@@ -424,13 +420,12 @@ class Ipam:
         known: Entry | None,
         exact: bool = False,
     ) -> list[IPAddress]:
-        """Assign up to `count` free addresses of a block to `owner`, out of these ordinals; return them in order.
+        """Assign up to `count` free addresses with these ordinals in a block to `owner`; return them in order.
 
-        With `claim`, a block that does not exist is created, with affinity to this host; if it turns out to be another
-        host's block, it is skipped. With `exact`, another host's block is used even then, and an address that the owner
-        already has is returned as if it were newly assigned. A block with strict affinity, but not to this host, is
-        skipped or, with `exact`, raises CalicoError. For `known`, see `assign`. Raises Conflict if other writers keep
-        changing the block.
+        With `claim`, a missing block is created with affinity to this host, and another host's block is skipped. With
+        `exact`, another host's block is not skipped, and addresses that `owner` already has are returned as well. A
+        block with strict affinity, but not to this host, is skipped or, with `exact`, raises CalicoError. For `known`,
+        see `assign`. Raises Conflict if other writers keep changing the block.
         """
         cidr = block_cidr(version, first)
         key = keys.ipam_block(version, cidr)
@@ -493,17 +488,17 @@ class Ipam:
 
     @contextmanager
     def _recount_on_failure(self, owner: Owner) -> Iterator[None]:
-        """Recount the owner's handle if the body of `with` fails, since a count may be too high then."""
+        """Recount the owner's handle if the body of `with` raises an exception."""
         try:
             yield
-        except BaseException:  # KeyboardInterrupt included
+        except BaseException:  # KeyboardInterrupt included; the count may be too high
             if owner.handle is not None:
                 with suppress(CalicoError):
                     self.handles.recount(owner.handle)
             raise
 
     def _delete_affinity(self, version: int, cidr: str) -> None:
-        """Delete the key of this host's affinity to a block, if it exists."""
+        """Delete the key of this host's affinity to a block, if the key exists."""
         entry = self._store.get(keys.ipam_affinity(self._host, version, cidr))
         if entry is not None:
             # if another command of this host has rewritten the key, that command also finds the affinity stale
@@ -543,11 +538,8 @@ class Ipam:
         raise Conflict(f"block {block_cidr(version, first)} keeps being modified concurrently; retry")
 
     def _counts_after(self, block: Block, handles: set[str]) -> list[Write]:
-        """Return the writes by which handles get their counts of a block whose addresses were released.
-
-        Without them if the store is not atomic: there, the handles are recounted afterwards.
-        """
-        if not self._store.atomic:
+        """Return the writes that set the counts of `block` in `handles`; no writes if the store is not atomic."""
+        if not self._store.atomic:  # `release` recounts the handles afterwards
             return []
         names = sorted(handles)
         entries = self._store.read([keys.ipam_handle(handle) for handle in names])[0]
@@ -556,7 +548,7 @@ class Ipam:
 
 
 def _strict_refusal(block: Block, ordinal: int) -> str:
-    """Return why this host cannot assign an address of a block with strict affinity, but not to this host."""
+    """Return the error message for an address in a block with strict affinity, but not to this host."""
     whose = f"of {block.affinity.replace(':', ' ', 1)}" if block.affinity else "of no host"
     return (
         f"IP {block.address(ordinal)} is in the block {block.cidr} {whose}, which no other host takes addresses from "
@@ -565,7 +557,7 @@ def _strict_refusal(block: Block, ordinal: int) -> str:
 
 
 def _range(pool: Pool) -> tuple[int, int, int]:
-    """Return IP version, first and last address (as numbers) of a pool."""
+    """Return (IP version, first address, last address) of a pool, the addresses as numbers."""
     from netaddr.ip import IPNetwork
 
     network = IPNetwork(pool.cidr)
@@ -573,7 +565,10 @@ def _range(pool: Pool) -> tuple[int, int, int]:
 
 
 def _without(ranges: list[tuple[int, int, int]], networks: list[Network]) -> Iterator[tuple[int, int]]:
-    """Yield `ranges`, extended to whole blocks, as (first, last address). Leave out blocks that overlap `networks`."""
+    """Yield the parts of `ranges` outside `networks`, as (first address, last address).
+
+    Each part begins at a block's first address. Blocks that overlap with `networks` are omitted entirely.
+    """
     for _, low, high in ranges:
         at = low - low % BLOCK_SIZE
         for network in sorted(networks, key=lambda network: network.first):

@@ -1,6 +1,6 @@
-"""The keys of the store, and what they identify. Handles no values, and uses no backend.
+"""Builds and parses the keys of the store.
 
-The layout is a contract with the Calico programs of 2015: see docs/datamodel.md.
+The layout is that of the Calico programs of 2015: see docs/datamodel.md.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from calicoctl import limits
 ROOT = "/calico"
 POLICY_AND_HOSTS = "/calico/v1"
 READY = "/calico/v1/Ready"
-"""Whether the data of an API of etcd is the current one: `true`; `false` while nothing may be changed there."""
+"""`true` in the API of etcd whose data is current; `false` if the data must not be changed."""
 OTHER_CALICO = "/calico/resources/v3"
-"""What Calico 3 keeps below this is not of this program, unlike the addresses, which both would assign."""
+"""The directory of Calico 3's resources. Their presence in etcd's v3 API is an error: both would assign the same
+addresses."""
 CONFIG = "/calico/v1/config"
 HOSTS = "/calico/v1/host"
 PROFILES = "/calico/v1/policy/profile"
@@ -25,7 +26,7 @@ BGP_HOSTS = "/calico/bgp/v1/host"
 BGP_GLOBAL = "/calico/bgp/v1/global"
 IPAM_HOSTS = "/calico/ipam/v2/host"
 AS_NUM, MACS = "as_num", "macs"
-"""The last parts of two kinds of keys: an AS number, and the source MACs of a host's packets to other hosts."""
+"""The last parts of keys: a host's AS number, and the source MACs of its packets to other hosts."""
 BGP_AS_NUM = f"{BGP_GLOBAL}/{AS_NUM}"
 BGP_NODE_MESH = f"{BGP_GLOBAL}/node_mesh"
 
@@ -33,14 +34,14 @@ DEEPEST = 10
 """The number of parts of the deepest key: the key of an endpoint's status."""
 
 INTERFACE_PREFIX = "cali"
-"""The names of endpoints' interfaces on their host begin with this. No other interface's name may begin with it."""
+"""The prefix of the names of endpoints' interfaces on the host. No other interface may have such a name."""
 
 
 @dataclass(frozen=True)
 class EndpointId:
-    """Identifies one endpoint: host, orchestrator (`docker`, `namespace`), workload, and the endpoint's own id.
+    """Identifies an endpoint by host, orchestrator (such as `docker` or `namespace`), workload id, and endpoint id.
 
-    The own id has 32 hex digits if this program created the endpoint.
+    The endpoint id has 32 hex digits if this program created the endpoint.
     """
 
     host: str
@@ -55,15 +56,13 @@ class EndpointId:
 
     @property
     def is_valid(self) -> bool:
-        """Whether `interface` can be the name of an interface: the endpoint's own id must be hexadecimal.
-
-        With other ids, the kernel might treat the name as a pattern (`%d`).
-        """
+        """Whether `interface` can be the name of an interface: the endpoint id must be hexadecimal."""
+        # with other ids, the kernel might treat the name as a pattern (`%d`)
         return is_endpoint_id(self.endpoint)
 
 
 def is_endpoint_id(text: str) -> bool:
-    """Return whether a text can be an endpoint's own id: lower-case hexadecimal digits only."""
+    """Return whether a text can be an endpoint id: lower-case hexadecimal digits only."""
     return re.fullmatch("[0-9a-f]+", text) is not None
 
 
@@ -80,7 +79,7 @@ def host_bird_ip(host: str) -> str:
 
 
 def parse_host_bird_ip(key: str) -> str | None:
-    """Return the host to which a key `bird_ip` (an IPv4 address) belongs, None for any other key."""
+    """Return the host in a key `bird_ip` (the host's IPv4 address), None for any other key."""
     parts = key.split("/")
     return parts[4] if len(parts) == 6 and parts[5] == "bird_ip" and key.startswith(HOSTS + "/") else None
 
@@ -106,7 +105,7 @@ def endpoint(id: EndpointId) -> str:
 
 
 def parse_endpoint(key: str) -> EndpointId | None:
-    """Return the endpoint that a key identifies, None for any other key, and for one longer than limits.KEY."""
+    """Return the endpoint in the key of an endpoint; None for any other key, and for a key longer than limits.KEY."""
     if not key.startswith(HOSTS + "/") or len(key) > limits.KEY:
         return None
     parts = key[len(HOSTS) + 1 :].split("/")
@@ -116,7 +115,7 @@ def parse_endpoint(key: str) -> EndpointId | None:
 
 
 def parse_felix_endpoint(key: str) -> EndpointId | None:
-    """Return the endpoint to which the key of a status belongs, None for any other key."""
+    """Return the endpoint in the key of an endpoint's status, None for any other key."""
     return parse_endpoint(key.replace(FELIX_HOSTS, HOSTS, 1)) if key.startswith(FELIX_HOSTS + "/") else None
 
 
@@ -133,7 +132,7 @@ def profile_rules(name: str) -> str:
 
 
 def parse_profile(key: str) -> str | None:
-    """Return the profile to which a key of tags or rules belongs, None for any other key."""
+    """Return the profile in a key of tags or rules, None for any other key."""
     parts = key.split("/")
     return parts[5] if len(parts) == 7 and parts[6] in ("tags", "rules") and key.startswith(PROFILES + "/") else None
 
@@ -151,7 +150,7 @@ def bgp_host(host: str) -> str:
 
 
 def bgp_peers(version: int, host: str | None = None) -> str:
-    """Return the directory of the global BGP peers, or of the peers of one host."""
+    """Return the directory of the global BGP peers or, with `host`, of that host's peers."""
     return f"{BGP_GLOBAL if host is None else bgp_host(host)}/peer_v{version}"
 
 
@@ -168,7 +167,7 @@ def bgp_host_address(host: str, version: int) -> str:
 
 
 def parse_bgp_host_address(key: str) -> str | None:
-    """Return the host to which a key of a BGP address belongs, None for any other key."""
+    """Return the host in the key of a host's BGP address, None for any other key."""
     parts = key.split("/")
     of_host = len(parts) == 7 and key.startswith(BGP_HOSTS + "/")
     return parts[5] if of_host and parts[6] in ("ip_addr_v4", "ip_addr_v6") else None
@@ -183,7 +182,7 @@ def bgp_host_macs(host: str) -> str:
 
 
 def parse_bgp_host_setting(key: str, name: str) -> str | None:
-    """Return the host to which a key of the BGP setting `name` belongs, None for any other key."""
+    """Return the host in the key of the BGP setting `name` of a host, None for any other key."""
     parts = key.split("/")
     return parts[5] if len(parts) == 7 and parts[6] == name and key.startswith(BGP_HOSTS + "/") else None
 
@@ -209,7 +208,7 @@ def ipam_affinity(host: str, version: int, cidr: str) -> str:
 
 
 def parse_affinity(key: str) -> tuple[str, int, str] | None:
-    """Return (host, IP version, CIDR of the block) of an affinity's key, None for any other key."""
+    """Return (host, IP version, CIDR of the block) from the key of an affinity, None for any other key."""
     if not key.startswith(IPAM_HOSTS + "/"):
         return None
     parts = key[len(IPAM_HOSTS) + 1 :].split("/")
@@ -240,12 +239,12 @@ def felix_endpoint(id: EndpointId) -> str:
 
 
 def implied_directories(key: str) -> list[str]:
-    """Return the directories, deepest first, that are removed if they are empty after the key is deleted.
+    """Return the directories to remove, if they are empty, after `key` is deleted; deepest first.
 
-    For the key of an endpoint, these are the directories of its workload. For the key of an endpoint's status, the
-    directory of the orchestrator is added. For any other key, there are none: the programs of 2015 expect that the
-    directories above it stay. This matters only to stores that have directories, such as etcd's v2 API.
+    For the key of an endpoint, these are the directories of its workload; for the key of an endpoint's status, also the
+    directory of its orchestrator; for any other key, none. Only stores with directories (etcd's v2 API) need this.
     """
+    # the programs of 2015 expect that all other directories remain
     id, levels = parse_endpoint(key), 2
     if id is None:
         id, levels = parse_felix_endpoint(key), 3  # of the statuses, the orchestrator's as well
@@ -265,7 +264,8 @@ def undashed(name: str) -> str:
 
 
 def can_be_part(name: str) -> bool:
-    """Return whether a name can be one part of a key. etcd's v2 API resolves '.' and '..' as paths do."""
+    """Return whether a name can be one part of a key: it is not empty, `.` or `..`, and contains no slash."""
+    # etcd's v2 API resolves `.` and `..` as in paths
     return name not in ("", ".", "..") and "/" not in name
 
 
