@@ -32,7 +32,7 @@ DOCKER_TLS = ("DOCKER_TLS_VERIFY", "DOCKER_CERT_PATH")
 """Variables that belong to DOCKER_HOST. Those in the file are used only if the environment does not set DOCKER_HOST."""
 
 SINGLE = ("HOSTNAME", "DOCKER_HOST", *DOCKER_TLS, "CALICO_DEBUG")
-"""Variables that are used from the file if the environment does not set them. Those in DOCKER_TLS depend on
+"""Variables in the file that are used if the environment does not set them. Those in DOCKER_TLS depend on
 DOCKER_HOST, too."""
 
 LARGEST = 2**20

@@ -16,8 +16,7 @@ DEPTH = 32
 """Maximum nesting of lists and objects in a value."""
 
 PROFILES = 64
-"""Maximum number of profiles of an endpoint. A list of profiles is a chain in nftables, with a jump for each
-profile."""
+"""Maximum number of profiles of an endpoint. Each list of profiles is a chain in nftables."""
 
 ADDRESSES = 256
 """Maximum number of addresses of an endpoint. An address is an element of four sets, a route and a neighbour entry."""
@@ -29,8 +28,7 @@ TAGS = 256
 """Maximum number of tags of a profile."""
 
 RULES = 5000
-"""Maximum number of rules of a profile, inbound and outbound together. nftables loads this many in about half a
-second."""
+"""Maximum number of rules of a profile, inbound and outbound together."""
 
 PORTS = 100
 """Maximum number of ports and port ranges in one list of a rule."""

@@ -49,8 +49,7 @@ PROTOCOL_KERNEL, PROTOCOL_STATIC, PROTOCOL_RA = 2, 4, 9
 """Protocols of routes: set by the kernel itself, static, and learned from router advertisements (RA)."""
 PROTOCOL_BIRD = 12
 OUR_PROTOCOL, OVERLAY_PROTOCOL = 80, 81
-"""The protocols of the agent's routes: to endpoints of this host, and to the blocks of pools with VXLAN on other
-hosts."""
+"""The protocols of the agent's routes: to endpoints of this host, and to other hosts' blocks in pools with VXLAN."""
 OUR_PROTOCOLS = (OUR_PROTOCOL, OVERLAY_PROTOCOL)
 SOL_NETLINK, _NETLINK_GET_STRICT_CHK = 270, 12
 NETLINK_NETFILTER = 12
@@ -280,7 +279,7 @@ def addresses() -> Iterator[Address]:
 
 
 class Paths(NamedTuple):
-    """A route with all its next hops: `hops` are pairs of a gateway (None if on-link) and an interface's index.
+    """A route with all its next hops. `hops` are pairs of a gateway (None if on-link) and an interface's index.
 
     `destination` is packed, and empty for a default route; `length` is the prefix length. `hops` is empty if the route
     refers to a nexthop object.

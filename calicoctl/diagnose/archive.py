@@ -139,8 +139,8 @@ _SECRETS = (
 
 
 def sources(log_dir: str) -> dict[str, Source]:
-    """Return, by file name, the functions that return the texts of the archive's files. They may raise any
-    exception.
+    """Return, by file name, the functions that produce the texts of the archive's files. A function may raise
+    anything.
     """
     found: dict[str, Source] = {"versions.txt": _versions, "environment.txt": _environment, "checksystem.json": _checks}
     for name, command in _COMMANDS.items():

@@ -43,8 +43,7 @@ class Finding:
     problem: str
     advice: str = ""
     fix: Callable[[], bool] | None = None
-    """Repairs the inconsistency; returns whether it was repaired; raises CalicoError. None if `--fix` cannot repair
-    it."""
+    """Repairs the inconsistency; returns whether it was repaired; raises CalicoError. None if there is no repair."""
 
     def to_dict(self) -> dict[str, Any]:
         return {

@@ -69,8 +69,8 @@ class Decision:
     why: str
     profile: str | None = None
     rule: int | None = None
-    """The position, from 1, of the rule that decided, in the profile's list for this direction; None if no rule
-    decided."""
+    """The position, from 1, of the rule that decided, in the profile's list for this direction; None if there is
+    none."""
     host: str | None = None
     """The host that enforces the decision."""
 
@@ -188,7 +188,7 @@ class _Store:
     # From names to places
 
     def places(self, name: str) -> list[Place]:
-        """Return a Place for each address of `name`, which may be any place that `trace` accepts. Raises
+        """Return a Place for each address of `name`, which is a place as in the function `trace`. Raises
         CalicoError.
         """
         try:

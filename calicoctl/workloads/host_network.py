@@ -22,8 +22,7 @@ if TYPE_CHECKING:
     from calicoctl.workloads.netns import Interface
 
 _NO_NETWORK = (b"", b"\xfe\x80")
-"""The first two bytes of a route's packed destination that is no network: a default route, and IPv6 link-local
-(fe80)."""
+"""The first two bytes of a route's packed destination, for a default route and for IPv6 link-local addresses."""
 
 _NOT_SET_BY_OTHERS = (netlink.PROTOCOL_KERNEL, netlink.PROTOCOL_BIRD)
 """Protocols of routes that the kernel has derived from addresses, or that BIRD has learned."""
@@ -168,7 +167,7 @@ def _macs(indices: set[int], reaching: frozenset[int]) -> dict[str, frozenset[st
 
 
 class _Covering:
-    """Decides whether a route covers any of many addresses. Caches the addresses' prefixes by prefix length."""
+    """Decides whether a route covers any of many addresses. Caches the addresses' prefixes, by prefix length."""
 
     def __init__(self, addresses: Collection[str]) -> None:
         self._numbers = {
@@ -178,7 +177,7 @@ class _Covering:
         """By IP version and prefix length: the prefixes of the addresses, as integers without the host bits."""
 
     def any(self, version: int, path: netlink.Paths) -> bool:
-        """Return whether the route `path` is a default route, or covers one of the addresses of its IP version."""
+        """Return whether the route `path` is a default route, or covers any of the addresses of its IP version."""
         if path.length == 0:
             return True
         spare = BITS[version] - path.length

@@ -50,10 +50,8 @@ HOST_MAC = "ee:ee:ee:ee:ee:ee"
 
 # duplicate address detection would delay the use of the address; the workload is no router for this host
 HOST_END_IPV6 = {"accept_dad": "0", "accept_ra": "0"}
-"""IPv6 sysctls that are set on the host end of every veth pair before it is brought up.
-
-Source: the kernel's Documentation/networking/ip-sysctl.rst.
-"""
+"""IPv6 sysctls that are set on the host end of every veth pair before it is brought up. Source: the kernel's
+Documentation/networking/ip-sysctl.rst."""
 
 # processes in a namespace may add as many as memory allows; reading so many takes a quarter of a second
 MOST = 20_000
@@ -396,9 +394,7 @@ def check_attachments(namespaces: Mapping[str, str], next_hops: bool = True) -> 
 
 
 def delete_interface(name: str) -> bool:
-    """Delete an interface of the host, and with it the other end of a veth pair; return whether the interface
-    existed.
-    """
+    """Delete an interface of the host, and with it the other end of a veth pair; return whether it existed."""
     from pyroute2.iproute.linux import IPRoute
 
     with _explained(f"deleting interface {name}"), IPRoute() as netlink:

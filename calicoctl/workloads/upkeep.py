@@ -1,7 +1,6 @@
 """Reconciles the state of a workload of this host after restarts, removals, crashes and interrupted commands.
 
-Used by the agent, and by `ipam check --fix`. Public functions that change something hold the workload's lock. Other
-hosts' workloads, addresses without a handle, and workloads that are not managed (see is_managed) are not touched.
+Used by the agent, and by `ipam check --fix`. Public functions that change something hold the workload's lock.
 """
 
 from __future__ import annotations

@@ -1,6 +1,4 @@
-"""Finds workloads by a container's name or id, or by a namespace's path, and determines their state. Changes
-nothing.
-"""
+"""Finds workloads by a container's name or id, or by a namespace's path, and determines their state."""
 
 from __future__ import annotations
 
@@ -72,8 +70,7 @@ class Workload:
     def namespace_path(self) -> str:
         """Return the path of the workload's network namespace.
 
-        Raises CalicoError for a container that is stopped, or that shares the network of the host or of another
-        container.
+        Raises CalicoError for a container that does not run, or that shares the network of the host or of a container.
         """
         if self.path is not None:
             return self.path
