@@ -137,7 +137,7 @@ def profile_change(host: AgentHost, name: str, repetitions: int) -> list[float]:
 
 
 def throughput(seconds: float = 2.0, source: str = "a", target: str = "b", address: str = "192.168.0.2") -> float:
-    """Return the bytes per second of one TCP stream from the namespace `source` to `target`, which has the address.
+    """Return the bytes per second of one TCP stream from the namespace `source` to `address` in the namespace `target`.
 
     The sender is a process of its own, on another core.
     """

@@ -45,9 +45,7 @@ def _constant(path: Path, name: str) -> str:
 
 
 def sections(text: str) -> tuple[str, list[tuple[str, str]]]:
-    """Return the first sentence of a help text, and its sections as (heading, text); the heading of plain text is
-    "".
-    """
+    """Return the first sentence of a help text, and its sections as (heading, text); plain text has the heading ""."""
     first, _, rest = text.strip().partition("\n\n")
     parts: list[tuple[str, str]] = []
     for block in rest.split("\n\n"):

@@ -77,7 +77,7 @@ class AgentHost(Host):
         return "direction reply" not in run("nft", "list", "chain", "inet", "calico", "to-host", check=False).out
 
     def profile(self, name: str, inbound: list | None = None, outbound: list | None = None, tags: list | None = None):
-        """Write a profile: by default, all outbound traffic is allowed, and no inbound traffic."""
+        """Write a profile; by default, it allows all outbound and no inbound traffic."""
         rules = {"id": name, "inbound_rules": inbound or [], "outbound_rules": outbound or [{"action": "allow"}]}
         self.etcd.put(f"/calico/v1/policy/profile/{name}/rules", rules)
         self.etcd.put(f"/calico/v1/policy/profile/{name}/tags", [name] if tags is None else tags)

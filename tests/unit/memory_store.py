@@ -36,15 +36,15 @@ Fault = Union[str, Lost, None]
 class MemoryStore:
     """Implements the Store protocol. Time passes only when a test adds to `clock`, in seconds.
 
-    With `modern`, it is atomic and has leases, like etcd's v3 API. `requests` counts the requests that a server would
-    receive.
+    With `modern`, the store is atomic and has leases, like etcd's v3 API. `requests` counts the requests that a server
+    would receive.
 
-    `fault` is called before each create, update, delete, touch and atomic commit, and returns how it fails:
+    `fault` is called before each create, update, delete, touch and atomic commit, and returns how this write fails:
 
-    * None: it does not fail.
+    * None: the write does not fail.
     * "conflict": another writer changes the key immediately before.
-    * "lost": it is applied, but its answer is lost, and another writer changes the key immediately after.
-    * a Lost.
+    * "lost": the write is applied, but its answer is lost, and another writer changes the key immediately after.
+    * A Lost: the answer is lost as described there.
     * "down": the store cannot be reached.
 
     `before_read` is called before each read and each batch of a watch, and may raise an exception.
