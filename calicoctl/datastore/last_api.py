@@ -1,8 +1,7 @@
-"""Remembers in which API of which etcd the data of a host was, in /var/lib/calico/HOST/api.
+"""Records the API of etcd in which a host is registered, and etcd's servers, in /var/lib/calico/HOST/api.
 
-If an etcd is started again without its v2 API, or upgraded to one that has none, its v3 API looks like that of a new
-installation. A host that registers there would drop what is connected to it. Versions of this program that knew v2
-alone have not written this file; of them, what is connected says that the host had its data there.
+If an etcd with data in its v2 API is restarted without this API, its empty v3 API looks like a new etcd. The record
+prevents the host from registering there, which would disconnect its workloads.
 """
 
 from __future__ import annotations
@@ -18,10 +17,10 @@ _FILE = "api"
 
 
 def refuse_other(host: str, members: Collection[str], choice: Choice) -> None:
-    """Raise CalicoError if the data of a host was in v2, and the choice fell on v3 because there is none in either.
+    """Raise CalicoError if `choice` is the v3 API of an etcd without data, but the host's data was in v2.
 
-    `members` are the names of the etcd's servers. If none of them was one when the host was registered, this is another
-    etcd, which may be new.
+    `members` are the names of etcd's servers. If the record has only other servers, this is another etcd: nothing is
+    raised.
     """
     if not choice.is_new or choice.api == V2:
         return
@@ -35,16 +34,20 @@ def refuse_other(host: str, members: Collection[str], choice: Choice) -> None:
 
 
 def _of_older_version(host: str) -> bytes:
-    """Return what an older version would have written in the file of this host."""
+    """Return the record to assume for a host without one: v2 if workloads are connected, else none."""
+    # only versions that knew v2 alone did not write the record
     is_connected = any(state.read_all(host, "workloads", orchestrator) for orchestrator in ("docker", "namespace"))
     return V2.encode() if is_connected else b""
 
 
 def remember(host: str, members: Collection[str], choice: Choice) -> None:
-    """Note that a host is registered in the chosen API of an etcd with these servers. Raises CalicoError."""
+    """Record that a host is registered in the API of `choice`. Raises CalicoError.
+
+    `members` are the names of etcd's servers.
+    """
     state.write(host, _FILE, content=f"{' '.join([choice.api, *members])}\n".encode())
 
 
 def forget(host: str) -> None:
-    """Remove the note about a host. Raises CalicoError."""
+    """Remove the record of a host. Raises CalicoError."""
     state.remove(host, _FILE)

@@ -1,9 +1,7 @@
-"""Reaches members of etcd although their names cannot be resolved: at the addresses that were resolved last.
+"""Connects to members of etcd at their last known addresses if their names cannot be resolved.
 
-Without this, a host that is cut off from DNS, for example by a route to a container, could not read in etcd that the
-route is gone. The agent writes the addresses to the file /var/lib/calico/HOST/members, which only root may read (JSON:
-an object, name -> list of addresses). So they survive the agent, and reboots. TLS still checks the certificate against
-the name.
+The agent writes the addresses to /var/lib/calico/HOST/members, which only root may read: a JSON object, name -> list of
+addresses. TLS still checks the certificate against the name.
 """
 
 from __future__ import annotations
@@ -24,9 +22,9 @@ _FILE = "members"
 
 
 def addresses(name: str) -> list[str]:
-    """Return, sorted, the canonical addresses that a member's name had when it was last resolved.
+    """Return the sorted canonical addresses to which a member's name was last resolved.
 
-    The list is empty if they are unknown, or if this process may not read the file.
+    The list is empty if the addresses are unknown, or if the file cannot be read.
     """
     found = set()
     with suppress(CalicoError, ValueError):  # only root may read the file
@@ -38,18 +36,21 @@ def addresses(name: str) -> list[str]:
 
 
 def remember(known: Mapping[str, Collection[str]]) -> None:
-    """Replace the file: write the addresses of members by name. Raises CalicoError."""
+    """Replace the file's content by `known`: name of a member -> addresses. Raises CalicoError."""
     content = json.dumps({name: sorted(found) for name, found in sorted(known.items())})
     state.write(hostname(), _FILE, content=content.encode())
 
 
 def forget(host: str) -> None:
-    """Remove the file of a host that is no longer registered. Raises CalicoError."""
+    """Remove the file of a host. Raises CalicoError."""
     state.remove(host, _FILE)
 
 
 def connect(name: str, port: int, seconds: float) -> socket.socket:
-    """Return a connected socket, whose timeout is `seconds`, to a member; raise OSError or UnicodeError."""
+    """Return a socket that is connected to a member, with the timeout `seconds`; raise OSError or UnicodeError.
+
+    If the name cannot be resolved, the last known addresses are used.
+    """
     try:
         return socket.create_connection((name, port), seconds)
     except socket.gaierror:
@@ -61,9 +62,9 @@ def connect(name: str, port: int, seconds: float) -> socket.socket:
 
 @cache
 def pools() -> dict[str, Any]:
-    """Return classes of connection pools for urllib3, by scheme ("http", "https").
+    """Return the classes of connection pools for urllib3, by scheme ("http", "https").
 
-    If a connection cannot resolve the name of a member, it tries the addresses that `addresses` returns.
+    If the name of a member cannot be resolved, their connections use the last known addresses.
     """
     from urllib3.connection import HTTPConnection, HTTPSConnection
     from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool

@@ -1,10 +1,9 @@
-"""Failover over the members of a cluster, and writes whose outcome is unknown. Shared by all backends.
+"""Failover between the members of a cluster, and retries of requests without an answer. Used by all backends.
 
-`Members` has one connection to each member; the backend defines its class. If a request gets no answer, the connection
-raises NotSent, Unanswered or ConnectionLost. Any other exception is an answer, and is passed on to the caller. A
-request that did not reach a member is sent to the next one, so the failure of one member does no harm. A write that may
-have been applied is sent again only after its key was read: a verdict (`created`, `updated` or `deleted` below) decides
-from the key's entry whether the write was applied.
+`Members` has one connection to each member; the backend defines the connection's class. A connection raises NotSent,
+Unanswered or ConnectionLost if a request gets no answer. After NotSent, the next member is asked. If a write may have
+been applied, `Members.write` reads its key, and a verdict (`created`, `updated` or `deleted`) decides whether the write
+is sent again.
 """
 
 from __future__ import annotations
@@ -22,16 +21,15 @@ T = TypeVar("T")
 C = TypeVar("C")
 
 Verdict = Callable[["Entry | None"], "Entry | None"]
-"""A function that decides whether a write of unknown outcome was applied. Its argument is the key's entry, read after
-the write (None: there is no such key). Returns the entry as written if the write was applied, None if it was not, so
-that it may be sent again. Raises KeyExists or CompareFailed if another writer has changed the key, so that the outcome
-stays unknown."""
+"""A function that decides whether a write of unknown outcome was applied. Its argument is the key's current entry, None
+if there is no such key. It returns the written entry if the write was applied, None if it was not. It raises KeyExists
+or CompareFailed if another writer has changed the key, so that the outcome stays unknown."""
 
 
 class RequestFailed(Exception):
-    """A request got no answer. The text says from which member, and why.
+    """A request got no answer. The text contains the member's URL and the reason.
 
-    `garbled` says that the server may speak another protocol: its answer, if any, was not in the expected protocol.
+    `garbled` says that the server may speak another protocol.
     """
 
     def __init__(self, why: str, garbled: bool = False) -> None:
@@ -40,11 +38,11 @@ class RequestFailed(Exception):
 
 
 class NotSent(RequestFailed):
-    """The request did not reach the member: it was not applied, and another member may be asked."""
+    """The request did not reach the member, so it was not applied."""
 
 
 class Unanswered(RequestFailed):
-    """The request was sent, or may have been, and its outcome is unknown: a timeout, or a member without a leader."""
+    """The outcome of the request is unknown, for example because of a timeout, or because there is no leader."""
 
 
 class ConnectionLost(Unanswered):
@@ -52,7 +50,7 @@ class ConnectionLost(Unanswered):
 
 
 class Deadline:
-    """The time, `seconds` from now, until which a request without an answer is retried."""
+    """The time, `seconds` from now, until which a request is retried."""
 
     def __init__(self, seconds: float) -> None:
         self._end = time.monotonic() + seconds
@@ -68,10 +66,11 @@ class Members(Generic[C]):
     """The members of one cluster, with a connection (of the backend's type C) to each."""
 
     def __init__(self, settings: EtcdSettings, connect: Callable[[Member], C], patience: float) -> None:
-        """`connect` creates a connection, and sends nothing.
+        """`connect` creates a connection, and sends no request.
 
         For `patience` seconds, a request is retried while the members that can be reached do not answer, for example
-        because they elect a leader."""
+        during a leader election.
+        """
         self._settings = settings
         self._connect = connect
         self._patience = patience
@@ -82,9 +81,9 @@ class Members(Generic[C]):
     def ask(self, send: Callable[[C], T]) -> T:
         """Send a request to the first member that can be reached, and return its answer.
 
-        A member that failed is asked after the others from then on. A member that speaks another protocol is skipped.
-        Raises Unanswered if the outcome is unknown, StoreUnavailable if no member is left to ask, and any other
-        exception of `send`.
+        A member that fails is moved to the end of the order. A member that speaks another protocol is skipped. Raises
+        Unanswered if the outcome is unknown, StoreUnavailable if no member is left to ask, and any other exception of
+        `send`.
         """
         reasons: list[str] = []
         mismatches = 0
@@ -119,8 +118,8 @@ class Members(Generic[C]):
     def resend(self, send: Callable[[C, bool], T]) -> T:
         """Send a request that cannot be applied twice until it is answered; return the answer.
 
-        `send` is told whether an earlier attempt may have been applied. Raises StoreUnavailable after `patience`
-        seconds.
+        The second argument of `send` says whether an earlier attempt may have been applied. Raises StoreUnavailable
+        after `patience` seconds.
         """
         deadline = Deadline(self._patience)
         doubtful = False
@@ -136,12 +135,12 @@ class Members(Generic[C]):
                 deadline.backoff(failure)
 
     def write(self, send: Callable[[C], Entry], read: Callable[[], Entry | None], verdict: Verdict) -> Entry:
-        """Send a conditional write until its outcome is known; return the entry as it was written.
+        """Send a conditional write until its outcome is known; return the written entry.
 
-        `send` raises KeyExists or CompareFailed if the write's condition is not met. The reason may be that an earlier
-        attempt, which got no answer, was applied. So after such an attempt, `verdict` decides from the entry that
-        `read` returns. Raises KeyExists or CompareFailed if the write was not applied, or if that stays unknown, and
-        StoreUnavailable if there is no answer for `patience` seconds.
+        `send` raises KeyExists or CompareFailed if the write's condition is not met. After an attempt without an
+        answer, `verdict` decides from the entry that `read` returns whether the write was applied. Raises KeyExists or
+        CompareFailed if the write was not applied, or if this stays unknown, and StoreUnavailable if there is no answer
+        for `patience` seconds.
         """
         deadline = Deadline(self._patience)
         doubtful = False
@@ -172,7 +171,7 @@ class Members(Generic[C]):
         self._order.append(member)
 
     def _mismatch(self, member: Member, failure: RequestFailed) -> str | None:
-        """Return a text that says which other protocol a member speaks; None if that is not why the request failed."""
+        """Return a text about the other protocol that a member speaks, None if this is not the cause of `failure`."""
         if member in self._answered or not failure.garbled:
             return None
         from calicoctl.datastore import probe
@@ -181,7 +180,7 @@ class Members(Generic[C]):
 
 
 def created(key: str, value: str) -> Verdict:
-    """Return the verdict for a `create`: applied if the key has `value`, not applied if there is no key."""
+    """Return the verdict for a `create`: applied if the key has `value`, not applied if there is no such key."""
 
     def verdict(now: Entry | None) -> Entry | None:
         if now is not None and now.value != value:
@@ -205,7 +204,7 @@ def updated(entry: Entry, value: str) -> Verdict:
 
 
 def deleted(entry: Entry) -> Verdict:
-    """Return the verdict for a `delete`: not applied if `entry` is unchanged, applied if there is no key."""
+    """Return the verdict for a `delete`: not applied if `entry` is unchanged, applied if there is no such key."""
 
     def verdict(now: Entry | None) -> Entry | None:
         if now is None:
@@ -218,7 +217,7 @@ def deleted(entry: Entry) -> Verdict:
 
 
 def why(cause: BaseException) -> str:
-    """Return in a few words why a member could not be reached."""
+    """Return a short text about why a member could not be reached."""
     text = str(cause)
     for words in ("Connection refused", "timed out", "No route to host", "Network is unreachable"):
         if words in text:

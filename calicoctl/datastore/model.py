@@ -1,7 +1,7 @@
 """Endpoints, rules, profiles, pools and BGP peers: plain data, converted from and to JSON. Does not access the store.
 
-A missing optional field gets its default, and an unknown field is kept in `extra` and written back. An invalid value
-raises InvalidValue, which names the key.
+A missing optional field gets its default. An unknown field is preserved in `extra`. For an invalid value, InvalidValue
+is raised; the values in rules are validated in policy/rules.py.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def load_strings(text: str, key: str) -> list[str]:
 
 
 def check_tags(tags: list[str]) -> list[str]:
-    """Return `tags`; raise CalicoError if there are more than a profile can have (limits.TAGS)."""
+    """Return `tags`; raise CalicoError if there are more than limits.TAGS."""
     if len(tags) > limits.TAGS:
         raise CalicoError(f"a profile can have {limits.TAGS} tags, and these are {len(tags)}")
     return tags
@@ -51,7 +51,7 @@ def load_tags(text: str, key: str) -> list[str]:
 
 @contextmanager
 def _limited(key: str) -> Iterator[None]:
-    """Convert a CalicoError from the body of `with` (a limit is exceeded) to an InvalidValue for `key`."""
+    """Convert a CalicoError from the body of `with` to an InvalidValue for `key`."""
     try:
         yield
     except InvalidValue:
@@ -92,10 +92,8 @@ def _excerpt(text: str) -> str:
 
 
 def _is_net(text: str, version: int) -> bool:
-    """Return whether a text is an address of an IP version with a prefix length, such as `192.0.2.1/32`.
-
-    Avoids netaddr: importing it takes too long.
-    """
+    """Return whether a text is an address of an IP version with a prefix length, such as `192.0.2.1/32`."""
+    # without netaddr, whose import takes too long
     address, _, length = text.partition("/")
     try:
         socket.inet_pton(FAMILIES[version], address)
@@ -112,10 +110,10 @@ def _is_strings(value: Any) -> bool:
 class Endpoint:
     """One interface of a workload.
 
-    `state` is "active" or "inactive". `name` is the name of the veth pair's end on the host. Nets should be
-    `address/32` or `address/128`: the host's agent refuses an endpoint with other nets. Gateways are the workload's
-    next hops: addresses of the host. `profile_ids` is in order of evaluation. `inactive_since` is when the workload was
-    found stopped (ISO 8601, UTC); `workload_name` is the name of the Docker container. Old tools remove both.
+    `state` is "active" or "inactive". `name` is the name of the veth pair's end on the host. The nets should be
+    `address/32` or `address/128`: the agent rejects an endpoint with other nets. The gateways are the workload's next
+    hops: addresses of the host. `profile_ids` is in order of evaluation. `inactive_since` is when the workload was
+    found stopped (ISO 8601, UTC). `workload_name` is the name of the Docker container.
     """
 
     id: EndpointId
@@ -133,12 +131,9 @@ class Endpoint:
 
     @classmethod
     def from_json(cls, id: EndpointId, text: str, key: str) -> Endpoint:
-        """Parse `text`, the value of `key`; raise InvalidValue.
-
-        If there are no `profile_ids`, a single `profile_id` becomes a list of one profile.
-        """
+        """Parse `text`, the value of `key`; raise InvalidValue."""
         data = load_object(text, key)
-        profile = data.pop("profile_id", None)
+        profile = data.pop("profile_id", None)  # an older form of `profile_ids`
         if profile is not None and data.get("profile_ids") is None:
             data["profile_ids"] = [profile]
         known: dict[str, Any] = {}
@@ -179,7 +174,7 @@ class Endpoint:
                 raise CalicoError(f"an endpoint can have {most} {what}, and this would have {count}")
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the endpoint as the JSON object in the store."""
+        """Return the JSON object for the store."""
         return {
             "state": self.state,
             "name": self.name,
@@ -195,7 +190,7 @@ class Endpoint:
         }
 
     def to_json(self) -> str:
-        """Return the value for the store; raise CalicoError if there are too many profiles or addresses."""
+        """Return the JSON text for the store; raise CalicoError if there are too many profiles or addresses."""
         self.check_size()
         return json.dumps(self.to_dict())
 
@@ -209,7 +204,7 @@ class Endpoint:
         return [canonical(net.partition("/")[0]) for net in self.nets]
 
     def nets_of(self, version: int) -> list[str]:
-        """The nets of an IP version: the list itself, not a copy."""
+        """Return `ipv4_nets` or `ipv6_nets`, not a copy."""
         return self.ipv6_nets if version == 6 else self.ipv4_nets
 
     def gateway(self, version: int) -> str | None:
@@ -224,7 +219,7 @@ class Endpoint:
 
 @dataclass
 class Rule:
-    """One rule of a profile. All conditions are optional and ANDed; see docs/datamodel.md for what they mean.
+    """One rule of a profile. A packet must match all conditions that are not None; see docs/datamodel.md.
 
     `protocol` is a name or a number. A net is a CIDR. A port is a number or a range, `"first:last"`.
     """
@@ -258,7 +253,7 @@ RULE_FIELDS = tuple(name for name in Rule.__dataclass_fields__ if name != "extra
 
 @dataclass
 class Rules:
-    """A profile's rules for packets to its endpoints (inbound) and from them (outbound), in order."""
+    """A profile's rules for packets to its endpoints (inbound) and from its endpoints (outbound), in order."""
 
     id: str
     inbound: list[Rule] = field(default_factory=list)
@@ -272,7 +267,7 @@ class Rules:
 
     @classmethod
     def from_json(cls, profile: str, text: str, key: str) -> Rules:
-        """Parse `text`, the value of `key`; raise InvalidValue."""
+        """Parse `text`, the value of `key`; raise InvalidValue. The values in each rule are not validated."""
         data = load_object(text, key)
         lists = []
         for name in ("inbound_rules", "outbound_rules"):
@@ -288,7 +283,7 @@ class Rules:
         return rules
 
     def check_size(self) -> None:
-        """Raise CalicoError if there are more than limits.RULES rules, both directions together."""
+        """Raise CalicoError if there are more than limits.RULES rules, inbound and outbound together."""
         count = len(self.inbound) + len(self.outbound)
         if count > limits.RULES:
             raise CalicoError(f"a profile can have {limits.RULES} rules, and this would have {count}")
@@ -302,7 +297,7 @@ class Rules:
         }
 
     def to_json(self) -> str:
-        """Return the value for the store; raise CalicoError if there are too many rules, or the value is too long."""
+        """Return the JSON text for the store; raise CalicoError for too many rules, or if the text is too long."""
         self.check_size()
         text = json.dumps(self.to_dict())
         if len(text) > limits.VALUE:
@@ -315,11 +310,11 @@ VXLAN_MODES = (NEVER, ALWAYS, CROSS_SUBNET) = ("never", "always", "cross-subnet"
 
 @dataclass
 class Pool:
-    """A range that addresses are assigned from. `cidr` is canonical; `ipip` names the IP-in-IP device, if any.
+    """An IP pool. `cidr` is canonical. `ipip` is the name of the IP-in-IP device, None for a pool without IP-in-IP.
 
     With `masquerade`, packets to destinations outside all pools get the host's address as source. `vxlan` is one of
-    VXLAN_MODES: it says which packets between hosts are encapsulated in VXLAN. With "cross-subnet", these are packets
-    to hosts in networks to which the sending host is not connected.
+    VXLAN_MODES, and selects the packets between hosts that are encapsulated in VXLAN. With "cross-subnet", these are
+    packets to hosts in networks to which the sending host is not connected.
     """
 
     cidr: str
@@ -345,7 +340,7 @@ class Pool:
         return cls(cidr, data.pop("ipip", None) or None, bool(data.pop("masquerade", False)), vxlan, data)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the pool as the JSON object in the store; options that are off are left out."""
+        """Return the JSON object for the store, without options that have their default."""
         options: dict[str, Any] = {}
         if self.ipip:
             options["ipip"] = self.ipip
@@ -385,7 +380,7 @@ class Peer:
         return cls(ip, as_num, data)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the peer as the JSON object in the store."""
+        """Return the JSON object for the store."""
         return {"ip": self.ip, "as_num": self.as_num, **self.extra}
 
     def to_json(self) -> str:

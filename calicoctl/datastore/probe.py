@@ -1,7 +1,7 @@
-"""If a server does not answer like etcd, determines which protocol it speaks: TLS, plain HTTP, or gRPC only.
+"""Determines which protocol a server speaks that does not answer like etcd: TLS, plain HTTP, or gRPC only.
 
-Used for error messages. Source: RFC 9113, 3.4 and 6.5: the first thing that an HTTP/2 server sends is a SETTINGS frame,
-even if the client speaks HTTP/1.1.
+Used for error messages. Source: RFC 9113, 3.4 and 6.5: an HTTP/2 server first sends a SETTINGS frame, even if the
+client speaks HTTP/1.1.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _SETTINGS_FRAME = 4
 
 
 def mismatch(scheme: str, host: str, port: int) -> str | None:
-    """Return, as a text, what a server speaks instead of `scheme` (http or https), and the remedy; None if unknown."""
+    """Return a text about what a server speaks instead of `scheme` ("http" or "https"), None if that is unknown."""
     host = host.strip("[]")
     if scheme == "https":
         if _first_bytes(host, port).startswith(b"HTTP/"):
@@ -32,10 +32,9 @@ def mismatch(scheme: str, host: str, port: int) -> str | None:
 
 
 def _first_bytes(host: str, port: int) -> bytes:
-    """Return the first nine bytes of a server's answer to a plain HTTP request.
+    """Return the first nine bytes, or fewer, of a server's answer to a plain HTTP request.
 
-    The header of an HTTP/2 frame has nine bytes. If the connection fails or ends before that, returns the bytes that
-    have arrived, if any.
+    The header of an HTTP/2 frame has nine bytes. If the connection fails, the result may be shorter or empty.
     """
     answer = b""
     try:

@@ -1,12 +1,10 @@
 """Addresses that workloads on a host must not have, and networks from which no address is assigned automatically.
 
-The host's own addresses, its gateways, the members of its etcd, its DNS servers, and the addresses of registered hosts
-must not be routed to a workload. In a network that the host is connected to, other machines use addresses that IPAM
-does not know of. So a workload is assigned an address of such a network only if the user requests the address
-explicitly.
+The addresses of the host, its gateways, the members of its etcd, its DNS servers, and registered hosts must not be
+routed to a workload. In a network to which the host is connected, other machines may use any address, so a workload is
+assigned an address of such a network only on explicit request.
 
-Plain data: host_network.py reads addresses and networks from the kernel, servers.py resolves names and reads
-resolv.conf, and hosts.py reads the registered addresses. IPAM and the agent's routes use this module.
+Accesses neither the kernel nor the store: workloads/host_network.py, workloads/servers.py and hosts.py read the data.
 """
 
 from __future__ import annotations
@@ -25,7 +23,10 @@ DNS_SERVER = "a DNS server of this host"
 
 @dataclass(frozen=True)
 class Network:
-    """A network: its first address (a number), its prefix length, and the host's interface to it ("" if unknown)."""
+    """An IP network. `version` is the IP version, `first` the first address as a number, `length` the prefix length.
+
+    `interface` is the name of the host's interface to the network, "" if it is unknown.
+    """
 
     version: int
     first: int
@@ -34,13 +35,13 @@ class Network:
 
     @classmethod
     def of(cls, address: str, length: int, interface: str = "") -> Network:
-        """Return the network with the prefix length `length` that contains `address`, which must be valid."""
+        """Return the network with the prefix length `length` that contains `address`, a valid address."""
         version, number = _number(address)
         return cls(version, number >> (BITS[version] - length) << (BITS[version] - length), length, interface)
 
     @classmethod
     def parse(cls, cidr: str) -> Network:
-        """Return the network of a CIDR, which must be valid."""
+        """Return the network of a valid CIDR."""
         address, _, length = cidr.partition("/")
         return cls.of(address, int(length))
 
@@ -70,7 +71,7 @@ class Network:
 
 
 class Networks:
-    """Decides whether an address (a number) is in any of many networks."""
+    """A set of networks with a fast test of whether any of them contains an address."""
 
     def __init__(self, networks: Iterable[Network]) -> None:
         self._firsts: dict[tuple[int, int], set[int]] = defaultdict(set)
@@ -86,7 +87,7 @@ class Networks:
 class Servers:
     """The canonical addresses of servers that a host depends on: the members of its etcd, and its DNS servers.
 
-    `unknown` are the names of those members of which no address is known.
+    `unknown` are the names of the members of which no address is known.
     """
 
     members: frozenset[str] = frozenset()
@@ -101,10 +102,10 @@ class Servers:
 
 @dataclass(frozen=True)
 class InterfaceAddress:
-    """An address of one of the host's interfaces, and its network as the kernel sees it.
+    """An address of one of the host's interfaces.
 
-    `network` is an address in that network: on a point-to-point link, the address of the peer, else `address` itself.
-    `length` is the prefix length of the network. `interface` is the interface's name.
+    `network` is an address in the interface's network: on a point-to-point link, the address of the peer, otherwise
+    `address` itself. `length` is the prefix length of that network. `interface` is the interface's name.
     """
 
     address: str
@@ -118,20 +119,19 @@ class InterfaceAddress:
 class HostNetwork:
     """A host's own addresses and networks.
 
-    `in_use` maps addresses to their descriptions. It contains the host's own addresses, the addresses of its gateways
-    and of the members of its etcd, and broadcast addresses. All addresses of the networks in `local` are addresses of
-    the host as well. `unfit` maps the addresses that stand for a whole network (network address, anycast address of the
-    routers) to their descriptions. `networks` are the networks to which the host is connected.
+    `in_use` maps addresses to descriptions: the host's own addresses, the addresses of its gateways and of the members
+    of its etcd, and broadcast addresses. All addresses of the networks in `local` are the host's own addresses, too.
+    `unfit` maps addresses that stand for a whole network (network addresses, and anycast addresses of routers) to
+    descriptions. `networks` are the networks to which the host is connected.
 
     `own` are the addresses of the host's interfaces. `gateways` are the next hops of routes, except routes through
-    workloads' interfaces. `routes` are the destinations of routes, without default routes. Neither contains what a
-    routing daemon has learned.
+    workloads' interfaces. `routes` are the destinations of routes, without default routes. Neither `gateways` nor
+    `routes` contains what a routing daemon has learned.
 
     `reached` maps the addresses of other hosts and of BGP peers, and one address in each block of another host, to the
-    interfaces of the routes to them. The value is empty if there is no route; for a block, a default route does not
-    count. `routed` are the interfaces of default routes and of routes to other hosts, in any table and with any metric:
-    routers there may forward packets of other hosts. `macs` maps interfaces to the source MACs of this host's packets
-    to other hosts. `servers` are the servers that the host depends on.
+    interfaces of the routes to that address. The value is empty if there is no route; for a block, default routes do
+    not count. `routed` are the interfaces of default routes and of routes to other hosts. `macs` maps interfaces to the
+    source MACs of this host's packets to other hosts. `servers` are the servers that the host depends on.
     """
 
     in_use: Mapping[str, str] = field(default_factory=dict)
@@ -158,14 +158,12 @@ class HostNetwork:
     ) -> HostNetwork:
         """Derive a HostNetwork from a host's addresses and routes.
 
-        The fields `reached`, `routed`, `macs` and `servers` of the result keep their defaults.
-
         `gateways` are the next hops of routes, as (address, interface). `local` are the destinations of local routes,
-        as (address, prefix length): all addresses in such a destination are addresses of the host. `on_link` are
-        networks, as (address, prefix length, interface), that are reachable without a gateway, although the host may
-        have no address in them. `routes` are the destinations of unicast routes, without default routes and those that
-        the kernel derives from addresses, as (address, prefix length); some may be `on_link`, too. `learned`
-        are the next hops of routes that a routing daemon has learned, as (address, interface).
+        as (address, prefix length). `on_link` are networks that are reachable without a gateway, as (address, prefix
+        length, interface). `routes` are the destinations of unicast routes, as (address, prefix length), without
+        default routes and the routes that the kernel derives from addresses. `learned` are the next hops of routes that
+        a routing daemon has learned, as (address, interface). The fields `reached`, `routed`, `macs` and `servers` of
+        the result have their defaults.
         """
         own: dict[str, str] = {}
         in_use: dict[str, str] = {}
@@ -206,7 +204,7 @@ class HostNetwork:
         )
 
     def with_servers(self, servers: Servers) -> HostNetwork:
-        """Return a copy with the servers that the host depends on; the members are added to `in_use`."""
+        """Return a copy with `servers`, whose members are added to `in_use`."""
         members = dict.fromkeys(servers.members, MEMBER)
         return replace(self, in_use={**members, **self.in_use}, servers=servers)
 
@@ -220,7 +218,7 @@ class HostNetwork:
         return known
 
     def overlap(self, cidr: str) -> str | None:
-        """Return a warning if a pool overlaps networks to which the host is connected, else None."""
+        """Return a warning if the pool `cidr` overlaps networks to which the host is connected, else None."""
         networks = self.overlapping(cidr)
         if not networks:
             return None
@@ -233,14 +231,14 @@ class HostNetwork:
         return f"pool {cidr} overlaps {named}, which this host is connected to, {rest}"
 
     def overlapping(self, cidr: str) -> list[Network]:
-        """Return those of the host's connected networks (`networks`) that overlap a pool."""
+        """Return the networks to which the host is connected and that overlap the pool `cidr`."""
         pool = Network.parse(cidr)
         return [network for network in self.networks if network.overlaps(pool)]
 
 
 @dataclass(frozen=True)
 class Reserved:
-    """The addresses that workloads on a host must not use: those of the host's network and of registered hosts.
+    """The addresses that workloads on a host must not have: those of the host's network and of registered hosts.
 
     `registered` maps canonical addresses to names of hosts; `host` is the name of this host.
     """
@@ -250,7 +248,7 @@ class Reserved:
     host: str = ""
 
     def user(self, address: str) -> str | None:
-        """Describe an address that is in use, for example `this host's own address (on eth0)`.
+        """Return a description of an address that is in use, such as "this host's own address (on eth0)".
 
         Returns None for any other address.
         """
@@ -261,7 +259,7 @@ class Reserved:
         return "this host's own address (it is registered with it)" if host == self.host else f"that of host {host}"
 
     def refusal(self, address: str) -> str | None:
-        """Return why `address` must not be assigned to a workload that does not have it yet; None if it may be."""
+        """Return why `address` must not be newly assigned to a workload, None if it may be."""
         is_dns = address in self.network.servers.dns
         return self.user(address) or (DNS_SERVER if is_dns else self.network.unfit.get(address))
 

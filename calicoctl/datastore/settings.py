@@ -1,4 +1,4 @@
-"""Where etcd is, which of its APIs to use, and as whom, read from the environment. Sends nothing."""
+"""The settings for access to etcd: members, API, TLS files and user, read from environment variables."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from calicoctl.environment import EnvironmentFile
 from calicoctl.errors import CalicoError, StoreError, redact_userinfo
 
 Member = tuple[str, int]
-"""A member of the cluster: host name or address (an IPv6 one in brackets), and port."""
+"""A member of the cluster: host name or address (an IPv6 address in brackets), and port."""
 
 DEFAULT_MEMBERS: tuple[Member, ...] = (("127.0.0.1", 2379),)
 
 TYPE = "DATASTORE_TYPE"
-"""The variable that names the API of etcd to use; if it is not set, what is in etcd decides (detection.py)."""
+"""The environment variable that selects the API of etcd. If it is not set, detection.py determines the API."""
 
 V2, V3 = "etcdv2", "etcdv3"
-"""The values of that variable."""
+"""The values of the variable TYPE."""
 
 LONGEST_PASSWORD = 4096
 """The maximum size of a file with a password, in bytes."""
@@ -31,11 +31,11 @@ _USER_ELSEWHERE = "the name and the password of a user are set by ETCD_USERNAME 
 
 @dataclass(frozen=True)
 class EtcdSettings:
-    """The members of the cluster, and the TLS files (PEM) for connections to them.
+    """The settings for access to etcd: members, TLS files (PEM), API and user.
 
     `scheme` is "http" or "https". `is_default` says that none of the variables ETCD_ENDPOINTS, ETCD_AUTHORITY and
-    ETCD_SCHEME is set, so that port 2379 of this host is used. `api` is V2 or V3, None if the environment names none.
-    `username` and `password` are both set or both None.
+    ETCD_SCHEME is set, so that port 2379 of this host is used. `api` is V2 or V3, None if the environment does not
+    select one. `username` and `password` are both set or both None.
     """
 
     scheme: str
@@ -112,10 +112,10 @@ class EtcdSettings:
         return f"Basic {b64encode(f'{self.username}:{self.password}'.encode()).decode()}"
 
     def local_etcd_hint(self, one: str, local: str, would_do: bool = False) -> str:
-        """Return, for an error message, what `calicoctl node --local-etcd` would do here; "" if it would refuse.
+        """Return a hint for an error message to use `calicoctl node --local-etcd`; "" if the command would be refused.
 
-        `one` is what the text calls an etcd that the command starts for the first time, and `local` an etcd that it
-        starts again. `would_do`: the command would start a first etcd although the environment names a member.
+        `one` is the text for an etcd that the command would start for the first time, `local` for one that it would
+        start again. `would_do` says that the command would start a first etcd although the environment names a member.
         """
         command = "'calicoctl node --local-etcd'"
         if self.is_default or would_do:
@@ -127,9 +127,9 @@ class EtcdSettings:
 
 
 def _user(environment: Mapping[str, str]) -> tuple[str | None, str | None]:
-    """Return the name and the password of etcd's user, None without one. Raises StoreError, which quotes no password.
+    """Return the name and the password of etcd's user, or (None, None). Raises StoreError.
 
-    A file with the password has one line, whose end is no part of the password.
+    The error messages contain no password.
     """
     username = environment.get("ETCD_USERNAME") or None
     password, path = (environment.get(name) or None for name in ("ETCD_PASSWORD", "ETCD_PASSWORD_FILE"))
@@ -158,10 +158,10 @@ def _password_in(path: str) -> str:
 
 
 def _check_tls_files(ca_cert: str | None, cert: str | None, key: str | None) -> None:
-    """Raise StoreError if a TLS file cannot be used; None stands for a file that is not set.
+    """Raise StoreError if a TLS file cannot be used. None stands for a file that is not set.
 
-    The CA file must contain a certificate in PEM format; the client's certificate and key must be in PEM format,
-    without a password, and belong to each other.
+    All files must be in PEM format. The client's key must have no password, and must belong to the client's
+    certificate.
     """
     import ssl
 

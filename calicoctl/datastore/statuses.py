@@ -15,7 +15,7 @@ from calicoctl.errors import CompareFailed, InvalidValue
 
 
 class Statuses:
-    """The statuses of one host and of its endpoints."""
+    """Reads and writes the statuses of one host and of its endpoints."""
 
     def __init__(self, store: Store, host: str) -> None:
         self.host = host
@@ -23,7 +23,7 @@ class Statuses:
 
     @property
     def hang_together(self) -> bool:
-        """Whether the statuses that an agent writes with the same `ttl` hang on one lease; see Store."""
+        """Whether the statuses that an agent writes with the same `ttl` share a lease; see Store."""
         return self._store.leases
 
     def of_host(self) -> Entry | None:
@@ -31,9 +31,9 @@ class Statuses:
         return self._store.get(keys.felix_status(self.host))
 
     def of_old_agent(self) -> bool:
-        """Return whether Felix of 2015 is alive on this host: unlike this agent, it reports no `machine` and no `boot`.
+        """Return whether Felix of 2015 runs on this host. Its status has neither `machine` nor `boot`.
 
-        False if the status is missing or invalid.
+        Returns False if the status is missing or invalid.
         """
         status = self.of_host()
         try:
@@ -51,23 +51,23 @@ class Statuses:
         return self._store.update(before, json.dumps(status), ttl)
 
     def renew_host(self, status: dict[str, object], ttl: int, before: Entry) -> Entry:
-        """Have this host's status, written as `before`, expire `ttl` seconds from now; return it as it is then.
+        """Renew this host's status, written as `before`, for `ttl` seconds from now; return its current entry.
 
-        A store with leases keeps alive whatever this client has written with the same `ttl`, and writes nothing. Other
-        stores write `status`. Raises CompareFailed if the status was written or has expired since.
+        A store with leases only renews the lease, and so all keys on it. Other stores write `status`. Raises
+        CompareFailed if the status was written or has expired since `before`.
         """
         return self._store.touch(before, json.dumps(status), ttl)
 
     def remove_host(self, before: Entry) -> None:
-        """Delete this host's status, unless another agent has written one since `before` was read."""
+        """Delete this host's status, unless it was written since `before` was read."""
         with suppress(CompareFailed):
             self._store.delete(before)
 
     def report_endpoint(self, id: EndpointId, status: str | None, ttl: int | None = None) -> None:
         """Write the status (JSON text) of an endpoint of this host; None deletes it.
 
-        If statuses hang together, it hangs on the lease of this `ttl`, as the host's status. Else it does not expire:
-        readers ignore it without the host's.
+        In a store with leases, the status expires together with the host's status, if that has the same `ttl`. In other
+        stores, it does not expire, but readers ignore it if there is no host's status.
         """
         if status is not None:
             self._store.put(keys.felix_endpoint(id), status, ttl if self._store.leases else None)

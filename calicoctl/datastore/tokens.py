@@ -1,9 +1,8 @@
-"""Logs in to etcd's v3 API as the user of the environment, and keeps the token for the next command.
+"""Logs in to etcd's v3 API as the user in the environment, and stores the token in a file for later commands.
 
-To log in costs etcd a tenth of a second, more than most commands take. So the last token is in a file that only the
-caller can read, below /run/calico for root and in the runtime folder for other users; without such a folder, there is
-none. etcd forgets tokens, for example after five minutes, or when it is restarted: a refused one is replaced without a
-word. No message contains a password or a token.
+A login takes etcd longer than most commands. The file is below /run/calico for root, and in the runtime directory for
+other users; only the caller can read it. A token that etcd refuses is replaced. No message contains a password or a
+token.
 
 Source: https://github.com/etcd-io/etcd/blob/release-3.4/Documentation/op-guide/authentication.md
 """
@@ -26,15 +25,15 @@ from calicoctl.datastore.settings import EtcdSettings
 from calicoctl.errors import StoreError
 
 _NAME = ".etcd-token"
-"""The name of the file. No host has this name, and so no folder in /run/calico."""
+"""The name of the file. It differs from those of all folders in /run/calico, which are names of hosts."""
 
 _lock = threading.Lock()
 _tokens: dict[EtcdSettings, str | None] = {}
-"""The last tokens of this process, None for an etcd that asked for none."""
+"""Cluster and user -> the last token in this process, None if etcd does not require tokens."""
 
 
 def authorize(settings: EtcdSettings) -> Authorize | None:
-    """Return the function that gets a token of the user in `settings`; None without a user."""
+    """Return a function that returns a token of the user in `settings` (see Authorize); None without a user."""
     if settings.username is None:
         return None
 
@@ -62,7 +61,10 @@ def forget() -> None:
 
 
 def _logged_in(member: Connection, settings: EtcdSettings) -> str | None:
-    """Return a new token, None if this etcd asks for none. Raises StoreError, and what Connection.exchange raises."""
+    """Log in; return the token, None if authentication is disabled in etcd.
+
+    Raises StoreError, and what Connection.exchange raises.
+    """
     member.token = None  # etcd refuses a password that comes with a token that it does not know
     user = {"name": settings.username, "password": settings.password}
     try:
@@ -80,7 +82,7 @@ def _logged_in(member: Connection, settings: EtcdSettings) -> str | None:
 
 
 def _read(settings: EtcdSettings) -> str | None:
-    """Return the token in the file, if it is of this user, with this password, at these servers; else None."""
+    """Return the token in the file if it was issued for `settings` (user, password and cluster), else None."""
     path = _path(create=False)
     try:
         if path is None:
@@ -106,13 +108,13 @@ def _keep(settings: EtcdSettings, token: str | None) -> None:
 
 
 def _digest(settings: EtcdSettings, salt: str) -> str:
-    """Return a text by which a token is used for this user, password and cluster alone, and which reveals none."""
+    """Return a salted hash of the user, password and cluster in `settings`."""
     whose = [salt, settings.scheme, sorted(settings.members), settings.ca_cert, settings.username, settings.password]
     return hashlib.sha256(json.dumps(whose).encode()).hexdigest()
 
 
 def _path(create: bool) -> Path | None:
-    """Return where the caller's token is, None if there is no folder for it. With `create`, root's is created."""
+    """Return the path of the file with the caller's token, None if there is no safe folder for it."""
     user = os.geteuid()
     folder = files.RUN if user == 0 else Path(os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{user}")
     try:

@@ -1,4 +1,4 @@
-"""Counts the addresses of pools: used, free and borrowed. The caller reads pools and blocks from the store."""
+"""Counts the used, free and borrowed addresses of pools."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 class Usage:
     """The numbers of addresses of a pool. `pool` is its CIDR; `addresses` counts all its addresses, used or free.
 
-    `borrowed` counts the addresses that a host uses although their block has affinity to another host. In the usage of
-    addresses that are in no pool, `pool`, `addresses` and `free` are None.
+    `borrowed` counts the addresses that a host uses although their block has affinity to another host. In the Usage for
+    addresses outside all pools, `pool`, `addresses` and `free` are None.
     """
 
     pool: str | None
@@ -29,9 +29,9 @@ class Usage:
 
 
 def usages(pools: Iterable[Pool], blocks: Iterable[Block]) -> list[Usage]:
-    """Return the usage of each pool. `pools` and `blocks` are all those of one IP version.
+    """Return the usage of each pool, followed by that of addresses outside all pools, if any are used.
 
-    If addresses in no pool are used, their usage comes last.
+    `pools` and `blocks` are all pools and blocks of one IP version.
     """
     from netaddr.ip import IPNetwork
 
