@@ -7,8 +7,8 @@ Anybody who may write to the store can list any address in an endpoint. There ar
 * The address is in no pool.
 * A DNS server of this host uses the address.
 
-An address with one of the first two objections is always refused. An address with only one of the last two objections
-is refused if it is new to the endpoint; with both, it is always refused.
+An address with one of the first two objections is always refused. An address with one of the last two objections is
+refused if it is new to the endpoint. An address with both of these is always refused.
 
 An address is not new to an endpoint if it was admitted before. When the agent starts, the caller passes the admitted
 addresses to `adopt`: those that the kernel routes to the endpoint's interface, and those in the file of
@@ -121,9 +121,7 @@ class Admission:
     # What endpoints already have
 
     def exceptions(self) -> frozenset[Use]:
-        """Return the admitted addresses that would be refused if they were new: those in no pool, or of a DNS
-        server.
-        """
+        """Return the admitted addresses that would be refused as new: those in no pool, or of a DNS server."""
         dns = self.network.servers.dns
         return frozenset(use for use in self._admitted if use[1] in dns or not self.is_in_pool(use[1]))
 

@@ -112,8 +112,7 @@ class Claims:
         return found
 
     def _decide(self, claim: _Claim, id: EndpointId, freed: set[str], waiting: list[_Claim]) -> str | None:
-        """Decide about the candidate `id`, after all candidates with smaller claims. Return why it loses, or None if it
-        wins.
+        """Decide about a candidate, after all candidates with smaller claims. Return why it loses, None if it wins.
 
         Add the larger claims that this affects to the heap `waiting`, and interfaces and addresses that lose their
         winner to `freed`.

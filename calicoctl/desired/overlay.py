@@ -183,9 +183,7 @@ class Overlay:
         return found
 
     def out_of_reach(self) -> list[str]:
-        """Return, sorted, the registered hosts that have blocks in the overlay, but share no IP version with this
-        host.
-        """
+        """Return, sorted, the registered hosts with blocks in the overlay that share no IP version with this host."""
         topology = self._snapshot.topology
         hosts = {host for host, _ in self._blocks.values()} & topology.hosts() - {topology.host}
         return sorted(
@@ -195,8 +193,7 @@ class Overlay:
         )
 
     def _hop(self, host: str, mode: str, version: int, tunnel_ends: dict[str, str]) -> Hop | None:
-        """Return how packets reach a host's workloads at addresses of an IP version, in pools with the VXLAN mode
-        `mode`.
+        """Return how packets reach a host's addresses of an IP version, in pools with the VXLAN mode `mode`.
 
         Return None if the host is unreachable, or is this host under another name. `tunnel_ends` maps the address of
         each other host to the MAC of its tunnel end.
@@ -248,14 +245,13 @@ class Overlay:
                     self._hosts[block.version, bits][block.first >> bits] = host
 
     def _pool(self, network: Network) -> tuple[Network | None, str]:
-        """Return the pool that contains a network, and the pool's VXLAN mode. Return (None, NEVER) if no pool contains
-        it.
-        """
+        """Return the pool that contains a network, and the pool's VXLAN mode; (None, NEVER) if no pool contains it."""
         return next(((pool, mode) for pool, mode in self._pools if network in pool), (None, NEVER))
 
     def _singles_of(self, id: EndpointId) -> tuple[str, ...]:
-        """Return the addresses of an active endpoint of another host that need a route of their own; () for other
-        endpoints.
+        """Return the addresses of an endpoint that need a route of their own.
+
+        Return () if the endpoint is local, is not active, or does not exist.
         """
         endpoint = self._snapshot.endpoints.get(id)
         if endpoint is None or id.host == self._snapshot.host or endpoint.state != "active":

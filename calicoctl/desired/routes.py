@@ -100,9 +100,7 @@ def guarded(snapshot: Snapshot, version: int) -> Guarded:
 
 
 class Surroundings:
-    """This host's networks and routes, and the addresses that it knows of, in one IP version. Blocks may overlap
-    them.
-    """
+    """This host's networks and routes, and the addresses that it knows, of one IP version. Blocks may overlap them."""
 
     def __init__(self, snapshot: Snapshot, version: int) -> None:
         network = snapshot.network
@@ -116,10 +114,8 @@ class Surroundings:
         self._dns = _of_version(dict.fromkeys(network.servers.dns, DNS_SERVER), version)
 
     def needed(self, block: Network) -> str | None:
-        """Describe a network of this host, or an address of a host, a gateway or a member of etcd, that a block
-        overlaps.
-
-        Return None if the block overlaps none of these.
+        """Describe a network of this host, or a known address (see `addresses`), that a block overlaps; None if none
+        does.
         """
         for network in self.networks:
             if network.overlaps(block):
@@ -148,9 +144,7 @@ def _of_version(known: Mapping[str, str], version: int) -> list[tuple[int, str, 
 
 
 def _inside(block: Network, addresses: list[tuple[int, str, str]]) -> str | None:
-    """Describe the first of `addresses` (the result of `_of_version`) that a block contains. Return None if there is
-    none.
-    """
+    """Describe the first of `addresses` (from `_of_version`) that a block contains. Return None if there is none."""
     at = bisect_left(addresses, (block.first,))
     for number, address, what in addresses[at : at + 1]:
         if number <= block.last:

@@ -45,9 +45,7 @@ _SETTINGS = {keys.READY, *(keys.config(setting.name) for setting in (*_READ, con
 
 @dataclass(frozen=True)
 class Profile:
-    """A profile's tags and rules. `rules` is None if the rules are missing or invalid: the profile then denies
-    everything.
-    """
+    """A profile's tags and rules. `rules` is None if the rules are missing or invalid."""
 
     tags: tuple[str, ...]
     rules: Rules | None
@@ -151,7 +149,7 @@ class Snapshot:
         self._claims = Claims()
         """This host's valid and active endpoints, including those that conflict with others."""
         self._owners: dict[str, LocalEndpoint] = {}
-        """The endpoints in `local`, by interface and by address."""
+        """Interface or address -> the endpoint in `local` that has it."""
         self._unchecked: set[EndpointId] = set()
 
     @property
@@ -202,9 +200,7 @@ class Snapshot:
         return self._owners.get(thing)
 
     def senders(self, address: str) -> list[LocalEndpoint]:
-        """Return this host's endpoints that may send from an address. Several endpoints may share a link-local
-        address.
-        """
+        """Return this host's endpoints that may send from an address. Several may share a link-local address."""
         owner = self._owners.get(address)
         if owner is not None:
             return [owner]

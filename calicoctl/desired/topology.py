@@ -79,10 +79,9 @@ class Topology:
         return addresses
 
     def peers_without_session(self, version: int) -> list[str]:
-        """Return, sorted, this host's own (not global) BGP peers of an IP version, if this host has no address of that
-        version.
+        """Return, sorted, this host's own (not global) BGP peers of an IP version for which it is not registered.
 
-        Return an empty list if this host has such an address, or is not registered for BGP at all.
+        Return an empty list if this host is registered for that version, or for none.
         """
         if self.own(version) is not None or self.host not in self.hosts():
             return []
@@ -109,9 +108,7 @@ class Topology:
         return next((block for block in self.blocks.get(host, {}).values() if block.has(version, number)), None)
 
     def take_changed_addresses(self) -> set[str]:
-        """Return the addresses that have become, or are no longer, the registered address of a host since the last
-        call.
-        """
+        """Return the addresses that a host has registered, or no longer registers, since the last call."""
         changed, self._changed = self._changed, set()
         return changed
 

@@ -134,11 +134,10 @@ class Agent:
         ready: Callable[[], None],
         options: Options,
     ):
-        """`datastore` creates a client of the store for one thread. Its argument, if any, is how many seconds to wait
-        for the store.
+        """`datastore` creates a client of the store for one thread.
 
-        The drivers put their events into `queue`. `ready` is called once, when the first snapshot is in the kernel and
-        BIRD is settled.
+        Its argument, if any, is how many seconds to wait for the store. The drivers put their events into `queue`.
+        `ready` is called once, when the first snapshot is in the kernel and BIRD is settled.
         """
         client = datastore()
         self._datastore = datastore
@@ -308,8 +307,7 @@ class Agent:
             self._on_kernel_event(event)
 
     def _on_unusable(self, event: Any, error: Exception) -> None:
-        """Continue after the handling of an event has raised `error`: schedule a resync with the kernel for the next
-        tick.
+        """Continue after the handling of an event has raised `error`: schedule a resync with the kernel.
 
         For an event of the store, report a failure that lasts until the agent is restarted.
         """
@@ -460,9 +458,7 @@ class Agent:
             self._on_first_update()
 
     def _publish_macs(self) -> None:
-        """Have this host's MACs written to the store, if the host is registered and they differ from those in the
-        store.
-        """
+        """Have this host's MACs written to the store if they differ from the stored ones and the host is registered."""
         macs = frozenset().union(*self._snapshot.network.macs.values())
         topology = self._snapshot.topology
         if self._snapshot.host in topology.hosts() and topology.macs.get(self._snapshot.host) != macs:

@@ -30,7 +30,7 @@ END_PATIENCE = 30.0
 """Seconds to wait for a daemon to end."""
 
 LOCK_PATIENCE = 30.0
-"""Seconds to wait for another process that holds the lock, since it starts the daemon."""
+"""Seconds to wait while another process holds the lock, which it holds while it starts the daemon."""
 
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0
 """The first and the longest pause in seconds until a daemon that ended is started again. The pause doubles each time.
@@ -97,11 +97,11 @@ class Daemon:
         environment: Mapping[str, str],
         folder: Path = Path("/"),
     ) -> None:
-        """`lock` is a file that is locked while the daemon is started. Its folder must exist, and be writable only for
-        root.
+        """`lock` is a file that is locked while the daemon is started. Its folder must exist, and belong to root.
 
-        The daemon's output is appended to `log_file`. `environment` is the daemon's whole environment, and `folder` its
-        working directory. `is_ready` is called until it returns True, for `start_patience` seconds at most.
+        Only root may write to that folder. The daemon's output is appended to `log_file`. `environment` is the daemon's
+        whole environment, and `folder` its working directory. `is_ready` is called until it returns True, for
+        `start_patience` seconds at most.
         """
         self.process = process
         self._log_file = log_file
@@ -182,9 +182,7 @@ class Daemon:
             time.sleep(0.001)  # the arguments of a new process can be read only a moment later
 
     def await_ready(self) -> None:
-        """Wait until the daemon is ready. Raise NotServing if it ends before that, or after `start_patience`
-        seconds.
-        """
+        """Wait until the daemon is ready. Raise NotServing if it ends before, or after `start_patience` seconds."""
         give_up = time.monotonic() + self._start_patience
         while not self._is_ready():
             if self._child_has_ended() or self.process.pid() is None or time.monotonic() > give_up:

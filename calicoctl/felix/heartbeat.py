@@ -183,9 +183,7 @@ class Heartbeat:
             self._entry, self._replaced_by, self._contested = None, writer, False
 
     def _try_to_regain(self, writer: Identity) -> None:
-        """Read the status, which another agent (`writer`) wrote last, and determine whether this agent may write it
-        again.
-        """
+        """Determine whether this agent may write the status again, which another agent (`writer`) wrote last."""
         entry = self._datastore.statuses.of_host()
         if entry is not None and Identity.of(entry) != self._own:
             self._replaced_by = Identity.of(entry)
@@ -269,10 +267,9 @@ def _await_expiry(
 
 
 def _take_over(datastore: DatastoreClient, own: Identity, entry: Entry, notify: Callable[[str], None]) -> Entry:
-    """Overwrite another agent's status, wait for YIELD_PATIENCE until that agent has noticed, and write the status
-    again.
+    """Overwrite another agent's status, wait for YIELD_PATIENCE, and write the status again. Return the last entry.
 
-    Return the last entry. Raise CalicoError if the other agent goes on writing: agents of older versions do not check.
+    Raise CalicoError if the other agent goes on writing during the wait: agents of older versions do not check.
     """
     who = _with_addresses(datastore, Identity.of(entry).describe(own))
     notify(

@@ -3,8 +3,8 @@
 This module chooses the port and the command line; daemon.py starts and supervises the process. Commands find the
 address of the local etcd in the lines that calicoctl wrote into the settings file (environment.py).
 
-A new local etcd serves only etcd's v3 API. If its data is that of an older version of this program, it also serves the
-v2 API until the data has been migrated.
+A new local etcd serves only etcd's v3 API. A local etcd with data of an older version of this program also serves the
+v2 API, until the data has been migrated.
 """
 
 from __future__ import annotations
@@ -291,9 +291,7 @@ class LocalEtcd:
         return b'"health":"true"' in (self._answers("/health") or b"").replace(b" ", b"")
 
     def _answers(self, path: str) -> bytes | None:
-        """Return the body of the response to a GET request for a path. Return None for any failure or status other than
-        200.
-        """
+        """Return the body of the response to a GET request; None for any failure, or for a status other than 200."""
         import urllib3
         import urllib3.exceptions
 

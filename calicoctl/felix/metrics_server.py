@@ -69,9 +69,7 @@ class _Server(socketserver.ThreadingMixIn, WSGIServer):
         super().process_request(request, client_address)
 
     def service_actions(self) -> None:
-        """Close connections that have lasted too long. The library calls this after each accept, and once per
-        INTERVAL.
-        """
+        """Close connections that have lasted too long. The library calls this after each accept and each INTERVAL."""
         with self._changed:
             for connection, since in self._open.items():
                 if time.monotonic() > since + LONGEST:

@@ -61,9 +61,7 @@ class NetworkMonitor:
             self.due_at = time.monotonic() + self._pause
 
     def _has_new_mac(self, event: LinkChanged) -> bool:
-        """Return whether an interface that leads to other hosts has a new MAC. The other hosts must learn it without
-        delay.
-        """
+        """Return whether an interface that leads to other hosts has a new MAC, which they must learn without delay."""
         known = self._snapshot.network.macs.get(event.link.name)
         return known is not None and not event.deleted and event.link.mac not in known
 

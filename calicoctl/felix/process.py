@@ -241,8 +241,9 @@ def _refuse_running_here(host: str, began: float) -> None:
 
 @contextmanager
 def _locked(path: Path, refuse: Callable[[], None]) -> Iterator[TextIO]:
-    """Lock a file inside `with`, and yield it. `refuse` is called while another process holds the lock, and may
-    raise.
+    """Lock a file inside `with`, and yield it. `refuse` is called while another process holds the lock.
+
+    An exception of `refuse` ends the wait.
     """
     with open(files.lock(path, refuse), "r+") as file:
         yield file
@@ -354,10 +355,10 @@ def start(host: str, options: Options, environment: Mapping[str, str] = os.envir
 
 
 def _await_ready(process: subprocess.Popen[bytes], ready: socket.socket, host: str) -> int | None:
-    """Wait until the host's agent is ready, and return its process id. Return None if `process` has ended and no agent
-    runs.
+    """Wait until the host's agent is ready, and return its process id.
 
-    `ready` is the socket on which `process` sends its sd_notify(3) message. Raises CalicoError after START_PATIENCE.
+    Return None if `process` has ended and no agent runs. `ready` is the socket on which `process` sends its
+    sd_notify(3) message. Raises CalicoError after START_PATIENCE.
     """
     give_up = time.monotonic() + START_PATIENCE
     while True:
@@ -391,11 +392,11 @@ def _absolute(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def restart(host: str) -> int:
-    """Restart the host's agent with the code of this version. Its options and environment stay. Return the new process
-    id.
+    """Restart the host's agent with the code of this version, and return the new process id.
 
-    A local etcd keeps running. Raises NotFound if no agent runs. Raises CalicoError if the agent runs in another
-    network namespace or in the foreground, or if it cannot be stopped or started.
+    The agent's options and environment stay the same. A local etcd keeps running. Raises NotFound if no agent runs.
+    Raises CalicoError if the agent runs in another network namespace or in the foreground, or if it cannot be stopped
+    or started.
     """
     pid = running(host)
     if not pid:

@@ -55,9 +55,7 @@ END_PATIENCE = 5.0
 
 
 class ReportFile:
-    """The file that `calicoctl status` reads. Every user may read it. A second file, for root, contains the whole
-    report.
-    """
+    """The file that `calicoctl status` reads. Every user may read it. A second file, for root, has the whole report."""
 
     def __init__(self, path: Path) -> None:
         self._public = _Replaceable(path, 0o644)
@@ -183,8 +181,9 @@ class StoreReporter(threading.Thread):
     """
 
     def __init__(self, datastore: DatastoreClient, health: Health, put: Callable[[Any], None]) -> None:
-        """`put` is called with events: WritesRecovered, WritesFailed, Replaced, and Failure if the store refuses
-        statuses.
+        """`put` is called with events: WritesRecovered, WritesFailed and Replaced.
+
+        It is also called with a Failure if the store refuses a status, or no longer does.
         """
         super().__init__(name="reporting", daemon=True)
         self._datastore = datastore
@@ -328,9 +327,7 @@ class StoreReporter(threading.Thread):
         return written
 
     def end(self) -> None:
-        """Have the thread write the remaining statuses, remove the heartbeat, and end. Wait for END_PATIENCE at
-        most.
-        """
+        """Have the thread write the remaining statuses, remove the heartbeat, and end. Wait at most END_PATIENCE."""
         self._alive = False
         self._wake.set()
         self.join(END_PATIENCE)

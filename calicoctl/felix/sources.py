@@ -112,8 +112,7 @@ _RTMGRP_IPV6_IFADDR = 0x100
 
 
 class _Source(ABC, threading.Thread):
-    """A thread that runs `follow`, which must not return. If `follow` raises, ThreadDied is emitted, and the thread
-    ends.
+    """A thread that runs `follow`, which must not return. If `follow` raises, ThreadDied is emitted.
 
     If `follow` fails for lack of descriptors or memory, a Failure is emitted instead. When the lack is over, the event
     `missed` is emitted, since changes may have been lost (None if there is no such event), and `follow` is run again.
@@ -218,15 +217,14 @@ class StoreEvents(_Source):
 
 
 def _may_shrink(key: str, directories: set[str]) -> bool:
-    """Return whether a change of a key may make one of these directories smaller. Changes in a subdirectory do not
-    count.
-    """
+    """Return whether a change of a key may make one of these directories smaller, apart from its subdirectories."""
     return any(key.rpartition("/")[0] == one or (one + "/").startswith(key + "/") for one in directories)
 
 
 def spread_of_reads(entries: list[Entry]) -> float:
-    """Return over how many seconds hosts should spread their re-reads. It grows with the number of hosts in
-    `entries`.
+    """Return over how many seconds hosts should spread their re-reads. It grows with the number of hosts in the store.
+
+    `entries` are entries of the store, whose keys name the hosts.
     """
     hosts = {entry.key.partition("/host/")[2].partition("/")[0] for entry in entries} - {""}
     return min(LONGEST_SPREAD, SPREAD_PER_HOST * len(hosts))
@@ -358,8 +356,7 @@ class EngineEvents(_Source):
 
 
 def container_changed(change: Any) -> ContainerChanged | None:
-    """Convert one of the engine's events. Return None if it is malformed, or if its action is not one of
-    engine.CHANGES.
+    """Convert one of the engine's events. Return None if it is malformed, or its action is not in engine.CHANGES.
 
     Source: Docker Engine API, GET /events, versions 1.22 to 1.52.
     """

@@ -85,9 +85,7 @@ Key = tuple[str, str]
 
 @dataclass(frozen=True)
 class Resynced:
-    """The whole store has been read. `expected` contains the number of addresses that each workload's endpoints
-    list.
-    """
+    """The whole store has been read. `expected` is the number of addresses that each workload's endpoints list."""
 
     expected: dict[Key, int]
 
@@ -106,12 +104,12 @@ class EndpointChanged:
 
 @dataclass(frozen=True)
 class Compared:
-    """The result of comparing containers' endpoints with the engine's list of containers or, in a second step, with the
-    network namespaces of running containers.
+    """The result of comparing containers' endpoints with the engine's list of containers.
 
-    `keys` are the workloads to reconcile. `connected` are endpoints that match the list; the second step checks their
-    interfaces. `refused` are the listed containers that have endpoints on this host, although nobody has connected them
-    here; None if that was not determined. `error` is the exception of a failed comparison, else None.
+    In a second step, the endpoints are compared with the network namespaces of running containers. `keys` are the
+    workloads to reconcile. `connected` are endpoints that match the list; the second step checks their interfaces.
+    `refused` are the listed containers that have endpoints on this host, although nobody has connected them here; None
+    if that was not determined. `error` is the exception of a failed comparison, else None.
     """
 
     keys: list[Key]
@@ -122,11 +120,10 @@ class Compared:
 
 @dataclass(frozen=True)
 class WorkItem:
-    """A workload to reconcile. `removed` says whether the engine has reported the removal of the container; if so,
-    there is no grace period.
+    """A workload to reconcile. `removed` says whether the engine has reported the removal of the container.
 
-    `missing_since` is when the workload's grace period began if its state is MISSING, `gone_since` if its state is
-    GONE. Both are times of the keeper's clock.
+    If `removed` is True, there is no grace period. `missing_since` is when the workload's grace period began if its
+    state is MISSING, `gone_since` if its state is GONE. Both are times of the keeper's clock.
     """
 
     key: Key
@@ -137,8 +134,7 @@ class WorkItem:
 
 @dataclass(frozen=True)
 class WorkResult:
-    """The result of reconciling a workload: the `actions` that were done, and the exception that ended it (`error`, or
-    None).
+    """The result of reconciling a workload: the `actions` that were done, and the `error` that ended it, or None.
 
     `state` is None if the workload's state was not determined. `kept_since` is when the workload's grace period began,
     None if it has none. `seconds` is how long reconciling took.
@@ -184,14 +180,12 @@ class Refused:
         self._text: str | None = None
 
     def replace(self, orchestrator: str, keys: Collection[Key]) -> None:
-        """Replace the refused workloads of an orchestrator by `keys`. If the report about all refused workloads
-        changes, send it.
-        """
+        """Replace the refused workloads of an orchestrator by `keys`. Report all of them if the report changes."""
         self.keys = {key for key in self.keys if key[0] != orchestrator} | {*keys}
         self.remove(())
 
     def remove(self, keys: Collection[Key]) -> None:
-        """Remove workloads that somebody has connected meanwhile. If the report about the others changes, send it.
+        """Remove workloads that somebody has connected meanwhile. Report the others if the report changes.
 
         The report is one Failure. Its `why` is None if there are no refused workloads.
         """
@@ -282,8 +276,9 @@ class WorkloadKeeper:
             self.inbox.put(None)
 
     def resync(self, expected: dict[Key, int]) -> None:
-        """Have the keeper compare all workloads with the store, after the whole store has been read. For `expected`,
-        see Resynced.
+        """Have the keeper compare all workloads with the store. Called after the whole store has been read.
+
+        For `expected`, see Resynced.
         """
         self.inbox.put(Resynced(expected))
 
@@ -391,8 +386,7 @@ class WorkloadKeeper:
             self._queue.add(key, at, self._is_last(key) if last is None else last)
 
     def _add_after_backoff(self, key: Key, at: float) -> None:
-        """Schedule a workload to be reconciled at the time `at`, but not during its backoff. Ignore unmanaged
-        workloads.
+        """Schedule a workload to be reconciled at the time `at`, but not during its backoff. Ignore unmanaged ones.
 
         For workloads about which there is no new event.
         """
@@ -420,8 +414,7 @@ class WorkloadKeeper:
     # Jobs that find workloads to reconcile
 
     def _scan_store(self) -> None:
-        """Compare addresses and namespaces with the endpoints in the store, and enqueue the workloads that do not
-        match.
+        """Compare addresses and namespaces with the endpoints in the store. Enqueue the workloads that do not match.
 
         These are workloads that have more or fewer addresses than their endpoints list, and namespaces with an endpoint
         that is inactive or not attached. Namespaces that nobody has connected here are reported as refused, and
@@ -644,8 +637,7 @@ def _learn_once(
 def _compare_states(
     report: Callable[[Any], None], containers: dict[str, events.Container] | None, datastore: DatastoreClient
 ) -> Compared:
-    """Compare the endpoints of this host's containers with `containers`, the engine's list; if it is None, request the
-    list.
+    """Compare the endpoints of this host's containers with `containers`, the engine's list; None to request the list.
 
     First, learn what an older version has connected (_learn_once). Raises nothing: see Compared.error.
     """

@@ -48,7 +48,7 @@ class WorkQueue(Generic[K]):
         return key in self._in_progress
 
     def add(self, key: K, at: float, last: bool = False) -> None:
-        """Make a key due at the time `at`, even during its backoff, unless it is already due earlier.
+        """Make a key due at the time `at`, even during its backoff. An earlier due time of the key stays.
 
         With `last`, `take` returns the key after all others, unless the key already waits without `last`.
         """
@@ -59,15 +59,14 @@ class WorkQueue(Generic[K]):
         self._due[key] = min(at, self._due.get(key, at))
 
     def add_after_backoff(self, key: K, at: float, last: bool = False) -> None:
-        """Make a key due at the time `at` or, if that is later, at the end of its backoff, unless it is already due
-        earlier.
+        """Make a key due at the time `at`, or at the end of its backoff if that is later.
 
-        For `last`, see `add`.
+        An earlier due time of the key stays. For `last`, see `add`.
         """
         self.add(key, max(at, self._backoff.get(key, at)), last)
 
     def back_off(self, key: K, until: float, last: bool = False) -> None:
-        """Mark a key as failed, and make it due at the time `until`, unless it is already due earlier.
+        """Mark a key as failed, and make it due at the time `until`. An earlier due time of the key stays.
 
         `take` returns failed keys after the others. For `last`, see `add`.
         """

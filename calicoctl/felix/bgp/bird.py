@@ -37,9 +37,7 @@ _FAILED = "8002"
 
 
 class Refused(CalicoError):
-    """BIRD has refused a configuration. `line` is the number of the wrong line, counted from 1; None if it is
-    unknown.
-    """
+    """BIRD has refused a configuration. `line` is the number of the wrong line, from 1 on; None if it is unknown."""
 
     def __init__(self, why: str, line: int | None) -> None:
         super().__init__(why)

@@ -213,10 +213,10 @@ class Instance:
         return pid is not None and bool(_listeners() & proc.sockets(pid))
 
     def refuse_foreign(self) -> None:
-        """Raise CalicoError if a foreign BIRD runs, another process listens on the port of BGP, or foreign routes
-        exist.
+        """Raise CalicoError if BIRD must not be started here.
 
-        Routes with BIRD's protocol number are foreign if no BIRD of ours runs here or has run here in this boot.
+        That is so if a foreign BIRD runs, another process listens on the port of BGP, or foreign routes exist. Routes
+        with BIRD's protocol number are foreign if no BIRD of ours runs here or has run here in this boot.
         """
         self.refuse_other_bird()
         if _listeners().difference(*(proc.sockets(pid) for pid, host in birds().items() if host)):

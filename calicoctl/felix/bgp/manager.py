@@ -109,8 +109,9 @@ class BgpManager(Manager):
 
     @property
     def is_settled(self) -> bool:
-        """Whether the agent's start need not wait for BIRD any more: BIRD is settled (see BgpChanged), or SETTLING is
-        over.
+        """Whether the agent's start need not wait for BIRD any more.
+
+        That is so if BIRD is settled (see BgpChanged), or if SETTLING has passed since the first `apply`.
         """
         late = self._settled_by is not None and time.monotonic() > self._settled_by
         return self._settled or late
@@ -256,8 +257,8 @@ class BgpThread(threading.Thread):
     def _wait(self, failed: bool) -> None:
         """Wait until BIRD ends, its log changes, `want` or `rescan` is called, or the next action is due.
 
-        After a failed round, wait for at least SHORT_POLL if BIRD runs. If the log has changed, wake BIRD, and schedule
-        a poll of its sessions.
+        After a failed round, no action is due before SHORT_POLL if BIRD runs. If the log has changed, wake BIRD, and
+        schedule a poll of its sessions.
         """
         now, pid = time.monotonic(), self._state.pid
         due = now + PASSWORDS_POLL

@@ -50,8 +50,7 @@ class Passwords:
     """Identifies the version of the file; None if the file is missing, or could not be read."""
 
     def of(self, peer: str, in_mesh: bool) -> str | None:
-        """Return the password of the session with a peer (its canonical address), or None if the session has no
-        password.
+        """Return the password of the session with a peer (its canonical address), or None if there is no password.
 
         `in_mesh` says whether the peer is a host of the full mesh.
         """
@@ -152,7 +151,7 @@ def _peer(word: bytes, where: str) -> str:
 
 
 def _password(word: bytes, where: str) -> str:
-    """Decode a password. Raise CalicoError if BIRD's language cannot quote it, or if it is too long for TCP.
+    """Decode a password. Raise CalicoError if TCP or BIRD's language does not allow it, or if it is not UTF-8.
 
     Source: the state STRING in BIRD's conf/cf-lex.l.
     """

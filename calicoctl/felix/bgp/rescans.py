@@ -1,5 +1,4 @@
-"""Schedules rescans, in which BIRD compares the kernel's routes with its own, in addition to BIRD's scan every 20
-seconds.
+"""Schedules rescans: BIRD compares the kernel's routes with its own, in addition to its own scan every 20 seconds.
 
 BIRD does not notice that another process, or the kernel, deletes one of its routes. So a rescan is requested when a
 route with BIRD's protocol number is deleted, when an address is added or deleted, and when events of the kernel were

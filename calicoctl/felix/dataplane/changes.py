@@ -137,8 +137,7 @@ class Change:
 
 
 def spelled(name: str) -> str:
-    """Return the form of a name that is used in names of chains and sets: the name itself or, if it may be invalid, a
-    digest.
+    """Return a name as it is used in names of chains and sets: unchanged or, if it may be invalid there, as a digest.
 
     A digest begins with a slash, which no name that is used unchanged contains.
     """

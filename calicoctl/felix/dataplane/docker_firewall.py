@@ -83,9 +83,7 @@ class Filter:
         return self.policies.get("FORWARD") == "DROP" or self._drops("FORWARD", set())
 
     def _drops(self, chain: str, seen: set[str]) -> bool:
-        """Return whether a rule of `chain`, or of a chain that it jumps to, drops anything. Skip the chains in
-        `seen`.
-        """
+        """Return whether a rule of `chain`, or of a chain that it jumps to, drops packets. Skip chains in `seen`."""
         seen.add(chain)
         for rule in self.rules.get(chain, ()):
             for flag, target in zip(rule, rule[1:]):

@@ -81,8 +81,8 @@ class EndpointManager(Manager):
     def resync(self) -> None:
         """Read routes and neighbour entries. Read interfaces at the first call, and after KernelEventsLost.
 
-        Before the first update, mark the addresses that endpoints had before this agent as admitted (see admission.py).
-        Raises CalicoError and pyroute2's exceptions.
+        Before the first update, mark as admitted the addresses that endpoints used under an earlier agent (see
+        admission.py). Raises CalicoError and pyroute2's exceptions.
         """
         if self._links_stale:
             before, self._links = self._links, {link.name: link for link in self._routes.list_links()}
@@ -122,9 +122,7 @@ class EndpointManager(Manager):
             self._keep()
 
     def _keep(self) -> None:
-        """Write the addresses of Admission.exceptions to the file of kept_addresses.py. Report a failure, or its
-        end.
-        """
+        """Write the addresses of Admission.exceptions to the file of kept_addresses.py. Report whether that fails."""
         kept = self._snapshot.admission.exceptions()
         why = None
         try:
@@ -259,9 +257,7 @@ class EndpointManager(Manager):
         return Status("up", endpoint.revision)
 
     def _report_unknown_interfaces(self, before: set[str] | None = None) -> None:
-        """Report `cali…` interfaces that belong to no endpoint. If `before` is not None, report only those in
-        `before`.
-        """
+        """Report `cali…` interfaces that belong to no endpoint; if `before` is not None, only those in `before`."""
         known = set()
         for id in self._snapshot.unusable:
             known |= {id.interface, self._snapshot.endpoints[id].name if id in self._snapshot.endpoints else ""}

@@ -103,9 +103,7 @@ class HostReconciler(threading.Thread):
             log.info("%s", line)
 
     def _try(self, subject: str, work: Callable[[], None]) -> bool:
-        """Run `work`, and return whether it succeeded. Emit a Failure if the result differs from the last one for the
-        subject.
-        """
+        """Run `work`, and return whether it succeeded. Emit a Failure if the result has changed since the last call."""
         why = None
         try:
             work()

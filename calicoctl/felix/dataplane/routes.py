@@ -69,9 +69,7 @@ class Routes:
         self._have.pop(index, None)
 
     def forget_route(self, address: str) -> int | None:
-        """Remove the route to an address from the cache. Return the index of its interface, or None if there was no
-        route.
-        """
+        """Remove the route to an address from the cache. Return its interface's index; None if there was no route."""
         for index, items in self._have.items():
             if ("route", address) in items:
                 items.discard(("route", address))

@@ -165,9 +165,7 @@ class Ruleset:
         return Update(_replace_tables(update.commands), update.affected)
 
     def proofs(self, keys: Callable[[str], Collection[bytes]]) -> str:
-        """Return the commands that copy the elements that packets have added to sets into new tables: see
-        HostRules.proofs.
-        """
+        """Return commands that copy elements that packets have added to sets into new tables: see HostRules.proofs."""
         return self._hosts.proofs(keys)
 
     def recreate(self) -> str:

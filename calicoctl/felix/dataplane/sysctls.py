@@ -135,8 +135,7 @@ class HostSettings:
             self._switch_on(IPV6_FORWARDING)
 
     def restore(self, chosen: Callable[[str], bool], needed: Collection[str] = ()) -> None:
-        """Restore the original values of the paths for which `chosen` returns True, and remove these paths from the
-        file.
+        """Restore the original values of the paths for which `chosen` returns True, and remove them from the file.
 
         A path keeps its value if another process has changed the agent's value meanwhile, or if the path is in
         `needed`. If `needed` contains IPv6 forwarding, all paths of accept_ra are needed, too. Raises CalicoError.

@@ -277,9 +277,7 @@ class Vxlan:
         return self._reread(tunnel.version, name)
 
     def _fits(self, device: Device, tunnel: Tunnel, parent: int | None) -> bool:
-        """Correct the settings that the kernel can change in place. Return False if the device must be removed and
-        created again.
-        """
+        """Correct the settings that the kernel can change in place. Return False if the device must be recreated."""
         from pyroute2.netlink.exceptions import NetlinkError
 
         if device.port != PORT:
