@@ -114,8 +114,8 @@ class Surroundings:
         self._dns = _of_version(dict.fromkeys(network.servers.dns, DNS_SERVER), version)
 
     def needed(self, block: Network) -> str | None:
-        """Describe a network of this host, or a known address (see `addresses`), that a block overlaps; None if none
-        does.
+        """Describe a network of this host, or one of `addresses`, that a block overlaps. Return None if there is
+        none.
         """
         for network in self.networks:
             if network.overlaps(block):

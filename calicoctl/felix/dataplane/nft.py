@@ -114,8 +114,8 @@ class Nft:
 def _low_descriptor() -> Iterator[None]:
     """Ensure that the next file descriptor is below 1024. Raise NftError if that is impossible.
 
-    libnftables calls select(2), and aborts the process if the descriptor is higher. If this process has inherited all
-    lower descriptors, one of them is moved to a higher number.
+    libnftables calls select(2), and aborts the process if the descriptor is higher. If no lower descriptor is free, one
+    that this process has inherited is moved to a higher number.
     """
     try:
         free = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
