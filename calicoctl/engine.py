@@ -137,7 +137,7 @@ def _listed(docker: Any) -> list[dict[str, Any]]:
 
 
 def _checked(value: Any, shape: Any) -> Any:
-    """Return a JSON value; raise ValueError unless it has the given shape.
+    """Return a JSON value; raise ValueError unless it matches `shape`.
 
     A shape is a type, _ID, a list with one shape for all items, or a dictionary with the shapes of the required fields.
     """

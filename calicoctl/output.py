@@ -15,7 +15,7 @@ _SHORT = 10
 
 
 def wants_json(arguments: dict[str, Any]) -> bool:
-    """Return whether --output=json was given."""
+    """Return whether the command line contains --output=json."""
     return bool(arguments["--output"] == "json")
 
 
@@ -26,7 +26,7 @@ def print_json(value: Any) -> None:
 
 
 def abridges(arguments: dict[str, Any]) -> bool:
-    """Return whether to shorten ids and fit tables to the terminal: on a terminal, unless --no-trunc was given."""
+    """Return whether to shorten ids and fit tables to the width: on a terminal, without --no-trunc."""
     return sys.stdout.isatty() and not arguments["--no-trunc"]
 
 

@@ -108,7 +108,7 @@ def read(host: str) -> dict[str, Any]:
       version.
     * `issues`: a list of objects with the fields of Issue.
 
-    If no agent runs and the store can be read, `unknown_interfaces` are determined now, not taken from the report.
+    If no agent runs and the store can be read, `unknown_interfaces` are determined anew, not read from the report.
     """
     pid = process.running(host)
     found = process.report(host)

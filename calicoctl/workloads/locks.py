@@ -28,7 +28,7 @@ _MARK = "unfinished."
 class WorkloadLock:
     """The lock of a workload, held inside `with`. The lock file is removed when the lock is released.
 
-    `interrupted` says whether the mark existed when the lock was acquired.
+    `interrupted` says whether the mark existed when the lock was acquired; `clear_all` sets it to False.
     """
 
     def __init__(self, host: str, orchestrator: str, workload: str, wait: bool = True) -> None:

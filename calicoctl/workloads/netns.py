@@ -429,9 +429,9 @@ def inspect(netlink: IPRoute) -> Inspection:
 
 
 def _leads_to(netlink: IPRoute, link: Any, namespace: int) -> bool:
-    """Return whether the other end of an interface of the host is in a namespace, given by an open file descriptor.
+    """Return whether the other end of an interface of the host is in a namespace.
 
-    `link` is pyroute2's message about the interface.
+    `link` is pyroute2's message about the interface, `namespace` an open file descriptor.
     """
     id = link.get_attr("IFLA_LINK_NETNSID")
     return id is not None and bool(netlink.get_netnsid(fd=namespace)["nsid"] == id)
