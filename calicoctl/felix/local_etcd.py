@@ -20,14 +20,14 @@ from contextlib import closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
-from calicoctl import answers, proc
+from calicoctl import answers, proc, state
 from calicoctl.datastore.settings import V2, EtcdSettings
 from calicoctl.environment import STORE, EnvironmentFile
 from calicoctl.errors import CalicoError
 from calicoctl.felix.daemon import Daemon, Process
 from calicoctl.workloads.locks import DIRECTORY
 
-DATA = Path("/var/lib/calico/etcd")
+DATA = state.DIRECTORY / "etcd"
 
 V3_ALONE = "v3"
 """The name of a file in DATA which says that there is no data of the v2 API. etcd does not change the file."""

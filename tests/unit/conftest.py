@@ -16,6 +16,12 @@ settings.register_profile("ci", max_examples=400, deadline=None)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
+# Tests must not write to this machine's own folders, nor must threads that outlive a test, and so its patches. In these
+# folders there is nothing, and nothing can be created. They are set before other modules derive paths from them.
+state.DIRECTORY = Path("/proc/no-var-lib-calico")
+files.RUN = Path("/proc/no-run-calico")
+
+
 @pytest.fixture(autouse=True)
 def no_file_of_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep what this machine's file says out of the tests."""

@@ -9,7 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from calicoctl import files
+from calicoctl import files, state
+from calicoctl.datastore import last_known
+from calicoctl.errors import CalicoError
+from calicoctl.felix import local_etcd
+from calicoctl.workloads.locks import WorkloadLock
 
 
 def test_a_lock_is_exclusive_until_its_descriptor_is_closed(tmp_path: Path) -> None:
@@ -127,3 +131,13 @@ def test_what_lies_under_the_name_of_the_new_file_is_not_written_to(tmp_path: Pa
     files.replace(tmp_path / "file", b"after", 0o644).close()
     assert other.read_text() == "another's"
     assert (tmp_path / "file").read_text() == "after"
+
+
+def test_what_outlives_its_test_cannot_write_to_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # as at the end of a test, while a thread goes on
+    assert not state.DIRECTORY.exists() and not files.RUN.exists()
+    with pytest.raises(CalicoError, match=str(state.DIRECTORY)):
+        last_known.remember({"etcd1": ["192.0.2.1"]})
+    with pytest.raises(CalicoError, match=str(files.RUN)), WorkloadLock("vm", "docker", "c"):
+        pass
+    assert local_etcd.DATA.parent == state.DIRECTORY and not state.DIRECTORY.exists() and not files.RUN.exists()
