@@ -123,6 +123,14 @@ def with_progress(items: Sequence[T], what: str) -> Iterator[T]:
             bar.refresh()
 
 
+def quantity(number: int, noun: str, plural: str = "") -> str:
+    """Return a number with its noun, as in "1 endpoint" and "2 endpoints". `plural` is for nouns that add more than s.
+
+    A noun may have words before it: "active endpoint".
+    """
+    return f"{number} {noun if number == 1 else plural or noun + 's'}"
+
+
 def first_few(texts: Iterable[str]) -> str:
     """Return the first three texts, separated by commas; append `…` if there are more."""
     some = list(texts)

@@ -30,7 +30,7 @@ from functools import partial
 from calicoctl.cli import main as cli
 from calicoctl.errors import CalicoError, Failed, UsageError
 from calicoctl.grammar import GLOBAL_OPTIONS, Prepared, grammar_of, parse
-from calicoctl.output import with_progress
+from calicoctl.output import quantity, with_progress
 
 
 def prepare(argv: list[str]) -> Prepared:
@@ -55,7 +55,7 @@ def _batch(file: str | None, keep_going: bool) -> None:
             break
     if first:
         left = f", {len(lines) - done} not run" if done < len(lines) else ""
-        raise Failed(f"Of {len(lines)} commands, {done - failures} done, {failures} failed{left}.", first)
+        raise Failed(f"Of {quantity(len(lines), 'command')}, {done - failures} done, {failures} failed{left}.", first)
 
 
 def _read(file: str | None) -> str:

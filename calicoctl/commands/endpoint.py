@@ -221,7 +221,8 @@ def show_endpoints(datastore: DatastoreClient, endpoints: Sequence[Endpoint], ar
     for reason in reasons[:MOST_REASONS]:
         warn(reason)
     if reasons[MOST_REASONS:]:
-        warn(f"{len(reasons) - MOST_REASONS} more have reasons, too: see --output=json.")
+        more = len(reasons) - MOST_REASONS
+        warn(f"{more} more {'has a reason' if more == 1 else 'have reasons'}, too: see --output=json.")
 
 
 def _state(endpoint: Endpoint, status: str, short: bool) -> str:

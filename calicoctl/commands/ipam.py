@@ -46,7 +46,7 @@ from calicoctl.datastore.usage import usages
 from calicoctl.diagnose import audit
 from calicoctl.errors import CalicoError, InvalidValue, NotFound, for_each, one_line
 from calicoctl.grammar import Prepared, parse
-from calicoctl.output import first_few, print_json, print_table, wants_json, warn
+from calicoctl.output import first_few, print_json, print_table, quantity, wants_json, warn
 
 if TYPE_CHECKING:
     from netaddr import IPAddress
@@ -193,4 +193,4 @@ def _check(fix: bool, as_json: bool) -> None:
     elif not findings:
         print("Blocks, handles and endpoints agree.")
     if left:
-        raise CalicoError(f"{left} of {len(findings)} problems remain.")
+        raise CalicoError(f"{left} of {quantity(len(findings), 'problem')} {'remains' if left == 1 else 'remain'}.")

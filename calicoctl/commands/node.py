@@ -129,7 +129,7 @@ from calicoctl.felix.dataplane.sysctls import HostSettings
 from calicoctl.felix.local_etcd import LocalEtcd
 from calicoctl.grammar import Prepared, parse, require_root
 from calicoctl.netlink import OUR_PROTOCOLS
-from calicoctl.output import print_json, print_table, wants_json, warn
+from calicoctl.output import print_json, print_table, quantity, wants_json, warn
 from calicoctl.workloads import connected, locks
 from calicoctl.workloads.workload import DOCKER, NAMESPACE
 
@@ -404,9 +404,10 @@ def _stop(force: bool) -> None:
         except StoreError as error:
             raise CalicoError(f"It is unknown whether endpoints are active; stop with --force. {error}") from None
         if active:
+            there = "There is" if len(active) == 1 else "There are"
             raise CalicoError(
-                f"There are {len(active)} active endpoints on {host}, which no agent would manage. Remove them, or "
-                "stop with --force: they stay connected as they are."
+                f"{there} {quantity(len(active), 'active endpoint')} on {host}, which no agent would manage. Remove what "
+                "is connected, or stop with --force: it stays connected as it is."
             )
     stopped = process.stop(host)
     instance = Instance(host)
@@ -440,7 +441,8 @@ def _remove(other: str | None, remove_endpoints: bool, force: bool) -> None:
         ids = datastore.endpoint_ids()
         if ids and not remove_endpoints:
             raise CalicoError(
-                f"Host {datastore.host} has {len(ids)} endpoints. Remove them first, or with --remove-endpoints."
+                f"Host {datastore.host} has {quantity(len(ids), 'endpoint')}. Remove what is connected first, or "
+                "use --remove-endpoints."
             )
         if this_one:
             datastore.hosts.check_writable()

@@ -56,7 +56,7 @@ from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.model import NEVER, VXLAN_MODES, Pool
 from calicoctl.errors import CalicoError, NotFound, printable
 from calicoctl.grammar import Prepared, parse
-from calicoctl.output import first_few, print_json, print_table, wants_json, warn
+from calicoctl.output import first_few, print_json, print_table, quantity, wants_json, warn
 from calicoctl.workloads import host_network
 
 if TYPE_CHECKING:
@@ -205,7 +205,7 @@ def _remove(pools: list[IPNetwork | str], force: bool) -> None:
         if used:
             some = first_few(map(str, used))
             raise CalicoError(
-                f"Pool {pool} has {len(used)} address{'es' if used[1:] else ''} in use ({some}). Remove what uses "
+                f"Pool {pool} has {quantity(len(used), 'address', 'addresses')} in use ({some}). Remove what uses "
                 "them first, or use --force."
             )
     for pool in pools:

@@ -79,7 +79,7 @@ from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.model import Endpoint, Rule, Rules
 from calicoctl.errors import CalicoError, Failed, InvalidValue, NotFound, UsageError, for_each, one_line, printable
 from calicoctl.grammar import Prepared, parse
-from calicoctl.output import abridges, first_few, print_json, print_table, wants_json, warn
+from calicoctl.output import abridges, first_few, print_json, print_table, quantity, wants_json, warn
 from calicoctl.policy.rules import check_name
 from calicoctl.workloads.workload import short_id
 
@@ -186,7 +186,7 @@ def _remove_one(datastore: DatastoreClient, profile: str, no_check: bool) -> Non
         if users:
             some = first_few(map(described, users))
             raise CalicoError(
-                f"Profile {profile} is in use by {len(users)} endpoint{'s' if users[1:] else ''} ({some}). Remove it "
+                f"Profile {profile} is in use by {quantity(len(users), 'endpoint')} ({some}). Remove it "
                 "from them first, or use --no-check."
             )
     datastore.remove_profile(profile)
@@ -324,7 +324,9 @@ def _rule_remove(profile: str, direction: str, position: int | None, rule: Rule 
             del some[places[0]]
         elif position is not None:
             if position > len(some):
-                raise NotFound(f"Position {position} is out of range: there are {len(some)} {direction} rules.")
+                there = "there is" if len(some) == 1 else "there are"
+                rules_of_it = quantity(len(some), f"{direction} rule")
+                raise NotFound(f"Position {position} is out of range: {there} {rules_of_it}.")
             del some[position - 1]
         return True
 

@@ -51,7 +51,7 @@ from calicoctl.diagnose.host_status import AGENT, KEY, STORE, Issue
 from calicoctl.errors import CalicoError, one_line
 from calicoctl.felix import events
 from calicoctl.grammar import Prepared, parse
-from calicoctl.output import print_json, wants_json
+from calicoctl.output import print_json, quantity, wants_json
 
 _WORKS = {True: "works", False: "fails", None: "has not been tried,"}
 
@@ -135,7 +135,7 @@ def _bgp_lines(status: dict[str, Any]) -> list[str]:
         return [f"{label}no sessions; BIRD has no peers{refused}"]
     up = sum(session["up"] for session in sessions)
     table = [f"  {line}" for line in _session_table(sessions)]
-    return [f"{label}{up} of {len(sessions)} sessions up{refused}", *table]
+    return [f"{label}{up} of {quantity(len(sessions), 'session')} up{refused}", *table]
 
 
 def _session_table(sessions: list[dict[str, Any]]) -> list[str]:

@@ -20,6 +20,7 @@ from calicoctl.datastore.keys import EndpointId
 from calicoctl.datastore.model import Endpoint
 from calicoctl.desired.local_endpoint import usable_addresses
 from calicoctl.errors import CalicoError, InvalidValue
+from calicoctl.output import quantity
 from calicoctl.workloads.workload import DOCKER, NAMESPACE, Workload, workload_of
 
 if TYPE_CHECKING:
@@ -125,7 +126,9 @@ def _inspect(datastore: DatastoreClient) -> Iterator[Finding]:
         if handle in strange or not unread.isdisjoint(says) or (says == holds and says):
             continue
         much, held = sum(says.values()), sum(holds.values())
-        what = f"it counts {much} addresses and holds {held}" if much != held else "it counts other blocks' addresses"
+        what = "it counts other blocks' addresses"
+        if much != held:
+            what = f"it counts {quantity(much, 'address', 'addresses')} and holds {held}"
         yield Finding("handle", handle, what, fix=partial(_recount, datastore, handle, list(holds)))
     for error in invalid:
         yield Finding("unreadable", error.key, error.why, "fix or delete it")

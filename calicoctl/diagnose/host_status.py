@@ -22,7 +22,7 @@ from calicoctl.errors import CalicoError
 from calicoctl.felix import heartbeat, local_etcd, process
 from calicoctl.felix.bgp import passwords
 from calicoctl.felix.health import NO_MTU
-from calicoctl.output import first_few
+from calicoctl.output import first_few, quantity
 from calicoctl.workloads.workload import short_id
 
 OLDEST_REPORT = 30.0
@@ -233,7 +233,7 @@ def _sessions(status: dict[str, Any]) -> Iterator[Issue]:
     sessions = status["bgp_sessions"]
     down = [session for session in sessions if not session["up"]]
     if down:
-        text = f"{len(down)} of {len(sessions)} BGP sessions {'is' if len(down) == 1 else 'are'} not up"
+        text = f"{len(down)} of {quantity(len(sessions), 'BGP session')} {'is' if len(down) == 1 else 'are'} not up"
         text += f": with {first_few(_peer(session) for session in down)}"
         advice = "'calicoctl checksystem' names rules of this host's firewall that may drop them"
         yield Issue(BGP, text, f"'calicoctl node show' says which hosts' agents are alive, {advice}")
@@ -258,7 +258,7 @@ def _unknown_interfaces(status: dict[str, Any]) -> Iterator[Issue]:
     names = status["unknown_interfaces"]
     if names:
         some = first_few(names)
-        text = f"{len(names)} interface{'s' if len(names) > 1 else ''} cali… of this host without an endpoint ({some})"
+        text = f"{quantity(len(names), 'interface')} cali… of this host without an endpoint ({some})"
         yield Issue(HOST, f"{text}, which pass nothing", "did the host have another name when they were connected?")
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Callable
 from calicoctl.addresses import host_net, parse_address, version_of
 from calicoctl.clock import now
 from calicoctl.errors import AddressTaken, CalicoError
+from calicoctl.output import quantity
 from calicoctl.workloads import connected, locks, netns
 from calicoctl.workloads.connected import Connected
 from calicoctl.workloads.locks import WorkloadLock
@@ -287,10 +288,13 @@ def _garbage_collect(
     datastore.ipam.release(held, {workload.handle})
     connected.forget(datastore.host, workload.orchestrator, workload.id)
     lock.clear_all()
-    text = f"{_called(workload)} no longer exists; removed {len(ids)} endpoint{'' if len(ids) == 1 else 's'}"
+    text = f"{_called(workload)} no longer exists; removed {quantity(len(ids), 'endpoint')}"
     text += f", released {', '.join(map(str, sorted(held)))}" if held else ""
     if kept:
-        text += f"; kept {', '.join(kept)}, which have no handle: 'calicoctl ipam release' releases those not in use"
+        have = "has" if len(kept) == 1 else "have"
+        text += (
+            f"; kept {', '.join(kept)}, which {have} no handle: 'calicoctl ipam release' releases what is not in use"
+        )
     return Action(COLLECTED, text)
 
 

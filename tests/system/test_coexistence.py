@@ -237,7 +237,7 @@ def test_the_local_etcd_ends_with_an_agent_in_the_foreground_and_is_not_ended_by
         run("ip", "netns", "add", "a")
         host.ctl("container", "add", "/var/run/netns/a", A4)
         host.kill_agent()
-        assert "active endpoints" in host.ctl("node", "stop", status=1).err
+        assert "There is 1 active endpoint on" in host.ctl("node", "stop", status=1).err
         pid = etcd_pid(host)
         assert not gone(pid)
         agent = host.start(*words, "--detach=false")

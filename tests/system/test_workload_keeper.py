@@ -271,7 +271,7 @@ def test_objects_of_unknown_hosts_are_not_changed(node: AgentHost, engine: None)
     look_now()
     node.sync()
     assert set(node.records()) == kept
-    assert "kept 192.168.0.1, which have no handle" in node.log()
+    assert "kept 192.168.0.1, which has no handle" in node.log()
 
 
 # an engine that cannot be asked

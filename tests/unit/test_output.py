@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calicoctl.output import first_few, fit
+from calicoctl.output import first_few, fit, quantity
 
 COLUMNS = ["Hostname", "Orchestrator ID", "Workload ID", "Endpoint ID", "Addresses", "MAC", "Profiles", "State"]
 ROW = ["host1", "docker", "web", "8573cd44e783", "192.168.0.1\nfd80::1", "aa:bb:cc:dd:ee:01", "a\nb", "active"]
@@ -56,3 +56,12 @@ def test_no_line_is_wider_and_nothing_is_lost(lines: list[list[str]], width: int
 
 def test_a_sentence_lists_three_at_most() -> None:
     assert [first_few("abcd"[:count]) for count in range(5)] == ["", "a", "a, b", "a, b, c", "a, b, c, …"]
+
+
+def test_a_number_has_its_noun_in_the_singular_or_the_plural() -> None:
+    assert [quantity(n, "active endpoint") for n in (0, 1, 2)] == [
+        "0 active endpoints",
+        "1 active endpoint",
+        "2 active endpoints",
+    ]
+    assert [quantity(n, "address", "addresses") for n in (1, 2)] == ["1 address", "2 addresses"]

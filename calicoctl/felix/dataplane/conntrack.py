@@ -27,6 +27,7 @@ from typing import Callable
 from calicoctl import netlink
 from calicoctl.addresses import FAMILIES, pack, unpack, version_of
 from calicoctl.errors import CalicoError
+from calicoctl.output import quantity
 from calicoctl.policy.rules import ICMP, ICMPV6, WITH_PORTS
 from calicoctl.policy.verdict import Packet
 from calicoctl.workloads import host_network
@@ -137,7 +138,7 @@ class Conntrack(threading.Thread):
         except OSError as error:
             raise CalicoError(f"connections could not be ended: {error.strerror}") from None
         if failed:
-            raise CalicoError(f"{len(failed)} connections could not be ended, such as {failed[0]}")
+            raise CalicoError(f"{quantity(len(failed), 'connection')} could not be ended, such as {failed[0]}")
 
 
 def _is_empty() -> bool:
