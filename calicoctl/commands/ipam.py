@@ -166,13 +166,12 @@ def _readable_blocks(datastore: DatastoreClient, version: int) -> Iterator[Block
 
 def _check(fix: bool, as_json: bool) -> None:
     datastore = DatastoreClient.from_environment()
-    unread = datastore.unread()
-    if unread:  # addresses of the endpoints in there would be released
-        why = f"{first_few(unread)} {'is' if len(unread) == 1 else 'are'} too large to be read"
+    findings, unread = audit.check(datastore)
+    if unread:
+        what = first_few(f"{entry.key} ({entry.problem})" for entry in unread)
         if fix:
-            raise CalicoError(f"{why}, so nothing is repaired: delete what does not belong there.")
-        warn(f"Warning: {why}, so what is below counts as missing here.")
-    findings = audit.check(datastore)
+            raise CalicoError(f"Nothing is repaired, since not everything can be read: {what}.")
+        warn(f"Warning: what cannot be read counts as missing here: {what}.")
     left = 0
     shown = []
     for finding in findings:

@@ -406,8 +406,8 @@ def _stop(force: bool) -> None:
         if active:
             there = "There is" if len(active) == 1 else "There are"
             raise CalicoError(
-                f"{there} {quantity(len(active), 'active endpoint')} on {host}, which no agent would manage. Remove what "
-                "is connected, or stop with --force: it stays connected as it is."
+                f"{there} {quantity(len(active), 'active endpoint')} on {host}, which no agent would manage. Remove "
+                "what is connected, or stop with --force: it stays connected as it is."
             )
     stopped = process.stop(host)
     instance = Instance(host)

@@ -12,12 +12,13 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Callable
+from typing import TYPE_CHECKING, Callable, cast
 
 from calicoctl.addresses import version_of
 from calicoctl.datastore import backends, config, keys
 from calicoctl.datastore.backends import PATIENCE
 from calicoctl.datastore.chosen import ChosenStore
+from calicoctl.datastore.copied import CopiedStore
 from calicoctl.datastore.detection import Choice
 from calicoctl.datastore.hosts import Hosts, hostname
 from calicoctl.datastore.keys import EndpointId
@@ -92,9 +93,13 @@ class DatastoreClient:
         """Return all entries below `/calico`, except those that cannot be read (see `Entry.problem`)."""
         return self._store.tree(keys.ROOT)
 
-    def unread(self) -> list[str]:
-        """Return the sorted keys and directories below `/calico` that cannot be read, for example due to their size."""
-        return sorted(entry.key for entry in self._store.list_for_watch(keys.ROOT)[0] if entry.problem is not None)
+    def copied(self) -> tuple[DatastoreClient, list[Entry]]:
+        """Read everything below `/calico`. Return a client that reads in this copy, and must not be used to write.
+
+        With it, return what could not be read (see `Entry.problem`): the client finds nothing there.
+        """
+        copy = CopiedStore(self._store, keys.ROOT)
+        return DatastoreClient(cast("Store", copy), self.host, self.members), copy.unread
 
     def store_version(self) -> str:
         """Check that the store can be read, and return its server's version; raise StoreError."""

@@ -26,6 +26,7 @@ from calicoctl.workloads.workload import DOCKER, NAMESPACE, Workload, workload_o
 if TYPE_CHECKING:
     from calicoctl.datastore.blocks import Block, Owner
     from calicoctl.datastore.client import DatastoreClient
+    from calicoctl.datastore.store import Entry
 
 RECHECK_DELAY = 1.0
 """Seconds between the two checks: longer than a command takes from one of its writes to the next."""
@@ -56,14 +57,20 @@ class Finding:
         }
 
 
-def check(datastore: DatastoreClient) -> list[Finding]:
-    """Return the inconsistencies that exist now, and again after RECHECK_DELAY. Raises CalicoError."""
-    found = list(_inspect(datastore))
+def check(datastore: DatastoreClient) -> tuple[list[Finding], list[Entry]]:
+    """Return the inconsistencies that are found now, and again after RECHECK_DELAY. Raises CalicoError.
+
+    With them, return what cannot be read (see `Entry.problem`): it counts as missing. If there is any, nothing should
+    be repaired, since the addresses of endpoints in there would be released.
+    """
+    found, unread = _inspect(datastore)
     if found:
         time.sleep(RECHECK_DELAY)
-        still = {(finding.kind, finding.subject) for finding in _inspect(datastore)}
+        again, unread_again = _inspect(datastore)
+        still = {(finding.kind, finding.subject) for finding in again}
         found = [finding for finding in found if (finding.kind, finding.subject) in still]
-    return sorted(found, key=_order)
+        unread += [entry for entry in unread_again if entry.key not in {one.key for one in unread}]
+    return sorted(found, key=_order), unread
 
 
 def _order(finding: Finding) -> tuple[object, ...]:
@@ -71,9 +78,16 @@ def _order(finding: Finding) -> tuple[object, ...]:
     return finding.kind, ":" in finding.subject, number, finding.subject, finding.problem
 
 
-def _inspect(datastore: DatastoreClient) -> Iterator[Finding]:
-    endpoints, invalid = datastore.readable_endpoints()
-    registered = set(datastore.hosts.registered())
+def _inspect(datastore: DatastoreClient) -> tuple[list[Finding], list[Entry]]:
+    """Return the inconsistencies that exist now, and what cannot be read."""
+    copy, unread = datastore.copied()
+    return list(_compare(datastore, copy)), unread
+
+
+def _compare(datastore: DatastoreClient, copy: DatastoreClient) -> Iterator[Finding]:
+    """Yield the inconsistencies in a copy of the store; what repairs them reads and writes in the store itself."""
+    endpoints, invalid = copy.readable_endpoints()
+    registered = set(copy.hosts.registered())
     listed: dict[str, list[Endpoint]] = defaultdict(list)
     for endpoint in endpoints:
         for address in dict.fromkeys(endpoint.addresses):
@@ -92,7 +106,7 @@ def _inspect(datastore: DatastoreClient) -> Iterator[Finding]:
     blocks: dict[tuple[int, str], Block] = {}
     counted: dict[str, Counter[str]] = defaultdict(Counter)
     for version in (4, 6):
-        for block in datastore.ipam.all_blocks(version):
+        for block in copy.ipam.all_blocks(version):
             if isinstance(block, InvalidValue):
                 invalid.append(block)
                 unread.add(keys.undashed(keys.last(block.key)))
@@ -107,7 +121,7 @@ def _inspect(datastore: DatastoreClient) -> Iterator[Finding]:
                 yield from _of_address(
                     datastore, block.cidr, address, owner, listed.get(address, []), sound, registered
                 )
-    affinities, misnamed = datastore.ipam.affinities()
+    affinities, misnamed = copy.ipam.affinities()
     invalid += misnamed
     for version, cidr in sorted(affinities.keys() | blocks.keys()):
         hosts = affinities.get((version, cidr), set())
@@ -118,7 +132,7 @@ def _inspect(datastore: DatastoreClient) -> Iterator[Finding]:
             for endpoint in listed[address]:
                 alone = len(listed[address]) == 1 and address in usable_addresses(endpoint)
                 yield _unassigned(datastore, address, endpoint.id, alone)
-    handles, unsound = datastore.ipam.handles.counts()
+    handles, unsound = copy.ipam.handles.counts()
     invalid += unsound
     strange = {keys.last(error.key) for error in unsound}
     for handle in sorted(handles.keys() | {handle for handle in counted if _is_key(handle)}):

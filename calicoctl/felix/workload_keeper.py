@@ -195,8 +195,8 @@ class Refused:
             pronoun = "it is" if len(self.keys) == 1 else "they are"
             names = first_few(printable(short_id(id)[:64]) for _, id in heapq.nsmallest(4, self.keys))
             text = (
-                f"nobody has connected {len(self.keys)} of the workloads that have endpoints here, so {pronoun} "
-                f"not attached: {names}. 'calicoctl container add' connects one, 'calicoctl container remove' removes it"
+                f"nobody has connected {len(self.keys)} of the workloads that have endpoints here, so {pronoun} not "
+                f"attached: {names}. 'calicoctl container add' connects one, 'calicoctl container remove' removes it"
             )
         if text != self._text:
             self._text = text

@@ -292,9 +292,7 @@ def _garbage_collect(
     text += f", released {', '.join(map(str, sorted(held)))}" if held else ""
     if kept:
         have = "has" if len(kept) == 1 else "have"
-        text += (
-            f"; kept {', '.join(kept)}, which {have} no handle: 'calicoctl ipam release' releases what is not in use"
-        )
+        text += f"; kept {', '.join(kept)}, which {have} no handle: 'calicoctl ipam release' releases those not in use"
     return Action(COLLECTED, text)
 
 

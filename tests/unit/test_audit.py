@@ -8,6 +8,7 @@ import pytest
 
 from calicoctl.datastore.blocks import Block, Owner
 from calicoctl.datastore.client import DatastoreClient
+from calicoctl.datastore.copied import CopiedStore
 from calicoctl.diagnose import audit
 from tests.unit.memory_store import MemoryStore
 
@@ -33,7 +34,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> MemoryStore:
 
 def check(store: MemoryStore, fix: bool = True) -> list[str]:
     """Return the problems of the block, each with whether it is fixable; with `fix`, repair them."""
-    findings = audit.check(DatastoreClient(store, "host2"))
+    findings = audit.check(DatastoreClient(store, "host2"))[0]
     if fix:
         assert [audit.repair(finding) for finding in findings if finding.fix] == [None] * len(findings)
     assert {(finding.kind, finding.subject) for finding in findings} <= {("block", CIDR)}
@@ -67,7 +68,7 @@ def test_an_affinity_to_a_block_of_another_host_or_of_none_is_deleted(store: Mem
     store.create(affinity("host2"), "")
     if whose:
         store.create(affinity("host1"), "")
-    findings = [finding for finding in audit.check(DatastoreClient(store, "host1")) if finding.kind == "block"]
+    findings = [finding for finding in audit.check(DatastoreClient(store, "host1"))[0] if finding.kind == "block"]
     (problem,) = findings
     assert problem.problem.startswith("host host2 has affinity to it, but the block ")
     assert audit.repair(problem) is None
@@ -93,11 +94,11 @@ def test_what_a_host_that_is_gone_has_left_is_released(store: MemoryStore, missi
 def test_nothing_is_released_of_a_host_that_may_be_alive(store: MemoryStore, key: str) -> None:
     delete(store, "/calico/bgp/v1/host/host1/ip_addr_v4")
     store.create(key, "{}")
-    (finding,) = [one for one in audit.check(DatastoreClient(store, "host2")) if one.kind == "block"]
+    (finding,) = [one for one in audit.check(DatastoreClient(store, "host2"))[0] if one.kind == "block"]
     assert finding.fix is None and "--hostname=host1" in (audit.repair(finding) or "")
     # nor when it has come back since
     delete(store, key)
-    (finding,) = [one for one in audit.check(DatastoreClient(store, "host2")) if one.kind == "block"]
+    (finding,) = [one for one in audit.check(DatastoreClient(store, "host2"))[0] if one.kind == "block"]
     store.create(key, "{}")
     assert audit.repair(finding) == "it was modified concurrently: check again"
     assert store.get(BLOCK) is not None
@@ -105,5 +106,29 @@ def test_nothing_is_released_of_a_host_that_may_be_alive(store: MemoryStore, key
 
 def test_a_key_that_names_no_block_is_told(store: MemoryStore) -> None:
     store.create("/calico/ipam/v2/host/host1/ipv4/block/192.168.0.0-25", "")
-    (finding,) = audit.check(DatastoreClient(store, "host2"))
+    (finding,), _ = audit.check(DatastoreClient(store, "host2"))
     assert (finding.kind, finding.subject[-14:]) == ("unreadable", "192.168.0.0-25")
+
+
+def test_all_is_read_once_for_each_of_the_two_checks(store: MemoryStore) -> None:
+    store.requests = 0
+    assert check(store) == [] and store.requests == 1
+    for version, first in ((4, 0xC0A80040), (4, 0xC0A80080), (6, 2**127)):
+        block = Block.empty(version, first, "host1")
+        store.create(block.key, block.to_json())
+    store.requests = 0
+    assert len(audit.check(DatastoreClient(store, "host2"))[0]) == 3 and store.requests == 2
+
+
+def test_a_copy_of_the_store_reads_like_the_store() -> None:
+    store = MemoryStore()
+    for key in ("/calico/a", "/calico/a/b", "/calico/a/b/c", "/calico/a.b", "/calico/a/d/e", "/calico/é/f", "/calicos"):
+        store.create(key, "")
+    copy = CopiedStore(store, "/calico")
+    for directory in ("/calico", "/calico/a", "/calico/a/b", "/calico/a/d", "/calico/z", "/calico/é"):
+        assert copy.tree(directory) == store.tree(directory) and copy.names(directory) == store.names(directory)
+        assert copy.names(directory, ["a", "b"]) == store.names(directory, ["a", "b"])
+        assert copy.exists(directory) == store.exists(directory) and copy.get(directory) == store.get(directory)
+    assert copy.read(["/calico/a", "/calico/0", "/calico/~"], ["/calico/a"]) == store.read(
+        ["/calico/a", "/calico/0", "/calico/~"], ["/calico/a"]
+    )

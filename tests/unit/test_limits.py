@@ -174,14 +174,14 @@ def test_what_cannot_be_read_is_not_repaired(
     client.ipam.assign(IPAddress("192.168.0.1"), Owner("docker.w", {"host": HOST, "orchestrator": "docker"}))
     monkeypatch.setattr(DatastoreClient, "from_environment", lambda: client)
     unread = Entry(keys.HOSTS, "", 0, 0, "it is too large")
-    monkeypatch.setattr(memory, "list_for_watch", lambda directory: ([unread], 1))
+    monkeypatch.setattr(memory, "list_for_watch", lambda directory: ([unread, *memory.tree(directory)], 1))
     before = dict(memory.entries)
-    with pytest.raises(CalicoError, match=f"^{keys.HOSTS} is too large to be read, so nothing is repaired"):
+    with pytest.raises(CalicoError, match=rf"^Nothing is repaired, .*: {keys.HOSTS} \(it is too large\)\.$"):
         ipam.prepare(["ipam", "check", "--fix"])()
     assert memory.entries == before
-    with pytest.raises(CalicoError, match="problems remain"):
+    with pytest.raises(CalicoError, match="2 of 2 problems remain"):
         ipam.prepare(["ipam", "check"])()
-    assert f"Warning: {keys.HOSTS} is too large" in capsys.readouterr().err
+    assert f"counts as missing here: {keys.HOSTS} (it is too large)." in capsys.readouterr().err
 
 
 def test_a_key_that_is_too_long_is_skipped_and_named_and_nothing_is_written_for_it() -> None:

@@ -1,0 +1,46 @@
+"""A copy of what is below a directory of the store, read at once, which can be read like the store, and not written.
+
+With an atomic store, all is of one revision. Whoever reads many parts of it sends one request instead of many, and
+knows what could not be read.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Collection, Sequence
+
+from calicoctl.datastore.store import Entry, Store
+
+
+class CopiedStore:
+    """The methods of `Store` that read, on the entries that could be read. Raises nothing.
+
+    `unread` has the others: see `Entry.problem`.
+    """
+
+    def __init__(self, store: Store, directory: str) -> None:
+        """Read everything below the directory. Raises StoreError."""
+        entries = sorted(store.list_for_watch(directory)[0], key=lambda entry: entry.key)
+        self.unread = [entry for entry in entries if entry.problem is not None]
+        self._entries = [entry for entry in entries if entry.problem is None]
+        self._keys = [entry.key for entry in self._entries]
+
+    def get(self, key: str) -> Entry | None:
+        place = bisect_left(self._keys, key)
+        return self._entries[place] if self._keys[place : place + 1] == [key] else None
+
+    def read(
+        self, keys: Sequence[str], directories: Sequence[str] = ()
+    ) -> tuple[list[Entry | None], list[list[Entry]]]:
+        return list(map(self.get, keys)), list(map(self.tree, directories))
+
+    def tree(self, directory: str) -> list[Entry]:
+        # "0" follows the slash
+        return self._entries[bisect_left(self._keys, directory + "/") : bisect_left(self._keys, directory + "0")]
+
+    def names(self, directory: str, but: Collection[str] = ()) -> list[str]:
+        names = {entry.key[len(directory) + 1 :].partition("/")[0] for entry in self.tree(directory)}
+        return sorted(names.difference(but))
+
+    def exists(self, directory: str) -> bool:
+        return bool(self.tree(directory))
