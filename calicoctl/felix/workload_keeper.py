@@ -386,13 +386,13 @@ class WorkloadKeeper:
         if upkeep.is_managed(*key):
             self._queue.add(key, at, self._is_last(key) if last is None else last)
 
-    def _add_after_backoff(self, key: Key, at: float) -> None:
+    def _add_after_backoff(self, key: Key, at: float, last: bool) -> None:
         """Schedule a workload to be reconciled at the time `at`, but not during its backoff. Ignore unmanaged ones.
 
-        For workloads about which there is no new event.
+        For workloads about which there is no new event. For `last`, see WorkQueue.add.
         """
         if upkeep.is_managed(*key):
-            self._queue.add_after_backoff(key, at, self._is_last(key))
+            self._queue.add_after_backoff(key, at, last)
 
     def _is_last(self, key: Key) -> bool:
         """Return whether nobody has connected a workload here, so that it is reconciled after all others."""
@@ -439,14 +439,14 @@ class WorkloadKeeper:
             if workload not in known:
                 refused.add((NAMESPACE, workload))
                 if endpoint.state == "active":
-                    self._add((NAMESPACE, workload), now)
+                    self._add((NAMESPACE, workload), now, last=True)
             elif endpoint.state == "active":
                 paths[endpoint.id] = known[workload].path
             else:
-                self._add((NAMESPACE, workload), now)
+                self._add((NAMESPACE, workload), now, last=False)
         self._refused.replace(NAMESPACE, refused)
         for id in upkeep.misattached(paths):
-            self._add(workload_of(id), now)
+            self._add(workload_of(id), now, last=False)
         del self._jobs[self._scan_store]
 
     def _compare_with_engine(self) -> None:
@@ -480,13 +480,14 @@ class WorkloadKeeper:
         """
         now = self._clock()
         host = self._datastore.host
+        known = {orchestrator: connected.every(host, orchestrator) for orchestrator in connected.ORCHESTRATORS}
+        here = {(orchestrator, id) for orchestrator, ids in known.items() for id in ids}
+        self._refused.remove(here)
         for orchestrator in (DOCKER, NAMESPACE):
             locks.remove_stale(host, orchestrator)
             for id in locks.interrupted(host, orchestrator):
-                self._add_after_backoff((orchestrator, id), now)
+                self._add_after_backoff((orchestrator, id), now, (orchestrator, id) not in here)
         before, self._namespaces = self._namespaces, {}
-        known = {orchestrator: connected.every(host, orchestrator) for orchestrator in connected.ORCHESTRATORS}
-        self._refused.remove({(orchestrator, id) for orchestrator, ids in known.items() for id in ids})
         for id, one in known[NAMESPACE].items():
             try:
                 seen = self._namespaces[id] = namespace_at(one.path)
@@ -495,14 +496,14 @@ class WorkloadKeeper:
                     self._namespaces[id] = before[id]
                 continue
             if seen != before.get(id, seen):
-                self._add((NAMESPACE, id), now)
+                self._add((NAMESPACE, id), now, last=False)
             elif seen is None:
-                self._add_after_backoff((NAMESPACE, id), now)
+                self._add_after_backoff((NAMESPACE, id), now, last=False)
         if self.grace_time != self._swept_grace_time:
             self._swept_grace_time = self.grace_time
             for key, tracked in self._tracked.items():
                 if tracked.kept_since is not None:
-                    self._add_after_backoff(key, tracked.kept_since + self.grace_time)
+                    self._add_after_backoff(key, tracked.kept_since + self.grace_time, key not in here)
         for tracked in self._tracked.values():
             if now >= tracked.reattached_at + REATTACH_INTERVAL:
                 tracked.reattached_at = NEVER

@@ -460,7 +460,7 @@ def test_a_container_that_nobody_has_connected_is_reported_and_not_retried(bench
     bench.containers = [ONE]
     assert bench.take(listed(ONE)) == [ONE], "it has no interface"
     (said,) = bench.failures()
-    assert f"connected 1 of the workloads that have endpoints here, so they are not attached: {ONE[:12]}." in said
+    assert f"connected 1 of the workloads that have endpoints here, so it is not attached: {ONE[:12]}." in said
     assert bench.wait(100) == []
 
 
@@ -531,3 +531,20 @@ def test_an_internal_error_is_reported_and_does_not_end_the_keeper(
     bench.keeper.enqueue(namespace(BLUE))
     bench.take()
     assert bench.failures() == ["the workload keeper failed (KeyError: 'odd')"]
+
+
+def test_what_is_connected_is_read_once_and_not_once_more_for_each_workload(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, invented = [f"-{n}" for n in range(20)], [f"-invented{n}" for n in range(20)]
+    for id in here:
+        connected.put("vm", "namespace", id, f"/none/{id}")
+    for id in (*invented, *here):
+        put_endpoint(bench, namespace(id))
+        with WorkloadLock("vm", "namespace", id) as lock:
+            lock.mark_in_progress()
+    asked: list[object] = []
+    monkeypatch.setattr(connected, "get", lambda *names: asked.append(names))
+    order = bench.take(workload_keeper.Resynced({}))
+    assert {*order[:20]} == {*here} and {*order[20:]} >= {*invented}, "what was connected here goes first"
+    assert bench.failures()[-1].startswith("nobody has connected 20 of the workloads") and asked == []
