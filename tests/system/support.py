@@ -276,7 +276,9 @@ def addresses(namespace: str, interface: str) -> set[str]:
 
 
 def routes(namespace: str, version: int = 4) -> list[str]:
-    return [line.strip() for line in run("ip", "-n", namespace, f"-{version}", "route").out.splitlines()]
+    """Return the routes of a namespace as text, without the flag `linkdown`, which comes and goes with the carrier."""
+    lines = run("ip", "-n", namespace, f"-{version}", "route").out.splitlines()
+    return [line.replace(" linkdown", "").strip() for line in lines]
 
 
 @dataclass
