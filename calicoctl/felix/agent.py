@@ -70,8 +70,8 @@ LOG_LEVELS |= {"critical": logging.CRITICAL, "none": logging.CRITICAL + 10}
 def run(host: str, options: Options) -> None:
     """Run the host's agent in this process until it receives SIGTERM, SIGINT or SIGHUP. Log why it ends.
 
-    Raises CalicoError if the agent cannot start, for example because another agent runs, or if a thread that the agent
-    needs has died. Raises OSError if the log file cannot be opened, and any other exception of `Agent.run`.
+    Raises CalicoError if the agent cannot start, for example because another agent runs, if a thread that the agent
+    needs has died, or in place of an OSError. Also raises any other exception of `Agent.run`.
     """
     with process.only_one(host) as killed:
         process.log_to(options.log_dir)

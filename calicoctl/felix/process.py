@@ -155,7 +155,7 @@ def only_one(host: str) -> Iterator[str | None]:
 
     Yields the process id of the previous agent if it was killed, or crashed, in this boot, else None. Raises
     CalicoError if an agent runs already for this host name or in this network namespace, if `node remove` takes longer
-    than START_PATIENCE, or if a file cannot be written.
+    than START_PATIENCE, or if a file cannot be written. An OSError in the body of `with` becomes a CalicoError.
     """
     pid_file = _file(host, "felix.pid")
     with _held(host):
@@ -205,7 +205,7 @@ def _held(host: str) -> Iterator[None]:
     """Hold the lock of the host's agent, and that of this network namespace, inside `with`.
 
     Raises CalicoError if another process does not release a lock in time (see `_refuse_running`), if an agent of
-    another host name runs here, or if a file cannot be written.
+    another host name runs here, or if a file cannot be written. An OSError in the body of `with` becomes a CalicoError.
     """
     lock, namespace = _file(host, "felix.lock"), _namespace_file()
     with _explained(lock), ExitStack() as stack:
