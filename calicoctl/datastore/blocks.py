@@ -99,8 +99,8 @@ class Block:
     def free(self) -> list[int]:
         """Return the ordinals (offsets from `first`) of the free addresses, in the order of assignment.
 
-        The order is that of the block's list "unallocated". Free addresses that are not in the list follow in ascending
-        order. Source: `unallocated` in pycalico/block.py of libcalico 0.8.
+        The order is that of the block's list "unallocated", if there is one. Free addresses that are not in the list
+        follow in ascending order. Source: `unallocated` in pycalico/block.py of libcalico 0.8.
         """
         # tools from 2016 on append a released address to this list, so that it is assigned last
         listed = self.extra.get("unallocated")

@@ -496,10 +496,7 @@ class DatastoreClient:
         return sorted(ids or {id for of, id in self.ipam.workloads(name) if of == orchestrator})
 
     def knows_interface(self, name: str) -> bool:
-        """Return whether an interface of this host may belong to an endpoint.
-
-        If any endpoint of this host is invalid, this is true of every interface.
-        """
+        """Return whether an interface of this host may belong to an endpoint; True if any endpoint here is invalid."""
         endpoints, invalid = self.readable_endpoints(self.host)
         if invalid or any(name in (endpoint.name, endpoint.id.interface) for endpoint in endpoints):
             return True
@@ -526,7 +523,7 @@ class DatastoreClient:
         return modify(self._store, key, f"endpoint {id.endpoint} no longer exists", text_of, known)
 
     def check_endpoints_writable(self, ids: Iterable[EndpointId], handle: str) -> None:
-        """Raise StoreError if etcd does not permit writes to these endpoints or to `handle`. Changes nothing."""
+        """Raise StoreError if etcd does not permit writes to these endpoints or to the handle `handle`."""
         self._store.check_writable(*map(keys.endpoint, ids), keys.ipam_handle(handle))
 
     def remove_endpoint(self, id: EndpointId, entry: Entry | None = None) -> None:
@@ -575,8 +572,8 @@ def _endpoint_entries(entries: Iterable[Entry]) -> dict[EndpointId, Entry]:
 def _lists(entry: Entry, id: EndpointId, address: str, owned: bool = False) -> bool:
     """Return whether an endpoint has the address `address`.
 
-    For an invalid endpoint, return whether its JSON text contains the address, or True if it owns the address
-    (`owned`).
+    An invalid endpoint counts as having it if its JSON text contains the address, or if `owned` says that the endpoint
+    owns the address in IPAM.
     """
     try:
         return address in Endpoint.from_json(id, entry.value, entry.key).addresses

@@ -418,7 +418,6 @@ def _translated(connection: Connection, key: str) -> Iterator[None]:
 
 
 def _refusal(error: ErrorAnswer, key: str, url: str) -> StoreError:
-    """Return the StoreError for a refusal of etcd."""
     code, text = error.code, " ".join(error.message.split())[:200]
     if error.is_about_token:
         return StoreError(f"etcd at {url} asks for a user: set ETCD_USERNAME and ETCD_PASSWORD")

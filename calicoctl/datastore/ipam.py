@@ -488,7 +488,6 @@ class Ipam:
 
     @contextmanager
     def _recount_on_failure(self, owner: Owner) -> Iterator[None]:
-        """Recount the owner's handle if the body of `with` raises an exception."""
         try:
             yield
         except BaseException:  # KeyboardInterrupt included; the count may be too high
@@ -498,7 +497,6 @@ class Ipam:
             raise
 
     def _delete_affinity(self, version: int, cidr: str) -> None:
-        """Delete the key of this host's affinity to a block, if the key exists."""
         entry = self._store.get(keys.ipam_affinity(self._host, version, cidr))
         if entry is not None:
             # if another command of this host has rewritten the key, that command also finds the affinity stale

@@ -13,10 +13,11 @@ from calicoctl import limits
 ROOT = "/calico"
 POLICY_AND_HOSTS = "/calico/v1"
 READY = "/calico/v1/Ready"
-"""`true` in the API of etcd whose data is current; `false` if the data must not be changed."""
+"""The key in each API of etcd whose value is `true` if the data there is current, `false` if the data must not be
+changed."""
 OTHER_CALICO = "/calico/resources/v3"
-"""The directory of Calico 3's resources. Their presence in etcd's v3 API is an error: both would assign the same
-addresses."""
+"""The directory of Calico 3's resources. If it exists in etcd's v3 API, this program refuses to use that API, since
+Calico 3 would assign the same addresses."""
 CONFIG = "/calico/v1/config"
 HOSTS = "/calico/v1/host"
 PROFILES = "/calico/v1/policy/profile"
@@ -56,7 +57,7 @@ class EndpointId:
 
     @property
     def is_valid(self) -> bool:
-        """Whether `interface` can be the name of an interface: the endpoint id must be hexadecimal."""
+        """Whether the endpoint id is hexadecimal, so that `interface` can be the name of an interface."""
         # with other ids, the kernel might treat the name as a pattern (`%d`)
         return is_endpoint_id(self.endpoint)
 
@@ -79,7 +80,7 @@ def host_bird_ip(host: str) -> str:
 
 
 def parse_host_bird_ip(key: str) -> str | None:
-    """Return the host in a key `bird_ip` (the host's IPv4 address), None for any other key."""
+    """Return the name of the host from its key `bird_ip` (an IPv4 address), None for any other key."""
     parts = key.split("/")
     return parts[4] if len(parts) == 6 and parts[5] == "bird_ip" and key.startswith(HOSTS + "/") else None
 
@@ -105,7 +106,7 @@ def endpoint(id: EndpointId) -> str:
 
 
 def parse_endpoint(key: str) -> EndpointId | None:
-    """Return the endpoint in the key of an endpoint; None for any other key, and for a key longer than limits.KEY."""
+    """Return the id of the endpoint from its key; None for any other key, and for a key longer than limits.KEY."""
     if not key.startswith(HOSTS + "/") or len(key) > limits.KEY:
         return None
     parts = key[len(HOSTS) + 1 :].split("/")
@@ -115,7 +116,7 @@ def parse_endpoint(key: str) -> EndpointId | None:
 
 
 def parse_felix_endpoint(key: str) -> EndpointId | None:
-    """Return the endpoint in the key of an endpoint's status, None for any other key."""
+    """Return the id of the endpoint from the key of its status, None for any other key."""
     return parse_endpoint(key.replace(FELIX_HOSTS, HOSTS, 1)) if key.startswith(FELIX_HOSTS + "/") else None
 
 
@@ -132,7 +133,7 @@ def profile_rules(name: str) -> str:
 
 
 def parse_profile(key: str) -> str | None:
-    """Return the profile in a key of tags or rules, None for any other key."""
+    """Return the name of the profile from the key of its tags or rules, None for any other key."""
     parts = key.split("/")
     return parts[5] if len(parts) == 7 and parts[6] in ("tags", "rules") and key.startswith(PROFILES + "/") else None
 
@@ -167,7 +168,7 @@ def bgp_host_address(host: str, version: int) -> str:
 
 
 def parse_bgp_host_address(key: str) -> str | None:
-    """Return the host in the key of a host's BGP address, None for any other key."""
+    """Return the name of the host from the key of its BGP address, None for any other key."""
     parts = key.split("/")
     of_host = len(parts) == 7 and key.startswith(BGP_HOSTS + "/")
     return parts[5] if of_host and parts[6] in ("ip_addr_v4", "ip_addr_v6") else None
@@ -182,7 +183,7 @@ def bgp_host_macs(host: str) -> str:
 
 
 def parse_bgp_host_setting(key: str, name: str) -> str | None:
-    """Return the host in the key of the BGP setting `name` of a host, None for any other key."""
+    """Return the name of the host from the key of its BGP setting `name`, None for any other key."""
     parts = key.split("/")
     return parts[5] if len(parts) == 7 and parts[6] == name and key.startswith(BGP_HOSTS + "/") else None
 

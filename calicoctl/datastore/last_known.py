@@ -64,7 +64,7 @@ def connect(name: str, port: int, seconds: float) -> socket.socket:
 def pools() -> dict[str, Any]:
     """Return the classes of connection pools for urllib3, by scheme ("http", "https").
 
-    If the name of a member cannot be resolved, their connections use the last known addresses.
+    Their connections fall back to the last known addresses, as `connect` does.
     """
     from urllib3.connection import HTTPConnection, HTTPSConnection
     from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool

@@ -204,7 +204,7 @@ class Endpoint:
         return [canonical(net.partition("/")[0]) for net in self.nets]
 
     def nets_of(self, version: int) -> list[str]:
-        """Return `ipv4_nets` or `ipv6_nets`, not a copy."""
+        """Return the list `ipv4_nets` or `ipv6_nets` itself, not a copy."""
         return self.ipv6_nets if version == 6 else self.ipv4_nets
 
     def gateway(self, version: int) -> str | None:

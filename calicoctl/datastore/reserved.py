@@ -124,9 +124,9 @@ class HostNetwork:
     `unfit` maps addresses that stand for a whole network (network addresses, and anycast addresses of routers) to
     descriptions. `networks` are the networks to which the host is connected.
 
-    `own` are the addresses of the host's interfaces. `gateways` are the next hops of routes, except routes through
-    workloads' interfaces. `routes` are the destinations of routes, without default routes. Neither `gateways` nor
-    `routes` contains what a routing daemon has learned.
+    `own` are the addresses of the host's interfaces. `gateways` are the next hops of routes. `routes` are the
+    destinations of routes, without default routes and the kernel's own routes. Neither `gateways` nor `routes` includes
+    routes to workloads, or routes that a routing daemon has learned.
 
     `reached` maps the addresses of other hosts and of BGP peers, and one address in each block of another host, to the
     interfaces of the routes to that address. The value is empty if there is no route; for a block, default routes do

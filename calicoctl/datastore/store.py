@@ -34,9 +34,9 @@ class Entry:
 
 @dataclass(frozen=True)
 class Change:
-    """A change of a key: `entry` is the new entry. If `entry` is None, the key was deleted or has expired.
+    """A change of a key: `entry` is the new entry, None if the key was deleted or has expired.
 
-    In that case, all keys below the key were deleted, too, unless `alone` is true.
+    If `entry` is None, all keys below the key were deleted, too, unless `alone` is true.
     """
 
     key: str
@@ -203,8 +203,8 @@ class Store(Protocol):
     def list_for_watch(self, directory: str) -> tuple[list[Entry], int]:
         """Return all entries below `directory`, and the revision from which to watch later changes.
 
-        A watch from this revision yields all changes that are missing in the entries, and perhaps changes that are not.
-        What cannot be read has an entry with a `problem`.
+        A watch from this revision yields all changes that the entries lack, and perhaps changes that they contain. A
+        key or directory that cannot be read is returned as an entry with a `problem`.
         """
 
     def watch(self, directory: str, revision: int, seconds: float) -> Watch:

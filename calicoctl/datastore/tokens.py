@@ -114,7 +114,10 @@ def _digest(settings: EtcdSettings, salt: str) -> str:
 
 
 def _path(create: bool) -> Path | None:
-    """Return the path of the file with the caller's token, None if there is no safe folder for it."""
+    """Return the path of the file with the caller's token, None if there is no safe folder for it.
+
+    With `create`, the folder of root is created.
+    """
     user = os.geteuid()
     folder = files.RUN if user == 0 else Path(os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{user}")
     try:

@@ -16,8 +16,8 @@ from calicoctl.errors import CalicoError
 from calicoctl.policy.rules import ICMPV6, UDP, check_rule, protocol_number, versions
 
 HOST_ICMPV6_TYPES = (130, 131, 132, 133, 135, 136)
-"""ICMPv6 types: multicast listener query, report and done; router solicitation; neighbour solicitation and
-advertisement. Source: RFC 2710 and RFC 4861."""
+"""The ICMPv6 types that `is_host_service` accepts: multicast listener query, report and done; router solicitation;
+neighbour solicitation and advertisement. Source: RFC 2710 and RFC 4861."""
 
 TagContains = Callable[[str, str], bool]
 """A function (tag, canonical address) -> whether an endpoint with this tag has this address."""
