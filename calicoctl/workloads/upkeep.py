@@ -81,13 +81,12 @@ def reconcile(
 
     Does nothing if the workload is not managed. `may_collect` is called with the workload's state. A workload that is
     MISSING or GONE is garbage-collected if `may_collect` returns True; otherwise, its endpoints become inactive.
-    `removed` says that the engine has reported the container's removal. Without it, CalicoError is raised for a
-    container that the engine does not know, but that runs under another engine.
+    `removed` says that the engine has reported the container's removal.
 
-    Raises Conflict if another process holds the workload's lock, DockerUnavailable or NamespaceError if the workload's
-    state cannot be determined, and CalicoError if a change fails. Raises NotConnectedHere for a workload that was not
-    connected on this host, if it is a namespace with an endpoint, or a running container without its interface. If none
-    of the interfaces of such a namespace exists, its endpoints become inactive first.
+    Raises Conflict if another process holds the workload's lock; DockerUnavailable or NamespaceError if the workload's
+    state cannot be determined; NotConnectedHere for a namespace with an endpoint, or a running container without its
+    interface, that was not connected on this host; and CalicoError if a change fails, or if a container that the engine
+    does not know runs under another engine (not checked if `removed`).
     """
     if not is_managed(orchestrator, id) or not _has_anything(datastore, orchestrator, id):
         return

@@ -175,12 +175,12 @@ def connect(
     interface: str | None = None,
     exist_ok: bool = False,
 ) -> Attachment:
-    """Connect a workload, or re-attach a workload that has lost its interface.
+    """Connect a workload, or re-attach a workload that has lost its interface. Raises CalicoError, after a rollback.
 
     `interface` is the interface's name inside the workload; None means its previous name or, for a new workload,
     DEFAULT_INTERFACE. With `exist_ok`, a workload that is already connected with an address that satisfies the request,
     and with this interface, is not an error. If the namespace's path now leads to another process, the workload of the
-    earlier process is disconnected first. Raises CalicoError, after a rollback.
+    earlier process is disconnected first.
     """
     with WorkloadSession.enter(datastore, workload) as session:
         session.clear_after_another_process()
@@ -366,10 +366,9 @@ def add_address(
 ) -> tuple[IPAddress, bool]:
     """Add an address to a connected workload; return the address, and whether it is new to the workload.
 
-    If it is the first address of an IP version, the next hop and the default route of that version are added, too. An
-    address that an interrupted command has assigned is preferred, if it satisfies the request. If the endpoint already
-    lists the requested address, the address is only configured in the kernel again. The MTU of the interface is lowered
-    if necessary.
+    If it is the first address of an IP version, the next hop and the default route of that version are added, too. If
+    the endpoint already lists the requested address, the address is only configured in the kernel again. The MTU of the
+    interface is lowered if necessary.
 
     Raises CalicoError, after a rollback; also if the workload's interface is not `interface` (None: any).
     """
@@ -391,6 +390,7 @@ def add_address(
             owner = owner_of(workload, endpoint.id, attached)
             left = [a for a in session.held if host_net(a) not in endpoint.nets and _usable(request, a, terms.reserved)]
             undo(_release_unlisted, datastore, workload, endpoint)
+            # an interrupted command has left it
             address = left[0] if left else _assign(session, owner, request, terms)
 
             net = host_net(address)
