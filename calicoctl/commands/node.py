@@ -555,7 +555,6 @@ def _absolute(log_dir: str | None, default: str | None) -> str | None:
 
 
 def _make(log_dir: str) -> None:
-    """Create the log directory and its parents if they do not exist. Raises CalicoError."""
     try:
         Path(log_dir).mkdir(mode=0o755, parents=True, exist_ok=True)
     except OSError as error:

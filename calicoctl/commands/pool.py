@@ -83,7 +83,6 @@ def prepare(argv: list[str]) -> Prepared:
 
 
 def _checked_mode(mode: str) -> str:
-    """Return `mode` if it is a mode of VXLAN. Raise CalicoError for any other word."""
     if mode not in VXLAN_MODES:
         from calicoctl.spelling import did_you_mean, nearest
 

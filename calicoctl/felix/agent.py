@@ -364,7 +364,6 @@ class Agent:
             self._keeper.resync(self._snapshot.addresses_listed())
 
     def _tick(self) -> None:
-        """Retry operations that failed. If a resync is due, also resync."""
         self._tick_at = time.monotonic() + TICK
         self._health.record(events.Failure(shortage.descriptors_lacking(), "descriptors"))
         for manager in self._managers:

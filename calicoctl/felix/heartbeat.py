@@ -171,7 +171,7 @@ class Heartbeat:
         return self._replaced_by
 
     def _compare(self) -> None:
-        """After a failed write, read the status, and determine who wrote it.
+        """After a failed write, read the status, and determine who wrote it, if it has not expired.
 
         If the status has this agent's identity, this agent renews it from now on: the previous agent or `claim` wrote
         it. If that happens at two heartbeats in a row, another agent runs on this machine, for example in a container.

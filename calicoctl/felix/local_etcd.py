@@ -304,7 +304,6 @@ class LocalEtcd:
 
 
 def _refuse_etcd_without_v2() -> None:
-    """Raise CalicoError if the installed etcd has no v2 API."""
     with suppress(OSError, subprocess.SubprocessError):  # then it says itself what is wrong
         said = subprocess.run(["etcd", "--version"], stdout=subprocess.PIPE, timeout=10).stdout
         found = re.search(r"etcd Version: (\d+)\.(\d+)", said.decode(errors="replace"))
