@@ -94,9 +94,9 @@ class DatastoreClient:
         return self._store.tree(keys.ROOT)
 
     def copied(self) -> tuple[DatastoreClient, list[Entry]]:
-        """Read everything below `/calico`. Return a client that reads in this copy, and must not be used to write.
+        """Copy everything below `/calico`; return a read-only client of the copy, and the entries with a problem.
 
-        With it, return what could not be read (see `Entry.problem`): the client finds nothing there.
+        The client finds no data at these entries' keys, or below them. See `Entry.problem`.
         """
         copy = CopiedStore(self._store, keys.ROOT)
         return DatastoreClient(cast("Store", copy), self.host, self.members), copy.unread

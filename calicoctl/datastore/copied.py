@@ -1,7 +1,6 @@
-"""A copy of what is below a directory of the store, read at once, which can be read like the store, and not written.
+"""A read-only copy of a directory of the store, for callers that would otherwise send many requests.
 
-With an atomic store, all is of one revision. Whoever reads many parts of it sends one request instead of many, and
-knows what could not be read.
+The copy of an atomic store has a single revision.
 """
 
 from __future__ import annotations
@@ -13,13 +12,13 @@ from calicoctl.datastore.store import Entry, Store
 
 
 class CopiedStore:
-    """The methods of `Store` that read, on the entries that could be read. Raises nothing.
+    """Implements the reading methods of `Store` on a copy. They raise no exceptions.
 
-    `unread` has the others: see `Entry.problem`.
+    `unread` are the entries of the keys and directories that could not be read (see `Entry.problem`).
     """
 
     def __init__(self, store: Store, directory: str) -> None:
-        """Read everything below the directory. Raises StoreError."""
+        """Read all keys below `directory`. Raises StoreError."""
         entries = sorted(store.list_for_watch(directory)[0], key=lambda entry: entry.key)
         self.unread = [entry for entry in entries if entry.problem is not None]
         self._entries = [entry for entry in entries if entry.problem is None]
@@ -35,7 +34,7 @@ class CopiedStore:
         return list(map(self.get, keys)), list(map(self.tree, directories))
 
     def tree(self, directory: str) -> list[Entry]:
-        # "0" follows the slash
+        # in ASCII, "0" is the character after the slash
         return self._entries[bisect_left(self._keys, directory + "/") : bisect_left(self._keys, directory + "0")]
 
     def names(self, directory: str, but: Collection[str] = ()) -> list[str]:

@@ -1,4 +1,4 @@
-"""Determines which protocol a server speaks that does not answer like etcd: TLS, plain HTTP, or gRPC only.
+"""Determines the protocol of a server that does not answer like etcd: TLS, plain HTTP, or gRPC only.
 
 Used for error messages. Source: RFC 9113, 3.4 and 6.5: an HTTP/2 server first sends a SETTINGS frame, even if the
 client speaks HTTP/1.1.

@@ -1,7 +1,7 @@
 """Addresses that workloads on a host must not have, and networks from which no address is assigned automatically.
 
-The addresses of the host, its gateways, the members of its etcd, its DNS servers, and registered hosts must not be
-routed to a workload. In a network to which the host is connected, other machines may use any address, so a workload is
+No workload is assigned an address of the host, its gateways, the members of its etcd, its DNS servers, or other
+registered hosts. In a network to which the host is connected, other machines may use any address, so a workload is
 assigned an address of such a network only on explicit request.
 
 Accesses neither the kernel nor the store: workloads/host_network.py, workloads/servers.py and hosts.py read the data.
