@@ -19,6 +19,7 @@ COMMANDS = (
     "completion",
     "config",
     "container",
+    "datastore",
     "diags",
     "endpoint",
     "ipam",

@@ -33,6 +33,7 @@ Commands:
   completion   print a completion script for a shell
   config       show and change settings of host agents and routing daemons
   container    connect Docker containers and network namespaces
+  datastore    show which store is used, move the data to etcd's v3 API
   diags        collect diagnostics of this host into an archive
   endpoint     show the endpoints of all hosts, and change their profiles
   ipam         show address assignments, release addresses, find leaked ones

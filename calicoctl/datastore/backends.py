@@ -73,9 +73,9 @@ class Backends:
     def _current(self, before: Choice | None) -> Choice:
         api = self._settings.api
         if api is not None and before is None:
-            return Choice(api, None, f"{TYPE} says so")
+            return Choice(api, None, f"{TYPE} says so", pinned=True)
         if api is not None:
-            return Choice(api, self._ready(api) == "false", f"{TYPE} says so")
+            return Choice(api, self._ready(api) == "false", f"{TYPE} says so", pinned=True)
         if before is not None and before.frozen is False and self._ready(before.api) == "true":
             return replace(before, is_new=False, at=time.monotonic())
         choice = detect(self._settings, self._v3, self._patience)

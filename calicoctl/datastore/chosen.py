@@ -54,6 +54,11 @@ class ChosenStore:
             self._choice = latest
         return self._choice
 
+    def current_choice(self) -> Choice:
+        """Ask which backend is to be used now, and whether its data is frozen. Raises StoreError."""
+        self._choice = self._choose(self.choice())
+        return self._choice
+
     @property
     def _store(self) -> Store:
         return self._open(self.choice().api)
@@ -62,11 +67,11 @@ class ChosenStore:
         """Return the backend for a write to the keys `written`; raise Frozen if the data is frozen."""
         choice = self.choice()
         if choice.frozen is not False or time.monotonic() - choice.at > FRESH:
-            choice = self._choice = self._choose(choice)
+            choice = self.current_choice()
         if choice.frozen and not all(key.startswith(_STATUSES) for key in written):
             raise Frozen(
-                f"Nothing can be changed: etcd's data is frozen, since {keys.READY} is false. An administrator sets "
-                "that before data is moved or restored, and sets it to true afterwards"
+                f"Nothing can be changed: etcd's data is frozen, since {keys.READY} is false. If 'calicoctl "
+                "datastore migrate' is moving the data, that ends by itself; if not, see 'calicoctl datastore show'"
             )
         return self._open(choice.api)
 

@@ -110,6 +110,10 @@ class DatastoreClient:
         """Return the API of etcd in use; None for a store without such a choice. Raises StoreError or InvalidValue."""
         return self._store.choice() if isinstance(self._store, ChosenStore) else None
 
+    def current_choice(self) -> Choice | None:
+        """Do what `choice` does, but ask etcd now whether it is still right, and whether the data is frozen."""
+        return self._store.current_choice() if isinstance(self._store, ChosenStore) else None
+
     def for_host(self, host: str) -> DatastoreClient:
         """Return a client of the same store on behalf of `host`."""
         return DatastoreClient(self._store, host, self.members)

@@ -43,13 +43,15 @@ class Choice:
     """The API to use (V2 or V3). `why` is the reason, as a clause.
 
     `frozen` says whether the data must not be changed, None if that is unknown. `at` is the time of the choice
-    (monotonic, seconds). `is_new` says that no data was found in either API.
+    (monotonic, seconds). `is_new` says that no data was found in either API. `pinned` says that the environment names
+    the API.
     """
 
     api: str
     frozen: bool | None
     why: str
     is_new: bool = False
+    pinned: bool = False
     at: float = field(default_factory=lambda: time.monotonic(), compare=False)
 
     @property

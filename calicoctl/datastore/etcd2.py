@@ -462,7 +462,7 @@ def _entry(result: etcd.EtcdResult) -> Entry:
     value = result.value or ""
     if not (isinstance(value, str) and isinstance(result.modifiedIndex, int)):
         raise TypeError(f"{result.key} is no key of etcd's")
-    return Entry(result.key, value, result.modifiedIndex, result.createdIndex)
+    return Entry(result.key, value, result.modifiedIndex, result.createdIndex, None, result.expiration is not None)
 
 
 def _cause(error: Any) -> BaseException:

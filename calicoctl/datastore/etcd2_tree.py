@@ -146,7 +146,8 @@ def innermost(text: str) -> Iterator[dict[str, Any]]:
 
 
 def _entry(node: dict[str, Any]) -> Entry:
-    return Entry(node["key"], node.get("value") or "", node["modifiedIndex"], node["createdIndex"], node.get("problem"))
+    value, expires = node.get("value") or "", node.get("expiration") is not None
+    return Entry(node["key"], value, node["modifiedIndex"], node["createdIndex"], node.get("problem"), expires)
 
 
 def _is_too_large(error: BaseException | None) -> bool:

@@ -60,6 +60,8 @@ def read(kv: Any) -> Entry:
         raw(kv.get("value", "")).decode(errors="replace"),
         number(kv, "mod_revision"),
         number(kv, "create_revision"),
+        None,
+        number(kv, "lease") != 0,
     )
 
 
@@ -75,7 +77,8 @@ def followed(kv: Any) -> Entry:
         except UnicodeDecodeError:
             problem = problem or f"its {what} is not UTF-8, and not read"
     value = "" if problem else value
-    return Entry(name(kv), value, number(kv, "mod_revision"), number(kv, "create_revision"), problem)
+    expires = number(kv, "lease") != 0
+    return Entry(name(kv), value, number(kv, "mod_revision"), number(kv, "create_revision"), problem, expires)
 
 
 def name(kv: Any) -> str:

@@ -15,6 +15,9 @@ POLICY_AND_HOSTS = "/calico/v1"
 READY = "/calico/v1/Ready"
 """The key in each API of etcd whose value is `true` if the data there is current, `false` if the data must not be
 changed."""
+UNUSED_COPY = "/calico/v1/unused-copy"
+"""A key of v3 alone, which exists only while Ready is not `true` there: the data there is a copy of v2 that is not in
+use."""
 OTHER_CALICO = "/calico/resources/v3"
 """The directory of Calico 3's resources. If it exists in etcd's v3 API, this program refuses to use that API, since
 Calico 3 would assign the same addresses."""

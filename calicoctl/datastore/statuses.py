@@ -5,13 +5,43 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 from calicoctl.datastore import keys
+from calicoctl.datastore.detection import Choice
 from calicoctl.datastore.keys import EndpointId
 from calicoctl.datastore.model import load_object
 from calicoctl.datastore.store import Entry, Store, set_value
 from calicoctl.errors import CompareFailed, InvalidValue
+
+_STORE = "datastore"
+"""The field of a host's status that says which API of etcd its agent uses."""
+
+
+@dataclass(frozen=True)
+class AgentStore:
+    """How an agent uses the store: by which API (V2 or V3); whether the agent has noticed that the data is frozen; and
+    whether its environment names the API, so that it cannot follow the data to the other one.
+    """
+
+    api: str
+    frozen: bool
+    pinned: bool
+
+
+def agent_store(choice: Choice) -> dict[str, object]:
+    """Return the fields of a host's status that say how its agent uses the store."""
+    return {_STORE: {"api": choice.api, "frozen": bool(choice.frozen), "pinned": choice.pinned}}
+
+
+def parse_agent_store(status: str) -> AgentStore | None:
+    """Return what a host's status (JSON text) says of the store, None if it says nothing: agents of older versions."""
+    with suppress(InvalidValue):
+        found = load_object(status, "").get(_STORE)
+        if isinstance(found, dict) and isinstance(found.get("api"), str):
+            return AgentStore(found["api"], found.get("frozen") is True, found.get("pinned") is True)
+    return None
 
 
 class Statuses:

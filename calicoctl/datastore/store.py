@@ -23,6 +23,8 @@ class Entry:
     programs change `created`, so it may only be used to order conflicting objects, such as overlapping pools. `problem`
     is the reason if the key, or the keys below it, could not be read, else None. Only `list_for_watch` and watches
     return entries with a problem.
+
+    `expires` says whether the key has a time to live. Entries that a write returns do not say so.
     """
 
     key: str
@@ -30,6 +32,7 @@ class Entry:
     revision: int
     created: int = 0
     problem: str | None = None
+    expires: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,7 @@ _FIELDS = {
     *("unallocated", "strict_affinity", "secondary", "host", "orchestrator", "workload", "endpoint", "interface"),
     *("namespace", "node", "block", "vxlan_mode", "disabled"),
     *("enabled", "time", "uptime", "first_update", "machine", "boot", "status", "index", "reason"),
+    *("datastore", "api", "frozen", "pinned"),
 }
 """The fields of JSON values in etcd that are included. The values of other fields are left out."""
 

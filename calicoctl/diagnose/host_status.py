@@ -285,7 +285,7 @@ def _local_etcd(status: dict[str, Any]) -> Iterator[Issue]:
     """Yield an Issue if the local etcd still serves the v2 API, for data of an older version."""
     if status["local_etcd"] and local_etcd.serves_v2(status["host"]):
         text = "the local etcd has its data in etcd's v2 API, which etcd 3.6 does not have any more"
-        yield Issue(STORE, text, "keep etcd 3.4 or 3.5 on this host")
+        yield Issue(STORE, text, "move it with 'calicoctl datastore migrate', then '… migrate --finish'")
 
 
 def _keys(status: dict[str, Any]) -> Iterator[Issue]:

@@ -23,7 +23,7 @@ from typing import Any
 
 from calicoctl import __version__
 from calicoctl.datastore.client import DatastoreClient
-from calicoctl.datastore.keys import HOSTS
+from calicoctl.datastore.keys import HOSTS, READY
 from calicoctl.desired.snapshot import Dirty, Snapshot
 from calicoctl.errors import CalicoError, is_shortage
 from calicoctl.felix import events, process, report, shortage, sources
@@ -284,6 +284,8 @@ class Agent:
     def _handle(self, event: Any) -> None:
         if isinstance(event, events.StoreChanged):
             self._snapshot.change(event.change)
+            if event.change.key == READY:
+                self._reporter.beat_soon()  # which asks whether the data is frozen, and reports that
         elif isinstance(event, events.StoreRead):
             self._on_store_read(event)
         elif isinstance(event, events.WatchRecovered):

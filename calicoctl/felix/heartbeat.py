@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calicoctl.clock import now
+from calicoctl.datastore.statuses import agent_store
 from calicoctl.errors import CalicoError, CompareFailed, KeyExists, StoreError
 
 if TYPE_CHECKING:
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
 
 INTERVAL = 10.0
 """Seconds between two heartbeats."""
+
+FROZEN_INTERVAL = 2.0
+"""Seconds between two heartbeats while the data is frozen: they find out whether it has moved."""
 
 TIME_TO_LIVE = 30
 """Seconds after which a status expires."""
@@ -231,7 +235,9 @@ def claim(
 
 
 def _write(datastore: DatastoreClient, own: Identity, before: Entry | None) -> Entry:
-    status = {"time": now(), "uptime": 0.0, "first_update": False, **own.to_dict()}
+    choice = datastore.current_choice()
+    store = {} if choice is None else agent_store(choice)
+    status = {"time": now(), "uptime": 0.0, "first_update": False, **store, **own.to_dict()}
     return datastore.statuses.write_host(status, TIME_TO_LIVE, before)
 
 

@@ -56,6 +56,14 @@ def serves_v2(host: str) -> bool:
     return pid is not None and _ENABLE_V2 in proc.arguments(pid)
 
 
+def serve_v3_alone() -> None:
+    """Have the local etcd serve v3 alone when it is started the next time. Raises CalicoError."""
+    try:
+        (DATA / V3_ALONE).touch(mode=0o600)
+    except OSError as error:
+        raise CalicoError(f"{error.filename}: {error.strerror}") from None
+
+
 def stop(host: str) -> bool:
     """End a host's local etcd, whatever store the settings name. Return whether it was running.
 
@@ -310,7 +318,7 @@ def _refuse_etcd_without_v2() -> None:
         if found is not None and (int(found[1]), int(found[2])) >= FIRST_WITHOUT_V2:
             raise CalicoError(
                 f"--local-etcd: what is in {DATA} is of etcd's v2 API, which etcd {found[1]}.{found[2]} does not have: "
-                "install etcd 3.4 or 3.5"
+                "install etcd 3.4 or 3.5; before an upgrade of etcd, 'calicoctl datastore migrate' moves the data"
             )
 
 

@@ -22,10 +22,11 @@ from typing import IO, TYPE_CHECKING, Any
 from calicoctl import files
 from calicoctl.clock import now
 from calicoctl.datastore.keys import EndpointId
+from calicoctl.datastore.statuses import agent_store
 from calicoctl.errors import CalicoError, StoreError, StoreUnavailable, is_shortage
 from calicoctl.felix import events, process
 from calicoctl.felix.health import Health, Status
-from calicoctl.felix.heartbeat import INTERVAL, TIME_TO_LIVE, Heartbeat, Identity, replaced
+from calicoctl.felix.heartbeat import FROZEN_INTERVAL, INTERVAL, TIME_TO_LIVE, Heartbeat, Identity, replaced
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -207,6 +208,8 @@ class StoreReporter(threading.Thread):
         self._alive = True
         self._beaten = 0.0
         """When the last heartbeat was sent (monotonic); 0 to send the next one now."""
+        self._interval = INTERVAL
+        """Seconds from one heartbeat to the next."""
         self._written_last = now()
         self._failed: events.WritesFailed | None = events.WritesFailed("nothing has been written yet", "")
         self._refused: str | None = None
@@ -244,12 +247,12 @@ class StoreReporter(threading.Thread):
     def run(self) -> None:
         ending = False
         while not ending:
-            longest = 1.0 if self._errors else INTERVAL
-            self._wake.wait(max(0.1, min(longest, self._beaten + INTERVAL - time.monotonic())))
+            longest = 1.0 if self._errors else self._interval
+            self._wake.wait(max(0.1, min(longest, self._next_beat - time.monotonic())))
             self._wake.clear()
             ending = not self._alive
             try:
-                if time.monotonic() >= self._beaten + INTERVAL:
+                if time.monotonic() >= self._next_beat:
                     before, self._beaten = self._beaten, time.monotonic()  # beat_soon may ask for another meanwhile
                     try:
                         self._beat()
@@ -269,12 +272,20 @@ class StoreReporter(threading.Thread):
         except CalicoError as error:
             log.warning("the host's status cannot be removed: %s", error)
 
+    @property
+    def _next_beat(self) -> float:
+        """When the next heartbeat is due, by the monotonic clock."""
+        return self._beaten + self._interval
+
     def _beat(self) -> None:
+        choice = self._datastore.current_choice()
+        self._interval = FROZEN_INTERVAL if choice is not None and choice.frozen else INTERVAL
         replaced_by = self._heartbeat.beat(
             {
                 "time": now(),
                 "uptime": round(time.monotonic() - self._health.started, 1),
                 "first_update": self._health.first_update,
+                **({} if choice is None else agent_store(choice)),
             }
         )
         if replaced_by is None and self._heartbeat.has_begun:
@@ -313,7 +324,7 @@ class StoreReporter(threading.Thread):
         with self._lock:
             desired = {id: status for id, status in self._desired.items() if id not in self._hanging}
         left = [id for id, status in desired.items() if json.loads(status)["status"] != "error"]
-        while left and time.monotonic() < self._beaten + INTERVAL:
+        while left and time.monotonic() < self._next_beat:
             some = {id: desired[id] for id in left[:AT_ONCE]}
             del left[:AT_ONCE]
             try:
@@ -359,7 +370,7 @@ class StoreReporter(threading.Thread):
                 self._errors = {id for id, status in self._desired.items() if json.loads(status)["status"] == "error"}
                 self._changed = (set(self._desired) | set(written)) - self._errors
         while True:
-            if time.monotonic() >= self._beaten + INTERVAL:  # a flood of changes must not cost the heartbeat
+            if time.monotonic() >= self._next_beat:  # a flood of changes must not cost the heartbeat
                 self._wake.set()
                 break
             with self._lock:

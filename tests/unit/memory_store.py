@@ -251,7 +251,8 @@ class MemoryStore:
     def _put(self, key: str, value: str, ttl: int | None = None, created: int | None = None) -> Entry:
         with self._changed:
             self.revision += 1
-            entry = self.entries[key] = Entry(key, value, self.revision, self.revision if created is None else created)
+            created = self.revision if created is None else created
+            entry = self.entries[key] = Entry(key, value, self.revision, created, expires=ttl is not None)
             self._expiry.pop(key, None)
             self._lease_of.pop(key, None)
             if ttl is not None:

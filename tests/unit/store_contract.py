@@ -107,6 +107,19 @@ class StoreContract:
         with pytest.raises(CompareFailed):
             store.delete(two)
 
+    def test_what_is_read_says_whether_it_expires(self, store: Store) -> None:
+        store.create(KEY, "1", ttl=60)
+        store.create("/calico/lasting", "1")
+        ended = store.create("/calico/ended", "1", ttl=60)
+        store.update(ended, "2")
+        found = [
+            store.tree("/calico"),
+            store.list_for_watch("/calico")[0],
+            [is_there(store), is_there(store, ended.key)],
+        ]
+        for entries in found:
+            assert [entry.key for entry in entries if entry.expires] == [KEY]
+
     def test_put_writes_blindly(self, store: Store) -> None:
         store.put(KEY, "1")
         one = is_there(store)

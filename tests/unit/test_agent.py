@@ -196,7 +196,7 @@ def test_nothing_is_programmed_before_the_whole_store_has_been_read_and_is_ready
     assert fresh.agent._health.waiting_for == "the store to be read"
     assert fresh.step(events.StoreRead("/calico/bgp/v1", []), events.StoreRead("/calico/ipam/v2/host", [])) == []
     assert "Ready" in str(fresh.agent._health.waiting_for)
-    assert fresh.step(fresh.store.change(READY, "true"))[:2] == ["nft", "list"]
+    assert fresh.step(fresh.store.change(READY, "true"))[:3] == ["report beat_soon", "nft", "list"]
     assert fresh.agent._health.waiting_for is None
 
 
@@ -252,7 +252,8 @@ def test_nothing_is_routed_while_the_tables_cannot_be_programmed(world: AgentWor
 def test_while_the_store_is_not_ready_everything_stays_and_lost_tables_are_restored(world: AgentWorld) -> None:
     before = {name: object for name, object in world.nft.objects.items() if connection_limit.TABLE not in name}
     deny = world.store.profile_changes("web")
-    assert world.step(world.store.change(READY, "false"), *deny, world.store.endpoint_change(1)) == []
+    frozen = world.store.change(READY, "false")
+    assert world.step(frozen, *deny, world.store.endpoint_change(1)) == ["report beat_soon"]
     world.nft.flush_ruleset()
     assert world.step(events.TablesChanged(frozenset(["calico"]))) == ["nft"]
     changed = {name for name in before if world.nft.objects[name] != before[name]}
@@ -265,7 +266,7 @@ def test_while_the_store_is_not_ready_everything_stays_and_lost_tables_are_resto
     assert not world.nft.has_fast_path(), "connections may have begun while there were no tables"
     assert world.routes.routes == {11: (A,)}
     journal = world.step(world.store.change(READY, "true"))
-    assert journal[:3] == ["host set_ipv6", "nft", "clear 11"] and world.status(1) is None
+    assert journal[:4] == ["report beat_soon", "host set_ipv6", "nft", "clear 11"] and world.status(1) is None
 
 
 def test_an_agent_that_is_replaced_changes_nothing_until_it_has_the_host_again(world: AgentWorld) -> None:

@@ -10,8 +10,11 @@ from typing import Any
 import pytest
 
 from calicoctl.datastore import keys
+from calicoctl.datastore.chosen import ChosenStore
 from calicoctl.datastore.client import DatastoreClient
+from calicoctl.datastore.detection import Choice
 from calicoctl.datastore.keys import EndpointId
+from calicoctl.datastore.statuses import AgentStore, parse_agent_store
 from calicoctl.errors import StoreError
 from calicoctl.felix import heartbeat
 from calicoctl.felix.health import Health, Status
@@ -88,6 +91,24 @@ class Reported:
     def statuses(self) -> dict[str, str]:
         found = self.store.tree("/calico/felix/v1/host/host1/workload")
         return {entry.key.rpartition("/")[2]: json.loads(entry.value)["status"] for entry in found}
+
+
+def test_the_status_says_which_api_is_used_and_whether_it_is_frozen() -> None:
+    backends = {"etcdv2": MemoryStore(), "etcdv3": MemoryStore(modern=True)}
+    store = ChosenStore(lambda before: choice, lambda: choice, backends.__getitem__)
+    reporter = StoreReporter(DatastoreClient(store, "host1"), Health("host1", "1"), lambda event: None)
+    for api, frozen, pinned, interval in (
+        ("etcdv2", False, False, heartbeat.INTERVAL),
+        ("etcdv2", True, False, heartbeat.FROZEN_INTERVAL),
+        ("etcdv3", False, True, heartbeat.INTERVAL),
+    ):
+        choice = Choice(api, frozen, "for a test", pinned=pinned)
+        reporter._beat()
+        found = parse_agent_store(backends[choice.api].entries[KEY].value)
+        assert found == AgentStore(api, frozen, pinned)
+        assert reporter._interval == interval
+    for other in ("{}", '{"datastore": "etcdv3"}', "no JSON"):
+        assert parse_agent_store(other) is None
 
 
 @pytest.mark.parametrize("modern", [False, True], ids=["v2", "v3"])

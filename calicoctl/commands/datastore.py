@@ -1,0 +1,232 @@
+"""Show which store is used, and move the data from etcd's v2 API to its v3 API.
+
+Usage:
+  calicoctl datastore show [--output=<FORMAT>]
+  calicoctl datastore migrate
+  calicoctl datastore migrate --rollback [--discard]
+  calicoctl datastore migrate --finish [--discard]
+
+Options:
+  --rollback             go back to v2, as long as its data is not deleted
+  --finish               delete the data in v2, which then cannot be gone back
+                         to
+  --discard              with --rollback, even if this loses what was written
+                         to v3 since the move; with --finish, even if this
+                         loses what old programs have written to v2 since then
+  -o, --output=<FORMAT>  json: an object; default: text
+
+The v2 and the v3 API of etcd have keys of their own. `show` says which of the
+two is used and why, whether its data is frozen, what each of them holds,
+whether users are switched on there, and for each member of the cluster
+whether it is healthy, its version, whether it is the leader, and the size of
+its database. It works while a member is down, too, and needs no permissions
+but those for /calico/. JSON: used (null if no API can be), why, frozen,
+error, apis (v2 and v3: served, ready, keys, bytes, users, error) and members
+(url, healthy, version, leader, size, in_use and quota in bytes, error).
+
+`migrate` copies all data to v3, under the same keys, and takes it into use
+there. Meanwhile, the data is frozen: commands that would change something are
+refused, for some seconds; packets pass. Running agents go over to v3 by
+themselves. Nothing is changed if v3 has data already, if an agent is of a
+version that knows v2 alone, or if DATASTORE_TYPE is set. If it fails or is
+interrupted, v2 is in use as before; after a kill -9, the data may stay frozen
+until `migrate`, which continues, or `migrate --rollback` is run. The data in
+v2 stays as it was, frozen, until `migrate --finish`. The exit status is 1 if
+the data has moved, but something is left to be done.
+
+Examples:
+  calicoctl datastore show
+  sudo calicoctl datastore migrate
+  sudo calicoctl datastore migrate --finish
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import asdict
+from functools import partial
+from typing import Any, Callable
+
+from calicoctl.datastore import cluster, keys
+from calicoctl.datastore.backends import PATIENCE, Backends
+from calicoctl.datastore.detection import Choice
+from calicoctl.datastore.hosts import hostname
+from calicoctl.datastore.migration import Migration, Moved
+from calicoctl.datastore.settings import TYPE, V2, V3, EtcdSettings
+from calicoctl.datastore.store import Store
+from calicoctl.errors import CalicoError, NoSuchApi, StoreError, one_line
+from calicoctl.felix import local_etcd, process
+from calicoctl.grammar import Prepared, parse, require_root
+from calicoctl.output import print_json, print_table, wants_json
+
+
+def prepare(argv: list[str]) -> Prepared:
+    arguments = parse(str(__doc__), argv)
+    if arguments["show"]:
+        return partial(_show, wants_json(arguments))
+    if arguments["--rollback"]:
+        return partial(_migrate, lambda migration: migration.roll_back(arguments["--discard"]))
+    if arguments["--finish"]:
+        return partial(_finish, arguments["--discard"])
+    return partial(_migrate, lambda migration: migration.move())
+
+
+class Progress:
+    """Says on standard error what is done: on a terminal in one line that changes, elsewhere one line for each step."""
+
+    def __init__(self) -> None:
+        self._on_terminal = sys.stderr.isatty()
+        self._last = ""
+
+    def tell(self, text: str) -> None:
+        text = one_line(text)
+        if self._on_terminal:
+            print(f"\r{text}\033[K", end="", file=sys.stderr, flush=True)
+        elif text.partition(":")[0] != self._last.partition(":")[0]:  # the same step, with another count
+            print(f"{text} …", file=sys.stderr)
+        self._last = text
+
+    def end(self) -> None:
+        if self._on_terminal and self._last:
+            print(file=sys.stderr)
+
+
+def _migrate(act: Callable[[Migration], Moved]) -> None:
+    settings = EtcdSettings.from_environment()
+    if settings.api is not None:
+        raise CalicoError(
+            f"{TYPE} is set to {settings.api}, so commands here use that API whatever is in etcd: remove it, from "
+            "/etc/calico/node.env, too"
+        )
+    progress = Progress()
+
+    def open() -> tuple[Store, Store]:
+        backends = Backends(settings, PATIENCE)
+        return backends.open(V2), backends.open(V3)
+
+    try:
+        moved = act(Migration(settings.urls, open, progress.tell))
+    finally:
+        progress.end()
+    print(moved.text)
+    if moved.problems:
+        raise CalicoError("; ".join(moved.problems) + ".")
+
+
+def _finish(discard: bool) -> None:
+    host = hostname()
+    has_v2 = local_etcd.serves_v2(host)
+    if has_v2:
+        require_root()
+    _migrate(lambda migration: migration.finish(discard))
+    if has_v2:
+        local_etcd.serve_v3_alone()
+        if process.running(host) is None:
+            print("The local etcd serves v3 alone when it is started the next time.")
+            return
+        local_etcd.stop(host)  # the agent starts it again
+        give_up = time.monotonic() + local_etcd.START_PATIENCE
+        while local_etcd.running(host) is None:
+            if time.monotonic() > give_up:
+                raise CalicoError("The agent does not start the local etcd again: see 'calicoctl status'.")
+            time.sleep(0.1)
+        print("The local etcd was started again, and serves v3 alone.")
+
+
+def _show(as_json: bool) -> None:
+    settings = EtcdSettings.from_environment()
+    backends = Backends(settings, PATIENCE)
+    choice: Choice | None = None
+    error: str | None = None
+    try:
+        choice = backends.choose(backends.choose(None))
+    except StoreError as refused:
+        error = str(refused)
+    users = cluster.users(settings)
+    apis = {
+        version: _contents(backends, api, users[number])
+        for number, (version, api) in enumerate((("v2", V2), ("v3", V3)))
+    }
+    members = cluster.members(settings)
+    if as_json:
+        print_json(
+            {
+                "used": None if choice is None else choice.version,
+                "why": None if choice is None else choice.why,
+                "frozen": None if choice is None else choice.frozen,
+                "error": error,
+                "apis": apis,
+                "members": [asdict(member) for member in members],
+            }
+        )
+    else:
+        _print(choice, error, apis, members)
+    if error is not None:
+        raise CalicoError(error if as_json else "No API of etcd can be used.")
+
+
+def _contents(backends: Backends, api: str, users: bool | None) -> dict[str, Any]:
+    """Return what one of the APIs holds below /calico, and how much that is."""
+    found: dict[str, Any] = {
+        "served": True,
+        "ready": None,
+        "keys": None,
+        "bytes": None,
+        "users": users,
+        "error": None,
+    }
+    try:
+        store = backends.open(api)
+        ready = store.get(keys.READY)
+        found["ready"] = None if ready is None else ready.value
+        entries = store.list_for_watch(keys.ROOT)[0]
+        found["keys"] = len(entries)
+        found["bytes"] = sum(len(entry.key.encode()) + len(entry.value.encode()) for entry in entries)
+    except NoSuchApi:
+        found["served"] = False
+    except StoreError as error:
+        found["error"] = str(error)
+    return found
+
+
+def _print(choice: Choice | None, error: str | None, apis: dict[str, Any], members: list[cluster.MemberInfo]) -> None:
+    if choice is None:
+        print(one_line(f"Used: none: {error}"))
+    else:
+        print(f"Used: etcd's {choice.version} API: {choice.why}")
+        print(f"Frozen: {'yes' if choice.frozen else 'no'}")
+    rows = []
+    for version, found in apis.items():
+        if not found["served"]:
+            rows.append([version, "not served", "", "", ""])
+        else:
+            state = found["error"] or found["ready"] or "none"
+            users = {True: "on", False: "off", None: ""}[found["users"]]
+            rows.append([version, state, found["keys"], _size(found["bytes"]), users])
+    print_table(["API", "Ready", "Keys", "Size", "Users"], rows, widest=50)
+    print_table(
+        ["Member", "State", "Version", "Leader", "Database", "In use", "Quota"],
+        [
+            [
+                one.url,
+                "healthy" if one.healthy else one.error,
+                one.version,
+                {True: "yes", False: "no", None: ""}[one.leader],
+                _size(one.size),
+                _size(one.in_use),
+                _size(one.quota),
+            ]
+            for one in members
+        ],
+        widest=50,
+    )
+
+
+def _size(bytes: int | None) -> str:
+    if bytes is None:
+        return ""
+    power, unit = next(
+        (power, unit) for power, unit in ((30, "G"), (20, "M"), (10, "K")) if bytes >= 2**power or power == 10
+    )
+    return f"{bytes / 2**power:.1f} {unit}iB"

@@ -1,0 +1,126 @@
+"""What each member of the cluster says of itself: version, health, size. Needs no permissions, and changes nothing.
+
+It is read from the pages that etcd serves to everybody who can reach it: /version, /health and /metrics. A member that
+does not answer does not keep the others from being asked.
+
+Source: https://github.com/etcd-io/etcd/blob/release-3.4/Documentation/metrics.md
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from dataclasses import dataclass
+
+from calicoctl.datastore import keys
+from calicoctl.datastore.etcd3_http import Connection, ErrorAnswer
+from calicoctl.datastore.etcd3_json import base64, encoded
+from calicoctl.datastore.members import RequestFailed
+from calicoctl.datastore.settings import EtcdSettings, Member
+from calicoctl.errors import StoreError
+
+TIMEOUT = 2.0
+"""Seconds to wait for each of a member's answers."""
+
+_METRIC = re.compile(r"^(etcd_\w+) ([0-9.e+]+)$", re.MULTILINE)
+
+
+@dataclass
+class MemberInfo:
+    """A member of the cluster. A field is None if it is not known.
+
+    `size` and `in_use` are of its database, in bytes, and `quota` is the most that it may have. `error` says why there
+    is no answer.
+    """
+
+    url: str
+    healthy: bool = False
+    version: str | None = None
+    leader: bool | None = None
+    size: int | None = None
+    in_use: int | None = None
+    quota: int | None = None
+    error: str | None = None
+
+
+def members(settings: EtcdSettings) -> list[MemberInfo]:
+    """Return what the members in `settings` say of themselves; they are asked at the same time."""
+    found = [MemberInfo(settings.url(member)) for member in settings.members]
+    threads = [
+        threading.Thread(target=_ask, args=(settings, member, info), name=info.url, daemon=True)
+        for member, info in zip(settings.members, found)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+def users(settings: EtcdSettings) -> tuple[bool | None, bool | None]:
+    """Return whether v2, and whether v3, has users switched on; None for what no member says."""
+    found: list[bool | None] = [None, None]
+    for number, ask in enumerate((_users_of_v2, _users_of_v3)):
+        for member in settings.members:
+            connection = Connection(settings, member)
+            try:
+                found[number] = ask(connection)
+                break
+            except (RequestFailed, StoreError, ValueError):
+                continue
+            finally:
+                connection.close()
+    return found[0], found[1]
+
+
+def _ask(settings: EtcdSettings, member: Member, info: MemberInfo) -> None:
+    connection = Connection(settings, member)
+    try:
+        info.version = _version(_page(connection, "/version"))
+        info.healthy = b'"health":"true"' in _page(connection, "/health").replace(b" ", b"")
+        metrics = dict(_METRIC.findall(_page(connection, "/metrics").decode(errors="replace")))
+        leads = _number(metrics, "etcd_server_is_leader")
+        info.leader = None if leads is None else leads == 1
+        info.size = _number(metrics, "etcd_mvcc_db_total_size_in_bytes")
+        info.in_use = _number(metrics, "etcd_mvcc_db_total_size_in_use_in_bytes")
+        info.quota = _number(metrics, "etcd_server_quota_backend_bytes")
+        info.error = None if info.healthy else "it has no quorum, or cannot write"
+    except (RequestFailed, StoreError) as error:
+        info.error = str(error)
+    finally:
+        connection.close()
+
+
+def _page(connection: Connection, path: str) -> bytes:
+    return connection.fetch("GET", path, seconds=TIMEOUT)[1]
+
+
+def _version(page: bytes) -> str | None:
+    try:
+        found = json.loads(page)["etcdserver"]
+    except (LookupError, RecursionError, TypeError, ValueError):
+        return None
+    return found if isinstance(found, str) else None
+
+
+def _number(metrics: dict[str, str], name: str) -> int | None:
+    try:
+        return int(float(metrics[name]))
+    except (LookupError, OverflowError, ValueError):
+        return None
+
+
+def _users_of_v2(connection: Connection) -> bool | None:
+    status, content = connection.fetch("GET", "/v2/auth/enable", seconds=TIMEOUT)
+    answer = json.loads(content) if status == 200 else None
+    return answer.get("enabled") is True if isinstance(answer, dict) else None
+
+
+def _users_of_v3(connection: Connection) -> bool | None:
+    """A request without a token is refused if there are users."""
+    try:
+        connection.exchange("POST", "/v3/kv/range", {"key": base64(encoded(keys.READY))}, TIMEOUT)
+    except ErrorAnswer as error:
+        return True if error.is_about_token else None
+    return False

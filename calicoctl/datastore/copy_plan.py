@@ -1,0 +1,137 @@
+"""What has to be written to make one store hold what another one holds. Sends nothing.
+
+What agents report, and what expires, is not copied: agents report it anew. The order of creation is kept, since it
+decides which of two endpoints has an address that both claim.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from calicoctl.datastore import keys
+from calicoctl.datastore.store import MOST_AT_ONCE, Create, Delete, Entry, Update, Write
+from calicoctl.errors import CalicoError
+from calicoctl.output import first_few
+
+LARGEST_VALUE = 1_500_000
+"""The most bytes that a key and its value have together. etcd's v3 API takes requests of 1.5 MiB by default."""
+
+LARGEST_COMMIT = 1_000_000
+"""The most bytes of the keys and values of one commit, unless one of them alone has more."""
+
+Entries = Mapping[str, Entry]
+"""The entries of a store by key."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The keys that only the first of two stores has, only the second has, and that have another value there."""
+
+    added: list[str]
+    removed: list[str]
+    changed: list[str]
+
+    def __bool__(self) -> bool:
+        return bool(self.added or self.removed or self.changed)
+
+    def __str__(self) -> str:
+        """Return the difference as a list in a sentence, from the first store's point of view."""
+        parts = ((self.added, "new"), (self.changed, "changed"), (self.removed, "deleted"))
+        return "; ".join(f"{len(some)} {what} ({first_few(some)})" for some, what in parts if some)
+
+
+def is_copied(entry: Entry) -> bool:
+    """Return whether an entry is among the data that moves, as it neither expires nor belongs to one store alone."""
+    own = entry.key in (keys.READY, keys.UNUSED_COPY) or entry.key.startswith(keys.FELIX_HOSTS + "/")
+    return not (own or entry.expires)
+
+
+def copied(entries: Iterable[Entry]) -> dict[str, Entry]:
+    """Return those entries that move, by key. Raises CalicoError for what cannot be read."""
+    found = list(entries)
+    unread = [entry for entry in found if entry.problem is not None]
+    if unread:
+        raise CalicoError(f"{unread[0].key} cannot be copied: {unread[0].problem}")
+    return {entry.key: entry for entry in found if is_copied(entry)}
+
+
+def check_fits(entries: Entries) -> None:
+    """Raise CalicoError for an entry that etcd's v3 API does not take."""
+    for key, entry in entries.items():
+        try:
+            size = _size(key, entry.value)
+        except UnicodeEncodeError:
+            raise CalicoError(f"{ascii(key)[1:-1]} cannot be copied: it is not valid Unicode") from None
+        if size > LARGEST_VALUE:
+            raise CalicoError(
+                f"{key} cannot be copied: it has {size} bytes, and etcd's v3 API takes {LARGEST_VALUE} at most; "
+                "delete what does not belong there"
+            )
+
+
+def difference(one: Entries, other: Entries) -> Difference:
+    """Return how the data of one store differs from another one's."""
+    return Difference(
+        sorted(one.keys() - other.keys()),
+        sorted(other.keys() - one.keys()),
+        sorted(key for key in one.keys() & other.keys() if one[key].value != other[key].value),
+    )
+
+
+def plan(source: Entries, before: Entries, target: Entries) -> Iterator[list[Write]]:
+    """Yield the commits, in order, that make `target` hold what `source` holds.
+
+    `before` is what `source` held when `target` was last made alike; nothing for a target whose order of creation is
+    not known. Each commit has less than MOST_AT_ONCE writes.
+    """
+    stale = [entry for key, entry in target.items() if not _is_same_key(source.get(key), before.get(key))]
+    yield from _commits(map(Delete, stale))
+    gone = {entry.key for entry in stale}
+    writes: list[Write] = []
+    for key, entry in sorted(source.items(), key=lambda item: (item[1].created, item[0])):
+        if key not in target or key in gone:
+            writes.append(Create(key, entry.value))
+        elif target[key].value != entry.value:
+            writes.append(Update(target[key], entry.value))
+    yield from _commits(writes)
+
+
+def _is_same_key(now: Entry | None, before: Entry | None) -> bool:
+    """Return whether a key still exists, and was not deleted in between."""
+    return now is not None and before is not None and now.created == before.created
+
+
+def _commits(writes: Iterable[Write]) -> Iterator[list[Write]]:
+    """Divide writes into commits. In one commit, all keys are created at the same time: so no two claim the same."""
+    commit: list[Write] = []
+    size, claimed = 0, set[str]()
+    for write in writes:
+        value = "" if isinstance(write, Delete) else write.value
+        own_size, own = _size(write.key, value), _claims(write.key, value)
+        if commit and (len(commit) == MOST_AT_ONCE - 1 or size + own_size > LARGEST_COMMIT or own & claimed):
+            yield commit
+            commit, size, claimed = [], 0, set()
+        commit.append(write)
+        size += own_size
+        claimed |= own
+    if commit:
+        yield commit
+
+
+def _claims(key: str, value: str) -> set[str]:
+    """Return what an endpoint claims on its host: its interface and addresses; nothing for any other key."""
+    id = keys.parse_endpoint(key)
+    if id is None:
+        return set()
+    try:
+        fields = json.loads(value)
+        nets = [*(fields.get("ipv4_nets") or ()), *(fields.get("ipv6_nets") or ())]
+        return {f"{id.host} {thing}" for thing in (id.interface, fields.get("name"), *nets)}
+    except (AttributeError, RecursionError, TypeError, ValueError):
+        return set()
+
+
+def _size(key: str, value: str) -> int:
+    return len(key.encode()) + len(value.encode())

@@ -1,0 +1,325 @@
+"""Moving the data from etcd's v2 API to v3, with agents and traffic, and whatever goes wrong; what `show` says."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from calicoctl.datastore import migration
+from tests.system.agent import AgentHost
+from tests.system.fabric import FabricHost, fabric
+from tests.system.support import CALICOCTL, FAULTY, Etcd, Result, free_port, in_process, wait_for
+from tests.system.test_etcd_apis import OTHER_CALICO, PASSWORD, READY, with_users
+
+OLD_STATUS = "/calico/felix/v1/host/old/status"
+LOSS = 0.3
+"""Seconds without an answer that a loaded machine has by itself."""
+
+
+class FreeHost(AgentHost):
+    """A host whose environment does not say which API to use, unless a command is told."""
+
+    def environment(self, **extra: str) -> dict[str, str]:
+        return super().environment(**{"DATASTORE_TYPE": "", **extra})
+
+    @property
+    def two(self) -> dict[str, str]:
+        """All that v2 holds, but for what agents report."""
+        return {key: value for key, value in by("etcdv2", self.etcd).tree().items() if "/felix/" not in key}
+
+    @property
+    def three(self) -> dict[str, str]:
+        """All that v3 holds, but for what agents report."""
+        return {key: value for key, value in by("etcdv3", self.etcd).tree().items() if "/felix/" not in key}
+
+    def shown(self) -> dict:
+        return json.loads(self.ctl("datastore", "show", "--output=json").out)
+
+    def used(self) -> tuple[str, bool]:
+        found = self.shown()
+        return found["used"], found["frozen"]
+
+    def migrate(self, *options: str, status: int = 0) -> str:
+        """Run `datastore migrate` without its pauses; return what it says."""
+        found, said = in_process(self, "datastore", "migrate", *options)
+        assert found == status and "Internal error" not in said, said
+        return said
+
+
+def by(api: str, etcd: Etcd) -> Etcd:
+    """Return a client of one of the APIs of an etcd."""
+    client = copy.copy(etcd)
+    client.api = api
+    return client
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands in this process do not wait for others that do not exist."""
+    monkeypatch.setattr(migration, "SETTLE", 0.05)
+
+
+@pytest.fixture
+def bare(own_etcd: Etcd, quick: None) -> FreeHost:
+    """A host without an agent; data is in v2."""
+    two = by("etcdv2", own_etcd)
+    two.put(READY, "true")
+    for number in range(150):
+        two.put(f"/calico/v1/policy/profile/p{number}/tags", [f"p{number}"])
+    return FreeHost(own_etcd)
+
+
+def reset(host: FreeHost) -> None:
+    """Put everything as it was before a move."""
+    by("etcdv3", host.etcd).delete("/calico")
+    by("etcdv2", host.etcd).put(READY, "true")
+
+
+def without_ready(data: dict[str, str]) -> dict[str, str]:
+    return {key: value for key, value in data.items() if key != READY}
+
+
+def faulty(host: FreeHost, fault: str, log: Path, *options: str, status: int) -> Result:
+    env = {"FAULT": fault, "FAULT_LOG": str(log), "SETTLE": "0.05"}
+    words = ("datastore", "migrate", *options)
+    return host.ctl(*words, status=status, command=[sys.executable, FAULTY], env=env)
+
+
+@pytest.mark.parametrize("options", [(), ("--rollback",)])
+def test_after_a_kill_at_any_step_the_data_is_in_use_or_the_command_can_be_repeated(
+    bare: FreeHost, tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    before, log = bare.two, tmp_path / "log"
+    if options:
+        bare.migrate()
+    faulty(bare, "none:0", log, *options, status=0)
+    steps = log.read_text().splitlines()
+    assert len(steps) == (2 if options else 6)
+    for number in range(len(steps)):
+        reset(bare)
+        if options:
+            bare.migrate()
+        faulty(bare, f"kill:{number}", log, *options, status=-9)
+        used = bare.used()
+        assert used in (("v2", False), ("v2", True), ("v3", False)), (steps, number)
+        last = len(steps) - 1
+        assert used == ("v2", False) or number != last or not options
+        if number == last and not options:
+            assert used == ("v3", False)
+        if used[1]:
+            said = bare.ctl("profile", "add", "new", status=1).err
+            assert "etcd's data is frozen" in said and "'calicoctl datastore show'" in said
+        if number % 2 or options:
+            bare.migrate("--rollback")
+            assert bare.two == before and bare.used() == ("v2", False)
+        bare.migrate()
+        assert bare.three == before and bare.used() == ("v3", False)
+        assert bare.two == {**before, READY: "false"}
+
+
+def test_what_is_refused_changes_nothing(bare: FreeHost) -> None:
+    etcd = bare.etcd
+    two, three = by("etcdv2", etcd), by("etcdv3", etcd)
+
+    def refused(says: str, *options: str, **env: str) -> None:
+        before = bare.two, bare.three
+        said = bare.ctl("datastore", "migrate", *options, status=1, env=env)
+        assert says in said.err and said.err.count("\n") == 1 and said.out == "", said
+        assert (bare.two, bare.three) == before
+
+    refused("DATASTORE_TYPE is set to etcdv2", DATASTORE_TYPE="etcdv2")
+    refused("The data has not moved to etcd's v3 API", "--finish")
+    three.put("/calico/v1/policy/profile/x/tags", "[]")
+    refused("v3 API has data already, which is not from here (for example /calico/v1/policy/profile/x/tags)")
+    three.delete("/calico")
+    three.put(OTHER_CALICO, "{}")
+    refused("the data of another Calico in its v3 API")
+    three.delete("/calico")
+    two.put("/calico/v1/large", "x" * 1_500_000)
+    refused("/calico/v1/large cannot be copied: it has 1500016 bytes")
+    two.delete("/calico/v1/large")
+    etcd._request("PUT", OLD_STATUS, value='{"time": "2016-01-01T00:00:00Z", "uptime": 1}', ttl="90")
+    refused("The agents of old are of an older version, or of 2015")
+    two.delete("/calico/felix")
+    two.put(READY, "false")
+    refused("v2 API is frozen (/calico/v1/Ready is false), and not by this command")
+    refused("v2 API is frozen (/calico/v1/Ready is false), and not by this command", "--rollback")
+    two.put(READY, "true")
+    three.put(READY, "true")
+    for options in ((), ("--rollback",), ("--finish", "--discard")):
+        refused("Ready is true in both APIs of etcd", *options)
+    said = bare.ctl("datastore", "show", status=1)
+    assert "Used: none: etcd at" in said.out and "No API of etcd can be used" in said.err
+
+
+def test_a_signal_before_v3_is_in_use_takes_v2_into_use_again(bare: FreeHost) -> None:
+    two = by("etcdv2", bare.etcd)
+    status = {"datastore": {"api": "etcdv2", "frozen": False, "pinned": False}}
+    bare.etcd._request("PUT", OLD_STATUS, value=json.dumps(status), ttl="90")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        command = [CALICOCTL, "datastore", "migrate"]
+        process = subprocess.Popen(command, env=bare.environment(), stderr=subprocess.PIPE, text=True)
+        wait_for(lambda: two.get(READY) == "false", "the freeze")
+        process.send_signal(number)
+        said = process.communicate()[1]
+        assert process.returncode == 128 + number and "etcd's v2 API is in use again" in said, said
+        assert bare.used() == ("v2", False)
+        bare.ctl("profile", "add", f"after{number}")
+    two.delete("/calico/felix")
+    bare.migrate()
+    assert "/calico/v1/policy/profile/after15/tags" in bare.three
+
+
+def test_what_old_programs_write_is_copied_or_reported(bare: FreeHost) -> None:
+    two, stop = by("etcdv2", bare.etcd), threading.Event()
+
+    def write() -> None:
+        number = 0
+        while not stop.is_set():
+            two.put("/calico/v1/old", str(number))
+            number += 1
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        said = bare.migrate(status=1)
+    finally:
+        stop.set()
+        writer.join()
+    assert "Old programs keep writing to etcd's v2 API" in said and "/calico/v1/old" in said
+    assert bare.used() == ("v2", False)
+    bare.migrate()
+    assert bare.three["/calico/v1/old"] == two.get("/calico/v1/old")
+
+    two.put("/calico/v1/policy/profile/late/tags", "[]")
+    for options, done in (((), "The data is in etcd's v3 API already."), (("--finish",), "Nothing is deleted")):
+        said = bare.migrate(*options, status=1)
+        assert done in said and "1 new (/calico/v1/policy/profile/late/tags)" in said
+    # what is new in v3 is not lost either, unless that is asked for
+    bare.ctl("profile", "add", "new")
+    assert "would be lost: 2 new (/calico/v1/policy/profile/new/rules" in bare.migrate("--rollback", status=1)
+    assert bare.used() == ("v3", False) and len(bare.three) > 150
+    bare.migrate("--rollback", "--discard")
+    assert bare.used() == ("v2", False) and "/calico/v1/policy/profile/late/tags" in bare.two
+    bare.migrate()
+    assert bare.three == {**bare.two, READY: "true"}, "what was discarded is overwritten"
+    assert re.search(r"1\d\d keys are deleted from etcd's v2 API", bare.migrate("--finish"))
+    assert bare.two == {} and bare.migrate("--finish").endswith("etcd's v2 API has no data.\n")
+    assert "There is no data to go back to" in bare.migrate("--rollback", "--discard", status=1)
+
+
+def test_show_for_a_user_with_a_member_down_and_while_frozen(bare: FreeHost) -> None:
+    """And moving, for that user."""
+    etcd = bare.etcd
+    with_users(etcd)
+    bare.endpoints = f"http://127.0.0.1:{free_port()},{etcd.url}"
+    user = {"ETCD_USERNAME": "calico", "ETCD_PASSWORD": PASSWORD}
+    environment = bare.environment
+    bare.environment = lambda **extra: environment(**{**user, **extra})  # type: ignore[method-assign]
+    found = bare.shown()
+    assert found["used"] == "v2" and found["frozen"] is False and "Ready is true in v2 alone" in found["why"]
+    two, three = found["apis"]["v2"], found["apis"]["v3"]
+    assert (two["ready"], two["keys"], two["users"]) == ("true", 151, False) and two["bytes"] > 1500
+    assert (three["ready"], three["keys"], three["users"]) == (None, 0, True)
+    down, up = found["members"]
+    assert not down["healthy"] and "connection refused" in down["error"] and down["version"] is None
+    assert up["healthy"] and up["leader"] and up["version"].count(".") == 2 and up["size"] > 0 and up["quota"] > 2**30
+    text = bare.ctl("datastore", "show").out
+    assert "Used: etcd's v2 API" in text and "Frozen: no" in text and PASSWORD not in text
+    by("etcdv2", etcd).put(READY, "false")
+    assert bare.shown()["frozen"] is True and "Frozen: yes" in bare.ctl("datastore", "show").out
+    by("etcdv2", etcd).put(READY, "true")
+    bare.migrate()
+    found = bare.shown()
+    assert found["used"] == "v3" and found["apis"]["v3"]["keys"] == 151
+
+
+def test_an_agent_that_is_pinned_is_named(own_etcd: Etcd, quick: None) -> None:
+    host = FreeHost(own_etcd)
+    by("etcdv2", own_etcd).put(READY, "true")
+    host.start_agent(DATASTORE_TYPE="etcdv2")
+    said = host.migrate(status=1)
+    assert "The agents of host1 have DATASTORE_TYPE in their environment" in said and host.used() == ("v2", False)
+    host.ctl("node", "stop", "--force")
+    host.start_agent()
+    said = host.migrate()
+    assert "etcd's v3 API is in use." in said and "Waiting for agents to use etcd's v3 API" in said
+    assert "The agents of" not in said
+    host.ctl("node", "remove")
+
+
+class FreeFabricHost(FabricHost, FreeHost):
+    """A host of a fabric whose environment does not say which API to use."""
+
+
+@contextmanager
+def moving_fabric(etcd: Etcd, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[FreeFabricHost]]:
+    monkeypatch.setattr("tests.system.fabric.FabricHost", FreeFabricHost)
+    with fabric(etcd, 0, 0) as hosts:
+        yield hosts  # type: ignore[misc]
+
+
+def kernel(host: FabricHost) -> list[object]:
+    """Return what the agent has programmed, in an order of its own."""
+    text = host.run("nft", "-s", "list", "table", "inet", "calico").out
+    routes = [route for version in (4, 6) for route in host.routes("table", "all", version=version)]
+    return [text, sorted(json.dumps(route, sort_keys=True) for route in routes), host.bird]
+
+
+def test_two_hosts_move_under_traffic(open_etcd: Etcd, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And back, and again; nobody loses a packet, and the kernel stays as it is."""
+    two, three = by("etcdv2", open_etcd), by("etcdv3", open_etcd)
+    two.put(READY, "true")
+    with moving_fabric(open_etcd, monkeypatch) as (one, other):
+        for host in (one, other):
+            host.start_agent()
+        one.add("a", "192.168.0.1")
+        other.add("b", "192.168.1.1")
+        one.ctl("profile", "add", "web")
+        one.set_profiles("a", "web")
+        other.set_profiles("b", "web")
+        prober = one.prober("a", "192.168.0.1")
+        prober.await_answer("192.168.1.1", 20)
+        wait_for(lambda: one.sessions == other.sessions == 1, "BGP")
+        data, pids, before = one.two, [one.pid, other.pid], [kernel(host) for host in (one, other)]
+        assert three.tree() == {}
+
+        def moved(*options: str) -> str:
+            said = one.ctl("datastore", "migrate", *options).err
+            assert [kernel(host) for host in (one, other)] == before
+            return said
+
+        prober.tell({"watch": ["192.168.1.1"]})
+        said = moved()
+        assert one.three == data, said
+        assert [line.partition(":")[0] for line in said.splitlines()][:2] == [
+            "Freezing etcd's v2 API …",
+            "Waiting for commands and agents to notice …",
+        ]
+        for host in (one, other):
+            status = json.loads(three.tree()[f"/calico/felix/v1/host/{host.name}/status"])
+            assert status["datastore"] == {"api": "etcdv3", "frozen": False, "pinned": False}
+        moved("--rollback")
+        assert one.two == data and one.used() == ("v2", False)
+        moved()
+        moved("--finish")
+        assert two.tree() == {}
+        lost = prober.ask({})
+        assert max(lost.values()) < LOSS, lost
+        # the agents follow v3
+        other.set_profiles("b")
+        wait_for(lambda: not one.reaches("a", "192.168.1.1"), "the change of policy")
+        assert [one.pid, other.pid] == pids
+        for host in (one, other):
+            assert "Problems:   none" in host.ctl("status").out
+        prober.close()

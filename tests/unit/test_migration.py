@@ -1,0 +1,397 @@
+"""Moving the data from v2 to v3 and back: each step, on stores in memory."""
+
+from __future__ import annotations
+
+import json
+from typing import Callable
+
+import pytest
+
+from calicoctl.datastore import keys, migration
+from calicoctl.datastore.detection import Shown, decide
+from calicoctl.datastore.migration import Migration, Moved
+from calicoctl.datastore.settings import V2, V3
+from calicoctl.errors import CalicoError, StoreUnavailable
+from tests.unit.memory_store import Fault, MemoryStore
+
+TAGS, RULES = keys.profile_tags("web"), keys.profile_rules("web")
+STATUS = keys.felix_status("host1")
+READY = keys.READY
+
+
+class Killed(BaseException):
+    """The process is gone: nothing more is written."""
+
+
+class World:
+    """An etcd with two APIs; data is in v2."""
+
+    def __init__(self) -> None:
+        self.v2, self.v3 = MemoryStore(), MemoryStore(modern=True)
+        for key, value in ((READY, "true"), (TAGS, "[]"), (RULES, "{}")):
+            self.v2.put(key, value)
+        self.told: list[str] = []
+
+    def migration(self) -> Migration:
+        return Migration("http://etcd", lambda: (self.v2, self.v3), self.told.append)
+
+    def move(self) -> Moved:
+        return self.migration().move()
+
+    def agent(self, store: MemoryStore, host: str = "host1", **fields: object) -> None:
+        """Report as an agent does."""
+        api = V2 if store is self.v2 else V3
+        value = {"datastore": {"api": api, "frozen": store.entries[READY].value == "false", "pinned": False, **fields}}
+        store.put(keys.felix_status(host), json.dumps(value), 30)
+
+    def used(self) -> tuple[str, bool | None]:
+        """Return which API commands use, and whether its data is frozen."""
+        shown = []
+        for store in (self.v3, self.v2):
+            entry = store.entries.get(READY)
+            shown.append(Shown(ready=None if entry is None else entry.value))
+        choice = decide(*shown, "http://etcd")
+        return choice.version, choice.frozen
+
+    def data(self, store: MemoryStore) -> dict[str, str]:
+        return {entry.key: entry.value for entry in store.tree("/calico") if "/felix/" not in entry.key}
+
+    def refuses(self, says: str, act: Callable[[], object] | None = None) -> None:
+        """Moving is refused, and nothing is changed."""
+        before = self.v2.revision, self.v3.revision
+        with pytest.raises(CalicoError, match=says):
+            (act or self.move)()
+        assert (self.v2.revision, self.v3.revision) == before
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> World:
+    for name in ("SETTLE", "AGENTS_PATIENCE", "POLL"):
+        monkeypatch.setattr(migration, name, 0.0)
+    return World()
+
+
+def test_all_data_moves_but_for_what_agents_report(world: World) -> None:
+    world.v2.put("/calico/v1/passing", "1", 30)
+    world.v2.put(keys.FELIX_HOSTS + "/gone/workload/docker/w/endpoint/e", "{}")
+    before = world.data(world.v2)
+    moved = world.move()
+    assert moved.text.startswith("2 keys have moved: etcd's v3 API is in use.") and moved.problems == ()
+    assert world.used() == ("v3", False)
+    assert world.data(world.v3) == {TAGS: "[]", RULES: "{}", READY: "true"}
+    assert world.data(world.v2) == {**before, READY: "false"}
+    assert world.told[0] == "Freezing etcd's v2 API" and "Copying: 2 of 2 keys" in world.told
+    assert world.move().text.startswith("The data is in etcd's v3 API already.")
+
+
+def test_a_target_that_is_not_our_own_copy_is_refused(world: World) -> None:
+    world.v3.put("/calico/v1/policy/profile/other/tags", "[]")
+    world.refuses("v3 API has data already, which is not from here .for example /calico/v1/policy/profile/other/tags")
+    world.v3.put(READY, "false")
+    world.refuses("v3 API has data already, which is not from here ./calico/v1/Ready is false")
+    world.v3.put(keys.OTHER_CALICO + "/node", "{}")
+    world.refuses("the data of another Calico in its v3 API")
+
+
+def test_data_that_somebody_else_has_frozen_stays_so(world: World) -> None:
+    world.v2.put(READY, "false")
+    for act in (world.move, lambda: world.migration().roll_back(False)):
+        world.refuses("v2 API is frozen ./calico/v1/Ready is false., and not by this command", act)
+
+
+def test_without_data_or_with_data_in_both_nothing_moves(world: World) -> None:
+    world.v3.put(READY, "true")
+    acts = (world.move, lambda: world.migration().roll_back(True), lambda: world.migration().finish(True))
+    for act in acts:
+        world.refuses("Ready is true in both APIs", act)
+    empty = World()
+    empty.v2.remove_tree("/calico")
+    empty.refuses("There is no data to move")
+    empty.refuses("There is no data to go back to", lambda: empty.migration().roll_back(True))
+    empty.refuses("has not moved to etcd's v3 API: nothing is deleted", lambda: empty.migration().finish(True))
+
+
+def test_agents_that_cannot_follow_are_named(world: World) -> None:
+    world.agent(world.v2)
+    world.agent(world.v2, "pinned2", pinned=True)
+    world.agent(world.v2, "pinned1", pinned=True)
+    world.refuses("The agents of pinned1, pinned2 have DATASTORE_TYPE in their environment")
+    for name in ("old2", "old1"):
+        world.v2.put(keys.felix_status(name), '{"uptime": 1}', 30)
+    world.refuses("The agents of old1, old2 are of an older version, or of 2015")
+    world.v2.clock += 40
+    assert len(world.v2.tree("/calico")) == 3
+    world.v3.put(READY, "false")
+    world.agent(world.v3, "there", pinned=True)
+    world.v3.entries.pop(READY)
+    world.refuses("The agents of there have DATASTORE_TYPE")
+
+
+def test_what_cannot_be_copied_is_refused_before_anything_is_frozen(world: World) -> None:
+    world.v2.put("/calico/v1/large", "x" * 1_500_000)
+    world.refuses("/calico/v1/large cannot be copied: it has")
+
+
+def test_agents_that_do_not_notice_keep_v2_in_use(world: World) -> None:
+    world.agent(world.v2)
+    with pytest.raises(CalicoError, match="The agents of host1 do not say that they have noticed"):
+        world.move()
+    assert world.used() == ("v2", False) and "etcd's v2 API is in use again" in world.told
+    assert list(world.data(world.v3)) == [keys.UNUSED_COPY]
+
+
+def noticed(world: World) -> Callable[[], Fault]:
+    """Return what has host1's agent notice the freeze, and the end of it, at once."""
+
+    def fault() -> Fault:
+        if world.v2.entries[READY].value == "false" and STATUS in world.v2.entries:
+            world.agent(world.v2)
+        return None
+
+    return fault
+
+
+def test_agents_are_waited_for(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(migration, "AGENTS_PATIENCE", 10.0)
+    world.agent(world.v2)
+    waits: list[str] = []
+
+    def sleep(seconds: float) -> None:
+        waits.append(world.told[-1])
+        if world.used() == ("v3", False):
+            world.agent(world.v3)
+        elif len(waits) == 3:
+            world.agent(world.v2)
+
+    monkeypatch.setattr("time.sleep", sleep)
+    assert world.move().problems == ()
+    assert waits == ["Waiting for commands and agents to notice"] * 4 + ["Waiting for agents to use etcd's v3 API"]
+
+
+def test_agents_that_are_not_seen_in_v3_are_named(world: World) -> None:
+    world.agent(world.v2)
+    world.v3.fault = noticed(world)
+    world.v2.before_read = lambda: noticed(world)() and None
+    assert world.move().problems == (
+        "The agents of host1 are not seen in etcd's v3 API yet: see 'calicoctl status' there",
+    )
+
+
+def once(act: Callable[[], object], when: Callable[[], bool]) -> Callable[[], None]:
+    """Return a function that calls `act` when `when` is true for the first time."""
+    left = [act]
+
+    def call() -> None:
+        if left and when():
+            left.pop()()
+
+    return call
+
+
+def test_what_is_written_while_it_is_copied_is_copied_too(world: World) -> None:
+    def write() -> None:
+        world.v2.put(TAGS, '["new"]')
+        world.v2.put("/calico/v1/late", "1")
+        world.v2.remove_tree(keys.PROFILES + "/web/rules")
+
+    world.v2.before_read = once(write, lambda: TAGS in world.v3.entries)
+    assert world.move().problems == ()
+    assert world.data(world.v3) == {TAGS: '["new"]', "/calico/v1/late": "1", READY: "true"}
+
+
+def test_a_store_that_never_rests_is_not_moved(world: World) -> None:
+    counts = iter(range(1000))
+    world.v2.before_read = lambda: world.v2.put("/calico/v1/count", str(next(counts))) and None
+    with pytest.raises(CalicoError, match=r"Old programs keep writing .* \(1 changed \(/calico/v1/count\)\)"):
+        world.move()
+    assert world.used() == ("v2", False)
+
+
+def test_an_old_program_that_sets_ready_to_true_ends_the_move(world: World) -> None:
+    world.v2.before_read = once(lambda: world.v2.put(READY, "true"), lambda: world.v2.entries[READY].value == "false")
+    with pytest.raises(CalicoError, match="Another program has written /calico/v1/Ready in etcd's v2 API"):
+        world.move()
+    assert world.used() == ("v2", False)
+
+
+def test_what_old_programs_write_after_the_copy_is_reported(world: World) -> None:
+    is_live = lambda: READY in world.v3.entries  # noqa: E731
+
+    def write() -> None:
+        world.v2.put(READY, "true")
+        world.v2.put("/calico/v1/late", "1")
+        world.v2.remove_tree(keys.PROFILES)
+
+    world.v2.before_read = once(write, is_live)
+    first, second = world.move().problems
+    assert "An old program has set /calico/v1/Ready to true in etcd's v2 API" in first
+    assert second.endswith(f"1 new (/calico/v1/late); 2 deleted ({RULES}, {TAGS})")
+    assert world.used() == ("v3", False)
+    world.v2.put("/calico/v1/later", "1")
+    (again,) = world.move().problems
+    assert again.endswith("1 new (/calico/v1/later)"), "what was written before Ready was set again was reported then"
+    world.refuses("Old programs have written .* Nothing is deleted", lambda: world.migration().finish(False))
+    world.migration().finish(True)
+    assert world.v2.entries == {}
+
+
+def test_another_run_that_takes_over_is_not_disturbed(world: World) -> None:
+    """The first one fails, and leaves Ready alone."""
+    runs: list[Moved] = []
+    world.v2.before_read = once(lambda: runs.append(world.move()), lambda: TAGS in world.v3.entries)
+    with pytest.raises(CalicoError, match="Another 'calicoctl datastore migrate' has taken over"):
+        world.move()
+    assert len(runs) == 1 and world.used() == ("v3", False)
+    assert "etcd's v2 API is in use again" not in world.told
+
+
+def test_another_program_that_writes_to_the_target_ends_the_move(world: World) -> None:
+    world.v3.before_read = once(lambda: world.v3.put("/calico/v1/x", "1"), lambda: TAGS in world.v3.entries)
+    with pytest.raises(CalicoError, match="Another program writes to etcd's v3 API below /calico: 1 new"):
+        world.move()
+    assert world.used() == ("v2", False)
+
+
+def writes_of(run: Callable[[World], object]) -> int:
+    """Return how many writes a run makes."""
+    world, count = prepared(run), []
+
+    def fault() -> Fault:
+        count.append(1)
+        return None
+
+    world.v2.fault = world.v3.fault = fault
+    run(world)
+    return len(count)
+
+
+def prepared(run: Callable[[World], object]) -> World:
+    world = World()
+    for number in range(250):
+        world.v2.put(f"/calico/v1/many/{number}", str(number))
+    if run is not move:
+        world.move()
+    return world
+
+
+def move(world: World) -> object:
+    return world.move()
+
+
+def roll_back(world: World) -> object:
+    return world.migration().roll_back(False)
+
+
+@pytest.mark.parametrize("run", [move, roll_back])
+@pytest.mark.parametrize("fault", ["before", "lost", "down"])
+@pytest.mark.parametrize("repeat", [move, roll_back])
+def test_whatever_ends_it_the_data_is_in_use_or_it_can_be_repeated(
+    world: World, run: Callable[[World], object], fault: str, repeat: Callable[[World], object]
+) -> None:
+    """`before`: it is killed before a write; `lost`: after it; `down`: etcd is gone for good at that moment."""
+    total = writes_of(run)
+    assert total == (7 if run is move else 2)
+    for number in range(total):
+        attempt = prepared(run)
+        before = attempt.data(attempt.v2)
+        count = iter(range(1000))
+
+        def strike(attempt: World = attempt, count=count, number: int = number) -> Fault:  # type: ignore[no-untyped-def]
+            at = next(count)
+            if at >= number and fault == "down":
+                return "down"
+            if at > number or (at == number and fault == "before"):
+                raise Killed
+            if at == number:
+                attempt.v2.fault = attempt.v3.fault = dead
+                return None
+            return None
+
+        def dead() -> Fault:
+            raise Killed
+
+        attempt.v2.fault = attempt.v3.fault = strike
+        with pytest.raises((Killed, StoreUnavailable)):
+            run(attempt)
+            raise Killed
+        attempt.v2.fault = attempt.v3.fault = lambda: None
+        assert attempt.used() in (("v2", False), ("v2", True), ("v3", False)), number
+        repeat(attempt)
+        assert attempt.used() == (("v3", False) if repeat is move else ("v2", False)), number
+        used = attempt.v3 if repeat is move else attempt.v2
+        assert attempt.data(used) == {**before, READY: "true"}, number
+
+
+def test_an_interrupt_takes_v2_into_use_again(world: World) -> None:
+    """At whichever write it comes, whether that was applied or not, before v3 is in use."""
+    for number in range(writes_of(move)):
+        for applied in (True, False):
+            attempt = prepared(move)
+            count = iter(range(1000))
+
+            def strike(count=count, number: int = number, applied: bool = applied) -> Fault:  # type: ignore[no-untyped-def]
+                if next(count) == number + applied:
+                    raise KeyboardInterrupt
+                return None
+
+            attempt.v2.fault = attempt.v3.fault = strike
+            with pytest.raises(KeyboardInterrupt):
+                attempt.move()
+                raise KeyboardInterrupt
+            assert attempt.used() == (("v3", False) if attempt.v3.entries.get(READY) else ("v2", False))
+    assert attempt.used() == ("v2", False), "the last write is the one that takes v3 into use"
+
+
+def test_going_back_refuses_to_lose_what_was_written_to_v3(world: World) -> None:
+    world.move()
+    world.v3.put("/calico/v1/new", "1")
+    world.refuses(r"would be lost: 1 new \(/calico/v1/new\)", lambda: world.migration().roll_back(False))
+    assert world.migration().roll_back(True).text == "etcd's v2 API is in use again."
+    assert world.used() == ("v2", False) and "/calico/v1/new" not in world.v2.entries
+    assert world.migration().roll_back(False).text == "etcd's v2 API is in use."
+    world.v2.put("/calico/v1/other", "1")
+    world.move()
+    assert world.data(world.v3) == {TAGS: "[]", RULES: "{}", "/calico/v1/other": "1", READY: "true"}
+
+
+def test_what_is_written_to_v3_while_it_is_frozen_takes_it_into_use_again(world: World) -> None:
+    world.move()
+    world.v3.before_read = once(
+        lambda: world.v3.put("/calico/v1/new", "1"), lambda: world.v3.entries[READY].value == "false"
+    )
+    with pytest.raises(CalicoError, match="would be lost"):
+        world.migration().roll_back(False)
+    assert world.used() == ("v3", False) and world.v3.entries["/calico/v1/new"].value == "1"
+    assert keys.UNUSED_COPY not in world.v3.entries
+
+
+def test_an_interrupted_way_back_is_undone_by_a_move_without_a_copy(world: World) -> None:
+    world.move()
+    world.v3.put("/calico/v1/new", "1")
+
+    def killed() -> Fault:
+        raise Killed
+
+    def strike() -> Fault:
+        world.v2.fault = world.v3.fault = killed
+        return None
+
+    world.v3.fault = strike
+    with pytest.raises(Killed):
+        world.migration().roll_back(True)
+    world.v2.fault = world.v3.fault = lambda: None
+    assert world.used() == ("v2", True)
+    assert world.move().text == "The interrupted way back to v2 is undone: etcd's v3 API is in use again."
+    assert world.v3.entries["/calico/v1/new"].value == "1" and keys.UNUSED_COPY not in world.v3.entries
+
+
+def test_the_data_in_v2_is_deleted_when_no_agent_uses_it(world: World) -> None:
+    world.refuses("has not moved", lambda: world.migration().finish(False))
+    world.move()
+    world.agent(world.v2)
+    world.refuses("The agents of host1 use etcd's v2 API", lambda: world.migration().finish(False))
+    world.v2.clock += 40
+    assert world.migration().finish(False).text == "3 keys are deleted from etcd's v2 API."
+    assert world.v2.entries == {} and world.used() == ("v3", False)
+    assert world.migration().finish(False).text == "etcd's v2 API has no data."
+    world.refuses("There is no data to go back to", lambda: world.migration().roll_back(True))
