@@ -154,13 +154,14 @@ class _Counted:
 
 
 class _CountedReader(io.BufferedReader):
-    """A buffered reader of a _CountedFile. `read` never allocates more than the bound of the answer plus one byte."""
+    """A buffered reader of a _CountedFile. `read` allocates no more memory than an answer may have bytes, and one more."""
 
     def __init__(self, file: _CountedFile, bounds: Bounds) -> None:
         super().__init__(file)
         self._bounds = bounds
 
     def read(self, size: int | None = -1) -> bytes:
+        # the byte beyond the bound is what raises TooLarge
         return super().read(size if size is None else min(size, self._bounds.size + 1))
 
 

@@ -1,4 +1,4 @@
-"""Records the API of etcd in which a host is registered, and etcd's servers, in /var/lib/calico/HOST/api.
+"""Records in which API of which etcd servers a host is registered. The file is /var/lib/calico/HOST/api.
 
 If an etcd with data in its v2 API is restarted without this API, the empty v3 API looks like that of a new etcd. The
 record prevents the host from registering there, which would disconnect its workloads.
