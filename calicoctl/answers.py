@@ -154,7 +154,7 @@ class _Counted:
 
 
 class _CountedReader(io.BufferedReader):
-    """A buffered reader of a _CountedFile. `read` allocates no more memory than an answer may have bytes, and one more."""
+    """A buffered reader of a _CountedFile. `read` allocates at most one byte more than an answer may have."""
 
     def __init__(self, file: _CountedFile, bounds: Bounds) -> None:
         super().__init__(file)
