@@ -81,10 +81,10 @@ class Claims:
         return None if claim is None else self._ids.get(claim)
 
     def decide(self, changed: Iterable[EndpointId]) -> dict[EndpointId, str | None]:
-        """Decide about the endpoints `changed` (added or withdrawn), and about all candidates that this affects.
+        """Decide again after the endpoints `changed` were added or withdrawn.
 
-        Return, for each of these candidates, the reason why it loses, or None if it wins. The smallest claim comes
-        first.
+        Return the candidates about which it was decided, in the order of their claims: those that were added, and those
+        that a change affects. The value is the reason why the candidate loses, or None if it wins.
         """
         freed: set[str] = set()
         waiting: list[_Claim] = []
