@@ -92,6 +92,8 @@ class Etcd3Store:
         self._members = Members(settings, lambda member: Connection(settings, member, authorize), patience)
         self._leases: dict[int, str] = {}
         """Time to live in seconds -> id of the lease."""
+        self._renewed: dict[int, float] = {}
+        """Time to live -> when the last request that has renewed its lease was sent (monotonic)."""
 
     # Reads
 
@@ -211,7 +213,10 @@ class Etcd3Store:
         return self.update(entry, value, ttl)
 
     def put(self, key: str, value: str, ttl: int | None = None) -> None:
-        self._attached(ttl, lambda lease: self._ask("/v3/kv/put", _put(key, value, lease), key, revision))  # idempotent
+        def send(lease: str | None) -> None:
+            self._ask("/v3/kv/put", _put(key, value, lease), key, revision)  # idempotent
+
+        self._attached(ttl, send, always_renew=False)
 
     def put_all(self, values: Mapping[str, str], ttl: int | None = None) -> None:
         def send(lease: str | None) -> None:
@@ -219,7 +224,7 @@ class Etcd3Store:
             self._ask("/v3/kv/txn", {"success": puts}, next(iter(values)), revision)  # idempotent
 
         if values:
-            self._attached(ttl, send)
+            self._attached(ttl, send, always_renew=False)
 
     def remove_tree(self, directory: str) -> None:
         start, end = map(base64, below(directory))
@@ -227,34 +232,45 @@ class Etcd3Store:
         request = {"success": [{"request_delete_range": keys} for keys in ranges]}
         self._ask("/v3/kv/txn", request, directory, revision)  # idempotent
 
-    def _attached(self, ttl: int | None, send: Callable[[str | None], T]) -> T:
-        """Call `send` with the id of a lease that expires in `ttl` seconds, or with None; return the result."""
+    def _attached(self, ttl: int | None, send: Callable[[str | None], T], always_renew: bool = True) -> T:
+        """Call `send` with the id of the lease for `ttl`, or with None if `ttl` is None; return the result.
+
+        The lease is renewed before. Without `always_renew`, that is left out if it was renewed less than half of `ttl`
+        ago.
+        """
         if ttl is None:
             return send(None)
         for _ in range(ATTEMPTS):
+            lease = self._leases.get(ttl)
             try:
-                return send(self._members.retry(lambda connection: self._lease(connection, ttl)))
-            except _NoLease:  # it has expired since it was kept alive
+                if lease is None or always_renew or time.monotonic() > self._renewed[ttl] + ttl / 2:
+                    lease = self._members.retry(lambda connection: self._lease(connection, ttl))
+                return send(lease)
+            except _NoLease:  # it has expired since it was renewed
                 self._leases.pop(ttl, None)
         raise StoreUnavailable(f"etcd ends leases of {ttl} s before they are used; try again later")
 
     def _lease(self, connection: Connection, ttl: int) -> str:
         """Return the id of the lease for `ttl`, which is renewed, or created if there is none."""
         if not self._keep_alive(connection, ttl):
+            now = time.monotonic()
             with _translated(connection, "a lease"):
                 granted = connection.post("/v3/lease/grant", {"TTL": str(ttl)})
                 number(granted, "ID")
-                self._leases[ttl] = granted["ID"]
+                self._leases[ttl], self._renewed[ttl] = granted["ID"], now
         return self._leases[ttl]
 
     def _keep_alive(self, connection: Connection, ttl: int) -> bool:
         """Renew the lease for `ttl`; return False if there is none, or if it has expired."""
         if ttl not in self._leases:
             return False
+        now = time.monotonic()
         with _translated(connection, "a lease"):
             answer = connection.post("/v3/lease/keepalive", {"ID": self._leases[ttl]})
             if number(answer["result"], "TTL") == 0:
                 del self._leases[ttl]
+            else:
+                self._renewed[ttl] = now
         return ttl in self._leases
 
     # Watches

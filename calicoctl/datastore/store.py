@@ -34,6 +34,14 @@ class Entry:
     problem: str | None = None
     expires: bool = field(default=False, compare=False)
 
+    @property
+    def is_unread_directory(self) -> bool:
+        """Whether the entry stands for a directory of which nothing could be read. Its `revision` is 0 then.
+
+        In a store without directories, an entry with a problem stands for its key alone.
+        """
+        return self.problem is not None and self.revision == 0
+
 
 @dataclass(frozen=True)
 class Change:
@@ -192,7 +200,10 @@ class Store(Protocol):
         """Delete all keys below `directory`, and the key `directory` itself; do nothing if there are none."""
 
     def put(self, key: str, value: str, ttl: int | None = None) -> None:
-        """Write `key` blindly, whatever its value is. `ttl`: see `update`."""
+        """Write `key` blindly, whatever its value is.
+
+        `ttl`: see `update`. With leases, the key may expire with others on its lease, up to half of `ttl` earlier.
+        """
 
     def put_all(self, values: Mapping[str, str], ttl: int | None = None) -> None:
         """Write at most MOST_AT_ONCE keys blindly, as `put` does; an atomic store writes them in one transaction."""

@@ -295,6 +295,33 @@ def test_values_of_ours_do_not_count_unless_all_are_there(gateway: Gateway, serv
 # Leases
 
 
+def test_a_put_takes_one_request_while_the_lease_has_half_of_its_time_left(
+    gateway: Gateway, store: Etcd3Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def asked(action: Callable[[], object]) -> list[str]:
+        gateway.asked.clear()
+        action()
+        return [path.rpartition("/")[2] for path, _ in gateway.asked]
+
+    now = 1000.0
+    monkeypatch.setattr(etcd3.time, "monotonic", lambda: now)
+    alive = reply({"result": {"header": {}, "ID": "11", "TTL": "30"}})
+    gateway.instead = [reply({"ID": "11"})]
+    assert asked(lambda: store.put("/k", "1", ttl=30)) == ["grant", "put"]
+    now += 15
+    assert asked(lambda: store.put("/k", "2", ttl=30)) == ["put"]
+    assert gateway.asked[0][1]["lease"] == "11"
+    assert asked(lambda: store.put_all({"/k": "2"}, ttl=30)) == ["txn"]
+    now += 1
+    gateway.instead = [alive]
+    assert asked(lambda: store.put_all({"/k": "3"}, ttl=30)) == ["keepalive", "txn"]
+    assert asked(lambda: store.put("/k", "4", ttl=30)) == ["put"]
+    gateway.instead = [alive]
+    assert asked(lambda: store.create("/n", "5", ttl=30)) == ["keepalive", "txn"], "what must live as long as it says"
+    gateway.instead = [refusal(5, "etcdserver: requested lease not found", 404), reply({"ID": "12"})]
+    assert asked(lambda: store.put("/k", "6", ttl=30)) == ["put", "grant", "put"], "it has expired all the same"
+
+
 def test_a_lease_that_has_expired_is_granted_anew(gateway: Gateway, store: Etcd3Store) -> None:
     granted, dead = reply({"ID": "11", "TTL": "30"}), reply({"result": {"header": {}, "ID": "11"}})
     alive = reply({"result": {"header": {}, "ID": "12", "TTL": "30"}})
@@ -317,7 +344,7 @@ def test_a_lease_that_has_expired_is_granted_anew(gateway: Gateway, store: Etcd3
         *("keepalive", "grant", "txn"),
     ]
     gone = refusal(5, "etcdserver: requested lease not found", 404)
-    gateway.instead = [alive, *[gone, reply({"ID": "15"})] * (etcd3.ATTEMPTS - 1), gone]
+    gateway.instead = [*[gone, reply({"ID": "15"})] * (etcd3.ATTEMPTS - 1), gone]
     with pytest.raises(StoreUnavailable, match="ends leases of 30 s"):
         store.put("/k", "1", ttl=30)
     assert not gateway.instead
