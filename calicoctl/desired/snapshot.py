@@ -166,9 +166,9 @@ class Snapshot:
             self._check_local()
 
     def replace(self, directory: str, entries: Iterable[Entry]) -> None:
-        """Replace everything below a directory by these entries, except what is below an entry with a `problem`."""
+        """Replace everything below a directory by these entries, except what is below an unread directory."""
         now = {entry.key: entry for entry in entries}
-        unread = {key for key, entry in now.items() if entry.problem is not None}
+        unread = {key for key, entry in now.items() if entry.is_unread_directory}
         self._forget_skipped(directory)
         self.unread |= unread
         for key in self._entries.below(directory):

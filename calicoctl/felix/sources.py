@@ -169,7 +169,7 @@ class StoreEvents(_Source):
                 if watch is None:
                     entries, revision = self._datastore.list_for_watch(self._directory)
                     spread = spread_of_reads(entries)
-                    unread = {entry.key for entry in entries if entry.problem is not None}
+                    unread = {entry.key for entry in entries if entry.is_unread_directory}
                     may_reread_at, reread_at = time.monotonic() + REREAD_INTERVAL, float("inf")
                     self._events.put(StoreRead(self._directory, entries))
                     del entries

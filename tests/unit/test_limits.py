@@ -165,6 +165,20 @@ def test_what_is_below_a_directory_that_is_too_large_stays_as_it_was_read_last()
     assert snapshot.unread == set() and id not in snapshot.endpoints and not snapshot.has_valid_rules("web")
 
 
+def test_a_key_that_cannot_be_read_keeps_nothing_below_it_from_being_deleted() -> None:
+    """In a store without directories, there may be a key with the path of a directory."""
+    read = Store(in_pools(Snapshot(HOST)))
+    snapshot = read.snapshot
+    read.profile("web", {"action": "allow"})
+    read.endpoint(0, "192.168.0.1", profile_ids=["web"])
+    keys_of_directories = [Entry(key, "", 7, 7, "it is not UTF-8") for key in ("/calico/v1/policy", "/calico/v1/host")]
+    snapshot.replace("/calico/v1", keys_of_directories)
+    assert not snapshot.endpoints and not snapshot.has_valid_rules("web") and not snapshot.unread
+    assert snapshot.skipped.keys() == {entry.key for entry in keys_of_directories}
+    snapshot.change(Change("/calico/v1/host", None, alone=True))
+    assert snapshot.skipped.keys() == {"/calico/v1/policy"}
+
+
 def test_what_cannot_be_read_is_not_repaired(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
