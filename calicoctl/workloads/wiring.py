@@ -179,8 +179,8 @@ def connect(
 
     `interface` is the interface's name inside the workload; None means its previous name or, for a new workload,
     DEFAULT_INTERFACE. With `exist_ok`, a workload that is already connected with an address that satisfies the request,
-    and with this interface, is not an error. If the namespace's path now leads to another process, the workload of the
-    earlier process is disconnected first.
+    and with this interface, is not an error. If the path is that of a process, such as /proc/PID/ns/net, and its id
+    was reused since the workload was connected, what was connected under the path is removed first.
     """
     with WorkloadSession.enter(datastore, workload) as session:
         session.clear_after_another_process()
