@@ -57,8 +57,11 @@ WITHOUT_SETTINGS = ("completion", "version")
 """Commands that run even if the settings file is invalid. `completion` reads the file only to query etcd or Docker."""
 
 
-class Interrupted(BaseException):
-    """A signal (`number`) asks the process to end. Changes are rolled back while this exception propagates."""
+class Interrupted(KeyboardInterrupt):
+    """A signal (`number`) asks the process to end. Changes are rolled back while this exception propagates.
+
+    asyncio, which pyroute2 uses, passes a KeyboardInterrupt on from everywhere, other exceptions not from callbacks.
+    """
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -103,6 +106,7 @@ def entry() -> NoReturn:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _interrupt)
+    sys.unraisablehook = _unraisable
     sys.stdout, sys.stderr = _Output.over(sys.stdout), _ErrorOutput.over(sys.stderr)
     status = main(sys.argv[1:])
     try:
@@ -201,9 +205,38 @@ def prepare(argv: list[str]) -> Prepared:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
+    if _imports(frame):
+        _interrupt_soon(number)
+        return
     for other in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(other, signal.SIG_IGN)  # the rollback must not be interrupted
     raise Interrupted(number)
+
+
+def _imports(frame: FrameType | None) -> bool:
+    """Return whether a module is being imported.
+
+    An exception could then be lost, in a callback of importlib or in a module that tries imports, or leave a module
+    half initialized that the rollback needs.
+    """
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _interrupt_soon(number: int) -> None:
+    signal.signal(signal.SIGALRM, lambda _, frame: _interrupt(number, frame))
+    signal.setitimer(signal.ITIMER_REAL, 0.001)
+
+
+def _unraisable(lost: sys.UnraisableHookArgs) -> None:
+    """Handle an exception that cannot be raised, from a finalizer for example: the interrupt is repeated."""
+    if isinstance(lost.exc_value, Interrupted):
+        _interrupt_soon(lost.exc_value.number)
+    else:
+        sys.__unraisablehook__(lost)
 
 
 def _report(sentence: str, debug: bool) -> None:

@@ -1,0 +1,85 @@
+"""A signal that asks a command to end is heard at any moment, also when Python or a library would swallow it."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Callable
+
+import pytest
+
+from calicoctl.cli import main
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@pytest.fixture(autouse=True)
+def handlers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What a command does with signals."""
+    before = {number: signal.getsignal(number) for number in (*SIGNALS, signal.SIGALRM)}
+    for number in SIGNALS:
+        signal.signal(number, main._interrupt)
+    monkeypatch.setattr(sys, "unraisablehook", main._unraisable)
+    yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def hit(number: int = signal.SIGTERM) -> None:
+    os.kill(os.getpid(), number)
+    for _ in range(1000):  # the handler runs between two of these
+        pass
+
+
+def is_heard(attempt: Callable[[], object], number: int = signal.SIGTERM) -> bool:
+    """Return whether the command is interrupted during an attempt, or soon after it."""
+    with pytest.raises(main.Interrupted) as interrupted:
+        attempt()
+        time.sleep(5)
+    return interrupted.value.number == number and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_at_an_ordinary_moment(number: int) -> None:
+    assert is_heard(lambda: hit(number), number)
+
+
+def test_while_a_module_is_imported_that_ignores_all_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "interrupted_import.py").write_text(
+        f"from {__name__} import hit\ntry:\n    hit()\nexcept BaseException:\n    pass\nwhole = True\n"
+    )
+    assert is_heard(lambda: importlib.import_module("interrupted_import"))
+    assert sys.modules.pop("interrupted_import").whole
+
+
+def test_in_a_finalizer() -> None:
+    class Finalized:
+        def __del__(self) -> None:
+            hit()
+
+    assert is_heard(Finalized)
+
+
+def test_in_a_callback_of_asyncio() -> None:
+    async def work() -> None:
+        asyncio.get_running_loop().call_soon(hit)
+        await asyncio.sleep(5)
+
+    assert is_heard(lambda: asyncio.run(work()))
+
+
+def test_other_errors_of_finalizers_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    class Broken:
+        def __del__(self) -> None:
+            raise ValueError("broken")
+
+    Broken()
+    assert "ValueError: broken" in capsys.readouterr().err
