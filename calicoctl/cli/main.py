@@ -60,12 +60,18 @@ WITHOUT_SETTINGS = ("completion", "version")
 class Interrupted(KeyboardInterrupt):
     """A signal (`number`) asks the process to end. Changes are rolled back while this exception propagates.
 
-    asyncio, which pyroute2 uses, passes a KeyboardInterrupt on from everywhere, other exceptions not from callbacks.
+    If it is lost on its way, in the finalizer of a library's object for example, the interrupt is repeated. asyncio,
+    which pyroute2 uses, passes a KeyboardInterrupt on from everywhere, other exceptions not from callbacks.
     """
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
         self.number = number
+        self.handled = False
+
+    def __del__(self) -> None:
+        if not self.handled:
+            _interrupt_soon(self.number)
 
 
 class _Output(io.FileIO):
@@ -153,6 +159,7 @@ def main(argv: list[str], where: str = "", prepared: Prepared | None = None) -> 
             print(error.usage, file=sys.stderr)
         return error.exit_status
     except Interrupted as interrupted:
+        interrupted.handled = True
         report("Interrupted; no container is left half connected. Repeat the command to complete it.")
         return 128 + interrupted.number
     except OSError as error:
@@ -216,8 +223,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 def _imports(frame: FrameType | None) -> bool:
     """Return whether a module is being imported.
 
-    An exception could then be lost, in a callback of importlib or in a module that tries imports, or leave a module
-    half initialized that the rollback needs.
+    An exception could then leave a module half initialized that the rollback needs.
     """
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
@@ -232,10 +238,8 @@ def _interrupt_soon(number: int) -> None:
 
 
 def _unraisable(lost: sys.UnraisableHookArgs) -> None:
-    """Handle an exception that cannot be raised, from a finalizer for example: the interrupt is repeated."""
-    if isinstance(lost.exc_value, Interrupted):
-        _interrupt_soon(lost.exc_value.number)
-    else:
+    """Report an exception that is lost, since nothing can catch it; not an interrupt, which is repeated."""
+    if not isinstance(lost.exc_value, Interrupted):
         sys.__unraisablehook__(lost)
 
 

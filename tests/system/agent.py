@@ -117,6 +117,13 @@ class AgentHost(Host):
         return links(namespace)["eth1"]["address"]
 
 
+class FreeHost(AgentHost):
+    """A host whose environment does not say which of etcd's APIs to use, unless a command is told."""
+
+    def environment(self, **extra: str) -> dict[str, str]:
+        return super().environment(**{"DATASTORE_TYPE": "", **extra})
+
+
 @contextmanager
 def locked(host: Host, namespace: str) -> Iterator[None]:
     """Hold the lock of a namespace's workload, as a command does."""

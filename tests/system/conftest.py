@@ -1,4 +1,8 @@
-"""Real parts for the system tests: one etcd and one Docker Engine a session, on a host of their own (tests/sandbox)."""
+"""Real parts for the system tests: etcd, and a Docker Engine, one a session, on a host of their own (tests/sandbox).
+
+A test of what one of etcd's APIs alone has, or whose commands find the API by themselves, has the mark `api` with the
+name of that API; its etcd is another one if the tests run with the other API.
+"""
 
 from __future__ import annotations
 
@@ -54,12 +58,40 @@ def etcd() -> Iterator[Etcd]:
     server.stop()
 
 
+@pytest.fixture(scope="session")
+def other_etcd() -> Iterator[Etcd]:
+    """An etcd with the API that is not the one of most tests of this run."""
+    with using(OTHER[Etcd.api]):
+        server = Etcd(HOME / "other-etcd")
+    server.start()
+    server.await_ready()
+    yield server
+    server.stop()
+
+
+OTHER = {"etcdv2": "etcdv3", "etcdv3": "etcdv2"}
+
+
+@contextlib.contextmanager
+def using(api: str) -> Iterator[None]:
+    """Let new servers have this API."""
+    before, Etcd.api = Etcd.api, api
+    try:
+        yield
+    finally:
+        Etcd.api = before
+
+
 @pytest.fixture
-def bare_host(etcd: Etcd) -> Iterator[Host]:
+def bare_host(request: pytest.FixtureRequest) -> Iterator[Host]:
     """A host that is not registered, in an empty store. Whatever a test leaves behind is removed, and fails it."""
+    mark = request.node.get_closest_marker("api")
+    api = mark.args[0] if mark else Etcd.api
+    etcd: Etcd = request.getfixturevalue("etcd" if api == Etcd.api else "other_etcd")
     etcd.delete("/calico")
-    yield Host(etcd)
-    clear_host()
+    with using(api):
+        yield Host(etcd)
+        clear_host()
 
 
 def clear_host() -> None:

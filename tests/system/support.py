@@ -29,8 +29,6 @@ CALICOCTL = str(Path(sys.executable).parent / "calicoctl")
 FAULTY = str(Path(__file__).parent / "faulty.py")
 AS_NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
 """A prefix for commands, which runs them as a user without privileges."""
-V2 = {"DATASTORE_TYPE": "etcdv2"}
-"""The environment of commands that use etcd's v2 API."""
 HOST = "host1"
 HOST_IP, HOST_IP6 = "192.0.2.2", "2001:db8::2"
 
@@ -100,9 +98,13 @@ def b64(text: str) -> str:
 
 
 class Etcd:
-    """An etcd server on loopback, and a client of its API: `api` is "etcdv2" or "etcdv3"."""
+    """An etcd server on loopback, and a client of one of its APIs, v2 or v3.
 
-    api = os.environ.get("TESTED_API", "etcdv2")
+    `api`, etcdv2 or etcdv3, is the one that is tested; it may be set on the class, and then holds for new servers. A
+    server has v2 only if that is the API, or if it is started with --enable-v2.
+    """
+
+    api = os.environ.get("TESTED_API", "etcdv3")
 
     def __init__(
         self,
@@ -114,6 +116,7 @@ class Etcd:
         namespace: str | None = None,
     ) -> None:
         """The server listens on `address`, in a network `namespace` if one is named."""
+        self.api = Etcd.api
         self.name, self.directory = name, directory
         self.port, self.peer = port or free_port(), peer or free_port()
         self.url, self.peer_url = f"http://{address}:{self.port}", f"http://{address}:{self.peer}"
@@ -139,7 +142,7 @@ class Etcd:
         ]
         if not any(option.startswith("--listen-client-urls") for option in options):
             command += ["--listen-client-urls", self.url, "--advertise-client-urls", self.url]
-        if not any(option.startswith("--enable-v2") for option in options):
+        if self.api == "etcdv2" and not any(option.startswith("--enable-v2") for option in options):
             command.append("--enable-v2")
         with (self.directory / "log").open("ab") as log:
             self.process = subprocess.Popen([*command, *options], stdout=log, stderr=log)
@@ -187,12 +190,27 @@ class Etcd:
         answer = self._request("GET", key, "?quorum=true")
         return None if answer is None else answer["node"].get("value")
 
-    def put(self, key: str, value) -> None:
+    def put(self, key: str, value, ttl: int | None = None) -> None:
+        """Write a key, which is there for `ttl` seconds alone if that is given."""
         text = value if isinstance(value, str) else json.dumps(value)
         if self.api == "etcdv3":
-            self.v3("kv/put", {"key": b64(key), "value": b64(text)})
+            lease = {"lease": self.v3("lease/grant", {"TTL": ttl})["ID"]} if ttl else {}
+            self.v3("kv/put", {"key": b64(key), "value": b64(text), **lease})
         else:
-            self._request("PUT", key, value=text)
+            self._request("PUT", key, value=text, **({"ttl": str(ttl)} if ttl else {}))
+
+    def revision(self, key: str) -> int:
+        """Return when a key was changed last, as the number that etcd gives each change."""
+        if self.api == "etcdv3":
+            return int(self.v3("kv/range", {"key": b64(key)})["kvs"][0]["mod_revision"])
+        return self._request("GET", key, "?quorum=true")["node"]["modifiedIndex"]
+
+    def ttl(self, key: str) -> int:
+        """Return for how many seconds more a key is there."""
+        if self.api == "etcdv3":
+            lease = self.v3("kv/range", {"key": b64(key)})["kvs"][0]["lease"]
+            return int(self.v3("lease/timetolive", {"ID": lease})["TTL"])
+        return self._request("GET", key, "?quorum=true")["node"]["ttl"]
 
     def delete(self, key: str) -> None:
         """Delete a key, and all keys below it."""
@@ -283,7 +301,10 @@ def routes(namespace: str, version: int = 4) -> list[str]:
 
 @dataclass
 class Host:
-    """A host with an etcd: runs commands on it, and reads the results."""
+    """A host with an etcd: runs commands on it, and reads the results.
+
+    Its commands are told which of etcd's APIs to use.
+    """
 
     etcd: Etcd
     name: str = HOST
@@ -392,7 +413,7 @@ class Host:
         assert not list(Path("/run/calico").glob("*/*"))
         assert not list(Path("/var/lib/calico").glob("*/workloads/*/*"))
         if self.etcd.api == "etcdv3":
-            return  # it has no folders
+            return  # there are no folders
         leftover = self.etcd._request("GET", f"/calico/v1/host/{self.name}/workload", "?recursive=true")
         found = [node for top in (leftover or {"node": {}})["node"].get("nodes", []) for node in top.get("nodes", [])]
         assert not (folders and found), "a workload's folder is still there"

@@ -253,9 +253,10 @@ def test_etcd_without_its_v2_api(host: Host, tmp_path: Path) -> None:
     server.start(None, "--enable-v2=false")
     try:
         server.await_ready()
-        there, says = f"127.0.0.1:{server.port}", "does not serve its v2 API, which DATASTORE_TYPE=etcdv2 asks for"
+        there = {"ETCD_AUTHORITY": f"127.0.0.1:{server.port}", "DATASTORE_TYPE": "etcdv2"}
+        says = "does not serve its v2 API, which DATASTORE_TYPE=etcdv2 asks for"
         for words in ("profile add web", "pool show"):
-            without_etcd(host, *words.split(), says=says, ETCD_AUTHORITY=there)
+            without_etcd(host, *words.split(), says=says, **there)
     finally:
         server.stop()
 

@@ -171,6 +171,7 @@ def test_another_store_that_has_counted_past_the_old_one(own_etcd: Etcd, how: st
     wait_for(lambda: host.status()["etcd"]["reachable"], host.log())
 
 
+@pytest.mark.api("etcdv2")
 def test_a_directory_with_a_time_to_live(pair: AgentHost) -> None:
     """A new time to live changes nothing of what is in a directory; its end removes it."""
     key = pair.key("b")

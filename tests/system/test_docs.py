@@ -17,6 +17,9 @@ import pytest
 from tests.system.fabric import FabricHost, fabric
 from tests.system.support import CALICOCTL, Etcd, Host, Result, free_port, run, wait_for
 
+pytestmark = pytest.mark.api("etcdv3")
+"""A reader has etcd as it is by default, and sets no DATASTORE_TYPE."""
+
 NAMES = ("workload", "other", "web", "db", "guest")
 """Containers of all pages."""
 
@@ -121,6 +124,7 @@ def readme() -> list[tuple[str, bool]]:
 def test_the_command_lines_work(bare_host: Host, engine: None, page: Path, tmp_path: Path) -> None:
     tools = fake_sudo(tmp_path)
     environment = bare_host.environment()
+    del environment["DATASTORE_TYPE"]
     environment["PATH"] = f"{tools}:{Path(CALICOCTL).parent}:{environment['PATH']}"
     environment["TMPDIR"] = str(tmp_path)
 

@@ -18,6 +18,8 @@ from calicoctl.errors import StoreError, StoreUnavailable, WatchExpired
 from tests.system.support import Etcd, Host, wait_for
 from tests.system.test_cluster import cluster_of, running
 
+pytestmark = pytest.mark.api("etcdv3")
+
 KEY = "/calico/a/b"
 WATCH = 1.0
 """Seconds of quiet until a watch asks whether its member has a quorum."""

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.system.agent import A4, B4, LOG_DIR, AgentHost
+from tests.system.agent import A4, B4, LOG_DIR, FreeHost
 from tests.system.proxy import proxy_before
 from tests.system.support import (
     AS_NOBODY,
@@ -31,25 +31,25 @@ from tests.system.support import (
 )
 from tests.system.traffic import PATIENT, ping
 
+pytestmark = pytest.mark.api("etcdv2")
+"""So etcd serves both."""
+
 READY = "/calico/v1/Ready"
 OTHER_CALICO = "/calico/resources/v3/projectcalico.org/felixconfigurations/default"
 PASSWORD = "hunter2"
 NODE = ("node", f"--ip={HOST_IP}", f"--log-dir={LOG_DIR}")
 
 
-class FreeHost(AgentHost):
-    """A host whose environment does not say which API to use, unless a command is told."""
-
-    def environment(self, **extra: str) -> dict[str, str]:
-        return super().environment(**{"DATASTORE_TYPE": "", **extra})
+class Chooser(FreeHost):
+    """A host that finds the API by itself, unless a command is told which to use."""
 
     def profiles(self, **env: str) -> list[str]:
         return [one["name"] for one in json.loads(self.ctl("profile", "show", "--output=json", env=env).out)]
 
 
 @pytest.fixture
-def free(own_etcd: Etcd) -> FreeHost:
-    return FreeHost(own_etcd)
+def free(own_etcd: Etcd) -> Chooser:
+    return Chooser(own_etcd)
 
 
 def coded(text: str) -> str:
@@ -97,7 +97,7 @@ def refused(host: Host, *words: str, says: str, **env: str) -> Result:
     return said
 
 
-def test_ready_says_which_api_is_used_and_whether_it_may_be_changed(free: FreeHost) -> None:
+def test_ready_says_which_api_is_used_and_whether_it_may_be_changed(free: Chooser) -> None:
     for name, api in (("two", "etcdv2"), ("three", "etcdv3")):
         free.ctl("profile", "add", name, env={"DATASTORE_TYPE": api})
     for v3, v2, used, frozen in (
@@ -128,7 +128,7 @@ def test_ready_says_which_api_is_used_and_whether_it_may_be_changed(free: FreeHo
         free.ctl("profile", "add", used, env={"DATASTORE_TYPE": api})
 
 
-def test_data_of_another_calico_is_refused_in_v3_alone(free: FreeHost) -> None:
+def test_data_of_another_calico_is_refused_in_v3_alone(free: Chooser) -> None:
     set_v3(free.etcd, OTHER_CALICO, "{}")
     for words in (("profile", "show"), ("profile", "add", "new"), NODE):
         refused(free, *words, says="the data of another Calico in its v3 API")
@@ -138,7 +138,7 @@ def test_data_of_another_calico_is_refused_in_v3_alone(free: FreeHost) -> None:
     assert free.profiles() == ["new"] and free.etcd.get("/calico/v1/policy/profile/new/tags") == '["new"]'
 
 
-def test_an_etcd_without_its_gateway_or_without_the_v2_api(free: FreeHost) -> None:
+def test_an_etcd_without_its_gateway_or_without_the_v2_api(free: Chooser) -> None:
     """And a host that finds its data gone does not begin anew by itself, with what is connected to it."""
     etcd = free.etcd
 
@@ -165,7 +165,7 @@ def test_an_etcd_without_its_gateway_or_without_the_v2_api(free: FreeHost) -> No
     free.ctl("node", "remove", "--remove-endpoints")
 
 
-def test_a_frozen_host_stays_as_it_is(free: FreeHost) -> None:
+def test_a_frozen_host_stays_as_it_is(free: Chooser) -> None:
     etcd, path = free.etcd, "/var/run/netns/a"
     free.start_agent()
     free.add("a", A4)
@@ -220,7 +220,7 @@ def test_a_frozen_host_stays_as_it_is(free: FreeHost) -> None:
     refused(free, *NODE, says="etcd's data is frozen")
 
 
-def test_a_running_agent_goes_over_to_the_api_that_has_the_data(free: FreeHost) -> None:
+def test_a_running_agent_goes_over_to_the_api_that_has_the_data(free: Chooser) -> None:
     etcd = free.etcd
     set_ready(etcd, None, "true")
     free.start_agent()
@@ -264,7 +264,7 @@ def with_users(etcd: Etcd) -> None:
         run("etcdctl", *words, env=environment)
 
 
-def test_a_user_whose_role_is_for_calico_alone_suffices(free: FreeHost, tmp_path: Path) -> None:
+def test_a_user_whose_role_is_for_calico_alone_suffices(free: Chooser, tmp_path: Path) -> None:
     etcd, token_file = free.etcd, Path("/run/calico/.etcd-token")
     with_users(etcd)
     password = tmp_path / "password"
@@ -272,7 +272,7 @@ def test_a_user_whose_role_is_for_calico_alone_suffices(free: FreeHost, tmp_path
     password.write_text(f"{PASSWORD}\n")
     with proxy_before(etcd.port) as proxy:
 
-        class UserHost(FreeHost):
+        class UserHost(Chooser):
             def environment(self, **extra: str) -> dict[str, str]:
                 user = {"ETCD_USERNAME": "calico", "ETCD_PASSWORD_FILE": str(password)}
                 return super().environment(**{"ETCD_AUTHORITY": f"127.0.0.1:{proxy.port}", **user, **extra})

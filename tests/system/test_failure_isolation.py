@@ -11,8 +11,6 @@ import socket
 import socketserver
 import subprocess
 import threading
-import urllib.parse
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -139,11 +137,9 @@ def test_actions_before_a_failure_are_reported(bare_host: Host) -> None:
 
 
 def test_an_endpoint_whose_workload_no_path_can_name_blocks_no_other(pair: AgentHost) -> None:
-    key = f"/calico/v1/host/{pair.name}/workload/namespace/-x%00y/endpoint/{'1' * 32}"
+    key = f"/calico/v1/host/{pair.name}/workload/namespace/-x\0y/endpoint/{'1' * 32}"
     value = {"state": "active", "name": "cali11111111111", "mac": "02:00:00:00:00:01", "ipv4_nets": ["192.168.9.1/32"]}
-    data = urllib.parse.urlencode({"value": json.dumps(value)}).encode()
-    with urllib.request.urlopen(urllib.request.Request(f"{pair.etcd.url}/v2/keys{key}", data, method="PUT")):
-        pass
+    pair.etcd.put(key, value)
     pair.sync()
     for _ in range(2):
         make_anew(pair, "a")

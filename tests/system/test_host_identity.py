@@ -87,12 +87,12 @@ def test_a_second_machine_under_a_name_in_use(open_etcd: Etcd) -> None:
         # the namespace is not on the second machine, and the first leaves the record and the packets as they are
         wait_for(lambda: first.record()["state"] == "inactive", "the second machine's agent")
         assert A4 in run("ip", "route", "show", "proto", "80").out
-        index = open_etcd._request("GET", first.key("a"))["node"]["modifiedIndex"]
+        index = open_etcd.revision(first.key("a"))
         first.profile("xyzzy")
         open_etcd.put(f"{first.key('a').replace('/calico/v1', '/calico/felix/v1')}", "untouched")
         run("ip", "netns", "add", "b")  # the keeper looks at namespaces when something is mounted
         assert holds(lambda: A4 in run("ip", "route", "show", "proto", "80").out, 3)
-        assert open_etcd._request("GET", first.key("a"))["node"]["modifiedIndex"] == index
+        assert open_etcd.revision(first.key("a")) == index
         assert json.loads(open_etcd.get(STATUS))["machine"] == mine["machine"]
         assert "xyzzy" not in run("nft", "list", "table", "inet", "calico").out
         assert "198.51.100.2" in refused(first, "node", f"--ip={HOST_IP}")
@@ -127,7 +127,7 @@ def test_node_waits_while_an_agents_machine_is_unknown(host: Host) -> None:
         machine.kill_agent()
         assert machine.ctl("node", f"--ip={HOST_IP}").err == ""
         machine.boot()
-        host.etcd._request("PUT", STATUS, value=host.etcd.get(STATUS), ttl="2")
+        host.etcd.put(STATUS, host.etcd.get(STATUS), ttl=2)
         said = machine.ctl("node", f"--ip={HOST_IP}")
         assert said.err.count("\n") == 1 and "waiting" in said.err and "The host agent is running" in said.out
         assert json.loads(host.etcd.get(STATUS))["boot"] != boot_id
@@ -147,7 +147,7 @@ def test_beside_an_old_agent(node: AgentHost) -> None:
     # which it is not; ours gives way, and goes on when it has ended
     wait_for(lambda: "An old agent (Felix" in (node.status()["replaced"] or ""), "the agent to notice", 15)
     assert "An old agent (Felix" in node.ctl("status", status=None).out
-    node.etcd._request("PUT", STATUS, value=OLD_STATUS, ttl="1")
+    node.etcd.put(STATUS, OLD_STATUS, ttl=2)
     wait_for(lambda: node.status()["replaced"] is None, "the agent to go on", 15)
     assert "machine" in json.loads(node.etcd.get(STATUS))
     node.sync()
@@ -155,7 +155,7 @@ def test_beside_an_old_agent(node: AgentHost) -> None:
     node.ctl("node", "stop", "--force")
     assert node.etcd.get(STATUS) is None
     assert "not running" in node.ctl("status", status=1).err
-    node.etcd._request("PUT", STATUS, value=OLD_STATUS, ttl="60")
+    node.etcd.put(STATUS, OLD_STATUS, ttl=60)
     said = node.ctl("status")
     assert "An old agent (Felix" in said.out and "not running" not in said.err
     status = json.loads(node.ctl("status", "--output=json").out)

@@ -16,9 +16,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.system.agent import B4, LOG_DIR, AgentHost
+from tests.system.agent import B4, LOG_DIR, FreeHost
 from tests.system.support import CALICOCTL, HOST_IP, Host, Result, free_port, gone, run
 from tests.system.traffic import PATIENT, ping
+
+pytestmark = pytest.mark.api("etcdv3")
 
 ROOT = Path(__file__).parent.parent.parent
 WHEELS = Path(CALICOCTL).parent.parent / "wheels"
@@ -112,7 +114,7 @@ def prefix(tmp_path: Path) -> Path:
 def test_installing_over_a_running_agent_restarts_it_on_whole_files_and_no_packet_is_lost(
     bare_host: Host, prefix: Path, tmp_path: Path
 ) -> None:
-    host = AgentHost(bare_host.etcd)
+    host = FreeHost(bare_host.etcd)
     prefix.mkdir()
     older_version(prefix)
     library, program_path = prefix / "lib/calicoctl", str(prefix / "bin/calicoctl")
@@ -176,14 +178,14 @@ def test_installing_over_a_running_agent_restarts_it_on_whole_files_and_no_packe
 def test_an_agent_of_systemds_is_restarted_and_ended_by_systemd(
     bare_host: Host, prefix: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    host = AgentHost(bare_host.etcd)
+    host = FreeHost(bare_host.etcd)
     prefix.mkdir()
     older_version(prefix)
     home = tmp_path / "systemd"
     home.mkdir()
     unit = prefix / "lib/systemd/system/calico-node.service"
     # what the unit's EnvironmentFile would set
-    names = ("HOSTNAME", "ETCD_AUTHORITY", "DATASTORE_TYPE")
+    names = ("HOSTNAME", "ETCD_AUTHORITY")
     environment = " ".join(f"{name}={host.environment()[name]}" for name in names)
     stand_in = SYSTEMCTL.format(home=home, prefix=prefix, unit=unit, ip=HOST_IP, environment=environment)
     (home / "systemctl").write_text(stand_in)

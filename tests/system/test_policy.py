@@ -25,7 +25,7 @@ from calicoctl.datastore.settings import EtcdSettings
 from calicoctl.diagnose.trace import trace
 from tests.system.agent import A4, ALLOW, B4, C4, AgentHost, holds, outside_host
 from tests.system.conftest import clear_host
-from tests.system.support import V2, Etcd, links, run, wait_for
+from tests.system.support import Etcd, links, run, wait_for
 from tests.system.traffic import (
     PATIENT,
     QUICK,
@@ -381,7 +381,7 @@ ADDRESSES = {"a": (A4, A6), "b": (B4, B6), "c": (C4, C6)}
 
 def test_trace_and_the_data_plane_agree(net: AgentHost) -> None:
     """What `profile trace` computes from the store is what becomes of the packets, for random profiles."""
-    datastore = DatastoreClient(backends.connect(EtcdSettings.from_environment(V2)), net.name)
+    datastore = DatastoreClient(backends.connect(EtcdSettings.from_environment(net.environment())), net.name)
     pairs = [(source, target) for target in "abc" for source in "abc" if source != target]
     chance = random.Random(2015)
     seen: Counter[tuple[bool, ...]] = Counter()

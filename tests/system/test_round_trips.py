@@ -6,9 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.system.conftest import clear_host
 from tests.system.proxy import Proxy, proxy_before
-from tests.system.support import HOST_IP, HOST_IP6, Etcd, Host, run
+from tests.system.support import Host
 
 PATH = "/var/run/netns/blue"
 
@@ -26,16 +25,10 @@ class Counted:
         return len(self.proxy.asked) - 1
 
 
-@pytest.fixture(params=["etcdv2", "etcdv3"])
-def counted(request: pytest.FixtureRequest, etcd: Etcd, monkeypatch: pytest.MonkeyPatch) -> Iterator[Counted]:
-    monkeypatch.setattr(etcd, "api", request.param)
-    etcd.delete("/calico")
-    host = Host(etcd)
-    host.register(HOST_IP, HOST_IP6)
-    run("ip", "netns", "add", "blue")
-    with proxy_before(etcd.port) as proxy:
+@pytest.fixture(params=[pytest.param(api, marks=pytest.mark.api(api)) for api in ("etcdv2", "etcdv3")])
+def counted(host: Host, blue: str) -> Iterator[Counted]:
+    with proxy_before(host.etcd.port) as proxy:
         yield Counted(host, proxy)
-    clear_host()
 
 
 COMMANDS = (

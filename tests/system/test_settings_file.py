@@ -17,7 +17,6 @@ from tests.system.agent import A4, LOG_DIR, AgentHost
 from tests.system.support import (
     CALICOCTL,
     HOST_IP,
-    V2,
     Etcd,
     Host,
     Result,
@@ -27,6 +26,8 @@ from tests.system.support import (
     run,
     wait_for,
 )
+
+pytestmark = pytest.mark.api("etcdv3")
 
 FILE = Path("/etc/calico/node.env")
 NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
@@ -44,7 +45,7 @@ def bare(*words: str, by: tuple[str, ...] = (), status: int = 0, **env: str) -> 
 def elsewhere(own_etcd: Etcd) -> Iterator[Etcd]:
     """A store that only the file of settings tells of."""
     FILE.parent.mkdir(exist_ok=True)
-    store = f'ETCD_AUTHORITY="127.0.0.1:{own_etcd.port}"\nDATASTORE_TYPE=etcdv2\n'
+    store = f'ETCD_AUTHORITY="127.0.0.1:{own_etcd.port}"\n'
     FILE.write_text(f"# of this host\n{store}HOSTNAME=host7\n")
     yield own_etcd
     FILE.unlink(missing_ok=True)
@@ -58,7 +59,7 @@ def test_everybody_sees_the_host_and_the_store_of_the_file(bare_host: Host, else
     bare("profile", "add", "web", by=NOBODY)
     assert elsewhere.get("/calico/v1/policy/profile/web/tags") == '["web"]'
     # what the environment says goes before, and where it names a store, nothing of the file's is mixed in
-    another = {"ETCD_AUTHORITY": f"127.0.0.1:{bare_host.etcd.port}", **V2}
+    another = {"ETCD_AUTHORITY": f"127.0.0.1:{bare_host.etcd.port}"}
     assert bare("profile", "show", "--output=json", **another).out == "[]\n"
     assert "127.0.0.1:1 " in bare("pool", "show", status=1, ETCD_ENDPOINTS="http://127.0.0.1:1").err
     bare("node", "stop", HOSTNAME="host8", status=1)
@@ -78,12 +79,12 @@ def test_a_file_that_cannot_be_read_leads_to_no_other_store(bare_host: Host, els
     said = bare("profile", "add", "web", status=1)
     assert said.err.startswith(f"{FILE}, line 1: 'export ETCD_AUTHORITY' is not the name of a variable")
     assert (bare_host.etcd.tree(), elsewhere.tree()) == before
-    bare("profile", "add", "web", CALICO_ENV_FILE=os.devnull, **V2)
+    bare("profile", "add", "web", CALICO_ENV_FILE=os.devnull)
     assert bare_host.etcd.get("/calico/v1/policy/profile/web/tags") == '["web"]'
 
 
 def test_a_test_host_has_a_file_of_its_own(bare_host: Host, elsewhere: Etcd, tmp_path: Path) -> None:
-    store = f"ETCD_AUTHORITY=127.0.0.1:{bare_host.etcd.port}\nDATASTORE_TYPE=etcdv2\n"
+    store = f"ETCD_AUTHORITY=127.0.0.1:{bare_host.etcd.port}\n"
     (tmp_path / "node.env").write_text(f"{store}HOSTNAME=host1\n")
     host = AgentHost(bare_host.etcd)
     done = run(
@@ -210,11 +211,12 @@ def test_the_local_etcd_has_v3_alone_unless_its_data_is_in_v2(stock: StockEtcd) 
     def command_line() -> list[str]:
         return Path(f"/proc/{PID_FILE.read_text().strip()}/cmdline").read_text().split("\0")
 
+    v2 = {"DATASTORE_TYPE": "etcdv2"}
     # as an older version has made it
-    bare(*NODE, "--local-etcd", **V2)
+    bare(*NODE, "--local-etcd", **v2)
     there = re.search(r"^ETCD_AUTHORITY=(.*)$", FILE.read_text(), re.MULTILINE)
     assert there is not None
-    bare("profile", "add", "web", ETCD_AUTHORITY=there[1], **V2)
+    bare("profile", "add", "web", ETCD_AUTHORITY=there[1], **v2)
     bare("node", "stop", "--force")
     bare(*NODE, "--local-etcd")
     assert bare("profile", "show", "--output=json").out == '[\n  {\n    "name": "web"\n  }\n]\n'
@@ -272,7 +274,7 @@ def test_the_local_etcd_keeps_to_its_own_lines(stock: StockEtcd) -> None:
 def test_the_local_etcd_ends_with_its_agent_and_its_lines_go_whatever_store_is_named_later(
     stock: StockEtcd, own_etcd: Etcd
 ) -> None:
-    other = f"ETCD_ENDPOINTS=http://127.0.0.1:{own_etcd.port}\nDATASTORE_TYPE=etcdv2\n"
+    other = f"ETCD_ENDPOINTS=http://127.0.0.1:{own_etcd.port}\n"
     bare(*NODE, "--local-etcd")
     etcd = int(PID_FILE.read_text())
     with FILE.open("a") as file:  # the host is to have another store
@@ -287,11 +289,11 @@ def test_the_local_etcd_ends_with_its_agent_and_its_lines_go_whatever_store_is_n
     # where the environment names another one for a single command
     bare(*NODE, "--local-etcd")
     etcd = int(PID_FILE.read_text())
-    bare("node", "remove", ETCD_AUTHORITY=f"127.0.0.1:{own_etcd.port}", **V2)
+    bare("node", "remove", ETCD_AUTHORITY=f"127.0.0.1:{own_etcd.port}")
     assert gone(etcd) and not FILE.exists()
     # the lines of a host whose etcd does not run are no concern of others
     bare(*NODE, "--local-etcd")
     bare("node", "stop", "--force")
-    bare("node", "remove", HOSTNAME="host8", ETCD_AUTHORITY=f"127.0.0.1:{own_etcd.port}", status=1, **V2)
+    bare("node", "remove", HOSTNAME="host8", ETCD_AUTHORITY=f"127.0.0.1:{own_etcd.port}", status=1)
     assert FILE.exists()
     bare("node", "remove")

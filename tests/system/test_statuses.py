@@ -3,25 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 
 import pytest
 
 from tests.system.agent import AgentHost
-from tests.system.support import Etcd, Host, b64, b64decode, wait_for
+from tests.system.support import Etcd, b64, b64decode, wait_for
+
+pytestmark = pytest.mark.api("etcdv3")
 
 STATUSES = "/calico/felix/v1/host/host1"
-
-
-@pytest.fixture
-def v3_node(etcd: Etcd, bare_host: Host, monkeypatch: pytest.MonkeyPatch) -> Iterator[AgentHost]:
-    monkeypatch.setattr(etcd, "api", "etcdv3")
-    etcd.delete("/calico")
-    node = AgentHost(etcd)
-    node.start_agent()
-    yield node
-    node.kill_agent()
-    etcd.delete("/calico")
 
 
 def leases(etcd: Etcd) -> dict[str, str]:
@@ -34,8 +24,7 @@ def revision(etcd: Etcd) -> str:
     return etcd.v3("kv/range", {"key": b64("/calico")})["header"]["revision"]
 
 
-def test_an_idle_agent_keeps_its_statuses_alive_and_writes_nothing(v3_node: AgentHost) -> None:
-    node = v3_node
+def test_an_idle_agent_keeps_its_statuses_alive_and_writes_nothing(node: AgentHost) -> None:
     node.add_pair()
     node.sync()
     etcd, ids = node.etcd, {node.key(name).rpartition("/")[2] for name in ("a", "b")}

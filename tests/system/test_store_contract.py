@@ -68,6 +68,7 @@ def backend(bare_host: Host) -> Iterator[EtcdBackend]:
         yield EtcdBackend(bare_host.etcd, proxy)
 
 
+@pytest.mark.api("etcdv2")
 class TestEtcd2Store(StoreContract):
     @pytest.fixture
     def backend(self, backend: EtcdBackend) -> Backend:
@@ -83,6 +84,7 @@ class Etcd3Backend(EtcdBackend):
         self.etcd.v3("kv/compaction", {"revision": reached})
 
 
+@pytest.mark.api("etcdv3")
 class TestEtcd3Store(StoreContract):
     @pytest.fixture
     def backend(self, bare_host: Host) -> Iterator[Backend]:
@@ -102,6 +104,7 @@ def directories(etcd: Etcd) -> set[str]:
     return found
 
 
+@pytest.mark.api("etcdv2")
 def test_an_endpoint_takes_the_directories_of_its_workload_along(bare_host: Host) -> None:
     client = DatastoreClient(backend_of(bare_host.etcd.port), "host1")
     other = EndpointId("host1", "docker", "w2", "e2")
@@ -125,6 +128,7 @@ def test_an_endpoint_takes_the_directories_of_its_workload_along(bare_host: Host
     assert {keys.workloads("host1", "docker"), keys.pools(4)} <= after, "programs of 2015 expect these"
 
 
+@pytest.mark.api("etcdv2")
 def test_what_a_crash_leaves_of_a_delete_counts_as_nothing(bare_host: Host) -> None:
     """It may happen between the delete of a key and that of its directories."""
     store = Etcd2Store(settings(bare_host.etcd.port), PATIENCE)  # without the latter
@@ -139,6 +143,7 @@ def test_what_a_crash_leaves_of_a_delete_counts_as_nothing(bare_host: Host) -> N
     assert client.workload_ids("docker") == ["w1"]
 
 
+@pytest.mark.api("etcdv2")
 def test_a_directory_is_no_key_nor_a_key_a_directory(bare_host: Host) -> None:
     store = backend_of(bare_host.etcd.port)
     store.create("/calico/a/b", "1")
@@ -149,6 +154,7 @@ def test_a_directory_is_no_key_nor_a_key_a_directory(bare_host: Host) -> None:
         store.get("/calico/a")
 
 
+@pytest.mark.api("etcdv2")
 def test_what_is_written_elsewhere_costs_a_watch_little_and_hides_nothing(
     bare_host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -46,9 +46,10 @@ def container_links(name: str) -> dict[str, dict]:
 
 def connected(host: AgentHost, key: str) -> bool:
     """Return whether the agent says that the endpoint, as its record is now, is up."""
-    answer = host.etcd._request("GET", key, "?quorum=true")
     status = host.endpoint_status(key)
-    return bool(answer and status and status["status"] == "up" and status["index"] >= answer["node"]["modifiedIndex"])
+    if host.etcd.get(key) is None or not status:
+        return False
+    return bool(status["status"] == "up" and status["index"] >= host.etcd.revision(key))
 
 
 def record(host: Host, workload: str) -> dict | None:

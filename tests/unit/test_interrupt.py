@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import io
 import os
 import signal
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Callable
 
@@ -23,8 +25,6 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 def handlers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What a command does with signals."""
     before = {number: signal.getsignal(number) for number in (*SIGNALS, signal.SIGALRM)}
-    for number in SIGNALS:
-        signal.signal(number, main._interrupt)
     monkeypatch.setattr(sys, "unraisablehook", main._unraisable)
     yield
     signal.setitimer(signal.ITIMER_REAL, 0)
@@ -40,9 +40,12 @@ def hit(number: int = signal.SIGTERM) -> None:
 
 def is_heard(attempt: Callable[[], object], number: int = signal.SIGTERM) -> bool:
     """Return whether the command is interrupted during an attempt, or soon after it."""
+    for one in SIGNALS:
+        signal.signal(one, main._interrupt)
     with pytest.raises(main.Interrupted) as interrupted:
         attempt()
         time.sleep(5)
+    interrupted.value.handled = True
     return interrupted.value.number == number and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
@@ -51,21 +54,33 @@ def test_at_an_ordinary_moment(number: int) -> None:
     assert is_heard(lambda: hit(number), number)
 
 
-def test_while_a_module_is_imported_that_ignores_all_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_while_a_module_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "interrupted_import.py").write_text(
-        f"from {__name__} import hit\ntry:\n    hit()\nexcept BaseException:\n    pass\nwhole = True\n"
-    )
+    (tmp_path / "interrupted_import.py").write_text(f"from {__name__} import hit\nhit()\nwhole = True\n")
     assert is_heard(lambda: importlib.import_module("interrupted_import"))
     assert sys.modules.pop("interrupted_import").whole
 
 
-def test_in_a_finalizer() -> None:
+def test_in_a_finalizer(capsys: pytest.CaptureFixture[str]) -> None:
     class Finalized:
         def __del__(self) -> None:
             hit()
 
     assert is_heard(Finalized)
+    assert capsys.readouterr().err == ""
+
+
+def test_in_what_ignores_all_errors() -> None:
+    class Closed(io.RawIOBase):
+        def close(self) -> None:
+            hit()
+
+    def careless() -> None:
+        with suppress(BaseException):
+            hit()
+
+    assert is_heard(Closed)
+    assert is_heard(careless)
 
 
 def test_in_a_callback_of_asyncio() -> None:
