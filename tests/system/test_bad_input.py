@@ -366,6 +366,7 @@ def test_garbage_in_a_key_does_not_hide_the_others(host: Host, key: str, words: 
     assert "web" in said.out or "192.168.0.0/16" in said.out
 
 
+@pytest.mark.api("etcdv2")
 def test_a_directory_where_a_key_should_be(host: Host) -> None:
     host.etcd.put("/calico/v1/policy/profile/web/tags/oops", "x")
     refused(host, "profile", "web", "tag", "show", says="/calico/v1/policy/profile/web/tags")

@@ -7,6 +7,8 @@ import re
 import socket
 from pathlib import Path
 
+import pytest
+
 from tests.system.agent import AgentHost
 from tests.system.support import AS_NOBODY, CALICOCTL, Host, not_installed, run
 
@@ -66,6 +68,10 @@ def test_checksystem_where_nothing_is_as_it_should_be(bare_host: Host, engine: N
         )
     found = {check["name"]: check for check in json.loads(said.out)}
     assert found["Docker's firewall"]["ok"] and found["iptables chains of an old Felix"]["ok"], "there is none"
+
+
+@pytest.mark.api("etcdv2")
+def test_checksystem_with_a_key_in_the_place_of_all_data(bare_host: Host) -> None:
     bare_host.etcd.put("/calico", "x")
     try:
         assert "a key, where a directory is expected" in checks(bare_host, status=1)["use of etcd"]["found"]

@@ -121,7 +121,8 @@ def test_node_waits_while_an_agents_machine_is_unknown(host: Host) -> None:
         began = time.monotonic()
         said = refused(clone, "node", f"--ip={HOST_IP}")
         assert "waiting" in said.splitlines()[0] and "copy" in said and HOST_IP in said
-        assert time.monotonic() - began < 15, "it is renewed every 10 s"
+        # it is renewed every 10 s; on a lease, nobody sees that, but that it does not expire
+        assert time.monotonic() - began < (40 if host.etcd.api == "etcdv3" else 15)
 
         # killed, it goes on at once; after a reboot, when the last boot's status has expired
         machine.kill_agent()
