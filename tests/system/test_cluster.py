@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import time
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +14,7 @@ import pytest
 from tests.system.agent import AgentHost
 from tests.system.support import Etcd, Host, end_agents, run, wait_for
 
-KEY = ("-newkey", "rsa:2048", "-nodes")
+KEY = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes")
 HOME = Path("/run/calico-tests/cluster")
 HERE, THERE = "198.51.100.1", "198.51.100.2"
 
@@ -55,8 +53,8 @@ def clustered(bare_host: Host, members: list[Etcd]) -> Host:
 
 
 def is_leader(server: Etcd) -> bool:
-    with urllib.request.urlopen(f"{server.url}/v2/stats/self") as answer:
-        return json.load(answer)["state"] == "StateLeader"
+    status = server.v3("maintenance/status", {})
+    return status["leader"] == status["header"]["member_id"]
 
 
 @pytest.mark.parametrize("role", ["leader", "follower"])
@@ -196,7 +194,7 @@ def test_etcd_over_tls(bare_host: Host, tmp_path: Path) -> None:
         openssl(*f"req -x509 -days 2 -subj /CN={name} -keyout {name}.key -out {name}.pem".split(), *KEY)
     (tmp_path / "san").write_text("subjectAltName=IP:127.0.0.1\nextendedKeyUsage=serverAuth,clientAuth\n")
     for name, subject in (("server", "/CN=server"), ("client", "/CN=client"), ("host", "/O=host")):
-        openssl(*f"req -newkey rsa:2048 -nodes -keyout {name}.key -out {name}.csr -subj {subject}".split())
+        openssl(*f"req -keyout {name}.key -out {name}.csr -subj {subject}".split(), *KEY)
         openssl(
             *f"x509 -req -in {name}.csr -CA ca.pem -CAkey ca.key -CAcreateserial".split(),
             *f"-days 2 -out {name}.pem -extfile san".split(),

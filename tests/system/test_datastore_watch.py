@@ -54,6 +54,31 @@ def test_an_etcd_that_hangs_keeps_no_agent_from_ending(own_etcd: Etcd) -> None:
     assert not host.agent_runs(pid)
 
 
+@pytest.mark.api("etcdv3")
+def test_changes_that_were_compacted(own_etcd: Etcd) -> None:
+    """An agent whose watch ended meanwhile reads all anew."""
+    host = AgentHost(own_etcd)
+    host.start_agent()
+    host.add_pair()
+    host.sync()
+    assert ping("a", B4, patience=PATIENT)
+    os.kill(host.pid, signal.SIGSTOP)
+    try:
+        own_etcd.stop()
+        own_etcd.start()
+        own_etcd.await_ready()
+        host.profile("web", inbound=[])
+        own_etcd.put("/elsewhere", "1")
+        own_etcd.v3("kv/compaction", {"revision": own_etcd.revision("/elsewhere")})
+    finally:
+        os.kill(host.pid, signal.SIGCONT)
+    wait_for(lambda: not ping("a", B4), host.log())
+    assert host.status()["resyncs"] > 0
+    host.profile("web", inbound=[ALLOW])
+    wait_for(lambda: ping("a", B4), host.log())
+
+
+@pytest.mark.api("etcdv2")
 def test_changes_that_etcd_no_longer_has(pair: AgentHost) -> None:
     """etcd's v2 API remembers 1,000 events: an agent that was held up for longer reads all anew."""
     pair.add("c", C4)
@@ -61,7 +86,7 @@ def test_changes_that_etcd_no_longer_has(pair: AgentHost) -> None:
     os.kill(pair.pid, signal.SIGSTOP)
     try:
         pair.profile("web", inbound=[])
-        for number in range(2000):
+        for number in range(1100):
             pair.etcd.put(f"/calico/v1/policy/profile/p{number % 50}/tags", [str(number)])
         pair.set_profiles("c", "c")
     finally:
@@ -71,7 +96,7 @@ def test_changes_that_etcd_no_longer_has(pair: AgentHost) -> None:
     assert not ping("a", B4)
     assert ping("a", C4, patience=PATIENT)
     pair.kill_agent()
-    for number in range(2000):
+    for number in range(1100):
         pair.etcd.put(f"/calico/v1/policy/profile/p{number % 50}/tags", [str(number)])
     pair.profile("web", inbound=[ALLOW])
     pair.start_agent()
@@ -227,6 +252,7 @@ def behind_proxy(etcd: Etcd) -> Iterator[tuple[AgentHost, Proxy]]:
         yield host, proxy
 
 
+@pytest.mark.api("etcdv2")
 def test_an_answer_that_gets_stuck_loses_no_change(bare_host: Host) -> None:
     """The headers of a watch's answer come, and tell of a change that does not come: it is asked for again."""
     with behind_proxy(bare_host.etcd) as (host, proxy):
