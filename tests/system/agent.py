@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import re
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +27,18 @@ class AgentHost(Host):
 
     def start_agent(self, *options: str, **env: str) -> None:
         self.ctl("node", f"--ip={HOST_IP}", f"--ip6={HOST_IP6}", f"--log-dir={LOG_DIR}", *options, env=env)
+
+    def read_anew(self) -> None:
+        """Have the agent read the whole store anew, since it cannot follow any more what is changed there."""
+        if self.etcd.api == "etcdv3":
+            self.etcd.stop()
+            self.etcd.start()
+            self.etcd.await_ready()
+            return
+        os.kill(self.pid, signal.SIGSTOP)
+        for number in range(1100):  # etcd's v2 API remembers 1,000 changes
+            self.etcd.put("/calico/v1/other", str(number))
+        os.kill(self.pid, signal.SIGCONT)
 
     @property
     def pid(self) -> int:

@@ -122,6 +122,7 @@ class Etcd:
         self.url, self.peer_url = f"http://{address}:{self.port}", f"http://{address}:{self.peer}"
         self._prefix = ("ip", "netns", "exec", namespace) if namespace else ()
         self.process: subprocess.Popen | None = None
+        self.token = ""
 
     def start(self, cluster: str | None = None, *options: str) -> None:
         peer = self.peer_url
@@ -179,7 +180,8 @@ class Etcd:
 
     def v3(self, path: str, body: dict) -> dict:
         """Send a request of the v3 API, such as `kv/range`; return its answer."""
-        request = urllib.request.Request(f"{self.url}/v3/{path}", json.dumps(body).encode(), method="POST")
+        user = {"Authorization": self.token} if self.token else {}
+        request = urllib.request.Request(f"{self.url}/v3/{path}", json.dumps(body).encode(), user, method="POST")
         with urllib.request.urlopen(request, timeout=20) as answer:
             return json.load(answer)
 

@@ -204,6 +204,7 @@ def test_names_with_line_breaks_forge_no_lines(pair: AgentHost) -> None:
         assert not re.match("forged|2026-01-01 ERROR", line), line
 
 
+@pytest.mark.api("etcdv2")
 def test_a_status_that_etcd_refuses_holds_up_no_other(pair: AgentHost) -> None:
     folder = "/calico/v1/host/host1/workload/test/w/endpoint"
     pair.etcd.put(f"{folder.replace('/v1', '/felix/v1', 1)}/e1/somebody", "else's")

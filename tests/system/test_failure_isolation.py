@@ -268,11 +268,7 @@ def test_an_invalid_list_of_containers_is_no_fatal_error(
         host.add_pair()
         host.sync()
         front.list = answer
-        pid = host.pid
-        os.kill(pid, signal.SIGSTOP)
-        for number in range(1200):  # so that the store is read anew, and the engine asked for its list
-            host.etcd.put("/calico/v1/other", str(number))
-        os.kill(pid, signal.SIGCONT)
+        host.read_anew()  # and ask the engine for its list
         wait_for(front.listed.is_set, host.log())
         make_anew(host, "a")
 
