@@ -16,21 +16,21 @@ from pathlib import Path
 import pytest
 
 from calicoctl.datastore import migration
-from tests.system.agent import AgentHost
+from tests.system.agent import FreeHost
 from tests.system.fabric import FabricHost, fabric
 from tests.system.support import CALICOCTL, FAULTY, Etcd, Result, free_port, in_process, wait_for
 from tests.system.test_etcd_apis import OTHER_CALICO, PASSWORD, READY, with_users
+
+pytestmark = pytest.mark.api("etcdv2")
+"""So etcd serves both."""
 
 OLD_STATUS = "/calico/felix/v1/host/old/status"
 LOSS = 0.3
 """Seconds without an answer that a loaded machine has by itself."""
 
 
-class FreeHost(AgentHost):
-    """A host whose environment does not say which API to use, unless a command is told."""
-
-    def environment(self, **extra: str) -> dict[str, str]:
-        return super().environment(**{"DATASTORE_TYPE": "", **extra})
+class MovingHost(FreeHost):
+    """A host whose data is moved."""
 
     @property
     def two(self) -> dict[str, str]:
@@ -70,16 +70,16 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def bare(own_etcd: Etcd, quick: None) -> FreeHost:
+def bare(own_etcd: Etcd, quick: None) -> MovingHost:
     """A host without an agent; data is in v2."""
     two = by("etcdv2", own_etcd)
     two.put(READY, "true")
     for number in range(150):
         two.put(f"/calico/v1/policy/profile/p{number}/tags", [f"p{number}"])
-    return FreeHost(own_etcd)
+    return MovingHost(own_etcd)
 
 
-def reset(host: FreeHost) -> None:
+def reset(host: MovingHost) -> None:
     """Put everything as it was before a move."""
     by("etcdv3", host.etcd).delete("/calico")
     by("etcdv2", host.etcd).put(READY, "true")
@@ -89,7 +89,7 @@ def without_ready(data: dict[str, str]) -> dict[str, str]:
     return {key: value for key, value in data.items() if key != READY}
 
 
-def faulty(host: FreeHost, fault: str, log: Path, *options: str, status: int) -> Result:
+def faulty(host: MovingHost, fault: str, log: Path, *options: str, status: int) -> Result:
     env = {"FAULT": fault, "FAULT_LOG": str(log), "SETTLE": "0.05"}
     words = ("datastore", "migrate", *options)
     return host.ctl(*words, status=status, command=[sys.executable, FAULTY], env=env)
@@ -97,7 +97,7 @@ def faulty(host: FreeHost, fault: str, log: Path, *options: str, status: int) ->
 
 @pytest.mark.parametrize("options", [(), ("--rollback",)])
 def test_after_a_kill_at_any_step_the_data_is_in_use_or_the_command_can_be_repeated(
-    bare: FreeHost, tmp_path: Path, options: tuple[str, ...]
+    bare: MovingHost, tmp_path: Path, options: tuple[str, ...]
 ) -> None:
     before, log = bare.two, tmp_path / "log"
     if options:
@@ -127,7 +127,7 @@ def test_after_a_kill_at_any_step_the_data_is_in_use_or_the_command_can_be_repea
         assert bare.two == {**before, READY: "false"}
 
 
-def test_what_is_refused_changes_nothing(bare: FreeHost) -> None:
+def test_what_is_refused_changes_nothing(bare: MovingHost) -> None:
     etcd = bare.etcd
     two, three = by("etcdv2", etcd), by("etcdv3", etcd)
 
@@ -162,7 +162,7 @@ def test_what_is_refused_changes_nothing(bare: FreeHost) -> None:
     assert "Used: none: etcd at" in said.out and "No API of etcd can be used" in said.err
 
 
-def test_a_signal_before_v3_is_in_use_takes_v2_into_use_again(bare: FreeHost) -> None:
+def test_a_signal_before_v3_is_in_use_takes_v2_into_use_again(bare: MovingHost) -> None:
     two = by("etcdv2", bare.etcd)
     status = {"datastore": {"api": "etcdv2", "frozen": False, "pinned": False}}
     bare.etcd._request("PUT", OLD_STATUS, value=json.dumps(status), ttl="90")
@@ -180,7 +180,7 @@ def test_a_signal_before_v3_is_in_use_takes_v2_into_use_again(bare: FreeHost) ->
     assert "/calico/v1/policy/profile/after15/tags" in bare.three
 
 
-def test_what_old_programs_write_is_copied_or_reported(bare: FreeHost) -> None:
+def test_what_old_programs_write_is_copied_or_reported(bare: MovingHost) -> None:
     two, stop = by("etcdv2", bare.etcd), threading.Event()
 
     def write() -> None:
@@ -218,7 +218,7 @@ def test_what_old_programs_write_is_copied_or_reported(bare: FreeHost) -> None:
     assert "There is no data to go back to" in bare.migrate("--rollback", "--discard", status=1)
 
 
-def test_show_for_a_user_with_a_member_down_and_while_frozen(bare: FreeHost) -> None:
+def test_show_for_a_user_with_a_member_down_and_while_frozen(bare: MovingHost) -> None:
     """And moving, for that user."""
     etcd = bare.etcd
     with_users(etcd)
@@ -245,7 +245,7 @@ def test_show_for_a_user_with_a_member_down_and_while_frozen(bare: FreeHost) -> 
 
 
 def test_an_agent_that_is_pinned_is_named(own_etcd: Etcd, quick: None) -> None:
-    host = FreeHost(own_etcd)
+    host = MovingHost(own_etcd)
     by("etcdv2", own_etcd).put(READY, "true")
     host.start_agent(DATASTORE_TYPE="etcdv2")
     said = host.migrate(status=1)
@@ -258,7 +258,7 @@ def test_an_agent_that_is_pinned_is_named(own_etcd: Etcd, quick: None) -> None:
     host.ctl("node", "remove")
 
 
-class FreeFabricHost(FabricHost, FreeHost):
+class FreeFabricHost(FabricHost, MovingHost):
     """A host of a fabric whose environment does not say which API to use."""
 
 
