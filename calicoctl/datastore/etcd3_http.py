@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import select
 import socket
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Callable, Optional, TypeVar
 
 from calicoctl import answers
 from calicoctl.datastore import last_known
-from calicoctl.datastore.members import ConnectionLost, NotSent, Unanswered, why
+from calicoctl.datastore.members import ConnectionLost, NotSent, RequestFailed, Unanswered, why
 from calicoctl.datastore.settings import EtcdSettings, Member
 from calicoctl.errors import StoreError, StoreUnavailable, is_shortage
 
@@ -51,6 +52,9 @@ _BUSY = "too many requests"
 
 _BAD_HANDSHAKE = "authentication handshake failed"
 """Part of the message of a permanent UNAVAILABLE: etcd's gateway cannot connect to its own member by TLS."""
+
+_REFUSED_CERTIFICATE = re.compile("ALERT.*(CERT|UNKNOWN_CA)")
+"""The reason of a TLS error if the other end refuses the certificate, or that there is none: it has read no request."""
 
 _GARBLED = (
     "SSLError",
@@ -229,13 +233,19 @@ class Connection:
 
     @contextmanager
     def no_answer(self) -> Iterator[None]:
-        """Convert the exceptions of sockets and of HTTP to Unanswered, ConnectionLost or StoreUnavailable."""
+        """Convert the exceptions of sockets and of HTTP to those for requests without an answer.
+
+        NotSent only if the member refuses the certificate of this host, or that it has none: with TLS 1.3, that comes
+        to light when the answer is read.
+        """
         try:
             yield
         except (http.client.HTTPException, OSError, MemoryError) as error:
             if is_shortage(error):
                 raise StoreUnavailable(f"etcd cannot be asked: {why(error)}") from error
-            kind = Unanswered if isinstance(error, socket.timeout) else ConnectionLost
+            kind: type[RequestFailed] = Unanswered if isinstance(error, socket.timeout) else ConnectionLost
+            if _REFUSED_CERTIFICATE.search(str(getattr(error, "reason", ""))):
+                kind = NotSent
             raise kind(f"{self.url} did not answer ({why(error)})", type(error).__name__ in _GARBLED) from error
 
     def _parsed(self, status: int, content: bytes) -> dict[str, Any]:
