@@ -13,54 +13,36 @@ import statistics
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NoReturn
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+from measuring import HOME, endpoint_record, fill, percentile, report
 
 from tests.system.agent import AgentHost
 from tests.system.conftest import clear_host
 from tests.system.support import Etcd, calico_links, run, wait_for
 from tests.system.traffic import connect, inside, listener, ping
 
-HOME = Path("/run/calico-bench")
 MANY = 1000
 ALLOW = {"action": "allow"}
 
 
-def report(title: str, bound: str, value: float, detail: str = "") -> None:
-    print(f"{title:76} {value:8.3f}  {bound:18} {detail}", flush=True)
+def crowd(host: AgentHost, count: int, profiles: int, namespace: str | None = None) -> None:
+    """Create the interfaces and the endpoint keys of `count` endpoints, spread over `profiles` profiles.
 
-
-def crowd_record(number: int, profile: str) -> tuple[str, dict]:
-    id = f"{number:011x}".ljust(32, "0")
-    record = {
-        "state": "active",
-        "name": f"cali{id[:11]}",
-        "mac": f"02:00:00:00:{number // 256:02x}:{number % 256:02x}",
-        "profile_ids": [profile],
-        "ipv4_nets": [f"192.168.{128 + number // 256}.{number % 256}/32"],
-        "ipv6_nets": [],
-        "ipv4_gateway": "192.0.2.2",
-        "ipv6_gateway": None,
-    }
-    return f"/calico/v1/host/host1/workload/docker/{number:064x}/endpoint/{id}", record
-
-
-def crowd(host: AgentHost, count: int, profiles: int) -> None:
-    """Create the interfaces and the endpoint keys of `count` endpoints, spread over `profiles` profiles."""
-    run("ip", "netns", "add", "crowd")
-    pairs = [crowd_record(number, f"crowd{number % profiles}") for number in range(count)]
+    `namespace` is the host's network namespace, if it has one of its own.
+    """
+    others = f"crowd-{namespace}" if namespace else "crowd"
+    run("ip", "netns", "add", others)
     lines = []
-    for number, (_, record) in enumerate(pairs):
-        lines.append(f"link add {record['name']} type veth peer name c{number} netns crowd")
-        lines.append(f"link set {record['name']} up")
-    run("ip", "-batch", "-", input="\n".join(lines))
+    for number in range(count):
+        name = endpoint_record(host.name, number, "")[1]["name"]
+        lines.append(f"link add {name} type veth peer name c{number} netns {others}")
+        lines.append(f"link set {name} up")
+    run("ip", *(["-n", namespace] if namespace else []), "-batch", "-", input="\n".join(lines))
     for number in range(profiles):
         host.profile(f"crowd{number}", inbound=[{"action": "allow", "src_tag": f"crowd{number}"}])
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda pair: host.etcd.put(*pair), pairs))
+    fill(host.etcd, host.name, count, profiles)
 
 
 def clear_crowd(host: AgentHost, count: int) -> None:
@@ -182,10 +164,6 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def percentile(values: list[float], share: float) -> float:
-    return sorted(values)[min(len(values) - 1, int(len(values) * share))]
-
-
 def main(repetitions: int) -> None:
     etcd = Etcd(HOME / "etcd", port=2379)
     etcd.start()
@@ -236,7 +214,7 @@ def run_all(host: AgentHost, repetitions: int) -> None:
     host.profile("all", inbound=[ALLOW])
     host.profile("one", inbound=[ALLOW])
     for number in range(MANY):
-        key, record = crowd_record(number, f"crowd{number % 100}")
+        key, record = endpoint_record(host.name, number, "all")
         host.etcd.put(key, {**record, "profile_ids": ["all"] if number else ["all", "one"]})
     host.sync()
     of_one, of_all = profile_change(host, "one", repetitions), profile_change(host, "all", repetitions)

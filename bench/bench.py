@@ -8,21 +8,14 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
-import subprocess
 import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Callable
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+from measuring import HOME, PYTHON, Measure, compare, fill, timed
 
 from tests.system.support import Etcd, Host, import_busybox, run, start_docker
 
-HOME = Path("/run/calico-bench")
 PTP = "/usr/lib/cni/ptp"
-PYTHON = sys.executable
 IMPORT_ALL = (PYTHON, "-c", "import docopt, etcd, netaddr, pyroute2, docker")
 
 KERNEL_WORK = """
@@ -42,30 +35,6 @@ with netns.Namespace("/var/run/netns/bench", "bench") as space:
     print(time.perf_counter() - start)
 netns.delete_interface("calibench")
 """
-
-Measure = Callable[[], float]
-
-
-def timed(*command: str, env: dict[str, str] | None = None, text: str = "") -> float:
-    start = time.perf_counter()
-    done = subprocess.run(command, env=env, input=text, capture_output=True, text=True)
-    taken = time.perf_counter() - start
-    if done.returncode != 0:
-        raise SystemExit(f"{' '.join(command)}: {done.stdout}{done.stderr}")
-    return taken
-
-
-def compare(title: str, bound: str, one: Measure, other: Measure, pairs: int) -> None:
-    """Measure two things in turn, after a pair that does not count; print the median of the ratios."""
-    one(), other()
-    results = [(one(), other()) for _ in range(pairs)]
-    ratios = [a / b for a, b in results]
-    seconds = [statistics.median(column) for column in zip(*results)]
-    print(
-        f"{title:68} {statistics.median(ratios):6.2f}  ({min(ratios):.2f} to {max(ratios):.2f})  {bound:20}"
-        f"  {seconds[0] * 1000:6.1f} ms / {seconds[1] * 1000:6.1f} ms",
-        flush=True,
-    )
 
 
 def main(pairs: int) -> None:
@@ -146,7 +115,7 @@ def run_all(host: Host, pairs: int) -> None:
     ctl("profile", "add", "web")
     ctl("container", "add", path, "ipv4")
     few = Host(host.etcd, "bench")
-    fill(host, 10)
+    fill(host.etcd, host.name, 10)
 
     def append() -> float:
         taken = ctl("container", path, "profile", "append", "web")
@@ -159,7 +128,7 @@ def run_all(host: Host, pairs: int) -> None:
     try:
         for key, value in host.etcd.tree().items():
             crowded.put(key, value)
-        fill(Host(crowded), 10_000)
+        fill(crowded, host.name, 10_000)
         many = few.environment(ETCD_AUTHORITY=f"127.0.0.1:{crowded.port}")
 
         def append_to_many() -> float:
@@ -227,27 +196,6 @@ def cni_ptp() -> float:
     taken = timed(PTP, env={**environment, "CNI_COMMAND": "ADD"}, text=json.dumps(network))
     timed(PTP, env={**environment, "CNI_COMMAND": "DEL"}, text=json.dumps(network))
     return taken
-
-
-def fill(host: Host, count: int) -> None:
-    """Write `count` endpoints of other workloads on the same host into etcd."""
-
-    def write(number: int) -> None:
-        folder = f"/calico/v1/host/bench/workload/docker/{number:064x}"
-        record = {
-            "state": "active",
-            "name": f"cali{number:011x}",
-            "mac": "86:32:73:fd:c6:86",
-            "profile_ids": ["web"],
-            "ipv4_nets": [f"192.168.{128 + number // 256}.{number % 256}/32"],
-            "ipv6_nets": [],
-            "ipv4_gateway": "192.0.2.2",
-            "ipv6_gateway": None,
-        }
-        host.etcd.put(f"{folder}/endpoint/{number:032x}", record)
-
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(write, range(count)))
 
 
 if __name__ == "__main__":

@@ -18,9 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from agent import HOME, percentile, report, throughput
+from agent import throughput
+from measuring import HOME, percentile, report
 
 from tests.system.fabric import FabricHost, fabric
 from tests.system.support import run, wait_for

@@ -15,9 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from agent import HOME, percentile, report
+from measuring import HOME, percentile, report
 
 from tests.system.agent import A4, ALLOW, AgentHost
 from tests.system.conftest import clear_host

@@ -1,0 +1,101 @@
+"""What the benchmarks share: they time commands, fill a store, and print figures beside their bounds.
+
+Seconds mean little on a shared machine. So most figures are medians of the ratios of pairs that ran one right after the
+other. A figure that misses its bound is marked.
+"""
+
+from __future__ import annotations
+
+import operator
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Callable
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from tests.system.support import Etcd
+
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # an installation has the bytecode of its modules, so it is wanted here
+
+HOME = Path("/run/calico-bench")
+PYTHON = sys.executable
+
+Measure = Callable[[], float]
+
+SCALES = {"ms": 1000, "MiB": 1}
+"""Unit in which a figure is printed -> what a measured value (seconds, MiB) is multiplied by."""
+
+
+def timed(*command: str, env: dict[str, str] | None = None, text: str = "") -> float:
+    """Run a command that succeeds; return the seconds that it takes."""
+    start = time.perf_counter()
+    done = subprocess.run(command, env=env, input=text, capture_output=True, text=True)
+    taken = time.perf_counter() - start
+    if done.returncode != 0:
+        raise SystemExit(f"{' '.join(command)}: {done.stdout}{done.stderr}")
+    return taken
+
+
+def is_met(bound: str, value: float) -> bool:
+    """Return whether a value meets a bound such as "at most 1.2"; other texts are met by all values."""
+    for words, met in (("at most", operator.le), ("under", operator.lt), ("at least", operator.ge)):
+        number = re.match(rf"{words} ([\d.]+)", bound)
+        if number:
+            return met(value, float(number[1]))
+    return True
+
+
+def report(title: str, bound: str, value: float, detail: str = "") -> bool:
+    """Print a figure; return whether it meets its bound."""
+    met = is_met(bound, value)
+    print(f"{title:76} {value:8.3f}  {bound:22} {'' if met else 'MISSED  '}{detail}", flush=True)
+    return met
+
+
+def compare(title: str, bound: str, one: Measure, other: Measure, pairs: int, unit: str = "ms") -> bool:
+    """Measure two things in turn, after a pair that does not count; print the median of the ratios.
+
+    Returns whether it meets its bound.
+    """
+    one(), other()
+    results = [(one(), other()) for _ in range(pairs)]
+    ratios = [a / b for a, b in results]
+    medians = [f"{statistics.median(column) * SCALES[unit]:.1f} {unit}" for column in zip(*results)]
+    detail = f"({min(ratios):.2f} to {max(ratios):.2f})  {' / '.join(medians)}"
+    return report(title, bound, statistics.median(ratios), detail)
+
+
+def percentile(values: list[float], share: float) -> float:
+    return sorted(values)[min(len(values) - 1, int(len(values) * share))]
+
+
+def endpoint_record(host: str, number: int, profile: str) -> tuple[str, dict]:
+    """Return the key and the value of an endpoint of a host, which has a workload, a name and an address of its own."""
+    id = f"{number:011x}".ljust(32, "0")
+    record = {
+        "state": "active",
+        "name": f"cali{id[:11]}",
+        "mac": f"02:00:00:00:{number // 256:02x}:{number % 256:02x}",
+        "profile_ids": [profile],
+        "ipv4_nets": [f"192.168.{128 + number // 256}.{number % 256}/32"],
+        "ipv6_nets": [],
+        "ipv4_gateway": "192.0.2.2",
+        "ipv6_gateway": None,
+    }
+    return f"/calico/v1/host/{host}/workload/docker/{number:064x}/endpoint/{id}", record
+
+
+def fill(etcd: Etcd, host: str, count: int, profiles: int = 1) -> None:
+    """Write so many endpoints of a host, spread over the profiles crowd0, crowd1 and so on."""
+
+    def write(number: int) -> None:
+        etcd.put(*endpoint_record(host, number, f"crowd{number % profiles}"))
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write, range(count)))
