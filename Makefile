@@ -108,6 +108,7 @@ tox: $(VENV)/ready
 bench: $(VENV)/ready
 	@demo/packages $(BENCH)
 	tests/sandbox $(VENV)/bin/python bench/bench.py $(ARGS)
+	tests/sandbox $(VENV)/bin/python bench/stores.py $(ARGS)
 	tests/sandbox $(VENV)/bin/python bench/agent.py $(ARGS)
 	tests/sandbox $(VENV)/bin/python bench/restart.py $(ARGS)
 	tests/sandbox $(VENV)/bin/python bench/hosts.py $(ARGS)
