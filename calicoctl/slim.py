@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import threading
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
@@ -22,8 +23,8 @@ from typing import Any
 BARE = frozenset({"pyroute2", "netaddr", "docker"})
 
 # etcd uses dns for SRV discovery, urllib3 importlib.metadata for HTTP/2, requests charset_normalizer for bodies of
-# unknown encoding: this program needs none of these
-DEFERRED = frozenset({"dns", "dns.resolver", "importlib.metadata", "charset_normalizer"})
+# unknown encoding: this program needs none of these. http.client and asyncio import ssl, which is needed for https only
+DEFERRED = frozenset({"dns", "dns.resolver", "importlib.metadata", "charset_normalizer", "ssl", "asyncio.sslproto"})
 
 
 class _Bare:
@@ -78,6 +79,7 @@ class _Finder:
 
 
 _finder = _Finder()
+_lock = threading.Lock()
 
 
 def install() -> None:
@@ -89,7 +91,8 @@ def install() -> None:
 def _load(name: str) -> ModuleType:
     """Import the real module `name`, and its real parent package, instead of their placeholders; return the module."""
     for part in (name.partition(".")[0], name):
-        if part in _finder.deferred:
-            _finder.deferred.discard(part)
-            sys.modules.pop(part, None)
+        with _lock:  # other threads must not import a placeholder again between these two steps
+            if part in _finder.deferred:
+                _finder.deferred.discard(part)
+                sys.modules.pop(part, None)
     return importlib.import_module(name)

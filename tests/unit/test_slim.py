@@ -27,6 +27,7 @@ def loaded_by(code: str) -> set[str]:
     ("code", "absent"),
     [
         ("import etcd", {"dns", "dns.resolver", "importlib.metadata"}),
+        ("import http.client, asyncio", {"ssl", "_ssl", "asyncio.sslproto"}),
         (
             "from pyroute2.iproute.linux import IPRoute; from pyroute2 import netns",
             {"pyroute2.ndb", "pyroute2.ndb.main", "pyroute2.ethtool", "pyroute2.netlink.nl80211", "sqlite3"},
@@ -45,7 +46,7 @@ def test_unneeded_modules_are_not_loaded(code: str, absent: set[str]) -> None:
 @pytest.mark.parametrize(
     ("command", "absent"),
     [
-        ("profile", {"pyroute2", "docker", "netaddr", "requests", "prettytable"}),
+        ("profile", {"pyroute2", "docker", "netaddr", "requests", "prettytable", "ssl"}),
         ("version", {"etcd", "pyroute2", "docker", "netaddr", "json"}),
         ("pool", {"pyroute2", "docker"}),
         ("container", {"prettytable", "docker", "pyroute2", "etcd"}),
@@ -62,6 +63,8 @@ def test_a_command_loads_only_what_it_uses(command: str, absent: set[str]) -> No
         "import urllib3; from importlib import metadata as m; assert m.version('urllib3') == urllib3.__version__",
         "import urllib3.http2; assert urllib3.http2.version('urllib3')",
         "import requests; import charset_normalizer; charset_normalizer.from_bytes(b'abc').best()",
+        "import http.client as c; assert isinstance(c.HTTPSConnection('x')._context, c.ssl.SSLContext)",
+        "import asyncio.selector_events as a; import ssl; assert ssl.SSLWantReadError in a.sslproto.SSLAgainErrors",
         "import requests; r = requests.Response(); r._content = 'é'.encode(); assert r.text == 'é'",
     ],
 )
