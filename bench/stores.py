@@ -245,8 +245,7 @@ def idle(pairs: int) -> None:
                 list(pool.map(lambda host: host.start_agent(**DETECTED), hosts))
                 list(pool.map(lambda host: host.add("w", f"192.168.{host.number}.1"), hosts))
             wait_for(lambda: all(host.sessions == 2 * 19 for host in hosts), "the mesh", 60)
-            for host in hosts:
-                wait_for(lambda host=host: host.endpoint_status(host.key("w")), "the status")
+            wait_for(lambda: sum("/endpoint/" in key for key in etcd.tree("/calico/felix")) == 20, "the statuses")
             time.sleep(15)  # each has sent a heartbeat since
             before, revision = counters(etcd), etcd.v3("kv/range", {"key": b64("/calico")})["header"]["revision"]
             time.sleep(IDLE)
