@@ -21,8 +21,9 @@ whether users are switched on there, and for each member of the cluster
 whether it is healthy, its version, whether it is the leader, and the size of
 its database. It works while a member is down, too, and needs no permissions
 but those for /calico/. JSON: used (null if no API can be), why, frozen,
-error, apis (v2 and v3: served, ready, keys, bytes, users, error) and members
-(url, healthy, version, leader, size, in_use and quota in bytes, error).
+error, move (copying or rolling back, if the data is frozen for that), advice,
+apis (v2 and v3: served, ready, keys, bytes, users, error) and members (url,
+healthy, version, leader, size, in_use and quota in bytes, error).
 
 `migrate` copies all data to v3, under the same keys, and takes it into use
 there. Meanwhile, the data is frozen: commands that would change something are
@@ -44,6 +45,7 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from typing import Any, Callable
@@ -52,7 +54,7 @@ from calicoctl.datastore import cluster, keys
 from calicoctl.datastore.backends import PATIENCE, Backends
 from calicoctl.datastore.detection import Choice
 from calicoctl.datastore.hosts import hostname
-from calicoctl.datastore.migration import Migration, Moved
+from calicoctl.datastore.migration import Migration, Moved, State
 from calicoctl.datastore.settings import TYPE, V2, V3, EtcdSettings
 from calicoctl.datastore.store import Store
 from calicoctl.errors import CalicoError, NoSuchApi, StoreError, one_line
@@ -143,6 +145,9 @@ def _show(as_json: bool) -> None:
         choice = backends.choose(backends.choose(None))
     except StoreError as refused:
         error = str(refused)
+    state: State | None = None
+    with suppress(StoreError):  # it is said above what is wrong
+        state = Migration(settings.urls, lambda: (backends.open(V2), backends.open(V3)), lambda text: None).state()
     users = cluster.users(settings)
     apis = {
         version: _contents(backends, api, users[number])
@@ -156,12 +161,14 @@ def _show(as_json: bool) -> None:
                 "why": None if choice is None else choice.why,
                 "frozen": None if choice is None else choice.frozen,
                 "error": error,
+                "move": None if state is None else state.step,
+                "advice": None if state is None else state.advice,
                 "apis": apis,
                 "members": [asdict(member) for member in members],
             }
         )
     else:
-        _print(choice, error, apis, members)
+        _print(choice, error, state, apis, members)
     if error is not None:
         raise CalicoError(error if as_json else "No API of etcd can be used.")
 
@@ -190,20 +197,28 @@ def _contents(backends: Backends, api: str, users: bool | None) -> dict[str, Any
     return found
 
 
-def _print(choice: Choice | None, error: str | None, apis: dict[str, Any], members: list[cluster.MemberInfo]) -> None:
+def _print(
+    choice: Choice | None,
+    error: str | None,
+    state: State | None,
+    apis: dict[str, Any],
+    members: list[cluster.MemberInfo],
+) -> None:
     if choice is None:
         print(one_line(f"Used: none: {error}"))
     else:
         print(f"Used: etcd's {choice.version} API: {choice.why}")
         print(f"Frozen: {'yes' if choice.frozen else 'no'}")
+    if state is not None and state.advice is not None:
+        print(state.advice)
     rows = []
     for version, found in apis.items():
         if not found["served"]:
             rows.append([version, "not served", "", "", ""])
         else:
-            state = found["error"] or found["ready"] or "none"
+            ready = found["error"] or found["ready"] or "none"
             users = {True: "on", False: "off", None: ""}[found["users"]]
-            rows.append([version, state, found["keys"], _size(found["bytes"]), users])
+            rows.append([version, ready, found["keys"], _size(found["bytes"]), users])
     print_table(["API", "Ready", "Keys", "Size", "Users"], rows, widest=50)
     print_table(
         ["Member", "State", "Version", "Leader", "Database", "In use", "Quota"],

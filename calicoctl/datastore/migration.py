@@ -22,7 +22,7 @@ import json
 import secrets
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Callable
 
@@ -74,6 +74,38 @@ class State:
         return None if self.v3 is None else self.v3.value
 
     @property
+    def step(self) -> str | None:
+        """What this command does with the data at the moment, or did when it was interrupted."""
+        if self.v2_ready != "false" or self.v3_ready == "true" or self.note is None:
+            return None
+        return _ROLLING_BACK if self.is_back else _COPYING
+
+    @property
+    def advice(self) -> str | None:
+        """What there is to do, as a sentence, if the data is frozen, or is still in v2 although v3 is in use."""
+        if self.step == _COPYING:
+            return (
+                "The data is being moved to v3, unless that was interrupted: then 'calicoctl datastore migrate' goes "
+                "on, and 'calicoctl datastore migrate --rollback' ends it."
+            )
+        if self.step == _ROLLING_BACK:
+            return (
+                "The data is on its way back to v2, unless that was interrupted: then 'calicoctl datastore migrate "
+                "--rollback' goes on, and 'calicoctl datastore migrate' ends it."
+            )
+        if self.v3_ready == "true" or self.v2_ready == "true":
+            return _LEFT if self.v3_ready == "true" and self.v2_ready == "false" else None
+        return (
+            f"Somebody has set {keys.READY} to false: set it to true when the data is complete."
+            if self.is_frozen
+            else None
+        )
+
+    @property
+    def is_frozen(self) -> bool:
+        return "true" not in (self.v2_ready, self.v3_ready) and "false" in (self.v2_ready, self.v3_ready)
+
+    @property
     def is_back(self) -> bool:
         """Whether the note says that the data is on its way back to v2."""
         return self.note is not None and f'"{_ROLLING_BACK}"' in self.note.value
@@ -102,13 +134,23 @@ class Migration:
         self._run = secrets.token_hex(8)
         """Names this process in the note."""
         self._note: Entry | None = None
+        self._is_live_sent = False
+        """Whether what takes v3 into use may have been sent."""
 
     def state(self) -> State:
-        """Read how far a move has come. Raises StoreError, also if another Calico uses v3."""
+        """Read how far a move has come. Raises StoreError, also if another Calico uses v3.
+
+        NoSuchApi is raised if v2 is not served and v3 has no Ready.
+        """
         ready, note = self._v3.read([keys.READY, keys.UNUSED_COPY])[0]
         if self._v3.exists(keys.OTHER_CALICO):
             raise foreign(self._where)
-        return State(self._v2.get(keys.READY), ready, note)
+        try:
+            return State(self._v2.get(keys.READY), ready, note)
+        except NoSuchApi:
+            if ready is None:
+                raise
+            return State(None, ready, note)
 
     # From v2 to v3
 
@@ -201,7 +243,7 @@ class Migration:
                     else:
                         target[write.key] = entry
                         done += 1
-                self._tell(f"Copying: {done} of {len(source)} keys")
+                self._tell(f"Copying: {done} of {len(source)} keys" if done else "Removing an earlier copy")
             self._tell(f"Comparing {len(source)} keys")
             wrong = difference(self._data(self._v3), source)
             if wrong:
@@ -244,6 +286,7 @@ class Migration:
         if ready is not None and ready.value == "true":
             raise _taken_over()
         live: Write = Create(keys.READY, "true") if ready is None else Update(ready, "true")
+        self._is_live_sent = True
         try:
             self._v3.commit([live, Delete(self._note)])
         except (CompareFailed, KeyExists):
@@ -262,13 +305,17 @@ class Migration:
             raise
 
     def _fenced(self) -> bool:
-        """Make sure that nothing that this process has sent makes v3 the one in use; return False if it cannot."""
+        """Make sure that nothing that this process has sent takes v3 into use; return False if that is not possible.
+
+        Nothing is written unless it is necessary: etcd may have no space left.
+        """
         self._v2, self._v3 = self._open()  # an interrupted request may have spoilt the others
         note = self._v3.get(keys.UNUSED_COPY)
         if note is None or self._run not in note.value:
             return False
         try:
-            self._note = self._v3.update(note, note.value)
+            if self._is_live_sent:
+                self._v3.update(note, note.value)
         except CompareFailed:
             return False
         return True
@@ -304,7 +351,9 @@ class Migration:
         What has been changed in v3 again counts as well.
         """
         if state.v2 is None:
-            return str(difference(self._data(self._v2), {}))
+            with suppress(NoSuchApi):
+                return str(difference(self._data(self._v2), {}))
+            return ""
         late = {key: entry for key, entry in self._data(self._v2).items() if entry.revision > state.v2.revision}
         there = read_all(self._v3, list(late))
         return str(difference(late, there))
@@ -399,19 +448,17 @@ class Migration:
 
         Unless `discard`, also raises it if old programs have written to v2 since the move.
         """
-        try:
-            state = self.state()
-        except NoSuchApi:
-            if self._v3.get(keys.READY) is None:
-                raise
-            return Moved("etcd does not serve its v2 API any more.")
+        state = self.state()
         if state.v3_ready != "true":
             raise CalicoError("The data has not moved to etcd's v3 API: nothing is deleted.")
         if state.v2_ready == "true":
             raise _both()
-        if state.v2 is None and not self._v2.exists(keys.ROOT):
-            self._v2.remove_tree(keys.ROOT)  # directories may be left
-            return Moved("etcd's v2 API has no data.")
+        try:
+            if state.v2 is None and not self._v2.exists(keys.ROOT):
+                self._v2.remove_tree(keys.ROOT)  # directories may be left
+                return Moved("etcd's v2 API has no data.")
+        except NoSuchApi:
+            return Moved("etcd does not serve its v2 API any more.")
         self._tell("Waiting for agents to leave etcd's v2 API")
         left = self._await(self._left_in_v2)
         if left:

@@ -117,6 +117,7 @@ def test_after_a_kill_at_any_step_the_data_is_in_use_or_the_command_can_be_repea
         if number == last and not options:
             assert used == ("v3", False)
         if used[1]:
+            assert bare.shown()["move"] == ("rolling back" if options else "copying")
             said = bare.ctl("profile", "add", "new", status=1).err
             assert "etcd's data is frozen" in said and "'calicoctl datastore show'" in said
         if number % 2 or options:
@@ -290,17 +291,19 @@ def test_two_hosts_move_under_traffic(open_etcd: Etcd, monkeypatch: pytest.Monke
         other.set_profiles("b", "web")
         prober = one.prober("a", "192.168.0.1")
         prober.await_answer("192.168.1.1", 20)
-        wait_for(lambda: one.sessions == other.sessions == 1, "BGP")
+        wait_for(lambda: one.sessions == other.sessions == 2, "BGP")
         data, pids, before = one.two, [one.pid, other.pid], [kernel(host) for host in (one, other)]
         assert three.tree() == {}
 
-        def moved(*options: str) -> str:
-            said = one.ctl("datastore", "migrate", *options).err
+        def moved(*options: str) -> None:
+            """Without waiting for commands that have begun."""
+            env = one.environment(FAULT="none:0", FAULT_LOG="/dev/null", SETTLE="0.5")
+            one.run(sys.executable, FAULTY, "datastore", "migrate", *options, env=env)
             assert [kernel(host) for host in (one, other)] == before
-            return said
 
         prober.tell({"watch": ["192.168.1.1"]})
-        said = moved()
+        said = one.ctl("datastore", "migrate").err
+        assert [kernel(host) for host in (one, other)] == before
         assert one.three == data, said
         assert [line.partition(":")[0] for line in said.splitlines()][:2] == [
             "Freezing etcd's v2 API …",

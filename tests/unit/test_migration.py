@@ -9,9 +9,10 @@ import pytest
 
 from calicoctl.datastore import keys, migration
 from calicoctl.datastore.detection import Shown, decide
-from calicoctl.datastore.migration import Migration, Moved
+from calicoctl.datastore.migration import Migration, Moved, State
 from calicoctl.datastore.settings import V2, V3
-from calicoctl.errors import CalicoError, StoreUnavailable
+from calicoctl.datastore.store import Entry
+from calicoctl.errors import CalicoError, NoSuchApi, StoreError, StoreUnavailable
 from tests.unit.memory_store import Fault, MemoryStore
 
 TAGS, RULES = keys.profile_tags("web"), keys.profile_rules("web")
@@ -91,6 +92,28 @@ def test_a_target_that_is_not_our_own_copy_is_refused(world: World) -> None:
     world.refuses("v3 API has data already, which is not from here ./calico/v1/Ready is false")
     world.v3.put(keys.OTHER_CALICO + "/node", "{}")
     world.refuses("the data of another Calico in its v3 API")
+
+
+def test_the_state_says_what_there_is_to_do() -> None:
+    def ready(value: str | None) -> Entry | None:
+        return None if value is None else Entry(READY, value, 1)
+
+    for v2, v3, note, step, advice in (
+        ("true", None, None, None, None),
+        ("true", "false", "copying", None, None),
+        ("false", None, "copying", "copying", "--rollback' ends it"),
+        ("false", "false", "copying", "copying", "--rollback' ends it"),
+        ("false", "false", "rolling back", "rolling back", "--rollback' goes on"),
+        ("false", "true", None, None, "'calicoctl datastore migrate --finish'"),
+        (None, "true", None, None, None),
+        ("false", None, None, None, "set it to true when the data is complete"),
+        (None, "false", None, None, "set it to true when the data is complete"),
+        (None, None, None, None, None),
+    ):
+        entry = None if note is None else Entry(keys.UNUSED_COPY, json.dumps({"state": note}), 1)
+        state = State(ready(v2), ready(v3), entry)
+        assert state.step == step
+        assert state.advice is advice or (advice is not None and advice in str(state.advice)), (v2, v3, note)
 
 
 def test_data_that_somebody_else_has_frozen_stays_so(world: World) -> None:
@@ -395,3 +418,32 @@ def test_the_data_in_v2_is_deleted_when_no_agent_uses_it(world: World) -> None:
     assert world.v2.entries == {} and world.used() == ("v3", False)
     assert world.migration().finish(False).text == "etcd's v2 API has no data."
     world.refuses("There is no data to go back to", lambda: world.migration().roll_back(True))
+
+
+def test_after_the_end_v2_need_not_be_served(world: World) -> None:
+    def unserved() -> None:
+        raise NoSuchApi("etcd does not serve its v2 API")
+
+    world.v2.before_read = unserved
+    world.refuses("does not serve its v2 API")
+    world.v2.before_read = lambda: None
+    world.move()
+    world.v2.before_read = unserved
+    assert world.move().text.startswith("The data is in etcd's v3 API already.")
+    assert world.migration().finish(False).text == "etcd does not serve its v2 API any more."
+    world.refuses("There is no data to go back to", lambda: world.migration().roll_back(True))
+
+
+def test_v2_is_in_use_again_if_v3_has_no_space_left(world: World) -> None:
+    """Then v3 takes no write at all."""
+    count = iter(range(100))
+
+    def full() -> Fault:
+        if next(count) > 0:
+            raise StoreError("etcd has no space left")
+        return None
+
+    world.v3.fault = full
+    with pytest.raises(StoreError, match="no space left"):
+        world.move()
+    assert world.used() == ("v2", False)
