@@ -129,7 +129,7 @@ def _finish(discard: bool) -> None:
             return
         local_etcd.stop(host)  # the agent starts it again
         give_up = time.monotonic() + local_etcd.START_PATIENCE
-        while local_etcd.running(host) is None:
+        while not (local_etcd.running(host) and cluster.members(EtcdSettings.from_environment())[0].healthy):
             if time.monotonic() > give_up:
                 raise CalicoError("The agent does not start the local etcd again: see 'calicoctl status'.")
             time.sleep(0.1)

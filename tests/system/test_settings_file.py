@@ -235,6 +235,20 @@ def test_the_local_etcd_has_v3_alone_unless_its_data_is_in_v2(stock: StockEtcd) 
     assert "/var/lib/calico/etcd is of etcd's v2 API, which etcd 3.6 does not have: install etcd 3.4 or 3.5" in said
     shutil.rmtree(newer)
 
+    # the move ends with an etcd that serves v3 alone
+    bare(*NODE, "--local-etcd")
+    bare("datastore", "migrate")
+    assert "--enable-v2" in command_line()
+    assert "must be run as root" in bare("datastore", "migrate", "--finish", by=NOBODY, status=2).err
+    said = bare("datastore", "migrate", "--finish").out
+    assert said.endswith("The local etcd was started again, and serves v3 alone.\n")
+    assert "--enable-v2" not in command_line()
+    assert bare("profile", "show", "--output=json").out == '[\n  {\n    "name": "web"\n  }\n]\n'
+    assert bare("datastore", "migrate", "--finish").out == "etcd does not serve its v2 API any more.\n"
+    environment = {"PATH": "/usr/bin:/bin:/usr/sbin:/sbin"}
+    wait_for(lambda: "Problems:   none" in run(CALICOCTL, "status", check=False, env=environment).out, "the agent")
+    bare("node", "remove")
+
     shutil.rmtree("/var/lib/calico/etcd")
     bare(*NODE, "--local-etcd")
     assert "--enable-v2" not in command_line() and "--auto-compaction-retention=1h" in command_line()
