@@ -53,8 +53,17 @@ _LEFT = "What is in v2 is frozen, and stays until 'calicoctl datastore migrate -
 
 _COPYING, _ROLLING_BACK = "copying", "rolling back"
 
-Agents = dict[str, "AgentStore | None"]
-"""Host -> how its agent, which is alive, uses the store; None for an agent that does not say so."""
+
+@dataclass(frozen=True)
+class Agent:
+    """An agent that is alive: how it uses the store, None if it does not say so, and the revision of its status."""
+
+    store: AgentStore | None
+    revision: int
+
+    @property
+    def is_frozen(self) -> bool:
+        return self.store is not None and self.store.frozen
 
 
 @dataclass(frozen=True)
@@ -211,10 +220,11 @@ class Migration:
         hosts = set(_agents(self._v2))
         self._tell("Freezing etcd's v2 API")
         frozen = self._rewritten(ready)
-        self._settle(V2, hosts)
+        self._settle(hosts, {})
         entries = self._copied(frozen)
+        before = _agents(self._v3)
         self._go_live()
-        return self._followed(entries, hosts)
+        return self._followed(entries, self._await_agents(V3, hosts, before))
 
     def _rewritten(self, ready: Entry) -> Entry:
         """Set v2's Ready to `false`, even if it is that already: what has a later revision is written after that."""
@@ -251,7 +261,7 @@ class Migration:
             before, now_there = source, self._data(self._v2)
             agents = _agents(self._v2)
             _check_agents(agents)
-            if _same(before, now_there) and all(one is not None and one.frozen for one in agents.values()):
+            if _same(before, now_there) and all(one.is_frozen for one in agents.values()):
                 return before
         raise CalicoError(
             f"Old programs keep writing to etcd's v2 API ({difference(now_there, before)}): end them, and repeat this."
@@ -325,9 +335,8 @@ class Migration:
         if ready is not None and ready.value == "false":
             self._v2.update(ready, "true")
 
-    def _followed(self, entries: dict[str, Entry], hosts: set[str]) -> Moved:
-        """Wait until agents use v3, and compare once more."""
-        missing = self._await_agents(V3, hosts)
+    def _followed(self, entries: dict[str, Entry], missing: list[str]) -> Moved:
+        """Compare once more. `missing` are the hosts whose agents do not use v3 yet."""
         problems = []
         ready = self._v2.get(keys.READY)
         if ready is not None and ready.value == "true":
@@ -369,7 +378,7 @@ class Migration:
 
         What was written to v3 since the move is lost: unless `discard`, that is refused.
         """
-        state = self.state()
+        state, before = self.state(), dict[str, Agent]()
         if state.v2 is None:
             raise CalicoError("There is no data to go back to: etcd's v2 API has none.")
         if state.v3_ready == "true":
@@ -377,8 +386,8 @@ class Migration:
                 raise _both()
             _check_agents(_agents(self._v3))
             self._refuse_loss(discard)
+            before = _agents(self._v2)
             self._freeze_v3(state)
-            state = self.state()
         elif state.v2_ready == "true":
             return Moved("etcd's v2 API is in use.")
         elif state.note is None:
@@ -391,11 +400,11 @@ class Migration:
             self._thaw_v2()
             return Moved("The interrupted move is undone: etcd's v2 API is in use again.")
         with self._v3_in_use_on_failure():
-            self._settle(V2, set(_agents(self._v3)))
+            self._settle(set(_agents(self._v3)), before)
             self._refuse_loss(discard)
             self._tell("Taking etcd's v2 API into use")
             self._thaw_v2()
-        missing = self._await_agents(V2, set(_agents(self._v2)))
+        missing = self._await_agents(V2, set(_agents(self._v2)), {})
         problem = f"The agents of {first_few(missing)} still wait: see 'calicoctl status' there"
         return Moved("etcd's v2 API is in use again.", (problem,) if missing else ())
 
@@ -474,22 +483,24 @@ class Migration:
     def _left_in_v2(self) -> list[str]:
         """Return the hosts whose agents use v2. The last status of one that has gone over may still be there."""
         gone_over = _agents(self._v3).keys()
-        return sorted(host for host, found in _agents(self._v2).items() if found is None or host not in gone_over)
+        return sorted(host for host, found in _agents(self._v2).items() if found.store is None or host not in gone_over)
 
     # Agents
 
-    def _settle(self, api: str, hosts: set[str]) -> None:
+    def _settle(self, hosts: set[str], before: dict[str, Agent]) -> None:
         """Wait until no command writes any more, and all live agents have noticed that the data is frozen.
 
-        They say so in `api`; `hosts` are those that were alive before. Raises CalicoError.
+        They say so in v2, whichever API was in use. `hosts` are those that were alive before; what is in `before` was
+        said before that. Raises CalicoError.
         """
         until = time.monotonic() + SETTLE
 
         def pending() -> list[str]:
-            agents = _agents(self._v2 if api == V2 else self._v3)
+            agents = _agents(self._v2)
             _check_agents(agents)
             alive = agents.keys() | (hosts & _agents(self._v3).keys())
-            return sorted(host for host in alive if not (found := agents.get(host)) or not found.frozen)
+            new = _new(agents, before)
+            return sorted(host for host in alive if host not in new or not new[host].is_frozen)
 
         self._tell("Waiting for commands and agents to notice")
         left = self._await(pending)
@@ -500,13 +511,16 @@ class Migration:
             )
         time.sleep(max(0.0, until - time.monotonic()))
 
-    def _await_agents(self, api: str, hosts: set[str]) -> list[str]:
-        """Wait until the agents of some hosts use an API that is not frozen; return the hosts of those that do not."""
+    def _await_agents(self, api: str, hosts: set[str], before: dict[str, Agent]) -> list[str]:
+        """Wait until the agents of some hosts use an API that is not frozen; return the hosts of those that do not.
+
+        What is in `before` was said before that.
+        """
         self._tell(f"Waiting for agents to use etcd's {api[-2:]} API")
 
         def pending() -> list[str]:
-            agents = _agents(self._v2 if api == V2 else self._v3)
-            return sorted(host for host in hosts if not (found := agents.get(host)) or found.frozen)
+            new = _new(_agents(self._v2 if api == V2 else self._v3), before)
+            return sorted(host for host in hosts if host not in new or new[host].is_frozen)
 
         return self._await(pending)
 
@@ -523,17 +537,26 @@ class Migration:
         return copied(store.list_for_watch(keys.ROOT)[0])
 
 
-def _agents(store: Store) -> Agents:
+def _agents(store: Store) -> dict[str, Agent]:
     """Return the agents that are alive, as far as they report to this store."""
     hosts = {keys.felix_status(host): host for host in store.names(keys.FELIX_HOSTS)}
     found = read_all(store, list(hosts))
-    return {hosts[key]: parse_agent_store(entry.value) for key, entry in found.items() if entry.expires}
+    return {
+        hosts[key]: Agent(parse_agent_store(entry.value), entry.revision)
+        for key, entry in found.items()
+        if entry.expires
+    }
 
 
-def _check_agents(agents: Agents) -> None:
+def _new(agents: dict[str, Agent], before: dict[str, Agent]) -> dict[str, Agent]:
+    """Return those agents that have written their status since `before` was read."""
+    return {host: found for host, found in agents.items() if found != before.get(host)}
+
+
+def _check_agents(agents: dict[str, Agent]) -> None:
     """Raise CalicoError if there is an agent that cannot follow the data to the other API."""
-    old = sorted(host for host, found in agents.items() if found is None)
-    pinned = sorted(host for host, found in agents.items() if found is not None and found.pinned)
+    old = sorted(host for host, found in agents.items() if found.store is None)
+    pinned = sorted(host for host, found in agents.items() if found.store is not None and found.store.pinned)
     if old:
         raise CalicoError(
             f"The agents of {', '.join(old)} are of an older version, or of 2015, and know etcd's v2 API alone: "
