@@ -307,10 +307,9 @@ class Stream:
         host lacks memory. After an exception, the stream must be closed.
         """
         with self._member.no_answer():
-            if not self._rest:
-                if not self._bounds.wait(max(seconds, 0.001)):
-                    return None
-                self._bounds.renew(READ_TIMEOUT)
+            if not self._rest and not self._bounds.wait(max(seconds, 0.001)):
+                return None
+            self._bounds.renew(READ_TIMEOUT)
             parts = [self._rest]
             while b"\n" not in parts[-1]:
                 parts.append(self._part())

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from base64 import b64decode, b64encode
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from types import SimpleNamespace
 from typing import Any, Callable
 
 import pytest
 
+from calicoctl import answers
 from calicoctl.datastore import etcd3, etcd3_http, etcd3_json, etcd3_watch, members
 from calicoctl.datastore.etcd3 import Etcd3Store
 from calicoctl.datastore.etcd3_http import Connection
@@ -412,7 +415,7 @@ class Stream(Gateway):
 
     def __init__(self, *messages: dict[str, Any] | bytes, ends: bool = False) -> None:
         super().__init__()
-        self.messages = messages
+        self.messages: Iterable[dict[str, Any] | bytes] = messages
         self.ends = ends
 
     def __call__(self, client: Client, line: str) -> None:
@@ -460,6 +463,30 @@ def test_changes_come_as_they_are_made_whatever_pieces_they_come_in(short: None)
     assert paths == ["/v3/kv/range", "/v3/watch", "/v3/kv/range", "/v3/kv/range"], (
         "a member that lags behind would look like a store that was set back"
     )
+
+
+def test_a_message_that_has_begun_to_arrive_with_another_one_has_as_much_time_as_that(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    text = b"".join(json.dumps(result(n, events=[{"kv": kv("/calico/a", "1", n)}])).encode() + b"\n" for n in (8, 9))
+    late, asked = 0.0, threading.Event()
+
+    def messages() -> Iterator[dict[str, Any] | bytes]:
+        yield CREATED
+        yield text[:-20]
+        asked.wait(10)
+        yield text[-20:]
+
+    stream = Stream()
+    stream.messages = messages()
+    monkeypatch.setattr(answers, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + late))
+    with serving(stream) as server:
+        watch = store_of(server).watch("/calico", 6, 10)
+        assert next(watch)[0].entry == Entry("/calico/a", "1", 8, 8)
+        late = 100.0  # whoever follows the changes was busy
+        threading.Timer(0.1, asked.set).start()
+        assert next(watch)[0].entry == Entry("/calico/a", "1", 9, 9)
+        watch.close()
 
 
 def test_what_is_not_utf8_in_a_change_is_named(short: None) -> None:
