@@ -57,7 +57,7 @@ from calicoctl.datastore.hosts import hostname
 from calicoctl.datastore.migration import Migration, Moved, State
 from calicoctl.datastore.settings import TYPE, V2, V3, EtcdSettings
 from calicoctl.datastore.store import Store
-from calicoctl.errors import CalicoError, NoSuchApi, StoreError, one_line
+from calicoctl.errors import CalicoError, InvalidValue, NoSuchApi, StoreError, one_line
 from calicoctl.felix import local_etcd, process
 from calicoctl.grammar import Prepared, parse, require_root
 from calicoctl.output import print_json, print_table, wants_json
@@ -143,7 +143,7 @@ def _show(as_json: bool) -> None:
     error: str | None = None
     try:
         choice = backends.choose(backends.choose(None))
-    except StoreError as refused:
+    except (InvalidValue, StoreError) as refused:
         error = str(refused)
     state: State | None = None
     with suppress(StoreError):  # it is said above what is wrong
@@ -192,7 +192,7 @@ def _contents(backends: Backends, api: str, users: bool | None) -> dict[str, Any
         found["bytes"] = sum(len(entry.key.encode()) + len(entry.value.encode()) for entry in entries)
     except NoSuchApi:
         found["served"] = False
-    except StoreError as error:
+    except (InvalidValue, StoreError) as error:
         found["error"] = str(error)
     return found
 

@@ -67,7 +67,7 @@ def users(settings: EtcdSettings) -> tuple[bool | None, bool | None]:
             try:
                 found[number] = ask(connection)
                 break
-            except (RequestFailed, StoreError, ValueError):
+            except (RecursionError, RequestFailed, StoreError, ValueError):
                 continue
             finally:
                 connection.close()
