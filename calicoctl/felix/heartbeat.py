@@ -139,6 +139,8 @@ class Heartbeat:
         self._own = Identity.own()
         self._entry: Entry | None = None
         """The status that the next `beat` renews; None if there is none."""
+        self._api: str | None = None
+        """The API of etcd that `_entry` is from. In the other one, a status of this agent may be left from before."""
         self._lasting: dict[str, Any] | None = None
         """The status without TIMES, if this agent has written `_entry`; else None."""
         self.has_begun = False
@@ -166,13 +168,19 @@ class Heartbeat:
                     self._entry = self._datastore.statuses.renew_host(status, TIME_TO_LIVE, self._entry)
                 else:
                     self._entry = self._datastore.statuses.write_host(status, TIME_TO_LIVE, self._entry)
+                self._api = self._current_api()
                 self.has_begun, self._lasting, self._contested = self._lasting is None, lasting, contested
                 return None
             except (KeyExists, CompareFailed):
-                had_it = self._entry is not None
+                had_it = self._entry is not None and self._api == self._current_api()
+                self._contested = self._contested and had_it
                 self._compare()
                 contested = had_it and self._entry is not None
         return self._replaced_by
+
+    def _current_api(self) -> str | None:
+        choice = self._datastore.current_choice()
+        return None if choice is None else choice.api
 
     def _compare(self) -> None:
         """After a failed write, read the status, and determine who wrote it, if it has not expired.
@@ -181,7 +189,7 @@ class Heartbeat:
         it. If that happens at two heartbeats in a row, another agent runs on this machine, for example in a container.
         """
         self._lasting = None
-        self._entry = self._datastore.statuses.of_host()
+        self._entry, self._api = self._datastore.statuses.of_host(), self._current_api()
         writer = self._own if self._entry is None else Identity.of(self._entry)
         if writer != self._own or self._contested:
             self._entry, self._replaced_by, self._contested = None, writer, False
@@ -192,7 +200,8 @@ class Heartbeat:
         if entry is not None and Identity.of(entry) != self._own:
             self._replaced_by = Identity.of(entry)
         elif entry is not None and writer != self._own:
-            self._entry, self._replaced_by = entry, None  # `claim` has written it for this machine
+            self._entry, self._api = entry, self._current_api()  # `claim` has written it for this machine
+            self._replaced_by = None
         elif entry is None and writer.machine is None:
             self._replaced_by = None
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from calicoctl.datastore.chosen import ChosenStore
 from calicoctl.datastore.client import DatastoreClient
+from calicoctl.datastore.detection import Choice
+from calicoctl.datastore.settings import V2, V3
 from calicoctl.errors import CalicoError, StoreUnavailable
 from calicoctl.felix import heartbeat
 from calicoctl.felix.heartbeat import Heartbeat, Identity, claim
@@ -127,6 +131,28 @@ def test_of_two_indistinguishable_agents_one_yields(world: World) -> None:
     outcome = [(one.beat({}), other.beat({})) for _ in range(5)][-1]
     assert [who is None for who in outcome].count(True) == 1
     assert [(one.beat({}), other.beat({})) for _ in range(5)] == [outcome] * 5
+
+
+def test_a_status_that_is_left_in_the_other_api_is_nobody_elses(world: World) -> None:
+    stores = {V2: MemoryStore(), V3: MemoryStore(modern=True)}
+    for number in range(50):  # so that no revision is the same in both
+        stores[V3].put(f"/other/{number}", "")
+    now = {"api": V2}
+    moves = count()
+
+    def current(before: Choice | None = None) -> Choice:
+        return Choice(now["api"], frozen=False, why="the test says so", at=next(moves))
+
+    datastore = DatastoreClient(ChosenStore(current, current, stores.__getitem__), "host1")
+    with world.machine():
+        agent = Heartbeat(datastore)
+        for now["api"] in (V2, V3, V2, V3, V2):
+            assert agent.beat({"uptime": 1.0}) is None, now
+            assert stores[now["api"]].get(KEY) is not None
+        for _ in range(2):
+            stores[V2].put(KEY, json.dumps(Identity.own().to_dict()))
+            replaced = agent.beat({"uptime": 1.0})
+        assert replaced == Identity.own()
 
 
 def test_an_agent_never_takes_the_name_back_from_another_machine_by_itself(world: World) -> None:
