@@ -57,8 +57,11 @@ def is_leader(server: Etcd) -> bool:
     return status["leader"] == status["header"]["member_id"]
 
 
-@pytest.mark.parametrize("role", ["leader", "follower"])
-@pytest.mark.parametrize("signal", [9, 19], ids=["killed", "hanging"])
+@pytest.mark.parametrize(
+    ("signal", "role"),
+    [(9, "leader"), (9, "follower"), (19, "leader")],
+    ids=["killed leader", "killed follower", "hanging leader"],
+)
 def test_a_member_that_stops_in_a_row_of_commands_makes_none_fail(
     clustered: Host, members: list[Etcd], blue: str, role: str, signal: int
 ) -> None:

@@ -24,7 +24,7 @@ printf '%s\\n' "${COMPREPLY[@]}"
 
 
 ZSH = """
-autoload -Uz compinit && compinit -u -d /tmp/zcompdump-$$; rm -f /tmp/zcompdump-$$
+autoload -Uz compinit && compinit -C -d /run/zcompdump
 source <(calicoctl completion zsh)
 compadd() { while [[ $1 == -* && $1 != -- ]]; do [[ $1 == -S ]] && shift; shift; done; shift; print -l -- "$@" }
 _files() { print compopt -o ${${1:+dirnames}:-default} }

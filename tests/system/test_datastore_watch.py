@@ -271,35 +271,45 @@ def event(**node: object) -> str:
 NONSENSE = {
     "no JSON": Answer(200, "garbage"),
     "nothing": Answer(200, ""),
-    "an index that is none": Answer(200, "{}", index="abc"),
-    "no index": Answer(
-        200, event(key="/calico/v1/Ready", value="true", modifiedIndex=5001, createdIndex=1), index=None
-    ),
     "a list": Answer(200, "[]"),
-    "a value that is no text": Answer(
-        200, event(key="/calico/v1/host/host1/workload/o/w/endpoint/e", value=5, modifiedIndex=5001, createdIndex=1)
-    ),
-    "a directory of numbers": Answer(
-        200,
-        event(
-            key="/calico/v1",
-            dir=True,
-            modifiedIndex=1,
-            createdIndex=1,
-            nodes=[{"key": "/calico/v1/Ready", "value": 7, "modifiedIndex": 1, "createdIndex": 1}],
-        ),
-    ),
-    "no directory, and no index": Answer(404, '{"errorCode": 100, "message": "Key not found", "cause": "/x"}', None),
     "not permitted": Answer(401, "x"),
     "a web page": Answer(500, "<html>"),
-    "a history that is always gone": Answer(400, '{"errorCode": 401, "message": "cleared", "cause": "x", "index": 5}'),
+}
+OF_ITS_API = {
+    "etcdv2": {
+        "an index that is none": Answer(200, "{}", index="abc"),
+        "no index": Answer(
+            200, event(key="/calico/v1/Ready", value="true", modifiedIndex=5001, createdIndex=1), index=None
+        ),
+        "a value that is no text": Answer(
+            200, event(key="/calico/v1/host/host1/workload/o/w/endpoint/e", value=5, modifiedIndex=5001, createdIndex=1)
+        ),
+        "a directory of numbers": Answer(
+            200,
+            event(
+                key="/calico/v1",
+                dir=True,
+                modifiedIndex=1,
+                createdIndex=1,
+                nodes=[{"key": "/calico/v1/Ready", "value": 7, "modifiedIndex": 1, "createdIndex": 1}],
+            ),
+        ),
+        "no directory, and no index": Answer(404, '{"errorCode": 100, "message": "Key not found", "cause": "/"}', None),
+        "a history that is always gone": Answer(
+            400, '{"errorCode": 401, "message": "cleared", "cause": "x", "index": 5}'
+        ),
+    },
+    "etcdv3": {
+        "a key that is none": Answer(200, '{"header": {"revision": "5"}, "kvs": [{"key": 5}], "count": "1"}'),
+        "a history that is always gone": Answer(200, '{"result": {"canceled": true, "compact_revision": "9"}}\n'),
+    },
 }
 
 
 def test_senseless_answers_are_no_fatal_errors(bare_host: Host) -> None:
     with behind_proxy(bare_host.etcd) as (host, proxy):
         pid = host.pid
-        for what, answer in NONSENSE.items():
+        for what, answer in {**NONSENSE, **OF_ITS_API[host.etcd.api]}.items():
             proxy.instead, proxy.answered = answer, 0
             host.etcd.put("/calico/v1/wake", what)
             wait_for(lambda: proxy.answered > 2, f"questions, answered with {what}")
