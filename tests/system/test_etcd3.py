@@ -7,6 +7,7 @@ from base64 import b64encode
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
+from urllib.error import HTTPError
 
 import pytest
 
@@ -15,8 +16,10 @@ from calicoctl.datastore.etcd3_http import Authorize, Connection
 from calicoctl.datastore.settings import EtcdSettings
 from calicoctl.datastore.store import Change, Create, Delete, Entry, Update, Watch
 from calicoctl.errors import StoreError, StoreUnavailable, WatchExpired
+from tests.system.agent import A4, B4, AgentHost
 from tests.system.support import Etcd, Host, wait_for
 from tests.system.test_cluster import cluster_of, running
+from tests.system.traffic import PATIENT, ping
 
 pytestmark = pytest.mark.api("etcdv3")
 
@@ -130,6 +133,33 @@ def test_a_store_at_its_limits_says_so_and_can_still_be_read_and_emptied(alone: 
     store.delete(one)
     store.remove_tree("/calico/large")
     assert store.tree("/calico") == []
+
+
+def test_a_quota_that_is_used_up_stops_no_traffic_and_all_goes_on_after_it(alone: Etcd) -> None:
+    host = AgentHost(alone)
+    host.start_agent()
+    host.add_pair()
+    host.sync()
+    with pytest.raises(HTTPError):
+        for number in range(20):
+            alone.put(f"/elsewhere/{number}", "x" * 500_000)
+    space = "/var/run/netns/a"
+    for words in (("profile", "add", "db"), ("container", space, "ip", "add", "ipv4"), ("container", "remove", space)):
+        said = host.ctl(*words, status=1)
+        assert "has no space left, and takes no writes: compact" in said.err and said.err.count("\n") == 1
+    assert ping("a", B4, patience=PATIENT)
+    host.check_consistent()
+    alone.delete("/elsewhere")
+    alone.v3("kv/compaction", {"revision": store_of(alone).list_for_watch("/calico")[1] - 1})
+    alone.v3("maintenance/defragment", {})
+    (alarm,) = alone.v3("maintenance/alarm", {"action": "GET"})["alarms"]
+    alone.v3("maintenance/alarm", {**alarm, "action": "DEACTIVATE"})
+    host.ctl("container", "remove", space)
+    host.ctl("container", "add", space, A4)
+    host.set_profiles("a", "web")
+    host.sync()
+    assert ping("a", B4, patience=PATIENT)
+    assert "Problems:   none" in host.ctl("status").out
 
 
 def test_a_long_list_is_read_in_pages_and_removed_at_once(bare_host: Host) -> None:

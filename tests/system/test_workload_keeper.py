@@ -464,13 +464,27 @@ def is_consistent(host: Host) -> bool:
     return True
 
 
+IMPATIENT_AGENT = """
+from calicoctl.felix import agent, process
+from calicoctl.workloads import locks
+locks.PATIENCE = 3.0
+agent.run("host1", process.Options())
+"""
+
+
 def test_a_command_that_never_ends_is_reported(pair: AgentHost) -> None:
-    with locked(pair, "a"):
-        run("ip", "-n", "a", "link", "delete", "eth1")
-        wait_for(lambda: "another command has been working on this workload" in pair.log(), pair.log(), 60)
-        last = pair.status()["last_error"]["error"]
-        assert "-var-run-netns-a: another command" in last and "is locked" in last
-    wait_for(lambda: "eth1" in links("a"), pair.log())
+    pair.kill_agent()
+    agent = subprocess.Popen([sys.executable, "-c", IMPATIENT_AGENT], env=pair.environment(), stderr=subprocess.DEVNULL)
+    try:
+        with locked(pair, "a"):
+            run("ip", "-n", "a", "link", "delete", "eth1")
+            error = wait_for(lambda: (pair.status()["last_error"] or {}).get("error"), "the report")
+            assert "-var-run-netns-a: another command has been working on this workload for 3 s" in error
+            assert "is locked" in error
+        wait_for(lambda: "eth1" in links("a"), "the repair")
+    finally:
+        agent.terminate()
+        agent.wait()
 
 
 @pytest.mark.parametrize("command", CUT)
