@@ -374,7 +374,7 @@ def test_removing_another_host_touches_nothing_here(pair: AgentHost) -> None:
     far_host.register("192.0.2.3")
     wait_for(lambda: "192.0.2.3" in kernel()["tables"], "the host's address")
     pair.etcd.put(far, {"state": "active", "ipv4_nets": ["192.168.0.200/32"]})
-    assert "has 1 endpoints" in pair.ctl("node", "remove", "--hostname=far", status=1).err
+    assert "has 1 endpoint." in pair.ctl("node", "remove", "--hostname=far", status=1).err
     pair.ctl("node", "remove", "--hostname=far", "--remove-endpoints")
     assert not [key for key in pair.etcd.tree() if "/far/" in key]
     wait_for(lambda: kernel() == before, "its end")

@@ -84,7 +84,7 @@ def test_what_is_told_of_other_hosts_and_what_is_left_of_one_that_dies(three: li
     )
     one.etcd.delete("/calico/felix/v1/host/host12/status")  # as etcd does after 30 s
     assert shown(one)["host12"] == ("down", 0, 1)
-    assert "has 1 endpoints" in one.ctl("node", "remove", "--hostname=host12", status=1).err
+    assert "has 1 endpoint." in one.ctl("node", "remove", "--hostname=host12", status=1).err
     one.ctl("node", "remove", "--hostname=host12", "--remove-endpoints")
     assert not [key for key in one.etcd.tree("/calico") if "host12" in key]
     assert one.ctl("ipam", "check").err == ""
