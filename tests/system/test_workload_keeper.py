@@ -817,7 +817,7 @@ def test_an_empty_lock_is_removed(node: AgentHost) -> None:
     wait_for(lambda: look_now() or not held.exists(), "the lock's end")
 
 
-def test_an_empty_handle_is_removed_and_reported(node: AgentHost) -> None:
+def test_an_empty_handle_is_removed_and_reported(node: AgentHost, engine: None) -> None:
     node.kill_agent()
     id = "cd" * 32
     node.etcd.put(f"/calico/ipam/v2/handle/docker.{id}", {"id": f"docker.{id}", "block": {"192.168.0.0/26": 1}})
