@@ -43,7 +43,8 @@ Options:
                        like on everything else; default: allow
     MaxConnections     256 to 1048576: how many connections, tracked by the
                        kernel, a container may have at a time; new ones are
-                       dropped then; default: 16384
+                       dropped then, and after as many at once also those
+                       above a 16th of the number a second; default: 16384
     LogSeverityFile, LogFilePath, InterfacePrefix, IpInIpEnabled
                        for agents of 2015; this version ignores them
   node felix

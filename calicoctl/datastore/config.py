@@ -47,7 +47,9 @@ CHECK_SENDERS = Setting("CheckSenders", ("mac", "interface", "off"), "mac")
 HOST_SERVICES = Setting("EndpointToHostServices", ("allow", "drop"), "allow")
 """Whether endpoints may send DHCP, DNS and some ICMPv6 to their host, regardless of their profiles."""
 MAX_CONNECTIONS = Setting("MaxConnections", default="16384", smallest=256, largest=1048576)
-"""The maximum number of tracked connections of an endpoint."""
+"""The maximum number of tracked connections of an endpoint, and the most that it may start at once. The rate at which
+it may start others follows from it: see felix/dataplane/connection_limit.py.
+"""
 HOST_ACTION = Setting("DefaultEndpointToHostAction", ("RETURN", "DROP", "ACCEPT"), "RETURN")
 
 WRITTEN = (

@@ -176,7 +176,9 @@ class Health:
     collected: int = 0
     """Workloads, and leftovers of interrupted commands, that were garbage-collected."""
     refused_connections: int = 0
-    """Packets of new connections that were dropped because their endpoint had too many: see connection_limit.py."""
+    """Packets of new connections that were dropped because their endpoint had, or started, too many: see
+    connection_limit.py.
+    """
 
     def __post_init__(self, followed: frozenset[str]) -> None:
         self.store = StoreHealth(followed)

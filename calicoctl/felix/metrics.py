@@ -72,7 +72,7 @@ class _HealthCollector:
         )
         yield CounterMetricFamily(
             "calico_felix_refused_connections",
-            "Packets of new connections that were dropped, since their endpoint had too many.",
+            "Packets of new connections that were dropped, since their endpoint had, or started, too many.",
             self._health.refused_connections,
         )
         yield GaugeMetricFamily(

@@ -10,6 +10,7 @@ import json
 import select
 import socket
 import struct
+import threading
 import time
 from collections.abc import Iterator
 
@@ -24,8 +25,10 @@ from tests.system.traffic import (
     checksum,
     family_of,
     inside,
+    listener,
     mac_bytes,
     ping,
+    reset_on_close,
     send_frame,
     udp,
     udp_frame,
@@ -214,6 +217,63 @@ def test_an_endpoint_cannot_fill_connection_tracking(net: AgentHost) -> None:
     wait_for(lambda: flood("a", BEYOND) or held(A4) + held(A6) == 512, "the limit", 10)
     assert not udp("a", "b", B4, 81)
     run("conntrack", "-F")
+    wait_for(lambda: udp("a", "b", B4, 81), "room", 10)
+
+
+@pytest.mark.parametrize("end, limit", [("fin", 256), ("reset", 272)])
+def test_an_endpoint_cannot_fill_connection_tracking_with_closed_connections(
+    net: AgentHost, end: str, limit: int
+) -> None:
+    """The kernel's count of an endpoint's connections leaves out those that are closed, but it tracks them for long."""
+    rate = limit // 16
+    for name in "ab":
+        net.set_profiles(name, "web")
+    net.ctl("config", "felix", "MaxConnections", str(limit))  # with it, an endpoint has a new burst
+    net.sync()
+    run("conntrack", "-F")
+    stop = threading.Event()
+
+    def close_all(server: socket.socket) -> None:
+        server.settimeout(QUICK)
+        while not stop.is_set():
+            with contextlib.suppress(OSError):
+                server.accept()[0].close()
+
+    def flood() -> int:
+        """Open and close connections one after the other; return how many were established."""
+        made, until = 0, time.monotonic() + 2
+        while made < 1500 and time.monotonic() < until:
+            with socket.socket() as client:
+                client.settimeout(0.05)
+                with contextlib.suppress(OSError):
+                    client.connect((B4, 5001))
+                    made += 1
+                    if end == "fin":
+                        client.recv(1)
+                    else:
+                        reset_on_close(client)
+        return made
+
+    with listener("b", B4, 5001) as server, udp_server("b", B4, 5002) as receiver, Flow("a", B4, 5002).client as flow:
+        assert select.select([receiver], [], [], PATIENT)[0] and len(receiver.recv(9)) == 1
+        thread = threading.Thread(target=close_all, args=(server,))
+        thread.start()
+        try:
+            began = time.monotonic()
+            made = inside("a", flood)
+            tracked = run("conntrack", "-L", "-p", "tcp", "--orig-src", A4).out.splitlines()
+            most = limit + rate * (time.monotonic() - began) + 1
+        finally:
+            stop.set()
+            thread.join()
+        assert limit * 0.8 < made <= most and len(tracked) <= most
+        assert sum("TIME_WAIT" in line or "CLOSE" in line for line in tracked) > limit / 2, "they were closed"
+        flow.send(b"open")
+        assert select.select([receiver], [], [], PATIENT)[0] and receiver.recv(9) == b"open", (
+            "only new ones are dropped"
+        )
+    assert udp("b", "a", A4, 81, patience=PATIENT), "others go on"
+    wait_for(lambda: f"({net.interface('a')}) are dropped" in net.ctl("status").out, "the report", 20)
     wait_for(lambda: udp("a", "b", B4, 81), "room", 10)
 
 

@@ -22,17 +22,26 @@ class LimitWorld(World):
             self.manager.apply()
         return "; ".join(failure["error"] for failure in self.health.failures.values())
 
-    def lists(self) -> str:
+    def rate(self) -> str:
         return self.nft.objects[f"chain inet {TABLE} count"][1]
 
+    def lists(self) -> str:
+        return self.nft.objects[f"chain inet {TABLE} count"][2]
 
-def test_the_number_of_lists_follows_the_setting_and_what_is_counted_stays() -> None:
+
+def test_the_number_of_lists_and_the_rate_follow_the_setting_and_what_is_counted_stays() -> None:
     world = LimitWorld()
     assert not world.step(Dirty(settings=True)) and "mod 64 ct count over 256 }" in world.lists()
+    assert "{ iifname . 16384 limit rate over 1024/second burst 16384 packets } goto refuse" in world.rate()
     world.nft.objects[f"set inet {TABLE} lists"].append("a list")
+    world.nft.objects[f"set inet {TABLE} rates"].append("a bucket")
     world.store.put("/calico/v1/config/MaxConnections", "1000")
     assert not world.step(Dirty(settings=True)) and "mod 3 ct count over 256 }" in world.lists()
+    assert "{ iifname . 1000 limit rate over 62/second burst 1000 packets }" in world.rate(), (
+        "not that of an old element"
+    )
     assert world.nft.objects[f"set inet {TABLE} lists"] == ["a list"]
+    assert world.nft.objects[f"set inet {TABLE} rates"] == ["a bucket"]
     assert not world.manager.needs_apply
     for value in ("0", "many"):
         world.store.put("/calico/v1/config/MaxConnections", value)
@@ -66,7 +75,7 @@ def test_endpoints_that_have_reached_the_limit_are_named() -> None:
     world.nft.counted["refusals"] = 5
     world.nft.objects[f"set inet {TABLE} refused"] = ['"cali2"', '"cali3"']
     text = world.step(Tick())
-    assert "of web (cali2) are dropped" in text and "16384 at a time" in text
+    assert "of web (cali2) are dropped" in text and "16384 at a time" in text and "1024 a second" in text
     assert world.health.refused_connections == 5
     world.nft.counted["refusals"] = 2  # the table was loaded anew
     world.nft.objects[f"set inet {TABLE} refused"] = []

@@ -1,4 +1,4 @@
-"""Limits how many tracked connections each endpoint may have started, so that none fills connection tracking alone.
+"""Limits how many tracked connections each endpoint has started, so that none fills connection tracking alone.
 
 The kernel counts the connections that an endpoint starts and policy accepts, whatever their destination. The counts are
 in a table of their own, since a reload of our other tables would reset them.
@@ -6,6 +6,9 @@ in a table of their own, since a reload of our other tables would reset them.
 To count a connection, the kernel looks up all others in the same list. So each endpoint has many short lists, and a
 hash of the connection's destination address and ports selects the list. Connections of protocols other than _PROTOCOLS
 share one list per endpoint. If a list is full, the endpoint's new connections are dropped for 50 ms, without counting.
+
+The kernel's count leaves out TCP connections that are closed, although it tracks them for up to 120 s more. So the rate
+of an endpoint's new connections is limited, too, by a token bucket per endpoint.
 """
 
 from __future__ import annotations
@@ -33,6 +36,13 @@ LIST = 256
 keeps the limit with which it was created. The setting determines the number of lists.
 """
 
+RATE = 16
+"""An endpoint may start this part of the maximum number of connections per second, after a burst of the maximum number.
+
+With the default, that is 1,024 a second, so an endpoint has at most 16,384 + 120 * 1,024 entries that began in the last
+120 s: half of the default size of connection tracking. Connections by UDP have a lower rate anyway, 16,384 in 30 s.
+"""
+
 _PROTOCOLS = "{ icmp, tcp, udp, dccp, ipv6-icmp, sctp, udplite }"
 """The protocols whose headers begin with 32 bits that differ between connections of the same two addresses."""
 
@@ -40,6 +50,7 @@ _LISTS = """
 add table inet TABLE
 add counter inet TABLE refusals
 add set inet TABLE lists { type ifname . mark; size 1048576; flags dynamic; }
+add set inet TABLE rates { type ifname . mark; size 65536; flags dynamic,timeout; timeout 1m; }
 add set inet TABLE paused { type ifname; size 65536; flags dynamic,timeout; timeout 50ms; }
 add set inet TABLE refused { type ifname; size 65536; flags dynamic,timeout; timeout 1m; }
 add chain inet TABLE refuse
@@ -51,6 +62,7 @@ flush table inet TABLE
 add rule inet TABLE refuse update @refused { iifname } counter name refusals drop
 add rule inet TABLE pause update @paused { iifname } goto refuse
 add rule inet TABLE count iifname @paused goto refuse
+add rule inet TABLE count update @rates { iifname . MOST limit rate over RATE/second burst MOST packets } goto refuse
 add rule inet TABLE count meta l4proto PROTOCOLS add @lists { iifname . jhash ip daddr . @th,0,32 mod COUNT FULL
 add rule inet TABLE count meta l4proto PROTOCOLS add @lists { iifname . jhash ip6 daddr . @th,0,32 mod COUNT FULL
 add rule inet TABLE count meta l4proto != PROTOCOLS add @lists { iifname . 0 FULL
@@ -59,6 +71,9 @@ add rule inet TABLE to-host iifname "PREFIX*" ct status & confirmed == 0 goto co
 """
 """The commands, with placeholders that `commands` replaces. The base chains are evaluated after those of policy, which
 have priorities up to filter - 10. A connection that is not confirmed is a new one.
+
+An element of `rates` keeps the rate with which it was created, so its key contains the setting. Its timeout is longer
+than the time in which its bucket fills (RATE seconds), so no endpoint gains a burst by waiting for the timeout.
 """
 
 REMOVE = f"add table inet {TABLE}\ndelete table inet {TABLE}\n"
@@ -72,11 +87,17 @@ def commands(largest: int) -> str:
     """
     text = _LISTS.replace("FULL", "ct count over LIST } goto pause").replace("LIST", str(LIST))
     text = text.replace("COUNT", str(largest // LIST)).replace("PROTOCOLS", _PROTOCOLS)
+    text = text.replace("MOST", str(largest)).replace("RATE", str(rate(largest)))
     return text.replace("TABLE", TABLE).replace("PREFIX", INTERFACE_PREFIX)
 
 
+def rate(largest: int) -> int:
+    """Return how many connections per second an endpoint may start that may have `largest` at a time."""
+    return largest // RATE
+
+
 class ConnectionLimit(Manager):
-    """Applies the setting MaxConnections to the table, and reports endpoints that have reached the limit."""
+    """Applies the setting MaxConnections to the table, and reports endpoints that have reached one of its limits."""
 
     def __init__(self, context: Context, nft: Nft) -> None:
         self._context = context
@@ -137,7 +158,7 @@ class ConnectionLimit(Manager):
         if names:
             why = (
                 f"new connections of {first_few(names)} are dropped: an endpoint may have {snapshot.max_connections} "
-                "at a time. Find out what they are ('conntrack -L -s ADDRESS'), or raise the number ('calicoctl config "
-                "felix MaxConnections NUMBER')"
+                f"at a time, and after as many start {rate(snapshot.max_connections)} a second. Find out what they are "
+                "('conntrack -L -s ADDRESS'), or raise the number ('calicoctl config felix MaxConnections NUMBER')"
             )
         self._context.health.record(Failure(why, "connections"))
