@@ -32,8 +32,9 @@ themselves. Nothing is changed if v3 has data already, if an agent is of a
 version that knows v2 alone, or if DATASTORE_TYPE is set. If it fails or is
 interrupted, v2 is in use as before; after a kill -9, the data may stay frozen
 until `migrate`, which continues, or `migrate --rollback` is run. The data in
-v2 stays as it was, frozen, until `migrate --finish`. The exit status is 1 if
-the data has moved, but something is left to be done.
+v2 stays as it was, frozen, until `migrate --finish`, which must be run as
+root where the agent runs a local etcd: this is started again, for v3 alone.
+The exit status is 1 if the data has moved, but something is left to be done.
 
 Examples:
   calicoctl datastore show

@@ -122,7 +122,7 @@ class State:
 
 @dataclass(frozen=True)
 class Moved:
-    """What a command has done: in words; how many keys there are in the API in use; what is left to be done."""
+    """What was done, as a sentence, and what is left to be done, each as a clause."""
 
     text: str
     problems: tuple[str, ...] = ()
@@ -259,9 +259,9 @@ class Migration:
             if wrong:
                 raise CalicoError(f"Another program writes to etcd's v3 API below {keys.ROOT}: {wrong}")
             before, now_there = source, self._data(self._v2)
-            agents = _agents(self._v2)
-            _check_agents(agents)
-            if _same(before, now_there) and all(one.is_frozen for one in agents.values()):
+            if not all(one.is_frozen for one in _agents(self._v2).values()):  # one that was just started
+                self._settle(set(), {})
+            elif _same(before, now_there):
                 return before
         raise CalicoError(
             f"Old programs keep writing to etcd's v2 API ({difference(now_there, before)}): end them, and repeat this."

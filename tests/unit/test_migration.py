@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Callable
 
 import pytest
@@ -11,8 +12,8 @@ from calicoctl.datastore import keys, migration
 from calicoctl.datastore.detection import Shown, decide
 from calicoctl.datastore.migration import Migration, Moved, State
 from calicoctl.datastore.settings import V2, V3
-from calicoctl.datastore.store import Entry
-from calicoctl.errors import CalicoError, NoSuchApi, StoreError, StoreUnavailable
+from calicoctl.datastore.store import Delete, Entry, Write
+from calicoctl.errors import CalicoError, CompareFailed, NoSuchApi, StoreError, StoreUnavailable
 from tests.unit.memory_store import Fault, MemoryStore
 
 TAGS, RULES = keys.profile_tags("web"), keys.profile_rules("web")
@@ -266,6 +267,64 @@ def test_another_run_that_takes_over_is_not_disturbed(world: World) -> None:
         world.move()
     assert len(runs) == 1 and world.used() == ("v3", False)
     assert "etcd's v2 API is in use again" not in world.told
+
+
+def test_a_run_that_was_taken_over_leaves_the_data_frozen(world: World) -> None:
+    """For the other one, which goes on."""
+    other = world.migration()
+
+    def take_over() -> None:
+        other._take_note(world.v3.get(keys.UNUSED_COPY))
+
+    world.v2.before_read = once(take_over, lambda: world.v2.entries[READY].value == "false")
+    with pytest.raises(CalicoError, match="Another 'calicoctl datastore migrate' has taken over"):
+        world.move()
+    assert world.used() == ("v2", True) and TAGS not in world.v3.entries
+
+
+def test_what_is_on_its_way_when_it_is_interrupted_does_not_take_v3_into_use(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit, late = world.v3.commit, []
+
+    def interrupted(writes: Sequence[Write]) -> list[Entry]:
+        if any(isinstance(write, Delete) for write in writes):
+            late.append(writes)
+            raise KeyboardInterrupt
+        return commit(writes)
+
+    monkeypatch.setattr(world.v3, "commit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        world.move()
+    assert world.used() == ("v2", False)
+    with pytest.raises(CompareFailed):
+        commit(late[0])
+    assert world.used() == ("v2", False)
+
+
+@pytest.mark.parametrize(
+    ("status", "says"),
+    [
+        ('{"datastore": {"api": "etcdv2", "frozen": false}}', "The agents of new do not say that they have noticed"),
+        ('{"uptime": 1}', "The agents of new are of an older version"),
+    ],
+)
+def test_an_agent_that_is_started_while_the_data_is_copied_is_waited_for(world: World, status: str, says: str) -> None:
+    world.v2.before_read = once(
+        lambda: world.v2.put(keys.felix_status("new"), status, 30), lambda: TAGS in world.v3.entries
+    )
+    with pytest.raises(CalicoError, match=says):
+        world.move()
+    assert world.used() == ("v2", False)
+
+
+def test_on_the_way_back_only_what_agents_say_since_then_counts(world: World) -> None:
+    world.move()
+    world.agent(world.v2)  # the last status before the agent has gone over to v3
+    world.agent(world.v3)
+    with pytest.raises(CalicoError, match="The agents of host1 do not say that they have noticed"):
+        world.migration().roll_back(False)
+    assert world.used() == ("v3", False)
 
 
 def test_another_program_that_writes_to_the_target_ends_the_move(world: World) -> None:
