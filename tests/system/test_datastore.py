@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import re
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from calicoctl.datastore import migration
+from calicoctl.datastore.etcd2 import Etcd2Store
 from tests.system.agent import FreeHost
 from tests.system.fabric import FabricHost, fabric
 from tests.system.support import CALICOCTL, FAULTY, Etcd, Result, free_port, in_process, wait_for
@@ -181,22 +182,16 @@ def test_a_signal_before_v3_is_in_use_takes_v2_into_use_again(bare: MovingHost) 
     assert "/calico/v1/policy/profile/after15/tags" in bare.three
 
 
-def test_what_old_programs_write_is_copied_or_reported(bare: MovingHost) -> None:
-    two, stop = by("etcdv2", bare.etcd), threading.Event()
+def test_what_old_programs_write_is_copied_or_reported(bare: FreeHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    two, numbers, read = by("etcdv2", bare.etcd), itertools.count(), Etcd2Store.list_for_watch
 
-    def write() -> None:
-        number = 0
-        while not stop.is_set():
-            two.put("/calico/v1/old", str(number))
-            number += 1
+    def read_after_a_write(store: Etcd2Store, directory: str) -> object:
+        two.put("/calico/v1/old", str(next(numbers)))
+        return read(store, directory)
 
-    writer = threading.Thread(target=write)
-    writer.start()
-    try:
+    with monkeypatch.context() as writing:
+        writing.setattr(Etcd2Store, "list_for_watch", read_after_a_write)
         said = bare.migrate(status=1)
-    finally:
-        stop.set()
-        writer.join()
     assert "Old programs keep writing to etcd's v2 API" in said and "/calico/v1/old" in said
     assert bare.used() == ("v2", False)
     bare.migrate()
@@ -322,5 +317,5 @@ def test_two_hosts_move_under_traffic(open_etcd: Etcd, monkeypatch: pytest.Monke
         wait_for(lambda: not one.reaches("a", "192.168.1.1"), "the change of policy")
         assert [one.pid, other.pid] == pids
         for host in (one, other):
-            assert "Problems:   none" in host.ctl("status").out
+            wait_for(lambda h=host: "Problems:   none" in h.ctl("status").out, f"the agent of {host.name}")
         prober.close()
