@@ -47,7 +47,7 @@ from __future__ import annotations
 import sys
 import time
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, Callable
 
@@ -139,6 +139,10 @@ def _finish(discard: bool) -> None:
 
 def _show(as_json: bool) -> None:
     settings = EtcdSettings.from_environment()
+    members = cluster.members(settings)
+    # those that do not answer are asked last
+    healthy = {member for member, info in zip(settings.members, members) if info.healthy}
+    settings = replace(settings, members=tuple(sorted(settings.members, key=lambda member: member not in healthy)))
     backends = Backends(settings, PATIENCE)
     choice: Choice | None = None
     error: str | None = None
@@ -154,7 +158,6 @@ def _show(as_json: bool) -> None:
         version: _contents(backends, api, users[number])
         for number, (version, api) in enumerate((("v2", V2), ("v3", V3)))
     }
-    members = cluster.members(settings)
     if as_json:
         print_json(
             {
