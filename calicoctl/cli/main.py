@@ -234,7 +234,7 @@ def _imports(frame: FrameType | None) -> bool:
 
 def _interrupt_soon(number: int) -> None:
     signal.signal(signal.SIGALRM, lambda _, frame: _interrupt(number, frame))
-    signal.setitimer(signal.ITIMER_REAL, 0.001)
+    signal.setitimer(signal.ITIMER_REAL, 0.0005)
 
 
 def _unraisable(lost: sys.UnraisableHookArgs) -> None:

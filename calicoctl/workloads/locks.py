@@ -59,6 +59,12 @@ class WorkloadLock:
             self.interrupted = self.mark.exists()
         except OSError as error:
             raise CalicoError(f"cannot lock {self.path}: {error.strerror}") from None
+        except BaseException:  # the command was interrupted, perhaps when the file had been created
+            if self._fd != -1:
+                self.__exit__()
+            else:
+                _remove_if_stale(self.path)
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -125,14 +131,18 @@ def remove_stale(host: str, orchestrator: str) -> None:
     with suppress(FileNotFoundError), os.scandir(DIRECTORY / host) as entries:
         empty = [Path(file) for file in entries if file.name.startswith(f"{orchestrator}.") and not file.stat().st_size]
     for path in empty:
-        fd = files.try_lock(path, create=False)
-        if fd is None:
-            continue
-        try:
-            if not os.fstat(fd).st_size:
-                path.unlink()
-        finally:
-            os.close(fd)
+        _remove_if_stale(path)
+
+
+def _remove_if_stale(path: Path) -> None:
+    fd = files.try_lock(path, create=False)
+    if fd is None:
+        return
+    try:
+        if not os.fstat(fd).st_size:
+            path.unlink()
+    finally:
+        os.close(fd)
 
 
 def _no_link(path: str, flags: int) -> int:

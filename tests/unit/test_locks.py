@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from calicoctl import files
 from calicoctl.errors import Conflict
 from calicoctl.workloads import locks
 from calicoctl.workloads.locks import WorkloadLock
@@ -24,6 +25,23 @@ def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_lock_leaves_no_file(directory: Path) -> None:
     with WorkloadLock("vm", "namespace", "-var-run-netns-blue"):
         assert [file.name for file in (directory / "vm").iterdir()] == ["namespace.-var-run-netns-blue"]
+    assert list((directory / "vm").iterdir()) == []
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_an_interrupt_before_or_after_the_file_is_locked_leaves_none(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    place, name = (files.fcntl, "flock") if when == "before" else (Path, "exists")
+
+    def interrupted(*_: object) -> None:
+        monkeypatch.undo()
+        monkeypatch.setattr(locks, "DIRECTORY", directory)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(place, name, interrupted)
+    with pytest.raises(KeyboardInterrupt), WorkloadLock("vm", "docker", "c"):
+        pass
     assert list((directory / "vm").iterdir()) == []
 
 
