@@ -6,6 +6,7 @@ The layout is that of the Calico programs of 2015: see docs/datamodel.md.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from calicoctl import limits
@@ -254,6 +255,14 @@ def implied_directories(key: str) -> list[str]:
         id, levels = parse_felix_endpoint(key), 3  # of the statuses, the orchestrator's as well
     parts = key.split("/")
     return [] if id is None else ["/".join(parts[: len(parts) - level]) for level in range(1, levels + 1)]
+
+
+def directories(key: str) -> Iterator[str]:
+    """Yield the directories above a key, deepest first."""
+    end = key.rfind("/")
+    while end > 0:
+        yield key[:end]
+        end = key.rfind("/", 0, end)
 
 
 def dashed(cidr: str) -> str:

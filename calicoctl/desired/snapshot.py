@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Callable
 
@@ -89,26 +89,18 @@ class _Entries(dict[str, Entry]):
 
     def put(self, key: str, entry: Entry) -> None:
         if key not in self:
-            self._below.update(_directories(key))
+            self._below.update(keys.directories(key))
         self[key] = entry
 
     def forget(self, key: str) -> None:
         if self.pop(key, None) is not None:
-            for directory in _directories(key):
+            for directory in keys.directories(key):
                 self._below[directory] -= 1
                 if not self._below[directory]:
                     del self._below[directory]
 
     def below(self, directory: str) -> list[str]:
         return [key for key in self if key.startswith(directory + "/")] if directory in self._below else []
-
-
-def _directories(key: str) -> Iterator[str]:
-    """Yield the directories above a key, deepest first."""
-    end = key.rfind("/")
-    while end > 0:
-        yield key[:end]
-        end = key.rfind("/", 0, end)
 
 
 class Snapshot:
@@ -172,7 +164,7 @@ class Snapshot:
         self._forget_skipped(directory)
         self.unread |= unread
         for key in self._entries.below(directory):
-            if key not in now and unread.isdisjoint(_directories(key)):
+            if key not in now and unread.isdisjoint(keys.directories(key)):
                 self._set(key, None)
         for key, entry in now.items():
             if self._entries.get(key) != entry:

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from itertools import chain
 from queue import Empty, SimpleQueue
 from types import FrameType
 from typing import Any
@@ -110,6 +111,11 @@ def _run(host: str, options: Options) -> None:
         )
         conntrack.start()
         agent.run()
+
+
+def _pending(event: Any) -> list[Any]:
+    """Return the events for which an event stands: the changes of the store that wait, or the event itself."""
+    return event.take() if isinstance(event, events.StorePending) else [event]
 
 
 @dataclass(frozen=True)
@@ -227,7 +233,7 @@ class Agent:
         # ready is called in the round after the first update, so that the report has the host's own failures by then
         is_ready = self._ready is not None and self._health.first_update and self._bgp.is_settled
         found = self._wait(0.0 if is_ready else self._next_at())
-        for event in found:
+        for event in chain.from_iterable(map(_pending, found)):
             if isinstance(event, events.ThreadDied):
                 raise CalicoError(event.why)
             try:
@@ -259,11 +265,11 @@ class Agent:
         return min(due)
 
     def _wait(self, until: float) -> list[Any]:
-        """Wait for events until the time `until` (monotonic). Return all events that have arrived."""
+        """Wait for events until the time `until` (monotonic). Return the events that have arrived by then."""
         found: list[Any] = []
         with suppress(Empty):
             found.append(self._events.get(timeout=max(0.0, until - time.monotonic())))
-            while True:
+            for _ in range(self._events.qsize()):
                 found.append(self._events.get_nowait())
         return found
 

@@ -7,6 +7,7 @@ managers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from queue import SimpleQueue
 
@@ -29,6 +30,13 @@ class StoreChanged:
     """One change that a watch of the store has delivered."""
 
     change: Change
+
+
+@dataclass(frozen=True)
+class StorePending:
+    """Changes of the store wait. `take` returns, once, those that wait when it is called (see pending.py)."""
+
+    take: Callable[[], list[StoreRead | StoreChanged]]
 
 
 @dataclass(frozen=True)

@@ -46,13 +46,12 @@ from calicoctl.felix.events import (
     OverlayRouteLost,
     RouteLost,
     ServersChanged,
-    StoreChanged,
-    StoreRead,
     TablesChanged,
     ThreadDied,
     WatchFailed,
     WatchRecovered,
 )
+from calicoctl.felix.pending import PendingChanges
 from calicoctl.workloads import servers
 from calicoctl.workloads.guard import Guard
 
@@ -152,6 +151,7 @@ class StoreEvents(_Source):
         super().__init__(f"following {directory}", events)
         self._datastore = datastore
         self._directory = directory
+        self._pending = PendingChanges(directory, events.put)
         self._failure: WatchFailed | None = WatchFailed(directory, "it has not been read yet", "")
         """The last failure that was emitted; None while the watch works. The initial value is not emitted."""
         self._worked = now()
@@ -171,7 +171,7 @@ class StoreEvents(_Source):
                     spread = spread_of_reads(entries)
                     unread = {entry.key for entry in entries if entry.is_unread_directory}
                     may_reread_at, reread_at = time.monotonic() + REREAD_INTERVAL, float("inf")
-                    self._events.put(StoreRead(self._directory, entries))
+                    self._pending.put_read(entries)
                     del entries
                     self._worked = now()
                     if failed < 2:
@@ -184,10 +184,9 @@ class StoreEvents(_Source):
                 pause, failed = 0.0, 0
                 self._worked = now()
                 self._emit_recovered()
-                for change in changes:
-                    self._events.put(StoreChanged(change))
-                    if unread and _may_shrink(change.key, unread):
-                        reread_at = may_reread_at
+                self._pending.put(changes)
+                if unread and any(_may_shrink(change.key, unread) for change in changes):
+                    reread_at = may_reread_at
                 if time.monotonic() >= reread_at:
                     watch.close()
                     watch = None
