@@ -24,6 +24,7 @@ from calicoctl.felix.dataplane import connection_limit
 from calicoctl.felix.dataplane.conntrack import Connection
 from calicoctl.felix.dataplane.manager import Manager
 from calicoctl.felix.dataplane.policy_manager import BACKOFF
+from calicoctl.felix.pending import PendingChanges
 from calicoctl.felix.process import Options
 from calicoctl.policy.verdict import Packet
 from calicoctl.workloads.upkeep import REATTACHED, Action
@@ -187,6 +188,26 @@ def test_at_the_start_the_host_forwards_when_policy_is_there_and_denied_connecti
     fresh.step()
     fresh.step()
     assert fresh.is_ready == 1
+
+
+def test_changes_that_wait_are_taken_once_in_a_round_and_applied_together(world: AgentWorld) -> None:
+    pending = PendingChanges("/calico/v1", world.queue.put)
+    pending.put([world.store.endpoint_change(1, A, profile_ids=["closed"])])
+    pending.put([world.store.endpoint_change(1, A), world.store.endpoint_change(2, B)])
+    handle = world.agent._handle
+
+    def handle_and_change(event: Any) -> None:
+        handle(event)
+        if isinstance(event, events.StoreChanged) and len(seen) < 4:
+            pending.put([event.change])  # the store changes while the agent works
+        seen.append(event)
+
+    seen: list[Any] = []
+    world.agent._handle = handle_and_change  # type: ignore[method-assign]
+    assert world.agent.step()
+    assert len(seen) == 2 and len(world.agent._snapshot.local) == 2
+    assert world.agent.step()
+    assert len(seen) == 4
 
 
 def test_nothing_is_programmed_before_the_whole_store_has_been_read_and_is_ready(fresh: AgentWorld) -> None:

@@ -122,16 +122,21 @@ def test_a_read_replaces_what_waits_and_comes_after_what_was_emitted_before_it()
 def test_the_source_waits_while_too_much_waits_to_be_taken(monkeypatch: pytest.MonkeyPatch, bound: str) -> None:
     monkeypatch.setattr(pending, bound, 2 if bound == "MOST_KEYS" else 2 * len(f"{ROOT}/a1"))
     waiting = Waiting()
-    waiting.pending.put([put("a", "1")])
-    waiting.pending.put([put("a", "2")])  # in place of the one before
-    waiting.pending.put([put("b", "1"), put("c", "1")])  # at once, although they exceed the bound together
-    blocked = threading.Thread(target=waiting.pending.put, args=([put("d")],), daemon=True)
+
+    def source() -> None:
+        waiting.pending.put([put("a", "1")])
+        waiting.pending.put([put("a", "2")])  # in place of the one before
+        waiting.pending.put([put("b", "1"), put("c", "1")])  # at once, although they exceed the bound together
+        added.set()
+        waiting.pending.put([put("d", "1")])
+
+    added = threading.Event()
+    blocked = threading.Thread(target=source, daemon=True)
     blocked.start()
+    assert added.wait(10)
     blocked.join(0.1)
     assert blocked.is_alive()
     assert waiting.take()[:3] == [put("a", "2"), put("b", "1"), put("c", "1")]
     blocked.join(10)
     assert not blocked.is_alive()
-    waiting.take()
-    waiting.pending.put([put("e")])
-    assert waiting.take() == [put("e")]
+    assert waiting.take() == [put("d", "1")]
