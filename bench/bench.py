@@ -29,7 +29,7 @@ with netns.Namespace("/var/run/netns/bench", "bench") as space:
     start = time.perf_counter()
     space.inspect()
     assert netns.find_interface("calibench") is None
-    netns.create_veth("calibench", space, "eth1")
+    netns.create_veth("calibench", space, "eth1", 1500)
     space.configure("eth1", ["192.168.0.1/32"], {4: "192.0.2.2"}, netns.HOST_MAC)
     netns.set_up("calibench")
     print(time.perf_counter() - start)

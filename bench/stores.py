@@ -246,7 +246,8 @@ def idle(pairs: int) -> None:
                 list(pool.map(lambda host: host.add("w", f"192.168.{host.number}.1"), hosts))
             wait_for(lambda: all(host.sessions == 2 * 19 for host in hosts), "the mesh", 60)
             wait_for(lambda: sum("/endpoint/" in key for key in etcd.tree("/calico/felix")) == 20, "the statuses")
-            time.sleep(15)  # each has sent a heartbeat since
+            # `calicoctl node` leaves a lease behind, which etcd ends
+            wait_for(lambda: len(etcd.v3("lease/leases", {}).get("leases", [])) == 20, "one lease for each agent", 60)
             before, revision = counters(etcd), etcd.v3("kv/range", {"key": b64("/calico")})["header"]["revision"]
             time.sleep(IDLE)
             after = counters(etcd)
