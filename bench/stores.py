@@ -1,6 +1,6 @@
 """Prints how etcd's v3 API fares beside its v2 API, as ratios v3 / v2 of things measured side by side in one run.
 
-Two etcds run on the same disk, one with the data in its v2 API, one with it in its v3 API; both serve both APIs.
+Two etcds run on the same disk: one has the data in its v2 API, the other one in its v3 API, and serves no v2.
 DATASTORE_TYPE is not set, so commands find out which one it is. For a figure that misses its bound, it is printed where
 the time goes. `make bench` runs it; an argument is the number of pairs (10), others select parts, by name.
 """
@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Callable
+from unittest import mock
 
 from agent import crowd
 from measuring import HOME, PYTHON, compare, fill, report, timed
@@ -174,12 +175,17 @@ def lists(pairs: int) -> None:
 
 
 @contextmanager
+def open_etcd(api: str) -> Iterator[Etcd]:
+    """An etcd for an API that clients reach on all addresses."""
+    with mock.patch.object(Etcd, "api", api), open_etcds(HOME / api) as (etcd,):
+        yield etcd
+
+
+@contextmanager
 def agents_of_both() -> Iterator[tuple[FabricHost, FabricHost]]:
     """A host with an agent, and two workloads that may talk to each other, for each API, v3 first."""
     with ExitStack() as undo:
-        (v3,) = undo.enter_context(open_etcds(HOME / "etcdv3"))
-        (v2,) = undo.enter_context(open_etcds(HOME / "etcdv2"))
-        v3.api, v2.api = "etcdv3", "etcdv2"
+        v3, v2 = (undo.enter_context(open_etcd(api)) for api in ("etcdv3", "etcdv2"))
         hosts = undo.enter_context(fabric(v3, 0, 0))
         hosts[1].etcd, hosts[1].endpoints = v2, hosts[1].endpoint_of(v2)
         for host in hosts:
@@ -238,23 +244,21 @@ def counters(etcd: Etcd) -> dict[str, float]:
 
 def idle(pairs: int) -> None:
     """Twenty real agents on hosts that are network namespaces, with a workload each, and BIRD."""
-    with open_etcds(HOME / "etcds") as (etcd,):
-        etcd.api = "etcdv3"
-        with fabric(etcd, *[0] * 20) as hosts:
-            with ThreadPoolExecutor(2) as pool:
-                list(pool.map(lambda host: host.start_agent(**DETECTED), hosts))
-                list(pool.map(lambda host: host.add("w", f"192.168.{host.number}.1"), hosts))
-            wait_for(lambda: all(host.sessions == 2 * 19 for host in hosts), "the mesh", 60)
-            wait_for(lambda: sum("/endpoint/" in key for key in etcd.tree("/calico/felix")) == 20, "the statuses")
-            # `calicoctl node` leaves a lease behind, which etcd ends
-            wait_for(lambda: len(etcd.v3("lease/leases", {}).get("leases", [])) == 20, "one lease for each agent", 60)
-            before, revision = counters(etcd), etcd.v3("kv/range", {"key": b64("/calico")})["header"]["revision"]
-            time.sleep(IDLE)
-            after = counters(etcd)
-            assert revision == etcd.v3("kv/range", {"key": b64("/calico")})["header"]["revision"]
-            made = {name: int(after[name] - before.get(name, 0)) for name in after}
-            detail = ", ".join(f"{name} {number}" for name, number in made.items() if number and name != "changes")
-            report(f"changes to the store by 20 idle agents in {IDLE} s", "at most 0", made["changes"], f"({detail})")
+    with open_etcd("etcdv3") as etcd, fabric(etcd, *[0] * 20) as hosts:
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(lambda host: host.start_agent(**DETECTED), hosts))
+            list(pool.map(lambda host: host.add("w", f"192.168.{host.number}.1"), hosts))
+        wait_for(lambda: all(host.sessions == 2 * 19 for host in hosts), "the mesh", 60)
+        wait_for(lambda: sum("/endpoint/" in key for key in etcd.tree("/calico/felix")) == 20, "the statuses")
+        # `calicoctl node` leaves a lease behind, which etcd ends
+        wait_for(lambda: len(etcd.v3("lease/leases", {}).get("leases", [])) == 20, "one lease for each agent", 60)
+        before, revision = counters(etcd), etcd.v3("kv/range", {"key": b64("/calico")})["header"]["revision"]
+        time.sleep(IDLE)
+        after = counters(etcd)
+        assert revision == etcd.v3("kv/range", {"key": b64("/calico")})["header"]["revision"]
+        made = {name: int(after[name] - before.get(name, 0)) for name in after}
+        detail = ", ".join(f"{name} {number}" for name, number in made.items() if number and name != "changes")
+        report(f"changes to the store by 20 idle agents in {IDLE} s", "at most 0", made["changes"], f"({detail})")
 
 
 PARTS = {"commands": commands, "lists": lists, "agents": agents, "idle": idle}
