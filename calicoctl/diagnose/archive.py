@@ -97,7 +97,7 @@ _PLAIN = {
 """The last parts of the keys in etcd with plain text values that are included."""
 
 _WORDS = (
-    r"(?:passw|passphrase|\bpass\b|_pass\b|pwd|secret|token|credential|cookie|psk|pre-?shared|md5"
+    r"(?:passw|passphrase|\bpass\b|_pass\b|pwd|\bpw\b|secret|token|credential|cookie|psk|pre-?shared|md5"
     r"|(?:private|api|access)[ _-]?key|\bauth\b)"
 )
 _NAMES = rf"(?<![\w.-])(?=[\w.-]*{_WORDS})[\w.-]+(?: key)?"  # a look ahead is not repeated: long texts take no time
@@ -112,11 +112,15 @@ _SECRETS = (
     (re.compile(r"(\bpassword\s+\").*?(\"|$)", re.IGNORECASE | re.MULTILINE), rf"\1{_HIDDEN}\2"),  # BIRD's
     (re.compile(r"(\bbearer\s+)\S+", re.IGNORECASE), rf"\1{_HIDDEN}"),
     (re.compile(r"(\bauthorization\b\\?[\"']?\s*[:=]).*", re.IGNORECASE), rf"\1 {_HIDDEN}"),
-    (re.compile(rf"({_NAMES}\\?[\"']?\s*[:=]).*", re.IGNORECASE), rf"\1 {_HIDDEN}"),
+    (re.compile(rf"({_NAMES}\\?[\"']?\s*[:=][ \t]*\n?).*", re.IGNORECASE), rf"\1 {_HIDDEN}"),  # or on the next line
+    (re.compile(rf"(\bprivate[ -]key[ \t]+){_VALUE}", re.IGNORECASE), rf"\1{_HIDDEN}"),
+    (re.compile(rf"(\bredis-cli\b.{{0,200}}?[ \t]-a{_NEXT}){_VALUE}"), rf"\1{_HIDDEN}"),
     # options: --password x, of whatever name; -u user:x; -px, but not the id of a process's namespace (-proc-1-ns-net)
     (re.compile(rf"((?<![\w-])--?(?=[\w-]*{_WORDS})[\w-]+{_NEXT}){_VALUE}", re.IGNORECASE), rf"\1{_HIDDEN}"),
     (
-        re.compile(rf"((?<![\w-])(?:-[uU]|--(?:proxy-)?user)(?:{_NEXT}|=)?)(?=[\"']?[^\s\"':]*:){_VALUE}"),
+        re.compile(
+            rf"((?<![\w-])(?:-[a-zA-Z]{{0,8}}[uU]|--(?:proxy-)?user)(?:{_NEXT}|=)?)(?=[\"']?[^\s\"':]*:){_VALUE}"
+        ),
         rf"\1{_HIDDEN}",
     ),
     (re.compile(rf"((?<![\w-])-p)(?!roc-[0-9]){_VALUE}"), rf"\1{_HIDDEN}"),
