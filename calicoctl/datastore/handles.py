@@ -8,7 +8,7 @@ with addresses of the workload.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from calicoctl.addresses import version_of
 from calicoctl.datastore import keys
@@ -65,8 +65,8 @@ class Handles:
         """Correct the counts of a handle; return its entry after the change, None if there is no handle then.
 
         The handle's addresses are counted in each block that the handle names. For the blocks in `planned` (CIDR ->
-        count), that count is written instead. A handle without addresses is deleted. Raises Conflict if other writers
-        keep changing the handle, and InvalidValue if the handle or a block is invalid.
+        count), that count is written instead. The count of an invalid block stays as it is. A handle without addresses
+        is deleted. Raises Conflict if other writers keep changing the handle, and InvalidValue if it is invalid.
         """
         planned = planned or {}
         key = keys.ipam_handle(handle)
@@ -74,9 +74,10 @@ class Handles:
             entry = self._store.get(key)
             counts = counts_of(entry) if entry is not None else {}
             unknown = [cidr for cidr in counts if cidr not in planned]
-            blocks = read_all(self._store, [keys.ipam_block(version_of(cidr), cidr) for cidr in unknown])
+            blocks, invalid = read_blocks(self._store, unknown)
             actual = {**dict.fromkeys(unknown, 0), **planned}
-            actual.update({block.cidr: block.count(handle) for block in map(Block.from_entry, blocks.values())})
+            actual.update({block.cidr: block.count(handle) for _, block in blocks})
+            actual.update({cidr: counts[cidr] for cidr in invalid})
             if entry is not None and counts and actual == counts and all(counts.values()):
                 return entry
             write = counted(handle, entry, actual)
@@ -86,6 +87,28 @@ class Handles:
             except (KeyExists, CompareFailed):
                 pause(attempt)
         raise Conflict(f"IPAM handle {handle} keeps being modified concurrently; retry")
+
+
+def read_blocks(store: Store, cidrs: Collection[str]) -> tuple[list[tuple[Entry, Block]], dict[str, InvalidValue]]:
+    """Read blocks; return the valid ones that exist, each with its entry, and CIDR -> error for the invalid ones."""
+    by_key = {keys.ipam_block(version_of(cidr), cidr): cidr for cidr in cidrs}
+    invalid: dict[str, InvalidValue] = {}
+    entries: dict[str, Entry] = {}
+    try:
+        entries = read_all(store, by_key)
+    except InvalidValue:  # which says nothing of the others
+        for key, cidr in by_key.items():
+            try:
+                entries.update(read_all(store, [key]))
+            except InvalidValue as error:
+                invalid[cidr] = error
+    blocks = []
+    for key, entry in entries.items():
+        try:
+            blocks.append((entry, Block.from_entry(entry)))
+        except InvalidValue as error:
+            invalid[by_key[key]] = error
+    return blocks, invalid
 
 
 def counted(handle: str, entry: Entry | None, counts: Mapping[str, int]) -> Write | None:

@@ -10,10 +10,9 @@ from __future__ import annotations
 import random
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Callable
 
-from calicoctl.addresses import version_of
 from calicoctl.datastore import keys
 from calicoctl.datastore.blocks import (
     BLOCK_SIZE,
@@ -25,7 +24,7 @@ from calicoctl.datastore.blocks import (
     first_addresses,
     place,
 )
-from calicoctl.datastore.handles import UNREAD, Handles, counted, counts_of
+from calicoctl.datastore.handles import UNREAD, Handles, counted, counts_of, read_blocks
 from calicoctl.datastore.keys import EndpointId
 from calicoctl.datastore.model import Pool
 from calicoctl.datastore.reserved import Network, Reserved
@@ -39,7 +38,6 @@ from calicoctl.datastore.store import (
     create_if_missing,
     modify,
     pause,
-    read_all,
 )
 from calicoctl.errors import AddressTaken, CalicoError, CompareFailed, Conflict, InvalidValue, KeyExists
 
@@ -56,13 +54,15 @@ class Holding:
     """The addresses of a handle on this host, as they were read.
 
     `entry` is the handle's entry, None if the handle was deleted. `owners` maps each address to its owner. `blocks` are
-    the entries of all blocks that the handle names, none if `owners` is empty.
+    the entries of all valid blocks that the handle names, none if `owners` is empty. `invalid` maps the CIDRs of the
+    invalid blocks that the handle names to errors: they may contain addresses of the handle as well.
     """
 
     handle: str
     entry: Entry | None
     owners: dict[IPAddress, Owner]
     blocks: list[Entry]
+    invalid: dict[str, InvalidValue] = field(default_factory=dict)
 
 
 class Ipam:
@@ -132,22 +132,29 @@ class Ipam:
         holding = self.holding(handle, self.handles.read(handle))
         return None if holding is None else holding.owners
 
-    def holding(self, handle: str, entry: Entry | None) -> Holding | None:
-        """Like `held_by`, but return a Holding. `entry` is the handle's entry, just read (None: no such handle)."""
+    def holding(self, handle: str, entry: Entry | None, partly: bool = False) -> Holding | None:
+        """Like `held_by`, but return a Holding. `entry` is the handle's entry, just read (None: no such handle).
+
+        With `partly`, an invalid block is no error, but in `Holding.invalid`.
+        """
         if entry is None:
             return None
-        counts, actual = counts_of(entry), {}
+        counts = counts_of(entry)
         held: dict[IPAddress, Owner] = {}
-        blocks = read_all(self._store, [keys.ipam_block(version_of(cidr), cidr) for cidr in counts])
-        for block in map(Block.from_entry, blocks.values()):
+        blocks, invalid = read_blocks(self._store, counts)
+        if invalid and not partly:
+            raise next(iter(invalid.values()))
+        actual = {cidr: counts[cidr] for cidr in invalid}
+        for _, block in blocks:
             mine = {block.address(o): owner for o, owner in block.held() if owner.handle == handle}
             actual[block.cidr] = len(mine)
             held.update({address: owner for address, owner in mine.items() if self._is_here(owner)})
         if counts != actual or not counts:
             entry = self.handles.recount(handle)
             if not any(actual.values()):
-                return Holding(handle, entry, {}, [])
-        return Holding(handle, entry, held, list(blocks.values())) if held else None
+                return Holding(handle, entry, {}, [], invalid)
+        entries = [block_entry for block_entry, _ in blocks] if held else []
+        return Holding(handle, entry, held, entries, invalid) if held or invalid else None
 
     def _is_here(self, owner: Owner) -> bool:
         # two hosts may have namespaces with the same path, and so the same handle
@@ -188,25 +195,35 @@ class Ipam:
         reserved: Reserved | None = None,
         affine: Iterable[str] | None = None,
         known: Entry | None = UNREAD,
+        passed_over: Callable[[InvalidValue], object] = lambda error: None,
     ) -> list[IPAddress]:
         """Assign up to `count` free addresses of `pools` (of one IP version) to `owner`; return them.
 
         Uses, in this order: blocks with affinity to this host; new blocks, which get affinity to this host; blocks of
         other hosts. Addresses that are `reserved`, or in a network to which this host is connected, are not used, and
         no new block that overlaps with such a network is created. `affine` are the names (last parts of keys) of the
-        blocks with affinity to this host, if the caller has just read them; for `known`, see `assign`. Raises
-        InvalidValue for an invalid block, and Conflict if other writers keep changing a block.
+        blocks with affinity to this host, if the caller has just read them; for `known`, see `assign`. Invalid blocks
+        are not used; `passed_over` is called with the error of each, once. Raises InvalidValue if the handle is
+        invalid, and Conflict if other writers keep changing a block.
         """
         ranges = [_range(pool) for pool in pools]
+        invalid: set[str] = set()
         reserved = reserved or Reserved()
         found: list[IPAddress] = []
         with self._recount_on_failure(owner):
             for version, first, claim in self._candidates(ranges, reserved.network.networks, affine):
                 ordinals = [o for o in range(BLOCK_SIZE) if any(low <= first + o <= high for _, low, high in ranges)]
                 ordinals = [o for o in ordinals if reserved.is_free_for_any(version, first + o)]
-                if not ordinals:
+                key = keys.ipam_block(version, block_cidr(version, first))
+                if not ordinals or key in invalid:
                     continue
-                found += self._allocate(version, first, owner, ordinals, count - len(found), claim, known)
+                try:
+                    found += self._allocate(version, first, owner, ordinals, count - len(found), claim, known)
+                except InvalidValue as error:
+                    if error.key != key:
+                        raise
+                    invalid.add(key)
+                    passed_over(error)
                 if len(found) >= count:
                     return found
         if owner.handle is not None:

@@ -27,6 +27,7 @@ from calicoctl.datastore.keys import INTERFACE_PREFIX, EndpointId, is_endpoint_i
 from calicoctl.datastore.model import Endpoint, Pool
 from calicoctl.datastore.reserved import Network, Reserved
 from calicoctl.errors import AddressTaken, CalicoError, Conflict, InvalidValue, NotFound
+from calicoctl.output import warn
 from calicoctl.workloads import connected, host_network, mtu, netns, servers
 from calicoctl.workloads.guard import Guard
 from calicoctl.workloads.locks import WorkloadLock
@@ -311,10 +312,13 @@ def disconnect(datastore: DatastoreClient, workload: Workload) -> None:
 
     The container and its namespace need not exist. Raises CalicoError if a step fails, or if a namespace with another
     path has the same id. What was removed before a failure stays removed: a further call removes the rest.
+
+    An invalid block is left as it is, with the workload's handle, which names it. Then everything else is removed, and
+    CalicoError raised.
     """
     with WorkloadLock(datastore.host, workload.orchestrator, workload.id) as lock:
         stored = datastore.read_workload(workload.handle, workload.stored_as)
-        holding = datastore.ipam.holding(workload.handle, stored.handle)
+        holding = datastore.ipam.holding(workload.handle, stored.handle, partly=True)
         known = connected.get(datastore.host, workload.orchestrator, workload.id)
         refuse_other_path(
             workload, *([known.path] if known is not None else paths_of(holding.owners if holding else {}))
@@ -323,6 +327,12 @@ def disconnect(datastore: DatastoreClient, workload: Workload) -> None:
             _forget(datastore, workload, lock)
             raise NotFound(f"{workload.name} is not connected to Calico.")
         _clear(datastore, workload, lock, stored.endpoints, holding)
+        if holding is not None and holding.invalid:
+            raise CalicoError(
+                f"{workload.name} is removed, but for its addresses in the block {', '.join(holding.invalid)}: "
+                f"{'; '.join(map(str, holding.invalid.values()))}, then run 'calicoctl container remove "
+                f"{workload.path or short_id(workload.id)}' again."
+            )
 
 
 def _clear(
@@ -337,13 +347,15 @@ def _clear(
     The caller holds the workload's `lock`, and has read `endpoints` and `holding` while it held the lock.
     """
     held = {} if holding is None else holding.owners
+    invalid = {} if holding is None else holding.invalid
     datastore.check_endpoints_writable(endpoints, workload.handle)
     lock.mark_in_progress()
     for name in {id.interface for id in endpoints} | interfaces_of(held):
         netns.delete_interface(name)
     for id, entry in endpoints.items():
         # addresses of old tools have no handle: without the endpoint, their owner would be unknown
-        datastore.ipam.release([address for address in _listed(id, entry) if address not in held], {None})
+        others = [address for address in _listed(id, entry) if address not in held]
+        datastore.ipam.release([a for a in others if datastore.ipam.cidr_of(a) not in invalid], {None})
         datastore.remove_endpoint(id, entry)
     if holding is not None:
         datastore.ipam.release_held(holding, holding.owners)
@@ -795,7 +807,9 @@ def _is_like(owner: Owner, other: Owner) -> bool:
 def _assign(session: WorkloadSession, owner: Owner, request: AddressRequest, terms: Terms) -> IPAddress:
     datastore, pools = session.datastore, terms.pools
     if request.address is None:
-        taken = datastore.ipam.auto_assign(1, pools, owner, terms.reserved, terms.affine, session.handle)
+        taken = datastore.ipam.auto_assign(
+            1, pools, owner, terms.reserved, terms.affine, session.handle, lambda invalid: warn(f"Warning: {invalid}")
+        )
         if not taken:
             networks = {network for pool in pools for network in terms.reserved.network.overlapping(pool.cidr)}
             raise CalicoError(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from calicoctl import limits
 from tests.system.support import FAULTY, Host, addresses, calico_links, links, routes, run, wait_for
 
 V6 = "fd80:24e2:f998:72d6::"
@@ -264,6 +265,40 @@ def test_ip_add_and_remove(host: Host, blue: str) -> None:
     assert missing.err == f"IP {V6} is not assigned to {blue}.\n"
     host.check_consistent()
     host.ctl("container", "remove", blue)
+    host.check_nothing_left()
+
+
+def test_an_invalid_block_is_passed_over_and_released_once_it_is_mended(host: Host, blue: str) -> None:
+    block = "/calico/ipam/v2/assignment/ipv4/block/192.168.0.0-26"
+    run("ip", "netns", "add", "other")
+    other = "/var/run/netns/other"
+    for words in (("add", blue, "192.168.0.1"), (blue, "ip", "add", "192.168.1.1"), ("add", other, "192.168.2.2")):
+        host.ctl("container", *words)
+    host.ctl("container", "remove", other)
+    good = host.etcd.get(block)
+    host.etcd.put(block, json.dumps({**json.loads(good), "x": "x" * limits.VALUE}))
+    added = host.ctl("container", "add", other, "ipv4")
+    assert added.out == f"IP 192.168.1.0 added to {other}\n"
+    assert added.err.startswith(f"Warning: etcd key {block} has an invalid value: it has more than ")
+    assert added.err.count("\n") == 1
+    refused = host.ctl("container", other, "ip", "add", "192.168.0.5", status=1)
+    assert refused.err.startswith(f"etcd key {block} has an invalid value")
+    (record,) = [record for key, record in host.records().items() if "-netns-blue/" in key]
+    host.etcd.put(block, "gar bage")
+    for _ in range(2):  # the second time, nothing but the block is left
+        removed = host.ctl("container", "remove", blue, status=1)
+        assert removed.out == "" and removed.err == (
+            f"{blue} is removed, but for its addresses in the block 192.168.0.0/26: etcd key {block} has an invalid "
+            f"value: it holds no JSON but 'gar bage'; fix or delete it, then run 'calicoctl container remove {blue}' "
+            "again.\n"
+        )
+        assert not [key for key in host.records() if "-netns-blue/" in key]
+        assert record["name"] not in calico_links() and "eth1" not in links("blue")
+        assert host.handles()["namespace.-var-run-netns-blue"] == {"192.168.0.0/26": 1}
+    host.etcd.put(block, good)
+    assert host.ctl("container", "remove", blue).out == f"Removed Calico from {blue}\n"
+    host.check_consistent()
+    host.ctl("container", "remove", other)
     host.check_nothing_left()
 
 

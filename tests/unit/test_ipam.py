@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import json
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -11,11 +12,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from netaddr import IPAddress
 
+from calicoctl import limits
 from calicoctl.datastore import handles, ipam
 from calicoctl.datastore.blocks import Block, Owner
 from calicoctl.datastore.ipam import Ipam
 from calicoctl.datastore.model import Pool
 from calicoctl.datastore.reserved import HostNetwork, InterfaceAddress, Reserved
+from calicoctl.datastore.store import Entry
 from calicoctl.errors import AddressTaken, CalicoError, InvalidValue, StoreUnavailable
 from tests.unit.memory_store import Fault, Lost, MemoryStore
 
@@ -496,3 +499,93 @@ def test_a_count_of_nothing_is_removed() -> None:
     store.put("/calico/ipam/v2/handle/h1", json.dumps({"id": "h1", "block": {"10.0.0.0/26": 1, "10.0.0.64/26": 0}}))
     ipam.recount("h1", [])
     assert raw_handles(store) == {"h1": {"10.0.0.0/26": 1}}
+
+
+class Unreadable(MemoryStore):
+    """A store that refuses to read one key, as the backend for etcd's v2 API does if the key is a directory."""
+
+    key = ""
+
+    def get(self, key: str) -> Entry | None:
+        if key == self.key:
+            raise InvalidValue(key, "it is a directory")
+        return super().get(key)
+
+    def read(self, keys: Sequence[str], directories: Sequence[str] = ()) -> tuple[list, list]:
+        if self.key in keys:
+            raise InvalidValue(self.key, "it is a directory")
+        return super().read(keys, directories)
+
+
+def damage(store: Unreadable, how: str) -> None:
+    """Make the block KEY invalid, and check that it is."""
+    if how == "a directory":
+        store.key = KEY
+    elif how == "too large":
+        store._put(KEY, json.dumps({**json.loads(store.entries[KEY].value), "x": "x" * limits.VALUE}))
+    else:
+        store._put(KEY, how)
+
+
+@pytest.mark.parametrize("modern", [False, True], ids=["v2", "v3"])
+@pytest.mark.parametrize("how", ["a directory", "too large", "{}", "x"])
+@pytest.mark.parametrize("host", ["host1", "host2"])
+def test_an_automatic_address_passes_over_an_invalid_block(host: str, how: str, modern: bool) -> None:
+    store = Unreadable(modern)
+    Ipam(store, "host1").assign(IPAddress("10.0.0.1"), Owner("h1", {}))
+    damage(store, how)
+    before = dict(store.entries)
+    ipam, warned = Ipam(store, host), []
+    pools = [Pool("10.0.0.0/25")]
+    assert ipam.auto_assign(1, pools, Owner("h2", {}), passed_over=warned.append) == [IPAddress("10.0.0.64")]
+    assert len(ipam.auto_assign(63, pools, Owner("h2", {}))) == 63
+    assert raw_handles(store)["h2"] == {"10.0.0.64/26": 64}
+    full = dict(store.entries)
+    assert ipam.auto_assign(1, pools, Owner("h3", {}), passed_over=warned.append) == []
+    assert [error.key for error in warned] == [KEY] * (2 if host == "host1" else 1), "each time that it was met, once"
+    with pytest.raises(InvalidValue, match=KEY):
+        ipam.assign(IPAddress("10.0.0.5"), Owner("h3", {}))
+    assert store.entries == full and full.items() >= before.items()
+
+
+@pytest.mark.parametrize("modern", [False, True], ids=["v2", "v3"])
+def test_an_invalid_handle_is_no_reason_to_pass_over_a_block(modern: bool) -> None:
+    store = MemoryStore(modern)
+    store._put("/calico/ipam/v2/handle/h1", "x")
+    warned: list[InvalidValue] = []
+    with pytest.raises(InvalidValue, match="handle/h1"):
+        Ipam(store, "host1").auto_assign(1, POOLS[4], Owner("h1", {}), passed_over=warned.append)
+    assert not warned and raw_allocations(store) == {}
+
+
+@pytest.mark.parametrize("modern", [False, True], ids=["v2", "v3"])
+@pytest.mark.parametrize("how", ["a directory", "too large", "{}", "x"])
+@pytest.mark.parametrize("ends", ["mended", "deleted"])
+def test_what_a_handle_has_in_an_invalid_block_is_released_once_that_is_mended(
+    ends: str, how: str, modern: bool
+) -> None:
+    store = Unreadable(modern)
+    ipam = Ipam(store, "host1")
+    for address, handle in (("10.0.0.1", "h1"), ("10.0.0.2", "h0"), ("10.0.0.65", "h1"), ("10.0.0.66", "h0")):
+        ipam.assign(IPAddress(address), Owner(handle, {}))
+    good = store.entries[KEY].value
+    damage(store, how)
+    with pytest.raises(InvalidValue, match=KEY):
+        ipam.held_by("h1")
+    for held in ([IPAddress("10.0.0.65")], []):
+        holding = ipam.holding("h1", ipam.handles.read("h1"), partly=True)
+        assert holding is not None and list(holding.owners) == held
+        assert {cidr: error.key for cidr, error in holding.invalid.items()} == {"10.0.0.0/26": KEY}
+        ipam.release_held(holding, holding.owners)
+        ipam.handles.recount("h1")
+        assert raw_handles(store)["h1"] == {"10.0.0.0/26": 1}, "it still names the block"
+    store.key = ""
+    if ends == "mended":
+        store._put(KEY, good)
+    else:
+        del store.entries[KEY]
+    holding = ipam.holding("h1", ipam.handles.read("h1"), partly=True)
+    assert holding is not None and not holding.invalid
+    ipam.release_held(holding, holding.owners)
+    assert "h1" not in raw_handles(store)
+    assert list(raw_allocations(store)) == (["10.0.0.2"] if ends == "mended" else []) + ["10.0.0.66"]
