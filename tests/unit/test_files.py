@@ -54,10 +54,18 @@ def test_locking_leaks_no_descriptor(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     held = files.try_lock(path)
     assert held is not None
-    before = len(list(Path("/proc/self/fd").iterdir()))
     assert files.try_lock(path) is None
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert [Path(f"/proc/self/fd/{held}")] == [
+        file for file in Path("/proc/self/fd").iterdir() if _leads_to(file, path)
+    ]
     os.close(held)
+
+
+def _leads_to(descriptor: Path, path: Path) -> bool:
+    try:
+        return descriptor.readlink() == path
+    except FileNotFoundError:  # another thread has closed it meanwhile
+        return False
 
 
 def test_links_are_not_followed_and_a_missing_file_is_created_only_on_request(tmp_path: Path) -> None:
