@@ -1,7 +1,7 @@
-"""What has to be written to make one store hold what another one holds. Sends nothing.
+"""Calculates the writes that copy the data of one store to another. Sends no requests.
 
-What agents report, and what expires, is not copied: agents report it anew. The order of creation is kept, since it
-decides which of two endpoints has an address that both claim.
+Keys that expire and agents' reports are not copied, since agents report again. The order of creation is kept: if two
+endpoints claim the same address, the older endpoint has it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,11 @@ Entries = Mapping[str, Entry]
 
 @dataclass(frozen=True)
 class Difference:
-    """The keys that only the first of two stores has, only the second has, and that have another value there."""
+    """The keys by which a first store differs from a second one.
+
+    `added` exist only in the first store, and `removed` only in the second. `changed` exist in both, with different
+    values.
+    """
 
     added: list[str]
     removed: list[str]
@@ -37,19 +41,19 @@ class Difference:
         return bool(self.added or self.removed or self.changed)
 
     def __str__(self) -> str:
-        """Return the difference as a list in a sentence, from the first store's point of view."""
+        """Return the difference as a part of a sentence: for example "2 new (/a, /b); 1 deleted (/c)"."""
         parts = ((self.added, "new"), (self.changed, "changed"), (self.removed, "deleted"))
         return "; ".join(f"{len(some)} {what} ({first_few(some)})" for some, what in parts if some)
 
 
 def is_copied(entry: Entry) -> bool:
-    """Return whether an entry is among the data that moves, as it neither expires nor belongs to one store alone."""
-    own = entry.key in (keys.READY, keys.UNUSED_COPY) or entry.key.startswith(keys.FELIX_HOSTS + "/")
-    return not (own or entry.expires)
+    """Return whether an entry is copied: it does not expire, is no agent's report, and says nothing about the move."""
+    own = entry.key in (keys.READY, keys.UNUSED_COPY, keys.COPIED_REVISION)
+    return not (own or entry.expires or entry.key.startswith(keys.FELIX_HOSTS + "/"))
 
 
 def copied(entries: Iterable[Entry]) -> dict[str, Entry]:
-    """Return those entries that move, by key. Raises CalicoError for what cannot be read."""
+    """Return the entries that are copied, by key. Raises CalicoError if an entry could not be read."""
     found = list(entries)
     unread = [entry for entry in found if entry.problem is not None]
     if unread:
@@ -58,7 +62,7 @@ def copied(entries: Iterable[Entry]) -> dict[str, Entry]:
 
 
 def check_fits(entries: Entries) -> None:
-    """Raise CalicoError for an entry that etcd's v3 API does not take."""
+    """Raise CalicoError if etcd's v3 API does not accept an entry."""
     for key, entry in entries.items():
         try:
             size = _size(key, entry.value)
@@ -72,7 +76,7 @@ def check_fits(entries: Entries) -> None:
 
 
 def difference(one: Entries, other: Entries) -> Difference:
-    """Return how the data of one store differs from another one's."""
+    """Return the difference between the entries of a first store, `one`, and of a second one, `other`."""
     return Difference(
         sorted(one.keys() - other.keys()),
         sorted(other.keys() - one.keys()),
@@ -81,10 +85,10 @@ def difference(one: Entries, other: Entries) -> Difference:
 
 
 def plan(source: Entries, before: Entries, target: Entries) -> Iterator[list[Write]]:
-    """Yield the commits, in order, that make `target` hold what `source` holds.
+    """Yield the commits, in order, that copy the entries `source` to a store with the entries `target`.
 
-    `before` is what `source` held when `target` was last made alike; nothing for a target whose order of creation is
-    not known. Each commit has less than MOST_AT_ONCE writes.
+    `before` is the `source` of the previous copy to the same target. It is empty if there was none; then everything
+    in the target is created anew, in the order of `source`. Each commit has fewer than MOST_AT_ONCE writes.
     """
     stale = [entry for key, entry in target.items() if not _is_same_key(source.get(key), before.get(key))]
     yield from _commits(map(Delete, stale))
@@ -99,12 +103,15 @@ def plan(source: Entries, before: Entries, target: Entries) -> Iterator[list[Wri
 
 
 def _is_same_key(now: Entry | None, before: Entry | None) -> bool:
-    """Return whether a key still exists, and was not deleted in between."""
+    """Return whether a key still exists, and was not deleted and created again in between."""
     return now is not None and before is not None and now.created == before.created
 
 
 def _commits(writes: Iterable[Write]) -> Iterator[list[Write]]:
-    """Divide writes into commits. In one commit, all keys are created at the same time: so no two claim the same."""
+    """Divide writes into commits. Two endpoints that claim the same are in different commits.
+
+    All keys that one commit creates have the same revision, so their order is lost.
+    """
     commit: list[Write] = []
     size, claimed = 0, set[str]()
     for write in writes:
@@ -121,7 +128,7 @@ def _commits(writes: Iterable[Write]) -> Iterator[list[Write]]:
 
 
 def _claims(key: str, value: str) -> set[str]:
-    """Return what an endpoint claims on its host: its interface and addresses; nothing for any other key."""
+    """Return the interface and the addresses that an endpoint claims on its host; nothing if the key is no endpoint."""
     id = keys.parse_endpoint(key)
     if id is None:
         return set()

@@ -19,6 +19,9 @@ changed."""
 UNUSED_COPY = "/calico/v1/unused-copy"
 """A key of v3 alone, which exists only while Ready is not `true` there: the data there is a copy of v2 that is not in
 use."""
+COPIED_REVISION = "/calico/v1/copied-revision"
+"""A key of v3 alone, which exists while v3 is in use and v2 still has the data that was copied from there. Its value is
+the revision at which v2 was frozen: what has a later one in v2 was written by an old program."""
 OTHER_CALICO = "/calico/resources/v3"
 """The directory of Calico 3's resources. If it exists in etcd's v3 API, this program refuses to use that API, since
 Calico 3 would assign the same addresses."""

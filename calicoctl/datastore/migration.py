@@ -1,19 +1,28 @@
-"""Moves the data from etcd's v2 API to its v3 API, and back. What is read and written is the same as elsewhere.
+"""Moves the data from etcd's v2 API to its v3 API, and back.
 
-Each step leaves a state that the table in detection.py has a line for, so whatever ends the process, one API is in use
-or both are frozen, and the command can be repeated:
+The process may be killed at any moment: after each step, one API is in use or the data is frozen (see
+`detection.decide`), and the command can be repeated. The steps of a move are:
 
-| step | Ready in v2 | in v3 | note in v3 | used is |
-|---|---|---|---|---|
-| before | true | none | none | v2 |
-| the note is written | true | none | copying | v2 |
-| v2 is frozen, the data is copied and compared | false | none | copying | v2, frozen |
-| v3 is taken into use, in one transaction | false | true | none | v3 |
+| step | Ready in v2 | Ready in v3 | note | revision | API in use |
+|---|---|---|---|---|---|
+| nothing is changed yet | true | not true | none | none | v2 |
+| the note is written | true | not true | copying | none | v2 |
+| v2 is frozen, the data is copied and compared | false | not true | copying | none | v2, frozen |
+| v3 is taken into use, in one transaction | false | true | none | written | v3 |
 
-Back (`Migration.roll_back`), v3 is frozen with a note in one transaction; then v2 becomes `true`, and v3 keeps the
-note. So the note (keys.UNUSED_COPY) is there exactly if what is in v3 may be overwritten. Each commit to v3 also
-rewrites the note: if another process has taken it over, the commit fails, and this process must not change Ready any
-more.
+The steps of the way back (`Migration.roll_back`) are:
+
+| step | Ready in v2 | Ready in v3 | note | revision | API in use |
+|---|---|---|---|---|---|
+| v3 is frozen, in one transaction | false | false | rolling back | in the note | v2, frozen |
+| v2 is taken into use | true | false | rolling back | in the note | v2 |
+
+The note is the key keys.UNUSED_COPY in v3. While it exists, the data in v3 is not in use. While it says "copying", each
+commit to v3 rewrites it. A second process takes it over by writing it: then the next commit of the first process fails,
+and the first process does not change Ready any more.
+
+The revision is the key keys.COPIED_REVISION in v3. It shows which keys old programs have written to v2 since v2 was
+frozen.
 """
 
 from __future__ import annotations
@@ -38,25 +47,31 @@ from calicoctl.errors import CalicoError, CompareFailed, KeyExists, NoSuchApi, S
 from calicoctl.output import first_few
 
 SETTLE = FRESH + 1.0
-"""Seconds after which no command writes any more that has begun before the data was frozen."""
+"""Seconds from the freeze until the last command has ended that started before the freeze and may still write."""
 
 AGENTS_PATIENCE = 45.0
-"""Seconds to wait until all live agents have noticed something. The status of one that has died expires before."""
+"""Seconds to wait for all live agents to react. The status of an agent that has died expires earlier."""
 
 POLL = 0.5
 """Seconds between two reads of the agents' statuses."""
 
 ROUNDS = 10
-"""How often the data is copied if it keeps being written by programs that do not know what frozen is."""
+"""The maximum number of times that the data is copied while old programs, which ignore the freeze, keep writing."""
 
 _LEFT = "What is in v2 is frozen, and stays until 'calicoctl datastore migrate --finish'."
 
 _COPYING, _ROLLING_BACK = "copying", "rolling back"
 
+_COPIED = "copied"
+"""The field of the note that keeps the value of keys.COPIED_REVISION on the way back."""
+
 
 @dataclass(frozen=True)
 class Agent:
-    """An agent that is alive: how it uses the store, None if it does not say so, and the revision of its status."""
+    """A live agent, as its status describes it.
+
+    `store` is how the agent uses the store, None if the status does not say so. `revision` is that of the status.
+    """
 
     store: AgentStore | None
     revision: int
@@ -68,11 +83,12 @@ class Agent:
 
 @dataclass(frozen=True)
 class State:
-    """What says how far a move has come: Ready in both APIs, and the note in v3."""
+    """The keys that say how far a move has come: Ready in both APIs; keys.UNUSED_COPY and COPIED_REVISION in v3."""
 
     v2: Entry | None
     v3: Entry | None
     note: Entry | None
+    copied: Entry | None = None
 
     @property
     def v2_ready(self) -> str | None:
@@ -84,14 +100,14 @@ class State:
 
     @property
     def step(self) -> str | None:
-        """What this command does with the data at the moment, or did when it was interrupted."""
+        """The direction of a move that is running, or was interrupted: _COPYING or _ROLLING_BACK; None without one."""
         if self.v2_ready != "false" or self.v3_ready == "true" or self.note is None:
             return None
         return _ROLLING_BACK if self.is_back else _COPYING
 
     @property
     def advice(self) -> str | None:
-        """What there is to do, as a sentence, if the data is frozen, or is still in v2 although v3 is in use."""
+        """What the user can do, as a sentence; None if no data is frozen."""
         if self.step == _COPYING:
             return (
                 "The data is being moved to v3, unless that was interrupted: then 'calicoctl datastore migrate' goes "
@@ -119,10 +135,22 @@ class State:
         """Whether the note says that the data is on its way back to v2."""
         return self.note is not None and f'"{_ROLLING_BACK}"' in self.note.value
 
+    @property
+    def frozen_at(self) -> int | None:
+        """The revision at which v2 was frozen. It is that of Ready in v2 if nothing better is known, None without it.
+
+        Programs that write Ready in v2 later change that revision, so it is used only if an earlier version of this
+        program has moved the data, which did not write keys.COPIED_REVISION.
+        """
+        if self.copied is not None:
+            with suppress(ValueError):
+                return int(self.copied.value)
+        return None if self.v2 is None else self.v2.revision
+
 
 @dataclass(frozen=True)
 class Moved:
-    """What was done, as a sentence, and what is left to be done, each as a clause."""
+    """The result of a move: `text` says what was done, as a sentence. `problems` remain to be solved, each a clause."""
 
     text: str
     problems: tuple[str, ...] = ()
@@ -132,41 +160,42 @@ class Migration:
     """A move between the two APIs of one etcd."""
 
     def __init__(self, where: str, open: Callable[[], tuple[Store, Store]], tell: Callable[[str], None]) -> None:
-        """Sends nothing. `open` returns new clients of v2 and v3; `tell` is called with what is done at the moment.
+        """Send no request. `where` is the servers' URLs, for messages. `open` returns new clients of v2 and of v3.
 
-        `where` names the servers in messages.
+        `tell` is called at the start of each step, with a text about the step.
         """
         self._where = where
         self._open = open
         self._tell = tell
         self._v2, self._v3 = open()
         self._run = secrets.token_hex(8)
-        """Names this process in the note."""
+        """Identifies this process in the note."""
         self._note: Entry | None = None
         self._is_live_sent = False
-        """Whether what takes v3 into use may have been sent."""
+        """Whether this process may have sent the transaction that takes v3 into use."""
 
     def state(self) -> State:
-        """Read how far a move has come. Raises StoreError, also if another Calico uses v3.
+        """Read how far a move has come. Raises StoreError, for example if Calico 3 uses the v3 API.
 
-        NoSuchApi is raised if v2 is not served and v3 has no Ready.
+        Raises NoSuchApi if etcd does not serve v3, or if it does not serve v2 and v3 has no Ready.
         """
-        ready, note = self._v3.read([keys.READY, keys.UNUSED_COPY])[0]
+        ready, note, copied = self._v3.read([keys.READY, keys.UNUSED_COPY, keys.COPIED_REVISION])[0]
         if self._v3.exists(keys.OTHER_CALICO):
             raise foreign(self._where)
         try:
-            return State(self._v2.get(keys.READY), ready, note)
+            return State(self._v2.get(keys.READY), ready, note, copied)
         except NoSuchApi:
             if ready is None:
                 raise
-            return State(None, ready, note)
+            return State(None, ready, note, copied)
 
     # From v2 to v3
 
     def move(self) -> Moved:
-        """Move the data to v3, or go on with a move that was interrupted. Raises CalicoError; then v2 is in use again.
+        """Move the data to v3, or continue an interrupted move.
 
-        If the data has moved already, returns what an old program has written to v2 since.
+        If the data has moved already, report what old programs have written to v2 since then. Raises CalicoError if
+        the move fails; then v2 is in use, unless another process has taken over or etcd cannot be reached.
         """
         state = self.state()
         if state.v3_ready == "true":
@@ -192,7 +221,7 @@ class Migration:
             return self._moved(state.v2)
 
     def _refuse_used_target(self, state: State) -> None:
-        """Raise CalicoError if v3 has data, or if v2 was frozen by somebody else."""
+        """Raise CalicoError if v3 has data, or if v2 is frozen. There is no note, so this program did neither."""
         entries = self._v3.list_for_watch(keys.ROOT)[0]
         found = sorted(entry.key for entry in entries if copy_plan.is_copied(entry) or entry.problem is not None)
         if state.v3 is not None or found:
@@ -208,26 +237,29 @@ class Migration:
             )
 
     def _check_movable(self) -> None:
-        """Raise CalicoError if an agent could not follow, if a key cannot be copied, or if a user lacks permissions."""
+        """Raise CalicoError if an agent cannot follow the data, a key cannot be copied, or a permission is missing."""
         for store in (self._v2, self._v3):
             _check_agents(_agents(store))
         entries = self._data(self._v2)
         copy_plan.check_fits(entries)
         self._v2.check_writable(keys.READY)
-        self._v3.check_writable(keys.READY, keys.UNUSED_COPY)
+        self._v3.check_writable(keys.READY, keys.UNUSED_COPY, keys.COPIED_REVISION)
 
     def _moved(self, ready: Entry) -> Moved:
         hosts = set(_agents(self._v2))
         self._tell("Freezing etcd's v2 API")
         frozen = self._rewritten(ready)
         self._settle(hosts, {})
-        entries = self._copied(frozen)
+        frozen, entries = self._copied(frozen)
         before = _agents(self._v3)
-        self._go_live()
+        self._go_live(frozen.revision)
         return self._followed(entries, self._await_agents(V3, hosts, before))
 
     def _rewritten(self, ready: Entry) -> Entry:
-        """Set v2's Ready to `false`, even if it is that already: what has a later revision is written after that."""
+        """Write `false` to v2's Ready, even if the value is `false` already. Return the entry, with its new revision.
+
+        Keys with a higher revision were written later. Raises CalicoError if another program has written Ready.
+        """
         try:
             return self._v2.update(ready, "false")
         except CompareFailed:
@@ -236,8 +268,11 @@ class Migration:
                 "which sets it to true. Nothing has moved."
             ) from None
 
-    def _copied(self, ready: Entry) -> dict[str, Entry]:
-        """Make v3 hold what v2 holds, and return that. Repeats it as long as old programs write to v2 meanwhile."""
+    def _copied(self, ready: Entry) -> tuple[Entry, dict[str, Entry]]:
+        """Make v3 hold what v2 holds; return Ready in v2, written before the last copy, and the data that was copied.
+
+        The copy is repeated as long as old programs write to v2 meanwhile.
+        """
         self._tell("Copying")
         target = self._data(self._v3)
         before: dict[str, Entry] = {}
@@ -262,7 +297,7 @@ class Migration:
             if not all(one.is_frozen for one in _agents(self._v2).values()):  # one that was just started
                 self._settle(set(), {})
             elif _same(before, now_there):
-                return before
+                return ready, before
         raise CalicoError(
             f"Old programs keep writing to etcd's v2 API ({difference(now_there, before)}): end them, and repeat this."
         )
@@ -276,11 +311,12 @@ class Migration:
         except (CompareFailed, KeyExists):
             raise _taken_over() from None
 
-    def _text(self, what: str) -> str:
-        return json.dumps({"state": what, "run": self._run, "time": now()})
+    def _text(self, what: str, **more: str) -> str:
+        """Return the value of the note."""
+        return json.dumps({"state": what, "run": self._run, "time": now(), **more})
 
     def _commit(self, writes: list[Write]) -> list[Entry]:
-        """Make some writes in v3, provided that the note is still this process's. Raises CalicoError."""
+        """Make some writes in v3, and rewrite the note. Raises StoreError if another process has taken it over."""
         assert self._note is not None
         try:
             self._note, *entries = self._v3.commit([Update(self._note, self._note.value), *writes])
@@ -288,23 +324,26 @@ class Migration:
             raise _taken_over() from None
         return entries
 
-    def _go_live(self) -> None:
-        """Take v3 into use. If the answer is lost, another attempt finds out what became of it."""
+    def _go_live(self, revision: int) -> None:
+        """Take v3 into use. v2 was frozen at `revision`.
+
+        If the answer of etcd is lost, the store finds out whether the commit was applied.
+        """
         self._tell("Taking etcd's v3 API into use")
         assert self._note is not None
-        ready = self._v3.get(keys.READY)
+        ready, copied = self._v3.read([keys.READY, keys.COPIED_REVISION])[0]
         if ready is not None and ready.value == "true":
             raise _taken_over()
-        live: Write = Create(keys.READY, "true") if ready is None else Update(ready, "true")
+        live = _put(keys.READY, ready, "true")
         self._is_live_sent = True
         try:
-            self._v3.commit([live, Delete(self._note)])
+            self._v3.commit([live, _put(keys.COPIED_REVISION, copied, str(revision)), Delete(self._note)])
         except (CompareFailed, KeyExists):
             raise _taken_over() from None
 
     @contextmanager
     def _v2_in_use_on_failure(self) -> Iterator[None]:
-        """If the body of `with` fails, or is interrupted, before v3 is in use, take v2 into use again."""
+        """Take v2 into use again if the body of `with` fails, or is interrupted, before v3 is in use."""
         try:
             yield
         except BaseException:
@@ -315,9 +354,10 @@ class Migration:
             raise
 
     def _fenced(self) -> bool:
-        """Make sure that nothing that this process has sent takes v3 into use; return False if that is not possible.
+        """Prevent that a request of this process, which etcd may still receive, takes v3 into use.
 
-        Nothing is written unless it is necessary: etcd may have no space left.
+        Such a request fails if the note was changed. Return False if v3 is in use already, or if another process has
+        taken over the note. The note is only written if such a request may exist, since etcd may have no space left.
         """
         self._v2, self._v3 = self._open()  # an interrupted request may have spoilt the others
         note = self._v3.get(keys.UNUSED_COPY)
@@ -336,7 +376,10 @@ class Migration:
             self._v2.update(ready, "true")
 
     def _followed(self, entries: dict[str, Entry], missing: list[str]) -> Moved:
-        """Compare once more. `missing` are the hosts whose agents do not use v3 yet."""
+        """Return the result of a move: `entries` were copied, and the agents of the hosts `missing` do not use v3 yet.
+
+        Compares v2 with `entries` once more. If an old program has set v2's Ready to `true`, sets it to `false`.
+        """
         problems = []
         ready = self._v2.get(keys.READY)
         if ready is not None and ready.value == "true":
@@ -355,28 +398,34 @@ class Migration:
         return Moved(f"{len(entries)} keys have moved: etcd's v3 API is in use. {_LEFT}", tuple(problems))
 
     def _written_late(self, state: State) -> str:
-        """Return what was written to v2 since it was frozen and is not in v3, "" for nothing. Deletes leave no trace.
+        """List the keys that were written to v2 after it was frozen, and that v3 does not have with the same value.
 
-        What has been changed in v3 again counts as well.
+        Return "" if there are none. Keys that were deleted in v2 cannot be found.
         """
-        if state.v2 is None:
-            with suppress(NoSuchApi):
-                return str(difference(self._data(self._v2), {}))
+        try:
+            entries = self._data(self._v2)
+        except NoSuchApi:
             return ""
-        late = {key: entry for key, entry in self._data(self._v2).items() if entry.revision > state.v2.revision}
-        there = read_all(self._v3, list(late))
-        return str(difference(late, there))
+        since = state.frozen_at
+        late = {key: entry for key, entry in entries.items() if since is None or entry.revision > since}
+        return str(difference(late, read_all(self._v3, list(late))))
 
     def _take_back_v3(self, state: State) -> None:
+        """Take v3 into use again, with the keys that `_freeze_v3` has deleted."""
         assert state.v3 is not None and state.note is not None
-        self._v3.commit([Update(state.v3, "true"), Delete(state.note)])
+        writes: list[Write] = [Update(state.v3, "true"), Delete(state.note)]
+        revision = _copied_in(state.note)
+        if revision is not None:
+            writes.append(_put(keys.COPIED_REVISION, state.copied, revision))
+        self._v3.commit(writes)
 
     # Back to v2
 
     def roll_back(self, discard: bool) -> Moved:
-        """Take v2 into use again. Raises CalicoError; then v3 is in use again, if it was.
+        """Take v2 into use again. What was written to v3 since the move is lost.
 
-        What was written to v3 since the move is lost: unless `discard`, that is refused.
+        Raises CalicoError if this fails, or if something would be lost and `discard` is false; then the API that was
+        in use is in use again, unless etcd cannot be reached.
         """
         state, before = self.state(), dict[str, Agent]()
         if state.v2 is None:
@@ -419,14 +468,20 @@ class Migration:
     def _freeze_v3(self, state: State) -> None:
         self._tell("Freezing etcd's v3 API")
         assert state.v3 is not None
+        ready = Update(state.v3, "false")
+        if state.copied is None:
+            writes: list[Write] = [ready, Create(keys.UNUSED_COPY, self._text(_ROLLING_BACK))]
+        else:  # the note keeps the revision, in case that v3 is taken into use again
+            note = self._text(_ROLLING_BACK, **{_COPIED: state.copied.value})
+            writes = [ready, Create(keys.UNUSED_COPY, note), Delete(state.copied)]
         try:
-            self._v3.commit([Update(state.v3, "false"), Create(keys.UNUSED_COPY, self._text(_ROLLING_BACK))])
+            self._v3.commit(writes)
         except (CompareFailed, KeyExists):
             raise _taken_over() from None
 
     @contextmanager
     def _v3_in_use_on_failure(self) -> Iterator[None]:
-        """If the body of `with` fails, or is interrupted, before v2 is in use, take v3 into use again."""
+        """Take v3 into use again if the body of `with` fails, or is interrupted, before v2 is in use."""
         try:
             yield
         except BaseException:
@@ -441,7 +496,7 @@ class Migration:
 
     @contextmanager
     def _repeatable(self, version: str) -> Iterator[None]:
-        """If the body of `with`, which takes an API into use again, fails, say that this command can do it later."""
+        """Tell the user to repeat the command if the body of `with` fails. The body takes an API into use again."""
         try:
             yield
         except CalicoError as error:
@@ -453,9 +508,11 @@ class Migration:
     # The end of v2
 
     def finish(self, discard: bool) -> Moved:
-        """Delete the data in v2. Raises CalicoError if v3 is not in use, or if an agent still uses v2.
+        """Delete the data in v2. Raises CalicoError, and deletes nothing, in these cases:
 
-        Unless `discard`, also raises it if old programs have written to v2 since the move.
+        * v3 is not in use.
+        * An agent still uses v2.
+        * Old programs have written to v2 since it was frozen, and `discard` is false.
         """
         state = self.state()
         if state.v3_ready != "true":
@@ -465,6 +522,7 @@ class Migration:
         try:
             if state.v2 is None and not self._v2.exists(keys.ROOT):
                 self._v2.remove_tree(keys.ROOT)  # directories may be left
+                self._forget_revision(state)
                 return Moved("etcd's v2 API has no data.")
         except NoSuchApi:
             return Moved("etcd does not serve its v2 API any more.")
@@ -478,20 +536,30 @@ class Migration:
         count = len(self._v2.tree(keys.ROOT))
         self._tell(f"Deleting {count} keys")
         self._v2.remove_tree(keys.ROOT)
+        self._forget_revision(state)
         return Moved(f"{count} keys are deleted from etcd's v2 API.")
 
+    def _forget_revision(self, state: State) -> None:
+        if state.copied is not None:
+            with suppress(CompareFailed):  # another process has deleted it
+                self._v3.delete(state.copied)
+
     def _left_in_v2(self) -> list[str]:
-        """Return the hosts whose agents use v2. The last status of one that has gone over may still be there."""
+        """Return the hosts whose agents use v2.
+
+        The last status of an agent in v2 may still exist after the agent has begun to use v3.
+        """
         gone_over = _agents(self._v3).keys()
         return sorted(host for host, found in _agents(self._v2).items() if found.store is None or host not in gone_over)
 
     # Agents
 
     def _settle(self, hosts: set[str], before: dict[str, Agent]) -> None:
-        """Wait until no command writes any more, and all live agents have noticed that the data is frozen.
+        """Wait until no command writes any more, and all live agents have reported that the data is frozen.
 
-        They say so in v2, whichever API was in use. `hosts` are those that were alive before; what is in `before` was
-        said before that. Raises CalicoError.
+        Agents report this in v2, whichever API was in use. `hosts` are the hosts whose agents were alive before the
+        freeze. Statuses in `before` are older than the freeze, and do not count. Raises CalicoError after
+        AGENTS_PATIENCE.
         """
         until = time.monotonic() + SETTLE
 
@@ -512,9 +580,9 @@ class Migration:
         time.sleep(max(0.0, until - time.monotonic()))
 
     def _await_agents(self, api: str, hosts: set[str], before: dict[str, Agent]) -> list[str]:
-        """Wait until the agents of some hosts use an API that is not frozen; return the hosts of those that do not.
+        """Wait, for AGENTS_PATIENCE at most, until the agents of `hosts` report that they use `api`, not frozen.
 
-        What is in `before` was said before that.
+        Return the hosts whose agents have not reported this. Statuses in `before` are older, and do not count.
         """
         self._tell(f"Waiting for agents to use etcd's {api[-2:]} API")
 
@@ -526,7 +594,7 @@ class Migration:
 
     @staticmethod
     def _await(pending: Callable[[], list[str]]) -> list[str]:
-        """Wait until `pending` returns nothing, and for AGENTS_PATIENCE at most; return what it returned last."""
+        """Call `pending` until it returns an empty list, for AGENTS_PATIENCE at most; return its last result."""
         give_up = time.monotonic() + AGENTS_PATIENCE
         while (left := pending()) and time.monotonic() < give_up:
             time.sleep(POLL)
@@ -538,7 +606,7 @@ class Migration:
 
 
 def _agents(store: Store) -> dict[str, Agent]:
-    """Return the agents that are alive, as far as they report to this store."""
+    """Return the live agents that report to this store, by host."""
     hosts = {keys.felix_status(host): host for host in store.names(keys.FELIX_HOSTS)}
     found = read_all(store, list(hosts))
     return {
@@ -549,7 +617,7 @@ def _agents(store: Store) -> dict[str, Agent]:
 
 
 def _new(agents: dict[str, Agent], before: dict[str, Agent]) -> dict[str, Agent]:
-    """Return those agents that have written their status since `before` was read."""
+    """Return the agents that have written their status since `before` was read."""
     return {host: found for host, found in agents.items() if found != before.get(host)}
 
 
@@ -571,8 +639,22 @@ def _check_agents(agents: dict[str, Agent]) -> None:
 
 
 def _same(one: copy_plan.Entries, other: copy_plan.Entries) -> bool:
-    """Return whether two reads of a store show that nothing was written in between, except the same values again."""
+    """Return whether two reads of a store return the same keys, values and order of creation."""
     return not difference(one, other) and all(one[key].created == other[key].created for key in one)
+
+
+def _put(key: str, entry: Entry | None, value: str) -> Write:
+    """Return a write of `value` to a key. `entry` is the current one, None if the key does not exist."""
+    return Create(key, value) if entry is None else Update(entry, value)
+
+
+def _copied_in(note: Entry) -> str | None:
+    """Return the field `copied` of a note, None if it is missing or no text."""
+    try:
+        found = json.loads(note.value)[_COPIED]
+    except (LookupError, RecursionError, TypeError, ValueError):
+        return None
+    return found if isinstance(found, str) else None
 
 
 def _late(what: str) -> str:

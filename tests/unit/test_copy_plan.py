@@ -30,6 +30,7 @@ def test_what_agents_report_and_what_expires_is_not_copied() -> None:
     others = [
         Entry(keys.READY, "true", 1),
         Entry(keys.UNUSED_COPY, "{}", 1),
+        Entry(keys.COPIED_REVISION, "1", 1),
         Entry(keys.felix_status("host1"), "{}", 1),
         Entry("/calico/v1/b", "1", 1, expires=True),
     ]

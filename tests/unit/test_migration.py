@@ -56,7 +56,8 @@ class World:
         return choice.version, choice.frozen
 
     def data(self, store: MemoryStore) -> dict[str, str]:
-        return {entry.key: entry.value for entry in store.tree("/calico") if "/felix/" not in entry.key}
+        own = (keys.COPIED_REVISION,)
+        return {e.key: e.value for e in store.tree("/calico") if "/felix/" not in e.key and e.key not in own}
 
     def refuses(self, says: str, act: Callable[[], object] | None = None) -> None:
         """Moving is refused, and nothing is changed."""
@@ -253,10 +254,90 @@ def test_what_old_programs_write_after_the_copy_is_reported(world: World) -> Non
     assert world.used() == ("v3", False)
     world.v2.put("/calico/v1/later", "1")
     (again,) = world.move().problems
-    assert again.endswith("1 new (/calico/v1/later)"), "what was written before Ready was set again was reported then"
+    assert again.endswith("2 new (/calico/v1/late, /calico/v1/later)")
     world.refuses("Old programs have written .* Nothing is deleted", lambda: world.migration().finish(False))
     world.migration().finish(True)
     assert world.v2.entries == {}
+
+
+LATE = "1 new (/calico/v1/late)"
+
+
+def written_late(world: World) -> str:
+    """What `--finish` refuses to lose."""
+    with pytest.raises(CalicoError, match=r"Old programs have written .* Nothing is deleted") as refused:
+        world.migration().finish(False)
+    return str(refused.value)
+
+
+def test_what_was_written_before_ready_was_set_again_by_hand_is_not_deleted(world: World) -> None:
+    world.move()
+    world.v2.put(READY, "true")
+    world.v2.put("/calico/v1/late", "1")
+    world.refuses("Ready is true in both APIs", lambda: world.migration().finish(True))
+    world.v2.put(READY, "false")
+    assert LATE in written_late(world)
+    world.v2.entries.pop(READY)
+    assert LATE in written_late(world), "and nothing else"
+
+
+def test_what_was_written_before_the_way_back_was_undone_is_not_deleted(world: World) -> None:
+    world.move()
+    world.v2.put("/calico/v1/late", "1")
+    world.agent(world.v3)
+    with pytest.raises(CalicoError, match="The agents of host1 do not say that they have noticed"):
+        world.migration().roll_back(True)
+    assert world.used() == ("v3", False)
+    assert LATE in written_late(world)
+
+
+@pytest.mark.parametrize(
+    "note",
+    [
+        '{"state": "rolling back"}',
+        '{"state": "rolling back", "copied": 5}',
+        '["rolling back"]',
+        '"rolling back"',
+        'no JSON: "rolling back"',
+    ],
+)
+def test_a_note_without_the_revision_is_accepted(world: World, note: str) -> None:
+    """Another version has written it."""
+    world.move()
+    world.v3.remove_tree(keys.COPIED_REVISION)
+    world.v3.put(READY, "false")
+    world.v3.put(keys.UNUSED_COPY, note)
+    assert world.move().text.startswith("The interrupted way back to v2 is undone")
+    assert world.used() == ("v3", False) and keys.COPIED_REVISION not in world.v3.entries
+
+
+@pytest.mark.parametrize("value", [None, "", "x"])
+def test_without_the_revision_ready_in_v2_says_when_it_was_frozen(world: World, value: str | None) -> None:
+    """An earlier version has moved the data, or somebody has changed the key."""
+    world.move()
+    world.v3.remove_tree(keys.COPIED_REVISION)
+    if value is not None:
+        world.v3.put(keys.COPIED_REVISION, value)
+    assert world.move().problems == ()
+    world.v2.put("/calico/v1/late", "1")
+    assert LATE in written_late(world)
+
+
+def test_the_revision_is_kept_as_long_as_v2_has_the_data(world: World) -> None:
+    world.move()
+    revision = world.v2.entries[READY].revision
+    assert world.v3.entries[keys.COPIED_REVISION].value == str(revision)
+    assert world.v3.entries[keys.COPIED_REVISION].revision == world.v3.entries[READY].revision, "in one transaction"
+    world.migration().roll_back(False)
+    assert keys.COPIED_REVISION not in world.v3.entries
+    world.v3.put(keys.COPIED_REVISION, "1")  # an earlier version leaves it there
+    world.move()
+    assert int(world.v3.entries[keys.COPIED_REVISION].value) > revision
+    world.migration().finish(False)
+    assert keys.COPIED_REVISION not in world.v3.entries
+    world.v3.put(keys.COPIED_REVISION, "1")  # the process was killed after it had deleted the data
+    world.migration().finish(False)
+    assert keys.COPIED_REVISION not in world.v3.entries
 
 
 def test_another_run_that_takes_over_is_not_disturbed(world: World) -> None:
@@ -398,7 +479,9 @@ def test_whatever_ends_it_the_data_is_in_use_or_it_can_be_repeated(
             raise Killed
         attempt.v2.fault = attempt.v3.fault = lambda: None
         assert attempt.used() in (("v2", False), ("v2", True), ("v3", False)), number
+        assert (keys.COPIED_REVISION in attempt.v3.entries) == (attempt.used()[0] == "v3"), number
         repeat(attempt)
+        assert (keys.COPIED_REVISION in attempt.v3.entries) == (repeat is move), number
         assert attempt.used() == (("v3", False) if repeat is move else ("v2", False)), number
         used = attempt.v3 if repeat is move else attempt.v2
         assert attempt.data(used) == {**before, READY: "true"}, number
