@@ -76,7 +76,7 @@ def prepare(argv: list[str]) -> Prepared:
 
 
 class Progress:
-    """Says on standard error what is done: on a terminal in one line that changes, elsewhere one line for each step."""
+    """Prints the progress to standard error: on a terminal in one line that changes, elsewhere one line per step."""
 
     def __init__(self) -> None:
         self._on_terminal = sys.stderr.isatty()
@@ -178,7 +178,7 @@ def _show(as_json: bool) -> None:
 
 
 def _contents(backends: Backends, api: str, users: bool | None) -> dict[str, Any]:
-    """Return what one of the APIs holds below /calico, and how much that is."""
+    """Return the fields of one API for `show`: the value of Ready, the number of keys below /calico, and their size."""
     found: dict[str, Any] = {
         "served": True,
         "ready": None,

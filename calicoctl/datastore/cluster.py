@@ -1,7 +1,7 @@
-"""What each member of the cluster says of itself: version, health, size. Needs no permissions, and changes nothing.
+"""Reads the version, the health and the database size of each member of the cluster. Changes nothing.
 
-It is read from the pages that etcd serves to everybody who can reach it: /version, /health and /metrics. A member that
-does not answer does not keep the others from being asked.
+Reads the pages /version, /health and /metrics of each member, for which etcd requires no permissions. If a member does
+not answer, the other members are still asked.
 
 Source: https://github.com/etcd-io/etcd/blob/release-3.4/Documentation/metrics.md
 """
@@ -30,8 +30,8 @@ _METRIC = re.compile(r"^(etcd_\w+) ([0-9.e+]+)$", re.MULTILINE)
 class MemberInfo:
     """A member of the cluster. A field is None if it is not known.
 
-    `size` and `in_use` are of its database, in bytes, and `quota` is the most that it may have. `error` says why there
-    is no answer.
+    `size` is the size of the member's database, `in_use` is the part of it that holds data, and `quota` is the maximum
+    size, all in bytes. `error` is the reason if the member does not answer, or is not healthy.
     """
 
     url: str
@@ -45,7 +45,7 @@ class MemberInfo:
 
 
 def members(settings: EtcdSettings) -> list[MemberInfo]:
-    """Return what the members in `settings` say of themselves; they are asked at the same time."""
+    """Return the members in `settings`, in their order. All are asked at the same time. Raises no exceptions."""
     found = [MemberInfo(settings.url(member)) for member in settings.members]
     threads = [
         threading.Thread(target=_ask, args=(settings, member, info), name=info.url, daemon=True)
@@ -59,7 +59,7 @@ def members(settings: EtcdSettings) -> list[MemberInfo]:
 
 
 def users(settings: EtcdSettings) -> tuple[bool | None, bool | None]:
-    """Return whether v2, and whether v3, has users switched on; None for what no member says."""
+    """Return whether users are switched on in v2, and in v3; None if no member answers."""
     found: list[bool | None] = [None, None]
     for number, ask in enumerate((_users_of_v2, _users_of_v3)):
         for member in settings.members:
@@ -118,7 +118,7 @@ def _users_of_v2(connection: Connection) -> bool | None:
 
 
 def _users_of_v3(connection: Connection) -> bool | None:
-    """A request without a token is refused if there are users."""
+    """Return whether v3 has users switched on, which is so if it refuses a request without a token; None if unknown."""
     try:
         connection.exchange("POST", "/v3/kv/range", {"key": base64(encoded(keys.READY))}, TIMEOUT)
     except ErrorAnswer as error:

@@ -1,6 +1,6 @@
 """A read-only copy of a directory of the store, for callers that would otherwise send many requests.
 
-The copy of an atomic store has a single revision.
+If the store is atomic, the whole copy is of one revision.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from calicoctl.datastore.store import Entry, Store
 
 
 class CopiedStore:
-    """Implements the reading methods of `Store` on a copy. They raise no exceptions.
+    """A copy of a directory, with the reading methods of `Store`. The methods raise no exceptions.
 
-    `unread` are the entries of the keys and directories that could not be read (see `Entry.problem`).
+    `unread` lists the keys and directories that could not be read (see `Entry.problem`).
     """
 
     def __init__(self, store: Store, directory: str) -> None:
