@@ -135,6 +135,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         pass
 
 
+@pytest.fixture(autouse=True)
+def no_earlier_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server may get the port of an earlier one, for which the process still knows which API was used."""
+    monkeypatch.setattr(backends, "_latest", {})
+
+
 @contextmanager
 def fake(expected: int, v2: tuple[int, str], ready: str | None = "true") -> Iterator[FakeEtcd]:
     with FakeEtcd(expected, v2, ready) as server:
