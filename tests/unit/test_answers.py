@@ -22,6 +22,13 @@ from tests.unit.rogue_server import OK, Answer, Client, Server, answer, serving
 
 KEY = "/calico/v1/Ready"
 TIMEOUT = 0.3
+"""The timeout in seconds in tests of servers whose answers must be given up."""
+LONG_TIMEOUT = 1.5
+"""The timeout in seconds in tests that need both: an answer that is given up, and one that comes in time."""
+PATIENT = 30.0
+"""The timeout in seconds in tests of answers that come at once, however long a busy machine takes for that."""
+SOON = 10.0
+"""Seconds within which a request has failed, after some timeouts; what drips would go on for longer."""
 SIZE = 2**16
 KERNEL = 2**24
 """Bytes that the kernel buffers, at most, between a server and a client that does not read."""
@@ -110,10 +117,28 @@ _SIZES = (
 )
 
 
+SetTimeouts = Callable[[float], None]
+
+
+@pytest.fixture(autouse=True)
+def set_timeouts(monkeypatch: pytest.MonkeyPatch) -> SetTimeouts:
+    """All timeouts are TIMEOUT until the returned function is called, with other seconds."""
+
+    def set_all(seconds: float) -> None:
+        for module, name in _TIMEOUTS:
+            monkeypatch.setattr(module, name, seconds)
+
+    set_all(TIMEOUT)
+    return set_all
+
+
+@pytest.fixture
+def patient(set_timeouts: SetTimeouts) -> None:
+    set_timeouts(PATIENT)
+
+
 @pytest.fixture(autouse=True)
 def small_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module, name in _TIMEOUTS:
-        monkeypatch.setattr(module, name, TIMEOUT)
     for module, name in _SIZES:
         monkeypatch.setattr(module, name, SIZE)
 
@@ -154,7 +179,7 @@ def outcomes(
 def test_an_answer_that_drips_is_given_up(request_: str, make: MakeStore) -> None:
     for what, outcome in outcomes(DRIPS, REQUESTS[request_], make).items():
         assert isinstance(outcome.result, CalicoError), (what, outcome)
-        assert outcome.seconds < 20 * TIMEOUT, (what, outcome)
+        assert outcome.seconds < SOON, (what, outcome)
 
 
 @pytest.mark.parametrize("request_", REQUESTS)
@@ -164,15 +189,27 @@ def test_an_answer_without_an_end_is_not_read_to_it(request_: str, make: MakeSto
         assert all(sent < SIZE + KERNEL for sent in outcome.server.sent), (what, outcome.server.sent)
 
 
-def test_the_error_says_what_was_wrong(make: MakeStore) -> None:
-    with serving(FLOODS["the body"]) as server, pytest.raises(StoreUnavailable, match="larger than 64 KiB"):
-        store_at(server, make=make).get(KEY)
+def test_the_error_says_what_was_wrong(make: MakeStore, set_timeouts: SetTimeouts) -> None:
     with serving(DRIPS["the body"]) as server, pytest.raises(StoreUnavailable, match="timed out"):
         store_at(server, make=make).get(KEY)
+    set_timeouts(PATIENT)
+    with serving(FLOODS["the body"]) as server, pytest.raises(StoreUnavailable, match="larger than 64 KiB"):
+        store_at(server, make=make).get(KEY)
 
 
-@pytest.mark.parametrize("attack", [DRIPS["the body"], FLOODS["the body"], DRIPS["the status"], FLOODS["headers"]])
-def test_a_member_that_drips_or_floods_has_failed_and_the_next_one_is_asked(attack: Answer, make: MakeStore) -> None:
+@pytest.mark.parametrize(
+    ("attack", "timeout"),
+    [
+        (DRIPS["the body"], LONG_TIMEOUT),
+        (FLOODS["the body"], PATIENT),
+        (DRIPS["the status"], LONG_TIMEOUT),
+        (FLOODS["headers"], PATIENT),
+    ],
+)
+def test_a_member_that_drips_or_floods_has_failed_and_the_next_one_is_asked(
+    attack: Answer, timeout: float, make: MakeStore, set_timeouts: SetTimeouts
+) -> None:
+    set_timeouts(timeout)
     proper_answer = answer(GET if make is Etcd2Store else GET3)
     with serving(attack) as rogue, serving(sends(proper_answer)) as proper:
         store = store_at(rogue, proper, make=make, patience=20)
@@ -181,6 +218,7 @@ def test_a_member_that_drips_or_floods_has_failed_and_the_next_one_is_asked(atta
         assert len(keys) == 1, "it is asked last from then on"
 
 
+@pytest.mark.usefixtures("patient")
 @pytest.mark.parametrize("encoding", ["gzip", "deflate", "br", "zstd", "gzip, gzip", "x-made-up"])
 @pytest.mark.parametrize("request_", ["get", "list", "names", "version", "watch"])
 def test_an_encoded_answer_is_not_decoded(request_: str, encoding: str, make: MakeStore) -> None:
@@ -260,11 +298,12 @@ def test_an_answer_of_another_shape_is_an_ordinary_error(request_: str, status: 
     for what, outcome in outcomes(attacks, REQUESTS[request_], make).items():
         if not isinstance(outcome.result, CalicoError):
             json.dumps(outcome.result, default=vars)
-            assert outcome.seconds < 20 * TIMEOUT, (what, outcome)
+            assert outcome.seconds < SOON, (what, outcome)
 
 
-def test_a_large_answer_that_comes_slowly_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_answer_that_comes_slowly_is_read(monkeypatch: pytest.MonkeyPatch, set_timeouts: SetTimeouts) -> None:
     """It takes longer than the timeout, which is for its beginning."""
+    set_timeouts(LONG_TIMEOUT)
     monkeypatch.setattr(etcd2, "LARGEST_DIRECTORY", 2**22)
     nodes = [{**NODE, "key": f"/calico/{n}", "value": "x" * 1000} for n in range(1000)]
     whole = answer(json.dumps({"action": "get", "node": {"key": "/calico", "dir": True, "nodes": nodes}}).encode())
@@ -272,22 +311,23 @@ def test_a_large_answer_that_comes_slowly_is_read(monkeypatch: pytest.MonkeyPatc
     def slowly(client: Client, line: str) -> None:
         for start in range(0, len(whole), len(whole) // 12):
             client.send(whole[start : start + len(whole) // 12])
-            time.sleep(TIMEOUT / 6)
+            time.sleep(LONG_TIMEOUT / 10)
 
     with serving(slowly) as server:
         began = time.monotonic()
         entries, _ = store_at(server).list_for_watch("/calico")
-        assert len(entries) == 1000 and time.monotonic() - began > TIMEOUT
+        assert len(entries) == 1000 and time.monotonic() - began > LONG_TIMEOUT
     monkeypatch.setattr(answers, "LONGEST", TIMEOUT)
     with serving(slowly) as server, pytest.raises(StoreUnavailable):
         store_at(server).list_for_watch("/calico")
 
 
-def test_a_wait_for_changes_is_as_long_as_it_is_quiet() -> None:
+def test_a_wait_for_changes_is_as_long_as_it_is_quiet(set_timeouts: SetTimeouts) -> None:
     """Only the beginning of its answer is bounded: the change comes when it comes."""
+    set_timeouts(LONG_TIMEOUT)
     event = b'{"action": "set", "node": %s}' % json.dumps({**NODE, "modifiedIndex": 6}).encode()
     began = time.monotonic()
-    late = began + 5 * TIMEOUT
+    late = began + 1.5 * LONG_TIMEOUT
 
     def changes_late(client: Client, line: str) -> None:
         if "wait=true" not in line:
