@@ -17,7 +17,7 @@ from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Callable, Generic, TypeVar
+from typing import Any, Callable, Generic, Optional, TypeVar
 
 from calicoctl import answers
 from calicoctl.datastore import etcd3_http, etcd3_json
@@ -31,8 +31,11 @@ from calicoctl.errors import CompareFailed, KeyExists, NoSuchApi, StoreError, St
 
 T = TypeVar("T")
 
+Item = Callable[[Any], Optional[Entry]]
+"""A function that converts the JSON object of a key to an entry, None for a key that is left out."""
+
 PAGE = 1000
-"""The maximum number of keys per request for a range."""
+"""The maximum number of keys per request for a range, in the first attempt to read a directory."""
 
 ATTEMPTS = 5
 """The maximum number of attempts to read a directory whose revision is compacted during the read, and to use a lease
@@ -41,6 +44,12 @@ that expires before it is used."""
 MOST_KEYS = 1_000_000
 """The maximum number of keys that are read below one directory."""
 
+LARGEST_READ = 128 * answers.MiB
+"""The maximum size of what is read below one directory, in characters of keys and values."""
+
+LONGEST_READ = 120.0
+"""Seconds after which no further page of a directory is requested."""
+
 QUORUM_TIMEOUT = 3.0
 """Timeout in seconds of the linearizable read in `_confirm_quorum`."""
 
@@ -48,6 +57,8 @@ WATCH_PATIENCE = 3.0
 """Seconds after which a watch fails if no member answers."""
 
 TOO_LARGE = "its value is too large, and not read"
+
+TOO_FULL = "it is too large, so nothing below it is read; delete what does not belong there"
 
 _NEVER = str(2**63 - 1)
 """A revision that no key ever has."""
@@ -75,6 +86,59 @@ class _Page(Generic[T]):
     limit: int
 
 
+class _Reading:
+    """The bounds of a read below a directory in several requests. `check` raises StoreError beyond a bound."""
+
+    def __init__(self, directory: str) -> None:
+        self._directory = directory
+        self._end = time.monotonic() + LONGEST_READ
+
+    def check(self, count: int, size: int = 0) -> None:
+        """Check the time, the number of keys that have been read, and the size of their names in bytes."""
+        if count > MOST_KEYS:
+            raise StoreError(f"there are more than {MOST_KEYS} keys below {self._directory}, and they are not read")
+        if time.monotonic() > self._end:
+            raise StoreUnavailable(
+                f"etcd takes more than {LONGEST_READ:.0f} s to say what is below {self._directory}; try again later"
+            )
+        if size > LARGEST_READ:
+            raise StoreError(f"the names in {self._directory} are too long, {size} bytes, and they are not read")
+
+
+class _Found:
+    """The entries that are read below a directory; their total size is at most LARGEST_READ.
+
+    If it becomes larger, the entries of the largest part are forgotten. A part is what is below one name in the
+    directory. So whoever fills one part does not hide the others.
+    """
+
+    def __init__(self, directory: str) -> None:
+        self.entries: list[Entry] = []
+        self.unread: dict[str, Entry] = {}
+        """Path of a part that was forgotten -> the entry that says so."""
+        self._above = len(directory) + 1
+        self._sizes: dict[str, int] = {}
+        self._size = 0
+
+    def add(self, entries: list[Entry]) -> None:
+        for entry in entries:
+            part = self.part(entry.key)
+            if part not in self.unread:
+                self.entries.append(entry)
+                size = len(entry.key) + len(entry.value)
+                self._sizes[part] = self._sizes.get(part, 0) + size
+                self._size += size
+        while self._size > LARGEST_READ:
+            largest = max(self._sizes, key=self._sizes.__getitem__)
+            self._size -= self._sizes.pop(largest)
+            self.unread[largest] = Entry(largest, "", 0, 0, TOO_FULL)
+            self.entries = [entry for entry in self.entries if self.part(entry.key) != largest]
+
+    def part(self, key: str) -> str:
+        """Return the path of the part that contains a key."""
+        return key[: self._above] + key[self._above :].partition("/")[0]
+
+
 class Etcd3Store:
     """Implements `Store` on etcd's v3 API. Not thread-safe.
 
@@ -94,6 +158,8 @@ class Etcd3Store:
         """Time to live in seconds -> id of the lease."""
         self._renewed: dict[int, float] = {}
         """Time to live -> when the last request that has renewed its lease was sent (monotonic)."""
+        self._early: dict[str, OpenWatch | None] = {}
+        """Directory whose watch has expired -> the watch that was opened before the directory was read again."""
 
     # Reads
 
@@ -134,22 +200,30 @@ class Etcd3Store:
         return self._ask("/v3/kv/txn", request, key, parse)
 
     def tree(self, directory: str) -> list[Entry]:
-        return [entry for entry in self._list(directory, _readable)[0] if entry is not None]
+        return [entry for entry in self._list(directory, _readable)[0] if entry.problem is None]
 
     def list_for_watch(self, directory: str) -> tuple[list[Entry], int]:
-        entries, reached = self._list(directory, etcd3_json.followed)
-        return entries, reached + 1
+        watch = self._opened_early(directory)
+        try:
+            entries, reached = self._list(directory, etcd3_json.followed)
+        except BaseException:
+            self._close_early(directory)
+            raise
+        return entries, reached + 1 if watch is None else watch.revision
 
     def names(self, directory: str, but: Collection[str] = ()) -> list[str]:
         prefix = below(directory)[0]
         names: set[bytes] = set()
+        size, reading = 0, _Reading(directory)
         gaps = _gaps(directory, but)
         while gaps:
             pages = self._first_keys(directory, gaps[:MOST_AT_ONCE])
             left = gaps[len(pages) :]
             for (_, stop), (found, more) in zip(gaps, pages):
-                names.update(key[len(prefix) :].partition(b"/")[0] for key in found)
-                _check_count(directory, len(names))
+                new = {key[len(prefix) :].partition(b"/")[0] for key in found} - names
+                names |= new
+                size += sum(map(len, new))
+                reading.check(len(names), size)
                 if more:  # what else is below the last name is skipped
                     name, slash, _ = found[-1][len(prefix) :].partition(b"/")
                     left.append((prefix + name + (b"0" if slash else b"\0"), stop))
@@ -276,7 +350,11 @@ class Etcd3Store:
     # Watches
 
     def watch(self, directory: str, revision: int, seconds: float) -> Generator[list[Change], None, None]:
-        watch: OpenWatch | None = None
+        watch: OpenWatch | None = self._early.get(directory)
+        if watch is not None and watch.revision == revision:
+            self._early[directory] = None
+        else:
+            watch = None
 
         def close() -> None:
             nonlocal watch, revision
@@ -305,8 +383,34 @@ class Etcd3Store:
         try:
             while True:
                 yield self._await_changes(poll, time.monotonic() + seconds)
+        except WatchExpired:
+            self._early.setdefault(directory)
+            raise
         finally:
             close()
+
+    def _opened_early(self, directory: str) -> OpenWatch | None:
+        """Return a watch of the changes from now on if the last watch of the directory has expired, else None.
+
+        Somebody may compact the store so often that the changes since a read are always forgotten when they are asked
+        for. A watch that is open already has them.
+        """
+        if directory not in self._early:
+            return None
+        self._close_early(directory)
+
+        def send(connection: Connection) -> OpenWatch:
+            with _translated(connection, directory):
+                return OpenWatch(connection, directory)
+
+        self._early[directory] = watch = self._members.retry(send)
+        return watch
+
+    def _close_early(self, directory: str) -> None:
+        watch = self._early.get(directory)
+        if watch is not None:
+            watch.close()
+            self._early[directory] = None
 
     def _await_changes(self, poll: Callable[[Connection, float], list[Change]], end: float) -> list[Change]:
         """Return the result of `poll` at the first member that answers and has a quorum.
@@ -343,30 +447,40 @@ class Etcd3Store:
 
         return self._ask("/v3/kv/range", _key(key), key, parse)
 
-    def _list(self, directory: str, item: Callable[[Any], T]) -> tuple[list[T], int]:
+    def _list(self, directory: str, item: Item) -> tuple[list[Entry], int]:
         """Return `item(kv)` for each key below a directory, and the revision at which all keys were read.
 
         `kv` is the JSON object of a key. If the value is too large to be read, `kv` has an additional field "problem".
+        What is below the same name in the directory is left out if it makes the whole too large: see _Found. An Entry
+        with a `problem` stands for it.
+
+        All pages must be of one revision. If it is compacted meanwhile, each attempt requests larger pages, so that
+        the last one needs no second page unless an answer would be too large.
         """
-        for _ in range(ATTEMPTS):
+        reading = _Reading(directory)
+        for attempt in range(ATTEMPTS):
             try:
-                return self._list_once(directory, item)
+                return self._list_once(directory, item, min(MOST_KEYS, PAGE * 10**attempt), reading)
             except _Compacted:
                 continue
         raise StoreUnavailable(f"etcd forgets what is below {directory} before it is read to the end; try again later")
 
-    def _list_once(self, directory: str, item: Callable[[Any], T]) -> tuple[list[T], int]:
-        found: list[T] = []
-        start, end = below(directory)
-        at, limit = 0, PAGE
+    def _list_once(self, directory: str, item: Item, most: int, reading: _Reading) -> tuple[list[Entry], int]:
+        """Do what `_list` does, with pages of at most `most` keys. Raises _Compacted."""
+        found = _Found(directory)
+        prefix, end = below(directory)
+        start, at, limit, count = prefix, 0, most, 0
         while True:
             page = self._page(directory, start, end, item, limit, at)
-            found += page.items
-            at = at or page.revision
+            found.add([entry for entry in page.items if entry is not None])
+            at, count = at or page.revision, count + len(page.items)
             if not page.more:
-                return found, at
-            _check_count(directory, len(found))
-            start, limit = page.last + b"\0", min(PAGE, 2 * page.limit)
+                return [*found.entries, *found.unread.values()], at
+            reading.check(count)
+            start, limit = page.last + b"\0", min(most, 2 * page.limit)
+            name, slash, _ = page.last[len(prefix) :].partition(b"/")
+            if slash and found.part((prefix + name).decode(errors="backslashreplace")) in found.unread:
+                start = prefix + name + b"0"  # what else is below the name is skipped
 
     def _page(
         self,
@@ -465,11 +579,6 @@ def _refusal(error: ErrorAnswer, key: str, url: str) -> StoreError:
     return StoreError(f"etcd at {url} refuses a request about {key}: {text}")
 
 
-def _check_count(directory: str, count: int) -> None:
-    if count > MOST_KEYS:
-        raise StoreError(f"there are more than {MOST_KEYS} keys below {directory}, and they are not read")
-
-
 def _is_too_large(lost: ConnectionLost) -> bool:
     return isinstance(lost.__cause__, answers.TooLarge)
 
@@ -479,8 +588,8 @@ def _confirm_quorum(connection: Connection, directory: str) -> None:
 
     Raises what Connection.post raises.
     """
-    # a key that does not exist, since the keys in the directory may be large
-    revision(connection.post("/v3/kv/range", _key(f"{directory}/quorum"), QUORUM_TIMEOUT))
+    # a count, since the value of any key may be large
+    revision(connection.post("/v3/kv/range", {**_key(directory), "count_only": True}, QUORUM_TIMEOUT))
 
 
 def _key(key: str) -> dict[str, Any]:

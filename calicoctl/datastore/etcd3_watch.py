@@ -36,8 +36,8 @@ LARGEST = 64 * answers.MiB
 class OpenWatch:
     """A watch at one member. `revision` is the first revision whose changes have not been received completely."""
 
-    def __init__(self, connection: Connection, directory: str, revision: int) -> None:
-        """Open a watch of the changes below `directory` from `revision` on.
+    def __init__(self, connection: Connection, directory: str, revision: int = 0) -> None:
+        """Open a watch of the changes below `directory` from `revision` on; 0: from the member's next revision on.
 
         Raises WatchExpired if the changes were compacted, or if the store's revision is too low. Raises ErrorAnswer or
         StoreError if the watch is refused, LookupError, TypeError or ValueError for an unexpected message, and what
@@ -67,11 +67,10 @@ class OpenWatch:
         Raises what `__init__` raises. After an exception, the watch must be closed.
         """
         end = time.monotonic() + seconds
-        while (message := self._stream.next(end - time.monotonic())) is not None:
-            changes = self._changes(message)
-            if changes:
-                return changes
-        return []
+        changes: list[Change] | None = []
+        while changes == []:  # a message without changes is forgotten before the next one is read
+            changes = self._next(end - time.monotonic())
+        return changes or []
 
     def close(self) -> None:
         """Close the connection of the watch."""
@@ -89,9 +88,13 @@ class OpenWatch:
             # this is another store than the one that returned the revision, or it was restored from a copy
             before = self.revision - 1
             raise WatchExpired(f"the store has reached {reached} only, where {before} had been reached before")
+        self.revision = self.revision or reached + 1
 
-    def _changes(self, message: dict[str, Any]) -> list[Change]:
-        """Return the changes in a message, and advance `revision`."""
+    def _next(self, seconds: float) -> list[Change] | None:
+        """Return the changes in the next message, and advance `revision`; None if no message begins in `seconds`."""
+        message = self._stream.next(seconds)
+        if message is None:
+            return None
         self._refuse_canceled(message)
         events = message.get("events", [])
         if not events:

@@ -59,7 +59,7 @@ if TYPE_CHECKING:
     from pyroute2.netlink.rtnl.marshal import MarshalRtnl
 
     from calicoctl.datastore.client import DatastoreClient
-    from calicoctl.datastore.store import Entry, Watch
+    from calicoctl.datastore.store import Change, Entry, Watch
 
 log = logging.getLogger("calico.felix")
 
@@ -185,7 +185,7 @@ class StoreEvents(_Source):
                 self._worked = now()
                 self._emit_recovered()
                 self._pending.put(changes)
-                if unread and any(_may_shrink(change.key, unread) for change in changes):
+                if unread and any(_may_shrink(change, unread) for change in changes):
                     reread_at = may_reread_at
                 if time.monotonic() >= reread_at:
                     watch.close()
@@ -215,9 +215,17 @@ class StoreEvents(_Source):
             self._events.put(self._failure)
 
 
-def _may_shrink(key: str, directories: set[str]) -> bool:
-    """Return whether a change of a key may make one of these directories smaller, apart from its subdirectories."""
-    return any(key.rpartition("/")[0] == one or (one + "/").startswith(key + "/") for one in directories)
+def _may_shrink(change: Change, directories: set[str]) -> bool:
+    """Return whether after a change, one of these directories may no longer be too large.
+
+    With etcd's v2 API, that takes a change right in the directory; with v3, some key below it must be deleted, if no
+    value there becomes shorter.
+    """
+    key, gone = change.key + "/", change.entry is None
+    return any(
+        change.key.rpartition("/")[0] == one or (one + "/").startswith(key) or (gone and key.startswith(one + "/"))
+        for one in directories
+    )
 
 
 def spread_of_reads(entries: list[Entry]) -> float:

@@ -134,6 +134,8 @@ def test_a_list_whose_revision_is_forgotten_meanwhile_is_read_again(gateway: Gat
     first, forgotten = [kv("/calico/0000")], refusal(11, "etcdserver: mvcc: required revision has been compacted")
     gateway.instead = [reply({"kvs": first, "more": True}), forgotten]
     assert len(store.tree("/calico")) == 1500
+    limits = [asked["limit"] for asked in gateway.ranges()]
+    assert limits == ["1000", "1000", "10000"], "whoever compacts all the time prevents no read of one page"
     gateway.instead = [reply({"kvs": first, "more": True}), forgotten] * etcd3.ATTEMPTS
     with pytest.raises(StoreUnavailable, match="try again later"):
         store.tree("/calico")
@@ -170,6 +172,52 @@ def test_a_list_without_an_end_is_given_up(
         with pytest.raises(StoreError, match="more than 1000 keys below /calico, and they are not read"):
             read("/calico")
     assert len(gateway.asked) == 4
+
+
+def test_what_fills_a_directory_does_not_hide_the_others(
+    gateway: Gateway, store: Etcd3Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(etcd3, "LARGEST_READ", 60_000)
+    monkeypatch.setattr(etcd3, "PAGE", 10)
+    good = {f"/calico/{name}/é/{number:02}": "1" * 50 for name in ("b", "x", "x0") for number in range(30)}
+    gateway.kvs = {key.encode(): value.encode() for key, value in good.items()}
+    gateway.kvs |= {b"/calico/big": b"x" * 50_000, b"/calico/small": b"x", b"/calico/x.a": b"1"}
+    gateway.kvs |= {b"/calico/w/%04d" % number: b"x" * 500 for number in range(1000)}
+    entries, revision = store.list_for_watch("/calico")
+    problems = {entry.key: entry.problem for entry in entries if entry.is_unread_directory}
+    assert problems == {"/calico/big": etcd3.TOO_FULL, "/calico/w": etcd3.TOO_FULL} and revision == REVISION + 1
+    others = {entry.key: entry.value for entry in entries if entry.problem is None}
+    assert others == {**good, "/calico/small": "x", "/calico/x.a": "1"}
+    assert {entry.key: entry.value for entry in store.tree("/calico")} == others
+    assert len(gateway.asked) < 2 * 30, "what is below a name that is left out is skipped"
+
+
+@pytest.mark.parametrize("read", ["tree", "names", "list_for_watch"])
+def test_pages_that_never_end_are_given_up(read: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(etcd3, "time", SimpleNamespace(monotonic=lambda: now))
+    asked = 0
+
+    def serve(client: Client, line: str) -> None:
+        nonlocal asked, now
+        now, asked = now + 3, asked + 1
+        page = {"header": {"revision": "5"}, "kvs": [kv(f"/calico/{asked:09}")], "more": True}
+        client.send(reply(page if line.split()[1] == "/v3/kv/range" else {"responses": [{"response_range": page}]}))
+
+    with serving(serve) as server, pytest.raises(StoreUnavailable, match="takes more than 120 s to say what is below"):
+        getattr(store_of(server), read)("/calico")
+    assert asked == 1 + etcd3.LONGEST_READ // 3
+
+
+def test_names_that_take_all_memory_are_not_read(
+    gateway: Gateway, store: Etcd3Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(etcd3, "LARGEST_READ", 10_000)
+    gateway.kvs = {b"/calico/%s/%d" % (name * 4000, number): b"" for name in (b"x", b"y") for number in range(1500)}
+    assert store.names("/calico") == ["x" * 4000, "y" * 4000]
+    gateway.kvs[b"/calico/" + b"z" * 4000] = b""
+    with pytest.raises(StoreError, match="the names in /calico are too long"):
+        store.names("/calico")
 
 
 def test_what_is_too_large_for_one_answer_is_read_one_by_one(
@@ -459,6 +507,7 @@ def test_changes_come_as_they_are_made_whatever_pieces_they_come_in(short: None)
         assert next(watch) == next(watch) == [], "the end of a chunk is no message that begins"
         watch.close()
         wait_for(lambda: len(server.sent) == len(server.requests), "the end of its connection")
+    assert all(body["count_only"] for body in stream.ranges()), "somebody may have filled any key"
     paths = [path for path, _ in stream.asked]
     assert paths == ["/v3/kv/range", "/v3/watch", "/v3/kv/range", "/v3/kv/range"], (
         "a member that lags behind would look like a store that was set back"
@@ -521,6 +570,44 @@ def test_a_watch_goes_on_at_another_member_from_what_it_has_seen(short: None) ->
         assert [body["create_request"]["start_revision"] for path, body in good.asked if "watch" in path] == [
             str(revision)
         ]
+
+
+def test_after_a_watch_has_expired_the_next_one_is_open_before_all_is_read_again(short: None) -> None:
+    """Somebody compacts all the time: what was written since a read is forgotten before a watch asks for it."""
+    compacted = Stream(CREATED, result(0, canceled=True, compact_revision="16"))
+    with serving(compacted) as server:
+        store = store_of(server)
+        with pytest.raises(WatchExpired):
+            next(store.watch("/calico", store.list_for_watch("/calico")[1], 20))
+        compacted.asked.clear()
+        compacted.messages = [result(20, created=True), result(21, events=[{"kv": kv("/calico/a", "1", 21)}])]
+        for _ in range(2):
+            watch = store.watch("/calico", store.list_for_watch("/calico")[1], 20)
+        assert [change.key for change in next(watch)] == ["/calico/a"]
+        assert [path for path, _ in compacted.asked] == ["/v3/watch", "/v3/kv/range"] * 2
+        assert {body["create_request"]["start_revision"] for path, body in compacted.asked if "watch" in path} == {"0"}
+        watch.close()
+        compacted.instead = [refusal(7, "etcdserver: permission denied", 403)]
+        with pytest.raises(StoreError, match="does not permit"):
+            store.list_for_watch("/calico")
+        wait_for(lambda: len(server.sent) == len(server.requests), "the end of all its connections")
+
+
+def test_of_many_messages_in_one_chunk_one_is_kept_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(etcd3_http, "PART", 1000)
+    number = 2000
+    text = b"".join(
+        json.dumps(result(n, events=[{"kv": kv("/calico/a", "1", n)}])).encode() + b"\n" for n in range(6, 6 + number)
+    )
+    streams: list[etcd3_http.Stream] = []
+    stream = Connection.stream
+    monkeypatch.setattr(Connection, "stream", lambda *arguments: streams.append(one := stream(*arguments)) or one)
+    with serving(Stream(CREATED, text)) as server:
+        watch = store_of(server).watch("/calico", 6, 10)
+        for n in range(6, 6 + number):
+            (change,) = next(watch)
+            assert change.entry == Entry("/calico/a", "1", n, n) and len(streams[0]._rest) <= 1000
+        watch.close()
 
 
 ENDS: dict[str, tuple[type[Exception], str, list[Any]]] = {

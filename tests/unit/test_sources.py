@@ -129,6 +129,10 @@ def test_a_directory_that_was_too_large_is_read_again_when_something_right_in_it
         assert followed.next() == StoreChanged(Change(key, entry))
         if again:
             assert followed.next() == StoreRead("/calico", again)
+    answers.append([unread])
+    followed.store.delete(gone := followed.store.tree("/calico/a/deep")[0])
+    assert followed.next() == StoreChanged(Change(gone.key, None))
+    assert followed.next() == StoreRead("/calico", [unread]), "in v3, keys at any depth fill a directory"
     followed.store.remove_tree("/calico/a")
     while isinstance(event := followed.next(), StoreChanged):
         assert event.change.entry is None
