@@ -25,6 +25,7 @@ from tests.system.test_etcd_apis import OTHER_CALICO, PASSWORD, READY, with_user
 pytestmark = pytest.mark.api("etcdv2")
 """So etcd serves both."""
 
+COPIED_REVISION = "/calico/v1/copied-revision"
 OLD_STATUS = "/calico/felix/v1/host/old/status"
 LOSS = 0.3
 """Seconds without an answer that a loaded machine has by itself."""
@@ -40,8 +41,9 @@ class MovingHost(FreeHost):
 
     @property
     def three(self) -> dict[str, str]:
-        """All that v3 holds, but for what agents report."""
-        return {key: value for key, value in by("etcdv3", self.etcd).tree().items() if "/felix/" not in key}
+        """All that v3 holds, but for what agents report, and for the revision that was copied."""
+        found = by("etcdv3", self.etcd).tree()
+        return {key: value for key, value in found.items() if "/felix/" not in key and key != COPIED_REVISION}
 
     def shown(self) -> dict:
         return json.loads(self.ctl("datastore", "show", "--output=json").out)
@@ -198,6 +200,8 @@ def test_what_old_programs_write_is_copied_or_reported(bare: FreeHost, monkeypat
     assert bare.three["/calico/v1/old"] == two.get("/calico/v1/old")
 
     two.put("/calico/v1/policy/profile/late/tags", "[]")
+    for value in ("true", "false"):  # does not make it look older than the freeze
+        two.put(READY, value)
     for options, done in (((), "The data is in etcd's v3 API already."), (("--finish",), "Nothing is deleted")):
         said = bare.migrate(*options, status=1)
         assert done in said and "1 new (/calico/v1/policy/profile/late/tags)" in said
@@ -209,7 +213,9 @@ def test_what_old_programs_write_is_copied_or_reported(bare: FreeHost, monkeypat
     assert bare.used() == ("v2", False) and "/calico/v1/policy/profile/late/tags" in bare.two
     bare.migrate()
     assert bare.three == {**bare.two, READY: "true"}, "what was discarded is overwritten"
+    assert COPIED_REVISION in by("etcdv3", bare.etcd).tree()
     assert re.search(r"1\d\d keys are deleted from etcd's v2 API", bare.migrate("--finish"))
+    assert COPIED_REVISION not in by("etcdv3", bare.etcd).tree()
     assert bare.two == {} and bare.migrate("--finish").endswith("etcd's v2 API has no data.\n")
     assert "There is no data to go back to" in bare.migrate("--rollback", "--discard", status=1)
 
