@@ -53,15 +53,15 @@ class CalicoError(Exception):
 
 
 @contextmanager
-def about(option: str) -> Iterator[None]:
-    """Prefix the text of a CalicoError from the body of `with` with an option of the command line, such as `--ip`.
+def about(what: str) -> Iterator[None]:
+    """Begin the text of each CalicoError that the body of `with` raises with `what`, such as the option `--ip`.
 
     The new error is a plain CalicoError, not of the original error's subclass.
     """
     try:
         yield
     except CalicoError as error:
-        raise CalicoError(f"{option}: {error}") from None
+        raise CalicoError(f"{what}: {error}") from None
 
 
 class UsageError(CalicoError):

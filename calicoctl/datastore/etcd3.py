@@ -261,7 +261,7 @@ class Etcd3Store:
         return self._commit(writes, None)
 
     def _commit(self, writes: Sequence[Write], ttl: int | None) -> list[Entry]:
-        """Do what `commit` does. With `ttl`, attach the written keys to the lease for this time to live."""
+        """Do what `commit` does. If `ttl` is set, attach the written keys to this object's lease of that ttl."""
         known: dict[str, Entry] = {}
 
         def send(lease: str | None, connection: Connection, doubtful: bool) -> None:

@@ -510,7 +510,7 @@ class Migration:
     def finish(self, discard: bool) -> Moved:
         """Delete the data in v2. Raises CalicoError, and deletes nothing, in these cases:
 
-        * v3 is not in use.
+        * v3 is not in use, or v2 is marked as in use as well.
         * An agent still uses v2.
         * Old programs have written to v2 since it was frozen, and `discard` is false.
         """

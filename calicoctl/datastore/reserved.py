@@ -104,8 +104,8 @@ class Servers:
 class InterfaceAddress:
     """An address of one of the host's interfaces.
 
-    `network` is an address in the interface's network: on a point-to-point link, the address of the peer, otherwise
-    `address` itself. `length` is the prefix length of that network. `interface` is the interface's name.
+    `network` and `length` are the network behind the interface, as an address in it and its prefix length. On a
+    point-to-point link, `network` is the peer's address, otherwise `address` itself. `interface` is the name.
     """
 
     address: str

@@ -200,7 +200,7 @@ class Ruleset:
         return id in self._endpoints
 
     def addresses_of(self, id: EndpointId) -> tuple[str, ...]:
-        """Return the addresses of an endpoint of this host in the tables; () if the endpoint is not in the tables."""
+        """Return those addresses of an endpoint of this host that are in the tables; () if the endpoint is not there."""
         endpoint = self._endpoints.get(id)
         return () if endpoint is None else endpoint.addresses
 
