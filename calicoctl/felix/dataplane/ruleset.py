@@ -200,7 +200,7 @@ class Ruleset:
         return id in self._endpoints
 
     def addresses_of(self, id: EndpointId) -> tuple[str, ...]:
-        """Return those addresses of an endpoint of this host that are in the tables; () if the endpoint is not there."""
+        """Return those addresses of an endpoint of this host that are in the tables; () if it has none there."""
         endpoint = self._endpoints.get(id)
         return () if endpoint is None else endpoint.addresses
 
