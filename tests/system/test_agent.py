@@ -909,7 +909,9 @@ def test_status_is_for_everybody(node: AgentHost) -> None:
     assert "0 up, 0 down, 0 in error" in node.ctl("status", **nobody).out
     assert "must be run as root" in node.ctl("node", "stop", status=2, **nobody).err
     life = json.loads(node.etcd.get("/calico/felix/v1/host/host1/status"))
-    assert set(life) == {"time", "uptime", "first_update", "machine", "boot"} and life["first_update"] is True
+    assert (
+        set(life) == {"time", "uptime", "first_update", "machine", "boot", "datastore"} and life["first_update"] is True
+    )
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", life["time"])
     assert 0 < node.etcd.ttl("/calico/felix/v1/host/host1/status") <= 30
     node.kill_agent()

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.system.fabric import FabricHost, fabric
-from tests.system.support import CALICOCTL, Etcd, Host, Result, free_port, run, wait_for
+from tests.system.support import CALICOCTL, Etcd, Host, Result, b64, free_port, run, wait_for
 
 pytestmark = pytest.mark.api("etcdv3")
 """A reader has etcd as it is by default, and sets no DATASTORE_TYPE."""
@@ -49,6 +49,7 @@ calicoctl container db profile append shop"""
 BEFORE = {
     "batch": "echo profile add web >commands.txt",
     "container": TWO,
+    "datastore": f"DATASTORE_TYPE=etcdv2 {NODE}\ncalicoctl node stop --force",
     "endpoint": CONNECTED,
     "ipam": CONNECTED,
     "profile": CONNECTED,
@@ -120,7 +121,16 @@ def readme() -> list[tuple[str, bool]]:
     return [(line, False) for line in lines]
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.stem)
+IN_V2 = ("datastore",)
+"""Pages that begin with data in etcd's v2 API."""
+
+
+def page_of(path: Path):
+    marks = [pytest.mark.api("etcdv2")] if path.stem in IN_V2 else []
+    return pytest.param(path, id=path.stem, marks=marks)
+
+
+@pytest.mark.parametrize("page", [page_of(path) for path in (ROOT / "README.md", *PAGES)])
 def test_the_command_lines_work(bare_host: Host, engine: None, page: Path, tmp_path: Path) -> None:
     tools = fake_sudo(tmp_path)
     environment = bare_host.environment()
@@ -149,6 +159,7 @@ def test_the_command_lines_work(bare_host: Host, engine: None, page: Path, tmp_p
         run("docker", "rm", "-f", *NAMES, check=False)
         shell("calicoctl node remove --remove-endpoints")
         shutil.rmtree("/var/lib/calico", ignore_errors=True)
+        bare_host.etcd.v3("kv/deleterange", {"key": b64("/calico/"), "range_end": b64("/calico0")})
         for name in run("ip", "netns", "list").out.split():
             run("ip", "netns", "delete", name, check=False)
 
