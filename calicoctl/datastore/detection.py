@@ -65,9 +65,7 @@ def decide(v3: Shown, v2: Shown, where: str) -> Choice:
 
     `where` is the servers' URLs, for messages. Raises InvalidValue if a value of Ready is neither `true` nor `false`.
     """
-    for api, shown in (("v3", v3), ("v2", v2)):
-        if shown.ready not in (None, "true", "false"):
-            raise InvalidValue(keys.READY, f"'{shown.ready}', in etcd's {api} API, is neither true nor false")
+    check_ready(v3.ready, v2.ready)
     if not (v3.served or v2.served):
         raise StoreError(
             f"etcd at {where} serves neither its v2 API nor the HTTP gateway of its v3 API: start it without "
@@ -82,6 +80,13 @@ def decide(v3: Shown, v2: Shown, where: str) -> Choice:
     if chosen.api == V3 and v3.foreign:
         raise foreign(where)
     return chosen
+
+
+def check_ready(v3: str | None, v2: str | None) -> None:
+    """Raise InvalidValue if the value of Ready in v3 or in v2 is neither `true` nor `false`. None: there is no key."""
+    for api, ready in (("v3", v3), ("v2", v2)):
+        if ready not in (None, "true", "false"):
+            raise InvalidValue(keys.READY, f"'{ready}', in etcd's {api} API, is neither true nor false")
 
 
 def _chosen(v3: Shown, v2: Shown) -> Choice:

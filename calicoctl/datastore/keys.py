@@ -17,8 +17,8 @@ READY = "/calico/v1/Ready"
 """The key in each API of etcd whose value is `true` if the data there is current, `false` if the data must not be
 changed."""
 UNUSED_COPY = "/calico/v1/unused-copy"
-"""A key of v3 alone, which exists only while Ready is not `true` there: the data there is a copy of v2 that is not in
-use."""
+"""A key of v3 alone, about a move of the data between the APIs (see migration.py). If Ready is not `true` in v3, the
+data there is a copy of v2 that is not in use; otherwise, the data in v2 is being deleted."""
 COPIED_REVISION = "/calico/v1/copied-revision"
 """A key of v3 alone, which exists while v3 is in use and v2 still has the data that was copied from there. Its value is
 the revision at which v2 was frozen: what has a later one in v2 was written by an old program."""

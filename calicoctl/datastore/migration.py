@@ -5,9 +5,9 @@ The process may be killed at any moment: after each step, one API is in use or t
 
 | step | Ready in v2 | Ready in v3 | note | revision | API in use |
 |---|---|---|---|---|---|
-| nothing is changed yet | true | not true | none | none | v2 |
-| the note is written | true | not true | copying | none | v2 |
-| v2 is frozen, the data is copied and compared | false | not true | copying | none | v2, frozen |
+| nothing is changed yet | true | none | none | none | v2 |
+| the note is written, and Ready in v3, in one transaction | true | false | copying | none | v2 |
+| v2 is frozen, the data is copied and compared | false | false | copying | none | v2, frozen |
 | v3 is taken into use, in one transaction | false | true | none | written | v3 |
 
 The steps of the way back (`Migration.roll_back`) are:
@@ -17,9 +17,19 @@ The steps of the way back (`Migration.roll_back`) are:
 | v3 is frozen, in one transaction | false | false | rolling back | in the note | v2, frozen |
 | v2 is taken into use | true | false | rolling back | in the note | v2 |
 
-The note is the key keys.UNUSED_COPY in v3. While it exists, the data in v3 is not in use. While it says "copying", each
-commit to v3 rewrites it. A second process takes it over by writing it: then the next commit of the first process fails,
-and the first process does not change Ready any more.
+The steps of the end of v2 (`Migration.finish`) are:
+
+| step | Ready in v2 | Ready in v3 | note | revision | API in use |
+|---|---|---|---|---|---|
+| the way back is closed, in one transaction | false | true | finishing | written | v3 |
+| the data in v2 is deleted | none | true | finishing | written | v3 |
+| the note and the revision are deleted | none | true | none | none | v3 |
+
+The note is the key keys.UNUSED_COPY in v3. Unless it says "finishing", the data in v3 is not in use while it exists.
+While it says "copying", each commit to v3 rewrites it. A second process takes it over by writing it: then the next
+commit of the first process fails, and the first process does not change Ready any more. Before a process sets Ready to
+`true`, it reads Ready in v2 first, and whether the note is its own after that. The second process writes Ready in v2
+anew after it has taken over the note. So if the first process still writes Ready in v2, its condition is not met.
 
 The revision is the key keys.COPIED_REVISION in v3. It shows which keys old programs have written to v2 since v2 was
 frozen.
@@ -39,7 +49,7 @@ from calicoctl.clock import now
 from calicoctl.datastore import copy_plan, keys
 from calicoctl.datastore.chosen import FRESH
 from calicoctl.datastore.copy_plan import copied, difference
-from calicoctl.datastore.detection import foreign
+from calicoctl.datastore.detection import check_ready, foreign
 from calicoctl.datastore.settings import TYPE, V2, V3
 from calicoctl.datastore.statuses import AgentStore, parse_agent_store
 from calicoctl.datastore.store import Create, Delete, Entry, Store, Update, Write, read_all
@@ -60,7 +70,11 @@ ROUNDS = 10
 
 _LEFT = "What is in v2 is frozen, and stays until 'calicoctl datastore migrate --finish'."
 
-_COPYING, _ROLLING_BACK = "copying", "rolling back"
+_DELETING = (
+    "What is in v2 is being deleted, unless that was interrupted: then 'calicoctl datastore migrate --finish' goes on."
+)
+
+_COPYING, _ROLLING_BACK, _FINISHING = "copying", "rolling back", "finishing"
 
 _COPIED = "copied"
 """The field of the note that keeps the value of keys.COPIED_REVISION on the way back."""
@@ -101,7 +115,7 @@ class State:
     @property
     def step(self) -> str | None:
         """The direction of a move that is running, or was interrupted: _COPYING or _ROLLING_BACK; None without one."""
-        if self.v2_ready != "false" or self.v3_ready == "true" or self.note is None:
+        if self.v2_ready != "false" or self.v3_ready == "true" or self.note is None or self.is_finishing:
             return None
         return _ROLLING_BACK if self.is_back else _COPYING
 
@@ -119,7 +133,7 @@ class State:
                 "--rollback' goes on, and 'calicoctl datastore migrate' ends it."
             )
         if self.v3_ready == "true" or self.v2_ready == "true":
-            return _LEFT if self.v3_ready == "true" and self.v2_ready == "false" else None
+            return self.left if self.v3_ready == "true" and self.v2_ready != "true" else None
         return (
             f"Somebody has set {keys.READY} to false: set it to true when the data is complete."
             if self.is_frozen
@@ -131,9 +145,21 @@ class State:
         return "true" not in (self.v2_ready, self.v3_ready) and "false" in (self.v2_ready, self.v3_ready)
 
     @property
+    def left(self) -> str | None:
+        """What becomes of the data in v2 after the move, as a sentence; None if v2 has none."""
+        if self.is_finishing:
+            return _DELETING
+        return None if self.v2 is None else _LEFT
+
+    @property
     def is_back(self) -> bool:
         """Whether the note says that the data is on its way back to v2."""
         return self.note is not None and f'"{_ROLLING_BACK}"' in self.note.value
+
+    @property
+    def is_finishing(self) -> bool:
+        """Whether the note says that the data in v2 is being deleted."""
+        return self.note is not None and f'"{_FINISHING}"' in self.note.value
 
     @property
     def frozen_at(self) -> int | None:
@@ -175,19 +201,38 @@ class Migration:
         """Whether this process may have sent the transaction that takes v3 into use."""
 
     def state(self) -> State:
-        """Read how far a move has come. Raises StoreError, for example if Calico 3 uses the v3 API.
+        """Read how far a move has come. Raises StoreError.
 
         Raises NoSuchApi if etcd does not serve v3, or if it does not serve v2 and v3 has no Ready.
         """
         ready, note, copied = self._v3.read([keys.READY, keys.UNUSED_COPY, keys.COPIED_REVISION])[0]
-        if self._v3.exists(keys.OTHER_CALICO):
-            raise foreign(self._where)
         try:
             return State(self._v2.get(keys.READY), ready, note, copied)
         except NoSuchApi:
             if ready is None:
                 raise
             return State(None, ready, note, copied)
+
+    def _checked_state(self) -> State:
+        """Do what `state` does. Raise CalicoError if it is not known which data is right."""
+        state = self.state()
+        check_ready(state.v3_ready, state.v2_ready)
+        if state.v3_ready == state.v2_ready == "true":
+            raise CalicoError(
+                f"{keys.READY} is true in both APIs of etcd, so it is not known which data is right. End old programs; "
+                f"then set it to false in the other one: 'ETCDCTL_API=2 etcdctl set {keys.READY} false' for v2, "
+                f"'etcdctl put {keys.READY} false' for v3."
+            )
+        if state.is_finishing and state.v3_ready != "true":
+            raise CalicoError(
+                f"'calicoctl datastore migrate --finish' deletes what is in etcd's v2 API, but {keys.READY} is not "
+                "true in v3: set it to true first, if the data there is complete"
+            )
+        return state
+
+    def _refuse_other_calico(self) -> None:
+        if self._v3.exists(keys.OTHER_CALICO):
+            raise foreign(self._where)
 
     # From v2 to v3
 
@@ -197,24 +242,24 @@ class Migration:
         If the data has moved already, report what old programs have written to v2 since then. Raises CalicoError if
         the move fails; then v2 is in use, unless another process has taken over or etcd cannot be reached.
         """
-        state = self.state()
+        state = self._checked_state()
+        self._refuse_other_calico()
         if state.v3_ready == "true":
-            if state.v2_ready == "true":
-                raise _both()
             late = self._written_late(state)
-            left = f" {_LEFT}" if state.v2 is not None else ""
+            left = f" {state.left}" if state.left is not None else ""
             return Moved(f"The data is in etcd's v3 API already.{left}", () if not late else (_late(late),))
         if state.v2 is None:
             raise CalicoError(f"There is no data to move: etcd's v2 API has no {keys.READY}.")
         if state.is_back and state.v2_ready == "false":
-            self._take_back_v3(state)
+            self._take_note(state, _ROLLING_BACK)
+            self._take_back_v3(self.state())
             return Moved("The interrupted way back to v2 is undone: etcd's v3 API is in use again.")
         if state.note is None:
             self._refuse_used_target(state)
         resumed = state.v2_ready == "false"
         if not resumed:
             self._check_movable()
-        self._take_note(state.note)
+        self._take_note(state, _COPYING)
         with self._v2_in_use_on_failure():
             if resumed:
                 self._check_movable()
@@ -302,12 +347,16 @@ class Migration:
             f"Old programs keep writing to etcd's v2 API ({difference(now_there, before)}): end them, and repeat this."
         )
 
-    def _take_note(self, before: Entry | None) -> None:
+    def _take_note(self, state: State, what: str) -> None:
+        """Write the note, which then belongs to this process, and `false` to v3's Ready.
+
+        On the way back, the note's field `copied` is kept. Raises StoreError if a key has changed since `state`.
+        """
+        revision = _copied_in(state.note) if state.note is not None and what == _ROLLING_BACK else None
+        text = self._text(what) if revision is None else self._text(what, **{_COPIED: revision})
+        writes = [_put(keys.UNUSED_COPY, state.note, text), _put(keys.READY, state.v3, "false")]
         try:
-            if before is None:
-                self._note = self._v3.create(keys.UNUSED_COPY, self._text(_COPYING))
-            else:
-                self._note = self._v3.update(before, self._text(_COPYING))
+            self._note = self._v3.commit(writes)[0]
         except (CompareFailed, KeyExists):
             raise _taken_over() from None
 
@@ -361,7 +410,7 @@ class Migration:
         """
         self._v2, self._v3 = self._open()  # an interrupted request may have spoilt the others
         note = self._v3.get(keys.UNUSED_COPY)
-        if note is None or self._run not in note.value:
+        if note is None or not self._is_own(note):
             return False
         try:
             if self._is_live_sent:
@@ -370,20 +419,39 @@ class Migration:
             return False
         return True
 
+    def _is_own(self, note: Entry | None) -> bool:
+        return note is not None and self._run in note.value
+
     def _thaw_v2(self) -> None:
-        ready = self._v2.get(keys.READY)
-        if ready is not None and ready.value == "false":
-            self._v2.update(ready, "true")
+        """Set v2's Ready to `true`. Raises StoreError if another process has taken over the note."""
+        ready = self._v2.get(keys.READY)  # before the note: whoever takes that over then writes Ready
+        if not self._is_own(self._v3.get(keys.UNUSED_COPY)):
+            raise _taken_over()
+        try:
+            if ready is not None and ready.value == "false":
+                self._v2.update(ready, "true")
+        except CompareFailed:
+            raise _taken_over() from None
 
     def _followed(self, entries: dict[str, Entry], missing: list[str]) -> Moved:
         """Return the result of a move: `entries` were copied, and the agents of the hosts `missing` do not use v3 yet.
 
-        Compares v2 with `entries` once more. If an old program has set v2's Ready to `true`, sets it to `false`.
+        Compares v2 with `entries` once more. If an old program has set v2's Ready to `true`, sets it to `false`. Raises
+        CalicoError if v3 is not in use any more.
         """
         problems = []
-        ready = self._v2.get(keys.READY)
+        ready = self._v2.get(keys.READY)  # before v3's: while both are true, no command sets v3's to false
+        live = self._v3.get(keys.READY)
+        if live is None or live.value != "true":
+            raise CalicoError(
+                f"The data had moved to etcd's v3 API, but another command has set {keys.READY} to false there since: "
+                "see 'calicoctl datastore show'"
+            )
         if ready is not None and ready.value == "true":
-            self._v2.update(ready, "false")
+            try:
+                self._v2.update(ready, "false")
+            except CompareFailed:
+                raise _taken_over() from None
             problems.append(
                 f"An old program has set {keys.READY} to true in etcd's v2 API, as a 'calicoctl node' of 2015 does. It "
                 "is false again; end that program"
@@ -411,13 +479,21 @@ class Migration:
         return str(difference(late, read_all(self._v3, list(late))))
 
     def _take_back_v3(self, state: State) -> None:
-        """Take v3 into use again, with the keys that `_freeze_v3` has deleted."""
-        assert state.v3 is not None and state.note is not None
-        writes: list[Write] = [Update(state.v3, "true"), Delete(state.note)]
+        """Take v3 into use again, with the keys that `_freeze_v3` has deleted.
+
+        Raises StoreError if v2 is in use already, or if another process takes over.
+        """
+        if state.v2 is None or state.v2_ready != "false" or state.note is None or not self._is_own(state.note):
+            raise _taken_over()
+        writes = [_put(keys.READY, state.v3, "true"), Delete(state.note)]
         revision = _copied_in(state.note)
         if revision is not None:
             writes.append(_put(keys.COPIED_REVISION, state.copied, revision))
-        self._v3.commit(writes)
+        try:
+            self._v2.update(state.v2, "false")  # so that nothing that is on its way sets it to true
+            self._v3.commit(writes)
+        except (CompareFailed, KeyExists):
+            raise _taken_over() from None
 
     # Back to v2
 
@@ -427,16 +503,15 @@ class Migration:
         Raises CalicoError if this fails, or if something would be lost and `discard` is false; then the API that was
         in use is in use again, unless etcd cannot be reached.
         """
-        state, before = self.state(), dict[str, Agent]()
+        state, before = self._checked_state(), dict[str, Agent]()
         if state.v2 is None:
             raise CalicoError("There is no data to go back to: etcd's v2 API has none.")
+        if state.is_finishing:
+            raise CalicoError(f"There is no way back to etcd's v2 API. {_DELETING}")
         if state.v3_ready == "true":
-            if state.v2_ready == "true":
-                raise _both()
             _check_agents(_agents(self._v3))
             self._refuse_loss(discard)
             before = _agents(self._v2)
-            self._freeze_v3(state)
         elif state.v2_ready == "true":
             return Moved("etcd's v2 API is in use.")
         elif state.note is None:
@@ -445,10 +520,14 @@ class Migration:
                 "if the data is complete"
             )
         elif not state.is_back:
-            self._take_note(state.note)
+            self._take_note(state, _COPYING)
             self._thaw_v2()
             return Moved("The interrupted move is undone: etcd's v2 API is in use again.")
         with self._v3_in_use_on_failure():
+            if state.v3_ready == "true":
+                self._freeze_v3(state)
+            else:
+                self._take_note(state, _ROLLING_BACK)
             self._settle(set(_agents(self._v3)), before)
             self._refuse_loss(discard)
             self._tell("Taking etcd's v2 API into use")
@@ -458,7 +537,9 @@ class Migration:
         return Moved("etcd's v2 API is in use again.", (problem,) if missing else ())
 
     def _refuse_loss(self, discard: bool) -> None:
-        lost = difference(self._data(self._v3), self._data(self._v2))
+        theirs = keys.OTHER_CALICO + "/"
+        ours = {key: entry for key, entry in self._data(self._v3).items() if not key.startswith(theirs)}
+        lost = difference(ours, self._data(self._v2))
         if lost and not discard:
             raise CalicoError(
                 f"What was written to etcd's v3 API since the data has moved would be lost: {lost}. Nothing is "
@@ -488,8 +569,7 @@ class Migration:
             with self._repeatable("v3"):
                 self._v2, self._v3 = self._open()
                 state = self.state()
-                if state.v2 is not None and state.v2_ready == "false" and state.v3 is not None and state.is_back:
-                    self._v2.update(state.v2, "false")  # so that nothing that is on its way sets it to true
+                if state.v2_ready == "false" and self._is_own(state.note):
                     self._take_back_v3(state)
                     self._tell("etcd's v3 API is in use again")
             raise
@@ -513,16 +593,14 @@ class Migration:
         * v3 is not in use, or v2 is marked as in use as well.
         * An agent still uses v2.
         * Old programs have written to v2 since it was frozen, and `discard` is false.
+
+        When the deletion has begun, and fails, v2 cannot be gone back to.
         """
-        state = self.state()
-        if state.v3_ready != "true":
-            raise CalicoError("The data has not moved to etcd's v3 API: nothing is deleted.")
-        if state.v2_ready == "true":
-            raise _both()
+        state = self._live_state()
         try:
             if state.v2 is None and not self._v2.exists(keys.ROOT):
                 self._v2.remove_tree(keys.ROOT)  # directories may be left
-                self._forget_revision(state)
+                self._forget(state)
                 return Moved("etcd's v2 API has no data.")
         except NoSuchApi:
             return Moved("etcd does not serve its v2 API any more.")
@@ -530,19 +608,40 @@ class Migration:
         left = self._await(self._left_in_v2)
         if left:
             raise CalicoError(f"The agents of {first_few(left)} use etcd's v2 API: end them first. Nothing is deleted.")
+        state = self._live_state()  # the wait may have been long
         late = self._written_late(state)
         if late and not discard:
             raise CalicoError(f"{_late(late)}. Nothing is deleted; with --discard, it is")
         count = len(self._v2.tree(keys.ROOT))
+        self._v2.check_writable(keys.READY)
+        self._close_way_back(state)
         self._tell(f"Deleting {count} keys")
         self._v2.remove_tree(keys.ROOT)
-        self._forget_revision(state)
+        self._forget(self.state())
         return Moved(f"{count} keys are deleted from etcd's v2 API.")
 
-    def _forget_revision(self, state: State) -> None:
-        if state.copied is not None:
+    def _live_state(self) -> State:
+        """Return the state. Raise CalicoError if v3 is not in use."""
+        state = self._checked_state()
+        self._refuse_other_calico()
+        if state.v3_ready != "true":
+            raise CalicoError("The data has not moved to etcd's v3 API: nothing is deleted.")
+        return state
+
+    def _close_way_back(self, state: State) -> None:
+        """Prevent that any process takes v2 into use again. Raise StoreError if one may be about to do that."""
+        assert state.v3 is not None
+        note = _put(keys.UNUSED_COPY, state.note, self._text(_FINISHING))
+        try:
+            self._v3.commit([Update(state.v3, "true"), note])
+        except (CompareFailed, KeyExists):
+            raise _taken_over() from None
+
+    def _forget(self, state: State) -> None:
+        left = [entry for entry in (state.note, state.copied) if entry is not None]
+        if left:
             with suppress(CompareFailed):  # another process has deleted it
-                self._v3.delete(state.copied)
+                self._v3.commit([Delete(entry) for entry in left])
 
     def _left_in_v2(self) -> list[str]:
         """Return the hosts whose agents use v2.
@@ -582,13 +681,15 @@ class Migration:
     def _await_agents(self, api: str, hosts: set[str], before: dict[str, Agent]) -> list[str]:
         """Wait, for AGENTS_PATIENCE at most, until the agents of `hosts` report that they use `api`, not frozen.
 
-        Return the hosts whose agents have not reported this. Statuses in `before` are older, and do not count.
+        Return the hosts whose agents have not reported this. Statuses in `before` are older, and do not count. An
+        agent whose status has expired in both APIs has died, and is not waited for.
         """
         self._tell(f"Waiting for agents to use etcd's {api[-2:]} API")
 
         def pending() -> list[str]:
-            new = _new(_agents(self._v2 if api == V2 else self._v3), before)
-            return sorted(host for host in hosts if host not in new or new[host].is_frozen)
+            there, elsewhere = (_agents(store) for store in (self._v2, self._v3)[:: 1 if api == V2 else -1])
+            new, alive = _new(there, before), there.keys() | elsewhere.keys()
+            return sorted(host for host in hosts & alive if host not in new or new[host].is_frozen)
 
         return self._await(pending)
 
@@ -659,14 +760,6 @@ def _copied_in(note: Entry) -> str | None:
 
 def _late(what: str) -> str:
     return f"Old programs have written to etcd's v2 API since it was frozen, and v3 does not have that: {what}"
-
-
-def _both() -> CalicoError:
-    return CalicoError(
-        f"{keys.READY} is true in both APIs of etcd, so it is not known which data is right. End old programs; then "
-        f"set it to false in the other one: 'ETCDCTL_API=2 etcdctl set {keys.READY} false' for v2, 'etcdctl put "
-        f"{keys.READY} false' for v3."
-    )
 
 
 def _taken_over() -> StoreError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Sequence
 from typing import Callable
 
@@ -54,6 +55,11 @@ class World:
             shown.append(Shown(ready=None if entry is None else entry.value))
         choice = decide(*shown, "http://etcd")
         return choice.version, choice.frozen
+
+    def is_live(self) -> bool:
+        """Return whether v3's Ready is true."""
+        ready = self.v3.entries.get(READY)
+        return ready is not None and ready.value == "true"
 
     def data(self, store: MemoryStore) -> dict[str, str]:
         own = (keys.COPIED_REVISION,)
@@ -107,6 +113,9 @@ def test_the_state_says_what_there_is_to_do() -> None:
         ("false", "false", "copying", "copying", "--rollback' ends it"),
         ("false", "false", "rolling back", "rolling back", "--rollback' goes on"),
         ("false", "true", None, None, "'calicoctl datastore migrate --finish'"),
+        ("false", "true", "finishing", None, "'calicoctl datastore migrate --finish' goes on"),
+        (None, "true", "finishing", None, "'calicoctl datastore migrate --finish' goes on"),
+        ("false", "false", "finishing", None, "set it to true when the data is complete"),
         (None, "true", None, None, None),
         ("false", None, None, None, "set it to true when the data is complete"),
         (None, "false", None, None, "set it to true when the data is complete"),
@@ -162,7 +171,7 @@ def test_agents_that_do_not_notice_keep_v2_in_use(world: World) -> None:
     with pytest.raises(CalicoError, match="The agents of host1 do not say that they have noticed"):
         world.move()
     assert world.used() == ("v2", False) and "etcd's v2 API is in use again" in world.told
-    assert list(world.data(world.v3)) == [keys.UNUSED_COPY]
+    assert world.data(world.v3).keys() == {keys.UNUSED_COPY, READY} and world.v3.entries[READY].value == "false"
 
 
 def noticed(world: World) -> Callable[[], Fault]:
@@ -240,14 +249,12 @@ def test_an_old_program_that_sets_ready_to_true_ends_the_move(world: World) -> N
 
 
 def test_what_old_programs_write_after_the_copy_is_reported(world: World) -> None:
-    is_live = lambda: READY in world.v3.entries  # noqa: E731
-
     def write() -> None:
         world.v2.put(READY, "true")
         world.v2.put("/calico/v1/late", "1")
         world.v2.remove_tree(keys.PROFILES)
 
-    world.v2.before_read = once(write, is_live)
+    world.v2.before_read = once(write, world.is_live)
     first, second = world.move().problems
     assert "An old program has set /calico/v1/Ready to true in etcd's v2 API" in first
     assert second.endswith(f"1 new (/calico/v1/late); 2 deleted ({RULES}, {TAGS})")
@@ -355,7 +362,7 @@ def test_a_run_that_was_taken_over_leaves_the_data_frozen(world: World) -> None:
     other = world.migration()
 
     def take_over() -> None:
-        other._take_note(world.v3.get(keys.UNUSED_COPY))
+        other._take_note(other.state(), "copying")
 
     world.v2.before_read = once(take_over, lambda: world.v2.entries[READY].value == "false")
     with pytest.raises(CalicoError, match="Another 'calicoctl datastore migrate' has taken over"):
@@ -503,7 +510,7 @@ def test_an_interrupt_takes_v2_into_use_again(world: World) -> None:
             with pytest.raises(KeyboardInterrupt):
                 attempt.move()
                 raise KeyboardInterrupt
-            assert attempt.used() == (("v3", False) if attempt.v3.entries.get(READY) else ("v2", False))
+            assert attempt.used() == ("v3" if attempt.is_live() else "v2", False)
     assert attempt.used() == ("v2", False), "the last write is the one that takes v3 into use"
 
 
@@ -589,3 +596,217 @@ def test_v2_is_in_use_again_if_v3_has_no_space_left(world: World) -> None:
     with pytest.raises(StoreError, match="no space left"):
         world.move()
     assert world.used() == ("v2", False)
+
+
+def at(world: World, number: int, act: Callable[[], object]) -> None:
+    """Have `act` done at the read with this number, counted over both APIs from now on."""
+    count, left = iter(range(10_000)), [act]
+
+    def read() -> None:
+        if next(count) >= number and left:
+            left.pop()()
+
+    world.v2.before_read = world.v3.before_read = read
+
+
+def outcome(act: Callable[[], Moved]) -> str:
+    try:
+        return act().text
+    except CalicoError as error:
+        return str(error)
+
+
+OPTIONS: dict[str, Callable[[Migration], Moved]] = {
+    "migrate": Migration.move,
+    "rollback": lambda migration: migration.roll_back(True),
+    "finish": lambda migration: migration.finish(True),
+}
+
+
+@pytest.mark.parametrize("moved", [False, True])
+@pytest.mark.parametrize("one", OPTIONS)
+@pytest.mark.parametrize("other", OPTIONS)
+def test_two_commands_at_once_never_lose_the_data(world: World, one: str, other: str, moved: bool) -> None:
+    """The other one runs as a whole at each read of the first one."""
+    for number in range(60):
+        attempt = World()
+        if moved:
+            attempt.move()
+        said: list[str] = []
+
+        def run(attempt: World = attempt, said: list[str] = said) -> None:
+            said.append(outcome(lambda: OPTIONS[other](attempt.migration())))
+
+        at(attempt, number, run)
+        said.append(outcome(lambda attempt=attempt: OPTIONS[one](attempt.migration())))  # type: ignore[misc]
+        if len(said) == 1:
+            assert number > 0
+            break
+        attempt.v2.before_read = attempt.v3.before_read = lambda: None
+        version, frozen = attempt.used()  # refuses if both are in use
+        assert not frozen, (number, said)
+        assert attempt.data(attempt.v3 if version == "v3" else attempt.v2) == {TAGS: "[]", RULES: "{}", READY: "true"}
+    else:
+        raise AssertionError("there are more reads")
+
+
+@pytest.mark.parametrize("one", OPTIONS)
+@pytest.mark.parametrize("other", OPTIONS)
+@pytest.mark.parametrize("third", OPTIONS)
+def test_commands_that_interrupt_each_other_never_lose_the_data(
+    world: World, one: str, other: str, third: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one begins at a read of the first one, is stopped at a read of its own, and goes on afterwards."""
+    for first in range(0, 24, 2):
+        for second in range(0, 24, 3):
+            attempt = World()
+            attempt.move()
+            said = interleaved(attempt, [OPTIONS[one], OPTIONS[other], OPTIONS[third]], [first, second])
+            version, _ = attempt.used()
+            data = attempt.data(attempt.v3 if version == "v3" else attempt.v2)
+            assert {TAGS, RULES} <= data.keys(), (first, second, said)
+
+
+def interleaved(world: World, acts: list[Callable[[Migration], Moved]], stops: list[int]) -> list[str]:
+    """Run several commands; each is stopped at one of its reads (`stops`) until the first one has ended.
+
+    While one is stopped, the next one begins.
+    """
+    turns = [threading.Event() for _ in acts]
+    stopped = [threading.Event() for _ in acts]
+    said = [""] * len(acts)
+
+    def run(number: int) -> None:
+        count = iter(range(10_000))
+
+        def read() -> None:
+            if number < len(stops) and next(count) == stops[number]:
+                stopped[number].set()
+                turns[number].wait()
+
+        v2, v3 = Watched(world.v2, read), Watched(world.v3, read)
+        said[number] = outcome(lambda: acts[number](Migration("http://etcd", lambda: (v2, v3), lambda text: None)))  # type: ignore[arg-type,return-value]
+        stopped[number].set()
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(len(acts))]
+    for thread, reached in zip(threads, stopped):
+        thread.start()
+        reached.wait()
+    for thread, turn in zip(threads, turns):
+        turn.set()
+        thread.join()
+    return said
+
+
+class Watched:
+    """A store whose reads and writes call a function before."""
+
+    def __init__(self, store: MemoryStore, before: Callable[[], None]) -> None:
+        self._store = store
+        self._before = before
+
+    def __getattr__(self, name: str) -> object:
+        self._before()
+        return getattr(self._store, name)
+
+
+def test_a_way_back_ends_when_a_move_takes_v3_into_use_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.move()
+    monkeypatch.setattr(migration, "SETTLE", 0.001)
+    said: list[Moved] = []
+    monkeypatch.setattr("time.sleep", lambda seconds: said.append(world.move()))
+    with pytest.raises(StoreError, match="Another 'calicoctl datastore migrate' has taken over"):
+        world.migration().roll_back(False)
+    assert said[0].text.startswith("The interrupted way back to v2 is undone")
+    assert world.used() == ("v3", False) and "etcd's v3 API is in use again" not in world.told
+
+
+def test_a_way_back_is_no_more_when_the_deletion_begins(world: World) -> None:
+    world.move()
+
+    def killed(directory: str) -> None:
+        raise Killed
+
+    remove, world.v2.remove_tree = world.v2.remove_tree, killed  # type: ignore[method-assign]
+    with pytest.raises(Killed):
+        world.migration().finish(False)
+    world.refuses("There is no way back to etcd's v2 API.*--finish' goes on", lambda: world.migration().roll_back(True))
+    assert world.move().text.endswith("--finish' goes on.")
+    world.v3.put(READY, "false")
+    for act in OPTIONS.values():
+        world.refuses("Ready is not true in v3", lambda act=act: act(world.migration()))
+    world.v3.put(READY, "true")
+    world.v2.remove_tree = remove  # type: ignore[method-assign]
+    assert world.migration().finish(False).text == "3 keys are deleted from etcd's v2 API."
+    assert world.data(world.v3) == {TAGS: "[]", RULES: "{}", READY: "true"}
+    assert keys.COPIED_REVISION not in world.v3.entries and world.v2.entries == {}
+
+
+def test_data_is_not_deleted_when_v2_is_in_use_again_after_the_wait(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.move()
+    world.agent(world.v2)
+    monkeypatch.setattr(migration, "AGENTS_PATIENCE", 10.0)
+
+    def sleep(seconds: float) -> None:
+        world.v2.clock += 40
+        if world.used() == ("v3", False):
+            world.migration().roll_back(False)
+
+    monkeypatch.setattr("time.sleep", sleep)
+    with pytest.raises(CalicoError, match="The data has not moved to etcd's v3 API: nothing is deleted"):
+        world.migration().finish(False)
+    assert world.used() == ("v2", False) and world.data(world.v2) == {TAGS: "[]", RULES: "{}", READY: "true"}
+
+
+def test_a_move_that_still_waits_does_not_undo_a_way_back(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.agent(world.v2)
+    monkeypatch.setattr(migration, "AGENTS_PATIENCE", 10.0)
+
+    def sleep(seconds: float) -> None:
+        if world.used() == ("v3", False):
+            world.v2.clock += 40
+            world.migration().roll_back(False)
+        elif STATUS in world.v2.entries:
+            world.agent(world.v2)
+
+    monkeypatch.setattr("time.sleep", sleep)
+    with pytest.raises(CalicoError, match="another command has set /calico/v1/Ready to false there since"):
+        world.move()
+    assert world.used() == ("v2", False)
+
+
+def test_an_agent_that_died_shortly_before_is_not_waited_for(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.agent(world.v2)
+    monkeypatch.setattr(migration, "AGENTS_PATIENCE", 10.0)
+    waits: list[str] = []
+
+    def sleep(seconds: float) -> None:
+        waits.append(world.told[-1])
+        world.v2.clock += 20
+
+    monkeypatch.setattr("time.sleep", sleep)
+    assert world.move().problems == ()
+    assert set(waits) == {"Waiting for commands and agents to notice"}
+
+
+def test_keys_of_another_calico_leave_the_way_back_open(world: World) -> None:
+    world.move()
+    world.v3.put(keys.OTHER_CALICO + "/node", "{}")
+    world.refuses("the data of another Calico in its v3 API")
+    world.refuses("the data of another Calico in its v3 API", lambda: world.migration().finish(True))
+    world.migration().roll_back(False)
+    assert world.used() == ("v2", False)
+    world.v3.put(keys.UNUSED_COPY, '{"state": "copying"}')
+    world.v2.put(READY, "false")
+    assert "The interrupted move is undone" in world.migration().roll_back(False).text
+    assert world.used() == ("v2", False)
+
+
+@pytest.mark.parametrize("value", ["", "yes"])
+def test_a_ready_that_is_neither_true_nor_false_is_refused(world: World, value: str) -> None:
+    world.move()
+    world.v2.put(READY, value)
+    for act in OPTIONS.values():
+        world.refuses(f"'{value}', in etcd's v2 API, is neither true nor false", lambda act=act: act(world.migration()))
