@@ -542,15 +542,20 @@ def _translated(connection: Connection, key: str) -> Iterator[None]:
     try:
         yield
     except ErrorAnswer as error:
-        raise _refusal(error, key, connection.url) from None
+        raise _refusal(error, key, connection) from None
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise connection.no_etcd(error) from error
 
 
-def _refusal(error: ErrorAnswer, key: str, url: str) -> StoreError:
-    code, text = error.code, " ".join(error.message.split())[:200]
-    if error.is_about_token:
+def _refusal(error: ErrorAnswer, key: str, connection: Connection) -> StoreError:
+    url, code, text = connection.url, error.code, " ".join(error.message.split())[:200]
+    if error.is_about_token and connection.user is None:
         return StoreError(f"etcd at {url} asks for a user: set ETCD_USERNAME and ETCD_PASSWORD")
+    if error.is_about_token:
+        return StoreError(
+            f"etcd at {url} has refused the token of user '{connection.user}', also a new one ({text}): try again "
+            "later; etcd's members need the same time, and the same --auth-token"
+        )
     if code == etcd3_http.PERMISSION_DENIED:
         return StoreError(
             f"etcd at {url} does not permit this user to use {key}: a role of the user must be allowed to read and "

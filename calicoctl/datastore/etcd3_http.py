@@ -15,7 +15,7 @@ import json
 import re
 import select
 import socket
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import closing, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Callable, Optional, TypeVar
 
@@ -86,10 +86,11 @@ class ErrorAnswer(Exception):
         )
 
 
-Authorize = Callable[["Connection", Optional[str]], Optional[str]]
-"""A function (connection, refused token) -> token for requests over the connection, None to send no token. The second
-argument is None before the first request, and "" if the member refused a request without a token. The function may send
-requests by `Connection.exchange`, and may raise StoreError."""
+Authorize = Callable[["Connection", Collection[str]], "tuple[Optional[str], bool]"]
+"""A function (connection, refused tokens) -> (token, is_new). The token is for requests over the connection, None to
+send no token. `is_new` says that etcd has just issued the token, so that its refusal is final. The second argument has
+the tokens that the member has refused for the same request, "" for none; after some of them, the result must be new.
+The function may send requests by `Connection.exchange`, and may raise StoreError."""
 
 
 class Connection:
@@ -97,6 +98,7 @@ class Connection:
 
     def __init__(self, settings: EtcdSettings, member: Member, authorize: Authorize | None = None) -> None:
         self.url = settings.url(member)
+        self.user = settings.username
         self.token: str | None = None
         """The value of the header `Authorization` in requests, None for no such header."""
         self._settings = settings
@@ -107,9 +109,9 @@ class Connection:
     def post(self, path: str, body: dict[str, Any], seconds: float | None = None) -> dict[str, Any]:
         """Send a POST request with a token, and return the answer; see `exchange`.
 
-        If the token is refused, the request is sent again with a new one.
+        If the token is refused, the request is sent again with another one: see `with_token`.
         """
-        return self._with_token(lambda: self.exchange("POST", path, body, seconds))
+        return self.with_token(lambda: self.exchange("POST", path, body, seconds))
 
     def exchange(
         self, method: str, path: str, body: dict[str, Any] | None = None, seconds: float | None = None
@@ -154,17 +156,8 @@ class Connection:
     def stream(self, path: str, body: dict[str, Any], largest: int) -> Stream:
         """Send a POST request whose answer is a stream; return the stream. Each message has at most `largest` bytes.
 
-        Raises what `post` raises.
+        The token is sent as it is: see `with_token`. Raises what `exchange` raises.
         """
-        return self._with_token(lambda: self._stream(path, body, largest))
-
-    def close(self) -> None:
-        """Close the persistent connection. The next request opens a new one."""
-        if self._kept is not None:
-            self._kept.close()
-            self._kept = None
-
-    def _stream(self, path: str, body: dict[str, Any], largest: int) -> Stream:
         sock = self._connect()
         try:
             with self.no_answer(), answers.bounded_here(largest) as bounds:
@@ -178,20 +171,32 @@ class Connection:
             sock.close()
             raise
 
-    def _with_token(self, send: Callable[[], T]) -> T:
+    def close(self) -> None:
+        """Close the persistent connection. The next request opens a new one."""
+        if self._kept is not None:
+            self._kept.close()
+            self._kept = None
+
+    def with_token(self, send: Callable[[], T]) -> T:
+        """Call `send`, which sends a request with `token`; return the result.
+
+        If it raises an ErrorAnswer that is about the token, it is called again with another one, until a new one is
+        refused, too. Raises what `send` and Authorize raise.
+        """
         if self._authorize is None:
             return send()
         if self.token is None:
-            self.token = self._authorize(self, None)
-        try:
-            return send()
-        except ErrorAnswer as error:
-            if not error.is_about_token:
-                raise
-            refused, self.token = self.token, self._authorize(self, self.token or "")
-            if self.token == refused:
-                raise
-        return send()
+            self.token, _ = self._authorize(self, ())
+        refused: list[str] = []
+        is_new = False
+        while True:
+            try:
+                return send()
+            except ErrorAnswer as error:
+                if is_new or not error.is_about_token:
+                    raise
+                refused.append(self.token or "")
+                self.token, is_new = self._authorize(self, refused)
 
     def _connect(self) -> socket.socket:
         """Return a new socket, with TLS if needed, and with the timeout READ_TIMEOUT.

@@ -54,12 +54,16 @@ class OpenWatch:
             "progress_notify": True,
             "fragment": True,
         }
-        self._stream = connection.stream("/v3/watch", {"create_request": request}, LARGEST)
-        try:
-            self._await_created()
-        except BaseException:
-            self.close()
-            raise
+
+        def opened() -> None:  # etcd refuses the token of a watch in the first message
+            self._stream = connection.stream("/v3/watch", {"create_request": request}, LARGEST)
+            try:
+                self._await_created()
+            except BaseException:
+                self.close()
+                raise
+
+        connection.with_token(opened)
 
     def changes(self, seconds: float) -> list[Change]:
         """Wait for at most `seconds` for changes; return those of one message, or an empty list.
@@ -116,6 +120,6 @@ class OpenWatch:
         reason = str(message.get("cancel_reason", ""))
         if not reason or "permission denied" in reason:
             raise ErrorAnswer(PERMISSION_DENIED, reason)
-        if "auth token" in reason or "user name is empty" in reason:
+        if any(text in reason for text in ("auth token", "auth store", "user name is empty")):
             raise ErrorAnswer(UNAUTHENTICATED, reason)
         raise StoreError(f"etcd at {url} does not let {self._directory} be watched: {' '.join(reason.split())[:120]}")

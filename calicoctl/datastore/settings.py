@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from base64 import b64encode
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -139,7 +140,16 @@ def _user(environment: Mapping[str, str]) -> tuple[str | None, str | None]:
         raise StoreError(f"{'ETCD_PASSWORD' if password else 'ETCD_PASSWORD_FILE'} is set without ETCD_USERNAME")
     if username is not None and not (password or path):
         raise StoreError("ETCD_USERNAME is set without ETCD_PASSWORD or ETCD_PASSWORD_FILE: a user needs a password")
+    if username is not None and not username.isprintable():
+        raise StoreError("ETCD_USERNAME must be printable UTF-8 text, and is not: set it to the name of a user of etcd")
+    if password is not None and not _is_utf8(password):
+        raise StoreError("ETCD_PASSWORD is not UTF-8 text, as etcd's passwords are: set it in a terminal with UTF-8")
     return username, password if path is None else _password_in(path)
+
+
+def _is_utf8(text: str) -> bool:
+    """Return whether an environment variable is UTF-8 text. Python has surrogates for its bytes that are not."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def _password_in(path: str) -> str:
@@ -147,6 +157,7 @@ def _password_in(path: str) -> str:
         # O_NONBLOCK: a named pipe must not block
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
             content = file.read(LONGEST_PASSWORD + 1) or b""
+            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
         password = content.decode().rstrip("\r\n")
     except OSError as error:
         raise StoreError(f"ETCD_PASSWORD_FILE: cannot read {path}: {error.strerror}") from None
@@ -154,6 +165,11 @@ def _password_in(path: str) -> str:
         raise StoreError(f"ETCD_PASSWORD_FILE: {path} is not UTF-8 text") from None
     if not password or len(content) > LONGEST_PASSWORD or not password.isprintable():
         raise StoreError(f"ETCD_PASSWORD_FILE: {path} must hold a password, in one line, and nothing else")
+    if mode & 0o077:
+        raise StoreError(
+            f"ETCD_PASSWORD_FILE: {path} has mode {mode:04o}, so the password may be known to others than its owner: "
+            f"run 'chmod 600 {path}', and consider changing the password"
+        )
     return password
 
 

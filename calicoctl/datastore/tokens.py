@@ -1,8 +1,8 @@
 """Logs in to etcd's v3 API as the user in the environment, and stores the token in a file for later commands.
 
 A login takes etcd longer than most commands. The file is below /run/calico for root, and in the runtime directory for
-other users; only the caller can read it. A token that etcd refuses is replaced. No message contains a password or a
-token.
+other users; only the caller can read it. A token that etcd refuses is replaced by the one of another thread or of
+another command, if there is one, and by a new one if that is refused, too. No message contains a password or a token.
 
 Source: https://github.com/etcd-io/etcd/blob/release-3.4/Documentation/op-guide/authentication.md
 """
@@ -16,6 +16,7 @@ import os
 import secrets
 import stat
 import threading
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 
@@ -27,6 +28,9 @@ from calicoctl.errors import StoreError
 _NAME = ".etcd-token"
 """The name of the file. It differs from those of all folders in /run/calico, which are names of hosts."""
 
+_MOST_REFUSED = 3
+"""The number of refused tokens after which only a new one is used. Until then, another thread's may be a new one."""
+
 _lock = threading.Lock()
 _tokens: dict[EtcdSettings, str | None] = {}
 """Cluster and user -> the last token in this process, None if etcd does not require tokens."""
@@ -37,17 +41,19 @@ def authorize(settings: EtcdSettings) -> Authorize | None:
     if settings.username is None:
         return None
 
-    def token(member: Connection, refused: str | None) -> str | None:
+    def token(member: Connection, refused: Collection[str]) -> tuple[str | None, bool]:
         with _lock:  # the agent has many connections, of which only one needs to log in
-            found = _tokens.get(settings)
-            usable = settings in _tokens and (refused is None or (found or "") != refused)
-            if not usable:
-                found = _read(settings)
-                if found is None or found == refused:
-                    found = _logged_in(member, settings)
-                    _keep(settings, found)
-                _tokens[settings] = found
-            return found
+            if len(refused) < _MOST_REFUSED:
+                if settings in _tokens and (_tokens[settings] or "") not in refused:
+                    return _tokens[settings], False
+                stored = _read(settings)
+                if stored is not None and stored not in refused:
+                    _tokens[settings] = stored
+                    return stored, False
+            found = _tokens[settings] = _logged_in(member, settings)
+            _keep(settings, found)
+            # users may be switched on just now, so that a token is needed after all
+            return found, found is not None or "" in refused
 
     return token
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from base64 import b64encode
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import closing
 from pathlib import Path
 from urllib.error import HTTPError
@@ -30,7 +30,8 @@ WATCH = 1.0
 
 def store_of(*servers: Etcd, patience: float = 20, authorize: Authorize | None = None) -> Etcd3Store:
     members = tuple(("127.0.0.1", server.port) for server in servers)
-    return Etcd3Store(EtcdSettings("http", members), patience, authorize)
+    user = None if authorize is None else "user"
+    return Etcd3Store(EtcdSettings("http", members, username=user, password=user), patience, authorize)
 
 
 def encoded(text: str) -> str:
@@ -51,14 +52,15 @@ def as_user(name: str, first: str | None = None) -> Authorize:
     """Return what gets tokens of a user; `first` is the one it has, whether or not etcd knows it."""
     known = [first] if first else []
 
-    def authorize(connection: Connection, refused: str | None) -> str:
-        if refused in known:
+    def authorize(connection: Connection, refused: Collection[str]) -> tuple[str, bool]:
+        if set(known) & set(refused):
             known.clear()
+        is_new = not known
         if not known:
             connection.token = None  # etcd refuses a log-in with a bad one
             user = {"name": name, "password": f"{name}'s"}
             known.append(str(connection.exchange("POST", "/v3/auth/authenticate", user)["token"]))
-        return str(known[0])
+        return known[0], is_new
 
     return authorize
 
@@ -111,9 +113,10 @@ def test_a_role_for_calico_alone_suffices(alone: Etcd) -> None:
     stranger = store_of(alone, authorize=as_user("stranger"))
     with pytest.raises(StoreError, match="does not permit this user to use /calico"):
         next(stranger.watch("/calico", before[1], WATCH))
-    for authorize in (None, lambda connection, refused: "wrong"):
-        with pytest.raises(StoreError, match="asks for a user: set ETCD_USERNAME"):
-            store_of(alone, authorize=authorize).get(KEY)
+    with pytest.raises(StoreError, match="asks for a user: set ETCD_USERNAME"):
+        store_of(alone).get(KEY)
+    with pytest.raises(StoreError, match="has refused the token of user 'user', also a new one"):
+        store_of(alone, authorize=lambda connection, refused: ("wrong", True)).get(KEY)
 
 
 def test_a_store_at_its_limits_says_so_and_can_still_be_read_and_emptied(alone: Etcd) -> None:

@@ -6,7 +6,7 @@ import json
 import threading
 import time
 from base64 import b64decode, b64encode
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from types import SimpleNamespace
 from typing import Any, Callable
 
@@ -81,7 +81,8 @@ class Gateway:
 
 
 def store_of(server: Server, patience: float = 0.0, **options: Any) -> Etcd3Store:
-    return Etcd3Store(EtcdSettings("http", (("127.0.0.1", server.port),)), patience, **options)
+    user = {"username": "calico", "password": "hunter2"} if "authorize" in options else {}
+    return Etcd3Store(EtcdSettings("http", (("127.0.0.1", server.port),), **user), patience, **options)
 
 
 @pytest.fixture
@@ -409,26 +410,58 @@ def test_a_lease_that_has_expired_is_granted_anew(gateway: Gateway, store: Etcd3
 
 # Tokens
 
+NEW = "just issued"
+
+
+def tokens_of(*texts: str) -> tuple[list[list[str]], etcd3_http.Authorize]:
+    """Return a function that returns these tokens, the last one from then on, and the refused tokens of its calls."""
+    calls: list[list[str]] = []
+
+    def authorize(connection: Connection, refused: Collection[str]) -> tuple[str | None, bool]:
+        token = texts[min(len(calls), len(texts) - 1)]
+        calls.append(list(refused))
+        return token, token == NEW
+
+    return calls, authorize
+
 
 def test_a_token_is_renewed_unseen(gateway: Gateway, server: Server) -> None:
-    refused: list[str | None] = []
-
-    def authorize(connection: Connection, token: str | None) -> str:
-        refused.append(token)
-        connection.token = None
-        return str(connection.exchange("POST", "/v3/auth/authenticate", {"name": "u"})["token"])
-
+    refused, authorize = tokens_of("one", "two", "three", NEW)
     store = store_of(server, authorize=authorize)
     expired = refusal(16, "etcdserver: invalid auth token", 401)
-    gateway.instead = [reply({"token": "one"}), expired, reply({"token": "two"})]
-    assert store.get("/k") is None and refused == [None, "one"]
+    gateway.instead = [expired] * 3
+    assert store.get("/k") is None and refused == [[], ["one"], ["one", "two"], ["one", "two", "three"]]
+    assert len(gateway.asked) == 4
     gateway.instead = [refusal(7, "etcdserver: permission denied", 403)]
     with pytest.raises(StoreError, match="does not permit"):
         store.get("/k")
-    gateway.instead = [expired, reply({"token": "two"})]
-    with pytest.raises(StoreError, match="asks for a user"):
+    gateway.instead = [expired] * 2
+    with pytest.raises(StoreError) as raised:
         store.get("/k")
-    assert refused == [None, "one", "two"] and not gateway.instead
+    text = str(raised.value)
+    assert "has refused the token of user 'calico', also a new one (etcdserver: invalid auth token)" in text
+    assert "ETCD_" not in text and NEW not in text
+    assert refused[4:] == [[NEW]] and not gateway.instead
+
+
+def test_the_token_of_a_watch_is_renewed_unseen(short: None) -> None:
+    reason = "rpc error: code = Unauthenticated desc = etcdserver: invalid auth token"
+    canceled = result(created=True, canceled=True, cancel_reason=reason)
+    change = result(events=[{"kv": kv("/calico/a", "1", 6)}])
+    openings = [[canceled], [canceled], [CREATED, change]]
+
+    class Watches(Stream):
+        def __call__(self, client: Client, line: str) -> None:
+            if "/v3/watch" in line:
+                self.messages = openings.pop(0)
+            super().__call__(client, line)
+
+    refused, authorize = tokens_of("one", "two", NEW)
+    with serving(Watches()) as server:
+        watch = store_of(server, authorize=authorize).watch("/calico", 6, 20)
+        assert [change.entry.value for change in next(watch)] == ["1"]
+        watch.close()
+    assert refused == [[], ["one"], ["one", "two"]] and openings == []
 
 
 # Connections

@@ -62,6 +62,8 @@ def test_endpoints_go_before_authority(tmp_path: Path) -> None:
         ({"ETCD_USERNAME": "a", "ETCD_PASSWORD_FILE": "/nonexistent"}, "ETCD_PASSWORD_FILE: cannot read /nonexistent"),
         ({"ETCD_USERNAME": "a", "ETCD_PASSWORD_FILE": "/"}, "ETCD_PASSWORD_FILE: cannot read /: Is a directory"),
         ({"ETCD_USERNAME": "a", "ETCD_PASSWORD_FILE": "/dev/null"}, "/dev/null must hold a password, in one line"),
+        ({"ETCD_USERNAME": "a\udcff", "ETCD_PASSWORD": "b"}, "ETCD_USERNAME must be printable UTF-8 text"),
+        ({"ETCD_USERNAME": "a\nb", "ETCD_PASSWORD": "b"}, "ETCD_USERNAME must be printable UTF-8 text"),
         ({"ETCD_ENDPOINTS": "http://a:b@c:1"}, "the name and the password of a user are set by ETCD_USERNAME"),
     ],
 )
@@ -74,12 +76,32 @@ def test_the_api_and_the_user(tmp_path: Path) -> None:
     assert EtcdSettings.from_environment({}).api is None
     assert EtcdSettings.from_environment({"DATASTORE_TYPE": "etcdv2"}).api == "etcdv2"
     file = tmp_path / "password"
+    file.touch(0o600)
     file.write_text(" hunter 2\r\n")
-    user = {"ETCD_USERNAME": "calico"}
-    for more, password in (({"ETCD_PASSWORD": "x y "}, "x y "), ({"ETCD_PASSWORD_FILE": str(file)}, " hunter 2")):
+    user = {"ETCD_USERNAME": "calicö"}
+    for more, password in (({"ETCD_PASSWORD": "x ÿ "}, "x ÿ "), ({"ETCD_PASSWORD_FILE": str(file)}, " hunter 2")):
         settings = EtcdSettings.from_environment({**user, **more})
-        assert (settings.username, settings.password) == ("calico", password)
-        assert password not in repr(settings)
+        assert (settings.username, settings.password) == ("calicö", password)
+        assert password not in repr(settings) and settings.basic is not None
+
+
+def test_a_password_that_is_not_utf8_is_refused_and_not_quoted() -> None:
+    with pytest.raises(StoreError, match=r"^ETCD_PASSWORD is not UTF-8 text") as refused:
+        EtcdSettings.from_environment({"ETCD_USERNAME": "calico", "ETCD_PASSWORD": "hunter2\udcff"})
+    assert "hunter" not in str(refused.value)
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o620, 0o666])
+def test_a_password_file_that_others_may_read_is_refused(tmp_path: Path, mode: int) -> None:
+    file = tmp_path / "file"
+    file.write_text("hunter2\n")
+    file.chmod(mode)
+    user = {"ETCD_USERNAME": "calico", "ETCD_PASSWORD_FILE": str(file)}
+    with pytest.raises(StoreError, match=rf"/file has mode {mode:04o}, so .*: run 'chmod 600 .*/file'") as refused:
+        EtcdSettings.from_environment(user)
+    assert "hunter" not in str(refused.value)
+    file.chmod(0o400)
+    assert EtcdSettings.from_environment(user).password == "hunter2"
 
 
 @pytest.mark.parametrize("content", [b"hunter2\nhunter3\n", b"hunter2" * 1000, b"hunter2\xff\n", b"\n", b"hunter2\0"])

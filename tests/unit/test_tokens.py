@@ -59,10 +59,16 @@ def new_command() -> None:
     tokens._tokens.clear()
 
 
-def get(member: Member, refused: str | None = None, settings: EtcdSettings = SETTINGS) -> str | None:
+def get(member: Member, *refused: str, settings: EtcdSettings = SETTINGS) -> str | None:
     authorize = tokens.authorize(settings)
     assert authorize is not None
-    return authorize(member, refused)  # type: ignore[arg-type]
+    return authorize(member, refused)[0]  # type: ignore[arg-type]
+
+
+def is_new(member: Member, *refused: str) -> bool:
+    authorize = tokens.authorize(SETTINGS)
+    assert authorize is not None
+    return authorize(member, refused)[1]  # type: ignore[arg-type]
 
 
 def test_without_a_user_there_is_no_token() -> None:
@@ -88,19 +94,44 @@ def test_the_next_command_uses_the_token_which_only_its_caller_can_read(member: 
 def test_a_refused_token_is_replaced(member: Member) -> None:
     first = get(member)
     member.token = first
-    second = get(member, refused=first)
+    second = get(member, str(first))
     assert second != first and get(member) == second
     new_command()
     assert get(member) == second and member.logins == 2
     # another process was faster
     new_command()
-    assert get(member, refused=first) == second and member.logins == 2
+    assert get(member, str(first)) == second and member.logins == 2
+
+
+def test_each_kept_token_is_tried_once_before_a_new_one(member: Member) -> None:
+    old = get(member)
+    new_command()
+    others = get(member, "of a restart", str(old))
+    of_file = tokens._read(SETTINGS)
+    assert of_file == others and member.logins == 2
+    tokens._tokens[SETTINGS] = "of this process"
+    assert get(member, "sent") == "of this process" and not is_new(member, "sent")
+    assert get(member, "sent", "of this process") == others == get(member)
+    assert member.logins == 2
+    tokens._tokens[SETTINGS] = "of this process"
+    assert get(member, "sent", "of this process", str(others)) == "calico.2retnuh.3" == get(member)
+    assert is_new(member, "sent", "calico.2retnuh.3")
+    # whatever is kept meanwhile, the member's refusals have an end
+    assert is_new(member, "1", "2", "3") and not is_new(member, "1", "2")
+
+
+def test_a_token_that_is_needed_since_just_now_is_got_in_the_next_attempt(member: Member) -> None:
+    member.fails = ErrorAnswer(FAILED_PRECONDITION, "etcdserver: authentication is not enabled")
+    assert not is_new(member, "old") and get(member) is None
+    assert is_new(member, "old", "")
+    member.fails = None
+    assert get(member, "old", "") == "calico.2retnuh.3"
 
 
 def test_many_threads_log_in_once(member: Member) -> None:
     first = get(member)
     found = []
-    threads = [threading.Thread(target=lambda: found.append(get(member, refused=first))) for _ in range(8)]
+    threads = [threading.Thread(target=lambda: found.append(get(member, str(first)))) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -128,7 +159,7 @@ def test_an_etcd_without_users_is_asked_once_and_again_when_it_wants_one(member:
     assert get(member) is None and get(member) is None
     assert member.logins == 1 and not (folder / ".etcd-token").exists()
     member.fails = None
-    assert get(member, refused="") == "calico.2retnuh.2" == get(member)
+    assert get(member, "") == "calico.2retnuh.2" == get(member)
 
 
 def test_a_wrong_password_is_an_error_that_does_not_quote_it(member: Member) -> None:
