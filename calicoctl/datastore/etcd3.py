@@ -593,8 +593,8 @@ def _confirm_quorum(connection: Connection, directory: str) -> None:
 
     Raises what Connection.post raises.
     """
-    # a count, since the value of any key may be large
-    revision(connection.post("/v3/kv/range", {**_key(directory), "count_only": True}, QUORUM_TIMEOUT))
+    # a key below the directory, since a role may be for these alone; a count, since the value of any key may be large
+    revision(connection.post("/v3/kv/range", {**_key(f"{directory}/quorum"), "count_only": True}, QUORUM_TIMEOUT))
 
 
 def _key(key: str) -> dict[str, Any]:
