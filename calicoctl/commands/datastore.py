@@ -33,7 +33,7 @@ version that knows v2 alone, or if DATASTORE_TYPE is set. If it fails or is
 interrupted, v2 is in use as before; after a kill -9, the data may stay frozen
 until `migrate`, which continues, or `migrate --rollback` is run. The data in
 v2 stays as it was, frozen, until `migrate --finish`, which must be run as
-root where the agent runs a local etcd: this is started again, for v3 alone.
+root where the data is in the local etcd: this is started again, for v3 alone.
 The exit status is 1 if the data has moved, but something is left to be done.
 
 Examples:
@@ -119,7 +119,7 @@ def _migrate(act: Callable[[Migration], Moved]) -> None:
 
 def _finish(discard: bool) -> None:
     host = hostname()
-    has_v2 = local_etcd.serves_v2(host)
+    has_v2 = local_etcd.serves_v2(host) and local_etcd.is_named(host, EtcdSettings.from_environment())
     if has_v2:
         require_root()
     _migrate(lambda migration: migration.finish(discard))
@@ -220,7 +220,10 @@ def _print(
         if not found["served"]:
             rows.append([version, "not served", "", "", ""])
         else:
-            ready = found["error"] or found["ready"] or "none"
+            value = found["ready"]
+            ready = found["error"] or (
+                "none" if value is None else value if value in ("true", "false") else f"'{value}'"
+            )
             users = {True: "on", False: "off", None: ""}[found["users"]]
             rows.append([version, ready, found["keys"], _size(found["bytes"]), users])
     print_table(["API", "Ready", "Keys", "Size", "Users"], rows, widest=50)

@@ -365,7 +365,7 @@ class _Connection:
             who = "role 'guest'" if user is None else f"user '{user}' (if the password is right)"
             return StoreError(
                 f"etcd at {url} does not permit this user to use {key}: calicoctl comes as its {who}, who must be "
-                "allowed to read and write /calico/*"
+                "allowed to read and write both /calico and /calico/*"
             )
         if isinstance(error, (etcd.EtcdEventIndexCleared, etcd.EtcdWatcherCleared)):
             return WatchExpired(f"etcd at {url} has forgotten the changes that are asked for")

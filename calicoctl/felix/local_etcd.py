@@ -56,6 +56,12 @@ def serves_v2(host: str) -> bool:
     return pid is not None and _ENABLE_V2 in proc.arguments(pid)
 
 
+def is_named(host: str, settings: EtcdSettings) -> bool:
+    """Return whether a host's local etcd runs, and is the store that `settings` name."""
+    pid = running(host)
+    return pid is not None and _is_local(settings) and settings.members[0][1] in _ports(pid)
+
+
 def serve_v3_alone() -> None:
     """Have the local etcd serve v3 alone when it is started the next time. Raises CalicoError."""
     try:
@@ -70,6 +76,11 @@ def stop(host: str) -> bool:
     Raises CalicoError if it does not end.
     """
     return _process(host).stop()
+
+
+def _ports(pid: int) -> list[int]:
+    """Return the ports at which a local etcd serves clients, from its command line."""
+    return [int(word[len(_CLIENT_URL) :]) for word in proc.arguments(pid) if word.startswith(_CLIENT_URL)]
 
 
 def _process(host: str) -> Process:
@@ -171,7 +182,7 @@ class LocalEtcd:
 
     def _adopt(self, pid: int) -> None:
         """Set the port to that of the running process. Raise CalicoError if the settings name another port."""
-        ports = [int(word[len(_CLIENT_URL) :]) for word in proc.arguments(pid) if word.startswith(_CLIENT_URL)]
+        ports = _ports(pid)
         if ports and ports[0] != self._port:
             if not self._may_move:
                 raise CalicoError(

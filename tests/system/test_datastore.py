@@ -17,7 +17,7 @@ import pytest
 
 from calicoctl.datastore import migration
 from calicoctl.datastore.etcd2 import Etcd2Store
-from tests.system.agent import FreeHost
+from tests.system.agent import LOG_DIR, FreeHost
 from tests.system.fabric import FabricHost, fabric
 from tests.system.support import CALICOCTL, FAULTY, Etcd, Result, free_port, in_process, wait_for
 from tests.system.test_etcd_apis import OTHER_CALICO, PASSWORD, READY, with_users
@@ -174,6 +174,9 @@ def test_a_signal_before_v3_is_in_use_takes_v2_into_use_again(bare: MovingHost) 
         command = [CALICOCTL, "datastore", "migrate"]
         process = subprocess.Popen(command, env=bare.environment(), stderr=subprocess.PIPE, text=True)
         wait_for(lambda: two.get(READY) == "false", "the freeze")
+        for words in (("profile", "add", "pinned"), ("node", "--ip=192.0.2.2", f"--log-dir={LOG_DIR}")):
+            refused = bare.ctl(*words, status=1, env={"DATASTORE_TYPE": "etcdv3"})
+            assert "etcd's data is frozen" in refused.err, refused
         process.send_signal(number)
         said = process.communicate()[1]
         assert process.returncode == 128 + number and "etcd's v2 API is in use again" in said, said
