@@ -458,8 +458,8 @@ def test_what_is_left_from_a_former_name_ends_and_a_foreign_bird_keeps_its_route
     # it is killed, and killed again while it starts; its folder goes while the agent runs
     running = one.bird
     os.kill(running, 9)
-    wait_for(lambda: one.bird not in (None, running), "the next one", PATIENCE)
-    os.kill(one.bird, 9)
+    following = wait_for(lambda: one.bird if one.bird != running else None, "the next one", PATIENCE)
+    os.kill(following, 9)
     wait_for(lambda: "BIRD" in ask(one, "show", "status"), "one that serves", 8)
     running = one.bird
     run("rm", "-r", str(folder(one)))
