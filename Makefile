@@ -24,8 +24,9 @@ API_noble = etcdv2
 
 # which files of tests are left out there: what cannot differ between releases, such as memory usage and endurance. A
 # failure at each step of a command, and concurrency, run once through each API; in noble, what always uses v3 does not.
-LEFT_OUT = memory_usage soak hosts hosts_gone host_identity failure_isolation file_descriptors
-LEFT_OUT_trixie = $(LEFT_OUT) fault_injection concurrency
+LEFT_OUT = memory_usage soak hosts hosts_gone host_identity failure_isolation file_descriptors \
+	commands completion foreign_names limits round_trips migration
+LEFT_OUT_trixie = $(LEFT_OUT) fault_injection concurrency connected container profile ipam
 LEFT_OUT_noble = $(LEFT_OUT) etcd3 etcd_apis datastore statuses settings_file
 
 .PHONY: help packages lint types docs unit system test test-all releases soak lock tox bench demo demo-clean demo-hosts demo-hosts-clean install uninstall clean
