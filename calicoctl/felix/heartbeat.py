@@ -191,7 +191,7 @@ class Heartbeat:
         self._lasting = None
         self._entry, self._api = self._datastore.statuses.of_host(), self._current_api()
         writer = self._own if self._entry is None else Identity.of(self._entry)
-        if writer != self._own or self._contested:
+        if writer != self._own or (self._contested and self._entry is not None):
             self._entry, self._replaced_by, self._contested = None, writer, False
 
     def _try_to_regain(self, writer: Identity) -> None:

@@ -133,6 +133,18 @@ def test_of_two_indistinguishable_agents_one_yields(world: World) -> None:
     assert [(one.beat({}), other.beat({})) for _ in range(5)] == [outcome] * 5
 
 
+def test_a_status_that_is_gone_was_written_by_nobody_else(world: World) -> None:
+    agent = world.agent(world.machine())
+    assert agent.beat({}) is None
+    entry = world.store.get(KEY)
+    assert entry is not None
+    world.store.put(KEY, entry.value)  # as a restored store has it
+    assert agent.beat({}) is None
+    world.store.remove_tree("/calico")
+    assert agent.beat({}) is None
+    assert world.store.get(KEY) is not None
+
+
 def test_a_status_that_is_left_in_the_other_api_is_nobody_elses(world: World) -> None:
     stores = {V2: MemoryStore(), V3: MemoryStore(modern=True)}
     for number in range(50):  # so that no revision is the same in both
