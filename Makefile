@@ -27,7 +27,8 @@ API_noble = etcdv2
 LEFT_OUT = memory_usage soak hosts hosts_gone host_identity failure_isolation file_descriptors \
 	commands completion foreign_names limits round_trips migration
 LEFT_OUT_trixie = $(LEFT_OUT) fault_injection concurrency connected container profile ipam
-LEFT_OUT_noble = $(LEFT_OUT) etcd3 etcd_apis datastore statuses settings_file
+LEFT_OUT_noble = $(LEFT_OUT) etcd3 etcd_apis datastore statuses settings_file bgp_status fabric_security endpoint_attacks \
+	host_attacks policy host_addresses lifeline
 
 .PHONY: help packages lint types docs unit system test test-all releases soak lock tox bench demo demo-clean demo-hosts demo-hosts-clean install uninstall clean
 
