@@ -253,7 +253,7 @@ def idle(pairs: int) -> None:
         # `calicoctl node` leaves a lease behind, which etcd ends
         wait_for(lambda: len(etcd.v3("lease/leases", {}).get("leases", [])) == 20, "one lease for each agent", 60)
         before, revision = counters(etcd), etcd.v3("kv/range", {"key": b64("/calico")})["header"]["revision"]
-        time.sleep(IDLE)
+        time.sleep(IDLE)  # what is measured is that nothing happens meanwhile
         after = counters(etcd)
         assert revision == etcd.v3("kv/range", {"key": b64("/calico")})["header"]["revision"]
         made = {name: int(after[name] - before.get(name, 0)) for name in after}

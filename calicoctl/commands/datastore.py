@@ -133,7 +133,7 @@ def _finish(discard: bool) -> None:
         while not (local_etcd.running(host) and cluster.members(EtcdSettings.from_environment())[0].healthy):
             if time.monotonic() > give_up:
                 raise CalicoError("The agent does not start the local etcd again: see 'calicoctl status'.")
-            time.sleep(0.1)
+            time.sleep(0.1)  # between two questions to a server that is starting
         print("The local etcd was started again, and serves v3 alone.")
 
 

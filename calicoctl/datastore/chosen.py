@@ -15,7 +15,7 @@ from typing import Callable, Optional
 
 from calicoctl.datastore import keys
 from calicoctl.datastore.detection import Choice
-from calicoctl.datastore.store import Change, Create, Entry, Store, Write
+from calicoctl.datastore.store import Change, Entry, Store, Write
 from calicoctl.errors import Frozen, WatchExpired
 
 FRESH = 5.0
@@ -110,8 +110,7 @@ class ChosenStore:
         self._writable(entry.key).delete(entry)
 
     def commit(self, writes: Sequence[Write]) -> list[Entry]:
-        written = [write.key if isinstance(write, Create) else write.entry.key for write in writes]
-        return self._writable(*written).commit(writes)
+        return self._writable(*(write.key for write in writes)).commit(writes)
 
     def touch(self, entry: Entry, value: str, ttl: int) -> Entry:
         return self._writable(entry.key).touch(entry, value, ttl)

@@ -676,6 +676,7 @@ class Migration:
                 f"The agents of {first_few(left)} do not say that they have noticed that the data is frozen, within "
                 f"{AGENTS_PATIENCE:.0f} s: see 'calicoctl status' there. Nothing has moved."
             )
+        # writes that have begun before the freeze show in nothing that could be awaited
         time.sleep(max(0.0, until - time.monotonic()))
 
     def _await_agents(self, api: str, hosts: set[str], before: dict[str, Agent]) -> list[str]:
@@ -698,7 +699,7 @@ class Migration:
         """Call `pending` until it returns an empty list, for AGENTS_PATIENCE at most; return its last result."""
         give_up = time.monotonic() + AGENTS_PATIENCE
         while (left := pending()) and time.monotonic() < give_up:
-            time.sleep(POLL)
+            time.sleep(POLL)  # a watch would have to follow two APIs, one of which may go meanwhile
         return left
 
     @staticmethod

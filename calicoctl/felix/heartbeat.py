@@ -179,7 +179,7 @@ class Heartbeat:
         return self._replaced_by
 
     def _current_api(self) -> str | None:
-        choice = self._datastore.current_choice()
+        choice = self._datastore.choice()
         return None if choice is None else choice.api
 
     def _compare(self) -> None:

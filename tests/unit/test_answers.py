@@ -311,7 +311,7 @@ def test_a_large_answer_that_comes_slowly_is_read(monkeypatch: pytest.MonkeyPatc
     def slowly(client: Client, line: str) -> None:
         for start in range(0, len(whole), len(whole) // 12):
             client.send(whole[start : start + len(whole) // 12])
-            time.sleep(LONG_TIMEOUT / 10)
+            time.sleep(LONG_TIMEOUT / 10)  # the drip is what is tested
 
     with serving(slowly) as server:
         began = time.monotonic()

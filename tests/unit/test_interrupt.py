@@ -44,7 +44,7 @@ def is_heard(attempt: Callable[[], object], number: int = signal.SIGTERM) -> boo
         signal.signal(one, main._interrupt)
     with pytest.raises(main.Interrupted) as interrupted:
         attempt()
-        time.sleep(5)
+        time.sleep(5)  # the interrupt ends it; longer than the repeated one takes
     interrupted.value.handled = True
     return interrupted.value.number == number and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
