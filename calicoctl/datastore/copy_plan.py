@@ -46,19 +46,29 @@ class Difference:
         return "; ".join(f"{len(some)} {what} ({first_few(some)})" for some, what in parts if some)
 
 
-def is_copied(entry: Entry) -> bool:
-    """Return whether an entry is copied: it does not expire, is no agent's report, and says nothing about the move."""
+def is_data(entry: Entry) -> bool:
+    """Return whether an entry is neither an agent's report nor about the move."""
     own = entry.key in (keys.READY, keys.UNUSED_COPY, keys.COPIED_REVISION)
-    return not (own or entry.expires or entry.key.startswith(keys.FELIX_HOSTS + "/"))
+    return not (own or entry.key.startswith(keys.FELIX_HOSTS + "/"))
 
 
-def copied(entries: Iterable[Entry]) -> dict[str, Entry]:
-    """Return the entries that are copied, by key. Raises CalicoError if an entry could not be read."""
-    found = list(entries)
-    unread = [entry for entry in found if entry.problem is not None]
-    if unread:
-        raise CalicoError(f"{unread[0].key} cannot be copied: {unread[0].problem}")
-    return {entry.key: entry for entry in found if is_copied(entry)}
+def is_copied(entry: Entry) -> bool:
+    """Return whether an entry is copied: it is data, and does not expire."""
+    return is_data(entry) and not entry.expires
+
+
+def copied(entries: Iterable[Entry], version: str) -> dict[str, Entry]:
+    """Return the entries that are copied, by key. Raises CalicoError if an entry could not be read.
+
+    `version` says in which API the entries are, for the message: "v2" or "v3".
+    """
+    found = {entry.key: entry for entry in entries if is_copied(entry)}
+    for key, entry in found.items():
+        if entry.problem is not None:
+            raise CalicoError(
+                f"{key} in etcd's {version} API cannot be copied or compared: {entry.problem}. Delete it first"
+            )
+    return found
 
 
 def check_fits(entries: Entries) -> None:

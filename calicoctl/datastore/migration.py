@@ -48,7 +48,7 @@ from typing import Callable
 from calicoctl.clock import now
 from calicoctl.datastore import copy_plan, keys
 from calicoctl.datastore.chosen import FRESH
-from calicoctl.datastore.copy_plan import copied, difference
+from calicoctl.datastore.copy_plan import copied, difference, is_copied
 from calicoctl.datastore.detection import check_ready, foreign
 from calicoctl.datastore.settings import TYPE, V2, V3
 from calicoctl.datastore.statuses import AgentStore, parse_agent_store
@@ -163,15 +163,11 @@ class State:
 
     @property
     def frozen_at(self) -> int | None:
-        """The revision at which v2 was frozen. It is that of Ready in v2 if nothing better is known, None without it.
-
-        Programs that write Ready in v2 later change that revision, so it is used only if an earlier version of this
-        program has moved the data, which did not write keys.COPIED_REVISION.
-        """
+        """The revision at which v2 was frozen, None if this program has not moved the data."""
         if self.copied is not None:
             with suppress(ValueError):
                 return int(self.copied.value)
-        return None if self.v2 is None else self.v2.revision
+        return None
 
 
 @dataclass(frozen=True)
@@ -247,7 +243,7 @@ class Migration:
         if state.v3_ready == "true":
             late = self._written_late(state)
             left = f" {state.left}" if state.left is not None else ""
-            return Moved(f"The data is in etcd's v3 API already.{left}", () if not late else (_late(late),))
+            return Moved(f"The data is in etcd's v3 API already.{left}", () if late is None else (late,))
         if state.v2 is None:
             raise CalicoError(f"There is no data to move: etcd's v2 API has no {keys.READY}.")
         if state.is_back and state.v2_ready == "false":
@@ -268,7 +264,7 @@ class Migration:
     def _refuse_used_target(self, state: State) -> None:
         """Raise CalicoError if v3 has data, or if v2 is frozen. There is no note, so this program did neither."""
         entries = self._v3.list_for_watch(keys.ROOT)[0]
-        found = sorted(entry.key for entry in entries if copy_plan.is_copied(entry) or entry.problem is not None)
+        found = sorted(entry.key for entry in entries if copy_plan.is_data(entry))
         if state.v3 is not None or found:
             what = f"{keys.READY} is {state.v3_ready}" if state.v3 is not None else f"for example {first_few(found)}"
             raise CalicoError(
@@ -285,8 +281,8 @@ class Migration:
         """Raise CalicoError if an agent cannot follow the data, a key cannot be copied, or a permission is missing."""
         for store in (self._v2, self._v3):
             _check_agents(_agents(store))
-        entries = self._data(self._v2)
-        copy_plan.check_fits(entries)
+        copy_plan.check_fits(self._data(self._v2))
+        self._data(self._v3)
         self._v2.check_writable(keys.READY)
         self._v3.check_writable(keys.READY, keys.UNUSED_COPY, keys.COPIED_REVISION)
 
@@ -458,25 +454,31 @@ class Migration:
             )
         late = difference(self._data(self._v2), entries)
         if late:
-            problems.append(_late(str(late)))
+            problems.append(_late(late))
         if missing:
             problems.append(
                 f"The agents of {first_few(missing)} are not seen in etcd's v3 API yet: see 'calicoctl status' there"
             )
         return Moved(f"{len(entries)} keys have moved: etcd's v3 API is in use. {_LEFT}", tuple(problems))
 
-    def _written_late(self, state: State) -> str:
+    def _written_late(self, state: State) -> str | None:
         """List the keys that were written to v2 after it was frozen, and that v3 does not have with the same value.
 
-        Return "" if there are none. Keys that were deleted in v2 cannot be found.
+        If this program has not moved the data, list all keys of v2 that v3 does not have with the same value. Return
+        the list in a clause, None if there are no such keys. Keys that were deleted in v2 cannot be found.
         """
         try:
             entries = self._data(self._v2)
         except NoSuchApi:
-            return ""
+            return None
         since = state.frozen_at
         late = {key: entry for key, entry in entries.items() if since is None or entry.revision > since}
-        return str(difference(late, read_all(self._v3, list(late))))
+        missing = difference(late, read_all(self._v3, list(late)))
+        if not missing:
+            return None
+        if since is None:
+            return f"What is in etcd's v2 API was not moved by this command, and v3 does not have all of it: {missing}"
+        return _late(missing)
 
     def _take_back_v3(self, state: State) -> None:
         """Take v3 into use again, with the keys that `_freeze_v3` has deleted.
@@ -538,7 +540,8 @@ class Migration:
 
     def _refuse_loss(self, discard: bool) -> None:
         theirs = keys.OTHER_CALICO + "/"
-        ours = {key: entry for key, entry in self._data(self._v3).items() if not key.startswith(theirs)}
+        entries = self._v3.list_for_watch(keys.ROOT)[0]  # those that cannot be read are lost as well
+        ours = {entry.key: entry for entry in entries if is_copied(entry) and not entry.key.startswith(theirs)}
         lost = difference(ours, self._data(self._v2))
         if lost and not discard:
             raise CalicoError(
@@ -610,8 +613,8 @@ class Migration:
             raise CalicoError(f"The agents of {first_few(left)} use etcd's v2 API: end them first. Nothing is deleted.")
         state = self._live_state()  # the wait may have been long
         late = self._written_late(state)
-        if late and not discard:
-            raise CalicoError(f"{_late(late)}. Nothing is deleted; with --discard, it is")
+        if late is not None and not discard:
+            raise CalicoError(f"{late}. Nothing is deleted; with --discard, it is")
         count = len(self._v2.tree(keys.ROOT))
         self._v2.check_writable(keys.READY)
         self._close_way_back(state)
@@ -702,9 +705,8 @@ class Migration:
             time.sleep(POLL)  # a watch would have to follow two APIs, one of which may go meanwhile
         return left
 
-    @staticmethod
-    def _data(store: Store) -> dict[str, Entry]:
-        return copied(store.list_for_watch(keys.ROOT)[0])
+    def _data(self, store: Store) -> dict[str, Entry]:
+        return copied(store.list_for_watch(keys.ROOT)[0], "v2" if store is self._v2 else "v3")
 
 
 def _agents(store: Store) -> dict[str, Agent]:
@@ -759,7 +761,7 @@ def _copied_in(note: Entry) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def _late(what: str) -> str:
+def _late(what: copy_plan.Difference) -> str:
     return f"Old programs have written to etcd's v2 API since it was frozen, and v3 does not have that: {what}"
 
 
