@@ -143,7 +143,7 @@ def _listed(docker: Any) -> list[dict[str, Any]]:
 
 
 def _checked(value: Any, shape: Any) -> Any:
-    """Return a JSON value; raise ValueError unless it matches `shape`.
+    """Return `value`, a JSON value. Raise ValueError if it does not match `shape`.
 
     A shape is a type, _ID, a list with one shape for all items, or a dictionary with the shapes of the required fields.
     """

@@ -186,7 +186,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 def parse(text: str, name: str) -> dict[str, str]:
     """Return the variables that a text in systemd's syntax sets.
 
-    Raises CalicoError if the text is invalid. `name` is the name of the file, with which the error's text begins.
+    Raises CalicoError if the text is invalid. `name` is the name of the file; the error's text begins with it.
     """
     found = {}
     place = _end(_GAP, text, 0)
@@ -210,7 +210,7 @@ def parse(text: str, name: str) -> dict[str, str]:
 def _value(text: str, place: int, where: str) -> tuple[str, int]:
     """Parse the value that begins at index `place` of `text`. Return the value, and the index of its end.
 
-    Raises CalicoError if the value is invalid. `where` is the line with which the error's text begins.
+    Raises CalicoError if the value is invalid. `where` names the file and the line; the error's text begins with it.
     """
     pieces = []
     while True:

@@ -55,7 +55,7 @@ class CalicoError(Exception):
 
 @contextmanager
 def about(what: str) -> Iterator[None]:
-    """Raise a CalicoError with `what` before its text if the body of `with` raises a CalicoError.
+    """If the body of `with` raises a CalicoError, raise another one, whose text is "WHAT: " and the original text.
 
     `what` says what the error is about, such as the option `--ip`. The class of the new error is CalicoError itself,
     even if the original error is of a subclass.

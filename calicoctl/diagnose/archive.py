@@ -1,8 +1,8 @@
 """Collects diagnostics of this host into one archive, without secrets. Writes nothing but the archive.
 
-If the source of a file raises an exception, the file contains the error. The values of environment variables and of
-etcd's keys are included only if the lists below name them. The environment of Docker's containers is never included.
-Everything that looks like a secret is removed from every file.
+If the source of a file raises an exception, the file contains the error. The lists below name the environment
+variables, the etcd keys and the fields of JSON values whose values are included; other values are left out. The
+environment of Docker's containers is never included. Everything that looks like a secret is removed from every file.
 """
 
 from __future__ import annotations

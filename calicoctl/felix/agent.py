@@ -256,7 +256,7 @@ class Agent:
         return True
 
     def _next_at(self) -> float:
-        """Return the time (monotonic) of the next round if no event arrives before."""
+        """Return the time (monotonic) at which the next round begins at the latest, even if no event arrives."""
         due = [self._tick_at]
         if self._policy.retry_at is not None and self._may_apply():
             due.append(self._policy.retry_at)
@@ -268,7 +268,7 @@ class Agent:
     def _wait(self, until: float) -> list[Any]:
         """Wait until an event arrives, or until the time `until` (monotonic).
 
-        Return all events that have arrived; an empty list if there are none at the time `until`.
+        Return all events that have arrived; an empty list if none has arrived by the time `until`.
         """
         found: list[Any] = []
         with suppress(Empty):

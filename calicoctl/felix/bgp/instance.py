@@ -86,11 +86,11 @@ class Instance:
     # Starting
 
     def start(self, text: str | None) -> bool:
-        """Start BIRD. Return whether BIRD recovers from a crash (graceful restart).
+        """Start BIRD with the configuration `text`. Return whether BIRD recovers from a crash (graceful restart).
 
-        `text` is the configuration. BIRD is started with the configuration of its last run in this boot instead if
-        `text` is None, or if BIRD refuses `text`. After a refusal, Refused is raised even though BIRD runs. If there
-        was no last run, BIRD is not started, and Refused or, if `text` is None, NotReady is raised.
+        If `text` is None, or if BIRD refuses it, BIRD is started with the configuration of its last run in this boot.
+        After a refusal, Refused is raised, although BIRD runs then. If there is no configuration of a last run, BIRD is
+        not started, and NotReady (if `text` is None) or Refused is raised.
 
         Before the start, the BIRDs of this host's former names are removed. Raises CalicoError if BIRD may not run here
         (see refuse_missing and refuse_foreign), or if it does not start.

@@ -173,7 +173,7 @@ class BgpThread(threading.Thread):
     """Runs BIRD with the latest configuration passed to `want`. Emits BgpChanged and Failure."""
 
     def __init__(self, instance: Instance, enabled: bool, put: Callable[[Any], None]) -> None:
-        """`put` is called with events.
+        """`put` is called with each event that the thread emits.
 
         If `enabled` is False, the thread only ends BIRD, and removes BIRD's routes and files.
         """

@@ -61,7 +61,8 @@ def read(path: Path = PATH, before: Passwords | None = None) -> Passwords:
     """Return the passwords in a file. `before` is the result of the previous call, None in the first call.
 
     If the file has not changed, return `before`. If the file is missing, the result contains no passwords. If the file
-    is invalid, no exception is raised: see Passwords.problem.
+    is invalid or cannot be read, the result contains the passwords in `before`, and `problem` says what is wrong; no
+    exception is raised.
     """
     try:
         found = os.stat(path)

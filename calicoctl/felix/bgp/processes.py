@@ -47,7 +47,8 @@ def birds() -> dict[int, str]:
 def is_bird(process: Path) -> bool:
     """Return whether a process is a BIRD that may change routes in this network namespace.
 
-    `process` is the directory /proc/PID. Raises OSError or ValueError if the process has ended.
+    `process` is the directory /proc/PID. Raises OSError or ValueError if its files cannot be read, for example because
+    the process has ended.
     """
     # through a link, every user can start a setuid program, such as su, under the name `bird`, and its process has all
     # capabilities; so the program's file must have BIRD's name as well, and must not be setuid. If the package is

@@ -110,9 +110,9 @@ class Conntrack(threading.Thread):
             self._put(listing)
 
     def list(self, addresses: Collection[str]) -> Listing:
-        """List the connections from or to these addresses. Blocks the calling thread.
+        """Return the connections from or to these addresses. Blocks the calling thread.
 
-        If they cannot be listed, no CalicoError is raised, but Listing.error says why.
+        If the connections cannot be listed, `error` of the result says why.
         """
         try:
             found = _connections_of(addresses) if addresses and not _is_empty() else []

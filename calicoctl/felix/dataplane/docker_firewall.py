@@ -1,9 +1,10 @@
-"""The driver of the host's own iptables firewall: adds rules that accept endpoints' packets, if it would drop them.
+"""The driver of the host's own iptables firewall: adds rules that accept endpoints' packets where it may drop them.
 
 The Docker Engine sets the policy of the chain FORWARD to DROP, and an accept in our tables does not override a drop in
 another table. Our tables are evaluated earlier, so they have already dropped what policy denies. If FORWARD jumps to
 the chain DOCKER-USER, our rules are added to DOCKER-USER, since Docker does not change that chain. If it does not, they
-are added to FORWARD. Source: Docker's documentation, "Packet filtering and firewalls".
+are added to FORWARD, but only if FORWARD may drop packets. Source: Docker's documentation, "Packet filtering and
+firewalls".
 
 The host's `iptables` command is used, so that our rules are added to the backend of the host's own rules: nf_tables or
 legacy. A host without that command may still have such a firewall.
