@@ -1,8 +1,8 @@
 """The configuration of BIRD: derived from the snapshot as plain data, then rendered in BIRD's language.
 
-The name of a BGP protocol in the configuration consists of the kind of the peer, the IP version, and the peer's
-address. It does not depend on other peers, so a change of another peer resets no session. Values from etcd are rendered
-only as numbers, or as addresses and networks in canonical form.
+In the configuration, each BGP session is a protocol, as BIRD calls it. Its name consists of the kind of the peer, the
+IP version, and the peer's address. The name does not depend on other peers, so a change of another peer resets no
+session. Values from etcd are rendered only as numbers, or as addresses and networks in canonical form.
 
 Source of the language: the BIRD User's Guide, version 2.0.
 """

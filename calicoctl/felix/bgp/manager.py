@@ -197,12 +197,12 @@ class BgpThread(threading.Thread):
         self._refused: str | None = None
         """The text of the configuration that BIRD has refused; None if BIRD has accepted the last one."""
         self._began: float | None = None
-        """When BIRD was started (monotonic). For an adopted BIRD: SHORT_LIFE before its adoption. None before both."""
+        """When BIRD was started (monotonic) or, if BIRD was adopted, SHORT_LIFE before that. None before either."""
         self._start_at = self._poll_at = 0.0
         """When to start BIRD next, and when to poll its sessions next (monotonic)."""
         self._not_running: str | None = None
-        """Why BIRD does not run until `_start_at`; None if only its configuration is unknown. Not updated while BIRD
-        runs.
+        """Why BIRD is not started before `_start_at`. None if the only reason is that its configuration is unknown. Not
+        updated while BIRD runs.
         """
         self._tried: str | None = None
         """The text of the configuration with which the last start of BIRD was attempted, None if it was unknown. With

@@ -1,9 +1,9 @@
-"""Ends connections that policy denies, and keeps an endpoint's new address pending until its connections are verified.
+"""Ends connections that policy denies, and keeps an endpoint's new address pending until that is done for the address.
 
 Packets of an established connection pass without evaluation of the rules (the established fast path). So after a change
-of policy, the addresses that the change affects are *unverified*. Until all addresses are verified, the tables evaluate
-the rules for all packets in a connection's first direction (ruleset.py). Meanwhile, the connections of the unverified
-addresses are listed (conntrack.py, in a thread of its own), and those that policy denies now are deleted.
+of policy, the addresses that the change affects are *unverified*. Their connections are listed (conntrack.py, in a
+thread of its own) and *verified*: those that policy denies now are deleted. Until all addresses are verified, the
+tables evaluate the rules for all packets in a connection's first direction (ruleset.py).
 """
 
 from __future__ import annotations
