@@ -182,7 +182,7 @@ class Etcd2Store:
         return self.update(entry, value, ttl)
 
     def _prune(self, directories: Iterable[str]) -> None:
-        """Remove empty directories in this order, until one is not empty. Errors stop this silently."""
+        """Remove `directories`, in this order, until one is not empty or a request fails, which raises no exception."""
         import etcd
 
         # the key is deleted already, and an empty directory that stays does no harm
@@ -239,7 +239,9 @@ class Etcd2Store:
             yield changes
 
     def _await_changes(self, directory: str, progress: Progress, seconds: float) -> tuple[list[Change], Progress]:
-        """Wait for at most `seconds` for a change below `directory`; return at most one change, and the new progress.
+        """Wait for at most `seconds` for a change below `directory`.
+
+        Returns a list of the change, empty if there was none, and the new progress.
 
         Raises WatchExpired if changes may have been missed, and StoreUnavailable if no member answers for
         WATCH_PATIENCE.
@@ -282,7 +284,7 @@ class Etcd2Store:
 
 
 class _Connection:
-    """python-etcd's client of one member. Converts exceptions of python-etcd to those of this program."""
+    """python-etcd's client of one member. Converts exceptions of python-etcd, except those that callers handle."""
 
     def __init__(self, settings: EtcdSettings, member: Member) -> None:
         self._settings = settings
@@ -352,7 +354,7 @@ class _Connection:
         return kind(f"{self._url} did not answer ({why(cause)})", garbled)
 
     def _translated(self, error: Any, key: str) -> Any:
-        """Return the exception for python-etcd's `error`: `error` itself if the callers of `request` handle it."""
+        """Return the exception to raise for python-etcd's `error`: `error` itself if callers of `request` handle it."""
         import etcd
 
         url = self._url
@@ -412,7 +414,10 @@ def _children(client: etcd.Client, path: str) -> tuple[list[str], list[str]]:
 
 
 def _child_keys(client: etcd.Client, path: str) -> list[str]:
-    """Return the full paths of the keys and subdirectories directly in a directory, perhaps also its own path."""
+    """Return the full paths of the keys and subdirectories directly in a directory.
+
+    The path of the directory itself may be among them.
+    """
     import etcd
 
     url = f"{client.base_uri}{client.key_endpoint}{path}?quorum=true"
@@ -438,9 +443,9 @@ def _child_keys(client: etcd.Client, path: str) -> list[str]:
 
 
 def _confirm_quorum(client: etcd.Client, path: str) -> None:
-    """Check by a quorum read that a member is not partitioned from the others. Raises python-etcd's exceptions.
+    """Check by a quorum read that a member is not partitioned from the others, since it would then see no changes.
 
-    A partitioned member answers a watch as if there were no changes.
+    Raises python-etcd's exceptions if the read fails.
     """
     import etcd
 
@@ -466,7 +471,10 @@ def _entry(result: etcd.EtcdResult) -> Entry:
 
 
 def _cause(error: Any) -> BaseException:
-    """Return the error that made a request fail: one of urllib3, of the operating system, or of answers.py."""
+    """Return the exception behind `error`, which was raised since a request got no answer.
+
+    It is an exception of urllib3, of the operating system, or of answers.py.
+    """
     import etcd
 
     cause = error.cause if isinstance(error, etcd.EtcdConnectionFailed) else error
