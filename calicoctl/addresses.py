@@ -54,7 +54,7 @@ def parse_cidr(text: str) -> IPNetwork:
 
 
 def parse_pool_cidr(text: str) -> IPNetwork:
-    """Parse the CIDR of a pool, as `parse_cidr` does, but raise CalicoError also if host bits are set."""
+    """Parse the CIDR of a pool. Raises CalicoError if the text is not a CIDR, or if host bits are set."""
     network = parse_cidr(text)
     if parse_address(text.partition("/")[0]) != network.network:
         raise CalicoError(f"'{text}' is not the CIDR of a pool: it has host bits set; {network} has none")
@@ -89,9 +89,9 @@ def is_unicast(packed: bytes) -> bool:
 
 @cache
 def _not_unicast(size: int) -> list[tuple[int, int]]:
-    """Return the ranges in _NOT_UNICAST for addresses of `size` bytes (4 or 16), each as a pair of numbers.
+    """Return the ranges in _NOT_UNICAST for addresses of `size` bytes (4 or 16), each as (shift, prefix).
 
-    The first number is how many bits follow the prefix, the second one is the prefix without these bits.
+    An address is in the range if its number, shifted right by `shift` bits, equals `prefix`.
     """
     ranges = []
     for cidr in _NOT_UNICAST[4 if size == 4 else 6]:
@@ -122,7 +122,7 @@ def parse_port(text: str, what: str) -> int:
 
 
 def host_net(address: IPAddress | str) -> str:
-    """Return the CIDR that contains only the valid address `address`: such as `192.0.2.1/32` or `2001:db8::1/128`."""
+    """Return the CIDR that contains only this address, such as `192.0.2.1/32` or `2001:db8::1/128`."""
     text = str(address)
     return f"{text}/{BITS[version_of(text)]}"
 

@@ -68,8 +68,8 @@ class Bounds:
     def wait(self, seconds: float) -> bool:
         """Wait at most `seconds` until there is a byte to read, or the answer ends; return False if neither happens.
 
-        Bytes and time are counted anew. After True, the time allowed is the same as before the call. After False, no
-        time is left: call `wait` or `renew` before the answer is read on.
+        Bytes and time are counted anew. After True, the `seconds` of the last call of `renew` apply again, from now on.
+        After False, no time is left: call `wait` or `renew` before the answer is read on.
         """
         timeout = self._seconds
         self.renew(seconds)
@@ -85,8 +85,8 @@ class Bounds:
     def left(self) -> float | None:
         """Return the seconds within which the next byte must arrive; None if time is not bounded.
 
-        Since the last `renew`, the time may be the `seconds` of that call, plus one second for each SLOWEST bytes that
-        have been received since then, but never more than LONGEST. Raises socket.timeout if no time is left.
+        From the last `renew` on, an answer may take the `seconds` of that call, plus one second for each SLOWEST bytes
+        that have been received since then, but never more than LONGEST. Raises socket.timeout if no time is left.
         """
         if self._seconds is None:
             return None

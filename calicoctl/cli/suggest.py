@@ -59,9 +59,10 @@ def usage_error_for(mismatch: GrammarMismatch) -> UsageError:
 
 
 def _reach(usages: list[Usage], words: list[str]) -> tuple[int, list[Fit]]:
-    """Return how many of the first `words` match a usage, or the beginning of one, and a Fit for each usage.
+    """Return how many of `words`, from the first one on, match a usage or the beginning of one. Also return the Fits.
 
-    The Fits are the results of matching only these first words. If the first word matches no usage, the number is 0.
+    There is a Fit for each usage: the result of matching only that number of words. The number is 0 if the first word
+    matches no usage.
     """
     for count in range(len(words), 0, -1):
         found = fits(usages, words[:count])
@@ -189,9 +190,10 @@ def _word_mismatch(usages: list[Usage], words: list[str], reach: int, found: lis
 
 
 def _elsewhere(words: list[str], place: int) -> str | None:
-    """Return the command line in _ELSEWHERE for the command `words[0]` and the missing subcommand `words[1]`.
+    """Return the command line that _ELSEWHERE has for the command `words[0]` and the subcommand `words[1]`.
 
-    `place` is the index of the word that does not fit. Returns None if it is not 1, or if nothing is in _ELSEWHERE.
+    `place` is the index of the word that does not fit. Returns None if `place` is not 1, or if _ELSEWHERE has no such
+    command line.
     """
     if place != 1:
         return None
@@ -232,7 +234,7 @@ def _repaired(usages: list[Usage], words: list[str], reach: int) -> list[list[st
 
 
 def _is_whole(usages: list[Usage], line: list[str], own: set[str]) -> bool:
-    """Return whether a command line matches a usage completely, with each word that is in `own` as a keyword.
+    """Return whether a command line matches one of `usages` completely, without taking a keyword for an argument.
 
     `own` are the keywords of all usages.
     """
@@ -244,7 +246,7 @@ def _is_whole(usages: list[Usage], line: list[str], own: set[str]) -> bool:
 
 
 def _is_accepted(line: list[str]) -> bool:
-    """Return whether the command line `line` is valid, if necessary only for root."""
+    """Return whether the command line `line` is valid, at least if root runs it."""
     try:
         importlib.import_module(f"calicoctl.commands.{line[0]}").prepare(line)
     except NotRoot:

@@ -229,7 +229,7 @@ def _profile(arguments: dict[str, Any], profiles: list[str]) -> None:
 def _endpoints(datastore: DatastoreClient, name: str) -> list[Endpoint]:
     """Return the endpoints, in display order, of the workload whose name, id or path is `name`.
 
-    Raises NotFound if the workload has none, and CalicoError if one belongs to a namespace with another path.
+    Raises NotFound if the workload has none, and CalicoError if one belongs to another namespace, with the same id.
     """
     workload = find_connected(name, datastore)
     endpoints = sorted(endpoints_of(datastore, workload), key=display_order)

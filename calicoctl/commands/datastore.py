@@ -183,8 +183,8 @@ def _show(as_json: bool) -> None:
 def _contents(backends: Backends, api: str, users: bool | None) -> dict[str, Any]:
     """Return the fields of one API in the JSON of `show`; a field is None if its value is not known.
 
-    `ready` is the value of the key Ready, `keys` the number of keys below /calico, `bytes` the size of these keys and
-    their values. `users` is passed on as it is.
+    The field "ready" is the value of the key Ready, "keys" is the number of keys below /calico, and "bytes" is the size
+    of these keys and their values. The argument `users` becomes the field of that name.
     """
     found: dict[str, Any] = {
         "served": True,

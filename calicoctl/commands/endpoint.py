@@ -173,7 +173,7 @@ def described(endpoint: Endpoint) -> str:
 
 
 def called(endpoint: Endpoint) -> str:
-    """Return the display name of an endpoint's workload: its name, if that is known, or its short id (see short_id)."""
+    """Return the display name of an endpoint's workload: the workload's name or, if that is not known, its short id."""
     return endpoint.workload_name or short_id(endpoint.id.workload)
 
 
@@ -291,7 +291,7 @@ def profile_names(arguments: dict[str, Any]) -> list[str]:
 
 
 def check_known_profile(name: str) -> str:
-    """Return `name` if it can be part of a key in etcd; raise NotFound if it cannot, since no profile has it then.
+    """Return `name` if it can be part of a key in etcd. Raise NotFound if it cannot, since no profile can be called so.
 
     Whether the profile exists is not checked. The stricter rules for the names of new profiles do not apply here, since
     another tool may have created the profile.

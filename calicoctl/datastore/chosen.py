@@ -27,7 +27,7 @@ _STATUSES = keys.FELIX_HOSTS + "/"
 
 
 class ChosenStore:
-    """Implements `Store` by the chosen backend. Not thread-safe."""
+    """Implements `Store`, by calls of the chosen backend. Not thread-safe."""
 
     def __init__(
         self,

@@ -482,7 +482,7 @@ class DatastoreClient:
     def read_for_address(self, version: int, automatic: bool) -> AddressFacts:
         """Return the data that is needed to assign an address of an IP version to a workload.
 
-        With `automatic`, no specific address is requested, and `affine` is read as well.
+        `automatic` says that the user has not asked for a specific address. Only then, `affine` is read.
         """
         directories = [keys.BGP_HOSTS, keys.pools(version)]
         if automatic:

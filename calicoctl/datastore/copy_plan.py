@@ -1,7 +1,7 @@
 """Calculates the writes that copy the data of one store to another. Sends no requests.
 
-Keys that expire and agents' reports are not copied, since agents report again. The order of creation is kept: if two
-endpoints claim the same address, the older endpoint has it.
+Not copied are keys that expire, keys about the move itself, and agents' reports, since agents report again. The order
+of creation is kept: if two endpoints claim the same address, the older endpoint has it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ LARGEST_VALUE = 1_500_000
 """The most bytes that a key and its value have together. etcd's v3 API takes requests of 1.5 MiB by default."""
 
 LARGEST_COMMIT = 1_000_000
-"""The most bytes of the keys and values of one commit, unless one of them alone has more."""
+"""The most bytes of the keys and values of one commit. A write that has more by itself is a commit of its own."""
 
 Entries = Mapping[str, Entry]
 """The entries of a store by key."""
@@ -47,7 +47,7 @@ class Difference:
 
 
 def is_data(entry: Entry) -> bool:
-    """Return whether an entry is neither an agent's report nor one of the keys that describe a move between the APIs."""
+    """Return whether an entry is neither an agent's report nor one of the keys about a move between the APIs."""
     own = entry.key in (keys.READY, keys.UNUSED_COPY, keys.COPIED_REVISION)
     return not (own or entry.key.startswith(keys.FELIX_HOSTS + "/"))
 

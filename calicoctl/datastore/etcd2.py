@@ -294,7 +294,7 @@ class _Connection:
     def request(self, key: str, send: Callable[[etcd.Client, str], T], directory: bool = False) -> T:
         """Call `send` with python-etcd's client and the URL-quoted key; return the result.
 
-        With `directory`, the answer may have up to LARGEST_DIRECTORY bytes, otherwise up to LARGEST_VALUE. Raises
+        The answer may have up to LARGEST_DIRECTORY bytes if `directory` is true, and LARGEST_VALUE if not. Raises
         python-etcd's exception for an error that callers handle, such as a missing key or a failed comparison. Raises
         StoreError, WatchExpired or InvalidValue for other errors of etcd, RequestFailed (members.py) if there is no
         answer or no leader, and StoreUnavailable if this host lacks memory or file descriptors.
@@ -443,9 +443,9 @@ def _child_keys(client: etcd.Client, path: str) -> list[str]:
 
 
 def _confirm_quorum(client: etcd.Client, path: str) -> None:
-    """Check by a quorum read that a member is not partitioned from the others, since it would then see no changes.
+    """Check by a quorum read that a member is not partitioned from the others.
 
-    Raises python-etcd's exceptions if the read fails.
+    A partitioned member answers a watch as if there were no changes. Raises python-etcd's exceptions if the read fails.
     """
     import etcd
 

@@ -112,9 +112,9 @@ class _Reading:
 class _Found:
     """The entries that are read below a directory, bounded to a total size of LARGEST_READ.
 
-    A part of the directory is all that has the same name directly in it, such as `/calico/bgp` and everything below in
-    the directory `/calico`. If the entries become too large, those of the largest part are dropped. So a program that
-    writes too much below one name does not hide the other parts.
+    Each name directly in the directory makes a part: in the directory `/calico`, for example, the key `/calico/bgp` and
+    all keys below it are one part. If the entries become too large, those of the largest part are dropped. So a program
+    that writes too much below one name does not hide the other parts.
     """
 
     def __init__(self, directory: str) -> None:
@@ -461,11 +461,11 @@ class Etcd3Store:
         return self._ask("/v3/kv/range", _key(key), key, parse)
 
     def _list(self, directory: str, item: Item) -> tuple[list[Entry], int]:
-        """Return `item(kv)` for each key below a directory, without None, and the revision at which all keys were read.
+        """Return `item(kv)` for each key below a directory, and the revision at which all keys were read.
 
         `kv` is the JSON object of a key. If the key's value is too large to be read, `kv` has no value, and a field
-        "problem". If there is too much to be read below the directory, the largest part is left out, and an Entry with
-        a `problem` stands for it: see _Found.
+        "problem". A key for which `item` returns None is left out. If there is too much to be read below the directory,
+        the largest part is left out, and an Entry with a `problem` stands for it: see _Found.
 
         All pages are read at the revision of the first one. If that revision is compacted before the last page is read,
         the directory is read again with larger pages. The last attempt needs only one page, unless that is too large.
@@ -555,9 +555,9 @@ class Etcd3Store:
 
 @contextmanager
 def _translated(connection: Connection, key: str) -> Iterator[None]:
-    """Convert an ErrorAnswer to a StoreError, and so exceptions that arise from JSON of unexpected shape.
+    """Convert an ErrorAnswer to a StoreError; convert other exceptions, which JSON of unexpected shape causes, as well.
 
-    `key` is the key that the error's message names.
+    `key` is the key that the message of the StoreError names.
     """
     try:
         yield
@@ -674,9 +674,10 @@ def _ranges(answer: Any, count: int) -> list[Any]:
 
 
 def _gaps(directory: str, but: Collection[str]) -> list[tuple[bytes, bytes]]:
-    """Return ranges, as (first key, end), that together contain the keys below `directory`, except some.
+    """Return ranges, as (first key, end), that together contain all keys below `directory` except those of `but`.
 
-    The exceptions are the keys called as in `but` directly in the directory, and all keys below those.
+    `but` are names directly in the directory: the key with such a name, and all keys below it, are in none of the
+    ranges.
     """
     start, end = below(directory)
     gaps = []

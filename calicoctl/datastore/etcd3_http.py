@@ -57,7 +57,8 @@ _BAD_HANDSHAKE = "authentication handshake failed"
 """Part of the message of a permanent UNAVAILABLE: etcd's gateway cannot connect to its own member by TLS."""
 
 _REFUSED_CERTIFICATE = re.compile("ALERT.*(CERT|UNKNOWN_CA)")
-"""The reason of a TLS error if the other end refuses the certificate, or that there is none: it has read no request."""
+"""Matches the reason of a TLS error if the member refuses this host's certificate, or requires one and gets none.
+The member has then read no request."""
 
 _GARBLED = (
     "SSLError",
@@ -260,7 +261,11 @@ class Connection:
             raise kind(f"{self.url} did not answer ({why(error)})", type(error).__name__ in _GARBLED) from error
 
     def _parsed(self, status: int, content: bytes) -> dict[str, Any]:
-        """Return the JSON object in an answer; raise ErrorAnswer, Unanswered or StoreError for an error."""
+        """Return the JSON object in an answer with the HTTP status `status` and the body `content`.
+
+        If the answer reports an error, raises Unanswered if a retry may succeed, and ErrorAnswer if it cannot. Raises
+        StoreError if the answer is not etcd's, or if etcd does not accept this host's certificate over HTTP.
+        """
         try:
             answer = json.loads(content)
             error = _error(answer)
@@ -350,7 +355,7 @@ class Stream:
         raise ConnectionLost(f"{self._member.url} has ended the stream ({' '.join(text.split())[:120]})")
 
     def _part(self) -> bytes:
-        """Return the next bytes of the answer, at most PART. Raises OSError or HTTPException, also if it has ended."""
+        """Return the next bytes of the answer, at most PART. Raises OSError or HTTPException, also at its end."""
         # http.client leaves the end of a chunk unread, which would look like the beginning of the next message
         file = self._response.fp
         if not self._response.chunked:
