@@ -59,9 +59,9 @@ class Backends:
     def choose(self, before: Choice | None) -> Choice:
         """Return which API to use.
 
-        `before` is the caller's previous choice, which is checked again by a request. If it is None, and this process
-        has chosen less than FRESH seconds ago, that choice is returned without a request. Raises StoreError if no API
-        may be used, and InvalidValue if the key Ready is neither `true` nor `false`.
+        `before` is the caller's previous choice, which is checked again by a request; None if there is none. If it is
+        None, the choice that `latest` returns is used without a request if it is at most FRESH seconds old. Raises
+        StoreError if no API may be used, and InvalidValue if the key Ready is neither `true` nor `false`.
         """
         latest = self.latest()
         if before is None and latest is not None and time.monotonic() - latest.at <= FRESH:

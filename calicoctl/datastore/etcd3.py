@@ -165,7 +165,10 @@ class Etcd3Store:
         self._renewed: dict[int, float] = {}
         """Time to live -> when the last request that has renewed its lease was sent (monotonic)."""
         self._early: dict[str, OpenWatch | None] = {}
-        """Directory whose watch has expired -> the watch that was opened before the directory was read again."""
+        """Directory of which a watch has expired -> the watch that was opened before the directory was read again.
+
+        The value is None before that, and after `watch` has taken the watch.
+        """
 
     # Reads
 
@@ -400,11 +403,11 @@ class Etcd3Store:
             close()
 
     def _opened_early(self, directory: str) -> OpenWatch | None:
-        """If the last watch of the directory has expired, open a watch of the changes from now on, and return it.
+        """If a watch of the directory has expired before, open a watch of the changes from now on, and return it.
 
-        Called before the directory is read again. If the store is compacted very often, a watch that is opened after
-        the read comes too late: the changes since the read are compacted already. A watch that is opened before the
-        read receives them. Returns None if the last watch has not expired, or if there was none.
+        Called before the directory is read. If the store is compacted very often, a watch that is opened after the read
+        comes too late: the changes since the read are compacted already. A watch that is opened before the read
+        receives them. Returns None if no watch of the directory has expired.
         """
         if directory not in self._early:
             return None
