@@ -1,6 +1,7 @@
 """The grammar of the command line: the list of commands, and the parser of command lines.
 
-The grammar of a command is the docstring of its module in calicoctl/commands. Only `grammar_of` imports that module.
+The grammar of a command is the docstring of its module in calicoctl/commands. Of the functions here, only `grammar_of`
+imports a command's module.
 """
 
 from __future__ import annotations

@@ -21,8 +21,10 @@ class WorkQueue(Generic[K]):
     """Keys to process, each with the time at which it is due. Not thread-safe.
 
     A key waits from the time it is added until `take` returns it. Then it is in progress until `done` is called. It may
-    be added again while it is in progress. A key is marked as failed from the call of `back_off` until `done` or
-    `reset_backoff` is called.
+    be added again while it is in progress.
+
+    `back_off` marks a key as failed, and sets the time at which the key's backoff ends. The mark and the backoff stay
+    until `done` or `reset_backoff` is called. Only `add_after_backoff` respects the backoff.
 
     Each key belongs to a group, and each group has a number of workers: at most that many keys of the group are in
     progress. Times are seconds of any monotonic clock, which the caller reads.
@@ -53,7 +55,7 @@ class WorkQueue(Generic[K]):
         return key in self._in_progress
 
     def add(self, key: K, at: float, last: bool = False) -> None:
-        """Add a key that is due at the time `at`, even if the end of its backoff is later.
+        """Add a key that is due at the time `at`, even if its backoff ends later.
 
         If the key already waits, the earlier of its two due times counts. `take` returns a key that was added with
         `last` after all other keys. A key that is added several times while it waits counts as added with `last` only
@@ -66,7 +68,7 @@ class WorkQueue(Generic[K]):
         self._due[key] = min(at, self._due.get(key, at))
 
     def add_after_backoff(self, key: K, at: float, last: bool = False) -> None:
-        """Add a key that is due at the time `at`, or at the end of its backoff if that is later.
+        """Add a key that is due at the time `at`, or at the end of the key's backoff if that is later.
 
         If the key already waits, the earlier of its two due times counts. For `last`, see `add`.
         """
@@ -85,7 +87,7 @@ class WorkQueue(Generic[K]):
         self._backoff.pop(key, None)
 
     def retry_now(self, group: str, now: float) -> None:
-        """Set the due time of each waiting key of a group that is marked as failed to `now`. The marks stay."""
+        """Make each waiting key of a group that is marked as failed due at the time `now`. The marks stay."""
         for key in self._due:
             if key in self._backoff and self._group_of(key) == group:
                 self._due[key] = now

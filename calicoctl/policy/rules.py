@@ -1,4 +1,7 @@
-"""Parses, formats and validates the rules of profiles, which are text on the command line, and JSON in the store."""
+"""Parses, formats and validates the rules of profiles.
+
+A rule is text or JSON on the command line, and JSON in files and in the store.
+"""
 
 from __future__ import annotations
 
@@ -231,9 +234,10 @@ def _text(value: Any, name: str) -> str:
 
 
 def check_rules(profile: str, text: str) -> Rules:
-    """Return the rules of the profile `profile` in `text`, JSON from the user. Raises CalicoError if it is invalid.
+    """Return the rules of the profile `profile` that `text`, JSON from the user, contains.
 
-    Rules for another profile are invalid, and so are rules that match no packet.
+    Raises CalicoError if `text` is not the JSON of a profile's rules, if it contains the rules of another profile, or
+    if any rule is invalid or matches no packet.
     """
     try:
         data = json.loads(text)

@@ -1,4 +1,4 @@
-"""Stores, in files, which workloads are connected on this host. The agent creates interfaces only for these.
+"""Stores, in files, which workloads are connected on this host. The agent creates interfaces only for these workloads.
 
 A connected workload has a file /var/lib/calico/HOST/workloads/ORCHESTRATOR/ID (see file_name). The file is removed when
 the workload is disconnected or no longer exists. It survives reboots, and the loss of etcd's data. A namespace's file

@@ -1,12 +1,12 @@
 """Finds the workloads that an older version of this program connected on this host, and writes their files.
 
-The files say which workloads are connected (connected.py); the older version did not write them. The agent calls this
-module until the file ORCHESTRATOR.learned exists.
+The files say which workloads are connected (connected.py); the older version did not write them. The agent uses this
+module once for each orchestrator: until the file ORCHESTRATOR.learned exists.
 
 A workload is wired if it has an endpoint whose interface exists on this host and leads into the workload's namespace.
-A wired workload counts as connected. So does a container with an endpoint that was created with --net=none and has an
-address in IPAM on this host: it need not be wired, since a reboot removes its interface. Namespaces' paths are not read
-from the store, where others may have written them.
+A workload that is wired counts as connected. A container need not be wired, since a reboot removes its interface: it
+also counts as connected if it has an endpoint, was created with --net=none, and has an address in IPAM on this host.
+The paths of namespaces are not read from the store, where others may have written them.
 """
 
 from __future__ import annotations

@@ -33,7 +33,10 @@ class WorkloadLock:
     """
 
     def __init__(self, host: str, orchestrator: str, workload: str, wait: bool = True) -> None:
-        """`workload` is the workload's id. With `wait`, `with` waits up to PATIENCE seconds for the lock."""
+        """`workload` is the workload's id. If the lock is held, `with` waits for it up to PATIENCE seconds.
+
+        If `wait` is False, it does not wait.
+        """
         self._directory = DIRECTORY / host
         self._workload = workload
         name = f"{orchestrator}.{file_name(workload)}"
@@ -46,7 +49,8 @@ class WorkloadLock:
     def __enter__(self) -> WorkloadLock:
         """Acquire the lock. Raises CalicoError if the lock file cannot be used.
 
-        Raises Conflict if another process holds the lock, with `wait` only after PATIENCE seconds.
+        Raises Conflict if the lock is held: without `wait` at once, with `wait` if it is still held after PATIENCE
+        seconds.
         """
         give_up = time.monotonic() + (PATIENCE if self._wait else 0)
 

@@ -1,7 +1,9 @@
-"""Determines the MTU of workloads' interfaces: the underlay's MTU or, in a pool with VXLAN, that minus the headers.
+"""Determines the MTU of workloads' interfaces.
 
 The underlay is the network that carries packets between hosts. Its MTU is the MTU of the interface that has this host's
-registered address. If the setting `MTU` (datastore/config.py) is valid, its value is used instead.
+registered address. For addresses in pools without VXLAN, a workload's interface has the MTU of the underlay; for
+addresses in pools with VXLAN, the bytes that VXLAN adds to a packet are subtracted. If the setting `MTU`
+(datastore/config.py) is valid, its value is used instead.
 """
 
 from __future__ import annotations
@@ -43,10 +45,10 @@ _SIOCGIFMTU = 0x8921
 class Underlay:
     """The interface through which packets from an address of this host leave to other hosts, and its MTU.
 
-    `is_present` says whether any interface has the address. `interface` is the index of this interface; None if no
-    interface has the address, or if only the loopback interface has it. `mtu` is the MTU of this interface or, if
-    `interface` is None, the MTU of the default route's interface. It is DEFAULT if there is no default route either, or
-    if the interface was deleted while it was read.
+    `is_present` says whether any interface has the address. `interface` is the index of the interface that has it; None
+    if none has it, or if it is the loopback interface. `mtu` is the MTU of that interface or, if `interface` is None,
+    the MTU of the default route's interface. `mtu` is DEFAULT if there is no default route either, or if the interface
+    was deleted before its MTU was read.
     """
 
     interface: int | None = None

@@ -96,10 +96,10 @@ class Loopback:
 
 @dataclass
 class Inspection:
-    """What `inspect` has found in a namespace: its default routes, and the state of its loopback interface.
+    """The default routes of a namespace, and the state of its loopback interface.
 
-    `default_routes` contains the first default route of each IP version that has one, as text such as
-    `via ADDRESS dev INTERFACE`.
+    `default_routes` maps an IP version to the first default route of this version, as text such as
+    `via ADDRESS dev INTERFACE`. A version without a default route is left out.
     """
 
     default_routes: dict[int, str] = field(default_factory=dict)
@@ -185,7 +185,7 @@ class Namespace:
         return outcome["result"]  # type: ignore[no-any-return]
 
     def inspect(self) -> Inspection:
-        """Return the result of the function `inspect` for this namespace."""
+        """Return the default routes of this namespace, and the state of its loopback interface."""
         with _explained(f"{self.name}: reading its routes"):
             return self.run(inspect)
 
@@ -197,7 +197,7 @@ class Namespace:
     def own_end(self, host_end: Interface) -> Interface | None:
         """Return the other end of the veth `host_end`, an interface of the host.
 
-        Returns None if the other end is not in this namespace, or if `host_end` is not a veth or was deleted.
+        Returns None if the other end is not in this namespace, if `host_end` is not a veth, or if it was deleted.
         """
         from pyroute2.iproute.linux import IPRoute
 
@@ -343,8 +343,8 @@ class Namespace:
 def create_veth(name: str, namespace: Namespace, interface: str, mtu: int, mac: str | None = None) -> None:
     """Create a veth pair: one end, `name`, on the host, and the other, `interface`, in `namespace`. Both ends are down.
 
-    `mac` is the MAC of the end in the namespace; None lets the kernel choose one. The other MAC is HOST_MAC. If
-    NamespaceError is raised, no pair was created.
+    `mac` is the MAC of the end in the namespace; None lets the kernel choose one. The MAC of the end on the host is
+    HOST_MAC. If NamespaceError is raised, no pair was created.
     """
     from pyroute2.iproute.linux import IPRoute
 

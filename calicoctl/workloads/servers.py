@@ -31,7 +31,7 @@ def current(members: Iterable[str]) -> Servers:
 def resolved(name: str) -> frozenset[str]:
     """Return the canonical addresses of a host name; an empty set if the name cannot be resolved.
 
-    `name` may also be an IP address, which is then returned. An IPv6 address may be in brackets.
+    `name` may also be an IP address, which the result then contains. An IPv6 address may be in brackets.
     """
     with suppress(OSError, UnicodeError):  # of an invalid or unknown name
         found = socket.getaddrinfo(name.strip("[]"), None, type=socket.SOCK_STREAM)
@@ -40,10 +40,10 @@ def resolved(name: str) -> frozenset[str]:
 
 
 def dns_servers(paths: Iterable[str] = RESOLV_CONF) -> frozenset[str]:
-    """Return the canonical addresses of the DNS servers that the files at `paths`, in the format of resolv.conf, name.
+    """Return the canonical addresses of the DNS servers that are named in the files at `paths`.
 
-    Files that cannot be read are skipped. Sources: resolv.conf(5), and systemd-resolved.service(8) for the second file
-    of RESOLV_CONF.
+    The files have the format of resolv.conf(5). Files that cannot be read are skipped. Source, for the second file of
+    RESOLV_CONF: systemd-resolved.service(8).
     """
     lines = []
     for path in paths:

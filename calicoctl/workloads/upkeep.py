@@ -57,7 +57,7 @@ class Action:
 
 
 class NotConnectedHere(CalicoError):
-    """A workload has an endpoint in the store, but connected.py does not know it as connected on this host."""
+    """A workload has an endpoint in the store, but no file that says that it was connected here (connected.py)."""
 
     def __init__(self, id: str) -> None:
         super().__init__(f"nobody has connected {id} on this host")
@@ -82,19 +82,24 @@ def reconcile(
 ) -> Iterator[Action]:
     """Reconcile a workload's endpoints, interfaces and addresses with its state; yield each action after it is done.
 
-    Does nothing for a workload that is not managed (see is_managed). If the workload is RUNNING, its interface is
-    recreated if it is missing, and its endpoint becomes active. If it is STOPPED, its interfaces are deleted, and its
-    endpoints become inactive. `may_collect` is called with the workload's state. If the state is MISSING or GONE and
-    `may_collect` returns True, the workload is garbage-collected: its endpoints, interfaces and addresses are removed.
-    If `may_collect` returns False, its endpoints become inactive. Addresses of the workload that no endpoint lists were
-    left by an interrupted command; they are released, unless the workload is kept although it is MISSING or GONE.
+    Does nothing for a workload that is not managed (see is_managed). What is done depends on the workload's state:
 
-    `removed` says that the engine has reported the removal of the container. If it is False, and the container is GONE,
-    but runs under another engine, CalicoError is raised.
+    * RUNNING: its interface is recreated if it is missing, and its endpoint becomes active.
+    * STOPPED: its interfaces are deleted, and its endpoints become inactive.
+    * MISSING or GONE: if `may_collect` returns True, the workload is garbage-collected, that is, its endpoints,
+      interfaces and addresses are removed. If `may_collect` returns False, its endpoints become inactive.
 
-    Raises NotConnectedHere if connected.py does not know the workload, and it is either a namespace with an endpoint or
-    a running container without its interface. Raises Conflict if another process holds the workload's lock,
-    DockerUnavailable or NamespaceError if the workload's state cannot be determined, and CalicoError if a change fails.
+    `may_collect` is called with the state; its result has no effect if the workload is RUNNING or STOPPED. Addresses
+    that no endpoint lists, which an interrupted command has left, are released if the workload is RUNNING or STOPPED,
+    or has no endpoint.
+
+    `removed` says that the engine has reported the removal of the container. If `removed` is False, and the container
+    is GONE, but runs under another engine, CalicoError is raised.
+
+    Raises NotConnectedHere for a namespace with an endpoint, and for a running container without its interface, if the
+    workload has no file that says that it was connected here (connected.py). Raises Conflict if another process holds
+    the workload's lock, DockerUnavailable or NamespaceError if the workload's state cannot be determined, and
+    CalicoError if a change fails.
     """
     if not is_managed(orchestrator, id) or not _has_anything(datastore, orchestrator, id):
         return
@@ -196,7 +201,7 @@ def _reconcile_running(session: WorkloadSession, held: dict[IPAddress, Owner]) -
     """Reconcile a running workload: its interface, its endpoint's state and its neighbour entries; yield each action.
 
     `held` are the workload's addresses on this host. Those that the endpoint does not list are released. Raises
-    NotConnectedHere if the interface is missing and connected.py does not know the workload. Raises CalicoError if a
+    NotConnectedHere if the interface is missing and the workload has no file (connected.py). Raises CalicoError if a
     change fails.
     """
     datastore, workload, endpoint = session.datastore, session.workload, session.only_endpoint()
@@ -360,8 +365,8 @@ def restore_address(datastore: DatastoreClient, id: EndpointId, address: str) ->
     """Assign a free address to the workload whose endpoint lists it; return whether the address was assigned.
 
     `id` is the id of the endpoint, which must be on this host. Returns False if the address is assigned already, or if
-    the endpoint does not list it any more. Raises CalicoError, in particular if the address is one of this host, one of
-    its gateways or another address in use (Reserved.user).
+    the endpoint does not list it any more. Raises CalicoError, in particular if the address is used by something else,
+    such as this host or one of its gateways (Reserved.user).
     """
     from calicoctl.datastore.blocks import Owner
 

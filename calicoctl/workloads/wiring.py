@@ -53,9 +53,9 @@ DEFAULT_INTERFACE = "eth1"
 
 @dataclass(frozen=True)
 class AddressRequest:
-    """A request for an address: for `address`, or for any address of the pool `cidr`, or for any of the IP `version`.
+    """A request for an address: for `address` if it is set, or for any address of the pool `cidr` if that is set.
 
-    At most one of `address` and `cidr` is set. `version` is always set.
+    If neither is set, any address of the IP version `version` is requested. `version` is always set.
     """
 
     version: int
@@ -121,9 +121,9 @@ class AddressRequest:
 class Terms:
     """The data that is needed to assign a new address for a request, and to configure it.
 
-    `next_hop` is the gateway of the workload's default route. `reserved` are the addresses that no workload must have.
-    The address may be from any of `pools`. `mtu` is the value of the setting MTU, None if it is not set. `affine` are
-    the names of the blocks with affinity to this host; None if a certain address is requested.
+    `next_hop` is the gateway of the workload's default route. `reserved` are the addresses that workloads on this host
+    must not have. The address may be from any of `pools`. `mtu` is the value of the setting MTU, None if it is not set.
+    `affine` are the names of the blocks with affinity to this host; None if a certain address is requested.
     """
 
     next_hop: str
@@ -190,14 +190,14 @@ def connect(
 ) -> Attachment:
     """Connect a workload, or re-attach a workload that has lost its interface. Raises CalicoError, after a rollback.
 
-    `interface` is the name that the interface has inside the workload; None means its previous name or, for a workload
-    without an endpoint, DEFAULT_INTERFACE.
+    `interface` is the name that the interface gets inside the workload; None means its previous name or, if that is not
+    known, DEFAULT_INTERFACE.
 
     If the workload is connected already, CalicoError is raised. With `exist_ok`, its Attachment is returned instead if
     it has an address that satisfies the request, and its interface has the name `interface` (None: any name).
 
     If the workload's path is that of a process, such as /proc/PID/ns/net, and another process has the process id now,
-    the endpoint that was connected under this path is removed first, with its interface and addresses.
+    the endpoint of the earlier process is removed first, with its interface and addresses.
     """
     with WorkloadSession.enter(datastore, workload) as session:
         session.clear_after_another_process()
@@ -257,8 +257,8 @@ def reattach(
     none, the name is `interface` or, if that is None, DEFAULT_INTERFACE.
 
     Returns an Attachment with the endpoint's first address that satisfies `request` (None: any address). If the
-    endpoint has no addresses, a new one that satisfies `request` is assigned. If `request` is None then, the interface
-    is recreated without an address, and None is returned.
+    endpoint has no addresses, one that satisfies `request` is assigned to it. If it has none and `request` is None, the
+    interface is recreated without an address, and None is returned.
 
     Raises CalicoError if the endpoint has addresses, but none satisfies `request`; if `interface` is not the name in
     the attributes; or if a step fails, after a rollback.
@@ -333,8 +333,8 @@ def disconnect(datastore: DatastoreClient, workload: Workload) -> None:
     stays removed, and a further call removes the rest. Raises CalicoError also, and removes nothing, if the workload is
     a namespace, and what is connected under its id belongs to a namespace with another path.
 
-    If a block that the workload's handle names is invalid, this block and the handle are not changed. Everything else
-    is removed, and then CalicoError is raised.
+    If a block that the workload's handle names is invalid, the block is not changed, and the handle is kept. Everything
+    else is removed, and then CalicoError is raised.
     """
     with WorkloadLock(datastore.host, workload.orchestrator, workload.id) as lock:
         stored = datastore.read_workload(workload.handle, workload.stored_as)
@@ -505,9 +505,10 @@ class WorkloadSession:
     """A locked workload with its open namespace, if it has one, and its state in the store and in the kernel.
 
     `endpoint` is the workload's endpoint, None if it has none. `held` maps the addresses of the workload's handle on
-    this host to their owners. `holding` is the ipam.Holding that contains them, None if there are none. `handle` is the
-    entry of the handle, None if there is no such handle. `known` is the result of connected.get. `host_mac` is the MAC
-    of the host end of the veth pair: HOST_MAC until `attached_interface` has read it from the kernel.
+    this host to their owners, and `holding` is the result of Ipam.holding that contains them, which may be None.
+    `handle` is the entry of the handle, None if there is no such handle. `known` is the result of connected.get.
+    `host_mac` is the MAC of the host end of the veth pair: HOST_MAC until `attached_interface` has read it from the
+    kernel.
     """
 
     def __init__(
@@ -591,7 +592,7 @@ class WorkloadSession:
     def attached_interface(self, also_down: bool = False) -> str | None:
         """Return the name of the interface inside the workload that is the endpoint's veth; None if there is none.
 
-        With `also_down`, an interface whose host end is down counts, too. Sets `host_mac` if the host end exists.
+        With `also_down`, an interface whose host end is down counts, too. `host_mac` is set to the MAC of the host end.
         """
         host_end = netns.find_interface(self.endpoint.id.interface) if self.endpoint is not None else None
         if host_end is None or not (host_end.up or also_down):
@@ -697,7 +698,7 @@ class WorkloadSession:
     def remember(self, undo: Callable[..., object] | None = None) -> None:
         """Write the workload's file, which says that it is connected on this host (connected.py). Raises CalicoError.
 
-        `undo` is from _rollback_on_failure: then a rollback removes the file, unless it existed before.
+        If `undo`, from _rollback_on_failure, is given, a rollback removes the file, unless it existed before.
         """
         key, path = (self.datastore.host, self.workload.orchestrator, self.workload.id), self.workload.path or ""
         if undo is not None and self.known is None:
@@ -820,9 +821,9 @@ def _adopt(
 ) -> tuple[IPAddress | None, EndpointId]:
     """Keep one of the addresses that an interrupted command has assigned to the workload, and release the others.
 
-    An address can be kept if it satisfies `request`, and its attributes are those of a new address, also with the name
-    `interface`. Returns the address, and the endpoint id in its attributes. If no address can be kept, returns None and
-    a new endpoint id.
+    An address can be kept if it can be used for `request` (see _usable), and if its attributes are those that a new
+    address would get: among others, the interface's name `interface`. Returns the address that is kept, and the
+    endpoint id in its attributes. If no address can be kept, returns None and a new endpoint id.
     """
     workload = session.workload
     kept, kept_id = None, EndpointId(session.datastore.host, workload.orchestrator, workload.id, _new_endpoint())
@@ -999,7 +1000,7 @@ def interfaces_of(held: dict[IPAddress, Owner]) -> set[str]:
 
 
 def paths_of(held: dict[IPAddress, Owner]) -> list[object]:
-    """Return the namespace's path in the attributes of each address in `held`; None for a container's address.
+    """Return, for each address in `held`, the namespace's path in its attributes; None for a container's address.
 
     The values are returned as they are stored, even if they are not strings.
     """

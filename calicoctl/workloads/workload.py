@@ -129,7 +129,7 @@ def find_state(orchestrator: str, id: str, path: str, started: str | None) -> tu
 
 
 def namespace_at(path: str) -> tuple[int, int] | None:
-    """Return the device and inode numbers, which identify it, of the network namespace at a path.
+    """Return the identity of the network namespace at a path: its device number and its inode number.
 
     Returns None if there is no network namespace at the path. Raises NamespaceError if the path cannot be read.
     """
@@ -245,8 +245,9 @@ def find_connected(name: str, datastore: DatastoreClient) -> Workload:
 
     If `find` raises NoSuchContainer or DockerUnavailable, containers whose ids begin with `name` are searched in the
     store. If there are none, containers whose name is `name` are searched in the store and in the marks of interrupted
-    changes on this host; but a container that Docker knows has another name now, and is left out. If no container is
-    found, the exception of `find` is raised. If several are found, CalicoError is raised.
+    changes on this host. After NoSuchContainer, those that Docker knows by their id are left out of this search: they
+    have another name now. If no container is found, the exception of `find` is raised. If several are found,
+    CalicoError is raised.
     """
     try:
         workload = find(name)
@@ -313,7 +314,7 @@ def refuse_other_path(workload: Workload, *paths: object) -> None:
 
 
 def refuse_others_endpoint(datastore: DatastoreClient, workload: Workload, endpoint: Endpoint) -> None:
-    """Raise CalicoError if `workload` is a namespace, and `endpoint` belongs to another one with the same id.
+    """Raise CalicoError if `workload` is a namespace, and `endpoint` belongs to another namespace with the same id.
 
     This is so if the attributes of the endpoint's first address contain another path.
     """
