@@ -137,7 +137,7 @@ def bounded_here(size: int) -> Iterator[Bounds]:
 class Answer(http.client.HTTPResponse):
     """An HTTP answer, which is bounded if it is created inside `bounded_here` or `bounded`.
 
-    Connections of http.client and urllib3 create answers of the class in their attribute `response_class`.
+    Connections of http.client and urllib3 create such answers if their attribute `response_class` is this class.
     """
 
     def __init__(self, sock: Any, *arguments: Any, **options: Any) -> None:

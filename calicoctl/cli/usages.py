@@ -16,7 +16,7 @@ Node = Any
 
 @dataclass(frozen=True)
 class Usage:
-    """One usage of a command: its text, with continuation lines, and its tree."""
+    """One usage of a command: its text, including continuation lines, and the tree into which docopt parses it."""
 
     text: str
     tree: Node

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StoredWorkload:
-    """The entry of a workload's handle, None if there is no handle, and the entries of its endpoints, by id."""
+    """What the store has of a workload: the entry of its handle (None: no handle), and its endpoints' entries by id."""
 
     handle: Entry | None
     endpoints: dict[EndpointId, Entry]
@@ -46,9 +46,9 @@ class StoredWorkload:
 class AddressFacts:
     """The data from the store that is needed to assign an address to a workload.
 
-    `hosts` are the entries below keys.BGP_HOSTS, `pools` the entries of the pools of the address's IP version. `mtu` is
-    the setting MTU, None if it is not set. `affine` are the names (last parts of keys) of the blocks with affinity to
-    this host, None if they were not read.
+    `hosts` are the entries below keys.BGP_HOSTS. `pools` are the entries of the pools of the address's IP version.
+    `mtu` is the setting MTU, None if it is not set. `affine` are the names (last parts of keys) of the blocks with
+    affinity to this host, None if they were not read.
     """
 
     hosts: list[Entry]

@@ -29,8 +29,8 @@ Entries = Mapping[str, Entry]
 class Difference:
     """The keys by which a first store differs from a second one.
 
-    `added` exist only in the first store, and `removed` only in the second. `changed` exist in both, with different
-    values.
+    The keys `added` exist only in the first store. The keys `removed` exist only in the second one. The keys `changed`
+    exist in both, with different values.
     """
 
     added: list[str]

@@ -28,8 +28,8 @@ class Shown:
     """The state of Calico's data in one API of etcd.
 
     `served` says whether the servers have this API. `ready` is the value of the key Ready, None if there is no such
-    key. `refused` is the error if etcd refused to return the key. `foreign` says whether there is data of Calico 3; it
-    is determined for v3 only.
+    key. If etcd refused to return the key, `refused` is the error, and `ready` is None. `foreign` says whether there is
+    data of Calico 3; it is determined for v3 only.
     """
 
     served: bool = True
