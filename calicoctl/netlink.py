@@ -207,7 +207,7 @@ def _route(family: int, body: bytes) -> Route:
 class Neighbour:
     """An entry of the neighbour table for the interface with the index `index`: a permanent entry, or a proxy entry.
 
-    `mac` is None for a proxy entry.
+    `mac` is None if the entry has no MAC, as a proxy entry has none.
     """
 
     index: int

@@ -32,8 +32,8 @@ def read(others: Collection[str] = (), workloads: Collection[str] = ()) -> HostN
     """Read the addresses, networks and routes in this process's network namespace. Raises CalicoError.
 
     `others` are the addresses of other hosts and BGP peers; `workloads` contains one address of each IPAM block of
-    other hosts. They only have an effect on three fields of the result: `reached` and `macs` are derived from both,
-    `routed` from `others`.
+    other hosts. Only three fields of the result depend on these arguments: `reached` and `macs` on both, `routed` on
+    `others`.
     """
     with _explained():
         return _read(others, workloads)

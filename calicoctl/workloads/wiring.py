@@ -681,9 +681,10 @@ class WorkloadSession:
             self.refresh()
 
     def clear_after_another_process(self) -> None:
-        """Disconnect the workload if its path leads through another process now than when it was connected.
+        """Disconnect the workload if its path leads through another process now than when the workload was connected.
 
-        The workload stays connected if its veth pair still leads into the namespace at the path.
+        If the earlier process is not known, the process of now counts as another one. In both cases, the workload stays
+        connected if its veth pair still leads into the namespace at the path.
         """
         now = process_started(self.workload.path or "")
         if (
