@@ -197,7 +197,7 @@ class Health:
         self.last_error = {"time": now(), "error": sentence}
 
     def record(self, failure: Failure) -> None:
-        """Note a failure that has a subject or, if `why` is None, its end. It is logged when it begins or changes.
+        """Store a failure that has a subject, or remove it if `why` is None. Log it when it begins or changes.
 
         A failure without a subject does not last: it is only logged, and stored as the last error.
         """
@@ -212,7 +212,7 @@ class Health:
             self.error(failure.why)
 
     def counts(self) -> dict[str, int]:
-        """Return the number of endpoints by status. `stopped` endpoints are also counted as `down`."""
+        """Return the number of endpoints by status. Stopped endpoints are counted as `down`, and again as `stopped`."""
         counts = {"up": 0, "down": 0, "error": 0, "stopped": 0}
         for status in list(self.endpoints.values()):  # the thread that serves metrics calls this, too
             counts[status.status] += 1

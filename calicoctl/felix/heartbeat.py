@@ -196,9 +196,9 @@ class Heartbeat:
         """After the store has refused a write, read the status again, and determine who has written it.
 
         If the status has expired, this agent creates it anew. If it has this agent's identity, the previous agent or
-        `claim` has written it, and this agent renews it from now on. But if that happens at two heartbeats in a row,
-        another agent on this machine writes it, for example in a container. Then, or if the status has another
-        identity, `_replaced_by` is set.
+        `claim` has written it, and this agent renews it from now on. But if it was written with this agent's identity
+        before each of two heartbeats in a row, another agent on this machine writes it, for example in a container. In
+        that case, and if the status has another identity, `_replaced_by` is set.
         """
         self._lasting = None
         self._entry, self._api = self._datastore.statuses.of_host(), self._current_api()

@@ -29,7 +29,10 @@ class NetworkMonitor:
     """Reads the host's network after it may have changed. Runs in the agent's thread."""
 
     def __init__(self, snapshot: Snapshot, health: Health, reading: Callable[[], None]) -> None:
-        """`reading` is called before each read. It must have GatewaysChanged emitted at the next change of routes."""
+        """`reading` is called before each read of the host's network.
+
+        It must ensure that the next change of routes emits GatewaysChanged again.
+        """
         self._snapshot = snapshot
         self._health = health
         self._reading = reading

@@ -30,7 +30,7 @@ class PendingChanges:
         self._emit = emit
         self._taken = threading.Condition()
         self._number = 0
-        """Of the last event. Those before it have nothing to take."""
+        """The number of the last event. Earlier events have nothing to take."""
         self._is_taken = True
         """Whether the last event was taken."""
         self._read: StoreRead | None = None
@@ -96,7 +96,7 @@ def _characters(change: Change) -> int:
 def _remaining(changes: Iterable[Change]) -> list[Change]:
     """Return the changes, in order, without those that a later deletion of a directory makes irrelevant.
 
-    Such a deletion removes its key and all keys below it, so earlier changes of these keys are left out.
+    The deletion of a directory deletes its key and all keys below it, so earlier changes of these keys are left out.
     """
     remaining: list[Change] = []
     deleted: set[str] = set()

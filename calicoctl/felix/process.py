@@ -88,7 +88,7 @@ def leftovers(host: str) -> list[Path]:
 
 
 def remove_directory(host: str) -> None:
-    """Remove the folder of a host's files, then DIRECTORY. A folder that is not empty is not removed."""
+    """Remove the folder of a host's files, then its parent, DIRECTORY. A folder that is not empty is not removed."""
     with suppress(OSError):
         (DIRECTORY / host).rmdir()
         DIRECTORY.rmdir()

@@ -103,7 +103,7 @@ class ReportFile:
 
 
 class _Replaceable:
-    """A file that is replaced as a whole, or overwritten if no more files can be opened."""
+    """A file that is replaced as a whole. If this process cannot open more files, it is overwritten in place."""
 
     def __init__(self, path: Path, mode: int) -> None:
         self._path = path
@@ -238,7 +238,7 @@ class StoreReporter(threading.Thread):
         self._wake.set()
 
     def resync(self) -> None:
-        """Have the thread read the statuses from the store again, and write those that differ."""
+        """Have the thread read the statuses from the store again, and write those that differ from the present ones."""
         with self._lock:
             self._written = None
         self._wake.set()
@@ -278,7 +278,7 @@ class StoreReporter(threading.Thread):
 
     @property
     def _next_beat(self) -> float:
-        """When the next heartbeat is due, by the monotonic clock."""
+        """When the next heartbeat is due (monotonic)."""
         return self._beaten + self._interval
 
     def _beat(self) -> None:

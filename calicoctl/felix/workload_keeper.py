@@ -110,14 +110,13 @@ class EndpointChanged:
 class Compared:
     """The result of `_compare_states` or of `_compare_places`, which workers run.
 
-    `_compare_states` compares containers' endpoints with the engine's list of containers. Then `_compare_places`
-    compares the endpoints for which that found no difference with the network namespaces of their containers.
+    `_compare_states` compares containers' endpoints with the engine's list of containers. `_compare_places` then
+    compares the endpoints that match the list with the network namespaces of their containers.
 
-    `keys` are the workloads with a difference: they must be reconciled. `connected` are the endpoints of running
-    containers for which `_compare_states` found no difference; `_compare_places` leaves it empty. `refused` are the
-    listed containers that have endpoints on this host, although nobody has connected them here; it is None in the
-    result of `_compare_places`, and after a failure. `error` is the exception that ended the comparison, None if there
-    was none.
+    `keys` are the workloads that do not match, and must be reconciled. `connected` are the endpoints of running
+    containers that match the list; `_compare_places` leaves it empty. `refused` are the listed containers that have
+    endpoints on this host, although nobody has connected them here (see connected.py); it is None in the result of
+    `_compare_places`, and after a failure. `error` is the exception that ended the comparison, None if there was none.
     """
 
     keys: list[Key]
@@ -147,8 +146,8 @@ class WorkResult:
     """The result of reconciling a workload: the `actions` that were done, and how it ended.
 
     `error` is the exception that ended it early, None if there was none. `state` is the state of the workload, None if
-    it was not determined. `kept_since` is when the grace period began for which the workload is kept; None if the
-    workload is in no grace period. `seconds` is how long reconciling took.
+    it was not determined. `kept_since` is when the workload's grace period began; None if the workload has none, or if
+    the period is over. `seconds` is how long reconciling took.
     """
 
     key: Key
@@ -609,10 +608,12 @@ class WorkloadKeeper:
             tracked.unreachable_at = now
 
     def _backoff(self, key: Key, tracked: _Tracked, error: Exception, seconds: float) -> None:
-        """Schedule a retry of a workload after `error`. Report the error, unless the last one was the same.
+        """Schedule a retry of a workload after `error`, and report the error.
 
-        The first error after a short attempt is not reported: the retry comes soon, and may succeed. `seconds` is how
-        long the failed attempt took.
+        An error is not reported again if it was the last one reported for the workload, nor if it is a
+        DockerUnavailable while the engine is known to be unavailable. The first error of a workload is not reported if
+        the attempt took less than LOCK_PAUSE: the retry comes soon, and may succeed. `seconds` is how long the failed
+        attempt took.
         """
         pause = max(INTERVAL, seconds)
         if isinstance(error, DockerUnavailable) and self._queue.is_paused(DOCKER):  # which has been logged

@@ -107,7 +107,7 @@ class EndpointManager(Manager):
                 self._context.health.error(str(error))
 
     def restore(self) -> None:
-        """Remove the agent's routes to endpoints whose destination is an address that this host itself needs.
+        """Remove each of the agent's routes to endpoints if its destination is an address that this host itself needs.
 
         For details, see lifeline.take_back_routes. Each removal, and each failure, is reported as an error.
         """
@@ -196,12 +196,11 @@ class EndpointManager(Manager):
                     self._mark_owner(link.name)
 
     def _follow_mac(self, before: Link | None, now: Link) -> None:
-        """If the MAC of an endpoint's interface has changed, request a check of the endpoint's workload.
+        """If the MAC of an endpoint's interface has changed, have the endpoint's workload reconciled.
 
-        `before` and `now` are the former and the present state of the interface. `before` is None if the interface was
-        not known before. An interface with the same name but another index is a new interface, and is ignored. The
-        check is needed because the workload has a neighbour entry for its next hop, which must contain the interface's
-        MAC.
+        The workload has a neighbour entry for its next hop, and the entry must contain the new MAC. `before` and `now`
+        are the former and the present state of the interface. `before` is None if the interface was not known before.
+        If the index has changed, too, the interface was created again, and nothing is done.
         """
         endpoint = self._snapshot.owner(now.name)
         if endpoint and before and before.index == now.index and before.mac != now.mac:

@@ -64,9 +64,9 @@ class HostReconciler(threading.Thread):
         self._requests.put(None)
 
     def end(self) -> None:
-        """End the thread. If the thread is in the middle of a check, wait until the check has ended.
+        """End the thread. If the thread is in the middle of a check, wait for the end of the check.
 
-        Wait for END_PATIENCE at most.
+        The wait takes END_PATIENCE at most.
         """
         self._alive = False
         self._requests.put(None)

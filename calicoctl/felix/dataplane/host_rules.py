@@ -152,9 +152,11 @@ Moved = tuple[str, tuple[str, ...], tuple[str, ...]]
 class Ports:
     """The state of BGP and VXLAN on this host, which determines whether the rules protect their ports.
 
-    `bgp` says whether BIRD listens on the port of BGP. `vxlan` are the IP versions of the underlay for which the
-    agent's VXLAN device exists, and `up` are those for which the device is up. `blocked` says that devices are needed,
-    but none could be created.
+    Only BGP peers can reach the port of BGP while it is protected, and only registered hosts the port of VXLAN.
+
+    `bgp` says whether BIRD listens on the port of BGP, which is protected then. `vxlan` are the IP versions of the
+    underlay for which the agent's VXLAN device exists, and `up` are those for which the device is up. `blocked` says
+    that devices are needed, but none could be created.
 
     The port of VXLAN is protected while a device exists. Without a device, it is protected if a pool has an overlay,
     this host is registered, and `blocked` is False: if `blocked` is True, VXLAN packets with our VNI may belong to

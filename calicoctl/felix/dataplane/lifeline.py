@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def take_back_routes(network: HostNetwork, routes: Routes) -> Iterator[str]:
-    """Remove the agent's routes to endpoints whose destination is an address that this host itself needs.
+    """Remove each of the agent's routes to endpoints if its destination is an address that this host itself needs.
 
     Yields a sentence for each such route: that the route was removed, or why it could not be removed. `routes.read`
     must have been called before.

@@ -175,9 +175,9 @@ def own_ports(protocol: int = NETLINK_NETFILTER) -> set[int]:
 class TableEvents:
     """Receives the kernel's notifications of changes of nftables tables, including the tables of iptables-nft.
 
-    The kernel sends the notifications of a transaction when the transaction has already taken effect. `wait` waits for
-    the last one. Meanwhile, it calls `urgent` at the first one that is about the table `table`, and also if the kernel
-    has dropped notifications.
+    The kernel sends a series of notifications for each transaction, when the transaction has already taken effect.
+    `wait` returns at the last notification of a series. Before that, it calls `urgent` at the first notification about
+    the table `table`. It also calls `urgent` if the kernel has dropped notifications.
     """
 
     def __init__(self, table: str, urgent: Callable[[], None]) -> None:
@@ -191,7 +191,7 @@ class TableEvents:
         self._unread = b""
 
     def wait(self) -> tuple[set[str], int]:
-        """Wait until all notifications of a transaction have arrived.
+        """Wait for the last notification of a transaction.
 
         Returns the names of the tables that the transaction has changed, and the netlink port of the socket that
         requested it. If the kernel has dropped notifications, returns ({""}, 0). Raises OSError.

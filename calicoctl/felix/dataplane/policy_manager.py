@@ -157,14 +157,14 @@ class PolicyManager(Manager):
         self._context.health.record(Failure(None, "tables"))
 
     def restore(self) -> None:
-        """Reload the tables with their last contents if they may differ from these.
+        """Reload the tables with the contents of `ruleset` if the tables in the kernel may have other contents.
 
         That is so if another process has modified the tables, or if the last change or reload has failed. A failed
         reload is retried at each Tick. The reloaded tables lack the established fast path: see Ruleset.recreate.
 
-        Before the agent's first update of the kernel, the tables are those of an earlier agent, and their contents are
-        unknown. So they are not reloaded. Instead, packets from the servers that this host needs to reach etcd are let
-        pass: see lifeline.let_members_pass.
+        Before the agent's first update of the kernel, the tables are those of an earlier agent, and this agent does not
+        know their contents. So they are not reloaded. Instead, packets from the servers that this host needs to reach
+        etcd are let pass: see lifeline.let_members_pass.
         """
         if self.in_sync or not self._restore_due:
             return

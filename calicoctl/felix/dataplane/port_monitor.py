@@ -1,9 +1,9 @@
-"""Detects that the host's own firewall drops BGP or VXLAN, so that other hosts do not reach this host.
+"""Detects that the host's own firewall drops packets of BGP or VXLAN from or to other hosts.
 
 Our tables count the packets that arrive from BGP peers and other hosts at the ports of BGP and VXLAN, and the packets
 that this host sends to these ports of BGP peers and other hosts. Each packet is counted before the host's own firewall
-and, if that lets it pass, again after it (host_rules.COUNTERS). This module compares the counters. It does not change
-the firewall.
+and, if the firewall lets it pass, again after it (host_rules.COUNTERS). This module compares the counters. It does not
+change the firewall.
 """
 
 from __future__ import annotations

@@ -103,9 +103,9 @@ class HostSettings:
     def __init__(self, file: Path) -> None:
         self._file = file
         self._found: dict[str, list[str]] = {}
-        """Path -> the original value, and the value that `restore` replaces by it. The latter is the value that the
-        agent has set or, if the path changes with forwarding, the value that the kernel sets when forwarding is
-        disabled.
+        """Path -> two values: the original value, and the value that `restore` replaces by the original one. The second
+        one is the value that the agent has set. For a path that changes with forwarding, it is the value that the
+        kernel sets when forwarding is disabled.
         """
         self._kept = True
         """Whether all of `_found` is in the file."""

@@ -1,8 +1,8 @@
 """The driver of the overlay: programs VXLAN devices, their FDB and neighbour entries, and the overlay's routes.
 
 The overlay's routes have a protocol number of their own, 81 (`ip route show proto 81`). The agent's devices are
-recognised by name, kind and VNI. Any other interface is left as it is, even if it has the name of a device. On its
-devices, the agent deletes FDB and neighbour entries that it has not set.
+recognised by name, kind and VNI. Any other interface is left as it is, even if it has the name of one of these devices.
+On its devices, the agent deletes FDB and neighbour entries that it has not set.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _ANY_SCOPE = 255
 
 @dataclass(frozen=True)
 class Route:
-    """A route of the agent to a CIDR. If `index` and `gateway` are None, it is a blackhole route.
+    """A route of the overlay to a CIDR. If `index` and `gateway` are None, it is a blackhole route.
 
     `index` is the index of the interface. `source` is the source address of this host's own packets; if it is None, the
     kernel chooses one.
@@ -92,7 +92,7 @@ class Vxlan:
     def __init__(self, netlink: IPRoute) -> None:
         self._netlink = netlink
         self.routes: set[Route] = set()
-        """The agent's routes."""
+        """The overlay's routes."""
         self._devices: dict[int, Device] = {}
         self._fdb: dict[int, set[tuple[str, str]]] = {}
         """IP version of the underlay -> the FDB entries of its device, as (MAC, underlay address)."""
@@ -100,7 +100,7 @@ class Vxlan:
         """IP version of the underlay -> the permanent neighbour entries of its device, as (address, MAC)."""
 
     def read(self) -> None:
-        """Read the devices, their entries, and the agent's routes into the cache."""
+        """Read the devices, their entries, and the overlay's routes into the cache."""
         self._devices = self._find_devices()
         with _explained("the overlay's routes and entries cannot be read"):
             self.routes = set(_routes())
