@@ -66,10 +66,10 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 @dataclass(frozen=True)
 class Identity:
-    """A machine and its boot. A field is None if it is unknown.
+    """A machine, and one boot of it. A field is None if it is unknown.
 
     `machine` is derived from the confidential machine id, as machine-id(5) demands. `systemd-id128 machine-id
-    --app-specific=b42e1f915bde4911a361abec26e34313` prints the same value.
+    --app-specific=b42e1f915bde4911a361abec26e34313` prints the same value. `boot` is the kernel's id of the boot.
     """
 
     machine: str | None

@@ -113,7 +113,10 @@ class LocalEtcd:
     """
 
     def __init__(self, host: str, log_dir: str) -> None:
-        """`log_dir` is the folder of etcd's log. Raises CalicoError if the settings name another store."""
+        """`log_dir` is the folder of etcd's log.
+
+        Raises CalicoError if the settings name a store that cannot be the local etcd: see `_is_local`.
+        """
         settings = EtcdSettings.from_environment()
         name, self._port = settings.members[0]
         if not _is_local(settings):
@@ -215,7 +218,10 @@ class LocalEtcd:
         return started
 
     def supervise(self) -> None:
-        """Start etcd if it does not run, and again whenever it ends, as long as this process lives. Returns at once."""
+        """Have a thread start etcd if it does not run, and again whenever it ends. Returns at once.
+
+        The thread ends with this process; etcd does not.
+        """
         self._daemon.supervise(self._launch)
 
     def _launch(self) -> None:

@@ -25,7 +25,7 @@ class PendingChanges:
     """Holds changes from the thread that follows a directory, and emits one event for all of them. Thread-safe."""
 
     def __init__(self, directory: str, emit: Callable[[StorePending], None]) -> None:
-        """`emit` puts an event into the queue of the loop, which calls the event's `take`."""
+        """`emit` puts an event into the queue of the agent's loop. The loop then calls `take` of the event."""
         self._directory = directory
         self._emit = emit
         self._taken = threading.Condition()

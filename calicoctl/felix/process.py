@@ -242,7 +242,7 @@ def _refuse_running_here(host: str, began: float) -> None:
 
 @contextmanager
 def _locked(path: Path, refuse: Callable[[], None]) -> Iterator[TextIO]:
-    """Lock a file inside `with`, and yield it. `refuse` is called while another process holds the lock.
+    """Lock a file inside `with`, and yield it. While another process holds the lock, `refuse` is called repeatedly.
 
     An exception of `refuse` ends the wait.
     """

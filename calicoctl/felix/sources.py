@@ -476,7 +476,7 @@ def _replaces(kind: int, message: bytes) -> bool:
 
 
 def _destination(message: bytes) -> str:
-    """Return the destination of a message about a route, as a CIDR."""
+    """Return the destination, as a CIDR, of the route that a message is about."""
     family, length = message[16], message[17]
     packed = netlink.attributes(message[28:]).get(netlink.RTA_DST, bytes(4 if family == socket.AF_INET else 16))
     return f"{socket.inet_ntop(family, packed)}/{length}"

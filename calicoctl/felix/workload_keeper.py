@@ -530,7 +530,7 @@ class WorkloadKeeper:
         return WorkItem(key, tracked.removed, max(tracked.unreachable_at, kept_since), gone_since)
 
     def _reconcile(self, item: WorkItem, datastore: DatastoreClient) -> WorkResult:
-        """Reconcile a workload. Runs in a worker, and raises nothing."""
+        """Reconcile a workload. Runs in a worker, and raises nothing: see WorkResult.error."""
         found: WorkloadState | None = None
         kept_since: float | None = None
 

@@ -1,7 +1,7 @@
 """The interface between the agent and its managers. Each manager drives one part of the kernel to the desired state.
 
 A manager computes what must be in the kernel. Its drivers (nft.py, routes.py, conntrack.py …) read and change the
-kernel. A new manager needs one file, and one line in the agent's list.
+kernel. A new manager needs one file, and one line in the list of managers in agent.py.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Manager(ABC):
     def apply(self) -> None:
         """Program what is dirty, so that the kernel matches the snapshot.
 
-        Report failures through the context, and retry them at the next Tick. An exception is an internal error: the
+        Report failures through the Context, and retry them at the next Tick. An exception is an internal error: the
         agent then resyncs all managers and reloads the tables.
         """
 

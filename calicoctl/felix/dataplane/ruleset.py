@@ -131,7 +131,10 @@ class Update:
 
 
 class Ruleset:
-    """The variable contents of our tables: elements of sets and maps, and chains with their rules."""
+    """The contents of our tables, as they were rendered last: elements of sets and maps, and chains with their rules.
+
+    Static contents, which are the same on all hosts, are left out (see `_SKELETON`).
+    """
 
     def __init__(self) -> None:
         self._elements: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
@@ -484,7 +487,10 @@ _BASE_CHAINS = (
 
 
 def _base_chain_rules(name: str, fast_path: bool) -> tuple[str, ...]:
-    """Return the rules of a base chain that evaluates policy, with or without the established fast path."""
+    """Return the rules of `name`, one of _POLICY_BASE_CHAINS.
+
+    `fast_path` says whether the established fast path is one of the rules.
+    """
     _, _, side, ask = _POLICY_BASE_CHAINS[name]
     rules = [f'{side} != "{INTERFACE_PREFIX}*" accept', "ct state invalid drop", *ask]
     if name.startswith("outbound-"):  # the chains that follow accept what these do not drop
