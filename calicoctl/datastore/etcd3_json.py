@@ -73,10 +73,11 @@ def read(kv: Any) -> Entry:
 
 
 def followed(kv: Any) -> Entry:
-    """Convert the JSON object of a key to an Entry, which may have a `problem`; then its value is empty.
+    """Convert the JSON object of a key to an Entry, for a watch.
 
-    The `problem` is that of the JSON object, if it has a field "problem" (see Etcd3Store._list). If it has none, the
-    entry has a `problem` if the key or the value is not UTF-8. The key in the Entry is that of `name`.
+    If the JSON object has a field "problem" (see Etcd3Store._list), the Entry has this `problem`. If it has no such
+    field, the Entry has a `problem` if the key or the value is not UTF-8. An Entry with a `problem` has an empty value.
+    Bytes of the key that are not UTF-8 are escaped (see `name`).
     """
     value, problem = "", kv.get("problem")
     for what, part in (("key", kv["key"]), ("value", kv.get("value", ""))):
@@ -90,7 +91,7 @@ def followed(kv: Any) -> Entry:
 
 
 def name(kv: Any) -> str:
-    """Return the key in the JSON object of a key. Bytes that are not UTF-8 are escaped, such as `\\xff`."""
+    """Return a key, from its JSON object, as text. Bytes that are not UTF-8 are escaped, for example as `\\xff`."""
     return raw(kv["key"]).decode(errors="backslashreplace")
 
 

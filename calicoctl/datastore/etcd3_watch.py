@@ -39,7 +39,8 @@ LARGEST = 64 * answers.MiB
 class OpenWatch:
     """A watch at one member.
 
-    `revision` is the first revision of which changes may be missing: a watch that replaces this one must begin there.
+    `revision` is the first revision whose changes may not all have been received. A watch that replaces this one must
+    begin there.
     """
 
     def __init__(self, connection: Connection, directory: str, revision: int = 0) -> None:
@@ -47,9 +48,10 @@ class OpenWatch:
 
         The watch begins at `revision` or, if this is 0, at the revision that follows the member's current one.
 
-        Raises WatchExpired if the changes from `revision` on were compacted, or if the store's revision is lower than
-        before (see above). Raises ErrorAnswer or StoreError if the watch is refused; AttributeError, LookupError,
-        TypeError or ValueError for an unexpected message; and what Connection.post raises.
+        Raises WatchExpired if the changes from `revision` on were compacted, or if the store has not even reached the
+        revision before `revision`, since it was restored from a backup. Raises ErrorAnswer or StoreError if the watch
+        is refused; AttributeError, LookupError, TypeError or ValueError for an unexpected message; and what
+        Connection.post raises.
         """
         self.connection = connection
         self.revision = revision

@@ -136,8 +136,8 @@ class Hosts:
         """Return the addresses of all registered hosts, as canonical address -> host.
 
         If `version` is 4 or 6, only addresses of that IP version are returned. Invalid addresses are left out. If this
-        host and another host have registered the same address, it maps to the other host. `entries` are the entries
-        below keys.BGP_HOSTS, if the caller has just read them; if it is None, they are read.
+        host and another host have registered the same address, the address maps to the other host. `entries` are the
+        entries below keys.BGP_HOSTS, if the caller has just read them; if `entries` is None, they are read.
         """
         from calicoctl.addresses import parse_address
 

@@ -206,17 +206,17 @@ class Ipam:
         known: Entry | None = UNREAD,
         passed_over: Callable[[InvalidValue], object] = lambda error: None,
     ) -> list[IPAddress]:
-        """Assign `count` free addresses of `pools` (of one IP version), or fewer if no more are free, to `owner`.
+        """Assign `count` free addresses to `owner`, or fewer if no more are free. Return them.
 
-        Returns the addresses. They are taken from these blocks, in this order: blocks with affinity to this host; new
-        blocks, which get affinity to this host; blocks of other hosts. If `reserved` is not None, no address is
-        assigned that is reserved, or that is in a network to which this host is connected; and no new block is created
-        that overlaps such a network. No address of an invalid block is assigned; `passed_over` is called once for each
-        invalid block, with the error.
+        The addresses are in `pools`, which are of one IP version. They are taken from these blocks, in this order:
+        blocks with affinity to this host; new blocks, which get affinity to this host; blocks of other hosts. If
+        `reserved` is not None, no address is assigned that is reserved, or that is in a network to which this host is
+        connected; and no new block is created that overlaps such a network. No address of an invalid block is assigned;
+        `passed_over` is called once for each invalid block, with the error.
 
         `affine` are the names (last parts of keys) of the blocks with affinity to this host, if the caller has just
-        read them; if it is None, they are read. `known`: see `assign`. Raises InvalidValue if the handle is invalid,
-        and Conflict if other writers keep changing a block.
+        read them; if `affine` is None, they are read. `known`: see `assign`. Raises InvalidValue if the handle is
+        invalid, and Conflict if other writers keep changing a block.
         """
         ranges = [_range(pool) for pool in pools]
         invalid: set[str] = set()
@@ -551,9 +551,9 @@ class Ipam:
     def _release_in_block(
         self, version: int, first: int, ordinals: set[int], holders: set[str | None] | None
     ) -> tuple[set[int], set[str]]:
-        """Release the addresses with these ordinals in one block. Return the released ordinals, and the handles.
+        """Release the addresses with these ordinals in the block that begins with the address `first` (a number).
 
-        `holders`: see `release`.
+        Return the released ordinals, and the handles that had these addresses. `holders`: see `release`.
         """
         key = keys.ipam_block(version, block_cidr(version, first))
         released: set[int] = set()

@@ -114,7 +114,10 @@ def endpoint(id: EndpointId) -> str:
 
 
 def parse_endpoint(key: str) -> EndpointId | None:
-    """Return the id of the endpoint from its key. Return None for any other key, and for a key above limits.KEY."""
+    """Return the id of the endpoint from its key.
+
+    Return None for any other key, and for a key with more than limits.KEY characters.
+    """
     if not key.startswith(HOSTS + "/") or len(key) > limits.KEY:
         return None
     parts = key[len(HOSTS) + 1 :].split("/")

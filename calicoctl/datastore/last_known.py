@@ -36,7 +36,7 @@ def addresses(name: str) -> list[str]:
 
 
 def remember(known: Mapping[str, Collection[str]]) -> None:
-    """Write `known`, name of a member -> addresses, to the file, in place of its content. Raises CalicoError."""
+    """Replace the content of this host's file by `known`, name of a member -> addresses. Raises CalicoError."""
     content = json.dumps({name: sorted(found) for name, found in sorted(known.items())})
     state.write(hostname(), _FILE, content=content.encode())
 
@@ -63,7 +63,7 @@ def connect(name: str, port: int, seconds: float) -> socket.socket:
 
 @cache
 def pools() -> dict[str, Any]:
-    """Return a class of connection pools for urllib3 for each scheme ("http" and "https").
+    """Return, for each scheme ("http" and "https"), a class of connection pools for urllib3.
 
     If a name cannot be resolved, the connections of these pools try its last known addresses, as `connect` does.
     """

@@ -698,8 +698,9 @@ class Migration:
     def _left_in_v2(self) -> list[str]:
         """Return, sorted, the hosts whose agents use v2.
 
-        These agents have a status in v2, but none in v3. An agent with both uses v3: its last status in v2 has not
-        expired yet. But an agent that does not say how it uses the store knows only v2.
+        These agents have a status in v2, but none in v3. An agent with a status in both uses v3: its last status in v2
+        has not expired yet. But if the status in v2 does not say how the agent uses the store, the agent is of an older
+        version that knows only v2, and the host is always returned.
         """
         gone_over = _agents(self._v3).keys()
         return sorted(host for host, found in _agents(self._v2).items() if found.store is None or host not in gone_over)
@@ -737,8 +738,8 @@ class Migration:
         """Wait until the agents of `hosts` report that they use `api`, and that the data there is not frozen.
 
         After AGENTS_PATIENCE at most, return the hosts whose agents have not reported this. `before` are the agents'
-        statuses in `api` from before; they do not count as reports. An agent whose status has expired in both APIs has
-        died, and is not waited for.
+        statuses in `api` from before `api` was taken into use; they do not count as reports. An agent whose status has
+        expired in both APIs has died, and is not waited for.
         """
         self._tell(f"Waiting for agents to use etcd's {api[-2:]} API")
 
@@ -803,7 +804,7 @@ def _same(one: copy_plan.Entries, other: copy_plan.Entries) -> bool:
 
 
 def _put(key: str, entry: Entry | None, value: str) -> Write:
-    """Return a write of `value` to a key. `entry` is the current one, None if the key does not exist."""
+    """Return a write of `value` to `key`. `entry` is the key's current entry, None if the key does not exist."""
     return Create(key, value) if entry is None else Update(entry, value)
 
 

@@ -21,7 +21,7 @@ from calicoctl.errors import CalicoError, InvalidValue
 
 
 def load_object(text: str, key: str) -> dict[str, Any]:
-    """Parse `text`, the value of `key`, as a JSON object. Raise InvalidValue if it is anything else."""
+    """Parse `text`, the value of `key`, as a JSON object. Raise InvalidValue if it is anything else, or too large."""
     value = _load(text, key)
     if not isinstance(value, dict):
         raise InvalidValue(key, f"it should hold a JSON object, and holds {_excerpt(text)}")
@@ -29,7 +29,10 @@ def load_object(text: str, key: str) -> dict[str, Any]:
 
 
 def load_strings(text: str, key: str) -> list[str]:
-    """Parse `text`, the value of `key`, as a JSON list of strings. Raise InvalidValue if it is anything else."""
+    """Parse `text`, the value of `key`, as a JSON list of strings.
+
+    Raises InvalidValue if it is anything else, or too large.
+    """
     value = _load(text, key)
     if not _is_strings(value):
         raise InvalidValue(key, f"it should hold a JSON list of strings, and holds {_excerpt(text)}")
@@ -61,7 +64,7 @@ def _limited(key: str) -> Iterator[None]:
 
 
 def _is_deep(value: Any) -> bool:
-    """Return whether lists and objects are nested deeper than limits.DEPTH levels."""
+    """Return whether the lists and objects in `value` are nested deeper than limits.DEPTH levels."""
     level = [value]
     for _ in range(limits.DEPTH + 1):
         level = [item for item in level if isinstance(item, (dict, list))]

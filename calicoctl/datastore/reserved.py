@@ -129,11 +129,11 @@ class HostNetwork:
     destinations of routes, without default routes and the kernel's own routes. In both, routes to workloads are left
     out, and so are routes that a routing daemon has learned.
 
-    `reached` maps addresses to the interfaces of the routes to them. The addresses are those of other hosts and of BGP
-    peers, and one address in each block of another host. If there is no route to an address, there are no interfaces.
-    Default routes are not routes to a block. `routed` are the interfaces of default routes and of routes to other
-    hosts. `macs` maps interfaces to the source MACs of this host's packets to other hosts. `servers` are the servers
-    that the host depends on.
+    `reached` maps addresses to the interfaces of the routes to them: the addresses of other hosts and of BGP peers, and
+    one address in each block of another host. If there is no route to an address, its set of interfaces is empty. For
+    an address in a block, default routes are ignored. `routed` are the interfaces of default routes and of routes to
+    other hosts. `macs` maps interfaces to the source MACs of this host's packets to other hosts. `servers` are the
+    servers that the host depends on.
     """
 
     in_use: Mapping[str, str] = field(default_factory=dict)
@@ -220,7 +220,7 @@ class HostNetwork:
         return known
 
     def overlap(self, cidr: str) -> str | None:
-        """Return a warning if the pool `cidr` overlaps networks to which the host is connected, None if it does not."""
+        """Return a warning if the pool `cidr` overlaps any of `networks`, None if it overlaps none."""
         networks = self.overlapping(cidr)
         if not networks:
             return None
@@ -233,7 +233,7 @@ class HostNetwork:
         return f"pool {cidr} overlaps {named}, which this host is connected to, {rest}"
 
     def overlapping(self, cidr: str) -> list[Network]:
-        """Return those networks that overlap the pool `cidr`, of the networks to which the host is connected."""
+        """Return those of `networks` that overlap the pool `cidr`."""
         pool = Network.parse(cidr)
         return [network for network in self.networks if network.overlaps(pool)]
 

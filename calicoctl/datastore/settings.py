@@ -117,9 +117,9 @@ class EtcdSettings:
     def local_etcd_hint(self, one: str, local: str, would_do: bool = False) -> str:
         """Return a clause for an error message that suggests `calicoctl node --local-etcd`.
 
-        Returns "" if that command would be refused. The clause calls the etcd `one` if the command would start it for
-        the first time, and `local` if the command would start it again. `would_do` says that the command would start an
-        etcd for the first time although the environment names a member.
+        Returns "" if that command would be refused. In the clause, the text `one` stands for an etcd that the command
+        would start for the first time, and the text `local` for an etcd that the command would start again. If
+        `would_do` is true, the command would start an etcd for the first time although the environment names a member.
         """
         command = "'calicoctl node --local-etcd'"
         if self.is_default or would_do:

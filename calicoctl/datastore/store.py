@@ -123,8 +123,9 @@ class Store(Protocol):
     KeyExists or CompareFailed is raised.
 
     In stores with leases (`leases`), all keys that one Store object has last written with the same `ttl` are attached
-    to one lease. Each such write, and `touch`, renews the lease, and so the expiry of all its keys. A write without
-    `ttl`, or by another Store object, detaches a key from the lease. Without leases, each key has an expiry of its own.
+    to one lease. Each such write, and `touch`, renews the lease, and so the expiry of all its keys; but `put` and
+    `put_all` do so only if the lease was last renewed more than half of `ttl` ago. A write without `ttl`, or by another
+    Store object, detaches a key from the lease. In stores without leases, each key has an expiry of its own.
 
     Every method raises StoreUnavailable if no member of the store answers, and StoreError if the store refuses the
     request. Stores with directories (etcd's v2 API) may raise InvalidValue if a directory is passed as a key, or a key
@@ -287,9 +288,9 @@ def write_in_order(store: Store, writes: Sequence[Write]) -> list[Entry]:
 
 
 def set_value(store: Store, key: str, value: str | None) -> None:
-    """Set `key` to `value`, whatever its value was; None deletes it. Writes nothing if the value is the same.
+    """Set `key` to `value`, or delete it if `value` is None, whatever its value was before.
 
-    Raises Conflict if other writers keep changing the key.
+    If the key has this value already, nothing is written. Raises Conflict if other writers keep changing the key.
     """
     for attempt in range(ATTEMPTS):
         entry = store.get(key)

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 class Usage:
     """The numbers of addresses of a pool. `pool` is the pool's CIDR, `addresses` the number of its addresses.
 
-    Each address is either `used` or `free`. `borrowed` is how many addresses a host uses whose block has affinity to
-    another host. In the Usage for the addresses outside of all pools, `pool`, `addresses` and `free` are None.
+    Each address is either `used` or `free`. `borrowed` counts those used addresses that a host has taken from a block
+    with affinity to another host. In the Usage of the addresses outside of all pools, `pool`, `addresses` and `free`
+    are None.
     """
 
     pool: str | None
@@ -29,7 +30,7 @@ class Usage:
 
 
 def usages(pools: Iterable[Pool], blocks: Iterable[Block]) -> list[Usage]:
-    """Return the Usage of each pool. If addresses outside of all pools are used, theirs follows.
+    """Return the Usage of each pool. If addresses outside of all pools are used, the Usage of these addresses follows.
 
     `pools` and `blocks` are all pools and all blocks of one IP version.
     """

@@ -141,7 +141,8 @@ class Admission:
     def forget(self, before: Endpoint | None, now: Endpoint | None) -> None:
         """Remove the admission of the addresses that an endpoint has lost by a change.
 
-        `before` and `now` are the endpoint before and after the change; None if it did not, or does not, exist.
+        `before` is the endpoint before the change, None if it did not exist. `now` is the endpoint after the change,
+        None if it was deleted.
         """
         self._admitted -= _uses(before) - _uses(now)
 

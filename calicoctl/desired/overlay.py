@@ -81,9 +81,10 @@ def _digest(address: str, attempt: int) -> str:
 
 
 def underlay_version(topology: Topology, host: str) -> int | None:
-    """Return the IP version of the tunnel to another host: 4 if both hosts have a registered IPv4 address, else 6.
+    """Return the IP version of the tunnel to another host.
 
-    Return None if the two hosts have no IP version in common.
+    This is 4 if both hosts have a registered IPv4 address. If not, it is 6 if both have a registered IPv6 address.
+    Return None if they have no IP version in common.
     """
     for version in (4, 6):
         if topology.own(version) is not None and topology.address(host, version) is not None:
@@ -94,7 +95,7 @@ def underlay_version(topology: Topology, host: str) -> int | None:
 def tunnels(topology: Topology) -> dict[int, Tunnel]:
     """Return this host's ends of the tunnels, by the IP version of the underlay.
 
-    There is one over IPv4 if this host has a registered IPv4 address. There is one over IPv6 if this host has a
+    There is an end over IPv4 if this host has a registered IPv4 address. There is an end over IPv6 if this host has a
     registered IPv6 address and, besides, either has no registered IPv4 address, or needs IPv6 to reach another host
     (see `underlay_version`).
     """
@@ -184,7 +185,10 @@ class Overlay:
         return found
 
     def out_of_reach(self) -> list[str]:
-        """Return, sorted, the registered hosts with blocks in the overlay that share no IP version with this host."""
+        """Return the sorted names of the hosts that this host cannot reach, since they share no IP version with it.
+
+        Only registered hosts that have blocks in the overlay are returned.
+        """
         topology = self._snapshot.topology
         hosts = {host for host, _ in self._blocks.values()} & topology.hosts() - {topology.host}
         return sorted(
@@ -194,10 +198,11 @@ class Overlay:
         )
 
     def _hop(self, host: str, mode: str, version: int, tunnel_ends: dict[str, str]) -> Hop | None:
-        """Return how packets reach those of another host's addresses that are of an IP version and in certain pools.
+        """Return how packets reach the addresses of another host, None if that host is unreachable.
 
-        These are the pools with the VXLAN mode `mode`. `tunnel_ends` maps the address of each other host to the MAC of
-        that host's tunnel end. Return None if the host is unreachable, or is this host under another name.
+        The result is for addresses of the IP version `version`, in pools with the VXLAN mode `mode`. `tunnel_ends` maps
+        the address of each other host to the MAC of that host's tunnel end. Return None, too, if `host` is another name
+        of this host.
         """
         topology = self._snapshot.topology
         address = topology.address(host, version)

@@ -3,8 +3,8 @@
 Reads only the snapshot. felix/bgp/config.py renders the result for BIRD. Pools with an overlay are left out, since the
 agent itself programs their routes.
 
-A block is announced as a whole, and this host drops packets to its unused addresses, unless the block overlaps one of
-these:
+A block is announced as a whole, and this host drops packets to the block's unused addresses, unless the block overlaps
+one of these:
 
 * a network to which this host is connected;
 * the destination of another route, unless this destination contains the whole pool, as that of the default route does;
@@ -127,10 +127,10 @@ class Surroundings:
         return _inside(block, self.addresses)
 
     def overlapped(self, block: Network, pool: Network) -> str | None:
-        """Return a description of what a block of `pool` overlaps: the network or address that `needed` describes, the
-        address of a DNS server, or the destination of a route.
+        """Return a description of what a block of `pool` overlaps, None if it overlaps nothing.
 
-        Routes whose destination contains the whole pool are ignored. Return None if the block overlaps nothing.
+        The block may overlap what `needed` describes, the address of a DNS server, or the destination of a route.
+        Routes whose destination contains the whole pool are ignored.
         """
         needed = self.needed(block) or _inside(block, self._dns)
         if needed is not None:
