@@ -143,8 +143,8 @@ class Ipam:
         """Do what `held_by` does, but return a Holding.
 
         `entry` is the handle's entry, which the caller has just read; None if there is no such handle. If `partly` is
-        true, InvalidValue is not raised for an invalid block: its error is in `Holding.invalid`. In this case, a
-        Holding is returned even if no valid block has addresses of the handle on this host.
+        true, InvalidValue is not raised for an invalid block: its error is in `Holding.invalid`. If there is such a
+        block, a Holding is returned even if no valid block has addresses of the handle on this host.
         """
         if entry is None:
             return None

@@ -17,9 +17,9 @@ READY = "/calico/v1/Ready"
 """The key in each API of etcd whose value is `true` if the data there is current, `false` if the data must not be
 changed."""
 UNUSED_COPY = "/calico/v1/unused-copy"
-"""A key that exists only in v3, and only during a move of the data between the APIs (see migration.py). If it exists
-and Ready is not `true` in v3, the data in v3 is a copy of v2, and is not in use. If it exists and Ready is `true` in
-v3, the data in v2 is being deleted."""
+"""A key that exists only in v3, and belongs to a move of the data between the APIs (see migration.py). If it exists and
+Ready is not `true` in v3, the data in v3 is not in use. If it exists and Ready is `true` in v3, the data in v2 is being
+deleted."""
 COPIED_REVISION = "/calico/v1/copied-revision"
 """A key that exists only in v3, while v3 is in use and v2 still has the data that was copied from there. Its value is
 the revision at which v2 was frozen. An old program has written the keys in v2 that have a later revision."""

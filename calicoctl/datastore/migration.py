@@ -62,7 +62,7 @@ from calicoctl.errors import CalicoError, CompareFailed, KeyExists, NoSuchApi, S
 from calicoctl.output import first_few
 
 SETTLE = FRESH + 1.0
-"""Seconds from the freeze until the last command has ended that started before the freeze and may still write."""
+"""Seconds after the freeze, until when a command that was started before the freeze may still write."""
 
 AGENTS_PATIENCE = 45.0
 """Seconds to wait for all live agents to react. The status of an agent that has died expires earlier."""
@@ -133,7 +133,10 @@ class State:
 
     @property
     def advice(self) -> str | None:
-        """What the user should know about frozen data, and can do, as a sentence. None if there is no frozen data."""
+        """What the user should know about frozen data, and can do, as a sentence.
+
+        None if v2 is in use, or if no data is frozen.
+        """
         if self.step == _COPYING:
             return (
                 "The data is being moved to v3, unless that was interrupted: then 'calicoctl datastore migrate' goes "

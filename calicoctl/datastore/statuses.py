@@ -16,7 +16,7 @@ from calicoctl.datastore.store import Entry, Store, set_value
 from calicoctl.errors import CompareFailed, InvalidValue
 
 _STORE = "datastore"
-"""The field of a host's status that says which API of etcd its agent uses."""
+"""The field of a host's status that says how the host's agent uses the store: see AgentStore."""
 
 
 @dataclass(frozen=True)

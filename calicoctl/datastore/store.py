@@ -11,7 +11,7 @@ from typing import Callable, Protocol, Union
 from calicoctl.errors import CompareFailed, Conflict, KeyExists, NotFound
 
 ATTEMPTS = 200
-"""The maximum number of attempts of a compare-and-swap before it fails with Conflict."""
+"""The maximum number of attempts at a compare-and-swap. If all of them fail, Conflict is raised."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Entry:
     `created` is the revision of the write that created the key. In etcd's v2 API, `put` and blind writes of other
     programs change `created`, so it may only be used to order conflicting objects, such as overlapping pools.
 
-    `problem` is None if the key was read. If the key, or the keys below it, could not be read, `problem` is the reason.
+    `problem` is None if the key was read. If the key, or all keys below it, could not be read, `problem` is the reason.
     Only `list_for_watch` and watches return entries with a problem.
 
     `expires` says whether the key has a time to live. It is not set reliably in the entries that writes return.

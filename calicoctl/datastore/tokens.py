@@ -30,7 +30,8 @@ _NAME = ".etcd-token"
 """The name of the file. It differs from those of all folders in /run/calico, which are names of hosts."""
 
 _MOST_REFUSED = 3
-"""The number of refused tokens after which only a new one is used. Until then, another thread's may be a new one."""
+"""The number of refused tokens after which a login is made for the next one. Until then, the token of another thread or
+of another command is used, if etcd has not refused it yet."""
 
 _lock = threading.Lock()
 _tokens: dict[EtcdSettings, str | None] = {}
