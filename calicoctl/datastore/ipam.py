@@ -53,10 +53,10 @@ BLOCKS_AT_ONCE = 16
 class Holding:
     """The addresses of a handle on this host, as they were read.
 
-    `entry` is the handle's entry, None if the handle had no addresses, and so was deleted. `owners` maps each address
-    to its owner. `blocks` are the entries of all valid blocks that the handle names; it is empty if `owners` is empty.
-    `invalid` maps the CIDR of each invalid block that the handle names to an error. Such a block may contain further
-    addresses of the handle.
+    `entry` is the handle's entry, with correct counts; None if the handle had no addresses, and so was deleted.
+    `owners` maps each address to its owner. `blocks` are the entries of all valid blocks that the handle names; it is
+    empty if `owners` is empty. `invalid` maps the CIDR of each invalid block that the handle names to an error. Such a
+    block may contain further addresses of the handle.
     """
 
     handle: str

@@ -192,7 +192,7 @@ class Store(Protocol):
         """
 
     def touch(self, entry: Entry, value: str, ttl: int) -> Entry:
-        """Set the expiry of the key of `entry` to `ttl` seconds from now; return its current entry.
+        """Set the expiry of the key of `entry` to `ttl` seconds from now; return the key's current entry.
 
         If the key is attached to this object's lease for `ttl`, the lease is renewed, and nothing is written.
         Otherwise, `value` is written as by `update`. Raises CompareFailed if the key was changed or deleted, or has

@@ -32,7 +32,7 @@ Use = tuple[str, str]
 
 
 class Admission:
-    """Decides about addresses, given this host's network, the pools, and the registered hosts."""
+    """Decides which addresses endpoints may use, from this host's network, the pools, and the registered hosts."""
 
     def __init__(self, topology: Topology) -> None:
         self.network = HostNetwork()
@@ -108,10 +108,10 @@ class Admission:
         )
 
     def addresses_of(self, endpoint: Endpoint) -> tuple[str, ...]:
-        """Return the addresses that an endpoint contributes to tags.
+        """Return the addresses that an endpoint contributes to the tags of its profiles.
 
-        For an endpoint of this host, refused addresses are left out. For an endpoint of another host, all valid
-        addresses are returned.
+        For an endpoint of this host, these are its valid addresses that are not refused. For an endpoint of another
+        host, these are all its valid addresses.
         """
         addresses = usable_addresses(endpoint)
         if endpoint.id.host != self._topology.host:

@@ -76,9 +76,9 @@ def validated(endpoint: Endpoint, revision: int) -> LocalEndpoint:
 
 
 def usable_addresses(endpoint: Endpoint) -> tuple[str, ...]:
-    """Return the addresses that an endpoint contributes to tags, in canonical form.
+    """Return the valid addresses of an endpoint of any host, in canonical form.
 
-    These are the valid addresses among the endpoint's nets. Nets with more than one address are left out.
+    Invalid addresses, and nets with more than one address, are left out.
     """
     found: dict[str, None] = {}
     for version, length in BITS.items():
