@@ -35,9 +35,9 @@ def mismatch(scheme: str, host: str, port: int) -> str | None:
 
 
 def _first_bytes(host: str, port: int) -> bytes:
-    """Return the first nine bytes of a server's answer to a plain HTTP request: the header of a frame in HTTP/2.
+    """Return the first nine bytes of a server's answer to a plain HTTP request.
 
-    If the connection fails or is closed, fewer bytes are returned, or none.
+    In HTTP/2, these are the header of a frame. If the connection fails or is closed, fewer bytes are returned, or none.
     """
     answer = b""
     try:

@@ -124,8 +124,8 @@ def _digest(settings: EtcdSettings, salt: str) -> str:
 def _path(create: bool) -> Path | None:
     """Return the path of the file with the caller's token, None if its folder does not exist or is not safe.
 
-    A folder is safe if only the caller can write to it and, unless the caller is root, if only the caller can read it.
-    If `create` is true, and the caller is root, the folder is created if it does not exist.
+    A folder is safe if it belongs to the caller, and nobody else can write to it or, unless the caller is root, read
+    it. If `create` is true, and the caller is root, a missing folder is created.
     """
     user = os.geteuid()
     folder = files.RUN if user == 0 else Path(os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{user}")
