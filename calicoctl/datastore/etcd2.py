@@ -29,16 +29,18 @@ from calicoctl.datastore.members import (
     NotSent,
     RequestFailed,
     Unanswered,
+    Verdict,
     created,
     deleted,
     updated,
     why,
 )
 from calicoctl.datastore.settings import TYPE, V2, EtcdSettings, Member
-from calicoctl.datastore.store import Change, Entry, Write, write_in_order
+from calicoctl.datastore.store import Change, Entry, Fence, Write, write_in_order
 from calicoctl.errors import (
     CalicoError,
     CompareFailed,
+    Fenced,
     InvalidValue,
     KeyExists,
     NoSuchApi,
@@ -83,6 +85,7 @@ class Etcd2Store:
 
     atomic = False
     leases = False
+    fence: Fence | None = None
 
     def __init__(
         self,
@@ -145,7 +148,7 @@ class Etcd2Store:
             except etcd.EtcdAlreadyExist:
                 raise KeyExists(f"etcd key {key} exists already") from None
 
-        return self._members.write(send, lambda: self.get(key), created(key, value))
+        return self._write(key, send, created(key, value))
 
     def update(self, entry: Entry, value: str, ttl: int | None = None) -> Entry:
         import etcd
@@ -158,7 +161,7 @@ class Etcd2Store:
             except (etcd.EtcdCompareFailed, etcd.EtcdKeyNotFound):
                 raise CompareFailed(entry.key) from None
 
-        return self._members.write(send, lambda: self.get(entry.key), updated(entry, value))
+        return self._write(entry.key, send, updated(entry, value))
 
     def delete(self, entry: Entry) -> None:
         import etcd
@@ -172,7 +175,7 @@ class Etcd2Store:
                 raise CompareFailed(entry.key) from None
             return entry
 
-        self._members.write(send, lambda: self.get(entry.key), deleted(entry))
+        self._write(entry.key, send, deleted(entry))
         self._prune(self._implied_directories(entry.key))
 
     def commit(self, writes: Sequence[Write]) -> list[Entry]:
@@ -182,7 +185,7 @@ class Etcd2Store:
         return self.update(entry, value, ttl)
 
     def _prune(self, directories: Iterable[str]) -> None:
-        """Remove `directories`, in this order, until one is not empty or a request fails, which raises no exception."""
+        """Remove empty directories in this order, until one is not empty. Errors stop this silently."""
         import etcd
 
         # the key is deleted already, and an empty directory that stays does no harm
@@ -194,16 +197,50 @@ class Etcd2Store:
     def remove_tree(self, directory: str) -> None:
         import etcd
 
-        # idempotent
         with suppress(etcd.EtcdKeyNotFound):
-            self._read(directory, lambda client, path: client.delete(path, recursive=True, dir=True))
+            self._write_blindly(directory, lambda client, path: client.delete(path, recursive=True, dir=True))
 
     def put(self, key: str, value: str, ttl: int | None = None) -> None:
-        self._read(key, lambda client, path: client.write(path, value, ttl=ttl))  # idempotent
+        self._write_blindly(key, lambda client, path: client.write(path, value, ttl=ttl))
 
     def put_all(self, values: Mapping[str, str], ttl: int | None = None) -> None:
         for key, value in values.items():
             self.put(key, value, ttl)
+
+    def _write(self, key: str, send: Callable[[_Connection], Entry], verdict: Verdict) -> Entry:
+        """Send a conditional write of a key until its outcome is known. See Members.write."""
+
+        def attempt(connection: _Connection, doubtful: bool) -> Entry:
+            self._check_fence(connection, doubtful)
+            return send(connection)
+
+        return self._members.write(attempt, lambda: self.get(key), verdict)
+
+    def _write_blindly(self, key: str, send: Callable[[etcd.Client, str], object]) -> None:
+        """Send an idempotent write of a key, repeatedly until it is answered. See _Connection.request."""
+
+        def attempt(connection: _Connection, doubtful: bool) -> None:
+            self._check_fence(connection, doubtful)
+            connection.request(key, send)
+
+        self._members.resend(attempt)
+
+    def _check_fence(self, connection: _Connection, doubtful: bool) -> None:
+        """Raise Fenced if the fence has changed.
+
+        This is only asked if the write may have been sent before (`doubtful`), or after the fence's `until`.
+        """
+        import etcd
+
+        fence = self.fence
+        if fence is None or not (doubtful or time.monotonic() > fence.until):
+            return
+        try:
+            now = connection.request(fence.key, lambda client, path: _entry(client.read(path, quorum=True))).revision
+        except etcd.EtcdKeyNotFound:
+            now = 0
+        if now != fence.revision:
+            raise Fenced(fence.key)
 
     def check_writable(self, *keys: str) -> None:
         import etcd
@@ -239,9 +276,7 @@ class Etcd2Store:
             yield changes
 
     def _await_changes(self, directory: str, progress: Progress, seconds: float) -> tuple[list[Change], Progress]:
-        """Wait for at most `seconds` for a change below `directory`.
-
-        Returns a list of the change, empty if there was none, and the new progress.
+        """Wait for at most `seconds` for a change below `directory`; return at most one change, and the new progress.
 
         Raises WatchExpired if changes may have been missed, and StoreUnavailable if no member answers for
         WATCH_PATIENCE.
@@ -284,7 +319,7 @@ class Etcd2Store:
 
 
 class _Connection:
-    """python-etcd's client of one member. Converts exceptions of python-etcd, except those that callers handle."""
+    """python-etcd's client of one member. Converts exceptions of python-etcd to those of this program."""
 
     def __init__(self, settings: EtcdSettings, member: Member) -> None:
         self._settings = settings
@@ -294,7 +329,7 @@ class _Connection:
     def request(self, key: str, send: Callable[[etcd.Client, str], T], directory: bool = False) -> T:
         """Call `send` with python-etcd's client and the URL-quoted key; return the result.
 
-        The answer may have up to LARGEST_DIRECTORY bytes if `directory` is true, and LARGEST_VALUE if not. Raises
+        With `directory`, the answer may have up to LARGEST_DIRECTORY bytes, otherwise up to LARGEST_VALUE. Raises
         python-etcd's exception for an error that callers handle, such as a missing key or a failed comparison. Raises
         StoreError, WatchExpired or InvalidValue for other errors of etcd, RequestFailed (members.py) if there is no
         answer or no leader, and StoreUnavailable if this host lacks memory or file descriptors.
@@ -354,7 +389,7 @@ class _Connection:
         return kind(f"{self._url} did not answer ({why(cause)})", garbled)
 
     def _translated(self, error: Any, key: str) -> Any:
-        """Return the exception to raise for python-etcd's `error`: `error` itself if callers of `request` handle it."""
+        """Return the exception for python-etcd's `error`: `error` itself if the callers of `request` handle it."""
         import etcd
 
         url = self._url
@@ -414,10 +449,7 @@ def _children(client: etcd.Client, path: str) -> tuple[list[str], list[str]]:
 
 
 def _child_keys(client: etcd.Client, path: str) -> list[str]:
-    """Return the full paths of the keys and subdirectories directly in a directory.
-
-    The path of the directory itself may be among them.
-    """
+    """Return the full paths of the keys and subdirectories directly in a directory, perhaps also its own path."""
     import etcd
 
     url = f"{client.base_uri}{client.key_endpoint}{path}?quorum=true"
@@ -443,9 +475,9 @@ def _child_keys(client: etcd.Client, path: str) -> list[str]:
 
 
 def _confirm_quorum(client: etcd.Client, path: str) -> None:
-    """Check by a quorum read that a member is not partitioned from the others.
+    """Check by a quorum read that a member is not partitioned from the others. Raises python-etcd's exceptions.
 
-    A partitioned member answers a watch as if there were no changes. Raises python-etcd's exceptions if the read fails.
+    A partitioned member answers a watch as if there were no changes.
     """
     import etcd
 
@@ -471,10 +503,7 @@ def _entry(result: etcd.EtcdResult) -> Entry:
 
 
 def _cause(error: Any) -> BaseException:
-    """Return the exception behind `error`, which was raised since a request got no answer.
-
-    It is an exception of urllib3, of the operating system, or of answers.py.
-    """
+    """Return the error that made a request fail: one of urllib3, of the operating system, or of answers.py."""
     import etcd
 
     cause = error.cause if isinstance(error, etcd.EtcdConnectionFailed) else error

@@ -5,7 +5,8 @@ in members.py.
 
 Each conditional write is a transaction that cannot be applied twice, since it makes its own condition false. So if the
 answer is lost, the transaction is sent again. If the condition fails then, the answer contains the current values of
-the keys, which show whether the first attempt was applied.
+the keys, which show whether the first attempt was applied. The fence (see store.Fence) is one more condition of each
+transaction that writes.
 
 Source: https://github.com/etcd-io/etcd/blob/release-3.4/Documentation/learning/api.md
 """
@@ -26,8 +27,8 @@ from calicoctl.datastore.etcd3_json import base64, below, encoded, number, revis
 from calicoctl.datastore.etcd3_watch import OpenWatch
 from calicoctl.datastore.members import ConnectionLost, Deadline, Members, Unanswered, created, deleted, updated
 from calicoctl.datastore.settings import EtcdSettings
-from calicoctl.datastore.store import MOST_AT_ONCE, Change, Create, Delete, Entry, Update, Write
-from calicoctl.errors import CompareFailed, KeyExists, NoSuchApi, StoreError, StoreUnavailable, WatchExpired
+from calicoctl.datastore.store import MOST_AT_ONCE, Change, Create, Delete, Entry, Fence, Update, Write
+from calicoctl.errors import CompareFailed, Fenced, KeyExists, NoSuchApi, StoreError, StoreUnavailable, WatchExpired
 
 T = TypeVar("T")
 
@@ -60,7 +61,7 @@ TOO_LARGE = "its value is too large, and not read"
 
 TOO_FULL = "it is too large, so nothing below it is read; delete what does not belong there"
 
-_NEVER = str(2**63 - 1)
+_NEVER = 2**63 - 1
 """A revision that no key ever has."""
 
 
@@ -74,10 +75,9 @@ class _NoLease(StoreError):
 
 @dataclass(frozen=True)
 class _Page(Generic[T]):
-    """A page of a directory: some of its keys, in order, each converted to an item.
+    """A page of a directory: the converted keys (`items`), the last key (`last`), and the store's revision.
 
-    `last` is the last of these keys, empty if there are none. `revision` is the store's revision. `more` says whether
-    other keys follow. `limit` is the number of keys that were requested.
+    `more` says whether other keys follow. `limit` is the number of keys that were requested.
     """
 
     items: list[T]
@@ -88,17 +88,14 @@ class _Page(Generic[T]):
 
 
 class _Reading:
-    """The bounds of a read of a directory by several requests: its time, and the number and size of what is found."""
+    """The bounds of a read below a directory in several requests. `check` raises StoreError beyond a bound."""
 
     def __init__(self, directory: str) -> None:
         self._directory = directory
         self._end = time.monotonic() + LONGEST_READ
 
     def check(self, count: int, size: int = 0) -> None:
-        """Raise StoreError if the read takes too long, or if `count` or `size` is too large.
-
-        `count` is the number of keys or names that have been read, and `size` is the total size of the names in bytes.
-        """
+        """Check the time, the number of keys that have been read, and the size of their names in bytes."""
         if count > MOST_KEYS:
             raise StoreError(f"there are more than {MOST_KEYS} keys below {self._directory}, and they are not read")
         if time.monotonic() > self._end:
@@ -110,17 +107,16 @@ class _Reading:
 
 
 class _Found:
-    """The entries that are read below a directory, bounded to a total size of LARGEST_READ.
+    """The entries that are read below a directory; their total size is at most LARGEST_READ.
 
-    Each name directly in the directory makes a part: in the directory `/calico`, for example, the key `/calico/bgp` and
-    all keys below it are one part. If the entries become too large, those of the largest part are dropped. So a program
-    that writes too much below one name does not hide the other parts.
+    If it becomes larger, the entries of the largest part are forgotten. A part is what is below one name in the
+    directory. So whoever fills one part does not hide the others.
     """
 
     def __init__(self, directory: str) -> None:
         self.entries: list[Entry] = []
         self.unread: dict[str, Entry] = {}
-        """Path of a part that was dropped -> the entry that says so."""
+        """Path of a part that was forgotten -> the entry that says so."""
         self._above = len(directory) + 1
         self._sizes: dict[str, int] = {}
         self._size = 0
@@ -147,12 +143,12 @@ class _Found:
 class Etcd3Store:
     """Implements `Store` on etcd's v3 API. Not thread-safe.
 
-    All keys that an object writes with the same time to live are attached to one lease. Each such write renews the
-    lease; only `put` and `put_all` leave that out if it was renewed less than half of the time to live ago.
+    All keys with the same time to live are attached to one lease, which each write with this time to live renews.
     """
 
     atomic = True
     leases = True
+    fence: Fence | None = None
 
     def __init__(self, settings: EtcdSettings, patience: float, authorize: Authorize | None = None) -> None:
         """`patience`: seconds for which a request is retried while the members that can be reached do not answer.
@@ -165,10 +161,7 @@ class Etcd3Store:
         self._renewed: dict[int, float] = {}
         """Time to live -> when the last request that has renewed its lease was sent (monotonic)."""
         self._early: dict[str, OpenWatch | None] = {}
-        """Directory of which a watch has expired -> the watch that was opened before the directory was read again.
-
-        The value is None before that, and after `watch` has taken the watch.
-        """
+        """Directory whose watch has expired -> the watch that was opened before the directory was read again."""
 
     # Reads
 
@@ -198,10 +191,7 @@ class Etcd3Store:
         return self._members.retry(send) or (list(map(self.get, keys)), list(map(self.tree, directories)))
 
     def peek(self, key: str, directory: str) -> tuple[Entry | None, bool]:
-        """Return the entry of `key`, None if there is none, and whether there is any key below `directory`.
-
-        Sends one request for both.
-        """
+        """Return the entry of a key, and whether there is any key below `directory`, by one request."""
         ranges = (_key(key), _range(*below(directory), 1, keys_only=True))
         request = {"success": [{"request_range": one} for one in ranges]}
 
@@ -254,7 +244,7 @@ class Etcd3Store:
 
     def check_writable(self, *keys: str) -> None:
         # etcd checks the permissions for all that a transaction may do, before it looks at the condition
-        never = {**_key(keys[0]), "target": "MOD", "result": "EQUAL", "mod_revision": _NEVER}
+        never = _unchanged(keys[0], _NEVER)
         puts = [{"request_put": _key(key)} for key in keys]
         self._ask("/v3/kv/txn", {"compare": [never], "success": puts}, " or ".join(keys), revision)
 
@@ -273,18 +263,18 @@ class Etcd3Store:
         return self._commit(writes, None)
 
     def _commit(self, writes: Sequence[Write], ttl: int | None) -> list[Entry]:
-        """Do what `commit` does. If `ttl` is not None, attach the written keys to this object's lease for that ttl."""
+        """Do what `commit` does. If `ttl` is set, attach the written keys to this object's lease of that ttl."""
         known: dict[str, Entry] = {}
 
         def send(lease: str | None, connection: Connection, doubtful: bool) -> None:
             while len(known) < len(writes):
                 left = [write for write in writes if write.key not in known]
                 with _translated(connection, left[0].key):
-                    answer = connection.post("/v3/kv/txn", _transaction(left, lease))
+                    answer = connection.post("/v3/kv/txn", _transaction(left, lease, self.fence))
                     if answer.get("succeeded"):
                         known.update({write.key: _written(write, revision(answer)) for write in left})
                     else:
-                        known.update(_settled(left, answer, doubtful))
+                        known.update(_settled(left, answer, doubtful, self.fence))
 
         self._attached(ttl, lambda lease: self._members.resend(partial(send, lease)))
         return [known[write.key] for write in writes]
@@ -299,15 +289,12 @@ class Etcd3Store:
         return self.update(entry, value, ttl)
 
     def put(self, key: str, value: str, ttl: int | None = None) -> None:
-        def send(lease: str | None) -> None:
-            self._ask("/v3/kv/put", _put(key, value, lease), key, revision)  # idempotent
-
-        self._attached(ttl, send, always_renew=False)
+        self.put_all({key: value}, ttl)
 
     def put_all(self, values: Mapping[str, str], ttl: int | None = None) -> None:
         def send(lease: str | None) -> None:
             puts = [{"request_put": _put(key, value, lease)} for key, value in values.items()]
-            self._ask("/v3/kv/txn", {"success": puts}, next(iter(values)), revision)  # idempotent
+            self._write_blindly(puts, next(iter(values)))
 
         if values:
             self._attached(ttl, send, always_renew=False)
@@ -315,15 +302,24 @@ class Etcd3Store:
     def remove_tree(self, directory: str) -> None:
         start, end = map(base64, below(directory))
         ranges = [{"key": start, "range_end": end}, _key(directory)]
-        request = {"success": [{"request_delete_range": keys} for keys in ranges]}
-        self._ask("/v3/kv/txn", request, directory, revision)  # idempotent
+        self._write_blindly([{"request_delete_range": keys} for keys in ranges], directory)
+
+    def _write_blindly(self, operations: list[dict[str, Any]], key: str) -> None:
+        """Apply idempotent operations, in one transaction whose only condition is the fence. `key` is for messages."""
+        fence = self.fence
+
+        def parse(answer: dict[str, Any]) -> None:
+            revision(answer)
+            if fence is not None and not answer.get("succeeded"):
+                raise Fenced(fence.key)
+
+        self._ask("/v3/kv/txn", {"compare": _conditions([], fence), "success": operations}, key, parse)
 
     def _attached(self, ttl: int | None, send: Callable[[str | None], T], always_renew: bool = True) -> T:
         """Call `send` with the id of the lease for `ttl`, or with None if `ttl` is None; return the result.
 
-        The lease is first created or renewed; if `always_renew` is false, it is not renewed if the last renewal was
-        less than half of `ttl` ago. If the lease has expired when `send` uses it, `send` is called again with a new
-        one. Raises StoreUnavailable if that happens ATTEMPTS times.
+        The lease is renewed before. Without `always_renew`, that is left out if it was renewed less than half of `ttl`
+        ago.
         """
         if ttl is None:
             return send(None)
@@ -338,7 +334,7 @@ class Etcd3Store:
         raise StoreUnavailable(f"etcd ends leases of {ttl} s before they are used; try again later")
 
     def _lease(self, connection: Connection, ttl: int) -> str:
-        """Renew the lease for `ttl`, or create one if there is none or it has expired; return the id of the lease."""
+        """Return the id of the lease for `ttl`, which is renewed, or created if there is none."""
         if not self._keep_alive(connection, ttl):
             now = time.monotonic()
             with _translated(connection, "a lease"):
@@ -403,11 +399,10 @@ class Etcd3Store:
             close()
 
     def _opened_early(self, directory: str) -> OpenWatch | None:
-        """If a watch of the directory has expired before, open a watch of the changes from now on, and return it.
+        """Return a watch of the changes from now on if the last watch of the directory has expired, else None.
 
-        Called before the directory is read. If the store is compacted very often, a watch that is opened after the read
-        comes too late: the changes since the read are compacted already. A watch that is opened before the read
-        receives them. Returns None if no watch of the directory has expired.
+        Somebody may compact the store so often that the changes since a read are always forgotten when they are asked
+        for. A watch that is open already has them.
         """
         if directory not in self._early:
             return None
@@ -427,11 +422,9 @@ class Etcd3Store:
             self._early[directory] = None
 
     def _await_changes(self, poll: Callable[[Connection, float], list[Change]], end: float) -> list[Change]:
-        """Call `poll(connection, end)` for one member after another until it succeeds; return its result.
+        """Return the result of `poll` at the first member that answers and has a quorum.
 
-        `poll` fails if the member does not answer or has no quorum. `end` is the time at which it must return
-        (monotonic). Raises WatchExpired if a connection was lost, and StoreUnavailable if no member answers for
-        WATCH_PATIENCE.
+        Raises WatchExpired if a connection was lost, and StoreUnavailable if no member answers for WATCH_PATIENCE.
         """
         deadline: Deadline | None = None
         while True:
@@ -455,7 +448,7 @@ class Etcd3Store:
         return self._members.retry(send)
 
     def _get(self, key: str) -> tuple[Entry | None, str | None]:
-        """Return a key's entry (None: no such key), and the id of the key's lease (None: no key or no lease)."""
+        """Return a key's entry and the id of the key's lease, each None if there is none."""
 
         def parse(answer: dict[str, Any]) -> tuple[Entry | None, str | None]:
             kvs = answer.get("kvs", [])
@@ -466,12 +459,12 @@ class Etcd3Store:
     def _list(self, directory: str, item: Item) -> tuple[list[Entry], int]:
         """Return `item(kv)` for each key below a directory, and the revision at which all keys were read.
 
-        `kv` is the JSON object of a key. If the key's value is too large to be read, `kv` has no value, and a field
-        "problem". A key for which `item` returns None is left out. If there is too much to be read below the directory,
-        the largest part is left out, and an Entry with a `problem` stands for it: see _Found.
+        `kv` is the JSON object of a key. If the value is too large to be read, `kv` has an additional field "problem".
+        What is below the same name in the directory is left out if it makes the whole too large: see _Found. An Entry
+        with a `problem` stands for it.
 
-        All pages are read at the revision of the first one. If that revision is compacted before the last page is read,
-        the directory is read again with larger pages. The last attempt needs only one page, unless that is too large.
+        All pages must be of one revision. If it is compacted meanwhile, each attempt requests larger pages, so that
+        the last one needs no second page unless an answer would be too large.
         """
         reading = _Reading(directory)
         for attempt in range(ATTEMPTS):
@@ -482,10 +475,7 @@ class Etcd3Store:
         raise StoreUnavailable(f"etcd forgets what is below {directory} before it is read to the end; try again later")
 
     def _list_once(self, directory: str, item: Item, most: int, reading: _Reading) -> tuple[list[Entry], int]:
-        """Do what `_list` does, once, with pages of at most `most` keys.
-
-        Raises _Compacted if the revision is compacted before all pages are read.
-        """
+        """Do what `_list` does, with pages of at most `most` keys. Raises _Compacted."""
         found = _Found(directory)
         prefix, end = below(directory)
         start, at, limit, count = prefix, 0, most, 0
@@ -510,10 +500,10 @@ class Etcd3Store:
         limit: int,
         at: int,
     ) -> _Page[T]:
-        """Return a page of up to `limit` keys from `start` on, before `end`. `item` converts a key: see `_list`.
+        """Return a page of up to `limit` keys from `start` on, before `end`. `item`: see `_list`.
 
         The keys are read at the revision `at`, or at the current one if `at` is 0. If the answer is too large, fewer
-        keys are requested; a single key whose value is too large is requested without the value.
+        keys are requested.
         """
 
         def send(connection: Connection) -> _Page[T]:
@@ -533,10 +523,9 @@ class Etcd3Store:
     def _first_keys(
         self, directory: str, gaps: Sequence[tuple[bytes, bytes]], limit: int = PAGE
     ) -> list[tuple[list[bytes], bool]]:
-        """Return a pair for each of the ranges `gaps`: up to `limit` of its keys, and whether other keys follow there.
+        """Return up to `limit` keys in each of the ranges `gaps`, and whether other keys follow in the range.
 
-        If the answer is too large, fewer ranges and fewer keys are requested. So the result may be shorter than `gaps`:
-        pairs for the last ranges are then missing.
+        If the answer is too large, fewer ranges and fewer keys are requested, so the result may be shorter than `gaps`.
         """
 
         def send(connection: Connection) -> list[tuple[list[bytes], bool]]:
@@ -558,10 +547,7 @@ class Etcd3Store:
 
 @contextmanager
 def _translated(connection: Connection, key: str) -> Iterator[None]:
-    """Convert an ErrorAnswer to a StoreError; convert other exceptions, which JSON of unexpected shape causes, as well.
-
-    `key` is the key that the message of the StoreError names.
-    """
+    """Convert an ErrorAnswer, and exceptions for JSON of unexpected shape, to a StoreError."""
     try:
         yield
     except ErrorAnswer as error:
@@ -641,11 +627,7 @@ def _range(start: bytes, end: bytes, limit: int, at: int = 0, keys_only: bool = 
 def _page_of(
     answer: Any, start: bytes, end: bytes, item: Callable[[Any], T], limit: int = PAGE, problem: str | None = None
 ) -> _Page[T]:
-    """Convert the answer to a read of the range from `start` to `end` to a page.
-
-    `item` converts the JSON object of each key. If `problem` is not None, it is first added to that object. Raises
-    TypeError if the answer is not about this range.
-    """
+    """Convert an answer to a page. If `problem` is not None, it is added to the JSON object of each key."""
     kvs, more = answer.get("kvs", []), bool(answer.get("more"))
     last = etcd3_json.raw(kvs[-1]["key"]) if kvs else b""
     if (kvs and not start <= last < end) or (more and not kvs):
@@ -656,10 +638,7 @@ def _page_of(
 
 
 def _entry_of(kvs: list[Any], key: str) -> Entry | None:
-    """Return the entry in the answer to a read of `key`, None if the key does not exist.
-
-    Raises TypeError if the answer is about another key.
-    """
+    """Return the entry in the answer to a read of `key`, None if the key does not exist."""
     if not kvs:
         return None
     entry = etcd3_json.read(kvs[0])
@@ -669,7 +648,7 @@ def _entry_of(kvs: list[Any], key: str) -> Entry | None:
 
 
 def _ranges(answer: Any, count: int) -> list[Any]:
-    """Return the answers to the `count` reads of a transaction; raise TypeError if there are fewer or more answers."""
+    """Return the answers to the `count` reads of a transaction."""
     responses = answer.get("responses", [])
     if len(responses) != count:
         raise TypeError("something else than what was asked for")
@@ -677,11 +656,7 @@ def _ranges(answer: Any, count: int) -> list[Any]:
 
 
 def _gaps(directory: str, but: Collection[str]) -> list[tuple[bytes, bytes]]:
-    """Return ranges, as (first key, end), that together contain all keys below `directory` except those of `but`.
-
-    `but` are names directly in the directory: the key with such a name, and all keys below it, are in none of the
-    ranges.
-    """
+    """Return the ranges (first key, end) of keys below `directory`, without the names in `but` and the keys below."""
     start, end = below(directory)
     gaps = []
     # between the key of a name and what is below it, there may be others: "a", "a.b", "a/c"
@@ -713,19 +688,32 @@ def _is_utf8(raw: bytes) -> bool:
 # Conditional writes
 
 
-def _transaction(writes: Sequence[Write], lease: str | None) -> dict[str, Any]:
-    """Return a request that applies all writes or, if a condition fails, reads the entries of all their keys."""
+def _transaction(writes: Sequence[Write], lease: str | None, fence: Fence | None) -> dict[str, Any]:
+    """Return a request that applies all writes or, if a condition fails, reads the entries of all their keys.
+
+    The entry of the fence's key is read last.
+    """
+    read = [write.key for write in writes] + ([fence.key] if fence is not None else [])
     return {
-        "compare": [_condition(write) for write in writes],
+        "compare": _conditions(writes, fence),
         "success": [_operation(write, lease) for write in writes],
-        "failure": [{"request_range": _key(write.key)} for write in writes],
+        "failure": [{"request_range": _key(key)} for key in read],
     }
+
+
+def _conditions(writes: Sequence[Write], fence: Fence | None) -> list[dict[str, Any]]:
+    conditions = [_condition(write) for write in writes]
+    return conditions if fence is None else [*conditions, _unchanged(fence.key, fence.revision)]
 
 
 def _condition(write: Write) -> dict[str, Any]:
     if isinstance(write, Create):
         return {**_key(write.key), "target": "CREATE", "result": "EQUAL", "create_revision": "0"}
-    return {**_key(write.key), "target": "MOD", "result": "EQUAL", "mod_revision": str(write.entry.revision)}
+    return _unchanged(write.key, write.entry.revision)
+
+
+def _unchanged(key: str, revision: int) -> dict[str, Any]:
+    return {**_key(key), "target": "MOD", "result": "EQUAL", "mod_revision": str(revision)}
 
 
 def _operation(write: Write, lease: str | None) -> dict[str, Any]:
@@ -741,21 +729,24 @@ def _written(write: Write, reached: int) -> Entry:
     return Entry(write.key, write.value, reached, reached if isinstance(write, Create) else write.entry.created)
 
 
-def _settled(writes: Sequence[Write], answer: Any, doubtful: bool) -> dict[str, Entry]:
+def _settled(writes: Sequence[Write], answer: Any, doubtful: bool, fence: Fence | None) -> dict[str, Entry]:
     """Return key -> entry for those writes of a failed transaction that need not be sent again.
 
-    `answer` contains the current entries of the keys. `doubtful` says that an earlier attempt at the transaction may
-    have been applied. If it was applied, each key is as its write leaves it, so the result contains all writes. If it
-    was not, the result contains only the Deletes of keys that no longer exist. Raises KeyExists or CompareFailed if
-    another writer has changed a key.
+    `answer` contains the current entries of the keys. `doubtful` says that an earlier attempt may have been applied: if
+    it was, all keys are as written, and no write is left. If it was not, only the deletes of missing keys are done.
+    Raises KeyExists or CompareFailed if another writer has changed a key, and Fenced if writes are left, and only the
+    fence has changed.
     """
-    found = [one.get("kvs", []) for one in _ranges(answer, len(writes))]
+    found = [one.get("kvs", []) for one in _ranges(answer, len(writes) + (fence is not None))]
     verdicts = [_verdict(write, _entry_of(kvs, write.key), doubtful) for write, kvs in zip(writes, found)]
     settled = {write.key: entry for write, entry in zip(writes, verdicts) if entry is not None}
     if len(settled) < len(writes):  # the attempt was not applied: what looks like its values is of other writers
         for write in writes:
             if write.key in settled and not isinstance(write, Delete):
                 raise _conflict(write, doubtful)
+        now = None if fence is None else _entry_of(found[-1], fence.key)
+        if fence is not None and fence.revision != (0 if now is None else now.revision):
+            raise Fenced(fence.key)
     if not settled:
         raise TypeError("a transaction failed although its conditions are met")
     return settled
@@ -764,8 +755,7 @@ def _settled(writes: Sequence[Write], answer: Any, doubtful: bool) -> dict[str, 
 def _verdict(write: Write, now: Entry | None, doubtful: bool) -> Entry | None:
     """Return a write's entry if the key is as the write leaves it, None if the write's condition is met.
 
-    `now` is the key's current entry, None if there is no such key. `doubtful` says that the write may have been
-    applied. Raises KeyExists or CompareFailed if another writer has changed the key.
+    Raises KeyExists or CompareFailed in any other case.
     """
     if isinstance(write, Create):
         if now is not None and not doubtful:

@@ -20,7 +20,7 @@ from calicoctl.datastore.etcd2 import Etcd2Store
 from calicoctl.datastore.keys import EndpointId
 from calicoctl.datastore.model import Endpoint
 from calicoctl.datastore.settings import EtcdSettings
-from calicoctl.datastore.store import Store
+from calicoctl.datastore.store import FencedStore
 from calicoctl.errors import InvalidValue
 from tests.system.proxy import Proxy, proxy_before
 from tests.system.support import Etcd, Host
@@ -34,7 +34,7 @@ def settings(port: int) -> EtcdSettings:
     return EtcdSettings("http", (("127.0.0.1", port),))
 
 
-def backend_of(port: int, api: str = "etcdv2") -> Store:
+def backend_of(port: int, api: str = "etcdv2") -> FencedStore:
     """Return a backend itself, which asks etcd for nothing but what it is told."""
     return Backends(settings(port)).open(api)
 

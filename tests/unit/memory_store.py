@@ -5,6 +5,7 @@ It is the only test double of the store. Tests in store_contract.py run against 
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,8 +13,8 @@ from threading import Condition
 from typing import Callable, Union
 
 from calicoctl.datastore.members import Verdict, created, deleted, updated
-from calicoctl.datastore.store import Change, Create, Delete, Entry, Store, Update, Write, write_in_order
-from calicoctl.errors import CompareFailed, KeyExists, StoreUnavailable, WatchExpired
+from calicoctl.datastore.store import Change, Create, Delete, Entry, Fence, Store, Update, Write, write_in_order
+from calicoctl.errors import CompareFailed, Fenced, KeyExists, StoreUnavailable, WatchExpired
 
 HISTORY = 1000
 """How many changes a watch can go back, as many as in etcd's v2 API."""
@@ -34,7 +35,7 @@ Fault = Union[str, Lost, None]
 
 
 class MemoryStore:
-    """Implements the Store protocol. Time passes only when a test adds to `clock`, in seconds.
+    """Implements the protocol FencedStore. Time passes only when a test adds to `clock`, in seconds.
 
     With `modern`, the store is atomic and has leases, like etcd's v3 API. `requests` counts the requests that a server
     would receive.
@@ -52,6 +53,7 @@ class MemoryStore:
 
     def __init__(self, modern: bool = False) -> None:
         self.atomic = self.leases = modern
+        self.fence: Fence | None = None
         self.requests = 0
         self.entries: dict[str, Entry] = {}
         self.revision = 0
@@ -65,7 +67,7 @@ class MemoryStore:
         self._changed = Condition()
 
     def client(self) -> MemoryStore:
-        """Return another client of the same data, with leases of its own."""
+        """Return another client of the same data, with the same fence and leases of its own."""
         other = MemoryStore()
         other.__dict__ = self.__dict__
         return other
@@ -187,6 +189,7 @@ class MemoryStore:
         return now is None if isinstance(write, Delete) else now is not None and now.value == write.value
 
     def remove_tree(self, directory: str) -> None:
+        self._check_fence()
         for key in [key for key in self.entries if (key + "/").startswith(directory + "/")]:
             self._remove(key)
 
@@ -195,10 +198,12 @@ class MemoryStore:
 
     def put(self, key: str, value: str, ttl: int | None = None) -> None:
         self.requests += 1
+        self._check_fence()
         self._put(key, value, ttl)
 
     def put_all(self, values: Mapping[str, str], ttl: int | None = None) -> None:
         self.requests += 1 if self.atomic else len(values)
+        self._check_fence()
         before = self.revision
         for key, value in values.items():
             self.revision = before if self.atomic else self.revision
@@ -228,6 +233,7 @@ class MemoryStore:
         """Apply a conditional write, with the failure that `fault` returns."""
         self.requests += 1
         fault = self.fault()
+        self._check_fence()
         if fault == "down":
             raise StoreUnavailable("etcd cannot be reached")
         if fault == "conflict" and key in self.entries:
@@ -241,7 +247,15 @@ class MemoryStore:
             applied = verdict(self._now(key))
             if applied is not None:
                 return applied
+            self._check_fence(again=True)
         return apply()
+
+    def _check_fence(self, again: bool = False) -> None:
+        """Raise Fenced if the fence has changed, and the store looks at it. `again`: a write is sent again."""
+        if self.fence is not None and (self.atomic or again or time.monotonic() > self.fence.until):
+            now = self._now(self.fence.key)
+            if self.fence.revision != (0 if now is None else now.revision):
+                raise Fenced(self.fence.key)
 
     def _reformat(self, key: str) -> None:
         """Write other JSON with the same meaning, as a writer does that changes another part of the value."""

@@ -11,18 +11,20 @@ from typing import Protocol
 
 import pytest
 
-from calicoctl.datastore.store import Change, Create, Delete, Entry, Store, Update, Watch
-from calicoctl.errors import CompareFailed, KeyExists, WatchExpired
+from calicoctl.datastore.store import Change, Create, Delete, Entry, Fence, FencedStore, Store, Update, Watch
+from calicoctl.errors import CompareFailed, Fenced, KeyExists, WatchExpired
 from tests.unit.memory_store import Lost
 
 KEY = "/calico/a/b"
+READY = "/calico/ready"
+ALWAYS = float("inf")
 
 
 class Backend(Protocol):
     """A store under test, and what a test can do to it."""
 
     @property
-    def store(self) -> Store:
+    def store(self) -> FencedStore:
         """The store under test."""
 
     @property
@@ -48,6 +50,11 @@ def is_there(store: Store, key: str = KEY) -> Entry:
     entry = store.get(key)
     assert entry is not None
     return entry
+
+
+def everything(store: Store) -> dict[str, Entry]:
+    """Return key -> entry for all keys except READY."""
+    return {entry.key: entry for entry in store.tree("/calico") if entry.key != READY}
 
 
 def collected(watch: Watch, count: int) -> list[Change]:
@@ -325,6 +332,92 @@ class StoreContract:
         with pytest.raises(KeyExists):
             store.commit([Create("/calico/new", "2"), Update(is_there(store), "4")])
         assert now(store, "/calico/new") == "3" and now(store) == ("4" if store.atomic and applied else "3")
+
+    # Writes with a fence
+
+    def test_a_write_whose_fence_has_changed_is_not_made(self, backend: Backend) -> None:
+        """Whether the fence still holds is looked at late enough for that."""
+        store = backend.store
+        one, gone = store.create(KEY, "1"), store.create("/calico/gone", "1")
+        store.delete(gone)
+        store.fence = Fence(READY, 0, 0)
+        one = store.update(one, "2")
+        ready = store.create(READY, "true")
+        store.fence = Fence(READY, ready.revision, 0)
+        one = store.update(one, "3")
+        store.put_all({"/calico/c/d": "1", "/calico/c/e": "1"})
+        store.update(ready, "true")
+        before = everything(store)
+        for revision in (0, ready.revision):
+            store.fence = Fence(READY, revision, 0)
+            for write in (
+                lambda: store.create("/calico/new", "1"),
+                lambda: store.update(one, "4"),
+                lambda: store.touch(one, "4", 60),
+                lambda: store.delete(one),
+                lambda: store.commit([Delete(gone), Create("/calico/new", "1"), Update(one, "4")]),
+                lambda: store.put(KEY, "4"),
+                lambda: store.put_all({"/calico/new": "1", KEY: "4"}),
+                lambda: store.remove_tree("/calico/c"),
+            ):
+                with pytest.raises(Fenced, match="etcd key /calico/ready keeps being modified"):
+                    write()
+            assert everything(store) == before
+        store.fence = None
+        assert store.update(one, "4").value == "4"
+
+    def test_only_an_atomic_store_looks_at_the_fence_of_each_write(self, backend: Backend) -> None:
+        store = backend.store
+        ready = store.create(READY, "true")
+        store.fence = Fence(READY, ready.revision, ALWAYS)
+        one = store.create(KEY, "1")
+        store.delete(ready)
+        if store.atomic:
+            with pytest.raises(Fenced):
+                store.update(one, "2")
+        else:
+            store.update(one, "2")
+
+    @pytest.mark.parametrize("applied", [True, False])
+    def test_a_write_that_is_sent_again_looks_at_the_fence(self, backend: Backend, applied: bool) -> None:
+        """If it was applied already, it succeeds."""
+        store, other = backend.store, backend.other
+        store.create(READY, "true")
+        one, two = store.create(KEY, "1"), store.create("/calico/2", "1")
+        for write in (
+            lambda: store.create("/calico/new", "2"),
+            lambda: store.update(one, "2"),
+            lambda: store.commit([Update(two, "2")]),
+            lambda: store.delete(is_there(store)),
+        ):
+            store.fence = Fence(READY, is_there(store, READY).revision, ALWAYS)
+            before = everything(store)
+            backend.lose_answer(Lost(applied, lambda: other.update(is_there(other, READY), "false")))
+            if applied:
+                write()
+            else:
+                with pytest.raises(Fenced):
+                    write()
+            assert (everything(store) != before) == applied
+        store.fence = Fence(READY, is_there(store, READY).revision, ALWAYS)
+        backend.lose_answer(Lost(False))
+        assert store.create("/calico/newer", "1").value == "1", "the fence holds"
+
+    def test_another_writer_is_told_from_a_fence_that_has_changed(self, backend: Backend) -> None:
+        store, other = backend.store, backend.other
+        ready, one = store.create(READY, "true"), store.create(KEY, "1")
+        store.fence = Fence(READY, ready.revision, ALWAYS)
+
+        def meanwhile() -> None:
+            other.update(ready, "false")
+            store.fence, fence = None, store.fence  # the store in memory has one for all
+            other.update(one, "3")
+            store.fence = fence
+
+        backend.lose_answer(Lost(False, meanwhile))
+        with pytest.raises(CompareFailed) as failed:
+            store.update(one, "2")
+        assert failed.value.maybe_applied and now(store) == "3"
 
     def test_asking_whether_a_key_may_be_written_changes_nothing(self, store: Store) -> None:
         one = store.create(KEY, "1")

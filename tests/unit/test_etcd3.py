@@ -359,19 +359,19 @@ def test_a_put_takes_one_request_while_the_lease_has_half_of_its_time_left(
     monkeypatch.setattr(etcd3.time, "monotonic", lambda: now)
     alive = reply({"result": {"header": {}, "ID": "11", "TTL": "30"}})
     gateway.instead = [reply({"ID": "11"})]
-    assert asked(lambda: store.put("/k", "1", ttl=30)) == ["grant", "put"]
+    assert asked(lambda: store.put("/k", "1", ttl=30)) == ["grant", "txn"]
     now += 15
-    assert asked(lambda: store.put("/k", "2", ttl=30)) == ["put"]
-    assert gateway.asked[0][1]["lease"] == "11"
+    assert asked(lambda: store.put("/k", "2", ttl=30)) == ["txn"]
+    assert gateway.asked[0][1]["success"][0]["request_put"]["lease"] == "11"
     assert asked(lambda: store.put_all({"/k": "2"}, ttl=30)) == ["txn"]
     now += 1
     gateway.instead = [alive]
     assert asked(lambda: store.put_all({"/k": "3"}, ttl=30)) == ["keepalive", "txn"]
-    assert asked(lambda: store.put("/k", "4", ttl=30)) == ["put"]
+    assert asked(lambda: store.put("/k", "4", ttl=30)) == ["txn"]
     gateway.instead = [alive]
     assert asked(lambda: store.create("/n", "5", ttl=30)) == ["keepalive", "txn"], "what must live as long as it says"
     gateway.instead = [refusal(5, "etcdserver: requested lease not found", 404), reply({"ID": "12"})]
-    assert asked(lambda: store.put("/k", "6", ttl=30)) == ["put", "grant", "put"], "it has expired all the same"
+    assert asked(lambda: store.put("/k", "6", ttl=30)) == ["txn", "grant", "txn"], "it has expired all the same"
 
 
 def test_a_lease_that_has_expired_is_granted_anew(gateway: Gateway, store: Etcd3Store) -> None:
@@ -389,7 +389,7 @@ def test_a_lease_that_has_expired_is_granted_anew(gateway: Gateway, store: Etcd3
     with pytest.raises(CompareFailed):
         store.touch(entry, "2", 30)
     assert [path.rpartition("/")[2] for path, _ in gateway.asked] == [
-        *("grant", "put", "grant", "put"),
+        *("grant", "txn", "grant", "txn"),
         *("keepalive", "txn"),
         *("keepalive", "range"),
         *("keepalive", "range", "keepalive", "txn"),

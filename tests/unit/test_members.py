@@ -23,7 +23,7 @@ from calicoctl.datastore.members import (
 )
 from calicoctl.datastore.settings import EtcdSettings, Member
 from calicoctl.datastore.store import Entry
-from calicoctl.errors import CompareFailed, KeyExists, StoreError, StoreUnavailable
+from calicoctl.errors import CompareFailed, Fenced, KeyExists, StoreError, StoreUnavailable
 
 MEMBERS: tuple[Member, ...] = (("a", 1), ("b", 2), ("c", 3))
 ONE = Entry("/k", "1", 5, 5)
@@ -161,9 +161,12 @@ class Writes:
     def __init__(self, attempts: list[Entry | Exception], found: list[Entry | None]) -> None:
         self.attempts, self.found = attempts, found
         self.members: Members[str] = Members(EtcdSettings("http", MEMBERS), lambda member: "", 20)
+        self.is_lost = False
 
-    def send(self, _: str) -> Entry:
+    def send(self, _: str, doubtful: bool) -> Entry:
+        assert doubtful == self.is_lost
         outcome = self.attempts.pop(0)
+        self.is_lost = self.is_lost or outcome is LOST
         if isinstance(outcome, Exception):
             raise outcome
         return outcome
@@ -176,6 +179,8 @@ class Writes:
             return "KeyExists"
         except CompareFailed as failed:
             return "CompareFailed+" if failed.maybe_applied else "CompareFailed"
+        except Fenced:
+            return "Fenced"
         finally:
             assert not self.attempts and not self.found, "it was sent again although its outcome was known, or not read"
 
@@ -183,6 +188,7 @@ class Writes:
 LOST: RequestFailed = Unanswered("no answer")
 EXISTS = KeyExists("/k")
 FAILED = CompareFailed("/k")
+FENCED = Fenced("/ready")
 
 
 @pytest.mark.parametrize(
@@ -197,6 +203,11 @@ FAILED = CompareFailed("/k")
         ([LOST, EXISTS], [None, ONE], ONE),  # the first attempt was only late
         ([LOST, EXISTS], [None, TWO], "KeyExists"),
         ([LOST, EXISTS], [None, None], "KeyExists"),  # it was there, and is gone again
+        ([FENCED], [], "Fenced"),
+        ([LOST, FENCED], [None, None], "Fenced"),
+        ([LOST, FENCED], [None, ONE], ONE),
+        ([LOST, FENCED], [None, TWO], "KeyExists"),
+        ([NotSent("dead"), FENCED], [], "Fenced"),
         ([NotSent("dead"), EXISTS], [], "KeyExists"),
         ([NotSent("dead"), ONE], [], ONE),
     ],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from calicoctl.datastore import store as store_module
-from calicoctl.datastore.store import Store, create_if_missing, create_missing, modify, set_value
+from calicoctl.datastore.store import FencedStore, Store, create_if_missing, create_missing, modify, set_value
 from calicoctl.errors import Conflict, NotFound
 from tests.unit.memory_store import HISTORY, Fault, Lost, MemoryStore, memory_store
 from tests.unit.store_contract import Backend, StoreContract
@@ -17,7 +17,7 @@ class MemoryBackend:
         self.another = self.memory.client()
 
     @property
-    def store(self) -> Store:
+    def store(self) -> FencedStore:
         return self.memory
 
     @property
