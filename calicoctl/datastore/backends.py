@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 from calicoctl.datastore import keys
 from calicoctl.datastore.chosen import FRESH, ChosenStore
-from calicoctl.datastore.detection import Choice, ask_v3, detect, foreign
+from calicoctl.datastore.detection import Choice, Shown, ask_v3, detect, foreign
 from calicoctl.datastore.settings import TYPE, V3, EtcdSettings
-from calicoctl.datastore.store import Store
+from calicoctl.datastore.store import FencedStore
 
 if TYPE_CHECKING:
     from calicoctl.datastore.etcd3 import Etcd3Store
@@ -24,10 +24,7 @@ _latest: dict[EtcdSettings, Choice] = {}
 
 
 def connect(settings: EtcdSettings, patience: float = PATIENCE) -> ChosenStore:
-    """Return the store of the cluster in `settings`. Sends no request.
-
-    `patience` is for how many seconds a request is retried: see PATIENCE.
-    """
+    """Return the store of the cluster in `settings`. Sends no request. `patience`: see PATIENCE."""
     backends = Backends(settings, patience)
     return ChosenStore(backends.choose, backends.latest, backends.open)
 
@@ -39,12 +36,12 @@ class Backends:
         self._settings = settings
         self._patience = patience
 
-    def open(self, api: str) -> Store:
+    def open(self, api: str) -> FencedStore:
         """Return the backend for an API (V2 or V3)."""
         return self._v3 if api == V3 else self._v2
 
     @cached_property
-    def _v2(self) -> Store:
+    def _v2(self) -> FencedStore:
         from calicoctl.datastore.etcd2 import Etcd2Store
 
         return Etcd2Store(self._settings, self._patience, keys.implied_directories)
@@ -57,22 +54,21 @@ class Backends:
         return Etcd3Store(self._settings, self._patience, tokens.authorize(self._settings))
 
     def choose(self, before: Choice | None) -> Choice:
-        """Return which API to use.
+        """Return which API to use. `before` is the previous choice, to be checked again, or None.
 
-        `before` is the caller's previous choice, which is checked again by a request; None if there is none. If it is
-        None, the choice that `latest` returns is used without a request if it is at most FRESH seconds old. Raises
-        StoreError if no API may be used, and InvalidValue if the key Ready is neither `true` nor `false`.
+        Raises StoreError if no API may be used, and InvalidValue if the key Ready is neither `true` nor `false`.
         """
         latest = self.latest()
         if before is None and latest is not None and time.monotonic() - latest.at <= FRESH:
             return latest
-        choice = self._current(before)
+        began = time.monotonic()
+        choice = replace(self._current(before), at=began)
         if choice.frozen is False:
             _latest[self._settings] = choice
         return choice
 
     def latest(self) -> Choice | None:
-        """Return the last choice in this process of an API whose data was not frozen, None if there is none."""
+        """Return the last choice in this process of an API whose data is not frozen, None if there is none."""
         return _latest.get(self._settings)
 
     def _current(self, before: Choice | None) -> Choice:
@@ -80,25 +76,25 @@ class Backends:
         if api is not None and before is None:
             return Choice(api, None, f"{TYPE} says so", pinned=True)
         if api is not None:
-            return Choice(api, self._ready(api) == "false", f"{TYPE} says so", pinned=True)
-        if before is not None and before.frozen is False and self._ready(before.api) == "true":
-            return replace(before, is_new=False, at=time.monotonic())
+            shown = self._shown(api)
+            return Choice(api, shown.ready == "false", f"{TYPE} says so", pinned=True, revision=shown.revision)
+        if before is not None and before.frozen is False:
+            shown = self._shown(before.api)
+            if shown.ready == "true":
+                return replace(before, is_new=False, revision=shown.revision)
         choice = detect(self._settings, self._v3, self._patience)
         if choice.api != V3:
             del self._v3  # with its connection, which an agent would keep
         return choice
 
-    def _ready(self, api: str) -> str | None:
-        """Return the value of the key Ready in an API (V2 or V3), None if there is no such key.
-
-        Raises StoreError if the key cannot be read, or if the v3 API holds data of Calico 3.
-        """
+    def _shown(self, api: str) -> Shown:
+        """Return the state of an API. Raises StoreError if Ready cannot be read, or if Calico 3 uses the API."""
         if api != V3:
             entry = self._v2.get(keys.READY)
-            return None if entry is None else entry.value
+            return Shown() if entry is None else Shown(ready=entry.value, revision=entry.revision)
         shown = ask_v3(self._v3)
         if shown.refused is not None:
             raise shown.refused
         if shown.foreign:
             raise foreign(self._settings.urls)
-        return shown.ready
+        return shown

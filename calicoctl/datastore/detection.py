@@ -1,8 +1,8 @@
 """Determines which of etcd's two APIs holds Calico's data, if DATASTORE_TYPE does not say so. Changes nothing.
 
 In etcd 3.4 and 3.5, the APIs v2 and v3 have separate data; etcd 3.6 has only v3. The key Ready is `true` in the API
-whose data is current. It is `false` in an API whose data is frozen; while the data is moved from one API to the other,
-it is `false` in both. Both APIs are queried at the same time.
+whose data is current. It is `false` in an API whose data is frozen, as the data of both APIs is during a move. Both
+APIs are queried at the same time.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from calicoctl.datastore import keys
@@ -28,12 +28,13 @@ class Shown:
     """The state of Calico's data in one API of etcd.
 
     `served` says whether the servers have this API. `ready` is the value of the key Ready, None if there is no such
-    key. If etcd refused to return the key, `refused` is the error, and `ready` is None. `foreign` says whether there is
-    data of Calico 3; it is determined for v3 only.
+    key, and `revision` its revision, or 0. `refused` is the error if etcd refused to return the key. `foreign` says
+    whether there is data of Calico 3; it is determined for v3 only.
     """
 
     served: bool = True
     ready: str | None = None
+    revision: int = 0
     refused: StoreError | None = None
     foreign: bool = False
 
@@ -42,9 +43,9 @@ class Shown:
 class Choice:
     """The API to use (V2 or V3). `why` is the reason, as a clause.
 
-    `frozen` says whether the data must not be changed, None if that is unknown. `at` is the time of the choice
-    (monotonic, seconds). `is_new` says that no data was found in either API. `pinned` says that the environment names
-    the API.
+    `frozen` says whether the data must not be changed, None if that is unknown. `revision` is that of the key Ready in
+    the API, 0 if there is no such key. `at` is the time when Ready was asked for (monotonic, seconds). `is_new` says
+    that no data was found in either API. `pinned` says that the environment names the API.
     """
 
     api: str
@@ -52,6 +53,7 @@ class Choice:
     why: str
     is_new: bool = False
     pinned: bool = False
+    revision: int = 0
     at: float = field(default_factory=lambda: time.monotonic(), compare=False)
 
     @property
@@ -61,10 +63,9 @@ class Choice:
 
 
 def decide(v3: Shown, v2: Shown, where: str) -> Choice:
-    """Return which API holds Calico's data, given the states of both.
+    """Return the API that holds Calico's data; raise StoreError if this is unclear, or if the API must not be used.
 
-    `where` are the servers' URLs, for messages. Raises StoreError if it is unclear which API holds the data, or if that
-    API must not be used. Raises InvalidValue if a value of Ready is neither `true` nor `false`.
+    `where` is the servers' URLs, for messages. Raises InvalidValue if a value of Ready is neither `true` nor `false`.
     """
     check_ready(v3.ready, v2.ready)
     if not (v3.served or v2.served):
@@ -80,14 +81,11 @@ def decide(v3: Shown, v2: Shown, where: str) -> Choice:
     chosen = _chosen(v3, v2)
     if chosen.api == V3 and v3.foreign:
         raise foreign(where)
-    return chosen
+    return replace(chosen, revision=(v3 if chosen.api == V3 else v2).revision)
 
 
 def check_ready(v3: str | None, v2: str | None) -> None:
-    """Raise InvalidValue if the key Ready in v3 or in v2 exists, and its value is neither `true` nor `false`.
-
-    `v3` and `v2` are the two values, None if there is no such key.
-    """
+    """Raise InvalidValue if the value of Ready in v3 or in v2 is neither `true` nor `false`. None: there is no key."""
     for api, ready in (("v3", v3), ("v2", v2)):
         if ready not in (None, "true", "false"):
             raise InvalidValue(keys.READY, f"'{ready}', in etcd's {api} API, is neither true nor false")
@@ -131,7 +129,7 @@ def detect(settings: EtcdSettings, v3: Etcd3Store, patience: float) -> Choice:
 
 
 def ask_v3(v3: Etcd3Store) -> Shown:
-    """Query the v3 API, and return its state. Raises StoreUnavailable if no member answers."""
+    """Query the v3 API, and return its state. Raises StoreUnavailable."""
     try:
         ready, foreign = v3.peek(keys.READY, keys.OTHER_CALICO)
     except NoSuchApi:
@@ -140,7 +138,7 @@ def ask_v3(v3: Etcd3Store) -> Shown:
         raise
     except StoreError as error:
         return Shown(refused=error)
-    return Shown(ready=None if ready is None else ready.value, foreign=foreign)
+    return Shown(foreign=foreign) if ready is None else Shown(True, ready.value, ready.revision, foreign=foreign)
 
 
 class _Question(threading.Thread):
@@ -163,7 +161,7 @@ class _Question(threading.Thread):
             self._shown = error
 
     def answer(self) -> Shown:
-        """Wait until the query is answered; return the state of the v2 API, or raise the exception of the query."""
+        """Wait for the thread; return the state of the v2 API, or raise the thread's exception."""
         self.join()
         assert self._shown is not None
         if isinstance(self._shown, Exception):
@@ -177,9 +175,7 @@ class _Question(threading.Thread):
 
 
 def _read_ready(member: Connection) -> Shown:
-    """Ask one member for the key Ready in the v2 API, and return the state of the API.
-
-    Raises RequestFailed if there is no answer, and StoreError if the answer is not etcd's.
+    """Return the state of the v2 API, from one member's answer to a read of Ready.
 
     Source: https://github.com/etcd-io/etcd/blob/release-3.4/Documentation/v2/errorcode.md
     """
@@ -200,6 +196,8 @@ def _read_ready(member: Connection) -> Shown:
         return Shown(refused=StoreError(f"etcd at {member.url} does not let this user read {keys.READY} in its v2 API"))
     if code in (300, 301) or status in (500, 503):
         raise Unanswered(f"{member.url} says: {answer.get('message', status)}")
-    if status == 200 and isinstance(node, dict) and isinstance(node.get("value"), str):
-        return Shown(ready=node["value"])
+    if status == 200 and isinstance(node, dict):
+        value, revision = node.get("value"), node.get("modifiedIndex")
+        if isinstance(value, str) and isinstance(revision, int):
+            return Shown(ready=value, revision=revision)
     raise member.no_etcd(f"status {status}, {content[:100].decode(errors='replace')}")

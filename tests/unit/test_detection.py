@@ -13,7 +13,7 @@ from dataclasses import replace
 import pytest
 
 from calicoctl.datastore import backends, keys
-from calicoctl.datastore.detection import Shown, decide
+from calicoctl.datastore.detection import Choice, Shown, decide
 from calicoctl.datastore.settings import EtcdSettings
 from calicoctl.errors import CalicoError, StoreError
 
@@ -100,7 +100,7 @@ class FakeEtcd(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.together = threading.Barrier(expected)
         self.v2 = v2
-        found = [{"key": base64(keys.READY), "value": base64(ready)}] if ready else []
+        found = [{"key": base64(keys.READY), "value": base64(ready), "mod_revision": "6"}] if ready else []
         responses = [{"response_range": {"kvs": found}}, {"response_range": {}}]
         self.v3 = json.dumps({"header": {"revision": "7"}, "succeeded": True, "responses": responses})
         self.asked: list[str] = []
@@ -157,7 +157,7 @@ NO_PAGE = (404, "404 page not found\n")
 def test_both_apis_are_asked_at_the_same_time_and_once(v2: tuple[int, str]) -> None:
     with fake(2, v2) as server:
         store = backends.connect(server.settings(), patience=0)
-        assert (store.choice().api, store.choice().frozen) == V3
+        assert (store.choice().api, store.choice().frozen, store.choice().revision) == (*V3, 6)
         assert sorted(path.partition("?")[0] for path in server.asked) == [
             "/v2/keys/calico/v1/Ready",
             "/v3/kv/txn None",
@@ -173,7 +173,21 @@ def test_an_api_that_is_named_is_asked_for_nothing_but_before_a_write() -> None:
         assert store.choice().frozen is None and server.asked == []
         store.put("/calico/x", "1")
         store.put("/calico/x", "2")
-        assert len(server.asked) == 3 and store.choice().frozen is False
+        assert len(server.asked) == 3 and (store.choice().frozen, store.choice().revision) == (False, 6)
+
+
+def test_a_choice_is_as_old_as_the_question(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ready may have changed while the answer was on its way."""
+    now = 100.0
+
+    def answer_late(self: backends.Backends, before: Choice | None) -> Choice:
+        nonlocal now
+        now += 3
+        return Choice("etcdv2", False, "for a test")
+
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    monkeypatch.setattr(backends.Backends, "_current", answer_late)
+    assert backends.connect(EtcdSettings("http", (("127.0.0.1", 1),))).choice().at == 100
 
 
 @pytest.mark.parametrize(
@@ -200,6 +214,7 @@ def test_what_the_v2_api_answers(v2: tuple[int, str], api: tuple[str, bool] | st
         store = backends.connect(server.settings(username="calico", password="hunter2"), patience=0)
         if isinstance(api, tuple):
             assert (store.choice().api, store.choice().frozen) == api
+            assert store.choice().revision == (0 if api == V3 else 4)
         else:
             with pytest.raises(StoreError, match=api) as refused:
                 store.choice()
