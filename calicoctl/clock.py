@@ -13,7 +13,7 @@ def now() -> str:
 
 
 def text(time: datetime) -> str:
-    """Return a time, which must be in UTC, in the format of `now`."""
+    """Format a time, which must be in UTC, as `now` does."""
     return time.strftime(_FORMAT)
 
 

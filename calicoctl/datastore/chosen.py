@@ -1,10 +1,12 @@
 """The store that commands and agents use: it forwards requests to the backend that was chosen.
 
 While the key Ready is `false`, the data is frozen, since it may be moved from one API of etcd to the other. Writes then
-raise Frozen, except for the statuses that agents report, which are not moved. Ready is read before each write, unless a
-read less than FRESH seconds ago showed that the data is not frozen. If Ready is not `true`, and DATASTORE_TYPE does not
-name an API, the backend is chosen again. A new choice applies to all clients in this process, and ends their watches
-at the other backend.
+raise Frozen, except for the statuses that agents report, which are not moved. Ready is read before a write, unless it
+was read less than FRESH seconds ago. If Ready is not `true`, the backend is chosen again. A new choice applies to all
+clients in this process, and ends the watches at the other backend.
+
+Ready may change between its read and the write, so it is also the fence (see store.Fence) of every write that is
+refused while the data is frozen. If the fence has changed, the backend is chosen again, and the write is made there.
 """
 
 from __future__ import annotations
@@ -12,34 +14,39 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import closing
-from typing import Callable, Optional
+from typing import Callable, Optional, TypeVar
 
 from calicoctl.datastore import keys
 from calicoctl.datastore.detection import Choice
-from calicoctl.datastore.store import Change, Entry, Store, Write
-from calicoctl.errors import Frozen, WatchExpired
+from calicoctl.datastore.store import Change, Entry, Fence, FencedStore, Write, write_in_order
+from calicoctl.errors import Fenced, Frozen, WatchExpired
+
+T = TypeVar("T")
 
 FRESH = 5.0
 """Seconds after which Ready is read again before a write. A tool that freezes the data must wait for longer before the
 move."""
 
+ATTEMPTS = 5
+"""The maximum number of attempts of a write while Ready keeps changing, before it fails with Fenced."""
+
 _STATUSES = keys.FELIX_HOSTS + "/"
 
 
 class ChosenStore:
-    """Implements `Store`, by calls of the chosen backend. Not thread-safe."""
+    """Implements `Store` by the chosen backend. Not thread-safe."""
 
     def __init__(
         self,
         choose: Callable[[Optional[Choice]], Choice],
         latest: Callable[[], Optional[Choice]],
-        open: Callable[[str], Store],
+        open: Callable[[str], FencedStore],
     ) -> None:
         """Sends no request. `open` returns the backend for an API.
 
-        `choose` returns the API to use. Its argument is the previous choice, which it checks again, or None if there is
-        none yet. It raises StoreError or InvalidValue if no API may be used. `latest` returns the last choice of any
-        client in this process, None if there is none; it sends no request.
+        `choose` returns the API to use. Its argument is None for the first choice, and else the previous choice, to be
+        checked again. `choose` raises StoreError or InvalidValue if no API may be used. `latest` returns the last
+        choice of any client in this process, or None, and sends no request.
         """
         self._choose = choose
         self._latest = latest
@@ -47,10 +54,7 @@ class ChosenStore:
         self._choice: Choice | None = None
 
     def choice(self) -> Choice:
-        """Return the choice in effect. Without one, choose first. Another client's newer choice takes effect here, too.
-
-        Raises StoreError or InvalidValue if no API may be used.
-        """
+        """Return the choice in effect; choose first if there is none. Raises StoreError or InvalidValue."""
         latest = self._latest()
         if self._choice is None:
             self._choice = self._choose(None)
@@ -59,31 +63,36 @@ class ChosenStore:
         return self._choice
 
     def current_choice(self) -> Choice:
-        """Check by a request which API is to be used now, and whether its data is frozen; return the new choice.
-
-        Raises StoreError or InvalidValue if no API may be used.
-        """
+        """Ask which backend is to be used now, and whether its data is frozen. Raises StoreError."""
         self._choice = self._choose(self.choice())
         return self._choice
 
     @property
-    def _store(self) -> Store:
+    def _store(self) -> FencedStore:
         return self._open(self.choice().api)
 
-    def _writable(self, *written: str) -> Store:
-        """Return the backend for a write to the keys `written`.
+    def _write(self, written: Sequence[str], write: Callable[[FencedStore], T]) -> T:
+        """Call `write` with the backend for a write to the keys `written`; raise Frozen if the data is frozen."""
+        for _ in range(ATTEMPTS - 1):
+            try:
+                return write(self._writable(*written))
+            except Fenced:
+                self.current_choice()
+        return write(self._writable(*written))
 
-        Raises Frozen if the data is frozen, and one of the keys is not an agent's status.
-        """
+    def _writable(self, *written: str) -> FencedStore:
+        """Return the backend for a write to the keys `written`, with its fence; raise Frozen if the data is frozen."""
         choice = self.choice()
         if choice.frozen is not False or time.monotonic() - choice.at > FRESH:
             choice = self.current_choice()
-        if choice.frozen and not all(key.startswith(_STATUSES) for key in written):
+        store, is_moved = self._open(choice.api), not all(key.startswith(_STATUSES) for key in written)
+        store.fence = Fence(keys.READY, choice.revision, choice.at + FRESH) if is_moved else None
+        if choice.frozen and is_moved:
             raise Frozen(
                 f"Nothing can be changed: etcd's data is frozen, since {keys.READY} is false. If 'calicoctl "
                 "datastore migrate' is moving the data, that ends by itself; if not, see 'calicoctl datastore show'"
             )
-        return self._open(choice.api)
+        return store
 
     @property
     def atomic(self) -> bool:
@@ -111,28 +120,38 @@ class ChosenStore:
         return self._store.exists(directory)
 
     def create(self, key: str, value: str, ttl: int | None = None) -> Entry:
-        return self._writable(key).create(key, value, ttl)
+        return self._write([key], lambda store: store.create(key, value, ttl))
 
     def update(self, entry: Entry, value: str, ttl: int | None = None) -> Entry:
-        return self._writable(entry.key).update(entry, value, ttl)
+        return self._write([entry.key], lambda store: store.update(entry, value, ttl))
 
     def delete(self, entry: Entry) -> None:
-        self._writable(entry.key).delete(entry)
+        self._write([entry.key], lambda store: store.delete(entry))
 
     def commit(self, writes: Sequence[Write]) -> list[Entry]:
-        return self._writable(*(write.key for write in writes)).commit(writes)
+        written = [write.key for write in writes]
+        if not self._writable(*written).atomic:
+            return write_in_order(self, writes)  # each has its own fence, and is made again by itself
+        return self._write(written, lambda store: store.commit(writes))
 
     def touch(self, entry: Entry, value: str, ttl: int) -> Entry:
-        return self._writable(entry.key).touch(entry, value, ttl)
+        return self._write([entry.key], lambda store: store.touch(entry, value, ttl))
 
     def remove_tree(self, directory: str) -> None:
-        self._writable(directory).remove_tree(directory)
+        def remove(store: FencedStore) -> None:
+            try:
+                store.remove_tree(directory)
+            except Fenced:
+                if store.exists(directory):  # else an attempt without an answer has removed all
+                    raise
+
+        self._write([directory], remove)
 
     def put(self, key: str, value: str, ttl: int | None = None) -> None:
-        self._writable(key).put(key, value, ttl)
+        self._write([key], lambda store: store.put(key, value, ttl))
 
     def put_all(self, values: Mapping[str, str], ttl: int | None = None) -> None:
-        self._writable(*values).put_all(values, ttl)
+        self._write(list(values), lambda store: store.put_all(values, ttl))
 
     def check_writable(self, *keys: str) -> None:
         self._writable(*keys).check_writable(*keys)

@@ -1,7 +1,7 @@
 """The events that drive the loops of the agent and of the WorkloadKeeper, as plain data.
 
-Each loop reads a queue of its own. The threads of sources.py, report.py, workload_keeper.py, dataplane/ and bgp/ put
-events into these queues. Two events pass through no queue: the agent's loop itself sends Tick and PolicyFailed to the
+The threads of sources.py, report.py, workload_keeper.py, dataplane/ and bgp/ put events into a queue. The thread that
+reads the queue handles them. Tick and PolicyFailed do not pass through a queue: the agent's loop sends them to the
 managers.
 """
 
@@ -34,28 +34,24 @@ class StoreChanged:
 
 @dataclass(frozen=True)
 class StorePending:
-    """Changes of the store wait to be processed (see pending.py).
-
-    `take` returns, and removes, all changes that wait when it is called. It returns an empty list if these changes have
-    been taken already, or if a newer StorePending stands for them.
-    """
+    """Changes of the store wait. `take` returns, once, those that wait when it is called (see pending.py)."""
 
     take: Callable[[], list[StoreRead | StoreChanged]]
 
 
 @dataclass(frozen=True)
 class WatchRecovered:
-    """The watch of a directory of the store works again, or for the first time."""
+    """The watch of a directory of the store works again, or works for the first time."""
 
     directory: str
 
 
 @dataclass(frozen=True)
 class WatchFailed:
-    """The watch of a directory of the store fails, for the reason `why`.
+    """The watch of a directory of the store fails. `read` says whether the directory can still be read.
 
-    `read` says whether the directory can still be read. `since` is the time (ISO 8601) of the last successful request
-    about the directory or, before the first one, of the agent's start.
+    `since` is the time (ISO 8601) of the last successful request about the directory or, before the first one, of the
+    agent's start.
     """
 
     directory: str
@@ -66,12 +62,12 @@ class WatchFailed:
 
 @dataclass(frozen=True)
 class WritesRecovered:
-    """Writes to the store succeed again, or for the first time."""
+    """The store can be written again, or for the first time."""
 
 
 @dataclass(frozen=True)
 class WritesFailed:
-    """Writes to the store fail, for the reason `why`.
+    """The store cannot be written.
 
     `since` is the time (ISO 8601) of the last successful write or, before the first one, of the agent's start.
     """
@@ -92,7 +88,7 @@ class Replaced:
 
 @dataclass(frozen=True)
 class LinkChanged:
-    """An interface was added or changed or, if `deleted` is True, removed. `link` is its new or last state."""
+    """An interface was added or changed or, with `deleted`, removed."""
 
     link: Link
     deleted: bool = False
@@ -110,9 +106,9 @@ class RouteLost:
 
 @dataclass(frozen=True)
 class OverlayRouteLost:
-    """One of the overlay's routes was deleted, or may have been replaced by another process.
+    """A route of the overlay was deleted, or may have been replaced by another process.
 
-    `cidr` is the route's destination.
+    `cidr` is the destination of the route.
     """
 
     cidr: str
@@ -130,7 +126,7 @@ class AddressesChanged:
 
 @dataclass(frozen=True)
 class GatewaysChanged:
-    """Routes that are not the agent's have changed, so this host may use other gateways now."""
+    """Routes that are not the agent's have changed, and possibly the gateways that this host uses."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +153,7 @@ class TablesChanged:
 
 @dataclass(frozen=True)
 class Container:
-    """A container in the Docker Engine's list. `runs` says whether it is running or paused.
+    """A container in the Docker Engine's list. `runs` is True also for a paused container.
 
     `name` is None if the list contains no name for it. `network_mode` is the value of `docker run --net`, such as
     `none`.
@@ -170,7 +166,7 @@ class Container:
 
 @dataclass(frozen=True)
 class EngineListed:
-    """The Docker Engine has listed its containers. `containers` maps their ids to them."""
+    """The Docker Engine's containers, by id."""
 
     containers: dict[str, Container]
 
@@ -184,7 +180,7 @@ class EngineUnavailable:
 
 @dataclass(frozen=True)
 class ContainerChanged:
-    """A Docker container was started or renamed, or has ended; if `removed` is True, it was removed."""
+    """A Docker container was started, has ended, was renamed or, with `removed`, was removed."""
 
     id: str
     removed: bool
@@ -197,11 +193,10 @@ class MountsChanged:
 
 @dataclass(frozen=True)
 class Failure:
-    """An operation has failed, for a workload or for the host as a whole. `why` is a sentence about the failure.
+    """An operation failed, for a workload or for the host as a whole. `why` is a sentence.
 
-    A failure with a `subject` lasts until another Failure with the same subject is emitted. If `why` of the other one
-    is None, the failure has ended. A failure without a subject does not last: it is only logged and reported as the
-    last error.
+    A failure with a `subject` lasts until an event with the same subject replaces it. If `why` is None in that event,
+    the failure has ended.
     """
 
     why: str | None
@@ -216,10 +211,9 @@ passwords.
 
 @dataclass(frozen=True)
 class OverlayBlocked:
-    """If `blocked` is True, the overlay needs VXLAN devices, but none could be created.
+    """The overlay needs devices, but none could be created. If `blocked` is False, that is no longer so.
 
-    One cause is a device of another program with our VNI, or with the name of a device of ours. If `blocked` is False,
-    the overlay needs no devices any more, or has a device.
+    One cause is a device of another program with our VNI or our names.
     """
 
     blocked: bool
@@ -229,11 +223,10 @@ class OverlayBlocked:
 class BgpChanged:
     """The state of BIRD: its process, and its BGP sessions. Emitted when the state has changed.
 
-    `settled` becomes True after the first attempt to apply the configuration that follows from the store, even if the
-    attempt has failed. If BGP is off, it becomes True after the agent has tried to end BIRD. `pid` is None while BIRD
-    does not run. `running` says whether BIRD listens on the port of BGP, as it does while a session is configured.
-    `restarts` counts the restarts of BIRD, and `refusals` the configurations that BIRD has refused, both since the
-    agent's start.
+    `settled` is True from the first attempt to apply the configuration that follows from the store, even if the attempt
+    failed. If BGP is off, it is True once the agent has tried to end BIRD. `pid` is None while BIRD does not run.
+    `running` says whether BIRD listens on the port of BGP, as it does while a session is configured. `restarts` counts
+    the restarts of BIRD, and `refusals` the configurations that BIRD has refused, both since the agent's start.
     """
 
     settled: bool = False

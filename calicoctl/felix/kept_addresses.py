@@ -1,8 +1,7 @@
 """Stores the addresses that endpoints of this host may use only because they used them before.
 
 The file /var/lib/calico/HOST/kept survives reboots, and only root can read it. It is a JSON list of pairs (interface,
-address). If there are no such addresses, there is no file. Admission.exceptions (desired/admission.py) determines the
-addresses.
+address). Without such addresses, there is no file. desired/admission.py decides which addresses these are.
 """
 
 from __future__ import annotations

@@ -85,21 +85,17 @@ Key = tuple[str, str]
 
 @dataclass(frozen=True)
 class Resynced:
-    """All workloads must be compared with the store.
-
-    The reason is that the whole store was read, or that this agent reports for the host again. `expected` maps
-    workloads to the number of addresses that their endpoints list.
-    """
+    """The whole store has been read. `expected` is the number of addresses that each workload's endpoints list."""
 
     expected: dict[Key, int]
 
 
 @dataclass(frozen=True)
 class EndpointChanged:
-    """A workload must be reconciled because of its endpoint.
+    """A workload must be reconciled because of its endpoint. With `deleted`, the endpoint was deleted in the store.
 
-    If `deleted` is True, the endpoint was deleted in the store. If it is False, the endpoint's interface is missing or
-    has a new MAC, or the endpoint of a container lacks the container's name.
+    Otherwise, the endpoint's interface is missing or has a new MAC, or the endpoint of a container lacks the
+    container's name.
     """
 
     key: Key
@@ -108,15 +104,12 @@ class EndpointChanged:
 
 @dataclass(frozen=True)
 class Compared:
-    """The result of `_compare_states` or of `_compare_places`, which workers run.
+    """The result of comparing containers' endpoints with the engine's list of containers.
 
-    `_compare_states` compares containers' endpoints with the engine's list of containers. `_compare_places` then
-    compares the endpoints that match the list with the network namespaces of their containers.
-
-    `keys` are the workloads that do not match, and must be reconciled. `connected` are the endpoints of running
-    containers that match the list; `_compare_places` leaves it empty. `refused` are the listed containers that have
-    endpoints on this host, although nobody has connected them here (see connected.py); it is None in the result of
-    `_compare_places`, and after a failure. `error` is the exception that ended the comparison, None if there was none.
+    In a second step, the endpoints are compared with the network namespaces of running containers. `keys` are the
+    workloads to reconcile. `connected` are endpoints that match the list; the second step checks their interfaces.
+    `refused` are the listed containers that have endpoints on this host, although nobody has connected them here; None
+    if that was not determined. `error` is the exception of a failed comparison, else None.
     """
 
     keys: list[Key]
@@ -127,12 +120,10 @@ class Compared:
 
 @dataclass(frozen=True)
 class WorkItem:
-    """A workload to reconcile.
+    """A workload to reconcile. `removed` says whether the engine has reported the removal of the container.
 
-    `removed` says whether the engine has reported the removal of the container. If it has, there is no grace period.
-
-    The workload's state is not known yet; reconciling determines it. If it is MISSING, the grace period counts from
-    `missing_since`; if it is GONE, from `gone_since` (NEVER: it is over already). Both are times of the keeper's clock.
+    If `removed` is True, there is no grace period. `missing_since` is when the workload's grace period began if its
+    state is MISSING, `gone_since` if its state is GONE. Both are times of the keeper's clock.
     """
 
     key: Key
@@ -143,11 +134,10 @@ class WorkItem:
 
 @dataclass(frozen=True)
 class WorkResult:
-    """The result of reconciling a workload: the `actions` that were done, and how it ended.
+    """The result of reconciling a workload: the `actions` that were done, and the `error` that ended it, or None.
 
-    `error` is the exception that ended it early, None if there was none. `state` is the state of the workload, None if
-    it was not determined. `kept_since` is when the workload's grace period began; None if the workload has none, or if
-    the period is over. `seconds` is how long reconciling took.
+    `state` is None if the workload's state was not determined. `kept_since` is when the workload's grace period began,
+    None if it has none. `seconds` is how long reconciling took.
     """
 
     key: Key
@@ -160,7 +150,7 @@ class WorkResult:
 
 @dataclass
 class _Tracked:
-    """What the keeper knows of one workload between two reconciliations. All times are those of the keeper's clock."""
+    """What is known of one workload between its reconciliations. All times are those of the keeper's clock."""
 
     kept_since: float | None = None
     """When the grace period of a MISSING or GONE workload began; None if it has none."""
@@ -179,9 +169,9 @@ class _Tracked:
 
 
 class Refused:
-    """Workloads that have endpoints on this host, although nobody has connected them here (see connected.py).
+    """Workloads that have endpoints on this host, although nobody has connected them here.
 
-    They are reported, but not attached. The report is one Failure about all of them.
+    They are reported, but not attached.
     """
 
     def __init__(self, report: Callable[[Any], None]) -> None:
@@ -190,14 +180,14 @@ class Refused:
         self._text: str | None = None
 
     def replace(self, orchestrator: str, keys: Collection[Key]) -> None:
-        """Replace the refused workloads of an orchestrator by `keys`. Emit the Failure if its text has changed."""
+        """Replace the refused workloads of an orchestrator by `keys`. Report all of them if the report changes."""
         self.keys = {key for key in self.keys if key[0] != orchestrator} | {*keys}
         self.remove(())
 
     def remove(self, keys: Collection[Key]) -> None:
-        """Remove `keys`, workloads that somebody has connected meanwhile. Emit the Failure if its text has changed.
+        """Remove workloads that somebody has connected meanwhile. Report the others if the report changes.
 
-        Its text (`why`) is None if no refused workloads are left.
+        The report is one Failure. Its `why` is None if there are no refused workloads.
         """
         self.keys.difference_update(keys)
         text = None
@@ -270,24 +260,27 @@ class WorkloadKeeper:
         self._thread.start()
 
     def stop(self) -> None:
-        """Start no more work. Wait until the work in progress has ended, for END_PATIENCE at most."""
+        """Start no more work, and wait for work in progress, for END_PATIENCE at most."""
         self._alive = False
         self.inbox.put(None)
         if self._thread.is_alive():
             self._thread.join(END_PATIENCE)
 
     def enqueue(self, id: EndpointId, deleted: bool = False) -> None:
-        """Have the workload of an endpoint reconciled. For the reasons, and for `deleted`, see EndpointChanged."""
+        """Have the workload of an endpoint reconciled, for a reason in EndpointChanged."""
         self.inbox.put(EndpointChanged(workload_of(id), deleted))
 
     def set_ready(self, ready: bool) -> None:
-        """Set whether the store may be used. While `ready` is False, no reconciliation of a workload is started."""
+        """Set whether the store may be used. While it must not be used, no workload is reconciled."""
         if ready != self._ready:
             self._ready = ready
             self.inbox.put(None)
 
     def resync(self, expected: dict[Key, int]) -> None:
-        """Have the keeper compare all workloads with the store. For the reasons, and for `expected`, see Resynced."""
+        """Have the keeper compare all workloads with the store. Called after the whole store has been read.
+
+        For `expected`, see Resynced.
+        """
         self.inbox.put(Resynced(expected))
 
     # The keeper's own thread
@@ -386,24 +379,23 @@ class WorkloadKeeper:
             self._pool.submit(key[0], partial(self._reconcile, self._work_item(key)))
 
     def _add(self, key: Key, at: float, last: bool | None = None) -> None:
-        """Schedule a workload to be reconciled at the time `at`, even during its backoff after a failure.
+        """Schedule a workload to be reconciled at the time `at`, even during its backoff. Ignore unmanaged workloads.
 
-        Unmanaged workloads are ignored. For `last`, see WorkQueue.add; the default is the result of `_is_last`.
+        For `last`, see WorkQueue.add; the default is the result of `_is_last`.
         """
         if upkeep.is_managed(*key):
             self._queue.add(key, at, self._is_last(key) if last is None else last)
 
     def _add_after_backoff(self, key: Key, at: float, last: bool) -> None:
-        """Schedule a workload to be reconciled at the time `at`, or at the end of its backoff if that is later.
+        """Schedule a workload to be reconciled at the time `at`, but not during its backoff. Ignore unmanaged ones.
 
-        This is for workloads about which there is no new event. Unmanaged workloads are ignored. For `last`, see
-        WorkQueue.add.
+        For workloads about which there is no new event. For `last`, see WorkQueue.add.
         """
         if upkeep.is_managed(*key):
             self._queue.add_after_backoff(key, at, last)
 
     def _is_last(self, key: Key) -> bool:
-        """Return whether a workload is reconciled after all others, which is so if nobody has connected it here."""
+        """Return whether nobody has connected a workload here, so that it is reconciled after all others."""
         # everybody who may write to the store can invent any number of such workloads
         with suppress(CalicoError):  # which reconciling the workload reports
             return not self._is_connected(key)
@@ -413,22 +405,22 @@ class WorkloadKeeper:
         return connected.get(self._datastore.host, *key) is not None
 
     def _track(self, key: Key) -> _Tracked:
-        """Return the _Tracked of a workload, to change it. If there is none, it is created."""
+        """Return the _Tracked of a workload, for writing. It is created if there is none."""
         return self._tracked.setdefault(key, _Tracked())
 
     def _known(self, key: Key) -> _Tracked:
-        """Return the _Tracked of a workload, only to read it. If there is none, an empty one is returned."""
+        """Return the _Tracked of a workload, for reading only: an empty one if there is none."""
         return self._tracked.get(key, _Tracked())
 
     # Jobs that find workloads to reconcile
 
     def _scan_store(self) -> None:
-        """Compare workloads with the store, and enqueue those that do not match.
+        """Compare addresses and namespaces with the endpoints in the store. Enqueue the workloads that do not match.
 
-        These are workloads that hold more or fewer addresses in IPAM than their endpoints list, and namespaces with an
-        endpoint that is inactive or not attached. Namespaces that have an endpoint, but that nobody has connected here,
-        are reported as refused, and enqueued if their endpoint is active. If the scan succeeds, it is not repeated
-        until the next resync. Raises StoreUnavailable.
+        These are workloads that have more or fewer addresses than their endpoints list, and namespaces with an endpoint
+        that is inactive or not attached. Namespaces that nobody has connected here are reported as refused, and
+        enqueued if their endpoint is active. A successful scan is not repeated until the next resync. Raises
+        StoreUnavailable.
         """
         now = self._clock()
         totals = self._datastore.ipam.handles.totals()
@@ -483,9 +475,8 @@ class WorkloadKeeper:
     def _sweep(self) -> None:
         """Enqueue workloads whose last change was interrupted, and namespaces that have changed or do not exist.
 
-        A namespace has changed if its path leads to another namespace than before. Also remove stale locks, stop
-        reporting refused workloads that somebody has connected meanwhile, apply a changed grace time, and drop state
-        that is no longer needed.
+        Also remove stale locks, stop reporting refused workloads that somebody has connected meanwhile, apply a changed
+        grace time, and drop state that is no longer needed.
         """
         now = self._clock()
         host = self._datastore.host
@@ -530,7 +521,7 @@ class WorkloadKeeper:
         return WorkItem(key, tracked.removed, max(tracked.unreachable_at, kept_since), gone_since)
 
     def _reconcile(self, item: WorkItem, datastore: DatastoreClient) -> WorkResult:
-        """Reconcile a workload. Runs in a worker, and raises nothing: see WorkResult.error."""
+        """Reconcile a workload. Runs in a worker, and raises nothing."""
         found: WorkloadState | None = None
         kept_since: float | None = None
 
@@ -592,10 +583,9 @@ class WorkloadKeeper:
             del self._tracked[key]
 
     def _note_reachability(self, tracked: _Tracked, result: WorkResult, now: float) -> None:
-        """Note in `tracked` whether the last attempt has determined the state of a workload.
+        """Note in `tracked` whether the state of a workload could be determined.
 
-        If the engine has answered for a container for which it did not answer before, also retry all other containers
-        for which it has not answered.
+        If the engine answers for a container again, retry the other containers for which it did not answer.
         """
         if result.error is None or result.state is not None:
             was_unreachable, tracked.unreachable_at = tracked.unreachable_at > NEVER, NEVER
@@ -608,13 +598,7 @@ class WorkloadKeeper:
             tracked.unreachable_at = now
 
     def _backoff(self, key: Key, tracked: _Tracked, error: Exception, seconds: float) -> None:
-        """Schedule a retry of a workload after `error`, and report the error.
-
-        An error is not reported again if it was the last one reported for the workload, nor if it is a
-        DockerUnavailable while the engine is known to be unavailable. The first error of a workload is not reported if
-        the attempt took less than LOCK_PAUSE: the retry comes soon, and may succeed. `seconds` is how long the failed
-        attempt took.
-        """
+        """Retry a workload later, and report each failure once. `seconds` is how long the failed attempt took."""
         pause = max(INTERVAL, seconds)
         if isinstance(error, DockerUnavailable) and self._queue.is_paused(DOCKER):  # which has been logged
             log.debug("%s", error)
@@ -633,10 +617,9 @@ class WorkloadKeeper:
 def _learn_once(
     report: Callable[[Any], None], host: str, orchestrator: str, learn: Callable[..., None], *arguments: Any
 ) -> None:
-    """Call `learn`, a function of learning.py, with `arguments`.
+    """Call `learn`, a function of learning.py, with `arguments`, unless that has succeeded on this host before.
 
-    Does nothing if such a call has succeeded for the orchestrator on this host before. If `learn` fails, a Failure is
-    reported; if it succeeds, the end of the Failure. StoreUnavailable and Conflict are not reported, but raised.
+    Report a failure, or the end of an earlier failure. Raises StoreUnavailable and Conflict, which are not reported.
     """
     why = None
     try:
@@ -656,10 +639,9 @@ def _learn_once(
 def _compare_states(
     report: Callable[[Any], None], containers: dict[str, events.Container] | None, datastore: DatastoreClient
 ) -> Compared:
-    """Compare the endpoints of this host's containers with `containers`, the engine's list of containers.
+    """Compare the endpoints of this host's containers with `containers`, the engine's list; None to request the list.
 
-    If `containers` is None, request the list from the engine. Before the comparison, learn what an older version has
-    connected (see `_learn_once`). Raises nothing: see Compared.error.
+    First, learn what an older version has connected (_learn_once). Raises nothing: see Compared.error.
     """
     found: list[Key] = []
     running: list[EndpointId] = []

@@ -12,6 +12,7 @@ import socketserver
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Callable
 
 from tests.unit.memory_store import Lost
 
@@ -41,6 +42,8 @@ class Proxy:
     """The paths of all requests, in order."""
     lost: Lost | None = None
     """What happens to the next write, whose connection is closed without an answer."""
+    before_write: Callable[[], object] | None = None
+    """Called while the next write is held back."""
     hold: threading.Event = field(default_factory=threading.Event)
     """When set, the next watch is `held` back until `passed`; the headers of its answer get through, its body does not
     until `mended`."""
@@ -75,6 +78,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self._answer(Answer(403, v3_error, None) if v3 else Answer(401, v2_error))
             return
         self.close_connection = True
+        if written and proxy.before_write is not None:
+            act, proxy.before_write = proxy.before_write, None
+            act()
         lost = proxy.lost if written else None
         if lost is not None:
             proxy.lost = None

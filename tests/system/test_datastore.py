@@ -19,8 +19,10 @@ from calicoctl.datastore import migration
 from calicoctl.datastore.etcd2 import Etcd2Store
 from tests.system.agent import LOG_DIR, FreeHost
 from tests.system.fabric import FabricHost, fabric
+from tests.system.proxy import proxy_before
 from tests.system.support import CALICOCTL, FAULTY, Etcd, Result, free_port, in_process, wait_for
 from tests.system.test_etcd_apis import OTHER_CALICO, PASSWORD, READY, with_users
+from tests.unit.memory_store import Lost
 
 pytestmark = pytest.mark.api("etcdv2")
 """So etcd serves both."""
@@ -185,6 +187,46 @@ def test_a_signal_before_v3_is_in_use_takes_v2_into_use_again(bare: MovingHost) 
     two.delete("/calico/felix")
     bare.migrate()
     assert "/calico/v1/policy/profile/after15/tags" in bare.three
+
+
+@pytest.mark.parametrize("env", [{}, {"DATASTORE_TYPE": "etcdv3"}], ids=["found", "named"])
+def test_a_write_that_etcd_gets_after_a_freeze_of_v3_is_not_made(bare: MovingHost, env: dict[str, str]) -> None:
+    three = by("etcdv3", bare.etcd)
+    bare.migrate()
+    with proxy_before(bare.etcd.port) as proxy:
+        env = {**env, "ETCD_AUTHORITY": f"127.0.0.1:{proxy.port}"}
+        proxy.before_write = lambda: three.put(READY, "false")
+        said = bare.ctl("profile", "add", "late", status=1, env=env)
+        assert said.err.count("\n") == 1 and "Nothing can be changed: etcd's data is frozen" in said.err, said
+        assert "/calico/v1/policy/profile/late/tags" not in bare.three
+        three.put(READY, "true")
+        proxy.before_write = lambda: three.put(READY, "true")  # as after a move that was given up
+        assert bare.ctl("profile", "add", "late", env=env).err == ""
+    assert "/calico/v1/policy/profile/late/tags" in bare.three
+
+
+def test_a_write_that_is_sent_again_after_a_freeze_is_not_made(bare: MovingHost) -> None:
+    """If etcd got it before the freeze, it is made, and counts as made."""
+    for api in ("etcdv2", "etcdv3"):
+        etcd, tags = by(api, bare.etcd), "/calico/v1/policy/profile/p1/tags"
+        with proxy_before(etcd.port) as proxy:
+            env = {"ETCD_AUTHORITY": f"127.0.0.1:{proxy.port}"}
+            for applied, words, status in (
+                (False, ("profile", "p1", "tag", "add", "late"), 1),
+                (False, ("profile", "remove", "p1"), 1),
+                (True, ("profile", "p1", "tag", "add", "late"), 0),
+                (True, ("profile", "remove", "p1"), 0),
+            ):
+                before = etcd.get(tags)
+                proxy.lost = Lost(applied, lambda etcd=etcd: etcd.put(READY, "false"))
+                said = bare.ctl(*words, status=status, env=env)
+                assert proxy.lost is None and said.err.count("\n") == (0 if applied else 1), said
+                assert ("Nothing can be changed: etcd's data is frozen" in said.err) == (not applied), said
+                assert (etcd.get(tags) == before) == (not applied)
+                etcd.put(READY, "true")
+        if api == "etcdv2":
+            etcd.put(tags, ["p1"])
+            bare.migrate()
 
 
 def test_what_old_programs_write_is_copied_or_reported(bare: FreeHost, monkeypatch: pytest.MonkeyPatch) -> None:
